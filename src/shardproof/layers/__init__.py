@@ -1,0 +1,1 @@
+"""Modules whose weights are cut over one axis."""

@@ -1,0 +1,187 @@
+"""Units to leaves, leaves to ranks: who owns what. Integers only; no torch, no ranks.
+
+A *unit* is never cut (a feature, a query head, a vocabulary row). A *leaf* is a run of units,
+and is the unit of ownership and of summation. How many leaves a dim has is fixed by the plan and
+never by the degree: that is what keeps the bits the same (`tree.py` says how).
+"""
+
+from dataclasses import dataclass
+
+from shardproof.errors import DegreeError, ShapeError
+
+DEFAULT_LEAVES = 8
+
+
+def share(size: int, parts: int) -> tuple[range, ...]:
+    """Cut `range(size)` into `parts` contiguous runs whose lengths differ by at most one.
+
+    The longer runs come first; runs are empty where there are more parts than items.
+
+    >>> share(8, 3)
+    (range(0, 3), range(3, 6), range(6, 8))
+    """
+    if parts < 1 or size < 0:
+        raise ShapeError(f"cannot share {size} items among {parts} parts: both must be positive.")
+    length, longer = divmod(size, parts)
+    starts = [part * length + min(part, longer) for part in range(parts + 1)]
+    return tuple(range(start, stop) for start, stop in zip(starts, starts[1:], strict=False))
+
+
+def check_degree(degree: int, leaves: int) -> None:
+    """Raise unless `degree` ranks can share `leaves` leaves.
+
+    Raises:
+        DegreeError: the degree is not a positive number or exceeds the leaves.
+    """
+    if leaves < 1:
+        raise DegreeError(f"leaves={leaves} is not a positive number. Use 1 or more (default 8).")
+    if degree < 1:
+        raise DegreeError(f"degree {degree} is not a positive number. Use 1 or more.")
+    if degree > leaves:
+        raise DegreeError(
+            f"degree {degree} exceeds leaves={leaves}: a rank beyond the last leaf would never "
+            f"have work. Use leaves={degree} or more (at every degree, for the leaves fix the "
+            f"bits), or a degree of at most {leaves}."
+        )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One dim of `size` units, cut into leaves that are given to `degree` ranks.
+
+    Attributes:
+        size: units along the dim, on all ranks together.
+        leaves: the leaves that the plan asks for; a dim with fewer units has fewer.
+        degree: how many ranks share the leaves; a rank may own none.
+    """
+
+    size: int
+    leaves: int
+    degree: int
+
+    def __post_init__(self) -> None:
+        check_degree(self.degree, self.leaves)
+        if self.size < 1:
+            raise ShapeError(f"cannot cut a dim of {self.size} units: it needs at least one.")
+
+    @property
+    def num_leaves(self) -> int:
+        """How many leaves there really are: never more than units."""
+        return min(self.leaves, self.size)
+
+    def leaf(self, index: int) -> range:
+        """Units of one leaf."""
+        return share(self.size, self.num_leaves)[index]
+
+    def run(self, rank: int) -> range:
+        """Leaves that `rank` owns; empty if there are fewer leaves than ranks.
+
+        >>> Cut(size=64, leaves=8, degree=3).run(2)
+        range(6, 8)
+        """
+        return share(self.num_leaves, self.degree)[rank]
+
+    def units(self, run: range) -> range:
+        """Units of a contiguous run of leaves."""
+        if not run:
+            return range(0)
+        bounds = share(self.size, self.num_leaves)
+        return range(bounds[run.start].start, bounds[run.stop - 1].stop)
+
+    def owned(self, rank: int) -> range:
+        """Units that `rank` owns.
+
+        >>> Cut(size=63, leaves=8, degree=2).owned(1)
+        range(32, 63)
+        """
+        return self.units(self.run(rank))
+
+    def sizes(self) -> tuple[int, ...]:
+        """How many units each rank owns, in rank order."""
+        return tuple(len(self.owned(rank)) for rank in range(self.degree))
+
+    def leaf_slices(self, rank: int) -> tuple[slice, ...]:
+        """Where each leaf that `rank` owns lies inside what that rank owns."""
+        run = self.run(rank)
+        start = self.owned(rank).start
+        return tuple(
+            slice(units.start - start, units.stop - start)
+            for units in share(self.size, self.num_leaves)[run.start : run.stop]
+        )
+
+    def idle_ranks(self) -> tuple[int, ...]:
+        """Ranks that own no leaf: they hold an empty shard and take part in collectives."""
+        return tuple(rank for rank in range(self.degree) if not self.run(rank))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one tensor lies on one rank of an axis.
+
+    Attributes:
+        shape: the global shape.
+        rank: whose layout this is.
+        dim: the dim that is cut, or None if every rank holds the whole tensor (Replicate).
+        cut: how that dim is cut; None exactly when `dim` is.
+        held: leaves that the rank holds; more than it owns only where leaves are replicated.
+    """
+
+    shape: tuple[int, ...]
+    rank: int
+    dim: int | None = None
+    cut: Cut | None = None
+    held: range | None = None
+
+    def __post_init__(self) -> None:
+        if (self.dim is None) != (self.cut is None):
+            raise ShapeError(f"a layout has both dim and cut or neither, got {self!r}.")
+        if self.cut is not None:
+            if self.cut.size != self.shape[self.dim or 0]:
+                raise ShapeError(
+                    f"dim {self.dim} of shape {self.shape} has {self.shape[self.dim or 0]} units, "
+                    f"its cut {self.cut.size}."
+                )
+            if self.held is None:
+                object.__setattr__(self, "held", self.cut.run(self.rank))
+
+    @property
+    def is_replicated(self) -> bool:
+        """True if every rank holds the whole tensor."""
+        return self.dim is None
+
+    @property
+    def owned(self) -> range:
+        """Global indices along `dim` that this rank owns (of dim 0 if replicated)."""
+        if self.cut is None:
+            return range(self.shape[0] if self.shape else 0)
+        return self.cut.owned(self.rank)
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of what this rank holds."""
+        if self.cut is None or self.dim is None or self.held is None:
+            return self.shape
+        length = len(self.cut.units(self.held))
+        return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
+
+    def of(self, rank: int) -> "Layout":
+        """The same tensor's layout on another rank."""
+        return Layout(self.shape, rank, self.dim, self.cut)
+
+    def state(self) -> dict[str, object]:
+        """Plain data that tells two layouts apart; goes into `state_dict`."""
+        if self.cut is None or self.held is None:
+            return {"shape": list(self.shape), "dim": None}
+        return {
+            "shape": list(self.shape),
+            "dim": self.dim,
+            "leaves": self.cut.leaves,
+            "degree": self.cut.degree,
+            "rank": self.rank,
+            "held": [self.held.start, self.held.stop],
+        }
+
+
+def replicated(shape: tuple[int, ...], *, rank: int = 0) -> Layout:
+    """Layout of a tensor that every rank holds whole."""
+    return Layout(tuple(shape), rank)

@@ -1,0 +1,1 @@
+"""How a model is cut: plans as data, and `parallelize`."""

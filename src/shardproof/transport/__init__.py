@@ -1,0 +1,1 @@
+"""What carries bytes between ranks: solo, threads, torch.distributed; and the ledger."""

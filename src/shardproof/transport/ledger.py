@@ -1,0 +1,54 @@
+"""Counts what crosses an axis: calls, message bytes and sent bytes, by direction and collective."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+DIRECTIONS = ("setup", "forward", "backward", "update", "prover")
+
+
+@dataclass
+class Count:
+    """What one kind of collective has cost this rank so far.
+
+    Attributes:
+        calls: how many collectives.
+        message_bytes: bytes of their results, summed.
+        sent_bytes: bytes that this rank sent to others, summed.
+    """
+
+    calls: int = 0
+    message_bytes: int = 0
+    sent_bytes: int = 0
+
+
+class Ledger:
+    """The running count of one rank on one axis. Not shared between ranks, so no lock."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, str], Count] = {}
+
+    def add(self, direction: str, kind: str, *, message_bytes: int, sent_bytes: int) -> None:
+        """Count one collective."""
+        count = self._counts.setdefault((direction, kind), Count())
+        count.calls += 1
+        count.message_bytes += message_bytes
+        count.sent_bytes += sent_bytes
+
+    def __iter__(self) -> Iterator[tuple[str, str, Count]]:
+        for (direction, kind), count in sorted(self._counts.items()):
+            yield direction, kind, count
+
+    def calls(self, direction: str, kind: str) -> int:
+        """How many collectives of one kind went in one direction."""
+        return self._counts.get((direction, kind), Count()).calls
+
+    def reset(self) -> None:
+        """Start again from nothing."""
+        self._counts.clear()
+
+    def as_dict(self) -> dict[str, dict[str, dict[str, int]]]:
+        """Direction -> collective -> figures, as reports have it."""
+        table: dict[str, dict[str, dict[str, int]]] = {}
+        for direction, kind, count in self:
+            table.setdefault(direction, {})[kind] = vars(count).copy()
+        return table

@@ -1,0 +1,69 @@
+"""The canonical tree: in which order partials are added, whatever the degree.
+
+A node is the run of leaves `(start, stop)` that it sums. A node of more than one leaf is the sum
+of two: its first leaves, as many as the largest power of two below its length, and the rest.
+The tree depends on the number of leaves alone. A rank adds the nodes that lie wholly inside its
+own run of leaves (`nodes_of_run`), and `combine` does the rest of the same additions.
+Knows no ranks and no transports; values may be anything that can be added.
+
+See also: Hallberg and Adcroft 2014 on sums that do not depend on the number of processors.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+Node = tuple[int, int]
+Value = TypeVar("Value")
+
+
+def children(node: Node) -> tuple[Node, Node]:
+    """The two nodes whose sum is `node`.
+
+    >>> children((0, 6))
+    ((0, 4), (4, 6))
+    """
+    start, stop = node
+    length = stop - start
+    middle = start + (1 << (length - 1).bit_length() - 1)
+    return (start, middle), (middle, stop)
+
+
+def nodes_of_run(num_leaves: int, run: range) -> list[Node]:
+    """The largest nodes that lie wholly inside a contiguous run of leaves, left to right.
+
+    >>> nodes_of_run(8, range(3, 6))
+    [(3, 4), (4, 6)]
+    """
+
+    def visit(node: Node) -> list[Node]:
+        start, stop = node
+        if stop <= run.start or run.stop <= start:
+            return []
+        if run.start <= start and stop <= run.stop:
+            return [node]
+        left, right = children(node)
+        return visit(left) + visit(right)
+
+    return visit((0, num_leaves)) if len(run) else []
+
+
+def combine(
+    node: Node, values: Mapping[Node, Value], add: Callable[[Value, Value, bool], Value]
+) -> Value:
+    """Sum of `node`, by the tree, from the nodes that `values` has.
+
+    Args:
+        node: the sum wanted; `(0, num_leaves)` for the whole.
+        values: sums already there; together they cover `node`.
+        add: `add(left, right, is_fresh)`; `is_fresh` says that `left` is itself a result of
+            `add`, so that it may be overwritten.
+    """
+
+    def visit(node: Node) -> tuple[Value, bool]:
+        if node in values:
+            return values[node], False
+        left, right = children(node)
+        (left_value, is_fresh), (right_value, _) = visit(left), visit(right)
+        return add(left_value, right_value, is_fresh), True
+
+    return visit(node)[0]
