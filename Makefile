@@ -1,0 +1,49 @@
+# Words: setup demo test check bench docs. Each does its own set-up; nothing outside .venv changes.
+# Needs Python 3.11 or newer and make. Another interpreter: make PYTHON=python3.12 test
+# pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) choose where torch comes from.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench docs
+
+help:
+	@echo "make demo   prove, on this machine, that the degree does not change the bits"
+	@echo "make test   run the tests"
+	@echo "make check  ruff and mypy"
+	@echo "make bench  time the cases"
+	@echo "make docs   API documentation into build/docs"
+	@echo "make setup  only install what these need, into $(VENV)"
+
+setup: $(STAMP)
+
+# torch goes first, at the pinned version, so that no other package can pull another build of it.
+# pip is asked for, not python: an interrupted set-up can leave the one without the other.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "shardproof needs Python 3.11 or newer, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)." \
+	    "Choose another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/shardproof prove
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/case_times.py
+
+docs: $(STAMP)
+	$(BIN)/pdoc --docformat google --output-directory build/docs shardproof
