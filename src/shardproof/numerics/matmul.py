@@ -1,0 +1,128 @@
+"""Products of shards: leaf partials added up to canonical nodes, and products that need no sum.
+
+In strict mode a product of a shard has the bits of the full product, so one call serves a whole
+shard wherever nothing is summed over the cut dim. Elsewhere (*leafwise*) every call has one leaf's
+shape and fresh, contiguous operands, so that the library cannot tell the degrees apart.
+Plain tensors; no ranks, no autograd. Never `bmm`, `mv` or `dot`: their bits change with the cut.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shardproof.numerics import mode
+from shardproof.tree import Node, children, nodes_of_run
+
+
+def node_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which partials are added: never narrower than fp32, at every degree alike."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _fresh(x: Tensor) -> Tensor:
+    """A copy whose strides and alignment do not depend on the shard it was cut from."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def product_nodes(
+    a: Tensor, b: Tensor, slices: Sequence[slice], *, run: range, num_leaves: int
+) -> dict[Node, Tensor]:
+    """Partial products of a run of leaves, added up to the largest canonical nodes.
+
+    Args:
+        a: (M, c), with c the owned part of the contracted dim.
+        b: (c, N).
+        slices: where each owned leaf lies in c.
+        run: the owned leaves.
+        num_leaves: of the whole contracted dim.
+    Returns:
+        Node -> (M, N), in `node_dtype`; every tensor is fresh.
+    """
+    leafwise = mode.is_leafwise(a.dtype, a.device)
+    limit = 0 if leafwise else mode.addmm_limit()
+    wide = node_dtype(a.dtype)
+
+    def leaf(index: int) -> tuple[Tensor, Tensor]:
+        where = slices[index - run.start]
+        left, right = a[:, where], b[where]
+        return (_fresh(left), _fresh_operand(right)) if leafwise else (left, right)
+
+    def node_sum(node: Node) -> Tensor:
+        if node[1] - node[0] == 1:
+            left, right = leaf(node[0])
+            return torch.mm(left, right).to(wide)
+        first, rest = children(node)
+        total = node_sum(first)
+        if rest[1] - rest[0] == 1:
+            left, right = leaf(rest[0])
+            if left.shape[1] <= limit:
+                return total.addmm_(left, right)
+            return total.add_(torch.mm(left, right).to(wide))
+        return total.add_(node_sum(rest))
+
+    return {node: node_sum(node) for node in nodes_of_run(num_leaves, run)}
+
+
+def _fresh_operand(x: Tensor) -> Tensor:
+    """A fresh copy that keeps a transposed operand transposed, so that no full copy is made."""
+    return _fresh(x.t()).t() if x.stride(0) == 1 and x.stride(1) != 1 else _fresh(x)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, slices: Sequence[slice]) -> Tensor:
+    """`x @ weight.T + bias`, where `weight` is cut along its rows and nothing is summed.
+
+    Args:
+        x: (M, K), whole.
+        weight: (n, K), the owned rows.
+        bias: (n,) or None.
+        slices: where each owned leaf lies in n.
+    Returns:
+        (M, n).
+    """
+    if not mode.is_leafwise(x.dtype, x.device):
+        return torch.nn.functional.linear(x, weight, bias)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    x = _fresh(x)
+    for where in slices:
+        leaf_bias = None if bias is None else _fresh(bias[where])
+        y[:, where] = torch.nn.functional.linear(x, _fresh(weight[where]), leaf_bias)
+    return y
+
+
+def product_columns(a: Tensor, b: Tensor, slices: Sequence[slice]) -> Tensor:
+    """`a @ b`, where `b` is cut along its columns and nothing is summed.
+
+    Args:
+        a: (M, K), whole.
+        b: (K, n), the owned columns.
+        slices: where each owned leaf lies in n.
+    Returns:
+        (M, n).
+    """
+    if not mode.is_leafwise(a.dtype, a.device):
+        return torch.mm(a, b)
+    y = a.new_empty(a.shape[0], b.shape[1])
+    a = _fresh_operand(a)
+    for where in slices:
+        y[:, where] = torch.mm(a, _fresh(b[:, where]))
+    return y
+
+
+def product_rows(a: Tensor, b: Tensor, slices: Sequence[slice]) -> Tensor:
+    """`a @ b`, where `a` is cut along its rows and nothing is summed.
+
+    Args:
+        a: (n, M), the owned rows.
+        b: (M, K), whole.
+        slices: where each owned leaf lies in n.
+    Returns:
+        (n, K).
+    """
+    if not mode.is_leafwise(a.dtype, a.device):
+        return torch.mm(a, b)
+    y = a.new_empty(a.shape[0], b.shape[1])
+    b = _fresh(b)
+    for where in slices:
+        y[where] = torch.mm(_fresh_operand(a[where]), b)
+    return y

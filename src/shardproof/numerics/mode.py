@@ -1,0 +1,235 @@
+"""What this process can promise: the BLAS mode, read back, and the contract that names it.
+
+MKL's strict mode gives an output element of a matrix product the same bits in a full tensor and
+in a shard of it, with any number of threads. It is set once per process and only takes before the
+process's first product; `import shardproof` does it. Where it did not take, importing still works,
+`native` still works, and the first invariant use raises. Which products need which mode was
+measured; tests/test_invariance_table.py keeps the measurements.
+"""
+
+import ctypes
+import functools
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shardproof.errors import NumericsError
+from shardproof.scheme import Scheme
+
+SCHEME_VERSION = "tree-1"
+SETTINGS = ("auto", "avx512", "avx2", "leafwise", "off")
+VARIABLE = "SHARDPROOF_BLAS"
+
+_STRICT = 0x10000
+_BRANCHES = {"avx512": 12, "avx2": 10}
+_TOO_LATE = -8
+
+
+@dataclass(frozen=True)
+class BlasState:
+    """What was asked of the BLAS library and what it answered.
+
+    Attributes:
+        setting: the value of SHARDPROOF_BLAS.
+        branch: "avx512-strict", "avx2-strict", "leafwise", "off", or "unset" if nothing took.
+        return_code: of the library's set function; None if it was not called.
+        read_back: the mode that the library reports afterwards; None if it cannot be asked.
+        problem: why invariant numerics cannot run, or None.
+    """
+
+    setting: str
+    branch: str
+    return_code: int | None = None
+    read_back: int | None = None
+    problem: str | None = None
+
+    @property
+    def took(self) -> bool:
+        """True if invariant numerics can run in this process."""
+        return self.problem is None
+
+    @property
+    def is_leafwise(self) -> bool:
+        """True if every product is called in leaf shape."""
+        return self.branch == "leafwise"
+
+
+_state: BlasState | None = None
+_lock = threading.Lock()
+
+
+def set_blas_mode() -> BlasState:
+    """Set the mode that SHARDPROOF_BLAS asks for; the first call decides, later ones read."""
+    global _state  # noqa: PLW0603 - the mode is per process in the library itself
+    with _lock:
+        if _state is None:
+            _state = _set(os.environ.get(VARIABLE, "auto").strip().lower() or "auto")
+        return _state
+
+
+state = set_blas_mode
+
+
+def _set(setting: str) -> BlasState:
+    if setting not in SETTINGS:
+        problem = f"{VARIABLE}={setting!r} is unknown. Use one of: {', '.join(SETTINGS)}."
+        return BlasState(setting, "unset", problem=problem)
+    if setting == "off":
+        return BlasState(
+            setting,
+            "off",
+            problem=f"{VARIABLE}=off leaves the BLAS library in its default mode, in which a "
+            f"product of a shard has other bits than the same elements of the full product. "
+            f"Unset {VARIABLE}, or use numerics='native'.",
+        )
+    if setting == "leafwise":
+        return BlasState(setting, "leafwise")
+    library = _mkl()
+    if setting == "auto" and (library is None or torch.version.hip is not None):
+        return BlasState(setting, "leafwise")
+    if library is None:
+        problem = (
+            f"{VARIABLE}={setting} needs a torch build with MKL, and this one "
+            f"(torch {torch.__version__}) has none. Use {VARIABLE}=leafwise."
+        )
+        return BlasState(setting, "unset", problem=problem)
+    return _set_strict(library, setting)
+
+
+def _set_strict(library: ctypes.CDLL, setting: str) -> BlasState:
+    widest = "avx512" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "avx2"
+    branch = widest if setting == "auto" else setting
+    wanted = _BRANCHES[branch] | _STRICT
+    code = 0
+    if library.mkl_serv_cbwr_get(-1) != wanted:
+        code = int(library.mkl_serv_cbwr_set(wanted))
+    read_back = int(library.mkl_serv_cbwr_get(-1))
+    if code == 0 and read_back == wanted:
+        return BlasState(setting, f"{branch}-strict", code, read_back)
+    if code == _TOO_LATE:
+        why = "this process had already computed a matrix product"
+        way_out = (
+            "Import shardproof before the first matrix product, or start Python with "
+            f"MKL_CBWR={branch.upper()},STRICT in the environment"
+        )
+    else:
+        why = f"MKL refused it (return code {code}, mode {read_back:#x})"
+        way_out = f"Start Python with {VARIABLE}=avx2 or {VARIABLE}=leafwise"
+    problem = (
+        f"the strict BLAS mode {branch} could not be set: {why}. {way_out}, or use "
+        "numerics='native', which does not promise bits."
+    )
+    return BlasState(setting, "unset", code, read_back, problem)
+
+
+def _mkl() -> ctypes.CDLL | None:
+    """torch's own CPU library if it exports MKL's mode switch."""
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
+        library = ctypes.CDLL(str(path))
+        if hasattr(library, "mkl_serv_cbwr_set") and hasattr(library, "mkl_serv_cbwr_get"):
+            return library
+    return None
+
+
+def require_invariant() -> None:
+    """Raise unless invariant numerics can run in this process.
+
+    Raises:
+        NumericsError: the BLAS mode did not take, or the self-check found a difference.
+    """
+    now = set_blas_mode()
+    if now.problem is not None:
+        raise NumericsError(now.problem)
+    if not now.is_leafwise:
+        found = self_check()
+        if found is not None:
+            raise NumericsError(
+                f"the BLAS mode {now.branch} was set, but {found}. Start Python with "
+                f"{VARIABLE}=leafwise, or use numerics='native'."
+            )
+
+
+@functools.cache
+def self_check() -> str | None:
+    """Whether products of shards have the bits of full products here; what differed, or None.
+
+    A few small products, a few milliseconds, once per process.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for rows, inner, columns in ((1, 385, 33), (5, 64, 130), (33, 700, 67)):
+        a = torch.randn(rows, inner, generator=generator)
+        b = torch.randn(columns, inner, generator=generator)
+        full = a @ b.t()
+        for start, stop in ((0, 1), (3, 20), (columns // 2, columns)):
+            if not torch.equal(a @ b[start:stop].t(), full[:, start:stop]):
+                return f"a ({rows}, {inner}) x ({inner}, {columns}) product changed with its cut"
+    return None
+
+
+@functools.cache
+def addmm_limit() -> int:
+    """Largest inner size up to which `c.addmm_(a, b)` has the bits of `c + a @ b` here.
+
+    Below it a leaf's product may be accumulated in place. MKL adds the whole product at once as
+    long as the inner dim fits one of its blocks, whose length depends on the branch.
+    """
+    generator = torch.Generator().manual_seed(1)
+
+    def holds(inner: int) -> bool:
+        for rows, columns in ((1, 5), (4, 64), (33, 130), (100, 17)):
+            a = torch.randn(rows, inner, generator=generator)
+            b = torch.randn(inner, columns, generator=generator)
+            c = torch.randn(rows, columns, generator=generator)
+            if not torch.equal(c + a @ b, c.clone().addmm_(a, b)):
+                return False
+        return True
+
+    for limit in (384, 256, 128):
+        if all(holds(inner) for inner in (1, 7, limit // 2 + 1, limit - 1, limit)):
+            return limit
+    return 0
+
+
+def is_leafwise(dtype: torch.dtype, device: torch.device) -> bool:
+    """True if products of `dtype` on `device` must be called with one leaf's shape each.
+
+    fp32 and fp64 on the CPU have a strict mode; bf16 and fp16 go through another library, and a
+    GPU picks its kernel by shape.
+    """
+    if device.type != "cpu" or dtype not in (torch.float32, torch.float64):
+        return True
+    return set_blas_mode().is_leafwise
+
+
+def contract(
+    scheme: Scheme, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> str:
+    """Everything that the bits depend on, as one line.
+
+    >>> contract(Scheme())  # doctest: +SKIP
+    'tree-1 leaves=8 mkl=avx512-strict fp32 torch=2.13.0+cpu'
+    """
+    device = torch.device("cpu") if device is None else device
+    short = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+    build = f"{short} torch={torch.__version__}"
+    if not scheme.is_invariant:
+        return f"native {build}"
+    head = f"{SCHEME_VERSION} leaves={scheme.leaves}"
+    if device.type != "cpu":
+        name = torch.cuda.get_device_name(device).replace(" ", "-")
+        return f"{head} leafwise gpu={name} {build}"
+    if is_leafwise(dtype, device):
+        return f"{head} leafwise threads={torch.get_num_threads()} {build}"
+    return f"{head} mkl={set_blas_mode().branch} {build}"
+
+
+def child_environment() -> dict[str, str]:
+    """Environment with which a started process has this process's mode from its first moment."""
+    now = set_blas_mode()
+    environment = {VARIABLE: now.setting}
+    if now.branch.endswith("-strict"):
+        environment["MKL_CBWR"] = f"{now.branch.removesuffix('-strict').upper()},STRICT"
+    return environment
