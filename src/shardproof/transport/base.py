@@ -63,6 +63,7 @@ class Transport(ABC):
         outgoing: Sequence[Sequence[Tensor]],
         incoming: Sequence[Sequence[int]],
         *,
+        rounds: int,
         like: Tensor,
         call: Call,
     ) -> list[list[Tensor]]:
@@ -71,6 +72,8 @@ class Transport(ABC):
         Args:
             outgoing: for each rank, the 1-D contiguous pieces it is to get (own rank: ignored).
             incoming: for each rank, the lengths of the pieces it sends here (own rank: ignored).
+            rounds: the largest number of pieces that any rank has for any other, the same on all
+                ranks; a transport that moves one piece per pair at a time needs so many rounds.
             like: any tensor of the dtype and device that travel.
             call: what this is.
         Returns:
