@@ -63,7 +63,7 @@ _lock = threading.Lock()
 
 def set_blas_mode() -> BlasState:
     """Set the mode that SHARDPROOF_BLAS asks for; the first call decides, later ones read."""
-    global _state  # noqa: PLW0603 - the mode is per process in the library itself
+    global _state
     with _lock:
         if _state is None:
             _state = _set(os.environ.get(VARIABLE, "auto").strip().lower() or "auto")
@@ -88,7 +88,7 @@ def _set(setting: str) -> BlasState:
     if setting == "leafwise":
         return BlasState(setting, "leafwise")
     library = _mkl()
-    if setting == "auto" and (library is None or torch.version.hip is not None):
+    if setting == "auto" and library is None:
         return BlasState(setting, "leafwise")
     if library is None:
         problem = (
@@ -126,7 +126,7 @@ def _set_strict(library: ctypes.CDLL, setting: str) -> BlasState:
 
 
 def _mkl() -> ctypes.CDLL | None:
-    """torch's own CPU library if it exports MKL's mode switch."""
+    """The CPU library of torch if it exports MKL's mode switch."""
     for path in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
         library = ctypes.CDLL(str(path))
         if hasattr(library, "mkl_serv_cbwr_set") and hasattr(library, "mkl_serv_cbwr_get"):

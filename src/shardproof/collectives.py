@@ -1,0 +1,294 @@
+"""Collectives that autograd can differentiate, in conjugate pairs, on plain tensors.
+
+Every sum takes either one partial per rank, or one partial per owned leaf (`cut` given). Only the
+second has the same bits at every degree: the first adds what each rank has already added up.
+Differentiating a gradient a second time raises.
+
+| function | forward | backward |
+|---|---|---|
+| `all_reduce_grad` | identity | all_reduce |
+| `all_reduce` | all_reduce | identity |
+| `shard` | a local slice | all_gather |
+| `all_gather`, grad="replicate" | all_gather | a local slice |
+| `all_gather`, grad="partial" | all_gather | reduce_scatter |
+| `reduce_scatter` | reduce_scatter | all_gather |
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from shardproof import comm
+from shardproof.axis import Axis
+from shardproof.errors import ShapeError, UsageError
+from shardproof.leaves import Cut
+from shardproof.numerics.matmul import node_dtype
+from shardproof.tree import Node, combine, nodes_of_run
+
+GatherGradient = Literal["replicate", "partial"]
+
+
+@dataclass(frozen=True)
+class _Site:
+    """Where a collective stands: everything that is no tensor."""
+
+    axis: Axis
+    who: str
+    cut: Cut | None = None
+    dim: int = 0
+
+    def part(self, x: Tensor) -> Tensor:
+        """This rank's owned part of a whole tensor, as a copy."""
+        owned = self._cut.owned(self.axis.rank)
+        part = x.narrow(self.dim, owned.start, len(owned))
+        return part.clone(memory_format=torch.contiguous_format)
+
+    def join(self, x: Tensor, direction: str) -> Tensor:
+        """The whole tensor from the ranks' owned parts."""
+        return comm.all_gather(
+            x, self.axis, dim=self.dim, cut=self._cut, direction=direction, who=self.who
+        )
+
+    def sum_part(self, x: Tensor, direction: str) -> Tensor:
+        """This rank's owned part of the sum of the ranks' `x`."""
+        return comm.reduce_scatter(
+            x, self.axis, dim=self.dim, cut=self._cut, direction=direction, who=self.who
+        )
+
+    def sum(self, partials: Sequence[Tensor], like: Tensor, direction: str) -> Tensor:
+        """The sum of all partials: by the tree if they are leaves, else as the transport adds."""
+        if self.cut is None:
+            return comm.all_reduce(partials[0], self.axis, direction=direction, who=self.who)
+        run = self.cut.run(self.axis.rank)
+        wide = node_dtype(like.dtype)
+        leaves: dict[Node, Tensor] = {
+            (leaf, leaf + 1): partial.to(wide) for leaf, partial in zip(run, partials, strict=True)
+        }
+        nodes = {
+            node: _node_sum(node, leaves) for node in nodes_of_run(self.cut.num_leaves, run)
+        }
+        return comm.all_reduce_nodes(
+            nodes,
+            self.axis,
+            cut=self.cut,
+            shape=like.shape,
+            like=like,
+            direction=direction,
+            who=self.who,
+        )
+
+    @property
+    def _cut(self) -> Cut:
+        if self.cut is None:
+            raise UsageError(f"a collective along dim {self.dim} needs a cut (of {self.who!r}).")
+        return self.cut
+
+
+def _add(left: Tensor, right: Tensor, is_fresh: bool) -> Tensor:
+    return left.add_(right) if is_fresh else left + right
+
+
+def _node_sum(node: Node, leaves: dict[Node, Tensor]) -> Tensor:
+    """A tensor of our own, also where the node is one leaf: the caller may still write that."""
+    total = combine(node, leaves, _add)
+    return total.clone() if node in leaves else total
+
+
+class _AllReduceGrad(torch.autograd.Function):
+    """Identity forward, all_reduce backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, site: _Site, copies: int) -> Any:
+        ctx.site = site
+        aliases = tuple(x.view_as(x) for _ in range(copies))
+        return aliases[0] if site.cut is None else aliases
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        site: _Site = ctx.site
+        leaves = len(site.cut.run(site.axis.rank)) if site.cut is not None else 1
+        return site.sum(grads[:leaves], grads[0], "backward"), None, None
+
+
+class _AllReduce(torch.autograd.Function):
+    """all_reduce forward, identity backward."""
+
+    @staticmethod
+    def forward(ctx: Any, site: _Site, like: Tensor, *partials: Tensor) -> Tensor:
+        ctx.count = len(partials)
+        return site.sum(partials, like, "forward")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *([grad_y] * ctx.count))
+
+
+class _Shard(torch.autograd.Function):
+    """A local slice forward, all_gather backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, site: _Site) -> Tensor:
+        ctx.site = site
+        return site.part(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
+        return ctx.site.join(grad_y, "backward"), None
+
+
+class _AllGather(torch.autograd.Function):
+    """all_gather forward; backward a local slice (Replicate) or reduce_scatter (Partial)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, site: _Site, grad: GatherGradient) -> Tensor:
+        ctx.site, ctx.grad = site, grad
+        return site.join(x, "forward")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.grad == "replicate":
+            return ctx.site.part(grad_y), None, None
+        return ctx.site.sum_part(grad_y, "backward"), None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    """reduce_scatter forward, all_gather backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, site: _Site) -> Tensor:
+        ctx.site = site
+        return site.sum_part(x, "forward")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
+        return ctx.site.join(grad_y, "backward"), None
+
+
+def all_reduce_grad(x: Tensor, axis: Axis, *, cut: Cut | None = None, who: str = "") -> Any:
+    """Identity forward, all_reduce backward: where Replicate enters a cut region (Megatron's `f`).
+
+    Args:
+        x: (*), Replicate on `axis`.
+        axis: the ranks.
+        cut: if given, the leaves of the dim that is contracted in backward.
+        who: a name for messages.
+    Returns:
+        (*), Replicate; its gradient is expected to be Partial. With `cut`, a tuple of them, one per
+        owned leaf: use each for that leaf alone, so that backward gets one partial per leaf. A rank
+        without leaves gets one all the same; hand it on as `like` of `all_reduce`, or backward will
+        not pass here and the other ranks wait.
+    Comm:
+        forward none; backward one all_reduce of (*).
+    """
+    copies = 1 if cut is None else max(1, len(cut.run(axis.rank)))
+    return _AllReduceGrad.apply(x, _Site(axis, who, cut), copies)
+
+
+def all_reduce(
+    partials: Tensor | Sequence[Tensor],
+    axis: Axis,
+    *,
+    cut: Cut | None = None,
+    who: str = "",
+    like: Tensor | None = None,
+) -> Tensor:
+    """all_reduce forward, identity backward: sum a Partial tensor (Megatron's `g`).
+
+    Args:
+        partials: (*), Partial on `axis`; with `cut` a sequence of them, one per owned leaf.
+        axis: the ranks.
+        cut: if given, the leaves of the dim that was contracted: the canonical tree adds them.
+        who: a name for messages.
+        like: (*), where this rank may own no leaf: gives shape and dtype. Let it depend on
+            whatever backward must reach on that rank.
+    Returns:
+        (*), Replicate; its gradient is expected to be Replicate.
+    Raises:
+        ShapeError: the number of partials is not the number of owned leaves.
+    Comm:
+        forward one all_reduce of (*); backward none.
+    """
+    given = [partials] if isinstance(partials, Tensor) else list(partials)
+    wanted = 1 if cut is None else len(cut.run(axis.rank))
+    if len(given) != wanted:
+        raise ShapeError(
+            f"all_reduce of {who or 'partials'} on {axis}: {wanted} partials wanted, one per "
+            f"owned leaf, got {len(given)}."
+        )
+    if not given and like is None:
+        raise ShapeError(
+            f"all_reduce of {who or 'partials'} on {axis}: this rank owns no leaf, so `like` must "
+            "give shape and dtype."
+        )
+    return _AllReduce.apply(_Site(axis, who, cut), given[0] if given else like, *given)
+
+
+def shard(x: Tensor, axis: Axis, *, dim: int, cut: Cut, who: str = "") -> Tensor:
+    """A local slice forward, all_gather backward.
+
+    Args:
+        x: (*, cut.size, *), Replicate.
+        axis: the ranks.
+        dim: the dim to cut.
+        cut: how.
+        who: a name for messages.
+    Returns:
+        (*, owned, *), Shard(dim); its gradient is expected to be Shard(dim).
+    Comm:
+        forward none; backward one all_gather of (*, cut.size, *).
+    """
+    return _Shard.apply(x, _Site(axis, who, cut, dim % x.dim()))
+
+
+def all_gather(
+    x: Tensor, axis: Axis, *, dim: int, cut: Cut, grad: GatherGradient, who: str = ""
+) -> Tensor:
+    """all_gather forward; backward a local slice or reduce_scatter, as the caller says.
+
+    Args:
+        x: (*, owned, *), Shard(dim).
+        axis: the ranks.
+        dim: the dim that is cut.
+        cut: how.
+        grad: what the gradient of the result is. "replicate" if every rank uses the result alike
+            (the gradient is whole on each: slice it); "partial" if each rank uses it for its own
+            shard (the gradients must be added: reduce_scatter). A wrong choice is silent, so there
+            is no default.
+        who: a name for messages.
+    Returns:
+        (*, cut.size, *), Replicate.
+    Raises:
+        UsageError: `grad` is neither.
+    Comm:
+        forward one all_gather of (*, cut.size, *); backward none ("replicate") or one
+        reduce_scatter of (*, cut.size, *) ("partial").
+    """
+    if grad not in ("replicate", "partial"):
+        raise UsageError(f"all_gather: grad={grad!r} is unknown. Use 'replicate' or 'partial'.")
+    return _AllGather.apply(x, _Site(axis, who, cut, dim % x.dim()), grad)
+
+
+def reduce_scatter(x: Tensor, axis: Axis, *, dim: int, cut: Cut, who: str = "") -> Tensor:
+    """reduce_scatter forward, all_gather backward.
+
+    Args:
+        x: (*, cut.size, *), Partial: one partial per rank, added in rank order.
+        axis: the ranks.
+        dim: the dim that the result is cut along.
+        cut: how.
+        who: a name for messages.
+    Returns:
+        (*, owned, *), Shard(dim); its gradient is expected to be Shard(dim).
+    Comm:
+        forward one reduce_scatter of (*, cut.size, *); backward one all_gather of the same.
+    """
+    return _ReduceScatter.apply(x, _Site(axis, who, cut, dim % x.dim()))

@@ -1,0 +1,237 @@
+"""Column and row parallel linear: forward, and a backward in which every cut sum takes the tree.
+
+Sources: Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3) for the two cuts; with
+gathered input and reduce-scattered gradient, Korthikanti et al. 2022 (arXiv 2205.05198, section 4.2).
+"""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from shardproof import comm
+from shardproof.axis import Axis
+from shardproof.leaves import Cut
+from shardproof.numerics import matmul, mode
+from shardproof.numerics.sums import sum_rows
+from shardproof.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """Where a cut linear stands: everything that is no tensor.
+
+    Attributes:
+        axis: the ranks.
+        cut: of the weight: out_features (column) or in_features (row).
+        scheme: leaves and numerics.
+        who: the layer's name, for messages and the ledger.
+        input_cut: column only: how the input is cut along its last dim if it is gathered first.
+    """
+
+    axis: Axis
+    cut: Cut
+    scheme: Scheme
+    who: str = ""
+    input_cut: Cut | None = None
+
+    def __post_init__(self) -> None:
+        run = self.cut.run(self.axis.rank)
+        object.__setattr__(self, "run", run)
+        object.__setattr__(self, "slices", self.cut.leaf_slices(self.axis.rank))
+
+    run: range = range(0)
+    slices: tuple[slice, ...] = ()
+
+    def nodes(self, a: Tensor, b: Tensor) -> dict[Any, Tensor]:
+        """Canonical nodes of `a @ b`, contracted along the dim that `cut` cuts."""
+        return matmul.product_nodes(
+            a, b, self.slices, run=self.run, num_leaves=self.cut.num_leaves
+        )
+
+    def all_reduce(self, a: Tensor, b: Tensor, direction: str) -> Tensor:
+        """`a @ b` summed over the axis: (M, c) and (c, N) to (M, N), Replicate."""
+        if not self.scheme.is_invariant:
+            return comm.all_reduce(a @ b, self.axis, direction=direction, who=self.who)
+        return comm.all_reduce_nodes(
+            self.nodes(a, b),
+            self.axis,
+            cut=self.cut,
+            shape=(a.shape[0], b.shape[1]),
+            like=a,
+            direction=direction,
+            who=self.who,
+        )
+
+    def reduce_scatter(self, a: Tensor, b: Tensor, input_cut: Cut) -> Tensor:
+        """`a @ b` summed over the axis in backward, cut along N: (M, owned), Shard(1)."""
+        if not self.scheme.is_invariant:
+            return comm.reduce_scatter(
+                a @ b, self.axis, dim=1, cut=input_cut, direction="backward", who=self.who
+            )
+        return comm.reduce_scatter_nodes(
+            self.nodes(a, b),
+            self.axis,
+            cut=self.cut,
+            shape=(a.shape[0], b.shape[1]),
+            dim=1,
+            dim_cut=input_cut,
+            like=a,
+            direction="backward",
+            who=self.who,
+        )
+
+
+class _ColumnLinear(torch.autograd.Function):
+    """Local product forward; all_reduce (or reduce_scatter) of the input gradient backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite
+    ) -> Tensor:
+        x_rows = x.reshape(-1, x.shape[-1])
+        if site.input_cut is not None:
+            x_rows = comm.all_gather(
+                x_rows, site.axis, dim=1, cut=site.input_cut, direction="forward", who=site.who
+            )
+        ctx.site, ctx.shape = site, x.shape
+        ctx.save_for_backward(x_rows, weight)
+        if site.scheme.is_invariant:
+            y = matmul.linear(x_rows, weight, bias, site.slices)
+        else:
+            y = F.linear(x_rows, weight, bias)
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_y: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        site: LinearSite = ctx.site
+        x_rows, weight = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        with plain_arithmetic(grad_y.device):
+            grad_rows = grad_y.reshape(-1, grad_y.shape[-1])
+            if ctx.needs_input_grad[0]:
+                if site.input_cut is None:
+                    grad_x = site.all_reduce(grad_rows, weight, "backward")
+                else:
+                    grad_x = site.reduce_scatter(grad_rows, weight, site.input_cut)
+                grad_x = grad_x.view(ctx.shape)
+            if ctx.needs_input_grad[1]:
+                grad_weight = _rows(site, grad_rows.t(), x_rows)
+            if ctx.needs_input_grad[2]:
+                grad_bias = _bias_gradient(site, grad_rows)
+        return grad_x, grad_weight, grad_bias, None
+
+
+class _RowLinear(torch.autograd.Function):
+    """all_reduce of the leaf products forward, bias added once and after; no Comm backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite
+    ) -> Tensor:
+        x_rows = x.reshape(-1, x.shape[-1])
+        ctx.site, ctx.shape = site, x.shape
+        ctx.save_for_backward(x_rows, weight)
+        y = site.all_reduce(x_rows, weight.t(), "forward")
+        if bias is not None:
+            y.add_(bias)
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_y: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        site: LinearSite = ctx.site
+        x_rows, weight = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        with plain_arithmetic(grad_y.device):
+            grad_rows = grad_y.reshape(-1, grad_y.shape[-1])
+            if ctx.needs_input_grad[0]:
+                grad_x = _columns(site, grad_rows, weight).view(ctx.shape)
+            if ctx.needs_input_grad[1]:
+                grad_weight = _columns(site, grad_rows.t(), x_rows)
+            if ctx.needs_input_grad[2]:
+                grad_bias = _bias_gradient(site, grad_rows)
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _rows(site: LinearSite, a: Tensor, b: Tensor) -> Tensor:
+    return matmul.product_rows(a, b, site.slices) if site.scheme.is_invariant else a @ b
+
+
+def _columns(site: LinearSite, a: Tensor, b: Tensor) -> Tensor:
+    return matmul.product_columns(a, b, site.slices) if site.scheme.is_invariant else a @ b
+
+
+def _bias_gradient(site: LinearSite, grad_rows: Tensor) -> Tensor:
+    return sum_rows(grad_rows) if site.scheme.is_invariant else grad_rows.sum(0)
+
+
+def plain_arithmetic(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """No autocast inside: what is to be cast has been cast where the function was called."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What autocast does to the operands of a linear, done where autograd sees it."""
+    device = next(x.device for x in tensors if x is not None)
+    if not torch.is_autocast_enabled(device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device.type)
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(x.to(dtype) if x is not None and x.dtype in narrow else x for x in tensors)
+
+
+def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
+    """`x @ weight.T + bias` with `weight` cut along out_features.
+
+    Args:
+        x: (*, in_features), Replicate; or (*, owned in_features), Shard(-1) with `site.input_cut`.
+        weight: (owned out_features, in_features), Shard(0).
+        bias: (owned out_features,), Shard(0), or None.
+        site: axis, cut of out_features, scheme, name.
+    Returns:
+        (*, owned out_features), Shard(-1); its gradient is expected to be Shard(-1).
+    Raises:
+        NumericsError: numerics are invariant and this process cannot promise them.
+    Comm:
+        forward none; backward one all_reduce of grad_x (*, in_features). With `site.input_cut`:
+        forward one all_gather of x (*, in_features); backward one reduce_scatter of grad_x.
+    """
+    if site.scheme.is_invariant:
+        mode.require_invariant()
+    x, weight, bias = _cast(x, weight, bias)  # type: ignore[assignment]
+    with plain_arithmetic(x.device):
+        return _ColumnLinear.apply(x, weight, bias, site)
+
+
+def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
+    """`x @ weight.T + bias` with `weight` cut along in_features.
+
+    Args:
+        x: (*, owned in_features), Shard(-1).
+        weight: (out_features, owned in_features), Shard(1).
+        bias: (out_features,), Replicate, or None. Added once, after the sum.
+        site: axis, cut of in_features, scheme, name.
+    Returns:
+        (*, out_features), Replicate; its gradient is expected to be Replicate.
+    Raises:
+        NumericsError: numerics are invariant and this process cannot promise them.
+    Comm:
+        forward one all_reduce of y (*, out_features); backward none.
+    """
+    if site.scheme.is_invariant:
+        mode.require_invariant()
+    x, weight, bias = _cast(x, weight, bias)  # type: ignore[assignment]
+    with plain_arithmetic(x.device):
+        return _RowLinear.apply(x, weight, bias, site)
