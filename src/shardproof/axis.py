@@ -1,10 +1,21 @@
 """One axis: the ranks that split tensors together, as one of them sees it."""
 
 import itertools
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardproof.errors import AxisError
 from shardproof.transport.base import Transport
+from shardproof.transport.distributed import DistributedTransport
+from shardproof.transport.solo import SoloTransport
+
+# What torchrun sets for every process, and what torch.distributed needs to meet the others.
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,90 @@ class Axis:
     _unnamed: Iterator[int] = field(
         default_factory=itertools.count, init=False, repr=False, compare=False
     )
+
+    @classmethod
+    def solo(cls, name: str = "tp") -> "Axis":
+        """An axis of one rank, in any process, at any time."""
+        return cls(name, SoloTransport())
+
+    @classmethod
+    def from_group(cls, group: dist.ProcessGroup, name: str = "tp", check: bool = False) -> "Axis":
+        """The ranks of a process group of torch.distributed.
+
+        Args:
+            group: this process must be in it.
+            name: for messages.
+            check: compare what the ranks are about to do before every collective, at the cost of
+                a small collective more; ranks that disagree then raise.
+
+        Raises:
+            AxisError: torch.distributed is not initialised, this process is not in the group, or
+                the number of processes is at odds with WORLD_SIZE.
+        """
+        _require_initialised("Axis.from_group(group)")
+        _require_world_size(os.environ)
+        if not isinstance(group, dist.ProcessGroup):
+            raise AxisError(
+                f"Axis.from_group got {_describe(group)}, which is not a process group that this "
+                "process is in. Pass one that it is in, such as torch.distributed.group.WORLD."
+            )
+        if group.size() == 1:
+            return cls.solo(name)
+        return cls(name, DistributedTransport(group, check=check))
+
+    @classmethod
+    def from_mesh(cls, mesh: DeviceMesh, check: bool = False) -> "Axis":
+        """The ranks of a DeviceMesh of one dim, which gives the axis its name ("tp" if unnamed).
+
+        Args:
+            mesh: of one dim; of several dims, pick one: `mesh["tp"]`.
+            check: as in `from_group`.
+
+        Raises:
+            AxisError: the mesh has several dims or no place for this process, or the number of
+                processes is at odds with WORLD_SIZE.
+        """
+        if not isinstance(mesh, DeviceMesh):
+            raise AxisError(
+                f"Axis.from_mesh got {_describe(mesh)}, which is not a DeviceMesh. Make one with "
+                'torch.distributed.device_mesh.init_device_mesh("cpu", (degree,)).'
+            )
+        names = mesh.mesh_dim_names
+        if mesh.ndim != 1:
+            dims = f"dims {names}" if names else "unnamed dims"
+            raise AxisError(
+                f"Axis.from_mesh got a DeviceMesh of shape {tuple(mesh.shape)} with {dims}, and "
+                'an axis is one dim. Name the dims and pick one, as in mesh["tp"].'
+            )
+        if mesh.get_coordinate() is None:
+            raise AxisError(
+                f"global rank {dist.get_rank()} is not in the DeviceMesh of {mesh.size()} ranks "
+                "that Axis.from_mesh got. Call it only on ranks of the mesh."
+            )
+        return cls.from_group(mesh.get_group(), names[0] if names else "tp", check)
+
+    @classmethod
+    def from_env(cls, name: str = "tp", check: bool = False) -> "Axis":
+        """All processes that torchrun started.
+
+        Initialises torch.distributed unless that is done: with gloo for tensors on CPUs, and nccl
+        for tensors on GPUs if every rank of the machine has its own. Whoever initialised it ends
+        it: `torch.distributed.destroy_process_group()`.
+
+        Args:
+            name: for messages.
+            check: as in `from_group`.
+
+        Raises:
+            AxisError: variables of torchrun are missing or make no sense, or torch.distributed is
+                initialised with another number of processes than WORLD_SIZE.
+        """
+        if not dist.is_initialized():
+            _initialise(os.environ)
+        world = dist.group.WORLD
+        if world is None:
+            raise AxisError("torch.distributed is initialised and has no default process group.")
+        return cls.from_group(world, name, check)
 
     @property
     def size(self) -> int:
@@ -41,3 +136,65 @@ class Axis:
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.size} on axis {self.name!r}"
+
+
+def _initialise(environment: Mapping[str, str]) -> None:
+    """Initialise torch.distributed from torchrun's variables."""
+    missing = [name for name in TORCHRUN_VARIABLES if name not in environment]
+    if missing:
+        raise AxisError(
+            f"the environment has no {', '.join(missing)}, which torchrun sets for every process. "
+            "Start with `torchrun --nproc-per-node N script.py`, or run ranks without it: "
+            "shardproof.launch(fn, degree=N)."
+        )
+    rank, world_size, local_rank = (
+        _read_number(environment, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    )
+    if not 0 <= rank < world_size:
+        raise AxisError(
+            f"the environment has RANK={rank} and WORLD_SIZE={world_size}, and a rank is at least "
+            "0 and below the world size. Start with `torchrun --nproc-per-node N script.py`."
+        )
+    local_world_size = world_size
+    if "LOCAL_WORLD_SIZE" in environment:
+        local_world_size = _read_number(environment, "LOCAL_WORLD_SIZE")
+    if torch.cuda.is_available() and local_world_size <= torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+
+
+def _require_initialised(what: str) -> None:
+    if not dist.is_initialized():
+        raise AxisError(
+            f"{what} needs torch.distributed, which is not initialised. Call "
+            "torch.distributed.init_process_group first, or use Axis.from_env() under torchrun."
+        )
+
+
+def _require_world_size(environment: Mapping[str, str]) -> None:
+    """Raise if WORLD_SIZE is there and says something else than torch.distributed."""
+    if "WORLD_SIZE" not in environment:
+        return
+    said, found = _read_number(environment, "WORLD_SIZE"), dist.get_world_size()
+    if said != found:
+        raise AxisError(
+            f"the environment has WORLD_SIZE={said}, but torch.distributed was initialised with "
+            f"{found} processes. Initialise it with all that torchrun started, or unset "
+            "WORLD_SIZE."
+        )
+
+
+def _read_number(environment: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environment[name])
+    except ValueError:
+        raise AxisError(
+            f"the environment has {name}={environment[name]!r}, which is not a whole number. "
+            "Start with `torchrun --nproc-per-node N script.py`."
+        ) from None
+
+
+def _describe(value: object) -> str:
+    return "None" if value is None else f"{type(value).__name__} {value!r}"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardproof.errors import MismatchError, RankError
 from shardproof.transport.ledger import Ledger
 
 
@@ -41,6 +42,44 @@ class Call:
         detail = f" [{self.detail}]" if self.detail else ""
         who = f" of {self.who}" if self.who else ""
         return f"{self.direction} {self.kind}{who}: {dtype} {tuple(self.shape)}{detail}"
+
+
+class PeerError(RankError):
+    """What a rank sees of a failure elsewhere: a symptom, behind which launchers look."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_peer_error, (str(self), self.rank))
+
+
+def _peer_error(message: str, rank: int | None) -> PeerError:
+    return PeerError(message, rank=rank)
+
+
+def mismatch(descriptions: Sequence[str]) -> MismatchError:
+    """The error that every rank raises when the ranks disagree about one collective.
+
+    Args:
+        descriptions: what each rank was about to do, in rank order; not all equal.
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank, description in enumerate(descriptions):
+        ranks.setdefault(description, []).append(rank)
+    sides = [f"{name_ranks(who)}: {description}" for description, who in ranks.items()]
+    return MismatchError(
+        f"the ranks disagree about one collective. {'; '.join(sides)}. All ranks must make the "
+        "same calls in the same order, with the same shapes and dtypes."
+    )
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """Ranks for a message.
+
+    >>> name_ranks([0, 2, 3])
+    'ranks 0, 2 and 3'
+    """
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
 
 
 class Transport(ABC):
@@ -76,6 +115,7 @@ class Transport(ABC):
                 ranks; a transport that moves one piece per pair at a time needs so many rounds.
             like: any tensor of the dtype and device that travel.
             call: what this is.
+
         Returns:
             For each rank, its pieces in order; an empty list for the own rank. They may be
             references to the sender's memory: read them, never write them.

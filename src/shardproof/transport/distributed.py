@@ -1,0 +1,208 @@
+"""torch.distributed as a transport: gloo on CPUs, nccl on GPUs; many processes, many machines.
+
+Buffers are always contiguous: some gloo collectives silently corrupt others (pytorch 192920).
+What only moves travels as bytes, because backends do not know every dtype. gloo does not compare
+what the ranks pass: with `check=True` a digest of every call is compared first, so that ranks that
+disagree raise instead of computing garbage or aborting.
+"""
+
+import hashlib
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardproof.errors import ShapeError
+from shardproof.transport.base import Call, PeerError, Transport, mismatch
+from shardproof.transport.ledger import Ledger
+
+# all_gather_into_tensor by its newer name; torch warns about the older one where it has both.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class _Work(Protocol):
+    def wait(self, timeout: timedelta = ...) -> Any: ...
+
+
+class DistributedTransport(Transport):
+    """A process group as a transport.
+
+    Args:
+        group: this process must be in it.
+        check: compare the ranks' calls before every collective, at the cost of a small one.
+        timeout: seconds that a rank waits in one collective; None leaves it to the group.
+        observer: called with every call when it begins, and with None when it is over.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        *,
+        check: bool,
+        timeout: float | None = None,
+        observer: Callable[[Call | None], None] | None = None,
+    ) -> None:
+        self.name = _backend(group)
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self.ledger = Ledger()
+        self._group = group
+        self._check = check
+        self._timeout = None if timeout is None else timedelta(seconds=timeout)
+        self._observer = observer
+        # Where small control messages live. A mixed group has a CPU side for them.
+        self._device = torch.device("cpu")
+        if "gloo" not in dist.get_backend_config(group) and torch.cuda.is_available():
+            self._device = torch.device("cuda", torch.cuda.current_device())
+
+    @torch.no_grad()
+    def exchange(
+        self,
+        outgoing: Sequence[Sequence[Tensor]],
+        incoming: Sequence[Sequence[int]],
+        *,
+        rounds: int,
+        like: Tensor,
+        call: Call,
+    ) -> list[list[Tensor]]:
+        """One piece per pair and round, so that no buffer has more than size - 1 pieces."""
+        received: list[list[Tensor]] = [[] for _ in range(self.size)]
+        with self._during(call):
+            for index in range(rounds):
+                send = [_at(pieces, index, like) for pieces in outgoing]
+                send[self.rank] = like.new_empty(0)
+                lengths = [pieces[index] if index < len(pieces) else 0 for pieces in incoming]
+                lengths[self.rank] = 0
+                inbox = like.new_empty(sum(lengths))
+                self._all_to_all(inbox, send, lengths, call)
+                for peer, piece in enumerate(inbox.split(lengths)):
+                    if peer != self.rank and index < len(incoming[peer]):
+                        received[peer].append(piece)
+        return received
+
+    @torch.no_grad()
+    def all_gather(self, x: Tensor, out: Tensor, sizes: Sequence[int], *, call: Call) -> None:
+        """Equal sizes go straight into `out`; others by an all-to-all, without padding."""
+        if x.numel() != sizes[self.rank] or out.numel() != sum(sizes):
+            raise ShapeError(
+                f"{call}: rank {self.rank} has {x.numel()} elements and room for {out.numel()}, "
+                f"but the ranks' sizes are {list(sizes)}."
+            )
+        with self._during(call):
+            self._gather(x, out, sizes, call)
+
+    @torch.no_grad()
+    def all_reduce(self, x: Tensor, *, call: Call) -> Tensor:
+        """Sum in the backend's order."""
+        y = x.clone(memory_format=torch.contiguous_format)
+        with self._during(call):
+            self._finish(call, lambda: dist.all_reduce(y, group=self._group, async_op=True))
+        return y
+
+    @torch.no_grad()
+    def gather_objects(self, value: Any, *, call: Call) -> list[Any]:
+        """Every rank's value, pickled."""
+        with self._during(call):
+            return self._gather_objects(value, call)
+
+    def _gather(self, x: Tensor, out: Tensor, sizes: Sequence[int], call: Call) -> None:
+        if len(set(sizes)) == 1:
+            source, target = _as_bytes(x), _as_bytes(out)
+            self._finish(
+                call,
+                lambda: _all_gather_single(target, source, group=self._group, async_op=True),
+            )
+            return
+        # The own part is left out: repeated for itself too, it could outgrow the message.
+        lengths = [0 if peer == self.rank else size for peer, size in enumerate(sizes)]
+        send = [x.new_empty(0) if peer == self.rank else x for peer in range(self.size)]
+        inbox = x.new_empty(sum(lengths))
+        self._all_to_all(inbox, send, lengths, call)
+        parts = list(inbox.split(lengths))
+        parts[self.rank] = x
+        for place, part in zip(out.split(list(sizes)), parts, strict=True):
+            place.copy_(part)
+
+    def _gather_objects(self, value: Any, call: Call) -> list[Any]:
+        message = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        message = message.to(self._device)
+        lengths = torch.empty(self.size, dtype=torch.int64, device=self._device)
+        self._gather(lengths.new_tensor([message.numel()]), lengths, [1] * self.size, call)
+        sizes: list[int] = lengths.tolist()
+        messages = message.new_empty(sum(sizes))
+        self._gather(message, messages, sizes, call)
+        return [pickle.loads(part.numpy()) for part in messages.cpu().split(sizes)]
+
+    def _all_to_all(
+        self, inbox: Tensor, send: Sequence[Tensor], lengths: Sequence[int], call: Call
+    ) -> None:
+        filled = [piece for piece in send if piece.numel()]
+        outbox = filled[0].contiguous() if len(filled) == 1 else torch.cat(list(send))
+        width = inbox.element_size()
+        target, source = _as_bytes(inbox), _as_bytes(outbox)
+        self._finish(
+            call,
+            lambda: dist.all_to_all_single(
+                target,
+                source,
+                [length * width for length in lengths],
+                [piece.numel() * width for piece in send],
+                group=self._group,
+                async_op=True,
+            ),
+        )
+
+    @contextmanager
+    def _during(self, call: Call) -> Iterator[None]:
+        if self._observer is not None:
+            self._observer(call)
+        if self._check:
+            self._compare(call)
+        yield
+        # Not after an error: what this rank was in is then the best clue.
+        if self._observer is not None:
+            self._observer(None)
+
+    def _compare(self, call: Call) -> None:
+        """Raise on all ranks unless all make the same call."""
+        text = str(call)
+        digest = hashlib.sha256(text.encode()).digest()[:8]
+        mine = torch.tensor([int.from_bytes(digest, signed=True)], device=self._device)
+        all_digests = mine.new_empty(self.size)
+        self._gather(mine, all_digests, [1] * self.size, call)
+        if len(set(all_digests.tolist())) > 1:
+            raise mismatch(self._gather_objects(text, call))
+
+    def _finish(self, call: Call, start: Callable[[], _Work | None]) -> None:
+        try:
+            work = start()
+            if work is None:
+                return
+            if self._timeout is None:
+                work.wait()
+            else:
+                work.wait(self._timeout)
+        except RuntimeError as error:
+            # An error of the backend nearly always means that another rank is gone or stuck.
+            raise PeerError(
+                f"{self.name} failed on rank {self.rank} of {self.size} in {call}: {error}. "
+                "If another rank failed or is stuck, its own message says why."
+            ) from error
+
+
+def _at(pieces: Sequence[Tensor], index: int, like: Tensor) -> Tensor:
+    return pieces[index] if index < len(pieces) else like.new_empty(0)
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def _backend(group: dist.ProcessGroup) -> str:
+    config = dist.get_backend_config(group)
+    return next((name for name in ("nccl", "gloo") if name in config), dist.get_backend(group))
