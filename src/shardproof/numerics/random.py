@@ -1,0 +1,118 @@
+"""Random draws by position: what a leaf gets depends on the seed, a name and the leaf alone.
+
+Each leaf has a generator of its own, keyed by (seed, name, leaf). So no rank draws more than it
+owns, every degree draws the same numbers, and the global generator, which ranks as threads would
+race on, is never touched. Draws are made on the CPU in fp32 (fp64 for fp64), then rounded and
+moved, so that dtype and device do not change the numbers behind them.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from shardproof.errors import UsageError
+
+Fill = Callable[[Tensor, torch.Generator], object]
+
+
+def generator(*, seed: int, name: str, leaf: int = 0) -> torch.Generator:
+    """A new CPU generator for one leaf of one named tensor.
+
+    Args:
+        seed: of the scheme.
+        name: what is drawn, unique in the model ("layers.0.up.weight").
+        leaf: index of the leaf; 0 for a tensor that is not cut.
+    Raises:
+        UsageError: the leaf is negative.
+    """
+    if leaf < 0:
+        raise UsageError(f"cannot draw leaf {leaf} of {name!r}: leaves count from 0.")
+    # The name goes last, so that no two keys run together.
+    digest = hashlib.sha256(f"{seed}:{leaf}:{name}".encode()).digest()
+    own = torch.Generator()
+    own.manual_seed(int.from_bytes(digest[:8], "little"))
+    return own
+
+
+def draw(
+    shape: Sequence[int],
+    fill: Fill,
+    *,
+    seed: int,
+    name: str,
+    leaf: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """A new tensor for one leaf, filled by `fill`.
+
+    Args:
+        shape: of the leaf.
+        fill: `fill(out, generator)` writes `out`, a contiguous CPU tensor of fp32 or fp64.
+        seed: of the scheme.
+        name: what is drawn, unique in the model.
+        leaf: index of the leaf; 0 for a tensor that is not cut.
+        dtype: of the result; default torch's.
+        device: of the result; default torch's.
+    Returns:
+        (*shape), one leaf.
+    Raises:
+        UsageError: the dtype is not a floating one.
+    """
+    dtype = dtype or torch.get_default_dtype()
+    device = torch.device(device) if device is not None else torch.get_default_device()
+    if not dtype.is_floating_point:
+        raise UsageError(f"cannot draw {name!r} as {dtype}. Use a floating-point dtype.")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    out = torch.empty(tuple(shape), dtype=wide, device="cpu")
+    with torch.no_grad():
+        fill(out, generator(seed=seed, name=name, leaf=leaf))
+    return out.to(device=device, dtype=dtype)
+
+
+def draw_uniform(
+    shape: Sequence[int],
+    low: float,
+    high: float,
+    *,
+    seed: int,
+    name: str,
+    leaf: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """One leaf, uniform in [low, high); arguments as in `draw`.
+
+    Returns:
+        (*shape), one leaf.
+    """
+
+    def fill(out: Tensor, own: torch.Generator) -> None:
+        out.uniform_(low, high, generator=own)
+
+    return draw(shape, fill, seed=seed, name=name, leaf=leaf, dtype=dtype, device=device)
+
+
+def draw_normal(
+    shape: Sequence[int],
+    mean: float,
+    std: float,
+    *,
+    seed: int,
+    name: str,
+    leaf: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """One leaf, normal with a mean and a standard deviation; arguments as in `draw`.
+
+    Returns:
+        (*shape), one leaf.
+    """
+
+    def fill(out: Tensor, own: torch.Generator) -> None:
+        out.normal_(mean, std, generator=own)
+
+    return draw(shape, fill, seed=seed, name=name, leaf=leaf, dtype=dtype, device=device)

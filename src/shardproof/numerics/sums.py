@@ -1,0 +1,127 @@
+"""Sums whose order of additions depends on the shape alone: a halving fold.
+
+The last rows are added onto the first, as many as the largest power of two below the number of
+rows; then the second half onto the first, until one row is left. All additions are elementwise, so
+neither a cut along the columns, nor strides, nor threads can change a bit, which they do for
+`Tensor.sum`. It is also the more accurate order: the error grows with the logarithm of the rows.
+
+bf16 and fp16 are accumulated in fp32 and rounded once. Buffers have at most half as many rows as
+the input. Gradients are copies of the incoming one: nothing is summed backward.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardproof.errors import ShapeError
+
+
+def sum_rows(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Sum over the first dim of a matrix.
+
+    Args:
+        x: (M, N), Replicate or Shard(1).
+        dtype: of the result; default that of `x`.
+    Returns:
+        (N,), Replicate or Shard(0). Zeros if M is 0.
+    Raises:
+        ShapeError: `x` is no matrix.
+    """
+    if x.dim() != 2:
+        raise ShapeError(
+            f"sum_rows takes a matrix (M, N), got shape {tuple(x.shape)}. Use x.flatten(0, -2)."
+        )
+    return _SumRows.apply(x, dtype or x.dtype)
+
+
+def sum_all(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Sum of all elements, folded in row-major order.
+
+    Args:
+        x: (*), Replicate.
+        dtype: of the result; default that of `x`.
+    Returns:
+        (), Replicate.
+    """
+    return sum_rows(x.reshape(-1, 1), dtype=dtype).view(())
+
+
+def sum_squares(x: Tensor) -> Tensor:
+    """Sum of the squares of all elements, folded in row-major order.
+
+    Args:
+        x: (*), Replicate, or one leaf of it.
+    Returns:
+        (), Replicate, or that leaf's part; fp64 for fp64, else fp32.
+    """
+    return _SumSquares.apply(x)
+
+
+class _SumRows(torch.autograd.Function):
+    """Halving fold forward, expand backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.rows, ctx.dtype = x.shape[0], x.dtype
+        return _fold(x, torch.promote_types(dtype, _sum_dtype(x)), lambda part: part).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
+        return grad_y.to(ctx.dtype).expand(ctx.rows, -1), None
+
+
+class _SumSquares(torch.autograd.Function):
+    """Halving fold of the squares forward, 2 g x backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        dtype = _sum_dtype(x)
+
+        def square(part: Tensor) -> Tensor:
+            wide = part.to(dtype)
+            return wide * wide
+
+        return _fold(x.reshape(-1, 1), dtype, square).view(())
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return (x.to(grad_y.dtype) * (2 * grad_y)).to(x.dtype)
+
+
+def _fold(x: Tensor, dtype: torch.dtype, lift: Callable[[Tensor], Tensor]) -> Tensor:
+    """Fold the rows of `lift(x)`, (M, N) -> (N,), in `dtype`; `x` is not written."""
+    rows = x.shape[0]
+    if rows == 0:
+        return x.new_zeros(x.shape[1:], dtype=dtype)
+    if rows == 1:
+        return lift(x[0]).to(dtype, copy=True)
+    power = 1 << (rows - 1).bit_length() - 1  # the largest power of two below `rows`
+    if rows == 2 * power:
+        total = _add_onto(x[:power], x[power:], dtype, lift)
+    else:  # two quarters, so that no buffer has more than half of the rows
+        power //= 2
+        total = _add_onto(x[:power], x[2 * power : 3 * power], dtype, lift)
+        total.add_(_add_onto(x[power : 2 * power], x[3 * power :], dtype, lift))
+    while power > 1:
+        power //= 2
+        total[:power].add_(total[power : 2 * power])
+    return total[0].clone()  # alone, or it would keep the whole buffer alive
+
+
+def _add_onto(
+    first: Tensor, last: Tensor, dtype: torch.dtype, lift: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """`first` as a new tensor, with the fewer rows of `last` added to its first rows."""
+    total = torch.empty_like(first, dtype=dtype)  # laid out as `first`, so that reads run along
+    length = last.shape[0]
+    torch.add(lift(first[:length]).to(dtype), lift(last), out=total[:length])
+    total[length:] = lift(first[length:])
+    return total
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
