@@ -1,3 +1,35 @@
-"""Tensor parallelism for PyTorch that can be proved."""
+"""Tensor parallelism for PyTorch that can be proved.
+
+Import it before the first matrix product of the process: the import sets the BLAS mode in which a
+shard has the bits of the whole (`numerics.mode`).
+"""
+
+# ruff: noqa: E402, I001 - the mode must be set before anything that could compute
+from shardproof.numerics.mode import set_blas_mode
+
+set_blas_mode()
+
+from shardproof import errors, functional
+from shardproof.axis import Axis
+from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
+from shardproof.optim import clip_grad_norm_, grad_norm
+from shardproof.plans.apply import parallelize
+from shardproof.plans.style import ColumnParallel, Plan, RowParallel
+from shardproof.scheme import Scheme
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Axis",
+    "ColumnParallel",
+    "ColumnParallelLinear",
+    "Plan",
+    "RowParallel",
+    "RowParallelLinear",
+    "Scheme",
+    "clip_grad_norm_",
+    "errors",
+    "functional",
+    "grad_norm",
+    "parallelize",
+]

@@ -68,9 +68,7 @@ class _Site:
         leaves: dict[Node, Tensor] = {
             (leaf, leaf + 1): partial.to(wide) for leaf, partial in zip(run, partials, strict=True)
         }
-        nodes = {
-            node: _node_sum(node, leaves) for node in nodes_of_run(self.cut.num_leaves, run)
-        }
+        nodes = {node: _node_sum(node, leaves) for node in nodes_of_run(self.cut.num_leaves, run)}
         return comm.all_reduce_nodes(
             nodes,
             self.axis,

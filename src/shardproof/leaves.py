@@ -6,6 +6,7 @@ never by the degree: that is what keeps the bits the same (`tree.py` says how).
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from shardproof.errors import DegreeError, ShapeError
 
@@ -24,7 +25,7 @@ def share(size: int, parts: int) -> tuple[range, ...]:
         raise ShapeError(f"cannot share {size} items among {parts} parts: both must be positive.")
     length, longer = divmod(size, parts)
     starts = [part * length + min(part, longer) for part in range(parts + 1)]
-    return tuple(range(start, stop) for start, stop in zip(starts, starts[1:], strict=False))
+    return tuple(range(start, stop) for start, stop in pairwise(starts))
 
 
 def check_degree(degree: int, leaves: int) -> None:

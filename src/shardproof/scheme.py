@@ -39,3 +39,6 @@ class Scheme:
     def is_invariant(self) -> bool:
         """True if the bits may not depend on the degree."""
         return self.numerics == "invariant"
+
+
+DEFAULT_SCHEME = Scheme()

@@ -1,1 +1,19 @@
-"""Pure functions of shards and an axis."""
+"""Pure functions of shards and an axis, and the invariant twins of torch's own."""
+
+from shardproof.functional.linear import LinearSite, column_linear, row_linear
+from shardproof.functional.losses import cross_entropy, mse_loss
+from shardproof.numerics.elementwise import gelu, relu, sigmoid, silu, softplus, tanh
+
+__all__ = [
+    "LinearSite",
+    "column_linear",
+    "cross_entropy",
+    "gelu",
+    "mse_loss",
+    "relu",
+    "row_linear",
+    "sigmoid",
+    "silu",
+    "softplus",
+    "tanh",
+]

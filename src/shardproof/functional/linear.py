@@ -1,11 +1,11 @@
 """Column and row parallel linear: forward, and a backward in which every cut sum takes the tree.
 
-Sources: Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3) for the two cuts; with
-gathered input and reduce-scattered gradient, Korthikanti et al. 2022 (arXiv 2205.05198, section 4.2).
+Sources: Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3) for the two cuts; for
+the gathered input, Korthikanti et al. 2022 (arXiv 2205.05198, section 4.2).
 """
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class LinearSite:
         scheme: leaves and numerics.
         who: the layer's name, for messages and the ledger.
         input_cut: column only: how the input is cut along its last dim if it is gathered first.
+        run, slices: this rank's leaves, and where each lies in the shard; from `cut`.
     """
 
     axis: Axis
@@ -38,20 +39,16 @@ class LinearSite:
     scheme: Scheme
     who: str = ""
     input_cut: Cut | None = None
+    run: range = field(init=False)
+    slices: tuple[slice, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        run = self.cut.run(self.axis.rank)
-        object.__setattr__(self, "run", run)
+        object.__setattr__(self, "run", self.cut.run(self.axis.rank))
         object.__setattr__(self, "slices", self.cut.leaf_slices(self.axis.rank))
-
-    run: range = range(0)
-    slices: tuple[slice, ...] = ()
 
     def nodes(self, a: Tensor, b: Tensor) -> dict[Any, Tensor]:
         """Canonical nodes of `a @ b`, contracted along the dim that `cut` cuts."""
-        return matmul.product_nodes(
-            a, b, self.slices, run=self.run, num_leaves=self.cut.num_leaves
-        )
+        return matmul.product_nodes(a, b, self.slices, run=self.run, num_leaves=self.cut.num_leaves)
 
     def all_reduce(self, a: Tensor, b: Tensor, direction: str) -> Tensor:
         """`a @ b` summed over the axis: (M, c) and (c, N) to (M, N), Replicate."""

@@ -1,0 +1,146 @@
+"""What every cut module has: plain local parameters, a Layout for each, state that carries both.
+
+Not a layer itself. A parameter here is an ordinary `nn.Parameter` with the local shape; what it is
+a part of stands in `layouts`.
+"""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardproof.axis import Axis
+from shardproof.errors import LayoutError
+from shardproof.layers import guard
+from shardproof.leaves import Cut, Layout, check_degree
+from shardproof.numerics import mode
+from shardproof.numerics.random import draw_uniform
+from shardproof.scheme import Scheme
+
+_STATE = "_extra_state"
+
+
+class ShardedModule(nn.Module):
+    """Base of modules whose parameters are cut over one axis.
+
+    Attributes:
+        axis: the ranks.
+        name: how messages call the module; also keys its initialisation.
+        scheme: leaves, numerics, seed.
+        layouts: parameter name -> Layout.
+    """
+
+    def __init__(self, *, axis: Axis, name: str | None, scheme: Scheme) -> None:
+        super().__init__()
+        check_degree(axis.size, scheme.leaves)
+        self.axis = axis
+        self.scheme = scheme
+        self.name = axis.next_name(type(self).__name__) if name is None else name
+        self.layouts: dict[str, Layout] = {}
+        guard.watch(self)
+
+    def _cut(self, size: int) -> Cut:
+        return Cut(size, self.scheme.leaves, self.axis.size)
+
+    def _layout(self, shape: tuple[int, ...], dim: int | None = None) -> Layout:
+        cut = None if dim is None else self._cut(shape[dim])
+        return Layout(shape, self.axis.rank, dim, cut)
+
+    def _add_parameter(
+        self, name: str, layout: Layout, device: Any = None, dtype: Any = None
+    ) -> None:
+        self.layouts[name] = layout
+        data = torch.empty(layout.local_shape, device=device, dtype=dtype)
+        self.register_parameter(name, nn.Parameter(data))
+
+    @torch.no_grad()
+    def _draw(self, parameter: str, bound: float) -> None:
+        """Fill a parameter leaf by leaf from U(-bound, bound), keyed by (seed, name, leaf)."""
+        shard = self.get_parameter(parameter)
+        layout = self.layouts[parameter]
+        if shard.is_meta:
+            return
+        for leaf, where, shape in _leaves(layout):
+            values = draw_uniform(
+                shape,
+                -bound,
+                bound,
+                seed=self.scheme.seed,
+                name=f"{self.name}.{parameter}",
+                leaf=leaf,
+                dtype=shard.dtype,
+                device=shard.device,
+            )
+            shard[where].copy_(values)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Layout of every parameter and the contract; plain data."""
+        return {
+            "degree": self.axis.size,
+            "rank": self.axis.rank,
+            "layouts": {name: layout.state() for name, layout in self.layouts.items()},
+            "contract": self._contract(),
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Warn if the state was made under another contract; layouts were checked before."""
+        if state["contract"] != self._contract():
+            warnings.warn(
+                f"the state of {self.name!r} was saved under the contract {state['contract']!r}, "
+                f"this process has {self._contract()!r}: the values are right, further bits may "
+                "differ.",
+                stacklevel=2,
+            )
+
+    def _contract(self) -> str:
+        parameter = next(self.parameters(recurse=False))
+        device = torch.device("cpu") if parameter.is_meta else parameter.device
+        return mode.contract(self.scheme, parameter.dtype, device)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # Before anything is copied: a shard of another rank may well have the same shape.
+        self._check_state(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Raise unless the state is of this very layout."""
+        mine = self.get_extra_state()
+        state = state_dict.get(prefix + _STATE)
+        if state is None:
+            for name, layout in self.layouts.items():
+                value = state_dict.get(prefix + name)
+                if isinstance(value, Tensor) and tuple(value.shape) != layout.local_shape:
+                    raise LayoutError(
+                        f"cannot load {prefix + name!r} of shape {tuple(value.shape)} into "
+                        f"{self.name!r} on {self.axis}, which holds {layout.local_shape} of "
+                        f"{layout.shape}: the state has no layout. Load it into the plain module "
+                        "and cut that with from_linear or parallelize."
+                    )
+            return
+        for key in ("degree", "rank", "layouts"):
+            if state[key] != mine[key]:
+                raise LayoutError(
+                    f"cannot load the state of {prefix.rstrip('.') or self.name!r} into "
+                    f"{self.axis}: its {key} is {state[key]}, here it is {mine[key]}. Load the state that this "
+                    "rank saved at this degree, with the same leaves."
+                )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        guard.watch(self)  # a deep copy comes this way, not through __init__
+
+
+def _leaves(layout: Layout) -> Iterator[tuple[int, tuple[slice, ...], tuple[int, ...]]]:
+    """Leaf index, where it lies in the shard, and its shape, for every owned leaf."""
+    if layout.cut is None or layout.dim is None:
+        yield 0, (), layout.shape
+        return
+    run = layout.cut.run(layout.rank)
+    for leaf, where in zip(run, layout.cut.leaf_slices(layout.rank), strict=True):
+        shape = list(layout.shape)
+        shape[layout.dim] = where.stop - where.start
+        yield leaf, (slice(None),) * layout.dim + (where,), tuple(shape)

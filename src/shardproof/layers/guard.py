@@ -1,0 +1,64 @@
+"""Keeps torch's own gradient norm from being silently wrong on a cut model.
+
+`torch.nn.utils.clip_grad_norm_` on shards computes a norm per rank, clips each rank by its own and
+lets replicated weights drift apart, without a word. Once the first cut module exists, torch's norm
+function raises when it is given the gradient of a cut parameter; every other call is as before.
+Why a guard and not a parameter subclass: docs/decisions/0009-guard-torch-clip.md.
+"""
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad
+
+from shardproof.errors import UsageError
+
+_watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_lock = threading.Lock()
+
+
+def watch(module: nn.Module) -> None:
+    """Make torch's norm functions raise on gradients of this module's cut parameters."""
+    with _lock:
+        _watched.add(module)
+        if not hasattr(clip_grad._get_total_norm, "is_shardproof_guard"):
+            # The first is what clip_grad_norm_ calls, the second the public name of the same.
+            clip_grad._get_total_norm = _guarded(clip_grad._get_total_norm)
+            torch.nn.utils.get_total_norm = clip_grad._get_total_norm
+
+
+def _guarded(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(original)
+    def guard(tensors: Tensor | Iterable[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        grads = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        name = _cut_parameter(grads)
+        if name is not None:
+            raise UsageError(
+                f"torch.nn.utils would compute the norm of this rank's shard of {name!r} alone, "
+                "and clip every rank differently. Use shardproof.clip_grad_norm_(model, max_norm), "
+                "which adds over the axis and counts replicated parameters once."
+            )
+        return original(grads, *args, **kwargs)
+
+    guard.is_shardproof_guard = True  # type: ignore[attr-defined]
+    return guard
+
+
+def _cut_parameter(grads: list[Tensor]) -> str | None:
+    """Name of a cut parameter whose gradient (or which itself) is among `grads`."""
+    given = {id(grad) for grad in grads}
+    with _lock:
+        modules = list(_watched)
+    for module in modules:
+        for name, layout in module.layouts.items():
+            parameter = getattr(module, name)
+            if layout.is_replicated or parameter is None:
+                continue
+            if id(parameter.grad) in given or id(parameter) in given:
+                return f"{module.name}.{name}"
+    return None

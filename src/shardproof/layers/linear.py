@@ -1,0 +1,281 @@
+"""Linear layers whose weight is cut over one axis: drop-in for `nn.Linear`."""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from shardproof import collectives
+from shardproof.axis import Axis
+from shardproof.errors import ShapeError
+from shardproof.functional.linear import LinearSite, column_linear, row_linear
+from shardproof.layers.base import ShardedModule
+from shardproof.scheme import DEFAULT_SCHEME, Scheme
+
+
+class _ParallelLinear(ShardedModule):
+    """What both cuts share: sizes, parameters, initialisation."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    _weight_dim: int
+    _bias_dim: int | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axis: Axis,
+        bias: bool,
+        name: str | None,
+        scheme: Scheme,
+        device: Any,
+        dtype: Any,
+    ) -> None:
+        super().__init__(axis=axis, name=name, scheme=scheme)
+        self.in_features = in_features
+        self.out_features = out_features
+        weight = self._layout((out_features, in_features), self._weight_dim)
+        self._add_parameter("weight", weight, device, dtype)
+        if bias:
+            self._add_parameter(
+                "bias", self._layout((out_features,), self._bias_dim), device, dtype
+            )
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw what `nn.Linear` draws, U(-1/sqrt(in), 1/sqrt(in)), keyed by (seed, name, leaf).
+
+        No rank draws a full weight, and every degree gets the same numbers. Layers of the same
+        name and seed draw the same. On the meta device this does nothing.
+        """
+        bound = self.in_features**-0.5
+        for name in self.layouts:
+            self._draw(name, bound)
+
+    @torch.no_grad()
+    def _take(self, linear: nn.Linear) -> Self:
+        """Copy this rank's part of a whole layer, and what it says of itself."""
+        for name, layout in self.layouts.items():
+            whole, shard = getattr(linear, name), getattr(self, name)
+            shard.requires_grad_(whole.requires_grad)
+            if shard.is_meta:
+                continue
+            if layout.dim is None:
+                shard.copy_(whole)
+            else:
+                owned = layout.owned
+                shard.copy_(whole.narrow(layout.dim, owned.start, len(owned)))
+        return self.train(linear.training)
+
+    def _check_width(self, x: Tensor, width: int) -> None:
+        """Raise unless the last dim of `x` is `width`: all in_features, or those owned here."""
+        if x.dim() and x.shape[-1] == width:
+            return
+        part = "" if width == self.in_features else f" of which {self.axis} owns {width}"
+        raise ShapeError(
+            f"{self.name!r} ({type(self).__name__}, in_features={self.in_features}, "
+            f"out_features={self.out_features}) takes an input whose last dim is "
+            f"in_features={self.in_features}{part}; got shape {tuple(x.shape)}. "
+            "Sizes of a layer are global; check what the layer before hands on."
+        )
+
+    def extra_repr(self) -> str:
+        """Global sizes, and which rank of which axis this is."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {self.axis.name}={self.axis.rank}/{self.axis.size}"
+        )
+
+
+class ColumnParallelLinear(_ParallelLinear):
+    """`y = x @ weight.T + bias`, with out_features cut over `axis`.
+
+    Shapes and placements:
+        x       (*, in_features)              Replicate; (*, owned in_features), Shard(-1) with
+                                              gather_input
+        weight  (owned out_features, in_features)  Shard(0)
+        bias    (owned out_features,)         Shard(0)
+        y       (*, owned out_features)       Shard(-1); (*, out_features), Replicate with
+                                              gather_output
+
+    Comm:
+        forward none; backward one all_reduce of grad_x (*, in_features).
+        gather_input: forward one all_gather of x (*, in_features); backward one reduce_scatter.
+        gather_output: forward also one all_gather of y (*, out_features).
+    """
+
+    _weight_dim = 0
+    _bias_dim = 0
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axis: Axis,
+        bias: bool = True,
+        gather_input: bool = False,
+        gather_output: bool = False,
+        name: str | None = None,
+        scheme: Scheme = DEFAULT_SCHEME,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            axis=axis,
+            bias=bias,
+            name=name,
+            scheme=scheme,
+            device=device,
+            dtype=dtype,
+        )
+        self.gather_input = gather_input
+        self.gather_output = gather_output
+        cut = self._cut(out_features)
+        input_cut = self._cut(in_features) if gather_input else None
+        self._site = LinearSite(axis, cut, scheme, self.name, input_cut)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        axis: Axis,
+        gather_input: bool = False,
+        gather_output: bool = False,
+        name: str | None = None,
+        scheme: Scheme = DEFAULT_SCHEME,
+    ) -> Self:
+        """Take this rank's rows of `linear`, which must be the same on every rank.
+
+        Args:
+            linear: the whole layer; frozen weights stay frozen, its training flag is kept.
+            axis: the ranks.
+            gather_input: the input comes as Shard(-1) and is gathered first.
+            gather_output: the output is gathered to Replicate.
+            name: for messages and initialisation.
+            scheme: leaves, numerics, seed.
+        """
+        layer = _like(cls, linear, axis, name, scheme, gather_input=gather_input)
+        layer.gather_output = gather_output
+        return layer._take(linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class for shapes, placements and Comm."""
+        site = self._site
+        if site.input_cut is None:
+            self._check_width(x, self.in_features)
+        else:
+            self._check_width(x, len(site.input_cut.owned(self.axis.rank)))
+        y = column_linear(x, self.weight, self.bias, site)
+        if not self.gather_output:
+            return y
+        return collectives.all_gather(
+            y, self.axis, dim=-1, cut=site.cut, grad="replicate", who=self.name
+        )
+
+
+class RowParallelLinear(_ParallelLinear):
+    """`y = x @ weight.T + bias`, with in_features cut over `axis`.
+
+    Shapes and placements:
+        x       (*, owned in_features)        Shard(-1); (*, in_features), Replicate with
+                                              input_is_parallel=False
+        weight  (out_features, owned in_features)  Shard(1)
+        bias    (out_features,)               Replicate; added once, after the sum
+        y       (*, out_features)             Replicate
+
+    Comm:
+        forward one all_reduce of y (*, out_features); backward none.
+        input_is_parallel=False: backward also one all_gather of grad_x (*, in_features).
+    """
+
+    _weight_dim = 1
+    _bias_dim = None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axis: Axis,
+        bias: bool = True,
+        input_is_parallel: bool = True,
+        name: str | None = None,
+        scheme: Scheme = DEFAULT_SCHEME,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            axis=axis,
+            bias=bias,
+            name=name,
+            scheme=scheme,
+            device=device,
+            dtype=dtype,
+        )
+        self.input_is_parallel = input_is_parallel
+        self._site = LinearSite(axis, self._cut(in_features), scheme, self.name)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        axis: Axis,
+        input_is_parallel: bool = True,
+        name: str | None = None,
+        scheme: Scheme = DEFAULT_SCHEME,
+    ) -> Self:
+        """Take this rank's columns of `linear`, which must be the same on every rank.
+
+        Args:
+            linear: the whole layer; frozen weights stay frozen, its training flag is kept.
+            axis: the ranks.
+            input_is_parallel: False if the input comes whole and is to be cut here.
+            name: for messages and initialisation.
+            scheme: leaves, numerics, seed.
+        """
+        layer = _like(cls, linear, axis, name, scheme, input_is_parallel=input_is_parallel)
+        return layer._take(linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class for shapes, placements and Comm."""
+        cut = self._site.cut
+        if not self.input_is_parallel:
+            self._check_width(x, self.in_features)
+            x = collectives.shard(x, self.axis, dim=-1, cut=cut, who=self.name)
+        self._check_width(x, len(cut.owned(self.axis.rank)))
+        return row_linear(x, self.weight, self.bias, self._site)
+
+
+def _like(
+    cls: type[Any],
+    linear: nn.Linear,
+    axis: Axis,
+    name: str | None,
+    scheme: Scheme,
+    **options: bool,
+) -> Any:
+    """An undrawn layer with the sizes of `linear`, on its device and with its dtype."""
+    device = linear.weight.device
+    layer = cls(
+        linear.in_features,
+        linear.out_features,
+        axis=axis,
+        bias=linear.bias is not None,
+        name=name,
+        scheme=scheme,
+        device="meta",
+        dtype=linear.weight.dtype,
+        **options,
+    )
+    return layer if device.type == "meta" else layer.to_empty(device=device)

@@ -1,0 +1,119 @@
+"""The norm of all gradients of a cut model, and clipping by it.
+
+Each element counts once: a cut parameter is summed over the axis by the canonical tree over its
+leaves, a replicated one is summed on every rank alike and not over the axis. The parameters are
+added in the order of `model.named_parameters()`, which no degree changes.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from shardproof import comm
+from shardproof.axis import Axis
+from shardproof.errors import UsageError
+from shardproof.layers.base import ShardedModule
+from shardproof.leaves import Layout
+from shardproof.numerics.matmul import node_dtype
+from shardproof.numerics.sums import sum_squares
+from shardproof.tree import combine, nodes_of_run
+
+
+def layouts_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Layout, Axis | None]]:
+    """Name, parameter, layout and axis of every parameter; plain ones are replicated.
+
+    A parameter that two modules share comes once, under its first name.
+    """
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            full = f"{prefix}.{name}" if prefix else name
+            if isinstance(module, ShardedModule):
+                yield full, parameter, module.layouts[name], module.axis
+            else:
+                yield full, parameter, Layout(tuple(parameter.shape), 0), None
+
+
+@torch.no_grad()
+def grad_norm(model: nn.Module) -> Tensor:
+    """2-norm of all gradients of a cut model, the same bits at every degree.
+
+    Args:
+        model: with cut and plain modules; parameters without a gradient count nothing.
+
+    Returns:
+        (), Replicate, fp32 (fp64 if any gradient is).
+
+    Raises:
+        UsageError: `model` is not a module.
+
+    Comm:
+        update: one all_reduce of () per cut parameter that has a gradient.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"grad_norm and clip_grad_norm_ take the model, got {type(model).__name__}: the "
+            "modules know which parameters are cut. Write clip_grad_norm_(model, max_norm)."
+        )
+    total: Tensor | None = None
+    for name, parameter, layout, axis in layouts_of(model):
+        if parameter.grad is None:
+            continue
+        square = _sum_squares(parameter.grad, layout, axis, name)
+        if total is not None and total.dtype != square.dtype:
+            total, square = total.double(), square.double()
+        total = square if total is None else total + square
+    return torch.zeros(()) if total is None else total.sqrt()
+
+
+def _sum_squares(grad: Tensor, layout: Layout, axis: Axis | None, who: str) -> Tensor:
+    """Sum of squares of one gradient, each element of the whole tensor once."""
+    if layout.cut is None or layout.dim is None or axis is None:
+        return sum_squares(grad)
+    run = layout.cut.run(layout.rank)
+    sizes = [where.stop - where.start for where in layout.cut.leaf_slices(layout.rank)]
+    leaves = {
+        (leaf, leaf + 1): sum_squares(part)
+        for leaf, part in zip(run, grad.split(sizes, layout.dim), strict=True)
+    }
+    count = layout.cut.num_leaves
+    nodes = {node: combine(node, leaves, _add) for node in nodes_of_run(count, run)}
+    like = grad.new_empty(0, dtype=node_dtype(grad.dtype))
+    return comm.all_reduce_nodes(
+        nodes, axis, cut=layout.cut, shape=(), like=like, direction="update", who=who
+    )
+
+
+def _add(left: Tensor, right: Tensor, is_fresh: bool) -> Tensor:
+    return left + right
+
+
+@torch.no_grad()
+def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale all gradients by `max_norm / norm` if their norm is larger; in place.
+
+    Args:
+        model: with cut and plain modules.
+        max_norm: the largest norm allowed; positive.
+
+    Returns:
+        (), Replicate: the norm before clipping.
+
+    Raises:
+        UsageError: `model` is not a module, or `max_norm` is not positive.
+
+    Comm:
+        update: as `grad_norm`.
+    """
+    if not max_norm > 0:
+        raise UsageError(f"max_norm={max_norm} is not positive. Give the largest norm allowed.")
+    norm = grad_norm(model)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(scale.to(parameter.grad.dtype))
+    return norm

@@ -1,0 +1,125 @@
+"""`parallelize`: check the whole plan on all ranks first, change the model second."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from shardproof import comm
+from shardproof.axis import Axis
+from shardproof.errors import PlanError
+from shardproof.layers.activations import invariant_twin
+from shardproof.layers.base import ShardedModule
+from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
+from shardproof.leaves import check_degree
+from shardproof.plans.match import match
+from shardproof.plans.style import ColumnParallel, Plan, Style
+
+
+def parallelize(model: nn.Module, plan: Plan | Mapping[str, Style | str], axis: Axis) -> nn.Module:
+    """Cut a model in place: this rank keeps its shard of each module that the plan names.
+
+    Linears become `ColumnParallelLinear` or `RowParallelLinear`. With invariant numerics,
+    activations whose bits change with the cut or with threads (`nn.SiLU`, `nn.GELU`, ...) become
+    ours; calls such as `F.silu` inside a forward cannot be seen, the prover names them.
+
+    Args:
+        model: the same on every rank; on the meta device nothing is allocated.
+        plan: pattern -> style, or a `Plan` with its scheme.
+        axis: the ranks.
+
+    Returns:
+        `model`.
+
+    Raises:
+        PlanError: everything that is wrong with the plan, in one message; nothing was changed.
+        DegreeError: the degree exceeds the plan's leaves.
+        MismatchError: the ranks were given different plans or models.
+    """
+    plan = plan if isinstance(plan, Plan) else Plan(plan)
+    check_degree(axis.size, plan.scheme.leaves)
+    comm.agree(_digest(plan, model), axis, what="plans")
+    styles, problems = match(plan.styles, model)
+    problems += _unfit(styles, model)
+    if problems:
+        raise PlanError(
+            f"the plan does not fit {type(model).__name__}: "
+            + (problems[0] if len(problems) == 1 else "\n- " + "\n- ".join(problems))
+        )
+    for name, style in styles.items():
+        _replace(model, name, _cut(model.get_submodule(name), style, name, plan, axis))
+    if plan.scheme.is_invariant:
+        _replace_activations(model)
+    return model
+
+
+def _digest(plan: Plan, model: nn.Module) -> str:
+    """What every rank must have alike, in words that a message can show."""
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    dtypes = sorted({str(value.dtype) for value in model.parameters()})
+    entries = dict(plan.styles)
+    return f"{entries} with {plan.scheme} for {type(model).__name__} {shapes} {', '.join(dtypes)}"
+
+
+def _unfit(styles: Mapping[str, Style], model: nn.Module) -> list[str]:
+    """Modules that a style names and that cannot be cut, one sentence each."""
+    problems = []
+    for name, style in styles.items():
+        module = model.get_submodule(name)
+        if isinstance(module, ShardedModule):
+            problems.append(f"module {name!r} is cut already ({type(module).__name__}).")
+        elif type(module) is not nn.Linear:
+            problems.append(
+                f"module {name!r} is a {type(module).__name__}, which {style} cannot cut: it takes "
+                "nn.Linear. Name the linears inside it, or leave it replicated."
+            )
+        else:
+            problems += _ties(name, module, model)
+    return problems
+
+
+def _ties(name: str, module: nn.Module, model: nn.Module) -> list[str]:
+    """A weight that another module also uses would be cut on one side only."""
+    own = {id(parameter) for parameter in module.parameters()}
+    others = [
+        other
+        for other, candidate in model.named_modules(remove_duplicate=False)
+        if other != name
+        for parameter in candidate.parameters(recurse=False)
+        if id(parameter) in own
+    ]
+    return [
+        f"module {name!r} shares its weight with {other!r}: a tied weight cannot be cut on one "
+        "side only. Untie them, or leave both out of the plan."
+        for other in others
+    ]
+
+
+def _cut(module: nn.Module, style: Style, name: str, plan: Plan, axis: Axis) -> nn.Module:
+    if isinstance(style, ColumnParallel):
+        return ColumnParallelLinear.from_linear(
+            module,  # type: ignore[arg-type]  # _unfit has seen that it is nn.Linear
+            axis=axis,
+            gather_input=style.gather_input,
+            gather_output=style.gather_output,
+            name=name,
+            scheme=plan.scheme,
+        )
+    return RowParallelLinear.from_linear(
+        module,  # type: ignore[arg-type]
+        axis=axis,
+        input_is_parallel=style.input_is_parallel,
+        name=name,
+        scheme=plan.scheme,
+    )
+
+
+def _replace_activations(model: nn.Module) -> None:
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        twin = invariant_twin(module)
+        if name and twin is not None:
+            _replace(model, name, twin.train(module.training))
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
