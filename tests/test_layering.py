@@ -1,0 +1,199 @@
+"""The house, floor by floor: a module may import only what stands on a floor below its own.
+
+Reading FLOORS is reading the architecture. A new file needs a place here; a file that cannot be
+given one wants to be two files. Modules of one floor do not know each other. Imports inside
+functions and under TYPE_CHECKING count too.
+"""
+
+import ast
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src" / "shardproof"
+
+# Bottom up. `x.__init__` is the package file of `x`; "" before the dot is shardproof itself.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors",),
+    ("leaves", "tree"),
+    ("scheme",),
+    ("transport.ledger",),
+    ("transport.base",),
+    ("transport.solo", "transport.threads", "transport.distributed"),
+    ("transport.__init__",),
+    ("axis",),
+    ("numerics.mode", "numerics.elementwise", "numerics.sums", "numerics.random"),
+    ("numerics.matmul",),
+    ("numerics.__init__",),
+    ("comm",),
+    ("collectives",),
+    ("functional.linear", "functional.losses"),
+    ("functional.__init__",),
+    ("layers.base",),
+    ("layers.column", "layers.row"),
+    ("layers.__init__",),
+    ("plans.style",),
+    ("plans.match",),
+    ("plans.apply", "optim"),
+    ("plans.__init__",),
+    ("ranks",),
+    ("prover.hashing", "prover.compare"),
+    ("prover.__init__",),
+    ("cases.__init__",),
+    ("__init__",),
+    ("cli.json_file", "cli.machine", "cli.options", "cli.output", "cli.table", "cli.torchrun"),
+    ("cli.doctor",),
+    ("cli.main",),
+    ("cli.__init__",),
+    ("__main__",),
+)
+
+# Floors apart: the first knows nothing of the others, although they stand below it.
+STRANGERS = {
+    "numerics": ("axis", "transport"),  # arithmetic on plain tensors, whoever shares them
+    "layers": ("transport",),  # a layer talks to an axis, never to what carries its bytes
+}
+
+# Extras that may be missing: imported inside the function that needs them, and only there.
+OPTIONAL = ("sklearn",)
+
+# (module, imported): why this import stands inside a function.
+INSIDE_FUNCTIONS: dict[tuple[str, str], str] = {}
+
+
+@dataclass(frozen=True)
+class Import:
+    target: str
+    line: int
+    is_inside_function: bool
+
+
+def module_of(path: Path, src: Path) -> str:
+    return ".".join(path.relative_to(src).with_suffix("").parts)
+
+
+def imports_of(path: Path) -> Iterator[Import]:
+    """Every import of a file, wherever it stands: `from a import b` gives `a.b`."""
+
+    def visit(node: ast.AST, is_inside: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, is_inside)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            for alias in node.names:
+                yield Import(f"{base}.{alias.name}", node.lineno, is_inside)
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, is_inside or is_function)
+
+    yield from visit(ast.parse(path.read_text()), False)
+
+
+def own_module(target: str, modules: set[str]) -> str | None:
+    """Which of our modules an imported name comes from; None if it is not ours."""
+    parts = target.split(".")
+    if parts[0] != "shardproof":
+        return None
+    for length in range(len(parts), 0, -1):
+        name = ".".join(parts[1:length])
+        for candidate in (name, f"{name}.__init__".lstrip(".")):
+            if candidate in modules:
+                return candidate
+    return target
+
+
+def violations(src: Path) -> list[str]:
+    """What in `src` breaks the order, as sentences."""
+    place = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
+    files = {module_of(path, src): path for path in sorted(src.rglob("*.py"))}
+    found = [f"{module} stands on no floor" for module in files if module not in place]
+    for module, path in files.items():
+        for imported in imports_of(path):
+            where = f"{module}:{imported.line}"
+            if imported.target.startswith("."):
+                found.append(f"{where} imports {imported.target} relatively")
+                continue
+            top = imported.target.split(".")[0]
+            if imported.is_inside_function and top not in OPTIONAL:
+                known = [known for origin, known in INSIDE_FUNCTIONS if origin == module]
+                if not any(imported.target.startswith(name) for name in known):
+                    found.append(f"{where} imports {imported.target} inside a function")
+            if not imported.is_inside_function and top in OPTIONAL:
+                found.append(f"{where} imports the optional {top} for everybody")
+            target = own_module(imported.target, set(files))
+            if target is None or module not in place:
+                continue
+            if place.get(target, len(FLOORS)) >= place[module]:
+                found.append(f"{where} imports {target}, which is not below it")
+            if target.split(".")[0] in STRANGERS.get(module.split(".")[0], ()):
+                found.append(f"{where} imports {target}, of which it should know nothing")
+    return found
+
+
+def test_imports_only_point_down() -> None:
+    assert violations(SRC) == []
+
+
+def test_every_place_is_taken_once() -> None:
+    places = [module for floor in FLOORS for module in floor]
+    assert len(places) == len(set(places))
+    missing = [m for m in places if not (SRC / (m.replace(".", "/") + ".py")).exists()]
+    assert missing == [], "a floor names files that are gone"
+
+
+def test_every_exception_is_used_and_has_a_reason() -> None:
+    for (module, target), reason in INSIDE_FUNCTIONS.items():
+        path = SRC / (module.replace(".", "/") + ".py")
+        inside = [found.target for found in imports_of(path) if found.is_inside_function]
+        assert any(name.startswith(target) for name in inside), f"{module} no longer needs {target}"
+        assert reason
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "complaint"),
+    [
+        ("errors", "from shardproof.axis import Axis", "imports axis, which is not below it"),
+        ("errors", "import shardproof.axis", "imports axis, which is not below it"),
+        ("errors", "from shardproof import tree", "imports tree, which is not below it"),
+        ("errors", "from shardproof import launch", "imports __init__, which is not below it"),
+        ("leaves", "from shardproof.tree import Node", "imports tree, which is not below it"),
+        ("tree", "import shardproof.tree", "imports tree, which is not below it"),
+        ("tree", "from .errors import ShapeError", "imports .errors.ShapeError relatively"),
+        ("comm", "def f():\n    import shardproof.ranks", "imports ranks, which is not below it"),
+        ("comm", "def f():\n    import json", "imports json inside a function"),
+        ("comm", "import sklearn.datasets", "imports the optional sklearn for everybody"),
+        ("comm", "if 1:\n    from shardproof.cli import main", "which is not below it"),
+        ("numerics.mode", "from shardproof.axis import Axis", "of which it should know nothing"),
+        ("brand_new", "import json", "brand_new stands on no floor"),
+    ],
+)
+def test_a_planted_import_is_found(tmp_path: Path, module: str, line: str, complaint: str) -> None:
+    copy = tmp_path / "shardproof"
+    shutil.copytree(SRC, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    before = violations(copy)
+
+    with (copy / (module.replace(".", "/") + ".py")).open("a") as file:
+        file.write(f"\n{line}\n")
+
+    planted = [found for found in violations(copy) if found not in before]
+    assert len(planted) == 1
+    assert planted[0].startswith(module)
+    assert planted[0].endswith(complaint)
+
+
+def test_a_planted_import_that_is_allowed_is_not_complained_about(tmp_path: Path) -> None:
+    copy = tmp_path / "shardproof"
+    shutil.copytree(SRC, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    before = violations(copy)
+    for module, line in [
+        ("tree", "from shardproof.errors import ShapeError"),
+        ("comm", "from shardproof import leaves"),
+        ("comm", "def f():\n    import sklearn.datasets"),
+    ]:
+        with (copy / f"{module}.py").open("a") as file:
+            file.write(f"\n{line}\n")
+    assert violations(copy) == before
