@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad
 
 from shardproof.errors import UsageError
 
-_watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_watched: weakref.WeakSet[Any] = weakref.WeakSet()
 _lock = threading.Lock()
 
 
