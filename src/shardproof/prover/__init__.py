@@ -1,1 +1,21 @@
-"""Runs a system at several degrees and shows that the bits are the same, or where they differ."""
+"""Proves that a model gives the same bits at every degree, in agreement with plain torch."""
+
+from shardproof.prover.against import Comparison, compare_with
+from shardproof.prover.case import Case, Check, Trial
+from shardproof.prover.proof import DEFAULT_SEED, DEGREES, prove, prove_cases
+from shardproof.prover.report import Report
+from shardproof.prover.verdict import verdict
+
+__all__ = [
+    "DEFAULT_SEED",
+    "DEGREES",
+    "Case",
+    "Check",
+    "Comparison",
+    "Report",
+    "Trial",
+    "compare_with",
+    "prove",
+    "prove_cases",
+    "verdict",
+]

@@ -1,0 +1,38 @@
+"""All cases that `shardproof prove` runs by itself, by name."""
+
+from difflib import get_close_matches
+
+from shardproof.cases.digits import DIGITS
+from shardproof.cases.ffn import FFN
+from shardproof.cases.linear import LINEAR_COLUMN, LINEAR_ROW
+from shardproof.cases.matmul import MATMUL_COLUMN, MATMUL_ROW
+from shardproof.cases.mlp import MLP_GATHERED
+from shardproof.errors import UsageError
+from shardproof.prover.case import Case
+
+
+def all_cases() -> tuple[Case, ...]:
+    """Every case, smallest first, installed or not."""
+    return (
+        MATMUL_ROW,
+        MATMUL_COLUMN,
+        FFN,
+        LINEAR_COLUMN,
+        LINEAR_ROW,
+        MLP_GATHERED,
+        DIGITS,
+    )
+
+
+def find_case(name: str) -> Case:
+    """The case of a name.
+
+    Raises:
+        UsageError: there is none; names the near ones, and all.
+    """
+    cases = {case.name: case for case in all_cases()}
+    if name in cases:
+        return cases[name]
+    near = get_close_matches(name, cases, n=3, cutoff=0.4)
+    hint = f"Near names: {', '.join(near)}. " if near else ""
+    raise UsageError(f"there is no case {name!r}. {hint}All cases: {', '.join(cases)}.")

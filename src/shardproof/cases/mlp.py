@@ -1,0 +1,142 @@
+"""MLP 6 -> 4 -> 2 on 32 seeded samples: both layers cut by columns, everything gathered.
+
+From the seed document that begins with a Dataset and a DataLoader and prints its outputs, so that
+they can be checked against those printed. It seeds torch's global generator; a generator of its
+own, seeded alike, gives the same numbers.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from shardproof.cases.draws import fill_like_linear
+from shardproof.cases.linears import column_linear
+from shardproof.functional.losses import mse_loss
+from shardproof.prover.case import Case, Trial
+from shardproof.prover.training import Batch, Training
+
+INPUTS, HIDDEN, OUTPUTS, SAMPLES = 6, 4, 2, 32
+LEARNING_RATE = 0.01
+PRINTED_SEED, PRINTED_ATOL = 12345, 1e-4
+# The outputs as the seed document prints them (four decimals, one GPU).
+PRINTED = (
+    (0.1546, -0.5383), (0.1222, -0.3119), (0.6736, -0.2439), (0.8124, -0.3054),
+    (0.4496, -0.4473), (0.4101, -0.5774), (0.4743, -0.6111), (0.5034, -0.3675),
+    (0.3844, -0.3518), (0.5095, -0.5411), (0.6302, -0.4292), (0.0960, -0.5650),
+    (0.5374, -0.3396), (0.4914, -0.3475), (0.9440, -0.1130), (0.7744, -0.2111),
+    (0.4808, -0.3415), (0.3199, -0.5394), (0.5131, -0.4608), (-0.0191, -0.6592),
+    (0.3838, -0.4386), (0.5702, -0.2098), (0.2020, -0.4805), (0.1737, -0.2273),
+    (0.6647, -0.2574), (0.6794, -0.2492), (0.6364, -0.3637), (1.0508, -0.2086),
+    (0.5117, -0.4432), (0.4517, -0.2172), (0.5502, -0.5689), (0.6571, -0.0120),
+)  # fmt: skip
+
+
+class RandomTensorDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Samples drawn in turn, input and target, from one generator.
+
+    Args:
+        num_samples: how many.
+        in_shape, out_shape: lengths of an input and of a target.
+        seed: of the generator.
+    """
+
+    def __init__(self, num_samples: int, in_shape: int, out_shape: int, *, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.data = [
+            (
+                torch.randn(in_shape, generator=generator),
+                torch.randn(out_shape, generator=generator),
+            )
+            for _ in range(num_samples)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.data[index]
+
+
+class MLP(nn.Module):
+    """Two linear layers in a row, named as in the seed document.
+
+    Args:
+        hidden_layer: 6 -> 4; its output stays cut.
+        output_layer: 4 -> 2; gathers its input and its output.
+    """
+
+    def __init__(self, hidden_layer: nn.Module, output_layer: nn.Module) -> None:
+        super().__init__()
+        self.hidden_layer = hidden_layer
+        self.output_layer = output_layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (*, 6), Replicate, to (*, 2), Replicate."""
+        y: Tensor = self.output_layer(self.hidden_layer(x))
+        return y
+
+
+def build(trial: Trial) -> nn.Module:
+    """The MLP, drawn as `nn.Linear` draws after `manual_seed`: hidden layer, then output layer."""
+    hidden = column_linear(trial, INPUTS, HIDDEN, name="hidden_layer")
+    output = column_linear(
+        trial, HIDDEN, OUTPUTS, name="output_layer", gather_input=True, gather_output=True
+    )
+    generator = torch.Generator().manual_seed(trial.seed)
+    for layer in (hidden, output):
+        fill_like_linear(layer, generator)
+    return MLP(hidden, output)
+
+
+def make_batch(trial: Trial) -> Batch:
+    """All 32 samples in one batch, through a DataLoader."""
+    loader = DataLoader(
+        RandomTensorDataset(SAMPLES, INPUTS, OUTPUTS, seed=trial.seed),
+        batch_size=SAMPLES,
+        shuffle=False,
+        # The loader draws a seed for its workers, of which there are none; not from the global
+        # generator, which ranks as threads share.
+        generator=torch.Generator(),
+    )
+    x, target = next(iter(loader))
+    return Batch((x,), target)
+
+
+def loss(trial: Trial, output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error."""
+    return F.mse_loss(output, target) if trial.axis is None else mse_loss(output, target)
+
+
+def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Plain gradient descent."""
+    return torch.optim.SGD(parameters, lr=LEARNING_RATE)
+
+
+def examine(trial: Trial, output: Tensor) -> None:
+    """Claim the printed outputs (at their seed), and the collectives that the seed simulates."""
+    if trial.seed == PRINTED_SEED:
+        apart = (output - torch.tensor(PRINTED)).abs().max().item()
+        trial.check(
+            "outputs are the printed ones",
+            apart <= PRINTED_ATOL,
+            f"largest difference {apart:.1e}, allowed {PRINTED_ATOL:.0e}",
+        )
+    if trial.axis is None or trial.axis.size == 1:
+        return
+    ledger = trial.axis.transport.ledger
+    gathers = ledger.calls("forward", "all_gather")
+    trial.check("an all-gather after each layer", gathers == 2, f"calls: {gathers}")
+    scatters = ledger.calls("backward", "reduce_scatter")
+    trial.check("dh is reduce-scattered", scatters == 1, f"calls: {scatters}")
+
+
+MLP_GATHERED = Case(
+    "mlp-gathered",
+    "MLP 6 -> 4 -> 2 cut by columns, all-gather after each layer, reduce-scatter of dh",
+    # The seed needs no gradient of x: nothing comes before the hidden layer.
+    Training(build, make_batch, loss, optimizer=sgd, wants_input_grads=False, examine=examine),
+    source="004_3830c7c1f4381139.txt",
+)

@@ -1,0 +1,176 @@
+"""What the prover runs: a case, and the trial that one run of it is given.
+
+A case is one function of a trial. It is called with no axis for plain torch, twice, and on every
+rank of every degree; each time it builds its model, does its work and records tensors by name.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from shardproof import optim
+from shardproof.axis import Axis
+from shardproof.leaves import Layout, replicated
+from shardproof.prover.audit import Audit
+from shardproof.scheme import Scheme
+
+Castable = TypeVar("Castable", Tensor, nn.Module)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A claim of a case's own, beyond equal bits and agreement."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+class Recorder(Protocol):
+    """What becomes of a recorded tensor: a file in plain torch, figures on a rank."""
+
+    def record(self, name: str, tensor: Tensor, layout: Layout, *, judged: bool) -> None:
+        """Take one tensor."""
+
+
+class Trial:
+    """One run of a case, as the case sees it.
+
+    Attributes:
+        axis: the ranks, or None in plain torch.
+        scheme: leaves and numerics for the layers.
+        seed: of everything the case draws.
+        audit: what this run allocates.
+        checks: what the case has claimed so far.
+        activation_bytes: of the largest output of a module, data excluded; plain torch only.
+        share_bytes: of the largest owned share of a parameter.
+    """
+
+    def __init__(
+        self,
+        *,
+        axis: Axis | None,
+        scheme: Scheme,
+        seed: int,
+        recorder: Recorder,
+        is_precise: bool = False,
+    ) -> None:
+        self.axis = axis
+        self.scheme = scheme
+        self.seed = seed
+        self.audit = Audit()
+        self.checks: list[Check] = []
+        self.activation_bytes = 0
+        self.share_bytes = 0
+        self._recorder = recorder
+        self._is_precise = is_precise
+
+    @property
+    def is_reference(self) -> bool:
+        """True in plain torch: after the first step there is nothing more to record."""
+        return self.axis is None
+
+    def cast(self, value: Castable) -> Castable:
+        """Floating point to fp64 in the fp64 run, as it is in all others."""
+        if not self._is_precise:
+            return value
+        if isinstance(value, nn.Module):
+            return value.double()
+        return value.double() if value.is_floating_point() else value
+
+    def data(self, tensor: Tensor) -> Tensor:
+        """Mark a tensor as data, which the audit leaves out; returns it, cast for this run."""
+        tensor = self.cast(tensor)
+        self.audit.exclude(tensor)
+        return tensor
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """A phase between creation and update, whose allocations count on a rank."""
+        if self.is_reference:
+            yield
+            return
+        with self.audit.running():
+            yield
+
+    def adopt(self, model: nn.Module) -> nn.Module:
+        """Learn a model's parameters and activations: what bounds the memory of this case."""
+        for name, parameter in model.named_parameters():
+            layout = layouts_of(model)[name]
+            numel = parameter.numel()
+            if layout.dim is not None:
+                numel = numel // max(1, parameter.shape[layout.dim]) * len(layout.owned)
+            self.share_bytes = max(self.share_bytes, numel * parameter.element_size())
+        if self.is_reference:
+            for module in model.modules():
+                module.register_forward_hook(self._see_activation)
+        return model
+
+    def record(
+        self, name: str, tensor: Tensor, layout: Layout | None = None, *, judged: bool = True
+    ) -> None:
+        """Hash a tensor and compare it with plain torch's of the same name.
+
+        Args:
+            name: unique within the run; the order of calls is the execution order.
+            tensor: layout.local_shape.
+            layout: how it lies on this rank; replicated if not given.
+            judged: whether it must agree with plain torch; if not, only its hash is taken.
+        Comm:
+            gathers to rank 0 in direction "prover" if the tensor is sharded.
+        """
+        if self.is_reference and not judged:
+            return
+        with self.audit.paused(), torch.no_grad():
+            layout = replicated(tuple(tensor.shape)) if layout is None else layout
+            self._recorder.record(name, tensor.detach(), layout, judged=judged)
+
+    def check(self, name: str, passed: bool, detail: str = "") -> None:
+        """Claim something; it must hold on every rank at every degree that claims it."""
+        if not self.is_reference:
+            self.checks.append(Check(name, passed, detail))
+
+    def _see_activation(self, module: nn.Module, inputs: object, output: object) -> None:
+        outputs = output if isinstance(output, tuple | list) else (output,)
+        for tensor in outputs:
+            if isinstance(tensor, Tensor) and not self.audit.is_data(tensor):
+                size = tensor.numel() * tensor.element_size()
+                self.activation_bytes = max(self.activation_bytes, size)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to prove.
+
+    Attributes:
+        name: on the command line and in reports.
+        source: the seed document it comes from, or "".
+        description: one line: what it shows.
+        work: the run itself.
+        extra: the optional extra it needs, or "".
+        module: the module that the extra brings; tells whether it is installed.
+        elementwise: tensors that must also meet the seed's elementwise `allclose(atol=1e-6)`.
+    """
+
+    name: str
+    description: str
+    work: Callable[[Trial], None]
+    source: str = ""
+    extra: str = ""
+    module: str = ""
+    elementwise: tuple[str, ...] = ()
+
+    @property
+    def is_installed(self) -> bool:
+        """True unless the case needs an extra that is not there."""
+        return not self.module or importlib.util.find_spec(self.module) is not None
+
+
+def layouts_of(model: nn.Module) -> dict[str, Layout]:
+    """Parameter name -> layout, for every parameter; those of plain modules are replicated."""
+    return {name: layout for name, _, layout, _ in optim.layouts_of(model)}

@@ -1,0 +1,172 @@
+"""From what the ranks of all degrees brought home to the report of one case."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from shardproof.errors import MismatchError
+from shardproof.prover.case import Case, Check
+from shardproof.prover.compare import Figures, combine, tolerance
+from shardproof.prover.report import Agreement, CaseReport, Errors, MemoryReport, TensorReport
+from shardproof.prover.runs import Counts, RankResult, Recorded
+
+Results = Mapping[int, Sequence[RankResult]]  # degree -> every rank's result
+
+
+def judge_case(
+    case: Case, results: Results, *, expected: Sequence[str], activation_bytes: int
+) -> CaseReport:
+    """Compare degrees with each other and with plain torch.
+
+    Args:
+        case: what was run.
+        results: of every degree, lowest first.
+        expected: the tensors that plain torch recorded.
+        activation_bytes: of the case's largest activation.
+    """
+    tables = {degree: _by_name(case, ranks) for degree, ranks in results.items()}
+    names = _in_order([*(list(table) for table in tables.values()), list(expected)])
+    known = frozenset(expected)
+    return CaseReport(
+        name=case.name,
+        source=case.source,
+        description=case.description,
+        degrees=tuple(results),
+        seconds=sum(max(rank.seconds for rank in ranks) for ranks in results.values()),
+        tensors=tuple(_judge_tensor(case, name, tables, name in known) for name in names),
+        memory={
+            str(degree): tuple(_memory(rank, activation_bytes) for rank in ranks)
+            for degree, ranks in results.items()
+        },
+        comm={str(degree): _counts(ranks) for degree, ranks in results.items()},
+        checks=_checks(results),
+    )
+
+
+def _by_name(case: Case, ranks: Sequence[RankResult]) -> dict[str, list[Recorded]]:
+    """Tensor name -> what every rank recorded, in execution order."""
+    names = [[tensor.name for tensor in rank.recorded] for rank in ranks]
+    for rank, other in enumerate(names):
+        if other != names[0] or len(set(other)) != len(other):
+            only = sorted(set(other) ^ set(names[0])) or [n for n in other if other.count(n) > 1]
+            raise MismatchError(
+                f"case {case.name!r} recorded {len(names[0])} tensors on rank 0 and {len(other)} "
+                f"on rank {rank}, not the same or not each once: {', '.join(only) or 'order'}. "
+                f"Every rank must record the same tensors in the same order."
+            )
+    columns = zip(*(rank.recorded for rank in ranks), strict=True)
+    return {column[0].name: list(column) for column in columns}
+
+
+def _judge_tensor(
+    case: Case, name: str, tables: Mapping[int, Mapping[str, list[Recorded]]], is_known: bool
+) -> TensorReport:
+    seen = {degree: table[name] for degree, table in tables.items() if name in table}
+    findings = [f"not recorded at degree {degree}" for degree in tables if degree not in seen]
+    findings += _replicas_that_differ(seen)
+    sha256 = {str(degree): ranks[0].sha256 or "" for degree, ranks in seen.items()}
+    identical = not findings and len(set(sha256.values())) == 1
+    first = next(iter(seen.values()))[0] if seen else Recorded(name, (), "", True, "", True, None)
+    if first.is_judged and not is_known:
+        findings.append("not recorded by plain torch")
+    is_measured = first.is_judged and is_known and bool(seen)
+    figures = [_figures(ranks) for ranks in seen.values()] if is_measured else []
+    agreement = _agreement(figures, first.dtype) if figures else None
+    return TensorReport(
+        name,
+        first.shape,
+        first.dtype,
+        sha256,
+        identical,
+        first.is_judged,
+        agreement,
+        _errors(figures) if figures else None,
+        all(f.elementwise for f in figures) if name in case.elementwise else None,
+        tuple(findings),
+    )
+
+
+def _replicas_that_differ(seen: Mapping[int, Sequence[Recorded]]) -> list[str]:
+    """What to say of ranks that hold different copies of one replicated tensor."""
+    found = []
+    for degree, ranks in seen.items():
+        other = [
+            str(rank)
+            for rank, tensor in enumerate(ranks)
+            if tensor.is_replicated and tensor.sha256 != ranks[0].sha256
+        ]
+        if other:
+            which = f"rank {other[0]} has" if len(other) == 1 else f"ranks {', '.join(other)} have"
+            found.append(f"replicas differ at degree {degree}: {which} not what rank 0 has")
+    return found
+
+
+def _figures(ranks: Sequence[Recorded]) -> Figures:
+    return combine([tensor.figures for tensor in ranks if tensor.figures is not None])
+
+
+def _agreement(figures: Sequence[Figures], dtype: str) -> Agreement:
+    """The worst of all degrees."""
+    rtol, atol = tolerance(getattr(torch, dtype))
+    worst = combine(figures)
+    has_number = worst.same_nonfinite
+    return Agreement(
+        exact=worst.exact,
+        allclose=all(part.agrees(rtol, atol) for part in figures),
+        rtol=rtol,
+        atol=atol,
+        max_abs_diff=worst.max_abs_diff if has_number else None,
+        max_ulp=worst.max_ulp if has_number else None,
+    )
+
+
+def _errors(figures: Sequence[Figures]) -> Errors:
+    """The worst of all degrees; no number counts as worse than any."""
+    ours, torch_errors = zip(*(part.errors() for part in figures), strict=True)
+    return Errors(
+        None if None in ours else max(ours), None if None in torch_errors else max(torch_errors)
+    )
+
+
+def _memory(result: RankResult, activation_bytes: int) -> MemoryReport:
+    bound = max(result.share_bytes, activation_bytes)
+    return MemoryReport(result.rank, result.largest_bytes, result.largest_shape, bound)
+
+
+def _counts(ranks: Sequence[RankResult]) -> Counts:
+    """Calls and messages are the same on all ranks; of the bytes sent, the largest is shown."""
+    counts: Counts = {}
+    for direction, kinds in ranks[0].counts.items():
+        counts[direction] = {}
+        for kind, figures in kinds.items():
+            sent = [
+                rank.counts.get(direction, {}).get(kind, {}).get("sent_bytes", 0) for rank in ranks
+            ]
+            counts[direction][kind] = figures | {"sent_bytes": max(sent)}
+    return counts
+
+
+def _checks(results: Results) -> tuple[Check, ...]:
+    """One entry per claim: it holds if it holds on every rank of every degree that claims it."""
+    claims: dict[str, list[tuple[int, Check]]] = {}
+    for degree, ranks in results.items():
+        for rank in ranks:
+            for check in rank.checks:
+                claims.setdefault(check.name, []).append((degree, check))
+    return tuple(_join(name, made) for name, made in claims.items())
+
+
+def _join(name: str, made: Sequence[tuple[int, Check]]) -> Check:
+    """One claim, with the first failure's detail, or the detail that all have."""
+    failed = [(degree, check) for degree, check in made if not check.passed]
+    if failed:
+        degree, check = failed[0]
+        return Check(name, False, f"at degree {degree}: {check.detail}")
+    details = _in_order([[check.detail for _, check in made]])
+    degrees = _in_order([[str(degree) for degree, _ in made]])
+    return Check(name, True, f"{'; '.join(details)} (degrees {', '.join(degrees)})")
+
+
+def _in_order(lists: Iterable[Sequence[str]]) -> list[str]:
+    """Every item once, in the order in which they first appear."""
+    return list(dict.fromkeys(item for items in lists for item in items))

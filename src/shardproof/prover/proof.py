@@ -1,0 +1,226 @@
+"""Runs cases at several degrees and reports: what `shardproof prove` and `sp.prove` call."""
+
+import functools
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardproof.axis import Axis
+from shardproof.errors import UsageError
+from shardproof.leaves import check_degree
+from shardproof.numerics import mode
+from shardproof.prover.case import Case, Trial
+from shardproof.prover.judge import judge_case
+from shardproof.prover.report import Report
+from shardproof.prover.runs import RankResult, run_on_rank, run_references
+from shardproof.prover.training import Batch, MakeOptimizer, Training, make_optimizer
+from shardproof.ranks import open_ranks
+from shardproof.scheme import Scheme
+
+DEGREES = (1, 2, 3, 8)
+DEFAULT_SEED = 12345  # the seed of the seed documents
+
+Progress = Callable[[int, int, str], None]  # (done, total, what comes next)
+
+
+def prove_cases(
+    cases: Sequence[Case],
+    *,
+    degrees: Sequence[int] = DEGREES,
+    engine: str = "threads",
+    threads: int | None = None,
+    scheme: Scheme = Scheme(),  # noqa: B008 - frozen
+    seed: int = DEFAULT_SEED,
+    progress: Progress | None = None,
+    skipped: Sequence[dict[str, str]] = (),
+) -> Report:
+    """Run every case in plain torch and at every degree, and compare.
+
+    Args:
+        cases: what to run; each name once.
+        degrees: how many ranks; each is run once, lowest first.
+        engine: what the ranks are: "threads" or "processes".
+        threads: intra-op threads of each rank.
+        scheme: leaves and numerics.
+        seed: of everything the cases draw.
+        progress: called before each run, and once at the end.
+        skipped: cases left out, for the report: name and extra.
+
+    Raises:
+        DegreeError: a degree that the leaves cannot serve.
+        UsageError: no case or no degree, a name twice, or an extra that is not installed.
+        NumericsError: this process cannot promise the bits.
+    """
+    degrees = checked_degrees(degrees, scheme)
+    check_cases(cases)
+    tell = _Teller(progress, total=len(cases) * (1 + len(degrees)))
+    results: dict[str, dict[int, list[RankResult]]] = {case.name: {} for case in cases}
+    transport = "solo"
+    with tempfile.TemporaryDirectory(prefix="shardproof-") as folder:
+        references = {}
+        for index, case in enumerate(cases):
+            tell(f"{case.name}, plain torch")
+            references[case.name] = run_references(
+                case, scheme=scheme, seed=seed, directory=Path(folder, str(index))
+            )
+        for degree in degrees:
+            with open_ranks(degree, engine, threads=threads) as ranks:
+                transport = ranks.transport
+                for case in cases:
+                    tell(f"{case.name}, degree {degree}")
+                    work = functools.partial(
+                        run_on_rank,
+                        case=case,
+                        scheme=scheme,
+                        seed=seed,
+                        reference=references[case.name],
+                    )
+                    results[case.name][degree] = ranks.run(work)
+        judged = [
+            judge_case(
+                case,
+                results[case.name],
+                expected=references[case.name].plain().names(),
+                activation_bytes=references[case.name].plain().activation_bytes,
+            )
+            for case in cases
+        ]
+    tell("done")
+    return Report(
+        cases=tuple(judged),
+        degrees=degrees,
+        engine=engine,
+        transport=transport,
+        numerics=scheme.numerics,
+        leaves=scheme.leaves,
+        seed=seed,
+        contract=mode.contract(scheme, torch.float32),
+        skipped=tuple(skipped),
+    )
+
+
+def prove(
+    build: Callable[[Axis | None], nn.Module],
+    loss_fn: Callable[[Any, Tensor], Tensor],
+    batch: tuple[Tensor | tuple[Tensor, ...], Tensor],
+    *,
+    degrees: Sequence[int] = DEGREES,
+    optimizer: MakeOptimizer | None = None,
+    steps: int = 1,
+    engine: str = "threads",
+    threads: int | None = None,
+    scheme: Scheme = Scheme(),  # noqa: B008 - frozen
+    name: str = "model",
+    audit_creation: bool = True,
+) -> Report:
+    """Prove that a model gives the same bits at every degree, and those of plain torch closely.
+
+    Args:
+        build: `build(axis)` makes the model of one rank, `build(None)` the plain torch module,
+            with the same parameter names and the same numbers in them. Ranks as threads share
+            torch's global generator: draw from a generator of your own, or cut a model that
+            stands outside.
+        loss_fn: of `module(*inputs)` and the target.
+        batch: inputs (a tensor or a tuple of them) and target.
+        degrees: how many ranks; each is run once, lowest first.
+        optimizer: makes one for some parameters; without it nothing is updated.
+        steps: how many; agreement with plain torch is judged on the first.
+        engine: "threads" or "processes".
+        threads: intra-op threads of each rank.
+        scheme: leaves, numerics and seed for the report; the layers must have been given the same.
+        name: of the model in the report.
+        audit_creation: False leaves `build` out of the memory audit, for models that are made
+            whole and then cut.
+
+    Returns:
+        A report; `report.proved` is the answer.
+
+    Raises:
+        NumericsError: the optimizer is a fused one, or this process cannot promise the bits.
+
+    Example:
+        >>> report = prove(build, nn.functional.mse_loss, (x, y), degrees=(1, 2))  # doctest: +SKIP
+        >>> report.proved  # doctest: +SKIP
+        True
+    """
+    inputs, target = batch
+    given = Batch(inputs if isinstance(inputs, tuple) else (inputs,), target)
+    if optimizer is not None:
+        make_optimizer(optimizer, nn.Linear(1, 1))  # a fused one is an error before any run
+    work = Training(
+        build=functools.partial(_build, build),
+        batch=functools.partial(_given, given),
+        loss=functools.partial(_loss, loss_fn),
+        optimizer=optimizer,
+        steps=steps,
+        measures_creation=audit_creation,
+    )
+    case = Case(name, "a model given to prove()", work)
+    return prove_cases(
+        [case], degrees=degrees, engine=engine, threads=threads, scheme=scheme, seed=scheme.seed
+    )
+
+
+def checked_degrees(degrees: Iterable[int], scheme: Scheme) -> tuple[int, ...]:
+    """The degrees once each, lowest first.
+
+    Raises:
+        DegreeError: a degree that the leaves cannot serve.
+        UsageError: there is none.
+    """
+    ordered = tuple(sorted(set(degrees)))
+    if not ordered:
+        raise UsageError("no degree to prove. Name one or more, such as 1 and 2.")
+    for degree in ordered:
+        check_degree(degree, scheme.leaves)
+    return ordered
+
+
+def check_cases(cases: Sequence[Case]) -> None:
+    """Raise unless there is something to run, each under its own name, all of it installed.
+
+    Raises:
+        UsageError: no case, a name twice, or an extra that is not installed.
+    """
+    names = [case.name for case in cases]
+    if not names:
+        raise UsageError("no case to prove. Name one or more.")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UsageError(f"case {twice[0]!r} is there twice. Give every case its own name.")
+    for case in cases:
+        if not case.is_installed:
+            raise UsageError(
+                f"case {case.name!r} needs the extra {case.extra!r}, which is not installed. "
+                f"Install shardproof[{case.extra}], or leave the case out."
+            )
+
+
+class _Teller:
+    """Counts runs for a progress callback."""
+
+    def __init__(self, progress: Progress | None, *, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def __call__(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress(min(self._done, self._total), self._total, text)
+        self._done += 1
+
+
+def _build(build: Callable[[Axis | None], nn.Module], trial: Trial) -> nn.Module:
+    return build(trial.axis)
+
+
+def _given(batch: Batch, trial: Trial) -> Batch:
+    return batch
+
+
+def _loss(
+    loss_fn: Callable[[Any, Tensor], Tensor], trial: Trial, output: Tensor, target: Tensor
+) -> Tensor:
+    return loss_fn(output, target)

@@ -1,0 +1,101 @@
+"""What plain PyTorch computed: tensors in files, of which a rank reads only its own part.
+
+The runs happen before the ranks start, outside of them, and are exempt from the memory rule. Two
+of them: `PLAIN` as the case is written, and `PRECISE` in fp64, from the same numbers. Files and
+numbers only: nothing here runs a model.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardproof.errors import ShapeError
+from shardproof.leaves import Layout
+
+PLAIN, PRECISE = "plain", "fp64"
+_MANIFEST = "manifest.json"
+_INTEGERS = {torch.bfloat16: torch.int16}  # dtypes that numpy lacks travel as integers
+
+
+class ReferenceWriter:
+    """Leaves the tensors of one run in a directory, one .npy file each.
+
+    Attributes:
+        activation_bytes: of the largest activation that was seen; read by `ReferenceReader`.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True)
+        self._directory = directory
+        self._entries: dict[str, dict[str, Any]] = {}
+        self.activation_bytes = 0
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Keep one tensor."""
+        file = f"{len(self._entries):04d}.npy"
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        self._entries[name] = {"file": file, "dtype": dtype, "shape": list(tensor.shape)}
+        plain = tensor.detach().cpu()
+        np.save(self._directory / file, plain.view(_INTEGERS.get(plain.dtype, plain.dtype)).numpy())
+
+    def close(self) -> None:
+        """Write the list of what is there."""
+        manifest = {"activation_bytes": self.activation_bytes, "tensors": self._entries}
+        (self._directory / _MANIFEST).write_text(json.dumps(manifest))
+
+
+class ReferenceReader:
+    """Reads what a `ReferenceWriter` left; safe for many ranks at once."""
+
+    def __init__(self, directory: Path) -> None:
+        manifest = json.loads((directory / _MANIFEST).read_text())
+        self._directory = directory
+        self._entries: dict[str, dict[str, Any]] = manifest["tensors"]
+        self.activation_bytes: int = manifest["activation_bytes"]
+
+    def names(self) -> tuple[str, ...]:
+        """The tensors that are there, in execution order."""
+        return tuple(self._entries)
+
+    def read(self, name: str, layout: Layout) -> Tensor:
+        """The part of one tensor that a rank owns, as a copy; no more is read from the file.
+
+        Raises:
+            ShapeError: the tensor has another shape than the layout says.
+        """
+        entry = self._entries[name]
+        if tuple(entry["shape"]) != layout.shape:
+            raise ShapeError(
+                f"tensor {name!r} has shape {layout.shape} on the ranks together and "
+                f"{tuple(entry['shape'])} in plain torch. Record both with the same global shape; "
+                f"an output that is sharded needs a layout that says so, or gather_output=True."
+            )
+        mapped = np.load(self._directory / entry["file"], mmap_mode="r")
+        if layout.dim is not None:
+            owned = slice(layout.owned.start, layout.owned.stop)
+            mapped = mapped[(slice(None),) * layout.dim + (owned,)]
+        return torch.from_numpy(np.array(mapped, order="C")).view(getattr(torch, entry["dtype"]))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Where the two runs of one case lie.
+
+    Attributes:
+        directory: private to this proof; has one directory for each run.
+    """
+
+    directory: Path
+
+    def plain(self) -> ReferenceReader:
+        """The run as the case is written."""
+        return ReferenceReader(self.directory / PLAIN)
+
+    def precise(self) -> ReferenceReader:
+        """The fp64 run."""
+        return ReferenceReader(self.directory / PRECISE)

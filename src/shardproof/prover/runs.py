@@ -1,0 +1,155 @@
+"""Runs a case: twice in plain torch, and on one rank of one degree. What comes back is small."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from shardproof.axis import Axis
+from shardproof.leaves import Layout
+from shardproof.numerics import mode
+from shardproof.prover.case import Case, Check, Trial
+from shardproof.prover.compare import Figures, measure
+from shardproof.prover.hashing import hash_tensor, owned_part
+from shardproof.prover.reference import PLAIN, PRECISE, Reference, ReferenceWriter
+from shardproof.scheme import Scheme
+
+Counts = dict[str, dict[str, dict[str, int]]]  # direction -> collective -> figures
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One tensor as one rank saw it.
+
+    Attributes:
+        name, shape, dtype: of the full tensor.
+        is_replicated: every rank holds it whole, and must hold the same.
+        sha256: of the full tensor; None on the ranks that only sent their shard.
+        is_judged: it must agree with plain torch.
+        figures: where the rank's part stands; None if not judged, unknown to plain torch, or the
+            copy of a replicated tensor that rank 0 has too.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    is_replicated: bool
+    sha256: str | None
+    is_judged: bool
+    figures: Figures | None
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """What one rank brings home from one run of a case.
+
+    Attributes:
+        rank: who.
+        recorded: in execution order.
+        checks: the case's own claims.
+        largest_bytes, largest_shape: of the largest storage the rank allocated.
+        share_bytes: of the largest owned share of a weight.
+        counts: what crossed the axis, the prover's own gathers left out.
+        seconds: that the run took.
+    """
+
+    rank: int
+    recorded: tuple[Recorded, ...]
+    checks: tuple[Check, ...]
+    largest_bytes: int
+    largest_shape: tuple[int, ...]
+    share_bytes: int
+    counts: Counts
+    seconds: float
+
+
+class _FileRecorder:
+    """Leaves every tensor of a plain torch run in a file."""
+
+    def __init__(self, writer: ReferenceWriter) -> None:
+        self._writer = writer
+
+    def record(self, name: str, tensor: Tensor, layout: Layout, *, judged: bool) -> None:
+        self._writer.write(name, tensor)
+
+
+class _RankRecorder:
+    """Hashes every tensor of a rank and compares the rank's part with the reference."""
+
+    def __init__(self, axis: Axis, reference: Reference) -> None:
+        self._axis = axis
+        self._plain, self._precise = reference.plain(), reference.precise()
+        self._known = frozenset(self._plain.names())
+        self.recorded: list[Recorded] = []
+
+    def record(self, name: str, tensor: Tensor, layout: Layout, *, judged: bool) -> None:
+        self.recorded.append(
+            Recorded(
+                name,
+                layout.shape,
+                str(tensor.dtype).removeprefix("torch."),
+                layout.is_replicated,
+                hash_tensor(tensor, layout, self._axis, who=name),
+                judged,
+                self._measure(name, tensor, layout) if judged else None,
+            )
+        )
+
+    def _measure(self, name: str, tensor: Tensor, layout: Layout) -> Figures | None:
+        if name not in self._known or (layout.is_replicated and self._axis.rank):
+            return None
+        part = owned_part(tensor, layout)
+        return measure(part, self._plain.read(name, layout), self._precise.read(name, layout))
+
+
+def run_references(case: Case, *, scheme: Scheme, seed: int, directory: Path) -> Reference:
+    """Run a case in plain torch, as it is and in fp64, and leave both in `directory`."""
+    for name in (PLAIN, PRECISE):
+        writer = ReferenceWriter(directory / name)
+        trial = Trial(
+            axis=None,
+            scheme=scheme,
+            seed=seed,
+            recorder=_FileRecorder(writer),
+            is_precise=name == PRECISE,
+        )
+        case.work(trial)
+        writer.activation_bytes = trial.activation_bytes
+        writer.close()
+    return Reference(directory)
+
+
+def run_on_rank(
+    axis: Axis, *, case: Case, scheme: Scheme, seed: int, reference: Reference
+) -> RankResult:
+    """Run a case on this rank; all ranks of `axis` call this."""
+    if scheme.is_invariant:
+        # Both try a few products, once per process: before the audit, not inside it.
+        mode.require_invariant()
+        mode.addmm_limit()
+    started = time.perf_counter()
+    axis.transport.ledger.reset()
+    recorder = _RankRecorder(axis, reference)
+    trial = Trial(axis=axis, scheme=scheme, seed=seed, recorder=recorder)
+    case.work(trial)
+    return RankResult(
+        axis.rank,
+        tuple(recorder.recorded),
+        tuple(trial.checks),
+        trial.audit.largest_bytes,
+        trial.audit.largest_shape,
+        trial.share_bytes,
+        _counts(axis.transport.ledger.as_dict()),
+        time.perf_counter() - started,
+    )
+
+
+def _counts(table: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Counts:
+    """The ledger without the prover; forward and backward are always there."""
+    shown: Counts = {"forward": {}, "backward": {}}
+    for direction, kinds in table.items():
+        if direction != "prover":
+            shown[direction] = {kind: dict(figures) for kind, figures in kinds.items()}
+    return shown

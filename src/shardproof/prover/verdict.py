@@ -1,0 +1,77 @@
+"""A report in one plain sentence."""
+
+from shardproof.prover.report import CaseReport, Report, TensorReport
+
+
+def verdict(report: Report) -> str:
+    """What was proved, or what is the first thing that keeps it from being proved."""
+    for case in report.cases:
+        if not case.proved:
+            return f"Not proved: in case {case.name}, {_first_fault(case)}."
+    cases, tensors = len(report.cases), sum(len(case.tensors) for case in report.cases)
+    what = f"{_counted(cases, 'case')} with {_counted(tensors, 'tensor')}"
+    rest = "agrees with plain PyTorch and no rank exceeds its memory bound"
+    if len(report.degrees) == 1:
+        return (
+            f"Proved for {what}: every tensor {rest} at degree {report.degrees[0]}; with one "
+            f"degree nothing was compared between degrees."
+        )
+    return (
+        f"Proved for {what}: every tensor has the same bits at degrees "
+        f"{_listed(report.degrees)}, {rest}."
+    )
+
+
+def _first_fault(case: CaseReport) -> str:
+    """Bits first, then agreement, then memory, then the case's own checks."""
+    for tensor in case.tensors:
+        if not tensor.identical:
+            return _bits_fault(tensor)
+    for tensor in case.tensors:
+        if not tensor.agrees:
+            return _agreement_fault(tensor)
+    for degree, ranks in case.memory.items():
+        for rank in ranks:
+            if int(degree) >= 2 and not rank.is_within:
+                return (
+                    f"rank {rank.rank} of {degree} allocated {rank.largest_bytes} bytes for a "
+                    f"tensor of shape {list(rank.largest_shape)}, more than its bound of "
+                    f"{rank.bound_bytes}"
+                )
+    failed = next(check for check in case.checks if not check.passed)
+    return f"the check {failed.name!r} failed ({failed.detail})"
+
+
+def _bits_fault(tensor: TensorReport) -> str:
+    between = tensor.differing_degrees()
+    if between is not None:
+        what = (
+            f"tensor {tensor.name} is the first whose bits differ: degree {between[1]} differs "
+            f"from degree {between[0]}"
+        )
+    else:
+        what = f"tensor {tensor.name} is the first that is not identical"
+    return f"{what} ({'; '.join(tensor.findings)})" if tensor.findings else what
+
+
+def _agreement_fault(tensor: TensorReport) -> str:
+    head = f"tensor {tensor.name} is the first that does not agree with plain PyTorch"
+    if tensor.torch is None:
+        return f"{head} ({'; '.join(tensor.findings)})"
+    if tensor.torch.max_abs_diff is None:
+        return f"{head}: NaN or Inf stand in other places"
+    if tensor.torch.allclose:
+        return f"{head} element by element, as its seed document demands (atol=1e-6)"
+    return (
+        f"{head}: the largest difference is {tensor.torch.max_abs_diff:.3g} "
+        f"(rtol {tensor.torch.rtol:g}, atol {tensor.torch.atol:g})"
+    )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _listed(degrees: tuple[int, ...]) -> str:
+    *front, last = map(str, degrees)
+    return f"{', '.join(front)} and {last}"
