@@ -43,6 +43,9 @@ class _Site:
 
     def part(self, x: Tensor) -> Tensor:
         """This rank's owned part of a whole tensor, as a copy."""
+        comm.check_part(
+            x, self.axis, dim=self.dim, cut=self._cut, is_whole=True, who=self.who or "shard"
+        )
         owned = self._cut.owned(self.axis.rank)
         part = x.narrow(self.dim, owned.start, len(owned))
         return part.clone(memory_format=torch.contiguous_format)
@@ -187,6 +190,8 @@ def all_reduce_grad(x: Tensor, axis: Axis, *, cut: Cut | None = None, who: str =
     Comm:
         forward none; backward one all_reduce of (*).
     """
+    if cut is not None:
+        comm.check_degree_of(cut, axis, who or "all_reduce_grad")
     copies = 1 if cut is None else max(1, len(cut.run(axis.rank)))
     return _AllReduceGrad.apply(x, _Site(axis, who, cut), copies)
 
@@ -215,6 +220,8 @@ def all_reduce(
     Comm:
         forward one all_reduce of (*); backward none.
     """
+    if cut is not None:
+        comm.check_degree_of(cut, axis, who or "all_reduce")
     given = [partials] if isinstance(partials, Tensor) else list(partials)
     wanted = 1 if cut is None else len(cut.run(axis.rank))
     if len(given) != wanted:
@@ -244,7 +251,7 @@ def shard(x: Tensor, axis: Axis, *, dim: int, cut: Cut, who: str = "") -> Tensor
     Comm:
         forward none; backward one all_gather of (*, cut.size, *).
     """
-    return _Shard.apply(x, _Site(axis, who, cut, dim % x.dim()))
+    return _Shard.apply(x, _Site(axis, who, cut, dim))
 
 
 def all_gather(
@@ -272,7 +279,7 @@ def all_gather(
     """
     if grad not in ("replicate", "partial"):
         raise UsageError(f"all_gather: grad={grad!r} is unknown. Use 'replicate' or 'partial'.")
-    return _AllGather.apply(x, _Site(axis, who, cut, dim % x.dim()), grad)
+    return _AllGather.apply(x, _Site(axis, who, cut, dim), grad)
 
 
 def reduce_scatter(x: Tensor, axis: Axis, *, dim: int, cut: Cut, who: str = "") -> Tensor:
@@ -289,4 +296,4 @@ def reduce_scatter(x: Tensor, axis: Axis, *, dim: int, cut: Cut, who: str = "") 
     Comm:
         forward one reduce_scatter of (*, cut.size, *); backward one all_gather of the same.
     """
-    return _ReduceScatter.apply(x, _Site(axis, who, cut, dim % x.dim()))
+    return _ReduceScatter.apply(x, _Site(axis, who, cut, dim))

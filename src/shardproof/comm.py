@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from shardproof.axis import Axis
-from shardproof.errors import MismatchError
+from shardproof.errors import MismatchError, ShapeError
 from shardproof.leaves import Cut, share
 from shardproof.numerics.matmul import node_dtype
 from shardproof.transport.base import Call
@@ -39,12 +39,14 @@ def all_gather(
         who: the layer that asks, for messages.
     Returns:
         (*, cut.size, *), Replicate, a new tensor.
+    Raises:
+        ShapeError: `x` is not what this rank owns.
     """
+    dim = check_part(x, axis, dim=dim, cut=cut, is_whole=False, who=who or "all_gather")
     if axis.size == 1:
         return x.clone(memory_format=torch.contiguous_format)
-    dim = dim % x.dim()
     shape = (*x.shape[:dim], cut.size, *x.shape[dim + 1 :])
-    call = Call("all_gather", direction, who, shape, x.dtype, _describe(cut))
+    call = Call("all_gather", direction, who, shape, x.dtype, _describe(cut, dim))
     per_unit = x.numel() // x.shape[dim] if x.shape[dim] else _numel(shape) // cut.size
     sizes = [length * per_unit for length in cut.sizes()]
     flat = x.new_empty(sum(sizes))
@@ -92,8 +94,13 @@ def reduce_scatter(
         who: the layer that asks, for messages.
     Returns:
         (*, owned, *), Shard(dim), a new tensor; its bits depend on the degree.
+    Raises:
+        ShapeError: `x` is not whole along `dim`.
     """
-    call = Call("reduce_scatter", direction, who, tuple(x.shape), x.dtype, _describe(cut))
+    dim = check_part(x, axis, dim=dim, cut=cut, is_whole=True, who=who or "reduce_scatter")
+    if axis.size == 1:
+        return x.clone(memory_format=torch.contiguous_format)
+    call = Call("reduce_scatter", direction, who, tuple(x.shape), x.dtype, _describe(cut, dim))
     mine = {(axis.rank, axis.rank + 1): _private(x).view(x.shape)}
     owners = [[(rank, rank + 1)] for rank in range(axis.size)]
     parts, sent = _swap(mine, owners, axis, _owned_parts(dim, cut), like=x, call=call)
@@ -118,6 +125,7 @@ def all_reduce_nodes(
 
     Args:
         nodes: node -> `shape`, in the node dtype; those of this rank's run, empty if it is idle.
+            They are given away: other ranks read them, and at degree 1 the node is the result.
         axis: the ranks.
         cut: of the dim that was contracted; its leaves are the tree's.
         shape: of the message.
@@ -127,6 +135,7 @@ def all_reduce_nodes(
     Returns:
         `shape`, Replicate, in `like`'s dtype: rounded once, after the last addition.
     """
+    check_degree_of(cut, axis, who or "all_reduce")
     root = (0, cut.num_leaves)
     if axis.size == 1:
         return combine(root, nodes, _add).to(like.dtype).view(tuple(shape))
@@ -136,7 +145,8 @@ def all_reduce_nodes(
     def piece(x: Tensor, rank: int) -> Tensor:
         return x.reshape(-1)[bounds[rank].start : bounds[rank].stop]
 
-    parts, sent = _swap(nodes, _owners(cut), axis, piece, like=like, call=call)
+    wide = like.new_empty(0, dtype=node_dtype(like.dtype))
+    parts, sent = _swap(nodes, _owners(cut), axis, piece, like=wide, call=call)
     mine = combine(root, parts, _add).to(like.dtype)
     y = like.new_empty(tuple(shape))
     axis.transport.all_gather(mine, y.view(-1), [len(bound) for bound in bounds], call=call)
@@ -159,7 +169,7 @@ def reduce_scatter_nodes(
     """Sum of all leaves by the canonical tree, of which each rank gets its owned part.
 
     Args:
-        nodes: node -> `shape`, in the node dtype; those of this rank's run, empty if it is idle.
+        nodes: node -> `shape`, as for `all_reduce_nodes`.
         axis: the ranks.
         cut: of the dim that was contracted; its leaves are the tree's.
         shape: of the whole sum.
@@ -171,13 +181,17 @@ def reduce_scatter_nodes(
     Returns:
         (*, owned, *), Shard(dim), in `like`'s dtype.
     """
+    check_degree_of(cut, axis, who or "reduce_scatter")
+    check_degree_of(dim_cut, axis, who or "reduce_scatter")
     root = (0, cut.num_leaves)
     local = _part_shape(shape, dim, dim_cut, axis.rank)
     if axis.size == 1:
         return combine(root, nodes, _add).to(like.dtype).view(local)
-    call = Call("reduce_scatter", direction, who, tuple(shape), like.dtype, _describe(cut))
+    detail = f"{_describe(cut)} to {_describe(dim_cut, dim)}"
+    call = Call("reduce_scatter", direction, who, tuple(shape), like.dtype, detail)
     piece = _owned_parts(dim, dim_cut)
-    parts, sent = _swap(nodes, _owners(cut), axis, piece, like=like, call=call)
+    wide = like.new_empty(0, dtype=node_dtype(like.dtype))
+    parts, sent = _swap(nodes, _owners(cut), axis, piece, like=wide, call=call)
     _count(axis, call, _numel(shape) * like.element_size(), sent)
     mine = combine(root, parts, _add).to(like.dtype)
     return (mine.clone() if root in parts else mine).view(local)
@@ -200,7 +214,7 @@ def gather(
     """
     if axis.size == 1:
         return x.clone(memory_format=torch.contiguous_format)
-    call = Call("gather", direction, who, (sum(sizes),), x.dtype)
+    call = Call("gather", direction, who, (sum(sizes),), x.dtype, f"to rank {dst}")
     here = axis.rank == dst
     outgoing = [[_private(x)] if rank == dst and not here else [] for rank in range(axis.size)]
     incoming = [[size] if here and rank != dst else [] for rank, size in enumerate(sizes)]
@@ -232,6 +246,46 @@ def agree(value: Any, axis: Axis, *, what: str) -> None:
             )
 
 
+def check_degree_of(cut: Cut, axis: Axis, who: str) -> None:
+    """Raise unless `cut` was made for the ranks of `axis`."""
+    if cut.degree != axis.size:
+        raise ShapeError(
+            f"{who} on {axis}: the cut is for degree {cut.degree} and the axis has {axis.size} "
+            f"ranks. Make it as Cut({cut.size}, leaves={cut.leaves}, degree=axis.size)."
+        )
+
+
+def check_part(x: Tensor, axis: Axis, *, dim: int, cut: Cut, is_whole: bool, who: str) -> int:
+    """Raise unless `x` is, along `dim`, the whole of `cut` or what this rank owns of it.
+
+    Args:
+        x: (*, cut.size, *) if `is_whole`, else (*, owned, *).
+        axis: the ranks.
+        dim: counted from either end.
+        cut: of that dim.
+        is_whole: which of the two `x` should be.
+        who: for the message.
+    Returns:
+        `dim`, counted from the front.
+    Raises:
+        ShapeError: `dim`, the cut or the length does not fit.
+    """
+    check_degree_of(cut, axis, who)
+    if not -x.dim() <= dim < x.dim():
+        raise ShapeError(
+            f"{who} on {axis}: dim {dim} wanted of a tensor of shape {tuple(x.shape)}, which has "
+            f"{x.dim()} dims."
+        )
+    wanted = cut.size if is_whole else len(cut.owned(axis.rank))
+    if x.shape[dim] != wanted:
+        part = "is the whole" if is_whole else f"is what this rank owns of {cut.size}"
+        raise ShapeError(
+            f"{who} on {axis}: dim {dim} of shape {tuple(x.shape)} has {x.shape[dim]} units, "
+            f"but {wanted} {part}. Give the tensor that the cut describes."
+        )
+    return dim % x.dim()
+
+
 def _add(left: Tensor, right: Tensor, is_fresh: bool) -> Tensor:
     return left.add_(right) if is_fresh else left + right
 
@@ -245,8 +299,10 @@ def _swap(
     like: Tensor,
     call: Call,
 ) -> tuple[dict[Node, Tensor], int]:
-    """All-to-all: this rank's piece of every rank's nodes, and how many bytes it sent."""
-    like = like.new_empty(0, dtype=node_dtype(like.dtype))
+    """All-to-all: this rank's piece of every rank's nodes, and how many bytes it sent.
+
+    `like` has the dtype of the nodes, which an idle rank cannot ask a node for.
+    """
     others = [rank for rank in range(axis.size) if rank != axis.rank]
     outgoing: list[list[Tensor]] = [[] for _ in range(axis.size)]
     incoming: list[list[int]] = [[] for _ in range(axis.size)]
@@ -296,8 +352,9 @@ def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def _describe(cut: Cut) -> str:
-    return f"{cut.size} units in {cut.num_leaves} leaves"
+def _describe(cut: Cut, dim: int | None = None) -> str:
+    along = "" if dim is None else f" along dim {dim}"
+    return f"{cut.size} units in {cut.num_leaves} leaves{along}"
 
 
 def _numel(shape: Sequence[int]) -> int:
