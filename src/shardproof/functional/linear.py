@@ -90,7 +90,7 @@ class _ColumnLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite
     ) -> Tensor:
-        x_rows = x.reshape(-1, x.shape[-1])
+        x_rows = _as_rows(x)
         if site.input_cut is not None:
             x_rows = comm.all_gather(
                 x_rows, site.axis, dim=1, cut=site.input_cut, direction="forward", who=site.who
@@ -112,7 +112,7 @@ class _ColumnLinear(torch.autograd.Function):
         x_rows, weight = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = None
         with plain_arithmetic(grad_y.device):
-            grad_rows = grad_y.reshape(-1, grad_y.shape[-1])
+            grad_rows = _as_rows(grad_y)
             if ctx.needs_input_grad[0]:
                 if site.input_cut is None:
                     grad_x = site.all_reduce(grad_rows, weight, "backward")
@@ -133,7 +133,7 @@ class _RowLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite
     ) -> Tensor:
-        x_rows = x.reshape(-1, x.shape[-1])
+        x_rows = _as_rows(x)
         ctx.site, ctx.shape = site, x.shape
         ctx.save_for_backward(x_rows, weight)
         y = site.all_reduce(x_rows, weight.t(), "forward")
@@ -150,7 +150,7 @@ class _RowLinear(torch.autograd.Function):
         x_rows, weight = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = None
         with plain_arithmetic(grad_y.device):
-            grad_rows = grad_y.reshape(-1, grad_y.shape[-1])
+            grad_rows = _as_rows(grad_y)
             if ctx.needs_input_grad[0]:
                 grad_x = _columns(site, grad_rows, weight).view(ctx.shape)
             if ctx.needs_input_grad[1]:
@@ -158,6 +158,11 @@ class _RowLinear(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 grad_bias = _bias_gradient(site, grad_rows)
         return grad_x, grad_weight, grad_bias, None
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """(*, n) to (rows, n); a rank without leaves has n = 0, of which -1 could not be guessed."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _rows(site: LinearSite, a: Tensor, b: Tensor) -> Tensor:
