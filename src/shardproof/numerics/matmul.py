@@ -40,7 +40,7 @@ def product_nodes(
         Node -> (M, N), in `node_dtype`; every tensor is fresh.
     """
     leafwise = mode.is_leafwise(a.dtype, a.device)
-    limit = 0 if leafwise else mode.addmm_limit()
+    limit = 0 if leafwise else mode.addmm_limit(a.dtype)
     wide = node_dtype(a.dtype)
 
     def leaf(index: int) -> tuple[Tensor, Tensor]:

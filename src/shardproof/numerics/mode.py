@@ -170,7 +170,7 @@ def self_check() -> str | None:
 
 
 @functools.cache
-def addmm_limit() -> int:
+def addmm_limit(dtype: torch.dtype = torch.float32) -> int:
     """Largest inner size up to which `c.addmm_(a, b)` has the bits of `c + a @ b` here.
 
     Below it a leaf's product may be accumulated in place. MKL adds the whole product at once as
@@ -180,9 +180,9 @@ def addmm_limit() -> int:
 
     def holds(inner: int) -> bool:
         for rows, columns in ((1, 5), (4, 64), (33, 130), (100, 17)):
-            a = torch.randn(rows, inner, generator=generator)
-            b = torch.randn(inner, columns, generator=generator)
-            c = torch.randn(rows, columns, generator=generator)
+            a = torch.randn(rows, inner, generator=generator, dtype=dtype)
+            b = torch.randn(inner, columns, generator=generator, dtype=dtype)
+            c = torch.randn(rows, columns, generator=generator, dtype=dtype)
             if not torch.equal(c + a @ b, c.clone().addmm_(a, b)):
                 return False
         return True
