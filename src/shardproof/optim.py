@@ -23,19 +23,18 @@ from shardproof.tree import combine, nodes_of_run
 def layouts_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Layout, Axis | None]]:
     """Name, parameter, layout and axis of every parameter; plain ones are replicated.
 
-    A parameter that two modules share comes once, under its first name.
+    A parameter that several modules share comes once, under its first name, and is cut if any of
+    them says so.
     """
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            full = f"{prefix}.{name}" if prefix else name
-            if isinstance(module, ShardedModule):
-                yield full, parameter, module.layouts[name], module.axis
-            else:
-                yield full, parameter, Layout(tuple(parameter.shape), 0), None
+    cut: dict[int, tuple[Layout, Axis]] = {
+        id(parameter): (module.layouts[name], module.axis)
+        for module in model.modules()
+        if isinstance(module, ShardedModule)
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    for name, parameter in model.named_parameters():
+        layout, axis = cut.get(id(parameter), (Layout(tuple(parameter.shape), 0), None))
+        yield name, parameter, layout, axis
 
 
 @torch.no_grad()
@@ -115,5 +114,6 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for parameter in model.parameters():
         if parameter.grad is not None:
-            parameter.grad.mul_(scale.to(parameter.grad.dtype))
+            # Not rounded to the gradient's dtype first: the product is rounded anyway.
+            parameter.grad.mul_(scale.to(parameter.grad.device))
     return norm
