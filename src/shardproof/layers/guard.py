@@ -27,9 +27,21 @@ def watch(module: nn.Module) -> None:
     with _lock:
         _watched.add(module)
         if not hasattr(clip_grad._get_total_norm, "is_shardproof_guard"):
-            # The first is what clip_grad_norm_ calls, the second the public name of the same.
-            clip_grad._get_total_norm = _guarded(clip_grad._get_total_norm)
-            torch.nn.utils.get_total_norm = clip_grad._get_total_norm
+            _install()
+
+
+def _install() -> None:
+    """Guard torch's function where it lives, so that names imported earlier are guarded too."""
+    norm = clip_grad._get_total_norm
+    inner = getattr(norm, "__wrapped__", None)
+    for cell in norm.__closure__ or ():
+        if inner is not None and cell.cell_contents is inner:
+            # torch's decorator calls what this cell holds: the function object stays the same.
+            cell.cell_contents = _guarded(inner)
+            norm.is_shardproof_guard = True  # type: ignore[attr-defined]
+            return
+    # Not decorated in this version of torch: then the two names by which it is reached.
+    clip_grad._get_total_norm = torch.nn.utils.get_total_norm = _guarded(norm)
 
 
 def _guarded(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
