@@ -125,13 +125,29 @@ class ShardedModule(nn.Module):
             if state[key] != mine[key]:
                 raise LayoutError(
                     f"cannot load the state of {prefix.rstrip('.') or self.name!r} into "
-                    f"{self.axis}: its {key} is {state[key]}, here it is {mine[key]}. Load the state that this "
-                    "rank saved at this degree, with the same leaves."
+                    f"{self.axis}: its {key} is {state[key]}, here it is {mine[key]}. Load the "
+                    "state that this rank saved at this degree, with the same leaves."
                 )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         guard.watch(self)  # a deep copy comes this way, not through __init__
+
+
+def check_state(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Raise unless the state fits every cut module of `model`: a hook to run before any is loaded.
+
+    Args:
+        model: whose state it is to become.
+        state_dict: of the model, possibly among others'.
+        prefix: of the model's names in it.
+
+    Raises:
+        LayoutError: the state of a module has another layout.
+    """
+    for name, module in model.named_modules(prefix=prefix.removesuffix(".")):
+        if isinstance(module, ShardedModule):
+            module._check_state(state_dict, f"{name}." if name else "")
 
 
 def _leaves(layout: Layout) -> Iterator[tuple[int, tuple[slice, ...], tuple[int, ...]]]:

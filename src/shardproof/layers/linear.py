@@ -34,6 +34,11 @@ class _ParallelLinear(ShardedModule):
         dtype: Any,
     ) -> None:
         super().__init__(axis=axis, name=name, scheme=scheme)
+        if in_features < 1 or out_features < 1:
+            raise ShapeError(
+                f"{self.name!r} ({type(self).__name__}) with in_features={in_features} and "
+                f"out_features={out_features}: a layer that is cut needs at least one of each."
+            )
         self.in_features = in_features
         self.out_features = out_features
         weight = self._layout((out_features, in_features), self._weight_dim)

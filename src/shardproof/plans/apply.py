@@ -1,6 +1,6 @@
 """`parallelize`: check the whole plan on all ranks first, change the model second."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -8,11 +8,13 @@ from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.errors import PlanError
 from shardproof.layers.activations import invariant_twin
-from shardproof.layers.base import ShardedModule
+from shardproof.layers.base import ShardedModule, check_state
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
 from shardproof.leaves import check_degree
 from shardproof.plans.match import match
 from shardproof.plans.style import ColumnParallel, Plan, Style
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def parallelize(model: nn.Module, plan: Plan | Mapping[str, Style | str], axis: Axis) -> nn.Module:
@@ -36,10 +38,13 @@ def parallelize(model: nn.Module, plan: Plan | Mapping[str, Style | str], axis: 
         MismatchError: the ranks were given different plans or models.
     """
     plan = plan if isinstance(plan, Plan) else Plan(plan)
-    check_degree(axis.size, plan.scheme.leaves)
+    # First of all: only what every rank has alike may decide whether a rank raises.
     comm.agree(_digest(plan, model), axis, what="plans")
+    check_degree(axis.size, plan.scheme.leaves)
     styles, problems = match(plan.styles, model)
     problems += _unfit(styles, model)
+    twins = _twins(model) if plan.scheme.is_invariant else {}
+    problems += _hooked([*styles, *twins], model)
     if problems:
         raise PlanError(
             f"the plan does not fit {type(model).__name__}: "
@@ -47,8 +52,9 @@ def parallelize(model: nn.Module, plan: Plan | Mapping[str, Style | str], axis: 
         )
     for name, style in styles.items():
         _replace(model, name, _cut(model.get_submodule(name), style, name, plan, axis))
-    if plan.scheme.is_invariant:
-        _replace_activations(model)
+    for name, twin in twins.items():
+        _replace(model, name, twin)
+    model.register_load_state_dict_pre_hook(check_state)
     return model
 
 
@@ -56,8 +62,13 @@ def _digest(plan: Plan, model: nn.Module) -> str:
     """What every rank must have alike, in words that a message can show."""
     shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
     dtypes = sorted({str(value.dtype) for value in model.parameters()})
+    # Where a weight is frozen on one rank only, that rank stays away from collectives.
+    frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
     entries = dict(plan.styles)
-    return f"{entries} with {plan.scheme} for {type(model).__name__} {shapes} {', '.join(dtypes)}"
+    return (
+        f"{entries} with {plan.scheme} for {type(model).__name__} {shapes} {', '.join(dtypes)}"
+        + (f" frozen: {', '.join(frozen)}" if frozen else "")
+    )
 
 
 def _unfit(styles: Mapping[str, Style], model: nn.Module) -> list[str]:
@@ -80,17 +91,27 @@ def _unfit(styles: Mapping[str, Style], model: nn.Module) -> list[str]:
 def _ties(name: str, module: nn.Module, model: nn.Module) -> list[str]:
     """A weight that another module also uses would be cut on one side only."""
     own = {id(parameter) for parameter in module.parameters()}
-    others = [
-        other
+    others = {
+        other: None
         for other, candidate in model.named_modules(remove_duplicate=False)
         if other != name
         for parameter in candidate.parameters(recurse=False)
         if id(parameter) in own
-    ]
+    }
     return [
         f"module {name!r} shares its weight with {other!r}: a tied weight cannot be cut on one "
         "side only. Untie them, or leave both out of the plan."
         for other in others
+    ]
+
+
+def _hooked(names: Sequence[str], model: nn.Module) -> list[str]:
+    """Modules that would be replaced and have hooks, which would be lost without a word."""
+    return [
+        f"module {name!r} has hooks, which the {type(module).__name__} that replaces it would not "
+        "have. Remove them (weight_norm too is one) and register them after parallelize."
+        for name in names
+        if (module := model.get_submodule(name)) and any(getattr(module, kind) for kind in _HOOKS)
     ]
 
 
@@ -113,11 +134,14 @@ def _cut(module: nn.Module, style: Style, name: str, plan: Plan, axis: Axis) -> 
     )
 
 
-def _replace_activations(model: nn.Module) -> None:
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        twin = invariant_twin(module)
-        if name and twin is not None:
-            _replace(model, name, twin.train(module.training))
+def _twins(model: nn.Module) -> dict[str, nn.Module]:
+    """The activations that ours replace."""
+    found = {
+        name: invariant_twin(module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name
+    }
+    return {name: twin for name, twin in found.items() if twin is not None}
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
