@@ -29,7 +29,7 @@ from shardproof.prover.training import (
 )
 
 PIXELS, HIDDEN, CLASSES = 64, 250, 10
-BATCH, EPOCHS = 48, 20
+BATCH, EPOCHS = 60, 20
 LEARNING_RATE, MOMENTUM = 0.1, 0.9
 TEST_SHARE, WANTED_ACCURACY = 0.2, 0.95
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from shardproof.axis import Axis
@@ -126,9 +127,10 @@ def run_on_rank(
 ) -> RankResult:
     """Run a case on this rank; all ranks of `axis` call this."""
     if scheme.is_invariant:
-        # Both try a few products, once per process: before the audit, not inside it.
+        # These try a few products, once per process: before the audit, not inside it.
         mode.require_invariant()
-        mode.addmm_limit()
+        for dtype in (torch.float32, torch.float64):
+            mode.addmm_limit(dtype)
     started = time.perf_counter()
     axis.transport.ledger.reset()
     recorder = _RankRecorder(axis, reference)
