@@ -15,6 +15,8 @@ from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
 from shardproof.optim import clip_grad_norm_, grad_norm
 from shardproof.plans.apply import parallelize
 from shardproof.plans.style import ColumnParallel, Plan, RowParallel
+from shardproof.prover.proof import prove
+from shardproof.ranks import launch
 from shardproof.scheme import Scheme
 
 __version__ = "0.1.0"
@@ -31,5 +33,7 @@ __all__ = [
     "errors",
     "functional",
     "grad_norm",
+    "launch",
     "parallelize",
+    "prove",
 ]

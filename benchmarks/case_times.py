@@ -1,0 +1,227 @@
+"""Times one training step of every case: plain torch, native and invariant, at degrees 1, 2 and 4.
+
+    python benchmarks/case_times.py --rounds 7 --markdown docs/case-times.md
+
+Plain torch and native run in processes of their own with the BLAS library in its default mode, for
+the mode is per process. All processes live for the whole run and take turns, round by round, so
+that a slow minute of the machine hits all of them. Ranks are threads; of two cores, one rank gets
+two intra-op threads and more ranks get one each. A step's time is that of the slowest rank; a
+figure is the median over all rounds. Equality comes first: nothing is timed unless every case is
+proved at the degrees that are timed. The last line of the output is one JSON document.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import shardproof
+from shardproof.axis import Axis
+from shardproof.cases import all_cases, find_case
+from shardproof.prover.case import Trial
+from shardproof.prover.proof import DEFAULT_SEED, prove_cases
+from shardproof.prover.training import Training, make_optimizer
+from shardproof.ranks import open_ranks
+from shardproof.scheme import Numerics, Scheme
+
+DEGREES = (1, 2, 4)
+CORES = 2
+SYSTEMS = {"torch": "off", "native": "off", "invariant": "auto"}  # system -> SHARDPROOF_BLAS
+WARM_UP = 3
+
+
+class _Forget:
+    """A recorder that keeps nothing: a timed run is not the proof."""
+
+    def record(self, *args: Any, **kwargs: Any) -> None:
+        """Take one tensor and drop it."""
+
+
+def time_steps(axis: Axis | None, name: str, numerics: Numerics, steps: int) -> list[float]:
+    """Seconds of each training step of one case on this rank, after a warm-up."""
+    work = find_case(name).work
+    training: Training = getattr(work, "training", work)
+    trial = Trial(
+        axis=axis, scheme=Scheme(numerics=numerics), seed=DEFAULT_SEED, recorder=_Forget()
+    )
+    batch = training.batch(trial)
+    inputs = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in batch.inputs]
+    model = training.build(trial)
+    optimizer = make_optimizer(training.optimizer, model) if training.optimizer else None
+    seconds = []
+    for _ in range(WARM_UP + steps):
+        started = time.perf_counter()
+        training.loss(trial, model(*inputs), batch.target).backward()
+        if optimizer is not None:
+            optimizer.step()
+        seconds.append(time.perf_counter() - started)
+        model.zero_grad(set_to_none=True)
+        for x in inputs:
+            x.grad = None
+    return seconds[WARM_UP:]
+
+
+def work(system: str) -> None:
+    """Serve one system: a request per line of stdin, an answer per line of stdout."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        name, degree, steps = request["case"], request["degree"], request["steps"]
+        threads = max(1, CORES // degree)
+        if system == "torch":
+            torch.set_num_threads(threads)
+            answer = time_steps(None, name, "native", steps)
+        else:
+            with open_ranks(degree, "threads", threads=threads) as ranks:
+                numerics: Numerics = "native" if system == "native" else "invariant"
+                per_rank = ranks.run(lambda axis: time_steps(axis, name, numerics, steps))
+            answer = [max(step) for step in zip(*per_rank, strict=True)]
+        print(json.dumps(answer), flush=True)
+
+
+class Worker:
+    """A process that times one system."""
+
+    def __init__(self, system: str) -> None:
+        environment = {**os.environ, "SHARDPROOF_BLAS": SYSTEMS[system]}
+        environment.pop("MKL_CBWR", None)
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", system],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def ask(self, case: str, degree: int, steps: int) -> list[float]:
+        """Seconds of each step, slowest rank."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        request = {"case": case, "degree": degree, "steps": steps}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"the process that times {request} ended early")
+        return list(json.loads(answer))
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def measure(names: list[str], rounds: int, steps: int) -> list[dict[str, Any]]:
+    """Median milliseconds of every case, system and degree, and the ratio to plain torch."""
+    keys = [("torch", 1), *((s, d) for s in ("native", "invariant") for d in DEGREES)]
+    workers = {system: Worker(system) for system in SYSTEMS}
+    seconds: dict[tuple[str, str, int], list[float]] = {}
+    for done in range(rounds):
+        for name in names:
+            for system, degree in keys:
+                taken = workers[system].ask(name, degree, steps)
+                seconds.setdefault((name, system, degree), []).extend(taken)
+        print(f"round {done + 1} of {rounds}", file=sys.stderr)
+    for worker in workers.values():
+        worker.close()
+    results = []
+    for (name, system, degree), taken in seconds.items():
+        median = statistics.median(taken)
+        base = statistics.median(seconds[name, "torch", 1])
+        results.append(
+            {
+                "case": name,
+                "system": system,
+                "degree": degree,
+                "median_ms": round(median * 1e3, 4),
+                "min_ms": round(min(taken) * 1e3, 4),
+                "ratio": round(median / base, 3),
+            }
+        )
+    return results
+
+
+def rows_of(results: list[dict[str, Any]]) -> list[list[str]]:
+    """One row per case: plain torch's time, and ratios to it."""
+    by_key = {(r["case"], r["system"], r["degree"]): r for r in results}
+    rows = []
+    for name in dict.fromkeys(r["case"] for r in results):
+        row = [name, f"{by_key[name, 'torch', 1]['median_ms']:.3f}"]
+        for system in ("native", "invariant"):
+            row += [f"{by_key[name, system, degree]['ratio']:.2f}" for degree in DEGREES]
+        rows.append(row)
+    return rows
+
+
+def markdown(results: list[dict[str, Any]], environment: dict[str, Any], command: str) -> str:
+    """The page docs/case-times.md."""
+    head = ["case", "plain torch, ms"]
+    head += [f"{system} {degree}" for system in ("native", "invariant") for degree in DEGREES]
+    lines = [
+        "# Time of one training step of every case",
+        "",
+        "Median over all rounds, slowest rank; native and invariant at degrees 1, 2 and 4 as a "
+        "ratio to plain torch in the same run. "
+        "Plain torch and native ran in processes of their own with the BLAS library in its "
+        "default mode. Ranks are threads on two cores, so degree 4 has twice as many ranks as "
+        "cores. The cases are small, most of them tiny: what they show is overhead, not speed.",
+        "",
+        f"    {command}",
+        "",
+        "; ".join(f"{key} {value}" for key, value in environment.items()) + ".",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(row) + " |" for row in rows_of(results)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Prove, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--worker", choices=SYSTEMS, help=argparse.SUPPRESS)
+    parser.add_argument("--case", action="append", help="a case; repeatable; default all")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20, help="steps per round")
+    parser.add_argument("--markdown", type=Path, help="write the table here")
+    options = parser.parse_args()
+    if options.worker:
+        work(options.worker)
+        return
+    cases = [find_case(name) for name in options.case] if options.case else list(all_cases())
+    report = prove_cases(cases, degrees=DEGREES)
+    if not report.proved:
+        raise SystemExit(f"nothing is timed: {report.verdict()}")
+    results = measure([case.name for case in cases], options.rounds, options.steps)
+    environment = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "shardproof": shardproof.__version__,
+    }
+    command = " ".join(["python benchmarks/case_times.py", *sys.argv[1:]])
+    table = Table("case", "plain torch, ms")
+    for system in ("native", "invariant"):
+        for degree in DEGREES:
+            table.add_column(f"{system} {degree}", justify="right")
+    for row in rows_of(results):
+        table.add_row(*row)
+    Console(width=100).print(table)
+    if options.markdown:
+        options.markdown.write_text(markdown(results, environment, command), encoding="utf-8")
+    print(json.dumps({"command": command, "environment": environment, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
