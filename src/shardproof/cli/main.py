@@ -1,0 +1,105 @@
+"""The command `shardproof`: its sub-commands, and what becomes of an error.
+
+A new command is one file with a `click.Command` and one line in `COMMANDS`.
+
+Exit codes: 0 the answer is yes, 1 the answer is no, 2 the command was used wrongly or the library
+raised on purpose, 70 a fault of shardproof itself, 130 interrupted, 141 nobody reads the output.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+
+from shardproof import __version__
+from shardproof.cli import torchrun
+from shardproof.cli.doctor import doctor
+from shardproof.cli.options import HELP_OPTIONS
+from shardproof.cli.prove import prove
+from shardproof.errors import ShardproofError, UsageError
+
+COMMANDS: tuple[click.Command, ...] = (
+    prove,
+    doctor,
+)
+
+EXIT_USAGE = 2
+EXIT_FAULT = 70
+EXIT_INTERRUPTED = 130
+EXIT_NO_READER = 141
+
+
+class Commands(click.Group):
+    """A click group with this project's exit codes and one-line errors."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a reader that has left is no answer of 1, which click would make."""
+        try:
+            code = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            return _close_stdout()
+        return code
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        *_: Any,
+        **extra: Any,
+    ) -> NoReturn:
+        """Run one command and exit with its code; never returns."""
+        extra["standalone_mode"] = False  # click would exit with 1, which here means "not proved"
+        try:
+            code = super().main(args, prog_name, **extra)
+        except click.ClickException as error:
+            code = _refuse(f"{_sentence(error)} See: {self._help(args)}", is_usage=True)
+        except ShardproofError as error:
+            code = _refuse(str(error), is_usage=isinstance(error, UsageError))
+        except click.Abort:
+            code = EXIT_INTERRUPTED
+        except Exception:
+            traceback.print_exc()
+            code = EXIT_FAULT
+        sys.exit(code)
+
+    def _help(self, args: Sequence[str] | None) -> str:
+        """Where the options are listed of what was asked for."""
+        command = next(iter(sys.argv[1:] if args is None else args), "")
+        return " ".join(["shardproof", *([command] if command in self.commands else []), "--help"])
+
+
+@click.group("shardproof", cls=Commands, invoke_without_command=True, context_settings=HELP_OPTIONS)
+@click.version_option(__version__, prog_name="shardproof")
+@click.pass_context
+def main(context: click.Context) -> int:
+    """Tensor parallelism for PyTorch that can be proved: the same bits at every degree."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+    return EXIT_USAGE  # a command's own code replaces it
+
+
+for _command in COMMANDS:
+    main.add_command(_command)
+
+
+def _sentence(error: click.ClickException) -> str:
+    """Click's complaint as one line that starts small, as every other error does."""
+    message = " ".join(error.format_message().split())
+    return f"{message[:1].lower()}{message[1:]}"
+
+
+def _refuse(message: str, *, is_usage: bool) -> int:
+    """Say why nothing is done. Under torchrun, what every rank would say only rank 0 says."""
+    if not (is_usage and torchrun.is_other_rank(os.environ)):
+        click.echo(f"error: {message}", err=True)
+    return EXIT_USAGE
+
+
+def _close_stdout() -> int:
+    """Keep the interpreter from complaining at exit about a reader that has left."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_NO_READER

@@ -1,0 +1,64 @@
+"""What is happening now, on standard error: a line that moves in a terminal, else short lines."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.text import Text
+
+from shardproof.cli.output import PlainConsole, console
+
+BAR_WIDTH = 24
+
+
+class Tell(Protocol):
+    """Called before each run."""
+
+    def __call__(self, done: int, total: int, text: str, /) -> None:
+        """`done` of `total` runs are over, and `text` is what comes next."""
+
+
+@contextmanager
+def progress(*, is_speaker: bool) -> Iterator[Tell | None]:
+    """Something to call before each run, or None if somebody else speaks."""
+    if not is_speaker:
+        yield None
+        return
+    out = console(stderr=True)
+    if not out.is_terminal:
+        yield _Lines(out)
+        return
+    with Progress(
+        SpinnerColumn("line"),
+        _Bar(),
+        TextColumn("{task.completed}/{task.total}  {task.description}", markup=False),
+        console=out,
+        transient=True,
+        refresh_per_second=4,
+    ) as shown:
+        task = shown.add_task("starting", total=None)
+
+        def tell(done: int, total: int, text: str, /) -> None:
+            shown.update(task, completed=done, total=total, description=text)
+
+        yield tell
+
+
+class _Lines:
+    """One short line for each run."""
+
+    def __init__(self, out: PlainConsole) -> None:
+        self._out = out
+
+    def __call__(self, done: int, total: int, text: str, /) -> None:
+        self._out.print(Text(f"[{done}/{total}] {text}"), soft_wrap=True)
+
+
+class _Bar(ProgressColumn):
+    """rich's own bar is not ASCII."""
+
+    def render(self, task: Task) -> Text:
+        share = task.completed / task.total if task.total else 0.0
+        filled = round(BAR_WIDTH * share)
+        return Text(f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}]")

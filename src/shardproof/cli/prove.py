@@ -1,0 +1,161 @@
+"""`shardproof prove`: run the cases at several degrees and show that the bits are the same."""
+
+from typing import Any
+
+import click
+
+from shardproof import cases as known
+from shardproof.cli.json_file import JsonFile
+from shardproof.cli.options import HELP_OPTIONS
+from shardproof.cli.output import console
+from shardproof.cli.progress import progress
+from shardproof.cli.request import (
+    DEFAULT_DEGREES,
+    DEFAULT_SEED,
+    ENGINES,
+    Earlier,
+    Given,
+    Request,
+    check,
+)
+from shardproof.cli.show import ranks_text, show_cases, show_report
+from shardproof.leaves import DEFAULT_LEAVES
+from shardproof.prover.proof import prove_cases
+from shardproof.prover.report import Report
+from shardproof.prover.verdict import verdict
+from shardproof.scheme import NUMERICS
+
+Data = dict[str, Any]
+
+
+@click.command(context_settings=HELP_OPTIONS)
+@click.option(
+    "--degrees",
+    metavar="LIST",
+    help=f"How many ranks, separated by commas.  [default: {DEFAULT_DEGREES}]",
+)
+@click.option(
+    "--case",
+    "case_names",
+    metavar="NAME",
+    multiple=True,
+    help="Run this case; may be given again.  [default: all whose extras are installed]",
+)
+@click.option(
+    "--engine",
+    metavar="|".join(ENGINES),
+    help=f"What the ranks are.  [default: {ENGINES[0]}]",
+)
+@click.option("--threads", metavar="N", help="Threads of one torch operation, on each rank.")
+@click.option(
+    "--numerics",
+    metavar="|".join(NUMERICS),
+    default=NUMERICS[0],
+    show_default=True,
+    help="The same bits at every degree, or one product per shard as elsewhere.",
+)
+@click.option(
+    "--leaves",
+    metavar="N",
+    default=str(DEFAULT_LEAVES),
+    show_default=True,
+    help="Into how many parts sums are cut: the highest possible degree.",
+)
+@click.option(
+    "--seed",
+    metavar="N",
+    default=str(DEFAULT_SEED),
+    show_default=True,
+    help="Of everything that is drawn.",
+)
+@click.option(
+    "--against", metavar="REPORT.json", help="Compare every hash with those of an earlier report."
+)
+@click.option("--json", "json_path", metavar="FILE", help="Also write the report to FILE.")
+@click.option("--list", "wants_list", is_flag=True, help="List the cases, and run nothing.")
+def prove(*, wants_list: bool, **given: Any) -> int:
+    """Show that the degree does not change the bits.
+
+    Runs every case in plain PyTorch and on real ranks at every degree. Compares the hash of every
+    output, gradient and updated weight between the degrees, and the numbers with plain PyTorch.
+    Under torchrun, the ranks are torchrun's and the degree is their number.
+
+    Exit code 0: proved. 1: not proved. 2: wrong usage, or an error that says what to do.
+    """
+    if wants_list:
+        return list_cases(given["json_path"])
+    return run(check(Given(**given)))
+
+
+def list_cases(json_path: str | None) -> int:
+    """Print what can be run."""
+    target = JsonFile(json_path) if json_path is not None else None
+    listed = [
+        {
+            "name": case.name,
+            "description": case.description,
+            "source": case.source,
+            "extra": case.extra,
+            "installed": case.is_installed,
+        }
+        for case in known.all_cases()
+    ]
+    if target is not None:
+        target.write({"cases": listed})
+    show_cases(listed, console())
+    return 0
+
+
+def run(request: Request) -> int:
+    """Do the work, write it down, print it; 0 if everything is as it must be, else 1."""
+    with progress(is_speaker=request.is_speaker) as tell:
+        proof = prove_cases(
+            request.cases,
+            degrees=request.degrees,
+            engine=request.engine,
+            threads=request.threads,
+            scheme=request.scheme,
+            seed=request.scheme.seed,
+            progress=tell,
+            skipped=request.skipped,
+        )
+    return conclude(request, proof)
+
+
+def conclude(request: Request, proof: Report) -> int:
+    """Compare with the earlier report, write, print; the exit code."""
+    if not request.is_speaker:
+        return 0 if proof.proved else 1
+    report, sentence = proof.as_dict(), verdict(proof)
+    try:
+        if request.earlier is not None:
+            report["against"] = against(request.earlier, report)
+    finally:
+        if request.target is not None:
+            request.target.write(report)
+    is_same = "against" not in report or report["against"]["same"]
+    if proof.proved:
+        where = f"Ranks: {ranks_text(proof.engine, proof.transport)}."
+        sentence = f"{sentence} {where}" if is_same else f"Not proved: {report['against']['text']}"
+    show_report(report, sentence, console())
+    return 0 if proof.proved and is_same else 1
+
+
+def against(earlier: Earlier, report: Data) -> Data:
+    """What the comparison with an earlier report gave, as plain data and as one sentence."""
+    found = earlier.compare(report)
+    if found.is_same:
+        text = f"all {found.compared} tensors have the same bits as in {earlier.written}."
+    else:
+        case, tensor = found.differences[0]
+        text = (
+            f"in case {case}, tensor {tensor} is the first that has other bits than in "
+            f"{earlier.written} ({len(found.differences)} of {found.compared} differ)."
+        )
+    return {
+        "file": earlier.written,
+        "same": found.is_same,
+        "compared": found.compared,
+        "differences": [{"case": case, "tensor": tensor} for case, tensor in found.differences],
+        "text": text,
+    }

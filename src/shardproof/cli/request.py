@@ -1,0 +1,187 @@
+"""What `shardproof prove` was asked for, checked as a whole before any work begins."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shardproof import cases as known
+from shardproof.cli import options, torchrun
+from shardproof.cli.json_file import JsonFile, read_report
+from shardproof.errors import UsageError
+from shardproof.leaves import DEFAULT_LEAVES, check_degree
+from shardproof.numerics import mode
+from shardproof.prover.against import Comparison, compare_with
+from shardproof.prover.case import Case
+from shardproof.scheme import NUMERICS, Scheme
+
+ENGINES = ("threads", "processes")
+DEFAULT_DEGREES = "1,2,3,4"
+DEFAULT_SEED = 12345
+
+Data = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Given:
+    """The options of `shardproof prove` as they were written; None where one was not given."""
+
+    degrees: str | None
+    case_names: tuple[str, ...]
+    engine: str | None
+    threads: str | None
+    numerics: str
+    leaves: str
+    seed: str
+    against: str | None
+    json_path: str | None
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """A report to compare with, and what the user calls it."""
+
+    written: str
+    report: Data
+
+    def compare(self, report: Data) -> Comparison:
+        """Compare every hash that both have.
+
+        Raises:
+            UsageError: the two cannot be compared.
+        """
+        try:
+            return compare_with(report, self.report)
+        except UsageError as error:
+            raise UsageError(f"--against {self.written}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be done.
+
+    Attributes:
+        cases: to run.
+        skipped: cases that lack their extra, as reports have them.
+        degrees: lowest first; under torchrun 1 and the number of ranks.
+        engine: "threads", "processes" or "torchrun".
+        threads: intra-op threads of each rank; None leaves it to the engine.
+        scheme: leaves, numerics and seed.
+        earlier: the report to compare with.
+        target: where the report goes.
+        is_speaker: False on all ranks of torchrun but the first.
+    """
+
+    cases: tuple[Case, ...]
+    skipped: tuple[dict[str, str], ...]
+    degrees: tuple[int, ...]
+    engine: str
+    threads: int | None
+    scheme: Scheme
+    earlier: Earlier | None
+    target: JsonFile | None
+    is_speaker: bool
+
+
+def check(given: Given, environment: Mapping[str, str] = os.environ) -> Request:
+    """Everything that can be wrong before a rank is started is found here.
+
+    Raises:
+        ShardproofError: an option, the environment or this process does not allow the work.
+    """
+    here = torchrun.read(environment)
+    scheme = _scheme(given)
+    degrees, engine = _ranks(given, here, scheme)
+    threads = None
+    if given.threads is not None:
+        threads = options.positive(given.threads, option="--threads", example=1)
+    cases, skipped = _cases(given.case_names)
+    is_speaker = here is None or here.rank == 0
+    target = earlier = None
+    if is_speaker and given.json_path is not None:
+        target = JsonFile(given.json_path)
+    if is_speaker and given.against is not None:
+        earlier = Earlier(given.against, read_report(given.against))
+        earlier.compare(_promise(earlier.report, cases, degrees, scheme))
+    if scheme.is_invariant and engine != "processes":  # started processes set their own mode
+        mode.require_invariant()
+    return Request(
+        cases, skipped, degrees, engine, threads, scheme, earlier, target, is_speaker
+    )  # fmt: skip
+
+
+def _scheme(given: Given) -> Scheme:
+    return Scheme(
+        leaves=options.positive(given.leaves, option="--leaves", example=DEFAULT_LEAVES),
+        numerics=options.one_of(given.numerics, NUMERICS, option="--numerics"),
+        seed=options.seed(given.seed),
+    )
+
+
+def _ranks(
+    given: Given, here: torchrun.Torchrun | None, scheme: Scheme
+) -> tuple[tuple[int, ...], str]:
+    """Degrees and engine."""
+    if here is None:
+        engine = options.one_of(given.engine or ENGINES[0], ENGINES, option="--engine")
+        text = DEFAULT_DEGREES if given.degrees is None else given.degrees
+        return options.degrees(text, leaves=scheme.leaves), engine
+    for option, value in (("--engine", given.engine), ("--degrees", given.degrees)):
+        if value is not None:
+            raise UsageError(
+                f"{option} {value} cannot be given under torchrun, which has started "
+                f"{here.world_size} ranks (WORLD_SIZE={here.world_size}): the degree is their "
+                f"number. Leave {option} out, or run without torchrun."
+            )
+    check_degree(here.world_size, scheme.leaves)
+    return tuple(sorted({1, here.world_size})), "torchrun"
+
+
+def _cases(names: Sequence[str]) -> tuple[tuple[Case, ...], tuple[dict[str, str], ...]]:
+    """The cases to run, and those that are left out because their extra is not installed."""
+    if not names:
+        cases = known.all_cases()
+        skipped = [case for case in cases if not case.is_installed]
+        return (
+            tuple(case for case in cases if case.is_installed),
+            tuple({"name": case.name, "extra": case.extra} for case in skipped),
+        )
+    asked = [known.find_case(name) for name in dict.fromkeys(names)]
+    for case in asked:
+        if not case.is_installed:
+            raise UsageError(
+                f"--case {case.name} needs the extra {case.extra!r}, which is not installed. "
+                f"Run: pip install 'shardproof[{case.extra}]'"
+            )
+    return tuple(asked), ()
+
+
+def _promise(earlier: Data, cases: Sequence[Case], degrees: Sequence[int], scheme: Scheme) -> Data:
+    """What the coming report will have at most in common with an earlier one.
+
+    Comparing this with the earlier one before the work finds reports that cannot be compared.
+    """
+    tensors = {case["name"]: case["tensors"] for case in earlier["cases"]}
+    unknown = [{"name": "", "sha256": {"": ""}}]
+    return {
+        "contract": mode.contract(scheme),
+        "seed": scheme.seed,
+        "numerics": scheme.numerics,
+        "cases": [
+            {
+                "name": case.name,
+                "tensors": [
+                    {
+                        "name": tensor["name"],
+                        "sha256": {
+                            degree: sha
+                            for degree, sha in tensor["sha256"].items()
+                            if scheme.is_invariant or degree in map(str, degrees)
+                        },
+                    }
+                    for tensor in tensors.get(case.name, unknown)
+                ],
+            }
+            for case in cases
+        ],
+    }

@@ -1,0 +1,59 @@
+"""What torchrun says in the environment: this process's rank and how many there are.
+
+Read before any rank is started, so that a broken environment is an error and not a hang.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from shardproof.errors import AxisError
+
+RANK, WORLD_SIZE = "RANK", "WORLD_SIZE"
+
+
+@dataclass(frozen=True)
+class Torchrun:
+    """This process among those that torchrun started."""
+
+    rank: int
+    world_size: int
+
+
+def read(environment: Mapping[str, str]) -> Torchrun | None:
+    """The process's place among torchrun's, or None if torchrun did not start it.
+
+    Raises:
+        AxisError: one of the two variables is missing, or they make no sense together.
+    """
+    present = [name for name in (RANK, WORLD_SIZE) if name in environment]
+    if not present:
+        return None
+    if len(present) == 1:
+        (missing,) = {RANK, WORLD_SIZE} - set(present)
+        raise AxisError(
+            f"the environment has {present[0]}={environment[present[0]]} but no {missing}, and "
+            f"torchrun sets both. Start with torchrun, or unset {present[0]} to run without it."
+        )
+    written = f"{RANK}={environment[RANK]} and {WORLD_SIZE}={environment[WORLD_SIZE]}"
+    try:
+        rank, world_size = int(environment[RANK]), int(environment[WORLD_SIZE])
+    except ValueError:
+        raise AxisError(
+            f"the environment has {written}, and both must be whole numbers. "
+            f"Start with torchrun, or unset both to run without it."
+        ) from None
+    if not 0 <= rank < world_size:
+        raise AxisError(
+            f"the environment has {written}, and a rank is at least 0 and below the world size. "
+            f"Start with torchrun, or unset both to run without it."
+        )
+    return Torchrun(rank, world_size)
+
+
+def is_other_rank(environment: Mapping[str, str]) -> bool:
+    """True if torchrun started this process and another one speaks for all."""
+    try:
+        here = read(environment)
+    except AxisError:
+        return False
+    return here is not None and here.rank > 0

@@ -1,0 +1,156 @@
+"""`shardproof doctor`: what it says of this machine, and of machines this one is not."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from shardproof.cli import machine
+from shardproof.cli.doctor import show
+from shardproof.cli.main import main
+from shardproof.cli.output import PlainConsole
+from shardproof.numerics import mode
+from shardproof.scheme import Scheme
+
+FACTS: dict[str, Any] = {
+    "invariant": True,
+    "problem": None,
+    "shardproof": "0.1.0",
+    "python": "3.11.7",
+    "system": "Linux x86_64",
+    "torch": {
+        "version": "2.13.0+cu130", "cuda": "13.0", "hip": None, "mkl": True,
+        "cpu_capability": "AVX512",
+    },
+    "blas": {
+        "variable": "SHARDPROOF_BLAS", "setting": "auto", "from_environment": False,
+        "branch": "avx512-strict", "took": True, "return_code": 0, "read_back": 0x1000C,
+        "problem": None, "self_check": "passed", "contract": "tree-1 leaves=8",
+    },
+    "threads": {"cores": 8, "cores_allowed": 8, "intra_op": 4, "omp_num_threads": None},
+    "transports": [
+        {"name": "solo", "available": True, "why": "degree 1: nothing is exchanged"},
+        {"name": "nccl", "available": False, "why": "torch sees no GPU"},
+    ],
+    "processes_use": "gloo",
+    "gpus": [],
+    "extras": {"demo": {"scikit-learn": False}},
+}  # fmt: skip
+
+
+def shown(**changes: Any) -> str:
+    file = io.StringIO()
+    show(FACTS | changes, PlainConsole(file=file, width=80))
+    return file.getvalue()
+
+
+def test_doctor_describes_this_machine(tmp_path: Path) -> None:
+    path = tmp_path / "doctor.json"
+    result = CliRunner().invoke(main, ["doctor", "--json", str(path)])
+    found = json.loads(path.read_text())
+
+    assert result.exit_code == (0 if mode.state().took else 1)
+    assert found["torch"]["version"] == torch.__version__
+    assert found["blas"]["branch"] == mode.state().branch
+    assert found["blas"]["contract"] == mode.contract(Scheme())
+    assert found["threads"]["intra_op"] == torch.get_num_threads()
+    assert [transport["name"] for transport in found["transports"]] == [
+        "solo", "threads", "gloo", "nccl",
+    ]  # fmt: skip
+    assert f"version     {torch.__version__}" in result.stdout
+    assert result.stdout.isascii()
+    assert max(map(len, result.stdout.splitlines()[:-1])) <= 80
+
+
+def test_a_good_machine_says_so_last() -> None:
+    text = shown()
+    assert text.splitlines()[-1] == (
+        "invariant numerics can run here: the same bits at every degree"
+    )
+    assert "took        yes (MKL answered 0, reads back 0x1000c)" in text
+    assert "build       CUDA 13.0, with MKL" in text
+    assert "nccl        no   torch sees no GPU" in text
+    assert 'processes   launch(engine="processes") uses gloo' in text
+    assert "demo        no, without scikit-learn: pip install 'shardproof[demo]'" in text
+
+
+def test_a_mode_that_did_not_take_says_why() -> None:
+    why = "the strict BLAS mode avx512 could not be set: this process had computed a product"
+    refused = {"took": False, "return_code": -8, "read_back": 0, "branch": "unset"}
+    blas = FACTS["blas"] | refused | {"problem": why, "self_check": None}
+    text = shown(invariant=False, problem=why, blas=blas)
+    assert "took        NO (MKL answered -8, reads back 0x0)" in text
+    assert "self-check  not run" in text
+    assert "contract" not in text
+    assert text.splitlines()[-1] == f"invariant numerics cannot run here: {why}"
+
+
+def test_a_failed_self_check_is_shown() -> None:
+    difference = "a (5, 64) x (64, 130) product changed with its cut"
+    text = shown(invariant=False, problem="x", blas=FACTS["blas"] | {"self_check": difference})
+    assert f"self-check FAILED: {difference}" in " ".join(text.split())
+
+
+def test_limits_of_the_process_are_shown() -> None:
+    text = shown(
+        threads={"cores": 64, "cores_allowed": 4, "intra_op": 1, "omp_num_threads": "1"},
+        gpus=[{"name": "GPU X", "memory_bytes": 80 << 30, "capability": "9.0"}],
+        extras={},
+    )
+    assert "cores       4 of 64 for this process" in text
+    assert "intra-op    1 (OMP_NUM_THREADS=1)" in text
+    assert "0           GPU X, 80.0 GiB, compute capability 9.0" in text
+    assert "shardproof runs from its source tree" in text
+
+
+def test_extras_come_from_the_package_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    requirements = [
+        "torch>=2.11",
+        'scikit-learn; extra == "demo"',
+        "shardproof[demo]; extra == 'dev'",
+        "no-such-package-0>=1; extra == 'dev'",
+    ]
+    monkeypatch.setattr(machine.importlib.metadata, "requires", lambda _: requirements)
+    assert machine.extras()["dev"] == {"no-such-package-0": False}
+    assert list(machine.extras()["demo"]) == ["scikit-learn"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "code", "sentence"),
+    [
+        ("off", 1, "SHARDPROOF_BLAS=off leaves the BLAS library in its default mode"),
+        ("wrong", 1, "SHARDPROOF_BLAS='wrong' is unknown"),
+        ("leafwise", 0, "invariant numerics can run here"),
+    ],
+)
+def test_exit_code_says_whether_invariant_numerics_can_run(
+    setting: str, code: int, sentence: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "shardproof", "doctor"],
+        env=os.environ | {"SHARDPROOF_BLAS": setting, "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert sentence in done.stdout.splitlines()[-1]
+    assert done.stderr == ""
+
+
+def test_doctor_refuses_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["doctor", "--json", str(tmp_path)])
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr == (
+        f"error: --json {tmp_path} is a directory. Name a file, for instance "
+        f"--json {tmp_path}/report.json.\n"
+    )
