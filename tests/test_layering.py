@@ -6,6 +6,7 @@ functions and under TYPE_CHECKING count too.
 """
 
 import ast
+import functools
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,6 +45,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plans.match",),
     ("plans.apply", "optim"),
     ("plans.__init__",),
+    # Ranks as threads or processes, and how they are started.
+    ("engines.board", "engines.parcel"),
+    ("engines.failure",),
+    ("engines.watch", "engines.base"),
+    ("engines.threads", "engines.processes", "engines.worker"),
+    ("engines.__init__",),
     ("ranks",),
     # The proof: one run, many runs, the judgement.
     ("prover.accuracy", "prover.audit", "prover.compare", "prover.hashing", "prover.reference"),
@@ -92,8 +99,13 @@ def module_of(path: Path, src: Path) -> str:
     return ".".join(path.relative_to(src).with_suffix("").parts)
 
 
-def imports_of(path: Path) -> Iterator[Import]:
+def imports_of(path: Path) -> tuple[Import, ...]:
     """Every import of a file, wherever and however: `from a import b` gives `a.b`."""
+    return imports_in(path.read_text())
+
+
+@functools.cache  # the planted trees below differ in one file each
+def imports_in(text: str) -> tuple[Import, ...]:
 
     def visit(node: ast.AST, is_inside: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
@@ -110,7 +122,7 @@ def imports_of(path: Path) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
             yield from visit(child, is_inside or is_function)
 
-    yield from visit(ast.parse(path.read_text()), False)
+    return tuple(visit(ast.parse(text), False))
 
 
 def own_module(target: str, modules: set[str]) -> str | None:
