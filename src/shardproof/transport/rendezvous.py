@@ -79,6 +79,11 @@ class Rendezvous:
         with self._changed:
             self._break(f"rank {rank} of {self.size} raised {what}", rank)
 
+    def interrupt(self, why: str) -> None:
+        """End all waiting: nobody will come any more, and no rank is to blame."""
+        with self._changed:
+            self._break(why, None)
+
     def _complete(self, meeting: _Meeting) -> None:
         first = meeting.calls[0]
         meeting.disagrees = any(call != first for call in meeting.calls.values())
@@ -104,7 +109,7 @@ class Rendezvous:
             rank,
         )
 
-    def _break(self, message: str, rank: int) -> None:
+    def _break(self, message: str, rank: int | None) -> None:
         if self._failure is None:
             self._failure = (message, rank)
             self._changed.notify_all()

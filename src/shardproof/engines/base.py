@@ -1,0 +1,104 @@
+"""Ranks of this machine that serve many calls, whatever they are made of."""
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from shardproof.axis import Axis
+from shardproof.errors import RankError, UsageError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ranks are started with, checked.
+
+    Attributes:
+        degree: number of ranks.
+        threads: intra-op threads of each rank.
+        timeout: seconds that a rank waits for the others in one collective.
+        check: compare the ranks' calls even where that costs something.
+    """
+
+    degree: int
+    threads: int
+    timeout: float
+    check: bool
+
+
+class Ranks(ABC):
+    """Ranks that stay between calls. Close them, or use them as a context manager.
+
+    After a failure they are broken: some are gone, and those left may be anywhere in what they
+    were doing. Every later `run` raises; open new ones.
+
+    Attributes:
+        engine: "threads" or "processes".
+        degree: number of ranks.
+        transport: the name of what carries bytes between them.
+    """
+
+    engine: str
+    degree: int
+    transport: str
+
+    def __init__(self, settings: Settings) -> None:
+        self.degree = settings.degree
+        self._settings = settings
+        self._busy = threading.Lock()
+        self._is_closed = False
+        self._is_broken = False
+
+    def run(self, fn: Callable[[Axis], T]) -> list[T]:
+        """Call `fn(axis)` on every rank, each time with a new axis; the results in rank order.
+
+        Raises:
+            ShardproofError: what `fn` raised, if it raised one of shardproof's own errors.
+            RankError: a rank raised anything else, was killed, left early or did not come; the
+                message names it and has its traceback.
+            UsageError: `fn` or a result cannot travel, or the ranks are busy.
+        """
+        if not callable(fn):
+            raise UsageError(f"cannot run {fn!r} on ranks: it is not callable. Pass fn(axis).")
+        if not self._busy.acquire(blocking=False):
+            raise UsageError(
+                f"these {self.degree} ranks are busy with another call. Wait for it, or open more "
+                "ranks."
+            )
+        try:
+            if self._is_broken or self._is_closed:
+                why = "a call on them failed" if self._is_broken else "they were closed"
+                raise RankError(
+                    f"these {self.degree} ranks cannot run anything more: {why}. Open new ones "
+                    "with shardproof.open_ranks."
+                )
+            return self._run(fn)
+        finally:
+            self._busy.release()
+
+    def close(self) -> None:
+        """End the ranks and remove what they left; closing twice is fine."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def _run(self, fn: Callable[[Axis], Any]) -> list[Any]: ...
+
+    @abstractmethod
+    def _close(self) -> None: ...

@@ -1,0 +1,79 @@
+"""Where every worker writes what it is doing, so that the launcher can say who waits for whom.
+
+A small shared file, one row per rank: how many collectives the rank has begun, how many it has
+ended, and the text of the last one. A row has one writer. The launcher reads it only when ranks
+have returned or failed and others have not, so a row torn in mid-write is read again.
+"""
+
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+_ROW = 1024
+_COUNTS = struct.Struct("=qq")
+_LENGTH = struct.Struct("=q")
+_TEXT = _COUNTS.size + _LENGTH.size
+
+
+@dataclass(frozen=True)
+class Place:
+    """What one rank was doing when its row was read.
+
+    Attributes:
+        begun, ended: collectives so far.
+        text: the last one that began; empty before the first.
+    """
+
+    begun: int
+    ended: int
+    text: str
+
+    @property
+    def is_waiting(self) -> bool:
+        """True inside a collective."""
+        return self.begun > self.ended
+
+
+class Board:
+    """The rows of all ranks.
+
+    Args:
+        path: of a file that `Board.create` made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with path.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), 0)
+
+    @classmethod
+    def create(cls, path: Path, degree: int) -> "Board":
+        """A board of empty rows."""
+        path.write_bytes(bytes(_ROW * degree))
+        return cls(path)
+
+    def begin(self, rank: int, text: str) -> None:
+        """Rank `rank` enters a collective."""
+        start = rank * _ROW
+        data = text.encode()[: _ROW - _TEXT]
+        self._map[start + _TEXT : start + _TEXT + len(data)] = data
+        _LENGTH.pack_into(self._map, start + _COUNTS.size, len(data))
+        begun, ended = _COUNTS.unpack_from(self._map, start)
+        _COUNTS.pack_into(self._map, start, begun + 1, ended)
+
+    def end(self, rank: int) -> None:
+        """Rank `rank` has left the collective that it was in."""
+        begun, _ = _COUNTS.unpack_from(self._map, rank * _ROW)
+        _COUNTS.pack_into(self._map, rank * _ROW, begun, begun)
+
+    def read(self, rank: int) -> Place:
+        """What rank `rank` is doing."""
+        start = rank * _ROW
+        begun, ended = _COUNTS.unpack_from(self._map, start)
+        (length,) = _LENGTH.unpack_from(self._map, start + _COUNTS.size)
+        data = self._map[start + _TEXT : start + _TEXT + length]
+        return Place(begun, ended, data.decode(errors="replace"))
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._map.close()

@@ -1,0 +1,89 @@
+"""What went wrong on the ranks, and the one error that the caller gets for it.
+
+One failure makes others: survivors lose a connection, or wait for a rank that never comes. Those
+are symptoms, and never hide the cause.
+"""
+
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from shardproof.errors import RankError, ShardproofError
+from shardproof.transport.base import PeerError
+
+_HERE = str(Path(__file__).parent)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one rank did not return.
+
+    Attributes:
+        rank: which.
+        summary: continues the sentence "rank 1 of 3 ...".
+        is_symptom: another rank's failure caused it.
+        is_death: its process is gone.
+        error: what it raised; None if it raised nothing, or what it raised cannot travel.
+        trace: the traceback as text; empty if there is none.
+    """
+
+    rank: int
+    summary: str
+    is_symptom: bool = False
+    is_death: bool = False
+    error: BaseException | None = None
+    trace: str = ""
+
+
+def failure_of(rank: int, error: BaseException) -> Failure:
+    """The failure of a rank that raised."""
+    name = type(error).__name__
+    summary = f"raised {name}: {error}" if str(error) else f"raised {name}"
+    if isinstance(error, SystemExit):
+        summary = f"left early: it called sys.exit({error.code!r})"
+    trace = "".join(traceback.format_exception(type(error), error, _below_engines(error)))
+    return Failure(rank, summary, is_symptom=_has_symptom(error), error=error, trace=trace)
+
+
+def verdict(failures: Sequence[Failure], degree: int) -> ShardproofError:
+    """The error to raise: that of the cause, or of the lowest rank where there are several.
+
+    A death comes before what others raised: a lost connection may look like any error.
+
+    What shardproof raised on purpose is raised again as it is; anything else becomes a RankError.
+    """
+    cause = min(failures, key=lambda f: (f.is_symptom, not f.is_death, f.rank))
+    where = f"rank {cause.rank} of {degree}"
+    error = cause.error
+    if isinstance(error, ShardproofError) and not isinstance(error, PeerError):
+        error.add_note(f"This was raised on {where}:\n{cause.trace}")
+        return error
+    if isinstance(error, PeerError):
+        symptom = RankError(str(error), rank=error.rank)
+        symptom.add_note(f"This was noticed by {where}:\n{cause.trace}")
+        return symptom
+    message = f"{where} {cause.summary}"
+    found = RankError(f"{message}\n\n{cause.trace}" if cause.trace else message, rank=cause.rank)
+    found.__cause__ = error
+    return found
+
+
+def _below_engines(error: BaseException) -> TracebackType | None:
+    """The traceback from the user's function on."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_HERE):
+        trace = trace.tb_next
+    return trace or error.__traceback__
+
+
+def _has_symptom(error: BaseException | None) -> bool:
+    """True if `error` is a symptom or was raised because of one."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, PeerError):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,151 @@
+"""Ranks as processes: started once, they meet in a file, and serve calls until they are closed.
+
+They are fresh interpreters, neither forked (which breaks MKL and threads) nor spawned by
+multiprocessing (which imports the caller's `__main__` again and so breaks notebooks). Functions
+and results travel through files in a private folder. POSIX only.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+from shardproof.axis import Axis
+from shardproof.engines import parcel
+from shardproof.engines.base import Ranks, Settings
+from shardproof.engines.board import Board
+from shardproof.engines.failure import verdict
+from shardproof.engines.watch import Watch, Worker
+from shardproof.errors import UsageError
+from shardproof.numerics import mode
+
+# Before anything of ours is imported, the worker gets the launcher's sys.path.
+_BOOT = (
+    "import sys; folder, rank, *sys.path[:] = sys.argv[1:]; del sys.argv[1:]; "
+    "from pathlib import Path; from shardproof.engines.worker import main; "
+    "main(Path(folder), int(rank))"
+)
+# torchrun's, true for the launcher at most.
+_NOT_INHERITED = ("MASTER_ADDR", "MASTER_PORT")
+_CLOSING = 5.0
+
+
+class ProcessRanks(Ranks):
+    """One process per rank, kept between calls."""
+
+    engine = "processes"
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.transport = "solo" if self.degree == 1 else "gloo"
+        self._folder = Path(tempfile.mkdtemp(prefix="shardproof-"))  # mode 0700
+        self._workers: list[Worker] = []
+        # Also when the caller forgets to close, or raises, or the interpreter ends.
+        self._clean_up = weakref.finalize(self, _clean_up, self._workers, self._folder)
+        try:
+            parcel.write(settings, self._folder / parcel.SETTINGS, what="the settings")
+            self._board = Board.create(self._folder / parcel.BOARD, self.degree)
+            for rank in range(self.degree):
+                self._workers.append(_start(rank, settings, self._folder))
+        except BaseException:
+            self._clean_up()
+            raise
+
+    def _run(self, fn: Callable[[Axis], Any]) -> list[Any]:
+        what = f"the function {getattr(fn, '__qualname__', repr(fn))}"
+        parcel.write(fn, self._folder / parcel.CALL, what=what)
+        try:
+            for each in self._workers:
+                with contextlib.suppress(BrokenPipeError):  # it is dead, which the watch sees
+                    each.connection.send(parcel.RUN)
+            watch = Watch(self._workers, self._board, self._folder, timeout=self._settings.timeout)
+            failures = watch.follow()
+        except BaseException:  # KeyboardInterrupt above all
+            self._is_broken = True
+            self._clean_up()
+            raise
+        if failures:
+            self._is_broken = True
+            self._clean_up()
+            raise verdict(failures, self.degree)
+        return [self._take_result(rank) for rank in range(self.degree)]
+
+    def _take_result(self, rank: int) -> Any:
+        path = parcel.result_path(self._folder, rank)
+        try:
+            return parcel.read(path, what=f"the result of rank {rank}")
+        finally:
+            path.unlink()
+
+    def _close(self) -> None:
+        """Let the workers end by themselves; those that do not are ended."""
+        for each in self._workers:
+            with contextlib.suppress(OSError):  # dead already
+                each.connection.send(parcel.CLOSE)
+        deadline = time.monotonic() + _CLOSING
+        for each in self._workers:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                each.process.wait(max(0.0, deadline - time.monotonic()))
+        self._clean_up()
+
+
+def _start(rank: int, settings: Settings, folder: Path) -> Worker:
+    if not sys.executable:
+        raise UsageError(
+            "engine='processes' starts Python interpreters, and sys.executable does not say "
+            "which. Use engine='threads'."
+        )
+    ours, theirs = Pipe()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _BOOT, str(folder), str(rank), *_search_path()],
+            stdin=theirs.fileno(),
+            env=_environment(rank, settings),
+            start_new_session=True,  # Ctrl-C is for the launcher; a worker's children are its group
+        )
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    return Worker(rank, process, ours)
+
+
+def _search_path() -> list[str]:
+    return [str(Path(entry).absolute()) for entry in sys.path]
+
+
+def _environment(rank: int, settings: Settings) -> dict[str, str]:
+    environment = {name: v for name, v in os.environ.items() if name not in _NOT_INHERITED}
+    environment |= mode.child_environment()
+    environment |= {
+        "OMP_NUM_THREADS": str(settings.threads),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(settings.degree),
+        "LOCAL_WORLD_SIZE": str(settings.degree),
+    }
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the ranks are all on this machine
+    return environment
+
+
+def _clean_up(workers: Sequence[Worker], folder: Path) -> None:
+    """End what still runs, with whatever it has started, and remove the folder."""
+    for each in workers:
+        if each.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(each.process.pid, signal.SIGKILL)
+    for each in workers:
+        each.process.wait()
+        each.connection.close()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,181 @@
+"""Ranks as threads of this process: nothing to start, nothing to pickle, tensors are lent.
+
+Threads cannot be killed. When a rank fails, ranks that wait in a collective raise at once; a rank
+that computes gets an exception at its next Python instruction; one that is stuck outside Python
+is given up (it cannot keep the process from ending).
+"""
+
+import ctypes
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shardproof.axis import Axis
+from shardproof.engines.base import Ranks, Settings
+from shardproof.engines.failure import Failure, failure_of, verdict
+from shardproof.transport.base import Transport
+from shardproof.transport.rendezvous import Rendezvous
+from shardproof.transport.solo import SoloTransport
+from shardproof.transport.threads import ThreadsTransport
+
+# After a failure: time for the other ranks to notice by themselves, then to be stopped.
+_GRACE = 3.0
+_STOPPING = 1.0
+
+
+class _Stopped(SystemExit):
+    """Raised inside a rank that computes while another has failed."""
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    rank: int
+    result: Any = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One call of `fn` on one rank."""
+
+    fn: Callable[[Axis], Any]
+    transport: Transport
+    rendezvous: Rendezvous
+    outcomes: "queue.SimpleQueue[_Outcome]"
+
+    def attempt(self) -> _Outcome:
+        rank = self.transport.rank
+        try:
+            result = self.fn(Axis("tp", self.transport))
+        except _Stopped:
+            return _Outcome(rank, failure=Failure(rank, "was stopped", is_symptom=True))
+        except BaseException as error:
+            self.rendezvous.fail(rank, error)
+            return _Outcome(rank, failure=failure_of(rank, error))
+        self.rendezvous.leave(rank)
+        return _Outcome(rank, result)
+
+
+_Inbox = queue.SimpleQueue[_Task | None]
+
+
+class ThreadRanks(Ranks):
+    """One thread per rank, kept between calls."""
+
+    engine = "threads"
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.transport = SoloTransport.name if self.degree == 1 else ThreadsTransport.name
+        self._inboxes: list[_Inbox] = [queue.SimpleQueue() for _ in range(self.degree)]
+        ready: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(
+                target=_serve,
+                args=(inbox, settings.threads, ready),
+                name=f"shardproof-rank-{rank}",
+                daemon=True,
+            )
+            for rank, inbox in enumerate(self._inboxes)
+        ]
+        weakref.finalize(self, _dismiss, self._inboxes)
+        for thread in self._threads:
+            thread.start()
+        for _ in self._threads:
+            ready.get()
+        # A rank's thread count is also what threads that start later begin with; put that back.
+        torch.set_num_threads(torch.get_num_threads())
+
+    def _run(self, fn: Callable[[Axis], Any]) -> list[Any]:
+        rendezvous = Rendezvous(self.degree, timeout=self._settings.timeout)
+        outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
+        for rank, inbox in enumerate(self._inboxes):
+            solo = self.degree == 1
+            transport = SoloTransport() if solo else ThreadsTransport(rendezvous, rank)
+            inbox.put(_Task(fn, transport, rendezvous, outcomes))
+        found: dict[int, _Outcome] = {}
+        try:
+            self._collect(outcomes, found)
+        except BaseException:  # KeyboardInterrupt above all
+            self._is_broken = True
+            rendezvous.interrupt("the caller was interrupted")
+            self._stop(set(range(self.degree)) - set(found))
+            raise
+        failures = [outcome.failure for outcome in found.values() if outcome.failure]
+        if not failures:
+            return [found[rank].result for rank in range(self.degree)]
+        self._is_broken = True
+        error = verdict(failures, self.degree)
+        stuck = sorted(set(range(self.degree)) - set(found))
+        if stuck:
+            error.add_note(
+                f"Still running {_GRACE + _STOPPING:g} s later, and given up: ranks {stuck}. "
+                "Threads cannot be killed; engine='processes' can."
+            )
+        raise error
+
+    def _collect(self, outcomes: "queue.SimpleQueue[_Outcome]", found: dict[int, _Outcome]) -> None:
+        """Fill `found` with every rank's outcome; after a failure, with those that come soon."""
+        while len(found) < self.degree:
+            outcome = outcomes.get()
+            found[outcome.rank] = outcome
+            if outcome.failure:
+                break
+        _collect_until(time.monotonic() + _GRACE, outcomes, found, self.degree)
+        if len(found) < self.degree:
+            self._stop(set(range(self.degree)) - set(found))
+            _collect_until(time.monotonic() + _STOPPING, outcomes, found, self.degree)
+
+    def _stop(self, ranks: set[int]) -> None:
+        """Raise in the threads of `ranks`, at their next Python instruction."""
+        for rank in ranks:
+            identity = self._threads[rank].ident
+            if identity is not None:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(identity), ctypes.py_object(_Stopped)
+                )
+
+    def _close(self) -> None:
+        _dismiss(self._inboxes)
+        deadline = time.monotonic() + (0.0 if self._is_broken else _STOPPING)
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _serve(inbox: _Inbox, threads: int, ready: "queue.SimpleQueue[None]") -> None:
+    """The life of a rank."""
+    # Both settings belong to the thread. The count is asked for first, because a thread's first
+    # question sets it to the process's default. On a GPU backward would otherwise run in one
+    # thread per device, where ranks that share the device would wait for each other for ever.
+    torch.get_num_threads()
+    torch.set_num_threads(threads)
+    torch.autograd.set_multithreading_enabled(False)
+    ready.put(None)
+    while (task := inbox.get()) is not None:
+        task.outcomes.put(task.attempt())
+        del task  # so that an idle rank keeps nothing alive
+
+
+def _dismiss(inboxes: Sequence[_Inbox]) -> None:
+    for inbox in inboxes:
+        inbox.put(None)
+
+
+def _collect_until(
+    deadline: float,
+    outcomes: "queue.SimpleQueue[_Outcome]",
+    found: dict[int, _Outcome],
+    degree: int,
+) -> None:
+    while len(found) < degree:
+        try:
+            outcome = outcomes.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            return
+        found[outcome.rank] = outcome

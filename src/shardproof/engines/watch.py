@@ -1,0 +1,180 @@
+"""One call on worker processes, seen from the launcher: who returned, who failed, who is to blame.
+
+The launcher watches three things: what the workers say, whether they live, and the board on which
+they write what they are in. A rank that returned while others entered one more collective has
+left them waiting; the counts on the board prove it, so nobody waits for the timeout.
+"""
+
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+from shardproof.engines import parcel
+from shardproof.engines.board import Board
+from shardproof.engines.failure import Failure
+from shardproof.transport.base import name_ranks
+
+# How long the launcher goes on listening after a cause and after a mere symptom was reported.
+_AFTER_CAUSE = 0.5
+_AFTER_SYMPTOM = 3.0
+_POLL = 0.1
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A worker process as the launcher holds it."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    connection: Connection
+
+
+class Watch:
+    """Follows one call until all ranks have returned, or enough is known about a failure.
+
+    Args:
+        workers: in rank order.
+        board: where they write what they are in.
+        folder: where they leave their failures.
+        timeout: for messages.
+    """
+
+    def __init__(
+        self, workers: Sequence[Worker], board: Board, folder: Path, *, timeout: float
+    ) -> None:
+        self._workers = workers
+        self._board = board
+        self._folder = folder
+        self._timeout = timeout
+        self._counts: dict[int, int] = {}  # of the ranks that have returned: their collectives
+        self._failures: dict[int, Failure] = {}
+        self._mute: set[int] = set()  # ranks whose connection is gone
+        self._deadline = float("inf")
+
+    def follow(self) -> list[Failure]:
+        """Wait for the ranks; every failure that was found, none if all have returned."""
+        while self._pending() and time.monotonic() < self._deadline:
+            self._listen()
+            self._find_dead()
+            self._find_deserter()
+        self._find_uneven()
+        self._find_missing()
+        return list(self._failures.values())
+
+    def _pending(self) -> list[Worker]:
+        return [
+            worker
+            for worker in self._workers
+            if worker.rank not in self._counts and worker.rank not in self._failures
+        ]
+
+    def _fail(self, failure: Failure) -> None:
+        self._failures.setdefault(failure.rank, failure)
+        patience = _AFTER_SYMPTOM if failure.is_symptom else _AFTER_CAUSE
+        self._deadline = min(self._deadline, time.monotonic() + patience)
+
+    def _listen(self) -> None:
+        speaking = {
+            worker.connection: worker.rank
+            for worker in self._pending()
+            if worker.rank not in self._mute
+        }
+        if not speaking:
+            time.sleep(_POLL)
+        for connection in wait(list(speaking), timeout=_POLL) if speaking else ():
+            if not isinstance(connection, Connection):
+                continue
+            rank = speaking[connection]
+            try:
+                outcome, count = connection.recv()
+            except (EOFError, OSError):
+                self._mute.add(rank)
+                continue
+            if outcome == parcel.RETURNED:
+                self._counts[rank] = count
+            else:
+                path = parcel.failure_path(self._folder, rank)
+                self._fail(parcel.read(path, what=f"the failure of rank {rank}"))
+
+    def _find_dead(self) -> None:
+        for worker in self._pending():
+            code = worker.process.poll()
+            # A last word may still lie in the connection of a process that is gone.
+            if code is None or (worker.rank not in self._mute and worker.connection.poll()):
+                continue
+            self._fail(Failure(worker.rank, _describe_exit(code), is_death=True))
+
+    def _find_deserter(self) -> None:
+        """Blame a rank that returned and for which another one waits now."""
+        if not self._counts or self._failures:
+            return
+        fewest = min(self._counts, key=lambda rank: (self._counts[rank], rank))
+        waiting = [
+            worker.rank
+            for worker in self._pending()
+            if self._is_waiting_for(worker.rank, self._counts[fewest])
+        ]
+        if waiting:
+            self._fail(Failure(fewest, f"returned and will not come: {self._waits(waiting)}"))
+
+    def _is_waiting_for(self, rank: int, count: int) -> bool:
+        place = self._board.read(rank)
+        return place.is_waiting and place.begun > count
+
+    def _find_uneven(self) -> None:
+        """Blame a rank that returned without a collective in which another one got by alone."""
+        if self._failures:
+            return
+        fewest = min(self._counts, key=lambda rank: (self._counts[rank], rank))
+        most = max(self._counts, key=lambda rank: (self._counts[rank], -rank))
+        if self._counts[fewest] != self._counts[most]:
+            self._fail(
+                Failure(
+                    fewest,
+                    f"returned after {self._counts[fewest]} collectives, rank {most} after "
+                    f"{self._counts[most]}, the last of them {self._board.read(most).text}. All "
+                    "ranks must make the same calls.",
+                )
+            )
+
+    def _find_missing(self) -> None:
+        """If only symptoms are known: blame the ranks that are not where the others wait."""
+        symptoms = [failure for failure in self._failures.values() if failure.is_symptom]
+        if not symptoms or len(symptoms) < len(self._failures):
+            return
+        begun = {worker.rank: self._board.read(worker.rank).begun for worker in self._workers}
+        latest = max(begun.values())
+        missing = [
+            worker.rank
+            for worker in self._pending()
+            if not self._is_waiting_for(worker.rank, latest - 1)
+        ]
+        if missing:
+            within = f" within {self._timeout:g} s" if _is_timeout(symptoms[0]) else ""
+            others = f", nor did {name_ranks(missing[1:])}" if missing[1:] else ""
+            waits = self._waits([rank for rank, count in begun.items() if count == latest])
+            self._fail(Failure(missing[0], f"did not come{within}{others}: {waits}"))
+
+    def _waits(self, ranks: Sequence[int]) -> str:
+        """Who waits in what, for a message."""
+        where: dict[str, list[int]] = {}
+        for rank in ranks:
+            where.setdefault(self._board.read(rank).text, []).append(rank)
+        return "; ".join(
+            f"{name_ranks(who)} {'waits' if len(who) == 1 else 'wait'} in {text}"
+            for text, who in where.items()
+        )
+
+
+def _is_timeout(failure: Failure) -> bool:
+    return "timed out" in failure.summary.lower()
+
+
+def _describe_exit(code: int) -> str:
+    if code < 0:
+        return f"was killed by signal {-code} ({signal.Signals(-code).name})"
+    return f"left early: its process ended with exit code {code}"

@@ -1,0 +1,143 @@
+"""The life of a rank that is a process: meet the others, serve calls, end with the launcher.
+
+Started by `engines/processes.py` with a socket to the launcher as its standard input. When the
+launcher goes away the socket closes, and the worker ends itself and whatever it has started.
+"""
+
+import io
+import os
+import queue
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shardproof.axis import Axis
+from shardproof.engines import parcel
+from shardproof.engines.base import Settings
+from shardproof.engines.board import Board
+from shardproof.engines.failure import failure_of
+from shardproof.errors import UsageError
+from shardproof.transport.base import Call, Transport
+from shardproof.transport.distributed import DistributedTransport
+from shardproof.transport.solo import SoloTransport
+
+# Importing torch on a busy machine takes its time, and has nothing to do with the user's timeout.
+_START_TIMEOUT = 300.0
+
+
+def main(folder: Path, rank: int) -> None:
+    """Serve the launcher that owns `folder` as rank `rank` until it says otherwise."""
+    connection = _take_connection()
+    commands: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, commands, folder), daemon=True).start()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # whole lines of several ranks, as they come
+    worker = _Worker(folder, rank)
+    while commands.get() == parcel.RUN:
+        connection.send(worker.serve())
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class _Worker:
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder = folder
+        self._rank = rank
+        self._settings: Settings = parcel.read(folder / parcel.SETTINGS, what="the settings")
+        self._board = Board(folder / parcel.BOARD)
+        self._joining: BaseException | None = None
+        torch.set_num_threads(self._settings.threads)
+        try:
+            self._join()
+        except Exception as error:  # told to the launcher when it asks for something
+            self._joining = error
+
+    def serve(self) -> tuple[str, int]:
+        """Run what lies in the folder: what became of it, and the collectives so far."""
+        try:
+            if self._joining is not None:
+                raise self._joining
+            self._call()
+        except BaseException as error:
+            self._write_failure(error)
+            outcome = parcel.FAILED
+        else:
+            outcome = parcel.RETURNED
+        sys.stdout.flush()
+        sys.stderr.flush()
+        return outcome, self._board.read(self._rank).begun
+
+    def _call(self) -> None:
+        fn: Callable[[Axis], Any] = parcel.read(self._folder / parcel.CALL, what="the function")
+        result = fn(Axis("tp", self._transport()))
+        what = f"the result of rank {self._rank}, of type {type(result).__name__},"
+        parcel.write(result, parcel.result_path(self._folder, self._rank), what=what)
+
+    def _write_failure(self, error: BaseException) -> None:
+        failure = failure_of(self._rank, error)
+        path = parcel.failure_path(self._folder, self._rank)
+        try:
+            parcel.write(failure, path, what="an exception")
+            parcel.read(path, what="an exception")  # some can be pickled, but not unpickled
+        except UsageError:
+            parcel.write(replace(failure, error=None), path, what="a traceback")
+
+    def _join(self) -> None:
+        degree = self._settings.degree
+        if degree == 1:
+            return
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(str(self._folder / parcel.STORE), degree),
+            rank=self._rank,
+            world_size=degree,
+            timeout=timedelta(seconds=max(self._settings.timeout, _START_TIMEOUT)),
+        )
+
+    def _transport(self) -> Transport:
+        group = dist.group.WORLD
+        if self._settings.degree == 1 or group is None:
+            return SoloTransport()
+        return DistributedTransport(
+            group,
+            check=self._settings.check,
+            timeout=self._settings.timeout,
+            observer=self._observe,
+        )
+
+    def _observe(self, call: Call | None) -> None:
+        if call is None:
+            self._board.end(self._rank)
+        else:
+            self._board.begin(self._rank, str(call))
+
+
+def _take_connection() -> Connection:
+    """The socket to the launcher; what the user's code finds as standard input is empty."""
+    connection = Connection(os.dup(0))
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    return connection
+
+
+def _listen(connection: Connection, commands: "queue.SimpleQueue[str]", folder: Path) -> None:
+    """Pass on what the launcher says; when it is gone, end at once and leave nothing behind."""
+    while True:
+        try:
+            commands.put(connection.recv())
+        except (EOFError, OSError):
+            shutil.rmtree(folder, ignore_errors=True)
+            if os.getpgrp() == os.getpid():
+                os.killpg(0, signal.SIGKILL)
+            os._exit(1)

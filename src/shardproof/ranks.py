@@ -1,0 +1,133 @@
+"""Ranks on this machine: one call for all of them, or a pool that serves many calls.
+
+Under torchrun the ranks exist already: there, use `Axis.from_env()`.
+"""
+
+import math
+import operator
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from shardproof.axis import Axis
+from shardproof.engines.base import Ranks, Settings
+from shardproof.engines.processes import ProcessRanks
+from shardproof.engines.threads import ThreadRanks
+from shardproof.errors import DegreeError, UsageError
+
+ENGINES = ("threads", "processes")
+
+T = TypeVar("T")
+
+
+def launch(
+    fn: Callable[[Axis], T],
+    *,
+    degree: int,
+    engine: str = "threads",
+    threads: int | None = None,
+    timeout: float = 600.0,
+    check: bool = True,
+) -> list[T]:
+    """Call `fn(axis)` on `degree` ranks and return every rank's result, in rank order.
+
+    Args:
+        fn: any callable; closures and lambdas travel too, by cloudpickle if to processes.
+        degree: number of ranks.
+        engine: "threads" of this process, which lend each other their tensors, or "processes",
+            which exchange them through gloo.
+        threads: intra-op threads of each rank; by default the cores are shared out.
+        timeout: seconds that a rank waits for the others in one collective.
+        check: compare, before every collective, what the ranks are about to do. Threads always
+            do, for it costs them nothing.
+
+    Raises:
+        DegreeError, UsageError: an argument makes no sense; nothing was started.
+        ShardproofError: what `fn` raised, if it raised one of shardproof's own errors.
+        RankError: a rank raised anything else, was killed, left early or did not come; the
+            message names the rank and has its traceback. All other ranks have been ended.
+
+    Example:
+        >>> launch(lambda axis: axis.rank * 10, degree=3)
+        [0, 10, 20]
+    """
+    if not callable(fn):
+        raise UsageError(f"cannot launch {fn!r}: it is not callable. Pass a function of an axis.")
+    ranks = open_ranks(degree, engine, threads=threads, timeout=timeout, check=check)
+    with ranks:
+        return ranks.run(fn)
+
+
+def open_ranks(
+    degree: int,
+    engine: str = "threads",
+    *,
+    threads: int | None = None,
+    timeout: float = 600.0,
+    check: bool = True,
+) -> Ranks:
+    """Start ranks that serve many calls; a context manager that ends them.
+
+    Args:
+        degree: number of ranks.
+        engine: as in `launch`.
+        threads: as in `launch`.
+        timeout: as in `launch`.
+        check: as in `launch`.
+
+    Raises:
+        DegreeError, UsageError: an argument makes no sense; nothing was started.
+
+    Example:
+        >>> with open_ranks(2) as ranks:
+        ...     ranks.run(lambda axis: axis.size)
+        [2, 2]
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"unknown engine {engine!r}. Use one of: {', '.join(ENGINES)}.")
+    degree = _check_degree(degree)
+    settings = Settings(
+        degree=degree,
+        threads=_share_of_cores(degree) if threads is None else _check_threads(threads),
+        timeout=_check_timeout(timeout),
+        check=bool(check),
+    )
+    return ThreadRanks(settings) if engine == "threads" else ProcessRanks(settings)
+
+
+def _check_degree(degree: Any) -> int:
+    number = _whole_number(degree)
+    if number is None:
+        raise DegreeError(f"degree {degree!r} is not a whole number. Use 1 or more.")
+    if number < 1:
+        raise DegreeError(f"degree {number} is not a positive number. Use 1 or more.")
+    return number
+
+
+def _check_threads(threads: Any) -> int:
+    number = _whole_number(threads)
+    if number is None or number < 1:
+        raise UsageError(f"threads={threads!r} is not a positive whole number. Use 1 or more.")
+    return number
+
+
+def _check_timeout(timeout: Any) -> float:
+    if not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+        raise UsageError(f"timeout={timeout!r} is not a positive number of seconds.")
+    return float(timeout)
+
+
+def _whole_number(value: Any) -> int | None:
+    """`value` as an int if it is one in any spelling (numpy's too), and no bool."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _share_of_cores(degree: int) -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone knows it
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, cores // degree)
