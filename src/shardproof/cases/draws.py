@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from shardproof.layers.base import ShardedModule
 from shardproof.leaves import Layout, replicated
 
-DrawRow = Callable[[int], Tensor]  # (index of the row) -> (shape[1:])
+DrawRows = Callable[[range], Tensor]  # rows wanted -> (len(rows), row length)
 
 
 def generator(seed: int, name: str) -> torch.Generator:
@@ -32,31 +32,40 @@ def layout_of(layer: nn.Module, name: str) -> Layout:
 
 
 @torch.no_grad()
-def fill(layer: nn.Module, name: str, draw_row: DrawRow) -> None:
+def fill(layer: nn.Module, name: str, draw_rows: DrawRows, *, rows_at_once: int = 1) -> None:
     """Fill one parameter of a layer, sharded or plain.
 
     Args:
         layer: a layer with memory (not on the meta device).
-        name: of the parameter; a matrix is drawn row by row, a vector at once, as row 0.
-        draw_row: makes one row of the full parameter; called for every row, in order.
+        name: of the parameter, a matrix; a vector is filled as one row.
+        draw_rows: makes some rows of the full parameter; called for all of them, in order.
+        rows_at_once: how many rows it is asked for; never the full parameter, if that is large.
     """
     parameter, layout = layer.get_parameter(name), layout_of(layer, name)
-    owned = slice(layout.owned.start, layout.owned.stop)
+    owned = layout.owned
     if parameter.ndim == 1:
-        parameter.copy_(draw_row(0)[owned])
+        parameter.copy_(draw_rows(range(1))[0, owned.start : owned.stop])
         return
-    for index in range(layout.shape[0]):
-        row = draw_row(index)
+    for start in range(0, layout.shape[0], rows_at_once):
+        asked = range(start, min(start + rows_at_once, layout.shape[0]))
+        rows = draw_rows(asked)
         if layout.dim == 1:
-            parameter[index].copy_(row[owned])
-        elif index in layout.owned:
-            parameter[index - layout.owned.start].copy_(row)
+            parameter[asked.start : asked.stop].copy_(rows[:, owned.start : owned.stop])
+            continue
+        first, last = max(asked.start, owned.start), min(asked.stop, owned.stop)
+        if first < last:
+            kept = rows[first - start : last - start]
+            parameter[first - owned.start : last - owned.start].copy_(kept)
 
 
 def fill_normal(layer: nn.Module, name: str, generator: torch.Generator) -> None:
-    """Fill one parameter from N(0, 1), row by row."""
+    """Fill one parameter from N(0, 1), eight rows at a time."""
     length = layout_of(layer, name).shape[-1]
-    fill(layer, name, lambda index: torch.randn(length, generator=generator))
+
+    def draw_rows(rows: range) -> Tensor:
+        return torch.randn(len(rows), length, generator=generator)
+
+    fill(layer, name, draw_rows, rows_at_once=8)
 
 
 def fill_like_linear(layer: nn.Module, generator: torch.Generator) -> None:
@@ -72,11 +81,11 @@ def fill_like_linear(layer: nn.Module, generator: torch.Generator) -> None:
     # Kaiming's bound for a = sqrt(5), in the order of operations of nn.init, to the last bit.
     gain = math.sqrt(2.0 / (1 + math.sqrt(5) ** 2))
     weight_bound = math.sqrt(3.0) * (gain / math.sqrt(in_features))
-    fill(layer, "weight", lambda index: _uniform(in_features, weight_bound, generator))
+    fill(layer, "weight", lambda rows: _uniform(len(rows), in_features, weight_bound, generator))
     if getattr(layer, "bias", None) is not None:
         length, bias_bound = layout_of(layer, "bias").shape[0], 1 / math.sqrt(in_features)
-        fill(layer, "bias", lambda index: _uniform(length, bias_bound, generator))
+        fill(layer, "bias", lambda rows: _uniform(1, length, bias_bound, generator))
 
 
-def _uniform(length: int, bound: float, generator: torch.Generator) -> Tensor:
-    return torch.empty(length).uniform_(-bound, bound, generator=generator)
+def _uniform(rows: int, length: int, bound: float, generator: torch.Generator) -> Tensor:
+    return torch.empty(rows, length).uniform_(-bound, bound, generator=generator)

@@ -52,7 +52,7 @@ def make_data(trial: Trial) -> tuple[Tensor, Tensor]:
 def fill_counting_up(layer: nn.Module) -> None:
     """w[i, j] = 8 i + j, written as the layer's weight (8, 4): row j counts up by eights."""
     steps = torch.arange(IN_DIM, dtype=torch.float32) * OUT_DIM
-    fill(layer, "weight", lambda column: steps + column)
+    fill(layer, "weight", lambda rows: steps[None] + rows.start)
 
 
 def run(trial: Trial, layer: nn.Module, x: Tensor, label: Tensor) -> None:

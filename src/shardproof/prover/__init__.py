@@ -4,6 +4,7 @@ from shardproof.prover.against import Comparison, compare_with
 from shardproof.prover.case import Case, Check, Trial
 from shardproof.prover.proof import DEFAULT_SEED, DEGREES, prove, prove_cases
 from shardproof.prover.report import Report
+from shardproof.prover.torchrun import prove_under_torchrun
 from shardproof.prover.verdict import verdict
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "compare_with",
     "prove",
     "prove_cases",
+    "prove_under_torchrun",
     "verdict",
 ]

@@ -6,14 +6,13 @@ where only a view of it is returned, if the operation made it. It does not see w
 inside itself (BLAS packs its operands in memory of its own), nor what numpy allocates.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 
 class Audit:
@@ -93,13 +92,16 @@ class _Watch(TorchDispatchMode):
         return result
 
 
-def _tensors(tree: Any) -> Iterable[Tensor]:
+def _tensors(tree: Any) -> Iterator[Tensor]:
     """The tensors with memory of their own (those on the meta device have none)."""
-    return (
-        leaf
-        for leaf in tree_iter(tree)
-        if isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf.is_meta
-    )
+    if isinstance(tree, Tensor):
+        if tree.layout == torch.strided and not tree.is_meta:
+            yield tree
+    elif isinstance(tree, list | tuple):
+        for item in tree:
+            yield from _tensors(item)
+    elif isinstance(tree, dict):
+        yield from _tensors(list(tree.values()))
 
 
 def _address(tensor: Tensor) -> int:

@@ -15,7 +15,8 @@ from shardproof.leaves import check_degree
 from shardproof.numerics import mode
 from shardproof.prover.case import Case, Trial
 from shardproof.prover.judge import judge_case
-from shardproof.prover.report import Report
+from shardproof.prover.reference import Reference
+from shardproof.prover.report import CaseReport, Report
 from shardproof.prover.runs import RankResult, run_on_rank, run_references
 from shardproof.prover.training import Batch, MakeOptimizer, Training, make_optimizer
 from shardproof.ranks import open_ranks
@@ -25,6 +26,8 @@ DEGREES = (1, 2, 3, 8)
 DEFAULT_SEED = 12345  # the seed of the seed documents
 
 Progress = Callable[[int, int, str], None]  # (done, total, what comes next)
+Results = dict[str, dict[int, list[RankResult]]]  # case -> degree -> every rank's result
+References = dict[str, Reference]  # case -> where its plain torch runs lie
 
 
 def prove_cases(
@@ -57,16 +60,11 @@ def prove_cases(
     """
     degrees = checked_degrees(degrees, scheme)
     check_cases(cases)
-    tell = _Teller(progress, total=len(cases) * (1 + len(degrees)))
-    results: dict[str, dict[int, list[RankResult]]] = {case.name: {} for case in cases}
+    tell = Teller(progress, total=len(cases) * (1 + len(degrees)))
+    results: Results = {case.name: {} for case in cases}
     transport = "solo"
     with tempfile.TemporaryDirectory(prefix="shardproof-") as folder:
-        references = {}
-        for index, case in enumerate(cases):
-            tell(f"{case.name}, plain torch")
-            references[case.name] = run_references(
-                case, scheme=scheme, seed=seed, directory=Path(folder, str(index))
-            )
+        references = make_references(cases, Path(folder), scheme=scheme, seed=seed, tell=tell)
         for degree in degrees:
             with open_ranks(degree, engine, threads=threads) as ranks:
                 transport = ranks.transport
@@ -80,18 +78,10 @@ def prove_cases(
                         reference=references[case.name],
                     )
                     results[case.name][degree] = ranks.run(work)
-        judged = [
-            judge_case(
-                case,
-                results[case.name],
-                expected=references[case.name].plain().names(),
-                activation_bytes=references[case.name].plain().activation_bytes,
-            )
-            for case in cases
-        ]
+        judged = judge_cases(cases, results, references)
     tell("done")
     return Report(
-        cases=tuple(judged),
+        cases=judged,
         degrees=degrees,
         engine=engine,
         transport=transport,
@@ -200,13 +190,45 @@ def check_cases(cases: Sequence[Case]) -> None:
             )
 
 
-class _Teller:
+def make_references(
+    cases: Sequence[Case], folder: Path, *, scheme: Scheme, seed: int, tell: "Teller"
+) -> References:
+    """Run every case in plain torch, and leave the tensors in a folder."""
+    references = {}
+    for index, case in enumerate(cases):
+        tell(f"{case.name}, plain torch")
+        references[case.name] = run_references(
+            case, scheme=scheme, seed=seed, directory=folder / str(index)
+        )
+    return references
+
+
+def judge_cases(
+    cases: Sequence[Case], results: Results, references: References
+) -> tuple[CaseReport, ...]:
+    """Judge every case while its references still lie in their files."""
+    reports = []
+    for case in cases:
+        plain = references[case.name].plain()
+        reports.append(
+            judge_case(
+                case,
+                results[case.name],
+                expected=plain.names(),
+                activation_bytes=plain.activation_bytes,
+            )
+        )
+    return tuple(reports)
+
+
+class Teller:
     """Counts runs for a progress callback."""
 
     def __init__(self, progress: Progress | None, *, total: int) -> None:
         self._progress, self._total, self._done = progress, total, 0
 
     def __call__(self, text: str) -> None:
+        """Tell what comes next; what came before is done."""
         if self._progress is not None:
             self._progress(min(self._done, self._total), self._total, text)
         self._done += 1

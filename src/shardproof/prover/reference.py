@@ -23,7 +23,10 @@ _INTEGERS = {torch.bfloat16: torch.int16}  # dtypes that numpy lacks travel as i
 
 
 class ReferenceWriter:
-    """Leaves the tensors of one run in a directory, one .npy file each.
+    """Leaves the tensors of one run in a directory: one file of raw bytes each, and a list.
+
+    Raw, for ranks as threads read at the same time: numpy parses the head of an .npy file with
+    `ast.literal_eval`, which fails now and then when threads of CPython 3.11 call it together.
 
     Attributes:
         activation_bytes: of the largest activation that was seen; read by `ReferenceReader`.
@@ -37,11 +40,10 @@ class ReferenceWriter:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Keep one tensor."""
-        file = f"{len(self._entries):04d}.npy"
+        file = f"{len(self._entries):04d}.bin"
         dtype = str(tensor.dtype).removeprefix("torch.")
         self._entries[name] = {"file": file, "dtype": dtype, "shape": list(tensor.shape)}
-        plain = tensor.detach().cpu()
-        np.save(self._directory / file, plain.view(_INTEGERS.get(plain.dtype, plain.dtype)).numpy())
+        _as_numpy(tensor.detach().cpu().contiguous()).tofile(self._directory / file)
 
     def close(self) -> None:
         """Write the list of what is there."""
@@ -75,11 +77,27 @@ class ReferenceReader:
                 f"{tuple(entry['shape'])} in plain torch. Record both with the same global shape; "
                 f"an output that is sharded needs a layout that says so, or gather_output=True."
             )
-        mapped = np.load(self._directory / entry["file"], mmap_mode="r")
-        if layout.dim is not None:
+        part = torch.empty(_owned_shape(layout), dtype=getattr(torch, entry["dtype"]))
+        if part.numel():
+            target = _as_numpy(part)
+            mapped = np.memmap(
+                self._directory / entry["file"], target.dtype, mode="r", shape=layout.shape
+            )
             owned = slice(layout.owned.start, layout.owned.stop)
-            mapped = mapped[(slice(None),) * layout.dim + (owned,)]
-        return torch.from_numpy(np.array(mapped, order="C")).view(getattr(torch, entry["dtype"]))
+            where = () if layout.dim is None else (slice(None),) * layout.dim + (owned,)
+            target[...] = mapped[where]
+        return part
+
+
+def _as_numpy(tensor: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
+    """The same memory for numpy; dtypes that it lacks as integers."""
+    return tensor.view(_INTEGERS.get(tensor.dtype, tensor.dtype)).numpy()
+
+
+def _owned_shape(layout: Layout) -> tuple[int, ...]:
+    if layout.dim is None:
+        return layout.shape
+    return (*layout.shape[: layout.dim], len(layout.owned), *layout.shape[layout.dim + 1 :])
 
 
 @dataclass(frozen=True)
