@@ -133,6 +133,21 @@ def test_facts_of_a_case_are_readable() -> None:
     assert "degree 2  forward 1 all_reduce (76.0 KiB)\n" in text
 
 
+def test_degrees_that_send_the_same_share_a_line() -> None:
+    full = case(tensor("output"))
+    both = full["comm"]["2"] | {"backward": {"all_gather": {"calls": 2, "message_bytes": 131072}}}
+    text = shown(report(full | {"comm": {"1": {}, "2": both, "3": both, "4": both, "8": both}}))
+    assert "degree 2-4, 8  forward 1 all_reduce (76.0 KiB)\n" in text
+    assert " backward 2 all_gather (128.0 KiB)\n" in text
+
+
+def test_a_long_name_breaks_at_a_dot_where_room_is_short() -> None:
+    document = report(case(tensor("hidden.weight.momentum_buffer")))
+    assert "\n hidden.weight.  608x1024" in shown(document)
+    assert "\n momentum_buffer\n" in shown(document)
+    assert "\n hidden.weight.momentum_buffer  608x1024" in shown(document, width=120)
+
+
 def test_memory_beyond_its_bound_is_named() -> None:
     full = case(tensor("output"), within_memory_bound=False, proved=False)
     full["memory"]["2"][1]["largest_bytes"] = 2490368
@@ -157,7 +172,7 @@ def epochs(num: int, *, bad: int = 0) -> list[dict[str, Any]]:
 
 def test_many_later_tensors_are_one_line() -> None:
     text = shown(report(case(tensor("output"), *epochs(20))))
-    assert "40 tensors after each of 20 epochs: the same at every degree" in text
+    assert "recorded after each of 20 epochs (40 tensors): the same at every degree" in text
     assert "epoch 1: up.weight" not in text
     assert row(text, "output")
 
@@ -212,7 +227,7 @@ def test_colour_is_for_terminals() -> None:
     file = io.StringIO()
     out = PlainConsole(file=file, width=120, force_terminal=True, color_system="standard")
     show_report(report(case(tensor("y", "a", "b"))), "Not proved.", out)
-    assert "\x1b[1;31mNO: 2\x1b[0m" in file.getvalue()
+    assert "\x1b[1;31mNO: 2" in file.getvalue()
 
 
 def test_cases_are_listed_with_what_they_need() -> None:

@@ -18,7 +18,9 @@ Row = tuple[str, str | Text]  # what, and its value
 @click.command(context_settings=HELP_OPTIONS)
 @click.option("--json", "json_path", metavar="FILE", help="Also write what is found to FILE.")
 def doctor(json_path: str | None) -> int:
-    """Show what this machine offers: torch, BLAS, threads, transports, GPUs, extras.
+    """Show what this machine offers.
+
+    torch, BLAS mode, threads, transports, GPUs and extras.
 
     Exit code 0 if invariant numerics (the same bits at every degree) can run here, else 1.
     """

@@ -1,6 +1,6 @@
 """How everything that people read is written: plain ASCII, calm, at any width."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.box import Box
@@ -128,3 +128,20 @@ def listed(items: Iterable[object]) -> str:
     if len(words) < 2:
         return "".join(words)
     return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers, with runs of three or more abbreviated.
+
+    >>> ranges([1, 2, 3, 4, 8]), ranges([1, 2])
+    ('1-4, 8', '1, 2')
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(
+        f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs
+    )

@@ -2,25 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
-from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.progress import Progress as Moving
+from rich.progress import ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.text import Text
 
 from shardproof.cli.output import PlainConsole, console
+from shardproof.prover.proof import Progress
 
 BAR_WIDTH = 24
 
 
-class Tell(Protocol):
-    """Called before each run."""
-
-    def __call__(self, done: int, total: int, text: str, /) -> None:
-        """`done` of `total` runs are over, and `text` is what comes next."""
-
-
 @contextmanager
-def progress(*, is_speaker: bool) -> Iterator[Tell | None]:
+def progress(*, is_speaker: bool) -> Iterator[Progress | None]:
     """Something to call before each run, or None if somebody else speaks."""
     if not is_speaker:
         yield None
@@ -29,7 +23,7 @@ def progress(*, is_speaker: bool) -> Iterator[Tell | None]:
     if not out.is_terminal:
         yield _Lines(out)
         return
-    with Progress(
+    with Moving(
         SpinnerColumn("line"),
         _Bar(),
         TextColumn("{task.completed}/{task.total}  {task.description}", markup=False),

@@ -3,26 +3,20 @@
 from typing import Any
 
 import click
+import torch
 
 from shardproof import cases as known
+from shardproof.axis import Axis
 from shardproof.cli.json_file import JsonFile
 from shardproof.cli.options import HELP_OPTIONS
 from shardproof.cli.output import console
 from shardproof.cli.progress import progress
-from shardproof.cli.request import (
-    DEFAULT_DEGREES,
-    DEFAULT_SEED,
-    ENGINES,
-    Earlier,
-    Given,
-    Request,
-    check,
-)
+from shardproof.cli.request import DEFAULT_DEGREES, Earlier, Given, Request, check
 from shardproof.cli.show import ranks_text, show_cases, show_report
 from shardproof.leaves import DEFAULT_LEAVES
-from shardproof.prover.proof import prove_cases
-from shardproof.prover.report import Report
-from shardproof.prover.verdict import verdict
+from shardproof.prover import DEFAULT_SEED, Report, prove_cases, prove_under_torchrun, verdict
+from shardproof.prover.proof import Progress
+from shardproof.ranks import ENGINES
 from shardproof.scheme import NUMERICS
 
 Data = dict[str, Any]
@@ -109,23 +103,28 @@ def list_cases(json_path: str | None) -> int:
 def run(request: Request) -> int:
     """Do the work, write it down, print it; 0 if everything is as it must be, else 1."""
     with progress(is_speaker=request.is_speaker) as tell:
-        proof = prove_cases(
-            request.cases,
-            degrees=request.degrees,
-            engine=request.engine,
-            threads=request.threads,
-            scheme=request.scheme,
-            seed=request.scheme.seed,
-            progress=tell,
-            skipped=request.skipped,
-        )
-    return conclude(request, proof)
+        proof = make_proof(request, tell)
+    return 0 if proof is None else conclude(request, proof)
+
+
+def make_proof(request: Request, tell: Progress | None) -> Report | None:
+    """Run the cases; under torchrun only the first rank gets a report, and answers for all."""
+    options: Data = {
+        "threads": request.threads,
+        "scheme": request.scheme,
+        "seed": request.scheme.seed,
+        "progress": tell,
+        "skipped": request.skipped,
+    }
+    if request.engine != "torchrun":
+        return prove_cases(request.cases, degrees=request.degrees, engine=request.engine, **options)
+    proof = prove_under_torchrun(request.cases, Axis.from_env(check=True), **options)
+    torch.distributed.destroy_process_group()  # not after an error: the others may be gone
+    return proof
 
 
 def conclude(request: Request, proof: Report) -> int:
     """Compare with the earlier report, write, print; the exit code."""
-    if not request.is_speaker:
-        return 0 if proof.proved else 1
     report, sentence = proof.as_dict(), verdict(proof)
     try:
         if request.earlier is not None:

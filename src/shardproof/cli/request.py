@@ -11,13 +11,11 @@ from shardproof.cli.json_file import JsonFile, read_report
 from shardproof.errors import UsageError
 from shardproof.leaves import DEFAULT_LEAVES, check_degree
 from shardproof.numerics import mode
-from shardproof.prover.against import Comparison, compare_with
-from shardproof.prover.case import Case
+from shardproof.prover import Case, Comparison, compare_with
+from shardproof.ranks import ENGINES
 from shardproof.scheme import NUMERICS, Scheme
 
-ENGINES = ("threads", "processes")
 DEFAULT_DEGREES = "1,2,3,4"
-DEFAULT_SEED = 12345
 
 Data = dict[str, Any]
 

@@ -12,6 +12,7 @@ from shardproof.cli.output import (
     GOOD,
     WIDE,
     listed,
+    ranges,
     seconds,
     shape,
     size,
@@ -21,6 +22,7 @@ from shardproof.cli.output import (
 )
 
 HASH_LENGTH = 8
+NAME_ROOM = 24  # for a tensor's name where the table has to save room
 MANY_LATER = 12  # so many tensors of later steps are a line, not rows
 MOST_DIFFERING = 5  # of them that are shown where bits differ
 
@@ -45,8 +47,16 @@ def tensor_table(tensors: Sequence[Data], *, width: int) -> Table:
         column.no_wrap = True
     for tensor in tensors:
         hashes, same = _bits(tensor, line_break=" " if is_wide else "\n")
-        made.add_row(tensor["name"], shape(tensor["shape"]), *_torch_cells(tensor), hashes, same)
+        name = tensor["name"] if is_wide else _broken(tensor["name"])
+        made.add_row(name, shape(tensor["shape"]), *_torch_cells(tensor), hashes, same)
     return made
+
+
+def _broken(name: str) -> str:
+    """A long name with a line break at its last dot, where a reader would put it."""
+    head, dot, tail = name.rpartition(".")
+    is_one_word = " " not in name  # lines break at blanks anyway
+    return f"{head}{dot}\n{tail}" if dot and is_one_word and len(name) > NAME_ROOM else name
 
 
 def _torch_cells(tensor: Data) -> tuple[str | Text, ...]:
@@ -104,7 +114,7 @@ def later_text(later: Sequence[Data]) -> Text:
         if match:
             periods.setdefault(match[1], set()).add(match[2])
     each = listed(f"each of {len(found)} {period}s" for period, found in periods.items())
-    what = f"{len(later)} tensors {'after ' + each if each else 'of later steps'}"
+    what = f"recorded after {each or 'the first step'} ({len(later)} tensors)"
     differing = [tensor for tensor in later if not tensor["identical"]]
     if not differing:
         return Text(f"{what}: ") + Text("the same at every degree", GOOD)
@@ -154,13 +164,17 @@ def _memory(memory: Data) -> Iterator[tuple[str | Text, str | Text]]:
 
 
 def _sent(comm: Data) -> Iterator[tuple[str | Text, str | Text]]:
+    """What was sent, one entry for all degrees that sent the same."""
+    degrees: dict[str, list[int]] = {}
     for degree, directions in comm.items():
         parts = [
             f"{direction} {_calls(kinds)}"
             for direction, kinds in directions.items()
             if kinds and direction != "setup"
         ]
-        yield f"degree {degree}", "; ".join(parts) or "nothing"
+        degrees.setdefault("\n".join(parts) or "nothing", []).append(int(degree))
+    for text, same in degrees.items():
+        yield f"degree {ranges(same)}", text
 
 
 def _calls(kinds: Data) -> str:

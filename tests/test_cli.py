@@ -1,0 +1,263 @@
+"""`shardproof prove` for real: small cases on threads, on processes and under torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from shardproof import __version__
+from shardproof.cases import all_cases
+from shardproof.cli import prove as prove_command
+from shardproof.cli import torchrun
+from shardproof.cli.main import main
+from shardproof.numerics import mode
+from shardproof.scheme import Scheme
+
+SMALL = ("--case", "matmul-row", "--case", "ffn", "--degrees", "1,2")
+
+
+@pytest.fixture(autouse=True)
+def _no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (torchrun.RANK, torchrun.WORLD_SIZE):
+        monkeypatch.delenv(name, raising=False)
+
+
+def prove(*arguments: str, columns: int = 80) -> Result:
+    runner = CliRunner(env={"COLUMNS": str(columns)})
+    return runner.invoke(main, ["prove", *arguments])
+
+
+@pytest.fixture(scope="module")
+def proof(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, dict[str, Any], Path]:
+    """One run of two small cases, and the report that it wrote."""
+    path = tmp_path_factory.mktemp("proof") / "report.json"
+    result = prove(*SMALL, "--threads", "1", "--json", str(path))
+    return result, json.loads(path.read_text()), path
+
+
+Proof = tuple[Result, dict[str, Any], Path]
+
+
+def test_a_proof_exits_with_0_and_says_so_last(proof: Proof) -> None:
+    result, report, _ = proof
+    assert result.exit_code == 0, result.output
+    assert report["proved"] is True
+    assert report["engine"] == "threads"
+    assert report["contract"] == mode.contract(Scheme())
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("Proved for 2 cases with ")
+    assert "the same bits at degrees 1 and 2" in last
+    assert last.endswith("Ranks: threads.")
+
+
+def test_the_report_has_every_case_and_degree(proof: Proof) -> None:
+    _, report, _ = proof
+    assert [case["name"] for case in report["cases"]] == ["matmul-row", "ffn"]
+    for case in report["cases"]:
+        assert case["degrees"] == [1, 2]
+        assert all(set(tensor["sha256"]) == {"1", "2"} for tensor in case["tensors"])
+
+
+def test_the_screen_has_what_the_report_has(proof: Proof) -> None:
+    result, report, _ = proof
+    lines = [line.split() for line in result.stdout.splitlines()]
+    for case in report["cases"]:
+        assert ["==", case["name"]] in lines
+        for tensor in case["tensors"]:
+            short = tensor["sha256"]["1"][:8]
+            assert any(line[-2:] == [short, "yes"] for line in lines), tensor["name"]
+
+
+def test_the_screen_is_plain_text_of_80_columns_in_a_pipe(proof: Proof) -> None:
+    result, _, _ = proof
+    assert result.stdout.isascii()
+    assert "\x1b" not in result.output
+    assert max(map(len, result.stdout.splitlines()[:-1])) <= 80
+
+
+def test_progress_is_short_lines_on_stderr_in_a_pipe(proof: Proof) -> None:
+    result, _, _ = proof
+    assert result.stderr.splitlines()[0] == "[0/6] matmul-row, plain torch"
+    assert "[5/6] ffn, degree 2" in result.stderr.splitlines()
+
+
+def test_another_degree_has_the_same_hashes(proof: Proof, tmp_path: Path) -> None:
+    _, _, path = proof
+    out = tmp_path / "second.json"
+    result = prove("--case", "ffn", "--degrees", "3", "--against", str(path), "--json", str(out))
+    assert result.exit_code == 0, result.output
+    report = json.loads(out.read_text())
+    assert report["against"]["same"] is True
+    assert report["against"]["compared"] == len(report["cases"][0]["tensors"])
+    assert f"tensors have the same bits as in {path}." in result.stdout
+
+
+def test_a_difference_from_an_earlier_report_is_exit_1_and_named(
+    proof: Proof, tmp_path: Path
+) -> None:
+    _, report, _ = proof
+    changed = json.loads(json.dumps(report))
+    (victim,) = (t for t in changed["cases"][1]["tensors"] if t["name"] == "up.weight.grad")
+    victim["sha256"] = dict.fromkeys(victim["sha256"], "0" * 64)
+    path, out = tmp_path / "changed.json", tmp_path / "out.json"
+    path.write_text(json.dumps(changed))
+
+    result = prove(*SMALL, "--against", str(path), "--json", str(out))
+
+    assert result.exit_code == 1
+    written = json.loads(out.read_text())
+    assert written["proved"] is True
+    assert written["against"]["differences"] == [{"case": "ffn", "tensor": "up.weight.grad"}]
+    compared = written["against"]["compared"]
+    assert result.stdout.splitlines()[-1] == (
+        f"Not proved: in case ffn, tensor up.weight.grad is the first that has other bits than in "
+        f"{path} (1 of {compared} differ)."
+    )
+
+
+def test_nothing_in_common_after_the_work_still_leaves_the_report(
+    proof: Proof, tmp_path: Path
+) -> None:
+    _, report, _ = proof
+    changed = json.loads(json.dumps(report))
+    for tensor in changed["cases"][1]["tensors"]:
+        tensor["name"] = f"other {tensor['name']}"
+    path, out = tmp_path / "changed.json", tmp_path / "out.json"
+    path.write_text(json.dumps(changed))
+    options = ("--case", "ffn", "--degrees", "1,2")
+    result = prove(*options, "--against", str(path), "--json", str(out))
+    assert result.exit_code == 2
+    assert f"error: --against {path}: the earlier report has nothing in common" in result.stderr
+    assert json.loads(out.read_text())["proved"] is True
+
+
+def test_native_numerics_are_not_proved_and_say_where() -> None:
+    result = prove("--case", "ffn", "--degrees", "1,2,3", "--numerics", "native")
+    assert result.exit_code == 1
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("Not proved: in case ffn, tensor ")
+    assert "NO" in result.stdout
+
+
+def test_options_reach_the_prover(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seen(Exception):  # noqa: N818 - not an error
+        pass
+
+    def catch(cases: tuple[Any, ...], **options: Any) -> None:
+        options.pop("progress")
+        raise Seen([case.name for case in cases], options)
+
+    monkeypatch.setattr(prove_command, "prove_cases", catch)
+    monkeypatch.setattr("traceback.print_exc", lambda: seen.append(sys.exc_info()[1]))
+    seen: list[Any] = []
+    prove(
+        "--case", "ffn", "--case", "matmul-row", "--case", "ffn", "--degrees", "5,1",
+        "--engine", "processes", "--threads", "2", "--numerics", "native", "--leaves", "5",
+        "--seed", "7",
+    )  # fmt: skip
+    prove()
+    first, second = (error.args for error in seen)
+    assert first == (
+        ["ffn", "matmul-row"],
+        {
+            "degrees": (1, 5),
+            "engine": "processes",
+            "threads": 2,
+            "scheme": Scheme(leaves=5, numerics="native", seed=7),
+            "seed": 7,
+            "skipped": (),
+        },
+    )
+    assert second[0] == [case.name for case in all_cases() if case.is_installed]
+    assert second[1]["degrees"] == (1, 2, 3, 4)
+    assert second[1]["engine"] == "threads"
+    assert second[1]["threads"] is None
+    assert second[1]["scheme"] == Scheme(seed=12345)
+
+
+def test_the_list_names_every_case_and_runs_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "list.json"
+    result = prove("--list", "--json", str(path), columns=120)
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    listed = json.loads(path.read_text())["cases"]
+    assert [case["name"] for case in listed] == [case.name for case in all_cases()]
+    for case in all_cases():
+        line = next(x for x in result.stdout.splitlines() if x.startswith(f"{case.name} "))
+        assert case.source in line
+        assert case.description.split()[0] in line
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["--help"], ["prove", "-h"], ["doctor", "--help"]])
+def test_help_is_on_stdout(arguments: list[str]) -> None:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0
+    assert "Usage: shardproof" in result.stdout
+
+
+def test_every_option_of_prove_is_in_its_help() -> None:
+    text = prove("--help").stdout
+    for option in (
+        "--degrees", "--case", "--engine", "--threads", "--numerics", "--leaves", "--seed",
+        "--against", "--json", "--list",
+    ):  # fmt: skip
+        assert f"  {option} " in text or f"{option}  " in text
+    for default in ("1,2,3,4", "threads", "invariant", "8", "12345"):
+        assert f"[default: {default}]" in " ".join(text.split())
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(main, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"shardproof, version {__version__}\n")
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        command,
+        env=inherited | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_the_module_is_the_command_and_processes_give_the_same_bits(
+    proof: Proof, tmp_path: Path
+) -> None:
+    _, _, path = proof
+    out = tmp_path / "report.json"
+    done = run(
+        sys.executable, "-m", "shardproof", "prove", *SMALL, "--engine", "processes",
+        "--against", str(path), "--json", str(out),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert (report["engine"], report["transport"]) == ("processes", "gloo")
+    assert report["against"]["same"] is True
+    assert done.stdout.splitlines()[-1].endswith("Ranks: processes over gloo.")
+
+
+def torchrun_prove(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return run(
+        *launcher, f"--nproc-per-node={ranks}", "-m", "shardproof", "prove", *arguments
+    )  # fmt: skip
+
+
+def test_torchruns_ranks_give_the_same_bits_and_rank_0_speaks(proof: Proof, tmp_path: Path) -> None:
+    _, _, path = proof
+    out = tmp_path / "report.json"
+    done = torchrun_prove(2, "--case", "ffn", "--against", str(path), "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert (report["engine"], report["degrees"], report["proved"]) == ("torchrun", [1, 2], True)
+    assert report["against"]["same"] is True
+    assert done.stdout.count("== ffn") == 1
+    assert done.stdout.splitlines()[-1].endswith("Ranks: torchrun over gloo.")
