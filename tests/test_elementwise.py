@@ -51,7 +51,7 @@ OURS_AND_TORCHS: dict[str, tuple[Function, Function]] = {
     ),
 }
 NAMES = list(OURS_AND_TORCHS)
-SHAPES = [(37, 509), (1, 2731), (100, 1001), (33, 4099), (5, 43), (1, 1), (2, 3, 7), (16385,)]
+SHAPES = [(37, 509), (1, 2731), (33, 1027), (1, 1), (2, 3, 7), (16_385,)]
 SPECIAL = [
     float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e30, -1e30, 1e-40, -1e-40, 1e-45,
     88.0, 89.0, -88.0, -89.0, -104.0, 20.0, 20.1, 7.0, 2.8, -30.0, 0.5, -0.5,
@@ -59,8 +59,9 @@ SPECIAL = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bits_do_not_depend_on_cut_layout_or_threads(name: str) -> None:
-    elementwise_tally(OURS_AND_TORCHS[name][0], SHAPES).expect_holds(name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_bits_do_not_depend_on_cut_layout_or_threads(name: str, dtype: torch.dtype) -> None:
+    elementwise_tally(OURS_AND_TORCHS[name][0], SHAPES, dtype=dtype).expect_holds(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
