@@ -1,0 +1,20 @@
+"""Where tests of ranks run: degrees and engines, all from the session's pools."""
+
+from collections.abc import Callable
+
+import pytest
+
+from shardproof.engines.base import Ranks
+
+Pool = Callable[[int, str], Ranks]
+
+PLACES = [
+    pytest.param(degree, engine, id=f"{engine}-{degree}")
+    for engine, degrees in (("threads", (1, 2, 3, 8)), ("processes", (2, 3)))
+    for degree in degrees
+]
+EVERYWHERE = pytest.mark.parametrize(("degree", "engine"), PLACES)
+TOGETHER = pytest.mark.parametrize(
+    ("degree", "engine"), [place for place in PLACES if place.values[0] != 1]
+)
+ENGINES = pytest.mark.parametrize("engine", ["threads", "processes"])
