@@ -11,6 +11,7 @@ proved at the degrees that are timed. The last line of the output is one JSON do
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -83,7 +84,8 @@ def work(system: str) -> None:
         else:
             with open_ranks(degree, "threads", threads=threads) as ranks:
                 numerics: Numerics = "native" if system == "native" else "invariant"
-                per_rank = ranks.run(lambda axis: time_steps(axis, name, numerics, steps))
+                timed = functools.partial(time_steps, name=name, numerics=numerics, steps=steps)
+                per_rank = ranks.run(timed)
             answer = [max(step) for step in zip(*per_rank, strict=True)]
         print(json.dumps(answer), flush=True)
 
@@ -101,22 +103,23 @@ class Worker:
             text=True,
             env=environment,
         )
+        if self._process.stdin is None or self._process.stdout is None:
+            raise SystemExit("the timing process has no pipes")
+        self._requests, self._answers = self._process.stdin, self._process.stdout
 
     def ask(self, case: str, degree: int, steps: int) -> list[float]:
         """Seconds of each step, slowest rank."""
-        assert self._process.stdin is not None and self._process.stdout is not None
         request = {"case": case, "degree": degree, "steps": steps}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
+        self._requests.write(json.dumps(request) + "\n")
+        self._requests.flush()
+        answer = self._answers.readline()
         if not answer:
             raise SystemExit(f"the process that times {request} ended early")
         return list(json.loads(answer))
 
     def close(self) -> None:
         """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._requests.close()
         self._process.wait()
 
 

@@ -4,7 +4,7 @@ Import it before the first matrix product of the process: the import sets the BL
 shard has the bits of the whole (`numerics.mode`).
 """
 
-# ruff: noqa: E402, I001 - the mode must be set before anything that could compute
+# ruff: noqa: E402 - the mode must be set before anything that could compute
 from shardproof.numerics.mode import set_blas_mode
 
 set_blas_mode()
