@@ -151,6 +151,6 @@ def test_planted_faults_are_found(tmp_path: Path) -> None:
 def test_every_class_is_raised_by_the_source_and_matched_by_a_test(name: str) -> None:
     raised = rf"raise {name}\b|return {name}\(|: type\[\w+\] = {name}\b"
     assert any(re.search(raised, path.read_text()) for path in SRC.rglob("*.py"))
-    matched = re.compile(rf"raises\(\s*(\w+\.)*{name},\s*match=")
+    matched = re.compile(rf"raises\(\s*(\w+\.)*{name}(,\s*match=|\) as \w+)")
     tests = sorted((ROOT / "tests").rglob("test_*.py"))
     assert any(matched.search(path.read_text()) for path in tests), f"no test matches a {name}"

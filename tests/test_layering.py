@@ -59,6 +59,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("prover.report",),
     ("prover.against", "prover.judge", "prover.verdict"),
     ("prover.proof",),
+    ("prover.torchrun",),
     ("prover.__init__",),
     ("cases.draws", "cases.linears"),
     ("cases.digits", "cases.ffn", "cases.linear", "cases.matmul", "cases.mlp"),
