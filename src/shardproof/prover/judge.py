@@ -25,7 +25,7 @@ def judge_case(
         activation_bytes: of the case's largest activation.
     """
     tables = {degree: _by_name(case, ranks) for degree, ranks in results.items()}
-    names = _in_order([*(list(table) for table in tables.values()), list(expected)])
+    names = _merged([list(expected), *(list(table) for table in tables.values())])
     known = frozenset(expected)
     return CaseReport(
         name=case.name,
@@ -69,7 +69,9 @@ def _judge_tensor(
     first = next(iter(seen.values()))[0] if seen else Recorded(name, (), "", True, "", True, None)
     if first.is_judged and not is_known:
         findings.append("not recorded by plain torch")
-    is_measured = first.is_judged and is_known and bool(seen)
+    misfits = _misfits(seen)
+    findings += misfits
+    is_measured = first.is_judged and is_known and bool(seen) and not misfits
     figures = [_figures(ranks) for ranks in seen.values()] if is_measured else []
     agreement = _agreement(figures, first.dtype) if figures else None
     return TensorReport(
@@ -99,6 +101,14 @@ def _replicas_that_differ(seen: Mapping[int, Sequence[Recorded]]) -> list[str]:
             which = f"rank {other[0]} has" if len(other) == 1 else f"ranks {', '.join(other)} have"
             found.append(f"replicas differ at degree {degree}: {which} not what rank 0 has")
     return found
+
+
+def _misfits(seen: Mapping[int, Sequence[Recorded]]) -> list[str]:
+    """How shape or dtype differ from plain torch's, for the first degree at which they do."""
+    for degree, ranks in seen.items():
+        if ranks[0].misfit:
+            return [f"at degree {degree} {ranks[0].misfit}"]
+    return []
 
 
 def _figures(ranks: Sequence[Recorded]) -> Figures:
@@ -165,6 +175,18 @@ def _join(name: str, made: Sequence[tuple[int, Check]]) -> Check:
     details = _in_order([[check.detail for _, check in made]])
     degrees = _in_order([[str(degree) for degree, _ in made]])
     return Check(name, True, f"{'; '.join(details)} (degrees {', '.join(degrees)})")
+
+
+def _merged(lists: Sequence[Sequence[str]]) -> list[str]:
+    """Every name once, in execution order; one that the first lists lack, after its forerunner."""
+    names: list[str] = []
+    for others in lists:
+        place = 0
+        for name in others:
+            if name not in names:
+                names.insert(place, name)
+            place = names.index(name) + 1
+    return names
 
 
 def _in_order(lists: Iterable[Sequence[str]]) -> list[str]:

@@ -140,7 +140,8 @@ def prove(
     inputs, target = batch
     given = Batch(inputs if isinstance(inputs, tuple) else (inputs,), target)
     if optimizer is not None:
-        make_optimizer(optimizer, nn.Linear(1, 1))  # a fused one is an error before any run
+        # A fused one is an error before any run.
+        make_optimizer(optimizer, nn.Linear(1, 1, device="meta").to_empty(device="cpu"))
     work = Training(
         build=functools.partial(_build, build),
         batch=functools.partial(_given, given),

@@ -64,6 +64,20 @@ class ReferenceReader:
         """The tensors that are there, in execution order."""
         return tuple(self._entries)
 
+    def misfit(self, name: str, layout: Layout, dtype: torch.dtype) -> str:
+        """How a tensor's shape or dtype differs from plain torch's; "" if neither does."""
+        entry, ours = self._entries[name], str(dtype).removeprefix("torch.")
+        shape = tuple(entry["shape"])
+        if shape != layout.shape:
+            hint = " (if it is sharded: gather it, or give its layout)"
+            return (
+                f"its shape is {layout.shape}, plain torch's {shape}"
+                f"{hint if layout.is_replicated else ''}"
+            )
+        if entry["dtype"] != ours:
+            return f"its dtype is {ours}, plain torch's {entry['dtype']}"
+        return ""
+
     def read(self, name: str, layout: Layout) -> Tensor:
         """The part of one tensor that a rank owns, as a copy; no more is read from the file.
 

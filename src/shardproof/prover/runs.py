@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shardproof.axis import Axis
+from shardproof.errors import ShapeError
 from shardproof.leaves import Layout
 from shardproof.numerics import mode
 from shardproof.prover.case import Case, Check, Trial
@@ -31,6 +32,7 @@ class Recorded:
         is_judged: it must agree with plain torch.
         figures: where the rank's part stands; None if not judged, unknown to plain torch, or the
             copy of a replicated tensor that rank 0 has too.
+        misfit: how shape or dtype differ from plain torch's, in words; then there are no figures.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Recorded:
     sha256: str | None
     is_judged: bool
     figures: Figures | None
+    misfit: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,9 @@ class _RankRecorder:
         self.recorded: list[Recorded] = []
 
     def record(self, name: str, tensor: Tensor, layout: Layout, *, judged: bool) -> None:
+        self._check_shape(name, tensor, layout)
+        is_compared = judged and name in self._known
+        misfit = self._plain.misfit(name, layout, tensor.dtype) if is_compared else ""
         self.recorded.append(
             Recorded(
                 name,
@@ -94,12 +100,21 @@ class _RankRecorder:
                 layout.is_replicated,
                 hash_tensor(tensor, layout, self._axis, who=name),
                 judged,
-                self._measure(name, tensor, layout) if judged else None,
+                self._measure(name, tensor, layout) if is_compared and not misfit else None,
+                misfit,
             )
         )
 
+    def _check_shape(self, name: str, tensor: Tensor, layout: Layout) -> None:
+        if tuple(tensor.shape) != layout.local_shape:
+            raise ShapeError(
+                f"tensor {name!r} has shape {tuple(tensor.shape)} on {self._axis}, but its layout "
+                f"gives this rank {layout.local_shape} of {layout.shape}. Hold what the layout "
+                "says."
+            )
+
     def _measure(self, name: str, tensor: Tensor, layout: Layout) -> Figures | None:
-        if name not in self._known or (layout.is_replicated and self._axis.rank):
+        if layout.is_replicated and self._axis.rank:
             return None
         part = owned_part(tensor, layout)
         return measure(part, self._plain.read(name, layout), self._precise.read(name, layout))
