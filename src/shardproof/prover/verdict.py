@@ -24,6 +24,8 @@ def verdict(report: Report) -> str:
 
 def _first_fault(case: CaseReport) -> str:
     """Bits first, then agreement, then memory, then the case's own checks."""
+    if not case.tensors:
+        return "no tensor was recorded, so that nothing was compared"
     for tensor in case.tensors:
         if not tensor.identical:
             return _bits_fault(tensor)
