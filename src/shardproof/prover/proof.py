@@ -1,5 +1,6 @@
 """Runs cases at several degrees and reports: what `shardproof prove` and `sp.prove` call."""
 
+import copy
 import functools
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -236,7 +237,10 @@ class Teller:
 
 
 def _build(build: Callable[[Axis | None], nn.Module], trial: Trial) -> nn.Module:
-    return build(trial.axis)
+    model = build(trial.axis)
+    # Plain torch casts and trains what it is given, which may be the caller's own model, out of
+    # which the ranks are about to be cut.
+    return copy.deepcopy(model) if trial.is_reference else model
 
 
 def _given(batch: Batch, trial: Trial) -> Batch:
