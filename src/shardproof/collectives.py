@@ -274,8 +274,9 @@ def all_gather(
     Raises:
         UsageError: `grad` is neither.
     Comm:
-        forward one all_gather of (*, cut.size, *); backward none ("replicate") or one
-        reduce_scatter of (*, cut.size, *) ("partial").
+        grad="replicate": forward one all_gather of (*, cut.size, *); backward none.
+        grad="partial": forward one all_gather of (*, cut.size, *); backward one reduce_scatter of
+        (*, cut.size, *).
     """
     if grad not in ("replicate", "partial"):
         raise UsageError(f"all_gather: grad={grad!r} is unknown. Use 'replicate' or 'partial'.")
@@ -294,6 +295,7 @@ def reduce_scatter(x: Tensor, axis: Axis, *, dim: int, cut: Cut, who: str = "") 
     Returns:
         (*, owned, *), Shard(dim); its gradient is expected to be Shard(dim).
     Comm:
-        forward one reduce_scatter of (*, cut.size, *); backward one all_gather of the same.
+        forward one reduce_scatter of (*, cut.size, *); backward one all_gather of
+        (*, cut.size, *).
     """
     return _ReduceScatter.apply(x, _Site(axis, who, cut, dim))

@@ -51,7 +51,7 @@ def grad_norm(model: nn.Module) -> Tensor:
         UsageError: `model` is not a module.
 
     Comm:
-        update: one all_reduce of () per cut parameter that has a gradient.
+        update one all_reduce of () per cut parameter that has a gradient.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(
@@ -106,7 +106,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
         UsageError: `model` is not a module, or `max_norm` is not positive.
 
     Comm:
-        update: as `grad_norm`.
+        update one all_reduce of () per cut parameter that has a gradient.
     """
     if not max_norm > 0:
         raise UsageError(f"max_norm={max_norm} is not positive. Give the largest norm allowed.")

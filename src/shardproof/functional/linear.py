@@ -207,8 +207,9 @@ def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSi
     Raises:
         NumericsError: numerics are invariant and this process cannot promise them.
     Comm:
-        forward none; backward one all_reduce of grad_x (*, in_features). With `site.input_cut`:
-        forward one all_gather of x (*, in_features); backward one reduce_scatter of grad_x.
+        forward none; backward one all_reduce of grad_x (*, in_features).
+        site.input_cut: forward one all_gather of x (*, in_features); backward one reduce_scatter
+        of grad_x (*, in_features).
     """
     if site.scheme.is_invariant:
         mode.require_invariant()

@@ -109,7 +109,8 @@ class ColumnParallelLinear(_ParallelLinear):
 
     Comm:
         forward none; backward one all_reduce of grad_x (*, in_features).
-        gather_input: forward one all_gather of x (*, in_features); backward one reduce_scatter.
+        gather_input: forward one all_gather of x (*, in_features); backward one reduce_scatter of
+        grad_x (*, in_features).
         gather_output: forward also one all_gather of y (*, out_features).
     """
 

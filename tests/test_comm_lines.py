@@ -1,0 +1,275 @@
+"""`Comm:` lines are contracts: what a docstring claims is what the ledger counts.
+
+The form of a claim, one sentence per variant:
+
+    [variant: ]direction [also ]none | one KIND of [name ](SHAPE)[ per ...]; direction ...
+
+`also` adds to the claim without a variant. A shape is in the names of the arguments, `*` for the
+leading dims; it is compared by its bytes.
+"""
+
+import inspect
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from places import Pool
+from shardproof import collectives, optim
+from shardproof.axis import Axis
+from shardproof.functional import linear, losses
+from shardproof.layers import linear as layers
+from shardproof.leaves import Cut
+from shardproof.scheme import Scheme
+
+IN, OUT, LEADING = 20, 12, (2, 3)
+SIZES = {"*": 6, "in_features": IN, "out_features": OUT, "cut.size": IN}
+# What a claim counts "per": the number of them in the runs below.
+PER = {"cut parameter that has a gradient": 2}
+
+_CLAUSE = re.compile(
+    r"(?P<direction>forward|backward|update) (?P<also>also )?"
+    r"(?:none|one (?P<kind>\w+) of (?:\w+ )?\((?P<shape>[^)]*)\)(?: per (?P<per>[\w ]+))?)"
+    r"(?:, or one (?P<kind2>\w+) of \((?P<shape2>[^)]*)\) if `(?P<if>\w+)` is given)?"
+)
+Claim = Counter[tuple[str, str, int]]  # (direction, kind, message bytes of fp32) -> calls
+
+
+def numel(shape: str) -> int:
+    """Elements of a shape in words: "*, in_features" is 6 * 20; what follows the dim, 1."""
+    names = [name.strip() for name in shape.split(",") if name.strip()]
+    return math.prod(
+        SIZES[name] for name in (names[:-1] if names[1:] and names[-1] == "*" else names)
+    )
+
+
+def comm_lines(doc: str) -> str:
+    found = re.search(r"^ *Comm:\n(?P<lines>(?: +\S.*\n?)+)", inspect.cleandoc(doc) + "\n", re.M)
+    assert found, "the docstring has no Comm: lines"
+    # The block ends where something stands at the indentation of `Comm:` again.
+    kept = []
+    for line in found["lines"].splitlines():
+        if not line.startswith(" "):
+            break
+        kept.append(line.strip())
+    return " ".join(kept)
+
+
+def claims(doc: str) -> dict[str, Claim]:
+    """Variant ("" for the plain one) -> what it claims."""
+    found: dict[str, Claim] = {}
+    for sentence in re.split(r"\.(?:\s+|$)", comm_lines(doc)):
+        if not sentence:
+            continue
+        variant, _, rest = sentence.rpartition(": ")
+        claim: Claim = Counter()
+        adds = False
+        for clause in rest.split(";"):
+            match = _CLAUSE.fullmatch(clause.strip())
+            assert match, f"not a claim: {clause!r}"
+            adds |= bool(match["also"])
+            if match["kind"]:
+                per = match["per"]
+                calls = PER[per] if per else 1
+                claim[match["direction"], match["kind"], 4 * numel(match["shape"])] += calls
+            if match["kind2"]:
+                other: Claim = Counter()
+                other[match["direction"], match["kind2"], 4 * numel(match["shape2"])] += 1
+                found[match["if"]] = other
+        found[variant] = found[""] + claim if adds else claim
+    return found
+
+
+@dataclass
+class Run:
+    """One use of one function on one rank, forward and backward."""
+
+    axis: Axis
+    cut: Cut = field(init=False)
+    x: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cut = Cut(IN, 8, self.axis.size)
+        self.x = torch.ones(*LEADING, IN, requires_grad=True)
+
+    @property
+    def lead(self) -> Tensor:
+        return torch.ones(*LEADING, requires_grad=True)
+
+    @property
+    def part(self) -> Tensor:
+        owned = self.cut.owned(self.axis.rank)
+        return torch.ones(*LEADING, len(owned), requires_grad=True)
+
+    def site(self, size: int, input_cut: Cut | None = None) -> linear.LinearSite:
+        return linear.LinearSite(
+            self.axis, Cut(size, 8, self.axis.size), Scheme(), input_cut=input_cut
+        )
+
+    def column(self, **options: Any) -> Tensor:
+        layer = layers.ColumnParallelLinear(IN, OUT, axis=self.axis, **options)
+        return layer(self.part if options.get("gather_input") else self.x)
+
+    def row(self, **options: Any) -> Tensor:
+        layer = layers.RowParallelLinear(IN, OUT, axis=self.axis, **options)
+        return layer(self.x if options else self.part)
+
+    def weights(self, dim: int) -> Tensor:
+        shape = [OUT, IN]
+        shape[dim] = len(Cut(shape[dim], 8, self.axis.size).owned(self.axis.rank))
+        return torch.ones(shape, requires_grad=True)
+
+    def model(self) -> nn.Module:
+        """Two cut parameters with gradients, one without, and a plain layer."""
+        model = nn.Sequential(
+            layers.ColumnParallelLinear(IN, OUT, axis=self.axis, bias=False),
+            layers.RowParallelLinear(IN, OUT, axis=self.axis),
+            layers.ColumnParallelLinear(IN, OUT, axis=self.axis, bias=False),
+            nn.Linear(3, 2),
+        )
+        for parameter in [*model[0].parameters(), *model[1].parameters(), *model[3].parameters()]:
+            parameter.grad = torch.ones_like(parameter)
+        return model
+
+
+# (function, variant of its Comm: lines) -> a use of it; a Tensor that comes back is differentiated.
+USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
+    (collectives.all_reduce_grad, ""): lambda run: collectives.all_reduce_grad(run.lead, run.axis),
+    (collectives.all_reduce, ""): lambda run: collectives.all_reduce(run.lead, run.axis),
+    (collectives.shard, ""): lambda run: collectives.shard(run.x, run.axis, dim=-1, cut=run.cut),
+    (collectives.all_gather, 'grad="replicate"'): lambda run: collectives.all_gather(
+        run.part, run.axis, dim=-1, cut=run.cut, grad="replicate"
+    ),
+    (collectives.all_gather, 'grad="partial"'): lambda run: collectives.all_gather(
+        run.part, run.axis, dim=-1, cut=run.cut, grad="partial"
+    ),
+    (collectives.reduce_scatter, ""): lambda run: collectives.reduce_scatter(
+        run.x, run.axis, dim=-1, cut=run.cut
+    ),
+    (linear.column_linear, ""): lambda run: linear.column_linear(
+        run.x, run.weights(0), None, run.site(OUT)
+    ),
+    (linear.column_linear, "site.input_cut"): lambda run: linear.column_linear(
+        run.part, run.weights(0), None, run.site(OUT, run.cut)
+    ),
+    (linear.row_linear, ""): lambda run: linear.row_linear(
+        run.part, run.weights(1), None, run.site(IN)
+    ),
+    (layers.ColumnParallelLinear, ""): lambda run: run.column(),
+    (layers.ColumnParallelLinear, "gather_input"): lambda run: run.column(gather_input=True),
+    (layers.ColumnParallelLinear, "gather_output"): lambda run: run.column(gather_output=True),
+    (layers.RowParallelLinear, ""): lambda run: run.row(),
+    (layers.RowParallelLinear, "input_is_parallel=False"): lambda run: run.row(
+        input_is_parallel=False
+    ),
+    (losses.mse_loss, ""): lambda run: losses.mse_loss(run.x, torch.zeros_like(run.x)),
+    (losses.mse_loss, "axis"): lambda run: losses.mse_loss(
+        run.part, torch.zeros_like(run.part), axis=run.axis, cut=run.cut
+    ),
+    (losses.cross_entropy, ""): lambda run: losses.cross_entropy(
+        run.x[0], torch.zeros(3, dtype=torch.int64)
+    ),
+    (optim.grad_norm, ""): lambda run: optim.grad_norm(run.model()) and None,
+    (optim.clip_grad_norm_, ""): lambda run: optim.clip_grad_norm_(run.model(), 1.0) and None,
+}
+# Public, and of no tensor's doing.
+SILENT = (linear.LinearSite, linear.plain_arithmetic, optim.layouts_of)
+
+
+def measured(run: Run, use: Callable[[Run], Any]) -> Claim:
+    """What the ledger counts for one use, forward and backward."""
+    y = use(run)
+    if isinstance(y, Tensor):
+        y.sum().backward()
+    return Counter(
+        {
+            (direction, kind, count.message_bytes // count.calls): count.calls
+            for direction, kind, count in run.axis.transport.ledger
+        }
+    )
+
+
+def lies(axis: Axis, function: Any, doc: str) -> list[str]:
+    """Variants of a docstring whose claim is not what the ledger counts."""
+    found = []
+    for variant, claim in claims(doc).items():
+        axis.transport.ledger.reset()
+        counted = measured(Run(axis), USES[function, variant])
+        if counted != claim:
+            name = f"{function.__name__} {variant}".strip()
+            found.append(f"{name} claims {dict(claim)}, the ledger has {dict(counted)}")
+    return found
+
+
+def public(module: Any) -> Iterator[Any]:
+    """Functions and classes that a module defines for others."""
+    for name, value in vars(module).items():
+        is_own = getattr(value, "__module__", None) == module.__name__
+        if (
+            is_own
+            and not name.startswith("_")
+            and (inspect.isfunction(value) or inspect.isclass(value))
+        ):
+            yield value
+
+
+MODULES = (collectives, linear, losses, layers, optim)
+FUNCTIONS = [f for module in MODULES for f in public(module) if f not in SILENT]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_comm_lines_tell_what_the_ledger_counts(pool: Pool, function: Any) -> None:
+    doc = inspect.getdoc(function) or ""
+    assert {variant for used, variant in USES if used is function} == set(claims(doc))
+    for degree in (2, 3):
+        for found in pool(degree, "threads").run(lambda axis: lies(axis, function, doc)):
+            assert found == []
+
+
+@pytest.mark.parametrize(
+    ("function", "truth", "lie"),
+    [
+        (collectives.all_reduce, "backward none", "backward one all_reduce of (*)"),
+        (collectives.shard, "one all_gather of (*, cut.size, *)", "none"),
+        (linear.row_linear, "y (*, out_features)", "y (*, in_features)"),
+        (layers.ColumnParallelLinear, "backward one all_reduce", "backward one all_gather"),
+        (layers.RowParallelLinear, "backward also one all_gather", "forward also one all_gather"),
+        (optim.grad_norm, " per cut parameter that has a gradient", ""),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_docstring_that_lies_is_found(pool: Pool, function: Any, truth: str, lie: str) -> None:
+    doc = inspect.getdoc(function) or ""
+    assert doc.count(truth) == 1 or function is layers.ColumnParallelLinear
+    planted = doc.replace(truth, lie)
+    for found in pool(2, "threads").run(lambda axis: lies(axis, function, planted)):
+        assert len(found) >= 1
+        assert found[0].startswith(function.__name__)
+
+
+def test_claims_are_read_as_they_are_written() -> None:
+    doc = """Does.
+
+    Comm:
+        forward none; backward one all_reduce of grad_x (*, in_features).
+        gather: forward also one all_gather of
+        y (*, out_features).
+
+    Example:
+        forward one all_reduce of ().
+    """
+    first: Claim = Counter({("backward", "all_reduce", 480): 1})
+    assert claims(doc) == {
+        "": first,
+        "gather": first + Counter({("forward", "all_gather", 288): 1}),
+    }
+    with pytest.raises(AssertionError, match="not a claim: 'forward two all_reduces'"):
+        claims("Does.\n\nComm:\n    forward two all_reduces.\n")
+    with pytest.raises(AssertionError, match="has no Comm: lines"):
+        claims("Does.")
