@@ -1,5 +1,6 @@
 """`shardproof prove` for real: small cases on threads, on processes and under torchrun."""
 
+import io
 import json
 import os
 import subprocess
@@ -12,9 +13,11 @@ from click.testing import CliRunner, Result
 
 from shardproof import __version__
 from shardproof.cases import all_cases
+from shardproof.cli import progress as progress_module
 from shardproof.cli import prove as prove_command
 from shardproof.cli import torchrun
 from shardproof.cli.main import main
+from shardproof.cli.output import PlainConsole
 from shardproof.numerics import mode
 from shardproof.scheme import Scheme
 
@@ -84,6 +87,27 @@ def test_progress_is_short_lines_on_stderr_in_a_pipe(proof: Proof) -> None:
     result, _, _ = proof
     assert result.stderr.splitlines()[0] == "[0/6] matmul-row, plain torch"
     assert "[5/6] ffn, degree 2" in result.stderr.splitlines()
+
+
+def test_progress_in_a_terminal_moves_in_ascii_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = io.StringIO()
+    made = PlainConsole(file=terminal, force_terminal=True, width=80, legacy_windows=False)
+    monkeypatch.setattr(progress_module, "console", lambda stderr: made)
+    with progress_module.progress(is_speaker=True) as tell:
+        assert tell is not None
+        tell(3, 6, "ffn, degree [2]")
+    text = terminal.getvalue()
+    assert "[############............] 3/6  ffn, degree [2]" in text
+    assert text.isascii()
+    assert text.endswith("\x1b[2K")  # the line is wiped
+
+
+def test_other_ranks_show_no_progress(capfd: pytest.CaptureFixture[str]) -> None:
+    with progress_module.progress(is_speaker=False) as tell:
+        assert tell is None
+    assert capfd.readouterr() == ("", "")
 
 
 def test_another_degree_has_the_same_hashes(proof: Proof, tmp_path: Path) -> None:

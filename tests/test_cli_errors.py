@@ -19,7 +19,7 @@ from shardproof.cli import prove as prove_command
 from shardproof.cli import torchrun
 from shardproof.cli.json_file import JsonFile, plain
 from shardproof.cli.main import main
-from shardproof.errors import AxisError, NumericsError, UsageError
+from shardproof.errors import AxisError, NumericsError, RankError, UsageError
 from shardproof.numerics import mode
 from shardproof.prover.case import Case
 from shardproof.scheme import Scheme
@@ -465,6 +465,8 @@ def test_more_ranks_than_leaves_is_refused_under_torchrun() -> None:
     result = prove(RANK="0", WORLD_SIZE="16")
     assert result.exit_code == 2
     assert result.stderr.startswith("error: degree 16 exceeds leaves=8")
+    silent = prove(RANK="15", WORLD_SIZE="16")
+    assert (silent.exit_code, silent.stderr) == (2, "")
 
 
 def test_torchrun_environment_is_read() -> None:
@@ -507,6 +509,19 @@ def test_a_fault_of_ours_keeps_its_traceback_and_is_no_answer() -> None:
     assert result.exit_code == 70
     assert "Traceback" in result.stderr
     assert "WorkStartedError" in result.stderr
+
+
+@pytest.mark.parametrize(("cause", "code"), [(IndexError("x"), 70), (None, 2)])
+def test_a_fault_on_a_rank_is_no_answer_and_a_killed_rank_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, cause: Exception | None, code: int
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RankError("rank 1 of 2 failed\n\nits traceback", rank=1) from cause
+
+    monkeypatch.setattr(prove_command, "prove_cases", fail)
+    result = prove("--case", "ffn")
+    assert result.exit_code == code
+    assert result.stderr == "error: rank 1 of 2 failed\n\nits traceback\n"
 
 
 def test_an_interrupt_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:

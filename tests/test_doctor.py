@@ -110,6 +110,18 @@ def test_limits_of_the_process_are_shown() -> None:
     assert "shardproof runs from its source tree" in text
 
 
+def test_a_torch_without_gloo_has_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_gloo_available", lambda: False)
+    found = machine.facts()
+    assert found["processes_use"] is None
+    (gloo,) = (transport for transport in found["transports"] if transport["name"] == "gloo")
+    assert gloo == {
+        "name": "gloo", "available": False, "why": "this torch was built without gloo",
+    }  # fmt: skip
+    text = " ".join(shown(transports=[gloo], processes_use=None).split())
+    assert 'launch(engine="processes") cannot run: no transport between processes' in text
+
+
 def test_extras_come_from_the_package_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
     requirements = [
         "torch>=2.11",

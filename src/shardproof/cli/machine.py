@@ -14,7 +14,6 @@ from shardproof.numerics import mode
 from shardproof.scheme import Scheme
 
 PACKAGE = "shardproof"
-PROCESSES_USE = "gloo"
 
 _EXTRA = re.compile(r"([A-Za-z0-9._-]+).*;.*extra\s*==\s*['\"]([A-Za-z0-9._-]+)['\"]")
 
@@ -32,7 +31,7 @@ def facts() -> dict[str, Any]:
         "blas": blas_facts(),
         "threads": thread_facts(),
         "transports": transports(),
-        "processes_use": PROCESSES_USE,
+        "processes_use": None if _gloo_problem() else "gloo",
         "gpus": gpus(),
         "extras": extras(),
     }

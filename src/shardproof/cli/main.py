@@ -19,7 +19,7 @@ from shardproof.cli import torchrun
 from shardproof.cli.doctor import doctor
 from shardproof.cli.options import HELP_OPTIONS
 from shardproof.cli.prove import prove
-from shardproof.errors import ShardproofError, UsageError
+from shardproof.errors import DegreeError, RankError, ShardproofError, UsageError
 
 COMMANDS: tuple[click.Command, ...] = (
     prove,
@@ -58,7 +58,9 @@ class Commands(click.Group):
         except click.ClickException as error:
             code = _refuse(f"{_sentence(error)} See: {self._help(args)}", is_usage=True)
         except ShardproofError as error:
-            code = _refuse(str(error), is_usage=isinstance(error, UsageError))
+            code = _refuse(str(error), is_usage=isinstance(error, UsageError | DegreeError))
+            if isinstance(error, RankError) and _is_fault(error.__cause__):
+                code = EXIT_FAULT
         except click.Abort:
             code = EXIT_INTERRUPTED
         except Exception:
@@ -84,6 +86,11 @@ def main(context: click.Context) -> int:
 
 for _command in COMMANDS:
     main.add_command(_command)
+
+
+def _is_fault(cause: BaseException | None) -> bool:
+    """True if what a rank raised was not raised on purpose; its traceback is in the message."""
+    return cause is not None and not isinstance(cause, ShardproofError)
 
 
 def _sentence(error: click.ClickException) -> str:

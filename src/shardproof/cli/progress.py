@@ -31,10 +31,10 @@ def progress(*, is_speaker: bool) -> Iterator[Progress | None]:
         transient=True,
         refresh_per_second=4,
     ) as shown:
-        task = shown.add_task("starting", total=None)
+        task = shown.add_task("", total=None, visible=False)
 
         def tell(done: int, total: int, text: str, /) -> None:
-            shown.update(task, completed=done, total=total, description=text)
+            shown.update(task, completed=done, total=total, description=text, visible=True)
 
         yield tell
 
