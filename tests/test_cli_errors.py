@@ -122,6 +122,10 @@ def assert_refused(result: Result, message: str) -> None:
             "for instance --seed 12345.",
         ),
         (
+            ["--seed", "9" * 5000],
+            f"--seed '{'9' * 5000}' is not a whole number. Use for instance --seed 12345.",
+        ),
+        (
             ["--engine", "process"],
             "--engine 'process' is unknown. Did you mean processes? "
             "Use one of: threads, processes.",
@@ -366,7 +370,9 @@ WAY_OUT = "Name a file that `shardproof prove --json FILE` wrote."
         (earlier(cases=5), "{} is not a report: 'cases' is not a list of cases with names and "
          "tensors. " + WAY_OUT),
         (earlier(cases=[{"name": "ffn", "tensors": [{"name": "output"}]}]),
-         "{} is not a report: a tensor of case 'ffn' has no name or no sha256. " + WAY_OUT),
+         "{} is not a report: a tensor of case 'ffn' has no hashes. " + WAY_OUT),
+        (earlier(cases=[{"name": "ffn", "tensors": [{"sha256": {}}]}]),
+         "{} is not a report: a case or a tensor has no name. " + WAY_OUT),
         (earlier(seed=1), "{}: the earlier report cannot be compared: its seed is 1, this one's is "
          "12345, and the bits depend on it. Run both with the same seed."),
     ],

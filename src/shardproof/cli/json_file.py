@@ -135,9 +135,11 @@ def _fault(report: Any) -> str:
     if missing:
         return f"it has no {' and no '.join(map(repr, missing))}"
     for case in report["cases"] if isinstance(report["cases"], list) else [None]:
-        if not isinstance(case, dict) or not {"name", "tensors"} <= case.keys():
+        if not isinstance(case, dict) or not isinstance(case.get("tensors"), list):
             return "'cases' is not a list of cases with names and tensors"
         for tensor in case["tensors"]:
-            if not isinstance(tensor, dict) or not {"name", "sha256"} <= tensor.keys():
-                return f"a tensor of case {case['name']!r} has no name or no sha256"
+            if not isinstance(tensor, dict) or not isinstance(tensor.get("sha256"), dict):
+                return f"a tensor of case {case.get('name')!r} has no hashes"
+            if "name" not in case or "name" not in tensor:
+                return "a case or a tensor has no name"
     return ""

@@ -14,6 +14,7 @@ from shardproof.leaves import check_degree
 
 HELP_OPTIONS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 LARGEST_SEED = 2**63 - 1
+NUMBER = r"[+-]?[0-9]{1,1000}"  # Python itself refuses to read much longer ones
 
 Name = TypeVar("Name", bound=str)
 
@@ -24,7 +25,7 @@ def whole_number(text: str, *, option: str, example: int) -> int:
     Raises:
         UsageError: it is not a whole number.
     """
-    if not re.fullmatch(r"[+-]?[0-9]+", text.strip()):
+    if not re.fullmatch(NUMBER, text.strip()):
         raise UsageError(
             f"{option} {text!r} is not a whole number. Use for instance {option} {example}."
         )
@@ -86,7 +87,7 @@ def degrees(text: str, *, leaves: int) -> tuple[int, ...]:
 
 
 def _degree(part: str, text: str) -> int:
-    if not re.fullmatch(r"[+-]?[0-9]+", part):
+    if not re.fullmatch(NUMBER, part):
         written = repr(part) if part else "an empty place"
         raise UsageError(
             f"--degrees {text}: {written} is not a degree. Use whole numbers, 1 or more, "
