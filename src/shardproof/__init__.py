@@ -5,9 +5,9 @@ shard has the bits of the whole (`numerics.mode`).
 """
 
 # ruff: noqa: E402 - the mode must be set before anything that could compute
-from shardproof.numerics.mode import set_blas_mode
+from shardproof.numerics.mode import set_blas_mode as _set_blas_mode
 
-set_blas_mode()
+_set_blas_mode()
 
 from shardproof import errors, functional
 from shardproof.axis import Axis

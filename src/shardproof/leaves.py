@@ -22,7 +22,7 @@ def share(size: int, parts: int) -> tuple[range, ...]:
     (range(0, 3), range(3, 6), range(6, 8))
     """
     if parts < 1 or size < 0:
-        raise ShapeError(f"cannot share {size} items among {parts} parts: both must be positive.")
+        raise ShapeError(f"cannot share {size} items among {parts} parts: the parts must be positive, the items not negative.")
     length, longer = divmod(size, parts)
     starts = [part * length + min(part, longer) for part in range(parts + 1)]
     return tuple(range(start, stop) for start, stop in pairwise(starts))
@@ -80,6 +80,8 @@ class Cut:
         >>> Cut(size=64, leaves=8, degree=3).run(2)
         range(6, 8)
         """
+        if not 0 <= rank < self.degree:
+            raise ShapeError(f"rank {rank} is not one of the {self.degree} ranks of this cut.")
         return share(self.num_leaves, self.degree)[rank]
 
     def units(self, run: range) -> range:
@@ -136,10 +138,15 @@ class Layout:
     def __post_init__(self) -> None:
         if (self.dim is None) != (self.cut is None):
             raise ShapeError(f"a layout has both dim and cut or neither, got {self!r}.")
-        if self.cut is not None:
-            if self.cut.size != self.shape[self.dim or 0]:
+        if self.cut is not None and self.dim is not None:
+            if not 0 <= self.dim < len(self.shape):
                 raise ShapeError(
-                    f"dim {self.dim} of shape {self.shape} has {self.shape[self.dim or 0]} units, "
+                    f"dim {self.dim} is not one of the {len(self.shape)} dims of shape "
+                    f"{self.shape}; count from the left."
+                )
+            if self.cut.size != self.shape[self.dim]:
+                raise ShapeError(
+                    f"dim {self.dim} of shape {self.shape} has {self.shape[self.dim]} units, "
                     f"its cut {self.cut.size}."
                 )
             if self.held is None:
@@ -166,7 +173,7 @@ class Layout:
         return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
 
     def of(self, rank: int) -> "Layout":
-        """The same tensor's layout on another rank."""
+        """The same tensor's layout on another rank, which holds what it owns."""
         return Layout(self.shape, rank, self.dim, self.cut)
 
     def state(self) -> dict[str, object]:

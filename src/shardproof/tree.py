@@ -12,6 +12,8 @@ See also: Hallberg and Adcroft 2014 on sums that do not depend on the number of 
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+from shardproof.errors import ShapeError
+
 Node = tuple[int, int]
 Value = TypeVar("Value")
 
@@ -24,6 +26,8 @@ def children(node: Node) -> tuple[Node, Node]:
     """
     start, stop = node
     length = stop - start
+    if length < 2:
+        raise ShapeError(f"node {node} is a leaf or less, and has no children.")
     middle = start + (1 << (length - 1).bit_length() - 1)
     return (start, middle), (middle, stop)
 
