@@ -53,6 +53,11 @@ class Ranks(ABC):
         self._is_closed = False
         self._is_broken = False
 
+    @property
+    def is_usable(self) -> bool:
+        """True until they are closed or a call on them fails."""
+        return not (self._is_closed or self._is_broken)
+
     def run(self, fn: Callable[[Axis], T]) -> list[T]:
         """Call `fn(axis)` on every rank, each time with a new axis; the results in rank order.
 
@@ -70,7 +75,7 @@ class Ranks(ABC):
                 "ranks."
             )
         try:
-            if self._is_broken or self._is_closed:
+            if not self.is_usable:
                 why = "a call on them failed" if self._is_broken else "they were closed"
                 raise RankError(
                     f"these {self.degree} ranks cannot run anything more: {why}. Open new ones "

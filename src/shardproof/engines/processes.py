@@ -50,7 +50,7 @@ class ProcessRanks(Ranks):
         self._folder = Path(tempfile.mkdtemp(prefix="shardproof-"))  # mode 0700
         self._workers: list[Worker] = []
         # Also when the caller forgets to close, or raises, or the interpreter ends.
-        self._clean_up = weakref.finalize(self, _clean_up, self._workers, self._folder)
+        self._clean_up = weakref.finalize(self, _clean_up, self._workers, self._folder, os.getpid())
         try:
             parcel.write(settings, self._folder / parcel.SETTINGS, what="the settings")
             self._board = Board.create(self._folder / parcel.BOARD, self.degree)
@@ -139,8 +139,10 @@ def _environment(rank: int, settings: Settings) -> dict[str, str]:
     return environment
 
 
-def _clean_up(workers: Sequence[Worker], folder: Path) -> None:
+def _clean_up(workers: Sequence[Worker], folder: Path, owner: int) -> None:
     """End what still runs, with whatever it has started, and remove the folder."""
+    if os.getpid() != owner:
+        return  # a fork of the launcher has this too, and must leave the workers alone
     for each in workers:
         if each.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):

@@ -103,14 +103,14 @@ class ThreadRanks(Ranks):
         try:
             self._collect(outcomes, found)
         except BaseException:  # KeyboardInterrupt above all
-            self._is_broken = True
+            self._break()
             rendezvous.interrupt("the caller was interrupted")
             self._stop(set(range(self.degree)) - set(found))
             raise
         failures = [outcome.failure for outcome in found.values() if outcome.failure]
         if not failures:
             return [found[rank].result for rank in range(self.degree)]
-        self._is_broken = True
+        self._break()
         error = verdict(failures, self.degree)
         stuck = sorted(set(range(self.degree)) - set(found))
         if stuck:
@@ -140,6 +140,10 @@ class ThreadRanks(Ranks):
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(
                     ctypes.c_ulong(identity), ctypes.py_object(_Stopped)
                 )
+
+    def _break(self) -> None:
+        self._is_broken = True
+        _dismiss(self._inboxes)
 
     def _close(self) -> None:
         _dismiss(self._inboxes)
