@@ -1,0 +1,295 @@
+import copy
+import dataclasses
+import json
+import math
+
+import pytest
+
+from shardproof.cases import find_case
+from shardproof.errors import UsageError
+from shardproof.prover import compare_with, prove_cases, verdict
+from shardproof.prover.accuracy import accuracy
+from shardproof.prover.case import Check
+from shardproof.prover.report import (
+    Agreement,
+    CaseReport,
+    Errors,
+    MemoryReport,
+    Report,
+    TensorReport,
+)
+from shardproof.scheme import Scheme
+
+A, B = "a" * 64, "b" * 64
+
+
+def tensor(name="w", sha256=None, **changes):
+    sha256 = {"1": A, "2": A, "3": A} if sha256 is None else sha256
+    made = TensorReport(
+        name,
+        (2, 3),
+        "float32",
+        sha256,
+        len(set(sha256.values())) == 1,
+        True,
+        Agreement(False, True, 1e-5, 1e-6, 4.1e-8, 3),
+        Errors(2.1e-8, 2.3e-8),
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def disagreeing(name):
+    return tensor(name, torch=Agreement(False, False, 1e-5, 1e-6, 0.5, 9))
+
+
+def case(*tensors, name="ffn", memory=None, checks=()):
+    memory = {"2": (MemoryReport(0, 8, (2,), 8),)} if memory is None else memory
+    return CaseReport(
+        name, "source.txt", "shows", (1, 2, 3), 1.2, tensors or (tensor(),), memory, {}, checks
+    )
+
+
+def report(*cases, **changes):
+    made = Report(
+        cases or (case(),), (1, 2, 3), "threads", "threads", "invariant", 8, 12345, "tree-1"
+    )
+    return dataclasses.replace(made, **changes)
+
+
+# The document
+
+
+@pytest.fixture(scope="module")
+def document():
+    made = prove_cases([find_case("linear-row"), find_case("ffn")], degrees=(1, 2, 3), threads=1)
+    return json.loads(json.dumps(made.as_dict(), allow_nan=False))
+
+
+def test_the_document_has_the_promised_keys(document):
+    assert {
+        "proved", "identical", "agrees_with_torch", "numerics", "engine", "transport", "leaves",
+        "contract", "skipped", "cases",
+    } <= document.keys()  # fmt: skip
+    assert document["proved"] is True and document["identical"] is True
+    assert document["agrees_with_torch"] is True
+    assert (document["numerics"], document["engine"]) == ("invariant", "threads")
+    assert (document["transport"], document["leaves"]) == ("threads", 8)
+    assert document["contract"].startswith("tree-1 leaves=8 ")
+    assert document["skipped"] == []
+
+
+def test_a_case_in_the_document_has_the_promised_keys(document):
+    row = document["cases"][0]
+    assert row["name"] == "linear-row" and row["source"] == "002_bff0c980e9c9c989.txt"
+    assert row["degrees"] == [1, 2, 3]
+    assert row["proved"] is row["identical"] is True
+    assert isinstance(row["seconds"], float)
+    assert row["memory"]["2"][0] == {
+        "rank": 0,
+        "largest_bytes": 1245184,
+        "largest_shape": [608, 512],
+        "bound_bytes": 1245184,
+    }
+    forward = row["comm"]["2"]["forward"]["all_reduce"]
+    assert forward == {"calls": 1, "message_bytes": 77824, "sent_bytes": 77824}
+    assert row["comm"]["1"] == {"forward": {}, "backward": {}}
+    assert set(row["comm"]["2"]) == {"forward", "backward"}  # not the prover's own gathers
+    assert row["first_difference"] is None
+
+
+def test_a_tensor_in_the_document_has_the_promised_keys(document):
+    tensors = {each["name"]: each for each in document["cases"][0]["tensors"]}
+    gradient = tensors["weight.grad"]
+    assert gradient["shape"] == [608, 1024]
+    assert set(gradient["sha256"]) == {"1", "2", "3"}
+    assert all(len(value) == 64 for value in gradient["sha256"].values())
+    assert gradient["identical"] is True and gradient["agreement_judged"] is True
+    assert set(gradient["torch"]) == {
+        "exact", "allclose", "rtol", "atol", "max_abs_diff", "max_ulp"
+    }  # fmt: skip
+    assert (gradient["torch"]["rtol"], gradient["torch"]["atol"]) == (1e-5, 1e-6)
+    assert isinstance(gradient["torch"]["max_ulp"], int)
+    assert set(gradient["fp64"]) == {"ours", "torch"}
+    assert 0 < gradient["fp64"]["ours"] < 1e-6
+    assert gradient["seed_allclose"] is True and tensors["output"]["seed_allclose"] is None
+
+
+def test_checks_are_in_the_document(document):
+    checks = document["cases"][1]["checks"]
+    assert [check["name"] for check in checks] == [
+        "one all-reduce forward",
+        "one all-reduce backward",
+    ]
+    assert all(check["passed"] is True for check in checks)
+
+
+# Logic
+
+
+def test_proved_takes_all_four():
+    assert report().proved
+    assert not report(case(tensor(sha256={"1": A, "2": B}))).proved
+    assert not report(case(disagreeing("w"))).proved
+    assert not report(case(memory={"2": (MemoryReport(0, 9, (2,), 8),)})).proved
+    assert not report(case(checks=(Check("claim", False, "no"),))).proved
+
+
+def test_one_bad_case_spoils_the_report():
+    bad = case(tensor(sha256={"1": A, "2": B}), name="bad")
+    assert not report(case(), bad).identical
+    assert report(case(), bad).agrees_with_torch
+
+
+def test_what_is_not_judged_need_not_agree():
+    late = tensor("step 2: w", agreement_judged=False, torch=None, fp64=None)
+    assert report(case(late)).proved
+    assert not report(case(dataclasses.replace(late, agreement_judged=True))).proved
+
+
+def test_the_seeds_own_tolerance_counts():
+    assert not report(case(tensor(seed_allclose=False))).agrees_with_torch
+    assert report(case(tensor(seed_allclose=True))).agrees_with_torch
+
+
+def test_memory_counts_from_degree_two():
+    over = (MemoryReport(0, 9, (2,), 8),)
+    assert case(memory={"1": over}).within_memory_bound
+    assert not case(memory={"1": over, "2": over}).within_memory_bound
+
+
+# Sentences
+
+
+def test_the_verdict_of_a_proof():
+    assert verdict(report()) == (
+        "Proved for 1 case with 1 tensor: every tensor has the same bits at degrees 1, 2 and 3, "
+        "agrees with plain PyTorch and no rank exceeds its memory bound."
+    )
+
+
+def test_the_verdict_says_when_nothing_was_compared():
+    assert "with one degree nothing was compared" in verdict(report(degrees=(2,)))
+
+
+def test_the_verdict_names_case_tensor_and_degrees():
+    tensors = tensor("first"), tensor("second", {"1": A, "2": A, "3": B}), disagreeing("third")
+    assert verdict(report(case(), case(*tensors, name="bad"))) == (
+        "Not proved: in case bad, tensor second is the first whose bits differ: degree 3 differs "
+        "from degree 1."
+    )
+
+
+def test_the_verdict_of_a_disagreement():
+    assert verdict(report(case(tensor(), disagreeing("y")))) == (
+        "Not proved: in case ffn, tensor y is the first that does not agree with plain PyTorch: "
+        "the largest difference is 0.5 (rtol 1e-05, atol 1e-06)."
+    )
+    nan = tensor("y", torch=Agreement(False, False, 1e-5, 1e-6, None, None))
+    assert "NaN or Inf stand in other places" in verdict(report(case(nan)))
+    strict = tensor("y", seed_allclose=False)
+    assert "element by element" in verdict(report(case(strict)))
+
+
+def test_the_verdict_of_a_memory_fault_and_of_a_check():
+    over = case(memory={"3": (MemoryReport(2, 9, (3, 3), 8),)})
+    assert "rank 2 of 3 allocated 9 bytes for a tensor of shape [3, 3], more than its bound of 8" in (
+        verdict(report(over))
+    )
+    failed = case(checks=(Check("right", True, ""), Check("claim", False, "why")))
+    assert "the check 'claim' failed (why)" in verdict(report(failed))
+
+
+def test_the_first_difference_is_in_execution_order():
+    tensors = disagreeing("a"), tensor("b", {"1": A, "2": B}), tensor("c", {"1": B, "2": A})
+    assert case(*tensors).first_difference() == {
+        "tensor": "b", "what": "bits", "degrees": [1, 2], "detail": ""
+    }  # fmt: skip
+    assert case(tensors[0]).first_difference()["what"] == "torch"
+    assert case().first_difference() is None
+
+
+# Against an earlier report
+
+
+def test_equal_reports_are_the_same():
+    found = compare_with(report(), report().as_dict())
+    assert found.is_same and found.compared == 1
+
+
+def test_other_degrees_are_compared_with_each_other():
+    earlier = report(case(tensor(sha256={"4": A}))).as_dict()
+    assert compare_with(report(), earlier).is_same
+    earlier = report(case(tensor(sha256={"4": B}))).as_dict()
+    assert compare_with(report(), earlier).differences == (("ffn", "w"),)
+
+
+def test_only_what_both_have_is_compared():
+    earlier = report(case(tensor("other"), tensor()), case(name="more")).as_dict()
+    found = compare_with(report(case(tensor(), tensor("new"))), earlier)
+    assert found.is_same and found.compared == 1
+
+
+def test_native_reports_are_compared_degree_by_degree():
+    mine = report(case(tensor(sha256={"1": A, "2": B})), numerics="native")
+    same = report(case(tensor(sha256={"2": B, "3": A})), numerics="native").as_dict()
+    assert compare_with(mine, same).is_same
+    other = report(case(tensor(sha256={"2": A})), numerics="native").as_dict()
+    assert compare_with(mine, other).differences == (("ffn", "w"),)
+    with pytest.raises(UsageError, match="at a degree that both have"):
+        alone = report(case(tensor(sha256={"8": A})), numerics="native").as_dict()
+        compare_with(mine, alone)
+
+
+def test_nothing_in_common_is_an_error():
+    with pytest.raises(UsageError, match="nothing in common.*the cases other, this one has ffn"):
+        compare_with(report(), report(case(name="other")).as_dict())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("contract", "tree-2"), ("seed", 1), ("numerics", "native")]
+)
+def test_another_contract_is_an_error(key, value):
+    with pytest.raises(UsageError, match=f"its {key} is .* the bits depend on it"):
+        compare_with(report(), report().as_dict() | {key: value})
+
+
+def test_a_changed_hash_in_a_file_is_found(document):
+    assert compare_with(document, document).is_same
+    changed = copy.deepcopy(document)
+    changed["cases"][1]["tensors"][3]["sha256"]["2"] = B
+    name = changed["cases"][1]["tensors"][3]["name"]
+    assert compare_with(document, changed).differences == (("ffn", name),)
+
+
+def test_another_seed_gives_other_hashes():
+    mine, other = (
+        prove_cases([find_case("ffn")], degrees=(1,), threads=1, seed=seed).as_dict()
+        for seed in (12345, 1)
+    )
+    other["seed"] = mine["seed"]
+    assert len(compare_with(mine, other).differences) == len(mine["cases"][0]["tensors"])
+
+
+def test_other_leaves_are_another_contract():
+    first = prove_cases([find_case("ffn")], degrees=(1,), threads=1)
+    second = prove_cases([find_case("ffn")], degrees=(1,), threads=1, scheme=Scheme(leaves=4))
+    with pytest.raises(UsageError, match="its contract is 'tree-1 leaves=8"):
+        compare_with(second, first.as_dict())
+
+
+# Accuracy
+
+
+def test_accuracy_takes_the_median_of_the_ratios():
+    errors = [(1.0, 2.0), (3.0, 2.0), (4.0, 2.0), (0.0, 0.0), (None, 1.0)]
+    tensors = [tensor(str(i), fp64=Errors(*pair)) for i, pair in enumerate(errors)]
+    unjudged = tensor("late", agreement_judged=False, torch=None, fp64=None)
+    found = accuracy(report(case(*tensors, unjudged)).as_dict())
+    assert found.median == 1.5
+    assert (found.both_exact, found.without_number, len(found.ratios)) == (1, 1, 3)
+
+
+def test_accuracy_counts_an_error_where_torch_has_none():
+    found = accuracy(report(case(tensor(fp64=Errors(1e-9, 0.0)))).as_dict())
+    assert found.median == math.inf
+    assert accuracy(report().as_dict(), cases=["other"]).median is None
