@@ -1,0 +1,202 @@
+"""Planted faults of sums: an order that the degree changes, roundings, signs, other kernels."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import shardproof as sp
+from fresh_process import run_fresh
+from planted import batch, expect_bits, expect_proved, linear, prove_block, prove_one_row
+from shardproof import collectives, comm
+from shardproof.axis import Axis
+from shardproof.layers.base import ShardedModule
+from shardproof.leaves import Cut
+from shardproof.prover.report import Report
+from shardproof.tree import Node
+
+
+def test_partials_added_in_rank_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a ring or a plain loop over ranks does.
+
+    At degree 2 the halves of the tree are the ranks' own sums, so that degree 3 must be asked.
+    """
+
+    def in_rank_order(root: Node, parts: Mapping[Node, Tensor], add: Any) -> Tensor:
+        first, *others = (parts[node] for node in sorted(parts))
+        total = first.clone()
+        for part in others:
+            total += part
+        return total
+
+    monkeypatch.setattr(comm, "combine", in_rank_order)
+    expect_proved(prove_block(degrees=(1, 2)))
+    expect_bits(prove_block(degrees=(1, 2, 3)), "output", degrees=(1, 3))
+
+
+def test_leaves_taken_from_the_degree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One partial per rank, whatever the tree: the same mathematics, other bits (E3SM 5560)."""
+
+    def cut(self: ShardedModule, size: int) -> Cut:
+        return Cut(size, self.axis.size, self.axis.size)
+
+    monkeypatch.setattr(ShardedModule, "_cut", cut)
+    expect_bits(prove_block(), "output")
+
+
+def test_native_numerics_agree_and_are_not_identical() -> None:
+    """One product per shard, as everywhere else: honest about the bits, right in the numbers."""
+    scheme = sp.Scheme(numerics="native")
+    report = prove_block(scheme=scheme)
+    expect_bits(report, "output")
+    assert report.numerics == "native"
+    assert report.agrees_with_torch
+    assert not [tensor.name for tensor in report.cases[0].tensors if not tensor.agrees]
+
+
+def test_nodes_rounded_to_bf16_where_there_is_a_wire(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Partials in another precision at degree 1 than elsewhere (TBIK rounds nodes to bf16)."""
+    correct = comm._swap
+
+    def rounded(nodes: Mapping[Node, Tensor], *args: Any, **kwargs: Any) -> Any:
+        narrow = {node: x.bfloat16().float() for node, x in nodes.items()}
+        return correct(narrow, *args, **kwargs)
+
+    monkeypatch.setattr(comm, "_swap", rounded)
+    expect_bits(prove_block(), "output")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_plain_silu_on_a_cut_tensor(threads: int) -> None:
+    """Vector body and scalar tail of torch's kernel differ, and the cut moves the tail."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("the width at which torch's silu shows it was found with AVX-512")
+    expect_proved(prove_block(hidden=99, activation=sp.functional.silu, threads=threads))
+    expect_bits(prove_block(hidden=99, activation=F.silu, threads=threads), "output")
+
+
+def padded_sum(x: Tensor, axis: Axis, *, dim: int, cut: Cut, **call: Any) -> Tensor:
+    """An all-gather out of zeros and a sum."""
+    owned = cut.owned(axis.rank)
+    whole = x.new_zeros(*x.shape[:dim], cut.size, *x.shape[dim + 1 :])
+    whole.narrow(dim, owned.start, len(owned)).copy_(x)
+    return comm.all_reduce(whole, axis, **call)
+
+
+class NegatedRelu(nn.Module):
+    """A column-parallel layer, then -relu, which makes -0.0, then a gather."""
+
+    def __init__(self, inner: nn.Module, axis: Axis | None) -> None:
+        super().__init__()
+        self.inner, self.axis = inner, axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.inner(x)).neg()
+        if self.axis is None:
+            return y
+        cut = self.inner.layouts["weight"].cut
+        return collectives.all_gather(y, self.axis, dim=1, cut=cut, grad="replicate")
+
+
+def prove_negated_relu() -> Report:
+    whole = linear(12, 16, seed=2)
+
+    def build(axis: Axis | None) -> nn.Module:
+        if axis is None:
+            return NegatedRelu(whole, None)
+        layer = sp.ColumnParallelLinear.from_linear(whole, axis=axis, name="inner")
+        return NegatedRelu(layer, axis)
+
+    return sp.prove(build, F.mse_loss, batch(16), degrees=(1, 2))
+
+
+def test_sign_of_zero_lost_in_a_sum_with_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A masked vocabulary lookup does this: -0.0 + 0.0 is 0.0. Only the bits can show it."""
+    expect_proved(prove_negated_relu())
+    monkeypatch.setattr(comm, "all_gather", padded_sum)
+    report = prove_negated_relu()
+    expect_bits(report, "output")
+    assert report.agrees_with_torch, "-0.0 equals 0.0"
+
+
+def whole_numbers(*shape: int, seed: int) -> Tensor:
+    """Sums of these are exact, in any order: code that adds in rank order keeps its bits."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-4, 5, shape, generator=generator).float()
+
+
+Reduce = Callable[[Tensor, Axis], Tensor]
+
+
+class TransposedRow(nn.Module):
+    """A row-parallel product as `(w @ x.T).T`, so that the partial sum is not contiguous."""
+
+    def __init__(self, whole: Tensor, axis: Axis | None, reduce: Reduce) -> None:
+        super().__init__()
+        self.whole, self.axis, self.reduce = whole, axis, reduce
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.axis is None:
+            return self.scale * (self.whole.to(x.dtype) @ x.t()).t()
+        cut = Cut(x.shape[1], 8, self.axis.size)
+        mine = slice(cut.owned(self.axis.rank).start, cut.owned(self.axis.rank).stop)
+        part = collectives.shard(x, self.axis, dim=1, cut=cut)
+        return self.scale * self.reduce((self.whole[:, mine] @ part.t()).t(), self.axis)
+
+
+def prove_transposed(reduce: Reduce) -> Report:
+    whole = whole_numbers(8, 16, seed=0)
+    x, target = whole_numbers(4, 16, seed=1), whole_numbers(4, 8, seed=2)
+    return sp.prove(
+        lambda axis: TransposedRow(whole, axis, reduce), F.mse_loss, (x, target), degrees=(1, 2)
+    )
+
+
+def test_sum_thrown_away_for_an_input_that_is_not_contiguous() -> None:
+    """Megatron's `_reduce`, June 2024 to July 2026: reduce a contiguous copy, return the input."""
+
+    def reduce(x: Tensor, axis: Axis) -> Tensor:
+        return collectives.all_reduce(x.contiguous(), axis)
+
+    def megatron_reduce(x: Tensor, axis: Axis) -> Tensor:
+        y = reduce(x, axis)
+        return y if x.is_contiguous() else x
+
+    expect_proved(prove_transposed(reduce))
+    expect_bits(
+        prove_transposed(megatron_reduce),
+        "output",
+        detail="replicas differ at degree 2: rank 1 has not what rank 0 has",
+    )
+
+
+DEFAULT_MODE = """
+    from planted import prove_one_row
+    from shardproof.errors import NumericsError
+    from shardproof.numerics import mode
+    from shardproof.prover.verdict import verdict
+
+    try:
+        print(verdict(prove_one_row()))
+    except NumericsError as error:
+        print(f"refused: {error}")
+    mode.require_invariant = lambda: None
+    report = prove_one_row()
+    print(report.proved, report.agrees_with_torch, verdict(report), sep="|")
+"""
+
+
+def test_default_blas_mode_is_refused_and_would_change_bits() -> None:
+    """A product of a shard has other bits than the same elements of the full product."""
+    expect_proved(prove_one_row())
+    refused, said = run_fresh(DEFAULT_MODE, SHARDPROOF_BLAS="off").splitlines()
+    assert refused.startswith("refused: SHARDPROOF_BLAS=off leaves the BLAS library in its default")
+    proved, agrees, sentence = said.split("|")
+    if proved == "True":
+        pytest.skip("the default mode of this machine's BLAS shows no difference here")
+    assert (proved, agrees) == ("False", "True"), sentence
+    assert sentence.startswith("Not proved: in case one row, tensor output is the first whose bits")
