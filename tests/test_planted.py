@@ -1,0 +1,117 @@
+"""Planted faults that no number shows: memory, claims of a case, nothing at all; and the exit code.
+
+The faults of numbers are in `test_planted_layers.py`, `test_planted_sums.py` and
+`test_planted_training.py`.
+"""
+
+from typing import Any, Self
+
+import pytest
+from torch import Tensor, nn
+
+import shardproof as sp
+from planted import expect_proved, prove_column
+from shardproof import cases, comm
+from shardproof.cli.main import main
+from shardproof.functional.linear import LinearSite
+from shardproof.prover.case import Case
+from shardproof.prover.proof import prove_cases
+from shardproof.prover.report import Report
+from shardproof.prover.verdict import verdict
+
+
+def prove_ffn() -> Report:
+    return prove_cases([cases.find_case("ffn")], degrees=(1, 2))
+
+
+def test_controls_are_proved() -> None:
+    expect_proved(prove_ffn())
+    expect_proved(prove_column())
+
+
+def expect_memory(report: Report, shape: str) -> None:
+    """The verdict: a whole weight (48, 12) was in the memory of a rank."""
+    assert (report.proved, report.identical, report.agrees_with_torch) == (False, True, True)
+    assert not report.cases[0].within_memory_bound
+    assert verdict(report) == (
+        "Not proved: in case column, rank 0 of 2 allocated 2304 bytes for a tensor of shape "
+        f"{shape}, more than its bound of 1152."
+    )
+
+
+class WholeWeightAtCreation(sp.ColumnParallelLinear):
+    def _take(self, linear: nn.Linear) -> Self:
+        copy = linear.weight.detach().clone()
+        owned = self.layouts["weight"].owned
+        super()._take(linear).weight = nn.Parameter(copy[owned.start : owned.stop])
+        return self
+
+
+def test_whole_weight_in_memory_at_creation() -> None:
+    """A shard that is a view keeps all of it alive (transformers 35202, DeepSpeed 3644)."""
+    expect_memory(prove_column(WholeWeightAtCreation), "[48, 12]")
+
+
+class WholeWeightInForward(sp.ColumnParallelLinear):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.detach()
+        cut = self.layouts["weight"].cut
+        whole = comm.all_gather(weight, self.axis, dim=0, cut=cut, direction="forward")
+        return super().forward(x) if whole.isfinite().all() else x
+
+
+def test_whole_weight_gathered_in_forward() -> None:
+    """Equal bits at the price of every rank's memory (TransformerEngine PR 2977)."""
+    # The collective fills a flat buffer, of which the weight is a view.
+    expect_memory(prove_column(WholeWeightInForward), "[576]")
+
+
+def test_one_collective_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All numbers are right: only the case's own count shows it."""
+    correct = LinearSite.all_reduce
+
+    def redundant(self: LinearSite, a: Tensor, b: Tensor, direction: str) -> Tensor:
+        total = correct(self, a, b, direction)
+        if direction == "forward":
+            comm.all_reduce(total, self.axis, direction=direction)
+        return total
+
+    monkeypatch.setattr(LinearSite, "all_reduce", redundant)
+    report = prove_ffn()
+    assert (report.proved, report.identical, report.agrees_with_torch) == (False, True, True)
+    assert verdict(report) == (
+        "Not proved: in case ffn, the check 'one all-reduce forward' failed (at degree 2: calls: "
+        "{'all_reduce': 2})."
+    )
+
+
+def test_case_that_records_nothing_is_not_proved() -> None:
+    """All of no tensors are the same."""
+    report = prove_cases([Case("empty", "records nothing", lambda trial: None)], degrees=(1, 2))
+    assert not report.proved
+    assert verdict(report) == (
+        "Not proved: in case empty, no tensor was recorded, so that nothing was compared."
+    )
+
+
+def test_a_planted_fault_makes_the_command_exit_with_1_and_name_the_tensor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*options: str) -> tuple[Any, str]:
+        with pytest.raises(SystemExit) as left:
+            main(["prove", "--case", "ffn", "--degrees", "1,2", *options])
+        return left.value.code, " ".join(capsys.readouterr().out.split())
+
+    code, said = run()
+    assert code == 0
+    assert "Proved for 1 case" in said
+
+    correct = LinearSite.all_reduce
+
+    def local(self: LinearSite, a: Tensor, b: Tensor, direction: str) -> Tensor:
+        return a @ b if direction == "forward" else correct(self, a, b, direction)
+
+    monkeypatch.setattr(LinearSite, "all_reduce", local)
+    code, said = run()
+    assert code == 1
+    assert "Not proved: in case ffn, tensor output is the first whose bits differ" in said

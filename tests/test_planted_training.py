@@ -1,0 +1,285 @@
+"""Planted faults around the layers: labels, divisors, draws, clipping, updates, optimizer state."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import shardproof as sp
+from planted import (
+    EVEN,
+    Block,
+    batch,
+    block_builder,
+    expect_bits,
+    expect_not_the_same,
+    expect_proved,
+    expect_torch,
+    prove_block,
+    prove_clipped,
+)
+from shardproof import cases, comm, optim
+from shardproof.axis import Axis
+from shardproof.cases import matmul
+from shardproof.errors import NumericsError
+from shardproof.functional.losses import mse_loss
+from shardproof.leaves import Cut, Layout
+from shardproof.numerics.sums import sum_squares
+from shardproof.prover.case import Trial
+from shardproof.prover.proof import prove_cases
+from shardproof.prover.report import Report
+
+
+def prove_matmul(degrees: tuple[int, ...] = (1, 2)) -> Report:
+    return prove_cases([cases.find_case("matmul-column")], degrees=degrees)
+
+
+def test_controls_are_proved() -> None:
+    expect_proved(prove_matmul())
+    expect_proved(prove_clipped(lambda model: sp.clip_grad_norm_(model, 0.5)))
+    expect_proved(prove_block(steps=2))
+
+
+def test_swapped_halves_of_the_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seed 000, column case: the first device compares its columns with the second's label."""
+    correct = matmul.run
+
+    def swapped(trial: Trial, layer: nn.Module, x: Tensor, label: Tensor) -> None:
+        if trial.axis is not None and trial.axis.size > 1:
+            halves = matmul.make_data(trial)[1].chunk(trial.axis.size, dim=1)
+            label = trial.data(halves[trial.axis.size - 1 - trial.axis.rank].contiguous())
+        correct(trial, layer, x, label)
+
+    monkeypatch.setattr(matmul, "run", swapped)
+    expect_bits(prove_matmul(), "loss")
+
+
+def test_swapped_halves_of_the_label_at_every_degree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same, done to the data before it is cut: no two degrees differ, only torch does."""
+    correct = matmul.make_data
+
+    def swapped(trial: Trial) -> tuple[Tensor, Tensor]:
+        x, label = correct(trial)
+        return x, label if trial.axis is None else trial.data(label.roll(4, dims=1))
+
+    monkeypatch.setattr(matmul, "make_data", swapped)
+    expect_torch(prove_matmul(), "loss")
+
+
+def divided_by_out_dim(trial: Trial, y: Tensor, label: Tensor, stored: Layout) -> Tensor:
+    """The loss whose gradient is seed 000's `x.T @ (y - label) / out_dim`."""
+    if trial.axis is None:
+        return F.mse_loss(y, label)
+    wrong = matmul.BATCH / 2
+    return wrong * mse_loss(y, label, axis=trial.axis, cut=stored.cut)
+
+
+def test_wrong_divisor_that_every_degree_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seed 000 divides by out_dim alone: right for its batch of 2, wrong for any other."""
+    monkeypatch.setattr(matmul, "_loss", divided_by_out_dim)
+    expect_proved(prove_matmul())
+    monkeypatch.setattr(matmul, "BATCH", 3)
+    expect_torch(prove_matmul(), "loss")
+
+
+def test_loss_averaged_over_the_local_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mean over what this rank has: every rank weighs its elements `degree` times too much."""
+    correct = matmul._loss
+
+    def local_mean(trial: Trial, y: Tensor, label: Tensor, stored: Layout) -> Tensor:
+        loss = correct(trial, y, label, stored)
+        return loss if trial.axis is None else loss * (matmul.OUT_DIM / y.shape[1])
+
+    monkeypatch.setattr(matmul, "_loss", local_mean)
+    expect_bits(prove_matmul(), "loss")
+
+
+def draw_by_rank(block: Block, axis: Axis) -> None:
+    generator = torch.Generator().manual_seed(2 + axis.rank)  # rank 0 draws as plain torch does
+    with torch.no_grad():
+        block.up.weight.uniform_(-0.5, 0.5, generator=generator)
+
+
+def test_initial_weights_drawn_by_rank() -> None:
+    """`torch.manual_seed(rank)`: the loss differs by 0.25 from init alone (pytorch 168058)."""
+    expect_proved(prove_block(change=draw_by_rank, degrees=(1,)))
+    expect_bits(prove_block(change=draw_by_rank), "up.weight (initial)")
+
+
+def dropout(seed: int, owned: range) -> Callable[[Tensor], Tensor]:
+    """Drops units of the cut dim: a mask (48, 5) drawn whole, of which `owned` rows are used."""
+    mask = torch.rand(EVEN, 5, generator=torch.Generator().manual_seed(seed)) > 0.5
+    return lambda x: x * mask[owned.start : owned.stop].t()
+
+
+def drop_by_position(block: Block, axis: Axis) -> None:
+    block.activation = dropout(7, block.up.layouts["weight"].owned)
+
+
+def drop_by_rank(block: Block, axis: Axis) -> None:
+    block.activation = dropout(7 + axis.rank, range(len(block.up.weight)))
+
+
+def test_dropout_drawn_by_rank() -> None:
+    """The mask depends on who draws instead of on what is dropped."""
+    plain = dropout(7, range(EVEN))
+    expect_proved(prove_block(activation=plain, change=drop_by_position))
+    expect_bits(prove_block(activation=plain, change=drop_by_rank), "output")
+
+
+def local_norm(model: nn.Module) -> Tensor:
+    """The norm of what this rank has."""
+    squares = [sum_squares(parameter.grad) for parameter in model.parameters()]
+    return torch.stack(squares).sum().sqrt()
+
+
+def scale_by(model: nn.Module, norm: Tensor) -> None:
+    for parameter in model.parameters():
+        parameter.grad.mul_((0.5 / (norm + 1e-6)).clamp(max=1.0))
+
+
+def test_clipping_by_the_norm_of_each_rank() -> None:
+    """torch's `clip_grad_norm_` on plain shards, and fairscale's: a norm per rank, silently."""
+
+    def clip(model: nn.Module) -> Tensor:
+        norm = local_norm(model)
+        scale_by(model, norm)
+        return norm
+
+    expect_bits(
+        prove_clipped(clip),
+        "grad_norm",
+        detail="replicas differ at degree 2: rank 1 has not what rank 0 has",
+    )
+
+
+def test_replicated_weights_drift_apart_where_each_rank_clips_by_its_own_norm() -> None:
+    """The same where the right norm is returned and logged: the weights themselves must show it."""
+
+    def clip(model: nn.Module) -> Tensor:
+        shown = sp.grad_norm(model)
+        scale_by(model, shown if model.up.axis.size == 1 else local_norm(model))
+        return shown
+
+    expect_bits(
+        prove_clipped(clip),
+        "front.weight",
+        detail="replicas differ at degree 2: rank 1 has not what rank 0 has",
+    )
+
+
+def test_replicated_gradients_counted_once_per_rank_in_the_norm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NeMo-RL PR 3788: all ranks agree on a norm that is too large."""
+    correct = optim._sum_squares
+
+    def counted(grad: Tensor, layout: Layout, axis: Axis | None, who: str) -> Tensor:
+        square = correct(grad, layout, axis, who)
+        is_summed = layout.is_replicated and axis is not None
+        return comm.all_reduce(square, axis, direction="update") if is_summed else square
+
+    monkeypatch.setattr(optim, "_sum_squares", counted)
+    report = prove_clipped(lambda model: sp.clip_grad_norm_(model, 0.5))
+    expect_bits(report, "grad_norm")
+    assert not report.cases[0].first_difference()["detail"], "no replicas differ"
+
+
+def leave_bias_out(block: Block, axis: Axis) -> None:
+    block.down.bias.is_left_out = axis.rank != 0
+
+
+def sgd_of_the_rest(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    kept = [parameter for parameter in parameters if not getattr(parameter, "is_left_out", False)]
+    return torch.optim.SGD(kept, lr=0.1)
+
+
+def test_replicated_bias_updated_on_rank_zero_alone() -> None:
+    """One owner updates and nobody tells the others; what rank 0 has is right at every degree."""
+    expect_not_the_same(
+        prove_block(change=leave_bias_out, optimizer=sgd_of_the_rest),
+        "down.bias",
+        "replicas differ at degree 2: rank 1 has not what rank 0 has",
+    )
+
+
+def remember_axis(block: Block, axis: Axis) -> None:
+    block.up.weight.axis = axis
+
+
+class StateOfRankZero(torch.optim.SGD):
+    """Momentum whose buffer of the cut weight is, after every step, the one of rank 0."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        for parameter, state in self.state.items():
+            if hasattr(parameter, "axis"):
+                axis, buffer = parameter.axis, state["momentum_buffer"]
+                cut = Cut(EVEN, 8, axis.size)
+                whole = comm.all_gather(buffer, axis, dim=0, cut=cut, direction="update")
+                buffer.copy_(whole[: len(buffer)])
+
+
+def test_optimizer_state_of_another_rank() -> None:
+    """Wrong optimizer state "without a word" (transformers PR 48569); all shapes fit."""
+    report = prove_block(
+        change=remember_axis, optimizer=lambda given: StateOfRankZero(given, lr=0.1, momentum=0.9)
+    )
+    expect_bits(report, "up.weight.momentum_buffer")
+
+
+class ForgetfulSgd(torch.optim.SGD):
+    """Forgets the momentum of the cut weight before its second step, if there are other ranks."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for parameter, state in self.state.items():
+            if hasattr(parameter, "axis") and parameter.axis.size > 1:
+                state["momentum_buffer"].zero_()
+        super().step(closure)
+
+
+def test_momentum_lost_between_two_steps() -> None:
+    """State that is not saved with its shard: the first step after it is right."""
+    parts = {
+        "change": remember_axis,
+        "optimizer": lambda given: ForgetfulSgd(given, lr=0.1, momentum=0.9),
+    }
+    expect_proved(prove_block(steps=1, **parts))
+    expect_bits(prove_block(steps=2, **parts), "step 2: up.weight")
+
+
+def test_fused_optimizer_is_refused() -> None:
+    """Its kernel has a tail as silu has: 56 of 60 updates differed when a parameter was cut."""
+    with pytest.raises(NumericsError, match=r"SGD\(fused=True\) gives other bits when a parameter"):
+        prove_block(optimizer=lambda given: torch.optim.SGD(given, lr=0.1, fused=True))
+
+
+def test_the_callers_own_model_is_not_trained() -> None:
+    """If plain torch trained it, the ranks would be cut from other numbers than it began with."""
+    whole = block_builder()(None)
+    before = [parameter.detach().clone() for parameter in whole.parameters()]
+
+    def build(axis: Axis | None) -> nn.Module:
+        if axis is None:
+            return whole
+        front = nn.Linear(12, 12, device="meta").to_empty(device="cpu")
+        front.load_state_dict(whole.front.state_dict())
+        up = sp.ColumnParallelLinear.from_linear(whole.up, axis=axis, name="up")
+        down = sp.RowParallelLinear.from_linear(whole.down, axis=axis, name="down")
+        return Block(front, up, down, torch.relu)
+
+    report = sp.prove(
+        build,
+        F.mse_loss,
+        batch(),
+        degrees=(1, 2),
+        optimizer=lambda given: torch.optim.SGD(given, lr=0.1),
+    )
+    expect_proved(report)
+    after = list(whole.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
