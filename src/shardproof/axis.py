@@ -134,6 +134,16 @@ class Axis:
         """
         return f"{kind}-{next(self._unnamed)}"
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "Axis":
+        """The axis itself: a copied model talks to the same ranks."""
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise AxisError(
+            f"{self} cannot be pickled: it is this process's end of what connects the ranks. Save "
+            "model.state_dict(), which carries the layout, and make the axis where it is used."
+        )
+
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.size} on axis {self.name!r}"
 
