@@ -71,12 +71,9 @@ def prove_cases(
                 transport = ranks.transport
                 for case in cases:
                     tell(f"{case.name}, degree {degree}")
+                    reference = references[case.name]
                     work = functools.partial(
-                        run_on_rank,
-                        case=case,
-                        scheme=scheme,
-                        seed=seed,
-                        reference=references[case.name],
+                        run_on_rank, case=case, scheme=scheme, seed=seed, reference=reference
                     )
                     results[case.name][degree] = ranks.run(work)
         judged = judge_cases(cases, results, references)
@@ -124,8 +121,7 @@ def prove(
         threads: intra-op threads of each rank.
         scheme: leaves, numerics and seed for the report; the layers must have been given the same.
         name: of the model in the report.
-        audit_creation: False leaves `build` out of the memory audit, for models that are made
-            whole and then cut.
+        audit_creation: False leaves `build` out of the memory audit: it makes a model whole first.
 
     Returns:
         A report; `report.proved` is the answer.
