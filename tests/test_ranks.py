@@ -425,9 +425,19 @@ def test_a_process_that_fails_ends_all(work: Any, kind: type[Exception], message
     check_failure("processes", work, kind, message)
 
 
+def start_a_child(axis: Axis) -> tuple[int, int]:
+    """What a DataLoader does, for one; the child must not outlive the ranks."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    child.returncode = 0  # nobody here waits for it
+    return os.getpid(), child.pid
+
+
 def check_failure(engine: str, work: Any, kind: type[Exception], message: str) -> None:
     with open_ranks(3, engine, threads=1, timeout=60.0) as ranks:
-        pids = ranks.run(lambda axis: os.getpid())
+        pids: list[int] = []
+        if engine == "processes":
+            pids = [pid for both in ranks.run(start_a_child) for pid in both]
+            assert all(map(is_alive, pids))
         started = time.monotonic()
         with pytest.raises(kind) as caught:
             ranks.run(work)
@@ -445,7 +455,8 @@ def check_nothing_is_left(ranks: Any, engine: str, pids: list[int]) -> None:
     if engine == "threads":
         wait_until(lambda: not any(t.is_alive() for t in ranks._threads), seconds=10)
     else:
-        assert not any(is_alive(pid) for pid in pids)
+        assert pids
+        wait_until(lambda: not any(map(is_alive, pids)), seconds=1)
         assert not ranks._folder.exists()
 
 

@@ -144,9 +144,9 @@ def _clean_up(workers: Sequence[Worker], folder: Path, owner: int) -> None:
     if os.getpid() != owner:
         return  # a fork of the launcher has this too, and must leave the workers alone
     for each in workers:
-        if each.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(each.process.pid, signal.SIGKILL)
+        # The group outlives a worker that died and left children behind.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(each.process.pid, signal.SIGKILL)
     for each in workers:
         each.process.wait()
         each.connection.close()
