@@ -62,15 +62,15 @@ def _guarded(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _cut_parameter(grads: list[Tensor]) -> str | None:
-    """Name of a cut parameter whose gradient (or which itself) is among `grads`."""
-    given = {id(grad) for grad in grads}
+    """Name of the first of `grads` that is a cut parameter or the gradient of one."""
     with _lock:
         modules = list(_watched)
+    names: dict[int, str] = {}
     for module in modules:
         for name, layout in module.layouts.items():
             parameter = getattr(module, name)
-            if layout.is_replicated or parameter is None:
-                continue
-            if id(parameter.grad) in given or id(parameter) in given:
-                return f"{module.name}.{name}"
-    return None
+            if not layout.is_replicated and parameter is not None:
+                names[id(parameter)] = f"{module.name}.{name}"
+                if parameter.grad is not None:
+                    names[id(parameter.grad)] = f"{module.name}.{name}"
+    return next((names[id(grad)] for grad in grads if id(grad) in names), None)
