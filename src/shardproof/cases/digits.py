@@ -8,7 +8,6 @@ creation and the first epoch; its bound is the activation of a batch, larger tha
 so that the linear cases are the ones that show that no full weight appears.
 """
 
-import importlib
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -71,8 +70,9 @@ class Classifier(nn.Module):
 
 def load(seed: int) -> Digits:
     """Read the images, shuffle them by the seed, and split them 80 to 20."""
-    datasets = importlib.import_module("sklearn.datasets")  # an optional extra
-    pixels, classes = datasets.load_digits(return_X_y=True)
+    from sklearn.datasets import load_digits  # noqa: PLC0415 - an optional extra
+
+    pixels, classes = load_digits(return_X_y=True)
     order = torch.randperm(len(classes), generator=generator(seed, "digits.split"))
     x = torch.from_numpy(pixels).float().div_(16)[order]
     y = torch.from_numpy(classes).long()[order]

@@ -4,6 +4,7 @@ import copy
 import functools
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,81 @@ from shardproof.scheme import Scheme
 DEGREES = (1, 2, 3, 8)
 DEFAULT_SEED = 12345  # the seed of the seed documents
 
+GivenBatch = tuple[Tensor | tuple[Tensor, ...], Tensor]  # inputs, target
 Progress = Callable[[int, int, str], None]  # (done, total, what comes next)
 Results = dict[str, dict[int, list[RankResult]]]  # case -> degree -> every rank's result
 References = dict[str, Reference]  # case -> where its plain torch runs lie
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all runs of one proof have in common.
+
+    Attributes:
+        cases: what is run; each name once.
+        scheme: leaves and numerics.
+        seed: of everything the cases draw.
+        skipped: cases left out, for the report: name and extra.
+    """
+
+    cases: Sequence[Case]
+    scheme: Scheme
+    seed: int
+    skipped: Sequence[dict[str, str]] = ()
+
+    def make_references(self, folder: Path, tell: "Teller") -> References:
+        """Run every case in plain torch, and leave the tensors in a folder."""
+        references = {}
+        for index, case in enumerate(self.cases):
+            tell(f"{case.name}, plain torch")
+            references[case.name] = run_references(
+                case, scheme=self.scheme, seed=self.seed, directory=folder / str(index)
+            )
+        return references
+
+    def work(self, case: Case, references: References) -> Callable[[Axis], RankResult]:
+        """What every rank is to run."""
+        return functools.partial(
+            run_on_rank,
+            case=case,
+            scheme=self.scheme,
+            seed=self.seed,
+            reference=references[case.name],
+        )
+
+    def judge(self, results: Results, references: References) -> tuple[CaseReport, ...]:
+        """Judge every case while its references still lie in their files."""
+        plain = {name: reference.plain() for name, reference in references.items()}
+        return tuple(
+            judge_case(
+                case,
+                results[case.name],
+                expected=plain[case.name].names(),
+                activation_bytes=plain[case.name].activation_bytes,
+            )
+            for case in self.cases
+        )
+
+    def report(
+        self,
+        judged: tuple[CaseReport, ...],
+        *,
+        degrees: tuple[int, ...],
+        engine: str,
+        transport: str,
+    ) -> Report:
+        """What came of it all."""
+        return Report(
+            cases=judged,
+            degrees=degrees,
+            engine=engine,
+            transport=transport,
+            numerics=self.scheme.numerics,
+            leaves=self.scheme.leaves,
+            seed=self.seed,
+            contract=mode.contract(self.scheme, torch.float32),
+            skipped=tuple(self.skipped),
+        )
 
 
 def prove_cases(
@@ -61,40 +134,27 @@ def prove_cases(
     """
     degrees = checked_degrees(degrees, scheme)
     check_cases(cases)
+    session = Session(cases, scheme, seed, skipped)
     tell = Teller(progress, total=len(cases) * (1 + len(degrees)))
     results: Results = {case.name: {} for case in cases}
     transport = "solo"
     with tempfile.TemporaryDirectory(prefix="shardproof-") as folder:
-        references = make_references(cases, Path(folder), scheme=scheme, seed=seed, tell=tell)
+        references = session.make_references(Path(folder), tell)
         for degree in degrees:
             with open_ranks(degree, engine, threads=threads) as ranks:
                 transport = ranks.transport
                 for case in cases:
                     tell(f"{case.name}, degree {degree}")
-                    reference = references[case.name]
-                    work = functools.partial(
-                        run_on_rank, case=case, scheme=scheme, seed=seed, reference=reference
-                    )
-                    results[case.name][degree] = ranks.run(work)
-        judged = judge_cases(cases, results, references)
+                    results[case.name][degree] = ranks.run(session.work(case, references))
+        judged = session.judge(results, references)
     tell("done")
-    return Report(
-        cases=judged,
-        degrees=degrees,
-        engine=engine,
-        transport=transport,
-        numerics=scheme.numerics,
-        leaves=scheme.leaves,
-        seed=seed,
-        contract=mode.contract(scheme, torch.float32),
-        skipped=tuple(skipped),
-    )
+    return session.report(judged, degrees=degrees, engine=engine, transport=transport)
 
 
 def prove(
     build: Callable[[Axis | None], nn.Module],
     loss_fn: Callable[[Any, Tensor], Tensor],
-    batch: tuple[Tensor | tuple[Tensor, ...], Tensor],
+    batch: GivenBatch,
     *,
     degrees: Sequence[int] = DEGREES,
     optimizer: MakeOptimizer | None = None,
@@ -134,17 +194,15 @@ def prove(
         >>> report.proved  # doctest: +SKIP
         True
     """
-    inputs, target = batch
-    given = Batch(inputs if isinstance(inputs, tuple) else (inputs,), target)
     if optimizer is not None:
         # A fused one is an error before any run.
         make_optimizer(optimizer, nn.Linear(1, 1, device="meta").to_empty(device="cpu"))
     work = Training(
-        build=functools.partial(_build, build),
-        batch=functools.partial(_given, given),
-        loss=functools.partial(_loss, loss_fn),
-        optimizer=optimizer,
-        steps=steps,
+        functools.partial(_build, build),
+        functools.partial(_given, batch),
+        functools.partial(_loss, loss_fn),
+        optimizer,
+        steps,
         measures_creation=audit_creation,
     )
     case = Case(name, "a model given to prove()", work)
@@ -188,37 +246,6 @@ def check_cases(cases: Sequence[Case]) -> None:
             )
 
 
-def make_references(
-    cases: Sequence[Case], folder: Path, *, scheme: Scheme, seed: int, tell: "Teller"
-) -> References:
-    """Run every case in plain torch, and leave the tensors in a folder."""
-    references = {}
-    for index, case in enumerate(cases):
-        tell(f"{case.name}, plain torch")
-        references[case.name] = run_references(
-            case, scheme=scheme, seed=seed, directory=folder / str(index)
-        )
-    return references
-
-
-def judge_cases(
-    cases: Sequence[Case], results: Results, references: References
-) -> tuple[CaseReport, ...]:
-    """Judge every case while its references still lie in their files."""
-    reports = []
-    for case in cases:
-        plain = references[case.name].plain()
-        reports.append(
-            judge_case(
-                case,
-                results[case.name],
-                expected=plain.names(),
-                activation_bytes=plain.activation_bytes,
-            )
-        )
-    return tuple(reports)
-
-
 class Teller:
     """Counts runs for a progress callback."""
 
@@ -239,8 +266,9 @@ def _build(build: Callable[[Axis | None], nn.Module], trial: Trial) -> nn.Module
     return copy.deepcopy(model) if trial.is_reference else model
 
 
-def _given(batch: Batch, trial: Trial) -> Batch:
-    return batch
+def _given(batch: GivenBatch, trial: Trial) -> Batch:
+    inputs, target = batch
+    return Batch(inputs if isinstance(inputs, tuple) else (inputs,), target)
 
 
 def _loss(

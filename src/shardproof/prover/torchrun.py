@@ -10,7 +10,6 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,34 +17,23 @@ import torch
 
 from shardproof.axis import Axis
 from shardproof.errors import RankError
-from shardproof.numerics import mode
 from shardproof.prover.case import Case
 from shardproof.prover.proof import (
     DEFAULT_SEED,
     Progress,
     References,
     Results,
+    Session,
     Teller,
     check_cases,
     checked_degrees,
-    judge_cases,
-    make_references,
 )
 from shardproof.prover.report import Report
-from shardproof.prover.runs import RankResult, run_on_rank
+from shardproof.prover.runs import RankResult
 from shardproof.scheme import Scheme
 from shardproof.transport.base import Call
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """What every run has in common."""
-
-    cases: Sequence[Case]
-    scheme: Scheme
-    seed: int
 
 
 def prove_under_torchrun(
@@ -79,12 +67,12 @@ def prove_under_torchrun(
     degrees = checked_degrees({1, axis.size}, scheme)
     if threads is not None:
         torch.set_num_threads(threads)
-    setting = _Setting(cases, scheme, seed)
+    session = Session(cases, scheme, seed, skipped)
     tell = Teller(progress if axis.rank == 0 else None, total=len(cases) * (1 + len(degrees)))
     with tempfile.TemporaryDirectory(prefix="shardproof-") as folder:
-        references = _share_references(setting, axis, Path(folder), tell)
-        alone = _together(axis, lambda: _run_alone(setting, axis, references, tell))[0]
-        mine = _run_all(setting, axis, references, tell) if axis.size > 1 else {}
+        references = _share_references(session, axis, Path(folder), tell)
+        alone = _together(axis, lambda: _run_alone(session, axis, references, tell))[0]
+        mine = _run_all(session, axis, references, tell) if axis.size > 1 else {}
         # Also the last sight of the references: before it, no host may remove them.
         everyone = axis.transport.gather_objects(mine, call=Call("gather", "prover", "report"))
         if axis.rank:
@@ -93,33 +81,20 @@ def prove_under_torchrun(
         if axis.size > 1:
             for case in cases:
                 results[case.name][axis.size] = [rank[case.name] for rank in everyone]
-        judged = judge_cases(cases, results, references)
+        judged = session.judge(results, references)
     tell("done")
-    return Report(
-        cases=judged,
-        degrees=degrees,
-        engine="torchrun",
-        transport=axis.transport.name,
-        numerics=scheme.numerics,
-        leaves=scheme.leaves,
-        seed=seed,
-        contract=mode.contract(scheme, torch.float32),
-        skipped=tuple(skipped),
-    )
+    return session.report(judged, degrees=degrees, engine="torchrun", transport=axis.transport.name)
 
 
-def _share_references(setting: _Setting, axis: Axis, folder: Path, tell: Teller) -> References:
+def _share_references(session: Session, axis: Axis, folder: Path, tell: Teller) -> References:
     """The references of this host: its first rank makes them, the others are told where."""
     host, is_first = _host(os.environ)
 
     def make() -> tuple[str, References | None]:
-        check_cases(setting.cases)
+        check_cases(session.cases)
         if not is_first:
             return host, None
-        made = make_references(
-            setting.cases, folder, scheme=setting.scheme, seed=setting.seed, tell=tell
-        )
-        return host, made
+        return host, session.make_references(folder, tell)
 
     for other, references in _together(axis, make):
         if other == host and references is not None:
@@ -137,25 +112,19 @@ def _host(environment: Mapping[str, str]) -> tuple[str, bool]:
 
 
 def _run_alone(
-    setting: _Setting, axis: Axis, references: References, tell: Teller
+    session: Session, axis: Axis, references: References, tell: Teller
 ) -> dict[str, RankResult]:
     """Degree 1, on rank 0; the others have nothing to do."""
-    return {} if axis.rank else _run_all(setting, Axis.solo(), references, tell)
+    return {} if axis.rank else _run_all(session, Axis.solo(), references, tell)
 
 
 def _run_all(
-    setting: _Setting, axis: Axis, references: References, tell: Teller
+    session: Session, axis: Axis, references: References, tell: Teller
 ) -> dict[str, RankResult]:
     results = {}
-    for case in setting.cases:
+    for case in session.cases:
         tell(f"{case.name}, degree {axis.size}")
-        results[case.name] = run_on_rank(
-            axis,
-            case=case,
-            scheme=setting.scheme,
-            seed=setting.seed,
-            reference=references[case.name],
-        )
+        results[case.name] = session.work(case, references)(axis)
     return results
 
 

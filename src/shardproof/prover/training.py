@@ -66,7 +66,8 @@ class Training:
         """Run on one rank, or in plain torch."""
         batch = self._data(trial)
         model = self._build(trial)
-        optimizer = make_optimizer(self.optimizer, model) if self.optimizer else None
+        with trial.measured():
+            optimizer = make_optimizer(self.optimizer, model) if self.optimizer else None
         record_parameters(trial, model, suffix=" (initial)")
         for step in range(1 if trial.is_reference else self.steps):
             prefix, is_first = f"step {step + 1}: " if step else "", not step
