@@ -44,7 +44,7 @@ DEGREES = (2, 3, 4, 8)
 
 
 def _elementwise(f: Callable[[Tensor], Tensor]) -> Probe:
-    shapes = [(1, 1), (5, 43), (1, 2731), (33, 1027), (257, 133)]
+    shapes = [(1, 1), (5, 43), (1, 2731), (33, 1027)]
     return lambda: elementwise_tally(f, shapes)
 
 
@@ -66,7 +66,7 @@ def _column_sums(f: Callable[[Tensor], Tensor]) -> Probe:
 
     def probe() -> Tally:
         tally, rng = Tally(), random.Random(0)
-        for rows, columns in itertools.product([1, 7, 64, 500, 2048], [1, 64, 128, 509, 1001]):
+        for rows, columns in [*itertools.product([1, 7, 500], [1, 64, 509, 1001]), (2048, 128)]:
             x = normal(rows, columns)
             with threads(1):
                 whole = f(x)
@@ -174,7 +174,7 @@ def _norm_weight(f: Callable[[Tensor, Tensor, Tensor], list[Tensor]]) -> Probe:
 
     def probe() -> Tally:
         tally = Tally()
-        for rows, width in itertools.product([1, 7, 64, 500, 2048], [63, 128, 512, 1001]):
+        for rows, width in itertools.product([1, 7, 500], [63, 128, 512, 1001]):
             args = (normal(rows, width), normal(rows, width, seed=1), torch.ones(width))
             threads_tally(lambda args=args: f(*args), tally, schedules=1)
         return tally
@@ -408,7 +408,8 @@ def test_addmm_up_to_the_limit_equals_a_separate_addition() -> None:
 def default_mode() -> dict[str, tuple[int, int]]:
     """Counts of a process of its own: the mode is per process and cannot be taken back.
 
-    Measured, in the order of `products.KINDS`: 56, 53, 53, 19, 35, 5 of 160 each, 71 / 132, 12 / 120.
+    Measured, in the order of `products.KINDS`: 56, 53, 53, 19, 35 and 5 of 160 each, 71 / 132 and
+    12 / 120.
     """
     out = run_fresh(
         """
