@@ -124,7 +124,10 @@ def prove_block(
 
 
 def prove_column(
-    layer: Any = sp.ColumnParallelLinear, *, degrees: Sequence[int] = (1, 2)
+    layer: Any = sp.ColumnParallelLinear,
+    *,
+    degrees: Sequence[int] = (1, 2),
+    optimizer: Any = sgd,
 ) -> Report:
     """Prove one column-parallel layer whose output is gathered; cut from a layer outside."""
     whole = linear(IN, EVEN, seed=2)
@@ -136,7 +139,12 @@ def prove_column(
         return made
 
     return sp.prove(
-        build, nn.functional.mse_loss, batch(EVEN), degrees=degrees, optimizer=sgd, name="column"
+        build,
+        nn.functional.mse_loss,
+        batch(EVEN),
+        degrees=degrees,
+        optimizer=optimizer,
+        name="column",
     )
 
 

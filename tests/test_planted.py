@@ -7,10 +7,11 @@ The faults of numbers are in `test_planted_layers.py`, `test_planted_sums.py` an
 from typing import Any, Self
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 import shardproof as sp
-from planted import expect_proved, prove_column
+from planted import EVEN, IN, expect_proved, prove_column
 from shardproof import cases, comm
 from shardproof.cli.main import main
 from shardproof.functional.linear import LinearSite
@@ -64,6 +65,20 @@ def test_whole_weight_gathered_in_forward() -> None:
     """Equal bits at the price of every rank's memory (TransformerEngine PR 2977)."""
     # The collective fills a flat buffer, of which the weight is a view.
     expect_memory(prove_column(WholeWeightInForward), "[576]")
+
+
+class WholeState(torch.optim.SGD):
+    """Makes room for the state of a whole weight before the first step."""
+
+    def __init__(self, parameters: Any, **options: Any) -> None:
+        super().__init__(parameters, **options)
+        self.room = torch.zeros(EVEN, IN)
+
+
+def test_whole_optimizer_state_at_its_creation() -> None:
+    """State is as large as its weight, and as little may a rank hold all of it."""
+    report = prove_column(optimizer=lambda given: WholeState(given, lr=0.1, momentum=0.9))
+    expect_memory(report, "[48, 12]")
 
 
 def test_one_collective_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
