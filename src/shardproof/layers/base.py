@@ -109,8 +109,7 @@ class ShardedModule(nn.Module):
     def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Raise unless the state is of this very layout."""
         mine = self.get_extra_state()
-        state = state_dict.get(prefix + _STATE)
-        if state is None:
+        if prefix + _STATE not in state_dict:
             for name, layout in self.layouts.items():
                 value = state_dict.get(prefix + name)
                 if isinstance(value, Tensor) and tuple(value.shape) != layout.local_shape:
@@ -121,6 +120,12 @@ class ShardedModule(nn.Module):
                         "and cut that with from_linear or parallelize."
                     )
             return
+        state = state_dict[prefix + _STATE]
+        if not isinstance(state, dict) or not set(mine) <= set(state):
+            raise LayoutError(
+                f"cannot load {prefix + _STATE!r} into {self.name!r} on {self.axis}: it is no "
+                f"layout but {state!r}. Load the state that this rank saved."
+            )
         for key in ("degree", "rank", "layouts"):
             if state[key] != mine[key]:
                 raise LayoutError(
