@@ -105,13 +105,14 @@ def prove_block(
     optimizer: Any = sgd,
     steps: int = 1,
     threads: int | None = None,
+    loss: Any = nn.functional.mse_loss,
     scheme: sp.Scheme = sp.Scheme(),  # noqa: B008 - frozen
     **parts: Any,
 ) -> Report:
     """Prove a Block; `parts` are those of `block_builder`."""
     return sp.prove(
         block_builder(scheme=scheme, **parts),
-        nn.functional.mse_loss,
+        loss,
         batch(),
         degrees=degrees,
         optimizer=optimizer,

@@ -97,6 +97,27 @@ def test_loss_averaged_over_the_local_elements(monkeypatch: pytest.MonkeyPatch) 
     expect_bits(prove_matmul(), "loss")
 
 
+def double_gradient(block: Block, axis: Axis) -> None:
+    block.up.weight.register_hook(lambda grad: 2 * grad)
+
+
+@pytest.mark.parametrize(
+    ("scale", "detail"),
+    [
+        (1.0, "the largest difference is"),
+        (1e-6, "its values are too small for the tolerance (atol 1e-06), and its error against"),
+    ],
+)
+def test_gradient_twice_too_large_at_every_degree(scale: float, detail: str) -> None:
+    """Gradients of a mean are small: twice next to nothing is within any absolute tolerance."""
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return scale * F.mse_loss(output, target)
+
+    expect_proved(prove_block(loss=loss))
+    expect_torch(prove_block(loss=loss, change=double_gradient), "up.weight.grad", detail)
+
+
 def draw_by_rank(block: Block, axis: Axis) -> None:
     generator = torch.Generator().manual_seed(2 + axis.rank)  # rank 0 draws as plain torch does
     with torch.no_grad():

@@ -18,6 +18,8 @@ NOTES = (
     "(hashing and comparing, in blocks of at most a rank's share) is outside of it.",
 )
 
+FAR, NEAR = 1e-2, 1e-4  # relative L2 errors against fp64
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -70,7 +72,20 @@ class TensorReport:
         """True if it agrees with plain torch as far as it must."""
         if not self.agreement_judged:
             return True
-        return self.torch is not None and self.torch.allclose and self.seed_allclose is not False
+        if self.torch is None or self.is_far_off:
+            return False
+        return self.torch.allclose and self.seed_allclose is not False
+
+    @property
+    def is_far_off(self) -> bool:
+        """True if the fp64 run shows a fault that the tolerance is too wide for.
+
+        Within `atol` any tensor of small values agrees, one that is twice too large too. Here plain
+        torch is near the fp64 run, and we are not: that is no rounding.
+        """
+        if self.fp64 is None or self.fp64.ours is None or self.fp64.torch is None:
+            return False
+        return self.fp64.ours > FAR and self.fp64.torch < NEAR
 
     def differing_degrees(self) -> tuple[str, str] | None:
         """The first degree, and the first after it at which the hash is another one."""

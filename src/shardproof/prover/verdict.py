@@ -62,6 +62,12 @@ def _agreement_fault(tensor: TensorReport) -> str:
         return f"{head} ({'; '.join(tensor.findings)})"
     if tensor.torch.max_abs_diff is None:
         return f"{head}: NaN or Inf stand in other places"
+    if tensor.torch.allclose and tensor.is_far_off and tensor.fp64 is not None:
+        return (
+            f"{head}: its values are too small for the tolerance (atol {tensor.torch.atol:g}), and "
+            f"its error against fp64 is {tensor.fp64.ours:.2g}, plain PyTorch's "
+            f"{tensor.fp64.torch:.2g}"
+        )
     if tensor.torch.allclose:
         return f"{head} element by element, as its seed document demands (atol=1e-6)"
     return (
