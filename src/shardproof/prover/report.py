@@ -203,7 +203,9 @@ class CaseReport:
             "within_memory_bound": self.within_memory_bound,
             "seconds": self.seconds,
             "first_difference": self.first_difference(),
-            "tensors": [_plain(asdict(tensor)) for tensor in self.tensors],
+            "tensors": [
+                _plain(asdict(tensor)) | {"agrees": tensor.agrees} for tensor in self.tensors
+            ],
             "memory": {
                 degree: [_plain(asdict(rank)) for rank in ranks]
                 for degree, ranks in self.memory.items()
