@@ -9,10 +9,12 @@ from typing import Any, Self
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import shardproof as sp
-from planted import EVEN, IN, expect_proved, prove_column
+from planted import EVEN, IN, Block, batch, block_builder, expect_proved, prove_column
 from shardproof import cases, comm
+from shardproof.axis import Axis
 from shardproof.cli.main import main
 from shardproof.functional.linear import LinearSite
 from shardproof.prover.case import Case
@@ -130,3 +132,29 @@ def test_a_planted_fault_makes_the_command_exit_with_1_and_name_the_tensor(
     code, said = run()
     assert code == 1
     assert "Not proved: in case ffn, tensor output is the first whose bits differ" in said
+
+
+def test_the_callers_own_model_is_not_trained() -> None:
+    """If plain torch trained it, the ranks would be cut from other numbers than it began with."""
+    whole = block_builder()(None)
+    before = [parameter.detach().clone() for parameter in whole.parameters()]
+
+    def build(axis: Axis | None) -> nn.Module:
+        if axis is None:
+            return whole
+        front = nn.Linear(12, 12, device="meta").to_empty(device="cpu")
+        front.load_state_dict(whole.front.state_dict())
+        up = sp.ColumnParallelLinear.from_linear(whole.up, axis=axis, name="up")
+        down = sp.RowParallelLinear.from_linear(whole.down, axis=axis, name="down")
+        return Block(front, up, down, torch.relu)
+
+    report = sp.prove(
+        build,
+        F.mse_loss,
+        batch(),
+        degrees=(1, 2),
+        optimizer=lambda given: torch.optim.SGD(given, lr=0.1),
+    )
+    expect_proved(report)
+    after = list(whole.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -12,8 +12,6 @@ import shardproof as sp
 from planted import (
     EVEN,
     Block,
-    batch,
-    block_builder,
     expect_bits,
     expect_not_the_same,
     expect_proved,
@@ -281,29 +279,3 @@ def test_fused_optimizer_is_refused() -> None:
     """Its kernel has a tail as silu has: 56 of 60 updates differed when a parameter was cut."""
     with pytest.raises(NumericsError, match=r"SGD\(fused=True\) gives other bits when a parameter"):
         prove_block(optimizer=lambda given: torch.optim.SGD(given, lr=0.1, fused=True))
-
-
-def test_the_callers_own_model_is_not_trained() -> None:
-    """If plain torch trained it, the ranks would be cut from other numbers than it began with."""
-    whole = block_builder()(None)
-    before = [parameter.detach().clone() for parameter in whole.parameters()]
-
-    def build(axis: Axis | None) -> nn.Module:
-        if axis is None:
-            return whole
-        front = nn.Linear(12, 12, device="meta").to_empty(device="cpu")
-        front.load_state_dict(whole.front.state_dict())
-        up = sp.ColumnParallelLinear.from_linear(whole.up, axis=axis, name="up")
-        down = sp.RowParallelLinear.from_linear(whole.down, axis=axis, name="down")
-        return Block(front, up, down, torch.relu)
-
-    report = sp.prove(
-        build,
-        F.mse_loss,
-        batch(),
-        degrees=(1, 2),
-        optimizer=lambda given: torch.optim.SGD(given, lr=0.1),
-    )
-    expect_proved(report)
-    after = list(whole.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
