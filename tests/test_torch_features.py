@@ -144,6 +144,18 @@ def test_autocast_gives_the_dtypes_of_nn_linear_and_the_same_bits(pool: Pool) ->
         assert_close(a, b, rtol=5e-2, atol=5e-2)
 
 
+@pytest.mark.parametrize("cls", [ColumnParallelLinear, RowParallelLinear])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_computes_each_layer_in_bf16(cls: Any, dtype: torch.dtype) -> None:
+    layer = cls(14, 9, axis=Axis.solo(), name="up", dtype=dtype)
+    x = normal(5, 14).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        assert nn.functional.linear(x, layer.weight, layer.bias).dtype == y.dtype
+    assert y.dtype == torch.bfloat16
+    assert bits_equal(y, layer.bfloat16()(x.bfloat16()))
+
+
 def test_autocast_leaves_fp64_alone_and_ends_where_it_is_switched_off() -> None:
     axis = Axis.solo()
     for cls in (ColumnParallelLinear, RowParallelLinear):
