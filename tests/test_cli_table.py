@@ -28,6 +28,7 @@ def tensor(name: str, *shas: str, judged: bool = True, **changes: Any) -> dict[s
         "sha256": hashes,
         "identical": len(set(hashes.values())) == 1,
         "agreement_judged": judged,
+        "agrees": True,
         "torch": torch if judged else None,
         "fp64": {"ours": 2.1e-8, "torch": 2.3e-8} if judged else None,
         "seed_allclose": None,
@@ -106,14 +107,14 @@ def test_a_difference_shows_every_hash_and_the_degrees() -> None:
 
 
 def test_disagreement_with_torch_is_a_loud_no() -> None:
-    far = tensor("bias.grad")
+    far = tensor("bias.grad", agrees=False)
     far["torch"] |= {"allclose": False, "max_abs_diff": None}
     text = shown(report(case(far, agrees_with_torch=False, proved=False)))
     assert row(text, "bias.grad")[2:5] == ["no", "NO", "-"]
 
 
-def test_a_seeds_own_tolerance_counts_as_approximate() -> None:
-    text = shown(report(case(tensor("dX", seed_allclose=False))))
+def test_approximate_is_what_the_report_says_and_not_the_tolerance_alone() -> None:
+    text = shown(report(case(tensor("dX", seed_allclose=False, agrees=False))))
     assert row(text, "dX")[2:4] == ["no", "NO"]
 
 

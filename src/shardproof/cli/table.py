@@ -65,8 +65,8 @@ def _torch_cells(tensor: Data) -> tuple[str | Text, ...]:
     if not torch:
         missing: str | Text = Text("NO", BAD) if tensor["agreement_judged"] else "-"
         return "-", missing, "-", errors
-    agrees = torch["allclose"] and tensor["seed_allclose"] is not False
-    return "yes" if torch["exact"] else "no", yes_no(agrees), small(torch["max_abs_diff"]), errors
+    exact = "yes" if torch["exact"] else "no"
+    return exact, yes_no(tensor["agrees"]), small(torch["max_abs_diff"]), errors
 
 
 def _bits(tensor: Data, *, line_break: str) -> tuple[str, Text]:
