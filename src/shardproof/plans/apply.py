@@ -106,10 +106,10 @@ def _ties(name: str, module: nn.Module, model: nn.Module) -> list[str]:
 
 
 def _hooked(names: Sequence[str], model: nn.Module) -> list[str]:
-    """Modules that would be replaced and have hooks, which would be lost without a word."""
+    """Modules that have hooks and would be replaced, one sentence each."""
     return [
-        f"module {name!r} has hooks, which the {type(module).__name__} that replaces it would not "
-        "have. Remove them (weight_norm too is one) and register them after parallelize."
+        f"module {name!r} has hooks, which the {type(module).__name__} that is replaced would "
+        "lose. Remove them (weight_norm too is one), and register them after parallelize."
         for name in names
         if (module := model.get_submodule(name)) and any(getattr(module, kind) for kind in _HOOKS)
     ]

@@ -1,0 +1,229 @@
+"""Plans: what a pattern matches, and every way in which a plan does not fit a model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import nn
+
+from gated_model import PLAN, Model
+from places import TOGETHER, Pool
+from shardproof.axis import Axis
+from shardproof.errors import DegreeError, MismatchError, PlanError
+from shardproof.layers.linear import RowParallelLinear
+from shardproof.plans.apply import parallelize
+from shardproof.plans.match import fits, match
+from shardproof.plans.style import ColumnParallel, Plan, RowParallel
+from shardproof.scheme import Scheme
+
+
+def kinds(model: nn.Module) -> dict[str, str]:
+    """Every module's class; the identity of every parameter is compared beside it."""
+    return {name: type(module).__name__ for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "is_match"),
+    [
+        ("layers.*.up_proj", "layers.0.up_proj", True),
+        ("layers.*.up_proj", "layers.0.mlp.up_proj", False),
+        ("layers.*", "layers.0.up_proj", False),
+        ("*", "head", True),
+        ("*", "layers.0", False),
+        ("*.*.*_proj", "layers.1.up_proj", True),
+        ("layers.[01].up_proj", "layers.1.up_proj", True),
+        ("layers.?.up_proj", "layers.10.up_proj", False),
+        ("Head", "head", False),
+        ("layers.0.up", "layers.0.up_proj", False),
+    ],
+)
+def test_a_star_never_crosses_a_dot(pattern: str, name: str, is_match: bool) -> None:
+    assert fits(pattern, name) == is_match
+
+
+def test_hugging_face_spellings_are_the_two_styles() -> None:
+    found, problems = match({"layers.*.up_proj": "colwise", "head": "rowwise"}, Model())
+    assert problems == []
+    assert found == {
+        "layers.0.up_proj": ColumnParallel(),
+        "layers.1.up_proj": ColumnParallel(),
+        "head": RowParallel(),
+    }
+
+
+def test_two_patterns_may_agree_about_a_module() -> None:
+    styles = {"head": "colwise", "h*d": ColumnParallel()}
+    assert match(styles, Model()) == ({"head": ColumnParallel()}, [])
+
+
+def refusal(model: nn.Module, styles: Any, axis: Axis | None = None) -> str:
+    """The message; the model must be as it was, down to its parameters."""
+    before = kinds(model)
+    parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
+    with pytest.raises(PlanError) as caught:
+        parallelize(model, styles, axis or Axis.solo())
+    assert kinds(model) == before
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == parameters
+    return str(caught.value)
+
+
+def tied() -> nn.Module:
+    model = Model()
+    model.head = nn.Linear(6, 10)
+    model.head.weight = model.embed.weight
+    return model
+
+
+def hooked() -> nn.Module:
+    model = Model()
+    model.head.register_forward_hook(lambda *_: None)
+    return model
+
+
+def hooked_activation() -> nn.Module:
+    model = Model()
+    model.layers[1].act.register_forward_pre_hook(lambda *_: None)
+    return model
+
+
+def cut_already() -> nn.Module:
+    model = Model()
+    model.head = RowParallelLinear(10, 5, axis=Axis.solo())
+    return model
+
+
+PROBLEMS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
+    "unknown style": (
+        Model,
+        {"head": "columnwise"},
+        "plan entry 'head': unknown style 'columnwise'. Use ColumnParallel(), RowParallel(), "
+        "'colwise', 'rowwise'.",
+    ),
+    "no style": (Model, {"head": None}, "plan entry 'head': unknown style None."),
+    "no match": (
+        Model,
+        {"layers.*.up_projection": "colwise"},
+        "plan entry 'layers.*.up_projection': ColumnParallel(gather_input=False, "
+        "gather_output=False) matches no module of Model. Remove the entry or correct the name; "
+        "near names: layers.1.up_proj, layers.0.up_proj",
+    ),
+    "two styles": (
+        Model,
+        {"head": "colwise", "he*": "rowwise"},
+        "module 'head' is matched by 'head': ColumnParallel(gather_input=False, "
+        "gather_output=False) and by 'he*': RowParallel(input_is_parallel=True). Keep one of the "
+        "two.",
+    ),
+    "not a linear": (
+        Model,
+        {"layers.0": "colwise"},
+        "module 'layers.0' is a Mlp, which ColumnParallel(gather_input=False, "
+        "gather_output=False) cannot cut: it takes nn.Linear.",
+    ),
+    "tied weight": (
+        tied,
+        {"head": "colwise"},
+        "module 'head' shares its weight with 'embed': a tied weight cannot be cut on one side "
+        "only.",
+    ),
+    "cut already": (
+        cut_already,
+        {"head": "rowwise"},
+        "module 'head' is cut already (RowParallelLinear).",
+    ),
+    "hooks": (
+        hooked,
+        {"head": "rowwise"},
+        "module 'head' has hooks, which the Linear that is replaced",
+    ),
+    "hooks of an activation": (
+        hooked_activation,
+        {"head": "rowwise"},
+        "module 'layers.1.act' has hooks, which the SiLU that is replaced would lose.",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", PROBLEMS)
+def test_a_plan_that_does_not_fit_is_refused(what: str) -> None:
+    make, styles, text = PROBLEMS[what]
+    message = refusal(make(), styles)
+    assert message.startswith("the plan does not fit Model: ")
+    assert text in message
+
+
+def test_all_problems_come_in_one_error_and_nothing_is_changed(pool: Pool) -> None:
+    styles = {
+        "layers.*.gate_proj": "colwise",  # this one is fine
+        "nowhere": "colwise",
+        "norm": "rowwise",
+        "layers.*.up_proj": "sideways",
+        "head": "colwise",
+        "embed": "rowwise",
+    }
+    for message in pool(2, "threads").run(lambda axis: refusal(tied(), styles, axis)):
+        assert message.count("\n- ") == 5
+        for text in ("'nowhere'", "'norm' is a RMSNorm", "style 'sideways'",
+                     "'head' shares its weight with 'embed'",
+                     "'embed' shares its weight with 'head'"):  # fmt: skip
+            assert text in message
+
+
+def test_weight_norm_is_refused_and_not_lost() -> None:
+    model = Model()
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(model.head)
+    assert "module 'head' has hooks" in refusal(model, {"head": "rowwise"})
+
+
+def test_a_degree_beyond_the_leaves_is_refused_on_all_ranks(pool: Pool) -> None:
+    def run(axis: Axis) -> str:
+        with pytest.raises(DegreeError) as caught:
+            parallelize(Model(), Plan(PLAN, Scheme(leaves=2)), axis)
+        return str(caught.value)
+
+    for message in pool(3, "threads").run(run):
+        assert message.startswith("degree 3 exceeds leaves=2")
+        assert "Use leaves=3 or more" in message
+
+
+def different(axis: Axis, what: str) -> str:
+    """Rank 0 is given something else than the others."""
+    first = axis.rank == 0
+    model, styles, scheme = Model(), dict(PLAN), Scheme()
+    if what == "plan" and first:
+        del styles["layers.*.down_proj"]
+    if what == "leaves" and first:
+        scheme = Scheme(leaves=1)  # which this degree exceeds, but that is not the first trouble
+    if what == "shape" and first:
+        model = Model(width=44)
+    if what == "dtype" and first:
+        model = model.double()
+    if what == "frozen" and first:
+        model.layers[0].up_proj.requires_grad_(False)
+    before = kinds(model)
+    with pytest.raises(MismatchError) as caught:
+        parallelize(model, Plan(styles, scheme), axis)
+    assert kinds(model) == before
+    return str(caught.value)
+
+
+SIDES = {
+    "plan": ("ColumnParallel(gather_input=False, gather_output=False)} with", "RowParallel("),
+    "leaves": ("Scheme(leaves=1,", "Scheme(leaves=8,"),
+    "shape": ("'layers.0.up_proj.weight': (44, 10)", "'layers.0.up_proj.weight': (43, 10)"),
+    "dtype": ("torch.float64", "torch.float32"),
+    "frozen": ("frozen: layers.0.up_proj.weight, layers.0.up_proj.bias", "torch.float32. Give"),
+}
+
+
+@TOGETHER
+@pytest.mark.parametrize("what", SIDES)
+def test_different_plans_or_models_raise_on_all_ranks_and_name_both_sides(
+    pool: Pool, degree: int, engine: str, what: str
+) -> None:
+    for message in pool(degree, engine).run(lambda axis: different(axis, what)):
+        first, second = message.split(", rank 1 has ")
+        assert "were given different plans: rank 0 has {" in first
+        assert SIDES[what][0] in first
+        assert SIDES[what][1] in second
