@@ -1,6 +1,7 @@
 """Ranks as threads and as processes: results, bad input, and every way in which a rank can fail."""
 
 import gc
+import importlib
 import math
 import os
 import re
@@ -200,10 +201,10 @@ def test_two_axes_live_in_one_process() -> None:
 def test_processes_have_the_launchers_modes_and_their_own_place(pool: Pool) -> None:
     def work(axis: Axis) -> tuple[object, ...]:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
-        return mode.state(), [os.environ[name] for name in names], sys.stdin.read(), sys.path
+        return mode.state(), [os.environ[name] for name in names], sys.stdin.read()
 
     state = mode.state()
-    for rank, (branch, place, stdin, path) in enumerate(pool(2, "processes").run(work)):
+    for rank, (branch, place, stdin) in enumerate(pool(2, "processes").run(work)):
         assert (branch.setting, branch.branch, branch.problem) == (
             state.setting,
             state.branch,
@@ -211,12 +212,16 @@ def test_processes_have_the_launchers_modes_and_their_own_place(pool: Pool) -> N
         )
         assert place == [str(rank), str(rank), "2", "2", "1"]
         assert stdin == ""
-        assert [entry for entry in path if entry in sys.path] == [p for p in sys.path if p in path]
 
 
-def test_prints_of_processes_pass_through(capfd: pytest.CaptureFixture[str]) -> None:
+def test_processes_import_what_the_caller_can_and_print_where_it_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "found_by_the_caller_alone.py").write_text("WORD = 'hello'")
+    monkeypatch.syspath_prepend(tmp_path)
+
     def work(axis: Axis) -> None:
-        print("hello")  # noqa: T201
+        print(importlib.import_module("found_by_the_caller_alone").WORD)  # noqa: T201
         print("trouble", file=sys.stderr)  # noqa: T201
 
     with open_ranks(1, "processes") as ranks:  # started now, while the output is captured

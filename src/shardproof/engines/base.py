@@ -79,7 +79,7 @@ class Ranks(ABC):
                 why = "a call on them failed" if self._is_broken else "they were closed"
                 raise RankError(
                     f"these {self.degree} ranks cannot run anything more: {why}. Open new ones "
-                    "with shardproof.open_ranks."
+                    "with shardproof.ranks.open_ranks."
                 )
             return self._run(fn)
         finally:
