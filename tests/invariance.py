@@ -1,5 +1,6 @@
 """What tests of invariance share: thread schedules, cuts, equality of bits, and counts."""
 
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -113,7 +114,7 @@ class Tally:
 
     def expect_breaks(self, what: str) -> None:
         """Skip, and say so, where this machine shows no mismatch; never pass in silence."""
-        assert self.checks, f"{what}: nothing was compared"
+        self._report(what)
         if not self.mismatches:
             pytest.skip(
                 f"{what}: {self} differ with torch {torch.__version__} on this machine "
@@ -121,8 +122,12 @@ class Tally:
             )
 
     def expect_holds(self, what: str) -> None:
-        assert self.checks, f"{what}: nothing was compared"
+        self._report(what)
         assert not self.mismatches, f"{what}: {self} differ"
+
+    def _report(self, what: str) -> None:
+        assert self.checks, f"{what}: nothing was compared"
+        logging.getLogger(__name__).info("%s: %s differ", what, self)
 
 
 def threads_tally(run: Callable[[], Sequence[Tensor]], tally: Tally, schedules: int = 2) -> None:
