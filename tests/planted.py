@@ -16,7 +16,6 @@ from shardproof.prover.case import Case, Trial
 from shardproof.prover.proof import prove_cases
 from shardproof.prover.report import Report
 from shardproof.prover.training import Batch, Training
-from shardproof.prover.verdict import verdict
 
 IN, OUT, BATCH = 12, 7, 5
 EVEN = 48  # units of the cut dim: 8 leaves of 6, so that at degree 2 all shards have one size
@@ -224,7 +223,7 @@ def expect_torch(report: Report, tensor: str, detail: str = "the largest differe
 
 
 def _expect(report: Report, tensor: str, what: str, sentence: str, detail: str) -> None:
-    said = verdict(report)
+    said = report.verdict()
     assert not report.proved, said
     difference = report.cases[0].first_difference()
     assert difference is not None
@@ -234,5 +233,5 @@ def _expect(report: Report, tensor: str, what: str, sentence: str, detail: str) 
 
 
 def expect_proved(report: Report) -> None:
-    assert report.proved, verdict(report)
-    assert verdict(report).startswith("Proved for 1 case with ")
+    assert report.proved, report.verdict()
+    assert report.verdict().startswith("Proved for 1 case with ")

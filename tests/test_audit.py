@@ -10,7 +10,7 @@ from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.cases import find_case
 from shardproof.cases.linear import LINEAR_ROW
-from shardproof.prover import prove_cases, verdict
+from shardproof.prover import prove_cases
 from shardproof.prover.audit import Audit
 from shardproof.prover.case import Trial
 from shardproof.prover.runs import run_on_rank, run_references
@@ -165,7 +165,7 @@ def test_a_planted_full_weight_is_caught():
     assert report.agrees_with_torch
     assert not report.proved
     assert [rank.largest_shape for rank in report.cases[0].memory["2"]] == [(608, 1024)] * 2
-    assert verdict(report) == (
+    assert report.verdict() == (
         "Not proved: in case linear-row, rank 0 of 2 allocated 2490368 bytes for a tensor of shape "
         "[608, 1024], more than its bound of 1245184."
     )
@@ -223,4 +223,4 @@ def test_the_recorders_own_work_is_not_measured():
         return model
 
     report = run(planted(build=build))
-    assert report.proved, verdict(report)
+    assert report.proved, report.verdict()

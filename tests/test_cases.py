@@ -14,7 +14,7 @@ from shardproof.cases.draws import fill_like_linear, fill_normal, generator
 from shardproof.cases.linear import LINEAR_COLUMN, LINEAR_ROW
 from shardproof.cases.linears import column_linear, row_linear
 from shardproof.errors import UsageError
-from shardproof.prover import prove_cases, verdict
+from shardproof.prover import prove_cases
 from shardproof.prover.accuracy import accuracy
 from shardproof.prover.case import Trial
 from shardproof.ranks import launch
@@ -47,21 +47,21 @@ def test_every_case_is_there():
 
 @pytest.mark.parametrize("name", SEEDS)
 def test_a_seed_case_is_proved_on_threads(name, proof, case):
-    assert case(name).proved, verdict(proof)
+    assert case(name).proved, proof.verdict()
     assert case(name).degrees == (1, 2, 3, 8)
 
 
 @pytest.mark.parametrize("degrees", [(4, 5)])
 def test_seed_cases_are_proved_at_other_degrees(degrees):
     report = prove_cases([find_case(name) for name in SEEDS], degrees=degrees, threads=1)
-    assert report.proved, verdict(report)
+    assert report.proved, report.verdict()
 
 
 def test_seed_cases_have_the_same_hashes_as_processes(proof):
     report = prove_cases(
         [find_case(name) for name in SEEDS], degrees=(1, 2), threads=1, engine="processes"
     )
-    assert report.proved, verdict(report)
+    assert report.proved, report.verdict()
     assert report.transport == "gloo"
     for threads, processes in zip(proof.cases, report.cases, strict=True):
         for one, other in zip(threads.tensors, processes.tensors, strict=True):
@@ -78,7 +78,7 @@ def test_ours_is_as_accurate_as_torch(proof):
 @pytest.mark.parametrize("seed", [0, 7])
 def test_seed_cases_are_proved_at_other_seeds(seed):
     report = prove_cases([find_case(name) for name in SEEDS], degrees=(1, 3), threads=1, seed=seed)
-    assert report.proved, verdict(report)
+    assert report.proved, report.verdict()
 
 
 # One by one
@@ -238,7 +238,7 @@ def test_digits_needs_its_extra():
 def test_digits_are_proved_for_all_their_epochs():
     pytest.importorskip("sklearn", reason="needs the extra demo: scikit-learn")
     report = prove_cases([digits.DIGITS], degrees=(1, 2, 3), threads=1)
-    assert report.proved, verdict(report)
+    assert report.proved, report.verdict()
     case = report.cases[0]
     names = {tensor.name: tensor for tensor in case.tensors}
     for epoch in range(1, digits.EPOCHS + 1):
@@ -274,7 +274,7 @@ import sys
 import torch
 import shardproof as sp
 from shardproof.cases import find_case
-from shardproof.prover import prove_under_torchrun, verdict
+from shardproof.prover import prove_under_torchrun
 from shardproof.prover.case import Case
 
 def broken(trial):

@@ -20,7 +20,6 @@ from shardproof.functional.linear import LinearSite
 from shardproof.prover.case import Case
 from shardproof.prover.proof import prove_cases
 from shardproof.prover.report import Report
-from shardproof.prover.verdict import verdict
 
 
 def prove_ffn() -> Report:
@@ -36,7 +35,7 @@ def expect_memory(report: Report, shape: str) -> None:
     """The verdict: a whole weight (48, 12) was in the memory of a rank."""
     assert (report.proved, report.identical, report.agrees_with_torch) == (False, True, True)
     assert not report.cases[0].within_memory_bound
-    assert verdict(report) == (
+    assert report.verdict() == (
         "Not proved: in case column, rank 0 of 2 allocated 2304 bytes for a tensor of shape "
         f"{shape}, more than its bound of 1152."
     )
@@ -96,7 +95,7 @@ def test_one_collective_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LinearSite, "all_reduce", redundant)
     report = prove_ffn()
     assert (report.proved, report.identical, report.agrees_with_torch) == (False, True, True)
-    assert verdict(report) == (
+    assert report.verdict() == (
         "Not proved: in case ffn, the check 'one all-reduce forward' failed (at degree 2: calls: "
         "{'all_reduce': 2})."
     )
@@ -106,7 +105,7 @@ def test_case_that_records_nothing_is_not_proved() -> None:
     """All of no tensors are the same."""
     report = prove_cases([Case("empty", "records nothing", lambda trial: None)], degrees=(1, 2))
     assert not report.proved
-    assert verdict(report) == (
+    assert report.verdict() == (
         "Not proved: in case empty, no tensor was recorded, so that nothing was compared."
     )
 

@@ -178,15 +178,14 @@ DEFAULT_MODE = """
     from planted import prove_one_row
     from shardproof.errors import NumericsError
     from shardproof.numerics import mode
-    from shardproof.prover.verdict import verdict
 
     try:
-        print(verdict(prove_one_row()))
+        print(prove_one_row().verdict())
     except NumericsError as error:
         print(f"refused: {error}")
     mode.require_invariant = lambda: None
     report = prove_one_row()
-    print(report.proved, report.agrees_with_torch, verdict(report), sep="|")
+    print(report.proved, report.agrees_with_torch, report.verdict(), sep="|")
 """
 
 

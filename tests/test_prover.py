@@ -13,7 +13,7 @@ from shardproof import comm
 from shardproof.cases.ffn import FFN, FeedForward
 from shardproof.errors import DegreeError, MismatchError, NumericsError, ShapeError, UsageError
 from shardproof.leaves import Cut, Layout, replicated
-from shardproof.prover import prove_cases, verdict
+from shardproof.prover import prove_cases
 from shardproof.prover.case import Case, Trial
 from shardproof.prover.compare import Figures, combine, measure
 from shardproof.prover.hashing import hash_tensor
@@ -261,7 +261,7 @@ def test_ranks_that_hold_other_replicas_are_a_finding():
     assert not tensor.identical
     assert len(set(tensor.sha256.values())) == 1  # rank 0 has the right bits: not enough
     assert tensor.findings == ("replicas differ at degree 3: rank 2 has not what rank 0 has",)
-    assert "tensor x is the first that is not identical (replicas differ" in verdict(report)
+    assert "tensor x is the first that is not identical (replicas differ" in report.verdict()
 
 
 def test_the_first_difference_is_the_first_in_execution_order():
@@ -278,7 +278,7 @@ def test_the_first_difference_is_the_first_in_execution_order():
     }  # fmt: skip
     assert case.agrees_with_torch
     assert "tensor middle is the first whose bits differ: degree 2 differs from degree 1" in (
-        verdict(report)
+        report.verdict()
     )
 
 
@@ -287,7 +287,7 @@ def test_a_fault_that_every_degree_shares_is_seen_by_plain_torch():
     assert report.identical
     assert not report.agrees_with_torch
     assert not report.proved
-    assert "does not agree with plain PyTorch: the largest difference is 0.1" in verdict(report)
+    assert "does not agree with plain PyTorch: the largest difference is 0.1" in report.verdict()
 
 
 def test_a_tensor_that_is_not_recorded_everywhere_is_a_finding():
@@ -329,7 +329,7 @@ def test_a_failed_check_keeps_a_case_from_being_proved():
     (check,) = report.cases[0].checks
     assert not check.passed
     assert check.detail == "at degree 3: size counted"
-    assert "the check 'small enough' failed (at degree 3: size counted)" in verdict(report)
+    assert "the check 'small enough' failed (at degree 3: size counted)" in report.verdict()
     assert run(Case("claims", "", work)).proved
 
 
@@ -488,7 +488,7 @@ def test_prove_proves_a_users_model(build):
         threads=1,
         name="mine",
     )
-    assert report.proved, verdict(report)
+    assert report.proved, report.verdict()
     case = report.cases[0]
     names = [tensor.name for tensor in case.tensors]
     assert case.name == "mine"
@@ -541,7 +541,7 @@ def test_prove_takes_several_inputs_and_adamw(model):
         optimizer=torch.optim.AdamW,
         threads=1,
     )
-    assert report.proved, verdict(report)
+    assert report.proved, report.verdict()
     names = [tensor.name for tensor in report.cases[0].tensors]
     assert {"input 0.grad", "input 1.grad", "inner.weight.exp_avg", "inner.weight.step"} <= {*names}
 
@@ -582,9 +582,9 @@ def test_a_model_that_is_made_whole_is_over_its_bound_unless_creation_is_left_ou
     counted = sp.prove(build, F.mse_loss, (x, target), **options)
     assert counted.identical
     assert not counted.proved
-    assert "allocated 312 bytes for a tensor of shape [13, 6]" in verdict(counted)
+    assert "allocated 312 bytes for a tensor of shape [13, 6]" in counted.verdict()
     left_out = sp.prove(build, F.mse_loss, (x, target), audit_creation=False, **options)
-    assert left_out.proved, verdict(left_out)
+    assert left_out.proved, left_out.verdict()
 
 
 def test_a_training_that_clips_records_the_norm():
@@ -594,6 +594,6 @@ def test_a_training_that_clips_records_the_norm():
         return sp.clip_grad_norm_(model, 0.01)
 
     report = run(planted(clip=clip), degrees=(1, 2, 3))
-    assert report.proved, verdict(report)
+    assert report.proved, report.verdict()
     assert "grad_norm" in [tensor.name for tensor in report.cases[0].tensors]
     assert isinstance(FFN.work, Training)

@@ -7,17 +7,17 @@ import pytest
 
 from shardproof.cases import find_case
 from shardproof.errors import UsageError
-from shardproof.prover import compare_with, prove_cases, verdict
+from shardproof.prover import compare_with, prove_cases
 from shardproof.prover.accuracy import accuracy
 from shardproof.prover.case import Check
-from shardproof.prover.report import (
+from shardproof.prover.casereport import (
     Agreement,
     CaseReport,
     Errors,
     MemoryReport,
-    Report,
     TensorReport,
 )
+from shardproof.prover.report import Report
 from shardproof.scheme import Scheme
 
 A, B = "a" * 64, "b" * 64
@@ -165,43 +165,44 @@ def test_memory_counts_from_degree_two():
 
 
 def test_the_verdict_of_a_proof():
-    assert verdict(report()) == (
+    assert report().verdict() == (
         "Proved for 1 case with 1 tensor: every tensor has the same bits at degrees 1, 2 and 3, "
         "agrees with plain PyTorch and no rank exceeds its memory bound."
     )
 
 
 def test_the_verdict_says_when_nothing_was_compared():
-    assert "with one degree nothing was compared" in verdict(report(degrees=(2,)))
+    assert "with one degree nothing was compared" in report(degrees=(2,)).verdict()
 
 
 def test_the_verdict_names_case_tensor_and_degrees():
     tensors = tensor("first"), tensor("second", {"1": A, "2": A, "3": B}), disagreeing("third")
-    assert verdict(report(case(), case(*tensors, name="bad"))) == (
+    assert report(case(), case(*tensors, name="bad")).verdict() == (
         "Not proved: in case bad, tensor second is the first whose bits differ: degree 3 differs "
-        "from degree 1."
+        "from degree 1; tensor third is the first that does not agree with plain PyTorch: the "
+        "largest difference is 0.5 (rtol 1e-05, atol 1e-06)."
     )
 
 
 def test_the_verdict_of_a_disagreement():
-    assert verdict(report(case(tensor(), disagreeing("y")))) == (
+    assert report(case(tensor(), disagreeing("y"))).verdict() == (
         "Not proved: in case ffn, tensor y is the first that does not agree with plain PyTorch: "
         "the largest difference is 0.5 (rtol 1e-05, atol 1e-06)."
     )
     nan = tensor("y", torch=Agreement(False, False, 1e-5, 1e-6, None, None))
-    assert "NaN or Inf stand in other places" in verdict(report(case(nan)))
+    assert "NaN or Inf stand in other places" in report(case(nan)).verdict()
     strict = tensor("y", seed_allclose=False)
-    assert "element by element" in verdict(report(case(strict)))
+    assert "element by element" in report(case(strict)).verdict()
 
 
 def test_the_verdict_of_a_memory_fault_and_of_a_check():
     over = case(memory={"3": (MemoryReport(2, 9, (3, 3), 8),)})
     assert (
         "rank 2 of 3 allocated 9 bytes for a tensor of shape [3, 3], more than its bound of 8"
-        in (verdict(report(over)))
+        in (report(over).verdict())
     )
     failed = case(checks=(Check("right", True, ""), Check("claim", False, "why")))
-    assert "the check 'claim' failed (why)" in verdict(report(failed))
+    assert "the check 'claim' failed (why)" in report(failed).verdict()
 
 
 def test_the_first_difference_is_in_execution_order():

@@ -22,7 +22,10 @@ def share(size: int, parts: int) -> tuple[range, ...]:
     (range(0, 3), range(3, 6), range(6, 8))
     """
     if parts < 1 or size < 0:
-        raise ShapeError(f"cannot share {size} items among {parts} parts: the parts must be positive, the items not negative.")
+        raise ShapeError(
+            f"cannot share {size} items among {parts} parts: there must be at least one part, "
+            "and no negative number of items."
+        )
     length, longer = divmod(size, parts)
     starts = [part * length + min(part, longer) for part in range(parts + 1)]
     return tuple(range(start, stop) for start, stop in pairwise(starts))

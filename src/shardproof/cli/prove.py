@@ -14,7 +14,7 @@ from shardproof.cli.progress import progress
 from shardproof.cli.request import DEFAULT_DEGREES, Earlier, Given, Request, check
 from shardproof.cli.show import ranks_text, show_cases, show_report
 from shardproof.leaves import DEFAULT_LEAVES
-from shardproof.prover import DEFAULT_SEED, Report, prove_cases, prove_under_torchrun, verdict
+from shardproof.prover import DEFAULT_SEED, Report, prove_cases, prove_under_torchrun
 from shardproof.prover.proof import Progress
 from shardproof.ranks import ENGINES
 from shardproof.scheme import NUMERICS
@@ -125,7 +125,7 @@ def make_proof(request: Request, tell: Progress | None) -> Report | None:
 
 def conclude(request: Request, proof: Report) -> int:
     """Compare with the earlier report, write, print; the exit code."""
-    report, sentence = proof.as_dict(), verdict(proof)
+    report, sentence = proof.as_dict(), proof.verdict()
     try:
         if request.earlier is not None:
             report["against"] = against(request.earlier, report)

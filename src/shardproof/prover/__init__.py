@@ -5,7 +5,6 @@ from shardproof.prover.case import Case, Check, Trial
 from shardproof.prover.proof import DEFAULT_SEED, DEGREES, prove, prove_cases
 from shardproof.prover.report import Report
 from shardproof.prover.torchrun import prove_under_torchrun
-from shardproof.prover.verdict import verdict
 
 __all__ = [
     "DEFAULT_SEED",
@@ -19,5 +18,4 @@ __all__ = [
     "prove",
     "prove_cases",
     "prove_under_torchrun",
-    "verdict",
 ]

@@ -6,8 +6,14 @@ import torch
 
 from shardproof.errors import MismatchError
 from shardproof.prover.case import Case, Check
+from shardproof.prover.casereport import (
+    Agreement,
+    CaseReport,
+    Errors,
+    MemoryReport,
+    TensorReport,
+)
 from shardproof.prover.compare import Figures, combine, tolerance
-from shardproof.prover.report import Agreement, CaseReport, Errors, MemoryReport, TensorReport
 from shardproof.prover.runs import Counts, RankResult, Recorded
 
 Results = Mapping[int, Sequence[RankResult]]  # degree -> every rank's result

@@ -16,9 +16,10 @@ from shardproof.errors import UsageError
 from shardproof.leaves import check_degree
 from shardproof.numerics import mode
 from shardproof.prover.case import Case, Trial
+from shardproof.prover.casereport import CaseReport
 from shardproof.prover.judge import judge_case
 from shardproof.prover.reference import Reference
-from shardproof.prover.report import CaseReport, Report
+from shardproof.prover.report import Report
 from shardproof.prover.runs import RankResult, run_on_rank, run_references
 from shardproof.prover.training import Batch, MakeOptimizer, Training, make_optimizer
 from shardproof.ranks import open_ranks

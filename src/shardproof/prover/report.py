@@ -1,15 +1,15 @@
-"""What a proof says: frozen values that know their verdict and turn into plain data.
+"""What a proof says: the report over all cases, as a sentence and as plain data.
 
 `Report.as_dict` is the JSON document of `shardproof prove --json`; its keys and nesting are
 stable. Keys may be added, never renamed.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from shardproof.prover.case import Check
-from shardproof.prover.runs import Counts
+from shardproof.prover.casereport import CaseReport
+from shardproof.prover.verdict import verdict
 
 NOTES = (
     "The reference ran in plain PyTorch before the ranks, outside of them, and is exempt from the "
@@ -17,202 +17,6 @@ NOTES = (
     "The memory audit covers creation, forward, backward and update; the recorder's own work "
     "(hashing and comparing, in blocks of at most a rank's share) is outside of it.",
 )
-
-FAR, NEAR = 1e-2, 1e-4  # relative L2 errors against fp64
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How a tensor compares with plain torch's, worst degree counted; None: there is no number."""
-
-    exact: bool
-    allclose: bool
-    rtol: float
-    atol: float
-    max_abs_diff: float | None
-    max_ulp: int | None
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Relative L2 error against the fp64 run; None: there is no number."""
-
-    ours: float | None
-    torch: float | None
-
-
-@dataclass(frozen=True)
-class TensorReport:
-    """One tensor at all degrees.
-
-    Attributes:
-        name, shape, dtype: of the full tensor.
-        sha256: degree -> hash of the full tensor's bytes.
-        identical: recorded at every degree, with one hash, and the same on all ranks that hold it.
-        agreement_judged: must agree with plain torch (later steps need not).
-        torch: the agreement; None if not judged.
-        fp64: the errors; None if not judged.
-        seed_allclose: meets the seed's elementwise tolerance; None if it need not.
-        findings: what else is wrong, in words ("replicas differ at degree 2").
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    sha256: Mapping[str, str]
-    identical: bool
-    agreement_judged: bool
-    torch: Agreement | None
-    fp64: Errors | None
-    seed_allclose: bool | None = None
-    findings: tuple[str, ...] = ()
-
-    @property
-    def agrees(self) -> bool:
-        """True if it agrees with plain torch as far as it must."""
-        if not self.agreement_judged:
-            return True
-        if self.torch is None or self.is_far_off:
-            return False
-        return self.torch.allclose and self.seed_allclose is not False
-
-    @property
-    def is_far_off(self) -> bool:
-        """True if the fp64 run shows a fault that the tolerance is too wide for.
-
-        Within `atol` any tensor of small values agrees, one that is twice too large too. Here plain
-        torch is near the fp64 run, and we are not: that is no rounding.
-        """
-        if self.fp64 is None or self.fp64.ours is None or self.fp64.torch is None:
-            return False
-        return self.fp64.ours > FAR and self.fp64.torch < NEAR
-
-    def differing_degrees(self) -> tuple[str, str] | None:
-        """The first degree, and the first after it at which the hash is another one."""
-        first, *others = self.sha256 or ("",)
-        for degree in others:
-            if self.sha256[degree] != self.sha256[first]:
-                return first, degree
-        return None
-
-
-@dataclass(frozen=True)
-class MemoryReport:
-    """The largest storage one rank allocated, and what it may be."""
-
-    rank: int
-    largest_bytes: int
-    largest_shape: tuple[int, ...]
-    bound_bytes: int
-
-    @property
-    def is_within(self) -> bool:
-        """True if the rank stayed within its bound."""
-        return self.largest_bytes <= self.bound_bytes
-
-
-@dataclass(frozen=True)
-class CaseReport:
-    """One case at all degrees.
-
-    Attributes:
-        name, source, description: of the case.
-        degrees: that were run, lowest first.
-        seconds: on the ranks, all degrees together.
-        tensors: in execution order.
-        memory: degree -> one entry for each rank.
-        comm: degree -> direction -> collective -> figures.
-        checks: the case's own claims.
-    """
-
-    name: str
-    source: str
-    description: str
-    degrees: tuple[int, ...]
-    seconds: float
-    tensors: tuple[TensorReport, ...]
-    memory: Mapping[str, tuple[MemoryReport, ...]]
-    comm: Mapping[str, Counts]
-    checks: tuple[Check, ...]
-
-    @property
-    def identical(self) -> bool:
-        """True if every tensor has the same bits at every degree."""
-        return all(tensor.identical for tensor in self.tensors)
-
-    @property
-    def agrees_with_torch(self) -> bool:
-        """True if every tensor that is judged agrees with plain torch."""
-        return all(tensor.agrees for tensor in self.tensors)
-
-    @property
-    def within_memory_bound(self) -> bool:
-        """True if no rank exceeds its bound at degree 2 or more."""
-        return all(
-            rank.is_within for degree, ranks in self.memory.items() if int(degree) >= 2
-            for rank in ranks
-        )  # fmt: skip
-
-    @property
-    def checks_passed(self) -> bool:
-        """True if every claim of the case's own holds."""
-        return all(check.passed for check in self.checks)
-
-    @property
-    def proved(self) -> bool:
-        """True if all four hold, and of something: what recorded nothing shows nothing."""
-        return (
-            bool(self.tensors)
-            and self.identical
-            and self.agrees_with_torch
-            and self.within_memory_bound
-            and self.checks_passed
-        )
-
-    def first_difference(self) -> dict[str, Any] | None:
-        """The first tensor, in execution order, that is not as it must be."""
-        for tensor in self.tensors:
-            if not tensor.identical:
-                between = tensor.differing_degrees()
-                return {
-                    "tensor": tensor.name,
-                    "what": "bits",
-                    "degrees": [int(degree) for degree in between or ()],
-                    "detail": "; ".join(tensor.findings),
-                }
-        for tensor in self.tensors:
-            if not tensor.agrees:
-                return {
-                    "tensor": tensor.name,
-                    "what": "torch",
-                    "degrees": [],
-                    "detail": "; ".join(tensor.findings),
-                }
-        return None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return {
-            "name": self.name,
-            "source": self.source,
-            "description": self.description,
-            "degrees": list(self.degrees),
-            "proved": self.proved,
-            "identical": self.identical,
-            "agrees_with_torch": self.agrees_with_torch,
-            "within_memory_bound": self.within_memory_bound,
-            "seconds": self.seconds,
-            "first_difference": self.first_difference(),
-            "tensors": [
-                _plain(asdict(tensor)) | {"agrees": tensor.agrees} for tensor in self.tensors
-            ],
-            "memory": {
-                degree: [_plain(asdict(rank)) for rank in ranks]
-                for degree, ranks in self.memory.items()
-            },
-            "comm": _plain(self.comm),
-            "checks": [asdict(check) for check in self.checks],
-        }
 
 
 @dataclass(frozen=True)
@@ -254,6 +58,10 @@ class Report:
         """True if every judged tensor of every case agrees with plain torch."""
         return all(case.agrees_with_torch for case in self.cases)
 
+    def verdict(self) -> str:
+        """One plain sentence: what was proved, or the first thing that keeps it from being so."""
+        return verdict(self.cases, self.degrees)
+
     def as_dict(self) -> dict[str, Any]:
         """The JSON document."""
         return {
@@ -271,12 +79,3 @@ class Report:
             "notes": list(NOTES),
             "cases": [case.as_dict() for case in self.cases],
         }
-
-
-def _plain(value: Any) -> Any:
-    """Tuples to lists and mappings to dicts, all the way down."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value

@@ -1,24 +1,25 @@
-"""A report in one plain sentence."""
+"""The report in one plain sentence."""
 
-from shardproof.prover.report import CaseReport, Report, TensorReport
+from collections.abc import Sequence
+
+from shardproof.prover.casereport import CaseReport, TensorReport
 
 
-def verdict(report: Report) -> str:
+def verdict(cases: Sequence[CaseReport], degrees: Sequence[int]) -> str:
     """What was proved, or what is the first thing that keeps it from being proved."""
-    for case in report.cases:
+    for case in cases:
         if not case.proved:
             return f"Not proved: in case {case.name}, {_first_fault(case)}."
-    cases, tensors = len(report.cases), sum(len(case.tensors) for case in report.cases)
-    what = f"{_counted(cases, 'case')} with {_counted(tensors, 'tensor')}"
+    tensors = sum(len(case.tensors) for case in cases)
+    what = f"{_counted(len(cases), 'case')} with {_counted(tensors, 'tensor')}"
     rest = "agrees with plain PyTorch and no rank exceeds its memory bound"
-    if len(report.degrees) == 1:
+    if len(degrees) == 1:
         return (
-            f"Proved for {what}: every tensor {rest} at degree {report.degrees[0]}; with one "
+            f"Proved for {what}: every tensor {rest} at degree {degrees[0]}; with one "
             f"degree nothing was compared between degrees."
         )
     return (
-        f"Proved for {what}: every tensor has the same bits at degrees "
-        f"{_listed(report.degrees)}, {rest}."
+        f"Proved for {what}: every tensor has the same bits at degrees {_listed(degrees)}, {rest}."
     )
 
 
@@ -26,12 +27,10 @@ def _first_fault(case: CaseReport) -> str:
     """Bits first, then agreement, then memory, then the case's own checks."""
     if not case.tensors:
         return "no tensor was recorded, so that nothing was compared"
-    for tensor in case.tensors:
-        if not tensor.identical:
-            return _bits_fault(tensor)
-    for tensor in case.tensors:
-        if not tensor.agrees:
-            return _agreement_fault(tensor)
+    faults = [_bits_fault(tensor) for tensor in case.tensors if not tensor.identical][:1]
+    faults += [_agreement_fault(tensor) for tensor in case.tensors if not tensor.agrees][:1]
+    if faults:
+        return "; ".join(faults)
     for degree, ranks in case.memory.items():
         for rank in ranks:
             if int(degree) >= 2 and not rank.is_within:
@@ -80,6 +79,6 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _listed(degrees: tuple[int, ...]) -> str:
+def _listed(degrees: Sequence[int]) -> str:
     *front, last = map(str, degrees)
     return f"{', '.join(front)} and {last}"
