@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from fresh_process import run_fresh
 from gated_model import PLAN, Model
 from invariance import bits_equal, normal, random_threads
 from places import Pool
@@ -77,12 +79,17 @@ def test_options_of_an_activation_are_kept() -> None:
     assert (model[1].beta, model[1].threshold, model[2].approximate) == (2.0, 5.0, "tanh")
 
 
-def trained(axis: Axis, act: Callable[[], nn.Module] = nn.SiLU, seed: int = 0) -> dict[str, Tensor]:
-    """Output, and every gradient and weight after a step, put together from all ranks."""
+def trained(
+    axis: Axis, act: Callable[[], nn.Module] = nn.SiLU, seed: int | None = 0
+) -> dict[str, Tensor]:
+    """Output, and every gradient and weight after a step, put together from all ranks.
+
+    `seed` is that of a schedule of 1 and 2 threads; None leaves the thread count alone.
+    """
     model = parallelize(Model(act=act), PLAN, axis)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x = normal(7, 6, seed=90).requires_grad_()
-    with random_threads(100 * seed + axis.rank):
+    with nullcontext() if seed is None else random_threads(100 * seed + axis.rank):
         y = model(x)
         y.backward(normal(7, 5, seed=91))
         optimizer.step()
@@ -165,3 +172,29 @@ def test_a_cut_model_can_be_copied_with_its_hook() -> None:
     twin = copy.deepcopy(model)
     twin.load_state_dict(model.state_dict())
     assert torch.equal(twin(normal(3, 6)), model(normal(3, 6)))
+
+
+THERE = """
+from invariance import bits_equal
+from shardproof.numerics import mode
+from shardproof.ranks import launch
+from test_parallelize import trained
+
+def fixed(axis):
+    return trained(axis, seed=None)
+
+alone = launch(fixed, degree=1, threads=1)[0]
+print(mode.state().branch)
+print(len(alone))
+for degree in (2, 3, 8):
+    for found in launch(fixed, degree=degree, threads=1):
+        print("\\n".join(name for name in found if not bits_equal(found[name], alone[name])))
+"""
+
+
+def test_a_model_keeps_every_bit_in_leafwise_mode_too() -> None:
+    """One fixed thread count: without a strict mode it is part of the contract."""
+    branch, count, *differs = run_fresh(THERE, SHARDPROOF_BLAS="leafwise").split()
+    assert branch == "leafwise"
+    assert int(count) == 2 + 2 * len(list(Model().parameters()))
+    assert differs == []
