@@ -4,24 +4,27 @@ Each leaf has a generator of its own, keyed by (seed, name, leaf). So no rank dr
 owns, every degree draws the same numbers, and the global generator, which ranks as threads would
 race on, is never touched. Draws are made on the CPU in fp32 (fp64 for fp64), then rounded and
 moved, so that dtype and device do not change the numbers behind them.
+
+The generator is counter-based (Philox; Salmon et al. 2011) with a key of 128 bits: torch's own CPU
+generator uses 32 bits of a seed, so that in a large model two leaves would draw alike.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shardproof.errors import UsageError
 
-Fill = Callable[[Tensor, torch.Generator], object]
+Fill = Callable[[NDArray[Any], np.random.Generator], object]
 
 
-def generator(*, seed: int, name: str, leaf: int = 0) -> torch.Generator:
-    """A new CPU generator for one leaf of one named tensor.
-
-    Of its 64-bit seed, torch's CPU generator uses the lower 32 bits: among a thousand leaves, two
-    draw the same numbers with a probability of about one in ten thousand.
+def generator(*, seed: int, name: str, leaf: int = 0) -> np.random.Generator:
+    """A new generator for one leaf of one named tensor.
 
     Args:
         seed: of the scheme.
@@ -34,9 +37,7 @@ def generator(*, seed: int, name: str, leaf: int = 0) -> torch.Generator:
         raise UsageError(f"cannot draw leaf {leaf} of {name!r}: leaves count from 0.")
     # The name goes last, so that no two keys run together.
     digest = hashlib.sha256(f"{seed}:{leaf}:{name}".encode()).digest()
-    own = torch.Generator()
-    own.manual_seed(int.from_bytes(digest[:8], "little"))
-    return own
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
 def draw(
@@ -53,7 +54,7 @@ def draw(
 
     Args:
         shape: of the leaf.
-        fill: `fill(out, generator)` writes `out`, a contiguous CPU tensor of fp32 or fp64.
+        fill: `fill(out, generator)` writes `out`, an array of fp32 or fp64.
         seed: of the scheme.
         name: what is drawn, unique in the model.
         leaf: index of the leaf; 0 for a tensor that is not cut.
@@ -70,8 +71,8 @@ def draw(
         raise UsageError(f"cannot draw {name!r} as {dtype}. Use a floating-point dtype.")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     out = torch.empty(tuple(shape), dtype=wide, device="cpu")
-    with torch.no_grad():
-        fill(out, generator(seed=seed, name=name, leaf=leaf))
+    # The array is the tensor's own memory: nothing is allocated outside of torch's sight.
+    fill(out.numpy(), generator(seed=seed, name=name, leaf=leaf))
     return out.to(device=device, dtype=dtype)
 
 
@@ -92,8 +93,10 @@ def draw_uniform(
         (*shape), one leaf.
     """
 
-    def fill(out: Tensor, own: torch.Generator) -> None:
-        out.uniform_(low, high, generator=own)
+    def fill(out: NDArray[Any], own: np.random.Generator) -> None:
+        own.random(out=out, dtype=out.dtype)
+        out *= high - low
+        out += low
 
     return draw(shape, fill, seed=seed, name=name, leaf=leaf, dtype=dtype, device=device)
 
@@ -115,7 +118,9 @@ def draw_normal(
         (*shape), one leaf.
     """
 
-    def fill(out: Tensor, own: torch.Generator) -> None:
-        out.normal_(mean, std, generator=own)
+    def fill(out: NDArray[Any], own: np.random.Generator) -> None:
+        own.standard_normal(out=out, dtype=out.dtype)
+        out *= std
+        out += mean
 
     return draw(shape, fill, seed=seed, name=name, leaf=leaf, dtype=dtype, device=device)
