@@ -401,18 +401,18 @@ def wrap_the_symptom(axis: Axis) -> None:
 
 WAITS = r"forward all_reduce of mlp\.down: float32 \(3,\)"
 FAILURES = [
-    (raise_value_error, RankError, r"^rank 1 of 3 raised ValueError: bad luck\n\nTraceback"),
+    (raise_value_error, RankError, r"^rank 1 of N raised ValueError: bad luck\n\nTraceback"),
     (raise_our_own, ShapeError, r"^cannot split 7 over 3$"),
-    (return_early, RankError, rf"^rank 1 of 3 returned and will not come: ranks? .* in {WAITS}"),
-    (return_after_one, RankError, rf"^rank 1 of 3 returned and will not come: .* in {WAITS}"),
-    (call_exit, RankError, r"^rank 1 of 3 left early: it called sys.exit\(3\)"),
+    (return_early, RankError, rf"^rank 1 of N returned and will not come: ranks? .* in {WAITS}"),
+    (return_after_one, RankError, rf"^rank 1 of N returned and will not come: .* in {WAITS}"),
+    (call_exit, RankError, r"^rank 1 of N left early: it called sys.exit\(3\)"),
     (disagree, MismatchError, r"rank 0: .*mlp\.up.*; ranks 1 and 2: forward all_reduce of mlp\.d"),
-    (raise_while_others_compute, RankError, r"^rank 1 of 3 raised ValueError: bad luck"),
-    (wrap_the_symptom, RankError, r"^rank 1 of 3 raised ValueError: bad luck"),
+    (raise_while_others_compute, RankError, r"^rank 1 of N raised ValueError: bad luck"),
+    (wrap_the_symptom, RankError, r"^rank 1 of N raised ValueError: bad luck"),
 ]
 FATAL = [
-    (be_killed, RankError, r"^rank 1 of 3 was killed by signal 9 \(SIGKILL\)$"),
-    (leave_the_process, RankError, r"^rank 1 of 3 left early: its process ended with exit code 0$"),
+    (be_killed, RankError, r"^rank 1 of N was killed by signal 9 \(SIGKILL\)$"),
+    (leave_the_process, RankError, r"^rank 1 of N left early: its process ended with exit code 0$"),
 ]
 
 
@@ -422,12 +422,12 @@ def named(failures: list[Any]) -> list[Any]:
 
 @pytest.mark.parametrize(("work", "kind", "message"), named(FAILURES))
 def test_a_thread_that_fails_ends_all(work: Any, kind: type[Exception], message: str) -> None:
-    check_failure("threads", work, kind, message)
+    check_failure("threads", 3, work, kind, message)
 
 
 @pytest.mark.parametrize(("work", "kind", "message"), named(FAILURES[:3] + FATAL))
 def test_a_process_that_fails_ends_all(work: Any, kind: type[Exception], message: str) -> None:
-    check_failure("processes", work, kind, message)
+    check_failure("processes", 2, work, kind, message)
 
 
 def start_a_child(axis: Axis) -> tuple[int, int]:
@@ -437,8 +437,9 @@ def start_a_child(axis: Axis) -> tuple[int, int]:
     return os.getpid(), child.pid
 
 
-def check_failure(engine: str, work: Any, kind: type[Exception], message: str) -> None:
-    with open_ranks(3, engine, threads=1, timeout=60.0) as ranks:
+def check_failure(engine: str, degree: int, work: Any, kind: type[Exception], message: str) -> None:
+    message = message.replace("of N", f"of {degree}")
+    with open_ranks(degree, engine, threads=1, timeout=60.0) as ranks:
         pids: list[int] = []
         if engine == "processes":
             pids = [pid for both in ranks.run(start_a_child) for pid in both]
