@@ -9,64 +9,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from cut_block import Block, calls, cut_block, data, parts, run_everywhere
 from invariance import bits_equal, normal, strided
 from places import Pool
 from shardproof.axis import Axis
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
-from shardproof.plans.apply import parallelize
-from shardproof.plans.style import ColumnParallel, RowParallel
-
-DEGREES = (2, 3, 8)
-
-
-class Block(nn.Module):
-    """Column, ReLU, row."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(14, 35)
-        self.act = nn.ReLU()
-        self.down = nn.Linear(35, 14)
-        for seed, parameter in enumerate(self.parameters()):
-            parameter.data = normal(*parameter.shape, seed=seed) / 4
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.act(self.up(x)))
-
-
-PLAN = {"up": ColumnParallel(), "down": RowParallel()}
-
-
-def cut_block(axis: Axis) -> nn.Module:
-    return parallelize(Block(), PLAN, axis)
-
-
-def data() -> tuple[Tensor, Tensor]:
-    return normal(2, 5, 14, seed=8).requires_grad_(), normal(2, 5, 14, seed=9)
-
-
-def calls(axis: Axis) -> dict[str, int]:
-    """Collectives so far, by direction."""
-    found = {"forward": 0, "backward": 0}
-    for direction, _, count in axis.transport.ledger:
-        found[direction] = count.calls
-    return found
-
-
-def parts(block: nn.Module) -> list[Tensor]:
-    """What every rank has alike: the replicated bias's gradient."""
-    return [block.down.bias.grad]
-
-
-def run_everywhere(pool: Pool, run: Callable[[Axis], list[Tensor]]) -> list[Tensor]:
-    """`run` at every degree; all must have the bits of degree 1, which are returned."""
-    (alone,) = pool(1, "threads").run(run)
-    for degree in DEGREES:
-        for rank, found in enumerate(pool(degree, "threads").run(run)):
-            assert len(found) == len(alone)
-            for number, (a, b) in enumerate(zip(found, alone, strict=True)):
-                assert bits_equal(a, b), f"tensor {number} on rank {rank} of {degree}"
-    return alone
 
 
 def test_a_frozen_weight_costs_no_gradient_and_no_collective(pool: Pool) -> None:
@@ -233,6 +180,21 @@ def test_a_layer_used_twice_accumulates(pool: Pool) -> None:
     found = run_everywhere(pool, run)
     for a, b in zip(found, run(Axis.solo(), lambda _: Block()), strict=True):
         assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_under_a_frozen_weight_no_input_is_kept() -> None:
+    """What would keep activations alive that nothing needs."""
+    axis, kept = Axis.solo(), []
+    for cls in (ColumnParallelLinear, RowParallelLinear):
+        for is_frozen in (True, False):
+            layer = cls(14, 9, axis=axis, bias=False)
+            layer.requires_grad_(not is_frozen)
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: kept.append(tuple(x.shape)) or x, lambda x: x
+            ):
+                layer(data()[0])
+            assert kept == ([(9, 14)] if is_frozen else [(10, 14), (9, 14)])
+            kept.clear()
 
 
 def test_train_and_eval_reach_the_cut_layers() -> None:

@@ -2,7 +2,8 @@
 
 Two families: `all_reduce`, `reduce_scatter` take one partial per rank and add in the transport's
 own order (native); `all_reduce_nodes`, `reduce_scatter_nodes` take canonical nodes and add in the
-order of the tree, which does not depend on the degree. The rest only moves bytes.
+order of the tree, which does not depend on the degree. The rest only moves bytes. What is returned
+is never a view: autograd forbids to write into a view that a Function has made.
 
 The tree sum is an all-to-all and a gather: each rank receives its slice of every node, finishes
 the tree on that slice, and the slices are gathered. At powers of two a rank has one node, and the
@@ -49,14 +50,14 @@ def all_gather(
     call = Call("all_gather", direction, who, shape, x.dtype, _describe(cut, dim))
     per_unit = x.numel() // x.shape[dim] if x.shape[dim] else _numel(shape) // cut.size
     sizes = [length * per_unit for length in cut.sizes()]
-    flat = x.new_empty(sum(sizes))
-    axis.transport.all_gather(_private(x), flat, sizes, call=call)
-    _count(axis, call, _bytes(flat), (axis.size - 1) * _bytes(x))
+    y = x.new_empty(shape)
+    axis.transport.all_gather(_private(x), y.view(-1), sizes, call=call)
+    _count(axis, call, _bytes(y), (axis.size - 1) * _bytes(x))
     if _numel(shape[:dim]) == 1:
-        return flat.view(shape)
+        return y
     parts = [
         part.view(*shape[:dim], length, *shape[dim + 1 :])
-        for part, length in zip(flat.split(sizes), cut.sizes(), strict=True)
+        for part, length in zip(y.view(-1).split(sizes), cut.sizes(), strict=True)
     ]
     return torch.cat(parts, dim)
 
@@ -77,7 +78,7 @@ def all_reduce(x: Tensor, axis: Axis, *, direction: str, who: str = "") -> Tenso
     call = Call("all_reduce", direction, who, tuple(x.shape), x.dtype)
     y = axis.transport.all_reduce(_private(x), call=call)
     _count(axis, call, _bytes(x), 2 * (axis.size - 1) * _bytes(x) // axis.size)
-    return y.view(x.shape)
+    return y.resize_(x.shape)
 
 
 def reduce_scatter(
@@ -108,7 +109,7 @@ def reduce_scatter(
     total = parts[0, 1].clone()
     for rank in range(1, axis.size):
         total.add_(parts[rank, rank + 1])
-    return total.view(_part_shape(x.shape, dim, cut, axis.rank))
+    return total.resize_(_part_shape(x.shape, dim, cut, axis.rank))
 
 
 def all_reduce_nodes(
@@ -138,7 +139,7 @@ def all_reduce_nodes(
     check_degree_of(cut, axis, who or "all_reduce")
     root = (0, cut.num_leaves)
     if axis.size == 1:
-        return combine(root, nodes, _add).to(like.dtype).view(tuple(shape))
+        return combine(root, nodes, _add).to(like.dtype)
     call = Call("all_reduce", direction, who, tuple(shape), like.dtype, _describe(cut))
     bounds = share(_numel(shape), axis.size)
 
@@ -186,7 +187,7 @@ def reduce_scatter_nodes(
     root = (0, cut.num_leaves)
     local = _part_shape(shape, dim, dim_cut, axis.rank)
     if axis.size == 1:
-        return combine(root, nodes, _add).to(like.dtype).view(local)
+        return combine(root, nodes, _add).to(like.dtype)
     detail = f"{_describe(cut)} to {_describe(dim_cut, dim)}"
     call = Call("reduce_scatter", direction, who, tuple(shape), like.dtype, detail)
     piece = _owned_parts(dim, dim_cut)
@@ -194,7 +195,7 @@ def reduce_scatter_nodes(
     parts, sent = _swap(nodes, _owners(cut), axis, piece, like=wide, call=call)
     _count(axis, call, _numel(shape) * like.element_size(), sent)
     mine = combine(root, parts, _add).to(like.dtype)
-    return (mine.clone() if root in parts else mine).view(local)
+    return (mine.clone() if root in parts else mine).resize_(local)
 
 
 def gather(

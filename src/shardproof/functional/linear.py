@@ -84,24 +84,24 @@ class LinearSite:
 
 
 class _ColumnLinear(torch.autograd.Function):
-    """Local product forward; all_reduce (or reduce_scatter) of the input gradient backward."""
+    """Local product forward; all_reduce (or reduce_scatter) of the input gradient backward.
+
+    Matrices only: x is (rows, in_features).
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite
     ) -> Tensor:
-        x_rows = _as_rows(x)
         if site.input_cut is not None:
-            x_rows = comm.all_gather(
-                x_rows, site.axis, dim=1, cut=site.input_cut, direction="forward", who=site.who
+            x = comm.all_gather(
+                x, site.axis, dim=1, cut=site.input_cut, direction="forward", who=site.who
             )
-        ctx.site, ctx.shape = site, x.shape
-        ctx.save_for_backward(x_rows, weight)
+        ctx.site = site
+        _save(ctx, x, weight)
         if site.scheme.is_invariant:
-            y = matmul.linear(x_rows, weight, bias, site.slices)
-        else:
-            y = F.linear(x_rows, weight, bias)
-        return y.view(*x.shape[:-1], weight.shape[0])
+            return matmul.linear(x, weight, bias, site.slices)
+        return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -109,37 +109,35 @@ class _ColumnLinear(torch.autograd.Function):
         ctx: Any, grad_y: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         site: LinearSite = ctx.site
-        x_rows, weight = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = None
         with plain_arithmetic(grad_y.device):
-            grad_rows = _as_rows(grad_y)
             if ctx.needs_input_grad[0]:
                 if site.input_cut is None:
-                    grad_x = site.all_reduce(grad_rows, weight, "backward")
+                    grad_x = site.all_reduce(grad_y, weight, "backward")
                 else:
-                    grad_x = site.reduce_scatter(grad_rows, weight, site.input_cut)
-                grad_x = grad_x.view(ctx.shape)
+                    grad_x = site.reduce_scatter(grad_y, weight, site.input_cut)
             if ctx.needs_input_grad[1]:
-                grad_weight = _rows(site, grad_rows.t(), x_rows)
+                grad_weight = _rows(site, grad_y.t(), x)
             if ctx.needs_input_grad[2]:
-                grad_bias = _bias_gradient(site, grad_rows)
+                grad_bias = _bias_gradient(site, grad_y)
         return grad_x, grad_weight, grad_bias, None
 
 
 class _RowLinear(torch.autograd.Function):
-    """all_reduce of the leaf products forward, bias added once and after; no Comm backward."""
+    """all_reduce of the leaf products forward, bias added once and after; no Comm backward.
+
+    Matrices only: x is (rows, owned in_features).
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite
     ) -> Tensor:
-        x_rows = _as_rows(x)
-        ctx.site, ctx.shape = site, x.shape
-        ctx.save_for_backward(x_rows, weight)
-        y = site.all_reduce(x_rows, weight.t(), "forward")
-        if bias is not None:
-            y.add_(bias)
-        return y.view(*x.shape[:-1], weight.shape[0])
+        ctx.site = site
+        _save(ctx, x, weight)
+        y = site.all_reduce(x, weight.t(), "forward")
+        return y if bias is None else y.add_(bias)
 
     @staticmethod
     @once_differentiable
@@ -147,17 +145,22 @@ class _RowLinear(torch.autograd.Function):
         ctx: Any, grad_y: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         site: LinearSite = ctx.site
-        x_rows, weight = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = None
         with plain_arithmetic(grad_y.device):
-            grad_rows = _as_rows(grad_y)
             if ctx.needs_input_grad[0]:
-                grad_x = _columns(site, grad_rows, weight).view(ctx.shape)
+                grad_x = _columns(site, grad_y, weight)
             if ctx.needs_input_grad[1]:
-                grad_weight = _columns(site, grad_rows.t(), x_rows)
+                grad_weight = _columns(site, grad_y.t(), x)
             if ctx.needs_input_grad[2]:
-                grad_bias = _bias_gradient(site, grad_rows)
+                grad_bias = _bias_gradient(site, grad_y)
         return grad_x, grad_weight, grad_bias, None
+
+
+def _save(ctx: Any, x: Tensor, weight: Tensor) -> None:
+    """Keep for backward what it will need: under a frozen weight, no input."""
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -173,8 +176,8 @@ def _columns(site: LinearSite, a: Tensor, b: Tensor) -> Tensor:
     return matmul.product_columns(a, b, site.slices) if site.scheme.is_invariant else a @ b
 
 
-def _bias_gradient(site: LinearSite, grad_rows: Tensor) -> Tensor:
-    return sum_rows(grad_rows) if site.scheme.is_invariant else grad_rows.sum(0)
+def _bias_gradient(site: LinearSite, grad_y: Tensor) -> Tensor:
+    return sum_rows(grad_y) if site.scheme.is_invariant else grad_y.sum(0)
 
 
 def plain_arithmetic(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -215,7 +218,9 @@ def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSi
         mode.require_invariant()
     x, weight, bias = _cast(x, weight, bias)  # type: ignore[assignment]
     with plain_arithmetic(x.device):
-        return _ColumnLinear.apply(x, weight, bias, site)
+        # Reshaped out here, by autograd: into a view that a Function makes nobody may write.
+        y = _ColumnLinear.apply(_as_rows(x), weight, bias, site)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
@@ -237,4 +242,6 @@ def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite)
         mode.require_invariant()
     x, weight, bias = _cast(x, weight, bias)  # type: ignore[assignment]
     with plain_arithmetic(x.device):
-        return _RowLinear.apply(x, weight, bias, site)
+        # Reshaped out here, by autograd: into a view that a Function makes nobody may write.
+        y = _RowLinear.apply(_as_rows(x), weight, bias, site)
+    return y.view(*x.shape[:-1], weight.shape[0])
