@@ -86,6 +86,10 @@ def hooked_activation() -> nn.Module:
     return model
 
 
+def in_place() -> nn.Module:
+    return Model(act=lambda: nn.SiLU(inplace=True))
+
+
 def cut_already() -> nn.Module:
     model = Model()
     model.head = RowParallelLinear(10, 5, axis=Axis.solo())
@@ -135,6 +139,11 @@ PROBLEMS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
         hooked,
         {"head": "rowwise"},
         "module 'head' has hooks, which the Linear that is replaced",
+    ),
+    "in place": (
+        in_place,
+        {"head": "rowwise"},
+        "module 'layers.0.act' is SiLU(inplace=True): its bits change with the cut",
     ),
     "hooks of an activation": (
         hooked_activation,

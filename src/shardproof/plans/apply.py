@@ -45,6 +45,8 @@ def parallelize(model: nn.Module, plan: Plan | Mapping[str, Style | str], axis: 
     problems += _unfit(styles, model)
     twins = _twins(model) if plan.scheme.is_invariant else {}
     problems += _hooked([*styles, *twins], model)
+    if plan.scheme.is_invariant:
+        problems += _in_place(model)
     if problems:
         raise PlanError(
             f"the plan does not fit {type(model).__name__}: "
@@ -112,6 +114,16 @@ def _hooked(names: Sequence[str], model: nn.Module) -> list[str]:
         "lose. Remove them (weight_norm too is one), and register them after parallelize."
         for name in names
         if (module := model.get_submodule(name)) and any(getattr(module, kind) for kind in _HOOKS)
+    ]
+
+
+def _in_place(model: nn.Module) -> list[str]:
+    """Activations that would have to be replaced, and promise what ours do not keep."""
+    return [
+        f"module {name!r} is SiLU(inplace=True): its bits change with the cut, and the one that "
+        "would replace it does not overwrite its input. Use nn.SiLU()."
+        for name, module in model.named_modules()
+        if type(module) is nn.SiLU and module.inplace
     ]
 
 
