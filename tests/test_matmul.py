@@ -76,11 +76,16 @@ def summed(p: Problem, cut: Cut, a: Tensor, b: Tensor) -> Tensor:
     return combine((0, cut.num_leaves), nodes, add)
 
 
+def inner_sum(p: Problem, degree: int = 3) -> Tensor:
+    """`x @ weight.T`, with the inner dim cut."""
+    x, weight = p.operands()
+    return summed(p, Cut(p.inner, p.leaves, degree), x, weight.t())
+
+
 def products(p: Problem, degree: int) -> dict[str, Tensor]:
     """Every kind of product, computed by `degree` ranks and put together."""
     x, weight = p.operands()
     bias = torch.linspace(-1, 1, p.columns).to(x.dtype)
-    inner = Cut(p.inner, p.leaves, degree)
     columns = Cut(p.columns, p.leaves, degree)
     ranks = range(degree)
     mine = [owned(columns, rank) for rank in ranks]
@@ -92,7 +97,7 @@ def products(p: Problem, degree: int) -> dict[str, Tensor]:
     ]
     by_rows = [matmul.product_rows(p.place(weight[mine[r]]), x.t(), slices[r]) for r in ranks]
     return {
-        "product_nodes": summed(p, inner, x, weight.t()),
+        "product_nodes": inner_sum(p, degree),
         "linear": torch.cat(forward, 1),
         "linear without bias": torch.cat(bare, 1),
         "product_columns": torch.cat(by_columns, 1),
@@ -119,7 +124,7 @@ def check_products(dtypes: Sequence[str], *, with_threads: bool) -> Iterator[str
     for number, (rows, inner, columns) in enumerate(shapes):
         for degree in (1, 2, 3, 8):
             for dtype in dtypes:
-                if dtype == "bf16" and number % 3:
+                if dtype == "bf16" and number % 4:
                     continue  # each new shape of bf16 costs tens of milliseconds
                 p = Problem(rows, inner, columns, 8, degree, dtype, bool(number % 2), seed=number)
                 schedule = rng.randrange(1000) if with_threads else None
@@ -215,7 +220,7 @@ def test_bf16_partials_are_added_in_fp32() -> None:
         for leaf, where in enumerate(cut.leaf_slices(0))
     }
 
-    total = products(p, 3)["product_nodes"]
+    total = inner_sum(p)
 
     assert total.dtype == torch.float32
     assert bits_equal(total, combine((0, 8), leaves, add))
@@ -230,15 +235,15 @@ def test_in_place_products_have_the_bits_of_separate_additions(
 ) -> None:
     limit = mode.addmm_limit(FLOATS[dtype])
     assert limit in (128, 256, 384)
-    shapes = [(1, limit), (5, limit), (33, limit - 1), (100, limit // 3), (7, limit + 40)]
+    shapes = [(1, limit), (33, limit - 1), (100, limit // 3), (7, limit + 40)]
     problems = [
-        Problem(rows, 8 * leaf, 70, dtype=dtype, is_strided=odd, seed=rows)
+        Problem(rows, 8 * leaf, 20, dtype=dtype, is_strided=odd, seed=rows)
         for rows, leaf in shapes
         for odd in (False, True)
     ]
-    fast = [products(p, 3)["product_nodes"] for p in problems]
+    fast = [inner_sum(p) for p in problems]
     monkeypatch.setattr(mode, "addmm_limit", lambda _: 0)
-    slow = [products(p, 3)["product_nodes"] for p in problems]
+    slow = [inner_sum(p) for p in problems]
 
     assert all(bits_equal(a, b) for a, b in zip(fast, slow, strict=True))
 
@@ -248,9 +253,9 @@ def test_an_in_place_product_above_the_limit_has_other_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     p = Problem(33, 8 * (mode.addmm_limit() + 100), 70)
-    right = products(p, 1)["product_nodes"]
+    right = inner_sum(p, 1)
     monkeypatch.setattr(mode, "addmm_limit", lambda _: 1_000_000)
-    assert not bits_equal(right, products(p, 1)["product_nodes"])
+    assert not bits_equal(right, inner_sum(p, 1))
 
 
 def test_nodes_are_fresh_and_operands_unchanged() -> None:

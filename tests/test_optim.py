@@ -277,9 +277,8 @@ def test_the_guard_also_fits_a_torch_that_decorates_otherwise(
 
 OPTIMIZERS: dict[str, Make] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),
-    "sgd-for-loop": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, foreach=False),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
-    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, foreach=True),
 }
 
 
