@@ -11,7 +11,9 @@ proved at the degrees that are timed. The last line of the output is one JSON do
 """
 
 import argparse
+import contextlib
 import functools
+import itertools
 import json
 import os
 import platform
@@ -19,19 +21,22 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
+from torch.optim import Optimizer
 
 import shardproof
 from shardproof.axis import Axis
-from shardproof.cases import all_cases, find_case
+from shardproof.cases import all_cases, digits, find_case
 from shardproof.prover.case import Trial
 from shardproof.prover.proof import DEFAULT_SEED, prove_cases
-from shardproof.prover.training import Training, make_optimizer
+from shardproof.prover.training import Batch, Training, make_optimizer
 from shardproof.ranks import open_ranks
 from shardproof.scheme import Numerics, Scheme
 
@@ -41,34 +46,64 @@ SYSTEMS = {"torch": "off", "native": "off", "invariant": "auto"}  # system -> SH
 WARM_UP = 3
 
 
-class _Forget:
-    """A recorder that keeps nothing: a timed run is not the proof."""
+class Bare(Trial):
+    """A trial that measures and keeps nothing: a timed run is not the proof."""
+
+    def __init__(self, axis: Axis | None, numerics: Numerics) -> None:
+        scheme = Scheme(numerics=numerics)
+        super().__init__(axis=axis, scheme=scheme, seed=DEFAULT_SEED, recorder=self)
+
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[None]:
+        """A phase whose allocations nobody counts."""
+        yield
 
     def record(self, *args: Any, **kwargs: Any) -> None:
         """Take one tensor and drop it."""
 
 
-def time_steps(axis: Axis | None, name: str, numerics: Numerics, steps: int) -> list[float]:
-    """Seconds of each training step of one case on this rank, after a warm-up."""
-    work = find_case(name).work
-    training: Training = getattr(work, "training", work)
-    trial = Trial(
-        axis=axis, scheme=Scheme(numerics=numerics), seed=DEFAULT_SEED, recorder=_Forget()
-    )
+def step_of(name: str, trial: Bare) -> Callable[[], None]:
+    """One training step of a case, ready to be called again and again."""
+    training = find_case(name).work
+    if name == "digits":
+        model = digits.build(trial)
+        optimizer = digits.sgd(model.parameters())
+        data = itertools.cycle(digits.batches(digits.load(trial.seed), trial.seed, epoch=1))
+        return lambda: digits.train_step(trial, model, optimizer, *next(data))
+    if not isinstance(training, Training):
+        return lambda: training(trial)  # as small as a step: build, forward, loss, backward
+    return functools.partial(_step, training, trial, *_prepare(training, trial))
+
+
+def _prepare(training: Training, trial: Bare) -> tuple[Batch, nn.Module, Optimizer | None]:
     batch = training.batch(trial)
-    inputs = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in batch.inputs]
+    inputs = tuple(x.detach().clone() for x in batch.inputs)
+    for x in inputs:
+        x.requires_grad_(x.is_floating_point())
     model = training.build(trial)
     optimizer = make_optimizer(training.optimizer, model) if training.optimizer else None
+    return Batch(inputs, batch.target), model, optimizer
+
+
+def _step(
+    training: Training, trial: Bare, batch: Batch, model: nn.Module, optimizer: Optimizer | None
+) -> None:
+    training.loss(trial, model(*batch.inputs), batch.target).backward()
+    if optimizer is not None:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    for x in batch.inputs:
+        x.grad = None
+
+
+def time_steps(axis: Axis | None, name: str, numerics: Numerics, steps: int) -> list[float]:
+    """Seconds of each training step of one case on this rank, after a warm-up."""
+    step = step_of(name, Bare(axis, numerics))
     seconds = []
     for _ in range(WARM_UP + steps):
         started = time.perf_counter()
-        training.loss(trial, model(*inputs), batch.target).backward()
-        if optimizer is not None:
-            optimizer.step()
+        step()
         seconds.append(time.perf_counter() - started)
-        model.zero_grad(set_to_none=True)
-        for x in inputs:
-            x.grad = None
     return seconds[WARM_UP:]
 
 
@@ -214,10 +249,12 @@ def main() -> None:
         "shardproof": shardproof.__version__,
     }
     command = " ".join(["python benchmarks/case_times.py", *sys.argv[1:]])
-    table = Table("case", "plain torch, ms")
+    table = Table(title="plain torch in ms; all others as a ratio to it, by degree")
+    table.add_column("case", no_wrap=True)
+    table.add_column("torch", justify="right")
     for system in ("native", "invariant"):
         for degree in DEGREES:
-            table.add_column(f"{system} {degree}", justify="right")
+            table.add_column(f"{system}\n{degree}", justify="right")
     for row in rows_of(results):
         table.add_row(*row)
     Console(width=100).print(table)
