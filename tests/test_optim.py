@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad
+from torch.nn.utils import clip_grad, parametrize
 from torch.testing import assert_close
 
 from fresh_process import run_fresh
@@ -159,6 +159,52 @@ def test_tied_parameters_count_once_and_as_what_they_are(pool: Pool) -> None:
     for degree in (1, 2, 3):
         for norm in pool(degree, "threads").run(lambda axis: grad_norm(Tied(axis))):
             assert norm.item() == pytest.approx((5 * 16 + 6) ** 0.5, rel=1e-6)
+
+
+class Doubled(nn.Module):
+    """A parametrization: the weight is computed from another parameter."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 2
+
+
+def test_a_parametrized_cut_weight_is_refused_by_both_norms(pool: Pool) -> None:
+    """Nothing says how the parameter is cut from which the weight is computed."""
+
+    def run(axis: Axis) -> list[str]:
+        model = parallelize(Model(), PLAN, axis)
+        parametrize.register_parametrization(model.up, "weight", Doubled())
+        backward(model)
+        messages = []
+        for act in (
+            lambda: grad_norm(model),
+            lambda: clip_grad_norm_(model, 1.0),
+            lambda: torch.nn.utils.clip_grad_norm_(model.up.parametrizations.parameters(), 1.0),
+        ):
+            with pytest.raises(UsageError) as caught:
+                act()
+            messages.append(str(caught.value))
+        torch.nn.utils.clip_grad_norm_(model.inner.parameters(), 1.0)
+        return messages
+
+    for ours, clips, torchs in pool(2, "threads").run(run):
+        assert ours == clips
+        assert ours.startswith("'up' (ParametrizedColumnParallelLinear) holds a part of 'weight'")
+        assert "Remove the parametrization" in ours
+        assert "rank's shard of 'up.parametrizations.weight.original' alone" in torchs
+
+
+def test_a_parameter_that_was_added_to_a_cut_layer_is_replicated(pool: Pool) -> None:
+    def run(axis: Axis) -> Tensor:
+        layer = ColumnParallelLinear(5, 16, axis=axis, name="up", bias=False)
+        layer.scale = nn.Parameter(torch.ones(4))
+        for parameter in layer.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        return grad_norm(layer)
+
+    for degree in (1, 2, 3):
+        for norm in pool(degree, "threads").run(run):
+            assert norm.item() == pytest.approx((5 * 16 + 4) ** 0.5, rel=1e-6)
 
 
 @pytest.mark.parametrize("max_norm", [0, -1.5, float("nan")])

@@ -154,9 +154,43 @@ def test_plain_state_of_the_whole_model_is_refused(pool: Pool, is_strict: bool) 
     ):
         assert message == (
             f"cannot load 'up.weight' of shape (16, 8) into 'up' on rank {rank} of 2 on axis "
-            "'tp', which holds (8, 8) of (16, 8): the state has no layout. Load it into the plain "
-            "module and cut that with from_linear or parallelize."
+            "'tp', which holds (8, 8) of (16, 8): the state has no layout. Load the state that this "
+            "rank saved, with its '_extra_state'; or load plain state into the plain module and "
+            "cut that with from_linear or parallelize."
         )
+
+
+@pytest.mark.parametrize("is_strict", [True, False])
+def test_state_that_lost_its_layout_is_refused_although_the_shapes_fit(
+    pool: Pool, is_strict: bool
+) -> None:
+    """It may be another rank's: here it is."""
+    bare = [{k: v for k, v in s.items() if isinstance(v, Tensor)} for s in states(pool, 2)]
+    for message in pool(2, "threads").run(
+        lambda axis: refusal(axis, bare[1 - axis.rank], strict=is_strict)
+    ):
+        assert "cannot load 'up.weight' of shape (8, 8) into 'up'" in message
+        assert "the state has no layout" in message
+
+
+def test_a_layer_alone_refuses_state_that_lost_its_layout(pool: Pool) -> None:
+    def run(axis: Axis) -> bool:
+        layer = RowParallelLinear(16, 4, axis=axis, name="down")
+        before = values(layer)
+        with pytest.raises(LayoutError, match="the state has no layout"):
+            layer.load_state_dict({"weight": torch.ones(4, 8)}, strict=False)
+        return equal(values(layer), before)
+
+    assert pool(2, "threads").run(run) == [True, True]
+
+
+def test_one_rank_takes_plain_state_and_strict_names_the_missing_key() -> None:
+    model, plain = cut_model(Axis.solo(), seed=1), Model().state_dict()
+    missing = ["up._extra_state", "down._extra_state"]
+    assert model.load_state_dict(plain, strict=False).missing_keys == missing
+    assert equal(values(model), plain)
+    with pytest.raises(RuntimeError, match=r'Missing key.*"up._extra_state"'):
+        model.load_state_dict(plain)
 
 
 @pytest.mark.parametrize("foreign", [None, 3, {"degree": 1}])

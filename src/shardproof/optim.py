@@ -24,13 +24,16 @@ def layouts_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Layout, Ax
     """Name, parameter, layout and axis of every parameter; plain ones are replicated.
 
     A parameter that several modules share comes once, under its first name, and is cut if any of
-    them says so.
+    them says so. A parameter that was added to a cut module is replicated.
+
+    Raises:
+        UsageError: a cut module no longer holds one of its parameters itself.
     """
     cut: dict[int, tuple[Layout, Axis]] = {
-        id(parameter): (module.layouts[name], module.axis)
+        id(parameter): (layout, module.axis)
         for module in model.modules()
         if isinstance(module, ShardedModule)
-        for name, parameter in module.named_parameters(recurse=False)
+        for _, parameter, layout in module.cut_parameters()
     }
     for name, parameter in model.named_parameters():
         layout, axis = cut.get(id(parameter), (Layout(tuple(parameter.shape), 0), None))
@@ -48,7 +51,7 @@ def grad_norm(model: nn.Module) -> Tensor:
         (), Replicate, fp32 (fp64 if any gradient is).
 
     Raises:
-        UsageError: `model` is not a module.
+        UsageError: `model` is not a module, or a cut module no longer holds its own parameters.
 
     Comm:
         update one all_reduce of () per cut parameter that has a gradient.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
-from shardproof.errors import LayoutError
+from shardproof.errors import LayoutError, UsageError
 from shardproof.layers import guard
 from shardproof.leaves import Cut, Layout, check_degree
 from shardproof.numerics import mode
@@ -51,9 +51,27 @@ class ShardedModule(nn.Module):
     def _add_parameter(
         self, name: str, layout: Layout, device: Any = None, dtype: Any = None
     ) -> None:
-        self.layouts[name] = layout
         data = torch.empty(layout.local_shape, device=device, dtype=dtype)
+        # The parameter first: the guard of another thread may look at any moment.
         self.register_parameter(name, nn.Parameter(data))
+        self.layouts[name] = layout
+
+    def cut_parameters(self) -> Iterator[tuple[str, nn.Parameter, Layout]]:
+        """Name, parameter and layout of every parameter that has a layout.
+
+        Raises:
+            UsageError: one of them is no longer a parameter of this module itself.
+        """
+        for name, layout in self.layouts.items():
+            parameter = self._parameters.get(name)
+            if parameter is None:
+                raise UsageError(
+                    f"{self.name!r} ({type(self).__name__}) holds a part of {name!r} and no longer "
+                    "has it as a parameter of its own (parametrize and weight_norm take it away): "
+                    "nothing says how what came in its place is cut. Remove the parametrization, "
+                    "or leave this layer out of the plan."
+                )
+            yield name, parameter, layout
 
     @torch.no_grad()
     def _draw(self, parameter: str, bound: float) -> None:
@@ -95,7 +113,7 @@ class ShardedModule(nn.Module):
             )
 
     def _contract(self) -> str:
-        parameter = next(self.parameters(recurse=False))
+        parameter = next(self.parameters())
         device = torch.device("cpu") if parameter.is_meta else parameter.device
         return mode.contract(self.scheme, parameter.dtype, device)
 
@@ -107,16 +125,23 @@ class ShardedModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Raise unless the state is of this very layout."""
+        """Raise unless the state is of this very layout.
+
+        Parameters without a layout beside them may be another rank's, whatever their shape: they
+        are taken only where there is one rank.
+        """
         mine = self.get_extra_state()
         if prefix + _STATE not in state_dict:
             for name, layout in self.layouts.items():
                 value = state_dict.get(prefix + name)
-                if isinstance(value, Tensor) and tuple(value.shape) != layout.local_shape:
+                if not isinstance(value, Tensor):
+                    continue
+                if self.axis.size > 1 or tuple(value.shape) != layout.local_shape:
                     raise LayoutError(
                         f"cannot load {prefix + name!r} of shape {tuple(value.shape)} into "
                         f"{self.name!r} on {self.axis}, which holds {layout.local_shape} of "
-                        f"{layout.shape}: the state has no layout. Load it into the plain module "
+                        f"{layout.shape}: the state has no layout. Load the state that this rank "
+                        f"saved, with its {_STATE!r}; or load plain state into the plain module "
                         "and cut that with from_linear or parallelize."
                     )
             return

@@ -9,7 +9,7 @@ Why a guard and not a parameter subclass: docs/decisions/0009-guard-torch-clip.m
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -67,10 +67,25 @@ def _cut_parameter(grads: list[Tensor]) -> str | None:
         modules = list(_watched)
     names: dict[int, str] = {}
     for module in modules:
-        for name, layout in module.layouts.items():
-            parameter = getattr(module, name)
-            if not layout.is_replicated and parameter is not None:
-                names[id(parameter)] = f"{module.name}.{name}"
-                if parameter.grad is not None:
-                    names[id(parameter.grad)] = f"{module.name}.{name}"
+        for name, parameter in _cut_parameters_of(module):
+            names[id(parameter)] = name
+            if parameter.grad is not None:
+                names[id(parameter.grad)] = name
     return next((names[id(grad)] for grad in grads if id(grad) in names), None)
+
+
+def _cut_parameters_of(module: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """Cut parameters of one module, and what a parametrization has put in the place of one.
+
+    Other threads may be building or changing the module: nothing is expected to be there.
+    """
+    for name, layout in dict(module.layouts).items():
+        if layout.is_replicated:
+            continue
+        parameter = getattr(module, "_parameters", {}).get(name)
+        if parameter is not None:
+            yield f"{module.name}.{name}", parameter
+        else:
+            # Which of them make up the cut parameter is not known, so that all count.
+            for other, candidate in list(module.named_parameters()):
+                yield f"{module.name}.{other}", candidate
