@@ -27,12 +27,13 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "shardproof needs Python 3.11 or newer, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)." \
 	    "Choose another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch and the rest into $(VENV): some minutes and 1.3 GB, once"
 	$(BIN)/python -m pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/shardproof prove
+	$(BIN)/shardproof prove --degrees 1,2,3,8
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

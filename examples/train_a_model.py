@@ -30,7 +30,7 @@ def digest(tensor: Tensor) -> str:
 def train(axis: sp.Axis) -> tuple[str, float]:
     """Ten steps on one rank; what the trained model says of x, and its loss."""
     model = sp.parallelize(copy.deepcopy(whole), plan, axis)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     loss = torch.zeros(())
     for _ in range(10):
         loss = sp.functional.cross_entropy(model(x), target)

@@ -58,7 +58,9 @@ def verdict(failures: Sequence[Failure], degree: int) -> ShardproofError:
     where = f"rank {cause.rank} of {degree}"
     error = cause.error
     if isinstance(error, ShardproofError) and not isinstance(error, PeerError):
-        error.add_note(f"This was raised on {where}:\n{cause.trace}")
+        # An error from another process has lost its traceback on the way; ours still has it.
+        trace = "." if error.__traceback__ is not None else f":\n{cause.trace}"
+        error.add_note(f"This was raised on {where}{trace}")
         return error
     if isinstance(error, PeerError):
         symptom = RankError(str(error), rank=error.rank)
