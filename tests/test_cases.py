@@ -10,9 +10,9 @@ from torch import nn
 
 from shardproof.axis import Axis
 from shardproof.cases import all_cases, digits, find_case, mlp
+from shardproof.cases.cut_or_plain import column_linear, row_linear
 from shardproof.cases.draws import fill_like_linear, fill_normal, generator
 from shardproof.cases.linear import LINEAR_COLUMN, LINEAR_ROW
-from shardproof.cases.linears import column_linear, row_linear
 from shardproof.errors import UsageError
 from shardproof.prover import prove_cases
 from shardproof.prover.accuracy import accuracy

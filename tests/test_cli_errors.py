@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from shardproof import cases
 from shardproof.cli import prove as prove_command
 from shardproof.cli import torchrun
-from shardproof.cli.json_file import JsonFile, plain
+from shardproof.cli.json_file import JsonFile, spelt_out
 from shardproof.cli.main import main
 from shardproof.errors import AxisError, NumericsError, RankError, UsageError
 from shardproof.numerics import mode
@@ -337,7 +337,7 @@ def test_a_place_that_vanished_is_an_error(tmp_path: Path) -> None:
 
 
 def test_numbers_that_json_lacks_are_spelt_out() -> None:
-    assert plain({"a": [float("inf"), float("nan"), 1.0], 2: (True, None)}) == {
+    assert spelt_out({"a": [float("inf"), float("nan"), 1.0], 2: (True, None)}) == {
         "a": ["inf", "nan", 1.0],
         "2": [True, None],
     }

@@ -63,7 +63,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("prover.proof",),
     ("prover.torchrun",),
     ("prover.__init__",),
-    ("cases.draws", "cases.linears"),
+    ("cases.cut_or_plain", "cases.draws"),
     ("cases.digits", "cases.ffn", "cases.linear", "cases.matmul", "cases.mlp"),
     ("cases.catalog",),
     ("cases.__init__",),

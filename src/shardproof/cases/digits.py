@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from shardproof.cases.cut_or_plain import column_linear, row_linear
 from shardproof.cases.draws import fill_like_linear, generator
-from shardproof.cases.linears import column_linear, row_linear
 from shardproof.functional.losses import cross_entropy
 from shardproof.prover.case import Case, Trial
 from shardproof.prover.training import (

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from shardproof.cases.cut_or_plain import column_linear, row_linear
 from shardproof.cases.draws import fill_normal, generator
-from shardproof.cases.linears import column_linear, row_linear
 from shardproof.functional.losses import mse_loss
 from shardproof.prover.case import Case, Trial
 from shardproof.prover.training import Batch, Training

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shardproof.cases.cut_or_plain import column_linear, row_linear
 from shardproof.cases.draws import fill, generator, layout_of
-from shardproof.cases.linears import column_linear, row_linear
 from shardproof.functional.losses import mse_loss
 from shardproof.leaves import Layout
 from shardproof.prover.case import Case, Trial

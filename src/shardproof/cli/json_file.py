@@ -66,7 +66,7 @@ class JsonFile:
         Raises:
             UsageError: the disk is full, or the place is gone since the first look.
         """
-        text = json.dumps(plain(document), indent=1, allow_nan=False) + "\n"
+        text = json.dumps(spelt_out(document), indent=1, allow_nan=False) + "\n"
         try:
             if self._is_special:
                 self._path.write_text(text)
@@ -84,18 +84,18 @@ class JsonFile:
             ) from error
 
 
-def plain(value: Any) -> Any:
-    """`value` with what JSON has no word for spelt out: "nan", "inf", "-inf".
+def spelt_out(value: Any) -> Any:
+    """`value` with what JSON has no word for as text: "nan", "inf", "-inf".
 
-    >>> plain({"max_abs_diff": [1.5, float("nan")]})
+    >>> spelt_out({"max_abs_diff": [1.5, float("nan")]})
     {'max_abs_diff': [1.5, 'nan']}
     """
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): spelt_out(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [spelt_out(item) for item in value]
     return value
 
 
