@@ -55,11 +55,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # The proof: one run, many runs, the judgement.
     ("prover.accuracy", "prover.audit", "prover.compare", "prover.hashing", "prover.reference"),
     ("prover.case",),
-    ("prover.runs", "prover.training"),
+    ("prover.given", "prover.runs", "prover.training"),
     ("prover.casereport",),
     ("prover.verdict",),
     ("prover.report",),
-    ("prover.against", "prover.judge"),
+    ("prover.against", "prover.contract", "prover.judge"),
     ("prover.proof",),
     ("prover.torchrun",),
     ("prover.__init__",),

@@ -11,13 +11,17 @@ from torch.nn import functional as F
 import shardproof as sp
 from planted import (
     EVEN,
+    IN,
     Block,
+    batch,
+    block_builder,
     expect_bits,
     expect_not_the_same,
     expect_proved,
     expect_torch,
     prove_block,
     prove_clipped,
+    sgd,
 )
 from shardproof import cases, comm, optim
 from shardproof.axis import Axis
@@ -279,3 +283,87 @@ def test_fused_optimizer_is_refused() -> None:
     """Its kernel has a tail as silu has: 56 of 60 updates differed when a parameter was cut."""
     with pytest.raises(NumericsError, match=r"SGD\(fused=True\) gives other bits when a parameter"):
         prove_block(optimizer=lambda given: torch.optim.SGD(given, lr=0.1, fused=True))
+
+
+class RunningMean(nn.Module):
+    """Remembers the mean of what it sees, and how often, as BatchNorm does; passes it on.
+
+    Args:
+        own: added to the mean: 0 for one that is right.
+        persistent: whether the state dict has the buffers.
+    """
+
+    def __init__(self, own: float = 0.0, *, persistent: bool = True) -> None:
+        super().__init__()
+        self.own = own
+        self.register_buffer("mean", torch.zeros(IN), persistent=persistent)
+        self.register_buffer("seen", torch.tensor(0), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.mul_(0.9).add_(0.1 * (x.detach().mean(0) + self.own))
+        self.seen.add_(1)
+        return x
+
+
+def remembering(
+    own: Callable[[Axis | None], float] = lambda axis: 0.0, *, persistent: bool = True
+) -> Callable[[Axis | None], nn.Module]:
+    """`build` of a Block behind a running mean."""
+    build = block_builder()
+    return lambda axis: nn.Sequential(RunningMean(own(axis), persistent=persistent), build(axis))
+
+
+def prove_remembering(build: Callable[[Axis | None], nn.Module]) -> Report:
+    return sp.prove(build, F.mse_loss, batch(), degrees=(1, 2), optimizer=sgd, audit_creation=False)
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_running_mean_of_each_rank(persistent: bool) -> None:
+    """BatchNorm that saw other samples on every rank: the training itself does not show it."""
+    control = prove_remembering(remembering(persistent=persistent))
+    expect_proved(control)
+    names = [tensor.name for tensor in control.cases[0].tensors]
+    assert names.index("0.mean (after forward)") == names.index("output") + 1
+    assert {"0.seen (after forward)", "0.mean", "0.seen"} <= {*names}
+    build = remembering(lambda axis: float(axis.rank) if axis else 0.0, persistent=persistent)
+    expect_not_the_same(
+        prove_remembering(build),
+        "0.mean (after forward)",
+        "replicas differ at degree 2: rank 1 has not what rank 0 has",
+    )
+
+
+def test_running_mean_that_every_degree_has_wrong() -> None:
+    expect_torch(
+        prove_remembering(remembering(lambda axis: 1.0 if axis else 0.0)), "0.mean (after forward)"
+    )
+
+
+class CountingSgd(torch.optim.SGD):
+    """Counts steps in a buffer of the model, on the first rank alone."""
+
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            if hasattr(parameter, "counter"):
+                parameter.counter.add_(1)
+
+
+def test_buffer_that_rank_zero_alone_updates_with_the_weights() -> None:
+    """An average of the weights that is made after the step."""
+
+    def build(axis: Axis | None) -> nn.Module:
+        model = remembering()(axis)
+        if axis is None or not axis.rank:
+            model[1].front.weight.counter = model[0].seen
+        return model
+
+    report = sp.prove(
+        build,
+        F.mse_loss,
+        batch(),
+        degrees=(1, 2),
+        optimizer=lambda parameters: CountingSgd(parameters, lr=0.1),
+        audit_creation=False,
+    )
+    expect_not_the_same(report, "0.seen", "replicas differ at degree 2")

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from shardproof import optim
 from shardproof.axis import Axis
+from shardproof.errors import UsageError
+from shardproof.layers.base import ShardedModule
 from shardproof.leaves import Layout, replicated
+from shardproof.numerics import mode
 from shardproof.prover.audit import Audit
 from shardproof.scheme import Scheme
 
@@ -43,7 +46,8 @@ class Trial:
 
     Attributes:
         axis: the ranks, or None in plain torch.
-        scheme: leaves and numerics for the layers.
+        scheme: leaves and numerics for the layers; that of the adopted model's own layers, if the
+            proof was given none.
         seed: of everything the case draws.
         audit: what this run allocates.
         checks: what the case has claimed so far.
@@ -55,20 +59,22 @@ class Trial:
         self,
         *,
         axis: Axis | None,
-        scheme: Scheme,
-        seed: int,
+        scheme: Scheme | None,
+        seed: int | None,
         recorder: Recorder,
         is_precise: bool = False,
     ) -> None:
         self.axis = axis
-        self.scheme = scheme
-        self.seed = seed
+        self.scheme = Scheme() if scheme is None else scheme
+        self.seed = self.scheme.seed if seed is None else seed
         self.audit = Audit()
         self.checks: list[Check] = []
         self.activation_bytes = 0
         self.share_bytes = 0
         self._recorder = recorder
         self._is_precise = is_precise
+        self._scheme_giver = None if scheme is None else "the proof"
+        self._kinds: set[tuple[torch.dtype, torch.device]] = set()
 
     @property
     def is_reference(self) -> bool:
@@ -99,9 +105,12 @@ class Trial:
             yield
 
     def adopt(self, model: nn.Module) -> nn.Module:
-        """Learn a model's parameters and activations: what bounds the memory of this case."""
-        for name, parameter in model.named_parameters():
-            layout = layouts_of(model)[name]
+        """Learn what bounds the memory of this case, and under which contract it runs.
+
+        Raises:
+            UsageError: a layer has another scheme than the proof, or than another layer.
+        """
+        for _, parameter, layout, _ in optim.layouts_of(model):
             numel = parameter.numel()
             if layout.dim is not None:
                 numel = numel // max(1, parameter.shape[layout.dim]) * len(layout.owned)
@@ -109,7 +118,27 @@ class Trial:
         if self.is_reference:
             for module in model.modules():
                 module.register_forward_hook(self._see_activation)
+        for name, module in model.named_modules():
+            if isinstance(module, ShardedModule):
+                self._learn_contract(name or module.name, module)
         return model
+
+    def _learn_contract(self, name: str, layer: ShardedModule) -> None:
+        who = f"layer {name!r}"
+        if self._scheme_giver is not None and layer.scheme != self.scheme:
+            raise UsageError(
+                f"{who} has {layer.scheme}, {self._scheme_giver} has {self.scheme}, and a report "
+                f"speaks of one. Give every layer and the proof the same scheme."
+            )
+        self.scheme, self._scheme_giver = layer.scheme, self._scheme_giver or who
+        parameters = layer.parameters(recurse=False)
+        self._kinds |= {(each.dtype, each.device) for each in parameters if not each.is_meta}
+
+    def contract(self) -> str:
+        """Everything that the bits of the adopted models depend on; call it on their rank."""
+        kinds = self._kinds or {(torch.float32, torch.device("cpu"))}
+        lines = {mode.contract(self.scheme, dtype, device) for dtype, device in kinds}
+        return "; ".join(sorted(lines))
 
     def record(
         self, name: str, tensor: Tensor, layout: Layout | None = None, *, judged: bool = True
@@ -171,6 +200,6 @@ class Case:
         return not self.module or importlib.util.find_spec(self.module) is not None
 
 
-def layouts_of(model: nn.Module) -> dict[str, Layout]:
+def parameter_layouts(model: nn.Module) -> dict[str, Layout]:
     """Parameter name -> layout, for every parameter; those of plain modules are replicated."""
     return {name: layout for name, _, layout, _ in optim.layouts_of(model)}

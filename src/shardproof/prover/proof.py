@@ -3,20 +3,18 @@
 import copy
 import functools
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
-from shardproof.errors import UsageError
-from shardproof.leaves import check_degree
-from shardproof.numerics import mode
 from shardproof.prover.case import Case, Trial
 from shardproof.prover.casereport import CaseReport
+from shardproof.prover.contract import agreed_contract, threads_of_ranks
+from shardproof.prover.given import check_cases, checked_batch, checked_degrees, checked_steps
 from shardproof.prover.judge import judge_case
 from shardproof.prover.reference import Reference
 from shardproof.prover.report import Report
@@ -40,14 +38,14 @@ class Session:
 
     Attributes:
         cases: what is run; each name once.
-        scheme: leaves and numerics.
-        seed: of everything the cases draw.
+        scheme: leaves and numerics; None: those of the layers.
+        seed: of everything the cases draw; None: the scheme's.
         skipped: cases left out, for the report: name and extra.
     """
 
     cases: Sequence[Case]
-    scheme: Scheme
-    seed: int
+    scheme: Scheme | None
+    seed: int | None
     skipped: Sequence[dict[str, str]] = ()
 
     def make_references(self, folder: Path, tell: "Teller") -> References:
@@ -86,21 +84,27 @@ class Session:
     def report(
         self,
         judged: tuple[CaseReport, ...],
+        results: Results,
         *,
         degrees: tuple[int, ...],
         engine: str,
         transport: str,
     ) -> Report:
-        """What came of it all."""
+        """What came of it all.
+
+        Raises:
+            MismatchError: ranks, degrees or cases ran under different contracts.
+        """
+        scheme, contract = agreed_contract(results)
         return Report(
             cases=judged,
             degrees=degrees,
             engine=engine,
             transport=transport,
-            numerics=self.scheme.numerics,
-            leaves=self.scheme.leaves,
-            seed=self.seed,
-            contract=mode.contract(self.scheme, torch.float32),
+            numerics=scheme.numerics,
+            leaves=scheme.leaves,
+            seed=scheme.seed if self.seed is None else self.seed,
+            contract=contract,
             skipped=tuple(self.skipped),
         )
 
@@ -111,8 +115,8 @@ def prove_cases(
     degrees: Sequence[int] = DEGREES,
     engine: str = "threads",
     threads: int | None = None,
-    scheme: Scheme = Scheme(),  # noqa: B008 - frozen
-    seed: int = DEFAULT_SEED,
+    scheme: Scheme | None = Scheme(),  # noqa: B008 - frozen
+    seed: int | None = DEFAULT_SEED,
     progress: Progress | None = None,
     skipped: Sequence[dict[str, str]] = (),
 ) -> Report:
@@ -122,19 +126,22 @@ def prove_cases(
         cases: what to run; each name once.
         degrees: how many ranks; each is run once, lowest first.
         engine: what the ranks are: "threads" or "processes".
-        threads: intra-op threads of each rank.
-        scheme: leaves and numerics.
-        seed: of everything the cases draw.
+        threads: intra-op threads of each rank; by default this process's are shared out.
+        scheme: leaves and numerics; None: those of the layers, which must be alike.
+        seed: of everything the cases draw; None: the scheme's.
         progress: called before each run, and once at the end.
         skipped: cases left out, for the report: name and extra.
 
     Raises:
         DegreeError: a degree that the leaves cannot serve.
-        UsageError: no case or no degree, a name twice, or an extra that is not installed.
+        UsageError: no case or no degree, a name twice, an extra that is not installed, or a layer
+            with another scheme.
+        MismatchError: ranks, degrees or cases ran under different contracts.
         NumericsError: this process cannot promise the bits.
     """
     degrees = checked_degrees(degrees, scheme)
     check_cases(cases)
+    threads = threads_of_ranks(threads, degrees)
     session = Session(cases, scheme, seed, skipped)
     tell = Teller(progress, total=len(cases) * (1 + len(degrees)))
     results: Results = {case.name: {} for case in cases}
@@ -149,7 +156,7 @@ def prove_cases(
                     results[case.name][degree] = ranks.run(session.work(case, references))
         judged = session.judge(results, references)
     tell("done")
-    return session.report(judged, degrees=degrees, engine=engine, transport=transport)
+    return session.report(judged, results, degrees=degrees, engine=engine, transport=transport)
 
 
 def prove(
@@ -162,7 +169,7 @@ def prove(
     steps: int = 1,
     engine: str = "threads",
     threads: int | None = None,
-    scheme: Scheme = Scheme(),  # noqa: B008 - frozen
+    scheme: Scheme | None = None,
     name: str = "model",
     audit_creation: bool = True,
 ) -> Report:
@@ -173,14 +180,14 @@ def prove(
             with the same parameter names and the same numbers in them. Ranks as threads share
             torch's global generator: draw from a generator of your own, or cut a model that
             stands outside.
-        loss_fn: of `module(*inputs)` and the target.
+        loss_fn: of `module(*inputs)`, which must be a tensor, and the target.
         batch: inputs (a tensor or a tuple of them) and target.
         degrees: how many ranks; each is run once, lowest first.
         optimizer: makes one for some parameters; without it nothing is updated.
         steps: how many; agreement with plain torch is judged on the first.
         engine: "threads" or "processes".
-        threads: intra-op threads of each rank.
-        scheme: leaves, numerics and seed for the report; the layers must have been given the same.
+        threads: intra-op threads of each rank; by default this process's are shared out.
+        scheme: that every layer must have; None: whatever they have, if they have it alike.
         name: of the model in the report.
         audit_creation: False leaves `build` out of the memory audit: it makes a model whole first.
 
@@ -188,6 +195,9 @@ def prove(
         A report; `report.proved` is the answer.
 
     Raises:
+        UsageError: an argument makes no sense, the module does not return a tensor, or a layer has
+            another scheme.
+        DegreeError: a degree that is not a positive number or exceeds the leaves.
         NumericsError: the optimizer is a fused one, or this process cannot promise the bits.
 
     Example:
@@ -195,56 +205,22 @@ def prove(
         >>> report.proved  # doctest: +SKIP
         True
     """
+    degrees = checked_degrees(degrees, scheme)
     if optimizer is not None:
         # A fused one is an error before any run.
         make_optimizer(optimizer, nn.Linear(1, 1, device="meta").to_empty(device="cpu"))
     work = Training(
         functools.partial(_build, build),
-        functools.partial(_given, batch),
+        functools.partial(_given, *checked_batch(batch)),
         functools.partial(_loss, loss_fn),
         optimizer,
-        steps,
+        checked_steps(steps),
         measures_creation=audit_creation,
     )
     case = Case(name, "a model given to prove()", work)
     return prove_cases(
-        [case], degrees=degrees, engine=engine, threads=threads, scheme=scheme, seed=scheme.seed
+        [case], degrees=degrees, engine=engine, threads=threads, scheme=scheme, seed=None
     )
-
-
-def checked_degrees(degrees: Iterable[int], scheme: Scheme) -> tuple[int, ...]:
-    """The degrees once each, lowest first.
-
-    Raises:
-        DegreeError: a degree that the leaves cannot serve.
-        UsageError: there is none.
-    """
-    ordered = tuple(sorted(set(degrees)))
-    if not ordered:
-        raise UsageError("no degree to prove. Name one or more, such as 1 and 2.")
-    for degree in ordered:
-        check_degree(degree, scheme.leaves)
-    return ordered
-
-
-def check_cases(cases: Sequence[Case]) -> None:
-    """Raise unless there is something to run, each under its own name, all of it installed.
-
-    Raises:
-        UsageError: no case, a name twice, or an extra that is not installed.
-    """
-    names = [case.name for case in cases]
-    if not names:
-        raise UsageError("no case to prove. Name one or more.")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UsageError(f"case {twice[0]!r} is there twice. Give every case its own name.")
-    for case in cases:
-        if not case.is_installed:
-            raise UsageError(
-                f"case {case.name!r} needs the extra {case.extra!r}, which is not installed. "
-                f"Install shardproof[{case.extra}], or leave the case out."
-            )
 
 
 class Teller:
@@ -267,9 +243,8 @@ def _build(build: Callable[[Axis | None], nn.Module], trial: Trial) -> nn.Module
     return copy.deepcopy(model) if trial.is_reference else model
 
 
-def _given(batch: GivenBatch, trial: Trial) -> Batch:
-    inputs, target = batch
-    return Batch(inputs if isinstance(inputs, tuple) else (inputs,), target)
+def _given(inputs: tuple[Tensor, ...], target: Tensor, trial: Trial) -> Batch:
+    return Batch(inputs, target)
 
 
 def _loss(

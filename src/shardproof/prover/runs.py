@@ -57,6 +57,8 @@ class RankResult:
         share_bytes: of the largest owned share of a weight.
         counts: what crossed the axis, the prover's own gathers left out.
         seconds: that the run took.
+        scheme: of the layers that ran, or the proof's if none was cut.
+        contract: what the bits depend on, of those layers, their dtypes and this rank's threads.
     """
 
     rank: int
@@ -67,6 +69,8 @@ class RankResult:
     share_bytes: int
     counts: Counts
     seconds: float
+    scheme: Scheme
+    contract: str
 
 
 class _FileRecorder:
@@ -120,7 +124,9 @@ class _RankRecorder:
         return measure(part, self._plain.read(name, layout), self._precise.read(name, layout))
 
 
-def run_references(case: Case, *, scheme: Scheme, seed: int, directory: Path) -> Reference:
+def run_references(
+    case: Case, *, scheme: Scheme | None, seed: int | None, directory: Path
+) -> Reference:
     """Run a case in plain torch, as it is and in fp64, and leave both in `directory`."""
     for name in (PLAIN, PRECISE):
         writer = ReferenceWriter(directory / name)
@@ -138,14 +144,10 @@ def run_references(case: Case, *, scheme: Scheme, seed: int, directory: Path) ->
 
 
 def run_on_rank(
-    axis: Axis, *, case: Case, scheme: Scheme, seed: int, reference: Reference
+    axis: Axis, *, case: Case, scheme: Scheme | None, seed: int | None, reference: Reference
 ) -> RankResult:
     """Run a case on this rank; all ranks of `axis` call this."""
-    if scheme.is_invariant:
-        # These try a few products, once per process: before the audit, not inside it.
-        mode.require_invariant()
-        for dtype in (torch.float32, torch.float64):
-            mode.addmm_limit(dtype)
+    _try_products(scheme)
     started = time.perf_counter()
     axis.transport.ledger.reset()
     recorder = _RankRecorder(axis, reference)
@@ -160,7 +162,20 @@ def run_on_rank(
         trial.share_bytes,
         _counts(axis.transport.ledger.as_dict()),
         time.perf_counter() - started,
+        trial.scheme,
+        trial.contract(),
     )
+
+
+def _try_products(scheme: Scheme | None) -> None:
+    """Try what invariant layers try once per process: before the audit, not inside it."""
+    if scheme is None:
+        mode.self_check()  # the layers raise if theirs is invariant and this found a difference
+    elif scheme.is_invariant:
+        mode.require_invariant()
+    if scheme is None or scheme.is_invariant:
+        for dtype in (torch.float32, torch.float64):
+            mode.addmm_limit(dtype)
 
 
 def _counts(table: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Counts:

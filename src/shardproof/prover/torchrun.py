@@ -18,6 +18,7 @@ import torch
 from shardproof.axis import Axis
 from shardproof.errors import RankError
 from shardproof.prover.case import Case
+from shardproof.prover.given import check_cases, checked_degrees
 from shardproof.prover.proof import (
     DEFAULT_SEED,
     Progress,
@@ -25,8 +26,6 @@ from shardproof.prover.proof import (
     Results,
     Session,
     Teller,
-    check_cases,
-    checked_degrees,
 )
 from shardproof.prover.report import Report
 from shardproof.prover.runs import RankResult
@@ -83,7 +82,9 @@ def prove_under_torchrun(
                 results[case.name][axis.size] = [rank[case.name] for rank in everyone]
         judged = session.judge(results, references)
     tell("done")
-    return session.report(judged, degrees=degrees, engine="torchrun", transport=axis.transport.name)
+    return session.report(
+        judged, results, degrees=degrees, engine="torchrun", transport=axis.transport.name
+    )
 
 
 def _share_references(session: Session, axis: Axis, folder: Path, tell: Teller) -> References:

@@ -1,8 +1,9 @@
 """The standard work of a case: build, forward, loss, backward, update, and record all of it.
 
-Recorded in execution order: initial parameters, output, loss, gradients (those of the last
-parameters first, as backward makes them; the input's last), the gradient norm if it is clipped,
-updated parameters, optimizer state. The first tensor that differs is then where to look.
+Recorded in execution order: initial parameters, output, buffers, loss, gradients (those of the
+last parameters first, as backward makes them; the input's last), the gradient norm if it is
+clipped, updated parameters, buffers again, optimizer state. The first tensor that differs is then
+where to look.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from shardproof.errors import NumericsError
+from shardproof.errors import NumericsError, UsageError
 from shardproof.leaves import Layout, replicated
-from shardproof.prover.case import Trial, layouts_of
+from shardproof.prover.case import Trial, parameter_layouts
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -73,6 +74,7 @@ class Training:
             prefix, is_first = f"step {step + 1}: " if step else "", not step
             output, loss = self._forward(trial, model, batch)
             trial.record(f"{prefix}output", output, judged=is_first)
+            record_buffers(trial, model, prefix=prefix, suffix=" (after forward)", judged=is_first)
             trial.record(f"{prefix}loss", loss, judged=is_first)
             with trial.measured():
                 loss.backward()
@@ -92,7 +94,8 @@ class Training:
                 x.requires_grad_()
                 # Its gradient has its size and is no data: with it, x is an activation.
                 trial.activation_bytes = max(trial.activation_bytes, x.numel() * x.element_size())
-        return Batch(inputs, trial.data(batch.target))
+        # A copy each, or ranks as threads would share what a loss writes into its target.
+        return Batch(inputs, trial.data(batch.target.detach().clone()))
 
     def _build(self, trial: Trial) -> nn.Module:
         if not self.measures_creation:
@@ -102,7 +105,12 @@ class Training:
 
     def _forward(self, trial: Trial, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         with trial.measured():
-            output: Tensor = model(*batch.inputs)
+            output = model(*batch.inputs)
+            if not isinstance(output, Tensor):
+                raise UsageError(
+                    f"{type(model).__name__} returns a {type(output).__name__}, and a proof needs "
+                    f"one tensor. Wrap it in a module that returns the tensor to compare."
+                )
             return output, self.loss(trial, output, batch.target)
 
     def _update(
@@ -123,6 +131,7 @@ class Training:
         with trial.measured():
             optimizer.step()
         record_parameters(trial, model, prefix=prefix, judged=judged)
+        record_buffers(trial, model, prefix=prefix, judged=judged)
         record_state(trial, model, optimizer, prefix=prefix, judged=judged)
 
 
@@ -145,9 +154,18 @@ def record_parameters(
     trial: Trial, model: nn.Module, *, prefix: str = "", suffix: str = "", judged: bool = True
 ) -> None:
     """Record every parameter, first to last."""
-    layouts = layouts_of(model)
+    layouts = parameter_layouts(model)
     for name, parameter in model.named_parameters():
         trial.record(f"{prefix}{name}{suffix}", parameter, layouts[name], judged=judged)
+
+
+def record_buffers(
+    trial: Trial, model: nn.Module, *, prefix: str = "", suffix: str = "", judged: bool = True
+) -> None:
+    """Record every buffer of real or whole numbers, saved with the state or not; replicated."""
+    for name, buffer in model.named_buffers():
+        if not buffer.is_complex() and buffer.dtype != torch.bool:
+            trial.record(f"{prefix}{name}{suffix}", buffer, judged=judged)
 
 
 def record_gradients(
@@ -159,7 +177,7 @@ def record_gradients(
     judged: bool = True,
 ) -> None:
     """Record every gradient in the order in which backward makes them."""
-    layouts = layouts_of(model)
+    layouts = parameter_layouts(model)
     for name, parameter in reversed(list(model.named_parameters())):
         if parameter.grad is not None:
             trial.record(f"{prefix}{name}.grad", parameter.grad, layouts[name], judged=judged)
@@ -173,7 +191,7 @@ def record_state(
     trial: Trial, model: nn.Module, optimizer: Optimizer, *, prefix: str = "", judged: bool = True
 ) -> None:
     """Record the optimizer's state: shaped like a parameter, it lies like it."""
-    layouts = layouts_of(model)
+    layouts = parameter_layouts(model)
     for name, parameter in model.named_parameters():
         for key, value in sorted(optimizer.state.get(parameter, {}).items()):
             if isinstance(value, torch.Tensor):

@@ -1,0 +1,107 @@
+"""What a proof is asked for, checked as a whole before anything runs."""
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from shardproof.errors import DegreeError, UsageError
+from shardproof.leaves import check_degree
+from shardproof.prover.case import Case
+from shardproof.scheme import Scheme
+
+
+def checked_degrees(degrees: Any, scheme: Scheme | None) -> tuple[int, ...]:
+    """The degrees once each, lowest first.
+
+    Args:
+        degrees: what was asked for.
+        scheme: whose leaves must serve them; None leaves that to the layers.
+
+    Raises:
+        DegreeError: one that is no whole number, is not positive, or exceeds the leaves.
+        UsageError: there is none, or something else than a list of them.
+    """
+    if not isinstance(degrees, Iterable) or isinstance(degrees, str):
+        raise UsageError(
+            f"degrees={degrees!r} is not a list of degrees. Write for instance degrees=(1, 2)."
+        )
+    ordered = tuple(sorted({_checked_degree(degree) for degree in degrees}))
+    if not ordered:
+        raise UsageError("no degree to prove. Name one or more, such as 1 and 2.")
+    if scheme is not None:
+        for degree in ordered:
+            check_degree(degree, scheme.leaves)
+    return ordered
+
+
+def _checked_degree(degree: Any) -> int:
+    number = _whole_number(degree)
+    if number is None:
+        raise DegreeError(f"degree {degree!r} is not a whole number. Use 1 or more.")
+    if number < 1:
+        raise DegreeError(f"degree {number} is not a positive number. Use 1 or more.")
+    return number
+
+
+def checked_steps(steps: Any) -> int:
+    """How many steps to train.
+
+    Raises:
+        UsageError: not a whole number, or not positive.
+    """
+    number = _whole_number(steps)
+    if number is None or number < 1:
+        raise UsageError(f"steps={steps!r} is not a positive whole number. Use 1 or more.")
+    return number
+
+
+def checked_batch(batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Inputs, always as a tuple, and target.
+
+    Raises:
+        UsageError: not a pair of them, or something in it is not a tensor.
+    """
+    way_out = "Give (inputs, target), inputs being a tensor or a tuple of tensors."
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        length = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise UsageError(f"the batch is a {type(batch).__name__}{length}, not a pair. {way_out}")
+    inputs, target = batch
+    inputs = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    for what, value in [*(("an input", each) for each in inputs), ("the target", target)]:
+        if not isinstance(value, Tensor):
+            raise UsageError(
+                f"{what} of the batch is of type {type(value).__name__}, not a tensor. {way_out}"
+            )
+    return inputs, target
+
+
+def check_cases(cases: Sequence[Case]) -> None:
+    """Raise unless there is something to run, each under its own name, all of it installed.
+
+    Raises:
+        UsageError: no case, a name twice, or an extra that is not installed.
+    """
+    names = [case.name for case in cases]
+    if not names:
+        raise UsageError("no case to prove. Name one or more.")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UsageError(f"case {twice[0]!r} is there twice. Give every case its own name.")
+    for case in cases:
+        if not case.is_installed:
+            raise UsageError(
+                f"case {case.name!r} needs the extra {case.extra!r}, which is not installed. "
+                f"Install shardproof[{case.extra}], or leave the case out."
+            )
+
+
+def _whole_number(value: Any) -> int | None:
+    """`value` as an int if it is one in any spelling (numpy's too), and no bool."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
