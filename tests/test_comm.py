@@ -372,21 +372,33 @@ def test_ranks_that_disagree_all_raise_and_name_both_sides(
         assert BOTH_SIDES[what][1] in second
 
 
-def agreement(axis: Axis) -> str:
+def agreement(axis: Axis) -> list[str]:
     comm.agree({"plan": 1}, axis, what="plans")
-    with pytest.raises(MismatchError) as caught:
-        comm.agree(f"plan {min(axis.rank, 1)}", axis, what="plans")
-    return str(caught.value)
+    rank = min(axis.rank, 1)
+    same = {f"entry {number}": "long" * 100 for number in range(100)}
+    messages = []
+    for value in (
+        {**same, "leaves": rank, "seed": 7},
+        {**same, "leaves": rank, "seed": rank, **({"more": 3} if rank else {})},
+        {**({"less": 4} if not rank else {}), **same, "seed": rank},
+    ):
+        with pytest.raises(MismatchError) as caught:
+            comm.agree(value, axis, what="plans", way_out="Seed alike.")
+        messages.append(str(caught.value))
+    return messages
 
 
 @TOGETHER
-def test_agree_raises_on_all_ranks_and_shows_both_values(
+def test_agree_raises_on_all_ranks_and_shows_the_first_that_differs(
     pool: Pool, degree: int, engine: str
 ) -> None:
-    assert set(pool(degree, engine).run(agreement)) == {
-        "the ranks of axis 'tp' were given different plans: rank 0 has plan 0, rank 1 has "
-        "plan 1. Give every rank the same."
-    }
+    head = "the ranks of axis 'tp' were given different plans: for "
+    for messages in pool(degree, engine).run(agreement):
+        assert messages == [
+            head + "leaves, rank 0 has 0, rank 1 has 1. Seed alike.",
+            head + "leaves, rank 0 has 0, rank 1 has 1; 2 more differ. Seed alike.",
+            head + "less, rank 0 has 4, rank 1 has nothing; 1 more differs. Seed alike.",
+        ]
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,6 @@ def test_wrong_dtype_and_wrong_option_raise() -> None:
 
 
 TWINS: list[tuple[nn.Module, str]] = [
-    (nn.ReLU(), "ReLU()"),
     (nn.Tanh(), "Tanh()"),
     (nn.Sigmoid(), "Sigmoid()"),
     (nn.SiLU(), "SiLU()"),
@@ -243,6 +242,7 @@ def test_twin_has_the_options_of_the_module(module: nn.Module, text: str) -> Non
 @pytest.mark.parametrize(
     "module",
     [
+        nn.ReLU(),
         nn.ReLU(inplace=True),
         nn.SiLU(inplace=True),
         nn.ReLU6(),

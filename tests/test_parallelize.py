@@ -53,7 +53,6 @@ ACTIVATIONS: list[tuple[Callable[[], nn.Module], type[nn.Module]]] = [
     (nn.Sigmoid, activations.Sigmoid),
     (nn.Softplus, activations.Softplus),
     (nn.Tanh, activations.Tanh),
-    (nn.ReLU, activations.ReLU),
 ]
 
 

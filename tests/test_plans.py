@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from gated_model import PLAN, Model
@@ -70,6 +71,7 @@ def refusal(model: nn.Module, styles: Any, axis: Axis | None = None) -> str:
 def tied() -> nn.Module:
     model = Model()
     model.head = nn.Linear(6, 10)
+    nn.init.zeros_(model.head.bias)
     model.head.weight = model.embed.weight
     return model
 
@@ -208,6 +210,13 @@ def different(axis: Axis, what: str) -> str:
         model = Model(width=44)
     if what == "dtype" and first:
         model = model.double()
+    if what == "one dtype":  # the same dtypes on both, the other way round
+        model.get_submodule("head" if first else "embed").double()
+    if what == "module":
+        model.layers[1].act = nn.SiLU() if first else nn.GELU()
+    if what == "weights" and first:
+        with torch.no_grad():
+            model.head.weight[4, 9] += 1
     if what == "frozen" and first:
         model.layers[0].up_proj.requires_grad_(False)
     before = kinds(model)
@@ -218,11 +227,37 @@ def different(axis: Axis, what: str) -> str:
 
 
 SIDES = {
-    "plan": ("ColumnParallel(gather_input=False, gather_output=False)} with", "RowParallel("),
-    "leaves": ("Scheme(leaves=1,", "Scheme(leaves=8,"),
-    "shape": ("'layers.0.up_proj.weight': (44, 10)", "'layers.0.up_proj.weight': (43, 10)"),
-    "dtype": ("torch.float64", "torch.float32"),
-    "frozen": ("frozen: layers.0.up_proj.weight, layers.0.up_proj.bias", "torch.float32. Give"),
+    "plan": (
+        "plans or models: for the order of the plan, rank 0 has ['layers.*.gate_proj', "
+        "'layers.*.up_proj']",
+        "['layers.*.gate_proj', 'layers.*.up_proj', 'layers.*.down_proj']; 1 more differs. Give",
+    ),
+    "leaves": (
+        "plans or models: for the scheme, rank 0 has Scheme(leaves=1,",
+        "Scheme(leaves=8, numerics='invariant', seed=0). Give every rank the same.",
+    ),
+    "shape": (
+        "plans or models: for parameter 'layers.0.gate_proj.weight', rank 0 has (44, 10) float32",
+        "(43, 10) float32; 7 more differ. Give",
+    ),
+    "dtype": (
+        "plans or models: for parameter 'embed.weight', rank 0 has (10, 6) float64",
+        "(10, 6) float32; 14 more differ. Give",
+    ),
+    "one dtype": (
+        "plans or models: for parameter 'embed.weight', rank 0 has (10, 6) float32",
+        "(10, 6) float64; 3 more differ. Give",
+    ),
+    "module": ("plans or models: for module 'layers.1.act', rank 0 has SiLU", "GELU. Give"),
+    "weights": (
+        "different weights: for a sample of 'head.weight', rank 0 has ",
+        ". The ranks' weights differ: seed every rank alike before the model is built (ranks",
+    ),
+    "frozen": (
+        "plans or models: for parameter 'layers.0.up_proj.weight', rank 0 has (43, 10) float32 "
+        "frozen",
+        "(43, 10) float32; 1 more differs. Give",
+    ),
 }
 
 
@@ -233,6 +268,76 @@ def test_different_plans_or_models_raise_on_all_ranks_and_name_both_sides(
 ) -> None:
     for message in pool(degree, engine).run(lambda axis: different(axis, what)):
         first, second = message.split(", rank 1 has ")
-        assert "were given different plans: rank 0 has {" in first
+        assert first.startswith("the ranks of axis 'tp' were given different ")
         assert SIDES[what][0] in first
         assert SIDES[what][1] in second
+        assert len(message) < 400
+
+
+def test_weights_are_compared_whatever_their_size_dtype_and_strides(pool: Pool) -> None:
+    """Large, transposed, one element, none, and dtypes that numpy lacks."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.large = nn.Parameter(torch.arange(30000.0).view(100, 300).t())
+            self.low = nn.Parameter(torch.arange(10.0).bfloat16())
+            self.one = nn.Parameter(torch.tensor(3.0, dtype=torch.float64))
+            self.none = nn.Parameter(torch.empty(0, 4))
+            self.meta = nn.Parameter(torch.empty(2, device="meta"))
+            self.up = nn.Linear(4, 4)
+            nn.init.constant_(self.up.weight, 0.5)
+            nn.init.zeros_(self.up.bias)
+
+    def run(axis: Axis, change: str) -> str:
+        model = Odd()
+        with torch.no_grad():
+            model.get_parameter(change or "one").add_(axis.rank if change else 0)
+        if not change:
+            parallelize(model, {"up": "colwise"}, axis)
+            return ""
+        with pytest.raises(MismatchError) as caught:
+            parallelize(model, {"up": "colwise"}, axis)
+        return str(caught.value)
+
+    for change in ("", "large", "low", "one"):
+        for message in pool(2, "threads").run(lambda axis, c=change: run(axis, c)):
+            assert (f"for a sample of '{change}', rank 0 has" in message) == bool(change)
+
+
+def test_seeds_forgotten_under_a_launcher_are_found(pool: Pool) -> None:
+    """Ranks as processes, each with the weights that its own generator drew."""
+
+    def run(axis: Axis) -> str:
+        torch.manual_seed(axis.rank)
+        model = nn.Sequential(nn.Linear(8, 8))
+        with pytest.raises(MismatchError) as caught:
+            parallelize(model, {"0": "colwise"}, axis)
+        return str(caught.value)
+
+    for message in pool(2, "processes").run(run):
+        assert "The ranks' weights differ" in message
+
+
+@pytest.mark.parametrize(
+    "make", [nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+             nn.FeatureAlphaDropout],
+)  # fmt: skip
+def test_dropout_is_refused_with_invariant_numerics_alone(make: Callable[..., nn.Module]) -> None:
+    """Ranks would hold different activations where all must hold the same."""
+    model = nn.Sequential(nn.Linear(4, 4), make(0.1))
+    assert refusal(model, {"0": "colwise"}).endswith(
+        f"module '1' is {make.__name__}(p=0.1): it draws from the global generator, so that ranks "
+        "would hold different activations where they must be the same. Set p=0 or use "
+        "numerics='native'."
+    )
+    parallelize(model, Plan({"0": "colwise"}, Scheme(numerics="native")), Axis.solo())
+    parallelize(nn.Sequential(nn.Linear(4, 4), make(0.0)), {"0": "colwise"}, Axis.solo())
+
+
+def test_a_hook_on_relu_stays() -> None:
+    """torch's ReLU keeps its bits, and so it is left as it is."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    relu = model[1]
+    relu.register_forward_hook(lambda *_: None)
+    assert parallelize(model, {"0": "colwise"}, Axis.solo())[1] is relu

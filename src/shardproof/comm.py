@@ -227,24 +227,38 @@ def gather(
     return torch.cat([part.reshape(-1) for pieces in own for part in pieces])
 
 
-def agree(value: Any, axis: Axis, *, what: str) -> None:
+def agree(
+    value: Mapping[str, Any],
+    axis: Axis,
+    *,
+    what: str,
+    way_out: str = "Give every rank the same.",
+) -> None:
     """Raise on all ranks unless all have the same `value`.
 
     Args:
-        value: small, picklable, comparable.
+        value: name -> what must be the same; small, picklable, comparable.
         axis: the ranks.
-        what: the thing that must be the same, for the message.
+        what: all of it in a word, for the message.
+        way_out: the end of the message.
 
     Raises:
-        MismatchError: names the first rank that differs from rank 0, and both values.
+        MismatchError: names the first rank that differs from rank 0, the first entry in which it
+            does, and both sides of that.
     """
-    values = axis.transport.gather_objects(value, call=Call("agree", "setup", what))
+    values = axis.transport.gather_objects(dict(value), call=Call("agree", "setup", what))
     for rank, other in enumerate(values):
-        if other != values[0]:
-            raise MismatchError(
-                f"the ranks of axis {axis.name!r} were given different {what}: rank 0 has "
-                f"{values[0]}, rank {rank} has {other}. Give every rank the same."
-            )
+        if other == values[0]:
+            continue
+        names = [*values[0], *(name for name in other if name not in values[0])]
+        differing = [name for name in names if values[0].get(name) != other.get(name)]
+        first, more = differing[0], len(differing) - 1
+        raise MismatchError(
+            f"the ranks of axis {axis.name!r} were given different {what}: for {first}, rank 0 has "
+            f"{values[0].get(first, 'nothing')}, rank {rank} has {other.get(first, 'nothing')}"
+            + (f"; {more} more {'differs' if more == 1 else 'differ'}" if more else "")
+            + f". {way_out}"
+        )
 
 
 def check_degree_of(cut: Cut, axis: Axis, who: str) -> None:

@@ -1,4 +1,7 @@
-"""Modules for the invariant activations: twins of torch's, with the same options."""
+"""Modules for the invariant activations: twins of torch's, with the same options.
+
+None for `nn.ReLU`: it compares and picks, so that torch's own has the same bits however it is cut.
+"""
 
 from collections.abc import Callable
 
@@ -6,14 +9,6 @@ from torch import Tensor, nn
 
 from shardproof.numerics import elementwise
 from shardproof.numerics.elementwise import Approximate
-
-
-class ReLU(nn.Module):
-    """max(x, 0)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(*) -> (*), the placement of `x`."""
-        return elementwise.relu(x)
 
 
 class Tanh(nn.Module):
@@ -98,7 +93,6 @@ def invariant_twin(module: nn.Module) -> nn.Module | None:
 
 
 _TWINS: dict[type[nn.Module], Callable[..., nn.Module]] = {
-    nn.ReLU: lambda _: ReLU(),
     nn.Tanh: lambda _: Tanh(),
     nn.Sigmoid: lambda _: Sigmoid(),
     nn.SiLU: lambda _: SiLU(),

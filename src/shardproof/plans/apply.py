@@ -1,8 +1,10 @@
 """`parallelize`: check the whole plan on all ranks first, change the model second."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from shardproof import comm
 from shardproof.axis import Axis
@@ -15,6 +17,15 @@ from shardproof.plans.match import match
 from shardproof.plans.style import ColumnParallel, Plan, Style
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_DRAWING = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+_SAMPLES = 64  # elements of each parameter that the ranks compare
 
 
 def parallelize(model: nn.Module, plan: Plan | Mapping[str, Style | str], axis: Axis) -> nn.Module:
@@ -25,7 +36,8 @@ def parallelize(model: nn.Module, plan: Plan | Mapping[str, Style | str], axis: 
     ours; calls such as `F.silu` inside a forward cannot be seen, the prover names them.
 
     Args:
-        model: the same on every rank; on the meta device nothing is allocated.
+        model: the same on every rank, weights too, of which a sample is compared; on the meta
+            device nothing is allocated.
         plan: pattern -> style, or a `Plan` with its scheme.
         axis: the ranks.
 
@@ -35,18 +47,25 @@ def parallelize(model: nn.Module, plan: Plan | Mapping[str, Style | str], axis: 
     Raises:
         PlanError: everything that is wrong with the plan, in one message; nothing was changed.
         DegreeError: the degree exceeds the plan's leaves.
-        MismatchError: the ranks were given different plans or models.
+        MismatchError: the ranks were given different plans, models or weights.
     """
     plan = plan if isinstance(plan, Plan) else Plan(plan)
     # First of all: only what every rank has alike may decide whether a rank raises.
-    comm.agree(_digest(plan, model), axis, what="plans")
+    comm.agree(_describe(plan, model), axis, what="plans or models")
+    comm.agree(
+        _sample_weights(model),
+        axis,
+        what="weights",
+        way_out="The ranks' weights differ: seed every rank alike before the model is built (ranks "
+        "as threads share one generator: build it once and copy it), or load the same state.",
+    )
     check_degree(axis.size, plan.scheme.leaves)
     styles, problems = match(plan.styles, model)
     problems += _unfit(styles, model)
     twins = _twins(model) if plan.scheme.is_invariant else {}
     problems += _hooked([*styles, *twins], model)
     if plan.scheme.is_invariant:
-        problems += _in_place(model)
+        problems += _in_place(model) + _drawing(model)
     if problems:
         raise PlanError(
             f"the plan does not fit {type(model).__name__}: "
@@ -60,17 +79,41 @@ def parallelize(model: nn.Module, plan: Plan | Mapping[str, Style | str], axis: 
     return model
 
 
-def _digest(plan: Plan, model: nn.Module) -> str:
-    """What every rank must have alike, in words that a message can show."""
-    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
-    dtypes = sorted({str(value.dtype) for value in model.parameters()})
-    # Where a weight is frozen on one rank only, that rank stays away from collectives.
-    frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
-    entries = dict(plan.styles)
-    return (
-        f"{entries} with {plan.scheme} for {type(model).__name__} {shapes} {', '.join(dtypes)}"
-        + (f" frozen: {', '.join(frozen)}" if frozen else "")
-    )
+def _describe(plan: Plan, model: nn.Module) -> dict[str, object]:
+    """What every rank must have alike, entry by entry."""
+    found: dict[str, object] = {
+        "the order of the plan": list(plan.styles),
+        "the scheme": plan.scheme,
+        **{f"plan entry {pattern!r}": style for pattern, style in plan.styles.items()},
+    }
+    for name, module in model.named_modules(remove_duplicate=False):
+        found[f"module {name!r}" if name else "the model"] = type(module).__name__
+    for name, value in model.named_parameters(remove_duplicate=False):
+        # Where a weight is frozen on one rank only, that rank stays away from collectives.
+        frozen = "" if value.requires_grad else " frozen"
+        dtype = str(value.dtype).removeprefix("torch.")
+        found[f"parameter {name!r}"] = f"{tuple(value.shape)} {dtype}{frozen}"
+    return found
+
+
+def _sample_weights(model: nn.Module) -> dict[str, object]:
+    """A short hash of a few elements of every parameter: enough to tell one draw from another."""
+    return {
+        f"a sample of {name!r}": hashlib.sha256(_sample(value)).hexdigest()[:16]
+        for name, value in model.named_parameters()
+        if not value.is_meta
+    }
+
+
+def _sample(value: Tensor) -> bytes:
+    """Bytes of some evenly spaced elements, whatever the strides; the rest is not touched."""
+    count = min(value.numel(), _SAMPLES)
+    if not count:
+        return b""
+    flat = torch.tensor([place * value.numel() // count for place in range(count)])
+    places = torch.unravel_index(flat.to(value.device), (1, *value.shape))
+    sample = value.detach()[None][places].cpu()
+    return sample.view(torch.uint8).numpy().tobytes()
 
 
 def _unfit(styles: Mapping[str, Style], model: nn.Module) -> list[str]:
@@ -124,6 +167,17 @@ def _in_place(model: nn.Module) -> list[str]:
         "would replace it does not overwrite its input. Use nn.SiLU()."
         for name, module in model.named_modules()
         if type(module) is nn.SiLU and module.inplace
+    ]
+
+
+def _drawing(model: nn.Module) -> list[str]:
+    """Modules that draw while they compute, each rank for itself, one sentence each."""
+    return [
+        f"module {name!r} is {type(module).__name__}(p={module.p}): it draws from the global "
+        "generator, so that ranks would hold different activations where they must be the same. "
+        "Set p=0 or use numerics='native'."
+        for name, module in model.named_modules()
+        if isinstance(module, _DRAWING) and module.p > 0
     ]
 
 
