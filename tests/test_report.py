@@ -9,6 +9,7 @@ from shardproof.cases import find_case
 from shardproof.errors import UsageError
 from shardproof.prover import compare_with, prove_cases
 from shardproof.prover.accuracy import accuracy
+from shardproof.prover.against import ONLY_EARLIER, ONLY_HERE, OTHER_BITS, Difference
 from shardproof.prover.case import Check
 from shardproof.prover.casereport import (
     Agreement,
@@ -216,6 +217,8 @@ def test_the_first_difference_is_in_execution_order():
 
 # Against an earlier report
 
+OTHER_W = Difference("ffn", "w", OTHER_BITS)
+
 
 def test_equal_reports_are_the_same():
     found = compare_with(report(), report().as_dict())
@@ -227,14 +230,33 @@ def test_other_degrees_are_compared_with_each_other():
     earlier = report(case(tensor(sha256={"4": A}))).as_dict()
     assert compare_with(report(), earlier).is_same
     earlier = report(case(tensor(sha256={"4": B}))).as_dict()
-    assert compare_with(report(), earlier).differences == (("ffn", "w"),)
+    assert compare_with(report(), earlier).differences == (OTHER_W,)
 
 
-def test_only_what_both_have_is_compared():
-    earlier = report(case(tensor("other"), tensor()), case(name="more")).as_dict()
-    found = compare_with(report(case(tensor(), tensor("new"))), earlier)
+def test_only_cases_that_both_have_are_compared():
+    earlier = report(case(), case(tensor("other"), name="more")).as_dict()
+    found = compare_with(report(case(tensor("new"), name="less"), case()), earlier)
     assert found.is_same
     assert found.compared == 1
+
+
+def test_a_tensor_that_one_report_lacks_is_a_difference():
+    earlier = report(case(tensor("other"), tensor())).as_dict()
+    found = compare_with(report(case(tensor(), tensor("new"))), earlier)
+    assert found.differences == (
+        Difference("ffn", "new", ONLY_HERE),
+        Difference("ffn", "other", ONLY_EARLIER),
+    )
+    assert found.compared == 3
+
+
+def test_a_native_tensor_that_one_report_lacks_at_a_common_degree_is_a_difference():
+    both = tensor("v", {"1": A, "2": B})
+    mine = report(case(both, tensor(sha256={"1": A, "2": B})), numerics="native")
+    earlier = report(case(both, tensor(sha256={"2": B})), numerics="native").as_dict()
+    assert compare_with(mine, earlier).differences == (OTHER_W,)
+    earlier = report(case(both, tensor(sha256={"3": B})), numerics="native").as_dict()
+    assert compare_with(mine, earlier).differences == (Difference("ffn", "w", ONLY_HERE),)
 
 
 def test_native_reports_are_compared_degree_by_degree():
@@ -242,7 +264,7 @@ def test_native_reports_are_compared_degree_by_degree():
     same = report(case(tensor(sha256={"2": B, "3": A})), numerics="native").as_dict()
     assert compare_with(mine, same).is_same
     other = report(case(tensor(sha256={"2": A})), numerics="native").as_dict()
-    assert compare_with(mine, other).differences == (("ffn", "w"),)
+    assert compare_with(mine, other).differences == (OTHER_W,)
     alone = report(case(tensor(sha256={"8": A})), numerics="native").as_dict()
     with pytest.raises(UsageError, match="at a degree that both have"):
         compare_with(mine, alone)
@@ -266,7 +288,7 @@ def test_a_changed_hash_in_a_file_is_found(document):
     changed = copy.deepcopy(document)
     changed["cases"][1]["tensors"][3]["sha256"]["2"] = B
     name = changed["cases"][1]["tensors"][3]["name"]
-    assert compare_with(document, changed).differences == (("ffn", name),)
+    assert compare_with(document, changed).differences == (Difference("ffn", name, OTHER_BITS),)
 
 
 def test_another_seed_gives_other_hashes():

@@ -59,7 +59,7 @@ def torch_facts() -> dict[str, Any]:
 
 def blas_facts() -> dict[str, Any]:
     """What was asked of the BLAS library, what it answered, and what the self-check found."""
-    state = mode.state()
+    state = mode.set_blas_mode()
     checked = state.took and not state.is_leafwise
     difference = mode.self_check() if checked else None
     return {

@@ -1,5 +1,6 @@
 """`shardproof prove`: run the cases at several degrees and show that the bits are the same."""
 
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -15,11 +16,18 @@ from shardproof.cli.request import DEFAULT_DEGREES, Earlier, Given, Request, che
 from shardproof.cli.show import ranks_text, show_cases, show_report
 from shardproof.leaves import DEFAULT_LEAVES
 from shardproof.prover import DEFAULT_SEED, Report, prove_cases, prove_under_torchrun
+from shardproof.prover.against import ONLY_EARLIER, ONLY_HERE, OTHER_BITS
 from shardproof.prover.proof import Progress
 from shardproof.ranks import ENGINES
 from shardproof.scheme import NUMERICS
 
 Data = dict[str, Any]
+
+_SAID = {
+    OTHER_BITS: "has other bits than in",
+    ONLY_HERE: "is missing from",
+    ONLY_EARLIER: "was not recorded, but is in",
+}
 
 
 @click.command(context_settings=HELP_OPTIONS)
@@ -146,15 +154,16 @@ def against(earlier: Earlier, report: Data) -> Data:
     if found.is_same:
         text = f"all {found.compared} tensors have the same bits as in {earlier.written}."
     else:
-        case, tensor = found.differences[0]
+        first = found.differences[0]
         text = (
-            f"in case {case}, tensor {tensor} is the first that has other bits than in "
-            f"{earlier.written} ({len(found.differences)} of {found.compared} differ)."
+            f"in case {first.case}, tensor {first.tensor} is the first that "
+            f"{_SAID[first.what]} {earlier.written} "
+            f"({len(found.differences)} of {found.compared} differ)."
         )
     return {
         "file": earlier.written,
         "same": found.is_same,
         "compared": found.compared,
-        "differences": [{"case": case, "tensor": tensor} for case, tensor in found.differences],
+        "differences": [asdict(difference) for difference in found.differences],
         "text": text,
     }

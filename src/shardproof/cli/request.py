@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from shardproof import cases as known
 from shardproof.cli import options, torchrun
 from shardproof.cli.json_file import JsonFile, read_report
@@ -12,6 +14,7 @@ from shardproof.errors import UsageError
 from shardproof.leaves import DEFAULT_LEAVES, check_degree
 from shardproof.numerics import mode
 from shardproof.prover import Case, Comparison, compare_with
+from shardproof.prover.contract import coming_contract, threads_of_ranks
 from shardproof.ranks import ENGINES
 from shardproof.scheme import NUMERICS, Scheme
 
@@ -100,7 +103,8 @@ def check(given: Given, environment: Mapping[str, str] = os.environ) -> Request:
         target = JsonFile(given.json_path)
     if is_speaker and given.against is not None:
         earlier = Earlier(given.against, read_report(given.against))
-        earlier.compare(_promise(earlier.report, cases, degrees, scheme))
+        contract = _contract(scheme, degrees, engine, threads) or earlier.report["contract"]
+        earlier.compare(_promise(earlier.report, cases, degrees, scheme, contract))
     if scheme.is_invariant and engine != "processes":  # started processes set their own mode
         mode.require_invariant()
     return Request(
@@ -154,7 +158,20 @@ def _cases(names: Sequence[str]) -> tuple[tuple[Case, ...], tuple[dict[str, str]
     return tuple(asked), ()
 
 
-def _promise(earlier: Data, cases: Sequence[Case], degrees: Sequence[int], scheme: Scheme) -> Data:
+def _contract(
+    scheme: Scheme, degrees: Sequence[int], engine: str, threads: int | None
+) -> str | None:
+    """The contract under which the ranks will run; None if this process cannot know it."""
+    if engine == "processes" and not mode.state().took:
+        return None  # theirs may take where this one's came too late
+    if engine == "torchrun":
+        return coming_contract(scheme, threads or torch.get_num_threads())
+    return coming_contract(scheme, threads_of_ranks(threads, degrees))
+
+
+def _promise(
+    earlier: Data, cases: Sequence[Case], degrees: Sequence[int], scheme: Scheme, contract: str
+) -> Data:
     """What the coming report will have at most in common with an earlier one.
 
     Comparing this with the earlier one before the work finds reports that cannot be compared.
@@ -162,7 +179,7 @@ def _promise(earlier: Data, cases: Sequence[Case], degrees: Sequence[int], schem
     tensors = {case["name"]: case["tensors"] for case in earlier["cases"]}
     unknown = [{"name": "", "sha256": {"": ""}}]
     return {
-        "contract": mode.contract(scheme),
+        "contract": contract,
         "seed": scheme.seed,
         "numerics": scheme.numerics,
         "cases": [
