@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from shardproof.axis import TORCHRUN_VARIABLES, Axis
 from shardproof.engines.base import Ranks
 from shardproof.errors import AxisError
+from shardproof.layers.linear import ColumnParallelLinear
 from shardproof.transport.base import Call
 
 Pool = Callable[[int, str], Ranks]
@@ -60,9 +61,36 @@ def test_unnamed_layers_are_named_by_position_on_their_own_axis() -> None:
     assert second.next_name("linear") == "linear-0"
 
 
+def test_unnamed_layers_on_one_group_are_counted_over_all_its_axes(pool: Pool) -> None:
+    """As where every layer is built on an axis of its own: equal names would draw alike."""
+
+    def work(axis: Axis) -> tuple[list[str], bool]:
+        groups = [dist.new_group([rank]) for rank in range(2)]
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+        alone, pair = groups[dist.get_rank()], dist.new_group([0, 1])
+        names = [
+            make().next_name("linear")
+            for make in (
+                lambda: Axis.from_group(pair),
+                lambda: Axis.from_group(pair),
+                lambda: Axis.from_mesh(mesh["tp"]),
+                lambda: Axis.from_mesh(mesh["tp"]),
+                lambda: Axis.from_group(alone),
+                lambda: Axis.from_group(alone),
+            )
+        ]
+        first, second = (
+            ColumnParallelLinear(4, 4, axis=Axis.from_group(pair)).weight for _ in range(2)
+        )
+        return names, torch.equal(first, second)
+
+    wanted = ["linear-0", "linear-1"] * 3
+    assert pool(2, "processes").run(work) == [(wanted, False)] * 2
+
+
 def test_a_group_becomes_an_axis_in_its_own_order(pool: Pool) -> None:
     def work(axis: Axis) -> tuple[object, ...]:
-        whole = Axis.from_group(dist.group.WORLD, "whole", check=True)
+        whole = Axis.from_group(dist.group.WORLD, name="whole", check=True)
         pair = dist.new_group([0, 2])
         if dist.get_rank() == 1:
             return describe(whole), ranks_on(whole), error_of(lambda: Axis.from_group(pair))
@@ -134,7 +162,7 @@ def test_a_mesh_without_this_rank_is_refused(pool: Pool) -> None:
 
 def test_the_environment_finds_what_is_initialised(pool: Pool) -> None:
     def work(axis: Axis) -> tuple[object, ...]:
-        found = Axis.from_env("tp", check=True)
+        found = Axis.from_env(name="tp", check=True)
         return describe(found), ranks_on(found)
 
     found = pool(2, "processes").run(work)

@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -17,6 +19,12 @@ from shardproof.transport.solo import SoloTransport
 # What torchrun sets for every process, and what torch.distributed needs to meet the others.
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
+# How many unnamed layers stand on a process group: two axes of one group are not to name alike.
+_unnamed_of_group: weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = (
+    weakref.WeakKeyDictionary()
+)
+_lock = threading.Lock()
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -30,7 +38,7 @@ class Axis:
     name: str
     transport: Transport
     _unnamed: Iterator[int] = field(
-        default_factory=itertools.count, init=False, repr=False, compare=False
+        default_factory=itertools.count, repr=False, compare=False, kw_only=True
     )
 
     @classmethod
@@ -39,7 +47,9 @@ class Axis:
         return cls(name, SoloTransport())
 
     @classmethod
-    def from_group(cls, group: dist.ProcessGroup, name: str = "tp", check: bool = False) -> "Axis":
+    def from_group(
+        cls, group: dist.ProcessGroup, *, name: str = "tp", check: bool = False
+    ) -> "Axis":
         """The ranks of a process group of torch.distributed.
 
         Args:
@@ -59,12 +69,14 @@ class Axis:
                 f"Axis.from_group got {_describe(group)}, which is not a process group that this "
                 "process is in. Pass one that it is in, such as torch.distributed.group.WORLD."
             )
+        with _lock:
+            unnamed = _unnamed_of_group.setdefault(group, itertools.count())
         if group.size() == 1:
-            return cls.solo(name)
-        return cls(name, DistributedTransport(group, check=check))
+            return cls(name, SoloTransport(), _unnamed=unnamed)
+        return cls(name, DistributedTransport(group, check=check), _unnamed=unnamed)
 
     @classmethod
-    def from_mesh(cls, mesh: DeviceMesh, check: bool = False) -> "Axis":
+    def from_mesh(cls, mesh: DeviceMesh, *, check: bool = False) -> "Axis":
         """The ranks of a DeviceMesh of one dim, which gives the axis its name ("tp" if unnamed).
 
         Args:
@@ -92,10 +104,10 @@ class Axis:
                 f"global rank {dist.get_rank()} is not in the DeviceMesh of {mesh.size()} ranks "
                 "that Axis.from_mesh got. Call it only on ranks of the mesh."
             )
-        return cls.from_group(mesh.get_group(), names[0] if names else "tp", check)
+        return cls.from_group(mesh.get_group(), name=names[0] if names else "tp", check=check)
 
     @classmethod
-    def from_env(cls, name: str = "tp", check: bool = False) -> "Axis":
+    def from_env(cls, *, name: str = "tp", check: bool = False) -> "Axis":
         """All processes that torchrun started.
 
         Initialises torch.distributed unless that is done: with gloo for tensors on CPUs, and nccl
@@ -115,7 +127,7 @@ class Axis:
         world = dist.group.WORLD
         if world is None:
             raise AxisError("torch.distributed is initialised and has no default process group.")
-        return cls.from_group(world, name, check)
+        return cls.from_group(world, name=name, check=check)
 
     @property
     def size(self) -> int:
@@ -130,7 +142,10 @@ class Axis:
     def next_name(self, kind: str) -> str:
         """A name for a layer that was given none, by its position among those.
 
-        Ranks build their layers in the same order, so the name does not depend on the degree.
+        Counted are the layers on the same process group, over all axes that were made from it (by
+        `from_group`, `from_mesh`, `from_env`); or on the same axis object, if it came in another
+        way: each `Axis.solo()` and each `launch` begins anew. Ranks build their layers in the same
+        order, so the name does not depend on the degree.
         """
         return f"{kind}-{next(self._unnamed)}"
 

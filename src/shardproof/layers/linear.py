@@ -160,12 +160,15 @@ class ColumnParallelLinear(_ParallelLinear):
     ) -> Self:
         """Take this rank's rows of `linear`, which must be the same on every rank.
 
+        Nothing compares the ranks' layers: where they were drawn apart, as without a common seed,
+        the cut layer is put together from several. `parallelize` does compare.
+
         Args:
             linear: the whole layer; frozen weights stay frozen, its training flag is kept.
             axis: the ranks.
             gather_input: the input comes as Shard(-1) and is gathered first.
             gather_output: the output is gathered to Replicate.
-            name: for messages and initialisation.
+            name: for messages and initialisation; see `Axis.next_name` for None.
             scheme: leaves, numerics, seed.
         """
         layer = _like(cls, linear, axis, name, scheme, gather_input=gather_input)
@@ -243,11 +246,14 @@ class RowParallelLinear(_ParallelLinear):
     ) -> Self:
         """Take this rank's columns of `linear`, which must be the same on every rank.
 
+        Nothing compares the ranks' layers: where they were drawn apart, as without a common seed,
+        the cut layer is put together from several. `parallelize` does compare.
+
         Args:
             linear: the whole layer; frozen weights stay frozen, its training flag is kept.
             axis: the ranks.
             input_is_parallel: False if the input comes whole and is to be cut here.
-            name: for messages and initialisation.
+            name: for messages and initialisation; see `Axis.next_name` for None.
             scheme: leaves, numerics, seed.
         """
         layer = _like(cls, linear, axis, name, scheme, input_is_parallel=input_is_parallel)
