@@ -375,7 +375,7 @@ HOLDS: dict[str, Probe] = {
 
 
 def _require_strict(name: str) -> None:
-    state = mode.state()
+    state = mode.set_blas_mode()
     if name.startswith("product") and not state.branch.endswith("-strict"):
         pytest.skip(f"the BLAS mode is {state.branch}: it promises nothing about {name}")
 

@@ -138,7 +138,7 @@ import shardproof, torch
 from shardproof.numerics import mode
 from test_matmul import check_products
 torch.set_num_threads(2)
-print(mode.state().branch)
+print(mode.set_blas_mode().branch)
 print("\\n".join(check_products({dtypes!r}, with_threads={with_threads})))
 """
 
@@ -153,8 +153,8 @@ def found_there(
 
 
 needs_strict = pytest.mark.skipif(
-    not mode.state().branch.endswith("-strict"),
-    reason=f"needs a strict BLAS mode, this process has {mode.state().branch}",
+    not mode.set_blas_mode().branch.endswith("-strict"),
+    reason=f"needs a strict BLAS mode, this process has {mode.set_blas_mode().branch}",
 )
 
 
@@ -184,8 +184,8 @@ def test_fixed_shapes_at_all_degrees_in_this_process() -> None:
 
 
 def test_avx2_keeps_the_bits_too() -> None:
-    if mode.state().branch not in ("avx512-strict", "avx2-strict"):
-        pytest.skip(f"needs MKL on x86, this process has {mode.state().branch}")
+    if mode.set_blas_mode().branch not in ("avx512-strict", "avx2-strict"):
+        pytest.skip(f"needs MKL on x86, this process has {mode.set_blas_mode().branch}")
     branch, found = found_there("avx2", ["fp32", "fp64"], with_threads=True)
     assert branch == "avx2-strict"
     assert found == []

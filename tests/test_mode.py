@@ -19,8 +19,8 @@ TORCH = f"torch={torch.__version__}"
 WIDEST = "avx512" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "avx2"
 
 needs_mkl = pytest.mark.skipif(
-    not mode.state().branch.endswith("-strict"),
-    reason=f"needs MKL in strict mode, this process has {mode.state().branch}",
+    not mode.set_blas_mode().branch.endswith("-strict"),
+    reason=f"needs MKL in strict mode, this process has {mode.set_blas_mode().branch}",
 )
 
 
@@ -59,15 +59,14 @@ class FakeMkl:
 
 def test_this_process_can_promise_bits() -> None:
     """Every other test of bits stands on this one."""
-    state = mode.state()
+    state = mode.set_blas_mode()
     assert state.took, state.problem
-    assert state is mode.set_blas_mode()
     mode.require_invariant()
 
 
 @needs_mkl
 def test_the_mode_that_was_set_is_read_back() -> None:
-    state = mode.state()
+    state = mode.set_blas_mode()
     assert state.return_code == 0
     assert state.read_back == {"avx512-strict": 0x1000C, "avx2-strict": 0x1000A}[state.branch]
     assert not state.is_leafwise
@@ -216,7 +215,7 @@ try:
     found["invariant"] = list(sp.RowParallelLinear(4, 3, axis=axis)(x).shape)
 except sp.errors.NumericsError as error:
     found["error"] = str(error)
-state = mode.state()
+state = mode.set_blas_mode()
 print(json.dumps(found | {"code": state.return_code, "branch": state.branch,
                           "contract": mode.contract(sp.Scheme())}))
 """
@@ -259,7 +258,7 @@ def test_a_started_process_gets_this_process_mode(forget: pytest.MonkeyPatch) ->
 
 @needs_mkl
 def test_the_contract_names_all_that_the_bits_depend_on() -> None:
-    mkl = f"mkl={mode.state().branch}"
+    mkl = f"mkl={mode.set_blas_mode().branch}"
     bf16 = torch.bfloat16
     assert mode.contract(Scheme()) == f"tree-1 leaves=8 {mkl} fp32 {TORCH}"
     assert mode.contract(Scheme(leaves=5), torch.float64) == f"tree-1 leaves=5 {mkl} fp64 {TORCH}"
@@ -277,9 +276,57 @@ def test_the_leafwise_contract_has_the_thread_count(forget: pytest.MonkeyPatch) 
     assert mode.contract(Scheme()) == expected
 
 
+def test_the_contract_of_a_gpu_has_the_switches_that_change_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Big GPU")
+    matmul, gpu = torch.backends.cuda.matmul, torch.device("cuda")
+    head = "tree-1 leaves=8 leafwise gpu=Big-GPU"
+    assert mode.contract(Scheme(), torch.float32, gpu) == f"{head} fp32 {TORCH}"
+    for dtype, short in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+        switch = f"allow_{short}_reduced_precision_reduction"
+        before = getattr(matmul, switch)
+        try:
+            for is_reduced, word in ((True, "reduced"), (False, "fp32")):
+                setattr(matmul, switch, is_reduced)
+                wanted = f"{head} reduction={word} {short} {TORCH}"
+                assert mode.contract(Scheme(), dtype, gpu) == wanted
+        finally:
+            setattr(matmul, switch, before)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_rounded_fp32_products_are_refused_at_the_next_use(precision: str) -> None:
+    layer = ColumnParallelLinear(3, 2, axis=Axis.solo())
+    layer(torch.ones(1, 3))
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with pytest.raises(NumericsError, match=f"products is {precision}, in which.*'highest'"):
+            layer(torch.ones(1, 3))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    layer(torch.ones(1, 3))
+
+
+BY_BACKEND = """
+import torch, shardproof as sp
+layer = sp.ColumnParallelLinear(3, 2, axis=sp.Axis.solo())
+layer(torch.ones(1, 3))
+torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+try:
+    layer(torch.ones(1, 3))
+except sp.errors.NumericsError as error:
+    print(error)
+"""
+
+
+def test_a_precision_set_for_one_backend_is_refused_too() -> None:
+    assert "fp32 products is set backend by backend (fp32_precision)" in run_fresh(BY_BACKEND)
+
+
 def test_only_fp32_and_fp64_on_the_cpu_have_a_strict_mode() -> None:
     cpu = torch.device("cpu")
-    here = mode.state().is_leafwise
+    here = mode.set_blas_mode().is_leafwise
     assert mode.is_leafwise(torch.float32, cpu) == here
     assert mode.is_leafwise(torch.float64, cpu) == here
     assert mode.is_leafwise(torch.float16, cpu)

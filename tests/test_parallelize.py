@@ -183,7 +183,7 @@ def fixed(axis):
     return trained(axis, seed=None)
 
 alone = launch(fixed, degree=1, threads=1)[0]
-print(mode.state().branch)
+print(mode.set_blas_mode().branch)
 print(len(alone))
 for degree in (2, 3, 8):
     for found in launch(fixed, degree=degree, threads=1):

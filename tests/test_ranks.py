@@ -202,9 +202,9 @@ def test_two_axes_live_in_one_process() -> None:
 def test_processes_have_the_launchers_modes_and_their_own_place(pool: Pool) -> None:
     def work(axis: Axis) -> tuple[object, ...]:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
-        return mode.state(), [os.environ[name] for name in names], sys.stdin.read()
+        return mode.set_blas_mode(), [os.environ[name] for name in names], sys.stdin.read()
 
-    state = mode.state()
+    state = mode.set_blas_mode()
     for rank, (branch, place, stdin) in enumerate(pool(2, "processes").run(work)):
         assert (branch.setting, branch.branch, branch.problem) == (
             state.setting,

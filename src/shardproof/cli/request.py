@@ -162,7 +162,7 @@ def _contract(
     scheme: Scheme, degrees: Sequence[int], engine: str, threads: int | None
 ) -> str | None:
     """The contract under which the ranks will run; None if this process cannot know it."""
-    if engine == "processes" and not mode.state().took:
+    if engine == "processes" and not mode.set_blas_mode().took:
         return None  # theirs may take where this one's came too late
     if engine == "torchrun":
         return coming_contract(scheme, threads or torch.get_num_threads())

@@ -70,9 +70,6 @@ def set_blas_mode() -> BlasState:
         return _state
 
 
-state = set_blas_mode
-
-
 def _set(setting: str) -> BlasState:
     if setting not in SETTINGS:
         problem = f"{VARIABLE}={setting!r} is unknown. Use one of: {', '.join(SETTINGS)}."
@@ -138,11 +135,13 @@ def require_invariant() -> None:
     """Raise unless invariant numerics can run in this process.
 
     Raises:
-        NumericsError: the BLAS mode did not take, or the self-check found a difference.
+        NumericsError: the BLAS mode did not take, the self-check found a difference, or torch may
+            round fp32 products to less.
     """
     now = set_blas_mode()
-    if now.problem is not None:
-        raise NumericsError(now.problem)
+    problem = now.problem or _precision_problem()
+    if problem is not None:
+        raise NumericsError(problem)
     if not now.is_leafwise:
         found = self_check()
         if found is not None:
@@ -150,6 +149,21 @@ def require_invariant() -> None:
                 f"the BLAS mode {now.branch} was set, but {found}. Start Python with "
                 f"{VARIABLE}=leafwise, or use numerics='native'."
             )
+
+
+def _precision_problem() -> str | None:
+    """Asked anew each time: anybody may change the switch between two products."""
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch's answer where its older and its newer switches disagree
+        precision = "set backend by backend (fp32_precision)"
+    if precision == "highest":
+        return None
+    return (
+        f"the precision of fp32 products is {precision}, in which a backend may round them to less "
+        "than fp32, differently for a shard and for the whole. Call "
+        "torch.set_float32_matmul_precision('highest'), or use numerics='native'."
+    )
 
 
 @functools.cache
@@ -220,10 +234,22 @@ def contract(
     head = f"{SCHEME_VERSION} leaves={scheme.leaves}"
     if device.type != "cpu":
         name = torch.cuda.get_device_name(device).replace(" ", "-")
-        return f"{head} leafwise gpu={name} {build}"
+        return f"{head} leafwise gpu={name}{_reduction(dtype)} {build}"
     if is_leafwise(dtype, device):
         return f"{head} leafwise threads={torch.get_num_threads()} {build}"
     return f"{head} mkl={set_blas_mode().branch} {build}"
+
+
+def _reduction(dtype: torch.dtype) -> str:
+    """In what a GPU may add up within one low-precision product: a switch that changes bits."""
+    matmul = torch.backends.cuda.matmul
+    if dtype == torch.bfloat16:
+        is_reduced = matmul.allow_bf16_reduced_precision_reduction
+    elif dtype == torch.float16:
+        is_reduced = matmul.allow_fp16_reduced_precision_reduction
+    else:
+        return ""
+    return f" reduction={'reduced' if is_reduced else 'fp32'}"
 
 
 def child_environment() -> dict[str, str]:
