@@ -77,6 +77,11 @@ def test_scheme_refuses_what_it_does_not_know() -> None:
         Scheme(numerics="fast")  # type: ignore[arg-type]
     with pytest.raises(DegreeError, match=r"leaves=0 is not a positive number"):
         Scheme(leaves=0)
+    for leaves in (8.0, "8", True, None):
+        with pytest.raises(UsageError, match=rf"leaves={leaves!r} is not a whole number"):
+            Scheme(leaves=leaves)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"seed=0\.5 is not a whole number. Give an int"):
+        Scheme(seed=0.5)  # type: ignore[arg-type]
 
 
 # -- what the source may not do --------------------------------------------------------------------

@@ -26,6 +26,11 @@ class Scheme:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("leaves", "seed"):
+            value = getattr(self, name)
+            # A bool is an int, and never meant as one here.
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise UsageError(f"{name}={value!r} is not a whole number. Give an int.")
         if self.leaves < 1:
             raise DegreeError(
                 f"leaves={self.leaves} is not a positive number. Use 1 or more (default 8)."
