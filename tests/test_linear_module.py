@@ -275,3 +275,43 @@ def test_a_degree_beyond_the_leaves_is_refused(pool: Pool, cls: type[Layer]) -> 
     for message in pool(3, "threads").run(lambda axis: beyond_the_leaves(axis, cls)):
         assert message.startswith("degree 3 exceeds leaves=2")
         assert "Use leaves=3 or more" in message
+
+
+OPERANDS = [
+    ("x", torch.float64, "x is torch.float64 on cpu, weight is torch.float32 on cpu"),
+    ("weight", torch.bfloat16, "x is torch.float32 on cpu, weight is torch.bfloat16 on cpu"),
+    ("bias", torch.float64, "weight is torch.float32 on cpu, bias is torch.float64 on cpu"),
+]
+
+
+@BOTH
+@pytest.mark.parametrize(("which", "dtype", "text"), OPERANDS, ids=lambda value: str(value))
+def test_operands_of_several_dtypes_are_refused_on_all_ranks(
+    pool: Pool, cls: type[Layer], which: str, dtype: torch.dtype, text: str
+) -> None:
+    """Also on an idle rank, which has nothing to multiply and would wait for the others."""
+
+    def run(axis: Axis) -> str:
+        layer = cls(2, 3, axis=axis, name="down")
+        width = 2 if cls is ColumnParallelLinear else layer.weight.shape[1]
+        x = torch.ones(4, width)
+        if which == "x":
+            x = x.to(dtype)
+        else:
+            parameter = layer.get_parameter(which)
+            parameter.data = parameter.data.to(dtype)
+        with pytest.raises(ShapeError) as caught:
+            layer(x)
+        return str(caught.value)
+
+    for message in pool(3, "threads").run(run):
+        assert message.startswith("down: x is ")
+        assert text in message
+        assert "a linear takes one dtype and one device. Cast the input with" in message
+
+
+@BOTH
+def test_operands_on_several_devices_are_refused(cls: type[Layer]) -> None:
+    layer = cls(2, 3, axis=Axis.solo(), name="down")
+    with pytest.raises(ShapeError, match=r"x is torch.float32 on meta, weight is .* on cpu"):
+        layer(torch.ones(4, 2, device="meta"))

@@ -5,6 +5,7 @@ the gathered input, Korthikanti et al. 2022 (arXiv 2205.05198, section 4.2).
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from shardproof import comm
 from shardproof.axis import Axis
+from shardproof.errors import ShapeError
 from shardproof.leaves import Cut
 from shardproof.numerics import matmul, mode
 from shardproof.numerics.sums import sum_rows
@@ -83,6 +85,9 @@ class LinearSite:
         )
 
 
+Product = Callable[[LinearSite, Tensor, Tensor], Tensor]
+
+
 class _ColumnLinear(torch.autograd.Function):
     """Local product forward; all_reduce (or reduce_scatter) of the input gradient backward.
 
@@ -105,23 +110,15 @@ class _ColumnLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_y: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        site: LinearSite = ctx.site
-        x, weight = ctx.saved_tensors
-        grad_x = grad_weight = grad_bias = None
-        with plain_arithmetic(grad_y.device):
-            if ctx.needs_input_grad[0]:
-                if site.input_cut is None:
-                    grad_x = site.all_reduce(grad_y, weight, "backward")
-                else:
-                    grad_x = site.reduce_scatter(grad_y, weight, site.input_cut)
-            if ctx.needs_input_grad[1]:
-                grad_weight = _rows(site, grad_y.t(), x)
-            if ctx.needs_input_grad[2]:
-                grad_bias = _bias_gradient(site, grad_y)
-        return grad_x, grad_weight, grad_bias, None
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, grad_y, _ColumnLinear.grad_x, _rows)
+
+    @staticmethod
+    def grad_x(site: LinearSite, grad_y: Tensor, weight: Tensor) -> Tensor:
+        """Partial over the axis until it is summed."""
+        if site.input_cut is None:
+            return site.all_reduce(grad_y, weight, "backward")
+        return site.reduce_scatter(grad_y, weight, site.input_cut)
 
 
 class _RowLinear(torch.autograd.Function):
@@ -141,26 +138,30 @@ class _RowLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_y: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        site: LinearSite = ctx.site
-        x, weight = ctx.saved_tensors
-        grad_x = grad_weight = grad_bias = None
-        with plain_arithmetic(grad_y.device):
-            if ctx.needs_input_grad[0]:
-                grad_x = _columns(site, grad_y, weight)
-            if ctx.needs_input_grad[1]:
-                grad_weight = _columns(site, grad_y.t(), x)
-            if ctx.needs_input_grad[2]:
-                grad_bias = _bias_gradient(site, grad_y)
-        return grad_x, grad_weight, grad_bias, None
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, grad_y, _columns, _columns)
 
 
 def _save(ctx: Any, x: Tensor, weight: Tensor) -> None:
     """Keep for backward what it will need: under a frozen weight, no input."""
     needs_x, needs_weight = ctx.needs_input_grad[:2]
     ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+
+
+def _backward(
+    ctx: Any, grad_y: Tensor, grad_x_of: Product, grad_weight_of: Product
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight and bias, each only if it is asked for; None for the site."""
+    site: LinearSite = ctx.site
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    with plain_arithmetic(grad_y.device):
+        return (
+            grad_x_of(site, grad_y, weight) if needs_x else None,
+            grad_weight_of(site, grad_y.t(), x) if needs_weight else None,
+            _bias_gradient(site, grad_y) if needs_bias else None,
+            None,
+        )
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -180,9 +181,14 @@ def _bias_gradient(site: LinearSite, grad_y: Tensor) -> Tensor:
     return sum_rows(grad_y) if site.scheme.is_invariant else grad_y.sum(0)
 
 
+def _is_autocast(device: torch.device) -> bool:
+    # There is none for meta tensors, and torch raises where it is asked.
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def plain_arithmetic(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """No autocast inside: what is to be cast has been cast where the function was called."""
-    if torch.is_autocast_enabled(device.type):
+    if _is_autocast(device):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
@@ -190,11 +196,31 @@ def plain_arithmetic(device: torch.device) -> contextlib.AbstractContextManager[
 def _cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """What autocast does to the operands of a linear, done where autograd sees it."""
     device = next(x.device for x in tensors if x is not None)
-    if not torch.is_autocast_enabled(device.type):
+    if not _is_autocast(device):
         return tensors
     dtype = torch.get_autocast_dtype(device.type)
     narrow = (torch.float32, torch.bfloat16, torch.float16)
     return tuple(x.to(dtype) if x is not None and x.dtype in narrow else x for x in tensors)
+
+
+def _check_alike(x: Tensor, weight: Tensor, bias: Tensor | None, who: str) -> None:
+    """Raise before anything is sent unless the operands have one dtype and one device.
+
+    On all ranks alike: torch itself would raise on those alone that have something to multiply.
+    """
+    others = (weight,) if bias is None else (weight, bias)
+    if all(other.dtype == x.dtype and other.device == x.device for other in others):
+        return
+    named = {"x": x, "weight": weight, "bias": bias}
+    given = ", ".join(
+        f"{name} is {value.dtype} on {value.device}"
+        for name, value in named.items()
+        if value is not None
+    )
+    raise ShapeError(
+        f"{who}: {given}, and a linear takes one dtype and one device. Cast the input with "
+        "x.to(layer.weight), or the layer with layer.to(x), or use torch.autocast."
+    )
 
 
 def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
@@ -209,6 +235,7 @@ def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSi
         (*, owned out_features), Shard(-1); its gradient is expected to be Shard(-1).
     Raises:
         NumericsError: numerics are invariant and this process cannot promise them.
+        ShapeError: x, weight and bias are of several dtypes or on several devices.
     Comm:
         forward none; backward one all_reduce of grad_x (*, in_features).
         site.input_cut: forward one all_gather of x (*, in_features); backward one reduce_scatter
@@ -217,6 +244,7 @@ def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSi
     if site.scheme.is_invariant:
         mode.require_invariant()
     x, weight, bias = _cast(x, weight, bias)  # type: ignore[assignment]
+    _check_alike(x, weight, bias, site.who or "column_linear")
     with plain_arithmetic(x.device):
         # Reshaped out here, by autograd: into a view that a Function makes nobody may write.
         y = _ColumnLinear.apply(_as_rows(x), weight, bias, site)
@@ -235,12 +263,14 @@ def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite)
         (*, out_features), Replicate; its gradient is expected to be Replicate.
     Raises:
         NumericsError: numerics are invariant and this process cannot promise them.
+        ShapeError: x, weight and bias are of several dtypes or on several devices.
     Comm:
         forward one all_reduce of y (*, out_features); backward none.
     """
     if site.scheme.is_invariant:
         mode.require_invariant()
     x, weight, bias = _cast(x, weight, bias)  # type: ignore[assignment]
+    _check_alike(x, weight, bias, site.who or "row_linear")
     with plain_arithmetic(x.device):
         # Reshaped out here, by autograd: into a view that a Function makes nobody may write.
         y = _RowLinear.apply(_as_rows(x), weight, bias, site)
