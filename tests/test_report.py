@@ -323,3 +323,28 @@ def test_accuracy_counts_an_error_where_torch_has_none():
     found = accuracy(report(case(tensor(fp64=Errors(1e-9, 0.0)))).as_dict())
     assert found.median == math.inf
     assert accuracy(report().as_dict(), cases=["other"]).median is None
+
+
+def test_a_report_prints_a_line_for_each_case_and_for_what_is_wrong():
+    tensors = tensor("first"), tensor("second", {"1": A, "2": A, "3": B}), disagreeing("third")
+    lines = str(report(case(), case(*tensors, name="bad"))).splitlines()
+
+    assert lines[0].endswith("proved, 1 tensors, degrees 1, 2, 3")
+    assert lines[1] == "bad: NOT PROVED, 3 tensors, degrees 1, 2, 3"
+    assert (
+        lines[2]
+        == "  second: the bits differ (degree and hash: 1 aaaaaaaa, 2 aaaaaaaa, 3 bbbbbbbb)"
+    )
+    assert lines[3] == "  third: does not agree with plain PyTorch (largest difference 0.5)"
+    assert lines[-1].startswith("Not proved: in case bad, tensor second")
+    assert repr(report(case())).startswith("<Report: Proved for 1 case")
+
+
+def test_a_report_says_when_creation_was_not_audited():
+    whole, partial = report(case()), report(case(), audits_creation=False)
+
+    assert "covers creation, forward" in whole.as_dict()["notes"][1]
+    assert "covers forward, backward" in partial.as_dict()["notes"][1]
+    assert partial.verdict() == (
+        f"{whole.verdict()} The memory audit leaves creation out, as it was asked to."
+    )

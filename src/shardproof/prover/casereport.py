@@ -76,6 +76,18 @@ class TensorReport:
             return False
         return self.fp64.ours > FAR and self.fp64.torch < NEAR
 
+    def faults(self) -> list[str]:
+        """What is wrong with it, a sentence each; none if it is as it must be."""
+        found = []
+        if not self.identical:
+            hashes = ", ".join(f"{degree} {sha[:8]}" for degree, sha in self.sha256.items())
+            found.append(f"{self.name}: the bits differ (degree and hash: {hashes})")
+        if not self.agrees:
+            apart = self.torch.max_abs_diff if self.torch is not None else None
+            size = "" if apart is None else f" (largest difference {apart:.3g})"
+            found.append(f"{self.name}: does not agree with plain PyTorch{size}")
+        return found + [f"{self.name}: {finding}" for finding in self.findings]
+
     def differing_degrees(self) -> tuple[str, str] | None:
         """The first degree, and the first after it at which the hash is another one."""
         first, *others = self.sha256 or ("",)

@@ -106,6 +106,9 @@ class Session:
             seed=scheme.seed if self.seed is None else self.seed,
             contract=contract,
             skipped=tuple(self.skipped),
+            audits_creation=all(
+                getattr(case.work, "measures_creation", True) for case in self.cases
+            ),
         )
 
 

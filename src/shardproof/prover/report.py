@@ -11,12 +11,15 @@ from typing import Any
 from shardproof.prover.casereport import CaseReport
 from shardproof.prover.verdict import verdict
 
-NOTES = (
+_REFERENCE = (
     "The reference ran in plain PyTorch before the ranks, outside of them, and is exempt from the "
-    "memory rule.",
-    "The memory audit covers creation, forward, backward and update; the recorder's own work "
-    "(hashing and comparing, in blocks of at most a rank's share) is outside of it.",
+    "memory rule."
 )
+_AUDIT = (
+    "The memory audit covers {phases}; the recorder's own work (hashing and comparing, in blocks "
+    "of at most a rank's share) is outside of it."
+)
+_NO_CREATION = "The memory audit leaves creation out, as it was asked to."
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Report:
         numerics, leaves, seed: of the scheme.
         contract: everything the bits depend on.
         skipped: cases that lack their extra: name and extra.
+        audits_creation: the memory audit covers the making of every model.
     """
 
     cases: tuple[CaseReport, ...]
@@ -42,6 +46,7 @@ class Report:
     seed: int
     contract: str
     skipped: tuple[Mapping[str, str], ...] = ()
+    audits_creation: bool = True
 
     @property
     def proved(self) -> bool:
@@ -60,7 +65,26 @@ class Report:
 
     def verdict(self) -> str:
         """One plain sentence: what was proved, or the first thing that keeps it from being so."""
-        return verdict(self.cases, self.degrees)
+        sentence = verdict(self.cases, self.degrees)
+        return sentence if self.audits_creation else f"{sentence} {_NO_CREATION}"
+
+    def __str__(self) -> str:
+        """A line for each case, one for each tensor that is not as it must be, and the verdict."""
+        lines = []
+        for case in self.cases:
+            degrees = ", ".join(map(str, case.degrees))
+            answer = "proved" if case.proved else "NOT PROVED"
+            lines.append(f"{case.name}: {answer}, {len(case.tensors)} tensors, degrees {degrees}")
+            lines += [f"  {line}" for tensor in case.tensors for line in tensor.faults()]
+        return "\n".join([*lines, f"contract: {self.contract}", self.verdict()])
+
+    def __repr__(self) -> str:
+        return f"<Report: {self.verdict()}>"
+
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know of how it was measured."""
+        creation = "creation, " if self.audits_creation else ""
+        return _REFERENCE, _AUDIT.format(phases=f"{creation}forward, backward and update")
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON document."""
@@ -76,6 +100,6 @@ class Report:
             "skipped": [dict(case) for case in self.skipped],
             "seed": self.seed,
             "degrees": list(self.degrees),
-            "notes": list(NOTES),
+            "notes": list(self.notes()),
             "cases": [case.as_dict() for case in self.cases],
         }
