@@ -15,7 +15,7 @@ from shardproof import __version__
 from shardproof.cases import all_cases
 from shardproof.cli import progress as progress_module
 from shardproof.cli import prove as prove_command
-from shardproof.cli import torchrun
+from shardproof.cli import request, torchrun
 from shardproof.cli.main import main
 from shardproof.cli.output import PlainConsole
 from shardproof.numerics import mode
@@ -136,7 +136,9 @@ def test_a_difference_from_an_earlier_report_is_exit_1_and_named(
     assert result.exit_code == 1
     written = json.loads(out.read_text())
     assert written["proved"] is True
-    assert written["against"]["differences"] == [{"case": "ffn", "tensor": "up.weight.grad"}]
+    assert written["against"]["differences"] == [
+        {"case": "ffn", "tensor": "up.weight.grad", "what": "other bits"}
+    ]
     compared = written["against"]["compared"]
     assert result.stdout.splitlines()[-1] == (
         f"Not proved: in case ffn, tensor up.weight.grad is the first that has other bits than in "
@@ -144,27 +146,76 @@ def test_a_difference_from_an_earlier_report_is_exit_1_and_named(
     )
 
 
-def test_nothing_in_common_after_the_work_still_leaves_the_report(
-    proof: Proof, tmp_path: Path
+@pytest.mark.parametrize(
+    ("renamed", "differences", "said"),
+    [
+        ("up.weight.grad", ["not in the earlier report", "only in the earlier report"],
+         "tensor up.weight.grad is the first that is missing from {} (2 of {} differ)."),
+        (None, ["only in the earlier report"],
+         "tensor gone is the first that was not recorded, but is in {} (1 of {} differ)."),
+    ],
+)  # fmt: skip
+def test_a_tensor_that_one_report_lacks_is_exit_1_and_named(
+    proof: Proof, tmp_path: Path, renamed: str | None, differences: list[str], said: str
 ) -> None:
     _, report, _ = proof
     changed = json.loads(json.dumps(report))
-    for tensor in changed["cases"][1]["tensors"]:
-        tensor["name"] = f"other {tensor['name']}"
+    tensors = changed["cases"][1]["tensors"]
+    if renamed is None:
+        tensors.append(tensors[-1] | {"name": "gone"})
+    for tensor in tensors:
+        tensor["name"] = "gone" if tensor["name"] == renamed else tensor["name"]
     path, out = tmp_path / "changed.json", tmp_path / "out.json"
     path.write_text(json.dumps(changed))
-    options = ("--case", "ffn", "--degrees", "1,2")
-    result = prove(*options, "--against", str(path), "--json", str(out))
+
+    result = prove(*SMALL, "--against", str(path), "--json", str(out))
+
+    assert result.exit_code == 1
+    found = json.loads(out.read_text())["against"]
+    assert [difference["what"] for difference in found["differences"]] == differences
+    last = result.stdout.splitlines()[-1]
+    assert last == f"Not proved: in case ffn, {said.format(path, found['compared'])}"
+
+
+def test_another_contract_after_the_work_still_leaves_the_report(
+    proof: Proof, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, report, _ = proof
+    path, out = tmp_path / "changed.json", tmp_path / "out.json"
+    path.write_text(json.dumps(report | {"contract": "tree-1 leafwise threads=7"}))
+    # As if the ranks came to run under another contract than was foreseen.
+    monkeypatch.setattr(request, "coming_contract", lambda *_: "tree-1 leafwise threads=7")
+    result = prove(*SMALL, "--against", str(path), "--json", str(out))
     assert result.exit_code == 2
-    assert f"error: --against {path}: the earlier report has nothing in common" in result.stderr
+    assert f"error: --against {path}: the earlier report cannot be compared: its contract is " in (
+        result.stderr
+    )
     assert json.loads(out.read_text())["proved"] is True
 
 
-def test_native_numerics_are_not_proved_and_say_where() -> None:
-    result = prove("--case", "ffn", "--degrees", "1,2,3", "--numerics", "native")
+def test_two_threads_give_the_bits_of_one(tmp_path: Path) -> None:
+    names = ("matmul-row", "matmul-column", "ffn", "mlp-gathered")
+    options = [part for name in names for part in ("--case", name)] + ["--degrees", "1,2,3"]
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    first = prove(*options, "--threads", "1", "--json", str(one))
+    assert first.exit_code == 0, first.output
+    second = prove(*options, "--threads", "2", "--against", str(one), "--json", str(two))
+    assert second.exit_code == 0, second.output
+    report = json.loads(two.read_text())
+    assert report["against"]["compared"] == sum(len(case["tensors"]) for case in report["cases"])
+
+
+def test_native_numerics_agree_with_torch_and_are_not_proved(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    result = prove(
+        "--numerics", "native", "--case", "linear-row", "--degrees", "1,2,3", "--json", str(out)
+    )
     assert result.exit_code == 1
+    report = json.loads(out.read_text())
+    assert (report["identical"], report["agrees_with_torch"]) == (False, True)
+    assert all(tensor["agrees"] for tensor in report["cases"][0]["tensors"])
     last = result.stdout.splitlines()[-1]
-    assert last.startswith("Not proved: in case ffn, tensor ")
+    assert last.startswith("Not proved: in case linear-row, tensor ")
     assert "NO" in result.stdout
 
 
@@ -275,13 +326,16 @@ def torchrun_prove(ranks: int, *arguments: str) -> subprocess.CompletedProcess[s
     )  # fmt: skip
 
 
-def test_torchruns_ranks_give_the_same_bits_and_rank_0_speaks(proof: Proof, tmp_path: Path) -> None:
-    _, _, path = proof
-    out = tmp_path / "report.json"
-    done = torchrun_prove(2, "--case", "ffn", "--against", str(path), "--json", str(out))
+def test_torchruns_ranks_give_the_same_bits_and_rank_0_speaks(tmp_path: Path) -> None:
+    path, out = tmp_path / "threads.json", tmp_path / "report.json"
+    cases = ("--case", "ffn", "--case", "linear-row")
+    threads = prove(*cases, "--degrees", "2", "--json", str(path))
+    assert threads.exit_code == 0, threads.output
+    done = torchrun_prove(3, *cases, "--against", str(path), "--json", str(out))
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
-    assert (report["engine"], report["degrees"], report["proved"]) == ("torchrun", [1, 2], True)
+    assert (report["engine"], report["degrees"], report["proved"]) == ("torchrun", [1, 3], True)
     assert report["against"]["same"] is True
+    assert report["against"]["compared"] == sum(len(case["tensors"]) for case in report["cases"])
     assert done.stdout.count("== ffn") == 1
     assert done.stdout.splitlines()[-1].endswith("Ranks: torchrun over gloo.")
