@@ -232,8 +232,10 @@ def wrong_widths(axis: Axis) -> list[str]:
     row = {"axis": axis, "name": "layers.0.down"}
     return [
         message(ColumnParallelLinear(12, 16, **column), 2, 13),
+        message(ColumnParallelLinear(12, 16, **column), 2, 4),
         message(ColumnParallelLinear(12, 16, gather_input=True, **column), 2, 12),
         message(RowParallelLinear(16, 12, **row), 2, 16),
+        message(RowParallelLinear(16, 12, **row), 2, 7),
         message(RowParallelLinear(16, 12, input_is_parallel=False, **row), 3, 8),
         message(RowParallelLinear(16, 12, **row)),
     ]
@@ -241,19 +243,25 @@ def wrong_widths(axis: Axis) -> list[str]:
 
 def test_a_wrong_width_names_the_layer_both_numbers_and_the_global_sizes(pool: Pool) -> None:
     part = "of which rank 1 of 2 on axis 'tp' owns"
+    last = "Sizes of a layer are global; check what the layer before hands on."
     up = "'layers.0.up' (ColumnParallelLinear, in_features=12, out_features=16) takes an input "
     down = "'layers.0.down' (RowParallelLinear, in_features=16, out_features=12) takes an input "
     found = pool(2, "threads").run(wrong_widths)[1]
     wanted = [
-        f"{up}whose last dim is in_features=12; got shape (2, 13).",
-        f"{up}whose last dim is in_features=12 {part} 4; got shape (2, 12).",
-        f"{down}whose last dim is in_features=16 {part} 8; got shape (2, 16).",
-        f"{down}whose last dim is in_features=16; got shape (3, 8).",
-        f"{down}whose last dim is in_features=16 {part} 8; got shape ().",
+        f"{up}whose last dim is in_features=12; got shape (2, 13). {last}",
+        f"{up}whose last dim is in_features=12; got shape (2, 4). 4 is this rank's shard of it: "
+        "use gather_input=True or RowParallelLinear here, or gather_output=True in the layer "
+        "before.",
+        f"{up}whose last dim is in_features=12 {part} 4; got shape (2, 12). This input is whole: "
+        "use gather_input=False here.",
+        f"{down}whose last dim is in_features=16 {part} 8; got shape (2, 16). This input is "
+        "whole: use input_is_parallel=False here, or ColumnParallelLinear before it.",
+        f"{down}whose last dim is in_features=16 {part} 8; got shape (2, 7). {last}",
+        f"{down}whose last dim is in_features=16; got shape (3, 8). 8 is this rank's shard of it: "
+        "use input_is_parallel=True here.",
+        f"{down}whose last dim is in_features=16 {part} 8; got shape (). {last}",
     ]
-    for message, start in zip(found, wanted, strict=True):
-        assert message.startswith(start)
-        assert message.endswith("check what the layer before hands on.")
+    assert found == wanted
 
 
 @BOTH

@@ -20,6 +20,8 @@ class _ParallelLinear(ShardedModule):
     bias: nn.Parameter | None
     _weight_dim: int
     _bias_dim: int | None
+    _if_shard: str  # what to do if the input is a shard and should be whole
+    _if_whole: str  # and the other way round
 
     def __init__(
         self,
@@ -85,8 +87,18 @@ class _ParallelLinear(ShardedModule):
             f"{self.name!r} ({type(self).__name__}, in_features={self.in_features}, "
             f"out_features={self.out_features}) takes an input whose last dim is "
             f"in_features={self.in_features}{part}; got shape {tuple(x.shape)}. "
-            "Sizes of a layer are global; check what the layer before hands on."
+            f"{self._advice(x, width)}"
         )
+
+    def _advice(self, x: Tensor, width: int) -> str:
+        """What is most likely wrong with an input of that width."""
+        got = x.shape[-1] if x.dim() else 0
+        owned = len(self._cut(self.in_features).owned(self.axis.rank))
+        if width == self.in_features and got == owned:
+            return f"{got} is this rank's shard of it: use {self._if_shard}."
+        if width == owned and got == self.in_features:
+            return f"This input is whole: use {self._if_whole}."
+        return "Sizes of a layer are global; check what the layer before hands on."
 
     def extra_repr(self) -> str:
         """Global sizes, and which rank of which axis this is."""
@@ -116,6 +128,10 @@ class ColumnParallelLinear(_ParallelLinear):
 
     _weight_dim = 0
     _bias_dim = 0
+    _if_shard = (
+        "gather_input=True or RowParallelLinear here, or gather_output=True in the layer before"
+    )
+    _if_whole = "gather_input=False here"
 
     def __init__(
         self,
@@ -207,6 +223,8 @@ class RowParallelLinear(_ParallelLinear):
 
     _weight_dim = 1
     _bias_dim = None
+    _if_shard = "input_is_parallel=True here"
+    _if_whole = "input_is_parallel=False here, or ColumnParallelLinear before it"
 
     def __init__(
         self,
