@@ -1,6 +1,7 @@
 """Under which contract a report speaks: what the layers and the ranks were, not what was hoped."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,23 +90,29 @@ def test_ranks_have_as_many_threads_at_every_degree() -> None:
     assert threads_of_ranks(None, (1, 64)) == 1
 
 
-def test_leafwise_products_are_reported_with_the_threads_of_the_ranks() -> None:
-    code = """
-        import torch
+def test_leafwise_products_are_reported_with_the_threads_of_the_ranks(tmp_path: Path) -> None:
+    """Under another number of threads a report is refused, before the work, and only then."""
+    code = f"""
+        from click.testing import CliRunner
+        from shardproof.cli.main import main
         from shardproof.cases import find_case
         from shardproof.prover import prove_cases
-        from shardproof.prover.contract import coming_contract
-        from shardproof.scheme import Scheme
 
+        def run(*arguments):
+            command = ["prove", "--case", "ffn", "--degrees", "1,2", *arguments]
+            result = CliRunner().invoke(main, command)
+            return result.exit_code, "[0/3]" in result.stderr
+
+        path = {str(tmp_path / "report.json")!r}
         report = prove_cases([find_case("ffn")], degrees=(1, 2), threads=3)
-        print(report.proved, report.contract == coming_contract(Scheme(), 3), report.contract)
+        print(report.proved, report.contract)
         print(prove_cases([find_case("ffn")], degrees=(1, 2)).proved)
+        print(run("--threads", "3", "--json", path))
+        print(run("--threads", "3", "--against", path), run("--threads", "2", "--against", path))
         """
-    explicit, default = run_fresh(
-        code, SHARDPROOF_BLAS="leafwise", OMP_NUM_THREADS="2"
-    ).splitlines()
-    assert explicit.startswith("True True tree-1 leaves=8 leafwise threads=3 fp32 ")
-    assert default == "True"
+    lines = run_fresh(code, SHARDPROOF_BLAS="leafwise", OMP_NUM_THREADS="2").splitlines()
+    assert lines[0].startswith("True tree-1 leaves=8 leafwise threads=3 fp32 ")
+    assert lines[1:] == ["True", "(0, True)", "(0, True) (2, False)"]
 
 
 def test_a_case_without_a_cut_module_has_the_contract_of_its_scheme() -> None:

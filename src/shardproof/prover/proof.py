@@ -209,9 +209,7 @@ def prove(
         True
     """
     degrees = checked_degrees(degrees, scheme)
-    if optimizer is not None:
-        # A fused one is an error before any run.
-        make_optimizer(optimizer, nn.Linear(1, 1, device="meta").to_empty(device="cpu"))
+    _check_optimizer(optimizer)
     work = Training(
         functools.partial(_build, build),
         functools.partial(_given, *checked_batch(batch)),
@@ -220,10 +218,16 @@ def prove(
         checked_steps(steps),
         measures_creation=audit_creation,
     )
-    case = Case(name, "a model given to prove()", work)
+    cases = [Case(name, "a model given to prove()", work)]
     return prove_cases(
-        [case], degrees=degrees, engine=engine, threads=threads, scheme=scheme, seed=None
+        cases, degrees=degrees, engine=engine, threads=threads, scheme=scheme, seed=None
     )
+
+
+def _check_optimizer(make: MakeOptimizer | None) -> None:
+    """Refuse a fused one before any run."""
+    if make is not None:
+        make_optimizer(make, nn.Linear(1, 1, device="meta").to_empty(device="cpu"))
 
 
 class Teller:
