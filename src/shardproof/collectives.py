@@ -27,7 +27,7 @@ from shardproof.axis import Axis
 from shardproof.errors import ShapeError, UsageError
 from shardproof.leaves import Cut
 from shardproof.numerics.matmul import node_dtype
-from shardproof.tree import Node, combine, nodes_of_run
+from shardproof.tree import Node, add_tensors, combine, nodes_of_run
 
 GatherGradient = Literal["replicate", "partial"]
 
@@ -89,13 +89,9 @@ class _Site:
         return self.cut
 
 
-def _add(left: Tensor, right: Tensor, is_fresh: bool) -> Tensor:
-    return left.add_(right) if is_fresh else left + right
-
-
 def _node_sum(node: Node, leaves: dict[Node, Tensor]) -> Tensor:
     """A tensor of our own, also where the node is one leaf: the caller may still write that."""
-    total = combine(node, leaves, _add)
+    total = combine(node, leaves, add_tensors)
     return total.clone() if node in leaves else total
 
 

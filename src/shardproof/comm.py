@@ -21,7 +21,7 @@ from shardproof.errors import MismatchError, ShapeError
 from shardproof.leaves import Cut, share
 from shardproof.numerics.matmul import node_dtype
 from shardproof.transport.base import Call
-from shardproof.tree import Node, combine, nodes_of_run
+from shardproof.tree import Node, add_tensors, combine, nodes_of_run
 
 Pieces = Callable[[Tensor, int], Tensor]  # (tensor, rank) -> the 1-D contiguous part for that rank
 
@@ -42,6 +42,8 @@ def all_gather(
         (*, cut.size, *), Replicate, a new tensor.
     Raises:
         ShapeError: `x` is not what this rank owns.
+    Comm:
+        `direction` one all_gather of (*, cut.size, *).
     """
     dim = check_part(x, axis, dim=dim, cut=cut, is_whole=False, who=who or "all_gather")
     if axis.size == 1:
@@ -72,6 +74,8 @@ def all_reduce(x: Tensor, axis: Axis, *, direction: str, who: str = "") -> Tenso
         who: the layer that asks, for messages.
     Returns:
         (*), Replicate, a new tensor; its bits depend on the degree.
+    Comm:
+        `direction` one all_reduce of (*).
     """
     if axis.size == 1:
         return x.clone(memory_format=torch.contiguous_format)
@@ -97,6 +101,8 @@ def reduce_scatter(
         (*, owned, *), Shard(dim), a new tensor; its bits depend on the degree.
     Raises:
         ShapeError: `x` is not whole along `dim`.
+    Comm:
+        `direction` one reduce_scatter of (*, cut.size, *).
     """
     dim = check_part(x, axis, dim=dim, cut=cut, is_whole=True, who=who or "reduce_scatter")
     if axis.size == 1:
@@ -135,11 +141,13 @@ def all_reduce_nodes(
         who: the layer that asks, for messages.
     Returns:
         `shape`, Replicate, in `like`'s dtype: rounded once, after the last addition.
+    Comm:
+        `direction` one all_reduce of (shape).
     """
     check_degree_of(cut, axis, who or "all_reduce")
     root = (0, cut.num_leaves)
     if axis.size == 1:
-        return combine(root, nodes, _add).to(like.dtype)
+        return combine(root, nodes, add_tensors).to(like.dtype)
     call = Call("all_reduce", direction, who, tuple(shape), like.dtype, _describe(cut))
     bounds = share(_numel(shape), axis.size)
 
@@ -148,7 +156,7 @@ def all_reduce_nodes(
 
     wide = like.new_empty(0, dtype=node_dtype(like.dtype))
     parts, sent = _swap(nodes, _owners(cut), axis, piece, like=wide, call=call)
-    mine = combine(root, parts, _add).to(like.dtype)
+    mine = combine(root, parts, add_tensors).to(like.dtype)
     y = like.new_empty(tuple(shape))
     axis.transport.all_gather(mine, y.view(-1), [len(bound) for bound in bounds], call=call)
     _count(axis, call, _bytes(y), sent + (axis.size - 1) * _bytes(mine))
@@ -181,20 +189,22 @@ def reduce_scatter_nodes(
         who: the layer that asks, for messages.
     Returns:
         (*, owned, *), Shard(dim), in `like`'s dtype.
+    Comm:
+        `direction` one reduce_scatter of (shape).
     """
     check_degree_of(cut, axis, who or "reduce_scatter")
     check_degree_of(dim_cut, axis, who or "reduce_scatter")
     root = (0, cut.num_leaves)
     local = _part_shape(shape, dim, dim_cut, axis.rank)
     if axis.size == 1:
-        return combine(root, nodes, _add).to(like.dtype)
+        return combine(root, nodes, add_tensors).to(like.dtype)
     detail = f"{_describe(cut)} to {_describe(dim_cut, dim)}"
     call = Call("reduce_scatter", direction, who, tuple(shape), like.dtype, detail)
     piece = _owned_parts(dim, dim_cut)
     wide = like.new_empty(0, dtype=node_dtype(like.dtype))
     parts, sent = _swap(nodes, _owners(cut), axis, piece, like=wide, call=call)
     _count(axis, call, _numel(shape) * like.element_size(), sent)
-    mine = combine(root, parts, _add).to(like.dtype)
+    mine = combine(root, parts, add_tensors).to(like.dtype)
     return (mine.clone() if root in parts else mine).resize_(local)
 
 
@@ -212,6 +222,8 @@ def gather(
         who: who asks, for messages.
     Returns:
         (sum(sizes),) on `dst`, a new tensor; None elsewhere.
+    Comm:
+        `direction` one gather of (sum of sizes).
     """
     if axis.size == 1:
         return x.clone(memory_format=torch.contiguous_format)
@@ -245,6 +257,9 @@ def agree(
     Raises:
         MismatchError: names the first rank that differs from rank 0, the first entry in which it
             does, and both sides of that.
+
+    Comm:
+        setup none in the ledger: small objects of all ranks go to all, uncounted.
     """
     values = axis.transport.gather_objects(dict(value), call=Call("agree", "setup", what))
     for rank, other in enumerate(values):
@@ -299,10 +314,6 @@ def check_part(x: Tensor, axis: Axis, *, dim: int, cut: Cut, is_whole: bool, who
             f"but {wanted} {part}. Give the tensor that the cut describes."
         )
     return dim % x.dim()
-
-
-def _add(left: Tensor, right: Tensor, is_fresh: bool) -> Tensor:
-    return left.add_(right) if is_fresh else left + right
 
 
 def _swap(

@@ -12,6 +12,8 @@ See also: Hallberg and Adcroft 2014 on sums that do not depend on the number of 
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+from torch import Tensor
+
 from shardproof.errors import ShapeError
 
 Node = tuple[int, int]
@@ -71,3 +73,8 @@ def combine(
         return add(left_value, right_value, is_fresh), True
 
     return visit(node)[0]
+
+
+def add_tensors(left: Tensor, right: Tensor, is_fresh: bool) -> Tensor:
+    """What `combine` takes to add tensors: writes into `left` only where nobody else has it."""
+    return left.add_(right) if is_fresh else left + right
