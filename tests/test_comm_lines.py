@@ -4,37 +4,55 @@ The form of a claim, one sentence per variant:
 
     [variant: ]direction [also ]none | one KIND of [name ](SHAPE)[ per ...]; direction ...
 
+A function that is told the direction claims for `direction`, in backticks; the uses below say
+"forward". Checked is every public function and class of the modules that communicate, and of all
+in `functional` and `layers`, unless it is named as silent.
+
 `also` adds to the claim without a variant. A shape is in the names of the arguments, `*` for the
 leading dims; it is compared by its bytes.
 """
 
+import importlib
 import inspect
 import math
+import pkgutil
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import shardproof.functional
+import shardproof.layers
 from places import Pool
-from shardproof import collectives, optim
+from shardproof import collectives, comm, optim
 from shardproof.axis import Axis
 from shardproof.functional import linear, losses
+from shardproof.layers import activations, base, guard
 from shardproof.layers import linear as layers
 from shardproof.leaves import Cut
 from shardproof.scheme import Scheme
+from shardproof.tree import Node, nodes_of_run
 
 IN, OUT, LEADING = 20, 12, (2, 3)
-SIZES = {"*": 6, "in_features": IN, "out_features": OUT, "cut.size": IN}
+SIZES = {
+    "*": 6,
+    "in_features": IN,
+    "out_features": OUT,
+    "cut.size": IN,
+    "shape": 6 * IN,
+    "sum of sizes": IN,
+}
 # What a claim counts "per": the number of them in the runs below.
 PER = {"cut parameter that has a gradient": 2}
 
 _CLAUSE = re.compile(
-    r"(?P<direction>forward|backward|update) (?P<also>also )?"
+    r"(?P<direction>forward|backward|update|`direction`) (?P<also>also )?"
     r"(?:none|one (?P<kind>\w+) of (?:\w+ )?\((?P<shape>[^)]*)\)(?: per (?P<per>[\w ]+))?)"
     r"(?:, or one (?P<kind2>\w+) of \((?P<shape2>[^)]*)\) if `(?P<if>\w+)` is given)?"
 )
@@ -74,13 +92,14 @@ def claims(doc: str) -> dict[str, Claim]:
             match = _CLAUSE.fullmatch(clause.strip())
             assert match, f"not a claim: {clause!r}"
             adds |= bool(match["also"])
+            direction = "forward" if match["direction"] == "`direction`" else match["direction"]
             if match["kind"]:
                 per = match["per"]
                 calls = PER[per] if per else 1
-                claim[match["direction"], match["kind"], 4 * numel(match["shape"])] += calls
+                claim[direction, match["kind"], 4 * numel(match["shape"])] += calls
             if match["kind2"]:
                 other: Claim = Counter()
-                other[match["direction"], match["kind2"], 4 * numel(match["shape2"])] += 1
+                other[direction, match["kind2"], 4 * numel(match["shape2"])] += 1
                 found[match["if"]] = other
         found[variant] = found[""] + claim if adds else claim
     return found
@@ -125,6 +144,14 @@ class Run:
         shape[dim] = len(Cut(shape[dim], 8, self.axis.size).owned(self.axis.rank))
         return torch.ones(shape, requires_grad=True)
 
+    @property
+    def nodes(self) -> dict[Node, Tensor]:
+        return {node: self.x.detach() for node in nodes_of_run(8, self.cut.run(self.axis.rank))}
+
+    def optimizer(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = self.model()
+        return model, torch.optim.SGD(model.parameters())
+
     def model(self) -> nn.Module:
         """Two cut parameters with gradients, one without, and a plain layer."""
         model = nn.Sequential(
@@ -138,8 +165,33 @@ class Run:
         return model
 
 
-# (function, variant of its Comm: lines) -> a use of it; a Tensor that comes back is differentiated.
+# (function, variant of its Comm: lines) -> a use of it, which is differentiated if it can be.
 USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
+    (comm.all_gather, ""): lambda run: comm.all_gather(
+        run.part.detach(), run.axis, dim=-1, cut=run.cut, direction="forward"
+    ),
+    (comm.all_reduce, ""): lambda run: comm.all_reduce(
+        run.lead.detach(), run.axis, direction="forward"
+    ),
+    (comm.reduce_scatter, ""): lambda run: comm.reduce_scatter(
+        run.x.detach(), run.axis, dim=-1, cut=run.cut, direction="forward"
+    ),
+    (comm.all_reduce_nodes, ""): lambda run: comm.all_reduce_nodes(
+        run.nodes, run.axis, cut=run.cut, shape=run.x.shape, like=run.x, direction="forward"
+    ),
+    (comm.reduce_scatter_nodes, ""): lambda run: comm.reduce_scatter_nodes(
+        run.nodes,
+        run.axis,
+        cut=run.cut,
+        shape=run.x.shape,
+        dim=2,
+        dim_cut=run.cut,
+        like=run.x,
+        direction="forward",
+    ),
+    (comm.gather, ""): lambda run: comm.gather(
+        run.part.detach()[0, 0], run.axis, sizes=run.cut.sizes(), dst=1, direction="forward"
+    ),
     (collectives.all_reduce_grad, ""): lambda run: collectives.all_reduce_grad(run.lead, run.axis),
     (collectives.all_reduce, ""): lambda run: collectives.all_reduce(run.lead, run.axis),
     (collectives.shard, ""): lambda run: collectives.shard(run.x, run.axis, dim=-1, cut=run.cut),
@@ -175,17 +227,28 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
     (losses.cross_entropy, ""): lambda run: losses.cross_entropy(
         run.x[0], torch.zeros(3, dtype=torch.int64)
     ),
-    (optim.grad_norm, ""): lambda run: optim.grad_norm(run.model()) and None,
-    (optim.clip_grad_norm_, ""): lambda run: optim.clip_grad_norm_(run.model(), 1.0) and None,
+    (optim.grad_norm, ""): lambda run: optim.grad_norm(run.model()),
+    (optim.clip_grad_norm_, ""): lambda run: optim.clip_grad_norm_(run.model(), 1.0),
+    (optim.optimizer_state_dict, ""): lambda run: optim.optimizer_state_dict(*run.optimizer()),
+    (optim.load_optimizer_state_dict, ""): lambda run: optim.load_optimizer_state_dict(
+        *(given := run.optimizer()), optim.optimizer_state_dict(*given)
+    ),
 }
 # Public, and of no tensor's doing.
-SILENT = (linear.LinearSite, linear.plain_arithmetic, optim.layouts_of)
+SILENT = {
+    comm: {"agree", "check_degree_of", "check_part"},
+    linear: {"LinearSite", "plain_arithmetic"},
+    optim: {"layouts_of"},
+    base: {"ShardedModule", "check_state"},
+    guard: {"watch"},
+    activations: {"Tanh", "Sigmoid", "SiLU", "GELU", "Softplus", "invariant_twin"},
+}
 
 
 def measured(run: Run, use: Callable[[Run], Any]) -> Claim:
     """What the ledger counts for one use, forward and backward."""
     y = use(run)
-    if isinstance(y, Tensor):
+    if isinstance(y, Tensor) and y.requires_grad:
         y.sum().backward()
     return Counter(
         {
@@ -219,11 +282,33 @@ def public(module: Any) -> Iterator[Any]:
             yield value
 
 
-MODULES = (collectives, linear, losses, layers, optim)
-FUNCTIONS = [f for module in MODULES for f in public(module) if f not in SILENT]
+def modules_of(package: ModuleType) -> list[ModuleType]:
+    return [
+        importlib.import_module(f"{package.__name__}.{found.name}")
+        for found in pkgutil.iter_modules(package.__path__)
+    ]
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+MODULES = [
+    comm, collectives, optim, *modules_of(shardproof.functional), *modules_of(shardproof.layers)
+]  # fmt: skip
+FUNCTIONS = [
+    function
+    for module in MODULES
+    for function in public(module)
+    if function.__name__ not in SILENT.get(module, ())
+]
+
+
+def test_what_is_silent_is_there() -> None:
+    for module, names in SILENT.items():
+        assert module in MODULES
+        assert names <= {function.__name__ for function in public(module)}
+
+
+@pytest.mark.parametrize(
+    "function", FUNCTIONS, ids=lambda f: f"{f.__module__.rpartition('.')[2]}.{f.__name__}"
+)
 def test_comm_lines_tell_what_the_ledger_counts(pool: Pool, function: Any) -> None:
     doc = inspect.getdoc(function) or ""
     assert {variant for used, variant in USES if used is function} == set(claims(doc))
@@ -237,6 +322,8 @@ def test_comm_lines_tell_what_the_ledger_counts(pool: Pool, function: Any) -> No
     [
         (collectives.all_reduce, "backward none", "backward one all_reduce of (*)"),
         (collectives.shard, "one all_gather of (*, cut.size, *)", "none"),
+        (comm.gather, "one gather", "one all_gather"),
+        (comm.all_reduce_nodes, "of (shape)", "of (*)"),
         (linear.row_linear, "y (*, out_features)", "y (*, in_features)"),
         (layers.ColumnParallelLinear, "backward one all_reduce", "backward one all_gather"),
         (layers.RowParallelLinear, "backward also one all_gather", "forward also one all_gather"),

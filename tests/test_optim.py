@@ -1,5 +1,6 @@
 """Norm, clipping and updates of a cut model: torch's numbers, each element once, the same bits."""
 
+import io
 import json
 import random
 from collections.abc import Callable
@@ -15,10 +16,16 @@ from invariance import Tally, bits_equal, normal, random_cut, random_threads
 from places import Pool
 from shardproof import comm
 from shardproof.axis import Axis
-from shardproof.errors import UsageError
+from shardproof.errors import LayoutError, UsageError
 from shardproof.layers import guard
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
-from shardproof.optim import clip_grad_norm_, grad_norm, layouts_of
+from shardproof.optim import (
+    clip_grad_norm_,
+    grad_norm,
+    layouts_of,
+    load_optimizer_state_dict,
+    optimizer_state_dict,
+)
 from shardproof.plans.apply import parallelize
 from shardproof.plans.style import ColumnParallel, RowParallel
 
@@ -384,3 +391,102 @@ def test_torch_does_not_update_bf16_alike_in_a_shard_and_in_the_whole() -> None:
         else:
             tally.add(is_alike)
     tally.expect_breaks("add with alpha in bf16")
+
+
+def stepped(axis: Axis, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model and an AdamW that has made a step; two groups, against the model's order."""
+    model = parallelize(Model(), PLAN, axis)
+    groups = [{"params": model.down.parameters()}, {"params": model.up.parameters(), "lr": 0.5}]
+    optimizer = torch.optim.AdamW(groups, lr=0.01)
+    backward(model, seed)
+    optimizer.step()
+    return model, optimizer
+
+
+def moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [
+        value.clone()
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for value in optimizer.state[parameter].values()
+    ]
+
+
+def saved_by(pool: Pool, degree: int) -> list[dict[str, object]]:
+    """Every rank's optimizer state, through a file."""
+    states = []
+    for state in pool(degree, "threads").run(lambda axis: optimizer_state_dict(*stepped(axis))):
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        states.append(torch.load(file, weights_only=True))
+    return states
+
+
+def test_optimizer_state_goes_back_to_its_own_rank(pool: Pool) -> None:
+    states = saved_by(pool, 2)
+    assert states[1]["layouts"][0] == {
+        "name": "down.weight", "shape": [11, 43], "dim": 1, "leaves": 8, "degree": 2, "rank": 1,
+        "held": [4, 8],
+    }  # fmt: skip
+
+    def run(axis: Axis) -> bool:
+        wanted = moments(stepped(axis)[1])
+        model, optimizer = stepped(axis, seed=5)
+        assert not all(map(torch.equal, moments(optimizer), wanted))
+        load_optimizer_state_dict(model, optimizer, states[axis.rank])
+        return all(map(torch.equal, moments(optimizer), wanted))
+
+    assert pool(2, "threads").run(run) == [True, True]
+
+
+Spoil = Callable[[list[dict[str, object]], int], dict[str, object]]
+FOREIGN: dict[str, tuple[Spoil, str]] = {
+    "another rank's": (lambda states, rank: states[1 - rank], "'down.weight': it was saved for {"),
+    "no layouts": (
+        lambda states, rank: {k: v for k, v in states[rank].items() if k != "layouts"},
+        "without 'layouts' for parameters that are cut",
+    ),
+    "fewer parameters": (
+        lambda states, rank: {**states[rank], "layouts": []},
+        "state of 0 parameters into an optimizer of 4",
+    ),
+    "no list": (lambda states, rank: {**states[rank], "layouts": 3}, "state with 3 into an"),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_optimizer_state_of_other_parts_is_refused(pool: Pool, what: str) -> None:
+    spoil, text = FOREIGN[what]
+    states = saved_by(pool, 2)
+
+    def run(axis: Axis) -> str:
+        model, optimizer = stepped(axis, seed=5)
+        before = moments(optimizer)
+        with pytest.raises(LayoutError) as caught:
+            load_optimizer_state_dict(model, optimizer, spoil(states, axis.rank))
+        assert all(map(torch.equal, moments(optimizer), before))
+        return str(caught.value)
+
+    for message in pool(2, "threads").run(run):
+        assert text in message
+
+
+def test_optimizer_state_of_another_degree_is_refused_and_one_rank_takes_torchs(
+    pool: Pool,
+) -> None:
+    model, optimizer = stepped(Axis.solo())
+    with pytest.raises(LayoutError, match=r"'degree': 2.* here is .*'degree': 1"):
+        load_optimizer_state_dict(model, optimizer, saved_by(pool, 2)[0])
+    other, again = stepped(Axis.solo(), seed=5)
+    load_optimizer_state_dict(other, again, optimizer.state_dict())
+    assert all(map(torch.equal, moments(again), moments(optimizer)))
+
+
+def test_an_optimizer_of_other_parameters_is_refused() -> None:
+    """As one that was made before the model was cut."""
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    parallelize(model, PLAN, Axis.solo())
+    with pytest.raises(UsageError, match=r"parameter 2 of shape \(43, 11\) is not one of Model"):
+        optimizer_state_dict(model, optimizer)

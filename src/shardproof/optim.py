@@ -1,23 +1,27 @@
-"""The norm of all gradients of a cut model, and clipping by it.
+"""The norm of all gradients of a cut model, clipping by it, and an optimizer's state with layouts.
 
 Each element counts once: a cut parameter is summed over the axis by the canonical tree over its
 leaves, a replicated one is summed on every rank alike and not over the axis. The parameters are
 added in the order of `model.named_parameters()`, which no degree changes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from shardproof import comm
 from shardproof.axis import Axis
-from shardproof.errors import UsageError
+from shardproof.errors import LayoutError, UsageError
 from shardproof.layers.base import ShardedModule
 from shardproof.leaves import Layout
 from shardproof.numerics.matmul import node_dtype
 from shardproof.numerics.sums import sum_squares
-from shardproof.tree import combine, nodes_of_run
+from shardproof.tree import add_tensors, combine, nodes_of_run
+
+_LAYOUTS = "layouts"
 
 
 def layouts_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Layout, Axis | None]]:
@@ -83,15 +87,11 @@ def _sum_squares(grad: Tensor, layout: Layout, axis: Axis | None, who: str) -> T
         for leaf, part in zip(run, grad.split(sizes, layout.dim), strict=True)
     }
     count = layout.cut.num_leaves
-    nodes = {node: combine(node, leaves, _add) for node in nodes_of_run(count, run)}
+    nodes = {node: combine(node, leaves, add_tensors) for node in nodes_of_run(count, run)}
     like = grad.new_empty(0, dtype=node_dtype(grad.dtype))
     return comm.all_reduce_nodes(
         nodes, axis, cut=layout.cut, shape=(), like=like, direction="update", who=who
     )
-
-
-def _add(left: Tensor, right: Tensor, is_fresh: bool) -> Tensor:
-    return left + right
 
 
 @torch.no_grad()
@@ -120,3 +120,90 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
             # Not rounded to the gradient's dtype first: the product is rounded anyway.
             parameter.grad.mul_(scale.to(parameter.grad.device))
     return norm
+
+
+def optimizer_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """`optimizer.state_dict()`, and the layout of every parameter that it updates.
+
+    Momenta are cut as their parameters are, and look like another rank's. Load the state with
+    `load_optimizer_state_dict`, which compares.
+
+    Args:
+        model: with cut and plain modules.
+        optimizer: of parameters of `model`.
+
+    Returns:
+        Plain data and tensors, for `torch.save` and back with `weights_only=True`.
+
+    Raises:
+        UsageError: the optimizer has a parameter that the model has not.
+
+    Comm:
+        update none.
+    """
+    return {**optimizer.state_dict(), _LAYOUTS: _layouts_of_optimizer(model, optimizer)}
+
+
+def load_optimizer_state_dict(
+    model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]
+) -> None:
+    """Load what `optimizer_state_dict` gave on this rank, at this degree.
+
+    State without layouts (of `optimizer.state_dict()`) is taken where there is one rank.
+
+    Args:
+        model: with cut and plain modules.
+        optimizer: of parameters of `model`, in the order in which they were saved.
+        state: what is to be loaded; on an error the optimizer stays as it was.
+
+    Raises:
+        LayoutError: the state belongs to other parameters, or to other parts of them.
+        UsageError: the optimizer has a parameter that the model has not.
+
+    Comm:
+        update none.
+    """
+    mine = _layouts_of_optimizer(model, optimizer)
+    if _LAYOUTS in state:
+        _compare_layouts(state[_LAYOUTS], mine)
+    elif any(layout.get("degree", 1) != 1 for layout in mine):
+        raise LayoutError(
+            f"cannot load optimizer state without {_LAYOUTS!r} for parameters that are cut: "
+            "nothing tells it from another rank's. Save what "
+            "shardproof.optimizer_state_dict(model, optimizer) gives."
+        )
+    optimizer.load_state_dict({key: value for key, value in state.items() if key != _LAYOUTS})
+
+
+def _layouts_of_optimizer(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Name and layout of every parameter, in the order in which torch numbers its state."""
+    known = {id(parameter): (name, layout) for name, parameter, layout, _ in layouts_of(model)}
+    found = []
+    for number, parameter in enumerate(
+        p for group in optimizer.param_groups for p in group["params"]
+    ):
+        if id(parameter) not in known:
+            raise UsageError(
+                f"the optimizer's parameter {number} of shape {tuple(parameter.shape)} is not one "
+                f"of {type(model).__name__}. Make the optimizer after the model is cut, from "
+                "model.parameters()."
+            )
+        name, layout = known[id(parameter)]
+        found.append({"name": name, **layout.state()})
+    return found
+
+
+def _compare_layouts(theirs: Any, mine: list[dict[str, Any]]) -> None:
+    if not isinstance(theirs, list) or len(theirs) != len(mine):
+        given = f"of {len(theirs)} parameters" if isinstance(theirs, list) else f"with {theirs!r}"
+        raise LayoutError(
+            f"cannot load optimizer state {given} into an optimizer of {len(mine)}. Load the state "
+            "that this rank saved."
+        )
+    for saved, here in zip(theirs, mine, strict=True):
+        if saved != here:
+            raise LayoutError(
+                f"cannot load the optimizer state of {here['name']!r}: it was saved for {saved}, "
+                f"here is {here}. Load the state that this rank saved at this degree, with the "
+                "same leaves, and give the optimizer the parameters in the same order."
+            )
