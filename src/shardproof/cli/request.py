@@ -97,6 +97,8 @@ def check(given: Given, environment: Mapping[str, str] = os.environ) -> Request:
     if given.threads is not None:
         threads = options.positive(given.threads, option="--threads", example=1)
     cases, skipped = _cases(given.case_names)
+    if scheme.is_invariant and engine != "processes":  # started processes set their own mode
+        mode.require_invariant()
     is_speaker = here is None or here.rank == 0
     target = earlier = None
     if is_speaker and given.json_path is not None:
@@ -105,8 +107,6 @@ def check(given: Given, environment: Mapping[str, str] = os.environ) -> Request:
         earlier = Earlier(given.against, read_report(given.against))
         contract = _contract(scheme, degrees, engine, threads) or earlier.report["contract"]
         earlier.compare(_promise(earlier.report, cases, degrees, scheme, contract))
-    if scheme.is_invariant and engine != "processes":  # started processes set their own mode
-        mode.require_invariant()
     return Request(
         cases, skipped, degrees, engine, threads, scheme, earlier, target, is_speaker
     )  # fmt: skip
