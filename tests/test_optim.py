@@ -270,6 +270,20 @@ def test_torch_refuses_shards_instead_of_clipping_each_rank_differently(pool: Po
                 assert "Use shardproof.clip_grad_norm_(model, max_norm)" in message
 
 
+class Interrupted(ColumnParallelLinear):
+    """Another thread asks for a norm just before each parameter is there."""
+
+    def register_parameter(self, name: str, parameter: nn.Parameter | None) -> None:
+        torch.nn.utils.get_total_norm([torch.ones(2)])
+        super().register_parameter(name, parameter)
+
+
+def test_the_guard_may_look_at_a_layer_that_is_being_built() -> None:
+    layer = Interrupted(3, 2, axis=Axis.solo(), name="up")
+    with pytest.raises(UsageError, match=r"rank's shard of 'up\.bias' alone"):
+        torch.nn.utils.get_total_norm([layer.bias])
+
+
 BY_NAME = """
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 import json, torch
