@@ -12,7 +12,12 @@ _set_blas_mode()
 from shardproof import errors, functional
 from shardproof.axis import Axis
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
-from shardproof.optim import clip_grad_norm_, grad_norm
+from shardproof.optim import (
+    clip_grad_norm_,
+    grad_norm,
+    load_optimizer_state_dict,
+    optimizer_state_dict,
+)
 from shardproof.plans.apply import parallelize
 from shardproof.plans.style import ColumnParallel, Plan, RowParallel
 from shardproof.prover.proof import prove
@@ -34,6 +39,8 @@ __all__ = [
     "functional",
     "grad_norm",
     "launch",
+    "load_optimizer_state_dict",
+    "optimizer_state_dict",
     "parallelize",
     "prove",
 ]
