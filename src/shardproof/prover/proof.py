@@ -33,7 +33,7 @@ References = dict[str, Reference]  # case -> where its plain torch runs lie
 
 
 @dataclass(frozen=True)
-class Session:
+class Proof:
     """What all runs of one proof have in common.
 
     Attributes:
@@ -145,21 +145,21 @@ def prove_cases(
     degrees = checked_degrees(degrees, scheme)
     check_cases(cases)
     threads = threads_of_ranks(threads, degrees)
-    session = Session(cases, scheme, seed, skipped)
+    proof = Proof(cases, scheme, seed, skipped)
     tell = Teller(progress, total=len(cases) * (1 + len(degrees)))
     results: Results = {case.name: {} for case in cases}
     transport = "solo"
     with tempfile.TemporaryDirectory(prefix="shardproof-") as folder:
-        references = session.make_references(Path(folder), tell)
+        references = proof.make_references(Path(folder), tell)
         for degree in degrees:
             with open_ranks(degree, engine, threads=threads) as ranks:
                 transport = ranks.transport
                 for case in cases:
                     tell(f"{case.name}, degree {degree}")
-                    results[case.name][degree] = ranks.run(session.work(case, references))
-        judged = session.judge(results, references)
+                    results[case.name][degree] = ranks.run(proof.work(case, references))
+        judged = proof.judge(results, references)
     tell("done")
-    return session.report(judged, results, degrees=degrees, engine=engine, transport=transport)
+    return proof.report(judged, results, degrees=degrees, engine=engine, transport=transport)
 
 
 def prove(

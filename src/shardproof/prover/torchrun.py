@@ -22,9 +22,9 @@ from shardproof.prover.given import check_cases, checked_degrees
 from shardproof.prover.proof import (
     DEFAULT_SEED,
     Progress,
+    Proof,
     References,
     Results,
-    Session,
     Teller,
 )
 from shardproof.prover.report import Report
@@ -66,12 +66,12 @@ def prove_under_torchrun(
     degrees = checked_degrees({1, axis.size}, scheme)
     if threads is not None:
         torch.set_num_threads(threads)
-    session = Session(cases, scheme, seed, skipped)
+    proof = Proof(cases, scheme, seed, skipped)
     tell = Teller(progress if axis.rank == 0 else None, total=len(cases) * (1 + len(degrees)))
     with tempfile.TemporaryDirectory(prefix="shardproof-") as folder:
-        references = _share_references(session, axis, Path(folder), tell)
-        alone = _together(axis, lambda: _run_alone(session, axis, references, tell))[0]
-        mine = _run_all(session, axis, references, tell) if axis.size > 1 else {}
+        references = _share_references(proof, axis, Path(folder), tell)
+        alone = _together(axis, lambda: _run_alone(proof, axis, references, tell))[0]
+        mine = _run_all(proof, axis, references, tell) if axis.size > 1 else {}
         # Also the last sight of the references: before it, no host may remove them.
         everyone = axis.transport.gather_objects(mine, call=Call("gather", "prover", "report"))
         if axis.rank:
@@ -80,22 +80,22 @@ def prove_under_torchrun(
         if axis.size > 1:
             for case in cases:
                 results[case.name][axis.size] = [rank[case.name] for rank in everyone]
-        judged = session.judge(results, references)
+        judged = proof.judge(results, references)
     tell("done")
-    return session.report(
+    return proof.report(
         judged, results, degrees=degrees, engine="torchrun", transport=axis.transport.name
     )
 
 
-def _share_references(session: Session, axis: Axis, folder: Path, tell: Teller) -> References:
+def _share_references(proof: Proof, axis: Axis, folder: Path, tell: Teller) -> References:
     """The references of this host: its first rank makes them, the others are told where."""
     host, is_first = _host(os.environ)
 
     def make() -> tuple[str, References | None]:
-        check_cases(session.cases)
+        check_cases(proof.cases)
         if not is_first:
             return host, None
-        return host, session.make_references(folder, tell)
+        return host, proof.make_references(folder, tell)
 
     for other, references in _together(axis, make):
         if other == host and references is not None:
@@ -113,19 +113,19 @@ def _host(environment: Mapping[str, str]) -> tuple[str, bool]:
 
 
 def _run_alone(
-    session: Session, axis: Axis, references: References, tell: Teller
+    proof: Proof, axis: Axis, references: References, tell: Teller
 ) -> dict[str, RankResult]:
     """Degree 1, on rank 0; the others have nothing to do."""
-    return {} if axis.rank else _run_all(session, Axis.solo(), references, tell)
+    return {} if axis.rank else _run_all(proof, Axis.solo(), references, tell)
 
 
 def _run_all(
-    session: Session, axis: Axis, references: References, tell: Teller
+    proof: Proof, axis: Axis, references: References, tell: Teller
 ) -> dict[str, RankResult]:
     results = {}
-    for case in session.cases:
+    for case in proof.cases:
         tell(f"{case.name}, degree {axis.size}")
-        results[case.name] = session.work(case, references)(axis)
+        results[case.name] = proof.work(case, references)(axis)
     return results
 
 
