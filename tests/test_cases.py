@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fresh_process import run_fresh
 from shardproof.axis import Axis
 from shardproof.cases import all_cases, digits, find_case, mlp
 from shardproof.cases.cut_or_plain import column_linear, row_linear
@@ -328,3 +329,17 @@ def test_a_failure_under_torchrun_ends_all_ranks(tmp_path, what, message):
     assert f"ValueError: {message}" in done.stderr
     if what == "reference":
         assert "RankError: rank 0 of 2 raised ValueError" in done.stderr
+
+
+def test_leafwise_products_prove_the_cases_within_their_memory_too() -> None:
+    program = (
+        "from shardproof.cases import find_case\n"
+        "from shardproof.prover import prove_cases\n"
+        "names = ('matmul-row', 'ffn', 'mlp-gathered')\n"
+        "report = prove_cases([find_case(name) for name in names], degrees=(1, 2, 8))\n"
+        "print(report.contract)\n"
+        "print(report.verdict())\n"
+    )
+    contract, verdict = run_fresh(program, SHARDPROOF_BLAS="leafwise").splitlines()[-2:]
+    assert " leafwise " in contract
+    assert verdict.startswith("Proved for 3 cases")

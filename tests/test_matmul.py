@@ -296,3 +296,14 @@ def test_products_agree_with_torch_and_a_missing_leaf_does_not(dtype: str) -> No
     assert (found["product_rows"] - expected.t()).abs().max() < tolerance
     lost = expected - x[:, :13] @ weight[:, :13].t()
     assert (found["product_nodes"] - lost).abs().max() > 2 * tolerance
+
+
+def test_a_leaf_operand_is_copied_only_if_its_place_in_a_shard_shows() -> None:
+    whole = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    assert matmul._fresh(whole) is whole
+    for part in (whole[:, :16], whole[:1, :16], whole[0, 1:], whole.t()):
+        fresh = matmul._fresh(part)
+        assert fresh is not part
+        assert torch.equal(fresh, part)
+        assert fresh.data_ptr() % matmul.ALIGNMENT == 0
+    assert matmul._fresh_operand(whole.t()).data_ptr() == whole.data_ptr()

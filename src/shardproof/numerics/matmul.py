@@ -14,6 +14,8 @@ from torch import Tensor
 from shardproof.numerics import mode
 from shardproof.tree import Node, children, nodes_of_run
 
+ALIGNMENT = 64  # bytes; torch's CPU allocator gives every tensor at least that
+
 
 def node_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype in which partials are added: never narrower than fp32, at every degree alike."""
@@ -21,7 +23,13 @@ def node_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _fresh(x: Tensor) -> Tensor:
-    """A copy whose strides and alignment do not depend on the shard it was cut from."""
+    """`x` with strides and alignment that do not depend on the shard it was cut from.
+
+    A copy, unless it has them already: copies are contiguous and aligned too.
+    """
+    strides = (x.shape[1], 1) if x.dim() == 2 else (1,)  # torch calls others contiguous too
+    if x.stride() == strides and x.data_ptr() % ALIGNMENT == 0:
+        return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -65,7 +73,7 @@ def product_nodes(
 
 
 def _fresh_operand(x: Tensor) -> Tensor:
-    """A fresh copy that keeps a transposed operand transposed, so that no full copy is made."""
+    """As `_fresh`, but a transposed operand stays transposed."""
     return _fresh(x.t()).t() if x.stride(0) == 1 and x.stride(1) != 1 else _fresh(x)
 
 
