@@ -5,8 +5,10 @@ and is the unit of ownership and of summation. How many leaves a dim has is fixe
 never by the degree: that is what keeps the bits the same (`tree.py` says how).
 """
 
+import operator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from shardproof.errors import DegreeError, ShapeError
 
@@ -29,6 +31,30 @@ def share(size: int, parts: int) -> tuple[range, ...]:
     length, longer = divmod(size, parts)
     starts = [part * length + min(part, longer) for part in range(parts + 1)]
     return tuple(range(start, stop) for start, stop in pairwise(starts))
+
+
+def whole_number(value: Any) -> int | None:
+    """`value` as an int if it is one in any spelling (numpy's too), and no bool; else None."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def checked_degree(degree: Any) -> int:
+    """A degree as a user gave it, as an int.
+
+    Raises:
+        DegreeError: it is not a whole number, or not positive.
+    """
+    number = whole_number(degree)
+    if number is None:
+        raise DegreeError(f"degree {degree!r} is not a whole number. Use 1 or more.")
+    if number < 1:
+        raise DegreeError(f"degree {number} is not a positive number. Use 1 or more.")
+    return number
 
 
 def check_degree(degree: int, leaves: int) -> None:

@@ -4,7 +4,6 @@ Under torchrun the ranks exist already: there, use `Axis.from_env()`.
 """
 
 import math
-import operator
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,7 +12,8 @@ from shardproof.axis import Axis
 from shardproof.engines.base import Ranks, Settings
 from shardproof.engines.processes import ProcessRanks
 from shardproof.engines.threads import ThreadRanks
-from shardproof.errors import DegreeError, UsageError
+from shardproof.errors import UsageError
+from shardproof.leaves import checked_degree, whole_number
 
 ENGINES = ("threads", "processes")
 
@@ -85,7 +85,7 @@ def open_ranks(
     """
     if engine not in ENGINES:
         raise UsageError(f"unknown engine {engine!r}. Use one of: {', '.join(ENGINES)}.")
-    degree = _check_degree(degree)
+    degree = checked_degree(degree)
     settings = Settings(
         degree=degree,
         threads=_share_of_cores(degree) if threads is None else _check_threads(threads),
@@ -95,17 +95,8 @@ def open_ranks(
     return ThreadRanks(settings) if engine == "threads" else ProcessRanks(settings)
 
 
-def _check_degree(degree: Any) -> int:
-    number = _whole_number(degree)
-    if number is None:
-        raise DegreeError(f"degree {degree!r} is not a whole number. Use 1 or more.")
-    if number < 1:
-        raise DegreeError(f"degree {number} is not a positive number. Use 1 or more.")
-    return number
-
-
 def _check_threads(threads: Any) -> int:
-    number = _whole_number(threads)
+    number = whole_number(threads)
     if number is None or number < 1:
         raise UsageError(f"threads={threads!r} is not a positive whole number. Use 1 or more.")
     return number
@@ -115,16 +106,6 @@ def _check_timeout(timeout: Any) -> float:
     if not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
         raise UsageError(f"timeout={timeout!r} is not a positive number of seconds.")
     return float(timeout)
-
-
-def _whole_number(value: Any) -> int | None:
-    """`value` as an int if it is one in any spelling (numpy's too), and no bool."""
-    if isinstance(value, bool):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
 
 
 def _share_of_cores(degree: int) -> int:

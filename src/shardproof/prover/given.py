@@ -1,13 +1,12 @@
 """What a proof is asked for, checked as a whole before anything runs."""
 
-import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from shardproof.errors import DegreeError, UsageError
-from shardproof.leaves import check_degree
+from shardproof.errors import UsageError
+from shardproof.leaves import check_degree, checked_degree, whole_number
 from shardproof.prover.case import Case
 from shardproof.scheme import Scheme
 
@@ -27,7 +26,7 @@ def checked_degrees(degrees: Any, scheme: Scheme | None) -> tuple[int, ...]:
         raise UsageError(
             f"degrees={degrees!r} is not a list of degrees. Write for instance degrees=(1, 2)."
         )
-    ordered = tuple(sorted({_checked_degree(degree) for degree in degrees}))
+    ordered = tuple(sorted({checked_degree(degree) for degree in degrees}))
     if not ordered:
         raise UsageError("no degree to prove. Name one or more, such as 1 and 2.")
     if scheme is not None:
@@ -36,22 +35,13 @@ def checked_degrees(degrees: Any, scheme: Scheme | None) -> tuple[int, ...]:
     return ordered
 
 
-def _checked_degree(degree: Any) -> int:
-    number = _whole_number(degree)
-    if number is None:
-        raise DegreeError(f"degree {degree!r} is not a whole number. Use 1 or more.")
-    if number < 1:
-        raise DegreeError(f"degree {number} is not a positive number. Use 1 or more.")
-    return number
-
-
 def checked_steps(steps: Any) -> int:
     """How many steps to train.
 
     Raises:
         UsageError: not a whole number, or not positive.
     """
-    number = _whole_number(steps)
+    number = whole_number(steps)
     if number is None or number < 1:
         raise UsageError(f"steps={steps!r} is not a positive whole number. Use 1 or more.")
     return number
@@ -95,13 +85,3 @@ def check_cases(cases: Sequence[Case]) -> None:
                 f"case {case.name!r} needs the extra {case.extra!r}, which is not installed. "
                 f"Install shardproof[{case.extra}], or leave the case out."
             )
-
-
-def _whole_number(value: Any) -> int | None:
-    """`value` as an int if it is one in any spelling (numpy's too), and no bool."""
-    if isinstance(value, bool):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
