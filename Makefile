@@ -22,7 +22,7 @@ setup: $(STAMP)
 
 # torch goes first, at the pinned version, so that no other package can pull another build of it.
 # pip is asked for, not python: an interrupted set-up can leave the one without the other.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "shardproof needs Python 3.11 or newer, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)." \
 	    "Choose another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }

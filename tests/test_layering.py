@@ -19,7 +19,7 @@ SRC = Path(__file__).parents[1] / "src" / "shardproof"
 # Bottom up. `x.__init__` is the package file of `x`; "" before the dot is shardproof itself.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("leaves", "tree"),
+    ("core", "leaves", "tree"),
     ("scheme",),
     # Bytes between ranks.
     ("transport.ledger",),

@@ -26,6 +26,7 @@ VARIABLE = "SHARDPROOF_BLAS"
 _STRICT = 0x10000
 _BRANCHES = {"avx512": 12, "avx2": 10}
 _TOO_LATE = -8
+_REFUSED = -3
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ def _set_strict(library: ctypes.CDLL, setting: str) -> BlasState:
     read_back = int(library.mkl_serv_cbwr_get(-1))
     if code == 0 and read_back == wanted:
         return BlasState(setting, f"{branch}-strict", code, read_back)
+    if setting == "auto" and code == _REFUSED:  # as it does on every CPU but Intel's
+        return BlasState(setting, "leafwise", code, read_back)
     if code == _TOO_LATE:
         why = "this process had already computed a matrix product"
         way_out = (
