@@ -20,7 +20,7 @@ SRC = Path(__file__).parents[1] / "src" / "shardproof"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("core", "leaves", "tree"),
-    ("scheme",),
+    ("overlap", "scheme"),
     # Bytes between ranks.
     ("transport.ledger",),
     ("transport.base",),

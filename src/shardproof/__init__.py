@@ -18,6 +18,7 @@ from shardproof.optim import (
     load_optimizer_state_dict,
     optimizer_state_dict,
 )
+from shardproof.overlap import Overlap
 from shardproof.plans.apply import parallelize
 from shardproof.plans.style import ColumnParallel, Plan, RowParallel
 from shardproof.prover.proof import prove
@@ -30,6 +31,7 @@ __all__ = [
     "Axis",
     "ColumnParallel",
     "ColumnParallelLinear",
+    "Overlap",
     "Plan",
     "RowParallel",
     "RowParallelLinear",

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardproof.errors import AxisError
+from shardproof.overlap import DEFAULT_OVERLAP, Overlap, checked_overlap
 from shardproof.transport.base import Transport
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.solo import SoloTransport
@@ -33,22 +34,34 @@ class Axis:
     Attributes:
         name: of the axis, for messages ("tp").
         transport: carries bytes between the ranks.
+        overlap: which of their sums run while a product is computed.
     """
 
     name: str
     transport: Transport
+    overlap: Overlap = DEFAULT_OVERLAP
     _unnamed: Iterator[int] = field(
         default_factory=itertools.count, repr=False, compare=False, kw_only=True
     )
 
     @classmethod
-    def solo(cls, name: str = "tp") -> "Axis":
-        """An axis of one rank, in any process, at any time."""
-        return cls(name, SoloTransport())
+    def solo(cls, name: str = "tp", *, overlap: Overlap | str = "auto") -> "Axis":
+        """An axis of one rank, in any process, at any time.
+
+        Args:
+            name: for messages.
+            overlap: as in `from_group`; alone, it makes no difference.
+        """
+        return cls(name, SoloTransport(), checked_overlap(overlap))
 
     @classmethod
     def from_group(
-        cls, group: dist.ProcessGroup, *, name: str = "tp", check: bool = False
+        cls,
+        group: dist.ProcessGroup,
+        *,
+        name: str = "tp",
+        check: bool = False,
+        overlap: Overlap | str = "auto",
     ) -> "Axis":
         """The ranks of a process group of torch.distributed.
 
@@ -57,11 +70,14 @@ class Axis:
             name: for messages.
             check: compare what the ranks are about to do before every collective, at the cost of
                 a small collective more; ranks that disagree then raise.
+            overlap: an `Overlap`, "auto", "on" or "off". It never changes a bit.
 
         Raises:
+            UsageError: an option makes no sense.
             AxisError: torch.distributed is not initialised, this process is not in the group, or
                 the number of processes is at odds with WORLD_SIZE.
         """
+        overlap = checked_overlap(overlap)
         _require_initialised("Axis.from_group(group)")
         _require_world_size(os.environ)
         if not isinstance(group, dist.ProcessGroup):
@@ -72,18 +88,22 @@ class Axis:
         with _lock:
             unnamed = _unnamed_of_group.setdefault(group, itertools.count())
         if group.size() == 1:
-            return cls(name, SoloTransport(), _unnamed=unnamed)
-        return cls(name, DistributedTransport(group, check=check), _unnamed=unnamed)
+            return cls(name, SoloTransport(), overlap, _unnamed=unnamed)
+        return cls(name, DistributedTransport(group, check=check), overlap, _unnamed=unnamed)
 
     @classmethod
-    def from_mesh(cls, mesh: DeviceMesh, *, check: bool = False) -> "Axis":
+    def from_mesh(
+        cls, mesh: DeviceMesh, *, check: bool = False, overlap: Overlap | str = "auto"
+    ) -> "Axis":
         """The ranks of a DeviceMesh of one dim, which gives the axis its name ("tp" if unnamed).
 
         Args:
             mesh: of one dim; of several dims, pick one: `mesh["tp"]`.
             check: as in `from_group`.
+            overlap: as in `from_group`.
 
         Raises:
+            UsageError: an option makes no sense.
             AxisError: the mesh has several dims or no place for this process, or the number of
                 processes is at odds with WORLD_SIZE.
         """
@@ -104,10 +124,14 @@ class Axis:
                 f"global rank {dist.get_rank()} is not in the DeviceMesh of {mesh.size()} ranks "
                 "that Axis.from_mesh got. Call it only on ranks of the mesh."
             )
-        return cls.from_group(mesh.get_group(), name=names[0] if names else "tp", check=check)
+        return cls.from_group(
+            mesh.get_group(), name=names[0] if names else "tp", check=check, overlap=overlap
+        )
 
     @classmethod
-    def from_env(cls, *, name: str = "tp", check: bool = False) -> "Axis":
+    def from_env(
+        cls, *, name: str = "tp", check: bool = False, overlap: Overlap | str = "auto"
+    ) -> "Axis":
         """All processes that torchrun started.
 
         Initialises torch.distributed unless that is done: with gloo for tensors on CPUs, and nccl
@@ -117,17 +141,20 @@ class Axis:
         Args:
             name: for messages.
             check: as in `from_group`.
+            overlap: as in `from_group`.
 
         Raises:
+            UsageError: an option makes no sense.
             AxisError: variables of torchrun are missing or make no sense, or torch.distributed is
                 initialised with another number of processes than WORLD_SIZE.
         """
+        overlap = checked_overlap(overlap)
         if not dist.is_initialized():
             _initialise(os.environ)
         world = dist.group.WORLD
         if world is None:
             raise AxisError("torch.distributed is initialised and has no default process group.")
-        return cls.from_group(world, name=name, check=check)
+        return cls.from_group(world, name=name, check=check, overlap=overlap)
 
     @property
     def size(self) -> int:

@@ -14,6 +14,7 @@ from shardproof.engines.processes import ProcessRanks
 from shardproof.engines.threads import ThreadRanks
 from shardproof.errors import UsageError
 from shardproof.leaves import checked_degree, whole_number
+from shardproof.overlap import Overlap, checked_overlap
 
 ENGINES = ("threads", "processes")
 
@@ -28,6 +29,7 @@ def launch(
     threads: int | None = None,
     timeout: float = 600.0,
     check: bool = True,
+    overlap: Overlap | str = "auto",
 ) -> list[T]:
     """Call `fn(axis)` on `degree` ranks and return every rank's result, in rank order.
 
@@ -40,6 +42,8 @@ def launch(
         timeout: seconds that a rank waits for the others in one collective.
         check: compare, before every collective, what the ranks are about to do. Threads always
             do, for it costs them nothing.
+        overlap: which sums run while a product is computed: an `Overlap`, "auto", "on" or "off".
+            It never changes a bit.
 
     Raises:
         DegreeError, UsageError: an argument makes no sense; nothing was started.
@@ -53,7 +57,9 @@ def launch(
     """
     if not callable(fn):
         raise UsageError(f"cannot launch {fn!r}: it is not callable. Pass a function of an axis.")
-    ranks = open_ranks(degree, engine, threads=threads, timeout=timeout, check=check)
+    ranks = open_ranks(
+        degree, engine, threads=threads, timeout=timeout, check=check, overlap=overlap
+    )
     with ranks:
         return ranks.run(fn)
 
@@ -65,6 +71,7 @@ def open_ranks(
     threads: int | None = None,
     timeout: float = 600.0,
     check: bool = True,
+    overlap: Overlap | str = "auto",
 ) -> Ranks:
     """Start ranks that serve many calls; a context manager that ends them.
 
@@ -74,6 +81,7 @@ def open_ranks(
         threads: as in `launch`.
         timeout: as in `launch`.
         check: as in `launch`.
+        overlap: as in `launch`.
 
     Raises:
         DegreeError, UsageError: an argument makes no sense; nothing was started.
@@ -91,6 +99,7 @@ def open_ranks(
         threads=_share_of_cores(degree) if threads is None else _check_threads(threads),
         timeout=_check_timeout(timeout),
         check=bool(check),
+        overlap=checked_overlap(overlap),
     )
     return ThreadRanks(settings) if engine == "threads" else ProcessRanks(settings)
 

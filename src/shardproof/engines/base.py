@@ -9,6 +9,7 @@ from typing import Any, Self, TypeVar
 
 from shardproof.axis import Axis
 from shardproof.errors import RankError, UsageError
+from shardproof.overlap import DEFAULT_OVERLAP, Overlap
 
 T = TypeVar("T")
 
@@ -22,12 +23,14 @@ class Settings:
         threads: intra-op threads of each rank.
         timeout: seconds that a rank waits for the others in one collective.
         check: compare the ranks' calls even where that costs something.
+        overlap: of every axis.
     """
 
     degree: int
     threads: int
     timeout: float
     check: bool
+    overlap: Overlap = DEFAULT_OVERLAP
 
 
 class Ranks(ABC):

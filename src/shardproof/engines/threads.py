@@ -19,6 +19,7 @@ import torch
 from shardproof.axis import Axis
 from shardproof.engines.base import Ranks, Settings
 from shardproof.engines.failure import Failure, failure_of, verdict
+from shardproof.overlap import Overlap
 from shardproof.transport.base import Transport
 from shardproof.transport.rendezvous import Rendezvous
 from shardproof.transport.solo import SoloTransport
@@ -46,13 +47,14 @@ class _Task:
 
     fn: Callable[[Axis], Any]
     transport: Transport
+    overlap: Overlap
     rendezvous: Rendezvous
     outcomes: "queue.SimpleQueue[_Outcome]"
 
     def attempt(self) -> _Outcome:
         rank = self.transport.rank
         try:
-            result = self.fn(Axis("tp", self.transport))
+            result = self.fn(Axis("tp", self.transport, self.overlap))
         except _Stopped:
             return _Outcome(rank, failure=Failure(rank, "was stopped", is_symptom=True))
         except BaseException as error:
@@ -98,7 +100,7 @@ class ThreadRanks(Ranks):
         for rank, inbox in enumerate(self._inboxes):
             solo = self.degree == 1
             transport = SoloTransport() if solo else ThreadsTransport(rendezvous, rank)
-            inbox.put(_Task(fn, transport, rendezvous, outcomes))
+            inbox.put(_Task(fn, transport, self._settings.overlap, rendezvous, outcomes))
         found: dict[int, _Outcome] = {}
         try:
             self._collect(outcomes, found)

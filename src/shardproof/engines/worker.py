@@ -79,7 +79,7 @@ class _Worker:
 
     def _call(self) -> None:
         fn: Callable[[Axis], Any] = parcel.read(self._folder / parcel.CALL, what="the function")
-        result = fn(Axis("tp", self._transport()))
+        result = fn(Axis("tp", self._transport(), self._settings.overlap))
         what = f"the result of rank {self._rank}, of type {type(result).__name__},"
         parcel.write(result, parcel.result_path(self._folder, self._rank), what=what)
 

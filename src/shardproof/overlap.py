@@ -1,0 +1,62 @@
+"""Which sums run while a product is computed: a choice of speed, which never changes a bit."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from shardproof.errors import UsageError
+from shardproof.leaves import whole_number
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What the layers on an axis do at the same time.
+
+    Attributes:
+        backward: the column layer's input gradient is summed over the ranks while the weight
+            gradient is computed.
+        chunks: into how many parts along the tokens the row layer's forward is cut, so that the
+            sum of one part runs while the next one is multiplied; 1 leaves it whole.
+
+    Raises:
+        UsageError: `backward` is not True or False, or `chunks` is not a positive whole number.
+    """
+
+    backward: bool = True
+    chunks: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.backward, bool):
+            raise UsageError(
+                f"Overlap(backward={self.backward!r}) is neither True nor False. Use one of them."
+            )
+        number = whole_number(self.chunks)
+        if number is None or number < 1:
+            raise UsageError(
+                f"Overlap(chunks={self.chunks!r}) is not a positive whole number. Use 1 or more."
+            )
+
+
+DEFAULT_OVERLAP = Overlap()
+
+# What users may write instead.
+NAMED = {
+    "auto": DEFAULT_OVERLAP,
+    "on": Overlap(backward=True, chunks=2),
+    "off": Overlap(backward=False, chunks=1),
+}
+
+
+def checked_overlap(overlap: Any) -> Overlap:
+    """What a user gave as `overlap`: an `Overlap`, or a name of one.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if isinstance(overlap, Overlap):
+        return overlap
+    found = NAMED.get(overlap) if isinstance(overlap, str) else None
+    if found is None:
+        raise UsageError(
+            f"overlap={overlap!r} is unknown. Use an Overlap, or one of: {', '.join(NAMED)}."
+        )
+    return found
