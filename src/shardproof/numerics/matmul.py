@@ -14,6 +14,8 @@ from torch import Tensor
 from shardproof.numerics import mode
 from shardproof.tree import Node, children, nodes_of_run
 
+# Up to so many rows (of the whole product, at every degree) a batch counts as small.
+SMALL_ROWS = 16
 ALIGNMENT = 64  # bytes; torch's CPU allocator gives every tensor at least that
 
 
@@ -70,6 +72,21 @@ def product_nodes(
         return total.add_(node_sum(rest))
 
     return {node: node_sum(node) for node in nodes_of_run(num_leaves, run)}
+
+
+def product_sum(a: Tensor, b: Tensor, slices: Sequence[slice]) -> Tensor:
+    """Partial products of all leaves, added up to the root: what one rank alone does.
+
+    Args:
+        a: (M, K), whole.
+        b: (K, N).
+        slices: where each leaf lies in K.
+    Returns:
+        (M, N), fresh, in the dtype of `a`: rounded once, after the last addition.
+    """
+    leaves = len(slices)
+    nodes = product_nodes(a, b, slices, run=range(leaves), num_leaves=leaves)
+    return nodes[0, leaves].to(a.dtype)
 
 
 def _fresh_operand(x: Tensor) -> Tensor:
