@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # Bytes between ranks.
     ("transport.ledger",),
     ("transport.base",),
-    ("transport.rendezvous",),
+    ("transport.portable", "transport.rendezvous"),
     ("transport.solo", "transport.threads", "transport.distributed"),
     ("transport.__init__",),
     ("axis",),

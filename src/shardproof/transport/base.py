@@ -1,10 +1,12 @@
 """The protocol between collectives and whatever carries their bytes.
 
 A transport moves one-dimensional contiguous tensors and small Python values between the ranks of
-one axis. It knows nothing of leaves, trees, autograd or layers. What `comm` hands to it is never
-written again by anybody, so that a transport may lend references instead of copying.
+one axis, and adds them up in an order that is given to it. It knows nothing of leaves, trees,
+autograd or layers.
 """
 
+import functools
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof.errors import MismatchError, RankError
+from shardproof.errors import MismatchError, RankError, ShapeError
 from shardproof.transport.ledger import Ledger
 
 
@@ -37,11 +39,87 @@ class Call:
     dtype: torch.dtype | None = None
     detail: str = ""
 
+    @functools.cached_property
+    def digest(self) -> int:
+        """64 bits of what this is, computed once per object; equal calls have equal digests."""
+        return digest_of(str(self))
+
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.") if self.dtype is not None else "object"
         detail = f" [{self.detail}]" if self.detail else ""
         who = f" of {self.who}" if self.who else ""
         return f"{self.direction} {self.kind}{who}: {dtype} {tuple(self.shape)}{detail}"
+
+
+@dataclass(frozen=True)
+class Order:
+    """In which order the ranks' parts are added. Make it once and keep it: plans hang on it.
+
+    Attributes:
+        counts: parts of each rank, in rank order. Parts are numbered through in that order.
+        program: postfix: n >= 0 pushes part n, -1 adds the two topmost, the lower one on the left.
+        is_free: a transport may use an order of its own instead, if it has a faster one (native).
+    """
+
+    counts: tuple[int, ...]
+    program: tuple[int, ...]
+    is_free: bool = False
+
+    @functools.cached_property
+    def digest(self) -> int:
+        """64 bits of it, computed once per object."""
+        return digest_of(repr((self.counts, self.program)))
+
+    def check(self, size: int) -> None:
+        """Raise unless the program adds every part of `size` ranks once."""
+        depth = 0
+        for step in self.program:
+            depth += 1 if step >= 0 else -1
+            if depth < 1:
+                break
+        pushed = sorted(step for step in self.program if step >= 0)
+        if depth != 1 or pushed != list(range(sum(self.counts))) or len(self.counts) != size:
+            raise ShapeError(
+                f"{self} does not add {sum(self.counts)} parts of {size} ranks, each once. Name "
+                "every part once, and after two sums put -1."
+            )
+
+
+@functools.lru_cache
+def rank_order(size: int) -> Order:
+    """One part per rank, added from rank 0 upwards; the transport may do it in its own way.
+
+    >>> rank_order(3).program
+    (0, 1, -1, 2, -1)
+    """
+    program = [0]
+    for rank in range(1, size):
+        program += [rank, -1]
+    return Order((1,) * size, tuple(program), is_free=True)
+
+
+@dataclass(frozen=True)
+class Window:
+    """`[:, start:stop, :]` of a tensor seen as (outer, size, inner)."""
+
+    outer: int
+    size: int
+    inner: int
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        """Elements inside."""
+        return self.outer * (self.stop - self.start) * self.inner
+
+
+class Pending(ABC):
+    """A sum that was started."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Finish it: `out` is filled, and this rank's parts may be written again."""
 
 
 class PeerError(RankError):
@@ -71,6 +149,11 @@ def mismatch(descriptions: Sequence[str]) -> MismatchError:
     )
 
 
+def digest_of(text: str) -> int:
+    """64 bits of `text`, the same in every process."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
 def name_ranks(ranks: Sequence[int]) -> str:
     """Ranks for a message.
 
@@ -86,7 +169,7 @@ class Transport(ABC):
     """Carries bytes between the ranks of one axis; one object per rank.
 
     Attributes:
-        name: "solo", "threads", "gloo", "nccl".
+        name: "solo", "threads", "shm", "gloo", "nccl".
         rank, size: this rank's place on the axis.
         ledger: what has crossed so far.
     """
@@ -118,23 +201,72 @@ class Transport(ABC):
 
         Returns:
             For each rank, its pieces in order; an empty list for the own rank. They may be
-            references to the sender's memory: read them, never write them.
+            references to the sender's memory, which the sender must not write again: read them,
+            never write them.
         """
 
     @abstractmethod
-    def all_gather(self, x: Tensor, out: Tensor, sizes: Sequence[int], *, call: Call) -> None:
-        """Fill `out` with the ranks' `x` in rank order.
+    def all_gather(
+        self, x: Tensor, out: Tensor, sizes: Sequence[int], *, call: Call, outer: int = 1
+    ) -> None:
+        """Fill `out` with the ranks' `x`, side by side in rank order in each of `outer` rows.
 
         Args:
-            x: (sizes[rank],), contiguous.
-            out: (sum(sizes),), contiguous, written.
-            sizes: every rank's length; they may differ and may be 0.
+            x: (outer * sizes[rank],), contiguous; may be written again when this returns.
+            out: (outer * sum(sizes),), contiguous, written.
+            sizes: every rank's length of one row; they may differ and may be 0.
             call: what this is.
+            outer: number of rows.
         """
 
     @abstractmethod
-    def all_reduce(self, x: Tensor, *, call: Call) -> Tensor:
-        """Sum of the ranks' `x` (1-D, contiguous), as a new tensor, in the transport's order."""
+    def start_sum(
+        self,
+        parts: Sequence[Tensor],
+        order: Order,
+        out: Tensor,
+        *,
+        call: Call,
+        windows: Sequence[Window] | None = None,
+    ) -> Pending:
+        """Begin to add up the ranks' parts in the given order.
+
+        At most two sums may be started and not finished. They are finished in the order in which
+        they were started, and nothing else may be called in between.
+
+        Args:
+            parts: this rank's, as many as `order` says, each flat and contiguous, all ranks' of
+                one dtype and length; not written before `wait()` has returned. A rank that has
+                none takes the others' to be float32 if `out` is of 16 bits, else of its dtype.
+            order: in which the additions are made. Parts of 16 bits are added in float32.
+            out: flat and contiguous, written; it may be the same memory as this rank's only part.
+                Where its dtype is narrower than the parts', the sum is rounded once, at the end.
+            call: what this is.
+            windows: for each rank, what it gets of the sum, contiguous in `out`; all are of one
+                (outer, size, inner). None: every rank gets all of it.
+        """
+
+    def sum(
+        self,
+        parts: Sequence[Tensor],
+        order: Order,
+        out: Tensor,
+        *,
+        call: Call,
+        windows: Sequence[Window] | None = None,
+    ) -> None:
+        """`start_sum` and `wait` in one."""
+        self.start_sum(parts, order, out, call=call, windows=windows).wait()
+
+    def all_reduce(self, x: Tensor, out: Tensor | None = None, *, call: Call) -> Tensor:
+        """Sum of the ranks' `x` (1-D, contiguous) in the transport's own order.
+
+        Returns:
+            `out`, or a new tensor where that is None.
+        """
+        y = torch.empty_like(x, requires_grad=False) if out is None else out
+        self.sum([x], rank_order(self.size), y, call=call)
+        return y
 
     @abstractmethod
     def gather_objects(self, value: Any, *, call: Call) -> list[Any]:

@@ -6,27 +6,49 @@ what the ranks pass: with `check=True` a digest of every call is compared first,
 disagree raise instead of computing garbage or aborting.
 """
 
-import hashlib
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from shardproof.errors import ShapeError
-from shardproof.transport.base import Call, PeerError, Transport, mismatch
+from shardproof.transport import portable
+from shardproof.transport.base import (
+    Call,
+    Order,
+    PeerError,
+    Pending,
+    Transport,
+    Window,
+    mismatch,
+)
 from shardproof.transport.ledger import Ledger
 
 # all_gather_into_tensor by its newer name; torch warns about the older one where it has both.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+_T = TypeVar("_T")
+
+
 class _Work(Protocol):
     def wait(self, timeout: timedelta = ...) -> Any: ...
+
+
+class _Reducing(Pending):
+    """An all-reduce of the backend that is on its way."""
+
+    def __init__(self, finish: Callable[[], None]) -> None:
+        self._finish = finish
+
+    def wait(self) -> None:
+        """Wait for the backend."""
+        self._finish()
 
 
 class DistributedTransport(Transport):
@@ -71,38 +93,51 @@ class DistributedTransport(Transport):
         call: Call,
     ) -> list[list[Tensor]]:
         """One piece per pair and round, so that no buffer has more than size - 1 pieces."""
-        received: list[list[Tensor]] = [[] for _ in range(self.size)]
         with self._during(call):
-            for index in range(rounds):
-                send = [_at(pieces, index, like) for pieces in outgoing]
-                send[self.rank] = like.new_empty(0)
-                lengths = [pieces[index] if index < len(pieces) else 0 for pieces in incoming]
-                lengths[self.rank] = 0
-                inbox = like.new_empty(sum(lengths))
-                self._all_to_all(inbox, send, lengths, call)
-                for peer, piece in enumerate(inbox.split(lengths)):
-                    if peer != self.rank and index < len(incoming[peer]):
-                        received[peer].append(piece)
-        return received
+            return self._start_exchange(outgoing, incoming, rounds, like, call)()
 
     @torch.no_grad()
-    def all_gather(self, x: Tensor, out: Tensor, sizes: Sequence[int], *, call: Call) -> None:
+    def all_gather(
+        self, x: Tensor, out: Tensor, sizes: Sequence[int], *, call: Call, outer: int = 1
+    ) -> None:
         """Equal sizes go straight into `out`; others by an all-to-all, without padding."""
-        if x.numel() != sizes[self.rank] or out.numel() != sum(sizes):
+        if x.numel() != outer * sizes[self.rank] or out.numel() != outer * sum(sizes):
             raise ShapeError(
                 f"{call}: rank {self.rank} has {x.numel()} elements and room for {out.numel()}, "
-                f"but the ranks' sizes are {list(sizes)}."
+                f"but the ranks' sizes are {list(sizes)}, in {outer} rows."
             )
         with self._during(call):
-            self._gather(x, out, sizes, call)
+            if outer == 1:
+                self._gather(x, out, sizes, call)
+                return
+            # What arrives is rank by rank; the rows are put together afterwards.
+            flat = torch.empty_like(out)
+            lengths = [outer * size for size in sizes]
+            self._gather(x, flat, lengths, call)
+            parts = [part.view(outer, -1) for part in flat.split(lengths) if part.numel()]
+            if parts:
+                torch.cat(parts, 1, out=out.view(outer, -1))
 
     @torch.no_grad()
-    def all_reduce(self, x: Tensor, *, call: Call) -> Tensor:
-        """Sum in the backend's order."""
-        y = x.clone(memory_format=torch.contiguous_format)
+    def start_sum(
+        self,
+        parts: Sequence[Tensor],
+        order: Order,
+        out: Tensor,
+        *,
+        call: Call,
+        windows: Sequence[Window] | None = None,
+    ) -> Pending:
+        """What is to be sent is on its way when this returns."""
+        if order.is_free and windows is None and parts[0].dtype == out.dtype:
+            return self._start_all_reduce(parts[0], out, call)
+        pending = portable.Sum(self, parts, order, out, call, windows)
         with self._during(call):
-            self._finish(call, lambda: dist.all_reduce(y, group=self._group, async_op=True))
-        return y
+            receive = self._start_exchange(
+                pending.outgoing(), pending.incoming(), pending.rounds, pending.like, call
+            )
+        pending.receive = lambda: self._resume(call, receive)
+        return pending
 
     @torch.no_grad()
     def gather_objects(self, value: Any, *, call: Call) -> list[Any]:
@@ -110,19 +145,62 @@ class DistributedTransport(Transport):
         with self._during(call):
             return self._gather_objects(value, call)
 
+    def _start_all_reduce(self, x: Tensor, out: Tensor, call: Call) -> Pending:
+        out.copy_(x)
+        with self._during(call):
+            finish = self._start(
+                call, lambda: dist.all_reduce(out, group=self._group, async_op=True)
+            )
+        return _Reducing(lambda: self._resume(call, finish))
+
+    def _resume(self, call: Call, finish: Callable[[], _T]) -> _T:
+        """Go on with a call that was compared when it began."""
+        with self._during(call, is_new=False):
+            return finish()
+
+    def _start_exchange(
+        self,
+        outgoing: Sequence[Sequence[Tensor]],
+        incoming: Sequence[Sequence[int]],
+        rounds: int,
+        like: Tensor,
+        call: Call,
+    ) -> Callable[[], list[list[Tensor]]]:
+        """Send; what is returned waits and says what has come."""
+        inboxes: list[list[Tensor]] = []
+        finishes: list[Callable[[], None]] = []
+        for index in range(rounds):
+            send = [_at(pieces, index, like) for pieces in outgoing]
+            send[self.rank] = like.new_empty(0)
+            lengths = [pieces[index] if index < len(pieces) else 0 for pieces in incoming]
+            lengths[self.rank] = 0
+            inbox = like.new_empty(sum(lengths))
+            finishes.append(self._all_to_all(inbox, send, lengths, call))
+            inboxes.append(list(inbox.split(lengths)))
+
+        def finish() -> list[list[Tensor]]:
+            for each in finishes:
+                each()
+            return [
+                [] if peer == self.rank else [inboxes[index][peer] for index in range(len(pieces))]
+                for peer, pieces in enumerate(incoming)
+            ]
+
+        return finish
+
     def _gather(self, x: Tensor, out: Tensor, sizes: Sequence[int], call: Call) -> None:
         if len(set(sizes)) == 1:
             source, target = _as_bytes(x), _as_bytes(out)
-            self._finish(
+            self._start(
                 call,
                 lambda: _all_gather_single(target, source, group=self._group, async_op=True),
-            )
+            )()
             return
         # The own part is left out: repeated for itself too, it could outgrow the message.
         lengths = [0 if peer == self.rank else size for peer, size in enumerate(sizes)]
         send = [x.new_empty(0) if peer == self.rank else x for peer in range(self.size)]
         inbox = x.new_empty(sum(lengths))
-        self._all_to_all(inbox, send, lengths, call)
+        self._all_to_all(inbox, send, lengths, call)()
         parts = list(inbox.split(lengths))
         parts[self.rank] = x
         for place, part in zip(out.split(list(sizes)), parts, strict=True):
@@ -140,12 +218,12 @@ class DistributedTransport(Transport):
 
     def _all_to_all(
         self, inbox: Tensor, send: Sequence[Tensor], lengths: Sequence[int], call: Call
-    ) -> None:
+    ) -> Callable[[], None]:
         filled = [piece for piece in send if piece.numel()]
         outbox = filled[0].contiguous() if len(filled) == 1 else torch.cat(list(send))
         width = inbox.element_size()
         target, source = _as_bytes(inbox), _as_bytes(outbox)
-        self._finish(
+        return self._start(
             call,
             lambda: dist.all_to_all_single(
                 target,
@@ -158,10 +236,10 @@ class DistributedTransport(Transport):
         )
 
     @contextmanager
-    def _during(self, call: Call) -> Iterator[None]:
+    def _during(self, call: Call, *, is_new: bool = True) -> Iterator[None]:
         if self._observer is not None:
             self._observer(call)
-        if self._check:
+        if self._check and is_new:
             self._compare(call)
         yield
         # Not after an error: what this rank was in is then the best clue.
@@ -171,22 +249,30 @@ class DistributedTransport(Transport):
     def _compare(self, call: Call) -> None:
         """Raise on all ranks unless all make the same call."""
         text = str(call)
-        digest = hashlib.sha256(text.encode()).digest()[:8]
-        mine = torch.tensor([int.from_bytes(digest, signed=True)], device=self._device)
+        mine = torch.tensor([call.digest - (1 << 63)], device=self._device)
         all_digests = mine.new_empty(self.size)
         self._gather(mine, all_digests, [1] * self.size, call)
         if len(set(all_digests.tolist())) > 1:
             raise mismatch(self._gather_objects(text, call))
 
-    def _finish(self, call: Call, start: Callable[[], _Work | None]) -> None:
+    def _start(self, call: Call, begin: Callable[[], _Work | None]) -> Callable[[], None]:
+        """Let the backend begin; what is returned waits for the end."""
+        with self._naming(call):
+            work = begin()
+
+        def finish() -> None:
+            with self._naming(call):
+                if work is not None and self._timeout is None:
+                    work.wait()
+                elif work is not None and self._timeout is not None:
+                    work.wait(self._timeout)
+
+        return finish
+
+    @contextmanager
+    def _naming(self, call: Call) -> Iterator[None]:
         try:
-            work = start()
-            if work is None:
-                return
-            if self._timeout is None:
-                work.wait()
-            else:
-                work.wait(self._timeout)
+            yield
         except RuntimeError as error:
             # An error of the backend nearly always means that another rank is gone or stuck.
             raise PeerError(

@@ -7,8 +7,14 @@ import torch
 from torch import Tensor
 
 from shardproof.errors import ShapeError
-from shardproof.transport.base import Call, Transport
+from shardproof.transport import portable
+from shardproof.transport.base import Call, Order, Pending, Transport, Window
 from shardproof.transport.ledger import Ledger
+
+
+class _Finished(Pending):
+    def wait(self) -> None:
+        """Nothing is left to do."""
 
 
 class SoloTransport(Transport):
@@ -34,19 +40,36 @@ class SoloTransport(Transport):
         return [[]]
 
     @torch.no_grad()
-    def all_gather(self, x: Tensor, out: Tensor, sizes: Sequence[int], *, call: Call) -> None:
+    def all_gather(
+        self, x: Tensor, out: Tensor, sizes: Sequence[int], *, call: Call, outer: int = 1
+    ) -> None:
         """Copy `x` into `out`."""
-        if [x.numel()] != list(sizes) or x.shape != out.shape:
+        if [x.numel()] != [outer * size for size in sizes] or x.shape != out.shape:
             raise ShapeError(
                 f"{call}: cannot gather {tuple(x.shape)} into {tuple(out.shape)} with sizes "
-                f"{list(sizes)}; alone, all three are the same."
+                f"{list(sizes)} and {outer} rows; alone, all are the same."
             )
         out.copy_(x)
 
     @torch.no_grad()
-    def all_reduce(self, x: Tensor, *, call: Call) -> Tensor:
-        """A copy of `x`."""
-        return x.clone()
+    def start_sum(
+        self,
+        parts: Sequence[Tensor],
+        order: Order,
+        out: Tensor,
+        *,
+        call: Call,
+        windows: Sequence[Window] | None = None,
+    ) -> Pending:
+        """Add up at once."""
+        portable.check(self, parts, order, out, call, windows)
+        total = portable.add_up(order, parts)
+        if windows is not None:
+            window = windows[0]
+            total = total.view(window.outer, window.size, window.inner)
+            total = total[:, window.start : window.stop].reshape(-1)
+        out.copy_(total)
+        return _Finished()
 
     def gather_objects(self, value: Any, *, call: Call) -> list[Any]:
         """The value alone."""

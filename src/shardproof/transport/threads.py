@@ -1,8 +1,7 @@
-"""Ranks as threads of one process: tensors are lent, never copied to be sent.
+"""Ranks as threads of one process: tensors are lent.
 
 A rank hands over references and its `Call`, meets the others, and reads what they handed over.
-That is safe because nothing that was handed over is written again (`transport/base.py`). Calls
-are compared at every meeting, which costs nothing: all of them lie in one place.
+Calls are compared at every meeting, which costs nothing: all of them lie in one place.
 
 On a GPU all ranks use one device and its default stream: kernels then run in the order in which
 they were queued, and a rank queues its reads after the meeting.
@@ -15,13 +14,10 @@ import torch
 from torch import Tensor
 
 from shardproof.errors import MismatchError, UsageError
-from shardproof.leaves import share
-from shardproof.transport.base import Call, Transport
+from shardproof.transport import portable
+from shardproof.transport.base import Call, Order, Pending, Transport, Window
 from shardproof.transport.ledger import Ledger
 from shardproof.transport.rendezvous import Rendezvous
-
-# Up to so many elements every rank adds up the whole sum: cheaper than a second meeting.
-_WHOLE_SUM = 8192
 
 
 class ThreadsTransport(Transport):
@@ -66,46 +62,55 @@ class ThreadsTransport(Transport):
         return received
 
     @torch.no_grad()
-    def all_gather(self, x: Tensor, out: Tensor, sizes: Sequence[int], *, call: Call) -> None:
-        """Copy the ranks' `x` into `out`, straight from their memory."""
+    def all_gather(
+        self, x: Tensor, out: Tensor, sizes: Sequence[int], *, call: Call, outer: int = 1
+    ) -> None:
+        """Copy the ranks' `x` into `out`, from a copy that others may read when `x` is gone."""
         _check_stream(x)
-        self._join(x, out, sizes, call)
+        parts: list[Tensor] = self._rendezvous.meet(self.rank, call, x.clone())
+        found = [part.numel() for part in parts]
+        wanted = [outer * size for size in sizes]
+        # Every rank sees the same parts, so that all raise or none does.
+        if found != wanted or out.numel() != sum(wanted):
+            raise MismatchError(
+                f"{call}: the ranks hand over {found} elements where {wanted} are expected, "
+                f"for a result of {out.numel()}. All must derive them from the same cut."
+            )
+        rows = [part.view(outer, -1) for part in parts if part.numel()]
+        if rows:
+            torch.cat(rows, 1, out=out.view(outer, -1))
 
     @torch.no_grad()
-    def all_reduce(self, x: Tensor, *, call: Call) -> Tensor:
-        """Sum in rank order: each rank its slice, then the slices are gathered."""
-        _check_stream(x)
-        partials: list[Tensor] = self._rendezvous.meet(self.rank, call, x)
-        if x.numel() <= _WHOLE_SUM:
-            return _add_up(partials)
-        bounds = share(x.numel(), self.size)
-        mine = bounds[self.rank]
-        part = _add_up([partial[mine.start : mine.stop] for partial in partials])
-        total = torch.empty_like(x)
-        self._join(part, total, [len(bound) for bound in bounds], call)
-        return total
+    def start_sum(
+        self,
+        parts: Sequence[Tensor],
+        order: Order,
+        out: Tensor,
+        *,
+        call: Call,
+        windows: Sequence[Window] | None = None,
+    ) -> Pending:
+        """Nothing is done before `wait()`: what is lent then is read there."""
+        _check_stream(out)
+        return _Lent(self, parts, order, out, call, windows)
 
     def gather_objects(self, value: Any, *, call: Call) -> list[Any]:
         """Every rank's value itself, not a copy."""
         return self._rendezvous.meet(self.rank, call, value)
 
-    def _join(self, x: Tensor, out: Tensor, sizes: Sequence[int], call: Call) -> None:
-        parts: list[Tensor] = self._rendezvous.meet(self.rank, call, x)
-        found = [part.numel() for part in parts]
-        # Every rank sees the same parts, so that all raise or none does.
-        if found != list(sizes) or out.numel() != sum(sizes):
-            raise MismatchError(
-                f"{call}: the ranks hand over {found} elements where {list(sizes)} are expected, "
-                f"for a result of {out.numel()}. All must derive them from the same cut."
-            )
-        torch.cat(parts, out=out)
 
+class _Lent(portable.Sum):
+    """A sum in which every rank reads its slices from the others' parts."""
 
-def _add_up(partials: Sequence[Tensor]) -> Tensor:
-    total = partials[0].clone()
-    for partial in partials[1:]:
-        total.add_(partial)
-    return total
+    @torch.no_grad()
+    def wait(self) -> None:
+        """Exchange and finish; with windows, not before all have read this rank's parts."""
+        self.receive = lambda: self._transport.exchange(
+            self.outgoing(), self.incoming(), rounds=self.rounds, like=self.like, call=self._call
+        )
+        super().wait()
+        if self._windows is not None:
+            self._transport.gather_objects(None, call=self._call)
 
 
 def _check_stream(x: Tensor) -> None:
