@@ -20,6 +20,7 @@ def extension(name: str) -> Extension:
         sources=sorted(map(str, folder.glob("*.c"))),
         depends=sorted(map(str, folder.glob("*.[hi]*"))),
         extra_compile_args=FLAGS,
+        extra_link_args=["-pthread"],
         define_macros=[("Py_LIMITED_API", "0x030B0000")],
         py_limited_api=True,
         optional=True,

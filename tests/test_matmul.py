@@ -152,13 +152,17 @@ def found_there(
     return branch, [line for line in lines if line]
 
 
+needs_whole_products = pytest.mark.skipif(
+    mode.set_blas_mode().is_leafwise,
+    reason="this process calls products in leaf shapes; another test has those",
+)
 needs_strict = pytest.mark.skipif(
     not mode.set_blas_mode().branch.endswith("-strict"),
     reason=f"needs a strict BLAS mode, this process has {mode.set_blas_mode().branch}",
 )
 
 
-@needs_strict
+@needs_whole_products
 @hypothesis_settings(max_examples=30)
 @given(
     st.builds(
@@ -178,7 +182,7 @@ def test_a_shard_has_the_bits_of_the_whole(p: Problem, schedule: int) -> None:
     assert differing(p, schedule=schedule) == []
 
 
-@needs_strict
+@needs_whole_products
 def test_fixed_shapes_at_all_degrees_in_this_process() -> None:
     assert list(check_products(["fp32", "fp64"], with_threads=True)) == []
 
@@ -188,6 +192,14 @@ def test_avx2_keeps_the_bits_too() -> None:
         pytest.skip(f"needs MKL on x86, this process has {mode.set_blas_mode().branch}")
     branch, found = found_there("avx2", ["fp32", "fp64"], with_threads=True)
     assert branch == "avx2-strict"
+    assert found == []
+
+
+def test_our_own_products_keep_the_bits_too() -> None:
+    if mode.missing_products():
+        pytest.skip(f"needs our own products: {mode.missing_products()}")
+    branch, found = found_there("core", ["fp32", "fp64"], with_threads=True)
+    assert branch == "core"
     assert found == []
 
 

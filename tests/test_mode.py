@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fresh_process import run_fresh
+from shardproof import core
 from shardproof.axis import Axis
 from shardproof.errors import NumericsError
 from shardproof.layers.linear import ColumnParallelLinear
@@ -17,6 +18,8 @@ from shardproof.scheme import Scheme
 
 TORCH = f"torch={torch.__version__}"
 WIDEST = "avx512" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "avx2"
+HAS_PRODUCTS = mode.missing_products() is None
+SMALL = f"small={'core' if HAS_PRODUCTS else 'mkl'}"
 
 needs_mkl = pytest.mark.skipif(
     not mode.set_blas_mode().branch.endswith("-strict"),
@@ -117,9 +120,88 @@ def test_leafwise_needs_no_library(forget: pytest.MonkeyPatch) -> None:
     mode.require_invariant()
 
 
-def test_auto_without_mkl_is_leafwise(forget: pytest.MonkeyPatch) -> None:
-    forget.setattr(mode, "_mkl", lambda: None)
+@dataclass(frozen=True)
+class FakeKernels:
+    """Kernels that were built, for a CPU with or without fused multiply-adds."""
+
+    has_fma: bool = True
+
+    def path(self) -> str:
+        return "avx2" if self.has_fma else "none"
+
+
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "kernels", lambda: None)
+    monkeypatch.setattr(core, "problem", lambda: "shardproof._kernels is not there")
+
+
+@pytest.mark.parametrize("library", [None, FakeMkl(refuses_with=-3)], ids=["no MKL", "refused"])
+def test_auto_without_a_strict_mode_takes_our_own_products_or_leaf_shapes(
+    forget: pytest.MonkeyPatch, library: FakeMkl | None
+) -> None:
+    forget.setattr(mode, "_mkl", lambda: library)
+    forget.setattr(core, "kernels", FakeKernels)
+    state = decide(forget, "auto")
+    assert (state.branch, state.took, state.own_rows) == ("core", True, mode.ANY_ROWS)
+    assert state.return_code == (None if library is None else -3)
+    forget.setattr(core, "kernels", lambda: FakeKernels(has_fma=False))
     assert decide(forget, "auto").is_leafwise
+    without_kernels(forget)
+    state = decide(forget, "auto")
+    assert state.is_leafwise
+    assert state.own_rows == 0
+
+
+def test_core_is_taken_by_name_where_mkl_would_be_strict_too(forget: pytest.MonkeyPatch) -> None:
+    library = FakeMkl()
+    forget.setattr(mode, "_mkl", lambda: library)
+    forget.setattr(core, "kernels", FakeKernels)
+    assert decide(forget, "core").branch == "core"
+    assert library.asked == []
+    mode.require_invariant()
+
+
+@pytest.mark.parametrize(
+    ("kernels", "text"),
+    [
+        (None, r"=core needs our own products, and shardproof\._kernels is not there\. Use "),
+        (FakeKernels(has_fma=False), r"and this CPU has no fused multiply-add\. Use \S+=auto or "),
+    ],
+)
+def test_core_by_name_raises_where_it_is_not(
+    forget: pytest.MonkeyPatch, kernels: FakeKernels | None, text: str
+) -> None:
+    without_kernels(forget)
+    forget.setattr(core, "kernels", lambda: kernels)
+    assert decide(forget, "core").own_rows == 0
+    with pytest.raises(NumericsError, match=text):
+        mode.require_invariant()
+
+
+def test_a_wrong_setting_of_the_core_is_told_at_the_first_invariant_use() -> None:
+    code = """
+import shardproof as sp
+try:
+    sp.numerics.mode.require_invariant()
+except sp.errors.NumericsError as error:
+    print(error)
+"""
+    found = run_fresh(code, SHARDPROOF_CORE="on")
+    assert found.strip() == "SHARDPROOF_CORE='on' is unknown. Use one of: auto, off."
+
+
+@pytest.mark.parametrize("setting", ["avx2", "leafwise"])
+def test_small_batches_are_our_own_in_every_mode_that_has_the_kernels(
+    forget: pytest.MonkeyPatch, setting: str
+) -> None:
+    forget.setattr(mode, "_mkl", FakeMkl)
+    forget.setattr(core, "kernels", FakeKernels)
+    assert decide(forget, setting).own_rows == mode.SMALL_ROWS
+    assert " small=core fp32 " in mode.contract(Scheme())
+    without_kernels(forget)
+    assert decide(forget, setting).own_rows == 0
+    name = {"avx2": "mkl", "leafwise": "leafwise"}[setting]
+    assert f" small={name} fp32 " in mode.contract(Scheme())
 
 
 @pytest.mark.parametrize(
@@ -127,7 +209,7 @@ def test_auto_without_mkl_is_leafwise(forget: pytest.MonkeyPatch) -> None:
     [
         (
             "fast",
-            r"SHARDPROOF_BLAS='fast' is unknown\. Use one of: auto, avx512, avx2, leafwise, off",
+            r"BLAS='fast' is unknown\. Use one of: auto, avx512, avx2, core, leafwise, off\.",
         ),
         (
             "off",
@@ -157,7 +239,7 @@ def test_a_branch_without_mkl_raises(forget: pytest.MonkeyPatch) -> None:
         (-8, r"avx2 could not be set: this process had already.*MKL_CBWR=AVX2,STRICT in the"),
         (
             -2,
-            r"MKL refused it \(return code -2, mode 0x0\)\. Start Python with SHARDPROOF_BLAS=avx2",
+            r"MKL refused it \(return code -2, mode 0x0\)\. Start Python with SHARDPROOF_BLAS=core",
         ),
     ],
 )
@@ -240,7 +322,7 @@ def test_a_late_import_works_for_native_and_raises_for_invariant() -> None:
 def test_the_environment_makes_a_late_import_work() -> None:
     found = json.loads(run_fresh(LATE, MKL_CBWR=f"{WIDEST.upper()},STRICT"))
     assert found["invariant"] == [2, 3]
-    assert found["contract"] == f"tree-1 leaves=8 mkl={WIDEST}-strict fp32 {TORCH}"
+    assert found["contract"] == f"tree-2 leaves=8 mkl={WIDEST}-strict {SMALL} fp32 {TORCH}"
 
 
 @needs_mkl
@@ -260,19 +342,32 @@ def test_a_started_process_gets_this_process_mode(forget: pytest.MonkeyPatch) ->
 def test_the_contract_names_all_that_the_bits_depend_on() -> None:
     mkl = f"mkl={mode.set_blas_mode().branch}"
     bf16 = torch.bfloat16
-    assert mode.contract(Scheme()) == f"tree-1 leaves=8 {mkl} fp32 {TORCH}"
-    assert mode.contract(Scheme(leaves=5), torch.float64) == f"tree-1 leaves=5 {mkl} fp64 {TORCH}"
+    assert mode.contract(Scheme()) == f"tree-2 leaves=8 {mkl} {SMALL} fp32 {TORCH}"
+    assert (
+        mode.contract(Scheme(leaves=5), torch.float64)
+        == f"tree-2 leaves=5 {mkl} {SMALL} fp64 {TORCH}"
+    )
     assert mode.contract(Scheme(numerics="native")) == f"native fp32 {TORCH}"
     threads = torch.get_num_threads()
     assert (
-        mode.contract(Scheme(), bf16) == f"tree-1 leaves=8 leafwise threads={threads} bf16 {TORCH}"
+        mode.contract(Scheme(), bf16) == f"tree-2 leaves=8 leafwise threads={threads} bf16 {TORCH}"
     )
+
+
+def test_the_contract_of_our_own_products_has_no_threads(forget: pytest.MonkeyPatch) -> None:
+    forget.setattr(core, "kernels", FakeKernels)
+    decide(forget, "core")
+    assert mode.contract(Scheme()) == f"tree-2 leaves=8 core=fma fp32 {TORCH}"
+    threads = torch.get_num_threads()
+    wanted = f"tree-2 leaves=8 leafwise threads={threads} bf16 {TORCH}"
+    assert mode.contract(Scheme(), torch.bfloat16) == wanted
 
 
 def test_the_leafwise_contract_has_the_thread_count(forget: pytest.MonkeyPatch) -> None:
     decide(forget, "leafwise")
     threads = torch.get_num_threads()
-    expected = f"tree-1 leaves=8 leafwise threads={threads} fp32 {TORCH}"
+    small = "core" if HAS_PRODUCTS else "leafwise"
+    expected = f"tree-2 leaves=8 leafwise threads={threads} small={small} fp32 {TORCH}"
     assert mode.contract(Scheme()) == expected
 
 
@@ -281,7 +376,7 @@ def test_the_contract_of_a_gpu_has_the_switches_that_change_bits(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Big GPU")
     matmul, gpu = torch.backends.cuda.matmul, torch.device("cuda")
-    head = "tree-1 leaves=8 leafwise gpu=Big-GPU"
+    head = "tree-2 leaves=8 leafwise gpu=Big-GPU"
     assert mode.contract(Scheme(), torch.float32, gpu) == f"{head} fp32 {TORCH}"
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
         switch = f"allow_{short}_reduced_precision_reduction"

@@ -1,8 +1,147 @@
-/* shardproof._kernels: arithmetic whose order of additions is fixed. The Python face; no torch. */
+/* shardproof._kernels: arithmetic whose order of additions is fixed. The Python face; no torch.
+ *
+ * Addresses, sizes and strides (in elements) come as plain ints and are trusted: the Python side
+ * has checked the tensors, and holds them while a call runs.
+ */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <stdlib.h>
+#include <string.h>
+
+#include "product.h"
+
+static enum path chosen_path = PATH_NONE;
+
+enum { GIL_WORK = 1 << 16 }; /* less is done before another thread would wake up */
+
+/* One leaf, as Python packs it: where it lies, partial sums to add, and if a node ends here. */
+struct leaf {
+    int64_t start, stop, pops, is_last;
+};
+
+static int read_ints(PyObject *const *given, Py_ssize_t count, long long *into) {
+    for (Py_ssize_t i = 0; i < count; i++) {
+        into[i] = PyLong_AsLongLong(given[i]);
+        if (into[i] == -1 && PyErr_Occurred()) return -1;
+    }
+    return 0;
+}
+
+/* Leaves to blocks; NULL with an exception set, or an array to be freed. */
+static struct segment *read_program(const struct leaf *leaves, size_t num_leaves,
+                                    struct product *p) {
+    size_t count = 0;
+    for (size_t i = 0; i < num_leaves; i++)
+        count += (size_t)((leaves[i].stop - leaves[i].start + BLOCK - 1) / BLOCK);
+    struct segment *segments = malloc((count + 1) * sizeof *segments);
+    if (!segments) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    size_t next = 0;
+    int height = 0, node = 0, levels = 1;
+    for (size_t i = 0; i < num_leaves; i++) {
+        const struct leaf *l = leaves + i;
+        for (int64_t k = l->start; k < l->stop; k += BLOCK) {
+            const int ends = k + BLOCK >= l->stop;
+            struct segment *s = segments + next++;
+            s->start = (ptrdiff_t)k;
+            s->depth = (ptrdiff_t)(ends ? l->stop - k : BLOCK);
+            s->pops = (k > l->start) + (ends ? (int32_t)l->pops : 0);
+            s->slot = height -= s->pops;
+            s->node = ends && l->is_last ? node++ : -1;
+            if (height < 0 || (s->node >= 0 && height)) {
+                free(segments);
+                PyErr_SetString(PyExc_ValueError, "the leaves make no tree");
+                return NULL;
+            }
+            height += s->node < 0;
+            levels = height > levels ? height : levels;
+        }
+    }
+    p->segments = segments;
+    p->num_segments = next;
+    p->num_levels = levels;
+    p->num_nodes = node;
+    return segments;
+}
+
+PyDoc_STRVAR(product_doc,
+             "product(is_double, threads, out, m, n, k, a, a_row, a_col, b, b_row, b_col, bias, "
+             "leaves)\n--\n\n"
+             "out[node] (m, n) = the node's leaves of a (m, k) @ b (k, n), plus bias (n,) unless "
+             "0.\nleaves: bytes, four int64 each: start, stop, pops, is_last. All sizes positive.");
+
+static PyObject *product(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    long long g[13];
+    if (nargs != 14) {
+        PyErr_SetString(PyExc_TypeError, "product takes 14 arguments");
+        return NULL;
+    }
+    char *bytes;
+    Py_ssize_t size;
+    if (read_ints(args, 13, g) || PyBytes_AsStringAndSize(args[13], &bytes, &size)) return NULL;
+    struct product p = {
+        .num_threads = (int)g[1], .out = (void *)(intptr_t)g[2],
+        .m = (ptrdiff_t)g[3], .n = (ptrdiff_t)g[4], .k = (ptrdiff_t)g[5],
+        .a = (void *)(intptr_t)g[6], .a_row = (ptrdiff_t)g[7], .a_col = (ptrdiff_t)g[8],
+        .b = (void *)(intptr_t)g[9], .b_row = (ptrdiff_t)g[10], .b_col = (ptrdiff_t)g[11],
+        .bias = (void *)(intptr_t)g[12],
+    };
+    if (chosen_path == PATH_NONE || p.m < 1 || p.n < 1 || p.k < 1) {
+        PyErr_SetString(PyExc_ValueError, "product: no fused multiply-add here, or an empty size");
+        return NULL;
+    }
+    struct segment *segments =
+        read_program((const struct leaf *)(void *)bytes, (size_t)size / sizeof(struct leaf), &p);
+    if (!segments) return NULL;
+    int (*run)(const struct product *, enum path) = g[0] ? product_f64 : product_f32;
+    const enum path path = chosen_path;
+    int failed;
+    if ((double)p.m * (double)p.n * (double)p.k < GIL_WORK) {
+        failed = run(&p, path);
+    } else {
+        Py_BEGIN_ALLOW_THREADS failed = run(&p, path);
+        Py_END_ALLOW_THREADS
+    }
+    free(segments);
+    if (failed) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static const char *const PATHS[] = {"none", "avx2", "avx512"};
+
+PyDoc_STRVAR(path_doc,
+             "path()\n--\n\nThe vectors in use: 'none' (no products), 'avx2' or 'avx512'.");
+
+static PyObject *get_path(PyObject *self, PyObject *none) {
+    (void)self, (void)none;
+    return PyUnicode_FromString(PATHS[chosen_path]);
+}
+
+PyDoc_STRVAR(set_path_doc,
+             "set_path(name)\n--\n\nUse these vectors, which give the same bits as the others.");
+
+static PyObject *set_path(PyObject *self, PyObject *name) {
+    (void)self;
+    const char *wanted = PyUnicode_AsUTF8AndSize(name, NULL);
+    if (!wanted) return NULL;
+    for (enum path p = PATH_AVX2; p <= widest_path(); p++) {
+        if (strcmp(wanted, PATHS[p]) == 0) {
+            chosen_path = p;
+            Py_RETURN_NONE;
+        }
+    }
+    PyErr_Format(PyExc_ValueError, "this machine has no %s path", wanted);
+    return NULL;
+}
+
 static PyMethodDef methods[] = {
+    {"product", (PyCFunction)(void (*)(void))product, METH_FASTCALL, product_doc},
+    {"path", get_path, METH_NOARGS, path_doc},
+    {"set_path", set_path, METH_O, set_path_doc},
     {NULL, NULL, 0, NULL},
 };
 
@@ -14,4 +153,7 @@ static struct PyModuleDef definition = {
     .m_methods = methods,
 };
 
-PyMODINIT_FUNC PyInit__kernels(void) { return PyModule_Create(&definition); }
+PyMODINIT_FUNC PyInit__kernels(void) {
+    chosen_path = widest_path();
+    return PyModule_Create(&definition);
+}

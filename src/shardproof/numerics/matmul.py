@@ -1,5 +1,6 @@
 """Products of shards: leaf partials added up to canonical nodes, and products that need no sum.
 
+Our own kernels (`products`) serve every product in mode `core`, and small batches in the others.
 In strict mode a product of a shard has the bits of the full product, so one call serves a whole
 shard wherever nothing is summed over the cut dim. Elsewhere (*leafwise*) every call has one leaf's
 shape and fresh, contiguous operands, so that the library cannot tell the degrees apart.
@@ -11,11 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shardproof.numerics import mode
+from shardproof.numerics import mode, products
 from shardproof.tree import Node, children, nodes_of_run
 
-# Up to so many rows (of the whole product, at every degree) a batch counts as small.
-SMALL_ROWS = 16
+SMALL_ROWS = mode.SMALL_ROWS  # for those who cut a batch: say `rows` with every part of it
 ALIGNMENT = 64  # bytes; torch's CPU allocator gives every tensor at least that
 
 
@@ -36,7 +36,13 @@ def _fresh(x: Tensor) -> Tensor:
 
 
 def product_nodes(
-    a: Tensor, b: Tensor, slices: Sequence[slice], *, run: range, num_leaves: int
+    a: Tensor,
+    b: Tensor,
+    slices: Sequence[slice],
+    *,
+    run: range,
+    num_leaves: int,
+    rows: int | None = None,
 ) -> dict[Node, Tensor]:
     """Partial products of a run of leaves, added up to the largest canonical nodes.
 
@@ -46,9 +52,12 @@ def product_nodes(
         slices: where each owned leaf lies in c.
         run: the owned leaves.
         num_leaves: of the whole contracted dim.
+        rows: of the whole batch, if `a` is a part of it: small batches have another kernel.
     Returns:
         Node -> (M, N), in `node_dtype`; every tensor is fresh.
     """
+    if products.are_ours(a, b, a.shape[0] if rows is None else rows):
+        return products.leaf_nodes(a, b, slices, run=run, num_leaves=num_leaves)
     leafwise = mode.is_leafwise(a.dtype, a.device)
     limit = 0 if leafwise else mode.addmm_limit(a.dtype)
     wide = node_dtype(a.dtype)
@@ -74,18 +83,23 @@ def product_nodes(
     return {node: node_sum(node) for node in nodes_of_run(num_leaves, run)}
 
 
-def product_sum(a: Tensor, b: Tensor, slices: Sequence[slice]) -> Tensor:
+def product_sum(
+    a: Tensor, b: Tensor, slices: Sequence[slice], *, rows: int | None = None
+) -> Tensor:
     """Partial products of all leaves, added up to the root: what one rank alone does.
 
     Args:
         a: (M, K), whole.
         b: (K, N).
         slices: where each leaf lies in K.
+        rows: as for `product_nodes`.
     Returns:
         (M, N), fresh, in the dtype of `a`: rounded once, after the last addition.
     """
+    if products.are_ours(a, b, a.shape[0] if rows is None else rows):
+        return products.leaf_sum(a, b, slices)
     leaves = len(slices)
-    nodes = product_nodes(a, b, slices, run=range(leaves), num_leaves=leaves)
+    nodes = product_nodes(a, b, slices, run=range(leaves), num_leaves=leaves, rows=rows)
     return nodes[0, leaves].to(a.dtype)
 
 
@@ -105,6 +119,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, slices: Sequence[slic
     Returns:
         (M, n).
     """
+    transposed = weight.t()
+    if products.are_ours(x, transposed, x.shape[0]):
+        return products.product(x, transposed, bias)
     if not mode.is_leafwise(x.dtype, x.device):
         return torch.nn.functional.linear(x, weight, bias)
     y = x.new_empty(x.shape[0], weight.shape[0])
@@ -125,6 +142,8 @@ def product_columns(a: Tensor, b: Tensor, slices: Sequence[slice]) -> Tensor:
     Returns:
         (M, n).
     """
+    if products.are_ours(a, b, a.shape[0]):
+        return products.product(a, b)
     if not mode.is_leafwise(a.dtype, a.device):
         return torch.mm(a, b)
     y = a.new_empty(a.shape[0], b.shape[1])
@@ -144,6 +163,8 @@ def product_rows(a: Tensor, b: Tensor, slices: Sequence[slice]) -> Tensor:
     Returns:
         (n, K).
     """
+    if products.are_ours(a, b, mode.ANY_ROWS):  # its own are cut: they say nothing of the batch
+        return products.product(a, b)
     if not mode.is_leafwise(a.dtype, a.device):
         return torch.mm(a, b)
     y = a.new_empty(a.shape[0], b.shape[1])

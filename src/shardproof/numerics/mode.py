@@ -5,23 +5,34 @@ in a shard of it, with any number of threads. It is set once per process and onl
 process's first product; `import shardproof` does it. Where it did not take, importing still works,
 `native` still works, and the first invariant use raises. Which products need which mode was
 measured; tests/test_invariance_table.py keeps the measurements.
+
+Where there is no strict mode (MKL refuses it on every CPU but Intel's) the products are our own
+(`core`), if the kernels were built and the CPU has fused multiply-adds; else they are called in
+leaf shapes (`leafwise`).
 """
 
 import ctypes
 import functools
 import os
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from shardproof.errors import NumericsError
+from shardproof import core
+from shardproof.errors import NumericsError, UsageError
 from shardproof.scheme import Scheme
 
-SCHEME_VERSION = "tree-1"
-SETTINGS = ("auto", "avx512", "avx2", "leafwise", "off")
+SCHEME_VERSION = "tree-2"
+SETTINGS = ("auto", "avx512", "avx2", "core", "leafwise", "off")
 VARIABLE = "SHARDPROOF_BLAS"
+
+# Products of up to so many rows, in the whole batch, are our own in every mode that has the
+# kernels: there MKL's strict mode costs twice what its default does, and copies cost more.
+SMALL_ROWS = 16
+ANY_ROWS = sys.maxsize
 
 _STRICT = 0x10000
 _BRANCHES = {"avx512": 12, "avx2": 10}
@@ -35,10 +46,12 @@ class BlasState:
 
     Attributes:
         setting: the value of SHARDPROOF_BLAS.
-        branch: "avx512-strict", "avx2-strict", "leafwise", "off", or "unset" if nothing took.
+        branch: "avx512-strict", "avx2-strict", "core", "leafwise", "off", or "unset" if nothing
+            took.
         return_code: of the library's set function; None if it was not called.
         read_back: the mode that the library reports afterwards; None if it cannot be asked.
         problem: why invariant numerics cannot run, or None.
+        own_rows: up to how many rows a batch's products are our own; 0 without the kernels.
     """
 
     setting: str
@@ -46,6 +59,7 @@ class BlasState:
     return_code: int | None = None
     read_back: int | None = None
     problem: str | None = None
+    own_rows: int = 0
 
     @property
     def took(self) -> bool:
@@ -54,8 +68,13 @@ class BlasState:
 
     @property
     def is_leafwise(self) -> bool:
-        """True if every product is called in leaf shape."""
+        """True if every product that is not our own is called in leaf shape."""
         return self.branch == "leafwise"
+
+    @property
+    def is_strict(self) -> bool:
+        """True if MKL is in a strict mode, which is checked before it is relied on."""
+        return self.branch.endswith("-strict")
 
 
 _state: BlasState | None = None
@@ -65,6 +84,8 @@ _lock = threading.Lock()
 def set_blas_mode() -> BlasState:
     """Set the mode that SHARDPROOF_BLAS asks for; the first call decides, later ones read."""
     global _state
+    if _state is not None:
+        return _state
     with _lock:
         if _state is None:
             _state = _set(os.environ.get(VARIABLE, "auto").strip().lower() or "auto")
@@ -83,21 +104,55 @@ def _set(setting: str) -> BlasState:
             f"product of a shard has other bits than the same elements of the full product. "
             f"Unset {VARIABLE}, or use numerics='native'.",
         )
+    try:
+        missing = missing_products()
+    except UsageError as error:  # importing works all the same
+        return BlasState(setting, "unset", problem=str(error))
+    small = 0 if missing else SMALL_ROWS
+    if setting == "core":
+        if missing:
+            problem = (
+                f"{VARIABLE}=core needs our own products, and {missing}. Use {VARIABLE}=auto or "
+                f"{VARIABLE}=leafwise."
+            )
+            return BlasState(setting, "unset", problem=problem)
+        return BlasState(setting, "core", own_rows=ANY_ROWS)
     if setting == "leafwise":
-        return BlasState(setting, "leafwise")
+        return BlasState(setting, "leafwise", own_rows=small)
     library = _mkl()
     if setting == "auto" and library is None:
-        return BlasState(setting, "leafwise")
+        return _without_strict(missing)
     if library is None:
         problem = (
             f"{VARIABLE}={setting} needs a torch build with MKL, and this one "
             f"(torch {torch.__version__}) has none. Use {VARIABLE}=leafwise."
         )
         return BlasState(setting, "unset", problem=problem)
-    return _set_strict(library, setting)
+    return _set_strict(library, setting, missing)
 
 
-def _set_strict(library: ctypes.CDLL, setting: str) -> BlasState:
+def missing_products() -> str | None:
+    """Why our own products cannot be used here, or None if they can.
+
+    Raises:
+        UsageError: SHARDPROOF_CORE is set to what it does not know.
+    """
+    kernels = core.kernels()
+    if kernels is None:
+        return core.problem()
+    return "this CPU has no fused multiply-add" if kernels.path() == "none" else None
+
+
+def _without_strict(
+    missing: str | None, code: int | None = None, read_back: int | None = None
+) -> BlasState:
+    """What auto takes if MKL has no strict mode, or there is no MKL."""
+    if missing:
+        return BlasState("auto", "leafwise", code, read_back)
+    return BlasState("auto", "core", code, read_back, own_rows=ANY_ROWS)
+
+
+def _set_strict(library: ctypes.CDLL, setting: str, missing: str | None) -> BlasState:
     widest = "avx512" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "avx2"
     branch = widest if setting == "auto" else setting
     wanted = _BRANCHES[branch] | _STRICT
@@ -106,9 +161,10 @@ def _set_strict(library: ctypes.CDLL, setting: str) -> BlasState:
         code = int(library.mkl_serv_cbwr_set(wanted))
     read_back = int(library.mkl_serv_cbwr_get(-1))
     if code == 0 and read_back == wanted:
-        return BlasState(setting, f"{branch}-strict", code, read_back)
+        small = 0 if missing else SMALL_ROWS
+        return BlasState(setting, f"{branch}-strict", code, read_back, own_rows=small)
     if setting == "auto" and code == _REFUSED:  # as it does on every CPU but Intel's
-        return BlasState(setting, "leafwise", code, read_back)
+        return _without_strict(missing, code, read_back)
     if code == _TOO_LATE:
         why = "this process had already computed a matrix product"
         way_out = (
@@ -117,7 +173,7 @@ def _set_strict(library: ctypes.CDLL, setting: str) -> BlasState:
         )
     else:
         why = f"MKL refused it (return code {code}, mode {read_back:#x})"
-        way_out = f"Start Python with {VARIABLE}=avx2 or {VARIABLE}=leafwise"
+        way_out = f"Start Python with {VARIABLE}=core or {VARIABLE}=leafwise"
     problem = (
         f"the strict BLAS mode {branch} could not be set: {why}. {way_out}, or use "
         "numerics='native', which does not promise bits."
@@ -145,7 +201,7 @@ def require_invariant() -> None:
     problem = now.problem or _precision_problem()
     if problem is not None:
         raise NumericsError(problem)
-    if not now.is_leafwise:
+    if now.is_strict:
         found = self_check()
         if found is not None:
             raise NumericsError(
@@ -210,11 +266,16 @@ def addmm_limit(dtype: torch.dtype = torch.float32) -> int:
     return 0
 
 
+def own_rows() -> int:
+    """Up to how many rows, in the whole batch, products are our own: fp32 and fp64 on the CPU."""
+    return set_blas_mode().own_rows
+
+
 def is_leafwise(dtype: torch.dtype, device: torch.device) -> bool:
     """True if products of `dtype` on `device` must be called with one leaf's shape each.
 
-    fp32 and fp64 on the CPU have a strict mode; bf16 and fp16 go through another library, and a
-    GPU picks its kernel by shape.
+    Only those that are not our own. fp32 and fp64 on the CPU have a strict mode; bf16 and fp16 go
+    through another library, and a GPU picks its kernel by shape.
     """
     if device.type != "cpu" or dtype not in (torch.float32, torch.float64):
         return True
@@ -227,7 +288,7 @@ def contract(
     """Everything that the bits depend on, as one line.
 
     >>> contract(Scheme())  # doctest: +SKIP
-    'tree-1 leaves=8 mkl=avx512-strict fp32 torch=2.13.0+cpu'
+    'tree-2 leaves=8 mkl=avx512-strict small=core fp32 torch=2.13.0+cpu'
     """
     device = torch.device("cpu") if device is None else device
     short = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
@@ -238,9 +299,21 @@ def contract(
     if device.type != "cpu":
         name = torch.cuda.get_device_name(device).replace(" ", "-")
         return f"{head} leafwise gpu={name}{_reduction(dtype)} {build}"
+    return f"{head} {_products(dtype, device)} {build}"
+
+
+def _products(dtype: torch.dtype, device: torch.device) -> str:
+    """What computes products on the CPU."""
+    now = set_blas_mode()
+    if now.own_rows == ANY_ROWS and not is_leafwise(dtype, device):
+        return "core=fma"
     if is_leafwise(dtype, device):
-        return f"{head} leafwise threads={torch.get_num_threads()} {build}"
-    return f"{head} mkl={set_blas_mode().branch} {build}"
+        large, name = f"leafwise threads={torch.get_num_threads()}", "leafwise"
+    else:
+        large, name = f"mkl={now.branch}", "mkl"
+    if dtype not in (torch.float32, torch.float64):
+        return large
+    return f"{large} small={'core' if now.own_rows else name}"
 
 
 def _reduction(dtype: torch.dtype) -> str:
@@ -259,6 +332,6 @@ def child_environment() -> dict[str, str]:
     """Environment with which a started process has this process's mode from its first moment."""
     now = set_blas_mode()
     environment = {VARIABLE: now.setting}
-    if now.branch.endswith("-strict"):
+    if now.is_strict:
         environment["MKL_CBWR"] = f"{now.branch.removesuffix('-strict').upper()},STRICT"
     return environment

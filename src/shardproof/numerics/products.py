@@ -1,0 +1,167 @@
+"""Products by our own kernels: the order of additions is written down, not found out.
+
+The order: leaves, each cut into blocks of 256 steps; a block is one chain of fused multiply-adds
+from zero; blocks are added left to right, leaves by the canonical tree. So an element depends on
+its own row and column alone: no cut, batch, stride, thread count or vector width can change it.
+The kernels are C (csrc/kernels); `mode` says when they are used. CPU, fp32 and fp64.
+"""
+
+import functools
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardproof import core
+from shardproof.numerics import mode
+from shardproof.tree import Node, children, nodes_of_run
+
+_IS_DOUBLE = {torch.float32: 0, torch.float64: 1}
+_CACHE_SIZE = 1024
+
+Program = tuple[bytes, tuple[Node, ...]]
+
+# By the identity of the slices, which an entry keeps alive: a slice has no hash before Python 3.12.
+_programs: dict[tuple[int, int, int], tuple[Sequence[slice], Program]] = {}
+
+
+def are_ours(a: Tensor, b: Tensor, rows: int) -> bool:
+    """True if the kernels compute `a @ b`, one of `rows` rows in the whole batch."""
+    return (
+        rows <= mode.own_rows()
+        and a.is_cpu
+        and b.is_cpu
+        and a.dtype in _IS_DOUBLE
+        and a.dtype is b.dtype
+        and a.shape[1] == b.shape[0]  # where torch raises, it shall
+    )
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`a @ b + bias`, contracted in one leaf.
+
+    Args:
+        a: (M, K).
+        b: (K, N).
+        bias: (N,) or None, added last.
+    Returns:
+        (M, N).
+    """
+    return _run(a, b, bias, _one_leaf(a.shape[1]))
+
+
+def leaf_sum(a: Tensor, b: Tensor, slices: Sequence[slice]) -> Tensor:
+    """`a @ b`, the leaf products added up to the root.
+
+    Args:
+        a: (M, K), whole.
+        b: (K, N).
+        slices: where each leaf lies in K.
+    Returns:
+        (M, N).
+    """
+    leaves = len(slices)
+    return _run(a, b, None, _program(slices, range(leaves), leaves)[0])
+
+
+def leaf_nodes(
+    a: Tensor, b: Tensor, slices: Sequence[slice], *, run: range, num_leaves: int
+) -> dict[Node, Tensor]:
+    """`a @ b`, the products of a run of leaves added up to the largest canonical nodes.
+
+    Args:
+        a: (M, c), with c the owned part of the contracted dim.
+        b: (c, N).
+        slices: where each owned leaf lies in c.
+        run: the owned leaves.
+        num_leaves: of the whole contracted dim.
+    Returns:
+        Node -> (M, N).
+    """
+    program, nodes = _program(slices, run, num_leaves)
+    if len(nodes) == 1:
+        return {nodes[0]: _run(a, b, None, program)}
+    out = a.new_empty(len(nodes), a.shape[0], b.shape[1])
+    _run(a, b, None, program, out)
+    return dict(zip(nodes, out.unbind(), strict=True))
+
+
+def _run(
+    a: Tensor, b: Tensor, bias: Tensor | None, program: bytes, out: Tensor | None = None
+) -> Tensor:
+    (m, k), n = a.shape, b.shape[1]
+    if out is None:
+        out = a.new_empty(m, n)
+    if m == 0 or n == 0 or k == 0:
+        out.zero_()
+        return out if bias is None else out.add_(bias)
+    if a.is_neg() or b.is_neg():  # a view whose memory has the opposite sign
+        a, b = a.resolve_neg(), b.resolve_neg()
+    if bias is not None:
+        bias = bias.contiguous()
+    _kernel()(
+        _IS_DOUBLE[a.dtype],
+        torch.get_num_threads(),
+        out.data_ptr(),
+        m,
+        n,
+        k,
+        a.data_ptr(),
+        *a.stride(),
+        b.data_ptr(),
+        *b.stride(),
+        0 if bias is None else bias.data_ptr(),
+        program,
+    )
+    return out
+
+
+@functools.cache
+def _kernel() -> Callable[..., None]:
+    """Asked for only where `mode` found it."""
+    kernels: Any = core.kernels()
+    return kernels.product
+
+
+@functools.lru_cache(_CACHE_SIZE)
+def _one_leaf(size: int) -> bytes:
+    return _packed((0, size, 0, 1))
+
+
+def _packed(*leaves: tuple[int, int, int, int]) -> bytes:
+    return b"".join(struct.pack("=4q", *leaf) for leaf in leaves)
+
+
+def _program(slices: Sequence[slice], run: range, num_leaves: int) -> Program:
+    """What the kernel is to do for a run of leaves, and the nodes that come out."""
+    key = (id(slices), run.start, num_leaves)
+    known = _programs.get(key)
+    if known is not None and known[0] is slices:
+        return known[1]
+    if len(_programs) >= _CACHE_SIZE:
+        _programs.clear()
+    made = _made(slices, run, num_leaves)
+    if isinstance(slices, tuple):  # what could change is not kept
+        _programs[key] = (slices, made)
+    return made
+
+
+def _made(slices: Sequence[slice], run: range, num_leaves: int) -> Program:
+    leaves: list[tuple[int, int, int, int]] = []
+
+    def visit(node: Node, pops: int, is_last: bool) -> None:
+        """Leaves left to right; after its leaf, a last child adds the sums to its left."""
+        if node[1] - node[0] == 1:
+            where = slices[node[0] - run.start]
+            leaves.append((where.start, where.stop, pops, is_last))
+            return
+        left, right = children(node)
+        visit(left, 0, False)
+        visit(right, pops + 1, is_last)
+
+    nodes = tuple(nodes_of_run(num_leaves, run))
+    for node in nodes:
+        visit(node, 0, True)
+    return _packed(*leaves), nodes
