@@ -32,7 +32,7 @@ import shardproof.layers
 from places import Pool
 from shardproof import collectives, comm, optim
 from shardproof.axis import Axis
-from shardproof.functional import linear, losses
+from shardproof.functional import linear, losses, site
 from shardproof.layers import activations, base, guard
 from shardproof.layers import linear as layers
 from shardproof.leaves import Cut
@@ -126,10 +126,8 @@ class Run:
         owned = self.cut.owned(self.axis.rank)
         return torch.ones(*LEADING, len(owned), requires_grad=True)
 
-    def site(self, size: int, input_cut: Cut | None = None) -> linear.LinearSite:
-        return linear.LinearSite(
-            self.axis, Cut(size, 8, self.axis.size), Scheme(), input_cut=input_cut
-        )
+    def site(self, size: int, **options: Any) -> site.LinearSite:
+        return site.LinearSite(self.axis, Cut(size, 8, self.axis.size), Scheme(), **options)
 
     def column(self, **options: Any) -> Tensor:
         layer = layers.ColumnParallelLinear(IN, OUT, axis=self.axis, **options)
@@ -173,12 +171,18 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
     (comm.all_reduce, ""): lambda run: comm.all_reduce(
         run.lead.detach(), run.axis, direction="forward"
     ),
+    (comm.start_all_reduce, ""): lambda run: comm.start_all_reduce(
+        run.lead.detach(), run.axis, direction="forward"
+    ).wait(),
     (comm.reduce_scatter, ""): lambda run: comm.reduce_scatter(
         run.x.detach(), run.axis, dim=-1, cut=run.cut, direction="forward"
     ),
     (comm.all_reduce_nodes, ""): lambda run: comm.all_reduce_nodes(
         run.nodes, run.axis, cut=run.cut, shape=run.x.shape, like=run.x, direction="forward"
     ),
+    (comm.start_all_reduce_nodes, ""): lambda run: comm.start_all_reduce_nodes(
+        run.nodes, run.axis, cut=run.cut, shape=run.x.shape, like=run.x, direction="forward"
+    ).wait(),
     (comm.reduce_scatter_nodes, ""): lambda run: comm.reduce_scatter_nodes(
         run.nodes,
         run.axis,
@@ -208,10 +212,16 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
         run.x, run.weights(0), None, run.site(OUT)
     ),
     (linear.column_linear, "site.input_cut"): lambda run: linear.column_linear(
-        run.part, run.weights(0), None, run.site(OUT, run.cut)
+        run.part, run.weights(0), None, run.site(OUT, input_cut=run.cut)
     ),
     (linear.row_linear, ""): lambda run: linear.row_linear(
         run.part, run.weights(1), None, run.site(IN)
+    ),
+    (linear.column_linear, "site.gather_output"): lambda run: linear.column_linear(
+        run.x, run.weights(0), None, run.site(OUT, gather_output=True)
+    ),
+    (linear.row_linear, "site.split_input"): lambda run: linear.row_linear(
+        run.x, run.weights(1), None, run.site(IN, split_input=True)
     ),
     (layers.ColumnParallelLinear, ""): lambda run: run.column(),
     (layers.ColumnParallelLinear, "gather_input"): lambda run: run.column(gather_input=True),
@@ -236,8 +246,8 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
 }
 # Public, and of no tensor's doing.
 SILENT = {
-    comm: {"agree", "check_degree_of", "check_part"},
-    linear: {"LinearSite", "plain_arithmetic"},
+    comm: {"Sum", "agree", "check_degree_of", "check_part"},
+    site: {"LinearSite"},
     optim: {"layouts_of"},
     base: {"ShardedModule", "check_state"},
     guard: {"watch"},

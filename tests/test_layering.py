@@ -34,9 +34,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("numerics.matmul",),
     ("numerics.__init__",),
     # Collectives, then what is built from both.
+    ("schedule",),
     ("comm",),
     ("collectives",),
-    ("functional.linear", "functional.losses"),
+    ("functional.site", "functional.losses"),
+    ("functional.linear",),
     ("functional.__init__",),
     ("layers.guard", "layers.activations"),
     ("layers.base",),

@@ -16,7 +16,7 @@ from planted import EVEN, IN, Block, batch, block_builder, expect_proved, prove_
 from shardproof import cases, comm
 from shardproof.axis import Axis
 from shardproof.cli.main import main
-from shardproof.functional.linear import LinearSite
+from shardproof.functional.site import LinearSite
 from shardproof.prover.case import Case
 from shardproof.prover.proof import prove_cases
 from shardproof.prover.report import Report
@@ -83,15 +83,15 @@ def test_whole_optimizer_state_at_its_creation() -> None:
 
 def test_one_collective_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """All numbers are right: only the case's own count shows it."""
-    correct = LinearSite.all_reduce
+    correct = LinearSite.start_sum
 
-    def redundant(self: LinearSite, a: Tensor, b: Tensor, direction: str) -> Tensor:
-        total = correct(self, a, b, direction)
+    def redundant(self: LinearSite, a: Tensor, b: Tensor, direction: str) -> comm.Sum:
+        started = correct(self, a, b, direction)
         if direction == "forward":
-            comm.all_reduce(total, self.axis, direction=direction)
-        return total
+            comm.all_reduce(started.wait(), self.axis, direction=direction)
+        return started
 
-    monkeypatch.setattr(LinearSite, "all_reduce", redundant)
+    monkeypatch.setattr(LinearSite, "start_sum", redundant)
     report = prove_ffn()
     assert (report.proved, report.identical, report.agrees_with_torch) == (False, True, True)
     assert report.verdict() == (
@@ -121,12 +121,12 @@ def test_a_planted_fault_makes_the_command_exit_with_1_and_name_the_tensor(
     assert code == 0
     assert "Proved for 1 case" in said
 
-    correct = LinearSite.all_reduce
+    correct = LinearSite.start_sum
 
-    def local(self: LinearSite, a: Tensor, b: Tensor, direction: str) -> Tensor:
-        return a @ b if direction == "forward" else correct(self, a, b, direction)
+    def local(self: LinearSite, a: Tensor, b: Tensor, direction: str) -> comm.Sum:
+        return comm.Sum(a @ b) if direction == "forward" else correct(self, a, b, direction)
 
-    monkeypatch.setattr(LinearSite, "all_reduce", local)
+    monkeypatch.setattr(LinearSite, "start_sum", local)
     code, said = run()
     assert code == 1
     assert "Not proved: in case ffn, tensor output is the first whose bits differ" in said

@@ -1,5 +1,6 @@
 """Planted faults of layers: a wrong cut, a sum that is missing, doubled or misplaced."""
 
+import dataclasses
 from typing import Any, Self
 
 import pytest
@@ -20,7 +21,8 @@ from shardproof import cases, collectives, comm
 from shardproof.axis import Axis
 from shardproof.errors import MismatchError, RankError, ShapeError
 from shardproof.functional import linear as functional_linear
-from shardproof.functional.linear import LinearSite, column_linear, row_linear
+from shardproof.functional.linear import column_linear, row_linear
+from shardproof.functional.site import LinearSite
 from shardproof.prover.proof import prove_cases
 
 
@@ -46,12 +48,12 @@ def test_bias_added_on_every_rank() -> None:
 
 def test_input_gradient_not_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron's `f` without its backward: what comes before the layer learns from one shard."""
-    correct = LinearSite.all_reduce
+    correct = LinearSite.start_sum
 
-    def local(self: LinearSite, a: Tensor, b: Tensor, direction: str) -> Tensor:
-        return a @ b if direction == "backward" else correct(self, a, b, direction)
+    def local(self: LinearSite, a: Tensor, b: Tensor, direction: str) -> comm.Sum:
+        return comm.Sum(a @ b) if direction == "backward" else correct(self, a, b, direction)
 
-    monkeypatch.setattr(LinearSite, "all_reduce", local)
+    monkeypatch.setattr(LinearSite, "start_sum", local)
     report = prove_block()
     expect_bits(
         report, "front.bias.grad", detail="replicas differ at degree 2: rank 1 has not what rank 0"
@@ -60,15 +62,16 @@ def test_input_gradient_not_summed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_input_gradient_summed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that sums its input gradient, behind an operation that does so too."""
-    correct = LinearSite.all_reduce
+    correct = LinearSite.start_sum
 
-    def twice(self: LinearSite, a: Tensor, b: Tensor, direction: str) -> Tensor:
-        total = correct(self, a, b, direction)
+    def twice(self: LinearSite, a: Tensor, b: Tensor, direction: str) -> comm.Sum:
+        started = correct(self, a, b, direction)
         if direction == "backward":
-            total = comm.all_reduce(total, self.axis, direction=direction)
-        return total
+            total = comm.all_reduce(started.wait(), self.axis, direction=direction)
+            return comm.Sum(total)
+        return started
 
-    monkeypatch.setattr(LinearSite, "all_reduce", twice)
+    monkeypatch.setattr(LinearSite, "start_sum", twice)
     expect_bits(prove_block(), "front.bias.grad")
 
 
@@ -217,8 +220,9 @@ def test_gathered_input_gradient_is_split_where_it_must_be_reduced(
 
 class GradientReducedInsteadOfSplit(sp.ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
-        y = column_linear(x, self.weight, self.bias, self._site)
-        return collectives.all_gather(y, self.axis, dim=-1, cut=self._site.cut, grad="partial")
+        site = dataclasses.replace(self._site, gather_output=False)
+        y = column_linear(x, self.weight, self.bias, site)
+        return collectives.all_gather(y, self.axis, dim=-1, cut=site.cut, grad="partial")
 
 
 def test_gathered_output_gradient_is_reduced_where_it_must_be_split() -> None:

@@ -1,5 +1,6 @@
 """Planted faults of sums: an order that the degree changes, roundings, signs, other kernels."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,11 +12,12 @@ from torch.nn import functional as F
 import shardproof as sp
 from fresh_process import run_fresh
 from planted import batch, expect_bits, expect_proved, linear, prove_block, prove_one_row
-from shardproof import collectives, comm
+from shardproof import collectives, comm, schedule
 from shardproof.axis import Axis
 from shardproof.layers.base import ShardedModule
 from shardproof.leaves import Cut
 from shardproof.prover.report import Report
+from shardproof.transport.base import Order
 from shardproof.tree import Node
 
 
@@ -25,16 +27,18 @@ def test_partials_added_in_rank_order(monkeypatch: pytest.MonkeyPatch) -> None:
     At degree 2 the halves of the tree are the ranks' own sums, so that degree 3 must be asked.
     """
 
-    def in_rank_order(root: Node, parts: Mapping[Node, Tensor], add: Any) -> Tensor:
-        first, *others = (parts[node] for node in sorted(parts))
-        total = first.clone()
-        for part in others:
-            total += part
-        return total
+    correct = schedule.tree_order
 
-    monkeypatch.setattr(comm, "combine", in_rank_order)
+    def in_rank_order(cut: Cut) -> Order:
+        first, *others = range(sum(correct(cut).counts))
+        additions = itertools.chain(*((part, -1) for part in others))
+        return Order(correct(cut).counts, (first, *additions))
+
+    monkeypatch.setattr(schedule, "tree_order", in_rank_order)
+    schedule.tree_plan.cache_clear()
     expect_proved(prove_block(degrees=(1, 2)))
     expect_bits(prove_block(degrees=(1, 2, 3)), "output", degrees=(1, 3))
+    schedule.tree_plan.cache_clear()
 
 
 def test_leaves_taken_from_the_degree(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,13 +63,14 @@ def test_native_numerics_agree_and_are_not_identical() -> None:
 
 def test_nodes_rounded_to_bf16_where_there_is_a_wire(monkeypatch: pytest.MonkeyPatch) -> None:
     """Partials in another precision at degree 1 than elsewhere (TBIK rounds nodes to bf16)."""
-    correct = comm._swap
+    correct = comm.start_all_reduce_nodes
 
-    def rounded(nodes: Mapping[Node, Tensor], *args: Any, **kwargs: Any) -> Any:
-        narrow = {node: x.bfloat16().float() for node, x in nodes.items()}
-        return correct(narrow, *args, **kwargs)
+    def rounded(nodes: Mapping[Node, Tensor], axis: Axis, **named: Any) -> comm.Sum:
+        if axis.size > 1:
+            nodes = {node: x.bfloat16().float() for node, x in nodes.items()}
+        return correct(nodes, axis, **named)
 
-    monkeypatch.setattr(comm, "_swap", rounded)
+    monkeypatch.setattr(comm, "start_all_reduce_nodes", rounded)
     expect_bits(prove_block(), "output")
 
 

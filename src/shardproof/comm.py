@@ -3,14 +3,11 @@
 Two families: `all_reduce`, `reduce_scatter` take one partial per rank and add in the transport's
 own order (native); `all_reduce_nodes`, `reduce_scatter_nodes` take canonical nodes and add in the
 order of the tree, which does not depend on the degree. The rest only moves bytes. What is returned
-is never a view: autograd forbids to write into a view that a Function has made.
-
-The tree sum is an all-to-all and a gather: each rank receives its slice of every node, finishes
-the tree on that slice, and the slices are gathered. At powers of two a rank has one node, and the
-bytes are those of a ring; no buffer is larger than the message.
+is never a view: autograd forbids to write into a view that a Function has made. The two sums that
+layers wait for can also be started, and waited for later.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +15,26 @@ from torch import Tensor
 
 from shardproof.axis import Axis
 from shardproof.errors import MismatchError, ShapeError
-from shardproof.leaves import Cut, share
+from shardproof.leaves import Cut
 from shardproof.numerics.matmul import node_dtype
-from shardproof.transport.base import Call
-from shardproof.tree import Node, add_tensors, combine, nodes_of_run
+from shardproof.schedule import Plan, gather_plan, native_plan, scatter_plan, tree_plan
+from shardproof.transport.base import Call, Pending
+from shardproof.tree import Node, add_tensors, combine
 
-Pieces = Callable[[Tensor, int], Tensor]  # (tensor, rank) -> the 1-D contiguous part for that rank
+
+class Sum:
+    """A sum that has been started. Wait for it before anything else is sent on its axis."""
+
+    def __init__(self, y: Tensor, pending: Pending | None = None) -> None:
+        self._y = y
+        self._pending = pending
+
+    def wait(self) -> Tensor:
+        """The sum, a new tensor; only the first call waits."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+        return self._y
 
 
 def all_gather(
@@ -48,20 +59,12 @@ def all_gather(
     dim = check_part(x, axis, dim=dim, cut=cut, is_whole=False, who=who or "all_gather")
     if axis.size == 1:
         return x.clone(memory_format=torch.contiguous_format)
-    shape = (*x.shape[:dim], cut.size, *x.shape[dim + 1 :])
-    call = Call("all_gather", direction, who, shape, x.dtype, _describe(cut, dim))
-    per_unit = x.numel() // x.shape[dim] if x.shape[dim] else _numel(shape) // cut.size
-    sizes = [length * per_unit for length in cut.sizes()]
-    y = x.new_empty(shape)
-    axis.transport.all_gather(_private(x), y.view(-1), sizes, call=call)
+    before, after = tuple(x.shape[:dim]), tuple(x.shape[dim + 1 :])
+    call, sizes, outer = gather_plan(direction, who, before, after, x.dtype, cut)
+    y = x.new_empty(call.shape)
+    axis.transport.all_gather(x.contiguous().view(-1), y.view(-1), sizes, outer=outer, call=call)
     _count(axis, call, _bytes(y), (axis.size - 1) * _bytes(x))
-    if _numel(shape[:dim]) == 1:
-        return y
-    parts = [
-        part.view(*shape[:dim], length, *shape[dim + 1 :])
-        for part, length in zip(y.view(-1).split(sizes), cut.sizes(), strict=True)
-    ]
-    return torch.cat(parts, dim)
+    return y
 
 
 def all_reduce(x: Tensor, axis: Axis, *, direction: str, who: str = "") -> Tensor:
@@ -77,12 +80,30 @@ def all_reduce(x: Tensor, axis: Axis, *, direction: str, who: str = "") -> Tenso
     Comm:
         `direction` one all_reduce of (*).
     """
+    y = x.clone(memory_format=torch.contiguous_format)
+    return start_all_reduce(y, axis, direction=direction, who=who).wait()
+
+
+def start_all_reduce(x: Tensor, axis: Axis, *, direction: str, who: str = "") -> Sum:
+    """`all_reduce`, started, of a tensor that is given away: the sum is written into it.
+
+    Args:
+        x: (*), Partial, contiguous: one partial per rank, and afterwards the sum.
+        axis: the ranks.
+        direction: for the ledger.
+        who: the layer that asks, for messages.
+    Returns:
+        (*), Replicate, once it has been waited for.
+    Comm:
+        `direction` one all_reduce of (*).
+    """
     if axis.size == 1:
-        return x.clone(memory_format=torch.contiguous_format)
-    call = Call("all_reduce", direction, who, tuple(x.shape), x.dtype)
-    y = axis.transport.all_reduce(_private(x), call=call)
-    _count(axis, call, _bytes(x), 2 * (axis.size - 1) * _bytes(x) // axis.size)
-    return y.resize_(x.shape)
+        return Sum(x)
+    plan = native_plan(direction, who, tuple(x.shape), x.dtype, axis.size)
+    flat = x.view(-1)
+    pending = axis.transport.start_sum([flat], plan.order, flat, call=plan.call)
+    _count(axis, plan.call, plan.message_bytes, plan.sent_bytes)
+    return Sum(x, pending)
 
 
 def reduce_scatter(
@@ -107,15 +128,8 @@ def reduce_scatter(
     dim = check_part(x, axis, dim=dim, cut=cut, is_whole=True, who=who or "reduce_scatter")
     if axis.size == 1:
         return x.clone(memory_format=torch.contiguous_format)
-    call = Call("reduce_scatter", direction, who, tuple(x.shape), x.dtype, _describe(cut, dim))
-    mine = {(axis.rank, axis.rank + 1): _private(x).view(x.shape)}
-    owners = [[(rank, rank + 1)] for rank in range(axis.size)]
-    parts, sent = _swap(mine, owners, axis, _owned_parts(dim, cut), like=x, call=call)
-    _count(axis, call, _bytes(x), sent)
-    total = parts[0, 1].clone()
-    for rank in range(1, axis.size):
-        total.add_(parts[rank, rank + 1])
-    return total.resize_(_part_shape(x.shape, dim, cut, axis.rank))
+    plan = scatter_plan(direction, who, tuple(x.shape), x.dtype, x.dtype, None, dim, cut, axis.rank)
+    return _sum([x.contiguous().view(-1)], x, axis, plan)
 
 
 def all_reduce_nodes(
@@ -132,7 +146,7 @@ def all_reduce_nodes(
 
     Args:
         nodes: node -> `shape`, in the node dtype; those of this rank's run, empty if it is idle.
-            They are given away: other ranks read them, and at degree 1 the node is the result.
+            They are given away: the sum may be written into one, and at degree 1 the node is it.
         axis: the ranks.
         cut: of the dim that was contracted; its leaves are the tree's.
         shape: of the message.
@@ -144,23 +158,49 @@ def all_reduce_nodes(
     Comm:
         `direction` one all_reduce of (shape).
     """
+    return start_all_reduce_nodes(
+        nodes, axis, cut=cut, shape=shape, like=like, direction=direction, who=who
+    ).wait()
+
+
+def start_all_reduce_nodes(
+    nodes: Mapping[Node, Tensor],
+    axis: Axis,
+    *,
+    cut: Cut,
+    shape: Sequence[int],
+    like: Tensor,
+    direction: str,
+    who: str = "",
+) -> Sum:
+    """`all_reduce_nodes`, started.
+
+    Args:
+        nodes: as there; not to be written until the sum has been waited for.
+        axis: the ranks.
+        cut: as there.
+        shape: of the message.
+        like: any tensor of the result's dtype and device.
+        direction: for the ledger.
+        who: the layer that asks, for messages.
+    Returns:
+        `shape`, Replicate, in `like`'s dtype, once it has been waited for.
+    Comm:
+        `direction` one all_reduce of (shape).
+    """
     check_degree_of(cut, axis, who or "all_reduce")
-    root = (0, cut.num_leaves)
     if axis.size == 1:
-        return combine(root, nodes, add_tensors).to(like.dtype)
-    call = Call("all_reduce", direction, who, tuple(shape), like.dtype, _describe(cut))
-    bounds = share(_numel(shape), axis.size)
-
-    def piece(x: Tensor, rank: int) -> Tensor:
-        return x.reshape(-1)[bounds[rank].start : bounds[rank].stop]
-
-    wide = like.new_empty(0, dtype=node_dtype(like.dtype))
-    parts, sent = _swap(nodes, _owners(cut), axis, piece, like=wide, call=call)
-    mine = combine(root, parts, add_tensors).to(like.dtype)
-    y = like.new_empty(tuple(shape))
-    axis.transport.all_gather(mine, y.view(-1), [len(bound) for bound in bounds], call=call)
-    _count(axis, call, _bytes(y), sent + (axis.size - 1) * _bytes(mine))
-    return y
+        return Sum(combine((0, cut.num_leaves), nodes, add_tensors).to(like.dtype))
+    plan = tree_plan(direction, who, tuple(shape), like.dtype, cut, axis.rank)
+    parts = list(nodes.values())
+    if len(parts) == 1 and parts[0].dtype == like.dtype and parts[0].is_contiguous():
+        y = parts[0]
+    else:
+        y = like.new_empty(plan.shape)
+    flat = [part.contiguous().view(-1) for part in parts]
+    pending = axis.transport.start_sum(flat, plan.order, y.view(-1), call=plan.call)
+    _count(axis, plan.call, plan.message_bytes, plan.sent_bytes)
+    return Sum(y, pending)
 
 
 def reduce_scatter_nodes(
@@ -194,18 +234,13 @@ def reduce_scatter_nodes(
     """
     check_degree_of(cut, axis, who or "reduce_scatter")
     check_degree_of(dim_cut, axis, who or "reduce_scatter")
-    root = (0, cut.num_leaves)
-    local = _part_shape(shape, dim, dim_cut, axis.rank)
     if axis.size == 1:
-        return combine(root, nodes, add_tensors).to(like.dtype)
-    detail = f"{_describe(cut)} to {_describe(dim_cut, dim)}"
-    call = Call("reduce_scatter", direction, who, tuple(shape), like.dtype, detail)
-    piece = _owned_parts(dim, dim_cut)
-    wide = like.new_empty(0, dtype=node_dtype(like.dtype))
-    parts, sent = _swap(nodes, _owners(cut), axis, piece, like=wide, call=call)
-    _count(axis, call, _numel(shape) * like.element_size(), sent)
-    mine = combine(root, parts, add_tensors).to(like.dtype)
-    return (mine.clone() if root in parts else mine).resize_(local)
+        return combine((0, cut.num_leaves), nodes, add_tensors).to(like.dtype)
+    wide, dim = node_dtype(like.dtype), dim % len(shape)
+    plan = scatter_plan(
+        direction, who, tuple(shape), like.dtype, wide, cut, dim, dim_cut, axis.rank
+    )
+    return _sum([node.contiguous().view(-1) for node in nodes.values()], like, axis, plan)
 
 
 def gather(
@@ -229,14 +264,16 @@ def gather(
         return x.clone(memory_format=torch.contiguous_format)
     call = Call("gather", direction, who, (sum(sizes),), x.dtype, f"to rank {dst}")
     here = axis.rank == dst
-    outgoing = [[_private(x)] if rank == dst and not here else [] for rank in range(axis.size)]
+    # A copy: an exchange may lend it for longer than this call.
+    mine = x.clone(memory_format=torch.contiguous_format).view(-1)
+    outgoing = [[mine] if rank == dst and not here else [] for rank in range(axis.size)]
     incoming = [[size] if here and rank != dst else [] for rank, size in enumerate(sizes)]
     parts = axis.transport.exchange(outgoing, incoming, like=x, call=call, rounds=1)
     _count(axis, call, sum(sizes) * x.element_size(), 0 if here else _bytes(x))
     if not here:
         return None
     own: list[list[Tensor]] = [[x] if rank == dst else parts[rank] for rank in range(axis.size)]
-    return torch.cat([part.reshape(-1) for pieces in own for part in pieces])
+    return torch.cat([part.contiguous().view(-1) for pieces in own for part in pieces])
 
 
 def agree(
@@ -316,56 +353,11 @@ def check_part(x: Tensor, axis: Axis, *, dim: int, cut: Cut, is_whole: bool, who
     return dim % x.dim()
 
 
-def _swap(
-    nodes: Mapping[Node, Tensor],
-    owners: Sequence[Sequence[Node]],
-    axis: Axis,
-    piece: Pieces,
-    *,
-    like: Tensor,
-    call: Call,
-) -> tuple[dict[Node, Tensor], int]:
-    """All-to-all: this rank's piece of every rank's nodes, and how many bytes it sent.
-
-    `like` has the dtype of the nodes, which an idle rank cannot ask a node for.
-    """
-    others = [rank for rank in range(axis.size) if rank != axis.rank]
-    outgoing: list[list[Tensor]] = [[] for _ in range(axis.size)]
-    incoming: list[list[int]] = [[] for _ in range(axis.size)]
-    # Asked of a tensor without memory, for an idle rank has no node to ask.
-    length = piece(torch.empty(call.shape, device="meta"), axis.rank).numel()
-    for rank in others:
-        outgoing[rank] = [piece(x, rank) for x in nodes.values()]
-        incoming[rank] = [length] * len(owners[rank])
-    rounds = max(len(owned) for owned in owners)
-    received = axis.transport.exchange(outgoing, incoming, like=like, call=call, rounds=rounds)
-    parts = {node: piece(x, axis.rank) for node, x in nodes.items()}
-    for rank in others:
-        parts.update(zip(owners[rank], received[rank], strict=True))
-    return parts, sum(_bytes(x) for pieces in outgoing for x in pieces)
-
-
-def _owned_parts(dim: int, cut: Cut) -> Pieces:
-    def piece(x: Tensor, rank: int) -> Tensor:
-        owned = cut.owned(rank)
-        return x.narrow(dim, owned.start, len(owned)).reshape(-1)
-
-    return piece
-
-
-def _part_shape(shape: Sequence[int], dim: int, cut: Cut, rank: int) -> tuple[int, ...]:
-    sizes = list(shape)
-    sizes[dim] = len(cut.owned(rank))
-    return tuple(sizes)
-
-
-def _owners(cut: Cut) -> list[list[Node]]:
-    return [nodes_of_run(cut.num_leaves, cut.run(rank)) for rank in range(cut.degree)]
-
-
-def _private(x: Tensor) -> Tensor:
-    """A flat copy that nobody else writes: a transport may lend it to other ranks."""
-    return x.clone(memory_format=torch.contiguous_format).view(-1)
+def _sum(parts: Sequence[Tensor], like: Tensor, axis: Axis, plan: Plan) -> Tensor:
+    y = like.new_empty(plan.shape)
+    axis.transport.sum(parts, plan.order, y.view(-1), windows=plan.windows, call=plan.call)
+    _count(axis, plan.call, plan.message_bytes, plan.sent_bytes)
+    return y
 
 
 def _count(axis: Axis, call: Call, message_bytes: int, sent_bytes: int) -> None:
@@ -376,15 +368,3 @@ def _count(axis: Axis, call: Call, message_bytes: int, sent_bytes: int) -> None:
 
 def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
-
-
-def _describe(cut: Cut, dim: int | None = None) -> str:
-    along = "" if dim is None else f" along dim {dim}"
-    return f"{cut.size} units in {cut.num_leaves} leaves{along}"
-
-
-def _numel(shape: Sequence[int]) -> int:
-    numel = 1
-    for size in shape:
-        numel *= size
-    return numel

@@ -33,6 +33,12 @@ def problem() -> str | None:
     return next((why for _, why in map(_load, ("_kernels", "_shm")) if why is not None), None)
 
 
+def _import(name: str) -> ModuleType:
+    if name == "_kernels":
+        return importlib.import_module("shardproof._kernels")
+    return importlib.import_module("shardproof._shm")
+
+
 @functools.cache
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
     setting = os.environ.get(VARIABLE, "auto")
@@ -41,7 +47,7 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
     if setting == "off":
         return None, f"{VARIABLE}=off"
     try:
-        return importlib.import_module(f"shardproof.{name}"), None
+        return _import(name), None
     except ImportError as error:
         return None, (
             f"shardproof.{name} is not there ({error}). It is built when shardproof is installed "

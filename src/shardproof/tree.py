@@ -75,6 +75,24 @@ def combine(
     return visit(node)[0]
 
 
+def steps(node: Node, numbers: Mapping[Node, int]) -> list[int]:
+    """The additions of `combine` as a postfix program, for whoever adds in another language.
+
+    Args:
+        node: the sum wanted.
+        numbers: node -> its number; together they cover `node`.
+    Returns:
+        A number pushes that node, -1 adds the two topmost (the lower is the left).
+
+    >>> steps((0, 4), {(0, 2): 0, (2, 3): 1, (3, 4): 2})
+    [0, 1, 2, -1, -1]
+    """
+    if node in numbers:
+        return [numbers[node]]
+    left, right = children(node)
+    return [*steps(left, numbers), *steps(right, numbers), -1]
+
+
 def add_tensors(left: Tensor, right: Tensor, is_fresh: bool) -> Tensor:
     """What `combine` takes to add tensors: writes into `left` only where nobody else has it."""
     return left.add_(right) if is_fresh else left + right

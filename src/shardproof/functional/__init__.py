@@ -1,7 +1,8 @@
 """Pure functions of shards and an axis, and the invariant twins of torch's own."""
 
-from shardproof.functional.linear import LinearSite, column_linear, row_linear
+from shardproof.functional.linear import column_linear, row_linear
 from shardproof.functional.losses import cross_entropy, mse_loss
+from shardproof.functional.site import LinearSite
 from shardproof.numerics.elementwise import gelu, relu, sigmoid, silu, softplus, tanh
 
 __all__ = [

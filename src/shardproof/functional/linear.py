@@ -4,9 +4,7 @@ Sources: Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3) for the 
 the gathered input, Korthikanti et al. 2022 (arXiv 2205.05198, section 4.2).
 """
 
-import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,192 +13,212 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from shardproof import comm
-from shardproof.axis import Axis
 from shardproof.errors import ShapeError
-from shardproof.leaves import Cut
+from shardproof.functional.site import LinearSite
+from shardproof.leaves import share
 from shardproof.numerics import matmul, mode
 from shardproof.numerics.sums import sum_rows
-from shardproof.scheme import Scheme
-
-
-@dataclass(frozen=True)
-class LinearSite:
-    """Where a cut linear stands: everything that is no tensor.
-
-    Attributes:
-        axis: the ranks.
-        cut: of the weight: out_features (column) or in_features (row).
-        scheme: leaves and numerics.
-        who: the layer's name, for messages and the ledger.
-        input_cut: column only: how the input is cut along its last dim if it is gathered first.
-        run, slices: this rank's leaves, and where each lies in the shard; from `cut`.
-    """
-
-    axis: Axis
-    cut: Cut
-    scheme: Scheme
-    who: str = ""
-    input_cut: Cut | None = None
-    run: range = field(init=False)
-    slices: tuple[slice, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "run", self.cut.run(self.axis.rank))
-        object.__setattr__(self, "slices", self.cut.leaf_slices(self.axis.rank))
-
-    def nodes(self, a: Tensor, b: Tensor) -> dict[Any, Tensor]:
-        """Canonical nodes of `a @ b`, contracted along the dim that `cut` cuts."""
-        return matmul.product_nodes(a, b, self.slices, run=self.run, num_leaves=self.cut.num_leaves)
-
-    def all_reduce(self, a: Tensor, b: Tensor, direction: str) -> Tensor:
-        """`a @ b` summed over the axis: (M, c) and (c, N) to (M, N), Replicate."""
-        if not self.scheme.is_invariant:
-            return comm.all_reduce(a @ b, self.axis, direction=direction, who=self.who)
-        return comm.all_reduce_nodes(
-            self.nodes(a, b),
-            self.axis,
-            cut=self.cut,
-            shape=(a.shape[0], b.shape[1]),
-            like=a,
-            direction=direction,
-            who=self.who,
-        )
-
-    def reduce_scatter(self, a: Tensor, b: Tensor, input_cut: Cut) -> Tensor:
-        """`a @ b` summed over the axis in backward, cut along N: (M, owned), Shard(1)."""
-        if not self.scheme.is_invariant:
-            return comm.reduce_scatter(
-                a @ b, self.axis, dim=1, cut=input_cut, direction="backward", who=self.who
-            )
-        return comm.reduce_scatter_nodes(
-            self.nodes(a, b),
-            self.axis,
-            cut=self.cut,
-            shape=(a.shape[0], b.shape[1]),
-            dim=1,
-            dim_cut=input_cut,
-            like=a,
-            direction="backward",
-            who=self.who,
-        )
-
-
-Product = Callable[[LinearSite, Tensor, Tensor], Tensor]
 
 
 class _ColumnLinear(torch.autograd.Function):
-    """Local product forward; all_reduce (or reduce_scatter) of the input gradient backward.
-
-    Matrices only: x is (rows, in_features).
-    """
+    """Local product forward; all_reduce (or reduce_scatter) of the input gradient backward."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite
     ) -> Tensor:
-        if site.input_cut is not None:
-            x = comm.all_gather(
-                x, site.axis, dim=1, cut=site.input_cut, direction="forward", who=site.who
-            )
-        ctx.site = site
-        _save(ctx, x, weight)
-        if site.scheme.is_invariant:
-            return matmul.linear(x, weight, bias, site.slices)
-        return F.linear(x, weight, bias)
+        rows = _whole_rows(x, site)
+        _save(ctx, x if site.input_cut is None else rows, weight, site)
+        return _shaped(_column_of(rows, weight, bias, site), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, grad_y, _ColumnLinear.grad_x, _rows)
+        site: LinearSite = ctx.site
+        grad_rows = _as_rows(grad_y)
+        if site.gather_output:
+            grad_rows = grad_rows[:, site.owned]
+        return _without_autocast(_column_gradients, ctx, grad_y, grad_rows)
 
-    @staticmethod
-    def grad_x(site: LinearSite, grad_y: Tensor, weight: Tensor) -> Tensor:
-        """Partial over the axis until it is summed."""
-        if site.input_cut is None:
-            return site.all_reduce(grad_y, weight, "backward")
-        return site.reduce_scatter(grad_y, weight, site.input_cut)
+
+def _column(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
+    """The output as rows."""
+    return _column_of(_whole_rows(x, site), weight, bias, site)
+
+
+def _whole_rows(x: Tensor, site: LinearSite) -> Tensor:
+    """The input of a column linear, as rows: gathered if it comes cut."""
+    rows = _as_rows(x)
+    return rows if site.input_cut is None else site.gather(rows, site.input_cut, "forward")
+
+
+def _column_of(rows: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
+    if site.is_invariant:
+        y = matmul.linear(rows, weight, bias, site.slices)
+    else:
+        y = F.linear(rows, weight, bias)
+    return site.gather(y, site.cut, "forward") if site.gather_output else y
+
+
+def _column_gradients(ctx: Any, grad_y: Tensor, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
+    """The input gradient is Partial: its sum runs while the other two are computed."""
+    site: LinearSite = ctx.site
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    grad_x, started = None, None
+    if needs_x and site.input_cut is not None:
+        grad_x = site.reduce_scatter(grad_rows, weight, site.input_cut)
+    elif needs_x:
+        started = site.start_sum(grad_rows, weight, "backward")
+        if not site.axis.overlap.backward:
+            started.wait()
+    grad_weight = _product_rows(site, grad_rows.t(), _as_rows(x)) if needs_weight else None
+    grad_bias = _bias_gradient(site, grad_rows) if needs_bias else None
+    if started is not None:
+        grad_x = started.wait()
+    return _shaped(grad_x, grad_y), grad_weight, grad_bias, None
 
 
 class _RowLinear(torch.autograd.Function):
     """all_reduce of the leaf products forward, bias added once and after; no Comm backward.
 
-    Matrices only: x is (rows, owned in_features).
+    (With `site.split_input`, an all_gather of the input gradient backward.)
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite
     ) -> Tensor:
-        ctx.site = site
-        _save(ctx, x, weight)
-        y = site.all_reduce(x, weight.t(), "forward")
-        return y if bias is None else y.add_(bias)
+        _save(ctx, x, weight, site)
+        return _shaped(_row(x, weight, bias, site), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, grad_y, _columns, _columns)
+        return _without_autocast(_row_gradients, ctx, grad_y, _as_rows(grad_y))
 
 
-def _save(ctx: Any, x: Tensor, weight: Tensor) -> None:
-    """Keep for backward what it will need: under a frozen weight, no input."""
+def _row(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
+    """The output as rows."""
+    rows = _owned_rows(x, site)
+    chunks = _chunks(rows, site)
+    if chunks > 1:
+        y = _sum_by_chunks(rows, weight, site, chunks)
+    else:
+        y = site.start_sum(rows, weight.t(), "forward").wait()
+    return y if bias is None else y.add_(bias)
+
+
+def _owned_rows(x: Tensor, site: LinearSite) -> Tensor:
+    """This rank's part of the input of a row linear, as rows; a view."""
+    return _as_rows(x)[:, site.owned] if site.split_input else _as_rows(x)
+
+
+def _chunks(rows: Tensor, site: LinearSite) -> int:
+    """Into how many parts along the tokens the forward is cut.
+
+    None is small enough to be multiplied in another way than the whole; and where products must
+    have one leaf's shape, the rows are part of that shape.
+    """
+    wanted = site.axis.overlap.chunks
+    if wanted == 1 or site.axis.size == 1:
+        return 1
+    if site.is_invariant and mode.is_leafwise(rows.dtype, rows.device):
+        return 1
+    return max(1, min(wanted, rows.shape[0] // (matmul.SMALL_ROWS + 1)))
+
+
+def _sum_by_chunks(rows: Tensor, weight: Tensor, site: LinearSite, chunks: int) -> Tensor:
+    """The sum of one part of the tokens runs while the next part is multiplied."""
+    y = rows.new_empty(rows.shape[0], weight.shape[0])
+    started: list[tuple[comm.Sum, Tensor]] = []
+    for part in share(rows.shape[0], chunks):
+        where = slice(part.start, part.stop)
+        started.append((site.start_sum(rows[where], weight.t(), "forward"), y[where]))
+        if len(started) == 2:
+            _finish(*started.pop(0))
+    for each in started:
+        _finish(*each)
+    return y
+
+
+def _finish(started: comm.Sum, place: Tensor) -> None:
+    place.copy_(started.wait())
+
+
+def _row_gradients(ctx: Any, grad_y: Tensor, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
+    site: LinearSite = ctx.site
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    grad_x = _product_columns(site, grad_rows, weight) if needs_x else None
+    if grad_x is not None and site.split_input:
+        grad_x = site.gather(grad_x, site.cut, "backward")
+    return (
+        _shaped(grad_x, grad_y),
+        _product_columns(site, grad_rows.t(), _owned_rows(x, site)) if needs_weight else None,
+        _bias_gradient(site, grad_rows) if needs_bias else None,
+        None,
+    )
+
+
+def _save(ctx: Any, x: Tensor, weight: Tensor, site: LinearSite) -> None:
+    """Keep for backward what it will need: under a frozen weight, no input.
+
+    The input itself, not a view of it: torch then sees who writes into it in between.
+    """
+    ctx.site = site
     needs_x, needs_weight = ctx.needs_input_grad[:2]
     ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
 
 
-def _backward(
-    ctx: Any, grad_y: Tensor, grad_x_of: Product, grad_weight_of: Product
+Gradients = Callable[[Any, Tensor, Tensor], tuple[Tensor | None, ...]]
+
+
+def _without_autocast(
+    gradients: Gradients, ctx: Any, grad_y: Tensor, grad_rows: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight and bias, each only if it is asked for; None for the site."""
-    site: LinearSite = ctx.site
-    x, weight = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-    with plain_arithmetic(grad_y.device):
-        return (
-            grad_x_of(site, grad_y, weight) if needs_x else None,
-            grad_weight_of(site, grad_y.t(), x) if needs_weight else None,
-            _bias_gradient(site, grad_y) if needs_bias else None,
-            None,
-        )
+    """What is to be cast has been cast where the function was called."""
+    if _is_autocast(grad_y):
+        with torch.autocast(grad_y.device.type, enabled=False):
+            return gradients(ctx, grad_y, grad_rows)
+    return gradients(ctx, grad_y, grad_rows)
 
 
 def _as_rows(x: Tensor) -> Tensor:
     """(*, n) to (rows, n); a rank without leaves has n = 0, of which -1 could not be guessed."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def _rows(site: LinearSite, a: Tensor, b: Tensor) -> Tensor:
-    return matmul.product_rows(a, b, site.slices) if site.scheme.is_invariant else a @ b
+def _shaped(rows: Tensor | None, like: Tensor) -> Any:
+    """(rows, n), a tensor of our own, to (*, n) with the leading dims of `like`.
+
+    In place: into a view that a Function makes nobody may write.
+    """
+    if rows is None or like.dim() == 2:
+        return rows
+    return rows.resize_(*like.shape[:-1], rows.shape[1])
 
 
-def _columns(site: LinearSite, a: Tensor, b: Tensor) -> Tensor:
-    return matmul.product_columns(a, b, site.slices) if site.scheme.is_invariant else a @ b
+def _product_rows(site: LinearSite, a: Tensor, b: Tensor) -> Tensor:
+    return matmul.product_rows(a, b, site.slices) if site.is_invariant else a @ b
+
+
+def _product_columns(site: LinearSite, a: Tensor, b: Tensor) -> Tensor:
+    return matmul.product_columns(a, b, site.slices) if site.is_invariant else a @ b
 
 
 def _bias_gradient(site: LinearSite, grad_y: Tensor) -> Tensor:
-    return sum_rows(grad_y) if site.scheme.is_invariant else grad_y.sum(0)
+    return sum_rows(grad_y) if site.is_invariant else grad_y.sum(0)
 
 
-def _is_autocast(device: torch.device) -> bool:
+def _is_autocast(x: Tensor) -> bool:
     # There is none for meta tensors, and torch raises where it is asked.
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-def plain_arithmetic(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """No autocast inside: what is to be cast has been cast where the function was called."""
-    if _is_autocast(device):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
-def _cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """What autocast does to the operands of a linear, done where autograd sees it."""
-    device = next(x.device for x in tensors if x is not None)
-    if not _is_autocast(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device.type)
-    narrow = (torch.float32, torch.bfloat16, torch.float16)
-    return tuple(x.to(dtype) if x is not None and x.dtype in narrow else x for x in tensors)
+    return x.to(dtype) if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x
 
 
 def _check_alike(x: Tensor, weight: Tensor, bias: Tensor | None, who: str) -> None:
@@ -223,6 +241,34 @@ def _check_alike(x: Tensor, weight: Tensor, bias: Tensor | None, who: str) -> No
     )
 
 
+def _apply(
+    function: type[torch.autograd.Function],
+    compute: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    site: LinearSite,
+) -> Tensor:
+    """Through autograd where it is wanted, and past it where it is not."""
+    if site.is_invariant:
+        mode.require_invariant()
+    if _is_autocast(x):
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind)
+        x, weight = _cast(x, dtype), _cast(weight, dtype)
+        bias = None if bias is None else _cast(bias, dtype)
+        with torch.autocast(kind, enabled=False):
+            return _apply(function, compute, x, weight, bias, site)
+    _check_alike(x, weight, bias, site.who)
+    if site.is_plain:
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return function.apply(x, weight, bias, site)
+    return _shaped(compute(x, weight, bias, site), x)
+
+
 def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
     """`x @ weight.T + bias` with `weight` cut along out_features.
 
@@ -232,7 +278,8 @@ def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSi
         bias: (owned out_features,), Shard(0), or None.
         site: axis, cut of out_features, scheme, name.
     Returns:
-        (*, owned out_features), Shard(-1); its gradient is expected to be Shard(-1).
+        (*, owned out_features), Shard(-1), its gradient is expected to be Shard(-1); with
+        `site.gather_output` (*, out_features), and both are Replicate.
     Raises:
         NumericsError: numerics are invariant and this process cannot promise them.
         ShapeError: x, weight and bias are of several dtypes or on several devices.
@@ -240,22 +287,17 @@ def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSi
         forward none; backward one all_reduce of grad_x (*, in_features).
         site.input_cut: forward one all_gather of x (*, in_features); backward one reduce_scatter
         of grad_x (*, in_features).
+        site.gather_output: forward also one all_gather of y (*, out_features).
     """
-    if site.scheme.is_invariant:
-        mode.require_invariant()
-    x, weight, bias = _cast(x, weight, bias)  # type: ignore[assignment]
-    _check_alike(x, weight, bias, site.who or "column_linear")
-    with plain_arithmetic(x.device):
-        # Reshaped out here, by autograd: into a view that a Function makes nobody may write.
-        y = _ColumnLinear.apply(_as_rows(x), weight, bias, site)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return _apply(_ColumnLinear, _column, x, weight, bias, site)
 
 
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
     """`x @ weight.T + bias` with `weight` cut along in_features.
 
     Args:
-        x: (*, owned in_features), Shard(-1).
+        x: (*, owned in_features), Shard(-1); or (*, in_features), Replicate, with
+            `site.split_input`.
         weight: (out_features, owned in_features), Shard(1).
         bias: (out_features,), Replicate, or None. Added once, after the sum.
         site: axis, cut of in_features, scheme, name.
@@ -266,12 +308,6 @@ def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite)
         ShapeError: x, weight and bias are of several dtypes or on several devices.
     Comm:
         forward one all_reduce of y (*, out_features); backward none.
+        site.split_input: backward also one all_gather of grad_x (*, in_features).
     """
-    if site.scheme.is_invariant:
-        mode.require_invariant()
-    x, weight, bias = _cast(x, weight, bias)  # type: ignore[assignment]
-    _check_alike(x, weight, bias, site.who or "row_linear")
-    with plain_arithmetic(x.device):
-        # Reshaped out here, by autograd: into a view that a Function makes nobody may write.
-        y = _RowLinear.apply(_as_rows(x), weight, bias, site)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return _apply(_RowLinear, _row, x, weight, bias, site)

@@ -1,14 +1,14 @@
 """Linear layers whose weight is cut over one axis: drop-in for `nn.Linear`."""
 
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
 
-from shardproof import collectives
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError
-from shardproof.functional.linear import LinearSite, column_linear, row_linear
+from shardproof.functional.linear import column_linear, row_linear
+from shardproof.functional.site import LinearSite
 from shardproof.layers.base import ShardedModule
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
 
@@ -18,6 +18,7 @@ class _ParallelLinear(ShardedModule):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    _width: int  # of the input as it comes to this rank
     _weight_dim: int
     _bias_dim: int | None
     _if_shard: str  # what to do if the input is a shard and should be whole
@@ -78,10 +79,8 @@ class _ParallelLinear(ShardedModule):
                 shard.copy_(whole.narrow(layout.dim, owned.start, len(owned)))
         return self.train(linear.training)
 
-    def _check_width(self, x: Tensor, width: int) -> None:
-        """Raise unless the last dim of `x` is `width`: all in_features, or those owned here."""
-        if x.dim() and x.shape[-1] == width:
-            return
+    def _refuse_width(self, x: Tensor, width: int) -> NoReturn:
+        """Say why the last dim of `x` must be `width`: all in_features, or those owned here."""
         part = "" if width == self.in_features else f" of which {self.axis} owns {width}"
         raise ShapeError(
             f"{self.name!r} ({type(self).__name__}, in_features={self.in_features}, "
@@ -161,7 +160,8 @@ class ColumnParallelLinear(_ParallelLinear):
         self.gather_output = gather_output
         cut = self._cut(out_features)
         input_cut = self._cut(in_features) if gather_input else None
-        self._site = LinearSite(axis, cut, scheme, self.name, input_cut)
+        self._site = LinearSite(axis, cut, scheme, self.name, input_cut, gather_output)
+        self._width = len(input_cut.owned(axis.rank)) if input_cut else in_features
 
     @classmethod
     def from_linear(
@@ -187,23 +187,22 @@ class ColumnParallelLinear(_ParallelLinear):
             name: for messages and initialisation; see `Axis.next_name` for None.
             scheme: leaves, numerics, seed.
         """
-        layer = _like(cls, linear, axis, name, scheme, gather_input=gather_input)
-        layer.gather_output = gather_output
+        layer = _like(
+            cls,
+            linear,
+            axis,
+            name,
+            scheme,
+            gather_input=gather_input,
+            gather_output=gather_output,
+        )
         return layer._take(linear)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class for shapes, placements and Comm."""
-        site = self._site
-        if site.input_cut is None:
-            self._check_width(x, self.in_features)
-        else:
-            self._check_width(x, len(site.input_cut.owned(self.axis.rank)))
-        y = column_linear(x, self.weight, self.bias, site)
-        if not self.gather_output:
-            return y
-        return collectives.all_gather(
-            y, self.axis, dim=-1, cut=site.cut, grad="replicate", who=self.name
-        )
+        if x.shape[-1:] != (self._width,):
+            self._refuse_width(x, self._width)
+        return column_linear(x, self.weight, self.bias, self._site)
 
 
 class RowParallelLinear(_ParallelLinear):
@@ -250,7 +249,10 @@ class RowParallelLinear(_ParallelLinear):
             dtype=dtype,
         )
         self.input_is_parallel = input_is_parallel
-        self._site = LinearSite(axis, self._cut(in_features), scheme, self.name)
+        cut = self._cut(in_features)
+        split_input = not input_is_parallel
+        self._site = LinearSite(axis, cut, scheme, self.name, split_input=split_input)
+        self._width = len(cut.owned(axis.rank)) if input_is_parallel else in_features
 
     @classmethod
     def from_linear(
@@ -279,11 +281,8 @@ class RowParallelLinear(_ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class for shapes, placements and Comm."""
-        cut = self._site.cut
-        if not self.input_is_parallel:
-            self._check_width(x, self.in_features)
-            x = collectives.shard(x, self.axis, dim=-1, cut=cut, who=self.name)
-        self._check_width(x, len(cut.owned(self.axis.rank)))
+        if x.shape[-1:] != (self._width,):
+            self._refuse_width(x, self._width)
         return row_linear(x, self.weight, self.bias, self._site)
 
 

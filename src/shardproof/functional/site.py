@@ -1,0 +1,90 @@
+"""Where a cut linear stands: its axis, its cut, and the products that are summed over the axis."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from shardproof import comm
+from shardproof.axis import Axis
+from shardproof.leaves import Cut
+from shardproof.numerics import matmul
+from shardproof.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """Where a cut linear stands: everything that is no tensor.
+
+    Attributes:
+        axis: the ranks.
+        cut: of the weight: out_features (column) or in_features (row).
+        scheme: leaves and numerics.
+        who: the layer's name, for messages and the ledger.
+        input_cut: column only: how the input is cut along its last dim if it is gathered first.
+        gather_output: column only: the output is gathered to Replicate.
+        split_input: row only: the input comes whole, and each rank takes what it owns of it.
+        run, slices, owned: this rank's leaves, where each lies in the shard, and where the shard
+            lies in the whole; from `cut`.
+        is_invariant: from `scheme`.
+        is_plain: nothing here differs from torch's own linear: one rank, native numerics.
+    """
+
+    axis: Axis
+    cut: Cut
+    scheme: Scheme
+    who: str = ""
+    input_cut: Cut | None = None
+    gather_output: bool = False
+    split_input: bool = False
+    run: range = field(init=False)
+    slices: tuple[slice, ...] = field(init=False)
+    owned: slice = field(init=False)
+    is_invariant: bool = field(init=False)
+    is_plain: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        rank, is_invariant = self.axis.rank, self.scheme.is_invariant
+        owned = self.cut.owned(rank)
+        object.__setattr__(self, "run", self.cut.run(rank))
+        object.__setattr__(self, "slices", self.cut.leaf_slices(rank))
+        object.__setattr__(self, "owned", slice(owned.start, owned.stop))
+        object.__setattr__(self, "is_invariant", is_invariant)
+        object.__setattr__(self, "is_plain", self.axis.size == 1 and not is_invariant)
+
+    def start_sum(self, a: Tensor, b: Tensor, direction: str) -> comm.Sum:
+        """`a @ b` summed over the axis, started: (M, c) and (c, N) to (M, N), Replicate."""
+        if not self.is_invariant:
+            return comm.start_all_reduce(a @ b, self.axis, direction=direction, who=self.who)
+        if self.axis.size == 1:
+            return comm.Sum(matmul.product_sum(a, b, self.slices))
+        return comm.start_all_reduce_nodes(
+            matmul.product_nodes(a, b, self.slices, run=self.run, num_leaves=self.cut.num_leaves),
+            self.axis,
+            cut=self.cut,
+            shape=(a.shape[0], b.shape[1]),
+            like=a,
+            direction=direction,
+            who=self.who,
+        )
+
+    def reduce_scatter(self, a: Tensor, b: Tensor, input_cut: Cut) -> Tensor:
+        """`a @ b` summed over the axis in backward, cut along N: (M, owned), Shard(1)."""
+        if not self.is_invariant:
+            return comm.reduce_scatter(
+                a @ b, self.axis, dim=1, cut=input_cut, direction="backward", who=self.who
+            )
+        return comm.reduce_scatter_nodes(
+            matmul.product_nodes(a, b, self.slices, run=self.run, num_leaves=self.cut.num_leaves),
+            self.axis,
+            cut=self.cut,
+            shape=(a.shape[0], b.shape[1]),
+            dim=1,
+            dim_cut=input_cut,
+            like=a,
+            direction="backward",
+            who=self.who,
+        )
+
+    def gather(self, x: Tensor, cut: Cut, direction: str) -> Tensor:
+        """(M, owned), Shard(1), to (M, cut.size), Replicate."""
+        return comm.all_gather(x, self.axis, dim=1, cut=cut, direction=direction, who=self.who)

@@ -1,0 +1,167 @@
+"""What a collective is, worked out once: its call, the order of additions, and its bytes.
+
+All of it follows from shapes, cuts and names, so that every rank finds the same; no tensors.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shardproof.leaves import Cut, share
+from shardproof.numerics.matmul import node_dtype
+from shardproof.transport.base import Call, Order, Window, rank_order
+from shardproof.tree import nodes_of_run, steps
+
+_KEPT = 4096  # of each kind are kept
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One sum, as far as shapes and cuts decide it.
+
+    Attributes:
+        call: what it is.
+        order: in which the ranks' parts are added.
+        windows: what each rank gets of the sum; None if all get all of it.
+        shape: of what this rank gets.
+        message_bytes, sent_bytes: for the ledger.
+    """
+
+    call: Call
+    order: Order
+    windows: tuple[Window, ...] | None
+    shape: tuple[int, ...]
+    message_bytes: int
+    sent_bytes: int
+
+
+@functools.lru_cache(_KEPT)
+def gather_plan(
+    direction: str,
+    who: str,
+    before: tuple[int, ...],
+    after: tuple[int, ...],
+    dtype: torch.dtype,
+    cut: Cut,
+) -> tuple[Call, tuple[int, ...], int]:
+    """An all-gather: its call, how many elements each rank has in a row, and how many rows.
+
+    Args:
+        direction: of the call.
+        who: of the call.
+        before: the sizes of the dims before the one that is cut.
+        after: the sizes of the dims after it.
+        dtype: of what travels.
+        cut: of that dim.
+    """
+    shape = (*before, cut.size, *after)
+    call = Call("all_gather", direction, who, shape, dtype, _describe(cut, len(before)))
+    return call, tuple(length * _numel(after) for length in cut.sizes()), _numel(before)
+
+
+@functools.lru_cache(_KEPT)
+def native_plan(
+    direction: str, who: str, shape: tuple[int, ...], dtype: torch.dtype, size: int
+) -> Plan:
+    """An all-reduce of one partial per rank, in the transport's own order.
+
+    Args:
+        direction: of the call.
+        who: of the call.
+        shape: of the message.
+        dtype: of the result.
+        size: number of ranks.
+    """
+    call = Call("all_reduce", direction, who, shape, dtype)
+    message = _numel(shape) * dtype.itemsize
+    return Plan(call, rank_order(size), None, shape, message, 2 * (size - 1) * message // size)
+
+
+@functools.lru_cache(_KEPT)
+def tree_plan(
+    direction: str, who: str, shape: tuple[int, ...], dtype: torch.dtype, cut: Cut, rank: int
+) -> Plan:
+    """An all-reduce of canonical nodes, as `rank` sees it.
+
+    A rank sends its nodes' slices to the ranks that finish them, and its finished slice to all.
+
+    Args:
+        direction: of the call.
+        who: of the call.
+        shape: of the message.
+        dtype: of the result.
+        cut: of the contracted dim.
+        rank: whose bytes are counted.
+    """
+    call = Call("all_reduce", direction, who, shape, dtype, _describe(cut))
+    order = tree_order(cut)
+    lengths = [len(bound) for bound in share(_numel(shape), cut.degree)]
+    elsewhere = sum(lengths) - lengths[rank]
+    sent = order.counts[rank] * elsewhere * node_dtype(dtype).itemsize
+    sent += (cut.degree - 1) * lengths[rank] * dtype.itemsize
+    return Plan(call, order, None, shape, _numel(shape) * dtype.itemsize, sent)
+
+
+@functools.lru_cache(_KEPT)
+def scatter_plan(
+    direction: str,
+    who: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    wide: torch.dtype,
+    cut: Cut | None,
+    dim: int,
+    dim_cut: Cut,
+    rank: int,
+) -> Plan:
+    """A reduce-scatter of canonical nodes or, without `cut`, of one partial per rank.
+
+    A rank sends its nodes' windows to the ranks that own them.
+
+    Args:
+        direction: of the call.
+        who: of the call.
+        shape: of the message.
+        dtype: of the result.
+        wide: in what the nodes travel.
+        cut: of the contracted dim, or None.
+        dim: along which the result is cut.
+        dim_cut: how.
+        rank: whose bytes and shape these are.
+    """
+    detail = (
+        _describe(dim_cut, dim) if cut is None else f"{_describe(cut)} to {_describe(dim_cut, dim)}"
+    )
+    call = Call("reduce_scatter", direction, who, shape, dtype, detail)
+    order = rank_order(dim_cut.degree) if cut is None else tree_order(cut)
+    outer, inner = _numel(shape[:dim]), _numel(shape[dim + 1 :])
+    owned = [dim_cut.owned(each) for each in range(dim_cut.degree)]
+    windows = tuple(Window(outer, shape[dim], inner, own.start, own.stop) for own in owned)
+    mine = (*shape[:dim], len(owned[rank]), *shape[dim + 1 :])
+    elsewhere = _numel(shape) - _numel(mine)
+    sent = order.counts[rank] * elsewhere * wide.itemsize
+    return Plan(call, order, windows, mine, _numel(shape) * dtype.itemsize, sent)
+
+
+@functools.cache
+def tree_order(cut: Cut) -> Order:
+    """The canonical tree over the ranks' nodes, which are numbered through in rank order."""
+    nodes = [nodes_of_run(cut.num_leaves, cut.run(rank)) for rank in range(cut.degree)]
+    numbers = {node: number for number, node in enumerate(itertools.chain(*nodes))}
+    program = steps((0, cut.num_leaves), numbers)
+    return Order(tuple(map(len, nodes)), tuple(program))
+
+
+def _describe(cut: Cut, dim: int | None = None) -> str:
+    along = "" if dim is None else f" along dim {dim}"
+    return f"{cut.size} units in {cut.num_leaves} leaves{along}"
+
+
+def _numel(shape: Sequence[int]) -> int:
+    numel = 1
+    for size in shape:
+        numel *= size
+    return numel
