@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -167,6 +168,22 @@ def test_the_environment_finds_what_is_initialised(pool: Pool) -> None:
 
     found = pool(2, "processes").run(work)
     assert found == [(("tp", rank, 2, "gloo"), [0, 1]) for rank in range(2)]
+
+
+def test_an_axis_does_not_keep_a_group_that_was_destroyed(pool: Pool) -> None:
+    """gloo's threads end with the group; left to the end of the interpreter, they abort it."""
+
+    def work(axis: Axis) -> tuple[bool, str]:
+        group = dist.new_group([0, 1])
+        alive, found = weakref.ref(group), Axis.from_group(group, transport="gloo")
+        ranks_on(found)
+        dist.destroy_process_group(group)
+        del group
+        return alive() is None, error_of(lambda: ranks_on(found))
+
+    for is_gone, message in pool(2, "processes").run(work):
+        assert is_gone
+        assert "of 2 was destroyed. Make an axis from a new one after" in message
 
 
 def test_a_world_size_at_odds_is_refused_everywhere(pool: Pool) -> None:

@@ -6,7 +6,11 @@ what the ranks pass: with `check=True` a digest of every call is compared first,
 disagree raise instead of computing garbage or aborting.
 """
 
+import atexit
+import functools
 import pickle
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardproof.errors import ShapeError
+from shardproof.errors import AxisError, ShapeError, ShardproofError
 from shardproof.transport import portable
 from shardproof.transport.base import (
     Call,
@@ -73,7 +77,10 @@ class DistributedTransport(Transport):
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.ledger = Ledger()
-        self._group = group
+        # Weakly: held past destroy_process_group, its threads would live until the interpreter is
+        # half gone, and abort the process there. torch.distributed holds it until then.
+        self._group_ref = weakref.ref(group)
+        _let_threads_finish_at_exit()
         self._check = check
         self._timeout = None if timeout is None else timedelta(seconds=timeout)
         self._observer = observer
@@ -81,6 +88,16 @@ class DistributedTransport(Transport):
         self._device = torch.device("cpu")
         if "gloo" not in dist.get_backend_config(group) and torch.cuda.is_available():
             self._device = torch.device("cuda", torch.cuda.current_device())
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        group = self._group_ref()
+        if group is None:
+            raise AxisError(
+                f"the process group of rank {self.rank} of {self.size} was destroyed. Make an axis "
+                "from a new one after torch.distributed.destroy_process_group()."
+            )
+        return group
 
     @torch.no_grad()
     def exchange(
@@ -273,12 +290,24 @@ class DistributedTransport(Transport):
     def _naming(self, call: Call) -> Iterator[None]:
         try:
             yield
+        except ShardproofError:
+            raise
         except RuntimeError as error:
             # An error of the backend nearly always means that another rank is gone or stuck.
             raise PeerError(
                 f"{self.name} failed on rank {self.rank} of {self.size} in {call}: {error}. "
                 "If another rank failed or is stuck, its own message says why."
             ) from error
+
+
+@functools.cache
+def _let_threads_finish_at_exit() -> None:
+    """Give gloo's threads a moment before the interpreter ends, once per process.
+
+    They drop the tensors of the last collective a little after it is over, and need the
+    interpreter for that: in one that is ending they abort the process.
+    """
+    atexit.register(time.sleep, 0.05)
 
 
 def _at(pieces: Sequence[Tensor], index: int, like: Tensor) -> Tensor:
