@@ -85,8 +85,8 @@ def test_one_collective_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """All numbers are right: only the case's own count shows it."""
     correct = LinearSite.start_sum
 
-    def redundant(self: LinearSite, a: Tensor, b: Tensor, direction: str) -> comm.Sum:
-        started = correct(self, a, b, direction)
+    def redundant(self: LinearSite, a: Tensor, b: Tensor, direction: str, **named: Any) -> comm.Sum:
+        started = correct(self, a, b, direction, **named)
         if direction == "forward":
             comm.all_reduce(started.wait(), self.axis, direction=direction)
         return started
@@ -123,8 +123,10 @@ def test_a_planted_fault_makes_the_command_exit_with_1_and_name_the_tensor(
 
     correct = LinearSite.start_sum
 
-    def local(self: LinearSite, a: Tensor, b: Tensor, direction: str) -> comm.Sum:
-        return comm.Sum(a @ b) if direction == "forward" else correct(self, a, b, direction)
+    def local(self: LinearSite, a: Tensor, b: Tensor, direction: str, **named: Any) -> comm.Sum:
+        return (
+            comm.Sum(a @ b) if direction == "forward" else correct(self, a, b, direction, **named)
+        )
 
     monkeypatch.setattr(LinearSite, "start_sum", local)
     code, said = run()

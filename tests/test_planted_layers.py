@@ -50,8 +50,10 @@ def test_input_gradient_not_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron's `f` without its backward: what comes before the layer learns from one shard."""
     correct = LinearSite.start_sum
 
-    def local(self: LinearSite, a: Tensor, b: Tensor, direction: str) -> comm.Sum:
-        return comm.Sum(a @ b) if direction == "backward" else correct(self, a, b, direction)
+    def local(self: LinearSite, a: Tensor, b: Tensor, direction: str, **named: Any) -> comm.Sum:
+        return (
+            comm.Sum(a @ b) if direction == "backward" else correct(self, a, b, direction, **named)
+        )
 
     monkeypatch.setattr(LinearSite, "start_sum", local)
     report = prove_block()
@@ -64,8 +66,8 @@ def test_input_gradient_summed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that sums its input gradient, behind an operation that does so too."""
     correct = LinearSite.start_sum
 
-    def twice(self: LinearSite, a: Tensor, b: Tensor, direction: str) -> comm.Sum:
-        started = correct(self, a, b, direction)
+    def twice(self: LinearSite, a: Tensor, b: Tensor, direction: str, **named: Any) -> comm.Sum:
+        started = correct(self, a, b, direction, **named)
         if direction == "backward":
             total = comm.all_reduce(started.wait(), self.axis, direction=direction)
             return comm.Sum(total)

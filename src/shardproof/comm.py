@@ -84,7 +84,9 @@ def all_reduce(x: Tensor, axis: Axis, *, direction: str, who: str = "") -> Tenso
     return start_all_reduce(y, axis, direction=direction, who=who).wait()
 
 
-def start_all_reduce(x: Tensor, axis: Axis, *, direction: str, who: str = "") -> Sum:
+def start_all_reduce(
+    x: Tensor, axis: Axis, *, direction: str, who: str = "", is_rest: bool = False
+) -> Sum:
     """`all_reduce`, started, of a tensor that is given away: the sum is written into it.
 
     Args:
@@ -92,6 +94,7 @@ def start_all_reduce(x: Tensor, axis: Axis, *, direction: str, who: str = "") ->
         axis: the ranks.
         direction: for the ledger.
         who: the layer that asks, for messages.
+        is_rest: a further part of a collective that has been counted.
     Returns:
         (*), Replicate, once it has been waited for.
     Comm:
@@ -102,7 +105,7 @@ def start_all_reduce(x: Tensor, axis: Axis, *, direction: str, who: str = "") ->
     plan = native_plan(direction, who, tuple(x.shape), x.dtype, axis.size)
     flat = x.view(-1)
     pending = axis.transport.start_sum([flat], plan.order, flat, call=plan.call)
-    _count(axis, plan.call, plan.message_bytes, plan.sent_bytes)
+    _count(axis, plan.call, plan.message_bytes, plan.sent_bytes, is_rest=is_rest)
     return Sum(x, pending)
 
 
@@ -172,6 +175,7 @@ def start_all_reduce_nodes(
     like: Tensor,
     direction: str,
     who: str = "",
+    is_rest: bool = False,
 ) -> Sum:
     """`all_reduce_nodes`, started.
 
@@ -183,6 +187,7 @@ def start_all_reduce_nodes(
         like: any tensor of the result's dtype and device.
         direction: for the ledger.
         who: the layer that asks, for messages.
+        is_rest: a further part of a collective that has been counted.
     Returns:
         `shape`, Replicate, in `like`'s dtype, once it has been waited for.
     Comm:
@@ -199,7 +204,7 @@ def start_all_reduce_nodes(
         y = like.new_empty(plan.shape)
     flat = [part.contiguous().view(-1) for part in parts]
     pending = axis.transport.start_sum(flat, plan.order, y.view(-1), call=plan.call)
-    _count(axis, plan.call, plan.message_bytes, plan.sent_bytes)
+    _count(axis, plan.call, plan.message_bytes, plan.sent_bytes, is_rest=is_rest)
     return Sum(y, pending)
 
 
@@ -360,9 +365,15 @@ def _sum(parts: Sequence[Tensor], like: Tensor, axis: Axis, plan: Plan) -> Tenso
     return y
 
 
-def _count(axis: Axis, call: Call, message_bytes: int, sent_bytes: int) -> None:
+def _count(
+    axis: Axis, call: Call, message_bytes: int, sent_bytes: int, *, is_rest: bool = False
+) -> None:
     axis.transport.ledger.add(
-        call.direction, call.kind, message_bytes=message_bytes, sent_bytes=sent_bytes
+        call.direction,
+        call.kind,
+        message_bytes=message_bytes,
+        sent_bytes=sent_bytes,
+        calls=0 if is_rest else 1,
     )
 
 

@@ -117,15 +117,14 @@ def _owned_rows(x: Tensor, site: LinearSite) -> Tensor:
 def _chunks(rows: Tensor, site: LinearSite) -> int:
     """Into how many parts along the tokens the forward is cut.
 
-    None is small enough to be multiplied in another way than the whole; and where products must
-    have one leaf's shape, the rows are part of that shape.
+    Where products must have one leaf's shape, the rows are part of that shape: one.
     """
     wanted = site.axis.overlap.chunks
     if wanted == 1 or site.axis.size == 1:
         return 1
     if site.is_invariant and mode.is_leafwise(rows.dtype, rows.device):
         return 1
-    return max(1, min(wanted, rows.shape[0] // (matmul.SMALL_ROWS + 1)))
+    return min(wanted, rows.shape[0])
 
 
 def _sum_by_chunks(rows: Tensor, weight: Tensor, site: LinearSite, chunks: int) -> Tensor:
@@ -133,8 +132,11 @@ def _sum_by_chunks(rows: Tensor, weight: Tensor, site: LinearSite, chunks: int) 
     y = rows.new_empty(rows.shape[0], weight.shape[0])
     started: list[tuple[comm.Sum, Tensor]] = []
     for part in share(rows.shape[0], chunks):
-        where = slice(part.start, part.stop)
-        started.append((site.start_sum(rows[where], weight.t(), "forward"), y[where]))
+        where, is_rest = slice(part.start, part.stop), part.start > 0
+        total = site.start_sum(
+            rows[where], weight.t(), "forward", rows=rows.shape[0], is_rest=is_rest
+        )
+        started.append((total, y[where]))
         if len(started) == 2:
             _finish(*started.pop(0))
     for each in started:

@@ -9,6 +9,7 @@ from shardproof.axis import Axis
 from shardproof.leaves import Cut
 from shardproof.numerics import matmul
 from shardproof.scheme import Scheme
+from shardproof.tree import Node
 
 
 @dataclass(frozen=True)
@@ -51,20 +52,41 @@ class LinearSite:
         object.__setattr__(self, "is_invariant", is_invariant)
         object.__setattr__(self, "is_plain", self.axis.size == 1 and not is_invariant)
 
-    def start_sum(self, a: Tensor, b: Tensor, direction: str) -> comm.Sum:
-        """`a @ b` summed over the axis, started: (M, c) and (c, N) to (M, N), Replicate."""
+    def start_sum(
+        self,
+        a: Tensor,
+        b: Tensor,
+        direction: str,
+        *,
+        rows: int | None = None,
+        is_rest: bool = False,
+    ) -> comm.Sum:
+        """`a @ b` summed over the axis, started.
+
+        Args:
+            a: (M, c), Shard(1).
+            b: (c, N), Shard(0).
+            direction: for the ledger.
+            rows: of the whole batch, if `a` is a part of it.
+            is_rest: not the first part of it.
+        Returns:
+            (M, N), Replicate, once it has been waited for.
+        """
         if not self.is_invariant:
-            return comm.start_all_reduce(a @ b, self.axis, direction=direction, who=self.who)
+            return comm.start_all_reduce(
+                a @ b, self.axis, direction=direction, who=self.who, is_rest=is_rest
+            )
         if self.axis.size == 1:
-            return comm.Sum(matmul.product_sum(a, b, self.slices))
+            return comm.Sum(matmul.product_sum(a, b, self.slices, rows=rows))
         return comm.start_all_reduce_nodes(
-            matmul.product_nodes(a, b, self.slices, run=self.run, num_leaves=self.cut.num_leaves),
+            self._nodes(a, b, rows),
             self.axis,
             cut=self.cut,
             shape=(a.shape[0], b.shape[1]),
             like=a,
             direction=direction,
             who=self.who,
+            is_rest=is_rest,
         )
 
     def reduce_scatter(self, a: Tensor, b: Tensor, input_cut: Cut) -> Tensor:
@@ -74,7 +96,7 @@ class LinearSite:
                 a @ b, self.axis, dim=1, cut=input_cut, direction="backward", who=self.who
             )
         return comm.reduce_scatter_nodes(
-            matmul.product_nodes(a, b, self.slices, run=self.run, num_leaves=self.cut.num_leaves),
+            self._nodes(a, b),
             self.axis,
             cut=self.cut,
             shape=(a.shape[0], b.shape[1]),
@@ -88,3 +110,8 @@ class LinearSite:
     def gather(self, x: Tensor, cut: Cut, direction: str) -> Tensor:
         """(M, owned), Shard(1), to (M, cut.size), Replicate."""
         return comm.all_gather(x, self.axis, dim=1, cut=cut, direction=direction, who=self.who)
+
+    def _nodes(self, a: Tensor, b: Tensor, rows: int | None = None) -> dict[Node, Tensor]:
+        return matmul.product_nodes(
+            a, b, self.slices, run=self.run, num_leaves=self.cut.num_leaves, rows=rows
+        )

@@ -27,10 +27,14 @@ class Ledger:
     def __init__(self) -> None:
         self._counts: dict[tuple[str, str], Count] = {}
 
-    def add(self, direction: str, kind: str, *, message_bytes: int, sent_bytes: int) -> None:
-        """Count one collective."""
-        count = self._counts.setdefault((direction, kind), Count())
-        count.calls += 1
+    def add(
+        self, direction: str, kind: str, *, message_bytes: int, sent_bytes: int, calls: int = 1
+    ) -> None:
+        """Count one collective; with `calls` 0, a further part of one that has been counted."""
+        count = self._counts.get((direction, kind))
+        if count is None:
+            count = self._counts[direction, kind] = Count()
+        count.calls += calls
         count.message_bytes += message_bytes
         count.sent_bytes += sent_bytes
 
