@@ -20,12 +20,14 @@ SRC = Path(__file__).parents[1] / "src" / "shardproof"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("core", "leaves", "tree"),
-    ("overlap", "scheme"),
+    ("overlap", "scheme", "timeout"),
     # Bytes between ranks.
     ("transport.ledger",),
     ("transport.base",),
     ("transport.portable", "transport.rendezvous"),
-    ("transport.solo", "transport.threads", "transport.distributed"),
+    ("transport.incore", "transport.segment"),
+    ("transport.shared", "transport.solo", "transport.threads", "transport.distributed"),
+    ("transport.choose",),
     ("transport.__init__",),
     ("axis",),
     # Arithmetic on plain tensors.
@@ -72,10 +74,28 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cases.__init__",),
     # What users import, and the command on top of it.
     ("__init__",),
+    # The bench: what is timed and who does it, one rank, all processes, all rounds.
+    ("bench.figures", "bench.system"),
+    ("bench.work",),
+    ("bench.systems.dtensor", "bench.systems.fairscale", "bench.systems.ours"),
+    ("bench.systems.deepspeed", "bench.systems.hf", "bench.systems.megatron"),
+    ("bench.systems.memcpy", "bench.systems.plain"),
+    ("bench.systems.catalog",),
+    ("bench.systems.__init__",),
+    ("bench.works.step",),
+    ("bench.works.all_reduce", "bench.works.feed_forward", "bench.works.linear"),
+    ("bench.works.scaling",),
+    ("bench.works.catalog",),
+    ("bench.works.__init__",),
+    ("bench.environment", "bench.jobs", "bench.proof", "bench.tables"),
+    ("bench.plot", "bench.rank"),
+    ("bench.fleet", "bench.host"),
+    ("bench.run",),
+    ("bench.__init__",),
     ("cli.json_file", "cli.options", "cli.output", "cli.torchrun"),
     ("cli.machine", "cli.progress", "cli.request", "cli.table"),
     ("cli.show",),
-    ("cli.doctor", "cli.prove"),
+    ("cli.bench", "cli.doctor", "cli.prove"),
     ("cli.main",),
     ("cli.__init__",),
     ("__main__",),
@@ -88,13 +108,18 @@ STRANGERS = {
 }
 
 # Extras that may be missing: imported inside the function that needs them, and only there.
-OPTIONAL = ("sklearn",)
+OPTIONAL = ("deepspeed", "fairscale", "matplotlib", "megatron", "sklearn", "transformers")
 
 # Built from C where a compiler is there; `core` alone imports them.
 EXTENSIONS = ("shardproof._kernels", "shardproof._shm")
 
 # (module, imported): why this import stands inside a function.
-INSIDE_FUNCTIONS: dict[tuple[str, str], str] = {}
+INSIDE_FUNCTIONS: dict[tuple[str, str], str] = {
+    (
+        "bench.systems.dtensor",
+        "torch.distributed.tensor",
+    ): "a second of imports, for its ranks only",
+}
 
 
 @dataclass(frozen=True)

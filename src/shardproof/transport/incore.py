@@ -1,0 +1,359 @@
+"""What ranks that share memory have in common, processes or threads: the face of the C core.
+
+The core knows addresses and lengths. Here tensors are looked at before it gets them, and what is
+the same each time is prepared once per call and order. A rank that cannot take part says so to
+the others at the same place, so that all of them raise and none waits.
+"""
+
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from shardproof.errors import ShapeError, ShardproofError, UsageError
+from shardproof.transport import portable
+from shardproof.transport.base import (
+    Call,
+    Order,
+    Pending,
+    Transport,
+    Window,
+    digest_of,
+    mismatch,
+)
+
+# dtype -> kind of element, as the core numbers them, and how many of these one has.
+_KINDS = {
+    torch.float32: (0, 1),
+    torch.float64: (1, 1),
+    torch.bfloat16: (2, 1),
+    torch.float16: (3, 1),
+    torch.int8: (4, 1),
+    torch.uint8: (4, 1),
+    torch.int16: (5, 1),
+    torch.int32: (6, 1),
+    torch.int64: (7, 1),
+    torch.complex64: (0, 2),
+    torch.complex128: (1, 2),
+}
+_MOST_PLANS = 4096
+
+
+class _Prepared(NamedTuple):
+    """A sum that was made before; it keeps what its key is made of."""
+
+    plan: Any
+    numel: int
+    out_numel: int
+    dtype: torch.dtype
+    text: str
+    kept: tuple[Any, ...]
+
+
+class _Gathering(NamedTuple):
+    widths: tuple[int, ...]
+    digest: int
+    numel: int
+    out_numel: int
+    text: str
+    call: Call
+
+
+class _Started(Pending):
+    """A sum that the core has begun; it keeps the tensors."""
+
+    def __init__(self, transport: "CoreTransport", prepared: _Prepared, call: Call, *x: Any):
+        self._transport = transport
+        self._kept = x
+        self.prepared = prepared
+        self.call = call
+
+    def wait(self) -> None:
+        """Finish it."""
+        self._transport.finish(self)
+
+
+class CoreTransport(Transport):
+    """One rank's end of a shared area.
+
+    Args:
+        core: the module in C.
+        rank, size: this rank's place.
+        sliced_from: bytes of a part from which on ranks add up slices and gather them.
+    """
+
+    def __init__(self, core: ModuleType, rank: int, size: int, *, sliced_from: int) -> None:
+        self.rank = rank
+        self.size = size
+        self._shm = core
+        self._sliced_from = sliced_from
+        self._plans: dict[tuple[Any, ...], _Prepared] = {}
+        self._gatherings: dict[tuple[Any, ...], _Gathering] = {}
+        self._started: deque[_Started] = deque()
+        self._call: Call | None = None  # the one at hand, or the last one
+        self._is_noted = False  # a wait was so long that others were told
+
+    # The core of this rank; set by whoever knows the area.
+    _core: Any
+
+    @property
+    def calls(self) -> int:
+        """Collectives begun so far."""
+        return int(self._core.calls)
+
+    def sum(
+        self,
+        parts: Sequence[Tensor],
+        order: Order,
+        out: Tensor,
+        *,
+        call: Call,
+        windows: Sequence[Window] | None = None,
+    ) -> None:
+        """Straight from the other ranks' memory into `out`."""
+        prepared = self._prepared(parts, order, out, call, windows)
+        self._call = call
+        try:
+            if len(parts) == 1:
+                self._core.sum(prepared.plan, out.data_ptr(), parts[0].data_ptr())
+            else:
+                addresses = [part.data_ptr() for part in parts]
+                self._core.sum(prepared.plan, out.data_ptr(), *addresses)
+        except BaseException as error:
+            self._explain(error, prepared.text)
+        if self._is_noted:
+            self._forget()
+
+    def start_sum(
+        self,
+        parts: Sequence[Tensor],
+        order: Order,
+        out: Tensor,
+        *,
+        call: Call,
+        windows: Sequence[Window] | None = None,
+    ) -> Pending:
+        """This rank's parts are announced, as far as there is room; others need not wait for it."""
+        prepared = self._prepared(parts, order, out, call, windows)
+        self._call = call
+        try:
+            addresses = [part.data_ptr() for part in parts]
+            self._core.start(prepared.plan, out.data_ptr(), *addresses)
+        except BaseException as error:
+            self._explain(error, prepared.text)
+        if self._is_noted:
+            self._forget()
+        started = _Started(self, prepared, call, parts, out)
+        self._started.append(started)
+        return started
+
+    def finish(self, started: _Started) -> None:
+        """Finish a sum, which must be the one that was started first."""
+        if not self._started or self._started[0] is not started:
+            raise RuntimeError("sums are waited for once, in the order in which they were started.")
+        self._call = started.call
+        try:
+            self._core.finish()
+        except BaseException as error:
+            self._explain(error, started.prepared.text)
+        self._started.popleft()
+        if self._is_noted:
+            self._forget()
+
+    def all_gather(
+        self, x: Tensor, out: Tensor, sizes: Sequence[int], *, call: Call, outer: int = 1
+    ) -> None:
+        """Straight from the other ranks' memory to its place in `out`."""
+        key = (id(call), outer, x.dtype, *sizes)
+        known = self._gatherings.get(key)
+        if known is None:
+            known = self._learn_gathering(key, x.element_size(), sizes, call, outer)
+        if (
+            x.numel() != known.numel
+            or out.numel() != known.out_numel
+            or x.dtype is not out.dtype
+            or not (x.is_cpu and x.is_contiguous() and out.is_cpu and out.is_contiguous())
+            or (x.is_neg() or x.is_conj())
+        ):
+            self._refuse(call, self._misfit(x, out, sizes, call, outer))
+        self._gather(x.data_ptr(), out.data_ptr(), outer, known)
+
+    @abstractmethod
+    def _tick(self, waited: float, missing: list[int]) -> None:
+        """Called in a long wait: raise if it makes no sense to go on, else do nothing."""
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """A long wait is over: take back what `_tick` told the others."""
+
+    def _gather(self, x: int, out: int, outer: int, known: _Gathering) -> None:
+        self._call = known.call
+        try:
+            self._core.gather(x, out, outer, known.widths, known.digest)
+        except BaseException as error:
+            self._explain(error, known.text)
+        if self._is_noted:
+            self._forget()
+
+    def _learn_gathering(
+        self,
+        key: tuple[Any, ...] | None,
+        itemsize: int,
+        sizes: Sequence[int],
+        call: Call,
+        outer: int,
+        what: str = "gathers",
+    ) -> _Gathering:
+        widths = tuple(size * itemsize for size in sizes)
+        text = f"{call}\n{what} {outer} rows of {list(widths)} bytes"
+        numel, total = (outer * size for size in (sizes[self.rank], sum(sizes)))
+        known = _Gathering(widths, digest_of(text), numel, total, text, call)
+        if key is not None:
+            if len(self._gatherings) >= _MOST_PLANS:
+                self._gatherings.clear()
+            self._gatherings[key] = known
+        return known
+
+    def _prepared(
+        self,
+        parts: Sequence[Tensor],
+        order: Order,
+        out: Tensor,
+        call: Call,
+        windows: Sequence[Window] | None,
+    ) -> _Prepared:
+        """What is known about this sum, after a look at the tensors."""
+        known = self._plans.get((id(call), id(order), id(windows), out.dtype))
+        if known is None or len(parts) != order.counts[self.rank]:
+            return self._prepare(parts, order, out, call, windows)
+        fits = out.numel() == known.out_numel and out.is_contiguous() and out.is_cpu
+        for part in parts:
+            fits = (
+                fits
+                and part.numel() == known.numel
+                and part.dtype is known.dtype
+                and part.is_contiguous()
+                and part.is_cpu
+                and not part.is_neg()
+            )
+        if not fits or (known.dtype.is_complex and any(part.is_conj() for part in parts)):
+            return self._prepare(parts, order, out, call, windows)
+        return known
+
+    def _prepare(
+        self,
+        parts: Sequence[Tensor],
+        order: Order,
+        out: Tensor,
+        call: Call,
+        windows: Sequence[Window] | None,
+    ) -> _Prepared:
+        try:
+            for x in (*parts, out):
+                _check_memory(x, f"{call}: rank {self.rank} of {self.size}")
+            dtype = portable.check(self, parts, order, out, call, windows)
+            if max(order.counts) > self._shm.MAX_OWN:
+                raise UsageError(
+                    f"{call}: a rank has {max(order.counts)} parts, and no more than "
+                    f"{self._shm.MAX_OWN} go into one sum. Add some of them first."
+                )
+        except ShardproofError as error:
+            self._refuse(call, error)
+        numel = out.numel() if windows is None else _whole(windows)
+        kind, width = _KINDS[dtype]
+        window = None
+        if windows is not None:
+            mine = windows[self.rank]
+            window = (mine.outer, mine.size, mine.inner * width, mine.start, mine.stop)
+        text = (
+            f"{call}\nadds {len(order.program) // 2 + 1} parts of {numel} {dtype} into {out.dtype}"
+            f" by {order.digest:x}" + (f", for {list(windows)}" if windows is not None else "")
+        )
+        plan = self._core.plan(
+            order.counts,
+            order.program,
+            numel * width,
+            kind,
+            _KINDS[out.dtype][0],
+            digest_of(text),
+            numel * dtype.itemsize >= self._sliced_from,
+            window,
+        )
+        kept = (call, order, windows)
+        prepared = _Prepared(plan, numel, out.numel(), dtype, text, kept)
+        if windows is None or isinstance(windows, tuple):  # a list may be changed
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
+            self._plans[id(call), id(order), id(windows), out.dtype] = prepared
+        return prepared
+
+    def _misfit(
+        self, x: Tensor, out: Tensor, sizes: Sequence[int], call: Call, outer: int
+    ) -> ShardproofError:
+        """What is wrong with the arguments of a gather."""
+        where = f"{call}: rank {self.rank} of {self.size}"
+        try:
+            _check_memory(x, where)
+            _check_memory(out, where)
+        except ShardproofError as error:
+            return error
+        return ShapeError(
+            f"{call}: rank {self.rank} has {x.numel()} elements of {x.dtype} and room for "
+            f"{out.numel()} of {out.dtype}, but the ranks' sizes are {list(sizes)}, in {outer} "
+            "rows."
+        )
+
+    def _refuse(self, call: Call, error: ShardproofError) -> NoReturn:
+        """Raise `error` when all ranks have seen that this one cannot take part."""
+        if not self._started:
+            self._call = call
+            try:
+                self._core.meet(digest_of(f"refused: {call}"))
+            except self._shm.Disagreement:
+                self._quarrel(f"{call}\nwhich it refuses: {error}", error)
+        raise error
+
+    def _explain(self, error: BaseException, text: str) -> NoReturn:
+        if isinstance(error, self._shm.Disagreement):
+            self._quarrel(text, None)
+        if self._core.is_lost:
+            self._abandon(error)
+        raise error
+
+    def _abandon(self, error: BaseException) -> None:
+        """This rank has given up a wait, and cannot take part any more."""
+
+    def _quarrel(self, text: str, cause: ShardproofError | None) -> NoReturn:
+        """Tell each other what everybody meant, and raise it on all ranks."""
+        self._started.clear()
+        texts = self._core.confer(text.encode())
+        if self._is_noted:
+            self._forget()
+        heads = [each.partition("\n")[0] for each in texts]
+        agree = len(set(heads)) == 1
+        raise mismatch([each.replace("\n", ", ") for each in texts] if agree else heads) from cause
+
+
+def _check_memory(x: Tensor, where: str) -> None:
+    """Raise unless the elements of `x` lie side by side in this machine's memory."""
+    if x.is_cpu and x.layout is torch.strided and not x.is_quantized:
+        if x.is_contiguous() and not x.is_neg() and not x.is_conj():
+            return
+        raise ShapeError(
+            f"{where} gives a tensor of shape {tuple(x.shape)} and strides {x.stride()}"
+            + (", conjugated or negated by a flag" if x.is_conj() or x.is_neg() else "")
+            + ". Use x.resolve_conj().resolve_neg().contiguous()."
+        )
+    kind = "quantized" if x.is_quantized else str(x.layout).removeprefix("torch.")
+    raise UsageError(
+        f"{where} gives a {kind} tensor of {x.dtype} on {x.device}, and ranks that share memory "
+        "take strided ones on the CPU. Convert it, or use another transport."
+    )
+
+
+def _whole(windows: Sequence[Window]) -> int:
+    return windows[0].outer * windows[0].size * windows[0].inner

@@ -1,0 +1,205 @@
+"""Memory that the processes of one machine map together, and who they are.
+
+The memory has no name: rank 0 makes it, the others open it through rank 0's entry in /proc, and
+it is gone when the last of them is, however they end. Where the kernel has no such memory it is a
+file in /dev/shm, for the owner alone, removed as soon as all have mapped it.
+"""
+
+import contextlib
+import mmap
+import os
+import secrets
+import select
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from shardproof.errors import AxisError
+from shardproof.transport.base import Call, Transport
+
+_NONCE = 16
+
+
+@dataclass(frozen=True)
+class Host:
+    """What must be the same for processes to share memory, and which process this is."""
+
+    boot: str
+    namespace: str
+    layout: int
+    pid: int
+    began: int
+    problem: str | None
+
+    @classmethod
+    def here(cls, layout: int, problem: str | None) -> "Host":
+        """This process; `layout` says how it would use the memory."""
+        if problem is not None or sys.platform != "linux":
+            problem = problem or f"memory is shared on Linux alone, and this is {sys.platform}"
+            return cls("", "", layout, os.getpid(), 0, problem)
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+        pid = os.getpid()
+        return cls(boot, namespace, layout, pid, began(pid), None)
+
+
+class Peer:
+    """Another process, as this one can tell whether it still runs.
+
+    Args:
+        pid: as it named itself.
+        began_at: when it began, so that another one with its number is not taken for it.
+    """
+
+    def __init__(self, pid: int, began_at: int) -> None:
+        self.pid = pid
+        self._began = began_at
+        self._poll = select.poll()
+        self._descriptor: int | None = None
+        with contextlib.suppress(OSError):  # an old kernel, or it is gone: then /proc says so
+            self._descriptor = os.pidfd_open(pid)
+            self._poll.register(self._descriptor, select.POLLIN)
+        if self._descriptor is not None and began(pid) != began_at:
+            self.close()
+
+    def has_ended(self) -> bool:
+        """True when it does not run any more; one that its parent has not buried has ended."""
+        if self._descriptor is not None:
+            return bool(self._poll.poll(0))
+        return began(self.pid) != self._began
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def began(pid: int) -> int:
+    """When a process began, in clock ticks since the machine did; 0 if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return 0 if fields[0] in "ZX" else int(fields[19])
+
+
+def find_hosts(base: Transport, layout: int, problem: str | None) -> list[Host]:
+    """All ranks' hosts, in rank order.
+
+    Raises:
+        AxisError: on all ranks alike, if they cannot share memory; it says why.
+    """
+    hosts: list[Host] = base.gather_objects(Host.here(layout, problem), call=_call("hosts"))
+    for rank, host in enumerate(hosts):
+        if host.problem is not None:
+            raise AxisError(f"rank {rank} of {len(hosts)} cannot share memory: {host.problem}.")
+    for what, name in (
+        ("boot", "run on different machines"),
+        ("namespace", "run in different containers"),
+        ("layout", "have different versions of shardproof"),
+    ):
+        for rank, host in enumerate(hosts):
+            if getattr(host, what) != getattr(hosts[0], what):
+                raise AxisError(
+                    f"ranks 0 and {rank} of {len(hosts)} {name}, and cannot share memory. Use "
+                    "transport='gloo'."
+                )
+    return hosts
+
+
+def map_together(
+    base: Transport, length: int, *, ways: tuple[str, ...] = ("memfd", "file")
+) -> mmap.mmap:
+    """Memory of `length` bytes, zeros at first, that all ranks of `base` see.
+
+    Args:
+        base: over which the ranks tell each other where it is.
+        length: in bytes, the same on all ranks.
+        ways: how it may be made, in the order in which that is tried.
+
+    Raises:
+        AxisError: on all ranks alike, if one of them could not map it; it says why.
+    """
+    problems: list[str] = []
+    for way in ways:
+        memory, problem = _attempt(base, length, way)
+        if problem is None and memory is not None:
+            return memory
+        problems.append(f"{way}: {problem}")
+    raise AxisError(f"the ranks cannot share memory. {'; '.join(problems)}.")
+
+
+def _attempt(base: Transport, length: int, way: str) -> tuple[mmap.mmap | None, str | None]:
+    """Rank 0 makes the memory, the others open it, and all hear whether all have it."""
+    memory: mmap.mmap | None = None
+    descriptor, problem, path = -1, None, ""
+    nonce = secrets.token_bytes(_NONCE)
+    try:
+        if base.rank == 0:
+            descriptor, path = _make(way, length)
+            os.pwrite(descriptor, nonce, 0)
+    except OSError as error:
+        problem = f"rank 0: {error}"
+    try:
+        told = base.gather_objects((path, problem, nonce), call=_call(way))
+        path, problem, nonce = told[0]
+        if problem is None:
+            try:
+                descriptor = descriptor if base.rank == 0 else _open(path, nonce, length)
+                flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+                memory = mmap.mmap(descriptor, length, flags=flags)
+            except OSError as error:
+                problem = f"rank {base.rank}: {error}"
+        heard: list[str | None] = base.gather_objects(problem, call=_call(way))
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+        if way == "file" and base.rank == 0 and path:
+            Path(path).unlink(missing_ok=True)
+    problem = next((each for each in heard if each is not None), None)
+    if problem is not None or memory is None:
+        return None, problem
+    if base.rank == 0:
+        memory[:_NONCE] = bytes(_NONCE)
+    base.gather_objects(None, call=_call(way))  # the area is all zeros when it is used
+    return memory, None
+
+
+def _make(way: str, length: int) -> tuple[int, str]:
+    if way == "memfd":
+        descriptor = os.memfd_create("shardproof", os.MFD_CLOEXEC)
+        os.fchmod(descriptor, 0o600)
+        path = f"/proc/{os.getpid()}/fd/{descriptor}"
+    else:
+        path = f"/dev/shm/shardproof-{secrets.token_hex(8)}"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, length)  # too little memory is an error here, not later
+    except OSError:
+        os.close(descriptor)
+        if way == "file":
+            Path(path).unlink()
+        raise
+    return descriptor, path
+
+
+def _open(path: str, nonce: bytes, length: int) -> int:
+    """Open what rank 0 made; that it is the same thing shows in what rank 0 has written there."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    if os.fstat(descriptor).st_size != length or os.pread(descriptor, _NONCE, 0) != nonce:
+        os.close(descriptor)
+        raise OSError(f"{path} is not the memory that rank 0 has made")
+    return descriptor
+
+
+def _call(what: str) -> Call:
+    return Call("connect", "setup", f"shared memory, {what}")
+
+
+def layout_of(core: ModuleType, *numbers: Any) -> int:
+    """A number that differs where the memory would be used in another way."""
+    return hash((core.area_bytes(2, 0), core.area_bytes(3, 0), core.MAX_RANKS, *numbers))

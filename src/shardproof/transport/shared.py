@@ -1,0 +1,228 @@
+"""Ranks that are processes of one machine: exchanges through memory that all have mapped.
+
+Set up over a process group that exists, and independent of it from then on. A rank that dies, or
+does not come in time, is noticed by every other one and named.
+"""
+
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardproof import core
+from shardproof.errors import AxisError, MismatchError, ShardproofError
+from shardproof.transport.base import Call, PeerError, Transport, name_ranks
+from shardproof.transport.incore import CoreTransport
+from shardproof.transport.ledger import Ledger
+from shardproof.transport.segment import Peer, find_hosts, layout_of, map_together
+
+# Bytes of a slot: two of them, of two ranks, stay in a second-level cache.
+_SLOT = 256 * 1024
+# With three ranks and more, from so many bytes on each adds up a slice of the message.
+_SLICED_FROM = 32 * 1024
+# Waits of so many seconds are shown to the observer.
+_OBSERVED = 0.05
+
+
+class SharedTransport(CoreTransport):
+    """One rank's end of the shared memory of one machine. Made by `connect`."""
+
+    name = "shm"
+
+    def __init__(
+        self,
+        memory: Any,
+        rank: int,
+        peers: Sequence[Peer | None],
+        *,
+        timeout: float,
+        observer: Callable[[Call | None], None] | None,
+    ) -> None:
+        module = core.shm()
+        if module is None:
+            raise AxisError(f"ranks cannot share memory: {core.problem()}.")
+        size = len(peers)
+        super().__init__(module, rank, size, sliced_from=_SLICED_FROM if size > 2 else 1 << 62)
+        self.ledger = Ledger()
+        self._peers = peers
+        self._timeout = timeout
+        self._observer = observer
+        self._is_observed = False
+        self._core = module.Core(memory, rank, size, _SLOT, self._tick)
+
+    @classmethod
+    def connect(
+        cls,
+        base: Transport,
+        *,
+        timeout: float,
+        observer: Callable[[Call | None], None] | None = None,
+    ) -> "SharedTransport":
+        """Map memory together with the ranks of `base`, all of which must call this.
+
+        Args:
+            base: a transport between processes, used here and not afterwards.
+            timeout: seconds that a rank waits for the others in one collective.
+            observer: called with the call in which this rank has waited for a while, or failed,
+                and with None when such a wait is over. Not called for calls that do not wait.
+
+        Raises:
+            AxisError: on all ranks alike, if they cannot share memory; it says why.
+        """
+        module = core.shm()
+        layout = 0 if module is None else layout_of(module, _SLOT, _SLICED_FROM)
+        hosts = find_hosts(base, layout, core.problem() if module is None else None)
+        if module is None or base.size > module.MAX_RANKS:
+            raise AxisError(
+                f"{base.size} ranks cannot share memory; {module and module.MAX_RANKS} can."
+            )
+        memory = map_together(base, module.area_bytes(base.size, _SLOT))
+        peers = [
+            None if rank == base.rank else Peer(host.pid, host.began)
+            for rank, host in enumerate(hosts)
+        ]
+        return cls(memory, base.rank, peers, timeout=timeout, observer=observer)
+
+    def fail(self, error: BaseException) -> None:
+        """This rank has raised: whoever waits for it, or comes later, raises too."""
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        self._tell(f"rank {self.rank} of {self.size} raised {what}", self.rank)
+
+    def close(self) -> None:
+        """Let go of the other processes; the memory goes with the last reference."""
+        for peer in self._peers:
+            if peer is not None:
+                peer.close()
+
+    def exchange(
+        self,
+        outgoing: Sequence[Sequence[Tensor]],
+        incoming: Sequence[Sequence[int]],
+        *,
+        rounds: int,
+        like: Tensor,
+        call: Call,
+    ) -> list[list[Tensor]]:
+        """All pieces for one rank as one message, in as many chunks as the longest needs."""
+        ranks = range(self.size)
+        lengths = [[piece.numel() for piece in pieces] for pieces in outgoing]
+        lengths[self.rank] = []
+        expected = [list(each) if rank != self.rank else [] for rank, each in enumerate(incoming)]
+        told = self.gather_objects((lengths, expected), call=call)
+        _compare_pieces(told, call)
+        send = [
+            torch.cat([piece.detach().reshape(-1) for piece in pieces])
+            if lengths[rank]
+            else like.new_empty(0)
+            for rank, pieces in enumerate(outgoing)
+        ]
+        receive = [like.new_empty(sum(expected[rank])) for rank in ranks]
+        width = like.element_size()
+        longest = max(sum(each) for sent, _ in told for each in sent) * width
+        try:
+            self._core.exchange(
+                tuple(x.data_ptr() for x in send),
+                tuple(x.numel() * width for x in send),
+                tuple(x.data_ptr() for x in receive),
+                tuple(x.numel() * width for x in receive),
+                longest,
+                call.digest,
+            )
+        except BaseException as error:
+            self._explain(error, str(call))
+        if self._is_noted:
+            self._forget()
+        return [
+            list(receive[rank].split(expected[rank])) if expected[rank] else [] for rank in ranks
+        ]
+
+    def gather_objects(self, value: Any, *, call: Call) -> list[Any]:
+        """Every rank's value, pickled."""
+        message = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        mine = torch.tensor([message.numel()])
+        lengths = mine.new_empty(self.size)
+        known = self._learn_gathering(None, 8, [1] * self.size, call, 1, "tells")
+        self._gather(mine.data_ptr(), lengths.data_ptr(), 1, known)
+        sizes: list[int] = lengths.tolist()
+        messages = message.new_empty(sum(sizes))
+        known = self._learn_gathering(None, 1, sizes, call, 1, "tells")
+        self._gather(message.data_ptr(), messages.data_ptr(), 1, known)
+        return [pickle.loads(part.numpy()) for part in messages.split(sizes)]
+
+    def _tick(self, waited: float, missing: list[int]) -> None:
+        reason = self._core.broken_because()
+        if reason is not None:
+            self._observe()
+            blamed, _, message = reason.partition("\n")
+            raise PeerError(message, rank=int(blamed))
+        if waited > _OBSERVED:
+            self._observe()
+        if not self._is_noted:
+            self._is_noted = True
+            self._core.note(str(self._call).encode())
+        for rank in missing:
+            peer = self._peers[rank]
+            # In this order: what it did before it ended counts.
+            if peer is not None and peer.has_ended() and self._core.is_missing(rank):
+                self._break(
+                    f"rank {rank} of {self.size} is gone, its process {peer.pid} has ended: "
+                    f"{self._waits(missing)}",
+                    rank,
+                )
+        if missing and waited >= self._timeout:
+            self._break(
+                f"{name_ranks(missing)} of {self.size} did not come within {self._timeout:g} s: "
+                f"{self._waits(missing)}",
+                missing[0],
+            )
+
+    def _waits(self, missing: Sequence[int]) -> str:
+        """Who waits in what, as far as that is known."""
+        notes = self._core.notes()
+        ranks: dict[str, list[int]] = {}
+        for rank, note in enumerate(notes):
+            if note and rank not in missing:
+                ranks.setdefault(note, []).append(rank)
+        return "; ".join(
+            f"{name_ranks(who)} {'waits' if len(who) == 1 else 'wait'} in {note}"
+            for note, who in ranks.items()
+        )
+
+    def _break(self, message: str, blamed: int) -> None:
+        """Raise here and tell the others, unless one of them was first: then what it told."""
+        self._observe()
+        if not self._tell(message, blamed):
+            self._tick(0.0, [])
+        raise PeerError(message, rank=blamed)
+
+    def _tell(self, message: str, blamed: int) -> bool:
+        return bool(self._core.break_off(f"{blamed}\n{message}".encode()))
+
+    def _abandon(self, error: BaseException) -> None:
+        if not isinstance(error, ShardproofError):
+            self.fail(error)
+
+    def _observe(self) -> None:
+        if self._observer is not None and not self._is_observed:
+            self._is_observed = True
+            self._observer(self._call)
+
+    def _forget(self) -> None:
+        self._is_noted = False
+        self._core.note(b"")
+        if self._is_observed and self._observer is not None:
+            self._is_observed = False
+            self._observer(None)
+
+
+def _compare_pieces(told: Sequence[tuple[list[list[int]], list[list[int]]]], call: Call) -> None:
+    """Raise, on all ranks alike, unless everybody gets what it expects."""
+    for sender, (sent, _) in enumerate(told):
+        for receiver, (_, expected) in enumerate(told):
+            if sent[receiver] != expected[sender]:
+                raise MismatchError(
+                    f"{call}: rank {sender} hands pieces of {sent[receiver]} to rank {receiver}, "
+                    f"which expects {expected[sender]}. Both must derive them from the same cut."
+                )
