@@ -16,6 +16,7 @@ import click
 
 from shardproof import __version__
 from shardproof.cli import torchrun
+from shardproof.cli.bench import bench
 from shardproof.cli.doctor import doctor
 from shardproof.cli.options import HELP_OPTIONS
 from shardproof.cli.prove import prove
@@ -24,6 +25,7 @@ from shardproof.errors import DegreeError, RankError, ShardproofError, UsageErro
 COMMANDS: tuple[click.Command, ...] = (
     prove,
     doctor,
+    bench,
 )
 
 EXIT_USAGE = 2

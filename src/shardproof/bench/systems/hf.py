@@ -1,0 +1,52 @@
+"""Hugging Face transformers: the styles that a `tp_plan` names, over gloo."""
+
+from collections.abc import Mapping
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from shardproof.axis import Axis
+from shardproof.bench.system import Party, Style
+from shardproof.bench.systems.dtensor import finish, local
+
+STYLES = {
+    Style.COLUMN: "colwise",
+    Style.COLUMN_GATHERED: "colwise_gather_output",
+    Style.ROW: "rowwise",
+    Style.ROW_SCATTERED: "rowwise_split_input",
+}
+
+
+class HuggingFace(Party):
+    """A rank of a mesh of all processes."""
+
+    def __init__(self) -> None:
+        super().__init__(dist.get_rank(), dist.get_world_size())
+        from transformers.distributed import tensor_parallel  # noqa: PLC0415 - optional
+
+        self._library = tensor_parallel
+        self._mesh = init_device_mesh("cpu", (self.size,))
+
+    def cut(self, model: nn.Module, plan: Mapping[str, Style], *, training: bool) -> nn.Module:
+        """`apply_tensor_parallelism`, with an entry for every module and every parameter."""
+        spelt = {}
+        for name, style in plan.items():
+            spelt[name] = STYLES[style]
+            for parameter, _ in model.get_submodule(name).named_parameters():
+                spelt[f"{name}.{parameter}"] = STYLES[style]
+        cut: nn.Module = self._library.apply_tensor_parallelism(model, self._mesh, spelt)
+        return cut
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """Of a DTensor its shard."""
+        return local(tensor)
+
+    def finish(self, tensor: Tensor) -> Tensor:
+        """Wait where the result comes asynchronously."""
+        return finish(tensor)
+
+
+def join(axis: Axis | None) -> Party:
+    """A rank of the default process group."""
+    return HuggingFace()

@@ -1,0 +1,102 @@
+"""What is timed: a work of one or several variants, and one rank's trial at one of them.
+
+A new work is one entry of `works/catalog.py`. A variant is made anew on every rank of every
+system; what it takes from the system is its `Party` alone.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from shardproof.bench.system import Party
+from shardproof.leaves import Layout
+
+Unit = Literal["ms", "us"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A tensor that must be right before anything is timed.
+
+    Attributes:
+        name: unique within the trial.
+        tensor: layout.local_shape, what this rank computed.
+        layout: how it lies.
+        expected: layout.local_shape, what it should be; None: what plain torch computed.
+    """
+
+    name: str
+    tensor: Tensor
+    layout: Layout
+    expected: Tensor | None = None
+
+
+class Trial(Protocol):
+    """One rank's share of one variant, ready to be run again and again."""
+
+    def step(self) -> Tensor:
+        """What is timed, once; what it returns is dropped."""
+
+    def evidence(self) -> Iterator[Evidence]:
+        """Run one step, the first, and show what it computed."""
+
+    def figures(self) -> dict[str, float]:
+        """What was counted and not timed; may run more steps."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing to time.
+
+    Attributes:
+        make: the trial of one rank.
+        needs: what a system must offer.
+        steps: in one round; the same for every system.
+        warm_up: steps before them that are not counted.
+        ranks: the numbers of ranks; systems without ranks are measured once.
+        keys: what tells it from other variants, for its results.
+        is_quick: whether `--quick` measures it too.
+    """
+
+    make: Callable[[Party], Trial]
+    needs: frozenset[str]
+    steps: int
+    warm_up: int
+    ranks: tuple[int, ...] = (2,)
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    is_quick: bool = True
+
+    @property
+    def label(self) -> str:
+        """The keys as text; empty if there are none."""
+        return ", ".join(str(value) for value in self.keys.values())
+
+
+@dataclass(frozen=True)
+class Work:
+    """A named group of variants that one table shows.
+
+    Attributes:
+        name: what users call it.
+        description: in a few words.
+        variants: at least one.
+        yardstick: the system to compare with; it is always measured too.
+        section: where in the report its results stand.
+        usual: the systems to measure if none is named; None: all.
+        quick_ranks: with `--quick`, only these numbers of ranks; None: all.
+    """
+
+    name: str
+    description: str
+    variants: tuple[Variant, ...]
+    yardstick: str = "torch-2t"
+    section: Literal["results", "all_reduce"] = "results"
+    usual: tuple[str, ...] | None = None
+    quick_ranks: tuple[int, ...] | None = None
+
+    @property
+    def has_ratio(self) -> bool:
+        """True if its results are ratios to the yardstick's in the same rounds."""
+        return self.section == "results"

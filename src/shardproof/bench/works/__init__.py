@@ -1,0 +1,1 @@
+"""The works, one file for each kind."""
