@@ -6,14 +6,18 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardproof.errors import AxisError
 from shardproof.overlap import DEFAULT_OVERLAP, Overlap, checked_overlap
+from shardproof.timeout import START_TIMEOUT, checked_timeout
 from shardproof.transport.base import Transport
+from shardproof.transport.choose import AUTO, checked_transport, choose
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.solo import SoloTransport
 
@@ -35,11 +39,14 @@ class Axis:
         name: of the axis, for messages ("tp").
         transport: carries bytes between the ranks.
         overlap: which of their sums run while a product is computed.
+        transport_note: why ranks that are processes do not share memory; empty if they do, or if
+            they are none.
     """
 
     name: str
     transport: Transport
     overlap: Overlap = DEFAULT_OVERLAP
+    transport_note: str = field(default="", compare=False)
     _unnamed: Iterator[int] = field(
         default_factory=itertools.count, repr=False, compare=False, kw_only=True
     )
@@ -61,23 +68,34 @@ class Axis:
         *,
         name: str = "tp",
         check: bool = False,
+        transport: str = AUTO,
+        timeout: float | None = None,
         overlap: Overlap | str = "auto",
     ) -> "Axis":
-        """The ranks of a process group of torch.distributed.
+        """The ranks of a process group of torch.distributed; all of them call this.
 
         Args:
             group: this process must be in it.
             name: for messages.
             check: compare what the ranks are about to do before every collective, at the cost of
-                a small collective more; ranks that disagree then raise.
+                a small collective more; ranks that disagree then raise. Over shared memory that
+                is always so, and free.
+            transport: "auto" takes shared memory ("shm") where all ranks of a gloo group are on
+                one machine and can share it, and the group itself otherwise: then
+                `transport_note` says why. "shm", "gloo" and "nccl" take that, or raise.
+            timeout: seconds that a rank waits for the others in one collective. By default the
+                group's own, which also bounds how long this process may linger after an error.
             overlap: an `Overlap`, "auto", "on" or "off". It never changes a bit.
 
         Raises:
-            UsageError: an option makes no sense.
+            UsageError: an option makes no sense, or the transport that was asked for by name
+                cannot be had.
+            MismatchError: the ranks ask for different transports.
             AxisError: torch.distributed is not initialised, this process is not in the group, or
                 the number of processes is at odds with WORLD_SIZE.
         """
-        overlap = checked_overlap(overlap)
+        overlap, timeout = checked_overlap(overlap), checked_timeout(timeout)
+        transport = checked_transport(transport)
         _require_initialised("Axis.from_group(group)")
         _require_world_size(os.environ)
         if not isinstance(group, dist.ProcessGroup):
@@ -89,21 +107,31 @@ class Axis:
             unnamed = _unnamed_of_group.setdefault(group, itertools.count())
         if group.size() == 1:
             return cls(name, SoloTransport(), overlap, _unnamed=unnamed)
-        return cls(name, DistributedTransport(group, check=check), overlap, _unnamed=unnamed)
+        base = DistributedTransport(group, check=check, timeout=timeout)
+        choice = choose(base, transport, timeout=timeout)
+        return cls(name, choice.transport, overlap, choice.note, _unnamed=unnamed)
 
     @classmethod
     def from_mesh(
-        cls, mesh: DeviceMesh, *, check: bool = False, overlap: Overlap | str = "auto"
+        cls,
+        mesh: DeviceMesh,
+        *,
+        check: bool = False,
+        transport: str = AUTO,
+        timeout: float | None = None,
+        overlap: Overlap | str = "auto",
     ) -> "Axis":
         """The ranks of a DeviceMesh of one dim, which gives the axis its name ("tp" if unnamed).
 
         Args:
             mesh: of one dim; of several dims, pick one: `mesh["tp"]`.
             check: as in `from_group`.
+            transport: as in `from_group`.
+            timeout: as in `from_group`.
             overlap: as in `from_group`.
 
         Raises:
-            UsageError: an option makes no sense.
+            UsageError, MismatchError: as `from_group` does.
             AxisError: the mesh has several dims or no place for this process, or the number of
                 processes is at odds with WORLD_SIZE.
         """
@@ -125,12 +153,23 @@ class Axis:
                 "that Axis.from_mesh got. Call it only on ranks of the mesh."
             )
         return cls.from_group(
-            mesh.get_group(), name=names[0] if names else "tp", check=check, overlap=overlap
+            mesh.get_group(),
+            name=names[0] if names else "tp",
+            check=check,
+            transport=transport,
+            timeout=timeout,
+            overlap=overlap,
         )
 
     @classmethod
     def from_env(
-        cls, *, name: str = "tp", check: bool = False, overlap: Overlap | str = "auto"
+        cls,
+        *,
+        name: str = "tp",
+        check: bool = False,
+        transport: str = AUTO,
+        timeout: float | None = None,
+        overlap: Overlap | str = "auto",
     ) -> "Axis":
         """All processes that torchrun started.
 
@@ -141,20 +180,27 @@ class Axis:
         Args:
             name: for messages.
             check: as in `from_group`.
+            transport: as in `from_group`.
+            timeout: seconds that a rank waits for the others in one collective, on any transport;
+                by default torch.distributed's own. It does not shorten the start, in which ranks
+                come as fast as they can import.
             overlap: as in `from_group`.
 
         Raises:
-            UsageError: an option makes no sense.
+            UsageError, MismatchError: as `from_group` does.
             AxisError: variables of torchrun are missing or make no sense, or torch.distributed is
                 initialised with another number of processes than WORLD_SIZE.
         """
-        overlap = checked_overlap(overlap)
+        overlap, timeout = checked_overlap(overlap), checked_timeout(timeout)
+        transport = checked_transport(transport)
         if not dist.is_initialized():
-            _initialise(os.environ)
+            _initialise(os.environ, timeout)
         world = dist.group.WORLD
         if world is None:
             raise AxisError("torch.distributed is initialised and has no default process group.")
-        return cls.from_group(world, name=name, check=check, overlap=overlap)
+        return cls.from_group(
+            world, name=name, check=check, transport=transport, timeout=timeout, overlap=overlap
+        )
 
     @property
     def size(self) -> int:
@@ -190,7 +236,7 @@ class Axis:
         return f"rank {self.rank} of {self.size} on axis {self.name!r}"
 
 
-def _initialise(environment: Mapping[str, str]) -> None:
+def _initialise(environment: Mapping[str, str], timeout: float | None) -> None:
     """Initialise torch.distributed from torchrun's variables."""
     missing = [name for name in TORCHRUN_VARIABLES if name not in environment]
     if missing:
@@ -212,9 +258,22 @@ def _initialise(environment: Mapping[str, str]) -> None:
         local_world_size = _read_number(environment, "LOCAL_WORLD_SIZE")
     if torch.cuda.is_available() and local_world_size <= torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl")
+        _meet("cpu:gloo,cuda:nccl", timeout)
     else:
-        dist.init_process_group("gloo")
+        _meet("gloo", timeout)
+
+
+def _meet(backend: str, timeout: float | None) -> None:
+    """Initialise the backend, with patience for ranks that are still importing torch.
+
+    The user's timeout must reach the group itself: a process whose collective timed out cannot
+    end before the backend has given that collective up too.
+    """
+    if timeout is None:
+        dist.init_process_group(backend)
+        return
+    dist.init_process_group(backend, timeout=timedelta(seconds=max(timeout, START_TIMEOUT)))
+    distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
 
 
 def _require_initialised(what: str) -> None:

@@ -3,7 +3,6 @@
 Under torchrun the ranks exist already: there, use `Axis.from_env()`.
 """
 
-import math
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,8 +14,13 @@ from shardproof.engines.threads import ThreadRanks
 from shardproof.errors import UsageError
 from shardproof.leaves import checked_degree, whole_number
 from shardproof.overlap import Overlap, checked_overlap
+from shardproof.timeout import checked_timeout
+from shardproof.transport.choose import AUTO, GLOO, SHM, checked_transport, refusal, shm_problem
 
 ENGINES = ("threads", "processes")
+
+# What can carry the bytes of ranks of each engine.
+TRANSPORTS = {"threads": (AUTO, "threads"), "processes": (AUTO, SHM, GLOO)}
 
 T = TypeVar("T")
 
@@ -29,6 +33,7 @@ def launch(
     threads: int | None = None,
     timeout: float = 600.0,
     check: bool = True,
+    transport: str = AUTO,
     overlap: Overlap | str = "auto",
 ) -> list[T]:
     """Call `fn(axis)` on `degree` ranks and return every rank's result, in rank order.
@@ -37,11 +42,13 @@ def launch(
         fn: any callable; closures and lambdas travel too, by cloudpickle if to processes.
         degree: number of ranks.
         engine: "threads" of this process, which lend each other their tensors, or "processes",
-            which exchange them through gloo.
+            which exchange them through shared memory or gloo.
         threads: intra-op threads of each rank; by default the cores are shared out.
         timeout: seconds that a rank waits for the others in one collective.
-        check: compare, before every collective, what the ranks are about to do. Threads always
-            do, for it costs them nothing.
+        check: compare, before every collective over gloo, what the ranks are about to do. Threads
+            and ranks that share memory always do, for it costs them nothing.
+        transport: "auto", or what must carry the bytes: "threads" for threads, "shm" (shared
+            memory) or "gloo" for processes. "auto" takes gloo where memory cannot be shared.
         overlap: which sums run while a product is computed: an `Overlap`, "auto", "on" or "off".
             It never changes a bit.
 
@@ -58,7 +65,13 @@ def launch(
     if not callable(fn):
         raise UsageError(f"cannot launch {fn!r}: it is not callable. Pass a function of an axis.")
     ranks = open_ranks(
-        degree, engine, threads=threads, timeout=timeout, check=check, overlap=overlap
+        degree,
+        engine,
+        threads=threads,
+        timeout=timeout,
+        check=check,
+        transport=transport,
+        overlap=overlap,
     )
     with ranks:
         return ranks.run(fn)
@@ -71,6 +84,7 @@ def open_ranks(
     threads: int | None = None,
     timeout: float = 600.0,
     check: bool = True,
+    transport: str = AUTO,
     overlap: Overlap | str = "auto",
 ) -> Ranks:
     """Start ranks that serve many calls; a context manager that ends them.
@@ -81,6 +95,7 @@ def open_ranks(
         threads: as in `launch`.
         timeout: as in `launch`.
         check: as in `launch`.
+        transport: as in `launch`.
         overlap: as in `launch`.
 
     Raises:
@@ -99,6 +114,7 @@ def open_ranks(
         threads=_share_of_cores(degree) if threads is None else _check_threads(threads),
         timeout=_check_timeout(timeout),
         check=bool(check),
+        transport=_check_transport(transport, engine),
         overlap=checked_overlap(overlap),
     )
     return ThreadRanks(settings) if engine == "threads" else ProcessRanks(settings)
@@ -112,9 +128,25 @@ def _check_threads(threads: Any) -> int:
 
 
 def _check_timeout(timeout: Any) -> float:
-    if not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
-        raise UsageError(f"timeout={timeout!r} is not a positive number of seconds.")
-    return float(timeout)
+    seconds = checked_timeout(timeout)
+    if seconds is None:
+        raise UsageError("timeout=None is not a positive number of seconds.")
+    return seconds
+
+
+def _check_transport(transport: Any, engine: str) -> str:
+    every = dict.fromkeys(name for names in TRANSPORTS.values() for name in names)
+    name = checked_transport(transport, tuple(every))
+    if name not in TRANSPORTS[engine]:
+        other = next(other for other, names in TRANSPORTS.items() if name in names)
+        raise UsageError(
+            f"transport={name!r} does not connect ranks of engine={engine!r}. Use one of: "
+            f"{', '.join(TRANSPORTS[engine])}; or engine={other!r}."
+        )
+    problem = shm_problem() if name == SHM else None
+    if problem is not None:
+        raise refusal(problem)
+    return name
 
 
 def _share_of_cores(degree: int) -> int:

@@ -23,6 +23,7 @@ class Settings:
         threads: intra-op threads of each rank.
         timeout: seconds that a rank waits for the others in one collective.
         check: compare the ranks' calls even where that costs something.
+        transport: what was asked for: "auto" or a name.
         overlap: of every axis.
     """
 
@@ -30,6 +31,7 @@ class Settings:
     threads: int
     timeout: float
     check: bool
+    transport: str = "auto"
     overlap: Overlap = DEFAULT_OVERLAP
 
 
@@ -42,12 +44,10 @@ class Ranks(ABC):
     Attributes:
         engine: "threads" or "processes".
         degree: number of ranks.
-        transport: the name of what carries bytes between them.
     """
 
     engine: str
     degree: int
-    transport: str
 
     def __init__(self, settings: Settings) -> None:
         self.degree = settings.degree
@@ -60,6 +60,20 @@ class Ranks(ABC):
     def is_usable(self) -> bool:
         """True until they are closed or a call on them fails."""
         return not (self._is_closed or self._is_broken)
+
+    @property
+    @abstractmethod
+    def transport(self) -> str:
+        """The name of what carries bytes between the ranks.
+
+        Raises:
+            RankError: the ranks did not meet.
+        """
+
+    @property
+    def transport_note(self) -> str:
+        """Why ranks that are processes do not share memory; empty if there is nothing to say."""
+        return ""
 
     def run(self, fn: Callable[[Axis], T]) -> list[T]:
         """Call `fn(axis)` on every rank, each time with a new axis; the results in rank order.

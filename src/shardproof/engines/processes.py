@@ -46,7 +46,7 @@ class ProcessRanks(Ranks):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self.transport = "solo" if self.degree == 1 else "gloo"
+        self._met: tuple[str, str] | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="shardproof-"))  # mode 0700
         self._workers: list[Worker] = []
         # Also when the caller forgets to close, or raises, or the interpreter ends.
@@ -60,7 +60,27 @@ class ProcessRanks(Ranks):
             self._clean_up()
             raise
 
+    @property
+    def transport(self) -> str:
+        """What the ranks chose when they met; waits for that."""
+        return self._meet()[0]
+
+    @property
+    def transport_note(self) -> str:
+        """Why the ranks do not share memory; waits until they have met."""
+        return self._meet()[1]
+
+    def _meet(self) -> tuple[str, str]:
+        if self._met is None:
+            self.run(_nothing)
+        return self._met or ("", "")
+
     def _run(self, fn: Callable[[Axis], Any]) -> list[Any]:
+        if self._met is None:
+            self._met = self._call(_describe)[0]
+        return self._call(fn)
+
+    def _call(self, fn: Callable[[Axis], Any]) -> list[Any]:
         what = f"the function {getattr(fn, '__qualname__', repr(fn))}"
         parcel.write(fn, self._folder / parcel.CALL, what=what)
         try:
@@ -96,6 +116,14 @@ class ProcessRanks(Ranks):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 each.process.wait(max(0.0, deadline - time.monotonic()))
         self._clean_up()
+
+
+def _describe(axis: Axis) -> tuple[str, str]:
+    return axis.transport.name, axis.transport_note
+
+
+def _nothing(axis: Axis) -> None:
+    """What is run for the sake of meeting."""
 
 
 def _start(rank: int, settings: Settings, folder: Path) -> Worker:

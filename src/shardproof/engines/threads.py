@@ -74,7 +74,6 @@ class ThreadRanks(Ranks):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self.transport = SoloTransport.name if self.degree == 1 else ThreadsTransport.name
         self._inboxes: list[_Inbox] = [queue.SimpleQueue() for _ in range(self.degree)]
         ready: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._threads = [
@@ -93,6 +92,11 @@ class ThreadRanks(Ranks):
             ready.get()
         # A rank's thread count is also what threads that start later begin with; put that back.
         torch.set_num_threads(torch.get_num_threads())
+
+    @property
+    def transport(self) -> str:
+        """The name of what carries bytes between the ranks."""
+        return SoloTransport.name if self.degree == 1 else ThreadsTransport.name
 
     def _run(self, fn: Callable[[Axis], Any]) -> list[Any]:
         rendezvous = Rendezvous(self.degree, timeout=self._settings.timeout)

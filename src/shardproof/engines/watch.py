@@ -5,6 +5,7 @@ they write what they are in. A rank that returned while others entered one more 
 left them waiting; the counts on the board prove it, so nobody waits for the timeout.
 """
 
+import os
 import signal
 import subprocess
 import time
@@ -61,6 +62,7 @@ class Watch:
             self._listen()
             self._find_dead()
             self._find_deserter()
+            self._find_stopped()
         self._find_uneven()
         self._find_missing()
         return list(self._failures.values())
@@ -141,23 +143,48 @@ class Watch:
                 )
             )
 
+    def _find_stopped(self) -> None:
+        """If only symptoms are known: blame the ranks that were stopped, wherever that was."""
+        if not self._has_only_symptoms():
+            return
+        stopped = {
+            worker.rank: number
+            for worker in self._pending()
+            if (number := _stopping_signal(worker.process.pid)) is not None
+        }
+        if stopped:
+            number = next(iter(stopped.values()))
+            self._blame(list(stopped), f"was stopped by {signal.Signals(number).name} and ")
+
     def _find_missing(self) -> None:
         """If only symptoms are known: blame the ranks that are not where the others wait."""
-        symptoms = [failure for failure in self._failures.values() if failure.is_symptom]
-        if not symptoms or len(symptoms) < len(self._failures):
+        if not self._has_only_symptoms():
             return
-        begun = {worker.rank: self._board.read(worker.rank).begun for worker in self._workers}
-        latest = max(begun.values())
+        latest = max(self._board.read(worker.rank).begun for worker in self._workers)
         missing = [
             worker.rank
             for worker in self._pending()
             if not self._is_waiting_for(worker.rank, latest - 1)
         ]
         if missing:
-            within = f" within {self._timeout:g} s" if _is_timeout(symptoms[0]) else ""
-            others = f", nor did {name_ranks(missing[1:])}" if missing[1:] else ""
-            waits = self._waits([rank for rank, count in begun.items() if count == latest])
-            self._fail(Failure(missing[0], f"did not come{within}{others}: {waits}"))
+            self._blame(missing, "")
+
+    def _has_only_symptoms(self) -> bool:
+        return bool(self._failures) and all(each.is_symptom for each in self._failures.values())
+
+    def _blame(self, missing: Sequence[int], what: str) -> None:
+        """The first of `missing` is to blame, and the others are named."""
+        symptom = next(iter(self._failures.values()))
+        within = f" within {self._timeout:g} s" if _is_timeout(symptom) else ""
+        others = f", nor did {name_ranks(missing[1:])}" if missing[1:] else ""
+        places = {
+            worker.rank: self._board.read(worker.rank)
+            for worker in self._workers
+            if worker.rank not in missing
+        }
+        latest = max((place.begun for place in places.values()), default=0)
+        waits = self._waits([rank for rank, place in places.items() if place.begun == latest])
+        self._fail(Failure(missing[0], f"{what}did not come{within}{others}: {waits}"))
 
     def _waits(self, ranks: Sequence[int]) -> str:
         """Who waits in what, for a message."""
@@ -172,6 +199,17 @@ class Watch:
 
 def _is_timeout(failure: Failure) -> bool:
     return "timed out" in failure.summary.lower()
+
+
+def _stopping_signal(pid: int) -> int | None:
+    """The signal by which a child is stopped now, if it is."""
+    if not hasattr(os, "waitid"):  # macOS, before Python 3.13
+        return None
+    try:
+        found = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # its end was noticed in the meantime
+        return None
+    return None if found is None else found.si_status
 
 
 def _describe_exit(code: int) -> str:

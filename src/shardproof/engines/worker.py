@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from shardproof.axis import Axis
 from shardproof.engines import parcel
@@ -27,12 +28,11 @@ from shardproof.engines.base import Settings
 from shardproof.engines.board import Board
 from shardproof.engines.failure import failure_of
 from shardproof.errors import UsageError
-from shardproof.transport.base import Call, Transport
+from shardproof.timeout import START_TIMEOUT
+from shardproof.transport.base import Call
+from shardproof.transport.choose import Choice, choose
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.solo import SoloTransport
-
-# Importing torch on a busy machine takes its time, and has nothing to do with the user's timeout.
-_START_TIMEOUT = 300.0
 
 
 def main(folder: Path, rank: int) -> None:
@@ -56,6 +56,7 @@ class _Worker:
         self._settings: Settings = parcel.read(folder / parcel.SETTINGS, what="the settings")
         self._board = Board(folder / parcel.BOARD)
         self._joining: BaseException | None = None
+        self._choice: Choice | None = None  # none for a rank alone
         torch.set_num_threads(self._settings.threads)
         try:
             self._join()
@@ -79,7 +80,7 @@ class _Worker:
 
     def _call(self) -> None:
         fn: Callable[[Axis], Any] = parcel.read(self._folder / parcel.CALL, what="the function")
-        result = fn(Axis("tp", self._transport(), self._settings.overlap))
+        result = fn(self._axis())
         what = f"the result of rank {self._rank}, of type {type(result).__name__},"
         parcel.write(result, parcel.result_path(self._folder, self._rank), what=what)
 
@@ -93,7 +94,7 @@ class _Worker:
             parcel.write(replace(failure, error=None), path, what="a traceback")
 
     def _join(self) -> None:
-        degree = self._settings.degree
+        degree, timeout = self._settings.degree, self._settings.timeout
         if degree == 1:
             return
         dist.init_process_group(
@@ -101,15 +102,20 @@ class _Worker:
             store=dist.FileStore(str(self._folder / parcel.STORE), degree),
             rank=self._rank,
             world_size=degree,
-            timeout=timedelta(seconds=max(self._settings.timeout, _START_TIMEOUT)),
+            timeout=timedelta(seconds=max(timeout, START_TIMEOUT)),
         )
+        self._choice = choose(self._group(), self._settings.transport, timeout=timeout)
 
-    def _transport(self) -> Transport:
-        group = dist.group.WORLD
-        if self._settings.degree == 1 or group is None:
-            return SoloTransport()
+    def _axis(self) -> Axis:
+        """A new axis, which has counted nothing yet."""
+        overlap = self._settings.overlap
+        if self._choice is None:
+            return Axis("tp", SoloTransport(), overlap)
+        return Axis("tp", self._group(), overlap, self._choice.note)
+
+    def _group(self) -> DistributedTransport:
         return DistributedTransport(
-            group,
+            distributed_c10d._get_default_group(),
             check=self._settings.check,
             timeout=self._settings.timeout,
             observer=self._observe,
