@@ -195,8 +195,9 @@ static int add_lent_whole(Core *core, Sum *sum)
     const Window *w = &plan->window;
     size_t numel = plan->is_windowed ? w->outer * (w->stop - w->start) * w->inner : plan->numel;
     size_t bytes = numel * plan->out_kind->width;
-    char *out = overlaps(sum, bytes) ? malloc(bytes ? bytes : 1) : sum->out;
-    if (out == NULL) {
+    char *aside = overlaps(sum, bytes) ? malloc(bytes) : NULL;
+    char *out = aside != NULL ? aside : sum->out;
+    if (aside == NULL && overlaps(sum, bytes)) {
         take_lock(core);
         PyErr_NoMemory();
         return FAILED;
@@ -207,10 +208,9 @@ static int add_lent_whole(Core *core, Sum *sum)
         evaluate(plan, 0, numel, out);
     announce(core, DONE, sum->base + 1);
     int result = wait_for(core, DONE, sum->base + 1);
-    if (out != sum->out) {
-        memcpy(sum->out, out, bytes);
-        free(out);
-    }
+    if (aside != NULL)
+        memcpy(sum->out, aside, bytes);
+    free(aside);
     return result;
 }
 

@@ -81,15 +81,15 @@ class CoreTransport(Transport):
     """One rank's end of a shared area.
 
     Args:
-        core: the module in C.
+        core: the module in C, or None where it is missing and nothing of this is called.
         rank, size: this rank's place.
         sliced_from: bytes of a part from which on ranks add up slices and gather them.
     """
 
-    def __init__(self, core: ModuleType, rank: int, size: int, *, sliced_from: int) -> None:
+    def __init__(self, core: ModuleType | None, rank: int, size: int, *, sliced_from: int) -> None:
         self.rank = rank
         self.size = size
-        self._shm = core
+        self._shm: Any = core
         self._sliced_from = sliced_from
         self._plans: dict[tuple[Any, ...], _Prepared] = {}
         self._gatherings: dict[tuple[Any, ...], _Gathering] = {}

@@ -4,14 +4,20 @@ Every meeting is an object of its own, made when the meeting before it was compl
 that a slow rank still reads is ever overwritten by a fast one, one wait per collective is enough,
 and what was handed over is freed as soon as the last rank has read it.
 
-Ranks wait on a condition variable: a rank that spins would keep the interpreter lock from the
-ranks it waits for.
+Where the C core was built, ranks wait in it, without the interpreter lock, and sums use the same
+counters, so that ranks that are in different collectives meet and see that they disagree. Else
+they wait on a condition variable: a rank that spins in Python would keep the interpreter lock from
+the ranks it waits for.
 """
 
+import functools
+import mmap
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardproof import core
 from shardproof.transport.base import Call, PeerError, mismatch, name_ranks
 
 
@@ -23,6 +29,7 @@ class _Meeting:
     offers: dict[int, Any] = field(default_factory=dict)
     is_complete: bool = False
     disagrees: bool = False
+    readers: int = 0
 
 
 class Rendezvous:
@@ -31,6 +38,10 @@ class Rendezvous:
     Args:
         size: number of ranks.
         timeout: seconds that a rank waits for the others.
+
+    Attributes:
+        cores: each rank's end of the C core, or None where that is missing.
+        calls: what each rank was last in, if it went there by its core.
     """
 
     def __init__(self, size: int, *, timeout: float) -> None:
@@ -40,6 +51,17 @@ class Rendezvous:
         self._meeting = _Meeting()
         self._left: list[int] = []
         self._failure: tuple[str, int | None] | None = None
+        self._meetings: dict[int, _Meeting] = {}
+        self.calls: list[Call | None] = [None] * size
+        self.cores: list[Any] | None = None
+        module = core.shm()
+        if module is not None and 1 < size <= module.MAX_RANKS:
+            area = mmap.mmap(-1, module.area_bytes(size, 0))
+            self._disagreement: type[BaseException] = module.Disagreement
+            self.cores = [
+                module.Core(area, rank, size, 0, functools.partial(self._tick, rank))
+                for rank in range(size)
+            ]
 
     def meet(self, rank: int, call: Call, offer: Any) -> list[Any]:
         """Hand over `offer` and wait for all ranks; what they handed over, in rank order.
@@ -48,12 +70,14 @@ class Rendezvous:
             MismatchError: on all ranks, if their calls are not equal.
             PeerError: a rank raised, returned or did not come in time.
         """
+        if self.cores is not None:
+            return self._meet_in_core(self.cores[rank], rank, call, offer)
         with self._changed:
             meeting = self._meeting
             meeting.calls[rank] = call
             meeting.offers[rank] = offer
             if self._failure is None and self._left:
-                self._break_because_left(self._left[0])
+                self._break_because_left(self._left[0], meeting.calls)
             if self._failure is None and len(meeting.calls) == self.size:
                 self._complete(meeting)
             elif self._failure is None:
@@ -71,7 +95,9 @@ class Rendezvous:
         with self._changed:
             self._left.append(rank)
             if self._meeting.calls:
-                self._break_because_left(rank)
+                self._break_because_left(rank, self._meeting.calls)
+        if self.cores is not None:
+            self.cores[rank].ring()  # who waits for this rank finds that it has left
 
     def fail(self, rank: int, error: BaseException) -> None:
         """Rank `rank` has raised: whoever waits, or comes later, raises too."""
@@ -97,28 +123,67 @@ class Rendezvous:
 
         if not self._changed.wait_for(is_over, self._timeout):
             missing = [rank for rank in range(self.size) if rank not in meeting.calls]
-            self._break(
-                f"{name_ranks(missing)} of {self.size} did not come within {self._timeout:g} s: "
-                f"{_describe(meeting)}",
-                missing[0],
-            )
+            self._break_because_late(missing, meeting.calls)
 
-    def _break_because_left(self, rank: int) -> None:
+    def _meet_in_core(self, end: Any, rank: int, call: Call, offer: Any) -> list[Any]:
+        number = end.calls  # every collective counts, so that all ranks have the same number here
+        meeting = self._meetings.setdefault(number, _Meeting())
+        meeting.offers[rank] = offer
+        self.calls[rank] = call
+        try:
+            end.meet(call.digest)
+        except self._disagreement:
+            self._meetings.pop(number, None)
+            raise mismatch(end.confer(str(call).encode())) from None
+        offers = [meeting.offers[peer] for peer in range(self.size)]
+        with self._changed:
+            meeting.readers += 1
+            if meeting.readers == self.size:
+                del self._meetings[number]
+        return offers
+
+    def _tick(self, rank: int, waited: float, missing: list[int]) -> None:
+        """Called by the core while `rank` waits for the missing: raise if they will not come."""
+        with self._changed:
+            if self._failure is None:
+                waiting = {
+                    peer: call
+                    for peer, call in enumerate(self.calls)
+                    if peer not in missing and call is not None
+                }
+                gone = [peer for peer in self._left if peer in missing]
+                if gone:
+                    self._break_because_left(gone[0], waiting)
+                elif missing and waited >= self._timeout:
+                    self._break_because_late(missing, waiting)
+            if self._failure is not None:
+                message, blamed = self._failure
+                raise PeerError(message, rank=blamed)
+
+    def _break_because_left(self, rank: int, waiting: Mapping[int, Call]) -> None:
         self._break(
-            f"rank {rank} of {self.size} returned and will not come: {_describe(self._meeting)}",
-            rank,
+            f"rank {rank} of {self.size} returned and will not come: {_describe(waiting)}", rank
+        )
+
+    def _break_because_late(self, missing: list[int], waiting: Mapping[int, Call]) -> None:
+        self._break(
+            f"{name_ranks(missing)} of {self.size} did not come within {self._timeout:g} s: "
+            f"{_describe(waiting)}",
+            missing[0],
         )
 
     def _break(self, message: str, rank: int | None) -> None:
         if self._failure is None:
             self._failure = (message, rank)
             self._changed.notify_all()
+            if self.cores is not None:
+                self.cores[0].break_off(b"")
 
 
-def _describe(meeting: _Meeting) -> str:
+def _describe(calls: Mapping[int, Call]) -> str:
     """Who waits in what; ranks that wait in the same collective are named together."""
     ranks: dict[str, list[int]] = {}
-    for rank, call in sorted(meeting.calls.items()):
+    for rank, call in sorted(calls.items()):
         ranks.setdefault(str(call), []).append(rank)
     waits = [
         f"{name_ranks(who)} {'waits' if len(who) == 1 else 'wait'} in {call}"

@@ -105,28 +105,36 @@ class SharedTransport(CoreTransport):
         like: Tensor,
         call: Call,
     ) -> list[list[Tensor]]:
-        """All pieces for one rank as one message, in as many chunks as the longest needs."""
-        ranks = range(self.size)
+        """One piece per pair and round, straight from and to its tensor."""
         lengths = [[piece.numel() for piece in pieces] for pieces in outgoing]
         lengths[self.rank] = []
         expected = [list(each) if rank != self.rank else [] for rank, each in enumerate(incoming)]
         told = self.gather_objects((lengths, expected), call=call)
         _compare_pieces(told, call)
-        send = [
-            torch.cat([piece.detach().reshape(-1) for piece in pieces])
-            if lengths[rank]
-            else like.new_empty(0)
-            for rank, pieces in enumerate(outgoing)
-        ]
-        receive = [like.new_empty(sum(expected[rank])) for rank in ranks]
         width = like.element_size()
-        longest = max(sum(each) for sent, _ in told for each in sent) * width
+        received = [[like.new_empty(length) for length in each] for each in expected]
+        for index in range(max(len(each) for sent, _ in told for each in sent)):
+            send = [
+                pieces[index].contiguous() if index < len(sizes) else like.new_empty(0)
+                for pieces, sizes in zip(outgoing, lengths, strict=True)
+            ]
+            receive = [
+                pieces[index] if index < len(pieces) else like.new_empty(0) for pieces in received
+            ]
+            longest = max(each[index] for sent, _ in told for each in sent if index < len(each))
+            self._swap(send, receive, longest * width, call)
+        return received
+
+    def _swap(
+        self, send: Sequence[Tensor], receive: Sequence[Tensor], longest: int, call: Call
+    ) -> None:
+        """One piece to each rank, one from each; no piece of any pair has more than `longest`."""
         try:
             self._core.exchange(
                 tuple(x.data_ptr() for x in send),
-                tuple(x.numel() * width for x in send),
+                tuple(x.numel() * x.element_size() for x in send),
                 tuple(x.data_ptr() for x in receive),
-                tuple(x.numel() * width for x in receive),
+                tuple(x.numel() * x.element_size() for x in receive),
                 longest,
                 call.digest,
             )
@@ -134,9 +142,6 @@ class SharedTransport(CoreTransport):
             self._explain(error, str(call))
         if self._is_noted:
             self._forget()
-        return [
-            list(receive[rank].split(expected[rank])) if expected[rank] else [] for rank in ranks
-        ]
 
     def gather_objects(self, value: Any, *, call: Call) -> list[Any]:
         """Every rank's value, pickled."""

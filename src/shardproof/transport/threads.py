@@ -1,7 +1,8 @@
 """Ranks as threads of one process: tensors are lent.
 
-A rank hands over references and its `Call`, meets the others, and reads what they handed over.
-Calls are compared at every meeting, which costs nothing: all of them lie in one place.
+With the C core, ranks read each other's tensors where they lie, without the interpreter lock.
+Without it, and on a GPU, a rank hands over references and its `Call`, meets the others, and reads
+what they handed over. Calls are compared at every meeting, which costs nothing.
 
 On a GPU all ranks use one device and its default stream: kernels then run in the order in which
 they were queued, and a rank queues its reads after the meeting.
@@ -13,14 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardproof import core
 from shardproof.errors import MismatchError, UsageError
 from shardproof.transport import portable
-from shardproof.transport.base import Call, Order, Pending, Transport, Window
+from shardproof.transport.base import Call, Order, Pending, Window
+from shardproof.transport.incore import CoreTransport
 from shardproof.transport.ledger import Ledger
 from shardproof.transport.rendezvous import Rendezvous
 
+# Bytes from which on each rank adds up a slice of the message, and fetches the others' slices.
+_SLICED_FROM = 256 * 1024
 
-class ThreadsTransport(Transport):
+
+class ThreadsTransport(CoreTransport):
     """One rank's end of a rendezvous.
 
     Args:
@@ -31,8 +37,8 @@ class ThreadsTransport(Transport):
     name = "threads"
 
     def __init__(self, rendezvous: Rendezvous, rank: int) -> None:
-        self.rank = rank
-        self.size = rendezvous.size
+        super().__init__(core.shm(), rank, rendezvous.size, sliced_from=_SLICED_FROM)
+        self._core = None if rendezvous.cores is None else rendezvous.cores[rank]
         self.ledger = Ledger()
         self._rendezvous = rendezvous
 
@@ -61,12 +67,22 @@ class ThreadsTransport(Transport):
                 )
         return received
 
-    @torch.no_grad()
     def all_gather(
         self, x: Tensor, out: Tensor, sizes: Sequence[int], *, call: Call, outer: int = 1
     ) -> None:
-        """Copy the ranks' `x` into `out`, from a copy that others may read when `x` is gone."""
+        """Copy the ranks' `x` into `out`, straight from their memory."""
+        if self._core is not None and not out.is_cuda:
+            self._rendezvous.calls[self.rank] = call
+            super().all_gather(x, out, sizes, call=call, outer=outer)
+            return
+        self._gather_by_meeting(x, out, sizes, call, outer)
+
+    @torch.no_grad()
+    def _gather_by_meeting(
+        self, x: Tensor, out: Tensor, sizes: Sequence[int], call: Call, outer: int
+    ) -> None:
         _check_stream(x)
+        # A copy, which others may read when `x` has changed already.
         parts: list[Tensor] = self._rendezvous.meet(self.rank, call, x.clone())
         found = [part.numel() for part in parts]
         wanted = [outer * size for size in sizes]
@@ -80,7 +96,6 @@ class ThreadsTransport(Transport):
         if rows:
             torch.cat(rows, 1, out=out.view(outer, -1))
 
-    @torch.no_grad()
     def start_sum(
         self,
         parts: Sequence[Tensor],
@@ -90,13 +105,38 @@ class ThreadsTransport(Transport):
         call: Call,
         windows: Sequence[Window] | None = None,
     ) -> Pending:
-        """Nothing is done before `wait()`: what is lent then is read there."""
+        """The parts are lent; without the core nothing is done before `wait()`."""
+        if self._core is not None and not out.is_cuda:
+            self._rendezvous.calls[self.rank] = call
+            return super().start_sum(parts, order, out, call=call, windows=windows)
         _check_stream(out)
         return _Lent(self, parts, order, out, call, windows)
+
+    def sum(
+        self,
+        parts: Sequence[Tensor],
+        order: Order,
+        out: Tensor,
+        *,
+        call: Call,
+        windows: Sequence[Window] | None = None,
+    ) -> None:
+        """Straight from the other ranks' tensors into `out`."""
+        if self._core is None or out.is_cuda:
+            self.start_sum(parts, order, out, call=call, windows=windows).wait()
+            return
+        self._rendezvous.calls[self.rank] = call
+        super().sum(parts, order, out, call=call, windows=windows)
 
     def gather_objects(self, value: Any, *, call: Call) -> list[Any]:
         """Every rank's value itself, not a copy."""
         return self._rendezvous.meet(self.rank, call, value)
+
+    def _tick(self, waited: float, missing: list[int]) -> None:
+        """The rendezvous is asked instead: it knows all ranks."""
+
+    def _forget(self) -> None:
+        """Nobody was told."""
 
 
 class _Lent(portable.Sum):
