@@ -4,7 +4,11 @@ from collections.abc import Callable
 
 import pytest
 
+from shardproof import core
 from shardproof.engines.base import Ranks
+
+# What carries bytes between processes here.
+CARRIER = "gloo" if core.shm() is None else "shm"
 
 Pool = Callable[[int, str], Ranks]
 

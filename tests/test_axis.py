@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from places import CARRIER
 from shardproof.axis import TORCHRUN_VARIABLES, Axis
 from shardproof.engines.base import Ranks
 from shardproof.errors import AxisError
@@ -100,10 +101,10 @@ def test_a_group_becomes_an_axis_in_its_own_order(pool: Pool) -> None:
 
     first, second, third = pool(3, "processes").run(work)
     for rank, (whole, ranks, _) in enumerate((first, second, third)):
-        assert whole == ("whole", rank, 3, "gloo")
+        assert whole == ("whole", rank, 3, CARRIER)
         assert ranks == [0, 1, 2]
-    assert first[2] == (("tp", 0, 2, "gloo"), [0, 2])
-    assert third[2] == (("tp", 1, 2, "gloo"), [0, 2])
+    assert first[2] == (("tp", 0, 2, CARRIER), [0, 2])
+    assert third[2] == (("tp", 1, 2, CARRIER), [0, 2])
     assert "which is not a process group that this process is in" in second[2]
 
 
@@ -125,9 +126,9 @@ def test_a_mesh_of_one_dim_becomes_an_axis_with_its_name(pool: Pool) -> None:
 
     for rank, found in enumerate(pool(2, "processes").run(work)):
         assert found == (
-            ("tp", rank, 2, "gloo"),
-            ("model", rank, 2, "gloo"),
-            ("tp", rank, 2, "gloo"),
+            ("tp", rank, 2, CARRIER),
+            ("model", rank, 2, CARRIER),
+            ("tp", rank, 2, CARRIER),
             [0, 1],
         )
 
@@ -167,7 +168,7 @@ def test_the_environment_finds_what_is_initialised(pool: Pool) -> None:
         return describe(found), ranks_on(found)
 
     found = pool(2, "processes").run(work)
-    assert found == [(("tp", rank, 2, "gloo"), [0, 1]) for rank in range(2)]
+    assert found == [(("tp", rank, 2, CARRIER), [0, 1]) for rank in range(2)]
 
 
 def test_an_axis_does_not_keep_a_group_that_was_destroyed(pool: Pool) -> None:
@@ -291,8 +292,8 @@ dist.destroy_process_group()
 
 def test_torchrun_starts_ranks(tmp_path: Path) -> None:
     assert run_under_torchrun(tmp_path / "script.py", SUM_SCRIPT, ranks=2) == [
-        "rank 0 of 2 on axis 'tp', gloo, [3.0, 3.0]",
-        "rank 1 of 2 on axis 'tp', gloo, [3.0, 3.0]",
+        f"rank 0 of 2 on axis 'tp', {CARRIER}, [3.0, 3.0]",
+        f"rank 1 of 2 on axis 'tp', {CARRIER}, [3.0, 3.0]",
     ]
 
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from places import CARRIER
 from shardproof.axis import Axis
 from shardproof.engines.base import Ranks
 from shardproof.engines.board import Board
@@ -109,7 +110,7 @@ def test_threads_stay_for_the_next_call(pool: Pool) -> None:
 @pytest.mark.parametrize("degree", [1, 3])
 def test_ranks_say_what_they_are(engine: str, degree: int, pool: Pool) -> None:
     ranks = pool(degree, engine)
-    several = {"threads": "threads", "processes": "gloo"}[engine]
+    several = {"threads": "threads", "processes": CARRIER}[engine]
     assert (ranks.engine, ranks.degree) == (engine, degree)
     assert ranks.transport == (several if degree > 1 else "solo")
     assert ranks.run(lambda axis: axis.transport.name) == [ranks.transport] * degree
@@ -524,7 +525,7 @@ def test_a_thread_that_cannot_be_ended_is_given_up() -> None:
     assert "given up: ranks [0]" in caught.value.__notes__[0]
 
 
-def test_processes_that_got_by_alone_are_told(pool: Pool) -> None:
+def test_processes_that_got_by_alone_are_told() -> None:
     """gloo lets a rank that only sends return, although nobody receives."""
 
     def work(axis: Axis) -> None:
@@ -534,10 +535,11 @@ def test_processes_that_got_by_alone_are_told(pool: Pool) -> None:
             nothing = torch.empty(0)
             axis.transport.exchange([[], []], [[], []], rounds=0, like=nothing, call=call)
 
-    ranks = pool(2, "processes")
-    with pytest.raises(RankError, match=r"rank 1 of 2 returned after \d+ collectives, rank 0 af"):
-        ranks.run(work)
-    assert not ranks.is_usable
+    with open_ranks(2, "processes", threads=1, transport="gloo") as ranks:
+        match = r"rank 1 of 2 returned after \d+ collectives, rank 0 af"
+        with pytest.raises(RankError, match=match):
+            ranks.run(work)
+        assert not ranks.is_usable
 
 
 def test_errors_that_cannot_travel_are_told_in_words() -> None:
@@ -643,11 +645,11 @@ def test_a_script_from_standard_input_runs_and_its_death_ends_all() -> None:
 def test_the_board_tells_where_each_rank_is(tmp_path: Path) -> None:
     board = Board.create(tmp_path / "board", 2)
     other = Board(tmp_path / "board")
-    board.begin(1, "first")
+    board.begin(1, 1, "first")
     board.end(1)
-    board.begin(1, "x" * 5000)
+    board.begin(1, 5, "x" * 5000)
     place = other.read(1)
-    assert (place.begun, place.ended, place.is_waiting) == (2, 1, True)
+    assert (place.begun, place.ended, place.is_waiting) == (5, 1, True)
     assert place.text == "x" * 1000
     assert other.read(0).text == ""
     assert not other.read(0).is_waiting

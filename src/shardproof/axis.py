@@ -83,8 +83,9 @@ class Axis:
             transport: "auto" takes shared memory ("shm") where all ranks of a gloo group are on
                 one machine and can share it, and the group itself otherwise: then
                 `transport_note` says why. "shm", "gloo" and "nccl" take that, or raise.
-            timeout: seconds that a rank waits for the others in one collective. By default the
-                group's own, which also bounds how long this process may linger after an error.
+            timeout: seconds that a rank waits for the others in one collective. By default
+                torch.distributed's own. Give it to `init_process_group` as well: a process whose
+                collective timed out may linger until the group gives it up, too.
             overlap: an `Overlap`, "auto", "on" or "off". It never changes a bit.
 
         Raises:

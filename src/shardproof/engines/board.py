@@ -1,8 +1,10 @@
 """Where every worker writes what it is doing, so that the launcher can say who waits for whom.
 
 A small shared file, one row per rank: how many collectives the rank has begun, how many it has
-ended, and the text of the last one. A row has one writer. The launcher reads it only when ranks
-have returned or failed and others have not, so a row torn in mid-write is read again.
+ended, and the text of the last one. Over shared memory a rank writes only when it has waited for
+long, so that it costs nothing else; the counts are right whenever it writes. A row has one writer.
+The launcher reads it only when ranks have returned or failed and others have not, so a row torn in
+mid-write is read again.
 """
 
 import mmap
@@ -52,14 +54,14 @@ class Board:
         path.write_bytes(bytes(_ROW * degree))
         return cls(path)
 
-    def begin(self, rank: int, text: str) -> None:
-        """Rank `rank` enters a collective."""
+    def begin(self, rank: int, count: int, text: str) -> None:
+        """Rank `rank` is in a collective, the `count`th that it has begun."""
         start = rank * _ROW
         data = text.encode()[: _ROW - _TEXT]
         self._map[start + _TEXT : start + _TEXT + len(data)] = data
         _LENGTH.pack_into(self._map, start + _COUNTS.size, len(data))
-        begun, ended = _COUNTS.unpack_from(self._map, start)
-        _COUNTS.pack_into(self._map, start, begun + 1, ended)
+        _, ended = _COUNTS.unpack_from(self._map, start)
+        _COUNTS.pack_into(self._map, start, count, ended)
 
     def end(self, rank: int) -> None:
         """Rank `rank` has left the collective that it was in."""

@@ -198,7 +198,8 @@ class Watch:
 
 
 def _is_timeout(failure: Failure) -> bool:
-    return "timed out" in failure.summary.lower()
+    # gloo's words, and ours.
+    return any(words in failure.summary.lower() for words in ("timed out", "did not come within"))
 
 
 def _stopping_signal(pid: int) -> int | None:

@@ -32,6 +32,8 @@ from shardproof.timeout import START_TIMEOUT
 from shardproof.transport.base import Call
 from shardproof.transport.choose import Choice, choose
 from shardproof.transport.distributed import DistributedTransport
+from shardproof.transport.ledger import Ledger
+from shardproof.transport.shared import SharedTransport
 from shardproof.transport.solo import SoloTransport
 
 
@@ -57,6 +59,7 @@ class _Worker:
         self._board = Board(folder / parcel.BOARD)
         self._joining: BaseException | None = None
         self._choice: Choice | None = None  # none for a rank alone
+        self._count = 0  # of the collectives begun over gloo
         torch.set_num_threads(self._settings.threads)
         try:
             self._join()
@@ -76,7 +79,7 @@ class _Worker:
             outcome = parcel.RETURNED
         sys.stdout.flush()
         sys.stderr.flush()
-        return outcome, self._board.read(self._rank).begun
+        return outcome, self._collectives()
 
     def _call(self) -> None:
         fn: Callable[[Axis], Any] = parcel.read(self._folder / parcel.CALL, what="the function")
@@ -104,28 +107,45 @@ class _Worker:
             world_size=degree,
             timeout=timedelta(seconds=max(timeout, START_TIMEOUT)),
         )
-        self._choice = choose(self._group(), self._settings.transport, timeout=timeout)
+        self._choice = choose(
+            self._group(), self._settings.transport, timeout=timeout, observer=self._observe
+        )
 
     def _axis(self) -> Axis:
         """A new axis, which has counted nothing yet."""
         overlap = self._settings.overlap
         if self._choice is None:
             return Axis("tp", SoloTransport(), overlap)
-        return Axis("tp", self._group(), overlap, self._choice.note)
+        transport = self._choice.transport
+        if isinstance(transport, SharedTransport):
+            transport.ledger = Ledger()  # the memory stays for as long as the ranks
+        else:
+            transport = self._group()
+        return Axis("tp", transport, overlap, self._choice.note)
 
     def _group(self) -> DistributedTransport:
         return DistributedTransport(
             distributed_c10d._get_default_group(),
             check=self._settings.check,
             timeout=self._settings.timeout,
-            observer=self._observe,
+            observer=self._observe_group,
         )
+
+    def _collectives(self) -> int:
+        """Begun so far, over whatever carried them."""
+        transport = self._choice.transport if self._choice is not None else None
+        return self._count + (transport.calls if isinstance(transport, SharedTransport) else 0)
+
+    def _observe_group(self, call: Call | None) -> None:
+        if call is not None:
+            self._count += 1
+        self._observe(call)
 
     def _observe(self, call: Call | None) -> None:
         if call is None:
             self._board.end(self._rank)
         else:
-            self._board.begin(self._rank, str(call))
+            self._board.begin(self._rank, self._collectives(), str(call))
 
 
 def _take_connection() -> Connection:

@@ -5,16 +5,17 @@ all ranks say, so that they decide alike. A fall-back is never silent: its reaso
 axis and into every report. Asked for by name, what cannot be had is an error on every rank.
 """
 
-import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from torch.distributed.constants import default_pg_timeout
+
 from shardproof import core
-from shardproof.errors import MismatchError, UsageError
-from shardproof.transport.base import Call, Transport, name_ranks
+from shardproof.errors import AxisError, MismatchError, UsageError
+from shardproof.transport.base import Call, Transport
 from shardproof.transport.distributed import DistributedTransport
+from shardproof.transport.shared import SharedTransport
 
 AUTO, SHM, GLOO, NCCL = "auto", "shm", "gloo", "nccl"
 
@@ -22,7 +23,6 @@ AUTO, SHM, GLOO, NCCL = "auto", "shm", "gloo", "nccl"
 NAMES = (AUTO, SHM, GLOO, NCCL)
 
 _CALL = Call("gather", "setup", "the choice of a transport")
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,6 @@ class Choice:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class _Said:
-    """What one rank says before all decide."""
-
-    asked: str
-    host: str
-    machine: str
-    problem: str | None
-
-
 def checked_transport(transport: Any, known: Sequence[str] = NAMES) -> str:
     """A name of a transport as a user gave it.
 
@@ -61,76 +51,60 @@ def checked_transport(transport: Any, known: Sequence[str] = NAMES) -> str:
 
 def shm_problem() -> str | None:
     """Why this process cannot share memory with others, or None."""
-    return core.problem() or "processes do not share memory yet"
+    return None if core.shm() is not None else core.problem()
 
 
 def refusal(why: str) -> UsageError:
     """The error for shared memory that was asked for by name and cannot be had."""
     return UsageError(
-        f"transport='shm' cannot be used: {why}. Remove the reason, or use transport='auto', "
-        "which takes gloo then and says so."
+        f"transport='shm' cannot be used: {why.rstrip('.')}. Or use transport='auto', which takes "
+        "gloo then and says so."
     )
 
 
-def choose(base: DistributedTransport, asked: str, *, timeout: float | None) -> Choice:
+def choose(
+    base: DistributedTransport,
+    asked: str,
+    *,
+    timeout: float | None,
+    observer: Callable[[Call | None], None] | None = None,
+) -> Choice:
     """The transport for the ranks of `base`; all of them call this.
 
     Args:
         base: the process group, which is also the fall-back.
         asked: one of `NAMES`.
-        timeout: seconds that a rank waits for the others in one collective; None leaves it to the
-            transport.
+        timeout: seconds that a rank waits for the others in one collective; None: torch's default.
+        observer: of shared memory; see `SharedTransport.connect`.
 
     Raises:
         MismatchError: the ranks ask for different transports.
         UsageError: what was asked for cannot be had.
     """
-    if base.name != GLOO:
-        if asked in (AUTO, base.name):
-            return Choice(base)
+    is_gloo = base.name == GLOO
+    if is_gloo:
+        _agree(base, asked)
+    if asked not in ((AUTO, SHM, GLOO) if is_gloo else (AUTO, base.name)):
         raise UsageError(
             f"transport={asked!r} cannot be used: the process group is one of {base.name}. Use "
-            "transport='auto', or make a group of gloo."
+            "transport='auto', or make another group with torch.distributed.new_group(backend=...)."
         )
-    said: list[_Said] = base.gather_objects(_here(asked), call=_CALL)
-    _check_asked(said)
-    if asked == NCCL:
-        raise UsageError(
-            "transport='nccl' cannot be used: the process group is one of gloo. Use "
-            "transport='auto', or initialise torch.distributed with nccl."
-        )
-    if asked == GLOO:
-        return Choice(base, "gloo was asked for by name")
-    why = _why_not(said)
-    if why is not None and asked == SHM:
-        raise refusal(why)
-    return Choice(base, f"shared memory is not used: {why}")
+    if asked == GLOO or not is_gloo:
+        return Choice(base, "gloo was asked for by name" if is_gloo else "")
+    if timeout is None:
+        timeout = default_pg_timeout.total_seconds()
+    try:
+        return Choice(SharedTransport.connect(base, timeout=timeout, observer=observer))
+    except AxisError as error:  # on all ranks, or on none
+        if asked == SHM:
+            raise refusal(str(error)) from error
+        return Choice(base, f"shared memory is not used: {error}")
 
 
-def _here(asked: str) -> _Said:
-    # A name may be that of many hosts, and containers of one machine may share no memory: the
-    # boot tells hosts apart, and the mapping shows the rest.
-    machine = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else platform.node()
-    return _Said(asked, platform.node(), machine, shm_problem())
-
-
-def _check_asked(said: Sequence[_Said]) -> None:
-    if len({each.asked for each in said}) > 1:
-        sides = "; ".join(f"rank {rank}: {each.asked!r}" for rank, each in enumerate(said))
+def _agree(base: DistributedTransport, asked: str) -> None:
+    everyone: list[str] = base.gather_objects(asked, call=_CALL)
+    if len(set(everyone)) > 1:
+        sides = "; ".join(f"rank {rank}: {each!r}" for rank, each in enumerate(everyone))
         raise MismatchError(
             f"the ranks ask for different transports. {sides}. Ask for the same on all ranks."
         )
-
-
-def _why_not(said: Sequence[_Said]) -> str | None:
-    """What keeps these ranks from sharing memory, as all of them see it."""
-    if len({each.machine for each in said}) > 1:
-        ranks: dict[tuple[str, str], list[int]] = {}
-        for rank, each in enumerate(said):
-            ranks.setdefault((each.machine, each.host), []).append(rank)
-        where = "; ".join(f"{host}: {name_ranks(who)}" for (_, host), who in ranks.items())
-        return f"the ranks are on {len(ranks)} machines ({where})"
-    for rank, each in enumerate(said):
-        if each.problem is not None:
-            return f"rank {rank} cannot: {each.problem}"
-    return None
