@@ -82,7 +82,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("bench.systems.memcpy", "bench.systems.plain"),
     ("bench.systems.catalog",),
     ("bench.systems.__init__",),
-    ("bench.works.step",),
+    ("bench.works.counting", "bench.works.step"),
     ("bench.works.all_reduce", "bench.works.feed_forward", "bench.works.linear"),
     ("bench.works.scaling",),
     ("bench.works.catalog",),

@@ -26,6 +26,7 @@ from shardproof.bench.systems.catalog import find_system
 from shardproof.errors import UsageError
 from shardproof.numerics import mode
 
+HOST = ("-m", "shardproof.bench.host")  # what Python is to run
 START = 300.0  # seconds; a peer may compile its kernels at its first start
 ANSWER = 600.0
 LONGEST_PATH = 100  # bytes that the name of a socket may have, nearly
@@ -143,7 +144,7 @@ class Fleet:
         arguments = [key.system, str(key.ranks), str(self.folder / "wire")]
         with log.open("wb") as out:
             host = subprocess.Popen(
-                [sys.executable, "-m", "shardproof.bench.host", *arguments],
+                [sys.executable, *HOST, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,

@@ -95,7 +95,7 @@ def plan(
     jobs: list[Job] = []
     for work in works:
         chosen = _chosen(work, systems, is_named=bool(system_names))
-        skips += _unfit(work, chosen)
+        skips += _unfit(work, chosen, is_named=bool(system_names))
         is_asked = work.yardstick in system_names
         jobs += _jobs(work, chosen, is_quick=is_quick, is_asked=is_asked)
     if system_names:
@@ -139,12 +139,14 @@ def _needs(work: Work) -> frozenset[str]:
     return frozenset.intersection(*(variant.needs for variant in work.variants))
 
 
-def _unfit(work: Work, systems: Sequence[System]) -> list[Skip]:
-    return [
-        Skip(work.name, system.name, reason)
-        for system in systems
-        if (reason := system.misses(_needs(work))) is not None
-    ]
+def _unfit(work: Work, systems: Sequence[System], *, is_named: bool) -> list[Skip]:
+    """Those that lack what the work needs; of all systems, only those that say why."""
+    found = []
+    for system in systems:
+        reason = system.misses(_needs(work))
+        if reason is not None and (is_named or reason in system.lacks.values()):
+            found.append(Skip(work.name, system.name, reason))
+    return found
 
 
 def _jobs(work: Work, systems: Sequence[System], *, is_quick: bool, is_asked: bool) -> list[Job]:

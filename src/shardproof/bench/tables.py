@@ -92,8 +92,8 @@ def scaling_table(work: str, rows: Sequence[Data]) -> TextTable:
         )
         for row in rows
     ]
-    columns = ("system", "ranks", "median ms", "ratio", "GFLOP", "weights MiB", "peak MiB",
-               "sent MiB", "2(d-1)/d MiB")  # fmt: skip
+    columns = ("system", "ranks", "median\nms", "ratio", "GFLOP", "weights\nMiB", "peak\nMiB",
+               "sent\nMiB", "formula\nMiB")  # fmt: skip
     return TextTable(f"{work}: per rank and step", columns, tuple(made))
 
 

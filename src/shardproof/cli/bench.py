@@ -154,12 +154,20 @@ def show(report: Data, out: PlainConsole) -> None:
         f"{report['rounds']} rounds{' (quick)' if report['quick'] else ''}",
         out,
     )
-    for skip in report["skipped"]:
-        where = f" at {skip['work']}" if skip["work"] else ""
-        _line(f"skipped{where}: {skip['system']} {skip['reason']}", out)
+    for (work, reason), names in _skipped(report).items():
+        where = f" at {work}" if work else ""
+        _line(f"skipped{where}: {listed(names)}: {reason}", out)
     for failure in report["failed"]:
         out.print(Text(_failed(failure), BAD), soft_wrap=True)
     out.print(_verdict(report), soft_wrap=True)
+
+
+def _skipped(report: Data) -> dict[tuple[str | None, str], list[str]]:
+    """Work and reason -> the systems that it keeps away."""
+    found: dict[tuple[str | None, str], list[str]] = {}
+    for skip in report["skipped"]:
+        found.setdefault((skip["work"], skip["reason"]), []).append(skip["system"])
+    return found
 
 
 def _show_table(made: TextTable, out: PlainConsole) -> None:
@@ -169,6 +177,7 @@ def _show_table(made: TextTable, out: PlainConsole) -> None:
         out.show(Text(names[made.title]))
     out.print()
     grid = table(*made.columns, width=out.width, right=made.columns[1:])
+    grid.columns[0].no_wrap = True
     for row in made.rows:
         grid.add_row(*row)
     out.show(Padding(grid, (0, 0, 0, 1)))

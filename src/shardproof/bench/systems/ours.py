@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
@@ -10,9 +11,9 @@ from shardproof.leaves import Cut, Layout, replicated
 from shardproof.plans.apply import parallelize
 from shardproof.plans.style import ColumnParallel, Plan, RowParallel
 from shardproof.plans.style import Style as PlanStyle
+from shardproof.schedule import tree_order
 from shardproof.scheme import Numerics, Scheme
-from shardproof.transport.base import Call, Order
-from shardproof.tree import combine, nodes_of_run
+from shardproof.transport.base import Call
 
 STYLES: dict[Style, PlanStyle] = {
     Style.COLUMN: ColumnParallel(),
@@ -63,9 +64,9 @@ class Ours(Party):
                 return out
 
             return sum_natively
-        order = _tree_order(self.size, self.scheme.leaves)
-        count = order.counts[self.rank]
-        parts = [x] * count  # a rank with several nodes sends all of them
+        order = tree_order(Cut(self.scheme.leaves, self.scheme.leaves, self.size))
+        parts = [x] * min(1, order.counts[self.rank])
+        parts += [torch.zeros_like(x) for _ in range(order.counts[self.rank] - 1)]
 
         def sum_by_tree() -> Tensor:
             transport.sum(parts, order, out, call=call)
@@ -82,15 +83,3 @@ def native(axis: Axis | None) -> Party:
 def invariant(axis: Axis | None) -> Party:
     """A rank that adds in the order of the tree."""
     return Ours(Axis.solo() if axis is None else axis, "invariant")
-
-
-def _tree_order(size: int, leaves: int) -> Order:
-    """The canonical tree over the nodes that each of `size` ranks sends."""
-    cut = Cut(leaves, leaves, size)
-    owned = [nodes_of_run(leaves, cut.run(rank)) for rank in range(size)]
-    parts = {node: (part,) for part, node in enumerate(node for nodes in owned for node in nodes)}
-
-    def add(left: tuple[int, ...], right: tuple[int, ...], is_fresh: bool) -> tuple[int, ...]:
-        return (*left, *right, -1)
-
-    return Order(tuple(map(len, owned)), combine((0, leaves), parts, add))

@@ -1,17 +1,11 @@
 """Strong scaling: the same step on 1 to 8 ranks, and what each rank computes, holds and sends."""
 
 import functools
-from collections.abc import Sequence
-from typing import Any
-
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from shardproof.bench.system import ANY_DEGREE
 from shardproof.bench.systems.ours import Ours
 from shardproof.bench.work import Variant, Work
+from shardproof.bench.works.counting import Counting
 from shardproof.bench.works.feed_forward import feed_forward
 from shardproof.bench.works.step import Phase, Step
 
@@ -25,7 +19,7 @@ class CountedStep(Step):
         """Work, memory and bytes of one step on this rank.
 
         Returns:
-            flops: of products, as torch counts them: two for each multiplication and addition.
+            flops: of products: one for each multiplication and one for each addition.
             parameter_bytes: held.
             peak_bytes: of all tensors that live at the same time, at most; buffers of a kernel
                 or a transport are not tensors.
@@ -63,51 +57,6 @@ class CountedStep(Step):
             sum(count.message_bytes for count in counts),
             sum(count.sent_bytes for count in counts),
         )
-
-
-class Counting(TorchDispatchMode):
-    """Flops of products and bytes of living tensors, of the operations of one thread.
-
-    Args:
-        held: tensors that are there before the first operation.
-
-    Attributes:
-        flops: so far.
-        peak: the most bytes at the end of an operation.
-    """
-
-    def __init__(self, held: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.flops = 0
-        self.peak = 0
-        self._living: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._see(held)
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        count = flop_registry.get(func.overloadpacket)
-        if count is not None:
-            self.flops += count(*args, **kwargs, out_val=result)
-        found = result if isinstance(result, tuple | list) else (result,)
-        self._see([tensor for tensor in found if isinstance(tensor, Tensor)])
-        return result
-
-    def _see(self, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            reference = StorageWeakRef(storage)
-            self._living[reference.cdata] = reference, storage.nbytes()
-        gone = [key for key, (reference, _) in self._living.items() if reference.expired()]
-        for key in gone:
-            del self._living[key]
-        self.peak = max(self.peak, sum(size for _, size in self._living.values()))
 
 
 SCALING = Work(
