@@ -151,8 +151,9 @@ static int sleep_until(Core *core, int rank, int64_t begun, uint32_t bell)
 
 static int wait_slowly(Core *core, int rank, enum word word, uint32_t count)
 {
-    /* A thread that waits for a thread must not keep the interpreter from it. */
-    if (core->slot_bytes == 0)
+    /* A thread that waits for a thread to come must not keep the interpreter from it. One that
+     * has come needs it no more until all are done. */
+    if (core->slot_bytes == 0 && word == FILLED)
         release_lock(core);
     for (int spin = 0; spin < SPINS; spin++) {
         pause_briefly();

@@ -110,10 +110,15 @@ class Sum(Pending):
 def add_up(order: Order, parts: Sequence[Tensor]) -> Tensor:
     """The sum of all ranks' parts; 16 bits are added in float32, and it stays so.
 
+    Complex numbers are added as pairs, for torch multiplies by one first, which makes NaN of
+    infinity.
+
     Args:
         order: in which to add.
         parts: by number.
     """
+    if parts[0].is_complex():
+        return torch.view_as_complex(add_up(order, [torch.view_as_real(part) for part in parts]))
     stack: list[tuple[Tensor, bool]] = []  # and whether it is ours to write
     for step in order.program:
         if step >= 0:

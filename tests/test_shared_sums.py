@@ -1,0 +1,151 @@
+"""Sums, gathers and exchanges on every transport, against answers that every rank knows."""
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from places import Pool
+from shardproof import core
+from shardproof.axis import Axis
+from shardproof.transport.base import Call, Order, Transport
+from shardproof.transport.distributed import DistributedTransport
+from shardproof.transport.portable import SUMMABLE
+from shardproof.transport.rendezvous import Rendezvous
+from shardproof.transport.shared import SharedTransport
+from shardproof.transport.solo import SoloTransport
+from shardproof.transport.threads import ThreadsTransport
+from sums import random_case, run_gather, run_mixed, run_sums, same_bits
+
+NEEDS_CORE = pytest.mark.skipif(core.shm() is None, reason="the C core was not built")
+
+
+def group() -> DistributedTransport:
+    world = dist.group.WORLD
+    assert world is not None
+    return DistributedTransport(world, check=False)
+
+
+def shared() -> SharedTransport:
+    return SharedTransport.connect(group(), timeout=60)
+
+
+def over(name: str, axis: Axis) -> Transport:
+    """The transport of that name between the ranks of `axis`."""
+    return {"threads": lambda: axis.transport, "shm": shared, "gloo": group}[name]()
+
+
+def run_threads(size: int, work: Callable[[Transport], object]) -> list[object]:
+    """`work` on bare threads; results or exceptions in rank order."""
+    rendezvous = Rendezvous(size, timeout=60)
+    found: list[object] = [None] * size
+
+    def run(rank: int) -> None:
+        try:
+            found[rank] = work(ThreadsTransport(rendezvous, rank))
+        except Exception as error:
+            rendezvous.fail(rank, error)
+            found[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not any(thread.is_alive() for thread in threads)
+    return found
+
+
+WAYS = [
+    pytest.param("threads", "threads", degree, id=f"threads-{degree}") for degree in (2, 3, 4, 8)
+] + [
+    pytest.param("shm", "processes", degree, id=f"shm-{degree}", marks=NEEDS_CORE)
+    for degree in (2, 3, 4, 8)
+]
+WITH_GLOO = [*WAYS, *(pytest.param("gloo", "processes", d, id=f"gloo-{d}") for d in (2, 3))]
+
+
+@pytest.mark.parametrize(("name", "engine", "degree"), WITH_GLOO)
+def test_sums_have_the_bits_of_their_order(name: str, engine: str, degree: int, pool: Pool) -> None:
+    seeds = range(50 if degree < 4 and name != "gloo" else 20)
+
+    def work(axis: Axis) -> int:
+        return run_sums(over(name, axis), seeds)
+
+    assert pool(degree, engine).run(work) == [len(seeds)] * degree
+
+
+@pytest.mark.parametrize(("name", "engine", "degree"), WITH_GLOO)
+def test_gathers_place_every_row(name: str, engine: str, degree: int, pool: Pool) -> None:
+    def work(axis: Axis) -> int:
+        transport = over(name, axis)
+        for seed in range(25):
+            run_gather(transport, seed)
+        return 25
+
+    assert pool(degree, engine).run(work) == [25] * degree
+
+
+@pytest.mark.parametrize(("name", "engine", "degree"), WAYS)
+def test_collectives_of_all_kinds_follow_each_other(
+    name: str, engine: str, degree: int, pool: Pool
+) -> None:
+    seeds = range(1000, 1060 if degree < 8 else 1024)
+
+    def work(axis: Axis) -> int:
+        return run_mixed(over(name, axis), seeds)
+
+    assert pool(degree, engine).run(work) == [len(seeds)] * degree
+
+
+def test_threads_do_without_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "shm", lambda: None)
+
+    def work(transport: Transport) -> int:
+        return run_sums(transport, range(25)) + run_mixed(transport, range(1000, 1040))
+
+    assert run_threads(3, work) == [65] * 3
+
+
+def test_alone_sums_have_the_bits_of_their_order() -> None:
+    transport = SoloTransport()
+    assert run_sums(transport, range(40)) == 40
+    for seed in range(10):
+        run_gather(transport, seed)
+
+
+@pytest.mark.parametrize("dtype", SUMMABLE, ids=str)
+def test_every_dtype_is_added_by_threads(dtype: torch.dtype) -> None:
+    def work(transport: Transport) -> str:
+        for seed in range(4):
+            case = random_case(seed, transport.rank, 3, [dtype])
+            transport.sum(case.parts, case.order, case.out, call=case.call, windows=case.windows)
+            case.check()
+        return str(dtype)
+
+    assert run_threads(3, work) == [str(dtype)] * 3
+
+
+def test_the_order_shows_in_the_bits() -> None:
+    """What the tests above compare can differ: the same parts in another order."""
+    parts = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    call = Call("all_reduce", "forward", "test", (1000,), torch.float32)
+
+    def total(program: tuple[int, ...]) -> Callable[[Transport], torch.Tensor]:
+        def work(transport: Transport) -> torch.Tensor:
+            out = torch.empty(1000)
+            order = Order((1, 1, 1), program)
+            transport.sum([parts[transport.rank].clone()], order, out, call=call)
+            return out
+
+        return work
+
+    left = run_threads(3, total((0, 1, -1, 2, -1)))
+    right = run_threads(3, total((0, 1, 2, -1, -1)))
+    assert isinstance(left[0], torch.Tensor)
+    assert isinstance(right[0], torch.Tensor)
+    assert same_bits(left[0], (parts[0] + parts[1]) + parts[2])
+    assert same_bits(right[0], parts[0] + (parts[1] + parts[2]))
+    assert not same_bits(left[0], right[0])
