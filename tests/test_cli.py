@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from places import CARRIER
 from shardproof import __version__
 from shardproof.cases import all_cases
 from shardproof.cli import progress as progress_module
@@ -19,6 +20,7 @@ from shardproof.cli import request, torchrun
 from shardproof.cli.main import main
 from shardproof.cli.output import PlainConsole
 from shardproof.numerics import mode
+from shardproof.overlap import DEFAULT_OVERLAP
 from shardproof.scheme import Scheme
 
 SMALL = ("--case", "matmul-row", "--case", "ffn", "--degrees", "1,2")
@@ -242,6 +244,8 @@ def test_options_reach_the_prover(monkeypatch: pytest.MonkeyPatch) -> None:
         {
             "degrees": (1, 5),
             "engine": "processes",
+            "transport": "auto",
+            "overlap": DEFAULT_OVERLAP,
             "threads": 2,
             "scheme": Scheme(leaves=5, numerics="native", seed=7),
             "seed": 7,
@@ -314,9 +318,9 @@ def test_the_module_is_the_command_and_processes_give_the_same_bits(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
-    assert (report["engine"], report["transport"]) == ("processes", "gloo")
+    assert (report["engine"], report["transport"]) == ("processes", CARRIER)
     assert report["against"]["same"] is True
-    assert done.stdout.splitlines()[-1].endswith("Ranks: processes over gloo.")
+    assert done.stdout.splitlines()[-1].endswith(f"Ranks: processes over {CARRIER}.")
 
 
 def torchrun_prove(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -338,4 +342,4 @@ def test_torchruns_ranks_give_the_same_bits_and_rank_0_speaks(tmp_path: Path) ->
     assert report["against"]["same"] is True
     assert report["against"]["compared"] == sum(len(case["tensors"]) for case in report["cases"])
     assert done.stdout.count("== ffn") == 1
-    assert done.stdout.splitlines()[-1].endswith("Ranks: torchrun over gloo.")
+    assert done.stdout.splitlines()[-1].endswith(f"Ranks: torchrun over {CARRIER}.")

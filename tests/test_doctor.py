@@ -12,6 +12,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from places import CARRIER
+from shardproof import core
 from shardproof.cli import machine
 from shardproof.cli.doctor import show
 from shardproof.cli.main import main
@@ -39,7 +41,7 @@ FACTS: dict[str, Any] = {
         {"name": "solo", "available": True, "why": "degree 1: nothing is exchanged"},
         {"name": "nccl", "available": False, "why": "torch sees no GPU"},
     ],
-    "processes_use": "gloo",
+    "processes_use": "shm",
     "gpus": [],
     "extras": {"demo": {"scikit-learn": False}},
 }  # fmt: skip
@@ -62,8 +64,10 @@ def test_doctor_describes_this_machine(tmp_path: Path) -> None:
     assert found["blas"]["contract"] == mode.contract(Scheme())
     assert found["threads"]["intra_op"] == torch.get_num_threads()
     assert [transport["name"] for transport in found["transports"]] == [
-        "solo", "threads", "gloo", "nccl",
+        "solo", "threads", "shm", "gloo", "nccl",
     ]  # fmt: skip
+    assert found["processes_use"] == CARRIER
+    assert f'launch(engine="processes") uses {CARRIER}' in result.stdout
     assert f"version     {torch.__version__}" in result.stdout
     assert result.stdout.isascii()
     assert max(map(len, result.stdout.splitlines()[:-1])) <= 80
@@ -77,7 +81,7 @@ def test_a_good_machine_says_so_last() -> None:
     assert "took        yes (MKL answered 0, reads back 0x1000c)" in text
     assert "build       CUDA 13.0, with MKL" in text
     assert "nccl        no   torch sees no GPU" in text
-    assert 'processes   launch(engine="processes") uses gloo' in text
+    assert 'processes   launch(engine="processes") uses shm\n' in text
     assert "demo        no, without scikit-learn: pip install 'shardproof[demo]'" in text
 
 
@@ -120,6 +124,20 @@ def test_a_torch_without_gloo_has_no_processes(monkeypatch: pytest.MonkeyPatch) 
     }  # fmt: skip
     text = " ".join(shown(transports=[gloo], processes_use=None).split())
     assert 'launch(engine="processes") cannot run: no transport between processes' in text
+
+
+def test_without_the_core_processes_use_gloo_and_doctor_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(core, "shm", lambda: None)
+    monkeypatch.setattr(core, "problem", lambda: "SHARDPROOF_CORE=off")
+    found = machine.facts()
+    assert found["processes_use"] == "gloo"
+    (shm,) = (transport for transport in found["transports"] if transport["name"] == "shm")
+    assert shm == {"name": "shm", "available": False, "why": "SHARDPROOF_CORE=off"}
+    text = " ".join(shown(transports=[shm], processes_use="gloo").split())
+    assert "shm no SHARDPROOF_CORE=off" in text
+    assert 'launch(engine="processes") uses gloo, because shm cannot be used' in text
 
 
 def test_extras_come_from_the_package_metadata(monkeypatch: pytest.MonkeyPatch) -> None:

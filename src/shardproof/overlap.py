@@ -24,6 +24,12 @@ class Overlap:
     backward: bool = True
     chunks: int = 1
 
+    def __str__(self) -> str:
+        words = ["backward"] if self.backward else []
+        if self.chunks > 1:
+            words.append(f"{self.chunks} chunks")
+        return " and ".join(words) or "none"
+
     def __post_init__(self) -> None:
         if not isinstance(self.backward, bool):
             raise UsageError(

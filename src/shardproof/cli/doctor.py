@@ -106,7 +106,8 @@ def _transports(transports: list[dict[str, Any]], processes_use: str | None) -> 
     if processes_use is None:
         yield "processes", 'launch(engine="processes") cannot run: no transport between processes'
     else:
-        yield "processes", f'launch(engine="processes") uses {processes_use}'
+        why = ", because shm cannot be used" if processes_use == "gloo" else ""
+        yield "processes", f'launch(engine="processes") uses {processes_use}{why}'
 
 
 def _gpus(gpus: list[dict[str, Any]]) -> Iterator[Row]:

@@ -12,6 +12,7 @@ from shardproof import __version__
 from shardproof.errors import NumericsError
 from shardproof.numerics import mode
 from shardproof.scheme import Scheme
+from shardproof.transport.choose import shm_problem
 
 PACKAGE = "shardproof"
 
@@ -31,7 +32,7 @@ def facts() -> dict[str, Any]:
         "blas": blas_facts(),
         "threads": thread_facts(),
         "transports": transports(),
-        "processes_use": None if _gloo_problem() else "gloo",
+        "processes_use": _processes_use(),
         "gpus": gpus(),
         "extras": extras(),
     }
@@ -91,6 +92,7 @@ def transports() -> list[dict[str, Any]]:
     return [
         _transport("solo", None, "degree 1: nothing is exchanged"),
         _transport("threads", None, "ranks are threads of one process"),
+        _transport("shm", shm_problem(), "ranks are processes, on CPUs of one machine"),
         _transport("gloo", _gloo_problem(), "ranks are processes, on CPU"),
         _transport("nccl", _nccl_problem(), "ranks are processes, one GPU each"),
     ]
@@ -98,6 +100,13 @@ def transports() -> list[dict[str, Any]]:
 
 def _transport(name: str, problem: str | None, what: str) -> dict[str, Any]:
     return {"name": name, "available": problem is None, "why": problem or what}
+
+
+def _processes_use() -> str | None:
+    """What `launch(engine="processes")` takes by itself; the processes meet through gloo."""
+    if _gloo_problem() is not None:
+        return None
+    return "gloo" if shm_problem() is not None else "shm"
 
 
 def _gloo_problem() -> str | None:

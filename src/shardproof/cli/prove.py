@@ -12,9 +12,10 @@ from shardproof.cli.json_file import JsonFile
 from shardproof.cli.options import HELP_OPTIONS
 from shardproof.cli.output import console
 from shardproof.cli.progress import progress
-from shardproof.cli.request import DEFAULT_DEGREES, Earlier, Given, Request, check
+from shardproof.cli.request import CARRIERS, DEFAULT_DEGREES, Earlier, Given, Request, check
 from shardproof.cli.show import ranks_text, show_cases, show_report
 from shardproof.leaves import DEFAULT_LEAVES
+from shardproof.overlap import NAMED
 from shardproof.prover import DEFAULT_SEED, Report, prove_cases, prove_under_torchrun
 from shardproof.prover.against import ONLY_EARLIER, ONLY_HERE, OTHER_BITS
 from shardproof.prover.proof import Progress
@@ -46,7 +47,21 @@ _SAID = {
 @click.option(
     "--engine",
     metavar="|".join(ENGINES),
-    help=f"What the ranks are.  [default: {ENGINES[0]}]",
+    help=f"What the ranks are.  [default: {ENGINES[0]}, or what the transport connects]",
+)
+@click.option(
+    "--transport",
+    metavar="|".join(CARRIERS),
+    default=CARRIERS[0],
+    show_default=True,
+    help="What carries bytes between them: by itself the fastest that works, shm before gloo.",
+)
+@click.option(
+    "--overlap",
+    metavar="|".join(NAMED),
+    default="auto",
+    show_default=True,
+    help="Whether sums run while products are computed; it changes no bit.",
 )
 @click.option("--threads", metavar="N", help="Threads of one torch operation, on each rank.")
 @click.option(
@@ -125,8 +140,16 @@ def make_proof(request: Request, tell: Progress | None) -> Report | None:
         "skipped": request.skipped,
     }
     if request.engine != "torchrun":
-        return prove_cases(request.cases, degrees=request.degrees, engine=request.engine, **options)
-    proof = prove_under_torchrun(request.cases, Axis.from_env(check=True), **options)
+        return prove_cases(
+            request.cases,
+            degrees=request.degrees,
+            engine=request.engine,
+            transport=request.transport,
+            overlap=request.overlap,
+            **options,
+        )
+    axis = Axis.from_env(check=True, transport=request.transport, overlap=request.overlap)
+    proof = prove_under_torchrun(request.cases, axis, **options)
     torch.distributed.destroy_process_group()  # not after an error: the others may be gone
     return proof
 

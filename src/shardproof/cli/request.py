@@ -13,11 +13,14 @@ from shardproof.cli.json_file import JsonFile, read_report
 from shardproof.errors import UsageError
 from shardproof.leaves import DEFAULT_LEAVES, check_degree
 from shardproof.numerics import mode
+from shardproof.overlap import NAMED, Overlap
 from shardproof.prover import Case, Comparison, compare_with
 from shardproof.prover.contract import coming_contract, threads_of_ranks
-from shardproof.ranks import ENGINES
+from shardproof.ranks import ENGINES, TRANSPORTS
 from shardproof.scheme import NUMERICS, Scheme
+from shardproof.transport.choose import SHM, refusal, shm_problem
 
+CARRIERS = ("auto", "shm", "gloo", "threads")
 DEFAULT_DEGREES = "1,2,3,4"
 
 Data = dict[str, Any]
@@ -30,6 +33,8 @@ class Given:
     degrees: str | None
     case_names: tuple[str, ...]
     engine: str | None
+    transport: str
+    overlap: str
     threads: str | None
     numerics: str
     leaves: str
@@ -66,6 +71,8 @@ class Request:
         skipped: cases that lack their extra, as reports have them.
         degrees: lowest first; under torchrun 1 and the number of ranks.
         engine: "threads", "processes" or "torchrun".
+        transport: what carries bytes between the ranks; "auto" leaves it to the engine.
+        overlap: which sums run while a product is computed.
         threads: intra-op threads of each rank; None leaves it to the engine.
         scheme: leaves, numerics and seed.
         earlier: the report to compare with.
@@ -77,6 +84,8 @@ class Request:
     skipped: tuple[dict[str, str], ...]
     degrees: tuple[int, ...]
     engine: str
+    transport: str
+    overlap: Overlap
     threads: int | None
     scheme: Scheme
     earlier: Earlier | None
@@ -92,7 +101,10 @@ def check(given: Given, environment: Mapping[str, str] = os.environ) -> Request:
     """
     here = torchrun.read(environment)
     scheme = _scheme(given)
-    degrees, engine = _ranks(given, here, scheme)
+    overlap = NAMED[options.one_of(given.overlap, tuple(NAMED), option="--overlap")]
+    transport = options.one_of(given.transport, CARRIERS, option="--transport")
+    degrees, engine = _ranks(given, here, scheme, transport)
+    _check_transport(transport, engine)
     threads = None
     if given.threads is not None:
         threads = options.positive(given.threads, option="--threads", example=1)
@@ -108,7 +120,8 @@ def check(given: Given, environment: Mapping[str, str] = os.environ) -> Request:
         contract = _contract(scheme, degrees, engine, threads) or earlier.report["contract"]
         earlier.compare(_promise(earlier.report, cases, degrees, scheme, contract))
     return Request(
-        cases, skipped, degrees, engine, threads, scheme, earlier, target, is_speaker
+        cases, skipped, degrees, engine, transport, overlap, threads, scheme, earlier, target,
+        is_speaker,
     )  # fmt: skip
 
 
@@ -121,11 +134,12 @@ def _scheme(given: Given) -> Scheme:
 
 
 def _ranks(
-    given: Given, here: torchrun.Torchrun | None, scheme: Scheme
+    given: Given, here: torchrun.Torchrun | None, scheme: Scheme, transport: str
 ) -> tuple[tuple[int, ...], str]:
     """Degrees and engine."""
     if here is None:
-        engine = options.one_of(given.engine or ENGINES[0], ENGINES, option="--engine")
+        fitting = next(engine for engine in ENGINES if transport in TRANSPORTS[engine])
+        engine = options.one_of(given.engine or fitting, ENGINES, option="--engine")
         text = DEFAULT_DEGREES if given.degrees is None else given.degrees
         return options.degrees(text, leaves=scheme.leaves), engine
     for option, value in (("--engine", given.engine), ("--degrees", given.degrees)):
@@ -137,6 +151,19 @@ def _ranks(
             )
     check_degree(here.world_size, scheme.leaves)
     return tuple(sorted({1, here.world_size})), "torchrun"
+
+
+def _check_transport(transport: str, engine: str) -> None:
+    """Raise unless such ranks can be connected in that way, here."""
+    fitting = TRANSPORTS["processes" if engine == "torchrun" else engine]
+    if transport not in fitting:
+        ranks = "torchrun's ranks" if engine == "torchrun" else f"ranks of --engine {engine}"
+        raise UsageError(
+            f"--transport {transport} does not connect {ranks}. Use one of: {', '.join(fitting)}."
+        )
+    problem = shm_problem() if transport == SHM else None
+    if problem is not None:
+        raise refusal(problem, option="--transport")
 
 
 def _cases(names: Sequence[str]) -> tuple[tuple[Case, ...], tuple[dict[str, str], ...]]:

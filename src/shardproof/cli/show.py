@@ -14,6 +14,7 @@ from shardproof.cli.table import (
     summary_table,
     tensor_table,
 )
+from shardproof.overlap import Overlap
 
 INDENT = 1
 
@@ -34,6 +35,9 @@ def show_report(report: Data, verdict: str, out: PlainConsole) -> None:
     out.print()
     ranks = ranks_text(report["engine"], report["transport"])
     _line(f"ranks: {ranks}, numerics: {report['numerics']}, seed: {report['seed']}", out)
+    _line(f"overlap: {Overlap(**report['overlap'])}", out)
+    if report.get("transport_note"):
+        _line(f"transport: {report['transport']}, {report['transport_note']}", out)
     _line(f"contract: {report['contract']}", out)
     if report["skipped"]:
         _line(skipped_text(report["skipped"]), out)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
+from shardproof.overlap import Overlap, checked_overlap
 from shardproof.prover.case import Case, Trial
 from shardproof.prover.casereport import CaseReport
 from shardproof.prover.contract import agreed_contract, threads_of_ranks
@@ -30,6 +31,21 @@ GivenBatch = tuple[Tensor | tuple[Tensor, ...], Tensor]  # inputs, target
 Progress = Callable[[int, int, str], None]  # (done, total, what comes next)
 Results = dict[str, dict[int, list[RankResult]]]  # case -> degree -> every rank's result
 References = dict[str, Reference]  # case -> where its plain torch runs lie
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """How the ranks of the highest degree exchanged their bytes.
+
+    Attributes:
+        transport: its name.
+        note: why processes did not share memory; empty if there is nothing to say.
+        overlap: which sums ran while a product was computed.
+    """
+
+    transport: str
+    note: str
+    overlap: Overlap
 
 
 @dataclass(frozen=True)
@@ -88,7 +104,7 @@ class Proof:
         *,
         degrees: tuple[int, ...],
         engine: str,
-        transport: str,
+        carrier: Carrier,
     ) -> Report:
         """What came of it all.
 
@@ -100,7 +116,9 @@ class Proof:
             cases=judged,
             degrees=degrees,
             engine=engine,
-            transport=transport,
+            transport=carrier.transport,
+            transport_note=carrier.note,
+            overlap=carrier.overlap,
             numerics=scheme.numerics,
             leaves=scheme.leaves,
             seed=scheme.seed if self.seed is None else self.seed,
@@ -118,6 +136,8 @@ def prove_cases(
     degrees: Sequence[int] = DEGREES,
     engine: str = "threads",
     threads: int | None = None,
+    transport: str = "auto",
+    overlap: Overlap | str = "auto",
     scheme: Scheme | None = Scheme(),  # noqa: B008 - frozen
     seed: int | None = DEFAULT_SEED,
     progress: Progress | None = None,
@@ -130,6 +150,8 @@ def prove_cases(
         degrees: how many ranks; each is run once, lowest first.
         engine: what the ranks are: "threads" or "processes".
         threads: intra-op threads of each rank; by default this process's are shared out.
+        transport: what carries bytes between the ranks, as in `launch`.
+        overlap: which sums run while a product is computed, as in `launch`.
         scheme: leaves and numerics; None: those of the layers, which must be alike.
         seed: of everything the cases draw; None: the scheme's.
         progress: called before each run, and once at the end.
@@ -144,22 +166,24 @@ def prove_cases(
     """
     degrees = checked_degrees(degrees, scheme)
     check_cases(cases)
-    threads = threads_of_ranks(threads, degrees)
+    threads, overlap = threads_of_ranks(threads, degrees), checked_overlap(overlap)
     proof = Proof(cases, scheme, seed, skipped)
     tell = Teller(progress, total=len(cases) * (1 + len(degrees)))
     results: Results = {case.name: {} for case in cases}
-    transport = "solo"
+    carrier = Carrier("solo", "", overlap)
     with tempfile.TemporaryDirectory(prefix="shardproof-") as folder:
         references = proof.make_references(Path(folder), tell)
         for degree in degrees:
-            with open_ranks(degree, engine, threads=threads) as ranks:
-                transport = ranks.transport
+            with open_ranks(
+                degree, engine, threads=threads, transport=transport, overlap=overlap
+            ) as ranks:
+                carrier = Carrier(ranks.transport, ranks.transport_note, overlap)
                 for case in cases:
                     tell(f"{case.name}, degree {degree}")
                     results[case.name][degree] = ranks.run(proof.work(case, references))
         judged = proof.judge(results, references)
     tell("done")
-    return proof.report(judged, results, degrees=degrees, engine=engine, transport=transport)
+    return proof.report(judged, results, degrees=degrees, engine=engine, carrier=carrier)
 
 
 def prove(
@@ -172,6 +196,8 @@ def prove(
     steps: int = 1,
     engine: str = "threads",
     threads: int | None = None,
+    transport: str = "auto",
+    overlap: Overlap | str = "auto",
     scheme: Scheme | None = None,
     name: str = "model",
     audit_creation: bool = True,
@@ -190,6 +216,8 @@ def prove(
         steps: how many; agreement with plain torch is judged on the first.
         engine: "threads" or "processes".
         threads: intra-op threads of each rank; by default this process's are shared out.
+        transport: what carries bytes between the ranks, as in `launch`.
+        overlap: which sums run while a product is computed, as in `launch`.
         scheme: that every layer must have; None: whatever they have, if they have it alike.
         name: of the model in the report.
         audit_creation: False leaves `build` out of the memory audit: it makes a model whole first.
@@ -220,7 +248,14 @@ def prove(
     )
     cases = [Case(name, "a model given to prove()", work)]
     return prove_cases(
-        cases, degrees=degrees, engine=engine, threads=threads, scheme=scheme, seed=None
+        cases,
+        degrees=degrees,
+        engine=engine,
+        threads=threads,
+        transport=transport,
+        overlap=overlap,
+        scheme=scheme,
+        seed=None,
     )
 
 

@@ -4,10 +4,12 @@
 stable. Keys may be added, never renamed.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shardproof.overlap import DEFAULT_OVERLAP, Overlap
 from shardproof.prover.casereport import CaseReport
 from shardproof.prover.verdict import verdict
 
@@ -31,6 +33,8 @@ class Report:
         degrees: that were run, lowest first.
         engine: what the ranks were: "threads", "processes", "torchrun".
         transport: what carried their bytes at the highest degree.
+        transport_note: why processes did not share memory; empty if there is nothing to say.
+        overlap: which sums ran while a product was computed.
         numerics, leaves, seed: of the scheme.
         contract: everything the bits depend on.
         skipped: cases that lack their extra: name and extra.
@@ -47,6 +51,8 @@ class Report:
     contract: str
     skipped: tuple[Mapping[str, str], ...] = ()
     audits_creation: bool = True
+    transport_note: str = ""
+    overlap: Overlap = DEFAULT_OVERLAP
 
     @property
     def proved(self) -> bool:
@@ -76,6 +82,8 @@ class Report:
             answer = "proved" if case.proved else "NOT PROVED"
             lines.append(f"{case.name}: {answer}, {len(case.tensors)} tensors, degrees {degrees}")
             lines += [f"  {line}" for tensor in case.tensors for line in tensor.faults()]
+        if self.transport_note:
+            lines.append(f"transport: {self.transport}, {self.transport_note}")
         return "\n".join([*lines, f"contract: {self.contract}", self.verdict()])
 
     def __repr__(self) -> str:
@@ -95,6 +103,8 @@ class Report:
             "numerics": self.numerics,
             "engine": self.engine,
             "transport": self.transport,
+            "transport_note": self.transport_note,
+            "overlap": dataclasses.asdict(self.overlap),
             "leaves": self.leaves,
             "contract": self.contract,
             "skipped": [dict(case) for case in self.skipped],

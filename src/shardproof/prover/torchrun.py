@@ -21,6 +21,7 @@ from shardproof.prover.case import Case
 from shardproof.prover.given import check_cases, checked_degrees
 from shardproof.prover.proof import (
     DEFAULT_SEED,
+    Carrier,
     Progress,
     Proof,
     References,
@@ -83,7 +84,11 @@ def prove_under_torchrun(
         judged = proof.judge(results, references)
     tell("done")
     return proof.report(
-        judged, results, degrees=degrees, engine="torchrun", transport=axis.transport.name
+        judged,
+        results,
+        degrees=degrees,
+        engine="torchrun",
+        carrier=Carrier(axis.transport.name, axis.transport_note, axis.overlap),
     )
 
 
@@ -116,7 +121,7 @@ def _run_alone(
     proof: Proof, axis: Axis, references: References, tell: Teller
 ) -> dict[str, RankResult]:
     """Degree 1, on rank 0; the others have nothing to do."""
-    return {} if axis.rank else _run_all(proof, Axis.solo(), references, tell)
+    return {} if axis.rank else _run_all(proof, Axis.solo(overlap=axis.overlap), references, tell)
 
 
 def _run_all(

@@ -16,6 +16,7 @@ from shardproof.errors import AxisError, MismatchError, UsageError
 from shardproof.transport.base import Call, Transport
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.shared import SharedTransport
+from shardproof.transport.solo import SoloTransport
 
 AUTO, SHM, GLOO, NCCL = "auto", "shm", "gloo", "nccl"
 
@@ -50,15 +51,28 @@ def checked_transport(transport: Any, known: Sequence[str] = NAMES) -> str:
 
 
 def shm_problem() -> str | None:
-    """Why this process cannot share memory with others, or None."""
-    return None if core.shm() is not None else core.problem()
+    """Why this process cannot share memory with others on this machine, or None: it tries."""
+    if core.shm() is None:
+        return core.problem()
+    try:
+        SharedTransport.connect(SoloTransport(), timeout=1.0).close()
+    except AxisError as error:
+        return str(error).rstrip(".")
+    return None
 
 
-def refusal(why: str) -> UsageError:
-    """The error for shared memory that was asked for by name and cannot be had."""
+def refusal(why: str, *, option: str = "transport=") -> UsageError:
+    """The error for shared memory that was asked for by name and cannot be had.
+
+    Args:
+        why: what keeps it from working.
+        option: as the user wrote it, up to the value.
+    """
+    shm, auto = (
+        f"{option}{name!r}" if option.endswith("=") else f"{option} {name}" for name in (SHM, AUTO)
+    )
     return UsageError(
-        f"transport='shm' cannot be used: {why.rstrip('.')}. Or use transport='auto', which takes "
-        "gloo then and says so."
+        f"{shm} cannot be used: {why.rstrip('.')}. {auto} takes gloo then, and says so."
     )
 
 

@@ -1,0 +1,226 @@
+"""A proof over every transport, with overlap on and off: the same bits, and it says so."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from torch import nn
+
+from shardproof import core
+from shardproof.axis import Axis
+from shardproof.cli import torchrun
+from shardproof.cli.main import main
+from shardproof.errors import UsageError
+from shardproof.layers.linear import RowParallelLinear
+from shardproof.overlap import NAMED
+from shardproof.prover import proof as prover
+from shardproof.ranks import launch, open_ranks
+
+CASES = ("--case", "ffn", "--case", "linear-column", "--case", "linear-row")
+WITH_CORE = pytest.mark.skipif(core.shm() is None, reason=f"needs the core: {core.problem()}")
+
+
+@pytest.fixture(autouse=True)
+def _no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (torchrun.RANK, torchrun.WORLD_SIZE):
+        monkeypatch.delenv(name, raising=False)
+
+
+def prove(*arguments: str) -> Result:
+    return CliRunner(env={"COLUMNS": "80"}).invoke(main, ["prove", *arguments])
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *command],
+        env=os.environ | {"COLUMNS": "80", **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def threads(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The report of ranks that are threads, without overlap."""
+    path = tmp_path_factory.mktemp("prove") / "threads.json"
+    done = prove(
+        *CASES, "--degrees", "1,3", "--overlap", "off", "--threads", "1", "--json", str(path)
+    )
+    assert done.exit_code == 0, done.output
+    return path, json.loads(path.read_text())
+
+
+def test_the_report_says_what_carried_and_what_overlapped(
+    threads: tuple[Path, dict[str, Any]],
+) -> None:
+    _, report = threads
+    assert (report["transport"], report["transport_note"]) == ("threads", "")
+    assert report["overlap"] == {"backward": False, "chunks": 1}
+
+
+@pytest.mark.parametrize("overlap", ["on", "off"])
+@pytest.mark.parametrize("transport", [pytest.param("shm", marks=WITH_CORE), "gloo"])
+def test_every_transport_gives_the_same_bits_with_overlap_on_and_off(
+    transport: str, overlap: str, threads: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    path, out = threads[0], tmp_path / "report.json"
+    done = prove(
+        *CASES, "--degrees", "2,3", "--transport", transport, "--overlap", overlap,
+        "--threads", "1", "--against", str(path), "--json", str(out),
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    report = json.loads(out.read_text())
+    assert (report["engine"], report["transport"]) == ("processes", transport)
+    assert report["overlap"] == dataclasses.asdict(NAMED[overlap])
+    assert report["against"]["same"] is True
+    assert report["against"]["compared"] > 20
+    assert f"ranks: processes over {transport}, " in done.stdout
+    assert f"overlap: {NAMED[overlap]}" in done.stdout
+
+
+@pytest.mark.parametrize("transport", [pytest.param("shm", marks=WITH_CORE), "gloo"])
+def test_torchruns_ranks_too(
+    transport: str, threads: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "report.json"
+    done = run(
+        "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "shardproof", "prove",
+        *CASES, "--transport", transport, "--overlap", "on", "--threads", "1",
+        "--against", str(threads[0]), "--json", str(out),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert (report["engine"], report["transport"]) == ("torchrun", transport)
+    assert report["overlap"] == {"backward": True, "chunks": 2}
+    assert report["against"]["same"] is True
+    is_named = report["transport_note"] == "gloo was asked for by name"
+    assert is_named is (transport == "gloo")
+
+
+def test_without_the_core_gloo_is_used_and_every_report_says_so(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    done = run(
+        "shardproof", "prove", "--case", "ffn", "--degrees", "1,2", "--engine", "processes",
+        "--json", str(out), SHARDPROOF_CORE="off", SHARDPROOF_BLAS="leafwise",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    note = "shared memory is not used: rank 0 of 2 cannot share memory: SHARDPROOF_CORE=off."
+    assert (report["transport"], report["transport_note"]) == ("gloo", note)
+    assert f"transport: gloo, {note}" in done.stdout
+
+
+def test_without_the_core_shared_memory_by_name_is_refused() -> None:
+    done = run("shardproof", "prove", "--transport", "shm", SHARDPROOF_CORE="off")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: --transport shm cannot be used: SHARDPROOF_CORE=off. "
+        "--transport auto takes gloo then, and says so.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--transport", "smh"],
+            "--transport 'smh' is unknown. Did you mean shm? Use one of: auto",
+        ),
+        (["--overlap", "yes"], "--overlap 'yes' is unknown. Use one of: auto, on, off."),
+        (
+            ["--engine", "threads", "--transport", "gloo"],
+            "--transport gloo does not connect ranks of --engine threads. Use one of: au",
+        ),
+        (
+            ["--engine", "processes", "--transport", "threads"],
+            "--transport threads does not connect ranks of --engine processes. Use one of: auto, s",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments: list[str], message: str) -> None:
+    done = prove(*arguments)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {message}")
+
+
+def test_under_torchrun_ranks_are_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(torchrun.RANK, "0")
+    monkeypatch.setenv(torchrun.WORLD_SIZE, "2")
+    done = prove("--transport", "threads")
+    assert done.exit_code == 2
+    assert (
+        "--transport threads does not connect torchrun's ranks. Use one of: auto, shm, gloo."
+        in (done.stderr)
+    )
+
+
+@pytest.mark.parametrize(
+    ("engine", "transport", "message"),
+    [
+        ("threads", "mpi", "unknown transport 'mpi'. Use one of: auto, threads, shm, gloo."),
+        ("threads", None, "unknown transport None. Use one of: auto, threads, shm, gloo."),
+        (
+            "threads", "shm", "transport='shm' does not connect ranks of engine='threads'. Use one "
+            "of: auto, threads; or engine='processes'.",
+        ),
+        (
+            "processes", "threads", "transport='threads' does not connect ranks of "
+            "engine='processes'. Use one of: auto, shm, gloo; or engine='threads'.",
+        ),
+    ],
+)  # fmt: skip
+def test_launch_refuses_what_does_not_fit(engine: str, transport: Any, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        launch(lambda axis: None, degree=2, engine=engine, transport=transport)
+    assert str(caught.value) == message
+
+
+def test_launch_without_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "shm", lambda: None)
+    monkeypatch.setattr(core, "problem", lambda: "there was no compiler")
+    with pytest.raises(
+        UsageError,
+        match=r"transport='shm' cannot be used: there was no compiler. transport='auto' takes gloo",
+    ):
+        launch(lambda axis: None, degree=2, engine="processes", transport="shm")
+
+
+def test_ranks_say_why_they_share_no_memory() -> None:
+    with open_ranks(2, "processes", threads=1, transport="gloo") as ranks:
+        found = ranks.run(lambda axis: (axis.transport.name, axis.transport_note))
+        assert found == [("gloo", "gloo was asked for by name")] * 2
+        assert (ranks.transport, ranks.transport_note) == found[0]
+
+
+def test_a_model_given_to_prove_takes_both_options() -> None:
+    generator = torch.Generator().manual_seed(1)
+    full = nn.Linear(6, 5)
+    with torch.no_grad():
+        full.weight.copy_(torch.randn(5, 6, generator=generator))
+    x, y = torch.randn(4, 6, generator=generator), torch.randn(4, 5, generator=generator)
+
+    def build(axis: Axis | None) -> nn.Module:
+        return full if axis is None else RowParallelLinear.from_linear(full, axis=axis)
+
+    report = prover.prove(
+        build,
+        nn.functional.mse_loss,
+        (x, y),
+        degrees=(1, 2),
+        engine="processes",
+        threads=1,
+        transport="gloo",
+        overlap="on",
+    )
+    assert report.proved, str(report)
+    assert (report.transport, report.overlap) == ("gloo", NAMED["on"])
+    assert "transport: gloo, gloo was asked for by name" in str(report).splitlines()
