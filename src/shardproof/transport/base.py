@@ -137,8 +137,12 @@ def mismatch(descriptions: Sequence[str]) -> MismatchError:
     """The error that every rank raises when the ranks disagree about one collective.
 
     Args:
-        descriptions: what each rank was about to do, in rank order; not all equal.
+        descriptions: what each rank was about to do, in rank order; not all equal. The first line
+            is the call; what follows is only said if the calls are equal.
     """
+    heads = [description.partition("\n")[0] for description in descriptions]
+    is_enough = len(set(heads)) > 1
+    descriptions = heads if is_enough else [each.replace("\n", ", ") for each in descriptions]
     ranks: dict[str, list[int]] = {}
     for rank, description in enumerate(descriptions):
         ranks.setdefault(description, []).append(rank)

@@ -333,9 +333,7 @@ class CoreTransport(Transport):
         texts = self._core.confer(text.encode())
         if self._is_noted:
             self._forget()
-        heads = [each.partition("\n")[0] for each in texts]
-        agree = len(set(heads)) == 1
-        raise mismatch([each.replace("\n", ", ") for each in texts] if agree else heads) from cause
+        raise mismatch(texts) from cause
 
 
 def _check_memory(x: Tensor, where: str) -> None:

@@ -11,6 +11,7 @@ import os
 import secrets
 import select
 import sys
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -60,6 +61,7 @@ class Peer:
         self._descriptor: int | None = None
         with contextlib.suppress(OSError):  # an old kernel, or it is gone: then /proc says so
             self._descriptor = os.pidfd_open(pid)
+            self._release = weakref.finalize(self, os.close, self._descriptor)
             self._poll.register(self._descriptor, select.POLLIN)
         if self._descriptor is not None and began(pid) != began_at:
             self.close()
@@ -71,9 +73,9 @@ class Peer:
         return began(self.pid) != self._began
 
     def close(self) -> None:
-        """Let go of it."""
+        """Let go of it, at the latest when this object goes."""
         if self._descriptor is not None:
-            os.close(self._descriptor)
+            self._release()
             self._descriptor = None
 
 
@@ -159,13 +161,12 @@ def _attempt(base: Transport, length: int, way: str) -> tuple[mmap.mmap | None, 
             os.close(descriptor)
         if way == "file" and base.rank == 0 and path:
             Path(path).unlink(missing_ok=True)
-    problem = next((each for each in heard if each is not None), None)
-    if problem is not None or memory is None:
-        return None, problem
-    if base.rank == 0:
+    if memory is not None and base.rank == 0:
         memory[:_NONCE] = bytes(_NONCE)
-    base.gather_objects(None, call=_call(way))  # the area is all zeros when it is used
-    return memory, None
+    # Nobody uses the memory before it is all zeros, or goes on while it still has a name.
+    base.gather_objects(None, call=_call(way))
+    problem = next((each for each in heard if each is not None), None)
+    return (memory, None) if problem is None else (None, problem)
 
 
 def _make(way: str, length: int) -> tuple[int, str]:
