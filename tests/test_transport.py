@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from shardproof import core
 from shardproof.axis import Axis
 from shardproof.engines.base import Ranks
 from shardproof.errors import MismatchError, RankError, ShapeError
@@ -26,13 +28,26 @@ Pool = Callable[[int, str], Ranks]
 
 PLACES = [
     pytest.param(degree, engine, id=f"{engine}-{degree}")
-    for engine, degrees in (("threads", (1, 2, 3, 8)), ("processes", (2, 3)))
+    for engine, degrees in (("threads", (1, 2, 3, 8)), ("processes", (2, 3)), ("gloo", (2, 3)))
     for degree in degrees
 ]
 EVERYWHERE = pytest.mark.parametrize(("degree", "engine"), PLACES)
 TOGETHER = pytest.mark.parametrize(
     ("degree", "engine"), [place for place in PLACES if place.values[0] != 1]
 )
+
+
+def run_on(pool: Pool, degree: int, engine: str, work: Callable[[Axis], Any]) -> list[Any]:
+    """Every rank's result; "gloo": processes, over their process group."""
+    if engine != "gloo":
+        return pool(degree, engine).run(work)
+    return pool(degree, "processes").run(lambda axis: work(Axis("tp", gloo(check=True))))
+
+
+def gloo(*, check: bool, timeout: float | None = None) -> DistributedTransport:
+    group = dist.group.WORLD
+    assert group is not None
+    return DistributedTransport(group, check=check, timeout=timeout)
 
 
 def call(kind: str, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Call:
@@ -72,7 +87,7 @@ def test_exchange_moves_every_piece_to_its_rank(
             call=call("exchange", dtype=dtype),
         )
 
-    received = pool(degree, engine).run(work)
+    received = run_on(pool, degree, engine, work)
 
     moved = 0
     for receiver in ranks:
@@ -104,7 +119,7 @@ def test_all_gather_joins_in_rank_order(degree: int, engine: str, sizes: str, po
         axis.transport.all_gather(x, out, lengths, call=call("all_gather", out.shape))
         return out
 
-    for out in pool(degree, engine).run(work):
+    for out in run_on(pool, degree, engine, work):
         assert torch.equal(out, full)
 
 
@@ -122,7 +137,7 @@ def test_all_reduce_sums_and_leaves_its_input_alone(
         return y, torch.equal(x, before)
 
     want = degree * torch.arange(float(length)) + degree * (degree - 1) / 2 + 1
-    for y, is_unchanged in pool(degree, engine).run(work):
+    for y, is_unchanged in run_on(pool, degree, engine, work):
         assert torch.equal(y, want)
         assert is_unchanged
 
@@ -149,7 +164,7 @@ def test_objects_arrive_in_rank_order(degree: int, engine: str, pool: Pool) -> N
         return axis.transport.gather_objects(value, call=call("agree"))
 
     want = [{"rank": rank, "text": "x" * rank} for rank in range(degree)]
-    assert pool(degree, engine).run(work) == [want] * degree
+    assert run_on(pool, degree, engine, work) == [want] * degree
 
 
 @EVERYWHERE
@@ -163,7 +178,7 @@ def test_tensors_that_require_grad_are_moved_as_plain_ones(
         total = axis.transport.all_reduce(x, call=call("all_reduce", x.shape))
         return out.requires_grad or total.requires_grad
 
-    assert pool(degree, engine).run(work) == [False] * degree
+    assert run_on(pool, degree, engine, work) == [False] * degree
 
 
 class _LargestStorage(TorchDispatchMode):
@@ -192,6 +207,7 @@ def test_no_buffer_of_an_exchange_holds_more_than_size_minus_one_pieces(pool: Po
             )
         return largest.numel
 
+    assert run_on(pool, 3, "gloo", work) == [20] * 3
     assert max(pool(3, "processes").run(work)) <= 20
 
 
@@ -204,6 +220,7 @@ def test_no_buffer_of_an_uneven_gather_exceeds_the_message(pool: Pool) -> None:
             axis.transport.all_gather(x, out, sizes, call=call("all_gather", out.shape))
         return largest.numel
 
+    assert max(run_on(pool, 3, "gloo", work)) <= sum(sizes)
     assert max(pool(3, "processes").run(work)) <= sum(sizes)
 
 
@@ -247,7 +264,7 @@ def test_ranks_that_disagree_all_raise_the_same(
             collective()
         return str(caught.value)
 
-    messages = pool(degree, engine).run(work)
+    messages = run_on(pool, degree, engine, work)
 
     assert len(set(messages)) == 1
     others = {2: "rank 0", 3: "ranks 0 and 2"}.get(degree, "ranks 0, 2, 3, 4, 5, 6 and 7")
@@ -266,9 +283,7 @@ def test_the_message_of_a_mismatch_names_both_sides() -> None:
 
 def test_gloo_compares_only_if_asked(pool: Pool) -> None:
     def work(axis: Axis) -> Tensor:
-        group = dist.group.WORLD
-        assert group is not None
-        unchecked = DistributedTransport(group, check=False)
+        unchecked = gloo(check=False)
         mine = Call("all_reduce", "forward", f"rank {axis.rank}", (2,), torch.float32)
         return unchecked.all_reduce(torch.ones(2), call=mine)
 
@@ -311,7 +326,9 @@ def test_threads_compare_the_pieces_with_what_is_expected(pool: Pool) -> None:
     assert "rank 0 hands pieces of [3] to rank 1, which expects [4]" in second
 
 
-@pytest.mark.parametrize(("degree", "engine"), [(1, "threads"), (2, "threads"), (2, "processes")])
+@pytest.mark.parametrize(
+    ("degree", "engine"), [(1, "threads"), (2, "threads"), (2, "processes"), (2, "gloo")]
+)
 def test_a_part_that_does_not_fit_is_refused_before_anything_is_sent(
     degree: int, engine: str, pool: Pool
 ) -> None:
@@ -324,12 +341,24 @@ def test_a_part_that_does_not_fit_is_refused_before_anything_is_sent(
             )
         return str(caught.value)
 
-    for message in pool(degree, engine).run(work):
+    for message in run_on(pool, degree, engine, work):
         assert message.startswith("forward all_gather of test")
         assert f"sizes {[3] * degree}" in message or f"sizes are {[3] * degree}" in message
 
 
 # The rendezvous --------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["core", "Python"], autouse=False)
+def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks wait in the C core, or in Python where it is missing."""
+    if request.param == "Python":
+        monkeypatch.setattr(core, "shm", lambda: None)
+    elif core.shm() is None:
+        pytest.skip("the C core was not built")
+
+
+BOTH_WAYS = pytest.mark.usefixtures("waiting")
 
 
 def meet_as(size: int, work: Callable[[int], object]) -> list[object]:
@@ -351,6 +380,7 @@ def meet_as(size: int, work: Callable[[int], object]) -> list[object]:
     return found
 
 
+@BOTH_WAYS
 def test_a_fast_rank_never_overwrites_what_a_slow_one_still_reads() -> None:
     meetings = 300
     rendezvous = Rendezvous(3, timeout=30)
@@ -367,6 +397,7 @@ def test_a_fast_rank_never_overwrites_what_a_slow_one_still_reads() -> None:
     assert meet_as(3, work) == [meetings] * 3
 
 
+@BOTH_WAYS
 def test_what_was_lent_is_freed_when_all_have_read_it() -> None:
     rendezvous = Rendezvous(2, timeout=30)
 
@@ -379,6 +410,7 @@ def test_what_was_lent_is_freed_when_all_have_read_it() -> None:
     assert [reference() for reference in meet_as(2, work)] == [None, None]
 
 
+@BOTH_WAYS
 def test_a_timeout_names_the_missing_and_where_the_others_wait() -> None:
     rendezvous = Rendezvous(4, timeout=0.2)
     meeting = call("all_reduce", (3,))
@@ -397,6 +429,7 @@ def test_a_timeout_names_the_missing_and_where_the_others_wait() -> None:
         )
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_a_rank_that_left_is_named(order: str) -> None:
     rendezvous = Rendezvous(2, timeout=30)
@@ -414,6 +447,7 @@ def test_a_rank_that_left_is_named(order: str) -> None:
     assert str(error).startswith("rank 1 of 2 returned and will not come: rank 0 waits in forward")
 
 
+@BOTH_WAYS
 def test_a_rank_that_raised_is_named_to_those_who_wait_and_those_who_come_later() -> None:
     rendezvous = Rendezvous(3, timeout=30)
 
@@ -431,6 +465,7 @@ def test_a_rank_that_raised_is_named_to_those_who_wait_and_those_who_come_later(
         assert (str(error), error.rank) == ("rank 1 of 3 raised ValueError: bad luck", 1)
 
 
+@BOTH_WAYS
 def test_all_ranks_may_leave_when_nobody_waits() -> None:
     rendezvous = Rendezvous(2, timeout=30)
 
