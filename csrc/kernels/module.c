@@ -51,7 +51,7 @@ static struct segment *read_program(const struct leaf *leaves, size_t num_leaves
             s->pops = (k > l->start) + (ends ? (int32_t)l->pops : 0);
             s->slot = height -= s->pops;
             s->node = ends && l->is_last ? node++ : -1;
-            if (height < 0 || (s->node >= 0 && height)) {
+            if (height < 0 || height >= MAX_LEVELS || (s->node >= 0 && height)) {
                 free(segments);
                 PyErr_SetString(PyExc_ValueError, "the leaves make no tree");
                 return NULL;

@@ -13,16 +13,60 @@ enum {
     ROW_TILES = 8,            /* of a block: its partial sums and its rows stay in the L2 cache */
     PANELS = 8,               /* of a block */
     PACKED_BYTES = 2 << 20,   /* of a block, if that is more than one panel */
-    WORK_OF_A_THREAD = 4 << 20 /* multiply-adds that are worth starting a thread */
+    WORK_OF_A_THREAD = 4 << 20, /* multiply-adds that are worth starting a thread */
+    MAX_THREADS = 256,
+    FAR_BYTES = 16 << 20, /* of an operand that will be in no cache */
+    SHORT = 64            /* contraction in which writing the output is most of the work */
 };
 
 static inline ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 static inline ptrdiff_t ceil_div(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
 
+/* `parts` even runs of [0, size): the start of run `index`. */
+static ptrdiff_t share(ptrdiff_t size, int parts, int index) {
+    return size / parts * index + least(index, size % parts);
+}
+
+/* Threads that pay, at most one for each of `pieces`. */
+static int count_threads(const struct product *p, ptrdiff_t pieces) {
+    const double work = (double)p->m * (double)p->n * (double)p->k / WORK_OF_A_THREAD;
+    const ptrdiff_t paying = work < MAX_THREADS ? 1 + (ptrdiff_t)work : MAX_THREADS;
+    return (int)least(least(p->num_threads, MAX_THREADS), least(pieces, paying));
+}
+
+/* Calls `run` with each of `count` parts: the first here, the others in threads of their own. */
+static void run_parts(void *(*run)(void *), void *parts, size_t size, int count) {
+    pthread_t threads[MAX_THREADS];
+    int has_started[MAX_THREADS];
+    for (int i = 1; i < count; i++)
+        has_started[i] = !pthread_create(threads + i, NULL, run, (char *)parts + i * size);
+    run(parts);
+    for (int i = 1; i < count; i++) {
+        if (has_started[i])
+            pthread_join(threads[i], NULL);
+        else
+            run((char *)parts + i * size);
+    }
+}
+
+struct thin_part {
+    const struct product *p;
+    thin_kernel *kernel;
+    ptrdiff_t first, end;
+};
+
+static void *run_thin(void *given) {
+    const struct thin_part *part = given;
+    part->kernel(part->p, part->first, part->end);
+    return NULL;
+}
+
 #define REAL float
 #define NAME(x) x##_f32
 #define TILES_AVX2 tiles_f32_avx2
 #define TILES_AVX512 tiles_f32_avx512
+#define THIN_AVX2 thin_f32_avx2
+#define THIN_AVX512 thin_f32_avx512
 #define SQUARE 8
 /* Eight by eight: rows of `from` to columns of `to`. */
 __attribute__((target("avx2"))) static inline void
@@ -50,6 +94,8 @@ transpose_square_f32(float *to, ptrdiff_t to_row, const float *from, ptrdiff_t f
 #define NAME(x) x##_f64
 #define TILES_AVX2 tiles_f64_avx2
 #define TILES_AVX512 tiles_f64_avx512
+#define THIN_AVX2 thin_f64_avx2
+#define THIN_AVX512 thin_f64_avx512
 #define SQUARE 4
 /* Four by four: rows of `from` to columns of `to`. */
 __attribute__((target("avx2"))) static inline void

@@ -13,6 +13,7 @@
 
 enum { BLOCK = 256 }; /* part of the scheme: another value gives other bits */
 enum { MAX_LEVELS = 32, MAX_ROWS = 12, MAX_VECTORS = 2 };
+enum { MAX_DOTS = 8, MAX_AXPYS = 4, MAX_THIN = 24 /* sums in registers */ };
 
 /* A run of the contraction that is one chain. Its result is pushed on a stack of partial sums
  * after `pops` of them were added onto it from the left, the topmost first. */
@@ -56,6 +57,16 @@ struct tile_set {
     tile_kernel *kernels[MAX_VECTORS][MAX_ROWS]; /* [vectors - 1][rows - 1] */
 };
 
+/* Few rows times all columns [first, end), which are at least `lanes`. */
+typedef void thin_kernel(const struct product *, ptrdiff_t first, ptrdiff_t end);
+
+struct thin_set {
+    int lanes;
+    thin_kernel *near[MAX_DOTS], *far[MAX_DOTS]; /* [rows - 1]; a column of b is contiguous */
+    thin_kernel *axpys[MAX_AXPYS];               /* [rows - 1]; a row of b is */
+};
+
+extern const struct thin_set thin_f32_avx2, thin_f64_avx2, thin_f32_avx512, thin_f64_avx512;
 extern const struct tile_set tiles_f32_avx2, tiles_f64_avx2, tiles_f32_avx512, tiles_f64_avx512;
 
 enum path { PATH_NONE, PATH_AVX2, PATH_AVX512 };

@@ -1,8 +1,11 @@
-/* The tile kernels, for each type and instruction set. */
+/* The kernels of tiles and of few rows, for each type and instruction set. */
 #include "product.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#include <string.h>
+
+#include "transposed.h"
 
 #define REAL float
 #define VEC __m512
@@ -17,6 +20,7 @@
 #define TARGET target("avx512f")
 #define NAME(x) x##_f32_avx512
 #include "tile.inc"
+#include "thin.inc"
 
 #define REAL double
 #define VEC __m512d
@@ -31,6 +35,7 @@
 #define TARGET target("avx512f")
 #define NAME(x) x##_f64_avx512
 #include "tile.inc"
+#include "thin.inc"
 
 #define REAL float
 #define VEC __m256
@@ -45,6 +50,7 @@
 #define TARGET target("avx2,fma")
 #define NAME(x) x##_f32_avx2
 #include "tile.inc"
+#include "thin.inc"
 
 #define REAL double
 #define VEC __m256d
@@ -59,6 +65,7 @@
 #define TARGET target("avx2,fma")
 #define NAME(x) x##_f64_avx2
 #include "tile.inc"
+#include "thin.inc"
 
 enum path widest_path(void) {
     if (__builtin_cpu_supports("avx512f")) return PATH_AVX512;
