@@ -209,7 +209,11 @@ def test_a_model_given_to_prove_takes_both_options() -> None:
     x, y = torch.randn(4, 6, generator=generator), torch.randn(4, 5, generator=generator)
 
     def build(axis: Axis | None) -> nn.Module:
-        return full if axis is None else RowParallelLinear.from_linear(full, axis=axis)
+        return (
+            full
+            if axis is None
+            else RowParallelLinear.from_linear(full, axis=axis, input_is_parallel=False)
+        )
 
     report = prover.prove(
         build,

@@ -177,13 +177,12 @@ class Watch:
         symptom = next(iter(self._failures.values()))
         within = f" within {self._timeout:g} s" if _is_timeout(symptom) else ""
         others = f", nor did {name_ranks(missing[1:])}" if missing[1:] else ""
-        places = {
-            worker.rank: self._board.read(worker.rank)
+        waiting = [
+            worker.rank
             for worker in self._workers
-            if worker.rank not in missing
-        }
-        latest = max((place.begun for place in places.values()), default=0)
-        waits = self._waits([rank for rank, place in places.items() if place.begun == latest])
+            if worker.rank not in missing and self._board.read(worker.rank).is_waiting
+        ]
+        waits = self._waits(waiting)
         self._fail(Failure(missing[0], f"{what}did not come{within}{others}: {waits}"))
 
     def _waits(self, ranks: Sequence[int]) -> str:
