@@ -214,6 +214,8 @@ def _bias_gradient(site: LinearSite, grad_y: Tensor) -> Tensor:
 
 
 def _is_autocast(x: Tensor) -> bool:
+    if x.is_cpu:
+        return torch.is_autocast_enabled("cpu")
     # There is none for meta tensors, and torch raises where it is asked.
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
@@ -228,8 +230,12 @@ def _check_alike(x: Tensor, weight: Tensor, bias: Tensor | None, who: str) -> No
 
     On all ranks alike: torch itself would raise on those alone that have something to multiply.
     """
-    others = (weight,) if bias is None else (weight, bias)
-    if all(other.dtype == x.dtype and other.device == x.device for other in others):
+    dtype, device = x.dtype, x.device
+    if (
+        weight.dtype is dtype
+        and weight.device == device
+        and (bias is None or (bias.dtype is dtype and bias.device == device))
+    ):
         return
     named = {"x": x, "weight": weight, "bias": bias}
     given = ", ".join(

@@ -200,7 +200,7 @@ class ColumnParallelLinear(_ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class for shapes, placements and Comm."""
-        if x.shape[-1:] != (self._width,):
+        if x.dim() == 0 or x.size(-1) != self._width:
             self._refuse_width(x, self._width)
         return column_linear(x, self.weight, self.bias, self._site)
 
@@ -281,7 +281,7 @@ class RowParallelLinear(_ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class for shapes, placements and Comm."""
-        if x.shape[-1:] != (self._width,):
+        if x.dim() == 0 or x.size(-1) != self._width:
             self._refuse_width(x, self._width)
         return row_linear(x, self.weight, self.bias, self._site)
 
