@@ -9,7 +9,7 @@ from shardproof.bench import figures
 from shardproof.bench.environment import environment
 from shardproof.bench.fleet import Fleet, SystemFailure
 from shardproof.bench.jobs import Job, Key, Plan
-from shardproof.bench.rank import Drop, Hello, Prepare, Prepared, Time
+from shardproof.bench.rank import Drop, Hello, Order, Prepare, Prepared, Time
 from shardproof.bench.systems.catalog import find_system
 
 Data = dict[str, Any]
@@ -76,13 +76,13 @@ def run(plan: Plan, *, command: str, progress: Progress | None = None) -> Data:
 def turn(keys: Sequence[Key], number: int) -> list[Key]:
     """In which order the systems are measured in one round.
 
-    It starts with another one each time, and every other round goes backwards, so that no system
-    always comes after the same one.
+    There and back, then the same from the next one on, so that none is always the first or always
+    comes after the same one.
 
     >>> turn([1, 2, 3], 0), turn([1, 2, 3], 1), turn([1, 2, 3], 2)
-    ([1, 2, 3], [1, 3, 2], [3, 1, 2])
+    ([1, 2, 3], [3, 2, 1], [2, 3, 1])
     """
-    first = number % len(keys)
+    first = number // 2 % len(keys)
     rotated = [*keys[first:], *keys[:first]]
     return rotated[::-1] if number % 2 else rotated
 
@@ -99,8 +99,8 @@ class _Steps:
         if self._progress is not None:
             self._progress(self._done, self._total, text)
 
-    def pass_over(self, count: int = 1) -> None:
-        self._done += count
+    def pass_over(self) -> None:
+        self._done += 1
 
 
 class _Measurement:
@@ -125,11 +125,12 @@ class _Measurement:
                 path.unlink()
             folder.rmdir()
         self._compare_bits()
-        if self._job.work.has_ratio and self._job.yardsticks[0] not in self._prepared:
-            self._leave_unmeasured()
+        self._require_yardstick()
         for number in range(rounds):
-            for key in turn(list(self._prepared), number):
-                self._time(key, number, rounds)
+            self._steps.at(f"{self._name}: round {number + 1} of {rounds}")
+            for key in turn(self._job.keys, number):
+                self._time(key)
+        self._require_yardstick()
         self._drop()
         return [self._row(key) for key in self._job.keys if key in self._prepared]
 
@@ -159,7 +160,7 @@ class _Measurement:
         """The invariant systems must have the same bits, whatever carries them."""
         first: dict[str, tuple[Key, str]] = {}
         for key in list(self._prepared):
-            for each in self._prepared[key]:
+            for rank, each in enumerate(self._prepared[key]):
                 differing = [
                     (name, first[name][0])
                     for name, sha in each.hashes.items()
@@ -167,24 +168,24 @@ class _Measurement:
                 ]
                 if differing:
                     name, other = differing[0]
-                    self._refuse(key, f"{name} has other bits than that of {_text(other)}")
+                    self._refuse(
+                        key, f"{name} of rank {rank} has other bits than that of {_text(other)}"
+                    )
                     break
 
-    def _time(self, key: Key, number: int, rounds: int) -> None:
+    def _time(self, key: Key) -> None:
         """One round of one system."""
+        self._steps.pass_over()
         if key not in self._prepared:
-            self._steps.pass_over()
             return
-        self._steps.at(f"{self._name}: round {number + 1} of {rounds}, {_text(key)}")
         variant = self._job.variant
         stamps = self._ask(key, Time(variant.warm_up, variant.steps))
-        self._steps.pass_over()
         if stamps is None:
             del self._prepared[key]
         else:
             self._rounds[key].append(figures.durations(stamps))
 
-    def _ask(self, key: Key, order: Prepare | Time) -> list[Any] | None:
+    def _ask(self, key: Key, order: Order) -> list[Any] | None:
         """The answers of all ranks; None if the system failed, which is remembered."""
         try:
             return self._fleet.ask(key, order)
@@ -196,7 +197,10 @@ class _Measurement:
         self._failures.add(self._job, key, reason)
         self._prepared.pop(key, None)
 
-    def _leave_unmeasured(self) -> None:
+    def _require_yardstick(self) -> None:
+        """Without it there are no ratios, and nothing to report."""
+        if not self._job.work.has_ratio or self._job.yardsticks[0] in self._prepared:
+            return
         for key in list(self._prepared):
             yardstick = self._job.work.yardstick
             self._refuse(key, f"is not measured, for its yardstick {yardstick} fails")
@@ -205,7 +209,7 @@ class _Measurement:
         """Let everybody let go of the model; one that failed has none."""
         for key in self._job.keys:
             if self._fleet.is_running(key):
-                self._fleet.ask(key, Drop())
+                self._ask(key, Drop())
 
     def _row(self, key: Key) -> Data:
         make = _all_reduce_row if not self._job.work.has_ratio else self._result_row

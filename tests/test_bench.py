@@ -1,0 +1,377 @@
+"""The bench's parts without a process: who is measured at what, in which order, and the figures."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shardproof.bench import fleet as fleet_module
+from shardproof.bench import run as run_module
+from shardproof.bench.fleet import SystemFailure, environment
+from shardproof.bench.jobs import Key, Plan, Skip, plan
+from shardproof.bench.proof import Finding
+from shardproof.bench.rank import Drop, Hello, Prepare, Prepared, Time
+from shardproof.bench.run import run, turn
+from shardproof.bench.system import System
+from shardproof.bench.systems import catalog
+from shardproof.bench.systems.catalog import SYSTEMS, find_system
+from shardproof.bench.works.catalog import WORKS, find_work, work_names
+from shardproof.bench.works.step import Phase, Step
+from shardproof.errors import UsageError
+
+BASE = Key("torch-2t", 1)
+NATIVE = Key("native-threads", 2)
+INVARIANT = Key("invariant-threads", 2)
+GLOO = Key("invariant-gloo", 2)
+
+
+def planned(*systems: str, works: tuple[str, ...] = ("linear-row",), **options: Any) -> Plan:
+    return plan(works, systems, rounds=options.pop("rounds", None), is_quick=False, **options)
+
+
+# -- who is measured at what -----------------------------------------------------------------------
+
+
+def test_the_names_that_others_rely_on() -> None:
+    assert work_names() == (
+        "ffn-1024", "ffn-2048", "decode-1024", "decode-4096", "linear-row", "linear-column",
+        "all-reduce", "layer-overhead", "scaling",
+    )  # fmt: skip
+    assert {system.name for system in SYSTEMS} >= {
+        "torch-2t", "torch-1t", "dtensor", "invariant-shm", "invariant-threads", "invariant-gloo",
+        "native-shm", "native-threads", "native-gloo",
+    }  # fmt: skip
+
+
+def test_plain_torch_is_measured_even_if_nobody_asks() -> None:
+    (job,) = planned("native-threads").jobs
+    assert (job.yardsticks, job.others) == ((BASE,), (NATIVE,))
+    (alone,) = planned("torch-2t").jobs
+    assert alone.keys == (BASE,)
+    assert [job.yardsticks for job in planned("native-threads", works=("all-reduce",)).jobs] == [
+        tuple(Key("memcpy", ranks) for ranks in job.variant.ranks)
+        for job in planned("native-threads", works=("all-reduce",)).jobs
+    ]
+
+
+def test_a_name_given_twice_is_measured_once() -> None:
+    twice = planned("native-threads", "native-threads", works=("linear-row", "linear-row"))
+    assert twice == planned("native-threads")
+
+
+def test_all_is_what_can_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_missing(self: System) -> str | None:
+        return "is not here" if self.extra else None
+
+    monkeypatch.setattr(System, "problem", is_missing)
+    everything = plan((), (), rounds=None, is_quick=False)
+    assert {job.work.name for job in everything.jobs} == set(work_names())
+    assert Skip(None, "fairscale", "is not here") in everything.skips
+    assert "fairscale" not in {key.system for job in everything.jobs for key in job.keys}
+    scaling = [key for job in everything.jobs if job.work.name == "scaling" for key in job.others]
+    assert {key.system for key in scaling} == {"native-threads", "invariant-threads"}
+    assert {key.ranks for key in scaling} == set(range(1, 9))
+
+
+def test_a_system_that_says_why_it_cannot_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(System, "problem", lambda self: None)
+    made = plan(("linear-column", "ffn-1024"), (), rounds=None, is_quick=False)
+    assert [(skip.work, skip.system) for skip in made.skips] == [("linear-column", "megatron")]
+    assert "torch.cuda.current_device()" in made.skips[0].reason
+    assert Key("megatron", 2) in made.jobs[1].others
+
+
+def test_quick_is_fewer_rounds_sizes_and_degrees() -> None:
+    works = ("all-reduce", "scaling", "linear-row")
+    full = plan(works, ("native-threads",), rounds=None, is_quick=False)
+    quick = plan(works, ("native-threads",), rounds=None, is_quick=True)
+    assert quick.rounds < full.rounds
+    assert plan(works, ("native-threads",), rounds=7, is_quick=True).rounds == 7
+
+    def sizes(made: Plan) -> list[int]:
+        return [job.variant.keys["bytes"] for job in made.jobs if job.work.name == "all-reduce"]
+
+    assert sizes(full)[0] == 4096
+    assert sizes(full)[-1] == 64 << 20
+    assert set(sizes(quick)) < set(sizes(full))
+    degrees = [key.ranks for key in quick.jobs[-2].others]
+    assert degrees == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("works", "systems", "message"),
+    [
+        (("ffn-1023",), (), r"no work 'ffn-1023'\. Near names: ffn-1024.*All: ffn-1024, ffn-2048"),
+        ((), ("nativ-shm",), r"no system 'nativ-shm'\. Near names: native-shm.*All: torch-2t"),
+        (("all-reduce",), ("dtensor",), r"--system dtensor has nothing to do in all-reduce: it "
+         r"offers no 'sum'"),
+        (("ffn-1024",), ("memcpy",), "memcpy has nothing to do in ffn-1024: it is only a yard"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused(
+    works: tuple[str, ...], systems: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        plan(works, systems, rounds=None, is_quick=False)
+
+
+def test_a_system_that_is_not_installed_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    peer = System("toy", "", lambda axis: None, package="no_such_module", extra="peers")
+    monkeypatch.setattr(catalog, "SYSTEMS", (*SYSTEMS, peer))
+    with pytest.raises(
+        UsageError,
+        match=r"--system toy needs the extra 'peers', which is not installed\. "
+        r"Run: pip install 'shardproof\[peers\]'",
+    ):
+        planned("toy")
+
+
+def test_shared_memory_that_was_not_built_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shardproof.core.shm", lambda: None)
+    monkeypatch.setattr("shardproof.core.problem", lambda: "no compiler")
+    with pytest.raises(UsageError, match="native-shm has no shared memory here: no compiler"):
+        planned("native-shm")
+
+
+def test_only_invariant_systems_get_another_blas_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARDPROOF_BLAS", "leafwise")
+    monkeypatch.setenv("MKL_CBWR", "AVX2,STRICT")
+    monkeypatch.setenv("RANK", "1")
+    for system in SYSTEMS:
+        found = environment(system.name)
+        assert found["SHARDPROOF_BLAS"] == ("leafwise" if system.is_invariant else "off")
+        assert found["OMP_NUM_THREADS"] == ("2" if system.name == "torch-2t" else "1")
+        assert "MKL_CBWR" not in found
+        assert "RANK" not in found
+    monkeypatch.delenv("SHARDPROOF_BLAS")
+    assert environment("invariant-shm")["SHARDPROOF_BLAS"] == "auto"
+
+
+# -- in which order, and what comes of it ----------------------------------------------------------
+
+
+def test_systems_take_turns_and_none_always_follows_the_same_one() -> None:
+    keys = [BASE, NATIVE, INVARIANT, GLOO]
+    rounds = [turn(keys, number) for number in range(8)]
+    assert all(sorted(each) == sorted(keys) for each in rounds)
+    assert {each[0] for each in rounds} == set(keys)
+    for key in keys:
+        before = {each[each.index(key) - 1] for each in rounds if each.index(key)}
+        assert len(before) > 1, key
+
+
+class Toy:
+    """A fleet without processes: every system takes the time that it is given."""
+
+    def __init__(self, folder: Path, seconds: dict[Key, list[float]]) -> None:
+        self.folder = folder
+        self.seconds = seconds
+        self.asked: list[tuple[Key, object]] = []
+        self.findings: dict[Key, Finding] = {}
+        self.hashes: dict[Key, str] = {}
+        self.failing: dict[Key, type] = {}
+        self.running: set[Key] = set()
+        self.ended: list[Key] = []
+
+    def __enter__(self) -> "Toy":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def start(self, keys: tuple[Key, ...]) -> None:
+        self.running |= set(keys)
+
+    def is_running(self, key: Key) -> bool:
+        return key in self.running
+
+    def end(self, key: Key) -> None:
+        self.running.discard(key)
+        self.ended.append(key)
+
+    def hello(self, key: Key) -> Hello:
+        return Hello("toy", None)
+
+    def ask(self, key: Key, order: object) -> list[Any]:
+        self.asked.append((key, order))
+        if isinstance(order, self.failing.get(key, ())):
+            self.running.discard(key)
+            raise SystemFailure("rank 0 of 2 left")
+        if isinstance(order, Prepare):
+            found = (self.findings[key],) if key in self.findings else ()
+            hashes = {"output": self.hashes[key]} if key in self.hashes else {}
+            return [Prepared(found, hashes, {"flops": 5.0 + rank}) for rank in range(key.ranks)]
+        if isinstance(order, Time):
+            each = self.seconds[key].pop(0) * 1e9
+            stamps = [round(each * step) for step in range(order.steps + 1)]
+            return [[stamp - 7 * rank for stamp in stamps] for rank in range(key.ranks)]
+        assert isinstance(order, Drop)
+        return [None] * key.ranks
+
+    def times(self) -> list[Key]:
+        return [key for key, order in self.asked if isinstance(order, Time)]
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
+    made = Toy(
+        tmp_path,
+        {
+            BASE: [1.0, 1.0, 2.0, 4.0],
+            NATIVE: [0.5, 1.5, 2.0, 2.0],
+            INVARIANT: [2.0, 2.0, 2.0, 2.0],
+            GLOO: [3.0, 3.0, 3.0, 3.0],
+        },
+    )
+    monkeypatch.setattr(run_module, "Fleet", lambda: made)
+    return made
+
+
+TOYS = ("native-threads", "invariant-threads", "invariant-gloo")
+
+
+def test_all_are_checked_before_any_is_timed_and_then_take_turns(toy: Toy) -> None:
+    run(planned(*TOYS, rounds=4), command="")
+    kinds = [type(order) for _, order in toy.asked]
+    assert kinds == [Prepare] * 4 + [Time] * 16 + [Drop] * 4
+    assert toy.asked[0] == (BASE, toy.asked[0][1])
+    assert [order.keeps for _, order in toy.asked[:4]] == [True, False, False, False]
+    job = planned(*TOYS).jobs[0]
+    assert toy.times() == [key for number in range(4) for key in turn(job.keys, number)]
+    assert {(order.warm_up, order.steps) for _, order in toy.asked if isinstance(order, Time)} == {
+        (job.variant.warm_up, job.variant.steps)
+    }
+    assert sorted(toy.ended) == sorted(job.keys)
+
+
+def test_ratios_are_to_plain_torch_in_the_same_rounds(toy: Toy) -> None:
+    report = run(planned(*TOYS, rounds=4), command="the command")
+    base, native, *_ = report["results"]
+    assert (base["system"], base["ratio"], base["ratio_low"], base["ratio_high"]) == (
+        "torch-2t", 1.0, 1.0, 1.0,
+    )  # fmt: skip
+    # Medians over all steps of all rounds: 1.5 s and 1.75 s; by rounds 0.5, 1.5, 1, 0.5.
+    assert (base["median_ms"], native["median_ms"]) == (1500.0, 1750.0)
+    assert native["ratio"] == pytest.approx(1.75 / 1.5, rel=1e-4)
+    assert (native["ratio_low"], native["ratio_high"]) == (0.5, 1.0)
+    assert (native["min_ms"], native["p90_ms"]) == (500.0, 2000.0)
+    assert native["flops_per_rank"] == 6.0  # the busiest rank's
+    assert (native["ranks"], native["threads"], native["transport"]) == (2, 1, "toy")
+    assert native["steps"] == 4 * find_work("linear-row").variants[0].steps
+    assert report["failed"] == []
+    assert (report["command"], report["rounds"], report["quick"]) == ("the command", 4, False)
+
+
+def test_a_wrong_system_is_reported_and_not_timed(toy: Toy) -> None:
+    toy.findings[NATIVE] = Finding("output", "differs from plain torch by 1.00e+00")
+    report = run(planned(*TOYS, rounds=2), command="")
+    assert NATIVE not in toy.times()
+    assert NATIVE.system not in {row["system"] for row in report["results"]}
+    assert report["failed"] == [
+        {
+            "work": "linear-row",
+            "system": "native-threads",
+            "ranks": 2,
+            "reason": "output of rank 0 differs from plain torch by 1.00e+00; 1 more are wrong",
+        }
+    ]
+
+
+def test_other_bits_of_an_invariant_system_are_reported_and_not_timed(toy: Toy) -> None:
+    toy.hashes = {INVARIANT: "aa", GLOO: "bb"}
+    report = run(planned(*TOYS, rounds=2), command="")
+    assert set(toy.times()) == {BASE, NATIVE, INVARIANT}
+    (failure,) = report["failed"]
+    assert (failure["system"], failure["reason"]) == (
+        "invariant-gloo",
+        "output of rank 0 has other bits than that of invariant-threads on 2 ranks",
+    )
+
+
+@pytest.mark.parametrize("when", [Prepare, Time, Drop])
+def test_a_system_that_breaks_is_reported_and_the_others_go_on(toy: Toy, when: type) -> None:
+    toy.failing[NATIVE] = when
+    report = run(planned(*TOYS, rounds=2), command="")
+    assert [failure["reason"] for failure in report["failed"]] == ["rank 0 of 2 left"]
+    expected = {"torch-2t", "invariant-threads", "invariant-gloo"}
+    expected |= {"native-threads"} if when is Drop else set()
+    assert {row["system"] for row in report["results"]} == expected
+    assert toy.times().count(GLOO) == 2
+
+
+@pytest.mark.parametrize("when", [Prepare, Time])
+def test_without_plain_torch_there_are_no_ratios(toy: Toy, when: type) -> None:
+    toy.failing[BASE] = when
+    report = run(planned(*TOYS, rounds=2), command="")
+    assert report["results"] == []
+    reasons = [failure["reason"] for failure in report["failed"]]
+    assert (
+        reasons == ["rank 0 of 2 left"] + ["is not measured, for its yardstick torch-2t fails"] * 3
+    )
+
+
+def test_progress_counts_up_to_all_there_is(toy: Toy) -> None:
+    told: list[tuple[int, int, str]] = []
+    run(planned(*TOYS, rounds=2), command="", progress=lambda *args: told.append(args))
+    assert [text for _, _, text in told][:2] == [
+        "linear-row: starting", "linear-row: checking torch-2t",
+    ]  # fmt: skip
+    assert told[-1] == (8, 12, "linear-row: round 2 of 2")
+
+
+def test_a_name_for_temporary_files_that_is_too_long_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    with pytest.raises(UsageError, match=r"too long a name for a socket in it\. Set TMPDIR"):
+        fleet_module.Fleet()
+    assert list(long.iterdir()) == []
+
+
+# -- the works, in this process --------------------------------------------------------------------
+
+LARGE = ("ffn-2048", "decode-4096")  # seconds each, and the same code
+STEPS = [w.name for w in WORKS if w.section == "results" and w.name not in LARGE]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_every_variant_runs_on_one_rank_and_is_what_plain_torch_computes(name: str) -> None:
+    for variant in find_work(name).variants:
+        plain = list(variant.make(find_system("torch-1t").join(None)).evidence())
+        for system in ("native-threads", "invariant-threads"):
+            trial = variant.make(find_system(system).join(None))
+            ours = list(trial.evidence())
+            assert [each.name for each in ours] == [each.name for each in plain]
+            for mine, theirs in zip(ours, plain, strict=True):
+                torch.testing.assert_close(mine.tensor, theirs.tensor, rtol=1e-4, atol=1e-5)
+            assert trial.step().isfinite().all()
+
+
+def test_a_training_step_shows_everything_that_it_computes() -> None:
+    variant = find_work("ffn-1024").variants[0]
+    trial = variant.make(find_system("torch-1t").join(None))
+    assert isinstance(trial, Step)
+    before = {name: value.detach().clone() for name, value in trial.model.named_parameters()}
+    shown = {each.name: each.tensor for each in trial.evidence()}
+    assert list(shown) == [
+        "output", "input.grad", "up.weight.grad", "up.weight", "down.weight.grad", "down.weight",
+    ]  # fmt: skip
+    for name, value in before.items():
+        # An update that is left out must be outside the tolerance.
+        update = (shown[name] - value).abs().max()
+        assert update > 3 * (1e-5 * value.abs().max() + 1e-6)
+
+
+def test_decoding_records_no_gradients() -> None:
+    trial = find_work("decode-1024").variants[0].make(find_system("torch-1t").join(None))
+    assert not trial.step().requires_grad
+    block = find_work("layer-overhead").variants[0]
+    assert block.make(find_system("torch-1t").join(None)).step().requires_grad
+    assert Phase.DECODE not in {variant.keys["phase"] for variant in [block]}
