@@ -156,7 +156,7 @@ PyObject *make_plan(Core *core, PyTypeObject *type, PyObject *args);
 enum { BLOCK = 1024 }; /* elements that are added at a time, in the first-level cache */
 
 /* sum.c */
-int start_sum(Core *core, Sum *sum, const Sum *before);
+int start_sum(Core *core, Sum *sum, size_t most, const Sum *before);
 int finish_sum(Core *core, Sum *sum);
 
 /* gather.c */

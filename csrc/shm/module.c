@@ -70,7 +70,7 @@ static PyObject *core_start(PyObject *self, PyObject *const *args, Py_ssize_t co
         return NULL;
     Sum *sum = read_sum(core, args, count);
     const Sum *before = core->num_started > 1 ? &core->started[core->first_started] : NULL;
-    return leave(core, sum == NULL ? FAILED : start_sum(core, sum, before));
+    return leave(core, sum == NULL ? FAILED : start_sum(core, sum, DEPTH, before));
 }
 
 static int finish_first(Core *core)
@@ -114,7 +114,8 @@ static PyObject *core_sum(PyObject *self, PyObject *const *args, Py_ssize_t coun
     if (enter(core) < 0)
         return NULL;
     Sum *sum = is_idle(core) ? read_sum(core, args, count) : NULL;
-    int result = sum == NULL ? FAILED : start_sum(core, sum, NULL);
+    /* One chunk now, the next ones in turn: what is in use stays in the cache. */
+    int result = sum == NULL ? FAILED : start_sum(core, sum, 1, NULL);
     return leave(core, result == OK ? finish_first(core) : result);
 }
 

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SLICED_BYTES = 32 * 1024, MAX_PARTS = 1024 };
+enum { MAX_PARTS = 1024 };
 
 /* The integers of a tuple, or NULL with an error set. */
 static int *integers_of(PyObject *tuple, int *length)

@@ -244,9 +244,9 @@ static int lend(Core *core, Sum *sum)
     return OK;
 }
 
-/* Announce as much of it as can be without waiting for anybody; what was started `before`, and is
- * not finished, goes first. */
-int start_sum(Core *core, Sum *sum, const Sum *before)
+/* Announce as much of it as can be without waiting for anybody, no more than `most` chunks; what was
+ * started `before`, and is not finished, goes first. */
+int start_sum(Core *core, Sum *sum, size_t most, const Sum *before)
 {
     int lends = core->slot_bytes == 0;
     sum->base = core->reserved;
@@ -262,7 +262,9 @@ int start_sum(Core *core, Sum *sum, const Sum *before)
         release_lock(core);
     if (before != NULL && before->filled < before->plan->chunks)
         return OK;
-    while (sum->filled < sum->plan->chunks && is_free(core, sum->base + (uint32_t)sum->filled))
+    if (sum->plan->chunks < most)
+        most = sum->plan->chunks;
+    while (sum->filled < most && is_free(core, sum->base + (uint32_t)sum->filled))
         fill(core, sum);
     return OK;
 }

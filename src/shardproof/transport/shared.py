@@ -19,7 +19,7 @@ from shardproof.transport.ledger import Ledger
 from shardproof.transport.segment import Peer, find_hosts, layout_of, map_together
 
 # Bytes of a slot: two of them, of two ranks, stay in a second-level cache.
-_SLOT = 256 * 1024
+_SLOT = 128 * 1024
 # With three ranks and more, from so many bytes on each adds up a slice of the message.
 _SLICED_FROM = 32 * 1024
 # Waits of so many seconds are shown to the observer.
