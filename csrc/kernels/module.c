@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "fold.h"
 #include "product.h"
 
 static enum path chosen_path = PATH_NONE;
@@ -32,8 +33,13 @@ static int read_ints(PyObject *const *given, Py_ssize_t count, long long *into) 
 static struct segment *read_program(const struct leaf *leaves, size_t num_leaves,
                                     struct product *p) {
     size_t count = 0;
-    for (size_t i = 0; i < num_leaves; i++)
+    for (size_t i = 0; i < num_leaves; i++) {
+        if (leaves[i].start < 0 || leaves[i].stop <= leaves[i].start || leaves[i].stop > p->k) {
+            PyErr_SetString(PyExc_ValueError, "a leaf lies outside of the contraction");
+            return NULL;
+        }
         count += (size_t)((leaves[i].stop - leaves[i].start + BLOCK - 1) / BLOCK);
+    }
     struct segment *segments = malloc((count + 1) * sizeof *segments);
     if (!segments) {
         PyErr_NoMemory();
@@ -111,6 +117,38 @@ static PyObject *product(PyObject *self, PyObject *const *args, Py_ssize_t nargs
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(fold_doc, "fold(is_double, is_squared, out, m, n, x, row, column)\n--\n\n"
+                       "out (n,) = the rows of x (m, n), or their squares, added by halving.");
+
+static PyObject *fold(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    long long g[8];
+    if (nargs != 8) {
+        PyErr_SetString(PyExc_TypeError, "fold takes 8 arguments");
+        return NULL;
+    }
+    if (read_ints(args, 8, g)) return NULL;
+    const struct fold f = {
+        .is_squared = g[1] != 0, .out = (void *)(intptr_t)g[2],
+        .m = (ptrdiff_t)g[3], .n = (ptrdiff_t)g[4],
+        .x = (void *)(intptr_t)g[5], .row = (ptrdiff_t)g[6], .column = (ptrdiff_t)g[7],
+    };
+    if (f.m < 1 || f.n < 1) {
+        PyErr_SetString(PyExc_ValueError, "fold: an empty size");
+        return NULL;
+    }
+    int (*run)(const struct fold *) = g[0] ? fold_f64 : fold_f32;
+    int failed;
+    if ((double)f.m * (double)f.n < GIL_WORK) {
+        failed = run(&f);
+    } else {
+        Py_BEGIN_ALLOW_THREADS failed = run(&f);
+        Py_END_ALLOW_THREADS
+    }
+    if (failed) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
 static const char *const PATHS[] = {"none", "avx2", "avx512"};
 
 PyDoc_STRVAR(path_doc,
@@ -140,6 +178,7 @@ static PyObject *set_path(PyObject *self, PyObject *name) {
 
 static PyMethodDef methods[] = {
     {"product", (PyCFunction)(void (*)(void))product, METH_FASTCALL, product_doc},
+    {"fold", (PyCFunction)(void (*)(void))fold, METH_FASTCALL, fold_doc},
     {"path", get_path, METH_NOARGS, path_doc},
     {"set_path", set_path, METH_O, set_path_doc},
     {NULL, NULL, 0, NULL},

@@ -43,21 +43,26 @@ def product_nodes(
     run: range,
     num_leaves: int,
     rows: int | None = None,
+    is_transposed: bool = False,
 ) -> dict[Node, Tensor]:
     """Partial products of a run of leaves, added up to the largest canonical nodes.
 
     Args:
         a: (M, c), with c the owned part of the contracted dim.
-        b: (c, N).
+        b: (c, N), or (N, c) if `is_transposed`: then `a @ b.T`.
         slices: where each owned leaf lies in c.
         run: the owned leaves.
         num_leaves: of the whole contracted dim.
         rows: of the whole batch, if `a` is a part of it: small batches have another kernel.
+        is_transposed: how `b` is given.
     Returns:
         Node -> (M, N), in `node_dtype`; every tensor is fresh.
     """
     if products.are_ours(a, b, a.shape[0] if rows is None else rows):
-        return products.leaf_nodes(a, b, slices, run=run, num_leaves=num_leaves)
+        return products.leaf_nodes(
+            a, b, slices, run=run, num_leaves=num_leaves, is_transposed=is_transposed
+        )
+    b = b.t() if is_transposed else b
     leafwise = mode.is_leafwise(a.dtype, a.device)
     limit = 0 if leafwise else mode.addmm_limit(a.dtype)
     wide = node_dtype(a.dtype)
@@ -84,22 +89,36 @@ def product_nodes(
 
 
 def product_sum(
-    a: Tensor, b: Tensor, slices: Sequence[slice], *, rows: int | None = None
+    a: Tensor,
+    b: Tensor,
+    slices: Sequence[slice],
+    *,
+    rows: int | None = None,
+    is_transposed: bool = False,
 ) -> Tensor:
     """Partial products of all leaves, added up to the root: what one rank alone does.
 
     Args:
         a: (M, K), whole.
-        b: (K, N).
+        b: (K, N), or (N, K) if `is_transposed`: then `a @ b.T`.
         slices: where each leaf lies in K.
         rows: as for `product_nodes`.
+        is_transposed: how `b` is given.
     Returns:
         (M, N), fresh, in the dtype of `a`: rounded once, after the last addition.
     """
     if products.are_ours(a, b, a.shape[0] if rows is None else rows):
-        return products.leaf_sum(a, b, slices)
+        return products.leaf_sum(a, b, slices, is_transposed=is_transposed)
     leaves = len(slices)
-    nodes = product_nodes(a, b, slices, run=range(leaves), num_leaves=leaves, rows=rows)
+    nodes = product_nodes(
+        a,
+        b,
+        slices,
+        run=range(leaves),
+        num_leaves=leaves,
+        rows=rows,
+        is_transposed=is_transposed,
+    )
     return nodes[0, leaves].to(a.dtype)
 
 
@@ -119,9 +138,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, slices: Sequence[slic
     Returns:
         (M, n).
     """
-    transposed = weight.t()
-    if products.are_ours(x, transposed, x.shape[0]):
-        return products.product(x, transposed, bias)
+    if products.are_ours(x, weight, x.shape[0]):
+        return products.product(x, weight, bias, is_transposed=True)
     if not mode.is_leafwise(x.dtype, x.device):
         return torch.nn.functional.linear(x, weight, bias)
     y = x.new_empty(x.shape[0], weight.shape[0])

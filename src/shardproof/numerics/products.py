@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from shardproof import core
+from shardproof.errors import ShapeError
 from shardproof.numerics import mode
 from shardproof.tree import Node, children, nodes_of_run
 
@@ -28,79 +29,110 @@ _programs: dict[tuple[int, int, int], tuple[Sequence[slice], Program]] = {}
 
 
 def are_ours(a: Tensor, b: Tensor, rows: int) -> bool:
-    """True if the kernels compute `a @ b`, one of `rows` rows in the whole batch."""
+    """True if the kernels multiply `a` and `b`, in a product of `rows` rows in the whole batch."""
     return (
         rows <= mode.own_rows()
         and a.is_cpu
         and b.is_cpu
         and a.dtype in _IS_DOUBLE
         and a.dtype is b.dtype
-        and a.shape[1] == b.shape[0]  # where torch raises, it shall
     )
 
 
-def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(
+    a: Tensor, b: Tensor, bias: Tensor | None = None, *, is_transposed: bool = False
+) -> Tensor:
     """`a @ b + bias`, contracted in one leaf.
 
     Args:
         a: (M, K).
-        b: (K, N).
+        b: (K, N), or (N, K) if `is_transposed`: then `a @ b.T`.
         bias: (N,) or None, added last.
+        is_transposed: how `b` is given.
     Returns:
         (M, N).
     """
-    return _run(a, b, bias, _one_leaf(a.shape[1]))
+    return _run(a, b, bias, _one_leaf(a.shape[1]), is_transposed)
 
 
-def leaf_sum(a: Tensor, b: Tensor, slices: Sequence[slice]) -> Tensor:
+def leaf_sum(
+    a: Tensor, b: Tensor, slices: Sequence[slice], *, is_transposed: bool = False
+) -> Tensor:
     """`a @ b`, the leaf products added up to the root.
 
     Args:
         a: (M, K), whole.
-        b: (K, N).
+        b: (K, N), or (N, K) if `is_transposed`.
         slices: where each leaf lies in K.
+        is_transposed: how `b` is given.
     Returns:
         (M, N).
     """
     leaves = len(slices)
-    return _run(a, b, None, _program(slices, range(leaves), leaves)[0])
+    return _run(a, b, None, _program(slices, range(leaves), leaves)[0], is_transposed)
 
 
 def leaf_nodes(
-    a: Tensor, b: Tensor, slices: Sequence[slice], *, run: range, num_leaves: int
+    a: Tensor,
+    b: Tensor,
+    slices: Sequence[slice],
+    *,
+    run: range,
+    num_leaves: int,
+    is_transposed: bool = False,
 ) -> dict[Node, Tensor]:
     """`a @ b`, the products of a run of leaves added up to the largest canonical nodes.
 
     Args:
         a: (M, c), with c the owned part of the contracted dim.
-        b: (c, N).
+        b: (c, N), or (N, c) if `is_transposed`.
         slices: where each owned leaf lies in c.
         run: the owned leaves.
         num_leaves: of the whole contracted dim.
+        is_transposed: how `b` is given.
     Returns:
         Node -> (M, N).
     """
     program, nodes = _program(slices, run, num_leaves)
     if len(nodes) == 1:
-        return {nodes[0]: _run(a, b, None, program)}
-    out = a.new_empty(len(nodes), a.shape[0], b.shape[1])
-    _run(a, b, None, program, out)
+        return {nodes[0]: _run(a, b, None, program, is_transposed)}
+    out = a.new_empty(len(nodes), a.shape[0], b.shape[0 if is_transposed else 1])
+    _run(a, b, None, program, is_transposed, out)
     return dict(zip(nodes, out.unbind(), strict=True))
 
 
 def _run(
-    a: Tensor, b: Tensor, bias: Tensor | None, program: bytes, out: Tensor | None = None
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    program: bytes,
+    is_transposed: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
-    (m, k), n = a.shape, b.shape[1]
+    m, k = a.shape
+    if is_transposed:
+        n, inner = b.shape
+    else:
+        inner, n = b.shape
+    if inner != k:
+        raise ShapeError(
+            f"cannot multiply ({m}, {k}) by ({inner}, {n}): {k} is not {inner}. Give operands that "
+            "agree along the contracted dim."
+        )
     if out is None:
         out = a.new_empty(m, n)
-    if m == 0 or n == 0 or k == 0:
+    if not (m and n and k):
         out.zero_()
         return out if bias is None else out.add_(bias)
     if a.is_neg() or b.is_neg():  # a view whose memory has the opposite sign
         a, b = a.resolve_neg(), b.resolve_neg()
+    bias_address = 0
     if bias is not None:
         bias = bias.contiguous()
+        bias_address = bias.data_ptr()
+    b_row, b_col = b.stride()
+    if is_transposed:
+        b_row, b_col = b_col, b_row
     _kernel()(
         _IS_DOUBLE[a.dtype],
         torch.get_num_threads(),
@@ -111,8 +143,9 @@ def _run(
         a.data_ptr(),
         *a.stride(),
         b.data_ptr(),
-        *b.stride(),
-        0 if bias is None else bias.data_ptr(),
+        b_row,
+        b_col,
+        bias_address,
         program,
     )
     return out

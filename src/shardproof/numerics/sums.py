@@ -5,6 +5,9 @@ rows; then the second half onto the first, until one row is left. All additions 
 neither a cut along the columns, nor strides, nor threads can change a bit, which they do for
 `Tensor.sum`. It is also the more accurate order: the error grows with the logarithm of the rows.
 
+fp32 and fp64 on the CPU are folded by a kernel in C where it was built, with the same bits; the
+fold in torch is the definition, and does all else.
+
 bf16 and fp16 are accumulated in fp32 and rounded once. Buffers have at most half as many rows as
 the input. Gradients are copies of the incoming one: nothing is summed backward.
 """
@@ -15,7 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardproof import core
 from shardproof.errors import ShapeError
+
+_IS_DOUBLE = {torch.float32: 0, torch.float64: 1}
 
 
 def sum_rows(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -33,7 +39,10 @@ def sum_rows(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         raise ShapeError(
             f"sum_rows takes a matrix (M, N), got shape {tuple(x.shape)}. Use x.flatten(0, -2)."
         )
-    return _SumRows.apply(x, dtype or x.dtype)
+    dtype = dtype or x.dtype
+    if x.requires_grad and torch.is_grad_enabled():
+        return _SumRows.apply(x, dtype)
+    return _row_sum(x, dtype)
 
 
 def sum_all(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -65,7 +74,7 @@ class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.rows, ctx.dtype = x.shape[0], x.dtype
-        return _fold(x, torch.promote_types(dtype, _sum_dtype(x)), lambda part: part).to(dtype)
+        return _row_sum(x, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
@@ -78,18 +87,44 @@ class _SumSquares(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
+        column = x.reshape(-1, 1)
+        if _has_kernel(x):
+            return _kernel_fold(column, is_squared=True).view(())
         dtype = _sum_dtype(x)
 
         def square(part: Tensor) -> Tensor:
             wide = part.to(dtype)
             return wide * wide
 
-        return _fold(x.reshape(-1, 1), dtype, square).view(())
+        return _fold(column, dtype, square).view(())
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return (x.to(grad_y.dtype) * (2 * grad_y)).to(x.dtype)
+
+
+def _row_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if x.dtype is dtype and _has_kernel(x):
+        return _kernel_fold(x)
+    return _fold(x, torch.promote_types(dtype, _sum_dtype(x)), lambda part: part).to(dtype)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.dtype in _IS_DOUBLE and x.is_cpu and x.numel() > 0 and core.kernels() is not None
+
+
+def _kernel_fold(x: Tensor, *, is_squared: bool = False) -> Tensor:
+    """`_fold` in C: (M, N) -> (N,), of the squares if so told; `x` is not empty."""
+    if x.is_neg():  # a view whose memory has the opposite sign
+        x = x.resolve_neg()
+    rows, columns = x.shape
+    out = x.new_empty(columns)
+    kernels: Any = core.kernels()
+    kernels.fold(
+        _IS_DOUBLE[x.dtype], is_squared, out.data_ptr(), rows, columns, x.data_ptr(), *x.stride()
+    )
+    return out
 
 
 def _fold(x: Tensor, dtype: torch.dtype, lift: Callable[[Tensor], Tensor]) -> Tensor:
