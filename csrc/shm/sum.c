@@ -32,7 +32,7 @@ static void fill(Core *core, Sum *sum)
     size_t bytes = length_of(plan, sum->filled) * plan->kind->width;
     size_t offset = sum->filled * plan->chunk * plan->kind->width;
     char *slot = slot_of(core, core->rank, number);
-    for (int part = 0; part < plan->own; part++)
+    for (int part = 0; bytes && part < plan->own; part++) /* a tensor of nothing has no address */
         memcpy(slot + (size_t)part * plan->stride, sum->parts[part] + offset, bytes);
     core->lines[core->rank].digests[number % DEPTH] = plan->digest + sum->filled;
     sum->filled++;
