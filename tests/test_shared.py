@@ -1,5 +1,6 @@
 """Shared memory: how it is set up, what it refuses, what it says when ranks disagree."""
 
+import gc
 import itertools
 import mmap
 import os
@@ -153,6 +154,24 @@ def test_a_process_that_is_not_buried_yet_has_ended() -> None:
         assert Path(f"/proc/{pid}").exists()
     finally:
         os.waitpid(pid, 0)
+
+
+def test_a_transport_that_is_gone_leaves_no_descriptor_and_no_mapping(pool: Pool) -> None:
+    def count() -> tuple[int, int]:
+        gc.collect()
+        maps = Path("/proc/self/maps").read_text()
+        return len(os.listdir("/proc/self/fd")), maps.count("memfd:shardproof")
+
+    def work(axis: Axis) -> bool:
+        before = count()
+        for _ in range(3):
+            transport = shared()
+            transport.all_reduce(torch.ones(4), call=call())
+        during = count()
+        del transport
+        return before == count() != during
+
+    assert pool(3, "processes").run(work) == [True] * 3
 
 
 # What it refuses -------------------------------------------------------------------------------

@@ -5,7 +5,8 @@
  * of its slots, or, in one address space, a loan of its tensors. Chunk k of every rank belongs to
  * the same piece of the same call, so four counters per rank say all: how many chunks it has
  * FILLED, of how many it has SUMMED its slice, with how many it is DONE reading. Slot k % DEPTH
- * may be filled again when everybody is done with chunk k - DEPTH. Counters wrap around. */
+ * may be filled again when everybody is done with chunk k - DEPTH. Counters wrap around, which does
+ * no harm to comparisons as long as ranks are close together: every count is waited for by all. */
 #ifndef SHARDPROOF_SHM_CORE_H
 #define SHARDPROOF_SHM_CORE_H
 
@@ -98,7 +99,7 @@ typedef struct {
     const char *parts[MAX_OWN];
     char *out;
     uint32_t base;     /* its chunk 0 is chunk `base` of the rank */
-    uint32_t sum_base; /* the same for SUMMED, which counts on its own where tensors are lent */
+    uint32_t sum_base; /* the same for SUMMED, which counts chunks that are summed in slices */
     size_t filled;     /* chunks announced */
 } Sum;
 

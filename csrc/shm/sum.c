@@ -250,7 +250,7 @@ int start_sum(Core *core, Sum *sum, size_t most, const Sum *before)
 {
     int lends = core->slot_bytes == 0;
     sum->base = core->reserved;
-    sum->sum_base = lends ? core->sum_reserved : core->reserved;
+    sum->sum_base = core->sum_reserved;
     sum->filled = 0;
     core->reserved += lends ? 1 : (uint32_t)sum->plan->chunks;
     if (sum->plan->is_sliced)

@@ -12,6 +12,7 @@ import secrets
 import select
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -58,25 +59,25 @@ class Peer:
         self.pid = pid
         self._began = began_at
         self._poll = select.poll()
-        self._descriptor: int | None = None
+        self._closing: Callable[[], object] | None = None
         with contextlib.suppress(OSError):  # an old kernel, or it is gone: then /proc says so
-            self._descriptor = os.pidfd_open(pid)
-            self._release = weakref.finalize(self, os.close, self._descriptor)
-            self._poll.register(self._descriptor, select.POLLIN)
-        if self._descriptor is not None and began(pid) != began_at:
+            descriptor = os.pidfd_open(pid)
+            self._closing = weakref.finalize(self, os.close, descriptor)
+            self._poll.register(descriptor, select.POLLIN)
+        if began(pid) != began_at:
             self.close()
 
     def has_ended(self) -> bool:
         """True when it does not run any more; one that its parent has not buried has ended."""
-        if self._descriptor is not None:
+        if self._closing is not None:
             return bool(self._poll.poll(0))
         return began(self.pid) != self._began
 
     def close(self) -> None:
-        """Let go of it, at the latest when this object goes."""
-        if self._descriptor is not None:
-            self._release()
-            self._descriptor = None
+        """Let go of it."""
+        if self._closing is not None:
+            self._closing()
+            self._closing = None
 
 
 def began(pid: int) -> int:
