@@ -316,6 +316,16 @@ def test_a_killed_host_is_a_failure_and_nothing_is_left(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
+def test_a_rank_that_leaves_between_two_orders_is_a_failure(fleet: Fleet) -> None:
+    key = Key("torch-1t", 1)
+    fleet.start([key])
+    host = fleet._groups[key].host
+    host.kill()
+    host.wait()
+    with pytest.raises(SystemFailure, match="rank 0 of 1 left"):
+        fleet.ask(key, Time(1, 1))
+
+
 def test_ranks_end_with_the_bench() -> None:
     with Fleet() as fleet:
         key = Key("native-gloo", 2)

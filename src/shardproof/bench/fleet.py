@@ -93,8 +93,11 @@ class Fleet:
             SystemFailure: it could not be started, a rank raised or left, or none answered.
         """
         group = self._running(key)
-        for wire in group.wires.values():
-            wire.send(order)
+        for rank, wire in group.wires.items():
+            try:
+                wire.send(order)
+            except OSError:  # it has left since its last answer
+                raise self._fail(group, f"rank {rank} of {key.ranks} left") from None
         return self._answers(group, time.monotonic() + ANSWER)
 
     def is_running(self, key: Key) -> bool:
