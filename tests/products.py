@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,8 +18,30 @@ from invariance import (
     strided,
     threads,
 )
+from shardproof.numerics import products as own
 
 Probe = Callable[[], Tally]
+
+
+def _own_addmm(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return c + own.product(a, b)
+
+
+def _own_linear(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    return own.product(x, w, bias, is_transposed=True)
+
+
+@dataclass(frozen=True)
+class Products:
+    """Who multiplies."""
+
+    mm: Callable[[Tensor, Tensor], Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor], Tensor]
+    addmm: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+TORCH = Products(torch.mm, F.linear, torch.addmm)
+OURS = Products(own.product, _own_linear, _own_addmm)
 
 
 def _sizes(
@@ -31,14 +54,14 @@ def _sizes(
         yield m, rng.choice(inner), n, random.Random(rng.random())
 
 
-def cut_products(kind: str) -> Probe:
+def cut_products(kind: str, by: Products = TORCH) -> Probe:
     """One way of cutting a product in which nothing is summed over the cut dim."""
     run = _KINDS[kind]
 
     def probe() -> Tally:
         tally = Tally()
         for m, k, n, rng in _sizes(40):
-            run(normal(m, k), normal(n, k, seed=1), normal(m, n, seed=2), rng, tally)
+            run(normal(m, k), normal(n, k, seed=1), normal(m, n, seed=2), rng, tally, by)
         return tally
 
     return probe
@@ -59,46 +82,62 @@ def _compare(
         tally.add(bits_equal(full.narrow(dim, s.start, s.stop - s.start), got))
 
 
-def _forward(x: Tensor, w: Tensor, dy: Tensor, rng: random.Random, tally: Tally) -> None:
-    _compare(lambda: x @ w.t(), lambda s: x @ w[s].t(), 1, rng, tally)
+def _forward(
+    x: Tensor, w: Tensor, dy: Tensor, rng: random.Random, tally: Tally, by: Products
+) -> None:
+    _compare(lambda: by.mm(x, w.t()), lambda s: by.mm(x, w[s].t()), 1, rng, tally)
 
 
-def _linear(x: Tensor, w: Tensor, dy: Tensor, rng: random.Random, tally: Tally) -> None:
+def _linear(
+    x: Tensor, w: Tensor, dy: Tensor, rng: random.Random, tally: Tally, by: Products
+) -> None:
     bias = normal(len(w), seed=3)
-    _compare(lambda: F.linear(x, w, bias), lambda s: F.linear(x, w[s], bias[s]), 1, rng, tally)
+    _compare(lambda: by.linear(x, w, bias), lambda s: by.linear(x, w[s], bias[s]), 1, rng, tally)
 
 
-def _addmm(x: Tensor, w: Tensor, dy: Tensor, rng: random.Random, tally: Tally) -> None:
+def _addmm(
+    x: Tensor, w: Tensor, dy: Tensor, rng: random.Random, tally: Tally, by: Products
+) -> None:
     _compare(
-        lambda: torch.addmm(dy, x, w.t()),
-        lambda s: torch.addmm(dy[:, s], x, w[s].t()),
+        lambda: by.addmm(dy, x, w.t()),
+        lambda s: by.addmm(dy[:, s], x, w[s].t()),
         1,
         rng,
         tally,
     )
 
 
-def _weight_rows(x: Tensor, w: Tensor, dy: Tensor, rng: random.Random, tally: Tally) -> None:
-    _compare(lambda: dy.t() @ x, lambda s: dy[:, s].contiguous().t() @ x, 0, rng, tally)
+def _weight_rows(
+    x: Tensor, w: Tensor, dy: Tensor, rng: random.Random, tally: Tally, by: Products
+) -> None:
+    _compare(lambda: by.mm(dy.t(), x), lambda s: by.mm(dy[:, s].contiguous().t(), x), 0, rng, tally)
 
 
-def _input(x: Tensor, w: Tensor, dy: Tensor, rng: random.Random, tally: Tally) -> None:
-    _compare(lambda: dy @ w, lambda s: dy @ w[:, s].contiguous(), 1, rng, tally)
+def _input(
+    x: Tensor, w: Tensor, dy: Tensor, rng: random.Random, tally: Tally, by: Products
+) -> None:
+    _compare(lambda: by.mm(dy, w), lambda s: by.mm(dy, w[:, s].contiguous()), 1, rng, tally)
 
 
-def _weight_columns(x: Tensor, w: Tensor, dy: Tensor, rng: random.Random, tally: Tally) -> None:
-    _compare(lambda: dy.t() @ x, lambda s: dy.t() @ x[:, s].contiguous(), 1, rng, tally)
+def _weight_columns(
+    x: Tensor, w: Tensor, dy: Tensor, rng: random.Random, tally: Tally, by: Products
+) -> None:
+    _compare(lambda: by.mm(dy.t(), x), lambda s: by.mm(dy.t(), x[:, s].contiguous()), 1, rng, tally)
 
 
-def _batch(x: Tensor, w: Tensor, dy: Tensor, rng: random.Random, tally: Tally) -> None:
-    _compare(lambda: x @ w.t(), lambda s: x[s] @ w.t(), 0, rng, tally)
+def _batch(
+    x: Tensor, w: Tensor, dy: Tensor, rng: random.Random, tally: Tally, by: Products
+) -> None:
+    _compare(lambda: by.mm(x, w.t()), lambda s: by.mm(x[s], w.t()), 0, rng, tally)
 
 
-def _layouts(x: Tensor, w: Tensor, dy: Tensor, rng: random.Random, tally: Tally) -> None:
-    full = x @ w.t()
+def _layouts(
+    x: Tensor, w: Tensor, dy: Tensor, rng: random.Random, tally: Tally, by: Products
+) -> None:
+    full = by.mm(x, w.t())
     for a, b in ((strided(x), w), (x, strided(w)), (misaligned(x, 3), misaligned(w, 9))):
         with random_threads(rng.randrange(1000)):
-            tally.add(bits_equal(full, a @ b.t()))
+            tally.add(bits_equal(full, by.mm(a, b.t())))
 
 
 _KINDS = {

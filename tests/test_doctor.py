@@ -62,6 +62,7 @@ def test_doctor_describes_this_machine(tmp_path: Path) -> None:
     assert found["torch"]["version"] == torch.__version__
     assert found["blas"]["branch"] == mode.set_blas_mode().branch
     assert found["blas"]["contract"] == mode.contract(Scheme())
+    assert found["blas"]["self_check"] == ("passed" if mode.set_blas_mode().is_strict else None)
     assert found["threads"]["intra_op"] == torch.get_num_threads()
     assert [transport["name"] for transport in found["transports"]] == [
         "solo", "threads", "shm", "gloo", "nccl",

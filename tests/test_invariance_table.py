@@ -370,11 +370,16 @@ HOLDS: dict[str, Probe] = {
     "AdamW": _adamw(fused=False, foreach=False),  # 0 / 147
     "AdamW foreach": _adamw(fused=False, foreach=True),  # 0 / 147
     **{f"product {kind}": products.cut_products(kind) for kind in products.KINDS},  # 0 / 1212
+    **{  # 0 / 1212
+        f"own {kind}": products.cut_products(kind, products.OURS) for kind in products.KINDS
+    },
     "product addmm up to K=128": products.fused_additions((1, 6, 43, 127, 128)),  # 0 / 40
 }
 
 
 def _require_strict(name: str) -> None:
+    if name.startswith("own") and mode.missing_products():
+        pytest.skip(f"needs our own products: {mode.missing_products()}")
     state = mode.set_blas_mode()
     if name.startswith("product") and not state.branch.endswith("-strict"):
         pytest.skip(f"the BLAS mode is {state.branch}: it promises nothing about {name}")

@@ -14,6 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fresh_process import run_fresh
 from invariance import bits_equal, misaligned, normal, random_cut, strided, threads
 from shardproof import core
 from shardproof.errors import ShapeError
@@ -312,6 +313,47 @@ def test_calls_that_make_no_sense_raise() -> None:
         kernels().fold(1)
     with pytest.raises(ValueError, match="no sse path"):
         kernels().set_path("sse")
+
+
+# Every operand, and the output, ends where the process may read and write no further.
+AT_THE_EDGE = """
+import ctypes, mmap, torch
+from shardproof import core
+from shardproof.leaves import Cut
+from shardproof.numerics import mode, products, sums
+
+PAGE = mmap.PAGESIZE
+libc = ctypes.CDLL(None, use_errno=True)
+
+def at_the_edge(rows, columns, dtype):
+    size = rows * columns * dtype.itemsize
+    pages = -(-size // PAGE)
+    memory = mmap.mmap(-1, (pages + 1) * PAGE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    guard = ctypes.c_void_p(start + pages * PAGE)
+    assert libc.mprotect(guard, ctypes.c_size_t(PAGE), 0) == 0
+    x = torch.frombuffer(memory, dtype=dtype, offset=pages * PAGE - size, count=rows * columns)
+    return x.view(rows, columns).fill_(1.0)
+
+for path in ("avx2", core.kernels().path()):
+    core.kernels().set_path(path)
+    for dtype in (torch.float32, torch.float64):
+        for m in (1, 2, 5, 8, 9, 13, 33):
+            for k, n in ((1, 1), (7, 17), (20, 16), (257, 9), (40, 33), (64, 64)):
+                slices = Cut(k, 3, 1).leaf_slices(0)
+                x, w = at_the_edge(m, k, dtype), at_the_edge(n, k, dtype)
+                b, bias = at_the_edge(k, n, dtype), at_the_edge(1, n, dtype)[0]
+                assert (products.leaf_sum(x, w, slices, is_transposed=True) == k).all()
+                assert (products.product(x, b, bias) == k + 1).all()
+                assert (products.product(x.t(), at_the_edge(m, n, dtype)) == m).all()
+                products._run(x, b, None, products._one_leaf(k), False, at_the_edge(m, n, dtype))
+                assert (sums.sum_rows(b) == k).all()
+print("inside")
+"""
+
+
+def test_no_memory_beyond_an_operand_is_touched() -> None:
+    assert run_fresh(AT_THE_EDGE).strip() == "inside"
 
 
 FOLDED = [1, 2, 3, 5, 8, 9, 15, 16, 17, 31, 33, 64, 65, 100, 257, 513, 1000]
