@@ -282,7 +282,8 @@ def test_help_is_on_stdout(arguments: list[str]) -> None:
 def test_every_option_of_prove_is_in_its_help() -> None:
     text = prove("--help").stdout
     for option in (
-        "--degrees", "--case", "--engine", "--threads", "--numerics", "--leaves", "--seed",
+        "--degrees", "--case", "--engine", "--transport", "--overlap", "--threads", "--numerics",
+        "--leaves", "--seed",
         "--against", "--json", "--list",
     ):  # fmt: skip
         assert f"  {option} " in text or f"{option}  " in text

@@ -47,7 +47,7 @@ _SAID = {
 @click.option(
     "--engine",
     metavar="|".join(ENGINES),
-    help=f"What the ranks are.  [default: {ENGINES[0]}, or what the transport connects]",
+    help=f"What the ranks are; by itself, what the transport connects.  [default: {ENGINES[0]}]",
 )
 @click.option(
     "--transport",
