@@ -19,7 +19,7 @@ SRC = Path(__file__).parents[1] / "src" / "shardproof"
 # Bottom up. `x.__init__` is the package file of `x`; "" before the dot is shardproof itself.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("core", "leaves", "tree"),
+    ("autograd", "core", "leaves", "tree"),
     ("overlap", "scheme", "timeout"),
     # Bytes between ranks.
     ("transport.ledger",),
@@ -75,7 +75,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # What users import, and the command on top of it.
     ("__init__",),
     # The bench: what is timed and who does it, one rank, all processes, all rounds.
-    ("bench.figures", "bench.system"),
+    ("bench.figures", "bench.system", "bench.systems.group"),
     ("bench.work",),
     ("bench.systems.dtensor", "bench.systems.fairscale", "bench.systems.ours"),
     ("bench.systems.deepspeed", "bench.systems.hf", "bench.systems.megatron"),

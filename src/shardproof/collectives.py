@@ -20,9 +20,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from shardproof import comm
+from shardproof.autograd import once_differentiable
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError, UsageError
 from shardproof.leaves import Cut

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from shardproof import comm
+from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError
 from shardproof.functional.site import LinearSite
 from shardproof.leaves import share
@@ -101,11 +101,13 @@ class _RowLinear(torch.autograd.Function):
 def _row(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
     """The output as rows."""
     rows = _owned_rows(x, site)
+    if site.axis.size == 1 and site.is_invariant:
+        return matmul.product_sum(rows, weight, site.slices, bias, is_transposed=True)
     chunks = _chunks(rows, site)
     if chunks > 1:
         y = _sum_by_chunks(rows, weight, site, chunks)
     else:
-        y = site.start_sum(rows, weight.t(), "forward").wait()
+        y = site.start_sum(rows, weight, "forward", is_transposed=True).wait()
     return y if bias is None else y.add_(bias)
 
 
@@ -134,7 +136,12 @@ def _sum_by_chunks(rows: Tensor, weight: Tensor, site: LinearSite, chunks: int) 
     for part in share(rows.shape[0], chunks):
         where, is_rest = slice(part.start, part.stop), part.start > 0
         total = site.start_sum(
-            rows[where], weight.t(), "forward", rows=rows.shape[0], is_rest=is_rest
+            rows[where],
+            weight,
+            "forward",
+            is_transposed=True,
+            rows=rows.shape[0],
+            is_rest=is_rest,
         )
         started.append((total, y[where]))
         if len(started) == 2:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from shardproof import comm
 from shardproof.axis import Axis
@@ -58,6 +59,7 @@ class LinearSite:
         b: Tensor,
         direction: str,
         *,
+        is_transposed: bool = False,
         rows: int | None = None,
         is_rest: bool = False,
     ) -> comm.Sum:
@@ -65,24 +67,27 @@ class LinearSite:
 
         Args:
             a: (M, c), Shard(1).
-            b: (c, N), Shard(0).
+            b: (c, N), Shard(0); or (N, c), Shard(1), if `is_transposed`: then `a @ b.T`.
             direction: for the ledger.
+            is_transposed: how `b` is given.
             rows: of the whole batch, if `a` is a part of it.
             is_rest: not the first part of it.
         Returns:
             (M, N), Replicate, once it has been waited for.
         """
         if not self.is_invariant:
+            y = F.linear(a, b) if is_transposed else a @ b
             return comm.start_all_reduce(
-                a @ b, self.axis, direction=direction, who=self.who, is_rest=is_rest
+                y, self.axis, direction=direction, who=self.who, is_rest=is_rest
             )
         if self.axis.size == 1:
-            return comm.Sum(matmul.product_sum(a, b, self.slices, rows=rows))
+            total = matmul.product_sum(a, b, self.slices, rows=rows, is_transposed=is_transposed)
+            return comm.Sum(total)
         return comm.start_all_reduce_nodes(
-            self._nodes(a, b, rows),
+            self._nodes(a, b, rows, is_transposed),
             self.axis,
             cut=self.cut,
-            shape=(a.shape[0], b.shape[1]),
+            shape=(a.shape[0], b.shape[0 if is_transposed else 1]),
             like=a,
             direction=direction,
             who=self.who,
@@ -111,7 +116,15 @@ class LinearSite:
         """(M, owned), Shard(1), to (M, cut.size), Replicate."""
         return comm.all_gather(x, self.axis, dim=1, cut=cut, direction=direction, who=self.who)
 
-    def _nodes(self, a: Tensor, b: Tensor, rows: int | None = None) -> dict[Node, Tensor]:
+    def _nodes(
+        self, a: Tensor, b: Tensor, rows: int | None = None, is_transposed: bool = False
+    ) -> dict[Node, Tensor]:
         return matmul.product_nodes(
-            a, b, self.slices, run=self.run, num_leaves=self.cut.num_leaves, rows=rows
+            a,
+            b,
+            self.slices,
+            run=self.run,
+            num_leaves=self.cut.num_leaves,
+            rows=rows,
+            is_transposed=is_transposed,
         )

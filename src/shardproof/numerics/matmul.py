@@ -92,23 +92,25 @@ def product_sum(
     a: Tensor,
     b: Tensor,
     slices: Sequence[slice],
+    bias: Tensor | None = None,
     *,
     rows: int | None = None,
     is_transposed: bool = False,
 ) -> Tensor:
-    """Partial products of all leaves, added up to the root: what one rank alone does.
+    """Partial products of all leaves, added up to the root, and the bias: one rank alone.
 
     Args:
         a: (M, K), whole.
         b: (K, N), or (N, K) if `is_transposed`: then `a @ b.T`.
         slices: where each leaf lies in K.
+        bias: (N,) or None, added once, after the sum.
         rows: as for `product_nodes`.
         is_transposed: how `b` is given.
     Returns:
         (M, N), fresh, in the dtype of `a`: rounded once, after the last addition.
     """
     if products.are_ours(a, b, a.shape[0] if rows is None else rows):
-        return products.leaf_sum(a, b, slices, is_transposed=is_transposed)
+        return products.leaf_sum(a, b, slices, bias, is_transposed=is_transposed)
     leaves = len(slices)
     nodes = product_nodes(
         a,
@@ -119,7 +121,8 @@ def product_sum(
         rows=rows,
         is_transposed=is_transposed,
     )
-    return nodes[0, leaves].to(a.dtype)
+    total = nodes[0, leaves].to(a.dtype)
+    return total if bias is None else total.add_(bias)
 
 
 def _fresh_operand(x: Tensor) -> Tensor:

@@ -56,20 +56,26 @@ def product(
 
 
 def leaf_sum(
-    a: Tensor, b: Tensor, slices: Sequence[slice], *, is_transposed: bool = False
+    a: Tensor,
+    b: Tensor,
+    slices: Sequence[slice],
+    bias: Tensor | None = None,
+    *,
+    is_transposed: bool = False,
 ) -> Tensor:
-    """`a @ b`, the leaf products added up to the root.
+    """`a @ b + bias`, the leaf products added up to the root.
 
     Args:
         a: (M, K), whole.
         b: (K, N), or (N, K) if `is_transposed`.
         slices: where each leaf lies in K.
+        bias: (N,) or None, added last.
         is_transposed: how `b` is given.
     Returns:
         (M, N).
     """
     leaves = len(slices)
-    return _run(a, b, None, _program(slices, range(leaves), leaves)[0], is_transposed)
+    return _run(a, b, bias, _program(slices, range(leaves), leaves)[0], is_transposed)
 
 
 def leaf_nodes(
