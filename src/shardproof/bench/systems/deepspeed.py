@@ -1,10 +1,9 @@
 """DeepSpeed AutoTP: its layers; sums in inference go through its shared memory, others over gloo.
 
-Its kernel is compiled at the first start (half a minute, then kept by torch), and leaves its
-buffers in /dev/shm, which are removed here when the process ends.
+Its kernel is compiled at the first start (half a minute, then kept by torch). It leaves its buffers
+in /dev/shm for ever; here their names are removed as soon as all ranks have mapped them.
 """
 
-import atexit
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from shardproof.axis import Axis
 from shardproof.bench.system import Party, Style
+from shardproof.bench.systems.group import rank_and_size
 
 _ADDRESS = "127.0.0.1"
 
@@ -26,7 +26,7 @@ class DeepSpeed(Party):
     adds = True
 
     def __init__(self) -> None:
-        super().__init__(dist.get_rank(), dist.get_world_size())
+        super().__init__(*rank_and_size())
         # Read by its shared memory: the names of its buffers, and whether all ranks are here.
         port = str(os.getppid())
         os.environ |= {
@@ -43,7 +43,9 @@ class DeepSpeed(Party):
         self._comm, self._layers = comm, layers
         if hasattr(torch.ops.deepspeed, "inference_all_reduce_"):
             self.wire = "gloo, own shm"
-        atexit.register(_remove_buffers, port, self.rank)
+        dist.barrier()
+        for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_{self.rank}"):
+            path.unlink()
 
     def cut(self, model: nn.Module, plan: Mapping[str, Style], *, training: bool) -> nn.Module:
         """Every linear replaced by AutoTP's, in the mode for training or for inference."""
@@ -81,8 +83,3 @@ class DeepSpeed(Party):
 def join(axis: Axis | None) -> Party:
     """A rank of the default process group."""
     return DeepSpeed()
-
-
-def _remove_buffers(port: str, rank: int) -> None:
-    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_{rank}"):
-        path.unlink(missing_ok=True)

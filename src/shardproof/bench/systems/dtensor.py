@@ -3,19 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shardproof.axis import Axis
 from shardproof.bench.system import Party, Style
+from shardproof.bench.systems.group import rank_and_size
 
 
 class DTensors(Party):
     """A rank of a mesh of all processes."""
 
     def __init__(self) -> None:
-        super().__init__(dist.get_rank(), dist.get_world_size())
+        super().__init__(*rank_and_size())
         self.mesh: DeviceMesh = init_device_mesh("cpu", (self.size,))
 
     def cut(self, model: nn.Module, plan: Mapping[str, Style], *, training: bool) -> nn.Module:

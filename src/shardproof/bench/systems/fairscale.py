@@ -4,18 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
 from shardproof.bench.system import Party, Style
+from shardproof.bench.systems.group import rank_and_size
 
 
 class Fairscale(Party):
     """A rank of fairscale's model-parallel group, which is all processes."""
 
     def __init__(self) -> None:
-        super().__init__(dist.get_rank(), dist.get_world_size())
+        super().__init__(*rank_and_size())
         from fairscale.nn.model_parallel import initialize, layers  # noqa: PLC0415 - optional
 
         initialize.initialize_model_parallel(self.size)

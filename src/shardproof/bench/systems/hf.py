@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from shardproof.axis import Axis
 from shardproof.bench.system import Party, Style
 from shardproof.bench.systems.dtensor import finish, local
+from shardproof.bench.systems.group import rank_and_size
 
 STYLES = {
     Style.COLUMN: "colwise",
@@ -22,7 +22,7 @@ class HuggingFace(Party):
     """A rank of a mesh of all processes."""
 
     def __init__(self) -> None:
-        super().__init__(dist.get_rank(), dist.get_world_size())
+        super().__init__(*rank_and_size())
         from transformers.distributed import tensor_parallel  # noqa: PLC0415 - optional
 
         self._library = tensor_parallel

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
 from shardproof.bench.system import Party, Style
 from shardproof.bench.systems.fairscale import fill
+from shardproof.bench.systems.group import rank_and_size
 
 CUDA_ONLY = "allocates what it gathers on torch.cuda.current_device(), and this is a CPU"
 
@@ -23,7 +23,7 @@ class Megatron(Party):
     """A rank of Megatron's tensor-parallel group, which is all processes."""
 
     def __init__(self) -> None:
-        super().__init__(dist.get_rank(), dist.get_world_size())
+        super().__init__(*rank_and_size())
         from megatron.core import parallel_state, tensor_parallel  # noqa: PLC0415 - optional
         from megatron.core.model_parallel_config import ModelParallelConfig  # noqa: PLC0415
 
