@@ -63,8 +63,8 @@ TRANSPOSED("avx512f") load_transposed_f64_avx512(__m512d *to, const double *from
         const __m512d *q = r + k;
         const __m512d a = _mm512_unpacklo_pd(q[0], q[1]), b = _mm512_unpackhi_pd(q[0], q[1]);
         const __m512d c = _mm512_unpacklo_pd(q[2], q[3]), d = _mm512_unpackhi_pd(q[2], q[3]);
-        const __m512d even[2] = {_mm512_shuffle_f64x2(a, c, 0x88), _mm512_shuffle_f64x2(b, d, 0x88)};
-        const __m512d odd[2] = {_mm512_shuffle_f64x2(a, c, 0xDD), _mm512_shuffle_f64x2(b, d, 0xDD)};
+        const __m512d even[] = {_mm512_shuffle_f64x2(a, c, 0x88), _mm512_shuffle_f64x2(b, d, 0x88)};
+        const __m512d odd[] = {_mm512_shuffle_f64x2(a, c, 0xDD), _mm512_shuffle_f64x2(b, d, 0xDD)};
 #pragma GCC unroll 2
         for (int j = 0; j < 2; j++) { /* quarters: of rows 0-1, 4-5, 2-3, 6-7 */
             to[k + j] = _mm512_shuffle_f64x2(even[j], even[j], 0xD8);
