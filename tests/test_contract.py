@@ -111,7 +111,7 @@ def test_leafwise_products_are_reported_with_the_threads_of_the_ranks(tmp_path: 
         print(run("--threads", "3", "--against", path), run("--threads", "2", "--against", path))
         """
     lines = run_fresh(code, SHARDPROOF_BLAS="leafwise", OMP_NUM_THREADS="2").splitlines()
-    assert lines[0].startswith("True tree-2 leaves=8 leafwise threads=3 fp32 ")
+    assert lines[0].startswith("True tree-2 leaves=8 leafwise threads=3 small=")
     assert lines[1:] == ["True", "(0, True)", "(0, True) (2, False)"]
 
 

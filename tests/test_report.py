@@ -276,7 +276,7 @@ def test_nothing_in_common_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("contract", "tree-2"), ("seed", 1), ("numerics", "native")]
+    ("key", "value"), [("contract", "tree-0"), ("seed", 1), ("numerics", "native")]
 )
 def test_another_contract_is_an_error(key, value):
     with pytest.raises(UsageError, match=f"its {key} is .* the bits depend on it"):
