@@ -17,7 +17,7 @@ from shardproof.bench.system import System
 from shardproof.bench.systems import catalog
 from shardproof.bench.systems.catalog import SYSTEMS, find_system
 from shardproof.bench.works.catalog import WORKS, find_work, work_names
-from shardproof.bench.works.step import Phase, Step
+from shardproof.bench.works.step import Step
 from shardproof.errors import UsageError
 
 BASE = Key("torch-2t", 1)
@@ -369,9 +369,11 @@ def test_a_training_step_shows_everything_that_it_computes() -> None:
         assert update > 3 * (1e-5 * value.abs().max() + 1e-6)
 
 
-def test_decoding_records_no_gradients() -> None:
-    trial = find_work("decode-1024").variants[0].make(find_system("torch-1t").join(None))
-    assert not trial.step().requires_grad
-    block = find_work("layer-overhead").variants[0]
-    assert block.make(find_system("torch-1t").join(None)).step().requires_grad
-    assert Phase.DECODE not in {variant.keys["phase"] for variant in [block]}
+def test_inference_records_no_gradients_and_the_recorded_forward_does() -> None:
+    party = find_system("torch-1t").join(None)
+    assert not find_work("decode-1024").variants[0].make(party).step().requires_grad
+    found = {
+        variant.keys["phase"]: variant.make(party).step().requires_grad
+        for variant in find_work("layer-overhead").variants
+    }
+    assert found == {"forward": False, "recorded forward": True, "forward+backward": True}

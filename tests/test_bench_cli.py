@@ -55,7 +55,8 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--work", "ffn"], "there is no work 'ffn'. "
          f"Near names: ffn-2048, ffn-1024. All: {', '.join(work_names())}."),
-        (["--system", "torch-4t"], "there is no system 'torch-4t'. Near names: torch-2t, torch-1t, dtensor. "
+        (["--system", "torch-4t"],
+         "there is no system 'torch-4t'. Near names: torch-2t, torch-1t, dtensor. "
          f"All: {', '.join(system.name for system in SYSTEMS)}."),
         (["--rounds", "0"],
          "--rounds 0 is not a positive number. Use 1 or more, for instance --rounds 10."),

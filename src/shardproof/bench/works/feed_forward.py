@@ -64,13 +64,13 @@ DECODE_1024 = _work(
     "decode-1024",
     "feed-forward 1024 -> 4096 -> 1024, 1 token: forward",
     feed_forward(1024, 1),
-    Phase.DECODE,
+    Phase.INFERENCE,
     100,
 )
 DECODE_4096 = _work(
     "decode-4096",
     "feed-forward 4096 -> 16384 -> 4096, 1 token: forward",
     feed_forward(4096, 1),
-    Phase.DECODE,
+    Phase.INFERENCE,
     10,
 )

@@ -63,6 +63,6 @@ LAYER_OVERHEAD = Work(
     tuple(
         _tiny(style, phase)
         for style in (Style.COLUMN, Style.ROW)
-        for phase in (Phase.FORWARD, Phase.BOTH)
+        for phase in (Phase.INFERENCE, Phase.RECORDED, Phase.BOTH)
     ),
 )

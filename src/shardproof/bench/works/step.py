@@ -19,9 +19,9 @@ class Phase(enum.StrEnum):
     """How much of a training step is timed."""
 
     TRAIN = "train"  # forward, MSE, backward (input too), SGD
-    FORWARD = "forward"  # with gradients recorded
+    INFERENCE = "forward"  # under no_grad
+    RECORDED = "recorded forward"  # with what backward will need
     BOTH = "forward+backward"  # from a given output gradient
-    DECODE = "decode"  # forward under no_grad
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Step:
         drawn = torch.Generator().manual_seed(_seed(block.name))
         whole = draw(block.build(), drawn)
         self._shapes = {name: tuple(value.shape) for name, value in whole.named_parameters()}
-        is_training = phase is not Phase.DECODE
+        is_training = phase is not Phase.INFERENCE
         self.model = party.cut(whole, block.plan, training=is_training)
         self._in = party.layout(block.in_shape, block.in_dim)
         self._out = party.layout(block.out_shape, block.out_dim)
@@ -86,9 +86,9 @@ class Step:
         self._sgd = torch.optim.SGD(self.model.parameters(), lr=block.rate)
         self.step: Callable[[], Tensor] = {
             Phase.TRAIN: self._train,
-            Phase.FORWARD: self._forward,
+            Phase.RECORDED: self._forward,
             Phase.BOTH: self._both,
-            Phase.DECODE: self._decode,
+            Phase.INFERENCE: self._decode,
         }[phase]
 
     def _train(self) -> Tensor:
