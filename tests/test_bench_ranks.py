@@ -22,7 +22,7 @@ from shardproof.bench.works.catalog import find_work
 from shardproof.bench.works.counting import Counting
 from shardproof.engines.base import Ranks
 from shardproof.leaves import Cut, Layout, replicated
-from shardproof.numerics import products
+from shardproof.numerics import mode, products
 
 Pool = Callable[[int, str], Ranks]
 WORK = "linear-row"
@@ -275,6 +275,30 @@ def test_our_own_kernels_are_counted_while_a_thread_counts_and_left_alone_after(
 
     assert pool(2, "threads").run(work) == [2 * 2 * 512 * 16, 0]
     assert products.product is before
+
+
+@pytest.mark.skipif(mode.missing_products() is not None, reason="needs the kernels in C")
+def test_a_product_counts_the_same_however_its_operand_is_given() -> None:
+    x, w, bias = torch.ones(2, 12), torch.ones(12, 5), torch.ones(5)
+    slices = Cut(12, 3, 1).leaf_slices(0)
+
+    def flops(b: Tensor, *, is_transposed: bool) -> list[int]:
+        calls: list[Callable[[], object]] = [
+            lambda: products.product(x, b, bias, is_transposed=is_transposed),
+            lambda: products.leaf_sum(x, b, slices, bias, is_transposed=is_transposed),
+            lambda: products.leaf_nodes(
+                x, b, slices, run=range(3), num_leaves=4, is_transposed=is_transposed
+            ),
+        ]
+        found = []
+        for call in calls:
+            with Counting([]) as counted:
+                call()
+            found.append(counted.flops)
+        return found
+
+    assert flops(w, is_transposed=False) == [2 * 2 * 12 * 5] * 3
+    assert flops(w.t(), is_transposed=True) == [2 * 2 * 12 * 5] * 3
 
 
 @pytest.mark.parametrize("name", ["native-threads", "invariant-threads"])

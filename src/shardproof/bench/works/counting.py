@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 from shardproof.numerics import products
 
-_KERNELS = ("product", "leaf_sum", "leaf_nodes")  # of `products`: (M, K) by (K, N)
+_KERNELS = ("product", "leaf_sum", "leaf_nodes")  # of `products`
 
 
 class Counting(TorchDispatchMode):
@@ -109,11 +109,14 @@ class _Watch:
 
     def _watched(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(kernel)
-        def watched(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def watched(
+            a: Tensor, b: Tensor, *args: Any, is_transposed: bool = False, **kwargs: Any
+        ) -> Any:
             counting = getattr(self._here, "counting", None)
             if counting is not None:
-                counting.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-            return kernel(a, b, *args, **kwargs)
+                columns = b.shape[0 if is_transposed else 1]
+                counting.flops += 2 * a.shape[0] * a.shape[1] * columns
+            return kernel(a, b, *args, is_transposed=is_transposed, **kwargs)
 
         return watched
 
