@@ -1,8 +1,10 @@
 """`parallelize`: what a cut model is made of, and that it keeps every bit at every degree."""
 
 import copy
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +18,10 @@ from invariance import bits_equal, normal, random_threads
 from places import Pool
 from shardproof import comm
 from shardproof.axis import Axis
+from shardproof.errors import MismatchError
 from shardproof.layers import activations
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
+from shardproof.numerics import mode
 from shardproof.optim import layouts_of
 from shardproof.plans.apply import parallelize
 from shardproof.plans.style import ColumnParallel, Plan, RowParallel
@@ -197,3 +201,27 @@ def test_a_model_keeps_every_bit_in_leafwise_mode_too() -> None:
     assert branch == "leafwise"
     assert int(count) == 2 + 2 * len(list(Model().parameters()))
     assert differs == []
+
+
+def test_ranks_that_would_compute_with_different_products_raise(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node without a compiler lacks the kernels: mixed arithmetic, and no error elsewhere."""
+    contract, met = mode.contract, threading.Barrier(2)
+
+    def of_this_rank(*given: Any) -> str:
+        is_odd = met.wait() == 1
+        return contract(*given).replace("tree", "other" if is_odd else "tree")
+
+    monkeypatch.setattr(mode, "contract", of_this_rank)
+
+    model = nn.Sequential(nn.Linear(4, 8))
+
+    def run(axis: Axis) -> str:
+        with pytest.raises(MismatchError) as caught:
+            parallelize(copy.deepcopy(model), {"0": ColumnParallel()}, axis)
+        return str(caught.value)
+
+    for message in pool(2, "threads").run(run):
+        assert "were given different arithmetic: for contract, rank 0 has " in message
+        assert "without a C compiler lacks the kernels" in message

@@ -24,13 +24,17 @@ def shm() -> ModuleType | None:
     return _load("_shm")[0]
 
 
-def problem() -> str | None:
-    """Why a module is missing and what to do, or None if both are here.
+def problem(*names: str) -> str | None:
+    """Why a module is missing and what to do, or None if it is here.
+
+    Args:
+        names: "kernels", "shm"; both if none is named.
 
     Raises:
         UsageError: SHARDPROOF_CORE is set to what it does not know.
     """
-    return next((why for _, why in map(_load, ("_kernels", "_shm")) if why is not None), None)
+    found = (_load(f"_{name}")[1] for name in names or ("kernels", "shm"))
+    return next((why for why in found if why is not None), None)
 
 
 def _import(name: str) -> ModuleType:
@@ -48,9 +52,10 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
         return None, f"{VARIABLE}=off"
     try:
         return _import(name), None
-    except ImportError as error:
+    except ModuleNotFoundError:
         return None, (
-            f"shardproof.{name} is not there ({error}). It is built when shardproof is installed "
-            "on a machine with a C compiler and Python's headers: install both, then shardproof "
-            "again"
+            f"shardproof.{name} is not there. It is built when shardproof is installed on a "
+            "machine with a C compiler and Python's headers: install both, then shardproof again"
         )
+    except ImportError as error:
+        return None, f"shardproof.{name} cannot be loaded ({error}). Install shardproof again"

@@ -139,7 +139,7 @@ def missing_products() -> str | None:
     """
     kernels = core.kernels()
     if kernels is None:
-        return core.problem()
+        return core.problem("kernels")
     return "this CPU has no fused multiply-add" if kernels.path() == "none" else None
 
 

@@ -13,6 +13,7 @@ from shardproof.layers.activations import invariant_twin
 from shardproof.layers.base import ShardedModule, check_state
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
 from shardproof.leaves import check_degree
+from shardproof.numerics import mode
 from shardproof.plans.match import match
 from shardproof.plans.style import ColumnParallel, Plan, Style
 
@@ -47,7 +48,8 @@ def parallelize(model: nn.Module, plan: Plan | Mapping[str, Style | str], axis: 
     Raises:
         PlanError: everything that is wrong with the plan, in one message; nothing was changed.
         DegreeError: the degree exceeds the plan's leaves.
-        MismatchError: the ranks were given different plans, models or weights.
+        MismatchError: the ranks were given different plans, models or weights, or would compute
+            with different products.
     """
     plan = plan if isinstance(plan, Plan) else Plan(plan)
     # First of all: only what every rank has alike may decide whether a rank raises.
@@ -58,6 +60,14 @@ def parallelize(model: nn.Module, plan: Plan | Mapping[str, Style | str], axis: 
         what="weights",
         way_out="The ranks' weights differ: seed every rank alike before the model is built (ranks "
         "as threads share one generator: build it once and copy it), or load the same state.",
+    )
+    comm.agree(
+        {"contract": _contract(plan, model)},
+        axis,
+        what="arithmetic",
+        way_out="Install the same torch and the same build of shardproof for every rank (one "
+        "without a C compiler lacks the kernels), and set SHARDPROOF_BLAS and SHARDPROOF_CORE "
+        "alike.",
     )
     check_degree(axis.size, plan.scheme.leaves)
     styles, problems = match(plan.styles, model)
@@ -94,6 +104,15 @@ def _describe(plan: Plan, model: nn.Module) -> dict[str, object]:
         dtype = str(value.dtype).removeprefix("torch.")
         found[f"parameter {name!r}"] = f"{tuple(value.shape)} {dtype}{frozen}"
     return found
+
+
+def _contract(plan: Plan, model: nn.Module) -> str:
+    """What this process would compute the products of `model` with."""
+    weight = next(model.parameters(), None)
+    if weight is None:
+        return mode.contract(plan.scheme)
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    return mode.contract(plan.scheme, weight.dtype, device)
 
 
 def _sample_weights(model: nn.Module) -> dict[str, object]:

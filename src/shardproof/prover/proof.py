@@ -206,13 +206,12 @@ def prove(
 
     Args:
         build: `build(axis)` makes the model of one rank, `build(None)` the plain torch module,
-            with the same parameter names and the same numbers in them. Ranks as threads share
-            torch's global generator: draw from a generator of your own, or cut a model that
-            stands outside.
+            with the same parameter names and numbers. Ranks as threads share torch's global
+            generator: draw from one of your own, or cut a model that stands outside.
         loss_fn: of `module(*inputs)`, which must be a tensor, and the target.
         batch: inputs (a tensor or a tuple of them) and target.
         degrees: how many ranks; each is run once, lowest first.
-        optimizer: makes one for some parameters; without it nothing is updated.
+        optimizer: makes one for some parameters; None updates nothing.
         steps: how many; agreement with plain torch is judged on the first.
         engine: "threads" or "processes".
         threads: intra-op threads of each rank; by default this process's are shared out.
@@ -228,24 +227,15 @@ def prove(
     Raises:
         UsageError: an argument makes no sense, the module does not return a tensor, or a layer has
             another scheme.
-        DegreeError: a degree that is not a positive number or exceeds the leaves.
+        DegreeError: a degree is not positive or exceeds the leaves.
         NumericsError: the optimizer is a fused one, or this process cannot promise the bits.
 
     Example:
-        >>> report = prove(build, nn.functional.mse_loss, (x, y), degrees=(1, 2))  # doctest: +SKIP
-        >>> report.proved  # doctest: +SKIP
-        True
+        >>> prove(build, loss_fn, (x, y), degrees=(1, 2)).proved  # doctest: +SKIP
     """
     degrees = checked_degrees(degrees, scheme)
     _check_optimizer(optimizer)
-    work = Training(
-        functools.partial(_build, build),
-        functools.partial(_given, *checked_batch(batch)),
-        functools.partial(_loss, loss_fn),
-        optimizer,
-        checked_steps(steps),
-        measures_creation=audit_creation,
-    )
+    work = _training(build, loss_fn, batch, optimizer, steps, audit_creation)
     cases = [Case(name, "a model given to prove()", work)]
     return prove_cases(
         cases,
@@ -256,6 +246,24 @@ def prove(
         overlap=overlap,
         scheme=scheme,
         seed=None,
+    )
+
+
+def _training(
+    build: Callable[[Axis | None], nn.Module],
+    loss_fn: Callable[[Any, Tensor], Tensor],
+    batch: GivenBatch,
+    optimizer: MakeOptimizer | None,
+    steps: int,
+    audit_creation: bool,
+) -> Training:
+    return Training(
+        functools.partial(_build, build),
+        functools.partial(_given, *checked_batch(batch)),
+        functools.partial(_loss, loss_fn),
+        optimizer,
+        checked_steps(steps),
+        measures_creation=audit_creation,
     )
 
 
