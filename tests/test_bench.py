@@ -1,5 +1,6 @@
 """The bench's parts without a process: who is measured at what, in which order, and the figures."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,7 @@ class Toy:
         self.failing: dict[Key, type] = {}
         self.running: set[Key] = set()
         self.ended: list[Key] = []
+        self.steps: list[tuple[str, set[Key]]] = []
 
     def __enter__(self) -> "Toy":
         return self
@@ -185,14 +187,17 @@ class Toy:
         pass
 
     def start(self, keys: tuple[Key, ...]) -> None:
-        self.running |= set(keys)
+        new = set(keys) - self.running
+        self.running |= new
+        self.steps.append(("start", new))
 
     def is_running(self, key: Key) -> bool:
         return key in self.running
 
-    def end(self, key: Key) -> None:
-        self.running.discard(key)
-        self.ended.append(key)
+    def end(self, keys: set[Key]) -> None:
+        self.running -= keys
+        self.ended += keys
+        self.steps.append(("end", keys))
 
     def hello(self, key: Key) -> Hello:
         return Hello("toy", None)
@@ -322,6 +327,35 @@ def test_progress_counts_up_to_all_there_is(toy: Toy) -> None:
         "linear-row: starting", "linear-row: checking torch-2t",
     ]  # fmt: skip
     assert told[-1] == (8, 12, "linear-row: round 2 of 2")
+
+
+def test_whom_the_next_work_does_not_need_is_ended_even_if_a_later_one_does(toy: Toy) -> None:
+    works = ("layer-overhead", "linear-row", "scaling")
+    made = planned("native-threads", works=works, rounds=1)
+    toy.seconds = {key: [1.0] * 20 for job in made.jobs for key in job.keys}
+    run(made, command="")
+    alone, pair = Key("native-threads", 1), Key("native-threads", 2)
+    wide = {Key("native-threads", ranks) for ranks in (1, *range(3, 9))}
+    assert [step for step in toy.steps if step[1]] == [
+        ("start", {BASE, alone, pair}), ("end", {alone}),  # once for all variants of a work
+        ("start", wide), ("end", wide | {BASE, pair}),
+    ]  # fmt: skip
+
+
+def test_what_was_measured_is_kept_after_every_work_but_the_last(toy: Toy) -> None:
+    toy.seconds = {key: [1.0] * 20 for key in (BASE, NATIVE, Key("native-threads", 1))}
+    kept: list[Any] = []
+    works = ("linear-row", "layer-overhead", "linear-column")
+    report = run(
+        planned("native-threads", works=works, rounds=1),
+        command="",
+        keep=lambda data: kept.append(json.loads(json.dumps(data))),
+    )
+    assert [{row["work"] for row in data["results"]} for data in kept] == [
+        {"linear-row"}, {"linear-row", "layer-overhead"},
+    ]  # fmt: skip
+    assert [data["complete"] for data in (*kept, report)] == [False, False, True]
+    assert kept[1]["results"] == report["results"][: len(kept[1]["results"])]
 
 
 def test_a_name_for_temporary_files_that_is_too_long_is_refused(

@@ -1,6 +1,7 @@
 """`shardproof bench` as users meet it: refusals, a real run of each kind, and what is written."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -162,7 +163,7 @@ def test_a_run_says_where_and_how(steps: Any) -> None:
     _, report = steps
     assert report["environment"]["torch"].startswith("2.")
     assert report["environment"]["cores"] >= 1
-    assert (report["rounds"], report["quick"]) == (2, True)
+    assert (report["rounds"], report["quick"], report["complete"]) == (2, True, True)
     assert (report["skipped"], report["failed"], report["all_reduce"]) == ([], [], [])
 
 
@@ -317,6 +318,20 @@ def test_a_killed_host_is_a_failure_and_nothing_is_left(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
+def test_a_rank_that_leaves_before_its_first_word_or_comes_too_late_is_let_go(
+    fleet: Fleet,
+) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    fleet._welcome(ours)
+    assert ours.closed
+    ours, theirs = multiprocessing.Pipe()
+    theirs.send(("native-gloo", 2, 1))  # of a group that has failed, or was never there
+    fleet._welcome(ours)
+    assert ours.closed
+    theirs.close()
+
+
 def test_a_rank_that_leaves_between_two_orders_is_a_failure(fleet: Fleet) -> None:
     key = Key("torch-1t", 1)
     fleet.start([key])
@@ -400,6 +415,22 @@ def test_what_was_left_out_is_said_once_for_all_with_the_same_reason(
     assert result.exit_code == 0, result.output
     assert "skipped: hf and fairscale: needs the extra 'peers'\n" in result.stdout
     assert "skipped at linear-row: megatron: cannot\n" in result.stdout
+
+
+def test_an_interrupted_run_leaves_what_it_measured_if_a_file_is_to_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, keep: Any, **__: Any) -> None:
+        if keep is not None:  # a pipe would get one document after the other
+            keep(SAMPLE)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_command, "run", interrupted)
+    path = tmp_path / "bench.json"
+    asked = ("--work", "linear-row", "--system", "torch-2t", "--json")
+    assert bench(*asked, str(path)).exit_code != 0
+    assert json.loads(path.read_text())["rounds"] == 3
+    assert bench(*asked, "/dev/stdout").stdout == ""
 
 
 def test_a_picture_is_drawn(tmp_path: Path) -> None:

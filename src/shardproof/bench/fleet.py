@@ -104,25 +104,21 @@ class Fleet:
         """True until a group is ended or fails."""
         return key in self._groups
 
-    def end(self, key: Key) -> None:
-        """End a group; one that does not run is fine."""
-        group = self._groups.pop(key, None)
-        if group is None:
-            return
-        for wire in group.wires.values():
-            wire.close()  # what the ranks wait for
-        try:
-            group.host.wait(10.0)
-        except subprocess.TimeoutExpired:
-            _kill(group.host)
+    def end(self, keys: Iterable[Key]) -> None:
+        """End groups; one that does not run is fine."""
+        groups = [self._groups.pop(key) for key in set(keys) if key in self._groups]
+        for group in groups:  # all at once: each takes its time to leave
+            for wire in group.wires.values():
+                wire.close()  # what the ranks wait for
+        for group in groups:
+            try:
+                group.host.wait(10.0)
+            except subprocess.TimeoutExpired:
+                _kill(group.host)
 
     def close(self) -> None:
         """End everything."""
-        for group in self._groups.values():  # all at once: each takes its time to leave
-            for wire in group.wires.values():
-                wire.close()
-        for key in list(self._groups):
-            self.end(key)
+        self.end(self._groups)
         self._listener.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -181,8 +177,17 @@ class Fleet:
                     self._fail(group, f"its ranks did not come within {START:g} s")
 
     def _welcome(self, wire: Connection) -> None:
-        system, ranks, rank = wire.recv()
-        self._groups[Key(system, ranks)].wires[rank] = wire
+        """Take in a rank; one that has left, or whose group has failed meanwhile, is let go."""
+        try:
+            system, ranks, rank = wire.recv()
+        except (EOFError, OSError):  # its group is missed, and is given up when its host ends
+            wire.close()
+            return
+        group = self._groups.get(Key(system, ranks))
+        if group is None:
+            wire.close()
+        else:
+            group.wires[rank] = wire
 
     def _greet(self, group: _Group, deadline: float) -> None:
         try:

@@ -1,6 +1,6 @@
 """The bench itself: right first, then fast, in interleaved rounds; and the report as plain data."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,40 +37,54 @@ class Failures:
         )
 
 
-def run(plan: Plan, *, command: str, progress: Progress | None = None) -> Data:
+def run(
+    plan: Plan,
+    *,
+    command: str,
+    progress: Progress | None = None,
+    keep: Callable[[Data], None] | None = None,
+) -> Data:
     """Measure everything.
 
     Args:
         plan: what.
         command: that asked for it, for the report.
         progress: told what happens.
+        keep: given the report so far whenever a work is done and another follows.
 
     Returns:
-        The report: "environment", "results", "all_reduce", "skipped", "failed" and how it was
-        measured; plain data.
+        The report: "environment", "results", "all_reduce", "skipped", "failed", how it was
+        measured, and "complete": if all that was planned is in it; plain data.
     """
     failures = Failures()
     sections: dict[str, list[Data]] = {"results": [], "all_reduce": []}
     steps = _Steps(plan, progress)
+    found_here = environment()
+
+    def report(*, is_complete: bool) -> Data:
+        return {
+            "environment": found_here,
+            "command": command,
+            "rounds": plan.rounds,
+            "quick": plan.is_quick,
+            "complete": is_complete,
+            **sections,
+            "skipped": [asdict(skip) for skip in plan.skips],
+            "failed": failures.found,
+        }
+
     with Fleet() as fleet:
         for place, job in enumerate(plan.jobs):
+            following = plan.jobs[place + 1 : place + 2]  # one or none
             steps.at(f"{job.work.name}: starting")
             fleet.start(job.keys)
             measured = _Measurement(fleet, job, failures, steps).run(plan.rounds)
             sections[job.work.section] += measured
-            later = {key for other in plan.jobs[place + 1 :] for key in other.keys}
-            for key in job.keys:
-                if key not in later:
-                    fleet.end(key)
-    return {
-        "environment": environment(),
-        "command": command,
-        "rounds": plan.rounds,
-        "quick": plan.is_quick,
-        **sections,
-        "skipped": [asdict(skip) for skip in plan.skips],
-        "failed": failures.found,
-    }
+            # A rank holds a quarter of a GiB: whom the next job does not need must not stay.
+            fleet.end(set(job.keys).difference(*(other.keys for other in following)))
+            if keep is not None and any(other.work is not job.work for other in following):
+                keep(report(is_complete=False))
+    return report(is_complete=True)
 
 
 def turn(keys: Sequence[Key], number: int) -> list[Key]:

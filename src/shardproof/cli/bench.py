@@ -53,7 +53,9 @@ Data = dict[str, Any]
 @click.option(
     "--quick", is_flag=True, help="A glance: fewer rounds, fewer sizes and degrees. Noisy."
 )
-@click.option("--json", "json_path", metavar="FILE", help="Also write the report to FILE.")
+@click.option(
+    "--json", "json_path", metavar="FILE", help="Also write the report to FILE, after every work."
+)
 @click.option("--plot", "plot_path", metavar="FILE", help="Also draw it; needs the extra 'plot'.")
 def bench(**given: Any) -> int:
     """Measure side by side with plain torch and with the peers.
@@ -67,10 +69,12 @@ def bench(**given: Any) -> int:
     2: wrong usage, or an error that says what to do.
     """
     request = check(Given(**given))
+    target = request.target
+    keep = target.write if target is not None and target.is_replaced else None
     with progress(is_speaker=True) as tell:
-        report = run(request.plan, command=request.command, progress=tell)
-    if request.target is not None:
-        request.target.write(report)
+        report = run(request.plan, command=request.command, progress=tell, keep=keep)
+    if target is not None:
+        target.write(report)
     if request.picture is not None:
         plot.draw(report, request.picture)
     show(report, console())

@@ -57,6 +57,11 @@ class JsonFile:
             self._draft.unlink()
 
     @property
+    def is_replaced(self) -> bool:
+        """True if a later document takes the place of an earlier one, and does not follow it."""
+        return not self._is_special
+
+    @property
     def _draft(self) -> Path:
         return self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
 
