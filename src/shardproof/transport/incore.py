@@ -186,9 +186,9 @@ class CoreTransport(Transport):
     def _tick(self, waited: float, missing: list[int]) -> None:
         """Called in a long wait: raise if it makes no sense to go on, else do nothing."""
 
-    @abstractmethod
     def _forget(self) -> None:
-        """A long wait is over: take back what `_tick` told the others."""
+        """A long wait is over: take back what the others were told."""
+        self._is_noted = False
 
     def _gather(self, x: int, out: int, outer: int, known: _Gathering) -> None:
         self._call = known.call
@@ -330,9 +330,9 @@ class CoreTransport(Transport):
     def _quarrel(self, text: str, cause: ShardproofError | None) -> NoReturn:
         """Tell each other what everybody meant, and raise it on all ranks."""
         self._started.clear()
+        self._is_noted = True  # the text lies where a long wait would put its note
         texts = self._core.confer(text.encode())
-        if self._is_noted:
-            self._forget()
+        self._forget()
         raise mismatch(texts) from cause
 
 

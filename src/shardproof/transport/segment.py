@@ -22,6 +22,8 @@ from shardproof.errors import AxisError
 from shardproof.transport.base import Call, Transport
 
 _NONCE = 16
+# What comes of a call that the kernel has not, or that this Python was built without.
+_MISSING = (OSError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,13 @@ class Host:
         if problem is not None or sys.platform != "linux":
             problem = problem or f"memory is shared on Linux alone, and this is {sys.platform}"
             return cls("", "", layout, os.getpid(), 0, problem)
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = os.readlink("/proc/self/ns/pid")
         pid = os.getpid()
-        return cls(boot, namespace, layout, pid, began(pid), None)
+        try:
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            namespace = os.readlink("/proc/self/ns/pid")
+            return cls(boot, namespace, layout, pid, began(pid), None)
+        except OSError as error:  # the others must hear of it, and not wait
+            return cls("", "", layout, pid, 0, f"/proc cannot be read ({error})")
 
 
 class Peer:
@@ -60,7 +65,8 @@ class Peer:
         self._began = began_at
         self._poll = select.poll()
         self._closing: Callable[[], object] | None = None
-        with contextlib.suppress(OSError):  # an old kernel, or it is gone: then /proc says so
+        # An old kernel, a Python built for one, or it is gone: then /proc says so.
+        with contextlib.suppress(*_MISSING):
             descriptor = os.pidfd_open(pid)
             self._closing = weakref.finalize(self, os.close, descriptor)
             self._poll.register(descriptor, select.POLLIN)
@@ -144,7 +150,7 @@ def _attempt(base: Transport, length: int, way: str) -> tuple[mmap.mmap | None, 
         if base.rank == 0:
             descriptor, path = _make(way, length)
             os.pwrite(descriptor, nonce, 0)
-    except OSError as error:
+    except _MISSING as error:
         problem = f"rank 0: {error}"
     try:
         told = base.gather_objects((path, problem, nonce), call=_call(way))
@@ -181,7 +187,7 @@ def _make(way: str, length: int) -> tuple[int, str]:
         descriptor = os.open(path, flags, 0o600)
     try:
         os.posix_fallocate(descriptor, 0, length)  # too little memory is an error here, not later
-    except OSError:
+    except _MISSING:
         os.close(descriptor)
         if way == "file":
             Path(path).unlink()

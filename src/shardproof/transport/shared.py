@@ -74,9 +74,12 @@ class SharedTransport(CoreTransport):
         module = core.shm()
         layout = 0 if module is None else layout_of(module, _SLOT, _SLICED_FROM)
         hosts = find_hosts(base, layout, core.problem() if module is None else None)
-        if module is None or base.size > module.MAX_RANKS:
+        if module is None:
+            raise AxisError(f"ranks cannot share memory: {core.problem()}.")
+        if base.size > module.MAX_RANKS:
             raise AxisError(
-                f"{base.size} ranks cannot share memory; {module and module.MAX_RANKS} can."
+                f"{base.size} ranks cannot share memory; no more than {module.MAX_RANKS} can. Use "
+                "transport='gloo'."
             )
         memory = map_together(base, module.area_bytes(base.size, _SLOT))
         peers = [
@@ -215,7 +218,7 @@ class SharedTransport(CoreTransport):
             self._observer(self._call)
 
     def _forget(self) -> None:
-        self._is_noted = False
+        super()._forget()
         self._core.note(b"")
         if self._is_observed and self._observer is not None:
             self._is_observed = False

@@ -135,9 +135,6 @@ class ThreadsTransport(CoreTransport):
     def _tick(self, waited: float, missing: list[int]) -> None:
         """The rendezvous is asked instead: it knows all ranks."""
 
-    def _forget(self) -> None:
-        """Nobody was told."""
-
 
 class _Lent(portable.Sum):
     """A sum in which every rank reads its slices from the others' parts."""
