@@ -51,6 +51,9 @@ def product(
         is_transposed: how `b` is given.
     Returns:
         (M, N).
+
+    Raises:
+        ShapeError: sizes, or the bias's dtype, do not fit.
     """
     return _run(a, b, bias, _one_leaf(a.shape[1]), is_transposed)
 
@@ -73,6 +76,9 @@ def leaf_sum(
         is_transposed: how `b` is given.
     Returns:
         (M, N).
+
+    Raises:
+        ShapeError: sizes, or the bias's dtype, do not fit.
     """
     leaves = len(slices)
     return _run(a, b, bias, _program(slices, range(leaves), leaves)[0], is_transposed)
@@ -125,6 +131,11 @@ def _run(
             f"cannot multiply ({m}, {k}) by ({inner}, {n}): {k} is not {inner}. Give operands that "
             "agree along the contracted dim."
         )
+    if bias is not None and (bias.shape != (n,) or bias.dtype is not a.dtype):
+        raise ShapeError(
+            f"the bias is {bias.dtype} of shape {tuple(bias.shape)}, and a product of shape "
+            f"({m}, {n}) needs {a.dtype} of shape ({n},). Give one element for each column."
+        )
     if out is None:
         out = a.new_empty(m, n)
     if not (m and n and k):
@@ -134,7 +145,7 @@ def _run(
         a, b = a.resolve_neg(), b.resolve_neg()
     bias_address = 0
     if bias is not None:
-        bias = bias.contiguous()
+        bias = bias.resolve_neg().contiguous()
         bias_address = bias.data_ptr()
     b_row, b_col = b.stride()
     if is_transposed:
