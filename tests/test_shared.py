@@ -4,6 +4,7 @@ import gc
 import itertools
 import mmap
 import os
+import re
 import stat
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from shardproof.transport import segment
 from shardproof.transport.base import Call, Order, Window, rank_order
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.shared import SharedTransport
+from shardproof.transport.solo import SoloTransport
 
 pytestmark = pytest.mark.skipif(core.shm() is None, reason="the C core was not built")
 
@@ -135,6 +137,55 @@ def test_ranks_that_are_not_together_are_told_so(what: str, said: str, pool: Poo
         assert message.startswith(said)
 
 
+def test_without_memfd_in_python_all_ranks_use_a_file(pool: Pool) -> None:
+    def work(axis: Axis) -> list[float]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delattr(os, "memfd_create")
+            return shared().all_reduce(torch.ones(2), call=call()).tolist()
+
+    assert pool(2, "processes").run(work) == [[2.0, 2.0]] * 2
+
+
+@pytest.mark.parametrize("name", ["memfd_create", "posix_fallocate"])
+def test_what_python_was_built_without_is_a_reason_on_all_ranks(name: str, pool: Pool) -> None:
+    def work(axis: Axis) -> str:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delattr(os, name)
+            with pytest.raises(AxisError) as caught:
+                segment.map_together(group(), 8192, ways=("memfd",))
+        return str(caught.value)
+
+    said = f"the ranks cannot share memory. memfd: rank 0: module 'os' has no attribute '{name}'."
+    assert pool(2, "processes").run(work) == [said] * 2
+
+
+def test_without_pidfd_in_python_proc_says_who_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "pidfd_open")
+    assert not segment.Peer(os.getpid(), segment.began(os.getpid())).has_ended()
+    assert segment.Peer(os.getpid(), 1).has_ended()
+
+
+def test_a_proc_that_cannot_be_read_is_a_hosts_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str) -> str:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "readlink", refuse)
+    problem = segment.Host.here(0, None).problem
+    assert problem == "/proc cannot be read ([Errno 13] Permission denied: '/proc/self/ns/pid')"
+
+
+def test_too_many_ranks_are_told_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Many(SoloTransport):
+        size = 257
+
+        def gather_objects(self, value: object, *, call: Call) -> list[object]:
+            return [value] * 257
+
+    said = "257 ranks cannot share memory; no more than 256 can. Use transport='gloo'."
+    with pytest.raises(AxisError, match=re.escape(said)):
+        SharedTransport.connect(Many(), timeout=1)
+
+
 def test_another_process_with_the_same_number_is_not_taken_for_the_peer() -> None:
     assert not segment.Peer(os.getpid(), segment.began(os.getpid())).has_ended()
     assert segment.Peer(os.getpid(), 1).has_ended()
@@ -231,6 +282,57 @@ def test_when_one_rank_alone_refuses_all_raise(engine: str, pool: Pool) -> None:
         assert "of shape (4,) and strides (2,)" in message
         assert "ranks 0 and 2: forward all_reduce of layer: float32 (4,), adds 3 parts" in message
         assert total == [3.0] * 4
+
+
+@pytest.mark.parametrize("engine", ["threads", "processes"])
+def test_why_a_rank_refuses_is_told_to_those_who_come_late(engine: str, pool: Pool) -> None:
+    def work(axis: Axis) -> tuple[str, list[float]]:
+        transport = shared() if engine == "processes" else axis.transport
+        x = torch.ones(8)[::2] if axis.rank == 1 else torch.ones(4)
+        confer = transport._core.confer
+
+        class Late:
+            """Comes to the quarrel when the other has waited for a while."""
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(core_of_rank, name)
+
+            def confer(self, text: bytes) -> list[str]:
+                time.sleep(0.3)
+                return confer(text)
+
+        core_of_rank = transport._core
+        if axis.rank == 0:
+            transport._core = Late()
+        with pytest.raises(MismatchError) as caught:
+            transport.sum([x], rank_order(2), torch.empty(4), call=call())
+        transport._core = core_of_rank
+        y = transport.all_reduce(torch.ones(4), call=call())
+        return str(caught.value), y.tolist()
+
+    for message, total in pool(2, engine).run(work):
+        assert "which it refuses: " in message
+        assert "of shape (4,) and strides (2,)" in message
+        assert "adds 2 parts of 4 torch.float32" in message
+        assert total == [2.0] * 4
+
+
+@pytest.mark.parametrize("engine", ["threads", "processes"])
+def test_after_a_quarrel_ranks_that_began_unequal_numbers_of_calls_meet(
+    engine: str, pool: Pool
+) -> None:
+    def work(axis: Axis) -> list[int]:
+        transport = shared() if engine == "processes" else axis.transport
+        outs = torch.empty(2, 4)
+        mine = call(who=f"layer {axis.rank}")
+        first = transport.start_sum([torch.ones(4)], rank_order(2), outs[0], call=mine)
+        if axis.rank == 1:
+            transport.start_sum([torch.ones(4)], rank_order(2), outs[1], call=mine)
+        with pytest.raises(MismatchError):
+            first.wait()
+        return transport.gather_objects(axis.rank, call=call())
+
+    assert pool(2, engine).run(work) == [[0, 1]] * 2
 
 
 @pytest.mark.parametrize("engine", ["threads", "processes"])
@@ -384,6 +486,50 @@ def test_16_bits_are_widened_and_rounded_as_torch_does(
     is_nan = halves.isnan()
     assert torch.equal(same.view(torch.int16)[~is_nan], halves.view(torch.int16)[~is_nan])
     assert same[is_nan].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("counts", "kinds", "said"),
+    [
+        ((-1, 3), (0, 0), "too many parts, fewer than none"),
+        ((1, 65), (0, 0), "too many parts, fewer than none"),
+        ((65, 1), (0, 0), "too many parts, fewer than none"),
+        ((1, 1), (0, 1), "only 32 bits are rounded, and to 16 bits alone"),
+        ((1, 1), (1, 2), "only 32 bits are rounded"),
+        ((1, 1), (2, 0), "only 32 bits are rounded"),
+        ((1, 1), (2, 3), "only 32 bits are rounded"),
+        ((1, 1), (0, 4), "only 32 bits are rounded"),
+    ],
+)
+def test_the_core_refuses_a_plan_that_it_cannot_carry_out(
+    counts: tuple[int, int], kinds: tuple[int, int], said: str
+) -> None:
+    module = core.shm()
+    assert module is not None
+    area = mmap.mmap(-1, module.area_bytes(2, 65536))
+    end = module.Core(area, 0, 2, 65536, lambda *_: None)
+    program = (0, *itertools.chain.from_iterable((n, -1) for n in range(1, sum(counts))))
+    with pytest.raises(ValueError, match=said):
+        end.plan(counts, program, 1024, *kinds, 1, False, None)
+
+
+def test_plans_share_one_scratch() -> None:
+    module = core.shm()
+    assert module is not None
+    area = mmap.mmap(-1, module.area_bytes(1, 65536))
+    end = module.Core(area, 0, 1, 65536, lambda *_: None)
+    program = (*range(64), *[-1] * 63)  # all parts are on the stack at once
+    x, out = torch.ones(4), torch.empty(4)
+
+    def mapped() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+
+    before = mapped()
+    plans = [end.plan((64,), program, 4, 0, 0, 1, False, None) for _ in range(500)]
+    for plan in plans:
+        end.sum(plan, out.data_ptr(), *[x.data_ptr()] * 64)
+    assert mapped() - before < 500 * 64 * 8192 / 4
+    assert out.tolist() == [64.0] * 4
 
 
 def test_many_parts_of_one_rank_are_added_in_order() -> None:

@@ -1,6 +1,7 @@
 """Sums, gathers and exchanges on every transport, against answers that every rank knows."""
 
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from places import Pool
 from shardproof import core
 from shardproof.axis import Axis
-from shardproof.transport.base import Call, Order, Transport
+from shardproof.transport.base import Call, Order, PeerError, Transport, Window, rank_order
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.portable import SUMMABLE
 from shardproof.transport.rendezvous import Rendezvous
@@ -37,9 +38,11 @@ def over(name: str, axis: Axis) -> Transport:
     return {"threads": lambda: axis.transport, "shm": shared, "gloo": group}[name]()
 
 
-def run_threads(size: int, work: Callable[[Transport], object]) -> list[object]:
+def run_threads(
+    size: int, work: Callable[[Transport], object], rendezvous: Rendezvous | None = None
+) -> list[object]:
     """`work` on bare threads; results or exceptions in rank order."""
-    rendezvous = Rendezvous(size, timeout=60)
+    rendezvous = rendezvous or Rendezvous(size, timeout=60)
     found: list[object] = [None] * size
 
     def run(rank: int) -> None:
@@ -56,6 +59,72 @@ def run_threads(size: int, work: Callable[[Transport], object]) -> list[object]:
         thread.join(120)
     assert not any(thread.is_alive() for thread in threads)
     return found
+
+
+class Impatient(Rendezvous):
+    """Rank 0 gives up its first long wait."""
+
+    def _tick(self, rank: int, waited: float, missing: list[int]) -> None:
+        if rank == 0 and missing:
+            raise InterruptedError("enough")
+        super()._tick(rank, waited, missing)
+
+
+@NEEDS_CORE
+def test_what_was_lent_is_not_read_after_its_rank_gave_up_a_wait() -> None:
+    """Rank 0 waits for rank 1, which adds without the interpreter lock, and leaves."""
+    module = core.shm()
+    assert module is not None
+    numel = 1 << 22
+    order = Order((1, 63), tuple([0, *(n for part in range(1, 64) for n in (part, -1))]))
+    windows = (Window(1, numel, 1, 0, 0), Window(1, numel, 1, 0, numel))
+    call = Call("all_reduce", "forward", "layer", (numel,), torch.float16)
+
+    def work(transport: Transport) -> object:
+        x = torch.full((numel,), 2.0, dtype=torch.float16)
+        out = torch.empty(0 if transport.rank == 0 else numel, dtype=torch.float16)
+        parts = [x] * order.counts[transport.rank]
+        if transport.rank == 0:
+            time.sleep(0.2)  # so that all of its long wait is for the other's sum
+            try:
+                transport.sum(parts, order, out, call=call, windows=windows)
+            finally:
+                x.fill_(float("nan"))
+        transport.sum(parts, order, out, call=call, windows=windows)
+        return out.unique().tolist()
+
+    module.use_portable(True)  # slowly
+    try:
+        gave_up, found = run_threads(2, work, Impatient(2, timeout=60))
+    finally:
+        module.use_portable(False)
+    assert isinstance(gave_up, InterruptedError), "the wait was long enough"
+    assert found == [128.0]
+
+
+@NEEDS_CORE
+@pytest.mark.parametrize("what", ["sum", "sliced sum"])
+def test_a_started_sum_does_not_read_what_was_lent_by_a_rank_that_gave_up(what: str) -> None:
+    numel = 1024 if what == "sum" else 1 << 20
+    call = Call("all_reduce", "forward", "layer", (numel,), torch.float32)
+    given_up = threading.Event()
+    outs = [torch.zeros(numel) for _ in range(2)]
+
+    def work(transport: Transport) -> None:
+        x = torch.full((numel,), float("nan"))
+        pending = transport.start_sum([x], rank_order(2), outs[transport.rank], call=call)
+        if transport.rank == 1:
+            assert given_up.wait(60)
+        try:
+            pending.wait()
+        finally:
+            given_up.set()
+
+    gave_up, other = run_threads(2, work, Impatient(2, timeout=60))
+    assert isinstance(gave_up, InterruptedError)
+    assert isinstance(other, PeerError)
+    assert "rank 0 of 2 raised InterruptedError: enough" in str(other)
+    assert not outs[1].any()
 
 
 WAYS = [

@@ -144,7 +144,8 @@ void choose_kernels(int is_portable)
     kinds[FLOAT16].widen = widen_f16_portable;
     kinds[FLOAT16].narrow = narrow_f16_portable;
 #ifdef HAS_F16C
-    if (!is_portable && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avx")) {
+    /* Every processor with AVX2 has F16C, which not all compilers can ask for. */
+    if (!is_portable && __builtin_cpu_supports("avx2")) {
         kinds[FLOAT16].widen = widen_f16c;
         kinds[FLOAT16].narrow = narrow_f16c;
     }

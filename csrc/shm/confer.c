@@ -6,13 +6,21 @@
 
 void write_note(Note *note, const char *text, size_t length)
 {
-    note->length = (uint32_t)(length < TEXT ? length : TEXT);
-    memcpy(note->text, text, note->length);
+    if (length > TEXT)
+        length = TEXT;
+    memcpy(note->text, text, length);
+    note->length = (uint32_t)length;
 }
 
+/* Its rank may write it at the same time: what is decoded is a copy, as long as it was found. */
 static PyObject *read_note(const Note *note)
 {
-    return PyUnicode_DecodeUTF8(note->text, note->length < TEXT ? note->length : TEXT, "replace");
+    char text[TEXT];
+    uint32_t length = *(const volatile uint32_t *)&note->length;
+    if (length > TEXT)
+        length = TEXT;
+    memcpy(text, note->text, length);
+    return PyUnicode_DecodeUTF8(text, length, "replace");
 }
 
 /* The notes of all ranks, in rank order. */
@@ -36,13 +44,16 @@ static int meet_again(Core *core)
     return wait_for(core, CONFERRED, count);
 }
 
-/* Begin anew at the largest number of chunks that any rank has reserved. */
+/* Begin anew at the largest numbers of chunks and calls that any rank has come to. */
 static void start_anew(Core *core)
 {
     uint32_t count = core->notes[0].count;
-    for (int rank = 1; rank < core->size; rank++)
+    for (int rank = 0; rank < core->size; rank++) {
         if ((int32_t)(core->notes[rank].count - count) > 0)
             count = core->notes[rank].count;
+        if (core->notes[rank].calls > core->calls)
+            core->calls = core->notes[rank].calls;
+    }
     core->reserved = core->sum_reserved = core->known_done = count;
     for (int word = FILLED; word <= DONE; word++)
         atomic_store(&core->lines[core->rank].words[word], count);
@@ -57,6 +68,7 @@ PyObject *confer(Core *core, const char *text, size_t length)
     Note *note = &core->notes[core->rank];
     write_note(note, text, length);
     note->count = core->reserved;
+    note->calls = core->calls;
     if ((int32_t)(core->sum_reserved - note->count) > 0)
         note->count = core->sum_reserved;
     if (meet_again(core) < 0)

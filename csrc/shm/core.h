@@ -18,7 +18,7 @@
 
 enum {
     DEPTH = 4,       /* chunks that a rank may announce before the others have read the first */
-    TEXT = 2040,     /* bytes of a text that ranks exchange when something is wrong */
+    TEXT = 2032,     /* bytes of a text that ranks exchange when something is wrong */
     MAX_RANKS = 256, /* on one machine */
     MAX_OWN = 64,    /* parts of one rank in one sum */
     MAX_STARTED = 2, /* sums that are started and not finished */
@@ -38,12 +38,14 @@ typedef struct {
     _Alignas(256) _Atomic uint32_t words[WORDS];
     uint64_t digests[DEPTH]; /* which call a chunk belongs to */
     _Atomic uint32_t sleepers; /* ranks that sleep until one of the words changes */
+    _Atomic uint32_t is_reading; /* what others lend */
     Loan loans[DEPTH];
 } Line;
 
 typedef struct {
     uint32_t length;
     uint32_t count; /* chunks that the rank has reserved, for a common start after a quarrel */
+    uint64_t calls; /* that it has begun, for the same */
     char text[TEXT];
 } Note;
 
@@ -51,6 +53,7 @@ typedef struct {
     _Alignas(256) _Atomic uint32_t bell; /* changes when all who wait should look up */
     _Atomic uint32_t claimed;            /* a rank is writing why nobody must go on */
     _Atomic uint32_t is_broken;          /* it has done so */
+    _Atomic uint32_t is_withdrawn;       /* a rank takes back what it has lent */
     Note reason;
 } Header;
 
@@ -83,7 +86,7 @@ typedef struct {
     const Kind *out_kind;
     ConvertFn *narrow;  /* after the last addition, or NULL */
     int first, own;     /* this rank's parts are first .. first + own - 1 */
-    int parts, steps;
+    int parts, steps, deepest; /* deepest: the most places on the stack that are in use */
     int is_sliced;  /* every rank sums its slice, then the slices are gathered */
     int is_windowed;
     Window window;
@@ -91,7 +94,7 @@ typedef struct {
     int *owners;          /* of each part */
     int *places;          /* of each part, among its owner's */
     const char **sources; /* of each part, in the chunk at hand */
-    char *temps;          /* one block per place on the stack */
+    char *temps;          /* the core's, when this is at work */
 } Plan;
 
 typedef struct {
@@ -117,6 +120,8 @@ typedef struct {
     uint32_t sum_reserved;
     uint32_t known_done; /* all others are known to be done with so many */
     uint64_t calls;
+    char *temps; /* one block per place on the stack, for the deepest of the plans in use */
+    int deepest;
     Sum started[MAX_STARTED]; /* in turn: others read what is in it, so that it stays in place */
     int first_started, num_started;
     int is_busy;
@@ -142,6 +147,9 @@ int has_come(const Core *core, int rank, enum word word, uint32_t count);
 int wait_until_free(Core *core, uint32_t chunk);
 int is_free(Core *core, uint32_t chunk);
 int check_digests(Core *core, uint32_t chunk);
+int begin_reading(Core *core);
+void end_reading(Core *core);
+void withdraw(Core *core);
 void ring(Core *core);
 void release_lock(Core *core);
 void take_lock(Core *core);

@@ -37,16 +37,19 @@ static int announce_loan(Core *core, Loan loan, uint64_t digest, uint32_t *numbe
 static int gather_lent(Core *core, const Gather *gather, size_t total)
 {
     uint32_t number;
-    Loan loan = {&gather->x, NULL};
+    Loan loan = {&gather->x, NULL}; /* in the caller's frame, which stays until all have read */
     int result = announce_loan(core, loan, gather->digest, &number);
     if (result != OK)
         return result;
     if (total * gather->outer > 16 * 1024)
         release_lock(core);
+    if (begin_reading(core) < 0)
+        return FAILED;
     for (int rank = 0; rank < core->size; rank++) {
         const char *source = core->lines[rank].loans[number % DEPTH].parts[0];
         place(gather, rank, total, source, 0, gather->outer * gather->widths[rank]);
     }
+    end_reading(core);
     announce(core, DONE, number + 1);
     return wait_for(core, DONE, number + 1);
 }

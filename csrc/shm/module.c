@@ -4,6 +4,8 @@
  * of the right lengths, and keeps the tensors until the call, or the started sum, is over. */
 #include "core.h"
 
+#include <stdlib.h>
+
 static PyObject *disagreement; /* set when the module is loaded; there is one interpreter */
 static PyTypeObject *plan_type;
 
@@ -27,6 +29,8 @@ static int enter(Core *core)
 
 static PyObject *leave(Core *core, int result)
 {
+    if (result == FAILED && core->is_lost && core->slot_bytes == 0)
+        withdraw(core);
     take_lock(core);
     core->is_busy = 0;
     if (result == DISAGREE)
@@ -34,6 +38,21 @@ static PyObject *leave(Core *core, int result)
     if (result != OK)
         return NULL;
     Py_RETURN_NONE;
+}
+
+/* Make the scratch as deep as `plan` needs; nothing is at work, so that it may move. */
+static int reserve_temps(Core *core, const Plan *plan)
+{
+    if (plan->deepest <= core->deepest)
+        return OK;
+    char *temps = realloc(core->temps, (size_t)plan->deepest * BLOCK * sizeof(double));
+    if (temps == NULL) {
+        PyErr_NoMemory();
+        return FAILED;
+    }
+    core->temps = temps;
+    core->deepest = plan->deepest;
+    return OK;
 }
 
 /* Read `plan, out, part, ...` into the next place of the queue. */
@@ -55,7 +74,7 @@ static Sum *read_sum(Core *core, PyObject *const *args, Py_ssize_t count)
     sum->out = PyLong_AsVoidPtr(args[1]);
     for (int part = 0; part < plan->own; part++)
         sum->parts[part] = PyLong_AsVoidPtr(args[2 + part]);
-    if (PyErr_Occurred())
+    if (PyErr_Occurred() || reserve_temps(core, plan) < 0)
         return NULL;
     Py_INCREF((PyObject *)plan);
     sum->plan = plan;
@@ -321,6 +340,7 @@ static void core_dealloc(PyObject *self)
     core_clear(self);
     for (int i = 0; i < MAX_STARTED; i++)
         Py_CLEAR(core->started[i].plan);
+    free(core->temps);
     if (core->area.obj != NULL)
         PyBuffer_Release(&core->area);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);

@@ -37,12 +37,14 @@ static int number_parts(Plan *plan, const Core *core, PyObject *counts)
     int *parts_of = integers_of(counts, &length);
     if (parts_of == NULL)
         return FAILED;
-    for (int rank = 0; rank < length; rank++)
-        plan->parts += parts_of[rank];
-    if (length != core->size || plan->parts < 1 || plan->parts > MAX_PARTS ||
-        parts_of[core->rank] > MAX_OWN) {
+    int is_sound = length == core->size;
+    for (int rank = 0; rank < length; rank++) {
+        is_sound = is_sound && parts_of[rank] >= 0 && parts_of[rank] <= MAX_OWN;
+        plan->parts += is_sound ? parts_of[rank] : 0;
+    }
+    if (!is_sound || plan->parts < 1 || plan->parts > MAX_PARTS) {
         free(parts_of);
-        PyErr_SetString(PyExc_ValueError, "too many parts, or not one count for each rank");
+        PyErr_SetString(PyExc_ValueError, "too many parts, fewer than none, or not one count for each rank");
         return FAILED;
     }
     plan->owners = malloc((size_t)plan->parts * sizeof(int));
@@ -85,11 +87,7 @@ static int read_program(Plan *plan, PyObject *program)
         PyErr_SetString(PyExc_ValueError, "the program does not add the parts");
         return FAILED;
     }
-    plan->temps = malloc((size_t)deepest * BLOCK * sizeof(double));
-    if (plan->temps == NULL) {
-        PyErr_NoMemory();
-        return FAILED;
-    }
+    plan->deepest = deepest;
     return OK;
 }
 
@@ -118,6 +116,10 @@ static int fill_plan(Plan *plan, Core *core, PyObject *args)
         return FAILED;
     if (kind < 0 || kind >= KINDS || out_kind < 0 || out_kind >= KINDS || numel < 0) {
         PyErr_SetString(PyExc_ValueError, "no such kind of element, or a negative number of them");
+        return FAILED;
+    }
+    if (kind != out_kind && (kind != FLOAT32 || (out_kind != BFLOAT16 && out_kind != FLOAT16))) {
+        PyErr_SetString(PyExc_ValueError, "only 32 bits are rounded, and to 16 bits alone");
         return FAILED;
     }
     plan->kind = &kinds[kind];
@@ -164,7 +166,6 @@ static void free_plan(PyObject *self)
     free(plan->owners);
     free(plan->places);
     free((void *)plan->sources);
-    free(plan->temps);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     release(self);
     Py_DECREF(type);

@@ -174,7 +174,10 @@ static int add_lent_slices(Core *core, Sum *sum)
     size_t step = plan->chunk * plan->kind->width;
     for (size_t chunk = 0; chunk <= plan->chunks; chunk++) {
         if (chunk < plan->chunks) {
+            if (begin_reading(core) < 0)
+                return FAILED;
             add_slice(core, sum, chunk);
+            end_reading(core);
             announce(core, SUMMED, sum->sum_base + (uint32_t)chunk + 1);
             for (int part = 0; part < plan->parts; part++)
                 plan->sources[part] += step;
@@ -183,7 +186,10 @@ static int add_lent_slices(Core *core, Sum *sum)
             continue;
         if (wait_for(core, SUMMED, sum->sum_base + (uint32_t)chunk) < 0)
             return FAILED;
+        if (begin_reading(core) < 0)
+            return FAILED;
         fetch_slices(core, sum, chunk - 1);
+        end_reading(core);
     }
     return OK;
 }
@@ -200,12 +206,18 @@ static int add_lent_whole(Core *core, Sum *sum)
     if (aside == NULL && overlaps(sum, bytes)) {
         take_lock(core);
         PyErr_NoMemory();
+        core->is_lost = 1; /* so that the others do not wait for it, and read no more of it */
+        return FAILED;
+    }
+    if (begin_reading(core) < 0) {
+        free(aside);
         return FAILED;
     }
     if (plan->is_windowed)
         add_window(plan, 0, plan->numel, out);
     else
         evaluate(plan, 0, numel, out);
+    end_reading(core);
     announce(core, DONE, sum->base + 1);
     int result = wait_for(core, DONE, sum->base + 1);
     if (aside != NULL)
@@ -223,7 +235,10 @@ static int finish_lent(Core *core, Sum *sum)
         return result;
     if (sum->plan->numel * sum->plan->kind->width > 16 * 1024)
         release_lock(core);
+    if (begin_reading(core) < 0)
+        return FAILED;
     find_lent(core, sum);
+    end_reading(core);
     if (!sum->plan->is_sliced)
         return add_lent_whole(core, sum);
     if (add_lent_slices(core, sum) < 0)
@@ -272,5 +287,6 @@ int start_sum(Core *core, Sum *sum, size_t most, const Sum *before)
 /* Finish what was started first. */
 int finish_sum(Core *core, Sum *sum)
 {
+    sum->plan->temps = core->temps;
     return core->slot_bytes ? finish_copied(core, sum) : finish_lent(core, sum);
 }

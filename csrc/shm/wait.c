@@ -187,6 +187,47 @@ int wait_for(Core *core, enum word word, uint32_t count)
     return OK;
 }
 
+/* Wait for what nobody does any more, until the tick says why. */
+static int wait_for_reason(Core *core)
+{
+    uint32_t count =
+        atomic_load_explicit(&core->lines[core->rank].words[CONFERRED], memory_order_relaxed);
+    if (wait_for(core, CONFERRED, count + 1) == OK) {
+        take_lock(core);
+        core->is_lost = 1;
+        PyErr_SetString(PyExc_RuntimeError, "a rank has withdrawn what it lent");
+    }
+    return FAILED;
+}
+
+/* Before this rank reads what others lend, never for longer than it takes: no waits in between.
+ * Either it sees here that a rank has withdrawn, or that rank sees that this one reads. */
+int begin_reading(Core *core)
+{
+    atomic_store(&core->lines[core->rank].is_reading, 1);
+    if (!atomic_load(&core->header->is_withdrawn))
+        return OK;
+    end_reading(core);
+    return wait_for_reason(core);
+}
+
+void end_reading(Core *core)
+{
+    atomic_store_explicit(&core->lines[core->rank].is_reading, 0, memory_order_release);
+}
+
+/* This rank has given up a wait, and what it has lent may be gone when it returns: nobody reads it
+ * from now on, and who does so already comes to an end, which is a matter of C alone. */
+void withdraw(Core *core)
+{
+    atomic_store(&core->header->is_withdrawn, 1);
+    for (int rank = 0; rank < core->size; rank++)
+        while (rank != core->rank && atomic_load(&core->lines[rank].is_reading)) {
+            release_lock(core);
+            sched_yield();
+        }
+}
+
 /* The own line counts too: what is announced ahead must not overtake what is still to be done. */
 static void look_who_is_done(Core *core)
 {
