@@ -1,6 +1,7 @@
 """The timings run on every case, so that `make bench` does not fail after its proof."""
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +21,29 @@ def case_times():
     spec.loader.exec_module(module)
     yield module
     del sys.modules["case_times"]
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "last"),
+    [
+        ("layer_profile.py", ["--rounds", "1", "--calls", "20"], "bias gradient"),
+        (
+            "overlap_times.py",
+            ["--rounds", "1", "--steps", "1", "--transport", "threads"],
+            "1024, 1024",
+        ),
+    ],
+)
+def test_a_benchmark_runs(script: str, options: list[str], last: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, str(PATH.with_name(script)), *options],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert last in ended.stdout.splitlines()[-2]
 
 
 @pytest.mark.parametrize("name", [case.name for case in all_cases()])

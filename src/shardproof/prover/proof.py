@@ -225,8 +225,7 @@ def prove(
         A report; `report.proved` is the answer.
 
     Raises:
-        UsageError: an argument makes no sense, the module does not return a tensor, or a layer has
-            another scheme.
+        UsageError: an argument makes no sense, the module returns no tensor, or schemes differ.
         DegreeError: a degree is not positive or exceeds the leaves.
         NumericsError: the optimizer is a fused one, or this process cannot promise the bits.
 
