@@ -253,6 +253,8 @@ def test_a_negative_view_is_read_with_its_sign() -> None:
     b = normal(4, 4, seed=1)
     assert bits_equal(products.product(x, b), products.product(x.clone(), b))
     assert bits_equal(products.product(b, x), products.product(b, x.clone()))
+    bias = torch._neg_view(normal(4, seed=2))  # contiguous: as it lies, it has the other sign
+    assert bits_equal(products.product(b, b, bias), products.product(b, b, bias.clone()))
     assert bits_equal(sums.sum_rows(x), sums.sum_rows(x.clone()))
 
 
@@ -286,6 +288,22 @@ def test_sizes_that_do_not_agree_raise() -> None:
         products.product(torch.ones(2, 3), torch.ones(4, 5))
 
 
+@pytest.mark.parametrize(
+    ("bias", "found"),
+    [
+        (torch.ones(4), r"torch.float32 of shape \(4,\)"),
+        (torch.ones(1, 5), r"torch.float32 of shape \(1, 5\)"),
+        (torch.ones(5, dtype=torch.float64), r"torch.float64 of shape \(5,\)"),
+    ],
+)
+@pytest.mark.parametrize("k", [3, 0])
+def test_a_bias_of_another_kind_raises(bias: Tensor, found: str, k: int) -> None:
+    with pytest.raises(
+        ShapeError, match=rf"bias is {found}, and .* needs torch.float32 of shape \(5,\)"
+    ):
+        products.product(torch.ones(2, k), torch.ones(k, 5), bias)
+
+
 def leaf_bytes(*leaves: tuple[int, int, int, int]) -> bytes:
     return b"".join(struct.pack("=4q", *one) for one in leaves)
 
@@ -293,9 +311,9 @@ def leaf_bytes(*leaves: tuple[int, int, int, int]) -> bytes:
 def test_calls_that_make_no_sense_raise() -> None:
     a, out = torch.ones(2, 4), torch.empty(2, 2)
 
-    def call(program: bytes, m: int = 2) -> None:
+    def call(program: bytes, m: int = 2, threads: int = 1) -> None:
         kernels().product(
-            0, 1, out.data_ptr(), m, 2, 4, a.data_ptr(), 4, 1, a.data_ptr(), 1, 4, 0, program
+            0, threads, out.data_ptr(), m, 2, 4, a.data_ptr(), 4, 1, a.data_ptr(), 1, 4, 0, program
         )
 
     with pytest.raises(ValueError, match="leaves make no tree"):
@@ -307,12 +325,39 @@ def test_calls_that_make_no_sense_raise() -> None:
             call(leaf_bytes((start, stop, 0, 1)))
     with pytest.raises(ValueError, match="empty size"):
         call(leaf_bytes((0, 4, 0, 1)), m=0)
+    for count in (0, -1, -(2**32) + 1):
+        with pytest.raises(ValueError, match=f"{count} threads; at least 1 is needed"):
+            call(leaf_bytes((0, 4, 0, 1)), threads=count)
     with pytest.raises(TypeError, match="14 arguments"):
         kernels().product(1)
     with pytest.raises(TypeError, match="8 arguments"):
         kernels().fold(1)
     with pytest.raises(ValueError, match="no sse path"):
         kernels().set_path("sse")
+
+
+def test_threads_beyond_any_count_are_as_many_as_pay() -> None:
+    a, b, out = wild(70, 300), wild(300, 700, seed=1), torch.empty(70, 700)
+    for count in (2**31, 2**32):  # truncated they would be negative, or none
+        kernels().product(
+            0, count, out.data_ptr(), 70, 700, 300, a.data_ptr(), 300, 1, b.data_ptr(), 700, 1, 0,
+            leaf_bytes((0, 300, 0, 1)),
+        )  # fmt: skip
+        assert bits_equal(out, products.product(a, b))
+        out.zero_()
+
+
+def test_little_memory_is_kept_for_the_next_product_and_much_is_given_back() -> None:
+    def kept(k: int) -> int:
+        with threads(1):
+            products.product(normal(20, k), normal(k, 33))
+        found: int = kernels().kept()
+        return found
+
+    with ThreadPoolExecutor(1) as pool:  # a thread that has computed nothing yet
+        assert pool.submit(kernels().kept).result() == 0
+        assert 0 < pool.submit(kept, 300).result() < 8 << 20
+        assert pool.submit(kept, 200_000).result() == 0
 
 
 # Every operand, and the output, ends where the process may read and write no further.

@@ -6,6 +6,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -90,12 +91,16 @@ static PyObject *product(PyObject *self, PyObject *const *args, Py_ssize_t nargs
     Py_ssize_t size;
     if (read_ints(args, 13, g) || PyBytes_AsStringAndSize(args[13], &bytes, &size)) return NULL;
     struct product p = {
-        .num_threads = (int)g[1], .out = (void *)(intptr_t)g[2],
+        .num_threads = g[1] < INT_MAX ? (int)g[1] : INT_MAX, .out = (void *)(intptr_t)g[2],
         .m = (ptrdiff_t)g[3], .n = (ptrdiff_t)g[4], .k = (ptrdiff_t)g[5],
         .a = (void *)(intptr_t)g[6], .a_row = (ptrdiff_t)g[7], .a_col = (ptrdiff_t)g[8],
         .b = (void *)(intptr_t)g[9], .b_row = (ptrdiff_t)g[10], .b_col = (ptrdiff_t)g[11],
         .bias = (void *)(intptr_t)g[12],
     };
+    if (g[1] < 1) {
+        PyErr_Format(PyExc_ValueError, "product: %lld threads; at least 1 is needed", g[1]);
+        return NULL;
+    }
     if (chosen_path == PATH_NONE || p.m < 1 || p.n < 1 || p.k < 1) {
         PyErr_SetString(PyExc_ValueError, "product: no fused multiply-add here, or an empty size");
         return NULL;
@@ -149,6 +154,13 @@ static PyObject *fold(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(kept_doc, "kept()\n--\n\nBytes that this thread keeps for its next product.");
+
+static PyObject *get_kept(PyObject *self, PyObject *none) {
+    (void)self, (void)none;
+    return PyLong_FromSize_t(kept_scratch());
+}
+
 static const char *const PATHS[] = {"none", "avx2", "avx512"};
 
 PyDoc_STRVAR(path_doc,
@@ -179,6 +191,7 @@ static PyObject *set_path(PyObject *self, PyObject *name) {
 static PyMethodDef methods[] = {
     {"product", (PyCFunction)(void (*)(void))product, METH_FASTCALL, product_doc},
     {"fold", (PyCFunction)(void (*)(void))fold, METH_FASTCALL, fold_doc},
+    {"kept", get_kept, METH_NOARGS, kept_doc},
     {"path", get_path, METH_NOARGS, path_doc},
     {"set_path", set_path, METH_O, set_path_doc},
     {NULL, NULL, 0, NULL},

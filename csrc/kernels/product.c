@@ -68,14 +68,16 @@ static void *run_thin(void *given) {
 #define THIN_AVX2 thin_f32_avx2
 #define THIN_AVX512 thin_f32_avx512
 #define SQUARE 8
+#define TWO_HALVES(high, low) \
+    _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1)
 /* Eight by eight: rows of `from` to columns of `to`. */
 __attribute__((target("avx2"))) static inline void
 transpose_square_f32(float *to, ptrdiff_t to_row, const float *from, ptrdiff_t from_row) {
     __m256 r[8], s[8];
     for (int i = 0; i < 4; i++) {
         const float *low = from + i * from_row, *high = from + (i + 4) * from_row;
-        r[i] = _mm256_loadu2_m128(high, low);
-        r[i + 4] = _mm256_loadu2_m128(high + 4, low + 4);
+        r[i] = TWO_HALVES(high, low);
+        r[i + 4] = TWO_HALVES(high + 4, low + 4);
     }
     for (int h = 0; h < 8; h += 4) {
         s[h] = _mm256_unpacklo_ps(r[h], r[h + 1]);
@@ -88,6 +90,7 @@ transpose_square_f32(float *to, ptrdiff_t to_row, const float *from, ptrdiff_t f
         _mm256_storeu_ps(to + (h + 3) * to_row, _mm256_shuffle_ps(s[h + 1], s[h + 3], 0xEE));
     }
 }
+#undef TWO_HALVES
 #include "product.inc"
 
 #define REAL double

@@ -1,4 +1,5 @@
-/* Memory that a thread keeps from call to call: fresh pages would cost more than the work. */
+/* Memory that a thread keeps from call to call: fresh pages would cost more than the work. What is
+ * larger than MAX_KEPT is given back: there the work costs more. */
 #define _GNU_SOURCE
 #include "product.h"
 
@@ -41,4 +42,18 @@ void *scratch(size_t size) {
         kept->size = kept->memory ? rounded : 0;
     }
     return kept->memory;
+}
+
+static struct kept *here(void) { return has_key ? pthread_getspecific(key) : NULL; }
+
+void release_scratch(void) {
+    struct kept *kept = here();
+    if (!kept || kept->size <= MAX_KEPT) return;
+    free(kept->memory);
+    *kept = (struct kept){0};
+}
+
+size_t kept_scratch(void) {
+    const struct kept *kept = here();
+    return kept ? kept->size : 0;
 }

@@ -75,14 +75,19 @@ TRANSPOSED("avx512f") load_transposed_f64_avx512(__m512d *to, const double *from
 
 #undef TWO_HALVES_F32
 
+#define TWO_HALVES_F32(high, low) \
+    _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1)
+#define TWO_HALVES_F64(high, low) \
+    _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(low)), _mm_loadu_pd(high), 1)
+
 TRANSPOSED("avx2") load_transposed_f32_avx2(__m256 *to, const float *from, ptrdiff_t row) {
 #pragma GCC unroll 2
     for (int k = 0; k < 8; k += 4, from += 4) {
         const float *high = from + 4 * row;
-        const __m256 r0 = _mm256_loadu2_m128(high, from);
-        const __m256 r1 = _mm256_loadu2_m128(high + row, from + row);
-        const __m256 r2 = _mm256_loadu2_m128(high + 2 * row, from + 2 * row);
-        const __m256 r3 = _mm256_loadu2_m128(high + 3 * row, from + 3 * row);
+        const __m256 r0 = TWO_HALVES_F32(high, from);
+        const __m256 r1 = TWO_HALVES_F32(high + row, from + row);
+        const __m256 r2 = TWO_HALVES_F32(high + 2 * row, from + 2 * row);
+        const __m256 r3 = TWO_HALVES_F32(high + 3 * row, from + 3 * row);
         const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(r0, r1));
         const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(r0, r1));
         const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(r2, r3));
@@ -98,13 +103,15 @@ TRANSPOSED("avx2") load_transposed_f64_avx2(__m256d *to, const double *from, ptr
 #pragma GCC unroll 2
     for (int k = 0; k < 4; k += 2, from += 2) {
         const double *high = from + 2 * row;
-        const __m256d r0 = _mm256_loadu2_m128d(high, from);
-        const __m256d r1 = _mm256_loadu2_m128d(high + row, from + row);
+        const __m256d r0 = TWO_HALVES_F64(high, from);
+        const __m256d r1 = TWO_HALVES_F64(high + row, from + row);
         to[k] = _mm256_unpacklo_pd(r0, r1);
         to[k + 1] = _mm256_unpackhi_pd(r0, r1);
     }
 }
 
+#undef TWO_HALVES_F32
+#undef TWO_HALVES_F64
 #undef TRANSPOSED
 
 #endif
