@@ -3,7 +3,8 @@
 A dispatch mode of torch sees the outputs of every operation of its own thread, backward and
 optimizer included, so ranks as threads are told apart. It counts a storage by its full size, also
 where only a view of it is returned, if the operation made it. It does not see what a kernel uses
-inside itself (BLAS packs its operands in memory of its own), nor what numpy allocates.
+inside itself (BLAS and our kernels pack operands in memory of their own), the slots of shared
+memory that a transport maps, nor what numpy allocates.
 """
 
 from collections.abc import Callable, Iterator, Sequence
