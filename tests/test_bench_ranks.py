@@ -21,6 +21,7 @@ from shardproof.bench.works.all_reduce import AllReduce
 from shardproof.bench.works.catalog import find_work
 from shardproof.bench.works.counting import Counting
 from shardproof.engines.base import Ranks
+from shardproof.errors import UsageError
 from shardproof.leaves import Cut, Layout, replicated
 from shardproof.numerics import mode, products
 
@@ -170,15 +171,15 @@ def test_stamps_are_taken_after_the_warm_up_and_after_every_step() -> None:
 
 def test_a_trial_can_be_dropped_and_made_again(reference: Path) -> None:
     desk = Desk(find_system("torch-1t"), None)
-    with pytest.raises(RuntimeError, match="torch-1t gets an order and has not joined"):
+    with pytest.raises(UsageError, match="torch-1t gets an order and has not joined"):
         desk.obey(Drop())
     desk.join()
-    with pytest.raises(RuntimeError, match="torch-1t is to be timed and has prepared nothing"):
+    with pytest.raises(UsageError, match="torch-1t is to be timed and has prepared nothing"):
         desk.obey(Time(1, 1))
     desk.obey(prepare(reference))
     assert len(desk.obey(Time(1, 2))) == 3
     desk.obey(Drop())
-    with pytest.raises(RuntimeError, match="has prepared nothing"):
+    with pytest.raises(UsageError, match="has prepared nothing"):
         desk.obey(Time(1, 1))
 
 

@@ -32,6 +32,7 @@ BUILTINS = {
 
 # Raised by our source although they are not ours: (file, what) and why.
 FOREIGN_RAISES = {
+    ("segment.py", "OSError"): "caught beside what opening the memory itself raises",
     ("output.py", "BrokenPipeError"): "what Python itself raises where nobody reads the output",
 }
 

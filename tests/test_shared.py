@@ -398,7 +398,7 @@ def test_started_sums_are_waited_for_in_order_and_alone(engine: str, pool: Pool)
         messages = []
 
         def refuses(action: object) -> None:
-            with pytest.raises(RuntimeError) as caught:
+            with pytest.raises(UsageError) as caught:
                 action()  # type: ignore[operator]
             messages.append(str(caught.value))
 

@@ -76,7 +76,7 @@ def test_what_was_lent_is_not_read_after_its_rank_gave_up_a_wait() -> None:
     module = core.shm()
     assert module is not None
     numel = 1 << 22
-    order = Order((1, 63), tuple([0, *(n for part in range(1, 64) for n in (part, -1))]))
+    order = Order((1, 63), (0, *(n for part in range(1, 64) for n in (part, -1))))
     windows = (Window(1, numel, 1, 0, 0), Window(1, numel, 1, 0, numel))
     call = Call("all_reduce", "forward", "layer", (numel,), torch.float16)
 

@@ -158,11 +158,8 @@ class Fleet:
         pending = set(keys)
         self._listener.settimeout(_POLL)
         while pending:
-            try:
+            with contextlib.suppress(TimeoutError):  # nobody came: look at those who are awaited
                 end, _ = self._listener.accept()
-            except TimeoutError:
-                pass
-            else:
                 self._welcome(Connection(end.detach()))
             for key in list(pending):
                 group = self._groups[key]

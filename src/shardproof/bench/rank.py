@@ -19,6 +19,7 @@ from shardproof.bench.systems.catalog import find_system
 from shardproof.bench.systems.ours import Ours
 from shardproof.bench.work import Evidence, Trial
 from shardproof.bench.works.catalog import find_work
+from shardproof.errors import UsageError
 from shardproof.numerics import mode
 from shardproof.prover.hashing import hash_tensor
 
@@ -160,14 +161,14 @@ class Desk:
     def obey(self, order: Order) -> object:
         """Carry out one order; the answer to send."""
         if self._party is None:
-            raise RuntimeError(f"{self._system.name} gets an order and has not joined")
+            raise UsageError(f"{self._system.name} gets an order and has not joined")
         if isinstance(order, Prepare):
             return self._prepare(self._party, order)
         if isinstance(order, Drop):
             self._trial = None
             return None
         if self._trial is None:
-            raise RuntimeError(f"{self._system.name} is to be timed and has prepared nothing")
+            raise UsageError(f"{self._system.name} is to be timed and has prepared nothing")
         return stamps(self._trial.step, order)
 
     def _prepare(self, party: Party, order: Prepare) -> Prepared:

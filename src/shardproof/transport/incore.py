@@ -154,7 +154,7 @@ class CoreTransport(Transport):
     def finish(self, started: _Started) -> None:
         """Finish a sum, which must be the one that was started first."""
         if not self._started or self._started[0] is not started:
-            raise RuntimeError("sums are waited for once, in the order in which they were started.")
+            raise UsageError("sums are waited for once, in the order in which they were started.")
         self._call = started.call
         try:
             self._core.finish()

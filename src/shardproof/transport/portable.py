@@ -86,7 +86,7 @@ class Sum(Pending):
     def wait(self) -> None:
         """Take what has come, finish the own slice and gather the slices."""
         if self.receive is None:
-            raise RuntimeError("a sum is waited for that was not started, or twice.")
+            raise UsageError("a sum is waited for that was not started, or twice.")
         received, self.receive = self.receive(), None
         mine = self._transport.rank
         received[mine] = [self._piece(part, mine) for part in self._parts]
