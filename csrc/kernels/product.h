@@ -76,8 +76,8 @@ enum path widest_path(void);
 int product_f32(const struct product *, enum path);
 int product_f64(const struct product *, enum path);
 
-/* At least `size` bytes for this thread, aligned to 64; NULL if there is no memory. They are its own
- * until `release_scratch`, which keeps up to MAX_KEPT of them for the next call. */
+/* At least `size` bytes for this thread, aligned to 64; NULL if there is no memory. They are its
+ * own until `release_scratch`, which keeps up to MAX_KEPT of them for the next call. */
 void *scratch(size_t size);
 void release_scratch(void);
 size_t kept_scratch(void); /* bytes that this thread holds */
