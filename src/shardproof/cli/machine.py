@@ -13,8 +13,11 @@ from shardproof.errors import NumericsError
 from shardproof.numerics import mode
 from shardproof.scheme import Scheme
 from shardproof.transport.choose import shm_problem
+from shardproof.transport.threads import waits_note
 
 PACKAGE = "shardproof"
+
+_THREADS = "ranks are threads of one process"
 
 _EXTRA = re.compile(r"([A-Za-z0-9._-]+).*;.*extra\s*==\s*['\"]([A-Za-z0-9._-]+)['\"]")
 
@@ -91,7 +94,7 @@ def transports() -> list[dict[str, Any]]:
     """Every transport: whether it works here, and why or why not."""
     return [
         _transport("solo", None, "degree 1: nothing is exchanged"),
-        _transport("threads", None, "ranks are threads of one process"),
+        _transport("threads", None, "; ".join(filter(None, (_THREADS, waits_note())))),
         _transport("shm", shm_problem(), "ranks are processes, on CPUs of one machine"),
         _transport("gloo", _gloo_problem(), "ranks are processes, on CPU"),
         _transport("nccl", _nccl_problem(), "ranks are processes, one GPU each"),

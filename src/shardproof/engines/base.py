@@ -72,7 +72,7 @@ class Ranks(ABC):
 
     @property
     def transport_note(self) -> str:
-        """Why ranks that are processes do not share memory; empty if there is nothing to say."""
+        """Why exchanges are slower than they could be; empty if there is nothing to say."""
         return ""
 
     def run(self, fn: Callable[[Axis], T]) -> list[T]:

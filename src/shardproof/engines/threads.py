@@ -23,7 +23,7 @@ from shardproof.overlap import Overlap
 from shardproof.transport.base import Transport
 from shardproof.transport.rendezvous import Rendezvous
 from shardproof.transport.solo import SoloTransport
-from shardproof.transport.threads import ThreadsTransport
+from shardproof.transport.threads import ThreadsTransport, waits_note
 
 # After a failure: time for the other ranks to notice by themselves, then to be stopped.
 _GRACE = 3.0
@@ -50,11 +50,12 @@ class _Task:
     overlap: Overlap
     rendezvous: Rendezvous
     outcomes: "queue.SimpleQueue[_Outcome]"
+    note: str
 
     def attempt(self) -> _Outcome:
         rank = self.transport.rank
         try:
-            result = self.fn(Axis("tp", self.transport, self.overlap))
+            result = self.fn(Axis("tp", self.transport, self.overlap, transport_note=self.note))
         except _Stopped:
             return _Outcome(rank, failure=Failure(rank, "was stopped", is_symptom=True))
         except BaseException as error:
@@ -98,13 +99,19 @@ class ThreadRanks(Ranks):
         """The name of what carries bytes between the ranks."""
         return SoloTransport.name if self.degree == 1 else ThreadsTransport.name
 
+    @property
+    def transport_note(self) -> str:
+        """Why the ranks wait in Python; empty if they wait in the core, or there is only one."""
+        return "" if self.degree == 1 else waits_note()
+
     def _run(self, fn: Callable[[Axis], Any]) -> list[Any]:
         rendezvous = Rendezvous(self.degree, timeout=self._settings.timeout)
         outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
         for rank, inbox in enumerate(self._inboxes):
             solo = self.degree == 1
             transport = SoloTransport() if solo else ThreadsTransport(rendezvous, rank)
-            inbox.put(_Task(fn, transport, self._settings.overlap, rendezvous, outcomes))
+            overlap, note = self._settings.overlap, self.transport_note
+            inbox.put(_Task(fn, transport, overlap, rendezvous, outcomes, note))
         found: dict[int, _Outcome] = {}
         try:
             self._collect(outcomes, found)

@@ -150,6 +150,11 @@ class _Lent(portable.Sum):
             self._transport.gather_objects(None, call=self._call)
 
 
+def waits_note() -> str:
+    """Why ranks that are threads wait in Python; empty if they wait in the core."""
+    return "" if core.shm() is not None else f"ranks wait in Python: {core.problem()}"
+
+
 def _check_stream(x: Tensor) -> None:
     if x.is_cuda and torch.cuda.current_stream(x.device) != torch.cuda.default_stream(x.device):
         raise UsageError(
