@@ -171,7 +171,7 @@ def test_a_tiny_layer_is_measured_on_one_rank_and_on_two(steps: Any) -> None:
     _, report = steps
     rows = [row for row in report["results"] if row["work"] == "layer-overhead"]
     found = {(row["layer"], row["phase"], row["system"], row["ranks"]) for row in rows}
-    assert len(found) == len(rows) == 2 * 2 * (1 + 2 * 2)
+    assert len(found) == len(rows) == 2 * 3 * (1 + 2 * 2)
     assert ("row", "forward+backward", "native-threads", 1) in found
     assert ("column", "forward", "invariant-threads", 2) in found
 
