@@ -17,7 +17,9 @@ import torch.distributed as dist
 from places import CARRIER, Pool
 from shardproof import comm, core
 from shardproof.axis import Axis
+from shardproof.cli.machine import transports
 from shardproof.errors import MismatchError, ShardproofError, UsageError
+from shardproof.ranks import open_ranks
 from shardproof.transport.choose import choose, shm_problem
 from shardproof.transport.distributed import DistributedTransport
 
@@ -95,6 +97,28 @@ def test_what_cannot_be_had_by_name_is_an_error_on_all_ranks(pool: Pool) -> None
             "transport='shm' cannot be used: rank 1 of 2 cannot share memory: there was no "
             "compiler. transport='auto' takes gloo then, and says so."
         )
+
+
+def test_threads_without_the_core_say_that_they_wait_in_python(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(core, "shm", lambda: None)
+    monkeypatch.setattr(core, "problem", lambda: "there was no compiler")
+    note = "ranks wait in Python: there was no compiler"
+    with open_ranks(2, engine="threads") as ranks:
+        assert ranks.transport_note == note
+        assert ranks.run(lambda axis: axis.transport_note) == [note] * 2
+    with open_ranks(1, engine="threads") as ranks:
+        assert ranks.transport_note == ""
+    (why,) = (each["why"] for each in transports() if each["name"] == "threads")
+    assert why == f"ranks are threads of one process; {note}"
+
+
+@WITH_CORE
+def test_threads_with_the_core_have_nothing_to_say(pool: Pool) -> None:
+    assert pool(2, "threads").run(lambda axis: axis.transport_note) == [""] * 2
+    (why,) = (each["why"] for each in transports() if each["name"] == "threads")
+    assert why == "ranks are threads of one process"
 
 
 def test_ranks_that_ask_for_different_transports_all_raise(pool: Pool) -> None:
