@@ -7,6 +7,7 @@
 #include <stdlib.h>
 
 static PyObject *disagreement; /* set when the module is loaded; there is one interpreter */
+static PyObject *usage_error;  /* shardproof.errors.UsageError */
 static PyTypeObject *plan_type;
 
 static int enter(Core *core)
@@ -59,7 +60,7 @@ static int reserve_temps(Core *core, const Plan *plan)
 static Sum *read_sum(Core *core, PyObject *const *args, Py_ssize_t count)
 {
     if (count < 2 || Py_TYPE(args[0]) != plan_type || core->num_started == MAX_STARTED) {
-        PyErr_SetString(PyExc_RuntimeError,
+        PyErr_SetString(usage_error,
                         core->num_started == MAX_STARTED
                             ? "two sums are started; wait for one before the next"
                             : "a plan and addresses are wanted");
@@ -123,7 +124,7 @@ static int is_idle(Core *core)
 {
     if (core->num_started == 0)
         return 1;
-    PyErr_SetString(PyExc_RuntimeError, "a sum is started; wait for it before the next call");
+    PyErr_SetString(usage_error, "a sum is started; wait for it before the next call");
     return 0;
 }
 
@@ -438,6 +439,13 @@ PyMODINIT_FUNC PyInit__shm(void)
     PyObject *module = PyModule_Create(&definition);
     if (module == NULL)
         return NULL;
+    PyObject *errors = PyImport_ImportModule("shardproof.errors");
+    usage_error = errors == NULL ? NULL : PyObject_GetAttrString(errors, "UsageError");
+    Py_XDECREF(errors);
+    if (usage_error == NULL) {
+        Py_DECREF(module);
+        return NULL;
+    }
     plan_type = (PyTypeObject *)PyType_FromSpec(&plan_spec);
     PyObject *core_type = PyType_FromSpec(&core_spec);
     disagreement = PyErr_NewException("shardproof._shm.Disagreement", NULL, NULL);
