@@ -39,8 +39,8 @@ class Axis:
         name: of the axis, for messages ("tp").
         transport: carries bytes between the ranks.
         overlap: which of their sums run while a product is computed.
-        transport_note: why ranks that are processes do not share memory; empty if they do, or if
-            they are none.
+        transport_note: why ranks do without shared memory, or, as threads, without the core; empty
+            if they do not.
     """
 
     name: str
