@@ -132,7 +132,7 @@ class FakeKernels:
 
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core, "kernels", lambda: None)
-    monkeypatch.setattr(core, "problem", lambda: "shardproof._kernels is not there")
+    monkeypatch.setattr(core, "problem", lambda *_: "shardproof._kernels is not there")
 
 
 @pytest.mark.parametrize("library", [None, FakeMkl(refuses_with=-3)], ids=["no MKL", "refused"])
