@@ -14,7 +14,7 @@ help:
 	@echo "make demo   prove, on this machine, that the degree does not change the bits"
 	@echo "make test   run the tests"
 	@echo "make check  ruff and mypy"
-	@echo "make bench  time the cases"
+	@echo "make bench  measure side by side with plain torch, and time the cases"
 	@echo "make docs   API documentation into build/docs"
 	@echo "make setup  only install what these need, into $(VENV)"
 
@@ -44,6 +44,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
+	$(BIN)/shardproof bench
 	$(BIN)/python benchmarks/case_times.py
 
 # Every module by name: on its own pdoc shows only what `__all__` has.
