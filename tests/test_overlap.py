@@ -29,8 +29,8 @@ def test_a_value_stays_itself_and_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backward": 1}, r"Overlap\(backward=1\) is neither True nor False"),
-        ({"backward": "on"}, r"Overlap\(backward='on'\) is neither True nor False"),
+        ({"backward": 1}, r"Overlap\(backward=1\) is neither True, False nor None"),
+        ({"backward": "on"}, r"Overlap\(backward='on'\) is neither True, False nor None"),
         ({"chunks": 0}, r"Overlap\(chunks=0\) is not a positive whole number. Use 1 or more"),
         ({"chunks": 1.5}, r"Overlap\(chunks=1.5\) is not a positive whole number"),
         ({"chunks": True}, r"Overlap\(chunks=True\) is not a positive whole number"),
@@ -58,7 +58,7 @@ def test_what_is_no_overlap_is_refused_everywhere(overlap: Any) -> None:
 
 def test_an_axis_has_it() -> None:
     assert Axis.solo().overlap == DEFAULT_OVERLAP
-    assert Axis.solo(overlap="on").overlap == Overlap(chunks=2)
+    assert Axis.solo(overlap="on").overlap == Overlap(backward=True, chunks=2)
     assert Axis.solo(overlap=Overlap(chunks=5)).overlap.chunks == 5
 
 
@@ -68,3 +68,21 @@ def test_ranks_have_what_they_were_started_with(engine: str, pool: Pool) -> None
     mine = Overlap(backward=False, chunks=3)
     with open_ranks(1, engine, threads=1, overlap=mine) as ranks:
         assert ranks.run(lambda axis: axis.overlap) == [mine]
+
+
+@pytest.mark.parametrize(
+    "engine_and_transport", [("processes", "gloo"), ("processes", "shm"), ("threads", "auto")]
+)
+def test_by_default_sums_overlap_only_where_the_transport_works_alone(
+    engine_and_transport: tuple[str, str],
+) -> None:
+    engine, transport = engine_and_transport
+    with open_ranks(2, engine, threads=1, transport=transport) as ranks:
+        assert ranks.run(lambda axis: axis.overlaps_backward) == [transport == "gloo"] * 2
+
+
+@ENGINES
+def test_who_asks_for_overlap_gets_it(engine: str) -> None:
+    for wanted in (True, False):
+        with open_ranks(2, engine, threads=1, overlap=Overlap(backward=wanted)) as ranks:
+            assert ranks.run(lambda axis: axis.overlaps_backward) == [wanted] * 2

@@ -51,6 +51,12 @@ class Axis:
         default_factory=itertools.count, repr=False, compare=False, kw_only=True
     )
 
+    @property
+    def overlaps_backward(self) -> bool:
+        """Whether input gradients are summed while weight gradients are computed."""
+        wanted = self.overlap.backward
+        return self.transport.is_asynchronous if wanted is None else wanted
+
     @classmethod
     def solo(cls, name: str = "tp", *, overlap: Overlap | str = "auto") -> "Axis":
         """An axis of one rank, in any process, at any time.

@@ -13,27 +13,31 @@ class Overlap:
 
     Attributes:
         backward: the column layer's input gradient is summed over the ranks while the weight
-            gradient is computed.
+            gradient is computed. None: only where it has been measured to win, which is where the
+            transport works by itself meanwhile (torch.distributed; `Transport.is_asynchronous`).
         chunks: into how many parts along the tokens the row layer's forward is cut, so that the
             sum of one part runs while the next one is multiplied; 1 leaves it whole.
 
     Raises:
-        UsageError: `backward` is not True or False, or `chunks` is not a positive whole number.
+        UsageError: `backward` is not True, False or None, or `chunks` no positive whole number.
     """
 
-    backward: bool = True
+    backward: bool | None = None
     chunks: int = 1
 
     def __str__(self) -> str:
-        words = ["backward"] if self.backward else []
+        words = {True: ["backward"], False: [], None: ["backward where asynchronous"]}[
+            self.backward
+        ]
         if self.chunks > 1:
             words.append(f"{self.chunks} chunks")
         return " and ".join(words) or "none"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.backward, bool):
+        if self.backward is not None and not isinstance(self.backward, bool):
             raise UsageError(
-                f"Overlap(backward={self.backward!r}) is neither True nor False. Use one of them."
+                f"Overlap(backward={self.backward!r}) is neither True, False nor None. Use one of "
+                "them."
             )
         number = whole_number(self.chunks)
         if number is None or number < 1:

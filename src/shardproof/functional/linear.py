@@ -70,7 +70,7 @@ def _column_gradients(ctx: Any, grad_y: Tensor, grad_rows: Tensor) -> tuple[Tens
         grad_x = site.reduce_scatter(grad_rows, weight, site.input_cut)
     elif needs_x:
         started = site.start_sum(grad_rows, weight, "backward")
-        if not site.axis.overlap.backward:
+        if not site.axis.overlaps_backward:
             started.wait()
     grad_weight = _product_rows(site, grad_rows.t(), _as_rows(x)) if needs_weight else None
     grad_bias = _bias_gradient(site, grad_rows) if needs_bias else None

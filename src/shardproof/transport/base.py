@@ -176,8 +176,10 @@ class Transport(ABC):
         name: "solo", "threads", "shm", "gloo", "nccl".
         rank, size: this rank's place on the axis.
         ledger: what has crossed so far.
+        is_asynchronous: a sum that has been started goes on while its rank computes.
     """
 
+    is_asynchronous = False
     name: str
     rank: int
     size: int

@@ -65,6 +65,8 @@ class DistributedTransport(Transport):
         observer: called with every call when it begins, and with None when it is over.
     """
 
+    is_asynchronous = True
+
     def __init__(
         self,
         group: dist.ProcessGroup,
