@@ -20,7 +20,7 @@ SRC = Path(__file__).parents[1] / "src" / "shardproof"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("autograd", "core", "leaves", "tree"),
-    ("overlap", "scheme", "timeout"),
+    ("heads", "overlap", "scheme", "timeout"),
     # Bytes between ranks.
     ("transport.ledger",),
     ("transport.base",),

@@ -83,25 +83,51 @@ class Cut:
         size: units along the dim, on all ranks together.
         leaves: the leaves that the plan asks for; a dim with fewer units has fewer.
         degree: how many ranks share the leaves; a rank may own none.
+        unit: indices that are never cut apart (the features of one head); `size`, and every range
+            that a cut tells, counts indices.
+        runs: which leaves each rank owns, where something else decides it than `share` (key-value
+            heads follow the query heads, `heads.py`): then every unit is a leaf.
     """
 
     size: int
     leaves: int
     degree: int
+    unit: int = 1
+    runs: tuple[range, ...] | None = None
 
     def __post_init__(self) -> None:
         check_degree(self.degree, self.leaves)
         if self.size < 1:
             raise ShapeError(f"cannot cut a dim of {self.size} units: it needs at least one.")
+        if self.unit < 1 or self.size % self.unit:
+            raise ShapeError(
+                f"cannot cut a dim of {self.size} into units of {self.unit}: they do not fill it."
+            )
+        if self.runs is not None:
+            self._check_runs(self.runs)
+
+    def _check_runs(self, runs: tuple[range, ...]) -> None:
+        """Every leaf is owned once, in rank order."""
+        owned = [leaf for run in runs for leaf in run]
+        if len(runs) != self.degree or owned != list(range(self.num_leaves)):
+            raise ShapeError(
+                f"runs={runs} do not give the {self.num_leaves} leaves to {self.degree} ranks, "
+                "each leaf once and in rank order."
+            )
 
     @property
     def num_leaves(self) -> int:
         """How many leaves there really are: never more than units."""
-        return min(self.leaves, self.size)
+        units = self.size // self.unit
+        return units if self.runs is not None else min(self.leaves, units)
 
     def leaf(self, index: int) -> range:
-        """Units of one leaf."""
-        return share(self.size, self.num_leaves)[index]
+        """Indices of one leaf."""
+        return self._leaves()[index]
+
+    def _leaves(self) -> tuple[range, ...]:
+        shares = share(self.size // self.unit, self.num_leaves)
+        return tuple(range(each.start * self.unit, each.stop * self.unit) for each in shares)
 
     def run(self, rank: int) -> range:
         """Leaves that `rank` owns; empty if there are fewer leaves than ranks.
@@ -111,17 +137,19 @@ class Cut:
         """
         if not 0 <= rank < self.degree:
             raise ShapeError(f"rank {rank} is not one of the {self.degree} ranks of this cut.")
+        if self.runs is not None:
+            return self.runs[rank]
         return share(self.num_leaves, self.degree)[rank]
 
     def units(self, run: range) -> range:
-        """Units of a contiguous run of leaves."""
+        """Indices of a contiguous run of leaves."""
         if not run:
             return range(0)
-        bounds = share(self.size, self.num_leaves)
+        bounds = self._leaves()
         return range(bounds[run.start].start, bounds[run.stop - 1].stop)
 
     def owned(self, rank: int) -> range:
-        """Units that `rank` owns.
+        """Indices that `rank` owns.
 
         >>> Cut(size=63, leaves=8, degree=2).owned(1)
         range(32, 63)
@@ -129,16 +157,21 @@ class Cut:
         return self.units(self.run(rank))
 
     def sizes(self) -> tuple[int, ...]:
-        """How many units each rank owns, in rank order."""
+        """How many indices each rank owns, in rank order."""
         return tuple(len(self.owned(rank)) for rank in range(self.degree))
 
-    def leaf_slices(self, rank: int) -> tuple[slice, ...]:
-        """Where each leaf that `rank` owns lies inside what that rank owns."""
+    def leaf_slices(self, rank: int, held: range | None = None) -> tuple[slice, ...]:
+        """Where each leaf that `rank` owns lies inside what that rank holds.
+
+        Args:
+            rank: whose.
+            held: the leaves that it holds; those it owns, if not given.
+        """
         run = self.run(rank)
-        start = self.owned(rank).start
+        start = self.units(run if held is None else held).start
         return tuple(
             slice(units.start - start, units.stop - start)
-            for units in share(self.size, self.num_leaves)[run.start : run.stop]
+            for units in self._leaves()[run.start : run.stop]
         )
 
     def idle_ranks(self) -> tuple[int, ...]:
@@ -201,6 +234,13 @@ class Layout:
         length = len(self.cut.units(self.held))
         return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
 
+    @property
+    def held_indices(self) -> range:
+        """Global indices along `dim` that this rank holds (of dim 0 if replicated)."""
+        if self.cut is None or self.held is None:
+            return self.owned
+        return self.cut.units(self.held)
+
     def of(self, rank: int) -> "Layout":
         """The same tensor's layout on another rank, which holds what it owns."""
         return Layout(self.shape, rank, self.dim, self.cut)
@@ -216,6 +256,7 @@ class Layout:
             "degree": self.cut.degree,
             "rank": self.rank,
             "held": [self.held.start, self.held.stop],
+            **({} if self.cut.unit == 1 else {"unit": self.cut.unit}),
         }
 
 

@@ -81,10 +81,10 @@ def _sum_squares(grad: Tensor, layout: Layout, axis: Axis | None, who: str) -> T
     if layout.cut is None or layout.dim is None or axis is None:
         return sum_squares(grad)
     run = layout.cut.run(layout.rank)
-    sizes = [where.stop - where.start for where in layout.cut.leaf_slices(layout.rank)]
+    slices = layout.cut.leaf_slices(layout.rank, layout.held)
     leaves = {
-        (leaf, leaf + 1): sum_squares(part)
-        for leaf, part in zip(run, grad.split(sizes, layout.dim), strict=True)
+        (leaf, leaf + 1): sum_squares(grad.narrow(layout.dim, at.start, at.stop - at.start))
+        for leaf, at in zip(run, slices, strict=True)
     }
     count = layout.cut.num_leaves
     nodes = {node: combine(node, leaves, add_tensors) for node in nodes_of_run(count, run)}

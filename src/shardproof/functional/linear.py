@@ -54,7 +54,7 @@ def _whole_rows(x: Tensor, site: LinearSite) -> Tensor:
 
 def _column_of(rows: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
     if site.is_invariant:
-        y = matmul.linear(rows, weight, bias, site.slices)
+        y = matmul.linear(rows, weight, bias, site.held_slices)
     else:
         y = F.linear(rows, weight, bias)
     return site.gather(y, site.cut, "forward") if site.gather_output else y
@@ -209,7 +209,7 @@ def _shaped(rows: Tensor | None, like: Tensor) -> Any:
 
 
 def _product_rows(site: LinearSite, a: Tensor, b: Tensor) -> Tensor:
-    return matmul.product_rows(a, b, site.slices) if site.is_invariant else a @ b
+    return matmul.product_rows(a, b, site.held_slices) if site.is_invariant else a @ b
 
 
 def _product_columns(site: LinearSite, a: Tensor, b: Tensor) -> Tensor:

@@ -25,8 +25,12 @@ class LinearSite:
         input_cut: column only: how the input is cut along its last dim if it is gathered first.
         gather_output: column only: the output is gathered to Replicate.
         split_input: row only: the input comes whole, and each rank takes what it owns of it.
-        run, slices, owned: this rank's leaves, where each lies in the shard, and where the shard
-            lies in the whole; from `cut`.
+        held: column only: the leaves that this rank holds, if more than it owns (key-value heads
+            that ranks share); None: what it owns.
+        run, slices, owned: this rank's leaves, where each lies in the shard, and where what it
+            owns lies in the whole; from `cut`.
+        held_slices: where every leaf that it holds lies in the shard.
+        own: where what it owns lies in the shard; None: it is all of it.
         is_invariant: from `scheme`.
         is_plain: nothing here differs from torch's own linear: one rank, native numerics.
     """
@@ -38,8 +42,11 @@ class LinearSite:
     input_cut: Cut | None = None
     gather_output: bool = False
     split_input: bool = False
+    held: range | None = None
     run: range = field(init=False)
     slices: tuple[slice, ...] = field(init=False)
+    held_slices: tuple[slice, ...] = field(init=False)
+    own: slice | None = field(init=False)
     owned: slice = field(init=False)
     is_invariant: bool = field(init=False)
     is_plain: bool = field(init=False)
@@ -48,7 +55,16 @@ class LinearSite:
         rank, is_invariant = self.axis.rank, self.scheme.is_invariant
         owned = self.cut.owned(rank)
         object.__setattr__(self, "run", self.cut.run(rank))
-        object.__setattr__(self, "slices", self.cut.leaf_slices(rank))
+        held = self.cut.run(rank) if self.held is None else self.held
+        slices = self.cut.leaf_slices(rank, held)
+        start = self.cut.units(held).start
+        bounds = (self.cut.leaf(leaf) for leaf in held)
+        within = tuple(slice(each.start - start, each.stop - start) for each in bounds)
+        is_all = held == self.cut.run(rank)
+        own = slice(owned.start - start, owned.stop - start) if owned else slice(0, 0)
+        object.__setattr__(self, "slices", slices)
+        object.__setattr__(self, "held_slices", slices if is_all else within)
+        object.__setattr__(self, "own", None if is_all else own)
         object.__setattr__(self, "owned", slice(owned.start, owned.stop))
         object.__setattr__(self, "is_invariant", is_invariant)
         object.__setattr__(self, "is_plain", self.axis.size == 1 and not is_invariant)
@@ -66,7 +82,7 @@ class LinearSite:
         """`a @ b` summed over the axis, started.
 
         Args:
-            a: (M, c), Shard(1).
+            a: (M, c), Shard(1); of what the rank holds, of which what it owns is summed.
             b: (c, N), Shard(0); or (N, c), Shard(1), if `is_transposed`: then `a @ b.T`.
             direction: for the ledger.
             is_transposed: how `b` is given.
@@ -76,6 +92,8 @@ class LinearSite:
             (M, N), Replicate, once it has been waited for.
         """
         if not self.is_invariant:
+            if self.own is not None:
+                a, b = a[:, self.own], b[:, self.own] if is_transposed else b[self.own]
             y = F.linear(a, b) if is_transposed else a @ b
             return comm.start_all_reduce(
                 y, self.axis, direction=direction, who=self.who, is_rest=is_rest

@@ -44,9 +44,16 @@ class ShardedModule(nn.Module):
     def _cut(self, size: int) -> Cut:
         return Cut(size, self.scheme.leaves, self.axis.size)
 
-    def _layout(self, shape: tuple[int, ...], dim: int | None = None) -> Layout:
-        cut = None if dim is None else self._cut(shape[dim])
-        return Layout(shape, self.axis.rank, dim, cut)
+    def _layout(
+        self,
+        shape: tuple[int, ...],
+        dim: int | None = None,
+        cut: Cut | None = None,
+        held: range | None = None,
+    ) -> Layout:
+        if dim is None:
+            return Layout(shape, self.axis.rank)
+        return Layout(shape, self.axis.rank, dim, cut or self._cut(shape[dim]), held)
 
     def _add_parameter(
         self, name: str, layout: Layout, device: Any = None, dtype: Any = None
@@ -181,12 +188,14 @@ def check_state(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
 
 
 def _leaves(layout: Layout) -> Iterator[tuple[int, tuple[slice, ...], tuple[int, ...]]]:
-    """Leaf index, where it lies in the shard, and its shape, for every owned leaf."""
-    if layout.cut is None or layout.dim is None:
+    """Leaf index, where it lies in the shard, and its shape, for every leaf that is held."""
+    if layout.cut is None or layout.dim is None or layout.held is None:
         yield 0, (), layout.shape
         return
-    run = layout.cut.run(layout.rank)
-    for leaf, where in zip(run, layout.cut.leaf_slices(layout.rank), strict=True):
+    start = layout.cut.units(layout.held).start
+    for leaf in layout.held:
+        units = layout.cut.leaf(leaf)
         shape = list(layout.shape)
-        shape[layout.dim] = where.stop - where.start
+        shape[layout.dim] = len(units)
+        where = slice(units.start - start, units.stop - start)
         yield leaf, (slice(None),) * layout.dim + (where,), tuple(shape)

@@ -10,6 +10,7 @@ from shardproof.errors import ShapeError
 from shardproof.functional.linear import column_linear, row_linear
 from shardproof.functional.site import LinearSite
 from shardproof.layers.base import ShardedModule
+from shardproof.leaves import Cut
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
 
 
@@ -19,6 +20,7 @@ class _ParallelLinear(ShardedModule):
     weight: nn.Parameter
     bias: nn.Parameter | None
     _width: int  # of the input as it comes to this rank
+    _owned_input: int  # width of this rank's part of the input
     _weight_dim: int
     _bias_dim: int | None
     _if_shard: str  # what to do if the input is a shard and should be whole
@@ -35,6 +37,8 @@ class _ParallelLinear(ShardedModule):
         scheme: Scheme,
         device: Any,
         dtype: Any,
+        cut: Cut | None = None,
+        held: range | None = None,
     ) -> None:
         super().__init__(axis=axis, name=name, scheme=scheme)
         if in_features < 1 or out_features < 1:
@@ -44,12 +48,14 @@ class _ParallelLinear(ShardedModule):
             )
         self.in_features = in_features
         self.out_features = out_features
-        weight = self._layout((out_features, in_features), self._weight_dim)
+        input_cut = (cut if self._weight_dim else None) or self._cut(in_features)
+        self._owned_input = len(input_cut.owned(axis.rank))
+        shape = (out_features, in_features)
+        weight = self._layout(shape, self._weight_dim, cut, held)
         self._add_parameter("weight", weight, device, dtype)
         if bias:
-            self._add_parameter(
-                "bias", self._layout((out_features,), self._bias_dim), device, dtype
-            )
+            layout = self._layout((out_features,), self._bias_dim, cut, held)
+            self._add_parameter("bias", layout, device, dtype)
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
@@ -75,8 +81,8 @@ class _ParallelLinear(ShardedModule):
             if layout.dim is None:
                 shard.copy_(whole)
             else:
-                owned = layout.owned
-                shard.copy_(whole.narrow(layout.dim, owned.start, len(owned)))
+                held = layout.held_indices
+                shard.copy_(whole.narrow(layout.dim, held.start, len(held)))
         return self.train(linear.training)
 
     def _refuse_width(self, x: Tensor, width: int) -> NoReturn:
@@ -92,7 +98,7 @@ class _ParallelLinear(ShardedModule):
     def _advice(self, x: Tensor, width: int) -> str:
         """What is most likely wrong with an input of that width."""
         got = x.shape[-1] if x.dim() else 0
-        owned = len(self._cut(self.in_features).owned(self.axis.rank))
+        owned = self._owned_input
         if width == self.in_features and got == owned:
             return f"{got} is this rank's shard of it: use {self._if_shard}."
         if width == owned and got == self.in_features:
@@ -145,6 +151,8 @@ class ColumnParallelLinear(_ParallelLinear):
         scheme: Scheme = DEFAULT_SCHEME,
         device: Any = None,
         dtype: Any = None,
+        cut: Cut | None = None,
+        held: range | None = None,
     ) -> None:
         super().__init__(
             in_features,
@@ -155,12 +163,14 @@ class ColumnParallelLinear(_ParallelLinear):
             scheme=scheme,
             device=device,
             dtype=dtype,
+            cut=cut,
+            held=held,
         )
         self.gather_input = gather_input
         self.gather_output = gather_output
-        cut = self._cut(out_features)
+        cut = cut or self._cut(out_features)
         input_cut = self._cut(in_features) if gather_input else None
-        self._site = LinearSite(axis, cut, scheme, self.name, input_cut, gather_output)
+        self._site = LinearSite(axis, cut, scheme, self.name, input_cut, gather_output, held=held)
         self._width = len(input_cut.owned(axis.rank)) if input_cut else in_features
 
     @classmethod
@@ -173,6 +183,8 @@ class ColumnParallelLinear(_ParallelLinear):
         gather_output: bool = False,
         name: str | None = None,
         scheme: Scheme = DEFAULT_SCHEME,
+        cut: Cut | None = None,
+        held: range | None = None,
     ) -> Self:
         """Take this rank's rows of `linear`, which must be the same on every rank.
 
@@ -186,6 +198,8 @@ class ColumnParallelLinear(_ParallelLinear):
             gather_output: the output is gathered to Replicate.
             name: for messages and initialisation; see `Axis.next_name` for None.
             scheme: leaves, numerics, seed.
+            cut: of out_features, if it is not features that must stay whole (`Heads.query_cut`).
+            held: the leaves that this rank holds, if more than it owns (`Heads.held`).
         """
         layer = _like(
             cls,
@@ -195,6 +209,8 @@ class ColumnParallelLinear(_ParallelLinear):
             scheme,
             gather_input=gather_input,
             gather_output=gather_output,
+            cut=cut,
+            held=held,
         )
         return layer._take(linear)
 
@@ -237,6 +253,7 @@ class RowParallelLinear(_ParallelLinear):
         scheme: Scheme = DEFAULT_SCHEME,
         device: Any = None,
         dtype: Any = None,
+        cut: Cut | None = None,
     ) -> None:
         super().__init__(
             in_features,
@@ -247,9 +264,10 @@ class RowParallelLinear(_ParallelLinear):
             scheme=scheme,
             device=device,
             dtype=dtype,
+            cut=cut,
         )
         self.input_is_parallel = input_is_parallel
-        cut = self._cut(in_features)
+        cut = cut or self._cut(in_features)
         split_input = not input_is_parallel
         self._site = LinearSite(axis, cut, scheme, self.name, split_input=split_input)
         self._width = len(cut.owned(axis.rank)) if input_is_parallel else in_features
@@ -263,6 +281,7 @@ class RowParallelLinear(_ParallelLinear):
         input_is_parallel: bool = True,
         name: str | None = None,
         scheme: Scheme = DEFAULT_SCHEME,
+        cut: Cut | None = None,
     ) -> Self:
         """Take this rank's columns of `linear`, which must be the same on every rank.
 
@@ -275,8 +294,9 @@ class RowParallelLinear(_ParallelLinear):
             input_is_parallel: False if the input comes whole and is to be cut here.
             name: for messages and initialisation; see `Axis.next_name` for None.
             scheme: leaves, numerics, seed.
+            cut: of in_features, if it is not features that must stay whole (`Heads.query_cut`).
         """
-        layer = _like(cls, linear, axis, name, scheme, input_is_parallel=input_is_parallel)
+        layer = _like(cls, linear, axis, name, scheme, input_is_parallel=input_is_parallel, cut=cut)
         return layer._take(linear)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -292,7 +312,7 @@ def _like(
     axis: Axis,
     name: str | None,
     scheme: Scheme,
-    **options: bool,
+    **options: Any,
 ) -> Any:
     """An undrawn layer with the sizes of `linear`, on its device and with its dtype."""
     device = linear.weight.device
