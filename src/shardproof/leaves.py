@@ -6,6 +6,7 @@ never by the degree: that is what keeps the bits the same (`tree.py` says how).
 """
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -240,6 +241,18 @@ class Layout:
         if self.cut is None or self.held is None:
             return self.owned
         return self.cut.units(self.held)
+
+    def held_leaves(self) -> Iterator[tuple[int, tuple[slice, ...], tuple[int, ...]]]:
+        """Leaf index, where it lies in the shard, and its shape, for every leaf that is held."""
+        if self.cut is None or self.dim is None or self.held is None:
+            yield 0, (), self.shape
+            return
+        start = self.cut.units(self.held).start
+        for leaf in self.held:
+            units = self.cut.leaf(leaf)
+            shape = (*self.shape[: self.dim], len(units), *self.shape[self.dim + 1 :])
+            where = slice(units.start - start, units.stop - start)
+            yield leaf, (slice(None),) * self.dim + (where,), shape
 
     def of(self, rank: int) -> "Layout":
         """The same tensor's layout on another rank, which holds what it owns."""

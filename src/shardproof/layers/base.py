@@ -87,7 +87,7 @@ class ShardedModule(nn.Module):
         layout = self.layouts[parameter]
         if shard.is_meta:
             return
-        for leaf, where, shape in _leaves(layout):
+        for leaf, where, shape in layout.held_leaves():
             values = draw_uniform(
                 shape,
                 -bound,
@@ -185,17 +185,3 @@ def check_state(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
     for name, module in model.named_modules(prefix=prefix.removesuffix(".")):
         if isinstance(module, ShardedModule):
             module._check_state(state_dict, f"{name}." if name else "")
-
-
-def _leaves(layout: Layout) -> Iterator[tuple[int, tuple[slice, ...], tuple[int, ...]]]:
-    """Leaf index, where it lies in the shard, and its shape, for every leaf that is held."""
-    if layout.cut is None or layout.dim is None or layout.held is None:
-        yield 0, (), layout.shape
-        return
-    start = layout.cut.units(layout.held).start
-    for leaf in layout.held:
-        units = layout.cut.leaf(leaf)
-        shape = list(layout.shape)
-        shape[layout.dim] = len(units)
-        where = slice(units.start - start, units.stop - start)
-        yield leaf, (slice(None),) * layout.dim + (where,), tuple(shape)
