@@ -103,7 +103,8 @@ PROBLEMS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
         Model,
         {"head": "columnwise"},
         "plan entry 'head': unknown style 'columnwise'. Use ColumnParallel(), RowParallel(), "
-        "'colwise', 'rowwise'.",
+        "VocabParallel(), Attention(...), SharedInput(...), or Hugging Face's 'colwise', "
+        "'rowwise', ",
     ),
     "no style": (Model, {"head": None}, "plan entry 'head': unknown style None."),
     "no match": (

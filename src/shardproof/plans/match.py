@@ -1,12 +1,70 @@
 """Which module gets which style. Reads names only; changes nothing."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import get_args
 
 from torch import nn
 
-from shardproof.plans.style import SPELLINGS, ColumnParallel, RowParallel, Style
+from shardproof.plans.style import HEAD_NORM, REFUSED, SPELLINGS, WHOLE, Style
+
+_KNOWN = "ColumnParallel(), RowParallel(), VocabParallel(), Attention(...), SharedInput(...)"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the entries of a plan name in a model.
+
+    Attributes:
+        styles: module name -> style, in the model's order.
+        patterns: module name -> the entry that named it first.
+        whole: modules that an entry leaves whole.
+        norms: modules that an entry calls norms of heads (Hugging Face's spelling).
+        problems: what is wrong with the plan, one sentence each.
+    """
+
+    styles: dict[str, Style] = field(default_factory=dict)
+    patterns: dict[str, str] = field(default_factory=dict)
+    whole: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+    problems: list[str] = field(default_factory=list)
+
+
+def find(styles: Mapping[str, Style | str], model: nn.Module) -> Found:
+    """What the entries of a plan name.
+
+    Args:
+        styles: pattern -> style, or Hugging Face's spelling of one.
+        model: whose module names are matched.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    named: dict[str, tuple[str, Style | str]] = {}
+    problems: list[str] = []
+    for pattern, given in styles.items():
+        style = SPELLINGS.get(given, given) if isinstance(given, str) else given
+        if complaint := _refusal(pattern, style):
+            problems.append(complaint)
+            continue
+        hits = [name for name in names if fits(pattern, name)]
+        if not hits:
+            problems.append(_no_match(pattern, style, names, model))
+        for name in hits:
+            if name in named and named[name][1] != style:
+                problems.append(
+                    f"module {name!r} is matched by {named[name][0]!r}: {named[name][1]} and by "
+                    f"{pattern!r}: {style}. Keep one of the two."
+                )
+            named.setdefault(name, (pattern, style))
+    ordered = {name: named[name] for name in names if name in named}
+    return Found(
+        {name: style for name, (_, style) in ordered.items() if not isinstance(style, str)},
+        {name: pattern for name, (pattern, _) in ordered.items()},
+        tuple(name for name, (_, style) in ordered.items() if style == WHOLE),
+        tuple(name for name, (_, style) in ordered.items() if style == HEAD_NORM),
+        problems,
+    )
 
 
 def match(
@@ -21,35 +79,47 @@ def match(
     Returns:
         The matches in the model's order, and one sentence per problem.
     """
-    names = [name for name, _ in model.named_modules() if name]
-    found: dict[str, tuple[str, Style]] = {}
-    problems: list[str] = []
-    for pattern, given in styles.items():
-        style = SPELLINGS.get(given) if isinstance(given, str) else given
-        if not isinstance(style, ColumnParallel | RowParallel):
-            problems.append(
-                f"plan entry {pattern!r}: unknown style {given!r}. Use ColumnParallel(), "
-                f"RowParallel(), {', '.join(map(repr, SPELLINGS))}."
-            )
-            continue
-        hits = [name for name in names if fits(pattern, name)]
-        if not hits:
-            near = get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
-            problems.append(
-                f"plan entry {pattern!r}: {style} matches no module of {type(model).__name__}. "
-                f"Remove the entry or correct the name; near names: {', '.join(near) or 'none'}."
-            )
-        for name in hits:
-            if name in found and found[name][1] != style:
-                problems.append(
-                    f"module {name!r} is matched by {found[name][0]!r}: {found[name][1]} and by "
-                    f"{pattern!r}: {style}. Keep one of the two."
-                )
-            found.setdefault(name, (pattern, style))
-    return {name: found[name][1] for name in names if name in found}, problems
+    found = find(styles, model)
+    return found.styles, found.problems
 
 
 def fits(pattern: str, name: str) -> bool:
     """True if `pattern` fits `name` segment by segment; `*` never crosses a dot."""
     wanted, got = pattern.split("."), name.split(".")
     return len(wanted) == len(got) and all(map(fnmatchcase, got, wanted))
+
+
+def near_names(name: str, names: list[str]) -> str:
+    """Names that a reader may have meant, as prose."""
+    near = get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
+    return ", ".join(near) or "none"
+
+
+def _refusal(pattern: str, style: object) -> str:
+    """Why no module can have this style; "" if one can."""
+    if isinstance(style, str):
+        if style in (WHOLE, HEAD_NORM):
+            return ""
+        if style in REFUSED:
+            return (
+                f"plan entry {pattern!r}: style {style!r} cannot be served: {REFUSED[style]}. "
+                "Give a plan of your own that leaves these modules whole."
+            )
+    elif isinstance(style, get_args(Style)):
+        return ""
+    return (
+        f"plan entry {pattern!r}: unknown style {style!r}. Use {_KNOWN}, or Hugging Face's "
+        f"{', '.join(map(repr, [*SPELLINGS, WHOLE, HEAD_NORM]))}."
+    )
+
+
+def _no_match(pattern: str, style: object, names: list[str], model: nn.Module) -> str:
+    if any(fits(pattern, name) for name, _ in model.named_parameters()):
+        return (
+            f"plan entry {pattern!r}: {style} names a parameter, and only modules can be cut. "
+            "Name the module, or remove the entry."
+        )
+    return (
+        f"plan entry {pattern!r}: {style} matches no module of {type(model).__name__}. "
+        f"Remove the entry or correct the name; near names: {near_names(pattern, names)}."
+    )

@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
+
+Norms = Literal["heads", "across"]
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,110 @@ class RowParallel:
     input_is_parallel: bool = True
 
 
-Style = ColumnParallel | RowParallel
+@dataclass(frozen=True)
+class VocabParallel:
+    """Cut an embedding's num_embeddings; every row is picked on the rank that has it.
 
-# The spellings that Hugging Face model configurations use in `tp_plan`.
-SPELLINGS: dict[str, Style] = {"colwise": ColumnParallel(), "rowwise": RowParallel()}
+    A head that shares its weight is cut by `ColumnParallel`: along the same dim, the vocabulary.
+
+    Attributes:
+        scale: what the rows are multiplied with, where the embedding does that itself (Gemma).
+    """
+
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Cut an attention module by heads: its query, key, value and output linears and its norms.
+
+    Query, key and value are cut along their output by whole heads, the output linear along its
+    input by the same query heads. The first three read one input, and share one sum of its
+    gradient. A key-value head is held by every rank whose query heads need it.
+
+    Attributes:
+        queries: query heads.
+        keys: key-value heads; each serves queries / keys query heads that stand side by side.
+        head_dim: features of one head.
+        query, key, value, output: names of the linears, children of the module.
+        query_norm, key_norm: names of the children that normalise queries and keys, if there are
+            any.
+        norms: over what these do: the features of each head by itself ("heads"), or those of all
+            heads together ("across").
+        attend: name of the child that computes the attention itself; None for a model of
+            transformers, which finds it in the library's registry.
+    """
+
+    queries: int
+    keys: int
+    head_dim: int
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    output: str = "o_proj"
+    query_norm: str | None = None
+    key_norm: str | None = None
+    norms: Norms = "heads"
+    attend: str | None = None
+
+    @property
+    def children(self) -> tuple[str, ...]:
+        """Names of the children that are cut."""
+        norms = (self.query_norm, self.key_norm)
+        linears = (self.query, self.key, self.value, self.output)
+        return (*linears, *(norm for norm in norms if norm is not None))
+
+
+@dataclass(frozen=True)
+class SharedInput:
+    """Children that are `ColumnParallel` and read one input share one sum of its gradient.
+
+    It changes which additions are made, so it is a part of the plan and the same at every degree.
+
+    Attributes:
+        members: names of these children.
+    """
+
+    members: tuple[str, ...] = ("gate_proj", "up_proj")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "members", tuple(self.members))
+
+
+Style = ColumnParallel | RowParallel | VocabParallel | Attention | SharedInput
+
+# Spellings that Hugging Face model configurations use in `tp_plan`.
+SPELLINGS: dict[str, Style] = {
+    "colwise": ColumnParallel(),
+    "rowwise": RowParallel(),
+    "colwise_gather_output": ColumnParallel(gather_output=True),
+    "colwise_rep": ColumnParallel(gather_output=True),
+    "rowwise_split_input": RowParallel(input_is_parallel=False),
+    "rowwise_rep": RowParallel(input_is_parallel=False),
+    "embedding_rowwise": VocabParallel(),
+}
+
+# Spellings that cut nothing: left whole; and left whole inside an attention that is cut by heads.
+WHOLE = "replicate"
+HEAD_NORM = "replicated_with_grad_allreduce"
+
+_EXPERTS = "mixture of experts is not supported yet"
+
+# Spellings that mean something which this library does not do.
+REFUSED: dict[str, str] = {
+    "grouped_gemm": _EXPERTS,
+    "ep_router": _EXPERTS,
+    "ep_dispatch_experts": _EXPERTS,
+    "moe_tp_experts": _EXPERTS,
+    "moe_identity_expert": _EXPERTS,
+    "packed_colwise": "projections that are fused into one weight are not supported yet",
+    "packed_rowwise": "projections that are fused into one weight are not supported yet",
+    "mla_kv_a_proj": "multi-head latent attention is not supported yet",
+    "local_params": "parameters that are cut outside of a linear are not supported yet",
+    "embedding_colwise": "embeddings are cut along the vocabulary only",
+    "all_reduce": "modules whose outputs are partial sums are not supported yet",
+    "sequence_parallel": "sequence parallelism is not supported yet",
+}
 
 
 @dataclass(frozen=True)
