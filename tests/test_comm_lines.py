@@ -32,8 +32,9 @@ import shardproof.layers
 from places import Pool
 from shardproof import collectives, comm, optim
 from shardproof.axis import Axis
-from shardproof.functional import linear, losses, site
+from shardproof.functional import classes, embedding, linear, losses, site, vocabulary
 from shardproof.layers import activations, base, guard
+from shardproof.layers import embedding as embedding_layers
 from shardproof.layers import linear as layers
 from shardproof.leaves import Cut
 from shardproof.scheme import Scheme
@@ -47,6 +48,10 @@ SIZES = {
     "cut.size": IN,
     "shape": 6 * IN,
     "sum of sizes": IN,
+    "embedding_dim": OUT,
+    "rows": 6,
+    "blocks": 8,
+    **{str(number): number for number in (2, 3, 4)},
 }
 # What a claim counts "per": the number of them in the runs below.
 PER = {"cut parameter that has a gradient": 2}
@@ -136,6 +141,18 @@ class Run:
     def row(self, **options: Any) -> Tensor:
         layer = layers.RowParallelLinear(IN, OUT, axis=self.axis, **options)
         return layer(self.x if options else self.part)
+
+    @property
+    def ids(self) -> Tensor:
+        return torch.arange(6).view(LEADING)
+
+    @property
+    def table(self) -> Tensor:
+        return torch.ones(len(self.cut.owned(self.axis.rank)), OUT, requires_grad=True)
+
+    def vocabulary(self, function: Callable[..., Tensor], *given: Tensor, **options: Any) -> Tensor:
+        logits = self.part.flatten(0, 1)
+        return function(logits, *given, axis=self.axis, cut=self.cut, **options)
 
     def weights(self, dim: int) -> Tensor:
         shape = [OUT, IN]
@@ -237,6 +254,19 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
     (losses.cross_entropy, ""): lambda run: losses.cross_entropy(
         run.x[0], torch.zeros(3, dtype=torch.int64)
     ),
+    (embedding.vocab_embedding, ""): lambda run: embedding.vocab_embedding(
+        run.ids, run.table, embedding.EmbeddingSite(run.axis, run.cut)
+    ),
+    (embedding_layers.VocabParallelEmbedding, ""): lambda run: (
+        embedding_layers.VocabParallelEmbedding(IN, OUT, axis=run.axis)(run.ids)
+    ),
+    (vocabulary.vocab_cross_entropy, ""): lambda run: run.vocabulary(
+        vocabulary.vocab_cross_entropy, run.ids.view(-1)
+    ),
+    (vocabulary.vocab_cross_entropy, "label_smoothing"): lambda run: run.vocabulary(
+        vocabulary.vocab_cross_entropy, run.ids.view(-1), label_smoothing=0.1
+    ),
+    (vocabulary.vocab_log_softmax, ""): lambda run: run.vocabulary(vocabulary.vocab_log_softmax),
     (optim.grad_norm, ""): lambda run: optim.grad_norm(run.model()),
     (optim.clip_grad_norm_, ""): lambda run: optim.clip_grad_norm_(run.model(), 1.0),
     (optim.optimizer_state_dict, ""): lambda run: optim.optimizer_state_dict(*run.optimizer()),
@@ -248,6 +278,8 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
 SILENT = {
     comm: {"Sum", "agree", "check_degree_of", "check_part"},
     site: {"LinearSite"},
+    embedding: {"EmbeddingSite"},
+    classes: {"check_reduction", "counting_rows", "reduce_rows"},
     optim: {"layouts_of"},
     base: {"ShardedModule", "check_state"},
     guard: {"watch"},

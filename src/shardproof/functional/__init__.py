@@ -1,11 +1,14 @@
 """Pure functions of shards and an axis, and the invariant twins of torch's own."""
 
+from shardproof.functional.embedding import EmbeddingSite, vocab_embedding
 from shardproof.functional.linear import column_linear, row_linear
 from shardproof.functional.losses import cross_entropy, mse_loss
 from shardproof.functional.site import LinearSite
+from shardproof.functional.vocabulary import vocab_cross_entropy, vocab_log_softmax
 from shardproof.numerics.elementwise import gelu, relu, sigmoid, silu, softplus, tanh
 
 __all__ = [
+    "EmbeddingSite",
     "LinearSite",
     "column_linear",
     "cross_entropy",
@@ -17,4 +20,7 @@ __all__ = [
     "silu",
     "softplus",
     "tanh",
+    "vocab_cross_entropy",
+    "vocab_embedding",
+    "vocab_log_softmax",
 ]

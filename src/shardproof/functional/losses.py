@@ -5,7 +5,7 @@ other sums are halving folds (`numerics.sums`). bf16 and fp16 are computed in fp
 at the end.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +13,15 @@ from torch import Tensor
 from shardproof.axis import Axis
 from shardproof.collectives import all_reduce
 from shardproof.errors import ShapeError, UsageError
+from shardproof.functional.classes import (
+    Reduction,
+    check_reduction,
+    counting_rows,
+    reduce_rows,
+)
 from shardproof.leaves import Cut
 from shardproof.numerics.elementwise import widen
-from shardproof.numerics.sums import sum_all, sum_rows, sum_squares
-
-Reduction = Literal["mean", "sum", "none"]
+from shardproof.numerics.sums import sum_rows, sum_squares
 
 
 def mse_loss(
@@ -87,20 +91,12 @@ def cross_entropy(
     Comm:
         forward none; backward none.
     """
-    if reduction not in get_args(Reduction):
-        raise UsageError(
-            f"cross_entropy: reduction={reduction!r} is unknown. "
-            f"Use one of: {', '.join(get_args(Reduction))}."
-        )
-    counts = _check_classes(logits, target, ignore_index)
+    who = "cross_entropy"
+    check_reduction(reduction, who)
+    classes = logits.shape[-1] if logits.dim() else 0
+    counts = counting_rows(logits, target, classes=classes, ignore_index=ignore_index, who=who)
     losses, _ = _RowCrossEntropy.apply(logits, target.masked_fill(~counts, 0))
-    losses = losses.masked_fill(~counts, 0)
-    if reduction == "none":
-        return losses.to(logits.dtype)
-    total = sum_all(losses)
-    if reduction == "mean":
-        total = total / counts.sum()
-    return total.to(logits.dtype)
+    return reduce_rows(losses, counts, reduction, dtype=logits.dtype)
 
 
 class _SquaredError(torch.autograd.Function):
@@ -174,25 +170,3 @@ def _check_owned(y: Tensor, axis: Axis, cut: Cut, who: str) -> None:
             f"{who} on {axis}: y has shape {tuple(y.shape)}, but of a dim of {cut.size} in "
             f"{cut.num_leaves} leaves this rank owns {owned}: shape (*, {owned}) wanted."
         )
-
-
-def _check_classes(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Which rows count, (rows,)."""
-    if logits.dim() != 2 or target.shape != logits.shape[:1]:
-        raise ShapeError(
-            f"cross_entropy: logits (rows, classes) and target (rows,) wanted, got shapes "
-            f"{tuple(logits.shape)} and {tuple(target.shape)}. Flatten leading dims first."
-        )
-    if target.dtype != torch.int64:
-        raise UsageError(
-            f"cross_entropy: target must hold class indices as int64, got {target.dtype}."
-        )
-    counts = target != ignore_index
-    classes = logits.shape[1]
-    is_wrong = counts & ((target < 0) | (target >= classes))
-    if bool(is_wrong.any()):
-        raise UsageError(
-            f"cross_entropy: target {int(target[is_wrong][0])} is no class of {classes}. Use "
-            f"0 to {classes - 1}, or ignore_index={ignore_index} for rows that do not count."
-        )
-    return counts

@@ -1,0 +1,90 @@
+"""Class indices and what is made of one loss per row: what every cross-entropy shares.
+
+Plain tensors that all ranks have alike: no axis, and an error here is one on all ranks.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from shardproof.errors import ShapeError, UsageError
+from shardproof.numerics.sums import sum_all
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def check_reduction(reduction: str, who: str) -> None:
+    """Raise unless `reduction` is known.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if reduction not in get_args(Reduction):
+        raise UsageError(
+            f"{who}: reduction={reduction!r} is unknown. "
+            f"Use one of: {', '.join(get_args(Reduction))}."
+        )
+
+
+def counting_rows(
+    logits: Tensor, target: Tensor, *, classes: int, ignore_index: int, who: str
+) -> Tensor:
+    """Which rows count: those whose target is not `ignore_index`.
+
+    Args:
+        logits: (rows, *), any placement.
+        target: (rows,), Replicate. Class indices, int64.
+        classes: how many there are, on all ranks together.
+        ignore_index: rows with this target count for nothing.
+        who: for messages.
+    Returns:
+        (rows,), Replicate; bool.
+    Raises:
+        ShapeError: the shapes do not fit each other.
+        UsageError: a target is no class index.
+    """
+    if logits.dim() != 2 or target.shape != logits.shape[:1]:
+        raise ShapeError(
+            f"{who}: logits (rows, classes) and target (rows,) wanted, got shapes "
+            f"{tuple(logits.shape)} and {tuple(target.shape)}. Flatten leading dims first."
+        )
+    if target.dtype != torch.int64:
+        raise UsageError(f"{who}: target must hold class indices as int64, got {target.dtype}.")
+    counts = target != ignore_index
+    is_wrong = counts & ((target < 0) | (target >= classes))
+    if bool(is_wrong.any()):
+        row = int(is_wrong.nonzero()[0])
+        raise UsageError(
+            f"{who}: target {int(target[row])} is no class of {classes}, in row {row}. Use "
+            f"0 to {classes - 1}, or ignore_index={ignore_index} for rows that do not count."
+        )
+    return counts
+
+
+def reduce_rows(
+    losses: Tensor,
+    counts: Tensor,
+    reduction: Reduction,
+    *,
+    dtype: torch.dtype,
+    denominator: Tensor | float | None = None,
+) -> Tensor:
+    """One loss per row to what the caller asked for.
+
+    Args:
+        losses: (rows,), Replicate.
+        counts: (rows,), Replicate. Which of them count.
+        reduction: "mean" over the rows that count, "sum", or "none".
+        dtype: of the result: rounded once, at the end.
+        denominator: what a mean divides by, if not by the number of rows that count.
+    Returns:
+        (), or (rows,) for "none"; Replicate.
+    """
+    losses = losses.masked_fill(~counts, 0)
+    if reduction == "none":
+        return losses.to(dtype)
+    total = sum_all(losses)
+    if reduction == "mean":
+        total = total / (counts.sum() if denominator is None else denominator)
+    return total.to(dtype)

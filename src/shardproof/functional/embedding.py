@@ -1,0 +1,168 @@
+"""Vocabulary-parallel embedding: every row lies on one rank, and is picked, never added.
+
+Source: Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3) for the cut along the
+vocabulary. There the ranks' masked lookups are added as floats, which turns -0.0 into 0.0; here
+they are added as integers, so that a row arrives with its bits: all but one rank add zero bits.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardproof import comm
+from shardproof.autograd import once_differentiable
+from shardproof.axis import Axis
+from shardproof.errors import ShapeError, UsageError
+from shardproof.leaves import Cut
+from shardproof.numerics.elementwise import widen
+
+_INTEGERS = {4: torch.int32, 8: torch.int64}
+_NOWHERE = -1  # place of a row that this rank has not
+
+
+@dataclass(frozen=True)
+class EmbeddingSite:
+    """Where a cut embedding stands: everything that is no tensor.
+
+    Attributes:
+        axis: the ranks.
+        cut: of the vocabulary.
+        padding_idx: the row that gets no gradient, or None; counted from the end if negative.
+        who: the layer's name, for messages and the ledger.
+        owned: rows that this rank owns; from `cut`.
+        padding: where the padding row lies in the shard, or None if it does not.
+    """
+
+    axis: Axis
+    cut: Cut
+    padding_idx: int | None = None
+    who: str = "vocab_embedding"
+    owned: range = field(init=False)
+    padding: int | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        size, row = self.cut.size, self.padding_idx
+        if row is not None and not -size <= row < size:
+            raise ShapeError(
+                f"{self.who}: padding_idx={row} is no row of {size}. Use 0 to {size - 1}, or None."
+            )
+        owned = self.cut.owned(self.axis.rank)
+        object.__setattr__(self, "owned", owned)
+        object.__setattr__(self, "padding", None)
+        if row is not None:
+            row %= size
+            object.__setattr__(self, "padding_idx", row)
+            object.__setattr__(self, "padding", row - owned.start if row in owned else None)
+
+
+class _VocabEmbedding(torch.autograd.Function):
+    """all_reduce of the picked rows' bits forward; the owned rows' gradients backward, no Comm."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, site: EmbeddingSite) -> Tensor:
+        ctx.site = site
+        places = _places(ids, site)
+        ctx.save_for_backward(places)
+        ctx.shape, ctx.dtype = weight.shape, weight.dtype
+        return _lookup(weight, ids, places, site)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
+        site: EmbeddingSite = ctx.site
+        (places,) = ctx.saved_tensors
+        rows, columns = ctx.shape
+        if site.padding is not None:
+            places = places.masked_fill(places == site.padding, _NOWHERE)
+        # Adds row by row in the order of the tokens and passes over those that are nowhere. All
+        # tokens are given: on a GPU, where a token stands decides with which it is added first.
+        grad = torch.ops.aten.embedding_dense_backward(
+            widen(grad_y).reshape(places.numel(), columns), places, rows, _NOWHERE, False
+        )
+        return grad.to(ctx.dtype), None, None
+
+
+def _places(ids: Tensor, site: EmbeddingSite) -> Tensor:
+    """Where each token's row lies in the shard, (tokens,) int64; `_NOWHERE` if it does not."""
+    owned = site.owned
+    flat = ids.reshape(-1).long()
+    if len(owned) == site.cut.size:
+        return flat
+    is_elsewhere = (flat < owned.start) | (flat >= owned.stop)
+    return (flat - owned.start).masked_fill_(is_elsewhere, _NOWHERE)
+
+
+def _lookup(weight: Tensor, ids: Tensor, places: Tensor, site: EmbeddingSite) -> Tensor:
+    """(*, embedding_dim); a tensor of our own, no view, so that a caller may write into it."""
+    shape = (*ids.shape, weight.shape[1])
+    if site.axis.size == 1:
+        y = weight.new_empty(shape)
+        torch.index_select(weight, 0, places, out=y.view(places.numel(), weight.shape[1]))
+        return y
+    y = weight.new_zeros(shape)
+    mine = (places != _NOWHERE).nonzero().view(-1)
+    rows = weight.index_select(0, places[mine])
+    y.view(places.numel(), weight.shape[1]).index_copy_(0, mine, rows)
+    bits = _as_integers(y)
+    comm.start_all_reduce(bits, site.axis, direction="forward", who=site.who).wait()
+    return y
+
+
+def _as_integers(y: Tensor) -> Tensor:
+    """The same memory as integers that every transport can add; two 16-bit numbers make one."""
+    kind = _INTEGERS.get(y.element_size(), torch.uint8)
+    if y.element_size() == 2 and y.shape[-1] % 2 == 0:
+        kind = torch.int32
+    return y.view(kind)
+
+
+def vocab_embedding(ids: Tensor, weight: Tensor, site: EmbeddingSite) -> Tensor:
+    """Rows of a weight that is cut along the vocabulary; every bit of them, -0.0 and NaN too.
+
+    Numerics make no difference: nothing is rounded forward, and backward adds the tokens' gradients
+    in the order of the tokens. 16 bits are added in fp32 and rounded once.
+
+    Args:
+        ids: (*), Replicate. Token ids, int64 or int32.
+        weight: (owned num_embeddings, embedding_dim), Shard(0).
+        site: axis, cut of the vocabulary, padding row, name.
+    Returns:
+        (*, embedding_dim), Replicate; its gradient is expected to be Replicate.
+    Raises:
+        ShapeError: the weight is not what this rank owns, or lies on another device than the ids.
+        UsageError: the ids are no integers, or one of them is outside of the vocabulary.
+    Comm:
+        forward one all_reduce of y (*, embedding_dim); backward none.
+    """
+    who = site.who
+    if weight.dim() != 2:
+        raise ShapeError(
+            f"{who}: weight (owned num_embeddings, embedding_dim) wanted, got shape "
+            f"{tuple(weight.shape)}."
+        )
+    comm.check_part(weight, site.axis, dim=0, cut=site.cut, is_whole=False, who=who)
+    _check_ids(ids, site.cut.size, who)
+    if ids.device != weight.device:
+        raise ShapeError(
+            f"{who}: the ids are on {ids.device} and the weight on {weight.device}. Move the ids "
+            "with ids.to(weight.device)."
+        )
+    return _VocabEmbedding.apply(weight, ids, site)
+
+
+def _check_ids(ids: Tensor, size: int, who: str) -> None:
+    """Raise unless all ids are of the vocabulary; every rank has all of them, so all raise."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise UsageError(f"{who}: token ids must be int64 or int32, got {ids.dtype}.")
+    if ids.is_meta or not ids.numel():
+        return
+    lowest, highest = (int(bound) for bound in ids.aminmax())
+    if lowest >= 0 and highest < size:
+        return
+    where = tuple(((ids < 0) | (ids >= size)).nonzero()[0].tolist())
+    raise UsageError(
+        f"{who}: token id {int(ids[where])} at position {where} is outside of the vocabulary of "
+        f"{size}. Use 0 to {size - 1}; a tokenizer with more tokens needs a larger embedding."
+    )

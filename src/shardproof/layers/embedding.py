@@ -1,0 +1,149 @@
+"""An embedding whose weight is cut along the vocabulary: drop-in for `nn.Embedding`."""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from shardproof.axis import Axis
+from shardproof.errors import ShapeError, UsageError
+from shardproof.functional.embedding import EmbeddingSite, vocab_embedding
+from shardproof.layers.base import ShardedModule
+from shardproof.numerics.random import draw_normal
+from shardproof.scheme import DEFAULT_SCHEME, Scheme
+
+# Options of nn.Embedding that are not ours, and what they are where they are off.
+_REFUSED = {
+    "max_norm": (None, "rows are scaled in place as they are read"),
+    "scale_grad_by_freq": (False, "gradients depend on how often a token comes"),
+    "sparse": (False, "gradients are sparse, which no norm, hash or update here takes"),
+}
+
+
+class VocabParallelEmbedding(ShardedModule):
+    """`y = weight[ids]`, with the vocabulary cut over `axis`.
+
+    Its weight may be that of an output head as well: `head.weight = embedding.weight`, where the
+    head is a `ColumnParallelLinear(embedding_dim, num_embeddings)` of the same axis and scheme.
+
+    Shapes and placements:
+        ids     (*)                           Replicate; int64 or int32
+        weight  (owned num_embeddings, embedding_dim)  Shard(0)
+        y       (*, embedding_dim)            Replicate
+
+    Comm:
+        forward one all_reduce of y (*, embedding_dim); backward none.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        axis: Axis,
+        padding_idx: int | None = None,
+        name: str | None = None,
+        scheme: Scheme = DEFAULT_SCHEME,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(axis=axis, name=name, scheme=scheme)
+        if num_embeddings < 1 or embedding_dim < 1:
+            raise ShapeError(
+                f"{self.name!r} ({type(self).__name__}) with num_embeddings={num_embeddings} and "
+                f"embedding_dim={embedding_dim}: an embedding that is cut needs at least one of "
+                "each."
+            )
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        cut = self._cut(num_embeddings)
+        self._site = EmbeddingSite(axis, cut, padding_idx, self.name)
+        self.padding_idx = self._site.padding_idx
+        layout = self._layout((num_embeddings, embedding_dim), 0, cut)
+        self._add_parameter("weight", layout, device, dtype)
+        self.reset_parameters()
+
+    @classmethod
+    def from_embedding(
+        cls,
+        embedding: nn.Embedding,
+        *,
+        axis: Axis,
+        name: str | None = None,
+        scheme: Scheme = DEFAULT_SCHEME,
+    ) -> Self:
+        """Take this rank's rows of `embedding`, which must be the same on every rank.
+
+        Args:
+            embedding: the whole embedding; a frozen weight stays frozen, its training flag is kept.
+            axis: the ranks.
+            name: for messages and initialisation; see `Axis.next_name` for None.
+            scheme: leaves, numerics, seed.
+
+        Raises:
+            UsageError: it has `max_norm`, `scale_grad_by_freq` or `sparse` switched on.
+        """
+        for option, (off, why) in _REFUSED.items():
+            value = getattr(embedding, option)
+            if value != off:
+                raise UsageError(
+                    f"{name or 'an embedding'!r} cannot be cut with {option}={value!r}: {why}. Set "
+                    f"{option}={off!r}, or leave it out of the plan."
+                )
+        whole = embedding.weight
+        layer = cls(
+            embedding.num_embeddings,
+            embedding.embedding_dim,
+            axis=axis,
+            padding_idx=embedding.padding_idx,
+            name=name,
+            scheme=scheme,
+            device="meta",
+            dtype=whole.dtype,
+        )
+        layer.weight.requires_grad_(whole.requires_grad)
+        if not whole.is_meta:
+            layer = layer.to_empty(device=whole.device)
+            held = layer.layouts["weight"].held_indices
+            with torch.no_grad():
+                layer.weight.copy_(whole[held.start : held.stop])
+        return layer.train(embedding.training)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw what `nn.Embedding` draws, N(0, 1), keyed by (seed, name, leaf); padding is zero.
+
+        No rank draws a full weight, and every degree gets the same numbers. Layers of the same
+        name and seed draw the same. On the meta device this does nothing.
+        """
+        weight = self.weight
+        if weight.is_meta:
+            return
+        for leaf, where, shape in self.layouts["weight"].held_leaves():
+            values = draw_normal(
+                shape,
+                0.0,
+                1.0,
+                seed=self.scheme.seed,
+                name=f"{self.name}.weight",
+                leaf=leaf,
+                dtype=weight.dtype,
+                device=weight.device,
+            )
+            weight[where].copy_(values)
+        if self._site.padding is not None:
+            weight[self._site.padding].zero_()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """See the class for shapes, placements and Comm."""
+        return vocab_embedding(ids, self.weight, self._site)
+
+    def extra_repr(self) -> str:
+        """Global sizes, and which rank of which axis this is."""
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return (
+            f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}{padding}, "
+            f"{self.axis.name}={self.axis.rank}/{self.axis.size}"
+        )
