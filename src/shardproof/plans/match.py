@@ -39,7 +39,7 @@ def find(styles: Mapping[str, Style | str], model: nn.Module) -> Found:
         styles: pattern -> style, or Hugging Face's spelling of one.
         model: whose module names are matched.
     """
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name, _ in model.named_modules()]  # the model itself is ""
     named: dict[str, tuple[str, Style | str]] = {}
     problems: list[str] = []
     for pattern, given in styles.items():
@@ -101,9 +101,10 @@ def _refusal(pattern: str, style: object) -> str:
         if style in (WHOLE, HEAD_NORM):
             return ""
         if style in REFUSED:
+            why = REFUSED["moe_tp_experts"] if _is_of_experts(pattern) else REFUSED[style]
             return (
-                f"plan entry {pattern!r}: style {style!r} cannot be served: {REFUSED[style]}. "
-                "Give a plan of your own that leaves these modules whole."
+                f"plan entry {pattern!r}: style {style!r} cannot be served: {why}. Give a plan of "
+                "your own that leaves these modules whole."
             )
     elif isinstance(style, get_args(Style)):
         return ""
@@ -114,12 +115,18 @@ def _refusal(pattern: str, style: object) -> str:
 
 
 def _no_match(pattern: str, style: object, names: list[str], model: nn.Module) -> str:
+    start = f"plan entry {pattern!r}: {style}"
     if any(fits(pattern, name) for name, _ in model.named_parameters()):
+        why = f": {REFUSED['moe_tp_experts']}" if _is_of_experts(pattern) else ""
         return (
-            f"plan entry {pattern!r}: {style} names a parameter, and only modules can be cut. "
-            "Name the module, or remove the entry."
+            f"{start} names a parameter, and only modules can be cut{why}. Name the module, or "
+            "remove the entry."
         )
     return (
-        f"plan entry {pattern!r}: {style} matches no module of {type(model).__name__}. "
-        f"Remove the entry or correct the name; near names: {near_names(pattern, names)}."
+        f"{start} matches no module of {type(model).__name__}. Remove the entry or correct the "
+        f"name; near names: {near_names(pattern, names[1:])}."
     )
+
+
+def _is_of_experts(pattern: str) -> bool:
+    return "expert" in pattern

@@ -1,0 +1,227 @@
+"""Recognising attention modules: linears that a plan cuts by features and that are heads."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from shardproof.leaves import whole_number
+from shardproof.plans.style import Attention, ColumnParallel, Norms, RowParallel, Style
+
+QUERY, KEY, VALUE = "q_proj", "k_proj", "v_proj"
+NORMS = ("q_norm", "k_norm")
+
+
+@dataclass
+class Recognised:
+    """What attention modules were found, and what is said about them.
+
+    Attributes:
+        styles: name of the attention module -> style; its children have none of their own.
+        gathered: of these, the ones whose projections the plan gathers, which is not needed.
+        problems: modules that look like attention and cannot be cut by heads, one sentence each.
+    """
+
+    styles: dict[str, Attention] = field(default_factory=dict)
+    gathered: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def recognise(styles: dict[str, Style], model: nn.Module) -> Recognised:
+    """Attention modules whose projections have column and row styles, and their head counts.
+
+    Only modules whose config, or whose model's, says how many heads there are: in others a
+    projection named q_proj is cut as the plan says.
+
+    Args:
+        styles: module name -> style.
+        model: of transformers, or one whose attention modules have a `config` like theirs.
+    """
+    found = Recognised()
+    for name in _parents(styles):
+        module = model.get_submodule(name)
+        config = getattr(module, "config", None) or getattr(model, "config", None)
+        if isinstance(styles.get(name), Attention) or _heads_of(config) is None:
+            continue
+        children = {child: styles[f"{name}.{child}"] for child in _cut_children(name, styles)}
+        if (
+            not children.keys() & {QUERY, KEY, VALUE}
+            and "attention" not in type(module).__name__.lower()
+        ):
+            continue
+        if all(_is_whole(style) for style in children.values()) and not _norms_across(module):
+            continue  # gathered, every one of them: nothing sees a part of the heads
+        problem = _misfit(name, module, children)
+        style = None if problem else _attention(name, module, config, children)
+        if isinstance(style, Attention):
+            found.styles[name] = style
+            if any(_is_whole(each) for each in children.values()):
+                found.gathered.append(name)
+        else:
+            found.problems.append(problem or str(style))
+    return found
+
+
+def _parents(styles: dict[str, Style]) -> Iterator[str]:
+    """Modules that have a child which is cut along its output."""
+    columns = (name for name, style in styles.items() if isinstance(style, ColumnParallel))
+    parents = (name.rpartition(".")[0] for name in columns)
+    yield from dict.fromkeys(parent for parent in parents if parent)
+
+
+def _cut_children(name: str, styles: dict[str, Style]) -> list[str]:
+    cut = (other.rpartition(".") for other in styles)
+    return [child for parent, _, child in cut if parent == name]
+
+
+def _is_whole(style: Style) -> bool:
+    """True if neither its input nor its output is a shard."""
+    if isinstance(style, ColumnParallel):
+        return style.gather_output and not style.gather_input
+    return isinstance(style, RowParallel) and not style.input_is_parallel
+
+
+def _misfit(name: str, module: nn.Module, children: dict[str, Style]) -> str:
+    """Why the cut children of a module are not those of an attention; "" if they are."""
+    missing = [child for child in (QUERY, KEY, VALUE) if child not in children]
+    rows = [child for child, style in children.items() if isinstance(style, RowParallel)]
+    others = [child for child in children if child not in (QUERY, KEY, VALUE, *rows)]
+    columns = [children[child] for child in (QUERY, KEY, VALUE) if child in children]
+    start = f"module {name!r} ({type(module).__name__}) is an attention, which is cut by heads"
+    if "cross" in name or "encoder_attn" in name:
+        return f"{start}, and cross-attention is not supported yet. Leave it out of the plan."
+    if missing:
+        return (
+            f"{start}, and the plan cuts {', '.join(children)} of it but not {', '.join(missing)}. "
+            "Name all of them, or none; projections that are fused into one, or shared by layers, "
+            "are not supported yet."
+        )
+    if len(rows) != 1:
+        return (
+            f"{start}: one of its linears must be 'rowwise' to take the heads back, and the plan "
+            f"has {', '.join(rows) or 'none'}."
+        )
+    if not all(isinstance(style, ColumnParallel) for style in columns):
+        return f"{start}: {QUERY}, {KEY} and {VALUE} must be 'colwise', and they are not."
+    if others:
+        return (
+            f"{start}, and the plan also cuts {', '.join(others)} in it, of which nothing says how "
+            "it goes with the heads. That is not supported yet: leave the module out of the plan."
+        )
+    return ""
+
+
+def _attention(
+    name: str, module: nn.Module, config: Any, children: dict[str, Style]
+) -> Attention | str:
+    """The style of an attention module, or why it has none."""
+    heads = _heads_of(config)
+    assert heads is not None  # noqa: S101 - that is how it was found
+    queries, keys = heads
+    output = next(child for child, style in children.items() if isinstance(style, RowParallel))
+    head_dim = whole_number(getattr(module, "head_dim", None) or getattr(config, "head_dim", None))
+    if head_dim is None:
+        head_dim = config.hidden_size // queries
+    start = f"module {name!r} ({type(module).__name__}) is an attention of "
+    wanted = {
+        QUERY: ("out_features", queries),
+        KEY: ("out_features", keys),
+        VALUE: ("out_features", keys),
+        output: ("in_features", queries),
+    }
+    for child, (side, count) in wanted.items():
+        got = getattr(module.get_submodule(child), side, None)
+        if got != count * head_dim:
+            return (
+                f"{start}{queries} query and {keys} key-value heads of {head_dim} features, says "
+                f"its config, but {child} has {side}={got}, not {count * head_dim}. Leave it out "
+                "of the plan, or name it with Attention(...)."
+            )
+    norms, style_of_norms, problem = _norms(module, queries, keys, head_dim)
+    problem = problem or _stranger(module, (QUERY, KEY, VALUE, output, *filter(None, norms)))
+    if problem:
+        return f"{start}{queries} query heads, {problem}"
+    return Attention(
+        queries,
+        keys,
+        head_dim,
+        output=output,
+        query_norm=norms[0],
+        key_norm=norms[1],
+        norms=style_of_norms,
+    )
+
+
+def _heads_of(config: Any) -> tuple[int, int] | None:
+    """Query and key-value heads that a config tells."""
+    queries = whole_number(getattr(config, "num_attention_heads", None))
+    if not queries:
+        return None
+    keys = whole_number(getattr(config, "num_key_value_heads", None))
+    return queries, keys or queries
+
+
+def _norms_across(module: nn.Module) -> bool:
+    """True if the module has a norm as wide as all the heads that it normalises."""
+    return any(
+        _width(getattr(module, norm, None)) == getattr(getattr(module, linear), "out_features", 0)
+        for norm, linear in zip(NORMS, (QUERY, KEY), strict=True)
+        if hasattr(module, linear)
+    )
+
+
+def _norms(
+    module: nn.Module, queries: int, keys: int, head_dim: int
+) -> tuple[tuple[str | None, str | None], Norms, str]:
+    """Names of the norms of queries and keys, over what they go, and why they cannot be cut."""
+    present = {name: getattr(module, name) for name in NORMS if _width(getattr(module, name, None))}
+    names = tuple(name if name in present else None for name in NORMS)
+    widths = {name: _width(norm) for name, norm in present.items()}
+    across = {"q_norm": queries * head_dim, "k_norm": keys * head_dim}
+    kinds: set[Norms] = set()
+    for name, width in widths.items():
+        if width not in (head_dim, across[name]):
+            return (
+                (None, None),
+                "heads",
+                (
+                    f"and the weight of its {name} has {width} elements, neither those of a head "
+                    f"({head_dim}) nor of all heads ({across[name]}). That is not supported yet."
+                ),
+            )
+        if head_dim != across[name]:  # with one head it is both
+            kinds.add("heads" if width == head_dim else "across")
+    if len(kinds) > 1:
+        return (
+            (None, None),
+            "heads",
+            (
+                f"and of its {' and '.join(widths)} one goes over each head and the other across "
+                "all. That is not supported yet."
+            ),
+        )
+    return (names[0], names[1]), next(iter(kinds), "heads"), ""
+
+
+def _width(norm: Any) -> int:
+    """Elements of a norm's weight; 0 if there is no norm, or its weight is no vector."""
+    weight = getattr(norm, "weight", None)
+    return int(weight.numel()) if isinstance(weight, Tensor) and weight.dim() == 1 else 0
+
+
+def _stranger(module: nn.Module, known: tuple[str, ...]) -> str:
+    """What in an attention has weights and is not known to go with heads; "" if nothing."""
+    strangers = sorted(
+        {
+            name.split(".")[0]
+            for name, _ in module.named_parameters()
+            if name.split(".")[0] not in known
+        }
+    )
+    if not strangers:
+        return ""
+    return (
+        f"and has further weights, {', '.join(strangers)}, which would see a part of the heads. "
+        "That is not supported yet: leave the module out of the plan."
+    )

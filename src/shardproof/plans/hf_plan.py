@@ -1,0 +1,241 @@
+"""Reading the `tp_plan` that a model of Hugging Face transformers carries, and checking it.
+
+Its strings are the exchange format; what they say is turned into styles of ours, which cut more
+(the embedding, heads that do not divide) and send less (one input-gradient sum for q, k and v).
+transformers itself is not imported: everything is read from the model.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from shardproof.errors import PlanError
+from shardproof.plans.attention import recognise
+from shardproof.plans.fit import scale_of
+from shardproof.plans.match import find
+from shardproof.plans.style import ColumnParallel, RowParallel, SharedInput, Style, VocabParallel
+from shardproof.plans.text import listed, pattern
+
+GATED = ("gate_proj", "up_proj")
+_ROWS = ("o_proj", "out_proj", "down_proj", "fc2", "dense_4h_to_h", "wo", "w2", "proj_out")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a tp_plan comes to.
+
+    Attributes:
+        styles: module name -> style.
+        whole: modules that it leaves whole by name.
+        notes: where these styles differ from its words, and why.
+        problems: what of it cannot be served, one sentence each.
+    """
+
+    styles: dict[str, Style]
+    whole: tuple[str, ...]
+    notes: tuple[str, ...]
+    problems: list[str]
+
+
+def entries_of(model: nn.Module) -> dict[str, str]:
+    """Pattern -> style string: the base model's plan from the config, and the model's own.
+
+    Newer versions of transformers put the first into the second when the model is made.
+    """
+    base = getattr(getattr(model, "config", None), "base_model_tp_plan", None) or {}
+    own = getattr(model, "_tp_plan", None)
+    own = own if isinstance(own, dict) else {}
+    prefix = getattr(model, "base_model_prefix", "")
+    is_base = not prefix or getattr(model, "base_model", model) is model
+    start = "" if is_base else f"{prefix}."
+    missing = {
+        f"{start}{entry}": style
+        for entry, style in base.items()
+        if not any(f".{name}".endswith(f".{entry}") for name in own)
+    }
+    return missing | own
+
+
+def read_tp_plan(model: nn.Module) -> Reading:
+    """The plan that a model carries, as styles.
+
+    Raises:
+        PlanError: it carries none.
+    """
+    entries = entries_of(model)
+    embedding = _name_of(model, "get_input_embeddings")
+    head = _name_of(model, "get_output_embeddings")
+    if not set(entries) - {embedding, head}:
+        raise PlanError(_no_plan(model, entries))
+    found = find(entries, model)
+    styles, notes = found.styles, list[str]()
+    attentions = recognise(styles, model)
+    for name, attention in attentions.styles.items():
+        inside = [other for other in styles if other.startswith(f"{name}.")]
+        for other in inside:
+            del styles[other]
+        styles[name] = attention
+    if attentions.gathered:
+        notes.append(
+            f"{listed(attentions.gathered)}: the tp_plan gathers queries, keys and values, for "
+            "their norms go across the heads; here they stay cut by heads, and only the norms' "
+            "sums cross the ranks."
+        )
+    problems = found.problems + attentions.problems
+    problems += lost_norms(found.norms, styles, model)
+    problems += _seeing_shards(styles, model)
+    notes += _add_embedding(styles, found.whole, embedding, head, model)
+    styles |= _shared_inputs(styles, model)
+    return Reading(styles, found.whole, tuple(notes), problems)
+
+
+def output_head(styles: dict[str, Style], model: nn.Module) -> str | None:
+    """The output head whose logits a model's own loss can take as they are cut."""
+    head = _name_of(model, "get_output_embeddings")
+    style = styles.get(head) if head else None
+    is_causal = getattr(model, "loss_type", None) == "ForCausalLM"  # the loss that is replaced
+    is_cut = isinstance(style, ColumnParallel) and not style.gather_input
+    return head if is_causal and is_cut else None
+
+
+def _name_of(model: nn.Module, method: str) -> str | None:
+    """Name of the module that a method of the model returns."""
+    get = getattr(model, method, None)
+    if get is None:
+        return None
+    try:
+        wanted = get()
+    except NotImplementedError:  # transformers' word for: this model has none
+        return None
+    return next((name for name, module in model.named_modules() if module is wanted), None)
+
+
+def lost_norms(norms: tuple[str, ...], styles: dict[str, Style], model: nn.Module) -> Iterator[str]:
+    """What is wrong where a plan calls a module a norm of heads that belongs to no attention.
+
+    Args:
+        norms: modules that an entry of the plan calls so.
+        styles: module name -> style, attentions among them.
+        model: whose modules they are; one without parameters is no trouble.
+    """
+    for name in norms:
+        parent, _, child = name.rpartition(".")
+        is_known = child in getattr(styles.get(parent), "children", ())
+        if not is_known and next(model.get_submodule(name).parameters(), None) is not None:
+            yield (
+                f"module {name!r}: 'replicated_with_grad_allreduce' is understood for norms of "
+                "queries and keys beside the linears of an attention, and this is none. Remove the "
+                "entry, or name the attention with Attention(query_norm=..., key_norm=...)."
+            )
+
+
+def _seeing_shards(styles: dict[str, Style], model: nn.Module) -> Iterator[str]:
+    """Modules that would be given a shard where they expect the whole, and shards nobody takes."""
+    families: dict[str, list[str]] = {}
+    for name, style in styles.items():
+        if style == ColumnParallel():
+            families.setdefault(name.rpartition(".")[0], []).append(name)
+    for parent, columns in families.items():
+        start = f"{parent}." if parent else ""
+        if not any(
+            isinstance(styles[name], RowParallel) for name in styles if name.startswith(start)
+        ):
+            yield (
+                f"module {parent!r}: the tp_plan cuts {', '.join(columns)} by 'colwise' and "
+                "nothing in it by 'rowwise', so that nothing takes the shards. Give a plan of your "
+                "own with both, or with 'colwise_gather_output'."
+            )
+        widths = [[getattr(model.get_submodule(name), "in_features", 0)] for name in columns]
+        module = model.get_submodule(parent)
+        inside = [(f"{start}{name}", each) for name, each in module.named_children()]
+        for name, other in [(parent, module), *inside]:
+            for own, value in other.named_parameters(recurse=False):
+                if name not in styles and value.dim() < 2 and list(value.shape) not in widths:
+                    yield (
+                        f"module {name!r} ({type(other).__name__}) is or stands between linears "
+                        f"that are cut, and its {own} of shape {tuple(value.shape)} is not as wide "
+                        "as their input: it would see a shard. That is not supported yet: give a "
+                        f"plan of your own that leaves {parent!r} out."
+                    )
+
+
+def _add_embedding(
+    styles: dict[str, Style],
+    whole: tuple[str, ...],
+    embedding: str | None,
+    head: str | None,
+    model: nn.Module,
+) -> Iterator[str]:
+    """Cut the input embedding along the vocabulary, and with it a head that shares its weight."""
+    if embedding is None or embedding in whole:
+        return
+    module = model.get_submodule(embedding)
+    scale = scale_of(module) if isinstance(module, nn.Embedding) else None
+    is_tied = head is not None and _has_weight(model.get_submodule(head), module)
+    if scale is None:
+        styles.pop(embedding, None)
+        kind = type(module).__name__
+        yield f"{embedding} stays whole: it is a {kind}, which does not only look up rows."
+        if is_tied and str(head) in styles:
+            del styles[str(head)]
+            yield f"{head} stays whole: it has the weight of {embedding}."
+        return
+    styles[embedding] = VocabParallel(scale)
+    if is_tied and head not in styles and head not in whole:
+        styles[str(head)] = ColumnParallel(gather_output=True)
+        yield f"{head} is cut too, for it has the weight of {embedding}; the tp_plan is silent."
+
+
+def _has_weight(module: nn.Module, other: nn.Module) -> bool:
+    """True if two modules have the same weight."""
+    weight = getattr(module, "weight", None)
+    return weight is not None and weight is getattr(other, "weight", None)
+
+
+def _shared_inputs(styles: dict[str, Style], model: nn.Module) -> dict[str, Style]:
+    """Parents of column-parallel linears that read one input: gate and up of a feed-forward."""
+    families: dict[str, list[str]] = {}
+    rows: dict[str, int] = {}
+    for name, style in styles.items():
+        parent, _, child = name.rpartition(".")
+        if style == ColumnParallel():
+            families.setdefault(parent, []).append(child)
+        elif isinstance(style, RowParallel):
+            rows[parent] = rows.get(parent, 0) + 1
+    found: dict[str, Style] = {}
+    for parent, children in families.items():
+        gated = [child for child in GATED if child in children]
+        # More than one row-parallel linear: one linear may well read what another has made.
+        is_mlp = parent.lower().endswith("mlp") and rows.get(parent) == 1
+        members = gated if len(gated) == 2 else children if is_mlp else []
+        linears = [model.get_submodule(f"{parent}.{child}".lstrip(".")) for child in members]
+        sizes = {(each.in_features, each.out_features) for each in linears}
+        if len(members) > 1 and len(sizes) == 1:
+            found[parent] = SharedInput(tuple(members))
+    return found
+
+
+def _no_plan(model: nn.Module, entries: dict[str, str]) -> str:
+    """What to write for a model that carries no plan, with the names of its own linears."""
+    name = type(model).__name__
+    only = f" but for {', '.join(entries)}" if entries else ""
+    linears: dict[str, str] = {}
+    for full, module in model.named_modules():
+        if full and type(module) is nn.Linear and pattern(full) != full:
+            style = "rowwise" if full.rpartition(".")[2] in _ROWS else "colwise"
+            linears.setdefault(pattern(full), style)
+    start = f"{name} carries no tp_plan{only}, and no plan is given."
+    if not linears:
+        return (
+            f"{start} None of its repeated layers has an nn.Linear, which is what can be cut. "
+            'Give a plan for the linears that it has: {"name.of.a.linear": "colwise", ...}.'
+        )
+    shown = list(linears.items())[:8]
+    example = ", ".join(f'"{entry}": "{style}"' for entry, style in shown)
+    more = ", ..." if len(linears) > len(shown) else ""
+    return (
+        f"{start} Write one, for instance {{{example}{more}}} (a linear that reads whole "
+        "activations is 'colwise', the one that takes what those give is 'rowwise'; an attention "
+        "is Attention(queries=..., keys=..., head_dim=...) under the name of its module)."
+    )

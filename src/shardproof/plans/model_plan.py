@@ -1,0 +1,201 @@
+"""A plan for one model at one degree: everything that is known before anything runs. Plain data."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from shardproof.errors import PlanError, UsageError
+from shardproof.leaves import whole_number
+from shardproof.plans.collective import Collective, Counts, Step, count
+from shardproof.plans.match import near_names
+from shardproof.plans.module_plan import ModulePlan, Row, held_bytes, rows, style_dict
+from shardproof.plans.style import Attention, ColumnParallel, Plan, RowParallel, Style
+from shardproof.plans.text import size
+from shardproof.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """How a model is cut for some number of ranks.
+
+    Attributes:
+        model: its class.
+        degree: how many ranks share it.
+        plan: pattern -> style, and the scheme: what `parallelize` takes, at any degree.
+        styles: module name -> style, for every module that a pattern names.
+        modules: all that have parameters or send anything, in the model's order.
+        head: the output head whose logits the model's own loss takes as they are cut; None where
+            logits are whole.
+        notes: what a reader should know.
+    """
+
+    model: str
+    degree: int
+    plan: Plan
+    styles: Mapping[str, Style]
+    modules: tuple[ModulePlan, ...]
+    head: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def scheme(self) -> Scheme:
+        """Leaves, numerics, seed."""
+        return self.plan.scheme
+
+    @property
+    def rows(self) -> list[Row]:
+        """The modules, those that differ in numbers in their names only as one."""
+        return rows(self.modules)
+
+    @property
+    def held_bytes(self) -> tuple[int, ...]:
+        """Bytes of parameters that each rank holds."""
+        return held_bytes(self.modules, self.degree)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the parameters of the whole model."""
+        return _bytes(self.modules, only_cut=False)
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes of the parameters that every rank holds whole."""
+        return self.total_bytes - _bytes(self.modules, only_cut=True)
+
+    @property
+    def share(self) -> float:
+        """What part of the parameters is cut, in bytes."""
+        return 1 - self.whole_bytes / self.total_bytes if self.total_bytes else 0.0
+
+    def comm(
+        self,
+        *,
+        batch: int,
+        length: int,
+        labels: bool = True,
+        logits: int | None = None,
+        rank: int = 0,
+        module: str | None = None,
+    ) -> Counts:
+        """What the ledger of a rank will count in one step, forward and backward.
+
+        Of a step in which every weight is trained, every input that is not data gets a gradient,
+        and every module runs once. In generation there is no backward: look at "forward" alone.
+
+        Args:
+            batch: rows.
+            length: tokens of a row; in generation 1 after the prompt.
+            labels: the model is given labels and computes its loss, for which the logits are not
+                gathered.
+            logits: tokens of a row whose logits are computed; None: all (generation: 1).
+            rank: whose sent bytes.
+            module: of this module alone: a name as in `modules`.
+
+        Returns:
+            Direction -> collective -> calls, message_bytes, sent_bytes, as
+            `axis.transport.ledger.as_dict()` has them.
+
+        Raises:
+            UsageError: a number is not positive, or no such rank.
+            PlanError: no such module.
+        """
+        logits = length if logits is None else logits
+        for name, value in (("batch", batch), ("length", length), ("logits", logits)):
+            number = whole_number(value)
+            if number is None or number < 1:
+                raise UsageError(f"{name}={value!r} is not a positive whole number. Use 1 or more.")
+        if logits > length:
+            raise UsageError(f"logits={logits} of length={length} tokens: there are not so many.")
+        if not 0 <= rank < self.degree:
+            raise UsageError(
+                f"rank {rank} is not one of {self.degree}. Use 0 to {self.degree - 1}."
+            )
+        step = Step(batch * length, batch * logits, labels)
+        return count(self._collectives(module), step, rank=rank, degree=self.degree)
+
+    def _collectives(self, module: str | None) -> list[Collective]:
+        chosen = [each for each in self.modules if module is None or each.name == module]
+        if not chosen:
+            names = [each.name for each in self.modules]
+            raise PlanError(
+                f"the plan has no module {module!r}; near names: {near_names(str(module), names)}."
+            )
+        return [collective for each in chosen for collective in each.collectives]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "model": self.model,
+            "degree": self.degree,
+            "scheme": asdict(self.scheme),
+            "head": self.head,
+            "share_cut": self.share,
+            "total_bytes": self.total_bytes,
+            "whole_bytes": self.whole_bytes,
+            "held_bytes": list(self.held_bytes),
+            "plan": {name: style_dict(style) for name, style in self.plan.styles.items()},
+            "notes": list(self.notes),
+            "modules": [module.as_dict() for module in self.modules],
+        }
+
+    def to_json(self) -> str:
+        """`as_dict` as text."""
+        return json.dumps(self.as_dict(), indent=1)
+
+    def __str__(self) -> str:
+        """One line for every kind of layer, then the totals and the notes."""
+        lines = [("module", "how", "leaves", "largest on a rank")]
+        for row in self.rows:
+            leaves = "-" if row.first.leaves is None else str(row.first.leaves)
+            held = max(held_bytes([row.first], self.degree))
+            lines.append((row.names, describe(row.first), leaves, size(held) if held else "-"))
+        widths = [max(len(line[column]) for line in lines) for column in range(3)]
+        table = [
+            "  ".join(
+                [*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]]
+            )
+            for line in lines
+        ]
+        return "\n".join([f"{self.model} at degree {self.degree}", *table, *self.totals()])
+
+    def totals(self) -> list[str]:
+        """What it comes to, and the notes, as lines."""
+        held = self.held_bytes
+        ranks = size(held[0]) if len(set(held)) == 1 else f"{size(min(held))} to {size(max(held))}"
+        return [
+            f"parameters: {size(self.total_bytes)}, {100 * self.share:.1f} % of them cut; a rank "
+            f"holds {ranks}, of which {size(self.whole_bytes)} are on every rank",
+            *(f"note: {note}" for note in self.notes),
+        ]
+
+
+def describe(module: ModulePlan) -> str:
+    """How a module is cut, in words."""
+    style, words = module.style, [str(module.role)]
+    if isinstance(style, Attention):
+        if module.role == "attention":
+            words.append(f"{style.queries} query and {style.keys} key-value heads")
+        elif module.role in ("query_norm", "key_norm"):
+            words = [f"norm {'across' if style.norms == 'across' else 'of each of'} the heads"]
+        else:
+            cut = "input" if module.role == "output" else "output"
+            words = [f"{module.role}: {cut} cut by heads"]
+    if isinstance(style, ColumnParallel):
+        words += ["input gathered"] * style.gather_input + ["output gathered"] * style.gather_output
+    if isinstance(style, RowParallel) and not style.input_is_parallel:
+        words.append("whole input")
+    if module.reason:
+        words.append(module.reason)
+    idle = f"; idle: {', '.join(map(str, module.idle))}" if module.idle else ""
+    return f"{', '.join(words) if not module.reason else ': '.join(words)}{idle}"
+
+
+def _bytes(modules: Iterable[ModulePlan], *, only_cut: bool) -> int:
+    """Of whole parameters, each counted once."""
+    return sum(
+        parameter.nbytes
+        for module in modules
+        for parameter in module.parameters
+        if not parameter.tied_to and (parameter.is_cut or not only_cut)
+    )

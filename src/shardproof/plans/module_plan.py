@@ -1,0 +1,201 @@
+"""How one module is cut: its parameters on every rank, and what it sends. Plain data."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from shardproof.leaves import Layout
+from shardproof.plans.collective import Collective
+from shardproof.plans.style import Style
+from shardproof.plans.text import alike, together
+
+Role = Literal[
+    "column",
+    "row",
+    "vocabulary",
+    "attention",
+    "query",
+    "key",
+    "value",
+    "output",
+    "query_norm",
+    "key_norm",
+    "shared input",
+    "whole",
+]
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """One parameter on every rank.
+
+    Attributes:
+        name: within its module.
+        dtype: of its elements.
+        layouts: by rank; `layouts[rank].local_shape` is what that rank holds.
+        tied_to: full name of the parameter that it is the same as, where it has been counted.
+    """
+
+    name: str
+    dtype: torch.dtype
+    layouts: tuple[Layout, ...]
+    tied_to: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole parameter."""
+        return self.layouts[0].shape
+
+    @property
+    def is_cut(self) -> bool:
+        """False if every rank holds the whole."""
+        return not self.layouts[0].is_replicated
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole parameter."""
+        return _numel(self.shape) * self.dtype.itemsize
+
+    @property
+    def held_bytes(self) -> tuple[int, ...]:
+        """What each rank holds."""
+        return tuple(_numel(each.local_shape) * self.dtype.itemsize for each in self.layouts)
+
+    @property
+    def owned_bytes(self) -> tuple[int, ...]:
+        """What each rank owns, that is, contributes to sums, norms and hashes.
+
+        What every rank holds whole is counted on each.
+        """
+        return tuple(
+            self.nbytes
+            if each.dim is None
+            else self.nbytes // self.shape[each.dim] * len(each.owned)
+            for each in self.layouts
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        first = self.layouts[0]
+        return {
+            "name": self.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": list(self.shape),
+            "dim": first.dim,
+            "tied_to": self.tied_to,
+            "bytes": self.nbytes,
+            "ranks": [
+                {
+                    "shape": list(layout.local_shape),
+                    "owned": [layout.owned.start, layout.owned.stop],
+                    "held_bytes": held,
+                    "owned_bytes": owned,
+                }
+                for layout, held, owned in zip(
+                    self.layouts, self.held_bytes, self.owned_bytes, strict=True
+                )
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """One module: how it is cut, and what it costs.
+
+    Attributes:
+        name: of the module.
+        kind: its class.
+        role: what is done to it; "whole" for what every rank holds.
+        style: that says so; the attention's for what belongs to one, None for what is whole.
+        parameters: that it has itself; none for an attention and for a shared input.
+        leaves: into how many the cut dim is divided; None for what is whole.
+        idle: ranks that hold nothing of it.
+        collectives: that it does in every step; at degree 1 none.
+        reason: why it stays whole.
+    """
+
+    name: str
+    kind: str
+    role: Role
+    style: Style | None = None
+    parameters: tuple[ParameterPlan, ...] = ()
+    leaves: int | None = None
+    idle: tuple[int, ...] = ()
+    collectives: tuple[Collective, ...] = ()
+    reason: str = ""
+
+    @property
+    def is_cut(self) -> bool:
+        """True unless every rank holds all of it."""
+        return self.role != "whole"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "role": self.role,
+            "style": style_dict(self.style),
+            "leaves": self.leaves,
+            "idle_ranks": list(self.idle),
+            "reason": self.reason,
+            "parameters": [parameter.as_dict() for parameter in self.parameters],
+            "collectives": [collective.as_dict() for collective in self.collectives],
+        }
+
+
+@dataclass(frozen=True)
+class Row:
+    """Modules that differ in numbers in their names only.
+
+    Attributes:
+        names: of them, as one.
+        modules: all of them.
+    """
+
+    names: str
+    modules: tuple[ModulePlan, ...]
+
+    @property
+    def first(self) -> ModulePlan:
+        """What is said of all of them."""
+        return self.modules[0]
+
+
+def rows(modules: Iterable[ModulePlan]) -> list[Row]:
+    """One row for every kind of layer, in the order of the model."""
+    named = {module.name: module for module in modules}
+    groups = alike((name, _nameless(module)) for name, module in named.items())
+    return [Row(together(names), tuple(named[name] for name in names)) for names in groups]
+
+
+def style_dict(style: Style | str | None) -> dict[str, Any] | str | None:
+    """A style as plain data, for JSON."""
+    if style is None or isinstance(style, str):
+        return style
+    return {"style": type(style).__name__, **asdict(style)}
+
+
+def held_bytes(modules: Iterable[ModulePlan], degree: int) -> tuple[int, ...]:
+    """Bytes of parameters that each rank holds; tied ones once."""
+    counted = [
+        parameter.held_bytes
+        for module in modules
+        for parameter in module.parameters
+        if not parameter.tied_to
+    ]
+    return tuple(sum(held[rank] for held in counted) for rank in range(degree))
+
+
+def _nameless(module: ModulePlan) -> ModulePlan:
+    tied = tuple(replace(each, tied_to=str(bool(each.tied_to))) for each in module.parameters)
+    return replace(module, name="", parameters=tied)
+
+
+def _numel(shape: Sequence[int]) -> int:
+    numel = 1
+    for length in shape:
+        numel *= length
+    return numel

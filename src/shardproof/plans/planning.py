@@ -1,0 +1,205 @@
+"""`plan`: everything about a cut model that is known before anything runs."""
+
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from shardproof.errors import PlanError, UsageError
+from shardproof.leaves import check_degree, checked_degree
+from shardproof.plans.attention import recognise
+from shardproof.plans.fit import link_ties, misfits
+from shardproof.plans.hf_plan import Reading, lost_norms, output_head, read_tp_plan
+from shardproof.plans.match import find, fits
+from shardproof.plans.model_plan import ModelPlan
+from shardproof.plans.module_plan import ModulePlan
+from shardproof.plans.parts import Parts
+from shardproof.plans.style import Plan, SharedInput, Style
+from shardproof.plans.text import listed, pattern
+from shardproof.scheme import DEFAULT_SCHEME, Scheme
+
+
+def plan(
+    model: nn.Module,
+    plan: Plan | Mapping[str, Style | str] | None = None,
+    *,
+    degree: int,
+    scheme: Scheme = DEFAULT_SCHEME,
+) -> ModelPlan:
+    """How a model will be cut, checked against it. Needs no ranks and allocates nothing.
+
+    Args:
+        model: any module; on the meta device, if you like.
+        plan: pattern -> style (`*` stands for one segment of a name, or a part of one), or a
+            `Plan` with its scheme. None: the `tp_plan` that a model of transformers carries.
+        degree: how many ranks.
+        scheme: leaves, numerics, seed; a `Plan` has its own.
+
+    Returns:
+        Styles, shapes and bytes on every rank, and the collectives of a step.
+
+    Raises:
+        PlanError: everything that is wrong with the plan, in one message; or the model carries
+            none, and what to write.
+        DegreeError: the degree is not positive, or exceeds the leaves.
+        UsageError: `plan` has a scheme, and another one is given.
+    """
+    made, problems = draft(model, plan, degree=degree, scheme=scheme)
+    if problems:
+        raise PlanError(as_error(model, problems))
+    return made
+
+
+def draft(
+    model: nn.Module,
+    plan: Plan | Mapping[str, Style | str] | None = None,
+    *,
+    degree: int,
+    scheme: Scheme = DEFAULT_SCHEME,
+) -> tuple[ModelPlan, list[str]]:
+    """`plan`, of all that fits, and one sentence for everything that does not.
+
+    For whoever has more to check before anything is raised.
+    """
+    degree = checked_degree(degree)
+    given = plan.styles if isinstance(plan, Plan) else plan
+    if isinstance(plan, Plan):
+        if scheme not in (DEFAULT_SCHEME, plan.scheme):
+            raise UsageError(f"the plan has {plan.scheme}, and {scheme} is given. Give one.")
+        scheme = plan.scheme
+    check_degree(degree, scheme.leaves)
+    source = "the tp_plan" if given is None else "the plan"
+    reading = read_tp_plan(model) if given is None else _explicit(given, model)
+    wrong = misfits(reading.styles, model)
+    problems = reading.problems + [problem for several in wrong.values() for problem in several]
+    # What is said to be wrong of a module is enough; the rest is looked at as it will be.
+    styles = {name: style for name, style in reading.styles.items() if name not in wrong}
+    styles = {
+        name: style for name, style in styles.items() if not _lacks_members(name, style, wrong)
+    }
+    head = output_head(styles, model)
+    modules = list(_modules(styles, reading.whole, head, model, degree, scheme, source))
+    linked, ties = link_ties(modules, model, doubtful=wrong)
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    linked.sort(key=lambda module: order[module.name])
+    made = ModelPlan(
+        type(model).__name__,
+        degree,
+        Plan(_patterns(styles, model), scheme),
+        dict(sorted(styles.items(), key=lambda item: order[item[0]])),
+        tuple(linked),
+        head,
+        (*reading.notes, *_incomplete(linked, source)),
+    )
+    return made, problems + ties
+
+
+def as_error(model: nn.Module, problems: list[str]) -> str:
+    """All problems in one message; what is wrong in many layers alike is said once."""
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(pattern(problem), []).append(problem)
+    said = [
+        alike[0] + (f" ({len(alike) - 1} more like this.)" if len(alike) > 1 else "")
+        for alike in kinds.values()
+    ]
+    return f"the plan does not fit {type(model).__name__}: " + (
+        said[0] if len(said) == 1 else "\n- " + "\n- ".join(said)
+    )
+
+
+def _explicit(given: Mapping[str, Style | str], model: nn.Module) -> Reading:
+    """A plan as a user wrote it. Projections to heads are cut by heads in any case."""
+    found = find(given, model)
+    attentions = recognise(found.styles, model)
+    styles: dict[str, Style] = {
+        name: style
+        for name, style in found.styles.items()
+        if name.rpartition(".")[0] not in attentions.styles
+    }
+    styles |= attentions.styles
+    notes: tuple[str, ...] = ()
+    if attentions.styles:
+        notes = (
+            f"{listed(attentions.styles)}: the plan cuts linears of an attention, which are heads; "
+            "they are cut by whole heads.",
+        )
+    problems = found.problems + attentions.problems
+    problems += lost_norms(found.norms, styles, model)
+    return Reading(styles, found.whole, notes, problems)
+
+
+def _lacks_members(name: str, style: Style, wrong: Mapping[str, object]) -> bool:
+    """True for a shared input one of whose members cannot be cut."""
+    return isinstance(style, SharedInput) and any(
+        (f"{name}.{member}" if name else member) in wrong for member in style.members
+    )
+
+
+def _modules(
+    styles: Mapping[str, Style],
+    whole: tuple[str, ...],
+    head: str | None,
+    model: nn.Module,
+    degree: int,
+    scheme: Scheme,
+    source: str,
+) -> Iterator[ModulePlan]:
+    """The plans of all modules that are cut, and of those that have parameters."""
+    parts = Parts(model, degree, scheme, head)
+    sharing = {
+        f"{name}.{member}" if name else member
+        for name, style in styles.items()
+        if isinstance(style, SharedInput)
+        for member in style.members
+    }
+    cut = set()
+    for name, style in styles.items():
+        for part in parts.of(name, style, shares=name in sharing):
+            cut.add(part.name)
+            yield part
+    for name, module in model.named_modules():
+        if name not in cut and next(module.parameters(recurse=False), None) is not None:
+            yield parts.whole(name, _reason(name, module, whole, source))
+
+
+def _reason(name: str, module: nn.Module, whole: tuple[str, ...], source: str) -> str:
+    """Why a module is not cut."""
+    if name in whole:
+        return f"{source} says so"
+    if all(value.dim() < 2 for value in module.parameters(recurse=False)):
+        return "small, its input is Replicate"
+    return f"{source} does not name it"
+
+
+def _incomplete(modules: list[ModulePlan], source: str) -> Iterator[str]:
+    """Matrices that stay whole in a layer of which other parts are cut."""
+    layers = {layer for module in modules if module.is_cut and (layer := _layer(module.name))}
+    left = [
+        module.name
+        for module in modules
+        if module.reason.endswith("does not name it") and _layer(module.name) in layers
+    ]
+    if left:
+        yield f"{listed(left)}: whole on every rank, for {source} cuts these layers without them."
+
+
+def _layer(name: str) -> str:
+    """The layer that a module is in: its name up to the last number.
+
+    >>> _layer("model.layers.3.mlp.up_proj"), _layer("lm_head")
+    ('model.layers.3', '')
+    """
+    segments = name.split(".")
+    places = [place for place, segment in enumerate(segments) if segment.isdigit()]
+    return ".".join(segments[: places[-1] + 1]) if places else ""
+
+
+def _patterns(styles: Mapping[str, Style], model: nn.Module) -> dict[str, Style | str]:
+    """The same styles under patterns, where all that a pattern names has the same."""
+    names = [name for name, _ in model.named_modules()]
+    found: dict[str, Style | str] = {}
+    for name, style in styles.items():
+        short = pattern(name)
+        is_alike = all(styles.get(other) == style for other in names if fits(short, other))
+        found[short if is_alike else name] = style
+    return found
