@@ -44,7 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("functional.classes", "functional.site"),
     ("functional.embedding", "functional.losses", "functional.vocabulary"),
     ("functional.attention_site", "functional.linear"),
-    ("functional.attention",),
+    ("functional.attention", "functional.shared"),
     ("functional.dropout", "functional.rms"),
     ("functional.cut_norms", "functional.norms"),
     ("functional.__init__",),
@@ -54,14 +54,21 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layers.norm",),
     ("layers.activations",),
     ("layers.embedding", "layers.linear"),
+    ("layers.attention", "layers.shared"),
     ("layers.__init__",),
+    ("optim",),
+    # Models of Hugging Face transformers, which compute through these layers.
+    ("hf.models", "hf.attention", "hf.generation", "hf.head", "hf.weights"),
+    ("hf.__init__",),
+    # Which module is cut how.
     ("plans.style", "plans.text"),
     ("plans.attention", "plans.collective", "plans.match"),
     ("plans.module_plan",),
     ("plans.fit", "plans.model_plan", "plans.parts"),
     ("plans.hf_plan",),
     ("plans.planning",),
-    ("plans.apply", "optim"),
+    ("plans.cut", "plans.initialize"),
+    ("plans.apply",),
     ("plans.__init__",),
     # Ranks as threads or processes, and how they are started.
     ("engines.board", "engines.parcel"),
@@ -128,7 +135,7 @@ STRANGERS = {
 }
 
 # Extras that may be missing: imported inside the function that needs them, and only there.
-OPTIONAL = ("deepspeed", "fairscale", "matplotlib", "megatron", "sklearn", "transformers")
+OPTIONAL = ("deepspeed", "fairscale", "matplotlib", "megatron", "safetensors", "sklearn", "transformers")
 
 # Built from C where a compiler is there; `core` alone imports them.
 EXTENSIONS = ("shardproof._kernels", "shardproof._shm")

@@ -9,8 +9,9 @@ from shardproof.numerics.mode import set_blas_mode as _set_blas_mode
 
 _set_blas_mode()
 
-from shardproof import errors, functional
+from shardproof import errors, functional, hf
 from shardproof.axis import Axis
+from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
 from shardproof.optim import (
     clip_grad_norm_,
@@ -20,7 +21,17 @@ from shardproof.optim import (
 )
 from shardproof.overlap import Overlap
 from shardproof.plans.apply import parallelize
-from shardproof.plans.style import ColumnParallel, Plan, RowParallel
+from shardproof.plans.initialize import initialize
+from shardproof.plans.model_plan import ModelPlan
+from shardproof.plans.planning import plan
+from shardproof.plans.style import (
+    Attention,
+    ColumnParallel,
+    Plan,
+    RowParallel,
+    SharedInput,
+    VocabParallel,
+)
 from shardproof.prover.proof import prove
 from shardproof.ranks import launch
 from shardproof.scheme import Scheme
@@ -28,21 +39,29 @@ from shardproof.scheme import Scheme
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attention",
     "Axis",
     "ColumnParallel",
     "ColumnParallelLinear",
+    "ModelPlan",
     "Overlap",
     "Plan",
     "RowParallel",
     "RowParallelLinear",
     "Scheme",
+    "SharedInput",
+    "VocabParallel",
+    "VocabParallelEmbedding",
     "clip_grad_norm_",
     "errors",
     "functional",
     "grad_norm",
+    "hf",
+    "initialize",
     "launch",
     "load_optimizer_state_dict",
     "optimizer_state_dict",
     "parallelize",
+    "plan",
     "prove",
 ]

@@ -9,13 +9,21 @@ from torch import Tensor, nn
 from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.errors import PlanError
+from shardproof.hf.attention import implementation_problem, take_over
+from shardproof.hf.generation import guard_generation
+from shardproof.hf.head import adapt_head
+from shardproof.hf.models import is_transformers
 from shardproof.layers.activations import invariant_twin
-from shardproof.layers.base import ShardedModule, check_state
-from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
-from shardproof.leaves import check_degree
+from shardproof.layers.base import check_state
+from shardproof.layers.dropout import dropout_twin
+from shardproof.layers.norm import norm_twin
 from shardproof.numerics import mode
-from shardproof.plans.match import match
-from shardproof.plans.style import ColumnParallel, Plan, Style
+from shardproof.plans.cut import Cutter
+from shardproof.plans.hf_plan import entries_of
+from shardproof.plans.model_plan import ModelPlan
+from shardproof.plans.planning import as_error, draft
+from shardproof.plans.style import Attention, Plan, Style
+from shardproof.scheme import DEFAULT_SCHEME, Scheme
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DRAWING = (
@@ -26,21 +34,34 @@ _DRAWING = (
     nn.AlphaDropout,
     nn.FeatureAlphaDropout,
 )
+# Roles of modules whose children are cut, and not they.
+GROUPS = ("attention", "shared input")
 _SAMPLES = 64  # elements of each parameter that the ranks compare
 
 
-def parallelize(model: nn.Module, plan: Plan | Mapping[str, Style | str], axis: Axis) -> nn.Module:
+def parallelize(
+    model: nn.Module,
+    plan: ModelPlan | Plan | Mapping[str, Style | str] | None,
+    axis: Axis,
+    *,
+    scheme: Scheme = DEFAULT_SCHEME,
+) -> nn.Module:
     """Cut a model in place: this rank keeps its shard of each module that the plan names.
 
-    Linears become `ColumnParallelLinear` or `RowParallelLinear`. With invariant numerics,
-    activations whose bits change with the cut or with threads (`nn.SiLU`, `nn.GELU`, ...) become
-    ours; calls such as `F.silu` inside a forward cannot be seen, the prover names them.
+    What is cut becomes a layer of ours. With invariant numerics, norms and activations whose bits
+    change with the cut or with threads become ours too; calls such as `F.silu` inside a forward
+    cannot be seen, the prover names them. Dropout becomes dropout by position.
+
+    A model of Hugging Face transformers keeps its own forward. With `labels`, `model(...).logits`
+    is this rank's part of the vocabulary, from which the loss is computed; without, it is whole.
 
     Args:
         model: the same on every rank, weights too, of which a sample is compared; on the meta
-            device nothing is allocated.
-        plan: pattern -> style, or a `Plan` with its scheme.
+            device nothing is allocated (`initialize` then makes the weights).
+        plan: pattern -> style, a `Plan` with its scheme, or what `plan` returned; None: the
+            `tp_plan` that a model of transformers carries.
         axis: the ranks.
+        scheme: leaves, numerics, seed; a `Plan` has its own.
 
     Returns:
         `model`.
@@ -50,10 +71,13 @@ def parallelize(model: nn.Module, plan: Plan | Mapping[str, Style | str], axis: 
         DegreeError: the degree exceeds the plan's leaves.
         MismatchError: the ranks were given different plans, models or weights, or would compute
             with different products.
+        UsageError: `plan` has a scheme, and another one is given.
     """
-    plan = plan if isinstance(plan, Plan) else Plan(plan)
+    given = plan.plan if isinstance(plan, ModelPlan) else plan
+    given = given if isinstance(given, Plan) or given is None else Plan(given, scheme)
+    asked = given.scheme if given is not None else scheme
     # First of all: only what every rank has alike may decide whether a rank raises.
-    comm.agree(_describe(plan, model), axis, what="plans or models")
+    comm.agree(_describe(given, asked, model), axis, what="plans or models")
     comm.agree(
         _sample_weights(model),
         axis,
@@ -62,39 +86,82 @@ def parallelize(model: nn.Module, plan: Plan | Mapping[str, Style | str], axis: 
         "as threads share one generator: build it once and copy it), or load the same state.",
     )
     comm.agree(
-        {"contract": _contract(plan, model)},
+        {"contract": _contract(asked, model)},
         axis,
         what="arithmetic",
         way_out="Install the same torch and the same build of shardproof for every rank (one "
         "without a C compiler lacks the kernels), and set SHARDPROOF_BLAS and SHARDPROOF_CORE "
         "alike.",
     )
-    check_degree(axis.size, plan.scheme.leaves)
-    styles, problems = match(plan.styles, model)
-    problems += _unfit(styles, model)
-    twins = _twins(model) if plan.scheme.is_invariant else {}
-    problems += _hooked([*styles, *twins], model)
-    if plan.scheme.is_invariant:
-        problems += _in_place(model) + _drawing(model)
+    made, problems = draft(model, given, degree=axis.size, scheme=scheme)
+    twins = _twins(model, made, asked)
+    problems += _hooked([*_replaced(made), *twins], model)
+    problems += _drawing(model, twins)
+    if asked.is_invariant:
+        problems += _in_place(model)
+    problems += _unattended(made, model)
     if problems:
-        raise PlanError(
-            f"the plan does not fit {type(model).__name__}: "
-            + (problems[0] if len(problems) == 1 else "\n- " + "\n- ".join(problems))
-        )
-    for name, style in styles.items():
-        _replace(model, name, _cut(model.get_submodule(name), style, name, plan, axis))
-    for name, twin in twins.items():
-        _replace(model, name, twin)
+        raise PlanError(as_error(model, problems))
+    _change(model, made, twins, axis)
     model.register_load_state_dict_pre_hook(check_state)
     return model
 
 
-def _describe(plan: Plan, model: nn.Module) -> dict[str, object]:
+def _change(model: nn.Module, made: ModelPlan, twins: Mapping[str, nn.Module], axis: Axis) -> None:
+    """Do what has been checked."""
+    cutter = Cutter(model, made.scheme, axis, made.head)
+    cutter.cut(made.styles)
+    for name, twin in twins.items():
+        cutter.replace(name, twin)
+    if not is_transformers(model):
+        return
+    if cutter.attentions:
+        take_over(model, cutter.attentions)
+    if made.head is not None:
+        adapt_head(model, model.get_submodule(made.head))  # type: ignore[arg-type]
+    if hasattr(model, "generate"):
+        guard_generation(model, axis)
+
+
+def _replaced(made: ModelPlan) -> list[str]:
+    """Modules that will be replaced by cut ones."""
+    return [
+        module.name for module in made.modules if module.is_cut and module.role not in GROUPS
+    ] + [
+        f"{name}.{style.attend}"
+        for name, style in made.styles.items()
+        if isinstance(style, Attention) and style.attend is not None
+    ]
+
+
+def _unattended(made: ModelPlan, model: nn.Module) -> list[str]:
+    """Attention modules in which nothing of ours could compute, one sentence each."""
+    alone = [
+        name
+        for name, style in made.styles.items()
+        if isinstance(style, Attention) and style.attend is None
+    ]
+    if not alone:
+        return []
+    if is_transformers(model):
+        problem = implementation_problem(model)
+        return [problem] if problem else []
+    return [
+        f"module {name!r}: Attention without attend= is for models of transformers. Let a child "
+        "compute the attention (forward(q, k, v) of shape (batch, heads, length, head_dim)), and "
+        "give its name as attend=."
+        for name in alone
+    ]
+
+
+def _describe(plan: Plan | None, scheme: Scheme, model: nn.Module) -> dict[str, object]:
     """What every rank must have alike, entry by entry."""
+    styles = entries_of(model) if plan is None else plan.styles
     found: dict[str, object] = {
-        "the order of the plan": list(plan.styles),
-        "the scheme": plan.scheme,
-        **{f"plan entry {pattern!r}": style for pattern, style in plan.styles.items()},
+        "the plan": "the model's own" if plan is None else "given",
+        "the order of the plan": list(styles),
+        "the scheme": scheme,
+        **{f"plan entry {pattern!r}": style for pattern, style in styles.items()},
     }
     for name, module in model.named_modules(remove_duplicate=False):
         found[f"module {name!r}" if name else "the model"] = type(module).__name__
@@ -106,13 +173,13 @@ def _describe(plan: Plan, model: nn.Module) -> dict[str, object]:
     return found
 
 
-def _contract(plan: Plan, model: nn.Module) -> str:
+def _contract(scheme: Scheme, model: nn.Module) -> str:
     """What this process would compute the products of `model` with."""
     weight = next(model.parameters(), None)
     if weight is None:
-        return mode.contract(plan.scheme)
+        return mode.contract(scheme)
     device = torch.device("cpu") if weight.is_meta else weight.device
-    return mode.contract(plan.scheme, weight.dtype, device)
+    return mode.contract(scheme, weight.dtype, device)
 
 
 def _sample_weights(model: nn.Module) -> dict[str, object]:
@@ -135,40 +202,6 @@ def _sample(value: Tensor) -> bytes:
     return sample.view(torch.uint8).numpy().tobytes()
 
 
-def _unfit(styles: Mapping[str, Style], model: nn.Module) -> list[str]:
-    """Modules that a style names and that cannot be cut, one sentence each."""
-    problems = []
-    for name, style in styles.items():
-        module = model.get_submodule(name)
-        if isinstance(module, ShardedModule):
-            problems.append(f"module {name!r} is cut already ({type(module).__name__}).")
-        elif type(module) is not nn.Linear:
-            problems.append(
-                f"module {name!r} is a {type(module).__name__}, which {style} cannot cut: it takes "
-                "nn.Linear. Name the linears inside it, or leave it replicated."
-            )
-        else:
-            problems += _ties(name, module, model)
-    return problems
-
-
-def _ties(name: str, module: nn.Module, model: nn.Module) -> list[str]:
-    """A weight that another module also uses would be cut on one side only."""
-    own = {id(parameter) for parameter in module.parameters()}
-    others = {
-        other: None
-        for other, candidate in model.named_modules(remove_duplicate=False)
-        if other != name
-        for parameter in candidate.parameters(recurse=False)
-        if id(parameter) in own
-    }
-    return [
-        f"module {name!r} shares its weight with {other!r}: a tied weight cannot be cut on one "
-        "side only. Untie them, or leave both out of the plan."
-        for other in others
-    ]
-
-
 def _hooked(names: Sequence[str], model: nn.Module) -> list[str]:
     """Modules that have hooks and would be replaced, one sentence each."""
     return [
@@ -189,46 +222,28 @@ def _in_place(model: nn.Module) -> list[str]:
     ]
 
 
-def _drawing(model: nn.Module) -> list[str]:
+def _drawing(model: nn.Module, twins: Mapping[str, nn.Module]) -> list[str]:
     """Modules that draw while they compute, each rank for itself, one sentence each."""
     return [
-        f"module {name!r} is {type(module).__name__}(p={module.p}): it draws from the global "
-        "generator, so that ranks would hold different activations where they must be the same. "
-        "Set p=0 or use numerics='native'."
+        f"module {name!r} is {type(module).__name__}(p={module.p}"
+        f"{', inplace=True' if module.inplace else ''}): it draws from the global generator, so "
+        "that ranks would hold different activations where they must be the same. Use nn.Dropout, "
+        "which becomes dropout by position, or p=0."
         for name, module in model.named_modules()
-        if isinstance(module, _DRAWING) and module.p > 0
+        if isinstance(module, _DRAWING) and module.p > 0 and name not in twins
     ]
 
 
-def _cut(module: nn.Module, style: Style, name: str, plan: Plan, axis: Axis) -> nn.Module:
-    if isinstance(style, ColumnParallel):
-        return ColumnParallelLinear.from_linear(
-            module,  # type: ignore[arg-type]  # _unfit has seen that it is nn.Linear
-            axis=axis,
-            gather_input=style.gather_input,
-            gather_output=style.gather_output,
-            name=name,
-            scheme=plan.scheme,
-        )
-    return RowParallelLinear.from_linear(
-        module,  # type: ignore[arg-type]
-        axis=axis,
-        input_is_parallel=style.input_is_parallel,
-        name=name,
-        scheme=plan.scheme,
-    )
-
-
-def _twins(model: nn.Module) -> dict[str, nn.Module]:
-    """The activations that ours replace."""
-    found = {
-        name: invariant_twin(module)
-        for name, module in model.named_modules(remove_duplicate=False)
-        if name
-    }
-    return {name: twin for name, twin in found.items() if twin is not None}
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _twins(model: nn.Module, made: ModelPlan, scheme: Scheme) -> dict[str, nn.Module]:
+    """Module name -> what takes its place although it is not cut."""
+    replaced = set(_replaced(made))
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not name or name in replaced:
+            continue
+        twin: nn.Module | None = dropout_twin(module, name=name, seed=scheme.seed)
+        if twin is None and scheme.is_invariant:
+            twin = invariant_twin(module) or norm_twin(module)
+        if twin is not None:
+            found[name] = twin
+    return found

@@ -49,9 +49,11 @@ def owned_part(tensor: Tensor, layout: Layout) -> Tensor:
     """What a rank owns of what it holds, as a view."""
     if layout.cut is None or layout.dim is None or layout.held is None:
         return tensor
-    held, owned = layout.cut.units(layout.held), layout.owned
+    held, owned = layout.held_indices, layout.owned
     if held == owned:
         return tensor
+    if not owned:  # all that it holds is another rank's
+        return tensor.narrow(layout.dim, 0, 0)
     return tensor.narrow(layout.dim, owned.start - held.start, len(owned))
 
 

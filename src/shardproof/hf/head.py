@@ -1,0 +1,121 @@
+"""The output head of a causal language model: logits stay cut where labels are given."""
+
+import functools
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shardproof.collectives import all_gather
+from shardproof.functional.vocabulary import vocab_cross_entropy
+from shardproof.layers.linear import ColumnParallelLinear
+
+LOSS_TYPE = "ForCausalLM"
+
+
+class HeadState:
+    """What the head must know of the model's call under way.
+
+    Attributes:
+        has_labels: logits are for the loss alone, which takes them cut.
+    """
+
+    def __init__(self) -> None:
+        self.has_labels = False
+
+
+def adapt_head(model: nn.Module, head: ColumnParallelLinear) -> None:
+    """Keep the logits cut for the loss, and gather them for everybody else.
+
+    With labels, `model(...).logits` is this rank's part of the vocabulary, Shard(-1), and the loss
+    is computed from the parts; without, logits are whole.
+
+    Args:
+        model: a causal language model of transformers.
+        head: its output head, cut along the vocabulary, without gather_output.
+    """
+    state = HeadState()
+    head.register_forward_hook(functools.partial(_gather_logits, state))
+    if getattr(model, "loss_type", None) != LOSS_TYPE:
+        return
+    parameters = list(inspect.signature(type(model).forward).parameters)
+    place = parameters.index("labels") - 1 if "labels" in parameters else -1
+    model.register_forward_pre_hook(functools.partial(_begin, state, place), with_kwargs=True)
+    model.register_forward_hook(functools.partial(_end, state), always_call=True)
+    model.loss_function = functools.partial(_causal_loss, head)  # type: ignore[assignment]
+
+
+def _begin(
+    state: HeadState, place: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    labels = kwargs.get("labels")
+    if labels is None and 0 <= place < len(args):
+        labels = args[place]
+    state.has_labels = labels is not None
+
+
+def _end(state: HeadState, module: nn.Module, args: Any, output: Any) -> None:
+    state.has_labels = False
+
+
+def _gather_logits(
+    state: HeadState, head: ColumnParallelLinear, inputs: Any, logits: Tensor
+) -> Tensor | None:
+    """(*, owned vocabulary), Shard(-1), to (*, vocabulary), Replicate, unless a loss follows.
+
+    Comm:
+        forward one all_gather of (*, vocabulary), without labels; backward none.
+    """
+    if state.has_labels:
+        return None
+    cut = head.layouts["weight"].cut
+    return all_gather(
+        logits, head.axis, dim=logits.dim() - 1, cut=cut, grad="replicate", who=head.name
+    )
+
+
+def _causal_loss(
+    head: ColumnParallelLinear,
+    logits: Tensor,
+    labels: Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """The loss of transformers for a causal language model, on logits that stay cut.
+
+    Args:
+        head: whose logits these are.
+        logits: (B, T, owned vocabulary), Shard(-1).
+        labels: (B, T), Replicate; token t is compared with the logits of t - 1.
+        vocab_size: on all ranks together; the cut says it too.
+        num_items_in_batch: what the sum is divided by; None: the tokens that count.
+        ignore_index: a label that does not count.
+        shift_labels: (B, T), the labels where they are to be compared.
+        options: of other losses.
+    Returns:
+        (), Replicate, fp32 or fp64.
+    Comm:
+        forward one all_gather of the statistics of every leaf; backward none.
+    """
+    cut = head.layouts["weight"].cut
+    assert cut is not None  # a head that is cut  # noqa: S101
+    if shift_labels is None:
+        assert labels is not None  # the model asks for a loss  # noqa: S101
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    target = shift_labels.reshape(-1).to(logits.device)
+    rows = logits.reshape(target.shape[0], logits.shape[-1])
+    return vocab_cross_entropy(
+        rows if rows.dtype.itemsize > 2 else rows.float(),
+        target,
+        axis=head.axis,
+        cut=cut,
+        scheme=head.scheme,
+        ignore_index=ignore_index,
+        reduction="mean",
+        denominator=num_items_in_batch,
+        who=f"{head.name}.loss",
+    )

@@ -1,0 +1,151 @@
+"""Attention over the heads of one rank, in the place of a module or a function of the model."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shardproof.errors import UsageError
+from shardproof.functional.attention import attention
+from shardproof.functional.attention_site import AttentionSite
+from shardproof.numerics.attending import HeadDropout
+
+
+class HeadAttention(nn.Module):
+    """softmax(q k^T * scale + mask) v, for the query heads that this rank owns.
+
+    Args:
+        site: axis, heads, scheme, name.
+        is_causal: unless a call says otherwise.
+        dropout: of attention weights in training, unless a call says otherwise. Keyed by (seed,
+            name, step, query head), so that the degree does not change it.
+
+    Attributes:
+        step: how many forward calls have drawn; part of the state, and free to be set.
+
+    Shapes and placements:
+        q     (B, owned query heads, T, head_dim)      Shard(1)
+        k, v  (B, held key-value heads, S, head_dim)   what this rank holds
+        y     (B, owned query heads, T, head_dim)      Shard(1)
+
+    Comm:
+        forward none; backward one all_gather of the shared key-value heads' gradients, only where
+        several ranks hold one.
+    """
+
+    def __init__(
+        self, site: AttentionSite, *, is_causal: bool = False, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.site = site
+        self.is_causal = is_causal
+        self.dropout = dropout
+        self.step = 0
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None = None,
+        is_causal: bool | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        dropout: float | None = None,
+    ) -> Tensor:
+        """See the class; `mask` and the rest as in `functional.attention`."""
+        site = self.site
+        is_idle = not site.heads.owned(site.axis.rank)
+        if is_idle:  # what came is a stand-in
+            q, k, v = q[:, :0], k[:, :0], v[:, :0]
+        y = attention(
+            q,
+            k,
+            v,
+            site,
+            mask=mask,
+            is_causal=self.is_causal if is_causal is None else is_causal,
+            scale=scale,
+            softcap=softcap,
+            dropout=self._dropout(dropout),
+        )
+        return F.pad(y, (0, 0, 0, 0, 0, 1)) if is_idle else y
+
+    def _dropout(self, p: float | None) -> HeadDropout | None:
+        p = self.dropout if p is None else p
+        if not self.training or not p:
+            return None
+        if torch._C._current_graph_task_id() != -1:
+            raise UsageError(
+                f"the attention of {self.site.who!r} is computed again during backward, as "
+                "activation checkpointing does, and cannot tell which of its masks is wanted. Use "
+                "attention_dropout=0, or no checkpointing."
+            )
+        self.step += 1
+        return HeadDropout(p, self.site.scheme.seed, f"{self.site.who}.attention", self.step)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """How many forward calls have drawn."""
+        return {"step": self.step}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on drawing where the saved model stopped."""
+        self.step = state["step"]
+
+    def extra_repr(self) -> str:
+        """Heads of this rank, and of all."""
+        heads, rank = self.site.heads, self.site.axis.rank
+        return (
+            f"queries={len(heads.owned(rank))}/{heads.queries}, "
+            f"keys={len(heads.held(rank))}/{heads.keys}, head_dim={heads.head_dim}"
+        )
+
+
+def give_stand_in(module: nn.Module, dim: int, length: int) -> None:
+    """Let a module of an idle rank give `length` zeros along `dim`, where it has nothing to give.
+
+    A model that views its heads as (..., -1, head_dim) cannot view none: where a rank owns no
+    heads, one of zeros stands for them between the projections. Autograd goes through it, so that
+    the rank takes part in every collective of backward.
+
+    Args:
+        module: a projection to the heads, or a norm of them.
+        dim: -1 for features, -2 for heads.
+        length: head_dim, or 1.
+    """
+    module.register_forward_hook(_Pad(dim, length))
+
+
+def take_stand_in(module: nn.Module, dim: int) -> None:
+    """Let a module of an idle rank take nothing where the stand-in comes.
+
+    Args:
+        module: a norm of heads, or the projection back from them.
+        dim: -1 for features, -2 for heads.
+    """
+    module.register_forward_pre_hook(_Strip(dim))
+
+
+class _Strip:
+    """A forward pre-hook: nothing is left of the input along `dim`."""
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, *rest = inputs
+        return (x.narrow(self.dim, 0, 0), *rest)
+
+
+class _Pad:
+    """A forward hook: zeros along `dim` where the rank has nothing."""
+
+    def __init__(self, dim: int, length: int) -> None:
+        self.dim = dim
+        self.length = length
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> Tensor:
+        before = (0, 0) * (-1 - self.dim)
+        return F.pad(y, (*before, 0, self.length))

@@ -1,0 +1,142 @@
+"""Weights for a model on the meta device, created leaf by leaf: nothing whole ever exists."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardproof.errors import UsageError
+from shardproof.layers.base import ShardedModule
+from shardproof.leaves import Layout, replicated
+from shardproof.numerics.random import draw_normal
+from shardproof.scheme import DEFAULT_SCHEME, Scheme
+
+DEFAULT_STD = 0.02
+
+
+@torch.no_grad()
+def initialize(
+    model: nn.Module,
+    *,
+    device: torch.device | str = "cpu",
+    std: float | None = None,
+    scheme: Scheme | None = None,
+) -> nn.Module:
+    """Create every parameter that is on the meta device, the same numbers at every degree.
+
+    Matrices are drawn from N(0, std), keyed by (seed, name, leaf), so that a rank draws what it
+    holds and nothing else; biases are 0, norms do nothing at first, padding rows are 0. Parameters
+    that are tied stay tied. Buffers of transformers' rotary embeddings are computed.
+
+    Args:
+        model: cut by `parallelize`, or plain: then every rank draws all of it.
+        device: where the parameters are to be.
+        std: of the draws; by default `model.config.initializer_range`, or 0.02.
+        scheme: whose seed keys the draws; by default that of the cut modules.
+
+    Returns:
+        `model`.
+
+    Raises:
+        UsageError: a parameter or a buffer of a kind that nothing here can create.
+
+    Comm:
+        none.
+    """
+    if std is None:
+        std = getattr(getattr(model, "config", None), "initializer_range", None) or DEFAULT_STD
+    seed = (scheme or _scheme_of(model)).seed
+    made: dict[int, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        for own, parameter in list(module._parameters.items()):
+            if parameter is None or not (parameter.is_meta or id(parameter) in made):
+                continue
+            if id(parameter) not in made:
+                full = f"{name}.{own}" if name else own
+                data = _data(module, own, parameter, full, seed=seed, std=std, device=device)
+                made[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
+            module._parameters[own] = made[id(parameter)]
+        _make_buffers(model, module, name, device)
+    return model
+
+
+def _scheme_of(model: nn.Module) -> Scheme:
+    schemes = (each.scheme for each in model.modules() if isinstance(each, ShardedModule))
+    return next(schemes, DEFAULT_SCHEME)
+
+
+def _data(
+    module: nn.Module,
+    own: str,
+    parameter: nn.Parameter,
+    name: str,
+    *,
+    seed: int,
+    std: float,
+    device: torch.device | str,
+) -> Tensor:
+    """The numbers of one parameter, what this rank holds of it."""
+    data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+    constant = _constant(module, own, parameter)
+    if constant is not None:
+        return data.fill_(constant)
+    if parameter.dim() < 2:
+        raise UsageError(
+            f"parameter {name!r} of a {type(module).__name__} has shape {tuple(parameter.shape)}, "
+            "and nothing says what it starts as. Give the model its weights before it is cut."
+        )
+    layout = _layout(module, own, parameter)
+    for leaf, where, shape in layout.held_leaves():
+        data[where] = draw_normal(
+            shape, 0.0, std, seed=seed, name=name, leaf=leaf, dtype=data.dtype, device=device
+        )
+    _clear_padding(module, layout, data)
+    return data
+
+
+def _constant(module: nn.Module, own: str, parameter: nn.Parameter) -> float | None:
+    """What a bias, or the weight of a norm, starts as; None for what is drawn."""
+    if own == "bias":
+        return 0.0
+    if parameter.dim() == 1 and "Norm" in type(module).__name__:
+        return 1.0 - getattr(module, "offset", 1.0 if _adds_one(module) else 0.0)
+    return None
+
+
+def _adds_one(module: nn.Module) -> bool:
+    """True for a norm of transformers whose weight counts from 1 (Gemma)."""
+    return "Gemma" in type(module).__name__
+
+
+def _layout(module: nn.Module, own: str, parameter: nn.Parameter) -> Layout:
+    if isinstance(module, ShardedModule) and own in module.layouts:
+        return module.layouts[own]
+    return replicated(tuple(parameter.shape))
+
+
+def _clear_padding(module: nn.Module, layout: Layout, data: Tensor) -> None:
+    padding = getattr(module, "padding_idx", None)
+    held = layout.held_indices
+    if padding is not None and padding in held:
+        data[padding - held.start] = 0.0
+
+
+def _make_buffers(
+    model: nn.Module, module: nn.Module, name: str, device: torch.device | str
+) -> None:
+    """Buffers of transformers' rotary embeddings follow from the config; others are unknown."""
+    missing = [
+        own for own, buffer in module._buffers.items() if buffer is not None and buffer.is_meta
+    ]
+    if not missing:
+        return
+    owner: Any = next((each for each in model.modules() if hasattr(each, "_init_weights")), None)
+    if owner is None or "RotaryEmbedding" not in type(module).__name__:
+        raise UsageError(
+            f"buffers {', '.join(missing)} of {name!r} ({type(module).__name__}) are on the meta "
+            "device, and nothing says what is in them. Build the model on the meta device with "
+            "`with torch.device('meta')` around its parameters only, or give it the buffers."
+        )
+    for own in missing:
+        module._buffers[own] = torch.empty_like(module._buffers[own], device=device)
+    owner._init_weights(module)
