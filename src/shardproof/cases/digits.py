@@ -148,6 +148,7 @@ def train_step(
         loss = F.cross_entropy(output, y) if trial.axis is None else cross_entropy(output, y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+    trial.follow(loss)
     if record:
         trial.record("output", output)
         trial.record("loss", loss)
@@ -177,4 +178,5 @@ DIGITS = Case(
     run,
     extra="demo",
     module="sklearn",
+    has_curve=True,
 )

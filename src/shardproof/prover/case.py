@@ -51,6 +51,7 @@ class Trial:
         seed: of everything the case draws.
         audit: what this run allocates.
         checks: what the case has claimed so far.
+        curves: run -> the loss of each of its steps; a case may train more than once.
         activation_bytes: of the largest output of a module, data excluded; plain torch only.
         share_bytes: of the largest owned share of a parameter.
     """
@@ -69,6 +70,7 @@ class Trial:
         self.seed = self.scheme.seed if seed is None else seed
         self.audit = Audit()
         self.checks: list[Check] = []
+        self.curves: dict[str, list[float]] = {}
         self.activation_bytes = 0
         self.share_bytes = 0
         self._recorder = recorder
@@ -80,6 +82,11 @@ class Trial:
     def is_reference(self) -> bool:
         """True in plain torch: after the first step there is nothing more to record."""
         return self.axis is None
+
+    @property
+    def is_precise(self) -> bool:
+        """True in the fp64 run of plain torch."""
+        return self._is_precise
 
     def cast(self, value: Castable) -> Castable:
         """Floating point to fp64 in the fp64 run, as it is in all others."""
@@ -164,6 +171,15 @@ class Trial:
         if not self.is_reference:
             self.checks.append(Check(name, passed, detail))
 
+    def follow(self, loss: Tensor, *, run: str = "") -> None:
+        """Keep the loss of one step for the report's curve.
+
+        Args:
+            loss: (), Replicate.
+            run: which training of the case it is of.
+        """
+        self.curves.setdefault(run, []).append(loss.item())
+
     def _see_activation(self, module: nn.Module, inputs: object, output: object) -> None:
         outputs = output if isinstance(output, tuple | list) else (output,)
         for tensor in outputs:
@@ -184,6 +200,9 @@ class Case:
         extra: the optional extra it needs, or "".
         module: the module that the extra brings; tells whether it is installed.
         elementwise: tensors that must also meet the seed's elementwise `allclose(atol=1e-6)`.
+        accuracy: how many times further from the fp64 run than plain torch's its output, loss and
+            gradients may be; 0 claims nothing.
+        has_curve: its loss is followed over several steps.
     """
 
     name: str
@@ -193,6 +212,8 @@ class Case:
     extra: str = ""
     module: str = ""
     elementwise: tuple[str, ...] = ()
+    accuracy: float = 0.0
+    has_curve: bool = False
 
     @property
     def is_installed(self) -> bool:

@@ -1,7 +1,7 @@
 """What a proof says of one case and of each tensor: frozen values that know whether they hold."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from shardproof.prover.case import Check
@@ -124,6 +124,7 @@ class CaseReport:
         memory: degree -> one entry for each rank.
         comm: degree -> direction -> collective -> figures.
         checks: the case's own claims.
+        curves: run -> degree -> the loss of each step, of rank 0.
     """
 
     name: str
@@ -135,6 +136,13 @@ class CaseReport:
     memory: Mapping[str, tuple[MemoryReport, ...]]
     comm: Mapping[str, Counts]
     checks: tuple[Check, ...]
+    curves: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Of every step of the first training at the lowest degree; empty if none was followed."""
+        by_degree = next(iter(self.curves.values()), {})
+        return next(iter(by_degree.values()), ())
 
     @property
     def identical(self) -> bool:
@@ -213,6 +221,8 @@ class CaseReport:
             },
             "comm": plain(self.comm),
             "checks": [asdict(check) for check in self.checks],
+            "losses": list(self.losses),
+            "curves": plain(self.curves),
         }
 
 

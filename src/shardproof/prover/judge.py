@@ -1,6 +1,8 @@
 """From what the ranks of all degrees brought home to the report of one case."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -33,19 +35,21 @@ def judge_case(
     tables = {degree: _by_name(case, ranks) for degree, ranks in results.items()}
     names = _merged([list(expected), *(list(table) for table in tables.values())])
     known = frozenset(expected)
+    tensors = tuple(_judge_tensor(case, name, tables, name in known) for name in names)
     return CaseReport(
         name=case.name,
         source=case.source,
         description=case.description,
         degrees=tuple(results),
         seconds=sum(max(rank.seconds for rank in ranks) for ranks in results.values()),
-        tensors=tuple(_judge_tensor(case, name, tables, name in known) for name in names),
+        tensors=tensors,
         memory={
             str(degree): tuple(_memory(rank, activation_bytes) for rank in ranks)
             for degree, ranks in results.items()
         },
         comm={str(degree): _counts(ranks) for degree, ranks in results.items()},
-        checks=_checks(results),
+        checks=(*_checks(results), *accuracy_checks(case, tensors)),
+        curves=_curves(results),
     )
 
 
@@ -170,6 +174,53 @@ def _checks(results: Results) -> tuple[Check, ...]:
             for check in rank.checks:
                 claims.setdefault(check.name, []).append((degree, check))
     return tuple(_join(name, made) for name, made in claims.items())
+
+
+def accuracy_checks(case: Case, tensors: Sequence[TensorReport]) -> Iterator[Check]:
+    """One claim, where the case makes it: ours is as close to fp64 as plain torch's fp32 is.
+
+    Of fp32 tensors that come from products alone; an update divides by what may be nearly zero. An
+    error of one unit in the last place is none: of a single number, one side may be lucky.
+    """
+    if not case.accuracy:
+        return
+    errors = {
+        tensor.name: (tensor.fp64.ours, tensor.fp64.torch)
+        for tensor in tensors
+        if tensor.fp64 is not None
+        and tensor.dtype == "float32"
+        and tensor.name.endswith((".grad", "logits", "output", "loss"))
+    }
+    ratios = {
+        name: _times(ours, plain, least=torch.finfo(torch.float32).eps)
+        for name, (ours, plain) in errors.items()
+    }
+    name = f"no further from fp64 than {case.accuracy:g} times plain torch's fp32"
+    if not ratios:
+        yield Check(name, False, "no tensor was compared")
+        return
+    worst = max(ratios, key=lambda name: ratios[name])
+    detail = (
+        f"{len(ratios)} tensors, median {statistics.median(ratios.values()):.2f}, "
+        f"worst {ratios[worst]:.2f} ({worst})"
+    )
+    yield Check(name, ratios[worst] <= case.accuracy, detail)
+
+
+def _times(ours: float | None, plain: float | None, *, least: float) -> float:
+    """How many times further ours is; infinite where there is no number."""
+    if ours is None or plain is None:
+        return 0.0 if ours == plain else math.inf
+    return ours / max(plain, least)
+
+
+def _curves(results: Results) -> dict[str, dict[str, tuple[float, ...]]]:
+    """Run -> degree -> losses; the ranks of one degree hold the same, or the proof says so."""
+    curves: dict[str, dict[str, tuple[float, ...]]] = {}
+    for degree, ranks in results.items():
+        for run, losses in ranks[0].curves.items():
+            curves.setdefault(run, {})[str(degree)] = tuple(losses)
+    return curves
 
 
 def _join(name: str, made: Sequence[tuple[int, Check]]) -> Check:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -59,6 +59,7 @@ class RankResult:
         seconds: that the run took.
         scheme: of the layers that ran, or the proof's if none was cut.
         contract: what the bits depend on, of those layers, their dtypes and this rank's threads.
+        curves: run -> the loss of each of its steps.
     """
 
     rank: int
@@ -71,6 +72,7 @@ class RankResult:
     seconds: float
     scheme: Scheme
     contract: str
+    curves: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 class _FileRecorder:
@@ -164,6 +166,7 @@ def run_on_rank(
         time.perf_counter() - started,
         trial.scheme,
         trial.contract(),
+        {run: tuple(losses) for run, losses in trial.curves.items()},
     )
 
 

@@ -76,6 +76,7 @@ class Training:
             trial.record(f"{prefix}output", output, judged=is_first)
             record_buffers(trial, model, prefix=prefix, suffix=" (after forward)", judged=is_first)
             trial.record(f"{prefix}loss", loss, judged=is_first)
+            trial.follow(loss)
             with trial.measured():
                 loss.backward()
             record_gradients(trial, model, batch.inputs, prefix=prefix, judged=is_first)

@@ -1,0 +1,93 @@
+"""The loss of every training of a report, drawn for every degree. matplotlib is an optional extra.
+
+The curves of all degrees are the same to the last bit, so a picture of them shows one line. They
+are drawn from wide to narrow, so that all of them can be seen.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Data = Mapping[str, Any]
+
+COLUMNS = 3
+WIDTH, HEIGHT, TITLE = 4.6, 3.2, 0.7  # inches of a panel, and of what stands above all
+WIDEST, NARROWEST = 7.0, 1.2  # points
+COLOURS = (
+    "#b9d6ea", "#6fa8d0", "#58a55c", "#d08a3e", "#7d4a9e", "#222222", "#c94f4f", "#eeee55",
+)  # fmt: skip
+
+
+def is_installed() -> bool:
+    """True if matplotlib is here."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def has_curves(report: Data) -> bool:
+    """True if a case of a report followed its loss."""
+    return any(case["curves"] for case in report["cases"])
+
+
+def draw(report: Data, path: Path) -> None:
+    """Write the picture.
+
+    Args:
+        report: as `Report.as_dict` has it, with a curve at least.
+        path: whose suffix says in which format.
+    """
+    from matplotlib.figure import Figure  # noqa: PLC0415 - an optional extra
+
+    panels = list(_panels(report))
+    columns = min(COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (WIDTH * max(columns, 2), HEIGHT * rows + TITLE)
+    figure = Figure(figsize=size, layout="constrained")
+    for place, (title, curves) in enumerate(panels):
+        _fill(figure.add_subplot(rows, columns, place + 1), title, curves)
+    figure.suptitle(caption(report), fontsize=9)
+    figure.savefig(path, dpi=100)
+
+
+def caption(report: Data) -> str:
+    """What the picture shows, and what it cannot show."""
+    differing = [title for title, curves in _panels(report) if len(set(curves.values())) > 1]
+    if differing:
+        return f"the degrees have different losses in {', '.join(differing)}"
+    many = any(len(curves) > 1 for _, curves in _panels(report))
+    told = "the curves of all degrees have the same bits and coincide" if many else "one degree"
+    return f"{told} ({report['numerics']}, {report['engine']}, seed {report['seed']})"
+
+
+def _panels(report: Data) -> Iterator[tuple[str, dict[str, tuple[float, ...]]]]:
+    """Of every training its name, and degree -> losses."""
+    for case in report["cases"]:
+        for run, by_degree in case["curves"].items():
+            title = f"{case['name']}, {run}" if run else case["name"]
+            yield title, {degree: tuple(losses) for degree, losses in by_degree.items()}
+
+
+def _fill(axes: Any, title: str, curves: Mapping[str, Sequence[float]]) -> None:
+    """One panel; the first degree widest, so that the others lie on it."""
+    widths = _widths(len(curves))
+    for place, (degree, losses) in enumerate(curves.items()):
+        axes.plot(
+            range(1, len(losses) + 1),
+            losses,
+            linewidth=widths[place],
+            color=COLOURS[place % len(COLOURS)],
+            label=f"degree {degree}",
+            solid_capstyle="butt",
+        )
+    axes.set_xlabel("step", fontsize=8)
+    axes.set_ylabel("loss", fontsize=8)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.tick_params(labelsize=8)
+    axes.grid(True, alpha=0.3)
+    axes.legend(fontsize=7)
+    axes.set_title(title, fontsize=9)
+
+
+def _widths(count: int) -> list[float]:
+    step = (WIDEST - NARROWEST) / max(1, count - 1)
+    return [WIDEST - place * step for place in range(count)]

@@ -1,0 +1,80 @@
+"""The text that the cases learn from: real, whole, and the same whoever reads it."""
+
+import hashlib
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from shardproof.cases import text
+from shardproof.errors import UsageError
+
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+
+
+def test_every_byte_of_every_module_is_a_token() -> None:
+    joined = b"".join((STDLIB / name).read_bytes() for name in sorted(text.MODULES))
+    found = text.standard_library()
+    assert bytes(found.tokens.tolist()) == joined
+    assert found.digest == hashlib.sha256(joined).hexdigest()
+    assert len(joined) > 400_000
+
+
+def test_the_order_of_the_files_does_not_matter() -> None:
+    forwards = text.read(STDLIB, text.MODULES)
+    backwards = text.read(STDLIB, tuple(reversed(text.MODULES)))
+    assert torch.equal(forwards.tokens, backwards.tokens)
+    assert forwards.digest == backwards.digest
+
+
+def test_another_text_has_another_digest(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("one")
+    (tmp_path / "b.py").write_text("two")
+    assert bytes(text.read(tmp_path, ("b.py", "a.py")).tokens.tolist()) == b"onetwo"
+    assert text.read(tmp_path, ("a.py",)).digest != text.read(tmp_path, ("b.py",)).digest
+
+
+def test_it_says_what_it_is() -> None:
+    found = text.standard_library()
+    digest = found.digest[:16]
+    assert str(found).endswith(
+        f"bytes of the Python {_version()} standard library, sha256 {digest}"
+    )
+
+
+def _version() -> str:
+    return sysconfig.get_python_version()
+
+
+def test_windows_are_runs_of_the_text() -> None:
+    found = text.standard_library()
+    whole = bytes(found.tokens.tolist())
+    drawn = found.windows(seed=3, step=0, rows=5, length=40)
+    assert drawn.shape == (5, 40)
+    assert drawn.dtype == torch.int64
+    assert all(bytes(row.tolist()) in whole for row in drawn)
+
+
+def test_windows_are_keyed_by_seed_and_step() -> None:
+    found = text.standard_library()
+
+    def draw(seed: int, step: int) -> torch.Tensor:
+        return found.windows(seed=seed, step=step, rows=4, length=16)
+
+    before = torch.get_rng_state()
+    assert torch.equal(draw(1, 2), draw(1, 2))
+    assert not torch.equal(draw(1, 2), draw(1, 3))
+    assert not torch.equal(draw(1, 2), draw(2, 2))
+    assert torch.equal(before, torch.get_rng_state()), "the global generator is not touched"
+
+
+def test_a_window_may_be_the_whole_text(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_bytes(b"\x00\xffxyz")
+    found = text.read(tmp_path, ("a.py",))
+    assert found.windows(seed=0, step=0, rows=1, length=5).tolist() == [[0, 255, 120, 121, 122]]
+
+
+def test_sources_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"argparse.py cannot be read: No such file.*sources"):
+        text.read(tmp_path)
