@@ -19,12 +19,14 @@ from shardproof.cli import torchrun
 from shardproof.cli.bench import bench
 from shardproof.cli.doctor import doctor
 from shardproof.cli.options import HELP_OPTIONS
+from shardproof.cli.plan import plan
 from shardproof.cli.prove import prove
 from shardproof.errors import DegreeError, RankError, ShardproofError, UsageError
 
 COMMANDS: tuple[click.Command, ...] = (
     prove,
     doctor,
+    plan,
     bench,
 )
 

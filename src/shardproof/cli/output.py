@@ -8,6 +8,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from shardproof.plans.text import size as size
+
 # rich's own boxes are not ASCII or draw more lines than a reader needs: one rule under the head.
 RULE = Box(
     "    \n"
@@ -67,22 +69,6 @@ def table(*columns: str, width: int, right: Iterable[str] = ()) -> Table:
 def yes_no(answer: bool) -> Text:
     """`yes`, or `NO` that nobody overlooks."""
     return Text("yes", GOOD) if answer else Text("NO", BAD)
-
-
-def size(num_bytes: int) -> str:
-    """Bytes in the unit that a reader would choose.
-
-    >>> size(77824), size(40), size(3 << 20)
-    ('76.0 KiB', '40 B', '3.0 MiB')
-    """
-    if num_bytes < 1024:
-        return f"{num_bytes} B"
-    amount = float(num_bytes)
-    for unit in ("KiB", "MiB", "GiB"):
-        amount /= 1024
-        if amount < 1024:
-            return f"{amount:.1f} {unit}"
-    return f"{amount / 1024:.1f} TiB"
 
 
 def seconds(duration: float) -> str:

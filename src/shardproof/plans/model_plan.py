@@ -175,20 +175,18 @@ def describe(module: ModulePlan) -> str:
     style, words = module.style, [str(module.role)]
     if isinstance(style, Attention):
         if module.role == "attention":
-            words.append(f"{style.queries} query and {style.keys} key-value heads")
+            words.append(f"{style.queries} heads, {style.keys} key-value")
         elif module.role in ("query_norm", "key_norm"):
-            words = [f"norm {'across' if style.norms == 'across' else 'of each of'} the heads"]
+            words = [f"norm, {'across heads' if style.norms == 'across' else 'each head'}"]
         else:
-            cut = "input" if module.role == "output" else "output"
-            words = [f"{module.role}: {cut} cut by heads"]
-    if isinstance(style, ColumnParallel):
+            words = ["row by heads" if module.role == "output" else "column by heads"]
+    if any(each.when == "labels" for each in module.collectives):
+        words.append("logits stay cut for the loss")
+    elif isinstance(style, ColumnParallel):
         words += ["input gathered"] * style.gather_input + ["output gathered"] * style.gather_output
     if isinstance(style, RowParallel) and not style.input_is_parallel:
         words.append("whole input")
-    if module.reason:
-        words.append(module.reason)
-    idle = f"; idle: {', '.join(map(str, module.idle))}" if module.idle else ""
-    return f"{', '.join(words) if not module.reason else ': '.join(words)}{idle}"
+    return ", ".join(words) if not module.reason else f"whole: {module.reason}"
 
 
 def _bytes(modules: Iterable[ModulePlan], *, only_cut: bool) -> int:
