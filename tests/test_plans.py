@@ -1,5 +1,6 @@
 """Plans: what a pattern matches, and every way in which a plan does not fit a model."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -174,10 +175,10 @@ def test_all_problems_come_in_one_error_and_nothing_is_changed(pool: Pool) -> No
         "embed": "rowwise",
     }
     for message in pool(2, "threads").run(lambda axis: refusal(tied(), styles, axis)):
-        assert message.count("\n- ") == 5
+        assert message.count("\n- ") == 4
         for text in ("'nowhere'", "'norm' is a RMSNorm", "style 'sideways'",
-                     "'head' shares its weight with 'embed'",
-                     "'embed' shares its weight with 'head'"):  # fmt: skip
+                     "a tied weight is cut two ways: in 'embed' along dim 1",
+                     "and 'head' along dim 0"):  # fmt: skip
             assert text in message
 
 
@@ -321,7 +322,7 @@ def test_seeds_forgotten_under_a_launcher_are_found(pool: Pool) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+    "make", [nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
              nn.FeatureAlphaDropout],
 )  # fmt: skip
 def test_dropout_is_refused_with_invariant_numerics_alone(make: Callable[..., nn.Module]) -> None:
@@ -329,11 +330,59 @@ def test_dropout_is_refused_with_invariant_numerics_alone(make: Callable[..., nn
     model = nn.Sequential(nn.Linear(4, 4), make(0.1))
     assert refusal(model, {"0": "colwise"}).endswith(
         f"module '1' is {make.__name__}(p=0.1): it draws from the global generator, so that ranks "
-        "would hold different activations where they must be the same. Set p=0 or use "
-        "numerics='native'."
+        "would hold different activations where they must be the same. Use nn.Dropout, which "
+        "becomes dropout by position, p=0, or numerics='native'."
     )
     parallelize(model, Plan({"0": "colwise"}, Scheme(numerics="native")), Axis.solo())
     parallelize(nn.Sequential(nn.Linear(4, 4), make(0.0)), {"0": "colwise"}, Axis.solo())
+
+
+def test_dropout_in_place_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1, inplace=True))
+    assert "Dropout(p=0.1, inplace=True): it draws" in refusal(model, {"0": "colwise"})
+
+
+class Dropping(nn.Module):
+    """What is dropped lies between the two linears, which only the forward knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.dropout = nn.Linear(4, 16), nn.Linear(16, 4), nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.dropout(self.up(x)))
+
+
+def test_dropout_of_a_cut_activation_is_seen_when_it_runs(pool: Pool) -> None:
+    model = Dropping()
+
+    def run(axis: Axis) -> str:
+        cut = parallelize(copy.deepcopy(model), {"up": "colwise", "down": "rowwise"}, axis)
+        with pytest.raises(MismatchError) as caught:
+            cut(torch.ones(2, 4))
+        return str(caught.value)
+
+    for message in pool(2, "threads").run(run):
+        assert "'dropout' (Dropout) gets an activation that is cut" in message
+
+
+def test_dropout_draws_by_position_in_a_sequence(pool: Pool) -> None:
+    """Of a cut activation and of a whole one."""
+    model = nn.Sequential(
+        nn.Linear(4, 12), nn.ReLU(), nn.Dropout(0.5), nn.Linear(12, 4), nn.Dropout(0.5)
+    )
+
+    def run(axis: Axis) -> list[torch.Tensor]:
+        cut = parallelize(copy.deepcopy(model), {"0": "colwise", "3": "rowwise"}, axis)
+        with torch.no_grad():
+            return [cut(torch.ones(3, 4)) for _ in range(2)]
+
+    first, second = pool(1, "threads").run(run)[0]
+    assert not torch.equal(first, second)
+    for degree in (2, 3):
+        for one, two in pool(degree, "threads").run(run):
+            assert torch.equal(one, first)
+            assert torch.equal(two, second)
 
 
 def test_a_hook_on_relu_stays() -> None:
