@@ -16,7 +16,7 @@ from invariance import (
     strided,
 )
 from shardproof.errors import ShapeError
-from shardproof.numerics.sums import sum_all, sum_rows, sum_squares
+from shardproof.numerics.sums import sum_all, sum_rows, sum_squares, sum_squares_rows
 
 ROWS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 31, 33, 100, 257]
 
@@ -40,6 +40,7 @@ def test_order_of_additions_is_the_fold(rows: int) -> None:
     assert [sum_all(x[:, column]).item() for column in range(3)] == expected
     squares = [fold([v * v for v in x[:, column].tolist()]) for column in range(3)]
     assert [sum_squares(x[:, column]).item() for column in range(3)] == squares
+    assert sum_squares_rows(x).tolist() == squares
 
 
 def test_another_order_has_other_bits() -> None:
@@ -56,12 +57,14 @@ def test_bits_do_not_depend_on_cut_layout_or_threads(
     rng = random.Random(0)
     x = normal(*shape).to(dtype)
     rows, total, squares = sum_rows(x), sum_all(x), sum_squares(x)
+    row_squares = sum_squares_rows(x)
     layouts = [strided(x), misaligned(x, 1), misaligned(x, 9), x.t().contiguous().t()]
     for seed, same in enumerate(layouts):
         with random_threads(seed):
             assert bits_equal(sum_rows(same), rows)
             assert bits_equal(sum_all(same), total)
             assert bits_equal(sum_squares(same), squares)
+            assert bits_equal(sum_squares_rows(same), row_squares)
             for cut in (random_cut(shape[1], rng), [slice(0, 1)]):
                 for s in cut:
                     assert bits_equal(sum_rows(same[:, s]), rows[s])
@@ -135,7 +138,7 @@ def test_buffers_have_at_most_half_of_the_rows(rows: int) -> None:
 
 def test_gradients_of_first_and_second_order() -> None:
     x = normal(5, 3).double().requires_grad_()
-    for f in (sum_rows, sum_all, sum_squares):
+    for f in (sum_rows, sum_all, sum_squares, sum_squares_rows):
         assert torch.autograd.gradcheck(f, x)
         assert torch.autograd.gradgradcheck(f, x)
     narrow = normal(5, 3).bfloat16().requires_grad_()
@@ -147,3 +150,5 @@ def test_gradients_of_first_and_second_order() -> None:
 def test_a_tensor_that_is_no_matrix_raises() -> None:
     with pytest.raises(ShapeError, match=re.escape("got shape (2, 3, 4)")):
         sum_rows(torch.ones(2, 3, 4))
+    with pytest.raises(ShapeError, match=re.escape("sum_squares_rows takes a matrix (M, N), got")):
+        sum_squares_rows(torch.ones(4))

@@ -65,6 +65,24 @@ def sum_squares(x: Tensor) -> Tensor:
     Returns:
         (), Replicate, or that leaf's part; fp64 for fp64, else fp32.
     """
+    return _SumSquares.apply(x.reshape(-1, 1)).view(())
+
+
+def sum_squares_rows(x: Tensor) -> Tensor:
+    """Sum of the squares over the first dim of a matrix.
+
+    Args:
+        x: (M, N), Replicate or Shard(1).
+    Returns:
+        (N,), Replicate or Shard(0); fp64 for fp64, else fp32. Zeros if M is 0.
+    Raises:
+        ShapeError: `x` is no matrix.
+    """
+    if x.dim() != 2:
+        raise ShapeError(
+            f"sum_squares_rows takes a matrix (M, N), got shape {tuple(x.shape)}. Use "
+            "x.flatten(0, -2)."
+        )
     return _SumSquares.apply(x)
 
 
@@ -87,16 +105,15 @@ class _SumSquares(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        column = x.reshape(-1, 1)
         if _has_kernel(x):
-            return _kernel_fold(column, is_squared=True).view(())
+            return _kernel_fold(x, is_squared=True)
         dtype = _sum_dtype(x)
 
         def square(part: Tensor) -> Tensor:
             wide = part.to(dtype)
             return wide * wide
 
-        return _fold(column, dtype, square).view(())
+        return _fold(x, dtype, square)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Tensor:
