@@ -10,7 +10,7 @@ import torch
 from invariance import bits_equal, threads
 from shardproof.errors import UsageError
 from shardproof.leaves import Cut
-from shardproof.numerics.random import draw, draw_normal, draw_uniform, generator
+from shardproof.numerics.random import draw, draw_mask, draw_normal, draw_uniform, generator
 
 
 @pytest.mark.parametrize("degree", [1, 2, 3, 5, 8])
@@ -117,6 +117,56 @@ def test_draw_takes_any_fill() -> None:
     assert set(mask.tolist()) == {0.0, 1.0}
     assert mask.mean().item() == pytest.approx(0.25, abs=0.05)
     assert not mask.requires_grad
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-6, 2**-16, 0.1, 0.37, 0.999, 1 - 2**-16, 1.0])
+def test_a_mask_keeps_as_many_as_it_should(p: float) -> None:
+    count = 3_000_001  # several blocks, and an odd end
+    mask = draw_mask((count,), p, seed=0, name="m", step=0)
+    assert mask.dtype == torch.uint8
+    assert set(mask.unique().tolist()) <= {0, 1}
+    spread = 5 * (p * (1 - p) / count) ** 0.5
+    assert 1 - mask.double().mean().item() == pytest.approx(p, abs=spread)
+
+
+def test_blocks_of_a_mask_are_drawn_one_after_the_other() -> None:
+    """So that what torch does not see is small; and no block repeats another."""
+    long = draw_mask((1 << 17,), 0.5, seed=0, name="m", step=0)
+    short = draw_mask((1 << 16,), 0.5, seed=0, name="m", step=0)
+    assert torch.equal(long[: 1 << 16], short)
+    assert not torch.equal(long[1 << 16 :], short)
+    shaped = draw_mask((2, 1 << 16), 0.5, seed=0, name="m", step=0)
+    assert torch.equal(shaped.view(-1), long)
+
+
+def test_what_16_bits_leave_open_is_drawn_further() -> None:
+    """Negative control: at this p the 16 bits alone would drop nothing."""
+    mask = draw_mask((1 << 20,), 2.0**-17, seed=0, name="m", step=0)
+    assert 1 <= (1 - mask.long()).sum() <= 30
+
+
+def test_masks_have_a_step_and_keys_of_their_own() -> None:
+    keys = itertools.product((0, 1), ("a", "1:a", ""), (0, 1, 11), (0, 1))
+    masks = {
+        tuple(draw_mask((40,), 0.5, seed=seed, name=name, leaf=leaf, step=step).tolist())
+        for seed, name, leaf, step in keys
+    }
+    assert len(masks) == 36
+    with_step = generator(seed=0, name="a", step=0).bit_generator.state["state"]["key"]
+    without = generator(seed=0, name="a").bit_generator.state["state"]["key"]
+    assert with_step.tolist() != without.tolist()
+    assert with_step.tolist() == [12338377511760048641, 17805653959554660824]
+
+
+def test_masks_of_no_probability_and_no_step_raise() -> None:
+    for p in (-0.1, 1.1, float("nan")):
+        with pytest.raises(UsageError, match=f"cannot draw a mask for 'm' with p={p}. Use 0 to 1"):
+            draw_mask((2,), p, seed=0, name="m", step=0)
+    with pytest.raises(UsageError, match="cannot draw 'm' for step -1: steps count from 0"):
+        draw_mask((2,), 0.5, seed=0, name="m", step=-1)
+    assert draw_mask((2, 3), 0.5, seed=0, name="m", step=0, device="meta").is_meta
+    assert draw_mask((), 1.0, seed=0, name="m", step=0).item() == 0
+    assert draw_mask((0, 3), 0.5, seed=0, name="m", step=0).shape == (0, 3)
 
 
 def test_wrong_leaf_and_wrong_dtype_raise() -> None:

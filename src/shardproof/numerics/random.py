@@ -22,21 +22,30 @@ from shardproof.errors import UsageError
 
 Fill = Callable[[NDArray[Any], np.random.Generator], object]
 
+_BLOCK = 1 << 16  # elements of a mask that are drawn at a time: all else is torch's own memory
+_WORDS = 1 << 16  # values of the 16 bits that decide about an element
 
-def generator(*, seed: int, name: str, leaf: int = 0) -> np.random.Generator:
+
+def generator(
+    *, seed: int, name: str, leaf: int = 0, step: int | None = None
+) -> np.random.Generator:
     """A new generator for one leaf of one named tensor.
 
     Args:
         seed: of the scheme.
         name: what is drawn, unique in the model ("layers.0.up.weight").
         leaf: index of the leaf; 0 for a tensor that is not cut.
+        step: for what is drawn anew in every step; None for what is drawn once.
     Raises:
-        UsageError: the leaf is negative.
+        UsageError: the leaf or the step is negative.
     """
     if leaf < 0:
         raise UsageError(f"cannot draw leaf {leaf} of {name!r}: leaves count from 0.")
-    # The name goes last, so that no two keys run together.
-    digest = hashlib.sha256(f"{seed}:{leaf}:{name}".encode()).digest()
+    if step is not None and step < 0:
+        raise UsageError(f"cannot draw {name!r} for step {step}: steps count from 0.")
+    # The name goes last, so that no two keys run together; without a step a key begins as a number.
+    when = "" if step is None else f"step {step}:"
+    digest = hashlib.sha256(f"{when}{seed}:{leaf}:{name}".encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
@@ -124,3 +133,53 @@ def draw_normal(
         out += mean
 
     return draw(shape, fill, seed=seed, name=name, leaf=leaf, dtype=dtype, device=device)
+
+
+def draw_mask(
+    shape: Sequence[int],
+    p: float,
+    *,
+    seed: int,
+    name: str,
+    step: int,
+    leaf: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """What a dropout keeps of one leaf: each element is 0 with probability `p`, else 1.
+
+    Args:
+        shape: of the leaf.
+        p: from 0 to 1.
+        seed: of the scheme.
+        name: what is masked, unique in the model.
+        step: which mask of that name.
+        leaf: index of the leaf; 0 for a tensor that is not cut.
+        device: of the result; default torch's.
+    Returns:
+        (*shape), one leaf, uint8.
+    Raises:
+        UsageError: `p` is no probability, or leaf or step are negative.
+    """
+    if not 0 <= p <= 1:
+        raise UsageError(f"cannot draw a mask for {name!r} with p={p}. Use 0 to 1.")
+    device = torch.device(device) if device is not None else torch.get_default_device()
+    own = generator(seed=seed, name=name, leaf=leaf, step=step)
+    if device.type == "meta":
+        return torch.empty(tuple(shape), dtype=torch.uint8, device=device)
+    mask = torch.zeros(tuple(shape), dtype=torch.uint8, device="cpu")
+    if p == 1:
+        return mask.to(device)
+    flat = mask.view(-1).numpy().view(np.bool_)
+    for start in range(0, flat.size, _BLOCK):
+        _draw_kept(flat[start : start + _BLOCK], p, own)
+    return mask.to(device)
+
+
+def _draw_kept(kept: NDArray[np.bool_], p: float, own: np.random.Generator) -> None:
+    """Fill `kept`: 16 bits decide about an element, and a further draw where they leave it open."""
+    raw = own.bit_generator.random_raw(-(-kept.size // 4))
+    bits = raw.astype("<u8", copy=False).view("<u2")[: kept.size]
+    whole = int(p * _WORDS)
+    np.greater(bits, whole, out=kept)
+    is_open = np.flatnonzero(bits == whole)
+    kept[is_open] = own.random(is_open.size) >= p * _WORDS - whole
