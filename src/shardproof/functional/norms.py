@@ -1,0 +1,157 @@
+"""RMSNorm and LayerNorm of activations that every rank holds whole.
+
+Rows are summed, and the gradients of weight and bias are summed over rows, by halving folds
+(`numerics.sums`), where torch's kernels add in an order that may move with the number of threads.
+bf16 and fp16 are computed in fp32 and rounded where the model rounds; fp64 stays fp64.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardproof.autograd import once_differentiable
+from shardproof.errors import ShapeError
+from shardproof.functional.cut_norms import NormSite, head_rms_norm, sharded_rms_norm
+from shardproof.functional.rms import RmsFormula, wide_rows
+from shardproof.numerics.sums import sum_rows, sum_squares_rows
+
+__all__ = ["NormSite", "head_rms_norm", "layer_norm", "rms_norm", "sharded_rms_norm"]
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    *,
+    eps: float | None,
+    offset: float = 0.0,
+    rounds_before_weight: bool = False,
+) -> Tensor:
+    """`x / sqrt(mean(x * x) + eps) * (weight + offset)` over the last dim.
+
+    Args:
+        x: (*, n), Replicate.
+        weight: (n,), Replicate, or None.
+        eps: see `RmsFormula`, for all three options.
+        offset: added to the weight.
+        rounds_before_weight: where bf16 is rounded.
+    Returns:
+        (*, n), Replicate; its gradient is expected to be Replicate.
+    Raises:
+        ShapeError: the weight does not fit `x`.
+    Comm:
+        forward none; backward none.
+    """
+    _check(x, "rms_norm", weight=weight)
+    return _RmsNorm.apply(x, weight, RmsFormula(eps, offset, rounds_before_weight))
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float = 1e-5
+) -> Tensor:
+    """`(x - mean) / sqrt(variance + eps) * weight + bias` over the last dim.
+
+    Args:
+        x: (*, n), Replicate.
+        weight: (n,), Replicate, or None.
+        bias: (n,), Replicate, or None.
+        eps: added to the variance.
+    Returns:
+        (*, n), Replicate; its gradient is expected to be Replicate.
+    Raises:
+        ShapeError: weight or bias do not fit `x`.
+    Comm:
+        forward none; backward none.
+    """
+    _check(x, "layer_norm", weight=weight, bias=bias)
+    return _LayerNorm.apply(x, weight, bias, eps)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Rows by themselves forward; backward too, and the weight's gradient summed over them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, formula: RmsFormula) -> Tensor:
+        wide = wide_rows(x)
+        inverse = formula.inverse(sum_squares_rows(wide.t()), x.shape[-1])
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.formula = formula
+        return _shaped(formula.output(wide * inverse, weight, x.dtype), x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        formula: RmsFormula = ctx.formula
+        wide, grad = wide_rows(x), wide_rows(grad_y)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            weighted = formula.weighted(grad, weight)
+            total = sum_rows((weighted * wide).t())
+            grad_x = formula.input_gradient(weighted, wide, inverse, total, x.shape[-1])
+            grad_x = _shaped(grad_x.to(x.dtype), x)
+        if weight is not None and ctx.needs_input_grad[1]:
+            terms = formula.weight_terms(grad, wide, inverse, x.dtype)
+            grad_weight = sum_rows(terms, dtype=weight.dtype)
+        return grad_x, grad_weight, None
+
+
+class _LayerNorm(torch.autograd.Function):
+    """Rows by themselves forward; backward too, and the gradients of weight and bias summed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        wide, size = wide_rows(x), x.shape[-1]
+        mean = sum_rows(wide.t()).div_(size)[:, None]
+        normed = wide - mean
+        inverse = sum_squares_rows(normed.t()).div_(size).add_(eps).rsqrt_()[:, None]
+        normed.mul_(inverse)
+        y = normed.clone() if weight is None else normed * weight
+        if bias is not None:
+            y = y.add_(bias)
+        # One of the two is kept: the narrower, and at equal width what saves a computation.
+        is_narrow = wide.dtype is not x.dtype
+        ctx.save_for_backward(x if is_narrow else normed, weight, mean, inverse)
+        ctx.is_narrow, ctx.bias_dtype = is_narrow, None if bias is None else bias.dtype
+        return _shaped(y.to(x.dtype), x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        kept, weight, mean, inverse = ctx.saved_tensors
+        grad, size = wide_rows(grad_y), kept.shape[-1]
+        normed = (wide_rows(kept) - mean).mul_(inverse) if ctx.is_narrow else kept
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[2]:
+            grad_bias = sum_rows(grad, dtype=ctx.bias_dtype)
+        product = grad * normed
+        if ctx.needs_input_grad[1]:
+            grad_weight = sum_rows(product, dtype=weight.dtype)
+        if ctx.needs_input_grad[0]:
+            weighted = grad.clone() if weight is None else grad * weight
+            if weight is not None:
+                product.mul_(weight)
+            mean_product = sum_rows(product.t()).div_(size)[:, None]
+            mean_grad = sum_rows(weighted.t()).div_(size)[:, None]
+            grad_x = weighted.sub_(mean_grad).sub_(normed * mean_product).mul_(inverse)
+            grad_x = _shaped(grad_x.to(grad_y.dtype), grad_y)
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _shaped(rows: Tensor, like: Tensor) -> Tensor:
+    """(rows, n), a tensor of our own, to (*, n): in place, for nobody may write into a view."""
+    return rows.resize_(like.shape)
+
+
+def _check(x: Tensor, who: str, **given: Tensor | None) -> None:
+    for name, value in given.items():
+        if value is not None and (x.dim() == 0 or value.shape != x.shape[-1:]):
+            raise ShapeError(
+                f"{who}: {name} of shape {tuple(value.shape)} wanted for x of shape "
+                f"{tuple(x.shape)}. A norm goes over the last dim, and has one {name} for each of "
+                "its elements."
+            )
+    if x.dim() == 0:
+        raise ShapeError(f"{who}: x has no dim to go over. Give (*, n).")
