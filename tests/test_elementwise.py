@@ -224,6 +224,7 @@ TWINS: list[tuple[nn.Module, str]] = [
     (nn.GELU(approximate="tanh"), "GELU(approximate='tanh')"),
     (nn.Softplus(), "Softplus(beta=1.0, threshold=20.0)"),
     (nn.Softplus(beta=2.5, threshold=7.0), "Softplus(beta=2.5, threshold=7.0)"),
+    (nn.Mish(), "Mish()"),
 ]
 
 
@@ -245,6 +246,7 @@ def test_twin_has_the_options_of_the_module(module: nn.Module, text: str) -> Non
         nn.ReLU(),
         nn.ReLU(inplace=True),
         nn.SiLU(inplace=True),
+        nn.Mish(inplace=True),
         nn.ReLU6(),
         nn.ELU(),
         nn.Linear(1, 1),
@@ -254,6 +256,74 @@ def test_twin_has_the_options_of_the_module(module: nn.Module, text: str) -> Non
 )
 def test_what_has_no_twin_gives_none(module: nn.Module) -> None:
     assert invariant_twin(module) is None
+
+
+THEIRS = {
+    "silu": "SiLU()",
+    "gelu": "GELU(approximate='none')",
+    "gelu_python": "GELU(approximate='none')",
+    "gelu_pytorch_tanh": "GELU(approximate='tanh')",
+    "gelu_python_tanh": "GELU(approximate='tanh')",
+    "gelu_new": "GELU(approximate='tanh')",
+    "gelu_fast": "GELU(approximate='tanh')",
+    "gelu_accurate": "GELU(approximate='tanh')",
+    "quick_gelu": "QuickGELU()",
+    "mish": "Mish()",
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_twin_computes_what_transformers_does(name: str) -> None:
+    module = pytest.importorskip("transformers.activations").get_activation(name).eval()
+    twin = invariant_twin(module)
+    assert repr(twin) == THEIRS[name]
+    assert twin is not None
+    assert not twin.training
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5), (torch.bfloat16, 0.03)):
+        x, grad_y = 3 * normal(999).to(dtype), normal(999, seed=1).to(dtype)
+        found, wanted = with_gradient(twin, x, grad_y), with_gradient(module, x, grad_y)
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("module", [activations.QuickGELU(), activations.Mish()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_bits_of_composed_activations_do_not_depend_on_the_cut(
+    module: nn.Module, dtype: torch.dtype
+) -> None:
+    elementwise_tally(module, [(37, 509), (1, 2731), (1, 1)], dtype=dtype).expect_holds(
+        repr(module)
+    )
+    x, grad_y = 3 * normal(50, 7), normal(50, 7, seed=1)
+    wide = with_gradient(module, x.bfloat16().float(), grad_y.bfloat16().float())
+    narrow = with_gradient(module, x.bfloat16(), grad_y.bfloat16())
+    assert bits_equal(narrow[0], wide[0].bfloat16())
+
+
+def test_a_class_of_a_known_name_is_tried() -> None:
+    class QuickGELUActivation(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.scale = scale
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.sigmoid(self.scale * x)
+
+    class GELUActivation(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            return (F.gelu(x),)
+
+    class SiLUActivation(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.beta = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.silu(self.beta * x)
+
+    assert isinstance(invariant_twin(QuickGELUActivation(1.702)), activations.QuickGELU)
+    for module in (QuickGELUActivation(1.7), GELUActivation(), SiLUActivation()):
+        assert invariant_twin(module) is None
 
 
 def test_autocast_and_checkpointing_leave_the_bits_alone() -> None:
