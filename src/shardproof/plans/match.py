@@ -47,7 +47,7 @@ def find(styles: Mapping[str, Style | str], model: nn.Module) -> Found:
         if complaint := _refusal(pattern, style):
             problems.append(complaint)
             continue
-        hits = [name for name in names if fits(pattern, name)]
+        hits = [name for name in names if fits(pattern, name) and (name or not pattern)]
         if not hits:
             problems.append(_no_match(pattern, style, names, model))
         for name in hits:

@@ -1,5 +1,6 @@
 """`plan`: everything about a cut model that is known before anything runs."""
 
+import re
 from collections.abc import Iterator, Mapping
 
 from torch import nn
@@ -16,6 +17,8 @@ from shardproof.plans.parts import Parts
 from shardproof.plans.style import Plan, SharedInput, Style
 from shardproof.plans.text import listed, pattern
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
+
+_IN_NAMES = re.compile(r"\.\d+")  # numbers of layers
 
 
 def plan(
@@ -97,7 +100,7 @@ def as_error(model: nn.Module, problems: list[str]) -> str:
     """All problems in one message; what is wrong in many layers alike is said once."""
     kinds: dict[str, list[str]] = {}
     for problem in problems:
-        kinds.setdefault(pattern(problem), []).append(problem)
+        kinds.setdefault(_IN_NAMES.sub(".*", problem), []).append(problem)
     said = [
         alike[0] + (f" ({len(alike) - 1} more like this.)" if len(alike) > 1 else "")
         for alike in kinds.values()
