@@ -1,0 +1,85 @@
+"""One matrix product per head, each by itself: what `bmm` would be if its bits could be trusted.
+
+`bmm` picks its kernel by how many matrices there are, and that is what a cut along the heads
+changes. Here every product has the shape of one head, so that nothing in it depends on how many
+heads a rank has. Plain tensors; no ranks, no autograd.
+"""
+
+import functools
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardproof import core
+from shardproof.numerics import matmul, products
+
+
+def product_by_head(
+    a: Tensor,
+    b: Tensor,
+    *,
+    rows: int,
+    serving: Sequence[int] | None = None,
+    is_transposed: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`a[n, h] @ b[n, serving[h]]` for every n and h.
+
+    Args:
+        a: (B, H, M, K), Shard(1).
+        b: (B, G, K, N), or (B, G, N, K) if `is_transposed`: then `a @ b.T`.
+        rows: queries in the whole batch, the same at every degree: few have another kernel.
+        serving: which matrix of `b` serves each head of `a`; by default G is H, and its own.
+        is_transposed: how `b` is given.
+        out: (B, H, M, N), contiguous, to be written.
+    Returns:
+        (B, H, M, N), Shard(1): `out`, or a new tensor.
+    """
+    if is_transposed:
+        b = b.transpose(2, 3)
+    batch, heads, m, k = a.shape
+    n = b.shape[3]
+    if out is None:
+        out = a.new_empty(batch, heads, m, n)
+    if not out.numel():
+        return out
+    if not k:
+        return out.zero_()
+    served = range(heads) if serving is None else serving
+    if products.are_ours(a, b, rows):
+        _run_kernel(a, b, served, out)
+        return out
+    whole = (slice(0, n),)  # one leaf: a head is never cut
+    for at in range(batch):
+        for head, other in enumerate(served):
+            out[at, head] = matmul.product_columns(a[at, head], b[at, other], whole)
+    return out
+
+
+def _run_kernel(a: Tensor, b: Tensor, serving: Sequence[int], out: Tensor) -> None:
+    """All heads by our own kernel, which takes addresses: no view is made of any head."""
+    if a.is_neg() or b.is_neg():  # a view whose memory has the opposite sign
+        a, b = a.resolve_neg(), b.resolve_neg()
+    kernels: Any = core.kernels()
+    run, threads, is_double = kernels.product, torch.get_num_threads(), a.dtype == torch.float64
+    batch, _, m, k = a.shape
+    n, size = b.shape[3], a.element_size()
+    a_batch, a_head, *a_strides = a.stride()
+    b_batch, b_head, *b_strides = b.stride()
+    a_start, b_start, place = a.data_ptr(), b.data_ptr(), out.data_ptr()
+    program, step = _one_leaf(k), m * n * size
+    for at in range(batch):
+        for head, other in enumerate(serving):
+            left = a_start + (at * a_batch + head * a_head) * size
+            right = b_start + (at * b_batch + other * b_head) * size
+            run(is_double, threads, place, m, n, k, left, *a_strides, right, *b_strides, 0, program)
+            place += step
+
+
+@functools.lru_cache(1024)
+def _one_leaf(size: int) -> bytes:
+    """What the kernel is to do: contract all of `size` in one leaf, and that is the result."""
+    return struct.pack("=4q", 0, size, 0, 1)
