@@ -32,10 +32,30 @@ import shardproof.layers
 from places import Pool
 from shardproof import collectives, comm, optim
 from shardproof.axis import Axis
-from shardproof.functional import classes, embedding, linear, losses, site, vocabulary
-from shardproof.layers import activations, base, guard
+from shardproof.functional import (
+    attention_site,
+    classes,
+    cut_norms,
+    dropout,
+    embedding,
+    linear,
+    losses,
+    norms,
+    rms,
+    rows,
+    shared,
+    site,
+    vocabulary,
+    vocabulary_site,
+)
+from shardproof.functional.attention import attention
+from shardproof.functional.attention_site import AttentionSite
+from shardproof.heads import Heads
+from shardproof.layers import activations, base, formula, guard, norm
+from shardproof.layers import dropout as dropout_layers
 from shardproof.layers import embedding as embedding_layers
 from shardproof.layers import linear as layers
+from shardproof.layers import shared as shared_layers
 from shardproof.leaves import Cut
 from shardproof.scheme import Scheme
 from shardproof.tree import Node, nodes_of_run
@@ -48,6 +68,11 @@ SIZES = {
     "cut.size": IN,
     "shape": 6 * IN,
     "sum of sizes": IN,
+    # Of attention: nine query heads on one key-value head have five parts at degree 2 and at 3.
+    "2 * parts": 2 * 5,
+    "batch": 2,
+    "S": 3,
+    "head_dim": 4,
     "embedding_dim": OUT,
     "rows": 6,
     "blocks": 8,
@@ -138,6 +163,15 @@ class Run:
         layer = layers.ColumnParallelLinear(IN, OUT, axis=self.axis, **options)
         return layer(self.part if options.get("gather_input") else self.x)
 
+    def shared(self) -> Tensor:
+        place = shared.SharedSite.of([self.site(OUT), self.site(OUT)])
+        return sum(shared.shared_columns(self.x, [self.weights(0)] * 2, [None] * 2, place))
+
+    def linked(self) -> Tensor:
+        members = [layers.ColumnParallelLinear(IN, OUT, axis=self.axis) for _ in range(3)]
+        shared_layers.link(members, who="attention")
+        return sum(member(self.x) for member in members)
+
     def row(self, **options: Any) -> Tensor:
         layer = layers.RowParallelLinear(IN, OUT, axis=self.axis, **options)
         return layer(self.x if options else self.part)
@@ -162,6 +196,29 @@ class Run:
     @property
     def nodes(self) -> dict[Node, Tensor]:
         return {node: self.x.detach() for node in nodes_of_run(8, self.cut.run(self.axis.rank))}
+
+    def attention(self, keys: int) -> Tensor:
+        """Nine query heads; where they share one key-value head, so do the ranks."""
+        heads = Heads(9, keys, 4, 8, self.axis.size)
+        place = AttentionSite(self.axis, heads, Scheme())
+        sizes = (len(place.owned), len(place.held), len(place.held))
+        q, k, v = (torch.ones(2, size, 3, 4, requires_grad=True) for size in sizes)
+        return attention(q, k, v, place)
+
+    def norm(self, *, of_heads: bool) -> cut_norms.NormSite:
+        cut = Heads(9, 9, 4, 8, self.axis.size).query_cut if of_heads else self.cut
+        return cut_norms.NormSite(self.axis, cut, None, Scheme())
+
+    def normalised(self, function: Callable[..., Tensor], *, of_heads: bool) -> Tensor:
+        """A cut norm as a function, or as a module."""
+        site, formula = self.norm(of_heads=of_heads), rms.RmsFormula(1e-6)
+        x = self.part
+        if of_heads:
+            x = torch.ones(*LEADING, site.width // 4, 4, requires_grad=True)
+        if inspect.isclass(function):
+            return function(formula, site)(x)
+        weight = torch.ones(4 if of_heads else site.width, requires_grad=True)
+        return function(x, weight, site, formula)
 
     def optimizer(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         model = self.model()
@@ -240,6 +297,9 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
     (linear.row_linear, "site.split_input"): lambda run: linear.row_linear(
         run.x, run.weights(1), None, run.site(IN, split_input=True)
     ),
+    (shared.shared_columns, ""): lambda run: run.shared(),
+    (shared_layers.link, ""): lambda run: run.linked(),
+    (shared_layers.SharedInput, ""): lambda run: run.linked(),
     (layers.ColumnParallelLinear, ""): lambda run: run.column(),
     (layers.ColumnParallelLinear, "gather_input"): lambda run: run.column(gather_input=True),
     (layers.ColumnParallelLinear, "gather_output"): lambda run: run.column(gather_output=True),
@@ -247,6 +307,8 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
     (layers.RowParallelLinear, "input_is_parallel=False"): lambda run: run.row(
         input_is_parallel=False
     ),
+    (attention, ""): lambda run: run.attention(9),
+    (attention, "site.cut"): lambda run: run.attention(1),
     (losses.mse_loss, ""): lambda run: losses.mse_loss(run.x, torch.zeros_like(run.x)),
     (losses.mse_loss, "axis"): lambda run: losses.mse_loss(
         run.part, torch.zeros_like(run.part), axis=run.axis, cut=run.cut
@@ -267,6 +329,23 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
         vocabulary.vocab_cross_entropy, run.ids.view(-1), label_smoothing=0.1
     ),
     (vocabulary.vocab_log_softmax, ""): lambda run: run.vocabulary(vocabulary.vocab_log_softmax),
+    (norms.rms_norm, ""): lambda run: norms.rms_norm(run.x, None, eps=1e-6),
+    (norms.layer_norm, ""): lambda run: norms.layer_norm(run.x, None, None),
+    (norm.RMSNorm, ""): lambda run: norm.RMSNorm(IN, rms.RmsFormula(1e-6))(run.x),
+    (norm.LayerNorm, ""): lambda run: norm.LayerNorm(IN)(run.x),
+    **{
+        (function, ""): lambda run, f=function, h=of_heads: run.normalised(f, of_heads=h)
+        for function, of_heads in (
+            (cut_norms.sharded_rms_norm, False),
+            (cut_norms.head_rms_norm, True),
+            (norm.ShardedRMSNorm, False),
+            (norm.HeadRMSNorm, True),
+        )
+    },
+    (dropout.dropout, ""): lambda run: dropout.dropout(run.x, 0.5, dropout.MaskKey(0, "a", 0)),
+    (dropout_layers.Dropout, ""): lambda run: dropout_layers.Dropout(
+        0.5, name="a", seed=0, axis=run.axis, cut=run.cut
+    )(run.part),
     (optim.grad_norm, ""): lambda run: optim.grad_norm(run.model()),
     (optim.clip_grad_norm_, ""): lambda run: optim.clip_grad_norm_(run.model(), 1.0),
     (optim.optimizer_state_dict, ""): lambda run: optim.optimizer_state_dict(*run.optimizer()),
@@ -278,12 +357,24 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
 SILENT = {
     comm: {"Sum", "agree", "check_degree_of", "check_part"},
     site: {"LinearSite"},
+    rows: {"are_alike", "as_rows", "cast", "check_alike", "is_autocast", "shaped"}
+    | {"without_autocast"},
+    shared: {"SharedSite", "is_spent"},
+    attention_site: {"AttentionSite"},
     embedding: {"EmbeddingSite"},
+    vocabulary_site: {"VocabularySite", "parts"},
     classes: {"check_reduction", "counting_rows", "reduce_rows"},
     optim: {"layouts_of"},
     base: {"ShardedModule", "check_state"},
     guard: {"watch"},
-    activations: {"Tanh", "Sigmoid", "SiLU", "GELU", "Softplus", "invariant_twin"},
+    activations: {"Tanh", "Sigmoid", "SiLU", "GELU", "Softplus", "QuickGELU", "Mish"}
+    | {"invariant_twin"},
+    cut_norms: {"NormSite"},
+    rms: {"RmsFormula", "wide_rows"},
+    dropout: {"MaskKey"},
+    dropout_layers: {"Drawing", "dropout_twin", "replay_dropout"},
+    formula: {"find_formula"},
+    norm: {"norm_twin"},
 }
 
 

@@ -1,0 +1,309 @@
+"""Attention cut by heads: each rank attends with its own query heads, and nothing is sent forward.
+
+The unit is the query head at every degree. A key-value head is held by every rank that has one of
+its query heads, so its gradient is a sum over ranks: taken by the canonical tree over the query
+heads of its group, at degree 1 too.
+
+Sources: Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3) for the cut; grouped
+queries as in Ainslie et al. 2023 (arXiv 2305.13245).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shardproof.autograd import once_differentiable
+from shardproof.errors import ShapeError, UsageError
+from shardproof.functional.attention_site import AttentionSite
+from shardproof.numerics import mode
+from shardproof.numerics.attending import (
+    Attended,
+    HeadDropout,
+    Manner,
+    attend,
+    causal_mask,
+    key_partials,
+    query_gradient,
+    score_gradient,
+    value_partials,
+)
+from shardproof.numerics.elementwise import widen
+from shardproof.numerics.headwise import product_by_head
+
+__all__ = ["AttentionSite", "HeadDropout", "attention"]
+
+Gradients = tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class _Way:
+    """What the function takes beside its tensors."""
+
+    site: AttentionSite
+    manner: Manner
+    dropout: HeadDropout | None
+
+
+class _Attention(torch.autograd.Function):
+    """Attention forward; backward, the parts of shared key-value heads are gathered."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, way: _Way
+    ) -> Tensor:
+        keep = _keep(q, k, way)
+        done = attend(q, k, v, mask, keep, way.manner)
+        y = done.out.to(q.dtype)
+        ctx.way = way
+        ctx.save_for_backward(q, k, v, keep, done.out, done.weights, done.bent)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> Gradients:
+        if _is_autocast(grad_y):  # what is to be cast has been cast where attention was called
+            with torch.autocast(grad_y.device.type, enabled=False):
+                return _gradients(ctx, grad_y)
+        return _gradients(ctx, grad_y)
+
+
+def _keep(q: Tensor, k: Tensor, way: _Way) -> Tensor | None:
+    """Which weights dropout keeps: drawn once, for the way back too."""
+    if way.dropout is None:
+        return None
+    return way.dropout.keep(way.site.owned, (q.shape[0], q.shape[2], k.shape[2]), q.device)
+
+
+def _gradients(ctx: Any, grad_y: Tensor) -> Gradients:
+    manner: Manner = ctx.way.manner
+    q, k, v, keep, out, weights, bent = ctx.saved_tensors
+    needs_q, needs_k, needs_v, *_ = ctx.needs_input_grad
+    grad_out = widen(grad_y)
+    grad_q = None
+    # Both key-value gradients side by side, so that one collective carries them.
+    shape = (needs_k + needs_v, q.shape[0], q.shape[1], k.shape[2], k.shape[3])
+    partials = grad_out.new_empty(shape)
+    if needs_q or needs_k:
+        grad = score_gradient(Attended(out, weights, bent), grad_out, v, keep, manner)
+        if needs_k:
+            key_partials(grad, q, manner, partials[0])
+        if needs_q:
+            grad_q = query_gradient(grad, k, manner).to(q.dtype)
+        del grad  # before the next one of its size
+    if needs_v:
+        value_partials(weights, grad_out, keep, manner, partials[-1])
+    grad_k, grad_v = _key_gradients(ctx.way.site, partials, needs_k, needs_v, k.dtype)
+    return grad_q, grad_k, grad_v, None, None
+
+
+def _key_gradients(
+    site: AttentionSite, partials: Tensor, needs_k: bool, needs_v: bool, dtype: torch.dtype
+) -> Gradients:
+    """Rounded once, after the last addition."""
+    if not (needs_k or needs_v):
+        return None, None
+    whole = site.key_gradients(partials).to(dtype)
+    return whole[0] if needs_k else None, whole[-1] if needs_v else None
+
+
+class _Serve(torch.autograd.Function):
+    """Key-value heads, once for each query head that they serve; their sum backward."""
+
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, v: Tensor, site: AttentionSite) -> tuple[Tensor, Tensor]:
+        ctx.site, ctx.dtype = site, k.dtype
+        serving = torch.tensor(site.serving, dtype=torch.int64, device=k.device)
+        return k.index_select(1, serving), v.index_select(1, serving)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_k: Tensor, grad_v: Tensor) -> Gradients:
+        needs_k, needs_v, _ = ctx.needs_input_grad
+        grads = [grad for grad, is_needed in ((grad_k, needs_k), (grad_v, needs_v)) if is_needed]
+        partials = torch.stack([widen(grad) for grad in grads])
+        return *_key_gradients(ctx.site, partials, needs_k, needs_v, ctx.dtype), None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    site: AttentionSite,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout: HeadDropout | None = None,
+) -> Tensor:
+    """`softmax(q k^T * scale + mask) v` of the query heads that a rank owns.
+
+    Args:
+        q: (batch, owned, T, head_dim), Shard(1): the query heads that this rank owns.
+        k: (batch, held, S, head_dim), Shard(1): the key-value heads that it holds.
+        v: (batch, held, S, head_dim), Shard(1): likewise.
+        site: axis, heads, scheme, name.
+        mask: broadcastable to (batch, 1, T, S), Replicate: bool, where True takes part, or numbers
+            that are added to the scores; without a gradient.
+        is_causal: queries are the last T of the S places, and see none behind their own.
+        scale: of the scores; default head_dim ** -0.5.
+        softcap: bends the scores into (-softcap, softcap), before the mask.
+        dropout: of the weights; None in eval mode.
+    Returns:
+        (batch, owned, T, head_dim), Shard(1); its gradient is expected to be Shard(1). Those of k
+        and v are whole on every rank that holds the head. A query that may see no key gives zeros.
+    Raises:
+        NumericsError: numerics are invariant and this process cannot promise them.
+        ShapeError: sizes, dtypes or devices do not fit each other, the heads or the mask.
+        UsageError: an option makes no sense, or the mask wants a gradient.
+    Comm:
+        forward none; backward none.
+        site.cut: forward none; backward one all_gather of (2 * parts, batch, S, head_dim).
+    """
+    if site.is_invariant:
+        mode.require_invariant()
+    if _is_autocast(q):
+        kind = q.device.type
+        dtype = torch.get_autocast_dtype(kind)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+        with torch.autocast(kind, enabled=False):
+            return attention(
+                q, k, v, site,
+                mask=mask, is_causal=is_causal, scale=scale, softcap=softcap, dropout=dropout,
+            )  # fmt: skip
+    who = site.who or "attention"
+    _check_heads(q, k, v, site, who)
+    _check_options(q, k, mask, is_causal, softcap, who)
+    if dropout is not None and not dropout.p:
+        dropout = None
+    manner = Manner(
+        site.serving,
+        q.shape[3] ** -0.5 if scale is None else scale,
+        softcap,
+        is_causal,
+        1.0 if dropout is None else dropout.scale,
+        product_by_head if site.is_invariant else _native_product,
+    )
+    if not site.is_invariant and softcap is None and dropout is None:
+        return _fused(q, k, v, mask, site, manner)
+    way = _Way(site, manner, dropout)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attention.apply(q, k, v, mask, way)
+    return attend(q, k, v, mask, _keep(q, k, way), manner).out.to(q.dtype)
+
+
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: AttentionSite, manner: Manner
+) -> Tensor:
+    """Torch's own attention on this rank's heads."""
+    if site.cut is not None:
+        k, v = _Serve.apply(k, v, site)
+    queries, keys = q.shape[2], k.shape[2]
+    is_causal = manner.is_causal and queries > 1
+    if is_causal and queries < keys:
+        mask, is_causal = causal_mask(queries, keys, q.device), False
+    elif mask is not None and mask.is_floating_point():
+        mask = mask.to(q.dtype)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=manner.scale,
+        enable_gqa=k.shape[1] != q.shape[1],  # whole groups
+    )
+
+
+def _native_product(
+    a: Tensor,
+    b: Tensor,
+    *,
+    rows: int,
+    serving: tuple[int, ...] | None = None,
+    is_transposed: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`product_by_head` in one call."""
+    if serving is not None and serving != tuple(range(b.shape[1])):
+        b = b[:, list(serving)]
+    return torch.matmul(a, b.transpose(2, 3) if is_transposed else b, out=out)
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor, site: AttentionSite, who: str) -> None:
+    """Raise before anything is sent unless the tensors are what this rank has."""
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        named = {"q": q, "k": k, "v": v}
+        given = ", ".join(f"{name} is {x.dtype} on {x.device}" for name, x in named.items())
+        raise ShapeError(
+            f"{who}: {given}, and attention takes one dtype and one device. Cast them alike, or "
+            "use torch.autocast."
+        )
+    if not q.is_floating_point():
+        raise UsageError(f"{who} takes floating-point tensors, got {q.dtype}. Use q.float().")
+    shape = tuple(q.shape)
+    size = site.heads.head_dim
+    if len(shape) == 4 and k.dim() == 4 and k.shape == v.shape:
+        held = (shape[0], len(site.held), k.shape[2], size)
+        if shape[1] == len(site.owned) and shape[3] == size and tuple(k.shape) == held:
+            return
+    raise ShapeError(
+        f"{who} on {site.axis}: q has shape {shape}, k {tuple(k.shape)} and v {tuple(v.shape)}; "
+        f"this rank owns {len(site.owned)} of {site.heads.queries} query heads and holds "
+        f"{len(site.held)} of {site.heads.keys} key-value heads of {size} features: q (batch, "
+        f"{len(site.owned)}, T, {size}), k and v (batch, {len(site.held)}, S, {size}) wanted."
+    )
+
+
+def _check_options(
+    q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, softcap: float | None, who: str
+) -> None:
+    queries, keys = q.shape[2], k.shape[2]
+    if softcap is not None and not softcap > 0:
+        raise UsageError(f"{who}: softcap={softcap} is not positive. Use None for no softcap.")
+    if is_causal and queries > keys:
+        raise ShapeError(
+            f"{who}: is_causal with {queries} queries and {keys} keys: the first queries would see "
+            "none. Give at least as many keys, or a mask."
+        )
+    if mask is None:
+        return
+    if is_causal:
+        raise UsageError(
+            f"{who}: both a mask and is_causal are given. Give one mask that says both."
+        )
+    if mask.requires_grad:
+        raise UsageError(f"{who}: the mask wants a gradient, and gets none. Use mask.detach().")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise UsageError(
+            f"{who}: the mask is {mask.dtype}. Use bool (True takes part), or floating-point "
+            "numbers that are added to the scores."
+        )
+    _check_mask_shape(tuple(mask.shape), (q.shape[0], 1, queries, keys), who)
+    if mask.device != q.device:
+        raise ShapeError(
+            f"{who}: the mask is on {mask.device} and q on {q.device}. Use mask.to(q.device)."
+        )
+
+
+def _check_mask_shape(shape: tuple[int, ...], wanted: tuple[int, ...], who: str) -> None:
+    if len(shape) <= 4:
+        padded = (1,) * (4 - len(shape)) + shape
+        if padded[1] != 1:
+            raise ShapeError(
+                f"{who}: the mask of shape {shape} has {padded[1]} entries along its head dim. "
+                "Heads are cut over ranks and share one mask: give (batch, 1, T, S)."
+            )
+        if all(size in (1, full) for size, full in zip(padded, wanted, strict=True)):
+            return
+    raise ShapeError(
+        f"{who}: a mask of shape {shape} cannot be broadcast to (batch, 1, T, S) = {wanted}."
+    )
+
+
+def _is_autocast(x: Tensor) -> bool:
+    # There is none for meta tensors, and torch raises where it is asked.
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
