@@ -19,17 +19,26 @@ enum { MAX_DOTS = 8, MAX_AXPYS = 4, MAX_THIN = 24 /* sums in registers */ };
  * after `pops` of them were added onto it from the left, the topmost first. */
 struct segment {
     ptrdiff_t start, depth;
+    size_t term; /* which it lies in */
     int32_t pops;
     int32_t slot; /* height of the stack below the result */
     int32_t node; /* which output the result is, or -1 */
 };
 
-/* out[node](M, N) = a(M, K) @ b(K, N) + bias(N), every `out` contiguous. Strides in elements. */
-struct product {
-    const void *a, *b, *bias;
-    void *out;
-    ptrdiff_t m, n, k;
+/* A pair of operands, which has some steps of the contraction. Strides in elements. */
+struct term {
+    const void *a, *b; /* (M, depth), (depth, N) */
+    ptrdiff_t first, depth;
     ptrdiff_t a_row, a_col, b_row, b_col;
+};
+
+/* out[node](M, N) = the terms' a(M, depth) @ b(depth, N) + bias(N), every `out` contiguous. */
+struct product {
+    const struct term *terms;
+    size_t num_terms;
+    const void *bias;
+    void *out;
+    ptrdiff_t m, n, k; /* k: the depths of all terms */
     const struct segment *segments;
     size_t num_segments;
     int num_nodes, num_levels;

@@ -7,7 +7,7 @@ package calls them. Both see the operations of one thread alone: ranks may be th
 import functools
 import threading
 from collections.abc import Callable, Sequence
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, Self
 
 from torch import Tensor
@@ -15,9 +15,25 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from shardproof.numerics import products
+from shardproof.numerics import joined, products
 
-_KERNELS = ("product", "leaf_sum", "leaf_nodes")  # of `products`
+
+def _of_operands(a: Tensor, b: Tensor, *_: Any, is_transposed: bool = False, **__: Any) -> int:
+    return 2 * a.shape[0] * a.shape[1] * b.shape[0 if is_transposed else 1]
+
+
+def _of_pairs(pairs: joined.Pairs, slices: joined.Slices, *_: Any) -> int:
+    depth = sum(at.stop - at.start for places in slices for at in places)
+    return 2 * pairs[0][0].shape[0] * depth * pairs[0][1].shape[1]
+
+
+# Where our kernels are called, and the flops of a call.
+_KERNELS: tuple[tuple[ModuleType, str, Callable[..., int]], ...] = (
+    (products, "product", _of_operands),
+    (products, "leaf_sum", _of_operands),
+    (products, "leaf_nodes", _of_operands),
+    (joined, "kernel_nodes", _of_pairs),
+)
 
 
 class Counting(TorchDispatchMode):
@@ -86,7 +102,7 @@ class _Watch:
         self._lock = threading.Lock()
         self._counting = 0
         self._here = threading.local()
-        self._originals: dict[str, Callable[..., Any]] = {}
+        self._originals: list[Callable[..., Any]] = []
 
     def enter(self, counting: Counting) -> None:
         """This thread's products are counted from now on."""
@@ -94,9 +110,9 @@ class _Watch:
         with self._lock:
             self._counting += 1
             if self._counting == 1:
-                for name in _KERNELS:
-                    self._originals[name] = getattr(products, name)
-                    setattr(products, name, self._watched(self._originals[name]))
+                self._originals = [getattr(module, name) for module, name, _ in _KERNELS]
+                for (module, name, flops), kernel in zip(_KERNELS, self._originals, strict=True):
+                    setattr(module, name, self._watched(kernel, flops))
 
     def leave(self) -> None:
         """This thread's products are no longer counted."""
@@ -104,19 +120,16 @@ class _Watch:
         with self._lock:
             self._counting -= 1
             if self._counting == 0:
-                for name, original in self._originals.items():
-                    setattr(products, name, original)
+                for (module, name, _), kernel in zip(_KERNELS, self._originals, strict=True):
+                    setattr(module, name, kernel)
 
-    def _watched(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def _watched(self, kernel: Callable[..., Any], flops: Callable[..., int]) -> Callable[..., Any]:
         @functools.wraps(kernel)
-        def watched(
-            a: Tensor, b: Tensor, *args: Any, is_transposed: bool = False, **kwargs: Any
-        ) -> Any:
+        def watched(*args: Any, **kwargs: Any) -> Any:
             counting = getattr(self._here, "counting", None)
             if counting is not None:
-                columns = b.shape[0 if is_transposed else 1]
-                counting.flops += 2 * a.shape[0] * a.shape[1] * columns
-            return kernel(a, b, *args, is_transposed=is_transposed, **kwargs)
+                counting.flops += flops(*args, **kwargs)
+            return kernel(*args, **kwargs)
 
         return watched
 

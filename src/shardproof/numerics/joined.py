@@ -1,0 +1,223 @@
+"""Products of several pairs of operands, added up: one contraction whose steps lie in many tensors.
+
+`a1 @ b1 + a2 @ b2 + ...`, leaf by leaf: a leaf has some steps of each pair, or none. Its partial is
+the sum of its products, the pairs from left to right, and leaves are added by the canonical tree.
+So the order does not depend on how many leaves a rank owns. Our kernel reads the operands where
+they lie; in strict mode each product is one call; elsewhere (*leafwise*) the operands of a leaf are
+laid side by side, and multiplied at once.
+Plain tensors; no ranks, no autograd.
+"""
+
+import functools
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardproof import core
+from shardproof.errors import ShapeError
+from shardproof.numerics import mode, products
+from shardproof.numerics.matmul import node_dtype
+from shardproof.tree import Node, children, nodes_of_run
+
+Pairs = Sequence[tuple[Tensor, Tensor]]
+Slices = Sequence[tuple[slice, ...]]
+
+_CACHE_SIZE = 1024
+
+
+class _Program:
+    """What our kernel is to do.
+
+    Attributes:
+        leaves: their pieces, packed; steps are counted over the spans of all pairs.
+        nodes: that come out.
+        spans: for each pair, from where to where it is read; empty if it is not.
+    """
+
+    def __init__(self, slices: Slices, run: range, num_leaves: int) -> None:
+        self.spans = [_span(each) for each in slices]
+        firsts = [0]
+        for span in self.spans:
+            firsts.append(firsts[-1] + len(span))
+        self._pieces = [
+            [
+                (at.start - span.start + first, at.stop - span.start + first)
+                for at, span, first in zip(places, self.spans, firsts, strict=False)
+                if at.start < at.stop
+            ]
+            for places in zip(*slices, strict=True)
+        ]
+        self._start = run.start
+        self._packed: list[bytes] = []
+        self.nodes = tuple(nodes_of_run(num_leaves, run))
+        for node in self.nodes:
+            self._visit(node, 0, True)
+        self.leaves = b"".join(self._packed)
+
+    def _visit(self, node: Node, pops: int, is_last: bool) -> None:
+        """Leaves left to right; after its last piece, a last child adds the sums to its left."""
+        if node[1] - node[0] > 1:
+            left, right = children(node)
+            self._visit(left, 0, False)
+            self._visit(right, pops + 1, is_last)
+            return
+        pieces = self._pieces[node[0] - self._start]
+        for number, (start, stop) in enumerate(pieces):
+            ends = number == len(pieces) - 1
+            adds = (number > 0) + (pops if ends else 0)
+            self._packed.append(struct.pack("=4q", start, stop, adds, is_last and ends))
+
+
+# By the identity of the slices, which an entry keeps alive: a slice has no hash before Python 3.12.
+_programs: dict[tuple[int, ...], tuple[Slices, _Program]] = {}
+
+
+def joined_nodes(
+    pairs: Pairs, slices: Slices, *, run: range, num_leaves: int
+) -> dict[Node, Tensor]:
+    """Partial sums over all pairs of a run of leaves, added up to the largest canonical nodes.
+
+    Args:
+        pairs: (M, c_i) and (c_i, N) each; one or more, all of one dtype and device.
+        slices: for each pair, where its steps of each owned leaf lie in c_i; empty where a leaf
+            has none of it.
+        run: the owned leaves.
+        num_leaves: of the whole contraction.
+    Returns:
+        Node -> (M, N), in `node_dtype`; every tensor is fresh.
+
+    Raises:
+        ShapeError: the sizes of two pairs, or of one, do not agree.
+    """
+    _check(pairs)
+    is_ours = all(products.are_ours(a, b, a.shape[0]) for a, b in pairs)
+    leaves = zip(*slices, strict=True)
+    if is_ours and all(any(at.start < at.stop for at in leaf) for leaf in leaves):
+        return kernel_nodes(pairs, slices, run, num_leaves)
+    leaf = _Leaf(pairs, slices, run, is_ours)
+
+    def node_sum(node: Node) -> Tensor:
+        if node[1] - node[0] == 1:
+            return leaf.partial(node[0])
+        left, right = children(node)
+        return node_sum(left).add_(node_sum(right))
+
+    return {node: node_sum(node) for node in nodes_of_run(num_leaves, run)}
+
+
+class _Leaf:
+    """Partials of one leaf each, by calls for one product each."""
+
+    def __init__(self, pairs: Pairs, slices: Slices, run: range, is_ours: bool) -> None:
+        a, b = pairs[0]
+        self._pairs, self._slices, self._first = pairs, slices, run.start
+        self._shape, self._like = (a.shape[0], b.shape[1]), a
+        self._wide = node_dtype(a.dtype)
+        self._is_leafwise = not is_ours and mode.is_leafwise(a.dtype, a.device)
+        self._limit = 0 if is_ours or self._is_leafwise else mode.addmm_limit(a.dtype)
+        self._product = products.product if is_ours else torch.mm
+
+    def partial(self, index: int) -> Tensor:
+        """The sum of a leaf's products: (M, N), fresh."""
+        places = (each[index - self._first] for each in self._slices)
+        parts = [
+            (a[:, at], b[at])
+            for (a, b), at in zip(self._pairs, places, strict=True)
+            if at.start < at.stop
+        ]
+        if not parts:
+            return self._like.new_zeros(self._shape, dtype=self._wide)
+        if self._is_leafwise:  # copies: the library sees one shape, and fresh operands
+            left, right = zip(*parts, strict=True)
+            return torch.mm(torch.cat(left, 1), torch.cat(right)).to(self._wide)
+        total = self._product(*parts[0])
+        for a, b in parts[1:]:
+            if a.shape[1] <= self._limit:
+                total.addmm_(a, b)
+            else:
+                total.add_(self._product(a, b))
+        return total
+
+
+def kernel_nodes(pairs: Pairs, slices: Slices, run: range, num_leaves: int) -> dict[Node, Tensor]:
+    """`joined_nodes` by our kernel, of leaves none of which is empty.
+
+    Args:
+        pairs: as there; fp32 or fp64 on the CPU.
+        slices: as there.
+        run: as there.
+        num_leaves: as there.
+    Returns:
+        Node -> (M, N), fresh.
+    """
+    program = _program(slices, run, num_leaves)
+    if not program.nodes:
+        return {}
+    a, b = pairs[0]
+    m, n, count = a.shape[0], b.shape[1], len(program.nodes)
+    out = a.new_empty(m, n) if count == 1 else a.new_empty(count, m, n)
+    if m and n:
+        read = [
+            (x.resolve_neg(), y.resolve_neg(), span)
+            for (x, y), span in zip(pairs, program.spans, strict=True)
+            if span
+        ]
+        _kernel()(
+            a.dtype is torch.float64,
+            torch.get_num_threads(),
+            out.data_ptr(),
+            m,
+            n,
+            b"".join(_term(x, y, span) for x, y, span in read),
+            program.leaves,
+        )
+    return dict(zip(program.nodes, [out] if count == 1 else out.unbind(), strict=True))
+
+
+def _term(a: Tensor, b: Tensor, span: range) -> bytes:
+    """One pair as the kernel takes it: the span alone."""
+    (a_row, a_col), (b_row, b_col), size = a.stride(), b.stride(), a.element_size()
+    a_start = a.data_ptr() + span.start * a_col * size
+    b_start = b.data_ptr() + span.start * b_row * size
+    return struct.pack("=7q", len(span), a_start, a_row, a_col, b_start, b_row, b_col)
+
+
+def _span(places: Sequence[slice]) -> range:
+    """From the first step that is read to the last."""
+    read = [at for at in places if at.start < at.stop]
+    return range(min(at.start for at in read), max(at.stop for at in read)) if read else range(0)
+
+
+def _program(slices: Slices, run: range, num_leaves: int) -> _Program:
+    key = (*map(id, slices), run.start, num_leaves)
+    known = _programs.get(key)
+    if known is not None:
+        return known[1]
+    if len(_programs) >= _CACHE_SIZE:
+        _programs.clear()
+    made = _Program(slices, run, num_leaves)
+    if all(isinstance(each, tuple) for each in slices):  # what could change is not kept
+        _programs[key] = (tuple(slices), made)
+    return made
+
+
+@functools.cache
+def _kernel() -> Callable[..., None]:
+    """Asked for only where `mode` found it."""
+    kernels: Any = core.kernels()
+    return kernels.joined
+
+
+def _check(pairs: Pairs) -> None:
+    rows, columns, dtype = pairs[0][0].shape[0], pairs[0][1].shape[1], pairs[0][0].dtype
+    for a, b in pairs:
+        is_alike = a.dtype is dtype and b.dtype is dtype
+        if not is_alike or (*a.shape, columns) != (rows, *b.shape):
+            raise ShapeError(
+                f"cannot add the product of {tuple(a.shape)} {a.dtype} and {tuple(b.shape)} "
+                f"{b.dtype} to one of shape ({rows}, {columns}) {dtype}. Give pairs that agree "
+                "along the contracted dim, with the same rows, columns and dtype."
+            )
