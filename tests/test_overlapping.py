@@ -10,7 +10,6 @@ from cut_block import calls, cut_block
 from invariance import bits_equal, normal
 from places import EVERYWHERE, TOGETHER, Pool
 from shardproof.axis import Axis
-from shardproof.functional import linear
 from shardproof.functional.site import LinearSite
 from shardproof.numerics.matmul import SMALL_ROWS
 from shardproof.overlap import Overlap
@@ -112,13 +111,13 @@ def test_the_weight_gradient_is_computed_while_the_input_gradient_is_summed(
     pool: Pool, monkeypatch: pytest.MonkeyPatch, backward: bool
 ) -> None:
     logs: tuple[list[str], list[str]] = ([], [])
-    product = linear._product_rows
+    product = LinearSite.weight_gradient
 
     def logged(site: LinearSite, a: Tensor, b: Tensor) -> Tensor:
         logs[site.axis.rank].append("product")
         return product(site, a, b)
 
-    monkeypatch.setattr(linear, "_product_rows", logged)
+    monkeypatch.setattr(LinearSite, "weight_gradient", logged)
 
     def run(axis: Axis) -> None:
         block = cut_block(watched(axis, Overlap(backward=backward), logs[axis.rank]))

@@ -20,7 +20,6 @@ from planted import (
 from shardproof import cases, collectives, comm
 from shardproof.axis import Axis
 from shardproof.errors import MismatchError, RankError, ShapeError
-from shardproof.functional import linear as functional_linear
 from shardproof.functional.linear import column_linear, row_linear
 from shardproof.functional.site import LinearSite
 from shardproof.prover.proof import prove_cases
@@ -154,7 +153,7 @@ def test_features_that_do_not_divide_are_dropped() -> None:
 
 def test_replicated_bias_gradient_summed_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever sums all gradients over the ranks counts a replicated one once per rank."""
-    correct = functional_linear._bias_gradient
+    correct = LinearSite.bias_gradient
 
     def summed(site: LinearSite, grad_rows: Tensor) -> Tensor:
         grad = correct(site, grad_rows)
@@ -162,7 +161,7 @@ def test_replicated_bias_gradient_summed_over_ranks(monkeypatch: pytest.MonkeyPa
             comm.all_reduce(grad, site.axis, direction="backward") if site.who == "down" else grad
         )
 
-    monkeypatch.setattr(functional_linear, "_bias_gradient", summed)
+    monkeypatch.setattr(LinearSite, "bias_gradient", summed)
     expect_bits(prove_block(), "down.bias.grad")
 
 

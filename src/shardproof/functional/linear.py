@@ -13,11 +13,17 @@ from torch.nn import functional as F
 
 from shardproof import comm
 from shardproof.autograd import once_differentiable
-from shardproof.errors import ShapeError
+from shardproof.functional.rows import (
+    as_rows,
+    cast,
+    check_alike,
+    is_autocast,
+    shaped,
+    without_autocast,
+)
 from shardproof.functional.site import LinearSite
 from shardproof.leaves import share
 from shardproof.numerics import matmul, mode
-from shardproof.numerics.sums import sum_rows
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -29,16 +35,16 @@ class _ColumnLinear(torch.autograd.Function):
     ) -> Tensor:
         rows = _whole_rows(x, site)
         _save(ctx, x if site.input_cut is None else rows, weight, site)
-        return _shaped(_column_of(rows, weight, bias, site), x)
+        return shaped(_column_of(rows, weight, bias, site), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         site: LinearSite = ctx.site
-        grad_rows = _as_rows(grad_y)
+        grad_rows = as_rows(grad_y)
         if site.gather_output:
             grad_rows = grad_rows[:, site.owned]
-        return _without_autocast(_column_gradients, ctx, grad_y, grad_rows)
+        return without_autocast(grad_y, _column_gradients, ctx, grad_y, grad_rows)
 
 
 def _column(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
@@ -48,15 +54,12 @@ def _column(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) ->
 
 def _whole_rows(x: Tensor, site: LinearSite) -> Tensor:
     """The input of a column linear, as rows: gathered if it comes cut."""
-    rows = _as_rows(x)
+    rows = as_rows(x)
     return rows if site.input_cut is None else site.gather(rows, site.input_cut, "forward")
 
 
 def _column_of(rows: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
-    if site.is_invariant:
-        y = matmul.linear(rows, weight, bias, site.held_slices)
-    else:
-        y = F.linear(rows, weight, bias)
+    y = site.product(rows, weight, bias)
     return site.gather(y, site.cut, "forward") if site.gather_output else y
 
 
@@ -72,11 +75,11 @@ def _column_gradients(ctx: Any, grad_y: Tensor, grad_rows: Tensor) -> tuple[Tens
         started = site.start_sum(grad_rows, weight, "backward")
         if not site.axis.overlaps_backward:
             started.wait()
-    grad_weight = _product_rows(site, grad_rows.t(), _as_rows(x)) if needs_weight else None
-    grad_bias = _bias_gradient(site, grad_rows) if needs_bias else None
+    grad_weight = site.weight_gradient(grad_rows, as_rows(x)) if needs_weight else None
+    grad_bias = site.bias_gradient(grad_rows) if needs_bias else None
     if started is not None:
         grad_x = started.wait()
-    return _shaped(grad_x, grad_y), grad_weight, grad_bias, None
+    return shaped(grad_x, grad_y), grad_weight, grad_bias, None
 
 
 class _RowLinear(torch.autograd.Function):
@@ -90,12 +93,12 @@ class _RowLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite
     ) -> Tensor:
         _save(ctx, x, weight, site)
-        return _shaped(_row(x, weight, bias, site), x)
+        return shaped(_row(x, weight, bias, site), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        return _without_autocast(_row_gradients, ctx, grad_y, _as_rows(grad_y))
+        return without_autocast(grad_y, _row_gradients, ctx, grad_y, as_rows(grad_y))
 
 
 def _row(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
@@ -113,7 +116,7 @@ def _row(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Te
 
 def _owned_rows(x: Tensor, site: LinearSite) -> Tensor:
     """This rank's part of the input of a row linear, as rows; a view."""
-    return _as_rows(x)[:, site.owned] if site.split_input else _as_rows(x)
+    return as_rows(x)[:, site.owned] if site.split_input else as_rows(x)
 
 
 def _chunks(rows: Tensor, site: LinearSite) -> int:
@@ -163,9 +166,9 @@ def _row_gradients(ctx: Any, grad_y: Tensor, grad_rows: Tensor) -> tuple[Tensor 
     if grad_x is not None and site.split_input:
         grad_x = site.gather(grad_x, site.cut, "backward")
     return (
-        _shaped(grad_x, grad_y),
+        shaped(grad_x, grad_y),
         _product_columns(site, grad_rows.t(), _owned_rows(x, site)) if needs_weight else None,
-        _bias_gradient(site, grad_rows) if needs_bias else None,
+        site.bias_gradient(grad_rows) if needs_bias else None,
         None,
     )
 
@@ -180,80 +183,8 @@ def _save(ctx: Any, x: Tensor, weight: Tensor, site: LinearSite) -> None:
     ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
 
 
-Gradients = Callable[[Any, Tensor, Tensor], tuple[Tensor | None, ...]]
-
-
-def _without_autocast(
-    gradients: Gradients, ctx: Any, grad_y: Tensor, grad_rows: Tensor
-) -> tuple[Tensor | None, ...]:
-    """What is to be cast has been cast where the function was called."""
-    if _is_autocast(grad_y):
-        with torch.autocast(grad_y.device.type, enabled=False):
-            return gradients(ctx, grad_y, grad_rows)
-    return gradients(ctx, grad_y, grad_rows)
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """(*, n) to (rows, n); a rank without leaves has n = 0, of which -1 could not be guessed."""
-    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
-def _shaped(rows: Tensor | None, like: Tensor) -> Any:
-    """(rows, n), a tensor of our own, to (*, n) with the leading dims of `like`.
-
-    In place: into a view that a Function makes nobody may write.
-    """
-    if rows is None or like.dim() == 2:
-        return rows
-    return rows.resize_(*like.shape[:-1], rows.shape[1])
-
-
-def _product_rows(site: LinearSite, a: Tensor, b: Tensor) -> Tensor:
-    return matmul.product_rows(a, b, site.held_slices) if site.is_invariant else a @ b
-
-
 def _product_columns(site: LinearSite, a: Tensor, b: Tensor) -> Tensor:
     return matmul.product_columns(a, b, site.slices) if site.is_invariant else a @ b
-
-
-def _bias_gradient(site: LinearSite, grad_y: Tensor) -> Tensor:
-    return sum_rows(grad_y) if site.is_invariant else grad_y.sum(0)
-
-
-def _is_autocast(x: Tensor) -> bool:
-    if x.is_cpu:
-        return torch.is_autocast_enabled("cpu")
-    # There is none for meta tensors, and torch raises where it is asked.
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What autocast does to the operands of a linear, done where autograd sees it."""
-    return x.to(dtype) if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x
-
-
-def _check_alike(x: Tensor, weight: Tensor, bias: Tensor | None, who: str) -> None:
-    """Raise before anything is sent unless the operands have one dtype and one device.
-
-    On all ranks alike: torch itself would raise on those alone that have something to multiply.
-    """
-    dtype, device = x.dtype, x.device
-    if (
-        weight.dtype is dtype
-        and weight.device == device
-        and (bias is None or (bias.dtype is dtype and bias.device == device))
-    ):
-        return
-    named = {"x": x, "weight": weight, "bias": bias}
-    given = ", ".join(
-        f"{name} is {value.dtype} on {value.device}"
-        for name, value in named.items()
-        if value is not None
-    )
-    raise ShapeError(
-        f"{who}: {given}, and a linear takes one dtype and one device. Cast the input with "
-        "x.to(layer.weight), or the layer with layer.to(x), or use torch.autocast."
-    )
 
 
 def _apply(
@@ -267,21 +198,21 @@ def _apply(
     """Through autograd where it is wanted, and past it where it is not."""
     if site.is_invariant:
         mode.require_invariant()
-    if _is_autocast(x):
+    if is_autocast(x):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind)
-        x, weight = _cast(x, dtype), _cast(weight, dtype)
-        bias = None if bias is None else _cast(bias, dtype)
+        x, weight = cast(x, dtype), cast(weight, dtype)
+        bias = None if bias is None else cast(bias, dtype)
         with torch.autocast(kind, enabled=False):
             return _apply(function, compute, x, weight, bias, site)
-    _check_alike(x, weight, bias, site.who)
+    check_alike(x, weight, bias, site.who)
     if site.is_plain:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return function.apply(x, weight, bias, site)
-    return _shaped(compute(x, weight, bias, site), x)
+    return shaped(compute(x, weight, bias, site), x)
 
 
 def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:

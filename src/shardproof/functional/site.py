@@ -9,6 +9,7 @@ from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.leaves import Cut
 from shardproof.numerics import matmul
+from shardproof.numerics.sums import sum_rows
 from shardproof.scheme import Scheme
 from shardproof.tree import Node
 
@@ -68,6 +69,22 @@ class LinearSite:
         object.__setattr__(self, "owned", slice(owned.start, owned.stop))
         object.__setattr__(self, "is_invariant", is_invariant)
         object.__setattr__(self, "is_plain", self.axis.size == 1 and not is_invariant)
+
+    def product(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`rows @ weight.T + bias`, cut along out_features: (M, held), Shard(1)."""
+        if self.is_invariant:
+            return matmul.linear(rows, weight, bias, self.held_slices)
+        return F.linear(rows, weight, bias)
+
+    def weight_gradient(self, grad_rows: Tensor, rows: Tensor) -> Tensor:
+        """`grad_rows.T @ rows`, cut along out_features: (held, in_features), Shard(0)."""
+        if self.is_invariant:
+            return matmul.product_rows(grad_rows.t(), rows, self.held_slices)
+        return grad_rows.t() @ rows
+
+    def bias_gradient(self, grad_rows: Tensor) -> Tensor:
+        """The sum of the rows: (held,), Shard(0)."""
+        return sum_rows(grad_rows) if self.is_invariant else grad_rows.sum(0)
 
     def start_sum(
         self,

@@ -1,6 +1,7 @@
 """Linear layers whose weight is cut over one axis: drop-in for `nn.Linear`."""
 
-from typing import Any, NoReturn, Self
+from collections.abc import Mapping
+from typing import Any, NoReturn, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,18 @@ from shardproof.functional.site import LinearSite
 from shardproof.layers.base import ShardedModule
 from shardproof.leaves import Cut
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
+
+
+class _SharedOutputs(Protocol):
+    """Layers that read one input and compute together (`shared.py`), as one of them sees it."""
+
+    def join(self, place: int, parameters: Mapping[str, Tensor | None]) -> None:
+        """Be told where the parameters of the layer at `place` are found."""
+
+    def output(
+        self, place: int, parameters: Mapping[str, Tensor | None], x: Tensor
+    ) -> Tensor | None:
+        """What the layer at `place` gives for `x`; None: it is to compute alone."""
 
 
 class _ParallelLinear(ShardedModule):
@@ -172,6 +185,27 @@ class ColumnParallelLinear(_ParallelLinear):
         input_cut = self._cut(in_features) if gather_input else None
         self._site = LinearSite(axis, cut, scheme, self.name, input_cut, gather_output, held=held)
         self._width = len(input_cut.owned(axis.rank)) if input_cut else in_features
+        self._shared: tuple[_SharedOutputs, int] | None = None
+
+    @property
+    def site(self) -> LinearSite:
+        """Where the layer stands: everything that is no tensor."""
+        return self._site
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether it computes together with others that read its input."""
+        return self._shared is not None
+
+    def share(self, group: _SharedOutputs, place: int) -> None:
+        """Compute together with others (`shared.link`).
+
+        Args:
+            group: of layers that read one input.
+            place: of this layer among them.
+        """
+        self._shared = (group, place)
+        group.join(place, self._parameters)
 
     @classmethod
     def from_linear(
@@ -218,7 +252,18 @@ class ColumnParallelLinear(_ParallelLinear):
         """See the class for shapes, placements and Comm."""
         if x.dim() == 0 or x.size(-1) != self._width:
             self._refuse_width(x, self._width)
+        if self._shared is not None and x.requires_grad and torch.is_grad_enabled():
+            group, place = self._shared
+            y = group.output(place, self._parameters, x)
+            if y is not None:
+                return y
         return column_linear(x, self.weight, self.bias, self._site)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._shared is not None:  # a copy: it joins the copy of its group
+            group, place = self._shared
+            group.join(place, self._parameters)
 
 
 class RowParallelLinear(_ParallelLinear):

@@ -1,0 +1,80 @@
+"""What the cut linears do alike: rows of matrices, autocast, and one dtype and device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardproof.errors import ShapeError
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(*, n) to (rows, n); a rank without leaves has n = 0, of which -1 could not be guessed."""
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def shaped(rows: Tensor | None, like: Tensor) -> Any:
+    """(rows, n), a tensor of our own, to (*, n) with the leading dims of `like`.
+
+    In place: into a view that a Function makes nobody may write.
+    """
+    if rows is None or like.dim() == 2:
+        return rows
+    return rows.resize_(*like.shape[:-1], rows.shape[1])
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether torch would cast the operands of a linear where `x` is."""
+    if x.is_cpu:
+        return torch.is_autocast_enabled("cpu")
+    # There is none for meta tensors, and torch raises where it is asked.
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What autocast does to the operands of a linear, done where autograd sees it."""
+    return x.to(dtype) if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x
+
+
+def without_autocast(like: Tensor, compute: Callable[..., Any], *args: Any) -> Any:
+    """`compute(*args)`: what is to be cast has been cast where the function was called."""
+    if is_autocast(like):
+        with torch.autocast(like.device.type, enabled=False):
+            return compute(*args)
+    return compute(*args)
+
+
+def are_alike(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether all have the dtype and the device of `x`."""
+    dtype, device = x.dtype, x.device
+    return all(
+        other is None or (other.dtype is dtype and other.device == device) for other in others
+    )
+
+
+def check_alike(x: Tensor, weight: Tensor, bias: Tensor | None, who: str) -> None:
+    """Raise before anything is sent unless the operands have one dtype and one device.
+
+    On all ranks alike: torch itself would raise on those alone that have something to multiply.
+
+    Raises:
+        ShapeError: they have not.
+    """
+    dtype, device = x.dtype, x.device
+    if (
+        weight.dtype is dtype
+        and weight.device == device
+        and (bias is None or (bias.dtype is dtype and bias.device == device))
+    ):
+        return
+    named = {"x": x, "weight": weight, "bias": bias}
+    given = ", ".join(
+        f"{name} is {value.dtype} on {value.device}"
+        for name, value in named.items()
+        if value is not None
+    )
+    raise ShapeError(
+        f"{who}: {given}, and a linear takes one dtype and one device. Cast the input with "
+        "x.to(layer.weight), or the layer with layer.to(x), or use torch.autocast."
+    )

@@ -1,0 +1,187 @@
+"""Layers that read one input and are called one by one share the sum of its gradient.
+
+A model calls its q_proj, k_proj and v_proj after each other with the same tensor. The first that is
+called computes for all of them, in one function of several outputs whose backward makes one sum;
+the others return what is there. Whatever does not fit is computed by its layer alone, as if it were
+not linked: another tensor, one that was written to in between, a second call, no gradient.
+
+What it rests on is the identity of the tensor and torch's version counters: writing through `.data`
+is not seen. Backward through one member's output alone frees the graph of all: give
+`retain_graph=True` where the others are to follow.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shardproof.errors import UsageError
+from shardproof.functional.rows import are_alike, is_autocast
+from shardproof.functional.shared import SharedSite, is_spent, shared_columns
+from shardproof.heads import Heads
+from shardproof.layers.linear import ColumnParallelLinear
+
+Parameters = Mapping[str, Tensor | None]
+Seen = tuple[Tensor | None, int, bool]  # a tensor as it was: its version, and if it needs gradients
+
+
+def _seen(x: Tensor | None) -> Seen:
+    return (None, 0, False) if x is None else (x, x._version, x.requires_grad)
+
+
+def _is_as_seen(x: Tensor | None, seen: Seen) -> bool:
+    return x is seen[0] and (x is None or (x._version, x.requires_grad) == seen[1:])
+
+
+def _cast_to(x: Tensor) -> torch.dtype | None:
+    """What autocast would make of the input now."""
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else None
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What one call has computed for others, until each has asked for its own.
+
+    Attributes:
+        x: that it was computed from.
+        dtype: to which autocast has cast.
+        parameters: weight and bias of each member.
+        outputs: place -> output; not those that were handed out.
+    """
+
+    x: Seen
+    dtype: torch.dtype | None
+    parameters: tuple[tuple[Seen, Seen], ...]
+    outputs: dict[int, Tensor]
+
+    def is_of(self, x: Tensor) -> bool:
+        """Whether this is what would be computed from `x` now."""
+        return _is_as_seen(x, self.x) and _cast_to(x) == self.dtype
+
+    def is_spent(self) -> bool:
+        """Whether backward has been there already, so that no graph is left."""
+        return any(map(is_spent, tuple(self.outputs.values())))
+
+    def take(self, place: int, parameters: Parameters) -> Tensor | None:
+        """The output of one member, which is then kept no longer; None if it is not there."""
+        y = self.outputs.pop(place, None)
+        weight, bias = self.parameters[place]
+        is_same = _is_as_seen(parameters.get("weight"), weight)
+        return y if is_same and _is_as_seen(parameters.get("bias"), bias) else None
+
+
+class SharedInput:
+    """A group of linked layers; `link` makes it.
+
+    It holds the layers' parameters and not the layers: a module and what it is linked with are no
+    cycle. A copy of it is empty until the copies of its layers join; a group that is not whole lets
+    each compute alone.
+
+    Args:
+        site: of all members.
+
+    Comm:
+        forward none; backward one all_reduce of grad_x (*, in_features).
+    """
+
+    def __init__(self, site: SharedSite) -> None:
+        self._site = site
+        self._parameters: list[Parameters | None] = [None] * len(site.members)
+        self._kept: _Kept | None = None
+
+    def join(self, place: int, parameters: Parameters) -> None:
+        """Take in a layer.
+
+        Args:
+            place: among the members.
+            parameters: where its weight and bias are found, now and later.
+        """
+        self._parameters[place] = parameters
+
+    def output(self, place: int, parameters: Parameters, x: Tensor) -> Tensor | None:
+        """What a member gives for `x`, computed now for all or before by another.
+
+        Args:
+            place: of the member.
+            parameters: that it joined with.
+            x: (*, in_features), Replicate, with a gradient.
+        Returns:
+            (*, held out_features), Shard(-1); None: the member is to compute alone.
+        """
+        if self._parameters[place] is not parameters:
+            return None
+        kept = self._kept
+        if kept is None or kept.is_spent():
+            return self._compute(place, x)
+        if place not in kept.outputs:
+            # The next forward has begun; or the same layer is called twice, which it does alone.
+            return None if kept.is_of(x) else self._compute(place, x)
+        if not kept.is_of(x):
+            return None
+        y = kept.take(place, parameters)
+        if not kept.outputs:
+            self._kept = None
+        return y
+
+    def _compute(self, place: int, x: Tensor) -> Tensor | None:
+        """All outputs, of which one is returned and the others are kept."""
+        self._kept = None
+        found = [each for each in self._parameters if each is not None]
+        weights = [weight for each in found if (weight := each.get("weight")) is not None]
+        biases = [each.get("bias") for each in found]
+        if len(weights) < len(self._site.members):
+            return None  # one has not joined, or is parametrized
+        dtype = _cast_to(x)
+        if dtype is None and not are_alike(x, *weights, *biases):
+            return None
+        outputs = dict(enumerate(shared_columns(x, weights, biases, self._site)))
+        y = outputs.pop(place)
+        seen = tuple((_seen(w), _seen(b)) for w, b in zip(weights, biases, strict=True))
+        self._kept = _Kept(_seen(x), dtype, seen, outputs)
+        return y
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "SharedInput":
+        return SharedInput(self._site)
+
+
+def link(members: Sequence[ColumnParallelLinear], *, heads: Heads | None = None, who: str) -> None:
+    """Let layers that read one input share one sum of its gradient.
+
+    It changes which additions are made, and so the bits of the input gradient: link the same layers
+    at every degree. Outputs and the gradients of weights keep theirs.
+
+    Args:
+        members: two or more, in the order in which their products are added; with one cut, or
+            query, key and value with `heads`.
+        heads: of the attention that these three are of.
+        who: the group's name, for messages and the ledger: that of the module they are in.
+
+    Raises:
+        UsageError: they cannot share a sum.
+
+    Comm:
+        forward none; backward one all_reduce of grad_x (*, in_features).
+    """
+    for number, member in enumerate(members):
+        if not isinstance(member, ColumnParallelLinear):
+            raise UsageError(
+                f"{who}: {type(member).__name__} cannot share the sum of its input gradient, which "
+                "ColumnParallelLinear can."
+            )
+        if member.is_shared or any(member is other for other in members[:number]):
+            raise UsageError(
+                f"{who}: {member.name!r} is linked already, or named twice. Link each layer once."
+            )
+    widths = {member.in_features for member in members}
+    if len(widths) > 1:
+        raise UsageError(
+            f"{who}: inputs of {sorted(widths)} features cannot be the same input. Link layers of "
+            "one in_features."
+        )
+    site = SharedSite.of([member.site for member in members], heads=heads, who=who)
+    if site.members[0].is_plain:
+        return  # one rank and native numerics: torch's own linear, and nothing to sum
+    group = SharedInput(site)
+    for place, member in enumerate(members):
+        member.share(group, place)
