@@ -55,8 +55,8 @@ def _blocks(report: dict[str, Any]) -> Iterator[str]:
         yield f"| {name} | {find_system(name).description} | {contract} |"
     for kind, word in (("skipped", "Left out"), ("failed", "Failed")):
         for each in report[kind]:
-            where = f" at {each['work']}" if each["work"] else ""
-            yield f"\n{word}{where}: {each['system']}: {each['reason']}."
+            where = f" at {each['work']}" if each["work"] and each["system"] else ""
+            yield f"\n{word}{where}: {each['system'] or each['work']}: {each['reason']}."
 
 
 def replaced(page: str, report: dict[str, Any]) -> str:

@@ -111,7 +111,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("bench.systems.__init__",),
     ("bench.works.counting", "bench.works.step"),
     ("bench.works.all_reduce", "bench.works.feed_forward", "bench.works.linear"),
-    ("bench.works.scaling",),
+    ("bench.works.llama", "bench.works.scaling"),
     ("bench.works.catalog",),
     ("bench.works.__init__",),
     ("bench.environment", "bench.jobs", "bench.proof", "bench.tables"),

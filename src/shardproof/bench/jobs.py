@@ -52,16 +52,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Skip:
-    """A system that is left out.
+    """A system that is left out, or a work.
 
     Attributes:
         work: at which; None: at all of them.
-        system: its name.
+        system: its name; None: the work is left out for all of them.
         reason: continues the sentence "fairscale ...".
     """
 
     work: str | None
-    system: str
+    system: str | None
     reason: str
 
 
@@ -87,11 +87,12 @@ def plan(
         is_quick: fewer rounds, and of each work only what a glance needs.
 
     Raises:
-        UsageError: a name is unknown, or a system that was named cannot run here or has nothing
-            to do in any of the works.
+        UsageError: a name is unknown, a work or a system that was named cannot run here, or such a
+            system has nothing to do in any of the works.
     """
-    works = [find_work(name) for name in dict.fromkeys(work_names)] or list(WORKS)
-    systems, skips = _systems(system_names)
+    works, skips = _works(work_names)
+    systems, more = _systems(system_names)
+    skips += more
     jobs: list[Job] = []
     for work in works:
         chosen = _chosen(work, systems, is_named=bool(system_names))
@@ -103,6 +104,25 @@ def plan(
     if rounds is None:
         rounds = QUICK_ROUNDS if is_quick else ROUNDS
     return Plan(tuple(jobs), tuple(skips), rounds, is_quick)
+
+
+def _works(names: Sequence[str]) -> tuple[list[Work], list[Skip]]:
+    """Those that can be done, and those that cannot."""
+    named = [find_work(name) for name in dict.fromkeys(names)]
+    for work in named:
+        problem = work.problem()
+        if problem is not None:
+            raise UsageError(f"--work {work.name} {problem}")
+    if named:
+        return named, []
+    usable, skips = [], []
+    for work in WORKS:
+        problem = work.problem()
+        if problem is None:
+            usable.append(work)
+        else:
+            skips.append(Skip(work.name, None, problem))
+    return usable, skips
 
 
 def _systems(names: Sequence[str]) -> tuple[list[System], list[Skip]]:
@@ -153,7 +173,7 @@ def _jobs(work: Work, systems: Sequence[System], *, is_quick: bool, is_asked: bo
     """One for each variant; `is_asked` says that the yardstick alone would do."""
     found = []
     for place, variant in enumerate(work.variants):
-        if is_quick and not variant.is_quick:
+        if not (variant.is_quick if is_quick else variant.is_full):
             continue
         ranks = variant.ranks
         if is_quick and work.quick_ranks is not None:

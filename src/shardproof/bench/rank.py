@@ -178,10 +178,10 @@ class Desk:
             proof.keep([each for each in shown if each.expected is None], order.folder)
         wrong = proof.findings(shown, proof.kept(order.folder))
         self._trial = trial
-        return Prepared(tuple(wrong), _hashes(party, shown), trial.figures())
+        return Prepared(tuple(wrong), hashes(party, shown), trial.figures())
 
 
-def _hashes(party: Party, shown: list[Evidence]) -> dict[str, str]:
+def hashes(party: Party, shown: list[Evidence]) -> dict[str, str]:
     """Of the whole tensors; those of cut ones are known to rank 0 alone."""
     if not (isinstance(party, Ours) and party.scheme.is_invariant):
         return {}

@@ -9,7 +9,7 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -38,6 +38,7 @@ class Style(enum.StrEnum):
 LINEARS = frozenset(style.value for style in Style)
 SUM = "sum"  # can sum a tensor over the ranks, as an operation of its own
 ANY_DEGREE = "any-degree"  # runs on any number of ranks and counts what they send
+TRANSFORMER = "transformer"  # can cut a causal language model of transformers
 
 
 class Party(ABC):
@@ -70,6 +71,17 @@ class Party(ABC):
             return replicated(shape, rank=self.rank)
         return Layout(shape, self.rank, dim, Cut(shape[dim], self.size, self.size))
 
+    def lie(self, tensor: Tensor, shape: tuple[int, ...]) -> Layout:
+        """How a tensor lies of which only the rank's part is known: it is cut where less is held.
+
+        Args:
+            tensor: what this rank holds.
+            shape: of the whole.
+        """
+        sizes = enumerate(zip(tensor.shape, shape, strict=False))
+        cut = [dim for dim, (mine, whole) in sizes if mine != whole]
+        return self.layout(shape, cut[0] if cut else None)
+
     def local(self, tensor: Tensor) -> Tensor:
         """What this rank holds of a parameter or gradient, as a plain tensor."""
         return tensor
@@ -98,6 +110,28 @@ class Summing(Protocol):
         Comm:
             one all_reduce of (n) for each call.
         """
+
+
+@runtime_checkable
+class Transforming(Protocol):
+    """A party that offers `TRANSFORMER`."""
+
+    def cut_transformer(self, model: Any, *, training: bool) -> nn.Module:
+        """This rank's part of a model of transformers, cut as its library shows for such a model.
+
+        Args:
+            model: with numbers, the same on every rank, given away; names of parameters stay.
+            training: whether there will be a backward.
+        """
+
+
+def absence(package: str, extra: str) -> str | None:
+    """Why something that needs a package cannot run, with the way out; None if it can."""
+    if importlib.util.find_spec(package) is not None:
+        return None
+    return (
+        f"needs the extra {extra!r}, which is not installed. Run: pip install 'shardproof[{extra}]'"
+    )
 
 
 @dataclass(frozen=True)
@@ -139,11 +173,10 @@ class System:
 
     def problem(self) -> str | None:
         """Why it cannot run in this installation, with the way out; None if it can."""
-        if self.package is not None and importlib.util.find_spec(self.package) is None:
-            return (
-                f"needs the extra {self.extra!r}, which is not installed. "
-                f"Run: pip install 'shardproof[{self.extra}]'"
-            )
+        if self.package is not None and self.extra is not None:
+            missing = absence(self.package, self.extra)
+            if missing is not None:
+                return missing
         if self.transport == "shm" and core.shm() is None:
             return f"has no shared memory here: {core.problem()}."
         return None

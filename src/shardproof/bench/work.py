@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from shardproof.bench.system import Party
+from shardproof.bench.system import Party, absence
 from shardproof.leaves import Layout
 
 Unit = Literal["ms", "us"]
@@ -57,7 +57,8 @@ class Variant:
         warm_up: steps before them that are not counted.
         ranks: the numbers of ranks; systems without ranks are measured once.
         keys: what tells it from other variants, for its results.
-        is_quick: whether `--quick` measures it too.
+        is_quick: whether `--quick` measures it.
+        is_full: whether a run without `--quick` measures it.
     """
 
     make: Callable[[Party], Trial]
@@ -67,6 +68,7 @@ class Variant:
     ranks: tuple[int, ...] = (2,)
     keys: Mapping[str, Any] = field(default_factory=dict)
     is_quick: bool = True
+    is_full: bool = True
 
     @property
     def label(self) -> str:
@@ -86,6 +88,8 @@ class Work:
         section: where in the report its results stand.
         usual: the systems to measure if none is named; None: all.
         quick_ranks: with `--quick`, only these numbers of ranks; None: all.
+        package: what must be importable; None if nothing more than torch.
+        extra: of shardproof, that brings it.
     """
 
     name: str
@@ -95,6 +99,14 @@ class Work:
     section: Literal["results", "all_reduce"] = "results"
     usual: tuple[str, ...] | None = None
     quick_ranks: tuple[int, ...] | None = None
+    package: str | None = None
+    extra: str | None = None
+
+    def problem(self) -> str | None:
+        """Why nobody can do it in this installation, with the way out; None if it can be done."""
+        if self.package is None or self.extra is None:
+            return None
+        return absence(self.package, self.extra)
 
     @property
     def has_ratio(self) -> bool:

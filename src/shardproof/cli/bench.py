@@ -158,19 +158,20 @@ def show(report: Data, out: PlainConsole) -> None:
         f"{report['rounds']} rounds{' (quick)' if report['quick'] else ''}",
         out,
     )
-    for (work, reason), names in _skipped(report).items():
-        where = f" at {work}" if work else ""
+    for (where, reason), names in _skipped(report).items():
         _line(f"skipped{where}: {listed(names)}: {reason}", out)
     for failure in report["failed"]:
         out.print(Text(_failed(failure), BAD), soft_wrap=True)
     out.print(_verdict(report), soft_wrap=True)
 
 
-def _skipped(report: Data) -> dict[tuple[str | None, str], list[str]]:
-    """Work and reason -> the systems that it keeps away."""
-    found: dict[tuple[str | None, str], list[str]] = {}
+def _skipped(report: Data) -> dict[tuple[str, str], list[str]]:
+    """Where and why -> the systems, or the works, that are left out."""
+    found: dict[tuple[str, str], list[str]] = {}
     for skip in report["skipped"]:
-        found.setdefault((skip["work"], skip["reason"]), []).append(skip["system"])
+        work, system = skip["work"], skip["system"]
+        where = f" at {work}" if work and system else ""
+        found.setdefault((where, skip["reason"]), []).append(system or work)
     return found
 
 

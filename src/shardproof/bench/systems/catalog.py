@@ -2,7 +2,7 @@
 
 from difflib import get_close_matches
 
-from shardproof.bench.system import ANY_DEGREE, LINEARS, SUM, Style, System
+from shardproof.bench.system import ANY_DEGREE, LINEARS, SUM, TRANSFORMER, Style, System
 from shardproof.bench.systems import (
     deepspeed,
     dtensor,
@@ -16,8 +16,10 @@ from shardproof.bench.systems import (
 from shardproof.errors import UsageError
 from shardproof.scheme import NUMERICS, Numerics
 
-OWN = LINEARS | {SUM, ANY_DEGREE}
+MODELS = LINEARS | {TRANSFORMER}
+OWN = MODELS | {SUM, ANY_DEGREE}
 PEERS = "peers"  # the extra
+LAYERS_ALONE = "brings layers, and nothing that cuts a model of transformers"
 
 
 def _ours(numerics: Numerics, wire: str) -> System:
@@ -35,16 +37,29 @@ def _ours(numerics: Numerics, wire: str) -> System:
 
 
 SYSTEMS: tuple[System, ...] = (
-    System("torch-2t", "plain torch, 2 threads", plain.join, engine="alone", threads=2),
-    System("torch-1t", "plain torch, 1 thread", plain.join, engine="alone"),
+    System(
+        "torch-2t",
+        "plain torch, 2 threads",
+        plain.join,
+        engine="alone",
+        threads=2,
+        offers=MODELS,
+    ),
+    System("torch-1t", "plain torch, 1 thread", plain.join, engine="alone", offers=MODELS),
     *(_ours(numerics, wire) for wire in ("shm", "threads", "gloo") for numerics in NUMERICS),
-    System("dtensor", "torch parallelize_module, gloo", dtensor.join, transport="gloo"),
+    System(
+        "dtensor",
+        "torch parallelize_module, gloo",
+        dtensor.join,
+        transport="gloo",
+        offers=MODELS,
+    ),
     System(
         "deepspeed",
         "DeepSpeed AutoTP, gloo; in inference its shared memory",
         deepspeed.join,
         transport="gloo",
-        offers=LINEARS | {SUM},
+        offers=MODELS | {SUM},
         package="deepspeed",
         extra=PEERS,
     ),
@@ -53,6 +68,7 @@ SYSTEMS: tuple[System, ...] = (
         "fairscale model_parallel, gloo",
         fairscale.join,
         transport="gloo",
+        lacks={TRANSFORMER: LAYERS_ALONE},
         package="fairscale",
         extra=PEERS,
     ),
@@ -61,6 +77,7 @@ SYSTEMS: tuple[System, ...] = (
         "Hugging Face transformers tp_plan, gloo",
         hf.join,
         transport="gloo",
+        offers=MODELS,
         package="transformers",
         extra=PEERS,
     ),
@@ -73,6 +90,7 @@ SYSTEMS: tuple[System, ...] = (
         lacks={
             Style.COLUMN_GATHERED.value: megatron.CUDA_ONLY,
             Style.ROW_SCATTERED.value: megatron.CUDA_ONLY,
+            TRANSFORMER: LAYERS_ALONE,
         },
         package="megatron",
         extra=PEERS,

@@ -31,6 +31,7 @@ class DeepSpeed(Party):
         port = str(os.getppid())
         os.environ |= {
             "DS_ACCELERATOR": "cpu",
+            "LOCAL_RANK": str(self.rank),
             "LOCAL_SIZE": str(self.size),
             "MASTER_ADDR": _ADDRESS,
             "MASTER_PORT": port,
@@ -40,7 +41,7 @@ class DeepSpeed(Party):
         from deepspeed.module_inject import layers  # noqa: PLC0415
 
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-        self._comm, self._layers = comm, layers
+        self._library, self._comm, self._layers = deepspeed, comm, layers
         if hasattr(torch.ops.deepspeed, "inference_all_reduce_"):
             self.wire = "gloo, own shm"
         dist.barrier()
@@ -54,6 +55,25 @@ class DeepSpeed(Party):
             linear = model.get_submodule(name)
             model.set_submodule(name, self._layer(linear, style))
         return model
+
+    def cut_transformer(self, model: nn.Module, *, training: bool) -> nn.Module:
+        """`initialize` for training, of which the cut model is taken; else `init_inference`."""
+        if training:
+            config = {
+                "train_micro_batch_size_per_gpu": 1,
+                "tensor_parallel": {"autotp_size": self.size},
+                "zero_optimization": {"stage": 0},
+            }
+            engine, *_ = self._library.initialize(model=model, config=config)
+            trained: nn.Module = engine.module
+            return trained.train()
+        served: nn.Module = self._library.init_inference(
+            model,
+            tensor_parallel={"tp_size": self.size},
+            dtype=torch.float32,
+            replace_with_kernel_inject=False,
+        )
+        return served
 
     def _layer(self, linear: nn.Module, style: Style) -> Any:
         group = dist.group.WORLD

@@ -10,6 +10,19 @@ from shardproof.axis import Axis
 from shardproof.bench.system import Party, Style
 from shardproof.bench.systems.group import rank_and_size
 
+# `*` is any layer; the embedding is cut along the vocabulary.
+TRANSFORMER_PLAN = {
+    "model.embed_tokens": Style.ROW_SCATTERED,
+    "model.layers.*.self_attn.q_proj": Style.COLUMN,
+    "model.layers.*.self_attn.k_proj": Style.COLUMN,
+    "model.layers.*.self_attn.v_proj": Style.COLUMN,
+    "model.layers.*.self_attn.o_proj": Style.ROW,
+    "model.layers.*.mlp.gate_proj": Style.COLUMN,
+    "model.layers.*.mlp.up_proj": Style.COLUMN,
+    "model.layers.*.mlp.down_proj": Style.ROW,
+    "lm_head": Style.COLUMN_GATHERED,
+}
+
 
 class DTensors(Party):
     """A rank of a mesh of all processes."""
@@ -21,6 +34,10 @@ class DTensors(Party):
     def cut(self, model: nn.Module, plan: Mapping[str, Style], *, training: bool) -> nn.Module:
         """`parallelize_module`, each rank cutting the weights that it has."""
         return _parallelize(model, self.mesh, plan)
+
+    def cut_transformer(self, model: nn.Module, *, training: bool) -> nn.Module:
+        """`parallelize_module`, styles as in torch's tutorial on tensor parallelism for Llama."""
+        return _parallelize(model, self.mesh, TRANSFORMER_PLAN).train(training)
 
     def local(self, tensor: Tensor) -> Tensor:
         """Of a DTensor its shard."""

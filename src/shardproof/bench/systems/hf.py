@@ -1,6 +1,7 @@
 """Hugging Face transformers: the styles that a `tp_plan` names, over gloo."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -37,6 +38,15 @@ class HuggingFace(Party):
                 spelt[f"{name}.{parameter}"] = STYLES[style]
         cut: nn.Module = self._library.apply_tensor_parallelism(model, self._mesh, spelt)
         return cut
+
+    def cut_transformer(self, model: Any, *, training: bool) -> nn.Module:
+        """What `from_pretrained` does for `tp_plan="auto"`, on a model that has its weights."""
+        from transformers.distributed import DistributedConfig  # noqa: PLC0415 - optional
+
+        config = DistributedConfig(tp_plan="auto", tp_size=self.size)
+        _, _, mesh = model.prepare_distribute_model(config)
+        cut: nn.Module = model.maybe_distribute_model(model, config, mesh)
+        return cut.train(training)
 
     def local(self, tensor: Tensor) -> Tensor:
         """Of a DTensor its shard."""

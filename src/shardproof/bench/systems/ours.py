@@ -43,6 +43,10 @@ class Ours(Party):
         styles = {name: STYLES[style] for name, style in plan.items()}
         return parallelize(model, Plan(styles, scheme=self.scheme), self.axis)
 
+    def cut_transformer(self, model: nn.Module, *, training: bool) -> nn.Module:
+        """`parallelize` by the model's own plan."""
+        return parallelize(model, None, self.axis, scheme=self.scheme).train(training)
+
     def layout(self, shape: tuple[int, ...], dim: int | None) -> Layout:
         """By leaves."""
         if dim is None:

@@ -15,6 +15,10 @@ class Plain(Party):
         """`model` itself."""
         return model
 
+    def cut_transformer(self, model: nn.Module, *, training: bool) -> nn.Module:
+        """`model` itself."""
+        return model.train(training)
+
 
 def join(axis: Axis | None) -> Party:
     """The only rank."""

@@ -6,6 +6,7 @@ from shardproof.bench.work import Work
 from shardproof.bench.works.all_reduce import ALL_REDUCE
 from shardproof.bench.works.feed_forward import DECODE_1024, DECODE_4096, FFN_1024, FFN_2048
 from shardproof.bench.works.linear import LAYER_OVERHEAD, LINEAR_COLUMN, LINEAR_ROW
+from shardproof.bench.works.llama import LLAMA_GENERATE, LLAMA_STEP
 from shardproof.bench.works.scaling import SCALING
 from shardproof.errors import UsageError
 
@@ -19,6 +20,8 @@ WORKS: tuple[Work, ...] = (
     ALL_REDUCE,
     LAYER_OVERHEAD,
     SCALING,
+    LLAMA_STEP,
+    LLAMA_GENERATE,
 )
 
 
