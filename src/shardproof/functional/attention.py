@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError, UsageError
 from shardproof.functional.attention_site import AttentionSite
+from shardproof.functional.rows import are_alike, cast, is_autocast, without_autocast
 from shardproof.numerics import mode
 from shardproof.numerics.attending import (
     Attended,
@@ -31,7 +32,7 @@ from shardproof.numerics.attending import (
     value_partials,
 )
 from shardproof.numerics.elementwise import widen
-from shardproof.numerics.headwise import product_by_head
+from shardproof.numerics.headwise import batched_product, product_by_head
 
 __all__ = ["AttentionSite", "HeadDropout", "attention"]
 
@@ -64,10 +65,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> Gradients:
-        if _is_autocast(grad_y):  # what is to be cast has been cast where attention was called
-            with torch.autocast(grad_y.device.type, enabled=False):
-                return _gradients(ctx, grad_y)
-        return _gradients(ctx, grad_y)
+        return without_autocast(grad_y, _gradients, ctx, grad_y)
 
 
 def _keep(q: Tensor, k: Tensor, way: _Way) -> Tensor | None:
@@ -165,10 +163,10 @@ def attention(
     """
     if site.is_invariant:
         mode.require_invariant()
-    if _is_autocast(q):
+    if is_autocast(q):
         kind = q.device.type
         dtype = torch.get_autocast_dtype(kind)
-        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+        q, k, v = (cast(x, dtype) for x in (q, k, v))
         with torch.autocast(kind, enabled=False):
             return attention(
                 q, k, v, site,
@@ -185,7 +183,7 @@ def attention(
         softcap,
         is_causal,
         1.0 if dropout is None else dropout.scale,
-        product_by_head if site.is_invariant else _native_product,
+        product_by_head if site.is_invariant else batched_product,
     )
     if not site.is_invariant and softcap is None and dropout is None:
         return _fused(q, k, v, mask, site, manner)
@@ -218,24 +216,9 @@ def _fused(
     )
 
 
-def _native_product(
-    a: Tensor,
-    b: Tensor,
-    *,
-    rows: int,
-    serving: tuple[int, ...] | None = None,
-    is_transposed: bool = False,
-    out: Tensor | None = None,
-) -> Tensor:
-    """`product_by_head` in one call."""
-    if serving is not None and serving != tuple(range(b.shape[1])):
-        b = b[:, list(serving)]
-    return torch.matmul(a, b.transpose(2, 3) if is_transposed else b, out=out)
-
-
 def _check_heads(q: Tensor, k: Tensor, v: Tensor, site: AttentionSite, who: str) -> None:
     """Raise before anything is sent unless the tensors are what this rank has."""
-    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+    if not are_alike(q, k, v):
         named = {"q": q, "k": k, "v": v}
         given = ", ".join(f"{name} is {x.dtype} on {x.device}" for name, x in named.items())
         raise ShapeError(
@@ -302,8 +285,3 @@ def _check_mask_shape(shape: tuple[int, ...], wanted: tuple[int, ...], who: str)
     raise ShapeError(
         f"{who}: a mask of shape {shape} cannot be broadcast to (batch, 1, T, S) = {wanted}."
     )
-
-
-def _is_autocast(x: Tensor) -> bool:
-    # There is none for meta tensors, and torch raises where it is asked.
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)

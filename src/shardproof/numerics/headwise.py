@@ -59,6 +59,32 @@ def product_by_head(
     return out
 
 
+def batched_product(
+    a: Tensor,
+    b: Tensor,
+    *,
+    rows: int,
+    serving: Sequence[int] | None = None,
+    is_transposed: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`product_by_head` in one call, with bits that depend on how many heads there are (native).
+
+    Args:
+        a: as there, like all the others.
+        b: (B, G, K, N), or (B, G, N, K) if `is_transposed`.
+        rows: not needed here.
+        serving: which matrix of `b` serves each head of `a`.
+        is_transposed: how `b` is given.
+        out: (B, H, M, N), contiguous, to be written.
+    Returns:
+        (B, H, M, N), Shard(1): `out`, or a new tensor.
+    """
+    if serving is not None and list(serving) != list(range(b.shape[1])):
+        b = b[:, list(serving)]
+    return torch.matmul(a, b.transpose(2, 3) if is_transposed else b, out=out)
+
+
 def _run_kernel(a: Tensor, b: Tensor, serving: Sequence[int], out: Tensor) -> None:
     """All heads by our own kernel, which takes addresses: no view is made of any head."""
     if a.is_neg() or b.is_neg():  # a view whose memory has the opposite sign
