@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from places import Pool
 from torch import Tensor
 
 import shardproof as sp
+from places import Pool
 
 transformers = pytest.importorskip("transformers")
 
