@@ -34,7 +34,7 @@ FAMILIES = tuple(OWN)
 def config(family: str, **changes: Any) -> Any:
     """A small configuration; `changes` override it."""
     transformers = pytest.importorskip("transformers")
-    return getattr(transformers, f"{family}Config")(**SMALL | OWN[family] | changes)
+    return getattr(transformers, f"{family}Config")(**SMALL | OWN.get(family, {}) | changes)
 
 
 def small(family: str, *, device: str = "cpu", **changes: Any) -> nn.Module:

@@ -181,7 +181,7 @@ def describe(module: ModulePlan) -> str:
         else:
             words = ["row by heads" if module.role == "output" else "column by heads"]
     if any(each.when == "labels" for each in module.collectives):
-        words.append("logits stay cut for the loss")
+        words.append("logits stay cut")
     elif isinstance(style, ColumnParallel):
         words += ["input gathered"] * style.gather_input + ["output gathered"] * style.gather_output
     if isinstance(style, RowParallel) and not style.input_is_parallel:
