@@ -1,0 +1,220 @@
+"""What a model of transformers cannot be asked for: one clear error, on all ranks, at plan time."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hf_zoo import Setting, cut_model, meta_model, whole_model
+from places import Pool
+from shardproof import hf
+from shardproof.axis import Axis
+from shardproof.errors import DegreeError, PlanError, ShardproofError, UsageError
+from shardproof.plans.apply import parallelize
+from shardproof.plans.initialize import initialize
+from shardproof.plans.planning import plan
+from shardproof.plans.style import ColumnParallel, RowParallel, VocabParallel
+
+pytest.importorskip("transformers")
+
+
+def refusal(model: nn.Module, given: Any = None, degree: int = 2) -> str:
+    with pytest.raises(ShardproofError) as caught:
+        plan(model, given, degree=degree)
+    return str(caught.value)
+
+
+def test_a_degree_above_the_leaves() -> None:
+    with pytest.raises(DegreeError, match=r"degree 9 exceeds leaves=8"):
+        plan(meta_model("llama"), degree=9)
+
+
+def test_an_entry_that_matches_nothing() -> None:
+    model = meta_model("llama")
+    model._tp_plan = {"lm_heed": "colwise_gather_output"}
+    message = refusal(model)
+    assert "plan entry 'lm_heed'" in message
+    assert "near names: lm_head" in message
+
+
+def test_an_unknown_style() -> None:
+    model = meta_model("llama")
+    model._tp_plan = {"lm_head": "sideways"}
+    assert "plan entry 'lm_head': unknown style 'sideways'" in refusal(model)
+
+
+def test_a_class_without_a_plan_is_told_what_to_write() -> None:
+    import transformers  # noqa: PLC0415
+
+    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=11)
+    config.base_model_tp_plan = None
+    with torch.device("meta"):
+        model = transformers.GPT2LMHeadModel(config)
+    model._tp_plan = {}
+    with pytest.raises(PlanError, match=r"GPT2LMHeadModel"):
+        plan(model, degree=2)
+
+
+def test_a_tied_weight_that_is_cut_two_ways() -> None:
+    model = meta_model("llama-tied-4-2")
+    fits = {"model.embed_tokens": VocabParallel(), "lm_head": ColumnParallel(gather_output=True)}
+    plan(model, fits, degree=2)  # both along the vocabulary
+    message = refusal(model, {"model.embed_tokens": VocabParallel(), "lm_head": RowParallel()})
+    assert "a tied weight is cut two ways" in message
+    assert "'model.embed_tokens' along dim 0" in message
+    assert "'lm_head' along dim 1" in message
+
+
+def test_attention_that_is_not_ours_to_replace() -> None:
+    model = meta_model("llama")
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(PlanError, match=r"'flex_attention', which shardproof does not replace"):
+        parallelize(model, None, Axis.solo())
+
+
+def test_attention_weights_are_not_kept() -> None:
+    model = cut_model(Axis.solo(), Setting("llama", {"attn_implementation": "eager"}))
+    with pytest.raises(UsageError, match=r"output_attentions=True"):
+        model(torch.tensor([[1, 2]]), output_attentions=True)
+
+
+def outside(axis: Axis) -> str:
+    model = cut_model(axis, Setting("llama"))
+    with pytest.raises(ShardproofError) as caught:
+        model(torch.tensor([[1, 2, 67]]))
+    return str(caught.value)
+
+
+def test_a_token_outside_the_vocabulary_is_named_on_all_ranks(pool: Pool) -> None:
+    for message in pool(3, "threads").run(outside):
+        assert "67" in message
+        assert "66" in message
+
+
+def test_recomputed_dropout_is_refused() -> None:
+    model = cut_model(Axis.solo(), Setting("llama", {"attention_dropout": 0.2})).train()
+    model.activation_checkpointing_enable()
+    ids = torch.tensor([[1, 2, 3]])
+    loss = model(ids, labels=ids, use_cache=False).loss
+    with pytest.raises(UsageError, match=r"computed again during backward"):
+        loss.backward()
+
+
+def checkpointed(axis: Axis, enable: bool) -> list[torch.Tensor]:
+    model = cut_model(axis, Setting("llama")).train()
+    if enable:
+        model.activation_checkpointing_enable()
+    ids = torch.tensor([[1, 2, 3, 9]])
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_activation_checkpointing_changes_no_bit(pool: Pool) -> None:
+    for degree in (1, 3):
+        plain, again = (
+            pool(degree, "threads").run(functools.partial(checkpointed, enable=enable))
+            for enable in (False, True)
+        )
+        for one, two in zip(plain, again, strict=True):
+            assert all(map(torch.equal, one, two))
+
+
+# -- directories -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    whole_model("llama").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def loaded(axis: Axis, directory: Path) -> dict[str, torch.Tensor]:
+    model = initialize(parallelize(meta_model("llama"), None, axis))
+    hf.load(model, directory)
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def test_every_rank_reads_its_part(saved: Path, pool: Pool) -> None:
+    torch.manual_seed(0)
+    whole = whole_model("llama").state_dict()
+    (alone,) = pool(1, "threads").run(functools.partial(loaded, directory=saved))
+    for name, parameter in alone.items():
+        assert torch.equal(parameter, whole[name])
+    parts = pool(8, "threads").run(functools.partial(loaded, directory=saved))
+    rows = torch.cat([part["lm_head.weight"] for part in parts])
+    assert torch.equal(rows, whole["lm_head.weight"])
+    down = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(torch.cat([part[down] for part in parts], dim=1), whole[down])
+
+
+def test_no_such_directory(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"is no directory"):
+        hf.load(nn.Linear(1, 1), tmp_path / "nowhere")
+
+
+def test_a_directory_without_config(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"has no config.json"):
+        hf.load(nn.Linear(1, 1), tmp_path)
+
+
+def test_pickles_are_never_read(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    (saved / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(UsageError, match=r"only pickled weights \(pytorch_model.bin\)"):
+        loaded(Axis.solo(), saved)
+
+
+def test_no_weights_at_all(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"has no weights"):
+        loaded(Axis.solo(), saved)
+
+
+def test_a_file_of_the_index_is_missing(saved: Path) -> None:
+    index = {"weight_map": {"lm_head.weight": "model-2.safetensors"}}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UsageError, match=r"lacks model-2.safetensors"):
+        loaded(Axis.solo(), saved)
+
+
+def test_weights_of_another_model(saved: Path) -> None:
+    model = initialize(parallelize(meta_model("llama", vocab_size=50), None, Axis.solo()))
+    with pytest.raises(UsageError, match=r"has shape \(67, 32\) .* and \(50, 32\) in the model"):
+        hf.load(model, saved)
+    more = initialize(parallelize(meta_model("llama", num_hidden_layers=3), None, Axis.solo()))
+    with pytest.raises(UsageError, match=r"no tensor for 9 parameters of LlamaForCausalLM"):
+        hf.load(more, saved)
+
+
+def test_weights_that_are_not_there_yet(saved: Path) -> None:
+    with pytest.raises(UsageError, match=r"is on the meta device. Call shardproof.initialize"):
+        hf.load(parallelize(meta_model("llama"), None, Axis.solo()), saved)
+
+
+# -- initialising ----------------------------------------------------------------------------------
+
+
+def test_what_nothing_can_initialise_is_named() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.empty(3, device="meta"))
+
+    with pytest.raises(UsageError, match=r"parameter 'odd.scale' of a Odd"):
+        initialize(nn.ModuleDict({"odd": Odd()}))
+
+
+def test_an_unknown_buffer_is_named() -> None:
+    model = nn.BatchNorm1d(3, device="meta")
+    with pytest.raises(UsageError, match=r"buffers running_mean"):
+        initialize(nn.ModuleDict({"norm": model}))
+
+
+def test_ties_stay_ties() -> None:
+    model = cut_model(Axis.solo(), Setting("llama-tied-4-2"))
+    assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -1,0 +1,128 @@
+"""Real models, cut by their own plan: the same bits at every degree, and those of transformers."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from hf_zoo import (
+    ZOO,
+    Setting,
+    error,
+    hashes,
+    meta_model,
+    partial,
+    plain_step,
+)
+from places import Pool
+from shardproof.plans.planning import plan
+from shardproof.scheme import Scheme
+
+pytest.importorskip("transformers")
+
+MORE = [
+    Setting("llama", {"attn_implementation": "eager"}, pads=True),
+    Setting("llama", {"attn_implementation": "sdpa"}, pads=True, steps=2),
+    Setting("llama", {"attention_dropout": 0.3}, steps=2),
+    Setting("qwen3", {"attention_dropout": 0.3, "attn_implementation": "eager"}),
+    Setting("llama-tied-4-2", dtype=torch.float64),
+]
+KINDS = [Setting(kind) for kind in ZOO]
+
+
+def name_of(setting: Setting) -> str:
+    words = [setting.kind, *map(str, setting.changes.values())]
+    return "-".join(words) + ("-pads" if setting.pads else "") + f"-{setting.steps}"
+
+
+@pytest.fixture(scope="module")
+def alone(pool: Pool) -> Any:
+    """One rank's run of a setting, once for all tests."""
+    known: dict[str, Any] = {}
+
+    def run(setting: Setting) -> dict[str, Any]:
+        key = f"{name_of(setting)} {setting.dtype} {setting.numerics}"
+        if key not in known:
+            known[key] = pool(1, "threads").run(partial(setting))[0]
+        return known[key]
+
+    return run
+
+
+@pytest.mark.parametrize("setting", [*KINDS, *MORE], ids=name_of)
+@pytest.mark.parametrize("degree", [2, 3, 4, 8])
+def test_the_degree_changes_no_bit(degree: int, setting: Setting, alone: Any, pool: Pool) -> None:
+    found = pool(degree, "threads").run(partial(setting))[0]
+    assert hashes(found) == hashes(alone(setting))
+
+
+@pytest.mark.parametrize("setting", [Setting("llama"), Setting("qwen3")], ids=name_of)
+def test_processes_give_the_same_bits(setting: Setting, alone: Any, pool: Pool) -> None:
+    found = pool(3, "processes").run(partial(setting))[0]
+    assert hashes(found) == hashes(alone(setting))
+
+
+@pytest.mark.parametrize("setting", [*KINDS, *MORE[:2]], ids=name_of)
+def test_numbers_are_those_of_transformers(setting: Setting, alone: Any) -> None:
+    """fp32 is no further from the truth than plain torch's own fp32, times 1.5."""
+    found = alone(setting)
+    truth = plain_step(setting, found["weights"], torch.float64)
+    plain = plain_step(setting, found["weights"], torch.float32)
+    assert error(found["tensors"], truth) <= 1.5 * error(plain, truth)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "olmo2"])
+def test_numbers_in_fp64_are_those_of_transformers(kind: str, alone: Any) -> None:
+    setting = Setting(kind, dtype=torch.float64)
+    found = alone(setting)
+    truth = plain_step(setting, found["weights"], torch.float64)
+    for name, tensor in truth.items():
+        largest = (found["tensors"][name] - tensor).abs().max() / tensor.abs().max()
+        assert largest < 1e-10, name
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "olmo2", "llama-one-key-head"])
+def test_native_numerics_agree(kind: str, alone: Any, pool: Pool) -> None:
+    truth = alone(Setting(kind))["tensors"]
+    for degree in (2, 3, 8):
+        loss = pool(degree, "threads").run(partial(Setting(kind, numerics="native")))[0]
+        assert loss.keys() == alone(Setting(kind)).keys() - {"weights", "tensors"}
+    one = alone(Setting(kind, numerics="native"))["tensors"]
+    for name, tensor in truth.items():
+        torch.testing.assert_close(one[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("setting", KINDS, ids=name_of)
+@pytest.mark.parametrize("degree", [2, 3, 8])
+@pytest.mark.parametrize("numerics", ["invariant", "native"])
+def test_the_plan_knows_what_a_step_sends(
+    degree: int, numerics: str, setting: Setting, pool: Pool
+) -> None:
+    setting = Setting(setting.kind, numerics=numerics)
+    made = plan(
+        meta_model(setting.kind),
+        degree=degree,
+        scheme=Scheme(numerics=numerics),  # type: ignore[arg-type]
+    )
+    for rank, found in enumerate(pool(degree, "threads").run(partial(setting))):
+        counted = {k: v for k, v in found["ledger"].items() if k in ("forward", "backward")}
+        assert counted == made.comm(batch=2, length=9, rank=rank)
+
+
+def test_projections_of_one_input_share_one_sum() -> None:
+    """Of a Llama of 4 layers: an embedding, two sums forward and two backward each, a head."""
+    model = meta_model(
+        "llama",
+        hidden_size=512,
+        num_hidden_layers=4,
+        num_key_value_heads=4,
+        intermediate_size=1408,
+        vocab_size=8192,
+    )
+    counts = plan(model, degree=2).comm(batch=4, length=128)
+    reduced = [counts[direction]["all_reduce"] for direction in ("forward", "backward")]
+    assert [each["calls"] for each in reduced] == [1 + 4 * 2, 4 * 2 + 1]
+    message = 4 * 128 * 512 * 4
+    assert sum(each["message_bytes"] for each in reduced) == 18 * message
+    # What the loss needs of each leaf, in the place of 16 MiB of logits.
+    assert counts["forward"]["all_gather"]["message_bytes"] == 3 * 8 * 4 * 128 * 4
