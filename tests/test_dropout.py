@@ -167,6 +167,14 @@ def test_every_degree_and_every_rank_has_the_same_mask(pool: Pool, run: Any) -> 
             assert bits_equal(found, alone), f"{engine} {degree}, rank {rank}"
 
 
+def test_every_leaf_has_a_mask_of_its_own() -> None:
+    x, leaves = torch.ones(20, 32), [(leaf, slice(8 * leaf, 8 * leaf + 8)) for leaf in range(4)]
+    parts = dropout(x, 0.5, KEY, leaves=leaves).split(8, dim=1)
+    assert len({tuple(part.flatten().tolist()) for part in parts}) == 4
+    later = dropout(x[:, :8], 0.5, KEY, leaves=[(2, slice(0, 8))])
+    assert torch.equal(later, parts[2])
+
+
 def test_what_several_ranks_hold_has_one_mask(pool: Pool) -> None:
     alone = pool(1, "threads").run(held)[0]
     for degree in (2, 3, 8):

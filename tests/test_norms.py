@@ -21,7 +21,7 @@ from invariance import (
     threads_tally,
 )
 from places import EVERYWHERE, Pool
-from shardproof import comm
+from shardproof import comm, optim
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError, UsageError
 from shardproof.functional import cut_norms
@@ -37,7 +37,7 @@ from shardproof.heads import Heads
 from shardproof.layers import norm as layers
 from shardproof.layers.activations import invariant_twin
 from shardproof.layers.formula import find_formula
-from shardproof.leaves import Cut
+from shardproof.leaves import Cut, Layout
 from shardproof.optim import grad_norm
 from shardproof.scheme import Numerics, Scheme
 
@@ -186,6 +186,20 @@ def test_what_needs_no_gradient_gets_none() -> None:
     y.backward(torch.ones(3, 5))
     assert x.grad is not None
     y.detach_().zero_()  # ours to write: no view of anything
+
+
+def test_autocast_leaves_the_bits_alone() -> None:
+    x, grad_y, w, b = normal(30, 11), normal(30, 11, seed=1), parameter(11, seed=2), normal(11)
+    site = Setup("heads", (1, 1, 11)).site(Axis.solo())
+    for f in (
+        lambda x: rms_norm(x, w, eps=1e-6),
+        lambda x: layer_norm(x, w, b),
+        lambda x: head_rms_norm(x.view(30, 1, 11), w, site, PLAIN).view(30, 11),
+        lambda x: sharded_rms_norm(x, w, site, PLAIN),
+    ):
+        wanted = step(f, x, grad_y, w)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert all(map(bits_equal, step(f, x, grad_y, w), wanted))
 
 
 def test_a_weight_that_does_not_fit_raises() -> None:
@@ -433,6 +447,23 @@ def test_planted_weight_gradient_of_heads_that_is_not_summed(
     monkeypatch.setattr(NormSite, "sum_heads", local)
     found = differing(pool, [Setup("heads", (8, 8, 16))], [(2, "threads")])
     assert any(each.endswith("weight.grad") for each in found)
+
+
+def test_planted_norm_that_counts_a_replicated_gradient_once_per_rank(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setups = [Setup("heads", (8, 8, 16)), Setup("across", (8, 8, 16))]
+    correct = optim._sum_squares
+
+    def once_per_rank(grad: Tensor, layout: Layout, axis: Axis | None, who: str) -> Tensor:
+        square = correct(grad, layout, axis, who)
+        if layout.is_replicated and axis is not None:
+            square = comm.all_reduce(square, axis, direction="update")
+        return square
+
+    monkeypatch.setattr(optim, "_sum_squares", once_per_rank)
+    found = differing(pool, setups, [(2, "threads")])
+    assert found == [f"threads 2, rank {rank}, heads, keys=False: grad_norm" for rank in (0, 1)]
 
 
 def test_squares_of_a_row_are_counted_over_all_ranks(pool: Pool) -> None:
