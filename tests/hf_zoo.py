@@ -164,9 +164,8 @@ def plain_step(
     setting: Setting, weights: dict[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Loss, gradients and logits of the unmodified model with these weights."""
-    model = whole_model(setting.kind, **setting.changes)
+    model = whole_model(setting.kind, **setting.changes).to(dtype)
     model.load_state_dict(weights, strict=False)
-    model = model.to(dtype)
     given = inputs(setting)
     with keeping(dtype):
         loss = model(**given, labels=given["input_ids"]).loss
