@@ -179,4 +179,5 @@ class _Scale:
         self.scale = scale
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> Tensor:
-        return y * torch.tensor(self.scale, dtype=y.dtype)  # rounded first, as transformers does
+        # Rounded to fp32 and then to the dtype, as the buffer of transformers is.
+        return y * torch.tensor(self.scale, dtype=torch.float32, device=y.device).to(y.dtype)
