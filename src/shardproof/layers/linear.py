@@ -129,6 +129,8 @@ class _ParallelLinear(ShardedModule):
 class ColumnParallelLinear(_ParallelLinear):
     """`y = x @ weight.T + bias`, with out_features cut over `axis`.
 
+    Layers that read one input can share the sum of its gradient: `shared.link`.
+
     Shapes and placements:
         x       (*, in_features)              Replicate; (*, owned in_features), Shard(-1) with
                                               gather_input
