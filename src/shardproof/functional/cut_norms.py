@@ -16,6 +16,7 @@ from shardproof.autograd import once_differentiable
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError
 from shardproof.functional.rms import RmsFormula, wide_rows
+from shardproof.functional.rows import shaped
 from shardproof.leaves import Cut
 from shardproof.numerics.matmul import node_dtype
 from shardproof.numerics.sums import sum_rows, sum_squares_rows
@@ -154,7 +155,7 @@ class _ShardedRmsNorm(torch.autograd.Function):
         inverse = formula.inverse(squares, site.cut.size)
         ctx.save_for_backward(x, weight, inverse)
         ctx.site, ctx.formula = site, formula
-        return formula.output(wide * inverse, weight, x.dtype).resize_(x.shape)
+        return shaped(formula.output(wide * inverse, weight, x.dtype), x)
 
     @staticmethod
     @once_differentiable
@@ -168,7 +169,7 @@ class _ShardedRmsNorm(torch.autograd.Function):
             weighted = formula.weighted(grad, weight)
             total = site.sum_features(weighted * wide, "backward")
             grad_x = formula.input_gradient(weighted, wide, inverse, total, site.cut.size)
-            grad_x = grad_x.to(x.dtype).resize_(x.shape)
+            grad_x = shaped(grad_x.to(x.dtype), x)
         if ctx.needs_input_grad[1]:
             terms = formula.weight_terms(grad, wide, inverse, x.dtype)
             grad_weight = sum_rows(terms, dtype=weight.dtype)
@@ -186,7 +187,7 @@ class _HeadRmsNorm(torch.autograd.Function):
         inverse = formula.inverse(_row_sums(wide, site, is_squared=True), x.shape[-1])
         ctx.save_for_backward(x, weight, inverse)
         ctx.site, ctx.formula = site, formula
-        return formula.output(wide * inverse, weight, x.dtype).resize_(x.shape)
+        return shaped(formula.output(wide * inverse, weight, x.dtype), x)
 
     @staticmethod
     @once_differentiable
@@ -204,7 +205,7 @@ class _HeadRmsNorm(torch.autograd.Function):
             weighted = formula.weighted(grad, weight)
             total = _row_sums(weighted * wide, site)
             grad_x = formula.input_gradient(weighted, wide, inverse, total, x.shape[-1])
-            grad_x = grad_x.to(x.dtype).resize_(x.shape)
+            grad_x = shaped(grad_x.to(x.dtype), x)
         return grad_x, grad_weight, None, None
 
 

@@ -14,6 +14,7 @@ from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError
 from shardproof.functional.cut_norms import NormSite, head_rms_norm, sharded_rms_norm
 from shardproof.functional.rms import RmsFormula, wide_rows
+from shardproof.functional.rows import shaped
 from shardproof.numerics.sums import sum_rows, sum_squares_rows
 
 __all__ = ["NormSite", "head_rms_norm", "layer_norm", "rms_norm", "sharded_rms_norm"]
@@ -76,7 +77,7 @@ class _RmsNorm(torch.autograd.Function):
         inverse = formula.inverse(sum_squares_rows(wide.t()), x.shape[-1])
         ctx.save_for_backward(x, weight, inverse)
         ctx.formula = formula
-        return _shaped(formula.output(wide * inverse, weight, x.dtype), x)
+        return shaped(formula.output(wide * inverse, weight, x.dtype), x)
 
     @staticmethod
     @once_differentiable
@@ -89,7 +90,7 @@ class _RmsNorm(torch.autograd.Function):
             weighted = formula.weighted(grad, weight)
             total = sum_rows((weighted * wide).t())
             grad_x = formula.input_gradient(weighted, wide, inverse, total, x.shape[-1])
-            grad_x = _shaped(grad_x.to(x.dtype), x)
+            grad_x = shaped(grad_x.to(x.dtype), x)
         if weight is not None and ctx.needs_input_grad[1]:
             terms = formula.weight_terms(grad, wide, inverse, x.dtype)
             grad_weight = sum_rows(terms, dtype=weight.dtype)
@@ -115,7 +116,7 @@ class _LayerNorm(torch.autograd.Function):
         is_narrow = wide.dtype is not x.dtype
         ctx.save_for_backward(x if is_narrow else normed, weight, mean, inverse)
         ctx.is_narrow, ctx.bias_dtype = is_narrow, None if bias is None else bias.dtype
-        return _shaped(y.to(x.dtype), x)
+        return shaped(y.to(x.dtype), x)
 
     @staticmethod
     @once_differentiable
@@ -136,13 +137,8 @@ class _LayerNorm(torch.autograd.Function):
             mean_product = sum_rows(product.t()).div_(size)[:, None]
             mean_grad = sum_rows(weighted.t()).div_(size)[:, None]
             grad_x = weighted.sub_(mean_grad).sub_(normed * mean_product).mul_(inverse)
-            grad_x = _shaped(grad_x.to(grad_y.dtype), grad_y)
+            grad_x = shaped(grad_x.to(grad_y.dtype), grad_y)
         return grad_x, grad_weight, grad_bias, None
-
-
-def _shaped(rows: Tensor, like: Tensor) -> Tensor:
-    """(rows, n), a tensor of our own, to (*, n): in place, for nobody may write into a view."""
-    return rows.resize_(like.shape)
 
 
 def _check(x: Tensor, who: str, **given: Tensor | None) -> None:

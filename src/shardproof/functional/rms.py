@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shardproof.functional.rows import as_rows
 from shardproof.numerics.elementwise import widen
 
 
@@ -88,4 +89,4 @@ def wide_rows(x: Tensor) -> Tensor:
     Returns:
         (rows, n), the placement of `x`.
     """
-    return widen(x).reshape(x.shape[:-1].numel(), x.shape[-1])
+    return as_rows(widen(x))
