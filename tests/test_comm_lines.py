@@ -51,7 +51,8 @@ from shardproof.functional import (
 from shardproof.functional.attention import attention
 from shardproof.functional.attention_site import AttentionSite
 from shardproof.heads import Heads
-from shardproof.layers import activations, base, formula, guard, norm
+from shardproof.layers import activations, base, formula, guard, norm, whole
+from shardproof.layers import attention as attention_layers
 from shardproof.layers import dropout as dropout_layers
 from shardproof.layers import embedding as embedding_layers
 from shardproof.layers import linear as layers
@@ -197,12 +198,14 @@ class Run:
     def nodes(self) -> dict[Node, Tensor]:
         return {node: self.x.detach() for node in nodes_of_run(8, self.cut.run(self.axis.rank))}
 
-    def attention(self, keys: int) -> Tensor:
+    def attention(self, keys: int, *, is_module: bool = False) -> Tensor:
         """Nine query heads; where they share one key-value head, so do the ranks."""
         heads = Heads(9, keys, 4, 8, self.axis.size)
         place = AttentionSite(self.axis, heads, Scheme())
         sizes = (len(place.owned), len(place.held), len(place.held))
         q, k, v = (torch.ones(2, size, 3, 4, requires_grad=True) for size in sizes)
+        if is_module:
+            return attention_layers.HeadAttention(place)(q, k, v)
         return attention(q, k, v, place)
 
     def norm(self, *, of_heads: bool) -> cut_norms.NormSite:
@@ -309,6 +312,8 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
     ),
     (attention, ""): lambda run: run.attention(9),
     (attention, "site.cut"): lambda run: run.attention(1),
+    (attention_layers.HeadAttention, ""): lambda run: run.attention(9, is_module=True),
+    (attention_layers.HeadAttention, "site.cut"): lambda run: run.attention(1, is_module=True),
     (losses.mse_loss, ""): lambda run: losses.mse_loss(run.x, torch.zeros_like(run.x)),
     (losses.mse_loss, "axis"): lambda run: losses.mse_loss(
         run.part, torch.zeros_like(run.part), axis=run.axis, cut=run.cut
@@ -375,6 +380,8 @@ SILENT = {
     dropout_layers: {"Drawing", "dropout_twin", "replay_dropout"},
     formula: {"find_formula"},
     norm: {"norm_twin"},
+    attention_layers: {"give_stand_in", "take_stand_in"},
+    whole: {"SameOnAllRanks"},
 }
 
 

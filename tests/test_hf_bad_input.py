@@ -14,6 +14,7 @@ from places import Pool
 from shardproof import hf
 from shardproof.axis import Axis
 from shardproof.errors import DegreeError, PlanError, ShardproofError, UsageError
+from shardproof.layers.dropout import replay_dropout
 from shardproof.plans.apply import parallelize
 from shardproof.plans.initialize import initialize
 from shardproof.plans.planning import plan
@@ -100,23 +101,30 @@ def test_recomputed_dropout_is_refused() -> None:
     model.activation_checkpointing_enable()
     ids = torch.tensor([[1, 2, 3]])
     loss = model(ids, labels=ids, use_cache=False).loss
-    with pytest.raises(UsageError, match=r"computed again during backward"):
+    with pytest.raises(UsageError, match=r"is called during backward"):
         loss.backward()
 
 
-def checkpointed(axis: Axis, enable: bool) -> list[torch.Tensor]:
-    model = cut_model(axis, Setting("llama")).train()
+def checkpointed(axis: Axis, enable: bool, dropout: float = 0.0) -> list[torch.Tensor]:
+    model = cut_model(axis, Setting("llama", {"attention_dropout": dropout})).train()
     if enable:
-        model.activation_checkpointing_enable()
+        options = {"use_reentrant": False}
+        if dropout:
+            options["context_fn"] = replay_dropout(model)
+        model.activation_checkpointing_enable(options)
     ids = torch.tensor([[1, 2, 3, 9]])
-    model(ids, labels=ids, use_cache=False).loss.backward()
+    for _ in range(2):
+        model(ids, labels=ids, use_cache=False).loss.backward()
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def test_activation_checkpointing_changes_no_bit(pool: Pool) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activation_checkpointing_changes_no_bit(dropout: float, pool: Pool) -> None:
     for degree in (1, 3):
         plain, again = (
-            pool(degree, "threads").run(functools.partial(checkpointed, enable=enable))
+            pool(degree, "threads").run(
+                functools.partial(checkpointed, enable=enable, dropout=dropout)
+            )
             for enable in (False, True)
         )
         for one, two in zip(plain, again, strict=True):

@@ -172,6 +172,21 @@ def attention(
                 q, k, v, site,
                 mask=mask, is_causal=is_causal, scale=scale, softcap=softcap, dropout=dropout,
             )  # fmt: skip
+    return _attended(q, k, v, site, mask, is_causal, scale, softcap, dropout)
+
+
+def _attended(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    site: AttentionSite,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    softcap: float | None,
+    dropout: HeadDropout | None,
+) -> Tensor:
+    """`attention` once autocast is out of the way."""
     who = site.who or "attention"
     _check_heads(q, k, v, site, who)
     _check_options(q, k, mask, is_causal, softcap, who)

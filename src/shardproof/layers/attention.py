@@ -2,17 +2,16 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardproof.errors import UsageError
 from shardproof.functional.attention import attention
 from shardproof.functional.attention_site import AttentionSite
+from shardproof.layers.dropout import Drawing
 from shardproof.numerics.attending import HeadDropout
 
 
-class HeadAttention(nn.Module):
+class HeadAttention(Drawing):
     """softmax(q k^T * scale + mask) v, for the query heads that this rank owns.
 
     Args:
@@ -22,7 +21,7 @@ class HeadAttention(nn.Module):
             name, step, query head), so that the degree does not change it.
 
     Attributes:
-        step: how many forward calls have drawn; part of the state, and free to be set.
+        name, step: see `Drawing`.
 
     Shapes and placements:
         q     (B, owned query heads, T, head_dim)      Shard(1)
@@ -30,18 +29,17 @@ class HeadAttention(nn.Module):
         y     (B, owned query heads, T, head_dim)      Shard(1)
 
     Comm:
-        forward none; backward one all_gather of the shared key-value heads' gradients, only where
-        several ranks hold one.
+        forward none; backward none.
+        site.cut: forward none; backward one all_gather of (2 * parts, batch, S, head_dim).
     """
 
     def __init__(
         self, site: AttentionSite, *, is_causal: bool = False, dropout: float = 0.0
     ) -> None:
-        super().__init__()
+        super().__init__(f"{site.who}.attention")
         self.site = site
         self.is_causal = is_causal
         self.dropout = dropout
-        self.step = 0
 
     def forward(
         self,
@@ -77,22 +75,7 @@ class HeadAttention(nn.Module):
         p = self.dropout if p is None else p
         if not self.training or not p:
             return None
-        if torch._C._current_graph_task_id() != -1:
-            raise UsageError(
-                f"the attention of {self.site.who!r} is computed again during backward, as "
-                "activation checkpointing does, and cannot tell which of its masks is wanted. Use "
-                "attention_dropout=0, or no checkpointing."
-            )
-        self.step += 1
-        return HeadDropout(p, self.site.scheme.seed, f"{self.site.who}.attention", self.step)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """How many forward calls have drawn."""
-        return {"step": self.step}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on drawing where the saved model stopped."""
-        self.step = state["step"]
+        return HeadDropout(p, self.site.scheme.seed, self.name, self.next_step())
 
     def extra_repr(self) -> str:
         """Heads of this rank, and of all."""

@@ -17,8 +17,7 @@ class SameOnAllRanks:
         axis: the ranks.
         who: the module's name.
 
-    Comm:
-        setup one exchange of a hash, at the first call in training.
+    The ranks exchange a hash, in direction "setup", at the first call in training.
     """
 
     def __init__(self, axis: Axis, who: str) -> None:

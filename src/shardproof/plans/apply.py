@@ -78,23 +78,7 @@ def parallelize(
     given = plan.plan if isinstance(plan, ModelPlan) else plan
     given = given if isinstance(given, Plan) or given is None else Plan(given, scheme)
     asked = given.scheme if given is not None else scheme
-    # First of all: only what every rank has alike may decide whether a rank raises.
-    comm.agree(_describe(given, asked, model), axis, what="plans or models")
-    comm.agree(
-        _sample_weights(model),
-        axis,
-        what="weights",
-        way_out="The ranks' weights differ: seed every rank alike before the model is built (ranks "
-        "as threads share one generator: build it once and copy it), or load the same state.",
-    )
-    comm.agree(
-        {"contract": _contract(asked, model)},
-        axis,
-        what="arithmetic",
-        way_out="Install the same torch and the same build of shardproof for every rank (one "
-        "without a C compiler lacks the kernels), and set SHARDPROOF_BLAS and SHARDPROOF_CORE "
-        "alike.",
-    )
+    _agree(given, asked, model, axis)
     made, problems = draft(model, given, degree=axis.size, scheme=scheme)
     twins = _twins(model, made, asked, axis)
     problems += _hooked([*_replaced(made), *twins], model)
@@ -106,6 +90,27 @@ def parallelize(
     _change(model, made, twins, axis)
     model.register_load_state_dict_pre_hook(check_state)
     return model
+
+
+def _agree(plan: Plan | None, scheme: Scheme, model: nn.Module, axis: Axis) -> None:
+    """Raise on all ranks unless they were given the same."""
+    # First of all: only what every rank has alike may decide whether a rank raises.
+    comm.agree(_describe(plan, scheme, model), axis, what="plans or models")
+    comm.agree(
+        _sample_weights(model),
+        axis,
+        what="weights",
+        way_out="The ranks' weights differ: seed every rank alike before the model is built (ranks "
+        "as threads share one generator: build it once and copy it), or load the same state.",
+    )
+    comm.agree(
+        {"contract": _contract(scheme, model)},
+        axis,
+        what="arithmetic",
+        way_out="Install the same torch and the same build of shardproof for every rank (one "
+        "without a C compiler lacks the kernels), and set SHARDPROOF_BLAS and SHARDPROOF_CORE "
+        "alike.",
+    )
 
 
 def _change(model: nn.Module, made: ModelPlan, twins: Mapping[str, nn.Module], axis: Axis) -> None:
@@ -235,9 +240,7 @@ def _drawing(model: nn.Module, twins: Mapping[str, nn.Module]) -> list[str]:
     ]
 
 
-def _twins(
-    model: nn.Module, made: ModelPlan, scheme: Scheme, axis: Axis
-) -> dict[str, nn.Module]:
+def _twins(model: nn.Module, made: ModelPlan, scheme: Scheme, axis: Axis) -> dict[str, nn.Module]:
     """Module name -> what takes its place although it is not cut."""
     replaced = set(_replaced(made))
     found: dict[str, nn.Module] = {}

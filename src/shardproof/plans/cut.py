@@ -83,12 +83,11 @@ class Cutter:
             cut = ColumnParallelLinear.from_linear(
                 whole, gather_input=style.gather_input, gather_output=gathers, **options
             )
-        elif isinstance(style, RowParallel):
-            cut = RowParallelLinear.from_linear(
-                whole, input_is_parallel=style.input_is_parallel, **options
-            )
         else:
-            raise AssertionError(f"no style: {style!r}")
+            row: Any = style
+            cut = RowParallelLinear.from_linear(
+                whole, input_is_parallel=row.input_is_parallel, **options
+            )
         self._put(name, whole, cut)
 
     def _put(self, name: str, whole: nn.Module, cut: nn.Module) -> None:
