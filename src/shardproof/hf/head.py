@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shardproof.collectives import all_gather
+from shardproof.errors import UsageError
 from shardproof.functional.vocabulary import vocab_cross_entropy
 from shardproof.layers.linear import ColumnParallelLinear
 
@@ -69,9 +70,8 @@ def _gather_logits(
     """
     if state.has_labels:
         return None
-    cut = head.layouts["weight"].cut
     return all_gather(
-        logits, head.axis, dim=logits.dim() - 1, cut=cut, grad="replicate", who=head.name
+        logits, head.axis, dim=logits.dim() - 1, cut=head.cut, grad="replicate", who=head.name
     )
 
 
@@ -101,10 +101,11 @@ def _causal_loss(
     Comm:
         forward one all_gather of the statistics of every leaf; backward none.
     """
-    cut = head.layouts["weight"].cut
-    assert cut is not None  # a head that is cut  # noqa: S101
     if shift_labels is None:
-        assert labels is not None  # the model asks for a loss  # noqa: S101
+        if labels is None:
+            raise UsageError(
+                f"{head.name!r}: a loss needs labels or shift_labels. Give one of them."
+            )
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     target = shift_labels.reshape(-1).to(logits.device)
     rows = logits.reshape(target.shape[0], logits.shape[-1])
@@ -112,7 +113,7 @@ def _causal_loss(
         rows if rows.dtype.itemsize > 2 else rows.float(),
         target,
         axis=head.axis,
-        cut=cut,
+        cut=head.cut,
         scheme=head.scheme,
         ignore_index=ignore_index,
         reduction="mean",

@@ -32,6 +32,7 @@ class _ParallelLinear(ShardedModule):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    _site: LinearSite
     _width: int  # of the input as it comes to this rank
     _owned_input: int  # width of this rank's part of the input
     _weight_dim: int
@@ -97,6 +98,11 @@ class _ParallelLinear(ShardedModule):
                 held = layout.held_indices
                 shard.copy_(whole.narrow(layout.dim, held.start, len(held)))
         return self.train(linear.training)
+
+    @property
+    def cut(self) -> Cut:
+        """How the weight is cut."""
+        return self._site.cut
 
     def _refuse_width(self, x: Tensor, width: int) -> NoReturn:
         """Say why the last dim of `x` must be `width`: all in_features, or those owned here."""

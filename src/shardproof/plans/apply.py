@@ -16,7 +16,6 @@ from shardproof.hf.models import is_transformers
 from shardproof.layers.activations import invariant_twin
 from shardproof.layers.base import check_state
 from shardproof.layers.dropout import dropout_twin
-from shardproof.layers.norm import norm_twin
 from shardproof.layers.whole import SameOnAllRanks
 from shardproof.leaves import Cut
 from shardproof.numerics import mode
@@ -249,7 +248,7 @@ def _twins(model: nn.Module, made: ModelPlan, scheme: Scheme, axis: Axis) -> dic
             continue
         twin: nn.Module | None = _dropout(name, module, model, made, scheme, axis)
         if twin is None and scheme.is_invariant:
-            twin = invariant_twin(module) or norm_twin(module)
+            twin = invariant_twin(module)
         if twin is not None:
             found[name] = twin
     return found

@@ -125,9 +125,11 @@ def _make_buffers(
     model: nn.Module, module: nn.Module, name: str, device: torch.device | str
 ) -> None:
     """Buffers of transformers' rotary embeddings follow from the config; others are unknown."""
-    missing = [
-        own for own, buffer in module._buffers.items() if buffer is not None and buffer.is_meta
-    ]
+    missing = {
+        own: buffer
+        for own, buffer in module._buffers.items()
+        if buffer is not None and buffer.is_meta
+    }
     if not missing:
         return
     owner: Any = next((each for each in model.modules() if hasattr(each, "_init_weights")), None)
@@ -137,6 +139,6 @@ def _make_buffers(
             "device, and nothing says what is in them. Build the model on the meta device with "
             "`with torch.device('meta')` around its parameters only, or give it the buffers."
         )
-    for own in missing:
-        module._buffers[own] = torch.empty_like(module._buffers[own], device=device)
+    for own, buffer in missing.items():
+        module._buffers[own] = torch.empty_like(buffer, device=device)
     owner._init_weights(module)
