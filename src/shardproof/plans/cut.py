@@ -18,7 +18,6 @@ from shardproof.layers.shared import link
 from shardproof.plans.style import (
     Attention,
     ColumnParallel,
-    RowParallel,
     SharedInput,
     Style,
     VocabParallel,
