@@ -13,8 +13,6 @@ from shardproof.bench.tables import VARIANT_KEYS, message_size
 
 Data = Mapping[str, Any]
 
-EXTRA = "plot"
-SUFFIXES = (".png", ".svg", ".pdf")
 COLUMNS = 3
 WIDTH, HEIGHT, BAR, TITLE = 5.2, 3.2, 0.15, 0.4  # inches of a panel, and of a bar in it
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)

@@ -22,6 +22,7 @@ from shardproof.cli import options, torchrun
 from shardproof.cli.json_file import JsonFile
 from shardproof.cli.options import HELP_OPTIONS
 from shardproof.cli.output import BAD, GOOD, PlainConsole, console, listed, table
+from shardproof.cli.picture import checked_picture
 from shardproof.cli.progress import progress
 from shardproof.errors import UsageError
 
@@ -123,27 +124,15 @@ def check(given: Given) -> Request:
     rounds = None
     if given.rounds is not None:
         rounds = options.positive(given.rounds, option="--rounds", example=ROUNDS)
-    picture = None if given.plot_path is None else _picture(given.plot_path)
+    picture = None
+    if given.plot_path is not None:
+        picture = checked_picture(
+            given.plot_path, is_installed=plot.is_installed(), example="bench.png"
+        )
     made = plan(given.works, given.systems, rounds=rounds, is_quick=given.quick)
     target = None if given.json_path is None else JsonFile(given.json_path)
     command = shlex.join(["shardproof", *sys.argv[1:]])
     return Request(made, command, target, picture)
-
-
-def _picture(written: str) -> Path:
-    """Where the plot goes, if it can be drawn and written."""
-    if Path(written).suffix not in plot.SUFFIXES:
-        raise UsageError(
-            f"--plot {written!r} does not end in {listed(plot.SUFFIXES)}, which say how to draw. "
-            f"Name a file, for instance --plot bench.png."
-        )
-    if not plot.is_installed():
-        raise UsageError(
-            f"--plot {written} needs the extra {plot.EXTRA!r}, which is not installed. "
-            f"Run: pip install 'shardproof[{plot.EXTRA}]'"
-        )
-    JsonFile(written, option="--plot")  # raises where nothing can be written
-    return Path(written)
 
 
 def show(report: Data, out: PlainConsole) -> None:
