@@ -28,12 +28,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import shardproof
 from shardproof.axis import Axis
 from shardproof.cases import all_cases, digits, find_case
+from shardproof.cases.lesson import Lesson, clip
+from shardproof.cases.text import standard_library
 from shardproof.prover.case import Trial
 from shardproof.prover.proof import DEFAULT_SEED, prove_cases
 from shardproof.prover.training import Batch, Training, make_optimizer
@@ -70,9 +72,32 @@ def step_of(name: str, trial: Bare) -> Callable[[], None]:
         optimizer = digits.sgd(model.parameters())
         data = itertools.cycle(digits.batches(digits.load(trial.seed), trial.seed, epoch=1))
         return lambda: digits.train_step(trial, model, optimizer, *next(data))
+    if isinstance(training, Lesson):
+        return functools.partial(_read, training, trial, *_open(training, trial))
     if not isinstance(training, Training):
         return lambda: training(trial)  # as small as a step: build, forward, loss, backward
     return functools.partial(_step, training, trial, *_prepare(training, trial))
+
+
+def _open(lesson: Lesson, trial: Bare) -> tuple[nn.Module, Optimizer, Tensor]:
+    model = lesson.pupil.build(trial, dropout=0.0)
+    tokens = standard_library().windows(
+        seed=trial.seed,
+        step=0,
+        rows=lesson.rows,
+        length=lesson.length,
+        vocabulary=lesson.pupil.vocabulary,
+    )
+    return model, lesson.adamw(model.parameters()), tokens
+
+
+def _read(
+    lesson: Lesson, trial: Bare, model: nn.Module, optimizer: Optimizer, tokens: Tensor
+) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    lesson.pupil.score(trial, model, tokens).loss.backward()
+    clip(trial, model, lesson.max_norm)
+    optimizer.step()
 
 
 def _prepare(training: Training, trial: Bare) -> tuple[Batch, nn.Module, Optimizer | None]:
@@ -236,7 +261,8 @@ def main() -> None:
     if options.worker:
         work(options.worker)
         return
-    cases = [find_case(name) for name in options.case] if options.case else list(all_cases())
+    installed = [case for case in all_cases() if case.is_installed]
+    cases = [find_case(name) for name in options.case] if options.case else installed
     report = prove_cases(cases, degrees=DEGREES)
     if not report.proved:
         raise SystemExit(f"nothing is timed: {report.verdict()}")

@@ -45,7 +45,8 @@ def case(proof):
 
 
 def test_every_case_is_there():
-    assert [case.name for case in all_cases()] == [*SEEDS, "digits"]
+    others = ["attention", "digits", "gpt", "llama", "qwen"]
+    assert [case.name for case in all_cases()] == [*SEEDS, *others]
 
 
 @pytest.mark.parametrize("name", SEEDS)
@@ -229,7 +230,9 @@ def test_an_unknown_case_names_the_near_ones_and_all():
 
 def test_digits_needs_its_extra():
     assert digits.DIGITS.extra == "demo"
-    assert all(case.is_installed and not case.extra for case in all_cases()[:-1])
+    needed = {case.name: case.extra for case in all_cases() if case.extra}
+    assert needed == {"digits": "demo", "llama": "hf", "qwen": "hf"}
+    assert all(case.is_installed for case in all_cases() if not case.extra)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import torch
 
 from shardproof.cases import text
 from shardproof.errors import UsageError
+from shardproof.leaves import Cut
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
@@ -16,7 +17,7 @@ STDLIB = Path(sysconfig.get_paths()["stdlib"])
 def test_every_byte_of_every_module_is_a_token() -> None:
     joined = b"".join((STDLIB / name).read_bytes() for name in sorted(text.MODULES))
     found = text.standard_library()
-    assert bytes(found.tokens.tolist()) == joined
+    assert bytes(found.content.tolist()) == joined
     assert found.digest == hashlib.sha256(joined).hexdigest()
     assert len(joined) > 400_000
 
@@ -24,14 +25,14 @@ def test_every_byte_of_every_module_is_a_token() -> None:
 def test_the_order_of_the_files_does_not_matter() -> None:
     forwards = text.read(STDLIB, text.MODULES)
     backwards = text.read(STDLIB, tuple(reversed(text.MODULES)))
-    assert torch.equal(forwards.tokens, backwards.tokens)
+    assert torch.equal(forwards.content, backwards.content)
     assert forwards.digest == backwards.digest
 
 
 def test_another_text_has_another_digest(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("one")
     (tmp_path / "b.py").write_text("two")
-    assert bytes(text.read(tmp_path, ("b.py", "a.py")).tokens.tolist()) == b"onetwo"
+    assert bytes(text.read(tmp_path, ("b.py", "a.py")).content.tolist()) == b"onetwo"
     assert text.read(tmp_path, ("a.py",)).digest != text.read(tmp_path, ("b.py",)).digest
 
 
@@ -47,13 +48,35 @@ def _version() -> str:
     return sysconfig.get_python_version()
 
 
+def as_bytes(tokens: torch.Tensor, vocabulary: int = 256) -> bytes:
+    byte_of = {token: byte for byte, token in enumerate(text.token_of_byte(vocabulary).tolist())}
+    return bytes(byte_of[token] for token in tokens.tolist())
+
+
 def test_windows_are_runs_of_the_text() -> None:
     found = text.standard_library()
-    whole = bytes(found.tokens.tolist())
-    drawn = found.windows(seed=3, step=0, rows=5, length=40)
-    assert drawn.shape == (5, 40)
-    assert drawn.dtype == torch.int64
-    assert all(bytes(row.tolist()) in whole for row in drawn)
+    whole = bytes(found.content.tolist())
+    for vocabulary in (256, 257, 50257):
+        drawn = found.windows(seed=3, step=0, rows=5, length=40, vocabulary=vocabulary)
+        assert drawn.shape == (5, 40)
+        assert drawn.dtype == torch.int64
+        assert all(as_bytes(row, vocabulary) in whole for row in drawn)
+
+
+@pytest.mark.parametrize("vocabulary", [256, 257, 300, 50257])
+def test_every_rank_has_rows_of_the_vocabulary_that_are_read(vocabulary: int) -> None:
+    tokens = text.token_of_byte(vocabulary)
+    assert len(set(tokens.tolist())) == 256
+    assert tokens.max() < vocabulary
+    cut = Cut(vocabulary, leaves=8, degree=8)
+    ascii_tokens = tokens[:128].tolist()
+    for rank in range(8):
+        assert sum(token in cut.owned(rank) for token in ascii_tokens) >= 12
+
+
+def test_a_vocabulary_that_lacks_bytes() -> None:
+    with pytest.raises(UsageError, match="256 tokens, one for each byte, and the model knows 255"):
+        text.token_of_byte(255)
 
 
 def test_windows_are_keyed_by_seed_and_step() -> None:
@@ -72,7 +95,7 @@ def test_windows_are_keyed_by_seed_and_step() -> None:
 def test_a_window_may_be_the_whole_text(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_bytes(b"\x00\xffxyz")
     found = text.read(tmp_path, ("a.py",))
-    assert found.windows(seed=0, step=0, rows=1, length=5).tolist() == [[0, 255, 120, 121, 122]]
+    assert as_bytes(found.windows(seed=0, step=0, rows=1, length=5)[0]) == b"\x00\xffxyz"
 
 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:

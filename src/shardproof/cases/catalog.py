@@ -2,11 +2,14 @@
 
 from difflib import get_close_matches
 
+from shardproof.cases.attention import ATTENTION
 from shardproof.cases.digits import DIGITS
 from shardproof.cases.ffn import FFN
+from shardproof.cases.gpt import GPT_CASE
 from shardproof.cases.linear import LINEAR_COLUMN, LINEAR_ROW
 from shardproof.cases.matmul import MATMUL_COLUMN, MATMUL_ROW
 from shardproof.cases.mlp import MLP_GATHERED
+from shardproof.cases.models import LLAMA, QWEN
 from shardproof.errors import UsageError
 from shardproof.prover.case import Case
 
@@ -20,7 +23,11 @@ def all_cases() -> tuple[Case, ...]:
         LINEAR_COLUMN,
         LINEAR_ROW,
         MLP_GATHERED,
+        ATTENTION,
         DIGITS,
+        GPT_CASE,
+        LLAMA,
+        QWEN,
     )
 
 

@@ -1,8 +1,8 @@
 """Real text that is on every machine: sources of Python's own standard library, byte by byte.
 
-Nothing is downloaded and nothing depends on a tokenizer: a token is a byte, from 0 to 255. The
-sources are those of the interpreter that runs, so other versions of Python give other text, other
-losses and other hashes; the digest of the text goes into the report.
+Nothing is downloaded and nothing depends on a tokenizer: a token is a byte. The sources are those
+of the interpreter that runs, so other versions of Python give other text, other losses and other
+hashes; the digest of the text goes into the report.
 """
 
 import functools
@@ -32,40 +32,65 @@ MODULES = (
 
 @dataclass(frozen=True)
 class Text:
-    """Some text as tokens.
+    """Some text as bytes.
 
     Attributes:
-        tokens: (bytes,), uint8.
+        content: (bytes,), uint8.
         digest: SHA-256 of them.
     """
 
-    tokens: Tensor
+    content: Tensor
     digest: str
 
     def __str__(self) -> str:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         return (
-            f"{len(self.tokens):,} bytes of the Python {version} standard library, "
+            f"{len(self.content):,} bytes of the Python {version} standard library, "
             f"sha256 {self.digest[:16]}"
         )
 
-    def windows(self, *, seed: int, step: int, rows: int, length: int) -> Tensor:
-        """Some runs of the text, from places keyed by seed and step.
+    def windows(
+        self, *, seed: int, step: int, rows: int, length: int, vocabulary: int = BYTES
+    ) -> Tensor:
+        """Some runs of the text, from places keyed by seed and step, as tokens.
 
         Args:
             seed: of the case.
             step: of the training; each has other places.
             rows: how many runs.
             length: tokens of each.
+            vocabulary: tokens that the reader knows.
 
         Returns:
             (rows, length), int64, Replicate.
+
+        Raises:
+            UsageError: the vocabulary has no token for every byte.
         """
         starts = torch.randint(
-            len(self.tokens) - length + 1, (rows,), generator=generator(seed, f"text.step {step}")
+            len(self.content) - length + 1, (rows,), generator=generator(seed, f"text.step {step}")
         )
         places = starts[:, None] + torch.arange(length)
-        return self.tokens[places].long()
+        return token_of_byte(vocabulary)[self.content[places].long()]
+
+
+def token_of_byte(vocabulary: int) -> Tensor:
+    """A token for every byte, (256,): spread over the whole vocabulary.
+
+    Source code is ASCII, which has the lower half of the bytes alone: as they are, they would be
+    rows of an embedding that the first ranks have. So the bits of a byte are read backwards, and
+    the tokens stand as far apart as the vocabulary allows.
+
+    Raises:
+        UsageError: the vocabulary has fewer tokens than there are bytes.
+    """
+    if vocabulary < BYTES:
+        raise UsageError(
+            f"the text has {BYTES} tokens, one for each byte, and the model knows {vocabulary}. "
+            f"Use a model with at least {BYTES} tokens."
+        )
+    backwards = [int(f"{byte:08b}"[::-1], 2) for byte in range(BYTES)]
+    return torch.tensor(backwards) * vocabulary // BYTES
 
 
 def standard_library() -> Text:
@@ -89,8 +114,8 @@ def read(directory: Path, modules: Iterable[str] = MODULES) -> Text:
         UsageError: one of them cannot be read.
     """
     joined = b"".join(_bytes_of(directory / name) for name in sorted(modules))
-    tokens = torch.frombuffer(bytearray(joined), dtype=torch.uint8)
-    return Text(tokens, hashlib.sha256(joined).hexdigest())
+    content = torch.frombuffer(bytearray(joined), dtype=torch.uint8)
+    return Text(content, hashlib.sha256(joined).hexdigest())
 
 
 def _bytes_of(path: Path) -> bytes:

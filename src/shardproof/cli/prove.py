@@ -16,7 +16,7 @@ from shardproof.cli.request import CARRIERS, DEFAULT_DEGREES, Earlier, Given, Re
 from shardproof.cli.show import ranks_text, show_cases, show_report
 from shardproof.leaves import DEFAULT_LEAVES
 from shardproof.overlap import NAMED
-from shardproof.prover import DEFAULT_SEED, Report, prove_cases, prove_under_torchrun
+from shardproof.prover import DEFAULT_SEED, Report, curve, prove_cases, prove_under_torchrun
 from shardproof.prover.against import ONLY_EARLIER, ONLY_HERE, OTHER_BITS
 from shardproof.prover.proof import Progress
 from shardproof.ranks import ENGINES
@@ -43,6 +43,14 @@ _SAID = {
     metavar="NAME",
     multiple=True,
     help="Run this case; may be given again.  [default: all whose extras are installed]",
+)
+@click.option(
+    "--model",
+    metavar="DIR",
+    help="Prove this model of transformers: a directory with config.json and safetensors.",
+)
+@click.option(
+    "--steps", metavar="N", help="How long to train on text.  [default: what the case says]"
 )
 @click.option(
     "--engine",
@@ -89,6 +97,12 @@ _SAID = {
     "--against", metavar="REPORT.json", help="Compare every hash with those of an earlier report."
 )
 @click.option("--json", "json_path", metavar="FILE", help="Also write the report to FILE.")
+@click.option(
+    "--plot",
+    "plot_path",
+    metavar="FILE",
+    help="Also draw the losses of every degree; needs the extra 'plot'.",
+)
 @click.option("--list", "wants_list", is_flag=True, help="List the cases, and run nothing.")
 def prove(*, wants_list: bool, **given: Any) -> int:
     """Show that the degree does not change the bits.
@@ -163,6 +177,8 @@ def conclude(request: Request, proof: Report) -> int:
     finally:
         if request.target is not None:
             request.target.write(report)
+    if request.picture is not None:
+        curve.draw(report, request.picture)
     is_same = "against" not in report or report["against"]["same"]
     if proof.proved:
         where = f"Ranks: {ranks_text(proof.engine, proof.transport)}."

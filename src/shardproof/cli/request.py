@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ import torch
 from shardproof import cases as known
 from shardproof.cli import options, torchrun
 from shardproof.cli.json_file import JsonFile, read_report
+from shardproof.cli.picture import checked_picture
+from shardproof.cli.selection import select
 from shardproof.errors import UsageError
 from shardproof.leaves import DEFAULT_LEAVES, check_degree
 from shardproof.numerics import mode
 from shardproof.overlap import NAMED, Overlap
-from shardproof.prover import Case, Comparison, compare_with
+from shardproof.prover import Case, Comparison, compare_with, curve
 from shardproof.prover.contract import coming_contract, threads_of_ranks
 from shardproof.ranks import ENGINES, TRANSPORTS
 from shardproof.scheme import NUMERICS, Scheme
@@ -41,6 +44,9 @@ class Given:
     seed: str
     against: str | None
     json_path: str | None
+    model: str | None = None
+    steps: str | None = None
+    plot_path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class Request:
         earlier: the report to compare with.
         target: where the report goes.
         is_speaker: False on all ranks of torchrun but the first.
+        picture: where the loss curves go.
     """
 
     cases: tuple[Case, ...]
@@ -91,6 +98,7 @@ class Request:
     earlier: Earlier | None
     target: JsonFile | None
     is_speaker: bool
+    picture: Path | None
 
 
 def check(given: Given, environment: Mapping[str, str] = os.environ) -> Request:
@@ -108,11 +116,15 @@ def check(given: Given, environment: Mapping[str, str] = os.environ) -> Request:
     threads = None
     if given.threads is not None:
         threads = options.positive(given.threads, option="--threads", example=1)
-    cases, skipped = _cases(given.case_names)
+    steps = None
+    if given.steps is not None:
+        steps = options.positive(given.steps, option="--steps", example=20)
+    cases, skipped = select(given.case_names, given.model, steps)
     if scheme.is_invariant and engine != "processes":  # started processes set their own mode
         mode.require_invariant()
     is_speaker = here is None or here.rank == 0
     target = earlier = None
+    picture = _picture(given, cases) if is_speaker else None
     if is_speaker and given.json_path is not None:
         target = JsonFile(given.json_path)
     if is_speaker and given.against is not None:
@@ -121,7 +133,7 @@ def check(given: Given, environment: Mapping[str, str] = os.environ) -> Request:
         earlier.compare(_promise(earlier.report, cases, degrees, scheme, contract))
     return Request(
         cases, skipped, degrees, engine, transport, overlap, threads, scheme, earlier, target,
-        is_speaker,
+        is_speaker, picture,
     )  # fmt: skip
 
 
@@ -166,23 +178,18 @@ def _check_transport(transport: str, engine: str) -> None:
         raise refusal(problem, option="--transport")
 
 
-def _cases(names: Sequence[str]) -> tuple[tuple[Case, ...], tuple[dict[str, str], ...]]:
-    """The cases to run, and those that are left out because their extra is not installed."""
-    if not names:
-        cases = known.all_cases()
-        skipped = [case for case in cases if not case.is_installed]
-        return (
-            tuple(case for case in cases if case.is_installed),
-            tuple({"name": case.name, "extra": case.extra} for case in skipped),
+def _picture(given: Given, cases: Sequence[Case]) -> Path | None:
+    """Where the loss curves go, if there are any and they can be drawn."""
+    if given.plot_path is None:
+        return None
+    if not any(case.has_curve for case in cases):
+        trained = [case.name for case in known.all_cases() if case.has_curve]
+        raise UsageError(
+            f"--plot {given.plot_path}: no loss falls over steps in "
+            f"{', '.join(case.name for case in cases)}. Add --model DIR, or one of: "
+            f"{', '.join(f'--case {name}' for name in trained)}."
         )
-    asked = [known.find_case(name) for name in dict.fromkeys(names)]
-    for case in asked:
-        if not case.is_installed:
-            raise UsageError(
-                f"--case {case.name} needs the extra {case.extra!r}, which is not installed. "
-                f"Run: pip install 'shardproof[{case.extra}]'"
-            )
-    return tuple(asked), ()
+    return checked_picture(given.plot_path, is_installed=curve.is_installed(), example="losses.png")
 
 
 def _contract(

@@ -5,6 +5,7 @@ from typing import Any
 from rich.padding import Padding
 from rich.text import Text
 
+from shardproof.cli.condense import condense
 from shardproof.cli.output import BAD, GOOD, PlainConsole, listed, seconds
 from shardproof.cli.table import (
     case_table,
@@ -57,7 +58,7 @@ def show_case(case: Data, out: PlainConsole) -> None:
     out.print()
     rows, later = split_later(case["tensors"])
     width = out.width - INDENT
-    out.show(Padding(tensor_table(rows, width=width), (0, 0, 0, INDENT)))
+    out.show(Padding(tensor_table(condense(rows), width=width), (0, 0, 0, INDENT)))
     if later:
         out.show(Padding(later_text(later), (0, 0, 0, INDENT)))
     out.print()

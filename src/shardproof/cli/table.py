@@ -23,6 +23,7 @@ from shardproof.cli.output import (
 
 HASH_LENGTH = 8
 NAME_ROOM = 24  # for a tensor's name where the table has to save room
+NAME_LINE = 21  # of a longer one, which is broken
 MANY_LATER = 12  # so many tensors of later steps are a line, not rows
 MOST_DIFFERING = 5  # of them that are shown where bits differ
 
@@ -30,7 +31,12 @@ Data = dict[str, Any]
 
 
 def tensor_table(tensors: Sequence[Data], *, width: int) -> Table:
-    """One row per tensor: the comparison with plain PyTorch, then the degrees among each other."""
+    """One row per tensor: the comparison with plain PyTorch, then the degrees among each other.
+
+    Args:
+        tensors: as a report has them, or kinds of them with a count.
+        width: of the line.
+    """
     is_wide = width >= WIDE
     made = table(
         "tensor",
@@ -48,15 +54,27 @@ def tensor_table(tensors: Sequence[Data], *, width: int) -> Table:
     for tensor in tensors:
         hashes, same = _bits(tensor, line_break=" " if is_wide else "\n")
         name = tensor["name"] if is_wide else _broken(tensor["name"])
-        made.add_row(name, shape(tensor["shape"]), *_torch_cells(tensor), hashes, same)
+        what = f"{tensor['count']} tensors" if "count" in tensor else shape(tensor["shape"])
+        made.add_row(name, what, *_torch_cells(tensor), hashes, same)
     return made
 
 
 def _broken(name: str) -> str:
-    """A long name with a line break at its last dot, where a reader would put it."""
-    head, dot, tail = name.rpartition(".")
-    is_one_word = " " not in name  # lines break at blanks anyway
-    return f"{head}{dot}\n{tail}" if dot and is_one_word and len(name) > NAME_ROOM else name
+    """A long name with line breaks at dots, where a reader would put them.
+
+    >>> print(_broken("fp64: model.layers.0.mlp.down_proj.weight.grad"))
+    fp64: model.layers.0.
+    mlp.down_proj.weight.
+    grad
+    """
+    if len(name) <= NAME_ROOM:
+        return name
+    lines = [""]
+    for part in re.findall(r"[^.]*\.?", name):
+        if lines[-1] and len(lines[-1]) + len(part) > NAME_LINE:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _torch_cells(tensor: Data) -> tuple[str | Text, ...]:
@@ -107,10 +125,13 @@ def split_later(tensors: Sequence[Data]) -> tuple[list[Data], list[Data]]:
 
 
 def later_text(later: Sequence[Data]) -> Text:
-    """One line about the tensors of later steps, by what their names say ("epoch 3: weight")."""
+    """One line about the tensors of later steps, by what their names say ("epoch 3: weight").
+
+    A run of its own stands before that ("dropout: step 2: loss").
+    """
     periods: dict[str, set[str]] = {}
     for tensor in later:
-        match = re.match(r"([a-z]+) (\d+)\b", tensor["name"])
+        match = re.match(r"(?:[a-z]+: )?([a-z]+) (\d+)\b", tensor["name"])
         if match:
             periods.setdefault(match[1], set()).add(match[2])
     each = listed(f"each of {len(found)} {period}s" for period, found in periods.items())

@@ -1,0 +1,80 @@
+"""Which cases `shardproof prove` is to run: those named, a user's model, or all that can run."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Sequence
+
+from shardproof import cases as known
+from shardproof.cases.checkpoint import checkpoint_case
+from shardproof.cases.lesson import Lesson
+from shardproof.cases.models import EXTRA, MODULE
+from shardproof.errors import UsageError
+from shardproof.prover import Case
+
+Skipped = tuple[dict[str, str], ...]
+
+
+def select(
+    names: Sequence[str], model: str | None, steps: int | None
+) -> tuple[tuple[Case, ...], Skipped]:
+    """The cases to run, and those that are left out because their extra is not installed.
+
+    Args:
+        names: of cases; none means all, unless there is a model.
+        model: a checkpoint directory, as `--model` has it.
+        steps: for the cases that train on text; None leaves each its own.
+
+    Raises:
+        UsageError: no such case, an extra that is not installed, a directory that holds no model,
+            or steps for cases that have none to set.
+    """
+    cases, skipped = _named(names) if names or model is None else ((), ())
+    if model is not None:
+        cases = (*cases, _model(model))
+    if steps is None:
+        return cases, skipped
+    if not any(isinstance(case.work, Lesson) for case in cases):
+        trained = [case.name for case in known.all_cases() if isinstance(case.work, Lesson)]
+        raise UsageError(
+            f"--steps {steps} is for cases that train on text, and there is none among "
+            f"{', '.join(case.name for case in cases)}. Add --model DIR, or one of: "
+            f"{', '.join(f'--case {name}' for name in trained)}."
+        )
+    return tuple(_with_steps(case, steps) for case in cases), skipped
+
+
+def _named(names: Sequence[str]) -> tuple[tuple[Case, ...], Skipped]:
+    if not names:
+        cases = known.all_cases()
+        skipped = [case for case in cases if not case.is_installed]
+        return (
+            tuple(case for case in cases if case.is_installed),
+            tuple({"name": case.name, "extra": case.extra} for case in skipped),
+        )
+    asked = [known.find_case(name) for name in dict.fromkeys(names)]
+    for case in asked:
+        if not case.is_installed:
+            raise _missing(f"--case {case.name}", case.extra)
+    return tuple(asked), ()
+
+
+def _model(written: str) -> Case:
+    if importlib.util.find_spec(MODULE) is None:
+        raise _missing(f"--model {written}", EXTRA)
+    try:
+        return checkpoint_case(written)
+    except UsageError as error:
+        raise UsageError(f"--model: {error}") from None
+
+
+def _missing(what: str, extra: str) -> UsageError:
+    return UsageError(
+        f"{what} needs the extra {extra!r}, which is not installed. "
+        f"Run: pip install 'shardproof[{extra}]'"
+    )
+
+
+def _with_steps(case: Case, steps: int) -> Case:
+    if not isinstance(case.work, Lesson):
+        return case
+    return dataclasses.replace(case, work=dataclasses.replace(case.work, steps=steps))

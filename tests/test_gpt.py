@@ -1,0 +1,274 @@
+"""The cases `attention` and `gpt`: proved, and seen to fail on what they are there to find."""
+
+import dataclasses
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from shardproof.axis import Axis
+from shardproof.cases import find_case, gpt, lesson, text
+from shardproof.cases.attention import ATTENTION
+from shardproof.cases.decoder import Attend, Decoder, SelfAttention, Sizes
+from shardproof.cases.gpt import GPT, GPT_CASE
+from shardproof.cases.lesson import Lesson
+from shardproof.errors import UsageError
+from shardproof.layers.attention import HeadAttention
+from shardproof.prover.case import Case, Trial
+from shardproof.prover.proof import prove_cases
+from shardproof.prover.report import Report
+from shardproof.scheme import Scheme
+
+SMALL = Sizes(vocabulary=257, positions=16, heads=3, head_dim=6, inner=29, blocks=1)
+
+
+def small(**changes: Any) -> Case:
+    """The case gpt with a smaller model, and short."""
+    short = Lesson(GPT(SMALL), steps=2, rows=2, length=12, falls_to=1.0)
+    return dataclasses.replace(GPT_CASE, work=dataclasses.replace(short, **changes))
+
+
+def prove(case: Case, degrees: tuple[int, ...] = (1, 2), **options: Any) -> Report:
+    return prove_cases([case], degrees=degrees, threads=1, **options)
+
+
+# Attention
+
+
+@pytest.fixture(scope="module")
+def attention() -> Report:
+    return prove(ATTENTION, (1, 2, 3, 4, 8))
+
+
+def test_attention_is_proved_like_the_seeds(attention: Report) -> None:
+    assert attention.proved, attention.verdict()
+    shapes = {tensor.name: tensor.shape for tensor in attention.cases[0].tensors}
+    assert shapes["output"] == shapes["input.grad"] == (1, 5, 32)
+    for name in ("query", "key", "value", "output"):
+        assert shapes[f"attention.{name}.weight.grad"] == (32, 32)
+        assert shapes[f"attention.{name}.weight"] == (32, 32), "updated"
+
+
+def test_attention_sums_once_each_way(attention: Report) -> None:
+    names = [check.name for check in attention.cases[0].checks]
+    assert names == ["one all-reduce forward", "one all-reduce backward"]
+    for degree in ("2", "3", "4", "8"):
+        assert attention.cases[0].comm[degree]["backward"]["all_reduce"]["calls"] == 1
+
+
+def test_no_rank_of_attention_holds_a_full_weight(attention: Report) -> None:
+    largest = {
+        degree: ranks[0].largest_bytes for degree, ranks in attention.cases[0].memory.items()
+    }
+    assert largest["1"] == 32 * 32 * 4
+    assert largest["2"] == largest["1"] // 2
+    assert largest["4"] == largest["1"] // 4
+
+
+def test_every_word_sees_every_other_in_the_plain_attention() -> None:
+    torch.manual_seed(0)
+    block, x = SelfAttention(4, 8, is_causal=False, bias=False), torch.randn(1, 5, 32)
+    q, k, v = (
+        layer(x).view(1, 5, 4, 8).transpose(1, 2) for layer in (block.query, block.key, block.value)
+    )
+    weights = torch.softmax(q @ k.transpose(2, 3) / 8**0.5, dim=-1)
+    expected = block.output((weights @ v).transpose(1, 2).reshape(1, 5, 32))
+    torch.testing.assert_close(block(x), expected)
+
+
+# The decoder, in plain torch
+
+
+def test_a_token_sees_only_those_before_it() -> None:
+    torch.manual_seed(0)
+    decoder, tokens = Decoder(SMALL), torch.randint(257, (2, 12))
+    other = tokens.clone()
+    other[:, 7] = (other[:, 7] + 1) % 257
+    before, after = decoder(tokens), decoder(other)
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert not torch.equal(before[:, 7:], after[:, 7:])
+
+
+def test_embedding_and_head_are_one_parameter() -> None:
+    decoder = Decoder(SMALL)
+    assert decoder.head.weight is decoder.embedding.weight
+    assert "head.weight" not in dict(decoder.named_parameters())
+
+
+def test_dropout_is_off_in_evaluation() -> None:
+    decoder = Decoder(dataclasses.replace(SMALL, dropout=0.5))
+    tokens = torch.randint(257, (1, 8))
+    assert not torch.equal(decoder(tokens), decoder(tokens))
+    decoder.eval()
+    assert torch.equal(decoder(tokens), decoder(tokens))
+
+
+# The case as it is
+
+
+def test_no_degree_divides_its_sizes() -> None:
+    sizes = gpt.SIZES
+    for degree in (2, 4, 8):
+        assert sizes.vocabulary % degree
+        assert sizes.heads % degree
+        assert sizes.inner % degree
+    parameters = sum(parameter.numel() for parameter in Decoder(sizes).parameters())
+    assert 50_000 < parameters < 500_000
+    assert find_case("gpt") is GPT_CASE
+
+
+@pytest.fixture(scope="module")
+def proof() -> Report:
+    work = dataclasses.replace(GPT_CASE.work, steps=2, falls_to=1.0)  # type: ignore[type-var]
+    return prove(dataclasses.replace(GPT_CASE, work=work), (1, 2, 3, 8))
+
+
+def test_gpt_is_proved(proof: Report) -> None:
+    assert proof.proved, proof.verdict()
+
+
+def test_everything_that_a_step_makes_is_recorded(proof: Report) -> None:
+    names = {tensor.name for tensor in proof.cases[0].tensors}
+    for run in ("", "dropout: step 1: "):
+        for what in ("logits", "loss", "grad_norm", "positions.weight.grad", "norm.weight"):
+            assert f"{run}{what}" in names
+        assert f"{run}embedding.weight.exp_avg_sq" in names
+    assert {"step 2: logits", "dropout: step 2: embedding.weight.exp_avg"} <= names
+    assert {"fp64: logits", "fp64: loss", "fp64: embedding.weight.grad"} <= names
+    assert not any("head.weight" in name for name in names), "tied: one parameter, one gradient"
+
+
+def test_fp64_agrees_to_1e_10(proof: Report) -> None:
+    wide = [tensor for tensor in proof.cases[0].tensors if tensor.dtype == "float64"]
+    assert len(wide) == 32
+    for tensor in wide:
+        assert tensor.torch is not None
+        assert tensor.torch.rtol == 1e-10
+        assert tensor.torch.allclose
+
+
+def test_dropout_changes_the_numbers_and_is_not_compared_with_torch(proof: Report) -> None:
+    tensors = {tensor.name: tensor for tensor in proof.cases[0].tensors}
+    on, off = tensors["dropout: step 1: logits"], tensors["logits"]
+    assert on.sha256["1"] != off.sha256["1"]
+    assert not on.agreement_judged
+    initial, dropped = tensors["embedding.weight (initial)"], tensors["embedding.weight"]
+    assert initial.sha256 != dropped.sha256
+
+
+def test_what_the_case_claims(proof: Report) -> None:
+    details = {check.name: check.detail for check in proof.cases[0].checks}
+    assert list(details) == [
+        "text",
+        "loss falls",
+        "loss falls with dropout",
+        "no further from fp64 than 1.5 times plain torch's fp32",
+    ]
+    assert details["text"].startswith(str(text.standard_library()))
+    assert details["loss falls"].startswith("from 5.")
+    assert " over 2 steps (degrees 1, 2, 3, 8)" in details["loss falls"]
+
+
+def test_ranks_as_processes_give_the_same_bits() -> None:
+    case = small(steps=1)
+    threads = prove(case, (2,)).as_dict()["cases"][0]["tensors"]
+    processes = prove(case, (2,), engine="processes").as_dict()["cases"][0]["tensors"]
+    assert [tensor["sha256"] for tensor in threads] == [tensor["sha256"] for tensor in processes]
+
+
+# What it must find
+
+
+def test_the_small_case_is_proved() -> None:
+    report = prove(small(), (1, 2, 4))
+    assert report.proved, report.verdict()
+
+
+def test_a_loss_that_does_not_fall() -> None:
+    report = prove(small(learning_rate=1e-9, falls_to=0.99), (1,))
+    assert not report.proved
+    assert "the check 'loss falls' failed" in report.verdict()
+
+
+def test_dropout_drawn_by_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    correct = HeadAttention._dropout
+
+    def by_rank(self: HeadAttention, p: float | None) -> Any:
+        made = correct(self, p)
+        rank = self.site.axis.rank
+        return made if made is None else dataclasses.replace(made, seed=made.seed + rank)
+
+    monkeypatch.setattr(HeadAttention, "_dropout", by_rank)
+    report = prove(small(), (1, 2))
+    assert "tensor dropout: step 1: logits is the first whose bits differ" in report.verdict()
+
+
+def test_a_mask_that_is_missing_on_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every degree computes the same wrong thing: only plain torch shows it."""
+    monkeypatch.setattr(HeadAttention, "is_causal", property(lambda self: False), raising=False)
+    correct = HeadAttention.__init__
+
+    def forgetful(self: HeadAttention, site: Any, **options: Any) -> None:
+        monkeypatch.delattr(HeadAttention, "is_causal", raising=False)
+        correct(self, site, dropout=options["dropout"])
+
+    monkeypatch.setattr(HeadAttention, "__init__", forgetful)
+    report = prove(small(), (1, 2))
+    assert "tensor eval: logits is the first that does not agree" in report.verdict()
+    assert report.identical
+
+
+def test_other_text_on_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    correct = Lesson._tokens
+
+    def shifted(self: Lesson, trial: Trial, read: text.Text, step: int) -> torch.Tensor:
+        late = trial.axis is not None and trial.axis.rank == 1 and step == 1
+        return correct(self, trial, read, step + 5 * late)
+
+    monkeypatch.setattr(Lesson, "_tokens", shifted)
+    report = prove(small(), (1, 2))
+    assert not report.proved
+    assert "step 2: " in report.verdict()
+
+
+def test_fp64_in_which_something_is_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rounding to fp32 on the ranks: nothing in fp32 shows it, fp64 does."""
+    correct = GPT.predict
+
+    def rounded(self: GPT, trial: Trial, model: nn.Module, tokens: torch.Tensor) -> Any:
+        logits, layout = correct(self, trial, model, tokens)
+        return (logits if trial.axis is None else logits.float().to(logits.dtype)), layout
+
+    monkeypatch.setattr(GPT, "predict", rounded)
+    monkeypatch.setattr(lesson, "KeepDouble", nullcontext)  # which would keep what is planted
+    report = prove(small(dropout=0.0), (1, 2))
+    assert "tensor fp64: logits is the first that does not agree" in report.verdict()
+
+
+def test_a_model_that_does_not_know_every_byte() -> None:
+    few = dataclasses.replace(SMALL, vocabulary=255)
+    with pytest.raises(UsageError, match="one for each byte, and the model knows 255"):
+        prove(small(pupil=GPT(few)), (1,))
+
+
+def test_plain_torch_gets_the_numbers_of_the_cut_model() -> None:
+    def trial(axis: Axis | None) -> Trial:
+        return Trial(axis=axis, scheme=Scheme(), seed=3, recorder=None)  # type: ignore[arg-type]
+
+    before = torch.get_rng_state()
+    plain = GPT(SMALL).build(trial(None), dropout=0.0)
+    cut = GPT(SMALL).build(trial(Axis.solo()), dropout=0.0)
+    assert torch.equal(before, torch.get_rng_state()), "the global generator is not touched"
+    held = dict(cut.named_parameters())
+    assert list(held) == [name for name, _ in plain.named_parameters()]
+    assert all(torch.equal(value, held[name]) for name, value in plain.named_parameters())
+
+
+def test_attend_drops_in_training_alone() -> None:
+    attend, q = Attend(is_causal=True, dropout=0.5), torch.randn(1, 2, 6, 4)
+    expected = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    assert not torch.equal(attend(q, q, q), expected)
+    assert torch.equal(attend.eval()(q, q, q), expected)
