@@ -1,6 +1,7 @@
-"""The two modules in C: when they are used, and why they are not."""
+"""The two modules in C: when they are used, why they are not, and what one rank's end refuses."""
 
 import importlib
+import mmap
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,3 +78,20 @@ def test_what_cannot_be_imported_says_what_to_do(
     name: str, error: Exception, said: str, fresh: pytest.MonkeyPatch
 ) -> None:
     assert missing_because(fresh, name, error) == f"shardproof._{name} {said}"
+
+
+def test_a_rank_is_in_one_call_at_a_time_and_in_none_after_it_gave_up() -> None:
+    module = core.shm()
+    if module is None:
+        pytest.skip("the C core was not built")
+
+    def tick(waited: float, missing: list[int]) -> None:
+        if missing:  # rank 1 is not there: use the long wait for another call
+            end.meet(2)
+
+    end = module.Core(mmap.mmap(-1, module.area_bytes(2, 65536)), 0, 2, 65536, tick)
+    with pytest.raises(RuntimeError, match="two threads use one rank's transport at the same"):
+        end.meet(1)
+    assert end.is_lost
+    with pytest.raises(RuntimeError, match="this transport was interrupted before"):
+        end.meet(1)
