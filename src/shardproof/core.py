@@ -51,7 +51,7 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
     if setting not in _SETTINGS:
         raise UsageError(f"{VARIABLE}={setting!r} is unknown. Use one of: {', '.join(_SETTINGS)}.")
     if setting == "off":
-        return None, f"{VARIABLE}=off"
+        return None, f"{VARIABLE}=off leaves the C modules out"
     try:
         module = _import(name)
     except ModuleNotFoundError:
