@@ -14,7 +14,7 @@ from typing import Any
 
 from shardproof.bench import plot
 from shardproof.bench.systems.catalog import find_system
-from shardproof.bench.tables import markdown, tables
+from shardproof.bench.tables import markdown, rounds_text, tables
 from shardproof.bench.works.catalog import find_work, work_names
 
 DOCS = Path(__file__).parent
@@ -37,7 +37,7 @@ def _blocks(report: dict[str, Any]) -> Iterator[str]:
         f"Python {environment['python']}, torch {environment['torch']}, "
         f"shardproof {environment['shardproof']}"
         + (f"; {', '.join(peers)}" if peers else "")
-        + f". {report['rounds']} rounds{', quick: a glance, and noisy' if report['quick'] else ''}."
+        + f". {rounds_text(report)}{', quick: a glance, and noisy' if report['quick'] else ''}."
         + "\n"
     )
     yield f"![Ratios of every work, and times of all-reduces]({PICTURE.name})\n"

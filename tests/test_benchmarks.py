@@ -26,6 +26,7 @@ def case_times():
 @pytest.mark.parametrize(
     ("script", "options", "last"),
     [
+        ("leaf_sums.py", ["--rounds", "1"], "1, 4096, 1024"),
         ("layer_profile.py", ["--rounds", "1", "--calls", "20"], "bias gradient"),
         (
             "overlap_times.py",

@@ -56,7 +56,7 @@ def test_auto_and_names(pool: Pool) -> None:
         assert [add_up(each) for each in found] == [[3.0, 3.0]] * 2
         return [(each.transport.name, each.transport_note) for each in found]
 
-    wanted = [(CARRIER, ""), ("gloo", "gloo was asked for by name")]
+    wanted = [(CARRIER, ""), ("gloo", "asked for by name")]
     found = pool(2, "processes").run(work)
     if CARRIER == "shm":
         assert found == [wanted] * 2
@@ -95,7 +95,7 @@ def test_what_cannot_be_had_by_name_is_an_error_on_all_ranks(pool: Pool) -> None
     if CARRIER == "shm":
         assert shm[1] == (
             "transport='shm' cannot be used: rank 1 of 2 cannot share memory: there was no "
-            "compiler. transport='auto' takes gloo then, and says so."
+            "compiler. Use transport='auto', which takes gloo then and says so."
         )
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,14 @@ def test_a_mode_that_did_not_take_says_why() -> None:
     assert "self-check  not run" in text
     assert "contract" not in text
     assert text.splitlines()[-1] == f"invariant numerics cannot run here: {why}"
+
+
+@pytest.mark.parametrize("branch", ["core", "leafwise"])
+def test_a_mode_that_is_not_mkls_says_why(branch: str) -> None:
+    blas = FACTS["blas"] | {"branch": branch, "return_code": -3, "read_back": 1}
+    assert "took        yes (MKL has no strict mode here: it answered -3)" in shown(blas=blas)
+    without = blas | {"return_code": None, "read_back": None}
+    assert "took        yes\n" in re.sub(r" +\n", "\n", shown(blas=without))
 
 
 def test_a_failed_self_check_is_shown() -> None:

@@ -105,9 +105,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # The bench: what is timed and who does it, one rank, all processes, all rounds.
     ("bench.figures", "bench.system", "bench.systems.group"),
     ("bench.work",),
-    ("bench.systems.dtensor", "bench.systems.fairscale", "bench.systems.ours"),
-    ("bench.systems.deepspeed", "bench.systems.hf", "bench.systems.megatron"),
-    ("bench.systems.memcpy", "bench.systems.plain"),
+    ("bench.systems.dtensor", "bench.systems.megatron_like", "bench.systems.ours"),
+    ("bench.systems.deepspeed", "bench.systems.fairscale", "bench.systems.hf"),
+    ("bench.systems.megatron", "bench.systems.memcpy", "bench.systems.plain"),
     ("bench.systems.catalog",),
     ("bench.systems.__init__",),
     ("bench.works.counting", "bench.works.step"),

@@ -103,7 +103,7 @@ def test_torchruns_ranks_too(
     assert (report["engine"], report["transport"]) == ("torchrun", transport)
     assert report["overlap"] == {"backward": True, "chunks": 2}
     assert report["against"]["same"] is True
-    is_named = report["transport_note"] == "gloo was asked for by name"
+    is_named = report["transport_note"] == "asked for by name"
     assert is_named is (transport == "gloo")
 
 
@@ -115,7 +115,10 @@ def test_without_the_core_gloo_is_used_and_every_report_says_so(tmp_path: Path) 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
-    note = "shared memory is not used: rank 0 of 2 cannot share memory: SHARDPROOF_CORE=off."
+    note = (
+        "shared memory is not used: rank 0 of 2 cannot share memory: SHARDPROOF_CORE=off leaves "
+        "the C modules out."
+    )
     assert (report["transport"], report["transport_note"]) == ("gloo", note)
     assert f"transport: gloo, {note}" in done.stdout
 
@@ -124,8 +127,8 @@ def test_without_the_core_shared_memory_by_name_is_refused() -> None:
     done = run("shardproof", "prove", "--transport", "shm", SHARDPROOF_CORE="off")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "error: --transport shm cannot be used: SHARDPROOF_CORE=off. "
-        "--transport auto takes gloo then, and says so.\n"
+        "error: --transport shm cannot be used: SHARDPROOF_CORE=off leaves the C modules out. "
+        "Use --transport auto, which takes gloo then and says so.\n"
     )
 
 
@@ -190,7 +193,7 @@ def test_launch_without_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core, "problem", lambda: "there was no compiler")
     with pytest.raises(
         UsageError,
-        match=r"transport='shm' cannot be used: there was no compiler. transport='auto' takes gloo",
+        match=r"transport='shm' cannot be used: there was no compiler. Use transport='auto'",
     ):
         launch(lambda axis: None, degree=2, engine="processes", transport="shm")
 
@@ -198,7 +201,7 @@ def test_launch_without_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ranks_say_why_they_share_no_memory() -> None:
     with open_ranks(2, "processes", threads=1, transport="gloo") as ranks:
         found = ranks.run(lambda axis: (axis.transport.name, axis.transport_note))
-        assert found == [("gloo", "gloo was asked for by name")] * 2
+        assert found == [("gloo", "asked for by name")] * 2
         assert (ranks.transport, ranks.transport_note) == found[0]
 
 
@@ -228,4 +231,4 @@ def test_a_model_given_to_prove_takes_both_options() -> None:
     )
     assert report.proved, str(report)
     assert (report.transport, report.overlap) == ("gloo", NAMED["on"])
-    assert "transport: gloo, gloo was asked for by name" in str(report).splitlines()
+    assert "transport: gloo, asked for by name" in str(report).splitlines()

@@ -18,6 +18,7 @@ from shardproof.prover.casereport import (
     MemoryReport,
     TensorReport,
 )
+from shardproof.prover.judge import _join
 from shardproof.prover.report import Report
 from shardproof.scheme import Scheme
 
@@ -325,11 +326,19 @@ def test_accuracy_counts_an_error_where_torch_has_none():
     assert accuracy(report().as_dict(), cases=["other"]).median is None
 
 
+def test_one_of_anything_is_written_as_one():
+    alone = dataclasses.replace(case(), degrees=(2,))
+    assert str(report(alone)).splitlines()[0].endswith("proved, 1 tensor, degree 2")
+    assert _join("claim", [(2, Check("claim", True, "holds"))]).detail == "holds (degree 2)"
+    made = [(degree, Check("claim", True, "holds")) for degree in (1, 2)]
+    assert _join("claim", made).detail == "holds (degrees 1, 2)"
+
+
 def test_a_report_prints_a_line_for_each_case_and_for_what_is_wrong():
     tensors = tensor("first"), tensor("second", {"1": A, "2": A, "3": B}), disagreeing("third")
     lines = str(report(case(), case(*tensors, name="bad"))).splitlines()
 
-    assert lines[0].endswith("proved, 1 tensors, degrees 1, 2, 3")
+    assert lines[0].endswith("proved, 1 tensor, degrees 1, 2, 3")
     assert lines[1] == "bad: NOT PROVED, 3 tensors, degrees 1, 2, 3"
     assert (
         lines[2]

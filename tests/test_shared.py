@@ -109,6 +109,17 @@ def test_a_rank_without_the_core_is_named_by_all(pool: Pool) -> None:
     assert pool(2, "processes").run(work) == [said] * 2
 
 
+def test_other_memory_than_that_of_rank_0_is_not_taken(tmp_path: Path) -> None:
+    path = tmp_path / "memory"
+    nonce, other = bytes(range(segment._NONCE)), bytes(segment._NONCE)
+    path.write_bytes(nonce + bytes(100))
+    length = path.stat().st_size
+    os.close(segment._open(str(path), nonce, length))
+    for told in ((other, length), (nonce, length + 1)):
+        with pytest.raises(OSError, match="is not the memory that rank 0 has made"):
+            segment._open(str(path), *told)
+
+
 @pytest.mark.parametrize(
     ("what", "said"),
     [

@@ -122,13 +122,12 @@ def start(tmp_path: Path) -> Iterator[type[Ranks]]:
 
 @pytest.mark.parametrize(("size", "numel"), [(2, 1024), (3, 1024), (3, 1_000_000)])
 def test_a_rank_that_is_killed_is_named_by_all_others(size: int, numel: int, start) -> None:
-    ranks = start(_SUMS, size, 60.0, numel)
+    # With a timeout that no run of the tests reaches: only what the kernel says ends the wait.
+    ranks = start(_SUMS, size, 3600.0, numel)
     ranks.wait_until_ready()
     killed = size - 1
-    begun = time.monotonic()
     ranks.processes[killed].kill()
     words = [ranks.last_words(rank) for rank in range(size - 1)]
-    took = time.monotonic() - begun
 
     pid = ranks.processes[killed].pid
     for text in words:
@@ -137,7 +136,6 @@ def test_a_rank_that_is_killed_is_named_by_all_others(size: int, numel: int, sta
             f"waits in forward all_reduce of layer: float32 ({numel},)" in text
         )
         assert f"saw forward all_reduce of layer: float32 ({numel},)" in text
-    assert took < 30, "far less than the timeout, which is 60 s"
 
 
 @pytest.mark.parametrize("size", [2, 3])

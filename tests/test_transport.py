@@ -18,10 +18,11 @@ from torch.utils._pytree import tree_leaves
 from shardproof import core
 from shardproof.axis import Axis
 from shardproof.engines.base import Ranks
-from shardproof.errors import MismatchError, RankError, ShapeError
-from shardproof.transport.base import Call, PeerError, mismatch
+from shardproof.errors import MismatchError, RankError, ShapeError, UsageError
+from shardproof.transport.base import Call, Order, PeerError, Window, mismatch, rank_order
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.rendezvous import Rendezvous
+from shardproof.transport.solo import SoloTransport
 from shardproof.transport.threads import ThreadsTransport
 
 Pool = Callable[[int, str], Ranks]
@@ -344,6 +345,45 @@ def test_a_part_that_does_not_fit_is_refused_before_anything_is_sent(
     for message in run_on(pool, degree, engine, work):
         assert message.startswith("forward all_gather of test")
         assert f"sizes {[3] * degree}" in message or f"sizes are {[3] * degree}" in message
+
+
+def test_more_parts_than_the_core_adds_at_once_are_refused(pool: Pool) -> None:
+    if core.shm() is None:
+        pytest.skip("the C core was not built")
+    order = Order((65, 0), (0, *(step for part in range(1, 65) for step in (part, -1))))
+
+    def work(axis: Axis) -> str:
+        parts = [torch.ones(2)] * order.counts[axis.rank]
+        with pytest.raises(UsageError) as caught:
+            axis.transport.sum(parts, order, torch.empty(2), call=call("all_reduce"))
+        return str(caught.value)
+
+    for message in run_on(pool, 2, "threads", work):
+        assert "a rank has 65 parts, and no more than 64 go into one sum. Add some" in message
+
+
+def test_a_result_that_is_not_as_long_as_its_window_is_refused() -> None:
+    window = Window(outer=1, size=4, inner=2, start=1, stop=3)
+    said = r"test: .*rank 0 of 1 has room for 8 elements, and its window .* has 4\."
+    with pytest.raises(ShapeError, match=said):
+        SoloTransport().sum(
+            [torch.ones(8)], rank_order(1), torch.empty(8), call=call("all_reduce"),
+            windows=(window,),
+        )  # fmt: skip
+
+
+def test_a_sum_over_a_process_group_is_waited_for_once(pool: Pool) -> None:
+    def work(axis: Axis) -> list[float]:
+        out = torch.empty(4)
+        pending = axis.transport.start_sum(
+            [torch.ones(4)], Order((1, 1), (0, 1, -1)), out, call=call("all_reduce")
+        )
+        pending.wait()
+        with pytest.raises(UsageError, match="waited for that was not started, or twice"):
+            pending.wait()
+        return out.tolist()
+
+    assert run_on(pool, 2, "gloo", work) == [[2.0] * 4] * 2
 
 
 # The rendezvous --------------------------------------------------------------------------------

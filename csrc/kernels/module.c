@@ -17,6 +17,10 @@ static enum path chosen_path = PATH_NONE;
 
 static const char EMPTY[] = "product: no fused multiply-add here, or an empty size";
 
+/* `core.py` expects this number, so that an old build beside new sources is not used. It is raised
+ * with what Python asks of this module and with the bits of its results. */
+enum { PROTOCOL = 2 };
+
 enum { GIL_WORK = 1 << 16 }; /* less is done before another thread would wake up */
 
 /* One leaf, or a piece of one, as Python packs it: where it lies, partial sums to add, and if a
@@ -298,5 +302,8 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__kernels(void) {
     chosen_path = widest_path();
-    return PyModule_Create(&definition);
+    PyObject *module = PyModule_Create(&definition);
+    if (module != NULL && PyModule_AddIntConstant(module, "PROTOCOL", PROTOCOL) < 0)
+        Py_CLEAR(module);
+    return module;
 }

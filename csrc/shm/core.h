@@ -24,6 +24,10 @@ enum {
     MAX_STARTED = 2, /* sums that are started and not finished */
 };
 
+/* `core.py` expects this number, so that an old build beside new sources is not used. It is raised
+ * with what Python asks of this module, what ranks write into the area, and what bits sums have. */
+enum { PROTOCOL = 2 };
+
 enum word { FILLED, SUMMED, DONE, CONFERRED, WORDS };
 
 /* What a rank lends to others in its address space, until all are done. */

@@ -453,6 +453,7 @@ PyMODINIT_FUNC PyInit__shm(void)
         PyModule_AddObjectRef(module, "Core", core_type) < 0 ||
         PyModule_AddObjectRef(module, "Plan", (PyObject *)plan_type) < 0 ||
         PyModule_AddObjectRef(module, "Disagreement", disagreement) < 0 ||
+        PyModule_AddIntConstant(module, "PROTOCOL", PROTOCOL) < 0 ||
         PyModule_AddIntConstant(module, "MAX_RANKS", MAX_RANKS) < 0 ||
         PyModule_AddIntConstant(module, "MAX_OWN", MAX_OWN) < 0)
         Py_CLEAR(module);

@@ -12,6 +12,8 @@ from shardproof.errors import UsageError
 
 VARIABLE = "SHARDPROOF_CORE"
 _SETTINGS = ("auto", "off")
+# The number in the C files of both: an old build can stay behind where a new one failed.
+_PROTOCOL = 2
 
 
 def kernels() -> ModuleType | None:
@@ -49,9 +51,9 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
     if setting not in _SETTINGS:
         raise UsageError(f"{VARIABLE}={setting!r} is unknown. Use one of: {', '.join(_SETTINGS)}.")
     if setting == "off":
-        return None, f"{VARIABLE}=off"
+        return None, f"{VARIABLE}=off leaves the C modules out"
     try:
-        return _import(name), None
+        module = _import(name)
     except ModuleNotFoundError:
         return None, (
             f"shardproof.{name} is not there. It is built when shardproof is installed on a "
@@ -59,3 +61,9 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
         )
     except ImportError as error:
         return None, f"shardproof.{name} cannot be loaded ({error}). Install shardproof again"
+    if getattr(module, "PROTOCOL", None) != _PROTOCOL:
+        return None, (
+            f"shardproof.{name} was built from other sources than these. Install shardproof again, "
+            "on a machine with a C compiler and Python's headers"
+        )
+    return module, None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shardproof.bench.tables import VARIANT_KEYS, message_size
+from shardproof.bench.tables import VARIANT_KEYS, message_size, rounds_text
 
 Data = Mapping[str, Any]
 
@@ -50,7 +50,7 @@ def draw(report: Data, path: Path) -> None:
     environment = report["environment"]
     figure.suptitle(
         f"{environment['cpu']}, {environment['cores']} cores, torch {environment['torch']}, "
-        f"shardproof {environment['shardproof']}, {report['rounds']} rounds",
+        f"shardproof {environment['shardproof']}, {rounds_text(report)}",
         fontsize=10,
     )
     figure.savefig(path, dpi=100)

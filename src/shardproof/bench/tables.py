@@ -126,6 +126,15 @@ def mebibytes(num_bytes: float) -> str:
     return figure(num_bytes / KIB**2)
 
 
+def rounds_text(report: Data) -> str:
+    """How often every system had its turn.
+
+    >>> rounds_text({"rounds": 1}), rounds_text({"rounds": 10})
+    ('1 round', '10 rounds')
+    """
+    return f"{report['rounds']} round{'s' if report['rounds'] > 1 else ''}"
+
+
 def message_size(num_bytes: int) -> str:
     """A power of two bytes as short as it goes.
 

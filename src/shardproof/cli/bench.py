@@ -16,7 +16,7 @@ from shardproof.bench import plot
 from shardproof.bench.jobs import QUICK_ROUNDS, ROUNDS, Plan, plan
 from shardproof.bench.run import run
 from shardproof.bench.systems.catalog import system_names
-from shardproof.bench.tables import TextTable, tables
+from shardproof.bench.tables import TextTable, rounds_text, tables
 from shardproof.bench.works.catalog import find_work, work_names
 from shardproof.cli import options, torchrun
 from shardproof.cli.json_file import JsonFile
@@ -144,7 +144,7 @@ def show(report: Data, out: PlainConsole) -> None:
     environment = report["environment"]
     _line(
         f"{environment['cpu']}, {environment['cores']} cores, torch {environment['torch']}, "
-        f"{report['rounds']} rounds{' (quick)' if report['quick'] else ''}",
+        f"{rounds_text(report)}{' (quick)' if report['quick'] else ''}",
         out,
     )
     for (where, reason), names in _skipped(report).items():

@@ -231,7 +231,8 @@ def _join(name: str, made: Sequence[tuple[int, Check]]) -> Check:
         return Check(name, False, f"at degree {degree}: {check.detail}")
     details = _in_order([[check.detail for _, check in made]])
     degrees = _in_order([[str(degree) for degree, _ in made]])
-    return Check(name, True, f"{'; '.join(details)} (degrees {', '.join(degrees)})")
+    at = f"degree{'s' if len(degrees) > 1 else ''} {', '.join(degrees)}"
+    return Check(name, True, f"{'; '.join(details)} ({at})")
 
 
 def _merged(lists: Sequence[Sequence[str]]) -> list[str]:

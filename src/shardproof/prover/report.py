@@ -11,7 +11,7 @@ from typing import Any
 
 from shardproof.overlap import DEFAULT_OVERLAP, Overlap
 from shardproof.prover.casereport import CaseReport
-from shardproof.prover.verdict import verdict
+from shardproof.prover.verdict import counted, verdict
 
 _REFERENCE = (
     "The reference ran in plain PyTorch before the ranks, outside of them, and is exempt from the "
@@ -78,9 +78,10 @@ class Report:
         """A line for each case, one for each tensor that is not as it must be, and the verdict."""
         lines = []
         for case in self.cases:
-            degrees = ", ".join(map(str, case.degrees))
+            at = f"degree{'s' if len(case.degrees) > 1 else ''} {', '.join(map(str, case.degrees))}"
             answer = "proved" if case.proved else "NOT PROVED"
-            lines.append(f"{case.name}: {answer}, {len(case.tensors)} tensors, degrees {degrees}")
+            tensors = counted(len(case.tensors), "tensor")
+            lines.append(f"{case.name}: {answer}, {tensors}, {at}")
             lines += [f"  {line}" for tensor in case.tensors for line in tensor.faults()]
         if self.transport_note:
             lines.append(f"transport: {self.transport}, {self.transport_note}")

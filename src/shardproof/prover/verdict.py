@@ -11,7 +11,7 @@ def verdict(cases: Sequence[CaseReport], degrees: Sequence[int]) -> str:
         if not case.proved:
             return f"Not proved: in case {case.name}, {_first_fault(case)}."
     tensors = sum(len(case.tensors) for case in cases)
-    what = f"{_counted(len(cases), 'case')} with {_counted(tensors, 'tensor')}"
+    what = f"{counted(len(cases), 'case')} with {counted(tensors, 'tensor')}"
     rest = "agrees with plain PyTorch and no rank exceeds its memory bound"
     if len(degrees) == 1:
         return (
@@ -75,7 +75,8 @@ def _agreement_fault(tensor: TensorReport) -> str:
     )
 
 
-def _counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """How many there are, as prose."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 

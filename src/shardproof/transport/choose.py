@@ -72,7 +72,7 @@ def refusal(why: str, *, option: str = "transport=") -> UsageError:
         f"{option}{name!r}" if option.endswith("=") else f"{option} {name}" for name in (SHM, AUTO)
     )
     return UsageError(
-        f"{shm} cannot be used: {why.rstrip('.')}. {auto} takes gloo then, and says so."
+        f"{shm} cannot be used: {why.rstrip('.')}. Use {auto}, which takes gloo then and says so."
     )
 
 
@@ -104,7 +104,7 @@ def choose(
             "transport='auto', or make another group with torch.distributed.new_group(backend=...)."
         )
     if asked == GLOO or not is_gloo:
-        return Choice(base, "gloo was asked for by name" if is_gloo else "")
+        return Choice(base, "asked for by name" if is_gloo else "")
     if timeout is None:
         timeout = default_pg_timeout.total_seconds()
     try:
