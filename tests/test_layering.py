@@ -137,7 +137,9 @@ STRANGERS = {
 }
 
 # Extras that may be missing: imported inside the function that needs them, and only there.
-OPTIONAL = ("deepspeed", "fairscale", "matplotlib", "megatron", "safetensors", "sklearn", "transformers")
+OPTIONAL = (
+    "deepspeed", "fairscale", "matplotlib", "megatron", "safetensors", "sklearn", "transformers",
+)  # fmt: skip
 
 # Built from C where a compiler is there; `core` alone imports them.
 EXTENSIONS = ("shardproof._kernels", "shardproof._shm")
