@@ -71,6 +71,18 @@ def test_what_it_comes_to(directory: str) -> None:
     ]
 
 
+def test_the_page_shows_what_the_command_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "plans.md").read_text()
+    command, shown = re.findall(r"^\$ shardproof plan (.*)\n((?:.*\n)*?)```", page, re.MULTILINE)[0]
+    sizes = dict(re.findall(r"^    (\w+)=(\d+),$", page, re.MULTILINE))
+    made = config("Llama", **{name: int(value) for name, value in sizes.items()})
+    made.save_pretrained(tmp_path / "MODEL_DIR")
+    monkeypatch.chdir(tmp_path)
+    assert run(*command.split(), columns=104).stdout == shown
+
+
 def test_narrow_screens_lose_columns_and_no_names(directory: str) -> None:
     result = run(directory, "--degree", "3", columns=80)
     assert all(len(line) <= 80 for line in result.stdout.splitlines()[:20])

@@ -40,7 +40,7 @@ HEAD = ColumnParallel(gather_output=True)
 
 
 def steps(axis: Axis, model: nn.Module, scheme: Scheme) -> dict[str, Any]:
-    """What a training step counts, and an evaluation without labels, and a generated token."""
+    """What steps count: with labels, without, in generation, and with a loss of one's own."""
     cut = sp.parallelize(copy.deepcopy(model), None, axis, scheme=scheme)
     ids = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) % 101
     ledger, found = axis.transport.ledger, {}
@@ -58,6 +58,9 @@ def steps(axis: Axis, model: nn.Module, scheme: Scheme) -> dict[str, Any]:
         ledger.reset()
         cut(input_ids=ids[:, :1], past_key_values=cache)
         found["token"] = ledger.as_dict()
+    ledger.reset()
+    cut(input_ids=ids, logits_to_keep=2).logits.sum().backward()
+    found["own loss"] = ledger.as_dict()
     return found
 
 
@@ -73,6 +76,7 @@ def said(made: sp.ModelPlan, rank: int) -> dict[str, Any]:
         "logits": forward(made.comm(length=LENGTH, **silent)),
         "prompt": forward(made.comm(length=LENGTH, logits=1, **silent)),
         "token": forward(made.comm(length=1, **silent)),
+        "own loss": made.comm(length=LENGTH, logits=2, **silent),
     }
 
 
@@ -123,7 +127,9 @@ def test_a_forgotten_gradient_of_shared_heads_is_noticed(
     monkeypatch.setattr(parts.Heads, "shared", lambda heads: ())
     made = plan(model, degree=3)
     monkeypatch.undo()
-    assert differing(pool, model, made) == [(rank, "step") for rank in range(3)]
+    assert differing(pool, model, made) == [
+        (rank, what) for rank in range(3) for what in ("step", "own loss")
+    ]
 
 
 # -- what is read ----------------------------------------------------------------------------------
@@ -170,6 +176,10 @@ def test_a_base_model_and_an_older_library() -> None:
     model._tp_plan = {"lm_head": "colwise_gather_output"}
     assert entries_of(model) == {k: v for k, v in merged.items() if "embed" not in k}
     assert plan(model, degree=2).plan == plan(small("Llama", device="meta"), degree=2).plan
+    model._tp_plan = merged
+    model.base_model_prefix = "language_model"  # which it has not: Llama 4 says so too
+    assert model.base_model is model
+    assert entries_of(model) == merged
 
 
 def test_a_plan_of_ones_own_cuts_heads_too() -> None:

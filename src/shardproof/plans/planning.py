@@ -84,11 +84,12 @@ def draft(
     linked, ties = link_ties(modules, model, doubtful=wrong)
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     linked.sort(key=lambda module: order[module.name])
+    styles = dict(sorted(styles.items(), key=lambda item: order[item[0]]))
     made = ModelPlan(
         type(model).__name__,
         degree,
         Plan(_patterns(styles, model), scheme),
-        dict(sorted(styles.items(), key=lambda item: order[item[0]])),
+        styles,
         tuple(linked),
         head,
         (*reading.notes, *_incomplete(linked, source)),
