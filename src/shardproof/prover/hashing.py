@@ -45,6 +45,27 @@ def hash_tensor(tensor: Tensor, layout: Layout, axis: Axis, *, who: str) -> str 
     return hasher.hexdigest() if axis.rank == 0 else None
 
 
+def hash_copies(tensor: Tensor, layout: Layout) -> dict[int, str]:
+    """Leaf -> SHA-256 of what this rank holds of it, where a rank may hold what another one owns.
+
+    Args:
+        tensor: layout.local_shape.
+        layout: how it lies on this rank.
+    Returns:
+        Empty where every rank holds what it owns.
+    Comm:
+        none.
+    """
+    if layout.cut is None or layout.cut.runs is None:
+        return {}
+    found = {}
+    for leaf, where, _ in layout.held_leaves():
+        hasher = hashlib.sha256()
+        _feed(hasher, tensor.detach()[where])
+        found[leaf] = hasher.hexdigest()
+    return found
+
+
 def owned_part(tensor: Tensor, layout: Layout) -> Tensor:
     """What a rank owns of what it holds, as a view."""
     if layout.cut is None or layout.dim is None or layout.held is None:

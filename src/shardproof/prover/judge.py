@@ -73,7 +73,7 @@ def _judge_tensor(
 ) -> TensorReport:
     seen = {degree: table[name] for degree, table in tables.items() if name in table}
     findings = [f"not recorded at degree {degree}" for degree in tables if degree not in seen]
-    findings += _replicas_that_differ(seen)
+    findings += _replicas_that_differ(seen) + _copies_that_differ(seen)
     sha256 = {str(degree): ranks[0].sha256 or "" for degree, ranks in seen.items()}
     identical = not findings and len(set(sha256.values())) == 1
     first = next(iter(seen.values()))[0] if seen else Recorded(name, (), "", True, "", True, None)
@@ -110,6 +110,22 @@ def _replicas_that_differ(seen: Mapping[int, Sequence[Recorded]]) -> list[str]:
         if other:
             which = f"rank {other[0]} has" if len(other) == 1 else f"ranks {', '.join(other)} have"
             found.append(f"replicas differ at degree {degree}: {which} not what rank 0 has")
+    return found
+
+
+def _copies_that_differ(seen: Mapping[int, Sequence[Recorded]]) -> list[str]:
+    """What to say of ranks that hold another rank's leaf as it is not."""
+    found = []
+    for degree, ranks in seen.items():
+        first: dict[int, tuple[int, str]] = {}  # the owner comes before all others that hold it
+        for rank, tensor in enumerate(ranks):
+            for leaf, sha in tensor.copies.items():
+                owner, owned = first.setdefault(leaf, (rank, sha))
+                if sha != owned:
+                    found.append(
+                        f"copies differ at degree {degree}: rank {rank} holds leaf {leaf} not as "
+                        f"rank {owner} has it"
+                    )
     return found
 
 

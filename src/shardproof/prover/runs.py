@@ -14,7 +14,7 @@ from shardproof.leaves import Layout
 from shardproof.numerics import mode
 from shardproof.prover.case import Case, Check, Trial
 from shardproof.prover.compare import Figures, measure
-from shardproof.prover.hashing import hash_tensor, owned_part
+from shardproof.prover.hashing import hash_copies, hash_tensor, owned_part
 from shardproof.prover.reference import PLAIN, PRECISE, Reference, ReferenceWriter
 from shardproof.scheme import Scheme
 
@@ -33,6 +33,8 @@ class Recorded:
         figures: where the rank's part stands; None if not judged, unknown to plain torch, or the
             copy of a replicated tensor that rank 0 has too.
         misfit: how shape or dtype differ from plain torch's, in words; then there are no figures.
+        copies: leaf -> SHA-256 of what this rank holds of it, where ranks hold leaves that another
+            one owns: they must hold the same.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Recorded:
     is_judged: bool
     figures: Figures | None
     misfit: str = ""
+    copies: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class _RankRecorder:
                 judged,
                 self._measure(name, tensor, layout) if is_compared and not misfit else None,
                 misfit,
+                hash_copies(tensor, layout),
             )
         )
 
