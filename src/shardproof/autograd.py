@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable as _once_differentiable
 
 Backward = Callable[..., Any]
@@ -14,7 +15,9 @@ def once_differentiable(backward: Backward) -> Backward:
     """A backward that raises when it is differentiated again, as torch's decorator of that name.
 
     That one switches gradients off around every call, at 2 us; where they are off already, as in
-    every backward without `create_graph`, this one does not.
+    every backward without `create_graph`, this one does not. And that one lets a second-order term
+    vanish without a word where no incoming gradient wants a gradient (that of a plain sum): here
+    what the forward has saved counts too.
 
     Args:
         backward: of an autograd function.
@@ -23,6 +26,19 @@ def once_differentiable(backward: Backward) -> Backward:
 
     @functools.wraps(backward)
     def backward_once(ctx: Any, *grads: Any) -> Any:
-        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        return guarded(ctx, *_armed(ctx, grads))
 
     return backward_once
+
+
+def _armed(ctx: Any, grads: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The gradients, one of which wants a gradient if the result depends on what wants one."""
+    given = [grad for grad in grads if isinstance(grad, Tensor)]
+    if any(grad.requires_grad for grad in given) or not given:
+        return grads
+    if not any(saved is not None and saved.requires_grad for saved in ctx.saved_tensors):
+        return grads
+    place = next(place for place, grad in enumerate(grads) if isinstance(grad, Tensor))
+    return (*grads[:place], grads[place].detach().requires_grad_(), *grads[place + 1 :])
