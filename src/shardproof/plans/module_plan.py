@@ -1,5 +1,6 @@
 """How one module is cut: its parameters on every rank, and what it sends. Plain data."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -61,7 +62,7 @@ class ParameterPlan:
     @property
     def held_bytes(self) -> tuple[int, ...]:
         """What each rank holds."""
-        return tuple(_numel(each.local_shape) * self.dtype.itemsize for each in self.layouts)
+        return tuple(held * self.dtype.itemsize for held, _ in _elements(self.layouts))
 
     @property
     def owned_bytes(self) -> tuple[int, ...]:
@@ -69,12 +70,7 @@ class ParameterPlan:
 
         What every rank holds whole is counted on each.
         """
-        return tuple(
-            self.nbytes
-            if each.dim is None
-            else self.nbytes // self.shape[each.dim] * len(each.owned)
-            for each in self.layouts
-        )
+        return tuple(owned * self.dtype.itemsize for _, owned in _elements(self.layouts))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -192,6 +188,17 @@ def held_bytes(modules: Iterable[ModulePlan], degree: int) -> tuple[int, ...]:
 def _nameless(module: ModulePlan) -> ModulePlan:
     tied = tuple(replace(each, tied_to=str(bool(each.tied_to))) for each in module.parameters)
     return replace(module, name="", parameters=tied)
+
+
+@functools.lru_cache(1024)  # layers repeat
+def _elements(layouts: tuple[Layout, ...]) -> tuple[tuple[int, int], ...]:
+    """How many elements each rank holds, and owns."""
+    found = []
+    for each in layouts:
+        whole = _numel(each.shape)
+        owned = whole if each.dim is None else whole // each.shape[each.dim] * len(each.owned)
+        found.append((_numel(each.local_shape), owned))
+    return tuple(found)
 
 
 def _numel(shape: Sequence[int]) -> int:

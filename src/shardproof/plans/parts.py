@@ -1,5 +1,6 @@
 """What a style makes of a module: layouts on every rank, and collectives. Integers only."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from shardproof.scheme import Scheme
 from shardproof.tree import nodes_of_run
 
 Held = tuple[range, ...] | None
+_KEPT = 1024
 
 
 class Parts:
@@ -124,16 +126,16 @@ class Parts:
     # -- attention ---------------------------------------------------------------------------------
 
     def _attention(self, name: str, style: Attention) -> Iterator[ModulePlan]:
-        heads = Heads(style.queries, style.keys, style.head_dim, self._scheme.leaves, self._degree)
-        held = tuple(heads.held(rank) for rank in range(self._degree))
+        heads = _heads(style.queries, style.keys, style.head_dim, self._scheme.leaves, self._degree)
+        held = _held(heads)
         query, output = (
             self._linear(f"{name}.{style.query}"),
             self._linear(f"{name}.{style.output}"),
         )
         dtype = query.weight.dtype
         sends = [self._input_gradient(query.in_features, dtype, heads.query_cut)]
-        if heads.shared():
-            given = self._nodes(heads)
+        if _shared(heads):
+            given = _nodes(heads, self._scheme.is_invariant)
             sends.append(_gather("backward", "key and value gradients", node_dtype(dtype), given))
         yield self._group(name, "attention", style, heads.query_cut, sends)
         both = {"weight": 0, "bias": 0}
@@ -178,18 +180,6 @@ class Parts:
             for own, value in norm.named_parameters(recurse=False)
         ]
         return self._make(name, role, style, {}, cut, held, sends)
-
-    def _nodes(self, heads: Heads) -> tuple[int, ...]:
-        """Elements for every token, by rank, of the gradients of heads that several ranks hold."""
-        given = []
-        for rank in range(self._degree):
-            runs = [heads.served(key, rank) for key in heads.shared()]
-            if self._scheme.is_invariant:
-                nodes = sum(len(nodes_of_run(heads.group, run)) for run in runs)
-            else:
-                nodes = sum(1 for run in runs if run)
-            given.append(2 * nodes * heads.head_dim)  # of keys and of values
-        return tuple(given)
 
     # -- what all of them need ---------------------------------------------------------------------
 
@@ -238,14 +228,9 @@ class Parts:
         cut: Cut | None,
         held: Held = None,
     ) -> ParameterPlan:
-        shape, ranks = tuple(value.shape), range(self._degree)
-        if dim is None:
-            layouts = tuple(Layout(shape, rank) for rank in ranks)
-        else:
-            layouts = tuple(
-                Layout(shape, rank, dim, cut, None if held is None else held[rank])
-                for rank in ranks
-            )
+        layouts = _layouts(
+            tuple(value.shape), self._degree, dim, cut if dim is not None else None, held
+        )
         return ParameterPlan(own, value.dtype, layouts)
 
     def _linear(self, name: str) -> nn.Linear:
@@ -270,6 +255,51 @@ class Parts:
     def _sent(self, sends: list[Collective]) -> tuple[Collective, ...]:
         """On one rank nothing is sent, and nothing is counted."""
         return tuple(sends) if self._degree > 1 else ()
+
+
+# Layers repeat: what follows from integers alone is worked out once.
+
+
+@functools.lru_cache(_KEPT)
+def _layouts(
+    shape: tuple[int, ...], degree: int, dim: int | None, cut: Cut | None, held: Held
+) -> tuple[Layout, ...]:
+    """One parameter on every rank."""
+    return tuple(
+        Layout(shape, rank, dim, cut, None if held is None or dim is None else held[rank])
+        for rank in range(degree)
+    )
+
+
+@functools.lru_cache(_KEPT)
+def _heads(queries: int, keys: int, head_dim: int, leaves: int, degree: int) -> Heads:
+    """One instance for all layers, which keeps its cuts."""
+    return Heads(queries, keys, head_dim, leaves, degree)
+
+
+@functools.lru_cache(_KEPT)
+def _held(heads: Heads) -> tuple[range, ...]:
+    """Key-value heads that each rank holds."""
+    return tuple(heads.held(rank) for rank in range(heads.degree))
+
+
+@functools.lru_cache(_KEPT)
+def _shared(heads: Heads) -> tuple[int, ...]:
+    return heads.shared()
+
+
+@functools.lru_cache(_KEPT)
+def _nodes(heads: Heads, is_invariant: bool) -> tuple[int, ...]:
+    """Elements for every token, by rank, of the gradients of heads that several ranks hold."""
+    given = []
+    for rank in range(heads.degree):
+        runs = [heads.served(key, rank) for key in _shared(heads)]
+        if is_invariant:
+            nodes = sum(len(nodes_of_run(heads.group, run)) for run in runs)
+        else:
+            nodes = sum(1 for run in runs if run)
+        given.append(2 * nodes * heads.head_dim)  # of keys and of values
+    return tuple(given)
 
 
 def _gather(

@@ -202,8 +202,10 @@ def _patterns(styles: Mapping[str, Style], model: nn.Module) -> dict[str, Style 
     """The same styles under patterns, where all that a pattern names has the same."""
     names = [name for name, _ in model.named_modules()]
     found: dict[str, Style | str] = {}
+    alike: dict[str, bool] = {}
     for name, style in styles.items():
         short = pattern(name)
-        is_alike = all(styles.get(other) == style for other in names if fits(short, other))
-        found[short if is_alike else name] = style
+        if short not in alike:
+            alike[short] = all(styles.get(other) == style for other in names if fits(short, other))
+        found[short if alike[short] else name] = style
     return found
