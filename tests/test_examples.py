@@ -1,5 +1,6 @@
 """Every example runs on this machine and ends with its own check."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -11,15 +12,22 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 LAST_LINES = {
     "feed_forward.py": "max difference from plain torch",
     "train_a_model.py": "the same bits at every degree: True",
+    "train_llama.py": "loss curve ",
     "under_torchrun.py": "degree 3 has the bits of degree 1: True",
 }
+TORCHRUN = {"train_llama.py": 2, "under_torchrun.py": 3}  # how many ranks
+NEEDS = {"train_llama.py": "transformers"}
 
 
-def command(name: str) -> list[str]:
-    if name == "under_torchrun.py":
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-        return [sys.executable, *launcher, str(EXAMPLES / name)]
-    return [sys.executable, str(EXAMPLES / name)]
+@functools.cache
+def last_line(name: str, ranks: int | None) -> str:
+    """What an example ends with, under torchrun or alone."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, *(launcher if ranks else []), str(EXAMPLES / name)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()[-1]
 
 
 def test_every_example_is_listed_here():
@@ -28,8 +36,11 @@ def test_every_example_is_listed_here():
 
 @pytest.mark.parametrize("name", LAST_LINES)
 def test_example_ends_with_its_check(name):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(name), capture_output=True, text=True, env=environment)
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    assert last_line(name, TORCHRUN.get(name)).startswith(LAST_LINES[name])
 
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1].startswith(LAST_LINES[name])
+
+def test_a_llama_has_one_loss_curve_alone_and_under_torchrun():
+    pytest.importorskip("transformers")
+    assert last_line("train_llama.py", None) == last_line("train_llama.py", 2)
