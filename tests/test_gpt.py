@@ -27,7 +27,7 @@ SMALL = Sizes(vocabulary=257, positions=16, heads=3, head_dim=6, inner=29, block
 
 def small(**changes: Any) -> Case:
     """The case gpt with a smaller model, and short."""
-    short = Lesson(GPT(SMALL), steps=2, rows=2, length=12, falls_to=1.0)
+    short = Lesson(GPT(SMALL), steps=2, rows=2, length=12)
     return dataclasses.replace(GPT_CASE, work=dataclasses.replace(short, **changes))
 
 
@@ -122,7 +122,7 @@ def test_no_degree_divides_its_sizes() -> None:
 
 @pytest.fixture(scope="module")
 def proof() -> Report:
-    work = dataclasses.replace(GPT_CASE.work, steps=2, falls_to=1.0)  # type: ignore[type-var]
+    work = dataclasses.replace(GPT_CASE.work, steps=2)  # type: ignore[type-var]
     return prove(dataclasses.replace(GPT_CASE, work=work), (1, 2, 3, 8))
 
 
@@ -188,9 +188,33 @@ def test_the_small_case_is_proved() -> None:
 
 
 def test_a_loss_that_does_not_fall() -> None:
-    report = prove(small(learning_rate=1e-9, falls_to=0.99), (1,))
+    report = prove(small(learning_rate=1e-9, steps=4), (1,))
     assert not report.proved
     assert "the check 'loss falls' failed" in report.verdict()
+
+
+@pytest.mark.parametrize(
+    ("losses", "falls_to", "passed"),
+    [
+        ([5.0, 4.6, 4.4], 0.9, True),  # their mean
+        ([5.0, 4.6, 4.5], 0.9, False),
+        ([5.0, 4.5], 0.9, True),
+        ([5.0, 4.6], 0.9, False),
+        ([5.0, float("nan")], 0.9, False),
+        ([5.0], 0.9, None),
+    ],
+)
+def test_what_a_fall_is(losses: list[float], falls_to: float, passed: bool | None) -> None:
+    trial = Trial(axis=Axis.solo(), scheme=Scheme(), seed=1, recorder=None)  # type: ignore[arg-type]
+    for loss in losses:
+        trial.follow(torch.tensor(loss), run="dropout")
+    lesson._claim_fall(trial, "dropout", falls_to)
+    assert [check.passed for check in trial.checks] == ([] if passed is None else [passed])
+    assert all(check.name == "loss falls with dropout" for check in trial.checks)
+
+
+def test_few_steps_need_not_bring_as_much() -> None:
+    assert prove(small(steps=2), (1,)).cases[0].checks_passed
 
 
 def test_dropout_drawn_by_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ pytest.importorskip("safetensors", reason="needs the extra 'hf'")
 def short(case: Case, **changes: Any) -> Case:
     """The same case with two steps."""
     assert isinstance(case.work, Lesson)
-    work = dataclasses.replace(case.work, **{"steps": 2, "falls_to": 1.0} | changes)
+    work = dataclasses.replace(case.work, **{"steps": 2} | changes)
     return dataclasses.replace(case, work=work)
 
 
