@@ -379,6 +379,7 @@ def test_what_cannot_be_served_is_said(what: str) -> None:
     with pytest.raises(PlanError, match=re.escape(text)) as caught:
         plan(model, degree=2)
     assert str(caught.value).startswith(f"the plan does not fit {family}ForCausalLM: ")
+    assert str(caught.value).count("\n- ") == 0, "one trouble, said once"
 
 
 def test_gates_in_the_attention() -> None:
@@ -388,6 +389,26 @@ def test_gates_in_the_attention() -> None:
     model._tp_plan[f"{ATTN}.g_proj"] = "colwise"
     with pytest.raises(PlanError, match="the plan also cuts g_proj in it, of which nothing says"):
         plan(model, degree=2)
+
+
+def test_heads_that_differ_by_layer_and_heads_that_nobody_tells() -> None:
+    class Config:
+        """Like a config of transformers whose layers differ."""
+
+        @property
+        def num_attention_heads(self) -> int:
+            raise RuntimeError("'num_attention_heads' is a per-layer attribute")
+
+    model = small("Llama", device="meta")
+    for layer in model.model.layers:
+        layer.self_attn.config = Config()
+    with pytest.raises(PlanError, match="its heads differ from layer to layer, which its config"):
+        plan(model, degree=2)
+    entries = {name: style for name, style in entries_of(model).items() if "self_attn" in name}
+    inner = nn.ModuleDict({"model": model.model})
+    for layer in model.model.layers:
+        layer.self_attn.config = None
+    assert set(plan(inner, entries, degree=2).plan.styles) == set(entries)
 
 
 def test_cross_attention() -> None:

@@ -1,6 +1,6 @@
 """Recognising attention modules: linears that a plan cuts by features and that are heads."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +20,12 @@ class Recognised:
     Attributes:
         styles: name of the attention module -> style; its children have none of their own.
         gathered: of these, the ones whose projections the plan gathers, which is not needed.
-        problems: modules that look like attention and cannot be cut by heads, one sentence each.
+        problems: module that looks like one and cannot be cut by heads -> why.
     """
 
     styles: dict[str, Attention] = field(default_factory=dict)
     gathered: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
 
 
 def recognise(styles: dict[str, Style], model: nn.Module) -> Recognised:
@@ -41,26 +41,29 @@ def recognise(styles: dict[str, Style], model: nn.Module) -> Recognised:
     found = Recognised()
     for name in _parents(styles):
         module = model.get_submodule(name)
-        config = getattr(module, "config", None) or getattr(model, "config", None)
-        if isinstance(styles.get(name), Attention) or _heads_of(config) is None:
-            continue
         children = {child: styles[f"{name}.{child}"] for child in _cut_children(name, styles)}
-        if (
-            not children.keys() & {QUERY, KEY, VALUE}
-            and "attention" not in type(module).__name__.lower()
-        ):
+        if isinstance(styles.get(name), Attention) or not _looks_like_one(module, children):
+            continue
+        heads = _heads_of(module, model)
+        if heads is None:
             continue
         if all(_is_whole(style) for style in children.values()) and not _norms_across(module):
             continue  # gathered, every one of them: nothing sees a part of the heads
         problem = _misfit(name, module, children)
-        style = None if problem else _attention(name, module, config, children)
+        style = None if problem else _attention(name, module, heads, children)
         if isinstance(style, Attention):
             found.styles[name] = style
             if any(_is_whole(each) for each in children.values()):
                 found.gathered.append(name)
         else:
-            found.problems.append(problem or str(style))
+            found.problems[name] = problem or str(style)
     return found
+
+
+def _looks_like_one(module: nn.Module, children: Iterable[str]) -> bool:
+    """True for what is named like an attention, or has children that are named like heads."""
+    is_named = "attention" in type(module).__name__.lower()
+    return is_named or not {QUERY, KEY, VALUE}.isdisjoint(children)
 
 
 def _parents(styles: dict[str, Style]) -> Iterator[str]:
@@ -113,16 +116,16 @@ def _misfit(name: str, module: nn.Module, children: dict[str, Style]) -> str:
 
 
 def _attention(
-    name: str, module: nn.Module, config: Any, children: dict[str, Style]
+    name: str, module: nn.Module, heads: tuple[int, int, int], children: dict[str, Style]
 ) -> Attention | str:
     """The style of an attention module, or why it has none."""
-    heads = _heads_of(config)
-    assert heads is not None  # noqa: S101 - that is how it was found
-    queries, keys = heads
+    queries, keys, head_dim = heads
     output = next(child for child, style in children.items() if isinstance(style, RowParallel))
-    head_dim = whole_number(getattr(module, "head_dim", None) or getattr(config, "head_dim", None))
-    if head_dim is None:
-        head_dim = config.hidden_size // queries
+    if not all(heads):
+        return (
+            f"module {name!r} ({type(module).__name__}) is an attention, and its heads differ from "
+            "layer to layer, which its config does not tell. Name it with Attention(...)."
+        )
     start = f"module {name!r} ({type(module).__name__}) is an attention of "
     wanted = {
         QUERY: ("out_features", queries),
@@ -153,13 +156,22 @@ def _attention(
     )
 
 
-def _heads_of(config: Any) -> tuple[int, int] | None:
-    """Query and key-value heads that a config tells."""
-    queries = whole_number(getattr(config, "num_attention_heads", None))
+def _heads_of(module: nn.Module, model: nn.Module) -> tuple[int, int, int] | None:
+    """Query heads, key-value heads and features of one, as a config tells them.
+
+    None where no config tells of heads; zeros where it tells only that they differ by layer.
+    """
+    config = getattr(module, "config", None) or getattr(model, "config", None)
+    try:
+        queries = whole_number(getattr(config, "num_attention_heads", None))
+        keys = whole_number(getattr(config, "num_key_value_heads", None))
+        head_dim = getattr(module, "head_dim", None) or getattr(config, "head_dim", None)
+        width = whole_number(getattr(config, "hidden_size", None))
+    except RuntimeError:  # transformers' word for: ask the config of a layer
+        return 0, 0, 0
     if not queries:
         return None
-    keys = whole_number(getattr(config, "num_key_value_heads", None))
-    return queries, keys or queries
+    return queries, keys or queries, whole_number(head_dim) or (width or 0) // queries
 
 
 def _norms_across(module: nn.Module) -> bool:

@@ -5,7 +5,7 @@ Its strings are the exchange format; what they say is turned into styles of ours
 transformers itself is not imported: everything is read from the model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -71,19 +71,18 @@ def read_tp_plan(model: nn.Module) -> Reading:
     found = find(entries, model)
     styles, notes = found.styles, list[str]()
     attentions = recognise(styles, model)
-    for name, attention in attentions.styles.items():
-        inside = [other for other in styles if other.startswith(f"{name}.")]
-        for other in inside:
-            del styles[other]
-        styles[name] = attention
+    # Also where one cannot be cut: enough has been said of what is in it.
+    known = {*attentions.styles, *attentions.problems}
+    styles = {name: each for name, each in styles.items() if name.rpartition(".")[0] not in known}
+    styles |= attentions.styles
     if attentions.gathered:
         notes.append(
             f"{listed(attentions.gathered)}: the tp_plan gathers queries, keys and values, for "
             "their norms go across the heads; here they stay cut by heads, and only the norms' "
             "sums cross the ranks."
         )
-    problems = found.problems + attentions.problems
-    problems += lost_norms(found.norms, styles, model)
+    problems = found.problems + list(attentions.problems.values())
+    problems += lost_norms(found.norms, styles, attentions.problems, model)
     problems += _seeing_shards(styles, model)
     notes += _add_embedding(styles, found.whole, embedding, head, model)
     styles |= _shared_inputs(styles, model)
@@ -111,17 +110,20 @@ def _name_of(model: nn.Module, method: str) -> str | None:
     return next((name for name, module in model.named_modules() if module is wanted), None)
 
 
-def lost_norms(norms: tuple[str, ...], styles: dict[str, Style], model: nn.Module) -> Iterator[str]:
+def lost_norms(
+    norms: tuple[str, ...], styles: dict[str, Style], refused: Collection[str], model: nn.Module
+) -> Iterator[str]:
     """What is wrong where a plan calls a module a norm of heads that belongs to no attention.
 
     Args:
         norms: modules that an entry of the plan calls so.
         styles: module name -> style, attentions among them.
+        refused: attentions of which something else is wrong.
         model: whose modules they are; one without parameters is no trouble.
     """
     for name in norms:
         parent, _, child = name.rpartition(".")
-        is_known = child in getattr(styles.get(parent), "children", ())
+        is_known = parent in refused or child in getattr(styles.get(parent), "children", ())
         if not is_known and next(model.get_submodule(name).parameters(), None) is not None:
             yield (
                 f"module {name!r}: 'replicated_with_grad_allreduce' is understood for norms of "

@@ -118,7 +118,7 @@ def _explicit(given: Mapping[str, Style | str], model: nn.Module) -> Reading:
     styles: dict[str, Style] = {
         name: style
         for name, style in found.styles.items()
-        if name.rpartition(".")[0] not in attentions.styles
+        if name.rpartition(".")[0] not in {*attentions.styles, *attentions.problems}
     }
     styles |= attentions.styles
     notes: tuple[str, ...] = ()
@@ -127,8 +127,8 @@ def _explicit(given: Mapping[str, Style | str], model: nn.Module) -> Reading:
             f"{listed(attentions.styles)}: the plan cuts linears of an attention, which are heads; "
             "they are cut by whole heads.",
         )
-    problems = found.problems + attentions.problems
-    problems += lost_norms(found.norms, styles, model)
+    problems = found.problems + list(attentions.problems.values())
+    problems += lost_norms(found.norms, styles, attentions.problems, model)
     return Reading(styles, found.whole, notes, problems)
 
 
