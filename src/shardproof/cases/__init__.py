@@ -1,4 +1,4 @@
-"""What `shardproof prove` runs by itself: the seed systems and the digits training."""
+"""What `shardproof prove` runs by itself: the seed systems, digits, and language models."""
 
 from shardproof.cases.catalog import all_cases, find_case
 
