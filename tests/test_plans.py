@@ -14,7 +14,7 @@ from shardproof.axis import Axis
 from shardproof.errors import DegreeError, MismatchError, PlanError
 from shardproof.layers.linear import RowParallelLinear
 from shardproof.plans.apply import parallelize
-from shardproof.plans.match import fits, match
+from shardproof.plans.match import find, fits
 from shardproof.plans.style import ColumnParallel, Plan, RowParallel
 from shardproof.scheme import Scheme
 
@@ -44,9 +44,9 @@ def test_a_star_never_crosses_a_dot(pattern: str, name: str, is_match: bool) -> 
 
 
 def test_hugging_face_spellings_are_the_two_styles() -> None:
-    found, problems = match({"layers.*.up_proj": "colwise", "head": "rowwise"}, Model())
-    assert problems == []
-    assert found == {
+    found = find({"layers.*.up_proj": "colwise", "head": "rowwise"}, Model())
+    assert found.problems == []
+    assert found.styles == {
         "layers.0.up_proj": ColumnParallel(),
         "layers.1.up_proj": ColumnParallel(),
         "head": RowParallel(),
@@ -55,7 +55,8 @@ def test_hugging_face_spellings_are_the_two_styles() -> None:
 
 def test_two_patterns_may_agree_about_a_module() -> None:
     styles = {"head": "colwise", "h*d": ColumnParallel()}
-    assert match(styles, Model()) == ({"head": ColumnParallel()}, [])
+    found = find(styles, Model())
+    assert (found.styles, found.problems) == ({"head": ColumnParallel()}, [])
 
 
 def refusal(model: nn.Module, styles: Any, axis: Axis | None = None) -> str:

@@ -19,14 +19,12 @@ class Found:
 
     Attributes:
         styles: module name -> style, in the model's order.
-        patterns: module name -> the entry that named it first.
         whole: modules that an entry leaves whole.
         norms: modules that an entry calls norms of heads (Hugging Face's spelling).
         problems: what is wrong with the plan, one sentence each.
     """
 
     styles: dict[str, Style] = field(default_factory=dict)
-    patterns: dict[str, str] = field(default_factory=dict)
     whole: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
     problems: list[str] = field(default_factory=list)
@@ -60,27 +58,10 @@ def find(styles: Mapping[str, Style | str], model: nn.Module) -> Found:
     ordered = {name: named[name] for name in names if name in named}
     return Found(
         {name: style for name, (_, style) in ordered.items() if not isinstance(style, str)},
-        {name: pattern for name, (pattern, _) in ordered.items()},
         tuple(name for name, (_, style) in ordered.items() if style == WHOLE),
         tuple(name for name, (_, style) in ordered.items() if style == HEAD_NORM),
         problems,
     )
-
-
-def match(
-    styles: Mapping[str, Style | str], model: nn.Module
-) -> tuple[dict[str, Style], list[str]]:
-    """Module name -> style for every module that a pattern names, and what is wrong with the plan.
-
-    Args:
-        styles: pattern -> style, or Hugging Face's spelling of one.
-        model: whose module names are matched.
-
-    Returns:
-        The matches in the model's order, and one sentence per problem.
-    """
-    found = find(styles, model)
-    return found.styles, found.problems
 
 
 def fits(pattern: str, name: str) -> bool:
