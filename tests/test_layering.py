@@ -64,7 +64,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("hf.__init__",),
     # Which module is cut how.
     ("plans.style", "plans.text"),
-    ("plans.attention", "plans.collective", "plans.match"),
+    ("plans.attention", "plans.collective", "plans.match", "plans.repeated"),
     ("plans.module_plan",),
     ("plans.fit", "plans.model_plan", "plans.parts"),
     ("plans.hf_plan",),

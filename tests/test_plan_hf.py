@@ -124,7 +124,7 @@ def test_a_forgotten_gradient_of_shared_heads_is_noticed(
 ) -> None:
     """The planted fault: a prediction that overlooks heads that two ranks hold."""
     model = small("Llama")
-    monkeypatch.setattr(parts, "_shared", lambda heads: ())
+    monkeypatch.setattr(parts, "shared_keys", lambda heads: ())
     made = plan(model, degree=3)
     monkeypatch.undo()
     assert differing(pool, model, made) == [

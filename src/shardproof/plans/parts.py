@@ -1,6 +1,5 @@
 """What a style makes of a module: layouts on every rank, and collectives. Integers only."""
 
-import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -8,10 +7,11 @@ import torch
 from torch import nn
 
 from shardproof.heads import Heads
-from shardproof.leaves import Cut, Layout
+from shardproof.leaves import Cut
 from shardproof.numerics.matmul import node_dtype
 from shardproof.plans.collective import Collective, Direction, When
 from shardproof.plans.module_plan import ModulePlan, ParameterPlan, Role
+from shardproof.plans.repeated import gradient_parts, heads_of, held_keys, layouts, shared_keys
 from shardproof.plans.style import (
     Attention,
     ColumnParallel,
@@ -21,10 +21,8 @@ from shardproof.plans.style import (
     VocabParallel,
 )
 from shardproof.scheme import Scheme
-from shardproof.tree import nodes_of_run
 
 Held = tuple[range, ...] | None
-_KEPT = 1024
 
 
 class Parts:
@@ -126,16 +124,18 @@ class Parts:
     # -- attention ---------------------------------------------------------------------------------
 
     def _attention(self, name: str, style: Attention) -> Iterator[ModulePlan]:
-        heads = _heads(style.queries, style.keys, style.head_dim, self._scheme.leaves, self._degree)
-        held = _held(heads)
+        heads = heads_of(
+            style.queries, style.keys, style.head_dim, self._scheme.leaves, self._degree
+        )
+        held = held_keys(heads)
         query, output = (
             self._linear(f"{name}.{style.query}"),
             self._linear(f"{name}.{style.output}"),
         )
         dtype = query.weight.dtype
         sends = [self._input_gradient(query.in_features, dtype, heads.query_cut)]
-        if _shared(heads):
-            given = _nodes(heads, self._scheme.is_invariant)
+        if shared_keys(heads):
+            given = gradient_parts(heads, self._scheme.is_invariant)
             sends.append(_gather("backward", "key and value gradients", node_dtype(dtype), given))
         yield self._group(name, "attention", style, heads.query_cut, sends)
         both = {"weight": 0, "bias": 0}
@@ -228,10 +228,10 @@ class Parts:
         cut: Cut | None,
         held: Held = None,
     ) -> ParameterPlan:
-        layouts = _layouts(
+        by_rank = layouts(
             tuple(value.shape), self._degree, dim, cut if dim is not None else None, held
         )
-        return ParameterPlan(own, value.dtype, layouts)
+        return ParameterPlan(own, value.dtype, by_rank)
 
     def _linear(self, name: str) -> nn.Linear:
         return self._model.get_submodule(name)  # type: ignore[return-value]  # has been checked
@@ -255,51 +255,6 @@ class Parts:
     def _sent(self, sends: list[Collective]) -> tuple[Collective, ...]:
         """On one rank nothing is sent, and nothing is counted."""
         return tuple(sends) if self._degree > 1 else ()
-
-
-# Layers repeat: what follows from integers alone is worked out once.
-
-
-@functools.lru_cache(_KEPT)
-def _layouts(
-    shape: tuple[int, ...], degree: int, dim: int | None, cut: Cut | None, held: Held
-) -> tuple[Layout, ...]:
-    """One parameter on every rank."""
-    return tuple(
-        Layout(shape, rank, dim, cut, None if held is None or dim is None else held[rank])
-        for rank in range(degree)
-    )
-
-
-@functools.lru_cache(_KEPT)
-def _heads(queries: int, keys: int, head_dim: int, leaves: int, degree: int) -> Heads:
-    """One instance for all layers, which keeps its cuts."""
-    return Heads(queries, keys, head_dim, leaves, degree)
-
-
-@functools.lru_cache(_KEPT)
-def _held(heads: Heads) -> tuple[range, ...]:
-    """Key-value heads that each rank holds."""
-    return tuple(heads.held(rank) for rank in range(heads.degree))
-
-
-@functools.lru_cache(_KEPT)
-def _shared(heads: Heads) -> tuple[int, ...]:
-    return heads.shared()
-
-
-@functools.lru_cache(_KEPT)
-def _nodes(heads: Heads, is_invariant: bool) -> tuple[int, ...]:
-    """Elements for every token, by rank, of the gradients of heads that several ranks hold."""
-    given = []
-    for rank in range(heads.degree):
-        runs = [heads.served(key, rank) for key in _shared(heads)]
-        if is_invariant:
-            nodes = sum(len(nodes_of_run(heads.group, run)) for run in runs)
-        else:
-            nodes = sum(1 for run in runs if run)
-        given.append(2 * nodes * heads.head_dim)  # of keys and of values
-    return tuple(given)
 
 
 def _gather(

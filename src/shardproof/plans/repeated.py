@@ -1,0 +1,56 @@
+"""What follows from integers alone, worked out once for all the layers that repeat it."""
+
+import functools
+
+from shardproof.heads import Heads
+from shardproof.leaves import Cut, Layout
+from shardproof.tree import nodes_of_run
+
+_KEPT = 1024
+
+
+@functools.lru_cache(_KEPT)
+def layouts(
+    shape: tuple[int, ...],
+    degree: int,
+    dim: int | None,
+    cut: Cut | None,
+    held: tuple[range, ...] | None,
+) -> tuple[Layout, ...]:
+    """One parameter on every rank."""
+    return tuple(
+        Layout(shape, rank, dim, cut, None if held is None or dim is None else held[rank])
+        for rank in range(degree)
+    )
+
+
+@functools.lru_cache(_KEPT)
+def heads_of(queries: int, keys: int, head_dim: int, leaves: int, degree: int) -> Heads:
+    """One instance for all layers, which keeps its cuts."""
+    return Heads(queries, keys, head_dim, leaves, degree)
+
+
+@functools.lru_cache(_KEPT)
+def held_keys(heads: Heads) -> tuple[range, ...]:
+    """Key-value heads that each rank holds."""
+    return tuple(heads.held(rank) for rank in range(heads.degree))
+
+
+@functools.lru_cache(_KEPT)
+def shared_keys(heads: Heads) -> tuple[int, ...]:
+    """Key-value heads that several ranks hold."""
+    return heads.shared()
+
+
+@functools.lru_cache(_KEPT)
+def gradient_parts(heads: Heads, is_invariant: bool) -> tuple[int, ...]:
+    """Elements for every token, by rank, of the gradients of heads that several ranks hold."""
+    given = []
+    for rank in range(heads.degree):
+        runs = [heads.served(key, rank) for key in shared_keys(heads)]
+        if is_invariant:
+            nodes = sum(len(nodes_of_run(heads.group, run)) for run in runs)
+        else:
+            nodes = sum(1 for run in runs if run)
+        given.append(2 * nodes * heads.head_dim)  # of keys and of values
+    return tuple(given)
