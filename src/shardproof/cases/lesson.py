@@ -27,7 +27,7 @@ from shardproof.prover.training import (
 from shardproof.prover.wide import KeepDouble
 
 MAIN, PRECISE, DROPOUT = "", "fp64", "dropout"  # the runs, as records are prefixed
-PER_STEP = 0.98  # what a step must leave of the loss at most, while there are few
+FEW = 4  # steps
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Lesson:
         learning_rate: of AdamW.
         max_norm: to which gradients are clipped.
         dropout: of the third run; 0 leaves it out.
-        falls_to: the mean loss of the last two steps is at most this share of the first; more
-            where there are so few steps that each would have to bring more than a fiftieth.
+        falls_to: the mean loss of the last two steps is at most this share of the first; of few
+            steps any fall will do.
         rereads: every step reads the same text; by default each reads other text.
     """
 
@@ -114,7 +114,7 @@ class Lesson:
             if step in (0, self.steps - 1):
                 record_state(trial, model, optimizer, prefix=now.prefix, judged=now.is_compared)
         if not trial.is_reference:
-            _claim_fall(trial, run, max(self.falls_to, PER_STEP ** (self.steps - 1)))
+            _claim_fall(trial, run, self.falls_to if self.steps > FEW else 1.0)
 
     def _step(
         self,
