@@ -58,6 +58,15 @@ def test_it_shows_the_same_here(tmp_path: Path) -> None:
     assert shown(again) == shown(NOTEBOOK)
 
 
+def test_other_text_is_seen_and_other_hashes_are_not(tmp_path: Path) -> None:
+    stored, changed = NOTEBOOK.read_text(), tmp_path / "changed.ipynb"
+    changed.write_text(stored.replace("99.7 % of them cut", "99.6 % of them cut"))
+    assert shown(changed) != shown(NOTEBOOK)
+    changed.write_text(re.sub(r"gradients [0-9a-f]{16}", "gradients " + 16 * "0", stored))
+    assert changed.read_text() != stored
+    assert shown(changed) == shown(NOTEBOOK)
+
+
 def test_a_cell_that_fails_writes_nothing(tmp_path: Path) -> None:
     pytest.importorskip("ipykernel")
     failing, target = tmp_path / "failing.ipynb", tmp_path / "target.ipynb"
