@@ -6,7 +6,7 @@ every other one with the same config, computes as before.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,33 +21,77 @@ CHILD = "head_attention"  # of the attention module
 
 def implementation_problem(model: nn.Module) -> str:
     """Why the attention of a model cannot be ours; "" if it can."""
-    name = _config(model)._attn_implementation
-    if name in NAMES or name in NAMES.values():
-        return ""
-    return (
-        f"{type(model).__name__} has the attention implementation {name!r}, which shardproof does "
-        f"not replace. Make the model with attn_implementation={' or '.join(map(repr, NAMES))}."
-    )
+    return _problem(type(model).__name__, _config(model))
 
 
 def take_over(model: nn.Module, attentions: dict[str, HeadAttention]) -> None:
     """Let attention modules of a model compute through ours.
 
+    Whoever shares a config with one of them, the module that makes the masks above all, gets the
+    same new one. A module that computes without ours after all raises when it is called.
+
     Args:
         model: of transformers.
         attentions: name of an attention module -> what computes in it.
+
+    Raises:
+        PlanError: an attention module has an implementation that cannot be replaced.
     """
-    old = _config(model)
-    if old._attn_implementation not in NAMES:
-        raise PlanError(implementation_problem(model))
+    old = {id(config): config for config in map(_config_of(model), attentions)}
+    for config in old.values():
+        if problem := _problem(type(model).__name__, config):
+            raise PlanError(problem)
     _register()
-    new = copy.deepcopy(old)
-    new._attn_implementation = NAMES[old._attn_implementation]
+    # All configs of the model that say the same: a composite model keeps copies side by side.
+    names = {config._attn_implementation for config in old.values()}
+    new: dict[int, Any] = {}
     for module in model.modules():
-        if getattr(module, "config", None) is old:
-            module.config = new
+        own: Any = getattr(module, "config", None)
+        if getattr(own, "_attn_implementation", None) not in names & NAMES.keys():
+            continue
+        if id(own) not in new:
+            new[id(own)] = copy.deepcopy(own)
+            new[id(own)]._attn_implementation = NAMES[own._attn_implementation]
+            old[id(own)] = own  # kept, or its id could be given again
+        module.config = new[id(own)]
     for name, attention in attentions.items():
-        model.get_submodule(name).add_module(CHILD, attention)
+        module = model.get_submodule(name)
+        module.add_module(CHILD, attention)
+        module.register_forward_pre_hook(_forget)
+        module.register_forward_hook(_remember)
+
+
+def _config_of(model: nn.Module) -> Callable[[str], Any]:
+    """Config of an attention module by its name; the model's, where it has none of its own."""
+    return lambda name: getattr(model.get_submodule(name), "config", None) or _config(model)
+
+
+def _problem(who: str, config: Any) -> str:
+    name = config._attn_implementation
+    if name in NAMES or name in NAMES.values():
+        return ""
+    return (
+        f"{who} has the attention implementation {name!r}, which shardproof does not replace. Make "
+        f"the model with attn_implementation={' or '.join(map(repr, NAMES))}."
+    )
+
+
+def _forget(module: nn.Module, inputs: Any) -> None:
+    """A forward pre-hook: nothing of ours has computed yet."""
+    getattr(module, CHILD).calls = 0
+
+
+def _remember(module: nn.Module, inputs: Any, output: Any) -> None:
+    """A forward hook: raise if this rank's heads were attended to by somebody else.
+
+    Whose gradients of shared key-value heads would be this rank's part alone.
+    """
+    if getattr(module, CHILD).calls == 0:
+        raise UsageError(
+            f"{type(module).__name__} {getattr(module, CHILD).site.who!r} is cut by heads, and its "
+            "attention was computed by another function than shardproof's. Do not call "
+            "set_attn_implementation after parallelize; if nobody did, leave it out of the plan."
+        )
 
 
 def _config(model: nn.Module) -> Any:

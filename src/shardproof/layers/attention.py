@@ -22,6 +22,7 @@ class HeadAttention(Drawing):
 
     Attributes:
         name, step: see `Drawing`.
+        calls: forward calls; who must be sure that it is used sets it to 0 and looks.
 
     Shapes and placements:
         q     (B, owned query heads, T, head_dim)      Shard(1)
@@ -40,6 +41,7 @@ class HeadAttention(Drawing):
         self.site = site
         self.is_causal = is_causal
         self.dropout = dropout
+        self.calls = 0
 
     def forward(
         self,
@@ -55,6 +57,7 @@ class HeadAttention(Drawing):
     ) -> Tensor:
         """See the class; `mask` and the rest as in `functional.attention`."""
         site = self.site
+        self.calls += 1
         is_idle = not site.heads.owned(site.axis.rank)
         if is_idle:  # what came is a stand-in
             q, k, v = q[:, :0], k[:, :0], v[:, :0]

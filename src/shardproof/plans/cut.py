@@ -44,7 +44,7 @@ class Cutter:
         self._scheme = scheme
         self._axis = axis
         self._head = head
-        self._ties: dict[int, nn.Parameter] = {}
+        self._ties: dict[int, nn.Parameter | None] = {}
         self._kept: list[nn.Module] = []  # or the id of a weight could be given again
 
     def cut(self, styles: Mapping[str, Style]) -> None:
@@ -90,9 +90,11 @@ class Cutter:
         self._put(name, whole, cut)
 
     def _put(self, name: str, whole: nn.Module, cut: nn.Module) -> None:
-        """Replace, and keep weights that were one parameter one parameter."""
-        weight = self._ties.setdefault(id(whole.weight), cut.weight)  # type: ignore[arg-type]
-        cut.weight = weight
+        """Replace, and keep parameters that were one parameter one parameter."""
+        for own, parameter in whole._parameters.items():
+            if parameter is not None:
+                mine = cut._parameters[own]
+                cut._parameters[own] = self._ties.setdefault(id(parameter), mine)
         self._kept.append(whole)
         self.replace(name, cut)
 
@@ -107,23 +109,25 @@ class Cutter:
             style.value: (heads.key_cut, held),
         }
         for child, (cut, holds) in cuts.items():
+            whole = self._child(name, child)
             column = ColumnParallelLinear.from_linear(
-                self._child(name, child),
+                whole,
                 axis=self._axis,
                 name=f"{name}.{child}",
                 scheme=self._scheme,
                 cut=cut,
                 held=holds,
             )
-            self.replace(f"{name}.{child}", column)
+            self._put(f"{name}.{child}", whole, column)
+        whole = self._child(name, style.output)
         row = RowParallelLinear.from_linear(
-            self._child(name, style.output),
+            whole,
             axis=self._axis,
             name=f"{name}.{style.output}",
             scheme=self._scheme,
             cut=heads.query_cut,
         )
-        self.replace(f"{name}.{style.output}", row)
+        self._put(f"{name}.{style.output}", whole, row)
         link([self._child(name, child) for child in cuts], heads=heads, who=name)
         self._cut_norms(name, style, heads)
         self._attend(name, style, heads)
@@ -155,7 +159,8 @@ class Cutter:
             site = NormSite(
                 axis=self._axis, cut=cut, held=holds, scheme=self._scheme, who=f"{name}.{child}"
             )
-            self.replace(f"{name}.{child}", kind.from_module(self._child(name, child), site))
+            whole = self._child(name, child)
+            self._put(site.who, whole, kind.from_module(whole, site))
 
     def _stand_in(self, name: str, style: Attention) -> None:
         """This rank has no heads; models that count them with -1 need one to look at."""
