@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from hf_zoo import Setting, cut_model, inputs, meta_model
+from hf_zoo import SIZES, Setting, cut_model, inputs, meta_model
 from places import Pool
 from shardproof import optim
 from shardproof.axis import Axis
-from shardproof.errors import UsageError
+from shardproof.errors import PlanError, UsageError
 from shardproof.plans.apply import parallelize
 from shardproof.plans.initialize import initialize
+from shardproof.plans.planning import plan
 from shardproof.prover.hashing import hash_tensor
 
 pytest.importorskip("transformers")
@@ -110,3 +111,17 @@ def test_biases_that_linears_share_stay_one(pool: Pool) -> None:
         return cut.a.bias is cut.b.bias
 
     assert pool(2, "threads").run(run) == [True, True]
+
+
+@pytest.mark.parametrize("family", ["Exaone4", "Gemma3"])
+def test_norms_that_come_after_the_heads_are_transposed_are_refused(family: str) -> None:
+    import transformers  # noqa: PLC0415
+
+    kind = "Gemma3Text" if family == "Gemma3" else family
+    config = getattr(transformers, f"{kind}Config")(**(SIZES | {"head_dim": 4}))
+    with torch.device("meta"):
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with pytest.raises(PlanError, match=r"q_norm' of .* is given 17 tokens as \(1, 8, 17, 4\)"):
+        plan(model, degree=2)
+    with pytest.raises(PlanError, match=r"is given 17 tokens"):
+        parallelize(model, None, Axis.solo())

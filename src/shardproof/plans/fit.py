@@ -9,8 +9,10 @@ from dataclasses import replace
 from torch import nn
 
 from shardproof.layers.base import ShardedModule
+from shardproof.layers.formula import find_formula
 from shardproof.leaves import Layout
 from shardproof.plans.module_plan import ModulePlan, ParameterPlan
+from shardproof.plans.probe import input_shape
 from shardproof.plans.style import (
     Attention,
     ColumnParallel,
@@ -150,6 +152,7 @@ def _attention(
             )
     yield from _projections(name, style, module)
     yield from _norms(name, style, module)
+    yield from _order_of_heads(name, style, module)
 
 
 def _projections(name: str, style: Attention, module: nn.Module) -> Iterator[str]:
@@ -186,18 +189,42 @@ def _projections(name: str, style: Attention, module: nn.Module) -> Iterator[str
 
 
 def _norms(name: str, style: Attention, module: nn.Module) -> Iterator[str]:
-    """Norms of an attention that do not have its heads."""
+    """Norms of an attention that are none we can cut, or do not have its heads."""
     for child, heads in ((style.query_norm, style.queries), (style.key_norm, style.keys)):
         if child is None:
             continue
         width = style.head_dim * (heads if style.norms == "across" else 1)
-        shapes = {
-            own: tuple(each.shape) for own, each in module.get_submodule(child).named_parameters()
-        }
+        norm = module.get_submodule(child)
+        shapes = {own: tuple(each.shape) for own, each in norm.named_parameters()}
+        if find_formula(norm) is None or not shapes:
+            yield (
+                f"module '{name}.{child}' is a {type(norm).__name__} with "
+                f"{', '.join(shapes) or 'no weight'}, and a norm of an Attention must be an "
+                "RMSNorm over one dim, of a kind that shardproof knows, with a weight. Use "
+                f"nn.RMSNorm, or leave {name!r} out of the plan."
+            )
+            continue
         if any(shape != (width,) for shape in shapes.values()):
             yield (
                 f"module '{name}.{child}' has parameters of shapes {shapes}, and one with norms="
                 f"{style.norms!r} has ({width},). Correct Attention(norms=...), or {_LEFT}."
+            )
+
+
+def _order_of_heads(name: str, style: Attention, module: nn.Module) -> Iterator[str]:
+    """Norms over each head to which heads do not come last but one."""
+    size = getattr(module.get_submodule(style.query), "in_features", None)
+    if style.norms != "heads" or size is None:
+        return
+    length = 2 * style.queries + 1  # unlike any number of heads
+    for child, heads in ((style.query_norm, style.queries), (style.key_norm, style.keys)):
+        shape = child and input_shape(module, child, size, length, style.head_dim)
+        if shape and shape[-2:] != (heads, style.head_dim):
+            yield (
+                f"module '{name}.{child}' of {type(module).__name__} is given {length} tokens as "
+                f"{shape}, and a norm over each head is cut where it gets (batch, tokens, heads, "
+                f"head_dim), that is (1, {length}, {heads}, {style.head_dim}). That is not "
+                f"supported yet: {_LEFT}."
             )
 
 

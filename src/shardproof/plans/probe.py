@@ -1,0 +1,63 @@
+"""What a module of a model is given, found out by running its parent on the meta device."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class _SeenError(Exception):
+    """Ends the run as soon as what was wanted has been seen."""
+
+
+def input_shape(
+    parent: nn.Module, child: str, hidden_size: int, length: int, head_dim: int
+) -> tuple[int, ...] | None:
+    """Shape of what `parent` gives to its child when it is called with `length` hidden states.
+
+    Nothing is computed: the parent runs on the meta device, with its own forward, up to the child.
+
+    Args:
+        parent: an attention module of a model; its weights are not touched.
+        child: name of one of its children.
+        hidden_size: of the hidden states.
+        length: how many; a number that nothing else in the module has.
+        head_dim: of the angles of rotary embeddings.
+    Returns:
+        None if it cannot be called so.
+    """
+    seen: list[tuple[int, ...]] = []
+
+    def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.append(tuple(inputs[0].shape))
+        raise _SeenError
+
+    names = [*parent.named_parameters(), *parent.named_buffers()]
+    on_meta = {name: torch.empty_like(value, device="meta") for name, value in names}
+    hook = parent.get_submodule(child).register_forward_pre_hook(look)
+    try:
+        with torch.no_grad():
+            functional_call(parent, on_meta, (), _arguments(parent, hidden_size, length, head_dim))
+    except Exception:  # whatever a model's own code raises when it is called with too little
+        return seen[0] if seen else None
+    finally:
+        hook.remove()
+    return None
+
+
+def _arguments(parent: nn.Module, size: int, length: int, head_dim: int) -> dict[str, Any]:
+    """Hidden states, angles, and None for whatever else has no default."""
+    first, *others = inspect.signature(parent.forward).parameters.values()
+    angles: Tensor = torch.empty(1, length, head_dim, device="meta")
+    given: dict[str, Any] = {first.name: torch.empty(1, length, size, device="meta")}
+    for parameter in others:
+        if parameter.name == "position_embeddings":
+            given[parameter.name] = (angles, angles)
+        elif parameter.default is parameter.empty and parameter.kind in (
+            parameter.POSITIONAL_OR_KEYWORD,
+            parameter.KEYWORD_ONLY,
+        ):
+            given[parameter.name] = None
+    return given
