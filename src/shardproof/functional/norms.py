@@ -44,7 +44,19 @@ def rms_norm(
         forward none; backward none.
     """
     _check(x, "rms_norm", weight=weight)
-    return _RmsNorm.apply(x, weight, RmsFormula(eps, offset, rounds_before_weight))
+    formula = RmsFormula(eps, offset, rounds_before_weight)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or (weight is not None and weight.requires_grad)
+    ):
+        return _RmsNorm.apply(x, weight, formula)
+    return _normed(x, weight, formula)[0]
+
+
+def _normed(x: Tensor, weight: Tensor | None, formula: RmsFormula) -> tuple[Tensor, Tensor]:
+    """The output, and 1 / sqrt(mean + eps) of every row."""
+    wide = wide_rows(x)
+    inverse = formula.inverse(sum_squares_rows(wide.t()), x.shape[-1])
+    return shaped(formula.output(wide * inverse, weight, x.dtype), x), inverse
 
 
 def layer_norm(
@@ -73,11 +85,10 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, formula: RmsFormula) -> Tensor:
-        wide = wide_rows(x)
-        inverse = formula.inverse(sum_squares_rows(wide.t()), x.shape[-1])
+        y, inverse = _normed(x, weight, formula)
         ctx.save_for_backward(x, weight, inverse)
         ctx.formula = formula
-        return shaped(formula.output(wide * inverse, weight, x.dtype), x)
+        return y
 
     @staticmethod
     @once_differentiable

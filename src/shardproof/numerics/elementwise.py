@@ -70,7 +70,8 @@ def silu(x: Tensor) -> Tensor:
     Returns:
         (*), the placement of `x`.
     """
-    return _Silu.apply(_floating(x, "silu"))
+    x = _floating(x, "silu")
+    return _Silu.apply(x) if x.requires_grad and torch.is_grad_enabled() else _silu(x)
 
 
 def gelu(x: Tensor, approximate: Approximate = "none") -> Tensor:
@@ -138,15 +139,19 @@ class _Sigmoid(torch.autograd.Function):
         return (widen(grad_y) * (1 - y) * y).to(saved.dtype)
 
 
+def _silu(x: Tensor) -> Tensor:
+    wide = widen(x)
+    y = _one_plus_exp_of_minus(wide)
+    return torch.div(wide, y, out=y).to(x.dtype)
+
+
 class _Silu(torch.autograd.Function):
     """x / (1 + exp(-x)) forward, g s (1 + x (1 - s)) backward with s = sigmoid(x)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        wide = widen(x)
-        y = _one_plus_exp_of_minus(wide)
-        return torch.div(wide, y, out=y).to(x.dtype)
+        return _silu(x)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Tensor:

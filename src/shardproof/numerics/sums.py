@@ -83,7 +83,9 @@ def sum_squares_rows(x: Tensor) -> Tensor:
             f"sum_squares_rows takes a matrix (M, N), got shape {tuple(x.shape)}. Use "
             "x.flatten(0, -2)."
         )
-    return _SumSquares.apply(x)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _SumSquares.apply(x)
+    return _square_sum(x)
 
 
 class _SumRows(torch.autograd.Function):
@@ -105,20 +107,24 @@ class _SumSquares(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        if _has_kernel(x):
-            return _kernel_fold(x, is_squared=True)
-        dtype = _sum_dtype(x)
-
-        def square(part: Tensor) -> Tensor:
-            wide = part.to(dtype)
-            return wide * wide
-
-        return _fold(x, dtype, square)
+        return _square_sum(x)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return (x.to(grad_y.dtype) * (2 * grad_y)).to(x.dtype)
+
+
+def _square_sum(x: Tensor) -> Tensor:
+    if _has_kernel(x):
+        return _kernel_fold(x, is_squared=True)
+    dtype = _sum_dtype(x)
+
+    def square(part: Tensor) -> Tensor:
+        wide = part.to(dtype)
+        return wide * wide
+
+    return _fold(x, dtype, square)
 
 
 def _row_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
