@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from shardproof.errors import UsageError
 from shardproof.layers.base import ShardedModule
+from shardproof.layers.formula import find_formula
 from shardproof.leaves import Layout, replicated
 from shardproof.numerics.random import draw_normal
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
@@ -23,6 +24,9 @@ def initialize(
     scheme: Scheme | None = None,
 ) -> nn.Module:
     """Create every parameter that is on the meta device, the same numbers at every degree.
+
+    A plain model gets other numbers than a cut one, for nothing says into which leaves it is cut:
+    compare with plain torch through `shardproof.hf.load`, or copy the weights of degree 1.
 
     Matrices are drawn from N(0, std), keyed by (seed, name, leaf), so that a rank draws what it
     holds and nothing else; biases are 0, norms do nothing at first, padding rows are 0. Parameters
@@ -99,13 +103,16 @@ def _constant(module: nn.Module, own: str, parameter: nn.Parameter) -> float | N
     if own == "bias":
         return 0.0
     if parameter.dim() == 1 and "Norm" in type(module).__name__:
-        return 1.0 - getattr(module, "offset", 1.0 if _adds_one(module) else 0.0)
+        return 1.0 - _offset(module)
     return None
 
 
-def _adds_one(module: nn.Module) -> bool:
-    """True for a norm of transformers whose weight counts from 1 (Gemma)."""
-    return "Gemma" in type(module).__name__
+def _offset(module: nn.Module) -> float:
+    """What a norm adds to its weight: 1 in Gemma."""
+    if hasattr(module, "offset"):  # ours
+        return float(module.offset)  # type: ignore[arg-type]
+    formula = find_formula(module)
+    return 0.0 if formula is None else formula.offset
 
 
 def _layout(module: nn.Module, own: str, parameter: nn.Parameter) -> Layout:
