@@ -295,6 +295,12 @@ class Heads(nn.Module):
             self.k_norm = nn.RMSNorm(keys * head_dim if wide else head_dim)
 
 
+def other_norms(norm: nn.Module) -> Heads:
+    heads = Heads()
+    heads.q_norm = norm
+    return heads
+
+
 class Block(nn.Module):
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
@@ -405,6 +411,18 @@ PROBLEMS: dict[str, tuple[Made, Styles, str]] = {
         {"attn": cut_heads(query_norm="q_norm", norms="heads")},
         "module 'attn.q_norm' has parameters of shapes {'weight': (32,)}, and one with "
         "norms='heads' has (8,).",
+    ),
+    "norms of another formula": (
+        lambda: Block(other_norms(nn.LayerNorm(8))),
+        {"attn": cut_heads(query_norm="q_norm", norms="heads")},
+        "module 'attn.q_norm' is a LayerNorm with weight, bias, and a norm of an Attention must be "
+        "an RMSNorm over one dim, of a kind that shardproof knows, with a weight. Use nn.RMSNorm, "
+        "or leave 'attn' out of the plan.",
+    ),
+    "norms without a weight": (
+        lambda: Block(other_norms(nn.RMSNorm(8, elementwise_affine=False))),
+        {"attn": cut_heads(query_norm="q_norm", norms="heads")},
+        "module 'attn.q_norm' is a RMSNorm with no weight, and a norm of an Attention must be",
     ),
     "a projection that is no linear": (
         lambda: Block(Heads(norms="heads")),
