@@ -1,5 +1,6 @@
 """What a model of transformers cannot be asked for: one clear error, on all ranks, at plan time."""
 
+import copy
 import functools
 import json
 from pathlib import Path
@@ -204,6 +205,89 @@ def test_weights_that_are_not_there_yet(saved: Path) -> None:
         hf.load(parallelize(meta_model("llama"), None, Axis.solo()), saved)
 
 
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def test_a_file_of_the_index_that_is_a_pickle(saved: Path) -> None:
+    index = {"weight_map": {"lm_head.weight": "pytorch_model.bin"}}
+    (saved / INDEX).write_text(json.dumps(index))
+    (saved / "pytorch_model.bin").touch()
+    with pytest.raises(UsageError, match=r"names pytorch_model.bin, and .* safetensors alone"):
+        loaded(Axis.solo(), saved)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": ["lm_head.weight"]}', "\xff"])
+def test_a_corrupt_index(text: str, saved: Path) -> None:
+    (saved / INDEX).write_bytes(text.encode("latin-1"))
+    with pytest.raises(UsageError, match=r"index.json is no index of safetensors"):
+        loaded(Axis.solo(), saved)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_corrupt_file(indexed: bool, saved: Path) -> None:
+    if indexed:
+        names = dict.fromkeys(whole_model("llama").state_dict(), "model.safetensors")
+        (saved / INDEX).write_text(json.dumps({"weight_map": names}))
+    content = (saved / "model.safetensors").read_bytes()
+    (saved / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UsageError, match=r"model.safetensors cannot be read as safetensors"):
+        loaded(Axis.solo(), saved)
+
+
+def test_an_index_of_tensors_that_the_file_lacks(saved: Path) -> None:
+    names = dict.fromkeys(whole_model("llama", num_hidden_layers=3).state_dict(), FILE)
+    (saved / INDEX).write_text(json.dumps({"weight_map": names}))
+    model = initialize(parallelize(meta_model("llama", num_hidden_layers=3), None, Axis.solo()))
+    with pytest.raises(UsageError, match=r"cannot be read as safetensors: .*layers.2"):
+        hf.load(model, saved)
+
+
+def add(directory: Path, **tensors: torch.Tensor) -> None:
+    """Write more tensors into a saved model."""
+    from safetensors.torch import load_file, save_file  # noqa: PLC0415
+
+    save_file(load_file(directory / FILE) | tensors, directory / FILE)
+
+
+def test_tensors_that_the_model_does_not_have(saved: Path) -> None:
+    name = "model.layers.1.self_attn.q_proj.bias"
+    add(saved, **{name: torch.ones(32)})
+    with pytest.raises(
+        UsageError, match=rf"1 tensors that LlamaForCausalLM has no parameter for: {name}\."
+    ):
+        loaded(Axis.solo(), saved)
+
+
+def test_tensors_that_are_known_to_be_left_over(saved: Path) -> None:
+    add(saved, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)})
+    assert loaded(Axis.solo(), saved)
+
+
+def test_a_tied_weight_that_is_stored_twice(tmp_path: Path) -> None:
+    whole = whole_model("llama-tied-4-2")
+    whole.save_pretrained(tmp_path)
+    rows = whole.get_input_embeddings().weight.detach()
+    add(tmp_path, **{"lm_head.weight": rows.clone()})
+    model = initialize(parallelize(meta_model("llama-tied-4-2"), None, Axis.solo()))
+    assert torch.equal(hf.load(model, tmp_path).lm_head.weight, rows)
+
+
+# -- saving ----------------------------------------------------------------------------------------
+
+
+def saving(axis: Axis, directory: Path) -> None:
+    model = cut_model(axis, Setting("llama"))
+    for each in (model, copy.deepcopy(model)):
+        with pytest.raises(UsageError, match=r"save_pretrained of a cut LlamaForCausalLM: a rank"):
+            each.save_pretrained(directory / "model")
+    assert not any(directory.iterdir())
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_a_cut_model_saves_no_checkpoint(degree: int, tmp_path: Path, pool: Pool) -> None:
+    pool(degree, "threads").run(functools.partial(saving, directory=tmp_path))
+
+
 # -- initialising ----------------------------------------------------------------------------------
 
 
@@ -221,6 +305,16 @@ def test_an_unknown_buffer_is_named() -> None:
     model = nn.BatchNorm1d(3, device="meta")
     with pytest.raises(UsageError, match=r"buffers running_mean"):
         initialize(nn.ModuleDict({"norm": model}))
+
+
+@pytest.mark.parametrize(("kind", "start"), [("gemma2", 0.0), ("llama", 1.0)])
+@pytest.mark.parametrize("numerics", ["native", "invariant"])  # native keeps the model's own
+def test_norms_do_nothing_at_first(kind: str, start: float, numerics: str) -> None:
+    model = cut_model(Axis.solo(), Setting(kind, numerics=numerics))
+    norms = {name: p for name, p in model.named_parameters() if "norm" in name}
+    assert norms
+    for name, weight in norms.items():
+        assert torch.equal(weight, torch.full_like(weight, start)), name
 
 
 def test_ties_stay_ties() -> None:

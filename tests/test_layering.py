@@ -59,7 +59,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layers.__init__",),
     ("optim",),
     # Models of Hugging Face transformers, which compute through these layers.
-    ("hf.models", "hf.attention", "hf.generation", "hf.head", "hf.weights"),
+    ("hf.models", "hf.attention", "hf.generation", "hf.head", "hf.saving", "hf.weights"),
     ("hf.skeleton",),
     ("hf.__init__",),
     # Which module is cut how.

@@ -1,6 +1,9 @@
 """Weights of a checkpoint directory: every rank reads what it holds, from safetensors alone."""
 
+import contextlib
 import json
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from shardproof.errors import UsageError
 from shardproof.leaves import Layout
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+# What old checkpoints hold of rotary embeddings, which follows from the config.
+_COMPUTED = r"(^|\.)inv_freq$"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -22,12 +27,13 @@ def weight_files(directory: str | Path) -> dict[str, Path]:
         directory: of a checkpoint, with config.json.
 
     Raises:
-        UsageError: there is no such directory, no config.json, or no safetensors in it.
+        UsageError: there is no such directory, no config.json, or no safetensors in it; its
+            index, or a file, cannot be read.
     """
     folder = checked_directory(directory)
     index = folder / INDEX
     if index.is_file():
-        named = json.loads(index.read_text())["weight_map"]
+        named = _weight_map(index)
         missing = sorted({file for file in named.values() if not (folder / file).is_file()})
         if missing:
             raise UsageError(
@@ -50,6 +56,29 @@ def weight_files(directory: str | Path) -> dict[str, Path]:
         with _opened(file) as tensors:
             found.update(dict.fromkeys(tensors.keys(), file))
     return found
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, as an index has it."""
+    try:
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        pairs = dict(named.items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{index} is no index of safetensors ({type(error).__name__}: {error}): it must be "
+            'JSON with a "weight_map" of names to files. Fetch the whole checkpoint.'
+        ) from None
+    others = sorted({str(file) for file in pairs.values() if not _is_safe(file)})
+    if others:
+        raise UsageError(
+            f"{index} names {', '.join(others[:3])}, and shardproof reads safetensors alone. Save "
+            "the model again with save_pretrained(..., safe_serialization=True)."
+        )
+    return pairs
+
+
+def _is_safe(file: Any) -> bool:
+    return isinstance(file, str) and file.endswith(".safetensors")
 
 
 def checked_directory(directory: str | Path) -> Path:
@@ -82,7 +111,7 @@ def load(model: nn.Module, directory: str | Path) -> nn.Module:
 
     Raises:
         UsageError: what `weight_files` raises; a parameter is missing, has another shape, or is on
-            the meta device.
+            the meta device; there are tensors that the model has no parameter for.
 
     Comm:
         none.
@@ -94,6 +123,13 @@ def load(model: nn.Module, directory: str | Path) -> nn.Module:
         raise UsageError(
             f"{directory} has no tensor for {len(missing)} parameters of {type(model).__name__}: "
             f"{', '.join(missing[:5])}. It has, for instance: {', '.join(sorted(files)[:3])}."
+        )
+    unexpected = _unexpected(model, files)
+    if unexpected:
+        raise UsageError(
+            f"{directory} has {len(unexpected)} tensors that {type(model).__name__} has no "
+            f"parameter for: {', '.join(unexpected[:5])}. Make the model from the {CONFIG} beside "
+            "them."
         )
     by_file: dict[Path, list[tuple[str, nn.Parameter, Layout]]] = {}
     for name, parameter, layout, _ in parameters:
@@ -107,6 +143,17 @@ def load(model: nn.Module, directory: str | Path) -> nn.Module:
             for name, parameter, layout in entries:
                 parameter.copy_(_part(tensors.get_slice(name), layout, name, file))
     return model
+
+
+def _unexpected(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Tensors that would be left unread, without those that the model is known to do without."""
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    ignored = [_COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    return sorted(
+        name
+        for name in names
+        if name not in known and not any(re.search(each, name) for each in ignored)
+    )
 
 
 def _part(stored: Any, layout: Layout, name: str, file: Path) -> Tensor:
@@ -126,7 +173,14 @@ def _part(stored: Any, layout: Layout, name: str, file: Path) -> Tensor:
     return stored[where]
 
 
-def _opened(file: Path) -> Any:
-    from safetensors import safe_open  # noqa: PLC0415
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415
 
-    return safe_open(file, framework="pt")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise UsageError(
+            f"{file} cannot be read as safetensors: {error}. Fetch the whole checkpoint."
+        ) from error

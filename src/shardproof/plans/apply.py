@@ -13,6 +13,7 @@ from shardproof.hf.attention import implementation_problem, take_over
 from shardproof.hf.generation import guard_generation
 from shardproof.hf.head import adapt_head
 from shardproof.hf.models import is_transformers
+from shardproof.hf.saving import guard_saving
 from shardproof.layers.activations import invariant_twin
 from shardproof.layers.base import check_state
 from shardproof.layers.dropout import dropout_twin
@@ -126,6 +127,7 @@ def _change(model: nn.Module, made: ModelPlan, twins: Mapping[str, nn.Module], a
         adapt_head(model, model.get_submodule(made.head))  # type: ignore[arg-type]
     if hasattr(model, "generate"):
         guard_generation(model, axis)
+    guard_saving(model)
 
 
 def _replaced(made: ModelPlan) -> list[str]:
