@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_zoo import Setting, cut_model, meta_model, whole_model
+from hf_zoo import SIZES, Setting, cut_model, meta_model, whole_model
 from places import Pool
 from shardproof import hf
 from shardproof.axis import Axis
@@ -20,6 +20,7 @@ from shardproof.plans.apply import parallelize
 from shardproof.plans.initialize import initialize
 from shardproof.plans.planning import plan
 from shardproof.plans.style import ColumnParallel, RowParallel, VocabParallel
+from shardproof.scheme import Scheme
 
 pytest.importorskip("transformers")
 
@@ -76,6 +77,8 @@ def test_attention_that_is_not_ours_to_replace() -> None:
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(PlanError, match=r"'flex_attention', which shardproof does not replace"):
         parallelize(model, None, Axis.solo())
+    with pytest.raises(PlanError, match=r"'flex_attention', which shardproof does not replace"):
+        plan(model, degree=2)
 
 
 def test_attention_weights_are_not_kept() -> None:
@@ -320,3 +323,70 @@ def test_norms_do_nothing_at_first(kind: str, start: float, numerics: str) -> No
 def test_ties_stay_ties() -> None:
     model = cut_model(Axis.solo(), Setting("llama-tied-4-2"))
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+# -- dropout that is called as a function ----------------------------------------------------------
+
+MLP_ALONE: dict[str, Any] = {
+    "model.layers.*.mlp.gate_proj": ColumnParallel(),
+    "model.layers.*.mlp.up_proj": ColumnParallel(),
+    "model.layers.*.mlp.down_proj": RowParallel(),
+}
+
+
+def with_residual_dropout(family: str, p: float) -> nn.Module:
+    import transformers  # noqa: PLC0415
+
+    config = getattr(transformers, f"{family}Config")(
+        **(SIZES | {"residual_dropout": p, "attention_dropout": 0.1, "head_dim": 4})
+    )
+    with torch.device("meta"):
+        model: nn.Module = getattr(transformers, f"{family}ForCausalLM")(config)
+    return model
+
+
+@pytest.mark.parametrize("family", ["SeedOss", "Starcoder2"])
+def test_dropout_called_as_a_function_is_refused(family: str) -> None:
+    model = with_residual_dropout(family, 0.1)
+    with pytest.raises(
+        PlanError, match=r"residual_dropout=0.1, .* Set config.residual_dropout = 0"
+    ):
+        plan(model, degree=2)
+    with pytest.raises(PlanError, match=r"residual_dropout=0.1, dropout called as a function"):
+        parallelize(model, None, Axis.solo(), scheme=Scheme(numerics="native"))
+    plan(with_residual_dropout(family, 0.0), degree=2)
+
+
+def test_dropout_that_modules_have_copied_is_refused() -> None:
+    model = with_residual_dropout("SeedOss", 0.1)
+    model.config.residual_dropout = 0.0  # too late
+    with pytest.raises(PlanError, match=r"residual_dropout=0.1, .* before the model is made"):
+        plan(model, degree=2)
+
+
+def test_dropout_of_attention_that_stays_whole_is_refused() -> None:
+    model = meta_model("llama", attention_dropout=0.3)
+    with pytest.raises(PlanError, match=r"attention_dropout=0.3, .* leaves whole"):
+        plan(model, MLP_ALONE, degree=2)
+    plan(model, degree=2)  # its own plan cuts all attention
+    plan(meta_model("llama"), MLP_ALONE, degree=2)
+
+
+def test_dropout_that_is_a_module_is_not_refused() -> None:
+    import transformers  # noqa: PLC0415
+
+    def gpt2(attn_pdrop: float) -> nn.Module:
+        config = transformers.GPT2Config(
+            n_embd=16, n_layer=1, n_head=2, vocab_size=11, attn_pdrop=attn_pdrop
+        )
+        with torch.device("meta"):
+            return transformers.GPT2LMHeadModel(config)
+
+    tied: dict[str, Any] = {
+        "transformer.wte": VocabParallel(),
+        "lm_head": ColumnParallel(gather_output=True),
+    }
+    plan(gpt2(0.0), tied, degree=2)
+    # A module too, which is only asked for its p.
+    with pytest.raises(PlanError, match=r"attn_pdrop=0.1, dropout called as a function"):
+        plan(gpt2(0.1), tied, degree=2)

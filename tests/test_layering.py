@@ -63,8 +63,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("hf.skeleton",),
     ("hf.__init__",),
     # Which module is cut how.
-    ("plans.style", "plans.text"),
-    ("plans.attention", "plans.collective", "plans.match", "plans.repeated"),
+    ("plans.probe", "plans.style", "plans.text"),
+    ("plans.attention", "plans.collective", "plans.functional_dropout"),
+    ("plans.match", "plans.repeated"),
     ("plans.module_plan",),
     ("plans.fit", "plans.model_plan", "plans.parts"),
     ("plans.hf_plan",),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.errors import PlanError
-from shardproof.hf.attention import implementation_problem, take_over
+from shardproof.hf.attention import take_over
 from shardproof.hf.generation import guard_generation
 from shardproof.hf.head import adapt_head
 from shardproof.hf.models import is_transformers
@@ -84,7 +84,8 @@ def parallelize(
     problems += _hooked([*_replaced(made), *twins], model)
     if asked.is_invariant:
         problems += _in_place(model) + _drawing(model, twins)
-    problems += _unattended(made, model)
+    if not is_transformers(model):
+        problems += _unattended(made)
     if problems:
         raise PlanError(as_error(model, problems))
     _change(model, made, twins, axis)
@@ -141,23 +142,14 @@ def _replaced(made: ModelPlan) -> list[str]:
     ]
 
 
-def _unattended(made: ModelPlan, model: nn.Module) -> list[str]:
+def _unattended(made: ModelPlan) -> list[str]:
     """Attention modules in which nothing of ours could compute, one sentence each."""
-    alone = [
-        name
-        for name, style in made.styles.items()
-        if isinstance(style, Attention) and style.attend is None
-    ]
-    if not alone:
-        return []
-    if is_transformers(model):
-        problem = implementation_problem(model)
-        return [problem] if problem else []
     return [
         f"module {name!r}: Attention without attend= is for models of transformers. Let a child "
         "compute the attention (forward(q, k, v) of shape (batch, heads, length, head_dim)), and "
         "give its name as attend=."
-        for name in alone
+        for name, style in made.styles.items()
+        if isinstance(style, Attention) and style.attend is None
     ]
 
 

@@ -6,15 +6,18 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from shardproof.errors import PlanError, UsageError
+from shardproof.hf.attention import implementation_problem
+from shardproof.hf.models import is_transformers
 from shardproof.leaves import check_degree, checked_degree
 from shardproof.plans.attention import recognise
 from shardproof.plans.fit import link_ties, misfits
+from shardproof.plans.functional_dropout import functional_dropout
 from shardproof.plans.hf_plan import Reading, lost_norms, output_head, read_tp_plan
 from shardproof.plans.match import find, fits
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.module_plan import ModulePlan
 from shardproof.plans.parts import Parts
-from shardproof.plans.style import Plan, SharedInput, Style
+from shardproof.plans.style import Attention, Plan, SharedInput, Style
 from shardproof.plans.text import listed, pattern
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
 
@@ -94,7 +97,8 @@ def draft(
         head,
         (*reading.notes, *_incomplete(linked, source)),
     )
-    return made, problems + ties
+    problems += ties + _irreplaceable(styles, model) + functional_dropout(styles, model)
+    return made, problems
 
 
 def as_error(model: nn.Module, problems: list[str]) -> str:
@@ -130,6 +134,16 @@ def _explicit(given: Mapping[str, Style | str], model: nn.Module) -> Reading:
     problems = found.problems + list(attentions.problems.values())
     problems += lost_norms(found.norms, styles, attentions.problems, model)
     return Reading(styles, found.whole, notes, problems)
+
+
+def _irreplaceable(styles: Mapping[str, Style], model: nn.Module) -> list[str]:
+    """One sentence if attention is cut in a model that computes it with what is not ours."""
+    if not is_transformers(model) or not any(
+        isinstance(style, Attention) and style.attend is None for style in styles.values()
+    ):
+        return []
+    problem = implementation_problem(model)
+    return [problem] if problem else []
 
 
 def _lacks_members(name: str, style: Style, wrong: Mapping[str, object]) -> bool:
