@@ -12,7 +12,7 @@ from hf_zoo import SIZES, Setting, cut_model, inputs, meta_model
 from places import Pool
 from shardproof import optim
 from shardproof.axis import Axis
-from shardproof.errors import PlanError, UsageError
+from shardproof.errors import MismatchError, PlanError, UsageError
 from shardproof.plans.apply import parallelize
 from shardproof.plans.initialize import initialize
 from shardproof.plans.planning import plan
@@ -125,3 +125,14 @@ def test_norms_that_come_after_the_heads_are_transposed_are_refused(family: str)
         plan(model, degree=2)
     with pytest.raises(PlanError, match=r"is given 17 tokens"):
         parallelize(model, None, Axis.solo())
+
+
+def test_ranks_with_other_configs_are_refused(pool: Pool) -> None:
+    def run(axis: Axis) -> str:
+        model = meta_model("llama", rms_norm_eps=1e-6 * (1 + axis.rank))
+        with pytest.raises(MismatchError) as caught:
+            parallelize(model, None, axis)
+        return str(caught.value)
+
+    for message in pool(2, "threads").run(run):
+        assert "a hash of the config" in message

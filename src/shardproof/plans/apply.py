@@ -1,7 +1,9 @@
 """`parallelize`: check the whole plan on all ranks first, change the model second."""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -162,6 +164,8 @@ def _describe(plan: Plan | None, scheme: Scheme, model: nn.Module) -> dict[str, 
         "the scheme": scheme,
         **{f"plan entry {pattern!r}": style for pattern, style in styles.items()},
     }
+    if is_transformers(model):
+        found["a hash of the config"] = _hash_config(model.config)
     for name, module in model.named_modules(remove_duplicate=False):
         found[f"module {name!r}" if name else "the model"] = type(module).__name__
     for name, value in model.named_parameters(remove_duplicate=False):
@@ -170,6 +174,12 @@ def _describe(plan: Plan | None, scheme: Scheme, model: nn.Module) -> dict[str, 
         dtype = str(value.dtype).removeprefix("torch.")
         found[f"parameter {name!r}"] = f"{tuple(value.shape)} {dtype}{frozen}"
     return found
+
+
+def _hash_config(config: Any) -> str:
+    """Of all that a config of transformers says: eps, angles and windows are there alone."""
+    words = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
 def _contract(scheme: Scheme, model: nn.Module) -> str:
