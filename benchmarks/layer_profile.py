@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import shardproof as sp
-from shardproof.functional import linear
+from shardproof.functional import rows
 from shardproof.numerics import matmul, mode
 from shardproof.numerics.sums import sum_rows
 
@@ -71,8 +71,8 @@ def parts() -> Iterator[Part]:
         ),
     )
     yield "    numerics allowed here?", mode.require_invariant
-    yield "    autocast?", lambda: linear._is_autocast(x)
-    yield "    one dtype, one device?", lambda: linear._check_alike(x, weight, bias, "")
+    yield "    autocast?", lambda: rows.is_autocast(x)
+    yield "    one dtype, one device?", lambda: rows.check_alike(x, weight, bias, "")
     yield "    product", lambda: matmul.linear(x, weight, bias, site.slices)
     yield "      memory of the output", lambda: x.new_empty(ROWS, SIZE)
     yield "    (torch's product: F.linear)", lambda: F.linear(x, weight, bias)
