@@ -238,8 +238,9 @@ def _claim_fall(trial: Trial, run: str, falls_to: float) -> None:
     if len(losses) < 2:
         return
     first, last = losses[0], sum(losses[-2:]) / 2 if len(losses) > 2 else losses[-1]
+    which = " (mean of the last two)" if len(losses) > 2 else ""
     trial.check(
         f"loss falls{f' with {run}' if run else ''}",
         last <= falls_to * first,
-        f"from {first:.2f} to {last:.2f} over {len(losses)} steps",
+        f"from {first:.4f} to {last:.4f}{which} over {len(losses)} steps",
     )

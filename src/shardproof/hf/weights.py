@@ -50,7 +50,10 @@ def weight_files(directory: str | Path) -> dict[str, Path]:
                 "any code when it is read, so shardproof reads safetensors alone. Save the model "
                 "again with save_pretrained(..., safe_serialization=True)."
             )
-        raise UsageError(f"{folder} has no weights: no file ends in .safetensors.")
+        raise UsageError(
+            f"{folder} has no weights: no file ends in .safetensors. Save the model there with "
+            "save_pretrained, not its config alone."
+        )
     found: dict[str, Path] = {}
     for file in files:
         with _opened(file) as tensors:
