@@ -335,6 +335,7 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
     ),
     (vocabulary.vocab_log_softmax, ""): lambda run: run.vocabulary(vocabulary.vocab_log_softmax),
     (norms.rms_norm, ""): lambda run: norms.rms_norm(run.x, None, eps=1e-6),
+    (norms.whole_rms_norm, ""): lambda run: norms.whole_rms_norm(run.x, None, rms.RmsFormula(1e-6)),
     (norms.layer_norm, ""): lambda run: norms.layer_norm(run.x, None, None),
     (norm.RMSNorm, ""): lambda run: norm.RMSNorm(IN, rms.RmsFormula(1e-6))(run.x),
     (norm.LayerNorm, ""): lambda run: norm.LayerNorm(IN)(run.x),
@@ -375,7 +376,7 @@ SILENT = {
     activations: {"Tanh", "Sigmoid", "SiLU", "GELU", "Softplus", "QuickGELU", "Mish"}
     | {"invariant_twin"},
     cut_norms: {"NormSite"},
-    rms: {"RmsFormula", "wide_rows"},
+    rms: {"RmsFormula", "RowSums", "normalise", "wide_rows"},
     dropout: {"MaskKey"},
     dropout_layers: {"Drawing", "dropout_twin", "replay_dropout"},
     formula: {"find_formula"},

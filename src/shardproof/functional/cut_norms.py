@@ -6,17 +6,14 @@ hold (a key-value head) counts once, by its owner.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from shardproof import comm
-from shardproof.autograd import once_differentiable
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError
-from shardproof.functional.rms import RmsFormula, wide_rows
-from shardproof.functional.rows import shaped
+from shardproof.functional.rms import RmsFormula, normalise
 from shardproof.leaves import Cut
 from shardproof.numerics.matmul import node_dtype
 from shardproof.numerics.sums import sum_rows, sum_squares_rows
@@ -118,7 +115,7 @@ def sharded_rms_norm(
         forward one all_reduce of squares (*); backward one all_reduce of products (*).
     """
     _check(x, weight, site, "(*, held)", x.shape[-1:], (site.width,), (site.width,))
-    return _ShardedRmsNorm.apply(x, weight, site, formula)
+    return normalise(x, weight, formula, _AcrossRanks(site))
 
 
 def head_rms_norm(x: Tensor, weight: Tensor | None, site: NormSite, formula: RmsFormula) -> Tensor:
@@ -140,80 +137,48 @@ def head_rms_norm(x: Tensor, weight: Tensor | None, site: NormSite, formula: Rms
     size = site.cut.unit
     wanted = (site.width // size, size)
     _check(x, weight, site, "(*, held heads, head_dim)", x.shape[-2:], wanted, (size,))
-    return _HeadRmsNorm.apply(x, weight, site, formula)
+    return normalise(x, weight, formula, _ByHead(site))
 
 
-class _ShardedRmsNorm(torch.autograd.Function):
-    """all_reduce of the squares forward, and of gradient times input backward; one per row."""
+@dataclass(frozen=True)
+class _AcrossRanks:
+    """Rows that are cut: all_reduce of their squares forward, and of products backward."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, site: NormSite, formula: RmsFormula
-    ) -> Tensor:
-        wide = wide_rows(x)
-        squares = site.sum_features(wide, "forward", is_squared=True)
-        inverse = formula.inverse(squares, site.cut.size)
-        ctx.save_for_backward(x, weight, inverse)
-        ctx.site, ctx.formula = site, formula
-        return shaped(formula.output(wide * inverse, weight, x.dtype), x)
+    site: NormSite
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse = ctx.saved_tensors
-        site: NormSite = ctx.site
-        formula: RmsFormula = ctx.formula
-        wide, grad = wide_rows(x), wide_rows(grad_y)
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            weighted = formula.weighted(grad, weight)
-            total = site.sum_features(weighted * wide, "backward")
-            grad_x = formula.input_gradient(weighted, wide, inverse, total, site.cut.size)
-            grad_x = shaped(grad_x.to(x.dtype), x)
-        if ctx.needs_input_grad[1]:
-            terms = formula.weight_terms(grad, wide, inverse, x.dtype)
-            grad_weight = sum_rows(terms, dtype=weight.dtype)
-        return grad_x, grad_weight, None, None
+    @property
+    def size(self) -> int:
+        return self.site.cut.size
+
+    def squares(self, x: Tensor) -> Tensor:
+        return self.site.sum_features(x, "forward", is_squared=True)
+
+    def products(self, x: Tensor) -> Tensor:
+        return self.site.sum_features(x, "backward")
+
+    def weight_gradient(self, terms: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return sum_rows(terms, dtype=dtype)
 
 
-class _HeadRmsNorm(torch.autograd.Function):
-    """Heads by themselves forward; all_reduce of the weight's gradient backward."""
+@dataclass(frozen=True)
+class _ByHead:
+    """Rows of one head each, whole on their ranks: all_reduce of the weight's gradient backward."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, site: NormSite, formula: RmsFormula
-    ) -> Tensor:
-        wide = wide_rows(x)
-        inverse = formula.inverse(_row_sums(wide, site, is_squared=True), x.shape[-1])
-        ctx.save_for_backward(x, weight, inverse)
-        ctx.site, ctx.formula = site, formula
-        return shaped(formula.output(wide * inverse, weight, x.dtype), x)
+    site: NormSite
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse = ctx.saved_tensors
-        site: NormSite = ctx.site
-        formula: RmsFormula = ctx.formula
-        wide, grad = wide_rows(x), wide_rows(grad_y)
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[1]:
-            terms = formula.weight_terms(grad, wide, inverse, x.dtype)
-            by_token = terms.view(x.shape[:-2].numel(), site.width)
-            grad_weight = site.sum_heads(by_token, weight.dtype)
-        if ctx.needs_input_grad[0]:
-            weighted = formula.weighted(grad, weight)
-            total = _row_sums(weighted * wide, site)
-            grad_x = formula.input_gradient(weighted, wide, inverse, total, x.shape[-1])
-            grad_x = shaped(grad_x.to(x.dtype), x)
-        return grad_x, grad_weight, None, None
+    @property
+    def size(self) -> int:
+        return self.site.cut.unit
 
+    def squares(self, x: Tensor) -> Tensor:
+        return sum_squares_rows(x.t()) if self.site.is_invariant else x.square().sum(1)
 
-def _row_sums(x: Tensor, site: NormSite, *, is_squared: bool = False) -> Tensor:
-    """(rows, n) to (rows,), on every rank by itself."""
-    if not site.is_invariant:
-        return (x.square() if is_squared else x).sum(1)
-    return (sum_squares_rows if is_squared else sum_rows)(x.t())
+    def products(self, x: Tensor) -> Tensor:
+        return sum_rows(x.t()) if self.site.is_invariant else x.sum(1)
+
+    def weight_gradient(self, terms: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        by_token = terms.view(x.shape[:-2].numel(), self.site.width)
+        return self.site.sum_heads(by_token, dtype)
 
 
 def _check(

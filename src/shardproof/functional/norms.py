@@ -5,6 +5,7 @@ Rows are summed, and the gradients of weight and bias are summed over rows, by h
 bf16 and fp16 are computed in fp32 and rounded where the model rounds; fp64 stays fp64.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +14,18 @@ from torch import Tensor
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError
 from shardproof.functional.cut_norms import NormSite, head_rms_norm, sharded_rms_norm
-from shardproof.functional.rms import RmsFormula, wide_rows
+from shardproof.functional.rms import RmsFormula, normalise, wide_rows
 from shardproof.functional.rows import shaped
 from shardproof.numerics.sums import sum_rows, sum_squares_rows
 
-__all__ = ["NormSite", "head_rms_norm", "layer_norm", "rms_norm", "sharded_rms_norm"]
+__all__ = [
+    "NormSite",
+    "head_rms_norm",
+    "layer_norm",
+    "rms_norm",
+    "sharded_rms_norm",
+    "whole_rms_norm",
+]
 
 
 def rms_norm(
@@ -43,20 +51,41 @@ def rms_norm(
     Comm:
         forward none; backward none.
     """
+    return whole_rms_norm(x, weight, RmsFormula(eps, offset, rounds_before_weight))
+
+
+def whole_rms_norm(x: Tensor, weight: Tensor | None, formula: RmsFormula) -> Tensor:
+    """`rms_norm` by its formula.
+
+    Args:
+        x: (*, n), Replicate.
+        weight: (n,), Replicate, or None.
+        formula: which RMSNorm it is.
+    Returns:
+        (*, n), Replicate; its gradient is expected to be Replicate.
+    Raises:
+        ShapeError: the weight does not fit `x`.
+    Comm:
+        forward none; backward none.
+    """
     _check(x, "rms_norm", weight=weight)
-    formula = RmsFormula(eps, offset, rounds_before_weight)
-    if torch.is_grad_enabled() and (
-        x.requires_grad or (weight is not None and weight.requires_grad)
-    ):
-        return _RmsNorm.apply(x, weight, formula)
-    return _normed(x, weight, formula)[0]
+    return normalise(x, weight, formula, _WholeRows(x.shape[-1]))
 
 
-def _normed(x: Tensor, weight: Tensor | None, formula: RmsFormula) -> tuple[Tensor, Tensor]:
-    """The output, and 1 / sqrt(mean + eps) of every row."""
-    wide = wide_rows(x)
-    inverse = formula.inverse(sum_squares_rows(wide.t()), x.shape[-1])
-    return shaped(formula.output(wide * inverse, weight, x.dtype), x), inverse
+@dataclass(frozen=True)
+class _WholeRows:
+    """Rows that every rank holds whole."""
+
+    size: int
+
+    def squares(self, x: Tensor) -> Tensor:
+        return sum_squares_rows(x.t())
+
+    def products(self, x: Tensor) -> Tensor:
+        return sum_rows(x.t())
+
+    def weight_gradient(self, terms: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return sum_rows(terms, dtype=dtype)
 
 
 def layer_norm(
@@ -78,34 +107,6 @@ def layer_norm(
     """
     _check(x, "layer_norm", weight=weight, bias=bias)
     return _LayerNorm.apply(x, weight, bias, eps)
-
-
-class _RmsNorm(torch.autograd.Function):
-    """Rows by themselves forward; backward too, and the weight's gradient summed over them."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, formula: RmsFormula) -> Tensor:
-        y, inverse = _normed(x, weight, formula)
-        ctx.save_for_backward(x, weight, inverse)
-        ctx.formula = formula
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse = ctx.saved_tensors
-        formula: RmsFormula = ctx.formula
-        wide, grad = wide_rows(x), wide_rows(grad_y)
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            weighted = formula.weighted(grad, weight)
-            total = sum_rows((weighted * wide).t())
-            grad_x = formula.input_gradient(weighted, wide, inverse, total, x.shape[-1])
-            grad_x = shaped(grad_x.to(x.dtype), x)
-        if weight is not None and ctx.needs_input_grad[1]:
-            terms = formula.weight_terms(grad, wide, inverse, x.dtype)
-            grad_weight = sum_rows(terms, dtype=weight.dtype)
-        return grad_x, grad_weight, None
 
 
 class _LayerNorm(torch.autograd.Function):

@@ -1,18 +1,20 @@
-"""The formula of an RMSNorm, in the pieces that all three of its cuts share.
+"""RMSNorm: its formula, and the one autograd function that all three of its cuts share.
 
 y = x / sqrt(mean(x * x) + eps) * (weight + offset). Models differ in the offset and in where bf16
 is rounded. Everything here is elementwise, from operations whose bits depend on the element alone
-(`numerics.elementwise` says which): how the squares are summed is the caller's affair.
+(`numerics.elementwise` says which): how rows and weights are summed is the affair of `RowSums`.
 
 Source: Zhang and Sennrich 2019 (arXiv 1910.07467).
 """
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from shardproof.functional.rows import as_rows
+from shardproof.autograd import once_differentiable
+from shardproof.functional.rows import as_rows, shaped
 from shardproof.numerics.elementwise import widen
 
 
@@ -90,3 +92,83 @@ def wide_rows(x: Tensor) -> Tensor:
         (rows, n), the placement of `x`.
     """
     return as_rows(widen(x))
+
+
+class RowSums(Protocol):
+    """How a norm sums: what tells its cuts apart.
+
+    Attributes:
+        size: of a row, on all ranks together.
+    """
+
+    @property
+    def size(self) -> int:
+        """See the class."""
+
+    def squares(self, x: Tensor) -> Tensor:
+        """(rows, n) to (rows,), the squares summed, in forward."""
+
+    def products(self, x: Tensor) -> Tensor:
+        """(rows, n) to (rows,), summed, in backward."""
+
+    def weight_gradient(self, terms: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """(rows, n) to the shape of the weight, summed, in backward; `x` as forward got it."""
+
+
+def normalise(x: Tensor, weight: Tensor | None, formula: RmsFormula, sums: RowSums) -> Tensor:
+    """`x / sqrt(mean(x * x) + eps) * (weight + offset)`, past autograd where it is not wanted.
+
+    Args:
+        x: (*, n).
+        weight: broadcasts with (rows, n); or None.
+        formula: which RMSNorm it is.
+        sums: how it is cut.
+    Returns:
+        (*, n), the placement of `x`, which its gradient is expected to have. What is sent is the
+        affair of `sums`.
+    """
+    if torch.is_grad_enabled() and (
+        x.requires_grad or (weight is not None and weight.requires_grad)
+    ):
+        return _RmsNorm.apply(x, weight, formula, sums)
+    return _normalise(x, weight, formula, sums)[0]
+
+
+def _normalise(
+    x: Tensor, weight: Tensor | None, formula: RmsFormula, sums: RowSums
+) -> tuple[Tensor, Tensor]:
+    """The output, and 1 / sqrt(mean + eps) of every row."""
+    wide = wide_rows(x)
+    inverse = formula.inverse(sums.squares(wide), sums.size)
+    return shaped(formula.output(wide * inverse, weight, x.dtype), x), inverse
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Rows are scaled forward; backward sums along them, and the weight's gradient over them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, formula: RmsFormula, sums: RowSums
+    ) -> Tensor:
+        y, inverse = _normalise(x, weight, formula, sums)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.formula, ctx.sums = formula, sums
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        formula: RmsFormula = ctx.formula
+        sums: RowSums = ctx.sums
+        wide, grad = wide_rows(x), wide_rows(grad_y)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            weighted = formula.weighted(grad, weight)
+            total = sums.products(weighted * wide)
+            grad_x = formula.input_gradient(weighted, wide, inverse, total, sums.size)
+            grad_x = shaped(grad_x.to(x.dtype), x)
+        if ctx.needs_input_grad[1]:
+            terms = formula.weight_terms(grad, wide, inverse, x.dtype)
+            grad_weight = sums.weight_gradient(terms, x, weight.dtype)
+        return grad_x, grad_weight, None, None

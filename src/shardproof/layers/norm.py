@@ -11,8 +11,8 @@ from shardproof.functional.norms import (
     NormSite,
     head_rms_norm,
     layer_norm,
-    rms_norm,
     sharded_rms_norm,
+    whole_rms_norm,
 )
 from shardproof.functional.rms import RmsFormula
 from shardproof.layers.base import ShardedModule
@@ -70,14 +70,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class for shapes, placements and Comm."""
-        formula = self.formula
-        return rms_norm(
-            x,
-            self.weight,
-            eps=formula.eps,
-            offset=formula.offset,
-            rounds_before_weight=formula.rounds_before_weight,
-        )
+        return whole_rms_norm(x, self.weight, self.formula)
 
     def extra_repr(self) -> str:
         """Size and formula."""
