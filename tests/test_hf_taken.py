@@ -42,7 +42,7 @@ def test_a_config_that_is_not_shared_is_taken_over_too(pool: Pool) -> None:
     assert pool(4, "threads").run(with_a_config_of_its_own)[0] == alone
 
 
-def composite(axis: Axis) -> dict[str, Any]:
+def llava() -> nn.Module:
     """A language model inside of one that sees, each with a config of its own."""
     import transformers  # noqa: PLC0415
 
@@ -57,8 +57,19 @@ def composite(axis: Axis) -> dict[str, Any]:
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=66)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = transformers.LlavaForConditionalGeneration(config)
-    return gradients(axis, parallelize(model, None, axis))
+        model: nn.Module = transformers.LlavaForConditionalGeneration(config)
+    return model
+
+
+def composite(axis: Axis) -> dict[str, Any]:
+    return gradients(axis, parallelize(llava(), None, axis))
+
+
+def test_attention_of_a_model_inside_of_another_is_looked_at_when_the_plan_is_made() -> None:
+    model: Any = llava()
+    model.model.language_model.layers[0].self_attn.config._attn_implementation = "flex_attention"
+    with pytest.raises(PlanError, match=r"'flex_attention', which shardproof does not replace"):
+        plan(model, degree=2)
 
 
 def test_a_model_inside_of_another_is_taken_over_too(pool: Pool) -> None:

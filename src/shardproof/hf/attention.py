@@ -6,12 +6,12 @@ every other one with the same config, computes as before.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from shardproof.errors import PlanError, UsageError
+from shardproof.errors import UsageError
 from shardproof.layers.attention import HeadAttention
 
 # What a model uses -> under which name it finds ours with the same kind of mask.
@@ -19,41 +19,43 @@ NAMES = {"sdpa": "shardproof-sdpa", "eager": "shardproof-eager"}
 CHILD = "head_attention"  # of the attention module
 
 
-def implementation_problem(model: nn.Module) -> str:
-    """Why the attention of a model cannot be ours; "" if it can."""
-    return _problem(type(model).__name__, _config(model))
-
-
-def take_over(model: nn.Module, attentions: dict[str, HeadAttention]) -> None:
-    """Let attention modules of a model compute through ours.
-
-    Whoever shares a config with one of them, the module that makes the masks above all, gets the
-    same new one. A module that computes without ours after all raises when it is called.
+def implementation_problems(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Why the attention of a model cannot be ours, one sentence for each implementation.
 
     Args:
         model: of transformers.
-        attentions: name of an attention module -> what computes in it.
-
-    Raises:
-        PlanError: an attention module has an implementation that cannot be replaced.
+        names: of the attention modules that are to be cut.
     """
-    old = {id(config): config for config in map(_config_of(model), attentions)}
-    for config in old.values():
-        if problem := _problem(type(model).__name__, config):
-            raise PlanError(problem)
+    found = {_config_of(model, name)._attn_implementation for name in names}
+    return [
+        f"{type(model).__name__} has the attention implementation {name!r}, which shardproof does "
+        f"not replace. Make the model with attn_implementation={' or '.join(map(repr, NAMES))}."
+        for name in sorted(found - {*NAMES, *NAMES.values()})
+    ]
+
+
+def take_over(model: nn.Module, attentions: Mapping[str, HeadAttention]) -> None:
+    """Let attention modules of a model compute through ours.
+
+    Every config of the model that asks for what they ask for is replaced: that of the module which
+    makes the masks above all, and the copies that a composite model keeps side by side. A module
+    that computes without ours after all raises when it is called.
+
+    Args:
+        model: of transformers, without `implementation_problems`.
+        attentions: name of an attention module -> what computes in it.
+    """
     _register()
-    # All configs of the model that say the same: a composite model keeps copies side by side.
-    names = {config._attn_implementation for config in old.values()}
-    new: dict[int, Any] = {}
+    asked = {_config_of(model, name)._attn_implementation for name in attentions} & NAMES.keys()
+    copies: dict[int, tuple[Any, Any]] = {}  # with the original, or its id could be given again
     for module in model.modules():
         own: Any = getattr(module, "config", None)
-        if getattr(own, "_attn_implementation", None) not in names & NAMES.keys():
+        if getattr(own, "_attn_implementation", None) not in asked:
             continue
-        if id(own) not in new:
-            new[id(own)] = copy.deepcopy(own)
-            new[id(own)]._attn_implementation = NAMES[own._attn_implementation]
-            old[id(own)] = own  # kept, or its id could be given again
-        module.config = new[id(own)]
+        if id(own) not in copies:
+            copies[id(own)] = (own, copy.deepcopy(own))
+            copies[id(own)][1]._attn_implementation = NAMES[own._attn_implementation]
+        module.config = copies[id(own)][1]
     for name, attention in attentions.items():
         module = model.get_submodule(name)
         module.add_module(CHILD, attention)
@@ -61,19 +63,9 @@ def take_over(model: nn.Module, attentions: dict[str, HeadAttention]) -> None:
         module.register_forward_hook(_remember)
 
 
-def _config_of(model: nn.Module) -> Callable[[str], Any]:
-    """Config of an attention module by its name; the model's, where it has none of its own."""
-    return lambda name: getattr(model.get_submodule(name), "config", None) or _config(model)
-
-
-def _problem(who: str, config: Any) -> str:
-    name = config._attn_implementation
-    if name in NAMES or name in NAMES.values():
-        return ""
-    return (
-        f"{who} has the attention implementation {name!r}, which shardproof does not replace. Make "
-        f"the model with attn_implementation={' or '.join(map(repr, NAMES))}."
-    )
+def _config_of(model: Any, name: str) -> Any:
+    """Config of an attention module; the model's, where it has none of its own."""
+    return getattr(model.get_submodule(name), "config", None) or model.config
 
 
 def _forget(module: nn.Module, inputs: Any) -> None:
@@ -94,18 +86,61 @@ def _remember(module: nn.Module, inputs: Any, output: Any) -> None:
         )
 
 
-def _config(model: nn.Module) -> Any:
-    return model.config
-
-
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface  # noqa: PLC0415
     from transformers.masking_utils import eager_mask, sdpa_mask  # noqa: PLC0415
 
     AttentionInterface.register(NAMES["sdpa"], _with_sdpa_mask)
-    AttentionInterface.register(NAMES["eager"], _with_eager_mask)
+    AttentionInterface.register(NAMES["eager"], _attend)
     AttentionMaskInterface.register(NAMES["sdpa"], sdpa_mask)
     AttentionMaskInterface.register(NAMES["eager"], eager_mask)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    hides_later: bool = False,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls where the mask says all that is hidden.
+
+    Shapes and placements as in `HeadAttention`, the result as (B, T, heads, head_dim).
+
+    Args:
+        module: of attention; ours is its child.
+        query: see `HeadAttention`.
+        key: likewise.
+        value: likewise.
+        attention_mask: or None.
+        dropout: as the model has it, like the next two.
+        scaling: of the scores.
+        softcap: of the scores.
+        is_causal: of transformers; without a mask of its own it says nothing here.
+        hides_later: later tokens are hidden though no mask says so.
+        options: what else the model says; what would change the numbers is refused.
+    Comm:
+        as `HeadAttention`.
+    """
+    _refuse(module, options)
+    y = getattr(module, CHILD)(
+        query,
+        key,
+        value,
+        mask=attention_mask,
+        is_causal=hides_later,
+        scale=scaling,
+        softcap=softcap,
+        dropout=dropout,
+    )
+    return y.transpose(1, 2).contiguous(), None
 
 
 def _with_sdpa_mask(
@@ -115,14 +150,10 @@ def _with_sdpa_mask(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    dropout: float = 0.0,
-    scaling: float | None = None,
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls where a missing mask means a causal one.
-
-    Shapes and placements as in `HeadAttention`, the result as (B, T, heads, head_dim).
+    """What transformers calls where a missing mask means a causal one; see `_attend`.
 
     Comm:
         as `HeadAttention`.
@@ -132,57 +163,12 @@ def _with_sdpa_mask(
     causal = bool(causal) and attention_mask is None and length > 1
     if causal and key.shape[2] > length:  # a static cache, still empty behind these tokens
         key, value = key[:, :, :length], value[:, :, :length]
-    return _attend(module, query, key, value, attention_mask, causal, dropout, scaling, options)
+    return _attend(module, query, key, value, attention_mask, hides_later=causal, **options)
 
 
-def _with_eager_mask(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """What transformers calls where the mask says all; see `_with_sdpa_mask`.
-
-    Comm:
-        as `HeadAttention`.
-    """
-    return _attend(module, query, key, value, attention_mask, False, dropout, scaling, options)
-
-
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    dropout: float,
-    scaling: float | None,
-    options: dict[str, Any],
-) -> tuple[Tensor, None]:
-    softcap = options.pop("softcap", None)
-    _refuse(module, options.items())
-    y = getattr(module, CHILD)(
-        query,
-        key,
-        value,
-        mask=mask,
-        is_causal=is_causal,
-        scale=scaling,
-        softcap=softcap,
-        dropout=dropout,
-    )
-    return y.transpose(1, 2).contiguous(), None
-
-
-def _refuse(module: nn.Module, options: Iterable[tuple[str, Any]]) -> None:
+def _refuse(module: nn.Module, options: Mapping[str, Any]) -> None:
     """Raise for what would change the arithmetic and is not ours yet."""
-    for name, value in options:
+    for name, value in options.items():
         if name in ("position_bias", "s_aux") and value is not None:
             raise UsageError(
                 f"{type(module).__name__} gives its attention {name!r}, which shardproof's does "

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from shardproof.errors import PlanError, UsageError
-from shardproof.hf.attention import implementation_problem
+from shardproof.hf.attention import implementation_problems
 from shardproof.hf.models import is_transformers
 from shardproof.leaves import check_degree, checked_degree
 from shardproof.plans.attention import recognise
@@ -137,13 +137,15 @@ def _explicit(given: Mapping[str, Style | str], model: nn.Module) -> Reading:
 
 
 def _irreplaceable(styles: Mapping[str, Style], model: nn.Module) -> list[str]:
-    """One sentence if attention is cut in a model that computes it with what is not ours."""
-    if not is_transformers(model) or not any(
-        isinstance(style, Attention) and style.attend is None for style in styles.values()
-    ):
+    """What is wrong with attention that a model of transformers is to compute through ours."""
+    if not is_transformers(model):
         return []
-    problem = implementation_problem(model)
-    return [problem] if problem else []
+    ours = [
+        name
+        for name, style in styles.items()
+        if isinstance(style, Attention) and style.attend is None
+    ]
+    return implementation_problems(model, ours)
 
 
 def _lacks_members(name: str, style: Style, wrong: Mapping[str, object]) -> bool:
