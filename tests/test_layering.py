@@ -19,7 +19,7 @@ SRC = Path(__file__).parents[1] / "src" / "shardproof"
 # Bottom up. `x.__init__` is the package file of `x`; "" before the dot is shardproof itself.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("autograd", "core", "leaves", "tree"),
+    ("autograd", "core", "extras", "leaves", "tree"),
     ("heads", "overlap", "scheme", "timeout"),
     # Bytes between ranks.
     ("transport.ledger",),
@@ -70,7 +70,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plans.fit", "plans.model_plan", "plans.parts"),
     ("plans.hf_plan",),
     ("plans.planning",),
-    ("plans.cut", "plans.initialize"),
+    ("plans.cut", "plans.initialize", "plans.twins"),
     ("plans.apply",),
     ("plans.__init__",),
     # Ranks as threads or processes, and how they are started.

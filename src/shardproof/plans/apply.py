@@ -16,30 +16,17 @@ from shardproof.hf.generation import guard_generation
 from shardproof.hf.head import adapt_head
 from shardproof.hf.models import is_transformers
 from shardproof.hf.saving import guard_saving
-from shardproof.layers.activations import invariant_twin
 from shardproof.layers.base import check_state
-from shardproof.layers.dropout import dropout_twin
-from shardproof.layers.whole import SameOnAllRanks
-from shardproof.leaves import Cut
 from shardproof.numerics import mode
 from shardproof.plans.cut import Cutter
 from shardproof.plans.hf_plan import entries_of
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.planning import as_error, draft
-from shardproof.plans.style import Attention, ColumnParallel, Plan, Style
+from shardproof.plans.style import Attention, Plan, Style
+from shardproof.plans.twins import irreplaceable, replaced_by, twins_of
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_DRAWING = (
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
-# Roles of modules whose children are cut, and not they.
-GROUPS = ("attention", "shared input")
 _SAMPLES = 64  # elements of each parameter that the ranks compare
 
 
@@ -82,10 +69,10 @@ def parallelize(
     asked = given.scheme if given is not None else scheme
     _agree(given, asked, model, axis)
     made, problems = draft(model, given, degree=axis.size, scheme=scheme)
-    twins = _twins(model, made, asked, axis)
-    problems += _hooked([*_replaced(made), *twins], model)
+    twins = twins_of(model, made, asked, axis)
+    problems += _hooked([*replaced_by(made), *twins], model)
     if asked.is_invariant:
-        problems += _in_place(model) + _drawing(model, twins)
+        problems += irreplaceable(model, twins)
     if not is_transformers(model):
         problems += _unattended(made)
     if problems:
@@ -131,17 +118,6 @@ def _change(model: nn.Module, made: ModelPlan, twins: Mapping[str, nn.Module], a
     if hasattr(model, "generate"):
         guard_generation(model, axis)
     guard_saving(model)
-
-
-def _replaced(made: ModelPlan) -> list[str]:
-    """Modules that will be replaced by cut ones."""
-    return [
-        module.name for module in made.modules if module.is_cut and module.role not in GROUPS
-    ] + [
-        f"{name}.{style.attend}"
-        for name, style in made.styles.items()
-        if isinstance(style, Attention) and style.attend is not None
-    ]
 
 
 def _unattended(made: ModelPlan) -> list[str]:
@@ -219,77 +195,3 @@ def _hooked(names: Sequence[str], model: nn.Module) -> list[str]:
         for name in names
         if (module := model.get_submodule(name)) and any(getattr(module, kind) for kind in _HOOKS)
     ]
-
-
-def _in_place(model: nn.Module) -> list[str]:
-    """Activations that would have to be replaced, and promise what ours do not keep."""
-    return [
-        f"module {name!r} is SiLU(inplace=True): its bits change with the cut, and the one that "
-        "would replace it does not overwrite its input. Use nn.SiLU()."
-        for name, module in model.named_modules()
-        if type(module) is nn.SiLU and module.inplace
-    ]
-
-
-def _drawing(model: nn.Module, twins: Mapping[str, nn.Module]) -> list[str]:
-    """Modules that draw while they compute, each rank for itself, one sentence each."""
-    return [
-        f"module {name!r} is {type(module).__name__}(p={module.p}"
-        f"{', inplace=True' if module.inplace else ''}): it draws from the global generator, so "
-        "that ranks would hold different activations where they must be the same. Use nn.Dropout, "
-        "which becomes dropout by position, p=0, or numerics='native'."
-        for name, module in model.named_modules()
-        if isinstance(module, _DRAWING) and module.p > 0 and name not in twins
-    ]
-
-
-def _twins(model: nn.Module, made: ModelPlan, scheme: Scheme, axis: Axis) -> dict[str, nn.Module]:
-    """Module name -> what takes its place although it is not cut."""
-    replaced = set(_replaced(made))
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if not name or name in replaced:
-            continue
-        twin: nn.Module | None = _dropout(name, module, model, made, scheme, axis)
-        if twin is None and scheme.is_invariant:
-            twin = invariant_twin(module)
-        if twin is not None:
-            found[name] = twin
-    return found
-
-
-def _dropout(
-    name: str,
-    module: nn.Module,
-    model: nn.Module,
-    made: ModelPlan,
-    scheme: Scheme,
-    axis: Axis,
-) -> nn.Module | None:
-    """Dropout by position for an `nn.Dropout`; by leaf where its input is seen to be cut."""
-    column = _column_before(name, model, made)
-    if column is not None:
-        cut = Cut(column.out_features, scheme.leaves, axis.size)
-        return dropout_twin(module, name=name, seed=scheme.seed, axis=axis, cut=cut)
-    twin = dropout_twin(module, name=name, seed=scheme.seed)
-    if twin is not None and scheme.is_invariant:
-        twin.register_forward_pre_hook(SameOnAllRanks(axis, name))
-    return twin
-
-
-def _column_before(name: str, model: nn.Module, made: ModelPlan) -> nn.Linear | None:
-    """The linear whose cut output reaches a child of an `nn.Sequential`; None: it is whole."""
-    parent, _, child = name.rpartition(".")
-    siblings = model.get_submodule(parent)
-    if not isinstance(siblings, nn.Sequential):
-        return None
-    found: nn.Linear | None = None
-    for other, sibling in siblings.named_children():
-        if other == child:
-            break
-        style = made.styles.get(f"{parent}.{other}" if parent else other)
-        if isinstance(style, ColumnParallel) and not style.gather_output:
-            found = sibling if isinstance(sibling, nn.Linear) else None
-        elif style is not None or isinstance(sibling, nn.Linear):
-            found = None
-    return found
