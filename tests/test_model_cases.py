@@ -1,6 +1,7 @@
 """The cases `llama` and `qwen`, a user's checkpoint as a case, and what `prove` says of both."""
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -257,7 +258,7 @@ def test_a_model_that_does_not_know_every_byte(directory: Path, tmp_path: Path) 
 
 
 def test_without_transformers(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    correct = selection.importlib.util.find_spec
+    correct = importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec",
         lambda name, *rest: None if name == "transformers" else correct(name, *rest),

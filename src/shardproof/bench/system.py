@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from shardproof import core
+from shardproof import core, extras
 from shardproof.axis import Axis
 from shardproof.leaves import Cut, Layout, replicated
 from shardproof.scheme import Numerics
@@ -129,9 +129,7 @@ def absence(package: str, extra: str) -> str | None:
     """Why something that needs a package cannot run, with the way out; None if it can."""
     if importlib.util.find_spec(package) is not None:
         return None
-    return (
-        f"needs the extra {extra!r}, which is not installed. Run: pip install 'shardproof[{extra}]'"
-    )
+    return extras.is_wanted(extra)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ its own plan and reads what it holds of every tensor from the safetensors files.
 """
 
 import copy
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from shardproof.cases.lesson import Lesson, Scores
-from shardproof.cases.models import EXTRA, MODULE, cut_on_meta, predict, score
+from shardproof.cases.models import cut_on_meta, predict, score
 from shardproof.cases.text import token_of_byte
 from shardproof.errors import UsageError
+from shardproof.hf.skeleton import EXTRA, MODULE, require_transformers
 from shardproof.hf.weights import load, weight_files
 from shardproof.leaves import Layout
 from shardproof.plans.initialize import initialize
@@ -95,11 +95,7 @@ def checkpoint_case(directory: str | Path) -> Case:
         UsageError: the extra is not installed, the directory is not such a one, or its config is
             not that of a causal language model that knows every byte.
     """
-    if importlib.util.find_spec(MODULE) is None:
-        raise UsageError(
-            f"a checkpoint directory needs the extra {EXTRA!r}, which is not installed. "
-            f"Run: pip install 'shardproof[{EXTRA}]'"
-        )
+    require_transformers("a checkpoint directory")
     weight_files(directory)
     pupil = Checkpoint(Path(directory).resolve(), _config_of(directory))
     token_of_byte(pupil.vocabulary)  # raises where there is none

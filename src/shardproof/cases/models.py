@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from shardproof.axis import Axis
 from shardproof.cases.gpt import layout_of_logits
 from shardproof.cases.lesson import Lesson, Scores, copy_weights
+from shardproof.hf.skeleton import EXTRA, MODULE
 from shardproof.leaves import Layout, replicated
 from shardproof.plans.apply import parallelize
 from shardproof.plans.initialize import initialize
 from shardproof.prover.case import Case, Trial
-
-EXTRA, MODULE = "hf", "transformers"
 
 # Eight query heads share two key-value heads, so that from degree 3 on ranks share one; neither
 # the vocabulary nor the feed-forward is divided by any degree but 1.

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from shardproof import extras
 from shardproof.cli.json_file import JsonFile
 from shardproof.cli.output import listed
 from shardproof.errors import UsageError
@@ -27,9 +28,6 @@ def checked_picture(written: str, *, is_installed: bool, example: str) -> Path:
             f"Name a file, for instance --plot {example}."
         )
     if not is_installed:
-        raise UsageError(
-            f"--plot {written} needs the extra {EXTRA!r}, which is not installed. "
-            f"Run: pip install 'shardproof[{EXTRA}]'"
-        )
+        raise UsageError(f"--plot {written} {extras.is_wanted(EXTRA)}")
     JsonFile(written, option="--plot")  # raises where nothing can be written
     return Path(written)

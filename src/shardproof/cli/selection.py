@@ -1,14 +1,14 @@
 """Which cases `shardproof prove` is to run: those named, a user's model, or all that can run."""
 
 import dataclasses
-import importlib.util
 from collections.abc import Sequence
 
 from shardproof import cases as known
+from shardproof import extras
 from shardproof.cases.checkpoint import checkpoint_case
 from shardproof.cases.lesson import Lesson
-from shardproof.cases.models import EXTRA, MODULE
 from shardproof.errors import UsageError
+from shardproof.hf.skeleton import require_transformers
 from shardproof.prover import Case
 
 Skipped = tuple[dict[str, str], ...]
@@ -54,24 +54,16 @@ def _named(names: Sequence[str]) -> tuple[tuple[Case, ...], Skipped]:
     asked = [known.find_case(name) for name in dict.fromkeys(names)]
     for case in asked:
         if not case.is_installed:
-            raise _missing(f"--case {case.name}", case.extra)
+            raise UsageError(f"--case {case.name} {extras.is_wanted(case.extra)}")
     return tuple(asked), ()
 
 
 def _model(written: str) -> Case:
-    if importlib.util.find_spec(MODULE) is None:
-        raise _missing(f"--model {written}", EXTRA)
+    require_transformers(f"--model {written}")
     try:
         return checkpoint_case(written)
     except UsageError as error:
         raise UsageError(f"--model: {error}") from None
-
-
-def _missing(what: str, extra: str) -> UsageError:
-    return UsageError(
-        f"{what} needs the extra {extra!r}, which is not installed. "
-        f"Run: pip install 'shardproof[{extra}]'"
-    )
 
 
 def _with_steps(case: Case, steps: int) -> Case:

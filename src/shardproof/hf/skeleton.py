@@ -6,10 +6,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from shardproof import extras
 from shardproof.errors import UsageError
 from shardproof.hf.weights import CONFIG, checked_directory
 
-EXTRA = "hf"
+EXTRA, MODULE = "hf", "transformers"
+
+
+def require_transformers(what: str) -> None:
+    """Raise if the extra is missing that `what` needs.
+
+    Raises:
+        UsageError: it is.
+    """
+    if importlib.util.find_spec(MODULE) is None:
+        raise UsageError(f"{what} {extras.is_wanted(EXTRA)}")
 
 
 def skeleton(directory: str | Path) -> nn.Module:
@@ -25,11 +36,7 @@ def skeleton(directory: str | Path) -> nn.Module:
             not that of a causal language model.
     """
     folder = checked_directory(directory)
-    if importlib.util.find_spec("transformers") is None:
-        raise UsageError(
-            f"reading {folder / CONFIG} needs the extra {EXTRA!r}, which is not installed. "
-            f"Run: pip install 'shardproof[{EXTRA}]'"
-        )
+    require_transformers(f"reading {folder / CONFIG}")
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - an optional extra
 
     try:
