@@ -1,0 +1,69 @@
+"""docs/what-can-go-wrong.md names, for every row, the test that does what the row says."""
+
+import ast
+import functools
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+PAGE = TESTS.parent / "docs" / "what-can-go-wrong.md"
+VERDICTS = ("Right", "Refused", "Noticed")
+HEAD = "| you do | what happens | what to do instead | test |"
+
+
+@functools.cache
+def names_in(file: str) -> set[str]:
+    """Names of the test functions of one file, on their own or in a class."""
+    path = TESTS / f"{file}.py"
+    if not path.is_file():
+        return set()
+    return {
+        node.name
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
+
+
+def rows_of(page: str) -> list[list[str]]:
+    lines = [line for line in page.splitlines() if line.startswith("|")]
+    return [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in lines
+        if line != HEAD and set(line) - set("|-")
+    ]
+
+
+def wrong_in(row: list[str]) -> str | None:
+    """What is wrong with one row, or None."""
+    if len(row) != 4:
+        return f"has {len(row)} cells, not 4"
+    if not row[1].startswith(VERDICTS):
+        return f"begins with none of {', '.join(VERDICTS)}: {row[1]!r}"
+    if row[1].startswith(VERDICTS[1:]) and not row[2]:
+        return "says no way out"
+    names = [name.strip("` ") for name in row[3].split(",")]
+    for name in names:
+        file, _, test = name.partition("::")
+        if test not in names_in(file):
+            return f"names no test: {name!r}"
+    return None
+
+
+def test_every_row_of_the_page_names_a_test_that_is_there() -> None:
+    rows = rows_of(PAGE.read_text())
+    assert [(row, wrong) for row in rows if (wrong := wrong_in(row))] == []
+
+
+@pytest.mark.parametrize(
+    ("row", "wrong"),
+    [
+        (["a", "Right", "", "`test_size::test_nowhere`"], "names no test"),
+        (["a", "Right", "", "`test_nowhere::test_x`"], "names no test"),
+        (["a", "Refused", "", "`test_size::test_no_file_and_no_function_is_too_long`"], "way out"),
+        (["a", "Maybe", "b", "`test_size::test_no_file_and_no_function_is_too_long`"], "none of"),
+        (["a", "Right", ""], "3 cells"),
+    ],
+)
+def test_a_row_that_is_not_true_is_found(row: list[str], wrong: str) -> None:
+    assert wrong in str(wrong_in(row))
