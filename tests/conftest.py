@@ -15,6 +15,12 @@ settings.register_profile("shardproof", deadline=None, print_blob=True)
 settings.load_profile("shardproof")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    fuzz = parser.getgroup("fuzz", "random models (tests/test_fuzz.py)")
+    fuzz.addoption("--fuzz-seconds", type=float, default=30.0, help="how long; 30 if not given")
+    fuzz.addoption("--fuzz-seed", type=int, default=0, help="of the models; 0 if not given")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
