@@ -374,7 +374,8 @@ SILENT = {
     base: {"ShardedModule", "check_state"},
     guard: {"watch"},
     activations: {"Tanh", "Sigmoid", "SiLU", "GELU", "Softplus", "QuickGELU", "Mish"}
-    | {"invariant_twin"},
+    | {"ClippedGELU", "SqrtSoftplus", "ELU", "CELU", "SELU", "Softshrink"}
+    | {"invariant_twin", "why_refused"},
     cut_norms: {"NormSite"},
     rms: {"RmsFormula", "RowSums", "normalise", "wide_rows"},
     dropout: {"MaskKey"},

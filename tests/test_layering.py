@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("axis",),
     # Arithmetic on plain tensors.
     ("numerics.mode", "numerics.elementwise", "numerics.sums", "numerics.random"),
-    ("numerics.products",),
+    ("numerics.bent", "numerics.products"),
     ("numerics.matmul",),
     ("numerics.headwise", "numerics.joined"),
     ("numerics.attending",),
