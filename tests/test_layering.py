@@ -49,6 +49,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("functional.cut_norms",),
     ("functional.norms",),
     ("functional.__init__",),
+    # What of torch would take a shard for the whole.
+    ("layers.replace", "layers.watched"),
+    ("layers.refuse", "layers.scaling"),
     ("layers.guard",),
     ("layers.base",),
     ("layers.dropout", "layers.formula"),
