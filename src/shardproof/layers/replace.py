@@ -47,7 +47,7 @@ def replace(function: Any, make: Callable[[Callable[..., Any]], Callable[..., An
         function.__code__, function.__globals__, function.__name__, function.__defaults__
     )
     original.__kwdefaults__ = function.__kwdefaults__
-    original.__doc__ = function.__doc__
+    original.__doc__, original.__annotations__ = function.__doc__, function.__annotations__
     # The default first: between the two assignments another thread may call.
     function.__kwdefaults__ = {**(function.__kwdefaults__ or {}), _GUARD: make(original)}
     function.__code__ = _calls_the_guard.__code__
