@@ -61,8 +61,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layers.attention", "layers.shared", "layers.whole"),
     ("layers.__init__",),
     ("optim",),
+    ("reductions",),
     # Models of Hugging Face transformers, which compute through these layers.
-    ("hf.models", "hf.attention", "hf.generation", "hf.head", "hf.saving", "hf.weights"),
+    ("hf.models", "hf.attention", "hf.generation", "hf.head", "hf.parameters", "hf.saving"),
+    ("hf.weights",),
     ("hf.skeleton",),
     ("hf.__init__",),
     # Which module is cut how.

@@ -15,6 +15,7 @@ from shardproof.hf.attention import take_over
 from shardproof.hf.generation import guard_generation
 from shardproof.hf.head import adapt_head
 from shardproof.hf.models import is_transformers
+from shardproof.hf.parameters import guard_parameters
 from shardproof.hf.saving import guard_saving
 from shardproof.layers.base import check_state
 from shardproof.numerics import mode
@@ -118,6 +119,7 @@ def _change(model: nn.Module, made: ModelPlan, twins: Mapping[str, nn.Module], a
     if hasattr(model, "generate"):
         guard_generation(model, axis)
     guard_saving(model)
+    guard_parameters(model)
 
 
 def _unattended(made: ModelPlan) -> list[str]:
