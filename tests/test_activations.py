@@ -335,3 +335,15 @@ def test_native_numerics_leave_all_as_it_is() -> None:
     for act in (nn.ELU(), nn.ELU(inplace=True), MySiLU(), nn.RReLU()):
         plan = Plan(PLAN, Scheme(numerics="native"))
         assert type(parallelize(Net(act), plan, Axis.solo()).act) is type(act)
+
+
+def test_a_module_whose_forward_was_set_is_not_replaced_in_silence(pool: Pool) -> None:
+    """As libraries do that wrap a module: the twin would compute torch's function."""
+
+    def act() -> nn.Module:
+        module = nn.SiLU()
+        module.forward = lambda x: 2 * x  # type: ignore[method-assign]
+        return module
+
+    message = refusal(pool, act)
+    assert "module 'act' has a forward of its own, which the SiLU that is replaced would" in message

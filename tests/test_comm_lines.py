@@ -54,6 +54,7 @@ from shardproof.heads import Heads
 from shardproof.layers import (
     activations,
     base,
+    filling,
     formula,
     guard,
     norm,
@@ -396,6 +397,7 @@ SILENT = {
     optim: {"layouts_of"},
     base: {"ShardedModule", "check_state"},
     guard: {"watch"},
+    filling: {"passes_over"},
     refuse: {"install"},
     scaling: {"install"},
     replace: {"is_replaced", "replace"},

@@ -1,6 +1,7 @@
 """Filling the parameters of a cut model: by leaf, before the cut, or not at all."""
 
 import copy
+import functools
 import inspect
 import json
 from collections.abc import Callable, Iterator
@@ -298,3 +299,116 @@ def test_the_old_weight_norm_is_refused() -> None:
     layer = ColumnParallelLinear(3, 5, axis=Axis.solo(), name="up")
     with pytest.raises(UsageError, match="weight_norm on 'weight' of 'up'"):
         torch.nn.utils.weight_norm(layer)
+
+
+def fill_linears(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        init.trunc_normal_(module.weight, std=0.02)
+
+
+def fill_data(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        module.weight.data.normal_(0.0, 0.02)
+
+
+def fill_by_reset(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        module.reset_parameters()
+
+
+def fill_with(std: float, module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        init.normal_(module.weight, std=std)
+
+
+class Initializer:
+    def __init__(self, std: float) -> None:
+        self.std = std
+
+    def __call__(self, module: nn.Module) -> None:
+        self._fill(module, self.std)
+        if type(module) is nn.Linear:
+            module.weight.data.uniform_(-self.std, self.std)
+
+    def _fill(self, module: nn.Module, std: float) -> None:
+        """Nothing."""
+
+    def method(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Embedding):
+            module.weight.data.copy_(torch.ones_like(module.weight))
+
+
+FILLS: dict[str, tuple[Callable[[nn.Module], None], str, str]] = {
+    "nn.init": (fill_linears, "Linear", "up"),
+    "data": (fill_data, "Embedding", "embed"),
+    "reset_parameters": (fill_by_reset, "Embedding", "embed"),
+    "an object": (Initializer(0.1), "Linear", "up"),
+    "a method": (Initializer(0.1).method, "Embedding", "embed"),
+    "a partial": (functools.partial(fill_with, 0.02), "Linear", "up"),
+    "a lambda": (
+        lambda m: init.ones_(m.weight) if isinstance(m, nn.Linear) else None, "Linear", "up"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILLS)
+def test_a_function_that_passes_over_cut_layers_is_refused(pool: Pool, name: str) -> None:
+    function, kind, layer = FILLS[name]
+
+    def run(axis: Axis) -> str:
+        model = cut(axis)
+        with pytest.raises(UsageError) as caught:
+            model.apply(function)
+        return str(caught.value)
+
+    for degree in (1, 2, 8):  # ranks that hold nothing say the same
+        for message in pool(degree, "threads").run(run):
+            assert f"fills nn.{kind} and passes over {layer!r}" in message
+            assert "Apply it before the model is cut" in message
+
+
+def fill_all(module: nn.Module) -> None:
+    if hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+
+
+def set_biases(module: nn.Module) -> None:
+    if getattr(module, "bias", None) is not None:
+        init.constant_(module.bias, 0.5)
+
+
+def test_a_function_that_fills_cut_layers_too_is_right(pool: Pool) -> None:
+    def run(axis: Axis) -> dict[str, Tensor]:
+        model = cut(axis)
+        for module in (model.up, model.down, model.embed):
+            module.apply(fill_all)
+        model.apply(set_biases)
+        return whole(model)
+
+    (alone,) = pool(1, "threads").run(run)
+    assert alone["up.bias"].unique().tolist() == [0.5]
+    for degree in (2, 3, 8):
+        for found in pool(degree, "threads").run(run):
+            assert all(bits_equal(found[name], alone[name]) for name in alone)
+
+
+def test_other_functions_are_applied_once_and_leave_the_generator_alone(pool: Pool) -> None:
+    model, seen = cut(Axis.solo()), []
+    model.apply(lambda module: seen.append(type(module).__name__))
+    assert seen == [
+        "VocabParallelEmbedding", "Linear", "ColumnParallelLinear", "RowParallelLinear", "Net",
+    ]  # fmt: skip
+    model.apply(lambda module: module.requires_grad_(False))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    state = torch.get_rng_state()
+    model.up.apply(lambda m: m.weight.data.normal_() if isinstance(m, nn.Conv2d) else None)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_duck_typed_draw_is_refused_by_the_name_of_the_layer() -> None:
+    def fill(module: nn.Module) -> None:
+        if hasattr(module, "weight"):
+            init.normal_(module.weight)
+
+    with pytest.raises(UsageError, match=r"normal_ would fill .* shard of 'embed\.weight'"):
+        cut(Axis.solo()).apply(fill)

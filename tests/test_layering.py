@@ -52,7 +52,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # What of torch would take a shard for the whole.
     ("layers.replace", "layers.watched"),
     ("layers.refuse", "layers.scaling"),
-    ("layers.guard",),
+    ("layers.filling", "layers.guard"),
     ("layers.base",),
     ("layers.dropout", "layers.formula"),
     ("layers.norm",),

@@ -190,10 +190,16 @@ def _sample(value: Tensor) -> bytes:
 
 
 def _hooked(names: Sequence[str], model: nn.Module) -> list[str]:
-    """Modules that have hooks and would be replaced, one sentence each."""
-    return [
-        f"module {name!r} has hooks, which the {type(module).__name__} that is replaced would "
-        "lose. Remove them (weight_norm too is one), and register them after parallelize."
-        for name in names
-        if (module := model.get_submodule(name)) and any(getattr(module, kind) for kind in _HOOKS)
-    ]
+    """Modules that have hooks or a forward set on them and would be replaced, a sentence each."""
+    found = []
+    for name in names:
+        module = model.get_submodule(name)
+        given = "hooks" if any(getattr(module, kind) for kind in _HOOKS) else None
+        given = "a forward of its own" if "forward" in vars(module) else given
+        if given is not None:
+            found.append(
+                f"module {name!r} has {given}, which the {type(module).__name__} that is replaced "
+                "would lose. Remove them (weight_norm too is one), and register them after "
+                "parallelize."
+            )
+    return found
