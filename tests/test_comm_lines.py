@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import shardproof.functional
 import shardproof.layers
 from places import Pool
-from shardproof import collectives, comm, optim
+from shardproof import collectives, comm, optim, reductions
 from shardproof.axis import Axis
 from shardproof.functional import (
     attention_site,
@@ -51,7 +51,19 @@ from shardproof.functional import (
 from shardproof.functional.attention import attention
 from shardproof.functional.attention_site import AttentionSite
 from shardproof.heads import Heads
-from shardproof.layers import activations, base, formula, guard, norm, whole
+from shardproof.layers import (
+    activations,
+    base,
+    filling,
+    formula,
+    guard,
+    norm,
+    refuse,
+    replace,
+    scaling,
+    watched,
+    whole,
+)
 from shardproof.layers import attention as attention_layers
 from shardproof.layers import dropout as dropout_layers
 from shardproof.layers import embedding as embedding_layers
@@ -77,10 +89,11 @@ SIZES = {
     "embedding_dim": OUT,
     "rows": 6,
     "blocks": 8,
+    "2 * ranks": 0,  # of the degree of a run, which `lies` says
     **{str(number): number for number in (2, 3, 4)},
 }
 # What a claim counts "per": the number of them in the runs below.
-PER = {"cut parameter that has a gradient": 2}
+PER = {"cut parameter that has a gradient": 2, "cut parameter": 3}
 
 _CLAUSE = re.compile(
     r"(?P<direction>forward|backward|update|`direction`) (?P<also>also )?"
@@ -358,6 +371,17 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
     (optim.load_optimizer_state_dict, ""): lambda run: optim.load_optimizer_state_dict(
         *(given := run.optimizer()), optim.optimizer_state_dict(*given)
     ),
+    (reductions.num_parameters, ""): lambda run: reductions.num_parameters(run.model()),
+    (reductions.sum_over_parameters, ""): lambda run: reductions.sum_over_parameters(
+        run.model(), torch.square
+    ),
+    (reductions.sums_by_parameter, ""): lambda run: sum(
+        reductions.sums_by_parameter(run.model(), torch.square).values()
+    ),
+    (reductions.parameter_norm, ""): lambda run: reductions.parameter_norm(run.model()),
+    (reductions.parameter_norms, ""): lambda run: reductions.parameter_norms(run.model()),
+    (reductions.max_over_parameters, ""): lambda run: reductions.max_over_parameters(run.model()),
+    (reductions.min_over_parameters, ""): lambda run: reductions.min_over_parameters(run.model()),
 }
 # Public, and of no tensor's doing.
 SILENT = {
@@ -373,8 +397,15 @@ SILENT = {
     optim: {"layouts_of"},
     base: {"ShardedModule", "check_state"},
     guard: {"watch"},
+    filling: {"passes_over"},
+    refuse: {"install"},
+    scaling: {"install"},
+    replace: {"is_replaced", "replace"},
+    watched: {"axes_of", "cut_parameters", "is_watched", "name_by_memory", "name_of"}
+    | {"watch_module"},
     activations: {"Tanh", "Sigmoid", "SiLU", "GELU", "Softplus", "QuickGELU", "Mish"}
-    | {"invariant_twin"},
+    | {"ClippedGELU", "SqrtSoftplus", "ELU", "CELU", "SELU", "Softshrink"}
+    | {"invariant_twin", "why_refused"},
     cut_norms: {"NormSite"},
     rms: {"RmsFormula", "RowSums", "normalise", "wide_rows"},
     dropout: {"MaskKey"},
@@ -402,6 +433,7 @@ def measured(run: Run, use: Callable[[Run], Any]) -> Claim:
 def lies(axis: Axis, function: Any, doc: str) -> list[str]:
     """Variants of a docstring whose claim is not what the ledger counts."""
     found = []
+    SIZES["2 * ranks"] = 2 * axis.size  # all ranks of a run write the same
     for variant, claim in claims(doc).items():
         axis.transport.ledger.reset()
         counted = measured(Run(axis), USES[function, variant])
@@ -431,7 +463,8 @@ def modules_of(package: ModuleType) -> list[ModuleType]:
 
 
 MODULES = [
-    comm, collectives, optim, *modules_of(shardproof.functional), *modules_of(shardproof.layers)
+    comm, collectives, optim, reductions,
+    *modules_of(shardproof.functional), *modules_of(shardproof.layers),
 ]  # fmt: skip
 FUNCTIONS = [
     function

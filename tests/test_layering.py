@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("axis",),
     # Arithmetic on plain tensors.
     ("numerics.mode", "numerics.elementwise", "numerics.sums", "numerics.random"),
-    ("numerics.products",),
+    ("numerics.bent", "numerics.products"),
     ("numerics.matmul",),
     ("numerics.headwise", "numerics.joined"),
     ("numerics.attending",),
@@ -49,7 +49,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("functional.cut_norms",),
     ("functional.norms",),
     ("functional.__init__",),
-    ("layers.guard",),
+    # What of torch would take a shard for the whole.
+    ("layers.replace", "layers.watched"),
+    ("layers.refuse", "layers.scaling"),
+    ("layers.filling", "layers.guard"),
     ("layers.base",),
     ("layers.dropout", "layers.formula"),
     ("layers.norm",),
@@ -58,8 +61,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layers.attention", "layers.shared", "layers.whole"),
     ("layers.__init__",),
     ("optim",),
+    ("reductions",),
     # Models of Hugging Face transformers, which compute through these layers.
-    ("hf.models", "hf.attention", "hf.generation", "hf.head", "hf.saving", "hf.weights"),
+    ("hf.models", "hf.attention", "hf.generation", "hf.head", "hf.parameters", "hf.saving"),
+    ("hf.weights",),
     ("hf.skeleton",),
     ("hf.__init__",),
     # Which module is cut how.

@@ -34,6 +34,15 @@ from shardproof.plans.style import (
 )
 from shardproof.prover.proof import prove
 from shardproof.ranks import launch
+from shardproof.reductions import (
+    max_over_parameters,
+    min_over_parameters,
+    num_parameters,
+    parameter_norm,
+    parameter_norms,
+    sum_over_parameters,
+    sums_by_parameter,
+)
 from shardproof.scheme import Scheme
 
 __version__ = "0.1.0"
@@ -60,8 +69,15 @@ __all__ = [
     "initialize",
     "launch",
     "load_optimizer_state_dict",
+    "max_over_parameters",
+    "min_over_parameters",
+    "num_parameters",
     "optimizer_state_dict",
     "parallelize",
+    "parameter_norm",
+    "parameter_norms",
     "plan",
     "prove",
+    "sum_over_parameters",
+    "sums_by_parameter",
 ]

@@ -1,18 +1,24 @@
-"""Modules for the invariant activations: twins of torch's, with the same options.
+"""Modules for the invariant activations, and what is known of every activation of torch.
 
-None for `nn.ReLU`: it compares and picks, so that torch's own has the same bits however it is cut.
-Activations of Hugging Face transformers are known by the names of their classes, and tried: a class
-of that name that computes something else has no twin.
+Every class of `torch.nn.modules.activation`, and every activation of Hugging Face transformers, is
+in one of four places below: `HOLDS` (torch's own has the same bits however it is cut), the twins of
+`_TWINS` and `_NAMED` (ours takes its place), `REFUSED` (nothing of ours can), `NOT_ELEMENTWISE`
+(what it computes depends on more than one element, so that it is right on a whole tensor alone).
+tests/test_activations.py goes over the classes of the installed torch and transformers, tries each,
+and fails where one is in no place or in two.
+
+Activations of transformers are known by the names of their classes, and tried: a class of that name
+that computes something else has no twin.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shardproof.layers.norm import norm_twin
-from shardproof.numerics import elementwise
+from shardproof.numerics import bent, elementwise
 from shardproof.numerics.elementwise import Approximate
 
 
@@ -91,13 +97,98 @@ class QuickGELU(nn.Module):
         return (wide * elementwise.sigmoid(wide * 1.702)).to(x.dtype)
 
 
+class ClippedGELU(nn.Module):
+    """GELU, held between two bounds (Wu et al., arXiv 2004.09602).
+
+    Attributes:
+        min: the lower bound.
+        max: the upper bound.
+    """
+
+    def __init__(self, min: float, max: float) -> None:
+        super().__init__()
+        self.min = min
+        self.max = max
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*) -> (*), the placement of `x`."""
+        return torch.clip(elementwise.gelu(x), self.min, self.max)
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"min={self.min}, max={self.max}"
+
+
+class SqrtSoftplus(nn.Module):
+    """Square root of softplus, which scores the experts of a router."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*) -> (*), the placement of `x`."""
+        return elementwise.softplus(elementwise.widen(x)).sqrt().to(x.dtype)
+
+
 class Mish(nn.Module):
     """`x * tanh(softplus(x))` (Misra 2019, arXiv 1908.08681)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(*) -> (*), the placement of `x`."""
-        wide = elementwise.widen(x)
-        return (wide * elementwise.tanh(elementwise.softplus(wide))).to(x.dtype)
+        return bent.mish(x)
+
+
+class ELU(nn.Module):
+    """`x` above zero, `alpha * (exp(x) - 1)` below.
+
+    Attributes:
+        alpha: the bound below is `-alpha`.
+    """
+
+    def __init__(self, alpha: float = 1.0) -> None:
+        super().__init__()
+        self.alpha = alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*) -> (*), the placement of `x`."""
+        return bent.elu(x, self.alpha)
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"alpha={self.alpha}"
+
+
+class CELU(ELU):
+    """`x` above zero, `alpha * (exp(x / alpha) - 1)` below; options as of `ELU`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*) -> (*), the placement of `x`."""
+        return bent.celu(x, self.alpha)
+
+
+class SELU(nn.Module):
+    """A scaled ELU that keeps mean 0 and variance 1 (Klambauer et al., arXiv 1706.02515)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*) -> (*), the placement of `x`."""
+        return bent.selu(x)
+
+
+class Softshrink(nn.Module):
+    """`x` moved towards zero by `lambd`, and zero where it would pass it.
+
+    Attributes:
+        lambd: by how much.
+    """
+
+    def __init__(self, lambd: float = 0.5) -> None:
+        super().__init__()
+        self.lambd = lambd
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*) -> (*), the placement of `x`."""
+        return bent.softshrink(x, self.lambd)
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"lambd={self.lambd}"
 
 
 def invariant_twin(module: nn.Module) -> nn.Module | None:
@@ -116,9 +207,50 @@ def invariant_twin(module: nn.Module) -> nn.Module | None:
         return None if getattr(module, "inplace", False) else make(module).train(module.training)
     named = _NAMED.get(type(module).__name__)
     if named is not None:
-        twin = named()
+        twin = named(module)
         return twin.train(module.training) if _computes_the_same(module, twin) else None
     return norm_twin(module)
+
+
+def why_refused(module: nn.Module) -> str | None:
+    """Why an activation cannot stay in a cut model and nothing of ours can replace it, or None.
+
+    Args:
+        module: any module.
+    Returns:
+        What it is, why it is refused and the way out, to be put behind the name of the module.
+    """
+    kind = _kind_of(module)
+    if isinstance(module, nn.RReLU) and kind is nn.RReLU and module.lower < module.upper:
+        return (
+            f"is {type(module).__name__}(lower={module.lower:.4g}, upper={module.upper:.4g}): "
+            f"{REFUSED[nn.RReLU]}. Use nn.LeakyReLU({(module.lower + module.upper) / 2:.4g}), "
+            "which is what it computes in evaluation."
+        )
+    if kind not in _TWINS:
+        return None
+    if getattr(module, "inplace", False):
+        return (
+            f"is {type(module).__name__}(inplace=True): its bits change with the cut, and the one "
+            f"that would replace it does not overwrite its input. Use nn.{kind.__name__}()."
+        )
+    if type(module) is not kind:
+        return (
+            f"is {type(module).__name__}, which computes with the forward of nn.{kind.__name__}: "
+            "its bits change with the cut, and a class of your own is not replaced. Use "
+            f"nn.{kind.__name__}, or give your class a forward that calls "
+            f"shardproof.functional.{kind.__name__.lower()}."
+        )
+    return None
+
+
+def _kind_of(module: nn.Module) -> Any:
+    """The class of torch whose forward a module has: its own, or that of the class it extends."""
+    own: Any = type(module)
+    for kind in own.__mro__:
+        if kind in _TWINS or kind in REFUSED:
+            return kind if own.forward is kind.forward else own
+    return own
 
 
 @torch.no_grad()
@@ -137,6 +269,27 @@ def _computes_the_same(module: nn.Module, twin: nn.Module) -> bool:
     return True
 
 
+def _clipped_gelu(module: Any) -> nn.Module:
+    low, high = getattr(module, "min", 0.0), getattr(module, "max", 0.0)
+    return ClippedGELU(low, high)
+
+
+# Torch's own has the same bits in the whole and in any part of it, forward and backward, for they
+# compare, pick and calculate, or call a function that holds (log_sigmoid, tanh).
+HOLDS: tuple[type[nn.Module], ...] = (
+    nn.Threshold,
+    nn.ReLU,
+    nn.Hardtanh,
+    nn.ReLU6,
+    nn.Hardsigmoid,
+    nn.Hardswish,
+    nn.Hardshrink,
+    nn.LeakyReLU,
+    nn.LogSigmoid,
+    nn.Softsign,
+    nn.Tanhshrink,
+)
+
 _TWINS: dict[type[nn.Module], Callable[..., nn.Module]] = {
     nn.Tanh: lambda _: Tanh(),
     nn.Sigmoid: lambda _: Sigmoid(),
@@ -144,17 +297,48 @@ _TWINS: dict[type[nn.Module], Callable[..., nn.Module]] = {
     nn.Mish: lambda _: Mish(),
     nn.GELU: lambda module: GELU(module.approximate),
     nn.Softplus: lambda module: Softplus(module.beta, module.threshold),
+    nn.ELU: lambda module: ELU(module.alpha),
+    nn.CELU: lambda module: CELU(module.alpha),
+    nn.SELU: lambda _: SELU(),
+    nn.Softshrink: lambda module: Softshrink(module.lambd),
+}
+REPLACED: tuple[type[nn.Module], ...] = tuple(_TWINS)
+
+REFUSED: Mapping[type[nn.Module], str] = {
+    nn.RReLU: "in training it draws a slope for every element from the global generator, so that "
+    "ranks would hold different activations where they must be the same",
+}
+
+# What each depends on beyond the element: right where the tensor is whole (gather_output=True), and
+# not between a column and a row.
+NOT_ELEMENTWISE: Mapping[type[nn.Module], str] = {
+    nn.GLU: "takes the two halves of a dim, which a cut moves",
+    nn.Softmax: "sums over a dim",
+    nn.Softmin: "sums over a dim",
+    nn.Softmax2d: "sums over a dim",
+    nn.LogSoftmax: "sums over a dim",
+    nn.PReLU: "has a slope for all features or for each, whose gradient is a sum over what is cut",
+    nn.MultiheadAttention: "mixes positions, and has weights of its own",
 }
 
 # Classes of transformers.activations, which is not imported for them.
-_NAMED: dict[str, Callable[[], nn.Module]] = {
-    "SiLUActivation": SiLU,
-    "GELUActivation": GELU,
-    "GELUTanh": lambda: GELU("tanh"),
-    "PytorchGELUTanh": lambda: GELU("tanh"),
-    "NewGELUActivation": lambda: GELU("tanh"),
-    "FastGELUActivation": lambda: GELU("tanh"),
-    "AccurateGELUActivation": lambda: GELU("tanh"),
-    "QuickGELUActivation": QuickGELU,
-    "MishActivation": Mish,
+NAMED_HOLDS: tuple[str, ...] = ("LaplaceActivation", "LinearActivation", "ReLUSquaredActivation")
+
+_NAMED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "SiLUActivation": lambda _: SiLU(),
+    "GELUActivation": lambda _: GELU(),
+    "GELUTanh": lambda _: GELU("tanh"),
+    "PytorchGELUTanh": lambda _: GELU("tanh"),
+    "NewGELUActivation": lambda _: GELU("tanh"),
+    "FastGELUActivation": lambda _: GELU("tanh"),
+    "AccurateGELUActivation": lambda _: GELU("tanh"),
+    "ClippedGELUActivation": _clipped_gelu,
+    "QuickGELUActivation": lambda _: QuickGELU(),
+    "MishActivation": lambda _: Mish(),
+    "SqrtSoftplusActivation": lambda _: SqrtSoftplus(),
+}
+NAMED_REPLACED: tuple[str, ...] = tuple(_NAMED)
+
+NAMED_NOT_ELEMENTWISE: Mapping[str, str] = {
+    "XIELUActivation": "has slopes for all features, whose gradients are sums over what is cut",
 }

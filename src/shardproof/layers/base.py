@@ -5,8 +5,8 @@ a part of stands in `layouts`.
 """
 
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shardproof.axis import Axis
 from shardproof.errors import LayoutError, UsageError
 from shardproof.layers import guard
+from shardproof.layers.filling import passes_over
 from shardproof.leaves import Cut, Layout, check_degree
 from shardproof.numerics import mode
 from shardproof.numerics.random import draw_uniform
@@ -79,6 +80,27 @@ class ShardedModule(nn.Module):
                     "or leave this layer out of the plan."
                 )
             yield name, parameter, layout
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Self:
+        """As of torch.
+
+        Raises:
+            UsageError: `fn` fills plain layers and would pass over this one.
+        """
+        for plain, cut in self._small_ones():
+            if passes_over(fn, plain, cut):
+                raise UsageError(
+                    f"the function given to apply fills nn.{type(plain()).__name__} and passes "
+                    f"over {self.name!r} ({type(self).__name__}), which has taken the place of "
+                    "one. Apply it before the model is cut; or cut the model on the meta device "
+                    "and call shardproof.initialize(model); or let the function call "
+                    "reset_parameters() of cut layers."
+                )
+        return super().apply(fn)
+
+    def _small_ones(self) -> Iterator[tuple[Callable[[], nn.Module], Callable[[], nn.Module]]]:
+        """How to make the plain layer that this one stands for, and this one, both small."""
+        yield from ()
 
     @torch.no_grad()
     def _draw(self, parameter: str, bound: float) -> None:

@@ -1,5 +1,6 @@
 """An embedding whose weight is cut along the vocabulary: drop-in for `nn.Embedding`."""
 
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
@@ -139,6 +140,9 @@ class VocabParallelEmbedding(ShardedModule):
     def forward(self, ids: Tensor) -> Tensor:
         """See the class for shapes, placements and Comm."""
         return vocab_embedding(ids, self.weight, self._site)
+
+    def _small_ones(self) -> Iterator[tuple[Callable[[], nn.Module], Callable[[], nn.Module]]]:
+        yield lambda: nn.Embedding(3, 2), lambda: VocabParallelEmbedding(3, 2, axis=Axis.solo())
 
     def extra_repr(self) -> str:
         """Global sizes, and which rank of which axis this is."""

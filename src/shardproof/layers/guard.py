@@ -1,15 +1,15 @@
-"""Keeps torch's own gradient norm from being silently wrong on a cut model.
+"""Keeps functions of torch from being silently wrong on a cut model.
 
 `torch.nn.utils.clip_grad_norm_` on shards computes a norm per rank, clips each rank by its own and
 lets replicated weights drift apart, without a word. Once the first cut module exists, torch's norm
 function raises when it is given the gradient of a cut parameter; every other call is as before.
-Why a guard and not a parameter subclass: docs/decisions/0009-guard-torch-clip.md.
+Why a guard and not a parameter subclass: docs/decisions/0009-guard-torch-clip.md. What else is
+guarded stands in `refuse` and `scaling`.
 """
 
 import functools
 import threading
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,17 +17,23 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad
 
 from shardproof.errors import UsageError
+from shardproof.layers import refuse, scaling
+from shardproof.layers.watched import name_of, watch_module
 
-_watched: weakref.WeakSet[Any] = weakref.WeakSet()
 _lock = threading.Lock()
+_installed: list[str] = []
 
 
 def watch(module: nn.Module) -> None:
-    """Make torch's norm functions raise on gradients of this module's cut parameters."""
+    """Make torch's functions raise on this module's cut parameters, or do what is right."""
+    watch_module(module)
     with _lock:
-        _watched.add(module)
         if not hasattr(clip_grad._get_total_norm, "is_shardproof_guard"):
             _install()
+        if not _installed:
+            refuse.install()
+            scaling.install()
+            _installed.append("refuse, scaling")
 
 
 def _install() -> None:
@@ -48,7 +54,7 @@ def _guarded(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def guard(tensors: Tensor | Iterable[Tensor], *args: Any, **kwargs: Any) -> Tensor:
         grads = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        name = _cut_parameter(grads)
+        name = name_of(grads)
         if name is not None:
             raise UsageError(
                 f"torch.nn.utils would compute the norm of this rank's shard of {name!r} alone, "
@@ -59,33 +65,3 @@ def _guarded(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     guard.is_shardproof_guard = True  # type: ignore[attr-defined]
     return guard
-
-
-def _cut_parameter(grads: list[Tensor]) -> str | None:
-    """Name of the first of `grads` that is a cut parameter or the gradient of one."""
-    with _lock:
-        modules = list(_watched)
-    names: dict[int, str] = {}
-    for module in modules:
-        for name, parameter in _cut_parameters_of(module):
-            names[id(parameter)] = name
-            if parameter.grad is not None:
-                names[id(parameter.grad)] = name
-    return next((names[id(grad)] for grad in grads if id(grad) in names), None)
-
-
-def _cut_parameters_of(module: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    """Cut parameters of one module, and what a parametrization has put in the place of one.
-
-    Other threads may be building or changing the module: nothing is expected to be there.
-    """
-    for name, layout in dict(module.layouts).items():
-        if layout.is_replicated:
-            continue
-        parameter = getattr(module, "_parameters", {}).get(name)
-        if parameter is not None:
-            yield f"{module.name}.{name}", parameter
-        else:
-            # Which of them make up the cut parameter is not known, so that all count.
-            for other, candidate in list(module.named_parameters()):
-                yield f"{module.name}.{other}", candidate

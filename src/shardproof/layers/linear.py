@@ -1,6 +1,6 @@
 """Linear layers whose weight is cut over one axis: drop-in for `nn.Linear`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, Protocol, Self
 
 import torch
@@ -123,6 +123,10 @@ class _ParallelLinear(ShardedModule):
         if width == owned and got == self.in_features:
             return f"This input is whole: use {self._if_whole}."
         return "Sizes of a layer are global; check what the layer before hands on."
+
+    def _small_ones(self) -> Iterator[tuple[Callable[[], nn.Module], Callable[[], nn.Module]]]:
+        kind = RowParallelLinear if isinstance(self, RowParallelLinear) else ColumnParallelLinear
+        yield lambda: nn.Linear(3, 2), lambda: kind(3, 2, axis=Axis.solo())
 
     def extra_repr(self) -> str:
         """Global sizes, and which rank of which axis this is."""

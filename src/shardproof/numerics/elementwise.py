@@ -37,7 +37,7 @@ def relu(x: Tensor) -> Tensor:
     Returns:
         (*), the placement of `x`.
     """
-    return torch.relu(_floating(x, "relu"))
+    return torch.relu(check_floating(x, "relu"))
 
 
 def tanh(x: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def tanh(x: Tensor) -> Tensor:
     Returns:
         (*), the placement of `x`.
     """
-    return _Tanh.apply(_floating(x, "tanh"))
+    return _Tanh.apply(check_floating(x, "tanh"))
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def sigmoid(x: Tensor) -> Tensor:
     Returns:
         (*), the placement of `x`.
     """
-    return _Sigmoid.apply(_floating(x, "sigmoid"))
+    return _Sigmoid.apply(check_floating(x, "sigmoid"))
 
 
 def silu(x: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def silu(x: Tensor) -> Tensor:
     Returns:
         (*), the placement of `x`.
     """
-    x = _floating(x, "silu")
+    x = check_floating(x, "silu")
     return _Silu.apply(x) if x.requires_grad and torch.is_grad_enabled() else _silu(x)
 
 
@@ -88,7 +88,7 @@ def gelu(x: Tensor, approximate: Approximate = "none") -> Tensor:
     if approximate not in ("none", "tanh"):
         raise UsageError(f"gelu: approximate={approximate!r} is unknown. Use 'none' or 'tanh'.")
     function = _GeluErf if approximate == "none" else _GeluTanh
-    return function.apply(_floating(x, "gelu"))
+    return function.apply(check_floating(x, "gelu"))
 
 
 def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
@@ -101,7 +101,7 @@ def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     Returns:
         (*), the placement of `x`.
     """
-    return _Softplus.apply(_floating(x, "softplus"), float(beta), float(threshold))
+    return _Softplus.apply(check_floating(x, "softplus"), float(beta), float(threshold))
 
 
 class _Tanh(torch.autograd.Function):
@@ -239,7 +239,17 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _floating(x: Tensor, name: str) -> Tensor:
+def check_floating(x: Tensor, name: str) -> Tensor:
+    """`x` itself.
+
+    Args:
+        x: (*), any placement.
+        name: of the function that takes it.
+    Returns:
+        (*), the placement of `x`.
+    Raises:
+        UsageError: `x` is no floating-point tensor.
+    """
     if not x.is_floating_point():
         raise UsageError(f"{name} takes a floating-point tensor, got {x.dtype}. Use x.float().")
     return x

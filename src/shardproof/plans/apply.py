@@ -15,6 +15,7 @@ from shardproof.hf.attention import take_over
 from shardproof.hf.generation import guard_generation
 from shardproof.hf.head import adapt_head
 from shardproof.hf.models import is_transformers
+from shardproof.hf.parameters import guard_parameters
 from shardproof.hf.saving import guard_saving
 from shardproof.layers.base import check_state
 from shardproof.numerics import mode
@@ -118,6 +119,7 @@ def _change(model: nn.Module, made: ModelPlan, twins: Mapping[str, nn.Module], a
     if hasattr(model, "generate"):
         guard_generation(model, axis)
     guard_saving(model)
+    guard_parameters(model)
 
 
 def _unattended(made: ModelPlan) -> list[str]:
@@ -188,10 +190,16 @@ def _sample(value: Tensor) -> bytes:
 
 
 def _hooked(names: Sequence[str], model: nn.Module) -> list[str]:
-    """Modules that have hooks and would be replaced, one sentence each."""
-    return [
-        f"module {name!r} has hooks, which the {type(module).__name__} that is replaced would "
-        "lose. Remove them (weight_norm too is one), and register them after parallelize."
-        for name in names
-        if (module := model.get_submodule(name)) and any(getattr(module, kind) for kind in _HOOKS)
-    ]
+    """Modules that have hooks or a forward set on them and would be replaced, a sentence each."""
+    found = []
+    for name in names:
+        module = model.get_submodule(name)
+        given = "hooks" if any(getattr(module, kind) for kind in _HOOKS) else None
+        given = "a forward of its own" if "forward" in vars(module) else given
+        if given is not None:
+            found.append(
+                f"module {name!r} has {given}, which the {type(module).__name__} that is replaced "
+                "would lose. Remove them (weight_norm too is one), and register them after "
+                "parallelize."
+            )
+    return found

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from shardproof.axis import Axis
-from shardproof.layers.activations import invariant_twin
+from shardproof.layers.activations import invariant_twin, why_refused
 from shardproof.layers.dropout import dropout_twin
 from shardproof.layers.whole import SameOnAllRanks
 from shardproof.leaves import Cut
@@ -93,16 +93,15 @@ def _column_before(name: str, model: nn.Module, made: ModelPlan) -> nn.Linear | 
 
 def irreplaceable(model: nn.Module, twins: Mapping[str, nn.Module]) -> list[str]:
     """Modules that break the promise and that nothing of ours can replace, one sentence each."""
-    return _in_place(model) + _drawing(model, twins)
+    return _activations(model) + _drawing(model, twins)
 
 
-def _in_place(model: nn.Module) -> list[str]:
-    """Activations that would have to be replaced, and promise what ours do not keep."""
+def _activations(model: nn.Module) -> list[str]:
+    """Activations that cannot stay and that ours cannot replace, one sentence each."""
     return [
-        f"module {name!r} is SiLU(inplace=True): its bits change with the cut, and the one that "
-        "would replace it does not overwrite its input. Use nn.SiLU()."
+        f"module {name!r} {why}"
         for name, module in model.named_modules()
-        if type(module) is nn.SiLU and module.inplace
+        if (why := why_refused(module)) is not None
     ]
 
 
