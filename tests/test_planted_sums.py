@@ -137,20 +137,33 @@ Reduce = Callable[[Tensor, Axis], Tensor]
 
 
 class TransposedRow(nn.Module):
-    """A row-parallel product as `(w @ x.T).T`, so that the partial sum is not contiguous."""
+    """A row-parallel product as `(w @ x.T).T`, so that the partial sum is not contiguous.
+
+    It is written by hand, its weight is no parameter; a cut layer follows.
+    """
 
     def __init__(self, whole: Tensor, axis: Axis | None, reduce: Reduce) -> None:
         super().__init__()
         self.whole, self.axis, self.reduce = whole, axis, reduce
         self.scale = nn.Parameter(torch.ones(()))
+        self.after: nn.Module = linear(8, 8, seed=3)
+        with torch.no_grad():
+            for parameter in self.after.parameters():
+                parameter.mul_(8).round_()
+        if axis is not None:
+            self.after = sp.ColumnParallelLinear.from_linear(
+                self.after, axis=axis, gather_output=True, name="after"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.axis is None:
-            return self.scale * (self.whole.to(x.dtype) @ x.t()).t()
+            y: Tensor = self.after(self.scale * (self.whole.to(x.dtype) @ x.t()).t())
+            return y
         cut = Cut(x.shape[1], 8, self.axis.size)
         mine = slice(cut.owned(self.axis.rank).start, cut.owned(self.axis.rank).stop)
         part = collectives.shard(x, self.axis, dim=1, cut=cut)
-        return self.scale * self.reduce((self.whole[:, mine] @ part.t()).t(), self.axis)
+        y = self.after(self.scale * self.reduce((self.whole[:, mine] @ part.t()).t(), self.axis))
+        return y
 
 
 def prove_transposed(reduce: Reduce) -> Report:
