@@ -241,9 +241,8 @@ def prove(
     """
     degrees = checked_degrees(degrees, scheme)
     work = _training(build, loss_fn, batch, _checked_optimizer(optimizer), steps, audit_creation)
-    case = Case(name, "a model given to prove()", work)
     return prove_cases(
-        [case],
+        [Case(name, "a model given to prove()", work)],
         degrees=degrees,
         engine=engine,
         threads=threads,
