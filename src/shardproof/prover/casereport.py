@@ -1,5 +1,6 @@
 """What a proof says of one case and of each tensor: frozen values that know whether they hold."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -308,15 +309,17 @@ class CaseReport:
             },
             "comm": plain(self.comm),
             "checks": [asdict(check) for check in self.checks],
-            "losses": list(self.losses),
+            "losses": plain(self.losses),
             "curves": plain(self.curves),
         }
 
 
 def plain(value: Any) -> Any:
-    """Tuples to lists and mappings to dicts, all the way down."""
+    """Tuples to lists and mappings to dicts, all the way down; NaN and Inf, which JSON lacks, None."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return value

@@ -34,16 +34,14 @@ def _reservations(cases: Sequence[CaseReport]) -> Iterator[str]:
     tensors = [tensor for case in cases for tensor in case.tensors]
     decided = [tensor.name for tensor in tensors if tensor.is_decided_by_rounding]
     if decided:
-        yield (
-            f"In {counted(len(decided), 'tensor')} (the first is {decided[0]}) rounding decides "
-            "some numbers, in plain PyTorch as here."
-        )
+        yield f"In {_named(decided)} rounding decides some numbers, in plain PyTorch as here."
     odd = [tensor.name for tensor in tensors if not tensor.is_finite]
     if odd:
-        yield (
-            f"{counted(len(odd), 'tensor')} with NaN or Inf (the first is {odd[0]}) "
-            f"{'was' if len(odd) == 1 else 'were'} allowed."
-        )
+        yield f"NaN or Inf were allowed, and occur in {_named(odd)}."
+
+
+def _named(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} tensors (the first is {names[0]})"
 
 
 def _first_fault(case: CaseReport) -> str:
@@ -179,6 +177,6 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _listed(degrees: Sequence[int]) -> str:
+def _listed(degrees: Sequence[int | str]) -> str:
     *front, last = map(str, degrees)
-    return f"{', '.join(front)} and {last}"
+    return f"{', '.join(front)} and {last}" if front else last
