@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
+from click.testing import CliRunner, Result
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -250,8 +250,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(directory: Path, *options: str) -> Result:
-    from click.testing import CliRunner
-
     arguments = ["prove", "--model", str(directory), "--degrees", "1,2", "--steps", "2"]
     return CliRunner().invoke(main, [*arguments, *options])
 
@@ -260,7 +258,9 @@ def test_the_command_does_not_prove_a_model_with_nan(directory: Path) -> None:
     refused = command(directory)
     said = " ".join(refused.stdout.split())
     assert refused.exit_code == 1, said
-    assert "Not proved: in case model, tensor model.embed_tokens.weight (initial) is the first" in said
+    assert (
+        "Not proved: in case model, tensor model.embed_tokens.weight (initial) is the first" in said
+    )
     assert "1 of 8224 are NaN or infinite, in plain PyTorch too" in said
     assert WAY_OUT in said
     allowed = command(directory, "--allow-nonfinite")

@@ -106,7 +106,9 @@ def test_layers_on_an_axis_of_another_size_are_an_error() -> None:
             model.up, model.down = two.up, two.down
         return model
 
-    with pytest.raises(UsageError, match=r"'up.weight .initial.' is cut over 2 ranks, and .* has 3"):
+    with pytest.raises(
+        UsageError, match=r"'up.weight .initial.' is cut over 2 ranks, and .* has 3"
+    ):
         prove(build, degrees=(3,))
 
 
@@ -190,9 +192,7 @@ def test_idle_ranks_are_no_fault_where_others_share() -> None:
         return sp.ColumnParallelLinear.from_linear(layer, axis=axis, gather_output=True)
 
     x, target = batch(3)
-    expect_proved(
-        sp.prove(build, F.mse_loss, (x, target), degrees=(1, 2, 4), audit_creation=False)
-    )
+    expect_proved(sp.prove(build, F.mse_loss, (x, target), degrees=(1, 2, 4), audit_creation=False))
 
 
 def test_ranks_as_processes_that_share_nothing_are_not_proved() -> None:

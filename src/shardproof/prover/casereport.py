@@ -44,7 +44,7 @@ class TensorReport:
         seed_allclose: meets the seed's elementwise tolerance; None if it need not.
         findings: what else is wrong, in words ("replicas differ at degree 2").
         rounding: how far rounding alone may put it; None if not judged.
-        nonfinite: degree, "torch" or "fp64" -> how many numbers are not finite there, where any are.
+        nonfinite: degree, "torch" or "fp64" -> how many numbers are not finite there, if any.
     """
 
     name: str
@@ -118,9 +118,10 @@ class TensorReport:
         """What a reader must know of a tensor that agrees by rounding alone; "" for any other."""
         if not self.is_decided_by_rounding or self.torch is None or self.rounding is None:
             return ""
+        ours, plain = self.rounding.ours or 0.0, self.rounding.torch or 0.0
         return (
             f"{self.name}: decided by rounding (largest difference {self.torch.max_abs_diff:.3g}; "
-            f"from fp64 {self.rounding.ours or 0.0:.3g}, plain PyTorch {self.rounding.torch or 0.0:.3g})"
+            f"from fp64 {ours:.3g}, plain PyTorch {plain:.3g})"
         )
 
     def differing_degrees(self) -> tuple[str, str] | None:
@@ -315,7 +316,7 @@ class CaseReport:
 
 
 def plain(value: Any) -> Any:
-    """Tuples to lists and mappings to dicts, all the way down; NaN and Inf, which JSON lacks, None."""
+    """Tuples to lists, mappings to dicts, all the way down; None for NaN and Inf: JSON has none."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):

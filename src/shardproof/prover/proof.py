@@ -213,8 +213,7 @@ def prove(
 
     Args:
         build: `build(axis)` makes the model of one rank, `build(None)` the plain torch module,
-            with the same parameter names and numbers. Ranks as threads share torch's global
-            generator: draw from one of your own, or cut a model that stands outside.
+            with the same parameter names and numbers. Draw from a generator of your own.
         loss_fn: of `module(*inputs)`, which must be a tensor, and the target.
         batch: inputs (a tensor or a tuple of them) and target.
         degrees: how many ranks; each is run once, lowest first.
@@ -222,7 +221,8 @@ def prove(
         steps: how many; agreement with plain torch is judged on the first.
         engine: "threads" or "processes".
         threads: intra-op threads of each rank; by default this process's are shared out.
-        transport, overlap: as in `launch`.
+        transport: what carries bytes between the ranks, as in `launch`.
+        overlap: which sums run while a product is computed, as in `launch`.
         scheme: that every layer must have; None: whatever they have, if they have it alike.
         name: of the model in the report.
         audit_creation: False leaves `build` out of the memory audit: it makes a model whole first.

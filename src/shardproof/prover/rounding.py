@@ -111,7 +111,7 @@ class Rounding:
 
     @property
     def explains(self) -> bool:
-        """True if rounding alone may put the tensor where it is, plain torch's being the measure."""
+        """True if rounding alone, as plain torch shows it, may put the tensor where it is."""
         if self.outside is not None:
             return self.outside <= self.tolerance
         if self.ours is None or self.torch is None:
@@ -141,7 +141,7 @@ def spread(gradient: Tensor, precise: Tensor, largest: float) -> Tensor:
     noise = or_zero((wide - precise).abs()).max().item() if wide.numel() else 0.0
     if wide.numel() < FEW and gradient.is_floating_point():
         noise = max(noise, torch.finfo(gradient.dtype).eps * largest)
-    return torch.where((wide == 0) & (precise == 0), 0.0, ROUNDINGS * noise)
+    return torch.where((wide == 0) & (precise == 0), 0.0, wide.new_tensor(ROUNDINGS * noise))
 
 
 def measure_step(ours: Tensor, reference: Tensor, precise: Tensor, before: Before) -> StepFigures:
@@ -232,11 +232,8 @@ def _with_update(
 ) -> Rounding:
     largest = max(part.max_abs_reference for part in figures)
     unit = torch.finfo(dtype).eps * largest if dtype.is_floating_point else 0.0
-    errors = [
-        tuple(root(square, part.squared_update) for square in (part.squared_ours, part.squared_torch))
-        for part in steps
-    ]
-    ours, plain = ([each[side] for each in errors] for side in (0, 1))
+    ours = [root(part.squared_ours, part.squared_update) for part in steps]
+    plain = [root(part.squared_torch, part.squared_update) for part in steps]
     return Rounding(
         found.tolerance,
         found.ours,

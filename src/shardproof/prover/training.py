@@ -75,9 +75,7 @@ class Training:
             output, loss = self._forward(trial, model, batch)
             trial.record(f"{prefix}output", output, judged=is_first)
             after = " (after forward)"
-            record_buffers(
-                trial, model, prefix=prefix, suffix=after, judged=is_first, masks=masks
-            )
+            record_buffers(trial, model, prefix=prefix, suffix=after, judged=is_first, masks=masks)
             trial.record(f"{prefix}loss", loss, judged=is_first)
             trial.follow(loss)
             with trial.measured():
@@ -173,7 +171,8 @@ def record_buffers(
     Args:
         trial: the run.
         model: with the buffers.
-        prefix, suffix: around their names.
+        prefix: before their names.
+        suffix: after them.
         judged: whether they must agree with plain torch.
         masks: those that had infinities at the start, which are no fault while nothing changes.
     """
@@ -181,9 +180,7 @@ def record_buffers(
         if not buffer.is_complex() and buffer.dtype != torch.bool:
             mask = (masks or {}).get(name)
             is_mask = mask is not None and torch.equal(mask, buffer)
-            trial.record(
-                f"{prefix}{name}{suffix}", buffer, judged=judged, may_be_infinite=is_mask
-            )
+            trial.record(f"{prefix}{name}{suffix}", buffer, judged=judged, may_be_infinite=is_mask)
 
 
 def record_gradients(
