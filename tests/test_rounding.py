@@ -252,9 +252,13 @@ def test_a_gradient_that_should_be_zero_is_a_constant() -> None:
 
 
 def test_a_gradient_that_should_be_zero_is_a_small_constant() -> None:
-    """Too small to be seen in the gradient: Adam makes it large, and rounding does not reach it."""
-    report = prove(change=off_by(3e-8))
-    expect_torch(report, KEY_BIAS, "and rounding explains all but")
+    """Hardly larger than rounding: Adam makes it large, and rounding does not reach so far."""
+    report = prove(change=off_by(2e-8))
+    assert report.identical
+    assert not report.agrees_with_torch
+    # Where plain torch's own rounding is small, as it may be on another processor, the gradient
+    # itself gives it away.
+    assert report.cases[0].first_difference()["tensor"] in {KEY_BIAS, f"{KEY_BIAS}.grad"}
     assert KEY_BIAS not in decided(report)
 
 
