@@ -12,7 +12,7 @@ STAMP := $(VENV)/.setup-stamp
 
 help:
 	@echo "make demo   prove, on this machine, that the degree does not change the bits"
-	@echo "make test   run the tests"
+	@echo "make test   run the tests (ORDER=random:7 shuffles them by a seed)"
 	@echo "make check  ruff and mypy"
 	@echo "make bench  measure side by side with plain torch, and time the cases"
 	@echo "make docs   API documentation into build/docs"
@@ -39,7 +39,7 @@ demo: $(STAMP)
 	$(BIN)/shardproof prove --degrees 1,2,3,8 $(DEMO_CASES:%=--case %)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(if $(ORDER),--order $(ORDER))
 
 check: $(STAMP)
 	$(BIN)/ruff check

@@ -38,7 +38,8 @@ from shardproof.cases.lesson import Lesson, clip
 from shardproof.cases.text import standard_library
 from shardproof.prover.case import Trial
 from shardproof.prover.proof import DEFAULT_SEED, prove_cases
-from shardproof.prover.training import Batch, Training, make_optimizer
+from shardproof.prover.training import Batch, Training
+from shardproof.prover.update import make_optimizer
 from shardproof.ranks import open_ranks
 from shardproof.scheme import Numerics, Scheme
 

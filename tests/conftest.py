@@ -1,4 +1,4 @@
-"""What every test shares: pools of ranks, the gpu marker, and hypothesis without a clock."""
+"""What every test shares: pools of ranks, order, the gpu marker, hypothesis without a clock."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -7,7 +7,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from order import WRITTEN, seed_of, shuffled
 from shardproof.engines.base import Ranks
+from shardproof.numerics import mode
 from shardproof.ranks import open_ranks
 
 # A busy machine is slow, not wrong: a deadline would make failures of it.
@@ -15,13 +17,41 @@ settings.register_profile("shardproof", deadline=None, print_blob=True)
 settings.load_profile("shardproof")
 
 
+SEED = pytest.StashKey[int | None]()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--order",
+        default=WRITTEN,
+        metavar="random[:SEED]",
+        help="shuffle the files, and the tests of each file",
+    )
     fuzz = parser.getgroup("fuzz", "random models (tests/test_fuzz.py)")
     fuzz.addoption("--fuzz-seconds", type=float, default=30.0, help="how long; 30 if not given")
     fuzz.addoption("--fuzz-seed", type=int, default=0, help="of the models; 0 if not given")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        config.stash[SEED] = seed_of(config.getoption("--order"))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    state = mode.set_blas_mode()
+    if not state.took:
+        raise pytest.UsageError(f"the tests need invariant numerics, and {state.problem}")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    seed = config.stash[SEED]
+    return None if seed is None else f"order: random:{seed}"
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest then puts those together that share a fixture
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seed = config.stash[SEED]
+    if seed is not None:
+        items[:] = shuffled(items, seed, lambda item: item.path)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -235,7 +235,7 @@ def test_options_reach_the_prover(monkeypatch: pytest.MonkeyPatch) -> None:
     prove(
         "--case", "ffn", "--case", "matmul-row", "--case", "ffn", "--degrees", "5,1",
         "--engine", "processes", "--threads", "2", "--numerics", "native", "--leaves", "5",
-        "--seed", "7",
+        "--seed", "7", "--allow-nonfinite",
     )  # fmt: skip
     prove()
     first, second = (error.args for error in seen)
@@ -250,6 +250,7 @@ def test_options_reach_the_prover(monkeypatch: pytest.MonkeyPatch) -> None:
             "scheme": Scheme(leaves=5, numerics="native", seed=7),
             "seed": 7,
             "skipped": (),
+            "allow_nonfinite": True,
         },
     )
     assert second[0] == [case.name for case in all_cases() if case.is_installed]

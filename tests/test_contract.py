@@ -25,6 +25,11 @@ from shardproof.scheme import Scheme
 NATIVE = Scheme(numerics="native")
 
 
+def here() -> int:
+    """This thread's number of threads: given to ranks where contracts are compared, it is theirs."""
+    return torch.get_num_threads()
+
+
 def prove_row(
     dtype: torch.dtype = torch.float32,
     *,
@@ -47,7 +52,7 @@ def prove_row(
 
 
 def test_the_contract_names_the_layers_scheme_and_dtype() -> None:
-    report = prove_row(torch.float64, scheme=Scheme(leaves=4, seed=7))
+    report = prove_row(torch.float64, scheme=Scheme(leaves=4, seed=7), threads=here())
     assert report.proved, report.verdict()
     assert report.contract == mode.contract(Scheme(leaves=4), torch.float64)
     assert (report.numerics, report.leaves, report.seed) == ("invariant", 4, 7)
@@ -79,7 +84,8 @@ def test_layers_of_two_dtypes_have_a_contract_of_two_lines() -> None:
         return block
 
     batch = torch.ones(BATCH, IN), torch.zeros(BATCH, OUT, dtype=torch.float64)
-    report = sp.prove(build, F.mse_loss, batch, degrees=(1, 2), audit_creation=False)
+    options = {"degrees": (1, 2), "audit_creation": False, "threads": here()}
+    report = sp.prove(build, F.mse_loss, batch, **options)
     lines = [mode.contract(Scheme(), dtype) for dtype in (torch.float32, torch.float64)]
     assert report.contract == "; ".join(lines)
 
@@ -120,9 +126,9 @@ def test_a_case_without_a_cut_module_has_the_contract_of_its_scheme() -> None:
         trial.record("x", torch.ones(2))
 
     case = Case("plain", "", record)
-    report = prove_cases([case], degrees=(1, 2), scheme=Scheme(leaves=3))
+    report = prove_cases([case], degrees=(1, 2), scheme=Scheme(leaves=3), threads=here())
     assert report.contract == mode.contract(Scheme(leaves=3))
-    assert coming_contract(Scheme(leaves=3), 1) == report.contract
+    assert coming_contract(Scheme(leaves=3), here()) == report.contract
 
 
 # Ranks, degrees and cases that disagree

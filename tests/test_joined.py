@@ -84,8 +84,12 @@ def total(pairs: Pairs, slices: Slices) -> Tensor:
 
 
 @pytest.fixture
-def path() -> Iterator[Callable[[str], None]]:
-    """`path(name)` chooses the vectors; afterwards the widest are chosen again."""
+def path(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """`path(name)` chooses the vectors; afterwards the widest are chosen again.
+
+    Batches of any size are the kernels', whatever the BLAS mode of this process is.
+    """
+    monkeypatch.setattr(mode, "_state", mode.BlasState("core", "core", own_rows=mode.ANY_ROWS))
     kernels: Any = core.kernels()
     before = kernels.path()
     yield kernels.set_path

@@ -87,9 +87,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("ranks",),
     # The proof: one run, many runs, the judgement.
     ("prover.accuracy", "prover.audit", "prover.compare", "prover.hashing", "prover.reference"),
-    ("prover.curve", "prover.wide"),
+    ("prover.curve", "prover.rounding", "prover.wide"),
     ("prover.case",),
-    ("prover.given", "prover.runs", "prover.training"),
+    ("prover.given", "prover.runs", "prover.update"),
+    ("prover.training",),
     ("prover.casereport",),
     ("prover.verdict",),
     ("prover.report",),

@@ -319,14 +319,14 @@ def test_ranks_that_record_other_tensors_are_an_error():
 
 def test_a_failed_check_keeps_a_case_from_being_proved():
     def work(trial):
-        trial.record("x", torch.ones(1))
+        FFN.work(trial)
         trial.check("small enough", trial.axis is None or trial.axis.size < 3, "size counted")
 
     report = run(Case("claims", "", work), degrees=(1, 2, 3))
     assert report.identical
     assert report.agrees_with_torch
     assert not report.proved
-    (check,) = report.cases[0].checks
+    (check,) = (each for each in report.cases[0].checks if each.name == "small enough")
     assert not check.passed
     assert check.detail == "at degree 3: size counted"
     assert "the check 'small enough' failed (at degree 3: size counted)" in report.verdict()

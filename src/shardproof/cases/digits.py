@@ -21,12 +21,8 @@ from shardproof.cases.cut_or_plain import column_linear, row_linear
 from shardproof.cases.draws import fill_like_linear, generator
 from shardproof.functional.losses import cross_entropy
 from shardproof.prover.case import Case, Trial
-from shardproof.prover.training import (
-    make_optimizer,
-    record_gradients,
-    record_parameters,
-    record_state,
-)
+from shardproof.prover.training import record_gradients, record_parameters, record_state
+from shardproof.prover.update import INITIAL, Update, make_optimizer
 
 PIXELS, HIDDEN, CLASSES = 64, 250, 10
 BATCH, EPOCHS = 120, 20
@@ -100,7 +96,7 @@ def run(trial: Trial) -> None:
     with trial.measured():
         model = trial.adopt(trial.cast(build(trial)))
         optimizer = make_optimizer(sgd, model)
-    record_parameters(trial, model, suffix=" (initial)")
+    record_parameters(trial, model, suffix=INITIAL)
     for epoch in range(1, EPOCHS + 1):
         for step, (x, y) in enumerate(batches(digits, trial.seed, epoch)):
             is_first = epoch == 1 and not step
@@ -153,10 +149,11 @@ def train_step(
         trial.record("output", output)
         trial.record("loss", loss)
         record_gradients(trial, model)
+    update = Update(trial, model, sgd) if record else None
     with trial.measured() if measure else nullcontext():
         optimizer.step()
-    if record:
-        record_parameters(trial, model)
+    if update is not None:
+        update.record()
         record_state(trial, model, optimizer)
 
 

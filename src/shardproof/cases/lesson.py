@@ -18,12 +18,8 @@ from shardproof import optim
 from shardproof.cases.text import Text, standard_library
 from shardproof.leaves import Layout
 from shardproof.prover.case import Trial
-from shardproof.prover.training import (
-    make_optimizer,
-    record_gradients,
-    record_parameters,
-    record_state,
-)
+from shardproof.prover.training import record_gradients, record_parameters, record_state
+from shardproof.prover.update import INITIAL, Update, make_optimizer
 from shardproof.prover.wide import KeepDouble
 
 MAIN, PRECISE, DROPOUT = "", "fp64", "dropout"  # the runs, as records are prefixed
@@ -106,7 +102,7 @@ class Lesson:
                 trial.adopt(model)
             optimizer = make_optimizer(self.adamw, model)
         if first.is_compared:
-            record_parameters(trial, model, suffix=" (initial)")
+            record_parameters(trial, model, suffix=INITIAL)
             self._predict(trial, model, self._tokens(trial, text, 0))
         for step in range(1 if trial.is_reference else self.steps):
             now, tokens = _Moment(run, step), self._tokens(trial, text, step)
@@ -137,9 +133,10 @@ class Lesson:
         with _measured(trial, judged):
             norm = clip(trial, model, self.max_norm)
         trial.record(f"{prefix}grad_norm", norm, judged=judged)
+        update = Update(trial, model, self.adamw, judged=judged)
         with _measured(trial, judged):
             optimizer.step()
-        record_parameters(trial, model, prefix=prefix, judged=judged)
+        update.record(prefix=prefix)
 
     def _compare_in_fp64(self, trial: Trial, text: Text) -> None:
         """One forward and backward, judged as closely as fp64 allows."""

@@ -103,6 +103,11 @@ _SAID = {
     metavar="FILE",
     help="Also draw the losses of every degree; needs the extra 'plot'.",
 )
+@click.option(
+    "--allow-nonfinite",
+    is_flag=True,
+    help="Let what has NaN or Inf be proved too, if it is the same and agrees.",
+)
 @click.option("--list", "wants_list", is_flag=True, help="List the cases, and run nothing.")
 def prove(*, wants_list: bool, **given: Any) -> int:
     """Show that the degree does not change the bits.
@@ -152,6 +157,7 @@ def make_proof(request: Request, tell: Progress | None) -> Report | None:
         "seed": request.scheme.seed,
         "progress": tell,
         "skipped": request.skipped,
+        "allow_nonfinite": request.allow_nonfinite,
     }
     if request.engine != "torchrun":
         return prove_cases(

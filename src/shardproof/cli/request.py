@@ -47,6 +47,7 @@ class Given:
     model: str | None = None
     steps: str | None = None
     plot_path: str | None = None
+    allow_nonfinite: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Request:
         target: where the report goes.
         is_speaker: False on all ranks of torchrun but the first.
         picture: where the loss curves go.
+        allow_nonfinite: whether a tensor with NaN or Inf may be proved.
     """
 
     cases: tuple[Case, ...]
@@ -99,6 +101,7 @@ class Request:
     target: JsonFile | None
     is_speaker: bool
     picture: Path | None
+    allow_nonfinite: bool = False
 
 
 def check(given: Given, environment: Mapping[str, str] = os.environ) -> Request:
@@ -133,7 +136,7 @@ def check(given: Given, environment: Mapping[str, str] = os.environ) -> Request:
         earlier.compare(_promise(earlier.report, cases, degrees, scheme, contract))
     return Request(
         cases, skipped, degrees, engine, transport, overlap, threads, scheme, earlier, target,
-        is_speaker, picture,
+        is_speaker, picture, given.allow_nonfinite,
     )  # fmt: skip
 
 

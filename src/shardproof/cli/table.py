@@ -151,6 +151,7 @@ def facts_table(case: Data) -> Table:
     made.add_column(overflow="fold")
     for subject, rows in (
         ("findings", _findings(case)),
+        ("rounding", _decided(case["tensors"])),
         ("checks", _checks(case["checks"])),
         ("memory", _memory(case["memory"])),
         ("sent", _sent(case["comm"])),
@@ -161,9 +162,22 @@ def facts_table(case: Data) -> Table:
 
 
 def _findings(case: Data) -> Iterator[tuple[str | Text, str | Text]]:
+    for degree in case.get("uncut_degrees", ()):
+        yield Text("FAULT", BAD), f"nothing was cut or nothing was sent at degree {degree}"
     for tensor in case["tensors"]:
+        if tensor.get("nonfinite") and not case.get("allows_nonfinite"):
+            where = ", ".join(f"{count} at {at}" for at, count in tensor["nonfinite"].items())
+            yield Text("FAULT", BAD), f"{tensor['name']}: not finite ({where})"
         for finding in tensor["findings"]:
             yield Text("FAULT", BAD), f"{tensor['name']}: {finding}"
+
+
+def _decided(tensors: Sequence[Data]) -> Iterator[tuple[str | Text, str | Text]]:
+    """The tensors that agree because plain PyTorch's own rounding is as large as the difference."""
+    decided = [tensor["name"] for tensor in tensors if tensor.get("decided_by_rounding")]
+    if decided:
+        others = f" and {len(decided) - MOST_DIFFERING} more" if decided[MOST_DIFFERING:] else ""
+        yield "decides", f"some numbers of {', '.join(decided[:MOST_DIFFERING])}{others}"
 
 
 def _checks(checks: Sequence[Data]) -> Iterator[tuple[str | Text, str | Text]]:

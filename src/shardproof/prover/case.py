@@ -20,6 +20,8 @@ from shardproof.layers.base import ShardedModule
 from shardproof.leaves import Layout, replicated
 from shardproof.numerics import mode
 from shardproof.prover.audit import Audit
+from shardproof.prover.reference import ReferenceReader
+from shardproof.prover.rounding import Step
 from shardproof.scheme import Scheme
 
 Castable = TypeVar("Castable", Tensor, nn.Module)
@@ -37,8 +39,26 @@ class Check:
 class Recorder(Protocol):
     """What becomes of a recorded tensor: a file in plain torch, figures on a rank."""
 
-    def record(self, name: str, tensor: Tensor, layout: Layout, *, judged: bool) -> None:
+    def record(self, name: str, tensor: Tensor, layout: Layout, how: "Recording") -> None:
         """Take one tensor."""
+
+    def set_aside(self, name: str, tensor: Tensor) -> None:
+        """Keep one that is not recorded; in plain torch alone."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """How one tensor is recorded.
+
+    Attributes:
+        judged: it must agree with plain torch.
+        step: of an updated weight, what is known of its update.
+        may_be_infinite: infinities in it are no fault, as in a mask that is added to scores.
+    """
+
+    judged: bool = True
+    step: Step | None = None
+    may_be_infinite: bool = False
 
 
 class Trial:
@@ -54,6 +74,8 @@ class Trial:
         curves: run -> the loss of each of its steps; a case may train more than once.
         activation_bytes: of the largest output of a module, data excluded; plain torch only.
         share_bytes: of the largest owned share of a parameter.
+        cut_parameters: of the adopted models, those of which no rank owns all.
+        precise: what the fp64 run left; in the other run of plain torch alone.
     """
 
     def __init__(
@@ -64,6 +86,7 @@ class Trial:
         seed: int | None,
         recorder: Recorder,
         is_precise: bool = False,
+        precise: ReferenceReader | None = None,
     ) -> None:
         self.axis = axis
         self.scheme = Scheme() if scheme is None else scheme
@@ -73,6 +96,8 @@ class Trial:
         self.curves: dict[str, list[float]] = {}
         self.activation_bytes = 0
         self.share_bytes = 0
+        self.cut_parameters = 0
+        self.precise = precise
         self._recorder = recorder
         self._is_precise = is_precise
         self._scheme_giver = None if scheme is None else "the proof"
@@ -122,6 +147,7 @@ class Trial:
             if layout.dim is not None:
                 numel = numel // max(1, parameter.shape[layout.dim]) * len(layout.owned)
             self.share_bytes = max(self.share_bytes, numel * parameter.element_size())
+            self.cut_parameters += _is_cut(layout)
         if self.is_reference:
             for module in model.modules():
                 module.register_forward_hook(self._see_activation)
@@ -148,7 +174,14 @@ class Trial:
         return "; ".join(sorted(lines))
 
     def record(
-        self, name: str, tensor: Tensor, layout: Layout | None = None, *, judged: bool = True
+        self,
+        name: str,
+        tensor: Tensor,
+        layout: Layout | None = None,
+        *,
+        judged: bool = True,
+        step: Step | None = None,
+        may_be_infinite: bool = False,
     ) -> None:
         """Hash a tensor and compare it with plain torch's of the same name.
 
@@ -157,14 +190,37 @@ class Trial:
             tensor: layout.local_shape.
             layout: how it lies on this rank; replicated if not given.
             judged: whether it must agree with plain torch; if not, only its hash is taken.
+            step: of an updated weight, what is known of its update.
+            may_be_infinite: infinities in it are no fault, as in a mask that is added to scores.
         Comm:
             gathers to rank 0 in direction "prover" if the tensor is sharded.
         """
         if self.is_reference and not judged:
             return
         with self.audit.paused(), torch.no_grad():
-            layout = replicated(tuple(tensor.shape)) if layout is None else layout
-            self._recorder.record(name, tensor.detach(), layout, judged=judged)
+            layout = replicated(tuple(tensor.shape)) if layout is None else self._here(layout, name)
+            how = Recording(judged, step, may_be_infinite)
+            self._recorder.record(name, tensor.detach(), layout, how)
+
+    def _here(self, layout: Layout, name: str) -> Layout:
+        """A layout on the ranks of this run: what was cut for one rank is whole on each of many.
+
+        Raises:
+            UsageError: the tensor is cut over some other number of ranks.
+        """
+        if self.axis is None or layout.cut is None or layout.cut.degree == self.axis.size:
+            return layout
+        if layout.cut.degree == 1:
+            return replicated(layout.shape)
+        raise UsageError(
+            f"tensor {name!r} is cut over {layout.cut.degree} ranks, and {self.axis} has "
+            f"{self.axis.size}. Cut the model over the axis that build is given."
+        )
+
+    def set_aside(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor that is not recorded, but that others are judged by; in plain torch."""
+        if self.is_reference:
+            self._recorder.set_aside(name, tensor.detach())
 
     def check(self, name: str, passed: bool, detail: str = "") -> None:
         """Claim something; it must hold on every rank at every degree that claims it."""
@@ -219,6 +275,14 @@ class Case:
     def is_installed(self) -> bool:
         """True unless the case needs an extra that is not there."""
         return not self.module or importlib.util.find_spec(self.module) is not None
+
+
+def _is_cut(layout: Layout) -> bool:
+    """True if no rank owns the whole tensor."""
+    if layout.cut is None:
+        return False
+    ranks = range(layout.cut.degree)
+    return all(len(layout.cut.owned(rank)) < layout.cut.size for rank in ranks)
 
 
 def parameter_layouts(model: nn.Module) -> dict[str, Layout]:

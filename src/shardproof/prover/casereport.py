@@ -1,13 +1,13 @@
 """What a proof says of one case and of each tensor: frozen values that know whether they hold."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from shardproof.prover.case import Check
+from shardproof.prover.rounding import FAR, NEAR, TIMES, Rounding
 from shardproof.prover.runs import Counts
-
-FAR, NEAR = 1e-2, 1e-4  # relative L2 errors against fp64
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class TensorReport:
         fp64: the errors; None if not judged.
         seed_allclose: meets the seed's elementwise tolerance; None if it need not.
         findings: what else is wrong, in words ("replicas differ at degree 2").
+        rounding: how far rounding alone may put it; None if not judged.
+        nonfinite: degree, "torch" or "fp64" -> how many numbers are not finite there, if any.
     """
 
     name: str
@@ -55,26 +57,45 @@ class TensorReport:
     fp64: Errors | None
     seed_allclose: bool | None = None
     findings: tuple[str, ...] = ()
+    rounding: Rounding | None = None
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def agrees(self) -> bool:
         """True if it agrees with plain torch as far as it must."""
         if not self.agreement_judged:
             return True
-        if self.torch is None or self.is_far_off:
+        if self.torch is None or self.is_far_off or self.is_not_updated:
             return False
-        return self.torch.allclose and self.seed_allclose is not False
+        is_close = self.torch.allclose or self.is_decided_by_rounding
+        return is_close and self.seed_allclose is not False
+
+    @property
+    def is_decided_by_rounding(self) -> bool:
+        """True if it is outside of the tolerance, and plain torch's own rounding explains that."""
+        if self.torch is None or self.torch.allclose or self.torch.max_abs_diff is None:
+            return False
+        return self.rounding is not None and self.rounding.explains
+
+    @property
+    def is_not_updated(self) -> bool:
+        """True if a weight's update is missing or another one, small as it may be."""
+        return self.rounding is not None and (self.rounding.is_stuck or self.rounding.is_lost)
 
     @property
     def is_far_off(self) -> bool:
         """True if the fp64 run shows a fault that the tolerance is too wide for.
 
         Within `atol` any tensor of small values agrees, one that is twice too large too. Here plain
-        torch is near the fp64 run, and we are not: that is no rounding.
+        torch is near the fp64 run, and we are not: that is no rounding. Nor is it where all values
+        are rounding (their true value is zero) and ours are many times larger.
         """
-        if self.fp64 is None or self.fp64.ours is None or self.fp64.torch is None:
+        if self.fp64 is None:
             return False
-        return self.fp64.ours > FAR and self.fp64.torch < NEAR
+        ours, plain = self.fp64.ours, self.fp64.torch
+        if self.rounding is not None and (self.rounding.times or 0.0) > TIMES:
+            return ours is None or ours > FAR
+        return ours is not None and plain is not None and ours > FAR and plain < NEAR
 
     def faults(self) -> list[str]:
         """What is wrong with it, a sentence each; none if it is as it must be."""
@@ -87,6 +108,21 @@ class TensorReport:
             size = "" if apart is None else f" (largest difference {apart:.3g})"
             found.append(f"{self.name}: does not agree with plain PyTorch{size}")
         return found + [f"{self.name}: {finding}" for finding in self.findings]
+
+    @property
+    def is_finite(self) -> bool:
+        """True if neither ours nor plain torch's has NaN or Inf."""
+        return not self.nonfinite
+
+    def remark(self) -> str:
+        """What a reader must know of a tensor that agrees by rounding alone; "" for any other."""
+        if not self.is_decided_by_rounding or self.torch is None or self.rounding is None:
+            return ""
+        ours, plain = self.rounding.ours or 0.0, self.rounding.torch or 0.0
+        return (
+            f"{self.name}: decided by rounding (largest difference {self.torch.max_abs_diff:.3g}; "
+            f"from fp64 {ours:.3g}, plain PyTorch {plain:.3g})"
+        )
 
     def differing_degrees(self) -> tuple[str, str] | None:
         """The first degree, and the first after it at which the hash is another one."""
@@ -113,6 +149,24 @@ class MemoryReport:
 
 
 @dataclass(frozen=True)
+class CutReport:
+    """What the ranks of one degree shared.
+
+    Attributes:
+        parameters: of which no rank owns all.
+        sent_bytes: forward and backward, of the largest rank.
+    """
+
+    parameters: int
+    sent_bytes: int
+
+    @property
+    def is_cut(self) -> bool:
+        """True if the ranks did something together."""
+        return self.parameters > 0 and self.sent_bytes > 0
+
+
+@dataclass(frozen=True)
 class CaseReport:
     """One case at all degrees.
 
@@ -125,6 +179,8 @@ class CaseReport:
         comm: degree -> direction -> collective -> figures.
         checks: the case's own claims.
         curves: run -> degree -> the loss of each step, of rank 0.
+        cut: degree -> what its ranks shared.
+        allows_nonfinite: NaN and Inf are no fault.
     """
 
     name: str
@@ -137,6 +193,8 @@ class CaseReport:
     comm: Mapping[str, Counts]
     checks: tuple[Check, ...]
     curves: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
+    cut: Mapping[str, CutReport] = field(default_factory=dict)
+    allows_nonfinite: bool = False
 
     @property
     def losses(self) -> tuple[float, ...]:
@@ -168,14 +226,28 @@ class CaseReport:
         return all(check.passed for check in self.checks)
 
     @property
+    def is_finite(self) -> bool:
+        """True if no tensor has NaN or Inf, or if that was allowed."""
+        return self.allows_nonfinite or all(tensor.is_finite for tensor in self.tensors)
+
+    @property
+    def uncut_degrees(self) -> tuple[int, ...]:
+        """The degrees above 1 at which nothing was cut or nothing was sent."""
+        return tuple(
+            int(degree) for degree, cut in self.cut.items() if int(degree) > 1 and not cut.is_cut
+        )
+
+    @property
     def proved(self) -> bool:
-        """True if all four hold, and of something: what recorded nothing shows nothing."""
+        """True if all of them hold, and of something: what shared nothing shows nothing."""
         return (
             bool(self.tensors)
             and self.identical
             and self.agrees_with_torch
             and self.within_memory_bound
             and self.checks_passed
+            and self.is_finite
+            and not self.uncut_degrees
         )
 
     def first_difference(self) -> dict[str, Any] | None:
@@ -197,7 +269,15 @@ class CaseReport:
                     "degrees": [],
                     "detail": "; ".join(tensor.findings),
                 }
-        return None
+        if self.is_finite:
+            return None
+        tensor = next(tensor for tensor in self.tensors if not tensor.is_finite)
+        return {
+            "tensor": tensor.name,
+            "what": "not finite",
+            "degrees": [int(degree) for degree in tensor.nonfinite if degree.isdigit()],
+            "detail": "",
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -210,10 +290,19 @@ class CaseReport:
             "identical": self.identical,
             "agrees_with_torch": self.agrees_with_torch,
             "within_memory_bound": self.within_memory_bound,
+            "is_finite": self.is_finite,
+            "allows_nonfinite": self.allows_nonfinite,
+            "cut": {degree: asdict(cut) for degree, cut in self.cut.items()},
+            "uncut_degrees": list(self.uncut_degrees),
             "seconds": self.seconds,
             "first_difference": self.first_difference(),
             "tensors": [
-                plain(asdict(tensor)) | {"agrees": tensor.agrees} for tensor in self.tensors
+                plain(asdict(tensor))
+                | {
+                    "agrees": tensor.agrees,
+                    "decided_by_rounding": tensor.is_decided_by_rounding,
+                }
+                for tensor in self.tensors
             ],
             "memory": {
                 degree: [plain(asdict(rank)) for rank in ranks]
@@ -221,15 +310,17 @@ class CaseReport:
             },
             "comm": plain(self.comm),
             "checks": [asdict(check) for check in self.checks],
-            "losses": list(self.losses),
+            "losses": plain(self.losses),
             "curves": plain(self.curves),
         }
 
 
 def plain(value: Any) -> Any:
-    """Tuples to lists and mappings to dicts, all the way down."""
+    """Tuples to lists, mappings to dicts, all the way down; None for NaN and Inf: JSON has none."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return value

@@ -40,6 +40,7 @@ class Figures:
         max_ulp: as `max_abs_diff`, in units in the last place.
         squared_ours, squared_torch: squared distances to the fp64 run, summed.
         squared_true: squares of the fp64 run, summed.
+        max_error_ours, max_error_torch: the largest distances to the fp64 run.
     """
 
     exact: bool = True
@@ -51,6 +52,8 @@ class Figures:
     squared_ours: float = 0.0
     squared_torch: float = 0.0
     squared_true: float = 0.0
+    max_error_ours: float = 0.0
+    max_error_torch: float = 0.0
 
     def agrees(self, rtol: float, atol: float) -> bool:
         """True if the largest difference is within `rtol * max|reference| + atol`."""
@@ -59,8 +62,8 @@ class Figures:
     def errors(self) -> tuple[float | None, float | None]:
         """Relative L2 error of ours and of torch's against the fp64 run; None: no number."""
         return (
-            _ratio(self.squared_ours, self.squared_true),
-            _ratio(self.squared_torch, self.squared_true),
+            root(self.squared_ours, self.squared_true),
+            root(self.squared_torch, self.squared_true),
         )
 
 
@@ -74,7 +77,7 @@ def measure(ours: Tensor, reference: Tensor, precise: Tensor) -> Figures:
     """
     parts = [
         _measure_block(*block)
-        for block in zip(_blocks(ours), _blocks(reference), _blocks(precise), strict=True)
+        for block in zip(blocks(ours), blocks(reference), blocks(precise), strict=True)
     ]
     return combine(parts)
 
@@ -88,9 +91,11 @@ def combine(parts: Sequence[Figures]) -> Figures:
         max_abs_diff=max((part.max_abs_diff for part in parts), default=0.0),
         max_abs_reference=max((part.max_abs_reference for part in parts), default=0.0),
         max_ulp=max((part.max_ulp for part in parts), default=0),
-        squared_ours=_sum([part.squared_ours for part in parts]),
-        squared_torch=_sum([part.squared_torch for part in parts]),
-        squared_true=_sum([part.squared_true for part in parts]),
+        squared_ours=total([part.squared_ours for part in parts]),
+        squared_torch=total([part.squared_torch for part in parts]),
+        squared_true=total([part.squared_true for part in parts]),
+        max_error_ours=_largest([part.max_error_ours for part in parts]),
+        max_error_torch=_largest([part.max_error_torch for part in parts]),
     )
 
 
@@ -103,6 +108,8 @@ def _measure_block(ours: Tensor, reference: Tensor, precise: Tensor) -> Figures:
     same = (ours_wide == reference_wide) | (ours_wide.isnan() & reference_wide.isnan())
     difference = torch.where(finite, (ours_wide - reference_wide).abs(), 0.0)
     known = precise.isfinite()
+    error_ours = torch.where(known, ours_wide - precise, 0.0)
+    error_torch = torch.where(known, reference_wide - precise, 0.0)
     return Figures(
         exact=bool((_bits(ours) == _bits(reference)).all()),
         same_nonfinite=bool((finite | same).all()),
@@ -110,11 +117,13 @@ def _measure_block(ours: Tensor, reference: Tensor, precise: Tensor) -> Figures:
             ours_wide, reference_wide, ELEMENTWISE_RTOL, ELEMENTWISE_ATOL, equal_nan=True
         ),
         max_abs_diff=difference.max().item(),
-        max_abs_reference=_finite(reference_wide).abs().max().item(),
+        max_abs_reference=or_zero(reference_wide).abs().max().item(),
         max_ulp=_max_ulp(ours, reference, finite),
-        squared_ours=_squared(torch.where(known, ours_wide - precise, 0.0)),
-        squared_torch=_squared(torch.where(known, reference_wide - precise, 0.0)),
-        squared_true=_squared(torch.where(known, precise, 0.0)),
+        squared_ours=squared(error_ours),
+        squared_torch=squared(error_torch),
+        squared_true=squared(torch.where(known, precise, 0.0)),
+        max_error_ours=error_ours.abs().max().item(),
+        max_error_torch=error_torch.abs().max().item(),
     )
 
 
@@ -143,20 +152,27 @@ def _bits(x: Tensor) -> Tensor:
     return x.view(integers[x.element_size()])
 
 
-def _finite(x: Tensor) -> Tensor:
+def or_zero(x: Tensor) -> Tensor:
+    """(*), to the same: zero where a number is not finite."""
     return torch.where(x.isfinite(), x, 0.0)
 
 
-def _squared(x: Tensor) -> float:
+def squared(x: Tensor) -> float:
+    """Sum of squares."""
     return float(x.square().sum().item())
 
 
-def _sum(values: list[float]) -> float:
+def total(values: list[float]) -> float:
     """Exactly rounded, so that no order of ranks or blocks shows; NaN and Inf pass through."""
     return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
 
 
-def _ratio(squared_error: float, squared_true: float) -> float | None:
+def _largest(values: list[float]) -> float:
+    """The largest; NaN, which is no number, is larger than any."""
+    return math.nan if any(map(math.isnan, values)) else max(values, default=0.0)
+
+
+def root(squared_error: float, squared_true: float) -> float | None:
     """Relative error; 0 if there is no error at all, None if there is no number for it."""
     if squared_error == 0.0:
         return 0.0
@@ -165,7 +181,7 @@ def _ratio(squared_error: float, squared_true: float) -> float | None:
     return math.sqrt(squared_error / squared_true)
 
 
-def _blocks(x: Tensor) -> Iterator[Tensor]:
+def blocks(x: Tensor) -> Iterator[Tensor]:
     """1-D runs of a tensor in row-major order, by whole rows, of about `BLOCK` elements."""
     table = x.detach().cpu()
     table = table.reshape(1, 1) if table.ndim == 0 else table

@@ -5,6 +5,7 @@ are drawn from wide to narrow, so that all of them can be seen.
 """
 
 import importlib.util
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def caption(report: Data) -> str:
     return f"{told} ({report['numerics']}, {report['engine']}, seed {report['seed']})"
 
 
-def _panels(report: Data) -> Iterator[tuple[str, dict[str, tuple[float, ...]]]]:
+def _panels(report: Data) -> Iterator[tuple[str, dict[str, tuple[float | None, ...]]]]:
     """Of every training its name, and degree -> losses."""
     for case in report["cases"]:
         for run, by_degree in case["curves"].items():
@@ -67,13 +68,13 @@ def _panels(report: Data) -> Iterator[tuple[str, dict[str, tuple[float, ...]]]]:
             yield title, {degree: tuple(losses) for degree, losses in by_degree.items()}
 
 
-def _fill(axes: Any, title: str, curves: Mapping[str, Sequence[float]]) -> None:
-    """One panel; the first degree widest, so that the others lie on it."""
+def _fill(axes: Any, title: str, curves: Mapping[str, Sequence[float | None]]) -> None:
+    """One panel; the first degree widest, so that the others lie on it; no number is a gap."""
     widths = _widths(len(curves))
     for place, (degree, losses) in enumerate(curves.items()):
         axes.plot(
             range(1, len(losses) + 1),
-            losses,
+            [math.nan if loss is None else loss for loss in losses],
             linewidth=widths[place],
             color=COLOURS[place % len(COLOURS)],
             label=f"degree {degree}",

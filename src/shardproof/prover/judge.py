@@ -11,18 +11,25 @@ from shardproof.prover.case import Case, Check
 from shardproof.prover.casereport import (
     Agreement,
     CaseReport,
+    CutReport,
     Errors,
     MemoryReport,
     TensorReport,
 )
 from shardproof.prover.compare import Figures, combine, tolerance
+from shardproof.prover.rounding import Rounding, StepFigures, combine_steps, rounding
 from shardproof.prover.runs import Counts, RankResult, Recorded
 
 Results = Mapping[int, Sequence[RankResult]]  # degree -> every rank's result
 
 
 def judge_case(
-    case: Case, results: Results, *, expected: Sequence[str], activation_bytes: int
+    case: Case,
+    results: Results,
+    *,
+    expected: Sequence[str],
+    activation_bytes: int,
+    allows_nonfinite: bool = False,
 ) -> CaseReport:
     """Compare degrees with each other and with plain torch.
 
@@ -31,6 +38,7 @@ def judge_case(
         results: of every degree, lowest first.
         expected: the tensors that plain torch recorded.
         activation_bytes: of the case's largest activation.
+        allows_nonfinite: NaN and Inf are no fault.
     """
     tables = {degree: _by_name(case, ranks) for degree, ranks in results.items()}
     names = _merged([list(expected), *(list(table) for table in tables.values())])
@@ -50,6 +58,8 @@ def judge_case(
         comm={str(degree): _counts(ranks) for degree, ranks in results.items()},
         checks=(*_checks(results), *accuracy_checks(case, tensors)),
         curves=_curves(results),
+        cut={str(degree): _cut(ranks) for degree, ranks in results.items()},
+        allows_nonfinite=allows_nonfinite,
     )
 
 
@@ -83,6 +93,7 @@ def _judge_tensor(
     findings += misfits
     is_measured = first.is_judged and is_known and bool(seen) and not misfits
     figures = [_figures(ranks) for ranks in seen.values()] if is_measured else []
+    steps = [each for ranks in seen.values() if (each := _steps(ranks))] if is_measured else []
     agreement = _agreement(figures, first.dtype) if figures else None
     return TensorReport(
         name,
@@ -95,6 +106,8 @@ def _judge_tensor(
         _errors(figures) if figures else None,
         all(f.elementwise for f in figures) if name in case.elementwise else None,
         tuple(findings),
+        _rounding(figures, steps, first) if figures else None,
+        _nonfinite(seen),
     )
 
 
@@ -141,6 +154,34 @@ def _figures(ranks: Sequence[Recorded]) -> Figures:
     return combine([tensor.figures for tensor in ranks if tensor.figures is not None])
 
 
+def _steps(ranks: Sequence[Recorded]) -> StepFigures | None:
+    """Of an updated weight; None for any other tensor."""
+    steps = [tensor.step for tensor in ranks if tensor.step is not None]
+    return combine_steps(steps) if steps else None
+
+
+def _rounding(
+    figures: Sequence[Figures], steps: Sequence[StepFigures], tensor: Recorded
+) -> Rounding:
+    return rounding(figures, steps, getattr(torch, tensor.dtype), math.prod(tensor.shape))
+
+
+def _nonfinite(seen: Mapping[int, Sequence[Recorded]]) -> dict[str, int]:
+    """Degree, "torch" or "fp64" -> how many numbers are not finite there, where any are.
+
+    Ranks share a cut tensor; of a replicated one the copy that has most counts.
+    """
+    found: dict[str, int] = {}
+    for degree, ranks in seen.items():
+        join = max if ranks[0].is_replicated else sum
+        for where in ("ours", "torch", "fp64"):
+            key = str(degree) if where == "ours" else where
+            count = join([tensor.nonfinite.get(where, 0) for tensor in ranks])
+            if count:
+                found[key] = max(count, found.get(key, 0))
+    return found
+
+
 def _agreement(figures: Sequence[Figures], dtype: str) -> Agreement:
     """The worst of all degrees."""
     rtol, atol = tolerance(getattr(torch, dtype))
@@ -180,6 +221,21 @@ def _counts(ranks: Sequence[RankResult]) -> Counts:
             ]
             counts[direction][kind] = figures | {"sent_bytes": max(sent)}
     return counts
+
+
+def _cut(ranks: Sequence[RankResult]) -> CutReport:
+    """What the ranks shared: the largest rank's bytes, forward and backward."""
+    return CutReport(
+        max(rank.cut_parameters for rank in ranks), max(_sent_bytes(rank) for rank in ranks)
+    )
+
+
+def _sent_bytes(rank: RankResult) -> int:
+    return sum(
+        figures.get("sent_bytes", 0)
+        for direction in ("forward", "backward")
+        for figures in rank.counts.get(direction, {}).values()
+    )
 
 
 def _checks(results: Results) -> tuple[Check, ...]:

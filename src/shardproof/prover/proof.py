@@ -20,7 +20,8 @@ from shardproof.prover.judge import judge_case
 from shardproof.prover.reference import Reference
 from shardproof.prover.report import Report
 from shardproof.prover.runs import RankResult, run_on_rank, run_references
-from shardproof.prover.training import Batch, MakeOptimizer, Training, make_optimizer
+from shardproof.prover.training import Batch, Training
+from shardproof.prover.update import MakeOptimizer, make_optimizer
 from shardproof.ranks import open_ranks
 from shardproof.scheme import Scheme
 
@@ -57,12 +58,14 @@ class Proof:
         scheme: leaves and numerics; None: those of the layers.
         seed: of everything the cases draw; None: the scheme's.
         skipped: cases left out, for the report: name and extra.
+        allow_nonfinite: NaN and Inf are no fault.
     """
 
     cases: Sequence[Case]
     scheme: Scheme | None
     seed: int | None
     skipped: Sequence[dict[str, str]] = ()
+    allow_nonfinite: bool = False
 
     def make_references(self, folder: Path, tell: "Teller") -> References:
         """Run every case in plain torch, and leave the tensors in a folder."""
@@ -93,6 +96,7 @@ class Proof:
                 results[case.name],
                 expected=plain[case.name].names(),
                 activation_bytes=plain[case.name].activation_bytes,
+                allows_nonfinite=self.allow_nonfinite,
             )
             for case in self.cases
         )
@@ -142,6 +146,7 @@ def prove_cases(
     seed: int | None = DEFAULT_SEED,
     progress: Progress | None = None,
     skipped: Sequence[dict[str, str]] = (),
+    allow_nonfinite: bool = False,
 ) -> Report:
     """Run every case in plain torch and at every degree, and compare.
 
@@ -156,6 +161,7 @@ def prove_cases(
         seed: of everything the cases draw; None: the scheme's.
         progress: called before each run, and once at the end.
         skipped: cases left out, for the report: name and extra.
+        allow_nonfinite: whether a tensor with NaN or Inf may be proved.
 
     Raises:
         DegreeError: a degree that the leaves cannot serve.
@@ -167,7 +173,7 @@ def prove_cases(
     degrees = checked_degrees(degrees, scheme)
     check_cases(cases)
     threads, overlap = threads_of_ranks(threads, degrees), checked_overlap(overlap)
-    proof = Proof(cases, scheme, seed, skipped)
+    proof = Proof(cases, scheme, seed, skipped, allow_nonfinite)
     tell = Teller(progress, total=len(cases) * (1 + len(degrees)))
     results: Results = {case.name: {} for case in cases}
     carrier = Carrier("solo", "", overlap)
@@ -201,13 +207,13 @@ def prove(
     scheme: Scheme | None = None,
     name: str = "model",
     audit_creation: bool = True,
+    allow_nonfinite: bool = False,
 ) -> Report:
     """Prove that a model gives the same bits at every degree, and those of plain torch closely.
 
     Args:
         build: `build(axis)` makes the model of one rank, `build(None)` the plain torch module,
-            with the same parameter names and numbers. Ranks as threads share torch's global
-            generator: draw from one of your own, or cut a model that stands outside.
+            with the same parameter names and numbers. Draw from a generator of your own.
         loss_fn: of `module(*inputs)`, which must be a tensor, and the target.
         batch: inputs (a tensor or a tuple of them) and target.
         degrees: how many ranks; each is run once, lowest first.
@@ -220,9 +226,10 @@ def prove(
         scheme: that every layer must have; None: whatever they have, if they have it alike.
         name: of the model in the report.
         audit_creation: False leaves `build` out of the memory audit: it makes a model whole first.
+        allow_nonfinite: whether NaN and Inf may be proved; those of a constant mask always may.
 
     Returns:
-        A report; `report.proved` is the answer.
+        A report; `report.proved` is the answer. It is False where a degree above 1 cut nothing.
 
     Raises:
         UsageError: an argument makes no sense, the module returns no tensor, or schemes differ.
@@ -233,11 +240,9 @@ def prove(
         >>> prove(build, loss_fn, (x, y), degrees=(1, 2)).proved  # doctest: +SKIP
     """
     degrees = checked_degrees(degrees, scheme)
-    _check_optimizer(optimizer)
-    work = _training(build, loss_fn, batch, optimizer, steps, audit_creation)
-    cases = [Case(name, "a model given to prove()", work)]
+    work = _training(build, loss_fn, batch, _checked_optimizer(optimizer), steps, audit_creation)
     return prove_cases(
-        cases,
+        [Case(name, "a model given to prove()", work)],
         degrees=degrees,
         engine=engine,
         threads=threads,
@@ -245,6 +250,7 @@ def prove(
         overlap=overlap,
         scheme=scheme,
         seed=None,
+        allow_nonfinite=allow_nonfinite,
     )
 
 
@@ -266,10 +272,11 @@ def _training(
     )
 
 
-def _check_optimizer(make: MakeOptimizer | None) -> None:
-    """Refuse a fused one before any run."""
+def _checked_optimizer(make: MakeOptimizer | None) -> MakeOptimizer | None:
+    """What was given; a fused one is refused before any run."""
     if make is not None:
         make_optimizer(make, nn.Linear(1, 1, device="meta").to_empty(device="cpu"))
+    return make
 
 
 class Teller:

@@ -1,7 +1,7 @@
 """What plain PyTorch computed: tensors in files, of which a rank reads only its own part.
 
 The runs happen before the ranks start, outside of them, and are exempt from the memory rule. Two
-of them: `PLAIN` as the case is written, and `PRECISE` in fp64, from the same numbers. Files and
+of them: `PRECISE` in fp64, and `PLAIN` as the case is written, from the same numbers. Files and
 numbers only: nothing here runs a model.
 """
 
@@ -36,18 +36,30 @@ class ReferenceWriter:
         directory.mkdir(parents=True)
         self._directory = directory
         self._entries: dict[str, dict[str, Any]] = {}
+        self._asides: dict[str, dict[str, Any]] = {}
         self.activation_bytes = 0
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Keep one tensor."""
-        file = f"{len(self._entries):04d}.bin"
+        self._entries[name] = self._keep(tensor)
+
+    def set_aside(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor that no rank records, but that others are judged by."""
+        self._asides[name] = self._keep(tensor)
+
+    def _keep(self, tensor: Tensor) -> dict[str, Any]:
+        file = f"{len(self._entries) + len(self._asides):04d}.bin"
         dtype = str(tensor.dtype).removeprefix("torch.")
-        self._entries[name] = {"file": file, "dtype": dtype, "shape": list(tensor.shape)}
         _as_numpy(tensor.detach().cpu().contiguous()).tofile(self._directory / file)
+        return {"file": file, "dtype": dtype, "shape": list(tensor.shape)}
 
     def close(self) -> None:
         """Write the list of what is there."""
-        manifest = {"activation_bytes": self.activation_bytes, "tensors": self._entries}
+        manifest = {
+            "activation_bytes": self.activation_bytes,
+            "tensors": self._entries,
+            "asides": self._asides,
+        }
         (self._directory / _MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -58,11 +70,16 @@ class ReferenceReader:
         manifest = json.loads((directory / _MANIFEST).read_text())
         self._directory = directory
         self._entries: dict[str, dict[str, Any]] = manifest["tensors"]
+        self._asides: dict[str, dict[str, Any]] = manifest["asides"]
         self.activation_bytes: int = manifest["activation_bytes"]
 
     def names(self) -> tuple[str, ...]:
         """The tensors that are there, in execution order."""
         return tuple(self._entries)
+
+    def has_aside(self, name: str) -> bool:
+        """True if a tensor of this name was set aside."""
+        return name in self._asides
 
     def misfit(self, name: str, layout: Layout, dtype: torch.dtype) -> str:
         """How a tensor's shape or dtype differs from plain torch's; "" if neither does."""
@@ -81,10 +98,14 @@ class ReferenceReader:
     def read(self, name: str, layout: Layout) -> Tensor:
         """The part of one tensor that a rank owns, as a copy; no more is read from the file.
 
+        Args:
+            name: as it was written or set aside.
+            layout: how the tensor lies on the rank.
+
         Raises:
             ShapeError: the tensor has another shape than the layout says.
         """
-        entry = self._entries[name]
+        entry = self._entries[name] if name in self._entries else self._asides[name]
         if tuple(entry["shape"]) != layout.shape:
             raise ShapeError(
                 f"tensor {name!r} has shape {layout.shape} on the ranks together and "
@@ -94,9 +115,8 @@ class ReferenceReader:
         part = torch.empty(_owned_shape(layout), dtype=getattr(torch, entry["dtype"]))
         if part.numel():
             target = _as_numpy(part)
-            mapped = np.memmap(
-                self._directory / entry["file"], target.dtype, mode="r", shape=layout.shape
-            )
+            file = self._directory / entry["file"]
+            mapped = np.memmap(file, target.dtype, mode="r", shape=layout.shape)
             owned = slice(layout.owned.start, layout.owned.stop)
             where = () if layout.dim is None else (slice(None),) * layout.dim + (owned,)
             target[...] = mapped[where]

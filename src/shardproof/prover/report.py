@@ -82,7 +82,8 @@ class Report:
             answer = "proved" if case.proved else "NOT PROVED"
             tensors = counted(len(case.tensors), "tensor")
             lines.append(f"{case.name}: {answer}, {tensors}, {at}")
-            lines += [f"  {line}" for tensor in case.tensors for line in tensor.faults()]
+            for tensor in case.tensors:
+                lines += [f"  {line}" for line in [*tensor.faults(), tensor.remark()] if line]
         if self.transport_note:
             lines.append(f"transport: {self.transport}, {self.transport_note}")
         return "\n".join([*lines, f"contract: {self.contract}", self.verdict()])

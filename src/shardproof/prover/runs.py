@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +13,17 @@ from shardproof.axis import Axis
 from shardproof.errors import ShapeError
 from shardproof.leaves import Layout
 from shardproof.numerics import mode
-from shardproof.prover.case import Case, Check, Trial
+from shardproof.prover.case import Case, Check, Recording, Trial
 from shardproof.prover.compare import Figures, measure
 from shardproof.prover.hashing import hash_copies, hash_tensor, owned_part
-from shardproof.prover.reference import PLAIN, PRECISE, Reference, ReferenceWriter
+from shardproof.prover.reference import (
+    PLAIN,
+    PRECISE,
+    Reference,
+    ReferenceReader,
+    ReferenceWriter,
+)
+from shardproof.prover.rounding import Before, Step, StepFigures, measure_step
 from shardproof.scheme import Scheme
 
 Counts = dict[str, dict[str, dict[str, int]]]  # direction -> collective -> figures
@@ -43,9 +51,11 @@ class Recorded:
     is_replicated: bool
     sha256: str | None
     is_judged: bool
-    figures: Figures | None
+    figures: Figures | None = None
     misfit: str = ""
     copies: Mapping[int, str] = field(default_factory=dict)
+    step: StepFigures | None = None
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ class RankResult:
         scheme: of the layers that ran, or the proof's if none was cut.
         contract: what the bits depend on, of those layers, their dtypes and this rank's threads.
         curves: run -> the loss of each of its steps.
+        cut_parameters: those of which no rank owns all.
     """
 
     rank: int
@@ -76,6 +87,7 @@ class RankResult:
     scheme: Scheme
     contract: str
     curves: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    cut_parameters: int = 0
 
 
 class _FileRecorder:
@@ -84,8 +96,14 @@ class _FileRecorder:
     def __init__(self, writer: ReferenceWriter) -> None:
         self._writer = writer
 
-    def record(self, name: str, tensor: Tensor, layout: Layout, *, judged: bool) -> None:
+    def record(self, name: str, tensor: Tensor, layout: Layout, how: Recording) -> None:
         self._writer.write(name, tensor)
+        if how.step is not None and how.step.least is not None and how.step.most is not None:
+            self._writer.set_aside(_least(name), how.step.least)
+            self._writer.set_aside(_most(name), how.step.most)
+
+    def set_aside(self, name: str, tensor: Tensor) -> None:
+        self._writer.set_aside(name, tensor)
 
 
 class _RankRecorder:
@@ -97,9 +115,9 @@ class _RankRecorder:
         self._known = frozenset(self._plain.names())
         self.recorded: list[Recorded] = []
 
-    def record(self, name: str, tensor: Tensor, layout: Layout, *, judged: bool) -> None:
+    def record(self, name: str, tensor: Tensor, layout: Layout, how: Recording) -> None:
         self._check_shape(name, tensor, layout)
-        is_compared = judged and name in self._known
+        is_compared = how.judged and name in self._known
         misfit = self._plain.misfit(name, layout, tensor.dtype) if is_compared else ""
         self.recorded.append(
             Recorded(
@@ -108,12 +126,15 @@ class _RankRecorder:
                 str(tensor.dtype).removeprefix("torch."),
                 layout.is_replicated,
                 hash_tensor(tensor, layout, self._axis, who=name),
-                judged,
-                self._measure(name, tensor, layout) if is_compared and not misfit else None,
-                misfit,
-                hash_copies(tensor, layout),
+                how.judged,
+                misfit=misfit,
+                copies=hash_copies(tensor, layout),
+                **self._measured(name, tensor, layout, how, is_compared and not misfit),
             )
         )
+
+    def set_aside(self, name: str, tensor: Tensor) -> None:
+        """Nothing: what is set aside is plain torch's."""
 
     def _check_shape(self, name: str, tensor: Tensor, layout: Layout) -> None:
         if tuple(tensor.shape) != layout.local_shape:
@@ -123,18 +144,61 @@ class _RankRecorder:
                 "says."
             )
 
-    def _measure(self, name: str, tensor: Tensor, layout: Layout) -> Figures | None:
-        if layout.is_replicated and self._axis.rank:
+    def _measured(
+        self, name: str, tensor: Tensor, layout: Layout, how: Recording, is_compared: bool
+    ) -> dict[str, Any]:
+        """What of `Recorded` says where the numbers of this rank's part stand."""
+        part, parts = owned_part(tensor, layout), {}
+        parts["ours"] = part
+        figures = step = None
+        # The copy of a replicated tensor is compared once, on the first rank.
+        if is_compared and not (layout.is_replicated and self._axis.rank):
+            parts["torch"] = self._plain.read(name, layout)
+            parts["fp64"] = self._precise.read(name, layout)
+            figures = measure(part, parts["torch"], parts["fp64"])
+            before = self._before(name, layout, how.step)
+            if before is not None:
+                step = measure_step(part, parts["torch"], parts["fp64"], before)
+        counts = {where: _nonfinite(each, how.may_be_infinite) for where, each in parts.items()}
+        nonfinite = {where: count for where, count in counts.items() if count}
+        return {"figures": figures, "step": step, "nonfinite": nonfinite}
+
+    def _before(self, name: str, layout: Layout, step: Step | None) -> Before | None:
+        if step is None or not self._plain.has_aside(_least(name)):
             return None
-        part = owned_part(tensor, layout)
-        return measure(part, self._plain.read(name, layout), self._precise.read(name, layout))
+        return Before(
+            self._plain.read(step.before, layout),
+            self._precise.read(step.before, layout),
+            self._plain.read(_least(name), layout),
+            self._plain.read(_most(name), layout),
+            step.has_gradient,
+        )
+
+
+def _least(name: str) -> str:
+    return f"{name} (least)"
+
+
+def _most(name: str) -> str:
+    return f"{name} (most)"
+
+
+def _nonfinite(part: Tensor, may_be_infinite: bool) -> int:
+    """How many numbers are NaN, or infinite where that is a fault."""
+    if not (part.is_floating_point() or part.is_complex()):
+        return 0
+    return int((part.isnan() if may_be_infinite else ~part.isfinite()).sum().item())
 
 
 def run_references(
     case: Case, *, scheme: Scheme | None, seed: int | None, directory: Path
 ) -> Reference:
-    """Run a case in plain torch, as it is and in fp64, and leave both in `directory`."""
-    for name in (PLAIN, PRECISE):
+    """Run a case in plain torch, in fp64 and as it is, and leave both in `directory`.
+
+    fp64 comes first: the other run measures the rounding of its gradients by it.
+    """
+    precise = None
+    for name in (PRECISE, PLAIN):
         writer = ReferenceWriter(directory / name)
         trial = Trial(
             axis=None,
@@ -142,10 +206,12 @@ def run_references(
             seed=seed,
             recorder=_FileRecorder(writer),
             is_precise=name == PRECISE,
+            precise=precise,
         )
         case.work(trial)
         writer.activation_bytes = trial.activation_bytes
         writer.close()
+        precise = ReferenceReader(directory / name)
     return Reference(directory)
 
 
@@ -171,6 +237,7 @@ def run_on_rank(
         trial.scheme,
         trial.contract(),
         {run: tuple(losses) for run, losses in trial.curves.items()},
+        trial.cut_parameters,
     )
 
 

@@ -45,6 +45,7 @@ def prove_under_torchrun(
     seed: int = DEFAULT_SEED,
     progress: Progress | None = None,
     skipped: Sequence[dict[str, str]] = (),
+    allow_nonfinite: bool = False,
 ) -> Report | None:
     """Run every case on torchrun's ranks, and on rank 0 alone; every rank calls this.
 
@@ -56,6 +57,7 @@ def prove_under_torchrun(
         seed: of everything the cases draw.
         progress: called on rank 0 before each run, and once at the end.
         skipped: cases left out, for the report: name and extra.
+        allow_nonfinite: whether a tensor with NaN or Inf may be proved.
 
     Returns:
         The report on rank 0, None on the others.
@@ -67,7 +69,7 @@ def prove_under_torchrun(
     degrees = checked_degrees({1, axis.size}, scheme)
     if threads is not None:
         torch.set_num_threads(threads)
-    proof = Proof(cases, scheme, seed, skipped)
+    proof = Proof(cases, scheme, seed, skipped, allow_nonfinite)
     tell = Teller(progress if axis.rank == 0 else None, total=len(cases) * (1 + len(degrees)))
     with tempfile.TemporaryDirectory(prefix="shardproof-") as folder:
         references = _share_references(proof, axis, Path(folder), tell)

@@ -6,18 +6,17 @@ clipped, updated parameters, buffers again, optimizer state. The first tensor th
 where to look.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from shardproof.errors import NumericsError, UsageError
+from shardproof.errors import UsageError
 from shardproof.leaves import Layout, replicated
 from shardproof.prover.case import Trial, parameter_layouts
-
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+from shardproof.prover.update import INITIAL, MakeOptimizer, Update, make_optimizer
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,14 @@ class Training:
         model = self._build(trial)
         with trial.measured():
             optimizer = make_optimizer(self.optimizer, model) if self.optimizer else None
-        record_parameters(trial, model, suffix=" (initial)")
+        record_parameters(trial, model, suffix=INITIAL)
+        masks = infinite_buffers(model)
         for step in range(1 if trial.is_reference else self.steps):
             prefix, is_first = f"step {step + 1}: " if step else "", not step
             output, loss = self._forward(trial, model, batch)
             trial.record(f"{prefix}output", output, judged=is_first)
-            record_buffers(trial, model, prefix=prefix, suffix=" (after forward)", judged=is_first)
+            after = " (after forward)"
+            record_buffers(trial, model, prefix=prefix, suffix=after, judged=is_first, masks=masks)
             trial.record(f"{prefix}loss", loss, judged=is_first)
             trial.follow(loss)
             with trial.measured():
@@ -83,6 +84,9 @@ class Training:
             if is_first:
                 self.examine(trial, output.detach())
             self._update(trial, model, optimizer, prefix=prefix, judged=is_first)
+            if optimizer is not None:
+                record_buffers(trial, model, prefix=prefix, judged=is_first, masks=masks)
+                record_state(trial, model, optimizer, prefix=prefix, judged=is_first)
             model.zero_grad(set_to_none=True)
             for x in batch.inputs:
                 x.grad = None
@@ -127,28 +131,12 @@ class Training:
             with trial.measured():
                 norm = self.clip(trial, model)
             trial.record(f"{prefix}grad_norm", norm, judged=judged)
-        if optimizer is None:
+        if optimizer is None or self.optimizer is None:
             return
+        update = Update(trial, model, self.optimizer, judged=judged)
         with trial.measured():
             optimizer.step()
-        record_parameters(trial, model, prefix=prefix, judged=judged)
-        record_buffers(trial, model, prefix=prefix, judged=judged)
-        record_state(trial, model, optimizer, prefix=prefix, judged=judged)
-
-
-def make_optimizer(make: MakeOptimizer, model: nn.Module) -> Optimizer:
-    """An optimizer whose bits do not depend on how its parameters are cut.
-
-    Raises:
-        NumericsError: it is a fused one.
-    """
-    optimizer = make(model.parameters())
-    if any(group.get("fused") for group in optimizer.param_groups):
-        raise NumericsError(
-            f"{type(optimizer).__name__}(fused=True) gives other bits when a parameter is cut. "
-            f"Use fused=False (the for-loop and foreach forms do not)."
-        )
-    return optimizer
+        update.record(prefix=prefix)
 
 
 def record_parameters(
@@ -160,13 +148,39 @@ def record_parameters(
         trial.record(f"{prefix}{name}{suffix}", parameter, layouts[name], judged=judged)
 
 
+def infinite_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> a copy of every buffer that has infinities and no NaN, as a mask of attention has."""
+    return {
+        name: buffer.detach().clone()
+        for name, buffer in model.named_buffers()
+        if buffer.is_floating_point() and buffer.isinf().any() and not buffer.isnan().any()
+    }
+
+
 def record_buffers(
-    trial: Trial, model: nn.Module, *, prefix: str = "", suffix: str = "", judged: bool = True
+    trial: Trial,
+    model: nn.Module,
+    *,
+    prefix: str = "",
+    suffix: str = "",
+    judged: bool = True,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Record every buffer of real or whole numbers, saved with the state or not; replicated."""
+    """Record every buffer of real or whole numbers, saved with the state or not; replicated.
+
+    Args:
+        trial: the run.
+        model: with the buffers.
+        prefix: before their names.
+        suffix: after them.
+        judged: whether they must agree with plain torch.
+        masks: those that had infinities at the start, which are no fault while nothing changes.
+    """
     for name, buffer in model.named_buffers():
         if not buffer.is_complex() and buffer.dtype != torch.bool:
-            trial.record(f"{prefix}{name}{suffix}", buffer, judged=judged)
+            mask = (masks or {}).get(name)
+            is_mask = mask is not None and torch.equal(mask, buffer)
+            trial.record(f"{prefix}{name}{suffix}", buffer, judged=judged, may_be_infinite=is_mask)
 
 
 def record_gradients(

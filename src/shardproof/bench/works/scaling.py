@@ -16,7 +16,9 @@ class CountedStep(Step):
     """A step of which one more is run to count."""
 
     def figures(self) -> dict[str, float]:
-        """Work, memory and bytes of one step on this rank.
+        """Work, memory and bytes of one step on this rank, after one that is not counted.
+
+        What a process does once, such as the products that try the BLAS mode, is not the step's.
 
         Returns:
             flops: of products: one for each multiplication and one for each addition.
@@ -27,6 +29,7 @@ class CountedStep(Step):
             sent_bytes: that this rank sent, by the ledger.
             formula_bytes: `2 (d - 1) / d` times the message of each all-reduce.
         """
+        self.step()
         sent = self._sent()
         with Counting([*self.model.parameters(), self._x, self._target]) as counted:
             self.step()
