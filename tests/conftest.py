@@ -1,5 +1,6 @@
 """What every test shares: pools of ranks, the gpu marker, and hypothesis without a clock."""
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -9,6 +10,11 @@ from hypothesis import settings
 
 from shardproof.engines.base import Ranks
 from shardproof.ranks import open_ranks
+
+# What the tests were started with decides nothing: where SIGCHLD is ignored, no process can tell
+# how its children ended, and what is blocked would be blocked in them too.
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 # A busy machine is slow, not wrong: a deadline would make failures of it.
 settings.register_profile("shardproof", deadline=None, print_blob=True)
