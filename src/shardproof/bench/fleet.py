@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -56,6 +57,8 @@ class Fleet:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="shardproof-bench-"))  # mode 0700
+        # Also where a signal does not leave the time to close.
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self._groups: dict[Key, _Group] = {}
         self._failed: dict[Key, str] = {}
         self._listener = socket.socket(socket.AF_UNIX)
