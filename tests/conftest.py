@@ -1,5 +1,6 @@
 """What every test shares: pools of ranks, order, the gpu marker, hypothesis without a clock."""
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -11,6 +12,11 @@ from order import WRITTEN, seed_of, shuffled
 from shardproof.engines.base import Ranks
 from shardproof.numerics import mode
 from shardproof.ranks import open_ranks
+
+# What the tests were started with decides nothing: where SIGCHLD is ignored, no process can tell
+# how its children ended, and what is blocked would be blocked in them too.
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 # A busy machine is slow, not wrong: a deadline would make failures of it.
 settings.register_profile("shardproof", deadline=None, print_blob=True)

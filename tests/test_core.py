@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from shardproof import core
+from shardproof.errors import UsageError
 
 CSRC = Path(__file__).parents[1] / "csrc"
 NAMES = pytest.mark.parametrize("name", ["kernels", "shm"])
@@ -90,7 +91,7 @@ def test_a_rank_is_in_one_call_at_a_time_and_in_none_after_it_gave_up() -> None:
             end.meet(2)
 
     end = module.Core(mmap.mmap(-1, module.area_bytes(2, 65536)), 0, 2, 65536, tick)
-    with pytest.raises(RuntimeError, match="two threads use one rank's transport at the same"):
+    with pytest.raises(UsageError, match="two threads use one rank's transport at the same"):
         end.meet(1)
     assert end.is_lost
     with pytest.raises(RuntimeError, match="this transport was interrupted before"):

@@ -19,7 +19,7 @@ SRC = Path(__file__).parents[1] / "src" / "shardproof"
 # Bottom up. `x.__init__` is the package file of `x`; "" before the dot is shardproof itself.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("autograd", "core", "extras", "leaves", "tree"),
+    ("autograd", "core", "extras", "leaves", "telling", "tree"),
     ("heads", "overlap", "scheme", "timeout"),
     # Bytes between ranks.
     ("transport.ledger",),
@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("transport.portable", "transport.rendezvous"),
     ("transport.incore", "transport.segment"),
     ("transport.shared", "transport.solo", "transport.threads", "transport.distributed"),
+    ("transport.severed",),
     ("transport.choose",),
     ("transport.__init__",),
     ("axis",),
@@ -79,7 +80,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plans.apply",),
     ("plans.__init__",),
     # Ranks as threads or processes, and how they are started.
-    ("engines.board", "engines.parcel"),
+    ("engines.board", "engines.capacity", "engines.fork", "engines.interpreter"),
+    ("engines.interrupt", "engines.parcel"),
     ("engines.failure",),
     ("engines.watch", "engines.base"),
     ("engines.threads", "engines.processes", "engines.worker"),
@@ -127,7 +129,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("bench.fleet", "bench.host"),
     ("bench.run",),
     ("bench.__init__",),
-    ("cli.json_file", "cli.options", "cli.output", "cli.torchrun"),
+    ("cli.json_file", "cli.options", "cli.output", "cli.signals", "cli.torchrun"),
     ("cli.condense", "cli.machine", "cli.picture", "cli.progress", "cli.selection", "cli.table"),
     ("cli.request",),
     ("cli.show",),

@@ -21,7 +21,8 @@ from shardproof import core
 pytestmark = pytest.mark.skipif(core.shm() is None, reason="the C core was not built")
 
 _BEGIN = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in a background job it is ignored
 from datetime import timedelta
 import torch
 import torch.distributed as dist

@@ -13,8 +13,10 @@ static PyTypeObject *plan_type;
 static int enter(Core *core)
 {
     if (core->is_busy) {
-        PyErr_SetString(PyExc_RuntimeError,
-                        "two threads use one rank's transport at the same time");
+        PyErr_SetString(usage_error, /* base.py says the same where ranks wait in Python */
+                        "two threads use one rank's transport at the same time, or a signal "
+                        "handler uses it while the rank does. Make all collectives of an axis in "
+                        "one thread of each rank, one after the other.");
         return FAILED;
     }
     if (core->is_lost || atomic_load_explicit(&core->header->is_broken, memory_order_relaxed)) {

@@ -19,6 +19,7 @@ from shardproof.timeout import START_TIMEOUT, checked_timeout
 from shardproof.transport.base import Transport
 from shardproof.transport.choose import AUTO, checked_transport, choose
 from shardproof.transport.distributed import DistributedTransport
+from shardproof.transport.severed import refuse_inherited
 from shardproof.transport.solo import SoloTransport
 
 # What torchrun sets for every process, and what torch.distributed needs to meet the others.
@@ -98,8 +99,8 @@ class Axis:
             UsageError: an option makes no sense, or the transport that was asked for by name
                 cannot be had.
             MismatchError: the ranks ask for different transports.
-            AxisError: torch.distributed is not initialised, this process is not in the group, or
-                the number of processes is at odds with WORLD_SIZE.
+            AxisError: torch.distributed is not initialised, this process is not in the group or is
+                a fork of one that is, or the number of processes is at odds with WORLD_SIZE.
         """
         overlap, timeout = checked_overlap(overlap), checked_timeout(timeout)
         transport = checked_transport(transport)
@@ -110,6 +111,7 @@ class Axis:
                 f"Axis.from_group got {_describe(group)}, which is not a process group that this "
                 "process is in. Pass one that it is in, such as torch.distributed.group.WORLD."
             )
+        refuse_inherited(group)
         with _lock:
             unnamed = _unnamed_of_group.setdefault(group, itertools.count())
         if group.size() == 1:

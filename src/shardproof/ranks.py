@@ -3,12 +3,12 @@
 Under torchrun the ranks exist already: there, use `Axis.from_env()`.
 """
 
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from shardproof.axis import Axis
 from shardproof.engines.base import Ranks, Settings
+from shardproof.engines.capacity import check_threads, cores
 from shardproof.engines.processes import ProcessRanks
 from shardproof.engines.threads import ThreadRanks
 from shardproof.errors import UsageError
@@ -53,7 +53,8 @@ def launch(
             It never changes a bit.
 
     Raises:
-        DegreeError, UsageError: an argument makes no sense; nothing was started.
+        DegreeError, UsageError: an argument makes no sense, or the machine cannot start so many
+            threads or processes; nothing was started.
         ShardproofError: what `fn` raised, if it raised one of shardproof's own errors.
         RankError: a rank raised anything else, was killed, left early or did not come; the
             message names the rank and has its traceback. All other ranks have been ended.
@@ -99,7 +100,8 @@ def open_ranks(
         overlap: as in `launch`.
 
     Raises:
-        DegreeError, UsageError: an argument makes no sense; nothing was started.
+        DegreeError, UsageError: an argument makes no sense, or the machine cannot start so many
+            threads or processes; nothing was started.
 
     Example:
         >>> with open_ranks(2) as ranks:
@@ -117,6 +119,7 @@ def open_ranks(
         transport=_check_transport(transport, engine),
         overlap=checked_overlap(overlap),
     )
+    check_threads(settings.threads, degree, written=f"threads={settings.threads}")
     return ThreadRanks(settings) if engine == "threads" else ProcessRanks(settings)
 
 
@@ -150,6 +153,4 @@ def _check_transport(transport: Any, engine: str) -> str:
 
 
 def _share_of_cores(degree: int) -> int:
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone knows it
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, cores // degree)
+    return max(1, cores() // degree)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -23,6 +24,7 @@ from typing import Any, Self
 from shardproof.bench.jobs import Key
 from shardproof.bench.rank import Hello, Order, Trouble
 from shardproof.bench.systems.catalog import find_system
+from shardproof.engines import interpreter
 from shardproof.errors import UsageError
 from shardproof.numerics import mode
 
@@ -55,6 +57,8 @@ class Fleet:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="shardproof-bench-"))  # mode 0700
+        # Also where a signal does not leave the time to close.
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self._groups: dict[Key, _Group] = {}
         self._failed: dict[Key, str] = {}
         self._listener = socket.socket(socket.AF_UNIX)
@@ -143,7 +147,7 @@ class Fleet:
         arguments = [key.system, str(key.ranks), str(self.folder / "wire")]
         with log.open("wb") as out:
             host = subprocess.Popen(
-                [sys.executable, *HOST, *arguments],
+                [sys.executable, *_flags(), *HOST, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -235,14 +239,19 @@ def environment(system: str) -> dict[str, str]:
     Strict BLAS is for invariant numerics alone; everybody else gets the library as it comes.
     """
     found = find_system(system)
-    inherited = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
+    inherited = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in _NOT_INHERITED
+        and not (sys.flags.ignore_environment and key.startswith("PYTHON"))
+    }
     blas = inherited.get(mode.VARIABLE, "auto") if found.is_invariant else "off"
     programs = str(Path(sys.executable).parent)  # a peer looks there for what compiles its kernels
     return inherited | {
         mode.VARIABLE: blas,
         "PATH": os.pathsep.join(filter(None, [programs, inherited.get("PATH")])),
         "OMP_NUM_THREADS": str(found.threads),
-        "PYTHONPATH": os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path),
+        "PYTHONPATH": os.pathsep.join(interpreter.search_path()),
     }
 
 
@@ -257,6 +266,14 @@ _NOT_INHERITED = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
+
+
+def _flags() -> list[str]:
+    """This interpreter's flags. -I and -E are left out: a host finds its modules by PYTHONPATH."""
+    found = interpreter.flags()
+    if "-I" in found:
+        found += ["-s", "-P"]
+    return [flag for flag in found if flag not in ("-I", "-E")]
 
 
 def _kill(host: subprocess.Popen[bytes]) -> None:

@@ -3,7 +3,8 @@
 A new command is one file with a `click.Command` and one line in `COMMANDS`.
 
 Exit codes: 0 the answer is yes, 1 the answer is no, 2 the command was used wrongly or the library
-raised on purpose, 70 a fault of shardproof itself, 130 interrupted, 141 nobody reads the output.
+raised on purpose, 70 a fault of shardproof itself, 130 interrupted, 129 and 143 ended by SIGHUP and
+SIGTERM, 141 nobody reads the output.
 """
 
 import os
@@ -21,6 +22,7 @@ from shardproof.cli.doctor import doctor
 from shardproof.cli.options import HELP_OPTIONS
 from shardproof.cli.plan import plan
 from shardproof.cli.prove import prove
+from shardproof.cli.signals import Ended, ending_in_order
 from shardproof.errors import DegreeError, RankError, ShardproofError, UsageError
 
 COMMANDS: tuple[click.Command, ...] = (
@@ -57,20 +59,27 @@ class Commands(click.Group):
     ) -> NoReturn:
         """Run one command and exit with its code; never returns."""
         extra["standalone_mode"] = False  # click would exit with 1, which here means "not proved"
+        with ending_in_order() as ending:
+            code = self._run(args, prog_name, **extra)
+        sys.exit(ending.code or code)
+
+    def _run(self, args: Sequence[str] | None, prog_name: str | None, **extra: Any) -> Any:
+        """Run one command; its exit code, or the one for what it raised."""
         try:
-            code = super().main(args, prog_name, **extra)
+            return super().main(args, prog_name, **extra)
         except click.ClickException as error:
-            code = _refuse(f"{_sentence(error)} See: {self._help(args)}", is_usage=True)
+            return _refuse(f"{_sentence(error)} See: {self._help(args)}", is_usage=True)
         except ShardproofError as error:
             code = _refuse(str(error), is_usage=isinstance(error, UsageError | DegreeError))
-            if isinstance(error, RankError) and _is_fault(error.__cause__):
-                code = EXIT_FAULT
+            is_fault = isinstance(error, RankError) and _is_fault(error.__cause__)
+            return EXIT_FAULT if is_fault else code
         except click.Abort:
-            code = EXIT_INTERRUPTED
+            return EXIT_INTERRUPTED
+        except Ended as ended:
+            return ended.code
         except Exception:
             traceback.print_exc()
-            code = EXIT_FAULT
-        sys.exit(code)
+            return EXIT_FAULT
 
     def _help(self, args: Sequence[str] | None) -> str:
         """Where the options are listed of what was asked for."""

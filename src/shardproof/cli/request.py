@@ -13,6 +13,7 @@ from shardproof.cli import options, torchrun
 from shardproof.cli.json_file import JsonFile, read_report
 from shardproof.cli.picture import checked_picture
 from shardproof.cli.selection import select
+from shardproof.engines.capacity import check_own_threads, check_threads
 from shardproof.errors import UsageError
 from shardproof.leaves import DEFAULT_LEAVES, check_degree
 from shardproof.numerics import mode
@@ -119,6 +120,9 @@ def check(given: Given, environment: Mapping[str, str] = os.environ) -> Request:
     threads = None
     if given.threads is not None:
         threads = options.positive(given.threads, option="--threads", example=1)
+    here_at_most = 1 if engine == "torchrun" else max(degrees)
+    check_threads(threads or 1, here_at_most, written=f"--threads {threads}")
+    check_own_threads()  # with them the cases run in plain PyTorch
     steps = None
     if given.steps is not None:
         steps = options.positive(given.steps, option="--steps", example=20)

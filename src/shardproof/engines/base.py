@@ -1,5 +1,6 @@
 """Ranks of this machine that serve many calls, whatever they are made of."""
 
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from shardproof.axis import Axis
+from shardproof.engines.interrupt import listening
 from shardproof.errors import RankError, UsageError
 from shardproof.overlap import DEFAULT_OVERLAP, Overlap
 
@@ -53,6 +55,7 @@ class Ranks(ABC):
         self.degree = settings.degree
         self._settings = settings
         self._busy = threading.Lock()
+        self._owner = os.getpid()
         self._is_closed = False
         self._is_broken = False
 
@@ -82,10 +85,17 @@ class Ranks(ABC):
             ShardproofError: what `fn` raised, if it raised one of shardproof's own errors.
             RankError: a rank raised anything else, was killed, left early or did not come; the
                 message names it and has its traceback.
-            UsageError: `fn` or a result cannot travel, or the ranks are busy.
+            UsageError: `fn` or a result cannot travel, the ranks are busy, or this process is a
+                fork of the one that opened them.
         """
         if not callable(fn):
             raise UsageError(f"cannot run {fn!r} on ranks: it is not callable. Pass fn(axis).")
+        if os.getpid() != self._owner:
+            raise UsageError(
+                f"these {self.degree} ranks belong to process {self._owner}, and this one, "
+                f"{os.getpid()}, is a fork of it. Open ranks of its own in a fork: "
+                "shardproof.ranks.open_ranks."
+            )
         if not self._busy.acquire(blocking=False):
             raise UsageError(
                 f"these {self.degree} ranks are busy with another call. Wait for it, or open more "
@@ -98,7 +108,8 @@ class Ranks(ABC):
                     f"these {self.degree} ranks cannot run anything more: {why}. Open new ones "
                     "with shardproof.ranks.open_ranks."
                 )
-            return self._run(fn)
+            with listening():
+                return self._run(fn)
         finally:
             self._busy.release()
 
@@ -106,7 +117,8 @@ class Ranks(ABC):
         """End the ranks and remove what they left; closing twice is fine."""
         if not self._is_closed:
             self._is_closed = True
-            self._close()
+            if os.getpid() == self._owner:  # a fork has no ranks to end
+                self._close()
 
     def __enter__(self) -> Self:
         return self

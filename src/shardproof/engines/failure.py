@@ -4,13 +4,13 @@ One failure makes others: survivors lose a connection, or wait for a rank that n
 are symptoms, and never hide the cause.
 """
 
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from shardproof.errors import RankError, ShardproofError
+from shardproof.telling import say, tell
 from shardproof.transport.base import PeerError
 
 _HERE = str(Path(__file__).parent)
@@ -38,13 +38,19 @@ class Failure:
 
 
 def failure_of(rank: int, error: BaseException) -> Failure:
-    """The failure of a rank that raised."""
-    name = type(error).__name__
-    summary = f"raised {name}: {error}" if str(error) else f"raised {name}"
-    if isinstance(error, SystemExit):
-        summary = f"left early: it called sys.exit({error.code!r})"
-    trace = "".join(traceback.format_exception(type(error), error, _below_engines(error)))
-    return Failure(rank, summary, is_symptom=_has_symptom(error), error=error, trace=trace)
+    """The failure of a rank that raised. Soon done, whatever the error's own code does."""
+    told = tell(error, _below_engines(error))
+    summary = f"raised {told.text}"
+    if isinstance(error, SystemExit) and not told.problem:
+        summary = f"left early: it called sys.exit({say(lambda: repr(error.code))[0]})"
+    return Failure(
+        rank,
+        summary,
+        is_symptom=_has_symptom(error),
+        # Whoever prints an error of which nothing can be told would wait or fail as well.
+        error=None if told.problem else error,
+        trace=told.trace,
+    )
 
 
 def verdict(failures: Sequence[Failure], degree: int) -> ShardproofError:
@@ -81,10 +87,12 @@ def _below_engines(error: BaseException) -> TracebackType | None:
 
 
 def _has_symptom(error: BaseException | None) -> bool:
-    """True if `error` is a symptom or was raised because of one."""
+    """True if `error` is a symptom or was raised because of one; a group, if all in it are."""
     seen = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, PeerError):
+            return True
+        if isinstance(error, BaseExceptionGroup) and all(map(_has_symptom, error.exceptions)):
             return True
         seen.add(id(error))
         error = error.__cause__ or error.__context__

@@ -9,31 +9,32 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from shardproof.axis import Axis
-from shardproof.engines import parcel
+from shardproof.engines import interpreter, parcel
 from shardproof.engines.base import Ranks, Settings
 from shardproof.engines.board import Board
+from shardproof.engines.capacity import WAY_OUT
 from shardproof.engines.failure import verdict
 from shardproof.engines.watch import Watch, Worker
 from shardproof.errors import UsageError
 from shardproof.numerics import mode
 
-# Before anything of ours is imported, the worker gets the launcher's sys.path.
-_BOOT = (
-    "import sys; folder, rank, *sys.path[:] = sys.argv[1:]; del sys.argv[1:]; "
-    "from pathlib import Path; from shardproof.engines.worker import main; "
-    "main(Path(folder), int(rank))"
-)
+_WORKER = """
+from pathlib import Path
+from shardproof.engines.worker import main
+main(Path(sys.argv[1]), int(sys.argv[2]))
+"""
 # torchrun's, true for the launcher at most.
 _NOT_INHERITED = ("MASTER_ADDR", "MASTER_PORT")
 _CLOSING = 5.0
@@ -47,13 +48,14 @@ class ProcessRanks(Ranks):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self._met: tuple[str, str] | None = None
-        self._folder = Path(tempfile.mkdtemp(prefix="shardproof-"))  # mode 0700
+        self._number = 0  # of the call at hand: a late answer to an earlier one is none to this
+        self._folder = _make_folder()
         self._workers: list[Worker] = []
         # Also when the caller forgets to close, or raises, or the interpreter ends.
         self._clean_up = weakref.finalize(self, _clean_up, self._workers, self._folder, os.getpid())
         try:
             parcel.write(settings, self._folder / parcel.SETTINGS, what="the settings")
-            self._board = Board.create(self._folder / parcel.BOARD, self.degree)
+            self._board = _make_board(self._folder / parcel.BOARD, self.degree)
             for rank in range(self.degree):
                 self._workers.append(_start(rank, settings, self._folder))
         except BaseException:
@@ -83,11 +85,18 @@ class ProcessRanks(Ranks):
     def _call(self, fn: Callable[[Axis], Any]) -> list[Any]:
         what = f"the function {getattr(fn, '__qualname__', repr(fn))}"
         parcel.write(fn, self._folder / parcel.CALL, what=what)
+        self._number += 1
+        watch = Watch(
+            self._workers,
+            self._board,
+            self._folder,
+            number=self._number,
+            timeout=self._settings.timeout,
+        )
         try:
             for each in self._workers:
                 with contextlib.suppress(BrokenPipeError):  # it is dead, which the watch sees
-                    each.connection.send(parcel.RUN)
-            watch = Watch(self._workers, self._board, self._folder, timeout=self._settings.timeout)
+                    each.connection.send((parcel.RUN, self._number))
             failures = watch.follow()
         except BaseException:  # KeyboardInterrupt above all
             self._is_broken = True
@@ -100,7 +109,7 @@ class ProcessRanks(Ranks):
         return [self._take_result(rank) for rank in range(self.degree)]
 
     def _take_result(self, rank: int) -> Any:
-        path = parcel.result_path(self._folder, rank)
+        path = parcel.result_path(self._folder, rank, self._number)
         try:
             return parcel.read(path, what=f"the result of rank {rank}")
         finally:
@@ -110,7 +119,7 @@ class ProcessRanks(Ranks):
         """Let the workers end by themselves; those that do not are ended."""
         for each in self._workers:
             with contextlib.suppress(OSError):  # dead already
-                each.connection.send(parcel.CLOSE)
+                each.connection.send((parcel.CLOSE, self._number))
         deadline = time.monotonic() + _CLOSING
         for each in self._workers:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -126,34 +135,53 @@ def _nothing(axis: Axis) -> None:
     """What is run for the sake of meeting."""
 
 
-def _start(rank: int, settings: Settings, folder: Path) -> Worker:
-    if not sys.executable:
-        raise UsageError(
-            "engine='processes' starts Python interpreters, and sys.executable does not say "
-            "which. Use engine='threads'."
-        )
-    ours, theirs = Pipe()
+def _make_folder() -> Path:
+    """A folder for the owner alone."""
     try:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _BOOT, str(folder), str(rank), *_search_path()],
-            stdin=theirs.fileno(),
-            env=_environment(rank, settings),
-            start_new_session=True,  # Ctrl-C is for the launcher; a worker's children are its group
-        )
-    except BaseException:
-        ours.close()
-        raise
-    finally:
-        theirs.close()
-    return Worker(rank, process, ours)
+        return Path(tempfile.mkdtemp(prefix="shardproof-"))  # mode 0700
+    except OSError as error:
+        raise UsageError(
+            f"engine='processes' needs a folder for temporary files, and none can be made: {error}."
+            " Set TMPDIR to a directory where you may create files."
+        ) from error
 
 
-def _search_path() -> list[str]:
-    return [str(Path(entry).absolute()) for entry in sys.path]
+def _make_board(path: Path, degree: int) -> Board:
+    try:
+        return Board.create(path, degree)
+    except OSError as error:
+        raise parcel.no_room(path, error) from error
+
+
+def _start(rank: int, settings: Settings, folder: Path) -> Worker:
+    command = interpreter.command(_WORKER, str(folder), str(rank))
+    try:
+        ours, theirs = (interpreter.above_standard(end.detach()) for end in socket.socketpair())
+        connection = Connection(ours)
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=theirs,
+                stdout=interpreter.output(1),
+                stderr=interpreter.output(2),
+                env=_environment(rank, settings),
+                cwd=interpreter.directory() or Path(os.sep),
+                # Ctrl-C is for the launcher; a worker's children are its group
+                start_new_session=True,
+            )
+        finally:
+            os.close(theirs)
+    except (OSError, MemoryError) as error:
+        raise UsageError(
+            f"cannot start the process of rank {rank} of {settings.degree}: {error}. {WAY_OUT}"
+        ) from error
+    return Worker(rank, process, connection)
 
 
 def _environment(rank: int, settings: Settings) -> dict[str, str]:
-    environment = {name: v for name, v in os.environ.items() if name not in _NOT_INHERITED}
+    environment = {
+        name: v for name, v in interpreter.environment().items() if name not in _NOT_INHERITED
+    }
     environment |= mode.child_environment()
     environment |= {
         "OMP_NUM_THREADS": str(settings.threads),

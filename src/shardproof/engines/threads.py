@@ -6,6 +6,7 @@ is given up (it cannot keep the process from ending).
 """
 
 import ctypes
+import os
 import queue
 import threading
 import time
@@ -18,10 +19,14 @@ import torch
 
 from shardproof.axis import Axis
 from shardproof.engines.base import Ranks, Settings
+from shardproof.engines.capacity import WAY_OUT
 from shardproof.engines.failure import Failure, failure_of, verdict
+from shardproof.engines.fork import end_if_forked
+from shardproof.errors import UsageError
 from shardproof.overlap import Overlap
 from shardproof.transport.base import Transport
 from shardproof.transport.rendezvous import Rendezvous
+from shardproof.transport.severed import OVER, sever
 from shardproof.transport.solo import SoloTransport
 from shardproof.transport.threads import ThreadsTransport, waits_note
 
@@ -53,19 +58,22 @@ class _Task:
     note: str
 
     def attempt(self) -> _Outcome:
-        rank = self.transport.rank
+        rank, owner = self.transport.rank, os.getpid()
         try:
             result = self.fn(Axis("tp", self.transport, self.overlap, transport_note=self.note))
         except _Stopped:
             return _Outcome(rank, failure=Failure(rank, "was stopped", is_symptom=True))
         except BaseException as error:
+            end_if_forked(owner, rank, error)
             self.rendezvous.fail(rank, error)
             return _Outcome(rank, failure=failure_of(rank, error))
+        end_if_forked(owner, rank)
         self.rendezvous.leave(rank)
         return _Outcome(rank, result)
 
 
 _Inbox = queue.SimpleQueue[_Task | None]
+_Ready = queue.SimpleQueue[Exception | None]
 
 
 class ThreadRanks(Ranks):
@@ -76,7 +84,7 @@ class ThreadRanks(Ranks):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self._inboxes: list[_Inbox] = [queue.SimpleQueue() for _ in range(self.degree)]
-        ready: queue.SimpleQueue[None] = queue.SimpleQueue()
+        ready: _Ready = queue.SimpleQueue()
         self._threads = [
             threading.Thread(
                 target=_serve,
@@ -87,10 +95,18 @@ class ThreadRanks(Ranks):
             for rank, inbox in enumerate(self._inboxes)
         ]
         weakref.finalize(self, _dismiss, self._inboxes)
-        for thread in self._threads:
-            thread.start()
-        for _ in self._threads:
-            ready.get()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except (RuntimeError, MemoryError) as error:
+            _dismiss(self._inboxes)
+            raise UsageError(f"cannot start {self.degree} threads: {error}. {WAY_OUT}") from error
+        for problem in [ready.get() for _ in self._threads]:
+            if problem is not None:
+                _dismiss(self._inboxes)
+                raise UsageError(
+                    f"a rank cannot have {settings.threads} threads: {problem}. Use fewer."
+                ) from problem
         # A rank's thread count is also what threads that start later begin with; put that back.
         torch.set_num_threads(torch.get_num_threads())
 
@@ -107,10 +123,12 @@ class ThreadRanks(Ranks):
     def _run(self, fn: Callable[[Axis], Any]) -> list[Any]:
         rendezvous = Rendezvous(self.degree, timeout=self._settings.timeout)
         outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
-        for rank, inbox in enumerate(self._inboxes):
-            solo = self.degree == 1
-            transport = SoloTransport() if solo else ThreadsTransport(rendezvous, rank)
-            overlap, note = self._settings.overlap, self.transport_note
+        overlap, note = self._settings.overlap, self.transport_note
+        transports: list[Transport] = [
+            SoloTransport() if self.degree == 1 else ThreadsTransport(rendezvous, rank)
+            for rank in range(self.degree)
+        ]
+        for inbox, transport in zip(self._inboxes, transports, strict=True):
             inbox.put(_Task(fn, transport, overlap, rendezvous, outcomes, note))
         found: dict[int, _Outcome] = {}
         try:
@@ -122,6 +140,8 @@ class ThreadRanks(Ranks):
             raise
         failures = [outcome.failure for outcome in found.values() if outcome.failure]
         if not failures:
+            for transport in transports:
+                sever(transport, OVER)  # else whoever kept the axis would find the others or not
             return [found[rank].result for rank in range(self.degree)]
         self._break()
         error = verdict(failures, self.degree)
@@ -165,14 +185,18 @@ class ThreadRanks(Ranks):
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
-def _serve(inbox: _Inbox, threads: int, ready: "queue.SimpleQueue[None]") -> None:
+def _serve(inbox: _Inbox, threads: int, ready: _Ready) -> None:
     """The life of a rank."""
     # Both settings belong to the thread. The count is asked for first, because a thread's first
     # question sets it to the process's default. On a GPU backward would otherwise run in one
     # thread per device, where ranks that share the device would wait for each other for ever.
-    torch.get_num_threads()
-    torch.set_num_threads(threads)
-    torch.autograd.set_multithreading_enabled(False)
+    try:
+        torch.get_num_threads()
+        torch.set_num_threads(threads)
+        torch.autograd.set_multithreading_enabled(False)
+    except Exception as error:  # told to the caller, who waits
+        ready.put(error)
+        return
     ready.put(None)
     while (task := inbox.get()) is not None:
         task.outcomes.put(task.attempt())

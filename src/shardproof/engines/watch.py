@@ -41,15 +41,23 @@ class Watch:
         workers: in rank order.
         board: where they write what they are in.
         folder: where they leave their failures.
+        number: of the call; answers to another one are left out.
         timeout: for messages.
     """
 
     def __init__(
-        self, workers: Sequence[Worker], board: Board, folder: Path, *, timeout: float
+        self,
+        workers: Sequence[Worker],
+        board: Board,
+        folder: Path,
+        *,
+        number: int,
+        timeout: float,
     ) -> None:
         self._workers = workers
         self._board = board
         self._folder = folder
+        self._number = number
         self._timeout = timeout
         self._counts: dict[int, int] = {}  # of the ranks that have returned: their collectives
         self._failures: dict[int, Failure] = {}
@@ -92,14 +100,18 @@ class Watch:
                 continue
             rank = speaking[connection]
             try:
-                outcome, count = connection.recv()
+                number, outcome, count = connection.recv()
             except (EOFError, OSError):
                 self._mute.add(rank)
                 continue
+            if number != self._number:
+                continue
             if outcome == parcel.RETURNED:
                 self._counts[rank] = count
+            elif isinstance(outcome, Failure):
+                self._fail(outcome)
             else:
-                path = parcel.failure_path(self._folder, rank)
+                path = parcel.failure_path(self._folder, rank, number)
                 self._fail(parcel.read(path, what=f"the failure of rank {rank}"))
 
     def _find_dead(self) -> None:
@@ -213,6 +225,11 @@ def _stopping_signal(pid: int) -> int | None:
 
 
 def _describe_exit(code: int) -> str:
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        # The system then buries children unseen, and Python takes their exit code to be 0.
+        return (
+            "is gone: its process has ended, and how is not known, for this process ignores SIGCHLD"
+        )
     if code < 0:
         return f"was killed by signal {-code} ({signal.Signals(-code).name})"
     return f"left early: its process ended with exit code {code}"

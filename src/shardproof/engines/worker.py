@@ -4,6 +4,7 @@ Started by `engines/processes.py` with a socket to the launcher as its standard 
 launcher goes away the socket closes, and the worker ends itself and whatever it has started.
 """
 
+import contextlib
 import io
 import os
 import queue
@@ -23,11 +24,12 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from shardproof.axis import Axis
-from shardproof.engines import parcel
+from shardproof.engines import fork, interpreter, parcel
 from shardproof.engines.base import Settings
 from shardproof.engines.board import Board
-from shardproof.engines.failure import failure_of
+from shardproof.engines.failure import Failure, failure_of
 from shardproof.errors import UsageError
+from shardproof.telling import TooLong, within
 from shardproof.timeout import START_TIMEOUT
 from shardproof.transport.base import Call
 from shardproof.transport.choose import Choice, choose
@@ -36,17 +38,20 @@ from shardproof.transport.ledger import Ledger
 from shardproof.transport.shared import SharedTransport
 from shardproof.transport.solo import SoloTransport
 
+_Commands = queue.SimpleQueue[tuple[str, int]]  # what the launcher says, and of which call
+_PICKLING = 5.0  # seconds that an exception may take to be pickled, by code of its own
+
 
 def main(folder: Path, rank: int) -> None:
     """Serve the launcher that owns `folder` as rank `rank` until it says otherwise."""
     connection = _take_connection()
-    commands: queue.SimpleQueue[str] = queue.SimpleQueue()
+    commands: _Commands = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, commands, folder), daemon=True).start()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # whole lines of several ranks, as they come
     worker = _Worker(folder, rank)
-    while commands.get() == parcel.RUN:
-        connection.send(worker.serve())
+    while (command := commands.get())[0] == parcel.RUN:
+        connection.send(worker.serve(command[1]))
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -66,35 +71,56 @@ class _Worker:
         except Exception as error:  # told to the launcher when it asks for something
             self._joining = error
 
-    def serve(self) -> tuple[str, int]:
-        """Run what lies in the folder: what became of it, and the collectives so far."""
+    def serve(self, number: int) -> tuple[int, str | Failure, int]:
+        """Run what lies in the folder as call `number`.
+
+        Returns:
+            `number`, what became of it, and the collectives so far.
+        """
+        owner = os.getpid()
+        outcome: str | Failure = parcel.RETURNED
         try:
             if self._joining is not None:
                 raise self._joining
-            self._call()
+            self._call(number, owner)
+            fork.flush()
         except BaseException as error:
-            self._write_failure(error)
-            outcome = parcel.FAILED
-        else:
-            outcome = parcel.RETURNED
-        sys.stdout.flush()
-        sys.stderr.flush()
-        return outcome, self._collectives()
+            fork.end_if_forked(owner, self._rank, error)
+            outcome = self._write_failure(number, error)
+            with contextlib.suppress(OSError, ValueError):  # the failure alone is told
+                fork.flush()
+        return number, outcome, self._collectives()
 
-    def _call(self) -> None:
+    def _call(self, number: int, owner: int) -> None:
         fn: Callable[[Axis], Any] = parcel.read(self._folder / parcel.CALL, what="the function")
         result = fn(self._axis())
+        fork.end_if_forked(owner, self._rank)
         what = f"the result of rank {self._rank}, of type {type(result).__name__},"
-        parcel.write(result, parcel.result_path(self._folder, self._rank), what=what)
-
-    def _write_failure(self, error: BaseException) -> None:
-        failure = failure_of(self._rank, error)
-        path = parcel.failure_path(self._folder, self._rank)
+        path = parcel.result_path(self._folder, self._rank, number)
         try:
-            parcel.write(failure, path, what="an exception")
-            parcel.read(path, what="an exception")  # some can be pickled, but not unpickled
-        except UsageError:
-            parcel.write(replace(failure, error=None), path, what="a traceback")
+            within(self._settings.timeout, lambda: parcel.write(result, path, what=what))
+        except TooLong as error:
+            raise UsageError(
+                f"{what} cannot be pickled: {error}. Return plain values or tensors, or use "
+                "engine='threads'."
+            ) from None
+
+    def _write_failure(self, number: int, error: BaseException) -> str | Failure:
+        """Leave it in the folder, with the error; one that cannot travel is told in words."""
+        failure = failure_of(self._rank, error)
+        path = parcel.failure_path(self._folder, self._rank, number)
+        draft = path.with_suffix(".draft")  # where its own code may go on writing
+
+        def write() -> None:
+            parcel.write(failure, draft, what="an exception")
+            parcel.read(draft, what="an exception")  # some can be pickled, but not unpickled
+
+        try:
+            within(_PICKLING, write)
+            draft.replace(path)
+        except Exception:  # its own code may raise anything
+            return replace(failure, error=None)
+        return parcel.FAILED
 
     def _join(self) -> None:
         degree, timeout = self._settings.degree, self._settings.timeout
@@ -150,14 +176,14 @@ class _Worker:
 
 def _take_connection() -> Connection:
     """The socket to the launcher; what the user's code finds as standard input is empty."""
-    connection = Connection(os.dup(0))
+    connection = Connection(interpreter.above_standard(os.dup(0)))
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
     return connection
 
 
-def _listen(connection: Connection, commands: "queue.SimpleQueue[str]", folder: Path) -> None:
+def _listen(connection: Connection, commands: _Commands, folder: Path) -> None:
     """Pass on what the launcher says; when it is gone, end at once and leave nothing behind."""
     while True:
         try:

@@ -31,6 +31,7 @@ from shardproof.prover.proof import (
 from shardproof.prover.report import Report
 from shardproof.prover.runs import RankResult
 from shardproof.scheme import Scheme
+from shardproof.telling import text_of
 from shardproof.transport.base import Call
 
 T = TypeVar("T")
@@ -148,7 +149,7 @@ def _together(axis: Axis, do: Callable[[], T]) -> list[T]:
         value = do()
     except Exception as raised:  # told to the others, then raised again
         error = raised
-    told = (value, None if error is None else f"{type(error).__name__}: {error}")
+    told = (value, None if error is None else text_of(error))
     everyone = axis.transport.gather_objects(told, call=Call("gather", "prover", "outcome"))
     if error is not None:
         raise error

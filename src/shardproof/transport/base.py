@@ -7,10 +7,11 @@ autograd or layers.
 
 import functools
 import hashlib
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -169,6 +170,15 @@ def name_ranks(ranks: Sequence[int]) -> str:
     return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
 
 
+# What is wrong where a rank is in a collective and begins another one. The core has it too.
+BUSY = (
+    "two threads use one rank's transport at the same time, or a signal handler uses it while the "
+    "rank does. Make all collectives of an axis in one thread of each rank, one after the other"
+)
+# Every transport of this process, so that a fork of it can be kept from using them (`severed.py`).
+living: "weakref.WeakSet[Transport]" = weakref.WeakSet()
+
+
 class Transport(ABC):
     """Carries bytes between the ranks of one axis; one object per rank.
 
@@ -184,6 +194,12 @@ class Transport(ABC):
     rank: int
     size: int
     ledger: Ledger
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """A transport that is known to `living`."""
+        made = super().__new__(cls)
+        living.add(made)
+        return made
 
     @abstractmethod
     def exchange(

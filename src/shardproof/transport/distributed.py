@@ -9,6 +9,7 @@ disagree raise instead of computing garbage or aborting.
 import atexit
 import functools
 import pickle
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardproof.errors import AxisError, ShapeError, ShardproofError
+from shardproof.errors import AxisError, ShapeError, ShardproofError, UsageError
 from shardproof.transport import portable
 from shardproof.transport.base import (
+    BUSY,
     Call,
     Order,
     PeerError,
@@ -86,6 +88,7 @@ class DistributedTransport(Transport):
         self._check = check
         self._timeout = None if timeout is None else timedelta(seconds=timeout)
         self._observer = observer
+        self._busy = threading.Lock()
         # Where small control messages live. A mixed group has a CPU side for them.
         self._device = torch.device("cpu")
         if "gloo" not in dist.get_backend_config(group) and torch.cuda.is_available():
@@ -256,11 +259,16 @@ class DistributedTransport(Transport):
 
     @contextmanager
     def _during(self, call: Call, *, is_new: bool = True) -> Iterator[None]:
-        if self._observer is not None:
-            self._observer(call)
-        if self._check and is_new:
-            self._compare(call)
-        yield
+        if not self._busy.acquire(blocking=False):
+            raise UsageError(f"{call} on rank {self.rank} of {self.size}: {BUSY}.")
+        try:
+            if self._observer is not None:
+                self._observer(call)
+            if self._check and is_new:
+                self._compare(call)
+            yield
+        finally:
+            self._busy.release()
         # Not after an error: what this rank was in is then the best clue.
         if self._observer is not None:
             self._observer(None)

@@ -13,12 +13,15 @@ the ranks it waits for.
 import functools
 import mmap
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from shardproof import core
-from shardproof.transport.base import Call, PeerError, mismatch, name_ranks
+from shardproof.errors import UsageError
+from shardproof.telling import text_of
+from shardproof.transport.base import BUSY, Call, PeerError, mismatch, name_ranks
 
 
 @dataclass
@@ -30,6 +33,32 @@ class _Meeting:
     is_complete: bool = False
     disagrees: bool = False
     readers: int = 0
+
+
+# The core asks every 20 ms. Where it could not, somebody held the interpreter lock.
+_LONGEST_STEP = 0.25
+
+
+class _Patience:
+    """How long one rank has waited in one collective while the others could have come.
+
+    A rank that holds the interpreter lock (a long call into C) keeps all others from coming. That
+    time is nobody's fault who is missing, and is not counted.
+    """
+
+    def __init__(self) -> None:
+        self._collective = -1
+        self._seen = 0.0
+        self._counted = 0.0
+
+    def count(self, collective: int, waited: float) -> float:
+        """Seconds to be counted, of the `waited` that have passed in this wait."""
+        if collective != self._collective:
+            self._collective, self._seen, self._counted = collective, 0.0, 0.0
+        step = waited - self._seen if waited >= self._seen else waited  # else a further wait of it
+        self._counted += min(step, _LONGEST_STEP)
+        self._seen = waited
+        return self._counted
 
 
 class Rendezvous:
@@ -53,6 +82,7 @@ class Rendezvous:
         self._failure: tuple[str, int | None] | None = None
         self._meetings: dict[int, _Meeting] = {}
         self.calls: list[Call | None] = [None] * size
+        self._patience = [_Patience() for _ in range(size)]
         self.cores: list[Any] | None = None
         module = core.shm()
         if module is not None and 1 < size <= module.MAX_RANKS:
@@ -68,12 +98,15 @@ class Rendezvous:
 
         Raises:
             MismatchError: on all ranks, if their calls are not equal.
+            UsageError: this rank is in a meeting already, by another thread of it.
             PeerError: a rank raised, returned or did not come in time.
         """
         if self.cores is not None:
             return self._meet_in_core(self.cores[rank], rank, call, offer)
         with self._changed:
             meeting = self._meeting
+            if self._failure is None and rank in meeting.calls:
+                raise UsageError(f"{call} on rank {rank} of {self.size}: {BUSY}.")
             meeting.calls[rank] = call
             meeting.offers[rank] = offer
             if self._failure is None and self._left:
@@ -101,7 +134,7 @@ class Rendezvous:
 
     def fail(self, rank: int, error: BaseException) -> None:
         """Rank `rank` has raised: whoever waits, or comes later, raises too."""
-        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        what = text_of(error)
         with self._changed:
             self._break(f"rank {rank} of {self.size} raised {what}", rank)
 
@@ -121,7 +154,10 @@ class Rendezvous:
         def is_over() -> bool:
             return meeting.is_complete or self._failure is not None
 
-        if not self._changed.wait_for(is_over, self._timeout):
+        patience, begun = _Patience(), time.monotonic()
+        while not self._changed.wait_for(is_over, min(self._timeout, _LONGEST_STEP)):
+            if patience.count(0, time.monotonic() - begun) < self._timeout:
+                continue
             missing = [rank for rank in range(self.size) if rank not in meeting.calls]
             self._break_because_late(missing, meeting.calls)
 
@@ -144,6 +180,8 @@ class Rendezvous:
 
     def _tick(self, rank: int, waited: float, missing: list[int]) -> None:
         """Called by the core while `rank` waits for the missing: raise if they will not come."""
+        collective = 0 if self.cores is None else self.cores[rank].calls
+        counted = self._patience[rank].count(collective, waited)
         with self._changed:
             if self._failure is None:
                 waiting = {
@@ -154,7 +192,7 @@ class Rendezvous:
                 gone = [peer for peer in self._left if peer in missing]
                 if gone:
                     self._break_because_left(gone[0], waiting)
-                elif missing and waited >= self._timeout:
+                elif missing and counted >= self._timeout:
                     self._break_because_late(missing, waiting)
             if self._failure is not None:
                 message, blamed = self._failure

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shardproof import core
 from shardproof.errors import AxisError, MismatchError, ShardproofError
+from shardproof.telling import text_of
 from shardproof.transport.base import Call, PeerError, Transport, name_ranks
 from shardproof.transport.incore import CoreTransport
 from shardproof.transport.ledger import Ledger
@@ -90,7 +91,7 @@ class SharedTransport(CoreTransport):
 
     def fail(self, error: BaseException) -> None:
         """This rank has raised: whoever waits for it, or comes later, raises too."""
-        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        what = text_of(error)
         self._tell(f"rank {self.rank} of {self.size} raised {what}", self.rank)
 
     def close(self) -> None:

@@ -1,0 +1,97 @@
+"""SIGTERM, SIGHUP and SIGINT end a command in order: its ranks, its folders, its exit code.
+
+The signal is an exception in the main thread, so that whatever was opened is closed. Where the
+main thread does not get that far, because it waits in C, another thread does what is done at the
+end of every process, and ends this one. A signal that was ignored on purpose (SIGHUP under nohup)
+stays so.
+"""
+
+import atexit
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+_PATIENCE = 5.0  # seconds that the main thread may take; torchrun gives a rank 30
+
+
+class Ended(SystemExit):
+    """Raised in the main thread by a signal; its code is 128 and the signal's number."""
+
+
+class Ending:
+    """What is known about the end that a signal asked for.
+
+    Attributes:
+        code: for the exit of the process; 0 if no signal came.
+    """
+
+    def __init__(self) -> None:
+        self.code = 0
+        self._came = 0.0
+
+    def handle(self, number: int, _: FrameType | None) -> None:
+        """The handler. A terminal that closes sends several signals: the first one counts."""
+        now = time.monotonic()
+        if self.code and now - self._came < _PATIENCE:
+            return
+        self.code, self._came = 128 + number, now
+        raise Ended(self.code)
+
+
+@contextmanager
+def ending_in_order() -> Iterator[Ending]:
+    """Inside, signals end the process in order. In other threads than the main one: nothing new."""
+    ending = Ending()
+    if threading.current_thread() is not threading.main_thread():
+        yield ending
+        return
+    before = {number: signal.getsignal(number) for number in ENDING}
+    mine = [number for number in ENDING if before[number] is signal.SIG_DFL]
+    interrupt = signal.getsignal(signal.SIGINT)
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, *mine])
+    if interrupt is signal.SIG_IGN:  # as it is in every background job of a script
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with _watched(mine):
+        for number in mine:
+            signal.signal(number, ending.handle)
+        try:
+            yield ending
+        finally:
+            for number in mine:
+                signal.signal(number, before[number])
+    if interrupt is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
+def _watched(numbers: list[signal.Signals]) -> Iterator[None]:
+    """Inside, one of the signals ends the process after a while, whatever the main thread does."""
+    heard, written = os.pipe()
+    os.set_blocking(written, False)
+    is_over = threading.Event()
+    before = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_watch, args=(heard, set(numbers), is_over), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        is_over.set()
+        os.close(written)  # the thread reads the end
+        thread.join()
+        os.close(heard)
+
+
+def _watch(heard: int, numbers: set[signal.Signals], is_over: threading.Event) -> None:
+    while found := os.read(heard, 1):
+        if found[0] in numbers and not is_over.wait(_PATIENCE):
+            try:
+                atexit._run_exitfuncs()  # folders of tempfile, processes of ranks
+            finally:
+                os._exit(128 + found[0])

@@ -1,0 +1,95 @@
+"""How many threads this machine can be asked for, found out before anything depends on them.
+
+OpenMP ends the whole process, with exit code 1 or a crash, when it cannot start a thread. So the
+number is limited, and as many threads are started once, by us, where a failure is an error.
+"""
+
+import os
+import threading
+
+import torch
+
+from shardproof.errors import UsageError
+
+# More threads than this on one rank have never made anything faster; OpenMP crashes far above.
+_LEAST_LIMIT, _PER_CORE = 256, 16
+_MOST_IN_ALL = 4096
+
+WAY_OUT = (
+    "Use a lower degree or fewer threads, or raise the limits of this process (ulimit -u, -n and "
+    "-v, the pids and the memory of its container)."
+)
+
+_tried = 1  # so many threads have run at the same time, or are about to be tried
+_trying = threading.Lock()
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone knows it
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def check_threads(threads: int, degree: int, *, written: str) -> None:
+    """Raise unless `degree` ranks of this machine can have `threads` threads each.
+
+    Args:
+        threads: of each rank.
+        degree: how many ranks.
+        written: how the user asked for the threads, for the message.
+
+    Raises:
+        UsageError: they are too many, or the system does not let this process start them.
+    """
+    limit = max(_LEAST_LIMIT, _PER_CORE * cores())
+    if threads > limit:
+        raise UsageError(
+            f"{written} is more than {limit}, the most threads that one rank may have on this "
+            f"machine ({cores()} cores). Use fewer; more than the cores gain nothing."
+        )
+    total = threads * degree
+    most = max(_MOST_IN_ALL, _PER_CORE * cores())
+    if total > most:
+        raise UsageError(
+            f"{degree} ranks with {threads} threads each are {total} threads, and this machine "
+            f"({cores()} cores) is asked for no more than {most}. Use a lower degree, fewer "
+            "threads, or several machines under torchrun."
+        )
+    with _trying:
+        _try(total)
+
+
+def check_own_threads() -> None:
+    """Raise unless this process can have the threads that torch took from the environment.
+
+    Raises:
+        UsageError: OMP_NUM_THREADS or MKL_NUM_THREADS asks for too many.
+    """
+    names = [name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if os.environ.get(name)]
+    said = " and ".join(f"{name}={os.environ[name]}" for name in names)
+    threads = torch.get_num_threads()
+    check_threads(threads, 1, written=said or f"torch.get_num_threads() = {threads}")
+
+
+def _try(total: int) -> None:
+    """Have `total` threads at the same time, unless as many were there before."""
+    global _tried
+    if total <= _tried:
+        return
+    release = threading.Event()
+    started: list[threading.Thread] = []
+    try:
+        while len(started) < total:
+            thread = threading.Thread(target=release.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+        _tried = total
+    except (RuntimeError, MemoryError) as error:
+        raise UsageError(
+            f"{total} threads are wanted on this machine, and only {len(started)} could be "
+            f"started ({error}). {WAY_OUT}"
+        ) from error
+    finally:
+        release.set()
+        for thread in started:
+            thread.join()

@@ -1,0 +1,99 @@
+"""Transports that must not be used any more: in a fork of their rank, or after its call is over.
+
+What a fork inherits looks as good as the rank's own: it would write into the memory and the sockets
+that the ranks share, and be taken for the rank. So every transport becomes another class in the
+child, which refuses everything. That costs the rank itself nothing.
+"""
+
+import os
+import weakref
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from shardproof.errors import AxisError
+from shardproof.transport.base import Transport, living
+
+# Process groups of which this process has only a copy, because it was forked from their member.
+_inherited: "weakref.WeakSet[dist.ProcessGroup]" = weakref.WeakSet()
+
+FORKED = (
+    "this process is a fork of that rank, and a fork cannot take part in the rank's collectives. "
+    "Let it only read and compute, communicate in the rank itself, or start it with "
+    "multiprocessing's 'spawn' method"
+)
+OVER = (
+    "the call of launch or Ranks.run that this axis was made for is over. Make the model inside "
+    "the function, on the axis that the function is given, and return plain tensors"
+)
+
+
+class Severed(Transport):
+    """What becomes of a transport: it knows who it was, and refuses everything else."""
+
+    why: str
+
+    def exchange(self, *_: object, **__: object) -> NoReturn:
+        """Refuse."""
+        self._refuse()
+
+    def all_gather(self, *_: object, **__: object) -> NoReturn:
+        """Refuse."""
+        self._refuse()
+
+    def start_sum(self, *_: object, **__: object) -> NoReturn:
+        """Refuse."""
+        self._refuse()
+
+    def sum(self, *_: object, **__: object) -> NoReturn:
+        """Refuse."""
+        self._refuse()
+
+    def gather_objects(self, *_: object, **__: object) -> NoReturn:
+        """Refuse."""
+        self._refuse()
+
+    def finish(self, *_: object) -> NoReturn:
+        """Refuse to end a sum that was started before."""
+        self._refuse()
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else the transport could do; what every Python object may lack stays so."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise AxisError(f"rank {self.rank} of {self.size} cannot be reached here: {self.why}.")
+
+
+def sever(transport: Transport, why: str) -> None:
+    """Let `transport` refuse everything from now on; one of a rank alone has nobody to disturb."""
+    if getattr(transport, "size", 1) > 1:
+        name, is_asynchronous = transport.name, transport.is_asynchronous
+        transport.__class__ = Severed
+        transport.__dict__.update(name=name, is_asynchronous=is_asynchronous, why=why)
+
+
+def refuse_inherited(group: dist.ProcessGroup) -> None:
+    """Raise if `group` belongs to the process that this one was forked from.
+
+    Raises:
+        AxisError: it does.
+    """
+    if group in _inherited:
+        raise AxisError(
+            f"the process group of rank {dist.get_rank(group)} of {dist.get_world_size(group)} was "
+            f"made before a fork: {FORKED}."
+        )
+
+
+def _sever_in_fork() -> None:
+    for transport in list(living):
+        sever(transport, FORKED)
+    if dist.is_available():
+        _inherited.update(distributed_c10d._world.pg_map)
+
+
+os.register_at_fork(after_in_child=_sever_in_fork)
