@@ -18,7 +18,10 @@ SRC = Path(__file__).parents[1] / "src" / "shardproof"
 
 # Bottom up. `x.__init__` is the package file of `x`; "" before the dot is shardproof itself.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "wording"),
+    # What others wrote: numbers, variables of the environment, files.
+    ("quantities",),
+    ("environment", "files"),
     ("autograd", "core", "extras", "leaves", "tree"),
     ("heads", "overlap", "scheme", "timeout"),
     # Bytes between ranks.
@@ -60,6 +63,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("optim",),
     # Models of Hugging Face transformers, which compute through these layers.
     ("hf.models", "hf.attention", "hf.generation", "hf.head", "hf.saving", "hf.weights"),
+    ("hf.config",),
     ("hf.skeleton",),
     ("hf.__init__",),
     # Which module is cut how.
@@ -83,7 +87,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # The proof: one run, many runs, the judgement.
     ("prover.accuracy", "prover.audit", "prover.compare", "prover.hashing", "prover.reference"),
     ("prover.curve", "prover.wide"),
-    ("prover.case",),
+    ("prover.case", "prover.earlier"),
     ("prover.given", "prover.runs", "prover.training"),
     ("prover.casereport",),
     ("prover.verdict",),
@@ -121,7 +125,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("bench.fleet", "bench.host"),
     ("bench.run",),
     ("bench.__init__",),
-    ("cli.json_file", "cli.options", "cli.output", "cli.torchrun"),
+    ("cli.json_file", "cli.options", "cli.output", "cli.streams", "cli.torchrun"),
     ("cli.condense", "cli.machine", "cli.picture", "cli.progress", "cli.selection", "cli.table"),
     ("cli.request",),
     ("cli.show",),

@@ -6,6 +6,7 @@ Exit codes: 0 the answer is yes, 1 the answer is no, 2 the command was used wron
 raised on purpose, 70 a fault of shardproof itself, 130 interrupted, 141 nobody reads the output.
 """
 
+import contextlib
 import os
 import sys
 import traceback
@@ -21,6 +22,7 @@ from shardproof.cli.doctor import doctor
 from shardproof.cli.options import HELP_OPTIONS
 from shardproof.cli.plan import plan
 from shardproof.cli.prove import prove
+from shardproof.cli.streams import give_up_stdout, require_stdout, stdout_problem
 from shardproof.errors import DegreeError, RankError, ShardproofError, UsageError
 
 COMMANDS: tuple[click.Command, ...] = (
@@ -35,6 +37,8 @@ EXIT_FAULT = 70
 EXIT_INTERRUPTED = 130
 EXIT_NO_READER = 141
 
+LONGEST_MESSAGE = 20_000
+
 
 class Commands(click.Group):
     """A click group with this project's exit codes and one-line errors."""
@@ -42,11 +46,9 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; a reader that has left is no answer of 1, which click would make."""
         try:
-            code = super().invoke(ctx)
-            sys.stdout.flush()
+            return super().invoke(ctx)
         except BrokenPipeError:
-            return _close_stdout()
-        return code
+            return give_up_stdout(EXIT_NO_READER)
 
     def main(
         self,
@@ -58,7 +60,11 @@ class Commands(click.Group):
         """Run one command and exit with its code; never returns."""
         extra["standalone_mode"] = False  # click would exit with 1, which here means "not proved"
         try:
+            require_stdout()
             code = super().main(args, prog_name, **extra)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            code = give_up_stdout(EXIT_NO_READER)
         except click.ClickException as error:
             code = _refuse(f"{_sentence(error)} See: {self._help(args)}", is_usage=True)
         except ShardproofError as error:
@@ -67,9 +73,14 @@ class Commands(click.Group):
                 code = EXIT_FAULT
         except click.Abort:
             code = EXIT_INTERRUPTED
-        except Exception:
-            traceback.print_exc()
-            code = EXIT_FAULT
+        except Exception as error:
+            problem = stdout_problem(error)
+            if problem is None:
+                traceback.print_exc()
+                code = EXIT_FAULT
+            else:
+                give_up_stdout(EXIT_USAGE)
+                code = _refuse(problem, is_usage=False)
         sys.exit(code)
 
     def _help(self, args: Sequence[str] | None) -> str:
@@ -106,11 +117,18 @@ def _sentence(error: click.ClickException) -> str:
 def _refuse(message: str, *, is_usage: bool) -> int:
     """Say why nothing is done. Under torchrun, what every rank would say only rank 0 says."""
     if not (is_usage and torchrun.is_other_rank(os.environ)):
-        click.echo(f"error: {message}", err=True)
+        # Nobody can be told that standard error is closed or full; the exit code still says it.
+        with contextlib.suppress(OSError):
+            click.echo(f"error: {_bounded(message)}", err=True)
     return EXIT_USAGE
 
 
-def _close_stdout() -> int:
-    """Keep the interpreter from complaining at exit about a reader that has left."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return EXIT_NO_READER
+def _bounded(message: str) -> str:
+    """The message, without its middle if somebody put megabytes into an exception."""
+    if len(message) <= LONGEST_MESSAGE:
+        return message
+    half = LONGEST_MESSAGE // 2
+    return (
+        f"{message[:half]}\n... ({len(message) - 2 * half:,} characters are left out) ...\n"
+        f"{message[-half:]}"
+    )
