@@ -22,6 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # What others wrote: numbers, variables of the environment, files.
     ("quantities",),
     ("environment", "files"),
+    ("objects",),
     ("autograd", "core", "extras", "leaves", "tree"),
     ("heads", "overlap", "scheme", "timeout"),
     # Bytes between ranks.
@@ -72,7 +73,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plans.match", "plans.repeated"),
     ("plans.module_plan",),
     ("plans.fit", "plans.model_plan", "plans.parts"),
-    ("plans.hf_plan",),
+    ("plans.given", "plans.hf_plan"),
     ("plans.planning",),
     ("plans.cut", "plans.initialize", "plans.twins"),
     ("plans.apply",),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardproof.errors import UsageError
-from shardproof.quantities import whole_number
+from shardproof.quantities import LARGEST, whole_number
 from shardproof.wording import shown
 
 
@@ -41,7 +41,7 @@ class Overlap:
                 "one of them."
             )
         number = whole_number(self.chunks)
-        if number is None or number < 1:
+        if number is None or not 1 <= number <= LARGEST:
             raise UsageError(
                 f"Overlap(chunks={shown(self.chunks)}) is not a positive whole number. Use 1 or "
                 "more."

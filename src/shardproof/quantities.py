@@ -8,7 +8,7 @@ import operator
 import re
 from collections.abc import Callable
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 from shardproof.errors import ShardproofError, UsageError
 from shardproof.wording import shown
@@ -37,7 +37,7 @@ def real_number(value: Any) -> float | None:
     try:
         return float(value)
     except OverflowError:  # a whole number or a fraction that no float can hold
-        return math.inf
+        return -math.inf if cast(Any, value) < 0 else math.inf
 
 
 def read_whole(text: str) -> int | None:

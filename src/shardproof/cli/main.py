@@ -22,7 +22,7 @@ from shardproof.cli.doctor import doctor
 from shardproof.cli.options import HELP_OPTIONS
 from shardproof.cli.plan import plan
 from shardproof.cli.prove import prove
-from shardproof.cli.streams import give_up_stdout, require_stdout, stdout_problem
+from shardproof.cli.streams import OutputError, give_up_stdout, prepare_streams
 from shardproof.errors import DegreeError, RankError, ShardproofError, UsageError
 
 COMMANDS: tuple[click.Command, ...] = (
@@ -48,7 +48,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            return give_up_stdout(EXIT_NO_READER)
+            return _lose_reader()
 
     def main(
         self,
@@ -60,11 +60,14 @@ class Commands(click.Group):
         """Run one command and exit with its code; never returns."""
         extra["standalone_mode"] = False  # click would exit with 1, which here means "not proved"
         try:
-            require_stdout()
+            prepare_streams()
             code = super().main(args, prog_name, **extra)
             sys.stdout.flush()
         except BrokenPipeError:
-            code = give_up_stdout(EXIT_NO_READER)
+            code = _lose_reader()
+        except OutputError as error:
+            give_up_stdout()
+            code = _refuse(str(error), is_usage=False)
         except click.ClickException as error:
             code = _refuse(f"{_sentence(error)} See: {self._help(args)}", is_usage=True)
         except ShardproofError as error:
@@ -73,14 +76,12 @@ class Commands(click.Group):
                 code = EXIT_FAULT
         except click.Abort:
             code = EXIT_INTERRUPTED
-        except Exception as error:
-            problem = stdout_problem(error)
-            if problem is None:
+        except SystemExit:  # click's answer to a reader that left while it wrote the help
+            code = _lose_reader()
+        except Exception:
+            with contextlib.suppress(OSError):  # as in `_refuse`
                 traceback.print_exc()
-                code = EXIT_FAULT
-            else:
-                give_up_stdout(EXIT_USAGE)
-                code = _refuse(problem, is_usage=False)
+            code = EXIT_FAULT
         sys.exit(code)
 
     def _help(self, args: Sequence[str] | None) -> str:
@@ -121,6 +122,12 @@ def _refuse(message: str, *, is_usage: bool) -> int:
         with contextlib.suppress(OSError):
             click.echo(f"error: {_bounded(message)}", err=True)
     return EXIT_USAGE
+
+
+def _lose_reader() -> int:
+    """The exit code where nobody reads standard output any more."""
+    give_up_stdout()
+    return EXIT_NO_READER
 
 
 def _bounded(message: str) -> str:

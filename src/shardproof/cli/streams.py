@@ -3,42 +3,70 @@
 import io
 import os
 import sys
+from typing import Any
 
 from shardproof.errors import UsageError
 
 _WAY_OUT = "Send it to a file, a terminal or /dev/null."
 
 
-def require_stdout() -> None:
-    """Raise if there is no standard output, before any work; make the streams fit for any text.
+class OutputError(UsageError):
+    """Standard output cannot be written."""
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output, whose errors say that it was standard output that failed.
+
+    The errors of a full disk would look like those of any other file; a reader that has left is
+    no error here, and stays a `BrokenPipeError`.
+    """
+
+    def write(self, text: str, /) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            raise _named(error) from error
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            raise _named(error) from error
+
+
+def prepare_streams() -> None:
+    """Make the standard streams fit for any text and any end.
 
     Raises:
-        UsageError: it was closed when the command began.
+        OutputError: standard output was closed when the command began.
     """
-    if sys.stderr is None:  # nobody is to be told anything; what is written goes nowhere
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until exit
+    if sys.stderr is None:  # nobody wants to be told anything
+        sys.stderr = _nowhere()
     if sys.stdout is None or sys.stdout.closed:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until exit
-        raise UsageError(f"standard output is closed, and the answer goes there. {_WAY_OUT}")
-    for stream in (sys.stdout, sys.stderr):
+        sys.stdout = _nowhere()
+        raise OutputError(f"standard output is closed, and the answer goes there. {_WAY_OUT}")
+    out: Any = sys.stdout
+    if out is sys.__stdout__ and isinstance(out, io.TextIOWrapper):
         # Names of files and tensors may have letters that the terminal's encoding lacks.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+        sys.stdout = _Output(
+            out.buffer,
+            encoding=out.encoding,
+            errors="backslashreplace",
+            line_buffering=out.line_buffering,
+            write_through=out.write_through,
+        )
 
 
-def stdout_problem(error: BaseException) -> str | None:
-    """What to say if an error came from standard output; None if it came from elsewhere."""
-    if not isinstance(error, OSError):
-        return None
-    try:
-        # What could not be written is still there, and fails again.
-        sys.stdout.flush()
-    except OSError as again:
-        return f"standard output cannot be written: {again.strerror}. {_WAY_OUT}"
-    return None
-
-
-def give_up_stdout(code: int) -> int:
+def give_up_stdout() -> None:
     """Let what is left go nowhere, so that the interpreter does not complain at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return code
+
+
+def _named(error: OSError) -> Exception:
+    if isinstance(error, BrokenPipeError):
+        return error
+    return OutputError(f"standard output cannot be written: {error.strerror}. {_WAY_OUT}")
+
+
+def _nowhere() -> Any:
+    return open(os.devnull, "w", encoding="utf-8")

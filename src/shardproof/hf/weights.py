@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from shardproof import files, optim
 from shardproof.errors import UsageError
 from shardproof.leaves import Layout
+from shardproof.objects import checked_model
 from shardproof.wording import few, shown, written
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -194,8 +195,7 @@ def matched(model: nn.Module, directory: str | Path) -> dict[Path, list[Entry]]:
     Raises:
         UsageError: as `load` does.
     """
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"the model is {shown(model)}, which is not a module of torch. Give one.")
+    model = checked_model(model)
     found = weight_files(directory)
     said = written(str(directory))
     parameters = list(optim.layouts_of(model))

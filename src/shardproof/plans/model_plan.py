@@ -13,7 +13,7 @@ from shardproof.plans.style import Attention, ColumnParallel, Plan, RowParallel,
 from shardproof.plans.text import size
 from shardproof.quantities import checked_flag, checked_whole
 from shardproof.scheme import Scheme
-from shardproof.wording import shown
+from shardproof.wording import few, shown
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,8 @@ class ModelPlan:
         chosen = [each for each in self.modules if module is None or each.name == module]
         if not chosen:
             names = [each.name for each in self.modules]
-            raise PlanError(
-                f"the plan has no module {shown(module)}; near names: "
-                f"{near_names(str(module), names)}."
-            )
+            near = near_names(module, names) if isinstance(module, str) else few(names[:3])
+            raise PlanError(f"the plan has no module {shown(module)}; near names: {near}.")
         return [collective for each in chosen for collective in each.collectives]
 
     def as_dict(self) -> dict[str, Any]:

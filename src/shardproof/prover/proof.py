@@ -11,18 +11,26 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
+from shardproof.objects import checked_model
 from shardproof.overlap import Overlap, checked_overlap
 from shardproof.prover.case import Case, Trial
 from shardproof.prover.casereport import CaseReport
 from shardproof.prover.contract import agreed_contract, threads_of_ranks
-from shardproof.prover.given import check_cases, checked_batch, checked_degrees, checked_steps
+from shardproof.prover.given import (
+    check_cases,
+    check_function,
+    checked_batch,
+    checked_degrees,
+    checked_steps,
+)
 from shardproof.prover.judge import judge_case
 from shardproof.prover.reference import Reference
 from shardproof.prover.report import Report
 from shardproof.prover.runs import RankResult, run_on_rank, run_references
 from shardproof.prover.training import Batch, MakeOptimizer, Training, make_optimizer
+from shardproof.quantities import checked_flag, checked_name
 from shardproof.ranks import open_ranks
-from shardproof.scheme import Scheme
+from shardproof.scheme import Scheme, checked_scheme
 
 DEGREES = (1, 2, 3, 8)
 DEFAULT_SEED = 12345  # the seed of the seed documents
@@ -232,10 +240,13 @@ def prove(
     Example:
         >>> prove(build, loss_fn, (x, y), degrees=(1, 2)).proved  # doctest: +SKIP
     """
+    scheme = None if scheme is None else checked_scheme(scheme)
     degrees = checked_degrees(degrees, scheme)
+    check_function(build, "build", example="a function of an axis that returns a module")
+    check_function(loss_fn, "loss_fn", example="torch.nn.functional.mse_loss")
     _check_optimizer(optimizer)
     work = _training(build, loss_fn, batch, optimizer, steps, audit_creation)
-    cases = [Case(name, "a model given to prove()", work)]
+    cases = [Case(checked_name(name, "name"), "a model given to prove()", work)]
     return prove_cases(
         cases,
         degrees=degrees,
@@ -262,13 +273,14 @@ def _training(
         functools.partial(_loss, loss_fn),
         optimizer,
         checked_steps(steps),
-        measures_creation=audit_creation,
+        measures_creation=checked_flag(audit_creation, "audit_creation"),
     )
 
 
 def _check_optimizer(make: MakeOptimizer | None) -> None:
     """Refuse a fused one before any run."""
     if make is not None:
+        check_function(make, "optimizer", example="lambda p: torch.optim.SGD(p, lr=0.1)")
         make_optimizer(make, nn.Linear(1, 1, device="meta").to_empty(device="cpu"))
 
 
@@ -286,7 +298,7 @@ class Teller:
 
 
 def _build(build: Callable[[Axis | None], nn.Module], trial: Trial) -> nn.Module:
-    model = build(trial.axis)
+    model = checked_model(build(trial.axis), what="what build returned")
     # Plain torch casts and trains what it is given, which may be the caller's own model, out of
     # which the ranks are about to be cut.
     return copy.deepcopy(model) if trial.is_reference else model

@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 
 from shardproof.errors import NumericsError, UsageError
 from shardproof.leaves import Layout, replicated
+from shardproof.objects import checked_optimizer
 from shardproof.prover.case import Trial, parameter_layouts
+from shardproof.wording import shown
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -112,7 +114,7 @@ class Training:
                     f"{type(model).__name__} returns a {type(output).__name__}, and a proof needs "
                     f"one tensor. Wrap it in a module that returns the tensor to compare."
                 )
-            return output, self.loss(trial, output, batch.target)
+            return output, _checked_loss(self.loss(trial, output, batch.target))
 
     def _update(
         self,
@@ -136,13 +138,40 @@ class Training:
         record_state(trial, model, optimizer, prefix=prefix, judged=judged)
 
 
+def _checked_loss(loss: object) -> Tensor:
+    """What a loss function returned, if something can be learned from it.
+
+    Raises:
+        UsageError: it is no tensor of one number, or does not depend on a parameter.
+    """
+    if not isinstance(loss, Tensor):
+        raise UsageError(
+            f"the loss is {shown(loss)}, not a tensor. Return what a loss of torch gives, such as "
+            "torch.nn.functional.mse_loss(output, target)."
+        )
+    if loss.numel() != 1 or not loss.is_floating_point():
+        kind = str(loss.dtype).removeprefix("torch.")
+        raise UsageError(
+            f"the loss has shape {tuple(loss.shape)} and dtype {kind}, and a loss is one "
+            "floating-point number. Take its mean() or its sum()."
+        )
+    if not loss.requires_grad:
+        raise UsageError(
+            "the loss has no gradient: no parameter took part in it, or it was detached. Compute "
+            "it from the output without detach() and no_grad()."
+        )
+    return loss
+
+
 def make_optimizer(make: MakeOptimizer, model: nn.Module) -> Optimizer:
     """An optimizer whose bits do not depend on how its parameters are cut.
 
     Raises:
         NumericsError: it is a fused one.
     """
-    optimizer = make(model.parameters())
+    optimizer = checked_optimizer(
+        make(model.parameters()), what="what the function optimizer returned"
+    )
     if any(group.get("fused") for group in optimizer.param_groups):
         raise NumericsError(
             f"{type(optimizer).__name__}(fused=True) gives other bits when a parameter is cut. "
