@@ -91,8 +91,13 @@ class Cut:
 
     def __post_init__(self) -> None:
         check_degree(self.degree, self.leaves)
-        if self.size < 1:
-            raise ShapeError(f"cannot cut a dim of {self.size} units: it needs at least one.")
+        size = self.size if type(self.size) is int else whole_number(self.size) or 0
+        if size < 1:
+            raise ShapeError(
+                f"cannot cut a dim of {shown(self.size)} units: it needs at least one, as a whole "
+                "number."
+            )
+        object.__setattr__(self, "size", size)
         if self.unit < 1 or self.size % self.unit:
             raise ShapeError(
                 f"cannot cut a dim of {self.size} into units of {self.unit}: they do not fill it."

@@ -45,12 +45,13 @@ def checked_device(device: Any) -> torch.device | None:
     """
     if device is None or isinstance(device, torch.device):
         return device
+    wrong = f'device={shown(device)} is not a device. Use for instance "cpu".'
+    if not isinstance(device, str | int) or isinstance(device, bool):
+        raise UsageError(wrong)
     try:
-        if isinstance(device, str | int) and not isinstance(device, bool):
-            return torch.device(device)
+        return torch.device(device)
     except (RuntimeError, ValueError):  # torch's words for what it does not know
-        pass
-    raise UsageError(f'device={shown(device)} is not a device. Use for instance "cpu".')
+        raise UsageError(wrong) from None
 
 
 def checked_dtype(dtype: Any) -> torch.dtype | None:

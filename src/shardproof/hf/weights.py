@@ -82,15 +82,15 @@ def _indexed(folder: Path, index: Path) -> dict[str, Path]:
     """Tensor name -> file, as an index says."""
     named = _weight_map(index)
     shards = sorted(set(named.values()))
-    if SINGLE not in shards and os.path.lexists(folder / SINGLE):
-        raise UsageError(
-            f"{written(str(folder))} has {SINGLE} and an {INDEX} that names other files: two sets "
-            "of weights, of which transformers would read the first. Remove one of them."
-        )
     missing = [file for file in shards if not os.path.lexists(folder / file)]
     if missing:
         raise UsageError(
             f"{written(str(folder))} lacks {few(missing)}, which its {INDEX} names. {_FETCH}"
+        )
+    if SINGLE not in shards and os.path.lexists(folder / SINGLE):
+        raise UsageError(
+            f"{written(str(folder))} has {SINGLE} and an {INDEX} that names other files: two sets "
+            "of weights, of which transformers would read the first. Remove one of them."
         )
     return {name: folder / file for name, file in named.items()}
 
@@ -98,7 +98,10 @@ def _indexed(folder: Path, index: Path) -> dict[str, Path]:
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name, as an index has it."""
     said = written(str(index))
-    found = files.read_json(index, what=said, way_out=_FETCH, largest=LARGEST_INDEX)
+    try:
+        found = files.read_json(index, what="it", way_out=_FETCH, largest=LARGEST_INDEX)
+    except UsageError as error:
+        raise UsageError(f"{said} is no index of safetensors: {error}") from None
     pairs = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(pairs, dict) or not pairs:
         wrong = f'its "weight_map" is {shown(pairs)}' if isinstance(found, dict) else shown(found)
@@ -123,7 +126,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _each_once(names: list[Any]) -> str:
-    return few(dict.fromkeys(map(shown, names)), most=3)
+    said = (name if isinstance(name, str) and name else shown(name) for name in names)
+    return few(dict.fromkeys(said), most=3)
 
 
 def _leads_out(file: str) -> bool:

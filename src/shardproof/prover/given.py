@@ -10,7 +10,7 @@ from shardproof.errors import UsageError
 from shardproof.leaves import check_degree, checked_degree
 from shardproof.prover.case import Case
 from shardproof.quantities import checked_whole
-from shardproof.scheme import Scheme
+from shardproof.scheme import Scheme, checked_scheme
 from shardproof.wording import shown
 
 MOST_DEGREES = 1000
@@ -28,7 +28,8 @@ def checked_degrees(degrees: Any, scheme: Scheme | None) -> tuple[int, ...]:
         UsageError: there is none, or something else than a list of them.
     """
     try:
-        given = None if isinstance(degrees, str) else tuple(islice(degrees, MOST_DEGREES + 1))
+        is_text = isinstance(degrees, str | bytes)
+        given = None if is_text else tuple(islice(degrees, MOST_DEGREES + 1))
     except TypeError:  # nothing that can be gone through
         given = None
     if given is None:
@@ -44,6 +45,7 @@ def checked_degrees(degrees: Any, scheme: Scheme | None) -> tuple[int, ...]:
     if not ordered:
         raise UsageError("no degree to prove. Name one or more, such as 1 and 2.")
     if scheme is not None:
+        checked_scheme(scheme)
         for degree in ordered:
             check_degree(degree, scheme.leaves)
     return ordered

@@ -30,7 +30,7 @@ from shardproof.prover.runs import RankResult, run_on_rank, run_references
 from shardproof.prover.training import Batch, MakeOptimizer, Training, make_optimizer
 from shardproof.quantities import checked_flag, checked_name
 from shardproof.ranks import open_ranks
-from shardproof.scheme import Scheme, checked_scheme
+from shardproof.scheme import Scheme
 
 DEGREES = (1, 2, 3, 8)
 DEFAULT_SEED = 12345  # the seed of the seed documents
@@ -240,10 +240,7 @@ def prove(
     Example:
         >>> prove(build, loss_fn, (x, y), degrees=(1, 2)).proved  # doctest: +SKIP
     """
-    scheme = None if scheme is None else checked_scheme(scheme)
     degrees = checked_degrees(degrees, scheme)
-    check_function(build, "build", example="a function of an axis that returns a module")
-    check_function(loss_fn, "loss_fn", example="torch.nn.functional.mse_loss")
     _check_optimizer(optimizer)
     work = _training(build, loss_fn, batch, optimizer, steps, audit_creation)
     cases = [Case(checked_name(name, "name"), "a model given to prove()", work)]
@@ -267,6 +264,8 @@ def _training(
     steps: int,
     audit_creation: bool,
 ) -> Training:
+    check_function(build, "build", example="a function of an axis that returns a module")
+    check_function(loss_fn, "loss_fn", example="torch.nn.functional.mse_loss")
     return Training(
         functools.partial(_build, build),
         functools.partial(_given, *checked_batch(batch)),
