@@ -278,12 +278,14 @@ def test_standard_output_that_fails_says_that_it_was_standard_output() -> None:
     out = _Output(io.FileIO("/dev/full", "w"), encoding="utf-8", write_through=True)
     with pytest.raises(OutputError, match="standard output cannot be written: No space left"):
         out.write("answer")
-    out.detach()
+    out.close()
     buffered = _Output(io.BufferedWriter(io.FileIO("/dev/full", "w")), encoding="utf-8")
     buffered.write("answer")
     with pytest.raises(OutputError, match="standard output cannot be written: No space left"):
         buffered.flush()
-    buffered.detach().detach()
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), buffered.fileno())  # or what is left would fail again
+    buffered.close()
 
 
 def test_streams_that_are_closed_are_noticed_before_the_work(
