@@ -233,9 +233,7 @@ def _check(stored: Any, parameter: Tensor, layout: Layout, name: str, file: Path
             f"{name!r} has shape {shown(shape)} in {written(str(file))}, and {layout.shape} in the "
             f"model. Make the model from the {CONFIG} beside it."
         )
-    if _FLOATS.get(kind) != parameter.dtype and not (
-        kind in _FLOATS and parameter.dtype in _FLOATS.values()
-    ):
+    if kind not in _FLOATS or parameter.dtype not in _FLOATS.values():
         wanted = str(parameter.dtype).removeprefix("torch.")
         raise UsageError(
             f"{name!r} has dtype {kind} in {written(str(file))}, and {wanted} in the model. Only "
