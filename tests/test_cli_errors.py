@@ -123,7 +123,8 @@ def assert_refused(result: Result, message: str) -> None:
         ),
         (
             ["--seed", "9" * 5000],
-            f"--seed '{'9' * 5000}' is not a whole number. Use for instance --seed 12345.",
+            f"--seed '{'9' * 160}...' (5,000 characters) is not a whole number. "
+            "Use for instance --seed 12345.",
         ),
         (
             ["--engine", "process"],
@@ -350,7 +351,7 @@ def earlier(**changes: Any) -> str:
         "leaves": 8,
         "seed": 12345,
         "contract": mode.contract(Scheme()),
-        "cases": [{"name": "ffn", "tensors": [{"name": "output", "sha256": {"1": "aa"}}]}],
+        "cases": [{"name": "ffn", "tensors": [{"name": "output", "sha256": {"1": "aa" * 32}}]}],
     }
     return json.dumps(report | changes)
 

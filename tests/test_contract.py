@@ -26,7 +26,7 @@ NATIVE = Scheme(numerics="native")
 
 
 def here() -> int:
-    """This thread's number of threads: given to ranks where contracts are compared, it is theirs."""
+    """Threads of this thread: ranks whose contracts are compared with it get as many."""
     return torch.get_num_threads()
 
 

@@ -18,7 +18,11 @@ SRC = Path(__file__).parents[1] / "src" / "shardproof"
 
 # Bottom up. `x.__init__` is the package file of `x`; "" before the dot is shardproof itself.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "wording"),
+    # What others wrote: numbers, variables of the environment, files.
+    ("quantities",),
+    ("environment", "files"),
+    ("objects",),
     ("autograd", "core", "extras", "leaves", "telling", "tree"),
     ("heads", "overlap", "scheme", "timeout"),
     # Bytes between ranks.
@@ -66,6 +70,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # Models of Hugging Face transformers, which compute through these layers.
     ("hf.models", "hf.attention", "hf.generation", "hf.head", "hf.parameters", "hf.saving"),
     ("hf.weights",),
+    ("hf.config",),
     ("hf.skeleton",),
     ("hf.__init__",),
     # Which module is cut how.
@@ -74,7 +79,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plans.match", "plans.repeated"),
     ("plans.module_plan",),
     ("plans.fit", "plans.model_plan", "plans.parts"),
-    ("plans.hf_plan",),
+    ("plans.given", "plans.hf_plan"),
     ("plans.planning",),
     ("plans.cut", "plans.initialize", "plans.twins"),
     ("plans.apply",),
@@ -90,7 +95,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # The proof: one run, many runs, the judgement.
     ("prover.accuracy", "prover.audit", "prover.compare", "prover.hashing", "prover.reference"),
     ("prover.curve", "prover.rounding", "prover.wide"),
-    ("prover.case",),
+    ("prover.case", "prover.earlier"),
     ("prover.given", "prover.runs", "prover.update"),
     ("prover.training",),
     ("prover.casereport",),
@@ -129,7 +134,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("bench.fleet", "bench.host"),
     ("bench.run",),
     ("bench.__init__",),
-    ("cli.json_file", "cli.options", "cli.output", "cli.signals", "cli.torchrun"),
+    ("cli.json_file", "cli.options", "cli.output", "cli.signals", "cli.streams", "cli.torchrun"),
     ("cli.condense", "cli.machine", "cli.picture", "cli.progress", "cli.selection", "cli.table"),
     ("cli.request",),
     ("cli.show",),

@@ -142,7 +142,6 @@ def test_directories_that_are_none(tmp_path: Path) -> None:
 
 
 CONFIGS = {
-    "no JSON": ("{", "is not a valid JSON file"),
     "no model type": ("{}", "Should have a `model_type` key"),
     "unknown model": ('{"model_type": "nonsense"}', "model type `nonsense`"),
     "no language model": ('{"model_type": "vit"}', "Unrecognized configuration class"),
@@ -155,6 +154,12 @@ CONFIGS = {
         "contains custom code which must be executed",
     ),
 }  # fmt: skip
+
+
+def test_a_config_that_is_no_json(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    said = refused(str(tmp_path), "--degree", "2")
+    assert f"error: {tmp_path}/config.json is not JSON (Expecting property name" in said
 
 
 @pytest.mark.parametrize("what", CONFIGS)

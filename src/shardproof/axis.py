@@ -13,14 +13,17 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardproof.errors import AxisError
+from shardproof import environment as variables
+from shardproof.errors import AxisError, UsageError
 from shardproof.overlap import DEFAULT_OVERLAP, Overlap, checked_overlap
+from shardproof.quantities import LARGEST, checked_flag, checked_name
 from shardproof.timeout import START_TIMEOUT, checked_timeout
 from shardproof.transport.base import Transport
 from shardproof.transport.choose import AUTO, checked_transport, choose
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.severed import refuse_inherited
 from shardproof.transport.solo import SoloTransport
+from shardproof.wording import shown
 
 # What torchrun sets for every process, and what torch.distributed needs to meet the others.
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -51,6 +54,14 @@ class Axis:
     _unnamed: Iterator[int] = field(
         default_factory=itertools.count, repr=False, compare=False, kw_only=True
     )
+
+    def __post_init__(self) -> None:
+        checked_name(self.name, "name")
+        if not isinstance(self.transport, Transport):
+            raise UsageError(
+                f"Axis(transport={shown(self.transport)}) is not a transport. Use Axis.solo(), "
+                "Axis.from_group(group) or Axis.from_env()."
+            )
 
     @property
     def overlaps_backward(self) -> bool:
@@ -104,6 +115,7 @@ class Axis:
         """
         overlap, timeout = checked_overlap(overlap), checked_timeout(timeout)
         transport = checked_transport(transport)
+        check = checked_flag(check, "check")
         _require_initialised("Axis.from_group(group)")
         _require_world_size(os.environ)
         if not isinstance(group, dist.ProcessGroup):
@@ -255,16 +267,25 @@ def _initialise(environment: Mapping[str, str], timeout: float | None) -> None:
             "shardproof.launch(fn, degree=N)."
         )
     rank, world_size, local_rank = (
-        _read_number(environment, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        variables.number(environment, name, least=-LARGEST)
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     )
     if not 0 <= rank < world_size:
         raise AxisError(
             f"the environment has RANK={rank} and WORLD_SIZE={world_size}, and a rank is at least "
-            "0 and below the world size. Start with `torchrun --nproc-per-node N script.py`."
+            f"0 and below the world size. {variables.TORCHRUN}."
         )
     local_world_size = world_size
     if "LOCAL_WORLD_SIZE" in environment:
-        local_world_size = _read_number(environment, "LOCAL_WORLD_SIZE")
+        local_world_size = variables.number(environment, "LOCAL_WORLD_SIZE", least=1)
+    if not 0 <= local_rank < local_world_size:
+        raise AxisError(
+            f"the environment has LOCAL_RANK={local_rank} for {local_world_size} ranks on this "
+            f"machine, and it is at least 0 and below their number. {variables.TORCHRUN}."
+        )
+    variables.number(environment, "MASTER_PORT", most=65_535)
+    if not environment["MASTER_ADDR"].strip():
+        raise AxisError(f"the environment has an empty MASTER_ADDR. {variables.TORCHRUN}.")
     if torch.cuda.is_available() and local_world_size <= torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
         _meet("cpu:gloo,cuda:nccl", timeout)
@@ -297,7 +318,7 @@ def _require_world_size(environment: Mapping[str, str]) -> None:
     """Raise if WORLD_SIZE is there and says something else than torch.distributed."""
     if "WORLD_SIZE" not in environment:
         return
-    said, found = _read_number(environment, "WORLD_SIZE"), dist.get_world_size()
+    said, found = variables.number(environment, "WORLD_SIZE", least=1), dist.get_world_size()
     if said != found:
         raise AxisError(
             f"the environment has WORLD_SIZE={said}, but torch.distributed was initialised with "
@@ -306,15 +327,19 @@ def _require_world_size(environment: Mapping[str, str]) -> None:
         )
 
 
-def _read_number(environment: Mapping[str, str], name: str) -> int:
-    try:
-        return int(environment[name])
-    except ValueError:
-        raise AxisError(
-            f"the environment has {name}={environment[name]!r}, which is not a whole number. "
-            "Start with `torchrun --nproc-per-node N script.py`."
-        ) from None
+def checked_axis(axis: object) -> Axis:
+    """An axis as a user gave it.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if not isinstance(axis, Axis):
+        raise UsageError(
+            f"axis={shown(axis)} is not an Axis. Use the one that launch gives, Axis.solo(), "
+            "Axis.from_env() or Axis.from_mesh(mesh)."
+        )
+    return axis
 
 
 def _describe(value: object) -> str:
-    return "None" if value is None else f"{type(value).__name__} {value!r}"
+    return "None" if value is None else f"{type(value).__name__} {shown(value)}"

@@ -20,6 +20,7 @@ from shardproof.numerics.matmul import node_dtype
 from shardproof.schedule import Plan, gather_plan, native_plan, scatter_plan, tree_plan
 from shardproof.transport.base import Call, Pending
 from shardproof.tree import Node, add_tensors, combine
+from shardproof.wording import written
 
 
 class Sum:
@@ -312,7 +313,8 @@ def agree(
         first, more = differing[0], len(differing) - 1
         raise MismatchError(
             f"the ranks of axis {axis.name!r} were given different {what}: for {first}, rank 0 has "
-            f"{values[0].get(first, 'nothing')}, rank {rank} has {other.get(first, 'nothing')}"
+            f"{written(str(values[0].get(first, 'nothing')))}, rank {rank} has "
+            f"{written(str(other.get(first, 'nothing')))}"
             + (f"; {more} more {'differs' if more == 1 else 'differ'}" if more else "")
             + f". {way_out}"
         )

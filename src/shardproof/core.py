@@ -8,7 +8,7 @@ import importlib
 import os
 from types import ModuleType
 
-from shardproof.errors import UsageError
+from shardproof import environment
 
 VARIABLE = "SHARDPROOF_CORE"
 _SETTINGS = ("auto", "off")
@@ -47,10 +47,7 @@ def _import(name: str) -> ModuleType:
 
 @functools.cache
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
-    setting = os.environ.get(VARIABLE, "auto")
-    if setting not in _SETTINGS:
-        raise UsageError(f"{VARIABLE}={setting!r} is unknown. Use one of: {', '.join(_SETTINGS)}.")
-    if setting == "off":
+    if environment.setting(os.environ, VARIABLE, _SETTINGS) == "off":
         return None, f"{VARIABLE}=off leaves the C modules out"
     try:
         module = _import(name)

@@ -5,13 +5,14 @@ and is the unit of ownership and of summation. How many leaves a dim has is fixe
 never by the degree: that is what keeps the bits the same (`tree.py` says how).
 """
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from shardproof.errors import DegreeError, ShapeError
+from shardproof.quantities import whole_number as whole_number
+from shardproof.wording import shown
 
 DEFAULT_LEAVES = 8
 
@@ -34,16 +35,6 @@ def share(size: int, parts: int) -> tuple[range, ...]:
     return tuple(range(start, stop) for start, stop in pairwise(starts))
 
 
-def whole_number(value: Any) -> int | None:
-    """`value` as an int if it is one in any spelling (numpy's too), and no bool; else None."""
-    if isinstance(value, bool):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
-
-
 def checked_degree(degree: Any) -> int:
     """A degree as a user gave it, as an int.
 
@@ -52,9 +43,9 @@ def checked_degree(degree: Any) -> int:
     """
     number = whole_number(degree)
     if number is None:
-        raise DegreeError(f"degree {degree!r} is not a whole number. Use 1 or more.")
+        raise DegreeError(f"degree {shown(degree)} is not a whole number. Use 1 or more.")
     if number < 1:
-        raise DegreeError(f"degree {number} is not a positive number. Use 1 or more.")
+        raise DegreeError(f"degree {shown(number)} is not a positive number. Use 1 or more.")
     return number
 
 
@@ -65,14 +56,16 @@ def check_degree(degree: int, leaves: int) -> None:
         DegreeError: the degree is not a positive number or exceeds the leaves.
     """
     if leaves < 1:
-        raise DegreeError(f"leaves={leaves} is not a positive number. Use 1 or more (default 8).")
+        raise DegreeError(
+            f"leaves={shown(leaves)} is not a positive number. Use 1 or more (default 8)."
+        )
     if degree < 1:
-        raise DegreeError(f"degree {degree} is not a positive number. Use 1 or more.")
+        raise DegreeError(f"degree {shown(degree)} is not a positive number. Use 1 or more.")
     if degree > leaves:
         raise DegreeError(
-            f"degree {degree} exceeds leaves={leaves}: a rank beyond the last leaf would never "
-            f"have work. Use leaves={degree} or more (at every degree, for the leaves fix the "
-            f"bits), or a degree of at most {leaves}."
+            f"degree {shown(degree)} exceeds leaves={leaves}: a rank beyond the last leaf would "
+            f"never have work. Use leaves={shown(degree)} or more (at every degree, for the leaves "
+            f"fix the bits), or a degree of at most {leaves}."
         )
 
 
@@ -98,8 +91,13 @@ class Cut:
 
     def __post_init__(self) -> None:
         check_degree(self.degree, self.leaves)
-        if self.size < 1:
-            raise ShapeError(f"cannot cut a dim of {self.size} units: it needs at least one.")
+        size = self.size if type(self.size) is int else whole_number(self.size) or 0
+        if size < 1:
+            raise ShapeError(
+                f"cannot cut a dim of {shown(self.size)} units: it needs at least one, as a whole "
+                "number."
+            )
+        object.__setattr__(self, "size", size)
         if self.unit < 1 or self.size % self.unit:
             raise ShapeError(
                 f"cannot cut a dim of {self.size} into units of {self.unit}: they do not fill it."

@@ -19,7 +19,16 @@ from shardproof.layers.base import ShardedModule
 from shardproof.leaves import Layout
 from shardproof.numerics.matmul import node_dtype
 from shardproof.numerics.sums import sum_squares
+from shardproof.objects import (
+    checked_model,
+    checked_optimizer,
+    checked_optimizer_state,
+    load_into,
+    plain_words,
+)
+from shardproof.quantities import checked_real
 from shardproof.tree import add_tensors, combine, nodes_of_run
+from shardproof.wording import shown, written
 
 _LAYOUTS = "layouts"
 
@@ -111,8 +120,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     Comm:
         update one all_reduce of () per cut parameter that has a gradient.
     """
-    if not max_norm > 0:
-        raise UsageError(f"max_norm={max_norm} is not positive. Give the largest norm allowed.")
+    rule = "positive. Give the largest norm allowed"
+    max_norm = checked_real(max_norm, "max_norm", rule=rule, holds=lambda number: number > 0)
     norm = grad_norm(model)
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for parameter in model.parameters():
@@ -141,6 +150,7 @@ def optimizer_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[str, An
     Comm:
         update none.
     """
+    model, optimizer = checked_model(model), checked_optimizer(optimizer)
     return {**optimizer.state_dict(), _LAYOUTS: _layouts_of_optimizer(model, optimizer)}
 
 
@@ -163,6 +173,8 @@ def load_optimizer_state_dict(
     Comm:
         update none.
     """
+    model, optimizer = checked_model(model), checked_optimizer(optimizer)
+    state = checked_optimizer_state(state)
     mine = _layouts_of_optimizer(model, optimizer)
     if _LAYOUTS in state:
         _compare_layouts(state[_LAYOUTS], mine)
@@ -172,7 +184,7 @@ def load_optimizer_state_dict(
             "nothing tells it from another rank's. Save what "
             "shardproof.optimizer_state_dict(model, optimizer) gives."
         )
-    optimizer.load_state_dict({key: value for key, value in state.items() if key != _LAYOUTS})
+    load_into(optimizer, {key: value for key, value in state.items() if key != _LAYOUTS})
 
 
 def _layouts_of_optimizer(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -195,15 +207,18 @@ def _layouts_of_optimizer(model: nn.Module, optimizer: Optimizer) -> list[dict[s
 
 def _compare_layouts(theirs: Any, mine: list[dict[str, Any]]) -> None:
     if not isinstance(theirs, list) or len(theirs) != len(mine):
-        given = f"of {len(theirs)} parameters" if isinstance(theirs, list) else f"with {theirs!r}"
+        given = (
+            f"of {len(theirs)} parameters" if isinstance(theirs, list) else f"with {shown(theirs)}"
+        )
         raise LayoutError(
             f"cannot load optimizer state {given} into an optimizer of {len(mine)}. Load the state "
             "that this rank saved."
         )
     for saved, here in zip(theirs, mine, strict=True):
-        if saved != here:
+        if plain_words(saved) != plain_words(here):
             raise LayoutError(
-                f"cannot load the optimizer state of {here['name']!r}: it was saved for {saved}, "
+                f"cannot load the optimizer state of {here['name']!r}: it was saved for "
+                f"{written(str(saved) if plain_words(saved) else shown(saved))}, "
                 f"here is {here}. Load the state that this rank saved at this degree, with the "
                 "same leaves, and give the optimizer the parameters in the same order."
             )

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardproof.errors import UsageError
-from shardproof.leaves import whole_number
+from shardproof.quantities import LARGEST, whole_number
+from shardproof.wording import shown
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,16 @@ class Overlap:
     def __post_init__(self) -> None:
         if self.backward is not None and not isinstance(self.backward, bool):
             raise UsageError(
-                f"Overlap(backward={self.backward!r}) is neither True, False nor None. Use one of "
-                "them."
+                f"Overlap(backward={shown(self.backward)}) is neither True, False nor None. Use "
+                "one of them."
             )
         number = whole_number(self.chunks)
-        if number is None or number < 1:
+        if number is None or not 1 <= number <= LARGEST:
             raise UsageError(
-                f"Overlap(chunks={self.chunks!r}) is not a positive whole number. Use 1 or more."
+                f"Overlap(chunks={shown(self.chunks)}) is not a positive whole number. Use 1 or "
+                "more."
             )
+        object.__setattr__(self, "chunks", number)
 
 
 DEFAULT_OVERLAP = Overlap()
@@ -67,6 +70,6 @@ def checked_overlap(overlap: Any) -> Overlap:
     found = NAMED.get(overlap) if isinstance(overlap, str) else None
     if found is None:
         raise UsageError(
-            f"overlap={overlap!r} is unknown. Use an Overlap, or one of: {', '.join(NAMED)}."
+            f"overlap={shown(overlap)} is unknown. Use an Overlap, or one of: {', '.join(NAMED)}."
         )
     return found

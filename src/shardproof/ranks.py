@@ -11,13 +11,16 @@ from shardproof.engines.base import Ranks, Settings
 from shardproof.engines.capacity import check_threads, cores
 from shardproof.engines.processes import ProcessRanks
 from shardproof.engines.threads import ThreadRanks
-from shardproof.errors import UsageError
-from shardproof.leaves import checked_degree, whole_number
+from shardproof.errors import DegreeError, UsageError
+from shardproof.leaves import checked_degree
 from shardproof.overlap import Overlap, checked_overlap
+from shardproof.quantities import checked_flag, checked_whole
 from shardproof.timeout import checked_timeout
 from shardproof.transport.choose import AUTO, GLOO, SHM, checked_transport, refusal, shm_problem
+from shardproof.wording import shown
 
 ENGINES = ("threads", "processes")
+MOST_RANKS = 4096
 
 # What can carry the bytes of ranks of each engine.
 TRANSPORTS = {"threads": (AUTO, "threads"), "processes": (AUTO, SHM, GLOO)}
@@ -64,7 +67,9 @@ def launch(
         [0, 10, 20]
     """
     if not callable(fn):
-        raise UsageError(f"cannot launch {fn!r}: it is not callable. Pass a function of an axis.")
+        raise UsageError(
+            f"cannot launch {shown(fn)}: it is not callable. Pass a function of an axis."
+        )
     ranks = open_ranks(
         degree,
         engine,
@@ -108,14 +113,19 @@ def open_ranks(
         ...     ranks.run(lambda axis: axis.size)
         [2, 2]
     """
-    if engine not in ENGINES:
-        raise UsageError(f"unknown engine {engine!r}. Use one of: {', '.join(ENGINES)}.")
+    if not isinstance(engine, str) or engine not in ENGINES:
+        raise UsageError(f"unknown engine {shown(engine)}. Use one of: {', '.join(ENGINES)}.")
     degree = checked_degree(degree)
+    if degree > MOST_RANKS:
+        raise DegreeError(
+            f"degree {shown(degree)} is more ranks than one machine serves. Use at most "
+            f"{MOST_RANKS}."
+        )
     settings = Settings(
         degree=degree,
         threads=_share_of_cores(degree) if threads is None else _check_threads(threads),
         timeout=_check_timeout(timeout),
-        check=bool(check),
+        check=checked_flag(check, "check"),
         transport=_check_transport(transport, engine),
         overlap=checked_overlap(overlap),
     )
@@ -124,10 +134,7 @@ def open_ranks(
 
 
 def _check_threads(threads: Any) -> int:
-    number = whole_number(threads)
-    if number is None or number < 1:
-        raise UsageError(f"threads={threads!r} is not a positive whole number. Use 1 or more.")
-    return number
+    return checked_whole(threads, "threads")
 
 
 def _check_timeout(timeout: Any) -> float:

@@ -1,10 +1,12 @@
 """What a plan fixes and the degree may not change: leaves, numerics and seed."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from shardproof.errors import DegreeError, UsageError
 from shardproof.leaves import DEFAULT_LEAVES
+from shardproof.quantities import LARGEST, LARGEST_SEED, whole_number
+from shardproof.wording import shown
 
 Numerics = Literal["invariant", "native"]
 NUMERICS: tuple[Numerics, ...] = ("invariant", "native")
@@ -28,16 +30,26 @@ class Scheme:
     def __post_init__(self) -> None:
         for name in ("leaves", "seed"):
             value = getattr(self, name)
-            # A bool is an int, and never meant as one here.
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise UsageError(f"{name}={value!r} is not a whole number. Give an int.")
+            number = whole_number(value)  # a bool is an int, and never meant as one here
+            if number is None:
+                raise UsageError(f"{name}={shown(value)} is not a whole number. Give an int.")
+            object.__setattr__(self, name, number)
         if self.leaves < 1:
             raise DegreeError(
-                f"leaves={self.leaves} is not a positive number. Use 1 or more (default 8)."
+                f"leaves={shown(self.leaves)} is not a positive number. Use 1 or more (default 8)."
             )
-        if self.numerics not in NUMERICS:
+        if self.leaves > LARGEST:
+            raise DegreeError(
+                f"leaves={shown(self.leaves)} is more than any dim has. Use at most {LARGEST} "
+                "(default 8)."
+            )
+        if abs(self.seed) > LARGEST_SEED:
             raise UsageError(
-                f"unknown numerics {self.numerics!r}. Use one of: {', '.join(NUMERICS)}."
+                f"seed={shown(self.seed)} is out of range. Use at most {LARGEST_SEED}."
+            )
+        if not isinstance(self.numerics, str) or self.numerics not in NUMERICS:
+            raise UsageError(
+                f"unknown numerics {shown(self.numerics)}. Use one of: {', '.join(NUMERICS)}."
             )
 
     @property
@@ -47,3 +59,16 @@ class Scheme:
 
 
 DEFAULT_SCHEME = Scheme()
+
+
+def checked_scheme(scheme: Any) -> Scheme:
+    """A scheme as a user gave it.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if not isinstance(scheme, Scheme):
+        raise UsageError(
+            f"scheme={shown(scheme)} is not a Scheme. Use for instance shardproof.Scheme(leaves=8)."
+        )
+    return scheme

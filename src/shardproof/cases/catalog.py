@@ -12,6 +12,7 @@ from shardproof.cases.mlp import MLP_GATHERED
 from shardproof.cases.models import LLAMA, QWEN
 from shardproof.errors import UsageError
 from shardproof.prover.case import Case
+from shardproof.wording import VALUE, shown
 
 
 def all_cases() -> tuple[Case, ...]:
@@ -40,6 +41,6 @@ def find_case(name: str) -> Case:
     cases = {case.name: case for case in all_cases()}
     if name in cases:
         return cases[name]
-    near = get_close_matches(name, cases, n=3, cutoff=0.4)
+    near = get_close_matches(name[:VALUE], cases, n=3, cutoff=0.4)
     hint = f"Near names: {', '.join(near)}. " if near else ""
-    raise UsageError(f"there is no case {name!r}. {hint}All cases: {', '.join(cases)}.")
+    raise UsageError(f"there is no case {shown(name)}. {hint}All cases: {', '.join(cases)}.")

@@ -16,11 +16,12 @@ from shardproof.cases.lesson import Lesson, Scores
 from shardproof.cases.models import cut_on_meta, predict, score
 from shardproof.cases.text import token_of_byte
 from shardproof.errors import UsageError
-from shardproof.hf.skeleton import EXTRA, MODULE, require_transformers
-from shardproof.hf.weights import load, weight_files
+from shardproof.hf.skeleton import EXTRA, MODULE, config_of, require_transformers, skeleton
+from shardproof.hf.weights import checked_directory, load, matched
 from shardproof.leaves import Layout
 from shardproof.plans.initialize import initialize
 from shardproof.prover.case import Case, Trial
+from shardproof.wording import written
 
 NAME = "model"  # of the case, whatever the directory is called
 DROPOUT = "attention_dropout"  # what configs call it
@@ -70,7 +71,8 @@ class Checkpoint:
             )
         except (RuntimeError, OSError, ValueError) as error:
             raise UsageError(
-                f"transformers cannot load the weights of {self.directory}: {error}"
+                f"transformers cannot load the weights of {written(str(self.directory))}: "
+                f"{written(str(error), most=300)}"
             ) from error
         return made
 
@@ -96,8 +98,9 @@ def checkpoint_case(directory: str | Path) -> Case:
             not that of a causal language model that knows every byte.
     """
     require_transformers("a checkpoint directory")
-    weight_files(directory)
-    pupil = Checkpoint(Path(directory).resolve(), _config_of(directory))
+    folder = checked_directory(directory)
+    pupil = Checkpoint(folder.resolve(), _config_of(folder))
+    matched(skeleton(folder), folder)  # raises before any run if the weights do not fit
     token_of_byte(pupil.vocabulary)  # raises where there is none
     lesson = Lesson(
         pupil,
@@ -107,19 +110,13 @@ def checkpoint_case(directory: str | Path) -> Case:
         falls_to=1.0,
         rereads=True,
     )
-    description = f"{_class_of(pupil.config).__name__} of {directory} on real text, clipped AdamW"
+    where = written(str(directory))
+    description = f"{_class_of(pupil.config).__name__} of {where} on real text, clipped AdamW"
     return Case(NAME, description, lesson, extra=EXTRA, module=MODULE, accuracy=1.5, has_curve=True)
 
 
-def _config_of(directory: str | Path) -> Any:
-    from transformers import AutoConfig  # noqa: PLC0415 - an optional extra
-
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
-        raise UsageError(
-            f"transformers cannot read the config.json of {directory}: {error}"
-        ) from None
+def _config_of(folder: Path) -> Any:
+    config = config_of(folder)
     _class_of(config)
     return config
 

@@ -1,13 +1,22 @@
 """Reports as files: whether one can be written is found out before the work, not after it."""
 
+import errno
 import json
 import math
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
+from shardproof import files
 from shardproof.errors import UsageError
+from shardproof.prover.earlier import fault_of
+from shardproof.wording import written
+
+# Hashes of 10,000 tensors at 8 degrees are some 10 MB; what is larger was not made by us, and
+# JSON takes up to twenty times its size when it is read.
+LARGEST_REPORT = 64 << 20
 
 
 class JsonFile:
@@ -21,40 +30,63 @@ class JsonFile:
         UsageError: the file could not be written.
     """
 
-    def __init__(self, written: str, *, option: str = "--json") -> None:
-        self._what = f"{option} {written}"
-        if not written:
-            raise UsageError(f"{option} is empty. Name a file, for instance {option} report.json.")
-        path = Path(written)
+    def __init__(self, given: str, *, option: str = "--json") -> None:
+        self._what = f"{option} {written(given)}"
+        way_out = f"Name a file, for instance {option} report.json."
+        path = files.path_of(given, what=option, way_out=way_out)
+        self._descriptor: int | None = None
         try:
             if path.is_dir():
                 raise UsageError(
                     f"{self._what} is a directory. Name a file, for instance "
-                    f"{option} {path / 'report.json'}."
+                    f"{option} {written(str(path / 'report.json'))}."
                 )
             self._is_special = path.exists() and not path.is_file()
             self._path = path if self._is_special else path.resolve()
             if not self._path.parent.is_dir():
                 raise UsageError(
-                    f"{self._what}: there is no directory {self._path.parent}. "
+                    f"{self._what}: there is no directory {written(str(self._path.parent))}. "
                     f"Create it first, or name a file elsewhere."
                 )
             self._try()
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # a link that leads to itself is a RuntimeError
             raise UsageError(
-                f"{self._what} cannot be written: {error.strerror}. "
+                f"{self._what} cannot be written: {files.why(error)}. "
                 f"Name a file in a directory where you may create files."
             ) from None
 
     def _try(self) -> None:
+        if self._is_special:
+            self._open_special()
+            return
         if self._path.exists() and not os.access(self._path, os.W_OK):
             raise UsageError(
                 f"{self._what} cannot be written: the file is write-protected. "
                 f"Make it writable, or name another file."
             )
-        if not self._is_special:
-            self._draft.open("xb").close()
-            self._draft.unlink()
+        self._draft.open("xb").close()
+        self._draft.unlink()
+
+    def _open_special(self) -> None:
+        """Open a pipe or a terminal now, without waiting: a pipe that nobody reads is an error.
+
+        It stays open until the document is complete, or a pipe's reader would leave.
+        """
+        kind = self._path.stat().st_mode
+        if stat.S_ISBLK(kind):
+            raise UsageError(
+                f"{self._what} is a disk, of which a report would overwrite the start. Name a file."
+            )
+        try:
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if stat.S_ISFIFO(kind) and error.errno == errno.ENXIO:
+                raise UsageError(
+                    f"{self._what} is a named pipe that nobody reads. Start its reader first, or "
+                    "name a file."
+                ) from None
+            raise
+        os.set_blocking(self._descriptor, True)
 
     @property
     def is_replaced(self) -> bool:
@@ -74,7 +106,7 @@ class JsonFile:
         text = json.dumps(spelt_out(document), indent=1, allow_nan=False) + "\n"
         try:
             if self._is_special:
-                self._path.write_text(text)
+                self._write_special(text.encode())
                 return
             try:
                 self._draft.write_text(text)
@@ -87,6 +119,13 @@ class JsonFile:
             raise UsageError(
                 f"{self._what} could not be written: {error.strerror}. Name another file."
             ) from error
+
+    def _write_special(self, data: bytes) -> None:
+        if self._descriptor is None:  # a second document follows the first
+            self._open_special()
+        descriptor, self._descriptor = self._descriptor, None
+        with open(descriptor, "wb") as file:  # type: ignore[arg-type]
+            file.write(data)
 
 
 def spelt_out(value: Any) -> Any:
@@ -104,47 +143,18 @@ def spelt_out(value: Any) -> Any:
     return value
 
 
-def read_report(written: str, *, option: str = "--against") -> dict[str, Any]:
+def read_report(given: str, *, option: str = "--against") -> dict[str, Any]:
     """An earlier report.
 
     Raises:
-        UsageError: the file cannot be read, is not JSON, or is no report of `shardproof prove`.
+        UsageError: the file cannot be read, is not JSON, or is no report of `shardproof prove`
+            that something can be compared with.
     """
     way_out = "Name a file that `shardproof prove --json FILE` wrote."
-    try:
-        text = Path(written).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(
-            f"{option} {written} cannot be read: {error.strerror}. {way_out}"
-        ) from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{option} {written} is not JSON: it is not text. {way_out}") from None
-    try:
-        report = json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise UsageError(
-            f"{option} {written} is not JSON ({error.msg}, {place}). {way_out}"
-        ) from None
-    fault = _fault(report)
+    path = files.path_of(given, what=option, way_out=way_out)
+    what = f"{option} {written(given)}"
+    report = files.read_json(path, what=what, way_out=way_out, largest=LARGEST_REPORT)
+    fault = fault_of(report)
     if fault:
-        raise UsageError(f"{option} {written} is not a report: {fault}. {way_out}")
+        raise UsageError(f"{what} is not a report: {fault}. {way_out}")
     return dict(report)
-
-
-def _fault(report: Any) -> str:
-    """What keeps `report` from being one, or nothing."""
-    if not isinstance(report, dict):
-        return f"it holds a {type(report).__name__}, not an object"
-    missing = [key for key in ("proved", "leaves", "contract", "cases") if key not in report]
-    if missing:
-        return f"it has no {' and no '.join(map(repr, missing))}"
-    for case in report["cases"] if isinstance(report["cases"], list) else [None]:
-        if not isinstance(case, dict) or not isinstance(case.get("tensors"), list):
-            return "'cases' is not a list of cases with names and tensors"
-        for tensor in case["tensors"]:
-            if not isinstance(tensor, dict) or not isinstance(tensor.get("sha256"), dict):
-                return f"a tensor of case {case.get('name')!r} has no hashes"
-            if "name" not in case or "name" not in tensor:
-                return "a case or a tensor has no name"
-    return ""

@@ -7,6 +7,7 @@ raised on purpose, 70 a fault of shardproof itself, 130 interrupted, 129 and 143
 SIGTERM, 141 nobody reads the output.
 """
 
+import contextlib
 import os
 import sys
 import traceback
@@ -23,6 +24,7 @@ from shardproof.cli.options import HELP_OPTIONS
 from shardproof.cli.plan import plan
 from shardproof.cli.prove import prove
 from shardproof.cli.signals import Ended, ending_in_order
+from shardproof.cli.streams import OutputError, give_up_stdout, prepare_streams
 from shardproof.errors import DegreeError, RankError, ShardproofError, UsageError
 
 COMMANDS: tuple[click.Command, ...] = (
@@ -37,6 +39,8 @@ EXIT_FAULT = 70
 EXIT_INTERRUPTED = 130
 EXIT_NO_READER = 141
 
+LONGEST_MESSAGE = 20_000
+
 
 class Commands(click.Group):
     """A click group with this project's exit codes and one-line errors."""
@@ -44,11 +48,9 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; a reader that has left is no answer of 1, which click would make."""
         try:
-            code = super().invoke(ctx)
-            sys.stdout.flush()
+            return super().invoke(ctx)
         except BrokenPipeError:
-            return _close_stdout()
-        return code
+            return _lose_reader()
 
     def main(
         self,
@@ -66,7 +68,15 @@ class Commands(click.Group):
     def _run(self, args: Sequence[str] | None, prog_name: str | None, **extra: Any) -> Any:
         """Run one command; its exit code, or the one for what it raised."""
         try:
-            return super().main(args, prog_name, **extra)
+            prepare_streams()
+            code = super().main(args, prog_name, **extra)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:
+            return _lose_reader()
+        except OutputError as error:
+            give_up_stdout()
+            return _refuse(str(error), is_usage=False)
         except click.ClickException as error:
             return _refuse(f"{_sentence(error)} See: {self._help(args)}", is_usage=True)
         except ShardproofError as error:
@@ -77,8 +87,11 @@ class Commands(click.Group):
             return EXIT_INTERRUPTED
         except Ended as ended:
             return ended.code
+        except SystemExit:  # click's answer to a reader that left while it wrote the help
+            return _lose_reader()
         except Exception:
-            traceback.print_exc()
+            with contextlib.suppress(OSError):  # as in `_refuse`
+                traceback.print_exc()
             return EXIT_FAULT
 
     def _help(self, args: Sequence[str] | None) -> str:
@@ -115,11 +128,24 @@ def _sentence(error: click.ClickException) -> str:
 def _refuse(message: str, *, is_usage: bool) -> int:
     """Say why nothing is done. Under torchrun, what every rank would say only rank 0 says."""
     if not (is_usage and torchrun.is_other_rank(os.environ)):
-        click.echo(f"error: {message}", err=True)
+        # Nobody can be told that standard error is closed or full; the exit code still says it.
+        with contextlib.suppress(OSError):
+            click.echo(f"error: {_bounded(message)}", err=True)
     return EXIT_USAGE
 
 
-def _close_stdout() -> int:
-    """Keep the interpreter from complaining at exit about a reader that has left."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _lose_reader() -> int:
+    """The exit code where nobody reads standard output any more."""
+    give_up_stdout()
     return EXIT_NO_READER
+
+
+def _bounded(message: str) -> str:
+    """The message, without its middle if somebody put megabytes into an exception."""
+    if len(message) <= LONGEST_MESSAGE:
+        return message
+    half = LONGEST_MESSAGE // 2
+    return (
+        f"{message[:half]}\n... ({len(message) - 2 * half:,} characters are left out) ...\n"
+        f"{message[-half:]}"
+    )

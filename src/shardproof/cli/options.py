@@ -5,17 +5,15 @@ written, the rule and the way out.
 """
 
 import difflib
-import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from shardproof.errors import UsageError
 from shardproof.leaves import check_degree
+from shardproof.quantities import LARGEST, LARGEST_SEED, read_whole
+from shardproof.wording import VALUE, shown, written
 
 HELP_OPTIONS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-LARGEST_SEED = 2**63 - 1
-NUMBER = r"[+-]?[0-9]{1,1000}"  # Python itself refuses to read much longer ones
-
 Name = TypeVar("Name", bound=str)
 
 
@@ -25,24 +23,30 @@ def whole_number(text: str, *, option: str, example: int) -> int:
     Raises:
         UsageError: it is not a whole number.
     """
-    if not re.fullmatch(NUMBER, text.strip()):
+    number = read_whole(text)
+    if number is None:
         raise UsageError(
-            f"{option} {text!r} is not a whole number. Use for instance {option} {example}."
+            f"{option} {shown(text)} is not a whole number. Use for instance {option} {example}."
         )
-    return int(text)
+    return number
 
 
-def positive(text: str, *, option: str, example: int) -> int:
+def positive(text: str, *, option: str, example: int, most: int = LARGEST) -> int:
     """The number that `text` is, 1 or more.
 
     Raises:
-        UsageError: it is not a whole number, or not positive.
+        UsageError: it is not a whole number, not positive, or above `most`.
     """
     number = whole_number(text, option=option, example=example)
     if number < 1:
         raise UsageError(
-            f"{option} {number} is not a positive number. "
+            f"{option} {shown(number)} is not a positive number. "
             f"Use 1 or more, for instance {option} {example}."
+        )
+    if number > most:
+        raise UsageError(
+            f"{option} {shown(number)} is out of range. "
+            f"Use 1 to {most}, for instance {option} {example}."
         )
     return number
 
@@ -56,7 +60,7 @@ def seed(text: str) -> int:
     number = whole_number(text, option="--seed", example=12345)
     if not 0 <= number <= LARGEST_SEED:
         raise UsageError(
-            f"--seed {number} is out of range. Use a number from 0 to {LARGEST_SEED}, "
+            f"--seed {shown(number)} is out of range. Use a number from 0 to {LARGEST_SEED}, "
             f"for instance --seed 12345."
         )
     return number
@@ -79,7 +83,8 @@ def degrees(text: str, *, leaves: int) -> tuple[int, ...]:
         degree = _degree(part.strip(), text)
         if degree in found:
             raise UsageError(
-                f"--degrees {text}: degree {degree} is there twice. Name each degree once."
+                f"--degrees {written(text, most=VALUE)}: degree {degree} is there twice. Name each "
+                "degree once."
             )
         check_degree(degree, leaves)
         found.append(degree)
@@ -87,16 +92,16 @@ def degrees(text: str, *, leaves: int) -> tuple[int, ...]:
 
 
 def _degree(part: str, text: str) -> int:
-    if not re.fullmatch(NUMBER, part):
-        written = repr(part) if part else "an empty place"
+    degree, start = read_whole(part), f"--degrees {written(text, most=VALUE)}"
+    if degree is None:
+        said = shown(part) if part else "an empty place"
         raise UsageError(
-            f"--degrees {text}: {written} is not a degree. Use whole numbers, 1 or more, "
+            f"{start}: {said} is not a degree. Use whole numbers, 1 or more, "
             f"separated by commas, for instance --degrees 1,2,3,4."
         )
-    degree = int(part)
     if degree < 1:
         raise UsageError(
-            f"--degrees {text}: degree {degree} is not a positive number. A degree is a number of "
+            f"{start}: degree {shown(degree)} is not a positive number. A degree is a number of "
             f"ranks; use 1 or more, for instance --degrees 1,2,3,4."
         )
     return degree
@@ -111,6 +116,6 @@ def one_of(text: str, known: Sequence[Name], *, option: str) -> Name:
     for name in known:
         if name == text:
             return name
-    near = difflib.get_close_matches(text, known, n=1)
+    near = difflib.get_close_matches(text[:VALUE], known, n=1)
     guess = f"Did you mean {near[0]}? " if near else ""
-    raise UsageError(f"{option} {text!r} is unknown. {guess}Use one of: {', '.join(known)}.")
+    raise UsageError(f"{option} {shown(text)} is unknown. {guess}Use one of: {', '.join(known)}.")

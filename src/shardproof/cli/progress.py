@@ -1,5 +1,6 @@
 """What is happening now, on standard error: a line that moves in a terminal, else short lines."""
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -46,7 +47,9 @@ class _Lines:
         self._out = out
 
     def __call__(self, done: int, total: int, text: str, /) -> None:
-        self._out.print(Text(f"[{done}/{total}] {text}"), soft_wrap=True)
+        # Where standard error is full or closed, nobody can be told, and the work goes on.
+        with contextlib.suppress(OSError):
+            self._out.print(Text(f"[{done}/{total}] {text}"), soft_wrap=True)
 
 
 class _Bar(ProgressColumn):

@@ -197,7 +197,8 @@ def against(earlier: Earlier, report: Data) -> Data:
     """What the comparison with an earlier report gave, as plain data and as one sentence."""
     found = earlier.compare(report)
     if found.is_same:
-        text = f"all {found.compared} tensors have the same bits as in {earlier.written}."
+        doubt = "" if earlier.report["proved"] else ", which says that it was not proved"
+        text = f"all {found.compared} tensors have the same bits as in {earlier.written}{doubt}."
     else:
         first = found.differences[0]
         text = (

@@ -23,6 +23,7 @@ from shardproof.prover.contract import coming_contract, threads_of_ranks
 from shardproof.ranks import ENGINES, TRANSPORTS
 from shardproof.scheme import NUMERICS, Scheme
 from shardproof.transport.choose import SHM, refusal, shm_problem
+from shardproof.wording import VALUE, written
 
 CARRIERS = ("auto", "shm", "gloo", "threads")
 DEFAULT_DEGREES = "1,2,3,4"
@@ -67,7 +68,7 @@ class Earlier:
         try:
             return compare_with(report, self.report)
         except UsageError as error:
-            raise UsageError(f"--against {self.written}: {error}") from None
+            raise UsageError(f"--against {written(self.written)}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -164,9 +165,9 @@ def _ranks(
     for option, value in (("--engine", given.engine), ("--degrees", given.degrees)):
         if value is not None:
             raise UsageError(
-                f"{option} {value} cannot be given under torchrun, which has started "
-                f"{here.world_size} ranks (WORLD_SIZE={here.world_size}): the degree is their "
-                f"number. Leave {option} out, or run without torchrun."
+                f"{option} {written(value, most=VALUE)} cannot be given under torchrun, which has "
+                f"started {here.world_size} ranks (WORLD_SIZE={here.world_size}): the degree is "
+                f"their number. Leave {option} out, or run without torchrun."
             )
     check_degree(here.world_size, scheme.leaves)
     return tuple(sorted({1, here.world_size})), "torchrun"
@@ -192,7 +193,7 @@ def _picture(given: Given, cases: Sequence[Case]) -> Path | None:
     if not any(case.has_curve for case in cases):
         trained = [case.name for case in known.all_cases() if case.has_curve]
         raise UsageError(
-            f"--plot {given.plot_path}: no loss falls over steps in "
+            f"--plot {written(given.plot_path)}: no loss falls over steps in "
             f"{', '.join(case.name for case in cases)}. Add --model DIR, or one of: "
             f"{', '.join(f'--case {name}' for name in trained)}."
         )

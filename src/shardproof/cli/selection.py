@@ -10,6 +10,7 @@ from shardproof.cases.lesson import Lesson
 from shardproof.errors import UsageError
 from shardproof.hf.skeleton import require_transformers
 from shardproof.prover import Case
+from shardproof.wording import written
 
 Skipped = tuple[dict[str, str], ...]
 
@@ -58,10 +59,10 @@ def _named(names: Sequence[str]) -> tuple[tuple[Case, ...], Skipped]:
     return tuple(asked), ()
 
 
-def _model(written: str) -> Case:
-    require_transformers(f"--model {written}")
+def _model(given: str) -> Case:
+    require_transformers(f"--model {written(given)}")
     try:
-        return checkpoint_case(written)
+        return checkpoint_case(given)
     except UsageError as error:
         raise UsageError(f"--model: {error}") from None
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardproof.errors import AxisError
+from shardproof.quantities import read_whole
+from shardproof.wording import written
 
 RANK, WORLD_SIZE = "RANK", "WORLD_SIZE"
 
@@ -31,20 +33,20 @@ def read(environment: Mapping[str, str]) -> Torchrun | None:
     if len(present) == 1:
         (missing,) = {RANK, WORLD_SIZE} - set(present)
         raise AxisError(
-            f"the environment has {present[0]}={environment[present[0]]} but no {missing}, and "
-            f"torchrun sets both. Start with torchrun, or unset {present[0]} to run without it."
+            f"the environment has {present[0]}={written(environment[present[0]])} but no "
+            f"{missing}, and torchrun sets both. Start with torchrun, or unset {present[0]} to run "
+            "without it."
         )
-    written = f"{RANK}={environment[RANK]} and {WORLD_SIZE}={environment[WORLD_SIZE]}"
-    try:
-        rank, world_size = int(environment[RANK]), int(environment[WORLD_SIZE])
-    except ValueError:
+    both = " and ".join(f"{name}={written(environment[name])}" for name in (RANK, WORLD_SIZE))
+    rank, world_size = (read_whole(environment[name]) for name in (RANK, WORLD_SIZE))
+    if rank is None or world_size is None:
         raise AxisError(
-            f"the environment has {written}, and both must be whole numbers. "
+            f"the environment has {both}, and both must be whole numbers. "
             f"Start with torchrun, or unset both to run without it."
-        ) from None
+        )
     if not 0 <= rank < world_size:
         raise AxisError(
-            f"the environment has {written}, and a rank is at least 0 and below the world size. "
+            f"the environment has {both}, and a rank is at least 0 and below the world size. "
             f"Start with torchrun, or unset both to run without it."
         )
     return Torchrun(rank, world_size)

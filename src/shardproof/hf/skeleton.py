@@ -2,13 +2,16 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from shardproof import extras
 from shardproof.errors import UsageError
+from shardproof.hf.config import read_config
 from shardproof.hf.weights import CONFIG, checked_directory
+from shardproof.wording import one_line, written
 
 EXTRA, MODULE = "hf", "transformers"
 
@@ -36,18 +39,40 @@ def skeleton(directory: str | Path) -> nn.Module:
             not that of a causal language model.
     """
     folder = checked_directory(directory)
-    require_transformers(f"reading {folder / CONFIG}")
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - an optional extra
+    config = config_of(folder)
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - an optional extra
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever a library raises about a file that a user wrote
-        said = " ".join(str(error).split())
-        raise UsageError(
-            f"transformers cannot make a causal language model of {folder / CONFIG} "
-            f"({type(error).__name__}: {said[:300]}). Correct it, or name another directory."
-        ) from error
+        raise _cannot(folder, error) from error
     made: nn.Module = model
     return made
+
+
+def config_of(folder: Path) -> Any:
+    """The config of a directory as transformers reads it, after a look of our own.
+
+    Args:
+        folder: with config.json.
+
+    Raises:
+        UsageError: the extra is not installed, or the file is not the config of a model.
+    """
+    require_transformers(f"reading {written(str(folder / CONFIG))}")
+    read_config(folder)
+    from transformers import AutoConfig  # noqa: PLC0415 - an optional extra
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a library raises about a file that a user wrote
+        raise _cannot(folder, error) from error
+
+
+def _cannot(folder: Path, error: Exception) -> UsageError:
+    said = written(one_line(str(error)), most=300)
+    return UsageError(
+        f"transformers cannot make a causal language model of {written(str(folder / CONFIG))} "
+        f"({type(error).__name__}: {said}). Correct it, or name another directory."
+    )

@@ -1,23 +1,40 @@
 """Weights of a checkpoint directory: every rank reads what it holds, from safetensors alone."""
 
 import contextlib
-import json
+import os
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shardproof import optim
+from shardproof import files, optim
 from shardproof.errors import UsageError
 from shardproof.leaves import Layout
+from shardproof.objects import checked_model
+from shardproof.wording import few, shown, written
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 # What old checkpoints hold of rotary embeddings, which follows from the config.
 _COMPUTED = r"(^|\.)inv_freq$"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SAFE = ".safetensors"
+_FETCH = "Fetch the whole checkpoint."
+
+# 500,000 tensors, a hundred bytes each; those of today's largest models are some 50,000.
+LARGEST_INDEX = 64 << 20
+
+# What may become one another: floating-point numbers, rounded as `Tensor.to` rounds them.
+_FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+Entry = tuple[str, nn.Parameter, Layout]
 
 
 def weight_files(directory: str | Path) -> dict[str, Path]:
@@ -32,17 +49,10 @@ def weight_files(directory: str | Path) -> dict[str, Path]:
     """
     folder = checked_directory(directory)
     index = folder / INDEX
-    if index.is_file():
-        named = _weight_map(index)
-        missing = sorted({file for file in named.values() if not (folder / file).is_file()})
-        if missing:
-            raise UsageError(
-                f"{folder} lacks {', '.join(missing)}, which its {INDEX} names. Fetch the whole "
-                "checkpoint."
-            )
-        return {name: folder / file for name, file in named.items()}
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    if os.path.lexists(index):
+        return _indexed(folder, index)
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
         pickles = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
         if pickles:
             raise UsageError(
@@ -55,33 +65,79 @@ def weight_files(directory: str | Path) -> dict[str, Path]:
             "save_pretrained, not its config alone."
         )
     found: dict[str, Path] = {}
-    for file in files:
+    for file in shards:
         with _opened(file) as tensors:
-            found.update(dict.fromkeys(tensors.keys(), file))
+            for name in tensors.keys():  # noqa: SIM118 - a file, no dict
+                if name in found:
+                    raise UsageError(
+                        f"{written(str(folder))} has the tensor {shown(name)} in "
+                        f"{found[name].name} and in {file.name}, and no {INDEX} says which one is "
+                        "meant. Remove one of the files."
+                    )
+                found[name] = file
     return found
+
+
+def _indexed(folder: Path, index: Path) -> dict[str, Path]:
+    """Tensor name -> file, as an index says."""
+    named = _weight_map(index)
+    shards = sorted(set(named.values()))
+    missing = [file for file in shards if not os.path.lexists(folder / file)]
+    if missing:
+        raise UsageError(
+            f"{written(str(folder))} lacks {few(missing)}, which its {INDEX} names. {_FETCH}"
+        )
+    if SINGLE not in shards and os.path.lexists(folder / SINGLE):
+        raise UsageError(
+            f"{written(str(folder))} has {SINGLE} and an {INDEX} that names other files: two sets "
+            "of weights, of which transformers would read the first. Remove one of them."
+        )
+    return {name: folder / file for name, file in named.items()}
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name, as an index has it."""
+    said = written(str(index))
     try:
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        pairs = dict(named.items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = files.read_json(index, what="it", way_out=_FETCH, largest=LARGEST_INDEX)
+    except UsageError as error:
+        raise UsageError(f"{said} is no index of safetensors: {error}") from None
+    pairs = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(pairs, dict) or not pairs:
+        wrong = f'its "weight_map" is {shown(pairs)}' if isinstance(found, dict) else shown(found)
         raise UsageError(
-            f"{index} is no index of safetensors ({type(error).__name__}: {error}): it must be "
-            'JSON with a "weight_map" of names to files. Fetch the whole checkpoint.'
-        ) from None
-    others = sorted({str(file) for file in pairs.values() if not _is_safe(file)})
+            f"{said} is no index of safetensors ({wrong}): it must be JSON with a "
+            f'"weight_map" of names to files. {_FETCH}'
+        )
+    others = [each for each in pairs.values() if not isinstance(each, str) or each[-12:] != _SAFE]
     if others:
         raise UsageError(
-            f"{index} names {', '.join(others[:3])}, and shardproof reads safetensors alone. Save "
-            "the model again with save_pretrained(..., safe_serialization=True)."
+            f"{said} names {_each_once(others)}, and shardproof reads safetensors alone. Save the "
+            "model again with save_pretrained(..., safe_serialization=True)."
+        )
+    outside = [file for file in pairs.values() if _leads_out(file)]
+    if outside:
+        raise UsageError(
+            f"{said} names {_each_once(outside)}: a file of a checkpoint lies in its directory, "
+            "and is named from there, without '..'. Put the file, or a link to it, beside the "
+            "index."
         )
     return pairs
 
 
-def _is_safe(file: Any) -> bool:
-    return isinstance(file, str) and file.endswith(".safetensors")
+def _each_once(names: list[Any]) -> str:
+    said = (name if isinstance(name, str) and name else shown(name) for name in names)
+    return few(dict.fromkeys(said), most=3)
+
+
+def _leads_out(file: str) -> bool:
+    """True if a name is not one inside the directory; where a link leads is not looked at.
+
+    The caches of Hugging Face are links to ../../blobs, which their owner made. The name in the
+    index was written by whoever made the checkpoint.
+    """
+    path = PurePosixPath(file.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts or "\0" in file or ":" in path.parts[0]
 
 
 def checked_directory(directory: str | Path) -> Path:
@@ -90,14 +146,15 @@ def checked_directory(directory: str | Path) -> Path:
     Raises:
         UsageError: there is none, or it has no config.json.
     """
-    folder = Path(directory)
-    if not folder.is_dir():
-        raise UsageError(f"{str(directory)!r} is no directory. Name one with {CONFIG}.")
-    if not (folder / CONFIG).is_file():
+    folder = files.path_of(directory, what="the directory", way_out=f"Name one with {CONFIG}.")
+    if not os.path.isdir(folder):
+        raise UsageError(f"{shown(str(folder))} is no directory. Name one with {CONFIG}.")
+    if not os.path.lexists(folder / CONFIG):
         raise UsageError(
-            f"{folder} has no {CONFIG}: nothing says which model this is. Name the directory that "
-            "save_pretrained wrote."
+            f"{written(str(folder))} has no {CONFIG}: nothing says which model this is. Name the "
+            "directory that save_pretrained wrote."
         )
+    files.check_regular(folder / CONFIG, what=written(str(folder / CONFIG)), way_out=_FETCH)
     return folder
 
 
@@ -119,33 +176,71 @@ def load(model: nn.Module, directory: str | Path) -> nn.Module:
     Comm:
         none.
     """
-    files = weight_files(directory)
-    parameters = list(optim.layouts_of(model))
-    missing = [name for name, *_ in parameters if name not in files]
-    if missing:
-        raise UsageError(
-            f"{directory} has no tensor for {len(missing)} parameters of {type(model).__name__}: "
-            f"{', '.join(missing[:5])}. It has, for instance: {', '.join(sorted(files)[:3])}."
-        )
-    unexpected = _unexpected(model, files)
-    if unexpected:
-        raise UsageError(
-            f"{directory} has {len(unexpected)} tensors that {type(model).__name__} has no "
-            f"parameter for: {', '.join(unexpected[:5])}. Make the model from the {CONFIG} beside "
-            "them."
-        )
-    by_file: dict[Path, list[tuple[str, nn.Parameter, Layout]]] = {}
-    for name, parameter, layout, _ in parameters:
+    by_file = matched(model, directory)
+    for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise UsageError(
                 f"parameter {name!r} is on the meta device. Call shardproof.initialize first."
             )
-        by_file.setdefault(files[name], []).append((name, parameter, layout))
     for file, entries in by_file.items():
         with _opened(file) as tensors:
             for name, parameter, layout in entries:
-                parameter.copy_(_part(tensors.get_slice(name), layout, name, file))
+                parameter.copy_(_part(tensors.get_slice(name), layout))
     return model
+
+
+def matched(model: nn.Module, directory: str | Path) -> dict[Path, list[Entry]]:
+    """Which parameter is read from which file; every shape and dtype fits. Nothing is read.
+
+    Args:
+        model: cut or not, also on the meta device.
+        directory: with config.json and safetensors.
+
+    Raises:
+        UsageError: as `load` does.
+    """
+    model = checked_model(model)
+    found = weight_files(directory)
+    said = written(str(directory))
+    parameters = list(optim.layouts_of(model))
+    missing = [name for name, *_ in parameters if name not in found]
+    if missing:
+        raise UsageError(
+            f"{said} has no tensor for {len(missing)} parameters of {type(model).__name__}: "
+            f"{few(missing)}. It has, for instance: {few(sorted(found)[:3])}."
+        )
+    unexpected = _unexpected(model, found)
+    if unexpected:
+        raise UsageError(
+            f"{said} has {len(unexpected)} tensors that {type(model).__name__} has no "
+            f"parameter for: {few(unexpected)}. Make the model from the {CONFIG} beside them."
+        )
+    by_file: dict[Path, list[Entry]] = {}
+    for name, parameter, layout, _ in parameters:
+        by_file.setdefault(found[name], []).append((name, parameter, layout))
+    for file, entries in by_file.items():
+        with _opened(file) as tensors:
+            for name, parameter, layout in entries:
+                _check(tensors.get_slice(name), parameter, layout, name, file)
+    return by_file
+
+
+def _check(stored: Any, parameter: Tensor, layout: Layout, name: str, file: Path) -> None:
+    """Raise unless a tensor of a file can become the numbers of a parameter."""
+    shape, kind = tuple(stored.get_shape()), str(stored.get_dtype())
+    if shape != layout.shape:
+        raise UsageError(
+            f"{name!r} has shape {shown(shape)} in {written(str(file))}, and {layout.shape} in the "
+            f"model. Make the model from the {CONFIG} beside it."
+        )
+    if kind not in _FLOATS or parameter.dtype not in _FLOATS.values():
+        wanted = str(parameter.dtype).removeprefix("torch.")
+        raise UsageError(
+            f"{name!r} has dtype {kind} in {written(str(file))}, and {wanted} in the model. Only "
+            f"{', '.join(_FLOATS)} are cast, and only to one another: the rest are numbers of "
+            "another kind, or quantized, with scales that stand elsewhere. Save the model "
+            "unquantized, in one of these."
+        )
 
 
 def _unexpected(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -159,16 +254,10 @@ def _unexpected(model: nn.Module, names: Iterable[str]) -> list[str]:
     )
 
 
-def _part(stored: Any, layout: Layout, name: str, file: Path) -> Tensor:
+def _part(stored: Any, layout: Layout) -> Tensor:
     """What this rank holds of one tensor; no more is read."""
-    shape = tuple(stored.get_shape())
-    if shape != layout.shape:
-        raise UsageError(
-            f"{name!r} has shape {shape} in {file}, and {layout.shape} in the model. Make the "
-            f"model from the {CONFIG} beside it."
-        )
     if layout.dim is None:
-        return stored[:] if shape else stored[...]
+        return stored[:] if layout.shape else stored[...]
     held = layout.held_indices
     where = (slice(None),) * layout.dim + (slice(held.start, held.stop),)
     if not held:  # safetensors refuses empty slices
@@ -180,10 +269,12 @@ def _part(stored: Any, layout: Layout, name: str, file: Path) -> Tensor:
 def _opened(file: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415
 
+    said = written(str(file))
+    files.check_regular(file, what=said, way_out=_FETCH)
     try:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UsageError(
-            f"{file} cannot be read as safetensors: {error}. Fetch the whole checkpoint."
+            f"{said} cannot be read as safetensors: {written(str(error), most=300)}. {_FETCH}"
         ) from error

@@ -11,14 +11,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from shardproof.axis import Axis
-from shardproof.errors import LayoutError, UsageError
+from shardproof.axis import Axis, checked_axis
+from shardproof.errors import LayoutError, ShapeError, UsageError
 from shardproof.layers import guard
 from shardproof.layers.filling import passes_over
 from shardproof.leaves import Cut, Layout, check_degree
 from shardproof.numerics import mode
 from shardproof.numerics.random import draw_uniform
-from shardproof.scheme import Scheme
+from shardproof.objects import checked_device, checked_dtype, plain_words
+from shardproof.quantities import LARGEST, checked_name, whole_number
+from shardproof.scheme import Scheme, checked_scheme
+from shardproof.wording import TEXT, shown
 
 _STATE = "_extra_state"
 
@@ -35,15 +38,28 @@ class ShardedModule(nn.Module):
 
     def __init__(self, *, axis: Axis, name: str | None, scheme: Scheme) -> None:
         super().__init__()
+        axis, scheme = checked_axis(axis), checked_scheme(scheme)
         check_degree(axis.size, scheme.leaves)
         self.axis = axis
         self.scheme = scheme
-        self.name = axis.next_name(type(self).__name__) if name is None else name
+        kind = type(self).__name__
+        self.name = axis.next_name(kind) if name is None else checked_name(name, "name")
         self.layouts: dict[str, Layout] = {}
         guard.watch(self)
 
     def _cut(self, size: int) -> Cut:
         return Cut(size, self.scheme.leaves, self.axis.size)
+
+    def _sizes(self, what: str, **sizes: Any) -> tuple[int, ...]:
+        """The sizes as ints, in order; raise unless all of them are sizes of a layer."""
+        numbers = tuple(whole_number(size) or 0 for size in sizes.values())
+        if all(1 <= number <= LARGEST for number in numbers):
+            return numbers
+        words = " and ".join(f"{name}={shown(size)}" for name, size in sizes.items())
+        raise ShapeError(
+            f"{self.name!r} ({type(self).__name__}) with {words}: {what} that is cut needs at "
+            f"least one of each, as whole numbers, and at most {LARGEST}."
+        )
 
     def _layout(
         self,
@@ -59,6 +75,7 @@ class ShardedModule(nn.Module):
     def _add_parameter(
         self, name: str, layout: Layout, device: Any = None, dtype: Any = None
     ) -> None:
+        device, dtype = checked_device(device), checked_dtype(dtype)
         data = torch.empty(layout.local_shape, device=device, dtype=dtype)
         # The parameter first: the guard of another thread may look at any moment.
         self.register_parameter(name, nn.Parameter(data))
@@ -135,9 +152,9 @@ class ShardedModule(nn.Module):
         """Warn if the state was made under another contract; layouts were checked before."""
         if state["contract"] != self._contract():
             warnings.warn(
-                f"the state of {self.name!r} was saved under the contract {state['contract']!r}, "
-                f"this process has {self._contract()!r}: the values are right, further bits may "
-                "differ.",
+                f"the state of {self.name!r} was saved under the contract "
+                f"{shown(state['contract'])}, this process has {self._contract()!r}: the values "
+                "are right, further bits may differ.",
                 stacklevel=2,
             )
 
@@ -178,19 +195,31 @@ class ShardedModule(nn.Module):
         if not isinstance(state, dict) or not set(mine) <= set(state):
             raise LayoutError(
                 f"cannot load {prefix + _STATE!r} into {self.name!r} on {self.axis}: it is no "
-                f"layout but {state!r}. Load the state that this rank saved."
+                f"layout but {shown(state)}. Load the state that this rank saved."
             )
         for key in ("degree", "rank", "layouts"):
-            if state[key] != mine[key]:
+            if plain_words(state[key]) != plain_words(mine[key]):
                 raise LayoutError(
                     f"cannot load the state of {prefix.rstrip('.') or self.name!r} into "
-                    f"{self.axis}: its {key} is {state[key]}, here it is {mine[key]}. Load the "
-                    "state that this rank saved at this degree, with the same leaves."
+                    f"{self.axis}: its {key} is {_detailed(state[key])}, here it is {mine[key]}. "
+                    "Load the state that this rank saved at this degree, with the same leaves."
                 )
+        if not isinstance(state["contract"], str):
+            raise LayoutError(
+                f"cannot load {prefix + _STATE!r} into {self.name!r} on {self.axis}: its contract "
+                f"is {shown(state['contract'])}, which is not text. Load the state that this rank "
+                "saved."
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         guard.watch(self)  # a deep copy comes this way, not through __init__
+
+
+def _detailed(value: Any) -> str:
+    """A layout in full, as far as a message bears it: where two differ may be at their end."""
+    words = plain_words(value)
+    return shown(value) if words is None or len(words) > TEXT else str(value)
 
 
 def check_state(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

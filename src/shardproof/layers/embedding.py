@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
-from shardproof.errors import ShapeError, UsageError
+from shardproof.errors import UsageError
 from shardproof.functional.embedding import EmbeddingSite, vocab_embedding
 from shardproof.layers.base import ShardedModule
 from shardproof.numerics.random import draw_normal
+from shardproof.quantities import LARGEST, checked_whole
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
+from shardproof.wording import shown
 
 # Options of nn.Embedding that are not ours, and what they are where they are off.
 _REFUSED = {
@@ -51,14 +53,13 @@ class VocabParallelEmbedding(ShardedModule):
         dtype: Any = None,
     ) -> None:
         super().__init__(axis=axis, name=name, scheme=scheme)
-        if num_embeddings < 1 or embedding_dim < 1:
-            raise ShapeError(
-                f"{self.name!r} ({type(self).__name__}) with num_embeddings={num_embeddings} and "
-                f"embedding_dim={embedding_dim}: an embedding that is cut needs at least one of "
-                "each."
-            )
+        num_embeddings, embedding_dim = self._sizes(
+            "an embedding", num_embeddings=num_embeddings, embedding_dim=embedding_dim
+        )
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
+        if padding_idx is not None:
+            padding_idx = checked_whole(padding_idx, "padding_idx", least=-LARGEST)
         cut = self._cut(num_embeddings)
         self._site = EmbeddingSite(axis, cut, padding_idx, self.name)
         self.padding_idx = self._site.padding_idx
@@ -86,6 +87,10 @@ class VocabParallelEmbedding(ShardedModule):
         Raises:
             UsageError: it has `max_norm`, `scale_grad_by_freq` or `sparse` switched on.
         """
+        if not isinstance(embedding, nn.Embedding):
+            raise UsageError(
+                f"{cls.__name__} cannot be made from {shown(embedding)}. Give an nn.Embedding."
+            )
         for option, (off, why) in _REFUSED.items():
             value = getattr(embedding, option)
             if value != off:

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
-from shardproof.errors import ShapeError
+from shardproof.errors import ShapeError, UsageError
 from shardproof.functional.linear import column_linear, row_linear
 from shardproof.functional.site import LinearSite
 from shardproof.layers.base import ShardedModule
 from shardproof.leaves import Cut
+from shardproof.quantities import checked_flag
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
+from shardproof.wording import shown
 
 
 class _SharedOutputs(Protocol):
@@ -55,11 +57,9 @@ class _ParallelLinear(ShardedModule):
         held: range | None = None,
     ) -> None:
         super().__init__(axis=axis, name=name, scheme=scheme)
-        if in_features < 1 or out_features < 1:
-            raise ShapeError(
-                f"{self.name!r} ({type(self).__name__}) with in_features={in_features} and "
-                f"out_features={out_features}: a layer that is cut needs at least one of each."
-            )
+        in_features, out_features = self._sizes(
+            "a layer", in_features=in_features, out_features=out_features
+        )
         self.in_features = in_features
         self.out_features = out_features
         input_cut = (cut if self._weight_dim else None) or self._cut(in_features)
@@ -67,7 +67,7 @@ class _ParallelLinear(ShardedModule):
         shape = (out_features, in_features)
         weight = self._layout(shape, self._weight_dim, cut, held)
         self._add_parameter("weight", weight, device, dtype)
-        if bias:
+        if checked_flag(bias, "bias"):
             layout = self._layout((out_features,), self._bias_dim, cut, held)
             self._add_parameter("bias", layout, device, dtype)
         else:
@@ -191,12 +191,12 @@ class ColumnParallelLinear(_ParallelLinear):
             cut=cut,
             held=held,
         )
-        self.gather_input = gather_input
-        self.gather_output = gather_output
-        cut = cut or self._cut(out_features)
-        input_cut = self._cut(in_features) if gather_input else None
+        self.gather_input = checked_flag(gather_input, "gather_input")
+        self.gather_output = checked_flag(gather_output, "gather_output")
+        cut = cut or self._cut(self.out_features)
+        input_cut = self._cut(self.in_features) if gather_input else None
         self._site = LinearSite(axis, cut, scheme, self.name, input_cut, gather_output, held=held)
-        self._width = len(input_cut.owned(axis.rank)) if input_cut else in_features
+        self._width = len(input_cut.owned(axis.rank)) if input_cut else self.in_features
         self._shared: tuple[_SharedOutputs, int] | None = None
 
     @property
@@ -323,11 +323,11 @@ class RowParallelLinear(_ParallelLinear):
             dtype=dtype,
             cut=cut,
         )
-        self.input_is_parallel = input_is_parallel
-        cut = cut or self._cut(in_features)
+        self.input_is_parallel = checked_flag(input_is_parallel, "input_is_parallel")
+        cut = cut or self._cut(self.in_features)
         split_input = not input_is_parallel
         self._site = LinearSite(axis, cut, scheme, self.name, split_input=split_input)
-        self._width = len(cut.owned(axis.rank)) if input_is_parallel else in_features
+        self._width = len(cut.owned(axis.rank)) if input_is_parallel else self.in_features
 
     @classmethod
     def from_linear(
@@ -372,6 +372,8 @@ def _like(
     **options: Any,
 ) -> Any:
     """An undrawn layer with the sizes of `linear`, on its device and with its dtype."""
+    if not isinstance(linear, nn.Linear):
+        raise UsageError(f"{cls.__name__} cannot be made from {shown(linear)}. Give an nn.Linear.")
     device = linear.weight.device
     layer = cls(
         linear.in_features,

@@ -21,9 +21,10 @@ from pathlib import Path
 
 import torch
 
-from shardproof import core
+from shardproof import core, environment
 from shardproof.errors import NumericsError, UsageError
 from shardproof.scheme import Scheme
+from shardproof.wording import written as shortened
 
 SCHEME_VERSION = "tree-2"
 SETTINGS = ("auto", "avx512", "avx2", "core", "leafwise", "off")
@@ -88,14 +89,15 @@ def set_blas_mode() -> BlasState:
         return _state
     with _lock:
         if _state is None:
-            _state = _set(os.environ.get(VARIABLE, "auto").strip().lower() or "auto")
+            _state = _set(os.environ.get(VARIABLE, "auto"))
         return _state
 
 
-def _set(setting: str) -> BlasState:
-    if setting not in SETTINGS:
-        problem = f"{VARIABLE}={setting!r} is unknown. Use one of: {', '.join(SETTINGS)}."
-        return BlasState(setting, "unset", problem=problem)
+def _set(text: str) -> BlasState:
+    try:
+        setting = environment.setting({VARIABLE: text}, VARIABLE, SETTINGS)
+    except UsageError as error:  # importing works all the same
+        return BlasState(shortened(text), "unset", problem=str(error))
     if setting == "off":
         return BlasState(
             setting,
@@ -331,7 +333,7 @@ def _reduction(dtype: torch.dtype) -> str:
 def child_environment() -> dict[str, str]:
     """Environment with which a started process has this process's mode from its first moment."""
     now = set_blas_mode()
-    environment = {VARIABLE: now.setting}
+    variables = {VARIABLE: now.setting}
     if now.is_strict:
-        environment["MKL_CBWR"] = f"{now.branch.removesuffix('-strict').upper()},STRICT"
-    return environment
+        variables["MKL_CBWR"] = f"{now.branch.removesuffix('-strict').upper()},STRICT"
+    return variables

@@ -3,14 +3,14 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from shardproof import comm
-from shardproof.axis import Axis
-from shardproof.errors import PlanError
+from shardproof.axis import Axis, checked_axis
+from shardproof.errors import PlanError, ShardproofError
 from shardproof.hf.attention import take_over
 from shardproof.hf.generation import guard_generation
 from shardproof.hf.head import adapt_head
@@ -19,13 +19,16 @@ from shardproof.hf.parameters import guard_parameters
 from shardproof.hf.saving import guard_saving
 from shardproof.layers.base import check_state
 from shardproof.numerics import mode
+from shardproof.objects import checked_model
 from shardproof.plans.cut import Cutter
+from shardproof.plans.given import read_plan
 from shardproof.plans.hf_plan import entries_of
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.planning import as_error, draft
 from shardproof.plans.style import Attention, Plan, Style
 from shardproof.plans.twins import irreplaceable, replaced_by, twins_of
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
+from shardproof.wording import shown
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SAMPLES = 64  # elements of each parameter that the ranks compare
@@ -65,10 +68,8 @@ def parallelize(
             with different products.
         UsageError: `plan` has a scheme, and another one is given.
     """
-    given = plan.plan if isinstance(plan, ModelPlan) else plan
-    given = given if isinstance(given, Plan) or given is None else Plan(given, scheme)
-    asked = given.scheme if given is not None else scheme
-    _agree(given, asked, model, axis)
+    axis = checked_axis(axis)
+    given, asked = _agree(model, plan, scheme, axis)
     made, problems = draft(model, given, degree=axis.size, scheme=scheme)
     twins = twins_of(model, made, asked, axis)
     problems += _hooked([*replaced_by(made), *twins], model)
@@ -83,10 +84,20 @@ def parallelize(
     return model
 
 
-def _agree(plan: Plan | None, scheme: Scheme, model: nn.Module, axis: Axis) -> None:
-    """Raise on all ranks unless they were given the same."""
+def _agree(model: Any, plan: Any, scheme: Any, axis: Axis) -> tuple[Plan | None, Scheme]:
+    """The plan and the scheme; raise on all ranks unless they were given the same."""
     # First of all: only what every rank has alike may decide whether a rank raises.
-    comm.agree(_describe(plan, scheme, model), axis, what="plans or models")
+    wrong: ShardproofError | None = None
+    given, asked = None, DEFAULT_SCHEME
+    try:
+        checked_model(model)
+        given, asked = read_plan(plan, scheme)
+        words = _describe(given, asked, model)
+    except ShardproofError as error:
+        wrong, words = error, {"what is wrong with them": str(error)}
+    comm.agree(words, axis, what="plans or models")
+    if wrong is not None:
+        raise wrong
     comm.agree(
         _sample_weights(model),
         axis,
@@ -95,13 +106,14 @@ def _agree(plan: Plan | None, scheme: Scheme, model: nn.Module, axis: Axis) -> N
         "as threads share one generator: build it once and copy it), or load the same state.",
     )
     comm.agree(
-        {"contract": _contract(scheme, model)},
+        {"contract": _contract(asked, model)},
         axis,
         what="arithmetic",
         way_out="Install the same torch and the same build of shardproof for every rank (one "
         "without a C compiler lacks the kernels), and set SHARDPROOF_BLAS and SHARDPROOF_CORE "
         "alike.",
     )
+    return given, asked
 
 
 def _change(model: nn.Module, made: ModelPlan, twins: Mapping[str, nn.Module], axis: Axis) -> None:
@@ -140,7 +152,7 @@ def _describe(plan: Plan | None, scheme: Scheme, model: nn.Module) -> dict[str, 
         "the plan": "the model's own" if plan is None else "given",
         "the order of the plan": list(styles),
         "the scheme": scheme,
-        **{f"plan entry {pattern!r}": style for pattern, style in styles.items()},
+        **{f"plan entry {pattern!r}": _named(style) for pattern, style in styles.items()},
     }
     if is_transformers(model):
         found["a hash of the config"] = _hash_config(model.config)
@@ -152,6 +164,11 @@ def _describe(plan: Plan | None, scheme: Scheme, model: nn.Module) -> dict[str, 
         dtype = str(value.dtype).removeprefix("torch.")
         found[f"parameter {name!r}"] = f"{tuple(value.shape)} {dtype}{frozen}"
     return found
+
+
+def _named(style: Any) -> Any:
+    """A style as it can travel to the other ranks; what is none, as text."""
+    return style if isinstance(style, get_args(Style)) else shown(style)
 
 
 def _hash_config(config: Any) -> str:

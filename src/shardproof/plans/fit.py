@@ -66,8 +66,10 @@ def _embedding(name: str, style: VocabParallel, module: nn.Module) -> Iterator[s
     if not isinstance(module, nn.Embedding):
         yield f"{start}it takes nn.Embedding. Use ColumnParallel() for a linear, or {_LEFT}."
         return
-    if type(module) is not nn.Embedding and scale_of(module) != style.scale:
-        scale = scale_of(module)
+    scale = scale_of(module)
+    if type(module) is nn.Embedding and style.scale != 1.0:
+        yield f"{start}it multiplies its rows with nothing. Use VocabParallel()."
+    elif scale != style.scale:
         way_out = _LEFT if scale is None else f"use VocabParallel(scale={scale})"
         yield f"{start}it does not compute what nn.Embedding computes. So {way_out}."
     for option, off in _OFF.items():

@@ -5,7 +5,7 @@ Its strings are the exchange format; what they say is turned into styles of ours
 transformers itself is not imported: everything is read from the model.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,6 +16,7 @@ from shardproof.plans.fit import scale_of
 from shardproof.plans.match import find
 from shardproof.plans.style import ColumnParallel, RowParallel, SharedInput, Style, VocabParallel
 from shardproof.plans.text import listed, pattern
+from shardproof.wording import shown
 
 GATED = ("gate_proj", "up_proj")
 _ROWS = ("o_proj", "out_proj", "down_proj", "fc2", "dense_4h_to_h", "wo", "w2", "proj_out")
@@ -43,9 +44,8 @@ def entries_of(model: nn.Module) -> dict[str, str]:
 
     Newer versions of transformers put the first into the second when the model is made.
     """
-    base = getattr(getattr(model, "config", None), "base_model_tp_plan", None) or {}
-    own = getattr(model, "_tp_plan", None)
-    own = own if isinstance(own, dict) else {}
+    base = _tp_plan(getattr(model, "config", None), "base_model_tp_plan", "config.")
+    own = _tp_plan(model, "_tp_plan", "")
     prefix = getattr(model, "base_model_prefix", "")
     is_base = not prefix or getattr(model, "base_model", model) is model
     start = "" if is_base else f"{prefix}."
@@ -55,6 +55,19 @@ def entries_of(model: nn.Module) -> dict[str, str]:
         if not any(f".{name}".endswith(f".{entry}") for name in own)
     }
     return missing | own
+
+
+def _tp_plan(holder: object, name: str, where: str) -> dict[str, str]:
+    """One of the two plans, which anybody may have written: in a config.json, on an object."""
+    found = getattr(holder, name, None)
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping) or not all(isinstance(each, str) for each in found):
+        raise PlanError(
+            f"the model's {where}{name} is {shown(found)}, and a tp_plan is a dict of patterns and "
+            "styles. Correct it, or give a plan of your own."
+        )
+    return dict(found)
 
 
 def read_tp_plan(model: nn.Module) -> Reading:

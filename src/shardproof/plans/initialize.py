@@ -1,5 +1,6 @@
 """Weights for a model on the meta device, created leaf by leaf: nothing whole ever exists."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from shardproof.layers.base import ShardedModule
 from shardproof.layers.formula import find_formula
 from shardproof.leaves import Layout, replicated
 from shardproof.numerics.random import draw_normal
-from shardproof.scheme import DEFAULT_SCHEME, Scheme
+from shardproof.objects import checked_device, checked_model
+from shardproof.quantities import checked_real
+from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme
 
 DEFAULT_STD = 0.02
 
@@ -47,8 +50,13 @@ def initialize(
     Comm:
         none.
     """
+    model, device = checked_model(model), checked_device(device) or torch.device("cpu")
+    if scheme is not None:
+        checked_scheme(scheme)
     if std is None:
         std = getattr(getattr(model, "config", None), "initializer_range", None) or DEFAULT_STD
+    rule = "a finite number, 0 or more. Use for instance 0.02"
+    std = checked_real(std, "std", rule=rule, holds=lambda number: 0 <= number < math.inf)
     seed = (scheme or _scheme_of(model)).seed
     made: dict[int, nn.Parameter] = {}
     for name, module in model.named_modules():

@@ -1,6 +1,7 @@
 """Which module gets which style. Reads names only; changes nothing."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -9,8 +10,14 @@ from typing import get_args
 from torch import nn
 
 from shardproof.plans.style import HEAD_NORM, REFUSED, SPELLINGS, WHOLE, Style
+from shardproof.wording import VALUE, few, shown
 
 _KNOWN = "ColumnParallel(), RowParallel(), VocabParallel(), Attention(...), SharedInput(...)"
+
+
+MOST_PROBLEMS = 50  # entries that name nothing, after which a plan is not read on
+
+_WILD = re.compile(r"[*?\[]")  # what `fnmatch` takes for more than a letter
 
 
 @dataclass(frozen=True)
@@ -38,14 +45,18 @@ def find(styles: Mapping[str, Style | str], model: nn.Module) -> Found:
         model: whose module names are matched.
     """
     names = [name for name, _ in model.named_modules()]  # the model itself is ""
+    matching = _Matching(names)
     named: dict[str, tuple[str, Style | str]] = {}
     problems: list[str] = []
-    for pattern, given in styles.items():
+    for place, (pattern, given) in enumerate(styles.items()):
+        if len(problems) >= MOST_PROBLEMS:
+            problems.append(f"the other {len(styles) - place:,} entries were not looked at.")
+            break
         style = SPELLINGS.get(given, given) if isinstance(given, str) else given
         if complaint := _refusal(pattern, style):
             problems.append(complaint)
             continue
-        hits = [name for name in names if fits(pattern, name) and (name or not pattern)]
+        hits = matching.of(pattern)
         if not hits:
             problems.append(_no_match(pattern, style, names, model))
         for name in hits:
@@ -64,6 +75,23 @@ def find(styles: Mapping[str, Style | str], model: nn.Module) -> Found:
     )
 
 
+class _Matching:
+    """Finds the names that a pattern fits, without trying every name where it has no `*`."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._known = set(names)
+        self._by_length: dict[int, list[str]] = {}
+        for name in names:
+            self._by_length.setdefault(name.count("."), []).append(name)
+
+    def of(self, pattern: str) -> list[str]:
+        """In the model's order."""
+        if not _WILD.search(pattern):
+            return [pattern] if pattern in self._known else []
+        alike = self._by_length.get(pattern.count("."), [])
+        return [name for name in alike if name and (name == pattern or fits(pattern, name))]
+
+
 def fits(pattern: str, name: str) -> bool:
     """True if `pattern` fits `name` segment by segment; `*` never crosses a dot."""
     wanted, got = pattern.split("."), name.split(".")
@@ -72,8 +100,8 @@ def fits(pattern: str, name: str) -> bool:
 
 def near_names(name: str, names: list[str]) -> str:
     """Names that a reader may have meant, as prose."""
-    near = get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
-    return ", ".join(near) or "none"
+    near = get_close_matches(name[:VALUE], names, n=3, cutoff=0.4) or names[:3]
+    return few(near) or "none"
 
 
 def _refusal(pattern: str, style: object) -> str:
@@ -84,19 +112,19 @@ def _refusal(pattern: str, style: object) -> str:
         if style in REFUSED:
             why = REFUSED["moe_tp_experts"] if _is_of_experts(pattern) else REFUSED[style]
             return (
-                f"plan entry {pattern!r}: style {style!r} cannot be served: {why}. Give a plan of "
-                "your own that leaves these modules whole."
+                f"plan entry {shown(pattern)}: style {style!r} cannot be served: {why}. Give a "
+                "plan of your own that leaves these modules whole."
             )
     elif isinstance(style, get_args(Style)):
         return ""
     return (
-        f"plan entry {pattern!r}: unknown style {style!r}. Use {_KNOWN}, or Hugging Face's "
-        f"{', '.join(map(repr, [*SPELLINGS, WHOLE, HEAD_NORM]))}."
+        f"plan entry {shown(pattern)}: unknown style {shown(style)}. Use {_KNOWN}, or Hugging "
+        f"Face's {', '.join(map(repr, [*SPELLINGS, WHOLE, HEAD_NORM]))}."
     )
 
 
 def _no_match(pattern: str, style: object, names: list[str], model: nn.Module) -> str:
-    start = f"plan entry {pattern!r}: {style}"
+    start = f"plan entry {shown(pattern)}: {style}"
     if any(fits(pattern, name) for name, _ in model.named_parameters()):
         why = f": {REFUSED['moe_tp_experts']}" if _is_of_experts(pattern) else ""
         return (

@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from shardproof.errors import PlanError, UsageError
-from shardproof.leaves import whole_number
 from shardproof.plans.collective import Collective, Counts, Step, count
 from shardproof.plans.match import near_names
 from shardproof.plans.module_plan import ModulePlan, Row, held_bytes, rows, style_dict
 from shardproof.plans.style import Attention, ColumnParallel, Plan, RowParallel, Style
 from shardproof.plans.text import size
+from shardproof.quantities import checked_flag, checked_whole
 from shardproof.scheme import Scheme
+from shardproof.wording import few, shown
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,13 @@ class ModelPlan:
             UsageError: a number is not positive, or no such rank.
             PlanError: no such module.
         """
-        logits = length if logits is None else logits
-        for name, value in (("batch", batch), ("length", length), ("logits", logits)):
-            number = whole_number(value)
-            if number is None or number < 1:
-                raise UsageError(f"{name}={value!r} is not a positive whole number. Use 1 or more.")
+        batch, length = checked_whole(batch, "batch"), checked_whole(length, "length")
+        logits = length if logits is None else checked_whole(logits, "logits")
+        rank = checked_whole(rank, "rank", least=0)
+        labels = checked_flag(labels, "labels")
         if logits > length:
             raise UsageError(f"logits={logits} of length={length} tokens: there are not so many.")
-        if not 0 <= rank < self.degree:
+        if rank >= self.degree:
             raise UsageError(
                 f"rank {rank} is not one of {self.degree}. Use 0 to {self.degree - 1}."
             )
@@ -118,9 +118,8 @@ class ModelPlan:
         chosen = [each for each in self.modules if module is None or each.name == module]
         if not chosen:
             names = [each.name for each in self.modules]
-            raise PlanError(
-                f"the plan has no module {module!r}; near names: {near_names(str(module), names)}."
-            )
+            near = near_names(module, names) if isinstance(module, str) else few(names[:3])
+            raise PlanError(f"the plan has no module {shown(module)}; near names: {near}.")
         return [collective for each in chosen for collective in each.collectives]
 
     def as_dict(self) -> dict[str, Any]:

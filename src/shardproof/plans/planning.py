@@ -5,13 +5,15 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from shardproof.errors import PlanError, UsageError
+from shardproof.errors import PlanError
 from shardproof.hf.attention import implementation_problems
 from shardproof.hf.models import is_transformers
 from shardproof.leaves import check_degree, checked_degree
+from shardproof.objects import checked_model
 from shardproof.plans.attention import recognise
 from shardproof.plans.fit import link_ties, misfits
 from shardproof.plans.functional_dropout import functional_dropout
+from shardproof.plans.given import read_plan
 from shardproof.plans.hf_plan import Reading, lost_norms, output_head, read_tp_plan
 from shardproof.plans.match import find, fits
 from shardproof.plans.model_plan import ModelPlan
@@ -20,6 +22,8 @@ from shardproof.plans.parts import Parts
 from shardproof.plans.style import Attention, Plan, SharedInput, Style
 from shardproof.plans.text import listed, pattern
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
+
+MOST_SAID = 20  # problems of one plan that a message lists
 
 _IN_NAMES = re.compile(r"\.\d+")  # numbers of layers
 
@@ -66,15 +70,11 @@ def draft(
 
     For whoever has more to check before anything is raised.
     """
-    degree = checked_degree(degree)
-    given = plan.styles if isinstance(plan, Plan) else plan
-    if isinstance(plan, Plan):
-        if scheme not in (DEFAULT_SCHEME, plan.scheme):
-            raise UsageError(f"the plan has {plan.scheme}, and {scheme} is given. Give one.")
-        scheme = plan.scheme
+    degree, model = checked_degree(degree), checked_model(model)
+    given, scheme = read_plan(plan, scheme)
     check_degree(degree, scheme.leaves)
     source = "the tp_plan" if given is None else "the plan"
-    reading = read_tp_plan(model) if given is None else _explicit(given, model)
+    reading = read_tp_plan(model) if given is None else _explicit(given.styles, model)
     wrong = misfits(reading.styles, model)
     problems = reading.problems + [problem for several in wrong.values() for problem in several]
     # What is said to be wrong of a module is enough; the rest is looked at as it will be.
@@ -110,6 +110,8 @@ def as_error(model: nn.Module, problems: list[str]) -> str:
         alike[0] + (f" ({len(alike) - 1} more like this.)" if len(alike) > 1 else "")
         for alike in kinds.values()
     ]
+    if len(said) > MOST_SAID:
+        said[MOST_SAID:] = [f"{len(said) - MOST_SAID} more are wrong."]
     return f"the plan does not fit {type(model).__name__}: " + (
         said[0] if len(said) == 1 else "\n- " + "\n- ".join(said)
     )

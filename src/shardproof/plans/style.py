@@ -1,10 +1,17 @@
 """Styles: how one module is cut. Frozen data, nothing that communicates."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import islice
+from typing import Any, Literal, get_args
 
-from shardproof.scheme import DEFAULT_SCHEME, Scheme
+from shardproof.errors import PlanError
+from shardproof.quantities import LARGEST, real_number, whole_number
+from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme
+from shardproof.wording import few, shown
+
+MOST = 1_000_000  # of anything that may be a generator without end
 
 Norms = Literal["heads", "across"]
 
@@ -21,6 +28,9 @@ class ColumnParallel:
     gather_input: bool = False
     gather_output: bool = False
 
+    def __post_init__(self) -> None:
+        _require_flags(self, "gather_input", "gather_output")
+
 
 @dataclass(frozen=True)
 class RowParallel:
@@ -31,6 +41,9 @@ class RowParallel:
     """
 
     input_is_parallel: bool = True
+
+    def __post_init__(self) -> None:
+        _require_flags(self, "input_is_parallel")
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,12 @@ class VocabParallel:
     """
 
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        scale = real_number(self.scale)
+        if scale is None or not math.isfinite(scale):
+            raise _wrong(self, "scale", "a finite number")
+        object.__setattr__(self, "scale", scale)
 
 
 @dataclass(frozen=True)
@@ -79,6 +98,21 @@ class Attention:
     norms: Norms = "heads"
     attend: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("queries", "keys", "head_dim"):
+            number = whole_number(getattr(self, name))
+            if number is None or not 1 <= number <= LARGEST:
+                raise _wrong(self, name, "a positive whole number")
+            object.__setattr__(self, name, number)
+        for name in ("query", "key", "value", "output"):
+            if not _is_name(getattr(self, name)):
+                raise _wrong(self, name, "the name of a child")
+        for name in ("query_norm", "key_norm", "attend"):
+            if getattr(self, name) is not None and not _is_name(getattr(self, name)):
+                raise _wrong(self, name, "the name of a child, or None")
+        if not isinstance(self.norms, str) or self.norms not in get_args(Norms):
+            raise _wrong(self, "norms", 'one of "heads" and "across"')
+
     @property
     def children(self) -> tuple[str, ...]:
         """Names of the children that are cut."""
@@ -100,7 +134,28 @@ class SharedInput:
     members: tuple[str, ...] = ("gate_proj", "up_proj")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "members", tuple(self.members))
+        try:
+            members = () if isinstance(self.members, str) else tuple(islice(self.members, MOST))
+        except TypeError:  # it is no collection
+            members = ()
+        if not members or not all(map(_is_name, members)):
+            raise _wrong(self, "members", "a tuple of names of children")
+        object.__setattr__(self, "members", members)
+
+
+def _require_flags(style: Any, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(style, name), bool):
+            raise _wrong(style, name, "True or False")
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _wrong(style: Any, name: str, rule: str) -> PlanError:
+    kind = type(style).__name__
+    return PlanError(f"{kind}({name}={shown(getattr(style, name))}) is not {rule}. Give that.")
 
 
 Style = ColumnParallel | RowParallel | VocabParallel | Attention | SharedInput
@@ -150,3 +205,17 @@ class Plan:
 
     styles: Mapping[str, Style | str] = field(default_factory=dict)
     scheme: Scheme = DEFAULT_SCHEME
+
+    def __post_init__(self) -> None:
+        checked_scheme(self.scheme)
+        if not isinstance(self.styles, Mapping):
+            raise PlanError(
+                f"Plan(styles={shown(self.styles)}) is not a dict of patterns and styles. Write "
+                'for instance Plan({"layers.*.up": "colwise", "layers.*.down": "rowwise"}).'
+            )
+        wrong = [pattern for pattern in self.styles if not isinstance(pattern, str)]
+        if wrong:
+            raise PlanError(
+                f"the plan has the pattern {few(map(shown, wrong))}, and a pattern is text, the "
+                'name of a module with * where names differ: "layers.*.up".'
+            )

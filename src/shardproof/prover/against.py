@@ -6,6 +6,7 @@ from typing import Any
 
 from shardproof.errors import UsageError
 from shardproof.prover.report import Report
+from shardproof.wording import few, shown
 
 Hashes = Mapping[str, Mapping[str, str]]  # tensor -> degree -> hash
 
@@ -64,8 +65,9 @@ def compare_with(report: Report | Mapping[str, Any], earlier: Mapping[str, Any])
     for key, what in (("contract", "contract"), ("seed", "seed"), ("numerics", "numerics")):
         if key in earlier and now[key] != earlier[key]:
             raise UsageError(
-                f"the earlier report cannot be compared: its {what} is {earlier[key]!r}, this "
-                f"one's is {now[key]!r}, and the bits depend on it. Run both with the same {what}."
+                f"the earlier report cannot be compared: its {what} is {shown(earlier[key])}, this "
+                f"one's is {shown(now[key])}, and the bits depend on it. Run both with the same "
+                f"{what}."
             )
     mine, theirs = _hashes(now), _hashes(earlier)
     across = now["numerics"] == "invariant"
@@ -131,4 +133,4 @@ def _hashes(report: Mapping[str, Any]) -> dict[str, Hashes]:
 
 
 def _listed(hashes: Mapping[str, Hashes]) -> str:
-    return ", ".join(case for case, tensors in hashes.items() if tensors) or "none"
+    return few((case for case, tensors in hashes.items() if tensors), most=20) or "none"

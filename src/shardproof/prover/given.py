@@ -1,14 +1,19 @@
 """What a proof is asked for, checked as a whole before anything runs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
 
 from shardproof.errors import UsageError
-from shardproof.leaves import check_degree, checked_degree, whole_number
+from shardproof.leaves import check_degree, checked_degree
 from shardproof.prover.case import Case
-from shardproof.scheme import Scheme
+from shardproof.quantities import checked_whole
+from shardproof.scheme import Scheme, checked_scheme
+from shardproof.wording import shown
+
+MOST_DEGREES = 1000
 
 
 def checked_degrees(degrees: Any, scheme: Scheme | None) -> tuple[int, ...]:
@@ -22,14 +27,25 @@ def checked_degrees(degrees: Any, scheme: Scheme | None) -> tuple[int, ...]:
         DegreeError: one that is no whole number, is not positive, or exceeds the leaves.
         UsageError: there is none, or something else than a list of them.
     """
-    if not isinstance(degrees, Iterable) or isinstance(degrees, str):
+    try:
+        is_text = isinstance(degrees, str | bytes)
+        given = None if is_text else tuple(islice(degrees, MOST_DEGREES + 1))
+    except TypeError:  # nothing that can be gone through
+        given = None
+    if given is None:
         raise UsageError(
-            f"degrees={degrees!r} is not a list of degrees. Write for instance degrees=(1, 2)."
+            f"degrees={shown(degrees)} is not a list of degrees. Write for instance degrees=(1, 2)."
         )
-    ordered = tuple(sorted({checked_degree(degree) for degree in degrees}))
+    if len(given) > MOST_DEGREES:
+        raise UsageError(
+            f"degrees has more than {MOST_DEGREES} entries, and each is a run of its own. Name "
+            "fewer, such as (1, 2, 3, 8)."
+        )
+    ordered = tuple(sorted({checked_degree(degree) for degree in given}))
     if not ordered:
         raise UsageError("no degree to prove. Name one or more, such as 1 and 2.")
     if scheme is not None:
+        checked_scheme(scheme)
         for degree in ordered:
             check_degree(degree, scheme.leaves)
     return ordered
@@ -41,10 +57,17 @@ def checked_steps(steps: Any) -> int:
     Raises:
         UsageError: not a whole number, or not positive.
     """
-    number = whole_number(steps)
-    if number is None or number < 1:
-        raise UsageError(f"steps={steps!r} is not a positive whole number. Use 1 or more.")
-    return number
+    return checked_whole(steps, "steps")
+
+
+def check_function(value: Any, name: str, *, example: str) -> None:
+    """Raise unless a user gave something that can be called.
+
+    Raises:
+        UsageError: they did not.
+    """
+    if not callable(value):
+        raise UsageError(f"{name}={shown(value)} cannot be called. Give for instance {example}.")
 
 
 def checked_batch(batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -59,6 +82,8 @@ def checked_batch(batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:
         raise UsageError(f"the batch is a {type(batch).__name__}{length}, not a pair. {way_out}")
     inputs, target = batch
     inputs = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    if not inputs:
+        raise UsageError(f"the batch has no input. {way_out}")
     for what, value in [*(("an input", each) for each in inputs), ("the target", target)]:
         if not isinstance(value, Tensor):
             raise UsageError(

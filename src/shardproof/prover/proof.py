@@ -11,17 +11,25 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
+from shardproof.objects import checked_model
 from shardproof.overlap import Overlap, checked_overlap
 from shardproof.prover.case import Case, Trial
 from shardproof.prover.casereport import CaseReport
 from shardproof.prover.contract import agreed_contract, threads_of_ranks
-from shardproof.prover.given import check_cases, checked_batch, checked_degrees, checked_steps
+from shardproof.prover.given import (
+    check_cases,
+    check_function,
+    checked_batch,
+    checked_degrees,
+    checked_steps,
+)
 from shardproof.prover.judge import judge_case
 from shardproof.prover.reference import Reference
 from shardproof.prover.report import Report
 from shardproof.prover.runs import RankResult, run_on_rank, run_references
 from shardproof.prover.training import Batch, Training
 from shardproof.prover.update import MakeOptimizer, make_optimizer
+from shardproof.quantities import checked_flag, checked_name
 from shardproof.ranks import open_ranks
 from shardproof.scheme import Scheme
 
@@ -242,7 +250,7 @@ def prove(
     degrees = checked_degrees(degrees, scheme)
     work = _training(build, loss_fn, batch, _checked_optimizer(optimizer), steps, audit_creation)
     return prove_cases(
-        [Case(name, "a model given to prove()", work)],
+        [Case(checked_name(name, "name"), "a model given to prove()", work)],
         degrees=degrees,
         engine=engine,
         threads=threads,
@@ -262,19 +270,22 @@ def _training(
     steps: int,
     audit_creation: bool,
 ) -> Training:
+    check_function(build, "build", example="a function of an axis that returns a module")
+    check_function(loss_fn, "loss_fn", example="torch.nn.functional.mse_loss")
     return Training(
         functools.partial(_build, build),
         functools.partial(_given, *checked_batch(batch)),
         functools.partial(_loss, loss_fn),
         optimizer,
         checked_steps(steps),
-        measures_creation=audit_creation,
+        measures_creation=checked_flag(audit_creation, "audit_creation"),
     )
 
 
 def _checked_optimizer(make: MakeOptimizer | None) -> MakeOptimizer | None:
     """What was given; a fused one is refused before any run."""
     if make is not None:
+        check_function(make, "optimizer", example="lambda p: torch.optim.SGD(p, lr=0.1)")
         make_optimizer(make, nn.Linear(1, 1, device="meta").to_empty(device="cpu"))
     return make
 
@@ -293,7 +304,7 @@ class Teller:
 
 
 def _build(build: Callable[[Axis | None], nn.Module], trial: Trial) -> nn.Module:
-    model = build(trial.axis)
+    model = checked_model(build(trial.axis), what="what build returned")
     # Plain torch casts and trains what it is given, which may be the caller's own model, out of
     # which the ranks are about to be cut.
     return copy.deepcopy(model) if trial.is_reference else model

@@ -17,6 +17,7 @@ from shardproof.errors import UsageError
 from shardproof.leaves import Layout, replicated
 from shardproof.prover.case import Trial, parameter_layouts
 from shardproof.prover.update import INITIAL, MakeOptimizer, Update, make_optimizer
+from shardproof.wording import shown
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Training:
                     f"{type(model).__name__} returns a {type(output).__name__}, and a proof needs "
                     f"one tensor. Wrap it in a module that returns the tensor to compare."
                 )
-            return output, self.loss(trial, output, batch.target)
+            return output, _checked_loss(self.loss(trial, output, batch.target))
 
     def _update(
         self,
@@ -137,6 +138,31 @@ class Training:
         with trial.measured():
             optimizer.step()
         update.record(prefix=prefix)
+
+
+def _checked_loss(loss: object) -> Tensor:
+    """What a loss function returned, if something can be learned from it.
+
+    Raises:
+        UsageError: it is no tensor of one number, or does not depend on a parameter.
+    """
+    if not isinstance(loss, Tensor):
+        raise UsageError(
+            f"the loss is {shown(loss)}, not a tensor. Return what a loss of torch gives, such as "
+            "torch.nn.functional.mse_loss(output, target)."
+        )
+    if loss.numel() != 1 or not loss.is_floating_point():
+        kind = str(loss.dtype).removeprefix("torch.")
+        raise UsageError(
+            f"the loss has shape {tuple(loss.shape)} and dtype {kind}, and a loss is one "
+            "floating-point number. Take its mean() or its sum()."
+        )
+    if not loss.requires_grad:
+        raise UsageError(
+            "the loss has no gradient: no parameter took part in it, or it was detached. Compute "
+            "it from the output without detach() and no_grad()."
+        )
+    return loss
 
 
 def record_parameters(

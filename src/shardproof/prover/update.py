@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from shardproof.errors import NumericsError
 from shardproof.leaves import replicated
+from shardproof.objects import checked_optimizer
 from shardproof.prover.case import Trial, parameter_layouts
 from shardproof.prover.rounding import Step, spread
 
@@ -28,7 +29,9 @@ def make_optimizer(make: MakeOptimizer, model: nn.Module) -> Optimizer:
     Raises:
         NumericsError: it is a fused one.
     """
-    optimizer = make(model.parameters())
+    optimizer = checked_optimizer(
+        make(model.parameters()), what="what the function optimizer returned"
+    )
     if any(group.get("fused") for group in optimizer.param_groups):
         raise NumericsError(
             f"{type(optimizer).__name__}(fused=True) gives other bits when a parameter is cut. "

@@ -17,6 +17,7 @@ from shardproof.transport.base import Call, Transport
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.shared import SharedTransport
 from shardproof.transport.solo import SoloTransport
+from shardproof.wording import shown
 
 AUTO, SHM, GLOO, NCCL = "auto", "shm", "gloo", "nccl"
 
@@ -46,7 +47,7 @@ def checked_transport(transport: Any, known: Sequence[str] = NAMES) -> str:
         UsageError: it is none of those known.
     """
     if not isinstance(transport, str) or transport not in known:
-        raise UsageError(f"unknown transport {transport!r}. Use one of: {', '.join(known)}.")
+        raise UsageError(f"unknown transport {shown(transport)}. Use one of: {', '.join(known)}.")
     return transport
 
 

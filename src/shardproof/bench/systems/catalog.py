@@ -15,6 +15,7 @@ from shardproof.bench.systems import (
 )
 from shardproof.errors import UsageError
 from shardproof.scheme import NUMERICS, Numerics
+from shardproof.wording import VALUE, shown
 
 MODELS = LINEARS | {TRANSFORMER}
 OWN = MODELS | {SUM, ANY_DEGREE}
@@ -120,6 +121,6 @@ def find_system(name: str) -> System:
     for system in SYSTEMS:
         if system.name == name:
             return system
-    near = get_close_matches(name, system_names(), n=3, cutoff=0.4)
+    near = get_close_matches(name[:VALUE], system_names(), n=3, cutoff=0.4)
     hint = f"Near names: {', '.join(near)}. " if near else ""
-    raise UsageError(f"there is no system {name!r}. {hint}All: {', '.join(system_names())}.")
+    raise UsageError(f"there is no system {shown(name)}. {hint}All: {', '.join(system_names())}.")

@@ -9,6 +9,7 @@ from shardproof.bench.works.linear import LAYER_OVERHEAD, LINEAR_COLUMN, LINEAR_
 from shardproof.bench.works.llama import LLAMA_GENERATE, LLAMA_STEP
 from shardproof.bench.works.scaling import SCALING
 from shardproof.errors import UsageError
+from shardproof.wording import VALUE, shown
 
 WORKS: tuple[Work, ...] = (
     FFN_1024,
@@ -39,6 +40,6 @@ def find_work(name: str) -> Work:
     for work in WORKS:
         if work.name == name:
             return work
-    near = get_close_matches(name, work_names(), n=3, cutoff=0.4)
+    near = get_close_matches(name[:VALUE], work_names(), n=3, cutoff=0.4)
     hint = f"Near names: {', '.join(near)}. " if near else ""
-    raise UsageError(f"there is no work {name!r}. {hint}All: {', '.join(work_names())}.")
+    raise UsageError(f"there is no work {shown(name)}. {hint}All: {', '.join(work_names())}.")

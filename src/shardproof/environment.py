@@ -1,0 +1,53 @@
+"""Environment variables, made into values or into one clear error that has the variable in it."""
+
+from collections.abc import Mapping, Sequence
+
+from shardproof.errors import AxisError, UsageError
+from shardproof.quantities import LARGEST, read_whole
+from shardproof.wording import shown
+
+TORCHRUN = "Start with `torchrun --nproc-per-node N script.py`"
+
+
+def setting(environment: Mapping[str, str], name: str, known: Sequence[str]) -> str:
+    """One of the known words; the first of them where the variable is missing or empty.
+
+    Small and capital letters are alike, and blanks around the word do not count.
+
+    Raises:
+        UsageError: the variable is set to something else.
+    """
+    text = environment.get(name, "").strip().lower()
+    if not text:
+        return known[0]
+    if text not in known:
+        given = shown(environment[name])
+        raise UsageError(f"{name}={given} is unknown. Use one of: {', '.join(known)}.")
+    return text
+
+
+def number(
+    environment: Mapping[str, str],
+    name: str,
+    *,
+    least: int = 0,
+    most: int = LARGEST,
+    way_out: str = TORCHRUN,
+) -> int:
+    """The number that a variable of torchrun is set to; the variable is there.
+
+    Raises:
+        AxisError: it is no whole number, too small or too large.
+    """
+    found = read_whole(environment[name])
+    if found is None:
+        raise AxisError(
+            f"the environment has {name}={shown(environment[name])}, which is not a whole number. "
+            f"{way_out}."
+        )
+    if not least <= found <= most:
+        raise AxisError(
+            f"the environment has {name}={shown(found)}, which is not from {least} to {most}. "
+            f"{way_out}."
+        )
+    return found

@@ -1,0 +1,97 @@
+"""How a value that somebody else wrote appears in a message: short, on one line, whatever it is."""
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+VALUE = 200  # characters that a message spends on one value
+TEXT = 1000  # characters of a path or of another library's message: its end matters as well
+_DEPTH = 3
+
+
+def shown(value: Any) -> str:
+    """The value as Python writes it, cut if that is long.
+
+    Nothing in it can fail, hang or flood a message: a repr that raises is replaced by the name of
+    the type, and of a long text or list only the start is looked at.
+
+    >>> shown("colwise"), shown([1, 2]), shown("x" * 5000)[-30:]
+    ("'colwise'", '[1, 2]', "xxxxx...' (5,000 characters)")
+    """
+    return _cut(one_line(_repr(value, _DEPTH)), VALUE)
+
+
+def written(text: str, *, most: int = TEXT) -> str:
+    """Text as it was written, without quotes: cut in its middle if long, line ends spelt.
+
+    >>> written("--json"), written("x" * 4000, most=9)
+    ('--json', 'xxx...xxx')
+    """
+    if len(text) > most:
+        kept = max(1, (most - 3) // 2)
+        text = f"{text[:kept]}...{text[-kept:]}"
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
+def one_line(text: str) -> str:
+    """Text with every run of blanks and line ends as one blank; long text is cut before that."""
+    return " ".join(text[: 4 * TEXT].split())
+
+
+def few(items: Iterable[Any], *, most: int = 5) -> str:
+    """Items as prose, no more than `most` of them, and how many more there are.
+
+    >>> few(["a", "b"]), few(range(20_000), most=2)
+    ('a, b', '0, 1 and 19,998 more')
+    """
+    known = list(items)
+    first = ", ".join(written(str(each), most=VALUE) for each in known[:most])
+    return first if len(known) <= most else f"{first} and {len(known) - most:,} more"
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def _repr(value: Any, depth: int) -> str:
+    if type(value) in (str, bytes, bytearray):
+        return _of_text(value)
+    if type(value) is int and value.bit_length() > 400:
+        return f"a whole number of {value.bit_length():,} bits"
+    if type(value) in (list, tuple, set, frozenset, dict):
+        return _of_collection(value, depth)
+    try:
+        return repr(value)
+    except Exception:  # whatever a class of somebody else raises there
+        return f"<{type(value).__name__}, which cannot be written>"
+
+
+def _of_text(value: str | bytes | bytearray) -> str:
+    most = VALUE - 40
+    if len(value) <= most:
+        return repr(value)
+    unit = "characters" if isinstance(value, str) else "bytes"
+    start = repr(value[:most])
+    return f"{start[:-1]}...{start[-1]} ({len(value):,} {unit})"
+
+
+def _of_collection(value: Any, depth: int) -> str:
+    kind = type(value).__name__
+    if not depth:
+        return f"<{kind} of {len(value)}>"
+    if isinstance(value, dict):
+        parts = [
+            f"{_repr(key, depth - 1)}: {_repr(each, depth - 1)}"
+            for key, each in islice(value.items(), 6)
+        ]
+    else:
+        parts = [_repr(each, depth - 1) for each in islice(value, 6)]
+    if len(value) > len(parts):
+        parts.append(f"... ({len(value):,} in all)")
+    start, end = {"list": ("[", "]"), "tuple": ("(", ")")}.get(kind, ("{", "}"))
+    if kind == "tuple" and len(value) == 1:
+        parts.append("")
+    inside = ", ".join(parts).rstrip(" ")
+    if kind == "frozenset" or (kind == "set" and not value):
+        return f"{kind}({start}{inside}{end})" if value else f"{kind}()"
+    return f"{start}{inside}{end}"
