@@ -26,7 +26,7 @@ NATIVE = Scheme(numerics="native")
 
 
 def here() -> int:
-    """This thread's number of threads: given to ranks where contracts are compared, it is theirs."""
+    """This thread's number of threads, for ranks whose contract is compared with its own."""
     return torch.get_num_threads()
 
 
