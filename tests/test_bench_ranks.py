@@ -319,9 +319,9 @@ def spare_bytes(branch: str | None) -> int:
     state = mode.set_blas_mode()
     is_blas = branch is not None or (state.own_rows < TOKENS and state.took)
     is_leafwise = branch == "leafwise" or (branch is None and state.is_leafwise)
-    # Input, target, output and its gradient; a product of BLAS before it is added; the operands
-    # of one leaf, copied.
-    return ACTIVATION * (4 + is_blas) + LEAF * is_leafwise
+    # Input, target, output and its gradient; two products of BLAS before they are added, one of
+    # them another rank's; the operands of one leaf, copied.
+    return ACTIVATION * (4 + 2 * is_blas) + LEAF * is_leafwise
 
 
 @pytest.mark.parametrize(

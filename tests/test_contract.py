@@ -26,7 +26,7 @@ NATIVE = Scheme(numerics="native")
 
 
 def here() -> int:
-    """Threads of this thread: ranks whose contracts are compared with it get as many."""
+    """This thread's number of threads, for ranks whose contract is compared with its own."""
     return torch.get_num_threads()
 
 

@@ -302,7 +302,7 @@ def test_a_step_that_nobody_meddles_with_is_proved() -> None:
     change = meddle("up.weight", lambda old, new: new)
     report = prove(meddling(), change=change, degrees=(1,))
     expect_proved(report)
-    assert {KEY_BIAS, "attention.key.weight", "up.weight"} <= decided(report)
+    assert KEY_BIAS in decided(report)
 
 
 def test_a_bias_of_keys_that_is_never_updated() -> None:
