@@ -59,8 +59,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layers.__init__",),
     ("optim",),
     # Models of Hugging Face transformers, which compute through these layers.
-    ("hf.models", "hf.attention", "hf.generation", "hf.head", "hf.saving", "hf.weights"),
-    ("hf.skeleton",),
+    ("hf.models", "hf.attention", "hf.cut_logits", "hf.generation", "hf.saving", "hf.weights"),
+    ("hf.head", "hf.skeleton"),
     ("hf.__init__",),
     # Which module is cut how.
     ("plans.probe", "plans.style", "plans.text"),
