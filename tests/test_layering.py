@@ -64,7 +64,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("hf.__init__",),
     # Which module is cut how.
     ("plans.probe", "plans.style", "plans.text"),
-    ("plans.attention", "plans.collective", "plans.functional_dropout"),
+    ("plans.attend", "plans.attention", "plans.collective", "plans.functional_dropout"),
     ("plans.match", "plans.repeated"),
     ("plans.module_plan",),
     ("plans.fit", "plans.model_plan", "plans.parts"),

@@ -3,7 +3,7 @@
 A rank computes its part of the vocabulary, and the loss of a model takes the parts as they are. So
 nothing is sent for logits that nobody looks at. Whoever looks gets whole logits: the first use that
 is not element-wise gathers them, on all ranks together.
-Why a tensor subclass, and why it gathers by itself: docs/decisions/0030-logits-are-whole-when-used.md.
+Why a tensor subclass that gathers by itself: docs/decisions/0030-logits-are-whole-when-used.md.
 """
 
 from collections.abc import Mapping, Sequence
@@ -124,12 +124,12 @@ class CutLogits(Tensor):
     """
 
     _held: _Held
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __new__(cls, held: _Held) -> Self:
         """Show what `held` is a part of."""
         some = held.some
-        made: Self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Self = Tensor._make_wrapper_subclass(
             cls, held.shape, dtype=some.dtype, device=some.device
         )
         made._held = held
@@ -168,7 +168,7 @@ class CutLogits(Tensor):
         return self.view(self.shape)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Sequence[type],
@@ -196,7 +196,7 @@ class CutLogits(Tensor):
         # What was written to is what was given.
         return tree_map(lambda each: known.get(id(each), each), y)
 
-    def __repr__(self, *args: Any, **kwargs: Any) -> str:
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         """What it is; the numbers only if they are here already, for to print is no collective."""
         held = self._held
         if held.part is None:

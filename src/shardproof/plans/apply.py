@@ -72,7 +72,7 @@ def parallelize(
     twins = twins_of(model, made, asked, axis)
     problems += _hooked([*replaced_by(made), *twins], model)
     if asked.is_invariant:
-        problems += irreplaceable(model, twins)
+        problems += irreplaceable(model, twins, made)
     if not is_transformers(model):
         problems += _unattended(made)
     if problems:
@@ -105,7 +105,7 @@ def _agree(plan: Plan | None, scheme: Scheme, model: nn.Module, axis: Axis) -> N
 
 def _change(model: nn.Module, made: ModelPlan, twins: Mapping[str, nn.Module], axis: Axis) -> None:
     """Do what has been checked."""
-    cutter = Cutter(model, made.scheme, axis, made.head)
+    cutter = Cutter(model, made.scheme, axis, made.head, made.manners)
     cutter.cut(made.styles)
     for name, twin in twins.items():
         cutter.replace(name, twin)

@@ -98,6 +98,31 @@ def output_head(styles: dict[str, Style], model: nn.Module) -> str | None:
     return head if is_causal and is_cut else None
 
 
+def ungathered_heads(styles: dict[str, Style], head: str | None, model: nn.Module) -> Iterator[str]:
+    """Heads that would give a part of their logits under the name of the whole.
+
+    Args:
+        styles: module name -> style.
+        head: whose logits become whole when they are used.
+        model: of transformers; what stands beside its base model is a head.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    if not prefix or getattr(model, "base_model", model) is model:
+        return
+    beside = {
+        name: style for name, style in styles.items() if not f"{name}.".startswith(f"{prefix}.")
+    }
+    if any(isinstance(style, RowParallel) for style in beside.values()):
+        return  # a head of several layers, which takes its shards back
+    for name, style in beside.items():
+        if isinstance(style, ColumnParallel) and not style.gather_output and name != head:
+            yield (
+                f"module {name!r} is a head of {type(model).__name__}, whose outputs would be this "
+                "rank's part of the classes. Use ColumnParallel(gather_output=True) for it, or "
+                "leave it out of the plan."
+            )
+
+
 def _name_of(model: nn.Module, method: str) -> str | None:
     """Name of the module that a method of the model returns."""
     get = getattr(model, method, None)

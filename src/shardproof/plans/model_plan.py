@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from shardproof.errors import PlanError, UsageError
 from shardproof.leaves import whole_number
+from shardproof.plans.attend import Manner
 from shardproof.plans.collective import Collective, Counts, Step, count
 from shardproof.plans.match import near_names
 from shardproof.plans.module_plan import ModulePlan, Row, held_bytes, rows, style_dict
@@ -28,6 +29,7 @@ class ModelPlan:
         head: the output head whose logits the model's own loss takes as they are cut; None where
             logits are whole.
         notes: what a reader should know.
+        manners: name of an attention whose child attends -> what that was found to compute.
     """
 
     model: str
@@ -37,6 +39,7 @@ class ModelPlan:
     modules: tuple[ModulePlan, ...]
     head: str | None = None
     notes: tuple[str, ...] = ()
+    manners: Mapping[str, Manner] = field(default_factory=dict)
 
     @property
     def scheme(self) -> Scheme:

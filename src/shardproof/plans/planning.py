@@ -9,10 +9,17 @@ from shardproof.errors import PlanError, UsageError
 from shardproof.hf.attention import implementation_problems
 from shardproof.hf.models import is_transformers
 from shardproof.leaves import check_degree, checked_degree
+from shardproof.plans.attend import Manner, manner_of
 from shardproof.plans.attention import recognise
 from shardproof.plans.fit import link_ties, misfits
 from shardproof.plans.functional_dropout import functional_dropout
-from shardproof.plans.hf_plan import Reading, lost_norms, output_head, read_tp_plan
+from shardproof.plans.hf_plan import (
+    Reading,
+    lost_norms,
+    output_head,
+    read_tp_plan,
+    ungathered_heads,
+)
 from shardproof.plans.match import find, fits
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.module_plan import ModulePlan
@@ -88,6 +95,7 @@ def draft(
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     linked.sort(key=lambda module: order[module.name])
     styles = dict(sorted(styles.items(), key=lambda item: order[item[0]]))
+    manners, unlike = _manners(styles, model)
     made = ModelPlan(
         type(model).__name__,
         degree,
@@ -96,8 +104,12 @@ def draft(
         tuple(linked),
         head,
         (*reading.notes, *_incomplete(linked, source)),
+        manners,
     )
+    problems += unlike
     problems += ties + _irreplaceable(styles, model) + functional_dropout(styles, model)
+    if is_transformers(model):
+        problems += ungathered_heads(styles, head, model)
     return made, problems
 
 
@@ -146,6 +158,17 @@ def _irreplaceable(styles: Mapping[str, Style], model: nn.Module) -> list[str]:
         if isinstance(style, Attention) and style.attend is None
     ]
     return implementation_problems(model, ours)
+
+
+def _manners(styles: Mapping[str, Style], model: nn.Module) -> tuple[dict[str, Manner], list[str]]:
+    """What children that attend compute, and one sentence for each that ours cannot stand for."""
+    attending = {
+        name: manner_of(name, style, model)
+        for name, style in styles.items()
+        if isinstance(style, Attention) and style.attend is not None
+    }
+    manners = {name: each for name, each in attending.items() if isinstance(each, Manner)}
+    return manners, [each for each in attending.values() if isinstance(each, str)]
 
 
 def _lacks_members(name: str, style: Style, wrong: Mapping[str, object]) -> bool:
