@@ -80,7 +80,7 @@ class Child(nn.Module):
         super().__init__()
         self.function = function
         for name, value in attributes.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)

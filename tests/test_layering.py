@@ -59,13 +59,21 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layers.__init__",),
     ("optim",),
     # Models of Hugging Face transformers, which compute through these layers.
-    ("hf.models", "hf.attention", "hf.cut_logits", "hf.generation", "hf.saving", "hf.weights"),
+    (
+        "hf.models",
+        "hf.attention",
+        "hf.cache",
+        "hf.cut_logits",
+        "hf.generation",
+        "hf.refused",
+        "hf.weights",
+    ),
     ("hf.head", "hf.skeleton"),
     ("hf.__init__",),
     # Which module is cut how.
     ("plans.probe", "plans.style", "plans.text"),
     ("plans.attend", "plans.attention", "plans.collective", "plans.functional_dropout"),
-    ("plans.match", "plans.repeated"),
+    ("plans.match", "plans.repeated", "plans.strangers"),
     ("plans.module_plan",),
     ("plans.fit", "plans.model_plan", "plans.parts"),
     ("plans.hf_plan",),

@@ -237,7 +237,8 @@ def _shared_inputs(styles: dict[str, Style], model: nn.Module) -> dict[str, Styl
         is_mlp = parent.lower().endswith("mlp") and rows.get(parent) == 1
         members = gated if len(gated) == 2 else children if is_mlp else []
         linears = [model.get_submodule(f"{parent}.{child}".lstrip(".")) for child in members]
-        sizes = {(each.in_features, each.out_features) for each in linears}
+        are_plain = all(type(each) is nn.Linear for each in linears)  # others are refused later
+        sizes = {(each.in_features, each.out_features) for each in linears if are_plain}
         if len(members) > 1 and len(sizes) == 1:
             found[parent] = SharedInput(tuple(members))
     return found

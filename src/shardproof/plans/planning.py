@@ -24,6 +24,7 @@ from shardproof.plans.match import find, fits
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.module_plan import ModulePlan
 from shardproof.plans.parts import Parts
+from shardproof.plans.strangers import lazy
 from shardproof.plans.style import Attention, Plan, SharedInput, Style
 from shardproof.plans.text import listed, pattern
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
@@ -74,6 +75,8 @@ def draft(
     For whoever has more to check before anything is raised.
     """
     degree = checked_degree(degree)
+    if problem := lazy(model):
+        raise PlanError(problem)
     given = plan.styles if isinstance(plan, Plan) else plan
     if isinstance(plan, Plan):
         if scheme not in (DEFAULT_SCHEME, plan.scheme):
