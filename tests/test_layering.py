@@ -73,7 +73,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # Which module is cut how.
     ("plans.probe", "plans.style", "plans.text"),
     ("plans.attend", "plans.attention", "plans.collective", "plans.functional_dropout"),
-    ("plans.match", "plans.repeated", "plans.strangers"),
+    ("plans.match", "plans.repeated", "plans.strangers", "plans.suggestion"),
     ("plans.module_plan",),
     ("plans.fit", "plans.model_plan", "plans.parts"),
     ("plans.hf_plan",),

@@ -26,6 +26,7 @@ from shardproof.plans.module_plan import ModulePlan
 from shardproof.plans.parts import Parts
 from shardproof.plans.strangers import lazy
 from shardproof.plans.style import Attention, Plan, SharedInput, Style
+from shardproof.plans.suggestion import Entries
 from shardproof.plans.text import listed, pattern
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
 
@@ -84,7 +85,11 @@ def draft(
         scheme = plan.scheme
     check_degree(degree, scheme.leaves)
     source = "the tp_plan" if given is None else "the plan"
-    reading = read_tp_plan(model) if given is None else _explicit(given, model)
+
+    def serves(entries: Entries) -> bool:
+        return not draft(model, entries, degree=degree, scheme=scheme)[1]
+
+    reading = read_tp_plan(model, serves) if given is None else _explicit(given, model)
     wrong = misfits(reading.styles, model)
     problems = reading.problems + [problem for several in wrong.values() for problem in several]
     # What is said to be wrong of a module is enough; the rest is looked at as it will be.

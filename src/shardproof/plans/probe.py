@@ -47,7 +47,8 @@ def seen_call(
     hook = parent.get_submodule(child).register_forward_pre_hook(look, with_kwargs=True)
     try:
         with torch.no_grad():
-            functional_call(parent, on_meta, (), _arguments(parent, hidden_size, length, head_dim))
+            x = torch.empty(1, length, hidden_size, device="meta")
+            functional_call(parent, on_meta, (), arguments_of(parent, x, head_dim))
     except Exception:  # whatever a model's own code raises when it is called with too little
         return seen[0] if seen else None
     finally:
@@ -55,11 +56,17 @@ def seen_call(
     return None
 
 
-def _arguments(parent: nn.Module, size: int, length: int, head_dim: int) -> dict[str, Any]:
-    """Hidden states, angles, and None for whatever else has no default."""
+def arguments_of(parent: nn.Module, x: Tensor, head_dim: int) -> dict[str, Any]:
+    """Hidden states, angles, and None for whatever else has no default.
+
+    Args:
+        parent: whose forward is to be called.
+        x: (rows, length, hidden_size), on the meta device.
+        head_dim: of the angles.
+    """
     first, *others = inspect.signature(parent.forward).parameters.values()
-    angles: Tensor = torch.empty(1, length, head_dim, device="meta")
-    given: dict[str, Any] = {first.name: torch.empty(1, length, size, device="meta")}
+    angles: Tensor = torch.empty(1, x.shape[1], head_dim, device="meta")
+    given: dict[str, Any] = {first.name: x}
     for parameter in others:
         if parameter.name == "position_embeddings":
             given[parameter.name] = (angles, angles)
