@@ -45,8 +45,8 @@ def parallelize(
     change with the cut or with threads become ours too; calls such as `F.silu` inside a forward
     cannot be seen, the prover names them. Dropout becomes dropout by position.
 
-    A model of Hugging Face transformers keeps its own forward. With `labels`, `model(...).logits`
-    is this rank's part of the vocabulary, from which the loss is computed; without, it is whole.
+    A model of Hugging Face transformers keeps its own forward. `model(...).logits` are whole: at
+    once without `labels`, and on their first use (`hf.CutLogits`) where a loss is computed.
 
     Args:
         model: the same on every rank, weights too, of which a sample is compared; on the meta

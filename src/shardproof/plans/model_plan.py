@@ -90,7 +90,7 @@ class ModelPlan:
             batch: rows.
             length: tokens of a row; in generation 1 after the prompt.
             labels: the model is given labels and computes its loss, for which the logits are not
-                gathered.
+                gathered; whoever uses them adds one all_gather.
             logits: tokens of a row whose logits are computed; None: all (generation: 1).
             rank: whose sent bytes.
             module: of this module alone: a name as in `modules`.

@@ -106,6 +106,10 @@ def _candidates(module: nn.Module) -> Iterator[tuple[tuple[str, ...], str]]:
             yield together, down
 
 
+class _UntriedError(Exception):
+    """A pair was not tried, or is none."""
+
+
 class _Followed(Tensor):
     """Numbers of a trial, and all that is computed from them: torch hands the class on."""
 
@@ -119,9 +123,15 @@ class _Gives(nn.Module):
         self.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (*, in_features), on the meta device; what is given is not."""
+        """x: (*, in_features), on the meta device; what is given is not.
+
+        Raises:
+            _UntriedError: it is computed from such numbers.
+        """
+        if not x.is_meta:
+            raise _UntriedError("the numbers do not end in the last linear, and nowhere else")
         self.calls += 1
-        return self.y if x.is_meta and x.shape[:-1] == self.y.shape[:-1] else x.new_empty(0)
+        return self.y.reshape(*x.shape[:-1], self.y.shape[-1])
 
 
 class _Takes(nn.Module):
@@ -159,7 +169,7 @@ def _given(module: nn.Module, ups: tuple[str, ...], down: str, numbers: list[Ten
     """What `down` is given when `ups` give these numbers.
 
     Raises:
-        ValueError: one of them is not called once, or the numbers go somewhere else too.
+        _UntriedError: one of them is not called once, or the numbers go somewhere else too.
     """
     first: Any = module.get_submodule(ups[0])
     last: Any = module.get_submodule(down)
@@ -174,9 +184,9 @@ def _given(module: nn.Module, ups: tuple[str, ...], down: str, numbers: list[Ten
         y = twin(**arguments_of(twin, x, head_dim=2))
     leaves = [leaf for leaf in tree_leaves(y) if isinstance(leaf, Tensor)]
     if [each.calls for each in gives] != [1] * len(gives) or len(takes.given) != 1:
-        raise ValueError("the linears are not called once each")
+        raise _UntriedError("the linears are not called once each")
     if any(isinstance(leaf, _Followed) for leaf in leaves) or takes.given[0].is_meta:
-        raise ValueError("the numbers do not end in the last linear, and nowhere else")
+        raise _UntriedError("the numbers do not end in the last linear, and nowhere else")
     return takes.given[0].as_subclass(Tensor)
 
 
