@@ -97,7 +97,8 @@ class Steps:
         ids, labels = tokens()
         with keeping(torch.float64 if trial.is_precise else torch.float32):
             out = model(input_ids=ids, labels=labels, use_cache=False)
-        trial.record(f"{prefix}logits", out.logits, logits_layout(trial, model), judged=judged)
+        logits = getattr(out.logits, "part", out.logits)  # plain torch has no parts
+        trial.record(f"{prefix}logits", logits, logits_layout(trial, model), judged=judged)
         trial.record(f"{prefix}loss", out.loss, judged=judged)
         out.loss.backward()
         if trial.axis is not None:

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import json
 import pkgutil
 import re
 from collections.abc import Callable
@@ -443,14 +444,43 @@ def test_an_embedding_that_computes_stays_whole_with_what_it_is_tied_to() -> Non
 def test_models_without_a_plan() -> None:
     with torch.device("meta"):
         gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1))
-        opt = transformers.OPTForCausalLM(transformers.OPTConfig(num_hidden_layers=2))
+        opt = transformers.OPTForCausalLM(transformers.OPTConfig(num_hidden_layers=2, dropout=0.0))
     with pytest.raises(PlanError, match="GPT2LMHeadModel carries no tp_plan, and no plan is given"):
         plan(gpt2, degree=2)
     with pytest.raises(PlanError) as caught:
         plan(opt, degree=2)
     assert str(caught.value).startswith("OPTForCausalLM carries no tp_plan, and no plan is given. ")
-    for name, style in (("self_attn.q_proj", "colwise"), ("fc1", "colwise"), ("fc2", "rowwise")):
-        assert f'"model.decoder.layers.*.{name}": "{style}"' in str(caught.value)
+    written = json.loads(re.search(r"\{.*?\}", str(caught.value))[0])  # type: ignore[index]
+    assert written == {
+        f"model.decoder.layers.*.{name}": style
+        for name, style in (("fc1", "colwise"), ("fc2", "rowwise"))
+    }
+    assert plan(opt, written, degree=2).share > 0.1
+
+
+def test_what_is_suggested_for_a_model_without_a_plan_is_right(pool: Pool) -> None:
+    config = transformers.OPTConfig(
+        hidden_size=32, num_hidden_layers=2, ffn_dim=61, num_attention_heads=4, vocab_size=60,
+        word_embed_proj_dim=32, dropout=0.0, max_position_embeddings=16,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    opt = transformers.OPTForCausalLM(config)
+    with pytest.raises(PlanError) as caught:
+        plan(opt, degree=2)
+    written = json.loads(re.search(r"\{.*?\}", str(caught.value))[0])  # type: ignore[index]
+    ids = torch.arange(20).view(2, 10)
+    truth = opt(ids, labels=ids)
+
+    def run(axis: Axis) -> tuple[torch.Tensor, torch.Tensor]:
+        out = sp.parallelize(copy.deepcopy(opt), written, axis)(ids, labels=ids)
+        return out.loss.detach(), out.logits.detach()
+
+    ((loss, logits),) = pool(1, "threads").run(run)
+    torch.testing.assert_close(loss, truth.loss.detach())
+    torch.testing.assert_close(logits, truth.logits.detach(), rtol=1e-4, atol=1e-5)
+    for other, others in pool(3, "threads").run(run):
+        assert torch.equal(other, loss)
+        assert torch.equal(others, logits)
 
 
 # -- all that the library knows --------------------------------------------------------------------

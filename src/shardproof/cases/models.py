@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from shardproof.axis import Axis
 from shardproof.cases.gpt import layout_of_logits
 from shardproof.cases.lesson import Lesson, Scores, copy_weights
+from shardproof.hf.cut_logits import CutLogits
 from shardproof.hf.skeleton import EXTRA, MODULE
 from shardproof.leaves import Layout, replicated
 from shardproof.plans.apply import parallelize
@@ -87,7 +88,9 @@ def score(model: nn.Module, tokens: Tensor) -> Scores:
     out = model(input_ids=tokens, labels=tokens, use_cache=False)
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     shape = (*tokens.shape, head.out_features)
-    return Scores(out.logits, layout_of_logits(head, shape), out.loss)
+    # The part, for no rank is to hold whole logits in a case.
+    logits = out.logits.part if isinstance(out.logits, CutLogits) else out.logits
+    return Scores(logits, layout_of_logits(head, shape), out.loss)
 
 
 def predict(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Layout]:

@@ -129,6 +129,12 @@ def _attend(
     Comm:
         as `HeadAttention`.
     """
+    if not hasattr(module, CHILD):
+        raise UsageError(
+            f"{type(module).__name__} is whole, and its config is that of a cut model, which names "
+            "shardproof's attention. Make the model from a config of its own, or set "
+            "config._attn_implementation = 'sdpa' (or 'eager') before it is made."
+        )
     _refuse(module, options)
     y = getattr(module, CHILD)(
         query,

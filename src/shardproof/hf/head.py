@@ -1,4 +1,4 @@
-"""The output head of a causal language model: logits stay cut where labels are given."""
+"""The output head of a causal language model: logits stay cut until somebody uses them."""
 
 import functools
 import inspect
@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardproof.collectives import all_gather
+from shardproof.collectives import all_gather, shard
 from shardproof.errors import UsageError
 from shardproof.functional.vocabulary import vocab_cross_entropy
+from shardproof.hf.cut_logits import CutLogits
 from shardproof.layers.linear import ColumnParallelLinear
 
 LOSS_TYPE = "ForCausalLM"
@@ -19,7 +20,7 @@ class HeadState:
     """What the head must know of the model's call under way.
 
     Attributes:
-        has_labels: logits are for the loss alone, which takes them cut.
+        has_labels: a loss follows, which takes logits as they are cut.
     """
 
     def __init__(self) -> None:
@@ -27,17 +28,17 @@ class HeadState:
 
 
 def adapt_head(model: nn.Module, head: ColumnParallelLinear) -> None:
-    """Keep the logits cut for the loss, and gather them for everybody else.
+    """Keep the logits cut for the loss, and give whole ones to everybody else.
 
-    With labels, `model(...).logits` is this rank's part of the vocabulary, Shard(-1), and the loss
-    is computed from the parts; without, logits are whole.
+    With labels, `model(...).logits` are `CutLogits`, whole on their first use, and the loss is
+    computed from the parts; without, logits are gathered at once.
 
     Args:
         model: a causal language model of transformers.
         head: its output head, cut along the vocabulary, without gather_output.
     """
     state = HeadState()
-    head.register_forward_hook(functools.partial(_gather_logits, state))
+    head.register_forward_hook(functools.partial(_give_logits, state))
     if getattr(model, "loss_type", None) != LOSS_TYPE:
         return
     parameters = list(inspect.signature(type(model).forward).parameters)
@@ -60,16 +61,16 @@ def _end(state: HeadState, module: nn.Module, args: Any, output: Any) -> None:
     state.has_labels = False
 
 
-def _gather_logits(
+def _give_logits(
     state: HeadState, head: ColumnParallelLinear, inputs: Any, logits: Tensor
-) -> Tensor | None:
-    """(*, owned vocabulary), Shard(-1), to (*, vocabulary), Replicate, unless a loss follows.
+) -> Tensor:
+    """(*, owned vocabulary), Shard(-1), to (*, vocabulary): at once, or when they are used.
 
     Comm:
         forward one all_gather of (*, vocabulary), without labels; backward none.
     """
     if state.has_labels:
-        return None
+        return CutLogits.of(logits, axis=head.axis, cut=head.cut, who=head.name)
     return all_gather(
         logits, head.axis, dim=logits.dim() - 1, cut=head.cut, grad="replicate", who=head.name
     )
@@ -85,11 +86,11 @@ def _causal_loss(
     shift_labels: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """The loss of transformers for a causal language model, on logits that stay cut.
+    """The loss of transformers for a causal language model, from logits as they are cut.
 
     Args:
         head: whose logits these are.
-        logits: (B, T, owned vocabulary), Shard(-1).
+        logits: (B, T, vocabulary): `CutLogits`, or Replicate.
         labels: (B, T), Replicate; token t is compared with the logits of t - 1.
         vocab_size: on all ranks together; the cut says it too.
         num_items_in_batch: what the sum is divided by; None: the tokens that count.
@@ -99,7 +100,8 @@ def _causal_loss(
     Returns:
         (), Replicate, fp32 or fp64.
     Comm:
-        forward one all_gather of the statistics of every leaf; backward none.
+        forward one all_gather of the statistics of every leaf; backward none, for `CutLogits`; one
+        all_gather of (B, T, vocabulary), for whole logits.
     """
     if shift_labels is None:
         if labels is None:
@@ -108,7 +110,12 @@ def _causal_loss(
             )
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     target = shift_labels.reshape(-1).to(logits.device)
-    rows = logits.reshape(target.shape[0], logits.shape[-1])
+    part = (
+        logits.part
+        if isinstance(logits, CutLogits)
+        else shard(logits, head.axis, dim=logits.dim() - 1, cut=head.cut, who=head.name)
+    )
+    rows = part.reshape(target.shape[0], part.shape[-1])
     return vocab_cross_entropy(
         rows if rows.dtype.itemsize > 2 else rows.float(),
         target,

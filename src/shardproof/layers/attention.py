@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shardproof.errors import UsageError
 from shardproof.functional.attention import attention
 from shardproof.functional.attention_site import AttentionSite
 from shardproof.layers.dropout import Drawing
@@ -19,6 +20,8 @@ class HeadAttention(Drawing):
         is_causal: unless a call says otherwise.
         dropout: of attention weights in training, unless a call says otherwise. Keyed by (seed,
             name, step, query head), so that the degree does not change it.
+        is_square: refuse a causal call with more keys than queries, of which the module that this
+            one stands for may have thought otherwise.
 
     Attributes:
         name, step: see `Drawing`.
@@ -35,9 +38,15 @@ class HeadAttention(Drawing):
     """
 
     def __init__(
-        self, site: AttentionSite, *, is_causal: bool = False, dropout: float = 0.0
+        self,
+        site: AttentionSite,
+        *,
+        is_causal: bool = False,
+        dropout: float = 0.0,
+        is_square: bool = False,
     ) -> None:
         super().__init__(f"{site.who}.attention")
+        self._is_square = is_square
         self.site = site
         self.is_causal = is_causal
         self.dropout = dropout
@@ -58,6 +67,14 @@ class HeadAttention(Drawing):
         """See the class; `mask` and the rest as in `functional.attention`."""
         site = self.site
         self.calls += 1
+        is_causal = self.is_causal if is_causal is None else is_causal
+        if self._is_square and is_causal and q.shape[2] != k.shape[2]:
+            raise UsageError(
+                f"{site.who!r}: {q.shape[2]} queries and {k.shape[2]} keys, with is_causal=True: "
+                "the module that attends was compared with shardproof's for as many queries as "
+                "keys, and functions differ in which keys the last queries see. Give a mask, and "
+                "is_causal=False."
+            )
         is_idle = not site.owned
         if is_idle:  # what came is a stand-in
             q, k, v = q[:, :0], k[:, :0], v[:, :0]
@@ -67,7 +84,7 @@ class HeadAttention(Drawing):
             v,
             site,
             mask=mask,
-            is_causal=self.is_causal if is_causal is None else is_causal,
+            is_causal=is_causal,
             scale=scale,
             softcap=softcap,
             dropout=self._dropout(dropout),

@@ -262,6 +262,8 @@ class ColumnParallelLinear(_ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class for shapes, placements and Comm."""
+        if "weight" not in self._parameters:
+            self._require_own_weight()
         if x.dim() == 0 or x.size(-1) != self._width:
             self._refuse_width(x, self._width)
         if self._shared is not None and x.requires_grad and torch.is_grad_enabled():
@@ -358,6 +360,8 @@ class RowParallelLinear(_ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class for shapes, placements and Comm."""
+        if "weight" not in self._parameters:
+            self._require_own_weight()
         if x.dim() == 0 or x.size(-1) != self._width:
             self._refuse_width(x, self._width)
         return row_linear(x, self.weight, self.bias, self._site)

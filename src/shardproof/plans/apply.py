@@ -12,12 +12,13 @@ from shardproof import comm
 from shardproof.axis import Axis, checked_axis
 from shardproof.errors import PlanError, ShardproofError
 from shardproof.hf.attention import take_over
+from shardproof.hf.cache import guard_cache
 from shardproof.hf.generation import guard_generation
 from shardproof.hf.head import adapt_head
 from shardproof.hf.models import is_transformers
 from shardproof.hf.parameters import guard_parameters
-from shardproof.hf.saving import guard_saving
-from shardproof.layers.base import check_state
+from shardproof.hf.refused import guard_methods
+from shardproof.layers.base import ShardedModule, check_state
 from shardproof.numerics import mode
 from shardproof.objects import checked_model
 from shardproof.plans.cut import Cutter
@@ -25,6 +26,7 @@ from shardproof.plans.given import read_plan
 from shardproof.plans.hf_plan import entries_of
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.planning import as_error, draft
+from shardproof.plans.strangers import is_lazy
 from shardproof.plans.style import Attention, Plan, Style
 from shardproof.plans.twins import irreplaceable, replaced_by, twins_of
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
@@ -47,8 +49,8 @@ def parallelize(
     change with the cut or with threads become ours too; calls such as `F.silu` inside a forward
     cannot be seen, the prover names them. Dropout becomes dropout by position.
 
-    A model of Hugging Face transformers keeps its own forward. With `labels`, `model(...).logits`
-    is this rank's part of the vocabulary, from which the loss is computed; without, it is whole.
+    A model of Hugging Face transformers keeps its own forward. `model(...).logits` are whole: at
+    once without `labels`, and on their first use (`hf.CutLogits`) where a loss is computed.
 
     Args:
         model: the same on every rank, weights too, of which a sample is compared; on the meta
@@ -74,7 +76,7 @@ def parallelize(
     twins = twins_of(model, made, asked, axis)
     problems += _hooked([*replaced_by(made), *twins], model)
     if asked.is_invariant:
-        problems += irreplaceable(model, twins)
+        problems += irreplaceable(model, twins, made)
     if not is_transformers(model):
         problems += _unattended(made)
     if problems:
@@ -118,7 +120,7 @@ def _agree(model: Any, plan: Any, scheme: Any, axis: Axis) -> tuple[Plan | None,
 
 def _change(model: nn.Module, made: ModelPlan, twins: Mapping[str, nn.Module], axis: Axis) -> None:
     """Do what has been checked."""
-    cutter = Cutter(model, made.scheme, axis, made.head)
+    cutter = Cutter(model, made.scheme, axis, made.head, made.manners)
     cutter.cut(made.styles)
     for name, twin in twins.items():
         cutter.replace(name, twin)
@@ -130,7 +132,8 @@ def _change(model: nn.Module, made: ModelPlan, twins: Mapping[str, nn.Module], a
         adapt_head(model, model.get_submodule(made.head))  # type: ignore[arg-type]
     if hasattr(model, "generate"):
         guard_generation(model, axis)
-    guard_saving(model)
+    guard_cache(model, axis)
+    guard_methods(model)
     guard_parameters(model)
 
 
@@ -158,17 +161,29 @@ def _describe(plan: Plan | None, scheme: Scheme, model: nn.Module) -> dict[str, 
         found["a hash of the config"] = _hash_config(model.config)
     for name, module in model.named_modules(remove_duplicate=False):
         found[f"module {name!r}" if name else "the model"] = type(module).__name__
+    cut = _cut_before(model)
     for name, value in model.named_parameters(remove_duplicate=False):
         # Where a weight is frozen on one rank only, that rank stays away from collectives.
         frozen = "" if value.requires_grad else " frozen"
         dtype = str(value.dtype).removeprefix("torch.")
-        found[f"parameter {name!r}"] = f"{tuple(value.shape)} {dtype}{frozen}"
+        shape = "no shape yet" if is_lazy(value) else cut.get(id(value), tuple(value.shape))
+        found[f"parameter {name!r}"] = f"{shape} {dtype}{frozen}"
     return found
 
 
 def _named(style: Any) -> Any:
     """A style as it can travel to the other ranks; what is none, as text."""
     return style if isinstance(style, get_args(Style)) else shown(style)
+
+
+def _cut_before(model: nn.Module) -> dict[int, tuple[int, ...]]:
+    """Id of a parameter that is cut already -> shape of the whole, which ranks have alike."""
+    return {
+        id(parameter): layout.shape
+        for module in model.modules()
+        if isinstance(module, ShardedModule)
+        for _, parameter, layout in module.cut_parameters()
+    }
 
 
 def _hash_config(config: Any) -> str:
@@ -188,10 +203,11 @@ def _contract(scheme: Scheme, model: nn.Module) -> str:
 
 def _sample_weights(model: nn.Module) -> dict[str, object]:
     """A short hash of a few elements of every parameter: enough to tell one draw from another."""
+    cut = _cut_before(model)  # the ranks' parts differ, and were compared before they were cut
     return {
         f"a sample of {name!r}": hashlib.sha256(_sample(value)).hexdigest()[:16]
         for name, value in model.named_parameters()
-        if not value.is_meta
+        if not value.is_meta and id(value) not in cut and not is_lazy(value)
     }
 
 
@@ -207,16 +223,21 @@ def _sample(value: Tensor) -> bytes:
 
 
 def _hooked(names: Sequence[str], model: nn.Module) -> list[str]:
-    """Modules that have hooks or a forward set on them and would be replaced, a sentence each."""
+    """Modules that have what would be lost with them if they were replaced, one sentence each."""
     found = []
     for name in names:
         module = model.get_submodule(name)
-        given = "hooks" if any(getattr(module, kind) for kind in _HOOKS) else None
-        given = "a forward of its own" if "forward" in vars(module) else given
-        if given is not None:
+        if any(getattr(module, kind) for kind in _HOOKS):
             found.append(
-                f"module {name!r} has {given}, which the {type(module).__name__} that is replaced "
-                "would lose. Remove them (weight_norm too is one), and register them after "
-                "parallelize."
+                f"module {name!r} has hooks, which the {type(module).__name__} that is replaced "
+                "would lose. Remove them, and register them after parallelize; where they are a "
+                "norm or a mask of the weight (weight_norm, prune), make its result the weight "
+                "first, with torch.nn.utils.remove_weight_norm or prune.remove."
+            )
+        if "forward" in vars(module):
+            found.append(
+                f"module {name!r} has a forward of its own, which the {type(module).__name__} that "
+                "is replaced would lose. Delete that attribute (del module.forward), put what it "
+                "does into a module beside it, or leave it out of the plan."
             )
     return found

@@ -15,6 +15,7 @@ from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
 from shardproof.layers.norm import HeadRMSNorm, ShardedRMSNorm
 from shardproof.layers.shared import link
+from shardproof.plans.attend import Manner
 from shardproof.plans.style import (
     Attention,
     ColumnParallel,
@@ -33,17 +34,26 @@ class Cutter:
         scheme: leaves, numerics, seed.
         axis: the ranks.
         head: name of an output head whose logits others gather; or None.
+        manners: name of an attention -> what its child that attends was found to compute.
 
     Attributes:
         attentions: name of an attention module -> what computes in it on this rank.
     """
 
-    def __init__(self, model: nn.Module, scheme: Scheme, axis: Axis, head: str | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        scheme: Scheme,
+        axis: Axis,
+        head: str | None,
+        manners: Mapping[str, Manner],
+    ) -> None:
         self.attentions: dict[str, HeadAttention] = {}
         self._model = model
         self._scheme = scheme
         self._axis = axis
         self._head = head
+        self._manners = manners
         self._ties: dict[int, nn.Parameter | None] = {}
         self._kept: list[nn.Module] = []  # or the id of a weight could be given again
 
@@ -140,10 +150,9 @@ class Cutter:
             self.attentions[name] = HeadAttention(site)
             return
         whole = self._child(name, style.attend)
+        manner = self._manners[name]
         twin = HeadAttention(
-            site,
-            is_causal=getattr(whole, "is_causal", False),
-            dropout=float(getattr(whole, "dropout", 0.0)),
+            site, is_causal=manner.is_causal, dropout=manner.dropout, is_square=manner.is_causal
         )
         self.replace(f"{name}.{style.attend}", twin.train(whole.training))
 

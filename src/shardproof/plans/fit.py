@@ -13,6 +13,7 @@ from shardproof.layers.formula import find_formula
 from shardproof.leaves import Layout
 from shardproof.plans.module_plan import ModulePlan, ParameterPlan
 from shardproof.plans.probe import input_shape
+from shardproof.plans.strangers import instead
 from shardproof.plans.style import (
     Attention,
     ColumnParallel,
@@ -42,7 +43,10 @@ def _misfit(
 ) -> Iterator[str]:
     module = model.get_submodule(name)
     if isinstance(module, ShardedModule):
-        yield f"module {name!r} is cut already ({type(module).__name__})."
+        yield (
+            f"module {name!r} is cut already ({type(module).__name__}). Name all that is to be cut "
+            "in one plan, or make the model anew."
+        )
     elif isinstance(style, SharedInput):
         yield from _shared(name, style, styles, model)
     elif not name:
@@ -57,7 +61,7 @@ def _misfit(
     elif type(module) is not nn.Linear:
         yield (
             f"module {name!r} is a {type(module).__name__}, which {style} cannot cut: it takes "
-            "nn.Linear. Name the linears inside it, or leave it replicated."
+            f"nn.Linear. {instead(name, style, module)}"
         )
 
 

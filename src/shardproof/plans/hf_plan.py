@@ -5,7 +5,7 @@ Its strings are the exchange format; what they say is turned into styles of ours
 transformers itself is not imported: everything is read from the model.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,11 +15,11 @@ from shardproof.plans.attention import recognise
 from shardproof.plans.fit import scale_of
 from shardproof.plans.match import find
 from shardproof.plans.style import ColumnParallel, RowParallel, SharedInput, Style, VocabParallel
-from shardproof.plans.text import listed, pattern
+from shardproof.plans.suggestion import Entries, no_plan
+from shardproof.plans.text import listed
 from shardproof.wording import shown
 
 GATED = ("gate_proj", "up_proj")
-_ROWS = ("o_proj", "out_proj", "down_proj", "fc2", "dense_4h_to_h", "wo", "w2", "proj_out")
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,12 @@ def _tp_plan(holder: object, name: str, where: str) -> dict[str, str]:
     return dict(found)
 
 
-def read_tp_plan(model: nn.Module) -> Reading:
+def read_tp_plan(model: nn.Module, fits: Callable[[Entries], bool]) -> Reading:
     """The plan that a model carries, as styles.
+
+    Args:
+        model: any.
+        fits: whether entries that it might be given are a plan that can be served.
 
     Raises:
         PlanError: it carries none.
@@ -80,7 +84,9 @@ def read_tp_plan(model: nn.Module) -> Reading:
     embedding = _name_of(model, "get_input_embeddings")
     head = _name_of(model, "get_output_embeddings")
     if not set(entries) - {embedding, head}:
-        raise PlanError(_no_plan(model, entries))
+        only = f" but for {', '.join(entries)}" if entries else ""
+        start = f"{type(model).__name__} carries no tp_plan{only}, and no plan is given."
+        raise PlanError(no_plan(model, start, fits))
     found = find(entries, model)
     styles, notes = found.styles, list[str]()
     attentions = recognise(styles, model)
@@ -109,6 +115,31 @@ def output_head(styles: dict[str, Style], model: nn.Module) -> str | None:
     is_causal = getattr(model, "loss_type", None) == "ForCausalLM"  # the loss that is replaced
     is_cut = isinstance(style, ColumnParallel) and not style.gather_input
     return head if is_causal and is_cut else None
+
+
+def ungathered_heads(styles: dict[str, Style], head: str | None, model: nn.Module) -> Iterator[str]:
+    """Heads that would give a part of their logits under the name of the whole.
+
+    Args:
+        styles: module name -> style.
+        head: whose logits become whole when they are used.
+        model: of transformers; what stands beside its base model is a head.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    if not prefix or getattr(model, "base_model", model) is model:
+        return
+    beside = {
+        name: style for name, style in styles.items() if not f"{name}.".startswith(f"{prefix}.")
+    }
+    if any(isinstance(style, RowParallel) for style in beside.values()):
+        return  # a head of several layers, which takes its shards back
+    for name, style in beside.items():
+        if isinstance(style, ColumnParallel) and not style.gather_output and name != head:
+            yield (
+                f"module {name!r} is a head of {type(model).__name__}, whose outputs would be this "
+                "rank's part of the classes. Use ColumnParallel(gather_output=True) for it, or "
+                "leave it out of the plan."
+            )
 
 
 def _name_of(model: nn.Module, method: str) -> str | None:
@@ -225,32 +256,8 @@ def _shared_inputs(styles: dict[str, Style], model: nn.Module) -> dict[str, Styl
         is_mlp = parent.lower().endswith("mlp") and rows.get(parent) == 1
         members = gated if len(gated) == 2 else children if is_mlp else []
         linears = [model.get_submodule(f"{parent}.{child}".lstrip(".")) for child in members]
-        sizes = {(each.in_features, each.out_features) for each in linears}
+        are_plain = all(type(each) is nn.Linear for each in linears)  # others are refused later
+        sizes = {(each.in_features, each.out_features) for each in linears if are_plain}
         if len(members) > 1 and len(sizes) == 1:
             found[parent] = SharedInput(tuple(members))
     return found
-
-
-def _no_plan(model: nn.Module, entries: dict[str, str]) -> str:
-    """What to write for a model that carries no plan, with the names of its own linears."""
-    name = type(model).__name__
-    only = f" but for {', '.join(entries)}" if entries else ""
-    linears: dict[str, str] = {}
-    for full, module in model.named_modules():
-        if full and type(module) is nn.Linear and pattern(full) != full:
-            style = "rowwise" if full.rpartition(".")[2] in _ROWS else "colwise"
-            linears.setdefault(pattern(full), style)
-    start = f"{name} carries no tp_plan{only}, and no plan is given."
-    if not linears:
-        return (
-            f"{start} None of its repeated layers has an nn.Linear, which is what can be cut. "
-            'Give a plan for the linears that it has: {"name.of.a.linear": "colwise", ...}.'
-        )
-    shown = list(linears.items())[:8]
-    example = ", ".join(f'"{entry}": "{style}"' for entry, style in shown)
-    more = ", ..." if len(linears) > len(shown) else ""
-    return (
-        f"{start} Write one, for instance {{{example}{more}}} (a linear that reads whole "
-        "activations is 'colwise', the one that takes what those give is 'rowwise'; an attention "
-        "is Attention(queries=..., keys=..., head_dim=...) under the name of its module)."
-    )

@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from shardproof.errors import PlanError, UsageError
+from shardproof.plans.attend import Manner
 from shardproof.plans.collective import Collective, Counts, Step, count
 from shardproof.plans.match import near_names
 from shardproof.plans.module_plan import ModulePlan, Row, held_bytes, rows, style_dict
@@ -29,6 +30,7 @@ class ModelPlan:
         head: the output head whose logits the model's own loss takes as they are cut; None where
             logits are whole.
         notes: what a reader should know.
+        manners: name of an attention whose child attends -> what that was found to compute.
     """
 
     model: str
@@ -38,6 +40,7 @@ class ModelPlan:
     modules: tuple[ModulePlan, ...]
     head: str | None = None
     notes: tuple[str, ...] = ()
+    manners: Mapping[str, Manner] = field(default_factory=dict)
 
     @property
     def scheme(self) -> Scheme:
@@ -88,7 +91,7 @@ class ModelPlan:
             batch: rows.
             length: tokens of a row; in generation 1 after the prompt.
             labels: the model is given labels and computes its loss, for which the logits are not
-                gathered.
+                gathered; whoever uses them adds one all_gather.
             logits: tokens of a row whose logits are computed; None: all (generation: 1).
             rank: whose sent bytes.
             module: of this module alone: a name as in `modules`.

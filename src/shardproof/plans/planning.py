@@ -10,16 +10,25 @@ from shardproof.hf.attention import implementation_problems
 from shardproof.hf.models import is_transformers
 from shardproof.leaves import check_degree, checked_degree
 from shardproof.objects import checked_model
+from shardproof.plans.attend import Manner, manner_of
 from shardproof.plans.attention import recognise
 from shardproof.plans.fit import link_ties, misfits
 from shardproof.plans.functional_dropout import functional_dropout
 from shardproof.plans.given import read_plan
-from shardproof.plans.hf_plan import Reading, lost_norms, output_head, read_tp_plan
+from shardproof.plans.hf_plan import (
+    Reading,
+    lost_norms,
+    output_head,
+    read_tp_plan,
+    ungathered_heads,
+)
 from shardproof.plans.match import find, fits
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.module_plan import ModulePlan
 from shardproof.plans.parts import Parts
+from shardproof.plans.strangers import lazy
 from shardproof.plans.style import Attention, Plan, SharedInput, Style
+from shardproof.plans.suggestion import Entries
 from shardproof.plans.text import listed, pattern
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
 
@@ -71,10 +80,16 @@ def draft(
     For whoever has more to check before anything is raised.
     """
     degree, model = checked_degree(degree), checked_model(model)
+    if problem := lazy(model):
+        raise PlanError(problem)
     given, scheme = read_plan(plan, scheme)
     check_degree(degree, scheme.leaves)
     source = "the tp_plan" if given is None else "the plan"
-    reading = read_tp_plan(model) if given is None else _explicit(given.styles, model)
+
+    def serves(entries: Entries) -> bool:
+        return not draft(model, entries, degree=degree, scheme=scheme)[1]
+
+    reading = read_tp_plan(model, serves) if given is None else _explicit(given.styles, model)
     wrong = misfits(reading.styles, model)
     problems = reading.problems + [problem for several in wrong.values() for problem in several]
     # What is said to be wrong of a module is enough; the rest is looked at as it will be.
@@ -88,6 +103,7 @@ def draft(
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     linked.sort(key=lambda module: order[module.name])
     styles = dict(sorted(styles.items(), key=lambda item: order[item[0]]))
+    manners, unlike = _manners(styles, model)
     made = ModelPlan(
         type(model).__name__,
         degree,
@@ -96,8 +112,12 @@ def draft(
         tuple(linked),
         head,
         (*reading.notes, *_incomplete(linked, source)),
+        manners,
     )
+    problems += unlike
     problems += ties + _irreplaceable(styles, model) + functional_dropout(styles, model)
+    if is_transformers(model):
+        problems += ungathered_heads(styles, head, model)
     return made, problems
 
 
@@ -148,6 +168,17 @@ def _irreplaceable(styles: Mapping[str, Style], model: nn.Module) -> list[str]:
         if isinstance(style, Attention) and style.attend is None
     ]
     return implementation_problems(model, ours)
+
+
+def _manners(styles: Mapping[str, Style], model: nn.Module) -> tuple[dict[str, Manner], list[str]]:
+    """What children that attend compute, and one sentence for each that ours cannot stand for."""
+    attending = {
+        name: manner_of(name, style, model)
+        for name, style in styles.items()
+        if isinstance(style, Attention) and style.attend is not None
+    }
+    manners = {name: each for name, each in attending.items() if isinstance(each, Manner)}
+    return manners, [each for each in attending.values() if isinstance(each, str)]
 
 
 def _lacks_members(name: str, style: Style, wrong: Mapping[str, object]) -> bool:

@@ -15,7 +15,15 @@ class _SeenError(Exception):
 def input_shape(
     parent: nn.Module, child: str, hidden_size: int, length: int, head_dim: int
 ) -> tuple[int, ...] | None:
-    """Shape of what `parent` gives to its child when it is called with `length` hidden states.
+    """Shape of what `parent` gives to its child; arguments and None as in `seen_call`."""
+    call = seen_call(parent, child, hidden_size, length, head_dim)
+    return tuple(call[0][0].shape) if call is not None else None
+
+
+def seen_call(
+    parent: nn.Module, child: str, hidden_size: int, length: int, head_dim: int
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """What `parent` gives to its child when it is called with `length` hidden states.
 
     Nothing is computed: the parent runs on the meta device, with its own forward, up to the child.
 
@@ -26,20 +34,21 @@ def input_shape(
         length: how many; a number that nothing else in the module has.
         head_dim: of the angles of rotary embeddings.
     Returns:
-        None if it cannot be called so.
+        Arguments, and arguments by name; None if it cannot be called so.
     """
-    seen: list[tuple[int, ...]] = []
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-    def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.append(tuple(inputs[0].shape))
+    def look(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        seen.append((inputs, options))
         raise _SeenError
 
     names = [*parent.named_parameters(), *parent.named_buffers()]
     on_meta = {name: torch.empty_like(value, device="meta") for name, value in names}
-    hook = parent.get_submodule(child).register_forward_pre_hook(look)
+    hook = parent.get_submodule(child).register_forward_pre_hook(look, with_kwargs=True)
     try:
         with torch.no_grad():
-            functional_call(parent, on_meta, (), _arguments(parent, hidden_size, length, head_dim))
+            x = torch.empty(1, length, hidden_size, device="meta")
+            functional_call(parent, on_meta, (), arguments_of(parent, x, head_dim))
     except Exception:  # whatever a model's own code raises when it is called with too little
         return seen[0] if seen else None
     finally:
@@ -47,11 +56,17 @@ def input_shape(
     return None
 
 
-def _arguments(parent: nn.Module, size: int, length: int, head_dim: int) -> dict[str, Any]:
-    """Hidden states, angles, and None for whatever else has no default."""
+def arguments_of(parent: nn.Module, x: Tensor, head_dim: int) -> dict[str, Any]:
+    """Hidden states, angles, and None for whatever else has no default.
+
+    Args:
+        parent: whose forward is to be called.
+        x: (rows, length, hidden_size), on the meta device.
+        head_dim: of the angles.
+    """
     first, *others = inspect.signature(parent.forward).parameters.values()
-    angles: Tensor = torch.empty(1, length, head_dim, device="meta")
-    given: dict[str, Any] = {first.name: torch.empty(1, length, size, device="meta")}
+    angles: Tensor = torch.empty(1, x.shape[1], head_dim, device="meta")
+    given: dict[str, Any] = {first.name: x}
     for parameter in others:
         if parameter.name == "position_embeddings":
             given[parameter.name] = (angles, angles)

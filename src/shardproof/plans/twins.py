@@ -42,9 +42,10 @@ def replaced_by(made: ModelPlan) -> list[str]:
 def twins_of(model: nn.Module, made: ModelPlan, scheme: Scheme, axis: Axis) -> dict[str, nn.Module]:
     """Module name -> what takes its place although it is not cut."""
     replaced = set(replaced_by(made))
+    inside = _inside(made)
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not name or name in replaced:
+        if not name or name in replaced or name.startswith(inside):
             continue
         twin: nn.Module | None = _dropout(name, module, model, made, scheme, axis)
         if twin is None and scheme.is_invariant:
@@ -52,6 +53,11 @@ def twins_of(model: nn.Module, made: ModelPlan, scheme: Scheme, axis: Axis) -> d
         if twin is not None:
             found[name] = twin
     return found
+
+
+def _inside(made: ModelPlan) -> tuple[str, ...]:
+    """What the names of modules begin with that are inside replaced ones, and go with them."""
+    return tuple(f"{name}." for name in replaced_by(made))
 
 
 def _dropout(
@@ -91,27 +97,31 @@ def _column_before(name: str, model: nn.Module, made: ModelPlan) -> nn.Linear | 
     return found
 
 
-def irreplaceable(model: nn.Module, twins: Mapping[str, nn.Module]) -> list[str]:
+def irreplaceable(model: nn.Module, twins: Mapping[str, nn.Module], made: ModelPlan) -> list[str]:
     """Modules that break the promise and that nothing of ours can replace, one sentence each."""
-    return _activations(model) + _drawing(model, twins)
+    inside = _inside(made)
+    staying = {
+        name: module for name, module in model.named_modules() if not name.startswith(inside)
+    }
+    return _activations(staying) + _drawing(staying, twins)
 
 
-def _activations(model: nn.Module) -> list[str]:
+def _activations(modules: Mapping[str, nn.Module]) -> list[str]:
     """Activations that cannot stay and that ours cannot replace, one sentence each."""
     return [
         f"module {name!r} {why}"
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if (why := why_refused(module)) is not None
     ]
 
 
-def _drawing(model: nn.Module, twins: Mapping[str, nn.Module]) -> list[str]:
+def _drawing(modules: Mapping[str, nn.Module], twins: Mapping[str, nn.Module]) -> list[str]:
     """Modules that draw while they compute, each rank for itself, one sentence each."""
     return [
         f"module {name!r} is {type(module).__name__}(p={module.p}"
         f"{', inplace=True' if module.inplace else ''}): it draws from the global generator, so "
         "that ranks would hold different activations where they must be the same. Use nn.Dropout, "
         "which becomes dropout by position, p=0, or numerics='native'."
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if isinstance(module, _DRAWING) and module.p > 0 and name not in twins
     ]

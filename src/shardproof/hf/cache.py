@@ -1,0 +1,51 @@
+"""The key-value cache of a cut model has one rank's heads: it says so, and serves no other rank."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from shardproof.axis import Axis
+from shardproof.errors import UsageError
+
+MARK = "held_by"  # attribute of a cache that a cut model has filled
+
+
+def guard_cache(model: nn.Module, axis: Axis) -> None:
+    """Mark the caches that a cut model fills, and refuse those that another has filled.
+
+    Args:
+        model: of transformers, cut.
+        axis: its ranks.
+    """
+    mark = f"rank {axis.rank} of {axis.size}"
+    model.register_forward_pre_hook(functools.partial(_check, mark), with_kwargs=True)
+    model.register_forward_hook(functools.partial(_mark, mark), with_kwargs=True)
+
+
+def _check(mark: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for cache in _caches([*args, *kwargs.values()]):
+        held_by = getattr(cache, MARK, None)
+        if held_by == mark or (held_by is None and not cache.get_seq_length()):
+            continue
+        whose = "an uncut model" if held_by is None else f"{held_by} of a cut one"
+        raise UsageError(
+            f"past_key_values were filled by {whose}, and this {type(model).__name__} is {mark}: "
+            "a cache has the key-value heads that one rank holds. Start from an empty cache, or "
+            "from the one that this rank's model has filled."
+        )
+
+
+def _mark(
+    mark: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    values = output.values() if isinstance(output, dict) else output
+    given = values if isinstance(values, Iterable) else ()
+    for cache in _caches([*given, *kwargs.values()]):
+        setattr(cache, MARK, mark)
+
+
+def _caches(values: Iterable[Any]) -> list[Any]:
+    """Those that are caches of transformers."""
+    return [value for value in values if hasattr(value, "get_seq_length")]

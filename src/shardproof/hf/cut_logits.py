@@ -1,0 +1,297 @@
+"""Logits of a cut vocabulary that show the shape of the whole, and become whole when used.
+
+A rank computes its part of the vocabulary, and the loss of a model takes the parts as they are. So
+nothing is sent for logits that nobody looks at. Whoever looks gets whole logits: the first use that
+is not element-wise gathers them, on all ranks together.
+Why a tensor subclass that gathers by itself: docs/decisions/0030-logits-are-whole-when-used.md.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from shardproof import comm
+from shardproof.autograd import once_differentiable
+from shardproof.axis import Axis
+from shardproof.errors import MismatchError, RankError
+from shardproof.leaves import Cut
+
+_aten = torch.ops.aten
+_ALIASES = (_aten.detach.default, _aten.alias.default)
+# What models do to logits before the loss. Each gives a part the bits that it gives the whole:
+# tests/test_hf_logits.py compares them at every width of a part.
+_ELEMENTWISE = (
+    _aten._to_copy.default,
+    _aten.add.Tensor,
+    _aten.div.Tensor,
+    _aten.mul.Tensor,
+    _aten.neg.default,
+    _aten.tanh.default,
+    _aten.tanh_backward.default,
+)
+_ON_ALL_RANKS = (
+    "The logits of {who!r} are gathered when they are first used, with labels too: use them on "
+    "every rank of the axis alike and before `launch` returns (print shows none), or take "
+    "`.part`, which is this rank's and sends nothing."
+)
+
+
+@dataclass
+class _Held:
+    """What stands behind one or several `CutLogits`: this rank's part, or the whole.
+
+    Attributes:
+        axis: the ranks.
+        cut: of the vocabulary, the last dim.
+        who: the head.
+        direction: for the ledger.
+        part: (*, owned), Shard(-1); None once it is whole.
+        whole: (*, cut.size), Replicate; None before it is used.
+    """
+
+    axis: Axis
+    cut: Cut
+    who: str
+    direction: str
+    part: Tensor | None = None
+    whole: Tensor | None = None
+
+    @property
+    def some(self) -> Tensor:
+        """Either of the two, for what both say."""
+        given = self.whole if self.part is None else self.part
+        assert given is not None  # noqa: S101 - one of them is always there
+        return given
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.some.shape[:-1], self.cut.size)
+
+    def gather(self) -> Tensor:
+        """The whole. Nothing is sent the second time.
+
+        Comm:
+            `direction` one all_gather of (*, cut.size), the first time.
+        """
+        if self.part is not None:
+            part, last = self.part, self.part.dim() - 1
+            try:
+                self.whole = comm.all_gather(
+                    part, self.axis, dim=last, cut=self.cut, direction=self.direction, who=self.who
+                )
+            except (MismatchError, RankError) as error:
+                error.args = (f"{error} {_ON_ALL_RANKS.format(who=self.who)}",)
+                raise
+            self.part = None
+        return self.some
+
+    def own(self) -> Tensor:
+        """This rank's part, out of the whole too: that may have been written to."""
+        return self.some if self.part is not None else self.slice(self.some)
+
+    def slice(self, whole: Tensor) -> Tensor:
+        """This rank's part of a tensor of the whole shape, a copy."""
+        owned = self.cut.owned(self.axis.rank)
+        part = whole.narrow(-1, owned.start, len(owned))
+        return part.clone(memory_format=torch.contiguous_format)
+
+    def like(self, part: Tensor, direction: str | None = None) -> "CutLogits":
+        """Other numbers that are cut in the same way."""
+        held = _Held(self.axis, self.cut, self.who, direction or self.direction, part)
+        return CutLogits(held)
+
+
+class CutLogits(Tensor):
+    """(*, vocabulary), Replicate to everybody who uses it; this rank holds (*, owned) of it.
+
+    A tensor like any other: `argmax`, `F.cross_entropy`, indexing, `numpy`, `torch.save` and all
+    else gather it first, once, with the gradient of a Replicate value. Element-wise steps between
+    the head and the loss (a scale, a soft cap, another dtype) and `detach` send nothing, and
+    neither do `shape`, `dtype` and `print`, which says what it is.
+
+    Gathering is a collective: use it on every rank of the axis alike. One rank that uses it alone
+    is noticed, as every call that the ranks do not make together.
+
+    Attributes:
+        part: (*, owned), Shard(-1), what this rank holds; sends nothing.
+
+    Comm:
+        first use: forward one all_gather of (*, vocabulary); backward none.
+    """
+
+    _held: _Held
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __new__(cls, held: _Held) -> Self:
+        """Show what `held` is a part of."""
+        some = held.some
+        made: Self = Tensor._make_wrapper_subclass(
+            cls, held.shape, dtype=some.dtype, device=some.device
+        )
+        made._held = held
+        return made
+
+    @staticmethod
+    def of(part: Tensor, *, axis: Axis, cut: Cut, who: str) -> "CutLogits":
+        """Logits whose part this is.
+
+        Args:
+            part: (*, owned), Shard(-1).
+            axis: the ranks.
+            cut: of the vocabulary.
+            who: the head.
+        Returns:
+            (*, cut.size); its gradient is expected to be Replicate.
+        Comm:
+            none.
+        """
+        comm.check_part(part, axis, dim=-1, cut=cut, is_whole=False, who=who)
+        logits: CutLogits = _Cover.apply(part, _Held(axis, cut, who, "forward", part.detach()))
+        return logits
+
+    @property
+    def part(self) -> Tensor:
+        """This rank's part, (*, owned), Shard(-1), with its gradient."""
+        part: Tensor = _Uncover.apply(self)
+        return part
+
+    def whole(self) -> Tensor:
+        """A plain tensor, (*, vocabulary), Replicate, with its gradient.
+
+        Comm:
+            forward one all_gather of (*, vocabulary), unless it has been used before.
+        """
+        return self.view(self.shape)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Compute element by element on the part what can be, and everything else on the whole."""
+        kwargs = kwargs or {}
+        if func in _ALIASES:
+            return cls(args[0]._held)
+        if func in _ELEMENTWISE:
+            y = _by_part(func, args, kwargs)
+            if y is not None:
+                return y
+        known: dict[int, CutLogits] = {}
+
+        def whole(x: Any) -> Any:
+            if not isinstance(x, CutLogits):
+                return x
+            data = x._held.gather()
+            known[id(data)] = x
+            return data
+
+        y = func(*tree_map(whole, args), **tree_map(whole, kwargs))
+        # What was written to is what was given.
+        return tree_map(lambda each: known.get(id(each), each), y)
+
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        """What it is; the numbers only if they are here already, for to print is no collective."""
+        held = self._held
+        if held.part is None:
+            return f"CutLogits({held.some!r})"
+        return (
+            f"CutLogits(shape={tuple(self.shape)}, dtype={self.dtype}, of which rank "
+            f"{held.axis.rank} of {held.axis.size} holds {tuple(held.part.shape)}; gathered on "
+            "first use, on all ranks together)"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the whole, under torch's rule for tensors of a graph.
+
+        Comm:
+            forward one all_gather of (*, vocabulary), unless it has been used before.
+        """
+        return self.whole().__deepcopy__(memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Saved as a plain tensor, that of the whole; Comm as `whole`."""
+        return self.whole().__reduce_ex__(protocol)
+
+    # Torch reads the memory of a tensor for these, without asking a subclass.
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        """See `Tensor.numpy`; Comm as `whole`."""
+        return self.whole().numpy(*args, **kwargs)
+
+    def tolist(self) -> Any:
+        """See `Tensor.tolist`; Comm as `whole`."""
+        return self.whole().tolist()
+
+    def data_ptr(self) -> int:
+        """See `Tensor.data_ptr`; Comm as `whole`."""
+        return self._held.gather().data_ptr()
+
+    def untyped_storage(self) -> Any:
+        """See `Tensor.untyped_storage`; Comm as `whole`."""
+        return self._held.gather().untyped_storage()
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        """See `Tensor.__dlpack__`; Comm as `whole`."""
+        return self.whole().__dlpack__(*args, **kwargs)
+
+
+def _by_part(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CutLogits | None:
+    """An element-wise step on this rank's part; None: it wants the whole."""
+    given = [x for x in args if isinstance(x, CutLogits)]
+    held = given[0]._held
+    if any(x._held.part is None or x._held.cut != held.cut for x in given):
+        return None
+    if func is _aten._to_copy.default:
+        device, layout = kwargs.get("device"), kwargs.get("layout")
+        is_cast = device in (None, held.some.device) and layout in (None, torch.strided)
+        if not is_cast or kwargs.get("memory_format") is not None:
+            return None
+    parts = []
+    for x in args:
+        if isinstance(x, CutLogits):
+            if x._held.shape != held.shape:
+                return None
+            parts.append(x._held.own())
+        elif isinstance(x, Tensor) and x.dim():
+            if tuple(x.shape) != held.shape:
+                return None
+            parts.append(held.slice(x))
+        else:
+            parts.append(x)
+    return held.like(func(*parts, **kwargs))
+
+
+class _Cover(torch.autograd.Function):
+    """A part becomes logits; backward, this rank's part of their gradient. No Comm."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, held: _Held) -> CutLogits:
+        ctx.held = _Held(held.axis, held.cut, held.who, "backward", part.new_empty(0))
+        return CutLogits(held)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        own = grad._held.own() if isinstance(grad, CutLogits) else ctx.held.slice(grad)
+        return own, None
+
+
+class _Uncover(torch.autograd.Function):
+    """Logits become a part; backward, its gradient stands for that of the whole. No Comm."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: CutLogits) -> Tensor:
+        ctx.held = logits._held
+        return logits._held.own().detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return ctx.held.like(grad.contiguous(), "backward")
