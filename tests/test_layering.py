@@ -40,7 +40,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # Collectives, then what is built from both.
     ("schedule",),
     ("comm",),
-    ("collectives",),
+    ("collectives", "recut"),
     ("functional.classes", "functional.rows", "functional.site", "functional.vocabulary_site"),
     ("functional.embedding", "functional.losses", "functional.vocabulary"),
     ("functional.attention_site", "functional.linear"),
@@ -49,6 +49,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("functional.cut_norms",),
     ("functional.norms",),
     ("functional.__init__",),
+    ("layers.registry",),
+    ("layers.step_guard",),
     ("layers.guard",),
     ("layers.base",),
     ("layers.dropout", "layers.formula"),
@@ -57,7 +59,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layers.embedding", "layers.linear"),
     ("layers.attention", "layers.shared", "layers.whole"),
     ("layers.__init__",),
-    ("optim",),
+    # What looks at all parameters of a model.
+    ("optim.layouts", "optim.orthogonal"),
+    ("optim.base", "optim.norms"),
+    ("optim.adafactor", "optim.muon", "optim.state"),
+    ("optim.__init__",),
     # Models of Hugging Face transformers, which compute through these layers.
     ("hf.models", "hf.attention", "hf.generation", "hf.head", "hf.saving", "hf.weights"),
     ("hf.skeleton",),

@@ -5,15 +5,15 @@ a part of stands in `layouts`.
 """
 
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
 from shardproof.errors import LayoutError, UsageError
-from shardproof.layers import guard
+from shardproof.layers import guard, registry
 from shardproof.leaves import Cut, Layout, check_degree
 from shardproof.numerics import mode
 from shardproof.numerics.random import draw_uniform
@@ -62,6 +62,17 @@ class ShardedModule(nn.Module):
         # The parameter first: the guard of another thread may look at any moment.
         self.register_parameter(name, nn.Parameter(data))
         self.layouts[name] = layout
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch's; assignment and `load_state_dict(assign=True)` come here too."""
+        super().register_parameter(name, param)
+        registry.note_change()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As torch's; behind `to`, `half` and `to_empty`, which may replace parameters."""
+        applied = super()._apply(fn, recurse)
+        registry.note_change()
+        return applied
 
     def cut_parameters(self) -> Iterator[tuple[str, nn.Parameter, Layout]]:
         """Name, parameter and layout of every parameter that has a layout.

@@ -8,7 +8,6 @@ Why a guard and not a parameter subclass: docs/decisions/0009-guard-torch-clip.m
 
 import functools
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -17,15 +16,16 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad
 
 from shardproof.errors import UsageError
+from shardproof.layers import registry, step_guard
 
-_watched: weakref.WeakSet[Any] = weakref.WeakSet()
 _lock = threading.Lock()
 
 
 def watch(module: nn.Module) -> None:
-    """Make torch's norm functions raise on gradients of this module's cut parameters."""
+    """Make torch's norm functions and unfit optimizers raise on this module's cut parameters."""
+    registry.watch(module)
     with _lock:
-        _watched.add(module)
+        step_guard.install()
         if not hasattr(clip_grad._get_total_norm, "is_shardproof_guard"):
             _install()
 
@@ -63,10 +63,8 @@ def _guarded(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _cut_parameter(grads: list[Tensor]) -> str | None:
     """Name of the first of `grads` that is a cut parameter or the gradient of one."""
-    with _lock:
-        modules = list(_watched)
     names: dict[int, str] = {}
-    for module in modules:
+    for module in registry.watched():
         for name, parameter in _cut_parameters_of(module):
             names[id(parameter)] = name
             if parameter.grad is not None:

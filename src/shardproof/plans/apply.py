@@ -16,6 +16,7 @@ from shardproof.hf.generation import guard_generation
 from shardproof.hf.head import adapt_head
 from shardproof.hf.models import is_transformers
 from shardproof.hf.saving import guard_saving
+from shardproof.layers import registry
 from shardproof.layers.base import check_state
 from shardproof.numerics import mode
 from shardproof.plans.cut import Cutter
@@ -105,10 +106,15 @@ def _agree(plan: Plan | None, scheme: Scheme, model: nn.Module, axis: Axis) -> N
 
 def _change(model: nn.Module, made: ModelPlan, twins: Mapping[str, nn.Module], axis: Axis) -> None:
     """Do what has been checked."""
+    whole = dict(model.named_parameters())
     cutter = Cutter(model, made.scheme, axis, made.head)
     cutter.cut(made.styles)
     for name, twin in twins.items():
         cutter.replace(name, twin)
+    kept = {id(parameter) for parameter in model.parameters()}
+    for name, parameter in whole.items():
+        if id(parameter) not in kept:
+            registry.note_replaced(parameter, name)
     if not is_transformers(model):
         return
     if cutter.attentions:

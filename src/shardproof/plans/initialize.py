@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from shardproof.errors import UsageError
+from shardproof.layers import registry
 from shardproof.layers.base import ShardedModule
 from shardproof.layers.formula import find_formula
 from shardproof.leaves import Layout, replicated
@@ -61,6 +62,7 @@ def initialize(
                 made[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
             module._parameters[own] = made[id(parameter)]
         _make_buffers(model, module, name, device)
+    registry.note_change()
     return model
 
 
