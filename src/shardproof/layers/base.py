@@ -65,11 +65,13 @@ class ShardedModule(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As torch's; assignment and `load_state_dict(assign=True)` come here too."""
+        registry.remember(self)  # an optimizer may have what is replaced here
         super().register_parameter(name, param)
         registry.note_change()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As torch's; behind `to`, `half` and `to_empty`, which may replace parameters."""
+        registry.remember(self)
         applied = super()._apply(fn, recurse)
         registry.note_change()
         return applied

@@ -104,12 +104,17 @@ def part_of(parameter: Tensor) -> Part | None:
 def refresh() -> None:
     """Look at the parameters of all cut modules."""
     for module in watched():
-        for parameter, part in _parts_of(module):
-            with _lock:
-                known: Part | None = _parts.get(parameter)
-                # A tied parameter is cut if any of its modules says so.
-                if known is None or part.is_cut or not known.is_cut:
-                    _parts[parameter] = part
+        remember(module)
+
+
+def remember(module: nn.Module) -> None:
+    """Look at the parameters of one cut module; before they are replaced, too."""
+    for parameter, part in _parts_of(module):
+        with _lock:
+            known: Part | None = _parts.get(parameter)
+            # A tied parameter is cut if any of its modules says so.
+            if known is None or part.is_cut or not known.is_cut:
+                _parts[parameter] = part
 
 
 def _parts_of(module: Any) -> Iterator[tuple[nn.Parameter, Part]]:
@@ -118,7 +123,7 @@ def _parts_of(module: Any) -> Iterator[tuple[nn.Parameter, Part]]:
     Other threads may be building or changing the module: nothing is expected to be there.
     """
     owner, promises = weakref.ref(module), module.scheme.is_invariant
-    for name, layout in dict(module.layouts).items():
+    for name, layout in list(module.layouts.items()):
         parameter = getattr(module, "_parameters", {}).get(name)
         if parameter is not None:
             part = Part(f"{module.name}.{name}", layout, module.axis, promises, owner)

@@ -158,16 +158,18 @@ def _fused(name: str, part: Part) -> NumericsError:
 
 def _unknown(kind: type, part: Part) -> UsageError:
     name = kind.__name__
-    instead = _GENERAL
-    if kind.__module__.partition(".")[0] == "torch":
+    instead = (
+        f"{_GENERAL}; or, if it updates every element by itself, "
+        f"shardproof.declare_elementwise({name})"
+    )
+    if kind.__module__.startswith("torch.optim"):  # which is not to be declared
         instead = INSTEAD.get(name, _GENERAL)
     known = next((base for base in kind.__mro__[1:] if is_elementwise(base)), None)
     also = f" (that {known.__name__} is says nothing of a class derived from it)" if known else ""
     return UsageError(
         f"{name} was asked to update {part.name!r}, {_share(part)}, and is not known to be "
         f"element-wise{also}: an update that looks at a whole matrix is wrong on a part of it. Use "
-        f"{instead}; or, if it updates every element by itself, "
-        f"shardproof.declare_elementwise({name})."
+        f"{instead}."
     )
 
 

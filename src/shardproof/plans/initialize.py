@@ -51,6 +51,7 @@ def initialize(
     if std is None:
         std = getattr(getattr(model, "config", None), "initializer_range", None) or DEFAULT_STD
     seed = (scheme or _scheme_of(model)).seed
+    registry.refresh()  # an optimizer may have what is replaced here
     made: dict[int, nn.Parameter] = {}
     for name, module in model.named_modules():
         for own, parameter in list(module._parameters.items()):
