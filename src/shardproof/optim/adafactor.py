@@ -53,8 +53,8 @@ class Adafactor(WholeOptimizer):
         UsageError: an option is out of range.
 
     Comm:
-        update one all_reduce of (sums) per cut parameter that has a gradient; update one
-        all_reduce of () per cut parameter that has a gradient.
+        update two all_reduces per cut parameter that has a gradient: of 2 + columns sums if it is
+        cut along dim 0, of 1 + rows if along dim 1, of 1 if it is a vector; and of ().
     """
 
     def __init__(

@@ -56,10 +56,14 @@ class Muon(WholeOptimizer):
     Raises:
         UsageError: an option is out of range, or a parameter is no matrix.
 
+    A matrix is (short, long) here; two products are made in an iteration, and a matrix that is cut
+    along its shorter side is turned twice. Where a (short, short) matrix has no room in a rank's
+    share it travels in parts.
+
     Comm:
-        update one all_reduce of () per cut parameter that has a gradient; update one reduce_scatter
-        of (rows, rows) per iteration; update one all_gather of (rows, rows) per product; update one
-        exchange of (rows, columns) per turn.
+        update one all_reduce of () per cut parameter that has a gradient; update one
+        reduce_scatter of (short, short) per iteration; update one all_gather of (short, short) per
+        product; update one exchange of (short, long) per turn.
     """
 
     def __init__(

@@ -56,7 +56,7 @@ def sum_squares_of(x: Tensor, place: Place) -> Tensor:
         (), Replicate; fp64 for fp64, else fp32.
 
     Comm:
-        update one all_reduce of () if the parameter is cut.
+        update one all_reduce of () per cut parameter.
     """
     return place.sum(lambda at: sum_squares(at(x)), shape=(), like=x)
 
