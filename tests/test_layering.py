@@ -45,7 +45,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # Collectives, then what is built from both.
     ("schedule",),
     ("comm",),
-    ("collectives",),
+    ("collectives", "recut"),
     ("functional.classes", "functional.rows", "functional.site", "functional.vocabulary_site"),
     ("functional.embedding", "functional.losses", "functional.vocabulary"),
     ("functional.attention_site", "functional.linear"),
@@ -55,7 +55,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("functional.norms",),
     ("functional.__init__",),
     # What of torch would take a shard for the whole.
-    ("layers.replace", "layers.watched"),
+    ("layers.registry", "layers.replace"),
+    ("layers.step_guard", "layers.watched"),
     ("layers.refuse", "layers.scaling"),
     ("layers.filling", "layers.guard"),
     ("layers.base",),
@@ -65,8 +66,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layers.embedding", "layers.linear"),
     ("layers.attention", "layers.shared", "layers.whole"),
     ("layers.__init__",),
-    ("optim",),
-    ("reductions",),
+    # What looks at all parameters of a model.
+    ("optim.layouts", "optim.orthogonal"),
+    ("optim.base", "optim.norms", "reductions"),
+    ("optim.adafactor", "optim.muon", "optim.state"),
+    ("optim.__init__",),
     # Models of Hugging Face transformers, which compute through these layers.
     (
         "hf.models",

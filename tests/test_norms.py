@@ -21,7 +21,7 @@ from invariance import (
     threads_tally,
 )
 from places import EVERYWHERE, Pool
-from shardproof import comm, optim
+from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError, UsageError
 from shardproof.functional import cut_norms
@@ -37,8 +37,8 @@ from shardproof.heads import Heads
 from shardproof.layers import norm as layers
 from shardproof.layers.activations import invariant_twin
 from shardproof.layers.formula import find_formula
-from shardproof.leaves import Cut, Layout
-from shardproof.optim import grad_norm
+from shardproof.leaves import Cut
+from shardproof.optim import grad_norm, layouts, norms
 from shardproof.scheme import Numerics, Scheme
 
 Tensors = dict[str, Tensor]
@@ -453,15 +453,15 @@ def test_planted_norm_that_counts_a_replicated_gradient_once_per_rank(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setups = [Setup("heads", (8, 8, 16)), Setup("across", (8, 8, 16))]
-    correct = optim._sum_squares
+    correct = norms.sum_squares_of
 
-    def once_per_rank(grad: Tensor, layout: Layout, axis: Axis | None, who: str) -> Tensor:
-        square = correct(grad, layout, axis, who)
+    def once_per_rank(grad: Tensor, place: layouts.Place) -> Tensor:
+        layout, axis, square = place.layout, place.axis, correct(grad, place)
         if layout.is_replicated and axis is not None:
             square = comm.all_reduce(square, axis, direction="update")
         return square
 
-    monkeypatch.setattr(optim, "_sum_squares", once_per_rank)
+    monkeypatch.setattr(norms, "sum_squares_of", once_per_rank)
     found = differing(pool, setups, [(2, "threads")])
     assert found == [f"threads 2, rank {rank}, heads, keys=False: grad_norm" for rank in (0, 1)]
 

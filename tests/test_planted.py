@@ -67,6 +67,7 @@ def test_whole_weight_gathered_in_forward() -> None:
     expect_memory(prove_column(WholeWeightInForward), "[48, 12]")
 
 
+@sp.declare_elementwise
 class WholeState(torch.optim.SGD):
     """Makes room for the state of a whole weight before the first step."""
 

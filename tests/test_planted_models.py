@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from planted import expect_bits, expect_not_the_same, expect_proved, expect_torch
 from planted_llama import EMBEDDING, HEAD, LAYER, VOCABULARY, Change, Steps, differing, prove
-from shardproof import comm, optim
+from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.functional import embedding
 from shardproof.functional.attention_site import AttentionSite
@@ -25,6 +25,8 @@ from shardproof.layers.dropout import Dropout
 from shardproof.leaves import Layout
 from shardproof.numerics.attending import HeadDropout
 from shardproof.numerics.sums import sum_squares
+from shardproof.optim import norms
+from shardproof.optim.layouts import Place
 
 pytest.importorskip("transformers")
 
@@ -234,14 +236,14 @@ def test_tied_gradient_summed_twice() -> None:
 
 def test_tied_gradient_counted_twice_in_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for each name that the weight has; no degree differs from another."""
-    correct = optim.layouts_of
+    correct = norms.layouts_of
 
     def by_name(model: nn.Module) -> Any:
         known = {id(entry[1]): entry for entry in correct(model)}
         for _, parameter in model.named_parameters(remove_duplicate=False):
             yield known[id(parameter)]
 
-    monkeypatch.setattr(optim, "layouts_of", by_name)
+    monkeypatch.setattr(norms, "layouts_of", by_name)
     expect_torch(prove(config=TIED), "grad_norm")
 
 
@@ -249,18 +251,21 @@ def test_replicated_gradients_counted_once_per_rank_in_the_norm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every rank adds what it has of the norms' weights; all ranks agree on what is too large."""
-    correct, layouts_of = optim._sum_squares, optim.layouts_of
+    correct, layouts_of = norms.sum_squares_of, norms.layouts_of
 
     def on_an_axis(model: Any) -> Any:
         for name, parameter, layout, _ in layouts_of(model):
             yield name, parameter, layout, getattr(model.lm_head, "axis", None)
 
-    def counted(grad: Tensor, layout: Layout, axis: Axis, who: str) -> Tensor:
-        square = correct(grad, layout, axis, who)
-        return comm.all_reduce(square, axis, direction="update") if layout.cut is None else square
+    def counted(grad: Tensor, place: Place) -> Tensor:
+        layout, axis, square = place.layout, place.axis, correct(grad, place)
+        if layout.cut is not None:
+            return square
+        assert axis is not None
+        return comm.all_reduce(square, axis, direction="update")
 
-    monkeypatch.setattr(optim, "layouts_of", on_an_axis)
-    monkeypatch.setattr(optim, "_sum_squares", counted)
+    monkeypatch.setattr(norms, "layouts_of", on_an_axis)
+    monkeypatch.setattr(norms, "sum_squares_of", counted)
     report = prove()
     expect_bits(report, "grad_norm")
     assert not report.cases[0].first_difference()["detail"], "no replicas differ"
@@ -270,17 +275,17 @@ def test_held_key_value_gradients_counted_once_per_holder_in_the_norm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A key-value head that two ranks hold counts twice; right where none is shared."""
-    correct = optim._sum_squares
+    correct = norms.sum_squares_of
 
-    def counted(grad: Tensor, layout: Layout, axis: Axis | None, who: str) -> Tensor:
-        square = correct(grad, layout, axis, who)
-        if axis is None or not who.endswith(QKV[1:]):
+    def counted(grad: Tensor, place: Place) -> Tensor:
+        layout, axis, square = place.layout, place.axis, correct(grad, place)
+        if axis is None or not place.name.endswith(QKV[1:]):
             return square
         is_copy = [each not in layout.owned for each in layout.held_indices]
         copies = sum_squares(grad[torch.tensor(is_copy, dtype=torch.bool)])
         return square + comm.all_reduce(copies, axis, direction="update")
 
-    monkeypatch.setattr(optim, "_sum_squares", counted)
+    monkeypatch.setattr(norms, "sum_squares_of", counted)
     report = prove(degrees=(1, 2, 3))
     expect_bits(report, "grad_norm", degrees=(1, 3))
     assert not differing(report, degree=2)

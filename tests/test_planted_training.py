@@ -23,13 +23,15 @@ from planted import (
     prove_clipped,
     sgd,
 )
-from shardproof import cases, comm, optim
+from shardproof import cases, comm
 from shardproof.axis import Axis
 from shardproof.cases import matmul
 from shardproof.errors import NumericsError
 from shardproof.functional.losses import mse_loss
 from shardproof.leaves import Cut, Layout
 from shardproof.numerics.sums import sum_squares
+from shardproof.optim import norms
+from shardproof.optim.layouts import Place
 from shardproof.prover.case import Trial
 from shardproof.prover.proof import prove_cases
 from shardproof.prover.report import Report
@@ -201,14 +203,14 @@ def test_replicated_gradients_counted_once_per_rank_in_the_norm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """NeMo-RL PR 3788: all ranks agree on a norm that is too large."""
-    correct = optim._sum_squares
+    correct = norms.sum_squares_of
 
-    def counted(grad: Tensor, layout: Layout, axis: Axis | None, who: str) -> Tensor:
-        square = correct(grad, layout, axis, who)
+    def counted(grad: Tensor, place: Place) -> Tensor:
+        layout, axis, square = place.layout, place.axis, correct(grad, place)
         is_summed = layout.is_replicated and axis is not None
         return comm.all_reduce(square, axis, direction="update") if is_summed else square
 
-    monkeypatch.setattr(optim, "_sum_squares", counted)
+    monkeypatch.setattr(norms, "sum_squares_of", counted)
     report = prove_clipped(lambda model: sp.clip_grad_norm_(model, 0.5))
     expect_bits(report, "grad_norm")
     assert not report.cases[0].first_difference()["detail"], "no replicas differ"
@@ -236,6 +238,7 @@ def remember_axis(block: Block, axis: Axis) -> None:
     block.up.weight.axis = axis
 
 
+@sp.declare_elementwise
 class StateOfRankZero(torch.optim.SGD):
     """Momentum whose buffer of the cut weight is, after every step, the one of rank 0."""
 
@@ -258,6 +261,7 @@ def test_optimizer_state_of_another_rank() -> None:
     expect_bits(report, "up.weight.momentum_buffer")
 
 
+@sp.declare_elementwise
 class ForgetfulSgd(torch.optim.SGD):
     """Forgets the momentum of the cut weight before its second step, if there are other ranks."""
 
@@ -339,6 +343,7 @@ def test_running_mean_that_every_degree_has_wrong() -> None:
     )
 
 
+@sp.declare_elementwise
 class CountingSgd(torch.optim.SGD):
     """Counts steps in a buffer of the model, on the first rank alone."""
 

@@ -9,12 +9,13 @@ from shardproof.numerics.mode import set_blas_mode as _set_blas_mode
 
 _set_blas_mode()
 
-from shardproof import errors, functional, hf
+from shardproof import errors, functional, hf, optim
 from shardproof.axis import Axis
 from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
 from shardproof.optim import (
     clip_grad_norm_,
+    declare_elementwise,
     grad_norm,
     load_optimizer_state_dict,
     optimizer_state_dict,
@@ -62,6 +63,7 @@ __all__ = [
     "VocabParallel",
     "VocabParallelEmbedding",
     "clip_grad_norm_",
+    "declare_elementwise",
     "errors",
     "functional",
     "grad_norm",
@@ -72,6 +74,7 @@ __all__ = [
     "max_over_parameters",
     "min_over_parameters",
     "num_parameters",
+    "optim",
     "optimizer_state_dict",
     "parallelize",
     "parameter_norm",

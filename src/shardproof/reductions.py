@@ -21,7 +21,7 @@ from shardproof.errors import ShapeError, UsageError
 from shardproof.leaves import Cut, Layout
 from shardproof.numerics.matmul import node_dtype
 from shardproof.numerics.sums import sum_all
-from shardproof.optim import layouts_of
+from shardproof.optim.layouts import layouts_of
 from shardproof.tree import add_tensors, combine, nodes_of_run
 
 Function = Callable[[Tensor], Tensor]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shardproof.axis import Axis, checked_axis
 from shardproof.errors import LayoutError, ShapeError, UsageError
-from shardproof.layers import guard
+from shardproof.layers import guard, registry
 from shardproof.layers.filling import passes_over
 from shardproof.leaves import Cut, Layout, check_degree
 from shardproof.numerics import mode
@@ -80,6 +80,19 @@ class ShardedModule(nn.Module):
         # The parameter first: the guard of another thread may look at any moment.
         self.register_parameter(name, nn.Parameter(data))
         self.layouts[name] = layout
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch's; assignment and `load_state_dict(assign=True)` come here too."""
+        registry.remember(self)  # an optimizer may have what is replaced here
+        super().register_parameter(name, param)
+        registry.note_change()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As torch's; behind `to`, `half` and `to_empty`, which may replace parameters."""
+        registry.remember(self)
+        applied = super()._apply(fn, recurse)
+        registry.note_change()
+        return applied
 
     def cut_parameters(self) -> Iterator[tuple[str, nn.Parameter, Layout]]:
         """Name, parameter and layout of every parameter that has a layout.

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad
 
 from shardproof.errors import UsageError
-from shardproof.layers import refuse, scaling
-from shardproof.layers.watched import name_of, watch_module
+from shardproof.layers import refuse, registry, scaling, step_guard
+from shardproof.layers.watched import name_of
 
 _lock = threading.Lock()
 _installed: list[str] = []
@@ -26,8 +26,9 @@ _installed: list[str] = []
 
 def watch(module: nn.Module) -> None:
     """Make torch's functions raise on this module's cut parameters, or do what is right."""
-    watch_module(module)
+    registry.watch(module)
     with _lock:
+        step_guard.install()
         if not hasattr(clip_grad._get_total_norm, "is_shardproof_guard"):
             _install()
         if not _installed:

@@ -1,41 +1,28 @@
 """Which tensors of this process are cut parameters: told from the tensor alone.
 
-Every cut module is watched from the moment it exists, weakly, so that a guard of a function of
-torch can tell whether what it is given is this rank's part of something.
+What a guard of a function of torch asks of the registry of cut modules.
 """
 
-import threading
-import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
-
-_watched: weakref.WeakSet[Any] = weakref.WeakSet()
-_lock = threading.Lock()
-
-
-def watch_module(module: nn.Module) -> None:
-    """Remember a cut module as long as it lives."""
-    with _lock:
-        _watched.add(module)
+from shardproof.layers import registry
 
 
 def is_watched(module: object) -> bool:
     """True for a cut module."""
-    with _lock:
-        return module in _watched
+    return any(each is module for each in registry.watched())
 
 
 def cut_parameters() -> Iterator[tuple[str, nn.Parameter, Axis]]:
     """Name, parameter and axis of every cut parameter of this process, all its ranks'."""
-    with _lock:
-        modules = list(_watched)
-    for module in modules:
-        for name, parameter in _of(module):
-            yield name, parameter, module.axis
+    for module in registry.watched():
+        for parameter, part in registry.parts_of(module):
+            if part.is_cut:
+                yield part.name, parameter, part.axis
 
 
 def name_of(tensors: Iterable[Tensor]) -> str | None:
@@ -71,20 +58,3 @@ def _memory(tensor: Tensor) -> int | None:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return None  # of a subclass without memory of its own, which no cut parameter is
-
-
-def _of(module: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    """Cut parameters of one module, and what a parametrization has put in the place of one.
-
-    Other threads may be building or changing the module: nothing is expected to be there.
-    """
-    for name, layout in dict(module.layouts).items():
-        if layout.is_replicated:
-            continue
-        parameter = getattr(module, "_parameters", {}).get(name)
-        if parameter is not None:
-            yield f"{module.name}.{name}", parameter
-        else:
-            # Which of them make up the cut parameter is not known, so that all count.
-            for other, candidate in list(module.named_parameters()):
-                yield f"{module.name}.{other}", candidate

@@ -18,6 +18,7 @@ from shardproof.hf.head import adapt_head
 from shardproof.hf.models import is_transformers
 from shardproof.hf.parameters import guard_parameters
 from shardproof.hf.refused import guard_methods
+from shardproof.layers import registry
 from shardproof.layers.base import ShardedModule, check_state
 from shardproof.numerics import mode
 from shardproof.objects import checked_model
@@ -120,10 +121,15 @@ def _agree(model: Any, plan: Any, scheme: Any, axis: Axis) -> tuple[Plan | None,
 
 def _change(model: nn.Module, made: ModelPlan, twins: Mapping[str, nn.Module], axis: Axis) -> None:
     """Do what has been checked."""
+    whole = dict(model.named_parameters())
     cutter = Cutter(model, made.scheme, axis, made.head, made.manners)
     cutter.cut(made.styles)
     for name, twin in twins.items():
         cutter.replace(name, twin)
+    kept = {id(parameter) for parameter in model.parameters()}
+    for name, parameter in whole.items():
+        if id(parameter) not in kept:
+            registry.note_replaced(parameter, name)
     if not is_transformers(model):
         return
     if cutter.attentions:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from shardproof.errors import UsageError
+from shardproof.layers import registry
 from shardproof.layers.base import ShardedModule
 from shardproof.layers.formula import find_formula
 from shardproof.leaves import Layout, replicated
@@ -58,6 +59,7 @@ def initialize(
     rule = "a finite number, 0 or more. Use for instance 0.02"
     std = checked_real(std, "std", rule=rule, holds=lambda number: 0 <= number < math.inf)
     seed = (scheme or _scheme_of(model)).seed
+    registry.refresh()  # an optimizer may have what is replaced here
     made: dict[int, nn.Parameter] = {}
     for name, module in model.named_modules():
         for own, parameter in list(module._parameters.items()):
@@ -69,6 +71,7 @@ def initialize(
                 made[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
             module._parameters[own] = made[id(parameter)]
         _make_buffers(model, module, name, device)
+    registry.note_change()
     return model
 
 

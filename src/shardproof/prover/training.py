@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from shardproof.errors import UsageError
-from shardproof.leaves import Layout, replicated
+from shardproof.optim.state import state_layout
 from shardproof.prover.case import Trial, parameter_layouts
 from shardproof.prover.update import INITIAL, MakeOptimizer, Update, make_optimizer
 from shardproof.wording import shown
@@ -231,14 +231,10 @@ def record_gradients(
 def record_state(
     trial: Trial, model: nn.Module, optimizer: Optimizer, *, prefix: str = "", judged: bool = True
 ) -> None:
-    """Record the optimizer's state: shaped like a parameter, it lies like it."""
+    """Record the optimizer's state, as it lies."""
     layouts = parameter_layouts(model)
     for name, parameter in model.named_parameters():
         for key, value in sorted(optimizer.state.get(parameter, {}).items()):
             if isinstance(value, torch.Tensor):
-                layout = _state_layout(value, parameter, layouts[name])
+                layout = state_layout(optimizer, key, value, layouts[name])
                 trial.record(f"{prefix}{name}.{key}", value, layout, judged=judged)
-
-
-def _state_layout(value: Tensor, parameter: Tensor, layout: Layout) -> Layout:
-    return layout if value.shape == parameter.shape else replicated(tuple(value.shape))

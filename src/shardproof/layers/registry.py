@@ -1,0 +1,136 @@
+"""Which tensors are parts of a whole, asked by those who have the parameter and no module.
+
+An optimizer knows parameters alone. The cut modules of the process are kept here weakly, and what
+each of their parameters is a part of is looked up in the modules themselves: whatever has put
+another `nn.Parameter` in the place of one (a deep copy, `to_empty`, `load_state_dict(assign=True)`,
+an assignment) is thereby followed. A number that grows with every such change says when to look
+again.
+"""
+
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from shardproof.axis import Axis
+from shardproof.leaves import Layout
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one parameter is a part of.
+
+    Attributes:
+        name: of the parameter, as messages call it.
+        layout: how the whole lies on the ranks; None if nothing says it (a parametrization has
+            taken the cut parameter away and computes it from this one).
+        axis: the ranks.
+        promises_bits: whether its module computes the same bits at every degree.
+        owner: the module, weakly.
+    """
+
+    name: str
+    layout: Layout | None
+    axis: Axis
+    promises_bits: bool
+    owner: "weakref.ref[nn.Module]" = field(repr=False, compare=False)
+
+    @property
+    def is_cut(self) -> bool:
+        """False only if every rank surely holds the whole."""
+        return self.layout is None or not self.layout.is_replicated
+
+    def is_held(self, parameter: Tensor) -> bool:
+        """False if the module lives and has another parameter in its place by now."""
+        owner = self.owner()
+        return owner is None or any(own is parameter for own in owner.parameters())
+
+
+_modules: weakref.WeakSet[Any] = weakref.WeakSet()
+_parts: Any = WeakIdKeyDictionary()  # parameter -> Part; torch has no types for it
+_replaced: Any = WeakIdKeyDictionary()  # parameter -> its name in the model that was cut
+_lock = threading.Lock()
+_changes = 0
+
+
+def watch(module: nn.Module) -> None:
+    """Keep a cut module in sight, as long as somebody else keeps it alive."""
+    with _lock:
+        _modules.add(module)
+    note_change()
+
+
+def watched() -> list[Any]:
+    """The cut modules that are alive."""
+    with _lock:
+        return list(_modules)
+
+
+def note_change() -> None:
+    """Say that cut modules have other parameters than before."""
+    global _changes
+    with _lock:
+        _changes += 1
+
+
+def changes() -> int:
+    """A number that grows whenever a cut module may have got another parameter."""
+    return _changes
+
+
+def note_replaced(parameter: nn.Parameter, name: str) -> None:
+    """Say that a part has taken the place of a whole parameter, called `name` in its model."""
+    with _lock:
+        _replaced[parameter] = name
+    note_change()
+
+
+def replaced_name(parameter: Tensor) -> str | None:
+    """What a parameter was called before a part took its place; None if none did."""
+    name: str | None = _replaced.get(parameter)
+    return name
+
+
+def part_of(parameter: Tensor) -> Part | None:
+    """What a parameter is a part of, as of the last `refresh`; None for plain ones."""
+    part: Part | None = _parts.get(parameter)
+    return part
+
+
+def refresh() -> None:
+    """Look at the parameters of all cut modules."""
+    for module in watched():
+        remember(module)
+
+
+def remember(module: nn.Module) -> None:
+    """Look at the parameters of one cut module; before they are replaced, too."""
+    for parameter, part in parts_of(module):
+        with _lock:
+            known: Part | None = _parts.get(parameter)
+            # A tied parameter is cut if any of its modules says so.
+            if known is None or part.is_cut or not known.is_cut:
+                _parts[parameter] = part
+
+
+def parts_of(module: Any) -> Iterator[tuple[nn.Parameter, Part]]:
+    """Parameters of one module that have a layout, and what a parametrization made of one.
+
+    Other threads may be building or changing the module: nothing is expected to be there.
+    """
+    owner, promises = weakref.ref(module), module.scheme.is_invariant
+    for name, layout in list(module.layouts.items()):
+        parameter = getattr(module, "_parameters", {}).get(name)
+        if parameter is not None:
+            part = Part(f"{module.name}.{name}", layout, module.axis, promises, owner)
+            yield parameter, part
+        elif not layout.is_replicated:
+            # Which of them make up the cut parameter is not known, so that all count.
+            for other, candidate in list(module.named_parameters()):
+                if other not in module.layouts:
+                    part = Part(f"{module.name}.{other}", None, module.axis, promises, owner)
+                    yield candidate, part

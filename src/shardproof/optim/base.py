@@ -1,0 +1,138 @@
+"""What optimizers share whose update of a matrix depends on all of it.
+
+They know where each of their parameters lies (`layers.registry`), update what this rank holds, and
+add over the ranks by the canonical tree. Replicated parameters are computed on every rank alike.
+Arithmetic is in fp32 where parameters are narrower, and is rounded once, at the end.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from shardproof.errors import UsageError
+from shardproof.layers import registry
+from shardproof.leaves import Layout, replicated
+from shardproof.numerics.matmul import node_dtype
+from shardproof.optim.layouts import Place
+
+
+class WholeOptimizer(Optimizer):
+    """Base of `Adafactor` and `Muon`."""
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
+        """Update every parameter that has a gradient; all ranks call it.
+
+        Args:
+            closure: computes the loss again, and the gradients; called first.
+
+        Returns:
+            What `closure` returned.
+
+        Raises:
+            UsageError: a parameter is none that can be updated; nothing was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        given = [
+            (parameter, group)
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        places = [self._place(parameter) for parameter, _ in given]
+        for (parameter, group), place in zip(given, places, strict=True):
+            self._update(parameter, group, place)
+        return loss
+
+    @abstractmethod
+    def _update(self, parameter: Tensor, group: dict[str, Any], place: Place) -> None:
+        """Update one parameter; every rank updates the same one."""
+
+    @abstractmethod
+    def state_layouts(self, layout: Layout) -> dict[str, Layout]:
+        """How the state of a parameter lies: key -> layout.
+
+        Args:
+            layout: of the parameter.
+        """
+
+    def layouts_of_state(self, parameter: Tensor) -> dict[str, Layout]:
+        """How the state of one of the parameters lies: key -> layout.
+
+        Args:
+            parameter: of this optimizer, cut or not.
+        """
+        return self.state_layouts(self._place(parameter).layout)
+
+    def _place(self, parameter: Tensor) -> Place:
+        """Where a parameter lies.
+
+        Raises:
+            UsageError: it cannot be updated here. All ranks see the same.
+        """
+        name = type(self).__name__
+        part = registry.part_of(parameter)
+        who = f"of shape {tuple(parameter.shape)}" if part is None else repr(part.name)
+        grad = parameter.grad
+        if parameter.is_complex() or not parameter.is_floating_point():
+            raise UsageError(
+                f"{name} got a parameter {who} of {parameter.dtype}, and updates real numbers. "
+                "Give it to another optimizer."
+            )
+        if grad is not None and grad.layout is not torch.strided:
+            raise UsageError(
+                f"{name} got a sparse gradient of the parameter {who}. Make it dense "
+                "(sparse=False in the embedding)."
+            )
+        for tensor in (parameter, parameter.data, grad):
+            if tensor is not None and type(tensor) not in (Tensor, torch.nn.Parameter):
+                raise UsageError(
+                    f"{name} got a parameter {who} that is a {type(tensor).__name__}, of which it "
+                    "would see a part. Use it before fully_shard, or another optimizer."
+                )
+        if part is None:
+            return Place(replicated(tuple(parameter.shape)), name=name)
+        if part.layout is None:
+            raise UsageError(
+                f"{name} got {who}, from which a parametrization computes a part of a cut "
+                "parameter: nothing says how it is cut. Remove the parametrization, or leave this "
+                "layer out of the plan."
+            )
+        return Place(part.layout, part.axis, f"{part.name} ({name})")
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in the dtype in which it is computed with: itself, or a copy in fp32."""
+    return x.to(node_dtype(x.dtype))
+
+
+def write(target: Tensor, value: Tensor) -> None:
+    """Round `value` into `target`, unless it is that tensor already."""
+    if value is not target:
+        target.copy_(value)
+
+
+def scalar(value: float | Tensor) -> float:
+    """A hyperparameter as a number, computed with in the precision in which it was given."""
+    return value.item() if isinstance(value, Tensor) else float(value)
+
+
+def check_scalar(name: str, value: float | Tensor, *, least: float = 0.0) -> None:
+    """Raise unless a hyperparameter is one number of at least `least`.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise UsageError(f"{name} has {value.numel()} elements. Give one number.")
+    if not scalar(value) >= least:
+        raise UsageError(f"{name}={scalar(value)} is not at least {least:g}. Give a larger one.")

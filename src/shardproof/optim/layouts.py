@@ -1,0 +1,104 @@
+"""How every parameter of a model lies on this rank, and sums over the leaves of one."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from shardproof import comm
+from shardproof.axis import Axis
+from shardproof.layers.base import ShardedModule
+from shardproof.leaves import Layout
+from shardproof.numerics.matmul import node_dtype
+from shardproof.tree import add_tensors, combine, nodes_of_run
+
+
+def layouts_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Layout, Axis | None]]:
+    """Name, parameter, layout and axis of every parameter; plain ones are replicated.
+
+    A parameter that several modules share comes once, under its first name, and is cut if any of
+    them says so. A parameter that was added to a cut module is replicated.
+
+    Raises:
+        UsageError: a cut module no longer holds one of its parameters itself.
+    """
+    cut: dict[int, tuple[Layout, Axis]] = {
+        id(parameter): (layout, module.axis)
+        for module in model.modules()
+        if isinstance(module, ShardedModule)
+        for _, parameter, layout in module.cut_parameters()
+    }
+    for name, parameter in model.named_parameters():
+        layout, axis = cut.get(id(parameter), (Layout(tuple(parameter.shape), 0), None))
+        yield name, parameter, layout, axis
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one parameter lies.
+
+    Attributes:
+        layout: how the whole lies on this rank.
+        axis: the ranks; None for a parameter of a plain module, which every rank has whole.
+        name: for messages and the ledger.
+    """
+
+    layout: Layout
+    axis: Axis | None = None
+    name: str = ""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether this rank may hold less than the whole."""
+        return self.axis is not None and self.layout.dim is not None
+
+    @functools.cached_property
+    def slices(self) -> tuple[slice, ...]:
+        """Where each leaf that this rank owns lies in what it holds."""
+        layout = self.layout
+        return () if layout.cut is None else layout.cut.leaf_slices(layout.rank, layout.held)
+
+    def sum(
+        self,
+        partial: Callable[[Callable[[Tensor], Tensor]], Tensor],
+        *,
+        shape: Sequence[int],
+        like: Tensor,
+    ) -> Tensor:
+        """Add something of every leaf of the whole, each leaf once, by the canonical tree.
+
+        Args:
+            partial: `partial(at)` gives this sum for one leaf, in `node_dtype`; `at(x)` is that
+                leaf of a tensor cut as the parameter is, a view.
+            shape: of the sum.
+            like: any tensor of the parameter's dtype and device.
+
+        Returns:
+            `shape`, Replicate, in `node_dtype` of `like`'s dtype.
+
+        Comm:
+            update one all_reduce of (shape) if the parameter is cut.
+        """
+        cut, dim = self.layout.cut, self.layout.dim
+        if self.axis is None or cut is None or dim is None:
+            return partial(lambda x: x)
+        run = cut.run(self.layout.rank)
+        leaves = {
+            (leaf, leaf + 1): partial(
+                lambda x, at=at: x.narrow(dim, at.start, at.stop - at.start)  # type: ignore[misc]
+            )
+            for leaf, at in zip(run, self.slices, strict=True)
+        }
+        nodes = {
+            node: combine(node, leaves, add_tensors) for node in nodes_of_run(cut.num_leaves, run)
+        }
+        return comm.all_reduce_nodes(
+            nodes,
+            self.axis,
+            cut=cut,
+            shape=tuple(shape),
+            like=like.new_empty(0, dtype=node_dtype(like.dtype)),
+            direction="update",
+            who=self.name,
+        )

@@ -1,0 +1,227 @@
+"""Muon for cut parameters: the algorithm of torch 2.13, with the same bits at every degree.
+
+Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024
+(https://kellerjordan.github.io/posts/muon/); "match_rms_adamw": Liu et al., "Muon is Scalable for
+LLM Training", 2025 (https://arxiv.org/abs/2502.16982). The momentum of a matrix is replaced by the
+nearest orthogonal one (`orthogonal.py`). A matrix that is cut along its shorter side is cut along
+the longer one first, by one all-to-all of blocks, and its update goes back the same way.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from shardproof.axis import Axis
+from shardproof.errors import UsageError
+from shardproof.layers.step_guard import serve
+from shardproof.leaves import Cut, Layout
+from shardproof.numerics.matmul import node_dtype
+from shardproof.optim.base import WholeOptimizer, check_scalar, scalar, wide, write
+from shardproof.optim.layouts import Place
+from shardproof.optim.norms import sum_squares_of
+from shardproof.optim.orthogonal import Iteration, orthogonalize, spread_of
+from shardproof.recut import to_columns, to_rows
+from shardproof.transport.base import Call
+
+_RATES = ("original", "match_rms_adamw")
+_SOLO = Axis.solo("alone")
+
+
+@serve
+class Muon(WholeOptimizer):
+    """`torch.optim.Muon` for models of which matrices are cut, and for any other.
+
+    Options and defaults are torch's, and `ns_dtype` is ours. The learning rate is adjusted by the
+    shape of the whole matrix, not of this rank's part.
+
+    Shapes and placements:
+        momentum_buffer   as its parameter
+
+    Args:
+        params: matrices, pairs of names and matrices, or groups of options.
+        lr: the learning rate.
+        weight_decay: by which parameters shrink, times `lr`.
+        momentum: of the gradients.
+        nesterov: whether to look ahead.
+        ns_coefficients: a, b and c of the iteration.
+        eps: the smallest norm to divide by.
+        ns_steps: how many iterations; below 100.
+        adjust_lr_fn: "original" (None is the same) or "match_rms_adamw".
+        ns_dtype: to which the iteration rounds; torch knows bf16 alone. None: not at all.
+
+    Raises:
+        UsageError: an option is out of range, or a parameter is no matrix.
+
+    A matrix is (short, long) here; two products are made in an iteration, and a matrix that is cut
+    along its shorter side is turned twice. Where a (short, short) matrix has no room in a rank's
+    share it travels in parts.
+
+    Comm:
+        update one all_reduce of () per cut parameter that has a gradient; update one
+        reduce_scatter of (short, short) per iteration; update one all_gather of (short, short) per
+        product; update one exchange of (short, long) per turn.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        *,
+        ns_dtype: torch.dtype | None = torch.bfloat16,
+    ) -> None:
+        check_scalar("lr", lr)
+        check_scalar("momentum", momentum)
+        check_scalar("weight_decay", weight_decay)
+        if adjust_lr_fn is not None and adjust_lr_fn not in _RATES:
+            raise UsageError(f"adjust_lr_fn={adjust_lr_fn!r} is unknown. Use one of {_RATES}.")
+        if len(ns_coefficients) != 3:
+            raise UsageError(f"ns_coefficients={ns_coefficients} are not three. Give a, b and c.")
+        if not 0 <= ns_steps < 100:
+            raise UsageError(f"ns_steps={ns_steps} is not from 0 to 99. Five are usual.")
+        if ns_dtype is not None and not ns_dtype.is_floating_point:
+            raise UsageError(
+                f"ns_dtype={ns_dtype} is no dtype of real numbers. Use torch.bfloat16."
+            )
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "ns_dtype": ns_dtype,
+        }
+        self._held: Any = WeakIdKeyDictionary()  # parameter -> leaves that every rank holds
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_held", WeakIdKeyDictionary())
+        for group in self.param_groups:
+            group.setdefault("ns_dtype", torch.bfloat16)  # the state may be torch's
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, of matrices alone.
+
+        Raises:
+            UsageError: a parameter is no matrix.
+        """
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.dim() != 2:
+                self.param_groups.pop()
+                raise UsageError(
+                    f"Muon got a parameter of shape {tuple(parameter.shape)}, and orthogonalises "
+                    "matrices. Give it [p for p in model.parameters() if p.ndim == 2], and the "
+                    "rest to torch.optim.AdamW."
+                )
+
+    def state_layouts(self, layout: Layout) -> dict[str, Layout]:
+        """The momentum lies as its parameter."""
+        return {"momentum_buffer": layout}
+
+    def _update(self, parameter: Tensor, group: dict[str, Any], place: Place) -> None:
+        given: Any = parameter.grad
+        grad, momentum = wide(given), group["momentum"]
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(given)
+        buffer = wide(state["momentum_buffer"]).lerp_(grad, 1 - momentum)
+        write(state["momentum_buffer"], buffer)
+        ahead = grad.lerp(buffer, momentum) if group["nesterov"] else buffer
+        update = self._orthogonal(parameter, ahead, group, place)
+        lr, shape = group["lr"], place.layout.shape
+        weight = wide(parameter).mul_(scalar(1 - lr * group["weight_decay"]))
+        weight.add_(update, alpha=-scalar(lr * _rate(group["adjust_lr_fn"], shape)))
+        write(parameter, weight)
+
+    def _orthogonal(
+        self, parameter: Tensor, ahead: Tensor, group: dict[str, Any], place: Place
+    ) -> Tensor:
+        """The update of what this rank holds, in the dtype that is computed with."""
+        layout, axis = place.layout, place.axis if place.is_cut else None
+        if not math.prod(layout.shape):
+            return ahead
+        dtype = group["ns_dtype"] or ahead.dtype
+        iteration = Iteration(tuple(group["ns_coefficients"]), group["ns_steps"], dtype)
+        x = ahead.to(dtype).to(node_dtype(dtype))
+        norm = sum_squares_of(x, place).sqrt().to(dtype).clamp(min=group["eps"]).to(x.dtype)
+        x = iteration.round(x / norm)
+        rows, columns = layout.shape
+        is_turned = rows > columns
+        short, long = (columns, rows) if is_turned else (rows, columns)
+        if is_turned:
+            x = x.t()
+        if axis is None or layout.cut is None:
+            spread = spread_of(Cut(long, 1, 1), Cut(short, 1, 1), 0, range(1), place.name)
+            x = orthogonalize(x.contiguous(), spread, iteration, _SOLO)
+        else:
+            long_dim = 0 if is_turned else 1
+            mine = layout.cut if layout.dim == long_dim else None
+            x = self._on_axis(parameter, x, (short, long), mine, iteration, place, axis)
+        return x.t() if is_turned else x
+
+    def _on_axis(
+        self,
+        parameter: Tensor,
+        x: Tensor,
+        shape: tuple[int, int],
+        cut: Cut | None,
+        iteration: Iteration,
+        place: Place,
+        axis: Axis,
+    ) -> Tensor:
+        """Iterate a cut matrix (short, long); `cut` is that of the longer side, or None."""
+        layout: Any = place.layout
+        leaves, degree, rank = layout.cut.leaves, axis.size, axis.rank
+        rows = Cut(shape[0], leaves, degree)
+        if cut is not None:
+            spread = spread_of(cut, rows, rank, layout.held, place.name)
+            return orthogonalize(x.contiguous(), spread, iteration, axis)
+        columns = Cut(shape[1], leaves, degree)
+        spread = spread_of(columns, rows, rank, columns.run(rank), place.name)
+        held = self._leaves_held(parameter, layout, axis)
+        own = _owned_rows(x, layout)
+        route: dict[str, Any] = {
+            "rows": layout.cut, "columns": columns, "direction": "update", "who": place.name
+        }  # fmt: skip
+        y = orthogonalize(to_columns(own, axis, **route), spread, iteration, axis)
+        return to_rows(y, axis, held=held, **route)
+
+    def _leaves_held(self, parameter: Tensor, layout: Layout, axis: Axis) -> tuple[range, ...]:
+        """The leaves of a parameter that every rank holds, in rank order."""
+        cut: Any = layout.cut
+        if cut.runs is None:
+            return tuple(cut.run(rank) for rank in range(cut.degree))
+        if parameter not in self._held:
+            call = Call("held", "setup", f"{type(self).__name__} of {layout.shape}")
+            self._held[parameter] = tuple(axis.transport.gather_objects(layout.held, call=call))
+        held: tuple[range, ...] = self._held[parameter]
+        return held
+
+
+def _owned_rows(x: Tensor, layout: Any) -> Tensor:
+    """Of what a rank holds of a matrix cut along dim 0, what it owns."""
+    owned, held = layout.owned, layout.held_indices
+    return x.narrow(0, owned.start - held.start if owned else 0, len(owned))
+
+
+def _rate(rule: str | None, shape: tuple[int, ...]) -> float:
+    """By what the learning rate of a whole matrix is multiplied."""
+    rows, columns = shape
+    if rule == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1, rows / columns))

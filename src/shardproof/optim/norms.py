@@ -1,0 +1,90 @@
+"""The norm of all gradients of a cut model, and clipping by it.
+
+Each element counts once: a cut parameter is summed over the axis by the canonical tree over its
+leaves, a replicated one is summed on every rank alike and not over the axis. The parameters are
+added in the order of `model.named_parameters()`, which no degree changes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from shardproof.errors import UsageError
+from shardproof.numerics.sums import sum_squares
+from shardproof.optim.layouts import Place, layouts_of
+from shardproof.quantities import checked_real
+
+
+@torch.no_grad()
+def grad_norm(model: nn.Module) -> Tensor:
+    """2-norm of all gradients of a cut model, the same bits at every degree.
+
+    Args:
+        model: with cut and plain modules; parameters without a gradient count nothing.
+
+    Returns:
+        (), Replicate, fp32 (fp64 if any gradient is).
+
+    Raises:
+        UsageError: `model` is not a module, or a cut module no longer holds its own parameters.
+
+    Comm:
+        update one all_reduce of () per cut parameter that has a gradient.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"grad_norm and clip_grad_norm_ take the model, got {type(model).__name__}: the "
+            "modules know which parameters are cut. Write clip_grad_norm_(model, max_norm)."
+        )
+    total: Tensor | None = None
+    for name, parameter, layout, axis in layouts_of(model):
+        if parameter.grad is None:
+            continue
+        square = sum_squares_of(parameter.grad, Place(layout, axis, name))
+        if total is not None and total.dtype != square.dtype:
+            total, square = total.double(), square.double()
+        total = square if total is None else total + square
+    return torch.zeros(()) if total is None else total.sqrt()
+
+
+def sum_squares_of(x: Tensor, place: Place) -> Tensor:
+    """Sum of the squares of a whole tensor, each element once.
+
+    Args:
+        x: what this rank holds of it, cut as its parameter is.
+        place: of the parameter.
+
+    Returns:
+        (), Replicate; fp64 for fp64, else fp32.
+
+    Comm:
+        update one all_reduce of ().
+    """
+    return place.sum(lambda at: sum_squares(at(x)), shape=(), like=x)
+
+
+@torch.no_grad()
+def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale all gradients by `max_norm / norm` if their norm is larger; in place.
+
+    Args:
+        model: with cut and plain modules.
+        max_norm: the largest norm allowed; positive.
+
+    Returns:
+        (), Replicate: the norm before clipping.
+
+    Raises:
+        UsageError: `model` is not a module, or `max_norm` is not positive.
+
+    Comm:
+        update one all_reduce of () per cut parameter that has a gradient.
+    """
+    rule = "positive. Give the largest norm allowed"
+    max_norm = checked_real(max_norm, "max_norm", rule=rule, holds=lambda number: number > 0)
+    norm = grad_norm(model)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            # Not rounded to the gradient's dtype first: the product is rounded anyway.
+            parameter.grad.mul_(scale.to(parameter.grad.device))
+    return norm

@@ -1,0 +1,138 @@
+"""A matrix that is cut along one dim becomes one that is cut along the other: one all-to-all.
+
+Every rank sends each other rank the block where its own share and the other's cross, so that
+nothing larger than a share ever exists. Bytes move; nothing is computed.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shardproof.axis import Axis
+from shardproof.comm import check_degree_of
+from shardproof.errors import ShapeError
+from shardproof.leaves import Cut
+from shardproof.transport.base import Call
+
+
+def to_columns(
+    x: Tensor, axis: Axis, *, rows: Cut, columns: Cut, direction: str, who: str = ""
+) -> Tensor:
+    """Give every rank its owned columns for its owned rows.
+
+    Args:
+        x: (owned rows, columns.size), Shard(0).
+        axis: the ranks.
+        rows: how dim 0 is cut before.
+        columns: how dim 1 is cut afterwards.
+        direction: for the ledger.
+        who: who asks, for messages.
+
+    Returns:
+        (rows.size, owned columns), Shard(1), a new tensor.
+
+    Raises:
+        ShapeError: `x` is not what this rank owns.
+
+    Comm:
+        `direction` one exchange of (rows.size, columns.size).
+    """
+    _check(x, (len(rows.owned(axis.rank)), columns.size), axis, who, rows, columns)
+    blocks = [_copy(x[:, _slice(columns.owned(rank))]) for rank in range(axis.size)]
+    width = len(columns.owned(axis.rank))
+    heights = rows.sizes()
+    got = _swap(blocks, [height * width for height in heights], axis, rows, columns, direction, who)
+    return torch.cat([part.view(-1, width) if width else part.view(height, 0)
+                      for part, height in zip(got, heights, strict=True)])  # fmt: skip
+
+
+def to_rows(
+    x: Tensor,
+    axis: Axis,
+    *,
+    rows: Cut,
+    columns: Cut,
+    held: Sequence[range],
+    direction: str,
+    who: str = "",
+) -> Tensor:
+    """Give every rank the rows that it holds for its owned columns.
+
+    Args:
+        x: (rows.size, owned columns), Shard(1).
+        axis: the ranks.
+        rows: how dim 0 is cut afterwards.
+        columns: how dim 1 is cut before.
+        held: the leaves of `rows` that each rank holds, in rank order.
+        direction: for the ledger.
+        who: who asks, for messages.
+
+    Returns:
+        (held rows, columns.size), Shard(0), a new tensor.
+
+    Raises:
+        ShapeError: `x` is not what this rank owns.
+
+    Comm:
+        `direction` one exchange of (rows.size, columns.size).
+    """
+    _check(x, (rows.size, len(columns.owned(axis.rank))), axis, who, rows, columns)
+    blocks = [_copy(x[_slice(rows.units(leaves))]) for leaves in held]
+    height = len(rows.units(held[axis.rank]))
+    widths = columns.sizes()
+    got = _swap(blocks, [height * width for width in widths], axis, rows, columns, direction, who)
+    return torch.cat(
+        [part.view(height, width) for part, width in zip(got, widths, strict=True)], dim=1
+    )
+
+
+def _swap(
+    blocks: list[Tensor],
+    sizes: list[int],
+    axis: Axis,
+    rows: Cut,
+    columns: Cut,
+    direction: str,
+    who: str,
+) -> list[Tensor]:
+    """Block r goes to rank r; what comes from every rank, the own block included."""
+    detail = f"{rows.num_leaves} x {columns.num_leaves} leaves"
+    shape = (rows.size, columns.size)
+    call = Call("exchange", direction, who, shape, blocks[0].dtype, detail)
+    mine = blocks[axis.rank]
+    if axis.size > 1:
+        outgoing = [[] if rank == axis.rank else [block] for rank, block in enumerate(blocks)]
+        incoming = [[] if rank == axis.rank else [size] for rank, size in enumerate(sizes)]
+        parts = axis.transport.exchange(outgoing, incoming, like=mine, call=call, rounds=1)
+    else:
+        parts = [[]]
+    item = mine.element_size()
+    axis.transport.ledger.add(
+        direction,
+        call.kind,
+        message_bytes=rows.size * columns.size * item,
+        sent_bytes=item * (sum(block.numel() for block in blocks) - mine.numel()),
+    )
+    return [mine if rank == axis.rank else part[0] for rank, part in enumerate(parts)]
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A flat copy: an exchange may lend it for longer than the call."""
+    return x.clone(memory_format=torch.contiguous_format).view(-1)
+
+
+def _slice(indices: range) -> slice:
+    return slice(indices.start, indices.stop)
+
+
+def _check(
+    x: Tensor, wanted: tuple[int, int], axis: Axis, who: str, rows: Cut, columns: Cut
+) -> None:
+    for cut in (rows, columns):
+        check_degree_of(cut, axis, who or "an exchange")
+    if tuple(x.shape) != wanted:
+        raise ShapeError(
+            f"{who or 'an exchange'} on {axis}: got shape {tuple(x.shape)}, but this rank owns "
+            f"{wanted} of ({rows.size}, {columns.size}). Give the tensor that the cuts describe."
+        )
