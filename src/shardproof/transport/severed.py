@@ -61,7 +61,7 @@ class Severed(Transport):
     def __getattr__(self, name: str) -> Any:
         """Whatever else the transport could do; what every Python object may lack stays so."""
         if name.startswith("__"):
-            raise AttributeError(name)
+            return object.__getattribute__(self, name)
         self._refuse()
 
     def _refuse(self) -> NoReturn:
