@@ -22,7 +22,7 @@ from shardproof.cli.doctor import doctor
 from shardproof.cli.options import HELP_OPTIONS
 from shardproof.cli.plan import plan
 from shardproof.cli.prove import prove
-from shardproof.cli.streams import OutputError, give_up_stdout, prepare_streams
+from shardproof.cli.streams import OutputError, ReaderLeftError, give_up_stdout, prepare_streams
 from shardproof.errors import DegreeError, RankError, ShardproofError, UsageError
 
 COMMANDS: tuple[click.Command, ...] = (
@@ -63,7 +63,7 @@ class Commands(click.Group):
             prepare_streams()
             code = super().main(args, prog_name, **extra)
             sys.stdout.flush()
-        except BrokenPipeError:
+        except (BrokenPipeError, ReaderLeftError):
             code = _lose_reader()
         except OutputError as error:
             give_up_stdout()
@@ -76,8 +76,6 @@ class Commands(click.Group):
                 code = EXIT_FAULT
         except click.Abort:
             code = EXIT_INTERRUPTED
-        except SystemExit:  # click's answer to a reader that left while it wrote the help
-            code = _lose_reader()
         except Exception:
             with contextlib.suppress(OSError):  # as in `_refuse`
                 traceback.print_exc()
