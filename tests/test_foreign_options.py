@@ -24,7 +24,7 @@ from shardproof.cli.json_file import JsonFile
 from shardproof.cli.main import LONGEST_MESSAGE, main
 from shardproof.cli.output import PlainConsole
 from shardproof.cli.progress import _Lines
-from shardproof.cli.streams import OutputError, _Output, prepare_streams
+from shardproof.cli.streams import OutputError, ReaderLeftError, _Output, prepare_streams
 from shardproof.errors import AxisError, UsageError
 from shardproof.numerics import mode
 from shardproof.quantities import read_whole, real_number, whole_number
@@ -286,6 +286,15 @@ def test_standard_output_that_fails_says_that_it_was_standard_output() -> None:
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), buffered.fileno())  # or what is left would fail again
     buffered.close()
+
+
+def test_a_reader_that_has_left_is_told_apart_from_a_full_disk() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    out = _Output(io.FileIO(write, "w"), encoding="utf-8", write_through=True)
+    with pytest.raises(ReaderLeftError):
+        out.write("answer")
+    out.close()
 
 
 def test_streams_that_are_closed_are_noticed_before_the_work(

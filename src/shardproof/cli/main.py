@@ -24,7 +24,7 @@ from shardproof.cli.options import HELP_OPTIONS
 from shardproof.cli.plan import plan
 from shardproof.cli.prove import prove
 from shardproof.cli.signals import Ended, ending_in_order
-from shardproof.cli.streams import OutputError, give_up_stdout, prepare_streams
+from shardproof.cli.streams import OutputError, ReaderLeftError, give_up_stdout, prepare_streams
 from shardproof.errors import DegreeError, RankError, ShardproofError, UsageError
 
 COMMANDS: tuple[click.Command, ...] = (
@@ -72,7 +72,7 @@ class Commands(click.Group):
             code = super().main(args, prog_name, **extra)
             sys.stdout.flush()
             return code
-        except BrokenPipeError:
+        except (BrokenPipeError, ReaderLeftError):
             return _lose_reader()
         except OutputError as error:
             give_up_stdout()
@@ -87,8 +87,6 @@ class Commands(click.Group):
             return EXIT_INTERRUPTED
         except Ended as ended:
             return ended.code
-        except SystemExit:  # click's answer to a reader that left while it wrote the help
-            return _lose_reader()
         except Exception:
             with contextlib.suppress(OSError):  # as in `_refuse`
                 traceback.print_exc()

@@ -14,11 +14,14 @@ class OutputError(UsageError):
     """Standard output cannot be written."""
 
 
+class ReaderLeftError(Exception):
+    """Nobody reads standard output any more; no `OSError`, of which click makes exit code 1."""
+
+
 class _Output(io.TextIOWrapper):
     """Standard output, whose errors say that it was standard output that failed.
 
-    The errors of a full disk would look like those of any other file; a reader that has left is
-    no error here, and stays a `BrokenPipeError`.
+    The errors of a full disk would look like those of any other file.
     """
 
     def write(self, text: str, /) -> int:
@@ -64,7 +67,7 @@ def give_up_stdout() -> None:
 
 def _named(error: OSError) -> Exception:
     if isinstance(error, BrokenPipeError):
-        return error
+        return ReaderLeftError()
     return OutputError(f"standard output cannot be written: {error.strerror}. {_WAY_OUT}")
 
 
