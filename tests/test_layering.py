@@ -22,9 +22,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("autograd", "core", "extras", "leaves", "tree"),
     ("heads", "overlap", "scheme", "timeout"),
     # Bytes between ranks.
-    ("transport.ledger",),
+    ("transport.ledger", "transport.notes"),
     ("transport.base",),
-    ("transport.portable", "transport.rendezvous"),
+    ("transport.agreement",),
+    ("transport.portable", "transport.rendezvous", "transport.stream"),
     ("transport.incore", "transport.segment"),
     ("transport.shared", "transport.solo", "transport.threads", "transport.distributed"),
     ("transport.choose",),
