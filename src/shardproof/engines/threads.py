@@ -109,7 +109,9 @@ class ThreadRanks(Ranks):
         outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
         for rank, inbox in enumerate(self._inboxes):
             solo = self.degree == 1
-            transport = SoloTransport() if solo else ThreadsTransport(rendezvous, rank)
+            transport: Transport = SoloTransport() if solo else ThreadsTransport(rendezvous, rank)
+            if not self._settings.compare_inputs:
+                transport.notes = None
             overlap, note = self._settings.overlap, self.transport_note
             inbox.put(_Task(fn, transport, overlap, rendezvous, outcomes, note))
         found: dict[int, _Outcome] = {}

@@ -78,7 +78,7 @@ class DistributedTransport(Transport):
         self,
         group: dist.ProcessGroup,
         *,
-        check: bool,
+        check: bool = False,
         timeout: float | None = None,
         observer: Callable[[Call | None], None] | None = None,
     ) -> None:
