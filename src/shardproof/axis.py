@@ -1,5 +1,6 @@
 """One axis: the ranks that split tensors together, as one of them sees it."""
 
+import functools
 import itertools
 import os
 import threading
@@ -7,6 +8,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -275,12 +277,23 @@ class Axis:
         if self.transport.size > 1 and checking.is_checked():
             self._compare(x, who, what)
 
+    def gather_small(self, value: Any, *, what: str) -> list[Any]:
+        """Every rank's small picklable value, in rank order.
+
+        Args:
+            value: of this rank.
+            what: it is; the same on all ranks.
+
+        Comm:
+            setup none in the ledger: small objects of all ranks go to all, uncounted.
+        """
+        return self.transport.gather_objects(value, call=Call("agree", "setup", what))
+
     def _compare(self, x: Tensor, who: str, what: str) -> None:
-        call = Call("agree", "setup", f"the {what} of {who}")
         checking.compare(
             x,
             f"the {what} of {who!r}",
-            lambda value: self.transport.gather_objects(value, call=call),
+            functools.partial(self.gather_small, what=f"the {what} of {who}"),
             way_out="Give all ranks of an axis the same batch, and draw, scale and update alike on "
             "them.",
         )

@@ -10,7 +10,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,35 @@ def watch(module: nn.Module) -> None:
         _watched.add(module)
         if not hasattr(clip_grad._get_total_norm, "is_shardproof_guard"):
             _install()
+
+
+class Placement(NamedTuple):
+    """Where a parameter of a cut module lies.
+
+    Attributes:
+        name: of the module and the parameter.
+        axis: the ranks.
+        is_replicated: the same on all of them.
+    """
+
+    name: str
+    axis: Any
+    is_replicated: bool
+
+
+def placements() -> dict[int, Placement]:
+    """Identity of every parameter of a cut module -> where it lies; a shared one is cut."""
+    with _lock:
+        modules = list(_watched)
+    found: dict[int, Placement] = {}
+    for module in modules:
+        for name, layout in dict(module.layouts).items():
+            parameter = getattr(module, "_parameters", {}).get(name)
+            before = found.get(id(parameter))
+            if parameter is not None and (before is None or before.is_replicated):
+                full_name = f"{module.name}.{name}"
+                found[id(parameter)] = Placement(full_name, module.axis, layout.is_replicated)
+    return found
 
 
 def _install() -> None:

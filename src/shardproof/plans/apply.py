@@ -14,6 +14,7 @@ from shardproof.errors import PlanError
 from shardproof.hf.attention import take_over
 from shardproof.hf.generation import guard_generation
 from shardproof.hf.head import adapt_head
+from shardproof.hf.inputs import note_inputs
 from shardproof.hf.models import is_transformers
 from shardproof.hf.saving import guard_saving
 from shardproof.layers.base import check_state
@@ -115,6 +116,7 @@ def _change(model: nn.Module, made: ModelPlan, twins: Mapping[str, nn.Module], a
         take_over(model, cutter.attentions)
     if made.head is not None:
         adapt_head(model, model.get_submodule(made.head))  # type: ignore[arg-type]
+    note_inputs(model, axis)
     if hasattr(model, "generate"):
         guard_generation(model, axis)
     guard_saving(model)
