@@ -192,7 +192,7 @@ class DistributedTransport(Transport):
                 finish = self._reduce(out, call)
                 return _Reducing(lambda: self._resume(call, finish))
             none = (0,) * self.size
-            reduced = Round(none, none, out.numel() * out.element_size())
+            reduced = Round(none, none, out.numel(), out.dtype)
             empty = out.new_empty(0, dtype=torch.uint8)
             pieces = [*[empty] * self.size, out]
             arrive = self._stream.start(self._wish(call), [reduced], [pieces])

@@ -61,12 +61,14 @@ class Round(NamedTuple):
 
     Attributes:
         sent, received: to and from each rank; 0 for the own one.
-        reduced: summed by the backend, beside that.
+        reduced, dtype: elements that the backend sums, beside that, and of what. It cuts them into
+            parts by their number: bytes alone would not say where.
     """
 
     sent: tuple[int, ...]
     received: tuple[int, ...]
     reduced: int = 0
+    dtype: torch.dtype = torch.uint8
 
 
 class _Step(NamedTuple):
@@ -110,7 +112,7 @@ class Exchange:
     def _send(self, each: Round, pieces: Sequence[Tensor] | None, is_first: bool) -> None:
         extra = self._heads if is_first else 0
         if each.reduced:
-            x = torch.zeros(each.reduced, dtype=torch.uint8) if pieces is None else pieces[-1]
+            x = torch.zeros(each.reduced, dtype=each.dtype) if pieces is None else pieces[-1]
             self._kept = x
             self._finishes.append(self._wish.reduce(x))
         sent = [0 if p == self._rank else n + extra for p, n in enumerate(each.sent)]
