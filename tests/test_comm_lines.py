@@ -43,6 +43,7 @@ from shardproof.functional import (
     norms,
     rms,
     rows,
+    sampling,
     shared,
     site,
     vocabulary,
@@ -348,6 +349,10 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
             (norm.HeadRMSNorm, True),
         )
     },
+    (sampling.keyed_scores, ""): lambda run: sampling.keyed_scores(
+        run.x, seed=1, name="a", temperature=1.0, top_k=None
+    ),
+    (sampling.KeyedSampler, ""): lambda run: sampling.KeyedSampler(1)(run.x),
     (dropout.dropout, ""): lambda run: dropout.dropout(run.x, 0.5, dropout.MaskKey(0, "a", 0)),
     (dropout_layers.Dropout, ""): lambda run: dropout_layers.Dropout(
         0.5, name="a", seed=0, axis=run.axis, cut=run.cut
@@ -372,7 +377,8 @@ SILENT = {
     classes: {"check_reduction", "counting_rows", "reduce_rows"},
     optim: {"layouts_of"},
     base: {"ShardedModule", "check_state"},
-    guard: {"watch"},
+    guard: {"Placement", "placements", "watch"},
+    sampling: {"check_options"},
     activations: {"Tanh", "Sigmoid", "SiLU", "GELU", "Softplus", "QuickGELU", "Mish"}
     | {"invariant_twin"},
     cut_norms: {"NormSite"},

@@ -64,7 +64,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layers.embedding", "layers.linear"),
     ("layers.attention", "layers.shared", "layers.whole"),
     ("layers.__init__",),
-    ("checked", "optim"),
+    ("comparison", "optim"),
     # Models of Hugging Face transformers, which compute through these layers.
     (
         "hf.models",

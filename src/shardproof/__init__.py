@@ -11,7 +11,7 @@ _set_blas_mode()
 
 from shardproof import errors, functional, hf
 from shardproof.axis import Axis
-from shardproof.checked import checked
+from shardproof.comparison import checked
 from shardproof.functional.sampling import KeyedSampler
 from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear

@@ -29,6 +29,9 @@ class KeyedSampler:
     Raises:
         UsageError: temperature, top_k or step make no sense.
 
+    Comm:
+        forward none; backward none.
+
     Example:
         sampler = sp.KeyedSampler(seed=1, temperature=0.8)
         token = sampler(model(ids).logits[:, -1])
@@ -51,8 +54,6 @@ class KeyedSampler:
         Raises:
             ShapeError: there are no classes.
             UsageError: the step is no count of draws.
-        Comm:
-            none.
         """
         step = whole_number(self.step)
         if step is None or step < 0:
@@ -103,7 +104,7 @@ def keyed_scores(
     Returns:
         (*, classes), Replicate, a new tensor.
     Comm:
-        none.
+        forward none; backward none.
     """
     scores = scores.float() / temperature
     if top_k is not None and top_k < scores.shape[-1]:
