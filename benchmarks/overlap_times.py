@@ -99,7 +99,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         ranks = {
             (place, name): stack.enter_context(
-                open_ranks(2, engine, threads=1, transport=transport, overlap=overlap, check=False)
+                open_ranks(2, engine, threads=1, transport=transport, overlap=overlap)
             )
             for place, (engine, transport) in places.items()
             for name, overlap in SETTINGS.items()

@@ -44,6 +44,7 @@ from shardproof.functional import (
     norms,
     rms,
     rows,
+    sampling,
     shared,
     site,
     vocabulary,
@@ -411,6 +412,10 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
             (norm.HeadRMSNorm, True),
         )
     },
+    (sampling.keyed_scores, ""): lambda run: sampling.keyed_scores(
+        run.x, seed=1, name="a", temperature=1.0, top_k=None
+    ),
+    (sampling.KeyedSampler, ""): lambda run: sampling.KeyedSampler(1)(run.x),
     (dropout.dropout, ""): lambda run: dropout.dropout(run.x, 0.5, dropout.MaskKey(0, "a", 0)),
     (dropout_layers.Dropout, ""): lambda run: dropout_layers.Dropout(
         0.5, name="a", seed=0, axis=run.axis, cut=run.cut
@@ -461,11 +466,13 @@ SILENT = {
     step_guard: {"declare_elementwise", "install", "is_elementwise", "serve"},
     base: {"ShardedModule", "check_state"},
     guard: {"watch"},
+    sampling: {"check_options"},
     filling: {"passes_over"},
     refuse: {"install"},
     scaling: {"install"},
     replace: {"is_replaced", "replace"},
-    watched: {"axes_of", "cut_parameters", "is_watched", "name_by_memory", "name_of"},
+    watched: {"Placement", "axes_of", "cut_parameters", "is_watched", "name_by_memory", "name_of"}
+    | {"placements"},
     activations: {"Tanh", "Sigmoid", "SiLU", "GELU", "Softplus", "QuickGELU", "Mish"}
     | {"ClippedGELU", "SqrtSoftplus", "ELU", "CELU", "SELU", "Softshrink"}
     | {"invariant_twin", "why_refused"},

@@ -233,8 +233,7 @@ PLACES = [
 @pytest.fixture(scope="module", params=PLACES)
 def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     engine, transport = request.param
-    check = transport == "gloo"  # the others always do
-    with open_ranks(3, engine, threads=1, timeout=60.0, check=check, transport=transport) as opened:
+    with open_ranks(3, engine, threads=1, timeout=60.0, transport=transport) as opened:
         yield opened
 
 

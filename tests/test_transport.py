@@ -282,14 +282,15 @@ def test_the_message_of_a_mismatch_names_both_sides() -> None:
     ) in str(mismatch([str(a), str(b)]))
 
 
-def test_gloo_compares_only_if_asked(pool: Pool) -> None:
-    def work(axis: Axis) -> Tensor:
-        unchecked = gloo(check=False)
+def test_gloo_compares_without_being_asked(pool: Pool) -> None:
+    def work(axis: Axis) -> str:
         mine = Call("all_reduce", "forward", f"rank {axis.rank}", (2,), torch.float32)
-        return unchecked.all_reduce(torch.ones(2), call=mine)
+        with pytest.raises(MismatchError) as caught:
+            gloo(check=False).all_reduce(torch.ones(2), call=mine)
+        return str(caught.value)
 
-    for y in pool(2, "processes").run(work):
-        assert y.tolist() == [2.0, 2.0]
+    for message in pool(2, "processes").run(work):
+        assert "rank 0: forward all_reduce of rank 0: float32 (2,); rank 1: " in message
 
 
 def test_an_error_of_the_backend_names_rank_and_call_and_keeps_its_cause(pool: Pool) -> None:

@@ -19,7 +19,7 @@ static const char EMPTY[] = "product: no fused multiply-add here, or an empty si
 
 /* `core.py` expects this number, so that an old build beside new sources is not used. It is raised
  * with what Python asks of this module and with the bits of its results. */
-enum { PROTOCOL = 2 };
+enum { PROTOCOL = 3 };
 
 enum { GIL_WORK = 1 << 16 }; /* less is done before another thread would wake up */
 

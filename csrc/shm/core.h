@@ -26,7 +26,7 @@ enum {
 
 /* `core.py` expects this number, so that an old build beside new sources is not used. It is raised
  * with what Python asks of this module, what ranks write into the area, and what bits sums have. */
-enum { PROTOCOL = 2 };
+enum { PROTOCOL = 3 };
 
 enum word { FILLED, SUMMED, DONE, CONFERRED, WORDS };
 
@@ -108,6 +108,7 @@ typedef struct {
     uint32_t base;     /* its chunk 0 is chunk `base` of the rank */
     uint32_t sum_base; /* the same for SUMMED, which counts chunks that are summed in slices */
     size_t filled;     /* chunks announced */
+    uint64_t noted;    /* of the inputs that its rank has seen since its last call */
 } Sum;
 
 /* One rank's end of an area. */
@@ -124,6 +125,7 @@ typedef struct {
     uint32_t sum_reserved;
     uint32_t known_done; /* all others are known to be done with so many */
     uint64_t calls;
+    uint64_t noted; /* goes into the digest of the next call, and is 0 again */
     char *temps; /* one block per place on the stack, for the deepest of the plans in use */
     int deepest;
     Sum started[MAX_STARTED]; /* in turn: others read what is in it, so that it stays in place */
@@ -192,6 +194,9 @@ typedef struct {
 int gather(Core *core, const Gather *gather);
 int exchange(Core *core, const Exchange *exchange);
 int meet(Core *core, uint64_t digest);
+
+/* sample.c */
+PyObject *sample(PyObject *module, PyObject *const *args, Py_ssize_t count);
 
 /* confer.c */
 void write_note(Note *note, const char *text, size_t length);

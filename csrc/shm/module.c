@@ -122,6 +122,14 @@ static PyObject *core_finish(PyObject *self, PyObject *unused)
     return leave(core, finish_first(core));
 }
 
+/* The digest of a call and of what was noted before it, which then counts no more. */
+static uint64_t with_noted(Core *core, uint64_t digest)
+{
+    digest += core->noted;
+    core->noted = 0;
+    return digest;
+}
+
 static int is_idle(Core *core)
 {
     if (core->num_started == 0)
@@ -173,6 +181,7 @@ static PyObject *core_gather(PyObject *self, PyObject *const *args, Py_ssize_t c
     it.outer = PyLong_AsSize_t(args[2]);
     it.digest = PyLong_AsUnsignedLongLong(args[4]);
     int result = PyErr_Occurred() || !is_idle(core) ? FAILED : OK;
+    it.digest = with_noted(core, it.digest);
     if (result == OK)
         result = read_sizes(args[3], core->size, it.widths);
     return leave(core, result == OK ? gather(core, &it) : result);
@@ -200,6 +209,7 @@ static PyObject *core_exchange(PyObject *self, PyObject *args)
         read_sizes(send_bytes, core->size, it.send_bytes) < 0 ||
         read_sizes(receive_bytes, core->size, it.receive_bytes) < 0 || enter(core) < 0)
         return NULL;
+    it.digest = with_noted(core, it.digest);
     return leave(core, is_idle(core) ? exchange(core, &it) : FAILED);
 }
 
@@ -209,7 +219,7 @@ static PyObject *core_meet(PyObject *self, PyObject *digest)
     uint64_t number = PyLong_AsUnsignedLongLong(digest);
     if (PyErr_Occurred() || enter(core) < 0)
         return NULL;
-    return leave(core, is_idle(core) ? meet(core, number) : FAILED);
+    return leave(core, is_idle(core) ? meet(core, with_noted(core, number)) : FAILED);
 }
 
 static PyObject *core_confer(PyObject *self, PyObject *text)
@@ -282,6 +292,26 @@ static PyObject *core_calls(PyObject *self, void *unused)
 {
     (void)unused;
     return PyLong_FromUnsignedLongLong(((Core *)self)->calls);
+}
+
+static PyObject *core_noted(PyObject *self, void *unused)
+{
+    (void)unused;
+    return PyLong_FromUnsignedLongLong(((Core *)self)->noted);
+}
+
+static int core_note_inputs(PyObject *self, PyObject *number, void *unused)
+{
+    (void)unused;
+    if (number == NULL) {
+        PyErr_SetString(PyExc_TypeError, "noted cannot be deleted");
+        return -1;
+    }
+    unsigned long long noted = PyLong_AsUnsignedLongLong(number);
+    if (PyErr_Occurred())
+        return -1;
+    ((Core *)self)->noted = noted;
+    return 0;
 }
 
 static PyObject *core_is_lost(PyObject *self, void *unused)
@@ -374,6 +404,8 @@ static PyMethodDef core_methods[] = {
 
 static PyGetSetDef core_properties[] = {
     {"calls", core_calls, NULL, "Collectives begun so far.", NULL},
+    {"noted", core_noted, core_note_inputs,
+     "64 bits of what this rank has noted, for the digest of its next call.", NULL},
     {"is_lost", core_is_lost, NULL, "Whether a wait was given up.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
@@ -422,6 +454,8 @@ static PyObject *module_use_portable(PyObject *module, PyObject *flag)
 
 static PyMethodDef module_methods[] = {
     {"area_bytes", module_area_bytes, METH_VARARGS, "area_bytes(size, slot_bytes)"},
+    {"sample", (PyCFunction)(void (*)(void))sample, METH_FASTCALL,
+     "sample(address, itemsize, sizes, strides, most): bytes of some elements."},
     {"use_portable", module_use_portable, METH_O,
      "use_portable(flag): only what every processor has, for tests. Before any plan is made."},
     {NULL, NULL, 0, NULL},

@@ -34,7 +34,7 @@ static void fill(Core *core, Sum *sum)
     char *slot = slot_of(core, core->rank, number);
     for (int part = 0; bytes && part < plan->own; part++) /* a tensor of nothing has no address */
         memcpy(slot + (size_t)part * plan->stride, sum->parts[part] + offset, bytes);
-    core->lines[core->rank].digests[number % DEPTH] = plan->digest + sum->filled;
+    core->lines[core->rank].digests[number % DEPTH] = plan->digest + sum->noted + sum->filled;
     sum->filled++;
     announce(core, FILLED, number + 1);
 }
@@ -253,7 +253,7 @@ static int lend(Core *core, Sum *sum)
         return FAILED;
     Line *line = &core->lines[core->rank];
     line->loans[sum->base % DEPTH] = (Loan){sum->parts, sum->out};
-    line->digests[sum->base % DEPTH] = sum->plan->digest;
+    line->digests[sum->base % DEPTH] = sum->plan->digest + sum->noted;
     sum->filled = 1;
     announce(core, FILLED, sum->base + 1);
     return OK;
@@ -267,6 +267,8 @@ int start_sum(Core *core, Sum *sum, size_t most, const Sum *before)
     sum->base = core->reserved;
     sum->sum_base = core->sum_reserved;
     sum->filled = 0;
+    sum->noted = core->noted;
+    core->noted = 0;
     core->reserved += lends ? 1 : (uint32_t)sum->plan->chunks;
     if (sum->plan->is_sliced)
         core->sum_reserved += (uint32_t)sum->plan->chunks;

@@ -11,6 +11,8 @@ _set_blas_mode()
 
 from shardproof import errors, functional, hf, optim
 from shardproof.axis import Axis
+from shardproof.comparison import checked
+from shardproof.functional.sampling import KeyedSampler
 from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
 from shardproof.optim import (
@@ -53,6 +55,7 @@ __all__ = [
     "Axis",
     "ColumnParallel",
     "ColumnParallelLinear",
+    "KeyedSampler",
     "ModelPlan",
     "Overlap",
     "Plan",
@@ -62,6 +65,7 @@ __all__ = [
     "SharedInput",
     "VocabParallel",
     "VocabParallelEmbedding",
+    "checked",
     "clip_grad_norm_",
     "declare_elementwise",
     "errors",

@@ -1,5 +1,6 @@
 """One axis: the ranks that split tensors together, as one of them sees it."""
 
+import functools
 import itertools
 import os
 import threading
@@ -7,18 +8,21 @@ import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardproof import checking
 from shardproof import environment as variables
 from shardproof.errors import AxisError, UsageError
 from shardproof.overlap import DEFAULT_OVERLAP, Overlap, checked_overlap
 from shardproof.quantities import LARGEST, checked_flag, checked_name
 from shardproof.timeout import START_TIMEOUT, checked_timeout
-from shardproof.transport.base import Transport
+from shardproof.transport.base import Call, Transport
 from shardproof.transport.choose import AUTO, checked_transport, choose
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.severed import refuse_inherited
@@ -86,6 +90,7 @@ class Axis:
         *,
         name: str = "tp",
         check: bool = False,
+        compare_inputs: bool = True,
         transport: str = AUTO,
         timeout: float | None = None,
         overlap: Overlap | str = "auto",
@@ -95,9 +100,12 @@ class Axis:
         Args:
             group: this process must be in it.
             name: for messages.
-            check: compare what the ranks are about to do before every collective, at the cost of
-                a small collective more; ranks that disagree then raise. Over shared memory that
-                is always so, and free.
+            check: compare what the ranks are about to do before every collective of tensors on
+                GPUs, at the cost of a small collective more; ranks that disagree then raise. Over
+                shared memory and gloo that is always so, and free.
+            compare_inputs: let every exchange compare a few elements of the inputs that layers
+                have had since the last one; ranks that read different batches then raise. It
+                takes a few microseconds for each layer. Tensors on GPUs are passed over.
             transport: "auto" takes shared memory ("shm") where all ranks of a gloo group are on
                 one machine and can share it, and the group itself otherwise: then
                 `transport_note` says why. "shm", "gloo" and "nccl" take that, or raise.
@@ -129,7 +137,7 @@ class Axis:
         if group.size() == 1:
             return cls(name, SoloTransport(), overlap, _unnamed=unnamed)
         base = DistributedTransport(group, check=check, timeout=timeout)
-        choice = choose(base, transport, timeout=timeout)
+        choice = choose(base, transport, timeout=timeout, compare_inputs=compare_inputs)
         return cls(name, choice.transport, overlap, choice.note, _unnamed=unnamed)
 
     @classmethod
@@ -138,6 +146,7 @@ class Axis:
         mesh: DeviceMesh,
         *,
         check: bool = False,
+        compare_inputs: bool = True,
         transport: str = AUTO,
         timeout: float | None = None,
         overlap: Overlap | str = "auto",
@@ -147,6 +156,7 @@ class Axis:
         Args:
             mesh: of one dim; of several dims, pick one: `mesh["tp"]`.
             check: as in `from_group`.
+            compare_inputs: as in `from_group`.
             transport: as in `from_group`.
             timeout: as in `from_group`.
             overlap: as in `from_group`.
@@ -177,6 +187,7 @@ class Axis:
             mesh.get_group(),
             name=names[0] if names else "tp",
             check=check,
+            compare_inputs=compare_inputs,
             transport=transport,
             timeout=timeout,
             overlap=overlap,
@@ -188,6 +199,7 @@ class Axis:
         *,
         name: str = "tp",
         check: bool = False,
+        compare_inputs: bool = True,
         transport: str = AUTO,
         timeout: float | None = None,
         overlap: Overlap | str = "auto",
@@ -201,6 +213,7 @@ class Axis:
         Args:
             name: for messages.
             check: as in `from_group`.
+            compare_inputs: as in `from_group`.
             transport: as in `from_group`.
             timeout: seconds that a rank waits for the others in one collective, on any transport;
                 by default torch.distributed's own. It does not shorten the start, in which ranks
@@ -220,7 +233,13 @@ class Axis:
         if world is None:
             raise AxisError("torch.distributed is initialised and has no default process group.")
         return cls.from_group(
-            world, name=name, check=check, transport=transport, timeout=timeout, overlap=overlap
+            world,
+            name=name,
+            check=check,
+            compare_inputs=compare_inputs,
+            transport=transport,
+            timeout=timeout,
+            overlap=overlap,
         )
 
     @property
@@ -232,6 +251,66 @@ class Axis:
     def rank(self) -> int:
         """This rank's place on the axis, not its global rank."""
         return self.transport.rank
+
+    def note(self, x: Tensor, *, who: str, what: str = "input", whole: bool = False) -> None:
+        """Say that a layer has got a Replicate tensor, which the next exchange compares.
+
+        Args:
+            x: (*), Replicate.
+            who: the layer.
+            what: it is of the layer, for messages.
+            whole: look at all elements, not at a few.
+
+        Raises:
+            MismatchError: inside `shardproof.checked()`, where ranks have another tensor.
+
+        Comm:
+            none; inside `checked()` a hash of the tensor, in direction setup, uncounted.
+        """
+        if self.transport.size == 1:
+            return
+        if checking.is_checked():
+            self._compare(x, who, what)
+        elif self.transport.notes is not None:
+            self.transport.notes.add(x, who, what, whole=whole)
+
+    def note_result(self, x: Tensor, *, who: str, what: str = "output") -> None:
+        """Say that a Replicate tensor leaves a layer: compared inside `shardproof.checked()` alone.
+
+        Args:
+            x: (*), Replicate.
+            who: the layer.
+            what: it is of the layer, for messages.
+
+        Raises:
+            MismatchError: ranks have another tensor.
+
+        Comm:
+            none; inside `checked()` a hash of the tensor, in direction setup, uncounted.
+        """
+        if self.transport.size > 1 and checking.is_checked():
+            self._compare(x, who, what)
+
+    def gather_small(self, value: Any, *, what: str) -> list[Any]:
+        """Every rank's small picklable value, in rank order.
+
+        Args:
+            value: of this rank.
+            what: it is; the same on all ranks.
+
+        Comm:
+            setup none in the ledger: small objects of all ranks go to all, uncounted.
+        """
+        return self.transport.gather_objects(value, call=Call("agree", "setup", what))
+
+    def _compare(self, x: Tensor, who: str, what: str) -> None:
+        checking.compare(
+            x,
+            f"the {what} of {who!r}",
+            functools.partial(self.gather_small, what=f"the {what} of {who}"),
+            way_out="Give all ranks of an axis the same batch, and draw, scale and update alike on "
+            "them.",
+        )
 
     def next_name(self, kind: str) -> str:
         """A name for a layer that was given none, by its position among those.

@@ -41,6 +41,10 @@ class _Site:
     cut: Cut | None = None
     dim: int = 0
 
+    def note(self, x: Tensor, what: str) -> None:
+        """Let the next exchange compare a Replicate tensor."""
+        self.axis.note(x, who=self.who or "a collective", what=what)
+
     def part(self, x: Tensor) -> Tensor:
         """This rank's owned part of a whole tensor, as a copy."""
         comm.check_part(
@@ -117,12 +121,13 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, site: _Site, like: Tensor, *partials: Tensor) -> Tensor:
-        ctx.count = len(partials)
+        ctx.site, ctx.count = site, len(partials)
         return site.sum(partials, like, "forward")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.site.note(grad_y, "gradient of the sum")
         return (None, None, *([grad_y] * ctx.count))
 
 
@@ -152,6 +157,7 @@ class _AllGather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
         if ctx.grad == "replicate":
+            ctx.site.note(grad_y, "gradient of what was gathered")
             return ctx.site.part(grad_y), None, None
         return ctx.site.sum_part(grad_y, "backward"), None, None
 
@@ -189,7 +195,9 @@ def all_reduce_grad(x: Tensor, axis: Axis, *, cut: Cut | None = None, who: str =
     if cut is not None:
         comm.check_degree_of(cut, axis, who or "all_reduce_grad")
     copies = 1 if cut is None else max(1, len(cut.run(axis.rank)))
-    return _AllReduceGrad.apply(x, _Site(axis, who, cut), copies)
+    site = _Site(axis, who, cut)
+    site.note(x, "input")
+    return _AllReduceGrad.apply(x, site, copies)
 
 
 def all_reduce(
@@ -247,7 +255,9 @@ def shard(x: Tensor, axis: Axis, *, dim: int, cut: Cut, who: str = "") -> Tensor
     Comm:
         forward none; backward one all_gather of (*, cut.size, *).
     """
-    return _Shard.apply(x, _Site(axis, who, cut, dim))
+    site = _Site(axis, who, cut, dim)
+    site.note(x, "input")
+    return _Shard.apply(x, site)
 
 
 def all_gather(

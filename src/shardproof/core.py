@@ -13,7 +13,7 @@ from shardproof import environment
 VARIABLE = "SHARDPROOF_CORE"
 _SETTINGS = ("auto", "off")
 # The number in the C files of both: an old build can stay behind where a new one failed.
-_PROTOCOL = 2
+_PROTOCOL = 3
 
 
 def kernels() -> ModuleType | None:

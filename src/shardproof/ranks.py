@@ -35,7 +35,7 @@ def launch(
     engine: str = "threads",
     threads: int | None = None,
     timeout: float = 600.0,
-    check: bool = True,
+    compare_inputs: bool = True,
     transport: str = AUTO,
     overlap: Overlap | str = "auto",
 ) -> list[T]:
@@ -48,8 +48,8 @@ def launch(
             which exchange them through shared memory or gloo.
         threads: intra-op threads of each rank; by default the cores are shared out.
         timeout: seconds that a rank waits for the others in one collective.
-        check: compare, before every collective over gloo, what the ranks are about to do. Threads
-            and ranks that share memory always do, for it costs them nothing.
+        compare_inputs: let every exchange compare a few elements of the inputs that layers have
+            had since the last one; ranks that were given different batches then raise.
         transport: "auto", or what must carry the bytes: "threads" for threads, "shm" (shared
             memory) or "gloo" for processes. "auto" takes gloo where memory cannot be shared.
         overlap: which sums run while a product is computed: an `Overlap`, "auto", "on" or "off".
@@ -75,7 +75,7 @@ def launch(
         engine,
         threads=threads,
         timeout=timeout,
-        check=check,
+        compare_inputs=compare_inputs,
         transport=transport,
         overlap=overlap,
     )
@@ -89,7 +89,7 @@ def open_ranks(
     *,
     threads: int | None = None,
     timeout: float = 600.0,
-    check: bool = True,
+    compare_inputs: bool = True,
     transport: str = AUTO,
     overlap: Overlap | str = "auto",
 ) -> Ranks:
@@ -100,7 +100,7 @@ def open_ranks(
         engine: as in `launch`.
         threads: as in `launch`.
         timeout: as in `launch`.
-        check: as in `launch`.
+        compare_inputs: as in `launch`.
         transport: as in `launch`.
         overlap: as in `launch`.
 
@@ -125,7 +125,7 @@ def open_ranks(
         degree=degree,
         threads=_share_of_cores(degree) if threads is None else _check_threads(threads),
         timeout=_check_timeout(timeout),
-        check=checked_flag(check, "check"),
+        compare_inputs=checked_flag(compare_inputs, "compare_inputs"),
         transport=_check_transport(transport, engine),
         overlap=checked_overlap(overlap),
     )

@@ -32,7 +32,6 @@ def main(name: str, ranks: int, wire: Path) -> None:
         system.engine,
         threads=system.threads,
         timeout=TIMEOUT,
-        check=False,  # over gloo it would be one more collective for each; elsewhere it is free
         transport=system.transport,
     ) as opened:
         opened.run(work)

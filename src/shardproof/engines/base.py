@@ -24,7 +24,7 @@ class Settings:
         degree: number of ranks.
         threads: intra-op threads of each rank.
         timeout: seconds that a rank waits for the others in one collective.
-        check: compare the ranks' calls even where that costs something.
+        compare_inputs: let exchanges compare the inputs of layers.
         transport: what was asked for: "auto" or a name.
         overlap: of every axis.
     """
@@ -32,7 +32,7 @@ class Settings:
     degree: int
     threads: int
     timeout: float
-    check: bool
+    compare_inputs: bool
     transport: str = "auto"
     overlap: Overlap = DEFAULT_OVERLAP
 

@@ -129,6 +129,8 @@ class ThreadRanks(Ranks):
             for rank in range(self.degree)
         ]
         for inbox, transport in zip(self._inboxes, transports, strict=True):
+            if not self._settings.compare_inputs:
+                transport.notes = None
             inbox.put(_Task(fn, transport, overlap, rendezvous, outcomes, note))
         found: dict[int, _Outcome] = {}
         try:

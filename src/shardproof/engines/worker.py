@@ -134,7 +134,11 @@ class _Worker:
             timeout=timedelta(seconds=max(timeout, START_TIMEOUT)),
         )
         self._choice = choose(
-            self._group(), self._settings.transport, timeout=timeout, observer=self._observe
+            self._group(),
+            self._settings.transport,
+            timeout=timeout,
+            compare_inputs=self._settings.compare_inputs,
+            observer=self._observe,
         )
 
     def _axis(self) -> Axis:
@@ -145,17 +149,20 @@ class _Worker:
         transport = self._choice.transport
         if isinstance(transport, SharedTransport):
             transport.ledger = Ledger()  # the memory stays for as long as the ranks
+            transport.forget_notes()
         else:
             transport = self._group()
         return Axis("tp", transport, overlap, self._choice.note)
 
     def _group(self) -> DistributedTransport:
-        return DistributedTransport(
+        transport = DistributedTransport(
             distributed_c10d._get_default_group(),
-            check=self._settings.check,
             timeout=self._settings.timeout,
             observer=self._observe_group,
         )
+        if not self._settings.compare_inputs:
+            transport.notes = None
+        return transport
 
     def _collectives(self) -> int:
         """Begun so far, over whatever carried them."""

@@ -161,6 +161,8 @@ def attention(
         forward none; backward none.
         site.cut: forward none; backward one all_gather of (2 * parts, batch, S, head_dim).
     """
+    if mask is not None:
+        site.axis.note(mask, who=site.who, what="attention mask")
     if site.is_invariant:
         mode.require_invariant()
     if is_autocast(q):
@@ -168,9 +170,8 @@ def attention(
         dtype = torch.get_autocast_dtype(kind)
         q, k, v = (cast(x, dtype) for x in (q, k, v))
         with torch.autocast(kind, enabled=False):
-            return attention(
-                q, k, v, site,
-                mask=mask, is_causal=is_causal, scale=scale, softcap=softcap, dropout=dropout,
+            return _attended(
+                q, k, v, site, mask, is_causal, scale, softcap, dropout
             )  # fmt: skip
     return _attended(q, k, v, site, mask, is_causal, scale, softcap, dropout)
 

@@ -72,6 +72,7 @@ class _VocabEmbedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
         site: EmbeddingSite = ctx.site
+        site.axis.note(grad_y, who=site.who, what="gradient of the output")
         (places,) = ctx.saved_tensors
         rows, columns = ctx.shape
         if site.padding is not None:
@@ -149,7 +150,10 @@ def vocab_embedding(ids: Tensor, weight: Tensor, site: EmbeddingSite) -> Tensor:
             f"{who}: the ids are on {ids.device} and the weight on {weight.device}. Move the ids "
             "with ids.to(weight.device)."
         )
-    return _VocabEmbedding.apply(weight, ids, site)
+    site.axis.note(ids, who=site.who, what="token ids", whole=True)
+    y: Tensor = _VocabEmbedding.apply(weight, ids, site)
+    site.axis.note_result(y, who=site.who)
+    return y
 
 
 def _check_ids(ids: Tensor, size: int, who: str) -> None:

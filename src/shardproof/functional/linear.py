@@ -25,6 +25,8 @@ from shardproof.functional.site import LinearSite
 from shardproof.leaves import share
 from shardproof.numerics import matmul, mode
 
+_GRADIENT = "gradient of the output"
+
 
 class _ColumnLinear(torch.autograd.Function):
     """Local product forward; all_reduce (or reduce_scatter) of the input gradient backward."""
@@ -43,6 +45,7 @@ class _ColumnLinear(torch.autograd.Function):
         site: LinearSite = ctx.site
         grad_rows = as_rows(grad_y)
         if site.gather_output:
+            site.axis.note(grad_y, who=site.who, what=_GRADIENT)
             grad_rows = grad_rows[:, site.owned]
         return without_autocast(grad_y, _column_gradients, ctx, grad_y, grad_rows)
 
@@ -98,6 +101,7 @@ class _RowLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.site.axis.note(grad_y, who=ctx.site.who, what=_GRADIENT)
         return without_autocast(grad_y, _row_gradients, ctx, grad_y, as_rows(grad_y))
 
 
@@ -235,7 +239,12 @@ def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSi
         of grad_x (*, in_features).
         site.gather_output: forward also one all_gather of y (*, out_features).
     """
-    return _apply(_ColumnLinear, _column, x, weight, bias, site)
+    if site.input_cut is None:
+        site.axis.note(x, who=site.who)
+    y = _apply(_ColumnLinear, _column, x, weight, bias, site)
+    if site.gather_output:
+        site.axis.note_result(y, who=site.who)
+    return y
 
 
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
@@ -256,4 +265,8 @@ def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite)
         forward one all_reduce of y (*, out_features); backward none.
         site.split_input: backward also one all_gather of grad_x (*, in_features).
     """
-    return _apply(_RowLinear, _row, x, weight, bias, site)
+    if site.split_input:
+        site.axis.note(x, who=site.who)
+    y = _apply(_RowLinear, _row, x, weight, bias, site)
+    site.axis.note_result(y, who=site.who)
+    return y

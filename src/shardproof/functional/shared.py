@@ -260,6 +260,13 @@ def shared_columns(
     Comm:
         forward none; backward one all_reduce of grad_x (*, in_features).
     """
+    site.members[0].axis.note(x, who=site.who)
+    return _shared_columns(x, weights, biases, site)
+
+
+def _shared_columns(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], site: SharedSite
+) -> tuple[Tensor, ...]:
     if site.members[0].is_invariant:
         mode.require_invariant()
     if is_autocast(x):
@@ -268,7 +275,7 @@ def shared_columns(
         weights = [cast(weight, dtype) for weight in weights]
         biases = [None if bias is None else cast(bias, dtype) for bias in biases]
         with torch.autocast(kind, enabled=False):
-            return shared_columns(cast(x, dtype), weights, biases, site)
+            return _shared_columns(cast(x, dtype), weights, biases, site)
     for member, weight, bias in zip(site.members, weights, biases, strict=True):
         check_alike(x, weight, bias, member.who)
     if site.members[0].is_plain:

@@ -53,6 +53,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.site.axis.note(grad, who=ctx.site.who, what="gradient of the losses")
         logits, places, norm = ctx.saved_tensors
         spread = ctx.smoothing, ctx.smoothing / ctx.site.cut.size
         return _LossGradient.apply(grad, logits, places, norm, spread), None, None, None
@@ -185,10 +186,13 @@ def vocab_cross_entropy(
     counts = counting_rows(logits, target, classes=cut.size, ignore_index=ignore_index, who=who)
     comm.check_part(logits, axis, dim=1, cut=cut, is_whole=False, who=who)
     site = VocabularySite(axis, cut, scheme, who)
+    axis.note(target, who=who, what="labels", whole=True)
     losses = _VocabCrossEntropy.apply(
         logits, target.masked_fill(~counts, NOWHERE), site, float(label_smoothing)
     )
-    return reduce_rows(losses, counts, reduction, dtype=logits.dtype, denominator=denominator)
+    loss = reduce_rows(losses, counts, reduction, dtype=logits.dtype, denominator=denominator)
+    axis.note_result(loss, who=who, what="loss")
+    return loss
 
 
 def vocab_log_softmax(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.errors import UsageError
-from shardproof.numerics.random import draw_uniform
+from shardproof.functional.sampling import check_options, keyed_scores
 
 _WAY_OUT = (
     "Use do_sample=False with logits_processor=[shardproof.hf.KeyedSampling(seed)], which draws by "
@@ -21,8 +21,7 @@ _WAY_OUT = (
 class KeyedSampling:
     """A logits processor that turns greedy search into sampling with noise keyed by (seed, step).
 
-    Adds Gumbel noise to the scaled logits: their argmax is a sample of the softmax (Gumbel 1954;
-    Maddison, Tarlow, Minka 2014, arXiv 1411.0030). Use it with `do_sample=False`.
+    Use it with `do_sample=False`. In a loop of one's own, `shardproof.KeyedSampler` draws.
 
     Args:
         seed: of the noise.
@@ -34,10 +33,7 @@ class KeyedSampling:
     """
 
     def __init__(self, seed: int, *, temperature: float = 1.0, top_k: int | None = None) -> None:
-        if not temperature > 0:
-            raise UsageError(f"temperature={temperature} is not positive. Use greedy search for 0.")
-        if top_k is not None and top_k < 1:
-            raise UsageError(f"top_k={top_k} is not positive. Use 1 or more, or None for all.")
+        check_options(temperature, top_k)
         self.seed = seed
         self.temperature = temperature
         self.top_k = top_k
@@ -53,21 +49,13 @@ class KeyedSampling:
         Comm:
             none.
         """
-        scores = scores.float() / self.temperature
-        if self.top_k is not None and self.top_k < scores.shape[-1]:
-            least = scores.topk(self.top_k, dim=-1).values[:, -1:]
-            scores = scores.masked_fill(scores < least, -torch.inf)
-        uniform = draw_uniform(
-            scores.shape,
-            0.0,
-            1.0,
+        return keyed_scores(
+            scores,
             seed=self.seed,
             name=f"generation step {input_ids.shape[1]}",
-            dtype=torch.float64,
-            device=scores.device,
+            temperature=self.temperature,
+            top_k=self.top_k,
         )
-        tiny = torch.finfo(torch.float64).tiny
-        return scores - uniform.clamp(min=tiny).log().neg().clamp(min=tiny).log().float()
 
 
 def guard_generation(model: nn.Module, axis: Axis) -> None:

@@ -4,12 +4,26 @@ What a guard of a function of torch asks of the registry of cut modules.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
 from shardproof.layers import registry
+
+
+class Placement(NamedTuple):
+    """Where a parameter of a cut module lies.
+
+    Attributes:
+        name: of the module and the parameter.
+        axis: the ranks.
+        is_replicated: the same on all of them.
+    """
+
+    name: str
+    axis: Axis
+    is_replicated: bool
 
 
 def is_watched(module: object) -> bool:
@@ -23,6 +37,17 @@ def cut_parameters() -> Iterator[tuple[str, nn.Parameter, Axis]]:
         for parameter, part in registry.parts_of(module):
             if part.is_cut:
                 yield part.name, parameter, part.axis
+
+
+def placements() -> dict[int, Placement]:
+    """Identity of every parameter of a cut module -> where it lies; a shared one is cut."""
+    found: dict[int, Placement] = {}
+    for module in registry.watched():
+        for parameter, part in registry.parts_of(module):
+            before = found.get(id(parameter))
+            if part.layout is not None and (before is None or before.is_replicated):
+                found[id(parameter)] = Placement(part.name, part.axis, not part.is_cut)
+    return found
 
 
 def name_of(tensors: Iterable[Tensor]) -> str | None:

@@ -17,13 +17,14 @@ class SameOnAllRanks:
         axis: the ranks.
         who: the module's name.
 
-    The ranks exchange a hash, in direction "setup", at the first call in training.
+    The ranks exchange a hash, in direction "setup", at the first call in training. Later inputs are
+    noted, and compared by the next exchange.
     """
 
     def __init__(self, axis: Axis, who: str) -> None:
         self.axis = axis
         self.who = who
-        self._is_checked = axis.size == 1
+        self._is_checked = False
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Compare the ranks' inputs.
@@ -31,7 +32,10 @@ class SameOnAllRanks:
         Raises:
             MismatchError: on all ranks, if one has another input.
         """
-        if self._is_checked or not module.training:
+        if self.axis.size == 1 or not module.training:
+            return
+        if self._is_checked:
+            self.axis.note(inputs[0], who=self.who)
             return
         comm.agree(
             {f"the input of {self.who!r}": _hash(inputs[0])},

@@ -15,6 +15,7 @@ from shardproof.hf.attention import take_over
 from shardproof.hf.cache import guard_cache
 from shardproof.hf.generation import guard_generation
 from shardproof.hf.head import adapt_head
+from shardproof.hf.inputs import note_inputs
 from shardproof.hf.models import is_transformers
 from shardproof.hf.parameters import guard_parameters
 from shardproof.hf.refused import guard_methods
@@ -136,6 +137,7 @@ def _change(model: nn.Module, made: ModelPlan, twins: Mapping[str, nn.Module], a
         take_over(model, cutter.attentions)
     if made.head is not None:
         adapt_head(model, model.get_submodule(made.head))  # type: ignore[arg-type]
+    note_inputs(model, axis)
     if hasattr(model, "generate"):
         guard_generation(model, axis)
     guard_cache(model, axis)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shardproof.errors import MismatchError, RankError, ShapeError
 from shardproof.transport.ledger import Ledger
+from shardproof.transport.notes import NOTHING, Noted, Notes
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,17 @@ BUSY = (
 living: "weakref.WeakSet[Transport]" = weakref.WeakSet()
 
 
+def compare_pieces(told: Sequence[tuple[list[list[int]], list[list[int]]]], call: Call) -> None:
+    """Raise, on all ranks alike, unless everybody gets what it expects."""
+    for sender, (sent, _) in enumerate(told):
+        for receiver, (_, expected) in enumerate(told):
+            if sent[receiver] != expected[sender]:
+                raise MismatchError(
+                    f"{call}: rank {sender} hands pieces of {sent[receiver]} to rank {receiver}, "
+                    f"which expects {expected[sender]}. Both must derive them from the same cut."
+                )
+
+
 class Transport(ABC):
     """Carries bytes between the ranks of one axis; one object per rank.
 
@@ -187,9 +199,11 @@ class Transport(ABC):
         rank, size: this rank's place on the axis.
         ledger: what has crossed so far.
         is_asynchronous: a sum that has been started goes on while its rank computes.
+        notes: of what must be the same on all ranks; None where nothing is compared.
     """
 
     is_asynchronous = False
+    notes: Notes | None = None
     name: str
     rank: int
     size: int
@@ -200,6 +214,15 @@ class Transport(ABC):
         made = super().__new__(cls)
         living.add(made)
         return made
+
+    def take_notes(self) -> Noted:
+        """What goes with the next exchange."""
+        return NOTHING if self.notes is None else self.notes.take()
+
+    def forget_notes(self) -> None:
+        """After ranks have disagreed: what was noted before counts no more."""
+        if self.notes is not None:
+            self.notes.forget()
 
     @abstractmethod
     def exchange(
@@ -267,6 +290,10 @@ class Transport(ABC):
             windows: for each rank, what it gets of the sum, contiguous in `out`; all are of one
                 (outer, size, inner). None: every rank gets all of it.
         """
+
+    def gather_slices(self, x: Tensor, out: Tensor, sizes: Sequence[int], *, call: Call) -> None:
+        """`all_gather` as the end of a call whose beginning was compared."""
+        self.all_gather(x, out, sizes, call=call)
 
     def sum(
         self,

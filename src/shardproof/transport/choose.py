@@ -82,6 +82,7 @@ def choose(
     asked: str,
     *,
     timeout: float | None,
+    compare_inputs: bool = True,
     observer: Callable[[Call | None], None] | None = None,
 ) -> Choice:
     """The transport for the ranks of `base`; all of them call this.
@@ -90,6 +91,7 @@ def choose(
         base: the process group, which is also the fall-back.
         asked: one of `NAMES`.
         timeout: seconds that a rank waits for the others in one collective; None: torch's default.
+        compare_inputs: whether exchanges carry what layers note; the same on all ranks.
         observer: of shared memory; see `SharedTransport.connect`.
 
     Raises:
@@ -98,7 +100,9 @@ def choose(
     """
     is_gloo = base.name == GLOO
     if is_gloo:
-        _agree(base, asked)
+        _agree(base, asked, compare_inputs)
+    if not compare_inputs:
+        base.notes = None
     if asked not in ((AUTO, SHM, GLOO) if is_gloo else (AUTO, base.name)):
         raise UsageError(
             f"transport={asked!r} cannot be used: the process group is one of {base.name}. Use "
@@ -109,17 +113,27 @@ def choose(
     if timeout is None:
         timeout = default_pg_timeout.total_seconds()
     try:
-        return Choice(SharedTransport.connect(base, timeout=timeout, observer=observer))
+        shared = SharedTransport.connect(base, timeout=timeout, observer=observer)
     except AxisError as error:  # on all ranks, or on none
         if asked == SHM:
             raise refusal(str(error)) from error
         return Choice(base, f"shared memory is not used: {error}")
+    if not compare_inputs:
+        shared.notes = None
+    return Choice(shared)
 
 
-def _agree(base: DistributedTransport, asked: str) -> None:
-    everyone: list[str] = base.gather_objects(asked, call=_CALL)
-    if len(set(everyone)) > 1:
-        sides = "; ".join(f"rank {rank}: {each!r}" for rank, each in enumerate(everyone))
+def _agree(base: DistributedTransport, asked: str, compare_inputs: bool) -> None:
+    everyone: list[tuple[str, bool]] = base.gather_objects((asked, compare_inputs), call=_CALL)
+    if len(set(everyone)) == 1:
+        return
+    names = [name for name, _ in everyone]
+    if len(set(names)) > 1:
+        sides = "; ".join(f"rank {rank}: {each!r}" for rank, each in enumerate(names))
         raise MismatchError(
             f"the ranks ask for different transports. {sides}. Ask for the same on all ranks."
         )
+    sides = "; ".join(f"rank {rank}: {each}" for rank, (_, each) in enumerate(everyone))
+    raise MismatchError(
+        f"the ranks were given different compare_inputs. {sides}. Give the same on all ranks."
+    )

@@ -1,9 +1,11 @@
 """torch.distributed as a transport: gloo on CPUs, nccl on GPUs; many processes, many machines.
 
 Buffers are always contiguous: some gloo collectives silently corrupt others (pytorch 192920).
-What only moves travels as bytes, because backends do not know every dtype. gloo does not compare
-what the ranks pass: with `check=True` a digest of every call is compared first, so that ranks that
-disagree raise instead of computing garbage or aborting.
+What only moves travels as bytes, because backends do not know every dtype. No backend compares what
+the ranks pass. Over gloo, tensors on CPUs go through the `Stream` of their group, which does: ranks
+that disagree raise instead of computing garbage or aborting. Tensors on GPUs are given to the
+backend as they are (nccl then hangs, or returns garbage, where ranks disagree), unless `check=True`
+has a digest of every call compared first, by a small collective more.
 """
 
 import atexit
@@ -21,8 +23,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardproof.errors import AxisError, ShapeError, ShardproofError, UsageError
+from shardproof.errors import (
+    AxisError,
+    MismatchError,
+    ShapeError,
+    ShardproofError,
+    UsageError,
+)
 from shardproof.transport import portable
+from shardproof.transport.agreement import disagreement
 from shardproof.transport.base import (
     BUSY,
     Call,
@@ -31,9 +40,12 @@ from shardproof.transport.base import (
     Pending,
     Transport,
     Window,
+    compare_pieces,
     mismatch,
 )
 from shardproof.transport.ledger import Ledger
+from shardproof.transport.notes import Noted, Notes
+from shardproof.transport.stream import Round, Wish, stream_of
 
 # all_gather_into_tensor by its newer name; torch warns about the older one where it has both.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -62,7 +74,8 @@ class DistributedTransport(Transport):
 
     Args:
         group: this process must be in it.
-        check: compare the ranks' calls before every collective, at the cost of a small one.
+        check: compare the ranks' calls before every collective of tensors that are not on CPUs, or
+            of another backend than gloo, at the cost of a small one. Over gloo that is always so.
         timeout: seconds that a rank waits in one collective; None leaves it to the group.
         observer: called with every call when it begins, and with None when it is over.
     """
@@ -73,7 +86,7 @@ class DistributedTransport(Transport):
         self,
         group: dist.ProcessGroup,
         *,
-        check: bool,
+        check: bool = False,
         timeout: float | None = None,
         observer: Callable[[Call | None], None] | None = None,
     ) -> None:
@@ -86,12 +99,16 @@ class DistributedTransport(Transport):
         self._group_ref = weakref.ref(group)
         _let_threads_finish_at_exit()
         self._check = check
+        self._stream = stream_of(group)
+        self._number = next(self._stream.axes)  # of the axes of this group
+        self._is_gloo = "gloo" in dist.get_backend_config(group)
+        self.notes = Notes() if self._is_gloo else None
         self._timeout = None if timeout is None else timedelta(seconds=timeout)
         self._observer = observer
         self._busy = threading.Lock()
         # Where small control messages live. A mixed group has a CPU side for them.
         self._device = torch.device("cpu")
-        if "gloo" not in dist.get_backend_config(group) and torch.cuda.is_available():
+        if not self._is_gloo and torch.cuda.is_available():
             self._device = torch.device("cuda", torch.cuda.current_device())
 
     @property
@@ -115,7 +132,10 @@ class DistributedTransport(Transport):
         call: Call,
     ) -> list[list[Tensor]]:
         """One piece per pair and round, so that no buffer has more than size - 1 pieces."""
-        with self._during(call):
+        with self._during(call, like):
+            if self._is_streamed(like):
+                told = self._gather_objects(_lengths(outgoing, incoming, self.rank), call)
+                compare_pieces(told, call)
             return self._start_exchange(outgoing, incoming, rounds, like, call)()
 
     @torch.no_grad()
@@ -128,7 +148,7 @@ class DistributedTransport(Transport):
                 f"{call}: rank {self.rank} has {x.numel()} elements and room for {out.numel()}, "
                 f"but the ranks' sizes are {list(sizes)}, in {outer} rows."
             )
-        with self._during(call):
+        with self._during(call, x):
             if outer == 1:
                 self._gather(x, out, sizes, call)
                 return
@@ -154,12 +174,19 @@ class DistributedTransport(Transport):
         if order.is_free and windows is None and parts[0].dtype == out.dtype:
             return self._start_all_reduce(parts[0], out, call)
         pending = portable.Sum(self, parts, order, out, call, windows)
-        with self._during(call):
+        with self._during(call, out):
             receive = self._start_exchange(
                 pending.outgoing(), pending.incoming(), pending.rounds, pending.like, call
             )
         pending.receive = lambda: self._resume(call, receive)
         return pending
+
+    @torch.no_grad()
+    def gather_slices(self, x: Tensor, out: Tensor, sizes: Sequence[int], *, call: Call) -> None:
+        """Nothing is compared any more, and equal sizes go straight into `out`."""
+        with self._during(call, x, is_new=False):
+            self._stream.settle()
+            self._gather_unseen(x, out, sizes, call)
 
     @torch.no_grad()
     def gather_objects(self, value: Any, *, call: Call) -> list[Any]:
@@ -169,11 +196,19 @@ class DistributedTransport(Transport):
 
     def _start_all_reduce(self, x: Tensor, out: Tensor, call: Call) -> Pending:
         out.copy_(x)
-        with self._during(call):
-            finish = self._start(
-                call, lambda: dist.all_reduce(out, group=self._group, async_op=True)
-            )
-        return _Reducing(lambda: self._resume(call, finish))
+        with self._during(call, x):
+            if not self._is_streamed(out):
+                finish = self._reduce(out, call)
+                return _Reducing(lambda: self._resume(call, finish))
+            none = (0,) * self.size
+            reduced = Round(none, none, out.numel(), out.dtype)
+            empty = out.new_empty(0, dtype=torch.uint8)
+            pieces = [*[empty] * self.size, out]
+            arrive = self._stream.start(self._wish(call), [reduced], [pieces])
+        return _Reducing(lambda: self._resume(call, lambda: _wait(arrive)))
+
+    def _reduce(self, x: Tensor, call: Call) -> Callable[[], None]:
+        return self._start(call, lambda: dist.all_reduce(x, group=self._group, async_op=True))
 
     def _resume(self, call: Call, finish: Callable[[], _T]) -> _T:
         """Go on with a call that was compared when it began."""
@@ -189,20 +224,19 @@ class DistributedTransport(Transport):
         call: Call,
     ) -> Callable[[], list[list[Tensor]]]:
         """Send; what is returned waits and says what has come."""
-        inboxes: list[list[Tensor]] = []
-        finishes: list[Callable[[], None]] = []
+        send, lengths = [], []
         for index in range(rounds):
-            send = [_at(pieces, index, like) for pieces in outgoing]
-            send[self.rank] = like.new_empty(0)
-            lengths = [pieces[index] if index < len(pieces) else 0 for pieces in incoming]
-            lengths[self.rank] = 0
-            inbox = like.new_empty(sum(lengths))
-            finishes.append(self._all_to_all(inbox, send, lengths, call))
-            inboxes.append(list(inbox.split(lengths)))
+            pieces = [_at(each, index, like) for each in outgoing]
+            pieces[self.rank] = like.new_empty(0)
+            send.append(pieces)
+            sizes = [each[index] if index < len(each) else 0 for each in incoming]
+            sizes[self.rank] = 0
+            lengths.append(sizes)
+        begin = self._start_compared if self._is_streamed(like) else self._start_unseen
+        arrive = begin(send, lengths, like, call)
 
         def finish() -> list[list[Tensor]]:
-            for each in finishes:
-                each()
+            inboxes = arrive()
             return [
                 [] if peer == self.rank else [inboxes[index][peer] for index in range(len(pieces))]
                 for peer, pieces in enumerate(incoming)
@@ -210,23 +244,117 @@ class DistributedTransport(Transport):
 
         return finish
 
+    def _is_streamed(self, x: Tensor) -> bool:
+        return self._is_gloo and x.is_cpu
+
+    def _start_compared(
+        self,
+        send: Sequence[Sequence[Tensor]],
+        lengths: Sequence[Sequence[int]],
+        like: Tensor,
+        call: Call,
+    ) -> Callable[[], list[list[Tensor]]]:
+        """All rounds, by the stream of the group."""
+        width, dtype = like.element_size(), like.dtype
+        rounds = [
+            Round(tuple(x.numel() * width for x in pieces), tuple(n * width for n in sizes))
+            for pieces, sizes in zip(send, lengths, strict=True)
+        ]
+        pieces = [[_as_bytes(x) for x in each] for each in send]
+        arrive = self._stream.start(self._wish(call), rounds, pieces)
+        return lambda: [[x.view(dtype) for x in each] for each in arrive()]
+
+    def _wish(self, call: Call) -> Wish:
+        def post(
+            target: Tensor, source: Tensor, received: Sequence[int], sent: Sequence[int]
+        ) -> Callable[[], None]:
+            return self._start(call, lambda: self._all_to_all(target, source, received, sent))
+
+        def disagree(noted: Noted) -> MismatchError:
+            self.forget_notes()
+            text = f"{call}\non axis {self._number} of those made of this process group"
+            return disagreement(text, noted, lambda mine: self._tell(mine, call))
+
+        # The axes of a group share its backend: they must be used in the same order.
+        digest = call.digest ^ (self._number * 0x9E3779B97F4A7C15) % (1 << 64)
+        return Wish(digest, self.take_notes(), post, lambda x: self._reduce(x, call), disagree)
+
+    def _start_unseen(
+        self,
+        send: Sequence[Sequence[Tensor]],
+        lengths: Sequence[Sequence[int]],
+        like: Tensor,
+        call: Call,
+    ) -> Callable[[], list[list[Tensor]]]:
+        """Round by round, by the backend."""
+        inboxes: list[list[Tensor]] = []
+        finishes: list[Callable[[], None]] = []
+        width = like.element_size()
+        for pieces, sizes in zip(send, lengths, strict=True):
+            inbox = like.new_empty(sum(sizes))
+            filled = [piece for piece in pieces if piece.numel()]
+            outbox = filled[0].contiguous() if len(filled) == 1 else torch.cat(list(pieces))
+            begin = functools.partial(
+                self._all_to_all,
+                _as_bytes(inbox),
+                _as_bytes(outbox),
+                [size * width for size in sizes],
+                [piece.numel() * width for piece in pieces],
+            )
+            finishes.append(self._start(call, begin))
+            inboxes.append(list(inbox.split(list(sizes))))
+
+        def arrive() -> list[list[Tensor]]:
+            for each in finishes:
+                each()
+            return inboxes
+
+        return arrive
+
+    def _all_to_all(
+        self, target: Tensor, source: Tensor, received: Sequence[int], sent: Sequence[int]
+    ) -> _Work | None:
+        work: _Work | None = dist.all_to_all_single(
+            target, source, list(received), list(sent), group=self._group, async_op=True
+        )
+        return work
+
     def _gather(self, x: Tensor, out: Tensor, sizes: Sequence[int], call: Call) -> None:
-        if len(set(sizes)) == 1:
-            source, target = _as_bytes(x), _as_bytes(out)
-            self._start(
-                call,
-                lambda: _all_gather_single(target, source, group=self._group, async_op=True),
-            )()
+        if not self._is_streamed(x):
+            self._gather_unseen(x, out, sizes, call)
             return
+        self._gather_by_pieces(x, out, sizes, call, self._start_compared)
+
+    def _gather_unseen(self, x: Tensor, out: Tensor, sizes: Sequence[int], call: Call) -> None:
+        if len(set(sizes)) > 1:
+            self._gather_by_pieces(x, out, sizes, call, self._start_unseen)
+            return
+        source, target = _as_bytes(x), _as_bytes(out)
+        self._start(
+            call, lambda: _all_gather_single(target, source, group=self._group, async_op=True)
+        )()
+
+    def _gather_by_pieces(
+        self, x: Tensor, out: Tensor, sizes: Sequence[int], call: Call, begin: Callable[..., Any]
+    ) -> None:
         # The own part is left out: repeated for itself too, it could outgrow the message.
         lengths = [0 if peer == self.rank else size for peer, size in enumerate(sizes)]
         send = [x.new_empty(0) if peer == self.rank else x for peer in range(self.size)]
-        inbox = x.new_empty(sum(lengths))
-        self._all_to_all(inbox, send, lengths, call)()
-        parts = list(inbox.split(lengths))
+        parts = list(begin([send], [lengths], x, call)()[0])
         parts[self.rank] = x
         for place, part in zip(out.split(list(sizes)), parts, strict=True):
             place.copy_(part)
+
+    def _tell(self, text: str, call: Call) -> list[str]:
+        """Every rank's text, where ranks disagree about what comes next."""
+        message = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        lengths = torch.empty(self.size, dtype=torch.int64)
+        mine = lengths.new_tensor([message.numel()])
+        self._gather_unseen(mine, lengths, [1] * self.size, call)
+        sizes: list[int] = lengths.tolist()
+        messages = message.new_empty(sum(sizes))
+        self._gather_unseen(message, messages, sizes, call)
+        return [part.numpy().tobytes().decode() for part in messages.split(sizes)]
 
     def _gather_objects(self, value: Any, call: Call) -> list[Any]:
         message = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
@@ -238,33 +366,17 @@ class DistributedTransport(Transport):
         self._gather(message, messages, sizes, call)
         return [pickle.loads(part.numpy()) for part in messages.cpu().split(sizes)]
 
-    def _all_to_all(
-        self, inbox: Tensor, send: Sequence[Tensor], lengths: Sequence[int], call: Call
-    ) -> Callable[[], None]:
-        filled = [piece for piece in send if piece.numel()]
-        outbox = filled[0].contiguous() if len(filled) == 1 else torch.cat(list(send))
-        width = inbox.element_size()
-        target, source = _as_bytes(inbox), _as_bytes(outbox)
-        return self._start(
-            call,
-            lambda: dist.all_to_all_single(
-                target,
-                source,
-                [length * width for length in lengths],
-                [piece.numel() * width for piece in send],
-                group=self._group,
-                async_op=True,
-            ),
-        )
-
     @contextmanager
-    def _during(self, call: Call, *, is_new: bool = True) -> Iterator[None]:
+    def _during(
+        self, call: Call, like: Tensor | None = None, *, is_new: bool = True
+    ) -> Iterator[None]:
         if not self._busy.acquire(blocking=False):
             raise UsageError(f"{call} on rank {self.rank} of {self.size}: {BUSY}.")
         try:
             if self._observer is not None:
                 self._observer(call)
-            if self._check and is_new:
+            is_seen = self._is_gloo if like is None else self._is_streamed(like)
+            if self._check and is_new and not is_seen:
                 self._compare(call)
             yield
         finally:
@@ -322,6 +434,20 @@ def _let_threads_finish_at_exit() -> None:
 
 def _at(pieces: Sequence[Tensor], index: int, like: Tensor) -> Tensor:
     return pieces[index] if index < len(pieces) else like.new_empty(0)
+
+
+def _wait(arrive: Callable[[], object]) -> None:
+    arrive()
+
+
+def _lengths(
+    outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[int]], rank: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """What a rank sends to each other one, and what it expects from there."""
+    sent = [[piece.numel() for piece in pieces] for pieces in outgoing]
+    expected = [list(each) for each in incoming]
+    sent[rank], expected[rank] = [], []
+    return sent, expected
 
 
 def _as_bytes(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shardproof.errors import ShapeError, ShardproofError, UsageError
 from shardproof.transport import portable
+from shardproof.transport.agreement import disagreement
 from shardproof.transport.base import (
     Call,
     Order,
@@ -23,8 +24,8 @@ from shardproof.transport.base import (
     Transport,
     Window,
     digest_of,
-    mismatch,
 )
+from shardproof.transport.notes import NOTHING, Noted, Notes
 
 # dtype -> kind of element, as the core numbers them, and how many of these one has.
 _KINDS = {
@@ -66,11 +67,14 @@ class _Gathering(NamedTuple):
 class _Started(Pending):
     """A sum that the core has begun; it keeps the tensors."""
 
-    def __init__(self, transport: "CoreTransport", prepared: _Prepared, call: Call, *x: Any):
+    def __init__(
+        self, transport: "CoreTransport", prepared: _Prepared, call: Call, noted: Noted, *x: Any
+    ):
         self._transport = transport
         self._kept = x
         self.prepared = prepared
         self.call = call
+        self.noted = noted
 
     def wait(self) -> None:
         """Finish it."""
@@ -96,6 +100,8 @@ class CoreTransport(Transport):
         self._started: deque[_Started] = deque()
         self._call: Call | None = None  # the one at hand, or the last one
         self._is_noted = False  # a wait was so long that others were told
+        self._noted = NOTHING  # goes with the call at hand, or the last one
+        self.notes = Notes()
 
     # The core of this rank; set by whoever knows the area.
     _core: Any
@@ -116,7 +122,7 @@ class CoreTransport(Transport):
     ) -> None:
         """Straight from the other ranks' memory into `out`."""
         prepared = self._prepared(parts, order, out, call, windows)
-        self._call = call
+        self._begin(call)
         try:
             if len(parts) == 1:
                 self._core.sum(prepared.plan, out.data_ptr(), parts[0].data_ptr())
@@ -139,7 +145,7 @@ class CoreTransport(Transport):
     ) -> Pending:
         """This rank's parts are announced, as far as there is room; others need not wait for it."""
         prepared = self._prepared(parts, order, out, call, windows)
-        self._call = call
+        self._begin(call)
         try:
             addresses = [part.data_ptr() for part in parts]
             self._core.start(prepared.plan, out.data_ptr(), *addresses)
@@ -147,7 +153,7 @@ class CoreTransport(Transport):
             self._explain(error, prepared.text)
         if self._is_noted:
             self._forget()
-        started = _Started(self, prepared, call, parts, out)
+        started = _Started(self, prepared, call, self._noted, parts, out)
         self._started.append(started)
         return started
 
@@ -155,7 +161,7 @@ class CoreTransport(Transport):
         """Finish a sum, which must be the one that was started first."""
         if not self._started or self._started[0] is not started:
             raise UsageError("sums are waited for once, in the order in which they were started.")
-        self._call = started.call
+        self._call, self._noted = started.call, started.noted
         try:
             self._core.finish()
         except BaseException as error:
@@ -190,8 +196,15 @@ class CoreTransport(Transport):
         """A long wait is over: take back what the others were told."""
         self._is_noted = False
 
+    def _begin(self, call: Call) -> None:
+        """Give the core what was noted, to go with the call that comes next."""
+        self._call = call
+        self._noted = self.take_notes()
+        if self._noted.value:
+            self._core.noted = self._noted.value
+
     def _gather(self, x: int, out: int, outer: int, known: _Gathering) -> None:
-        self._call = known.call
+        self._begin(known.call)
         try:
             self._core.gather(x, out, outer, known.widths, known.digest)
         except BaseException as error:
@@ -310,7 +323,7 @@ class CoreTransport(Transport):
     def _refuse(self, call: Call, error: ShardproofError) -> NoReturn:
         """Raise `error` when all ranks have seen that this one cannot take part."""
         if not self._started:
-            self._call = call
+            self._begin(call)
             try:
                 self._core.meet(digest_of(f"refused: {call}"))
             except self._shm.Disagreement:
@@ -331,9 +344,10 @@ class CoreTransport(Transport):
         """Tell each other what everybody meant, and raise it on all ranks."""
         self._started.clear()
         self._is_noted = True  # the text lies where a long wait would put its note
-        texts = self._core.confer(text.encode())
+        error = disagreement(text, self._noted, lambda mine: list(self._core.confer(mine.encode())))
         self._forget()
-        raise mismatch(texts) from cause
+        self.forget_notes()
+        raise error from cause
 
 
 def _check_memory(x: Tensor, where: str) -> None:

@@ -96,7 +96,7 @@ class Sum(Pending):
             self._out.copy_(total)
             return
         sizes = [len(bound) for bound in self._bounds]
-        self._transport.all_gather(total, self._out, sizes, call=self._call)
+        self._transport.gather_slices(total, self._out, sizes, call=self._call)
 
     def _piece(self, part: Tensor, rank: int) -> Tensor:
         if self._windows is None:

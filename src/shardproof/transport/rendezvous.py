@@ -21,7 +21,12 @@ from typing import Any
 from shardproof import core
 from shardproof.errors import UsageError
 from shardproof.telling import text_of
-from shardproof.transport.base import BUSY, Call, PeerError, mismatch, name_ranks
+from shardproof.transport.agreement import disagreement
+from shardproof.transport.base import BUSY, Call, PeerError, name_ranks
+from shardproof.transport.notes import NOTHING, Noted
+
+# How ranks that disagree tell each other what they meant.
+_CONFER = Call("confer", "setup", "")
 
 
 @dataclass
@@ -29,6 +34,7 @@ class _Meeting:
     """One collective: who has come, and with what."""
 
     calls: dict[int, Call] = field(default_factory=dict)
+    noted: dict[int, int] = field(default_factory=dict)
     offers: dict[int, Any] = field(default_factory=dict)
     is_complete: bool = False
     disagrees: bool = False
@@ -93,21 +99,22 @@ class Rendezvous:
                 for rank in range(size)
             ]
 
-    def meet(self, rank: int, call: Call, offer: Any) -> list[Any]:
+    def meet(self, rank: int, call: Call, offer: Any, noted: Noted = NOTHING) -> list[Any]:
         """Hand over `offer` and wait for all ranks; what they handed over, in rank order.
 
         Raises:
-            MismatchError: on all ranks, if their calls are not equal.
+            MismatchError: on all ranks, if their calls, or what they noted, are not equal.
             UsageError: this rank is in a meeting already, by another thread of it.
             PeerError: a rank raised, returned or did not come in time.
         """
         if self.cores is not None:
-            return self._meet_in_core(self.cores[rank], rank, call, offer)
+            return self._meet_in_core(self.cores[rank], rank, call, offer, noted)
         with self._changed:
             meeting = self._meeting
             if self._failure is None and rank in meeting.calls:
                 raise UsageError(f"{call} on rank {rank} of {self.size}: {BUSY}.")
             meeting.calls[rank] = call
+            meeting.noted[rank] = noted.value
             meeting.offers[rank] = offer
             if self._failure is None and self._left:
                 self._break_because_left(self._left[0], meeting.calls)
@@ -120,7 +127,8 @@ class Rendezvous:
                 raise PeerError(message, rank=blamed)
         ranks = range(self.size)
         if meeting.disagrees:
-            raise mismatch([str(meeting.calls[peer]) for peer in ranks])
+            confer = functools.partial(self.meet, rank, _CONFER)
+            raise disagreement(str(call), noted, confer)
         return [meeting.offers[peer] for peer in ranks]
 
     def leave(self, rank: int) -> None:
@@ -144,8 +152,8 @@ class Rendezvous:
             self._break(why, None)
 
     def _complete(self, meeting: _Meeting) -> None:
-        first = meeting.calls[0]
-        meeting.disagrees = any(call != first for call in meeting.calls.values())
+        said = [(meeting.calls[rank], meeting.noted[rank]) for rank in range(self.size)]
+        meeting.disagrees = any(each != said[0] for each in said)
         meeting.is_complete = True
         self._meeting = _Meeting()
         self._changed.notify_all()
@@ -161,16 +169,18 @@ class Rendezvous:
             missing = [rank for rank in range(self.size) if rank not in meeting.calls]
             self._break_because_late(missing, meeting.calls)
 
-    def _meet_in_core(self, end: Any, rank: int, call: Call, offer: Any) -> list[Any]:
+    def _meet_in_core(self, end: Any, rank: int, call: Call, offer: Any, noted: Noted) -> list[Any]:
         number = end.calls  # every collective counts, so that all ranks have the same number here
         meeting = self._meetings.setdefault(number, _Meeting())
         meeting.offers[rank] = offer
         self.calls[rank] = call
+        if noted.value:
+            end.noted = noted.value
         try:
             end.meet(call.digest)
         except self._disagreement:
             self._meetings.pop(number, None)
-            raise mismatch(end.confer(str(call).encode())) from None
+            raise disagreement(str(call), noted, functools.partial(_confer, end)) from None
         offers = [meeting.offers[peer] for peer in range(self.size)]
         with self._changed:
             meeting.readers += 1
@@ -216,6 +226,10 @@ class Rendezvous:
             self._changed.notify_all()
             if self.cores is not None:
                 self.cores[0].break_off(b"")
+
+
+def _confer(end: Any, text: str) -> list[str]:
+    return list(end.confer(text.encode()))
 
 
 def _describe(calls: Mapping[int, Call]) -> str:

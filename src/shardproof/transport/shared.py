@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from shardproof import core
-from shardproof.errors import AxisError, MismatchError, ShardproofError
+from shardproof.errors import AxisError, ShardproofError
 from shardproof.telling import text_of
-from shardproof.transport.base import Call, PeerError, Transport, name_ranks
+from shardproof.transport.base import Call, PeerError, Transport, compare_pieces, name_ranks
 from shardproof.transport.incore import CoreTransport
 from shardproof.transport.ledger import Ledger
 from shardproof.transport.segment import Peer, find_hosts, layout_of, map_together
@@ -114,7 +114,7 @@ class SharedTransport(CoreTransport):
         lengths[self.rank] = []
         expected = [list(each) if rank != self.rank else [] for rank, each in enumerate(incoming)]
         told = self.gather_objects((lengths, expected), call=call)
-        _compare_pieces(told, call)
+        compare_pieces(told, call)
         width = like.element_size()
         received = [[like.new_empty(length) for length in each] for each in expected]
         for index in range(max(len(each) for sent, _ in told for each in sent)):
@@ -133,6 +133,7 @@ class SharedTransport(CoreTransport):
         self, send: Sequence[Tensor], receive: Sequence[Tensor], longest: int, call: Call
     ) -> None:
         """One piece to each rank, one from each; no piece of any pair has more than `longest`."""
+        self._begin(call)
         try:
             self._core.exchange(
                 tuple(x.data_ptr() for x in send),
@@ -224,14 +225,3 @@ class SharedTransport(CoreTransport):
         if self._is_observed and self._observer is not None:
             self._is_observed = False
             self._observer(None)
-
-
-def _compare_pieces(told: Sequence[tuple[list[list[int]], list[list[int]]]], call: Call) -> None:
-    """Raise, on all ranks alike, unless everybody gets what it expects."""
-    for sender, (sent, _) in enumerate(told):
-        for receiver, (_, expected) in enumerate(told):
-            if sent[receiver] != expected[sender]:
-                raise MismatchError(
-                    f"{call}: rank {sender} hands pieces of {sent[receiver]} to rank {receiver}, "
-                    f"which expects {expected[sender]}. Both must derive them from the same cut."
-                )

@@ -53,7 +53,7 @@ class ThreadsTransport(CoreTransport):
     ) -> list[list[Tensor]]:
         """Lend every rank its pieces; all rounds at once."""
         _check_stream(like)
-        offers = self._rendezvous.meet(self.rank, call, outgoing)
+        offers = self._meet(call, outgoing)
         received: list[list[Tensor]] = [[] for _ in range(self.size)]
         for peer in range(self.size):
             if peer == self.rank:
@@ -83,7 +83,7 @@ class ThreadsTransport(CoreTransport):
     ) -> None:
         _check_stream(x)
         # A copy, which others may read when `x` has changed already.
-        parts: list[Tensor] = self._rendezvous.meet(self.rank, call, x.clone())
+        parts: list[Tensor] = self._meet(call, x.clone())
         found = [part.numel() for part in parts]
         wanted = [outer * size for size in sizes]
         # Every rank sees the same parts, so that all raise or none does.
@@ -130,7 +130,15 @@ class ThreadsTransport(CoreTransport):
 
     def gather_objects(self, value: Any, *, call: Call) -> list[Any]:
         """Every rank's value itself, not a copy."""
-        return self._rendezvous.meet(self.rank, call, value)
+        return self._meet(call, value)
+
+    def _meet(self, call: Call, offer: Any) -> list[Any]:
+        noted = self.take_notes()
+        try:
+            return self._rendezvous.meet(self.rank, call, offer, noted)
+        except MismatchError:
+            self.forget_notes()
+            raise
 
     def _tick(self, waited: float, missing: list[int]) -> None:
         """The rendezvous is asked instead: it knows all ranks."""

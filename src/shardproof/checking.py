@@ -1,0 +1,97 @@
+"""Whether the code at hand compares everything in full, and the comparison of one tensor."""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardproof.errors import MismatchError
+
+# One value for each thread: ranks may be threads.
+_is_checked: ContextVar[bool] = ContextVar("is_checked", default=False)
+
+_PARTS = 64  # into which a tensor is cut to find the element that differs
+
+Gather = Callable[[Any], list[Any]]
+
+
+def is_checked() -> bool:
+    """Whether `checked()` surrounds what runs in this thread."""
+    return _is_checked.get()
+
+
+class Switch:
+    """Compares in full while it is entered; may be entered again inside."""
+
+    def __enter__(self) -> None:
+        self._token = _is_checked.set(True)
+
+    def __exit__(self, *_: object) -> None:
+        _is_checked.reset(self._token)
+
+
+@torch.no_grad()
+def compare(x: Tensor, name: str, gather: Gather, *, way_out: str) -> None:
+    """Raise on all ranks unless all have the same tensor, bit by bit.
+
+    Args:
+        x: (*), Replicate.
+        name: of the tensor, for the message.
+        gather: takes a small value and gives those of all ranks, in rank order.
+        way_out: the end of the message.
+
+    Raises:
+        MismatchError: names the tensor, two ranks and the first element in which they differ.
+    """
+    if x.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return  # it has no elements of its own
+    flat = _flat(x)
+    kind = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+    told = gather((kind, _hash(flat)))
+    other = _other(told)
+    if other is None:
+        return
+    start = f"the ranks disagree about {name}, which must be the same on all ranks of the axis: "
+    if told[0][0] != told[other][0]:
+        raise MismatchError(
+            f"{start}rank 0 has {told[0][0]}, rank {other} has {told[other][0]}. {way_out}"
+        )
+    place, other, values = _find(flat, gather)
+    where = [int(i) for i in torch.unravel_index(torch.tensor(place), x.shape)] if x.dim() else []
+    at = f" at {where}" if where else ""
+    raise MismatchError(
+        f"{start}of {kind}, rank 0 has {values[0]!r}{at}, rank {other} has {values[other]!r}. "
+        f"{way_out}"
+    )
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.detach().resolve_conj().resolve_neg().cpu().contiguous().view(-1)
+
+
+def _hash(flat: Tensor) -> str:
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+
+
+def _other(told: Sequence[Any]) -> int | None:
+    """The first rank that says something else than rank 0."""
+    return next((rank for rank, each in enumerate(told) if each != told[0]), None)
+
+
+def _find(flat: Tensor, gather: Gather) -> tuple[int, int, list[Any]]:
+    """The first element that differs, a rank that has another one than rank 0, and all values."""
+    low, high = 0, flat.numel()
+    while high - low > 1:
+        bounds = [low + (high - low) * part // _PARTS for part in range(_PARTS + 1)]
+        parts = [(a, b) for a, b in itertools.pairwise(bounds) if a < b]
+        told = gather([_hash(flat[a:b]) for a, b in parts])
+        low, high = next(
+            part for number, part in enumerate(parts) if len({each[number] for each in told}) > 1
+        )
+    told = gather((flat[low].item(), _hash(flat[low : low + 1])))
+    other = _other([each[1] for each in told])
+    return low, 0 if other is None else other, [each[0] for each in told]

@@ -1,0 +1,114 @@
+"""`checked()`: every placement compared in full, to find where ranks begin to differ.
+
+What must be the same on all ranks is compared bit by bit: each Replicate tensor that enters or
+leaves a layer, forward and backward, and after each step of an optimizer each replicated parameter
+and the optimizer's settings. It is for debugging: every comparison is an exchange.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from shardproof import checking, comm
+from shardproof.axis import Axis
+from shardproof.layers.watched import placements
+
+_WAY_OUT = (
+    "Something updates it differently on the ranks: gradients, learning rates or draws that "
+    "are not the same, or a write on one rank alone."
+)
+
+
+@contextmanager
+def checked() -> Iterator[None]:
+    """Compare every placement in full, on all axes that this thread uses. All ranks enter it.
+
+    Raises, on all ranks:
+        MismatchError: names the layer or the parameter, two ranks, and the first element that
+            differs.
+
+    Comm:
+        setup hashes of what is compared, uncounted: as many small exchanges as there are tensors.
+
+    Example:
+        with sp.checked():
+            loss = model(x).sum()
+            loss.backward()
+            optimizer.step()
+    """
+    _watch_steps()
+    with checking.Switch():
+        yield
+
+
+@functools.cache
+def _watch_steps() -> None:
+    """Once per process: torch calls this after every step of every optimizer."""
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not checking.is_checked():
+        return
+    axes, replicated = _placements(optimizer)
+    for axis in axes:
+        comm.agree(
+            _settings(optimizer),
+            axis,
+            what="optimizer settings",
+            way_out="Give every rank the same, schedulers too.",
+        )
+        for name, parameter in replicated[axis.transport]:
+            call = functools.partial(_gather, axis, name)
+            checking.compare(parameter, f"the parameter {name!r}", call, way_out=_WAY_OUT)
+
+
+def _gather(axis: Axis, name: str, value: Any) -> list[Any]:
+    return axis.gather_small(value, what=f"the parameter {name}")
+
+
+def _settings(optimizer: Optimizer) -> dict[str, Any]:
+    """Numbers and words of every group, such as its learning rate."""
+    found: dict[str, Any] = {"the optimizer": type(optimizer).__name__}
+    for number, group in enumerate(optimizer.param_groups):
+        for name, value in group.items():
+            if isinstance(value, Tensor) and value.numel() == 1:
+                value = value.item()
+            is_plain = isinstance(value, bool | int | float | str | None)
+            is_tuple = isinstance(value, tuple) and all(isinstance(x, int | float) for x in value)
+            if is_plain or is_tuple:
+                found[f"{name} of group {number}"] = value
+    return found
+
+
+def _placements(optimizer: Optimizer) -> tuple[list[Axis], dict[Any, list[tuple[str, Tensor]]]]:
+    """The axes over which the parameters are cut, and what is replicated on each.
+
+    A parameter that is in no layer of ours is replicated on all axes that the others are cut over.
+    """
+    known = placements()
+    axes: dict[Any, Axis] = {}
+    plain: list[tuple[str, Tensor]] = []
+    replicated: dict[Any, list[tuple[str, Tensor]]] = {}
+    number = 0
+    for group in optimizer.param_groups:
+        names = group.get("param_names") or [None] * len(group["params"])
+        for name, parameter in zip(names, group["params"], strict=True):
+            place = known.get(id(parameter))
+            if place is None:
+                plain.append((name or f"number {number} of the optimizer", parameter))
+            else:
+                key = place.axis.transport
+                if key.size > 1:
+                    axes.setdefault(key, place.axis)
+                    if place.is_replicated:
+                        replicated.setdefault(key, []).append((name or place.name, parameter))
+            number += 1
+    for key in axes:
+        replicated[key] = replicated.get(key, []) + plain
+    return list(axes.values()), replicated
