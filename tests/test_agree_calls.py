@@ -1,5 +1,6 @@
 """Ranks that make different calls over a process group: the same error on all, and no number."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from agreeing import EVERY_TRANSPORT, check_all_said, drawn, gloo, run, said
 from places import Pool
-from shardproof import comm
+from shardproof import comm, core
 from shardproof.axis import Axis
 from shardproof.leaves import Cut
 
@@ -112,6 +113,30 @@ def test_two_axes_of_one_group_in_another_order_all_raise(pool: Pool) -> None:
     found = pool(2, "processes").run(work)
     assert [well for _, well in found] == [True, True]
     check_all_said([message for message, _ in found], "on axis ", "of this process group")
+
+
+@pytest.mark.skipif(core.shm() is None, reason=f"needs the core: {core.problem()}")
+def test_two_axes_that_share_memory_in_another_order_do_not_wait_for_ever(pool: Pool) -> None:
+    def work(_: Axis) -> tuple[str, list[float]]:
+        group = dist.group.WORLD
+        assert group is not None
+        axes = [Axis.from_group(group, name=name, timeout=120.0) for name in "ab"]
+        for axis in axes:
+            reduce(axis, f"{axis.name}.down", 3)
+        order = axes[:: 1 - 2 * dist.get_rank()]
+        message = said(lambda: [reduce(axis, f"{axis.name}.down", 3) for axis in order])
+        return message, reduce(_, "next", 3).tolist()
+
+    before = time.monotonic()
+    found = pool(2, "processes").run(work)
+    assert time.monotonic() - before < 60
+    assert [after for _, after in found] == [[3.0] * 3] * 2
+    check_all_said(
+        [message for message, _ in found],
+        "rank 0: forward all_reduce of a.down",
+        "rank 1: forward all_reduce of b.down",
+        "on two axes",
+    )
 
 
 def gather(axis: Axis, who: str) -> Tensor:

@@ -136,7 +136,8 @@ class DistributedTransport(Transport):
             if self._is_streamed(like):
                 told = self._gather_objects(_lengths(outgoing, incoming, self.rank), call)
                 compare_pieces(told, call)
-            return self._start_exchange(outgoing, incoming, rounds, like, call)()
+            begun = self._start_exchange(outgoing, incoming, rounds, like, call, is_whole=True)
+            return begun()
 
     @torch.no_grad()
     def all_gather(
@@ -201,7 +202,7 @@ class DistributedTransport(Transport):
                 finish = self._reduce(out, call)
                 return _Reducing(lambda: self._resume(call, finish))
             none = (0,) * self.size
-            reduced = Round(none, none, out.numel(), out.dtype)
+            reduced = Round(none, none, out.numel(), out.dtype, is_for_heads=True)
             empty = out.new_empty(0, dtype=torch.uint8)
             pieces = [*[empty] * self.size, out]
             arrive = self._stream.start(self._wish(call), [reduced], [pieces])
@@ -222,6 +223,8 @@ class DistributedTransport(Transport):
         rounds: int,
         like: Tensor,
         call: Call,
+        *,
+        is_whole: bool = False,
     ) -> Callable[[], list[list[Tensor]]]:
         """Send; what is returned waits and says what has come."""
         send, lengths = [], []
@@ -232,7 +235,9 @@ class DistributedTransport(Transport):
             sizes = [each[index] if index < len(each) else 0 for each in incoming]
             sizes[self.rank] = 0
             lengths.append(sizes)
-        begin = self._start_compared if self._is_streamed(like) else self._start_unseen
+        begin: Callable[..., Callable[[], list[list[Tensor]]]] = self._start_unseen
+        if self._is_streamed(like):
+            begin = functools.partial(self._start_compared, is_whole=is_whole)
         arrive = begin(send, lengths, like, call)
 
         def finish() -> list[list[Tensor]]:
@@ -253,16 +258,24 @@ class DistributedTransport(Transport):
         lengths: Sequence[Sequence[int]],
         like: Tensor,
         call: Call,
+        *,
+        is_whole: bool = False,
     ) -> Callable[[], list[list[Tensor]]]:
-        """All rounds, by the stream of the group."""
+        """All rounds, by the stream of the group; digests apart if the pieces are `is_whole`."""
         width, dtype = like.element_size(), like.dtype
         rounds = [
             Round(tuple(x.numel() * width for x in pieces), tuple(n * width for n in sizes))
             for pieces, sizes in zip(send, lengths, strict=True)
         ]
         pieces = [[_as_bytes(x) for x in each] for each in send]
+        if is_whole:
+            # A copy with 16 bytes in front could be larger than any other tensor of this rank.
+            none, empty = (0,) * self.size, like.new_empty(0, dtype=torch.uint8)
+            rounds.insert(0, Round(none, none, is_for_heads=True))
+            pieces.insert(0, [empty] * self.size)
+        skipped = len(rounds) - len(send)
         arrive = self._stream.start(self._wish(call), rounds, pieces)
-        return lambda: [[x.view(dtype) for x in each] for each in arrive()]
+        return lambda: [[x.view(dtype) for x in each] for each in arrive()[skipped:]]
 
     def _wish(self, call: Call) -> Wish:
         def post(
@@ -323,7 +336,8 @@ class DistributedTransport(Transport):
         if not self._is_streamed(x):
             self._gather_unseen(x, out, sizes, call)
             return
-        self._gather_by_pieces(x, out, sizes, call, self._start_compared)
+        begin = functools.partial(self._start_compared, is_whole=True)
+        self._gather_by_pieces(x, out, sizes, call, begin)
 
     def _gather_unseen(self, x: Tensor, out: Tensor, sizes: Sequence[int], call: Call) -> None:
         if len(set(sizes)) > 1:

@@ -5,6 +5,7 @@ the same each time is prepared once per call and order. A rank that cannot take 
 the others at the same place, so that all of them raise and none waits.
 """
 
+import threading
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
@@ -100,6 +101,7 @@ class CoreTransport(Transport):
         self._started: deque[_Started] = deque()
         self._call: Call | None = None  # the one at hand, or the last one
         self._is_noted = False  # a wait was so long that others were told
+        self._thread: int | None = None  # that used it last
         self._noted = NOTHING  # goes with the call at hand, or the last one
         self.notes = Notes()
 
@@ -199,6 +201,7 @@ class CoreTransport(Transport):
     def _begin(self, call: Call) -> None:
         """Give the core what was noted, to go with the call that comes next."""
         self._call = call
+        self._thread = threading.get_ident()
         self._noted = self.take_notes()
         if self._noted.value:
             self._core.noted = self._noted.value

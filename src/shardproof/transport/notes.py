@@ -135,8 +135,12 @@ def sample_in_python(x: Tensor) -> bytes:
     places = places_of(x.numel())
     if not places:
         return b""
-    index = torch.unravel_index(torch.tensor(places), (1, *x.shape))
-    return bytes(_bytes(x.detach()[None][index]))
+    # One short index for each dim: a table of all would be the largest tensor of a small model.
+    index = []
+    for size in reversed((1, *x.shape)):
+        index.append(torch.tensor([place % size for place in places]))
+        places = [place // size for place in places]
+    return bytes(_bytes(x.detach()[None][tuple(reversed(index))]))
 
 
 def places_of(numel: int) -> list[int]:

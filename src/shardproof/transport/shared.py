@@ -5,6 +5,8 @@ does not come in time, is noticed by every other one and named.
 """
 
 import pickle
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shardproof import core
-from shardproof.errors import AxisError, ShardproofError
+from shardproof.errors import AxisError, MismatchError, ShardproofError
 from shardproof.telling import text_of
 from shardproof.transport.base import Call, PeerError, Transport, compare_pieces, name_ranks
 from shardproof.transport.incore import CoreTransport
@@ -25,6 +27,11 @@ _SLOT = 128 * 1024
 _SLICED_FROM = 32 * 1024
 # Waits of so many seconds are shown to the observer.
 _OBSERVED = 0.05
+# Ranks that wait so long for each other on two axes wait for ever.
+_CERTAIN = 1.0
+
+# Of this process: what other axes it has is seen where ranks use them in another order.
+_open: "weakref.WeakSet[SharedTransport]" = weakref.WeakSet()
 
 
 class SharedTransport(CoreTransport):
@@ -51,6 +58,8 @@ class SharedTransport(CoreTransport):
         self._timeout = timeout
         self._observer = observer
         self._is_observed = False
+        self._elsewhere: tuple[int, str, float] | None = None
+        _open.add(self)
         self._core = module.Core(memory, rank, size, _SLOT, self._tick)
 
     @classmethod
@@ -172,6 +181,7 @@ class SharedTransport(CoreTransport):
         if not self._is_noted:
             self._is_noted = True
             self._core.note(str(self._call).encode())
+        self._look_elsewhere(waited, missing)
         for rank in missing:
             peer = self._peers[rank]
             # In this order: what it did before it ended counts.
@@ -187,6 +197,37 @@ class SharedTransport(CoreTransport):
                 f"{self._waits(missing)}",
                 missing[0],
             )
+
+    def _look_elsewhere(self, waited: float, missing: Sequence[int]) -> None:
+        """Raise if a missing rank has waited on another axis, for this one, all the time.
+
+        Neither can come to where the other is. The other rank finds the same.
+        """
+        found = next(filter(None, (self._place_elsewhere(rank) for rank in missing)), None)
+        if found is None or self._elsewhere is None or self._elsewhere[:2] != found:
+            self._elsewhere = None if found is None else (*found, waited)
+        elif waited - self._elsewhere[2] >= _CERTAIN:
+            rank, other = found
+            calls = sorted(((self.rank, str(self._call)), (rank, other)))
+            sides = "; ".join(f"rank {number}: {call}" for number, call in calls)
+            error = MismatchError(
+                f"the ranks disagree about one collective. {sides}, on two axes. All ranks must "
+                "use their axes in the same order."
+            )
+            self._tell(str(error), rank)
+            raise error
+
+    def _place_elsewhere(self, rank: int) -> tuple[int, str] | None:
+        """The rank, and what it waits in on another axis that this thread serves; or None."""
+        peer = self._peers[rank]
+        for other in tuple(_open):
+            if other is self or other._thread not in (None, threading.get_ident()):
+                continue
+            notes = other._core.notes()
+            for place, each in enumerate(other._peers):
+                if peer is not None and each is not None and each.pid == peer.pid and notes[place]:
+                    return rank, notes[place]
+        return None
 
     def _waits(self, missing: Sequence[int]) -> str:
         """Who waits in what, as far as that is known."""
@@ -221,6 +262,7 @@ class SharedTransport(CoreTransport):
 
     def _forget(self) -> None:
         super()._forget()
+        self._elsewhere = None
         self._core.note(b"")
         if self._is_observed and self._observer is not None:
             self._is_observed = False

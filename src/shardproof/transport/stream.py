@@ -63,12 +63,14 @@ class Round(NamedTuple):
         sent, received: to and from each rank; 0 for the own one.
         reduced, dtype: elements that the backend sums, beside that, and of what. It cuts them into
             parts by their number: bytes alone would not say where.
+        is_for_heads: it is there for the digests alone, and left out where they have been compared.
     """
 
     sent: tuple[int, ...]
     received: tuple[int, ...]
     reduced: int = 0
     dtype: torch.dtype = torch.uint8
+    is_for_heads: bool = False
 
 
 class _Step(NamedTuple):
@@ -120,7 +122,7 @@ class Exchange:
         inbox = torch.empty(sum(received), dtype=torch.uint8)
         outbox = self._outbox(each, pieces, extra)
         self._inboxes.append(inbox)
-        if extra or not each.reduced:
+        if extra or not each.is_for_heads:
             self._finishes.append(self._wish.post(inbox, outbox, received, sent))
 
     def _outbox(self, each: Round, pieces: Sequence[Tensor] | None, extra: int) -> Tensor:
