@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 
 from shardproof import comm, core
 from shardproof.axis import Axis
 from shardproof.cli import signals
+from shardproof.cli.main import Commands
 from shardproof.engines import interpreter
 from shardproof.engines.watch import _describe_exit
 from shardproof.errors import RankError
@@ -348,6 +350,21 @@ def test_a_signal_that_was_ignored_stays_ignored_and_the_first_one_counts() -> N
         assert ending.code == 143
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_a_command_within_a_program_leaves_its_signals_alone() -> None:
+    with handled(signal.SIGTERM, signal.SIG_DFL):
+        seen: list[object] = []
+
+        @click.command("look")
+        def look() -> int:
+            seen.append(signal.getsignal(signal.SIGTERM))
+            return 0
+
+        with pytest.raises(SystemExit) as caught:
+            Commands("group", {"look": look}).main(["look"], prog_name="group")
+    assert caught.value.code == 0
+    assert seen == [signal.SIG_DFL]
 
 
 STUCK = """

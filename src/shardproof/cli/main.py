@@ -61,6 +61,8 @@ class Commands(click.Group):
     ) -> NoReturn:
         """Run one command and exit with its code; never returns."""
         extra["standalone_mode"] = False  # click would exit with 1, which here means "not proved"
+        if args is not None:  # within a program, whose signals are its own
+            sys.exit(self._run(args, prog_name, **extra))
         with ending_in_order() as ending:
             code = self._run(args, prog_name, **extra)
         sys.exit(ending.code or code)
