@@ -62,7 +62,7 @@ def all_gather(
     before, after = tuple(x.shape[:dim]), tuple(x.shape[dim + 1 :])
     call, sizes, outer = gather_plan(direction, who, before, after, x.dtype, cut)
     y = x.new_empty(call.shape)
-    axis.transport.all_gather(x.contiguous().view(-1), y.view(-1), sizes, outer=outer, call=call)
+    axis.transport.all_gather(_flat(x), y.view(-1), sizes, outer=outer, call=call)
     _count(axis, call, _bytes(y), (axis.size - 1) * _bytes(x))
     return y
 
@@ -132,7 +132,7 @@ def reduce_scatter(
     if axis.size == 1:
         return x.clone(memory_format=torch.contiguous_format)
     plan = scatter_plan(direction, who, tuple(x.shape), x.dtype, x.dtype, None, dim, cut, axis.rank)
-    return _sum([x.contiguous().view(-1)], x, axis, plan)
+    return _sum([_flat(x)], x, axis, plan)
 
 
 def all_reduce_nodes(
@@ -202,7 +202,7 @@ def start_all_reduce_nodes(
         y = parts[0]
     else:
         y = like.new_empty(plan.shape)
-    flat = [part.contiguous().view(-1) for part in parts]
+    flat = [_flat(part) for part in parts]
     pending = axis.transport.start_sum(flat, plan.order, y.view(-1), call=plan.call)
     _count(axis, plan.call, plan.message_bytes, plan.sent_bytes, is_rest=is_rest)
     return Sum(y, pending)
@@ -245,7 +245,7 @@ def reduce_scatter_nodes(
     plan = scatter_plan(
         direction, who, tuple(shape), like.dtype, wide, cut, dim, dim_cut, axis.rank
     )
-    return _sum([node.contiguous().view(-1) for node in nodes.values()], like, axis, plan)
+    return _sum([_flat(node) for node in nodes.values()], like, axis, plan)
 
 
 def gather(
@@ -278,7 +278,7 @@ def gather(
     if not here:
         return None
     own: list[list[Tensor]] = [[x] if rank == dst else parts[rank] for rank in range(axis.size)]
-    return torch.cat([part.contiguous().view(-1) for pieces in own for part in pieces])
+    return torch.cat([_flat(part) for pieces in own for part in pieces])
 
 
 def agree(
@@ -356,6 +356,13 @@ def check_part(x: Tensor, axis: Axis, *, dim: int, cut: Cut, is_whole: bool, who
             f"but {wanted} {part}. Give the tensor that the cut describes."
         )
     return dim % x.dim()
+
+
+def _flat(x: Tensor) -> Tensor:
+    """The elements one after another, as memory has to hold them that others read."""
+    if x.is_neg() or x.is_conj():  # a view whose memory has the opposite sign
+        x = x.resolve_conj().resolve_neg()
+    return x.contiguous().view(-1)
 
 
 def _sum(parts: Sequence[Tensor], like: Tensor, axis: Axis, plan: Plan) -> Tensor:

@@ -177,7 +177,7 @@ class _ByHead:
         return sum_rows(x.t()) if self.site.is_invariant else x.sum(1)
 
     def weight_gradient(self, terms: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        by_token = terms.view(x.shape[:-2].numel(), self.site.width)
+        by_token = terms.reshape(x.shape[:-2].numel(), self.site.width)
         return self.site.sum_heads(by_token, dtype)
 
 

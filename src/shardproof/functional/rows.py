@@ -17,10 +17,13 @@ def as_rows(x: Tensor) -> Tensor:
 def shaped(rows: Tensor | None, like: Tensor) -> Any:
     """(rows, n), a tensor of our own, to (*, n) with the leading dims of `like`.
 
-    In place: into a view that a Function makes nobody may write.
+    In place: into a view that a Function makes nobody may write. `resize_` takes memory as it lies,
+    so that what was computed element by element from a transposed input is copied first.
     """
     if rows is None or like.dim() == 2:
         return rows
+    if not rows.is_contiguous():
+        rows = rows.contiguous()
     return rows.resize_(*like.shape[:-1], rows.shape[1])
 
 
