@@ -1,6 +1,6 @@
-"""Memory layout is an input: every function on every view, forward and for the incoming gradient.
+"""Memory layout is an input: every function on every view, forward and for incoming gradients.
 
-Two judges: torch's own in fp64, which sees what all degrees share, and our own bits of a plain copy.
+Two judges: torch's own in fp64, which sees what all degrees share, and our bits of a plain copy.
 """
 
 import functools
@@ -28,10 +28,11 @@ from shardproof.heads import Heads
 from shardproof.layers import activations, shared
 from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
+from shardproof.layers.norm import LayerNorm
 from shardproof.leaves import Cut
 from shardproof.numerics import elementwise, headwise, joined, products, sums
 from shardproof.scheme import Scheme
-from shardproof.tree import add_tensors, combine, nodes_of_run
+from shardproof.tree import nodes_of_run
 from views import plain, shapes, views
 
 SIZE, OUT = 6, 7
@@ -340,7 +341,8 @@ ACTS: dict[str, Make] = {
 }
 # What knows of no other rank.
 LOCAL = (
-    *(f"{kind} norm, weight {has_weight}" for kind in ("layer", "rms") for has_weight in (True, False)),
+    "layer norm, weight True", "layer norm, weight False",
+    "rms norm, weight True", "rms norm, weight False",
     "relu", "tanh", "sigmoid", "silu", "gelu", "gelu tanh", "softplus", "mish", "quick gelu",
     "dropout", "mse", "cross entropy",
     "sum_rows", "sum_all", "sum_squares", "sum_squares_rows",
@@ -416,3 +418,207 @@ def test_every_function_is_right_on_every_view(pool: Pool, name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in ACTS if "norm" in name])
 def test_norms_of_16_bits_are_right_on_every_view(pool: Pool, name: str) -> None:
     pool(2, "threads").run(lambda axis: check(axis, name, torch.bfloat16))
+
+
+# Of tensors that are no input of `Act`: ids, parameters, several inputs, plain products.
+
+
+def test_an_embedding_takes_ids_weights_and_gradients_of_any_layout(pool: Pool) -> None:
+    def run(axis: Axis) -> int:
+        theirs, count = nn.Embedding(SIZE, 5, _weight=normal(SIZE, 5)).double(), 0
+        for shape in ((4,), (1, 6), (0, 3), (2, 3, 4)):
+            ids = torch.arange(4 * 6).reshape(-1)[: torch.Size(shape).numel()] % SIZE
+            for name, given in views(ids.view(shape)).items():
+                grad = normal(*shape, 5, seed=3)
+                for incoming in (grad, *list(views(grad).values())[1 + count % 3 :: 4]):
+                    layer = VocabParallelEmbedding.from_embedding(theirs, axis=axis, name="e")
+                    layer.float()
+                    own = layer.layouts["weight"].held_indices
+                    y = layer(given)
+                    y.backward(incoming)
+                    theirs.weight.grad = None
+                    wanted = theirs(plain(given))
+                    wanted.backward(plain(incoming).double())
+                    assert torch.equal(y, wanted.float()), f"{shape} {name}"
+                    torch.testing.assert_close(
+                        layer.weight.grad,
+                        theirs.weight.grad[own.start : own.stop].float(),
+                        rtol=1e-5, atol=1e-5,
+                    )  # fmt: skip
+                    y.detach().mul_(2)
+                    count += 1
+        return count
+
+    for degree in DEGREES:
+        assert min(pool(degree, "threads").run(run)) > 40
+
+
+@pytest.mark.parametrize("kind", ["column", "row", "layer_norm", "embedding"])
+def test_parameters_may_be_views(pool: Pool, kind: str) -> None:
+    """A tied weight that is transposed, a part of one flat buffer, an expanded bias."""
+
+    def build(axis: Axis) -> tuple[nn.Module, Tensor]:
+        x = normal(3, 4, SIZE, seed=5)
+        if kind == "column":
+            return ColumnParallelLinear(SIZE, OUT, axis=axis, name="c"), x
+        if kind == "row":
+            layer = RowParallelLinear(SIZE, OUT, axis=axis, name="r", input_is_parallel=False)
+            return layer, x
+        if kind == "layer_norm":
+            return LayerNorm(SIZE), x
+        return VocabParallelEmbedding(SIZE, OUT, axis=axis, name="e"), torch.arange(SIZE)[::2]
+
+    def results(layer: nn.Module, x: Tensor) -> list[Tensor]:
+        y = layer(x)
+        y.square().sum().backward()
+        return [y.detach(), *(p.grad for p in layer.parameters())]
+
+    def run(axis: Axis) -> int:
+        count = 0
+        layer, _ = build(axis)
+        for name, parameter in layer.named_parameters():
+            for view in views(parameter.detach()).values():
+                mine, x = build(axis)
+                copied, _ = build(axis)
+                mine.register_parameter(name, nn.Parameter(view))
+                copied.register_parameter(name, nn.Parameter(plain(view)))
+                found, wanted = results(mine, x), results(copied, x)
+                assert all(map(bits_equal, map(plain, found), wanted)), f"{kind} {name}"
+                count += 1
+        return count
+
+    for degree in DEGREES:
+        assert min(pool(degree, "threads").run(run)) > 5
+
+
+@pytest.mark.parametrize("numerics", ["invariant", "native"])
+@pytest.mark.parametrize("keys", [1, 2, 4])
+def test_attention_is_right_on_every_view(pool: Pool, keys: int, numerics: Any) -> None:
+    """Queries, keys, values, the mask and the gradient: each of them as every view."""
+
+    def run(axis: Axis) -> int:
+        heads, count = Heads(4, keys, 3, 8, axis.size), 0
+        site = AttentionSite(axis, heads, Scheme(numerics=numerics), "attention")
+        own, held = heads.owned(axis.rank), heads.held(axis.rank)
+        whole_of = [normal(2, n, 5, 3, seed=n) for n in (4, keys, keys, 4)]
+        mask = normal(2, 1, 5, 5, seed=9)
+        names = list(views(whole_of[0]))
+        for place, name in enumerate(names):
+            turned = [names[(place + shift) % len(names)] for shift in range(4)]
+            q, k, v, grad = (views(x)[n] for x, n in zip(whole_of, turned, strict=True))
+            bias = views(mask)[name]
+            mine = [
+                q[:, own.start : own.stop].detach().requires_grad_(),
+                *(x[:, held.start : held.stop].detach().requires_grad_() for x in (k, v)),
+            ]
+            y = attention(*mine, site, mask=bias)
+            y.backward(grad[:, own.start : own.stop])
+            theirs = [plain(x).double().requires_grad_() for x in (q, k, v)]
+            wanted = F.scaled_dot_product_attention(
+                *theirs, attn_mask=plain(bias).double(), enable_gqa=keys != 4
+            )
+            wanted.backward(plain(grad).double())
+            parts = [wanted[:, own.start : own.stop], theirs[0].grad[:, own.start : own.stop]]
+            parts += [x.grad[:, held.start : held.stop] for x in theirs[1:]]
+            for found, right in zip([y, *(x.grad for x in mine)], parts, strict=True):
+                torch.testing.assert_close(
+                    found.double(), right, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+                )
+            count += 1
+        return count
+
+    for degree in DEGREES:
+        assert min(pool(degree, "threads").run(run)) > 10
+
+
+def operands() -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Pairs of every view with every other, and empty ones."""
+    for m, k, n in ((5, 6, 7), (1, 6, 7), (40, 300, 3), (5, 6, 0), (0, 6, 7), (5, 0, 7), (1, 1, 1)):
+        a, b = views(normal(m, k)), views(normal(k, n, seed=1))
+        turned = list(b.items())
+        for place, (name, left) in enumerate(a.items()):
+            for other, right in (turned[place], turned[(place + 3) % len(turned)]):
+                yield f"({m}, {k}) {name} @ ({k}, {n}) {other}", left, right
+
+
+def test_products_and_folds_read_every_view() -> None:
+    """Past the layers: what hands strides to C, against torch in fp64."""
+    for name, left, right in operands():
+        for dtype in (torch.float32, torch.float64):
+            # A cast would make a plain copy of a view; these keep their memory.
+            a, b = (left, right) if dtype is torch.float32 else (left.double(), right.double())
+            bias = views(normal(b.shape[1], seed=2).to(dtype))["stepped"]
+            wanted = plain(a).double() @ plain(b).double()
+            cut = Cut(a.shape[1], 3, 1) if a.shape[1] else None
+            slices = cut.leaf_slices(0) if cut is not None else (slice(0, 0),)
+            stacked, served = a[None, None], b[None, None]
+            found = {
+                "product": products.product(a, b, bias) - bias,
+                "transposed": products.product(a, b.t(), is_transposed=True),
+                "sum": products.leaf_sum(a, b, slices),
+                "by head": headwise.product_by_head(stacked, served, rows=a.shape[0])[0, 0],
+                "joined": next(
+                    iter(
+                        joined.joined_nodes(
+                            [(a, b)], [slices], run=range(len(slices)),
+                            num_leaves=len(slices),
+                        ).values()
+                    )
+                ),
+            }  # fmt: skip
+            for what, value in found.items():
+                torch.testing.assert_close(
+                    value.double(), wanted, rtol=1e-5, atol=1e-4,
+                    msg=lambda m, w=what, n=name: f"{w} of {n}: {m}",
+                )  # fmt: skip
+
+
+def test_collectives_on_plain_tensors_take_every_view(pool: Pool) -> None:
+    def run(axis: Axis) -> int:
+        cut, count = Cut(SIZE, 8, axis.size), 0
+        own = cut.owned(axis.rank)
+        options: Any = {"direction": "forward", "who": "view"}
+        for shape in ((SIZE,), (1, SIZE), (3, SIZE), (2, 0, SIZE), (2, 3, 2, SIZE)):
+            for name, view in views(normal(*shape, seed=4)).items():
+                flat = plain(view)
+                part = view.narrow(-1, own.start, len(own))
+
+                def given(shape: Any = shape, name: str = name) -> dict[Any, Tensor]:
+                    """Nodes, which are given away."""
+                    nodes = nodes_of_run(cut.num_leaves, cut.run(axis.rank))
+                    return {node: views(normal(*shape, seed=4))[name] for node in nodes}
+
+                sizes = [flat.numel()] * axis.size
+                first = comm.gather(view.reshape(-1), axis, sizes=sizes, dst=0, **options)
+                alike: Any = {"cut": cut, "shape": shape, "like": flat}
+                mine = flat.narrow(-1, own.start, len(own))
+                pairs = [
+                    (comm.all_gather(part, axis, dim=-1, cut=cut, **options), flat),
+                    (comm.all_reduce(view, axis, **options), flat * axis.size),
+                    (
+                        comm.reduce_scatter(view, axis, dim=-1, cut=cut, **options),
+                        mine * axis.size,
+                    ),
+                ]
+                total = flat * sum(
+                    len(nodes_of_run(cut.num_leaves, cut.run(rank))) for rank in range(axis.size)
+                )
+                pairs += [
+                    (comm.all_reduce_nodes(given(), axis, **alike, **options), total),
+                    (
+                        comm.reduce_scatter_nodes(
+                            given(), axis, dim=-1, dim_cut=cut, **alike, **options
+                        ),
+                        total if axis.size == 1 else total.narrow(-1, own.start, len(own)),
+                    ),
+                ]
+                if first is not None:
+                    pairs.append((first, torch.cat([flat.reshape(-1)] * axis.size)))
+                for number, (found, wanted) in enumerate(pairs):
+                    assert torch.allclose(found, wanted, atol=1e-5), f"{shape} {name} {number}"
+                    assert number > 2 or not found._is_view()  # nodes are given away
+                count += 1
+        return count
+
+    for degree, engine in ((1, "threads"), (2, "threads"), (3, "threads"), (2, "processes")):
+        assert min(pool(degree, engine).run(run)) > 40
