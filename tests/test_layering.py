@@ -19,6 +19,7 @@ SRC = Path(__file__).parents[1] / "src" / "shardproof"
 # Bottom up. `x.__init__` is the package file of `x`; "" before the dot is shardproof itself.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("operands",),
     ("autograd", "core", "extras", "leaves", "tree"),
     ("heads", "overlap", "scheme", "timeout"),
     # Bytes between ranks.

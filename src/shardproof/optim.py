@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from shardproof import comm
+from shardproof import comm, operands
 from shardproof.axis import Axis
 from shardproof.errors import LayoutError, UsageError
 from shardproof.layers.base import ShardedModule
@@ -49,16 +49,19 @@ def grad_norm(model: nn.Module) -> Tensor:
     """2-norm of all gradients of a cut model, the same bits at every degree.
 
     Args:
-        model: with cut and plain modules; parameters without a gradient count nothing.
+        model: with cut and plain modules; parameters without a gradient count nothing. Gradients
+            that are DTensors, as after `fully_shard`, are gathered one at a time.
 
     Returns:
         (), Replicate, fp32 (fp64 if any gradient is).
 
     Raises:
-        UsageError: `model` is not a module, or a cut module no longer holds its own parameters.
+        UsageError: `model` is not a module, a cut module no longer holds its own parameters, or a
+            gradient is sparse or of a kind that cannot be read.
 
     Comm:
-        update one all_reduce of () per cut parameter that has a gradient.
+        update one all_reduce of () per cut parameter that has a gradient; of a DTensor also what
+        its `full_tensor()` sends on its own mesh, which the ledger does not count.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(
@@ -69,11 +72,28 @@ def grad_norm(model: nn.Module) -> Tensor:
     for name, parameter, layout, axis in layouts_of(model):
         if parameter.grad is None:
             continue
-        square = _sum_squares(parameter.grad, layout, axis, name)
+        square = _sum_squares(_readable(parameter.grad, name), layout, axis, name)
         if total is not None and total.dtype != square.dtype:
             total, square = total.double(), square.double()
         total = square if total is None else total + square
     return torch.zeros(()) if total is None else total.sqrt()
+
+
+def _readable(grad: Tensor, name: str) -> Tensor:
+    """A gradient as real numbers in plain memory; a DTensor (FSDP) is gathered, one at a time."""
+    if type(grad) is Tensor and grad.dtype in operands.FLOATS and not operands.is_odd(grad):
+        return grad
+    gather = getattr(grad, "full_tensor", None)
+    whole: Tensor = grad if gather is None else gather()
+    operands.check("grad_norm", **{f"{name}.grad": whole})
+    return torch.view_as_real(whole.resolve_conj()) if whole.is_complex() else whole
+
+
+def _own_memory(grad: Tensor) -> Tensor:
+    """What this rank has of a gradient, to be written."""
+    local = getattr(grad, "to_local", None)
+    mine: Tensor = grad if local is None else local()
+    return mine
 
 
 def _sum_squares(grad: Tensor, layout: Layout, axis: Axis | None, who: str) -> Tensor:
@@ -109,7 +129,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
         UsageError: `model` is not a module, or `max_norm` is not positive.
 
     Comm:
-        update one all_reduce of () per cut parameter that has a gradient.
+        update one all_reduce of () per cut parameter that has a gradient; of a DTensor also what
+        its `full_tensor()` sends on its own mesh, which the ledger does not count.
     """
     if not max_norm > 0:
         raise UsageError(f"max_norm={max_norm} is not positive. Give the largest norm allowed.")
@@ -118,7 +139,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     for parameter in model.parameters():
         if parameter.grad is not None:
             # Not rounded to the gradient's dtype first: the product is rounded anyway.
-            parameter.grad.mul_(scale.to(parameter.grad.device))
+            mine = _own_memory(parameter.grad)
+            mine.mul_(scale.to(mine.device))
     return norm
 
 

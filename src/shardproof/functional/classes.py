@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from shardproof import operands
 from shardproof.errors import ShapeError, UsageError
 from shardproof.numerics.sums import sum_all
 
@@ -44,6 +45,10 @@ def counting_rows(
         ShapeError: the shapes do not fit each other.
         UsageError: a target is no class index.
     """
+    is_odd = operands.is_odd(logits) or operands.is_odd(target) or operands.is_watched()
+    if is_odd or logits.dtype not in operands.FLOATS:
+        operands.check(who, logits=logits, target=target)
+        operands.check_floating(who, logits=logits)
     if logits.dim() != 2 or target.shape != logits.shape[:1]:
         raise ShapeError(
             f"{who}: logits (rows, classes) and target (rows,) wanted, got shapes "

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from shardproof import comm
+from shardproof import comm, operands
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError
 from shardproof.functional.rms import RmsFormula, normalise
@@ -190,6 +190,9 @@ def _check(
     wanted: tuple[int, ...],
     weight_shape: tuple[int, ...],
 ) -> None:
+    if operands.is_odd(x) or operands.is_watched() or x.dtype not in operands.FLOATS:
+        operands.check(site.who or "a norm", x=x)
+        operands.check_floating(site.who or "a norm", x=x)
     if tuple(end) != wanted:
         raise ShapeError(
             f"{site.who or 'a norm'} on {site.axis}: x of shape {tuple(x.shape)}, but {form} ends "

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardproof import operands
 from shardproof.axis import Axis
 from shardproof.collectives import all_reduce
 from shardproof.errors import ShapeError, UsageError
@@ -48,6 +49,9 @@ def mse_loss(
     Comm:
         forward none, or one all_reduce of () if `axis` is given; backward none.
     """
+    if operands.is_odd(y) or operands.is_odd(target) or operands.is_watched():
+        operands.check(who, y=y, target=target)
+    operands.check_floating(who, y=y, target=target)
     if y.shape != target.shape:
         raise ShapeError(
             f"{who}: y has shape {tuple(y.shape)} and target {tuple(target.shape)}. "
