@@ -105,6 +105,7 @@ def views(x: Tensor) -> dict[str, Tensor]:
         "narrowed": _narrowed,
         "stepped": _stepped(-1, 3),
         "negated": _negated,
+        "negated where it lies": lambda x: torch._neg_view(-plain(x)),
         "real part": _real_part,
         "flipped": _flipped,
         "expanded along the first dim": _expanded(0),

@@ -200,11 +200,11 @@ def start_all_reduce_nodes(
         return Sum(combine((0, cut.num_leaves), nodes, add_tensors).to(like.dtype))
     plan = tree_plan(direction, who, tuple(shape), like.dtype, cut, axis.rank)
     parts = list(nodes.values())
-    if len(parts) == 1 and parts[0].dtype == like.dtype and parts[0].is_contiguous():
+    flat = [_flat(part, plan.call) for part in parts]
+    if len(parts) == 1 and _lies_flat(parts[0]) and parts[0].dtype == like.dtype:
         y = parts[0]
     else:
         y = like.new_empty(plan.shape)
-    flat = [_flat(part, plan.call) for part in parts]
     pending = axis.transport.start_sum(flat, plan.order, y.view(-1), call=plan.call)
     _count(axis, plan.call, plan.message_bytes, plan.sent_bytes, is_rest=is_rest)
     return Sum(y, pending)
@@ -362,8 +362,13 @@ def check_part(x: Tensor, axis: Axis, *, dim: int, cut: Cut, is_whole: bool, who
 
 def _check_sent(x: Tensor, call: Call) -> None:
     """Raise unless `x` has memory that other ranks can read, and nobody records what is sent."""
-    if operands.is_odd(x) or operands.is_watched():
+    if operands.is_odd(x) or operands.is_watched() or x.storage_offset():
         operands.check(str(call), x=x)
+
+
+def _lies_flat(x: Tensor) -> bool:
+    """Whether `_flat` is `x` itself."""
+    return x.is_contiguous() and not (x.is_neg() or x.is_conj())
 
 
 def _flat(x: Tensor, call: Call) -> Tensor:

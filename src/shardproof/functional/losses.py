@@ -16,6 +16,7 @@ from shardproof.collectives import all_reduce
 from shardproof.errors import ShapeError, UsageError
 from shardproof.functional.classes import (
     Reduction,
+    check_kind,
     check_reduction,
     counting_rows,
     reduce_rows,
@@ -97,6 +98,7 @@ def cross_entropy(
     """
     who = "cross_entropy"
     check_reduction(reduction, who)
+    check_kind(logits, target, who)
     classes = logits.shape[-1] if logits.dim() else 0
     counts = counting_rows(logits, target, classes=classes, ignore_index=ignore_index, who=who)
     losses, _ = _RowCrossEntropy.apply(logits, target.masked_fill(~counts, 0))

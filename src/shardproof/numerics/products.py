@@ -149,6 +149,8 @@ def _run(
             a, b = a.resolve_neg(), b.resolve_neg()
         bias_address = 0
         if bias is not None:
+            if bias.storage_offset():
+                operands.check_freed(_WHO, bias=bias)
             bias = bias.resolve_neg().contiguous()
             bias_address = bias.data_ptr()
             if not bias_address:  # which would mean that there is none

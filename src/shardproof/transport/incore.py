@@ -185,7 +185,7 @@ class CoreTransport(Transport):
         """Where their memory is; raises on all ranks if one has none."""
         try:
             found = [x.data_ptr() for x in given]
-            if not all(found):
+            if not all(found) or any(x.storage_offset() for x in given):
                 for x in given:
                     operands.check(self._where(call), x=x)
         except operands.ERRORS as error:
