@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from cut_block import cut_block, data, parts, run_everywhere
@@ -11,8 +12,15 @@ from invariance import bits_equal, normal
 from places import Pool
 from shardproof import collectives
 from shardproof.axis import Axis
+from shardproof.errors import ShapeError
+from shardproof.functional.losses import mse_loss
+from shardproof.functional.norms import layer_norm, rms_norm
+from shardproof.functional.rms import RmsFormula
+from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
+from shardproof.layers.norm import LayerNorm, RMSNorm
 from shardproof.leaves import Cut
+from shardproof.numerics.sums import sum_all
 
 
 def test_an_activation_may_overwrite_the_output_of_a_layer(pool: Pool) -> None:
@@ -47,6 +55,11 @@ def test_every_output_may_be_overwritten(pool: Pool) -> None:
             (x, lambda x: collectives.shard(x, **same)),
             (part, lambda x: collectives.all_gather(x, **same, grad="partial")),
             (x, lambda x: collectives.reduce_scatter(x, **same)),
+            (x, LayerNorm(14)),
+            (x.transpose(0, -1).contiguous().transpose(0, -1), LayerNorm(14)),
+            (x, RMSNorm(14, RmsFormula(1e-6))),
+            (x, lambda x: rms_norm(x, None, eps=1e-6)),
+            (x, lambda x: layer_norm(x, None, None)),
         ]
         found = []
         for given, act in acts:
@@ -64,7 +77,7 @@ def test_every_output_may_be_overwritten(pool: Pool) -> None:
                 for flag in (True, False)
             ]
             for found, wanted in zip(*runs, strict=True):
-                assert len(found) == 18
+                assert len(found) == 28
                 assert all(bits_equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
@@ -80,3 +93,50 @@ def test_an_input_that_is_overwritten_before_backward_raises(pool: Pool) -> None
 
     for message in pool(2, "threads").run(run):
         assert "has been modified by an inplace operation" in message
+
+
+@pytest.mark.parametrize("how", ["itself", "base", "no_grad", "expanded", "ids"])
+def test_what_is_overwritten_between_forward_and_backward_raises(pool: Pool, how: str) -> None:
+    """Torch sees it, also through a view, a buffer that was expanded, and the ids of a lookup."""
+
+    def run(axis: Axis) -> str:
+        layer: nn.Module = ColumnParallelLinear(14, 9, axis=axis, name="a")
+        base = normal(5, 14, seed=8)
+        x = base[1:2].expand(3, 14) if how == "expanded" else base[:, :]
+        if how == "ids":
+            layer, base = VocabParallelEmbedding(14, 9, axis=axis, name="e"), torch.arange(14)
+            x = base if axis.size == 1 else base.view(7, 2)
+        y = layer(x)
+        with torch.no_grad():
+            (x if how in ("itself", "no_grad") else base).mul_(2)
+        try:
+            y.sum().backward()
+        except RuntimeError as error:
+            return str(error)
+        # Ids were copied where they were counted from this rank's first row.
+        return "copied" if how == "ids" and axis.size > 1 else "silent"
+
+    for degree in (1, 3):
+        for message in pool(degree, "threads").run(run):
+            assert "modified by an inplace operation" in message or message == "copied"
+
+
+def test_tensors_of_no_dims_and_inputs_without_gradients(pool: Pool) -> None:
+    """A layer wants a last dim; a loss of one number is one; weights get gradients all the same."""
+
+    def run(axis: Axis) -> None:
+        for layer in (
+            ColumnParallelLinear(14, 9, axis=axis, name="a"),
+            RowParallelLinear(14, 9, axis=axis, name="b", input_is_parallel=False),
+            LayerNorm(14),
+            RMSNorm(14, RmsFormula(1e-6)),
+        ):
+            with pytest.raises(ShapeError):
+                layer(torch.tensor(2.0))
+            layer(normal(3, 14)).sum().backward()
+            assert all(parameter.grad is not None for parameter in layer.parameters())
+        assert mse_loss(torch.tensor(3.0), torch.tensor(1.0)) == 4
+        assert sum_all(torch.tensor(3.0)) == 3
+
+    for degree in (1, 3):
+        pool(degree, "threads").run(run)

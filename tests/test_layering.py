@@ -20,7 +20,7 @@ SRC = Path(__file__).parents[1] / "src" / "shardproof"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "wording"),
     # What others wrote: numbers, variables of the environment, files.
-    ("quantities",),
+    ("operands", "quantities"),
     ("environment", "files"),
     ("objects",),
     ("autograd", "checking", "core", "extras", "leaves", "telling", "tree"),

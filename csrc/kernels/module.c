@@ -1,7 +1,8 @@
 /* shardproof._kernels: arithmetic whose order of additions is fixed. The Python face; no torch.
  *
  * Addresses, sizes and strides (in elements) come as plain ints and are trusted: the Python side
- * has checked the tensors, and holds them while a call runs.
+ * has checked the tensors, and holds them while a call runs. What has no memory at all (a null
+ * address) raises BufferError, upon which the Python side looks at the tensors again.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -16,6 +17,7 @@
 static enum path chosen_path = PATH_NONE;
 
 static const char EMPTY[] = "product: no fused multiply-add here, or an empty size";
+static const char NOWHERE[] = "a tensor has no memory";
 
 /* `core.py` expects this number, so that an old build beside new sources is not used. It is raised
  * with what Python asks of this module and with the bits of its results. */
@@ -105,6 +107,13 @@ static PyObject *run(struct product *p, int is_double, PyObject *leaves) {
     if (PyBytes_AsStringAndSize(leaves, &bytes, &size)) return NULL;
     if (chosen_path == PATH_NONE || p->m < 1 || p->n < 1 || p->k < 1) {
         PyErr_SetString(PyExc_ValueError, EMPTY);
+        return NULL;
+    }
+    int is_nowhere = !p->out;
+    for (size_t t = 0; t < p->num_terms; t++)
+        is_nowhere |= !p->terms[t].a || !p->terms[t].b;
+    if (is_nowhere) {
+        PyErr_SetString(PyExc_BufferError, NOWHERE);
         return NULL;
     }
     struct segment *segments =
@@ -234,6 +243,10 @@ static PyObject *fold(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     };
     if (f.m < 1 || f.n < 1) {
         PyErr_SetString(PyExc_ValueError, "fold: an empty size");
+        return NULL;
+    }
+    if (!f.out || !f.x) {
+        PyErr_SetString(PyExc_BufferError, NOWHERE);
         return NULL;
     }
     int (*run)(const struct fold *) = g[0] ? fold_f64 : fold_f32;

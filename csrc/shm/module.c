@@ -58,6 +58,23 @@ static int reserve_temps(Core *core, const Plan *plan)
     return OK;
 }
 
+static int refuse_nowhere(void)
+{
+    PyErr_SetString(PyExc_BufferError, "a tensor has no memory");
+    return FAILED;
+}
+
+/* Whether an address of `sum` is null that is read or written. */
+static int is_nowhere(const Sum *sum, const Plan *plan)
+{
+    const Window *w = &plan->window;
+    size_t out = plan->is_windowed ? w->outer * (w->stop - w->start) * w->inner : plan->numel;
+    int found = out && sum->out == NULL;
+    for (int part = 0; part < plan->own; part++)
+        found |= plan->numel && sum->parts[part] == NULL;
+    return found;
+}
+
 /* Read `plan, out, part, ...` into the next place of the queue. */
 static Sum *read_sum(Core *core, PyObject *const *args, Py_ssize_t count)
 {
@@ -77,7 +94,8 @@ static Sum *read_sum(Core *core, PyObject *const *args, Py_ssize_t count)
     sum->out = PyLong_AsVoidPtr(args[1]);
     for (int part = 0; part < plan->own; part++)
         sum->parts[part] = PyLong_AsVoidPtr(args[2 + part]);
-    if (PyErr_Occurred() || reserve_temps(core, plan) < 0)
+    if (PyErr_Occurred() || (is_nowhere(sum, plan) && refuse_nowhere()) ||
+        reserve_temps(core, plan) < 0)
         return NULL;
     Py_INCREF((PyObject *)plan);
     sum->plan = plan;
@@ -184,6 +202,12 @@ static PyObject *core_gather(PyObject *self, PyObject *const *args, Py_ssize_t c
     it.digest = with_noted(core, it.digest);
     if (result == OK)
         result = read_sizes(args[3], core->size, it.widths);
+    size_t total = 0;
+    for (int rank = 0; result == OK && rank < core->size; rank++)
+        total += it.widths[rank];
+    if (result == OK && it.outer && ((total && it.out == NULL) ||
+                                     (it.widths[core->rank] && it.x == NULL)))
+        result = refuse_nowhere();
     return leave(core, result == OK ? gather(core, &it) : result);
 }
 
@@ -207,7 +231,15 @@ static PyObject *core_exchange(PyObject *self, PyObject *args)
     if (read_sizes(send, core->size, (size_t *)it.send) < 0 ||
         read_sizes(receive, core->size, (size_t *)it.receive) < 0 ||
         read_sizes(send_bytes, core->size, it.send_bytes) < 0 ||
-        read_sizes(receive_bytes, core->size, it.receive_bytes) < 0 || enter(core) < 0)
+        read_sizes(receive_bytes, core->size, it.receive_bytes) < 0)
+        return NULL;
+    for (int peer = 0; peer < core->size; peer++)
+        if ((it.send_bytes[peer] && it.send[peer] == NULL) ||
+            (it.receive_bytes[peer] && it.receive[peer] == NULL)) {
+            refuse_nowhere();
+            return NULL;
+        }
+    if (enter(core) < 0)
         return NULL;
     it.digest = with_noted(core, it.digest);
     return leave(core, is_idle(core) ? exchange(core, &it) : FAILED);

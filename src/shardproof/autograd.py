@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable as _once_differentiable
 
+from shardproof import operands
+from shardproof.errors import UsageError
+
 Backward = Callable[..., Any]
 
 
@@ -26,11 +29,31 @@ def once_differentiable(backward: Backward) -> Backward:
 
     @functools.wraps(backward)
     def backward_once(ctx: Any, *grads: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return backward(ctx, *grads)
-        return guarded(ctx, *_armed(ctx, grads))
+        for grad in grads:
+            if type(grad) is not Tensor and isinstance(grad, Tensor):
+                _explain(None, ctx, grads)
+        try:
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
+            return guarded(ctx, *_armed(ctx, grads))
+        except operands.ERRORS as error:
+            _explain(error, ctx, grads)
 
     return backward_once
+
+
+def _explain(error: Exception | None, ctx: Any, grads: tuple[Any, ...]) -> None:
+    """Raise for which layer an incoming gradient cannot be read, or else `error`."""
+    who = getattr(getattr(ctx, "site", None), "who", "") or type(ctx).__name__.strip("_")
+    for number, grad in enumerate(grads):
+        if isinstance(grad, Tensor):
+            name = "grad" if len(grads) == 1 else f"grads[{number}]"
+            try:
+                operands.check(f"backward of {who}", **{name: grad})
+            except UsageError as found:
+                raise found from error
+    if error is not None:
+        raise error
 
 
 def _armed(ctx: Any, grads: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardproof import operands
 from shardproof.axis import Axis
 from shardproof.errors import MismatchError, ShapeError
 from shardproof.leaves import Cut
@@ -63,7 +64,7 @@ def all_gather(
     before, after = tuple(x.shape[:dim]), tuple(x.shape[dim + 1 :])
     call, sizes, outer = gather_plan(direction, who, before, after, x.dtype, cut)
     y = x.new_empty(call.shape)
-    axis.transport.all_gather(x.contiguous().view(-1), y.view(-1), sizes, outer=outer, call=call)
+    axis.transport.all_gather(_flat(x, call), y.view(-1), sizes, outer=outer, call=call)
     _count(axis, call, _bytes(y), (axis.size - 1) * _bytes(x))
     return y
 
@@ -104,6 +105,7 @@ def start_all_reduce(
     if axis.size == 1:
         return Sum(x)
     plan = native_plan(direction, who, tuple(x.shape), x.dtype, axis.size)
+    _check_sent(x, plan.call)
     flat = x.view(-1)
     pending = axis.transport.start_sum([flat], plan.order, flat, call=plan.call)
     _count(axis, plan.call, plan.message_bytes, plan.sent_bytes, is_rest=is_rest)
@@ -133,7 +135,7 @@ def reduce_scatter(
     if axis.size == 1:
         return x.clone(memory_format=torch.contiguous_format)
     plan = scatter_plan(direction, who, tuple(x.shape), x.dtype, x.dtype, None, dim, cut, axis.rank)
-    return _sum([x.contiguous().view(-1)], x, axis, plan)
+    return _sum([_flat(x, plan.call)], x, axis, plan)
 
 
 def all_reduce_nodes(
@@ -199,11 +201,11 @@ def start_all_reduce_nodes(
         return Sum(combine((0, cut.num_leaves), nodes, add_tensors).to(like.dtype))
     plan = tree_plan(direction, who, tuple(shape), like.dtype, cut, axis.rank)
     parts = list(nodes.values())
-    if len(parts) == 1 and parts[0].dtype == like.dtype and parts[0].is_contiguous():
+    flat = [_flat(part, plan.call) for part in parts]
+    if len(parts) == 1 and _lies_flat(parts[0]) and parts[0].dtype == like.dtype:
         y = parts[0]
     else:
         y = like.new_empty(plan.shape)
-    flat = [part.contiguous().view(-1) for part in parts]
     pending = axis.transport.start_sum(flat, plan.order, y.view(-1), call=plan.call)
     _count(axis, plan.call, plan.message_bytes, plan.sent_bytes, is_rest=is_rest)
     return Sum(y, pending)
@@ -246,7 +248,7 @@ def reduce_scatter_nodes(
     plan = scatter_plan(
         direction, who, tuple(shape), like.dtype, wide, cut, dim, dim_cut, axis.rank
     )
-    return _sum([node.contiguous().view(-1) for node in nodes.values()], like, axis, plan)
+    return _sum([_flat(node, plan.call) for node in nodes.values()], like, axis, plan)
 
 
 def gather(
@@ -279,7 +281,7 @@ def gather(
     if not here:
         return None
     own: list[list[Tensor]] = [[x] if rank == dst else parts[rank] for rank in range(axis.size)]
-    return torch.cat([part.contiguous().view(-1) for pieces in own for part in pieces])
+    return torch.cat([_flat(part, call) for pieces in own for part in pieces])
 
 
 def agree(
@@ -358,6 +360,25 @@ def check_part(x: Tensor, axis: Axis, *, dim: int, cut: Cut, is_whole: bool, who
             f"but {wanted} {part}. Give the tensor that the cut describes."
         )
     return dim % x.dim()
+
+
+def _check_sent(x: Tensor, call: Call) -> None:
+    """Raise unless `x` has memory that other ranks can read, and nobody records what is sent."""
+    if operands.is_odd(x) or operands.is_watched() or x.storage_offset():
+        operands.check(str(call), x=x)
+
+
+def _lies_flat(x: Tensor) -> bool:
+    """Whether `_flat` is `x` itself."""
+    return x.is_contiguous() and not (x.is_neg() or x.is_conj())
+
+
+def _flat(x: Tensor, call: Call) -> Tensor:
+    """The elements one after another, as memory has to hold them that others read."""
+    _check_sent(x, call)
+    if x.is_neg() or x.is_conj():  # a view whose memory has the opposite sign
+        x = x.resolve_conj().resolve_neg()
+    return x.contiguous().view(-1)
 
 
 def _sum(parts: Sequence[Tensor], like: Tensor, axis: Axis, plan: Plan) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shardproof import operands
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError, UsageError
 from shardproof.functional.attention_site import AttentionSite
@@ -234,6 +235,8 @@ def _fused(
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor, site: AttentionSite, who: str) -> None:
     """Raise before anything is sent unless the tensors are what this rank has."""
+    if any(map(operands.is_odd, (q, k, v))) or operands.is_watched():
+        operands.check(who, q=q, k=k, v=v)
     if not are_alike(q, k, v):
         named = {"q": q, "k": k, "v": v}
         given = ", ".join(f"{name} is {x.dtype} on {x.device}" for name, x in named.items())
@@ -241,8 +244,8 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor, site: AttentionSite, who: str)
             f"{who}: {given}, and attention takes one dtype and one device. Cast them alike, or "
             "use torch.autocast."
         )
-    if not q.is_floating_point():
-        raise UsageError(f"{who} takes floating-point tensors, got {q.dtype}. Use q.float().")
+    if q.dtype not in operands.FLOATS:
+        operands.check_floating(who, q=q)
     shape = tuple(q.shape)
     size = site.heads.head_dim
     if len(shape) == 4 and k.dim() == 4 and k.shape == v.shape:
@@ -274,6 +277,8 @@ def _check_options(
         raise UsageError(
             f"{who}: both a mask and is_causal are given. Give one mask that says both."
         )
+    if operands.is_odd(mask):
+        operands.check(who, mask=mask)
     if mask.requires_grad:
         raise UsageError(f"{who}: the mask wants a gradient, and gets none. Use mask.detach().")
     if mask.dtype != torch.bool and not mask.is_floating_point():

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from shardproof import operands
 from shardproof.errors import ShapeError, UsageError
 from shardproof.numerics.sums import sum_all
 
@@ -27,6 +28,18 @@ def check_reduction(reduction: str, who: str) -> None:
         )
 
 
+def check_kind(logits: Tensor, target: Tensor, who: str) -> None:
+    """Raise unless both are plain memory, and the logits of a dtype that is computed with.
+
+    Raises:
+        UsageError: they are not.
+    """
+    is_odd = operands.is_odd(logits) or operands.is_odd(target) or operands.is_watched()
+    if is_odd or logits.dtype not in operands.FLOATS:
+        operands.check(who, logits=logits, target=target)
+        operands.check_floating(who, logits=logits)
+
+
 def counting_rows(
     logits: Tensor, target: Tensor, *, classes: int, ignore_index: int, who: str
 ) -> Tensor:
@@ -44,6 +57,7 @@ def counting_rows(
         ShapeError: the shapes do not fit each other.
         UsageError: a target is no class index.
     """
+    check_kind(logits, target, who)
     if logits.dim() != 2 or target.shape != logits.shape[:1]:
         raise ShapeError(
             f"{who}: logits (rows, classes) and target (rows,) wanted, got shapes "

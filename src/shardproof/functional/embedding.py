@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof import comm
+from shardproof import comm, operands
 from shardproof.autograd import once_differentiable
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError, UsageError
@@ -138,6 +138,8 @@ def vocab_embedding(ids: Tensor, weight: Tensor, site: EmbeddingSite) -> Tensor:
         forward one all_reduce of y (*, embedding_dim); backward none.
     """
     who = site.who
+    if operands.is_odd(ids) or operands.is_odd(weight) or operands.is_watched():
+        operands.check(who, ids=ids, weight=weight)
     if weight.dim() != 2:
         raise ShapeError(
             f"{who}: weight (owned num_embeddings, embedding_dim) wanted, got shape "

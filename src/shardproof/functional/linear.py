@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardproof import comm
+from shardproof import comm, operands
 from shardproof.autograd import once_differentiable
 from shardproof.functional.rows import (
     as_rows,
@@ -215,8 +215,14 @@ def _apply(
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return function.apply(x, weight, bias, site)
-    return shaped(compute(x, weight, bias, site), x)
+        try:
+            return function.apply(x, weight, bias, site)
+        except operands.ERRORS as error:
+            operands.explain(error, site.who, x=x, weight=weight, bias=bias)
+    try:
+        return shaped(compute(x, weight, bias, site), x)
+    except operands.ERRORS as error:
+        operands.explain(error, site.who, x=x, weight=weight, bias=bias)
 
 
 def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardproof import operands
 from shardproof.axis import Axis
 from shardproof.collectives import all_reduce
 from shardproof.errors import ShapeError, UsageError
 from shardproof.functional.classes import (
     Reduction,
+    check_kind,
     check_reduction,
     counting_rows,
     reduce_rows,
@@ -48,6 +50,9 @@ def mse_loss(
     Comm:
         forward none, or one all_reduce of () if `axis` is given; backward none.
     """
+    if operands.is_odd(y) or operands.is_odd(target) or operands.is_watched():
+        operands.check(who, y=y, target=target)
+    operands.check_floating(who, y=y, target=target)
     if y.shape != target.shape:
         raise ShapeError(
             f"{who}: y has shape {tuple(y.shape)} and target {tuple(target.shape)}. "
@@ -93,6 +98,7 @@ def cross_entropy(
     """
     who = "cross_entropy"
     check_reduction(reduction, who)
+    check_kind(logits, target, who)
     classes = logits.shape[-1] if logits.dim() else 0
     counts = counting_rows(logits, target, classes=classes, ignore_index=ignore_index, who=who)
     losses, _ = _RowCrossEntropy.apply(logits, target.masked_fill(~counts, 0))

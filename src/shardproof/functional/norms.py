@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardproof import operands
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError
 from shardproof.functional.cut_norms import NormSite, head_rms_norm, sharded_rms_norm
@@ -48,6 +49,7 @@ def rms_norm(
         (*, n), Replicate; its gradient is expected to be Replicate.
     Raises:
         ShapeError: the weight does not fit `x`.
+        UsageError: `x` is of a kind or a dtype that is not computed with.
     Comm:
         forward none; backward none.
     """
@@ -65,6 +67,7 @@ def whole_rms_norm(x: Tensor, weight: Tensor | None, formula: RmsFormula) -> Ten
         (*, n), Replicate; its gradient is expected to be Replicate.
     Raises:
         ShapeError: the weight does not fit `x`.
+        UsageError: `x` is of a kind or a dtype that is not computed with.
     Comm:
         forward none; backward none.
     """
@@ -102,6 +105,7 @@ def layer_norm(
         (*, n), Replicate; its gradient is expected to be Replicate.
     Raises:
         ShapeError: weight or bias do not fit `x`.
+        UsageError: `x` is of a kind or a dtype that is not computed with.
     Comm:
         forward none; backward none.
     """
@@ -154,7 +158,12 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def _check(x: Tensor, who: str, **given: Tensor | None) -> None:
+    if operands.is_odd(x) or operands.is_watched() or x.dtype not in operands.FLOATS:
+        operands.check(who, x=x)
+        operands.check_floating(who, x=x)
     for name, value in given.items():
+        if value is not None and type(value) not in operands.PLAIN:
+            operands.check(who, **{name: value})
         if value is not None and (x.dim() == 0 or value.shape != x.shape[-1:]):
             raise ShapeError(
                 f"{who}: {name} of shape {tuple(value.shape)} wanted for x of shape "

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardproof import operands
 from shardproof.errors import ShapeError
+from shardproof.operands import FLOATS, PLAIN, is_watched
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -17,10 +19,13 @@ def as_rows(x: Tensor) -> Tensor:
 def shaped(rows: Tensor | None, like: Tensor) -> Any:
     """(rows, n), a tensor of our own, to (*, n) with the leading dims of `like`.
 
-    In place: into a view that a Function makes nobody may write.
+    In place: into a view that a Function makes nobody may write. `resize_` takes memory as it lies,
+    so that what was computed element by element from a transposed input is copied first.
     """
     if rows is None or like.dim() == 2:
         return rows
+    if not rows.is_contiguous():
+        rows = rows.contiguous()
     return rows.resize_(*like.shape[:-1], rows.shape[1])
 
 
@@ -60,6 +65,7 @@ def check_alike(x: Tensor, weight: Tensor, bias: Tensor | None, who: str) -> Non
 
     Raises:
         ShapeError: they have not.
+        UsageError: one of them is of a kind or a dtype that is not computed with.
     """
     dtype, device = x.dtype, x.device
     if (
@@ -67,7 +73,17 @@ def check_alike(x: Tensor, weight: Tensor, bias: Tensor | None, who: str) -> Non
         and weight.device == device
         and (bias is None or (bias.dtype is dtype and bias.device == device))
     ):
+        if (
+            type(x) not in PLAIN
+            or type(weight) not in PLAIN
+            or (bias is not None and type(bias) not in PLAIN)
+            or dtype not in FLOATS
+            or is_watched()
+        ):
+            operands.check(who, x=x, weight=weight, bias=bias)
+            operands.check_floating(who, x=x)
         return
+    operands.check(who, x=x, weight=weight, bias=bias)
     named = {"x": x, "weight": weight, "bias": bias}
     given = ", ".join(
         f"{name} is {value.dtype} on {value.device}"

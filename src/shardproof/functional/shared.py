@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardproof import comm
+from shardproof import comm, operands
 from shardproof.autograd import once_differentiable
 from shardproof.errors import UsageError
 from shardproof.functional.rows import (
@@ -282,6 +282,9 @@ def _shared_columns(
         return tuple(map(F.linear, (x,) * len(weights), weights, biases))
     tensors = (x, *weights, *biases)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        found: tuple[Tensor, ...] = _SharedColumns.apply(x, site, *weights, *biases)
+        try:
+            found: tuple[Tensor, ...] = _SharedColumns.apply(x, site, *weights, *biases)
+        except operands.ERRORS as error:
+            operands.explain(error, site.who, x=x)
         return found
     return _columns(x, weights, biases, site)

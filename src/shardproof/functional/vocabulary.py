@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from shardproof import comm
+from shardproof import comm, operands
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError, UsageError
 from shardproof.functional.classes import (
@@ -219,6 +219,9 @@ def vocab_log_softmax(
     Comm:
         forward one all_gather of (blocks, 2, rows); backward one all_reduce of (rows).
     """
+    if operands.is_odd(logits) or operands.is_watched() or logits.dtype not in operands.FLOATS:
+        operands.check(who, logits=logits)
+        operands.check_floating(who, logits=logits)
     if logits.dim() != 2:
         raise ShapeError(
             f"{who}: logits (rows, owned classes) wanted, got shape {tuple(logits.shape)}. Flatten "

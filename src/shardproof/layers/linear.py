@@ -6,6 +6,7 @@ from typing import Any, NoReturn, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from shardproof import operands
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError, UsageError
 from shardproof.functional.linear import column_linear, row_linear
@@ -264,7 +265,11 @@ class ColumnParallelLinear(_ParallelLinear):
         """See the class for shapes, placements and Comm."""
         if "weight" not in self._parameters:
             self._require_own_weight()
-        if x.dim() == 0 or x.size(-1) != self._width:
+        try:
+            is_wide = x.dim() > 0 and x.size(-1) == self._width
+        except RuntimeError as error:  # a nested tensor has no sizes
+            operands.explain(error, self.name, x=x)
+        if not is_wide:
             self._refuse_width(x, self._width)
         if self._shared is not None and x.requires_grad and torch.is_grad_enabled():
             group, place = self._shared
@@ -362,7 +367,11 @@ class RowParallelLinear(_ParallelLinear):
         """See the class for shapes, placements and Comm."""
         if "weight" not in self._parameters:
             self._require_own_weight()
-        if x.dim() == 0 or x.size(-1) != self._width:
+        try:
+            is_wide = x.dim() > 0 and x.size(-1) == self._width
+        except RuntimeError as error:  # a nested tensor has no sizes
+            operands.explain(error, self.name, x=x)
+        if not is_wide:
             self._refuse_width(x, self._width)
         return row_linear(x, self.weight, self.bias, self._site)
 

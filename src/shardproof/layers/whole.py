@@ -50,5 +50,5 @@ class SameOnAllRanks:
 
 @torch.no_grad()
 def _hash(x: Tensor) -> str:
-    data = x.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    data = x.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
     return f"{tuple(x.shape)} {hashlib.sha256(data.numpy().data).hexdigest()[:16]}"

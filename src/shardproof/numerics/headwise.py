@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof import core
+from shardproof import core, operands
 from shardproof.numerics import matmul, products
+
+_WHO = "a matrix product of heads (a @ b)"
 
 
 def product_by_head(
@@ -87,8 +89,16 @@ def batched_product(
 
 def _run_kernel(a: Tensor, b: Tensor, serving: Sequence[int], out: Tensor) -> None:
     """All heads by our own kernel, which takes addresses: no view is made of any head."""
-    if a.is_neg() or b.is_neg():  # a view whose memory has the opposite sign
-        a, b = a.resolve_neg(), b.resolve_neg()
+    try:
+        operands.check_freed(_WHO, a=a, b=b)
+        if a.is_neg() or b.is_neg():  # a view whose memory has the opposite sign
+            a, b = a.resolve_neg(), b.resolve_neg()
+        _multiply(a, b, serving, out)
+    except operands.ERRORS as error:
+        operands.explain(error, _WHO, a=a, b=b, out=out)
+
+
+def _multiply(a: Tensor, b: Tensor, serving: Sequence[int], out: Tensor) -> None:
     kernels: Any = core.kernels()
     run, threads, is_double = kernels.product, torch.get_num_threads(), a.dtype == torch.float64
     batch, _, m, k = a.shape

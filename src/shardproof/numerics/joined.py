@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof import core
+from shardproof import core, operands
 from shardproof.errors import ShapeError
 from shardproof.numerics import mode, products
 from shardproof.numerics.matmul import node_dtype
@@ -26,6 +26,7 @@ Pairs = Sequence[tuple[Tensor, Tensor]]
 Slices = Sequence[tuple[slice, ...]]
 
 _CACHE_SIZE = 1024
+_WHO = "a sum of matrix products (a @ b)"
 
 
 class _Program:
@@ -159,7 +160,11 @@ def kernel_nodes(pairs: Pairs, slices: Slices, run: range, num_leaves: int) -> d
     a, b = pairs[0]
     m, n, count = a.shape[0], b.shape[1], len(program.nodes)
     out = a.new_empty(m, n) if count == 1 else a.new_empty(count, m, n)
-    if m and n:
+    if not (m and n):
+        return dict(zip(program.nodes, [out] if count == 1 else out.unbind(), strict=True))
+    try:
+        for x, y in pairs:
+            operands.check_freed(_WHO, a=x, b=y)
         read = [
             (x.resolve_neg(), y.resolve_neg(), span)
             for (x, y), span in zip(pairs, program.spans, strict=True)
@@ -174,6 +179,10 @@ def kernel_nodes(pairs: Pairs, slices: Slices, run: range, num_leaves: int) -> d
             b"".join(_term(x, y, span) for x, y, span in read),
             program.leaves,
         )
+    except operands.ERRORS as error:
+        for x, y in pairs[1:]:
+            operands.check(_WHO, a=x, b=y)
+        operands.explain(error, _WHO, a=a, b=b, out=out)
     return dict(zip(program.nodes, [out] if count == 1 else out.unbind(), strict=True))
 
 

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof import core
+from shardproof import core, operands
 from shardproof.errors import ShapeError
 from shardproof.numerics import mode
 from shardproof.tree import Node, children, nodes_of_run
 
 _IS_DOUBLE = {torch.float32: 0, torch.float64: 1}
 _CACHE_SIZE = 1024
+_WHO = "a matrix product (a @ b + bias)"
 
 Program = tuple[bytes, tuple[Node, ...]]
 
@@ -141,30 +142,39 @@ def _run(
     if not (m and n and k):
         out.zero_()
         return out if bias is None else out.add_(bias)
-    if a.is_neg() or b.is_neg():  # a view whose memory has the opposite sign
-        a, b = a.resolve_neg(), b.resolve_neg()
-    bias_address = 0
-    if bias is not None:
-        bias = bias.resolve_neg().contiguous()
-        bias_address = bias.data_ptr()
-    b_row, b_col = b.stride()
-    if is_transposed:
-        b_row, b_col = b_col, b_row
-    _kernel()(
-        _IS_DOUBLE[a.dtype],
-        torch.get_num_threads(),
-        out.data_ptr(),
-        m,
-        n,
-        k,
-        a.data_ptr(),
-        *a.stride(),
-        b.data_ptr(),
-        b_row,
-        b_col,
-        bias_address,
-        program,
-    )
+    try:
+        if a.storage_offset() or b.storage_offset():
+            operands.check_freed(_WHO, a=a, b=b)
+        if a.is_neg() or b.is_neg():  # a view whose memory has the opposite sign
+            a, b = a.resolve_neg(), b.resolve_neg()
+        bias_address = 0
+        if bias is not None:
+            if bias.storage_offset():
+                operands.check_freed(_WHO, bias=bias)
+            bias = bias.resolve_neg().contiguous()
+            bias_address = bias.data_ptr()
+            if not bias_address:  # which would mean that there is none
+                operands.check(_WHO, bias=bias)
+        b_row, b_col = b.stride()
+        if is_transposed:
+            b_row, b_col = b_col, b_row
+        _kernel()(
+            _IS_DOUBLE[a.dtype],
+            torch.get_num_threads(),
+            out.data_ptr(),
+            m,
+            n,
+            k,
+            a.data_ptr(),
+            *a.stride(),
+            b.data_ptr(),
+            b_row,
+            b_col,
+            bias_address,
+            program,
+        )
+    except operands.ERRORS as error:
+        operands.explain(error, _WHO, a=a, b=b, bias=bias, out=out)
     return out
 
 

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof import core
+from shardproof import core, operands
 from shardproof.errors import ShapeError
 
+_WHO = "a sum over rows"
 _IS_DOUBLE = {torch.float32: 0, torch.float64: 1}
 
 
@@ -142,11 +143,16 @@ def _kernel_fold(x: Tensor, *, is_squared: bool = False) -> Tensor:
     if x.is_neg():  # a view whose memory has the opposite sign
         x = x.resolve_neg()
     rows, columns = x.shape
-    out = x.new_empty(columns)
-    kernels: Any = core.kernels()
-    kernels.fold(
-        _IS_DOUBLE[x.dtype], is_squared, out.data_ptr(), rows, columns, x.data_ptr(), *x.stride()
-    )
+    kind, kernels = _IS_DOUBLE[x.dtype], core.kernels()
+    fold: Any = None if kernels is None else kernels.fold
+    out = x
+    try:
+        if x.storage_offset():
+            operands.check_freed(_WHO, x=x)
+        out = x.new_empty(columns)
+        fold(kind, is_squared, out.data_ptr(), rows, columns, x.data_ptr(), *x.stride())
+    except operands.ERRORS as error:
+        operands.explain(error, _WHO, x=x, out=out)
     return out
 
 

@@ -8,6 +8,7 @@ added in the order of `model.named_parameters()`, which no degree changes.
 import torch
 from torch import Tensor, nn
 
+from shardproof import operands
 from shardproof.errors import UsageError
 from shardproof.numerics.sums import sum_squares
 from shardproof.optim.layouts import Place, layouts_of
@@ -19,16 +20,19 @@ def grad_norm(model: nn.Module) -> Tensor:
     """2-norm of all gradients of a cut model, the same bits at every degree.
 
     Args:
-        model: with cut and plain modules; parameters without a gradient count nothing.
+        model: with cut and plain modules; parameters without a gradient count nothing. Gradients
+            that are DTensors, as after `fully_shard`, are gathered one at a time.
 
     Returns:
         (), Replicate, fp32 (fp64 if any gradient is).
 
     Raises:
-        UsageError: `model` is not a module, or a cut module no longer holds its own parameters.
+        UsageError: `model` is not a module, a cut module no longer holds its own parameters, or a
+            gradient is sparse or of a kind that cannot be read.
 
     Comm:
-        update one all_reduce of () per cut parameter that has a gradient.
+        update one all_reduce of () per cut parameter that has a gradient; of a DTensor also what
+        its `full_tensor()` sends on its own mesh, which the ledger does not count.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(
@@ -39,11 +43,28 @@ def grad_norm(model: nn.Module) -> Tensor:
     for name, parameter, layout, axis in layouts_of(model):
         if parameter.grad is None:
             continue
-        square = sum_squares_of(parameter.grad, Place(layout, axis, name))
+        square = sum_squares_of(_readable(parameter.grad, name), Place(layout, axis, name))
         if total is not None and total.dtype != square.dtype:
             total, square = total.double(), square.double()
         total = square if total is None else total + square
     return torch.zeros(()) if total is None else total.sqrt()
+
+
+def _readable(grad: Tensor, name: str) -> Tensor:
+    """A gradient as real numbers in plain memory; a DTensor (FSDP) is gathered, one at a time."""
+    if type(grad) is Tensor and grad.dtype in operands.FLOATS and not operands.is_odd(grad):
+        return grad
+    gather = getattr(grad, "full_tensor", None)
+    whole: Tensor = grad if gather is None else gather()
+    operands.check("grad_norm", **{f"{name}.grad": whole})
+    return torch.view_as_real(whole.resolve_conj()) if whole.is_complex() else whole
+
+
+def _own_memory(grad: Tensor) -> Tensor:
+    """What this rank has of a gradient, to be written."""
+    local = getattr(grad, "to_local", None)
+    mine: Tensor = grad if local is None else local()
+    return mine
 
 
 def sum_squares_of(x: Tensor, place: Place) -> Tensor:
@@ -77,7 +98,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
         UsageError: `model` is not a module, or `max_norm` is not positive.
 
     Comm:
-        update one all_reduce of () per cut parameter that has a gradient.
+        update one all_reduce of () per cut parameter that has a gradient; of a DTensor also what
+        its `full_tensor()` sends on its own mesh, which the ledger does not count.
     """
     rule = "positive. Give the largest norm allowed"
     max_norm = checked_real(max_norm, "max_norm", rule=rule, holds=lambda number: number > 0)
@@ -86,5 +108,6 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     for parameter in model.parameters():
         if parameter.grad is not None:
             # Not rounded to the gradient's dtype first: the product is rounded anyway.
-            parameter.grad.mul_(scale.to(parameter.grad.device))
+            mine = _own_memory(parameter.grad)
+            mine.mul_(scale.to(mine.device))
     return norm

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from shardproof import operands
 from shardproof.errors import ShapeError, ShardproofError, UsageError
 from shardproof.transport import portable
 from shardproof.transport.agreement import disagreement
@@ -124,13 +125,10 @@ class CoreTransport(Transport):
     ) -> None:
         """Straight from the other ranks' memory into `out`."""
         prepared = self._prepared(parts, order, out, call, windows)
+        addresses = self._addresses(call, out, *parts)
         self._begin(call)
         try:
-            if len(parts) == 1:
-                self._core.sum(prepared.plan, out.data_ptr(), parts[0].data_ptr())
-            else:
-                addresses = [part.data_ptr() for part in parts]
-                self._core.sum(prepared.plan, out.data_ptr(), *addresses)
+            self._core.sum(prepared.plan, *addresses)
         except BaseException as error:
             self._explain(error, prepared.text)
         if self._is_noted:
@@ -147,10 +145,10 @@ class CoreTransport(Transport):
     ) -> Pending:
         """This rank's parts are announced, as far as there is room; others need not wait for it."""
         prepared = self._prepared(parts, order, out, call, windows)
+        addresses = self._addresses(call, out, *parts)
         self._begin(call)
         try:
-            addresses = [part.data_ptr() for part in parts]
-            self._core.start(prepared.plan, out.data_ptr(), *addresses)
+            self._core.start(prepared.plan, *addresses)
         except BaseException as error:
             self._explain(error, prepared.text)
         if self._is_noted:
@@ -188,7 +186,31 @@ class CoreTransport(Transport):
             or (x.is_neg() or x.is_conj())
         ):
             self._refuse(call, self._misfit(x, out, sizes, call, outer))
-        self._gather(x.data_ptr(), out.data_ptr(), outer, known)
+        start, place = self._addresses(call, x, out)
+        self._gather(start, place, outer, known)
+
+    def _addresses(self, call: Call, *given: Tensor) -> list[int]:
+        """Where their memory is; raises on all ranks if one has none."""
+        try:
+            found = [x.data_ptr() for x in given]
+            if not all(found) or any(x.storage_offset() for x in given):
+                for x in given:
+                    operands.check(self._where(call), x=x)
+        except operands.ERRORS as error:
+            self._refuse(call, self._unreadable(call, given, error))
+        return found
+
+    def _unreadable(self, call: Call, given: Sequence[Tensor], error: Exception) -> ShardproofError:
+        """What is wrong with tensors of which `error` was raised."""
+        try:
+            for x in given:
+                operands.check(self._where(call), x=x)
+        except UsageError as found:
+            return found
+        return UsageError(f"{self._where(call)} gives a tensor that has no memory: {error}")
+
+    def _where(self, call: Call) -> str:
+        return f"{call}: rank {self.rank} of {self.size}"
 
     @abstractmethod
     def _tick(self, waited: float, missing: list[int]) -> None:

@@ -1,0 +1,183 @@
+"""Which tensors our arithmetic takes: plain memory of a floating dtype; and what to do with others.
+
+Our code in C gets an address, sizes and strides, and nothing else. Of a DTensor, a FakeTensor, a
+sparse tensor, or one whose storage FSDP has freed, they say nothing that could be read; and what
+records operations in place of computing them (tracing, forward-mode derivatives) does not see ours.
+All of these are refused here, before C is called: `check` where a layer or a function begins,
+and where C is called a null address (which C itself refuses) or memory that was freed.
+"""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from shardproof.errors import UsageError
+
+# A type outside of these is looked at; `type(x) in PLAIN` costs next to nothing.
+PLAIN = frozenset((Tensor, nn.Parameter))
+FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+
+# What torch, or C, raises of a tensor that has no memory; and what is raised here in its place.
+ERRORS = (RuntimeError, BufferError, UsageError)
+
+_num_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+_has_transforms = torch._C._are_functorch_transforms_active
+
+
+def is_watched() -> bool:
+    """Whether something may record operations, among which ours would be missing."""
+    return _num_modes() > 0 or forward_ad._current_level >= 0 or _tracing_state() is not None
+
+
+def is_odd(x: Tensor) -> bool:
+    """Whether `check` may have something to say of `x`; cheap."""
+    return type(x) not in PLAIN or x.layout is not torch.strided or x.is_nested or _has_transforms()
+
+
+def check(who: str, **given: Tensor | None) -> None:
+    """Raise unless our code in C may read all of these, and nobody records what it does.
+
+    Args:
+        who: the layer or the function, for the message.
+        given: by the name that the user knows, or None where there is none.
+    Raises:
+        UsageError: one of them cannot be read, or operations are recorded.
+    """
+    _check_recording(who)
+    for name, x in given.items():
+        found = None if x is None else _trouble(x)
+        if found is not None:
+            what, way_out = found
+            raise UsageError(f"{who}: {name} is {what}. {way_out.format(x=name)}")
+
+
+def explain(error: Exception, who: str, **given: Tensor | None) -> NoReturn:
+    """Raise what `check` finds, or else `error`, which something raised that was given these."""
+    try:
+        check(who, **given)
+    except UsageError as found:
+        raise found from error
+    raise error
+
+
+def check_freed(who: str, **given: Tensor) -> None:
+    """Raise if one begins inside of a storage that it has lost: its address is not null then.
+
+    Args:
+        who: the function, for the message.
+        given: by the name that the function knows.
+    Raises:
+        UsageError: its memory was freed.
+    """
+    for x in given.values():
+        if x.storage_offset() and not x.untyped_storage().nbytes():
+            check(who, **given)
+
+
+def check_floating(who: str, **given: Tensor | None) -> None:
+    """Raise unless all are of a dtype that sums and products are computed in.
+
+    Args:
+        who: the layer or the function, for the message.
+        given: by the name that the user knows.
+    Raises:
+        UsageError: one is complex, of integers, bool, or of 8 bits.
+    """
+    for name, x in given.items():
+        if x is not None and x.dtype not in FLOATS:
+            raise UsageError(
+                f"{who}: {name} is {x.dtype}, and float32, float64, bfloat16 or float16 is wanted. "
+                f"Use {name}.float()"
+                + (f", or torch.view_as_real({name})." if x.dtype.is_complex else ".")
+            )
+
+
+def _check_recording(who: str) -> None:
+    """Raise where a program is written down that ours would be missing from."""
+    what = None
+    if _tracing_state() is not None:
+        what = "torch.jit.trace"
+    elif any("ProxyTorchDispatchMode" in type(m).__name__ for m in _modes()):
+        what = "make_fx or torch.export"
+    if what is not None:
+        raise UsageError(
+            f"{who} is called under {what}, which records torch's operations and would miss ours: "
+            "the recorded program would return memory that nobody has written. Run the model as it "
+            "is, or under torch.compile, which leaves our operations out of its graphs."
+        )
+
+
+def _modes() -> list[Any]:
+    return _get_current_dispatch_mode_stack() if _num_modes() else []
+
+
+def _trouble(x: Tensor) -> tuple[str, str] | None:
+    """What `x` is that cannot be read, and the way out with `{x}` for its name; or None."""
+    kind = type(x)
+    if not isinstance(x, Tensor):
+        return None
+    if hasattr(kind, "full_tensor") and hasattr(kind, "to_local"):
+        return (
+            f"a {kind.__name__}, of which this rank has a part",
+            "Use {x}.full_tensor(), or {x}.to_local() if what this rank has is meant.",
+        )
+    if kind.__name__ == "FakeTensor":
+        return (
+            "a FakeTensor, which has a shape and no numbers",
+            "Leave the FakeTensorMode, or use device='meta' if shapes are all that is wanted.",
+        )
+    if torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._is_functional_tensor(x):
+        return (
+            "inside a transform of torch.func (vmap, grad, jvp, functionalize), which our "
+            "operations have no rules for",
+            "Call it outside: with a batch dim in place of vmap, and torch.autograd.grad in place "
+            "of grad.",
+        )
+    return _trouble_of_layout(x) or _trouble_of_memory(x)
+
+
+def _trouble_of_layout(x: Tensor) -> tuple[str, str] | None:
+    if x.is_nested:
+        return "a nested tensor", "Use {x}.to_padded_tensor(0.0)."
+    if x.layout is not torch.strided:
+        name = str(x.layout).removeprefix("torch._").removeprefix("torch.")
+        return f"a tensor of layout {name}", "Use {x}.to_dense()."
+    if x.is_quantized:
+        return f"quantized ({x.dtype})", "Use {x}.dequantize()."
+    kind = type(x)
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return (
+            f"a {kind.__name__}, a subclass of Tensor that computes in its own way "
+            "(__torch_dispatch__)",
+            "Convert {x} to a plain tensor first.",
+        )
+    return None
+
+
+def _trouble_of_memory(x: Tensor) -> tuple[str, str] | None:
+    if x.is_meta or not x.numel():
+        return None
+    if x._is_zerotensor():
+        return "a tensor of zeros that has no memory", "Use {x}.clone()."
+    last = x.storage_offset() + sum(
+        (size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)
+    )
+    wanted, there = (last + 1) * x.element_size(), x.untyped_storage().nbytes()
+    if there < wanted:
+        return (
+            f"a view of freed memory: its storage has {there} bytes, and shape {tuple(x.shape)} "
+            f"needs {wanted}",
+            "FSDP frees parameters between their uses: use {x} inside the forward of its module, "
+            "or after module.unshard().",
+        )
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        return (
+            "a dual number of torch.autograd.forward_ad, whose derivative our operations would "
+            "lose",
+            "Use torch.autograd.grad or backward() instead.",
+        )
+    return None
