@@ -13,6 +13,7 @@ from places import Pool
 from shardproof.axis import Axis
 from shardproof.errors import PlanError, UsageError
 from shardproof.layers.attention import HeadAttention
+from shardproof.plans import attend
 from shardproof.plans.apply import parallelize
 from shardproof.plans.initialize import initialize
 from shardproof.plans.planning import plan
@@ -503,3 +504,32 @@ def test_what_the_message_advises_is_served(pool: Pool) -> None:
     other.load_state_dict(whole.state_dict())
     ((one, _),) = pool(1, "threads").run(lambda axis: answers(axis, whole, x))
     torch.testing.assert_close(one, other(x).detach(), rtol=1e-4, atol=1e-6)
+
+
+class Plain(nn.Module):
+    """A child with numbers alone, which is what most have."""
+
+    def __init__(self, scale: float | None = None) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return by_hand(q, k, v, scale=self.scale)
+
+
+def test_children_that_are_alike_are_tried_once_and_others_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried = []
+    run = attend._run
+    monkeypatch.setattr(attend, "_run", lambda *args: tried.append(args) or run(*args))
+
+    def model(*scales: float | None) -> nn.Module:
+        return nn.ModuleDict({"blocks": nn.ModuleList(Parent(Plain(scale)) for scale in scales)})
+
+    plan(model(None), {"blocks.*": STYLE}, degree=2)
+    once = len(tried)
+    plan(model(*[None] * 5), {"blocks.*": STYLE}, degree=2)
+    assert len(tried) == 2 * once
+    with pytest.raises(PlanError, match=r"module 'blocks.3.attend' .* its outputs differ"):
+        plan(model(None, None, DIM**-0.5, 0.2), {"blocks.*": STYLE}, degree=2)

@@ -9,7 +9,7 @@ The child itself, its weights and torch's generators stay as they were.
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,19 +68,22 @@ class _Trial:
     is_short: bool
 
 
-def manner_of(name: str, style: Attention, model: nn.Module) -> Manner | str:
+def manner_of(
+    name: str, style: Attention, model: nn.Module, known: dict[Hashable, Manner]
+) -> Manner | str:
     """How ours computes what a child computes, or one sentence why it cannot.
 
     Args:
         name: of the attention module.
         style: its style, with `attend`.
         model: whose module it is; the child's own tensors must not be on the meta device.
+        known: what was found before, of children that are alike in all that they have; is added to.
     """
     parent = model.get_submodule(name)
     full = f"{name}.{style.attend}" if name else str(style.attend)
     child = parent.get_submodule(str(style.attend))
     try:
-        return _manner(child, parent, style)
+        return _manner(child, parent, style, known)
     except _UnlikeError as error:
         return (
             f"module {full!r} ({type(child).__name__}) {error} Attention puts {_RULE} in its "
@@ -89,12 +92,17 @@ def manner_of(name: str, style: Attention, model: nn.Module) -> Manner | str:
         )
 
 
-def _manner(child: nn.Module, parent: nn.Module, style: Attention) -> Manner:
+def _manner(
+    child: nn.Module, parent: nn.Module, style: Attention, known: dict[Hashable, Manner]
+) -> Manner:
     weights = [name for name, _ in child.named_parameters()]
     if weights:
         raise _UnlikeError(f"has weights of its own, {', '.join(weights)}, which would be lost.")
     device = _device(child)
     options, masks = _call(child, parent, style)
+    alike = _key(child, style, options, masks)
+    if alike in known:
+        return known[alike]
     try:
         twin = copy.deepcopy(child)
     except Exception as error:  # whatever a user's module raises
@@ -112,7 +120,27 @@ def _manner(child: nn.Module, parent: nn.Module, style: Attention) -> Manner:
         ]
         is_causal = _agreeing(twin.eval(), site, trials, getattr(child, "is_causal", False))
         _check_training(twin, trials[0], is_causal, p)
-    return Manner(is_causal, p)
+    manner = Manner(is_causal, p)
+    if alike is not None:
+        known[alike] = manner
+    return manner
+
+
+def _key(
+    child: nn.Module,
+    style: Attention,
+    options: Mapping[str, Any],
+    masks: tuple[torch.dtype | None, ...],
+) -> Hashable:
+    """What children that compute alike have in common; None if a child has more than numbers."""
+    held = {**vars(child), **{f"option {name}": value for name, value in options.items()}}
+    inside = [value for value in held.values() if isinstance(value, dict | set)]
+    plain = {name: value for name, value in held.items() if not isinstance(value, dict | set)}
+    if any(inside) or not all(
+        value is None or isinstance(value, bool | int | float | str) for value in plain.values()
+    ):
+        return None
+    return type(child), style, masks, tuple(sorted((name, repr(x)) for name, x in plain.items()))
 
 
 def _device(child: nn.Module) -> torch.device:

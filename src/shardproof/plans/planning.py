@@ -1,7 +1,7 @@
 """`plan`: everything about a cut model that is known before anything runs."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 
 from torch import nn
 
@@ -172,8 +172,9 @@ def _irreplaceable(styles: Mapping[str, Style], model: nn.Module) -> list[str]:
 
 def _manners(styles: Mapping[str, Style], model: nn.Module) -> tuple[dict[str, Manner], list[str]]:
     """What children that attend compute, and one sentence for each that ours cannot stand for."""
+    known: dict[Hashable, Manner] = {}
     attending = {
-        name: manner_of(name, style, model)
+        name: manner_of(name, style, model, known)
         for name, style in styles.items()
         if isinstance(style, Attention) and style.attend is not None
     }
