@@ -1,5 +1,6 @@
 """How long a rank waits for the others in one collective, as users give it."""
 
+import math
 from typing import Any
 
 from shardproof.quantities import checked_real
@@ -20,7 +21,7 @@ def checked_timeout(timeout: Any) -> float | None:
     if timeout is None:
         return None
     rule = "a positive number of seconds. Use for instance 600"
-    checked_real(timeout, "timeout", rule=rule, holds=lambda seconds: seconds > 0)
+    checked_real(timeout, "timeout", rule=rule, holds=lambda seconds: 0 < seconds < math.inf)
     return checked_real(
         timeout,
         "timeout",
