@@ -558,7 +558,7 @@ def test_what_makes_no_sense_is_refused(
 
 def test_integers_are_refused() -> None:
     q, kv = torch.ones(2, 8, 3, 4).int(), torch.ones(2, 2, 5, 4).int()
-    with pytest.raises(UsageError, match=r"takes floating-point tensors, got torch.int32"):
+    with pytest.raises(UsageError, match=r"q is torch.int32, and float32"):
         call(q=q, k=kv, v=kv)
 
 

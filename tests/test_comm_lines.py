@@ -455,7 +455,7 @@ SILENT = {
     attention_site: {"AttentionSite"},
     embedding: {"EmbeddingSite"},
     vocabulary_site: {"VocabularySite", "parts"},
-    classes: {"check_reduction", "counting_rows", "reduce_rows"},
+    classes: {"check_kind", "check_reduction", "counting_rows", "reduce_rows"},
     layouts: {"Place", "layouts_of"},
     optimizer_base: {"WholeOptimizer", "check_scalar", "scalar", "wide", "write"},
     adafactor: {"Adafactor"},  # counted in test_whole_optimizers: messages of two sizes

@@ -36,7 +36,10 @@ def test_arguments_that_are_of_the_wrong_kind_are_refused(label: str) -> None:
         "Axis.from_mesh": (lambda: Axis.from_mesh(value), "^Axis.from_mesh got"),
         "launch, degree": (lambda: sp.launch(**(one | {"degree": value})), "^degree "),
         "launch, engine": (lambda: sp.launch(**one, engine=value), "^unknown engine"),
-        "launch, check": (lambda: sp.launch(**one, check=value), "^check="),
+        "launch, compare_inputs": (
+            lambda: sp.launch(**one, compare_inputs=value),
+            "^compare_inputs=",
+        ),
         "launch, transport": (lambda: sp.launch(**one, transport=value), "^unknown transport"),
         "launch, overlap": (lambda: sp.launch(**one, overlap=value), "^overlap="),
         "grad_norm": (lambda: sp.grad_norm(value), "take the model, got"),

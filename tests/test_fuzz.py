@@ -24,6 +24,7 @@ from fuzz_models import DTYPES, Model, Spec, laid_out, specs, styles_of
 from invariance import bits_equal
 from places import Pool
 from shardproof.axis import Axis
+from shardproof.errors import MismatchError
 from shardproof.layers.linear import RowParallelLinear
 from shardproof.leaves import Layout
 from shardproof.numerics import mode
@@ -198,7 +199,7 @@ def find(pool: Pool, patch: Callable[[pytest.MonkeyPatch], Any]) -> str:
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         patch(monkeypatch)
-        with pytest.raises(AssertionError) as caught:
+        with pytest.raises((AssertionError, MismatchError)) as caught:
             fuzz(pool, seconds=0, seed=0, check=on_threads)
     return "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
 
@@ -235,8 +236,10 @@ def test_ranks_that_drift_apart_are_found(pool: Pool) -> None:
         return y + 1e-6 if self.axis.rank else y
 
     said = find(pool, lambda patch: patch.setattr(RowParallelLinear, "forward", drifting))
-    # What comes first depends on the model that was shrunk: the output of a rank, or a later sum.
-    assert "is not that of rank 0" in said or "other bits at degree" in said
+    # What comes first depends on the model that was shrunk: the ranks notice it themselves in the
+    # input of the next layer, or it is seen in the output of a rank, or in a later sum.
+    signs = ("disagree about the input of", "is not that of rank 0", "other bits at degree")
+    assert any(sign in said for sign in signs), said
 
 
 def test_memory_lies_as_it_is_asked() -> None:

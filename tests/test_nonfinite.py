@@ -119,6 +119,7 @@ def test_gradients_alone() -> None:
     expect_nonfinite(prove(spoiled(spoil)), "down.bias.grad", "7 of 7 are NaN or infinite")
 
 
+@sp.declare_elementwise
 class NanState(torch.optim.SGD):
     """Momentum of which one number is lost after the step."""
 

@@ -15,7 +15,7 @@ from shardproof.functional.site import LinearSite
 from shardproof.numerics import mode
 from shardproof.numerics.matmul import SMALL_ROWS
 from shardproof.overlap import Overlap
-from shardproof.transport.base import Pending
+from shardproof.transport.base import Pending, Transport
 
 OVERLAPS = tuple(
     Overlap(backward=backward, chunks=chunks) for backward in (True, False) for chunks in (1, 2, 5)
@@ -76,6 +76,7 @@ class Watched(Pending):
         self.inner.wait()
 
 
+@Transport.register
 class Watching:
     """A transport that tells when sums are started and waited for."""
 

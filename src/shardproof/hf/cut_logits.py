@@ -12,12 +12,15 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+# Not ours, which refuses gradients that are subclasses: here they are `CutLogits`, and nothing is
+# saved whose second derivative could vanish.
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from shardproof import comm
-from shardproof.autograd import once_differentiable
 from shardproof.axis import Axis
-from shardproof.errors import MismatchError, RankError
+from shardproof.errors import AxisError, MismatchError, RankError
 from shardproof.leaves import Cut
 
 _aten = torch.ops.aten
@@ -83,7 +86,7 @@ class _Held:
                 self.whole = comm.all_gather(
                     part, self.axis, dim=last, cut=self.cut, direction=self.direction, who=self.who
                 )
-            except (MismatchError, RankError) as error:
+            except (AxisError, MismatchError, RankError) as error:
                 error.args = (f"{error} {_ON_ALL_RANKS.format(who=self.who)}",)
                 raise
             self.part = None
