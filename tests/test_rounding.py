@@ -275,6 +275,7 @@ def test_a_gradient_counted_twice(name: str) -> None:
     expect_torch(prove(change=counted_twice(name), degrees=(1,)), f"{name}.grad")
 
 
+@sp.declare_elementwise
 class Meddling(torch.optim.AdamW):
     """AdamW that, after its step, puts some weights elsewhere: those that have `meddle`."""
 

@@ -23,7 +23,7 @@ from shardproof.leaves import Cut
 from shardproof.numerics import joined, mode, products
 from shardproof.overlap import Overlap
 from shardproof.scheme import Scheme
-from shardproof.transport.base import Call, Pending
+from shardproof.transport.base import Call, Pending, Transport
 from shared_group import (
     GROUPS,
     LARGER,
@@ -185,6 +185,7 @@ class Watched(Pending):
         self.inner.wait()
 
 
+@Transport.register
 class Watching:
     """A transport that tells what sums are started, and when they are waited for."""
 

@@ -16,7 +16,7 @@ def shown(value: Any) -> str:
     the type, and of a long text or list only the start is looked at.
 
     >>> shown("colwise"), shown([1, 2]), shown("x" * 5000)[-30:]
-    ("'colwise'", '[1, 2]', "xxxxx...' (5,000 characters)")
+    ("'colwise'", '[1, 2]', "xxxxxxx...' (5,000 characters)")
     """
     return _cut(one_line(_repr(value, _DEPTH)), VALUE)
 

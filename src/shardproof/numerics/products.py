@@ -107,6 +107,8 @@ def leaf_nodes(
         Node -> (M, N).
     """
     program, nodes = _program(slices, run, num_leaves)
+    if not nodes:  # an idle rank may hold what another one owns
+        return {}
     if len(nodes) == 1:
         return {nodes[0]: _run(a, b, None, program, is_transposed)}
     out = a.new_empty(len(nodes), a.shape[0], b.shape[0 if is_transposed else 1])
