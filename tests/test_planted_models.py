@@ -26,7 +26,7 @@ from shardproof.leaves import Layout
 from shardproof.numerics.attending import HeadDropout
 from shardproof.numerics.sums import sum_squares
 from shardproof.optim import norms
-from shardproof.optim.layouts import Place
+from shardproof.optim.layouts import Place, layouts_of
 
 pytest.importorskip("transformers")
 
@@ -126,18 +126,29 @@ def test_gradients_of_key_value_heads_summed_for_their_owner_alone(
     ) in str(report)
 
 
+def read_as(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, Layout], Layout]) -> None:
+    """Let the loader read every weight for another layout, which `change` gives."""
+    correct = weights.matched
+
+    def planted(model: nn.Module, directory: Path) -> dict[Path, list[Any]]:
+        return {
+            file: [(name, parameter, change(name, layout)) for name, parameter, layout in entries]
+            for file, entries in correct(model, directory).items()
+        }
+
+    monkeypatch.setattr(weights, "matched", planted)
+
+
 @pytest.mark.parametrize("names", [QKV, QKV[1:]], ids=["qkv", "kv"])
 def test_every_rank_loads_the_projections_of_rank_zero(
     names: tuple[str, ...], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vllm-gguf issue 103: all shapes fit, and the text is nonsense."""
-    correct = weights._part
 
-    def of_rank_zero(stored: Any, layout: Layout, name: str, file: Path) -> Tensor:
-        asked = layout.of(0) if name.endswith(names) else layout
-        return correct(stored, asked, name, file)
+    def of_rank_zero(name: str, layout: Layout) -> Layout:
+        return layout.of(0) if name.endswith(names) else layout
 
-    monkeypatch.setattr(weights, "_part", of_rank_zero)
+    read_as(monkeypatch, of_rank_zero)
     report = prove(change=loading(checkpoint))
     expect_bits(report, f"{LAYER}.self_attn.{names[0]} (initial)")
     assert differing(report, "(initial)") == {
@@ -149,14 +160,12 @@ def test_the_copy_of_a_key_head_that_another_rank_owns_is_wrong(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At degree 4 rank 1 reads head 1 for head 0; what each rank owns is right."""
-    correct = weights._part
 
-    def neighbour(stored: Any, layout: Layout, name: str, file: Path) -> Tensor:
-        if layout.rank == 1 and not layout.owned and name.endswith("k_proj.weight"):
-            return correct(stored, layout.of(2), name, file)
-        return correct(stored, layout, name, file)
+    def neighbour(name: str, layout: Layout) -> Layout:
+        is_copy = layout.rank == 1 and not layout.owned and name.endswith("k_proj.weight")
+        return layout.of(2) if is_copy else layout
 
-    monkeypatch.setattr(weights, "_part", neighbour)
+    read_as(monkeypatch, neighbour)
     report = prove(degrees=(1, 4), change=loading(checkpoint))
     assert not report.proved
     assert (
@@ -175,15 +184,17 @@ def test_vocabulary_rows_dropped_by_the_loader(
     name: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """67 // 2 rows for each rank: the last row is zeros."""
-    correct = weights._part
+    correct = weights.load
 
-    def floored(stored: Any, layout: Layout, given: str, file: Path) -> Tensor:
-        part = correct(stored, layout, given, file)
-        if given == name and layout.cut is not None:
-            part[is_tail(torch.tensor(layout.held_indices), layout.cut.degree)] = 0
-        return part
+    def floored(model: nn.Module, directory: Path) -> nn.Module:
+        loaded = correct(model, directory)
+        for given, parameter, layout, _ in layouts_of(loaded):
+            if given == name and layout.cut is not None:
+                rows = is_tail(torch.tensor(layout.held_indices), layout.cut.degree)
+                parameter.data[rows] = 0
+        return loaded
 
-    monkeypatch.setattr(weights, "_part", floored)
+    monkeypatch.setattr(weights, "load", floored)
     report = prove(change=loading(checkpoint))
     expect_bits(report, f"{name} (initial)")
     assert differing(report, "(initial)") == {f"{name} (initial)"}

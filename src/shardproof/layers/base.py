@@ -132,25 +132,6 @@ class ShardedModule(nn.Module):
         """How to make the plain layer that this one stands for, and this one, both small."""
         yield from ()
 
-    def _require_own_weight(self) -> None:
-        """Raise where `weight` is no longer a parameter, but computed from a part of the whole.
-
-        A parametrization of the user's own may be element-wise, and is taken at their word.
-        """
-        parametrizations = getattr(self, "parametrizations", {})
-        has_some = "weight" in parametrizations
-        kinds = [type(each) for each in parametrizations["weight"]] if has_some else []
-        known = [kind for kind in kinds if kind.__module__ == "torch.nn.utils.parametrizations"]
-        if kinds and not known:
-            return
-        what = known[0].__name__.strip("_") if known else "a hook, as weight_norm and prune set one"
-        raise UsageError(
-            f"{self.name!r} ({type(self).__name__}): its weight is computed by {what}, from this "
-            "rank's part alone, and would differ from what the whole gives. Do it before "
-            "parallelize and make its result the weight (remove_parametrizations, "
-            "remove_weight_norm, prune.remove), or leave this layer out of the plan."
-        )
-
     @torch.no_grad()
     def _draw(self, parameter: str, bound: float) -> None:
         """Fill a parameter leaf by leaf from U(-bound, bound), keyed by (seed, name, leaf)."""

@@ -144,8 +144,6 @@ class VocabParallelEmbedding(ShardedModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """See the class for shapes, placements and Comm."""
-        if "weight" not in self._parameters:
-            self._require_own_weight()
         return vocab_embedding(ids, self.weight, self._site)
 
     def _small_ones(self) -> Iterator[tuple[Callable[[], nn.Module], Callable[[], nn.Module]]]:

@@ -263,8 +263,6 @@ class ColumnParallelLinear(_ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class for shapes, placements and Comm."""
-        if "weight" not in self._parameters:
-            self._require_own_weight()
         try:
             is_wide = x.dim() > 0 and x.size(-1) == self._width
         except RuntimeError as error:  # a nested tensor has no sizes
@@ -365,8 +363,6 @@ class RowParallelLinear(_ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class for shapes, placements and Comm."""
-        if "weight" not in self._parameters:
-            self._require_own_weight()
         try:
             is_wide = x.dim() > 0 and x.size(-1) == self._width
         except RuntimeError as error:  # a nested tensor has no sizes
