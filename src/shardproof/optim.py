@@ -50,7 +50,8 @@ def grad_norm(model: nn.Module) -> Tensor:
 
     Args:
         model: with cut and plain modules; parameters without a gradient count nothing. Gradients
-            that are DTensors, as after `fully_shard`, are gathered one at a time.
+            that are DTensors, as after `fully_shard`, are gathered one at a time, over their own
+            mesh and past the ledger.
 
     Returns:
         (), Replicate, fp32 (fp64 if any gradient is).
@@ -60,8 +61,7 @@ def grad_norm(model: nn.Module) -> Tensor:
             gradient is sparse or of a kind that cannot be read.
 
     Comm:
-        update one all_reduce of () per cut parameter that has a gradient; of a DTensor also what
-        its `full_tensor()` sends on its own mesh, which the ledger does not count.
+        update one all_reduce of () per cut parameter that has a gradient.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(
@@ -129,8 +129,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
         UsageError: `model` is not a module, or `max_norm` is not positive.
 
     Comm:
-        update one all_reduce of () per cut parameter that has a gradient; of a DTensor also what
-        its `full_tensor()` sends on its own mesh, which the ledger does not count.
+        update one all_reduce of () per cut parameter that has a gradient.
     """
     if not max_norm > 0:
         raise UsageError(f"max_norm={max_norm} is not positive. Give the largest norm allowed.")

@@ -9,7 +9,7 @@ The kernels are C (csrc/kernels); `mode` says when they are used. CPU, fp32 and 
 import functools
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -128,15 +128,9 @@ def _run(
     else:
         inner, n = b.shape
     if inner != k:
-        raise ShapeError(
-            f"cannot multiply ({m}, {k}) by ({inner}, {n}): {k} is not {inner}. Give operands that "
-            "agree along the contracted dim."
-        )
+        _refuse_sizes(m, k, inner, n)
     if bias is not None and (bias.shape != (n,) or bias.dtype is not a.dtype):
-        raise ShapeError(
-            f"the bias is {bias.dtype} of shape {tuple(bias.shape)}, and a product of shape "
-            f"({m}, {n}) needs {a.dtype} of shape ({n},). Give one element for each column."
-        )
+        _refuse_bias(bias, a, m, n)
     if out is None:
         out = a.new_empty(m, n)
     if not (m and n and k):
@@ -176,6 +170,20 @@ def _run(
     except operands.ERRORS as error:
         operands.explain(error, _WHO, a=a, b=b, bias=bias, out=out)
     return out
+
+
+def _refuse_sizes(m: int, k: int, inner: int, n: int) -> NoReturn:
+    raise ShapeError(
+        f"cannot multiply ({m}, {k}) by ({inner}, {n}): {k} is not {inner}. Give operands that "
+        "agree along the contracted dim."
+    )
+
+
+def _refuse_bias(bias: Tensor, a: Tensor, m: int, n: int) -> NoReturn:
+    raise ShapeError(
+        f"the bias is {bias.dtype} of shape {tuple(bias.shape)}, and a product of shape "
+        f"({m}, {n}) needs {a.dtype} of shape ({n},). Give one element for each column."
+    )
 
 
 @functools.cache
