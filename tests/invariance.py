@@ -64,9 +64,8 @@ def bits_equal(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     bits = _BITS[a.element_size()]
-    return torch.equal(
-        a.detach().contiguous().view(-1).view(bits), b.detach().contiguous().view(-1).view(bits)
-    )
+    a, b = (x.detach().resolve_neg().contiguous() for x in (a, b))
+    return torch.equal(a.view(-1).view(bits), b.view(-1).view(bits))
 
 
 def all_bits_equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

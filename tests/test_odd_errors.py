@@ -6,6 +6,7 @@ Whatever the user's classes do, the caller gets one error within seconds.
 import errno
 import gc
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -225,7 +226,9 @@ TOO_MANY = [257 * 16 * 1024, 20_000, 100_000, 2**31, 2**31 - 1, 10**30]
 @ENGINES
 @pytest.mark.parametrize("threads", TOO_MANY)
 def test_threads_that_no_machine_has_are_refused(engine: str, threads: int) -> None:
-    with pytest.raises(UsageError, match=rf"threads={threads} is more than \d+, the most threads"):
+    with pytest.raises(
+        UsageError, match=rf"threads={threads} is (more than \d+, the most|out of r)"
+    ):
         launch(lambda axis: None, degree=1, engine=engine, threads=threads)
 
 
@@ -284,7 +287,7 @@ def prove(*arguments: str) -> tuple[int, str]:
 def test_the_command_refuses_threads_that_no_machine_has(threads: str) -> None:
     code, said = prove("--threads", threads)
     assert code == 2
-    assert f"error: --threads {threads} is more than " in said
+    assert re.search(f"error: --threads {threads} is (more than|out of range)", said)
 
 
 def test_the_command_refuses_degrees_that_no_machine_has() -> None:

@@ -11,7 +11,7 @@ from shardproof.engines.base import Ranks, Settings
 from shardproof.engines.capacity import check_threads, cores
 from shardproof.engines.processes import ProcessRanks
 from shardproof.engines.threads import ThreadRanks
-from shardproof.errors import DegreeError, UsageError
+from shardproof.errors import UsageError
 from shardproof.leaves import checked_degree
 from shardproof.overlap import Overlap, checked_overlap
 from shardproof.quantities import checked_flag, checked_whole
@@ -20,7 +20,6 @@ from shardproof.transport.choose import AUTO, GLOO, SHM, checked_transport, refu
 from shardproof.wording import shown
 
 ENGINES = ("threads", "processes")
-MOST_RANKS = 4096
 
 # What can carry the bytes of ranks of each engine.
 TRANSPORTS = {"threads": (AUTO, "threads"), "processes": (AUTO, SHM, GLOO)}
@@ -116,11 +115,6 @@ def open_ranks(
     if not isinstance(engine, str) or engine not in ENGINES:
         raise UsageError(f"unknown engine {shown(engine)}. Use one of: {', '.join(ENGINES)}.")
     degree = checked_degree(degree)
-    if degree > MOST_RANKS:
-        raise DegreeError(
-            f"degree {shown(degree)} is more ranks than one machine serves. Use at most "
-            f"{MOST_RANKS}."
-        )
     settings = Settings(
         degree=degree,
         threads=_share_of_cores(degree) if threads is None else _check_threads(threads),
