@@ -10,6 +10,7 @@ import threading
 import torch
 
 from shardproof.errors import UsageError
+from shardproof.wording import shown
 
 # More threads than this on one rank have never made anything faster; OpenMP crashes far above.
 _LEAST_LIMIT, _PER_CORE = 256, 16
@@ -51,9 +52,9 @@ def check_threads(threads: int, degree: int, *, written: str) -> None:
     most = max(_MOST_IN_ALL, _PER_CORE * cores())
     if total > most:
         raise UsageError(
-            f"{degree} ranks with {threads} threads each are {total} threads, and this machine "
-            f"({cores()} cores) is asked for no more than {most}. Use a lower degree, fewer "
-            "threads, or several machines under torchrun."
+            f"{shown(degree)} ranks with {threads} threads each are {shown(total)} threads, and "
+            f"this machine ({cores()} cores) is asked for no more than {most}. Use a lower "
+            "degree, fewer threads, or several machines under torchrun."
         )
     with _trying:
         _try(total)
