@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor, nn
 
 from fuzz_models import DTYPES, Model, Spec, laid_out, specs, styles_of
-from invariance import bits_equal
+from invariance import bits_equal, threads
 from places import Pool
 from shardproof.axis import Axis
 from shardproof.errors import MismatchError
@@ -94,7 +94,10 @@ def work(spec: Spec) -> Callable[[Axis], Parts]:
     """What a rank does: cut, run, and hand over what it owns."""
 
     def of_rank(axis: Axis) -> Parts:
-        torch.set_num_threads(spec.threads if has_free_threads() else 1)
+        with threads(spec.threads if has_free_threads() else 1):  # the ranks are others' too
+            return run_cut(axis)
+
+    def run_cut(axis: Axis) -> Parts:
         model = Model(spec).to(DTYPES[spec.dtype])
         model = parallelize(model, Plan(styles_of(spec), Scheme(leaves=spec.leaves)), axis)
         layouts = {name: layout for name, _, layout, _ in layouts_of(model)}
