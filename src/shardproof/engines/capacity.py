@@ -52,8 +52,8 @@ def check_threads(threads: int, degree: int, *, written: str) -> None:
     most = max(_MOST_IN_ALL, _PER_CORE * cores())
     if total > most:
         raise UsageError(
-            f"{shown(degree)} ranks with {threads} threads each are {shown(total)} threads, and "
-            f"this machine ({cores()} cores) is asked for no more than {most}. Use a lower "
+            f"degree {shown(degree)} with {threads} threads on each rank is more than {most}, the "
+            f"most threads in all that this machine ({cores()} cores) is asked for. Use a lower "
             "degree, fewer threads, or several machines under torchrun."
         )
     with _trying:
