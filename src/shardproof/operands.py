@@ -24,13 +24,13 @@ FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ERRORS = (RuntimeError, BufferError, UsageError)
 
 _num_modes = torch._C._len_torch_dispatch_stack
-_tracing_state = torch._C._get_tracing_state
+_is_tracing = torch._C._is_tracing
 _has_transforms = torch._C._are_functorch_transforms_active
 
 
 def is_watched() -> bool:
     """Whether something may record operations, among which ours would be missing."""
-    return _num_modes() > 0 or forward_ad._current_level >= 0 or _tracing_state() is not None
+    return _num_modes() > 0 or forward_ad._current_level >= 0 or _is_tracing()
 
 
 def is_odd(x: Tensor) -> bool:
@@ -99,7 +99,7 @@ def check_floating(who: str, **given: Tensor | None) -> None:
 def _check_recording(who: str) -> None:
     """Raise where a program is written down that ours would be missing from."""
     what = None
-    if _tracing_state() is not None:
+    if _is_tracing():
         what = "torch.jit.trace"
     elif any("ProxyTorchDispatchMode" in type(m).__name__ for m in _modes()):
         what = "make_fx or torch.export"

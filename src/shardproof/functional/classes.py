@@ -31,8 +31,14 @@ def check_reduction(reduction: str, who: str) -> None:
 def check_kind(logits: Tensor, target: Tensor, who: str) -> None:
     """Raise unless both are plain memory, and the logits of a dtype that is computed with.
 
+    Args:
+        logits: (rows, *), any placement.
+        target: (rows,), Replicate.
+        who: for messages.
     Raises:
         UsageError: they are not.
+    Comm:
+        forward none; backward none.
     """
     is_odd = operands.is_odd(logits) or operands.is_odd(target) or operands.is_watched()
     if is_odd or logits.dtype not in operands.FLOATS:
