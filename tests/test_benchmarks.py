@@ -33,6 +33,11 @@ def case_times():
             ["--rounds", "1", "--steps", "1", "--transport", "threads"],
             "1024, 1024",
         ),
+        (
+            "before_after.py",
+            f"{PATH.parents[1]} --work linear-row --rounds 1 --system invariant-threads".split(),
+            "linear-row",
+        ),
     ],
 )
 def test_a_benchmark_runs(script: str, options: list[str], last: str) -> None:

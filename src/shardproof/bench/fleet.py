@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -36,6 +36,8 @@ TAIL = 15  # lines of a host's output that are shown
 
 _POLL = 0.2
 
+Environment = Callable[[str], dict[str, str]]
+
 
 class SystemFailure(Exception):  # noqa: N818 - what happened to a system, not to us
     """A system did not do what it was told; its processes have been ended."""
@@ -53,9 +55,14 @@ class _Group:
 
 
 class Fleet:
-    """A context manager; leaving it ends all processes."""
+    """A context manager; leaving it ends all processes.
 
-    def __init__(self) -> None:
+    Args:
+        environment: the variables that a system's processes find, by its name; None: `environment`.
+    """
+
+    def __init__(self, environment: Environment | None = None) -> None:
+        self._environment = environment
         self.folder = Path(tempfile.mkdtemp(prefix="shardproof-bench-"))  # mode 0700
         # Also where a signal does not leave the time to close.
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
@@ -151,7 +158,7 @@ class Fleet:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=environment(key.system),
+                env=(self._environment or environment)(key.system),
                 start_new_session=True,  # Ctrl-C is for the bench, which ends them in order
             )
         return _Group(key, host, log)
