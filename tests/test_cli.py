@@ -184,9 +184,9 @@ def test_another_contract_after_the_work_still_leaves_the_report(
 ) -> None:
     _, report, _ = proof
     path, out = tmp_path / "changed.json", tmp_path / "out.json"
-    path.write_text(json.dumps(report | {"contract": "tree-2 leafwise threads=7"}))
+    path.write_text(json.dumps(report | {"contract": "tree-3 leafwise threads=7"}))
     # As if the ranks came to run under another contract than was foreseen.
-    monkeypatch.setattr(request, "coming_contract", lambda *_: "tree-2 leafwise threads=7")
+    monkeypatch.setattr(request, "coming_contract", lambda *_: "tree-3 leafwise threads=7")
     result = prove(*SMALL, "--against", str(path), "--json", str(out))
     assert result.exit_code == 2
     assert f"error: --against {path}: the earlier report cannot be compared: its contract is " in (

@@ -408,10 +408,10 @@ def test_an_earlier_report_with_other_cases_is_refused_before_the_work(tmp_path:
 
 def test_an_earlier_report_of_another_contract_is_refused_before_the_work(tmp_path: Path) -> None:
     file = tmp_path / "earlier.json"
-    file.write_text(earlier(contract="tree-2 leaves=4"))
+    file.write_text(earlier(contract="tree-3 leaves=4"))
     result = prove("--case", "ffn", "--against", str(file))
     assert result.exit_code == 2
-    assert "its contract is 'tree-2 leaves=4'" in result.stderr
+    assert "its contract is 'tree-3 leaves=4'" in result.stderr
 
 
 def test_native_reports_need_a_degree_in_common(tmp_path: Path) -> None:

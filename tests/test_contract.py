@@ -117,7 +117,7 @@ def test_leafwise_products_are_reported_with_the_threads_of_the_ranks(tmp_path: 
         print(run("--threads", "3", "--against", path), run("--threads", "2", "--against", path))
         """
     lines = run_fresh(code, SHARDPROOF_BLAS="leafwise", OMP_NUM_THREADS="2").splitlines()
-    assert lines[0].startswith("True tree-2 leaves=8 leafwise threads=3 small=")
+    assert lines[0].startswith("True tree-3 leaves=8 leafwise threads=3 small=")
     assert lines[1:] == ["True", "(0, True)", "(0, True) (2, False)"]
 
 
@@ -135,16 +135,16 @@ def test_a_case_without_a_cut_module_has_the_contract_of_its_scheme() -> None:
 
 
 def result(rank: int = 0, **changes: Any) -> RankResult:
-    made = RankResult(rank, (), (), 0, (), 0, {}, 0.0, Scheme(), "tree-2 threads=1")
+    made = RankResult(rank, (), (), 0, (), 0, {}, 0.0, Scheme(), "tree-3 threads=1")
     return dataclasses.replace(made, **changes)
 
 
 def test_one_contract_is_agreed() -> None:
     results = {"a": {1: [result()], 2: [result(), result(1)]}, "b": {1: [result()]}}
-    assert agreed_contract(results) == (Scheme(), "tree-2 threads=1")
+    assert agreed_contract(results) == (Scheme(), "tree-3 threads=1")
 
 
-OTHER = {"contract": "tree-2 threads=2"}
+OTHER = {"contract": "tree-3 threads=2"}
 
 
 @pytest.mark.parametrize(
@@ -158,8 +158,8 @@ OTHER = {"contract": "tree-2 threads=2"}
 )
 def test_two_contracts_are_an_error(results: Any, place: str) -> None:
     message = (
-        "rank 0 of 1 in case 'a' ran under the contract 'tree-2 threads=1', "
-        f"{place} under 'tree-2 threads=2', and bits are compared under one alone"
+        "rank 0 of 1 in case 'a' ran under the contract 'tree-3 threads=1', "
+        f"{place} under 'tree-3 threads=2', and bits are compared under one alone"
     )
     with pytest.raises(MismatchError, match=message):
         agreed_contract(results)

@@ -35,7 +35,7 @@ FACTS: dict[str, Any] = {
     "blas": {
         "variable": "SHARDPROOF_BLAS", "setting": "auto", "from_environment": False,
         "branch": "avx512-strict", "took": True, "return_code": 0, "read_back": 0x1000C,
-        "problem": None, "self_check": "passed", "contract": "tree-2 leaves=8",
+        "problem": None, "self_check": "passed", "contract": "tree-3 leaves=8",
     },
     "threads": {"cores": 8, "cores_allowed": 8, "intra_op": 4, "omp_num_threads": None},
     "transports": [

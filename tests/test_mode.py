@@ -322,7 +322,7 @@ def test_a_late_import_works_for_native_and_raises_for_invariant() -> None:
 def test_the_environment_makes_a_late_import_work() -> None:
     found = json.loads(run_fresh(LATE, MKL_CBWR=f"{WIDEST.upper()},STRICT"))
     assert found["invariant"] == [2, 3]
-    assert found["contract"] == f"tree-2 leaves=8 mkl={WIDEST}-strict {SMALL} fp32 {TORCH}"
+    assert found["contract"] == f"tree-3 leaves=8 mkl={WIDEST}-strict {SMALL} fp32 {TORCH}"
 
 
 @needs_mkl
@@ -342,24 +342,24 @@ def test_a_started_process_gets_this_process_mode(forget: pytest.MonkeyPatch) ->
 def test_the_contract_names_all_that_the_bits_depend_on() -> None:
     mkl = f"mkl={mode.set_blas_mode().branch}"
     bf16 = torch.bfloat16
-    assert mode.contract(Scheme()) == f"tree-2 leaves=8 {mkl} {SMALL} fp32 {TORCH}"
+    assert mode.contract(Scheme()) == f"tree-3 leaves=8 {mkl} {SMALL} fp32 {TORCH}"
     assert (
         mode.contract(Scheme(leaves=5), torch.float64)
-        == f"tree-2 leaves=5 {mkl} {SMALL} fp64 {TORCH}"
+        == f"tree-3 leaves=5 {mkl} {SMALL} fp64 {TORCH}"
     )
     assert mode.contract(Scheme(numerics="native")) == f"native fp32 {TORCH}"
     threads = torch.get_num_threads()
     assert (
-        mode.contract(Scheme(), bf16) == f"tree-2 leaves=8 leafwise threads={threads} bf16 {TORCH}"
+        mode.contract(Scheme(), bf16) == f"tree-3 leaves=8 leafwise threads={threads} bf16 {TORCH}"
     )
 
 
 def test_the_contract_of_our_own_products_has_no_threads(forget: pytest.MonkeyPatch) -> None:
     forget.setattr(core, "kernels", FakeKernels)
     decide(forget, "core")
-    assert mode.contract(Scheme()) == f"tree-2 leaves=8 core=fma fp32 {TORCH}"
+    assert mode.contract(Scheme()) == f"tree-3 leaves=8 core=fma fp32 {TORCH}"
     threads = torch.get_num_threads()
-    wanted = f"tree-2 leaves=8 leafwise threads={threads} bf16 {TORCH}"
+    wanted = f"tree-3 leaves=8 leafwise threads={threads} bf16 {TORCH}"
     assert mode.contract(Scheme(), torch.bfloat16) == wanted
 
 
@@ -367,7 +367,7 @@ def test_the_leafwise_contract_has_the_thread_count(forget: pytest.MonkeyPatch) 
     decide(forget, "leafwise")
     threads = torch.get_num_threads()
     small = "core" if HAS_PRODUCTS else "leafwise"
-    expected = f"tree-2 leaves=8 leafwise threads={threads} small={small} fp32 {TORCH}"
+    expected = f"tree-3 leaves=8 leafwise threads={threads} small={small} fp32 {TORCH}"
     assert mode.contract(Scheme()) == expected
 
 
@@ -376,7 +376,7 @@ def test_the_contract_of_a_gpu_has_the_switches_that_change_bits(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Big GPU")
     matmul, gpu = torch.backends.cuda.matmul, torch.device("cuda")
-    head = "tree-2 leaves=8 leafwise gpu=Big-GPU"
+    head = "tree-3 leaves=8 leafwise gpu=Big-GPU"
     assert mode.contract(Scheme(), torch.float32, gpu) == f"{head} fp32 {TORCH}"
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
         switch = f"allow_{short}_reduced_precision_reduction"

@@ -53,7 +53,7 @@ def case(*tensors, name="ffn", memory=None, checks=()):
 
 def report(*cases, **changes):
     made = Report(
-        cases or (case(),), (1, 2, 3), "threads", "threads", "invariant", 8, 12345, "tree-2"
+        cases or (case(),), (1, 2, 3), "threads", "threads", "invariant", 8, 12345, "tree-3"
     )
     return dataclasses.replace(made, **changes)
 
@@ -77,7 +77,7 @@ def test_the_document_has_the_promised_keys(document):
     assert document["agrees_with_torch"] is True
     assert (document["numerics"], document["engine"]) == ("invariant", "threads")
     assert (document["transport"], document["leaves"]) == ("threads", 8)
-    assert document["contract"].startswith("tree-2 leaves=8 ")
+    assert document["contract"].startswith("tree-3 leaves=8 ")
     assert document["skipped"] == []
 
 
@@ -304,7 +304,7 @@ def test_another_seed_gives_other_hashes():
 def test_other_leaves_are_another_contract():
     first = prove_cases([find_case("ffn")], degrees=(1,), threads=1)
     second = prove_cases([find_case("ffn")], degrees=(1,), threads=1, scheme=Scheme(leaves=4))
-    with pytest.raises(UsageError, match="its contract is 'tree-2 leaves=8"):
+    with pytest.raises(UsageError, match="its contract is 'tree-3 leaves=8"):
         compare_with(second, first.as_dict())
 
 

@@ -225,10 +225,10 @@ def test_state_of_another_contract_warns_and_loads() -> None:
     layer = ColumnParallelLinear(4, 3, axis=Axis.solo(), name="up")
     state = {name: x + 1 if isinstance(x, Tensor) else x for name, x in layer.state_dict().items()}
     wanted = state["weight"].clone()
-    contract = "tree-2 leaves=8 mkl=avx2-strict fp32 torch=1.0"
+    contract = "tree-3 leaves=8 mkl=avx2-strict fp32 torch=1.0"
     state["_extra_state"] = {**state["_extra_state"], "contract": contract}
     with pytest.warns(
-        UserWarning, match=r"'up' was saved under the contract 'tree-2 .* torch=1\.0'"
+        UserWarning, match=r"'up' was saved under the contract 'tree-3 .* torch=1\.0'"
     ):
         layer.load_state_dict(state)
     assert torch.equal(layer.weight, wanted)

@@ -3,8 +3,7 @@
 `a1 @ b1 + a2 @ b2 + ...`, leaf by leaf: a leaf has some steps of each pair, or none. Its partial is
 the sum of its products, the pairs from left to right, and leaves are added by the canonical tree.
 So the order does not depend on how many leaves a rank owns. Our kernel reads the operands where
-they lie; in strict mode each product is one call; elsewhere (*leafwise*) the operands of a leaf are
-laid side by side, and multiplied at once.
+they lie; elsewhere each product is one call, and in *leafwise* mode its operands are copies.
 Plain tensors; no ranks, no autograd.
 """
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from shardproof import core, operands
 from shardproof.errors import ShapeError
 from shardproof.numerics import mode, products
-from shardproof.numerics.matmul import node_dtype
+from shardproof.numerics.matmul import fresh_operands, node_dtype
 from shardproof.tree import Node, children, nodes_of_run
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
@@ -117,9 +116,12 @@ class _Leaf:
         self._pairs, self._slices, self._first = pairs, slices, run.start
         self._shape, self._like = (a.shape[0], b.shape[1]), a
         self._wide = node_dtype(a.dtype)
-        self._is_leafwise = not is_ours and mode.is_leafwise(a.dtype, a.device)
-        self._limit = 0 if is_ours or self._is_leafwise else mode.addmm_limit(a.dtype)
-        self._product = products.product if is_ours else torch.mm
+        self._limit = 0
+        self._product: Callable[[Tensor, Tensor], Tensor] = products.product
+        if not is_ours and mode.is_leafwise(a.dtype, a.device):
+            self._product = _leafwise_product
+        elif not is_ours:
+            self._product, self._limit = torch.mm, mode.addmm_limit(a.dtype)
 
     def partial(self, index: int) -> Tensor:
         """The sum of a leaf's products: (M, N), fresh."""
@@ -131,9 +133,6 @@ class _Leaf:
         ]
         if not parts:
             return self._like.new_zeros(self._shape, dtype=self._wide)
-        if self._is_leafwise:  # copies: the library sees one shape, and fresh operands
-            left, right = zip(*parts, strict=True)
-            return torch.mm(torch.cat(left, 1), torch.cat(right)).to(self._wide)
         total = self._product(*parts[0])
         for a, b in parts[1:]:
             if a.shape[1] <= self._limit:
@@ -141,6 +140,11 @@ class _Leaf:
             else:
                 total.add_(self._product(a, b))
         return total
+
+
+def _leafwise_product(a: Tensor, b: Tensor) -> Tensor:
+    """(M, N), in `node_dtype`. All pairs in one call would need copies side by side: too large."""
+    return torch.mm(*fresh_operands(a, b)).to(node_dtype(a.dtype))
 
 
 def kernel_nodes(pairs: Pairs, slices: Slices, run: range, num_leaves: int) -> dict[Node, Tensor]:

@@ -70,7 +70,7 @@ def product_nodes(
     def leaf(index: int) -> tuple[Tensor, Tensor]:
         where = slices[index - run.start]
         left, right = a[:, where], b[where]
-        return (_fresh(left), _fresh_operand(right)) if leafwise else (left, right)
+        return fresh_operands(left, right) if leafwise else (left, right)
 
     def node_sum(node: Node) -> Tensor:
         if node[1] - node[0] == 1:
@@ -123,6 +123,18 @@ def product_sum(
     )
     total = nodes[0, leaves].to(a.dtype)
     return total if bias is None else total.add_(bias)
+
+
+def fresh_operands(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The operands of one leaf's product, as torch's BLAS may see them in leafwise mode.
+
+    Args:
+        a: (M, K).
+        b: (K, N).
+    Returns:
+        The same numbers, in strides and alignment that do not depend on the shard.
+    """
+    return _fresh(a), _fresh_operand(b)
 
 
 def _fresh_operand(x: Tensor) -> Tensor:

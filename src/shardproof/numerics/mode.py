@@ -26,7 +26,7 @@ from shardproof.errors import NumericsError, UsageError
 from shardproof.scheme import Scheme
 from shardproof.wording import written as shortened
 
-SCHEME_VERSION = "tree-2"
+SCHEME_VERSION = "tree-3"
 SETTINGS = ("auto", "avx512", "avx2", "core", "leafwise", "off")
 VARIABLE = "SHARDPROOF_BLAS"
 
@@ -290,7 +290,7 @@ def contract(
     """Everything that the bits depend on, as one line.
 
     >>> contract(Scheme())  # doctest: +SKIP
-    'tree-2 leaves=8 mkl=avx512-strict small=core fp32 torch=2.13.0+cpu'
+    'tree-3 leaves=8 mkl=avx512-strict small=core fp32 torch=2.13.0+cpu'
     """
     device = torch.device("cpu") if device is None else device
     short = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
