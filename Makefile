@@ -12,7 +12,7 @@ STAMP := $(VENV)/.setup-stamp
 
 help:
 	@echo "make demo   prove, on this machine, that the degree does not change the bits"
-	@echo "make test   run the tests (ORDER=random:7 shuffles them by a seed)"
+	@echo "make test   run the tests, two files at a time (WORKERS=4: four; ORDER=random:7: shuffled)"
 	@echo "make check  ruff and mypy"
 	@echo "make bench  measure side by side with plain torch, and time the cases"
 	@echo "make docs   API documentation into build/docs"
@@ -38,8 +38,11 @@ DEMO_CASES = matmul-row matmul-column ffn linear-column linear-row mlp-gathered 
 demo: $(STAMP)
 	$(BIN)/shardproof prove --degrees 1,2,3,8 $(DEMO_CASES:%=--case %)
 
+# Files, not tests, are shared out: what a file makes once for all its tests is made once.
+WORKERS ?= 2
+
 test: $(STAMP)
-	$(BIN)/python -m pytest $(if $(ORDER),--order $(ORDER))
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(if $(ORDER),--order $(ORDER))
 
 check: $(STAMP)
 	$(BIN)/ruff check

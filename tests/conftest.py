@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
@@ -43,9 +44,17 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[SEED] = seed_of(config.getoption("--order"))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
+    # A worker of pytest-xdist does not draw again: all of them must have the same order.
+    given = getattr(config, "workerinput", {})
+    config.stash[SEED] = given.get("order", config.stash[SEED])
     state = mode.set_blas_mode()
     if not state.took:
         raise pytest.UsageError(f"the tests need invariant numerics, and {state.problem}")
+
+
+@pytest.hookimpl(optionalhook=True)  # only pytest-xdist calls it
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["order"] = node.config.stash[SEED]
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
