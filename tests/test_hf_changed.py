@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,6 +98,50 @@ def test_methods_that_know_whole_weights_only_are_refused(what: str, pool: Pool)
                 act(each)
 
     pool(2, "threads").run(run)
+
+
+class Holder(nn.Module):
+    """A module of the user's own around a model of transformers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+def inner_ones(axis: Axis, whole: nn.Module) -> list[Any]:
+    """Models of transformers inside of what was cut."""
+    held = Holder(copy.deepcopy(whole))
+    layer = "model.model.layers.*.mlp"
+    styles = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+    parallelize(held, {f"{layer}.{name}": style for name, style in styles.items()}, axis)
+    return [cut_model(axis, Setting("llama")).model, held.model, held.model.model]
+
+
+@pytest.mark.parametrize("what", ["save_pretrained", "push_to_hub", "resize"])
+def test_models_inside_refuse_too(
+    what: str, pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would write one rank's shards, without an error."""
+    monkeypatch.chdir(tmp_path)
+    act, said = REFUSED[what]
+    whole = whole_model("llama")
+
+    def run(axis: Axis) -> None:
+        for each in inner_ones(axis, whole):
+            with pytest.raises(UsageError, match=said.replace("ForCausalLM", ".*")):
+                act(each)
+
+    pool(2, "threads").run(run)
+
+
+def test_a_model_inside_of_which_nothing_is_cut_refuses_nothing(tmp_path: Path) -> None:
+    held = Holder(whole_model("llama"))
+    held.head = Mlp()
+    held.config, held.init_weights = None, nn.Identity()  # names that are its own
+    parallelize(held, {f"head.{name}": style for name, style in MLP.items()}, Axis.solo())
+    held.model.save_pretrained(tmp_path)
+    held.init_weights(None)
+    assert (tmp_path / "config.json").exists()
 
 
 def loss_of(axis: Axis, change: Callable[[Any], Any], kind: str = "llama") -> Tensor:

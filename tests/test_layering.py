@@ -79,8 +79,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("optim.adafactor", "optim.muon", "optim.state"),
     ("optim.__init__",),
     # Models of Hugging Face transformers, which compute through these layers.
+    ("hf.models",),
     (
-        "hf.models",
         "hf.attention",
         "hf.cache",
         "hf.cut_logits",

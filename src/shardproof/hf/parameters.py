@@ -1,30 +1,25 @@
-"""What a cut model of transformers says of its parameters: how many, and what they start as."""
+"""How many parameters a cut model of transformers says that it has."""
 
 import functools
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
 from torch import nn
 
-from shardproof.errors import UsageError
+from shardproof import reductions
+from shardproof.hf.models import is_transformers
 from shardproof.layers.embedding import VocabParallelEmbedding
-from shardproof.optim import layouts_of
-
-_STARTS = ("init_weights", "initialize_weights")
 
 
-def guard_parameters(model: nn.Module) -> None:
-    """Let `num_parameters` count the whole model, and `init_weights` refuse.
+def count_whole(model: nn.Module) -> None:
+    """Let `num_parameters` count the whole model.
 
     Args:
-        model: of transformers, cut; of every model of transformers inside it too.
+        model: cut; of transformers, or with models of transformers inside, which count too.
     """
     for module in model.modules():
-        if hasattr(module, "num_parameters") and hasattr(module, "config"):
+        if is_transformers(module):
             own: Any = module
             own.num_parameters = functools.partial(_num_parameters, module)
-            for name in _STARTS:
-                setattr(own, name, functools.partial(_refuse, name, type(module).__name__))
 
 
 def _num_parameters(
@@ -32,21 +27,11 @@ def _num_parameters(
 ) -> int:
     """As of transformers, for the whole model."""
     embeddings = {
-        id(module.weight)
+        id(module.weight): module  # a weight that several share counts once
         for module in model.modules()
         if exclude_embeddings and isinstance(module, nn.Embedding | VocabParallelEmbedding)
     }
-    return sum(
-        torch.Size(layout.shape).numel()
-        for _, parameter, layout, _ in layouts_of(model)
-        if id(parameter) not in embeddings and (parameter.requires_grad or not only_trainable)
-    )
-
-
-def _refuse(function: str, kind: str, *args: Any, **kwargs: Any) -> NoReturn:
-    raise UsageError(
-        f"{function} of a cut {kind}: transformers fills nn.Linear and nn.Embedding, passes over "
-        "the layers that are cut, and would leave them as they are. Let it fill the model before "
-        "it is cut; or build and cut the model on the meta device and call "
-        "shardproof.initialize(model)."
+    return reductions.num_parameters(model, only_trainable=only_trainable) - sum(
+        reductions.num_parameters(each, only_trainable=only_trainable)
+        for each in embeddings.values()
     )

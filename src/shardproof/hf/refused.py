@@ -6,6 +6,8 @@ from typing import Any, NoReturn
 from torch import nn
 
 from shardproof.errors import UsageError
+from shardproof.hf.models import is_transformers
+from shardproof.layers.base import ShardedModule
 
 _PART = "a rank has only its part of the weights"
 _CHECKPOINT = (
@@ -17,6 +19,11 @@ _ADAPTER = (
     "adapters on weights that are cut are not supported yet. Merge the adapter into the model "
     "before parallelize, or leave the layers that it changes out of the plan and add it before."
 )
+_FILLED = (
+    "transformers fills nn.Linear and nn.Embedding, passes over the layers that are cut, and would "
+    "leave them as they are. Let it fill the model before it is cut; or build and cut the model on "
+    "the meta device and call shardproof.initialize(model)."
+)
 # Method -> why not, and what to do instead.
 _REFUSED = {
     "save_pretrained": _CHECKPOINT,
@@ -26,15 +33,28 @@ _REFUSED = {
     ),
     "add_adapter": _ADAPTER,
     "load_adapter": _ADAPTER,
+    "init_weights": _FILLED,
+    "initialize_weights": _FILLED,
 }
 
 
 def guard_methods(model: nn.Module) -> None:
-    """Let a cut model refuse what it cannot do."""
-    for method, why in _REFUSED.items():
-        if hasattr(model, method):
-            refuse = functools.partial(_refuse, f"{method} of a cut {type(model).__name__}: {why}")
-            setattr(model, method, refuse)
+    """Let every model of transformers in which something is cut refuse what it cannot do.
+
+    Args:
+        model: cut; of transformers, or with models of transformers inside.
+    """
+    for module in model.modules():
+        if is_transformers(module) and _is_cut(module):
+            for method, why in _REFUSED.items():
+                if hasattr(module, method):
+                    sentence = f"{method} of a cut {type(module).__name__}: {why}"
+                    setattr(module, method, functools.partial(_refuse, sentence))
+
+
+def _is_cut(model: nn.Module) -> bool:
+    """Whether a rank has only a part of some weight of `model`."""
+    return any(isinstance(module, ShardedModule) for module in model.modules())
 
 
 def _refuse(sentence: str, *args: Any, **kwargs: Any) -> NoReturn:

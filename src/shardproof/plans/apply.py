@@ -17,7 +17,7 @@ from shardproof.hf.generation import guard_generation
 from shardproof.hf.head import adapt_head
 from shardproof.hf.inputs import note_inputs
 from shardproof.hf.models import is_transformers
-from shardproof.hf.parameters import guard_parameters
+from shardproof.hf.parameters import count_whole
 from shardproof.hf.refused import guard_methods
 from shardproof.layers import registry
 from shardproof.layers.base import ShardedModule, check_state
@@ -131,6 +131,8 @@ def _change(model: nn.Module, made: ModelPlan, twins: Mapping[str, nn.Module], a
     for name, parameter in whole.items():
         if id(parameter) not in kept:
             registry.note_replaced(parameter, name)
+    guard_methods(model)
+    count_whole(model)
     if not is_transformers(model):
         return
     if cutter.attentions:
@@ -141,8 +143,6 @@ def _change(model: nn.Module, made: ModelPlan, twins: Mapping[str, nn.Module], a
     if hasattr(model, "generate"):
         guard_generation(model, axis)
     guard_cache(model, axis)
-    guard_methods(model)
-    guard_parameters(model)
 
 
 def _unattended(made: ModelPlan) -> list[str]:
