@@ -364,7 +364,7 @@ def check_part(x: Tensor, axis: Axis, *, dim: int, cut: Cut, is_whole: bool, who
 
 def _check_sent(x: Tensor, call: Call) -> None:
     """Raise unless `x` has memory that other ranks can read, and nobody records what is sent."""
-    if operands.is_odd(x) or operands.is_watched() or x.storage_offset():
+    if operands.is_odd(x) or operands.is_recorded() or x.storage_offset():
         operands.check(str(call), x=x)
 
 

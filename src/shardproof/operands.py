@@ -28,8 +28,8 @@ _is_tracing = torch._C._is_tracing
 _has_transforms = torch._C._are_functorch_transforms_active
 
 
-def is_watched() -> bool:
-    """Whether something may record operations, among which ours would be missing."""
+def is_recorded() -> bool:
+    """Whether something may record operations; ours would be missing from the record."""
     return _num_modes() > 0 or forward_ad._current_level >= 0 or _is_tracing()
 
 
@@ -94,6 +94,21 @@ def check_floating(who: str, **given: Tensor | None) -> None:
                 f"Use {name}.float()"
                 + (f", or torch.view_as_real({name})." if x.dtype.is_complex else ".")
             )
+
+
+def check_float(x: Tensor, who: str, name: str = "x") -> None:
+    """Raise unless `x` is plain memory of a dtype that sums and products are computed in; cheap.
+
+    Args:
+        x: what a layer or a function was given.
+        who: the layer or the function, for the message.
+        name: of `x`, as the user knows it.
+    Raises:
+        UsageError: it is something else, or operations are recorded.
+    """
+    if is_odd(x) or is_recorded() or x.dtype not in FLOATS:
+        check(who, **{name: x})
+        check_floating(who, **{name: x})
 
 
 def _check_recording(who: str) -> None:

@@ -40,10 +40,9 @@ def check_kind(logits: Tensor, target: Tensor, who: str) -> None:
     Comm:
         forward none; backward none.
     """
-    is_odd = operands.is_odd(logits) or operands.is_odd(target) or operands.is_watched()
-    if is_odd or logits.dtype not in operands.FLOATS:
-        operands.check(who, logits=logits, target=target)
-        operands.check_floating(who, logits=logits)
+    operands.check_float(logits, who, "logits")
+    if operands.is_odd(target):
+        operands.check(who, target=target)
 
 
 def counting_rows(

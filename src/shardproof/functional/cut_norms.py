@@ -114,7 +114,7 @@ def sharded_rms_norm(
     Comm:
         forward one all_reduce of squares (*); backward one all_reduce of products (*).
     """
-    _check_kind(x, site)
+    operands.check_float(x, site.who or "a norm")
     _check(x, weight, site, "(*, held)", x.shape[-1:], (site.width,), (site.width,))
     return normalise(x, weight, formula, _AcrossRanks(site))
 
@@ -135,7 +135,7 @@ def head_rms_norm(x: Tensor, weight: Tensor | None, site: NormSite, formula: Rms
     Comm:
         forward none; backward one all_reduce of grad_weight (head_dim).
     """
-    _check_kind(x, site)
+    operands.check_float(x, site.who or "a norm")
     size = site.cut.unit
     wanted = (site.width // size, size)
     _check(x, weight, site, "(*, held heads, head_dim)", x.shape[-2:], wanted, (size,))
@@ -181,12 +181,6 @@ class _ByHead:
     def weight_gradient(self, terms: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         by_token = terms.reshape(x.shape[:-2].numel(), self.site.width)
         return self.site.sum_heads(by_token, dtype)
-
-
-def _check_kind(x: Tensor, site: NormSite) -> None:
-    if operands.is_odd(x) or operands.is_watched() or x.dtype not in operands.FLOATS:
-        operands.check(site.who or "a norm", x=x)
-        operands.check_floating(site.who or "a norm", x=x)
 
 
 def _check(

@@ -158,9 +158,7 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def _check(x: Tensor, who: str, **given: Tensor | None) -> None:
-    if operands.is_odd(x) or operands.is_watched() or x.dtype not in operands.FLOATS:
-        operands.check(who, x=x)
-        operands.check_floating(who, x=x)
+    operands.check_float(x, who)
     for name, value in given.items():
         if value is not None and type(value) not in operands.PLAIN:
             operands.check(who, **{name: value})

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from shardproof import operands
 from shardproof.errors import ShapeError
-from shardproof.operands import FLOATS, PLAIN, is_watched
+from shardproof.operands import FLOATS, PLAIN, is_recorded
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def check_alike(x: Tensor, weight: Tensor, bias: Tensor | None, who: str) -> Non
             or type(weight) not in PLAIN
             or (bias is not None and type(bias) not in PLAIN)
             or dtype not in FLOATS
-            or is_watched()
+            or is_recorded()
         ):
             operands.check(who, x=x, weight=weight, bias=bias)
             operands.check_floating(who, x=x)

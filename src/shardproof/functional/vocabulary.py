@@ -219,9 +219,7 @@ def vocab_log_softmax(
     Comm:
         forward one all_gather of (blocks, 2, rows); backward one all_reduce of (rows).
     """
-    if operands.is_odd(logits) or operands.is_watched() or logits.dtype not in operands.FLOATS:
-        operands.check(who, logits=logits)
-        operands.check_floating(who, logits=logits)
+    operands.check_float(logits, who, "logits")
     if logits.dim() != 2:
         raise ShapeError(
             f"{who}: logits (rows, owned classes) wanted, got shape {tuple(logits.shape)}. Flatten "
