@@ -65,7 +65,6 @@ from shardproof.layers import (
     replace,
     scaling,
     step_guard,
-    watched,
     whole,
 )
 from shardproof.layers import attention as attention_layers
@@ -461,8 +460,9 @@ SILENT = {
     adafactor: {"Adafactor"},  # counted in test_whole_optimizers: messages of two sizes
     orthogonal: {"Group", "Iteration", "Spread"},
     state: {"state_layout"},
-    registry: {"Part", "changes", "note_change", "note_replaced", "part_of", "parts_of", "refresh"}
-    | {"remember", "replaced_name", "watch", "watched"},
+    registry: {"Part", "add_module", "axes_of", "changes", "cut_modules", "cut_parameters"}
+    | {"is_cut_module", "name_by_memory", "name_of", "note_change", "note_replaced", "part_of"}
+    | {"parts", "parts_of", "refresh", "remember", "replaced_name"},
     step_guard: {"declare_elementwise", "install", "is_elementwise", "serve"},
     base: {"ShardedModule", "check_state"},
     guard: {"watch"},
@@ -471,8 +471,6 @@ SILENT = {
     refuse: {"install"},
     scaling: {"install"},
     replace: {"is_replaced", "replace"},
-    watched: {"Placement", "axes_of", "cut_parameters", "is_watched", "name_by_memory", "name_of"}
-    | {"placements"},
     activations: {"Tanh", "Sigmoid", "SiLU", "GELU", "Softplus", "QuickGELU", "Mish"}
     | {"ClippedGELU", "SqrtSoftplus", "ELU", "CELU", "SELU", "Softshrink"}
     | {"invariant_twin", "why_refused"},

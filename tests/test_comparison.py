@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import shardproof as sp
 from agreeing import EVERY_TRANSPORT, check_all_said, drawn, mlp, plain, run, said
@@ -82,6 +83,21 @@ def test_a_plain_parameter_without_a_name_is_numbered(pool: Pool) -> None:
             return said(torch.optim.SGD(model.parameters(), lr=0.1).step)
 
     check_all_said(run(pool, "threads", work), "the parameter 'number 5 of the optimizer'")
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_a_part_that_a_parametrization_has_taken_is_no_replica(pool: Pool) -> None:
+    def work(axis: Axis) -> str:
+        model = with_norm(axis)
+        parametrize.register_parametrization(model[0], "weight", Doubled())
+        with sp.checked():
+            return said(sgd(model).step)
+
+    assert run(pool, "threads", work, 2) == ["", ""]
 
 
 @EVERY_TRANSPORT

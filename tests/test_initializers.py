@@ -21,7 +21,7 @@ from shardproof.axis import Axis
 from shardproof.errors import UsageError
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
 from shardproof.layers.refuse import CONSTANTS, DRAWS
-from shardproof.layers.watched import name_by_memory
+from shardproof.layers.registry import name_by_memory
 from shardproof.optim import layouts_of
 from shardproof.plans.apply import parallelize
 from shardproof.plans.initialize import initialize

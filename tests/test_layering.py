@@ -63,7 +63,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("functional.__init__",),
     # What of torch would take a shard for the whole.
     ("layers.registry", "layers.replace"),
-    ("layers.step_guard", "layers.watched"),
+    ("layers.step_guard",),
     ("layers.refuse", "layers.scaling"),
     ("layers.filling", "layers.guard"),
     ("layers.base",),

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from shardproof import checking, comm
 from shardproof.axis import Axis
-from shardproof.layers.watched import placements
+from shardproof.layers import registry
 
 _WAY_OUT = (
     "Something updates it differently on the ranks: gradients, learning rates or draws that "
@@ -91,7 +91,7 @@ def _placements(optimizer: Optimizer) -> tuple[list[Axis], dict[Any, list[tuple[
 
     A parameter that is in no layer of ours is replicated on all axes that the others are cut over.
     """
-    known = placements()
+    known = registry.parts()
     axes: dict[Any, Axis] = {}
     plain: list[tuple[str, Tensor]] = []
     replicated: dict[Any, list[tuple[str, Tensor]]] = {}
@@ -99,15 +99,15 @@ def _placements(optimizer: Optimizer) -> tuple[list[Axis], dict[Any, list[tuple[
     for group in optimizer.param_groups:
         names = group.get("param_names") or [None] * len(group["params"])
         for name, parameter in zip(names, group["params"], strict=True):
-            place = known.get(id(parameter))
-            if place is None:
+            part = known.get(id(parameter))
+            if part is None:
                 plain.append((name or f"number {number} of the optimizer", parameter))
             else:
-                key = place.axis.transport
+                key = part.axis.transport
                 if key.size > 1:
-                    axes.setdefault(key, place.axis)
-                    if place.is_replicated:
-                        replicated.setdefault(key, []).append((name or place.name, parameter))
+                    axes.setdefault(key, part.axis)
+                    if not part.is_cut:
+                        replicated.setdefault(key, []).append((name or part.name, parameter))
             number += 1
     for key in axes:
         replicated[key] = replicated.get(key, []) + plain

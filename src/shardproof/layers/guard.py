@@ -12,47 +12,33 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad
 
 from shardproof.errors import UsageError
 from shardproof.layers import refuse, registry, scaling, step_guard
-from shardproof.layers.watched import name_of
+from shardproof.layers.registry import name_of
+from shardproof.layers.replace import replace
 
 _lock = threading.Lock()
-_installed: list[str] = []
 
 
 def watch(module: nn.Module) -> None:
     """Make torch's functions raise on this module's cut parameters, or do what is right."""
-    registry.watch(module)
+    registry.add_module(module)
     with _lock:
         step_guard.install()
-        if not hasattr(clip_grad._get_total_norm, "is_shardproof_guard"):
-            _install()
-        if not _installed:
-            refuse.install()
-            scaling.install()
-            _installed.append("refuse, scaling")
+        replace(clip_grad._get_total_norm, _guarded)
+        _install_once()
 
 
-def _install() -> None:
-    """Guard torch's function where it lives, so that names imported earlier are guarded too."""
-    norm = clip_grad._get_total_norm
-    inner = getattr(norm, "__wrapped__", None)
-    for cell in norm.__closure__ or ():
-        if inner is not None and cell.cell_contents is inner:
-            # torch's decorator calls what this cell holds: the function object stays the same.
-            cell.cell_contents = _guarded(inner)
-            norm.is_shardproof_guard = True  # type: ignore[attr-defined]
-            return
-    # Not decorated in this version of torch: then the two names by which it is reached.
-    clip_grad._get_total_norm = torch.nn.utils.get_total_norm = _guarded(norm)
+@functools.cache
+def _install_once() -> None:
+    refuse.install()
+    scaling.install()
 
 
 def _guarded(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @functools.wraps(original)
     def guard(tensors: Tensor | Iterable[Tensor], *args: Any, **kwargs: Any) -> Tensor:
         grads = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         name = name_of(grads)
@@ -64,5 +50,4 @@ def _guarded(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             )
         return original(grads, *args, **kwargs)
 
-    guard.is_shardproof_guard = True  # type: ignore[attr-defined]
     return guard

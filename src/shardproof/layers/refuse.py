@@ -19,8 +19,8 @@ from torch.nn.utils.spectral_norm import spectral_norm
 from torch.nn.utils.weight_norm import weight_norm
 
 from shardproof.errors import UsageError
+from shardproof.layers.registry import is_cut_module, name_by_memory
 from shardproof.layers.replace import replace
-from shardproof.layers.watched import is_watched, name_by_memory
 
 Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -110,7 +110,7 @@ def _normalising(function: str, original: Callable[..., Any]) -> Callable[..., A
 
 
 def _check_whole(module: Any, name: str, function: str, reason: str) -> None:
-    if is_watched(module) and name in module.layouts and not module.layouts[name].is_replicated:
+    if is_cut_module(module) and name in module.layouts and not module.layouts[name].is_replicated:
         raise UsageError(
             f"torch.nn.utils.{function} on {name!r} of {module.name!r} "
             f"({type(module).__name__}), of which this rank holds a part: {reason}. Do it before "

@@ -1,15 +1,15 @@
-"""Which tensors are parts of a whole, asked by those who have the parameter and no module.
+"""Which tensors are parts of a whole, asked by those who have the tensor and no module.
 
-An optimizer knows parameters alone. The cut modules of the process are kept here weakly, and what
-each of their parameters is a part of is looked up in the modules themselves: whatever has put
-another `nn.Parameter` in the place of one (a deep copy, `to_empty`, `load_state_dict(assign=True)`,
-an assignment) is thereby followed. A number that grows with every such change says when to look
-again.
+An optimizer knows parameters alone, and so do the functions of torch that are guarded. The cut
+modules of the process are kept here weakly, and what each of their parameters is a part of is
+looked up in the modules themselves: whatever has put another `nn.Parameter` in the place of one (a
+deep copy, `to_empty`, `load_state_dict(assign=True)`, an assignment) is thereby followed. A number
+that grows with every such change says when to look again.
 """
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,17 +57,22 @@ _lock = threading.Lock()
 _changes = 0
 
 
-def watch(module: nn.Module) -> None:
+def add_module(module: nn.Module) -> None:
     """Keep a cut module in sight, as long as somebody else keeps it alive."""
     with _lock:
         _modules.add(module)
     note_change()
 
 
-def watched() -> list[Any]:
+def cut_modules() -> list[Any]:
     """The cut modules that are alive."""
     with _lock:
         return list(_modules)
+
+
+def is_cut_module(module: object) -> bool:
+    """True for a cut module."""
+    return any(each is module for each in cut_modules())
 
 
 def note_change() -> None:
@@ -103,7 +108,7 @@ def part_of(parameter: Tensor) -> Part | None:
 
 def refresh() -> None:
     """Look at the parameters of all cut modules."""
-    for module in watched():
+    for module in cut_modules():
         remember(module)
 
 
@@ -115,6 +120,18 @@ def remember(module: nn.Module) -> None:
             # A tied parameter is cut if any of its modules says so.
             if known is None or part.is_cut or not known.is_cut:
                 _parts[parameter] = part
+
+
+def parts() -> dict[int, Part]:
+    """Identity of every parameter of a cut module -> what it is a part of, as of now."""
+    found: dict[int, Part] = {}
+    for module in cut_modules():
+        for parameter, part in parts_of(module):
+            known = found.get(id(parameter))
+            # A tied parameter is cut if any of its modules says so.
+            if known is None or (part.is_cut and not known.is_cut):
+                found[id(parameter)] = part
+    return found
 
 
 def parts_of(module: Any) -> Iterator[tuple[nn.Parameter, Part]]:
@@ -134,3 +151,46 @@ def parts_of(module: Any) -> Iterator[tuple[nn.Parameter, Part]]:
                 if other not in module.layouts:
                     part = Part(f"{module.name}.{other}", None, module.axis, promises, owner)
                     yield candidate, part
+
+
+def cut_parameters() -> Iterator[tuple[str, nn.Parameter, Axis]]:
+    """Name, parameter and axis of every cut parameter of this process, all its ranks'."""
+    for module in cut_modules():
+        for parameter, part in parts_of(module):
+            if part.is_cut:
+                yield part.name, parameter, part.axis
+
+
+def name_of(tensors: Iterable[Tensor]) -> str | None:
+    """Name of the first of `tensors` that is a cut parameter or the gradient of one."""
+    names: dict[int, str] = {}
+    for name, parameter, _ in cut_parameters():
+        names[id(parameter)] = name
+        if parameter.grad is not None:
+            names[id(parameter.grad)] = name
+    return next((names[id(tensor)] for tensor in tensors if id(tensor) in names), None)
+
+
+def name_by_memory(tensor: Any) -> str | None:
+    """Name of the cut parameter whose memory `tensor` is a view of (`p.data`, `p[:3]`), or None."""
+    if not isinstance(tensor, Tensor):
+        return None
+    memory = _memory(tensor)
+    for name, parameter, _ in cut_parameters():
+        if parameter is tensor or (memory is not None and memory == _memory(parameter)):
+            return name
+    return None
+
+
+def axes_of(parameters: Iterable[Any]) -> list[Axis]:
+    """The axes over which some of `parameters` are cut, in the order of the parameters."""
+    axes = {id(parameter): axis for _, parameter, axis in cut_parameters()}
+    found = {id(axes[id(each)]): axes[id(each)] for each in parameters if id(each) in axes}
+    return list(found.values())
+
+
+def _memory(tensor: Tensor) -> int | None:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None  # of a subclass without memory of its own, which no cut parameter is
