@@ -94,7 +94,7 @@ class ShardedModule(nn.Module):
         registry.note_change()
         return applied
 
-    def cut_parameters(self) -> Iterator[tuple[str, nn.Parameter, Layout]]:
+    def parameters_with_layouts(self) -> Iterator[tuple[str, nn.Parameter, Layout]]:
         """Name, parameter and layout of every parameter that has a layout.
 
         Raises:

@@ -27,7 +27,7 @@ def layouts_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Layout, Ax
         id(parameter): (layout, module.axis)
         for module in model.modules()
         if isinstance(module, ShardedModule)
-        for _, parameter, layout in module.cut_parameters()
+        for _, parameter, layout in module.parameters_with_layouts()
     }
     for name, parameter in model.named_parameters():
         layout, axis = cut.get(id(parameter), (Layout(tuple(parameter.shape), 0), None))

@@ -190,7 +190,7 @@ def _cut_before(model: nn.Module) -> dict[int, tuple[int, ...]]:
         id(parameter): layout.shape
         for module in model.modules()
         if isinstance(module, ShardedModule)
-        for _, parameter, layout in module.cut_parameters()
+        for _, parameter, layout in module.parameters_with_layouts()
     }
 
 

@@ -74,7 +74,7 @@ class Trial:
         curves: run -> the loss of each of its steps; a case may train more than once.
         activation_bytes: of the largest output of a module, data excluded; plain torch only.
         share_bytes: of the largest owned share of a parameter.
-        cut_parameters: of the adopted models, those of which no rank owns all.
+        num_cut_parameters: of the adopted models, those of which no rank owns all.
         precise: what the fp64 run left; in the other run of plain torch alone.
     """
 
@@ -96,7 +96,7 @@ class Trial:
         self.curves: dict[str, list[float]] = {}
         self.activation_bytes = 0
         self.share_bytes = 0
-        self.cut_parameters = 0
+        self.num_cut_parameters = 0
         self.precise = precise
         self._recorder = recorder
         self._is_precise = is_precise
@@ -147,7 +147,7 @@ class Trial:
             if layout.dim is not None:
                 numel = numel // max(1, parameter.shape[layout.dim]) * len(layout.owned)
             self.share_bytes = max(self.share_bytes, numel * parameter.element_size())
-            self.cut_parameters += _is_cut(layout)
+            self.num_cut_parameters += _is_cut(layout)
         if self.is_reference:
             for module in model.modules():
                 module.register_forward_hook(self._see_activation)

@@ -226,7 +226,7 @@ def _counts(ranks: Sequence[RankResult]) -> Counts:
 def _cut(ranks: Sequence[RankResult]) -> CutReport:
     """What the ranks shared: the largest rank's bytes, forward and backward."""
     return CutReport(
-        max(rank.cut_parameters for rank in ranks), max(_sent_bytes(rank) for rank in ranks)
+        max(rank.num_cut_parameters for rank in ranks), max(_sent_bytes(rank) for rank in ranks)
     )
 
 

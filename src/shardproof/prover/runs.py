@@ -73,7 +73,7 @@ class RankResult:
         scheme: of the layers that ran, or the proof's if none was cut.
         contract: what the bits depend on, of those layers, their dtypes and this rank's threads.
         curves: run -> the loss of each of its steps.
-        cut_parameters: those of which no rank owns all.
+        num_cut_parameters: how many there are of which no rank owns all.
     """
 
     rank: int
@@ -87,7 +87,7 @@ class RankResult:
     scheme: Scheme
     contract: str
     curves: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    cut_parameters: int = 0
+    num_cut_parameters: int = 0
 
 
 class _FileRecorder:
@@ -237,7 +237,7 @@ def run_on_rank(
         trial.scheme,
         trial.contract(),
         {run: tuple(losses) for run, losses in trial.curves.items()},
-        trial.cut_parameters,
+        trial.num_cut_parameters,
     )
 
 
