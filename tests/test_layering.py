@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("transport.portable", "transport.rendezvous", "transport.stream"),
     ("transport.incore", "transport.segment"),
     ("transport.shared", "transport.solo", "transport.threads", "transport.distributed"),
-    ("transport.severed",),
+    ("transport.disabled",),
     ("transport.choose",),
     ("transport.__init__",),
     ("axis",),

@@ -24,8 +24,8 @@ from shardproof.quantities import LARGEST, checked_flag, checked_name
 from shardproof.timeout import START_TIMEOUT, checked_timeout
 from shardproof.transport.base import Call, Transport
 from shardproof.transport.choose import AUTO, checked_transport, choose
+from shardproof.transport.disabled import refuse_inherited
 from shardproof.transport.distributed import DistributedTransport
-from shardproof.transport.severed import refuse_inherited
 from shardproof.transport.solo import SoloTransport
 from shardproof.wording import shown
 

@@ -25,8 +25,8 @@ from shardproof.engines.fork import end_if_forked
 from shardproof.errors import UsageError
 from shardproof.overlap import Overlap
 from shardproof.transport.base import Transport
+from shardproof.transport.disabled import OVER, disable
 from shardproof.transport.rendezvous import Rendezvous
-from shardproof.transport.severed import OVER, sever
 from shardproof.transport.solo import SoloTransport
 from shardproof.transport.threads import ThreadsTransport, waits_note
 
@@ -143,7 +143,7 @@ class ThreadRanks(Ranks):
         failures = [outcome.failure for outcome in found.values() if outcome.failure]
         if not failures:
             for transport in transports:
-                sever(transport, OVER)  # else whoever kept the axis would find the others or not
+                disable(transport, OVER)  # else whoever kept the axis would find the others or not
             return [found[rank].result for rank in range(self.degree)]
         self._break()
         error = verdict(failures, self.degree)

@@ -17,7 +17,7 @@ from pathlib import Path
 from shardproof.engines import parcel
 from shardproof.engines.board import Board
 from shardproof.engines.failure import Failure
-from shardproof.transport.base import name_ranks
+from shardproof.transport.base import name_ranks, name_waits
 
 # How long the launcher goes on listening after a cause and after a mere symptom was reported.
 _AFTER_CAUSE = 0.5
@@ -198,14 +198,7 @@ class Watch:
         self._fail(Failure(missing[0], f"{what}did not come{within}{others}: {waits}"))
 
     def _waits(self, ranks: Sequence[int]) -> str:
-        """Who waits in what, for a message."""
-        where: dict[str, list[int]] = {}
-        for rank in ranks:
-            where.setdefault(self._board.read(rank).text, []).append(rank)
-        return "; ".join(
-            f"{name_ranks(who)} {'waits' if len(who) == 1 else 'wait'} in {text}"
-            for text, who in where.items()
-        )
+        return name_waits({rank: self._board.read(rank).text for rank in ranks})
 
 
 def _is_timeout(failure: Failure) -> bool:

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -171,12 +171,27 @@ def name_ranks(ranks: Sequence[int]) -> str:
     return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
 
 
+def name_waits(calls: Mapping[int, object]) -> str:
+    """Who waits in what, for a message; ranks that wait in the same call are named together.
+
+    >>> name_waits({0: "all_reduce", 2: "all_reduce"})
+    'ranks 0 and 2 wait in all_reduce'
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank, call in sorted(calls.items()):
+        ranks.setdefault(str(call), []).append(rank)
+    return "; ".join(
+        f"{name_ranks(who)} {'waits' if len(who) == 1 else 'wait'} in {call}"
+        for call, who in ranks.items()
+    )
+
+
 # What is wrong where a rank is in a collective and begins another one. The core has it too.
 BUSY = (
     "two threads use one rank's transport at the same time, or a signal handler uses it while the "
     "rank does. Make all collectives of an axis in one thread of each rank, one after the other"
 )
-# Every transport of this process, so that a fork of it can be kept from using them (`severed.py`).
+# Every transport of this process, so that a fork of it can be kept from using them (`disabled.py`).
 living: "weakref.WeakSet[Transport]" = weakref.WeakSet()
 
 

@@ -22,7 +22,7 @@ from shardproof import core
 from shardproof.errors import UsageError
 from shardproof.telling import text_of
 from shardproof.transport.agreement import disagreement
-from shardproof.transport.base import BUSY, Call, PeerError, name_ranks
+from shardproof.transport.base import BUSY, Call, PeerError, name_ranks, name_waits
 from shardproof.transport.notes import NOTHING, Noted
 
 # How ranks that disagree tell each other what they meant.
@@ -210,13 +210,13 @@ class Rendezvous:
 
     def _break_because_left(self, rank: int, waiting: Mapping[int, Call]) -> None:
         self._break(
-            f"rank {rank} of {self.size} returned and will not come: {_describe(waiting)}", rank
+            f"rank {rank} of {self.size} returned and will not come: {name_waits(waiting)}", rank
         )
 
     def _break_because_late(self, missing: list[int], waiting: Mapping[int, Call]) -> None:
         self._break(
             f"{name_ranks(missing)} of {self.size} did not come within {self._timeout:g} s: "
-            f"{_describe(waiting)}",
+            f"{name_waits(waiting)}",
             missing[0],
         )
 
@@ -230,15 +230,3 @@ class Rendezvous:
 
 def _confer(end: Any, text: str) -> list[str]:
     return list(end.confer(text.encode()))
-
-
-def _describe(calls: Mapping[int, Call]) -> str:
-    """Who waits in what; ranks that wait in the same collective are named together."""
-    ranks: dict[str, list[int]] = {}
-    for rank, call in sorted(calls.items()):
-        ranks.setdefault(str(call), []).append(rank)
-    waits = [
-        f"{name_ranks(who)} {'waits' if len(who) == 1 else 'wait'} in {call}"
-        for call, who in ranks.items()
-    ]
-    return "; ".join(waits)

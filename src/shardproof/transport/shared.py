@@ -16,7 +16,14 @@ from torch import Tensor
 from shardproof import core
 from shardproof.errors import AxisError, MismatchError, ShardproofError
 from shardproof.telling import text_of
-from shardproof.transport.base import Call, PeerError, Transport, compare_pieces, name_ranks
+from shardproof.transport.base import (
+    Call,
+    PeerError,
+    Transport,
+    compare_pieces,
+    name_ranks,
+    name_waits,
+)
 from shardproof.transport.incore import CoreTransport
 from shardproof.transport.ledger import Ledger
 from shardproof.transport.segment import Peer, find_hosts, layout_of, map_together
@@ -231,15 +238,8 @@ class SharedTransport(CoreTransport):
 
     def _waits(self, missing: Sequence[int]) -> str:
         """Who waits in what, as far as that is known."""
-        notes = self._core.notes()
-        ranks: dict[str, list[int]] = {}
-        for rank, note in enumerate(notes):
-            if note and rank not in missing:
-                ranks.setdefault(note, []).append(rank)
-        return "; ".join(
-            f"{name_ranks(who)} {'waits' if len(who) == 1 else 'wait'} in {note}"
-            for note, who in ranks.items()
-        )
+        notes = enumerate(self._core.notes())
+        return name_waits({rank: note for rank, note in notes if note and rank not in missing})
 
     def _break(self, message: str, blamed: int) -> None:
         """Raise here and tell the others, unless one of them was first: then what it told."""

@@ -1,8 +1,9 @@
 """Transports that must not be used any more: in a fork of their rank, or after its call is over.
 
-What a fork inherits looks as good as the rank's own: it would write into the memory and the sockets
-that the ranks share, and be taken for the rank. So every transport becomes another class in the
-child, which refuses everything. That costs the rank itself nothing.
+A fork inherits the transports of its rank, and they would work: the fork would write into the
+memory and the sockets that the ranks share, and the other ranks would take it for the rank. So in
+the fork every transport becomes a `DisabledTransport`, whose collectives raise. The rank itself
+pays nothing for that.
 """
 
 import os
@@ -29,34 +30,16 @@ OVER = (
 )
 
 
-class Severed(Transport):
-    """What becomes of a transport: it knows who it was, and refuses everything else."""
+class DisabledTransport(Transport):
+    """What a transport becomes: it knows its rank and its size, and every collective raises."""
 
     why: str
 
-    def exchange(self, *_: object, **__: object) -> NoReturn:
-        """Refuse."""
-        self._refuse()
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise AxisError(f"rank {self.rank} of {self.size} cannot be reached here: {self.why}.")
 
-    def all_gather(self, *_: object, **__: object) -> NoReturn:
-        """Refuse."""
-        self._refuse()
-
-    def start_sum(self, *_: object, **__: object) -> NoReturn:
-        """Refuse."""
-        self._refuse()
-
-    def sum(self, *_: object, **__: object) -> NoReturn:
-        """Refuse."""
-        self._refuse()
-
-    def gather_objects(self, *_: object, **__: object) -> NoReturn:
-        """Refuse."""
-        self._refuse()
-
-    def finish(self, *_: object) -> NoReturn:
-        """Refuse to end a sum that was started before."""
-        self._refuse()
+    exchange = all_gather = start_sum = sum = gather_objects = _refuse
+    finish = _refuse  # of a sum that was started before
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else the transport could do; what every Python object may lack stays so."""
@@ -64,15 +47,12 @@ class Severed(Transport):
             return object.__getattribute__(self, name)
         self._refuse()
 
-    def _refuse(self) -> NoReturn:
-        raise AxisError(f"rank {self.rank} of {self.size} cannot be reached here: {self.why}.")
 
-
-def sever(transport: Transport, why: str) -> None:
+def disable(transport: Transport, why: str) -> None:
     """Let `transport` refuse everything from now on; one of a rank alone has nobody to disturb."""
     if getattr(transport, "size", 1) > 1:
         name, is_asynchronous = transport.name, transport.is_asynchronous
-        transport.__class__ = Severed
+        transport.__class__ = DisabledTransport
         transport.__dict__.update(name=name, is_asynchronous=is_asynchronous, why=why)
 
 
@@ -89,11 +69,11 @@ def refuse_inherited(group: dist.ProcessGroup) -> None:
         )
 
 
-def _sever_in_fork() -> None:
+def _disable_in_fork() -> None:
     for transport in list(living):
-        sever(transport, FORKED)
+        disable(transport, FORKED)
     if dist.is_available():
         _inherited.update(distributed_c10d._world.pg_map)
 
 
-os.register_at_fork(after_in_child=_sever_in_fork)
+os.register_at_fork(after_in_child=_disable_in_fork)
