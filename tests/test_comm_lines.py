@@ -456,7 +456,7 @@ SILENT = {
     vocabulary_site: {"VocabularySite", "parts"},
     classes: {"check_kind", "check_reduction", "counting_rows", "reduce_rows"},
     layouts: {"Place", "layouts_of"},
-    optimizer_base: {"WholeOptimizer", "check_scalar", "scalar", "wide", "write"},
+    optimizer_base: {"WholeOptimizer", "check_scalar", "scalar", "write"},
     adafactor: {"Adafactor"},  # counted in test_whole_optimizers: messages of two sizes
     orthogonal: {"Group", "Iteration", "Spread"},
     state: {"state_layout"},

@@ -19,7 +19,7 @@ from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError, UsageError
 from shardproof.leaves import Cut, Layout
-from shardproof.numerics.matmul import node_dtype
+from shardproof.numerics.elementwise import widen
 from shardproof.numerics.sums import sum_all
 from shardproof.optim.layouts import layouts_of
 from shardproof.tree import add_tensors, combine, nodes_of_run
@@ -260,7 +260,7 @@ def _sums(
 
 def _leaf_values(y: Tensor) -> Tensor:
     """What is added up: counts in fp64, which is exact to 2^53, bf16 and fp16 in fp32."""
-    return y.to(node_dtype(y.dtype)) if y.is_floating_point() else y.double()
+    return widen(y) if y.is_floating_point() else y.double()
 
 
 def _leaf_sum(y: Tensor) -> Tensor:
@@ -313,7 +313,7 @@ def _parameters(
 
 
 def _square(x: Tensor) -> Tensor:
-    wide = x.to(node_dtype(x.dtype))
+    wide = widen(x)
     return wide * wide
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from shardproof import core, operands
 from shardproof.errors import ShapeError
 from shardproof.numerics import mode, products
+from shardproof.numerics.elementwise import widen
 from shardproof.numerics.matmul import fresh_operands, node_dtype
 from shardproof.tree import Node, children, nodes_of_run
 
@@ -144,7 +145,7 @@ class _Leaf:
 
 def _leafwise_product(a: Tensor, b: Tensor) -> Tensor:
     """(M, N), in `node_dtype`. All pairs in one call would need copies side by side: too large."""
-    return torch.mm(*fresh_operands(a, b)).to(node_dtype(a.dtype))
+    return widen(torch.mm(*fresh_operands(a, b)))
 
 
 def kernel_nodes(pairs: Pairs, slices: Slices, run: range, num_leaves: int) -> dict[Node, Tensor]:

@@ -17,8 +17,9 @@ from torch import Tensor
 from shardproof.errors import UsageError
 from shardproof.layers.step_guard import serve
 from shardproof.leaves import Layout, replicated
+from shardproof.numerics.elementwise import widen
 from shardproof.numerics.sums import sum_rows, sum_squares, sum_squares_rows
-from shardproof.optim.base import WholeOptimizer, check_scalar, scalar, wide, write
+from shardproof.optim.base import WholeOptimizer, check_scalar, scalar, write
 from shardproof.optim.layouts import Place
 from shardproof.optim.norms import sum_squares_of
 
@@ -99,13 +100,13 @@ class Adafactor(WholeOptimizer):
 
     def _update(self, parameter: Tensor, group: dict[str, Any], place: Place) -> None:
         given: Any = parameter.grad
-        grad = wide(given.neg() if group["maximize"] else given)
+        grad = widen(given.neg() if group["maximize"] else given)
         state = self.state[parameter]
         if not state:
             state.update(_first_state(parameter))
         state["step"] += 1
         step = state["step"].item()
-        weight, lr = wide(parameter), group["lr"]
+        weight, lr = widen(parameter), group["lr"]
         floor = group["eps"][0]
         floor = torch.finfo(parameter.dtype).eps if floor is None else floor
 
@@ -114,7 +115,7 @@ class Adafactor(WholeOptimizer):
             size, variance = _factored(weight, grad, state, is_new, floor, place)
         else:
             size = sum_squares_of(weight, place)
-            mixed = wide(state["variance"]).lerp_(grad * grad, is_new)
+            mixed = widen(state["variance"]).lerp_(grad * grad, is_new)
             write(state["variance"], mixed)
             variance = state["variance"].to(grad.dtype, copy=True)
 
@@ -179,13 +180,13 @@ def _factored(
         row_total = sums[1:-columns]
     _mix(state["col_var"], column_squares, is_new, place.layout.shape[-2])
     mean = row_total.view(*grad.shape[:-2], 1, 1).div(place.layout.shape[-2]).clamp_(min=floor)
-    variance = torch.mul(wide(state["row_var"]), wide(state["col_var"])).div_(mean)
+    variance = torch.mul(widen(state["row_var"]), widen(state["col_var"])).div_(mean)
     return sums[0], variance
 
 
 def _mix(mean: Tensor, sums: Tensor, is_new: float, count: int) -> None:
     """Move a running mean towards the mean of `count` values whose sums are given; in place."""
-    write(mean, wide(mean).lerp_(sums.view(mean.shape).div(count), is_new))
+    write(mean, widen(mean).lerp_(sums.view(mean.shape).div(count), is_new))
 
 
 def _row_squares(x: Tensor) -> Tensor:
@@ -200,7 +201,7 @@ def _column_squares(x: Tensor) -> Tensor:
 
 def _row_sum(row_var: Tensor) -> Tensor:
     """(*, rows, 1) -> (*,): summed over the rows."""
-    return sum_rows(wide(row_var).movedim(-2, 0).flatten(1))
+    return sum_rows(widen(row_var).movedim(-2, 0).flatten(1))
 
 
 def _without(layout: Layout, dim: int) -> Layout:

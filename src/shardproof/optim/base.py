@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from shardproof.errors import UsageError
 from shardproof.layers import registry
 from shardproof.leaves import Layout, replicated
-from shardproof.numerics.matmul import node_dtype
 from shardproof.optim.layouts import Place
 
 
@@ -108,11 +107,6 @@ class WholeOptimizer(Optimizer):
                 "layer out of the plan."
             )
         return Place(part.layout, part.axis, f"{part.name} ({name})")
-
-
-def wide(x: Tensor) -> Tensor:
-    """`x` in the dtype in which it is computed with: itself, or a copy in fp32."""
-    return x.to(node_dtype(x.dtype))
 
 
 def write(target: Tensor, value: Tensor) -> None:

@@ -19,8 +19,8 @@ from shardproof.axis import Axis
 from shardproof.errors import UsageError
 from shardproof.layers.step_guard import serve
 from shardproof.leaves import Cut, Layout
-from shardproof.numerics.matmul import node_dtype
-from shardproof.optim.base import WholeOptimizer, check_scalar, scalar, wide, write
+from shardproof.numerics.elementwise import widen
+from shardproof.optim.base import WholeOptimizer, check_scalar, scalar, write
 from shardproof.optim.layouts import Place
 from shardproof.optim.norms import sum_squares_of
 from shardproof.optim.orthogonal import Iteration, orthogonalize, spread_of
@@ -135,16 +135,16 @@ class Muon(WholeOptimizer):
 
     def _update(self, parameter: Tensor, group: dict[str, Any], place: Place) -> None:
         given: Any = parameter.grad
-        grad, momentum = wide(given), group["momentum"]
+        grad, momentum = widen(given), group["momentum"]
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(given)
-        buffer = wide(state["momentum_buffer"]).lerp_(grad, 1 - momentum)
+        buffer = widen(state["momentum_buffer"]).lerp_(grad, 1 - momentum)
         write(state["momentum_buffer"], buffer)
         ahead = grad.lerp(buffer, momentum) if group["nesterov"] else buffer
         update = self._orthogonal(parameter, ahead, group, place)
         lr, shape = group["lr"], place.layout.shape
-        weight = wide(parameter).mul_(scalar(1 - lr * group["weight_decay"]))
+        weight = widen(parameter).mul_(scalar(1 - lr * group["weight_decay"]))
         weight.add_(update, alpha=-scalar(lr * _rate(group["adjust_lr_fn"], shape)))
         write(parameter, weight)
 
@@ -157,7 +157,7 @@ class Muon(WholeOptimizer):
             return ahead
         dtype = group["ns_dtype"] or ahead.dtype
         iteration = Iteration(tuple(group["ns_coefficients"]), group["ns_steps"], dtype)
-        x = ahead.to(dtype).to(node_dtype(dtype))
+        x = widen(ahead.to(dtype))
         norm = sum_squares_of(x, place).sqrt().to(dtype).clamp(min=group["eps"]).to(x.dtype)
         x = iteration.round(x / norm)
         rows, columns = layout.shape
