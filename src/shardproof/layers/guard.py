@@ -4,7 +4,7 @@
 lets replicated weights drift apart, without a word. Once the first cut module exists, torch's norm
 function raises when it is given the gradient of a cut parameter; every other call is as before.
 Why a guard and not a parameter subclass: docs/decisions/0009-guard-torch-clip.md. What else is
-guarded stands in `refuse` and `scaling`.
+guarded stands in `refuse`, `scaling`, `data_parallel`, `state_guard` and `step_guard`.
 """
 
 import functools
@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad
 
 from shardproof.errors import UsageError
-from shardproof.layers import refuse, registry, scaling, step_guard
+from shardproof.layers import (
+    data_parallel,
+    refuse,
+    registry,
+    scaling,
+    state_guard,
+    step_guard,
+)
 from shardproof.layers.registry import name_of
 from shardproof.layers.replace import replace
 
@@ -29,6 +36,7 @@ def watch(module: nn.Module) -> None:
     with _lock:
         step_guard.install()
         replace(clip_grad._get_total_norm, _guarded)
+        data_parallel.install()
         _install_once()
 
 
@@ -36,6 +44,7 @@ def watch(module: nn.Module) -> None:
 def _install_once() -> None:
     refuse.install()
     scaling.install()
+    state_guard.install()
 
 
 def _guarded(original: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -4,6 +4,8 @@
   (`zeros_`, `ones_`, `constant_`) are right in every part, and pass.
 - `torch.nn.utils`: vectors of all parameters, and norms over a whole weight.
 - `torch.nn.utils.prune`: which elements are the smallest is known of the whole alone.
+- `nn.TransformerEncoderLayer` in eval mode reads the weights of its linears and does not call them.
+  That shortcut is switched off where one of its modules is cut; nothing is raised.
 
 Each is guarded where it lives when the first cut module is made, so that names imported earlier are
 too; every call with other tensors is as before.
@@ -38,6 +40,8 @@ def install() -> None:
     replace(convert_parameters.parameters_to_vector, _vector_of)
     replace(convert_parameters.vector_to_parameters, _vector_to)
     replace(prune.BasePruningMethod.apply.__func__, _pruning)  # type: ignore[attr-defined]
+    replace(nn.TransformerEncoderLayer.forward, _without_shortcut("activation_relu_or_gelu"))
+    replace(nn.TransformerEncoder.forward, _without_shortcut("use_nested_tensor"))
     for function, name in (
         (parametrizations.weight_norm, "parametrizations.weight_norm"),
         (parametrizations.spectral_norm, "parametrizations.spectral_norm"),
@@ -46,6 +50,20 @@ def install() -> None:
         (spectral_norm, "spectral_norm"),
     ):
         replace(function, functools.partial(_normalising, name))
+
+
+def _without_shortcut(condition: str) -> Guard:
+    """Of a module of torch whose forward takes a shortcut only if its attribute is true."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def guard(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if getattr(self, condition, False) and any(map(is_cut_module, self.modules())):
+                setattr(self, condition, 0)
+            return original(self, *args, **kwargs)
+
+        return guard
+
+    return make
 
 
 def _initializer(name: str, original: Callable[..., Any]) -> Callable[..., Any]:

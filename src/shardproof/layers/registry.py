@@ -72,7 +72,8 @@ def cut_modules() -> list[Any]:
 
 def is_cut_module(module: object) -> bool:
     """True for a cut module."""
-    return any(each is module for each in cut_modules())
+    with _lock:
+        return isinstance(module, nn.Module) and module in _modules
 
 
 def note_change() -> None:
