@@ -42,8 +42,8 @@ def test_arguments_that_are_of_the_wrong_kind_are_refused(label: str) -> None:
         ),
         "launch, transport": (lambda: sp.launch(**one, transport=value), "^unknown transport"),
         "launch, overlap": (lambda: sp.launch(**one, overlap=value), "^overlap="),
-        "grad_norm": (lambda: sp.grad_norm(value), "take the model, got"),
-        "clip, model": (lambda: sp.clip_grad_norm_(value, 1.0), "take the model, got"),
+        "grad_norm": (lambda: sp.grad_norm(value), "^the model of grad_norm or clip"),
+        "clip, model": (lambda: sp.clip_grad_norm_(value, 1.0), "^the model of grad_norm or clip"),
         "hf.load, model": (lambda: sp.hf.load(value, "."), "^the model is"),
         "hf.load, directory": (lambda: sp.hf.load(nn.Linear(1, 1), value), "^the directory is"),
     }

@@ -221,10 +221,10 @@ def test_a_norm_that_nothing_can_have_is_refused(max_norm: float) -> None:
 
 
 def test_parameters_instead_of_the_model_are_refused() -> None:
-    with pytest.raises(UsageError, match="take the model, got list: the modules know"):
+    with pytest.raises(UsageError, match=r"the model of grad_norm .* is \[Param.*\. Modules know"):
         grad_norm(list(nn.Linear(2, 2).parameters()))  # type: ignore[arg-type]
     with pytest.raises(
-        UsageError, match=r"got generator.*Write clip_grad_norm_\(model, max_norm\)"
+        UsageError, match=r"is <generator.*: write clip_grad_norm_\(model, max_norm\)"
     ):
         clip_grad_norm_(nn.Linear(2, 2).parameters(), 1.0)  # type: ignore[arg-type]
 

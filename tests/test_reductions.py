@@ -270,7 +270,7 @@ def test_what_is_no_function_of_each_element_is_refused() -> None:
     with pytest.raises(UsageError, match="of='grads' is unknown"):
         sum_over_parameters(PLAIN, torch.abs, of="grads")  # type: ignore[arg-type]
     for function in (num_parameters, parameter_norms, parameter_norm, max_over_parameters):
-        with pytest.raises(UsageError, match="takes the model, got list"):
+        with pytest.raises(UsageError, match=r"the model of .* is \[Param.*Give the model: its"):
             function(list(PLAIN.parameters()))  # type: ignore[operator]
 
 

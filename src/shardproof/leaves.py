@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from shardproof.errors import DegreeError, ShapeError
-from shardproof.quantities import whole_number as whole_number
+from shardproof.quantities import whole_number
 from shardproof.wording import shown
 
 DEFAULT_LEAVES = 8

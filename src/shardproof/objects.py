@@ -9,17 +9,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardproof.errors import LayoutError, UsageError
-from shardproof.wording import one_line, shown, written
+from shardproof.wording import error_words, shown
 
 
-def checked_model(model: Any, *, what: str = "the model") -> nn.Module:
+def checked_model(model: Any, *, what: str = "the model", way_out: str = "Give one.") -> nn.Module:
     """A module of torch as a user gave it.
 
     Raises:
         UsageError: it is something else.
     """
     if not isinstance(model, nn.Module):
-        raise UsageError(f"{what} is {shown(model)}, which is not a module of torch. Give one.")
+        raise UsageError(f"{what} is {shown(model)}, which is not a module of torch. {way_out}")
     return model
 
 
@@ -106,10 +106,9 @@ def load_into(optimizer: Optimizer, state: dict[str, Any]) -> None:
     try:
         optimizer.load_state_dict(state)
     except Exception as error:  # whatever a foreign state makes torch or the optimizer raise
-        said = written(one_line(f"{type(error).__name__}: {error}"), most=300)
         raise LayoutError(
-            f"cannot load the state into {type(optimizer).__name__} ({said}). Make the optimizer "
-            "as it was when the state was saved, and load that state."
+            f"cannot load the state into {type(optimizer).__name__} ({error_words(error)}). Make "
+            "the optimizer as it was when the state was saved, and load that state."
         ) from error
 
 

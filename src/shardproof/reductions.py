@@ -21,8 +21,9 @@ from shardproof.errors import ShapeError, UsageError
 from shardproof.leaves import Cut, Layout
 from shardproof.numerics.elementwise import widen
 from shardproof.numerics.sums import sum_all
+from shardproof.objects import checked_model
 from shardproof.optim.layouts import layouts_of
-from shardproof.tree import add_tensors, combine, nodes_of_run
+from shardproof.tree import add_run
 
 Function = Callable[[Tensor], Tensor]
 Of = Literal["parameters", "gradients"]
@@ -228,11 +229,8 @@ class _Total(torch.autograd.Function):
         cut: Any = layout.cut
         ctx.count = held.shape[0]
         run, first = cut.run(layout.rank), (layout.held or range(0)).start
-        leaves = {(leaf, leaf + 1): held[leaf - first] for leaf in run}
-        nodes = {
-            node: combine(node, leaves, add_tensors).clone()
-            for node in nodes_of_run(cut.num_leaves, run)
-        }
+        leaves = (held[leaf - first].clone() for leaf in run)
+        nodes = add_run(leaves, run, cut.num_leaves)
         return comm.all_reduce_nodes(
             nodes, axis, cut=cut, shape=(), like=held.new_empty(0), direction="update", who=who
         )
@@ -304,12 +302,8 @@ def _values(
 def _parameters(
     model: nn.Module, who: str
 ) -> Iterator[tuple[str, nn.Parameter, Layout, Axis | None]]:
-    if not isinstance(model, nn.Module):
-        raise UsageError(
-            f"{who} takes the model, got {type(model).__name__}: the modules know which parameters "
-            "are cut."
-        )
-    return layouts_of(model)
+    way_out = "Give the model: its modules know which parameters are cut."
+    return layouts_of(checked_model(model, what=f"the model of {who}", way_out=way_out))
 
 
 def _square(x: Tensor) -> Tensor:

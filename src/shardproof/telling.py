@@ -74,29 +74,31 @@ class Told:
 
 def tell(error: BaseException, trace: TracebackType | None = None) -> Told:
     """What can be told of `error`; never fails, and is soon done."""
-    text, problem = say(lambda: str(error))
-    name = type(error).__name__
+    text, problem = _message(error)
     if not problem:
         printed, problem_of_trace = say(
             lambda: "".join(traceback.format_exception(type(error), error, trace)), LONGEST_TRACE
         )
         if not problem_of_trace:
-            return Told(f"{name}: {text}" if text else name, printed, "")
-    else:
-        text = f"(what it says cannot be had: {problem})"
+            return Told(text, printed, "")
     # Without the errors that it came from, whose texts may be what fails.
     frames = "".join(traceback.format_tb(trace))
-    printed = f"Traceback (most recent call last):\n{frames}{name}: {text}\n"
-    return Told(f"{name}: {text}", cut(printed, LONGEST_TRACE), problem)
+    printed = f"Traceback (most recent call last):\n{frames}{text}\n"
+    return Told(text, cut(printed, LONGEST_TRACE), problem)
 
 
 def text_of(error: BaseException) -> str:
     """The type of `error` and what it says; never fails, and is soon done."""
-    text, problem = say(lambda: str(error))
+    return _message(error)[0]
+
+
+def _message(error: BaseException) -> tuple[str, str]:
+    """The type of `error` and what it says, and why that cannot be had; empty if it can."""
+    said, problem = say(lambda: str(error))
     if problem:
-        text = f"(what it says cannot be had: {problem})"
+        said = f"(what it says cannot be had: {problem})"
     name = type(error).__name__
-    return f"{name}: {text}" if text else name
+    return (f"{name}: {said}" if said else name), problem
 
 
 def say(make: Callable[[], str], longest: int = LONGEST_TEXT) -> tuple[str, str]:

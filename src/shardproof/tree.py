@@ -9,7 +9,7 @@ Knows no ranks and no transports; values may be anything that can be added.
 See also: Hallberg and Adcroft 2014 on sums that do not depend on the number of processors.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from torch import Tensor
@@ -73,6 +73,18 @@ def combine(
         return add(left_value, right_value, is_fresh), True
 
     return visit(node)[0]
+
+
+def add_run(leaves: Iterable[Tensor], run: range, num_leaves: int) -> dict[Node, Tensor]:
+    """The nodes that a rank can add by itself, from its leaves.
+
+    Args:
+        leaves: a tensor for each leaf of `run`, none of which is written into.
+        run: of leaves, contiguous.
+        num_leaves: of the whole.
+    """
+    values = {(leaf, leaf + 1): value for leaf, value in zip(run, leaves, strict=True)}
+    return {node: combine(node, values, add_tensors) for node in nodes_of_run(num_leaves, run)}
 
 
 def steps(node: Node, numbers: Mapping[Node, int]) -> list[int]:

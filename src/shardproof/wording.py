@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
+import torch
+
 VALUE = 200  # characters that a message spends on one value
 TEXT = 1000  # characters of a path or of another library's message: its end matters as well
 _DEPTH = 3
@@ -36,6 +38,26 @@ def written(text: str, *, most: int = TEXT) -> str:
 def one_line(text: str) -> str:
     """Text with every run of blanks and line ends as one blank; long text is cut before that."""
     return " ".join(text[: 4 * TEXT].split())
+
+
+def error_words(error: BaseException, *, most: int = 300) -> str:
+    """Type of an exception and what it says, on one line: cut in its middle if that is long.
+
+    >>> error_words(ValueError("bad   luck")), error_words(KeyError())
+    ('ValueError: bad luck', 'KeyError')
+    """
+    said = one_line(str(error))
+    name = type(error).__name__
+    return written(f"{name}: {said}" if said else name, most=most)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype without the name of its library.
+
+    >>> dtype_name(torch.bfloat16)
+    'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
 
 
 def few(items: Iterable[Any], *, most: int = 5) -> str:

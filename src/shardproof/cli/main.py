@@ -26,6 +26,7 @@ from shardproof.cli.prove import prove
 from shardproof.cli.signals import Ended, ending_in_order
 from shardproof.cli.streams import OutputError, ReaderLeftError, give_up_stdout, prepare_streams
 from shardproof.errors import DegreeError, RankError, ShardproofError, UsageError
+from shardproof.telling import cut
 
 COMMANDS: tuple[click.Command, ...] = (
     prove,
@@ -130,7 +131,7 @@ def _refuse(message: str, *, is_usage: bool) -> int:
     if not (is_usage and torchrun.is_other_rank(os.environ)):
         # Nobody can be told that standard error is closed or full; the exit code still says it.
         with contextlib.suppress(OSError):
-            click.echo(f"error: {_bounded(message)}", err=True)
+            click.echo(f"error: {cut(message, LONGEST_MESSAGE)}", err=True)
     return EXIT_USAGE
 
 
@@ -138,14 +139,3 @@ def _lose_reader() -> int:
     """The exit code where nobody reads standard output any more."""
     give_up_stdout()
     return EXIT_NO_READER
-
-
-def _bounded(message: str) -> str:
-    """The message, without its middle if somebody put megabytes into an exception."""
-    if len(message) <= LONGEST_MESSAGE:
-        return message
-    half = LONGEST_MESSAGE // 2
-    return (
-        f"{message[:half]}\n... ({len(message) - 2 * half:,} characters are left out) ...\n"
-        f"{message[-half:]}"
-    )

@@ -17,7 +17,7 @@ HELP_OPTIONS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_cont
 Name = TypeVar("Name", bound=str)
 
 
-def whole_number(text: str, *, option: str, example: int) -> int:
+def parse_whole(text: str, *, option: str, example: int) -> int:
     """The number that `text` is.
 
     Raises:
@@ -37,7 +37,7 @@ def positive(text: str, *, option: str, example: int, most: int = LARGEST) -> in
     Raises:
         UsageError: it is not a whole number, not positive, or above `most`.
     """
-    number = whole_number(text, option=option, example=example)
+    number = parse_whole(text, option=option, example=example)
     if number < 1:
         raise UsageError(
             f"{option} {shown(number)} is not a positive number. "
@@ -57,7 +57,7 @@ def seed(text: str) -> int:
     Raises:
         UsageError: it is not a whole number that fits a generator.
     """
-    number = whole_number(text, option="--seed", example=12345)
+    number = parse_whole(text, option="--seed", example=12345)
     if not 0 <= number <= LARGEST_SEED:
         raise UsageError(
             f"--seed {shown(number)} is out of range. Use a number from 0 to {LARGEST_SEED}, "

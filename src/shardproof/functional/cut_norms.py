@@ -18,7 +18,7 @@ from shardproof.leaves import Cut
 from shardproof.numerics.matmul import node_dtype
 from shardproof.numerics.sums import sum_rows, sum_squares_rows
 from shardproof.scheme import Scheme
-from shardproof.tree import Node, add_tensors, combine, nodes_of_run
+from shardproof.tree import add_run
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,8 @@ class NormSite:
         self, leaves: list[Tensor], like: Tensor, shape: tuple[int, ...], direction: str
     ) -> Tensor:
         """The sum of all ranks' leaves, by the canonical tree."""
-        run = self.cut.run(self.axis.rank)
-        values: dict[Node, Tensor] = {
-            (leaf, leaf + 1): value for leaf, value in zip(run, leaves, strict=True)
-        }
-        nodes = nodes_of_run(self.cut.num_leaves, run)
         return comm.all_reduce_nodes(
-            {node: combine(node, values, add_tensors) for node in nodes},
+            add_run(leaves, self.cut.run(self.axis.rank), self.cut.num_leaves),
             self.axis,
             cut=self.cut,
             shape=shape,

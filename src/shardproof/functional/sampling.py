@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from shardproof.errors import ShapeError, UsageError
-from shardproof.leaves import whole_number
 from shardproof.numerics.random import draw_uniform
+from shardproof.quantities import whole_number
+from shardproof.wording import shown
 
 
 class KeyedSampler:
@@ -58,7 +59,7 @@ class KeyedSampler:
         step = whole_number(self.step)
         if step is None or step < 0:
             raise UsageError(
-                f"KeyedSampler: step={self.step!r} is no count of draws. Use 0 or more."
+                f"KeyedSampler: step={shown(self.step)} is no count of draws. Use 0 or more."
             )
         if logits.dim() == 0 or logits.shape[-1] == 0:
             raise ShapeError(

@@ -17,7 +17,7 @@ from shardproof.numerics.elementwise import widen
 from shardproof.numerics.matmul import node_dtype
 from shardproof.numerics.sums import sum_rows
 from shardproof.scheme import Scheme
-from shardproof.tree import add_tensors, combine, nodes_of_run
+from shardproof.tree import add_run, add_tensors, combine
 
 NOWHERE = -1  # place of a class that this rank has not
 TOP, SUM, OWN, OFFSETS = range(4)  # what a block says of a row
@@ -134,13 +134,9 @@ class VocabularySite:
             return comm.start_all_reduce(
                 total, self.axis, direction="backward", who=self.who
             ).wait()
-        run, count = self.cut.run(self.axis.rank), self.cut.num_leaves
-        leaves = {
-            (leaf, leaf + 1): sum_rows(grad[:, where].t(), dtype=wide)
-            for leaf, where in zip(run, self.blocks, strict=True)
-        }
+        leaves = (sum_rows(grad[:, where].t(), dtype=wide) for where in self.blocks)
         return comm.all_reduce_nodes(
-            {node: combine(node, leaves, add_tensors) for node in nodes_of_run(count, run)},
+            add_run(leaves, self.cut.run(self.axis.rank), self.cut.num_leaves),
             self.axis,
             cut=self.cut,
             shape=grad.shape[:1],

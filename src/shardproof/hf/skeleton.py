@@ -11,7 +11,7 @@ from shardproof import extras
 from shardproof.errors import UsageError
 from shardproof.hf.config import read_config
 from shardproof.hf.weights import CONFIG, checked_directory
-from shardproof.wording import one_line, written
+from shardproof.wording import error_words, written
 
 EXTRA, MODULE = "hf", "transformers"
 
@@ -71,8 +71,7 @@ def config_of(folder: Path) -> Any:
 
 
 def _cannot(folder: Path, error: Exception) -> UsageError:
-    said = written(one_line(str(error)), most=300)
     return UsageError(
         f"transformers cannot make a causal language model of {written(str(folder / CONFIG))} "
-        f"({type(error).__name__}: {said}). Correct it, or name another directory."
+        f"({error_words(error)}). Correct it, or name another directory."
     )

@@ -14,7 +14,7 @@ from shardproof import files, optim
 from shardproof.errors import UsageError
 from shardproof.leaves import Layout
 from shardproof.objects import checked_model
-from shardproof.wording import few, shown, written
+from shardproof.wording import dtype_name, few, shown, written
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 # What old checkpoints hold of rotary embeddings, which follows from the config.
@@ -109,7 +109,8 @@ def _weight_map(index: Path) -> dict[str, str]:
             f"{said} is no index of safetensors ({wrong}): it must be JSON with a "
             f'"weight_map" of names to files. {_FETCH}'
         )
-    others = [each for each in pairs.values() if not isinstance(each, str) or each[-12:] != _SAFE]
+    names = pairs.values()
+    others = [each for each in names if not isinstance(each, str) or not each.endswith(_SAFE)]
     if others:
         raise UsageError(
             f"{said} names {_each_once(others)}, and shardproof reads safetensors alone. Save the "
@@ -234,7 +235,7 @@ def _check(stored: Any, parameter: Tensor, layout: Layout, name: str, file: Path
             f"model. Make the model from the {CONFIG} beside it."
         )
     if kind not in _FLOATS or parameter.dtype not in _FLOATS.values():
-        wanted = str(parameter.dtype).removeprefix("torch.")
+        wanted = dtype_name(parameter.dtype)
         raise UsageError(
             f"{name!r} has dtype {kind} in {written(str(file))}, and {wanted} in the model. Only "
             f"{', '.join(_FLOATS)} are cast, and only to one another: the rest are numbers of "

@@ -12,7 +12,8 @@ from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.errors import LayoutError, UsageError
 from shardproof.functional.dropout import MaskKey, dropout
-from shardproof.leaves import Cut, whole_number
+from shardproof.leaves import Cut
+from shardproof.quantities import whole_number
 
 Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]]
 

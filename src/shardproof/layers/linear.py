@@ -105,6 +105,15 @@ class _ParallelLinear(ShardedModule):
         """How the weight is cut."""
         return self._site.cut
 
+    def _check_width(self, x: Tensor) -> None:
+        """Raise unless `x` is as wide as what comes to this rank."""
+        try:
+            is_wide = x.dim() > 0 and x.size(-1) == self._width
+        except RuntimeError as error:  # a nested tensor has no sizes
+            operands.explain(error, self.name, x=x)
+        if not is_wide:
+            self._refuse_width(x, self._width)
+
     def _refuse_width(self, x: Tensor, width: int) -> NoReturn:
         """Say why the last dim of `x` must be `width`: all in_features, or those owned here."""
         part = "" if width == self.in_features else f" of which {self.axis} owns {width}"
@@ -263,12 +272,7 @@ class ColumnParallelLinear(_ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class for shapes, placements and Comm."""
-        try:
-            is_wide = x.dim() > 0 and x.size(-1) == self._width
-        except RuntimeError as error:  # a nested tensor has no sizes
-            operands.explain(error, self.name, x=x)
-        if not is_wide:
-            self._refuse_width(x, self._width)
+        self._check_width(x)
         if self._shared is not None and x.requires_grad and torch.is_grad_enabled():
             group, place = self._shared
             y = group.output(place, self._parameters, x)
@@ -363,12 +367,7 @@ class RowParallelLinear(_ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class for shapes, placements and Comm."""
-        try:
-            is_wide = x.dim() > 0 and x.size(-1) == self._width
-        except RuntimeError as error:  # a nested tensor has no sizes
-            operands.explain(error, self.name, x=x)
-        if not is_wide:
-            self._refuse_width(x, self._width)
+        self._check_width(x)
         return row_linear(x, self.weight, self.bias, self._site)
 
 

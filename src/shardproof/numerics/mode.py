@@ -24,6 +24,7 @@ import torch
 from shardproof import core, environment
 from shardproof.errors import NumericsError, UsageError
 from shardproof.scheme import Scheme
+from shardproof.wording import dtype_name
 from shardproof.wording import written as shortened
 
 SCHEME_VERSION = "tree-3"
@@ -293,7 +294,7 @@ def contract(
     'tree-3 leaves=8 mkl=avx512-strict small=core fp32 torch=2.13.0+cpu'
     """
     device = torch.device("cpu") if device is None else device
-    short = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+    short = dtype_name(dtype).replace("bfloat", "bf").replace("float", "fp")
     build = f"{short} torch={torch.__version__}"
     if not scheme.is_invariant:
         return f"native {build}"

@@ -11,7 +11,7 @@ from shardproof.axis import Axis
 from shardproof.layers.base import ShardedModule
 from shardproof.leaves import Layout
 from shardproof.numerics.matmul import node_dtype
-from shardproof.tree import add_tensors, combine, nodes_of_run
+from shardproof.tree import add_run
 
 
 def layouts_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Layout, Axis | None]]:
@@ -84,17 +84,14 @@ class Place:
         if self.axis is None or cut is None or dim is None:
             return partial(lambda x: x)
         run = cut.run(self.layout.rank)
-        leaves = {
-            (leaf, leaf + 1): partial(
+        leaves = (
+            partial(
                 lambda x, at=at: x.narrow(dim, at.start, at.stop - at.start)  # type: ignore[misc]
             )
-            for leaf, at in zip(run, self.slices, strict=True)
-        }
-        nodes = {
-            node: combine(node, leaves, add_tensors) for node in nodes_of_run(cut.num_leaves, run)
-        }
+            for at in self.slices
+        )
         return comm.all_reduce_nodes(
-            nodes,
+            add_run(leaves, run, cut.num_leaves),
             self.axis,
             cut=cut,
             shape=tuple(shape),

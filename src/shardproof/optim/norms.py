@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from shardproof import operands
-from shardproof.errors import UsageError
 from shardproof.numerics.sums import sum_squares
+from shardproof.objects import checked_model
 from shardproof.optim.layouts import Place, layouts_of
 from shardproof.quantities import checked_real
 
@@ -34,11 +34,11 @@ def grad_norm(model: nn.Module) -> Tensor:
     Comm:
         update one all_reduce of () per cut parameter that has a gradient.
     """
-    if not isinstance(model, nn.Module):
-        raise UsageError(
-            f"grad_norm and clip_grad_norm_ take the model, got {type(model).__name__}: the "
-            "modules know which parameters are cut. Write clip_grad_norm_(model, max_norm)."
-        )
+    checked_model(
+        model,
+        what="the model of grad_norm or clip_grad_norm_",
+        way_out="Modules know which parameters are cut: write clip_grad_norm_(model, max_norm).",
+    )
     total: Tensor | None = None
     for name, parameter, layout, axis in layouts_of(model):
         if parameter.grad is None:

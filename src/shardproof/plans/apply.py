@@ -32,7 +32,7 @@ from shardproof.plans.strangers import is_lazy
 from shardproof.plans.style import Attention, Plan, Style
 from shardproof.plans.twins import irreplaceable, replaced_by, twins_of
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
-from shardproof.wording import shown
+from shardproof.wording import dtype_name, shown
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SAMPLES = 64  # elements of each parameter that the ranks compare
@@ -173,7 +173,7 @@ def _describe(plan: Plan | None, scheme: Scheme, model: nn.Module) -> dict[str, 
     for name, value in model.named_parameters(remove_duplicate=False):
         # Where a weight is frozen on one rank only, that rank stays away from collectives.
         frozen = "" if value.requires_grad else " frozen"
-        dtype = str(value.dtype).removeprefix("torch.")
+        dtype = dtype_name(value.dtype)
         shape = "no shape yet" if is_lazy(value) else cut.get(id(value), tuple(value.shape))
         found[f"parameter {name!r}"] = f"{shape} {dtype}{frozen}"
     return found

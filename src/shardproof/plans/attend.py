@@ -10,6 +10,7 @@ import copy
 import inspect
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from shardproof.layers.attention import HeadAttention
 from shardproof.plans.probe import seen_call
 from shardproof.plans.style import Attention
 from shardproof.scheme import Scheme
+from shardproof.wording import error_words
 
 _RULE = "softmax(q k^T * head_dim ** -0.5 + mask) v"
 _TOLERANCE = 1e-4  # of the largest number, in fp32
@@ -106,7 +108,7 @@ def _manner(
     try:
         twin = copy.deepcopy(child)
     except Exception as error:  # whatever a user's module raises
-        raise _UnlikeError(f"cannot be copied to be tried ({_said(error)}).") from error
+        raise _UnlikeError(f"cannot be copied to be tried ({error_words(error)}).") from error
     p = _dropout(child)
     site = AttentionSite(
         Axis.solo(),
@@ -197,27 +199,19 @@ def _dropout(child: nn.Module) -> float:
     return float(named)
 
 
-class _apart:  # noqa: N801 - a context, used like a function
+@contextmanager
+def _apart(device: torch.device) -> Iterator[None]:
     """Where a child is tried: nothing of the caller's is seen, and nothing is left behind."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._contexts = (
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            _disable_current_modes(),  # the prover's audit counts what a model allocates
-            torch.device(device),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(device.type, enabled=False),
-        )
-
-    def __enter__(self) -> None:
-        for context in self._contexts:
-            context.__enter__()
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        _disable_current_modes(),  # the prover's audit counts what a model allocates
+        torch.device(device),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
         torch.manual_seed(0)
-
-    def __exit__(self, *raised: Any) -> None:
-        for context in reversed(self._contexts):
-            context.__exit__(*raised)
+        yield
 
 
 def _length(child: nn.Module, queries: int) -> int:
@@ -318,8 +312,8 @@ def _difference(
         raise
     except Exception as error:  # whatever a user's module raises
         if len(trial.masks) > 1 and mask is not None:
-            return f"{with_mask}it raises {_said(error)}: outputs", torch.inf, 1.0
-        raise _UnlikeError(f"cannot be tried: it raises {_said(error)}.") from error
+            return f"{with_mask}it raises {error_words(error)}: outputs", torch.inf, 1.0
+        raise _UnlikeError(f"cannot be tried: it raises {error_words(error)}.") from error
     if not all(map(torch.equal, theirs, again)):
         raise _UnlikeError("gives other numbers when it is called again, in evaluation.")
     if ours.is_causal and mask is not None:
@@ -380,7 +374,3 @@ def _check_training(child: nn.Module, trial: _Trial, is_causal: bool, p: float) 
             f"says that it drops {p} of the attention weights, and in training it drops "
             f"{got / (1 + got):.2g} of them, or something else."
         )
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shardproof.leaves import whole_number
 from shardproof.plans.style import Attention, ColumnParallel, Norms, RowParallel, Style
+from shardproof.quantities import whole_number
 
 QUERY, KEY, VALUE = "q_proj", "k_proj", "v_proj"
 NORMS = ("q_norm", "k_norm")

@@ -12,6 +12,7 @@ import torch
 from shardproof.leaves import Cut
 from shardproof.numerics.matmul import node_dtype
 from shardproof.schedule import native_plan, tree_order, tree_plan
+from shardproof.wording import dtype_name
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
 Direction = Literal["forward", "backward"]
@@ -100,7 +101,7 @@ class Collective:
             "kind": self.kind,
             "direction": self.direction,
             "what": self.what,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "elements_per_token": self.per_token,
             "fixed_elements": self.fixed,
             "of_logits": self.of_logits,

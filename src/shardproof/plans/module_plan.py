@@ -11,6 +11,7 @@ from shardproof.leaves import Layout
 from shardproof.plans.collective import Collective
 from shardproof.plans.style import Style
 from shardproof.plans.text import alike, together
+from shardproof.wording import dtype_name
 
 Role = Literal[
     "column",
@@ -77,7 +78,7 @@ class ParameterPlan:
         first = self.layouts[0]
         return {
             "name": self.name,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "shape": list(self.shape),
             "dim": first.dim,
             "tied_to": self.tied_to,

@@ -9,7 +9,6 @@ from torch import Tensor
 from shardproof.errors import UsageError
 from shardproof.leaves import check_degree, checked_degree
 from shardproof.prover.case import Case
-from shardproof.quantities import checked_whole
 from shardproof.scheme import Scheme, checked_scheme
 from shardproof.wording import shown
 
@@ -49,15 +48,6 @@ def checked_degrees(degrees: Any, scheme: Scheme | None) -> tuple[int, ...]:
         for degree in ordered:
             check_degree(degree, scheme.leaves)
     return ordered
-
-
-def checked_steps(steps: Any) -> int:
-    """How many steps to train.
-
-    Raises:
-        UsageError: not a whole number, or not positive.
-    """
-    return checked_whole(steps, "steps")
 
 
 def check_function(value: Any, name: str, *, example: str) -> None:

@@ -21,7 +21,6 @@ from shardproof.prover.given import (
     check_function,
     checked_batch,
     checked_degrees,
-    checked_steps,
 )
 from shardproof.prover.judge import judge_case
 from shardproof.prover.reference import Reference
@@ -29,7 +28,7 @@ from shardproof.prover.report import Report
 from shardproof.prover.runs import RankResult, run_on_rank, run_references
 from shardproof.prover.training import Batch, Training
 from shardproof.prover.update import MakeOptimizer, make_optimizer
-from shardproof.quantities import checked_flag, checked_name
+from shardproof.quantities import checked_flag, checked_name, checked_whole
 from shardproof.ranks import open_ranks
 from shardproof.scheme import Scheme
 
@@ -281,7 +280,7 @@ def _training(
         functools.partial(_given, *checked_batch(batch)),
         functools.partial(_loss, loss_fn),
         optimizer,
-        checked_steps(steps),
+        checked_whole(steps, "steps"),
         measures_creation=checked_flag(audit_creation, "audit_creation"),
     )
 

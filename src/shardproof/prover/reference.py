@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shardproof.errors import ShapeError
 from shardproof.leaves import Layout
+from shardproof.wording import dtype_name
 
 PLAIN, PRECISE = "plain", "fp64"
 _MANIFEST = "manifest.json"
@@ -49,7 +50,7 @@ class ReferenceWriter:
 
     def _keep(self, tensor: Tensor) -> dict[str, Any]:
         file = f"{len(self._entries) + len(self._asides):04d}.bin"
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = dtype_name(tensor.dtype)
         _as_numpy(tensor.detach().cpu().contiguous()).tofile(self._directory / file)
         return {"file": file, "dtype": dtype, "shape": list(tensor.shape)}
 
@@ -83,7 +84,7 @@ class ReferenceReader:
 
     def misfit(self, name: str, layout: Layout, dtype: torch.dtype) -> str:
         """How a tensor's shape or dtype differs from plain torch's; "" if neither does."""
-        entry, ours = self._entries[name], str(dtype).removeprefix("torch.")
+        entry, ours = self._entries[name], dtype_name(dtype)
         shape = tuple(entry["shape"])
         if shape != layout.shape:
             hint = " (if it is sharded: gather it, or give its layout)"

@@ -11,7 +11,7 @@ Tensors and numbers: no ranks, no files, no optimizer.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -234,11 +234,8 @@ def _with_update(
     unit = torch.finfo(dtype).eps * largest if dtype.is_floating_point else 0.0
     ours = [root(part.squared_ours, part.squared_update) for part in steps]
     plain = [root(part.squared_torch, part.squared_update) for part in steps]
-    return Rounding(
-        found.tolerance,
-        found.ours,
-        found.torch,
-        found.times,
+    return replace(
+        found,
         outside=max(part.outside for part in steps),
         update_ours=_worst(ours),
         update_torch=_worst(plain),

@@ -25,6 +25,7 @@ from shardproof.prover.reference import (
 )
 from shardproof.prover.rounding import Before, Step, StepFigures, measure_step
 from shardproof.scheme import Scheme
+from shardproof.wording import dtype_name
 
 Counts = dict[str, dict[str, dict[str, int]]]  # direction -> collective -> figures
 
@@ -43,6 +44,9 @@ class Recorded:
         misfit: how shape or dtype differ from plain torch's, in words; then there are no figures.
         copies: leaf -> SHA-256 of what this rank holds of it, where ranks hold leaves that another
             one owns: they must hold the same.
+        step: of an updated weight, where the rank's part stands; None for any other tensor.
+        nonfinite: "ours", "torch" or "fp64" -> how many numbers of the rank's part are not finite
+            there, if any.
     """
 
     name: str
@@ -123,7 +127,7 @@ class _RankRecorder:
             Recorded(
                 name,
                 layout.shape,
-                str(tensor.dtype).removeprefix("torch."),
+                dtype_name(tensor.dtype),
                 layout.is_replicated,
                 hash_tensor(tensor, layout, self._axis, who=name),
                 how.judged,

@@ -17,7 +17,7 @@ from shardproof.errors import UsageError
 from shardproof.optim.state import state_layout
 from shardproof.prover.case import Trial, parameter_layouts
 from shardproof.prover.update import INITIAL, MakeOptimizer, Update, make_optimizer
-from shardproof.wording import shown
+from shardproof.wording import dtype_name, shown
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _checked_loss(loss: object) -> Tensor:
             "torch.nn.functional.mse_loss(output, target)."
         )
     if loss.numel() != 1 or not loss.is_floating_point():
-        kind = str(loss.dtype).removeprefix("torch.")
+        kind = dtype_name(loss.dtype)
         raise UsageError(
             f"the loss has shape {tuple(loss.shape)} and dtype {kind}, and a loss is one "
             "floating-point number. Take its mean() or its sum()."

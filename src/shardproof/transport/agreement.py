@@ -9,6 +9,7 @@ import torch
 from shardproof.errors import MismatchError
 from shardproof.transport.base import mismatch, name_ranks
 from shardproof.transport.notes import Note, Noted, differing, places_of, values_of
+from shardproof.wording import dtype_name
 
 Confer = Callable[[str], list[str]]
 
@@ -52,7 +53,7 @@ def _first_difference(hashes: Sequence[Sequence[str]]) -> int | None:
 
 
 def _described(note: Note) -> str:
-    dtype = str(note.dtype).removeprefix("torch.")
+    dtype = dtype_name(note.dtype)
     values = (note.who, note.what, list(note.shape), dtype, note.sample.hex(), note.whole)
     return json.dumps(values)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from shardproof.errors import MismatchError, RankError, ShapeError
 from shardproof.transport.ledger import Ledger
 from shardproof.transport.notes import NOTHING, Noted, Notes
+from shardproof.wording import dtype_name
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Call:
         return digest_of(str(self))
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.") if self.dtype is not None else "object"
+        dtype = dtype_name(self.dtype) if self.dtype is not None else "object"
         detail = f" [{self.detail}]" if self.detail else ""
         who = f" of {self.who}" if self.who else ""
         return f"{self.direction} {self.kind}{who}: {dtype} {tuple(self.shape)}{detail}"

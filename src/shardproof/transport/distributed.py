@@ -61,7 +61,7 @@ class _Work(Protocol):
 class _Reducing(Pending):
     """An all-reduce of the backend that is on its way."""
 
-    def __init__(self, finish: Callable[[], None]) -> None:
+    def __init__(self, finish: Callable[[], object]) -> None:
         self._finish = finish
 
     def wait(self) -> None:
@@ -206,7 +206,7 @@ class DistributedTransport(Transport):
             empty = out.new_empty(0, dtype=torch.uint8)
             pieces = [*[empty] * self.size, out]
             arrive = self._stream.start(self._wish(call), [reduced], [pieces])
-        return _Reducing(lambda: self._resume(call, lambda: _wait(arrive)))
+        return _Reducing(lambda: self._resume(call, arrive))
 
     def _reduce(self, x: Tensor, call: Call) -> Callable[[], None]:
         return self._start(call, lambda: dist.all_reduce(x, group=self._group, async_op=True))
@@ -448,10 +448,6 @@ def _let_threads_finish_at_exit() -> None:
 
 def _at(pieces: Sequence[Tensor], index: int, like: Tensor) -> Tensor:
     return pieces[index] if index < len(pieces) else like.new_empty(0)
-
-
-def _wait(arrive: Callable[[], object]) -> None:
-    arrive()
 
 
 def _lengths(

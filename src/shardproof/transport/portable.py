@@ -12,6 +12,7 @@ from torch import Tensor
 from shardproof.errors import ShapeError, UsageError
 from shardproof.leaves import share
 from shardproof.transport.base import Call, Order, Pending, Transport, Window, name_ranks
+from shardproof.wording import dtype_name
 
 _NARROW = (torch.bfloat16, torch.float16)
 SUMMABLE = (
@@ -170,7 +171,7 @@ def check_dtypes(where: str, parts: Sequence[torch.dtype], out: torch.dtype) -> 
     """Raise unless parts of these dtypes can be added into `out`."""
     for dtype in (*parts, out):
         if dtype not in SUMMABLE:
-            known = ", ".join(str(each).removeprefix("torch.") for each in SUMMABLE)
+            known = ", ".join(dtype_name(each) for each in SUMMABLE)
             raise UsageError(
                 f"{where} wants to add {dtype}, which has no sum over ranks. Convert it first: "
                 f"x.to(dtype) to one of {known}."
