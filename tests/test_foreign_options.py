@@ -341,3 +341,30 @@ def test_standard_output_that_is_closed_full_or_unread_is_no_answer() -> None:
         assert (arguments, process.returncode) == (arguments, code), stderr[-400:]
         assert says in stderr
         assert "Traceback" not in stderr
+
+
+def command(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "shardproof", *words],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("columns", ["0", "5"])
+def test_a_terminal_without_room_gets_the_text(columns: str) -> None:
+    done = command("doctor", COLUMNS=columns)
+    assert done.returncode == 0
+    assert "numerics" in done.stdout
+
+
+def test_an_interface_that_is_none_is_named() -> None:
+    case = ("--case", "linear-row", "--degrees", "1,2", "--transport", "gloo")
+    done = command("prove", *case, GLOO_SOCKET_IFNAME="bogus0")
+    assert done.returncode == 2
+    assert "the ranks cannot meet over gloo" in done.stderr
+    assert "GLOO_SOCKET_IFNAME is 'bogus0', and must be the name of a" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -64,7 +64,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # What of torch would take a shard for the whole.
     ("layers.registry", "layers.replace"),
     ("layers.step_guard",),
-    ("layers.refuse", "layers.scaling"),
+    ("layers.data_parallel", "layers.refuse", "layers.scaling", "layers.state_guard"),
     ("layers.filling", "layers.guard"),
     ("layers.base",),
     ("layers.dropout", "layers.formula"),
@@ -184,6 +184,10 @@ INSIDE_FUNCTIONS: dict[tuple[str, str], str] = {
         "bench.systems.dtensor",
         "torch.distributed.tensor",
     ): "a second of imports, for its ranks only",
+    (
+        "layers.data_parallel",
+        "torch.distributed.fsdp",
+    ): "a second of imports, for programs that use it",
 }
 
 

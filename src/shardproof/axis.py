@@ -23,7 +23,7 @@ from shardproof.overlap import DEFAULT_OVERLAP, Overlap, checked_overlap
 from shardproof.quantities import LARGEST, checked_flag, checked_name
 from shardproof.timeout import START_TIMEOUT, checked_timeout
 from shardproof.transport.base import Call, Transport
-from shardproof.transport.choose import AUTO, checked_transport, choose
+from shardproof.transport.choose import AUTO, checked_transport, choose, meet
 from shardproof.transport.disabled import refuse_inherited
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.solo import SoloTransport
@@ -379,9 +379,9 @@ def _meet(backend: str, timeout: float | None) -> None:
     end before the backend has given that collective up too.
     """
     if timeout is None:
-        dist.init_process_group(backend)
+        meet(backend)
         return
-    dist.init_process_group(backend, timeout=timedelta(seconds=max(timeout, START_TIMEOUT)))
+    meet(backend, timeout=timedelta(seconds=max(timeout, START_TIMEOUT)))
     distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
 
 

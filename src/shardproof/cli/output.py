@@ -24,6 +24,7 @@ RULE = Box(
 )  # fmt: skip
 
 GOOD, BAD, QUIET = "green", "bold red", "dim"
+NARROWEST = 20  # columns
 WIDE = 100  # columns from which a table need not save room
 
 
@@ -33,6 +34,8 @@ class PlainConsole(Console):
     def __init__(self, **options: Any) -> None:
         # Names of tensors and extras have brackets, which are no markup.
         super().__init__(highlight=False, markup=False, emoji=False, **options)
+        # COLUMNS=0, which some shells and CI systems set, would leave no room for any text.
+        self.width = max(self.width, NARROWEST)
 
     def show(self, what: RenderableType) -> None:
         """Print without the blanks with which rich fills every line."""

@@ -32,7 +32,7 @@ from shardproof.errors import UsageError
 from shardproof.telling import TooLong, within
 from shardproof.timeout import START_TIMEOUT
 from shardproof.transport.base import Call
-from shardproof.transport.choose import Choice, choose
+from shardproof.transport.choose import Choice, choose, meet
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.ledger import Ledger
 from shardproof.transport.shared import SharedTransport
@@ -126,7 +126,7 @@ class _Worker:
         degree, timeout = self._settings.degree, self._settings.timeout
         if degree == 1:
             return
-        dist.init_process_group(
+        meet(
             "gloo",
             store=dist.FileStore(str(self._folder / parcel.STORE), degree),
             rank=self._rank,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import utils
 
 from shardproof.errors import UsageError
 from shardproof.layers import registry
@@ -23,8 +24,6 @@ _FSDP = "torch.distributed.fsdp"
 
 def install() -> None:
     """Guard what torch has of it in this process; may be called again."""
-    if not torch.distributed.is_available():
-        return
     _install_ddp()
     # It takes a second to import. A program that uses it imports it, or has process groups.
     if _FSDP in sys.modules or torch.distributed.is_initialized():
@@ -33,8 +32,6 @@ def install() -> None:
 
 @functools.cache
 def _install_ddp() -> None:
-    from torch.distributed import utils  # noqa: PLC0415 - not in every build of torch
-
     replace(utils._verify_param_shape_across_processes, _ddp)
 
 

@@ -17,7 +17,8 @@ _SEPARATOR = "\x1f"
 _NO_NOTE = "nothing"
 _WAY_OUT = (
     "Give all ranks of an axis the same batch: seed samplers, shuffling, workers and random draws "
-    "alike on them, not by rank."
+    "alike on them, not by rank. A loss of a part of the logits, a weight read by hand and a step "
+    "that one rank has skipped look like this too."
 )
 _SWITCH = "(compare_inputs=False on the axis or in launch leaves this comparison out.)"
 

@@ -5,10 +5,12 @@ all ranks say, so that they decide alike. A fall-back is never silent: its reaso
 axis and into every report. Asked for by name, what cannot be had is an error on every rank.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
 from shardproof import core
@@ -17,14 +19,42 @@ from shardproof.transport.base import Call, Transport
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.shared import SharedTransport
 from shardproof.transport.solo import SoloTransport
-from shardproof.wording import shown
+from shardproof.wording import error_words, shown
 
 AUTO, SHM, GLOO, NCCL = "auto", "shm", "gloo", "nccl"
+
+_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 # What can be asked for where ranks are processes.
 NAMES = (AUTO, SHM, GLOO, NCCL)
 
 _CALL = Call("gather", "setup", "the choice of a transport")
+
+
+def meet(backend: str, **options: Any) -> None:
+    """`torch.distributed.init_process_group`.
+
+    Args:
+        backend: as torch names it.
+        options: as torch has them.
+
+    Raises:
+        AxisError: the ranks cannot meet.
+    """
+    try:
+        dist.init_process_group(backend, **options)
+    except (RuntimeError, ValueError) as error:
+        interface = os.environ.get(_INTERFACE)
+        way_out = (
+            f"{_INTERFACE} is {shown(interface)}, and must be the name of a network interface of "
+            "this machine: correct it, or unset it."
+            if interface
+            else "Look at MASTER_ADDR, MASTER_PORT and whether this machine's own name has an "
+            f"address; {_INTERFACE}=lo keeps ranks of one machine to themselves."
+        )
+        raise AxisError(
+            f"the ranks cannot meet over {backend} ({error_words(error)}). {way_out}"
+        ) from error
 
 
 @dataclass(frozen=True)
