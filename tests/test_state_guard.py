@@ -17,9 +17,12 @@ from shardproof.ranks import launch
 PLAN = {"0": ColumnParallel(), "2": RowParallel()}
 
 
+torch.manual_seed(0)  # once: ranks as threads share the generator
+PLAIN = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 5))
+
+
 def trained(axis: Axis, optimizer: type[torch.optim.Optimizer]) -> tuple[nn.Module, Any]:
-    torch.manual_seed(0)
-    model = parallelize(nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 5)), PLAN, axis)
+    model = parallelize(copy.deepcopy(PLAIN), PLAN, axis)
     made = optimizer(model.parameters(), lr=0.01)  # type: ignore[call-arg]
     step(model, made)
     return model, made
