@@ -114,7 +114,7 @@ def words(form: Options) -> str:
 
 
 def whole_model() -> nn.Module:
-    """The same numbers every time; 43 and 11 divide by nothing, 3 rows are for three ranks."""
+    """The same numbers every time. 43 and 11 are primes, so that shards are uneven."""
     model = nn.Sequential(
         *(nn.Linear(11, 43), nn.SiLU(), nn.Linear(43, 5)),
         *(nn.Linear(5, 3), nn.SiLU(), nn.Linear(3, 11)),

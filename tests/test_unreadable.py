@@ -1,12 +1,42 @@
 """Tensors whose memory C cannot read are handled, or refused in Python with a way out."""
 
+import copy
+import functools
 import json
 import re
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 import unreadable
 from fresh_process import run_fresh
+from places import Pool
+from shardproof.axis import Axis
+from shardproof.plans.apply import parallelize
+from shardproof.plans.style import ColumnParallel, RowParallel
+
+# One compiled forward of a small Llama on a rank; its loss, or what was raised.
+LLAMA = """
+import json, warnings
+warnings.simplefilter("ignore")
+import torch
+import shardproof as sp
+from transformers import LlamaConfig, LlamaForCausalLM  # once: their lazy import is not for threads
+from hf_zoo import Setting, cut_model, inputs
+
+SETTING = Setting("llama", {"num_hidden_layers": 1})
+IDS = inputs(SETTING)["input_ids"]
+
+def run(axis):
+    model = cut_model(axis, SETTING)
+    assert model(IDS, labels=IDS).loss.requires_grad
+    try:
+        torch.compile(model, backend="eager")(IDS, labels=IDS).loss.backward()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "right"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -21,3 +51,52 @@ def outcomes() -> dict[str, str]:
 def test_what_c_cannot_read_is_handled_or_refused(outcomes: dict[str, str], name: str) -> None:
     wanted, _ = unreadable.CASES[name]
     assert re.search(wanted, outcomes[name], re.DOTALL), f"{outcomes[name]!r} is not {wanted!r}"
+
+
+def trained(axis: Axis, plain: nn.Module, x: Tensor, *, is_compiled: bool) -> list[Tensor]:
+    """The output of a cut model, and its gradients."""
+    model = parallelize(copy.deepcopy(plain), {"0": ColumnParallel(), "2": RowParallel()}, axis)
+    y = torch.compile(model, backend="eager")(x) if is_compiled else model(x)
+    y.square().sum().backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(grads) == 4
+    return [y.detach(), *grads]
+
+
+def compiled_like(axis: Axis, plain: nn.Module, xs: list[Tensor]) -> bool:
+    """True if a compiled model has the bits of one that is not, for inputs of several sizes."""
+    return all(
+        torch.equal(one, other)
+        for x in xs
+        for one, other in zip(
+            trained(axis, plain, x, is_compiled=False),
+            trained(axis, plain, x, is_compiled=True),
+            strict=True,
+        )
+    )
+
+
+def test_a_compiled_model_of_plain_modules_trains_alike(pool: Pool) -> None:
+    plain = nn.Sequential(nn.Linear(6, 11), nn.SiLU(), nn.Linear(11, 5))
+    xs = [torch.randn(rows, 6) for rows in (4, 7)]
+    run = functools.partial(compiled_like, plain=plain, xs=xs)
+    assert pool(2, "processes").run(run) == [True, True]
+
+
+def said_by_llama(degree: int) -> list[str]:
+    """What the ranks of a compiled Llama said."""
+    pytest.importorskip("transformers")
+    last = f"print(json.dumps(sp.launch(run, degree={degree}, engine='threads')))"
+    said: list[str] = json.loads(run_fresh(LLAMA + last).strip().splitlines()[-1])
+    return said
+
+
+def test_a_compiled_model_of_transformers_has_no_gradient() -> None:
+    """Its forward runs; `backward` raises before a wrong gradient is used."""
+    (said,) = said_by_llama(1)
+    assert re.match(r"RuntimeError: .*does not require grad", said)
+
+
+def test_compiled_ranks_that_are_threads_raise() -> None:
+    said = said_by_llama(2)
+    assert all("Error" in each for each in said)
