@@ -14,6 +14,7 @@ from places import Pool
 from shardproof import comm, core
 from shardproof.axis import Axis
 from shardproof.leaves import Cut
+from shardproof.ranks import launch
 
 
 def reduce(axis: Axis, who: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -185,6 +186,18 @@ def test_three_ranks_of_which_one_differs_all_raise(pool: Pool, engine: str) -> 
 
     messages = run(pool, engine, work, 3)
     check_all_said(messages, "ranks 0 and 1: forward all_reduce of down", "rank 2: forward")
+
+
+def test_ranks_that_catch_the_error_may_return_over_gloo() -> None:
+    """One rank learns of it when it begins its call, another when it waits: one call for both."""
+
+    def work(axis: Axis) -> str:
+        for _ in range(4):
+            reduce(axis, "down", 5)
+        return said(lambda: reduce(axis, "up" if axis.rank else "down", 5))
+
+    messages = launch(work, degree=2, engine="processes", transport="gloo", threads=1)
+    check_all_said(messages, "rank 0: forward all_reduce of down", "rank 1: forward")
 
 
 # What it costs ---------------------------------------------------------------------------------

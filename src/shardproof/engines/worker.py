@@ -169,9 +169,8 @@ class _Worker:
         transport = self._choice.transport if self._choice is not None else None
         return self._count + (transport.calls if isinstance(transport, SharedTransport) else 0)
 
-    def _observe_group(self, call: Call | None) -> None:
-        if call is not None:
-            self._count += 1
+    def _observe_group(self, call: Call | None, is_new: bool) -> None:
+        self._count += is_new  # the launcher compares the counts of ranks that have returned
         self._observe(call)
 
     def _observe(self, call: Call | None) -> None:

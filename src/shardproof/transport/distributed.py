@@ -77,7 +77,8 @@ class DistributedTransport(Transport):
         check: compare the ranks' calls before every collective of tensors that are not on CPUs, or
             of another backend than gloo, at the cost of a small one. Over gloo that is always so.
         timeout: seconds that a rank waits in one collective; None leaves it to the group.
-        observer: called with every call when it begins, and with None when it is over.
+        observer: called with every call and whether it is new when this rank begins it or waits for
+            it, and with None when that is over.
     """
 
     is_asynchronous = True
@@ -88,7 +89,7 @@ class DistributedTransport(Transport):
         *,
         check: bool = False,
         timeout: float | None = None,
-        observer: Callable[[Call | None], None] | None = None,
+        observer: Callable[[Call | None, bool], None] | None = None,
     ) -> None:
         self.name = _backend(group)
         self.rank = dist.get_rank(group)
@@ -388,7 +389,7 @@ class DistributedTransport(Transport):
             raise UsageError(f"{call} on rank {self.rank} of {self.size}: {BUSY}.")
         try:
             if self._observer is not None:
-                self._observer(call)
+                self._observer(call, is_new)
             is_seen = self._is_gloo if like is None else self._is_streamed(like)
             if self._check and is_new and not is_seen:
                 self._compare(call)
@@ -397,7 +398,7 @@ class DistributedTransport(Transport):
             self._busy.release()
         # Not after an error: what this rank was in is then the best clue.
         if self._observer is not None:
-            self._observer(None)
+            self._observer(None, False)
 
     def _compare(self, call: Call) -> None:
         """Raise on all ranks unless all make the same call."""
