@@ -37,7 +37,8 @@ from shardproof.scheme import Scheme
 LEARNING_RATE = 0.05
 # Ours may err this many times as much as plain torch does, and by so much of the largest element.
 TIMES_TORCH = 8.0
-OF_LARGEST = {"fp32": 4e-6, "fp64": 1e-14, "bf16": 3e-2}
+# In fp64 plain torch is not exact either: it adds 1100 rows one by one, each sum by 2**-53 off.
+OF_LARGEST = {"fp32": 4e-6, "fp64": 2e-13, "bf16": 3e-2}
 GRADIENT = ("gradient", ".grad")  # ends of the names of gradients
 ROUND = 60  # models between two looks at the clock
 
