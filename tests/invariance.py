@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from shardproof.numerics import mode
+from shardproof.scheme import DEFAULT_SCHEME, Scheme
+
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -50,6 +53,12 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def contract_of_one_thread(scheme: Scheme = DEFAULT_SCHEME) -> str:
+    """The contract of ranks with one thread: where products are leafwise it names the number."""
+    with threads(1):
+        return mode.contract(scheme)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from invariance import contract_of_one_thread
 from shardproof import cases
 from shardproof.cli import prove as prove_command
 from shardproof.cli import torchrun
@@ -350,7 +351,7 @@ def earlier(**changes: Any) -> str:
         "numerics": "invariant",
         "leaves": 8,
         "seed": 12345,
-        "contract": mode.contract(Scheme()),
+        "contract": contract_of_one_thread(),
         "cases": [{"name": "ffn", "tensors": [{"name": "output", "sha256": {"1": "aa" * 32}}]}],
     }
     return json.dumps(report | changes)
@@ -384,7 +385,7 @@ def test_an_earlier_report_that_cannot_serve_is_refused(
     file = tmp_path / "earlier.json"
     if text is not None:
         file.write_text(text)
-    result = prove("--case", "ffn", "--against", str(file))
+    result = prove("--case", "ffn", "--threads", "1", "--against", str(file))
     assert_refused(result, f"--against {fault.replace('{}', str(file), 1)}")
 
 
@@ -398,7 +399,7 @@ def test_an_earlier_report_that_is_no_text_is_refused(tmp_path: Path) -> None:
 def test_an_earlier_report_with_other_cases_is_refused_before_the_work(tmp_path: Path) -> None:
     file = tmp_path / "earlier.json"
     file.write_text(earlier())
-    result = prove("--case", "matmul-row", "--against", str(file))
+    result = prove("--case", "matmul-row", "--threads", "1", "--against", str(file))
     assert result.exit_code == 2
     assert result.stderr == (
         f"error: --against {file}: the earlier report has nothing in common with this one: it has "

@@ -9,13 +9,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from foreign import LONGEST, in_time, odd_files
+from invariance import contract_of_one_thread
 from shardproof.cli import prove as prove_command
 from shardproof.cli.json_file import LARGEST_REPORT
 from shardproof.cli.main import main
 from shardproof.cli.request import Earlier
-from shardproof.numerics import mode
 from shardproof.prover import Comparison
-from shardproof.scheme import Scheme
 
 SHA, OTHER = "aa" * 32, "bb" * 32
 
@@ -46,7 +45,7 @@ def report(**changes: Any) -> str:
         "numerics": "invariant",
         "leaves": 8,
         "seed": 12345,
-        "contract": mode.contract(Scheme()),
+        "contract": contract_of_one_thread(),
         "cases": [one("ffn")],
     }
     return json.dumps(document | changes)
@@ -140,7 +139,9 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
 
 def against(path: object) -> Result:
     with in_time():
-        return CliRunner().invoke(main, ["prove", "--case", "ffn", "--against", str(path)])
+        return CliRunner().invoke(
+            main, ["prove", "--case", "ffn", "--threads", "1", "--against", str(path)]
+        )
 
 
 def assert_refused(result: Result, says: str) -> None:

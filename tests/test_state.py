@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from invariance import normal
+from invariance import contract_of_one_thread, normal
 from places import EVERYWHERE, Pool
 from shardproof.axis import Axis
 from shardproof.errors import LayoutError
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
-from shardproof.numerics import mode
 from shardproof.plans.apply import parallelize
 from shardproof.plans.style import ColumnParallel, Plan, RowParallel
 from shardproof.scheme import Scheme
@@ -94,7 +93,7 @@ def test_extra_state_is_the_layout_and_the_contract(pool: Pool) -> None:
             "weight": {"shape": [16, 5], "dim": 0, **ours},
             "bias": {"shape": [16], "dim": 0, **ours},
         },
-        "contract": mode.contract(Scheme()),
+        "contract": contract_of_one_thread(),
     }
     assert row == {
         "degree": 3,
@@ -103,7 +102,7 @@ def test_extra_state_is_the_layout_and_the_contract(pool: Pool) -> None:
             "weight": {"shape": [5, 3], "dim": 1, "leaves": 4, "degree": 3, "rank": 1,
                        "held": [1, 2]},
         },
-        "contract": mode.contract(Scheme(leaves=4)),
+        "contract": contract_of_one_thread(Scheme(leaves=4)),
     }  # fmt: skip
 
 

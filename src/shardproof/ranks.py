@@ -6,6 +6,8 @@ Under torchrun the ranks exist already: there, use `Axis.from_env()`.
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
+
 from shardproof.axis import Axis
 from shardproof.engines.base import Ranks, Settings
 from shardproof.engines.capacity import check_threads, cores
@@ -13,6 +15,7 @@ from shardproof.engines.processes import ProcessRanks
 from shardproof.engines.threads import ThreadRanks
 from shardproof.errors import UsageError
 from shardproof.leaves import checked_degree
+from shardproof.numerics import mode
 from shardproof.overlap import Overlap, checked_overlap
 from shardproof.quantities import checked_flag, checked_whole
 from shardproof.timeout import checked_timeout
@@ -45,7 +48,8 @@ def launch(
         degree: number of ranks.
         engine: "threads" of this process, which lend each other their tensors, or "processes",
             which exchange them through shared memory or gloo.
-        threads: intra-op threads of each rank; by default the cores are shared out.
+        threads: intra-op threads of each rank; by default the cores are shared out, or 1 where
+            the contract names the number (`leafwise`): else degree 1 would have other bits.
         timeout: seconds that a rank waits for the others in one collective.
         compare_inputs: let every exchange compare a few elements of the inputs that layers have
             had since the last one; ranks that were given different batches then raise.
@@ -117,7 +121,7 @@ def open_ranks(
     degree = checked_degree(degree)
     settings = Settings(
         degree=degree,
-        threads=_share_of_cores(degree) if threads is None else _check_threads(threads),
+        threads=_default_threads(degree) if threads is None else _check_threads(threads),
         timeout=_check_timeout(timeout),
         compare_inputs=checked_flag(compare_inputs, "compare_inputs"),
         transport=_check_transport(transport, engine),
@@ -153,5 +157,8 @@ def _check_transport(transport: Any, engine: str) -> str:
     return name
 
 
-def _share_of_cores(degree: int) -> int:
+def _default_threads(degree: int) -> int:
+    """The cores shared out, unless the number of threads would make a difference in bits."""
+    if mode.is_leafwise(torch.float32, torch.device("cpu")):
+        return 1
     return max(1, cores() // degree)
