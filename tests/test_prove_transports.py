@@ -207,10 +207,10 @@ def test_ranks_say_why_they_share_no_memory() -> None:
 
 def test_a_model_given_to_prove_takes_both_options() -> None:
     generator = torch.Generator().manual_seed(1)
-    full = nn.Linear(6, 5)
+    full = nn.Linear(16, 5)  # as many features for each leaf, so that a rank sends one node
     with torch.no_grad():
-        full.weight.copy_(torch.randn(5, 6, generator=generator))
-    x, y = torch.randn(4, 6, generator=generator), torch.randn(4, 5, generator=generator)
+        full.weight.copy_(torch.randn(5, 16, generator=generator))
+    x, y = torch.randn(4, 16, generator=generator), torch.randn(4, 5, generator=generator)
 
     def build(axis: Axis | None) -> nn.Module:
         return (
