@@ -33,8 +33,8 @@ class _Program:
     """What our kernel is to do.
 
     Attributes:
-        leaves: their pieces, packed; steps are counted over the spans of all pairs.
-        nodes: that come out.
+        nodes: that come out, and for each the pieces of its leaves, packed; steps are counted over
+            the spans of all pairs.
         spans: for each pair, from where to where it is read; empty if it is not.
     """
 
@@ -53,10 +53,11 @@ class _Program:
         ]
         self._start = run.start
         self._packed: list[bytes] = []
-        self.nodes = tuple(nodes_of_run(num_leaves, run))
-        for node in self.nodes:
+        self.nodes: dict[Node, bytes] = {}
+        for node in nodes_of_run(num_leaves, run):
+            self._packed.clear()
             self._visit(node, 0, True)
-        self.leaves = b"".join(self._packed)
+            self.nodes[node] = b"".join(self._packed)
 
     def _visit(self, node: Node, pops: int, is_last: bool) -> None:
         """Leaves left to right; after its last piece, a last child adds the sums to its left."""
@@ -157,16 +158,14 @@ def kernel_nodes(pairs: Pairs, slices: Slices, run: range, num_leaves: int) -> d
         run: as there.
         num_leaves: as there.
     Returns:
-        Node -> (M, N), fresh.
+        Node -> (M, N), each a fresh tensor of its own.
     """
     program = _program(slices, run, num_leaves)
-    if not program.nodes:
-        return {}
     a, b = pairs[0]
-    m, n, count = a.shape[0], b.shape[1], len(program.nodes)
-    out = a.new_empty(m, n) if count == 1 else a.new_empty(count, m, n)
+    m, n = a.shape[0], b.shape[1]
+    found = {node: a.new_empty(m, n) for node in program.nodes}
     if not (m and n):
-        return dict(zip(program.nodes, [out] if count == 1 else out.unbind(), strict=True))
+        return found
     try:
         for x, y in pairs:
             operands.check_freed(_WHO, a=x, b=y)
@@ -175,20 +174,15 @@ def kernel_nodes(pairs: Pairs, slices: Slices, run: range, num_leaves: int) -> d
             for (x, y), span in zip(pairs, program.spans, strict=True)
             if span
         ]
-        _kernel()(
-            a.dtype is torch.float64,
-            torch.get_num_threads(),
-            out.data_ptr(),
-            m,
-            n,
-            b"".join(_term(x, y, span) for x, y, span in read),
-            program.leaves,
-        )
+        terms = b"".join(_term(x, y, span) for x, y, span in read)
+        is_double, threads = a.dtype is torch.float64, torch.get_num_threads()
+        for node, out in found.items():
+            _kernel()(is_double, threads, out.data_ptr(), m, n, terms, program.nodes[node])
     except operands.ERRORS as error:
         for x, y in pairs[1:]:
             operands.check(_WHO, a=x, b=y)
-        operands.explain(error, _WHO, a=a, b=b, out=out)
-    return dict(zip(program.nodes, [out] if count == 1 else out.unbind(), strict=True))
+        operands.explain(error, _WHO, a=a, b=b)
+    return found
 
 
 def _term(a: Tensor, b: Tensor, span: range) -> bytes:

@@ -23,7 +23,7 @@ _IS_DOUBLE = {torch.float32: 0, torch.float64: 1}
 _CACHE_SIZE = 1024
 _WHO = "a matrix product (a @ b + bias)"
 
-Program = tuple[bytes, tuple[Node, ...]]
+Program = tuple[tuple[Node, bytes], ...]  # for each node, the leaves that are added up to it
 
 # By the identity of the slices, which an entry keeps alive: a slice has no hash before Python 3.12.
 _programs: dict[tuple[int, int, int], tuple[Sequence[slice], Program]] = {}
@@ -82,7 +82,8 @@ def leaf_sum(
         ShapeError: sizes, or the bias's dtype, do not fit.
     """
     leaves = len(slices)
-    return _run(a, b, bias, _program(slices, range(leaves), leaves)[0], is_transposed)
+    ((_, packed),) = _program(slices, range(leaves), leaves)
+    return _run(a, b, bias, packed, is_transposed)
 
 
 def leaf_nodes(
@@ -104,16 +105,12 @@ def leaf_nodes(
         num_leaves: of the whole contracted dim.
         is_transposed: how `b` is given.
     Returns:
-        Node -> (M, N).
+        Node -> (M, N), each a tensor of its own; none if the rank is idle.
     """
-    program, nodes = _program(slices, run, num_leaves)
-    if not nodes:  # an idle rank may hold what another one owns
-        return {}
-    if len(nodes) == 1:
-        return {nodes[0]: _run(a, b, None, program, is_transposed)}
-    out = a.new_empty(len(nodes), a.shape[0], b.shape[0 if is_transposed else 1])
-    _run(a, b, None, program, is_transposed, out)
-    return dict(zip(nodes, out.unbind(), strict=True))
+    return {
+        node: _run(a, b, None, packed, is_transposed)
+        for node, packed in _program(slices, run, num_leaves)
+    }
 
 
 def _run(
@@ -122,7 +119,6 @@ def _run(
     bias: Tensor | None,
     program: bytes,
     is_transposed: bool,
-    out: Tensor | None = None,
 ) -> Tensor:
     m, k = a.shape
     if is_transposed:
@@ -133,8 +129,7 @@ def _run(
         _refuse_sizes(m, k, inner, n)
     if bias is not None and (bias.shape != (n,) or bias.dtype is not a.dtype):
         _refuse_bias(bias, a, m, n)
-    if out is None:
-        out = a.new_empty(m, n)
+    out = a.new_empty(m, n)
     if not (m and n and k):
         out.zero_()
         return out if bias is None else out.add_(bias)
@@ -205,7 +200,7 @@ def _packed(*leaves: tuple[int, int, int, int]) -> bytes:
 
 
 def _program(slices: Sequence[slice], run: range, num_leaves: int) -> Program:
-    """What the kernel is to do for a run of leaves, and the nodes that come out."""
+    """What the kernel is to do for a run of leaves."""
     key = (id(slices), run.start, num_leaves)
     known = _programs.get(key)
     if known is not None and known[0] is slices:
@@ -219,8 +214,6 @@ def _program(slices: Sequence[slice], run: range, num_leaves: int) -> Program:
 
 
 def _made(slices: Sequence[slice], run: range, num_leaves: int) -> Program:
-    leaves: list[tuple[int, int, int, int]] = []
-
     def visit(node: Node, pops: int, is_last: bool) -> None:
         """Leaves left to right; after its leaf, a last child adds the sums to its left."""
         if node[1] - node[0] == 1:
@@ -231,7 +224,9 @@ def _made(slices: Sequence[slice], run: range, num_leaves: int) -> Program:
         visit(left, 0, False)
         visit(right, pops + 1, is_last)
 
-    nodes = tuple(nodes_of_run(num_leaves, run))
-    for node in nodes:
+    made = []
+    for node in nodes_of_run(num_leaves, run):
+        leaves: list[tuple[int, int, int, int]] = []
         visit(node, 0, True)
-    return _packed(*leaves), nodes
+        made.append((node, _packed(*leaves)))
+    return tuple(made)
