@@ -357,3 +357,19 @@ def test_a_full_disk_is_not_called_a_value_that_cannot_be_pickled() -> None:
     message = r"^/dev/full cannot be written: .*set TMPDIR to a directory that has some"
     with pytest.raises(UsageError, match=message):
         parcel.write(torch.ones(100_000), Path("/dev/full"), what="the result of rank 0")
+
+
+class NoClassError(Exception):
+    __class__ = property(lambda self: 1 / 0)  # type: ignore[assignment]
+
+
+class NoAttributesError(Exception):
+    def __getattribute__(self, name: str) -> Any:
+        raise ValueError(name)
+
+
+@pytest.mark.parametrize("engine", ["threads", "processes"])
+@pytest.mark.parametrize("kind", [NoClassError, NoAttributesError])
+def test_an_exception_that_cannot_be_looked_at_ends_the_call(engine: str, kind: type) -> None:
+    with pytest.raises(RankError, match=f"rank 0 of 2 raised {kind.__name__}"):
+        launch(raising(kind), degree=2, engine=engine, timeout=20)

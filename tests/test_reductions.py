@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from shardproof.layers.linear import ColumnParallelLinear
 from shardproof.optim import grad_norm, layouts_of
 from shardproof.plans.apply import parallelize
 from shardproof.plans.style import ColumnParallel, RowParallel, VocabParallel
+from shardproof.ranks import launch
 from shardproof.reductions import (
     max_over_parameters,
     min_over_parameters,
@@ -344,3 +346,33 @@ def test_a_layer_with_a_parametrization_says_what_is_missing() -> None:
     torch.nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
     with pytest.raises(UsageError, match=r"'up' .* holds a part of 'weight' and no longer has it"):
         sum_over_parameters(layer, torch.square)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda t: t.softmax(-1),
+        lambda t: (t - t.mean()) ** 2,
+        lambda t: t / t.norm(),
+        lambda t: t.cumsum(-1),
+        lambda t: t.sort(-1)[0] * torch.arange(t.shape[-1]),
+        torch.rand_like,
+    ],
+    ids=["softmax", "mean", "norm", "cumsum", "place", "draw"],
+)
+def test_what_keeps_the_shape_and_is_not_elementwise_is_refused(function: Any) -> None:
+    plain = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32))
+
+    def work(axis: Axis) -> str:
+        model = parallelize(copy.deepcopy(plain), {"0": "colwise", "1": "rowwise"}, axis)
+        with pytest.raises(ShapeError, match="is not element-wise") as raised:
+            sum_over_parameters(model, function)
+        return str(raised.value)
+
+    for degree in (1, 2, 3):
+        launch(work, degree=degree)
+
+
+def test_what_is_no_function_is_refused() -> None:
+    with pytest.raises(UsageError, match="3 is no function of each element"):
+        sum_over_parameters(nn.Linear(2, 2), 3)  # type: ignore[arg-type]

@@ -89,7 +89,7 @@ def test_memory_makes_no_difference(form: str) -> None:
     ("options", "message"),
     [
         ({"temperature": 0.0}, "temperature=0.0 is not positive"),
-        ({"top_k": 0}, "top_k=0 is not positive"),
+        ({"top_k": 0}, "top_k=0 is not a positive"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: Any, message: str) -> None:
@@ -104,3 +104,21 @@ def test_a_step_and_logits_that_make_no_sense_are_refused() -> None:
         sampler(drawn(3))
     with pytest.raises(ShapeError, match=r"takes logits \(\*, classes\), got shape \(\)"):
         sp.KeyedSampler(1)(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("row", [[1.0, torch.nan], [1.0, torch.inf], [-torch.inf, -torch.inf]])
+def test_logits_from_which_nothing_can_be_drawn_are_refused(row: list[float]) -> None:
+    with pytest.raises(UsageError, match="no class can be drawn"):
+        sp.KeyedSampler(1)(torch.tensor([[0.0, 1.0], row]))
+
+
+def test_a_class_that_is_ruled_out_is_fine() -> None:
+    logits = torch.tensor([[0.0, -torch.inf]])
+    assert sp.KeyedSampler(1)(logits).tolist() == [0]
+
+
+def test_options_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(UsageError, match="seed='a' is not a whole number"):
+        sp.KeyedSampler("a")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"top_k=2\.5 is not a positive whole number"):
+        sp.KeyedSampler(1, top_k=2.5)  # type: ignore[arg-type]

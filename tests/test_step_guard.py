@@ -26,6 +26,7 @@ from shardproof.optim import declare_elementwise
 from shardproof.plans.apply import parallelize
 from shardproof.plans.initialize import initialize
 from shardproof.plans.style import ColumnParallel
+from shardproof.ranks import launch
 from shardproof.scheme import Scheme
 from whole_matrix import PLAN, Model, backward, cut_model, is_matrix, parameters_of, train
 
@@ -466,3 +467,19 @@ def test_an_update_by_a_shards_own_norm_is_wrong(pool: Pool) -> None:
     wanted = plain.up.weight.detach()
     off = (pool(3, "threads").run(run)[0]["up.weight"] - wanted).abs().max()
     assert off > 1e-2
+
+
+@pytest.mark.parametrize(
+    "alike", [lambda p: nn.Parameter(p.data), lambda p: p.detach().requires_grad_()]
+)
+def test_a_parameter_in_the_memory_of_a_part_counts_as_the_part(alike: Any) -> None:
+    def work(axis: Axis) -> None:
+        model = parallelize(nn.Sequential(nn.Linear(6, 16)), {"0": "colwise"}, axis)
+        others = [alike(p) for p in model.parameters()]
+        for each in others:
+            each.grad = torch.ones_like(each)
+        torch.optim.AdamW(others).step()
+        with pytest.raises(UsageError, match=r"Adafactor was asked to update '0\.weight'"):
+            torch.optim.Adafactor(others).step()
+
+    launch(work, degree=1)

@@ -6,16 +6,13 @@ Under torchrun the ranks exist already: there, use `Axis.from_env()`.
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
-
 from shardproof.axis import Axis
 from shardproof.engines.base import Ranks, Settings
-from shardproof.engines.capacity import check_threads, cores
+from shardproof.engines.capacity import check_threads
 from shardproof.engines.processes import ProcessRanks
 from shardproof.engines.threads import ThreadRanks
 from shardproof.errors import UsageError
 from shardproof.leaves import checked_degree
-from shardproof.numerics import mode
 from shardproof.overlap import Overlap, checked_overlap
 from shardproof.quantities import checked_flag, checked_whole
 from shardproof.timeout import checked_timeout
@@ -48,8 +45,8 @@ def launch(
         degree: number of ranks.
         engine: "threads" of this process, which lend each other their tensors, or "processes",
             which exchange them through shared memory or gloo.
-        threads: intra-op threads of each rank; by default the cores are shared out, or 1 where
-            the contract names the number (`leafwise`): else degree 1 would have other bits.
+        threads: intra-op threads of each rank; 1 by default, as under torchrun, at every degree:
+            the bits of modules of torch that are not cut may depend on the number.
         timeout: seconds that a rank waits for the others in one collective.
         compare_inputs: let every exchange compare a few elements of the inputs that layers have
             had since the last one; ranks that were given different batches then raise.
@@ -121,7 +118,7 @@ def open_ranks(
     degree = checked_degree(degree)
     settings = Settings(
         degree=degree,
-        threads=_default_threads(degree) if threads is None else _check_threads(threads),
+        threads=1 if threads is None else _check_threads(threads),
         timeout=_check_timeout(timeout),
         compare_inputs=checked_flag(compare_inputs, "compare_inputs"),
         transport=_check_transport(transport, engine),
@@ -155,10 +152,3 @@ def _check_transport(transport: Any, engine: str) -> str:
     if problem is not None:
         raise refusal(problem)
     return name
-
-
-def _default_threads(degree: int) -> int:
-    """The cores shared out, unless the number of threads would make a difference in bits."""
-    if mode.is_leafwise(torch.float32, torch.device("cpu")):
-        return 1
-    return max(1, cores() // degree)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from shardproof import comm
+from shardproof import comm, operands
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError, UsageError
 from shardproof.leaves import Cut, Layout
@@ -24,8 +24,10 @@ from shardproof.numerics.sums import sum_all
 from shardproof.objects import checked_model
 from shardproof.optim.layouts import layouts_of
 from shardproof.tree import add_run
+from shardproof.wording import shown
 
 Function = Callable[[Tensor], Tensor]
+_SAMPLE = 7  # elements; odd, so that it is no size of a leaf by itself
 Of = Literal["parameters", "gradients"]
 
 
@@ -266,6 +268,8 @@ def _leaf_sum(y: Tensor) -> Tensor:
 
 
 def _applied(function: Function, leaf: Tensor, name: str) -> Tensor:
+    if not callable(function):
+        raise UsageError(f"{shown(function)} is no function of each element, as torch.square is.")
     y = function(leaf)
     if not isinstance(y, Tensor) or y.shape != leaf.shape:
         given = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
@@ -274,7 +278,28 @@ def _applied(function: Function, leaf: Tensor, name: str) -> Tensor:
             f"{tuple(leaf.shape)}. Give one that is element-wise, such as torch.square: the sum is "
             "made here."
         )
+    _check_elementwise(function, leaf, y, name)
     return y
+
+
+@torch.no_grad()
+def _check_elementwise(function: Function, leaf: Tensor, y: Tensor, name: str) -> None:
+    """Raise unless a few elements alone give what they gave among all; a draw gives something else.
+
+    Elements far apart, and in another shape: what looks at its neighbours or at a place is found.
+    """
+    step = max(1, leaf.numel() // _SAMPLE)
+    found = function(leaf.detach().reshape(-1)[::step].clone())
+    wanted = y.detach().reshape(-1)[::step]
+    if found.shape == wanted.shape and torch.allclose(
+        found.double(), wanted.double(), rtol=1e-3, atol=1e-6, equal_nan=True
+    ):
+        return
+    raise ShapeError(
+        f"the function given for parameter {name!r} is not element-wise: of a few elements alone "
+        "it makes something else than of the same ones in a leaf. Give one that is, such as "
+        "torch.square: the sum is made here, over leaves of a size that the plan fixes."
+    )
 
 
 def _leaves(value: Tensor, layout: Layout) -> list[Tensor]:
@@ -296,6 +321,7 @@ def _values(
             continue
         value = parameter if of == "parameters" else parameter.grad
         if value is not None:
+            operands.check(who, **{name: value})  # of a DTensor, which FSDP makes, a part is here
             yield name, value, layout, None if layout.is_replicated else axis
 
 

@@ -39,6 +39,15 @@ class Failure:
 
 def failure_of(rank: int, error: BaseException) -> Failure:
     """The failure of a rank that raised. Soon done, whatever the error's own code does."""
+    try:
+        return _told(rank, error)
+    except BaseException as raised:  # its `__class__` or its metaclass is the user's code too
+        kind = type.__getattribute__(type(error), "__name__")
+        why = type.__getattribute__(type(raised), "__name__")
+        return Failure(rank, f"raised {kind}, of which nothing can be told (looking raised {why})")
+
+
+def _told(rank: int, error: BaseException) -> Failure:
     told = tell(error, _below_engines(error))
     summary = f"raised {told.text}"
     if isinstance(error, SystemExit) and not told.problem:

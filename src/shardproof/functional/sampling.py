@@ -10,9 +10,10 @@ Maddison, Tarlow, Minka 2014, arXiv 1411.0030).
 import torch
 from torch import Tensor
 
+from shardproof import operands
 from shardproof.errors import ShapeError, UsageError
 from shardproof.numerics.random import draw_uniform
-from shardproof.quantities import whole_number
+from shardproof.quantities import LARGEST_SEED, checked_whole, whole_number
 from shardproof.wording import shown
 
 
@@ -40,7 +41,7 @@ class KeyedSampler:
 
     def __init__(self, seed: int, *, temperature: float = 1.0, top_k: int | None = None) -> None:
         check_options(temperature, top_k)
-        self.seed = seed
+        self.seed = checked_whole(seed, "seed", least=-LARGEST_SEED, most=LARGEST_SEED)
         self.temperature = temperature
         self.top_k = top_k
         self.step = 0
@@ -54,7 +55,7 @@ class KeyedSampler:
             (*), int64, Replicate.
         Raises:
             ShapeError: there are no classes.
-            UsageError: the step is no count of draws.
+            UsageError: the step is no count of draws, or a row has no class that can be drawn.
         """
         step = whole_number(self.step)
         if step is None or step < 0:
@@ -66,8 +67,15 @@ class KeyedSampler:
                 f"KeyedSampler takes logits (*, classes), got shape {tuple(logits.shape)}. Give "
                 "whole logits, such as model(ids).logits[:, -1]."
             )
+        logits = logits.detach()
+        operands.check("KeyedSampler", logits=logits)
+        if not (logits.amax(-1).isfinite()).all():  # of a NaN the largest is NaN
+            raise UsageError(
+                "KeyedSampler: a row of the logits has NaN or inf, or nothing but -inf, so that no "
+                "class can be drawn. Look at what made them."
+            )
         self.step = step + 1
-        return self._scores(logits.detach(), step).argmax(-1)
+        return self._scores(logits, step).argmax(-1)
 
     def _scores(self, logits: Tensor, step: int) -> Tensor:
         return keyed_scores(
@@ -87,8 +95,10 @@ def check_options(temperature: float, top_k: int | None) -> None:
     """
     if not temperature > 0:
         raise UsageError(f"temperature={temperature} is not positive. Use greedy search for 0.")
-    if top_k is not None and top_k < 1:
-        raise UsageError(f"top_k={top_k} is not positive. Use 1 or more, or None for all.")
+    if top_k is not None and (whole_number(top_k) or 0) < 1:
+        raise UsageError(
+            f"top_k={shown(top_k)} is not a positive whole number. Use 1 or more, or None for all."
+        )
 
 
 def keyed_scores(

@@ -176,11 +176,23 @@ def name_by_memory(tensor: Any) -> str | None:
     """Name of the cut parameter whose memory `tensor` is a view of (`p.data`, `p[:3]`), or None."""
     if not isinstance(tensor, Tensor):
         return None
-    memory = _memory(tensor)
+    memory = memory_of(tensor)
     for name, parameter, _ in cut_parameters():
-        if parameter is tensor or (memory is not None and memory == _memory(parameter)):
+        if parameter is tensor or (memory is not None and memory == memory_of(parameter)):
             return name
     return None
+
+
+def parts_by_memory() -> dict[int | None, Part]:
+    """Identity of the memory of every cut parameter -> its part."""
+    found = {
+        memory_of(parameter): part
+        for module in cut_modules()
+        for parameter, part in parts_of(module)
+        if part.is_cut
+    }
+    found.pop(None, None)
+    return found
 
 
 def axes_of(parameters: Iterable[Any]) -> list[Axis]:
@@ -190,7 +202,8 @@ def axes_of(parameters: Iterable[Any]) -> list[Axis]:
     return list(found.values())
 
 
-def _memory(tensor: Tensor) -> int | None:
+def memory_of(tensor: Tensor) -> int | None:
+    """What tells the storage of a tensor from others; None if it has none of its own."""
     try:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):

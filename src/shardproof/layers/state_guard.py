@@ -27,11 +27,10 @@ def install() -> None:
 
 def _ranks_of(optimizer: Optimizer) -> dict[str, list[int]]:
     """The axes over which its parameters are cut, and this rank's place on each."""
-    registry.refresh()
-    found = {}
+    parts, found = registry.parts(), {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            part = registry.part_of(parameter)
+            part = parts.get(id(parameter)) or registry.part_of(parameter)
             if part is not None and part.is_cut and part.axis.size > 1:
                 found[part.axis.name] = [part.axis.rank, part.axis.size]
     return found

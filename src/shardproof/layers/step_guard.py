@@ -117,10 +117,12 @@ def _check(optimizer: Optimizer, *, is_fused: bool) -> None:
     registry.refresh()
     name = type(optimizer).__name__
     cut: Part | None = None
+    shared = registry.parts_by_memory()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             part = registry.part_of(parameter)
             _refuse_lost(name, parameter, part)
+            part = part or shared.get(registry.memory_of(parameter))  # `nn.Parameter(p.data)`
             if part is not None and part.is_cut and (cut is None or part.promises_bits):
                 cut = cut or part
                 if is_fused and group.get("fused") and part.promises_bits:
