@@ -103,7 +103,7 @@ def test_top_k_leaves_only_the_largest() -> None:
     ("options", "message"),
     [
         ({"temperature": 0.0}, r"temperature=0.0 is not positive"),
-        ({"top_k": 0}, r"top_k=0 is not positive"),
+        ({"top_k": 0}, r"top_k=0 is not a positive"),
     ],
 )
 def test_sampling_that_makes_no_sense_is_refused(options: Any, message: str) -> None:

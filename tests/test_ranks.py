@@ -1,5 +1,6 @@
 """Ranks as threads and as processes: results, bad input, and every way in which a rank can fail."""
 
+import copy
 import gc
 import importlib
 import math
@@ -33,6 +34,7 @@ from shardproof.errors import (
     UsageError,
 )
 from shardproof.numerics import mode
+from shardproof.plans.apply import parallelize
 from shardproof.ranks import ENGINES, launch, open_ranks
 from shardproof.transport.base import Call
 
@@ -146,11 +148,23 @@ def test_the_callers_number_of_threads_stays() -> None:
     assert found == [2, 2], "here, and in a thread that was started later"
 
 
-def test_by_default_the_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(7))
-    assert launch(lambda axis: torch.get_num_threads(), degree=3) == [2] * 3
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(2))
-    assert launch(lambda axis: torch.get_num_threads(), degree=3) == [1] * 3
+def test_by_default_ranks_have_one_thread_at_every_degree() -> None:
+    """torch's own linear may have other bits with another number."""
+    for degree in (1, 3):
+        assert launch(lambda axis: torch.get_num_threads(), degree=degree) == [1] * degree
+
+
+def test_what_is_not_cut_has_the_same_bits_at_every_degree_by_default() -> None:
+    first, up, down = nn.Linear(30, 30), nn.Linear(30, 64), nn.Linear(64, 30)
+    plain = nn.Sequential(first, up, nn.GELU(), down)
+    x = torch.randn(10, 30)
+
+    def work(axis: Axis) -> Tensor:
+        model = parallelize(copy.deepcopy(plain), {"1": "colwise", "3": "rowwise"}, axis)
+        return model(x).detach()
+
+    outputs = [y for degree in (1, 2, 3) for y in launch(work, degree=degree)]
+    assert all(torch.equal(y, outputs[0]) for y in outputs)
 
 
 @BOTH
