@@ -56,6 +56,7 @@ from shardproof.heads import Heads
 from shardproof.layers import (
     activations,
     base,
+    data_parallel,
     filling,
     formula,
     guard,
@@ -64,6 +65,7 @@ from shardproof.layers import (
     registry,
     replace,
     scaling,
+    state_guard,
     step_guard,
     whole,
 )
@@ -462,7 +464,8 @@ SILENT = {
     state: {"state_layout"},
     registry: {"Part", "add_module", "axes_of", "changes", "cut_modules", "cut_parameters"}
     | {"is_cut_module", "name_by_memory", "name_of", "note_change", "note_replaced", "part_of"}
-    | {"parts", "parts_of", "refresh", "remember", "replaced_name"},
+    | {"memory_of", "parts", "parts_by_memory", "parts_of", "refresh", "remember"}
+    | {"replaced_name"},
     step_guard: {"declare_elementwise", "install", "is_elementwise", "serve"},
     base: {"ShardedModule", "check_state"},
     guard: {"watch"},
@@ -470,6 +473,8 @@ SILENT = {
     filling: {"passes_over"},
     refuse: {"install"},
     scaling: {"install"},
+    data_parallel: {"install"},
+    state_guard: {"install"},
     replace: {"is_replaced", "replace"},
     activations: {"Tanh", "Sigmoid", "SiLU", "GELU", "Softplus", "QuickGELU", "Mish"}
     | {"ClippedGELU", "SqrtSoftplus", "ELU", "CELU", "SELU", "Softshrink"}

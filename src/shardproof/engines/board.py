@@ -55,13 +55,13 @@ class Board:
         return cls(path)
 
     def begin(self, rank: int, count: int, text: str) -> None:
-        """Rank `rank` is in a collective, the `count`th that it has begun."""
+        """Rank `rank` is in the `count`th collective that it has begun, or waits in it again."""
         start = rank * _ROW
         data = text.encode()[: _ROW - _TEXT]
         self._map[start + _TEXT : start + _TEXT + len(data)] = data
         _LENGTH.pack_into(self._map, start + _COUNTS.size, len(data))
         _, ended = _COUNTS.unpack_from(self._map, start)
-        _COUNTS.pack_into(self._map, start, count, ended)
+        _COUNTS.pack_into(self._map, start, count, min(ended, count - 1))
 
     def end(self, rank: int) -> None:
         """Rank `rank` has left the collective that it was in."""
