@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from shardproof import comm, core
 from shardproof.axis import Axis
 from shardproof.leaves import Cut
 from shardproof.ranks import launch
+from shardproof.transport import shared
 
 
 def reduce(axis: Axis, who: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -117,15 +119,21 @@ def test_two_axes_of_one_group_in_another_order_all_raise(pool: Pool) -> None:
 
 
 @pytest.mark.skipif(core.shm() is None, reason=f"needs the core: {core.problem()}")
-def test_two_axes_that_share_memory_in_another_order_do_not_wait_for_ever(pool: Pool) -> None:
+@pytest.mark.parametrize("slow", [None, 0, 1])
+def test_two_axes_that_share_memory_in_another_order_do_not_wait_for_ever(
+    pool: Pool, slow: int | None
+) -> None:
     def work(_: Axis) -> tuple[str, list[float]]:
+        # A slow rank has not seen the other one wait before that one raises.
+        certain = 4.0 if dist.get_rank() == slow else 1.0
         group = dist.group.WORLD
         assert group is not None
         axes = [Axis.from_group(group, name=name, timeout=120.0) for name in "ab"]
         for axis in axes:
             reduce(axis, f"{axis.name}.down", 3)
         order = axes[:: 1 - 2 * dist.get_rank()]
-        message = said(lambda: [reduce(axis, f"{axis.name}.down", 3) for axis in order])
+        with mock.patch.object(shared, "_CERTAIN", certain):
+            message = said(lambda: [reduce(axis, f"{axis.name}.down", 3) for axis in order])
         return message, reduce(_, "next", 3).tolist()
 
     before = time.monotonic()

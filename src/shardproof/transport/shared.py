@@ -36,6 +36,8 @@ _SLICED_FROM = 32 * 1024
 _OBSERVED = 0.05
 # Ranks that wait so long for each other on two axes wait for ever.
 _CERTAIN = 1.0
+# Takes the place of the rank to blame where two ranks disagree.
+_NOBODY = "nobody"
 
 # Of this process: what other axes it has is seen where ranks use them in another order.
 _open: "weakref.WeakSet[SharedTransport]" = weakref.WeakSet()
@@ -182,6 +184,8 @@ class SharedTransport(CoreTransport):
         if reason is not None:
             self._observe()
             blamed, _, message = reason.partition("\n")
+            if blamed == _NOBODY:
+                raise MismatchError(message)
             raise PeerError(message, rank=int(blamed))
         if waited > _OBSERVED:
             self._observe()
@@ -208,32 +212,37 @@ class SharedTransport(CoreTransport):
     def _look_elsewhere(self, waited: float, missing: Sequence[int]) -> None:
         """Raise if a missing rank has waited on another axis, for this one, all the time.
 
-        Neither can come to where the other is. The other rank finds the same.
+        Neither can come to where the other is. Both axes are broken off: the other rank raises too,
+        whichever of the two finds it first.
         """
         found = next(filter(None, (self._place_elsewhere(rank) for rank in missing)), None)
-        if found is None or self._elsewhere is None or self._elsewhere[:2] != found:
-            self._elsewhere = None if found is None else (*found, waited)
+        if found is None or self._elsewhere is None or self._elsewhere[:2] != found[:2]:
+            self._elsewhere = None if found is None else (*found[:2], waited)
         elif waited - self._elsewhere[2] >= _CERTAIN:
-            rank, other = found
-            calls = sorted(((self.rank, str(self._call)), (rank, other)))
+            rank, note, other = found
+            calls = sorted(((self.rank, str(self._call)), (rank, note)))
             sides = "; ".join(f"rank {number}: {call}" for number, call in calls)
-            error = MismatchError(
+            message = (
                 f"the ranks disagree about one collective. {sides}, on two axes. All ranks must "
                 "use their axes in the same order."
             )
-            self._tell(str(error), rank)
-            raise error
+            # Both ranks make the same message, so it does not matter who tells an axis first.
+            for each in (self, other):
+                each._tell(message, _NOBODY)
+            raise MismatchError(message)
 
-    def _place_elsewhere(self, rank: int) -> tuple[int, str] | None:
-        """The rank, and what it waits in on another axis that this thread serves; or None."""
+    def _place_elsewhere(self, rank: int) -> "tuple[int, str, SharedTransport] | None":
+        """The rank, what it waits in on another axis that this thread serves, and that axis."""
         peer = self._peers[rank]
         for other in tuple(_open):
             if other is self or other._thread not in (None, threading.get_ident()):
                 continue
+            if other._core.broken_because() is not None:
+                continue  # whoever waited there has raised
             notes = other._core.notes()
             for place, each in enumerate(other._peers):
                 if peer is not None and each is not None and each.pid == peer.pid and notes[place]:
-                    return rank, notes[place]
+                    return rank, notes[place], other
         return None
 
     def _waits(self, missing: Sequence[int]) -> str:
@@ -248,7 +257,7 @@ class SharedTransport(CoreTransport):
             self._tick(0.0, [])
         raise PeerError(message, rank=blamed)
 
-    def _tell(self, message: str, blamed: int) -> bool:
+    def _tell(self, message: str, blamed: int | str) -> bool:
         return bool(self._core.break_off(f"{blamed}\n{message}".encode()))
 
     def _abandon(self, error: BaseException) -> None:
