@@ -137,10 +137,17 @@ sums = [
 ]
 picture(
     [
-        [grid(x, "x (5, 10)", note="the same on every rank")],
-        ["@", grid(up.weight.T, "up (10, 40), cut by columns", columns=hidden)],
-        ["=", grid(joined["h"], "h (5, 40): nothing is gathered", columns=hidden)],
-        ["@", grid(down.weight.T, "down (40, 10), cut by rows", rows=hidden)],
+        [
+            grid(x, "x (5, 10)", note="the same on every rank"),
+            "@",
+            grid(up.weight.T, "up (10, 40), cut by columns", columns=hidden),
+        ],
+        [
+            "=",
+            grid(joined["h"], "h (5, 40): nothing is gathered", columns=hidden),
+            "@",
+            grid(down.weight.T, "down (40, 10), cut by rows", rows=hidden),
+        ],
         *sums,
         ["all-reduce =", grid(joined["y"], "y (5, 10)", note="the same on every rank")],
     ],
@@ -193,7 +200,8 @@ assert all(calls == 1 and kind == "all_reduce" for _, _, calls, kind, *_ in coun
 # %% [markdown]
 # `y` and `grad_x` each have 5 * 10 numbers of 4 bytes. At degree 4 each rank sends about
 # `2 * 200 * 3 / 4` bytes each way. The size of the weights does not matter: what is sent are
-# activations.
+# activations. (At degree 3 a rank's leaves of the 40 hidden features are two nodes of the tree, which
+# the last section explains, so that it sends more.)
 #
 # What is the same on every rank, and what is not:
 #

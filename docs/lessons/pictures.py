@@ -17,7 +17,7 @@ COLOURS = (
 EVERY, NOBODY = -1, -2  # owners: every rank has the same; a summand, or not there yet
 FONT = "Helvetica,Arial,sans-serif"
 CELL_HEIGHT, DIGIT, GAP, TITLE, NOTE, MARGIN = 20, 6.4, 14, 22, 18, 10
-MOST_NUMBERS = 12  # columns that still have their numbers written
+MOST_COLUMNS, MOST_ROWS = 12, 16  # of a matrix that still has its numbers written
 
 Owner = Callable[[int, int], int]
 
@@ -55,7 +55,7 @@ class Grid:
     @property
     def has_numbers(self) -> bool:
         """True if the matrix is small enough for them."""
-        return self.shape[1] <= MOST_NUMBERS
+        return self.shape[0] <= MOST_ROWS and self.shape[1] <= MOST_COLUMNS
 
     @property
     def cell(self) -> tuple[float, float]:
