@@ -272,8 +272,6 @@ table(["cut by", "degree", "phase", "largest tensor of any rank", "of a full W"]
 assert all(float(share[:-1]) < 99 for _, degree, *_, share in seen if degree > 1)
 
 # %% [markdown]
-# At degree 8 a rank's part of `W` is as large as the batch's own activations, `(32, 1024)`.
-#
 # What is sent in that step. `W` and `dW` have 2.4 MiB; the messages have the size of `Y` or of `dX`.
 
 # %%
@@ -457,8 +455,8 @@ print(f"the largest bias is {b.abs().max():.4f}")
 assert DEGREE == 1 or largest(wrong["Y"], truth["Y"]) > 0.1
 
 # %% [markdown]
-# `Y` is off by `degree - 1` times the bias. The training goes on and learns a smaller bias: the loss
-# falls, and only a comparison shows the fault.
+# `Y` is off by `degree - 1` times the bias, and everything that follows from `Y` is off too. Nothing
+# raises an error: only a comparison shows the fault.
 #
 # ### The gradient of the bias is reduced as well
 #
