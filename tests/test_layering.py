@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("environment", "files"),
     ("objects",),
     ("autograd", "checking", "core", "extras", "leaves", "telling", "tree"),
-    ("heads", "overlap", "scheme", "timeout"),
+    ("heads", "observing", "overlap", "scheme", "timeout"),
     # Bytes between ranks.
     ("transport.ledger", "transport.notes"),
     ("transport.base",),
@@ -45,6 +45,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("numerics.__init__",),
     # Collectives, then what is built from both.
     ("schedule",),
+    ("told",),
     ("comm",),
     ("collectives", "recut"),
     (
