@@ -112,6 +112,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engines.watch", "engines.base"),
     ("engines.threads", "engines.processes", "engines.worker"),
     ("engines.__init__",),
+    # What a rank did, step by step.
+    ("trace.hooks", "trace.places", "trace.step"),
+    ("trace.rank", "trace.text"),
+    ("trace.trace",),
+    ("trace.__init__",),
     ("ranks",),
     # The proof: one run, many runs, the judgement.
     ("prover.accuracy", "prover.audit", "prover.compare", "prover.hashing", "prover.reference"),

@@ -91,7 +91,8 @@ def tell_sum(
         What to finish once the sum is there.
     """
     inputs = [Operand(label, part, PARTIAL) for label, part in zip(labels, parts, strict=True)]
-    output = Operand("y", y, placement)
+    name = "grad_x" if plan.call.direction == "backward" else "y"
+    output = Operand(name, y, placement)
     told = told_of(plan.call, inputs, output, plan.message_bytes, plan.sent_bytes, is_rest=is_rest)
     told.addition = addition
     observing.tell(told)
