@@ -14,7 +14,7 @@
 # %%
 import shardproof as sp  # before the first product: it sets how products are computed
 import torch
-from helpers import bits_of, largest, sha, table
+from helpers import bits_of, largest, sha, show, table
 from pictures import grid, picture
 from shardproof.cases import notebooks
 from shardproof.collectives import all_reduce, all_reduce_grad
@@ -164,8 +164,8 @@ picture(
 
 # %%
 def with_layers(axis):
-    column = sp.ColumnParallelLinear.from_linear(up, axis=axis)
-    row = sp.RowParallelLinear.from_linear(down, axis=axis)
+    column = sp.ColumnParallelLinear.from_linear(up, axis=axis, name="up")
+    row = sp.RowParallelLinear.from_linear(down, axis=axis, name="down")
     x_here = x.clone().requires_grad_()
     y = row(column(x_here))
     loss = sp.functional.mse_loss(y, target)
@@ -196,6 +196,17 @@ table(
     counted,
 )
 assert all(calls == 1 and kind == "all_reduce" for _, _, calls, kind, *_ in counted)
+
+# %% [markdown]
+# `launch(..., trace=True)` writes down what every rank does. Its timeline has one column for each
+# rank; the arrows stand where the ranks meet. `rich.print(traced.trace.timeline())` shows it in
+# colour. Find the two all-reduces, and the additions of the nodes that they bring.
+
+# %%
+traced = sp.launch(with_layers, degree=DEGREE, trace=True)
+show(traced.trace.timeline())
+meetings = [step for step in traced.trace.ranks[0] if step.is_collective]
+assert [step.phase for step in meetings] == ["forward", "backward"]
 
 # %% [markdown]
 # `y` and `grad_x` each have 5 * 10 numbers of 4 bytes. At degree 4 each rank sends about

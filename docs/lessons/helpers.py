@@ -1,10 +1,12 @@
 """What all lessons share: short hashes, plain tables, and the pictures of matrices by owner."""
 
 import hashlib
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from rich.console import Console, RenderableType
 from torch import Tensor
 
 from shardproof.numerics.mode import contract
@@ -31,6 +33,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     lines = [list(head), ["-" * width for width in widths], *texts]
     for line in lines:
         print("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip())
+
+
+def show(what: RenderableType, *, width: int = 104) -> None:
+    """Print what rich can lay out, as plain text, in Jupyter too."""
+    plain = Console(
+        file=sys.stdout, width=width, color_system=None, force_jupyter=False, force_terminal=False
+    )
+    with plain.capture() as captured:
+        plain.print(what)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def _cell(cell: Any) -> str:
