@@ -102,7 +102,7 @@ def _importable(folder: Path) -> Iterator[None]:
 
 def notebook_of(cells: Sequence[Cell]) -> Any:
     """The notebook of a lesson, not yet run."""
-    import nbformat  # of the extra `dev`; tests read sources without it
+    import nbformat  # noqa: PLC0415 - of the extra `dev`; tests read sources without it
 
     made = [
         nbformat.v4.new_markdown_cell(cell.source)
@@ -154,22 +154,24 @@ def page_of(cells: Sequence[Cell], outputs: Sequence[Output], name: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class Drawn:
+    """A picture as a notebook has it."""
+
     svg: str
     words: str
 
 
 def make(source: Path) -> None:
     """Run one lesson in Jupyter and write its notebook, its page and its pictures."""
-    import nbformat
-    from execute_notebook import execute
+    import nbformat  # noqa: PLC0415
+    from execute_notebook import execute  # noqa: PLC0415 - needs nbclient
 
     cells = cells_of(source.read_text(encoding="utf-8"))
     target = source.with_suffix(".ipynb")
     nbformat.write(notebook_of(cells), target)
     with contextlib.chdir(FOLDER):
         execute(target, target)
-    outputs = outputs_of(nbformat.read(target, as_version=4), _Drawn)
+    outputs = outputs_of(nbformat.read(target, as_version=4), Drawn)
     pictures = [output.picture for output in outputs if output.picture is not None]
     for old in (FOLDER / PICTURES).glob(f"{source.name[:2]}-*.svg"):
         old.unlink()

@@ -12,8 +12,9 @@
 # ranks are threads of this process. Change `DEGREE` and run it again.
 
 # %%
-import shardproof as sp  # before the first product: it sets how products are computed
 import torch
+
+import shardproof as sp  # before the first product: it sets how products are computed
 from helpers import bits_of, largest, loose, sha, table
 from pictures import grid, picture
 from shardproof.cases import notebooks

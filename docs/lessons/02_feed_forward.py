@@ -12,14 +12,15 @@
 # update follow.
 
 # %%
-import shardproof as sp  # before the first product: it sets how products are computed
 import torch
+from torch import nn
+
+import shardproof as sp  # before the first product: it sets how products are computed
 from helpers import bits_of, largest, sha, show, table
 from pictures import grid, picture
 from shardproof.cases import notebooks
 from shardproof.collectives import all_reduce, all_reduce_grad
 from shardproof.leaves import Cut
-from torch import nn
 
 DEGREE = 2
 
@@ -206,7 +207,7 @@ assert all(calls == 1 and kind == "all_reduce" for _, _, calls, kind, *_ in coun
 traced = sp.launch(with_layers, degree=DEGREE, trace=True)
 show(traced.trace.timeline())
 meetings = [step for step in traced.trace.ranks[0] if step.is_collective]
-assert [step.phase for step in meetings] == ["forward", "backward"]
+assert DEGREE == 1 or [step.phase for step in meetings] == ["forward", "backward"]
 
 # %% [markdown]
 # `y` and `grad_x` each have 5 * 10 numbers of 4 bytes. At degree 4 each rank sends about

@@ -12,15 +12,16 @@
 # it. The last part of this lesson shows where it comes from, and how it ends.
 
 # %%
-import shardproof as sp  # before the first product: it sets how products are computed
 import torch
+from torch import nn
+
+import shardproof as sp  # before the first product: it sets how products are computed
 from helpers import bits_of, largest, loose, sha, table
 from pictures import grid, picture
 from shardproof.cases import find_case, notebooks
 from shardproof.collectives import all_gather, all_reduce
 from shardproof.leaves import Cut
 from shardproof.prover import prove_cases
-from torch import nn
 
 DEGREE = 2
 
@@ -52,18 +53,22 @@ X = torch.randn(BATCH, IN, generator=draw)
 Y_gt = torch.randn(BATCH, OUT, generator=draw)
 
 
-def rows_in_turn():
-    """The rows of W one after the other, then b: never more than one row at a time."""
+BLOCK = 32  # rows of W that are drawn at once
+
+
+def draw_in_blocks():
+    """W in blocks of 32 rows, one after the other, each with the number of its first row."""
     numbers = torch.Generator().manual_seed(4)
-    for _ in range(OUT):
-        yield torch.randn(IN, generator=numbers)
-    yield torch.randn(OUT, generator=numbers)
+    for start in range(0, OUT, BLOCK):
+        yield start, torch.randn(BLOCK, IN, generator=numbers)
 
 
+bias = torch.randn(OUT, generator=draw)
 plain = nn.Linear(IN, OUT)  # plain PyTorch, to compare with: outside of the ranks, and whole
 with torch.no_grad():
-    for i, row in enumerate(rows_in_turn()):
-        (plain.weight[i] if i < OUT else plain.bias).copy_(row)
+    plain.bias.copy_(bias)
+    for start, rows in draw_in_blocks():
+        plain.weight[start : start + BLOCK] = rows
 W, b = plain.weight.detach().clone(), plain.bias.detach().clone().unsqueeze(0)
 plain_X = X.clone().requires_grad_()
 plain_Y = plain(plain_X)
@@ -189,24 +194,26 @@ picture(
 # %% [markdown]
 # ## With layers, and without a full matrix
 #
-# A layer that is cut allocates its own part. Every rank draws all rows of `W` one after the other and
-# keeps its part of each: one row of 1024 numbers is the most that it has of the full matrix. Forward,
-# backward and update work on the part.
+# A layer that is cut allocates its own part. Every rank draws `W` in blocks of 32 rows and keeps its
+# part of each: one block is the most that it has of what others hold. Forward, backward and update
+# work on the part.
 
 
 # %%
 def fill(layer):
-    """Fill this rank's part of a layer, row by row."""
-    weight, bias = layer.layouts["weight"], layer.layouts["bias"]
-    owned, owned_bias = weight.owned, bias.owned
+    """Fill this rank's part of a layer, block by block."""
+    weight, of_bias = layer.layouts["weight"], layer.layouts["bias"].owned
+    owned = weight.owned
     with torch.no_grad():
-        for i, row in enumerate(rows_in_turn()):
-            if i == OUT:
-                layer.bias.copy_(row[owned_bias.start : owned_bias.stop])
-            elif weight.dim == 1:
-                layer.weight[i].copy_(row[owned.start : owned.stop])
-            elif i in owned:
-                layer.weight[i - owned.start].copy_(row)
+        layer.bias.copy_(bias[of_bias.start : of_bias.stop])
+        for start, rows in draw_in_blocks():
+            if weight.dim == 1:
+                layer.weight[start : start + BLOCK] = rows[:, owned.start : owned.stop]
+                continue
+            first, last = max(start, owned.start), min(start + BLOCK, owned.stop)
+            if first < last:
+                mine = rows[first - start : last - start]
+                layer.weight[first - owned.start : last - owned.start] = mine
 
 
 def train(axis, kind):
@@ -220,14 +227,13 @@ def train(axis, kind):
     Y = layer(X_here)
     loss = sp.functional.mse_loss(Y, Y_gt)
     loss.backward()
-    dW, db = layer.weight.grad.clone(), layer.bias.grad.clone()
     torch.optim.SGD(layer.parameters(), lr=LEARNING_RATE).step()
     return {
         "Y": Y.detach(),
         "loss": loss.detach(),
         "dX": X_here.grad,
-        "dW": dW,
-        "db": db,
+        "dW": layer.weight.grad,
+        "db": layer.bias.grad,
         "new W": layer.weight.detach(),
         "new b": layer.bias.detach(),
     }
@@ -270,7 +276,7 @@ table(
 
 # %% [markdown]
 # The largest result of any step on any rank, and the most that a rank holds at one moment: its part of
-# `W`, the gradient of that part, and the batch. Both as a share of one full `W` (2,490,368 bytes):
+# `W`, the gradient of that part, a copy or two on the way, and the batch. Both as a share of one full `W` (2,490,368 bytes):
 
 # %%
 seen = []

@@ -17,14 +17,15 @@
 # %%
 import copy
 
-import shardproof as sp  # before the first product: it sets how products are computed
 import torch
+from torch import nn
+from torch.nn import functional as F
+
+import shardproof as sp  # before the first product: it sets how products are computed
 from helpers import bits_of, largest, sha, table
 from pictures import grid, picture
 from shardproof.collectives import all_reduce, all_reduce_grad
 from shardproof.heads import Heads
-from torch import nn
-from torch.nn import functional as F
 
 DEGREE = 3
 
