@@ -67,7 +67,7 @@ LINEAR_COLUMN = Case(
     Training(build_column, make_batch, loss, optimizer=sgd),
     source=SOURCE,
     elementwise=ELEMENTWISE,
-    printed=notebooks.LINEAR_COLUMN_PRINTED,
+    printed=(*notebooks.LINEAR_PLAIN_PRINTED, *notebooks.LINEAR_COLUMN_PRINTED),
 )
 LINEAR_ROW = Case(
     "linear-row",

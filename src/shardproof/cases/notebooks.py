@@ -48,13 +48,13 @@ FEED_FORWARD_PRINTED = (
 
 # 002: 1024 -> 608 with bias, batch 32, one update; its gradients are stored transposed.
 LINEAR_PLAIN_PRINTED = (
-    Printed("dX", "input.grad", shape=(32, 1024)),
-    Printed("dW", "weight.grad", shape=(1024, 608)),
-    Printed("db", "bias.grad", shape=(608,)),
-    Printed("weights matching nn.Linear", "weight", close=True),
-    Printed("bias matching nn.Linear", "bias", close=True),
-    Printed("grad W matching nn.Linear", "weight.grad", close=True),
-    Printed("grad b matching nn.Linear", "bias.grad", close=True),
+    Printed("dX", "input.grad", shape=(32, 1024), section="regular"),
+    Printed("dW", "weight.grad", shape=(1024, 608), section="regular"),
+    Printed("db", "bias.grad", shape=(608,), section="regular"),
+    Printed("weights matching nn.Linear", "weight", close=True, section="regular"),
+    Printed("bias matching nn.Linear", "bias", close=True, section="regular"),
+    Printed("grad W matching nn.Linear", "weight.grad", close=True, section="regular"),
+    Printed("grad b matching nn.Linear", "bias.grad", close=True, section="regular"),
 )
 LINEAR_COLUMN_PRINTED = (
     Printed("W_gpu1", "weight (initial)", shape=(304, 1024), rank=0),

@@ -173,7 +173,7 @@ def prove_cases(
         progress: called before each run, and once at the end.
         skipped: cases left out, for the report: name and extra.
         allow_nonfinite: whether a tensor with NaN or Inf may be proved.
-        few: show the numbers of tensors with at most so many in the report; 0 shows none.
+        few: show the numbers of tensors with at most so many in the report.
 
     Raises:
         DegreeError: a degree that the leaves cannot serve.
@@ -193,11 +193,8 @@ def prove_cases(
         references = proof.make_references(Path(folder), tell)
         for degree in degrees:
             # Inputs that differ are no error here: the report names the tensors that do.
-            options: dict[str, Any] = {
-                "transport": transport,
-                "overlap": overlap,
-                "compare_inputs": False,
-            }
+            options: dict[str, Any] = {"transport": transport, "overlap": overlap}
+            options["compare_inputs"] = False
             with open_ranks(degree, engine, threads=threads, **options) as ranks:
                 carrier = Carrier(ranks.transport, ranks.transport_note, overlap)
                 for case in cases:
