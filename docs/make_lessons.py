@@ -4,7 +4,8 @@
     python docs/make_lessons.py 01 03      those that begin so
 
 A source is a program in percent format: `# %%` begins a cell of code, `# %% [markdown]` one of
-text. The notebook is run by Jupyter, from its first cell to its last; the page has the same cells
+text; the page folds the code of a cell that begins with `# %% fold`, which makes a picture or a
+table. The notebook is run by Jupyter, from its first cell to its last; the page has the same cells
 and what they printed. Pictures of the page are files in `docs/lessons/pictures`.
 Needs nbclient and ipykernel (the extra `dev`).
 """
@@ -23,7 +24,8 @@ from typing import Any
 
 FOLDER = Path(__file__).with_name("lessons")
 PICTURES = "pictures"
-KIND = re.compile(r"^# %%( \[markdown\])?\s*$", re.MULTILINE)
+FOLDED = "<details><summary>code</summary>\n\n{}\n\n</details>"
+KIND = re.compile(r"^# %%( \[markdown\]| fold)?\s*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Cell:
 
     is_text: bool
     source: str
+    is_folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,16 @@ def sources(only: Sequence[str] = ()) -> list[Path]:
     return [path for path in found if not only or path.name.startswith(tuple(only))]
 
 
-def cells_of(source: str) -> list[Cell]:
+def cells_of(program: str) -> list[Cell]:
     """The cells of a percent program; what stands before the first mark is a comment on it."""
-    marks = list(KIND.finditer(source))
-    ends = [mark.start() for mark in marks[1:]] + [len(source)]
+    marks = list(KIND.finditer(program))
+    ends = [mark.start() for mark in marks[1:]] + [len(program)]
     cells = []
     for mark, end in zip(marks, ends, strict=True):
-        body = source[mark.end() : end].strip("\n")
-        is_text = mark[1] is not None
-        cells.append(Cell(is_text, _uncommented(body) if is_text else body))
+        body = program[mark.end() : end].strip("\n")
+        is_text = mark[1] == " [markdown]"
+        source = _uncommented(body) if is_text else body
+        cells.append(Cell(is_text, source, is_folded=mark[1] == " fold"))
     return cells
 
 
@@ -143,7 +147,8 @@ def page_of(cells: Sequence[Cell], outputs: Sequence[Output], name: str) -> str:
         if cell.is_text:
             parts.append(cell.source)
             continue
-        parts.append(f"```python\n{cell.source}\n```")
+        code = f"```python\n{cell.source}\n```"
+        parts.append(FOLDED.format(code) if cell.is_folded else code)
         output = next(remaining)
         if output.printed:
             parts.append(f"```text\n{output.printed.rstrip()}\n```")

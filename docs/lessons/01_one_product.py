@@ -83,7 +83,7 @@ for rank, has in enumerate(rows):
 print(f"the sum:  y, first row         {rows[0]['y'][0].tolist()}")
 
 
-# %%
+# %% fold
 def owners(size):
     """The owner of each index of a dim, at this degree."""
     cut = Cut(size, 8, DEGREE)
@@ -152,7 +152,7 @@ table(
     ],
 )
 
-# %%
+# %% fold
 w_cut = grid(w, "w (4, 8), cut by columns", columns=owners(OUT))
 y_cut = grid(cut_y, "y (2, 8), cut by columns", columns=owners(OUT), note="nothing was sent")
 parts = [
@@ -222,7 +222,7 @@ table(
 # `2 b (d - 1) / d` bytes: at degree 4 the 64 bytes of `y` cost 96 bytes on each rank. A single number
 # cannot be divided; each rank sends it to every other.
 
-# %%
+# %% fold
 counted = []
 for degree in (1, 2, 4, 8):
     sent = sp.launch(with_layers, degree=degree)[0]["sent"]
@@ -241,7 +241,7 @@ table(
 # The notebook is kept without its outputs, so its shapes are those that its code gives. It has no
 # ranks: it computes both halves one after the other. At degree 2 each half is a real rank.
 
-# %%
+# %% fold
 by_hand = {"row": sp.launch(by_rows, degree=2), "col": sp.launch(by_columns, degree=2)}
 shapes = {
     f"{what}_{kind}_{rank + 1}.shape": has[name].shape
@@ -275,7 +275,7 @@ assert all(theirs == tuple(mine) for _, _, theirs, mine in beside)
 # `2 x^T (y - label) / (batch * out)`. Both are the same only if `2 / batch` is 1, so if the batch is
 # 2, as it is there. With any other batch its gradient is `batch / 2` times too large.
 
-# %%
+# %% fold
 rows_of_ratio = []
 for batch in (1, 2, 3, 8):
     some_x = torch.arange(batch * IN, dtype=torch.float32).reshape(batch, IN)
@@ -337,7 +337,7 @@ assert len({sha(tree) for _, tree in compared.values()}) == 1
 # The hashes of this lesson's own tensors, put together from all ranks:
 
 
-# %%
+# %% fold
 def whole(degree):
     """The tensors of all ranks, each put together."""
     ranks = sp.launch(with_layers, degree=degree)

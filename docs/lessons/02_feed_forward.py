@@ -124,7 +124,7 @@ table(
 # value.
 
 
-# %%
+# %% fold
 def owners(size):
     """The owner of each index of a dim, at this degree."""
     cut = Cut(size, 8, DEGREE)
@@ -227,7 +227,7 @@ assert DEGREE == 1 or [step.phase for step in meetings] == ["forward", "backward
 # and its one question: is the sum of the two parts `allclose` to the whole? (Its text says once that
 # the second layer has 19 outputs; its code has 10.)
 
-# %%
+# %% fold
 two = sp.launch(by_hand, degree=2)
 ours = {
     "output.shape": torch.cat([has["h"] for has in two], dim=2).shape,
@@ -258,7 +258,7 @@ for printed in notebooks.FEED_FORWARD_PRINTED:
 # The notebook is content with `atol=1e-05`. With the layers of shardproof nothing is left to allow:
 # every tensor of the step has the same bits at every degree, also at 3, which does not divide 40.
 
-# %%
+# %% fold
 DIMS = {"grad_down": 1, "grad_up": 0, "new up": 0, "new down": 1}
 
 

@@ -157,7 +157,7 @@ table(
 # One corner of the numbers, 4 samples and the first and the last features, of the way by rows:
 
 
-# %%
+# %% fold
 def owners(size):
     """The owner of each index of a dim, at this degree."""
     cut = Cut(size, 8, DEGREE)
@@ -249,7 +249,7 @@ done = {
 # `launch(..., trace=True)` writes down every step of every rank: what was computed or sent, and how
 # many bytes the rank holds after it. Here is rank 0 of the layer that is cut by rows:
 
-# %%
+# %% fold
 WHOLE = OUT * IN * 4  # bytes of a full W
 
 
@@ -278,7 +278,7 @@ table(
 # The largest result of any step on any rank, and the most that a rank holds at one moment: its part of
 # `W`, the gradient of that part, a copy or two on the way, and the batch. Both as a share of one full `W` (2,490,368 bytes):
 
-# %%
+# %% fold
 seen = []
 for (kind, degree), results in done.items():
     steps = [step for rank in results.trace.ranks for step in rank if step.output is not None]
@@ -306,7 +306,7 @@ assert report.cases[0].within_memory_bound
 # What is sent in one step. `W` and `dW` have 2.4 million bytes; the messages have the size of `Y` and
 # of `dX`, whatever the size of `W`.
 
-# %%
+# %% fold
 counted = []
 for kind in ("column", "row"):
     for direction, kinds in done[kind, 2].trace.collectives(0).items():
@@ -321,7 +321,7 @@ table(["cut by", "direction", "calls", "collective", "bytes of results", "sent b
 # Its shapes, its booleans (`allclose` with `atol=1e-6`), and its largest difference. Ours at degree 2:
 # shapes from the functions by hand, booleans and the difference from the layers.
 
-# %%
+# %% fold
 DIMS = {
     "column": {"dW": 0, "db": 0, "new W": 0, "new b": 0},
     "row": {"dW": 1, "new W": 1},
@@ -389,7 +389,7 @@ table(["section", "notebook prints", "notebook", "ours"], beside)
 # parts is rounded otherwise than `Y` in one. The loss hands the difference on to `dY`, and `dY` to
 # `dW`. Given the same `dY`, the divided product of `dW` has the same numbers as the whole one.
 
-# %%
+# %% fold
 two = joined(sp.launch(by_rows, degree=2), ROW_DIMS)
 halves = [slice(0, IN // 2), slice(IN // 2, IN)]
 same_dY = torch.cat([plain_Y.grad.T @ X[:, half] for half in halves], dim=1)
@@ -407,7 +407,7 @@ table(
 # %% [markdown]
 # Is 4e-8 an error, then, and whose? Compare both with the same step in fp64:
 
-# %%
+# %% fold
 exact_dY = 2 * (X.double() @ W.double().T + b.double() - Y_gt.double()) / Y_gt.numel()
 exact_dW = exact_dY.T @ X.double()
 
@@ -447,7 +447,7 @@ print(f"nn.Linear itself: error {error(dW_torch):.1e}")
 #
 # The hashes of the whole step:
 
-# %%
+# %% fold
 for kind in ("column", "row"):
     names = list(found[kind, 1])
     hashes = {degree: [sha(found[kind, degree][name]) for name in names] for degree in (1, 2, 3, 8)}

@@ -152,7 +152,7 @@ table(
 )
 
 
-# %%
+# %% fold
 def owners(size):
     """The owner of each index of a dim, at this degree."""
     cut = Cut(size, 8, DEGREE)
@@ -248,7 +248,7 @@ table(["degree", "direction", "calls", "collective", "bytes of results", "sent b
 # All 32 rows as the notebook prints them, with four decimals, from a GPU. Ours are from the layers, at
 # this degree.
 
-# %%
+# %% fold
 printed = torch.tensor(notebooks.MLP_OUTPUTS)
 table(
     ["sample", "notebook", "", "ours", ""],
@@ -299,7 +299,7 @@ table(
 )
 assert all(cmp(*pairs[row.label])[1] == row.close for row in notebooks.MLP_CMP)
 
-# %%
+# %% fold
 shapes = {f"{name}.shape": one[0][f"{name} is"] for name in names}
 shapes |= {f"{name}_{rank}.shape": two[rank][f"{name} is"] for name in names for rank in (0, 1)}
 table(
@@ -322,7 +322,7 @@ assert all(row.shape == shapes[row.label] for row in notebooks.MLP_SHAPES)
 # second layer, and still take part in every exchange.
 
 
-# %%
+# %% fold
 def whole(degree):
     """The tensors of all ranks, each put together."""
     ranks = sp.launch(with_layers, degree=degree)

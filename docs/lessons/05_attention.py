@@ -91,7 +91,7 @@ plain = {name: p.grad.clone() for name, p in whole.named_parameters()}
 # Query heads are shared out in order. A rank holds the key-value heads that its query heads need. Of
 # those that several ranks hold, the first of them is the owner.
 
-# %%
+# %% fold
 who = []
 for degree in (1, 2, 3, 4, 8):
     heads = Heads(QUERIES, KEYS, HEAD_DIM, leaves=8, degree=degree)
@@ -177,7 +177,7 @@ for name in plain:
 table(["largest difference", *(f"rank {rank}" for rank in range(DEGREE))], rows)
 
 
-# %%
+# %% fold
 def owners(run_of, size):
     """The first rank that has each head's features."""
     first = {}
@@ -283,7 +283,7 @@ table(
 # Each rank hashes what it owns; put together, the hashes of a step at every degree:
 
 
-# %%
+# %% fold
 def joined(degree):
     """The whole tensors: what each rank owns of what it holds, side by side."""
     found = sp.launch(with_a_plan, degree=degree)
