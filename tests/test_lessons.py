@@ -72,6 +72,7 @@ def same_word(page: str, run: str, same_bits: bool) -> bool:
     if page.endswith("..") and run.endswith(".."):
         return True
     try:
+        page, run = page.rstrip(");"), run.rstrip(");")
         a, b = (float(re.sub(r"[,;%]", "", word)) for word in (page, run))
     except ValueError:
         return False
