@@ -79,8 +79,8 @@ OF_WORDS = (
         ),
         words.GROUPS,
         "Query head 3 of 8 belongs to the first group of four. Rank 1 of three owns the query "
-        "heads 3, 4 and 5 and counts them as 0, 1 and 2, so that it takes the first key-value head for "
-        "all three. At degree 2 each rank begins with a whole group, and nothing is wrong.",
+        "heads 3, 4 and 5 and counts them as 0, 1 and 2, so that it takes the first key-value head "
+        "for all three. At degree 2 each rank begins with a whole group, and nothing is wrong.",
         Finding("logits", degrees=(1, 3)),
         degrees=(1, 2, 3),
         hidden_at=(1, 2),
@@ -110,9 +110,9 @@ OF_WORDS = (
         ),
         words.TIED,
         "Where the embedding and the output head lie on different pipeline stages, each has its "
-        "own copy of the tied weight, and the two gradients must be added. On one stage they are one "
-        "parameter, whose gradient autograd has added up already. Adding it to itself doubles it, "
-        "at every degree alike.",
+        "own copy of the tied weight, and the two gradients must be added. On one stage they are "
+        "one parameter, whose gradient autograd has added up already. Adding it to itself doubles "
+        "it, at every degree alike.",
         Finding("embedding.weight.grad", TORCH, ()),
     ),
 )

@@ -67,6 +67,21 @@ class Outcome:
         return self.first.torch.max_abs_diff
 
     @property
+    def difference(self) -> str:
+        """The first tensor that is not as it must be, and by how much, in words."""
+        if self.report is None:
+            return "none was compared, for a rank raised an error"
+        if self.first is None:
+            is_memory = self.mistake.finding.what == MEMORY and not self.report.proved
+            return "none; a rank allocates too much memory" if is_memory else "none"
+        if self.apart is None:
+            return f"{self.first.name}, which plain PyTorch draws otherwise"
+        if self.first.agrees:
+            by = "by no more than rounding" if self.apart else "on other ranks than rank 0"
+            return f"{self.first.name}, {by}"
+        return f"{self.first.name}, by up to {self.apart:.3g}"
+
+    @property
     def is_named(self) -> bool:
         """True if the prover says of the mistake what the gallery says that it does."""
         if self.report is None:
