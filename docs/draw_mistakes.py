@@ -23,7 +23,8 @@ WIDTH, MARGIN = 480, 46
 STRIP, CELL = 62, 18  # where the cells stand, and how high they are
 TOP, BOTTOM = 128, 262  # of the curves
 HEIGHT = 312
-GOOD, ROUNDED, BAD, GREY = "#2f7d4f", "#c98a1b", "#c8334c", "#767676"
+GOOD, BAD = "#2f7d4f", "#c8334c"  # of curves
+RIGHT, ROUNDED, WRONG = "#b7dcc5", "#e0a030", "#b3203a"  # of cells: from light to dark
 PHASES = ("start", "forward", "backward", "update")
 
 
@@ -39,9 +40,9 @@ def phase_of(name: str, seen: str) -> str:
 def colour_of(tensor: TensorReport) -> str:
     """Right, wrong by rounding alone, or wrong."""
     if tensor.identical and tensor.agrees:
-        return GOOD
+        return RIGHT
     is_small = tensor.torch is not None and tensor.torch.max_abs_diff and tensor.agrees
-    return ROUNDED if is_small else BAD
+    return ROUNDED if is_small else WRONG
 
 
 def strip(outcome: Outcome) -> Iterator[str]:
@@ -57,7 +58,11 @@ def strip(outcome: Outcome) -> Iterator[str]:
     for place, (tensor, phase) in enumerate(zip(tensors, phases, strict=True)):
         x = 14 + place * width + gap * PHASES.index(phase)
         if place == 0 or phases[place - 1] != phase:
-            yield text(x, STRIP - 8, phase, "small")
+            if phase == "forward":  # of few cells: its name ends where they end
+                last = x + width * phases.count(phase) - 2
+                yield text(last, STRIP - 8, phase, "small", "end")
+            else:
+                yield text(x, STRIP - 8, phase, "small")
         yield (
             f'<rect x="{x:.1f}" y="{STRIP}" width="{max(width - 2, 1):.1f}" height="{CELL}" '
             f'fill="{colour_of(tensor)}"><title>{html.escape(tensor.name)}</title></rect>'
@@ -65,9 +70,7 @@ def strip(outcome: Outcome) -> Iterator[str]:
         if tensor.name == named:
             middle = x + width / 2 - 1
             anchor = "start" if middle < WIDTH / 2 else "end"
-            yield (
-                f'<path d="M{middle:.1f} {STRIP + CELL + 3} l5 8 h-10 z" class="mark"/>'
-            )
+            yield (f'<path d="M{middle:.1f} {STRIP + CELL + 3} l5 8 h-10 z" class="mark"/>')
             yield text(middle, STRIP + CELL + 25, html.escape(tensor.name), "name", anchor)
     if named is None:
         words = "no number is wrong: a rank allocates too much memory"

@@ -46,8 +46,10 @@ class Edit:
 
     @property
     def file(self) -> str:
-        """Its file, from the folder of the package on."""
-        return Path(self.plain.__code__.co_filename).relative_to(PACKAGE.parent).as_posix()
+        """Its file, from the folder of the package on; of a function elsewhere, the whole path."""
+        path = Path(self.plain.__code__.co_filename)
+        inside = path.is_relative_to(PACKAGE.parent)
+        return (path.relative_to(PACKAGE.parent) if inside else path).as_posix()
 
     @property
     def line(self) -> int:

@@ -40,7 +40,7 @@ class Finding:
             degree has the same bits, and plain PyTorch has other numbers. MEMORY: a rank held too
             much, and no number is wrong.
         degrees: the two whose bits differ; none if BITS shows in the copies alone.
-        says: a part of the verdict, for what those three leave open.
+        says: what else it says of the tensor, such as that replicas differ; "": nothing.
         agrees: every number is as near to plain PyTorch as rounding allows.
     """
 

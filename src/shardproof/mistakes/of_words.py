@@ -67,7 +67,10 @@ OF_WORDS = (
         "One key-value head serves several query heads. If these lie on several ranks, each of the "
         "ranks holds a copy of the key-value head, and finds the gradient that comes from its own "
         "query heads. The copies must get the sum. Otherwise each of them learns something else.",
-        Finding("attention.value.weight.grad"),
+        Finding(
+            "attention.value.weight.grad",
+            says="copies differ at degree 2: rank 1 holds leaf 0 not as rank 0 has it",
+        ),
     ),
     Mistake(
         "wrong-key-value-head",

@@ -1,5 +1,6 @@
 """What came of one mistake: the prover's report of it, and the losses beside the right ones."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -113,8 +114,10 @@ def is_found(report: Report, finding: Finding, *, in_full: bool = True) -> bool:
         return False
     if not in_full:
         return True
-    is_told = tuple(difference["degrees"]) == finding.degrees and finding.says in report.verdict()
-    return is_told and case.agrees_with_torch == finding.agrees
+    detail = difference["detail"]
+    is_told = finding.says in detail if finding.says else not detail
+    is_between = tuple(difference["degrees"]) == finding.degrees
+    return is_told and is_between and case.agrees_with_torch == finding.agrees
 
 
 def make(mistake: Mistake, degrees: Sequence[int] = (), *, steps: int = STEPS) -> Outcome:
@@ -126,7 +129,7 @@ def make(mistake: Mistake, degrees: Sequence[int] = (), *, steps: int = STEPS) -
         steps: of the loss curves.
     """
     given = tuple(degrees) or mistake.degrees
-    right = losses(mistake.setup, 1, steps)
+    right = _right(mistake.setup, steps)
     report, error, stopped = None, "", ""
     wrong: tuple[float, ...] = ()
     with mistake.planted():
@@ -160,6 +163,11 @@ def losses(
         return tuple(trial.curves[""])
 
     return launch(work, degree=degree, compare_inputs=compare_inputs)[0]
+
+
+@functools.cache  # many mistakes have one set-up
+def _right(setup: SetUp, steps: int) -> tuple[float, ...]:
+    return losses(setup, 1, steps)
 
 
 def _sentence(error: ShardproofError) -> str:
