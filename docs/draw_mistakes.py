@@ -12,14 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from shardproof.mistakes import CHAPTERS, Mistake, all_mistakes
-from shardproof.mistakes.outcome import Outcome, make
+from shardproof.mistakes.outcome import Outcome, amount, make
 from shardproof.prover.casereport import TensorReport
 
 PAGE = Path(__file__).with_name("mistakes.md")
 PICTURES = Path(__file__).with_name("mistakes")
 BEGIN, END = "<!-- written by draw_mistakes.py -->\n", "<!-- until here -->\n"
 
-WIDTH, MARGIN = 480, 46
+WIDTH, MARGIN = 480, 56
 STRIP, CELL = 62, 18  # where the cells stand, and how high they are
 TOP, BOTTOM = 128, 262  # of the curves
 HEIGHT = 312
@@ -97,7 +97,7 @@ def curves(outcome: Outcome) -> Iterator[str]:
     yield (
         f'<line x1="{MARGIN}" y1="{ground:.1f}" x2="{WIDTH - 14}" y2="{ground:.1f}" class="axis"/>'
     )
-    yield text(MARGIN - 6, TOP + 5, f"{high:.3g}", "small", "end")
+    yield text(MARGIN - 6, TOP + 5, amount(high), "small", "end")
     yield text(MARGIN - 6, ground + 5, "0", "small", "end")
     yield f'<polyline points="{points(right)}" class="right"/>'
     yield f'<polyline points="{points(wrong)}" class="wrong"/>'
@@ -127,8 +127,8 @@ def picture(outcome: Outcome) -> str:
     """One mistake as SVG."""
     label = html.escape(
         f"{outcome.mistake.name}: first tensor that differs: {outcome.difference}; loss right "
-        f"from {outcome.right[0]:.3g} to {outcome.right[-1]:.3g}, wrong from "
-        f"{outcome.wrong[0]:.3g} to {outcome.wrong[-1]:.3g}"
+        f"from {amount(outcome.right[0])} to {amount(outcome.right[-1])}, wrong from "
+        f"{amount(outcome.wrong[0])} to {amount(outcome.wrong[-1])}"
     )
     return "\n".join(
         [
@@ -146,7 +146,7 @@ def picture(outcome: Outcome) -> str:
 def row(outcome: Outcome) -> str:
     """One line of the table."""
     name = outcome.mistake.name
-    losses = f"{outcome.right[-1]:.3g} | {outcome.wrong[-1]:.3g}"
+    losses = f"{amount(outcome.right[-1])} | {amount(outcome.wrong[-1])}"
     return f"| [{name}](#{name}) | {outcome.difference} | {losses} |"
 
 
@@ -161,7 +161,7 @@ def section(outcome: Outcome) -> Iterator[str]:
     yield from ("", f"![{mistake.name}]({PICTURES.name}/{mistake.name}.svg)", "")
     yield f"**First tensor that differs:** {outcome.difference}."
     yield from ("", f"**Why.** {mistake.why}", "")
-    yield f"**The prover says**, for {mistake.setup.description}:"
+    yield f"**The prover says** (`{mistake.setup.name}`: {mistake.setup.description}):"
     yield from ("", f"> {outcome.verdict}.", "")
     if mistake.hidden_at:
         yield f"At degrees {' and '.join(map(str, mistake.hidden_at))} nothing shows."

@@ -179,6 +179,12 @@ def test_what_is_no_plain_function_cannot_be_edited() -> None:
         pass
 
 
+def test_a_change_that_changes_nothing_is_not_named() -> None:
+    mistake = find_mistake("row-bias-on-every-rank")
+    same = dataclasses.replace(mistake.edit, wrong=mistake.edit.right)
+    assert not make(dataclasses.replace(mistake, edit=same), steps=2).is_named
+
+
 def test_other_degrees_than_those_of_the_gallery() -> None:
     mistake = find_mistake("row-bias-on-every-rank")
     assert make(mistake, (1, 3), steps=2).is_named

@@ -15,7 +15,7 @@ from shardproof.cli.output import BAD, GOOD, WIDE, PlainConsole, console, listed
 from shardproof.errors import UsageError
 from shardproof.leaves import DEFAULT_LEAVES
 from shardproof.mistakes import CHAPTERS, Mistake, find_mistake
-from shardproof.mistakes.outcome import Outcome, make
+from shardproof.mistakes.outcome import Outcome, amount, make
 
 INDENT = 2
 
@@ -142,7 +142,7 @@ def _show_losses(outcome: Outcome, out: PlainConsole) -> None:
     for line in plot(outcome.right, outcome.wrong):
         out.print(Text(f"{' ' * INDENT}{line}"), soft_wrap=True)
     ends = ", ".join(
-        f"{word} from {losses[0]:.3g} to {losses[-1]:.3g}"
+        f"{word} from {amount(losses[0])} to {amount(losses[-1])}"
         for word, losses in (("right", outcome.right), ("wrong", outcome.wrong))
     )
     _line(f"{' ' * INDENT}{ends}", out)

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+from shardproof.mistakes.outcome import amount
+
 HEIGHT, STRIDE = 10, 3  # lines, and columns of a step
 RIGHT, WRONG, BOTH = "o", "x", "*"
 
@@ -36,7 +38,7 @@ def plot(right: Sequence[float], wrong: Sequence[float]) -> list[str]:
             share = (top - min(loss, top)) / ((top - bottom) or 1.0)
             line, place = round(share * (HEIGHT - 1)), STRIDE * step
             grid[line][place] = mark if grid[line][place] == " " else BOTH
-    labels = [f"{top:.3g}", *[""] * (HEIGHT - 2), f"{bottom:.3g}"]
+    labels = [amount(top), *[""] * (HEIGHT - 2), amount(bottom)]
     width = max(map(len, labels))
     return [
         f"{label:>{width}} |{''.join(marks).rstrip()}"

@@ -80,7 +80,7 @@ class Outcome:
         if self.first.agrees:
             by = "by no more than rounding" if self.apart else "on other ranks than rank 0"
             return f"{self.first.name}, {by}"
-        return f"{self.first.name}, by up to {self.apart:.3g}"
+        return f"{self.first.name}, by up to {amount(self.apart)}"
 
     @property
     def is_named(self) -> bool:
@@ -89,6 +89,15 @@ class Outcome:
             return False
         is_own = self.degrees == self.mistake.degrees
         return is_found(self.report, self.mistake.finding, in_full=is_own)
+
+
+def amount(number: float) -> str:
+    """A loss or a difference in a few characters.
+
+    >>> amount(0.44753), amount(42039.7), amount(float("nan"))
+    ('0.448', '42040', 'nan')
+    """
+    return f"{number:.0f}" if 1000 <= abs(number) < 1e7 else f"{number:.3g}"
 
 
 def is_found(report: Report, finding: Finding, *, in_full: bool = True) -> bool:
