@@ -157,7 +157,10 @@ def section(outcome: Outcome) -> Iterator[str]:
     if mistake.seen:
         yield f"Seen in: {mistake.seen}."
     yield from ("", f"In `{mistake.edit.file}`, `{mistake.edit.plain.__qualname__}`:", "")
-    yield from ("```python", "# right", mistake.edit.right, "# wrong", mistake.edit.wrong, "```")
+    yield "```diff"
+    yield from (f"- {line}" for line in mistake.edit.right.splitlines())
+    yield from (f"+ {line}" for line in mistake.edit.wrong.splitlines())
+    yield "```"
     yield from ("", f"![{mistake.name}]({PICTURES.name}/{mistake.name}.svg)", "")
     yield f"**First tensor that differs:** {outcome.difference}."
     yield from ("", f"**Why.** {mistake.why}", "")
