@@ -32,7 +32,7 @@ OF_SUMS = (
         Edit(linear._row, _ROW_SUM, f"{_ROW_SUM} / site.axis.size"),
         setups.BLOCK,
         "Each rank of a row-parallel layer has a summand of the output. The output is their sum. "
-        "An average is what data parallelism makes of gradients. Here it makes the output too "
+        "An average is what data parallelism makes of gradients. Here it makes the product too "
         "small by the degree.",
         Finding("output"),
     ),
