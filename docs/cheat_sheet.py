@@ -130,6 +130,11 @@ def size(symbol: str, degree: int, rank: int) -> int:
     return prod(_factor(factor, degree, rank) for factor in symbol.split("·"))
 
 
+def sizes(symbol: str, degree: int) -> list[int]:
+    """A size in the example on every rank."""
+    return [size(symbol, degree, rank) for rank in range(degree)]
+
+
 def _factor(symbol: str, degree: int, rank: int) -> int:
     letter, _, is_part = symbol.partition("_")
     if symbol.isdigit():

@@ -53,7 +53,7 @@ COLUMN = Entry(
         Piece("bias", ("F_r",), "Shard(0)", "Shard(0)"),
         Piece("y", ("T", "F_r"), "Shard(-1)", "Shard(-1)"),
     ),
-    messages=(_sum("backward", "the gradient of x", over="F"),),
+    messages=(_sum("backward", "the gradient of x (f)", over="F"),),
     mistakes=(
         Mistake(
             "no f",
@@ -86,7 +86,7 @@ ROW = Entry(
         Piece("bias", ("H",), "Replicate", "Replicate"),
         _OUTPUT,
     ),
-    messages=(_sum("forward", "the summands", over="F"),),
+    messages=(_sum("forward", "the summands (g)", over="F"),),
     mistakes=(
         Mistake("bias", "The bias is added before the sum.", "It counts R times."),
         Mistake(
@@ -116,8 +116,8 @@ PAIR = Entry(
         _OUTPUT,
     ),
     messages=(
-        _sum("forward", "the summands of y", over="F"),
-        _sum("backward", "the gradient of x", over="F"),
+        _sum("forward", "the summands of y (g)", over="F"),
+        _sum("backward", "the gradient of x (f)", over="F"),
     ),
     mistakes=(
         Mistake(
@@ -163,7 +163,7 @@ VOCABULARY = Entry(
         Mistake(
             "not shifted",
             "An id is not shifted by the first token of the rank.",
-            "With 2 ranks, token 30 is row 4 of rank 1; a rank without the token adds zeros.",
+            "With 2 ranks, token 30 is row 4 of rank 1. A rank that has not the token adds zeros.",
         ),
         Mistake(
             "softmax of a part",
@@ -181,7 +181,8 @@ VOCABULARY = Entry(
 ATTENTION = Entry(
     name="Attention",
     code=("plan = {name: Attention(queries=Q, keys=K, head_dim=D)}",),
-    idea="Each rank has Q_r query heads, and holds the K_r key-value heads that they need.",
+    idea="Each rank has Q_r query heads, and holds the K_r key-value heads that they need. Where "
+    "ranks hold the same head, its gradient is whole on each of them.",
     blocks="x:both @ qkv:columns → o:rows = y:sum",
     pieces=(
         _INPUT,
@@ -208,7 +209,8 @@ ATTENTION = Entry(
         Mistake(
             "through a head",
             "Features are shared out without regard to heads.",
-            "48 features are 16 for each of 3 ranks: cuts through heads of 12, which softmax needs whole.",
+            "48 features on 3 ranks are 16 each, which cut through heads of 12. A softmax needs "
+            "whole heads.",
         ),
         Mistake(
             "shared head",

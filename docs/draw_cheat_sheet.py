@@ -4,13 +4,12 @@ Both say what is in cheat_sheet_entries.py: python docs/draw_cheat_sheet.py
 """
 
 from collections.abc import Iterable
-from itertools import groupby
 from pathlib import Path
 
 import cheat_sheet as sheet
 from cheat_sheet import Entry, Message, Piece
 from cheat_sheet_entries import ENTRIES, RULES
-from draw_cheat_sheet_print import draw_print
+from cheat_sheet_print import draw_print
 
 PAGE = Path(__file__).with_name("cheat-sheet.md")
 PRINT = Path(__file__).with_name("cheat-sheet.svg")
@@ -19,12 +18,12 @@ INTRODUCTION = """<!-- written by docs/draw_cheat_sheet.py -->
 
 # Cheat sheet
 
-What each way to cut a layer needs: who has which part, what is sent, which gradient needs a sum, and the
-mistakes that are easily made. [One page to print](cheat-sheet.svg) has the same, without the examples.
+For each way to cut a layer: who has which part, what is sent, which gradient needs a sum, and the
+mistakes that are easily made. [One page to print](cheat-sheet.svg) has the same without examples.
 [Concepts](concepts.md) explains the words.
 
-A test runs every layer below at degrees 2 and 3, and compares shapes, placements, gradients and bytes with what
-stands here.
+A test runs all of these layers at degrees 2 and 3. It compares shapes, placements, gradients, bytes
+and what follows from each mistake with what this page says.
 
 """
 
@@ -34,10 +33,9 @@ Of a message of `M` bytes a rank sends:
 
 {table}
 
-`m` is the rank's own part of the message, and `n` is the number of nodes of the tree that the rank adds up by
-itself: 1 at degrees 1, 2, 4 and 8 (for 8 leaves) and for the rows of an embedding, up to 2 at degree 3. In bf16 and
-fp16 a number of a message has 2 bytes, and a node has 4 for each number.
-
+`m` is the rank's own part of the message. `n` is the number of nodes of the tree that the rank adds
+up by itself: with 8 leaves 1, and up to 2 at degree 3. For the rows of an embedding it is 1.
+In bf16 and fp16 a message has 2 bytes for each number, and a node has 4.
 """
 
 
@@ -73,13 +71,18 @@ def numbers(values: Iterable[int]) -> str:
 def message_row(message: Message) -> list[str]:
     """One collective, its bytes, and the example."""
     what = f"`{message.kind}` of {message.what}, {shape_words(message.shape)}"
-    row = [message.direction, what + (f", {message.when}" if message.when else "")]
-    row.append(sheet.formula(message))
-    for degree in sheet.DEGREES:
-        size = sheet.message_bytes(message, degree)
-        sent = numbers(sheet.sent_bytes(message, degree, rank) for rank in range(degree))
-        row.append(f"{size:,}; {sent}" if size else "none")
-    return row
+    sizes = {sheet.message_bytes(message, degree) for degree in sheet.DEGREES}
+    sent = [
+        numbers(sheet.sent_bytes(message, degree, rank) for rank in range(degree))
+        for degree in sheet.DEGREES
+    ]
+    return [
+        message.direction,
+        what + (f", {message.when}" if message.when else ""),
+        sheet.formula(message),
+        " or ".join(f"{size:,}" for size in sorted(sizes)),
+        *sent,
+    ]
 
 
 def messages(entry: Entry) -> str:
@@ -87,9 +90,9 @@ def messages(entry: Entry) -> str:
     rows = [message_row(message) for message in entry.messages]
     for direction in ("forward", "backward"):
         if all(row[0] != direction for row in rows):
-            rows.append([direction, "nothing", "0", "none", "none"])
+            rows.append([direction, "nothing", "0", "0", "0", "0"])
     rows.sort(key=lambda row: row[0], reverse=True)
-    head = ("", "sent", "bytes (fp32)", "2 ranks: message; each sends", "3 ranks")
+    head = ("", "message", "bytes in fp32", "example", "each of 2 ranks sends", "of 3 ranks")
     return table(head, rows)
 
 
@@ -128,17 +131,20 @@ def write_page() -> str:
     """The page to read."""
     rules = "\n".join(f"- **{rule}** {why}" for rule, why in RULES)
     letters = [[f"`{name}`", words, str(size)] for name, (words, size) in sheet.LETTERS.items()]
+    two, three = sheet.DEGREES
+    parts_of_f = [numbers(sheet.sizes("F_r", degree)) for degree in sheet.DEGREES]
+    shared = [numbers(sheet.sizes("P", degree)) for degree in sheet.DEGREES]
     letters += [
-        ["`R`", "ranks, the degree", "2 and 3"],
-        ["`F_r`", "what rank r has of `F`", "40, 40 and 30, 30, 20"],
-        ["`P`", "summands of key-value heads that ranks share", "0 and 2"],
+        ["`R`", "ranks: the degree", f"{two} and {three}"],
+        ["`F_r`", "what a rank has of `F`", " and ".join(parts_of_f)],
+        ["`P`", "summands of key-value heads that ranks share", " and ".join(shared)],
     ]
     costs = [[f"`{kind}`", cost.replace("*", "·")] for kind, cost in sheet.COSTS.items()]
     parts = [
         "## Rules\n\n" + rules,
+        "## Letters\n\n" + table(("letter", "means", "in the examples"), letters),
         *(section(entry) for entry in ENTRIES),
         COSTS.format(table=table(("collective", "bytes"), costs)).strip(),
-        "## Letters\n\n" + table(("letter", "means", "in the examples"), letters),
     ]
     return INTRODUCTION + "\n\n".join(parts) + "\n"
 

@@ -294,20 +294,27 @@ def run_attention(axis: Axis) -> Step:
     axis.transport.ledger.reset()  # of cutting
     pieces = attended(model)
     ledger = axis.transport.ledger.as_dict()
+    weights = [weight.detach() for weight in weights_of(model)]
+    summand = before_f(
+        X, axis, lambda x: (collectives.all_reduce(own_heads(x, weights, axis), axis) * PULL).sum()
+    )
+    return Step(pieces | {"x": Seen(X, summand, pieces["x"].after)}, ledger)
+
+
+def weights_of(model: Any) -> list[Tensor]:
+    """Of queries, keys, values and the output."""
+    return [getattr(model.block, f"{name}_proj").weight for name in "qkvo"]
+
+
+def own_heads(x: Tensor, weights: list[Tensor], axis: Axis) -> Tensor:
+    """The summand of y that the query heads of one rank make, (T, H), in plain torch."""
     heads = SHEET.heads(axis.size)
-    serving = [head // heads.group - heads.held(axis.rank).start for head in heads.owned(axis.rank)]
-
-    def use(inside: Tensor) -> Tensor:
-        x = inside.view(BATCH, LENGTH, H)
-        names = ("q_proj", "k_proj", "v_proj")
-        weights = [getattr(model.block, name).weight.detach() for name in names]
-        q, k, v = (F.linear(x, w).unflatten(2, (-1, D)).transpose(1, 2) for w in weights)
-        y = F.scaled_dot_product_attention(q, k[:, serving], v[:, serving])
-        summand = tokens(y.transpose(1, 2).flatten(2)) @ model.block.o_proj.weight.detach().t()
-        return (collectives.all_reduce(summand, axis) * PULL).sum()
-
-    first = pieces["x"]
-    return Step(pieces | {"x": Seen(X, before_f(X, axis, use), first.after)}, ledger)
+    first = heads.held(axis.rank).start
+    serving = [head // heads.group - first for head in heads.owned(axis.rank)]
+    x = x.view(BATCH, LENGTH, H)
+    q, k, v = (F.linear(x, w).unflatten(2, (-1, D)).transpose(1, 2) for w in weights[:3])
+    y = F.scaled_dot_product_attention(q, k[:, serving], v[:, serving])
+    return tokens(y.transpose(1, 2).flatten(2)) @ weights[3].t()
 
 
 # -- gather ----------------------------------------------------------------------------------------
