@@ -4,6 +4,7 @@ The numbers are those of the package's own layers, run on two ranks that are thr
 python docs/draw_tensor_parallel.py
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,12 +88,14 @@ def linear(matrix: tuple[tuple[int, ...], ...]) -> nn.Linear:
     return layer
 
 
-def whole(x: Tensor) -> Matrix:
+def whole(x: Tensor | None) -> Matrix:
     """The numbers of a matrix, which are whole numbers."""
+    if x is None:
+        raise ValueError("backward has not come here.")
     return [[int(value) for value in row] for row in x.tolist()]
 
 
-def plain(values: Matrix, owner: str) -> list[list[str]]:
+def plain(values: Sequence[Sequence[int]], owner: str) -> list[list[str]]:
     """A matrix of one owner."""
     return [[owner] * len(row) for row in values]
 

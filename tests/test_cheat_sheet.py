@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import shardproof as sp
-from drawn import script
+from drawn import DOCS, script
 from shardproof.schedule import tree_plan
 from shardproof.tree import nodes_of_run
 from sheet_runs import RUNS, SHEET, Ledger, Pieces, Step
@@ -171,3 +171,20 @@ def test_gradients_follow_the_rules() -> None:
     for entry in ENTRIES.values():
         for piece in entry.pieces:
             assert piece.gradient in allowed.get(piece.placement, {piece.placement}), piece
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def test_the_page_is_what_its_script_writes() -> None:
+    assert (DOCS / "cheat-sheet.md").read_text() == script("draw_cheat_sheet").write_page()
+
+
+def test_nodes_are_as_many_as_the_page_says() -> None:
+    """With 8 leaves one node at every degree but 3, and there at most two."""
+    most = []
+    for degree in range(1, 9):
+        cut = SHEET.cut("F", degree)
+        runs = [cut.run(rank) for rank in range(degree)]
+        most.append(max(len(nodes_of_run(cut.num_leaves, run)) for run in runs))
+    assert most == [1, 1, 2, 1, 1, 1, 1, 1]

@@ -1,5 +1,6 @@
 """The pictures of docs are what their scripts draw, and their numbers are right."""
 
+import itertools
 import re
 from xml.etree import ElementTree
 
@@ -104,23 +105,34 @@ def test_the_block_is_readable_on_a_phone(tensor_parallel: str) -> None:
         assert size_of(label, known) * scale >= SMALLEST, label.text
 
 
-def sticks_out(picture: str) -> list[str | None]:
-    """Texts that are wider than the room to the edges of the picture."""
-    measure, known, edge = script("drawing").width_of, sizes(picture), width(picture)
+def extents(picture: str) -> list[tuple[float, float, float, str]]:
+    """Of every text: its baseline, where it begins and ends, and what it says."""
+    measure, known = script("drawing").width_of, sizes(picture)
     found = []
     for label in texts(picture):
-        classes = label.attrib["class"].split()
-        long = measure(label.text or "", size_of(label, known), is_mono="mono" in classes)
+        classes, words = label.attrib["class"].split(), label.text or ""
+        long = measure(words, size_of(label, known), is_mono="mono" in classes)
         long *= 1.08 if "bold" in classes else 1.0
         left = float(label.attrib["x"]) - (long / 2 if "middle" in classes else 0)
-        if left < 0 or left + long > edge:
-            found.append(label.text)
-    return found
+        found.append((float(label.attrib["y"]), left, left + long, words))
+    return sorted(found)
 
 
-def test_no_text_of_the_block_sticks_out(tensor_parallel: str) -> None:
-    assert sticks_out(tensor_parallel) == []
-    assert sticks_out(tensor_parallel.replace(">rank 0<", f">{'long ' * 30}<")) == ["long " * 30]
+def badly_placed(picture: str) -> list[str]:
+    """Texts that stick out of the picture, or run into the next text of their line."""
+    found = extents(picture)
+    out = [words for _, left, right, words in found if left < 0 or right > width(picture)]
+    for (y, _, right, words), (next_y, left, _, _) in itertools.pairwise(found):
+        if y == next_y and right > left:
+            out.append(words)
+    return out
+
+
+def test_no_text_of_the_block_is_badly_placed(tensor_parallel: str) -> None:
+    assert badly_placed(tensor_parallel) == []
+    for length in (5, 30):
+        planted = tensor_parallel.replace(">rank 0<", f">{'word ' * length}<")
+        assert ("word " * length in badly_placed(planted)) == (length == 30)
 
 
 def test_the_block_can_be_read_aloud_and_in_the_dark(tensor_parallel: str) -> None:
@@ -135,3 +147,52 @@ def test_the_block_can_be_read_aloud_and_in_the_dark(tensor_parallel: str) -> No
     assert background.attrib["class"] == "page"
     wanted = root.attrib["viewBox"].split()[2:]
     assert [background.attrib["width"], background.attrib["height"]] == wanted
+
+
+# -- the cheat sheet, on paper ---------------------------------------------------------------------
+
+MILLIMETRE = 4  # units of the drawing
+POINT = 25.4 / 72  # millimetres
+
+
+@pytest.fixture(scope="module")
+def print_out() -> str:
+    picture: str = script("cheat_sheet_print").draw_print()
+    return picture
+
+
+def test_the_print_is_what_its_script_draws(print_out: str) -> None:
+    assert (DOCS / "cheat-sheet.svg").read_text() == print_out
+
+
+def test_the_print_is_a_page_of_a4(print_out: str) -> None:
+    root = ElementTree.fromstring(print_out)
+    assert (root.attrib["width"], root.attrib["height"]) == ("297mm", "210mm")
+    assert root.attrib["viewBox"] == f"0 0 {297 * MILLIMETRE} {210 * MILLIMETRE}"
+
+
+def test_the_print_can_be_read(print_out: str) -> None:
+    """6.5 points or more, five millimetres from the edges of the paper, in black on white."""
+    for size in sizes(print_out).values():
+        assert size / MILLIMETRE / POINT >= 6.5
+    assert badly_placed(print_out) == []
+    margin = 5 * MILLIMETRE
+    for y, left, right, words in extents(print_out):
+        assert margin <= left < right <= 297 * MILLIMETRE - margin, words
+        assert margin <= y <= 210 * MILLIMETRE - margin, words
+    assert "prefers-color-scheme" not in print_out
+
+
+def test_the_print_says_what_the_page_says(print_out: str) -> None:
+    """Every tensor, collective and mistake of the data, and every rule."""
+    entries = script("cheat_sheet_entries")
+    seen = " ".join(label.text or "" for label in texts(print_out))
+    for entry in entries.ENTRIES:
+        for piece in entry.pieces:
+            assert piece.name in seen
+        for message in entry.messages:
+            assert f"{message.kind} of {message.what}" in seen
+        for mistake in entry.mistakes:
+            assert f"{mistake.what} {mistake.follows}" in seen
+    for rule, why in entries.RULES:
+        assert f"{rule} {why}" in seen
