@@ -180,7 +180,8 @@ def legend(y: float) -> Iterator[str]:
 
 def draw_print() -> str:
     """The whole page."""
-    parts = [style(SIZES, with_dark=False), box(0, 0, WIDTH, HEIGHT, "page")]
+    paper = "<style>@page{size:297mm 210mm;margin:0}</style>"  # where a browser prints it
+    parts = [style(SIZES, with_dark=False), paper, box(0, 0, WIDTH, HEIGHT, "page")]
     parts.append(text(EDGE, 42, "Tensor parallelism: who has what, and what is sent", "title bold"))
     parts += legend(42)
     for number, entry in enumerate(ENTRIES):

@@ -169,6 +169,7 @@ def test_the_print_is_a_page_of_a4(print_out: str) -> None:
     root = ElementTree.fromstring(print_out)
     assert (root.attrib["width"], root.attrib["height"]) == ("297mm", "210mm")
     assert root.attrib["viewBox"] == f"0 0 {297 * MILLIMETRE} {210 * MILLIMETRE}"
+    assert "@page{size:297mm 210mm;margin:0}" in print_out
 
 
 def test_the_print_can_be_read(print_out: str) -> None:
