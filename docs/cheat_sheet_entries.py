@@ -44,7 +44,7 @@ def _sum(direction: str, what: str, over: str = "") -> Message:
 
 COLUMN = Entry(
     name="Column",
-    code=("layer = ColumnParallelLinear(H, F)",),
+    code=("layer = ColumnParallelLinear(H, F, axis=axis)",),
     idea="Each rank has F_r of the output features, and all of the input.",
     blocks="x:both @ A:columns = y:columns",
     pieces=(
@@ -76,7 +76,7 @@ COLUMN = Entry(
 
 ROW = Entry(
     name="Row",
-    code=("layer = RowParallelLinear(F, H)",),
+    code=("layer = RowParallelLinear(F, H, axis=axis)",),
     idea="Each rank has F_r of the input features, and makes a summand of every output.",
     blocks="x:columns @ B:rows = y:sum",
     pieces=(
@@ -105,7 +105,10 @@ ROW = Entry(
 
 PAIR = Entry(
     name="The pair",
-    code=("up = ColumnParallelLinear(H, F)", "down = RowParallelLinear(F, H)"),
+    code=(
+        "up = ColumnParallelLinear(H, F, axis=axis)",
+        "down = RowParallelLinear(F, H, axis=axis)",
+    ),
     idea="y = down(relu(up(x))): the hidden features stay cut, and nothing is sent in between.",
     blocks="x:both @ A:columns → B:rows = y:sum",
     pieces=(
@@ -140,7 +143,11 @@ PAIR = Entry(
 
 VOCABULARY = Entry(
     name="Vocabulary",
-    code=("VocabParallelEmbedding(V, H)", "head = ColumnParallelLinear(H, V); vocab_cross_entropy"),
+    code=(
+        "embedding = VocabParallelEmbedding(V, H, axis=axis)",
+        "head = ColumnParallelLinear(H, V, axis=axis)",
+        "vocab_cross_entropy(head(x), target, axis=axis, cut=head.cut)",
+    ),
     idea="Each rank has V_r tokens: it picks their rows, and computes their logits.",
     blocks="E:rows → x:sum @ W:columns → loss:",
     pieces=(
@@ -180,9 +187,13 @@ VOCABULARY = Entry(
 
 ATTENTION = Entry(
     name="Attention",
-    code=("plan = {name: Attention(queries=Q, keys=K, head_dim=D)}",),
+    code=(
+        "plan = {name: Attention(queries=Q, keys=K, head_dim=D)}",
+        "parallelize(model, plan, axis)",
+    ),
     idea="Each rank has Q_r query heads, and holds the K_r key-value heads that they need. Where "
-    "ranks hold the same head, its gradient is whole on each of them.",
+    "ranks hold the same head, its gradient is whole on each of them. (A model that is "
+    "not of transformers gives attend= as well: see docs/plans.md.)",
     blocks="x:both @ qkv:columns → o:rows = y:sum",
     pieces=(
         _INPUT,
@@ -228,9 +239,9 @@ ATTENTION = Entry(
 GATHER = Entry(
     name="Gather",
     code=(
-        "first = ColumnParallelLinear(H, F)",
-        "last = ColumnParallelLinear(F, H, gather_input=True,",
-        "                            gather_output=True)",
+        "first = ColumnParallelLinear(H, F, axis=axis)",
+        "last = ColumnParallelLinear(",
+        "    F, H, axis=axis, gather_input=True, gather_output=True)",
     ),
     idea="Two column layers in a row: h is gathered before the second, y after it.",
     blocks="x:both @ A:columns → h:both @ B:columns → y:both",

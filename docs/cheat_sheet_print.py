@@ -118,7 +118,8 @@ def card(entry: Entry, x: float, y: float, height: float) -> Iterator[str]:
     yield from blocks(entry.blocks, x + CARD - PAD, y + 24)
     line = y + 54.0
     for code in entry.code:
-        yield text(x + PAD, line, code, "code mono")
+        indent = width_of(" " * (len(code) - len(code.lstrip())), SIZES["code"], is_mono=True)
+        yield text(x + PAD + indent, line, code.lstrip(), "code mono")
         line += 12
     line += 6
     yield from table(entry, x + PAD, line)

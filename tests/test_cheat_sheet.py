@@ -1,17 +1,19 @@
 """The cheat sheet says of shapes, placements, gradients and bytes what the layers do."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import shardproof as sp
 from drawn import DOCS, script
+from shardproof.axis import Axis
 from shardproof.schedule import tree_plan
 from shardproof.tree import nodes_of_run
-from sheet_runs import RUNS, SHEET, Ledger, Pieces, Step
+from sheet_runs import IDS, RUNS, SHEET, GroupedAttention, Ledger, Pieces, Step, X
 
 ENTRIES = {entry.name: entry for entry in script("cheat_sheet_entries").ENTRIES}
 PLACEMENTS = ("Replicate", "Shard(0)", "Shard(1)", "Partial")
@@ -171,6 +173,44 @@ def test_gradients_follow_the_rules() -> None:
     for entry in ENTRIES.values():
         for piece in entry.pieces:
             assert piece.gradient in allowed.get(piece.placement, {piece.placement}), piece
+
+
+# -- the code --------------------------------------------------------------------------------------
+
+
+def made_by(entry: Any, axis: Axis) -> dict[str, Any]:
+    """The names that the code of an entry makes, when it is run."""
+    names: dict[str, Any] = {letter: SHEET.SIZES[letter] for letter in "HFVQKD"}
+    names |= {"axis": axis, "x": X, "target": IDS, "parallelize": sp.parallelize, "name": "block"}
+    layers = ("ColumnParallelLinear", "RowParallelLinear", "VocabParallelEmbedding")
+    names |= {layer: getattr(sp, layer) for layer in layers}
+    names["vocab_cross_entropy"] = sp.functional.vocab_cross_entropy
+    # The model of these tests is not of transformers.
+    names["Attention"] = functools.partial(sp.Attention, attend="attend")
+    names["model"] = nn.ModuleDict({"block": GroupedAttention()})
+    exec("\n".join(entry.code), names)
+    return names
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_the_code_makes_what_the_table_has(name: str) -> None:
+    entry = ENTRIES[name]
+    weights = [p for p in entry.pieces if p.name.endswith(("weight", "bias"))]
+    assert weights
+
+    def work(axis: Axis) -> list[tuple[int, ...]]:
+        made = made_by(entry, axis)
+        owner = made.get("layer")
+        shapes = []
+        for piece in weights:
+            first, *rest = piece.name.split(".")
+            tensor = getattr(owner, first) if owner is not None else made.get(first)
+            tensor = made["model"].block.get_submodule(first) if tensor is None else tensor
+            shapes.append(tuple(functools.reduce(getattr, rest, tensor).shape))
+        return shapes
+
+    for rank, shapes in enumerate(sp.launch(work, degree=3)):
+        assert shapes == [SHEET.shape(piece, 3, rank) for piece in weights]
 
 
 # -- the page --------------------------------------------------------------------------------------

@@ -128,11 +128,29 @@ def badly_placed(picture: str) -> list[str]:
     return out
 
 
+def out_of_its_box(picture: str) -> list[str]:
+    """Texts that begin in a card or a bar and end outside of it."""
+    names = ("x", "y", "width", "height")
+    rects = ElementTree.fromstring(picture).iter(f"{SVG}rect")
+    frames = [[float(r.attrib[n]) for n in names] for r in rects if r.attrib["class"] == "bar"]
+    assert frames
+    return [
+        words
+        for y, left, right, words in extents(picture)
+        for x, top, wide, high in frames
+        if x <= left < x + wide and top <= y <= top + high and right > x + wide
+    ]
+
+
 def test_no_text_of_the_block_is_badly_placed(tensor_parallel: str) -> None:
-    assert badly_placed(tensor_parallel) == []
+    assert badly_placed(tensor_parallel) == out_of_its_box(tensor_parallel) == []
     for length in (5, 30):
         planted = tensor_parallel.replace(">rank 0<", f">{'word ' * length}<")
         assert ("word " * length in badly_placed(planted)) == (length == 30)
+    planted = tensor_parallel.replace(
+        "both ranks have x", "both ranks have x, and all of it at once"
+    )
+    assert len(out_of_its_box(planted)) == 1
 
 
 def test_the_block_can_be_read_aloud_and_in_the_dark(tensor_parallel: str) -> None:
@@ -176,7 +194,7 @@ def test_the_print_can_be_read(print_out: str) -> None:
     """6.5 points or more, five millimetres from the edges of the paper, in black on white."""
     for size in sizes(print_out).values():
         assert size / MILLIMETRE / POINT >= 6.5
-    assert badly_placed(print_out) == []
+    assert badly_placed(print_out) == out_of_its_box(print_out) == []
     margin = 5 * MILLIMETRE
     for y, left, right, words in extents(print_out):
         assert margin <= left < right <= 297 * MILLIMETRE - margin, words
