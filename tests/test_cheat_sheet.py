@@ -136,6 +136,15 @@ def test_messages_and_bytes_are_those_of_the_ledger(measured: Measured) -> None:
 
 
 @pytest.mark.parametrize("name", ENTRIES)
+def test_costs_and_shapes_hold_for_four_ranks(name: str) -> None:
+    """A degree of which the page has no example."""
+    for rank, step in enumerate(sp.launch(RUNS[name][0], degree=4)):
+        assert step.ledger == said_of(ENTRIES[name], 4, rank)
+        for piece in ENTRIES[name].pieces:
+            assert tuple(step.pieces[piece.name].value.shape) == SHEET.shape(piece, 4, rank)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
 def test_one_rank_has_all_and_sends_nothing(name: str) -> None:
     (step,) = sp.launch(RUNS[name][0], degree=1)
     assert step.ledger == {}
