@@ -4,6 +4,7 @@ Both say what is in cheat_sheet_entries.py: python docs/draw_cheat_sheet.py
 """
 
 from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 
 import cheat_sheet as sheet
@@ -54,7 +55,10 @@ def shape_words(shape: tuple[object, ...]) -> str:
 def shapes(piece: Piece, degree: int) -> str:
     """The shapes of the example on every rank; one, if all are alike."""
     found = [shape_words(sheet.shape(piece, degree, rank)) for rank in range(degree)]
-    return found[0] if len(set(found)) == 1 else ", ".join(found)
+    runs = [(words, len(list(run))) for words, run in groupby(found)]
+    if len(runs) == 1:
+        return found[0]
+    return ", ".join(f"{count} of {words}" if count > 1 else words for words, count in runs)
 
 
 def gradient(piece: Piece) -> str:
