@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("environment", "files"),
     ("objects",),
     ("autograd", "checking", "core", "extras", "leaves", "telling", "tree"),
-    ("heads", "overlap", "scheme", "timeout"),
+    ("heads", "observing", "overlap", "scheme", "timeout"),
     # Bytes between ranks.
     ("transport.ledger", "transport.notes"),
     ("transport.base",),
@@ -45,6 +45,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("numerics.__init__",),
     # Collectives, then what is built from both.
     ("schedule",),
+    ("told",),
     ("comm",),
     ("collectives", "recut"),
     (
@@ -111,6 +112,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engines.watch", "engines.base"),
     ("engines.threads", "engines.processes", "engines.worker"),
     ("engines.__init__",),
+    # What a rank did, step by step.
+    ("trace.hooks", "trace.places", "trace.step"),
+    ("trace.rank", "trace.text"),
+    ("trace.trace",),
+    ("trace.__init__",),
     ("ranks",),
     # The proof: one run, many runs, the judgement.
     ("prover.accuracy", "prover.audit", "prover.compare", "prover.hashing", "prover.reference"),

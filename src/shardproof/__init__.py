@@ -47,6 +47,7 @@ from shardproof.reductions import (
     sums_by_parameter,
 )
 from shardproof.scheme import Scheme
+from shardproof.trace import Trace
 
 __version__ = "0.1.0"
 
@@ -63,6 +64,7 @@ __all__ = [
     "RowParallelLinear",
     "Scheme",
     "SharedInput",
+    "Trace",
     "VocabParallel",
     "VocabParallelEmbedding",
     "checked",

@@ -13,29 +13,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof import operands
+from shardproof import observing, operands
 from shardproof.axis import Axis
 from shardproof.errors import MismatchError, ShapeError
 from shardproof.leaves import Cut
 from shardproof.numerics.matmul import node_dtype
-from shardproof.schedule import Plan, gather_plan, native_plan, scatter_plan, tree_plan
+from shardproof.observing import PARTIAL, REPLICATE, Operand, Placement, Told, shard
+from shardproof.schedule import (
+    Plan,
+    gather_plan,
+    native_plan,
+    scatter_plan,
+    tree_plan,
+    written_sum,
+)
+from shardproof.told import count, tell_sum, told_of
 from shardproof.transport.base import Call, Pending
-from shardproof.tree import Node, add_tensors, combine
+from shardproof.tree import Node, add_tensors, combine, node_name
 from shardproof.wording import written
 
 
 class Sum:
     """A sum that has been started. Wait for it before anything else is sent on its axis."""
 
-    def __init__(self, y: Tensor, pending: Pending | None = None) -> None:
+    def __init__(self, y: Tensor, pending: Pending | None = None, told: Told | None = None) -> None:
         self._y = y
         self._pending = pending
+        self._told = told
 
     def wait(self) -> Tensor:
         """The sum, a new tensor; only the first call waits."""
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
+            if self._told is not None:
+                observing.finish(self._told)
         return self._y
 
 
@@ -65,7 +77,12 @@ def all_gather(
     call, sizes, outer = gather_plan(direction, who, before, after, x.dtype, cut)
     y = x.new_empty(call.shape)
     axis.transport.all_gather(_flat(x, call), y.view(-1), sizes, outer=outer, call=call)
-    _count(axis, call, _bytes(y), (axis.size - 1) * _bytes(x))
+    sent = (axis.size - 1) * _bytes(x)
+    count(axis, call, _bytes(y), sent)
+    if observing.is_on():
+        part = Operand("x", x, shard(dim, cut.owned(axis.rank), cut.size))
+        whole = Operand("y", y, REPLICATE)
+        observing.tell(told_of(call, [part], whole, _bytes(y), sent))
     return y
 
 
@@ -106,10 +123,11 @@ def start_all_reduce(
         return Sum(x)
     plan = native_plan(direction, who, tuple(x.shape), x.dtype, axis.size)
     _check_sent(x, plan.call)
+    told = tell_sum(plan, [x], x, REPLICATE, is_rest=is_rest) if observing.is_on() else None
     flat = x.view(-1)
     pending = axis.transport.start_sum([flat], plan.order, flat, call=plan.call)
-    _count(axis, plan.call, plan.message_bytes, plan.sent_bytes, is_rest=is_rest)
-    return Sum(x, pending)
+    count(axis, plan.call, plan.message_bytes, plan.sent_bytes, is_rest=is_rest)
+    return Sum(x, pending, told)
 
 
 def reduce_scatter(
@@ -135,7 +153,7 @@ def reduce_scatter(
     if axis.size == 1:
         return x.clone(memory_format=torch.contiguous_format)
     plan = scatter_plan(direction, who, tuple(x.shape), x.dtype, x.dtype, None, dim, cut, axis.rank)
-    return _sum([_flat(x, plan.call)], x, axis, plan)
+    return _sum([x], x, axis, plan, shard(dim, cut.owned(axis.rank), cut.size))
 
 
 def all_reduce_nodes(
@@ -198,7 +216,7 @@ def start_all_reduce_nodes(
     """
     check_degree_of(cut, axis, who or "all_reduce")
     if axis.size == 1:
-        return Sum(combine((0, cut.num_leaves), nodes, add_tensors).to(like.dtype))
+        return Sum(_sum_alone(nodes, cut, like, direction, who))
     plan = tree_plan(direction, who, tuple(shape), like.dtype, cut, axis.rank)
     parts = list(nodes.values())
     flat = [_flat(part, plan.call) for part in parts]
@@ -206,9 +224,20 @@ def start_all_reduce_nodes(
         y = parts[0]
     else:
         y = like.new_empty(plan.shape)
+    told = None
+    if observing.is_on():
+        told = tell_sum(
+            plan,
+            parts,
+            y,
+            REPLICATE,
+            labels=_labels(nodes),
+            addition=written_sum(cut),
+            is_rest=is_rest,
+        )
     pending = axis.transport.start_sum(flat, plan.order, y.view(-1), call=plan.call)
-    _count(axis, plan.call, plan.message_bytes, plan.sent_bytes, is_rest=is_rest)
-    return Sum(y, pending)
+    count(axis, plan.call, plan.message_bytes, plan.sent_bytes, is_rest=is_rest)
+    return Sum(y, pending, told)
 
 
 def reduce_scatter_nodes(
@@ -243,12 +272,14 @@ def reduce_scatter_nodes(
     check_degree_of(cut, axis, who or "reduce_scatter")
     check_degree_of(dim_cut, axis, who or "reduce_scatter")
     if axis.size == 1:
-        return combine((0, cut.num_leaves), nodes, add_tensors).to(like.dtype)
+        return _sum_alone(nodes, cut, like, direction, who)
     wide, dim = node_dtype(like.dtype), dim % len(shape)
     plan = scatter_plan(
         direction, who, tuple(shape), like.dtype, wide, cut, dim, dim_cut, axis.rank
     )
-    return _sum([_flat(node, plan.call) for node in nodes.values()], like, axis, plan)
+    placement = shard(dim, dim_cut.owned(axis.rank), dim_cut.size)
+    parts, labels = list(nodes.values()), _labels(nodes)
+    return _sum(parts, like, axis, plan, placement, labels=labels, addition=written_sum(cut))
 
 
 def gather(
@@ -277,11 +308,16 @@ def gather(
     outgoing = [[mine] if rank == dst and not here else [] for rank in range(axis.size)]
     incoming = [[size] if here and rank != dst else [] for rank, size in enumerate(sizes)]
     parts = axis.transport.exchange(outgoing, incoming, like=x, call=call, rounds=1)
-    _count(axis, call, sum(sizes) * x.element_size(), 0 if here else _bytes(x))
-    if not here:
-        return None
-    own: list[list[Tensor]] = [[x] if rank == dst else parts[rank] for rank in range(axis.size)]
-    return torch.cat([_flat(part, call) for pieces in own for part in pieces])
+    whole, sent = sum(sizes) * x.element_size(), 0 if here else _bytes(x)
+    count(axis, call, whole, sent)
+    y = None
+    if here:
+        own: list[list[Tensor]] = [[x] if rank == dst else parts[rank] for rank in range(axis.size)]
+        y = torch.cat([_flat(part, call) for pieces in own for part in pieces])
+    if observing.is_on():
+        output = None if y is None else Operand("y", y)
+        observing.tell(told_of(call, [Operand("x", x, shard(0))], output, whole, sent))
+    return y
 
 
 def agree(
@@ -381,23 +417,38 @@ def _flat(x: Tensor, call: Call) -> Tensor:
     return x.contiguous().view(-1)
 
 
-def _sum(parts: Sequence[Tensor], like: Tensor, axis: Axis, plan: Plan) -> Tensor:
+def _sum(
+    parts: Sequence[Tensor],
+    like: Tensor,
+    axis: Axis,
+    plan: Plan,
+    placement: Placement,
+    **described: Any,
+) -> Tensor:
     y = like.new_empty(plan.shape)
-    axis.transport.sum(parts, plan.order, y.view(-1), windows=plan.windows, call=plan.call)
-    _count(axis, plan.call, plan.message_bytes, plan.sent_bytes)
+    told = tell_sum(plan, parts, y, placement, **described) if observing.is_on() else None
+    flat = [_flat(part, plan.call) for part in parts]
+    axis.transport.sum(flat, plan.order, y.view(-1), windows=plan.windows, call=plan.call)
+    count(axis, plan.call, plan.message_bytes, plan.sent_bytes)
+    if told is not None:
+        observing.finish(told)
     return y
 
 
-def _count(
-    axis: Axis, call: Call, message_bytes: int, sent_bytes: int, *, is_rest: bool = False
-) -> None:
-    axis.transport.ledger.add(
-        call.direction,
-        call.kind,
-        message_bytes=message_bytes,
-        sent_bytes=sent_bytes,
-        calls=0 if is_rest else 1,
-    )
+def _sum_alone(
+    nodes: Mapping[Node, Tensor], cut: Cut, like: Tensor, direction: str, who: str
+) -> Tensor:
+    """The sum on one rank, which has all nodes."""
+    y = combine((0, cut.num_leaves), nodes, add_tensors).to(like.dtype)
+    if observing.is_on() and len(nodes) > 1:
+        inputs = [Operand(node_name(node), part, PARTIAL) for node, part in nodes.items()]
+        output = Operand("y", y, REPLICATE)
+        observing.tell(Told("addition", direction, who, written_sum(cut), inputs, output))
+    return y
+
+
+def _labels(nodes: Mapping[Node, Tensor]) -> list[str]:
+    return [node_name(node) for node in nodes]
 
 
 def _bytes(x: Tensor) -> int:

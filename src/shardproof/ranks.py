@@ -3,7 +3,7 @@
 Under torchrun the ranks exist already: there, use `Axis.from_env()`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from shardproof.axis import Axis
@@ -16,6 +16,7 @@ from shardproof.leaves import checked_degree
 from shardproof.overlap import Overlap, checked_overlap
 from shardproof.quantities import checked_flag, checked_whole
 from shardproof.timeout import checked_timeout
+from shardproof.trace.trace import Trace, checked_trace
 from shardproof.transport.choose import AUTO, GLOO, SHM, checked_transport, refusal, shm_problem
 from shardproof.wording import shown
 
@@ -25,6 +26,19 @@ ENGINES = ("threads", "processes")
 TRANSPORTS = {"threads": (AUTO, "threads"), "processes": (AUTO, SHM, GLOO)}
 
 T = TypeVar("T")
+
+
+class Results(list[T]):
+    """What a function returned on every rank, in rank order.
+
+    Args:
+        results: of every rank.
+        trace: of the run, or None.
+    """
+
+    def __init__(self, results: Iterable[T], trace: Trace | None = None) -> None:
+        super().__init__(results)
+        self.trace = trace
 
 
 def launch(
@@ -37,7 +51,8 @@ def launch(
     compare_inputs: bool = True,
     transport: str = AUTO,
     overlap: Overlap | str = "auto",
-) -> list[T]:
+    trace: Trace | bool = False,
+) -> "Results[T]":
     """Call `fn(axis)` on `degree` ranks and return every rank's result, in rank order.
 
     Args:
@@ -54,6 +69,11 @@ def launch(
             memory) or "gloo" for processes. "auto" takes gloo where memory cannot be shared.
         overlap: which sums run while a product is computed: an `Overlap`, "auto", "on" or "off".
             It never changes a bit.
+        trace: write down what every rank computes, sends and holds: True, or a `Trace` with
+            options. It is the `trace` of the results.
+
+    Returns:
+        A list of what `fn` returned on each rank, with the attribute `trace` (None without one).
 
     Raises:
         DegreeError, UsageError: an argument makes no sense, or the machine cannot start so many
@@ -70,6 +90,7 @@ def launch(
         raise UsageError(
             f"cannot launch {shown(fn)}: it is not callable. Pass a function of an axis."
         )
+    kept = checked_trace(trace)
     ranks = open_ranks(
         degree,
         engine,
@@ -80,7 +101,11 @@ def launch(
         overlap=overlap,
     )
     with ranks:
-        return ranks.run(fn)
+        if kept is None:
+            return Results(ranks.run(fn))
+        found = ranks.run(kept.recorded(fn))
+    kept.take((steps, num_dropped) for _, steps, num_dropped in found)
+    return Results((result for result, _, _ in found), kept)
 
 
 def open_ranks(

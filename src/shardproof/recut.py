@@ -9,10 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from shardproof import observing
 from shardproof.axis import Axis
 from shardproof.comm import check_degree_of
 from shardproof.errors import ShapeError
 from shardproof.leaves import Cut
+from shardproof.observing import Operand
+from shardproof.told import count, told_of
 from shardproof.transport.base import Call
 
 
@@ -108,12 +111,12 @@ def _swap(
     else:
         parts = [[]]
     item = mine.element_size()
-    axis.transport.ledger.add(
-        direction,
-        call.kind,
-        message_bytes=rows.size * columns.size * item,
-        sent_bytes=item * (sum(block.numel() for block in blocks) - mine.numel()),
-    )
+    whole = rows.size * columns.size * item
+    sent = item * (sum(block.numel() for block in blocks) - mine.numel())
+    count(axis, call, whole, sent)
+    if observing.is_on():
+        named = [Operand(f"to rank {rank}", block) for rank, block in enumerate(blocks)]
+        observing.tell(told_of(call, named, None, whole, sent))
     return [mine if rank == axis.rank else part[0] for rank, part in enumerate(parts)]
 
 

@@ -13,7 +13,7 @@ import torch
 from shardproof.leaves import Cut, share
 from shardproof.numerics.matmul import node_dtype
 from shardproof.transport.base import Call, Order, Window, rank_order
-from shardproof.tree import nodes_of_run, steps
+from shardproof.tree import formula, nodes_of_run, steps
 
 _KEPT = 4096  # of each kind are kept
 
@@ -153,6 +153,15 @@ def tree_order(cut: Cut) -> Order:
     numbers = {node: number for number, node in enumerate(itertools.chain(*nodes))}
     program = steps((0, cut.num_leaves), numbers)
     return Order(tuple(map(len, nodes)), tuple(program))
+
+
+@functools.lru_cache(_KEPT)
+def written_sum(cut: Cut) -> str:
+    """The additions of the ranks' nodes, as people read them."""
+    nodes = {
+        node for rank in range(cut.degree) for node in nodes_of_run(cut.num_leaves, cut.run(rank))
+    }
+    return formula((0, cut.num_leaves), nodes)
 
 
 def _describe(cut: Cut, dim: int | None = None) -> str:

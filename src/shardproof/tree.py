@@ -9,7 +9,7 @@ Knows no ranks and no transports; values may be anything that can be added.
 See also: Hallberg and Adcroft 2014 on sums that do not depend on the number of processors.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import TypeVar
 
 from torch import Tensor
@@ -103,6 +103,32 @@ def steps(node: Node, numbers: Mapping[Node, int]) -> list[int]:
         return [numbers[node]]
     left, right = children(node)
     return [*steps(left, numbers), *steps(right, numbers), -1]
+
+
+def node_name(node: Node) -> str:
+    """As people read it.
+
+    >>> node_name((0, 4)), node_name((5, 6))
+    ('leaves 0-3', 'leaf 5')
+    """
+    start, stop = node
+    return f"leaf {start}" if stop - start == 1 else f"leaves {start}-{stop - 1}"
+
+
+def formula(node: Node, given: Container[Node]) -> str:
+    """The additions of `combine`, in the order in which they are made.
+
+    Args:
+        node: the sum wanted.
+        given: the nodes that are there already; together they cover `node`.
+
+    >>> formula((0, 4), {(0, 2), (2, 3), (3, 4)})
+    'leaves 0-1 + (leaf 2 + leaf 3)'
+    """
+    if node in given:
+        return node_name(node)
+    sides = (formula(side, given) for side in children(node))
+    return " + ".join(f"({side})" if "+" in side else side for side in sides)
 
 
 def add_tensors(left: Tensor, right: Tensor, is_fresh: bool) -> Tensor:

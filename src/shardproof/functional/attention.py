@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardproof import operands
+from shardproof import observing, operands
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError, UsageError
 from shardproof.functional.attention_site import AttentionSite
@@ -95,6 +95,8 @@ def _gradients(ctx: Any, grad_y: Tensor) -> Gradients:
     if needs_v:
         value_partials(weights, grad_out, keep, manner, partials[-1])
     grad_k, grad_v = _key_gradients(ctx.way.site, partials, needs_k, needs_v, k.dtype)
+    if observing.is_on():
+        ctx.way.site.tell_backward(grad_y, {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v})
     return grad_q, grad_k, grad_v, None, None
 
 
@@ -171,10 +173,12 @@ def attention(
         dtype = torch.get_autocast_dtype(kind)
         q, k, v = (cast(x, dtype) for x in (q, k, v))
         with torch.autocast(kind, enabled=False):
-            return _attended(
-                q, k, v, site, mask, is_causal, scale, softcap, dropout
-            )  # fmt: skip
-    return _attended(q, k, v, site, mask, is_causal, scale, softcap, dropout)
+            y = _attended(q, k, v, site, mask, is_causal, scale, softcap, dropout)
+    else:
+        y = _attended(q, k, v, site, mask, is_causal, scale, softcap, dropout)
+    if observing.is_on():
+        site.tell_forward(q, k, v, y)
+    return y
 
 
 def _attended(

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from shardproof import comm
+from shardproof import comm, observing
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError
 from shardproof.heads import Heads
 from shardproof.leaves import Cut
+from shardproof.observing import Operand, Placement, Told, shard
 from shardproof.scheme import Scheme
 from shardproof.tree import Node, add_tensors, combine, nodes_of_run
 
@@ -131,6 +132,29 @@ class AttentionSite:
         run = self.heads.served(key, self.axis.rank)
         first = key * self.heads.group - self.owned.start
         return {(i, i + 1): partials[:, :, first + i] for i in run}
+
+    def tell_forward(self, q: Tensor, k: Tensor, v: Tensor, y: Tensor) -> None:
+        """Tell observers of the attention of this rank's heads."""
+        heads, keys = self._place(self.owned, self.heads.queries), self._place(self.held)
+        named = [Operand("q", q, heads), Operand("k", k, keys), Operand("v", v, keys)]
+        what = "y = softmax(q @ k.T * scale) @ v, head by head"
+        output = Operand("y", y, heads)
+        observing.tell(Told("attention", "forward", self.who, what, named, output))
+
+    def tell_backward(self, grad_y: Tensor, grads: Mapping[str, Tensor | None]) -> None:
+        """Tell observers of the gradients of this rank's heads, one after another."""
+        given = [Operand("grad_y", grad_y, self._place(self.owned, self.heads.queries))]
+        for name, grad in grads.items():
+            if grad is None:
+                continue
+            is_query = name == "grad_q"
+            place = self._place(self.owned, self.heads.queries) if is_query else None
+            output = Operand(name, grad, place or self._place(self.held))
+            what = f"{name}, head by head"
+            observing.tell(Told("attention", "backward", self.who, what, given, output))
+
+    def _place(self, heads: range, num_heads: int | None = None) -> Placement:
+        return shard(1, heads, self.heads.keys if num_heads is None else num_heads)
 
     def _sum(self, node: Node, values: Mapping[Node, Tensor]) -> Tensor:
         if self.is_invariant:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof import comm, operands
+from shardproof import comm, observing, operands
 from shardproof.autograd import once_differentiable
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError, UsageError
 from shardproof.leaves import Cut
 from shardproof.numerics.elementwise import widen
+from shardproof.observing import PARTIAL, REPLICATE, Operand, Placement, Told, shard
 
 _INTEGERS = {4: torch.int32, 8: torch.int64}
 _NOWHERE = -1  # place of a row that this rank has not
@@ -56,6 +57,17 @@ class EmbeddingSite:
             object.__setattr__(self, "padding_idx", row)
             object.__setattr__(self, "padding", row - owned.start if row in owned else None)
 
+    @property
+    def placement(self) -> Placement:
+        """How the weight lies on this rank."""
+        return shard(0, self.owned, self.cut.size)
+
+    def tell_lookup(self, ids: Tensor, weight: Tensor, y: Operand) -> None:
+        """Tell observers that the rows which this rank owns were picked."""
+        named = [Operand("ids", ids, REPLICATE), Operand("weight", weight, self.placement)]
+        what = "y = the rows of the tokens; zero where another rank owns the row"
+        observing.tell(Told("lookup", "forward", self.who, what, named, y))
+
 
 class _VocabEmbedding(torch.autograd.Function):
     """all_reduce of the picked rows' bits forward; the owned rows' gradients backward, no Comm."""
@@ -82,7 +94,13 @@ class _VocabEmbedding(torch.autograd.Function):
         grad = torch.ops.aten.embedding_dense_backward(
             widen(grad_y).reshape(places.numel(), columns), places, rows, _NOWHERE, False
         )
-        return grad.to(ctx.dtype), None, None
+        grad = grad.to(ctx.dtype)
+        if observing.is_on():
+            given = [Operand("grad_y", grad_y, REPLICATE)]
+            output = Operand("grad_weight", grad, site.placement)
+            what = "grad_weight = the gradients of the tokens whose row this rank owns"
+            observing.tell(Told("sum of rows", "backward", site.who, what, given, output))
+        return grad, None, None
 
 
 def _places(ids: Tensor, site: EmbeddingSite) -> Tensor:
@@ -101,11 +119,15 @@ def _lookup(weight: Tensor, ids: Tensor, places: Tensor, site: EmbeddingSite) ->
     if site.axis.size == 1:
         y = weight.new_empty(shape)
         torch.index_select(weight, 0, places, out=y.view(places.numel(), weight.shape[1]))
+        if observing.is_on():
+            site.tell_lookup(ids, weight, Operand("y", y, REPLICATE))
         return y
     y = weight.new_zeros(shape)
     mine = (places != _NOWHERE).nonzero().view(-1)
     rows = weight.index_select(0, places[mine])
     y.view(places.numel(), weight.shape[1]).index_copy_(0, mine, rows)
+    if observing.is_on():
+        site.tell_lookup(ids, weight, Operand("y", y, PARTIAL))
     bits = _as_integers(y)
     comm.start_all_reduce(bits, site.axis, direction="forward", who=site.who).wait()
     return y

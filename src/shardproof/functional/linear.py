@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardproof import comm, operands
+from shardproof import comm, observing, operands
 from shardproof.autograd import once_differentiable
 from shardproof.functional.rows import (
     as_rows,
@@ -24,6 +24,7 @@ from shardproof.functional.rows import (
 from shardproof.functional.site import LinearSite
 from shardproof.leaves import share
 from shardproof.numerics import matmul, mode
+from shardproof.observing import REPLICATE, Operand, shard
 
 _GRADIENT = "gradient of the output"
 
@@ -109,13 +110,24 @@ def _row(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Te
     """The output as rows."""
     rows = _owned_rows(x, site)
     if site.axis.size == 1 and site.is_invariant:
-        return matmul.product_sum(rows, weight, site.slices, bias, is_transposed=True)
+        y = matmul.product_sum(rows, weight, site.slices, bias, is_transposed=True)
+        if observing.is_on():
+            site.tell_whole(rows, weight, bias, y, "forward", is_transposed=True)
+        return y
     chunks = _chunks(rows, site)
     if chunks > 1:
         y = _sum_by_chunks(rows, weight, site, chunks)
     else:
         y = site.start_sum(rows, weight, "forward", is_transposed=True).wait()
-    return y if bias is None else y.add_(bias)
+    if bias is None:
+        return y
+    if not observing.is_on():
+        return y.add_(bias)
+    before = y.clone()
+    y.add_(bias)
+    named = [Operand("y", before, REPLICATE), Operand("bias", bias, REPLICATE)]
+    site.tell("bias", "forward", "y + bias, once, after the sum", named, Operand("y", y, REPLICATE))
+    return y
 
 
 def _owned_rows(x: Tensor, site: LinearSite) -> Tensor:
@@ -166,15 +178,33 @@ def _row_gradients(ctx: Any, grad_y: Tensor, grad_rows: Tensor) -> tuple[Tensor 
     site: LinearSite = ctx.site
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-    grad_x = _product_columns(site, grad_rows, weight) if needs_x else None
+    grad_x, grad_weight = None, None
+    if needs_x:
+        grad_x = _product_columns(site, grad_rows, weight)
+        _tell_product(site, "grad_x = grad_y @ weight", grad_rows, ("weight", weight), grad_x)
     if grad_x is not None and site.split_input:
         grad_x = site.gather(grad_x, site.cut, "backward")
+    if needs_weight:
+        rows = _owned_rows(x, site)
+        grad_weight = _product_columns(site, grad_rows.t(), rows)
+        _tell_product(site, "grad_weight = grad_y.T @ x", grad_rows, ("x", rows), grad_weight)
     return (
         shaped(grad_x, grad_y),
-        _product_columns(site, grad_rows.t(), _owned_rows(x, site)) if needs_weight else None,
-        site.bias_gradient(grad_rows) if needs_bias else None,
+        grad_weight,
+        site.bias_gradient(grad_rows, is_cut=False) if needs_bias else None,
         None,
     )
+
+
+def _tell_product(
+    site: LinearSite, what: str, grad_rows: Tensor, right: tuple[str, Tensor], y: Tensor
+) -> None:
+    """Tell of a product of the whole gradient and a matrix that is cut along its columns."""
+    if observing.is_on():
+        cut = shard(1, site.owned, site.cut.size)
+        named = [Operand("grad_y", grad_rows, REPLICATE), Operand(*right, cut)]
+        output = Operand(what.partition(" ")[0], y, cut)
+        site.tell("product", "backward", what, named, output)
 
 
 def _save(ctx: Any, x: Tensor, weight: Tensor, site: LinearSite) -> None:
@@ -211,7 +241,13 @@ def _apply(
             return _apply(function, compute, x, weight, bias, site)
     check_alike(x, weight, bias, site.who)
     if site.is_plain:
-        return F.linear(x, weight, bias)
+        y = F.linear(x, weight, bias)
+        if observing.is_on():
+            given = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+            named = [Operand(name, each, REPLICATE) for name, each in given.items()]
+            what = "y = x @ weight.T" + ("" if bias is None else " + bias")
+            site.tell("product", "forward", what, named, Operand("y", y, REPLICATE))
+        return y
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof import operands
+from shardproof import observing, operands
 from shardproof.axis import Axis
 from shardproof.collectives import all_reduce
 from shardproof.errors import ShapeError, UsageError
@@ -24,6 +24,7 @@ from shardproof.functional.classes import (
 from shardproof.leaves import Cut
 from shardproof.numerics.elementwise import widen
 from shardproof.numerics.sums import sum_rows, sum_squares
+from shardproof.observing import REPLICATE, Operand, Placement, Told, shard
 
 
 def mse_loss(
@@ -60,7 +61,9 @@ def mse_loss(
         )
     if axis is None and cut is None:
         total, count = _SquaredError.apply(y, target, None)[0], y.numel()
-        return (total / count).to(y.dtype)
+        loss = (total / count).to(y.dtype)
+        _tell("mean of the squares of y - target", who, y, target, REPLICATE, loss)
+        return loss
     if axis is None or cut is None:
         given, missing = ("cut", "axis") if axis is None else ("axis", "cut")
         raise UsageError(
@@ -71,7 +74,10 @@ def mse_loss(
     # A rank without leaves still takes part, and backward must pass through it as on all others.
     partials = _SquaredError.apply(y, target, slices or (slice(0, 0),))
     total = all_reduce(list(partials) if slices else [], axis, cut=cut, who=who, like=partials[0])
-    return (total / (y.shape[:-1].numel() * cut.size)).to(y.dtype)
+    loss = (total / (y.shape[:-1].numel() * cut.size)).to(y.dtype)
+    place = shard(y.dim() - 1, cut.owned(axis.rank), cut.size)
+    _tell("mean of the squares of y - target", who, y, target, place, loss)
+    return loss
 
 
 def cross_entropy(
@@ -102,7 +108,9 @@ def cross_entropy(
     classes = logits.shape[-1] if logits.dim() else 0
     counts = counting_rows(logits, target, classes=classes, ignore_index=ignore_index, who=who)
     losses, _ = _RowCrossEntropy.apply(logits, target.masked_fill(~counts, 0))
-    return reduce_rows(losses, counts, reduction, dtype=logits.dtype)
+    loss = reduce_rows(losses, counts, reduction, dtype=logits.dtype)
+    _tell("-log softmax(logits)[target]", who, logits, target, REPLICATE, loss)
+    return loss
 
 
 class _SquaredError(torch.autograd.Function):
@@ -129,6 +137,7 @@ class _SquaredError(torch.autograd.Function):
                 for at, g in zip(ctx.slices, grads, strict=True)
             ]
             grad = torch.cat(parts, dim=-1)
+        _tell_gradient(y, grad, is_whole=ctx.slices is None)
         grad_target = (-grad).to(target.dtype) if ctx.needs_input_grad[1] else None
         return grad.to(y.dtype), grad_target, None
 
@@ -162,7 +171,28 @@ class _RowCrossEntropy(torch.autograd.Function):
         if grad_log_sum is not None:
             extra = p * grad_log_sum[:, None]
             grad = extra if grad is None else grad + extra
-        return None if grad is None else grad.to(logits.dtype), None
+        if grad is None:
+            return None, None
+        grad = grad.to(logits.dtype)
+        _tell_gradient(logits, grad, is_whole=True)
+        return grad, None
+
+
+def _tell(
+    what: str, who: str, y: Tensor, target: Tensor, placement: Placement, loss: Tensor
+) -> None:
+    if observing.is_on():
+        named = [Operand("y", y, placement), Operand("target", target)]
+        output = Operand("loss", loss, REPLICATE)
+        observing.tell(Told("loss", "forward", who, what, named, output))
+
+
+def _tell_gradient(y: Tensor, grad: Tensor, is_whole: bool) -> None:
+    if observing.is_on():
+        place = REPLICATE if is_whole else shard(y.dim() - 1)
+        named, output = [Operand("y", y, place)], Operand("grad_y", grad, place)
+        what = "grad_y = the gradient of the loss"
+        observing.tell(Told("loss", "backward", "loss", what, named, output))
 
 
 def _difference(y: Tensor, target: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ Source: fused projections as in Megatron-LM (Shoeybi et al. 2019, arXiv 1909.080
 without the fused weight.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardproof import comm, operands
+from shardproof import comm, observing, operands
 from shardproof.autograd import once_differentiable
 from shardproof.errors import UsageError
 from shardproof.functional.rows import (
@@ -33,6 +33,8 @@ from shardproof.heads import Heads
 from shardproof.leaves import Cut
 from shardproof.numerics import mode
 from shardproof.numerics.joined import joined_nodes
+from shardproof.observing import PARTIAL, Operand, Told, shard
+from shardproof.tree import node_name
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class SharedSite:
         axis = self.members[0].axis
         if not self.members[0].is_invariant:
             y = self._local([self.members[number].own for number in present], pairs)
+            if observing.is_on():
+                self._tell(pairs, {"": y})
             return comm.start_all_reduce(y, axis, direction="backward", who=self.who)
         nodes = joined_nodes(
             pairs,
@@ -101,6 +105,8 @@ class SharedSite:
             run=self.cut.run(axis.rank),
             num_leaves=self.cut.num_leaves,
         )
+        if observing.is_on():
+            self._tell(pairs, {f", {node_name(node)}": part for node, part in nodes.items()})
         return comm.start_all_reduce_nodes(
             nodes,
             axis,
@@ -110,6 +116,18 @@ class SharedSite:
             direction="backward",
             who=self.who,
         )
+
+    def _tell(self, pairs: Sequence[tuple[Tensor, Tensor]], parts: Mapping[str, Tensor]) -> None:
+        """Tell of this rank's part of the input gradient, or of its nodes."""
+        named = [
+            Operand(name, tensor, shard(1 - place))
+            for pair in pairs
+            for place, (name, tensor) in enumerate(zip(("grad_y", "weight"), pair, strict=True))
+        ]
+        what = f"grad_x = the sum of {len(pairs)} products grad_y @ weight"
+        for which, part in parts.items():
+            output = Operand(f"grad_x{which}", part, PARTIAL)
+            observing.tell(Told("product", "backward", self.who, what + which, named, output))
 
     @staticmethod
     def _local(owns: Sequence[slice | None], pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

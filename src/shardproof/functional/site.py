@@ -1,17 +1,20 @@
 """Where a cut linear stands: its axis, its cut, and the products that are summed over the axis."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardproof import comm
+from shardproof import comm, observing
 from shardproof.axis import Axis
 from shardproof.leaves import Cut
 from shardproof.numerics import matmul
 from shardproof.numerics.sums import sum_rows
+from shardproof.observing import PARTIAL, REPLICATE, Operand, Placement, Told, shard
+from shardproof.schedule import written_sum
 from shardproof.scheme import Scheme
-from shardproof.tree import Node
+from shardproof.tree import Node, node_name
 
 
 @dataclass(frozen=True)
@@ -73,18 +76,38 @@ class LinearSite:
     def product(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`rows @ weight.T + bias`, cut along out_features: (M, held), Shard(1)."""
         if self.is_invariant:
-            return matmul.linear(rows, weight, bias, self.held_slices)
-        return F.linear(rows, weight, bias)
+            y = matmul.linear(rows, weight, bias, self.held_slices)
+        else:
+            y = F.linear(rows, weight, bias)
+        if observing.is_on():
+            named = [Operand("x", rows, REPLICATE), Operand("weight", weight, self._shard(0))]
+            if bias is not None:
+                named.append(Operand("bias", bias, self._shard(0)))
+            what = "y = x @ weight.T" + ("" if bias is None else " + bias")
+            self.tell("product", "forward", what, named, Operand("y", y, self._shard(1)))
+        return y
 
     def weight_gradient(self, grad_rows: Tensor, rows: Tensor) -> Tensor:
         """`grad_rows.T @ rows`, cut along out_features: (held, in_features), Shard(0)."""
         if self.is_invariant:
-            return matmul.product_rows(grad_rows.t(), rows, self.held_slices)
-        return grad_rows.t() @ rows
+            grad = matmul.product_rows(grad_rows.t(), rows, self.held_slices)
+        else:
+            grad = grad_rows.t() @ rows
+        if observing.is_on():
+            named = [Operand("grad_y", grad_rows, self._shard(1)), Operand("x", rows, REPLICATE)]
+            output = Operand("grad_weight", grad, self._shard(0))
+            self.tell("product", "backward", "grad_weight = grad_y.T @ x", named, output)
+        return grad
 
-    def bias_gradient(self, grad_rows: Tensor) -> Tensor:
-        """The sum of the rows: (held,), Shard(0)."""
-        return sum_rows(grad_rows) if self.is_invariant else grad_rows.sum(0)
+    def bias_gradient(self, grad_rows: Tensor, *, is_cut: bool = True) -> Tensor:
+        """The sum of the rows: (held,), Shard(0); or (N,), Replicate, unless `is_cut`."""
+        grad = sum_rows(grad_rows) if self.is_invariant else grad_rows.sum(0)
+        if observing.is_on():
+            given = Operand("grad_y", grad_rows, self._shard(1) if is_cut else REPLICATE)
+            output = Operand("grad_bias", grad, self._shard(0) if is_cut else REPLICATE)
+            what = "grad_bias = the sum of the rows of grad_y"
+            self.tell("sum of rows", "backward", what, [given], output)
+        return grad
 
     def start_sum(
         self,
@@ -112,14 +135,18 @@ class LinearSite:
             if self.own is not None:
                 a, b = a[:, self.own], b[:, self.own] if is_transposed else b[self.own]
             y = F.linear(a, b) if is_transposed else a @ b
+            if observing.is_on():
+                self._tell_part(a, b, [y], direction, is_transposed)
             return comm.start_all_reduce(
                 y, self.axis, direction=direction, who=self.who, is_rest=is_rest
             )
         if self.axis.size == 1:
             total = matmul.product_sum(a, b, self.slices, rows=rows, is_transposed=is_transposed)
+            if observing.is_on():
+                self.tell_whole(a, b, None, total, direction, is_transposed)
             return comm.Sum(total)
         return comm.start_all_reduce_nodes(
-            self._nodes(a, b, rows, is_transposed),
+            self._nodes(a, b, direction, rows, is_transposed),
             self.axis,
             cut=self.cut,
             shape=(a.shape[0], b.shape[0 if is_transposed else 1]),
@@ -132,11 +159,14 @@ class LinearSite:
     def reduce_scatter(self, a: Tensor, b: Tensor, input_cut: Cut) -> Tensor:
         """`a @ b` summed over the axis in backward, cut along N: (M, owned), Shard(1)."""
         if not self.is_invariant:
+            y = a @ b
+            if observing.is_on():
+                self._tell_part(a, b, [y], "backward", False)
             return comm.reduce_scatter(
-                a @ b, self.axis, dim=1, cut=input_cut, direction="backward", who=self.who
+                y, self.axis, dim=1, cut=input_cut, direction="backward", who=self.who
             )
         return comm.reduce_scatter_nodes(
-            self._nodes(a, b),
+            self._nodes(a, b, "backward"),
             self.axis,
             cut=self.cut,
             shape=(a.shape[0], b.shape[1]),
@@ -152,9 +182,14 @@ class LinearSite:
         return comm.all_gather(x, self.axis, dim=1, cut=cut, direction=direction, who=self.who)
 
     def _nodes(
-        self, a: Tensor, b: Tensor, rows: int | None = None, is_transposed: bool = False
+        self,
+        a: Tensor,
+        b: Tensor,
+        direction: str,
+        rows: int | None = None,
+        is_transposed: bool = False,
     ) -> dict[Node, Tensor]:
-        return matmul.product_nodes(
+        nodes = matmul.product_nodes(
             a,
             b,
             self.slices,
@@ -163,3 +198,79 @@ class LinearSite:
             rows=rows,
             is_transposed=is_transposed,
         )
+        if observing.is_on():
+            self._tell_part(a, b, nodes, direction, is_transposed)
+        return nodes
+
+    def _shard(self, dim: int) -> Placement:
+        """How what this rank holds of the cut features lies along `dim` of a matrix."""
+        run = self.run if self.held is None else self.held
+        return shard(dim, self.cut.units(run), self.cut.size)
+
+    def tell(
+        self,
+        operation: str,
+        phase: str,
+        detail: str,
+        inputs: Sequence[Operand],
+        output: Operand | None,
+    ) -> None:
+        """Tell observers of something that is no collective."""
+        observing.tell(Told(operation, phase, self.who, detail, inputs, output))
+
+    def tell_whole(
+        self,
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        direction: str,
+        is_transposed: bool,
+    ) -> None:
+        """Tell of the product of one rank alone: its leaves are added inside."""
+        what, named, name = self._contraction(a, b, direction, is_transposed)
+        if bias is not None:
+            what, named = f"{what} + bias", [*named, Operand("bias", bias, REPLICATE)]
+        output = Operand(name, y, REPLICATE)
+        self.tell("product", direction, what, named, output)
+        if self.cut.num_leaves > 1:
+            self.tell("addition", direction, written_sum(self.cut), (), output)
+
+    def _tell_part(
+        self,
+        a: Tensor,
+        b: Tensor,
+        parts: Mapping[Node, Tensor] | Sequence[Tensor],
+        direction: str,
+        is_transposed: bool,
+    ) -> None:
+        """Tell of this rank's part of a product that is summed over the axis."""
+        if not isinstance(parts, Mapping):
+            what, named, name = self._contraction(a, b, direction, is_transposed)
+            self.tell("product", direction, what, named, Operand(name, parts[0], PARTIAL))
+            return
+        for node, part in parts.items():
+            at = self._within(node)
+            rows = b[:, at] if is_transposed else b[at]
+            held = self.cut.units(range(*node))
+            what, named, name = self._contraction(a[:, at], rows, direction, is_transposed, held)
+            output = Operand(f"{name}, {node_name(node)}", part, PARTIAL)
+            self.tell("product", direction, f"{what}, {node_name(node)}", named, output)
+
+    def _within(self, node: Node) -> slice:
+        """Where the leaves of a node lie in the shard."""
+        first, last = node[0] - self.run.start, node[1] - 1 - self.run.start
+        return slice(self.slices[first].start, self.slices[last].stop)
+
+    def _contraction(
+        self, a: Tensor, b: Tensor, direction: str, is_transposed: bool, held: range | None = None
+    ) -> tuple[str, list[Operand], str]:
+        """The formula of a product over the cut features, its operands, and its result's name."""
+        x, y = ("x", "y") if direction == "forward" else ("grad_y", "grad_x")
+        held = self.cut.units(self.run) if held is None else held
+        what = f"{y} = {x} @ weight{'.T' if is_transposed else ''}"
+        named = [
+            Operand(x, a, shard(1, held, self.cut.size)),
+            Operand("weight", b, shard(1 if is_transposed else 0, held, self.cut.size)),
+        ]
+        return what, named, y

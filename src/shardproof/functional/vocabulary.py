@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from shardproof import comm, operands
+from shardproof import comm, observing, operands
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError, UsageError
 from shardproof.functional.classes import (
@@ -29,6 +29,7 @@ from shardproof.functional.vocabulary_site import NOWHERE, VocabularySite, parts
 from shardproof.leaves import Cut
 from shardproof.numerics.elementwise import widen
 from shardproof.numerics.matmul import node_dtype
+from shardproof.observing import REPLICATE, Operand, Told
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
 
 
@@ -56,7 +57,13 @@ class _VocabCrossEntropy(torch.autograd.Function):
         ctx.site.axis.note(grad, who=ctx.site.who, what="gradient of the losses")
         logits, places, norm = ctx.saved_tensors
         spread = ctx.smoothing, ctx.smoothing / ctx.site.cut.size
-        return _LossGradient.apply(grad, logits, places, norm, spread), None, None, None
+        found = _LossGradient.apply(grad, logits, places, norm, spread)
+        if observing.is_on():
+            place = ctx.site.placement
+            named, output = [Operand("logits", logits, place)], Operand("grad_logits", found, place)
+            what = "grad_logits = (softmax(logits) - target) * grad"
+            observing.tell(Told("loss", "backward", ctx.site.who, what, named, output))
+        return found, None, None, None
 
 
 class _LossGradient(torch.autograd.Function):
@@ -191,6 +198,10 @@ def vocab_cross_entropy(
         logits, target.masked_fill(~counts, NOWHERE), site, float(label_smoothing)
     )
     loss = reduce_rows(losses, counts, reduction, dtype=logits.dtype, denominator=denominator)
+    if observing.is_on():
+        named = [Operand("logits", logits, site.placement), Operand("target", target, REPLICATE)]
+        what = "-log softmax(logits)[target], from what every block of classes says"
+        observing.tell(Told("loss", "forward", who, what, named, Operand("loss", loss, REPLICATE)))
     axis.note_result(loss, who=who, what="loss")
     return loss
 

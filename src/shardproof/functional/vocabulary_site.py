@@ -16,6 +16,7 @@ from shardproof.leaves import Cut
 from shardproof.numerics.elementwise import widen
 from shardproof.numerics.matmul import node_dtype
 from shardproof.numerics.sums import sum_rows
+from shardproof.observing import Placement, shard
 from shardproof.scheme import Scheme
 from shardproof.tree import add_run, add_tensors, combine
 
@@ -61,6 +62,11 @@ class VocabularySite:
         object.__setattr__(self, "blocks", blocks)
         object.__setattr__(self, "block_cut", block_cut)
         object.__setattr__(self, "stops", tuple(stops))
+
+    @property
+    def placement(self) -> Placement:
+        """How the logits lie on this rank."""
+        return shard(1, self.cut.owned(self.axis.rank), self.cut.size)
 
     def places(self, target: Tensor) -> Tensor:
         """Where each class lies in the shard, (rows,); `NOWHERE` if it does not."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof import core, operands
+from shardproof import core, observing, operands
 from shardproof.errors import ShapeError
 from shardproof.numerics import mode, products
 from shardproof.numerics.elementwise import widen
@@ -182,6 +182,8 @@ def kernel_nodes(pairs: Pairs, slices: Slices, run: range, num_leaves: int) -> d
         for x, y in pairs[1:]:
             operands.check(_WHO, a=x, b=y)
         operands.explain(error, _WHO, a=a, b=b)
+    if observing.is_on():
+        observing.tell_kernel(2 * m * n * sum(_length(places) for places in slices))
     return found
 
 
@@ -191,6 +193,11 @@ def _term(a: Tensor, b: Tensor, span: range) -> bytes:
     a_start = a.data_ptr() + span.start * a_col * size
     b_start = b.data_ptr() + span.start * b_row * size
     return struct.pack("=7q", len(span), a_start, a_row, a_col, b_start, b_row, b_col)
+
+
+def _length(places: Sequence[slice]) -> int:
+    """Steps that are read."""
+    return sum(at.stop - at.start for at in places)
 
 
 def _span(places: Sequence[slice]) -> range:

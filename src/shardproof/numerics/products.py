@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from shardproof import core, operands
+from shardproof import core, observing, operands
 from shardproof.errors import ShapeError
 from shardproof.numerics import mode
 from shardproof.tree import Node, children, nodes_of_run
@@ -166,6 +166,9 @@ def _run(
         )
     except operands.ERRORS as error:
         operands.explain(error, _WHO, a=a, b=b, bias=bias, out=out)
+    if observing.is_on():
+        steps = sum(stop - start for start, stop, _, _ in struct.iter_unpack("=4q", program))
+        observing.tell_kernel(2 * m * n * steps)
     return out
 
 

@@ -1,19 +1,19 @@
 """What a rank allocates: the largest storage that any operation made while the audit ran.
 
-A dispatch mode of torch sees the outputs of every operation of its own thread, backward and
-optimizer included, so ranks as threads are told apart. It counts a storage by its full size, also
+An observer sees the outputs of every operation of its own thread, backward and optimizer
+included, so ranks as threads are told apart. It counts a storage by its full size, also
 where only a view of it is returned, if the operation made it. It does not see what a kernel uses
 inside itself (BLAS and our kernels pack operands in memory of their own), the slots of shared
 memory that a transport maps, nor what numpy allocates.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from shardproof.observing import Observer, address, tensors_in
 
 
 class Audit:
@@ -34,11 +34,11 @@ class Audit:
     def exclude(self, tensor: Tensor) -> None:
         """Mark a tensor as data: its storage is never counted."""
         # Kept alive, or another storage could come to lie at the same address.
-        self._data[_address(tensor)] = tensor.detach()
+        self._data[address(tensor)] = tensor.detach()
 
     def is_data(self, tensor: Tensor) -> bool:
         """True if the tensor lies in a storage that was marked as data."""
-        return _address(tensor) in self._data
+        return address(tensor) in self._data
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -69,41 +69,19 @@ class Audit:
         self.largest_bytes, self.largest_shape = size, tuple(tensor.shape)
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Observer):
     """Calls back for every tensor that an operation made, views of its inputs left out."""
 
     def __init__(self, see: Callable[[Tensor], None]) -> None:
         super().__init__()
         self._see = see
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        before = {_address(tensor) for tensor in _tensors((args, kwargs))}
+    def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call it, and see what it made."""
+        before = {address(tensor) for tensor in tensors_in((args, kwargs))}
         result = func(*args, **kwargs)
         # Arguments too: an operation may grow the storage of what it writes into.
-        for tensor in _tensors((result, args, kwargs)):
-            if _address(tensor) not in before:
+        for tensor in tensors_in((result, args, kwargs)):
+            if address(tensor) not in before:
                 self._see(tensor)
         return result
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    """The tensors with memory of their own (those on the meta device have none)."""
-    if isinstance(tree, Tensor):
-        if tree.layout == torch.strided and not tree.is_meta:
-            yield tree
-    elif isinstance(tree, list | tuple):
-        for item in tree:
-            yield from _tensors(item)
-    elif isinstance(tree, dict):
-        yield from _tensors(list(tree.values()))
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

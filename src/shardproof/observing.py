@@ -1,0 +1,232 @@
+"""One way of looking inside a rank: what its thread computes, sends and holds.
+
+An observer is a dispatch mode of torch. It sees every operation of torch in its own thread, so
+ranks as threads are told apart. Our kernels and the collectives are not operations of torch: the
+code around them tells them. Without an observer, telling costs one comparison.
+
+The memory audit of the prover, the counting of the bench and the trace are observers.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a tensor lies on the ranks, as far as it was told.
+
+    Attributes:
+        kind: "Replicate", "Shard" or "Partial".
+        dim: that is cut; for Shard.
+        held: the global indices along `dim` that the rank holds; for Shard.
+        size: of the whole dim; for Shard.
+    """
+
+    kind: str
+    dim: int = 0
+    held: range | None = None
+    size: int | None = None
+
+    def __str__(self) -> str:
+        return f"Shard({self.dim})" if self.kind == "Shard" else self.kind
+
+
+REPLICATE = Placement("Replicate")
+PARTIAL = Placement("Partial")
+
+
+def shard(dim: int, held: range | slice | None = None, size: int | None = None) -> Placement:
+    """Shard(dim), of which the rank holds `held`."""
+    if isinstance(held, slice):
+        held = range(held.start, held.stop)
+    return Placement("Shard", dim, held, size)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that took part in something.
+
+    Attributes:
+        name: what it is called there.
+        tensor: itself.
+        placement: None if it is not known.
+    """
+
+    name: str
+    tensor: Tensor
+    placement: Placement | None = None
+
+
+@dataclass
+class Told:
+    """Something that the package did, as it tells it.
+
+    Attributes:
+        operation: "product", "addition", "all_reduce", ...
+        phase: "setup", "forward", "backward", "update" or "prover".
+        who: the layer or function that did it.
+        detail: what was computed, in a formula or a few words.
+        inputs: what it was computed from.
+        output: the result; of a collective that was started, filled when it is finished.
+        message_bytes: of a collective: bytes of its result.
+        sent_bytes: of a collective: bytes that this rank sent.
+        is_collective: it met other ranks.
+        is_rest: a further part of a collective that has been told.
+        addition: of a collective that adds: which parts it adds, in which order.
+    """
+
+    operation: str
+    phase: str
+    who: str
+    detail: str = ""
+    inputs: Sequence[Operand] = ()
+    output: Operand | None = None
+    message_bytes: int = 0
+    sent_bytes: int = 0
+    is_collective: bool = False
+    is_rest: bool = False
+    addition: str = ""
+
+
+class Observer(TorchDispatchMode):
+    """Sees what one thread does. A subclass overrides the hooks that it wants."""
+
+    def __enter__(self) -> Self:
+        _enter(self)
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        _leave(self)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        return self.operation(func, args, kwargs)
+
+    def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One operation of torch: call it and return its result."""
+        return func(*args, **kwargs)
+
+    def kernel(self, flops: int) -> None:
+        """A product by one of our kernels."""
+
+    def told(self, told: Told) -> None:
+        """Something was done, or a collective was started."""
+
+    def finished(self, told: Told) -> None:
+        """A collective that was started has its result."""
+
+
+class Memory:
+    """Bytes of the storages that live, of those that were seen.
+
+    Attributes:
+        held: bytes now.
+        peak: the most bytes at any look.
+    """
+
+    def __init__(self) -> None:
+        self.held = 0
+        self.peak = 0
+        self._living: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def see(self, tensors: Sequence[Tensor]) -> None:
+        """Count the storages of some tensors, and forget those that are gone."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            reference = StorageWeakRef(storage)
+            self._living[reference.cdata] = reference, storage.nbytes()
+        gone = [key for key, (reference, _) in self._living.items() if reference.expired()]
+        for key in gone:
+            del self._living[key]
+        self.held = sum(size for _, size in self._living.values())
+        self.peak = max(self.peak, self.held)
+
+
+class _Here(threading.local):
+    def __init__(self) -> None:
+        self.observers: list[Observer] = []
+
+
+_here = _Here()
+_lock = threading.Lock()
+_num_observers = 0
+
+
+def is_on() -> bool:
+    """Whether any thread has an observer: telling is worth its price only then."""
+    return _num_observers > 0
+
+
+def observers() -> Sequence[Observer]:
+    """Those of this thread."""
+    return _here.observers
+
+
+def tell(told: Told) -> None:
+    """Hand something to the observers of this thread."""
+    for observer in _here.observers:
+        observer.told(told)
+
+
+def finish(told: Told) -> None:
+    """Say that a collective which was told when it was started has its result."""
+    for observer in _here.observers:
+        observer.finished(told)
+
+
+def tell_kernel(flops: int) -> None:
+    """Hand the flops of a product by one of our kernels to the observers of this thread."""
+    for observer in _here.observers:
+        observer.kernel(flops)
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors of arguments or results with memory of their own (on meta there is none)."""
+    if isinstance(tree, Tensor):
+        if tree.layout == torch.strided and not tree.is_meta:
+            yield tree
+    elif isinstance(tree, list | tuple):
+        for item in tree:
+            yield from tensors_in(item)
+    elif isinstance(tree, dict):
+        yield from tensors_in(list(tree.values()))
+
+
+def address(tensor: Tensor) -> int:
+    """Where the storage of a tensor lies."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _enter(observer: Observer) -> None:
+    global _num_observers
+    with _lock:
+        _num_observers += 1
+    _here.observers.append(observer)
+
+
+def _leave(observer: Observer) -> None:
+    global _num_observers
+    _here.observers.remove(observer)
+    with _lock:
+        _num_observers -= 1

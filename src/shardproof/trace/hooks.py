@@ -1,0 +1,90 @@
+"""Torch's global hooks of modules and optimizers: where a rank is in its model.
+
+They are there while any rank traces, and do nothing in threads that do not.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizers
+
+from shardproof import observing
+
+
+class Listener(Protocol):
+    """An observer that wants to know of modules and optimizers."""
+
+    def enter_module(self, module: nn.Module) -> None:
+        """A module begins its forward."""
+
+    def leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A module has ended its forward."""
+
+    def enter_step(self, optimizer: Optimizer) -> None:
+        """An optimizer begins a step."""
+
+    def leave_step(self, optimizer: Optimizer) -> None:
+        """An optimizer has made a step."""
+
+
+_lock = threading.Lock()
+_num_tracing = 0
+_handles: list[Any] = []
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Keep the hooks in place inside the block."""
+    global _num_tracing
+    with _lock:
+        _num_tracing += 1
+        if _num_tracing == 1:
+            _handles.extend(_register())
+    try:
+        yield
+    finally:
+        with _lock:
+            _num_tracing -= 1
+            if not _num_tracing:
+                for handle in _handles:
+                    handle.remove()
+                _handles.clear()
+
+
+def _register() -> Iterator[Any]:
+    yield torch_modules.register_module_forward_pre_hook(_before_forward)
+    yield torch_modules.register_module_forward_hook(_after_forward, always_call=True)
+    yield torch_optimizers.register_optimizer_step_pre_hook(_before_step)
+    yield torch_optimizers.register_optimizer_step_post_hook(_after_step)
+
+
+def _each(do: Callable[[Any], None]) -> None:
+    for observer in observing.observers():
+        if hasattr(observer, "enter_module"):
+            do(observer)
+
+
+def _before_forward(module: nn.Module, args: Any) -> None:
+    _each(lambda listener: listener.enter_module(module))
+
+
+def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
+    _each(lambda listener: listener.leave_module(module, args, output))
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _each(lambda listener: listener.enter_step(optimizer))
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _each(lambda listener: listener.leave_step(optimizer))
+
+
+def first_tensor(tree: Any) -> Tensor | None:
+    """The first tensor of a module's arguments or output."""
+    return next(observing.tensors_in(tree), None)

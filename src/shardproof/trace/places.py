@@ -1,0 +1,151 @@
+"""How tensors lie on the ranks, carried through operations of torch that do not change it.
+
+What the package tells is known. The result of an operation of torch on Replicate tensors is
+Replicate, if its other arguments are the same on every rank. An element-wise one keeps the cut of
+its inputs; so does a view in which the cut dim can still be found. Of everything else the placement
+is not known, and nothing is claimed.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from shardproof.observing import REPLICATE, Placement, address, shard
+
+Key = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+_MANY = 4096  # entries, from which on those of freed memory are removed
+_aten = torch.ops.aten
+_VIEWS = {_aten.view, _aten.reshape, _aten._unsafe_view, _aten.unsqueeze, _aten.squeeze}
+_COPIES = {_aten.alias, _aten.clone, _aten.detach, _aten.lift_fresh, _aten._to_copy}
+# They take a part of a tensor: of a dim that is not cut, or which part may depend on the rank.
+_PARTS = {
+    _aten.split,
+    _aten.split_with_sizes,
+    _aten.slice,
+    _aten.narrow,
+    _aten.select,
+    _aten.index,
+    _aten.index_select,
+    _aten.unbind,
+}
+_PERMUTED = {_aten.t, _aten.transpose, _aten.permute}
+_ELEMENTS_KEPT = _VIEWS | _COPIES | _PERMUTED
+_DRAWN = torch.Tag.nondeterministic_seeded
+
+
+class Places:
+    """Placement of each living tensor, by the memory that it describes."""
+
+    def __init__(self) -> None:
+        self._known: dict[Key, tuple[StorageWeakRef, Placement]] = {}
+
+    def learn(self, x: Tensor, placement: Placement | None) -> None:
+        """Remember how a tensor lies; None: forget what lay there before."""
+        key = _key(x)
+        if placement is None:
+            self._known.pop(key, None)
+            return
+        if len(self._known) >= _MANY:
+            self._forget()
+        self._known[key] = StorageWeakRef(x.untyped_storage()), placement
+
+    def of(self, x: Tensor) -> Placement | None:
+        """How a tensor lies, or None."""
+        found = self._known.get(_key(x))
+        if found is None or found[0].expired():
+            return None
+        return found[1]
+
+    def carry(
+        self, func: Any, given: Sequence[Tensor], made: Sequence[Tensor], *, is_ours: bool
+    ) -> None:
+        """Learn the placements of what an operation of torch made.
+
+        Args:
+            func: the operation.
+            given: the tensors among its arguments.
+            made: its results.
+            is_ours: the package called it, and may have taken the part of this rank: then only
+                views and copies of the same elements are known.
+        """
+        if is_ours and func.overloadpacket not in _ELEMENTS_KEPT:
+            for y in made:
+                self.learn(y, None)
+            return
+        places = [self.of(x) for x in given]
+        for y in made:
+            self.learn(y, _after(func, given, places, y))
+
+    def _forget(self) -> None:
+        gone = [key for key, (memory, _) in self._known.items() if memory.expired()]
+        for key in gone:
+            del self._known[key]
+
+
+def _after(
+    func: Any, given: Sequence[Tensor], places: Sequence[Placement | None], y: Tensor
+) -> Placement | None:
+    if not given or any(place is None for place in places):
+        return None
+    if all(place == REPLICATE for place in places):
+        is_part = func.overloadpacket in _PARTS and y.shape != given[0].shape
+        return None if is_part or _DRAWN in func.tags else REPLICATE
+    cut = [(x, place) for x, place in zip(given, places, strict=True) if place != REPLICATE]
+    x, place = cut[0]
+    if place is None or place.kind != "Shard" or any(other != place for _, other in cut):
+        return None
+    return _moved(func, x, place, y)
+
+
+def _moved(func: Any, x: Tensor, place: Placement, y: Tensor) -> Placement | None:
+    """Where the cut dim of `x` lies in `y`."""
+    packet = func.overloadpacket
+    if torch.Tag.pointwise in func.tags or packet in _COPIES or packet in _PARTS:
+        is_kept = y.dim() == x.dim() and y.shape[place.dim] == x.shape[place.dim]
+        return place if is_kept else None
+    if packet in _PERMUTED:
+        return _permuted(x, y, place)
+    return _reshaped(x, y, place) if packet in _VIEWS else None
+
+
+def _permuted(x: Tensor, y: Tensor, place: Placement) -> Placement | None:
+    """By the strides, which a permutation moves along; ambiguous ones say nothing."""
+    stride, size = x.stride(place.dim), x.shape[place.dim]
+    found = [dim for dim in range(y.dim()) if (y.stride(dim), y.shape[dim]) == (stride, size)]
+    return shard(found[0], place.held, place.size) if len(found) == 1 else None
+
+
+def _reshaped(x: Tensor, y: Tensor, place: Placement) -> Placement | None:
+    """Dims before the cut one hold as many elements as before: there it begins."""
+    if not y.numel():
+        return None
+    before, size = math.prod(x.shape[: place.dim]), x.shape[place.dim]
+    starts = [dim for dim in range(y.dim()) if math.prod(y.shape[:dim]) == before]
+    dim = next((dim for dim in starts if y.shape[dim] != 1), starts[0] if starts else None)
+    if dim is None:
+        return None
+    length = y.shape[dim]
+    if length == size:
+        return shard(dim, place.held, place.size)
+    if length and size % length == 0:  # into units, of which none is cut
+        return _scaled(place, dim, 1, size // length)
+    return _scaled(place, dim, length // size, 1) if length % size == 0 else None
+
+
+def _scaled(place: Placement, dim: int, times: int, over: int) -> Placement:
+    held, size = place.held, place.size
+    if held is None or size is None:
+        return shard(dim)
+    if held.start % over or held.stop % over or size % over:
+        return shard(dim)
+    scaled = range(held.start * times // over, held.stop * times // over)
+    return shard(dim, scaled, size * times // over)
+
+
+def _key(x: Tensor) -> Key:
+    return address(x), int(x.storage_offset()), tuple(x.shape), tuple(x.stride())

@@ -1,0 +1,121 @@
+"""One step of a rank, as data: what was computed or sent, from what, and what came out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from shardproof.observing import Operand, Placement
+from shardproof.wording import dtype_name
+
+PHASES = ("setup", "forward", "backward", "update", "prover")
+
+Values = tuple[Any, ...] | float | int | bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of a step, as one rank has it.
+
+    Attributes:
+        name: what it is called in the step.
+        shape: on this rank.
+        dtype: as torch writes it, without the prefix.
+        placement: "Replicate", "Shard(d)" or "Partial"; "" if it is not known.
+        dim: that is cut, for Shard.
+        held: first and last + 1 of the global indices along `dim` that this rank holds.
+        size: of the whole dim.
+        num_bytes: of this rank's elements.
+        values: nested tuples of numbers, if they were asked for and are few enough.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    placement: str = ""
+    dim: int | None = None
+    held: tuple[int, int] | None = None
+    size: int | None = None
+    num_bytes: int = 0
+    values: Values | None = None
+
+    @classmethod
+    def of(cls, operand: Operand, *, num_values: int) -> "Part":
+        """Write down an operand.
+
+        Args:
+            operand: whose tensor is read now.
+            num_values: no values of larger tensors.
+        """
+        x, placement = operand.tensor, operand.placement
+        is_cut = placement is not None and placement.kind == "Shard"
+        held = placement.held if placement is not None and is_cut else None
+        return cls(
+            operand.name,
+            tuple(x.shape),
+            dtype_name(x.dtype),
+            "" if placement is None else str(placement),
+            placement.dim if placement is not None and is_cut else None,
+            None if held is None else (held.start, held.stop),
+            placement.size if placement is not None and is_cut else None,
+            x.numel() * x.element_size(),
+            values_of(x) if x.numel() <= num_values else None,
+        )
+
+    @property
+    def placed(self) -> Placement | None:
+        """The placement as observers are told it."""
+        if not self.placement:
+            return None
+        held = None if self.held is None else range(*self.held)
+        return Placement(self.placement.partition("(")[0], self.dim or 0, held, self.size)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one rank.
+
+    Attributes:
+        rank: whose.
+        number: of the step, counted from 0 on each rank.
+        phase: one of `PHASES`.
+        module: the module's name in the model, or the function's; "" if neither is known.
+        operation: "product", "addition", "all_reduce", "all_gather", ..., "update", or the name of
+            torch's own operation or module.
+        detail: what was computed, as a formula or in a few words.
+        inputs: what it was computed from.
+        output: the result; None if this rank has none.
+        message_bytes: of a collective: bytes of its result.
+        sent_bytes: of a collective: bytes that this rank sent.
+        held_bytes: of the tensors that this rank holds after the step, as far as it has seen them.
+        meeting: of a collective: the how manyth of this rank; ranks meet at equal numbers.
+        is_rest: of a collective: a further part of the one before.
+    """
+
+    rank: int
+    number: int
+    phase: str
+    module: str
+    operation: str
+    detail: str
+    inputs: tuple[Part, ...]
+    output: Part | None
+    message_bytes: int = 0
+    sent_bytes: int = 0
+    held_bytes: int = 0
+    meeting: int | None = None
+    is_rest: bool = False
+
+    @property
+    def is_collective(self) -> bool:
+        """Whether the ranks meet in it."""
+        return self.meeting is not None
+
+
+def values_of(x: Tensor) -> Values:
+    """The numbers of a tensor as nested tuples."""
+    return _frozen(x.detach().tolist())
+
+
+def _frozen(tree: Any) -> Any:
+    return tuple(map(_frozen, tree)) if isinstance(tree, list) else tree

@@ -1,0 +1,101 @@
+"""Traces for people: the table of one rank, and the timeline of all."""
+
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+
+from rich.table import Table
+from rich.text import Text
+
+from shardproof.trace.step import Part, Step
+
+COLOURS = {"forward": "cyan", "backward": "magenta", "update": "green"}
+
+Row = tuple[Step | None, ...]
+
+
+def aligned(ranks: Sequence[Sequence[Step]]) -> list[Row]:
+    """The steps of all ranks side by side: a row has one step of each rank, or None.
+
+    Ranks meet in collectives, which share a row; between two of them, steps stand in their order.
+    """
+    rows: list[Row] = []
+    parts = [list(_between_meetings(steps)) for steps in ranks]
+    for sections in zip_longest(*parts, fillvalue=()):
+        rows.extend(zip_longest(*(section for section in sections)))
+    return rows
+
+
+def _between_meetings(steps: Sequence[Step]) -> Iterator[list[Step]]:
+    """Sections of steps, of which a collective, if there is one, is alone."""
+    section: list[Step] = []
+    for step in steps:
+        if step.is_collective:
+            yield section
+            yield [step]
+            section = []
+        else:
+            section.append(step)
+    yield section
+
+
+def table(steps: Sequence[Step]) -> Table:
+    """The steps of one rank."""
+    found = Table(title=f"rank {steps[0].rank}" if steps else None, box=None, pad_edge=False)
+    found.add_column("step", justify="right")
+    for name in ("phase", "module"):
+        found.add_column(name, no_wrap=True)
+    found.add_column("operation", ratio=2)
+    found.add_column("tensors", ratio=3)
+    for name in ("sent", "held"):
+        found.add_column(f"bytes {name}", justify="right", no_wrap=True)
+    for step in steps:
+        inputs = ", ".join(map(described, step.inputs))
+        result = "" if step.output is None else described(step.output)
+        found.add_row(
+            str(step.number),
+            Text(step.phase, COLOURS.get(step.phase, "")),
+            Text(step.module),
+            Text(_what(step), "bold" if step.is_collective else ""),
+            Text(" -> ".join(filter(None, (inputs, result)))),
+            f"{step.sent_bytes:,}" if step.is_collective else "",
+            f"{step.held_bytes:,}",
+        )
+    return found
+
+
+def timeline(ranks: Sequence[Sequence[Step]]) -> Table:
+    """All ranks, a column each; arrows stand where they meet."""
+    found = Table(box=None, pad_edge=False)
+    found.add_column("phase")
+    for rank in range(len(ranks)):
+        found.add_column(f"rank {rank}", overflow="fold", ratio=1)
+    for row in aligned(ranks):
+        first = next(step for step in row if step is not None)
+        cells = [Text("") if step is None else _cell(step) for step in row]
+        if first.is_collective and len(ranks) > 1:
+            for place, cell in enumerate(cells):
+                ends = (place > 0, place < len(cells) - 1)
+                cells[place] = Text.assemble("<-- " * ends[0], cell, " -->" * ends[1])
+        found.add_row(Text(first.phase, COLOURS.get(first.phase, "")), *cells)
+    return found
+
+
+def _cell(step: Step) -> Text:
+    where = f"{step.module}: " if step.module else ""
+    result = "" if step.output is None else f" = {described(step.output)}"
+    if not step.is_collective:
+        return Text(f"{where}{_what(step)}{result}")
+    return Text(f"{where}{step.operation}, {step.sent_bytes:,} bytes sent{result}", "bold")
+
+
+def _what(step: Step) -> str:
+    return f"{step.operation}: {step.detail}" if step.detail else step.operation
+
+
+def described(part: Part) -> str:
+    """Name, shape and placement of a tensor.
+
+    >>> described(Part("x", (4, 2), "float32", "Shard(1)"))
+    'x (4, 2) Shard(1)'
+    """
+    return " ".join(filter(None, (part.name, str(part.shape), part.placement)))
