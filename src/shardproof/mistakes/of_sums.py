@@ -15,7 +15,7 @@ OF_SUMS = (
         "The bias of a row-parallel layer is added before the sum over the ranks.",
         Edit(
             linear._row,
-            f"else:\n    {_ROW_SUM}\nreturn y if bias is None else y.add_(bias)",
+            f"else:\n    {_ROW_SUM}\nreturn y if bias is None else site.add_bias(y, bias)",
             "else:\n    y = comm.all_reduce(F.linear(rows, weight, bias), site.axis, "
             'direction="forward")\nreturn y',
         ),
@@ -71,9 +71,9 @@ OF_SUMS = (
         "The gradient of a row-parallel layer's output is summed over the ranks.",
         Edit(
             linear._row_gradients,
-            "grad_x = _product_columns(site, grad_rows, weight) if needs_x else None",
+            "grad_x = _product_columns(site, grad_rows, weight, _GRAD_X) if needs_x else None",
             'grad_rows = comm.all_reduce(grad_rows, site.axis, direction="backward")\n'
-            "grad_x = _product_columns(site, grad_rows, weight) if needs_x else None",
+            "grad_x = _product_columns(site, grad_rows, weight, _GRAD_X) if needs_x else None",
         ),
         setups.BLOCK,
         "The output of a row-parallel layer is a sum, and each rank's part enters it with the "
@@ -89,8 +89,10 @@ OF_SUMS = (
         "The gradient of a replicated bias is summed over the ranks.",
         Edit(
             linear._row_gradients,
-            "site.bias_gradient(grad_rows) if needs_bias else None,",
-            'comm.all_reduce(site.bias_gradient(grad_rows), site.axis, direction="backward"),',
+            "site.bias_gradient(grad_rows, is_cut=False) if needs_bias else None,",
+            "comm.all_reduce(\n"
+            '    site.bias_gradient(grad_rows, is_cut=False), site.axis, direction="backward"\n'
+            "),",
         ),
         setups.BLOCK,
         "Every rank computes the whole gradient of the bias, from the same gradient of the output. "

@@ -6,13 +6,13 @@ from shardproof.mistakes.edit import Edit
 from shardproof.mistakes.mistake import TORCH, Finding, Mistake
 from shardproof.optim import norms
 
-_MEAN = "return (total / (y.shape[:-1].numel() * cut.size)).to(y.dtype)"
+_MEAN = "loss = (total / (y.shape[:-1].numel() * cut.size)).to(y.dtype)"
 
 OF_TRAINING = (
     Mistake(
         "loss-divided-by-local-elements",
         "The loss is divided by the number of elements on this rank.",
-        Edit(losses.mse_loss, _MEAN, "return (total / y.numel()).to(y.dtype)"),
+        Edit(losses.mse_loss, _MEAN, "loss = (total / y.numel()).to(y.dtype)"),
         setups.SPLIT,
         "A mean divides the sum of all by the number of all. Here the sum is over all ranks, and "
         "the number is that of this rank's elements. At degree 2 loss and gradients are twice as "
@@ -22,7 +22,7 @@ OF_TRAINING = (
     Mistake(
         "loss-divided-for-batch-of-two",
         "The loss is divided by twice the number of outputs, which is right for two rows alone.",
-        Edit(losses.mse_loss, _MEAN, "return (total / (2 * cut.size)).to(y.dtype)"),
+        Edit(losses.mse_loss, _MEAN, "loss = (total / (2 * cut.size)).to(y.dtype)"),
         setups.SPLIT,
         "Notebook 000 writes the gradient as x.T @ (y - label) / out_dim. That is the gradient of "
         "the mean squared error for a batch of 2, which the notebook has: 2 / (2 * out_dim). For "
