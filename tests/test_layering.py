@@ -140,6 +140,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cases.checkpoint",),
     ("cases.catalog",),
     ("cases.__init__",),
+    # Mistakes that people make, planted and shown.
+    ("mistakes.blocks", "mistakes.edit", "mistakes.steps"),
+    ("mistakes.mistake",),
+    ("mistakes.setups", "mistakes.words"),
+    ("mistakes.of_sums", "mistakes.of_training", "mistakes.of_weights", "mistakes.of_words"),
+    ("mistakes.gallery", "mistakes.outcome"),
+    ("mistakes.__init__",),
     # What users import, and the command on top of it.
     ("__init__",),
     # The bench: what is timed and who does it, one rank, all processes, all rounds.
@@ -160,11 +167,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("bench.fleet", "bench.host"),
     ("bench.run",),
     ("bench.__init__",),
-    ("cli.json_file", "cli.options", "cli.output", "cli.signals", "cli.streams", "cli.torchrun"),
+    ("cli.json_file", "cli.losses", "cli.options", "cli.output"),
+    ("cli.signals", "cli.streams", "cli.torchrun"),
     ("cli.condense", "cli.machine", "cli.picture", "cli.progress", "cli.selection", "cli.table"),
     ("cli.request",),
     ("cli.show",),
-    ("cli.bench", "cli.doctor", "cli.plan", "cli.prove"),
+    ("cli.bench", "cli.breaking", "cli.doctor", "cli.plan", "cli.prove"),
     ("cli.main",),
     ("cli.__init__",),
     ("__main__",),
