@@ -1,10 +1,11 @@
-"""What the planted-bug tests share: one small model, one proof of it, and what must be said of it.
+"""What the planted-bug tests share: proofs of one small model, and what must be said of them.
 
-Every planted fault is a small change to a set-up that is proved without it; the controls in
-`test_planted.py` run the set-ups as they are.
+The model is that of `shardproof.mistakes`, which has the faults that people make; those planted
+here are the others. Every planted fault is a small change to a set-up that is proved without it;
+the controls in `test_planted.py` run the set-ups as they are.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,61 +13,21 @@ from torch import Tensor, nn
 
 import shardproof as sp
 from shardproof.axis import Axis
+from shardproof.mistakes.blocks import (
+    EVEN,
+    IN,
+    OUT,
+    Activation,
+    Block,
+    Change,
+    batch,
+    linear,
+    sgd,
+)
 from shardproof.prover.case import Case, Trial
 from shardproof.prover.proof import prove_cases
 from shardproof.prover.report import Report
 from shardproof.prover.training import Batch, Training
-
-IN, OUT, BATCH = 12, 7, 5
-EVEN = 48  # units of the cut dim: 8 leaves of 6, so that at degree 2 all shards have one size
-
-Activation = Callable[[Tensor], Tensor]
-Change = Callable[[nn.Module, Axis], None]
-
-
-class Block(nn.Module):
-    """A replicated linear, then column and row parallel ones; every kind of gradient occurs.
-
-    Args:
-        front: replicated; its gradients are right only if `up` sums its input gradient.
-        up: column parallel, or plain.
-        down: row parallel, or plain.
-        activation: between `up` and `down`, on what is cut.
-    """
-
-    def __init__(
-        self, front: nn.Module, up: nn.Module, down: nn.Module, activation: Activation
-    ) -> None:
-        super().__init__()
-        self.front, self.up, self.down = front, up, down
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down(self.activation(self.up(self.front(x))))
-        return y
-
-
-def linear(in_features: int, out_features: int, seed: int) -> nn.Linear:
-    """A plain linear with numbers of its own; torch's global generator is not asked."""
-    layer = nn.Linear(in_features, out_features, device="meta").to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.uniform_(-0.5, 0.5, generator=generator)
-    return layer
-
-
-def batch(columns: int = OUT) -> tuple[Tensor, Tensor]:
-    """Input (5, 12) and target (5, columns)."""
-    generator = torch.Generator().manual_seed(99)
-    return (
-        torch.randn(BATCH, IN, generator=generator),
-        torch.randn(BATCH, columns, generator=generator),
-    )
-
-
-def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
 def block_builder(

@@ -1,6 +1,8 @@
-"""Planted faults of layers: a wrong cut, a sum that is missing, doubled or misplaced."""
+"""Planted faults of layers: a wrong cut, a gradient that is missing, another dtype.
 
-import dataclasses
+Those that people make are in `shardproof.mistakes`, and tested in `test_mistakes.py`.
+"""
+
 from typing import Any, Self
 
 import pytest
@@ -17,11 +19,10 @@ from planted import (
     prove_block,
     prove_column,
 )
-from shardproof import cases, collectives, comm
+from shardproof import cases, comm
 from shardproof.axis import Axis
 from shardproof.errors import MismatchError, RankError, ShapeError
-from shardproof.functional.linear import column_linear, row_linear
-from shardproof.functional.site import LinearSite
+from shardproof.functional.linear import column_linear
 from shardproof.prover.proof import prove_cases
 
 
@@ -32,62 +33,6 @@ def test_controls_are_proved() -> None:
     expect_proved(prove_cases([cases.find_case("mlp-gathered")], degrees=(1, 2, 3)))
 
 
-class BiasOnEveryRank(sp.RowParallelLinear):
-    def forward(self, x: Tensor) -> Tensor:
-        y = row_linear(x, self.weight, None, self._site)
-        for _ in range(self.axis.size):
-            y = y + self.bias
-        return y
-
-
-def test_bias_added_on_every_rank() -> None:
-    """Seen as a bias on a Partial in torchtitan (PR 2106)."""
-    expect_bits(prove_block(down=BiasOnEveryRank), "output")
-
-
-def test_input_gradient_not_summed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron's `f` without its backward: what comes before the layer learns from one shard."""
-    correct = LinearSite.start_sum
-
-    def local(self: LinearSite, a: Tensor, b: Tensor, direction: str, **named: Any) -> comm.Sum:
-        return (
-            comm.Sum(a @ b) if direction == "backward" else correct(self, a, b, direction, **named)
-        )
-
-    monkeypatch.setattr(LinearSite, "start_sum", local)
-    report = prove_block()
-    expect_bits(
-        report, "front.bias.grad", detail="replicas differ at degree 2: rank 1 has not what rank 0"
-    )
-
-
-def test_input_gradient_summed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer that sums its input gradient, behind an operation that does so too."""
-    correct = LinearSite.start_sum
-
-    def twice(self: LinearSite, a: Tensor, b: Tensor, direction: str, **named: Any) -> comm.Sum:
-        started = correct(self, a, b, direction, **named)
-        if direction == "backward":
-            total = comm.all_reduce(started.wait(), self.axis, direction=direction)
-            return comm.Sum(total)
-        return started
-
-    monkeypatch.setattr(LinearSite, "start_sum", twice)
-    expect_bits(prove_block(), "front.bias.grad")
-
-
-class StridedRows(sp.ColumnParallelLinear):
-    def _take(self, linear: nn.Linear) -> Self:
-        with torch.no_grad():
-            super()._take(linear).weight.copy_(linear.weight[self.axis.rank :: self.axis.size])
-        return self
-
-
-def test_strided_rows_of_a_weight_where_only_the_order_is_wrong() -> None:
-    """Fused QKV weights are cut like this by mistake (DeepSpeed PR 3844, no warning)."""
-    expect_bits(prove_block(up=StridedRows), "up.weight (initial)")
-
-
 class StridedRowsOfAnySize(sp.ColumnParallelLinear):
     def _take(self, linear: nn.Linear) -> Self:
         rows = linear.weight.detach()[self.axis.rank :: self.axis.size].clone()
@@ -96,21 +41,9 @@ class StridedRowsOfAnySize(sp.ColumnParallelLinear):
 
 
 def test_strided_rows_of_a_weight_in_sizes_that_no_layout_has() -> None:
-    """The same where the sizes do not divide: no hash has a meaning, so it is an error."""
+    """`rows-dealt-out` where the sizes do not divide: no hash has a meaning, so it is an error."""
     with pytest.raises(ShapeError, match=r"'up.weight \(initial\)' has shape \(16, 12\) on .*18"):
         prove_block(up=StridedRowsOfAnySize, degrees=(1, 3))
-
-
-class ShardOfRankZero(sp.ColumnParallelLinear):
-    def _take(self, linear: nn.Linear) -> Self:
-        with torch.no_grad():
-            super()._take(linear).weight.copy_(linear.weight[: len(self.weight)])
-        return self
-
-
-def test_every_rank_has_the_shard_of_rank_zero() -> None:
-    """Every rank loads rank 0's QKV in vllm-gguf (issue 103)."""
-    expect_bits(prove_block(up=ShardOfRankZero), "up.weight (initial)")
 
 
 def truncated(kept: int, whole: nn.Linear) -> nn.Linear:
@@ -151,20 +84,6 @@ def test_features_that_do_not_divide_are_dropped() -> None:
     )
 
 
-def test_replicated_bias_gradient_summed_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever sums all gradients over the ranks counts a replicated one once per rank."""
-    correct = LinearSite.bias_gradient
-
-    def summed(site: LinearSite, grad_rows: Tensor) -> Tensor:
-        grad = correct(site, grad_rows)
-        return (
-            comm.all_reduce(grad, site.axis, direction="backward") if site.who == "down" else grad
-        )
-
-    monkeypatch.setattr(LinearSite, "bias_gradient", summed)
-    expect_bits(prove_block(), "down.bias.grad")
-
-
 class WeightWithoutGradient(sp.ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         return column_linear(x, self.weight.detach(), self.bias, self._site)
@@ -202,33 +121,6 @@ def test_gradient_of_one_parameter_missing_on_one_rank() -> None:
     """The ranks no longer do the same: an error that names the tensor, not a verdict."""
     with pytest.raises(MismatchError, match=r"rank 0: prover gather of up\.weight\.grad"):
         prove_block(up=WeightWithoutGradientOnOneRank)
-
-
-def test_gathered_input_gradient_is_split_where_it_must_be_reduced(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The seed's `dh`: every rank uses the gathered tensor for its own columns alone."""
-
-    def split(self: LinearSite, a: Tensor, b: Tensor, input_cut: Any) -> Tensor:
-        owned = input_cut.owned(self.axis.rank)
-        return (a @ b)[:, owned.start : owned.stop].contiguous()
-
-    monkeypatch.setattr(LinearSite, "reduce_scatter", split)
-    report = prove_cases([cases.find_case("mlp-gathered")], degrees=(1, 2))
-    expect_bits(report, "hidden_layer.bias.grad")
-    assert not report.cases[0].checks_passed, "the case itself counts the reduce-scatter"
-
-
-class GradientReducedInsteadOfSplit(sp.ColumnParallelLinear):
-    def forward(self, x: Tensor) -> Tensor:
-        site = dataclasses.replace(self._site, gather_output=False)
-        y = column_linear(x, self.weight, self.bias, site)
-        return collectives.all_gather(y, self.axis, dim=-1, cut=site.cut, grad="partial")
-
-
-def test_gathered_output_gradient_is_reduced_where_it_must_be_split() -> None:
-    """All ranks use the output alike: adding their gradients counts each once per rank."""
-    expect_bits(prove_column(GradientReducedInsteadOfSplit), "bias.grad")
 
 
 def test_shards_gathered_in_reversed_order(monkeypatch: pytest.MonkeyPatch) -> None:

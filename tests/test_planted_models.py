@@ -1,7 +1,8 @@
 """Planted faults of a model of transformers: heads, vocabulary, ties, norms, dropout, the loss.
 
 A small Llama is cut by its own plan and trained for a clipped step; where the fault is the
-loader's, it reads its numbers from a checkpoint. The controls run the set-ups as they are.
+loader's, it reads its numbers from a checkpoint. The controls run the set-ups as they are. Faults
+that people make come from `shardproof.mistakes`, which plants them in a smaller model, too.
 """
 
 import functools
@@ -17,13 +18,12 @@ from planted import expect_bits, expect_not_the_same, expect_proved, expect_torc
 from planted_llama import EMBEDDING, HEAD, LAYER, VOCABULARY, Change, Steps, differing, prove
 from shardproof import comm
 from shardproof.axis import Axis
-from shardproof.functional import embedding
 from shardproof.functional.attention_site import AttentionSite
 from shardproof.functional.vocabulary_site import VocabularySite
 from shardproof.hf import head, weights
 from shardproof.layers.dropout import Dropout
 from shardproof.leaves import Layout
-from shardproof.numerics.attending import HeadDropout
+from shardproof.mistakes import find_mistake
 from shardproof.numerics.sums import sum_squares
 from shardproof.optim import norms
 from shardproof.optim.layouts import Place, layouts_of
@@ -83,15 +83,10 @@ def local_key_gradients(site: AttentionSite, partials: Tensor) -> Tensor:
     return torch.stack(sums, 2) if sums else partials
 
 
-def test_gradients_of_shared_key_value_heads_not_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_shared_key_value_heads_not_summed() -> None:
     """Each rank keeps what its own query heads say; right where no two ranks share a head."""
-    correct = AttentionSite.key_gradients
-
-    def local(self: AttentionSite, partials: Tensor) -> Tensor:
-        return correct(self, partials) if self.cut is None else local_key_gradients(self, partials)
-
-    monkeypatch.setattr(AttentionSite, "key_gradients", local)
-    report = prove(degrees=(1, 2, 3, 4))
+    with find_mistake("key-value-gradients-not-summed").planted():
+        report = prove(degrees=(1, 2, 3, 4))
     # A layer's norms are its last parameters: the one before k and v is recorded before them.
     expect_bits(report, f"{LAYER}.input_layernorm.weight.grad", degrees=(1, 3))
     own = {f"{LAYER}.self_attn.{each}_proj.weight" for each in ("k", "v")}
@@ -200,16 +195,9 @@ def test_vocabulary_rows_dropped_by_the_loader(
     assert differing(report, "(initial)") == {f"{name} (initial)"}
 
 
-def test_vocabulary_rows_that_no_rank_looks_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every rank believes that the last token is another's: its row is zeros."""
-    correct = embedding._places
-
-    def floored(ids: Tensor, site: embedding.EmbeddingSite) -> Tensor:
-        places = correct(ids, site)
-        return places.masked_fill(is_tail(ids.reshape(-1), site.axis.size), embedding._NOWHERE)
-
-    monkeypatch.setattr(embedding, "_places", floored)
-    expect_bits(prove(), "logits")
+def test_vocabulary_rows_that_no_rank_looks_up() -> None:
+    with find_mistake("last-tokens-of-nobody").planted():
+        expect_bits(prove(), "logits")
 
 
 def test_vocabulary_rows_that_the_loss_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,15 +290,9 @@ def test_held_key_value_gradients_counted_once_per_holder_in_the_norm(
     assert not differing(report, degree=2)
 
 
-def test_attention_dropout_drawn_by_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every rank counts its query heads from 0, and draws what rank 0 draws."""
-    correct = HeadDropout.keep
-
-    def counted_from_zero(self: HeadDropout, heads: Any, *others: Any) -> Tensor:
-        return correct(self, range(len(heads)), *others)
-
-    monkeypatch.setattr(HeadDropout, "keep", counted_from_zero)
-    expect_bits(prove(**DROPPING), "logits")
+def test_attention_dropout_drawn_by_rank() -> None:
+    with find_mistake("attention-dropout-counted-from-zero").planted():
+        expect_bits(prove(**DROPPING), "logits")
 
 
 def seed_by_rank(model: nn.Module, axis: Axis) -> None:
@@ -324,18 +306,10 @@ def test_dropout_of_a_whole_activation_drawn_by_rank() -> None:
     expect_bits(prove(change=seed_by_rank, **DROPPING), "logits")
 
 
-def test_loss_of_the_rank_s_own_part_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A softmax over what this rank has."""
-    correct = VocabularySite.normalizer
-
-    def own(self: VocabularySite, blocks: Tensor) -> Tensor:
-        mine = self.block_cut.owned(self.axis.rank)
-        return correct(self, blocks[mine.start : mine.stop])
-
-    monkeypatch.setattr(VocabularySite, "normalizer", own)
-    expect_not_the_same(
-        prove(), "loss", "replicas differ at degree 2: rank 1 has not what rank 0 has"
-    )
+def test_loss_of_the_rank_s_own_part_of_the_vocabulary() -> None:
+    detail = "replicas differ at degree 2: rank 1 has not what rank 0 has"
+    with find_mistake("softmax-over-own-vocabulary").planted():
+        expect_not_the_same(prove(), "loss", detail)
 
 
 def test_loss_averaged_per_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,16 +373,8 @@ def test_rotary_positions_that_begin_with_the_rank() -> None:
     assert report.agrees_with_torch, "no tolerance finds it"
 
 
-def test_query_heads_counted_from_the_rank_s_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wrong key-value head serves; right where every rank begins with a group."""
-    correct = AttentionSite.__post_init__
-
-    def local(self: AttentionSite) -> None:
-        correct(self)
-        served = tuple(place // self.heads.group for place in range(len(self.owned)))
-        object.__setattr__(self, "serving", served)
-
-    monkeypatch.setattr(AttentionSite, "__post_init__", local)
-    report = prove(degrees=(1, 2, 3))
+def test_query_heads_counted_from_the_rank_s_first() -> None:
+    with find_mistake("wrong-key-value-head").planted():
+        report = prove(degrees=(1, 2, 3))
     expect_bits(report, "logits", degrees=(1, 3))
     assert not differing(report, degree=2)

@@ -1,7 +1,6 @@
 """Planted faults of sums: an order that the degree changes, roundings, signs, other kernels."""
 
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,43 +11,11 @@ from torch.nn import functional as F
 import shardproof as sp
 from fresh_process import run_fresh
 from planted import batch, expect_bits, expect_proved, linear, prove_block, prove_one_row
-from shardproof import collectives, comm, schedule
+from shardproof import collectives, comm
 from shardproof.axis import Axis
-from shardproof.layers.base import ShardedModule
 from shardproof.leaves import Cut
 from shardproof.prover.report import Report
-from shardproof.transport.base import Order
 from shardproof.tree import Node
-
-
-def test_partials_added_in_rank_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a ring or a plain loop over ranks does.
-
-    At degree 2 the halves of the tree are the ranks' own sums, so that degree 3 must be asked.
-    """
-
-    correct = schedule.tree_order
-
-    def in_rank_order(cut: Cut) -> Order:
-        first, *others = range(sum(correct(cut).counts))
-        additions = itertools.chain(*((part, -1) for part in others))
-        return Order(correct(cut).counts, (first, *additions))
-
-    monkeypatch.setattr(schedule, "tree_order", in_rank_order)
-    schedule.tree_plan.cache_clear()
-    expect_proved(prove_block(degrees=(1, 2)))
-    expect_bits(prove_block(degrees=(1, 2, 3)), "output", degrees=(1, 3))
-    schedule.tree_plan.cache_clear()
-
-
-def test_leaves_taken_from_the_degree(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One partial per rank, whatever the tree: the same mathematics, other bits (E3SM 5560)."""
-
-    def cut(self: ShardedModule, size: int) -> Cut:
-        return Cut(size, self.axis.size, self.axis.size)
-
-    monkeypatch.setattr(ShardedModule, "_cut", cut)
-    expect_bits(prove_block(), "output")
 
 
 def test_native_numerics_agree_and_are_not_identical() -> None:
@@ -125,74 +92,6 @@ def test_sign_of_zero_lost_in_a_sum_with_zeros(monkeypatch: pytest.MonkeyPatch) 
     report = prove_negated_relu()
     expect_bits(report, "output")
     assert report.agrees_with_torch, "-0.0 equals 0.0"
-
-
-def whole_numbers(*shape: int, seed: int) -> Tensor:
-    """Sums of these are exact, in any order: code that adds in rank order keeps its bits."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-4, 5, shape, generator=generator).float()
-
-
-Reduce = Callable[[Tensor, Axis], Tensor]
-
-
-class TransposedRow(nn.Module):
-    """A row-parallel product as `(w @ x.T).T`, so that the partial sum is not contiguous.
-
-    It is written by hand, its weight is no parameter; a cut layer comes before.
-    """
-
-    def __init__(self, whole: Tensor, axis: Axis | None, reduce: Reduce) -> None:
-        super().__init__()
-        self.whole, self.axis, self.reduce = whole, axis, reduce
-        self.scale = nn.Parameter(torch.ones(()))
-        self.before: nn.Module = linear(16, 16, seed=3)
-        with torch.no_grad():
-            for parameter in self.before.parameters():
-                parameter.mul_(8).round_()
-        if axis is not None:
-            self.before = sp.ColumnParallelLinear.from_linear(
-                self.before, axis=axis, gather_output=True, name="before"
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.before(x)
-        if self.axis is None:
-            return self.scale * (self.whole.to(x.dtype) @ x.t()).t()
-        cut = Cut(x.shape[1], 8, self.axis.size)
-        mine = slice(cut.owned(self.axis.rank).start, cut.owned(self.axis.rank).stop)
-        part = collectives.shard(x, self.axis, dim=1, cut=cut)
-        return self.scale * self.reduce((self.whole[:, mine] @ part.t()).t(), self.axis)
-
-
-def prove_transposed(reduce: Reduce) -> Report:
-    whole = whole_numbers(8, 16, seed=0)
-    x, target = whole_numbers(4, 16, seed=1), whole_numbers(4, 8, seed=2)
-    return sp.prove(
-        lambda axis: TransposedRow(whole, axis, reduce),
-        F.mse_loss,
-        (x, target),
-        degrees=(1, 2),
-        audit_creation=False,
-    )
-
-
-def test_sum_thrown_away_for_an_input_that_is_not_contiguous() -> None:
-    """Megatron's `_reduce`, June 2024 to July 2026: reduce a contiguous copy, return the input."""
-
-    def reduce(x: Tensor, axis: Axis) -> Tensor:
-        return collectives.all_reduce(x.contiguous(), axis)
-
-    def megatron_reduce(x: Tensor, axis: Axis) -> Tensor:
-        y = reduce(x, axis)
-        return y if x.is_contiguous() else x
-
-    expect_proved(prove_transposed(reduce))
-    expect_bits(
-        prove_transposed(megatron_reduce),
-        "output",
-        detail="replicas differ at degree 2: rank 1 has not what rank 0 has",
-    )
 
 
 DEFAULT_MODE = """

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 import shardproof as sp
 from planted import (
-    EVEN,
     IN,
     Block,
     batch,
@@ -27,8 +26,7 @@ from shardproof import cases, comm
 from shardproof.axis import Axis
 from shardproof.cases import matmul
 from shardproof.errors import NumericsError
-from shardproof.functional.losses import mse_loss
-from shardproof.leaves import Cut, Layout
+from shardproof.mistakes import find_mistake
 from shardproof.numerics.sums import sum_squares
 from shardproof.optim import norms
 from shardproof.optim.layouts import Place
@@ -47,22 +45,8 @@ def test_controls_are_proved() -> None:
     expect_proved(prove_block(steps=2))
 
 
-def test_swapped_halves_of_the_label(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seed 000, column case: the first device compares its columns with the second's label."""
-    correct = matmul.run
-
-    def swapped(trial: Trial, layer: nn.Module, x: Tensor, label: Tensor) -> None:
-        if trial.axis is not None and trial.axis.size > 1:
-            halves = matmul.make_data(trial)[1].chunk(trial.axis.size, dim=1)
-            label = trial.data(halves[trial.axis.size - 1 - trial.axis.rank].contiguous())
-        correct(trial, layer, x, label)
-
-    monkeypatch.setattr(matmul, "run", swapped)
-    expect_bits(prove_matmul(), "loss")
-
-
 def test_swapped_halves_of_the_label_at_every_degree(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same, done to the data before it is cut: no two degrees differ, only torch does."""
+    """`label-halves-swapped`, done before the data is cut: no two degrees differ, torch does."""
     correct = matmul.make_data
 
     def swapped(trial: Trial) -> tuple[Tensor, Tensor]:
@@ -73,32 +57,12 @@ def test_swapped_halves_of_the_label_at_every_degree(monkeypatch: pytest.MonkeyP
     expect_torch(prove_matmul(), "loss")
 
 
-def divided_by_out_dim(trial: Trial, y: Tensor, label: Tensor, stored: Layout) -> Tensor:
-    """The loss whose gradient is seed 000's `x.T @ (y - label) / out_dim`."""
-    if trial.axis is None:
-        return F.mse_loss(y, label)
-    wrong = matmul.BATCH / 2
-    return wrong * mse_loss(y, label, axis=trial.axis, cut=stored.cut)
-
-
 def test_wrong_divisor_that_every_degree_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seed 000 divides by out_dim alone: right for its batch of 2, wrong for any other."""
-    monkeypatch.setattr(matmul, "_loss", divided_by_out_dim)
-    expect_proved(prove_matmul())
-    monkeypatch.setattr(matmul, "BATCH", 3)
-    expect_torch(prove_matmul(), "loss")
-
-
-def test_loss_averaged_over_the_local_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mean over what this rank has: every rank weighs its elements `degree` times too much."""
-    correct = matmul._loss
-
-    def local_mean(trial: Trial, y: Tensor, label: Tensor, stored: Layout) -> Tensor:
-        loss = correct(trial, y, label, stored)
-        return loss if trial.axis is None else loss * (matmul.OUT_DIM / y.shape[1])
-
-    monkeypatch.setattr(matmul, "_loss", local_mean)
-    expect_bits(prove_matmul(), "loss")
+    """Right for the batch of 2 that notebook 000 has, wrong for any other."""
+    with find_mistake("loss-divided-for-batch-of-two").planted():
+        expect_proved(prove_matmul())
+        monkeypatch.setattr(matmul, "BATCH", 3)
+        expect_torch(prove_matmul(), "loss")
 
 
 def double_gradient(block: Block, axis: Axis) -> None:
@@ -125,39 +89,6 @@ def test_gradient_twice_too_large_at_every_degree(scale: float, detail: str) -> 
     assert next(t["name"] for t in tensors if not t["agrees"]) == "up.weight.grad"
 
 
-def draw_by_rank(block: Block, axis: Axis) -> None:
-    generator = torch.Generator().manual_seed(2 + axis.rank)  # rank 0 draws as plain torch does
-    with torch.no_grad():
-        block.up.weight.uniform_(-0.5, 0.5, generator=generator)
-
-
-def test_initial_weights_drawn_by_rank() -> None:
-    """`torch.manual_seed(rank)`: the loss differs by 0.25 from init alone (pytorch 168058)."""
-    expect_proved(prove_block(change=draw_by_rank, degrees=(1,)))
-    expect_bits(prove_block(change=draw_by_rank), "up.weight (initial)")
-
-
-def dropout(seed: int, owned: range) -> Callable[[Tensor], Tensor]:
-    """Drops units of the cut dim: a mask (48, 5) drawn whole, of which `owned` rows are used."""
-    mask = torch.rand(EVEN, 5, generator=torch.Generator().manual_seed(seed)) > 0.5
-    return lambda x: x * mask[owned.start : owned.stop].t()
-
-
-def drop_by_position(block: Block, axis: Axis) -> None:
-    block.activation = dropout(7, block.up.layouts["weight"].owned)
-
-
-def drop_by_rank(block: Block, axis: Axis) -> None:
-    block.activation = dropout(7 + axis.rank, range(len(block.up.weight)))
-
-
-def test_dropout_drawn_by_rank() -> None:
-    """The mask depends on who draws instead of on what is dropped."""
-    plain = dropout(7, range(EVEN))
-    expect_proved(prove_block(activation=plain, change=drop_by_position))
-    expect_bits(prove_block(activation=plain, change=drop_by_rank), "output")
-
-
 def local_norm(model: nn.Module) -> Tensor:
     """The norm of what this rank has."""
     squares = [sum_squares(parameter.grad) for parameter in model.parameters()]
@@ -169,23 +100,8 @@ def scale_by(model: nn.Module, norm: Tensor) -> None:
         parameter.grad.mul_((0.5 / (norm + 1e-6)).clamp(max=1.0))
 
 
-def test_clipping_by_the_norm_of_each_rank() -> None:
-    """torch's `clip_grad_norm_` on plain shards, and fairscale's: a norm per rank, silently."""
-
-    def clip(model: nn.Module) -> Tensor:
-        norm = local_norm(model)
-        scale_by(model, norm)
-        return norm
-
-    expect_bits(
-        prove_clipped(clip),
-        "grad_norm",
-        detail="replicas differ at degree 2: rank 1 has not what rank 0 has",
-    )
-
-
 def test_replicated_weights_drift_apart_where_each_rank_clips_by_its_own_norm() -> None:
-    """The same where the right norm is returned and logged: the weights themselves must show it."""
+    """`clipped-by-own-norm` where the right norm is logged: the weights themselves must show it."""
 
     def clip(model: nn.Module) -> Tensor:
         shown = sp.grad_norm(model)
@@ -236,29 +152,6 @@ def test_replicated_bias_updated_on_rank_zero_alone() -> None:
 
 def remember_axis(block: Block, axis: Axis) -> None:
     block.up.weight.axis = axis
-
-
-@sp.declare_elementwise
-class StateOfRankZero(torch.optim.SGD):
-    """Momentum whose buffer of the cut weight is, after every step, the one of rank 0."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        super().step(closure)
-        for parameter, state in self.state.items():
-            if hasattr(parameter, "axis"):
-                axis, buffer = parameter.axis, state["momentum_buffer"]
-                cut = Cut(EVEN, 8, axis.size)
-                whole = comm.all_gather(buffer, axis, dim=0, cut=cut, direction="update")
-                buffer.copy_(whole[: len(buffer)])
-
-
-def test_optimizer_state_of_another_rank() -> None:
-    """Wrong optimizer state "without a word" (transformers PR 48569); all shapes fit."""
-    report = prove_block(
-        change=remember_axis, optimizer=lambda given: StateOfRankZero(given, lr=0.1, momentum=0.9)
-    )
-    expect_bits(report, "up.weight.momentum_buffer")
 
 
 @sp.declare_elementwise

@@ -139,7 +139,7 @@ def test_fences_are_closed_and_languages_known(page: Path) -> None:
     text = page.read_text()
     blocks = blocks_of(page.name, text)
     assert len(re.findall(r"^```", text, re.MULTILINE)) == 2 * len(blocks)
-    assert {block.language for block in blocks} <= {"python", "console", "text", "json", ""}
+    assert {block.language for block in blocks} <= {"python", "console", "text", "json", "diff", ""}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=str)

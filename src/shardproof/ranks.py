@@ -52,7 +52,7 @@ def launch(
     transport: str = AUTO,
     overlap: Overlap | str = "auto",
     trace: Trace | bool = False,
-) -> "Results[T]":
+) -> Results[T]:
     """Call `fn(axis)` on `degree` ranks and return every rank's result, in rank order.
 
     Args:
@@ -69,8 +69,7 @@ def launch(
             memory) or "gloo" for processes. "auto" takes gloo where memory cannot be shared.
         overlap: which sums run while a product is computed: an `Overlap`, "auto", "on" or "off".
             It never changes a bit.
-        trace: write down what every rank computes, sends and holds: True, or a `Trace` with
-            options. It is the `trace` of the results.
+        trace: True, or a `Trace` with options: what every rank computes, sends and holds.
 
     Returns:
         A list of what `fn` returned on each rank, with the attribute `trace` (None without one).
@@ -101,11 +100,13 @@ def launch(
         overlap=overlap,
     )
     with ranks:
-        if kept is None:
-            return Results(ranks.run(fn))
-        found = ranks.run(kept.recorded(fn))
-    kept.take((steps, num_dropped) for _, steps, num_dropped in found)
-    return Results((result for result, _, _ in found), kept)
+        return Results(ranks.run(fn)) if kept is None else _traced(ranks, fn, kept)
+
+
+def _traced(ranks: Ranks, fn: Callable[[Axis], T], trace: Trace) -> Results[T]:
+    found = ranks.run(trace.recorded(fn))
+    trace.take((steps, num_dropped) for _, steps, num_dropped in found)
+    return Results((result for result, _, _ in found), trace)
 
 
 def open_ranks(

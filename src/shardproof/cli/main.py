@@ -19,6 +19,7 @@ import click
 from shardproof import __version__
 from shardproof.cli import torchrun
 from shardproof.cli.bench import bench
+from shardproof.cli.breaking import break_
 from shardproof.cli.doctor import doctor
 from shardproof.cli.options import HELP_OPTIONS
 from shardproof.cli.plan import plan
@@ -33,6 +34,7 @@ COMMANDS: tuple[click.Command, ...] = (
     doctor,
     plan,
     bench,
+    break_,
 )
 
 EXIT_USAGE = 2

@@ -27,6 +27,8 @@ from shardproof.numerics import matmul, mode
 from shardproof.observing import REPLICATE, Operand, shard
 
 _GRADIENT = "gradient of the output"
+_GRAD_X = "grad_x = grad_y @ weight"
+_GRAD_WEIGHT = "grad_weight = grad_y.T @ x"
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -119,15 +121,7 @@ def _row(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Te
         y = _sum_by_chunks(rows, weight, site, chunks)
     else:
         y = site.start_sum(rows, weight, "forward", is_transposed=True).wait()
-    if bias is None:
-        return y
-    if not observing.is_on():
-        return y.add_(bias)
-    before = y.clone()
-    y.add_(bias)
-    named = [Operand("y", before, REPLICATE), Operand("bias", bias, REPLICATE)]
-    site.tell("bias", "forward", "y + bias, once, after the sum", named, Operand("y", y, REPLICATE))
-    return y
+    return y if bias is None else site.add_bias(y, bias)
 
 
 def _owned_rows(x: Tensor, site: LinearSite) -> Tensor:
@@ -178,33 +172,19 @@ def _row_gradients(ctx: Any, grad_y: Tensor, grad_rows: Tensor) -> tuple[Tensor 
     site: LinearSite = ctx.site
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-    grad_x, grad_weight = None, None
-    if needs_x:
-        grad_x = _product_columns(site, grad_rows, weight)
-        _tell_product(site, "grad_x = grad_y @ weight", grad_rows, ("weight", weight), grad_x)
+    grad_x = _product_columns(site, grad_rows, weight, _GRAD_X) if needs_x else None
     if grad_x is not None and site.split_input:
         grad_x = site.gather(grad_x, site.cut, "backward")
+    grad_weight = None
     if needs_weight:
         rows = _owned_rows(x, site)
-        grad_weight = _product_columns(site, grad_rows.t(), rows)
-        _tell_product(site, "grad_weight = grad_y.T @ x", grad_rows, ("x", rows), grad_weight)
+        grad_weight = _product_columns(site, grad_rows.t(), rows, _GRAD_WEIGHT)
     return (
         shaped(grad_x, grad_y),
         grad_weight,
         site.bias_gradient(grad_rows, is_cut=False) if needs_bias else None,
         None,
     )
-
-
-def _tell_product(
-    site: LinearSite, what: str, grad_rows: Tensor, right: tuple[str, Tensor], y: Tensor
-) -> None:
-    """Tell of a product of the whole gradient and a matrix that is cut along its columns."""
-    if observing.is_on():
-        cut = shard(1, site.owned, site.cut.size)
-        named = [Operand("grad_y", grad_rows, REPLICATE), Operand(*right, cut)]
-        output = Operand(what.partition(" ")[0], y, cut)
-        site.tell("product", "backward", what, named, output)
 
 
 def _save(ctx: Any, x: Tensor, weight: Tensor, site: LinearSite) -> None:
@@ -217,8 +197,18 @@ def _save(ctx: Any, x: Tensor, weight: Tensor, site: LinearSite) -> None:
     ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
 
 
-def _product_columns(site: LinearSite, a: Tensor, b: Tensor) -> Tensor:
-    return matmul.product_columns(a, b, site.slices) if site.is_invariant else a @ b
+def _product_columns(site: LinearSite, a: Tensor, b: Tensor, what: str) -> Tensor:
+    """The whole gradient times a matrix that is cut along its columns; `what` is for observers."""
+    y = matmul.product_columns(a, b, site.slices) if site.is_invariant else a @ b
+    if observing.is_on():
+        name, _, formula = what.partition(" = ")
+        left, _, right = formula.partition(" @ ")
+        cut = shard(1, site.owned, site.cut.size)
+        grad = Operand("grad_y", a.t() if left.endswith(".T") else a, REPLICATE)
+        site.tell(
+            "product", "backward", what, [grad, Operand(right, b, cut)], Operand(name, y, cut)
+        )
+    return y
 
 
 def _apply(

@@ -109,6 +109,15 @@ class LinearSite:
             self.tell("sum of rows", "backward", what, [given], output)
         return grad
 
+    def add_bias(self, y: Tensor, bias: Tensor) -> Tensor:
+        """Add the bias of a row linear to the sum, in place."""
+        if not observing.is_on():
+            return y.add_(bias)
+        named = [Operand("y", y.clone(), REPLICATE), Operand("bias", bias, REPLICATE)]
+        output = Operand("y", y.add_(bias), REPLICATE)
+        self.tell("bias", "forward", "y + bias, once, after the sum", named, output)
+        return y
+
     def start_sum(
         self,
         a: Tensor,

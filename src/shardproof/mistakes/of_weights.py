@@ -1,0 +1,122 @@
+"""Mistakes of weights: which part a rank has, what it starts from, how much it holds."""
+
+from shardproof.functional import linear
+from shardproof.layers.linear import ColumnParallelLinear
+from shardproof.mistakes import setups, words
+from shardproof.mistakes.edit import Edit
+from shardproof.mistakes.mistake import MEMORY, TORCH, Finding, Mistake
+from shardproof.plans import initialize
+
+_COPY = "shard.copy_(whole.narrow(layout.dim, held.start, len(held)))"
+
+OF_WEIGHTS = (
+    Mistake(
+        "weight-not-transposed",
+        "A weight that is written (in, out) is copied into a layer that stores (out, in).",
+        Edit(
+            ColumnParallelLinear._take,
+            _COPY,
+            "shard.copy_(whole.t().narrow(layout.dim, held.start, len(held)))",
+        ),
+        setups.SQUARE,
+        "Papers write y = x W with W of shape (in, out), and cut its columns, which is dim 1. "
+        "PyTorch stores the transpose, (out, in), so that the same cut is along dim 0. Whoever "
+        "mixes the two gets an error, unless the weight is square: then every shape fits. Every "
+        "degree is wrong in the same way, so that only plain PyTorch shows it.",
+        Finding("weight (initial)", TORCH, ()),
+    ),
+    Mistake(
+        "rows-dealt-out",
+        "A rank gets every second row of a weight in place of its own half.",
+        Edit(
+            ColumnParallelLinear._take,
+            _COPY,
+            "shard.copy_(whole[self.axis.rank :: self.axis.size])",
+        ),
+        setups.COLUMN,
+        "Rank 0 has the rows 0, 2, 4, ... and the layout says that it has 0, 1, 2, ... All shapes "
+        "fit, and every row is there once. The outputs come in another order, and whatever reads "
+        "them by their place reads the wrong ones. Interleaved query, key and value weights are "
+        "taken apart like this by mistake.",
+        Finding("weight (initial)"),
+        seen="fused QKV weights (DeepSpeed PR 3844)",
+    ),
+    Mistake(
+        "every-rank-loads-shard-zero",
+        "Every rank loads the shard of rank 0.",
+        Edit(
+            ColumnParallelLinear._take, _COPY, "shard.copy_(whole.narrow(layout.dim, 0, len(held)))"
+        ),
+        setups.COLUMN,
+        "The offset of the rank is missing. All shards have the same shape, so that nothing "
+        "complains. Half of the weight is there twice, and the other half is nowhere.",
+        Finding("weight (initial)"),
+        seen="vllm-gguf (issue 103)",
+    ),
+    Mistake(
+        "fused-weight-cut-in-one-piece",
+        "A matrix that has gate and up below each other is cut as if it were one weight.",
+        Edit(
+            setups.rows_of_fused,
+            "return torch.cat([gate[own], up[own]])",
+            "return fused[2 * own.start : 2 * own.stop]",
+        ),
+        setups.GATED,
+        "A fused matrix has the rows of the gate, and below them the rows of up. Each of the two "
+        "must be cut by itself. Cut in one piece, rank 0 of two gets all of the gate and takes the "
+        "half of it for up. The same happens to query, key and value in one matrix.",
+        Finding("gate.weight (initial)"),
+    ),
+    Mistake(
+        "twin-shards",
+        "Every rank draws its first weights from the same seed.",
+        Edit(
+            initialize._data,
+            "for leaf, where, shape in layout.held_leaves():",
+            "for leaf, (_, where, shape) in enumerate(layout.held_leaves()):",
+        ),
+        words.WORDS,
+        "Every rank counts its leaves from 0, and so it draws what rank 0 draws. The shards of a "
+        "weight are then twins: the layer has as many different features as one shard. It trains, "
+        "and learns less than a layer of its size should. Draws must be keyed by the place in the "
+        "whole weight.",
+        Finding("embedding.weight (initial)"),
+        seen="torch.manual_seed(seed) on every rank",
+    ),
+    Mistake(
+        "replicated-weight-drawn-by-rank",
+        "A weight that all ranks hold is drawn from a seed that depends on the rank.",
+        Edit(
+            setups.build_block,
+            "front = linear(IN, IN, seed=1)",
+            "front = linear(IN, IN, seed=1 + rank_of(trial))",
+        ),
+        setups.BLOCK,
+        "A Replicate tensor must be the same on every rank. With torch.manual_seed(rank), which is "
+        "right for shards that must differ, the ranks have different layers in front, and each "
+        "cut layer is given different inputs. The loss is that of no model.",
+        Finding(
+            "front.weight (initial)",
+            says="replicas differ at degree 2: rank 1 has not what rank 0",
+            degrees=(),
+        ),
+        seen="pytorch issue 168058",
+        stops=True,
+    ),
+    Mistake(
+        "whole-weight-gathered",
+        "The weight is gathered whole on every rank before it is used.",
+        Edit(
+            linear._column_of,
+            "y = site.product(rows, weight, bias)",
+            'whole = comm.all_gather(weight, site.axis, dim=0, cut=site.cut, direction="forward")\n'
+            "y = site.product(rows, whole[site.owned], bias)",
+        ),
+        setups.COLUMN,
+        "Every number is right, and nothing is gained: each rank needs as much memory as without "
+        "tensor parallelism, and sends the weight at every step. Only the largest buffer that a "
+        "rank allocated shows it.",
+        Finding("[48, 12]", MEMORY, (), agrees=True),
+        seen="TransformerEngine (PR 2977)",
+    ),
+)

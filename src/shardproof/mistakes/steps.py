@@ -1,0 +1,100 @@
+"""The work of a set-up whose outputs may be cut: forward, loss, backward, clipping and update.
+
+Like `prover.training`, for models that have no single whole output. The memory audit sees none of
+it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from shardproof import optim
+from shardproof.leaves import Layout
+from shardproof.prover.case import Trial
+from shardproof.prover.training import record_gradients, record_parameters, record_state
+from shardproof.prover.update import INITIAL, MakeOptimizer, Update, make_optimizer
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model gives for its batch.
+
+    Attributes:
+        name: of the output.
+        output: as `layout` says.
+        layout: how it lies on this rank.
+        loss: (), Replicate.
+    """
+
+    name: str
+    output: Tensor
+    layout: Layout
+    loss: Tensor
+
+
+def change_nothing(model: nn.Module) -> None:
+    """Leave the gradients as they are."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A function of a trial that trains a model.
+
+    Attributes:
+        build: makes the model: plain torch where `trial.axis` is None.
+        score: of trial and model.
+        optimizer: makes one for some parameters.
+        count: how many steps; agreement with plain torch is judged on the first.
+        after_backward: called with a rank's model once it has its gradients.
+        max_norm: to which gradients are clipped.
+        draws_alike: plain torch draws what we draw; if not, nothing after the start is compared
+            with it.
+    """
+
+    build: Callable[[Trial], nn.Module]
+    score: Callable[[Trial, nn.Module], Scores]
+    optimizer: MakeOptimizer
+    count: int
+    after_backward: Callable[[nn.Module], None] = change_nothing
+    max_norm: float | None = None
+    draws_alike: bool = True
+    measures_creation = False
+
+    def __call__(self, trial: Trial) -> None:
+        """Run on one rank, or in plain torch."""
+        model = trial.adopt(trial.cast(self.build(trial)).train())
+        record_parameters(trial, model, suffix=INITIAL)
+        if trial.is_reference and not self.draws_alike:
+            return
+        optimizer = make_optimizer(self.optimizer, model)
+        for step in range(1 if trial.is_reference else self.count):
+            prefix = f"step {step + 1}: " if step else ""
+            self._step(trial, model, optimizer, prefix=prefix)
+
+    def _step(
+        self, trial: Trial, model: nn.Module, optimizer: torch.optim.Optimizer, *, prefix: str
+    ) -> None:
+        judged = not prefix and self.draws_alike
+        scores = self.score(trial, model)
+        trial.record(f"{prefix}{scores.name}", scores.output, scores.layout, judged=judged)
+        trial.record(f"{prefix}loss", scores.loss, judged=judged)
+        trial.follow(scores.loss)
+        scores.loss.backward()
+        if trial.axis is not None:
+            self.after_backward(model)
+        record_gradients(trial, model, prefix=prefix, judged=judged)
+        if self.max_norm is not None:
+            trial.record(f"{prefix}grad_norm", self._clip(trial, model), judged=judged)
+        update = Update(trial, model, self.optimizer, judged=judged)
+        optimizer.step()
+        update.record(prefix=prefix)
+        record_state(trial, model, optimizer, prefix=prefix, judged=judged)
+        model.zero_grad(set_to_none=True)
+
+    def _clip(self, trial: Trial, model: nn.Module) -> Tensor:
+        largest = float(self.max_norm or 0.0)
+        if trial.is_reference:
+            return nn.utils.clip_grad_norm_(model.parameters(), largest)
+        return optim.clip_grad_norm_(model, largest)
