@@ -11,7 +11,7 @@ from torch import nn
 from fresh_process import run_fresh
 from shardproof import core
 from shardproof.axis import Axis
-from shardproof.cases import all_cases, digits, find_case, mlp
+from shardproof.cases import all_cases, digits, find_case, mlp, notebooks
 from shardproof.cases.cut_or_plain import column_linear, row_linear
 from shardproof.cases.draws import fill_like_linear, fill_normal, generator
 from shardproof.cases.linear import LINEAR_COLUMN, LINEAR_ROW
@@ -141,7 +141,7 @@ def test_mlp_claims_the_printed_outputs_at_their_seed_alone():
 
 
 def test_an_output_that_is_not_the_printed_one_fails_the_check():
-    wrong = torch.tensor(mlp.PRINTED)
+    wrong = torch.tensor(notebooks.MLP_OUTPUTS)
     wrong[3, 1] += 2e-4
     on_rank = trial(axis=Axis.solo())
     mlp.examine(on_rank, wrong)

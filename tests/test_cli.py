@@ -255,6 +255,7 @@ def test_options_reach_the_prover(monkeypatch: pytest.MonkeyPatch) -> None:
             "seed": 7,
             "skipped": (),
             "allow_nonfinite": True,
+            "few": 0,
         },
     )
     assert second[0] == [case.name for case in all_cases() if case.is_installed]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shardproof.cases import notebooks
 from shardproof.cases.cut_or_plain import column_linear, row_linear
 from shardproof.cases.draws import fill_like_linear, generator
 from shardproof.functional.losses import mse_loss
@@ -80,5 +81,6 @@ FFN = Case(
     "ffn",
     "feed-forward 10 -> 40 -> 10: column, then row, one all-reduce each way",
     Training(build, make_batch, loss, optimizer=sgd, examine=count_collectives),
-    source="001_154408528b93d477.txt",
+    source=notebooks.FEED_FORWARD,
+    printed=notebooks.FEED_FORWARD_PRINTED,
 )

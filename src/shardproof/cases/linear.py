@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from shardproof.cases import notebooks
 from shardproof.cases.cut_or_plain import column_linear, row_linear
 from shardproof.cases.draws import fill_normal, generator
 from shardproof.functional.losses import mse_loss
@@ -17,7 +18,7 @@ from shardproof.prover.training import Batch, Training
 
 IN_FEATURES, OUT_FEATURES, BATCH = 1024, 608, 32
 LEARNING_RATE = 0.3
-SOURCE = "002_bff0c980e9c9c989.txt"
+SOURCE = notebooks.LINEAR
 # Those that the seed compares; Y has values near 32 and is not among them.
 ELEMENTWISE = ("weight", "bias", "weight.grad", "bias.grad", "input.grad")
 
@@ -66,6 +67,7 @@ LINEAR_COLUMN = Case(
     Training(build_column, make_batch, loss, optimizer=sgd),
     source=SOURCE,
     elementwise=ELEMENTWISE,
+    printed=(*notebooks.LINEAR_PLAIN_PRINTED, *notebooks.LINEAR_COLUMN_PRINTED),
 )
 LINEAR_ROW = Case(
     "linear-row",
@@ -73,4 +75,5 @@ LINEAR_ROW = Case(
     Training(build_row, make_batch, loss, optimizer=sgd),
     source=SOURCE,
     elementwise=ELEMENTWISE,
+    printed=notebooks.LINEAR_ROW_PRINTED,
 )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shardproof.cases import notebooks
 from shardproof.cases.cut_or_plain import column_linear, row_linear
 from shardproof.cases.draws import fill, generator, layout_of
 from shardproof.functional.losses import mse_loss
@@ -16,7 +17,7 @@ from shardproof.leaves import Layout
 from shardproof.prover.case import Case, Trial
 
 BATCH, IN_DIM, OUT_DIM = 2, 4, 8
-SOURCE = "000_c325d0b38caeb9c9.txt"
+SOURCE = notebooks.MATMUL
 
 
 def run_row(trial: Trial) -> None:
@@ -105,10 +106,12 @@ MATMUL_ROW = Case(
     "y = x w with w cut by rows: products summed, gradient of w",
     run_row,
     source=SOURCE,
+    printed=notebooks.MATMUL_ROW_PRINTED,
 )
 MATMUL_COLUMN = Case(
     "matmul-column",
     "y = x w with w cut by columns: y and the loss stay cut, gradient of w",
     run_column,
     source=SOURCE,
+    printed=notebooks.MATMUL_COLUMN_PRINTED,
 )

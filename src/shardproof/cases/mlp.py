@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from shardproof.cases import notebooks
 from shardproof.cases.cut_or_plain import column_linear
 from shardproof.cases.draws import fill_like_linear
 from shardproof.functional.losses import mse_loss
@@ -24,18 +25,6 @@ from shardproof.prover.training import Batch, Training
 
 INPUTS, HIDDEN, OUTPUTS, SAMPLES = 6, 4, 2, 32
 LEARNING_RATE = 0.01
-PRINTED_SEED, PRINTED_ATOL = 12345, 1e-4
-# The outputs as the seed document prints them (four decimals, one GPU).
-PRINTED = (
-    (0.1546, -0.5383), (0.1222, -0.3119), (0.6736, -0.2439), (0.8124, -0.3054),
-    (0.4496, -0.4473), (0.4101, -0.5774), (0.4743, -0.6111), (0.5034, -0.3675),
-    (0.3844, -0.3518), (0.5095, -0.5411), (0.6302, -0.4292), (0.0960, -0.5650),
-    (0.5374, -0.3396), (0.4914, -0.3475), (0.9440, -0.1130), (0.7744, -0.2111),
-    (0.4808, -0.3415), (0.3199, -0.5394), (0.5131, -0.4608), (-0.0191, -0.6592),
-    (0.3838, -0.4386), (0.5702, -0.2098), (0.2020, -0.4805), (0.1737, -0.2273),
-    (0.6647, -0.2574), (0.6794, -0.2492), (0.6364, -0.3637), (1.0508, -0.2086),
-    (0.5117, -0.4432), (0.4517, -0.2172), (0.5502, -0.5689), (0.6571, -0.0120),
-)  # fmt: skip
 
 
 class RandomTensorDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -121,12 +110,12 @@ def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 
 def examine(trial: Trial, output: Tensor) -> None:
     """Claim the printed outputs (at their seed), and the collectives that the seed simulates."""
-    if trial.seed == PRINTED_SEED:
-        apart = (output - torch.tensor(PRINTED)).abs().max().item()
+    if trial.seed == notebooks.MLP_SEED:
+        apart = (output - torch.tensor(notebooks.MLP_OUTPUTS)).abs().max().item()
         trial.check(
             "outputs are the printed ones",
-            apart <= PRINTED_ATOL,
-            f"largest difference {apart:.1e}, allowed {PRINTED_ATOL:.0e}",
+            apart <= notebooks.MLP_ATOL,
+            f"largest difference {apart:.1e}, allowed {notebooks.MLP_ATOL:.0e}",
         )
     if trial.axis is None or trial.axis.size == 1:
         return
@@ -142,5 +131,6 @@ MLP_GATHERED = Case(
     "MLP 6 -> 4 -> 2 cut by columns, all-gather after each layer, reduce-scatter of dh",
     # The seed needs no gradient of x: nothing comes before the hidden layer.
     Training(build, make_batch, loss, optimizer=sgd, wants_input_grads=False, examine=examine),
-    source="004_3830c7c1f4381139.txt",
+    source=notebooks.MLP,
+    printed=notebooks.MLP_PRINTED,
 )

@@ -18,7 +18,9 @@ from shardproof.leaves import DEFAULT_LEAVES
 from shardproof.overlap import NAMED
 from shardproof.prover import DEFAULT_SEED, Report, curve, prove_cases, prove_under_torchrun
 from shardproof.prover.against import ONLY_EARLIER, ONLY_HERE, OTHER_BITS
+from shardproof.prover.beside import beside
 from shardproof.prover.proof import Progress
+from shardproof.prover.values import FEW
 from shardproof.ranks import ENGINES
 from shardproof.scheme import NUMERICS
 
@@ -108,6 +110,11 @@ _SAID = {
     is_flag=True,
     help="Let what has NaN or Inf be proved too, if it is the same and agrees.",
 )
+@click.option(
+    "--show",
+    is_flag=True,
+    help="Also print the values of small tensors, and a notebook's results beside ours.",
+)
 @click.option("--list", "wants_list", is_flag=True, help="List the cases, and run nothing.")
 def prove(*, wants_list: bool, **given: Any) -> int:
     """Show that the degree does not change the bits.
@@ -158,6 +165,7 @@ def make_proof(request: Request, tell: Progress | None) -> Report | None:
         "progress": tell,
         "skipped": request.skipped,
         "allow_nonfinite": request.allow_nonfinite,
+        "few": FEW if request.show else 0,
     }
     if request.engine != "torchrun":
         return prove_cases(
@@ -183,6 +191,9 @@ def make_proof(request: Request, tell: Progress | None) -> Report | None:
 def conclude(request: Request, proof: Report) -> int:
     """Compare with the earlier report, write, print; the exit code."""
     report, sentence = proof.as_dict(), proof.verdict()
+    if request.show:
+        for case, told in zip(request.cases, report["cases"], strict=True):
+            told["notebook"] = beside(case.printed, told)
     try:
         if request.earlier is not None:
             report["against"] = against(request.earlier, report)

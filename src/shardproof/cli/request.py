@@ -50,6 +50,7 @@ class Given:
     steps: str | None = None
     plot_path: str | None = None
     allow_nonfinite: bool = False
+    show: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Request:
         is_speaker: False on all ranks of torchrun but the first.
         picture: where the loss curves go.
         allow_nonfinite: whether a tensor with NaN or Inf may be proved.
+        show: whether values are shown, and the notebook's beside them.
     """
 
     cases: tuple[Case, ...]
@@ -104,6 +106,7 @@ class Request:
     is_speaker: bool
     picture: Path | None
     allow_nonfinite: bool = False
+    show: bool = False
 
 
 def check(given: Given, environment: Mapping[str, str] = os.environ) -> Request:
@@ -141,7 +144,7 @@ def check(given: Given, environment: Mapping[str, str] = os.environ) -> Request:
         earlier.compare(_promise(earlier.report, cases, degrees, scheme, contract))
     return Request(
         cases, skipped, degrees, engine, transport, overlap, threads, scheme, earlier, target,
-        is_speaker, picture, given.allow_nonfinite,
+        is_speaker, picture, given.allow_nonfinite, given.show,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from shardproof.cli.table import (
     summary_table,
     tensor_table,
 )
+from shardproof.cli.values import show_values
 from shardproof.overlap import Overlap
 
 INDENT = 1
@@ -64,6 +65,7 @@ def show_case(case: Data, out: PlainConsole) -> None:
     out.print()
     out.show(Padding(facts_table(case), (0, 0, 0, INDENT)))
     out.print()
+    show_values(case, out)
 
 
 def show_cases(cases: list[Data], out: PlainConsole) -> None:

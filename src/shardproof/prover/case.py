@@ -21,6 +21,7 @@ from shardproof.leaves import Layout, replicated
 from shardproof.numerics import mode
 from shardproof.observing import REPLICATE, Operand, Placement, Told, shard
 from shardproof.prover.audit import Audit
+from shardproof.prover.printed import Printed
 from shardproof.prover.reference import ReferenceReader
 from shardproof.prover.rounding import Step
 from shardproof.scheme import Scheme
@@ -264,6 +265,7 @@ class Case:
         accuracy: how many times further from the fp64 run than plain torch's its output, loss and
             gradients may be; 0 claims nothing.
         has_curve: its loss is followed over several steps.
+        printed: what the seed document prints of it.
     """
 
     name: str
@@ -275,6 +277,7 @@ class Case:
     elementwise: tuple[str, ...] = ()
     accuracy: float = 0.0
     has_curve: bool = False
+    printed: tuple[Printed, ...] = ()
 
     @property
     def is_installed(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from shardproof.prover.case import Check
 from shardproof.prover.rounding import FAR, NEAR, TIMES, Rounding
 from shardproof.prover.runs import Counts
+from shardproof.prover.values import Shown
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class TensorReport:
         findings: what else is wrong, in words ("replicas differ at degree 2").
         rounding: how far rounding alone may put it; None if not judged.
         nonfinite: degree, "torch" or "fp64" -> how many numbers are not finite there, if any.
+        shown: what each rank holds and the numbers, if they were asked for.
     """
 
     name: str
@@ -59,6 +61,7 @@ class TensorReport:
     findings: tuple[str, ...] = ()
     rounding: Rounding | None = None
     nonfinite: Mapping[str, int] = field(default_factory=dict)
+    shown: Shown | None = None
 
     @property
     def agrees(self) -> bool:

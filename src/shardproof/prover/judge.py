@@ -19,6 +19,7 @@ from shardproof.prover.casereport import (
 from shardproof.prover.compare import Figures, combine, tolerance
 from shardproof.prover.rounding import Rounding, StepFigures, combine_steps, rounding
 from shardproof.prover.runs import Counts, RankResult, Recorded
+from shardproof.prover.values import shown
 
 Results = Mapping[int, Sequence[RankResult]]  # degree -> every rank's result
 
@@ -108,6 +109,7 @@ def _judge_tensor(
         tuple(findings),
         _rounding(figures, steps, first) if figures else None,
         _nonfinite(seen),
+        shown({degree: [tensor.kept for tensor in ranks] for degree, ranks in seen.items()}),
     )
 
 

@@ -66,6 +66,7 @@ class Proof:
         seed: of everything the cases draw; None: the scheme's.
         skipped: cases left out, for the report: name and extra.
         allow_nonfinite: NaN and Inf are no fault.
+        few: numbers of tensors with at most so many are in the report; 0: of none.
     """
 
     cases: Sequence[Case]
@@ -73,6 +74,7 @@ class Proof:
     seed: int | None
     skipped: Sequence[dict[str, str]] = ()
     allow_nonfinite: bool = False
+    few: int = 0
 
     def make_references(self, folder: Path, tell: "Teller") -> References:
         """Run every case in plain torch, and leave the tensors in a folder."""
@@ -92,6 +94,7 @@ class Proof:
             scheme=self.scheme,
             seed=self.seed,
             reference=references[case.name],
+            few=self.few,
         )
 
     def judge(self, results: Results, references: References) -> tuple[CaseReport, ...]:
@@ -154,6 +157,7 @@ def prove_cases(
     progress: Progress | None = None,
     skipped: Sequence[dict[str, str]] = (),
     allow_nonfinite: bool = False,
+    few: int = 0,
 ) -> Report:
     """Run every case in plain torch and at every degree, and compare.
 
@@ -169,6 +173,7 @@ def prove_cases(
         progress: called before each run, and once at the end.
         skipped: cases left out, for the report: name and extra.
         allow_nonfinite: whether a tensor with NaN or Inf may be proved.
+        few: show the numbers of tensors with at most so many in the report.
 
     Raises:
         DegreeError: a degree that the leaves cannot serve.
@@ -180,7 +185,7 @@ def prove_cases(
     degrees = checked_degrees(degrees, scheme)
     check_cases(cases)
     threads, overlap = threads_of_ranks(threads, degrees), checked_overlap(overlap)
-    proof = Proof(cases, scheme, seed, skipped, allow_nonfinite)
+    proof = Proof(cases, scheme, seed, skipped, allow_nonfinite, few)
     tell = Teller(progress, total=len(cases) * (1 + len(degrees)))
     results: Results = {case.name: {} for case in cases}
     carrier = Carrier("solo", "", overlap)
@@ -188,11 +193,8 @@ def prove_cases(
         references = proof.make_references(Path(folder), tell)
         for degree in degrees:
             # Inputs that differ are no error here: the report names the tensors that do.
-            options: dict[str, Any] = {
-                "transport": transport,
-                "overlap": overlap,
-                "compare_inputs": False,
-            }
+            options: dict[str, Any] = {"transport": transport, "overlap": overlap}
+            options["compare_inputs"] = False
             with open_ranks(degree, engine, threads=threads, **options) as ranks:
                 carrier = Carrier(ranks.transport, ranks.transport_note, overlap)
                 for case in cases:

@@ -1,5 +1,6 @@
 """Runs a case: twice in plain torch, and on one rank of one degree. What comes back is small."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError
-from shardproof.leaves import Layout
+from shardproof.leaves import Layout, replicated
 from shardproof.numerics import mode
 from shardproof.prover.case import Case, Check, Recording, Trial
 from shardproof.prover.compare import Figures, measure
@@ -24,6 +25,7 @@ from shardproof.prover.reference import (
     ReferenceWriter,
 )
 from shardproof.prover.rounding import Before, Step, StepFigures, measure_step
+from shardproof.prover.values import Kept, whole
 from shardproof.scheme import Scheme
 from shardproof.wording import dtype_name
 
@@ -47,6 +49,7 @@ class Recorded:
         step: of an updated weight, where the rank's part stands; None for any other tensor.
         nonfinite: "ours", "torch" or "fp64" -> how many numbers of the rank's part are not finite
             there, if any.
+        kept: the shape that this rank holds, and numbers, if they are wanted.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Recorded:
     copies: Mapping[int, str] = field(default_factory=dict)
     step: StepFigures | None = None
     nonfinite: Mapping[str, int] = field(default_factory=dict)
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,9 @@ class _FileRecorder:
 class _RankRecorder:
     """Hashes every tensor of a rank and compares the rank's part with the reference."""
 
-    def __init__(self, axis: Axis, reference: Reference) -> None:
+    def __init__(self, axis: Axis, reference: Reference, *, few: int = 0) -> None:
         self._axis = axis
+        self._few = few
         self._plain, self._precise = reference.plain(), reference.precise()
         self._known = frozenset(self._plain.names())
         self.recorded: list[Recorded] = []
@@ -133,9 +138,20 @@ class _RankRecorder:
                 how.judged,
                 misfit=misfit,
                 copies=hash_copies(tensor, layout),
+                kept=self._kept(name, tensor, layout, is_compared and not misfit),
                 **self._measured(name, tensor, layout, how, is_compared and not misfit),
             )
         )
+
+    def _kept(self, name: str, tensor: Tensor, layout: Layout, is_compared: bool) -> Kept | None:
+        """Shape and numbers for those who want to look at them."""
+        shape = tuple(tensor.shape)
+        if not self._few or math.prod(layout.shape) > self._few:
+            return Kept(shape) if self._few else None
+        ours = whole(tensor, layout, self._axis, who=name)
+        if self._axis.rank or not is_compared:
+            return Kept(shape, None if self._axis.rank else ours)
+        return Kept(shape, ours, self._plain.read(name, replicated(layout.shape)))
 
     def set_aside(self, name: str, tensor: Tensor) -> None:
         """Nothing: what is set aside is plain torch's."""
@@ -220,13 +236,28 @@ def run_references(
 
 
 def run_on_rank(
-    axis: Axis, *, case: Case, scheme: Scheme | None, seed: int | None, reference: Reference
+    axis: Axis,
+    *,
+    case: Case,
+    scheme: Scheme | None,
+    seed: int | None,
+    reference: Reference,
+    few: int = 0,
 ) -> RankResult:
-    """Run a case on this rank; all ranks of `axis` call this."""
+    """Run a case on this rank; all ranks of `axis` call this.
+
+    Args:
+        axis: the ranks.
+        case: what to run.
+        scheme: leaves and numerics; None: those of the layers.
+        seed: of everything the case draws.
+        reference: what plain torch left.
+        few: keep the numbers of tensors with at most so many; 0 keeps none.
+    """
     _try_products(scheme)
     started = time.perf_counter()
     axis.transport.ledger.reset()
-    recorder = _RankRecorder(axis, reference)
+    recorder = _RankRecorder(axis, reference, few=few)
     trial = Trial(axis=axis, scheme=scheme, seed=seed, recorder=recorder)
     case.work(trial)
     return RankResult(

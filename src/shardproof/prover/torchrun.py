@@ -47,6 +47,7 @@ def prove_under_torchrun(
     progress: Progress | None = None,
     skipped: Sequence[dict[str, str]] = (),
     allow_nonfinite: bool = False,
+    few: int = 0,
 ) -> Report | None:
     """Run every case on torchrun's ranks, and on rank 0 alone; every rank calls this.
 
@@ -59,6 +60,7 @@ def prove_under_torchrun(
         progress: called on rank 0 before each run, and once at the end.
         skipped: cases left out, for the report: name and extra.
         allow_nonfinite: whether a tensor with NaN or Inf may be proved.
+        few: show the numbers of tensors with at most so many in the report; 0 shows none.
 
     Returns:
         The report on rank 0, None on the others.
@@ -70,7 +72,7 @@ def prove_under_torchrun(
     degrees = checked_degrees({1, axis.size}, scheme)
     if threads is not None:
         torch.set_num_threads(threads)
-    proof = Proof(cases, scheme, seed, skipped, allow_nonfinite)
+    proof = Proof(cases, scheme, seed, skipped, allow_nonfinite, few)
     tell = Teller(progress if axis.rank == 0 else None, total=len(cases) * (1 + len(degrees)))
     with tempfile.TemporaryDirectory(prefix="shardproof-") as folder:
         references = _share_references(proof, axis, Path(folder), tell)

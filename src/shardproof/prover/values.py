@@ -1,0 +1,103 @@
+"""The numbers of small tensors, kept for those who want to look at them (`prove --show`)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardproof import comm
+from shardproof.axis import Axis
+from shardproof.leaves import Layout
+from shardproof.prover.hashing import owned_part
+
+FEW = 100  # numbers of the largest tensor that is kept
+
+Numbers = tuple[Any, ...] | float | int | bool  # nested as the tensor is
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one rank keeps of a tensor.
+
+    Attributes:
+        shape: of what it holds.
+        ours: the whole tensor, on rank 0, if it is small enough.
+        torch: plain torch's, there, if that has it.
+    """
+
+    shape: tuple[int, ...]
+    ours: Tensor | None = None
+    torch: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A tensor as a report shows it.
+
+    Attributes:
+        held: degree -> the shape that each rank holds.
+        ours, torch: the numbers; None of large tensors, and of those that one side lacks.
+    """
+
+    held: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    ours: Numbers | None = None
+    torch: Numbers | None = None
+
+
+def whole(tensor: Tensor, layout: Layout, axis: Axis, *, who: str) -> Tensor | None:
+    """A small tensor in one piece.
+
+    Args:
+        tensor: layout.local_shape, Shard(layout.dim) or Replicate.
+        layout: how it lies on this rank.
+        axis: whose ranks hold it; all of them call this.
+        who: what it is, for messages.
+    Returns:
+        layout.shape on rank 0; None on the others if it is sharded.
+    Comm:
+        gathers to rank 0 in direction "prover" if it is sharded.
+    """
+    part = owned_part(tensor.detach(), layout)
+    if layout.cut is None or layout.dim is None or axis.size == 1:
+        return part.clone()
+    shapes = [_owned_shape(layout.of(rank)) for rank in range(axis.size)]
+    sizes = [math.prod(shape) for shape in shapes]
+    flat = part.reshape(-1).contiguous()
+    joined = comm.gather(flat, axis, sizes=sizes, dst=0, direction="prover", who=who)
+    if joined is None:
+        return None
+    pieces = [each.view(shape) for each, shape in zip(joined.split(sizes), shapes, strict=True)]
+    return torch.cat(pieces, layout.dim)
+
+
+def shown(kept: Mapping[int, Sequence[Kept | None]]) -> Shown | None:
+    """What a report shows of one tensor.
+
+    Args:
+        kept: degree -> of every rank; the numbers are those of the lowest degree.
+    """
+    found = {degree: [each for each in ranks if each] for degree, ranks in kept.items()}
+    found = {degree: ranks for degree, ranks in found.items() if ranks}
+    if not found:
+        return None
+    first = next(iter(found.values()))[0]
+    held = {str(degree): tuple(each.shape for each in ranks) for degree, ranks in found.items()}
+    return Shown(held, _numbers(first.ours), _numbers(first.torch))
+
+
+def _owned_shape(layout: Layout) -> tuple[int, ...]:
+    shape = list(layout.shape)
+    if layout.dim is not None:
+        shape[layout.dim] = len(layout.owned)
+    return tuple(shape)
+
+
+def _numbers(tensor: Tensor | None) -> Numbers | None:
+    return None if tensor is None else _frozen(tensor.cpu().tolist())
+
+
+def _frozen(tree: Any) -> Any:
+    return tuple(map(_frozen, tree)) if isinstance(tree, list) else tree
