@@ -163,7 +163,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli.json_file", "cli.options", "cli.output", "cli.signals", "cli.streams", "cli.torchrun"),
     ("cli.condense", "cli.machine", "cli.picture", "cli.progress", "cli.selection", "cli.table"),
     ("cli.request",),
-    ("cli.show",),
+    ("cli.report_text",),
     ("cli.bench", "cli.doctor", "cli.plan", "cli.prove"),
     ("cli.main",),
     ("cli.__init__",),
