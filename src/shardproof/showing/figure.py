@@ -75,8 +75,10 @@ def figure_of(pieces: Sequence[Piece], *, is_result: bool) -> Figure:
     placements = {part.placement for part in parts}
     placement = placements.pop() if len(placements) == 1 else ""
     shape, first = parts[0].shape, parts[0]
-    if placement.startswith("Shard") and first.dim is not None and first.size is not None:
-        shape = (*shape[: first.dim], first.size, *shape[first.dim + 1 :])
+    if placement.startswith("Shard") and first.dim is not None:
+        # Without a size, the parts are known to lie one after the other.
+        size = sum(part.shape[first.dim] for part in parts) if first.size is None else first.size
+        shape = (*shape[: first.dim], size, *shape[first.dim + 1 :])
     return Figure(_name(parts), placement, shape, first.dtype, tuple(pieces), is_result)
 
 

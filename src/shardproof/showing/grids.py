@@ -119,10 +119,12 @@ def _side_by_side(
     across = chosen(width, most_columns) if cut == "rows" else chosen(height, most_rows)
     along: list[tuple[Piece, int | None]] = []
     lines = []
+    end = 0
     for piece in pieces:
         rows, columns = matrix_shape(piece.part.shape)
         length = rows if cut == "rows" else columns
-        start = 0 if piece.part.held is None else piece.part.held[0]
+        start = end if piece.part.held is None else piece.part.held[0]
+        end = start + length
         for index in chosen(length, share):
             along.append((piece, index))
             lines.append(Line(_head(index, start), piece.rank))
@@ -154,10 +156,10 @@ def _num_matrices(shape: Sequence[int]) -> int:
 def chosen(length: int, most: int) -> list[int | None]:
     """The indices that are drawn; None stands for those that are left out.
 
-    >>> chosen(3, 4), chosen(9, 4)
-    ([0, 1, 2], [0, 1, 2, None])
+    >>> chosen(5, 4), chosen(9, 4)
+    ([0, 1, 2, 3, 4], [0, 1, 2, None])
     """
-    if length <= most:
+    if length <= most + 1:  # a gap of one would take as much room
         return list(range(length))
     return [*range(most - 1), None]
 
@@ -196,7 +198,7 @@ class Writer:
             return str(value)
         if value == 0:
             return "0"
-        return f"{value:.1e}" if self._decimals is None else f"{value:.{self._decimals}f}"
+        return f"{value:.2e}" if self._decimals is None else f"{value:.{self._decimals}f}"
 
 
 def writer_of(parts: Sequence[Part]) -> Writer:
