@@ -140,6 +140,16 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cases.checkpoint",),
     ("cases.catalog",),
     ("cases.__init__",),
+    # One step to look at: scenes, then how they are drawn.
+    ("showing.figure", "showing.run"),
+    ("showing.case_step", "showing.grids", "showing.words"),
+    ("showing.story",),
+    ("showing.arrows", "showing.terminal"),
+    ("showing.page",),
+    ("showing.shown",),
+    ("showing.given",),
+    ("showing.model_step",),
+    ("showing.__init__",),
     # What users import, and the command on top of it.
     ("__init__",),
     # The bench: what is timed and who does it, one rank, all processes, all rounds.
@@ -164,7 +174,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli.condense", "cli.machine", "cli.picture", "cli.progress", "cli.selection", "cli.table"),
     ("cli.request",),
     ("cli.report_text",),
-    ("cli.bench", "cli.doctor", "cli.plan", "cli.prove"),
+    ("cli.bench", "cli.doctor", "cli.plan", "cli.prove", "cli.show"),
     ("cli.main",),
     ("cli.__init__",),
     ("__main__",),

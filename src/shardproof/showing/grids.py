@@ -65,7 +65,8 @@ def grids_of(figure: Figure, *, most_rows: int, most_columns: int) -> tuple[Grid
 
     Args:
         figure: what is drawn.
-        most_rows, most_columns: of a grid; a cut dim has at least two for every rank.
+        most_rows: of a grid; where rows are cut, at least two of every rank.
+        most_columns: the same for columns.
     """
     write = writer_of([piece.part for piece in figure.pieces])
     cut = _drawn_dim(figure)

@@ -189,8 +189,10 @@ def _formula(row: Sequence[Step | None]) -> str:
     """What is computed; where the ranks compute different nodes of a sum, the figures name them."""
     details = list(dict.fromkeys(step.detail for step in row if step and step.detail))
     if len(details) > 1:
-        details = list(dict.fromkeys(re.sub(r", lea(f|ves) [0-9-]+$", "", text) for text in details))
-    return "; ".join(details)
+        details = list(
+            dict.fromkeys(re.sub(r", lea(f|ves) [0-9-]+$", "", text) for text in details)
+        )
+    return "; ".join(dict.fromkeys(details))
 
 
 def _first(row: Sequence[Step | None]) -> Step:

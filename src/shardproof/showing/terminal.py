@@ -107,7 +107,6 @@ def _matrices(story: Story) -> list[tuple[str, Figure]]:
     return list(found.values())
 
 
-
 def _maps(figures: Sequence[tuple[str, Figure]], width: int) -> list[Text]:
     """Small grids side by side, as many as fit in a line."""
     lines: list[Text] = []
@@ -209,22 +208,26 @@ def _numbers(figure: Figure, width: int) -> Iterator[Text]:
         part = " in part" * grid.is_part
         label = f", {grid.label}" if grid.label else ""
         yield Text(f"{_MARGIN}{figure.name} {figure.shape}{label}{part}", "italic")
-        yield from _grid(grid)
+        yield from _grid(grid, room)
 
 
-def _grid(grid: Grid) -> Iterator[Text]:
-    if len(grid.columns) > 1 or grid.cut == "columns":
-        heads = Text(" " * (INDENT + 8))
-        for column in grid.columns:
-            heads.append(_head(column.head, column.owner, grid.cut == "columns").rjust(_CELL))
-        heads.rstrip()
-        yield heads
-    for place, (row, cells) in enumerate(zip(grid.rows, grid.cells, strict=True)):
-        line = Text(_MARGIN)
-        line.append(_head(row.head, row.owner, grid.cut == "rows").rjust(7) + " ", "dim")
-        for column, cell in enumerate(cells):
-            line.append(cell.rjust(_CELL), style_of(grid.owner_of(place, column)))
-        yield line
+def _grid(grid: Grid, room: int) -> Iterator[Text]:
+    """Its cells; columns that do not fit beside the others come below them."""
+    by_columns, by_rows = grid.cut == "columns", grid.cut == "rows"
+    places = range(len(grid.columns))
+    for start in range(0, len(grid.columns), room):
+        chosen = places[start : start + room]
+        if len(grid.columns) > 1 or by_columns:
+            heads = (grid.columns[place] for place in chosen)
+            written = [_head(column.head, column.owner, by_columns) for column in heads]
+            yield Text(_MARGIN + " " * 8 + "".join(head.rjust(_CELL) for head in written))
+        for row, cells in enumerate(grid.cells):
+            line = grid.rows[row]
+            text = Text(_MARGIN)
+            text.append(_head(line.head, line.owner, by_rows).rjust(7) + " ", "dim")
+            for place in chosen:
+                text.append(cells[place].rjust(_CELL), style_of(grid.owner_of(row, place)))
+            yield text
 
 
 def _head(index: str, owner: int | None, is_owned: bool) -> str:

@@ -67,6 +67,13 @@ def lying(figure: Figure) -> str:
     return f"How {name} lies on the ranks is not known to the trace."
 
 
+def placed(figure: Figure) -> str:
+    """The same in a word or two, for a caption."""
+    if figure.placement:
+        return figure.placement
+    return "the same on every rank" if figure.is_alike else "placement not known"
+
+
 def _own(figure: Figure) -> str:
     dim, num_dims = figure.dim or 0, len(figure.shape)
     if num_dims == 1:

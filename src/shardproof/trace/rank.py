@@ -33,7 +33,8 @@ from shardproof.trace.step import Part, Step
 
 # What these of the package call is the work of a user: a case, a model, a loss.
 _OF_USERS = tuple(
-    f"shardproof.{name}" for name in ("bench", "cases", "cli", "engines", "prover", "ranks", "showing")
+    f"shardproof.{name}"
+    for name in ("bench", "cases", "cli", "engines", "prover", "ranks", "showing")
 )
 # They compute nothing.
 _QUIET = {
