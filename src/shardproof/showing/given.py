@@ -20,15 +20,17 @@ from shardproof.quantities import checked_flag, checked_name
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
 from shardproof.showing.run import Window, Work, traced
 from shardproof.showing.shown import Shown, checked_page
-from shardproof.showing.story import MOST_SCENES, story_of
+from shardproof.showing.story import story_of
 from shardproof.wording import shown as as_text
 
 Build = Callable[[Axis], nn.Module]
 GivenPlan = ModelPlan | Plan | Mapping[str, Style | str] | None
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
-NO_LOSS = "No loss was given: the loss is the mean of the squares of the output."
-OWN_LOSS = "The loss is the one that the model returns."
+NO_LOSS = (
+    "No loss was given: it is the one that the model returns, or else the mean of the squares of "
+    "the output."
+)
 
 
 def show(
@@ -48,7 +50,7 @@ def show(
 ) -> Shown:
     """Show one training step on ranks: who holds which part, who sends what, number by number.
 
-    `print` the result to read it in a terminal; in a notebook it is a page that can be played.
+    `print` it to read it in a terminal; in a notebook it is a page that can be played.
 
     Args:
         model: a module, of which every rank cuts a copy by `plan`; or a function of an axis that
@@ -85,23 +87,16 @@ def show(
         ['1: all_reduce']
     """
     degree = checked_degree(degree)
-    checked_name(name, "name") if name else None
     if html is not None:
         checked_page(html)
     build = _checked_build(model, plan, degree, scheme)
     arguments = _checked_inputs(inputs)
-    _check_callable(loss, "loss", "torch.nn.functional.mse_loss")
-    _check_callable(optimizer, "optimizer", "lambda p: torch.optim.SGD(p, lr=0.1)")
-    if loss is None and target is not None:
-        raise UsageError(
-            "target is given, and there is no loss to compare it with the output. Give for "
-            "instance loss=torch.nn.functional.mse_loss."
-        )
+    _check_functions(loss, target, optimizer)
+    title = checked_name(name, "name") if name else _name_of(model)
     work = step_work(build, arguments, loss=loss, target=target, optimizer=optimizer)
     found = traced(work, degree=degree, engine=engine, values=checked_flag(values, "values"))
-    about = _about(model, loss, arguments, optimizer)
-    title = f"{name or _name_of(model)} at degree {degree}"
-    story = story_of(found.trace, title=title, about=about, most_scenes=MOST_SCENES)
+    about = _about(loss, arguments, optimizer)
+    story = story_of(found.trace, title=f"{title} at degree {degree}", about=about)
     made = Shown(found.trace, story)
     if html is not None:
         made.save(html)
@@ -198,9 +193,20 @@ def _checked_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def _check_callable(value: Any, name: str, example: str) -> None:
-    if value is not None and not callable(value):
-        raise UsageError(f"{name}={as_text(value)} cannot be called. Give for instance {example}.")
+def _check_functions(loss: Any, target: Any, optimizer: Any) -> None:
+    for value, name, example in (
+        (loss, "loss", "torch.nn.functional.mse_loss"),
+        (optimizer, "optimizer", "lambda p: torch.optim.SGD(p, lr=0.1)"),
+    ):
+        if value is not None and not callable(value):
+            raise UsageError(
+                f"{name}={as_text(value)} cannot be called. Give for instance {example}."
+            )
+    if loss is None and target is not None:
+        raise UsageError(
+            "target is given, and there is no loss to compare it with the output. Give for "
+            "instance loss=torch.nn.functional.mse_loss."
+        )
 
 
 def _copied(tree: Any) -> Any:
@@ -221,14 +227,12 @@ def _name_of(model: Any) -> str:
     return name if name and name != "<lambda>" else "model"
 
 
-def _about(
-    model: Any, loss: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]], optimizer: Any
-) -> list[str]:
+def _about(loss: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]], optimizer: Any) -> list[str]:
     tensors = [x for x in (*inputs[0], *inputs[1].values()) if isinstance(x, Tensor)]
     shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
     about = [f"One training step with inputs of shape {shapes}."]
     if loss is None:
-        about.append(("labels" in inputs[1] and OWN_LOSS) or NO_LOSS)
+        about.append(NO_LOSS)
     if optimizer is None:
         about.append("No optimizer was given: nothing is updated.")
     return about

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardproof.showing.figure import Figure, Piece
-from shardproof.trace.step import Part
+from shardproof.trace.step import CORNER, Part
 
 EVERY = None  # the owner of what is the same on every rank
 GAP = "..."
@@ -60,6 +60,30 @@ class Grid:
         return self.columns[column].owner if self.cut == "columns" else self.owner
 
 
+def owners_of(figure: Figure, *, rows: int, columns: int) -> list[list[int | None]]:
+    """Whose each part of the first grid is, drawn smaller where the matrix is large.
+
+    Args:
+        figure: what is drawn.
+        rows: at most.
+        columns: at most.
+    """
+    cut = _drawn_dim(figure)
+    piece = figure.pieces[0]
+    height, width = matrix_shape(piece.part.shape if cut is None else figure.shape)
+    owner = EVERY if cut is not None or figure.is_alike else piece.rank
+    lines: list[int | None] = []
+    for each in figure.pieces:
+        length = matrix_shape(each.part.shape)[1 if cut == "columns" else 0]
+        lines += [each.rank] * length
+    num_rows, num_columns = min(height, rows), min(width, columns)
+    down = [row * height // num_rows for row in range(num_rows)]
+    across = [column * width // num_columns for column in range(num_columns)]
+    if cut is None:
+        return [[owner for _ in across] for _ in down]
+    return [[lines[y if cut == "rows" else x] for x in across] for y in down]
+
+
 def grids_of(figure: Figure, *, most_rows: int, most_columns: int) -> tuple[Grid, ...]:
     """Draw a figure.
 
@@ -68,7 +92,10 @@ def grids_of(figure: Figure, *, most_rows: int, most_columns: int) -> tuple[Grid
         most_rows: of a grid; where rows are cut, at least two of every rank.
         most_columns: the same for columns.
     """
-    write = writer_of([piece.part for piece in figure.pieces])
+    parts = [piece.part for piece in figure.pieces]
+    write = writer_of(parts)
+    if any(part.values is None for part in parts):  # nothing is known beyond the corner
+        most_rows, most_columns = min(most_rows, CORNER), min(most_columns, CORNER)
     cut = _drawn_dim(figure)
     if cut is not None:
         return (_side_by_side(figure, cut, write, most_rows, most_columns),)

@@ -78,9 +78,9 @@
     for (let place = 0; place < scenes.length; place += 1) {
       slider.value = String(place + 1);
       slider.dispatchEvent(new Event("input", { bubbles: true }));
-      const shown = scenes.filter((scene) => scene.offsetHeight > 0), scene = shown[0];
+      const shown = scenes.filter((each) => each.offsetHeight > 0), scene = scenes[place];
       const said = live.textContent;
-      expect(shown.length === 1 && scene === scenes[place], `step ${place + 1} is not shown`);
+      expect(shown.length === 1 && shown[0] === scene, `step ${place + 1} is not shown`);
       expect(scene.querySelectorAll("td").length > 0, `step ${place + 1} has no cells`);
       const drawn = scene.querySelectorAll(".arrows line").length;
       expect(drawn === Number(scene.dataset.arrows), `step ${place + 1} has ${drawn} arrows`);
@@ -132,7 +132,9 @@
   });
   if (scenes.length > 0) {
     go(0);
-    fromLink(window.location.hash);
+    if (fromLink(window.location.hash)) {
+      window.addEventListener("load", () => window.scrollTo(0, 0));
+    }
     if (window.location.hash === "#selftest") selftest();
   }
 })();

@@ -17,7 +17,7 @@ from shardproof.showing.story import Scene, Story
 from shardproof.showing.words import lying, placed
 
 COLOURS = 8  # of ranks; further ranks begin again, and their numbers tell them apart
-MOST_LINES, FEW_LINES = 20, 6  # rows, and columns, of a grid
+MOST_LINES, FEW_LINES = (12, 20), (6, 6)  # rows and columns of a grid
 MANY_SCENES = 60  # from which on grids are drawn with few lines
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -100,7 +100,7 @@ def _player(story: Story) -> str:
 <noscript><p>Scripts are off: all steps stand one below the other.</p></noscript>"""
 
 
-def _scene(scene: Scene, story: Story, lines: int) -> str:
+def _scene(scene: Scene, story: Story, lines: tuple[int, int]) -> str:
     meets = " meets" if scene.is_collective else ""
     num_arrows = sum(len(arrow.receivers) for arrow in scene.arrows)
     formula = f"<p><code>{escape(scene.formula)}</code></p>" if scene.formula else ""
@@ -126,16 +126,16 @@ data-arrows="{num_arrows}" aria-labelledby="title-{number}">
 </section>"""
 
 
-def _group(word: str, figures: Sequence[Figure], lines: int) -> str:
+def _group(word: str, figures: Sequence[Figure], lines: tuple[int, int]) -> str:
     if not figures:
         return ""
     return f'<div class="group">{word}</div>' + "".join(_figure(each, lines) for each in figures)
 
 
-def _figure(figure: Figure, lines: int) -> str:
-    grids = grids_of(figure, most_rows=lines, most_columns=lines)
+def _figure(figure: Figure, lines: tuple[int, int]) -> str:
+    grids = grids_of(figure, most_rows=lines[0], most_columns=lines[1])
     tables = "".join(_table(grid, figure) for grid in grids)
-    part = "; a part of it is drawn" if any(grid.is_part for grid in grids) else ""
+    part = ", a part of it" if any(grid.is_part for grid in grids) else ""
     bad = f' <span class="bad">{escape(lying(figure))}</span>' if figure.is_broken else ""
     return (
         f"<figure><figcaption><strong>{escape(figure.name)}</strong> {figure.shape} "

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from shardproof.axis import Axis
 from shardproof.ranks import launch
@@ -60,16 +61,20 @@ def traced(
         num_values: of tensors up to this size; of larger ones a corner.
     """
     trace = Trace(values=values, num_values=num_values, limit=MOST_STEPS)
-
-    def on_rank(axis: Axis) -> RankRun:
-        return _run(axis, work, num_values if values else 0)
-
-    found = launch(on_rank, degree=degree, engine=engine)
+    kept = num_values if values else 0
+    found = launch(partial(run_on_rank, work=work, num_values=kept), degree=degree, engine=engine)
     trace.take((run.steps, run.num_dropped) for run in found)
     return Traced(trace, tuple(run.counts for run in found))
 
 
-def _run(axis: Axis, work: Work, num_values: int) -> RankRun:
+def run_on_rank(axis: Axis, *, work: Work, num_values: int) -> RankRun:
+    """Run some work on this rank and trace what it does in its windows; all ranks call this.
+
+    Args:
+        axis: of this rank.
+        work: what is run.
+        num_values: numbers of larger tensors are not kept, but for a corner; 0: none are.
+    """
     recorded = RankTrace(axis.rank, num_values=num_values, limit=MOST_STEPS)
     recorded.is_writing = False
     is_first = True

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from shardproof.showing.figure import Figure
-from shardproof.showing.grids import EVERY, Grid, grids_of
+from shardproof.showing.grids import EVERY, Grid, grids_of, owners_of
 from shardproof.showing.story import Scene, Story
 from shardproof.showing.words import changed, ranks
 
@@ -139,15 +139,12 @@ def _joined(blocks: Sequence[Sequence[Text]]) -> list[Text]:
 
 
 def _map(figure: Figure) -> Iterator[Text]:
-    """Whose each part is, one letter a cell, drawn smaller where the matrix is large."""
-    grid = grids_of(figure, most_rows=1 << 30, most_columns=1 << 30)[0]
-    height, width = len(grid.rows), len(grid.columns)
-    rows, columns = min(height, MAP_ROWS), min(width, MAP_COLUMNS)
-    for row in range(rows):
+    """Whose each part is, one letter a cell."""
+    for owners in owners_of(figure, rows=MAP_ROWS, columns=MAP_COLUMNS):
         line = Text("")
-        for column in range(columns):
-            owner = grid.owner_of(row * height // rows, column * width // columns)
-            line.append(_letter(figure, owner), style_of(owner if grid.cut else None))
+        for owner in owners:
+            letter = _letter(figure, owner)
+            line.append(letter, style_of(owner) if letter.isalnum() else "")
         yield line
 
 
