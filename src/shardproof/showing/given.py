@@ -48,58 +48,49 @@ def show(
     scheme: Scheme = DEFAULT_SCHEME,
     name: str = "",
 ) -> Shown:
-    """Show one training step on ranks: who holds which part, who sends what, number by number.
+    """Show one training step on ranks: who holds what, who sends what, number by number.
 
-    `print` it to read it in a terminal; in a notebook it is a page that can be played.
+    `print` it in a terminal; in a notebook it is a page that can be played.
 
     Args:
         model: a module, of which every rank cuts a copy by `plan`; or a function of an axis that
-            returns the model of one rank, as `prove` takes it. The module is not changed.
-        inputs: of the model, each Replicate: a tensor, a tuple of arguments, or a dict of keyword
-            arguments. Gradients of inputs are shown of those that require them.
+            returns the model of one rank, as for `prove`.
+        inputs: of the model, each Replicate: a tensor, a tuple, or a dict of keyword arguments.
+            Those that require gradients get them.
         degree: how many ranks.
         plan: as `parallelize` takes it; None: the one that a model of transformers carries.
-        loss: of the output, and of `target` if there is one. None: the `loss` of the output if it
-            has one, else the mean of the squares of the output.
+        loss: of the output, and of `target` if there is one. None: the `loss` that the model
+            returns, or else the mean of the squares of the output.
         target: for `loss`, Replicate.
-        optimizer: makes one for some parameters; None: nothing is updated.
+        optimizer: makes one for some parameters; None updates nothing.
         html: also write the page to this file.
-        values: keep numbers: those of tensors up to 1,024 elements, and a corner of larger ones.
+        values: keep numbers, of tensors above 1,024 elements a corner.
         engine: "threads" or "processes".
-        scheme: leaves, numerics and seed to cut a module with.
-        name: a title; by default the name of the model's class.
+        scheme: to cut a module with.
+        name: a title; by default that of the model's class.
 
     Returns:
         The step: `trace`, `story`, `page()`, `save(path)`, `as_dict()`.
-
     Raises:
-        UsageError: an argument makes no sense, or the file cannot be written.
-        DegreeError: the degree exceeds the leaves.
-        PlanError: the plan does not fit the model.
+        UsageError, DegreeError, PlanError: an argument makes no sense, or does not fit another.
         RankError: the model, the loss or the optimizer raised on a rank.
-
     Example:
-        >>> import torch, shardproof as sp
-        >>> block = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4))
-        >>> plan = {"0": sp.ColumnParallel(), "1": sp.RowParallel()}
-        >>> step = show(block, torch.ones(2, 4), plan=plan)
+        >>> two = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+        >>> step = show(two, torch.ones(2, 4), plan={"0": "colwise", "1": "rowwise"})
         >>> [scene.title for scene in step.story.scenes if scene.arrows]
         ['1: all_reduce']
     """
-    degree = checked_degree(degree)
-    if html is not None:
-        checked_page(html)
+    degree, page = checked_degree(degree), None if html is None else checked_page(html)
     build = _checked_build(model, plan, degree, scheme)
     arguments = _checked_inputs(inputs)
     _check_functions(loss, target, optimizer)
     title = checked_name(name, "name") if name else _name_of(model)
     work = step_work(build, arguments, loss=loss, target=target, optimizer=optimizer)
     found = traced(work, degree=degree, engine=engine, values=checked_flag(values, "values"))
-    about = _about(loss, arguments, optimizer)
-    story = story_of(found.trace, title=f"{title} at degree {degree}", about=about)
-    made = Shown(found.trace, story)
-    if html is not None:
-        made.save(html)
+    title, about = f"{title} at degree {degree}", _about(loss, arguments, optimizer)
+    made = Shown(found.trace, story_of(found.trace, title=title, about=about))
+    if page is not None:
+        made.save(page)
     return made
 
 

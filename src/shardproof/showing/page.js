@@ -132,9 +132,7 @@
   });
   if (scenes.length > 0) {
     go(0);
-    if (fromLink(window.location.hash)) {
-      window.addEventListener("load", () => window.scrollTo(0, 0));
-    }
+    fromLink(window.location.hash);
     if (window.location.hash === "#selftest") selftest();
   }
 })();
