@@ -281,6 +281,15 @@ def test_lines_fit_and_are_ascii(width: int, degree: int) -> None:
             assert all(cell in text.split() for cell in row)
 
 
+def test_a_long_name_does_not_widen_the_lines() -> None:
+    model = nn.Sequential()
+    model.add_module("a_name_without_any_blank_" * 8, nn.Linear(4, 4))
+    model.add_module("row", nn.Linear(4, 4))
+    plan = {"a_name*": sp.ColumnParallel(), "row": sp.RowParallel()}
+    told = sp.show(model, torch.ones(1, 4), plan=plan).story
+    assert max(line.cell_len for line in lines_of(told, values=True, width=60)) <= 60
+
+
 def test_a_story_says_what_it_leaves_out(ffn: Traced) -> None:
     told = story_of(ffn.trace, title="x", most_scenes=4)
     assert len(told.scenes) == 4
