@@ -121,12 +121,13 @@ def _row(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Te
         y = site.start_sum(rows, weight, "forward", is_transposed=True).wait()
     if bias is None:
         return y
-    # Told first: the sum is written into.
-    if observing.is_on():
-        named = [Operand("y", y, REPLICATE), Operand("bias", bias, REPLICATE)]
-        output = Operand("y", y + bias, REPLICATE)
-        site.tell("bias", "forward", "y + bias, once, after the sum", named, output)
-    return y.add_(bias)
+    if not observing.is_on():
+        return y.add_(bias)
+    before = y.clone()
+    y.add_(bias)
+    named = [Operand("y", before, REPLICATE), Operand("bias", bias, REPLICATE)]
+    site.tell("bias", "forward", "y + bias, once, after the sum", named, Operand("y", y, REPLICATE))
+    return y
 
 
 def _owned_rows(x: Tensor, site: LinearSite) -> Tensor:

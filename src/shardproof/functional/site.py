@@ -245,19 +245,32 @@ class LinearSite:
         is_transposed: bool,
     ) -> None:
         """Tell of this rank's part of a product that is summed over the axis."""
-        what, named, name = self._contraction(a, b, direction, is_transposed)
         if not isinstance(parts, Mapping):
+            what, named, name = self._contraction(a, b, direction, is_transposed)
             self.tell("product", direction, what, named, Operand(name, parts[0], PARTIAL))
             return
         for node, part in parts.items():
+            at = self._within(node)
+            rows = b[:, at] if is_transposed else b[at]
+            held = self.cut.units(range(*node))
+            what, named, name = self._contraction(a[:, at], rows, direction, is_transposed, held)
             output = Operand(f"{name}, {node_name(node)}", part, PARTIAL)
             self.tell("product", direction, f"{what}, {node_name(node)}", named, output)
 
+    def _within(self, node: Node) -> slice:
+        """Where the leaves of a node lie in the shard."""
+        first, last = node[0] - self.run.start, node[1] - 1 - self.run.start
+        return slice(self.slices[first].start, self.slices[last].stop)
+
     def _contraction(
-        self, a: Tensor, b: Tensor, direction: str, is_transposed: bool
+        self, a: Tensor, b: Tensor, direction: str, is_transposed: bool, held: range | None = None
     ) -> tuple[str, list[Operand], str]:
         """The formula of a product over the cut features, its operands, and its result's name."""
         x, y = ("x", "y") if direction == "forward" else ("grad_y", "grad_x")
-        weight = Operand("weight", b, self._shard(1 if is_transposed else 0))
+        held = self.cut.units(self.run) if held is None else held
         what = f"{y} = {x} @ weight{'.T' if is_transposed else ''}"
-        return what, [Operand(x, a, self._shard(1)), weight], y
+        named = [
+            Operand(x, a, shard(1, held, self.cut.size)),
+            Operand("weight", b, shard(1 if is_transposed else 0, held, self.cut.size)),
+        ]
+        return what, named, y

@@ -36,6 +36,19 @@ _OF_USERS = tuple(
     f"shardproof.{name}"
     for name in ("bench", "cases", "cli", "engines", "prover", "ranks", "showing")
 )
+# They stand around functions of torch that a user calls.
+_GUARDS = tuple(
+    f"shardproof.layers.{name}"
+    for name in (
+        "data_parallel",
+        "filling",
+        "guard",
+        "refuse",
+        "scaling",
+        "state_guard",
+        "step_guard",
+    )
+)
 # They compute nothing.
 _QUIET = {
     "_local_scalar_dense",
@@ -215,8 +228,10 @@ class RankTrace(Observer):
     def _phase(self, args: tuple[Any, ...]) -> str:
         if torch._C._current_graph_task_id() != -1:
             return "backward"
-        is_update = bool(args) and isinstance(args[0], nn.Parameter) and not torch.is_grad_enabled()
-        return "update" if is_update else "forward"
+        first = args[0] if args else None
+        if torch.is_grad_enabled() or not isinstance(first, nn.Parameter):
+            return "forward"
+        return "setup" if first.grad is None else "update"
 
     def _module(self) -> str:
         """The module that computes; in backward, the one that made the node."""
@@ -310,7 +325,7 @@ def _is_ours() -> bool:
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
         is_observer = frame.f_code.co_name in ("operation", "__torch_dispatch__")
-        if not is_observer and not name.startswith("torch."):
+        if not is_observer and not name.startswith(("torch.", *_GUARDS)):
             return name.startswith("shardproof.") and not name.startswith(_OF_USERS)
         frame = frame.f_back  # type: ignore[assignment]  # the outermost frame has none
     return False

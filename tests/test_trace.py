@@ -1,0 +1,458 @@
+"""Traces: complete, true in every shape, placement, byte and value, and no trace when off."""
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
+from torch.testing import assert_close
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+import shardproof as sp
+from hf_zoo import meta_model, whole_model
+from places import ENGINES, Pool
+from shardproof import observing
+from shardproof.axis import Axis
+from shardproof.errors import RankError, UsageError
+from shardproof.observing import PARTIAL, REPLICATE, Placement, shard
+from shardproof.plans.planning import plan
+from shardproof.prover.audit import Audit
+from shardproof.scheme import Scheme
+from shardproof.trace.places import Places
+from shardproof.trace.step import Part, Step
+from shardproof.trace.text import aligned
+
+PLAN = {"1": sp.ColumnParallel(), "3": sp.RowParallel()}
+
+
+def model(hidden: int = 8) -> nn.Module:
+    """The same weights on every rank, whatever other threads draw."""
+    layers = (nn.LayerNorm(4), nn.Linear(4, hidden), nn.GELU(), nn.Linear(hidden, 4))
+    block = nn.Sequential(*layers)
+    drawn = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in block.parameters():
+            p.uniform_(-0.5, 0.5, generator=drawn)
+    return block
+
+
+def train(axis: Axis, *, numerics: Any = "invariant", hidden: int = 8) -> dict[str, Any]:
+    """One step; what the ledger counted, and the output."""
+    cut = sp.parallelize(model(hidden), PLAN, axis=axis, scheme=Scheme(numerics=numerics))
+    sgd = torch.optim.SGD(cut.parameters(), lr=0.1)
+    y = cut(torch.arange(8.0).view(2, 4))
+    sp.functional.mse_loss(y, torch.zeros(2, 4)).backward()
+    sgd.step()
+    parts = [p.detach().clone() for p in cut.parameters()]
+    return {"ledger": axis.transport.ledger.as_dict(), "y": y.detach(), "parts": parts}
+
+
+def traced(
+    degree: int = 2,
+    work: Callable[[Axis], Any] = train,
+    **options: Any,
+) -> tuple[list[Any], sp.Trace]:
+    results = sp.launch(work, degree=degree, trace=sp.Trace(**options))
+    assert results.trace is not None
+    return list(results), results.trace
+
+
+def steps_of(trace: sp.Trace, rank: int = 0, **wanted: str) -> list[Step]:
+    return [
+        step
+        for step in trace.ranks[rank]
+        if all(getattr(step, name) == value for name, value in wanted.items())
+    ]
+
+
+@pytest.mark.parametrize("numerics", ["invariant", "native"])
+@pytest.mark.parametrize("degree", [1, 2, 3, 8])
+def test_collectives_are_those_of_the_ledger(degree: int, numerics: str) -> None:
+    results, trace = traced(degree, lambda axis: train(axis, numerics=numerics))
+    assert len(trace.ranks) == degree
+    for rank, found in enumerate(results):
+        assert trace.collectives(rank) == found["ledger"]
+    assert (degree > 1) == bool(trace.collectives(0))
+
+
+@pytest.mark.parametrize("transport", ["auto", "gloo"])
+def test_every_transport_is_traced_alike(transport: str) -> None:
+    """But for what runs while a sum is on its way, which is the transport's choice."""
+    _, here = traced(2)
+    results = sp.launch(
+        train, degree=2, engine="processes", transport=transport, overlap="off", trace=True
+    )
+    trace = results.trace
+    assert trace is not None
+    assert [found["ledger"] for found in results] == [trace.collectives(rank) for rank in (0, 1)]
+
+    def told(steps: Any) -> list[Any]:
+        return [(s.phase, s.module, s.operation, s.inputs, s.output, s.sent_bytes) for s in steps]
+
+    for steps, others in zip(trace.ranks, here.ranks, strict=True):
+        for step, other in zip(told(steps), told(others), strict=True):
+            assert step == other
+
+
+@pytest.mark.parametrize("numerics", ["invariant", "native"])
+@pytest.mark.parametrize("degree", [3])
+@pytest.mark.parametrize("kind", ["llama", "llama-one-key-head"])
+def test_the_step_of_a_small_llama_is_complete(kind: str, degree: int, numerics: str) -> None:
+    """Collectives and bytes are the plan's."""
+    pytest.importorskip("transformers")
+    scheme = Scheme(numerics=numerics)  # type: ignore[arg-type]
+    whole = whole_model(kind)
+    ids = torch.arange(18).view(2, 9)
+
+    def work(axis: Axis) -> dict[str, Any]:
+        llama = sp.parallelize(copy.deepcopy(whole), None, axis=axis, scheme=scheme)
+        llama(ids, labels=ids).loss.backward()
+        torch.optim.SGD(llama.parameters(), lr=0.1).step()
+        return axis.transport.ledger.as_dict()
+
+    ledgers, trace = traced(degree, work)
+    made = plan(meta_model(kind), degree=degree, scheme=scheme)
+    for rank, ledger in enumerate(ledgers):
+        assert trace.collectives(rank) == ledger
+        assert ledger == made.comm(batch=2, length=9, labels=True, rank=rank)
+    steps = trace.ranks[0]
+    assert not any(trace.num_dropped)
+    assert {"forward", "backward", "update"} <= {step.phase for step in steps}
+    updated = {step.module for step in steps if step.operation == "update"}
+    assert updated == {name for name, _ in whole.named_parameters()}
+
+
+def test_tracing_changes_no_bit() -> None:
+    plain = sp.launch(train, degree=3)
+    assert plain.trace is None
+    results, _ = traced(3, values=True)
+    for one, other in zip(plain, results, strict=True):
+        assert torch.equal(one["y"], other["y"])
+        assert all(map(torch.equal, one["parts"], other["parts"]))
+
+
+def test_shapes_and_placements_of_a_block() -> None:
+    _, trace = traced(2)
+    found = [
+        (step.module, step.operation, [(p.name, p.shape, p.placement) for p in step.inputs],
+         step.output and (step.output.name, step.output.shape, step.output.placement))
+        for step in steps_of(trace, phase="forward")
+    ]  # fmt: skip
+    shard0, shard1 = "Shard(0)", "Shard(1)"
+    assert found == [
+        ("0", "LayerNorm", [("x", (2, 4), "")], ("y", (2, 4), "")),
+        (
+            "1",
+            "product",
+            [("x", (2, 4), "Replicate"), ("weight", (4, 4), shard0), ("bias", (4,), shard0)],
+            ("y", (2, 4), shard1),
+        ),
+        ("2", "GELU", [("x", (2, 4), shard1)], ("y", (2, 4), shard1)),
+        (
+            "3",
+            "product",
+            [("x", (2, 4), shard1), ("weight", (4, 4), shard1)],
+            ("y, leaves 0-3", (2, 4), "Partial"),
+        ),
+        ("3", "all_reduce", [("leaves 0-3", (2, 4), "Partial")], ("y", (2, 4), "Replicate")),
+        ("3", "addition", [], ("y", (2, 4), "Replicate")),
+        (
+            "3",
+            "bias",
+            [("y", (2, 4), "Replicate"), ("bias", (4,), "Replicate")],
+            ("y", (2, 4), "Replicate"),
+        ),
+        (
+            "mse_loss",
+            "loss",
+            [("y", (2, 4), "Replicate"), ("target", (2, 4), "")],
+            ("loss", (), "Replicate"),
+        ),
+    ]
+    (addition,) = steps_of(trace, phase="forward", operation="addition")
+    assert addition.detail == "leaves 0-3 + leaves 4-7"
+
+
+def test_gradients_say_how_they_lie() -> None:
+    _, trace = traced(2)
+    found = {
+        (step.module, step.output.name): step.output.placement
+        for step in steps_of(trace, phase="backward")
+        if step.output is not None and step.operation != "product"
+    }
+    found |= {
+        (step.module, step.output.name): step.output.placement
+        for step in steps_of(trace, phase="backward", operation="product")
+        if step.output is not None
+    }
+    assert found["3", "grad_x"] == found["3", "grad_weight"] == "Shard(1)"
+    assert found["3", "grad_bias"] == found["1", "grad_x"] == "Replicate"
+    assert found["2", "grad_x"] == "Shard(1)"
+    assert found["1", "grad_x, leaves 0-3"] == "Partial"
+    assert found["1", "grad_weight"] == found["1", "grad_bias"] == "Shard(0)"
+
+
+def test_updates_have_the_parameter_before_and_after() -> None:
+    results, trace = traced(2, values=True)
+    updates = steps_of(trace, rank=1, phase="update", operation="update")
+    names = [name for name, _ in model().named_parameters()]
+    assert [step.module for step in updates] == names
+    for step, part in zip(updates, results[1]["parts"], strict=True):
+        before, grad = (torch.tensor(each.values) for each in step.inputs)
+        assert step.output is not None
+        assert_close(torch.tensor(step.output.values), before - 0.1 * grad)
+        assert torch.equal(torch.tensor(step.output.values), part)
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+def test_values_are_those_of_the_step(degree: int) -> None:
+    """Every product is the product of its operands, every sum the sum of all ranks' parts."""
+    _, trace = traced(degree, values=True)
+    products = [s for steps in trace.ranks for s in steps if s.operation == "product"]
+    assert len(products) >= 6 * degree - 2
+    for step in products:
+        assert_close(tensor(step.output), by_hand(step), rtol=1e-5, atol=1e-6)
+    for row in aligned(trace.ranks):
+        if row[0] is not None and row[0].operation == "all_reduce":
+            parts = [tensor(part) for step in row if step is not None for part in step.inputs]
+            for step in row:
+                assert step is not None
+                assert_close(tensor(step.output), torch.stack(parts).sum(0))
+
+
+def tensor(part: Part | None) -> Tensor:
+    assert part is not None
+    assert part.values is not None
+    return torch.tensor(part.values)
+
+
+def by_hand(step: Step) -> Tensor:
+    """The formula of a product, from the values of its operands."""
+    given = {part.name: tensor(part) for part in step.inputs}
+    formula = step.detail.partition(" = ")[2].partition(",")[0]
+    result: Tensor = eval(formula, {"__builtins__": {}}, given)  # of our own making
+    return result
+
+
+def test_values_are_kept_only_if_asked_for_and_small() -> None:
+    _, trace = traced(2)
+    assert all(p.values is None for step in trace.ranks[0] for p in step.inputs)
+    _, trace = traced(2, values=True, num_values=8)
+    kept = {p.values is not None for step in trace.ranks[0] for p in step.inputs if len(p.shape)}
+    assert kept == {True, False}
+    sizes = [
+        torch.Size(p.shape).numel()
+        for s in trace.ranks[0]
+        for p in s.inputs
+        if p.values is not None
+    ]
+    assert max(sizes) == 8
+
+
+def test_memory_of_a_rank_shrinks_with_the_degree() -> None:
+    def most(degree: int) -> int:
+        _, trace = traced(degree, lambda axis: train(axis, hidden=4096))
+        return max(step.held_bytes for steps in trace.ranks for step in steps)
+
+    whole = most(1)
+    assert most(2) < 0.6 * whole
+    assert most(4) < 0.4 * whole
+
+
+def test_ranks_are_aligned_where_they_meet() -> None:
+    _, trace = traced(3)
+    rows = aligned(trace.ranks)
+    assert all(len(row) == 3 for row in rows)
+    for rank in range(3):
+        assert [row[rank] for row in rows if row[rank] is not None] == list(trace.ranks[rank])
+    for row in rows:
+        if any(step is not None and step.is_collective for step in row):
+            assert len({step.meeting for step in row if step is not None}) == 1
+            assert None not in row
+
+
+def test_chunks_of_one_sum_count_once() -> None:
+    """With overlap, a row layer sums its tokens in parts: one call in the ledger and here."""
+
+    def work(axis: Axis) -> Any:
+        layer = sp.RowParallelLinear(8, 4, axis=axis)
+        layer(torch.ones(16, 8 // axis.size))
+        return axis.transport.ledger.as_dict()
+
+    overlap = sp.Overlap(chunks=4)
+    results = sp.launch(work, degree=2, overlap=overlap, trace=True)
+    assert results.trace is not None
+    assert results.trace.collectives(0) == results[0]
+    assert results[0]["forward"]["all_reduce"]["calls"] == 1
+    reduced = [step for step in results.trace.ranks[0] if step.operation == "all_reduce"]
+    assert [step.is_rest for step in reduced] == [False, True, True, True]
+    assert all(step.output is not None for step in reduced)
+
+
+def test_operations_of_torch_are_steps_and_views_are_not() -> None:
+    def work(axis: Axis) -> None:
+        cut = sp.parallelize(model(), PLAN, axis=axis)
+        h = cut(torch.ones(2, 4)).view(8).view(2, 4)
+        (h * h + 1).sum().backward()
+
+    _, trace = traced(2, work)
+    forward = [s.operation for s in steps_of(trace, phase="forward")]
+    assert forward[-3:] == ["mul", "add", "sum"]
+    assert "view" not in forward
+    mul = steps_of(trace, operation="mul", phase="forward")[0]
+    assert mul.output is not None
+    assert mul.output.placement == "Replicate"
+
+
+def test_backward_of_torch_is_named_by_its_module() -> None:
+    class Own(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(x)
+
+    own = nn.Sequential(nn.Linear(4, 8), Own(), nn.Linear(8, 4))
+
+    def work(axis: Axis) -> None:
+        block = copy.deepcopy(own)
+        sp.parallelize(block, {"0": sp.ColumnParallel(), "2": sp.RowParallel()}, axis=axis)
+        block(torch.ones(2, 4)).sum().backward()
+
+    _, trace = traced(2, work)
+    found = [(s.module, s.operation) for s in steps_of(trace, phase="backward")]
+    assert ("1", "cos") in found
+
+
+@ENGINES
+def test_the_context_traces_all_ranks(engine: str, pool: Pool) -> None:
+    def work(axis: Axis) -> tuple[Any, Any]:
+        trace = sp.Trace()
+        axis.transport.ledger.reset()
+        with trace.on(axis):
+            found = train(axis)
+        train(axis)
+        return trace, found["ledger"]
+
+    for trace, ledger in pool(2, engine).run(work):
+        assert len(trace.ranks) == 2
+        assert all(trace.collectives(rank) == ledger for rank in (0, 1))
+
+
+def test_the_limit_counts_what_it_drops() -> None:
+    _, whole = traced(2)
+    _, trace = traced(2, limit=5)
+    assert [len(steps) for steps in trace.ranks] == [5, 5]
+    assert trace.ranks[0] == whole.ranks[0][:5]
+    assert trace.num_dropped == (len(whole.ranks[0]) - 5,) * 2
+    assert "dropped" in str(trace)
+
+
+def fails(axis: Axis) -> None:
+    train(axis)
+    raise ValueError("on purpose")
+
+
+def test_nothing_stays_behind() -> None:
+    sp.launch(train, degree=2, trace=True)
+    assert is_off()
+    with pytest.raises(RankError, match="on purpose"):
+        sp.launch(fails, degree=2, trace=True)
+    assert is_off()
+
+
+def is_off() -> bool:
+    hooks = (torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks)
+    seen = (observing.is_on(), observing.observers(), _get_current_dispatch_mode_stack())
+    return not any(hooks) and not any(seen)
+
+
+def test_other_threads_see_nothing_of_a_trace() -> None:
+    """An audit of one rank and the trace of all do not mix."""
+
+    def work(axis: Axis) -> int:
+        audit = Audit()
+        with audit.running():
+            if axis.rank:
+                torch.empty(10_000)
+        return audit.largest_bytes
+
+    results, trace = traced(2, work)
+    assert results == [0, 40_000]
+    assert [len(steps) for steps in trace.ranks] == [0, 0]
+
+
+def test_it_prints() -> None:
+    _, trace = traced(2)
+    text = str(trace)
+    assert "rank 0" in text
+    assert "rank 1" in text
+    assert "all_reduce" in text
+    assert "-->" in text
+    assert "<--" in text
+    assert trace.table(1).row_count == len(trace.ranks[1])
+    assert json.loads(json.dumps(trace.as_dict()))["degree"] == 2
+    assert str(sp.Trace()) == "a trace of nothing yet"
+
+
+@pytest.mark.parametrize(
+    ("do", "message"),
+    [
+        (lambda: sp.launch(train, degree=1, trace="yes"), "trace='yes' is neither a bool"),
+        (lambda: sp.Trace(limit=0), "limit"),
+        (lambda: sp.Trace(num_values=-1), "num_values"),
+        (lambda: sp.Trace(values="all"), "values"),
+        (lambda: sp.Trace().timeline(), "this trace is empty"),
+        (lambda: traced(2)[1].table(2), "rank 2 is not one of the 2 ranks"),
+    ],
+)
+def test_bad_arguments_are_named(do: Callable[[], Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        do()
+
+
+HELD = shard(2, range(2, 4), 4)
+aten = torch.ops.aten
+
+
+@pytest.mark.parametrize(
+    ("func", "args", "place", "expected"),
+    [
+        (aten.mul.Tensor, (2.0,), HELD, HELD),
+        (aten.view.default, ([6, 2, 5],), HELD, shard(1, range(2, 4), 4)),
+        (aten.view.default, ([2, 3, 10],), HELD, shard(2, range(10, 20), 20)),
+        (aten.view.default, ([2, 3, 2, 1, 5],), HELD, HELD),
+        (aten.view.default, ([12, 5],), HELD, None),
+        (aten.view.default, ([2, 30],), HELD, None),
+        (aten.transpose.int, (1, 2), HELD, shard(1, range(2, 4), 4)),
+        (aten.slice.Tensor, (0, 0, 1), HELD, HELD),
+        (aten.slice.Tensor, (2, 0, 1), HELD, None),
+        (aten.slice.Tensor, (0, 0, 1), REPLICATE, None),
+        (aten.relu.default, (), REPLICATE, REPLICATE),
+        (aten.relu.default, (), PARTIAL, None),
+        (aten.relu.default, (), None, None),
+        (aten.cumsum.default, (2,), HELD, None),
+        (aten.bernoulli.default, (), REPLICATE, None),
+    ],
+)
+def test_placements_are_carried_or_not_claimed(
+    func: Any, args: tuple[Any, ...], place: Placement | None, expected: Placement | None
+) -> None:
+    x = torch.rand(2, 3, 2, 5)
+    places = Places()
+    places.learn(x, place)
+    y = func(x, *args)
+    places.carry(func, [x], [y], is_ours=False)
+    assert places.of(y) == expected
+
+
+def test_placements_of_freed_memory_are_forgotten() -> None:
+    places = Places()
+    x = torch.rand(1000)
+    places.learn(x, REPLICATE)
+    assert places.of(x) == REPLICATE
+    for _ in range(100):
+        del x
+        x = torch.rand(1000)
+        assert places.of(x) is None
