@@ -250,6 +250,8 @@ def test_an_uneven_cut_is_drawn_with_the_indices_of_the_whole() -> None:
     ]  # fmt: skip
     assert grid.cells[1] == ("10", "11", "12", "13", "14", "15", "16", "17")
     assert owners_of(figure, rows=1, columns=8) == [[0, 0, 0, 1, 1, 1, 2, 2]]
+    without = figure_of(pieces[:2], is_result=False)
+    assert owners_of(without, rows=1, columns=4) == [[0, 0, 1, None]]
     (part,) = grids_of(figure, most_rows=9, most_columns=6)
     assert part.is_part is False  # a gap of one would take as much room
 

@@ -72,10 +72,14 @@ def owners_of(figure: Figure, *, rows: int, columns: int) -> list[list[int | Non
     piece = figure.pieces[0]
     height, width = matrix_shape(piece.part.shape if cut is None else figure.shape)
     owner = EVERY if cut is not None or figure.is_alike else piece.rank
-    lines: list[int | None] = []
+    # A rank that has nothing to do in a step is not among the pieces: nobody is known there.
+    lines: list[int | None] = [None] * (width if cut == "columns" else height)
+    end = 0
     for each in figure.pieces:
         length = matrix_shape(each.part.shape)[1 if cut == "columns" else 0]
-        lines += [each.rank] * length
+        start = end if each.part.held is None else each.part.held[0]
+        end = start + length
+        lines[start:end] = [each.rank] * len(lines[start:end])
     num_rows, num_columns = min(height, rows), min(width, columns)
     down = [row * height // num_rows for row in range(num_rows)]
     across = [column * width // num_columns for column in range(num_columns)]
