@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from shardproof.cli.output import PlainConsole, listed, shape, size, small
-from shardproof.cli.show import show_cases, show_report
+from shardproof.cli.report_text import show_cases, show_report
 
 SHA = {"a": "1a2b3c4d" + "0" * 56, "b": "99887766" + "0" * 56, "c": "deadbeef" + "0" * 56}
 

@@ -154,6 +154,16 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("mistakes.of_sums", "mistakes.of_training", "mistakes.of_weights", "mistakes.of_words"),
     ("mistakes.gallery", "mistakes.outcome"),
     ("mistakes.__init__",),
+    # One step to look at: scenes, then how they are drawn.
+    ("showing.figure", "showing.run"),
+    ("showing.case_step", "showing.grids", "showing.words"),
+    ("showing.story",),
+    ("showing.arrows", "showing.terminal"),
+    ("showing.page",),
+    ("showing.shown",),
+    ("showing.given",),
+    ("showing.model_step",),
+    ("showing.__init__",),
     # What users import, and the command on top of it.
     ("__init__",),
     # The bench: what is timed and who does it, one rank, all processes, all rounds.
@@ -179,8 +189,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli.condense", "cli.machine", "cli.picture", "cli.progress", "cli.selection", "cli.table"),
     ("cli.values",),
     ("cli.request",),
-    ("cli.show",),
-    ("cli.bench", "cli.breaking", "cli.doctor", "cli.plan", "cli.prove"),
+    ("cli.report_text",),
+    ("cli.bench", "cli.breaking", "cli.doctor", "cli.plan", "cli.prove", "cli.show"),
     ("cli.main",),
     ("cli.__init__",),
     ("__main__",),

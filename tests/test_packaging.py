@@ -75,5 +75,6 @@ def test_the_sources_that_are_given_away_build_both_modules(tmp_path: Path) -> N
         names = packed.namelist()
     for module in ("_kernels", "_shm"):
         assert f"shardproof/{module}.abi3.so" in names
-    assert "shardproof/py.typed" in names
+    for data in ("py.typed", "showing/page.css", "showing/page.js"):
+        assert f"shardproof/{data}" in names
     assert not [name for name in names if name.endswith((".c", ".h", ".inc"))]

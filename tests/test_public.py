@@ -93,7 +93,7 @@ def test_the_command_and_the_module_are_the_same() -> None:
     assert shardproof.__version__ in script.stdout
 
 
-@pytest.mark.parametrize("command", ["prove", "plan", "bench", "doctor", "break"])
+@pytest.mark.parametrize("command", ["prove", "show", "break", "plan", "bench", "doctor"])
 def test_the_command_knows_its_words(command: str) -> None:
     done = run(str(COMMAND), command, "--help")
     assert done.returncode == 0, done.stderr

@@ -47,6 +47,7 @@ from shardproof.reductions import (
     sums_by_parameter,
 )
 from shardproof.scheme import Scheme
+from shardproof.showing import show
 from shardproof.trace import Trace
 
 __version__ = "0.1.0"
@@ -87,6 +88,7 @@ __all__ = [
     "parameter_norms",
     "plan",
     "prove",
+    "show",
     "sum_over_parameters",
     "sums_by_parameter",
 ]

@@ -6,6 +6,7 @@ rank ever holds a full weight.
 """
 
 import dataclasses
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,10 @@ SIZES: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+
+
+# transformers imports its classes when they are first asked for, which only one thread may do.
+_importing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,8 @@ def predict(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Layout]:
 
 def make_llama(dropout: float) -> nn.Module:
     """A small Llama: grouped heads, gated SiLU, rotary positions, a head of its own."""
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 - an optional extra
+    with _importing:
+        from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 - an optional extra
 
     made: nn.Module = LlamaForCausalLM(LlamaConfig(**SIZES, attention_dropout=dropout))
     return made
@@ -109,7 +115,8 @@ def make_llama(dropout: float) -> nn.Module:
 
 def make_qwen(dropout: float) -> nn.Module:
     """A small Qwen3: as Llama, but queries and keys are normalised, and the head is tied."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: PLC0415 - an optional extra
+    with _importing:
+        from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: PLC0415 - an optional extra
 
     config = Qwen3Config(**SIZES, head_dim=12, attention_dropout=dropout, tie_word_embeddings=True)
     made: nn.Module = Qwen3ForCausalLM(config)

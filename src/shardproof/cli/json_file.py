@@ -20,7 +20,7 @@ LARGEST_REPORT = 64 << 20
 
 
 class JsonFile:
-    """A file that will receive one JSON document.
+    """A file that will receive one document, JSON or other text.
 
     A regular file is replaced at once when the document is complete, so that a run that fails or
     is interrupted leaves an earlier report as it was. Anything else (/dev/stdout, a pipe) is
@@ -103,13 +103,20 @@ class JsonFile:
         Raises:
             UsageError: the disk is full, or the place is gone since the first look.
         """
-        text = json.dumps(spelt_out(document), indent=1, allow_nan=False) + "\n"
+        self.write_text(json.dumps(spelt_out(document), indent=1, allow_nan=False) + "\n")
+
+    def write_text(self, text: str) -> None:
+        """Write text that is no JSON, all or nothing.
+
+        Raises:
+            UsageError: as for `write`.
+        """
         try:
             if self._is_special:
                 self._write_special(text.encode())
                 return
             try:
-                self._draft.write_text(text)
+                self._draft.write_text(text, encoding="utf-8")
                 if self._path.exists():
                     shutil.copymode(self._path, self._draft)
                 self._draft.replace(self._path)

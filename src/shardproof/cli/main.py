@@ -24,6 +24,7 @@ from shardproof.cli.doctor import doctor
 from shardproof.cli.options import HELP_OPTIONS
 from shardproof.cli.plan import plan
 from shardproof.cli.prove import prove
+from shardproof.cli.show import show
 from shardproof.cli.signals import Ended, ending_in_order
 from shardproof.cli.streams import OutputError, ReaderLeftError, give_up_stdout, prepare_streams
 from shardproof.errors import DegreeError, RankError, ShardproofError, UsageError
@@ -31,6 +32,7 @@ from shardproof.telling import cut
 
 COMMANDS: tuple[click.Command, ...] = (
     prove,
+    show,
     doctor,
     plan,
     bench,

@@ -12,8 +12,8 @@ from shardproof.cli.json_file import JsonFile
 from shardproof.cli.options import HELP_OPTIONS
 from shardproof.cli.output import console
 from shardproof.cli.progress import progress
+from shardproof.cli.report_text import ranks_text, show_cases, show_report
 from shardproof.cli.request import CARRIERS, DEFAULT_DEGREES, Earlier, Given, Request, check
-from shardproof.cli.show import ranks_text, show_cases, show_report
 from shardproof.leaves import DEFAULT_LEAVES
 from shardproof.overlap import NAMED
 from shardproof.prover import DEFAULT_SEED, Report, curve, prove_cases, prove_under_torchrun

@@ -1,94 +1,136 @@
-"""A whole report on standard output: case by case, then the summary, and the verdict last."""
+"""`shardproof show`: one training step, matrix by matrix, in the terminal or as a page."""
 
-from typing import Any
+import click
 
-from rich.padding import Padding
-from rich.text import Text
+from shardproof import cases as known
+from shardproof import extras
+from shardproof.cli.json_file import JsonFile
+from shardproof.cli.options import HELP_OPTIONS, one_of, positive
+from shardproof.cli.options import seed as parse_seed
+from shardproof.cli.output import console
+from shardproof.errors import UsageError
+from shardproof.hf.skeleton import require_transformers
+from shardproof.leaves import DEFAULT_LEAVES, check_degree
+from shardproof.prover import DEFAULT_SEED
+from shardproof.ranks import ENGINES
+from shardproof.scheme import Scheme
+from shardproof.showing.case_step import case_work
+from shardproof.showing.model_step import model_work
+from shardproof.showing.page import page_of
+from shardproof.showing.run import Work, traced
+from shardproof.showing.story import MOST_SCENES, Story, story_of
+from shardproof.showing.terminal import lines_of
+from shardproof.wording import written
 
-from shardproof.cli.condense import condense
-from shardproof.cli.output import BAD, GOOD, PlainConsole, listed, seconds
-from shardproof.cli.table import (
-    case_table,
-    facts_table,
-    later_text,
-    split_later,
-    summary_table,
-    tensor_table,
+NARROWEST = 40  # columns that the drawing needs
+
+
+@click.command(context_settings=HELP_OPTIONS)
+@click.option("--case", "case_name", metavar="NAME", help="Show this case; see prove --list.")
+@click.option(
+    "--model",
+    metavar="DIR",
+    help="Show this model of transformers: a directory with config.json, with weights or without.",
 )
-from shardproof.cli.values import show_values
-from shardproof.overlap import Overlap
+@click.option("--degree", metavar="D", default="2", show_default=True, help="How many ranks.")
+@click.option("--values", is_flag=True, help="Print the numbers of the matrices, too.")
+@click.option("--html", "html_path", metavar="FILE", help="Also write a page that plays the step.")
+@click.option("--json", "json_path", metavar="FILE", help="Also write the steps to FILE.")
+@click.option(
+    "--engine",
+    metavar="|".join(ENGINES),
+    default=ENGINES[0],
+    show_default=True,
+    help="What the ranks are.",
+)
+@click.option(
+    "--leaves",
+    metavar="N",
+    default=str(DEFAULT_LEAVES),
+    show_default=True,
+    help="Into how many parts sums are cut: the highest possible degree.",
+)
+@click.option(
+    "--seed",
+    metavar="N",
+    default=str(DEFAULT_SEED),
+    show_default=True,
+    help="Of everything that is drawn.",
+)
+@click.option(
+    "--scenes",
+    metavar="N",
+    default=str(MOST_SCENES),
+    show_default=True,
+    help="How many steps are shown at most; what is left out is said.",
+)
+def show(
+    *,
+    case_name: str | None,
+    model: str | None,
+    degree: str,
+    values: bool,
+    html_path: str | None,
+    json_path: str | None,
+    engine: str,
+    leaves: str,
+    seed: str,
+    scenes: str,
+) -> int:
+    """Show one training step on ranks: who holds what, who sends what, in which order.
 
-INDENT = 1
+    Runs the first step of a case, or a step of a model, and proves nothing. Prints the matrices
+    with their owners, then every product, collective and update. The page of --html has the
+    numbers, and needs no network.
 
-Data = dict[str, Any]
-
-
-def show_report(report: Data, verdict: str, out: PlainConsole) -> None:
-    """Print everything a person wants to know; the last line is the verdict.
-
-    Args:
-        report: as `--json` has it.
-        verdict: one sentence.
-        out: where to.
+    Exit code 0, or 2 if there is an error, which says what to do.
     """
-    for case in report["cases"]:
-        show_case(case, out)
-    out.show(summary_table(report["cases"], width=out.width))
-    out.print()
-    ranks = ranks_text(report["engine"], report["transport"])
-    _line(f"ranks: {ranks}, numerics: {report['numerics']}, seed: {report['seed']}", out)
-    _line(f"overlap: {Overlap(**report['overlap'])}", out)
-    if report.get("transport_note"):
-        _line(f"transport: {report['transport']}, {report['transport_note']}", out)
-    _line(f"contract: {report['contract']}", out)
-    if report["skipped"]:
-        _line(skipped_text(report["skipped"]), out)
-    if "against" in report:
-        _line(f"against: {report['against']['text']}", out)
-    is_good = report["proved"] and ("against" not in report or report["against"]["same"])
-    out.print(Text(verdict, GOOD if is_good else BAD), soft_wrap=True)
+    ranks = positive(degree, option="--degree", example=2)
+    scheme = Scheme(
+        leaves=positive(leaves, option="--leaves", example=DEFAULT_LEAVES), seed=parse_seed(seed)
+    )
+    check_degree(ranks, scheme.leaves)
+    most = positive(scenes, option="--scenes", example=MOST_SCENES)
+    kind = one_of(engine, ENGINES, option="--engine")
+    page = None if html_path is None else JsonFile(html_path, option="--html")
+    target = None if json_path is None else JsonFile(json_path)
+    work, title, about = _work(case_name, model, scheme, values)
+    has_values = values or page is not None
+    found = traced(work, degree=ranks, engine=kind, values=has_values)
+    story = story_of(found.trace, title=f"{title} at degree {ranks}", about=about, most_scenes=most)
+    if page is not None:
+        page.write_text(page_of(story))
+    if target is not None:
+        target.write(story.as_dict())
+    _print(story, values)
+    return 0
 
 
-def show_case(case: Data, out: PlainConsole) -> None:
-    """Print one case."""
-    out.show(Text(f"== {case['name']}", "bold"))
-    out.show(Text(case["description"]))
-    degrees = f"degree{'s' if len(case['degrees']) > 1 else ''} {listed(case['degrees'])}"
-    source = f"{case['source']}, " if case["source"] else ""
-    out.show(Text(f"{source}{degrees}, {seconds(case['seconds'])} s"))
-    out.print()
-    rows, later = split_later(case["tensors"])
-    width = out.width - INDENT
-    out.show(Padding(tensor_table(condense(rows), width=width), (0, 0, 0, INDENT)))
-    if later:
-        out.show(Padding(later_text(later), (0, 0, 0, INDENT)))
-    out.print()
-    out.show(Padding(facts_table(case), (0, 0, 0, INDENT)))
-    out.print()
-    show_values(case, out)
+def _work(
+    case_name: str | None, model: str | None, scheme: Scheme, values: bool
+) -> tuple[Work, str, tuple[str, ...]]:
+    """What is run, what it is called, and what is said about it.
 
-
-def show_cases(cases: list[Data], out: PlainConsole) -> None:
-    """Print what `--list` lists."""
-    out.show(case_table(cases, width=out.width))
-
-
-def ranks_text(engine: str, transport: str) -> str:
-    """What the ranks were and what carried their bytes, without saying a word twice.
-
-    >>> ranks_text("processes", "gloo"), ranks_text("threads", "threads")
-    ('processes over gloo', 'threads')
+    Raises:
+        UsageError: neither a case nor a model was named, or both; or it cannot be run.
     """
-    return engine if engine == transport else f"{engine} over {transport}"
+    if (case_name is None) == (model is None):
+        both = "were both given" if case_name is not None else "is missing"
+        raise UsageError(
+            f"--case NAME or --model DIR {both}, and one thing is shown. Use for instance "
+            "shardproof show --case ffn."
+        )
+    if model is not None:
+        require_transformers(f"--model {written(model)}")
+        return model_work(model, scheme=scheme, values=values)
+    case = known.find_case(case_name or "")
+    if not case.is_installed:
+        raise UsageError(f"--case {case.name} {extras.is_wanted(case.extra)}")
+    about = (f"The first training step of the case: {case.description}.",)
+    return case_work(case, scheme=scheme, seed=scheme.seed), f"case {case.name}", about
 
 
-def skipped_text(skipped: list[Data]) -> str:
-    """One line about the cases that lack their extra."""
-    cases = [f"{case['name']} (needs the extra {case['extra']!r})" for case in skipped]
-    extras = ",".join(dict.fromkeys(case["extra"] for case in skipped))
-    return f"skipped: {listed(cases)}; pip install 'shardproof[{extras}]'"
-
-
-def _line(text: str, out: PlainConsole) -> None:
-    """One line, whole at any width, so that it can be searched for."""
-    out.print(Text(text), soft_wrap=True)
+def _print(story: Story, values: bool) -> None:
+    out = console()
+    for line in lines_of(story, values=values, width=max(out.width, NARROWEST)):
+        out.print(line, soft_wrap=True)

@@ -33,7 +33,8 @@ from shardproof.trace.step import Part, Step
 
 # What these of the package call is the work of a user: a case, a model, a loss.
 _OF_USERS = tuple(
-    f"shardproof.{name}" for name in ("bench", "cases", "cli", "engines", "prover", "ranks")
+    f"shardproof.{name}"
+    for name in ("bench", "cases", "cli", "engines", "prover", "ranks", "showing")
 )
 # They stand around functions of torch that a user calls.
 _GUARDS = tuple(
@@ -81,12 +82,15 @@ class RankTrace(Observer):
     Attributes:
         steps: so far.
         num_dropped: steps beyond the limit.
+        is_writing: False while the rank is only watched: what it holds and how it lies is learned,
+            and no step is written.
     """
 
     def __init__(self, rank: int, *, num_values: int, limit: int) -> None:
         super().__init__()
         self.steps: list[Step] = []
         self.num_dropped = 0
+        self.is_writing = True
         self._rank, self._num_values, self._limit = rank, num_values, limit
         self._memory, self._places = Memory(), Places()
         self._names: dict[int, str] = {}
@@ -237,7 +241,7 @@ class RankTrace(Observer):
         return self._names.get(id(self._stack[-1][0]), "") if self._stack else ""
 
     def _part(self, operand: Operand) -> Part:
-        return Part.of(operand, num_values=self._num_values)
+        return Part.of(operand, num_values=self._num_values if self.is_writing else 0)
 
     def _write(
         self,
@@ -266,6 +270,8 @@ class RankTrace(Observer):
 
     def _add(self, step: Step) -> int | None:
         self._num_seen += 1
+        if not self.is_writing:
+            return None
         if len(self.steps) >= self._limit:
             self.num_dropped += 1
             return None

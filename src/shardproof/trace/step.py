@@ -10,6 +10,8 @@ from shardproof.wording import dtype_name
 
 PHASES = ("setup", "forward", "backward", "update", "prover")
 
+CORNER = 8  # numbers along each of the last two dims that are kept of a large tensor
+
 Values = tuple[Any, ...] | float | int | bool
 
 
@@ -27,6 +29,8 @@ class Part:
         size: of the whole dim.
         num_bytes: of this rank's elements.
         values: nested tuples of numbers, if they were asked for and are few enough.
+        corner: the first numbers along the last two dims, and the first alone along those before,
+            nested as they are; if numbers were asked for and are too many.
     """
 
     name: str
@@ -38,6 +42,7 @@ class Part:
     size: int | None = None
     num_bytes: int = 0
     values: Values | None = None
+    corner: Values | None = None
 
     @classmethod
     def of(cls, operand: Operand, *, num_values: int) -> "Part":
@@ -60,6 +65,7 @@ class Part:
             placement.size if placement is not None and is_cut else None,
             x.numel() * x.element_size(),
             values_of(x) if x.numel() <= num_values else None,
+            values_of(_corner_of(x)) if 0 < num_values < x.numel() else None,
         )
 
     @property
@@ -115,6 +121,12 @@ class Step:
 def values_of(x: Tensor) -> Values:
     """The numbers of a tensor as nested tuples."""
     return _frozen(x.detach().tolist())
+
+
+def _corner_of(x: Tensor) -> Tensor:
+    for dim in range(x.dim()):
+        x = x.narrow(dim, 0, min(CORNER if dim >= x.dim() - 2 else 1, x.shape[dim]))
+    return x
 
 
 def _frozen(tree: Any) -> Any:

@@ -1,0 +1,260 @@
+"""A story as one page of HTML that needs nothing else: no network, no fonts, no other file.
+
+Everything is written into the page beforehand; its script only chooses what is seen. Without a
+script, and on paper, all scenes stand one below the other. What comes from a user is escaped.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+
+from shardproof.showing.arrows import drawing
+from shardproof.showing.figure import Figure
+from shardproof.showing.grids import EVERY, Grid, Line, grids_of
+from shardproof.showing.story import Scene, Story
+from shardproof.showing.words import lying, placed
+
+COLOURS = 8  # of ranks; further ranks begin again, and their numbers tell them apart
+MOST_LINES, FEW_LINES = (12, 20), (6, 6)  # rows and columns of a grid
+MANY_SCENES = 60  # from which on grids are drawn with few lines
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+def page_of(story: Story) -> str:
+    """The page."""
+    lines = MOST_LINES if len(story.scenes) < MANY_SCENES else FEW_LINES
+    scenes = "\n".join(_scene(scene, story, lines) for scene in story.scenes)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<title>{escape(story.title)}</title>
+<style>
+{_read("page.css")}</style>
+</head>
+<body>
+<header>
+<h1>{escape(story.title)}</h1>
+{_paragraphs(story.about)}
+{_paragraphs(story.omissions, "bad")}
+{_legend(story)}
+</header>
+{_player(story)}
+<p id="live" class="unseen" aria-live="polite"></p>
+<main>
+{scenes}
+</main>
+{_all_steps(story)}
+<script>
+{_read("page.js")}</script>
+</body>
+</html>
+"""
+
+
+@cache
+def _read(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _paragraphs(sentences: Sequence[str], kind: str = "") -> str:
+    start = f'<p class="{kind}">' if kind else "<p>"
+    return "\n".join(f"{start}{escape(sentence)}</p>" for sentence in sentences)
+
+
+def _legend(story: Story) -> str:
+    items = "".join(
+        f'<li><span class="swatch r{rank % COLOURS}">{rank}</span>rank {rank}</li>'
+        for rank in range(story.degree)
+    )
+    same = '<li><span class="swatch">all</span>the same on every rank</li>'
+    return f'<ul class="legend" aria-label="Colours">{items}{same}</ul>'
+
+
+def _player(story: Story) -> str:
+    counts: dict[str, int] = {}
+    for scene in story.scenes:
+        counts[scene.phase] = counts.get(scene.phase, 0) + 1
+    track = "".join(
+        f'<span class="{phase}" style="flex:{count} 0 0">{phase}</span>'
+        for phase, count in counts.items()
+    )
+    return f"""<nav class="player" aria-label="Player">
+<div class="buttons">
+<button type="button" id="first">First</button>
+<button type="button" id="previous">Previous</button>
+<button type="button" id="play" aria-pressed="false">Play</button>
+<button type="button" id="next">Next</button>
+<span class="hint quiet">Keys: left, right, space</span>
+<span class="where" id="where"></span>
+</div>
+<label for="slider">Step</label>
+<input type="range" id="slider" min="1" max="{max(1, len(story.scenes))}" value="1">
+<div class="track" aria-hidden="true">{track}</div>
+</nav>
+<noscript><p>Scripts are off: all steps stand one below the other.</p></noscript>"""
+
+
+def _scene(scene: Scene, story: Story, lines: tuple[int, int]) -> str:
+    meets = " meets" if scene.is_collective else ""
+    num_arrows = sum(len(arrow.receivers) for arrow in scene.arrows)
+    formula = f"<p><code>{escape(scene.formula)}</code></p>" if scene.formula else ""
+    read = [figure for figure in scene.figures if not figure.is_result]
+    made = [figure for figure in scene.figures if figure.is_result]
+    drawn = [_group("Read" if scene.arrows == () else "Put in", read, lines)]
+    if scene.arrows:
+        drawn.append(drawing(scene.arrows, story.degree, COLOURS))
+    drawn.append(_group("Made" if scene.arrows == () else "Got", made, lines))
+    number = scene.number
+    return f"""<section class="scene{meets}" id="step-{number}" data-phase="{scene.phase}" \
+data-arrows="{num_arrows}" aria-labelledby="title-{number}">
+<h2 id="title-{number}">Step {number}, <span class="phase {scene.phase}">{scene.phase}</span>: \
+{escape(scene.title)}</h2>
+{formula}
+<p class="told">{escape(" ".join(scene.told))}</p>
+<div class="parts">
+<div class="drawn">
+{"".join(drawn)}
+</div>
+<div class="memory">{_memory(scene, story)}</div>
+</div>
+</section>"""
+
+
+def _group(word: str, figures: Sequence[Figure], lines: tuple[int, int]) -> str:
+    if not figures:
+        return ""
+    return f'<div class="group">{word}</div>' + "".join(_figure(each, lines) for each in figures)
+
+
+def _figure(figure: Figure, lines: tuple[int, int]) -> str:
+    grids = grids_of(figure, most_rows=lines[0], most_columns=lines[1])
+    tables = "".join(_table(grid, figure) for grid in grids)
+    part = ", a part of it" if any(grid.is_part for grid in grids) else ""
+    bad = f' <span class="bad">{escape(lying(figure))}</span>' if figure.is_broken else ""
+    return (
+        f"<figure><figcaption><strong>{escape(figure.name)}</strong> {figure.shape} "
+        f'<span class="quiet">{escape(placed(figure))}{part}</span>{bad}</figcaption>'
+        f'<div class="grids">{tables}</div></figure>\n'
+    )
+
+
+def _table(grid: Grid, figure: Figure) -> str:
+    """A table with the index of every row and column, and above or before them its rank."""
+    name = escape(f"{figure.name}, {grid.label}" if grid.label else figure.name)
+    caption = (
+        f"<caption>{escape(grid.label)}</caption>"
+        if grid.label
+        else f'<caption class="unseen">{name}</caption>'
+    )
+    by_rows = grid.cut == "rows"
+    corner = "<td></td>" * (2 if by_rows else 1)
+    head = ""
+    if grid.cut == "columns":
+        owners = "".join(
+            f'<th class="owner" scope="colgroup" colspan="{count}">{_rank(owner, count)}</th>'
+            for owner, count in _runs(grid.columns)
+        )
+        head = f"<tr>{corner}{owners}</tr>"
+    heads = "".join(f'<th scope="col">{line.head}</th>' for line in grid.columns)
+    body = "".join(_rows(grid))
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{name}">'
+        f'<table class="matrix">{caption}<thead>{head}<tr>{corner}{heads}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _rank(owner: int | None, count: int) -> str:
+    return "" if owner is EVERY else f"rank {owner}" if count > 1 else f"r{owner}"
+
+
+def _rows(grid: Grid) -> Iterator[str]:
+    column_edges = _starts(grid.columns) if grid.cut == "columns" else set()
+    row_edges = _starts(grid.rows) if grid.cut == "rows" else set()
+    counts = dict(_starts_and_counts(grid.rows)) if grid.cut == "rows" else {}
+    for place, (row, cells) in enumerate(zip(grid.rows, grid.cells, strict=True)):
+        owner = ""
+        if place in counts:
+            owner = (
+                f'<th class="owner" scope="rowgroup" rowspan="{counts[place]}">'
+                f"{_rank(row.owner, 2)}</th>"
+            )
+        written = []
+        for column, cell in enumerate(cells):
+            rank = grid.owner_of(place, column)
+            kinds = "all" if rank is EVERY else f"r{rank % COLOURS}"
+            kinds += " edge-left" if column in column_edges and column else ""
+            written.append(f'<td class="{kinds}">{escape(cell)}</td>')
+        edge = ' class="edge-top"' if place in row_edges and place else ""
+        yield f'<tr{edge}>{owner}<th scope="row">{row.head}</th>{"".join(written)}</tr>'
+
+
+def _runs(lines: Sequence[Line]) -> Iterator[tuple[int | None, int]]:
+    for start, count in _starts_and_counts(lines):
+        yield lines[start].owner, count
+
+
+def _starts_and_counts(lines: Sequence[Line]) -> list[tuple[int, int]]:
+    starts = [*sorted(_starts(lines)), len(lines)]
+    return [(start, end - start) for start, end in pairwise(starts)]
+
+
+def _starts(lines: Sequence[Line]) -> set[int]:
+    return {
+        place
+        for place, line in enumerate(lines)
+        if place == 0 or line.owner != lines[place - 1].owner
+    }
+
+
+def _memory(scene: Scene, story: Story) -> str:
+    most = max(1, story.most_held)
+    rows = "".join(
+        _memory_row(scene, rank, 100 * held / most) for rank, held in enumerate(scene.held)
+    )
+    return (
+        '<table class="ranks"><caption class="unseen">Memory and bytes of each rank</caption>'
+        '<thead><tr><th scope="col">rank</th><th scope="col" colspan="2">bytes held</th>'
+        f'<th scope="col">sent</th></tr></thead><tbody>{rows}</tbody></table>'
+        f'<p class="quiet">A full bar is {most:,} bytes, the most that a rank holds in this step.'
+        "</p>"
+    )
+
+
+def _memory_row(scene: Scene, rank: int, percent: float) -> str:
+    colour = rank % COLOURS
+    return (
+        f'<tr><th scope="row"><span class="swatch r{colour}">{rank}</span></th>'
+        f'<td class="held"><div class="bar"><i class="b{colour}" style="width:{percent:.1f}%">'
+        f'</i></div></td><td class="number">{scene.held[rank]:,}</td>'
+        f'<td class="number">{_sent(scene, rank)}</td></tr>'
+    )
+
+
+def _sent(scene: Scene, rank: int) -> str:
+    step = scene.steps[rank]
+    return f"{step.sent_bytes:,}" if step is not None and scene.is_collective else "-"
+
+
+def _all_steps(story: Story) -> str:
+    rows = "".join(
+        f'<tr><td><a href="#step-{scene.number}">{scene.number}</a></td>'
+        f'<td class="{scene.phase}">{scene.phase}</td><td>{escape(scene.title)}</td>'
+        f"<td>{sum(arrow.num_bytes for arrow in scene.arrows) or '-':{',' if scene.arrows else ''}}"
+        "</td></tr>"
+        for scene in story.scenes
+    )
+    heads = "".join(
+        f'<th scope="col">{head}</th>' for head in ("step", "phase", "what", "bytes sent")
+    )
+    return (
+        "<details><summary>All steps</summary>"
+        '<table class="steps"><caption class="unseen">All steps</caption>'
+        f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></details>"
+    )

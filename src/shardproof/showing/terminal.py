@@ -1,0 +1,250 @@
+"""A story as lines of text: the matrices by owner, then the steps, with numbers if they are wanted.
+
+Plain ASCII. Whose a cell is, its letter says as well as its colour.
+"""
+
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from shardproof.showing.figure import Figure
+from shardproof.showing.grids import EVERY, Grid, grids_of, owners_of
+from shardproof.showing.story import Scene, Story
+from shardproof.showing.words import changed, ranks
+
+RANK_STYLES = (
+    "black on bright_cyan", "black on bright_yellow", "black on bright_green",
+    "black on bright_magenta", "white on blue", "white on red", "black on white",
+    "black on yellow",
+)  # fmt: skip
+PHASE_STYLES = {"forward": "bold cyan", "backward": "bold magenta", "update": "bold green"}
+EVERY_LETTER, SUMMAND_LETTER, UNKNOWN_LETTER = "*", "+", "?"
+LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
+
+MAP_ROWS, MAP_COLUMNS = 6, 16  # of a small grid
+VALUE_ROWS, VALUE_COLUMNS = 6, 8  # of a grid of numbers
+_CELL = 9
+_GAP = 3
+_MOST_MAPS = 12
+INDENT = 5  # below the number of a step
+_MARGIN = " " * INDENT
+
+
+def lines_of(story: Story, *, values: bool, width: int) -> list[Text]:
+    """Everything, as lines that are not wider than `width`.
+
+    Args:
+        story: what is shown.
+        values: show numbers.
+        width: columns, 40 or more.
+    """
+    lines = [Text(f"== {story.title}", "bold")]
+    lines += _wrapped(" ".join(story.about), width)
+    lines += [Text(""), *_legend(story, width), Text("")]
+    lines += _maps(_matrices(story), width)
+    phase = ""
+    for scene in story.scenes:
+        if scene.phase != phase:
+            phase = scene.phase
+            lines += [Text(""), Text(f"== {phase}", PHASE_STYLES.get(phase, "bold"))]
+        lines += _scene(scene, story, values, width)
+    lines.append(Text(""))
+    for sentence in (_memory(story), *story.omissions):
+        lines += _wrapped(sentence, width)
+    for line in lines:
+        line.rstrip()
+        line.truncate(width)  # a name of a user's may be longer than any line
+    return lines
+
+
+def style_of(rank: int | None) -> str:
+    """The colour of a rank; there are eight, and the letters go on."""
+    return "" if rank is None else RANK_STYLES[rank % len(RANK_STYLES)]
+
+
+def letter_of(rank: int) -> str:
+    """One letter for a rank.
+
+    >>> letter_of(3), letter_of(11)
+    ('3', 'b')
+    """
+    return LETTERS[rank % len(LETTERS)]
+
+
+def _legend(story: Story, width: int) -> list[Text]:
+    parts = [
+        Text.assemble((letter_of(rank), style_of(rank)), f" rank {rank}")
+        for rank in range(story.degree)
+    ]
+    parts += [
+        Text(f"{EVERY_LETTER} the same on every rank"),
+        Text(f"{SUMMAND_LETTER} a summand on each rank"),
+        Text(f"{UNKNOWN_LETTER} not known"),
+    ]
+    lines = [Text("")]
+    for part in parts:
+        if lines[-1].cell_len and lines[-1].cell_len + 3 + part.cell_len > width:
+            lines.append(Text(""))
+        lines[-1] = Text("   ").join([lines[-1], part]) if lines[-1].cell_len else part
+    return lines
+
+
+def _matrices(story: Story) -> list[tuple[str, Figure]]:
+    """The tensors that a reader wants to see first: what each forward product reads and makes."""
+    found: dict[tuple[str, str, tuple[int, ...]], tuple[str, Figure]] = {}
+    for scene in story.scenes:
+        if scene.phase != "forward" or len(found) >= _MOST_MAPS:
+            continue
+        who = scene.title.partition(":")[0]
+        for figure in scene.figures:
+            is_repeated = scene.is_collective and not figure.is_result
+            if len(figure.shape) >= 2 and not is_repeated:
+                # Weights are called alike in every layer, and the layer tells them apart.
+                name = f"{who}.{figure.name}" if ":" in scene.title else figure.name
+                found.setdefault((name, figure.placement, figure.shape), (name, figure))
+    return list(found.values())
+
+
+def _maps(figures: Sequence[tuple[str, Figure]], width: int) -> list[Text]:
+    """Small grids side by side, as many as fit in a line."""
+    lines: list[Text] = []
+    row: list[list[Text]] = []
+    for name, figure in figures:
+        block = [Text(name, "bold"), Text(_shape(figure)), *_map(figure)]
+        taken = sum(_width(each) + _GAP for each in row)
+        if row and taken + _width(block) > width:
+            lines += [*_joined(row), Text("")]
+            row = []
+        row.append(block)
+    return lines + (_joined(row) if row else [])
+
+
+def _width(block: Sequence[Text]) -> int:
+    return max(line.cell_len for line in block)
+
+
+def _joined(blocks: Sequence[Sequence[Text]]) -> list[Text]:
+    lines = []
+    for place in range(max(len(block) for block in blocks)):
+        line = Text("")
+        for block in blocks:
+            part = block[place].copy() if place < len(block) else Text("")
+            part.pad_right(_width(block) + _GAP - part.cell_len)
+            line += part
+        line.rstrip()
+        lines.append(line)
+    return lines
+
+
+def _map(figure: Figure) -> Iterator[Text]:
+    """Whose each part is, one letter a cell."""
+    for owners in owners_of(figure, rows=MAP_ROWS, columns=MAP_COLUMNS):
+        line = Text("")
+        for owner in owners:
+            letter = _letter(figure, owner)
+            line.append(letter, style_of(owner) if letter.isalnum() else "")
+        yield line
+
+
+def _letter(figure: Figure, owner: int | None) -> str:
+    if figure.placement == "Partial":
+        return SUMMAND_LETTER
+    if figure.is_alike:
+        return EVERY_LETTER
+    return UNKNOWN_LETTER if owner is None or figure.dim is None else letter_of(owner)
+
+
+def _scene(scene: Scene, story: Story, values: bool, width: int) -> Iterator[Text]:
+    head = Text(scene.title, "bold" if scene.is_collective else "")
+    if scene.formula:
+        head.append(f", {scene.formula}", "not bold")
+    yield from _hung(f"{scene.number:>3}. ", head, width, INDENT)
+    if scene.arrows:
+        for arrow in scene.arrows:
+            carried = " and ".join(f"{name} {shape}" for name, shape in arrow.carried)
+            line = Text.assemble(
+                (f"rank {arrow.sender}", style_of(arrow.sender)),
+                f" ==> {ranks(arrow.receivers)}: {carried}, {arrow.num_bytes:,} bytes",
+            )
+            yield from _hung(_MARGIN, line, width, INDENT + 4)
+        made = [f"{figure.name} {figure.shape}" for figure in scene.figures if figure.is_result]
+        text = f"{changed(scene.figures)}: {', '.join(made)}"
+        yield from _hung(_MARGIN, Text(text), width, INDENT + 4)
+    else:
+        yield from _hung(_MARGIN, Text(_flow(scene)), width, INDENT + 4)
+    for figure in scene.figures:
+        if figure.is_broken:
+            yield Text(f"{_MARGIN}{figure.name} is NOT the same on every rank", "bold red")
+    if values and story.has_values:
+        for figure in scene.figures:
+            yield from _numbers(figure, width)
+
+
+def _flow(scene: Scene) -> str:
+    read = [_named(figure) for figure in scene.figures if not figure.is_result]
+    made = [_named(figure) for figure in scene.figures if figure.is_result]
+    return " -> ".join(filter(None, (", ".join(read), ", ".join(made))))
+
+
+def _named(figure: Figure) -> str:
+    return f"{figure.name} {_shape(figure)}"
+
+
+def _shape(figure: Figure) -> str:
+    return f"{figure.shape} {figure.placement or ('same' if figure.is_alike else '?')}"
+
+
+def _numbers(figure: Figure, width: int) -> Iterator[Text]:
+    """The numbers of a figure, with the rank and the index of each line."""
+    room = max(2, (width - INDENT - 8) // _CELL)
+    for grid in grids_of(figure, most_rows=VALUE_ROWS, most_columns=min(VALUE_COLUMNS, room)):
+        if not any(any(row) for row in grid.cells):
+            return  # numbers were not kept
+        part = " in part" * grid.is_part
+        label = f", {grid.label}" if grid.label else ""
+        yield Text(f"{_MARGIN}{figure.name} {figure.shape}{label}{part}", "italic")
+        yield from _grid(grid, room)
+
+
+def _grid(grid: Grid, room: int) -> Iterator[Text]:
+    """Its cells; columns that do not fit beside the others come below them."""
+    by_columns, by_rows = grid.cut == "columns", grid.cut == "rows"
+    places = range(len(grid.columns))
+    for start in range(0, len(grid.columns), room):
+        chosen = places[start : start + room]
+        if len(grid.columns) > 1 or by_columns:
+            heads = (grid.columns[place] for place in chosen)
+            written = [_head(column.head, column.owner, by_columns) for column in heads]
+            yield Text(_MARGIN + " " * 8 + "".join(head.rjust(_CELL) for head in written))
+        for row, cells in enumerate(grid.cells):
+            line = grid.rows[row]
+            text = Text(_MARGIN)
+            text.append(_head(line.head, line.owner, by_rows).rjust(7) + " ", "dim")
+            for place in chosen:
+                text.append(cells[place].rjust(_CELL), style_of(grid.owner_of(row, place)))
+            yield text
+
+
+def _head(index: str, owner: int | None, is_owned: bool) -> str:
+    return f"{letter_of(owner)}:{index}" if is_owned and owner is not EVERY else index
+
+
+def _memory(story: Story) -> str:
+    """The most that each rank holds."""
+    peaks = ", ".join(f"rank {rank} {peak:,}" for rank, peak in enumerate(story.peaks))
+    return f"Most bytes held after a step: {peaks}."
+
+
+def _wrapped(text: str, width: int) -> list[Text]:
+    return [Text(line) for line in textwrap.wrap(text, width)]
+
+
+def _hung(start: str, line: Text, width: int, indent: int) -> Iterator[Text]:
+    """A line that begins with `start`; where it is too long it is broken, the rest indented."""
+    console = Console(width=width)
+    first, *others = line.wrap(console, width - max(len(start), indent))
+    yield Text(start) + first
+    for other in others:
+        yield Text(" " * indent) + other

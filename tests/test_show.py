@@ -1,0 +1,486 @@
+"""`sp.show` and `shardproof show`: scenes are complete, and all three renderings say the same."""
+
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+import shardproof as sp
+from shardproof.cases import all_cases, find_case
+from shardproof.cli.main import main
+from shardproof.engines.base import Ranks
+from shardproof.errors import DegreeError, PlanError, UsageError
+from shardproof.scheme import Scheme
+from shardproof.showing.case_step import case_work
+from shardproof.showing.figure import Piece, figure_of
+from shardproof.showing.grids import grids_of, owners_of
+from shardproof.showing.model_step import MOST_WITH_VALUES
+from shardproof.showing.page import page_of
+from shardproof.showing.run import Traced, run_on_rank, traced
+from shardproof.showing.shown import Shown
+from shardproof.showing.story import Story, story_of
+from shardproof.showing.terminal import lines_of
+from shardproof.trace.step import Part
+
+SEED = 12345
+SMALL = ("matmul-row", "matmul-column", "ffn", "linear-row", "mlp-gathered", "attention", "digits")
+
+
+def run_case(name: str, degree: int) -> Traced:
+    work = case_work(find_case(name), scheme=Scheme(seed=SEED), seed=SEED)
+    return traced(work, degree=degree, engine="threads", values=True)
+
+
+@pytest.fixture(scope="module")
+def ffn() -> Traced:
+    return run_case("ffn", 3)
+
+
+@pytest.fixture(scope="module")
+def story(ffn: Traced) -> Story:
+    return story_of(ffn.trace, title="ffn", about=("A step.",))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+        self.up, self.act, self.down = nn.Linear(6, 10), nn.SiLU(), nn.Linear(10, 4)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.down(self.act(self.up(x)))
+        return y
+
+
+PLAN = {"up": sp.ColumnParallel(), "down": sp.RowParallel()}
+
+
+@pytest.fixture(scope="module")
+def block() -> Shown:
+    x = torch.arange(18.0).reshape(3, 6).sin().requires_grad_()
+    return sp.show(Block(), x, degree=2, plan=PLAN, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+
+
+def misses(traced_step: Traced, told: Story) -> list[str]:
+    """What of a trace is in no scene, and what of the scenes is not in the trace."""
+    in_scenes = [(step.rank, step.number) for scene in told.scenes for step in scene.steps if step]
+    traced_steps = [(step.rank, step.number) for steps in traced_step.trace.ranks for step in steps]
+    found = [f"{each} is in {in_scenes.count(each)} scenes" for each in traced_steps
+             if in_scenes.count(each) != 1]  # fmt: skip
+    found += [f"{each} is not in the trace" for each in in_scenes if each not in traced_steps]
+    for scene in told.scenes:
+        steps = [step for step in scene.steps if step]
+        meetings = {step.meeting for step in steps}
+        if scene.is_collective and (len(meetings) != 1 or len(steps) != told.degree):
+            found.append(f"scene {scene.number}: the ranks do not meet")
+        for step in steps:
+            parts = [(p.rank, p.part) for figure in scene.figures for p in figure.pieces]
+            read = (*step.inputs, *((step.output,) if step.output else ()))
+            found += [f"scene {scene.number} lacks {part.name}" for part in read
+                      if (step.rank, part) not in parts]  # fmt: skip
+    for rank, counts in enumerate(traced_step.counts):
+        figures = [each for kinds in counts.values() for each in kinds.values()]
+        sent = sum(a.num_bytes for s in told.scenes for a in s.arrows if a.sender == rank)
+        if sent != sum(each["sent_bytes"] for each in figures):
+            found.append(f"rank {rank}: arrows have {sent} bytes")
+    return found
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+@pytest.mark.parametrize("name", SMALL)
+def test_every_step_of_every_rank_is_in_one_scene_and_bytes_are_the_ledgers(
+    name: str, degree: int
+) -> None:
+    found = run_case(name, degree)
+    told = story_of(found.trace, title=name)
+    assert misses(found, told) == []
+    phases = list(dict.fromkeys(scene.phase for scene in told.scenes))
+    assert phases == ["forward", "backward", "update"][: 2 if name.startswith("matmul") else 3]
+    for rank in range(degree):
+        assert found.trace.collectives(rank) == found.counts[rank]
+    assert any(scene.arrows for scene in told.scenes) == (degree > 1)
+
+
+def test_a_step_that_a_scene_loses_is_noticed(ffn: Traced, story: Story) -> None:
+    scenes = tuple(scene for scene in story.scenes if not scene.arrows)
+    lost = Story("x", (), 3, scenes, {}, (0, 0, 0), has_values=True)
+    found = misses(ffn, lost)
+    assert any("0 scenes" in each for each in found)
+    assert any("arrows have 0 bytes" in each for each in found)
+
+
+def test_processes_show_the_same_numbers(pool: Callable[[int, str], Ranks]) -> None:
+    work = case_work(find_case("ffn"), scheme=Scheme(seed=SEED), seed=SEED)
+    trace = sp.Trace(values=True)
+    runs = pool(2, "processes").run(partial(run_on_rank, work=work, num_values=1024))
+    trace.take((run.steps, run.num_dropped) for run in runs)
+    other, told = (story_of(each, title="ffn") for each in (trace, run_case("ffn", 2).trace))
+    assert [scene.figures for scene in other.scenes] == [scene.figures for scene in told.scenes]
+    assert [scene.arrows for scene in other.scenes] == [scene.arrows for scene in told.scenes]
+
+
+def test_a_feed_forward_sends_one_sum_each_way(story: Story) -> None:
+    met = [scene for scene in story.scenes if scene.is_collective]
+    assert [(scene.phase, scene.title) for scene in met] == [
+        ("forward", "down: all_reduce"),
+        ("backward", "up: all_reduce"),
+    ]
+    first = met[0]
+    assert [arrow.receivers for arrow in first.arrows] == [(1, 2), (0, 2), (0, 1)]
+    assert [figure.placement for figure in first.figures] == ["Partial", "Replicate"]
+    assert "The ranks add up their summands" in " ".join(first.told)
+    assert [piece.rank for piece in first.figures[0].pieces] == [0, 0, 1, 1, 2]
+
+
+def test_values_are_those_of_the_plain_module(block: Shown) -> None:
+    plain, x = Block(), torch.arange(18.0).reshape(3, 6).sin().requires_grad_()
+    plain(x).square().mean().backward()
+    (made,) = [
+        scene.figures[-1]
+        for scene in block.story.scenes
+        if scene.phase == "backward" and scene.title == "up: product"
+        and scene.figures[-1].name == "grad_weight"
+    ]  # fmt: skip
+    whole = torch.cat([torch.tensor(piece.part.values) for piece in made.pieces])
+    torch.testing.assert_close(whole, plain.up.weight.grad)
+    assert made.shape == (10, 6)
+
+
+class Cells(HTMLParser):
+    """The cells of matrices, scene by scene, as the page has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scenes: list[list[str]] = []
+        self.tags: list[str] = []
+        self._is_cell = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        kind = dict(attrs).get("class") or ""
+        if tag == "section":
+            self.scenes.append([])
+        self._is_cell = tag == "td" and bool(re.match(r"all|r\d", kind))
+        if self._is_cell:
+            self.scenes[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._is_cell = self._is_cell and tag != "td"
+
+    def handle_data(self, data: str) -> None:
+        if self._is_cell:
+            self.scenes[-1][-1] += data
+
+
+def numbers(tree: Any) -> list[float]:
+    if isinstance(tree, list | tuple):
+        return [number for each in tree for number in numbers(each)]
+    return [float(tree)]
+
+
+def test_the_page_and_the_json_have_the_numbers_of_the_trace(block: Shown) -> None:
+    cells = Cells()
+    cells.feed(block.page())
+    scenes = json.loads(json.dumps(block.as_dict()))["scenes"]
+    assert len(cells.scenes) == len(scenes) == len(block.story.scenes) > 10
+    for drawn, written, scene in zip(cells.scenes, scenes, block.story.scenes, strict=True):
+        expected = [
+            cell
+            for figure in scene.figures
+            for grid in grids_of(figure, most_rows=12, most_columns=20)
+            for row in grid.cells
+            for cell in row
+        ]
+        assert drawn == expected
+        for figure, as_json in zip(scene.figures, written["figures"], strict=True):
+            exact = [numbers(piece.part.values) for piece in figure.pieces]
+            assert [numbers(piece["values"]) for piece in as_json["pieces"]] == exact
+            shown_cells = [
+                float(cell)
+                for grid in grids_of(figure, most_rows=99, most_columns=99)
+                for row in grid.cells
+                for cell in row
+            ]
+            parts = exact[:1] if figure.is_alike else exact
+            known = sorted(number for part in parts for number in part)
+            # At least three digits of the largest number are written.
+            largest = max(abs(number) for number in known)
+            assert sorted(shown_cells) == pytest.approx(known, abs=0.006 * largest)
+
+
+def test_ranks_that_must_have_the_same_and_have_not_are_shown_apart() -> None:
+    parts = [Part("y", (2,), "float32", "Replicate", values=(1.0, x)) for x in (2.0, 2.5)]
+    figure = figure_of([Piece(rank, part) for rank, part in enumerate(parts)], is_result=True)
+    assert figure.is_broken
+    assert [grid.label for grid in grids_of(figure, most_rows=4, most_columns=4)] == [
+        "rank 0",
+        "rank 1",
+    ]
+    same = figure_of([Piece(rank, parts[0]) for rank in range(2)], is_result=True)
+    assert not same.is_broken
+
+
+def test_an_uneven_cut_is_drawn_with_the_indices_of_the_whole() -> None:
+    held = [(0, 3), (3, 6), (6, 8)]
+    pieces = [
+        Piece(
+            rank,
+            Part("w", (2, stop - start), "float32", "Shard(1)", 1, (start, stop), 8,
+                 values=tuple(tuple(float(10 * row + column) for column in range(start, stop))
+                              for row in range(2))),
+        )
+        for rank, (start, stop) in enumerate(held)
+    ]  # fmt: skip
+    figure = figure_of(pieces, is_result=False)
+    (grid,) = grids_of(figure, most_rows=9, most_columns=99)
+    assert figure.shape == (2, 8)
+    assert [(line.head, line.owner) for line in grid.columns] == [
+        ("0", 0), ("1", 0), ("2", 0), ("3", 1), ("4", 1), ("5", 1), ("6", 2), ("7", 2),
+    ]  # fmt: skip
+    assert grid.cells[1] == ("10", "11", "12", "13", "14", "15", "16", "17")
+    assert owners_of(figure, rows=1, columns=8) == [[0, 0, 0, 1, 1, 1, 2, 2]]
+    without = figure_of(pieces[:2], is_result=False)
+    assert owners_of(without, rows=1, columns=4) == [[0, 0, 1, None]]
+    (part,) = grids_of(figure, most_rows=9, most_columns=6)
+    assert part.is_part is False  # a gap of one would take as much room
+
+
+def test_a_large_matrix_is_shown_in_part() -> None:
+    found = run_case("linear-row", 2)
+    told = story_of(found.trace, title="x")
+    weight = next(f for f in told.scenes[0].figures if f.name == "weight")
+    assert weight.shape == (608, 1024)
+    assert weight.pieces[0].part.values is None
+    (grid,) = grids_of(weight, most_rows=12, most_columns=20)
+    assert grid.is_part
+    assert len(grid.rows) <= 9
+    assert grid.cells[0][0] not in ("", "...")
+    assert grid.columns[-2].head == "514", "the second rank's part begins at 512"
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+@pytest.mark.parametrize("degree", [2, 8])
+def test_lines_fit_and_are_ascii(width: int, degree: int) -> None:
+    told = story_of(run_case("matmul-column", degree).trace, title="x")
+    lines = lines_of(told, values=True, width=width)
+    assert max(line.cell_len for line in lines) <= width
+    assert all(line.plain.isascii() for line in lines)
+    text = "\n".join(line.plain for line in lines)
+    weight = next(f for f in told.scenes[0].figures if f.name == "weight")
+    for grid in grids_of(weight, most_rows=6, most_columns=8):
+        for row in grid.cells:
+            assert all(cell in text.split() for cell in row)
+
+
+def test_a_long_name_does_not_widen_the_lines() -> None:
+    model = nn.Sequential()
+    model.add_module("a_name_without_any_blank_" * 8, nn.Linear(4, 4))
+    model.add_module("row", nn.Linear(4, 4))
+    plan = {"a_name*": sp.ColumnParallel(), "row": sp.RowParallel()}
+    told = sp.show(model, torch.ones(1, 4), plan=plan).story
+    assert max(line.cell_len for line in lines_of(told, values=True, width=60)) <= 60
+
+
+def test_a_story_says_what_it_leaves_out(ffn: Traced) -> None:
+    told = story_of(ffn.trace, title="x", most_scenes=4)
+    assert len(told.scenes) == 4
+    assert sum(told.num_left_out.values()) == len(story_of(ffn.trace, title="x").scenes) - 4
+    sentence = "From step 5 on, steps are left out: 2 forward, 9 backward, 2 update."
+    assert told.omissions == (sentence,)
+    assert sentence in page_of(told)
+    assert "steps are left out" in " ".join(
+        line.plain for line in lines_of(told, values=False, width=80)
+    )
+
+
+def test_what_a_user_calls_things_is_escaped() -> None:
+    evil = "<img src=x onerror=alert(1)>&\"'"
+    model = nn.Sequential()
+    model.add_module("<b>up", nn.Linear(4, 4))
+    model.add_module("down</script>", nn.Linear(4, 4))
+    plan = {"<b>up": sp.ColumnParallel(), "down</script>": sp.RowParallel()}
+    page = sp.show(model, torch.ones(1, 4), plan=plan, name=evil).page()
+    cells = Cells()
+    cells.feed(page)
+    assert "img" not in cells.tags
+    assert "b" not in cells.tags
+    assert page.count("</script>") == cells.tags.count("script") == 1
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page
+    assert "down&lt;/script&gt;: product" in page
+
+
+def test_a_page_needs_nothing_else(block: Shown, tmp_path: Path) -> None:
+    page = block.page()
+    assert re.findall(r"""(?:src|href)=["'](?!#)[^"']*""", page) == []
+    assert "://" not in page.replace("http://www.w3.org", "")
+    block.save(tmp_path / "step.html")
+    assert (tmp_path / "step.html").read_text(encoding="utf-8") == page
+    frame = block._repr_html_()
+    assert "srcdoc=" in frame
+    assert "<script>" not in frame
+
+
+def test_the_callers_model_and_inputs_stay_as_they_were(block: Shown) -> None:
+    model, x = Block(), torch.ones(2, 6, requires_grad=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sp.show(model, x, plan=PLAN, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert x.grad is None
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_gradient_of_an_input_is_summed_only_if_it_is_wanted() -> None:
+    def sums(x: torch.Tensor) -> list[str]:
+        told = sp.show(Block(), x, plan=PLAN).story
+        return [f"{scene.phase} {scene.title}" for scene in told.scenes if scene.is_collective]
+
+    assert sums(torch.ones(2, 6)) == ["forward down: all_reduce"]
+    wanted = ["forward down: all_reduce", "backward up: all_reduce"]
+    assert sums(torch.ones(2, 6, requires_grad=True)) == wanted
+
+
+def test_a_function_of_an_axis_and_a_loss_are_taken() -> None:
+    def build(axis: sp.Axis) -> nn.Module:
+        return sp.parallelize(Block(), PLAN, axis)
+
+    step = sp.show(
+        build, (torch.ones(2, 6),), degree=3, loss=nn.functional.mse_loss, target=torch.ones(2, 4)
+    )
+    assert step.story.title == "build at degree 3"
+    assert "mse_loss" in " ".join(scene.title for scene in step.story.scenes)
+    assert str(step).startswith("== build at degree 3")
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "words"),
+    [
+        ({"model": 3}, UsageError, "cannot show 3: it is neither a module"),
+        ({"plan": None}, PlanError, "plan"),
+        ({"plan": {"upp": sp.ColumnParallel()}}, PlanError, "upp"),
+        ({"degree": 9}, DegreeError, "degree 9 exceeds leaves=8"),
+        ({"degree": 0}, DegreeError, "degree"),
+        ({"inputs": 5}, UsageError, "inputs=5 are no inputs of a model"),
+        ({"loss": 1}, UsageError, "loss=1 cannot be called"),
+        ({"target": torch.ones(1)}, UsageError, "target is given, and there is no loss"),
+        ({"optimizer": "sgd"}, UsageError, "optimizer='sgd' cannot be called"),
+        ({"optimizer": lambda p: 1}, UsageError, "what the function optimizer returned"),
+        ({"loss": lambda y: y}, UsageError, "a step needs one number"),
+        ({"values": 2}, UsageError, "values"),
+        ({"engine": "gpu"}, UsageError, "unknown engine 'gpu'"),
+        ({"html": "/no/such/folder/x.html"}, UsageError, "there is no directory"),
+        ({"html": "/"}, UsageError, "is a directory"),
+        ({"html": 5}, UsageError, "not a path"),
+        ({"model": Block, "plan": PLAN}, UsageError, "plan= is for a module"),
+    ],
+)
+def test_bad_arguments_are_one_clear_error(
+    given: dict[str, Any], kind: type[Exception], words: str
+) -> None:
+    arguments = {"model": Block(), "inputs": torch.ones(2, 6), "plan": PLAN, **given}
+    with pytest.raises(kind, match=re.escape(words)):
+        sp.show(arguments.pop("model"), arguments.pop("inputs"), **arguments)
+
+
+def command(*arguments: str) -> tuple[int, str, str]:
+    done = CliRunner().invoke(main, ["show", *arguments])
+    return done.exit_code, done.stdout, done.stderr
+
+
+def test_the_command_prints_writes_and_exits_with_0(tmp_path: Path) -> None:
+    page, data = tmp_path / "a.html", tmp_path / "a.json"
+    code, out, err = command(
+        "--case", "mlp-gathered", "--degree", "3", "--html", str(page), "--json", str(data)
+    )
+    assert (code, err) == (0, "")
+    assert out.startswith("== case mlp-gathered at degree 3\n")
+    assert "\x1b" not in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert out.index("== forward") < out.index("== backward") < out.index("== update")
+    assert "rank 0 ==> ranks 1 and 2: " in out
+    written = json.loads(data.read_text())
+    assert written["degree"] == 3
+    assert page.read_text().count('<section class="scene') == len(written["scenes"])
+    for scene in written["scenes"]:
+        assert f"{scene['number']:>3}. {scene['title']}" in out
+
+
+def test_numbers_are_printed_if_they_are_asked_for() -> None:
+    plain, with_values = (
+        command("--case", "matmul-row"),
+        command("--case", "matmul-row", "--values"),
+    )
+    assert plain[0] == with_values[0] == 0
+    assert " 24 " not in plain[1]
+    assert re.search(r"0 +0 +8 +16 +24\n", with_values[1]), "the first row of the weight"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "--case NAME or --model DIR is missing"),
+        (("--case", "ffn", "--model", "x"), "were both given"),
+        (("--case", "fnn"), "Near names: ffn"),
+        (("--case", "ffn", "--degree", "9"), "degree 9 exceeds leaves=8"),
+        (("--case", "ffn", "--degree", "two"), "--degree 'two' is not a whole number"),
+        (("--case", "ffn", "--engine", "thread"), "Did you mean threads?"),
+        (("--case", "ffn", "--scenes", "0"), "--scenes 0 is not a positive number"),
+        (("--case", "ffn", "--html", "/no/such/x.html"), "--html /no/such/x.html: there is no"),
+        (("--case", "ffn", "--json", "/"), "--json / is a directory"),
+        (("--model", "/no/such/model"), "/no/such/model"),
+        (("--wrong",), "no such option"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_exit_code_2(arguments: tuple[str, ...], words: str) -> None:
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def config(folder: Path, **sizes: int) -> str:
+    pytest.importorskip("transformers", reason="needs the extra hf")
+    known = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16,
+        "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "vocab_size": 32, "max_position_embeddings": 16, **sizes,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(known))
+    return str(folder)
+
+
+def test_a_model_of_a_directory_is_shown(tmp_path: Path) -> None:
+    code, out, err = command("--model", config(tmp_path), "--values")
+    assert (code, err) == (0, "")
+    assert out.startswith("== LlamaForCausalLM at degree 2\n")
+    assert "The directory has no weights: they are drawn." in " ".join(out.split())
+    assert "model.layers.0.mlp.down_proj: all_reduce" in out
+    assert "lm_head.weight: update" in out
+
+
+def test_a_model_that_is_too_large_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    large = config(tmp_path, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2)
+    code, out, err = command("--model", large, "--values")
+    assert (code, out) == (2, "")
+    assert f"numbers are shown of at most {MOST_WITH_VALUES:,}" in err
+    larger = config(tmp_path, hidden_size=8192, intermediate_size=8192, num_hidden_layers=2)
+    code, _, err = command("--model", larger)
+    assert code == 2
+    assert "use shardproof plan" in err
+
+
+def test_every_case_can_be_shown() -> None:
+    for case in all_cases():
+        if case.is_installed and case.name not in SMALL:
+            found = run_case(case.name, 2)
+            assert misses(found, story_of(found.trace, title=case.name, most_scenes=999)) == []
