@@ -456,3 +456,41 @@ def test_placements_of_freed_memory_are_forgotten() -> None:
         del x
         x = torch.rand(1000)
         assert places.of(x) is None
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(4, 8, bias=False), nn.Linear(4, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.gate(x) * self.up(x)
+        return result
+
+
+def test_layers_that_share_an_input_are_told_once() -> None:
+    whole = nn.Sequential(Gated())
+    column = sp.ColumnParallel()
+    plan = {"0.gate": column, "0.up": column, "0": sp.SharedInput(("gate", "up"))}
+
+    def work(axis: Axis) -> None:
+        layers = sp.parallelize(copy.deepcopy(whole), plan, axis)
+        layers(torch.ones(2, 4, requires_grad=True)).sum().backward()
+
+    _, trace = traced(2, work)
+    forward = [(s.module, s.operation) for s in steps_of(trace, phase="forward")]
+    assert forward == [("0.gate", "product"), ("0.up", "product"), ("0", "mul"), ("", "sum")]
+    backward = steps_of(trace, phase="backward")
+    assert [s.operation for s in backward if s.is_collective] == ["all_reduce"]
+    assert "ColumnParallelLinear" not in {s.operation for s in backward}
+
+
+def step_of(rank: int, number: int, module: str) -> Step:
+    return Step(rank, number, "forward", module, "product", "", (), None)
+
+
+def test_a_step_that_only_one_rank_has_stands_alone() -> None:
+    first = [step_of(0, number, name) for number, name in enumerate("abcd")]
+    second = [step_of(1, number, name) for number, name in enumerate("acxd")]
+    rows = [tuple(step and step.module for step in row) for row in aligned([first, second])]
+    assert rows == [("a", "a"), ("b", None), ("c", "c"), (None, "x"), ("d", "d")]

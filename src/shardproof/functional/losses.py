@@ -60,7 +60,7 @@ def mse_loss(
             "Nothing is broadcast: give both the same shape."
         )
     if axis is None and cut is None:
-        total, count = _SquaredError.apply(y, target, None)[0], y.numel()
+        total, count = _SquaredError.apply(y, target, None, REPLICATE)[0], y.numel()
         loss = (total / count).to(y.dtype)
         _tell("mean of the squares of y - target", who, y, target, REPLICATE, loss)
         return loss
@@ -71,11 +71,11 @@ def mse_loss(
         )
     _check_owned(y, axis, cut, who)
     slices = cut.leaf_slices(axis.rank)
+    place = shard(y.dim() - 1, cut.owned(axis.rank), cut.size)
     # A rank without leaves still takes part, and backward must pass through it as on all others.
-    partials = _SquaredError.apply(y, target, slices or (slice(0, 0),))
+    partials = _SquaredError.apply(y, target, slices or (slice(0, 0),), place)
     total = all_reduce(list(partials) if slices else [], axis, cut=cut, who=who, like=partials[0])
     loss = (total / (y.shape[:-1].numel() * cut.size)).to(y.dtype)
-    place = shard(y.dim() - 1, cut.owned(axis.rank), cut.size)
     _tell("mean of the squares of y - target", who, y, target, place, loss)
     return loss
 
@@ -118,16 +118,20 @@ class _SquaredError(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, target: Tensor, slices: tuple[slice, ...] | None
+        ctx: Any,
+        y: Tensor,
+        target: Tensor,
+        slices: tuple[slice, ...] | None,
+        placement: Placement,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(y, target)
-        ctx.slices = slices
+        ctx.slices, ctx.placement = slices, placement
         if slices is None:
             return (sum_squares(_difference(y, target)),)
         return tuple(sum_squares(_difference(y[..., at], target[..., at])) for at in slices)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         y, target = ctx.saved_tensors
         if ctx.slices is None:
             grad = _difference(y, target) * (2 * grads[0])
@@ -137,9 +141,9 @@ class _SquaredError(torch.autograd.Function):
                 for at, g in zip(ctx.slices, grads, strict=True)
             ]
             grad = torch.cat(parts, dim=-1)
-        _tell_gradient(y, grad, is_whole=ctx.slices is None)
+        _tell_gradient(y, grad, ctx.placement)
         grad_target = (-grad).to(target.dtype) if ctx.needs_input_grad[1] else None
-        return grad.to(y.dtype), grad_target, None
+        return grad.to(y.dtype), grad_target, None, None
 
 
 class _RowCrossEntropy(torch.autograd.Function):
@@ -174,7 +178,7 @@ class _RowCrossEntropy(torch.autograd.Function):
         if grad is None:
             return None, None
         grad = grad.to(logits.dtype)
-        _tell_gradient(logits, grad, is_whole=True)
+        _tell_gradient(logits, grad, REPLICATE)
         return grad, None
 
 
@@ -187,9 +191,8 @@ def _tell(
         observing.tell(Told("loss", "forward", who, what, named, output))
 
 
-def _tell_gradient(y: Tensor, grad: Tensor, is_whole: bool) -> None:
+def _tell_gradient(y: Tensor, grad: Tensor, place: Placement) -> None:
     if observing.is_on():
-        place = REPLICATE if is_whole else shard(y.dim() - 1)
         named, output = [Operand("y", y, place)], Operand("grad_y", grad, place)
         what = "grad_y = the gradient of the loss"
         observing.tell(Told("loss", "backward", "loss", what, named, output))

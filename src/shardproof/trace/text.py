@@ -1,6 +1,7 @@
 """Traces for people: the table of one rank, and the timeline of all."""
 
 from collections.abc import Iterator, Sequence
+from difflib import SequenceMatcher
 from itertools import zip_longest
 
 from rich.table import Table
@@ -11,6 +12,7 @@ from shardproof.trace.step import Part, Step
 COLOURS = {"forward": "cyan", "backward": "magenta", "update": "green"}
 
 Row = tuple[Step | None, ...]
+Key = tuple[str, str, str]
 
 
 def aligned(ranks: Sequence[Sequence[Step]]) -> list[Row]:
@@ -21,8 +23,34 @@ def aligned(ranks: Sequence[Sequence[Step]]) -> list[Row]:
     rows: list[Row] = []
     parts = [list(_between_meetings(steps)) for steps in ranks]
     for sections in zip_longest(*parts, fillvalue=()):
-        rows.extend(zip_longest(*(section for section in sections)))
+        rows.extend(_side_by_side(sections))
     return rows
+
+
+def _side_by_side(sections: Sequence[Sequence[Step]]) -> list[Row]:
+    """Steps of the same module and operation share a row; a rank may have one that others lack."""
+    if len({tuple(map(_key, section)) for section in sections}) == 1:
+        return list(zip(*sections, strict=True))
+    rows: list[list[Step | None]] = []
+    keys: list[Key] = []
+    for place, section in enumerate(sections):
+        before = [None] * place
+        matcher = SequenceMatcher(None, keys, [_key(step) for step in section], autojunk=False)
+        merged: list[list[Step | None]] = []
+        for tag, start, stop, first, last in matcher.get_opcodes():
+            if tag == "equal":
+                both = zip(rows[start:stop], section[first:last], strict=True)
+                merged += [[*row, step] for row, step in both]
+                continue
+            merged += [[*row, None] for row in rows[start:stop]]
+            merged += [[*before, step] for step in section[first:last]]
+        rows = merged
+        keys = [_key(next(step for step in row if step is not None)) for row in rows]
+    return [tuple(row) for row in rows]
+
+
+def _key(step: Step) -> Key:
+    return step.phase, step.module, step.operation
 
 
 def _between_meetings(steps: Sequence[Step]) -> Iterator[list[Step]]:
