@@ -82,7 +82,7 @@ def all_gather(
     if observing.is_on():
         part = Operand("x", x, shard(dim, cut.owned(axis.rank), cut.size))
         whole = Operand("y", y, REPLICATE)
-        observing.tell(told_of(call, [part], whole, _bytes(y), sent))
+        observing.tell(told_of(axis, call, [part], whole, _bytes(y), sent))
     return y
 
 
@@ -104,7 +104,13 @@ def all_reduce(x: Tensor, axis: Axis, *, direction: str, who: str = "") -> Tenso
 
 
 def start_all_reduce(
-    x: Tensor, axis: Axis, *, direction: str, who: str = "", is_rest: bool = False
+    x: Tensor,
+    axis: Axis,
+    *,
+    direction: str,
+    who: str = "",
+    is_rest: bool = False,
+    meant: Tensor | None = None,
 ) -> Sum:
     """`all_reduce`, started, of a tensor that is given away: the sum is written into it.
 
@@ -114,6 +120,7 @@ def start_all_reduce(
         direction: for the ledger.
         who: the layer that asks, for messages.
         is_rest: a further part of a collective that has been counted.
+        meant: the same memory in the dtype that its bits stand for, for observers.
     Returns:
         (*), Replicate, once it has been waited for.
     Comm:
@@ -123,7 +130,10 @@ def start_all_reduce(
         return Sum(x)
     plan = native_plan(direction, who, tuple(x.shape), x.dtype, axis.size)
     _check_sent(x, plan.call)
-    told = tell_sum(plan, [x], x, REPLICATE, is_rest=is_rest) if observing.is_on() else None
+    told = None
+    if observing.is_on():
+        seen = x if meant is None else meant
+        told = tell_sum(axis, plan, [seen], seen, REPLICATE, is_rest=is_rest)
     flat = x.view(-1)
     pending = axis.transport.start_sum([flat], plan.order, flat, call=plan.call)
     count(axis, plan.call, plan.message_bytes, plan.sent_bytes, is_rest=is_rest)
@@ -227,6 +237,7 @@ def start_all_reduce_nodes(
     told = None
     if observing.is_on():
         told = tell_sum(
+            axis,
             plan,
             parts,
             y,
@@ -316,7 +327,7 @@ def gather(
         y = torch.cat([_flat(part, call) for pieces in own for part in pieces])
     if observing.is_on():
         output = None if y is None else Operand("y", y)
-        observing.tell(told_of(call, [Operand("x", x, shard(0))], output, whole, sent))
+        observing.tell(told_of(axis, call, [Operand("x", x, shard(0))], output, whole, sent))
     return y
 
 
@@ -426,7 +437,7 @@ def _sum(
     **described: Any,
 ) -> Tensor:
     y = like.new_empty(plan.shape)
-    told = tell_sum(plan, parts, y, placement, **described) if observing.is_on() else None
+    told = tell_sum(axis, plan, parts, y, placement, **described) if observing.is_on() else None
     flat = [_flat(part, plan.call) for part in parts]
     axis.transport.sum(flat, plan.order, y.view(-1), windows=plan.windows, call=plan.call)
     count(axis, plan.call, plan.message_bytes, plan.sent_bytes)

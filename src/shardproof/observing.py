@@ -7,7 +7,9 @@ code around them tells them. Without an observer, telling costs one comparison.
 The memory audit of the prover, the counting of the bench and the trace are observers.
 """
 
+import functools
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -15,8 +17,9 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from shardproof.leaves import Layout
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,21 @@ def shard(dim: int, held: range | slice | None = None, size: int | None = None) 
     return Placement("Shard", dim, held, size)
 
 
+def placement_of(layout: Layout) -> Placement:
+    """How a tensor of this layout lies on its rank."""
+    if layout.dim is None:
+        return REPLICATE
+    return shard(layout.dim, layout.held_indices, layout.shape[layout.dim])
+
+
 @dataclass(frozen=True)
 class Operand:
     """A tensor that took part in something.
 
     Attributes:
         name: what it is called there.
-        tensor: itself.
-        placement: None if it is not known.
+        tensor: the tensor.
+        placement: how it lies on the ranks; None if that is not known.
     """
 
     name: str
@@ -81,6 +91,7 @@ class Told:
         is_collective: it met other ranks.
         is_rest: a further part of a collective that has been told.
         addition: of a collective that adds: which parts it adds, in which order.
+        axis: of a collective: the name of the axis.
     """
 
     operation: str
@@ -94,10 +105,17 @@ class Told:
     is_collective: bool = False
     is_rest: bool = False
     addition: str = ""
+    axis: str = ""
 
 
 class Observer(TorchDispatchMode):
-    """Sees what one thread does. A subclass overrides the hooks that it wants."""
+    """Sees what one thread does. A subclass overrides the hooks that it wants.
+
+    Attributes:
+        keeps_values: it reads the numbers of what it is told.
+    """
+
+    keeps_values = False
 
     def __enter__(self) -> Self:
         _enter(self)
@@ -148,19 +166,32 @@ class Memory:
     def __init__(self) -> None:
         self.held = 0
         self.peak = 0
-        self._living: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._living: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        # A storage may be freed by another thread, or by this one inside `see`.
+        self._lock = threading.RLock()
 
     def see(self, tensors: Sequence[Tensor]) -> None:
-        """Count the storages of some tensors, and forget those that are gone."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            reference = StorageWeakRef(storage)
-            self._living[reference.cdata] = reference, storage.nbytes()
-        gone = [key for key, (reference, _) in self._living.items() if reference.expired()]
-        for key in gone:
-            del self._living[key]
-        self.held = sum(size for _, size in self._living.values())
-        self.peak = max(self.peak, self.held)
+        """Count the storages of some tensors; each is counted until it is freed."""
+        with self._lock:
+            for tensor in tensors:
+                storage = tensor.untyped_storage()
+                key, size = id(storage), storage.nbytes()
+                known = self._living.get(key)
+                if known is None or known[0]() is not storage:
+                    freed = weakref.ref(storage, functools.partial(self._forget, key))
+                    self._living[key] = freed, size
+                    self.held += size
+                elif known[1] != size:  # it was resized
+                    self._living[key] = known[0], size
+                    self.held += size - known[1]
+            self.peak = max(self.peak, self.held)
+
+    def _forget(self, key: int, freed: "weakref.ref[torch.UntypedStorage]") -> None:
+        with self._lock:
+            known = self._living.get(key)
+            if known is not None and known[0] is freed:
+                del self._living[key]
+                self.held -= known[1]
 
 
 class _Here(threading.local):
@@ -199,6 +230,17 @@ def tell_kernel(flops: int) -> None:
     """Hand the flops of a product by one of our kernels to the observers of this thread."""
     for observer in _here.observers:
         observer.kernel(flops)
+
+
+def before_write(x: Tensor) -> Tensor:
+    """What to tell of a tensor that is about to be written into.
+
+    A copy that no observer sees, if one of this thread reads numbers; else `x` itself.
+    """
+    if not any(observer.keeps_values for observer in _here.observers):
+        return x
+    with _disable_current_modes():
+        return x.clone()
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:

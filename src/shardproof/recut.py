@@ -116,7 +116,7 @@ def _swap(
     count(axis, call, whole, sent)
     if observing.is_on():
         named = [Operand(f"to rank {rank}", block) for rank, block in enumerate(blocks)]
-        observing.tell(told_of(call, named, None, whole, sent))
+        observing.tell(told_of(axis, call, named, None, whole, sent))
     return [mine if rank == axis.rank else part[0] for rank, part in enumerate(parts)]
 
 

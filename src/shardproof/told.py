@@ -35,6 +35,7 @@ def count(
 
 
 def told_of(
+    axis: Axis,
     call: Call,
     inputs: Sequence[Operand],
     output: Operand | None,
@@ -46,6 +47,7 @@ def told_of(
     """A collective, as observers are told of it; the ledger counts the same figures.
 
     Args:
+        axis: that it crossed.
         call: what it was.
         inputs: what this rank gave.
         output: what this rank got, or None.
@@ -64,10 +66,12 @@ def told_of(
         sent_bytes=sent_bytes,
         is_collective=True,
         is_rest=is_rest,
+        axis=axis.name,
     )
 
 
 def tell_sum(
+    axis: Axis,
     plan: Plan,
     parts: Sequence[Tensor],
     y: Tensor,
@@ -80,6 +84,7 @@ def tell_sum(
     """Tell of a sum before it begins: it may be written into one of its parts.
 
     Args:
+        axis: that it crosses.
         plan: of the sum.
         parts: of this rank, each Partial.
         y: where the sum will lie.
@@ -93,7 +98,9 @@ def tell_sum(
     inputs = [Operand(label, part, PARTIAL) for label, part in zip(labels, parts, strict=True)]
     name = "grad_x" if plan.call.direction == "backward" else "y"
     output = Operand(name, y, placement)
-    told = told_of(plan.call, inputs, output, plan.message_bytes, plan.sent_bytes, is_rest=is_rest)
+    told = told_of(
+        axis, plan.call, inputs, output, plan.message_bytes, plan.sent_bytes, is_rest=is_rest
+    )
     told.addition = addition
     observing.tell(told)
     return told

@@ -129,7 +129,7 @@ def _lookup(weight: Tensor, ids: Tensor, places: Tensor, site: EmbeddingSite) ->
     if observing.is_on():
         site.tell_lookup(ids, weight, Operand("y", y, PARTIAL))
     bits = _as_integers(y)
-    comm.start_all_reduce(bits, site.axis, direction="forward", who=site.who).wait()
+    comm.start_all_reduce(bits, site.axis, direction="forward", who=site.who, meant=y).wait()
     return y
 
 

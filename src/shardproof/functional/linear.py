@@ -27,8 +27,6 @@ from shardproof.numerics import matmul, mode
 from shardproof.observing import REPLICATE, Operand, shard
 
 _GRADIENT = "gradient of the output"
-_GRAD_X = "grad_x = grad_y @ weight"
-_GRAD_WEIGHT = "grad_weight = grad_y.T @ x"
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -114,7 +112,7 @@ def _row(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Te
     if site.axis.size == 1 and site.is_invariant:
         y = matmul.product_sum(rows, weight, site.slices, bias, is_transposed=True)
         if observing.is_on():
-            site.tell_whole(rows, weight, bias, y, "forward", is_transposed=True)
+            site.tell_whole(rows, weight, y, "forward", is_transposed=True, bias=bias)
         return y
     chunks = _chunks(rows, site)
     if chunks > 1:
@@ -172,13 +170,13 @@ def _row_gradients(ctx: Any, grad_y: Tensor, grad_rows: Tensor) -> tuple[Tensor 
     site: LinearSite = ctx.site
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-    grad_x = _product_columns(site, grad_rows, weight, _GRAD_X) if needs_x else None
+    grad_x = _product_columns(site, grad_rows, weight, "grad_x") if needs_x else None
     if grad_x is not None and site.split_input:
         grad_x = site.gather(grad_x, site.cut, "backward")
     grad_weight = None
     if needs_weight:
         rows = _owned_rows(x, site)
-        grad_weight = _product_columns(site, grad_rows.t(), rows, _GRAD_WEIGHT)
+        grad_weight = _product_columns(site, grad_rows.t(), rows, "grad_weight")
     return (
         shaped(grad_x, grad_y),
         grad_weight,
@@ -197,17 +195,18 @@ def _save(ctx: Any, x: Tensor, weight: Tensor, site: LinearSite) -> None:
     ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
 
 
-def _product_columns(site: LinearSite, a: Tensor, b: Tensor, what: str) -> Tensor:
-    """The whole gradient times a matrix that is cut along its columns; `what` is for observers."""
+def _product_columns(site: LinearSite, a: Tensor, b: Tensor, name: str) -> Tensor:
+    """`grad_x` or `grad_weight`: the whole gradient times a matrix that is cut by columns."""
     y = matmul.product_columns(a, b, site.slices) if site.is_invariant else a @ b
     if observing.is_on():
-        name, _, formula = what.partition(" = ")
-        left, _, right = formula.partition(" @ ")
+        is_grad_x = name == "grad_x"
         cut = shard(1, site.owned, site.cut.size)
-        grad = Operand("grad_y", a.t() if left.endswith(".T") else a, REPLICATE)
-        site.tell(
-            "product", "backward", what, [grad, Operand(right, b, cut)], Operand(name, y, cut)
-        )
+        named = [
+            Operand("grad_y", a if is_grad_x else a.t(), REPLICATE),
+            Operand("weight" if is_grad_x else "x", b, cut),
+        ]
+        what = f"{name} = {'grad_y @ weight' if is_grad_x else 'grad_y.T @ x'}"
+        site.tell("product", "backward", what, named, Operand(name, y, cut))
     return y
 
 

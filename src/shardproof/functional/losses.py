@@ -141,7 +141,7 @@ class _SquaredError(torch.autograd.Function):
                 for at, g in zip(ctx.slices, grads, strict=True)
             ]
             grad = torch.cat(parts, dim=-1)
-        _tell_gradient(y, grad, ctx.placement)
+        _tell_gradient("mse_loss", y, grad, ctx.placement)
         grad_target = (-grad).to(target.dtype) if ctx.needs_input_grad[1] else None
         return grad.to(y.dtype), grad_target, None, None
 
@@ -178,7 +178,7 @@ class _RowCrossEntropy(torch.autograd.Function):
         if grad is None:
             return None, None
         grad = grad.to(logits.dtype)
-        _tell_gradient(logits, grad, REPLICATE)
+        _tell_gradient("cross_entropy", logits, grad, REPLICATE)
         return grad, None
 
 
@@ -191,11 +191,11 @@ def _tell(
         observing.tell(Told("loss", "forward", who, what, named, output))
 
 
-def _tell_gradient(y: Tensor, grad: Tensor, place: Placement) -> None:
+def _tell_gradient(who: str, y: Tensor, grad: Tensor, place: Placement) -> None:
     if observing.is_on():
         named, output = [Operand("y", y, place)], Operand("grad_y", grad, place)
         what = "grad_y = the gradient of the loss"
-        observing.tell(Told("loss", "backward", "loss", what, named, output))
+        observing.tell(Told("loss", "backward", who, what, named, output))
 
 
 def _difference(y: Tensor, target: Tensor) -> Tensor:

@@ -113,7 +113,8 @@ class LinearSite:
         """Add the bias of a row linear to the sum, in place."""
         if not observing.is_on():
             return y.add_(bias)
-        named = [Operand("y", y.clone(), REPLICATE), Operand("bias", bias, REPLICATE)]
+        before = observing.before_write(y)
+        named = [Operand("y", before, REPLICATE), Operand("bias", bias, REPLICATE)]
         output = Operand("y", y.add_(bias), REPLICATE)
         self.tell("bias", "forward", "y + bias, once, after the sum", named, output)
         return y
@@ -152,7 +153,7 @@ class LinearSite:
         if self.axis.size == 1:
             total = matmul.product_sum(a, b, self.slices, rows=rows, is_transposed=is_transposed)
             if observing.is_on():
-                self.tell_whole(a, b, None, total, direction, is_transposed)
+                self.tell_whole(a, b, total, direction, is_transposed=is_transposed)
             return comm.Sum(total)
         return comm.start_all_reduce_nodes(
             self._nodes(a, b, direction, rows, is_transposed),
@@ -231,10 +232,11 @@ class LinearSite:
         self,
         a: Tensor,
         b: Tensor,
-        bias: Tensor | None,
         y: Tensor,
         direction: str,
+        *,
         is_transposed: bool,
+        bias: Tensor | None = None,
     ) -> None:
         """Tell of the product of one rank alone: its leaves are added inside."""
         what, named, name = self._contraction(a, b, direction, is_transposed)

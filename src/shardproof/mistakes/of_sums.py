@@ -71,9 +71,9 @@ OF_SUMS = (
         "The gradient of a row-parallel layer's output is summed over the ranks.",
         Edit(
             linear._row_gradients,
-            "grad_x = _product_columns(site, grad_rows, weight, _GRAD_X) if needs_x else None",
+            'grad_x = _product_columns(site, grad_rows, weight, "grad_x") if needs_x else None',
             'grad_rows = comm.all_reduce(grad_rows, site.axis, direction="backward")\n'
-            "grad_x = _product_columns(site, grad_rows, weight, _GRAD_X) if needs_x else None",
+            'grad_x = _product_columns(site, grad_rows, weight, "grad_x") if needs_x else None',
         ),
         setups.BLOCK,
         "The output of a row-parallel layer is a sum, and each rank's part enters it with the "

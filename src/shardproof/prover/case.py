@@ -19,7 +19,7 @@ from shardproof.errors import UsageError
 from shardproof.layers.base import ShardedModule
 from shardproof.leaves import Layout, replicated
 from shardproof.numerics import mode
-from shardproof.observing import REPLICATE, Operand, Placement, Told, shard
+from shardproof.observing import Operand, Told
 from shardproof.prover.audit import Audit
 from shardproof.prover.printed import Printed
 from shardproof.prover.reference import ReferenceReader
@@ -203,7 +203,7 @@ class Trial:
             layout = replicated(tuple(tensor.shape)) if layout is None else self._here(layout, name)
             how = Recording(judged, step, may_be_infinite)
             if observing.is_on():
-                place = _placement(layout)
+                place = observing.placement_of(layout)
                 output = Operand(name, tensor.detach(), place)
                 observing.tell(Told("record", "prover", name, "", (), output))
             self._recorder.record(name, tensor.detach(), layout, how)
@@ -283,13 +283,6 @@ class Case:
     def is_installed(self) -> bool:
         """True unless the case needs an extra that is not there."""
         return not self.module or importlib.util.find_spec(self.module) is not None
-
-
-def _placement(layout: Layout) -> Placement:
-    """As observers are told of it."""
-    if layout.dim is None:
-        return REPLICATE
-    return shard(layout.dim, layout.held_indices, layout.shape[layout.dim])
 
 
 def _is_cut(layout: Layout) -> bool:

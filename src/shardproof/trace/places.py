@@ -1,9 +1,9 @@
 """How tensors lie on the ranks, carried through operations of torch that do not change it.
 
 What the package tells is known. The result of an operation of torch on Replicate tensors is
-Replicate, if its other arguments are the same on every rank. An element-wise one keeps the cut of
-its inputs; so does a view in which the cut dim can still be found. Of everything else the placement
-is not known, and nothing is claimed.
+Replicate, unless a number among its arguments could differ between ranks. An element-wise operation
+keeps the cut of its inputs; so does a view in which the cut dim can still be found. All other
+results have no placement.
 """
 
 import math
@@ -22,7 +22,7 @@ _MANY = 4096  # entries, from which on those of freed memory are removed
 _aten = torch.ops.aten
 _VIEWS = {_aten.view, _aten.reshape, _aten._unsafe_view, _aten.unsqueeze, _aten.squeeze}
 _COPIES = {_aten.alias, _aten.clone, _aten.detach, _aten.lift_fresh, _aten._to_copy}
-# They take a part of a tensor: of a dim that is not cut, or which part may depend on the rank.
+# They take a part of a tensor. A cut dim that keeps its length was not cut again.
 _PARTS = {
     _aten.split,
     _aten.split_with_sizes,
@@ -32,6 +32,24 @@ _PARTS = {
     _aten.index,
     _aten.index_select,
     _aten.unbind,
+}
+# Their numbers name dims, the same on every rank of one program, or are constants of a formula.
+_OVER_DIMS = {
+    _aten._log_softmax,
+    _aten._softmax,
+    _aten.amax,
+    _aten.amin,
+    _aten.argmax,
+    _aten.cat,
+    _aten.cumsum,
+    _aten.logsumexp,
+    _aten.max,
+    _aten.mean,
+    _aten.min,
+    _aten.native_layer_norm,
+    _aten.pow,
+    _aten.stack,
+    _aten.sum,
 }
 _PERMUTED = {_aten.t, _aten.transpose, _aten.permute}
 _ELEMENTS_KEPT = _VIEWS | _COPIES | _PERMUTED
@@ -62,13 +80,20 @@ class Places:
         return found[1]
 
     def carry(
-        self, func: Any, given: Sequence[Tensor], made: Sequence[Tensor], *, is_ours: bool
+        self,
+        func: Any,
+        given: Sequence[Tensor],
+        args: Any,
+        made: Sequence[Tensor],
+        *,
+        is_ours: bool,
     ) -> None:
         """Learn the placements of what an operation of torch made.
 
         Args:
             func: the operation.
             given: the tensors among its arguments.
+            args: all of its arguments.
             made: its results.
             is_ours: the package called it, and may have taken the part of this rank: then only
                 views and copies of the same elements are known.
@@ -78,8 +103,10 @@ class Places:
                 self.learn(y, None)
             return
         places = [self.of(x) for x in given]
+        known = _ELEMENTS_KEPT | _OVER_DIMS
+        may_differ = func.overloadpacket not in known and _has_number(args)
         for y in made:
-            self.learn(y, _after(func, given, places, y))
+            self.learn(y, _after(func, given, places, y, may_differ))
 
     def _forget(self) -> None:
         gone = [key for key, (memory, _) in self._known.items() if memory.expired()]
@@ -87,14 +114,26 @@ class Places:
             del self._known[key]
 
 
+def _has_number(args: Any) -> bool:
+    """Whether a number of Python is among the arguments: it could be the number of the rank."""
+    if isinstance(args, dict):
+        args = list(args.values())
+    if isinstance(args, list | tuple):
+        return any(map(_has_number, args))
+    return isinstance(args, int | float | complex) and not isinstance(args, bool)
+
+
 def _after(
-    func: Any, given: Sequence[Tensor], places: Sequence[Placement | None], y: Tensor
+    func: Any,
+    given: Sequence[Tensor],
+    places: Sequence[Placement | None],
+    y: Tensor,
+    may_differ: bool,
 ) -> Placement | None:
     if not given or any(place is None for place in places):
         return None
     if all(place == REPLICATE for place in places):
-        is_part = func.overloadpacket in _PARTS and y.shape != given[0].shape
-        return None if is_part or _DRAWN in func.tags else REPLICATE
+        return None if may_differ or _DRAWN in func.tags else REPLICATE
     cut = [(x, place) for x, place in zip(given, places, strict=True) if place != REPLICATE]
     x, place = cut[0]
     if place is None or place.kind != "Shard" or any(other != place for _, other in cut):

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from shardproof.layers.base import ShardedModule
-from shardproof.leaves import Layout
 from shardproof.observing import (
     REPLICATE,
     Memory,
@@ -24,7 +23,7 @@ from shardproof.observing import (
     Placement,
     Told,
     address,
-    shard,
+    placement_of,
     tensors_in,
 )
 from shardproof.trace.hooks import first_tensor
@@ -32,9 +31,16 @@ from shardproof.trace.places import Places
 from shardproof.trace.step import Part, Step
 
 # What these of the package call is the work of a user: a case, a model, a loss.
-_OF_USERS = tuple(
-    f"shardproof.{name}"
-    for name in ("bench", "cases", "cli", "engines", "prover", "ranks", "showing")
+OF_USERS = (
+    "bench",
+    "cases",
+    "cli",
+    "engines",
+    "mistakes",
+    "prover.training",
+    "prover.update",
+    "ranks",
+    "showing",
 )
 # They stand around functions of torch that a user calls.
 _GUARDS = tuple(
@@ -68,6 +74,8 @@ _QUIET = {
     "zero_",
     "zeros_like",
 }
+_USER_NAMES = tuple(f"shardproof.{name}" for name in OF_USERS)
+_DRAWN = torch.Tag.nondeterministic_seeded
 _DEPTH = 32  # nodes of the graph that one module is taken to have made
 
 
@@ -91,6 +99,7 @@ class RankTrace(Observer):
         self.steps: list[Step] = []
         self.num_dropped = 0
         self.is_writing = True
+        self.keeps_values = num_values > 0
         self._rank, self._num_values, self._limit = rank, num_values, limit
         self._memory, self._places = Memory(), Places()
         self._names: dict[int, str] = {}
@@ -98,25 +107,31 @@ class RankTrace(Observer):
         self._stack: list[tuple[nn.Module, int]] = []
         self._nodes: dict[int, str] = {}
         self._started: dict[int, int | None] = {}
-        self._updating: dict[int, tuple[Part, Placement | None]] | None = None
-        self._num_meetings = 0
+        self._is_updating = False
+        self._before: dict[int, tuple[Part, Placement | None]] = {}
+        self._num_meetings: dict[str, int] = {}
         self._num_seen = 0
+
+    def __exit__(self, *error: Any) -> None:
+        """End the trace; hooks that are still in a graph write nothing from now on."""
+        self.is_writing = False
+        super().__exit__(*error)
 
     def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call it; write it down if it is no view and not a part of something of ours."""
         given = list(tensors_in((args, kwargs)))
         before = {address(x) for x in given}
-        is_ours = _is_ours()
-        is_step = not is_ours and self._updating is None and self._is_step(func, given)
+        caller = _caller()
+        is_step = caller == "user" and self._is_step(func, given)
         inputs = self._inputs(func, args) if is_step else ()
         result = func(*args, **kwargs)
         made = list(tensors_in(result))
         self._memory.see([*given, *made])
-        self._places.carry(func, given, made, is_ours=is_ours)
+        self._places.carry(func, given, (args, kwargs), made, is_ours=caller == "package")
         is_view = not func._schema.is_mutable and all(address(y) in before for y in made)
         if is_step and made and not is_view:
             name = str(func.overloadpacket).removeprefix("aten.")
-            self._write(self._phase(args), self._module(), name, "", inputs, made[0])
+            self._write(self._phase(func, args), self._module(), name, inputs, made[0])
         return result
 
     def told(self, told: Told) -> None:
@@ -126,24 +141,20 @@ class RankTrace(Observer):
                 self._places.learn(operand.tensor, operand.placement)
         meeting = None
         if told.is_collective:
-            self._num_meetings += not told.is_rest
-            meeting = self._num_meetings - 1
+            met = self._num_meetings.get(told.axis, 0) + (not told.is_rest)
+            self._num_meetings[told.axis], meeting = met, met - 1
         output = None if told.addition or told.output is None else told.output
+        step = self._step(told.phase, told.who, told.operation, told.detail)
         number = self._add(
-            Step(
-                self._rank,
-                len(self.steps),
-                told.phase,
-                told.who,
-                told.operation,
-                told.detail,
-                tuple(self._part(each) for each in told.inputs),
-                None if output is None else self._part(output),
-                told.message_bytes,
-                told.sent_bytes,
-                self._memory.held,
-                meeting,
-                told.is_rest,
+            replace(
+                step,
+                inputs=tuple(self._part(each) for each in told.inputs),
+                output=None if output is None else self._part(output),
+                message_bytes=told.message_bytes,
+                sent_bytes=told.sent_bytes,
+                axis=told.axis,
+                meeting=meeting,
+                is_rest=told.is_rest,
             )
         )
         if told.addition:
@@ -151,28 +162,25 @@ class RankTrace(Observer):
 
     def finished(self, told: Told) -> None:
         """Write down the result of a collective, and the additions in it."""
+        if id(told) not in self._started:  # it was started before the trace
+            return
         number = self._started.pop(id(told))
         if told.output is None:
             return
         output = self._part(told.output)
         if number is not None:
             self.steps[number] = replace(self.steps[number], output=output)
-        self._add(
-            Step(
-                self._rank,
-                len(self.steps),
-                told.phase,
-                told.who,
-                "addition",
-                told.addition,
-                (),
-                output,
-                held_bytes=self._memory.held,
-            )
-        )
+        step = self._step(told.phase, told.who, "addition", told.addition)
+        self._add(replace(step, output=output))
+
+    def _step(self, phase: str, module: str, operation: str, detail: str = "") -> Step:
+        """A step with what every step has."""
+        number, held = len(self.steps), self._memory.held
+        return Step(self._rank, number, phase, module, operation, detail, (), None, held_bytes=held)
 
     def enter_module(self, module: nn.Module) -> None:
         """Learn the names of a model when its outermost module begins."""
+        self._is_updating = False  # a closure, or a step that has raised
         if not self._stack and id(module) not in self._names:
             self._learn(module)
         self._stack.append((module, self._num_seen))
@@ -190,7 +198,7 @@ class RankTrace(Observer):
         if is_silent:
             self._places.learn(y, _kept(self._places.of(x), x, y))
             inputs = (self._part(Operand("x", x, self._places.of(x))),)
-            self._write("forward", name, type(module).__name__, "", inputs, y)
+            self._write("forward", name, type(module).__name__, inputs, y)
         if y.grad_fn is not None and is_silent:
             self._watch_backward(y.grad_fn, name, type(module).__name__, self._places.of(y))
         elif y.grad_fn is not None:
@@ -198,22 +206,26 @@ class RankTrace(Observer):
 
     def enter_step(self, optimizer: Optimizer) -> None:
         """Note the parameters before they are updated."""
-        places = ((p, self._places.of(p)) for p in _updated(optimizer))
-        self._updating = {
+        self._is_updating = True
+        places = ((p, self._places.of(p)) for p in _parameters(optimizer))
+        self._before = {
             id(p): (self._part(Operand(self._name(p), p, place)), place) for p, place in places
         }
 
     def leave_step(self, optimizer: Optimizer) -> None:
         """Write down what became of each parameter."""
-        before, self._updating = self._updating or {}, None
-        for p in _updated(optimizer):
+        before, self._before = self._before, {}
+        self._is_updating = False
+        for p in _parameters(optimizer):
             if id(p) not in before or p.grad is None:
                 continue
-            given, place = before[id(p)]
+            name, place = self._name(p), before[id(p)][1]  # a closure may have taught the name
             self._places.learn(p, place)
-            grad = self._part(Operand("grad", p.grad, place))
-            kind = type(optimizer).__name__
-            self._write("update", given.name, "update", kind, (given, grad), p, given.name)
+            output = self._part(Operand(name, p, place))
+            given = replace(before[id(p)][0], name=name)
+            inputs = (given, self._part(Operand("grad", p.grad, place)))
+            step = self._step("update", name, "update", type(optimizer).__name__)
+            self._add(replace(step, inputs=inputs, output=output))
 
     def _inputs(self, func: Any, args: tuple[Any, ...]) -> tuple[Part, ...]:
         names = [argument.name for argument in func._schema.arguments]
@@ -225,50 +237,39 @@ class RankTrace(Observer):
 
     def _is_step(self, func: Any, given: Sequence[Tensor]) -> bool:
         name = str(func.overloadpacket).removeprefix("aten.")
-        return bool(given) and name not in _QUIET
+        of_optimizer = self._is_updating and not torch.is_grad_enabled()
+        return bool(given) and name not in _QUIET and not of_optimizer
 
-    def _phase(self, args: tuple[Any, ...]) -> str:
+    def _phase(self, func: Any, args: tuple[Any, ...]) -> str:
         if torch._C._current_graph_task_id() != -1:
             return "backward"
+        if not func._schema.is_mutable or torch.is_grad_enabled():
+            return "forward"
+        if _DRAWN in func.tags:
+            return "setup"
         first = args[0] if args else None
-        if torch.is_grad_enabled() or not isinstance(first, nn.Parameter):
+        if not isinstance(first, nn.Parameter):
             return "forward"
         return "setup" if first.grad is None else "update"
 
     def _module(self) -> str:
         """The module that computes; in backward, the one that made the node."""
-        node = torch._C._current_autograd_node()
-        if node is not None:
-            return self._nodes.get(node._sequence_nr(), "")
-        return self._names.get(id(self._stack[-1][0]), "") if self._stack else ""
+        node: Any = torch._C._current_autograd_node()
+        if node is None:
+            return self._names.get(id(self._stack[-1][0]), "") if self._stack else ""
+        if hasattr(node, "variable"):  # it adds to the gradient of a parameter
+            return self._names.get(id(node.variable), "")
+        return self._nodes.get(node._sequence_nr(), "")
 
     def _part(self, operand: Operand) -> Part:
         return Part.of(operand, num_values=self._num_values if self.is_writing else 0)
 
     def _write(
-        self,
-        phase: str,
-        module: str,
-        operation: str,
-        detail: str,
-        inputs: tuple[Part, ...],
-        y: Tensor,
-        called: str = "y",
+        self, phase: str, module: str, operation: str, inputs: tuple[Part, ...], y: Tensor
     ) -> None:
+        called = "grad_x" if phase == "backward" and operation[:1].isupper() else "y"
         output = self._part(Operand(called, y, self._places.of(y)))
-        self._add(
-            Step(
-                self._rank,
-                len(self.steps),
-                phase,
-                module,
-                operation,
-                detail,
-                inputs,
-                output,
-                held_bytes=self._memory.held,
-            )
-        )
+        self._add(replace(self._step(phase, module, operation), inputs=inputs, output=output))
 
     def _add(self, step: Step) -> int | None:
         self._num_seen += 1
@@ -283,14 +284,15 @@ class RankTrace(Observer):
     def _learn(self, root: nn.Module) -> None:
         """The names of a model's modules and parameters, and how its parameters lie."""
         self._kept.append(root)
-        for name, module in root.named_modules():
+        own = root.name if isinstance(root, ShardedModule) else ""
+        for name, module in root.named_modules(prefix=own):
             self._names[id(module)] = name or type(module).__name__
             layouts = module.layouts if isinstance(module, ShardedModule) else {}
             prefix = f"{name}." if name else ""
             for short, parameter in module.named_parameters(recurse=False):
                 self._names[id(parameter)] = prefix + short
                 layout = layouts.get(short)
-                self._places.learn(parameter, REPLICATE if layout is None else _placed(layout))
+                self._places.learn(parameter, REPLICATE if layout is None else placement_of(layout))
 
     def _name(self, parameter: Tensor) -> str:
         return self._names.get(id(parameter), "parameter")
@@ -302,7 +304,9 @@ class RankTrace(Observer):
             if not waiting:
                 return
             node = waiting.pop()
-            if node is None or node is start or node._sequence_nr() in self._nodes:
+            if node is None or node is start or hasattr(node, "variable"):
+                continue
+            if node._sequence_nr() in self._nodes:
                 continue
             self._nodes[node._sequence_nr()] = name
             waiting.extend(each for each, _ in node.next_functions)
@@ -316,21 +320,27 @@ class RankTrace(Observer):
                 return
             self._places.learn(grad_x, _kept(place, grad_y, grad_x))
             inputs = (self._part(Operand("grad_y", grad_y, place)),)
-            self._write("backward", name, kind, "", inputs, grad_x, "grad_x")
+            self._write("backward", name, kind, inputs, grad_x)
 
         node.register_hook(done)
 
 
-def _is_ours() -> bool:
-    """Whether the nearest frame that is not torch's belongs to the package's own code."""
+def _caller() -> str:
+    """Who called an operation of torch: "package", "optimizer" (torch's) or "user".
+
+    It is the nearest frame that is neither torch's nor an observer's nor a guard's.
+    """
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
         is_observer = frame.f_code.co_name in ("operation", "__torch_dispatch__")
+        if name.startswith("torch.optim."):
+            return "optimizer"
         if not is_observer and not name.startswith(("torch.", *_GUARDS)):
-            return name.startswith("shardproof.") and not name.startswith(_OF_USERS)
+            is_ours = name.startswith("shardproof.") and not name.startswith(_USER_NAMES)
+            return "package" if is_ours else "user"
         frame = frame.f_back  # type: ignore[assignment]  # the outermost frame has none
-    return False
+    return "user"
 
 
 def _kept(place: Placement | None, x: Tensor, y: Tensor) -> Placement | None:
@@ -338,11 +348,5 @@ def _kept(place: Placement | None, x: Tensor, y: Tensor) -> Placement | None:
     return place if x.shape == y.shape else None
 
 
-def _placed(layout: Layout) -> Placement:
-    if layout.dim is None:
-        return REPLICATE
-    return shard(layout.dim, layout.held_indices, layout.shape[layout.dim])
-
-
-def _updated(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

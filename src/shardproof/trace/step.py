@@ -94,7 +94,9 @@ class Step:
         message_bytes: of a collective: bytes of its result.
         sent_bytes: of a collective: bytes that this rank sent.
         held_bytes: of the tensors that this rank holds after the step, as far as it has seen them.
-        meeting: of a collective: the how manyth of this rank; ranks meet at equal numbers.
+        axis: of a collective: the name of the axis.
+        meeting: of a collective: its number on the axis, counted from 0 on each rank; ranks meet at
+            equal numbers.
         is_rest: of a collective: a further part of the one before.
     """
 
@@ -109,6 +111,7 @@ class Step:
     message_bytes: int = 0
     sent_bytes: int = 0
     held_bytes: int = 0
+    axis: str = ""
     meeting: int | None = None
     is_rest: bool = False
 

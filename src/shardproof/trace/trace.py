@@ -1,5 +1,6 @@
 """A trace: what every rank computed, sent and held, step by step, as data that can be printed."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -84,9 +85,22 @@ class Trace:
         self.num_dropped = tuple(num_dropped for _, num_dropped in found)
 
     def collectives(self, rank: int) -> dict[str, dict[str, dict[str, int]]]:
-        """Direction -> collective -> calls, message_bytes and sent_bytes, as a ledger has them."""
+        """Direction -> collective -> calls, message_bytes and sent_bytes, as a ledger has them.
+
+        Args:
+            rank: whose; on all axes together.
+
+        Raises:
+            UsageError: no such rank, or some of its steps were dropped.
+        """
+        steps = self._steps(rank)
+        if self.num_dropped[rank]:
+            raise UsageError(
+                f"{self.num_dropped[rank]} steps of rank {rank} are beyond limit={self.limit}, and "
+                "collectives may be among them. Trace with a larger limit."
+            )
         found: dict[str, dict[str, dict[str, int]]] = {}
-        for step in self._steps(rank):
+        for step in steps:
             if not step.is_collective:
                 continue
             kinds = found.setdefault(step.phase, {})
@@ -108,8 +122,8 @@ class Trace:
         return timeline(self.ranks)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        steps = [[asdict(step) for step in steps] for steps in self.ranks]
+        """Plain data, for JSON; "nan", "inf" and "-inf" stand for what JSON has no numbers for."""
+        steps = [[_finite(asdict(step)) for step in steps] for steps in self.ranks]
         return {"degree": len(self.ranks), "num_dropped": list(self.num_dropped), "ranks": steps}
 
     def __str__(self) -> str:
@@ -145,6 +159,14 @@ class Trace:
         recorded = RankTrace(axis.rank, num_values=num_values, limit=self.limit)
         with listening(), recorded:
             yield recorded
+
+
+def _finite(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _finite(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_finite(value) for value in tree]
+    return str(tree) if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def _run(
