@@ -3,14 +3,14 @@
 # %% [markdown]
 # # Lesson 1: one product, cut by rows and by columns
 #
-# A linear layer multiplies an input `x` by a weight `w`. If `w` is too large for one device, it is cut,
-# and each device holds a part of it, of the gradient and of the optimizer's state. A device that works
-# with others on one product is called a **rank**, and their number is the **degree**. This lesson cuts
-# one small product in the two possible ways, with real ranks, and takes its gradient.
+# A linear layer multiplies an input `x` by a weight `w`. If `w` is too large for one device, it is
+# cut, and each device holds a part of it, of the gradient and of the optimizer's state. A device that
+# works with others on one product is called a **rank**, and their number is the **degree**. This
+# lesson cuts one small product in the two possible ways, with real ranks, and takes its gradient.
 #
 # The ranks are threads of this process, so that no launcher is needed. Change `DEGREE` and run it
-# again. The numbers are those of a [teaching notebook](README.md), 000, "Tensor Parallelism"; the last
-# section compares with it.
+# again. The numbers are those of a [teaching notebook](README.md), 000, "Tensor Parallelism"; the
+# last section compares with it.
 
 # %%
 import torch
@@ -94,8 +94,8 @@ def part(size, axis):
 #
 # After it `y` is the same on every rank, so `grad_y` is, too. The gradient of a rank's rows of `w`
 # needs its columns of `x` and the whole `grad_y`. The gradient of its columns of `x` needs the whole
-# `grad_y` and its rows of `w`. The rank has all of them, so nothing is sent in backward. `grad_x` comes
-# out cut by columns, as `x` is: Shard(1).
+# `grad_y` and its rows of `w`. The rank has all of them, so nothing is sent in backward. `grad_x`
+# comes out cut by columns, as `x` is: Shard(1).
 
 
 # %%
@@ -148,10 +148,11 @@ picture(
 # Shard(1). It compares them with its columns of the label. Nothing is sent in forward. (Only whoever
 # wants to print the loss, which is a mean over all columns, must add one number over the ranks.)
 #
-# The gradient of its columns of `w` needs `x` and its columns of `grad_y`. It has both, and nothing is
-# sent for it. But `grad_x = grad_y w^T` is a sum over all columns, of which each rank has only some. So
-# `grad_x` is Partial. **The all-reduce of the column layer is in backward, and adds the gradient of its
-# input.** Here `x` is data and needs no gradient. In a network a layer stands before this one.
+# The gradient of its columns of `w` needs `x` and its columns of `grad_y`. It has both, and nothing
+# is sent for it. But `grad_x = grad_y w^T` is a sum over all columns, of which each rank has only
+# some. So `grad_x` is Partial. **The all-reduce of the column layer is in backward, and adds the
+# gradient of its input.** Here `x` is data and needs no gradient. In a network a layer stands before
+# this one.
 
 
 # %%
@@ -209,9 +210,9 @@ picture(
 # %% [markdown]
 # ## The bias
 #
-# By columns a rank adds its part of the bias to its columns of `y`. By rows every rank needs the whole
-# bias, and adds it **after** the sum. Added before the sum, it would be part of every rank's summand,
-# and `y` would have it `degree` times.
+# By columns a rank adds its part of the bias to its columns of `y`. By rows every rank needs the
+# whole bias, and adds it **after** the sum. Added before the sum, it would be part of every rank's
+# summand, and `y` would have it `degree` times.
 #
 # The gradient of the bias is the sum of `grad_y` over the batch. By columns a rank has its columns of
 # `grad_y`, so it gets its part of the gradient. By rows `grad_y` is the same on every rank, so each
@@ -240,8 +241,9 @@ for rank, has in enumerate(sp.launch(with_bias, degree=DEGREE)):
 #
 # `torch.nn.Linear` computes `x weight^T`: it stores the **transpose** of `w`, with shape `(out, in)`.
 # The columns of `w` are the rows of `weight`, which is its dim 0. **So a layer that is cut by the
-# columns of `w` has a weight that is stored Shard(0)**, and a layer that is cut by the rows of `w` has
-# a weight that is stored Shard(1). The two layers of shardproof are named by `w`, as in the literature:
+# columns of `w` has a weight that is stored Shard(0)**, and a layer that is cut by the rows of `w`
+# has a weight that is stored Shard(1). The two layers of shardproof are named by `w`, as in the
+# literature:
 #
 # | a rank has of | `ColumnParallelLinear` | `RowParallelLinear` |
 # |---|---|---|
@@ -309,16 +311,16 @@ table(
 # %% [markdown]
 # ## What is sent
 #
-# `launch(..., trace=True)` writes down what every rank computes and sends. There are three all-reduces:
-# `y` of the row layer (2 * 8 numbers of 4 bytes) and the loss of the column layer (one number) in
-# forward, `grad_x` of the column layer (2 * 4 numbers) in backward.
+# `launch(..., trace=True)` writes down what every rank computes and sends. There are three
+# all-reduces: `y` of the row layer (2 * 8 numbers of 4 bytes) and the loss of the column layer (one
+# number) in forward, `grad_x` of the column layer (2 * 4 numbers) in backward.
 #
-# An all-reduce is a reduce-scatter and an all-gather. The result has `b` bytes and is dealt out to the
-# `d` ranks: each adds up one share of `b / d` bytes. First a rank sends to every other rank its summand
-# of that rank's share: `(d - 1) b / d` bytes. Then it sends the share that it has added up to every
-# other rank: again `(d - 1) b / d`. So each rank sends **`2 b (d - 1) / d` bytes**. At degree 4 these
-# are `2 * 64 * 3 / 4 = 96` bytes for `y`. The single number of the loss cannot be divided: rank 0 adds
-# it up for all.
+# An all-reduce is a reduce-scatter and an all-gather. The result has `b` bytes and is dealt out to
+# the `d` ranks: each adds up one share of `b / d` bytes. First a rank sends to every other rank its
+# summand of that rank's share: `(d - 1) b / d` bytes. Then it sends the share that it has added up to
+# every other rank: again `(d - 1) b / d`. So each rank sends **`2 b (d - 1) / d` bytes**. At degree 4
+# these are `2 * 64 * 3 / 4 = 96` bytes for `y`. The single number of the loss cannot be divided: rank
+# 0 adds it up for all.
 
 # %% fold
 counted = []
@@ -337,17 +339,18 @@ table(
 # %% [markdown]
 # ## The bits
 #
-# Every addition of floating-point numbers rounds. So `(a + b) + c` and `a + (b + c)` can have other last
-# bits. By rows, the degree decides which summands a rank adds alone, and the all-reduce decides in which
-# order it adds the ranks' sums. So each degree usually has its own last bits of `y`. (The `x` and `w` of
-# above hide it, because sums of small whole numbers are exact. Random numbers show it.)
+# Every addition of floating-point numbers rounds. So `(a + b) + c` and `a + (b + c)` can have other
+# last bits. By rows, the degree decides which summands a rank adds alone, and the all-reduce decides
+# in which order it adds the ranks' sums. So each degree usually has its own last bits of `y`. (The
+# `x` and `w` of above hide it, because sums of small whole numbers are exact. Random numbers show
+# it.)
 #
 # The layers of shardproof make the same additions at every degree, in four steps:
 #
 # * The dim that is summed over is divided into 8 **leaves**, at degree 1 as at any other degree. The
 #   leaves are the pieces that `part` gives to ranks.
-# * One binary tree, the same at every degree, says in which order the sums of the leaves are added. Each
-#   **node** of it is the sum of the two nodes below.
+# * One binary tree, the same at every degree, says in which order the sums of the leaves are added.
+#   Each **node** of it is the sum of the two nodes below.
 # * A rank adds up the nodes whose leaves it all has, and sends the largest of them.
 # * The all-reduce adds what remains, in the order of the tree.
 #
@@ -415,8 +418,9 @@ print("bits of:", bits_of())
 # %% [markdown]
 # ## Break it
 #
-# Each cell repeats a function from above with **one line changed**. Predict what happens, then run it.
-# (`shardproof break --list` shows a gallery of such mistakes, and `shardproof break NAME` one of them.)
+# Each cell repeats a function from above with **one line changed**. Predict what happens, then run
+# it. (`shardproof break --list` shows a gallery of such mistakes, and `shardproof break NAME` one of
+# them.)
 #
 # ### The halves of the label are swapped
 
@@ -483,8 +487,8 @@ assert largest(wrong, whole_y + bias) == (DEGREE - 1) * bias.max()
 # <details><summary>2. <code>nn.Linear(24, 6)</code> is cut by rows at degree 3. Which shapes have
 # weight, bias and input (of batch 2) on each rank?</summary>
 #
-# The 24 input features are 8 leaves of 3. The ranks have 3, 3 and 2 leaves: 9, 9 and 6 features. So the
-# weights are <code>(6, 9)</code>, <code>(6, 9)</code> and <code>(6, 6)</code>, the inputs
+# The 24 input features are 8 leaves of 3. The ranks have 3, 3 and 2 leaves: 9, 9 and 6 features. So
+# the weights are <code>(6, 9)</code>, <code>(6, 9)</code> and <code>(6, 6)</code>, the inputs
 # <code>(2, 9)</code>, <code>(2, 9)</code> and <code>(2, 6)</code>, and every rank has the whole bias,
 # <code>(6)</code>.
 # </details>
@@ -547,8 +551,8 @@ for batch in (1, 2, 3, 8):
 table(["batch", "notebook's gradient / autograd's"], rows_of_ratio)
 
 # %% [markdown]
-# **Its label.** Where it cuts by columns, the notebook subtracts the second half of the label from the
-# first half of `y`, and the first half from the second (`y_1 - y_label[:, col_dim:]`). The shapes fit,
-# so nothing complains. The first cell of "Break it" does the same.
+# **Its label.** Where it cuts by columns, the notebook subtracts the second half of the label from
+# the first half of `y`, and the first half from the second (`y_1 - y_label[:, col_dim:]`). The shapes
+# fit, so nothing complains. The first cell of "Break it" does the same.
 #
 # (Its formula also has the sign of `y' - xw`; its code has `y - label`, which is right.)
