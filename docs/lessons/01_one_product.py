@@ -254,6 +254,9 @@ for rank, has in enumerate(sp.launch(with_bias, degree=DEGREE)):
 # | the gradient of the input | the whole, `Replicate`, after an **all-reduce** | its columns, `Shard(1)` |
 # | the gradients of `weight` and `bias` | as `weight` and `bias` | as `weight` and `bias` |
 #
+# So a rank of a row layer holds some columns of the stored weight, as many as it has columns of the
+# input, and the whole bias. Its two gradients are computed from what the rank has, and are not sent.
+#
 # A loss of an output that is cut is told so (`axis=`, `cut=`): it divides by the size of the whole
 # output and adds one number over the ranks.
 
@@ -320,7 +323,7 @@ table(
 # summand of that rank's share: `(d - 1) b / d` bytes. Then it sends the share that it has added up to
 # every other rank: again `(d - 1) b / d`. So each rank sends **`2 b (d - 1) / d` bytes**. At degree 4
 # these are `2 * 64 * 3 / 4 = 96` bytes for `y`. The single number of the loss cannot be divided: rank
-# 0 adds it up for all.
+# 0 adds it up and sends the sum to the others.
 
 # %% fold
 counted = []

@@ -3,11 +3,11 @@
 # %% [markdown]
 # # Lesson 2: a feed-forward block, first by columns, then by rows
 #
-# The feed-forward block of a transformer has two linear layers. `up` makes 4 times as many hidden
-# features of each word, `down` makes the old width of them, and an activation stands in between.
-# Lesson 1 cut one product in two ways. Here `up` is cut **by columns** and `down` **by rows**: what
-# the first layer leaves on a rank is what the second layer needs there, and nothing is gathered in
-# between.
+# The feed-forward block of a transformer has two linear layers. `up` computes hidden features from
+# the features of each word, 4 times as many. An activation follows. `down` computes the old number of
+# features from them. Lesson 1 cut one product in two ways. Here `up` is cut **by columns** and `down`
+# **by rows**: what the first layer leaves on a rank is what the second layer needs there, and nothing
+# is gathered in between.
 #
 # At degree `d` a rank holds a `d`-th of both weights, of their gradients and of the optimizer's
 # state. A step of training costs two all-reduces for it: one in forward, one in backward.
@@ -87,9 +87,9 @@ plain = {"up": up.weight.grad, "down": down.weight.grad, "x": plain_x.grad, "h":
 # | `g`, here `all_reduce` | after `down` | all-reduce of `y` | passes `grad_y` on, sends nothing |
 #
 # A rule says where an `f` is needed. **If a tensor is the same on every rank and each rank uses it
-# differently, its gradient is Partial**: a rank knows only what its own use adds. So it is with `x`,
+# differently, its gradient is Partial**: a rank knows only what its own use adds. This is so for `x`,
 # which each rank multiplies with other columns of `up`. **If all ranks use it alike, each has the
-# whole gradient already**, and nothing may be added. So it is with `y`, from which each takes the
+# whole gradient already**, and nothing may be added. This is so for `y`, from which each takes the
 # same loss.
 
 
@@ -130,22 +130,26 @@ joined = {
     name: torch.cat([has[name] for has in ranks], DIMS[name]) if name in DIMS else tensor
     for name, tensor in ranks[0].items()
 }
+rows = [
+    ("h", "h", "Shard(2)", plain_h),
+    ("y before the all-reduce", "y_part", "Partial", None),
+    ("y", "y", "Replicate", plain_y),
+    ("grad of down.weight", "down", "Shard(1)", plain["down"]),
+    ("grad_h", "grad_h", "Shard(2)", plain["h"]),
+    ("grad of up.weight", "up", "Shard(0)", plain["up"]),
+    ("grad_x before the all-reduce", "x_part", "Partial", None),
+    ("grad_x", "x", "Replicate", plain["x"]),
+]
 table(
     ["tensor", "on rank 0", "placement", "largest difference from plain PyTorch"],
     [
-        ["h", ranks[0]["h"].shape, "Shard(2)", largest(joined["h"], plain_h)],
-        ["y before the all-reduce", ranks[0]["y_part"].shape, "Partial", "-"],
-        ["y", ranks[0]["y"].shape, "Replicate", largest(joined["y"], plain_y)],
         [
-            "grad of down.weight",
-            ranks[0]["down"].shape,
-            "Shard(1)",
-            largest(joined["down"], plain["down"]),
-        ],
-        ["grad_h", ranks[0]["grad_h"].shape, "Shard(2)", largest(joined["grad_h"], plain["h"])],
-        ["grad of up.weight", ranks[0]["up"].shape, "Shard(0)", largest(joined["up"], plain["up"])],
-        ["grad_x before the all-reduce", ranks[0]["x_part"].shape, "Partial", "-"],
-        ["grad_x", ranks[0]["x"].shape, "Replicate", largest(joined["x"], plain["x"])],
+            title,
+            ranks[0][name].shape,
+            placed,
+            "-" if right is None else largest(joined[name], right),
+        ]
+        for title, name, placed, right in rows
     ],
 )
 
@@ -364,7 +368,7 @@ assert all(phase in ("-", "forward", "backward") for _, _, phase, *_ in counted)
 # The size of the weights does not matter: activations are sent, and no weights.
 #
 # At degree 3 the ranks have 3, 3 and 2 of the 8 leaves. Three neighbouring leaves are no node of the
-# tree, so the first two ranks send two nodes, that is two summands (lesson 1, "The bits"): rank 0 has
+# tree, so the first two ranks send two nodes, that is two summands (lesson 1, "The bits"): rank 0 adds up
 # 17 of the 50 numbers and sends `4 * (2 * 33 + 2 * 17) = 400` bytes.
 #
 # ## Every step of every rank
@@ -377,7 +381,7 @@ assert all(phase in ("-", "forward", "backward") for _, _, phase, *_ in counted)
 
 # %%
 traced = sp.launch(with_layers, degree=DEGREE, trace=True)
-show(traced.trace.timeline(), width=112)
+show(traced.trace.timeline(), width=107)
 meetings = [step for step in traced.trace.ranks[0] if step.is_collective]
 assert DEGREE == 1 or [step.phase for step in meetings] == ["forward", "backward"]
 
