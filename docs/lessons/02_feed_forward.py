@@ -48,8 +48,8 @@ DEGREE = 2
 # hidden features, which are shared out: `y` is Partial, and one all-reduce adds it.
 #
 # **Backward.** `grad_y` is the same on every rank. From it and from its rows of `down` a rank gets
-# its columns of `grad_h`, complete. `grad_x` is a sum over the hidden features: it is Partial, and
-# one all-reduce adds it.
+# its columns of `grad_h`, complete, and its columns of `up` are multiplied with exactly these.
+# `grad_x` is a sum over the hidden features: it is Partial, and one all-reduce adds it.
 #
 # **Weights.** The gradient of a rank's rows of `down` needs its columns of `h` and the whole
 # `grad_y`. The gradient of its columns of `up` needs the whole `x` and its columns of `grad_h`. The
@@ -368,8 +368,8 @@ assert all(phase in ("-", "forward", "backward") for _, _, phase, *_ in counted)
 # The size of the weights does not matter: activations are sent, and no weights.
 #
 # At degree 3 the ranks have 3, 3 and 2 of the 8 leaves. Three neighbouring leaves are no node of the
-# tree, so the first two ranks send two nodes, that is two summands (lesson 1, "The bits"): rank 0 adds up
-# 17 of the 50 numbers and sends `4 * (2 * 33 + 2 * 17) = 400` bytes.
+# tree, so the first two ranks send two nodes, that is two summands (lesson 1, "The bits"): rank 0
+# adds up 17 of the 50 numbers and sends `4 * (2 * 33 + 2 * 17) = 400` bytes.
 #
 # ## Every step of every rank
 #
@@ -400,7 +400,7 @@ assert DEGREE == 1 or [step.phase for step in meetings] == ["forward", "backward
 #
 # The hidden features are 8 leaves at every degree, and one tree says how their sums are added (lesson
 # 1). So every tensor of the step has the same bits at every degree, also at 3, which does not divide
-# 40.
+# 40. (Lesson 1 explains the last line.)
 
 # %% fold
 hashes = {degree: {name: sha(t) for name, t in whole(degree).items()} for degree in (1, 2, 3, 8)}
