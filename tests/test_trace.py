@@ -412,7 +412,7 @@ def test_the_timeline_says_once_what_the_ranks_do_alike() -> None:
         "forward 1 y = x @ weight.T + bias (2, 4) Shard(1) (2, 4) Shard(1)",
         "forward 2 GELU y (2, 4) Shard(1) y (2, 4) Shard(1)",
         "forward 3 y = x @ weight.T leaves 0-3 (2, 4) Partial leaves 4-7 (2, 4) Partial",
-        "forward 3 all_reduce of y (2, 4), sends 32 bytes --> <-- (2, 4), sends 32 bytes",
+        "forward 3 all_reduce of y (2, 4) sends 32 bytes --> <-- sends 32 bytes",
         "forward 3 addition: leaves 0-3 + leaves 4-7 y (2, 4) Replicate y (2, 4) Replicate",
         "backward 1 grad_weight = grad_y.T @ x (4, 4) Shard(0) (4, 4) Shard(0)",
         "update 3.weight update: SGD (4, 4) Shard(1) (4, 4) Shard(1)",

@@ -342,11 +342,11 @@ table(
 # %% [markdown]
 # ## The bits
 #
-# Every addition of floating-point numbers rounds. So `(a + b) + c` and `a + (b + c)` can have other
-# last bits. By rows, the degree decides which summands a rank adds alone, and the all-reduce decides
-# in which order it adds the ranks' sums. So each degree usually has its own last bits of `y`. (The
-# `x` and `w` of above hide it, because sums of small whole numbers are exact. Random numbers show
-# it.)
+# Every addition of floating-point numbers rounds. So `(a + b) + c` and `a + (b + c)` can differ in
+# their last bits. By rows, the degree decides which summands a rank adds alone, and the all-reduce
+# decides in which order it adds the ranks' sums. So each degree usually has its own last bits of `y`.
+# (The `x` and `w` of above hide it, because sums of small whole numbers are exact. Random numbers
+# show it.)
 #
 # The layers of shardproof make the same additions at every degree, in four steps:
 #
@@ -354,7 +354,7 @@ table(
 #   leaves are the pieces that `part` gives to ranks.
 # * One binary tree, the same at every degree, says in which order the sums of the leaves are added.
 #   Each **node** of it is the sum of the two nodes below.
-# * A rank adds up the nodes whose leaves it all has, and sends the largest of them.
+# * A rank adds up the nodes of which it has all leaves, and sends the largest of these.
 # * The all-reduce adds what remains, in the order of the tree.
 #
 # ![The tree over eight leaves at degree 2 and at degree 3](../tree.svg)

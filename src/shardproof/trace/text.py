@@ -97,16 +97,18 @@ def _cell(step: Step, module: str, formula: str) -> str:
     """What one rank gets; also its module and formula, where the ranks do not share them."""
     own = [] if module == step.module else [step.module]
     own += [] if formula == _formula(step) else [_formula(step)]
-    result = "" if step.output is None else _result(step, step.output)
     if step.is_collective:
-        result = f"{result}, sends {step.sent_bytes:,} bytes".removeprefix(", ")
+        result = f"sends {step.sent_bytes:,} bytes"
+    else:
+        result = "" if step.output is None else _result(step, step.output)
     return ": ".join(filter(None, (*own, result)))
 
 
 def _formula(step: Step) -> str:
-    """What all ranks do alike: a product without the leaves that a rank sums."""
+    """What ranks do alike: a collective and its result, a product without the leaves it sums."""
     if step.is_collective:
-        return step.operation if step.output is None else f"{step.operation} of {step.output.name}"
+        result = "" if step.output is None else f" of {step.output.name} {step.output.shape}"
+        return step.operation + result
     leaves = _leaves(step.output)
     detail = step.detail.removesuffix(f", {leaves}") if leaves else step.detail
     return detail if " = " in detail else ": ".join(filter(None, (step.operation, detail)))
@@ -115,10 +117,9 @@ def _formula(step: Step) -> str:
 def _result(step: Step, output: Part) -> str:
     """A result: its leaves or its name, if the formula and the module do not say it, and shape."""
     name = output.name.partition(", ")[0]
-    is_said = step.is_collective or name == step.module or _formula(step).startswith(f"{name} = ")
-    placement = "" if step.is_collective else output.placement
-    shape = str(output.shape)
-    return " ".join(filter(None, ("" if is_said else name, _leaves(output), shape, placement)))
+    is_said = name == step.module or _formula(step).startswith(f"{name} = ")
+    shown = ("" if is_said else name, _leaves(output), str(output.shape), output.placement)
+    return " ".join(filter(None, shown))
 
 
 def _leaves(output: Part | None) -> str:
