@@ -422,14 +422,14 @@ def test_the_timeline_says_once_what_the_ranks_do_alike() -> None:
 
 def test_the_timeline_says_of_each_rank_what_it_does_otherwise() -> None:
     def work(axis: Axis) -> None:
-        layer = sp.ColumnParallelLinear(4, 6, axis=axis, name=f"of rank {axis.rank}")
+        layer = sp.ColumnParallelLinear(4, 6, axis=axis, bias=axis.rank == 0, name="layer")
         layer(torch.ones(2, 4))
         if axis.rank == 1:
             torch.relu(torch.ones(3))
 
     lines = lines_of(traced(2, work)[1])
-    of = [f"of rank {rank}: (2, 3) Shard(1)" for rank in (0, 1)]
-    assert f"forward y = x @ weight.T + bias {of[0]} {of[1]}" in lines
+    of = [f"y = x @ weight.T{bias}: (2, 3) Shard(1)" for bias in (" + bias", "")]
+    assert f"forward layer {of[0]} {of[1]}" in lines
     assert "forward relu y (3,)" in lines
     three = lines_of(traced(3)[1])
     assert "forward 3 y = x @ weight.T leaf 2 (2, 4) Partial leaves 4-5 (2, 4) Partial" in three
