@@ -173,9 +173,43 @@ def test_every_lesson_has_its_parts(name: str) -> None:
     assert page.count("shardproof break --list") == 1
     broken = page.partition("## Break it")[2]
     assert broken.count("# was: ") == 3
+    if name[:2] in ("01", "02"):  # what is compared with a notebook does not interrupt these
+        assert "## Beside the notebook" in broken.partition("## Questions")[2]
     for heading in ("## The mathematics", "## The bits", "## Break it", "## Questions"):
         assert heading in page or (heading, name[:2]) == ("## The bits", "03")
     assert ("## Beside the notebook" in page) == (name[:2] != "05")
+
+
+NOT_PRINTED = (("02", 300), ("05", 80))  # a mean, and a part of a message
+FORMULA = re.compile(r"`([\d (*/+)-]+) = (\d+)`")
+
+
+def formulas_of(text: str) -> list[tuple[str, int]]:
+    """Arithmetic in the text of a page, and what it says comes out."""
+    return [(found[1], int(found[2])) for found in FORMULA.finditer(" ".join(text.split()))]
+
+
+def test_arithmetic_in_the_text_is_right_and_its_result_was_measured() -> None:
+    assert formulas_of("so `2 * (3 + 4) = 14` bytes, `h = 3`") == [("2 * (3 + 4)", 14)]
+    found = {name: formulas_of((LESSONS / f"{name}.md").read_text()) for name in NAMES}
+    assert [len(formulas) for formulas in found.values()] == [1, 4, 0, 2, 1]
+    for name, formulas in found.items():
+        printed = " ".join(printed_on_page(name)).split()
+        for left, right in formulas:
+            assert eval(left) == right  # digits and signs
+            assert (name[:2], right) in NOT_PRINTED or str(right) in printed
+
+
+def test_the_mean_of_what_ranks_send_is_the_formula_of_the_text() -> None:
+    """2 b (d - 1) / d, where every rank sends one node."""
+    lines = [line.split() for line in "".join(printed_on_page("02_feed_forward")).splitlines()]
+    sent = {
+        int(w[0]): [int(b) for b in w[7:]] for w in lines if w[2:4] == ["forward", "all_reduce"]
+    }
+    assert set(sent) == {2, 3, 4, 8}
+    for degree, each in sent.items():
+        assert len(each) == degree
+        assert (sum(each) == 2 * 200 * (degree - 1)) == (degree != 3)
 
 
 def test_a_lesson_runs_in_jupyter(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from torch.testing import assert_close
@@ -550,6 +551,44 @@ def test_it_prints() -> None:
     assert trace.table(1).row_count == len(trace.ranks[1])
     assert json.loads(json.dumps(trace.as_dict()))["degree"] == 2
     assert str(sp.Trace()) == "a trace of nothing yet"
+
+
+def lines_of(trace: sp.Trace) -> list[str]:
+    """The timeline as plain text, each step on one line, with single spaces."""
+    console = Console(width=400, color_system=None)
+    with console.capture() as captured:
+        console.print(trace.timeline())
+    return [" ".join(line.split()) for line in captured.get().splitlines()]
+
+
+def test_the_timeline_says_once_what_the_ranks_do_alike() -> None:
+    lines = lines_of(traced(2)[1])
+    assert lines[0] == "phase module step rank 0 rank 1"
+    for line in (
+        "forward 1 y = x @ weight.T + bias (2, 4) Shard(1) (2, 4) Shard(1)",
+        "forward 2 GELU y (2, 4) Shard(1) y (2, 4) Shard(1)",
+        "forward 3 y = x @ weight.T leaves 0-3 (2, 4) Partial leaves 4-7 (2, 4) Partial",
+        "forward 3 all_reduce of y (2, 4) sends 32 bytes --> <-- sends 32 bytes",
+        "forward 3 addition: leaves 0-3 + leaves 4-7 y (2, 4) Replicate y (2, 4) Replicate",
+        "backward 1 grad_weight = grad_y.T @ x (4, 4) Shard(0) (4, 4) Shard(0)",
+        "update 3.weight update: SGD (4, 4) Shard(1) (4, 4) Shard(1)",
+    ):
+        assert line in lines
+
+
+def test_the_timeline_says_of_each_rank_what_it_does_otherwise() -> None:
+    def work(axis: Axis) -> None:
+        layer = sp.ColumnParallelLinear(4, 6, axis=axis, bias=axis.rank == 0, name="layer")
+        layer(torch.ones(2, 4))
+        if axis.rank == 1:
+            torch.relu(torch.ones(3))
+
+    lines = lines_of(traced(2, work)[1])
+    of = [f"y = x @ weight.T{bias}: (2, 3) Shard(1)" for bias in (" + bias", "")]
+    assert f"forward layer {of[0]} {of[1]}" in lines
+    assert "forward relu y (3,)" in lines
+    three = lines_of(traced(3)[1])
+    assert "forward 3 y = x @ weight.T leaf 2 (2, 4) Partial leaves 4-5 (2, 4) Partial" in three
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,9 @@ torch.optim.SGD(plain.parameters(), lr=LEARNING_RATE).step()
 # %% [markdown]
 # ## By hand
 #
-# The notebook's two pipelines with ranks that communicate, in the notebook's names. `b` has shape
+# The notebook's two pipelines with ranks that communicate, in the notebook's names. After an
+# `all_gather` all ranks use the whole tensor alike, so that its gradient is whole on each
+# (`grad="replicate"`; lesson 4 has the other case). `b` has shape
 # `(1, 608)` and `dW` is `(in, out)`, as there. The full `W` is used here to cut from; further down no
 # rank ever has it.
 
@@ -169,9 +171,7 @@ of_in = [owners(IN)[i] for i in ends]
 picture(
     [
         [
-            grid(
-                X[:4, ends], "X (32, 1024), scattered", columns=of_in, note="columns 0-2, 1021-1023"
-            ),
+            grid(X[:4, ends], "X (32, 1024), cut", columns=of_in, note="columns 0-2, 1021-1023"),
             "@",
             grid(W[:4, ends].T, "W^T (1024, 608)", rows=of_in, note="cut by rows"),
         ],
@@ -187,7 +187,7 @@ picture(
             grid(rows["db"][:4] * 1e3, "db (608), x 1000", note="on every rank"),
         ],
     ],
-    "One linear layer cut by rows: X is scattered, Y is summed, dX is gathered, db is on every rank",
+    "One linear layer cut by rows: X is cut, Y is summed, dX is gathered, db is on every rank",
 )
 
 
@@ -195,8 +195,8 @@ picture(
 # ## With layers, and without a full matrix
 #
 # A layer that is cut allocates its own part. Every rank draws `W` in blocks of 32 rows and keeps its
-# part of each: one block is the most that it has of what others hold. Forward, backward and update
-# work on the part.
+# part of each: one block is the most that it has of what others hold. (`layer.layouts` says which
+# indices of each parameter are its own.) Forward, backward and update work on the part.
 
 
 # %%
@@ -275,8 +275,9 @@ table(
 )
 
 # %% [markdown]
-# The largest result of any step on any rank, and the most that a rank holds at one moment: its part of
-# `W`, the gradient of that part, a copy or two on the way, and the batch. Both as a share of one full `W` (2,490,368 bytes):
+# The largest result of any step on any rank, and the most that a rank holds at one moment: its part
+# of `W`, the gradient of that part, a copy or two on the way, and the batch. Both as a share of one
+# full `W` (2,490,368 bytes):
 
 # %% fold
 seen = []
@@ -290,8 +291,8 @@ assert all(float(share[:-1]) <= 50 for _, degree, _, share, _ in seen if degree 
 
 # %% [markdown]
 # A trace begins where the ranks compute. That the rule holds while the layer is made and filled, too,
-# is measured by the prover, which sees every allocation of a rank from creation to update. This is the
-# case `linear-row` of `shardproof prove`, the same system:
+# is measured by the prover, which sees every allocation of a rank from creation to update. This is
+# the case `linear-row` of `shardproof prove`, the same system:
 
 # %%
 report = prove_cases([find_case("linear-row")], degrees=(2,))
@@ -303,8 +304,8 @@ for rank in report.cases[0].memory["2"]:
 assert report.cases[0].within_memory_bound
 
 # %% [markdown]
-# What is sent in one step. `W` and `dW` have 2.4 million bytes; the messages have the size of `Y` and
-# of `dX`, whatever the size of `W`.
+# What is sent in one step. `W` and `dW` have 2.5 million bytes each; the messages have the size of
+# `Y` and of `dX`, whatever the size of `W`.
 
 # %% fold
 counted = []
@@ -318,8 +319,8 @@ table(["cut by", "direction", "calls", "collective", "bytes of results", "sent b
 # %% [markdown]
 # ## Beside the notebook
 #
-# Its shapes, its booleans (`allclose` with `atol=1e-6`), and its largest difference. Ours at degree 2:
-# shapes from the functions by hand, booleans and the difference from the layers.
+# Its shapes, its booleans (`allclose` with `atol=1e-6`), and its largest difference. Ours at degree
+# 2: shapes from the functions by hand, booleans and the difference from the layers.
 
 # %% fold
 DIMS = {
@@ -405,7 +406,8 @@ table(
 )
 
 # %% [markdown]
-# Is 4e-8 an error, then, and whose? Compare both with the same step in fp64:
+# Is 4e-8 an error, then, and whose? Compare both with the same step in fp64. (Hashes that end in
+# `..` are of products of plain PyTorch, and differ from processor to processor.)
 
 # %% fold
 exact_dY = 2 * (X.double() @ W.double().T + b.double() - Y_gt.double()) / Y_gt.numel()
@@ -441,9 +443,9 @@ print(f"nn.Linear itself: error {error(dW_torch):.1e}")
 # summand of that size would pass.
 #
 # The layer divides the 1024 features into 8 leaves at *every* degree, at degree 1 too, and adds them
-# in the order of one binary tree. So there is nothing to live with: the difference between two degrees
-# is 0, and any other number is a fault. (From `nn.Linear` a difference of rounding remains, because
-# `nn.Linear` adds in another order.)
+# in the order of one binary tree. So there is nothing to live with: the difference between two
+# degrees is 0, and any other number is a fault. (From `nn.Linear` a difference of rounding remains,
+# because `nn.Linear` adds in another order.)
 #
 # The hashes of the whole step:
 
@@ -550,6 +552,6 @@ for rank, dW in enumerate(sp.launch(own_mean, degree=DEGREE)):
 # <details><summary>3. Two degrees of a plain implementation differ by 4e-8. How do you tell rounding
 # from a small fault?</summary>
 #
-# From the number alone you cannot: both look alike. If every degree performs the same additions, which
-# the tree makes sure of, a difference is never rounding.
+# From the number alone you cannot: both look alike. If every degree performs the same additions,
+# which the tree makes sure of, a difference is never rounding.
 # </details>

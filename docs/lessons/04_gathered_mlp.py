@@ -5,11 +5,11 @@
 #
 # Both layers of this network are cut by columns. What the first one leaves on a rank are some hidden
 # features; the second one wants all of them. So the hidden features are **gathered**. Every rank then
-# has the same tensor and uses it for its own outputs, and this is where many go wrong: the gradient of
-# a gathered tensor that each rank uses differently is **Partial**.
+# has the same tensor and uses it for its own outputs, and this is where many go wrong: the gradient
+# of a gathered tensor that each rank uses differently is **Partial**.
 #
-# The system is that of the teaching notebook 004. It seeds its numbers and prints its results, so this
-# lesson can repeat them: its data set, its model, all its outputs, every row of its `cmp` table.
+# The system is that of the teaching notebook 004. It seeds its numbers and prints its results, so
+# this lesson can repeat them: its data set, its model, all its outputs, every row of its `cmp` table.
 
 # %%
 import torch
@@ -221,7 +221,7 @@ def with_layers(axis):
     has |= {f"d{name}": p.grad.clone() for name, p in zip(names, own, strict=True)}
     torch.optim.SGD(own, lr=LEARNING_RATE).step()
     has |= {f"n{name}": p.detach() for name, p in zip(names, own, strict=True)}
-    sent = axis.transport.ledger.as_dict()
+    sent = axis.transport.ledger.as_dict()  # what this rank has sent, counted
     return has | {"out": out.detach(), "loss": loss.detach(), "sent": sent}
 
 
@@ -243,10 +243,15 @@ for degree in (2, 4):
 table(["degree", "direction", "calls", "collective", "bytes of results", "sent by rank 0"], counted)
 
 # %% [markdown]
+# In an all-gather a rank sends its part to each of the others. In a reduce-scatter it sends to each
+# of the others its summand of that rank's part. A column of `h` or of `out` has 32 numbers, 128
+# bytes. At degree 4 rank 0 has one column of each: it sends `2 * 3 * 128 = 768` bytes in forward and,
+# of the three columns of `dh` that are not its own, `3 * 128 = 384` bytes in backward.
+#
 # ## Beside the notebook: its outputs
 #
-# All 32 rows as the notebook prints them, with four decimals, from a GPU. Ours are from the layers, at
-# this degree.
+# All 32 rows as the notebook prints them, with four decimals, from a GPU. Ours are from the layers,
+# at this degree.
 
 # %% fold
 printed = torch.tensor(notebooks.MLP_OUTPUTS)
@@ -267,10 +272,11 @@ assert apart < notebooks.MLP_ATOL
 # %% [markdown]
 # ## Beside the notebook: shapes and the `cmp` table
 #
-# The notebook's function, in our words: are all numbers equal, are they close, how far apart are they?
-# It compares with autograd: first its formulas on one device, then on two, then the update. Ours are
-# the layers, at degree 1, on the two ranks of degree 2, and after the update at degree 2. Look at the
-# rows of `forward pass`: the notebook's differ from one device to two. Ours do not, and cannot.
+# The notebook's function, in our words: are all numbers equal, are they close, how far apart are
+# they? It compares with autograd: first its formulas on one device, then on two, then the update.
+# Ours are the layers, at degree 1, on the two ranks of degree 2, and after the update at degree 2.
+# Look at the rows of `forward pass`: the notebook's differ from one device to two. Ours do not, and
+# cannot.
 
 
 # %%
@@ -311,9 +317,9 @@ assert all(row.shape == shapes[row.label] for row in notebooks.MLP_SHAPES)
 
 # %% [markdown]
 # The notebook takes `dout = out - y` and then the mean over the 32 samples. The mean squared error
-# over 32 samples of 2 outputs gives `2 (out - y) / (32 * 2)`, which is the same *because there are two
-# outputs*. With three it would be 3/2 times too large. (In notebook 000 it is the batch that happens
-# to be 2; see lesson 1.)
+# over 32 samples of 2 outputs gives `2 (out - y) / (32 * 2)`, which is the same *because there are
+# two outputs*. With three it would be 3/2 times too large. (In notebook 000 it is the batch that
+# happens to be 2; see lesson 1.)
 #
 # ## The bits
 #
@@ -367,8 +373,8 @@ told(wrong)
 assert DEGREE == 1 or largest(joined(wrong)["dW1"], plain["dW1"]) > 1e-3
 
 # %% [markdown]
-# The output and the second layer are right. The first layer learns from a part of its gradient: rank 0
-# from the first output only, rank 1 from the second only. Nothing raises an error.
+# The output and the second layer are right. The first layer learns from a part of its gradient: rank
+# 0 from the first output only, rank 1 from the second only. Nothing raises an error.
 #
 # ### The whole gradient is taken for Partial
 
@@ -420,6 +426,6 @@ print(f"out is off by {largest(wrong, plain['out']):.4f}, of values up to {plain
 # <details><summary>3. How could the same network do without the gather of <code>h</code>?</summary>
 #
 # Cut the second layer by rows. It then wants exactly the columns of <code>h</code> that a rank has;
-# its output is Partial and takes one all-reduce (lesson 2). The gather pays where every rank needs the
-# whole <code>h</code> anyway.
+# its output is Partial and takes one all-reduce (lesson 2). The gather pays where every rank needs
+# the whole <code>h</code> anyway.
 # </details>

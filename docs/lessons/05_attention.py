@@ -257,7 +257,7 @@ def with_a_plan(axis):
         "grad_x": x_here.grad,
         **has,
         "layouts": layouts,
-        "sent": axis.transport.ledger.as_dict(),
+        "sent": axis.transport.ledger.as_dict(),  # what this rank has sent, counted
     }
 
 
@@ -275,8 +275,10 @@ table(
 
 # %% [markdown]
 # The all-reduces are those of `f` and `g`: 5 * 8 numbers each. Query, key and value read the same `x`
-# and share one sum of its gradient. Where ranks share a key-value head, they exchange the gradients of
-# its keys and values, which is the all-gather; at degree 2 nobody shares, and there is none.
+# and share one sum of its gradient. Where ranks share a key-value head, they exchange the gradients
+# of its keys and values, which is the all-gather: for one head `2 * 5 * 2 * 4 = 80` bytes, to each of
+# the other ranks. At degree 2 no head is shared, and there is none; at degree 3 rank 0 shares no head
+# and sends nothing.
 #
 # ## The bits
 #
@@ -332,14 +334,14 @@ table(["rank", "gradient", "key-value heads", "off by"], off)
 assert bool(shared) == any(apart > 1e-3 for *_, apart in off)
 
 # %% [markdown]
-# Ranks that hold a head alone are right. The others each have a part of the gradient. After the update
-# the two copies of one head differ, and drift further apart at every step. `y` of the first step is
-# right, and so is the gradient of every other weight.
+# Ranks that hold a head alone are right. The others each have a part of the gradient. After the
+# update the two copies of one head differ, and drift further apart at every step. `y` of the first
+# step is right, and so is the gradient of every other weight.
 #
 # ### A head is cut
 #
-# One head of 2 features on two ranks, one feature each. Each rank computes scores from its own feature
-# and a softmax from its own scores.
+# One head of 2 features on two ranks, one feature each. Each rank computes scores from its own
+# feature and a softmax from its own scores.
 
 
 # %%
@@ -363,8 +365,8 @@ assert largest(wrong, right) > 1e-3
 #
 # ### The head size is taken from what the rank has
 #
-# A model computes `head_dim = features / number of heads`. On a rank, the features are those of its own
-# heads; the number in the config is still that of all heads.
+# A model computes `head_dim = features / number of heads`. On a rank, the features are those of its
+# own heads; the number in the config is still that of all heads.
 
 
 # %%
@@ -404,6 +406,6 @@ for rank, (count, head_dim, shape) in enumerate(sp.launch(wrong_head_dim, degree
 #
 # The same: <code>x</code>, <code>y</code>, their gradients after the all-reduce, and the copies of a
 # shared key-value head on the ranks that hold it. A part: <code>q</code>, the scores, each head's
-# result, the weights and their gradients. A summand until it is added: <code>y</code>, the gradient of
-# <code>x</code>, and the gradients of shared keys and values.
+# result, the weights and their gradients. A summand until it is added: <code>y</code>, the gradient
+# of <code>x</code>, and the gradients of shared keys and values.
 # </details>

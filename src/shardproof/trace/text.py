@@ -92,28 +92,67 @@ def table(steps: Sequence[Step]) -> Table:
 
 
 def timeline(ranks: Sequence[Sequence[Step]]) -> Table:
-    """All ranks, a column each; arrows stand where they meet."""
+    """All ranks: a row for each step, and a column for what each rank gets from it.
+
+    Arrows stand where the ranks meet.
+    """
     found = Table(box=None, pad_edge=False)
-    found.add_column("phase")
+    for name in ("phase", "module", "step"):
+        found.add_column(name, overflow="fold")
     for rank in range(len(ranks)):
-        found.add_column(f"rank {rank}", overflow="fold", ratio=1)
+        found.add_column(f"rank {rank}", overflow="fold")
     for row in aligned(ranks):
-        first = next(step for step in row if step is not None)
-        cells = [Text("") if step is None else _cell(step) for step in row]
+        steps = [step for step in row if step is not None]
+        first, style = steps[0], "bold" if steps[0].is_collective else ""
+        module = _shared([step.module for step in steps])
+        formula = _shared([_formula(step) for step in steps])
+        cells = [Text("" if step is None else _cell(step, module, formula), style) for step in row]
         if first.is_collective and len(ranks) > 1:
             for place, cell in enumerate(cells):
                 ends = (place > 0, place < len(cells) - 1)
                 cells[place] = Text.assemble("<-- " * ends[0], cell, " -->" * ends[1])
-        found.add_row(Text(first.phase, COLOURS.get(first.phase, "")), *cells)
+        phase = Text(first.phase, COLOURS.get(first.phase, ""))
+        found.add_row(phase, Text(module), Text(formula, style), *cells)
     return found
 
 
-def _cell(step: Step) -> Text:
-    where = f"{step.module}: " if step.module else ""
-    result = "" if step.output is None else f" = {described(step.output)}"
-    if not step.is_collective:
-        return Text(f"{where}{_what(step)}{result}")
-    return Text(f"{where}{step.operation}, {step.sent_bytes:,} bytes sent{result}", "bold")
+def _shared(texts: Sequence[str]) -> str:
+    """What all of them are; "" if they differ."""
+    return texts[0] if len(set(texts)) == 1 else ""
+
+
+def _cell(step: Step, module: str, formula: str) -> str:
+    """What one rank gets; also its module and formula, where the ranks do not share them."""
+    own = [] if module == step.module else [step.module]
+    own += [] if formula == _formula(step) else [_formula(step)]
+    if step.is_collective:
+        result = f"sends {step.sent_bytes:,} bytes"
+    else:
+        result = "" if step.output is None else _result(step, step.output)
+    return ": ".join(filter(None, (*own, result)))
+
+
+def _formula(step: Step) -> str:
+    """What ranks do alike: a collective and its result, a product without the leaves it sums."""
+    if step.is_collective:
+        result = "" if step.output is None else f" of {step.output.name} {step.output.shape}"
+        return step.operation + result
+    leaves = _leaves(step.output)
+    detail = step.detail.removesuffix(f", {leaves}") if leaves else step.detail
+    return detail if " = " in detail else ": ".join(filter(None, (step.operation, detail)))
+
+
+def _result(step: Step, output: Part) -> str:
+    """A result: its leaves or its name, if the formula and the module do not say it, and shape."""
+    name = output.name.partition(", ")[0]
+    is_said = name == step.module or _formula(step).startswith(f"{name} = ")
+    shown = ("" if is_said else name, _leaves(output), str(output.shape), output.placement)
+    return " ".join(filter(None, shown))
+
+
+def _leaves(output: Part | None) -> str:
+    """Of a summand: the leaves that it sums, which follow its name."""
+    return "" if output is None else output.name.partition(", ")[2]
 
 
 def _what(step: Step) -> str:
