@@ -640,9 +640,22 @@ def test_placements_are_carried_or_not_claimed(
     x = torch.rand(2, 3, 2, 5)
     places = Places()
     places.learn(x, place)
+    seen = places.look([x])
     y = func(x, *args)
-    places.carry(func, [x], (x, *args), [y], is_ours=False)
+    places.carry(func, seen, (x, *args), [y], is_ours=False)
     assert places.of(y) == expected
+
+
+def test_outputs_of_more_dims_keep_their_placement() -> None:
+    def work(axis: Axis) -> None:
+        up = sp.ColumnParallelLinear(4, 8, axis=axis)
+        down = sp.RowParallelLinear(8, 4, axis=axis)
+        torch.relu(down(torch.relu(up(torch.ones(2, 3, 4)))))
+
+    _, trace = traced(2, work)
+    found = [s.output and (s.output.shape, s.output.placement) for s in trace.ranks[0]]
+    relus = [part for part, s in zip(found, trace.ranks[0], strict=True) if s.operation == "relu"]
+    assert relus == [((2, 3, 4), "Shard(2)"), ((2, 3, 4), "Replicate")]
 
 
 def test_placements_of_freed_memory_are_forgotten() -> None:

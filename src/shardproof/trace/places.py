@@ -8,6 +8,7 @@ results have no placement.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,14 @@ Key = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 _MANY = 4096  # entries, from which on those of freed memory are removed
 _aten = torch.ops.aten
-_VIEWS = {_aten.view, _aten.reshape, _aten._unsafe_view, _aten.unsqueeze, _aten.squeeze}
+_VIEWS = {
+    _aten._unsafe_view,
+    _aten.reshape,
+    _aten.resize_,  # of ours alone, to as many elements
+    _aten.squeeze,
+    _aten.unsqueeze,
+    _aten.view,
+}
 _COPIES = {_aten.alias, _aten.clone, _aten.detach, _aten.lift_fresh, _aten._to_copy}
 # They take a part of a tensor. A cut dim that keeps its length was not cut again.
 _PARTS = {
@@ -56,6 +64,21 @@ _ELEMENTS_KEPT = _VIEWS | _COPIES | _PERMUTED
 _DRAWN = torch.Tag.nondeterministic_seeded
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A tensor before an operation, which may write into it or resize it.
+
+    Attributes:
+        shape: its shape.
+        stride: its strides.
+        place: how it lies, or None.
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    place: Placement | None
+
+
 class Places:
     """Placement of each living tensor, by the memory that it describes."""
 
@@ -79,10 +102,14 @@ class Places:
             return None
         return found[1]
 
+    def look(self, given: Sequence[Tensor]) -> list[Seen]:
+        """What is known of the tensors among the arguments of an operation, before it."""
+        return [Seen(tuple(x.shape), tuple(x.stride()), self.of(x)) for x in given]
+
     def carry(
         self,
         func: Any,
-        given: Sequence[Tensor],
+        given: Sequence[Seen],
         args: Any,
         made: Sequence[Tensor],
         *,
@@ -92,7 +119,7 @@ class Places:
 
         Args:
             func: the operation.
-            given: the tensors among its arguments.
+            given: the tensors among its arguments, as they were before.
             args: all of its arguments.
             made: its results.
             is_ours: the package called it, and may have taken the part of this rank: then only
@@ -102,11 +129,10 @@ class Places:
             for y in made:
                 self.learn(y, None)
             return
-        places = [self.of(x) for x in given]
         known = _ELEMENTS_KEPT | _OVER_DIMS
         may_differ = func.overloadpacket not in known and _has_number(args)
         for y in made:
-            self.learn(y, _after(func, given, places, y, may_differ))
+            self.learn(y, _after(func, given, y, may_differ))
 
     def _forget(self) -> None:
         gone = [key for key, (memory, _) in self._known.items() if memory.expired()]
@@ -123,43 +149,37 @@ def _has_number(args: Any) -> bool:
     return isinstance(args, int | float | complex) and not isinstance(args, bool)
 
 
-def _after(
-    func: Any,
-    given: Sequence[Tensor],
-    places: Sequence[Placement | None],
-    y: Tensor,
-    may_differ: bool,
-) -> Placement | None:
-    if not given or any(place is None for place in places):
+def _after(func: Any, given: Sequence[Seen], y: Tensor, may_differ: bool) -> Placement | None:
+    if not given or any(x.place is None for x in given):
         return None
-    if all(place == REPLICATE for place in places):
+    cut = [x for x in given if x.place != REPLICATE]
+    if not cut:
         return None if may_differ or _DRAWN in func.tags else REPLICATE
-    cut = [(x, place) for x, place in zip(given, places, strict=True) if place != REPLICATE]
-    x, place = cut[0]
-    if place is None or place.kind != "Shard" or any(other != place for _, other in cut):
+    place = cut[0].place
+    if place is None or place.kind != "Shard" or any(other.place != place for other in cut):
         return None
-    return _moved(func, x, place, y)
+    return _moved(func, cut[0], place, y)
 
 
-def _moved(func: Any, x: Tensor, place: Placement, y: Tensor) -> Placement | None:
+def _moved(func: Any, x: Seen, place: Placement, y: Tensor) -> Placement | None:
     """Where the cut dim of `x` lies in `y`."""
     packet = func.overloadpacket
     if torch.Tag.pointwise in func.tags or packet in _COPIES or packet in _PARTS:
-        is_kept = y.dim() == x.dim() and y.shape[place.dim] == x.shape[place.dim]
+        is_kept = y.dim() == len(x.shape) and y.shape[place.dim] == x.shape[place.dim]
         return place if is_kept else None
     if packet in _PERMUTED:
         return _permuted(x, y, place)
     return _reshaped(x, y, place) if packet in _VIEWS else None
 
 
-def _permuted(x: Tensor, y: Tensor, place: Placement) -> Placement | None:
+def _permuted(x: Seen, y: Tensor, place: Placement) -> Placement | None:
     """By the strides, which a permutation moves along; ambiguous ones say nothing."""
-    stride, size = x.stride(place.dim), x.shape[place.dim]
+    stride, size = x.stride[place.dim], x.shape[place.dim]
     found = [dim for dim in range(y.dim()) if (y.stride(dim), y.shape[dim]) == (stride, size)]
     return shard(found[0], place.held, place.size) if len(found) == 1 else None
 
 
-def _reshaped(x: Tensor, y: Tensor, place: Placement) -> Placement | None:
+def _reshaped(x: Seen, y: Tensor, place: Placement) -> Placement | None:
     """Dims before the cut one hold as many elements as before: there it begins."""
     if not y.numel():
         return None

@@ -124,10 +124,11 @@ class RankTrace(Observer):
         caller = _caller()
         is_step = caller == "user" and self._is_step(func, given)
         inputs = self._inputs(func, args) if is_step else ()
+        seen = self._places.look(given)
         result = func(*args, **kwargs)
         made = list(tensors_in(result))
         self._memory.see([*given, *made])
-        self._places.carry(func, given, (args, kwargs), made, is_ours=caller == "package")
+        self._places.carry(func, seen, (args, kwargs), made, is_ours=caller == "package")
         is_view = not func._schema.is_mutable and all(address(y) in before for y in made)
         if is_step and made and not is_view:
             name = str(func.overloadpacket).removeprefix("aten.")
