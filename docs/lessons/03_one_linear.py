@@ -158,7 +158,7 @@ table(
 
 
 # %% [markdown]
-# One corner of the numbers, 4 samples and the first and the last features, of the way by rows:
+# Some of the numbers by rows: 4 samples, the first and the last features.
 
 
 # %% fold
@@ -184,7 +184,10 @@ picture(
         [
             "backward:",
             grid(
-                rows["dX"][:4, ends] * 1e3, "dX (32, 1024), x 1000", columns=of_in, note="gathered"
+                rows["dX"][:4, ends] * 1e3,
+                "dX (32, 1024), x 1000",
+                columns=of_in,
+                note="computed in parts, then gathered",
             ),
             grid(rows["db"][:4] * 1e3, "db (608), x 1000", note="on every rank"),
         ],
@@ -279,7 +282,7 @@ table(
 
 # %% [markdown]
 # The rule is about single tensors: none may be a full `W`. This is the largest result of any step on
-# any rank. At degree 1 it is the full `W`, which nobody cut there:
+# any rank. At degree 1 nothing is cut, and the result is a full `W`:
 
 # %% fold
 WHOLE = OUT * IN * 4  # bytes of a full W: 4 for each number
@@ -319,16 +322,16 @@ table(
     [
         *([name, x.shape, f"{x.nbytes:,}", f"{x.nbytes / WHOLE:.1%}"] for name, x in at_the_peak),
         ["all of these", "", f"{listed:,}", f"{listed / WHOLE:.1%}"],
-        ["most held, by the trace", "", about(f"{most:,}"), about(f"{most / WHOLE:.1%}")],
+        ["most held, as the trace says", "", about(f"{most:,}"), about(f"{most / WHOLE:.1%}")],
     ],
 )
 assert listed <= most
 
 # %% [markdown]
-# At degree 2 the halves of `W` and `dW` have together as many bytes as one full `W`. The rest are `X`,
-# `Y`, `b` and their gradients, each several times; they do not become smaller with the degree, because
-# this layer gets the whole `X` and returns the whole `Y` on every rank. (Lesson 2 shows layers that
-# keep both cut.) The most that any rank holds:
+# No tensor among them is a full `W`. At degree 2 the halves of `W` and `dW` have together as many bytes
+# as a full `W`, at degree 8 a quarter of it. The rest does not become smaller with the degree, because
+# this layer gets the whole `X` and returns the whole `Y` on every rank. (In lesson 2 the tensor between
+# two layers stays cut.) The most that any rank holds:
 
 
 # %% fold
@@ -347,6 +350,9 @@ table(
 )
 
 # %% [markdown]
+# At degree 3 the first two ranks of the layer that is cut by columns send two summands of `dX` each
+# (lesson 1 says why), and still hold them when `dW` is computed.
+#
 # The trace has no step for creating and filling the layer, which compute nothing. The prover watches
 # them, too: it sees every allocation of a rank, from creation to update. This is the case `linear-row`
 # of `shardproof prove`, the same system:

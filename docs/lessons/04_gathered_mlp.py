@@ -37,7 +37,7 @@ DEGREE = 2
 #             out  = h W2^T + b2          W2 (2, 4)                   out (32, 2)
 # backward    dout = 2 (out - y) / (32 * 2)
 #             dW2  = dout^T h             db2 = sum of dout over the samples
-#             dh   = dout W2              the sum is over the 2 outputs, which the ranks share out
+#             dh   = dout W2              a sum over the 2 outputs, which are cut
 #             dW1  = dh^T x               db1 = sum of dh over the samples
 # update      each parameter less 0.01 times its gradient
 # ```

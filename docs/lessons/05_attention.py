@@ -181,17 +181,19 @@ table(["largest difference", *(f"rank {rank}" for rank in range(DEGREE))], rows)
 
 
 # %% [markdown]
-# The same with its numbers, in the colour of the rank that has them. The softmax of a head says how
-# much of each word's value goes to each word: every row adds up to 1.
+# The numbers of these steps, in the colour of the rank that has them. Row `i` of a softmax says how
+# much of the value of each word is in the result for word `i`; each row adds up to 1.
 
 
 # %% fold
 shared = Heads(QUERIES, KEYS, HEAD_DIM, leaves=8, degree=DEGREE).shared()
 
 
-def named(heads):
-    """Numbers of heads, and which of them other ranks hold, too."""
-    return ", ".join(f"{head} (shared)" if head in shared else str(head) for head in heads)
+def named(kind, heads):
+    """Heads by number, and which of them other ranks hold, too."""
+    also = shared if kind != "query" else ()
+    numbers = ", ".join(f"{head} (shared)" if head in also else str(head) for head in heads)
+    return f"{kind} head{'s' if len(heads) > 1 else ''} {numbers}"
 
 
 lines = [[grid(x, "x (5, 8): 5 words", note="the same on every rank")]]
@@ -203,9 +205,9 @@ for rank, has in enumerate(ranks):
     lines.append(
         [
             f"rank {rank}:",
-            grid(has["q"], "q", **of_rank, note=f"query heads {', '.join(map(str, owned))}"),
-            grid(has["k"], "k", **of_rank, note=f"key heads {named(held)}"),
-            grid(has["v"], "v", **of_rank, note=f"value heads {named(held)}"),
+            grid(has["q"], "q", **of_rank, note=named("query", owned)),
+            grid(has["k"], "k", **of_rank, note=named("key", held)),
+            grid(has["v"], "v", **of_rank, note=named("value", held)),
         ]
     )
     softmaxes = [
