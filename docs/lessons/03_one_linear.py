@@ -474,7 +474,8 @@ table(
 )
 
 # %% [markdown]
-# Is 4e-8 an error? Compare both with the same step in fp64:
+# Is 4e-8 an error? Compare both with the same step in fp64. (Hashes that end in `..` are of products of
+# plain PyTorch, and differ from processor to processor.)
 
 # %% fold
 exact_dY = 2 * (X.double() @ W.double().T + b.double() - Y_gt.double()) / Y_gt.numel()

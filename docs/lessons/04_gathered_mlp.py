@@ -227,7 +227,7 @@ def with_layers(axis):
     has |= {f"d{name}": p.grad.clone() for name, p in zip(names, own, strict=True)}
     torch.optim.SGD(own, lr=LEARNING_RATE).step()
     has |= {f"n{name}": p.detach() for name, p in zip(names, own, strict=True)}
-    sent = axis.transport.ledger.as_dict()
+    sent = axis.transport.ledger.as_dict()  # what this rank has sent, counted
     return has | {"out": out.detach(), "loss": loss.detach(), "sent": sent}
 
 

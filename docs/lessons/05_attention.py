@@ -271,7 +271,7 @@ def with_a_plan(axis):
         "grad_x": x_here.grad,
         **has,
         "layouts": layouts,
-        "sent": axis.transport.ledger.as_dict(),
+        "sent": axis.transport.ledger.as_dict(),  # what this rank has sent, counted
     }
 
 
