@@ -4,8 +4,8 @@ A page is compared with a run word by word. These may be others: differences of 
 plain torch's products (those that end in ".."), the words "yes" and "no", which say whether plain
 torch has the same bits, and memory that was held (marked with "~"), within 10%.
 
-Where a run's bits are not those of the page, hashes must be equal where those of the page are equal,
-in each line; and of a trace only the collectives and the updates are compared, because products then
+Where a run's bits are not those of the page, hashes in one line must be equal where those of the
+page are equal. Of a trace only the collectives and the updates are then compared, because products
 have other steps.
 """
 
