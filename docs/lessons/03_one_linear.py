@@ -8,15 +8,15 @@
 # weight appear in the memory of any device.** It keeps the rule inside forward and backward; here it
 # holds from the first random number to the update, and is watched.
 #
-# The notebook ends with a difference of `4.1e-08` that it cannot explain away: one has to live with
-# it. The last part of this lesson shows where it comes from, and how it ends.
+# The notebook ends with a difference of `4.1e-08` from `nn.Linear`. Its author concludes that one must
+# accept it. The last part of this lesson shows where it comes from, and how it ends.
 
 # %%
 import torch
 from torch import nn
 
 import shardproof as sp  # before the first product: it sets how products are computed
-from helpers import bits_of, largest, loose, sha, table
+from helpers import about, bits_of, largest, loose, sha, table
 from pictures import grid, picture
 from shardproof.cases import find_case, notebooks
 from shardproof.collectives import all_gather, all_reduce
@@ -41,10 +41,12 @@ DEGREE = 2
 # | `X` on a rank | the whole | its columns |
 # | `Y` | its columns; **gathered** | a summand; **summed**, then `b` is added once |
 # | `dX` | a summand; **summed** | its columns; **gathered** |
-# | `dW` | complete on the rank | complete on the rank |
-# | `db` | complete on the rank | the same whole `db` on every rank |
+# | `dW` | complete for its part of `W` | complete for its part of `W` |
+# | `db` | complete for its part of `b` | the same whole `db` on every rank |
 #
-# The two ways mirror each other: what one gathers, the other sums. Neither sends `W` or `dW`.
+# "Gathered" is an **all-gather**: every rank gets the parts of all ranks, side by side. "Summed" is an
+# **all-reduce**: every rank gets the sum of the summands of all ranks. What one way gathers, the other
+# sums. Neither sends `W` or `dW`.
 
 # %%
 BATCH, IN, OUT, LEARNING_RATE = 32, 1024, 608, 0.3
@@ -156,7 +158,7 @@ table(
 
 
 # %% [markdown]
-# One corner of the numbers, 4 samples and the first and the last features, of the way by rows:
+# Some of the numbers by rows: 4 samples, the first and the last features.
 
 
 # %% fold
@@ -182,7 +184,10 @@ picture(
         [
             "backward:",
             grid(
-                rows["dX"][:4, ends] * 1e3, "dX (32, 1024), x 1000", columns=of_in, note="gathered"
+                rows["dX"][:4, ends] * 1e3,
+                "dX (32, 1024), x 1000",
+                columns=of_in,
+                note="computed in parts, then gathered",
             ),
             grid(rows["db"][:4] * 1e3, "db (608), x 1000", note="on every rank"),
         ],
@@ -247,10 +252,11 @@ done = {
 
 # %% [markdown]
 # `launch(..., trace=True)` writes down every step of every rank: what was computed or sent, and how
-# many bytes the rank holds after it. Here is rank 0 of the layer that is cut by rows:
+# many bytes the rank holds after it (`~`, because memory is freed a little sooner or later). Here is
+# rank 0 of the layer that is cut by rows:
 
 # %% fold
-WHOLE = OUT * IN * 4  # bytes of a full W
+SHOWN = max(2, DEGREE)
 
 
 def of_rank(kind, degree, rank=0):
@@ -267,32 +273,89 @@ table(
             step.output.shape,
             f"{step.output.num_bytes:,}",
             f"{step.sent_bytes:,}" if step.is_collective else "",
-            f"{step.held_bytes:,}",
+            about(f"{step.held_bytes:,}"),
         ]
-        for step in of_rank("row", max(2, DEGREE))
+        for step in of_rank("row", SHOWN)
         if step.output is not None
     ],
 )
 
 # %% [markdown]
-# The largest result of any step on any rank, and the most that a rank holds at one moment: its part
-# of `W`, the gradient of that part, a copy or two on the way, and the batch. Both as a share of one
-# full `W` (2,490,368 bytes):
+# The rule is about single tensors: none may be a full `W`. This is the largest result of any step on
+# any rank. At degree 1 nothing is cut, and the result is a full `W`:
 
 # %% fold
+WHOLE = OUT * IN * 4  # bytes of a full W: 4 for each number
 seen = []
 for (kind, degree), results in done.items():
     steps = [step for rank in results.trace.ranks for step in rank if step.output is not None]
     size, shape = max((step.output.num_bytes, step.output.shape) for step in steps)
-    held = max(step.held_bytes for step in steps)
-    seen.append([kind, degree, shape, f"{size / WHOLE:.1%}", f"{held / WHOLE:.1%}"])
-table(["cut by", "degree", "largest result", "of a full W", "most held, of a full W"], seen)
-assert all(float(share[:-1]) <= 50 for _, degree, _, share, _ in seen if degree > 1)
+    seen.append([kind, degree, shape, f"{size:,}", f"{size / WHOLE:.1%}"])
+print(f"a full W: {(OUT, IN)}, {WHOLE:,} bytes")
+print()
+table(["cut by", "degree", "largest result", "bytes", "of a full W"], seen)
+assert all(float(share[:-1]) <= 50 for _, degree, *_, share in seen if degree > 1)
 
 # %% [markdown]
-# A trace begins where the ranks compute. That the rule holds while the layer is made and filled, too,
-# is measured by the prover, which sees every allocation of a rank from creation to update. This is
-# the case `linear-row` of `shardproof prove`, the same system:
+# All tensors together are more than the largest one. A rank of the layer that is cut by rows holds
+# most at the end of backward, when it has all gradients. These are its tensors at that moment:
+
+# %% fold
+here = done["row", SHOWN][0]
+at_the_peak = [
+    ["its part of W", here["new W"]],
+    ["the gradient of that part", here["dW"]],
+    ["X as it was given", X],
+    ["its copy of X, which gets a gradient", X],
+    ["dX, gathered", here["dX"]],
+    ["Y, summed", here["Y"]],
+    ["Y_gt", Y_gt],
+    ["dY", here["Y"]],
+    ["b as it was given", bias],
+    ["its copy of b", here["new b"]],
+    ["db", here["db"]],
+]
+listed = sum(tensor.nbytes for _, tensor in at_the_peak)
+most = max(step.held_bytes for step in of_rank("row", SHOWN))
+table(
+    ["tensor", "shape", "bytes", "of a full W"],
+    [
+        *([name, x.shape, f"{x.nbytes:,}", f"{x.nbytes / WHOLE:.1%}"] for name, x in at_the_peak),
+        ["all of these", "", f"{listed:,}", f"{listed / WHOLE:.1%}"],
+        ["most held, as the trace says", "", about(f"{most:,}"), about(f"{most / WHOLE:.1%}")],
+    ],
+)
+assert listed <= most
+
+# %% [markdown]
+# No tensor among them is a full `W`. At degree 2 the halves of `W` and `dW` have together as many bytes
+# as a full `W`, at degree 8 a quarter of it. The rest does not become smaller with the degree, because
+# this layer gets the whole `X` and returns the whole `Y` on every rank. (In lesson 2 the tensor between
+# two layers stays cut.) The most that any rank holds:
+
+
+# %% fold
+def most_held(kind, degree):
+    """The most that any rank holds at one moment, as a share of a full W."""
+    steps = [step for rank in done[kind, degree].trace.ranks for step in rank]
+    return max(step.held_bytes for step in steps) / WHOLE
+
+
+table(
+    ["most held, of a full W", *(f"degree {degree}" for degree in (1, 2, 3, 8))],
+    [
+        [f"cut by {kind}s", *(about(f"{most_held(kind, degree):.1%}") for degree in (1, 2, 3, 8))]
+        for kind in ("column", "row")
+    ],
+)
+
+# %% [markdown]
+# At degree 3 the first two ranks of the layer that is cut by columns send two summands of `dX` each
+# (lesson 1 says why), and still hold them when `dW` is computed.
+#
+# The trace has no step for creating and filling the layer, which compute nothing. The prover watches
+# them, too: it sees every allocation of a rank, from creation to update. This is the case `linear-row`
+# of `shardproof prove`, the same system:
 
 # %%
 report = prove_cases([find_case("linear-row")], degrees=(2,))
@@ -304,8 +367,7 @@ for rank in report.cases[0].memory["2"]:
 assert report.cases[0].within_memory_bound
 
 # %% [markdown]
-# What is sent in one step. `W` and `dW` have 2.5 million bytes each; the messages have the size of
-# `Y` and of `dX`, whatever the size of `W`.
+# What is sent in one step. The results of the collectives are `Y` and `dX`, whatever the size of `W`.
 
 # %% fold
 counted = []
@@ -315,6 +377,9 @@ for kind in ("column", "row"):
             bytes_of = [count["message_bytes"], count["sent_bytes"]]
             counted.append([kind, direction, count["calls"], name, *bytes_of])
 table(["cut by", "direction", "calls", "collective", "bytes of results", "sent by rank 0"], counted)
+print()
+print(f"Y has {Y_gt.nbytes} bytes, dX {X.nbytes}, W and dW have {WHOLE} each")
+assert {size for *_, size, _ in counted} == {Y_gt.nbytes, X.nbytes}
 
 # %% [markdown]
 # ## Beside the notebook
@@ -385,10 +450,13 @@ table(["section", "notebook prints", "notebook", "ours"], beside)
 # %% [markdown]
 # ## Where 4e-8 comes from
 #
-# The notebook suspects that its `dW` differs because its product was divided in two. But the sum that
-# was divided is that of `Y`: `dW` is a sum over the 32 samples, and nobody cut the batch. `Y` in two
-# parts is rounded otherwise than `Y` in one. The loss hands the difference on to `dY`, and `dY` to
-# `dW`. Given the same `dY`, the divided product of `dW` has the same numbers as the whole one.
+# The notebook's explanation is that floating-point addition is not associative, and that by rows a
+# matrix product is divided in two, which changes the order of additions. It does not say which product.
+# By rows two products are divided: that of `Y` and that of `dW`. Only in `Y` is a sum divided, the one
+# over the 1024 inputs. Each number of `dW` is a sum over the 32 samples, and every rank has all
+# samples. So `Y` from two parts is rounded otherwise than `Y` in one. `dY` is computed from `Y`, and
+# `dW` from `dY`, so the difference comes to both. Given the `dY` of `nn.Linear`, the divided product
+# gives the same `dW` as the whole one:
 
 # %% fold
 two = joined(sp.launch(by_rows, degree=2), ROW_DIMS)
@@ -406,8 +474,8 @@ table(
 )
 
 # %% [markdown]
-# Is 4e-8 an error, then, and whose? Compare both with the same step in fp64. (Hashes that end in
-# `..` are of products of plain PyTorch, and differ from processor to processor.)
+# Is 4e-8 an error? Compare both with the same step in fp64. (Hashes that end in `..` are of products of
+# plain PyTorch, and differ from processor to processor.)
 
 # %% fold
 exact_dY = 2 * (X.double() @ W.double().T + b.double() - Y_gt.double()) / Y_gt.numel()
@@ -443,9 +511,9 @@ print(f"nn.Linear itself: error {error(dW_torch):.1e}")
 # summand of that size would pass.
 #
 # The layer divides the 1024 features into 8 leaves at *every* degree, at degree 1 too, and adds them
-# in the order of one binary tree. So there is nothing to live with: the difference between two
-# degrees is 0, and any other number is a fault. (From `nn.Linear` a difference of rounding remains,
-# because `nn.Linear` adds in another order.)
+# in the order of one binary tree. So no difference must be accepted: between two degrees it is 0, and
+# any other number is a fault. (From `nn.Linear` a difference of rounding remains, because `nn.Linear`
+# adds in another order.)
 #
 # The hashes of the whole step:
 
@@ -465,10 +533,13 @@ print("bits of:", bits_of())
 # %% [markdown]
 # ## Break it
 #
-# Each cell has **one line changed**. Predict what happens, then run it. (`shardproof break --list`
-# shows a gallery of such mistakes, and `shardproof break NAME` one of them.)
+# Each cell has **one line changed**. Predict what happens, then run it. These three mistakes are in
+# the gallery (`shardproof break --list`), too: the command at each makes it in a small network that is
+# trained for some steps.
 #
 # ### The bias on every rank
+#
+# `shardproof break row-bias-on-every-rank`
 
 
 # %%
@@ -495,6 +566,8 @@ assert DEGREE == 1 or largest(wrong["Y"], truth["Y"]) > 0.1
 #
 # "Gradients are added over the ranks" is true for data parallelism, where every rank has other
 # samples. Here every rank of the row layer has the whole `dY` and so the whole `db`.
+#
+# `shardproof break replicated-bias-gradient-summed`
 
 
 # %%
@@ -513,6 +586,8 @@ print(f"db is {(wrong.norm() / db_torch.norm()).item():.2f} times as large as it
 # ### The mean over what a rank holds
 #
 # By columns, a rank that divides by the numbers that *it* holds divides by too few.
+#
+# `shardproof break loss-divided-by-local-elements`
 
 
 # %%

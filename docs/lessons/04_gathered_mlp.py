@@ -3,10 +3,14 @@
 # %% [markdown]
 # # Lesson 4: two layers with all-gather and reduce-scatter, and a gradient that is Partial
 #
-# Both layers of this network are cut by columns. What the first one leaves on a rank are some hidden
-# features; the second one wants all of them. So the hidden features are **gathered**. Every rank then
-# has the same tensor and uses it for its own outputs, and this is where many go wrong: the gradient
-# of a gathered tensor that each rank uses differently is **Partial**.
+# Both layers of this network are cut by columns. After the first one a rank holds some hidden
+# features. The second one needs all of them. So the ranks make an **all-gather**: each sends its
+# features to the others, and then every rank has the same whole tensor. Each uses it for its own
+# outputs, and here many go wrong: the gradient of a gathered tensor that each rank uses differently is
+# **Partial**. Each rank has a summand of it, and the whole is the sum.
+#
+# Of that sum a rank needs only the part that belongs to its own features. A **reduce-scatter** adds
+# the summands of all ranks and gives each rank its part of the sum.
 #
 # The system is that of the teaching notebook 004. It seeds its numbers and prints its results, so
 # this lesson can repeat them: its data set, its model, all its outputs, every row of its `cmp` table.
@@ -33,13 +37,15 @@ DEGREE = 2
 #             out  = h W2^T + b2          W2 (2, 4)                   out (32, 2)
 # backward    dout = 2 (out - y) / (32 * 2)
 #             dW2  = dout^T h             db2 = sum of dout over the samples
-#             dh   = dout W2              the sum is over the 2 outputs, which the ranks share out
+#             dh   = dout W2              a sum over the 2 outputs, which are cut
 #             dW1  = dh^T x               db1 = sum of dh over the samples
 # update      each parameter less 0.01 times its gradient
 # ```
 #
 # | tensor | on a rank | how it gets there |
 # |---|---|---|
+# | `x` | the whole, `Replicate` | every rank reads the same batch |
+# | `W1`, `b1`, `W2`, `b2` | some rows, `Shard(0)` | cut |
 # | `h` | its columns, `Shard(1)` | computed |
 # | gathered `h` | the whole, `Replicate` | **all-gather** |
 # | `out` | its columns, then the whole | computed, then an all-gather for the loss |
@@ -49,7 +55,7 @@ DEGREE = 2
 # ## The data and the model
 #
 # A `Dataset` draws an input and a target for each sample in turn; a `DataLoader` makes one batch of
-# them. The generators stand alone, because ranks that are threads share torch's global one.
+# them. Each data set has its own generator, because ranks that are threads share torch's global one.
 
 
 # %%
@@ -275,8 +281,8 @@ assert apart < notebooks.MLP_ATOL
 # The notebook's function, in our words: are all numbers equal, are they close, how far apart are
 # they? It compares with autograd: first its formulas on one device, then on two, then the update.
 # Ours are the layers, at degree 1, on the two ranks of degree 2, and after the update at degree 2.
-# Look at the rows of `forward pass`: the notebook's differ from one device to two. Ours do not, and
-# cannot.
+# Look at the rows of `forward pass`: the notebook's differ from one device to two. Ours are equal,
+# because all degrees perform the same additions.
 
 
 # %%
@@ -351,12 +357,15 @@ print("bits of:", bits_of())
 # %% [markdown]
 # ## Break it
 #
-# Each cell has **one line changed**. Predict what happens, then run it. (`shardproof break --list`
-# shows a gallery of such mistakes, and `shardproof break NAME` one of them.)
+# Each cell has **one line changed**. Predict what happens, then run it. The first two mistakes are in
+# the gallery (`shardproof break --list`), too: the command at each makes it in a small network that is
+# trained for some steps.
 #
 # ### The Partial gradient is taken for whole
 #
 # Every rank keeps its columns of its own summand. Nothing is added.
+#
+# `shardproof break partial-gradient-taken-for-whole`
 
 
 # %%
@@ -377,6 +386,8 @@ assert DEGREE == 1 or largest(joined(wrong)["dW1"], plain["dW1"]) > 1e-3
 # 0 from the first output only, rank 1 from the second only. Nothing raises an error.
 #
 # ### The whole gradient is taken for Partial
+#
+# `shardproof break whole-gradient-taken-for-partial`
 
 # %%
 wrong = sp.launch(lambda axis: step(axis, grad_of_out="partial"), degree=DEGREE)  # was: "replicate"
@@ -416,16 +427,15 @@ print(f"out is off by {largest(wrong, plain['out']):.4f}, of values up to {plain
 # loss: each rank has its whole gradient.
 # </details>
 #
-# <details><summary>2. What is a reduce-scatter, and why not an all-reduce for <code>dh</code>?</summary>
+# <details><summary>2. Why is <code>dh</code> reduce-scattered, and not all-reduced?</summary>
 #
-# A reduce-scatter adds the summands and gives each rank its part of the sum. A rank needs only the
-# columns of <code>dh</code> that belong to its rows of <code>W1</code>. An all-reduce would send the
-# rest too, about twice as many bytes.
+# A rank needs only the columns of <code>dh</code> that belong to its rows of <code>W1</code>. An
+# all-reduce would give it the other columns too, and send about twice as many bytes.
 # </details>
 #
 # <details><summary>3. How could the same network do without the gather of <code>h</code>?</summary>
 #
-# Cut the second layer by rows. It then wants exactly the columns of <code>h</code> that a rank has;
-# its output is Partial and takes one all-reduce (lesson 2). The gather pays where every rank needs
-# the whole <code>h</code> anyway.
+# Cut the second layer by rows. It then needs exactly the columns of <code>h</code> that a rank has. Its
+# output is Partial and takes one all-reduce (lesson 2). The gather pays where every rank needs the
+# whole <code>h</code> anyway.
 # </details>

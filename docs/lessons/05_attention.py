@@ -3,16 +3,17 @@
 # %% [markdown]
 # # Lesson 5: attention by heads, and key-value heads that ranks share
 #
-# The other half of a transformer's layer. Attention computes one softmax for each **head**, over all
-# features of the head. So heads are what ranks share out: a head is never cut. Query, key and value
-# projections are cut by columns, in whole heads; the output projection is cut by rows, by the same
-# heads. As in lesson 2, one step takes one all-reduce forward and one backward.
+# A layer of a transformer has two halves: attention, and a feed-forward block (lesson 2). Attention
+# computes one softmax for each **head**, from all features of the head. So whole heads are divided
+# among the ranks, and a head is never cut. Query, key and value projections are cut by columns, in
+# whole heads; the output projection is cut by rows, by the same heads. One step takes one all-reduce
+# in forward and one in backward, as in a feed-forward block.
 #
 # Many models have fewer key-value heads than query heads. Then a key-value head may be needed by
 # several ranks. Each of them holds it, and its gradient is a sum over them.
 #
-# No notebook: this is the half that notebook 001 leaves out. The degree is 3, so that the 4 query
-# heads do not come out even and a key-value head is shared.
+# This lesson has no teaching notebook beside it, because notebook 001 leaves attention out. The degree
+# is 3, so that the ranks have unequal numbers of query heads and share key-value heads.
 
 # %%
 import copy
@@ -73,8 +74,7 @@ class Attention(nn.Module):
 
 
 draw = torch.Generator().manual_seed(5)
-model = nn.ModuleDict({"attention": Attention()})
-whole = model["attention"]
+whole = Attention()
 with torch.no_grad():
     for parameter in whole.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.7)
@@ -88,8 +88,8 @@ plain = {name: p.grad.clone() for name, p in whole.named_parameters()}
 # %% [markdown]
 # ## Who has which heads
 #
-# Query heads are shared out in order. A rank holds the key-value heads that its query heads need. Of
-# those that several ranks hold, the first of them is the owner.
+# Query heads are divided among the ranks in order. A rank holds the key-value heads that its query
+# heads need. If several ranks hold a key-value head, the first of them owns it.
 
 # %% fold
 who = []
@@ -105,8 +105,10 @@ table(["degree", "rank", "query heads", "key-value heads held", "of these also o
 # %% [markdown]
 # ## By hand
 #
-# `f` and `g` of lesson 2 stand around the heads. `sum_of_copies` is new: the gradient of a key-value
-# head is the sum over all query heads that use it, on whatever rank they are.
+# Two all-reduces stand around the heads. `all_reduce_grad`, the *f* of Megatron-LM, returns `x` as it
+# is, and in backward adds the gradients of `x` of all ranks. `all_reduce`, the *g*, adds the summands
+# of `y`, and in backward returns the gradient as it is. Weights need a third sum, `sum_of_copies`: the
+# gradient of a key-value head is the sum over all query heads that use it, on whatever rank they are.
 
 
 # %%
@@ -126,17 +128,18 @@ def parts(axis):
 
 
 def forward(axis, x_here, owned, held, weights):
-    """y of all ranks, from this rank's heads."""
+    """y of all ranks, from this rank's heads; and what this rank has of q, k, v and y on the way."""
     x_in = all_reduce_grad(x_here, axis)  # f
     q, k, v = (x_in[0] @ weights[f"{name}.weight"].T for name in ("query", "key", "value"))
-    y_part = torch.zeros(WORDS, HIDDEN) + 0 * q.sum()
+    y_part, shares = torch.zeros(WORDS, HIDDEN) + 0 * q.sum(), []
     for i, head in enumerate(owned):
         mine = slice(i * HEAD_DIM, (i + 1) * HEAD_DIM)
         j = head // GROUP - held.start  # the key-value head of this query head
         its = slice(j * HEAD_DIM, (j + 1) * HEAD_DIM)
-        scores = q[:, mine] @ k[:, its].T / HEAD_DIM**0.5
-        y_part = y_part + scores.softmax(1) @ v[:, its] @ weights["output.weight"][:, mine].T
-    return all_reduce(y_part, axis)[None]  # g
+        shares.append((q[:, mine] @ k[:, its].T / HEAD_DIM**0.5).softmax(1))
+        y_part = y_part + shares[-1] @ v[:, its] @ weights["output.weight"][:, mine].T
+    on_the_way = {"q": q, "k": k, "v": v, "shares": shares, "y_part": y_part}
+    return all_reduce(y_part, axis)[None], on_the_way  # g
 
 
 def sum_of_copies(axis, grad, held):
@@ -150,13 +153,13 @@ def sum_of_copies(axis, grad, held):
 def by_hand(axis):  # runs on every rank
     owned, held, weights = parts(axis)
     x_here = x.clone().requires_grad_()
-    y = forward(axis, x_here, owned, held, weights)
+    y, on_the_way = forward(axis, x_here, owned, held, weights)
     F.mse_loss(y, target).backward()
     has = {name: w.grad for name, w in weights.items()}
     has |= {f"own {name}": has[name].clone() for name in ("key.weight", "value.weight")}
     for name in ("key.weight", "value.weight"):
         has[name] = sum_of_copies(axis, has[name], held)
-    return has | {"y": y.detach(), "x": x_here.grad, "heads": (owned, held)}
+    return has | on_the_way | {"y": y.detach(), "x": x_here.grad, "heads": (owned, held)}
 
 
 ranks = sp.launch(by_hand, degree=DEGREE)
@@ -177,35 +180,46 @@ for name in plain:
 table(["largest difference", *(f"rank {rank}" for rank in range(DEGREE))], rows)
 
 
+# %% [markdown]
+# The numbers of these steps, in the colour of the rank that has them. Row `i` of a softmax says how
+# much of the value of each word is in the result for word `i`; each row adds up to 1.
+
+
 # %% fold
-def owners(run_of, size):
-    """The first rank that has each head's features."""
-    first = {}
-    for rank, has in enumerate(ranks):
-        for head in has["heads"][run_of]:
-            first.setdefault(head, rank)
-    return [first[i // HEAD_DIM] for i in range(size)]
-
-
-of_q, of_k = owners(0, HIDDEN), owners(1, KEYS * HEAD_DIM)
-q, k = plain_x[0] @ whole.query.weight.T, plain_x[0] @ whole.key.weight.T
 shared = Heads(QUERIES, KEYS, HEAD_DIM, leaves=8, degree=DEGREE).shared()
-note = f"head {', '.join(map(str, shared))} on several ranks" if shared else "each on one rank"
+
+
+def named(kind, heads):
+    """Heads by number, and which of them other ranks hold, too."""
+    also = shared if kind != "query" else ()
+    numbers = ", ".join(f"{head} (shared)" if head in also else str(head) for head in heads)
+    return f"{kind} head{'s' if len(heads) > 1 else ''} {numbers}"
+
+
+lines = [[grid(x, "x (5, 8): 5 words", note="the same on every rank")]]
+for rank, has in enumerate(ranks):
+    owned, held = has["heads"]
+    if not owned:
+        continue
+    of_rank = {"everybody": rank, "digits": 1}
+    lines.append(
+        [
+            f"rank {rank}:",
+            grid(has["q"], "q", **of_rank, note=named("query", owned)),
+            grid(has["k"], "k", **of_rank, note=named("key", held)),
+            grid(has["v"], "v", **of_rank, note=named("value", held)),
+        ]
+    )
+    softmaxes = [
+        grid(share, f"softmax of head {head}", **of_rank)
+        for head, share in zip(owned, has["shares"], strict=True)
+    ]
+    lines.append([*softmaxes, "@ v @ Wo^T =", grid(has["y_part"], "summand of y", **of_rank)])
+lines.append(["all-reduce =", grid(ranks[0]["y"], "y (5, 8)", note="the same on every rank")])
 picture(
-    [
-        [grid(x, "x (5, 8): 5 words", note="the same on every rank")],
-        [
-            "@ Wq^T =",
-            grid(q, "q (5, 8): 4 heads of 2", columns=of_q),
-            "@ Wk^T =",
-            grid(k, "k (5, 4): 2 heads of 2", columns=of_k, note=note),
-        ],
-        [
-            "heads, @ Wo^T, all-reduce =",
-            grid(ranks[0]["y"], "y (5, 8)", note="the same on every rank"),
-        ],
-    ],
-    "Attention by heads: query heads are shared out, key-value heads are held by all that need them",
+    lines,
+    "Attention by heads: each rank has q of its own query heads, k and v of the key-value heads that "
+    "they need, a softmax for each of its heads, and a summand of y, which an all-reduce adds",
 )
 
 # %% [markdown]
@@ -272,6 +286,10 @@ table(
     ["degree", "direction", "calls", "collective", "bytes of results", "bytes that rank 0 sends"],
     counted,
 )
+assert {(calls, size) for _, _, calls, kind, size, _ in counted if kind == "all_reduce"} == {
+    (1, WORDS * HIDDEN * 4)
+}
+assert [degree for degree, _, _, kind, *_ in counted if kind == "all_gather"] == [3, 4, 8]
 
 # %% [markdown]
 # The all-reduces are those of `f` and `g`: 5 * 8 numbers each. Query, key and value read the same `x`
@@ -317,10 +335,13 @@ print("bits of:", bits_of())
 # %% [markdown]
 # ## Break it
 #
-# Each cell has **one line changed**. Predict what happens, then run it. (`shardproof break --list`
-# shows a gallery of such mistakes, and `shardproof break NAME` one of them.)
+# Each cell has **one line changed**. Predict what happens, then run it. The first mistake is in the
+# gallery (`shardproof break --list`), too: its command makes it in a small decoder that is trained for
+# some steps.
 #
 # ### The copies of a key-value head are not added
+#
+# `shardproof break key-value-gradients-not-summed`
 #
 # The functions above kept what each rank knows by itself. This is what a rank would learn from:
 
@@ -348,20 +369,22 @@ assert bool(shared) == any(apart > 1e-3 for *_, apart in off)
 def head_is_cut(axis):
     mine = slice(axis.rank, axis.rank + 1)  # was: a whole head
     scores = q[:, mine] @ k[:, mine].T / HEAD_DIM**0.5
-    a = scores.softmax(1) @ v_of_head[:, mine]
-    return a.detach()
+    return scores.softmax(1) @ v[:, mine]
 
 
-v_of_head = plain_x[0] @ whole.value.weight.T[:, :HEAD_DIM]
-right = (q[:, :2] @ k[:, :2].T / HEAD_DIM**0.5).softmax(1) @ v_of_head
+q, k, v = (
+    x[0] @ project.weight.detach().T[:, :HEAD_DIM]  # of head 0
+    for project in (whole.query, whole.key, whole.value)
+)
+right = (q @ k.T / HEAD_DIM**0.5).softmax(1) @ v
 wrong = torch.cat(sp.launch(head_is_cut, degree=2), dim=1)
 print(f"the head is off by {largest(wrong, right):.4f}, of values up to {right.abs().max():.4f}")
 assert largest(wrong, right) > 1e-3
 
 # %% [markdown]
-# The scores of a cut head are Partial: a sum over its features. The softmax of a summand is not the
-# summand of the softmax. The scores would have to be added first, which is one message of
-# `words * words` numbers for each head. (So is the function between the layers in lesson 2.)
+# A softmax needs the whole score. Each score is a sum over the features of the head, so the scores of a
+# cut head are Partial. They would have to be added before the softmax: one more all-reduce, of
+# `words * words` numbers for each head.
 #
 # ### The head size is taken from what the rank has
 #
@@ -372,18 +395,24 @@ assert largest(wrong, right) > 1e-3
 # %%
 def wrong_head_dim(axis):
     owned, _, weights = parts(axis)
-    q_mine = x[0] @ weights["query.weight"].T
-    head_dim = q_mine.shape[1] // QUERIES  # was: // len(owned)
-    return len(owned), head_dim, tuple(q_mine.unflatten(1, (QUERIES, head_dim)).shape)
+    q, k, v = (x[0] @ weights[f"{name}.weight"].T for name in ("query", "key", "value"))
+    head_dim = q.shape[1] // QUERIES  # was: // len(owned)
+    q, k, v = (each.unflatten(1, (-1, head_dim)).transpose(0, 1) for each in (q, k, v))
+    a = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    y = all_reduce(a.transpose(0, 1).flatten(1) @ weights["output.weight"].T, axis)
+    return len(owned), len(q), head_dim, y.detach()
 
 
-for rank, (count, head_dim, shape) in enumerate(sp.launch(wrong_head_dim, degree=2)):
-    print(
-        f"rank {rank} owns {count} heads of {HEAD_DIM}, and computes 4 heads of {head_dim}: {shape}"
-    )
+wrong = sp.launch(wrong_head_dim, degree=2)
+for rank, (count, made, head_dim, _) in enumerate(wrong):
+    print(f"rank {rank} owns {count} heads of {HEAD_DIM}, and computes {made} heads of {head_dim}")
+y = wrong[0][-1]
+print(f"y is off by {largest(y, plain_y[0]):.4f}, of values up to {plain_y.abs().max():.4f}")
+assert largest(y, plain_y[0]) > 1e-3
 
 # %% [markdown]
-# The shapes fit, and every head is cut again, on every rank.
+# Every head is cut in two on every rank, and each half has a softmax of its own. All shapes fit, so
+# nothing raises an error.
 #
 # ## Questions
 #

@@ -1,4 +1,4 @@
-"""What all lessons share: short hashes, plain tables, and the pictures of matrices by owner."""
+"""What all lessons share: short hashes, plain tables, and numbers as a reader wants them."""
 
 import hashlib
 import sys
@@ -60,6 +60,15 @@ def number(value: float) -> str:
     if value == 0:
         return "0"
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"
+
+
+def about(text: str) -> str:
+    """Mark memory that was held: the number differs a little from one processor to another.
+
+    >>> about("50.3%")
+    '~50.3%'
+    """
+    return f"~{text}"
 
 
 def largest(a: Tensor, b: Tensor) -> float:

@@ -1,6 +1,7 @@
 """Pictures of the lessons: matrices as grids of their own numbers, coloured by the rank that owns.
 
-    row(grid(x, "x (2, 4)", columns=owners), "@", grid(w, "w (4, 8)", rows=owners), "=", ...)
+    x_cut, w_cut = grid(x, "x (2, 4)", columns=owners), grid(w, "w (4, 8)", rows=owners)
+    picture([[x_cut, "@", w_cut]], "y = x w, with w cut by rows")
 
 A picture shows itself in a notebook. `docs/make_lessons.py` writes it into a file for the page.
 """
@@ -14,7 +15,7 @@ from torch import Tensor
 COLOURS = (
     "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777", "#dd8833",
 )  # fmt: skip
-EVERY, NOBODY = -1, -2  # owners: every rank has the same; a summand, or not there yet
+EVERY = -1  # as an owner: every rank has the same
 FONT = "Helvetica,Arial,sans-serif"
 CELL_HEIGHT, DIGIT, GAP, TITLE, NOTE, MARGIN = 20, 6.4, 14, 22, 18, 10
 MOST_COLUMNS, MOST_ROWS = 12, 16  # of a matrix that still has its numbers written
@@ -174,7 +175,7 @@ def _grid(item: Grid, left: float, top: float) -> list[str]:
 def _legend(ranks: Sequence[int], top: float) -> list[str]:
     lines, left = [], float(MARGIN)
     for rank in ranks:
-        name = {EVERY: "every rank", NOBODY: "on no rank alone"}.get(rank, f"rank {rank}")
+        name = "every rank" if rank == EVERY else f"rank {rank}"
         lines.append(
             f'<rect x="{left:.0f}" y="{top:.0f}" width="14" height="14" fill="{_colour(rank)}" '
             'fill-opacity="0.50" stroke="#555555" stroke-width="0.6"/>'
@@ -185,9 +186,7 @@ def _legend(ranks: Sequence[int], top: float) -> list[str]:
 
 
 def _colour(owner: int) -> str:
-    if owner == EVERY:
-        return "#bbbbbb"
-    return "#ffffff" if owner == NOBODY else COLOURS[owner % len(COLOURS)]
+    return "#bbbbbb" if owner == EVERY else COLOURS[owner % len(COLOURS)]
 
 
 def _text(
