@@ -16,6 +16,8 @@ class Printed:
         close: whether it passed `allclose`.
         max_diff: its largest difference from autograd's.
         rank: of two ranks, the one whose part it is; None: the whole tensor.
+        is_of_two: two ranks made it, and it is put together.
+        seed: of the draws on which `values`, `exact` and `max_diff` depend; None: not known.
         section: where in the notebook.
     """
 
@@ -27,4 +29,6 @@ class Printed:
     close: bool | None = None
     max_diff: float | None = None
     rank: int | None = None
+    is_of_two: bool = False
+    seed: int | None = None
     section: str = ""
