@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof.prover.printed import Printed
-from shardproof.prover.values import TWO
+from shardproof.prover.printed import TWO, Printed
 
 Data = dict[str, Any]
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+TWO = 2  # the degree whose ranks a notebook's two devices are
+
 
 @dataclass(frozen=True)
 class Printed:

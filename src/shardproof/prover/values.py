@@ -12,9 +12,9 @@ from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.leaves import Layout
 from shardproof.prover.hashing import owned_part
+from shardproof.prover.printed import TWO
 
 FEW = 100  # numbers of the largest tensor that is kept
-TWO = 2  # the degree whose ranks a notebook's two devices are
 
 Numbers = tuple[Any, ...] | float | int | bool  # nested as the tensor is
 
