@@ -23,6 +23,13 @@ LETTERS = {
     "D": ("features of a head", 12),
     "L": ("leaves of the plan", DEFAULT_LEAVES),
 }
+WORDS = (
+    ("f", "The identity forward, an all_reduce of the gradient backward: before a column layer."),
+    ("g", "An all_reduce forward, the identity backward: after a row layer."),
+    ("leaf", "A run of neighbours in a cut dim, such as 10 of 80 features. No leaf is ever cut."),
+    ("node", "The sum of neighbouring leaves that a rank has added up: what it sends of a sum."),
+    ("held", "A rank has a copy of what another rank has, too: a key-value head that both need."),
+)
 SIZES = {letter: size for letter, (_, size) in LETTERS.items()}
 DEGREES = (2, 3)
 BYTES = 4  # of a number in fp32
@@ -74,11 +81,19 @@ class Message:
 
 @dataclass(frozen=True)
 class Mistake:
-    """What is easily done wrong, and what comes of it."""
+    """What is easily done wrong, and what comes of it.
+
+    Attributes:
+        key: by which a test knows it.
+        what: is done.
+        follows: from it.
+        made_by: its name for `shardproof break`; "" if the gallery does not have it.
+    """
 
     key: str
     what: str
     follows: str
+    made_by: str = ""
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ COLUMN = Entry(
             "The gradient of x is not summed.",
             "Each rank goes on with its summand, and all layers before this one learn from a "
             "part of the gradient. The loss of this step looks right.",
+            made_by="column-input-gradient-not-summed",
         ),
         Mistake(
             "part taken for whole",
@@ -88,12 +89,18 @@ ROW = Entry(
     ),
     messages=(_sum("forward", "the summands (g)", over="F"),),
     mistakes=(
-        Mistake("bias", "The bias is added before the sum.", "It counts R times."),
+        Mistake(
+            "bias",
+            "The bias is added before the sum.",
+            "It counts R times.",
+            made_by="row-bias-on-every-rank",
+        ),
         Mistake(
             "summed twice",
             "The gradient of y is summed as well.",
             "It is whole on each rank: the gradients of x, weight and bias come out R times too "
             "large.",
+            made_by="row-gradient-summed-again",
         ),
         Mistake(
             "relu of summands",
@@ -176,6 +183,7 @@ VOCABULARY = Entry(
             "softmax of a part",
             "Each rank takes the softmax of its own logits.",
             "All probabilities together add up to R.",
+            made_by="softmax-over-own-vocabulary",
         ),
         Mistake(
             "gathered logits",
@@ -227,6 +235,7 @@ ATTENTION = Entry(
             "shared head",
             "The gradients of a key-value head on two ranks are not added.",
             "Each rank has only what its own query heads add, and the copies drift apart.",
+            made_by="key-value-gradients-not-summed",
         ),
         Mistake(
             "counted twice",
@@ -264,16 +273,19 @@ GATHER = Entry(
             "partial taken for whole",
             "The gradient of the gathered h is sliced, as if it were whole.",
             "It is Partial: what the other ranks add is missing.",
+            made_by="partial-gradient-taken-for-whole",
         ),
         Mistake(
             "whole taken for partial",
             "The gradient of the gathered y is summed, as if it were Partial.",
             "All ranks use y alike: it comes out R times too large.",
+            made_by="whole-gradient-taken-for-partial",
         ),
         Mistake(
             "mean of a part",
             "The loss is a mean over y's own part, not gathered.",
             "It divides by T·H_r and not by T·H: gradients are H / H_r times too large.",
+            made_by="loss-divided-by-local-elements",
         ),
     ),
 )

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 import cheat_sheet as sheet
-from cheat_sheet import Entry, Message, Piece
+from cheat_sheet import Entry, Message, Mistake, Piece
 from cheat_sheet_entries import ENTRIES, RULES
 from cheat_sheet_print import draw_print
 
@@ -25,6 +25,8 @@ mistakes that are easily made. [One page to print](cheat-sheet.svg) has the same
 
 A test runs all of these layers at degrees 2 and 3. It compares shapes, placements, gradients, bytes
 and what follows from each mistake with what this page says.
+`shardproof break NAME` makes the mistakes that have a name here, and
+[the gallery of mistakes](mistakes.md) shows them.
 
 """
 
@@ -100,6 +102,13 @@ def messages(entry: Entry) -> str:
     return table(head, rows)
 
 
+def mistake_words(mistake: Mistake) -> str:
+    """A mistake, and where it can be seen."""
+    words = f"**{mistake.what}** {mistake.follows}"
+    name = mistake.made_by
+    return f"{words} [`shardproof break {name}`](mistakes.md#{name})" if name else words
+
+
 def section(entry: Entry) -> str:
     """One entry of the page."""
     code = "\n".join(entry.code)
@@ -114,8 +123,7 @@ def section(entry: Entry) -> str:
         for piece in entry.pieces
     ]
     mistakes = [
-        f"{number}. **{mistake.what}** {mistake.follows}"
-        for number, mistake in enumerate(entry.mistakes, 1)
+        f"{number}. {mistake_words(mistake)}" for number, mistake in enumerate(entry.mistakes, 1)
     ]
     head = ("tensor", "on a rank", "placement", "its gradient", "with 2 ranks", "with 3 ranks")
     return "\n\n".join(
@@ -146,6 +154,8 @@ def write_page() -> str:
     costs = [[f"`{kind}`", cost.replace("*", "·")] for kind, cost in sheet.COSTS.items()]
     parts = [
         "## Rules\n\n" + rules,
+        "## Words\n\n"
+        + table(("word", "means"), ([f"`{word}`", means] for word, means in sheet.WORDS)),
         "## Letters\n\n" + table(("letter", "means", "in the examples"), letters),
         *(section(entry) for entry in ENTRIES),
         COSTS.format(table=table(("collective", "bytes"), costs)).strip(),

@@ -6,11 +6,14 @@ Writes docs/mistakes/NAME.svg for each, and what stands between the marks in doc
 code 1 if the prover does not name a mistake as the gallery says.
 """
 
-import html
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from html import escape
 from pathlib import Path
 
+from drawing import box, page, style, text
+
+from shardproof.cli.losses import bounds
 from shardproof.mistakes import CHAPTERS, Mistake, all_mistakes
 from shardproof.mistakes.outcome import Outcome, amount, make
 from shardproof.prover.casereport import TensorReport
@@ -23,8 +26,27 @@ WIDTH, MARGIN = 480, 56
 STRIP, CELL = 62, 18  # where the cells stand, and how high they are
 TOP, BOTTOM = 128, 262  # of the curves
 HEIGHT = 312
-GOOD, BAD = "#2f7d4f", "#c8334c"  # of curves
-RIGHT, ROUNDED, WRONG = "#b7dcc5", "#e0a030", "#b3203a"  # of cells: from light to dark
+SIZES = {"label": 14, "small": 13, "name": 14}
+RIGHT, ROUNDED, WRONG = "is-right", "is-rounded", "is-wrong"  # classes of cells
+
+# What a class is filled or drawn with, in light and in dark. Cells differ in lightness, too.
+FILLS = {
+    RIGHT: ("#b7dcc5", "#1f4d31"),
+    ROUNDED: ("#e0a030", "#b5811f"),
+    WRONG: ("#b3203a", "#ff8492"),
+    "mark": ("#c8334c", "#ff8492"),
+    "text.name": ("#c8334c", "#ff8492"),
+    "text.small": ("#555555", "#a8b1bb"),
+}
+STROKES = {
+    "axis": ("#999999", "#6b747e"),
+    "right": ("#2f7d4f", "#5fc489"),
+    "wrong": ("#c8334c", "#ff8492"),
+}
+LINES = (
+    ".end{text-anchor:end}polyline{fill:none}.right{stroke-width:5;stroke-opacity:.55}"
+    ".wrong{stroke-width:2.5;stroke-dasharray:7 3}"
+)
 PHASES = ("start", "forward", "backward", "update")
 
 
@@ -37,7 +59,7 @@ def phase_of(name: str, seen: str) -> str:
     return "forward" if seen in ("start", "forward") else "update"
 
 
-def colour_of(tensor: TensorReport) -> str:
+def class_of(tensor: TensorReport) -> str:
     """Right, wrong by rounding alone, or wrong."""
     if tensor.identical and tensor.agrees:
         return RIGHT
@@ -60,28 +82,25 @@ def strip(outcome: Outcome) -> Iterator[str]:
         if place == 0 or phases[place - 1] != phase:
             if phase == "forward":  # of few cells: its name ends where they end
                 last = x + width * phases.count(phase) - 2
-                yield text(last, STRIP - 8, phase, "small", "end")
+                yield text(round(last, 1), STRIP - 8, phase, "small end")
             else:
-                yield text(x, STRIP - 8, phase, "small")
-        yield (
-            f'<rect x="{x:.1f}" y="{STRIP}" width="{max(width - 2, 1):.1f}" height="{CELL}" '
-            f'fill="{colour_of(tensor)}"><title>{html.escape(tensor.name)}</title></rect>'
-        )
+                yield text(round(x, 1), STRIP - 8, phase, "small")
+        cell = box(round(x, 1), STRIP, round(max(width - 2, 1), 1), CELL, class_of(tensor))
+        yield f"<g><title>{escape(tensor.name)}</title>{cell}</g>"
         if tensor.name == named:
             middle = x + width / 2 - 1
-            anchor = "start" if middle < WIDTH / 2 else "end"
+            classes = "name bold" if middle < WIDTH / 2 else "name bold end"
             yield (f'<path d="M{middle:.1f} {STRIP + CELL + 3} l5 8 h-10 z" class="mark"/>')
-            yield text(middle, STRIP + CELL + 25, html.escape(tensor.name), "name", anchor)
+            yield text(round(middle, 1), STRIP + CELL + 25, tensor.name, classes)
     if named is None:
         words = "no number is wrong: a rank allocates too much memory"
-        yield text(14, STRIP + CELL + 22, words, "name")
+        yield text(14, STRIP + CELL + 22, words, "name bold")
 
 
 def curves(outcome: Outcome) -> Iterator[str]:
     """The right losses, and those with the mistake."""
     right, wrong = outcome.right, outcome.wrong
-    finite = [loss for loss in (*right, *wrong) if math.isfinite(loss)]
-    high, low = min(max(finite), 2 * max(right)), min(0.0, min(finite))
+    low, high = bounds(right, wrong)
     step = (WIDTH - MARGIN - 20) / (len(right) - 1)
 
     def points(losses: Sequence[float]) -> str:
@@ -97,8 +116,8 @@ def curves(outcome: Outcome) -> Iterator[str]:
     yield (
         f'<line x1="{MARGIN}" y1="{ground:.1f}" x2="{WIDTH - 14}" y2="{ground:.1f}" class="axis"/>'
     )
-    yield text(MARGIN - 6, TOP + 5, amount(high), "small", "end")
-    yield text(MARGIN - 6, ground + 5, "0", "small", "end")
+    yield text(MARGIN - 6, TOP + 5, amount(high), "small end")
+    yield text(MARGIN - 6, round(ground + 5, 1), "0", "small end")
     yield f'<polyline points="{points(right)}" class="right"/>'
     yield f'<polyline points="{points(wrong)}" class="wrong"/>'
     y = BOTTOM + 34
@@ -106,41 +125,30 @@ def curves(outcome: Outcome) -> Iterator[str]:
     yield text(44, y, "right", "label")
     yield f'<line x1="100" y1="{y - 5}" x2="124" y2="{y - 5}" class="wrong"/>'
     yield text(130, y, f"wrong, degree {outcome.degrees[-1]}", "label")
-    yield text(WIDTH - 14, y, f"loss of {len(right)} steps", "label", "end")
+    yield text(WIDTH - 14, y, f"loss of {len(right)} steps", "label end")
 
 
-def text(x: float, y: float, words: str, kind: str, anchor: str = "start") -> str:
-    """One line of it."""
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{words}</text>'
-
-
-STYLE = (
-    "text{font-family:Helvetica,Arial,sans-serif;font-size:14px;fill:#222222}"
-    f".small{{font-size:13px;fill:#555555}}.name{{font-size:14px;font-weight:bold;fill:{BAD}}}"
-    f".mark{{fill:{BAD}}}.axis{{stroke:#999999}}"
-    f"polyline{{fill:none}}.right{{stroke:{GOOD};stroke-width:5;stroke-opacity:.55}}"
-    f".wrong{{stroke:{BAD};stroke-width:2.5;stroke-dasharray:7 3}}"
-)
+def colours() -> str:
+    """The style sheet of what drawing.py does not have."""
+    rules = {"": LINES, "dark": ""}
+    for table, what in ((FILLS, "fill"), (STROKES, "stroke")):
+        for name, (light, dark) in table.items():
+            selector = name if name.startswith("text") else f".{name}"
+            rules[""] += f"{selector}{{{what}:{light}}}"
+            rules["dark"] += f"{selector}{{{what}:{dark}}}"
+    return f"<style>{rules['']}@media(prefers-color-scheme:dark){{{rules['dark']}}}</style>"
 
 
 def picture(outcome: Outcome) -> str:
     """One mistake as SVG."""
-    label = html.escape(
-        f"{outcome.mistake.name}: first tensor that differs: {outcome.difference}; loss right "
-        f"from {amount(outcome.right[0])} to {amount(outcome.right[-1])}, wrong from "
+    description = (
+        f"First tensor that differs: {outcome.difference}; loss right from "
+        f"{amount(outcome.right[0])} to {amount(outcome.right[-1])}, wrong from "
         f"{amount(outcome.wrong[0])} to {amount(outcome.wrong[-1])}"
     )
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-            f'width="{WIDTH}" role="img" aria-label="{label}">',
-            f"<style>{STYLE}</style>",
-            f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
-            *strip(outcome),
-            *curves(outcome),
-            "</svg>\n",
-        ]
-    )
+    parts = [style(SIZES), colours(), box(0, 0, WIDTH, HEIGHT, "page")]
+    parts += [*strip(outcome), *curves(outcome)]
+    return page(WIDTH, HEIGHT, outcome.mistake.name, description, parts)
 
 
 def row(outcome: Outcome) -> str:
@@ -165,7 +173,7 @@ def section(outcome: Outcome) -> Iterator[str]:
     yield f"**First tensor that differs:** {outcome.difference}."
     yield from ("", f"**Why.** {mistake.why}", "")
     yield f"**The prover says** (`{mistake.setup.name}`: {mistake.setup.description}):"
-    yield from ("", f"> {outcome.verdict}.", "")
+    yield from ("", f"> {outcome.verdict}", "")
     if mistake.hidden_at:
         yield f"At degrees {' and '.join(map(str, mistake.hidden_at))} nothing shows."
         yield ""
@@ -201,8 +209,8 @@ def main() -> None:
     """Make them all, and write page and pictures."""
     outcomes = all_outcomes()
     head, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    page = f"{head}{BEGIN}\n{written(outcomes)}\n{END}{rest.split(END)[1]}"
-    PAGE.write_text(page, encoding="utf-8")
+    whole = f"{head}{BEGIN}\n{written(outcomes)}\n{END}{rest.split(END)[1]}"
+    PAGE.write_text(whole, encoding="utf-8")
     PICTURES.mkdir(exist_ok=True)
     for old in PICTURES.glob("*.svg"):
         if old.stem not in outcomes:

@@ -1,6 +1,7 @@
 """The cheat sheet says of shapes, placements, gradients and bytes what the layers do."""
 
 import functools
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import shardproof as sp
 from drawn import DOCS, script
 from shardproof.axis import Axis
+from shardproof.mistakes import find_mistake
 from shardproof.schedule import tree_plan
 from shardproof.tree import nodes_of_run
 from sheet_runs import IDS, RUNS, SHEET, GroupedAttention, Ledger, Pieces, Step, X
@@ -227,6 +229,23 @@ def test_the_code_makes_what_the_table_has(name: str) -> None:
 
 def test_the_page_is_what_its_script_writes() -> None:
     assert (DOCS / "cheat-sheet.md").read_text() == script("draw_cheat_sheet").write_page()
+
+
+def test_a_mistake_of_the_gallery_has_its_name_and_its_heading() -> None:
+    headings = (DOCS / "mistakes.md").read_text().splitlines()
+    page = (DOCS / "cheat-sheet.md").read_text()
+    names = [each.made_by for entry in ENTRIES.values() for each in entry.mistakes if each.made_by]
+    assert len(names) == len(set(names)) >= 8
+    for name in names:
+        assert find_mistake(name).name == name
+        assert f"### {name}" in headings
+        assert f"[`shardproof break {name}`](mistakes.md#{name})" in page
+
+
+def test_words_of_the_page_have_a_line_each() -> None:
+    page = (DOCS / "cheat-sheet.md").read_text()
+    for word in ("f", "g", "leaf", "node", "held"):
+        assert len(re.findall(rf"^\| `{word}` \| .+\. \|$", page, re.MULTILINE)) == 1, word
 
 
 def test_nodes_are_as_many_as_the_page_says() -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import shardproof as sp
 from drawn import script
-from shardproof import collectives
+from shardproof import collectives, comm
 from shardproof.axis import Axis
 from shardproof.functional import vocab_cross_entropy
 from shardproof.leaves import Cut
@@ -313,23 +313,34 @@ def shared_head(degree: int) -> None:
 
 
 def counted_twice(degree: int) -> None:
-    """The norm over all that ranks hold is too large; that over what they own is not."""
+    """The norm over all that ranks hold is too large, and what is clipped by it is too small."""
     parameters = ("q_proj", "k_proj", "v_proj", "o_proj")
     plain = plain_attention()
     wholes = [plain[f"{name}.weight"].gradient for name in parameters]
     right = torch.cat([each.flatten() for each in wholes]).norm()
 
-    def work(axis: Axis) -> tuple[Tensor, Tensor]:
+    limit = float(right) / 2
+
+    def work(axis: Axis) -> tuple[Tensor, ...]:
         model = nn.ModuleDict({"block": GroupedAttention()})
         sp.parallelize(model, attention_plan(), axis)
         attended(model)
         held = sum(each.grad.square().sum() for each in model.parameters())
-        return held, sp.grad_norm(model)
+        counted = comm.all_reduce(held, axis, direction="update").sqrt()
+        norm = sp.grad_norm(model)
+        for each in model.parameters():
+            each.grad.mul_(limit / counted)
+        wrong = sp.grad_norm(model)
+        model.zero_grad()
+        attended(model)
+        sp.clip_grad_norm_(model, limit)
+        return tuple(x.float() for x in (norm, counted, sp.grad_norm(model), wrong))
 
-    ranks = sp.launch(work, degree=degree)
-    counted = torch.stack([held for held, _ in ranks]).sum().sqrt()
-    assert all(is_close(norm.float(), right) for _, norm in ranks)
-    assert bool(counted > 1.01 * right) == (degree == 3)
+    for norm, counted, clipped, wrong in sp.launch(work, degree=degree):
+        assert is_close(norm, right)
+        assert bool(counted > 1.01 * right) == (degree == 3)
+        assert is_close(clipped, torch.tensor(limit))
+        assert bool(wrong < 0.99 * limit) == (degree == 3)
 
 
 # -- gather ----------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cases.catalog",),
     ("cases.__init__",),
     # Mistakes that people make, planted and shown.
-    ("mistakes.blocks", "mistakes.edit", "mistakes.steps"),
+    ("mistakes.blocks", "mistakes.edit", "mistakes.optimizers", "mistakes.steps"),
     ("mistakes.mistake",),
     ("mistakes.setups", "mistakes.words"),
     ("mistakes.of_sums", "mistakes.of_training", "mistakes.of_weights", "mistakes.of_words"),

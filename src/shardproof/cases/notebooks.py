@@ -117,7 +117,15 @@ def _cmp(
 ) -> Printed:
     """One row of the notebook's `cmp`; all of them say `approximate: True`."""
     return Printed(
-        label, tensor, exact=exact, close=True, max_diff=max_diff, rank=rank, section=section
+        label,
+        tensor,
+        exact=exact,
+        close=True,
+        max_diff=max_diff,
+        rank=rank,
+        is_of_two=section == "two devices" and rank is None,
+        seed=MLP_SEED,
+        section=section,
     )
 
 
@@ -155,4 +163,8 @@ MLP_SHAPES = (
     Printed("W2_1.shape", "output_layer.weight (initial)", shape=(1, 4), rank=1),
     Printed("b2_1.shape", "output_layer.bias (initial)", shape=(1,), rank=1),
 )
-MLP_PRINTED = (*MLP_SHAPES, Printed("out", "output", values=MLP_OUTPUTS), *MLP_CMP)
+MLP_PRINTED = (
+    *MLP_SHAPES,
+    Printed("out", "output", values=MLP_OUTPUTS, seed=MLP_SEED),
+    *MLP_CMP,
+)

@@ -1,6 +1,7 @@
 """`shardproof break`: make a mistake on purpose, and see what it does and what the prover says."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -25,14 +26,15 @@ INDENT = 2
 @click.option(
     "--degrees",
     metavar="LIST",
-    help="How many ranks, separated by commas.  [default: those at which it shows]",
+    help="How many ranks, separated by commas; degree 1 is added to one other degree, where bits "
+    "must be compared.  [default: those at which it shows]",
 )
 @click.option("--json", "json_path", metavar="FILE", help="Also write what is found to FILE.")
 @click.option("--list", "wants_list", is_flag=True, help="List the mistakes, and run nothing.")
 def break_(name: str | None, degrees: str | None, json_path: str | None, wants_list: bool) -> int:
     """Make the mistake NAME, on ranks that are threads of this process.
 
-    Shows the line that was changed, the first tensor that differs and by how much, the losses
+    Shows the lines that were changed, the first tensor that differs and by how much, the losses
     beside the right ones, why it happens, and what the prover says. docs/mistakes.md has all of
     them with drawings.
 
@@ -56,7 +58,9 @@ def break_(name: str | None, degrees: str | None, json_path: str | None, wants_l
     outcome = make(mistake, asked)
     if target is not None:
         target.write(as_json(outcome))
-    show(outcome, console())
+    show(
+        outcome, console(), added=[each for each in outcome.degrees if asked and each not in asked]
+    )
     return 0 if outcome.is_named else 1
 
 
@@ -101,8 +105,14 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def show(outcome: Outcome, out: PlainConsole) -> None:
-    """Print everything a person wants to know; the last line is the answer."""
+def show(outcome: Outcome, out: PlainConsole, *, added: Sequence[int] = ()) -> None:
+    """Print everything a person wants to know; the last line is the answer.
+
+    Args:
+        outcome: what came of the mistake.
+        out: where to.
+        added: degrees that were not asked for.
+    """
     mistake = outcome.mistake
     out.show(Text(f"== {mistake.name}", "bold"))
     out.show(Text(mistake.title))
@@ -117,6 +127,8 @@ def show(outcome: Outcome, out: PlainConsole) -> None:
     _line(f"The prover says: {outcome.verdict}", out)
     if outcome.stopped:
         _line(f"Outside of the prover the ranks stop: {outcome.stopped}", out)
+    for degree in added:
+        _line(f"Degree {degree} was added: one degree alone shows no difference of bits.", out)
     out.print()
     answer, style = _answer(outcome)
     out.print(Text(answer, style), soft_wrap=True)

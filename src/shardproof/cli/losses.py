@@ -9,16 +9,16 @@ HEIGHT, STRIDE = 10, 3  # lines, and columns of a step
 RIGHT, WRONG, BOTH = "o", "x", "*"
 
 
-def highest(right: Sequence[float], wrong: Sequence[float]) -> float:
-    """Where a plot ends: twice the largest right loss, if the wrong ones go higher.
+def bounds(right: Sequence[float], wrong: Sequence[float]) -> tuple[float, float]:
+    """Where a plot begins and ends: at twice the largest right loss, if the wrong ones go higher.
 
-    >>> highest([4.0, 1.0], [4.5, 1e9, float("nan")])
-    8.0
-    >>> highest([4.0, 1.0], [4.5, 2.0])
-    4.5
+    >>> bounds([4.0, 1.0], [4.5, 1e9, float("nan")])
+    (0.0, 8.0)
+    >>> bounds([4.0, 1.0], [4.5, -2.0])
+    (-2.0, 4.5)
     """
     finite = [loss for loss in (*right, *wrong) if math.isfinite(loss)]
-    return min(max(finite), 2 * max(right))
+    return min(0.0, *finite), min(max(finite), 2 * max(right))
 
 
 def plot(right: Sequence[float], wrong: Sequence[float]) -> list[str]:
@@ -28,8 +28,7 @@ def plot(right: Sequence[float], wrong: Sequence[float]) -> list[str]:
         right: a loss for every step.
         wrong: the same, perhaps fewer.
     """
-    top = highest(right, wrong)
-    bottom = min(min(loss for loss in (*right, *wrong) if math.isfinite(loss)), 0.0)
+    bottom, top = bounds(right, wrong)
     grid = [[" "] * (STRIDE * len(right)) for _ in range(HEIGHT)]
     for losses, mark in ((right, RIGHT), (wrong, WRONG)):
         for step, loss in enumerate(losses):

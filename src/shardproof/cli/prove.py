@@ -193,7 +193,7 @@ def conclude(request: Request, proof: Report) -> int:
     report, sentence = proof.as_dict(), proof.verdict()
     if request.show:
         for case, told in zip(request.cases, report["cases"], strict=True):
-            told["notebook"] = beside(case.printed, told)
+            told["notebook"] = beside(case.printed, told, seed=report["seed"])
     try:
         if request.earlier is not None:
             report["against"] = against(request.earlier, report)

@@ -7,7 +7,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from shardproof.cli.output import BAD, WIDE, PlainConsole, shape, table
+from shardproof.cli.output import BAD, PlainConsole, shape, table
 
 INDENT = 1
 WIDTH = 10  # of one number
@@ -36,7 +36,8 @@ def _values(tensor: Data, *, room: int) -> Text:
     shown = tensor["shown"]
     held = {degree: _held(shapes) for degree, shapes in shown["held"].items()}
     where = "; ".join(f"degree {degree}: {text}" for degree, text in held.items())
-    head = f"{tensor['name']} ({shape(tensor['shape'])}; a rank holds, at {where})"
+    whose = "" if tensor["identical"] else f"; the numbers of degree {shown['degree']}"
+    head = f"{tensor['name']} ({shape(tensor['shape'])}; a rank holds, at {where}{whose})"
     if shown["ours"] is None:
         return Text(f"{head}: too large to show")
     return Text("\n".join([head, *_lines(shown["ours"], max(1, room // WIDTH))]))
@@ -67,9 +68,8 @@ def _lines(numbers: Any, room: int) -> Iterator[str]:
 
 def _beside(case: Data, *, width: int) -> Table:
     made = table("notebook prints", "what", "notebook", "ours", width=width)
-    is_wide = width >= WIDE
     for row in case["notebook"]:
-        section = f"{row['section']}: " if row["section"] and is_wide else ""
+        section = f"{row['section']}: " if row["section"] else ""
         ours = Text(row["ours"], BAD if row["same"] is False else "")
         made.add_row(f"{section}{row['label']}", row["what"], row["notebook"], ours)
     return made

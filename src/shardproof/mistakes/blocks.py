@@ -41,9 +41,9 @@ def linear(in_features: int, out_features: int, seed: int) -> nn.Linear:
     """A plain linear with numbers of its own; torch's global generator is not asked.
 
     Args:
-        in_features: of it.
-        out_features: of it.
-        seed: of its numbers.
+        in_features: columns of the weight.
+        out_features: rows of the weight.
+        seed: from which weight and bias are drawn.
     """
     layer = nn.Linear(in_features, out_features, device="meta").to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
@@ -53,9 +53,9 @@ def linear(in_features: int, out_features: int, seed: int) -> nn.Linear:
     return layer
 
 
-def batch(columns: int = OUT) -> tuple[Tensor, Tensor]:
+def batch(columns: int = OUT, *, seed: int = 99) -> tuple[Tensor, Tensor]:
     """Input (5, 12) and target (5, columns), Replicate."""
-    generator = torch.Generator().manual_seed(99)
+    generator = torch.Generator().manual_seed(seed)
     return (
         torch.randn(BATCH, IN, generator=generator),
         torch.randn(BATCH, columns, generator=generator),

@@ -16,7 +16,7 @@ class SetUp:
     """A small training in which mistakes are made.
 
     Attributes:
-        name: of the case.
+        name: the name of its case.
         description: what is trained, in a line.
         work: makes the run of a case that has so many steps.
     """
@@ -58,13 +58,13 @@ class Mistake:
     Attributes:
         name: on the command line.
         title: what was done, as a sentence.
-        edit: the line that was changed.
+        edit: the lines that were changed.
         setup: the training that shows it.
         why: what goes wrong and why, in a few plain sentences.
         finding: what the prover must say.
         degrees: at which it is run.
         hidden_at: degrees at which nothing shows, and the prover proves the mistake.
-        seen: where it was made, as far as known.
+        seen: where it was made, such as a pull request that mended it; "": no place is known.
         stops: outside of the prover, shardproof itself raises an error: inputs differ.
     """
 

@@ -24,7 +24,7 @@ OF_SUMS = (
         "part of the product, the sum over the ranks has the bias once per rank. With one rank "
         "nothing is wrong. Add the bias after the sum.",
         Finding("output"),
-        seen="a bias on a Partial in torchtitan (PR 2106)",
+        seen="torchtitan (PR 2106), a bias on a Partial",
     ),
     Mistake(
         "row-sum-becomes-mean",
@@ -80,9 +80,8 @@ OF_SUMS = (
         "factor 1. So every part has the whole gradient of the output, which each rank has "
         "already. The backward of this all-reduce (Megatron's g) is the identity. Another "
         "all-reduce makes the gradients of this layer and of all layers before it too large by the "
-        "degree.",
+        "degree. torch.distributed.nn.functional.all_reduce sums in its backward.",
         Finding("down.bias.grad"),
-        seen="torch.distributed.nn.functional.all_reduce sums in backward, too",
     ),
     Mistake(
         "replicated-bias-gradient-summed",
@@ -128,7 +127,6 @@ OF_SUMS = (
         "one of the summands. Cutting a piece out of it loses what the other ranks have. It must "
         "be summed first: reduce_scatter does both.",
         Finding("hidden_layer.bias.grad"),
-        seen="the tensor dh of notebook 004",
     ),
     Mistake(
         "whole-gradient-taken-for-partial",
@@ -170,7 +168,7 @@ OF_SUMS = (
         "than rounding, and no tolerance finds it. But from now on every real fault can hide as "
         "rounding.",
         Finding("output", agrees=True),
-        seen="every library that sums with all_reduce; E3SM issue 5560",
+        seen="E3SM (issue 5560), where a width depended on the number of tasks",
     ),
     Mistake(
         "sum-in-rank-order",

@@ -1,7 +1,7 @@
 """Mistakes around the layers: the loss, labels, batches, clipping, dropout, optimizer state."""
 
 from shardproof.functional import losses
-from shardproof.mistakes import setups
+from shardproof.mistakes import optimizers, setups
 from shardproof.mistakes.edit import Edit
 from shardproof.mistakes.mistake import TORCH, Finding, Mistake
 from shardproof.optim import norms
@@ -50,8 +50,8 @@ OF_TRAINING = (
         "Every rank shuffles its data with a seed of its own.",
         Edit(
             setups.read,
-            "draws = torch.Generator().manual_seed(99)",
-            "draws = torch.Generator().manual_seed(99 + rank_of(trial))",
+            "x, target = batch(columns, seed=99)",
+            "x, target = batch(columns, seed=99 + rank_of(trial))",
         ),
         setups.BLOCK,
         "Data parallelism wants different batches on different ranks. The ranks of tensor "
@@ -88,13 +88,13 @@ OF_TRAINING = (
         "own shard's finds a smaller norm, and every rank another one. So each scales its "
         "gradients by another factor, and weights that all ranks hold drift apart.",
         Finding("grad_norm", says="replicas differ at degree 2: rank 1 has not what rank 0 has"),
-        seen="torch's clip_grad_norm_ on plain shards; fairscale",
+        seen="fairscale, whose shards are plain tensors, with torch's clip_grad_norm_",
     ),
     Mistake(
         "optimizer-state-of-rank-zero",
         "Every rank reads rank 0's part of the optimizer's state.",
         Edit(
-            setups.read_state,
+            optimizers.read_state,
             "buffer.copy_(saved[owned.start : owned.stop])",
             "buffer.copy_(saved[: len(buffer)])",
         ),

@@ -39,7 +39,6 @@ OF_WEIGHTS = (
         "them by their place reads the wrong ones. Interleaved query, key and value weights are "
         "taken apart like this by mistake.",
         Finding("weight (initial)"),
-        seen="fused QKV weights (DeepSpeed PR 3844)",
     ),
     Mistake(
         "every-rank-loads-shard-zero",
@@ -51,7 +50,7 @@ OF_WEIGHTS = (
         "The offset of the rank is missing. All shards have the same shape, so that nothing "
         "complains. Half of the weight is there twice, and the other half is nowhere.",
         Finding("weight (initial)"),
-        seen="vllm-gguf (issue 103)",
+        seen="vllm-gguf (issue 103), with query, key and value in one matrix",
     ),
     Mistake(
         "fused-weight-cut-in-one-piece",
@@ -66,6 +65,7 @@ OF_WEIGHTS = (
         "must be cut by itself. Cut in one piece, rank 0 of two gets all of the gate and takes the "
         "half of it for up. The same happens to query, key and value in one matrix.",
         Finding("gate.weight (initial)"),
+        seen="DeepSpeed (PR 3844), with query, key and value in one matrix",
     ),
     Mistake(
         "twin-shards",
@@ -76,12 +76,13 @@ OF_WEIGHTS = (
             "for leaf, (_, where, shape) in enumerate(layout.held_leaves()):",
         ),
         words.WORDS,
-        "Every rank counts its leaves from 0, and so it draws what rank 0 draws. The shards of a "
+        "Every rank counts its leaves from 0, and so it draws what rank 0 draws, as it does with "
+        "the same torch.manual_seed on every rank. The shards of a "
         "weight are then twins: the layer has as many different features as one shard. It trains, "
         "and learns less than a layer of its size should. Draws must be keyed by the place in the "
         "whole weight.",
         Finding("embedding.weight (initial)"),
-        seen="torch.manual_seed(seed) on every rank",
+        seen="ms-swift (PR 7944)",
     ),
     Mistake(
         "replicated-weight-drawn-by-rank",
@@ -100,7 +101,6 @@ OF_WEIGHTS = (
             says="replicas differ at degree 2: rank 1 has not what rank 0",
             degrees=(),
         ),
-        seen="pytorch issue 168058",
         stops=True,
     ),
     Mistake(
@@ -117,6 +117,5 @@ OF_WEIGHTS = (
         "tensor parallelism, and sends the weight at every step. Only the largest buffer that a "
         "rank allocated shows it.",
         Finding("[48, 12]", MEMORY, (), agrees=True),
-        seen="TransformerEngine (PR 2977)",
     ),
 )

@@ -24,7 +24,7 @@ OF_WORDS = (
         "and answers with zeros. A text without that token shows nothing. Cut the vocabulary into "
         "uneven parts, or pad it.",
         Finding("logits"),
-        seen="vocabulary rows in transformers (issue 37051)",
+        seen="transformers (issue 37051)",
     ),
     Mistake(
         "softmax-over-own-vocabulary",

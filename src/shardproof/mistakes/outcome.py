@@ -9,7 +9,7 @@ from torch import Tensor
 from shardproof.axis import Axis
 from shardproof.errors import ShardproofError
 from shardproof.leaves import Layout
-from shardproof.mistakes.mistake import MEMORY, Finding, Mistake, SetUp
+from shardproof.mistakes.mistake import BITS, MEMORY, Finding, Mistake, SetUp
 from shardproof.prover.case import Recording, Trial
 from shardproof.prover.casereport import CaseReport, TensorReport
 from shardproof.prover.proof import DEFAULT_SEED, prove_cases
@@ -50,7 +50,7 @@ class Outcome:
     @property
     def verdict(self) -> str:
         """The prover's sentence, without its notes; or the error."""
-        return self.error if self.report is None else self.report.verdict().split(". The memory")[0]
+        return self.error if self.report is None else self.report.answer
 
     @property
     def first(self) -> TensorReport | None:
@@ -110,12 +110,12 @@ def is_found(report: Report, finding: Finding, *, in_full: bool = True) -> bool:
             wrong with it.
     """
     case = report.cases[0]
-    if finding.what == MEMORY:
-        is_whole = (
-            f"for a tensor of shape {finding.tensor}, more than its bound" in report.verdict()
-        )
-        return is_whole and case.identical and case.agrees_with_torch
     difference = case.first_difference()
+    if finding.what == MEMORY:
+        beyond = case.first_beyond_bound()
+        if beyond is None or difference is not None:
+            return False
+        return str(list(beyond[1].largest_shape)) == finding.tensor
     if difference is None or (difference["tensor"], difference["what"]) != (
         finding.tensor,
         finding.what,
@@ -136,8 +136,14 @@ def make(mistake: Mistake, degrees: Sequence[int] = (), *, steps: int = STEPS) -
         mistake: which.
         degrees: how many ranks, rising; by default those at which it shows.
         steps: of the loss curves.
+    Returns:
+        What came of it, at these degrees; also at degree 1 if they are one higher degree and the
+        mistake shows in bits that differ between degrees.
     """
     given = tuple(degrees) or mistake.degrees
+    finding = mistake.finding
+    if len(given) == 1 and given[0] > 1 and finding.what == BITS and finding.degrees:
+        given = (1, *given)
     right = _right(mistake.setup, steps)
     report, error, stopped = None, "", ""
     wrong: tuple[float, ...] = ()

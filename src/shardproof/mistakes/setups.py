@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardproof import collectives, comm, optim
+from shardproof import collectives, optim
 from shardproof.axis import Axis
 from shardproof.cases.mlp import MLP_GATHERED as GATHERED_CASE
 from shardproof.functional.losses import mse_loss
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
-from shardproof.layers.step_guard import declare_elementwise
 from shardproof.leaves import Cut, Layout, replicated
-from shardproof.mistakes.blocks import BATCH, EVEN, IN, OUT, Block, linear, sgd
+from shardproof.mistakes.blocks import BATCH, EVEN, IN, OUT, Block, batch, linear, sgd
 from shardproof.mistakes.mistake import SetUp
+from shardproof.mistakes.optimizers import calm_sgd, resumed_sgd, small_sgd
 from shardproof.mistakes.steps import Scores, Steps
 from shardproof.prover.case import Trial
 from shardproof.prover.training import Batch, Training
@@ -30,9 +30,8 @@ def rank_of(trial: Trial) -> int:
 
 def read(trial: Trial, *, columns: int = OUT) -> Batch:
     """Input (5, 12) and target (5, columns): the same on every rank."""
-    draws = torch.Generator().manual_seed(99)
-    x = torch.randn(BATCH, IN, generator=draws)
-    return Batch((x,), torch.randn(BATCH, columns, generator=draws))
+    x, target = batch(columns, seed=99)
+    return Batch((x,), target)
 
 
 def loss(trial: Trial, output: Tensor, target: Tensor) -> Tensor:
@@ -98,32 +97,6 @@ def clip(trial: Trial, model: nn.Module) -> Tensor:
     return optim.clip_grad_norm_(model, 0.5)
 
 
-@declare_elementwise
-class ResumedSgd(torch.optim.SGD):
-    """Momentum that is saved whole after every step, and read again by each rank."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """One step, then the checkpoint."""
-        answer = super().step(closure)
-        for parameter, state in self.state.items():
-            if hasattr(parameter, "place"):
-                read_state(state["momentum_buffer"], *parameter.place)
-        return answer
-
-
-def resumed_sgd(parameters: Any) -> torch.optim.Optimizer:
-    """Gradient descent with momentum that is saved and read again."""
-    return ResumedSgd(parameters, lr=0.02, momentum=0.8)
-
-
-def read_state(buffer: Tensor, axis: Axis, cut: Cut) -> None:
-    """Save the buffers of all ranks as one tensor, and read this rank's part of it."""
-    saved = comm.all_gather(buffer, axis, dim=0, cut=cut, direction="update")
-    owned = cut.owned(axis.rank)
-    buffer.copy_(saved[owned.start : owned.stop])
-
-
 def build_resumed(trial: Trial) -> nn.Module:
     """The block, whose cut weight tells the optimizer where it lies."""
     model = build_block(trial)
@@ -168,9 +141,9 @@ class Gated(nn.Module):
     """A gated feed-forward: two column-parallel layers and a row-parallel one.
 
     Args:
-        gate: behind it comes the activation.
-        up: is multiplied by what the gate lets through.
-        down: row parallel.
+        gate: its output goes through the activation.
+        up: its output is multiplied by the activated gate.
+        down: the row-parallel layer.
     """
 
     def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module) -> None:
@@ -251,25 +224,15 @@ def read_whole_numbers(trial: Trial) -> Batch:
     return Batch((whole_numbers(4, 16, seed=1),), whole_numbers(4, 8, seed=2))
 
 
-def calm_sgd(parameters: Any) -> torch.optim.Optimizer:
-    """For layers behind each other: with a larger step the loss goes up and down."""
-    return torch.optim.SGD(parameters, lr=0.02, momentum=0.8)
-
-
-def small_sgd(parameters: Any) -> torch.optim.Optimizer:
-    """For the large numbers of `TransposedRow`."""
-    return torch.optim.SGD(parameters, lr=1e-6)
-
-
 def _training(
     name: str,
     description: str,
     build: Callable[[Trial], nn.Module],
-    batch: Callable[[Trial], Batch] = read,
+    reader: Callable[[Trial], Batch] = read,
     **options: Any,
 ) -> SetUp:
     """A set-up whose output is whole; nothing of `build` is audited: the whole layers are there."""
-    made = Training(build, batch, loss, optimizer=calm_sgd, measures_creation=False)
+    made = Training(build, reader, loss, optimizer=calm_sgd, measures_creation=False)
     given = dataclasses.replace(made, **options)
     return SetUp(name, description, lambda steps: dataclasses.replace(given, steps=steps))
 

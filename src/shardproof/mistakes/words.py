@@ -87,7 +87,7 @@ class SharedAttention(nn.Module):
     """Self-attention in which query heads share key-value heads.
 
     Args:
-        shape: of it.
+        shape: how many heads, and what differs between the set-ups.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -113,7 +113,7 @@ class Reader(nn.Module):
     """Embedding, attention, norm and output head.
 
     Args:
-        shape: of it.
+        shape: how many heads, and what differs between the set-ups.
     """
 
     def __init__(self, shape: Shape) -> None:

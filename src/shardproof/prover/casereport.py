@@ -218,10 +218,15 @@ class CaseReport:
     @property
     def within_memory_bound(self) -> bool:
         """True if no rank exceeds its bound at degree 2 or more."""
-        return all(
-            rank.is_within for degree, ranks in self.memory.items() if int(degree) >= 2
-            for rank in ranks
-        )  # fmt: skip
+        return self.first_beyond_bound() is None
+
+    def first_beyond_bound(self) -> tuple[int, MemoryReport] | None:
+        """The first rank that exceeds its bound at degree 2 or more, and that degree."""
+        for degree, ranks in self.memory.items():
+            for rank in ranks:
+                if int(degree) >= 2 and not rank.is_within:
+                    return int(degree), rank
+        return None
 
     @property
     def checks_passed(self) -> bool:

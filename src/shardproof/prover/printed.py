@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+TWO = 2  # the degree whose ranks a notebook's two devices are
+
 
 @dataclass(frozen=True)
 class Printed:
@@ -16,6 +18,8 @@ class Printed:
         close: whether it passed `allclose`.
         max_diff: its largest difference from autograd's.
         rank: of two ranks, the one whose part it is; None: the whole tensor.
+        is_of_two: two ranks made it, and it is put together.
+        seed: of the draws on which `values`, `exact` and `max_diff` depend; None: not known.
         section: where in the notebook.
     """
 
@@ -27,4 +31,6 @@ class Printed:
     close: bool | None = None
     max_diff: float | None = None
     rank: int | None = None
+    is_of_two: bool = False
+    seed: int | None = None
     section: str = ""

@@ -69,10 +69,14 @@ class Report:
         """True if every judged tensor of every case agrees with plain torch."""
         return all(case.agrees_with_torch for case in self.cases)
 
+    @property
+    def answer(self) -> str:
+        """What was proved, or the first thing that keeps it from being so, without notes."""
+        return verdict(self.cases, self.degrees)
+
     def verdict(self) -> str:
-        """One plain sentence: what was proved, or the first thing that keeps it from being so."""
-        sentence = verdict(self.cases, self.degrees)
-        return sentence if self.audits_creation else f"{sentence} {_NO_CREATION}"
+        """The answer in plain words, and what was left out of the proof, as it was asked to."""
+        return self.answer if self.audits_creation else f"{self.answer} {_NO_CREATION}"
 
     def __str__(self) -> str:
         """A line for each case, one for each tensor that is not as it must be, and the verdict."""

@@ -12,6 +12,7 @@ from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.leaves import Layout
 from shardproof.prover.hashing import owned_part
+from shardproof.prover.printed import TWO
 
 FEW = 100  # numbers of the largest tensor that is kept
 
@@ -25,7 +26,7 @@ class Kept:
     Attributes:
         shape: of what it holds.
         ours: the whole tensor, on rank 0, if it is small enough.
-        torch: plain torch's, there, if that has it.
+        torch: plain PyTorch's tensor, on rank 0; None if it has none.
     """
 
     shape: tuple[int, ...]
@@ -40,11 +41,13 @@ class Shown:
     Attributes:
         held: degree -> the shape that each rank holds.
         ours, torch: the numbers; None of large tensors, and of those that one side lacks.
+        degree: at which ranks made `ours`: 2 if that was run, or the lowest.
     """
 
     held: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     ours: Numbers | None = None
     torch: Numbers | None = None
+    degree: int = 1
 
 
 def whole(tensor: Tensor, layout: Layout, axis: Axis, *, who: str) -> Tensor | None:
@@ -77,15 +80,17 @@ def shown(kept: Mapping[int, Sequence[Kept | None]]) -> Shown | None:
     """What a report shows of one tensor.
 
     Args:
-        kept: degree -> of every rank; the numbers are those of the lowest degree.
+        kept: degree -> of every rank; the numbers are those of degree 2, which notebooks simulate,
+            or of the lowest degree if 2 is not there.
     """
     found = {degree: [each for each in ranks if each] for degree, ranks in kept.items()}
     found = {degree: ranks for degree, ranks in found.items() if ranks}
     if not found:
         return None
-    first = next(iter(found.values()))[0]
+    degree = TWO if TWO in found else next(iter(found))
+    first = found[degree][0]
     held = {str(degree): tuple(each.shape for each in ranks) for degree, ranks in found.items()}
-    return Shown(held, _numbers(first.ours), _numbers(first.torch))
+    return Shown(held, _numbers(first.ours), _numbers(first.torch), degree)
 
 
 def _owned_shape(layout: Layout) -> tuple[int, ...]:

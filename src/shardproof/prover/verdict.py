@@ -55,14 +55,13 @@ def _first_fault(case: CaseReport) -> str:
     uncut = [_uncut_fault(case)] if case.uncut_degrees else []
     if faults:
         return "; ".join([*faults, *uncut])
-    for degree, ranks in case.memory.items():
-        for rank in ranks:
-            if int(degree) >= 2 and not rank.is_within:
-                return (
-                    f"rank {rank.rank} of {degree} allocated {rank.largest_bytes} bytes for a "
-                    f"tensor of shape {list(rank.largest_shape)}, more than its bound of "
-                    f"{rank.bound_bytes}"
-                )
+    beyond = case.first_beyond_bound()
+    if beyond is not None:
+        degree, rank = beyond
+        return (
+            f"rank {rank.rank} of {degree} allocated {rank.largest_bytes} bytes for a tensor of "
+            f"shape {list(rank.largest_shape)}, more than its bound of {rank.bound_bytes}"
+        )
     for check in case.checks:
         if not check.passed:
             return f"the check {check.name!r} failed ({check.detail})"
