@@ -52,7 +52,7 @@ print("first row of grad_w", whole_w.grad[0])
 
 
 # %% [markdown]
-# ## Four words
+# ## Words
 #
 # The **placement** of a tensor says how it lies on the ranks:
 #
@@ -73,10 +73,10 @@ print("first row of grad_w", whole_w.grad[0])
 # A function that runs on a rank gets its `axis`: `axis.rank` is the number of this rank,
 # `axis.size` is the degree, and collectives send along it.
 #
-# `part` says which indices of a dim are a rank's own. It divides the dim into 8 pieces and gives each
-# rank some neighbouring ones ("The bits" says why 8). The parts need not be equal: at degree 3, of 8
-# columns the ranks have 3, 3 and 2. A dim of 4 rows has only 4 pieces, so at degree 8 four ranks have
-# none: they hold empty parts, and still take part in every collective.
+# `part` says which indices of a dim are a rank's own. It divides the dim into at most 8 pieces and
+# gives each rank some neighbouring ones ("The bits" says why 8). The parts need not be equal: at
+# degree 3, of 8 columns the ranks have 3, 3 and 2. A dim of 4 rows has only 4 pieces, so at degree 8
+# four ranks have none: they hold empty parts, and still take part in every collective.
 
 
 # %%
@@ -354,7 +354,7 @@ table(
 #   leaves are the pieces that `part` gives to ranks.
 # * One binary tree, the same at every degree, says in which order the sums of the leaves are added.
 #   Each **node** of it is the sum of the two nodes below.
-# * A rank adds up the nodes of which it has all leaves, and sends the largest of these.
+# * A rank adds up the largest nodes of which it has all leaves, and sends these.
 # * The all-reduce adds what remains, in the order of the tree.
 #
 # ![The tree over eight leaves at degree 2 and at degree 3](../tree.svg)
@@ -421,7 +421,7 @@ print("bits of:", bits_of())
 # %% [markdown]
 # ## Break it
 #
-# Each cell repeats a function from above with **one line changed**. Predict what happens, then run
+# Each cell repeats a function from above with **the marked line changed**. Predict what happens, then run
 # it. (`shardproof break --list` shows a gallery of such mistakes, and `shardproof break NAME` one of
 # them.)
 #
@@ -541,7 +541,7 @@ assert all(theirs == tuple(mine) for _, _, theirs, mine in beside)
 #
 # **Its divisor.** The notebook computes `x^T (y - label) / out`. The mean squared error gives
 # `2 x^T (y - label) / (batch * out)`. Both are the same only if `2 / batch` is 1, so if the batch is
-# 2, as it is there. With any other batch its gradient is `batch / 2` times too large.
+# 2, as it is there. With any other batch its gradient is off by the factor `batch / 2`.
 
 # %% fold
 rows_of_ratio = []

@@ -9,7 +9,7 @@
 # **by rows**: what the first layer leaves on a rank is what the second layer needs there, and nothing
 # is gathered in between.
 #
-# At degree `d` a rank holds a `d`-th of both weights, of their gradients and of the optimizer's
+# At degree `d` a rank holds about a `d`-th of both weights, of their gradients and of the optimizer's
 # state. A step of training costs two all-reduces for it: one in forward, one in backward.
 
 # %%
@@ -45,11 +45,11 @@ DEGREE = 2
 #
 # **Forward.** A rank has some **columns** of `up` and the same **rows** of `down`. Its columns of `h`
 # are complete, and its rows of `down` are multiplied with exactly these. `y` is a sum over the 40
-# hidden features, which are shared out: `y` is Partial, and one all-reduce adds it.
+# hidden features, which are shared out: `y` is Partial, and one all-reduce adds the summands.
 #
 # **Backward.** `grad_y` is the same on every rank. From it and from its rows of `down` a rank gets
 # its columns of `grad_h`, complete, and its columns of `up` are multiplied with exactly these.
-# `grad_x` is a sum over the hidden features: it is Partial, and one all-reduce adds it.
+# `grad_x` is a sum over the hidden features: it is Partial, and one all-reduce adds the summands.
 #
 # **Weights.** The gradient of a rank's rows of `down` needs its columns of `h` and the whole
 # `grad_y`. The gradient of its columns of `up` needs the whole `x` and its columns of `grad_h`. The
@@ -415,7 +415,7 @@ print("bits of:", bits_of())
 # %% [markdown]
 # ## Break it
 #
-# Each cell has **one line changed**. Predict what happens, then run it. (`shardproof break --list`
+# In each cell **the marked line is changed**. Predict what happens, then run it. (`shardproof break --list`
 # shows a gallery of such mistakes, and `shardproof break NAME` one of them.)
 #
 # ### Without the all-reduce of backward
@@ -445,7 +445,7 @@ assert DEGREE == 1 or largest(broken[0]["x"], plain["x"]) > 1e-3
 # %% [markdown]
 # The output and the gradients of this block are right. Only `grad_x` is wrong: each rank has its own
 # summand. A test of this block alone that does not look at `grad_x` passes. In a network the layers
-# *before* this block learn from it, on every rank something else.
+# *before* this block learn from it, and each rank learns something else.
 #
 # ### A softmax between the layers
 

@@ -357,7 +357,7 @@ print("bits of:", bits_of())
 # %% [markdown]
 # ## Break it
 #
-# Each cell has **one line changed**. Predict what happens, then run it. The first two mistakes are in
+# In each cell **the marked line is changed**. Predict what happens, then run it. The first two mistakes are in
 # the gallery (`shardproof break --list`), too: the command at each makes it in a small network that is
 # trained for some steps.
 #

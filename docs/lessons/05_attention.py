@@ -335,7 +335,7 @@ print("bits of:", bits_of())
 # %% [markdown]
 # ## Break it
 #
-# Each cell has **one line changed**. Predict what happens, then run it. The first mistake is in the
+# In each cell **the marked line is changed**. Predict what happens, then run it. The first mistake is in the
 # gallery (`shardproof break --list`), too: its command makes it in a small decoder that is trained for
 # some steps.
 #
