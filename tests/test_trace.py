@@ -479,6 +479,64 @@ def test_an_embedding_shows_its_numbers_and_not_their_bits() -> None:
     assert (step.output.dtype, step.output.values) == ("float32", ((2.0, 2.0), (2.0, 2.0)))
 
 
+def functional(axis: Axis) -> list[Tensor]:
+    layer = copy.deepcopy(LINEAR)
+    weights = {name: p.detach() for name, p in layer.named_parameters()}
+    x = torch.ones(2, 4)
+
+    def loss(given: dict[str, Tensor]) -> Tensor:
+        result: Tensor = torch.func.functional_call(layer, given, x).square().sum()
+        return result
+
+    grads = torch.func.grad(loss)(weights)
+    moved = torch.func.jvp(layer, (x,), (x,))[1]
+    hessian = torch.func.hessian(lambda b: loss(weights | {"bias": b}))(weights["bias"])
+    return [*grads.values(), moved, hessian]
+
+
+LINEAR = nn.Linear(4, 4)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_programs_of_torch_func_run_under_a_trace() -> None:
+    (plain,) = sp.launch(functional, degree=1)
+    (found,), _ = traced(1, functional, values=True)
+    assert all(map(torch.equal, plain, found))
+
+
+def test_a_trace_may_begin_and_end_inside_a_forward() -> None:
+    def work(axis: Axis) -> int:
+        inner, outer = nn.Linear(4, 4), sp.Trace()
+        context = outer.on(axis)
+        inner.register_forward_pre_hook(lambda *_: context.__enter__() and None)
+        inner.register_forward_hook(lambda *_: context.__exit__(None, None, None))
+        nn.Sequential(inner)(torch.ones(1, 4))
+        return len(outer.ranks[0])
+
+    assert sp.launch(work, degree=1) == [1]
+
+
+def test_sparse_gradients_and_complex_numbers_have_no_values_or_words() -> None:
+    def work(axis: Axis) -> None:
+        table = nn.Embedding(5, 4, sparse=True)
+        table(torch.tensor([1, 3])).sum().backward()
+        torch.optim.SGD(table.parameters(), lr=0.1).step()
+        torch.ones(2, dtype=torch.complex64) * 1j
+
+    _, trace = traced(1, work, values=True)
+    assert [s.operation for s in trace.ranks[0]][-2:] == ["update", "mul"]
+    assert "1j" in json.dumps(trace.as_dict(), allow_nan=False)
+
+
+def test_a_long_trace_prints_its_beginning() -> None:
+    steps = [step_of(0, number, "a") for number in range(20_000)]
+    trace = sp.Trace()
+    trace.take([(steps, 0), (steps, 0)])
+    text = str(trace)
+    assert text.count("product") == 500
+    assert "the first 500 are above" in text
+
+
 def test_a_graph_that_outlives_its_trace_writes_nothing() -> None:
     def work(axis: Axis) -> tuple[int, int]:
         cut = sp.parallelize(model(), PLAN, axis=axis)
@@ -596,6 +654,7 @@ def test_the_timeline_says_of_each_rank_what_it_does_otherwise() -> None:
     [
         (lambda: sp.launch(train, degree=1, trace="yes"), "trace='yes' is neither a bool"),
         (lambda: sp.Trace(limit=0), "limit"),
+        (lambda: sp.Trace().on(5).__enter__(), "axis=5 is not an Axis"),  # type: ignore[arg-type]
         (lambda: sp.Trace(num_values=-1), "num_values"),
         (lambda: sp.Trace(values="all"), "values"),
         (lambda: sp.Trace().timeline(), "this trace is empty"),

@@ -246,13 +246,20 @@ def before_write(x: Tensor) -> Tensor:
 def tensors_in(tree: Any) -> Iterator[Tensor]:
     """The tensors of arguments or results with memory of their own (on meta there is none)."""
     if isinstance(tree, Tensor):
-        if tree.layout == torch.strided and not tree.is_meta:
+        if has_memory(tree):
             yield tree
     elif isinstance(tree, list | tuple):
         for item in tree:
             yield from tensors_in(item)
     elif isinstance(tree, dict):
         yield from tensors_in(list(tree.values()))
+
+
+def has_memory(x: Tensor) -> bool:
+    """Whether a tensor has elements somewhere: not those of torch.func, sparse ones or meta."""
+    if x.layout != torch.strided or x.is_meta or x.is_nested or x._is_zerotensor():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def address(tensor: Tensor) -> int:

@@ -17,6 +17,7 @@ from shardproof.errors import UsageError
 from shardproof.leaves import DEFAULT_LEAVES
 from shardproof.mistakes import CHAPTERS, Mistake, find_mistake
 from shardproof.mistakes.outcome import Outcome, amount, make
+from shardproof.wording import shown
 
 INDENT = 2
 
@@ -67,7 +68,7 @@ def break_(name: str | None, degrees: str | None, json_path: str | None, wants_l
 def _list(name: str | None, json_path: str | None) -> int:
     """Print what can be made."""
     if name is not None:
-        raise UsageError(f"--list takes no name, got {name}. Leave one of them out.")
+        raise UsageError(f"--list takes no name, got {shown(name)}. Leave one of them out.")
     target = JsonFile(json_path) if json_path is not None else None
     if target is not None:
         chapters = [
@@ -167,7 +168,7 @@ def _answer(outcome: Outcome) -> tuple[str, str]:
         return f"Named: the prover finds the mistake at {at}, as docs/mistakes.md says.", GOOD
     if outcome.report is not None and outcome.report.proved:
         shows = listed(outcome.mistake.degrees)
-        return f"Not named: at {at} nothing shows. It shows at degrees {shows}.", BAD
+        return f"Not named: nothing shows at {at}. It shows when degrees {shows} are run.", BAD
     return f"Not named: at {at} something else came of it than docs/mistakes.md says.", BAD
 
 

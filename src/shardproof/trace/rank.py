@@ -188,6 +188,8 @@ class RankTrace(Observer):
 
     def leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
         """Write a module of ours down that has told nothing; remember which nodes are its own."""
+        if not self._stack or self._stack[-1][0] is not module:  # entered before the trace
+            return
         name = self._module()
         _, num_seen = self._stack.pop()
         y, x = first_tensor(output), first_tensor(args)

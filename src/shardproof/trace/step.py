@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shardproof.observing import Operand, Placement
+from shardproof.observing import Operand, Placement, has_memory
 from shardproof.wording import dtype_name
 
 PHASES = ("setup", "forward", "backward", "update", "prover")
@@ -64,8 +64,8 @@ class Part:
             None if held is None else (held.start, held.stop),
             placement.size if placement is not None and is_cut else None,
             x.numel() * x.element_size(),
-            values_of(x) if x.numel() <= num_values else None,
-            values_of(_corner_of(x)) if 0 < num_values < x.numel() else None,
+            values_of(x) if x.numel() <= num_values and has_memory(x) else None,
+            values_of(_corner_of(x)) if 0 < num_values < x.numel() and has_memory(x) else None,
         )
 
     @property

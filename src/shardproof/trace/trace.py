@@ -11,7 +11,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from shardproof.axis import Axis
+from shardproof.axis import Axis, checked_axis
 from shardproof.errors import UsageError
 from shardproof.quantities import checked_flag, checked_whole
 from shardproof.trace.hooks import listening
@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 LIMIT = 20_000
 NUM_VALUES = 4096
+_PRINTED = 500  # steps of each rank, by `print`
 
 
 class Trace:
@@ -69,7 +70,7 @@ class Trace:
             setup none in the ledger: when the block ends, the steps of all ranks go to all ranks,
             uncounted. If the block raises, nothing is sent.
         """
-        with self._recording(axis) as recorded:
+        with self._recording(checked_axis(axis)) as recorded:
             yield self
         call = Call("trace", "setup", "the steps of a trace")
         self.take(axis.transport.gather_objects((recorded.steps, recorded.num_dropped), call=call))
@@ -122,7 +123,7 @@ class Trace:
         return timeline(self.ranks)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON; "nan", "inf" and "-inf" stand for what JSON has no numbers for."""
+        """Plain data, for JSON; "nan", "inf" and "1+2j" stand for what JSON has no numbers for."""
         steps = [[_finite(asdict(step)) for step in steps] for steps in self.ranks]
         return {"degree": len(self.ranks), "num_dropped": list(self.num_dropped), "ranks": steps}
 
@@ -131,7 +132,8 @@ class Trace:
             return "a trace of nothing yet"
         console = Console(width=160, no_color=True, force_terminal=False)
         with console.capture() as capture:
-            console.print(Group(self.timeline(), Text(self._summary())))
+            shown = [steps[:_PRINTED] for steps in self.ranks]
+            console.print(Group(timeline(shown), Text(self._summary())))
         return capture.get()
 
     def _summary(self) -> str:
@@ -139,7 +141,10 @@ class Trace:
             f"rank {rank}: {len(steps)} steps" + (f" and {dropped} dropped" if dropped else "")
             for rank, (steps, dropped) in enumerate(zip(self.ranks, self.num_dropped, strict=True))
         )
-        return kept
+        longest = max(map(len, self.ranks))
+        if longest <= _PRINTED:
+            return kept
+        return f"{kept}; the first {_PRINTED} are above, `timeline()` and `table(rank)` have all"
 
     def _steps(self, rank: int) -> tuple[Step, ...]:
         if not self.ranks:
@@ -166,6 +171,8 @@ def _finite(tree: Any) -> Any:
         return {key: _finite(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
         return [_finite(value) for value in tree]
+    if isinstance(tree, complex):
+        return str(tree)
     return str(tree) if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
