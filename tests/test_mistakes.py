@@ -265,7 +265,9 @@ def test_the_command_says_no_where_nothing_shows(run: Run) -> None:
     code, out, _ = run("sum-in-rank-order", "--degrees", "1,2")
     assert code == 1
     assert "by no more than rounding" not in out
-    assert out.endswith("at degrees 1 and 2 nothing shows. It shows at degrees 1, 2 and 3.\n")
+    assert out.endswith(
+        "Not named: nothing shows at degrees 1 and 2. It shows when degrees 1, 2 and 3 are run.\n"
+    )
 
 
 def test_the_command_adds_degree_1_and_says_so(run: Run, tmp_path: Path) -> None:
@@ -307,7 +309,7 @@ def test_the_list_has_all(run: Run, tmp_path: Path) -> None:
     [
         (("row-bias",), "there is no mistake 'row-bias'. Near names: row-bias-on-every-rank"),
         ((), "needs the name of a mistake, such as row-bias-on-every-rank"),
-        (("twin-shards", "--list"), "--list takes no name, got twin-shards"),
+        (("twin-shards", "--list"), "--list takes no name, got 'twin-shards'"),
         (("twin-shards", "--degrees", "1,9"), "degree 9"),
         (("twin-shards", "--degrees", "a"), "'a' is not a degree"),
         (("twin-shards", "--json", "/nowhere/a.json"), "there is no directory"),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from shardproof.observing import REPLICATE, Placement, address, shard
+from shardproof.observing import REPLICATE, Placement, address, has_memory, shard
 
 Key = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
@@ -87,6 +87,8 @@ class Places:
 
     def learn(self, x: Tensor, placement: Placement | None) -> None:
         """Remember how a tensor lies; None: forget what lay there before."""
+        if not has_memory(x):
+            return
         key = _key(x)
         if placement is None:
             self._known.pop(key, None)
@@ -97,7 +99,7 @@ class Places:
 
     def of(self, x: Tensor) -> Placement | None:
         """How a tensor lies, or None."""
-        found = self._known.get(_key(x))
+        found = self._known.get(_key(x)) if has_memory(x) else None
         if found is None or found[0].expired():
             return None
         return found[1]
