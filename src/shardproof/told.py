@@ -14,7 +14,7 @@ from shardproof.schedule import Plan
 from shardproof.transport.base import Call
 from shardproof.tree import Node, node_name
 
-_FREE_ORDER = "the ranks' parts, in the transport's own order"
+FREE_ORDER = "the ranks' parts, in the transport's own order"
 
 
 def count(
@@ -134,7 +134,7 @@ def tell_sum(
     placement: Placement,
     *,
     nodes: Sequence[Node] | None = None,
-    addition: str = _FREE_ORDER,
+    addition: str = FREE_ORDER,
     is_rest: bool = False,
 ) -> Told:
     """Tell of a sum before it begins: it may be written into one of its parts.

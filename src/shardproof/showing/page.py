@@ -102,13 +102,13 @@ def _player(story: Story) -> str:
 
 def _scene(scene: Scene, story: Story, lines: tuple[int, int]) -> str:
     meets = " meets" if scene.is_collective else ""
-    num_arrows = sum(len(arrow.receivers) for arrow in scene.arrows)
+    num_arrows = len(scene.arrows)
     formula = f"<p><code>{escape(scene.formula)}</code></p>" if scene.formula else ""
     read = [figure for figure in scene.figures if not figure.is_result]
     made = [figure for figure in scene.figures if figure.is_result]
     drawn = [_group("Read" if scene.arrows == () else "Put in", read, lines)]
     if scene.arrows:
-        drawn.append(drawing(scene.arrows, story.degree, COLOURS))
+        drawn.append(drawing(scene.arrows, story.degree, num_colours=COLOURS))
     drawn.append(_group("Made" if scene.arrows == () else "Got", made, lines))
     number = scene.number
     return f"""<section class="scene{meets}" id="step-{number}" data-phase="{scene.phase}" \
@@ -238,16 +238,20 @@ def _memory_row(scene: Scene, rank: int, percent: float) -> str:
 
 
 def _sent(scene: Scene, rank: int) -> str:
-    step = scene.steps[rank]
-    return f"{step.sent_bytes:,}" if step is not None and scene.is_collective else "-"
+    moment = scene.moments[rank]
+    return f"{moment.first.sent_bytes:,}" if moment and scene.is_collective else "-"
+
+
+def _all_sent(scene: Scene) -> str:
+    sent = sum(moment.first.sent_bytes for moment in scene.moments if moment is not None)
+    return f"{sent:,}" if sent else "-"
 
 
 def _all_steps(story: Story) -> str:
     rows = "".join(
         f'<tr><td><a href="#step-{scene.number}">{scene.number}</a></td>'
         f'<td class="{scene.phase}">{scene.phase}</td><td>{escape(scene.title)}</td>'
-        f"<td>{sum(arrow.num_bytes for arrow in scene.arrows) or '-':{',' if scene.arrows else ''}}"
-        "</td></tr>"
+        f"<td>{_all_sent(scene)}</td></tr>"
         for scene in story.scenes
     )
     heads = "".join(

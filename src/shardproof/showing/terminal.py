@@ -11,8 +11,9 @@ from rich.text import Text
 
 from shardproof.showing.figure import Figure
 from shardproof.showing.grids import EVERY, Grid, grids_of, owners_of
+from shardproof.showing.sends import told_arrows
 from shardproof.showing.story import Scene, Story
-from shardproof.showing.words import changed, ranks
+from shardproof.showing.words import changed
 
 RANK_STYLES = (
     "black on bright_cyan", "black on bright_yellow", "black on bright_green",
@@ -28,6 +29,7 @@ VALUE_ROWS, VALUE_COLUMNS = 6, 8  # of a grid of numbers
 _CELL = 9
 _GAP = 3
 _MOST_MAPS = 12
+MOST_ARROWS = 4  # ranks, beyond which what a rank sends in a stage is one line
 INDENT = 5  # below the number of a step
 _MARGIN = " " * INDENT
 
@@ -162,12 +164,8 @@ def _scene(scene: Scene, story: Story, values: bool, width: int) -> Iterator[Tex
         head.append(f", {scene.formula}", "not bold")
     yield from _hung(f"{scene.number:>3}. ", head, width, INDENT)
     if scene.arrows:
-        for arrow in scene.arrows:
-            carried = " and ".join(f"{name} {shape}" for name, shape in arrow.carried)
-            line = Text.assemble(
-                (f"rank {arrow.sender}", style_of(arrow.sender)),
-                f" ==> {ranks(arrow.receivers)}: {carried}, {arrow.num_bytes:,} bytes",
-            )
+        for arrow, text in told_arrows(scene.arrows, is_brief=story.degree > MOST_ARROWS):
+            line = Text.assemble((f"rank {arrow.sender}", style_of(arrow.sender)), f" ==> {text}")
             yield from _hung(_MARGIN, line, width, INDENT + 4)
         made = [f"{figure.name} {figure.shape}" for figure in scene.figures if figure.is_result]
         text = f"{changed(scene.figures)}: {', '.join(made)}"
