@@ -490,7 +490,7 @@ def test_a_model_of_a_directory_is_shown(tmp_path: Path) -> None:
     code, out, err = command("--model", config(tmp_path), "--values")
     assert (code, err) == (0, "")
     assert out.startswith("== LlamaForCausalLM at degree 2\n")
-    assert "The directory has no weights: they are drawn." in " ".join(out.split())
+    assert "The directory has no weights: this run takes random weights." in " ".join(out.split())
     assert "model.layers.0.mlp.down_proj: all_reduce" in out
     assert "lm_head.weight: update" in out
 
@@ -499,7 +499,11 @@ def test_a_model_that_is_too_large_is_refused_before_it_is_made(tmp_path: Path) 
     large = config(tmp_path, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2)
     code, out, err = command("--model", large, "--values")
     assert (code, out) == (2, "")
-    assert f"numbers are shown of at most {MOST_WITH_VALUES:,}" in err
+    assert f"take at most {MOST_WITH_VALUES:,}" in err
+    for option in ("--html", "--json"):
+        code, out, err = command("--model", large, option, str(tmp_path / "x"))
+        assert (code, out) == (2, "")
+        assert f"take at most {MOST_WITH_VALUES:,}" in err
     larger = config(tmp_path, hidden_size=8192, intermediate_size=8192, num_hidden_layers=2)
     code, _, err = command("--model", larger)
     assert code == 2

@@ -181,12 +181,12 @@ class _Known:
 
     Attributes:
         gathered: modules whose output was gathered in forward.
-        targets: of losses, by module.
+        target: of the last loss.
     """
 
     def __init__(self) -> None:
         self.gathered: set[str] = set()
-        self.targets: dict[str, Figure] = {}
+        self.target: Figure | None = None
 
     def learn(self, first: Moment, figures: Sequence[Figure]) -> None:
         """Keep what a scene of the forward has."""
@@ -197,7 +197,7 @@ class _Known:
         if step.operation == "all_gather" and is_output:
             self.gathered.add(step.module)
         if step.operation == "loss":
-            self.targets.update((step.module, f) for f in figures if f.name == "target")
+            self.target = next((f for f in figures if f.name == "target"), None)
 
     def cut_again(self, step: Step) -> str:
         """A sentence, where a rank takes its columns of the gradient of what was gathered."""
@@ -215,8 +215,8 @@ def _scene(number: int, row: Row, *, held: Sequence[int], known: _Known) -> Scen
     first = moment.first
     figures = tuple(_figures(row))
     known.learn(moment, figures)
-    if first.operation == "loss" and first.phase == "backward" and first.module in known.targets:
-        figures = (figures[0], known.targets[first.module], *figures[1:])
+    if first.operation == "loss" and first.phase == "backward" and known.target is not None:
+        figures = (figures[0], known.target, *figures[1:])
     return Scene(
         number=number,
         phase=first.phase,
