@@ -225,7 +225,9 @@ def test_the_page_and_the_json_have_the_numbers_of_the_trace(block: Shown) -> No
         expected = [
             cell
             for figure in scene.figures
-            for grid in grids_of(figure, most_rows=12, most_columns=20)
+            for grid in grids_of(
+                figure, most_rows=6 if scene.is_collective else 12, most_columns=20
+            )
             for row in grid.cells
             for cell in row
         ]

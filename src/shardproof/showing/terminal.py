@@ -44,8 +44,12 @@ def lines_of(story: Story, *, values: bool, width: int) -> list[Text]:
     """
     lines = [Text(f"== {story.title}", "bold")]
     lines += _wrapped(" ".join(story.about), width)
-    lines += [Text(""), *_legend(story, width), Text("")]
-    lines += _maps(_matrices(story), width)
+    lines += [Text(""), *_legend(story, values, width), Text("")]
+    matrices = _matrices(story)
+    lines += _maps(matrices[:_MOST_MAPS], width)
+    if len(matrices) > _MOST_MAPS:
+        left_out = f"{len(matrices) - _MOST_MAPS} more tensors of the forward are not drawn here."
+        lines += [Text(""), *_wrapped(left_out, width)]
     phase = ""
     for scene in story.scenes:
         if scene.phase != phase:
@@ -75,7 +79,7 @@ def letter_of(rank: int) -> str:
     return LETTERS[rank % len(LETTERS)]
 
 
-def _legend(story: Story, width: int) -> list[Text]:
+def _legend(story: Story, values: bool, width: int) -> list[Text]:
     parts = [
         Text.assemble((letter_of(rank), style_of(rank)), f" rank {rank}")
         for rank in range(story.degree)
@@ -85,6 +89,8 @@ def _legend(story: Story, width: int) -> list[Text]:
         Text(f"{SUMMAND_LETTER} a summand on each rank"),
         Text(f"{UNKNOWN_LETTER} not known"),
     ]
+    if values and story.has_values:
+        parts.append(Text("1:5 index 5, which rank 1 holds"))
     lines = [Text("")]
     for part in parts:
         if lines[-1].cell_len and lines[-1].cell_len + 3 + part.cell_len > width:
@@ -97,7 +103,7 @@ def _matrices(story: Story) -> list[tuple[str, Figure]]:
     """The tensors that a reader wants to see first: what each forward product reads and makes."""
     found: dict[tuple[str, str, tuple[int, ...]], tuple[str, Figure]] = {}
     for scene in story.scenes:
-        if scene.phase != "forward" or len(found) >= _MOST_MAPS:
+        if scene.phase != "forward":
             continue
         who = scene.title.partition(":")[0]
         for figure in scene.figures:
