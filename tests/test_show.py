@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from shardproof.errors import DegreeError, PlanError, UsageError
 from shardproof.scheme import Scheme
 from shardproof.showing.case_step import case_work
 from shardproof.showing.figure import Piece, figure_of
-from shardproof.showing.grids import grids_of, owners_of
+from shardproof.showing.grids import grids_of, owners_of, writer_of
 from shardproof.showing.model_step import MOST_WITH_VALUES
 from shardproof.showing.page import page_of
 from shardproof.showing.run import Traced, run_on_rank, traced
@@ -517,3 +518,66 @@ def test_every_case_can_be_shown() -> None:
         if case.is_installed and case.name not in SMALL:
             found = run_case(case.name, 2)
             assert misses(found, story_of(found.trace, title=case.name, most_scenes=999)) == []
+
+
+def test_the_program_of_the_documentation_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "show.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "docs/show.md", "exec"), {})
+    assert (tmp_path / "step.html").read_text().startswith("<!doctype html>")
+    assert "2: all_reduce" in capsys.readouterr().out
+
+
+def test_the_output_in_the_documentation_is_that_of_the_command() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "show.md").read_text()
+    (printed,) = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
+    assert printed in command("--case", "ffn", "--degree", "2")[1]
+
+
+def told_of(title: str, told: Story, phase: str) -> str:
+    (scene,) = [s for s in told.scenes if s.title == title and s.phase == phase]
+    return " ".join((scene.formula, *scene.told))
+
+
+def test_sentences_say_what_each_rank_takes_and_who_has_nothing() -> None:
+    told = story_of(run_case("mlp-gathered", 3).trace, title="x")
+    product = told_of("output_layer: product", told, "forward")
+    assert "multiplies the whole x by its own rows of weight, and adds its own" in product
+    assert "Rank 2 holds no rows of weight, no elements of bias and no columns of y." in product
+    scenes = [scene for scene in told.scenes if scene.title == "output_layer: product"]
+    backward = " ".join(scenes[1].told)
+    assert "its own columns of grad_y; nothing is sent (backward of the all_gather)" in backward
+    assert "Rank 2 does nothing in this step: it holds no leaf." in backward
+    assert "divides its gradient by the same number, here 64." in told_of("div", told, "backward")
+    loss = next(s for s in told.scenes if s.title == "mse_loss: loss" and s.phase == "backward")
+    assert [figure.name for figure in loss.figures] == ["y", "target", "grad_y"]
+    assert "w = w - 0.01 * grad (SGD)" in told_of("output_layer.bias: update", told, "update")
+    gathers = [s for s in told.scenes if s.title == "output_layer: all_gather"]
+    assert [[f.name for f in s.figures] for s in gathers] == [["x", "x"], ["y", "y"]]
+    row = story_of(run_case("linear-row", 2).trace, title="x")
+    (gather,) = [s for s in row.scenes if s.title.endswith("all_gather")]
+    assert [figure.name for figure in gather.figures] == ["grad_x", "grad_x"]
+
+
+def test_the_loss_that_was_taken_is_named(block: Shown) -> None:
+    class WithLoss(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return SimpleNamespace(loss=x.square().mean())
+
+    assert "No loss was given: this run takes the mean of the squares" in " ".join(
+        block.story.about
+    )
+    own = sp.show(lambda axis: WithLoss(), torch.ones(2, 2, requires_grad=True))
+    assert "this run takes the loss that the model returns" in " ".join(own.story.about)
+    assert "squares" not in " ".join(own.story.about)
+
+
+def test_maps_beyond_the_limit_are_counted_and_zero_has_no_sign() -> None:
+    out = command("--case", "attention", "--degree", "2")[1]
+    assert "11 more tensors of the forward are not drawn here." in out
+    part = Part("x", (2,), "float32", values=(-1.0e-9, 12.5))
+    assert writer_of([part]).number(-1.0e-9) == "0.0"
+    assert "1:5 index 5, which rank 1 holds" in command("--case", "matmul-row", "--values")[1]
