@@ -85,16 +85,16 @@ class Sending:
         receiver: a rank.
         source: which of the sender's inputs this is of; None: it is of the finished sum.
         start, stop: the elements of it, one after another in memory or, with `dim`, the indices.
-        dim: along which `start` and `stop` count.
         num_bytes: that travel.
+        dim: along which `start` and `stop` count.
     """
 
     receiver: int
     source: int | None
     start: int
     stop: int
-    dim: int | None
     num_bytes: int
+    dim: int | None = None
 
 
 @dataclass

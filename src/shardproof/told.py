@@ -80,7 +80,13 @@ def told_of(
 def sends_whole(parts: Sequence[Tensor], receivers: Sequence[int]) -> list[Sending]:
     """Each of these parts goes whole to the rank of the same place; empty ones are not sent."""
     return [
-        Sending(receiver, source, 0, part.numel(), None, part.numel() * part.element_size())
+        Sending(
+            receiver,
+            source,
+            start=0,
+            stop=part.numel(),
+            num_bytes=part.numel() * part.element_size(),
+        )
         for source, (part, receiver) in enumerate(zip(parts, receivers, strict=True))
         if part.numel()
     ]
@@ -90,7 +96,7 @@ def sends_to_all(x: Tensor, axis: Axis) -> list[Sending]:
     """This rank sends the whole of `x` to every other rank; nothing if it is empty."""
     size = x.numel() * x.element_size()
     others = [rank for rank in range(axis.size) if rank != axis.rank]
-    return [Sending(rank, 0, 0, x.numel(), None, size) for rank in others if size]
+    return [Sending(rank, 0, start=0, stop=x.numel(), num_bytes=size) for rank in others if size]
 
 
 def sends_of_sum(plan: Plan, axis: Axis, placement: Placement) -> Iterator[Sending]:
@@ -113,17 +119,25 @@ def sends_of_sum(plan: Plan, axis: Axis, placement: Placement) -> Iterator[Sendi
         for rank in others:
             window = plan.windows[rank]
             for source in range(num_parts if window.numel else 0):
-                size = window.numel * wide
-                yield Sending(rank, source, window.start, window.stop, placement.dim, size)
+                yield Sending(
+                    rank,
+                    source,
+                    start=window.start,
+                    stop=window.stop,
+                    num_bytes=window.numel * wide,
+                    dim=placement.dim,
+                )
         return
     slices = share(math.prod(plan.shape), axis.size)
     for rank in others:
         at = slices[rank]
         for source in range(num_parts if at else 0):
-            yield Sending(rank, source, at.start, at.stop, None, len(at) * wide)
+            size = len(at) * wide
+            yield Sending(rank, source, start=at.start, stop=at.stop, num_bytes=size)
     mine = slices[axis.rank]
     for rank in others if mine else ():
-        yield Sending(rank, None, mine.start, mine.stop, None, len(mine) * dtype.itemsize)
+        size = len(mine) * dtype.itemsize
+        yield Sending(rank, None, start=mine.start, stop=mine.stop, num_bytes=size)
 
 
 def tell_sum(

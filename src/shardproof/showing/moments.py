@@ -89,10 +89,11 @@ def _continues(before: Step, step: Step) -> bool:
 def _moment(steps: Sequence[Step]) -> Moment:
     first = steps[0]
     if first.is_collective or len(steps) == 1 or steps[1].operation == "addition":
-        outputs = () if first.output is None else (first.output,)
-        return Moment(tuple(steps), first.inputs, outputs)
+        made = () if first.output is None else (first.output,)
+        return Moment(tuple(steps), inputs=first.inputs, outputs=made)
     inputs = [_joined([step.inputs[place] for step in steps]) for place in range(len(first.inputs))]
-    return Moment(tuple(steps), tuple(inputs), tuple(s.output for s in steps if s.output))
+    outputs = tuple(step.output for step in steps if step.output)
+    return Moment(tuple(steps), inputs=tuple(inputs), outputs=outputs)
 
 
 def _named(moments: Sequence[Moment]) -> list[Moment]:
@@ -105,11 +106,15 @@ def _named(moments: Sequence[Moment]) -> list[Moment]:
         if first.operation == "all_gather":
             known, given = made.get(key), moment.inputs[0]
             name = known.name if known is not None and known.shape == given.shape else given.name
-            moment = Moment(
-                moment.steps,
-                (replace(given, name=name),),
-                tuple(replace(part, name=name) for part in moment.outputs),
+            moment = replace(
+                moment,
+                inputs=(replace(given, name=name),),
+                outputs=tuple(replace(part, name=name) for part in moment.outputs),
             )
+        elif first.operation in SUMMED and first.is_collective and moment.outputs:
+            name = moment.outputs[0].name  # nodes have names of their own
+            given_parts = (p if p.node else replace(p, name=name) for p in moment.inputs)
+            moment = replace(moment, inputs=tuple(given_parts))
         elif first.operation == "product" and moment.outputs:
             made[key] = moment.outputs[0]
         found.append(moment)

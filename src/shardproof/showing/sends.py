@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from shardproof.observing import Sending
@@ -66,19 +66,27 @@ def arrows_of(row: Sequence[Moment | None]) -> tuple[Arrow, ...]:
     """
     moments = [moment for moment in row if moment is not None and moment.first.is_collective]
     found = [
-        Arrow(moment.first.rank, receiver, stage, tuple(_cargo(each, moment) for each in sends))
+        Arrow(
+            moment.first.rank,
+            receiver,
+            stage=stage,
+            cargo=tuple(_cargo(each, moment) for each in sends),
+        )
         for moment in moments
         for (stage, receiver), sends in _sorted(moment.first.sends)
     ]
     return tuple(sorted(found, key=lambda arrow: (arrow.stage, arrow.sender, arrow.receiver)))
 
 
-def told_arrows(arrows: Sequence[Arrow], *, is_brief: bool = False) -> Iterator[tuple[Arrow, str]]:
+def told_arrows(
+    arrows: Sequence[Arrow], *, is_brief: bool = False, has_numbers: bool = True
+) -> Iterator[tuple[Arrow, str]]:
     """What every rank sends, in words, with the first arrow that is meant.
 
     Args:
         arrows: of one collective.
         is_brief: what a rank sends in a stage is one line, whoever gets it.
+        has_numbers: with the numbers that travel, where they are known and few.
     """
     for (_, _), alike in groupby(arrows, key=lambda arrow: (arrow.stage, arrow.sender)):
         of_sender = list(alike)
@@ -94,11 +102,14 @@ def told_arrows(arrows: Sequence[Arrow], *, is_brief: bool = False) -> Iterator[
             to = ranks([arrow.receiver for arrow in found])
             each = " to each" if len(found) > 1 else ""
             size = found[0].num_bytes
-            yield found[0], f"{to}: {_written(cargo, found[0].stage)}, {size:,} bytes{each}"
+            what = _written(cargo, found[0].stage, has_numbers)
+            yield found[0], f"{to}: {what}, {size:,} bytes{each}"
 
 
-def _written(cargo: Sequence[Cargo], stage: int) -> str:
+def _written(cargo: Sequence[Cargo], stage: int, has_numbers: bool) -> str:
     finished = "the finished sum of " if stage == 2 else ""
+    if not has_numbers:
+        cargo = [replace(each, numbers=()) for each in cargo]
     if cargo[0].piece:
         names = " and ".join(each.name + _numbers(each) for each in cargo)
         return f"{cargo[0].piece} of {finished}{names}"
@@ -130,7 +141,8 @@ def _cargo(sending: Sending, moment: Moment) -> Cargo:
     else:
         what = DIMS.get(len(part.shape) - dim) or f"indices of dim {dim}"
         piece, shape = _span(what, start, stop), (*part.shape[:dim], length, *part.shape[dim + 1 :])
-    return Cargo(part.name, piece, shape, sending.num_bytes, _few(part, sending))
+    numbers = _few(part, sending)
+    return Cargo(part.name, piece, shape=shape, num_bytes=sending.num_bytes, numbers=numbers)
 
 
 def _span(what: str, start: int, stop: int) -> str:

@@ -170,7 +170,8 @@ def _scene(scene: Scene, story: Story, values: bool, width: int) -> Iterator[Tex
         head.append(f", {scene.formula}", "not bold")
     yield from _hung(f"{scene.number:>3}. ", head, width, INDENT)
     if scene.arrows:
-        for arrow, text in told_arrows(scene.arrows, is_brief=story.degree > MOST_ARROWS):
+        is_brief = story.degree > MOST_ARROWS
+        for arrow, text in told_arrows(scene.arrows, is_brief=is_brief, has_numbers=values):
             line = Text.assemble((f"rank {arrow.sender}", style_of(arrow.sender)), f" ==> {text}")
             yield from _hung(_MARGIN, line, width, INDENT + 4)
         made = [f"{figure.name} {figure.shape}" for figure in scene.figures if figure.is_result]
