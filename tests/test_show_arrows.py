@@ -134,6 +134,23 @@ def test_the_numbers_of_a_window_are_those_of_its_columns() -> None:
     assert cargo.numbers == ("205", "213", "221", "229")
 
 
+def test_the_numbers_of_a_window_of_rows_are_those_of_its_rows() -> None:
+    cut, to = (Cut(size, leaves=LEAVES, degree=2) for size in (16, 3))
+
+    def work(axis: Axis) -> None:
+        nodes = nodes_of(axis, cut, (3, 2), torch.float32)
+        comm.reduce_scatter_nodes(
+            nodes, axis, cut=cut, shape=(3, 2), dim=0, dim_cut=to, like=torch.empty(0),
+            direction="backward", who="a",
+        )  # fmt: skip
+
+    scene = meeting(told(work, 2))
+    assert [text for _, text in told_arrows(scene.arrows)] == [
+        "rank 1: row 2 of leaves 0-3 [4, 5], 8 bytes",
+        "rank 0: rows 0-1 of leaves 4-7 [400, 401, 402, 403], 16 bytes",
+    ]
+
+
 @pytest.mark.parametrize("degree", DEGREES)
 def test_a_gather_sends_each_part_whole_to_every_other_rank(degree: int) -> None:
     cut = Cut(6, leaves=LEAVES, degree=degree)
