@@ -581,3 +581,26 @@ def test_maps_beyond_the_limit_are_counted_and_zero_has_no_sign() -> None:
     part = Part("x", (2,), "float32", values=(-1.0e-9, 12.5))
     assert writer_of([part]).number(-1.0e-9) == "0.0"
     assert "1:5 index 5, which rank 1 holds" in command("--case", "matmul-row", "--values")[1]
+
+
+def test_of_many_ranks_the_page_sums_up_what_each_sends_and_lists_each_arrow() -> None:
+    page = page_of(story_of(run_case("ffn", 8).trace, title="x"))
+    assert "<li>rank 0 to ranks 1-7: to each its slice of leaf 0, 172 bytes in all</li>" in page
+    assert page.count("<summary>Each arrow</summary>") == 2
+    assert page.count("<li>rank 0 to rank 1: elements 7-13 of leaf 0, 28 bytes</li>") == 2
+    assert "Each arrow" not in page_of(story_of(run_case("ffn", 4).trace, title="x"))
+
+
+def test_the_data_alone_has_the_numbers_and_the_terminal_does_not(tmp_path: Path) -> None:
+    data = tmp_path / "a.json"
+    code, out, _ = command("--case", "matmul-row", "--json", str(data))
+    assert code == 0
+    assert " 24 " not in out
+    pieces = [
+        piece
+        for scene in json.loads(data.read_text())["scenes"]
+        for figure in scene["figures"]
+        for piece in figure["pieces"]
+    ]
+    assert pieces
+    assert all(piece["values"] is not None for piece in pieces)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from shardproof.showing.sends import STAGES, Arrow, told_arrows
+from shardproof.showing.sends import MOST_ARROWS, STAGES, Arrow, told_arrows
 
 _LANE, _BOX, _ROW = 104, 92, 36  # width for a rank, width and height of its box
 _LEFT, _TOP, _GAP = 18, 4, 58  # the room for a stage's number, above, and between two rows
@@ -37,7 +37,9 @@ def drawing(arrows: Sequence[Arrow], degree: int, *, num_colours: int) -> str:
             f'<text x="8" y="{_y(level) + _ROW + _GAP / 2 + 5}">{stage}</text>'
             for level, stage in enumerate(stages)
         )
-    lists = "".join(_list(arrows, stage, is_only=len(stages) == 1) for stage in stages)
+    lists = _lists(arrows, is_brief=degree > MOST_ARROWS)
+    if degree > MOST_ARROWS:
+        lists += f"<details><summary>Each arrow</summary>{_lists(arrows, is_brief=False)}</details>"
     return (
         '<div class="arrows"><div class="scroll" data-label="Arrows">'
         f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
@@ -45,13 +47,16 @@ def drawing(arrows: Sequence[Arrow], degree: int, *, num_colours: int) -> str:
     )
 
 
-def _list(arrows: Sequence[Arrow], stage: int, *, is_only: bool) -> str:
-    of_stage = [arrow for arrow in arrows if arrow.stage == stage]
-    items = "".join(
-        f"<li>rank {arrow.sender} to {escape(text)}</li>" for arrow, text in told_arrows(of_stage)
-    )
-    head = "" if is_only else f"<p>{stage}. {STAGES[stage - 1]}</p>"
-    return f"{head}<ul>{items}</ul>"
+def _lists(arrows: Sequence[Arrow], *, is_brief: bool) -> str:
+    """What travels, in words, stage by stage."""
+    written = ""
+    stages = sorted({arrow.stage for arrow in arrows})
+    for stage in stages:
+        told = told_arrows([a for a in arrows if a.stage == stage], is_brief=is_brief)
+        items = "".join(f"<li>rank {arrow.sender} to {escape(text)}</li>" for arrow, text in told)
+        head = f"<p>{stage}. {STAGES[stage - 1]}</p>" if len(stages) > 1 else ""
+        written += f"{head}<ul>{items}</ul>"
+    return written
 
 
 def _sent(arrows: Sequence[Arrow], rank: int, stage: int | None) -> int:

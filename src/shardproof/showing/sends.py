@@ -12,6 +12,7 @@ from shardproof.showing.words import DIMS, ranks
 from shardproof.trace.step import Part
 
 FEW = 6  # numbers that are written beside what travels
+MOST_ARROWS = 4  # ranks, beyond which what a rank sends in a stage is one line
 STAGES = (
     "Each rank sends a slice of its parts to the rank that adds this slice.",
     "Each finished slice goes to all other ranks.",

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from shardproof.showing.figure import Figure
 from shardproof.showing.grids import EVERY, Grid, grids_of, owners_of
-from shardproof.showing.sends import told_arrows
+from shardproof.showing.sends import MOST_ARROWS, told_arrows
 from shardproof.showing.story import Scene, Story
 from shardproof.showing.words import changed
 
@@ -29,7 +29,6 @@ VALUE_ROWS, VALUE_COLUMNS = 6, 8  # of a grid of numbers
 _CELL = 9
 _GAP = 3
 _MOST_MAPS = 12
-MOST_ARROWS = 4  # ranks, beyond which what a rank sends in a stage is one line
 INDENT = 5  # below the number of a step
 _MARGIN = " " * INDENT
 
