@@ -155,8 +155,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("mistakes.gallery", "mistakes.outcome"),
     ("mistakes.__init__",),
     # One step to look at: scenes, then how they are drawn.
-    ("showing.figure", "showing.run"),
-    ("showing.case_step", "showing.grids", "showing.words"),
+    ("showing.moments", "showing.run"),
+    ("showing.case_step", "showing.figure"),
+    ("showing.grids", "showing.words"),
+    ("showing.sends",),
     ("showing.story",),
     ("showing.arrows", "showing.terminal"),
     ("showing.page",),

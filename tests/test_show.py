@@ -1,11 +1,13 @@
 """`sp.show` and `shardproof show`: scenes are complete, and all three renderings say the same."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from shardproof.errors import DegreeError, PlanError, UsageError
 from shardproof.scheme import Scheme
 from shardproof.showing.case_step import case_work
 from shardproof.showing.figure import Piece, figure_of
-from shardproof.showing.grids import grids_of, owners_of
+from shardproof.showing.grids import grids_of, owners_of, writer_of
 from shardproof.showing.model_step import MOST_WITH_VALUES
 from shardproof.showing.page import page_of
 from shardproof.showing.run import Traced, run_on_rank, traced
@@ -72,26 +74,47 @@ def block() -> Shown:
     return sp.show(Block(), x, degree=2, plan=PLAN, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
 
 
+def lies_in(part: Part, whole: Part) -> bool:
+    """Whether the numbers of a step are among those of what is drawn, along its cut dim."""
+    if (part.dim, part.size, len(part.shape)) != (whole.dim, whole.size, len(whole.shape)):
+        return False
+    if part.values is None or whole.values is None:
+        return (part.corner or part.values) is not None and whole.corner is not None
+    ours, theirs = torch.tensor(part.values), torch.tensor(whole.values)
+    if part.dim is not None and part.held and whole.held and part.held != whole.held:
+        theirs = theirs.narrow(part.dim, part.held[0] - whole.held[0], part.held[1] - part.held[0])
+    return ours.shape == theirs.shape and torch.equal(ours, theirs)
+
+
 def misses(traced_step: Traced, told: Story) -> list[str]:
     """What of a trace is in no scene, and what of the scenes is not in the trace."""
-    in_scenes = [(step.rank, step.number) for scene in told.scenes for step in scene.steps if step]
+    in_scenes = [
+        (step.rank, step.number)
+        for scene in told.scenes
+        for moment in scene.moments
+        if moment
+        for step in moment.steps
+    ]
     traced_steps = [(step.rank, step.number) for steps in traced_step.trace.ranks for step in steps]
     found = [f"{each} is in {in_scenes.count(each)} scenes" for each in traced_steps
              if in_scenes.count(each) != 1]  # fmt: skip
     found += [f"{each} is not in the trace" for each in in_scenes if each not in traced_steps]
     for scene in told.scenes:
-        steps = [step for step in scene.steps if step]
-        meetings = {step.meeting for step in steps}
-        if scene.is_collective and (len(meetings) != 1 or len(steps) != told.degree):
+        moments = [moment for moment in scene.moments if moment]
+        meetings = {moment.first.meeting for moment in moments}
+        if scene.is_collective and (len(meetings) != 1 or len(moments) != told.degree):
             found.append(f"scene {scene.number}: the ranks do not meet")
-        for step in steps:
-            parts = [(p.rank, p.part) for figure in scene.figures for p in figure.pieces]
+        for step in (step for moment in moments for step in moment.steps):
+            drawn = [p.part for figure in scene.figures for p in figure.pieces
+                     if p.rank == step.rank]  # fmt: skip
             read = (*step.inputs, *((step.output,) if step.output else ()))
             found += [f"scene {scene.number} lacks {part.name}" for part in read
-                      if (step.rank, part) not in parts]  # fmt: skip
+                      if not any(lies_in(part, other) for other in drawn)]  # fmt: skip
     for rank, counts in enumerate(traced_step.counts):
         figures = [each for kinds in counts.values() for each in kinds.values()]
         sent = sum(a.num_bytes for s in told.scenes for a in s.arrows if a.sender == rank)
+        sent += sum(s.moments[rank].first.sent_bytes for s in told.scenes
+                    if "The transport decides" in " ".join(s.told))  # fmt: skip
         if sent != sum(each["sent_bytes"] for each in figures):
             found.append(f"rank {rank}: arrows have {sent} bytes")
     return found
@@ -114,7 +137,7 @@ def test_every_step_of_every_rank_is_in_one_scene_and_bytes_are_the_ledgers(
 
 def test_a_step_that_a_scene_loses_is_noticed(ffn: Traced, story: Story) -> None:
     scenes = tuple(scene for scene in story.scenes if not scene.arrows)
-    lost = Story("x", (), 3, scenes, {}, (0, 0, 0), has_values=True)
+    lost = dataclasses.replace(story, scenes=scenes)
     found = misses(ffn, lost)
     assert any("0 scenes" in each for each in found)
     assert any("arrows have 0 bytes" in each for each in found)
@@ -137,7 +160,12 @@ def test_a_feed_forward_sends_one_sum_each_way(story: Story) -> None:
         ("backward", "up: all_reduce"),
     ]
     first = met[0]
-    assert [arrow.receivers for arrow in first.arrows] == [(1, 2), (0, 2), (0, 1)]
+    pairs = [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]
+    for stage in (1, 2):
+        found = [(a.sender, a.receiver) for a in first.arrows if a.stage == stage]
+        assert found == pairs
+    assert first.formula == "y = (leaves 0-1 + (leaf 2 + leaf 3)) + (leaves 4-5 + leaves 6-7)"
+    assert "A leaf is one of the 8 parts" in " ".join(first.told)
     assert [figure.placement for figure in first.figures] == ["Partial", "Replicate"]
     assert "The ranks add up their summands" in " ".join(first.told)
     assert [piece.rank for piece in first.figures[0].pieces] == [0, 0, 1, 1, 2]
@@ -198,7 +226,9 @@ def test_the_page_and_the_json_have_the_numbers_of_the_trace(block: Shown) -> No
         expected = [
             cell
             for figure in scene.figures
-            for grid in grids_of(figure, most_rows=12, most_columns=20)
+            for grid in grids_of(
+                figure, most_rows=6 if scene.is_collective else 12, most_columns=20
+            )
             for row in grid.cells
             for cell in row
         ]
@@ -296,7 +326,7 @@ def test_a_story_says_what_it_leaves_out(ffn: Traced) -> None:
     told = story_of(ffn.trace, title="x", most_scenes=4)
     assert len(told.scenes) == 4
     assert sum(told.num_left_out.values()) == len(story_of(ffn.trace, title="x").scenes) - 4
-    sentence = "From step 5 on, steps are left out: 2 forward, 9 backward, 2 update."
+    sentence = "From step 5 on, steps are left out: 7 backward, 2 update."
     assert told.omissions == (sentence,)
     assert sentence in page_of(told)
     assert "steps are left out" in " ".join(
@@ -463,7 +493,7 @@ def test_a_model_of_a_directory_is_shown(tmp_path: Path) -> None:
     code, out, err = command("--model", config(tmp_path), "--values")
     assert (code, err) == (0, "")
     assert out.startswith("== LlamaForCausalLM at degree 2\n")
-    assert "The directory has no weights: they are drawn." in " ".join(out.split())
+    assert "The directory has no weights: this run takes random weights." in " ".join(out.split())
     assert "model.layers.0.mlp.down_proj: all_reduce" in out
     assert "lm_head.weight: update" in out
 
@@ -472,7 +502,11 @@ def test_a_model_that_is_too_large_is_refused_before_it_is_made(tmp_path: Path) 
     large = config(tmp_path, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2)
     code, out, err = command("--model", large, "--values")
     assert (code, out) == (2, "")
-    assert f"numbers are shown of at most {MOST_WITH_VALUES:,}" in err
+    assert f"take at most {MOST_WITH_VALUES:,}" in err
+    for option in ("--html", "--json"):
+        code, out, err = command("--model", large, option, str(tmp_path / "x"))
+        assert (code, out) == (2, "")
+        assert f"take at most {MOST_WITH_VALUES:,}" in err
     larger = config(tmp_path, hidden_size=8192, intermediate_size=8192, num_hidden_layers=2)
     code, _, err = command("--model", larger)
     assert code == 2
@@ -484,3 +518,89 @@ def test_every_case_can_be_shown() -> None:
         if case.is_installed and case.name not in SMALL:
             found = run_case(case.name, 2)
             assert misses(found, story_of(found.trace, title=case.name, most_scenes=999)) == []
+
+
+def test_the_program_of_the_documentation_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "show.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "docs/show.md", "exec"), {})
+    assert (tmp_path / "step.html").read_text().startswith("<!doctype html>")
+    assert "2: all_reduce" in capsys.readouterr().out
+
+
+def test_the_output_in_the_documentation_is_that_of_the_command() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "show.md").read_text()
+    (printed,) = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
+    assert printed in command("--case", "ffn", "--degree", "2")[1]
+
+
+def told_of(title: str, told: Story, phase: str) -> str:
+    (scene,) = [s for s in told.scenes if s.title == title and s.phase == phase]
+    return " ".join((scene.formula, *scene.told))
+
+
+def test_sentences_say_what_each_rank_takes_and_who_has_nothing() -> None:
+    told = story_of(run_case("mlp-gathered", 3).trace, title="x")
+    product = told_of("output_layer: product", told, "forward")
+    assert "multiplies the whole x by its own rows of weight, and adds its own" in product
+    assert "Rank 2 holds no rows of weight, no elements of bias and no columns of y." in product
+    scenes = [scene for scene in told.scenes if scene.title == "output_layer: product"]
+    backward = " ".join(scenes[1].told)
+    assert "its own columns of grad_y; nothing is sent (backward of the all_gather)" in backward
+    assert "Rank 2 does nothing in this step: it holds no leaf." in backward
+    assert "divides its gradient by the same number, here 64." in told_of("div", told, "backward")
+    loss = next(s for s in told.scenes if s.title == "mse_loss: loss" and s.phase == "backward")
+    assert [figure.name for figure in loss.figures] == ["y", "target", "grad_y"]
+    assert "w = w - 0.01 * grad (SGD)" in told_of("output_layer.bias: update", told, "update")
+    gathers = [s for s in told.scenes if s.title == "output_layer: all_gather"]
+    assert [[f.name for f in s.figures] for s in gathers] == [["x", "x"], ["y", "y"]]
+    row = story_of(run_case("linear-row", 2).trace, title="x")
+    (gather,) = [s for s in row.scenes if s.title.endswith("all_gather")]
+    assert [figure.name for figure in gather.figures] == ["grad_x", "grad_x"]
+
+
+def test_the_loss_that_was_taken_is_named(block: Shown) -> None:
+    class WithLoss(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return SimpleNamespace(loss=x.square().mean())
+
+    assert "No loss was given: this run takes the mean of the squares" in " ".join(
+        block.story.about
+    )
+    own = sp.show(lambda axis: WithLoss(), torch.ones(2, 2, requires_grad=True))
+    assert "this run takes the loss that the model returns" in " ".join(own.story.about)
+    assert "squares" not in " ".join(own.story.about)
+
+
+def test_maps_beyond_the_limit_are_counted_and_zero_has_no_sign() -> None:
+    out = command("--case", "attention", "--degree", "2")[1]
+    assert "11 more tensors of the forward are not drawn here." in out
+    part = Part("x", (2,), "float32", values=(-1.0e-9, 12.5))
+    assert writer_of([part]).number(-1.0e-9) == "0.0"
+    assert "1:5 index 5, which rank 1 holds" in command("--case", "matmul-row", "--values")[1]
+
+
+def test_of_many_ranks_the_page_sums_up_what_each_sends_and_lists_each_arrow() -> None:
+    page = page_of(story_of(run_case("ffn", 8).trace, title="x"))
+    assert "<li>rank 0 to ranks 1-7: to each its slice of leaf 0, 172 bytes in all</li>" in page
+    assert page.count("<summary>Each arrow</summary>") == 2
+    assert page.count("<li>rank 0 to rank 1: elements 7-13 of leaf 0, 28 bytes</li>") == 2
+    assert "Each arrow" not in page_of(story_of(run_case("ffn", 4).trace, title="x"))
+
+
+def test_the_data_alone_has_the_numbers_and_the_terminal_does_not(tmp_path: Path) -> None:
+    data = tmp_path / "a.json"
+    code, out, _ = command("--case", "matmul-row", "--json", str(data))
+    assert code == 0
+    assert " 24 " not in out
+    pieces = [
+        piece
+        for scene in json.loads(data.read_text())["scenes"]
+        for figure in scene["figures"]
+        for piece in figure["pieces"]
+    ]
+    assert pieces
+    assert all(piece["values"] is not None for piece in pieces)

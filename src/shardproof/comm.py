@@ -27,7 +27,7 @@ from shardproof.schedule import (
     tree_plan,
     written_sum,
 )
-from shardproof.told import count, tell_sum, told_of
+from shardproof.told import count, sends_to_all, sends_whole, tell_sum, told_of
 from shardproof.transport.base import Call, Pending
 from shardproof.tree import Node, add_tensors, combine, node_name
 from shardproof.wording import written
@@ -82,7 +82,8 @@ def all_gather(
     if observing.is_on():
         part = Operand("x", x, shard(dim, cut.owned(axis.rank), cut.size))
         whole = Operand("y", y, REPLICATE)
-        observing.tell(told_of(axis, call, [part], whole, _bytes(y), sent))
+        sends = sends_to_all(x, axis)
+        observing.tell(told_of(axis, call, [part], whole, _bytes(y), sent, sends=sends))
     return y
 
 
@@ -242,7 +243,7 @@ def start_all_reduce_nodes(
             parts,
             y,
             REPLICATE,
-            labels=_labels(nodes),
+            nodes=list(nodes),
             addition=written_sum(cut),
             is_rest=is_rest,
         )
@@ -289,8 +290,8 @@ def reduce_scatter_nodes(
         direction, who, tuple(shape), like.dtype, wide, cut, dim, dim_cut, axis.rank
     )
     placement = shard(dim, dim_cut.owned(axis.rank), dim_cut.size)
-    parts, labels = list(nodes.values()), _labels(nodes)
-    return _sum(parts, like, axis, plan, placement, labels=labels, addition=written_sum(cut))
+    parts, addition = list(nodes.values()), written_sum(cut)
+    return _sum(parts, like, axis, plan, placement, nodes=list(nodes), addition=addition)
 
 
 def gather(
@@ -327,7 +328,8 @@ def gather(
         y = torch.cat([_flat(part, call) for pieces in own for part in pieces])
     if observing.is_on():
         output = None if y is None else Operand("y", y)
-        observing.tell(told_of(axis, call, [Operand("x", x, shard(0))], output, whole, sent))
+        given, sends = [Operand("x", x, shard(0))], [] if here else sends_whole([x], [dst])
+        observing.tell(told_of(axis, call, given, output, whole, sent, sends=sends))
     return y
 
 
@@ -452,14 +454,10 @@ def _sum_alone(
     """The sum on one rank, which has all nodes."""
     y = combine((0, cut.num_leaves), nodes, add_tensors).to(like.dtype)
     if observing.is_on() and len(nodes) > 1:
-        inputs = [Operand(node_name(node), part, PARTIAL) for node, part in nodes.items()]
+        inputs = [Operand(node_name(node), part, PARTIAL, node) for node, part in nodes.items()]
         output = Operand("y", y, REPLICATE)
         observing.tell(Told("addition", direction, who, written_sum(cut), inputs, output))
     return y
-
-
-def _labels(nodes: Mapping[Node, Tensor]) -> list[str]:
-    return [node_name(node) for node in nodes]
 
 
 def _bytes(x: Tensor) -> int:

@@ -68,11 +68,33 @@ class Operand:
         name: what it is called there.
         tensor: the tensor.
         placement: how it lies on the ranks; None if that is not known.
+        node: of a partial sum: the run of leaves (start, stop) that it sums.
     """
 
     name: str
     tensor: Tensor
     placement: Placement | None = None
+    node: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Sending:
+    """What one rank sends to one other in a collective.
+
+    Attributes:
+        receiver: a rank.
+        source: which of the sender's inputs this is of; None: it is of the finished sum.
+        start, stop: the elements of it, one after another in memory or, with `dim`, the indices.
+        num_bytes: that travel.
+        dim: along which `start` and `stop` count.
+    """
+
+    receiver: int
+    source: int | None
+    start: int
+    stop: int
+    num_bytes: int
+    dim: int | None = None
 
 
 @dataclass
@@ -92,6 +114,7 @@ class Told:
         is_rest: a further part of a collective that has been told.
         addition: of a collective that adds: which parts it adds, in which order.
         axis: of a collective: the name of the axis.
+        sends: of a collective: to whom this rank sends which part; empty if the transport decides.
     """
 
     operation: str
@@ -106,6 +129,7 @@ class Told:
     is_rest: bool = False
     addition: str = ""
     axis: str = ""
+    sends: Sequence[Sending] = ()
 
 
 class Observer(TorchDispatchMode):

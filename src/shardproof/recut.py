@@ -15,7 +15,7 @@ from shardproof.comm import check_degree_of
 from shardproof.errors import ShapeError
 from shardproof.leaves import Cut
 from shardproof.observing import Operand
-from shardproof.told import count, told_of
+from shardproof.told import count, sends_whole, told_of
 from shardproof.transport.base import Call
 
 
@@ -116,7 +116,10 @@ def _swap(
     count(axis, call, whole, sent)
     if observing.is_on():
         named = [Operand(f"to rank {rank}", block) for rank, block in enumerate(blocks)]
-        observing.tell(told_of(axis, call, named, None, whole, sent))
+        sends = [
+            each for each in sends_whole(blocks, range(axis.size)) if each.receiver != axis.rank
+        ]
+        observing.tell(told_of(axis, call, named, None, whole, sent, sends=sends))
     return [mine if rank == axis.rank else part[0] for rank, part in enumerate(parts)]
 
 

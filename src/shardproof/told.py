@@ -1,16 +1,20 @@
 """A collective, as the ledger of its axis counts it and as observers see it."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
 from shardproof import observing
 from shardproof.axis import Axis
-from shardproof.observing import PARTIAL, Operand, Placement, Told
+from shardproof.leaves import share
+from shardproof.numerics.matmul import node_dtype
+from shardproof.observing import PARTIAL, Operand, Placement, Sending, Told
 from shardproof.schedule import Plan
 from shardproof.transport.base import Call
+from shardproof.tree import Node, node_name
 
-_FREE_ORDER = "the ranks' parts, in the transport's own order"
+FREE_ORDER = "the ranks' parts, in the transport's own order"
 
 
 def count(
@@ -43,6 +47,7 @@ def told_of(
     sent_bytes: int,
     *,
     is_rest: bool = False,
+    sends: Sequence[Sending] = (),
 ) -> Told:
     """A collective, as observers are told of it; the ledger counts the same figures.
 
@@ -54,6 +59,7 @@ def told_of(
         message_bytes: of its result.
         sent_bytes: by this rank.
         is_rest: a further part of a collective that has been told.
+        sends: to whom this rank sends which part, if not the transport decides.
     """
     return Told(
         call.kind,
@@ -67,7 +73,71 @@ def told_of(
         is_collective=True,
         is_rest=is_rest,
         axis=axis.name,
+        sends=sends,
     )
+
+
+def sends_whole(parts: Sequence[Tensor], receivers: Sequence[int]) -> list[Sending]:
+    """Each of these parts goes whole to the rank of the same place; empty ones are not sent."""
+    return [
+        Sending(
+            receiver,
+            source,
+            start=0,
+            stop=part.numel(),
+            num_bytes=part.numel() * part.element_size(),
+        )
+        for source, (part, receiver) in enumerate(zip(parts, receivers, strict=True))
+        if part.numel()
+    ]
+
+
+def sends_to_all(x: Tensor, axis: Axis) -> list[Sending]:
+    """This rank sends the whole of `x` to every other rank; nothing if it is empty."""
+    size = x.numel() * x.element_size()
+    others = [rank for rank in range(axis.size) if rank != axis.rank]
+    return [Sending(rank, 0, start=0, stop=x.numel(), num_bytes=size) for rank in others if size]
+
+
+def sends_of_sum(plan: Plan, axis: Axis, placement: Placement) -> Iterator[Sending]:
+    """What this rank sends in a sum by the tree: a slice of its nodes to the rank that adds it.
+
+    In an all-reduce it then sends the slice that it has added to all. Nothing is told of a sum in
+    the transport's own order.
+
+    Args:
+        plan: of the sum.
+        axis: that it crosses.
+        placement: of the sum.
+    """
+    dtype, num_parts = plan.call.dtype, plan.order.counts[axis.rank]
+    if plan.order.is_free or dtype is None:
+        return
+    wide = node_dtype(dtype).itemsize
+    others = [rank for rank in range(axis.size) if rank != axis.rank]
+    if plan.windows is not None:
+        for rank in others:
+            window = plan.windows[rank]
+            for source in range(num_parts if window.numel else 0):
+                yield Sending(
+                    rank,
+                    source,
+                    start=window.start,
+                    stop=window.stop,
+                    num_bytes=window.numel * wide,
+                    dim=placement.dim,
+                )
+        return
+    slices = share(math.prod(plan.shape), axis.size)
+    for rank in others:
+        at = slices[rank]
+        for source in range(num_parts if at else 0):
+            size = len(at) * wide
+            yield Sending(rank, source, start=at.start, stop=at.stop, num_bytes=size)
+    mine = slices[axis.rank]
+    for rank in others if mine else ():
+        size = len(mine) * dtype.itemsize
+        yield Sending(rank, None, start=mine.start, stop=mine.stop, num_bytes=size)
 
 
 def tell_sum(
@@ -77,8 +147,8 @@ def tell_sum(
     y: Tensor,
     placement: Placement,
     *,
-    labels: Sequence[str] = ("x",),
-    addition: str = _FREE_ORDER,
+    nodes: Sequence[Node] | None = None,
+    addition: str = FREE_ORDER,
     is_rest: bool = False,
 ) -> Told:
     """Tell of a sum before it begins: it may be written into one of its parts.
@@ -89,17 +159,30 @@ def tell_sum(
         parts: of this rank, each Partial.
         y: where the sum will lie.
         placement: of the sum.
-        labels: what the parts are called.
+        nodes: which leaves each part sums; None: the part is all that this rank has.
         addition: which parts of all ranks are added, in which order.
         is_rest: a further part of a collective that has been told.
     Returns:
         What to finish once the sum is there.
     """
-    inputs = [Operand(label, part, PARTIAL) for label, part in zip(labels, parts, strict=True)]
+    if nodes is None:
+        inputs = [Operand("x", part, PARTIAL) for part in parts]
+    else:
+        inputs = [
+            Operand(node_name(node), part, PARTIAL, node)
+            for node, part in zip(nodes, parts, strict=True)
+        ]
     name = "grad_x" if plan.call.direction == "backward" else "y"
     output = Operand(name, y, placement)
     told = told_of(
-        axis, plan.call, inputs, output, plan.message_bytes, plan.sent_bytes, is_rest=is_rest
+        axis,
+        plan.call,
+        inputs,
+        output,
+        plan.message_bytes,
+        plan.sent_bytes,
+        is_rest=is_rest,
+        sends=tuple(sends_of_sum(plan, axis, placement)),
     )
     told.addition = addition
     observing.tell(told)

@@ -128,7 +128,8 @@ def examine(trial: Trial, output: Tensor) -> None:
 
 MLP_GATHERED = Case(
     "mlp-gathered",
-    "MLP 6 -> 4 -> 2 cut by columns, all-gather after each layer, reduce-scatter of dh",
+    "MLP 6 -> 4 -> 2 cut by columns, all-gather after each layer, reduce-scatter of the gradient "
+    "of the hidden layer",
     # The seed needs no gradient of x: nothing comes before the hidden layer.
     Training(build, make_batch, loss, optimizer=sgd, wants_input_grads=False, examine=examine),
     source=notebooks.MLP,

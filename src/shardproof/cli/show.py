@@ -55,7 +55,7 @@ NARROWEST = 40  # columns that the drawing needs
     metavar="N",
     default=str(DEFAULT_SEED),
     show_default=True,
-    help="Of everything that is drawn.",
+    help="Of all random numbers.",
 )
 @click.option(
     "--scenes",
@@ -94,8 +94,8 @@ def show(
     kind = one_of(engine, ENGINES, option="--engine")
     page = None if html_path is None else JsonFile(html_path, option="--html")
     target = None if json_path is None else JsonFile(json_path)
-    work, title, about = _work(case_name, model, scheme, values)
-    has_values = values or page is not None
+    has_values = values or page is not None or target is not None
+    work, title, about = _work(case_name, model, scheme, has_values=has_values)
     found = traced(work, degree=ranks, engine=kind, values=has_values)
     story = story_of(found.trace, title=f"{title} at degree {ranks}", about=about, most_scenes=most)
     if page is not None:
@@ -107,7 +107,7 @@ def show(
 
 
 def _work(
-    case_name: str | None, model: str | None, scheme: Scheme, values: bool
+    case_name: str | None, model: str | None, scheme: Scheme, *, has_values: bool
 ) -> tuple[Work, str, tuple[str, ...]]:
     """What is run, what it is called, and what is said about it.
 
@@ -122,7 +122,7 @@ def _work(
         )
     if model is not None:
         require_transformers(f"--model {written(model)}")
-        return model_work(model, scheme=scheme, values=values)
+        return model_work(model, scheme=scheme, values=has_values)
     case = known.find_case(case_name or "")
     if not case.is_installed:
         raise UsageError(f"--case {case.name} {extras.is_wanted(case.extra)}")

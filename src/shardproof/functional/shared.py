@@ -97,7 +97,7 @@ class SharedSite:
         if not self.members[0].is_invariant:
             y = self._local([self.members[number].own for number in present], pairs)
             if observing.is_on():
-                self._tell(pairs, {"": y})
+                self._tell(pairs, {None: y})
             return comm.start_all_reduce(y, axis, direction="backward", who=self.who)
         nodes = joined_nodes(
             pairs,
@@ -106,7 +106,7 @@ class SharedSite:
             num_leaves=self.cut.num_leaves,
         )
         if observing.is_on():
-            self._tell(pairs, {f", {node_name(node)}": part for node, part in nodes.items()})
+            self._tell(pairs, nodes)
         return comm.start_all_reduce_nodes(
             nodes,
             axis,
@@ -117,7 +117,7 @@ class SharedSite:
             who=self.who,
         )
 
-    def _tell(self, pairs: Sequence[tuple[Tensor, Tensor]], parts: Mapping[str, Tensor]) -> None:
+    def _tell(self, pairs: Sequence[tuple[Tensor, Tensor]], parts: Mapping[Any, Tensor]) -> None:
         """Tell of this rank's part of the input gradient, or of its nodes."""
         named = [
             Operand(name, tensor, shard(1 - place))
@@ -125,8 +125,9 @@ class SharedSite:
             for place, (name, tensor) in enumerate(zip(("grad_y", "weight"), pair, strict=True))
         ]
         what = f"grad_x = the sum of {len(pairs)} products grad_y @ weight"
-        for which, part in parts.items():
-            output = Operand(f"grad_x{which}", part, PARTIAL)
+        for node, part in parts.items():
+            which = "" if node is None else f", {node_name(node)}"
+            output = Operand(f"grad_x{which}", part, PARTIAL, node)
             observing.tell(Told("product", "backward", self.who, what + which, named, output))
 
     @staticmethod

@@ -265,7 +265,7 @@ class LinearSite:
             rows = b[:, at] if is_transposed else b[at]
             held = self.cut.units(range(*node))
             what, named, name = self._contraction(a[:, at], rows, direction, is_transposed, held)
-            output = Operand(f"{name}, {node_name(node)}", part, PARTIAL)
+            output = Operand(f"{name}, {node_name(node)}", part, PARTIAL, node)
             self.tell("product", direction, f"{what}, {node_name(node)}", named, output)
 
     def _within(self, node: Node) -> slice:

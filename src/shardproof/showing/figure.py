@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shardproof.showing.moments import base_name
 from shardproof.trace.step import Part
 
 SUMMANDS = "summands"
@@ -69,8 +70,14 @@ class Figure:
         return self.pieces[0].part.dim
 
 
-def figure_of(pieces: Sequence[Piece], *, is_result: bool) -> Figure:
-    """The tensor of which these are the pieces."""
+def figure_of(pieces: Sequence[Piece], *, is_result: bool, name: str = "") -> Figure:
+    """The tensor of which these are the pieces.
+
+    Args:
+        pieces: in rank order.
+        is_result: the step made it.
+        name: what the tensor is called, if its pieces do not say it.
+    """
     parts = [piece.part for piece in pieces]
     placements = {part.placement for part in parts}
     placement = placements.pop() if len(placements) == 1 else ""
@@ -79,13 +86,17 @@ def figure_of(pieces: Sequence[Piece], *, is_result: bool) -> Figure:
         # Without a size, the parts are known to lie one after the other.
         size = sum(part.shape[first.dim] for part in parts) if first.size is None else first.size
         shape = (*shape[: first.dim], size, *shape[first.dim + 1 :])
-    return Figure(_name(parts), placement, shape, first.dtype, tuple(pieces), is_result)
+    return Figure(
+        name or _name(parts),
+        placement,
+        shape=shape,
+        dtype=first.dtype,
+        pieces=tuple(pieces),
+        is_result=is_result,
+    )
 
 
 def _name(parts: Sequence[Part]) -> str:
     """What all call it; of nodes of a sum ("y, leaves 0-3") the sum."""
-    names = {part.name for part in parts}
-    if len(names) == 1:
-        return parts[0].name
-    sums = {part.name.rpartition(", lea")[0] for part in parts}
-    return (sums.pop() if len(sums) == 1 else "") or SUMMANDS
+    names = {base_name(part) for part in parts}
+    return names.pop() if len(names) == 1 else SUMMANDS

@@ -21,16 +21,16 @@ from shardproof.scheme import DEFAULT_SCHEME, Scheme
 from shardproof.showing.run import Window, Work, traced
 from shardproof.showing.shown import Shown, checked_page
 from shardproof.showing.story import story_of
+from shardproof.trace.trace import Trace
 from shardproof.wording import shown as as_text
 
 Build = Callable[[Axis], nn.Module]
 GivenPlan = ModelPlan | Plan | Mapping[str, Style | str] | None
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
-NO_LOSS = (
-    "No loss was given: it is the one that the model returns, or else the mean of the squares of "
-    "the output."
-)
+MEAN_OF_SQUARES = "mean_of_squares"  # what a trace calls it
+OWN_LOSS = "No loss was given: this run takes the loss that the model returns."
+SQUARES = "No loss was given: this run takes the mean of the squares of the output."
 
 
 def show(
@@ -87,7 +87,8 @@ def show(
     title = checked_name(name, "name") if name else _name_of(model)
     work = step_work(build, arguments, loss=loss, target=target, optimizer=optimizer)
     found = traced(work, degree=degree, engine=engine, values=checked_flag(values, "values"))
-    title, about = f"{title} at degree {degree}", _about(loss, arguments, optimizer)
+    title = f"{title} at degree {degree}"
+    about = _about(loss, arguments, optimizer, found.trace)
     made = Shown(found.trace, story_of(found.trace, title=title, about=about))
     if page is not None:
         made.save(page)
@@ -138,7 +139,7 @@ def _loss_of(output: Any, loss: Callable[..., Tensor] | None, target: Any) -> Te
     elif isinstance(getattr(output, "loss", None), Tensor):
         lost = output.loss
     elif isinstance(output, Tensor):
-        return mse_loss(output, torch.zeros_like(output))
+        return mse_loss(output, torch.zeros_like(output), who=MEAN_OF_SQUARES)
     else:
         raise UsageError(
             f"the model returns a {type(output).__name__} without a loss. Give loss=, a function "
@@ -218,12 +219,20 @@ def _name_of(model: Any) -> str:
     return name if name and name != "<lambda>" else "model"
 
 
-def _about(loss: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]], optimizer: Any) -> list[str]:
+def _is_mean_of_squares(trace: Trace) -> bool:
+    """Whether the model returned no loss."""
+    steps = (step for steps in trace.ranks for step in steps)
+    return any((step.operation, step.module) == ("loss", MEAN_OF_SQUARES) for step in steps)
+
+
+def _about(
+    loss: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]], optimizer: Any, trace: Trace
+) -> list[str]:
     tensors = [x for x in (*inputs[0], *inputs[1].values()) if isinstance(x, Tensor)]
     shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
     about = [f"One training step with inputs of shape {shapes}."]
     if loss is None:
-        about.append(NO_LOSS)
+        about.append(SQUARES if _is_mean_of_squares(trace) else OWN_LOSS)
     if optimizer is None:
         about.append("No optimizer was given: nothing is updated.")
     return about

@@ -12,6 +12,7 @@ from typing import Any
 
 from shardproof.showing.figure import Figure, Piece
 from shardproof.trace.step import CORNER, Part
+from shardproof.tree import node_name
 
 EVERY = None  # the owner of what is the same on every rank
 GAP = "..."
@@ -98,16 +99,17 @@ def grids_of(figure: Figure, *, most_rows: int, most_columns: int) -> tuple[Grid
     """
     parts = [piece.part for piece in figure.pieces]
     write = writer_of(parts)
+    most = most_rows, most_columns
     if any(part.values is None for part in parts):  # nothing is known beyond the corner
-        most_rows, most_columns = min(most_rows, CORNER), min(most_columns, CORNER)
+        most = min(most_rows, CORNER), min(most_columns, CORNER)
     cut = _drawn_dim(figure)
     if cut is not None:
-        return (_side_by_side(figure, cut, write, most_rows, most_columns),)
+        return (_side_by_side(figure, cut, write=write, most=most),)
     if figure.is_alike:
-        grid = _of_piece(figure.pieces[0], "every rank", EVERY, write, most_rows, most_columns)
-        return (grid,)
+        first = figure.pieces[0]
+        return (_of_piece(first, label="every rank", owner=EVERY, write=write, most=most),)
     return tuple(
-        _of_piece(piece, _label(piece, figure), piece.rank, write, most_rows, most_columns)
+        _of_piece(piece, label=_label(piece, figure), owner=piece.rank, write=write, most=most)
         for piece in figure.pieces
     )
 
@@ -121,34 +123,39 @@ def _drawn_dim(figure: Figure) -> str | None:
 
 
 def _label(piece: Piece, figure: Figure) -> str:
-    name = piece.part.name
-    return f"rank {piece.rank}" if name == figure.name else f"rank {piece.rank}: {name}"
+    """Whose it is; which leaves it sums, or which of the matrices that the rank holds it is."""
+    part, dim = piece.part, figure.dim
+    if part.node is not None:
+        return f"rank {piece.rank}: {node_name(part.node)}"
+    if dim is not None and part.held is not None and part.held[0] < part.held[1]:
+        first, last = part.held[0], part.held[1] - 1
+        which = f"{first}" if first == last else f"{first} of {first}-{last}"
+        return f"rank {piece.rank}: index {which} of dim {dim}"
+    return f"rank {piece.rank}" if part.name == figure.name else f"rank {piece.rank}: {part.name}"
 
 
 def _of_piece(
     piece: Piece,
+    *,
     label: str,
     owner: int | None,
     write: "Writer",
-    most_rows: int,
-    most_columns: int,
+    most: tuple[int, int],
 ) -> Grid:
     height, width = matrix_shape(piece.part.shape)
-    rows, columns = chosen(height, most_rows), chosen(width, most_columns)
+    rows, columns = chosen(height, most[0]), chosen(width, most[1])
     cells = tuple(tuple(write(piece.part, row, column) for column in columns) for row in rows)
     heads = [tuple(Line(_head(index), owner) for index in each) for each in (rows, columns)]
     is_part = None in rows or None in columns or _num_matrices(piece.part.shape) > 1
-    return Grid(label, owner, "", heads[0], heads[1], cells, is_part)
+    return Grid(label, owner, cut="", rows=heads[0], columns=heads[1], cells=cells, is_part=is_part)
 
 
-def _side_by_side(
-    figure: Figure, cut: str, write: "Writer", most_rows: int, most_columns: int
-) -> Grid:
+def _side_by_side(figure: Figure, cut: str, *, write: "Writer", most: tuple[int, int]) -> Grid:
     """The parts of all ranks in one grid."""
     pieces = figure.pieces
-    share = max(2, (most_rows if cut == "rows" else most_columns) // len(pieces))
+    share = max(2, most[0 if cut == "rows" else 1] // len(pieces))
     height, width = matrix_shape(figure.shape)
-    across = chosen(width, most_columns) if cut == "rows" else chosen(height, most_rows)
+    across = chosen(width, most[1]) if cut == "rows" else chosen(height, most[0])
     along: list[tuple[Piece, int | None]] = []
     lines = []
     end = 0
@@ -165,9 +172,10 @@ def _side_by_side(
     is_part = is_part or _num_matrices(figure.shape) > 1
     if cut == "rows":
         cells = tuple(tuple(write(p.part, row, column) for column in across) for p, row in along)
-        return Grid("", EVERY, cut, tuple(lines), others, cells, is_part)
-    cells = tuple(tuple(write(p.part, row, column) for p, column in along) for row in across)
-    return Grid("", EVERY, cut, others, tuple(lines), cells, is_part)
+    else:
+        cells = tuple(tuple(write(p.part, row, column) for p, column in along) for row in across)
+    down, right = (tuple(lines), others) if cut == "rows" else (others, tuple(lines))
+    return Grid("", EVERY, cut=cut, rows=down, columns=right, cells=cells, is_part=is_part)
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -230,7 +238,10 @@ class Writer:
             return str(value)
         if value == 0:
             return "0"
-        return f"{value:.2e}" if self._decimals is None else f"{value:.{self._decimals}f}"
+        if self._decimals is None:
+            return f"{value:.2e}"
+        text = f"{value:.{self._decimals}f}"
+        return text if float(text) else text.lstrip("-")  # what rounds to 0 has no sign
 
 
 def writer_of(parts: Sequence[Part]) -> Writer:
@@ -241,7 +252,7 @@ def writer_of(parts: Sequence[Part]) -> Writer:
     ('-1.50', '2')
     """
     known = [part.values if part.values is not None else part.corner for part in parts]
-    sizes = [abs(x) for values in known if values is not None for x in _flat(values)]
+    sizes = [abs(x) for values in known if values is not None for x in flat(values)]
     finite = [size for size in sizes if isinstance(size, float) and math.isfinite(size)]
     if all(size.is_integer() and size < 10**6 for size in finite):
         return Writer(0)
@@ -262,9 +273,10 @@ def _last_two(values: Any, num_dims: int) -> Any:
     return values
 
 
-def _flat(values: Any) -> Iterator[Any]:
+def flat(values: Any) -> Iterator[Any]:
+    """The numbers of nested tuples, one after another."""
     if isinstance(values, tuple):
         for each in values:
-            yield from _flat(each)
+            yield from flat(each)
     else:
         yield values

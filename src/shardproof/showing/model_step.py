@@ -1,4 +1,4 @@
-"""One training step of the model of a directory, with the weights there or with drawn ones."""
+"""One training step of the model of a directory, with the weights there or with random ones."""
 
 import copy
 from collections.abc import Iterable
@@ -34,8 +34,8 @@ def model_work(
 
     Args:
         directory: with config.json, and with safetensors or without.
-        scheme: leaves, numerics, and the seed of drawn weights and tokens.
-        values: numbers are to be shown.
+        scheme: leaves, numerics, and the seed of random weights and tokens.
+        values: numbers are kept, to be printed or written to a file.
 
     Raises:
         UsageError: the extra is not installed, the directory has no model that can be run, or the
@@ -59,11 +59,11 @@ def model_work(
     tokens = torch.randint(vocabulary, (ROWS, LENGTH), generator=generator)
     options: dict[str, Any] = {"input_ids": tokens, "labels": tokens, "use_cache": False}
     about = (
-        f"One training step on {ROWS} x {LENGTH} drawn tokens: forward, backward, and an update "
+        f"One training step on {ROWS} x {LENGTH} random tokens: forward, backward, and an update "
         f"by SGD with a learning rate of {LEARNING_RATE}.",
         "The weights are those of the directory."
         if has_weights
-        else "The directory has no weights: they are drawn.",
+        else "The directory has no weights: this run takes random weights.",
     )
     return step_work(build, ((), options), optimizer=_sgd), type(plain).__name__, about
 
@@ -83,7 +83,7 @@ def _check_size(model: nn.Module, where: str, values: bool) -> None:
         )
     if values and num > MOST_WITH_VALUES:
         raise UsageError(
-            f"--values: {where} has {num:,} parameters, and numbers are shown of at most "
-            f"{MOST_WITH_VALUES:,}. Leave --values out, or take a config with fewer or smaller "
-            "layers."
+            f"--model {where} has {num:,} parameters, and --values, --html and --json, which keep "
+            f"numbers, take at most {MOST_WITH_VALUES:,}. Leave them out, or take a config with "
+            "fewer or smaller layers."
         )

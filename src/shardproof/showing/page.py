@@ -18,6 +18,7 @@ from shardproof.showing.words import lying, placed
 
 COLOURS = 8  # of ranks; further ranks begin again, and their numbers tell them apart
 MOST_LINES, FEW_LINES = (12, 20), (6, 6)  # rows and columns of a grid
+MOST_BESIDE = 3  # ranks, of which the arrows fit between the matrices
 MANY_SCENES = 60  # from which on grids are drawn with few lines
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -72,8 +73,12 @@ def _legend(story: Story) -> str:
         f'<li><span class="swatch r{rank % COLOURS}">{rank}</span>rank {rank}</li>'
         for rank in range(story.degree)
     )
-    same = '<li><span class="swatch">all</span>the same on every rank</li>'
-    return f'<ul class="legend" aria-label="Colours">{items}{same}</ul>'
+    words = (
+        '<li><span class="swatch all">all</span>the same on every rank</li>'
+        "<li>Partial: each rank has a summand, and the tensor is their sum</li>"
+        "<li>leaf: one of the parts into which a summed dim is cut, the same at every degree</li>"
+    )
+    return f'<ul class="legend" aria-label="Legend">{items}{words}</ul>'
 
 
 def _player(story: Story) -> str:
@@ -102,14 +107,15 @@ def _player(story: Story) -> str:
 
 def _scene(scene: Scene, story: Story, lines: tuple[int, int]) -> str:
     meets = " meets" if scene.is_collective else ""
-    num_arrows = sum(len(arrow.receivers) for arrow in scene.arrows)
+    num_arrows = len(scene.arrows)
     formula = f"<p><code>{escape(scene.formula)}</code></p>" if scene.formula else ""
     read = [figure for figure in scene.figures if not figure.is_result]
     made = [figure for figure in scene.figures if figure.is_result]
-    drawn = [_group("Read" if scene.arrows == () else "Put in", read, lines)]
-    if scene.arrows:
-        drawn.append(drawing(scene.arrows, story.degree, COLOURS))
-    drawn.append(_group("Made" if scene.arrows == () else "Got", made, lines))
+    words = ("Before", "After") if scene.is_collective else ("Read", "Made")
+    lines = (min(lines[0], FEW_LINES[0]), lines[1]) if scene.is_collective else lines
+    arrows = drawing(scene.arrows, story.degree, num_colours=COLOURS) if scene.arrows else ""
+    beside = " beside" if arrows and story.degree <= MOST_BESIDE else ""
+    drawn = (_group(words[0], read, lines), arrows, _group(words[1], made, lines))
     number = scene.number
     return f"""<section class="scene{meets}" id="step-{number}" data-phase="{scene.phase}" \
 data-arrows="{num_arrows}" aria-labelledby="title-{number}">
@@ -117,7 +123,7 @@ data-arrows="{num_arrows}" aria-labelledby="title-{number}">
 {escape(scene.title)}</h2>
 {formula}
 <p class="told">{escape(" ".join(scene.told))}</p>
-<div class="parts">
+<div class="parts{beside}">
 <div class="drawn">
 {"".join(drawn)}
 </div>
@@ -129,7 +135,8 @@ data-arrows="{num_arrows}" aria-labelledby="title-{number}">
 def _group(word: str, figures: Sequence[Figure], lines: tuple[int, int]) -> str:
     if not figures:
         return ""
-    return f'<div class="group">{word}</div>' + "".join(_figure(each, lines) for each in figures)
+    drawn = "".join(_figure(each, lines) for each in figures)
+    return f'<div class="group"><h3>{word}</h3>{drawn}</div>'
 
 
 def _figure(figure: Figure, lines: tuple[int, int]) -> str:
@@ -164,7 +171,7 @@ def _table(grid: Grid, figure: Figure) -> str:
     heads = "".join(f'<th scope="col">{line.head}</th>' for line in grid.columns)
     body = "".join(_rows(grid))
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{name}">'
+        f'<div class="scroll" data-label="{name}">'
         f'<table class="matrix">{caption}<thead>{head}<tr>{corner}{heads}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
@@ -222,8 +229,8 @@ def _memory(scene: Scene, story: Story) -> str:
         '<table class="ranks"><caption class="unseen">Memory and bytes of each rank</caption>'
         '<thead><tr><th scope="col">rank</th><th scope="col" colspan="2">bytes held</th>'
         f'<th scope="col">sent</th></tr></thead><tbody>{rows}</tbody></table>'
-        f'<p class="quiet">A full bar is {most:,} bytes, the most that a rank holds in this step.'
-        "</p>"
+        f'<p class="quiet">A full bar is {most:,} bytes: the most that any rank holds after any '
+        "step. Only the tensors that the trace has seen count.</p>"
     )
 
 
@@ -238,16 +245,20 @@ def _memory_row(scene: Scene, rank: int, percent: float) -> str:
 
 
 def _sent(scene: Scene, rank: int) -> str:
-    step = scene.steps[rank]
-    return f"{step.sent_bytes:,}" if step is not None and scene.is_collective else "-"
+    moment = scene.moments[rank]
+    return f"{moment.first.sent_bytes:,}" if moment and scene.is_collective else "-"
+
+
+def _all_sent(scene: Scene) -> str:
+    sent = sum(moment.first.sent_bytes for moment in scene.moments if moment is not None)
+    return f"{sent:,}" if sent else "-"
 
 
 def _all_steps(story: Story) -> str:
     rows = "".join(
         f'<tr><td><a href="#step-{scene.number}">{scene.number}</a></td>'
         f'<td class="{scene.phase}">{scene.phase}</td><td>{escape(scene.title)}</td>'
-        f"<td>{sum(arrow.num_bytes for arrow in scene.arrows) or '-':{',' if scene.arrows else ''}}"
-        "</td></tr>"
+        f"<td>{_all_sent(scene)}</td></tr>"
         for scene in story.scenes
     )
     heads = "".join(

@@ -4,36 +4,27 @@ A scene is a row of the traces side by side: what the ranks do between two meeti
 order, and a collective is one scene of all ranks. Steps of the prover's own are no scenes.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shardproof.showing.figure import Figure, Piece, figure_of
-from shardproof.showing.words import changed, lying, sentences
+from shardproof.showing.moments import Moment, base_name, moments_of
+from shardproof.showing.sends import Arrow, arrows_of
+from shardproof.showing.words import CUT_AGAIN, changed, lying, sentences
+from shardproof.told import FREE_ORDER
 from shardproof.trace.step import Part, Step
 from shardproof.trace.text import aligned
 from shardproof.trace.trace import Trace
+from shardproof.tree import node_name
 
 MOST_SCENES = 300
 PHASES = ("setup", "forward", "backward", "update")
 
+Row = tuple[Moment | None, ...]
 
-@dataclass(frozen=True)
-class Arrow:
-    """What one rank sends in a collective.
-
-    Attributes:
-        sender: a rank.
-        receivers: the ranks that get what it sends, or what is made of it.
-        num_bytes: that the sender sends, to all of them together.
-        carried: (name, shape) of what the sender puts in.
-    """
-
-    sender: int
-    receivers: tuple[int, ...]
-    num_bytes: int
-    carried: tuple[tuple[str, tuple[int, ...]], ...]
+# `grad` is the one number that comes from the step before.
+_LOSS_BACKWARD = {"mse_loss": "grad_y = 2 * (y - target) * grad"}
 
 
 @dataclass(frozen=True)
@@ -47,9 +38,9 @@ class Scene:
         formula: what is computed, if the trace has it.
         told: sentences for a reader who sees no picture.
         is_collective: the ranks meet.
-        steps: of every rank, None for one that does nothing here.
+        moments: of every rank, None for one that does nothing here.
         figures: the tensors that are read, then those that are made.
-        arrows: what is sent.
+        arrows: what is sent to whom; none if the transport decides that.
         held: bytes that every rank holds after it.
     """
 
@@ -59,7 +50,7 @@ class Scene:
     formula: str
     told: tuple[str, ...]
     is_collective: bool
-    steps: tuple[Step | None, ...]
+    moments: tuple[Moment | None, ...]
     figures: tuple[Figure, ...]
     arrows: tuple[Arrow, ...]
     held: tuple[int, ...]
@@ -136,23 +127,41 @@ def story_of(
         about: sentences on it.
         most_scenes: what is beyond is counted, and left out.
     """
-    ranks = [[step for step in steps if step.phase in PHASES] for steps in trace.ranks]
-    rows = [part for row in aligned(ranks) for part in _alike(row)]
-    held = [0] * len(ranks)
-    scenes = []
+    rows = _rows(trace)
+    held = [0] * len(trace.ranks)
+    scenes: list[Scene] = []
+    known = _Known()
     for number, row in enumerate(rows[:most_scenes], 1):
         held = [
-            before if step is None else step.held_bytes
-            for before, step in zip(held, row, strict=True)
+            before if moment is None else moment.held_bytes
+            for before, moment in zip(held, row, strict=True)
         ]
-        scenes.append(_scene(number, row, held))
+        scenes.append(_scene(number, row, held=held, known=known))
     left_out: dict[str, int] = {}
     for row in rows[most_scenes:]:
-        phase = _first(row).phase
+        phase = _first(row).first.phase
         left_out[phase] = left_out.get(phase, 0) + 1
     return Story(
-        title, tuple(about), len(ranks), tuple(scenes), left_out, trace.num_dropped, trace.values
+        title,
+        tuple(about),
+        degree=len(trace.ranks),
+        scenes=tuple(scenes),
+        num_left_out=left_out,
+        num_dropped=trace.num_dropped,
+        has_values=trace.values,
     )
+
+
+def _rows(trace: Trace) -> list[Row]:
+    """What the ranks do side by side, a scene each."""
+    ranks = [moments_of([step for step in steps if step.phase in PHASES]) for steps in trace.ranks]
+    found = {(m.first.rank, m.first.number): m for moments in ranks for m in moments}
+    rows = aligned([[moment.first for moment in moments] for moments in ranks])
+    return [
+        tuple(None if step is None else found[step.rank, step.number] for step in part)
+        for row in rows
+        for part in _alike(row)
+    ]
 
 
 def _alike(row: Sequence[Step | None]) -> Iterator[tuple[Step | None, ...]]:
@@ -167,66 +176,117 @@ def _alike(row: Sequence[Step | None]) -> Iterator[tuple[Step | None, ...]]:
         )
 
 
-def _scene(number: int, row: tuple[Step | None, ...], held: Sequence[int]) -> Scene:
-    first = _first(row)
-    figures, arrows = tuple(_figures(row)), tuple(_arrows(row))
-    title = f"{first.module}: {first.operation}" if first.module else first.operation
+class _Known:
+    """What earlier scenes have shown, and later ones refer to.
+
+    Attributes:
+        gathered: modules whose output was gathered in forward.
+        target: of the last loss.
+    """
+
+    def __init__(self) -> None:
+        self.gathered: set[str] = set()
+        self.target: Figure | None = None
+
+    def learn(self, first: Moment, figures: Sequence[Figure]) -> None:
+        """Keep what a scene of the forward has."""
+        step = first.first
+        if step.phase != "forward":
+            return
+        is_output = any(figure.is_result and figure.name == "y" for figure in figures)
+        if step.operation == "all_gather" and is_output:
+            self.gathered.add(step.module)
+        if step.operation == "loss":
+            self.target = next((f for f in figures if f.name == "target"), None)
+
+    def cut_again(self, step: Step) -> str:
+        """A sentence, where a rank takes its columns of the gradient of what was gathered."""
+        if step.phase != "backward" or step.module not in self.gathered or not step.inputs:
+            return ""
+        given = step.inputs[0]
+        if step.operation != "product" or not given.placement.startswith("Shard"):
+            return ""
+        self.gathered.remove(step.module)
+        return CUT_AGAIN.format(name=given.name)
+
+
+def _scene(number: int, row: Row, *, held: Sequence[int], known: _Known) -> Scene:
+    moment = _first(row)
+    first = moment.first
+    figures = tuple(_figures(row))
+    known.learn(moment, figures)
+    if first.operation == "loss" and first.phase == "backward" and known.target is not None:
+        figures = (figures[0], known.target, *figures[1:])
     return Scene(
-        number,
-        first.phase,
-        title,
-        _formula(row),
-        sentences(row, figures),
-        first.is_collective,
-        row,
-        figures,
-        arrows,
-        tuple(held),
+        number=number,
+        phase=first.phase,
+        title=f"{first.module}: {first.operation}" if first.module else first.operation,
+        formula=_formula(row),
+        told=sentences(row, figures, first=known.cut_again(first)),
+        is_collective=first.is_collective,
+        moments=row,
+        figures=figures,
+        arrows=arrows_of(row),
+        held=tuple(held),
     )
 
 
-def _formula(row: Sequence[Step | None]) -> str:
-    """What is computed; where the ranks compute different nodes of a sum, the figures name them."""
-    details = list(dict.fromkeys(step.detail for step in row if step and step.detail))
-    if len(details) > 1:
-        details = list(
-            dict.fromkeys(re.sub(r", lea(f|ves) [0-9-]+$", "", text) for text in details)
-        )
-    return "; ".join(dict.fromkeys(details))
+def _formula(row: Row) -> str:
+    """What is computed; of the products of nodes, for which leaves."""
+    return "; ".join(dict.fromkeys(filter(None, (_formula_of(m, row) for m in row if m))))
 
 
-def _first(row: Sequence[Step | None]) -> Step:
-    return next(step for step in row if step is not None)
+def _formula_of(moment: Moment, row: Row) -> str:
+    step, name = moment.first, _result_name(moment)
+    if step.is_collective:
+        added = moment.addition
+        of = "the sum of " if added == FREE_ORDER else ""
+        return f"{name} = {of}{added}" if added and name else ""
+    if step.operation == "loss" and step.phase == "backward":
+        return _LOSS_BACKWARD.get(step.module, step.detail)
+    if step.rule:
+        return f"{step.rule} ({step.detail})"
+    if moment.addition:
+        return f"{step.detail}, added as {moment.addition}"
+    node = step.output.node if step.output is not None else None
+    if node is None:
+        return step.detail
+    nodes = sorted({p.node for other in row if other for p in other.outputs if p.node is not None})
+    plain = step.detail.removesuffix(f", {node_name(node)}")
+    return f"{plain} for each of: {', '.join(map(node_name, nodes))}"
 
 
-def _figures(row: Sequence[Step | None]) -> Iterator[Figure]:
+def _result_name(moment: Moment) -> str:
+    return moment.outputs[0].name if moment.outputs else ""
+
+
+def _first(row: Row) -> Moment:
+    return next(moment for moment in row if moment is not None)
+
+
+def _figures(row: Row) -> Iterator[Figure]:
     """What the ranks read, by its place among their inputs, then what they make."""
-    steps = [step for step in row if step is not None]
-    most = max(len(step.inputs) for step in steps)
-    pieces = [
-        [Piece(step.rank, step.inputs[place]) for step in steps if place < len(step.inputs)]
-        for place in range(most)
-    ]
-    summands = [each for each in pieces if all(p.part.placement == "Partial" for p in each)]
-    if len(summands) > 1:  # the nodes of one sum, of which ranks have different numbers
-        pieces = [each for each in pieces if each not in summands]
-        pieces.append(sorted((p for each in summands for p in each), key=lambda p: p.rank))
-    for each in pieces:
-        yield figure_of(each, is_result=False)
-    made = [Piece(step.rank, step.output) for step in steps if step.output is not None]
+    moments = [moment for moment in row if moment is not None]
+    most = max(len(moment.inputs) for moment in moments)
+    nodes: list[Piece] = []
+    for place in range(most):
+        given = [
+            Piece(moment.first.rank, moment.inputs[place])
+            for moment in moments
+            if place < len(moment.inputs)
+        ]
+        # The nodes of one sum, of which ranks have different numbers, are one tensor.
+        nodes += [piece for piece in given if piece.part.node is not None]
+        others = [piece for piece in given if piece.part.node is None]
+        if others:
+            yield figure_of(others, is_result=False)
+    made = [Piece(moment.first.rank, part) for moment in moments for part in moment.outputs]
+    if nodes:
+        name = base_name(made[0].part) if made else ""
+        nodes.sort(key=lambda piece: piece.rank)
+        yield figure_of(nodes, is_result=False, name=name)
     if made:
         yield figure_of(made, is_result=True)
-
-
-def _arrows(row: Sequence[Step | None]) -> Iterator[Arrow]:
-    steps = [step for step in row if step is not None]
-    for step in steps:
-        others = tuple(
-            other.rank for other in steps if other.rank != step.rank and other.output is not None
-        )
-        if step.is_collective and step.sent_bytes and others:
-            carried = tuple((part.name, part.shape) for part in step.inputs)
-            yield Arrow(step.rank, others, step.sent_bytes, carried)
 
 
 def _scene_as_dict(scene: Scene) -> dict[str, Any]:
@@ -239,8 +299,9 @@ def _scene_as_dict(scene: Scene) -> dict[str, Any]:
         "is_collective": scene.is_collective,
         "steps": [
             {"rank": step.rank, "number": step.number, "message_bytes": step.message_bytes}
-            for step in scene.steps
-            if step is not None
+            for moment in scene.moments
+            if moment is not None
+            for step in moment.steps
         ],
         "figures": [
             {
@@ -257,9 +318,18 @@ def _scene_as_dict(scene: Scene) -> dict[str, Any]:
         "arrows": [
             {
                 "from": arrow.sender,
-                "to": list(arrow.receivers),
+                "to": arrow.receiver,
+                "stage": arrow.stage,
                 "bytes": arrow.num_bytes,
-                "carried": [{"name": name, "shape": list(shape)} for name, shape in arrow.carried],
+                "carried": [
+                    {
+                        "name": each.name,
+                        "piece": each.piece,
+                        "shape": list(each.shape),
+                        "bytes": each.num_bytes,
+                    }
+                    for each in arrow.cargo
+                ],
             }
             for arrow in scene.arrows
         ],

@@ -11,8 +11,9 @@ from rich.text import Text
 
 from shardproof.showing.figure import Figure
 from shardproof.showing.grids import EVERY, Grid, grids_of, owners_of
+from shardproof.showing.sends import MOST_ARROWS, told_arrows
 from shardproof.showing.story import Scene, Story
-from shardproof.showing.words import changed, ranks
+from shardproof.showing.words import changed
 
 RANK_STYLES = (
     "black on bright_cyan", "black on bright_yellow", "black on bright_green",
@@ -42,8 +43,12 @@ def lines_of(story: Story, *, values: bool, width: int) -> list[Text]:
     """
     lines = [Text(f"== {story.title}", "bold")]
     lines += _wrapped(" ".join(story.about), width)
-    lines += [Text(""), *_legend(story, width), Text("")]
-    lines += _maps(_matrices(story), width)
+    lines += [Text(""), *_legend(story, values, width), Text("")]
+    matrices = _matrices(story)
+    lines += _maps(matrices[:_MOST_MAPS], width)
+    if len(matrices) > _MOST_MAPS:
+        left_out = f"{len(matrices) - _MOST_MAPS} more tensors of the forward are not drawn here."
+        lines += [Text(""), *_wrapped(left_out, width)]
     phase = ""
     for scene in story.scenes:
         if scene.phase != phase:
@@ -73,7 +78,7 @@ def letter_of(rank: int) -> str:
     return LETTERS[rank % len(LETTERS)]
 
 
-def _legend(story: Story, width: int) -> list[Text]:
+def _legend(story: Story, values: bool, width: int) -> list[Text]:
     parts = [
         Text.assemble((letter_of(rank), style_of(rank)), f" rank {rank}")
         for rank in range(story.degree)
@@ -83,6 +88,8 @@ def _legend(story: Story, width: int) -> list[Text]:
         Text(f"{SUMMAND_LETTER} a summand on each rank"),
         Text(f"{UNKNOWN_LETTER} not known"),
     ]
+    if values and story.has_values:
+        parts.append(Text("1:5 index 5, which rank 1 holds"))
     lines = [Text("")]
     for part in parts:
         if lines[-1].cell_len and lines[-1].cell_len + 3 + part.cell_len > width:
@@ -95,7 +102,7 @@ def _matrices(story: Story) -> list[tuple[str, Figure]]:
     """The tensors that a reader wants to see first: what each forward product reads and makes."""
     found: dict[tuple[str, str, tuple[int, ...]], tuple[str, Figure]] = {}
     for scene in story.scenes:
-        if scene.phase != "forward" or len(found) >= _MOST_MAPS:
+        if scene.phase != "forward":
             continue
         who = scene.title.partition(":")[0]
         for figure in scene.figures:
@@ -162,12 +169,9 @@ def _scene(scene: Scene, story: Story, values: bool, width: int) -> Iterator[Tex
         head.append(f", {scene.formula}", "not bold")
     yield from _hung(f"{scene.number:>3}. ", head, width, INDENT)
     if scene.arrows:
-        for arrow in scene.arrows:
-            carried = " and ".join(f"{name} {shape}" for name, shape in arrow.carried)
-            line = Text.assemble(
-                (f"rank {arrow.sender}", style_of(arrow.sender)),
-                f" ==> {ranks(arrow.receivers)}: {carried}, {arrow.num_bytes:,} bytes",
-            )
+        is_brief = story.degree > MOST_ARROWS
+        for arrow, text in told_arrows(scene.arrows, is_brief=is_brief, has_numbers=values):
+            line = Text.assemble((f"rank {arrow.sender}", style_of(arrow.sender)), f" ==> {text}")
             yield from _hung(_MARGIN, line, width, INDENT + 4)
         made = [f"{figure.name} {figure.shape}" for figure in scene.figures if figure.is_result]
         text = f"{changed(scene.figures)}: {', '.join(made)}"

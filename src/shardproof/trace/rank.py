@@ -156,6 +156,7 @@ class RankTrace(Observer):
                 axis=told.axis,
                 meeting=meeting,
                 is_rest=told.is_rest,
+                sends=tuple(told.sends),
             )
         )
         if told.addition:
@@ -219,6 +220,11 @@ class RankTrace(Observer):
         """Write down what became of each parameter."""
         before, self._before = self._before, {}
         self._is_updating = False
+        rules = {
+            id(p): _rule(optimizer, group)
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
         for p in _parameters(optimizer):
             if id(p) not in before or p.grad is None:
                 continue
@@ -228,7 +234,8 @@ class RankTrace(Observer):
             given = replace(before[id(p)][0], name=name)
             inputs = (given, self._part(Operand("grad", p.grad, place)))
             step = self._step("update", name, "update", type(optimizer).__name__)
-            self._add(replace(step, inputs=inputs, output=output))
+            rule = rules.get(id(p), "")
+            self._add(replace(step, inputs=inputs, output=output, rule=rule))
 
     def _inputs(self, func: Any, args: tuple[Any, ...]) -> tuple[Part, ...]:
         names = [argument.name for argument in func._schema.arguments]
@@ -353,3 +360,11 @@ def _kept(place: Placement | None, x: Tensor, y: Tensor) -> Placement | None:
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _rule(optimizer: Optimizer, group: dict[str, Any]) -> str:
+    """The formula of an update by plain SGD, with the learning rate; "" for any other."""
+    others = ("momentum", "weight_decay", "maximize", "dampening")
+    if type(optimizer) is not torch.optim.SGD or any(group.get(name) for name in others):
+        return ""
+    return f"w = w - {float(group['lr']):g} * grad"

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shardproof.observing import Operand, Placement, has_memory
+from shardproof.observing import Operand, Placement, Sending, has_memory
 from shardproof.wording import dtype_name
 
 PHASES = ("setup", "forward", "backward", "update", "prover")
@@ -31,6 +31,7 @@ class Part:
         values: nested tuples of numbers, if they were asked for and are few enough.
         corner: the first numbers along the last two dims, and the first alone along those before,
             nested as they are; if numbers were asked for and are too many.
+        node: of a partial sum: the run of leaves (start, stop) that it sums.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Part:
     num_bytes: int = 0
     values: Values | None = None
     corner: Values | None = None
+    node: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, operand: Operand, *, num_values: int) -> "Part":
@@ -66,6 +68,7 @@ class Part:
             x.numel() * x.element_size(),
             values_of(x) if x.numel() <= num_values and has_memory(x) else None,
             values_of(_corner_of(x)) if 0 < num_values < x.numel() and has_memory(x) else None,
+            operand.node,
         )
 
     @property
@@ -98,6 +101,8 @@ class Step:
         meeting: of a collective: its number on the axis, counted from 0 on each rank; ranks meet at
             equal numbers.
         is_rest: of a collective: a further part of the one before.
+        sends: of a collective: to whom this rank sends which part; empty if the transport decides.
+        rule: of an update: its formula, if it is known.
     """
 
     rank: int
@@ -114,6 +119,8 @@ class Step:
     axis: str = ""
     meeting: int | None = None
     is_rest: bool = False
+    sends: tuple[Sending, ...] = ()
+    rule: str = ""
 
     @property
     def is_collective(self) -> bool:
