@@ -1,5 +1,6 @@
 """How a value that somebody else wrote appears in a message: short, on one line, whatever it is."""
 
+import math
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any
@@ -69,6 +70,21 @@ def few(items: Iterable[Any], *, most: int = 5) -> str:
     known = list(items)
     first = ", ".join(written(str(each), most=VALUE) for each in known[:most])
     return first if len(known) <= most else f"{first} and {len(known) - most:,} more"
+
+
+def spelt_out(value: Any) -> Any:
+    """`value` with what JSON has no word for as text: "nan", "inf", "-inf", "1j".
+
+    >>> spelt_out({"max_abs_diff": [1.5, float("nan")]})
+    {'max_abs_diff': [1.5, 'nan']}
+    """
+    if isinstance(value, complex) or (isinstance(value, float) and not math.isfinite(value)):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): spelt_out(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [spelt_out(item) for item in value]
+    return value
 
 
 def _cut(text: str, most: int) -> str:

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import shutil
 import stat
@@ -12,7 +11,7 @@ from typing import Any
 from shardproof import files
 from shardproof.errors import UsageError
 from shardproof.prover.earlier import fault_of
-from shardproof.wording import written
+from shardproof.wording import spelt_out, written
 
 # Hashes of 10,000 tensors at 8 degrees are some 10 MB; what is larger was not made by us, and
 # JSON takes up to twenty times its size when it is read.
@@ -133,21 +132,6 @@ class JsonFile:
         descriptor, self._descriptor = self._descriptor, None
         with open(descriptor, "wb") as file:  # type: ignore[arg-type]
             file.write(data)
-
-
-def spelt_out(value: Any) -> Any:
-    """`value` with what JSON has no word for as text: "nan", "inf", "-inf".
-
-    >>> spelt_out({"max_abs_diff": [1.5, float("nan")]})
-    {'max_abs_diff': [1.5, 'nan']}
-    """
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {str(key): spelt_out(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [spelt_out(item) for item in value]
-    return value
 
 
 def read_report(given: str, *, option: str = "--against") -> dict[str, Any]:

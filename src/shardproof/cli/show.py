@@ -1,9 +1,12 @@
 """`shardproof show`: one training step, matrix by matrix, in the terminal or as a page."""
 
+import os
+
 import click
 
 from shardproof import cases as known
 from shardproof import extras
+from shardproof.cli import torchrun
 from shardproof.cli.json_file import JsonFile
 from shardproof.cli.options import HELP_OPTIONS, one_of, positive
 from shardproof.cli.options import seed as parse_seed
@@ -85,6 +88,10 @@ def show(
 
     Exit code 0, or 2 if there is an error, which says what to do.
     """
+    if torchrun.read(os.environ) is not None:
+        raise UsageError(
+            "shardproof show starts its own ranks and cannot run under torchrun. Run it without."
+        )
     ranks = positive(degree, option="--degree", example=2)
     scheme = Scheme(
         leaves=positive(leaves, option="--leaves", example=DEFAULT_LEAVES), seed=parse_seed(seed)
@@ -92,6 +99,11 @@ def show(
     check_degree(ranks, scheme.leaves)
     most = positive(scenes, option="--scenes", example=MOST_SCENES)
     kind = one_of(engine, ENGINES, option="--engine")
+    if html_path is not None and json_path is not None and _is_same(html_path, json_path):
+        raise UsageError(
+            f"--html and --json are both {written(html_path)}, and one would replace the other. "
+            "Name two files."
+        )
     page = None if html_path is None else JsonFile(html_path, option="--html")
     target = None if json_path is None else JsonFile(json_path)
     has_values = values or page is not None or target is not None
@@ -104,6 +116,12 @@ def show(
         target.write(story.as_dict())
     _print(story, values)
     return 0
+
+
+def _is_same(one: str, other: str) -> bool:
+    """Whether two paths name one regular file."""
+    paths = [os.path.realpath(path) for path in (one, other)]
+    return paths[0] == paths[1] and (os.path.isfile(paths[0]) or not os.path.exists(paths[0]))
 
 
 def _work(

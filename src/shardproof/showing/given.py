@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.errors import UsageError
 from shardproof.functional.losses import mse_loss
 from shardproof.leaves import check_degree, checked_degree
 from shardproof.objects import checked_model, checked_optimizer
+from shardproof.observing import Placement, observers
+from shardproof.operands import FLOATS
 from shardproof.plans.apply import parallelize
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.style import Plan, Style
@@ -21,6 +24,7 @@ from shardproof.scheme import DEFAULT_SCHEME, Scheme
 from shardproof.showing.run import Window, Work, traced
 from shardproof.showing.shown import Shown, checked_page
 from shardproof.showing.story import story_of
+from shardproof.trace.rank import RankTrace
 from shardproof.trace.trace import Trace
 from shardproof.wording import shown as as_text
 
@@ -124,7 +128,7 @@ def step_work(
         arguments, options, label = _copied((*inputs, target))
         with window():
             output = model(*arguments, **options)
-            lost = _loss_of(output, loss, label)
+            lost = _loss_of(output, loss, label, axis)
             lost.backward()
         if stepping is not None:
             with window():
@@ -133,27 +137,52 @@ def step_work(
     return work
 
 
-def _loss_of(output: Any, loss: Callable[..., Tensor] | None, target: Any) -> Tensor:
+def _loss_of(output: Any, loss: Callable[..., Tensor] | None, target: Any, axis: Axis) -> Tensor:
+    place = _place(output)
     if loss is not None:
         lost = loss(output) if target is None else loss(output, target)
     elif isinstance(getattr(output, "loss", None), Tensor):
         lost = output.loss
     elif isinstance(output, Tensor):
-        return mse_loss(output, torch.zeros_like(output), who=MEAN_OF_SQUARES)
+        if place is not None and place.kind == "Shard" and axis.size > 1:
+            raise UsageError(
+                f"the output of the model is cut, {place}: each rank has a part of it, and the "
+                "mean of the squares wants all. Gather it ('colwise_gather_output' in the plan), "
+                "or give loss=, a function of this rank's part."
+            )
+        lost = mse_loss(output, torch.zeros_like(output), who=MEAN_OF_SQUARES)
     else:
         raise UsageError(
             f"the model returns a {type(output).__name__} without a loss. Give loss=, a function "
             "of it."
         )
-    if not isinstance(lost, Tensor) or lost.numel() != 1 or not lost.requires_grad:
+    is_number = isinstance(lost, Tensor) and lost.numel() == 1 and lost.dtype in FLOATS
+    if not is_number or not lost.requires_grad:
         raise UsageError(
             f"the loss is {as_text(lost)}, and a step needs one number that depends on a "
             "parameter. Return what a loss of torch gives, such as its mean."
         )
+    if place is not None and place.kind == "Shard":
+        comm.agree(
+            {"loss": lost.item()},
+            axis,
+            what="losses",
+            way_out=f"The output of the model is cut, {place}: the loss must add the ranks' parts.",
+        )
     return lost
 
 
+def _place(output: Any) -> Placement | None:
+    """How the output lies, as far as this rank's trace knows."""
+    if not isinstance(output, Tensor):
+        return None
+    traces = (each for each in observers() if isinstance(each, RankTrace))
+    return next((trace.placement(output) for trace in traces), None)
+
+
 def _checked_build(model: Any, plan: Any, degree: int, scheme: Scheme) -> Build:
+    if not isinstance(scheme, Scheme):
+        raise UsageError(f"scheme={as_text(scheme)} is no Scheme. Use shardproof.Scheme(...).")
     if isinstance(model, nn.Module):
         leaves = plan.scheme.leaves if isinstance(plan, Plan | ModelPlan) else scheme.leaves
         check_degree(degree, leaves)
@@ -176,6 +205,12 @@ def _checked_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Tensor):
         return (inputs,), {}
     if isinstance(inputs, Mapping):
+        wrong = [key for key in inputs if not isinstance(key, str)]
+        if wrong:
+            raise UsageError(
+                f"inputs has the key {as_text(wrong[0])}, and the keys of a dict are keyword "
+                "arguments of the model. Use strings."
+            )
         return (), dict(inputs)
     if isinstance(inputs, tuple | list):
         return tuple(inputs), {}
@@ -205,6 +240,8 @@ def _copied(tree: Any) -> Any:
     """Tensors as leaves of their own, with the caller's `requires_grad`; all else as it is."""
     if isinstance(tree, Tensor):
         return tree.detach().clone().requires_grad_(tree.requires_grad)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*map(_copied, tree))
     if isinstance(tree, tuple | list):
         return type(tree)(map(_copied, tree))
     if isinstance(tree, dict):

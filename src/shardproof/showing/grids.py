@@ -234,6 +234,8 @@ class Writer:
         """A number as text."""
         if isinstance(value, bool | int):
             return str(value)
+        if isinstance(value, complex):
+            return f"{value:.3g}"
         if not math.isfinite(value):
             return str(value)
         if value == 0:

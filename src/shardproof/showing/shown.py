@@ -14,7 +14,7 @@ from shardproof.showing.page import page_of
 from shardproof.showing.story import Story
 from shardproof.showing.terminal import lines_of
 from shardproof.trace.trace import Trace
-from shardproof.wording import written
+from shardproof.wording import spelt_out, written
 
 WIDTH = 80  # columns of `print`
 _HEIGHT = 720  # pixels in a notebook
@@ -54,8 +54,9 @@ class Shown:
             ) from None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return self.story.as_dict()
+        """Plain data, for JSON; "nan", "inf" and "1j" stand for what JSON has no numbers for."""
+        found: dict[str, Any] = spelt_out(self.story.as_dict())
+        return found
 
     def __str__(self) -> str:
         console = Console(width=WIDTH, no_color=True, force_terminal=False, highlight=False)
@@ -76,11 +77,18 @@ def checked_page(path: Any) -> Path:
     """Where a page goes, before any work is done for it.
 
     Raises:
-        UsageError: it is no path, a directory, or in a directory that is not there.
+        UsageError: it is no path, no regular file, or in a directory that is not there.
     """
     where = files.path_of(path, what="html", way_out=_WAY_OUT)
-    if where.is_dir():
-        raise UsageError(f"html={written(str(where))} is a directory. {_WAY_OUT}")
+    try:
+        is_other = where.exists() and not where.is_file()
+    except OSError as error:
+        raise UsageError(
+            f"html={written(str(where))} cannot be written: {files.why(error)}. {_WAY_OUT}"
+        ) from None
+    if is_other:
+        kind = "a directory" if where.is_dir() else "no regular file"
+        raise UsageError(f"html={written(str(where))} is {kind}. {_WAY_OUT}")
     if not where.absolute().parent.is_dir():
         raise UsageError(
             f"html={written(str(where))}: there is no directory "

@@ -27,6 +27,8 @@ LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 MAP_ROWS, MAP_COLUMNS = 6, 16  # of a small grid
 VALUE_ROWS, VALUE_COLUMNS = 6, 8  # of a grid of numbers
 _CELL = 9
+# A name of a user's may have characters that steer a terminal.
+_CONTROL = dict.fromkeys([*range(32), *range(127, 160)], "?")
 _GAP = 3
 _MOST_MAPS = 12
 INDENT = 5  # below the number of a step
@@ -60,6 +62,7 @@ def lines_of(story: Story, *, values: bool, width: int) -> list[Text]:
         lines += _wrapped(sentence, width)
     for line in lines:
         line.rstrip()
+        line.plain = line.plain.translate(_CONTROL)
         line.truncate(width)  # a name of a user's may be longer than any line
     return lines
 
@@ -227,8 +230,16 @@ def _grid(grid: Grid, room: int) -> Iterator[Text]:
             text = Text(_MARGIN)
             text.append(_head(line.head, line.owner, by_rows).rjust(7) + " ", "dim")
             for place in chosen:
-                text.append(cells[place].rjust(_CELL), style_of(grid.owner_of(row, place)))
+                text.append(_short(cells[place]).rjust(_CELL), style_of(grid.owner_of(row, place)))
             yield text
+
+
+def _short(cell: str) -> str:
+    """A number that would touch its neighbour, with fewer digits."""
+    try:
+        return cell if len(cell) < _CELL else f"{float(cell):.1e}"
+    except ValueError:  # a complex one
+        return f"{cell[: _CELL - 4]}..."
 
 
 def _head(index: str, owner: int | None, is_owned: bool) -> str:

@@ -180,6 +180,10 @@ class RankTrace(Observer):
         number, held = len(self.steps), self._memory.held
         return Step(self._rank, number, phase, module, operation, detail, (), None, held_bytes=held)
 
+    def placement(self, x: Tensor) -> Placement | None:
+        """How a tensor lies, as far as the trace knows."""
+        return self._places.of(x)
+
     def enter_module(self, module: nn.Module) -> None:
         """Learn the names of a model when its outermost module begins."""
         self._is_updating = False  # a closure, or a step that has raised

@@ -1,6 +1,5 @@
 """A trace: what every rank computed, sent and held, step by step, as data that can be printed."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from shardproof.trace.rank import RankTrace
 from shardproof.trace.step import Step
 from shardproof.trace.text import table, timeline
 from shardproof.transport.base import Call
-from shardproof.wording import shown
+from shardproof.wording import shown, spelt_out
 
 T = TypeVar("T")
 
@@ -124,7 +123,7 @@ class Trace:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; "nan", "inf" and "1+2j" stand for what JSON has no numbers for."""
-        steps = [[_finite(asdict(step)) for step in steps] for steps in self.ranks]
+        steps = [[spelt_out(asdict(step)) for step in steps] for steps in self.ranks]
         return {"degree": len(self.ranks), "num_dropped": list(self.num_dropped), "ranks": steps}
 
     def __str__(self) -> str:
@@ -164,16 +163,6 @@ class Trace:
         recorded = RankTrace(axis.rank, num_values=num_values, limit=self.limit)
         with listening(), recorded:
             yield recorded
-
-
-def _finite(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _finite(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_finite(value) for value in tree]
-    if isinstance(tree, complex):
-        return str(tree)
-    return str(tree) if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def _run(
