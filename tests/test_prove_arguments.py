@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import shardproof as sp
-from planted import BATCH, IN, OUT, batch, block_builder, expect_proved, linear
+from planted import IN, OUT, batch, block_builder, expect_proved, linear
 from shardproof.axis import Axis
 from shardproof.errors import DegreeError, UsageError
+from shardproof.mistakes.blocks import BATCH
 
 
 def never(axis: Axis | None) -> nn.Module:
