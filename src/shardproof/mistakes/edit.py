@@ -98,7 +98,7 @@ def _find(code: types.CodeType, name: str) -> types.CodeType:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             return constant if constant.co_name == name else _find(constant, name)
-    raise AssertionError(f"no code of {name}")
+    raise UsageError(f"{code.co_filename} has no function {name}. Bring the mistake up to date.")
 
 
 @contextmanager

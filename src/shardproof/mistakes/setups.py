@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from shardproof import collectives, optim
 from shardproof.axis import Axis
 from shardproof.cases.mlp import MLP_GATHERED as GATHERED_CASE
+from shardproof.errors import UsageError
 from shardproof.functional.losses import mse_loss
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
 from shardproof.leaves import Cut, Layout, replicated
@@ -240,7 +241,7 @@ def _training(
 def _gathered(steps: int) -> Training:
     work = GATHERED_CASE.work
     if not isinstance(work, Training):
-        raise TypeError(f"{GATHERED_CASE.name} is no training")
+        raise UsageError(f"case {GATHERED_CASE.name} is no training. Name another case.")
     return dataclasses.replace(work, steps=steps)
 
 
