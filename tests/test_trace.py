@@ -289,7 +289,7 @@ def test_chunks_of_one_sum_count_once() -> None:
     """With overlap, a row layer sums its tokens in parts: one call in the ledger and here."""
 
     def work(axis: Axis) -> Any:
-        layer = sp.RowParallelLinear(8, 4, axis=axis)
+        layer = sp.RowParallelLinear(8, 4, axis=axis, scheme=Scheme(numerics="native"))
         layer(torch.ones(16, 8 // axis.size))
         return axis.transport.ledger.as_dict()
 
@@ -316,6 +316,17 @@ def test_operations_of_torch_are_steps_and_views_are_not() -> None:
     mul = steps_of(trace, operation="mul", phase="forward")[0]
     assert mul.output is not None
     assert mul.output.placement == "Replicate"
+
+
+def test_memory_that_is_only_made_is_no_step() -> None:
+    def work(axis: Axis) -> None:
+        x = torch.ones(4)
+        x.new_empty_strided((4,), (1,)).copy_(x)
+        torch.full_like(x, 2.0)
+        x.new_ones(3)
+
+    _, trace = traced(1, work)
+    assert trace.ranks == ((),)
 
 
 def test_backward_of_torch_is_named_by_its_module() -> None:
@@ -564,7 +575,7 @@ def test_looking_changes_no_memory() -> None:
     """The prover's audit and the bench count what a rank does, not what observers are told."""
 
     def work(axis: Axis) -> int:
-        layer = sp.RowParallelLinear(8, 1000, axis=axis)
+        layer = sp.RowParallelLinear(8, 1000, axis=axis, scheme=Scheme(numerics="native"))
         x = torch.ones(1000, 8 // axis.size)
         counting = Counting([])
         with counting, torch.no_grad():

@@ -66,9 +66,13 @@ _QUIET = {
     "empty_like",
     "equal",
     "fill_",
+    "full_like",
     "is_same_size",
     "lift_fresh",
     "new_empty",
+    "new_empty_strided",  # autograd copies a gradient that somebody else still holds
+    "new_full",
+    "new_ones",
     "new_zeros",
     "ones_like",
     "zero_",
