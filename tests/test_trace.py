@@ -30,6 +30,7 @@ from shardproof.trace.places import Places
 from shardproof.trace.rank import OF_USERS, RankTrace
 from shardproof.trace.step import Part, Step
 from shardproof.trace.text import aligned
+from views import plain, shapes, views
 
 PLAN = {"1": sp.ColumnParallel(), "3": sp.RowParallel()}
 
@@ -726,6 +727,59 @@ def test_outputs_of_more_dims_keep_their_placement() -> None:
     found = [s.output and (s.output.shape, s.output.placement) for s in trace.ranks[0]]
     relus = [part for part, s in zip(found, trace.ranks[0], strict=True) if s.operation == "relu"]
     assert relus == [((2, 3, 4), "Shard(2)"), ((2, 3, 4), "Replicate")]
+
+
+def test_idle_ranks_have_the_steps_of_all() -> None:
+    """Their tensors are empty, and empty tensors have one address."""
+
+    def work(axis: Axis) -> None:
+        up = sp.ColumnParallelLinear(4, 3, axis=axis, bias=False)
+        down = sp.RowParallelLinear(3, 4, axis=axis, bias=False)
+        down(torch.relu(up(torch.ones(2, 4)))).sum().backward()
+
+    _, trace = traced(8, work)
+
+    def done(rank: int) -> list[tuple[str, str, str]]:
+        return [
+            (s.phase, s.operation, s.output.placement if s.output else "")
+            for s in trace.ranks[rank]
+            if s.detail.count("leaf") == 0 and s.operation != "addition"
+        ]
+
+    assert done(7) == done(0)
+    assert ("forward", "relu", "Shard(1)") in done(7)
+
+
+@pytest.mark.parametrize("shape", shapes(8), ids=str)
+def test_a_trace_of_views_has_their_numbers_and_changes_none(shape: tuple[int, ...]) -> None:
+    """Forward and backward of views of every kind, beside plain torch."""
+    inputs, grads = (
+        views(torch.randn(shape, generator=torch.Generator().manual_seed(seed))) for seed in (1, 2)
+    )
+    whole = nn.Linear(8, 8, bias=False)
+
+    def work(axis: Axis) -> list[tuple[Tensor, Tensor | None]]:
+        layer = sp.ColumnParallelLinear.from_linear(whole, axis=axis, gather_output=True)
+        found = []
+        for name, x in inputs.items():
+            given = x.detach().requires_grad_()
+            y = layer(given)
+            y.backward(grads[name])
+            found.append((y.detach(), given.grad))
+        return found
+
+    results, trace = traced(2, work, values=True)
+    products = steps_of(trace, operation="product", phase="forward")
+    for number, (name, x) in enumerate(inputs.items()):
+        plain_x = plain(x).requires_grad_()
+        plain_y = whole(plain_x)
+        plain_y.backward(plain(grads[name]))
+        for found in results:
+            y, grad_x = found[number]
+            assert_close(y, plain_y.detach())
+            assert_close(grad_x, plain_x.grad)
+        rows = tensor(products[number].inputs[0])
+        assert torch.equal(rows.view(-1), plain(x).view(-1)), name
 
 
 def test_placements_of_freed_memory_are_forgotten() -> None:

@@ -287,8 +287,13 @@ def has_memory(x: Tensor) -> bool:
 
 
 def address(tensor: Tensor) -> int:
-    """Where the storage of a tensor lies."""
+    """Where the storage of a tensor lies; all empty ones lie at 0."""
     return tensor.untyped_storage().data_ptr()
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Which storage a tensor has, as a number; empty storages have numbers of their own."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _enter(observer: Observer) -> None:

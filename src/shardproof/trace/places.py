@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from shardproof.observing import REPLICATE, Placement, address, has_memory, shard
+from shardproof.observing import REPLICATE, Placement, has_memory, shard, storage_of
 
 Key = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
@@ -209,4 +209,4 @@ def _scaled(place: Placement, dim: int, times: int, over: int) -> Placement:
 
 
 def _key(x: Tensor) -> Key:
-    return address(x), int(x.storage_offset()), tuple(x.shape), tuple(x.stride())
+    return storage_of(x), int(x.storage_offset()), tuple(x.shape), tuple(x.stride())

@@ -22,8 +22,8 @@ from shardproof.observing import (
     Operand,
     Placement,
     Told,
-    address,
     placement_of,
+    storage_of,
     tensors_in,
 )
 from shardproof.trace.hooks import first_tensor
@@ -124,7 +124,7 @@ class RankTrace(Observer):
     def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call it; write it down if it is no view and not a part of something of ours."""
         given = list(tensors_in((args, kwargs)))
-        before = {address(x) for x in given}
+        before = {storage_of(x) for x in given}
         caller = _caller()
         is_step = caller == "user" and self._is_step(func, given)
         inputs = self._inputs(func, args) if is_step else ()
@@ -133,7 +133,7 @@ class RankTrace(Observer):
         made = list(tensors_in(result))
         self._memory.see([*given, *made])
         self._places.carry(func, seen, (args, kwargs), made, is_ours=caller == "package")
-        is_view = not func._schema.is_mutable and all(address(y) in before for y in made)
+        is_view = not func._schema.is_mutable and all(storage_of(y) in before for y in made)
         if is_step and made and not is_view:
             name = str(func.overloadpacket).removeprefix("aten.")
             self._write(self._phase(func, args), self._module(), name, inputs, made[0])
@@ -206,7 +206,7 @@ class RankTrace(Observer):
             return
         # Layers that share an input compute together: what the later ones return was told before.
         is_known = isinstance(module, ShardedModule) and self._places.of(y) is not None
-        is_silent = self._num_seen == num_seen and address(y) != address(x) and not is_known
+        is_silent = self._num_seen == num_seen and storage_of(y) != storage_of(x) and not is_known
         if is_silent:
             self._places.learn(y, _kept(self._places.of(x), x, y))
             inputs = (self._part(Operand("x", x, self._places.of(x))),)
