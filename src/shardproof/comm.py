@@ -18,7 +18,7 @@ from shardproof.axis import Axis
 from shardproof.errors import MismatchError, ShapeError
 from shardproof.leaves import Cut
 from shardproof.numerics.matmul import node_dtype
-from shardproof.observing import PARTIAL, REPLICATE, Operand, Placement, Told, shard
+from shardproof.observing import PARTIAL, REPLICATE, Operand, Told, shard
 from shardproof.schedule import (
     Plan,
     gather_plan,
@@ -27,7 +27,7 @@ from shardproof.schedule import (
     tree_plan,
     written_sum,
 )
-from shardproof.told import count, sends_to_all, sends_whole, tell_sum, told_of
+from shardproof.told import FREE_ORDER, count, sends_to_all, sends_whole, tell_sum, told_of
 from shardproof.transport.base import Call, Pending
 from shardproof.tree import Node, add_tensors, combine, node_name
 from shardproof.wording import written
@@ -164,7 +164,7 @@ def reduce_scatter(
     if axis.size == 1:
         return x.clone(memory_format=torch.contiguous_format)
     plan = scatter_plan(direction, who, tuple(x.shape), x.dtype, x.dtype, None, dim, cut, axis.rank)
-    return _sum([x], x, axis, plan, shard(dim, cut.owned(axis.rank), cut.size))
+    return _sum([x], x, axis, plan, dim=dim, dim_cut=cut)
 
 
 def all_reduce_nodes(
@@ -289,9 +289,8 @@ def reduce_scatter_nodes(
     plan = scatter_plan(
         direction, who, tuple(shape), like.dtype, wide, cut, dim, dim_cut, axis.rank
     )
-    placement = shard(dim, dim_cut.owned(axis.rank), dim_cut.size)
-    parts, addition = list(nodes.values()), written_sum(cut)
-    return _sum(parts, like, axis, plan, placement, nodes=list(nodes), addition=addition)
+    parts = list(nodes.values())
+    return _sum(parts, like, axis, plan, dim=dim, dim_cut=dim_cut, nodes=list(nodes), cut=cut)
 
 
 def gather(
@@ -435,11 +434,19 @@ def _sum(
     like: Tensor,
     axis: Axis,
     plan: Plan,
-    placement: Placement,
-    **described: Any,
+    *,
+    dim: int,
+    dim_cut: Cut,
+    nodes: Sequence[Node] | None = None,
+    cut: Cut | None = None,
 ) -> Tensor:
+    """The sum of parts, cut along `dim`; `nodes` and `cut` say which leaves they sum."""
     y = like.new_empty(plan.shape)
-    told = tell_sum(axis, plan, parts, y, placement, **described) if observing.is_on() else None
+    told = None
+    if observing.is_on():
+        placement = shard(dim, dim_cut.owned(axis.rank), dim_cut.size)
+        addition = FREE_ORDER if cut is None else written_sum(cut)
+        told = tell_sum(axis, plan, parts, y, placement, nodes=nodes, addition=addition)
     flat = [_flat(part, plan.call) for part in parts]
     axis.transport.sum(flat, plan.order, y.view(-1), windows=plan.windows, call=plan.call)
     count(axis, plan.call, plan.message_bytes, plan.sent_bytes)

@@ -69,9 +69,8 @@ def mse_loss(
         raise UsageError(
             f"{who}: {given} is given without {missing}. Give both for a sharded y, or neither."
         )
-    _check_owned(y, axis, cut, who)
+    place = shard(y.dim() - 1, _checked_owned(y, axis, cut, who), cut.size)
     slices = cut.leaf_slices(axis.rank)
-    place = shard(y.dim() - 1, cut.owned(axis.rank), cut.size)
     # A rank without leaves still takes part, and backward must pass through it as on all others.
     partials = _SquaredError.apply(y, target, slices or (slice(0, 0),), place)
     total = all_reduce(list(partials) if slices else [], axis, cut=cut, who=who, like=partials[0])
@@ -202,10 +201,12 @@ def _difference(y: Tensor, target: Tensor) -> Tensor:
     return widen(y) - widen(target)
 
 
-def _check_owned(y: Tensor, axis: Axis, cut: Cut, who: str) -> None:
-    owned = len(cut.owned(axis.rank))
-    if y.dim() == 0 or y.shape[-1] != owned:
+def _checked_owned(y: Tensor, axis: Axis, cut: Cut, who: str) -> range:
+    """What this rank owns of the last dim."""
+    owned = cut.owned(axis.rank)
+    if y.dim() == 0 or y.shape[-1] != len(owned):
         raise ShapeError(
             f"{who} on {axis}: y has shape {tuple(y.shape)}, but of a dim of {cut.size} in "
-            f"{cut.num_leaves} leaves this rank owns {owned}: shape (*, {owned}) wanted."
+            f"{cut.num_leaves} leaves this rank owns {len(owned)}: shape (*, {len(owned)}) wanted."
         )
+    return owned
