@@ -6,7 +6,7 @@ module of ours that tells nothing (a norm, dropout) is one step forward and one 
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -219,7 +219,7 @@ class RankTrace(Observer):
     def enter_step(self, optimizer: Optimizer) -> None:
         """Note the parameters before they are updated."""
         self._is_updating = True
-        places = ((p, self._places.of(p)) for p in _parameters(optimizer))
+        places = ((p, self._places.of(p)) for p, _ in _updated(optimizer))
         self._before = {
             id(p): (self._part(Operand(self._name(p), p, place)), place) for p, place in places
         }
@@ -228,12 +228,7 @@ class RankTrace(Observer):
         """Write down what became of each parameter."""
         before, self._before = self._before, {}
         self._is_updating = False
-        rules = {
-            id(p): _rule(optimizer, group)
-            for group in optimizer.param_groups
-            for p in group["params"]
-        }
-        for p in _parameters(optimizer):
+        for p, group in _updated(optimizer):
             if id(p) not in before or p.grad is None:
                 continue
             name, place = self._name(p), before[id(p)][1]  # a closure may have taught the name
@@ -242,7 +237,7 @@ class RankTrace(Observer):
             given = replace(before[id(p)][0], name=name)
             inputs = (given, self._part(Operand("grad", p.grad, place)))
             step = self._step("update", name, "update", type(optimizer).__name__)
-            rule = rules.get(id(p), "")
+            rule = _rule(optimizer, group)
             self._add(replace(step, inputs=inputs, output=output, rule=rule))
 
     def _inputs(self, func: Any, args: tuple[Any, ...]) -> tuple[Part, ...]:
@@ -366,8 +361,11 @@ def _kept(place: Placement | None, x: Tensor, y: Tensor) -> Placement | None:
     return place if x.shape == y.shape else None
 
 
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def _updated(optimizer: Optimizer) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Each parameter of an optimizer, with its group."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            yield p, group
 
 
 def _rule(optimizer: Optimizer, group: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shardproof.trace.step import Part, Step
+from shardproof.tree import node_name
 
 COLOURS = {"forward": "cyan", "backward": "magenta", "update": "green"}
 
@@ -104,15 +105,14 @@ def timeline(ranks: Sequence[Sequence[Step]]) -> Table:
     for row in aligned(ranks):
         steps = [step for step in row if step is not None]
         first, style = steps[0], "bold" if steps[0].is_collective else ""
-        module = _shared([step.module for step in steps])
         formula = _shared([_formula(step) for step in steps])
-        cells = [Text("" if step is None else _cell(step, module, formula), style) for step in row]
+        cells = [Text("" if step is None else _cell(step, formula), style) for step in row]
         if first.is_collective and len(ranks) > 1:
             for place, cell in enumerate(cells):
                 ends = (place > 0, place < len(cells) - 1)
                 cells[place] = Text.assemble("<-- " * ends[0], cell, " -->" * ends[1])
         phase = Text(first.phase, COLOURS.get(first.phase, ""))
-        found.add_row(phase, Text(module), Text(formula, style), *cells)
+        found.add_row(phase, Text(first.module), Text(formula, style), *cells)
     return found
 
 
@@ -121,15 +121,14 @@ def _shared(texts: Sequence[str]) -> str:
     return texts[0] if len(set(texts)) == 1 else ""
 
 
-def _cell(step: Step, module: str, formula: str) -> str:
-    """What one rank gets; also its module and formula, where the ranks do not share them."""
-    own = [] if module == step.module else [step.module]
-    own += [] if formula == _formula(step) else [_formula(step)]
+def _cell(step: Step, formula: str) -> str:
+    """What one rank gets; also its formula, where the ranks do not share it."""
+    own = "" if formula == _formula(step) else _formula(step)
     if step.is_collective:
         result = f"sends {step.sent_bytes:,} bytes"
     else:
         result = "" if step.output is None else _result(step, step.output)
-    return ": ".join(filter(None, (*own, result)))
+    return ": ".join(filter(None, (own, result)))
 
 
 def _formula(step: Step) -> str:
@@ -144,15 +143,16 @@ def _formula(step: Step) -> str:
 
 def _result(step: Step, output: Part) -> str:
     """A result: its leaves or its name, if the formula and the module do not say it, and shape."""
-    name = output.name.partition(", ")[0]
+    leaves = _leaves(output)
+    name = output.name.removesuffix(f", {leaves}")
     is_said = name == step.module or _formula(step).startswith(f"{name} = ")
-    shown = ("" if is_said else name, _leaves(output), str(output.shape), output.placement)
+    shown = ("" if is_said else name, leaves, str(output.shape), output.placement)
     return " ".join(filter(None, shown))
 
 
 def _leaves(output: Part | None) -> str:
-    """Of a summand: the leaves that it sums, which follow its name."""
-    return "" if output is None else output.name.partition(", ")[2]
+    """Of a summand: the leaves that it sums."""
+    return "" if output is None or output.node is None else node_name(output.node)
 
 
 def _what(step: Step) -> str:
