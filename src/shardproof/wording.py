@@ -72,6 +72,25 @@ def few(items: Iterable[Any], *, most: int = 5) -> str:
     return first if len(known) <= most else f"{first} and {len(known) - most:,} more"
 
 
+def run_words(numbers: Iterable[int]) -> list[str]:
+    """Rising numbers as words, with runs of three or more abbreviated.
+
+    >>> run_words([1, 2, 3, 4, 8, 9])
+    ['1-4', '8', '9']
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return [
+        word
+        for run in runs
+        for word in ([f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run))
+    ]
+
+
 def spelt_out(value: Any) -> Any:
     """`value` with what JSON has no word for as text: "nan", "inf", "-inf", "1j".
 

@@ -52,11 +52,11 @@ class Sizes:
         }
 
 
-def attention_style(heads: int, head_dim: int) -> Attention:
-    """How `parallelize` is to cut a `SelfAttention`."""
+def attention_style(heads: int, head_dim: int, *, keys: int | None = None) -> Attention:
+    """How `parallelize` is to cut a `SelfAttention`, or one of fewer key-value heads."""
     return Attention(
         queries=heads,
-        keys=heads,
+        keys=heads if keys is None else keys,
         head_dim=head_dim,
         query="query",
         key="key",

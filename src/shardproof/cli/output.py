@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shardproof.plans.text import size as size
+from shardproof.wording import run_words
 
 # rich's own boxes are not ASCII or draw more lines than a reader needs: one rule under the head.
 RULE = Box(
@@ -125,12 +126,4 @@ def ranges(numbers: Sequence[int]) -> str:
     >>> ranges([1, 2, 3, 4, 8]), ranges([1, 2])
     ('1-4, 8', '1, 2')
     """
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(
-        f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs
-    )
+    return ", ".join(run_words(numbers))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shardproof.axis import Axis
+from shardproof.cases.decoder import attention_style
 from shardproof.cases.gpt import layout_of_logits
 from shardproof.cases.lesson import copy_weights
 from shardproof.functional.vocabulary import vocab_cross_entropy
@@ -22,13 +23,7 @@ from shardproof.mistakes.mistake import SetUp
 from shardproof.mistakes.steps import Scores, Steps, change_nothing
 from shardproof.plans.apply import parallelize
 from shardproof.plans.initialize import initialize
-from shardproof.plans.style import (
-    Attention,
-    ColumnParallel,
-    Plan,
-    Style,
-    VocabParallel,
-)
+from shardproof.plans.style import ColumnParallel, Plan, Style, VocabParallel
 from shardproof.prover.case import Trial
 
 VOCABULARY, HIDDEN, HEAD_DIM = 67, 32, 4
@@ -53,16 +48,7 @@ class Shape:
 
     def plan(self) -> dict[str, Style | str]:
         """How `parallelize` is to cut it."""
-        attention = Attention(
-            queries=self.queries,
-            keys=self.keys,
-            head_dim=HEAD_DIM,
-            query="query",
-            key="key",
-            value="value",
-            output="output",
-            attend="attend",
-        )
+        attention = attention_style(self.queries, HEAD_DIM, keys=self.keys)
         return {"embedding": VocabParallel(), "head": ColumnParallel(), "attention": attention}
 
 

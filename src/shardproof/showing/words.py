@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from shardproof.showing.figure import Figure
 from shardproof.showing.moments import Moment
+from shardproof.wording import run_words
 
 DIMS = {1: "columns", 2: "rows"}  # counted from the last
 
@@ -193,16 +194,6 @@ def ranks(numbers: Sequence[int]) -> str:
     """
     if len(numbers) == 1:
         return f"rank {numbers[0]}"
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    words = [
-        word
-        for run in runs
-        for word in ([f"{run[0]}-{run[-1]}"] if len(run) > 2 else [str(each) for each in run])
-    ]
+    words = run_words(numbers)
     start = f"{', '.join(words[:-1])} and " if words[1:] else ""
     return f"ranks {start}{words[-1]}"
