@@ -8,13 +8,31 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import click
+
 from shardproof.errors import UsageError
-from shardproof.leaves import check_degree
+from shardproof.leaves import DEFAULT_LEAVES, check_degree
+from shardproof.prover import DEFAULT_SEED
 from shardproof.quantities import LARGEST, LARGEST_SEED, read_whole
 from shardproof.wording import VALUE, shown, written
 
 HELP_OPTIONS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 Name = TypeVar("Name", bound=str)
+
+leaves_option = click.option(
+    "--leaves",
+    metavar="N",
+    default=str(DEFAULT_LEAVES),
+    show_default=True,
+    help="Into how many parts sums are cut: the highest possible degree.",
+)
+seed_option = click.option(
+    "--seed",
+    metavar="N",
+    default=str(DEFAULT_SEED),
+    show_default=True,
+    help="Of all random numbers.",
+)
 
 
 def parse_whole(text: str, *, option: str, example: int) -> int:

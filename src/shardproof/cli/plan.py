@@ -8,7 +8,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from shardproof.cli.json_file import JsonFile
-from shardproof.cli.options import HELP_OPTIONS, positive
+from shardproof.cli.options import HELP_OPTIONS, leaves_option, positive
 from shardproof.cli.output import WIDE, PlainConsole, console, listed, ranges, shape, size, table
 from shardproof.hf.skeleton import skeleton
 from shardproof.leaves import DEFAULT_LEAVES, check_degree
@@ -52,13 +52,7 @@ class Asked:
 @click.command(context_settings=HELP_OPTIONS)
 @click.argument("model_dir")
 @click.option("--degree", metavar="D", required=True, help="How many ranks.")
-@click.option(
-    "--leaves",
-    metavar="N",
-    default=str(DEFAULT_LEAVES),
-    show_default=True,
-    help="Into how many parts sums are cut: the highest possible degree.",
-)
+@leaves_option
 @click.option("--batch", metavar="B", default=str(BATCH), show_default=True, help="Rows of a step.")
 @click.option(
     "--length", metavar="L", default=str(LENGTH), show_default=True, help="Tokens of a row."

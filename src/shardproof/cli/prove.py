@@ -9,14 +9,13 @@ import torch
 from shardproof import cases as known
 from shardproof.axis import Axis
 from shardproof.cli.json_file import JsonFile
-from shardproof.cli.options import HELP_OPTIONS
+from shardproof.cli.options import HELP_OPTIONS, leaves_option, seed_option
 from shardproof.cli.output import console
 from shardproof.cli.progress import progress
 from shardproof.cli.report_text import ranks_text, show_cases, show_report
 from shardproof.cli.request import CARRIERS, DEFAULT_DEGREES, Earlier, Given, Request, check
-from shardproof.leaves import DEFAULT_LEAVES
 from shardproof.overlap import NAMED
-from shardproof.prover import DEFAULT_SEED, Report, curve, prove_cases, prove_under_torchrun
+from shardproof.prover import Report, curve, prove_cases, prove_under_torchrun
 from shardproof.prover.against import ONLY_EARLIER, ONLY_HERE, OTHER_BITS
 from shardproof.prover.beside import beside
 from shardproof.prover.proof import Progress
@@ -81,20 +80,8 @@ _SAID = {
     show_default=True,
     help="The same bits at every degree, or one product per shard as elsewhere.",
 )
-@click.option(
-    "--leaves",
-    metavar="N",
-    default=str(DEFAULT_LEAVES),
-    show_default=True,
-    help="Into how many parts sums are cut: the highest possible degree.",
-)
-@click.option(
-    "--seed",
-    metavar="N",
-    default=str(DEFAULT_SEED),
-    show_default=True,
-    help="Of everything that is drawn.",
-)
+@leaves_option
+@seed_option
 @click.option(
     "--against", metavar="REPORT.json", help="Compare every hash with those of an earlier report."
 )

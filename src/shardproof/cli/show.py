@@ -8,13 +8,12 @@ from shardproof import cases as known
 from shardproof import extras
 from shardproof.cli import torchrun
 from shardproof.cli.json_file import JsonFile
-from shardproof.cli.options import HELP_OPTIONS, one_of, positive
+from shardproof.cli.options import HELP_OPTIONS, leaves_option, one_of, positive, seed_option
 from shardproof.cli.options import seed as parse_seed
 from shardproof.cli.output import console
 from shardproof.errors import UsageError
 from shardproof.hf.skeleton import require_transformers
 from shardproof.leaves import DEFAULT_LEAVES, check_degree
-from shardproof.prover import DEFAULT_SEED
 from shardproof.ranks import ENGINES
 from shardproof.scheme import Scheme
 from shardproof.showing.case_step import case_work
@@ -46,20 +45,8 @@ NARROWEST = 40  # columns that the drawing needs
     show_default=True,
     help="What the ranks are.",
 )
-@click.option(
-    "--leaves",
-    metavar="N",
-    default=str(DEFAULT_LEAVES),
-    show_default=True,
-    help="Into how many parts sums are cut: the highest possible degree.",
-)
-@click.option(
-    "--seed",
-    metavar="N",
-    default=str(DEFAULT_SEED),
-    show_default=True,
-    help="Of all random numbers.",
-)
+@leaves_option
+@seed_option
 @click.option(
     "--scenes",
     metavar="N",
