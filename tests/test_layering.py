@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("environment", "files"),
     ("objects",),
     ("autograd", "checking", "core", "extras", "leaves", "telling", "tree"),
-    ("heads", "observing", "overlap", "scheme", "timeout"),
+    ("heads", "observing", "overlap", "scheme", "timeout", "units"),
     # Bytes between ranks.
     ("transport.ledger", "transport.notes"),
     ("transport.base",),

@@ -79,8 +79,9 @@ class Cut:
         degree: how many ranks share the leaves; a rank may own none.
         unit: indices that are never cut apart (the features of one head); `size`, and every range
             that a cut tells, counts indices.
-        runs: which leaves each rank owns, where something else decides it than `share` (key-value
-            heads follow the query heads, `heads.py`): then every unit is a leaf.
+        runs: which leaves each rank owns, where something else decides it than `share`: key-value
+            heads follow the query heads, each a leaf (`heads.py`); ranks begin only where a view
+            of the model allows it (`units.py`). There are as many leaves as the runs have.
     """
 
     size: int
@@ -108,7 +109,11 @@ class Cut:
     def _check_runs(self, runs: tuple[range, ...]) -> None:
         """Every leaf is owned once, in rank order."""
         owned = [leaf for run in runs for leaf in run]
-        if len(runs) != self.degree or owned != list(range(self.num_leaves)):
+        if (
+            len(runs) != self.degree
+            or owned != list(range(self.num_leaves))
+            or not 1 <= self.num_leaves <= self.size // self.unit
+        ):
             raise ShapeError(
                 f"runs={runs} do not give the {self.num_leaves} leaves to {self.degree} ranks, "
                 "each leaf once and in rank order."
@@ -117,8 +122,9 @@ class Cut:
     @property
     def num_leaves(self) -> int:
         """How many leaves there really are: never more than units."""
-        units = self.size // self.unit
-        return units if self.runs is not None else min(self.leaves, units)
+        if self.runs is not None:
+            return sum(map(len, self.runs))
+        return min(self.leaves, self.size // self.unit)
 
     def leaf(self, index: int) -> range:
         """Indices of one leaf."""

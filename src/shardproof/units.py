@@ -1,0 +1,254 @@
+"""Units that are cut together, how ranks share them, and how the indices of a dim belong to them.
+
+A *unit* is never cut: a feature of a feed-forward, a query head with its rows of a fused weight, a
+row of the vocabulary. Units of one kind stand in one order, and ranks own contiguous runs of their
+leaves, as in `leaves.py`. A *shared unit* is what several units need: the key-value head of a group
+of query heads. Every rank that owns one of its needers holds it; the rank of the first owns it.
+
+Integers only: no torch, no ranks. All that is worked out here is kept, for these values are asked
+for once in every operation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardproof.errors import ShapeError
+from shardproof.leaves import Cut, share
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Units:
+    """What a plan cuts apart, at any degree.
+
+    Attributes:
+        name: for messages and the ledger.
+        count: how many units there are, in order.
+        needers: for each shared unit the units that need it, in order; shared unit `k` has the
+            number `count + k`.
+        breaks: the units at which a rank's run may begin, where a view of the model allows no
+            others; None: all.
+    """
+
+    name: str
+    count: int
+    needers: tuple[tuple[int, ...], ...] = ()
+    breaks: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ShapeError(f"{self.name!r} has {self.count} units: there must be at least one.")
+        for needers in self.needers:
+            if list(needers) != sorted(set(needers)) or not set(needers) <= set(range(self.count)):
+                raise ShapeError(
+                    f"{self.name!r}: a shared unit is needed by {needers}, which are not some of "
+                    f"{self.count} units in order."
+                )
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Units shared among the ranks of one degree.
+
+    Attributes:
+        units: what is shared.
+        leaves: that the plan asks for.
+        degree: how many ranks.
+    """
+
+    units: Units
+    leaves: int
+    degree: int
+
+    @cached_property
+    def cut(self) -> Cut:
+        """Of the units themselves: its leaves are those of every sum over them."""
+        plain = Cut(self.units.count, self.leaves, self.degree)
+        if self.units.breaks is None:
+            return plain
+        return Cut(self.units.count, self.leaves, self.degree, runs=self._snapped(plain))
+
+    def _snapped(self, plain: Cut) -> tuple[range, ...]:
+        """Runs of leaves that begin only where a rank may begin, each as near as there is one."""
+        allowed = {*(self.units.breaks or ()), 0}
+        starts = [leaf for leaf in range(plain.num_leaves) if plain.leaf(leaf).start in allowed] + [
+            plain.num_leaves
+        ]
+        bounds = [0]
+        for rank in range(1, self.degree):
+            wanted = share(plain.num_leaves, self.degree)[rank].start
+            nearest = min(starts, key=lambda start, at=wanted: (abs(start - at), start))  # type: ignore[misc]
+            bounds.append(max(nearest, bounds[-1]))
+        bounds.append(plain.num_leaves)
+        return tuple(range(start, stop) for start, stop in pairwise(bounds))
+
+    def owned(self, rank: int) -> range:
+        """Units that a rank owns."""
+        return self.cut.owned(rank)
+
+    @cached_property
+    def leaf_of(self) -> tuple[int, ...]:
+        """The leaf of every unit, shared ones behind the others: that of their first needer."""
+        leaves = [leaf for leaf in range(self.cut.num_leaves) for _ in self.cut.leaf(leaf)]
+        return (*leaves, *(leaves[needers[0]] for needers in self.units.needers))
+
+    @cached_property
+    def owner_of(self) -> tuple[int, ...]:
+        """The rank that owns every unit, shared ones behind the others."""
+        ranks = {leaf: rank for rank in range(self.degree) for leaf in self.cut.run(rank)}
+        return tuple(ranks[leaf] for leaf in self.leaf_of)
+
+    def holds(self, rank: int) -> frozenset[int]:
+        """Numbers of the units that a rank holds, shared ones among them."""
+        return self._held[rank]
+
+    @cached_property
+    def _held(self) -> tuple[frozenset[int], ...]:
+        count = self.units.count
+        return tuple(
+            frozenset(self.owned(rank))
+            | {
+                count + number
+                for number, needers in enumerate(self.units.needers)
+                if any(needer in self.owned(rank) for needer in needers)
+            }
+            for rank in range(self.degree)
+        )
+
+    @property
+    def is_whole(self) -> bool:
+        """True if one rank owns every unit."""
+        return any(len(self.owned(rank)) == self.units.count for rank in range(self.degree))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of indices in which units follow each other.
+
+    Attributes:
+        size: how many indices.
+        first: the unit of the first.
+        unit: how many indices each unit has.
+    """
+
+    size: int
+    first: int
+    unit: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.unit < 1 or self.size % self.unit or self.first < 0:
+            raise ShapeError(f"{self} is no run of whole units.")
+
+
+def blocks_of(labels: Sequence[int] | Indices) -> tuple[Block, ...]:
+    """The blocks of a dim from the unit of each of its indices: as few as there can be.
+
+    >>> blocks_of([0, 0, 1, 1, 0, 1])
+    (Block(size=4, first=0, unit=2), Block(size=2, first=0, unit=1))
+    """
+    array = np.asarray(labels, dtype=np.int64)
+    if not len(array):
+        return ()
+    starts = np.flatnonzero(np.diff(array, prepend=array[0] - 1))
+    lengths = np.diff(starts, append=len(array))
+    blocks: list[Block] = []
+    for label, length in zip(array[starts].tolist(), lengths.tolist(), strict=True):
+        last = blocks[-1] if blocks else None
+        if last and last.unit == length and label == last.first + last.size // last.unit:
+            blocks[-1] = Block(last.size + length, last.first, length)
+        else:
+            blocks.append(Block(length, label, length))
+    return tuple(blocks)
+
+
+@dataclass(frozen=True)
+class CutDim:
+    """How one dim of a tensor is cut: which unit every index belongs to, and who has the unit.
+
+    Attributes:
+        shared: the units and who has them.
+        blocks: units of the indices, in order.
+    """
+
+    shared: Shared
+    blocks: tuple[Block, ...]
+
+    @classmethod
+    def of_labels(cls, shared: Shared, labels: Sequence[int] | Indices) -> "CutDim":
+        """From the unit of every index."""
+        return cls(shared, blocks_of(labels))
+
+    @cached_property
+    def size(self) -> int:
+        """How many indices, on all ranks together."""
+        return sum(block.size for block in self.blocks)
+
+    @cached_property
+    def labels(self) -> Indices:
+        """The unit of every index."""
+        runs = [
+            block.first + np.arange(block.size, dtype=np.int64) // block.unit
+            for block in self.blocks
+        ]
+        return np.concatenate(runs) if runs else np.zeros(0, dtype=np.int64)
+
+    def held(self, rank: int) -> Indices:
+        """Indices that a rank holds, in order."""
+        return self._held[rank]
+
+    @cached_property
+    def _held(self) -> tuple[Indices, ...]:
+        return tuple(self._where(self.shared.holds(rank)) for rank in range(self.shared.degree))
+
+    def _where(self, units: frozenset[int]) -> Indices:
+        count = self.shared.units.count + len(self.shared.units.needers)
+        wanted = np.zeros(count, dtype=bool)
+        wanted[list(units)] = True
+        return np.flatnonzero(wanted[self.labels])
+
+    def owned(self, rank: int) -> Indices:
+        """Indices that a rank owns, in order: every index has one owner."""
+        return self._owned[rank]
+
+    @cached_property
+    def _owned(self) -> tuple[Indices, ...]:
+        owners = np.asarray(self.shared.owner_of, dtype=np.int64)[self.labels]
+        return tuple(np.flatnonzero(owners == rank) for rank in range(self.shared.degree))
+
+    @cached_property
+    def is_owned_once(self) -> bool:
+        """True if no rank holds what it does not own."""
+        return all(len(held) == len(own) for held, own in zip(self._held, self._owned, strict=True))
+
+    def leaf_slices(self, rank: int) -> tuple[tuple[slice, ...], ...]:
+        """For every leaf that a rank owns, where its indices lie in what the rank holds."""
+        return self._leaf_slices[rank]
+
+    @cached_property
+    def _leaf_slices(self) -> tuple[tuple[tuple[slice, ...], ...], ...]:
+        leaves = np.asarray(self.shared.leaf_of, dtype=np.int64)[self.labels]
+        return tuple(
+            tuple(
+                slices_of(np.flatnonzero(leaves[self._held[rank]] == leaf))
+                for leaf in self.shared.cut.run(rank)
+            )
+            for rank in range(self.shared.degree)
+        )
+
+
+def slices_of(indices: Indices) -> tuple[slice, ...]:
+    """Ascending indices as runs.
+
+    >>> slices_of(np.array([0, 1, 2, 5, 6]))
+    (slice(0, 3, None), slice(5, 7, None))
+    """
+    if not len(indices):
+        return ()
+    breaks = np.flatnonzero(np.diff(indices) != 1) + 1
+    return tuple(slice(int(run[0]), int(run[-1]) + 1) for run in np.split(indices, breaks))
