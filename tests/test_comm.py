@@ -13,6 +13,7 @@ from places import ENGINES, EVERYWHERE, TOGETHER, Pool
 from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.errors import MismatchError, ShapeError
+from shardproof.gathers import all_gather_sizes
 from shardproof.leaves import Cut
 from shardproof.tree import Node, combine, nodes_of_run
 
@@ -423,3 +424,27 @@ def test_a_tensor_that_the_cut_does_not_describe_raises(
 ) -> None:
     with pytest.raises(ShapeError, match=text):
         act(Axis.solo())
+
+
+def check_gather_of_sizes(axis: Axis) -> None:
+    sizes = tuple((3 * rank + 2) % 5 for rank in range(axis.size))
+    start = sum(sizes[: axis.rank])
+    for dim, shape in ((0, (sum(sizes), 5)), (1, (2, sum(sizes), 3)), (2, (2, 3, sum(sizes)))):
+        for dtype in (torch.float32, torch.bfloat16, torch.int64):
+            full = (whole(*shape) * 9).to(dtype)
+            x = full.narrow(dim, start, sizes[axis.rank])
+            y = all_gather_sizes(x, axis, dim=dim, sizes=sizes, direction="forward")
+            assert torch.equal(y, full), (dim, dtype)
+            y.fill_(7)
+            assert not full.numel() or bool((full != 7).any()), "the input was written"
+    with pytest.raises(ShapeError, match=f"has {sizes[axis.rank] + 1} indices"):
+        all_gather_sizes(
+            full.new_empty(sizes[axis.rank] + 1), axis, dim=0, sizes=sizes, direction="forward"
+        )
+
+
+@EVERYWHERE
+def test_parts_of_given_sizes_are_joined_in_rank_order(
+    pool: Pool, degree: int, engine: str
+) -> None:
+    pool(degree, engine).run(check_gather_of_sizes)

@@ -47,7 +47,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("schedule",),
     ("told",),
     ("comm",),
-    ("collectives", "recut"),
+    ("collectives", "gathers", "recut"),
     (
         "functional.classes",
         "functional.rows",

@@ -76,7 +76,7 @@ def all_gather(
     before, after = tuple(x.shape[:dim]), tuple(x.shape[dim + 1 :])
     call, sizes, outer = gather_plan(direction, who, before, after, x.dtype, cut)
     y = x.new_empty(call.shape)
-    axis.transport.all_gather(_flat(x, call), y.view(-1), sizes, outer=outer, call=call)
+    axis.transport.all_gather(as_flat(x, call), y.view(-1), sizes, outer=outer, call=call)
     sent = (axis.size - 1) * _bytes(x)
     count(axis, call, _bytes(y), sent)
     if observing.is_on():
@@ -230,7 +230,7 @@ def start_all_reduce_nodes(
         return Sum(_sum_alone(nodes, cut, like, direction, who))
     plan = tree_plan(direction, who, tuple(shape), like.dtype, cut, axis.rank)
     parts = list(nodes.values())
-    flat = [_flat(part, plan.call) for part in parts]
+    flat = [as_flat(part, plan.call) for part in parts]
     if len(parts) == 1 and _lies_flat(parts[0]) and parts[0].dtype == like.dtype:
         y = parts[0]
     else:
@@ -324,7 +324,7 @@ def gather(
     y = None
     if here:
         own: list[list[Tensor]] = [[x] if rank == dst else parts[rank] for rank in range(axis.size)]
-        y = torch.cat([_flat(part, call) for pieces in own for part in pieces])
+        y = torch.cat([as_flat(part, call) for pieces in own for part in pieces])
     if observing.is_on():
         output = None if y is None else Operand("y", y)
         given, sends = [Operand("x", x, shard(0))], [] if here else sends_whole([x], [dst])
@@ -417,12 +417,21 @@ def _check_sent(x: Tensor, call: Call) -> None:
 
 
 def _lies_flat(x: Tensor) -> bool:
-    """Whether `_flat` is `x` itself."""
+    """Whether `as_flat` is `x` itself."""
     return x.is_contiguous() and not (x.is_neg() or x.is_conj())
 
 
-def _flat(x: Tensor, call: Call) -> Tensor:
-    """The elements one after another, as memory has to hold them that others read."""
+def as_flat(x: Tensor, call: Call) -> Tensor:
+    """The elements one after another, as memory has to hold them that others read.
+
+    Args:
+        x: (*), on this rank.
+        call: that sends it, for messages.
+    Returns:
+        (elements,), contiguous; a view of `x` where that lies so.
+    Raises:
+        UsageError: `x` has no memory that others can read.
+    """
     _check_sent(x, call)
     if x.is_neg() or x.is_conj():  # a view whose memory has the opposite sign
         x = x.resolve_conj().resolve_neg()
@@ -447,7 +456,7 @@ def _sum(
         placement = shard(dim, dim_cut.owned(axis.rank), dim_cut.size)
         addition = FREE_ORDER if cut is None else written_sum(cut)
         told = tell_sum(axis, plan, parts, y, placement, nodes=nodes, addition=addition)
-    flat = [_flat(part, plan.call) for part in parts]
+    flat = [as_flat(part, plan.call) for part in parts]
     axis.transport.sum(flat, plan.order, y.view(-1), windows=plan.windows, call=plan.call)
     count(axis, plan.call, plan.message_bytes, plan.sent_bytes)
     if told is not None:

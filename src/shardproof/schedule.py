@@ -63,6 +63,31 @@ def gather_plan(
 
 
 @functools.lru_cache(_KEPT)
+def sizes_plan(
+    direction: str,
+    who: str,
+    before: tuple[int, ...],
+    after: tuple[int, ...],
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+) -> tuple[Call, tuple[int, ...], int]:
+    """`gather_plan` where each rank's length along the dim is given.
+
+    Args:
+        direction: of the call.
+        who: of the call.
+        before: the sizes of the dims before the one that is cut.
+        after: the sizes of the dims after it.
+        dtype: of what travels.
+        sizes: every rank's length along the dim.
+    """
+    shape = (*before, sum(sizes), *after)
+    detail = f"{sum(sizes)} indices along dim {len(before)}, by rank {sizes}"
+    call = Call("all_gather", direction, who, shape, dtype, detail)
+    return call, tuple(length * _numel(after) for length in sizes), _numel(before)
+
+
+@functools.lru_cache(_KEPT)
 def native_plan(
     direction: str, who: str, shape: tuple[int, ...], dtype: torch.dtype, size: int
 ) -> Plan:
