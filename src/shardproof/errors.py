@@ -9,6 +9,7 @@ ShardproofError
 |-- NumericsError (RuntimeError)  this process cannot promise the bits that were asked for
 |-- AxisError     (RuntimeError)  the environment, a mesh or a process group is missing or at odds
 |-- MismatchError (RuntimeError)  the ranks disagree about one collective
+|-- CheckError    (RuntimeError)  an operation on cut tensors differs from the same on whole ones
 `-- RankError     (RuntimeError)  a rank raised, was killed, left early or did not come
 """
 
@@ -47,6 +48,10 @@ class AxisError(ShardproofError, RuntimeError):
 
 class MismatchError(ShardproofError, RuntimeError):
     """The ranks of an axis disagree about one collective."""
+
+
+class CheckError(ShardproofError, RuntimeError):
+    """An operation on cut tensors gives another result than the same on whole tensors."""
 
 
 class RankError(ShardproofError, RuntimeError):

@@ -1,0 +1,132 @@
+"""What a module's own code calls as functions: dropout by position, and forms whose bits are fixed.
+
+A module whose forward draws, or calls an operation of whole tensors that threads change, runs its
+forward inside `Calls`. Operations on cut tensors go to their rules from here as from anywhere.
+"""
+
+import threading
+from collections.abc import Sequence
+from types import FunctionType
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
+
+from shardproof.cut.others import gathered, invariant, unwrapped
+from shardproof.cut.spec import Region
+from shardproof.cut.tensor import CutTensor, cut_tensor, name_of, rule
+from shardproof.errors import UsageError
+from shardproof.functional.dropout import MaskKey, dropout
+from shardproof.layers.dropout import Drawing
+
+DROPOUTS = frozenset(("dropout", "native_dropout", "dropout_"))
+_OTHERS = frozenset(
+    """dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout bernoulli
+    rrelu gumbel_softmax fractional_max_pool2d fractional_max_pool3d rand_like randn_like multinomial
+    randperm rand randn randint normal_ uniform_ bernoulli_ exponential_""".split()  # noqa: SIM905
+)
+_local = threading.local()
+
+
+class Calls(TorchFunctionMode):
+    """Takes the calls of torch in the forward of one module.
+
+    Args:
+        region: of the model.
+        drawing: what counts the module's draws; None if it draws nothing.
+    """
+
+    def __init__(self, region: Region, drawing: Drawing | None) -> None:
+        super().__init__()
+        self.region = region
+        self.drawing = drawing
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """A dropout by position, a form, or what was called."""
+        kwargs = kwargs or {}
+        if any(issubclass(each, CutTensor) for each in types):
+            with _Now(self):
+                return func(*args, **kwargs)
+        name = name_of(func)
+        if name in DROPOUTS and self.drawing is not None:
+            return self.dropped(*_dropout_of(args, kwargs))
+        if self.region.scheme.is_invariant:
+            form = invariant(self.region, func, "")
+            if form is not func:
+                return form(*args, **kwargs)
+        if isinstance(func, FunctionType) and func.__module__ == "torch.nn.functional":
+            with self:
+                return unwrapped(func)(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def key(self, seed: int) -> MaskKey:
+        """Of the next mask: the module, and how often it has drawn."""
+        drawing = self.drawing
+        if drawing is None:
+            raise UsageError(
+                "a dropout is called on a cut tensor in a forward that drew nothing when it was "
+                "watched. Plan the model in training mode: model.train()."
+            )
+        return MaskKey(seed, drawing.name, drawing.next_step())
+
+    def dropped(self, x: Any, p: float, training: bool, inplace: bool) -> Any:
+        """A dropout of a whole or a cut tensor."""
+        if not training or p == 0:
+            return x
+        if isinstance(x, CutTensor):
+            place = x.spec.region.place(x.spec.cut, x.who)
+            held = x.spec.cut.held(self.region.rank)
+            leaves = [(int(held[tile.start]), tile) for tile in place.tiles]
+            local = dropout(
+                x.local, p, self.key(self.region.scheme.seed), dim=x.spec.dim, leaves=leaves
+            )
+            return _given(cut_tensor(local, x.spec, x.who), x, inplace)
+        return _given(dropout(x, p, self.key(self.region.scheme.seed)), x, inplace)
+
+
+def _given(y: Any, x: Any, inplace: bool) -> Any:
+    return x.copy_(y) if inplace else y
+
+
+class _Now:
+    """Says which `Calls` a rule may draw with, in this thread."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def __enter__(self) -> None:
+        _stack().append(self._calls)
+
+    def __exit__(self, *_: object) -> None:
+        _stack().pop()
+
+
+def _stack() -> list[Calls]:
+    found: list[Calls] = _local.__dict__.setdefault("stack", [])
+    return found
+
+
+def _dropout_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, float, bool, bool]:
+    names = ("input", "p", "training", "inplace")
+    given: dict[str, Any] = {"p": 0.5, "training": True, "inplace": False}
+    given |= dict(zip(names, args, strict=False)) | kwargs
+    return given["input"], given["p"], given.get("train", given["training"]), given["inplace"]
+
+
+@rule("dropout", "dropout_", "native_dropout")
+def dropped(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A dropout of a cut tensor: each rank draws the masks of its own runs."""
+    x, p, training, inplace = _dropout_of(args, kwargs)
+    if not isinstance(x, CutTensor):
+        return gathered(func, name, args, kwargs)
+    if not training or p == 0:
+        return x
+    stack = _stack()
+    if not stack:
+        raise UsageError(
+            f"a dropout is called on a cut tensor{f' of {x.who!r}' if x.who else ''} outside the "
+            "forward of a module that draws. Call it in a module of the model that is cut, or use "
+            "shardproof.layers.dropout.Dropout."
+        )
+    return stack[-1].dropped(x, p, training, inplace)

@@ -1,0 +1,200 @@
+"""`checked`: every operation on cut tensors is also run on whole ones, and the first that differs is named.
+
+For whoever doubts a number, and for the prover, which uses it to say where. Forward and backward:
+both are run on copies, the gradients for one random gradient of the output are compared as well.
+It gathers everything, so it is for small models; numbers of the run itself do not change.
+"""
+
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from shardproof.cut import tensor
+from shardproof.cut.others import is_cut
+from shardproof.cut.tensor import CutTensor, cut_tensor
+from shardproof.errors import CheckError
+from shardproof.functional import crossings
+
+_OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+_state = threading.local()
+_RTOL = {torch.float64: 1e-8, torch.float32: 1e-4}
+
+
+@contextmanager
+def checked() -> Iterator[None]:
+    """Check every operation on cut tensors of this thread against the same on whole tensors.
+
+    Raises:
+        CheckError: inside, at the first operation whose result or gradient differs; it names the
+            operation, the module and the line of the model's code.
+
+    Comm:
+        every operation: all_gathers of its operands and results.
+    """
+    before = getattr(_state, "is_on", False)
+    _state.is_on = True
+    tensor.checks.append(_run)
+    try:
+        yield
+    finally:
+        tensor.checks.remove(_run)
+        _state.is_on = before
+
+
+def _run(found: Any, func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> Any:
+    """Run a rule, and the operation itself on whole copies; compare."""
+    if not getattr(_state, "is_on", False):
+        return found(func, name, args, kwargs)
+    _state.is_on = False
+    try:
+        if name not in _UNCHECKED and not name.endswith("_"):
+            _compare(found, func, name, args, kwargs)
+        return found(func, name, args, kwargs)
+    finally:
+        _state.is_on = True
+
+
+_UNCHECKED = frozenset(
+    [
+        "setitem",
+        "dropout",
+        "native_dropout",
+        "bernoulli",
+        "rand_like",
+        "randn_like",
+        "empty_like",
+        "multinomial",
+        "item",
+        "tolist",
+        "numpy",
+        "is_same_size",
+        "detach_",
+        "register_hook",
+        "copy_",
+        "new_empty",
+    ]
+)
+
+
+def _compare(found: Any, func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> None:
+    pairs: list[tuple[Any, Tensor]] = []
+
+    def copied(x: Any) -> Any:
+        if isinstance(x, CutTensor):
+            local = x.local.detach().clone()
+            with torch.no_grad():
+                whole = _gathered(x, x.local.detach())
+            own = cut_tensor(local.requires_grad_(x.requires_grad), x.spec, x.who)
+            pairs.append((own, whole.requires_grad_(x.requires_grad)))
+            return own
+        if isinstance(x, Tensor):
+            own = x.detach().clone().requires_grad_(x.requires_grad)
+            pairs.append((own, x.detach().clone().requires_grad_(x.requires_grad)))
+            return own
+        return x
+
+    given, options = tree_map(copied, (args, kwargs), is_leaf=is_cut)
+    wholes = iter([whole for _, whole in pairs])
+    plain, plain_options = tree_map(
+        lambda x: next(wholes) if isinstance(x, CutTensor | Tensor) else x,
+        (given, options),
+        is_leaf=is_cut,
+    )
+    want = [each for each in tree_flatten(func(*plain, **plain_options))[0]]
+    got = [each for each in tree_flatten(found(func, name, given, options), is_leaf=is_cut)[0]]
+    for ours, theirs in zip(got, want, strict=False):
+        if isinstance(theirs, Tensor):
+            _same(name, args, ours, theirs, "its result")
+    _compare_gradients(name, args, pairs, got, want)
+
+
+def _compare_gradients(
+    name: str, args: Any, pairs: list[tuple[Any, Tensor]], got: list[Any], want: list[Any]
+) -> None:
+    outs = [
+        (ours, theirs)
+        for ours, theirs in zip(got, want, strict=False)
+        if isinstance(theirs, Tensor) and theirs.requires_grad
+    ]
+    inputs = [(ours, theirs) for ours, theirs in pairs if theirs.requires_grad]
+    if not outs or not inputs or not torch.is_grad_enabled():
+        return
+    cotangents = [_numbers(theirs) for _, theirs in outs]
+    wanted = torch.autograd.grad(
+        [theirs for _, theirs in outs],
+        [whole for _, whole in inputs],
+        cotangents,
+        allow_unused=True,
+    )
+    parts, grads = [], []
+    for (ours, _), grad in zip(outs, cotangents, strict=True):
+        parts.append(ours.local if isinstance(ours, CutTensor) else ours)
+        if isinstance(ours, CutTensor):
+            place = ours.spec.region.place(ours.spec.cut, ours.who)
+            grad = crossings.held_part(grad, ours.spec.dim, place)
+        grads.append(grad)
+    leaves = [ours.local if isinstance(ours, CutTensor) else ours for ours, _ in inputs]
+    had = torch.autograd.grad(parts, leaves, grads, allow_unused=True)
+    for (ours, _), grad, theirs in zip(inputs, had, wanted, strict=True):
+        if theirs is None or (grad is None and not theirs.any()):
+            continue
+        if grad is None:
+            grad = torch.zeros_like(ours.local if isinstance(ours, CutTensor) else ours)
+        shown = cut_tensor(grad, ours.spec, ours.who) if isinstance(ours, CutTensor) else grad
+        _same(name, args, shown, theirs, "a gradient of its input")
+
+
+def _numbers(x: Tensor) -> Tensor:
+    """Some gradient that is the same on every rank."""
+    count = torch.arange(x.numel(), device=x.device) * 7919 % 1013
+    return (count.to(x.dtype) / 1013 - 0.5).reshape(x.shape)
+
+
+def _gathered(x: CutTensor, local: Tensor) -> Tensor:
+    place = x.spec.region.place(x.spec.cut, x.who or "checked")
+    return crossings.gather(local, x.spec.dim, place)
+
+
+def _same(name: str, args: Any, ours: Any, theirs: Tensor, what: str) -> None:
+    theirs = theirs.detach()
+    with torch.no_grad():
+        have = _gathered(ours, ours.local.detach()) if isinstance(ours, CutTensor) else ours
+    have = have.detach() if isinstance(have, Tensor) else torch.as_tensor(have)
+    if have.shape != theirs.shape:
+        _raise(
+            name, args, what, f"has the shape {tuple(have.shape)}, and not {tuple(theirs.shape)}"
+        )
+    if not theirs.dtype.is_floating_point and not theirs.dtype.is_complex:
+        if not torch.equal(have, theirs):
+            _raise(name, args, what, "differs")
+        return
+    rtol = _RTOL.get(theirs.dtype, 3e-2)
+    scale = float(theirs.abs().nan_to_num(0, 0, 0).max()) if theirs.numel() else 0.0
+    if not torch.allclose(have, theirs, rtol=rtol, atol=rtol * scale + 1e-30, equal_nan=True):
+        worst = float((have - theirs).abs().max())
+        _raise(name, args, what, f"differs by {worst:.3g} where values reach {scale:.3g}")
+
+
+def _raise(name: str, args: Any, what: str, how: str) -> None:
+    cuts = [x for x in tree_flatten(args, is_leaf=is_cut)[0] if isinstance(x, CutTensor)]
+    shown = ", ".join(f"{x.spec!r}" for x in cuts)
+    who = next((x.who for x in cuts if x.who), "")
+    module = f" (from the weight of {who!r})" if who else ""
+    raise CheckError(
+        f"{name} of cut tensors is wrong: {what} {how}. At {_line()}{module}. Its operands: {shown}."
+    )
+
+
+def _line() -> str:
+    """The line of the model's code that called the operation."""
+    for frame in reversed(traceback.extract_stack()):
+        if not frame.filename.startswith(_OURS):
+            return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
+    return "a line that is not known"

@@ -1,0 +1,115 @@
+"""Convolutions: products of windows where channels are contracted, local where each has its own."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shardproof.cut.linear import product
+from shardproof.cut.meet import fitted
+from shardproof.cut.others import gathered, invariant
+from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
+
+_NAMES = ("conv1d", "conv2d", "conv3d")
+
+
+@rule(*_NAMES)
+def conv(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A convolution of a cut input or with a cut weight."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    given |= dict(zip(names, args, strict=False)) | kwargs
+    x, weight, n = given["input"], given["weight"], int(name[4])
+    if x.dim() != n + 2:
+        return gathered(func, name, args, kwargs)
+    if given["groups"] == 1:
+        return _by_windows(x, weight, given["bias"], given, n)
+    channels, outs = x.shape[1], weight.shape[0]
+    is_cut = isinstance(x, CutTensor) and x.spec.dim == 1 and channels == given["groups"]
+    if not is_cut or outs % channels or not isinstance(weight, CutTensor) or weight.spec.dim != 0:
+        return gathered(func, name, args, kwargs)
+    return _depthwise(func, x, weight, given)
+
+
+def _depthwise(func: Any, x: CutTensor, weight: CutTensor, given: dict[str, Any]) -> Any:
+    """Every channel has its own kernels: those that the rank holds."""
+    if weight.shape[0] != x.shape[1]:
+        return gathered(
+            func,
+            "grouped convolution",
+            (x, weight, given["bias"]),
+            {key: given[key] for key in ("stride", "padding", "dilation", "groups")},
+        )
+    spec = x.spec
+    who = weight.who
+    own = fitted(weight, spec.region.spec(weight.shape, 0, spec.cut), who)
+    bias = given["bias"]
+    if bias is not None:
+        bias = fitted(bias, spec.region.spec(bias.shape, 0, spec.cut), who)
+    held = x.local.shape[1]
+    options = {key: given[key] for key in ("stride", "padding", "dilation")}
+    if held:
+        y = invariant(spec.region, func, who)(x.local, own, bias, **options, groups=held)
+    else:
+        sizes = _out_sizes(x.shape[2:], weight.shape[2:], given)
+        y = (x.local.sum() + own.sum()).expand(x.shape[0], 0, *sizes)
+    shape = (y.shape[0], x.shape[1], *y.shape[2:])
+    return cut_tensor(y, spec.region.spec(shape, 1, spec.cut), who)
+
+
+def _each(value: Any, n: int) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,) * n
+
+
+def _padding(given: dict[str, Any], kernel: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Before and behind, for every spatial dim."""
+    n = len(kernel)
+    if given["padding"] == "valid":
+        return [(0, 0)] * n
+    if given["padding"] == "same":
+        spans = [d * (k - 1) for d, k in zip(_each(given["dilation"], n), kernel, strict=True)]
+        return [(span // 2, span - span // 2) for span in spans]
+    return [(p, p) for p in _each(given["padding"], n)]
+
+
+def _out_sizes(
+    sizes: tuple[int, ...], kernel: tuple[int, ...], given: dict[str, Any]
+) -> tuple[int, ...]:
+    n = len(kernel)
+    stride, dilation = _each(given["stride"], n), _each(given["dilation"], n)
+    return tuple(
+        (size + sum(pad) - d * (k - 1) - 1) // s + 1
+        for size, pad, d, k, s in zip(
+            sizes, _padding(given, kernel), dilation, kernel, stride, strict=True
+        )
+    )
+
+
+def _by_windows(x: Any, weight: Any, bias: Any, given: dict[str, Any], n: int) -> Any:
+    """(B, C, *size) as windows (B, *out, C * kernel), times the weight as a matrix."""
+    kernel = tuple(weight.shape[2:])
+    pads = [each for pad in reversed(_padding(given, kernel)) for each in pad]
+    if any(pads):
+        x = F.pad(x, pads)
+    stride, dilation = _each(given["stride"], n), _each(given["dilation"], n)
+    for place in range(n):
+        span = dilation[place] * (kernel[place] - 1) + 1
+        x = _unfolded(x, 2 + place, span, stride[place], dilation[place])
+    order = [0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n)]
+    x = x.permute(order).reshape(x.shape[0], *x.shape[2 : 2 + n], x.shape[1] * math.prod(kernel))
+    y = product(x, weight.reshape(weight.shape[0], -1), bias, is_transposed=False, func=_FUNCS[n])
+    return y.permute(0, n + 1, *range(1, n + 1))
+
+
+def _unfolded(x: Any, dim: int, span: int, step: int, dilation: int) -> Any:
+    """Windows of one dim, as a new last dim."""
+    if isinstance(x, CutTensor):
+        y: Any = run(Tensor.unfold, (x, dim, span, step), {})
+    else:
+        y = x.unfold(dim, span, step)
+    return y if dilation == 1 else y[..., ::dilation]
+
+
+_FUNCS = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}

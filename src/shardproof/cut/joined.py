@@ -1,0 +1,96 @@
+"""`cat` and `stack`: tensors that are cut alike are joined part by part."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardproof.cut.meet import common, fitted
+from shardproof.cut.others import gathered
+from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
+from shardproof.units import CutDim
+
+
+@rule("cat", "concat", "concatenate")
+def cat(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Along a whole dim the others must be cut alike; along the cut dim the blocks follow."""
+    tensors = [each for each in (args[0] if args else kwargs["tensors"]) if each.shape != (0,)]
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+    first = next(each for each in tensors if isinstance(each, CutTensor))
+    dim %= first.dim()
+    if any(each.dim() != first.dim() for each in tensors):
+        return gathered(func, name, args, kwargs)
+    if dim == first.spec.dim:
+        return _side_by_side(func, name, tensors, dim, args, kwargs)
+    shape = list(first.shape)
+    shape[dim] = 1
+    met = common([_one(each, dim) for each in tensors], tuple(shape))
+    if met is None:
+        return gathered(func, name, args, kwargs)
+    spec, who = met
+    parts = []
+    for each in tensors:
+        own = (*each.shape[:dim], each.shape[dim], *each.shape[dim + 1 :])
+        parts.append(fitted(each, spec.region.spec(own, spec.dim, spec.cut), who))
+    shape[dim] = sum(each.shape[dim] for each in tensors)
+    made = spec.region.spec(tuple(shape), spec.dim, spec.cut)
+    return cut_tensor(torch.cat(parts, dim), made, who)
+
+
+def _one(x: Any, dim: int) -> Any:
+    """A stand-in of size 1 along a dim: what is asked is how the others are cut."""
+    if not isinstance(x, CutTensor):
+        return (
+            torch.empty(0).expand(*[1] * x.dim())
+            if False
+            else x.narrow(dim, 0, 1)
+            if (x.shape[dim])
+            else x.sum(dim, keepdim=True)
+        )
+    shape = (*x.shape[:dim], 1, *x.shape[dim + 1 :])
+    return CutTensor(x.local, x.spec.region.spec(shape, x.spec.dim, x.spec.cut), x.who)
+
+
+def _side_by_side(
+    func: Any,
+    name: str,
+    tensors: list[Any],
+    dim: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    first = next(each for each in tensors if isinstance(each, CutTensor))
+    if not all(
+        isinstance(each, CutTensor)
+        and each.spec.dim == dim
+        and each.spec.cut.shared is first.spec.cut.shared
+        for each in tensors
+    ):
+        return gathered(func, name, args, kwargs)
+    labels = np.concatenate([each.spec.cut.labels for each in tensors])
+    shape = list(first.shape)
+    shape[dim] = len(labels)
+    region = first.spec.region
+    key = ("cat", *(each.spec.cut for each in tensors))
+    if key not in region.recipes:
+        region.recipes[key] = CutDim.of_labels(first.spec.cut.shared, labels)
+    spec = region.spec(tuple(shape), dim, region.recipes[key])
+    return cut_tensor(torch.cat([each.local for each in tensors], dim), spec, first.who)
+
+
+@rule("stack", "hstack", "vstack", "dstack", "column_stack")
+def stack(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As `cat` of what has a new dim."""
+    if name != "stack":
+        return gathered(func, name, args, kwargs)
+    tensors = args[0] if args else kwargs["tensors"]
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    dim %= tensors[0].dim() + 1
+    grown = [
+        run(Tensor.unsqueeze, (each, dim), {})
+        if isinstance(each, CutTensor)
+        else each.unsqueeze(dim)
+        for each in tensors
+    ]
+    return run(torch.cat, (grown, dim), {})

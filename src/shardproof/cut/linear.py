@@ -1,0 +1,213 @@
+"""Products: linear layers cut by columns or rows, and batched products of cut tensors."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shardproof.cut.meet import fitted, is_finer, refined
+from shardproof.cut.others import gathered, invariant, whole
+from shardproof.cut.spec import Spec
+from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
+from shardproof.functional import crossings
+
+
+def entering(x: Tensor) -> Any:
+    """What the column products of one whole tensor share: one sum of its gradient."""
+    found = getattr(x, "_shardproof_entering", None)
+    if found is None:
+        found = crossings.Entering()
+        x._shardproof_entering = found  # type: ignore[attr-defined]
+    return found
+
+
+def product(x: Any, weight: Any, bias: Any, *, is_transposed: bool, func: Any = F.linear) -> Any:
+    """`x @ weight.T + bias`, or without `.T`: column, row, or along some other dim.
+
+    Args:
+        x: (*, in_features), cut or whole.
+        weight: (out_features, in_features), or transposed; cut or whole.
+        bias: (out_features,) or None; cut or whole.
+        is_transposed: how `weight` is given.
+        func: that was called, for messages.
+    """
+    out_dim, in_dim = (1, 0) if is_transposed else (0, 1)
+    last = x.dim() - 1
+    if isinstance(weight, CutTensor) and weight.spec.dim == out_dim:
+        if isinstance(x, CutTensor):
+            x = whole(x, f"{func.__name__} of two cuts")
+        spec = weight.spec.region.spec(
+            (*x.shape[:-1], weight.shape[out_dim]), last, weight.spec.cut
+        )
+        place = spec.region.place(spec.cut, weight.who)
+        own = bias
+        if bias is not None:
+            own = fitted(bias, spec.region.spec((weight.shape[out_dim],), 0, spec.cut), weight.who)
+        handle = entering(x) if x.requires_grad and torch.is_grad_enabled() else None
+        y = crossings.column(
+            x, weight.local, own, place, entering=handle, is_transposed=is_transposed
+        )
+        return cut_tensor(y, spec, weight.who)
+    if isinstance(bias, CutTensor):
+        bias = whole(bias, func.__name__)
+    if isinstance(weight, CutTensor):
+        cut, region = weight.spec.cut, weight.spec.region
+        place = region.place(cut, weight.who)
+        if isinstance(x, CutTensor) and x.spec.dim == last and is_finer(cut, x.spec.cut, x.spec):
+            part = refined(x, cut).local
+        else:
+            if isinstance(x, CutTensor):
+                x = whole(x, f"{func.__name__} of two cuts")
+            part = crossings.take(x, last, place)
+        return crossings.row(part, weight.local, bias, place, is_transposed=is_transposed)
+    return _of_whole_weight(x, weight, bias, is_transposed, func)
+
+
+def _of_whole_weight(
+    x: CutTensor, weight: Tensor, bias: Any, is_transposed: bool, func: Any
+) -> Any:
+    """A cut tensor and a whole weight."""
+    spec = x.spec
+    if spec.dim == x.dim() - 1 or weight.requires_grad or (bias is not None and bias.requires_grad):
+        x = whole(x, f"{func.__name__} of a whole weight")
+        form = invariant(spec.region, F.linear, "")
+        return form(x, weight.t() if is_transposed else weight, bias)
+    form = invariant(spec.region, F.linear, x.who)
+    y = form(x.local, weight.t() if is_transposed else weight, bias)
+    out = weight.shape[1 if is_transposed else 0]
+    return cut_tensor(y, spec.region.spec((*x.shape[:-1], out), spec.dim, spec.cut), x.who)
+
+
+@rule("linear")
+def linear(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`F.linear`."""
+    return product(*_named(args, kwargs, "input", "weight", "bias"), is_transposed=False)
+
+
+def _named(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
+    return [args[n] if n < len(args) else kwargs.get(name) for n, name in enumerate(names)]
+
+
+@rule("addmm")
+def addmm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`bias + x @ weight`, as the Conv1D of transformers has it."""
+    bias, x, weight = _named(args, kwargs, "input", "mat1", "mat2")
+    if kwargs.get("alpha", 1) == 1 == kwargs.get("beta", 1) and bias.dim() == 1:
+        return product(x, weight, bias, is_transposed=True, func=torch.addmm)
+    y = run(torch.matmul, (x, weight), {})
+    if kwargs.get("alpha", 1) != 1:
+        y = y * kwargs["alpha"]
+    return y if kwargs.get("beta", 1) == 0 else bias * kwargs.get("beta", 1) + y
+
+
+@rule("baddbmm")
+def baddbmm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`beta * input + alpha * a @ b`, batched."""
+    x, a, b = _named(args, kwargs, "input", "batch1", "batch2")
+    y = run(torch.matmul, (a, b), {})
+    if kwargs.get("alpha", 1) != 1:
+        y = y * kwargs["alpha"]
+    beta = kwargs.get("beta", 1)
+    return y if beta == 0 else (x if beta == 1 else x * beta) + y
+
+
+@rule("matmul", "mm", "bmm", "mv", "dot", "rmatmul", "inner")
+def matmul(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Products of two tensors, batched or not."""
+    a, b = _named(args, kwargs, "input", "other")
+    if b is None:
+        b = kwargs.get("mat2", kwargs.get("tensor", kwargs.get("vec")))
+    if name == "rmatmul":
+        a, b = b, a
+    if a.dim() < 1 or b.dim() < 1 or min(a.dim(), b.dim()) == 1:
+        return _with_vectors(func, name, a, b)
+    if b.dim() == 2 and a.dim() >= 2 and name != "bmm":
+        return product(a, b, None, is_transposed=True, func=torch.matmul)
+    return batched(a, b)
+
+
+def _with_vectors(func: Any, name: str, a: Any, b: Any) -> Any:
+    if a.dim() == 1 and b.dim() == 1:
+        return run(Tensor.sum, (a * b,), {})
+    if a.dim() == 1:
+        return run(Tensor.squeeze, (run(torch.matmul, (a[None], b), {}), -2), {})
+    return run(Tensor.squeeze, (run(torch.matmul, (a, b[:, None]), {}), -1), {})
+
+
+def batched(a: Any, b: Any) -> Any:
+    """(*, M, K) @ (*, K, N), of which one or both are cut along one dim."""
+    x = a if isinstance(a, CutTensor) else b
+    region = x.spec.region
+    shape = (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+    roles = {
+        _role(each, side, len(shape))
+        for each, side in ((a, 0), (b, 1))
+        if isinstance(each, CutTensor)
+    }
+    if len(roles) > 1:
+        return gathered(torch.matmul, "matmul of two cuts", (a, b), {})
+    (role,) = roles
+    if role == "k":
+        return _contracted(a, b)
+    dim = role
+    shares = any(not isinstance(each, CutTensor) and each.requires_grad for each in (a, b))
+    if shares and torch.is_grad_enabled() and dim >= len(shape) - 2:
+        return gathered(torch.matmul, "matmul with one whole operand", (a, b), {})
+    finest = _finest(a, b)
+    if finest is None:
+        return gathered(torch.matmul, "matmul of two cuts", (a, b), {})
+    spec = region.spec(shape, dim, finest.spec.cut)
+    parts = [_as_operand(each, side, spec, finest) for side, each in enumerate((a, b))]
+    y = invariant(region, torch.matmul, finest.who)(*parts)
+    return cut_tensor(y, spec, finest.who)
+
+
+def _role(x: CutTensor, side: int, dims: int) -> Any:
+    """Which dim of the result a cut dim of an operand is; "k" for the one that is contracted."""
+    dim = x.spec.dim - x.dim()
+    if dim == (-1 if side == 0 else -2):
+        return "k"
+    return dims + dim
+
+
+def _finest(a: Any, b: Any) -> CutTensor | None:
+    cuts = [each for each in (a, b) if isinstance(each, CutTensor)]
+    best = cuts[0]
+    for other in cuts[1:]:
+        if other.spec.cut == best.spec.cut:
+            continue
+        if is_finer(other.spec.cut, best.spec.cut, best.spec):
+            best = other
+        elif not is_finer(best.spec.cut, other.spec.cut, best.spec):
+            return None
+    return best
+
+
+def _as_operand(x: Any, side: int, spec: Spec, who: CutTensor) -> Tensor:
+    """This rank's part of one operand of a batched product."""
+    own = spec.dim - len(spec.shape) + x.dim()
+    if isinstance(x, CutTensor):
+        return refined(x, spec.cut).local
+    place = spec.region.place(spec.cut, who.who)
+    is_batch = spec.dim < len(spec.shape) - 2
+    if is_batch and own >= 0 and x.shape[own] == spec.shape[spec.dim]:
+        return crossings.take(x, own, place)
+    if x.requires_grad and torch.is_grad_enabled():
+        # Every rank multiplies with it: its gradient is summed over the ranks.
+        lead = spec.local_shape[: len(spec.shape) - 2]
+        return crossings.spread(x, (*lead, *x.shape[-2:]), spec.dim, place)
+    return x
+
+
+def _contracted(a: Any, b: Any) -> Any:
+    """The contracted dim is cut."""
+    x = a if isinstance(a, CutTensor) else b
+    place = x.spec.region.place(x.spec.cut, x.who)
+    if isinstance(a, CutTensor) and isinstance(b, CutTensor):
+        if a.spec.cut != b.spec.cut:
+            return gathered(torch.matmul, "matmul of two cuts", (a, b), {})
+        return crossings.contract(a.local, b.local, place)
+    if isinstance(a, CutTensor):
+        return crossings.contract(a.local, crossings.take(b, b.dim() - 2, place), place)
+    return crossings.contract(crossings.take(a, a.dim() - 1, place), b.local, place)

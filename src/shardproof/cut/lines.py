@@ -1,0 +1,324 @@
+"""Operations that use whole lines along some dims and treat lines alike: softmax, norms, sums, sorts.
+
+Where the cut dim is none of theirs, each rank does its own lines. Where it is, a sum is added over
+the ranks in the order of the tree, a softmax exchanges its sums, and the rest is gathered.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardproof.cut.meet import fitted
+from shardproof.cut.others import gathered, invariant, whole
+from shardproof.cut.spec import Spec
+from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
+from shardproof.functional import crossings
+
+# Name -> place of the argument that says along which dims; its other name, and what it is if absent.
+_DIM = {
+    **dict.fromkeys(
+        (
+            "softmax",
+            "log_softmax",
+            "softmin",
+            "cumsum",
+            "cumprod",
+            "logcumsumexp",
+            "cummax",
+            "cummin",
+            "glu",
+            "unbind_never",
+            "_softmax",
+            "_log_softmax",
+        ),
+        1,
+    ),
+    **dict.fromkeys(("sort", "argsort", "msort"), 1),
+    **dict.fromkeys(("topk", "kthvalue"), 2),
+    **dict.fromkeys(
+        (
+            "argmax",
+            "argmin",
+            "amax",
+            "amin",
+            "logsumexp",
+            "var",
+            "std",
+            "var_mean",
+            "std_mean",
+            "any",
+            "all",
+            "prod",
+            "median",
+            "nanmedian",
+            "mode",
+            "count_nonzero",
+            "aminmax",
+            "nansum",
+            "nanmean",
+        ),
+        1,
+    ),
+    "norm": 2,
+    "renorm": 2,
+    "vector_norm": 2,
+    "linalg_vector_norm": 2,
+    "normalize": 2,
+}
+_LAST = frozenset(("sort", "argsort", "topk", "kthvalue", "glu"))
+_KEEPS = frozenset(
+    (
+        "softmax",
+        "log_softmax",
+        "softmin",
+        "cumsum",
+        "cumprod",
+        "logcumsumexp",
+        "cummax",
+        "cummin",
+        "sort",
+        "argsort",
+        "topk",
+        "renorm",
+        "normalize",
+        "msort",
+        "_softmax",
+        "_log_softmax",
+        "glu",
+    )
+)
+_FIRST = {"sort": 1, "argsort": 1}
+
+
+def dims_of(name: str, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """The dims of whole lines, counted from the left."""
+    place = _DIM[name]
+    given = kwargs.get("dim", kwargs.get("axis"))
+    if given is None and len(args) > place and not isinstance(args[place], bool):
+        given = args[place]
+    if name == "norm" and given is None and "dim" not in kwargs:
+        given = None
+    if given is None:
+        if name in _LAST:
+            return (x.dim() - 1,)
+        if name == "normalize":
+            return (1,)
+        return tuple(range(x.dim()))
+    dims = given if isinstance(given, list | tuple) else (given,)
+    return tuple(each % x.dim() for each in dims) or tuple(range(x.dim()))
+
+
+@rule(*_DIM)
+def lines(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Each rank does the lines that it holds."""
+    x = args[0] if args else kwargs.pop("input", kwargs.pop("self", None))
+    args = (x, *args[1:])
+    if not isinstance(x, CutTensor) or any(isinstance(each, CutTensor) for each in args[1:]):
+        return gathered(func, name, args, kwargs)
+    dims = dims_of(name, x, args, kwargs)
+    if x.spec.dim in dims:
+        return _across(func, name, x, args, kwargs, dims)
+    y = invariant(x.spec.region, func, x.who)(x.local, *args[1:], **kwargs)
+    if isinstance(y, Tensor):
+        return _relaid(y, x, dims)
+    made = [_relaid(each, x, dims) for each in y]
+    return type(y)(made) if hasattr(type(y), "n_fields") else tuple(made)
+
+
+def _relaid(y: Tensor, x: CutTensor, dims: tuple[int, ...]) -> CutTensor:
+    """The result for a rank's lines; dims that are gone move the cut dim."""
+    dim = x.spec.dim
+    if y.dim() < x.dim():
+        dim -= sum(each < dim for each in dims)
+    shape = (*y.shape[:dim], x.shape[x.spec.dim], *y.shape[dim + 1 :])
+    return cut_tensor(y, x.spec.region.spec(shape, dim, x.spec.cut), x.who)
+
+
+def _across(
+    func: Any,
+    name: str,
+    x: CutTensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dims: tuple[int, ...],
+) -> Any:
+    """Lines along the cut dim."""
+    place = x.spec.region.place(x.spec.cut, x.who)
+    if name in ("softmax", "log_softmax") and not _recast(kwargs, args):
+        over = crossings.softmax_cut if name == "softmax" else crossings.log_softmax_cut
+        dtype = kwargs.get("dtype") or next((a for a in args if isinstance(a, torch.dtype)), None)
+        local = x.local if dtype is None else x.local.to(dtype)
+        return cut_tensor(over(local, x.spec.dim, place), x.spec, x.who)
+    keep = bool(kwargs.get("keepdim", False)) or any(each is True for each in args[2:])
+    if name in ("amax", "amin") and len(dims) == 1:
+        return crossings.amax_cut(x.local, x.spec.dim, place, keepdim=keep, is_min=name == "amin")
+    if name in ("argmax", "argmin") and len(dims) == 1:
+        return crossings.max_cut(x.local, x.spec.dim, place, keepdim=keep, is_min=name == "argmin")[
+            1
+        ]
+    return gathered(func, name, args, kwargs)
+
+
+def _recast(kwargs: dict[str, Any], args: tuple[Any, ...]) -> bool:
+    return False
+
+
+@rule("max", "min")
+def extreme(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Of two tensors element by element, along one dim, or of all."""
+    if len(args) > 1 and isinstance(args[1], Tensor | CutTensor):
+        return run(getattr(torch, f"{name}imum"), args, kwargs)
+    x = args[0]
+    if len(args) == 1 and "dim" not in kwargs:
+        return run(getattr(Tensor, f"a{name}"), (x,), {})
+    dim = (kwargs["dim"] if "dim" in kwargs else args[1]) % x.dim()
+    if dim != x.spec.dim:
+        y = invariant(x.spec.region, func, x.who)(x.local, *args[1:], **kwargs)
+        return type(y)([_relaid(each, x, (dim,)) for each in y])
+    keep = bool(kwargs.get("keepdim", len(args) > 2 and args[2]))
+    place = x.spec.region.place(x.spec.cut, x.who)
+    pair = crossings.max_cut(x.local, dim, place, keepdim=keep, is_min=name == "min")
+    return getattr(torch.return_types, name)(pair)
+
+
+@rule("sum", "mean")
+def total(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A sum or mean: in a fixed order along whole dims, by the tree along the cut one."""
+    x = args[0]
+    if not isinstance(x, CutTensor):
+        return gathered(func, name, args, kwargs)
+    given = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else None))
+    dtype = kwargs.get("dtype")
+    if isinstance(given, torch.dtype):
+        given, dtype = None, given
+    dims = (
+        range(x.dim())
+        if given is None or given == ()
+        else (given if isinstance(given, list | tuple) else (given,))
+    )
+    keep = bool(kwargs.get("keepdim", args[2] if len(args) > 2 else False))
+    dims = tuple(sorted(each % x.dim() for each in dims))
+    if x.spec.dim not in dims:
+        y = invariant(x.spec.region, func, x.who)(x.local, *args[1:], **kwargs)
+        return _relaid(y, x, dims)
+    local = x.local
+    if dtype is not None:
+        local = local.to(dtype)
+    elif not local.dtype.is_floating_point and not local.dtype.is_complex and name == "sum":
+        local = local.to(torch.int64)
+    place = x.spec.region.place(x.spec.cut, x.who)
+    rest = tuple(each for each in dims if each != x.spec.dim)
+    y = crossings.sum_cut(local, x.spec.dim, place, keepdim=True)
+    if rest:
+        y = crossings.fold(y, rest, keepdim=True, place=place)
+    if name == "mean":
+        count = 1
+        for each in dims:
+            count *= x.shape[each]
+        y = y / count
+    return y if keep else y.reshape([n for dim, n in enumerate(y.shape) if dim not in dims])
+
+
+@rule("layer_norm", "rms_norm")
+def norm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Over the last dims; the weight is whole, and its gradient is summed over the ranks."""
+    x, shape = args[0], args[1] if len(args) > 1 else kwargs["normalized_shape"]
+    weight = args[2] if len(args) > 2 else kwargs.get("weight")
+    bias = (args[3] if len(args) > 3 else kwargs.get("bias")) if name == "layer_norm" else None
+    last = 4 if name == "layer_norm" else 3
+    eps = args[last] if len(args) > last else kwargs.get("eps", 1e-5 if last == 4 else None)
+    if not isinstance(x, CutTensor) or x.spec.dim >= x.dim() - len(shape):
+        return gathered(func, name, args, kwargs)
+    local = invariant(x.spec.region, func, x.who)(
+        x.local, tuple(shape), None, *((None, eps) if name == "layer_norm" else (eps,))
+    )
+    y: Any = cut_tensor(local, x.spec, x.who)
+    if weight is not None:
+        y = run(torch.mul, (y, weight), {})
+    return y if bias is None else run(torch.add, (y, bias), {})
+
+
+@rule("group_norm")
+def group_norm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Groups that each rank holds whole are its own lines."""
+    return gathered(func, name, args, kwargs)
+
+
+# Name -> how many of the last dims it uses.
+_SPATIAL = {
+    **{
+        f"{kind}_pool{n}d": n
+        for kind in ("avg", "max", "adaptive_avg", "adaptive_max", "lp")
+        for n in (1, 2, 3)
+    },
+    **{f"max_pool{n}d_with_indices": n for n in (1, 2, 3)},
+    "tril": 2,
+    "triu": 2,
+    "interpolate": -2,
+    "upsample": -2,
+    "rope_never": 1,
+}
+
+
+@rule(*_SPATIAL)
+def spatial(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Uses the last dims alone."""
+    x = args[0]
+    count = _SPATIAL[name]
+    used = x.dim() - 2 if count < 0 else count
+    if not isinstance(x, CutTensor) or x.spec.dim >= x.dim() - used:
+        return gathered(func, name, args, kwargs)
+    y = invariant(x.spec.region, func, x.who)(x.local, *args[1:], **kwargs)
+    if isinstance(y, Tensor):
+        return _relaid(y, x, ())
+    return type(y)([_relaid(each, x, ()) for each in y])
+
+
+@rule("pad", "constant_pad_nd")
+def pad(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Padding of whole dims."""
+    x, amount = args[0], args[1] if len(args) > 1 else kwargs["pad"]
+    touched = {x.dim() - 1 - n // 2 for n, each in enumerate(amount) if each}
+    if x.spec.dim in touched:
+        return gathered(func, name, args, kwargs)
+    return _relaid(func(x.local, *args[1:], **kwargs), x, ())
+
+
+def _spec_of(x: CutTensor, shape: tuple[int, ...], dim: int) -> Spec:
+    return x.spec.region.spec(shape, dim, x.spec.cut)
+
+
+def _as_many(x: Any, heads: int) -> Any:
+    """One head that serves all is given to each."""
+    return x.expand(*x.shape[:-3], heads, *x.shape[-2:]) if x.shape[-3] == 1 else x
+
+
+@rule("scaled_dot_product_attention")
+def attention(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Each rank attends with the heads that it holds."""
+    given = dict(
+        zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)
+    )
+    options = {**given, **kwargs}
+    q, k, v = (options.pop(each) for each in ("query", "key", "value"))
+    if not all(isinstance(each, CutTensor) for each in (q, k, v)) or any(
+        each.spec.dim != each.dim() - 3 for each in (q, k, v)
+    ):
+        return gathered(func, name, args, kwargs)
+    if options.pop("enable_gqa", False):
+        n = q.shape[-3] // k.shape[-3]
+        k, v = (run(Tensor.repeat_interleave, (each, n, -3), {}) for each in (k, v))
+    spec, who = q.spec, q.who
+    k, v = (_as_many(each, q.shape[-3]) for each in (k, v))
+    k, v = (
+        fitted(k, spec.region.spec(k.shape, k.dim() - 3, spec.cut), who),
+        fitted(v, spec.region.spec(v.shape, v.dim() - 3, spec.cut), who),
+    )
+    mask = options.pop("attn_mask", None)
+    if mask is not None:
+        full = torch.Size((*spec.shape[:-1], k.shape[-2]))
+        mask = fitted(mask, spec.region.spec(full, spec.dim, spec.cut), who)
+    y = invariant(spec.region, func, who)(q.local, k, v, attn_mask=mask, **options)
+    return cut_tensor(y, spec.region.spec((*spec.shape[:-1], v.shape[-1]), spec.dim, spec.cut), who)
+

@@ -1,0 +1,83 @@
+"""How tensors that are cut, or whole, come to lie alike for one operation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardproof.cut.spec import Spec
+from shardproof.cut.tensor import CutTensor, cut_tensor
+from shardproof.functional import crossings
+from shardproof.units import CutDim
+
+
+def common(tensors: Sequence[Any], shape: tuple[int, ...]) -> tuple[Spec, str] | None:
+    """How a result of that shape is cut, from operands that broadcast to it.
+
+    None: they are cut along several dims, or in ways of which none is the finer.
+    """
+    finest: CutTensor | None = None
+    dim = -1
+    for x in tensors:
+        if not isinstance(x, CutTensor):
+            continue
+        place = x.spec.dim + len(shape) - len(x.spec.shape)
+        if x.spec.shape[x.spec.dim] != shape[place]:
+            return None
+        if finest is None:
+            finest, dim = x, place
+        elif place != dim:
+            return None
+        elif x.spec.cut is not finest.spec.cut:
+            if is_finer(x.spec.cut, finest.spec.cut, finest.spec):
+                finest = x
+            elif not is_finer(finest.spec.cut, x.spec.cut, finest.spec):
+                return None
+    assert finest is not None  # noqa: S101 - a rule is asked where a tensor is cut
+    return finest.spec.region.spec(shape, dim, finest.spec.cut), finest.who
+
+
+def is_finer(one: CutDim, other: CutDim, spec: Spec) -> bool:
+    """Whether every rank that holds an index of `one` holds it of `other` too."""
+    if one == other:
+        return True
+    recipes = spec.region.recipes
+    key = ("finer", one, other)
+    if key not in recipes:
+        recipes[key] = all(
+            np.isin(one.held(rank), other.held(rank)).all() for rank in range(spec.region.axis.size)
+        )
+    found: bool = recipes[key]
+    return found
+
+
+def fitted(x: Any, spec: Spec, who: str) -> Tensor:
+    """This rank's part of an operand, as one of `spec` meets it; numbers of the cut dim may lack."""
+    place = spec.dim - (len(spec.shape) - x.dim())
+    if isinstance(x, CutTensor):
+        return refined(x, spec.cut).local
+    if place < 0 or x.shape[place] == 1 != spec.shape[spec.dim]:
+        if x.requires_grad and torch.is_grad_enabled():
+            where = spec.region.place(spec.cut, who)
+            return crossings.spread(x, spec.local_shape, spec.dim, where)
+        return x
+    if x.shape[place] == spec.shape[spec.dim]:
+        part = crossings.take if x.requires_grad else crossings.held_part
+        return part(x, place, spec.region.place(spec.cut, who))
+    return x
+
+
+def refined(x: CutTensor, cut: CutDim) -> CutTensor:
+    """The same tensor, held as a finer cut holds it."""
+    if x.spec.cut == cut:
+        return x
+    spec, region = x.spec, x.spec.region
+    key = ("refined", spec, cut, x.who)
+    if key not in region.recipes:
+        places = region.place(spec.cut, x.who), region.place(cut, x.who)
+        index = np.arange(spec.shape[spec.dim])
+        region.recipes[key] = (*places, index, region.spec(spec.shape, spec.dim, cut))
+    place, target, index, made = region.recipes[key]
+    return cut_tensor(crossings.serve(x.local, spec.dim, place, target, index), made, x.who)

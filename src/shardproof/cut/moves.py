@@ -1,0 +1,409 @@
+"""Operations that only move data: views, slices, splits, copies. No rule for each.
+
+An operation is run once on numbers: every element of the whole carries its index along the cut dim.
+Where the numbers lie afterwards says how the result is cut, and which call on the part yields this
+rank's part of it. Such a recipe is kept; it is right by construction, for the call that it makes has
+been run on this rank's numbers and compared.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardproof.cut.spec import Spec
+from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
+from shardproof.units import CutDim
+
+LARGEST = 1 << 24  # numbers that one recipe looks at
+
+_MOVES = [
+    "view",
+    "reshape",
+    "view_as",
+    "reshape_as",
+    "transpose",
+    "permute",
+    "movedim",
+    "moveaxis",
+    "swapaxes",
+    "swapdims",
+    "t",
+    "squeeze",
+    "unsqueeze",
+    "flatten",
+    "unflatten",
+    "ravel",
+    "expand",
+    "expand_as",
+    "broadcast_to",
+    "repeat",
+    "tile",
+    "chunk",
+    "split",
+    "split_with_sizes",
+    "tensor_split",
+    "unsafe_chunk",
+    "unsafe_split",
+    "unbind",
+    "select",
+    "narrow",
+    "narrow_copy",
+    "flip",
+    "fliplr",
+    "flipud",
+    "roll",
+    "rot90",
+    "contiguous",
+    "clone",
+    "detach",
+    "alias",
+    "slice",
+    "diagonal",
+    "repeat_interleave",
+    "adjoint",
+    "unsafe_view",
+    "_unsafe_view",
+    "_reshape_alias",
+    "hsplit",
+    "vsplit",
+    "dsplit",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "channel_shuffle",
+    "native_channel_shuffle",
+    "lift_fresh",
+    "getitem",
+    "unsqueeze_",
+    "squeeze_",
+    "transpose_",
+    "t_",
+    "swapaxes_",
+    "detach_",
+    "unsafe_split_with_sizes",
+    "unfold",
+]
+_SAME = frozenset(("clone", "detach", "contiguous", "alias", "lift_fresh", "detach_"))
+_SIZED = frozenset(
+    [
+        "view",
+        "reshape",
+        "view_as",
+        "reshape_as",
+        "flatten",
+        "unflatten",
+        "ravel",
+        "squeeze",
+        "unsqueeze",
+        "unsafe_view",
+        "_unsafe_view",
+        "_reshape_alias",
+    ]
+)
+
+Step = Callable[[Tensor], Tensor]
+
+
+class Lost(Exception):  # noqa: N818 - it never leaves this room
+    """The result cannot be cut along one dim."""
+
+
+@rule(*_MOVES)
+def move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a recipe; find it first."""
+    x = args[0]
+    if not isinstance(x, CutTensor):
+        return _of_others(func, name, args, kwargs)
+    if name in _SAME:
+        return cut_tensor(func(x.local, *args[1:], **kwargs), x.spec, x.who)
+    rest = args[1:]
+    if name in ("view_as", "reshape_as", "expand_as"):
+        other = rest[0] if rest else kwargs["other"]
+        name, func = name.removesuffix("_as"), getattr(Tensor, name.removesuffix("_as"))
+        rest, kwargs = tuple(other.shape), {}
+    if name == "view" and rest and isinstance(rest[0], torch.dtype):
+        return (
+            run(Tensor.view_dtype, (x, *rest), {})
+            if rest[0].itemsize != x.dtype.itemsize
+            else (cut_tensor(x.local.view(rest[0]), x.spec, x.who))
+        )
+    try:
+        key = (func, x.spec, _key(rest), tuple(kwargs.items()) if kwargs else ())
+        recipe = x.spec.region.recipes.get(key)
+        if recipe is None:
+            recipe = x.spec.region.recipes[key] = find(func, name, x.spec, rest, kwargs)
+    except _Unkeyed:
+        return run_others(func, name, args, kwargs)
+    if recipe is LOST:
+        return run_others(func, name, args, kwargs)
+    many, outs = recipe
+    made = [_made(step, spec, x) for step, spec in outs]
+    return made[0] if not many else many(made)
+
+
+LOST: Any = object()
+
+
+def run_others(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from shardproof.cut.tensor import RULES
+
+    return RULES["gathered"](func, name, args, kwargs)
+
+
+def _of_others(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A plain tensor, with a cut one among the arguments: only its shape is asked for."""
+    if name in ("view_as", "reshape_as", "expand_as"):
+        return getattr(args[0], name.removesuffix("_as"))(args[1].shape)
+    return run_others(func, name, args, kwargs)
+
+
+def _made(step: Step, spec: Spec | None, x: CutTensor) -> Any:
+    y = step(x.local)
+    return y if spec is None else cut_tensor(y, spec, x.who)
+
+
+class _Unkeyed(Exception):  # noqa: N818
+    """An argument whose value decides, such as a tensor of indices."""
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        raise _Unkeyed
+    if isinstance(value, slice):
+        return (slice, value.start, value.stop, value.step)
+    if isinstance(value, tuple | list):
+        return tuple(_key(each) for each in value)
+    return (type(value), value)
+
+
+def find(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The recipe of an operation: how its results are cut, and a call on the part for each."""
+    size, dim = spec.shape[spec.dim], spec.dim
+    with torch.no_grad():
+        numbers = _along(torch.arange(size), spec.shape, dim)
+        if name in _SIZED:
+            shape = func(torch.empty(spec.shape, device="meta"), *args, **kwargs).shape
+            out = _reshaped(numbers, tuple(shape), dim)
+        else:
+            out = func(numbers, *args, **kwargs)
+        many = None if isinstance(out, Tensor) else (tuple if isinstance(out, tuple) else list)
+        outs = [out] if many is None else list(out)
+        mine = _along(torch.from_numpy(spec.cut.held(spec.region.rank)), spec.local_shape, dim)
+        try:
+            return many, [
+                _result(func, name, spec, args, kwargs, each, mine, None if many is None else place)
+                for place, each in enumerate(outs)
+            ]
+        except Lost:
+            return LOST
+
+
+def _along(numbers: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
+    """Numbers along one dim, expanded over all others without memory."""
+    return numbers.reshape([-1 if each == dim else 1 for each in range(len(shape))]).expand(shape)
+
+
+def _reshaped(numbers: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
+    """`numbers.reshape(shape)`, of which dims that both shapes begin or end with are not copied."""
+    old = tuple(numbers.shape)
+    first = 0
+    while first < min(dim, len(shape)) and old[first] == shape[first]:
+        first += 1
+    last = 0
+    most = min(len(old) - 1 - dim, len(shape) - first)
+    while last < most and old[-1 - last] == shape[-1 - last]:
+        last += 1
+    small = numbers
+    for each in (*range(first), *range(len(old) - last, len(old))):
+        small = small.narrow(each, 0, min(1, old[each]))
+    inner = shape[first : len(shape) - last]
+    ends = (small.shape[:first], small.shape[len(old) - last :])
+    return small.reshape(*ends[0], *inner, *ends[1]).expand(shape)
+
+
+def _core(x: Tensor) -> Tensor:
+    """Without what repeats: size 1 where numbers do not vary."""
+    for dim in range(x.dim()):
+        if x.shape[dim] > 1 and x.stride(dim) == 0:
+            x = x.narrow(dim, 0, 1)
+    if x.numel() > LARGEST:
+        raise Lost
+    for dim in range(x.dim()):
+        if x.shape[dim] > 1:
+            first = x.narrow(dim, 0, 1)
+            if torch.equal(x, first.expand(x.shape)):
+                x = first
+    return x
+
+
+def _result(
+    func: Any,
+    name: str,
+    spec: Spec,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    out: Tensor,
+    mine: Tensor,
+    place: int | None,
+) -> tuple[Step, Spec | None]:
+    """One result: a call on the part, and how it is cut."""
+    cut = spec.cut
+    core = _core(out)
+    if not out.numel():
+        raise Lost
+    labels = torch.from_numpy(cut.labels)[core]
+    dim, units = _where_units_vary(labels, spec, name, tuple(out.shape))
+    order = units.movedim(dim, 0)[..., None].flatten(1)[:, 0].expand(out.shape[dim])
+    new = CutDim.of_labels(cut.shared, order.numpy())
+    made = spec.region.spec(tuple(out.shape), dim, new)
+    held = torch.from_numpy(new.held(spec.region.rank))
+    shape = tuple(out.shape[dim] if each == dim else n for each, n in enumerate(core.shape))
+    expected = _narrowed(out, shape).index_select(dim, held)
+    return _step(func, name, spec, args, kwargs, mine, expected, made, place), made
+
+
+def _where_units_vary(
+    labels: Tensor, spec: Spec, name: str, shape: tuple[int, ...]
+) -> tuple[int, Tensor]:
+    """The one dim along which units differ, and the units."""
+    units, cut = _core(labels), spec.cut
+    dims = [dim for dim in range(units.dim()) if units.shape[dim] > 1]
+    if len(dims) > 1 and cut.shared.units.breaks is not None:
+        # A rank has all units between two breaks: any of them says whose an index is.
+        units = _core(torch.from_numpy(_first_of_run(cut))[labels])
+        dims = [dim for dim in range(units.dim()) if units.shape[dim] > 1]
+    if not dims:
+        return _dim_of_one(labels, spec, name, shape), labels
+    if len(dims) > 1:
+        raise Lost
+    return dims[0], units
+
+
+def _first_of_run(cut: CutDim) -> Any:
+    """For every unit the first one that always is on the same rank; shared ones as they are."""
+    units = cut.shared.units
+    first = np.arange(units.count + len(units.needers))
+    starts = np.asarray(sorted({0, *(units.breaks or ())}))
+    own = first[: units.count]
+    first[: units.count] = starts[np.searchsorted(starts, own, side="right") - 1]
+    return first
+
+
+def _dim_of_one(labels: Tensor, spec: Spec, name: str, shape: tuple[int, ...]) -> int:
+    """All is of one unit: a dim that says so where every rank with work has that unit."""
+    unit, cut = int(labels.flatten()[0]), spec.cut
+    count = cut.shared.units.count
+    if name in ("expand", "broadcast_to"):
+        return spec.dim + len(shape) - len(spec.shape)
+    has = count == 1 or (unit >= count and len(cut.shared.units.needers[unit - count]) == count)
+    dims = [dim for dim in range(labels.dim()) if labels.shape[dim] > 1]
+    dims += [dim for dim in range(len(shape)) if shape[dim] == 1]
+    if not has or not dims:
+        raise Lost
+    return dims[0]
+
+
+def _narrowed(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    for dim, size in enumerate(shape):
+        if size == 1 and x.shape[dim] > 1:
+            x = x.narrow(dim, 0, 1)
+    return x
+
+
+def _step(
+    func: Any,
+    name: str,
+    spec: Spec,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mine: Tensor,
+    expected: Tensor,
+    made: Spec,
+    place: int | None,
+) -> Step:
+    """The cheapest call on the part that yields the numbers expected."""
+    shape = tuple(made.local_shape)
+
+    def fits(step: Step) -> bool:
+        try:
+            got = step(mine)
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            return False  # a candidate that does not fit the part is none
+        return tuple(got.shape) == shape and torch.equal(_narrowed(got, expected.shape), expected)
+
+    for candidate in _candidates(func, name, args, kwargs, shape, place):
+        if fits(candidate):
+            return candidate
+    for candidate in _runs(spec, expected, made):
+        if fits(candidate):
+            return candidate
+        if name == "getitem":
+            both = _then(candidate, _with_all(args[0], spec))
+            if fits(both):
+                return both
+    raise Lost
+
+
+def _with_all(index: Any, spec: Spec) -> tuple[Any, ...]:
+    """An index whose entry for the cut dim takes all."""
+    entries = list(index) if isinstance(index, tuple) else [index]
+    named = sum(each is not None and each is not Ellipsis for each in entries)
+    at = 0
+    for place, each in enumerate(entries):
+        if each is None:
+            continue
+        if each is Ellipsis:
+            at += len(spec.shape) - named
+            continue
+        if at == spec.dim:
+            entries[place] = slice(None)
+        at += 1
+    return tuple(entries)
+
+
+def _then(first: Step, index: tuple[Any, ...]) -> Step:
+    return lambda x: first(x)[index]
+
+
+def _candidates(
+    func: Any,
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    shape: tuple[int, ...],
+    place: int | None,
+) -> list[Step]:
+    if name in _SIZED:
+        return [lambda x: x.reshape(shape)]
+    if name in ("expand", "broadcast_to"):
+        return [lambda x: x.expand(shape)]
+    if place is None:
+        return [lambda x: func(x, *args, **kwargs)]
+    return [lambda x: func(x, *args, **kwargs)[place]]
+
+
+def _runs(spec: Spec, expected: Tensor, made: Spec) -> list[Step]:
+    """Runs, strides or a list of what the rank holds of the cut dim."""
+    held = spec.cut.held(spec.region.rank)
+    wanted = expected.movedim(made.dim, 0)[..., None].flatten(1)
+    if wanted.shape[1] != 1 and not torch.equal(wanted, wanted[:, :1].expand(wanted.shape)):
+        return []
+    numbers = wanted[:, 0].numpy()
+    where = np.searchsorted(held, numbers)
+    if len(where) and (where.max() >= len(held) or (held[where] != numbers).any()):
+        return []
+    dim, count = spec.dim, len(where)
+    start = int(where[0]) if count else 0
+    steps = np.diff(where)
+    found: list[Step] = []
+    if not count or (steps == 1).all():
+        found.append(lambda x: x.narrow(dim, start, count))
+    elif (steps == steps[0]).all() and steps[0] > 0:
+        places = slice(start, int(where[-1]) + 1, int(steps[0]))
+        index = (*(slice(None) for _ in range(dim)), places)
+        found.append(lambda x: x[index])
+    index_ = torch.from_numpy(where)
+    found.append(lambda x: x.index_select(dim, index_.to(x.device)))
+    return found

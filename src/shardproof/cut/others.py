@@ -1,0 +1,160 @@
+"""Operations without a rule: taken apart where they are made of others, gathered where not.
+
+A function of torch that is written in Python is run again with its own operations seen; one of
+C++ that is composed of others is run on stand-ins, which bring each ATen operation back here. What
+is left is computed on whole tensors: right, counted, and never a weight by intention, since the plan
+says which these are.
+"""
+
+import threading
+from collections.abc import Callable
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_map
+
+from shardproof.cut.spec import Region
+from shardproof.cut.tensor import RULES, CutTensor, composed, rule, run
+from shardproof.functional import crossings
+from shardproof.numerics import forms
+
+_SEEN = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+
+
+def is_cut(x: Any) -> bool:
+    """Whether it is a cut tensor: `isinstance` for `tree_map`."""
+    return isinstance(x, CutTensor)
+
+
+def whole(x: CutTensor, why: str) -> Tensor:
+    """All of it, on every rank; counted under `why`."""
+    region = x.spec.region
+    region.gathered[why, x.who] = region.gathered.get((why, x.who), 0) + 1
+    return crossings.gather(x.local, x.spec.dim, region.place(x.spec.cut, x.who))
+
+
+def invariant(region: Region, func: Any, who: str) -> Callable[..., Any]:
+    """The form of an operation whose bits do not change with the cut; itself if numerics are native.
+
+    One that has none is noted in the region: the plan says so before anything runs.
+    """
+    found = region.forms.get(func)
+    if found is None:
+        form = forms.form_of(func) if region.scheme.is_invariant else func
+        if form is None and not forms.holds(func):
+            region.variant.setdefault(getattr(func, "__name__", str(func)), who)
+        found = region.forms[func] = func if form is None else form
+    return found
+
+
+@rule(
+    *"""gathered numpy tolist item __reduce_ex__ __array__ __contains__ __bool__ bool_ __float__
+    __int__ __index__ __complex__ data_ptr untyped_storage storage __dlpack__ __dlpack_device__
+    allclose equal is_nonzero multinomial nonzero unique bincount histc where_never""".split()  # noqa: SIM905
+)
+def gathered(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """On whole tensors. What was written to a whole of a cut tensor is taken back into the part."""
+    back: list[tuple[CutTensor, Tensor]] = []
+
+    def open_(x: Any) -> Any:
+        if not isinstance(x, CutTensor):
+            return x
+        data = whole(x, name)
+        back.append((x, data))
+        return data
+
+    given, options = tree_map(open_, (args, kwargs), is_leaf=is_cut)
+    versions = [data._version for _, data in back]
+    y = func(*given, **options)
+    known = {}
+    for (x, data), version in zip(back, versions, strict=True):
+        if data._version != version:
+            place = x.spec.region.place(x.spec.cut, x.who)
+            x.local.copy_(crossings.take(data, x.spec.dim, place))
+        known[id(data)] = x
+    return tree_map(lambda each: known.get(id(each), each), y)
+
+
+@cache
+def unwrapped(func: FunctionType) -> Callable[..., Any]:
+    """A function of torch without its question whether somebody else wants to answer."""
+    blind = dict.fromkeys(_SEEN, lambda *_: False)
+    made = FunctionType(
+        func.__code__,
+        {**func.__globals__, **blind},
+        func.__name__,
+        func.__defaults__,
+        func.__closure__,
+    )
+    made.__kwdefaults__ = func.__kwdefaults__
+    return made
+
+
+@rule("others")
+def others(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Whatever has no rule."""
+    if isinstance(func, FunctionType) and func.__module__.startswith("torch"):
+        return unwrapped(func)(*args, **kwargs)
+    if RULES.get(name) is None and name.endswith("_") and name[:-1] in RULES:
+        return _written(func, name, args, kwargs)
+    if isinstance(func, OpOverload):
+        return gathered(func, name, args, kwargs)
+    return _taken_apart(func, args, kwargs)
+
+
+def _written(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operation in place that has a rule out of place."""
+    x = args[0]
+    y = RULES[name[:-1]](getattr(Tensor, name[:-1]), name[:-1], args, kwargs)
+    return RULES["copy_"](Tensor.copy_, "copy_", (x, y), {}) if y is not x else x
+
+
+class _Outer:
+    """The state of dispatch and autograd outside a composed operation."""
+
+    def __init__(self) -> None:
+        self._keys = (
+            torch._C._dispatch_tls_local_include_set(),
+            torch._C._dispatch_tls_local_exclude_set(),
+        )
+        self._grad = torch.is_grad_enabled()
+        self._left: list[Any] = []
+
+    def __enter__(self) -> None:
+        guard = torch._C._ForceDispatchKeyGuard(*self._keys)
+        guard.__enter__()
+        self._left.append((guard, torch.is_grad_enabled()))
+        torch._C._set_grad_enabled(self._grad)
+
+    def __exit__(self, *error: object) -> None:
+        guard, grad = self._left.pop()
+        torch._C._set_grad_enabled(grad)
+        guard.__exit__(*error)
+
+
+_local = threading.local()
+
+
+def _taken_apart(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation of C++ on cut tensors: what it is made of comes back by `_of_aten`."""
+    outers: list[_Outer] = _local.__dict__.setdefault("outers", [])
+    outers.append(_Outer())
+    try:
+        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+            return func(*args, **kwargs)
+    finally:
+        outers.pop()
+
+
+def _of_aten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An ATen operation on cut tensors, under dispatch and autograd as they were outside."""
+    outers: list[_Outer] = _local.__dict__.setdefault("outers", [])
+    with outers[-1] if outers else _Outer():
+        return run(func, args, kwargs)
+
+
+composed.append(_of_aten)

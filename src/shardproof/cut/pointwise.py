@@ -1,0 +1,285 @@
+"""Element-wise operations: the parts meet element by element, and nothing is sent.
+
+Operands that are cut in the same way are used as they are. What is cut more coarsely (the keys of a
+group of query heads) is served to the finer cut; a whole tensor that has the cut dim is sliced; one
+that has not is spread, so that its gradient is summed over the ranks.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from shardproof.cut.meet import common, fitted
+from shardproof.cut.others import gathered, invariant
+from shardproof.cut.tensor import CutTensor, cut_tensor, rule
+
+_NAMES = [
+    "abs",
+    "truediv",
+    "rtruediv",
+    "rand_never",
+    "ror",
+    "rxor",
+    "lshift",
+    "rshift",
+    "bitwise_left_shift",
+    "bitwise_right_shift",
+    "absolute",
+    "acos",
+    "acosh",
+    "add",
+    "addcdiv",
+    "addcmul",
+    "angle",
+    "asin",
+    "asinh",
+    "atan",
+    "atan2",
+    "arctan2",
+    "atanh",
+    "bitwise_and",
+    "bitwise_or",
+    "bitwise_xor",
+    "bitwise_not",
+    "and",
+    "or",
+    "xor",
+    "invert",
+    "ceil",
+    "celu",
+    "clamp",
+    "clamp_max",
+    "clamp_min",
+    "clip",
+    "conj",
+    "conj_physical",
+    "copysign",
+    "cos",
+    "cosh",
+    "deg2rad",
+    "digamma",
+    "div",
+    "divide",
+    "elu",
+    "eq",
+    "erf",
+    "erfc",
+    "erfinv",
+    "exp",
+    "exp2",
+    "expm1",
+    "exp1",
+    "float_power",
+    "floor",
+    "floor_divide",
+    "floordiv",
+    "fmax",
+    "fmin",
+    "fmod",
+    "frac",
+    "ge",
+    "gelu",
+    "greater",
+    "greater_equal",
+    "gt",
+    "hardshrink",
+    "hardsigmoid",
+    "hardswish",
+    "hardtanh",
+    "heaviside",
+    "hypot",
+    "isclose",
+    "isfinite",
+    "isinf",
+    "isnan",
+    "isneginf",
+    "isposinf",
+    "isin",
+    "ldexp",
+    "le",
+    "leaky_relu",
+    "lerp",
+    "less",
+    "less_equal",
+    "lgamma",
+    "log",
+    "log10",
+    "log1p",
+    "log2",
+    "logaddexp",
+    "logaddexp2",
+    "logical_and",
+    "logical_not",
+    "logical_or",
+    "logical_xor",
+    "logit",
+    "logsigmoid",
+    "lt",
+    "masked_fill",
+    "maximum",
+    "minimum",
+    "mish",
+    "mod",
+    "mul",
+    "multiply",
+    "nan_to_num",
+    "ne",
+    "neg",
+    "negative",
+    "nextafter",
+    "not_equal",
+    "polar",
+    "pos",
+    "positive",
+    "pow",
+    "prelu",
+    "rad2deg",
+    "radd",
+    "rdiv",
+    "real",
+    "imag",
+    "reciprocal",
+    "relu",
+    "relu6",
+    "remainder",
+    "rfloordiv",
+    "rmod",
+    "rmul",
+    "round",
+    "rpow",
+    "rrelu",
+    "rsqrt",
+    "rsub",
+    "selu",
+    "sgn",
+    "sigmoid",
+    "sign",
+    "signbit",
+    "silu",
+    "sin",
+    "sinc",
+    "sinh",
+    "softplus",
+    "softshrink",
+    "softsign",
+    "special_expit",
+    "special_erf",
+    "sqrt",
+    "square",
+    "sub",
+    "subtract",
+    "tan",
+    "tanh",
+    "tanhshrink",
+    "threshold",
+    "true_divide",
+    "trunc",
+    "where",
+    "xlogy",
+    "to",
+    "type",
+    "type_as",
+    "float",
+    "half",
+    "double",
+    "bfloat16",
+    "int",
+    "long",
+    "short",
+    "char",
+    "byte",
+    "bool",
+    "cpu",
+    "cuda",
+    "_to_copy",
+    "view_as_complex_",
+    "quick_gelu",
+    "sigmoid_backward",
+    "nan_to_num",
+    "rint",
+    "quantize",
+    "fill",
+    "zero",
+    "copy",
+]
+_LIKE = ["zeros_like", "ones_like", "empty_like", "full_like"]
+
+rule(*(f"{name}_" for name in _NAMES))(lambda *given: _in_place(*given))
+
+
+@rule(*_NAMES)
+def pointwise(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An element-wise operation of tensors and numbers."""
+    x = args[0] if args else None
+    if isinstance(x, CutTensor) and not kwargs:
+        # Most often: numbers, or tensors that are cut in the same way.
+        spec = x.spec
+        for other in args:
+            if isinstance(other, CutTensor):
+                if other.spec is not spec:
+                    break
+            elif isinstance(other, Tensor):
+                break
+        else:
+            compute = invariant(spec.region, func, x.who)
+            parts = [each.local if isinstance(each, CutTensor) else each for each in args]
+            return cut_tensor(compute(*parts), spec, x.who)
+    return _general(func, name, args, kwargs)
+
+
+def _general(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    flat, tree = tree_flatten((args, kwargs), is_leaf=lambda each: isinstance(each, CutTensor))
+    places = [place for place, each in enumerate(flat) if isinstance(each, CutTensor | Tensor)]
+    if name in ("type_as", "to") and len(places) > 1:
+        places = places[:1]
+        flat = [
+            each if place == places[0] or not isinstance(each, CutTensor) else each.local
+            for place, each in enumerate(flat)
+        ]
+    tensors = [flat[place] for place in places]
+    shape = torch.broadcast_shapes(*(each.shape for each in tensors))
+    met = common(tensors, shape)
+    if met is None:
+        return gathered(func, name, args, kwargs)
+    spec, who = met
+    for place in places:
+        flat[place] = fitted(flat[place], spec, who)
+    given, options = tree_unflatten(flat, tree)
+    y = invariant(spec.region, func, who)(*given, **options)
+    if isinstance(y, Tensor):
+        return cut_tensor(y, spec, who)
+    return type(y)(cut_tensor(each, spec, who) for each in y)
+
+
+def _in_place(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Written to the part; a whole tensor that is written to takes the whole."""
+    x = args[0]
+    if not isinstance(x, CutTensor):
+        return gathered(func, name, args, kwargs)
+    flat, tree = tree_flatten((args, kwargs), is_leaf=lambda each: isinstance(each, CutTensor))
+    for place, each in enumerate(flat):
+        if isinstance(each, CutTensor | Tensor) and each is not x:
+            if torch.broadcast_shapes(each.shape, x.shape) != x.shape:
+                return gathered(func, name, args, kwargs)
+            flat[place] = fitted(each, x.spec, x.who)
+    flat = [each.local if each is x else each for each in flat]
+    given, options = tree_unflatten(flat, tree)
+    invariant(x.spec.region, func, x.who)(*given, **options)
+    return x
+
+
+@rule(*_LIKE, "rand_like", "randn_like")
+def like(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A new tensor that is cut as the given one; random numbers are drawn for the whole."""
+    x = args[0]
+    if name.startswith("rand"):
+        return gathered(func, name, args, kwargs)
+    return cut_tensor(func(x.local, *args[1:], **kwargs), x.spec, x.who)
+
+
+@rule("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")
+def new(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A new whole tensor of the same dtype and device."""
+    return func(args[0].local, *args[1:], **kwargs)

@@ -1,0 +1,89 @@
+"""How a tensor is cut, and the region in which that is known. Values that are compared by identity.
+
+A cut tensor is cut along exactly one dim; along all others every rank holds everything. `Region`
+makes each `Spec` once, so that what was found out for one (a recipe) is found again by its identity.
+"""
+
+from typing import Any
+
+import torch
+
+from shardproof.axis import Axis
+from shardproof.functional.crossings import Place
+from shardproof.scheme import Scheme
+from shardproof.units import CutDim
+
+
+class Spec:
+    """How one tensor is cut.
+
+    Attributes:
+        region: that made it.
+        shape: of the whole.
+        dim: the dim that is cut, counted from the left.
+        cut: how.
+        local_shape: of what this rank holds.
+    """
+
+    __slots__ = ("cut", "dim", "local_shape", "region", "shape")
+
+    def __init__(self, region: "Region", shape: tuple[int, ...], dim: int, cut: CutDim) -> None:
+        self.region = region
+        self.shape = torch.Size(shape)
+        self.dim = dim
+        self.cut = cut
+        held = len(cut.held(region.axis.rank))
+        self.local_shape = torch.Size((*shape[:dim], held, *shape[dim + 1 :]))
+
+    def __repr__(self) -> str:
+        return (
+            f"{tuple(self.shape)} of which rank {self.region.axis.rank} of "
+            f"{self.region.axis.size} holds {tuple(self.local_shape)}"
+        )
+
+
+class Region:
+    """Where tensors are cut in one way: the ranks, the arithmetic, and what was found out so far.
+
+    Args:
+        axis: the ranks.
+        scheme: leaves, numerics, seed.
+
+    Attributes:
+        axis: likewise.
+        scheme: likewise.
+        rank: of this process or thread.
+        recipes: (operation, specs, arguments) -> what to do with the parts.
+        forms: operation -> what computes it on a part.
+        gathered: (operation, module) -> how often a tensor was gathered for want of a rule.
+        variant: operation without an invariant form -> the module that called it first.
+    """
+
+    def __init__(self, axis: Axis, scheme: Scheme) -> None:
+        self.axis = axis
+        self.scheme = scheme
+        self.rank = axis.rank
+        self.recipes: dict[Any, Any] = {}
+        self.forms: dict[Any, Any] = {}
+        self.gathered: dict[tuple[str, str], int] = {}
+        self.variant: dict[str, str] = {}
+        self._specs: dict[tuple[tuple[int, ...], int, CutDim], Spec] = {}
+        self._places: dict[tuple[CutDim, str], Place] = {}
+
+    def spec(self, shape: tuple[int, ...], dim: int, cut: CutDim) -> Spec:
+        """The one `Spec` of a shape that is cut so."""
+        key = (tuple(shape), dim, cut)
+        found = self._specs.get(key)
+        if found is None:
+            found = self._specs[key] = Spec(self, key[0], dim, cut)
+        return found
+
+    def place(self, cut: CutDim, who: str) -> Place:
+        """Where a crossing of tensors that are cut so stands."""
+        found = self._places.get((cut, who))
+        if found is None:
+            found = self._places[cut, who] = Place.of(self.axis, cut, self.scheme, who)
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Region":
+        return self
