@@ -59,7 +59,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("functional.attention_site", "functional.linear"),
     ("functional.attention", "functional.place", "functional.shared"),
     ("functional.crossing_moves", "functional.crossing_products"),
-    ("functional.entering",),
+    ("functional.crossing_sums", "functional.entering", "functional.serving"),
     ("functional.crossing_linear",),
     ("functional.crossings",),
     ("functional.dropout", "functional.rms"),

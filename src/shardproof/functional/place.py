@@ -9,7 +9,7 @@ the degree.
 
 import weakref
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -113,6 +113,7 @@ class Place:
         plain: the dim as a plain cut of one run per rank, or None.
         site: `plain` for a linear, or None.
         is_invariant: from `scheme`.
+        recipes: what others have worked out for this place, by what it is for.
     """
 
     axis: Axis
@@ -133,6 +134,7 @@ class Place:
     plain: Cut | None = field(init=False, repr=False)
     site: LinearSite | None = field(init=False, repr=False)
     is_invariant: bool = field(init=False, repr=False)
+    recipes: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         axis, cut_dim = self.axis, self.cut_dim
