@@ -7,9 +7,42 @@ All functions take and give plain tensors of this rank. They are put together he
 use them; each lies in a file of its own kind.
 """
 
+from shardproof.functional.crossing_contract import contract
 from shardproof.functional.crossing_linear import column, row
+from shardproof.functional.crossing_lines import (
+    amax_cut,
+    cross_entropy_cut,
+    log_softmax_cut,
+    max_cut,
+    softmax_cut,
+)
+from shardproof.functional.crossing_lookup import lookup_columns, lookup_rows
 from shardproof.functional.crossing_moves import gather, held_part, take
+from shardproof.functional.crossing_sums import expand, fold, mean_cut, spread, sum_cut
 from shardproof.functional.entering import Entering
 from shardproof.functional.place import Place
+from shardproof.functional.serving import serve
 
-__all__ = ["Entering", "Place", "column", "gather", "held_part", "row", "take"]
+__all__ = [
+    "Entering",
+    "Place",
+    "amax_cut",
+    "column",
+    "contract",
+    "cross_entropy_cut",
+    "expand",
+    "fold",
+    "gather",
+    "held_part",
+    "log_softmax_cut",
+    "lookup_columns",
+    "lookup_rows",
+    "max_cut",
+    "mean_cut",
+    "row",
+    "serve",
+    "softmax_cut",
+    "spread",
+    "sum_cut",
+    "take",
+]
