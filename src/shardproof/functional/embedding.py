@@ -128,13 +128,19 @@ def _lookup(weight: Tensor, ids: Tensor, places: Tensor, site: EmbeddingSite) ->
     y.view(places.numel(), weight.shape[1]).index_copy_(0, mine, rows)
     if observing.is_on():
         site.tell_lookup(ids, weight, Operand("y", y, PARTIAL))
-    bits = _as_integers(y)
+    bits = as_integers(y)
     comm.start_all_reduce(bits, site.axis, direction="forward", who=site.who, meant=y).wait()
     return y
 
 
-def _as_integers(y: Tensor) -> Tensor:
-    """The same memory as integers that every transport can add; two 16-bit numbers make one."""
+def as_integers(y: Tensor) -> Tensor:
+    """The same memory as integers that every transport can add; two 16-bit numbers make one.
+
+    Args:
+        y: (*, n), contiguous.
+    Returns:
+        A view of `y`.
+    """
     kind = _INTEGERS.get(y.element_size(), torch.uint8)
     if y.element_size() == 2 and y.shape[-1] % 2 == 0:
         kind = torch.int32
@@ -168,7 +174,7 @@ def vocab_embedding(ids: Tensor, weight: Tensor, site: EmbeddingSite) -> Tensor:
             f"{tuple(weight.shape)}."
         )
     comm.check_part(weight, site.axis, dim=0, cut=site.cut, is_whole=False, who=who)
-    _check_ids(ids, site.cut.size, who)
+    check_ids(ids, site.cut.size, who)
     if ids.device != weight.device:
         raise ShapeError(
             f"{who}: the ids are on {ids.device} and the weight on {weight.device}. Move the ids "
@@ -180,8 +186,16 @@ def vocab_embedding(ids: Tensor, weight: Tensor, site: EmbeddingSite) -> Tensor:
     return y
 
 
-def _check_ids(ids: Tensor, size: int, who: str) -> None:
-    """Raise unless all ids are of the vocabulary; every rank has all of them, so all raise."""
+def check_ids(ids: Tensor, size: int, who: str) -> None:
+    """Raise unless all ids are of the vocabulary; every rank has all of them, so all raise.
+
+    Args:
+        ids: (*), Replicate.
+        size: of the vocabulary.
+        who: the layer, for the message.
+    Raises:
+        UsageError: the ids are no integers, or one of them is outside of the vocabulary.
+    """
     if ids.dtype not in (torch.int64, torch.int32):
         raise UsageError(f"{who}: token ids must be int64 or int32, got {ids.dtype}.")
     if ids.is_meta or not ids.numel():

@@ -1,0 +1,320 @@
+"""Linears whose weight is cut by units: fused, shared and transposed weights too.
+
+A dim that is one plain run for each rank goes through `functional/linear.py`, unless its input
+gradient is shared with other columns or its weight is stored transposed.
+
+Sources: as there.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shardproof import comm, operands
+from shardproof.autograd import once_differentiable
+from shardproof.errors import ShapeError
+from shardproof.functional import crossing_products as products
+from shardproof.functional.crossing_products import Term
+from shardproof.functional.entering import Basket, Entering, will_sum
+from shardproof.functional.linear import column_linear, row_linear
+from shardproof.functional.place import Place
+from shardproof.functional.rows import (
+    as_rows,
+    cast,
+    check_alike,
+    is_autocast,
+    shaped,
+    without_autocast,
+)
+from shardproof.numerics import mode
+from shardproof.numerics.sums import sum_rows
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a linear: everything that is no tensor.
+
+    Attributes:
+        place: of the features that are cut.
+        is_transposed: the weight is (in_features, out_features).
+        dtype: in which autocast computes; None: that of the input.
+        basket: where the term of the input gradient is left; None: it is summed alone.
+        number: of this call among those of the basket.
+    """
+
+    place: Place
+    is_transposed: bool
+    dtype: torch.dtype | None = None
+    basket: Basket | None = None
+    number: int = 0
+
+    @property
+    def who(self) -> str:
+        """The layer's name."""
+        return self.place.who
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The input as rows, as it is multiplied."""
+        return as_rows(x if self.dtype is None else cast(x, self.dtype))
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """(out_features, in_features), a view."""
+        return weight.t() if self.is_transposed else weight
+
+
+class _Column(torch.autograd.Function):
+    """Local product forward; the input gradient summed, or left to be summed, backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        token: Tensor | None,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: _Call,
+    ) -> Tensor:
+        ctx.site, ctx.token, ctx.dtype = call, token, x.dtype
+        _, needs_x, needs_weight, _, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        return shaped(_column(x, weight, bias, call), x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        found: tuple[Tensor | None, ...] = without_autocast(grad_y, _column_gradients, ctx, grad_y)
+        return found
+
+
+def _column(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+    """The output as rows."""
+    return products.linear(call.rows(x), call.matrix(weight), bias, call.place)
+
+
+def _column_gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    """The input gradient is Partial: alone, its sum runs while the other two are computed."""
+    call: _Call = ctx.site
+    x, weight = ctx.saved_tensors
+    _, needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    grad_rows = as_rows(grad_y)
+    started, grad_x = None, None
+    if needs_x:
+        started = _sum_or_leave(ctx, grad_y, grad_rows, weight)
+    grad_weight = _column_weight_gradient(grad_rows, call.rows(x), call) if needs_weight else None
+    grad_bias = _sum_of_rows(grad_rows, call) if needs_bias else None
+    if started is not None:
+        grad_x = shaped(started.wait().to(ctx.dtype), grad_y)
+    return None, grad_x, grad_weight, grad_bias, None
+
+
+def _sum_or_leave(ctx: Any, grad_y: Tensor, grad_rows: Tensor, weight: Tensor) -> comm.Sum | None:
+    """The sum of the input gradient, started; None if it is left for the node that sums."""
+    call: _Call = ctx.site
+    term = Term(grad_rows, call.matrix(weight), call.place)
+    if call.basket is None:
+        started = products.start_sum([term], grad_rows, "backward", call.who)
+        if not call.place.axis.overlaps_backward:
+            started.wait()
+        return started
+    if will_sum(ctx):
+        is_armed = grad_y.requires_grad or weight.requires_grad
+        call.basket.leave(call.number, term, is_armed=is_armed)
+    return None
+
+
+def _column_weight_gradient(grad_rows: Tensor, rows: Tensor, call: _Call) -> Tensor:
+    if call.is_transposed:
+        return products.product_columns(rows.t(), grad_rows, call.place)
+    return products.product_rows(grad_rows.t(), rows, call.place)
+
+
+class _Row(torch.autograd.Function):
+    """all_reduce of the leaf products forward, bias added once and after; no Comm backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+        ctx.site, ctx.dtype = call, x.dtype
+        needs_x, needs_weight, _, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        return shaped(_row(x, weight, bias, call), x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        place: Place = ctx.site.place
+        place.axis.note(grad_y, who=place.who, what="gradient of the output")
+        found: tuple[Tensor | None, ...] = without_autocast(grad_y, _row_gradients, ctx, grad_y)
+        return found
+
+
+def _row(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+    """The output as rows."""
+    rows = call.rows(x)
+    term = Term(rows, call.matrix(weight).t(), call.place)
+    y = products.start_sum([term], rows, "forward", call.who).wait()
+    if bias is not None:
+        y.add_(bias)
+        products.tell_bias(call.place, y, bias)
+    return y
+
+
+def _row_gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    call: _Call = ctx.site
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    grad_rows, grad_x, grad_weight = as_rows(grad_y), None, None
+    if needs_x:
+        grad_x = products.product_columns(grad_rows, call.matrix(weight), call.place)
+        grad_x = shaped(grad_x.to(ctx.dtype), grad_y)
+    if needs_weight and call.is_transposed:
+        grad_weight = products.product_rows(call.rows(x).t(), grad_rows, call.place)
+    elif needs_weight:
+        grad_weight = products.product_columns(grad_rows.t(), call.rows(x), call.place)
+    return grad_x, grad_weight, _sum_of_rows(grad_rows, call) if needs_bias else None, None
+
+
+def _sum_of_rows(grad_rows: Tensor, call: _Call) -> Tensor:
+    return sum_rows(grad_rows) if call.place.is_invariant else grad_rows.sum(0)
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call, dims: tuple[int, int]
+) -> None:
+    """Raise unless the operands fit each other and the place; `dims`: out- and in-features."""
+    wanted = dims[::-1] if call.is_transposed else dims
+    is_fit = x.dim() > 0 and x.shape[-1] == dims[1] and weight.shape == wanted
+    if not is_fit or (bias is not None and bias.shape != dims[:1]):
+        given = [tuple(x.shape), tuple(weight.shape), None if bias is None else tuple(bias.shape)]
+        raise ShapeError(
+            f"{call.who} on {call.place.axis}: x, weight and bias have shapes {given}, and x (*, "
+            f"{dims[1]}), weight {tuple(wanted)} and bias {dims[:1]} fit what this rank holds. "
+            "Give the part that the place describes."
+        )
+
+
+def _prepared(
+    x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call
+) -> tuple[Tensor, Tensor | None, _Call]:
+    """Weight and bias as autocast wants them, and the call; raises where bits cannot be kept."""
+    if call.place.is_invariant:
+        mode.require_invariant()
+    if not is_autocast(x):
+        check_alike(x, weight, bias, call.who)
+        return weight, bias, call
+    dtype = torch.get_autocast_dtype(x.device.type)
+    operands.check(call.who, x=x, weight=weight, bias=bias)
+    weight, bias = cast(weight, dtype), None if bias is None else cast(bias, dtype)
+    return weight, bias, replace(call, dtype=dtype)
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def column(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    place: Place,
+    *,
+    entering: Entering | None = None,
+    is_transposed: bool = False,
+) -> Tensor:
+    """`x @ weight.T + bias` with out_features cut by units.
+
+    Args:
+        x: (*, in_features), Replicate.
+        weight: (held, in_features), Shard(0); (in_features, held), Shard(1), if `is_transposed`.
+        bias: (held,), Shard(0), or None.
+        place: of out_features.
+        entering: the handle of `x`: columns that are given the same one sum their input gradients
+            together.
+        is_transposed: how the weight is stored.
+    Returns:
+        (*, held), Shard(-1); its gradient is expected to be complete at every rank that holds a
+        feature.
+    Raises:
+        NumericsError: numerics are invariant and this process cannot promise them.
+        ShapeError: the operands do not fit, or are of several dtypes or on several devices.
+    Comm:
+        forward none; backward one all_reduce of grad_x (*, in_features), or one for all columns
+        of `entering` whose trees are alike.
+    """
+    if place.site is not None and entering is None and not is_transposed:
+        return column_linear(x, weight, bias, place.site)
+    call = _Call(place, is_transposed)
+    in_features = weight.shape[0 if is_transposed else -1] if weight.dim() == 2 else -1
+    _check(x, weight, bias, call, (place.length, in_features))
+    place.axis.note(x, who=place.who)
+    if place.is_plain_torch:
+        return F.linear(x, call.matrix(weight), bias)
+    weight, bias, call = _prepared(x, weight, bias, call)
+    token = None
+    if entering is not None and x.requires_grad and torch.is_grad_enabled():
+        token, basket = entering.token(x)
+        call = replace(call, basket=basket, number=basket.next_number())
+    try:
+        y: Tensor = without_autocast(x, _apply_column, token, x, weight, bias, call)
+    except operands.ERRORS as error:
+        operands.explain(error, call.who, x=x, weight=weight, bias=bias)
+    return y
+
+
+def _apply_column(
+    token: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call
+) -> Tensor:
+    if _wants_gradient(x, weight, bias):
+        y: Tensor = _Column.apply(token, x, weight, bias, call)
+        return y
+    return shaped(_column(x, weight, bias, call), x)
+
+
+def row(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    place: Place,
+    *,
+    is_transposed: bool = False,
+) -> Tensor:
+    """`x @ weight.T + bias` with in_features cut by units, every index counted by its owner.
+
+    Args:
+        x: (*, held), Shard(-1).
+        weight: (out_features, held), Shard(1); (held, out_features), Shard(0), if
+            `is_transposed`.
+        bias: (out_features,), Replicate, or None. Added once, after the sum.
+        place: of in_features.
+        is_transposed: how the weight is stored.
+    Returns:
+        (*, out_features), Replicate; its gradient is expected to be Replicate.
+    Raises:
+        NumericsError: numerics are invariant and this process cannot promise them.
+        ShapeError: the operands do not fit, or are of several dtypes or on several devices.
+    Comm:
+        forward one all_reduce of y (*, out_features); backward none.
+    """
+    if place.site is not None and not is_transposed:
+        return row_linear(x, weight, bias, place.site)
+    call = _Call(place, is_transposed)
+    out_features = weight.shape[-1 if is_transposed else 0] if weight.dim() == 2 else -1
+    _check(x, weight, bias, call, (out_features, place.length))
+    if place.is_plain_torch:
+        return F.linear(x, call.matrix(weight), bias)
+    weight, bias, call = _prepared(x, weight, bias, call)
+    try:
+        y: Tensor = without_autocast(x, _apply_row, x, weight, bias, call)
+    except operands.ERRORS as error:
+        operands.explain(error, call.who, x=x, weight=weight, bias=bias)
+    place.axis.note_result(y, who=place.who)
+    return y
+
+
+def _apply_row(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+    if _wants_gradient(x, weight, bias):
+        y: Tensor = _Row.apply(x, weight, bias, call)
+        return y
+    return shaped(_row(x, weight, bias, call), x)

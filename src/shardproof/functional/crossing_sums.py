@@ -1,0 +1,310 @@
+"""Sums over a cut dim, and sums that broadcasting hides: both in an order that no degree changes.
+
+Torch sums a gradient over the dims that an operand was broadcast along, in an order that depends on
+the shape of what is held. So an operand is broadcast here, before it is used: its gradient is
+folded over the dims that are not cut (`numerics/sums.py`), then inside each leaf of the cut dim,
+and leaves are added by the canonical tree. An index that several ranks hold is counted by its
+owner.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardproof import comm, observing
+from shardproof.autograd import once_differentiable
+from shardproof.errors import ShapeError
+from shardproof.functional.crossing_moves import checked_dim
+from shardproof.functional.place import Place
+from shardproof.numerics.matmul import node_dtype
+from shardproof.numerics.sums import sum_rows
+from shardproof.observing import PARTIAL, Operand, Told
+from shardproof.tree import add_run, node_name
+
+
+def sum_held(x: Tensor, place: Place, like: Tensor, direction: str) -> Tensor:
+    """The sum over a cut dim that comes first. No autograd.
+
+    Args:
+        x: (held, N), Shard(0).
+        place: of the first dim.
+        like: any tensor of the result's dtype and device.
+        direction: for the ledger.
+    Returns:
+        (N,), Replicate, a new tensor.
+    Comm:
+        `direction` one all_reduce of (N,).
+    """
+    wide = node_dtype(x.dtype)
+    if not place.is_invariant:
+        part = place.owned.of(x, 0).sum(0, dtype=wide).to(like.dtype)
+        return comm.start_all_reduce(part, place.axis, direction=direction, who=place.who).wait()
+    pieces = place.pieces
+    brought = pieces.bring(x, 0)
+    leaves = (
+        sum_rows(_rows(brought, [at for at in of_leaf if at.stop > at.start]), dtype=wide)
+        for of_leaf in zip(*pieces.slices, strict=True)
+    )
+    nodes = add_run(leaves, place.run, place.num_leaves)
+    if observing.is_on():
+        for node, part in nodes.items():
+            output = Operand(f"y, {node_name(node)}", part, PARTIAL, node)
+            named = [Operand("x", x, place.placement(0))]
+            what = f"y = the sum of x over the cut dim, {node_name(node)}"
+            observing.tell(Told("sum of rows", direction, place.who, what, named, output))
+    return comm.all_reduce_nodes(
+        nodes,
+        place.axis,
+        cut=place.cut,
+        shape=x.shape[1:],
+        like=like,
+        direction=direction,
+        who=place.who,
+    )
+
+
+def _rows(x: Tensor, pieces: Sequence[slice]) -> Tensor:
+    """A leaf's rows, in the order of the dim."""
+    if len(pieces) == 1:
+        return x[pieces[0]]
+    return torch.cat([x[each] for each in pieces]) if pieces else x[:0]
+
+
+def _folded(x: Tensor, dims: Sequence[int], *, is_invariant: bool, dtype: torch.dtype) -> Tensor:
+    """The sum over `dims`, counted from the front; the other dims remain, in their order."""
+    if not is_invariant:
+        return x.sum(tuple(dims), dtype=dtype) if dims else x.to(dtype)
+    kept = [dim for dim in range(x.dim()) if dim not in dims]
+    shape = [x.shape[dim] for dim in kept]
+    rows = x.permute(*dims, *kept).reshape(_numel(x, dims), math.prod(shape))
+    return sum_rows(rows, dtype=dtype).view(shape)
+
+
+def _numel(x: Tensor, dims: Sequence[int]) -> int:
+    return math.prod(x.shape[dim] for dim in dims)
+
+
+def _broadcast_dims(given: torch.Size, shape: torch.Size) -> list[int]:
+    """The dims of `shape` that a tensor of the shape `given` is broadcast along."""
+    missing = len(shape) - len(given)
+    return [
+        dim
+        for dim in range(len(shape))
+        if dim < missing or (given[dim - missing] == 1 and shape[dim] != 1)
+    ]
+
+
+class _Expand(torch.autograd.Function):
+    """A broadcast view forward, a fold over the broadcast dims backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: torch.Size, is_invariant: bool) -> Tensor:
+        ctx.shape, ctx.is_invariant = x.shape, is_invariant
+        return x.expand(shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
+        dims = tuple(_broadcast_dims(ctx.shape, grad_y.shape))
+        grad: Tensor = _Fold.apply(grad_y, dims, ctx.is_invariant, grad_y.dtype)
+        return grad.view(ctx.shape), None, None
+
+
+class _Fold(torch.autograd.Function):
+    """A fold forward, a broadcast view backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dims: tuple[int, ...], is_invariant: bool, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.shape, ctx.dims, ctx.is_invariant, ctx.dtype = x.shape, dims, is_invariant, x.dtype
+        return _folded(x, dims, is_invariant=is_invariant, dtype=dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
+        shape = [1 if dim in ctx.dims else size for dim, size in enumerate(ctx.shape)]
+        grad: Tensor = _Expand.apply(
+            grad_y.reshape(shape).to(ctx.dtype), ctx.shape, ctx.is_invariant
+        )
+        return grad, None, None, None
+
+
+class _Spread(torch.autograd.Function):
+    """A broadcast view forward; a fold, leaf sums and one all_reduce backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: torch.Size, dim: int, place: Place) -> Tensor:
+        ctx.shape, ctx.dim, ctx.site = x.shape, dim, place
+        return x.expand(shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
+        place, dim, wide = ctx.site, ctx.dim, node_dtype(grad_y.dtype)
+        dims = [each for each in _broadcast_dims(ctx.shape, grad_y.shape) if each != dim]
+        x = grad_y
+        if dims:
+            x = _folded(grad_y, dims, is_invariant=place.is_invariant, dtype=wide)
+        x = x.movedim(dim - sum(each < dim for each in dims), 0)
+        total = sum_held(x.reshape(x.shape[0], x.shape[1:].numel()), place, grad_y, "backward")
+        return total.view(ctx.shape), None, None, None
+
+
+class _SumCut(torch.autograd.Function):
+    """Leaf sums and one all_reduce forward, a broadcast backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, place: Place, dtype: torch.dtype) -> Tensor:
+        ctx.dim, ctx.site, ctx.shape, ctx.dtype = dim, place, x.shape, x.dtype
+        rows = x.movedim(dim, 0)
+        shape = rows.shape[1:]
+        like = x.new_empty(0, dtype=dtype)
+        total = sum_held(rows.reshape(x.shape[dim], shape.numel()), place, like, "forward")
+        return total.resize_(shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.site.axis.note(grad_y, who=ctx.site.who, what="gradient of the sum")
+        grad = grad_y.to(ctx.dtype).unsqueeze(ctx.dim).expand(ctx.shape)
+        return grad, None, None, None
+
+
+def spread(x: Tensor, shape: Sequence[int], dim: int, place: Place) -> Tensor:
+    """A whole tensor broadcast along a cut dim: a view forward, its sum by one all_reduce backward.
+
+    Args:
+        x: broadcastable to `shape`, Replicate; of size 1 along `dim`, or without it.
+        shape: (*, held, *): what it is used with on this rank.
+        dim: that is cut, counted in `shape` from either end.
+        place: of that dim.
+    Returns:
+        `shape`, Shard(dim), a view of `x`; its gradient is expected to be complete at every rank
+        that holds an index.
+    Raises:
+        ShapeError: the shapes do not fit, or `shape` is not what this rank holds.
+    Comm:
+        forward none; backward one all_reduce of the shape of `x`.
+    """
+    size = torch.Size(shape)
+    dim = _checked_shape(x, size, dim, place)
+    place.axis.note(x, who=place.who)
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return x.expand(size)
+    return _Spread.apply(x, size, dim, place)
+
+
+def _checked_shape(x: Tensor, shape: torch.Size, dim: int, place: Place) -> int:
+    """`dim` from the front; raises unless `x` broadcasts to what this rank holds."""
+    front = dim + len(shape) if dim < 0 else dim
+    missing = len(shape) - x.dim()
+    is_held = 0 <= front < len(shape) and shape[front] == place.length
+    is_one = missing >= 0 and (front < missing or x.shape[front - missing] == 1)
+    if not (is_held and is_one):
+        raise ShapeError(
+            f"{place.who} on {place.axis}: a tensor of shape {tuple(x.shape)} cannot be spread to "
+            f"{tuple(shape)} along dim {dim}, of which this rank holds {place.length}. Give a "
+            "tensor of size 1 there; what has the whole dim is taken, not spread."
+        )
+    return front
+
+
+def expand(x: Tensor, shape: Sequence[int], place: Place | None = None) -> Tensor:
+    """Broadcast on this rank alone: a view forward, a fold in a fixed order backward.
+
+    Args:
+        x: broadcastable to `shape`, any placement; what is cut is held already.
+        shape: of what it is used with on this rank.
+        place: whose numerics; None: invariant.
+    Returns:
+        `shape`, a view of `x`, or `x` itself if it has that shape.
+    Comm:
+        forward none; backward none.
+    """
+    size = torch.Size(shape)
+    if x.shape == size:
+        return x
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return x.expand(size)
+    return _Expand.apply(x, size, place is None or place.is_invariant)
+
+
+def fold(
+    x: Tensor, dims: int | Sequence[int], *, keepdim: bool = False, place: Place | None = None
+) -> Tensor:
+    """Sum over dims that are not cut, in an order that depends on their sizes alone.
+
+    Args:
+        x: (*), any placement.
+        dims: one or more, none of which is cut; counted from either end.
+        keepdim: leave them with size 1.
+        place: whose numerics; None: invariant.
+    Returns:
+        The sum, placed as `x`; int64 of whole numbers and bools.
+    Comm:
+        forward none; backward none.
+    """
+    given = (dims,) if isinstance(dims, int) else dims
+    counted = tuple(sorted(each % max(x.dim(), 1) for each in given))
+    if not x.is_floating_point():
+        return x.sum(counted, keepdim=keepdim) if counted and x.dim() else x.long()
+    if not counted or not x.dim():
+        return x.clone()
+    y: Tensor = _Fold.apply(x, counted, place is None or place.is_invariant, x.dtype)
+    if not keepdim:
+        return y
+    return y.view([1 if dim in counted else size for dim, size in enumerate(x.shape)])
+
+
+def sum_cut(
+    x: Tensor,
+    dim: int,
+    place: Place,
+    *,
+    keepdim: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Sum over a cut dim: one all_reduce forward, a broadcast backward.
+
+    Args:
+        x: (*, held, *), Shard(dim).
+        dim: counted from either end.
+        place: of that dim.
+        keepdim: leave it with size 1.
+        dtype: of the result; that of `x` if not given, int64 of whole numbers and bools.
+    Returns:
+        (*), Replicate, without `dim`; its gradient is expected to be Replicate.
+    Raises:
+        ShapeError: `x` is not what this rank holds.
+    Comm:
+        forward one all_reduce of the result; backward none.
+    """
+    dim = checked_dim(x, dim, place, is_whole=False)
+    if not x.is_floating_point():
+        part = place.owned.of(x, dim).sum(dim, dtype=torch.int64)
+        started = comm.start_all_reduce(part, place.axis, direction="forward", who=place.who)
+        y = started.wait() if dtype is None else started.wait().to(dtype)
+    else:
+        y = _SumCut.apply(x, dim, place, dtype or x.dtype)
+    place.axis.note_result(y, who=place.who)
+    return y.unsqueeze(dim) if keepdim else y
+
+
+def mean_cut(x: Tensor, dim: int, place: Place, *, keepdim: bool = False) -> Tensor:
+    """Mean over a cut dim: one all_reduce forward, a broadcast backward.
+
+    Args:
+        x: (*, held, *), Shard(dim), of a floating dtype.
+        dim: counted from either end.
+        place: of that dim.
+        keepdim: leave it with size 1.
+    Returns:
+        (*), Replicate, without `dim`; its gradient is expected to be Replicate.
+    Raises:
+        ShapeError: `x` is not what this rank holds.
+    Comm:
+        forward one all_reduce of the result; backward none.
+    """
+    total = sum_cut(x, dim, place, keepdim=keepdim, dtype=node_dtype(x.dtype))
+    return (total / place.size).to(x.dtype)
