@@ -14,8 +14,12 @@ from shardproof.leaves import Cut, share
 from shardproof.numerics.matmul import node_dtype
 from shardproof.transport.base import Call, Order, Window, rank_order
 from shardproof.tree import formula, nodes_of_run, steps
+from shardproof.units import CutDim
 
 _KEPT = 4096  # of each kind are kept
+
+# A call, how many elements each rank has in a row, and how many rows.
+GatherPlan = tuple[Call, tuple[int, ...], int]
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def gather_plan(
     after: tuple[int, ...],
     dtype: torch.dtype,
     cut: Cut,
-) -> tuple[Call, tuple[int, ...], int]:
+) -> GatherPlan:
     """An all-gather: its call, how many elements each rank has in a row, and how many rows.
 
     Args:
@@ -60,6 +64,27 @@ def gather_plan(
     shape = (*before, cut.size, *after)
     call = Call("all_gather", direction, who, shape, dtype, _describe(cut, len(before)))
     return call, tuple(length * _numel(after) for length in cut.sizes()), _numel(before)
+
+
+@functools.lru_cache(_KEPT)
+def block_gather_plan(
+    direction: str, who: str, shape: tuple[int, ...], dtype: torch.dtype, dim: int, along: CutDim
+) -> GatherPlan:
+    """An all-gather along a dim of several blocks, of what each rank owns.
+
+    Args:
+        direction: of the call.
+        who: of the call.
+        shape: of the whole.
+        dtype: of what travels.
+        dim: that is cut.
+        along: how.
+    """
+    detail = f"{_describe(along.shared.cut, dim)} in {len(along.blocks)} blocks"
+    call = Call("all_gather", direction, who, shape, dtype, detail)
+    owned = (len(along.owned(rank)) for rank in range(along.shared.degree))
+    inner = _numel(shape[dim + 1 :])
+    return call, tuple(length * inner for length in owned), _numel(shape[:dim])
 
 
 @functools.lru_cache(_KEPT)
