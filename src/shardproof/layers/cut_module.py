@@ -139,7 +139,8 @@ def become_cut(
             ties[whole] = _part_of(whole, layout), layout
         registry.note_replaced(whole, f"{name}.{own}" if name else own)
         setattr(module, own, ties[whole][0])
-    setattr(module, registry.RECORD, CutRecord(axis, scheme, name, dict(layouts), wrap))
+    said = name or type(module).__name__  # of the model itself
+    setattr(module, registry.RECORD, CutRecord(axis, scheme, said, dict(layouts), wrap))
     module.__class__ = kind
     guard.watch(module)
     return module
