@@ -31,7 +31,7 @@ import shardproof.functional
 import shardproof.layers
 import shardproof.optim
 from places import Pool
-from shardproof import collectives, comm, optim, recut, reductions
+from shardproof import block_comm, collectives, comm, optim, recut, reductions
 from shardproof.axis import Axis
 from shardproof.functional import (
     attention_site,
@@ -56,6 +56,7 @@ from shardproof.heads import Heads
 from shardproof.layers import (
     activations,
     base,
+    cut_module,
     data_parallel,
     filling,
     formula,
@@ -80,6 +81,7 @@ from shardproof.optim import base as optimizer_base
 from shardproof.optim import norms as norm_functions
 from shardproof.scheme import Scheme
 from shardproof.tree import Node, nodes_of_run
+from shardproof.units import Block, CutDim, Shared, Units
 
 IN, OUT, LEADING = 20, 12, (2, 3)
 SIZES = {
@@ -87,6 +89,8 @@ SIZES = {
     "in_features": IN,
     "out_features": OUT,
     "cut.size": IN,
+    "along.size": IN,
+    "size": IN,
     "shape": 6 * IN,
     "sum of sizes": IN,
     # Of attention: nine query heads on one key-value head have five parts at degree 2 and at 3.
@@ -257,6 +261,20 @@ class Run:
         return function(x, weight, site, formula)
 
     @property
+    def along(self) -> CutDim:
+        """Two blocks of ten units."""
+        shared = Shared(Units("features", IN // 2), 8, self.axis.size)
+        return CutDim(shared, (Block(IN // 2, 0, 1), Block(IN // 2, 0, 1)))
+
+    @property
+    def each(self) -> list[Any]:
+        return [self.along.owned(rank) for rank in range(self.axis.size)]
+
+    @property
+    def block_part(self) -> Tensor:
+        return torch.ones(*LEADING, len(self.each[self.axis.rank]))
+
+    @property
     def route(self) -> dict[str, Any]:
         return {
             "rows": Cut(OUT, 8, self.axis.size), "columns": self.cut, "direction": "forward"
@@ -425,6 +443,12 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
         torch.ones(len(run.route["rows"].owned(run.axis.rank)), IN), run.axis, **run.route
     ),
     (recut.to_rows, ""): Run.turned,
+    (block_comm.all_gather_along, ""): lambda run: block_comm.all_gather_along(
+        run.block_part, run.axis, dim=2, along=run.along, direction="forward"
+    ),
+    (block_comm.move, ""): lambda run: block_comm.move(
+        run.block_part, run.axis, dim=2, have=run.each, want=run.each, direction="forward"
+    ),
     (orthogonal.orthogonalize, ""): Run.orthogonal,
     (optim.Muon, ""): Run.muon,
     (norm_functions.sum_squares_of, ""): Run.squares,
@@ -448,7 +472,8 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
 }
 # Public, and of no tensor's doing.
 SILENT = {
-    comm: {"Sum", "agree", "check_degree_of", "check_part"},
+    comm: {"Sum", "agree", "check_degree_of", "check_part", "gather_parts"},
+    recut: {"swap"},
     site: {"LinearSite"},
     rows: {"are_alike", "as_rows", "cast", "check_alike", "is_autocast", "shaped"}
     | {"without_autocast"},
@@ -465,9 +490,10 @@ SILENT = {
     registry: {"Part", "add_module", "axes_of", "changes", "cut_modules", "cut_parameters"}
     | {"is_cut_module", "name_by_memory", "name_of", "note_change", "note_replaced", "part_of"}
     | {"memory_of", "parts", "parts_by_memory", "parts_of", "refresh", "remember"}
-    | {"replaced_name"},
+    | {"record_of", "replaced_name"},
     step_guard: {"declare_elementwise", "install", "is_elementwise", "serve"},
     base: {"ShardedModule", "check_state"},
+    cut_module: {"CutModule", "CutRecord", "become_cut", "cut_parameters", "new_ties"},
     guard: {"watch"},
     sampling: {"check_options"},
     filling: {"passes_over"},
@@ -536,7 +562,7 @@ def modules_of(package: ModuleType) -> list[ModuleType]:
 
 
 MODULES = [
-    comm, collectives, recut, reductions,
+    comm, collectives, recut, block_comm, reductions,
     *modules_of(shardproof.functional), *modules_of(shardproof.layers),
     *modules_of(shardproof.optim),
 ]  # fmt: skip

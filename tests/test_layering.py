@@ -23,8 +23,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("operands", "quantities"),
     ("environment", "files"),
     ("objects",),
-    ("autograd", "checking", "core", "extras", "leaves", "telling", "tree"),
+    ("autograd", "checking", "core", "extras", "leaves", "runs", "telling", "tree"),
     ("heads", "observing", "overlap", "scheme", "timeout", "units"),
+    ("block_layout",),
     # Bytes between ranks.
     ("transport.ledger", "transport.notes"),
     ("transport.base",),
@@ -48,6 +49,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("told",),
     ("comm",),
     ("collectives", "gathers", "recut"),
+    ("block_comm",),
     (
         "functional.classes",
         "functional.rows",
@@ -79,7 +81,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layers.data_parallel", "layers.refuse", "layers.scaling", "layers.state_guard"),
     ("layers.filling", "layers.guard"),
     ("layers.base",),
-    ("layers.dropout", "layers.formula"),
+    ("layers.cut_module", "layers.dropout", "layers.formula"),
     ("layers.norm",),
     ("layers.activations",),
     ("layers.embedding", "layers.linear"),

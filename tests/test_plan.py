@@ -188,7 +188,7 @@ def test_a_plan_is_plain_data() -> None:
     (up,) = [module for module in data["modules"] if module["name"] == "layers.1.up_proj"]
     assert up["parameters"][0]["ranks"][2] == {
         "shape": [10, 10],
-        "owned": [33, 43],
+        "owned": [[33, 43]],
         "held_bytes": 400,
         "owned_bytes": 400,
     }

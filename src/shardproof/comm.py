@@ -18,8 +18,9 @@ from shardproof.axis import Axis
 from shardproof.errors import MismatchError, ShapeError
 from shardproof.leaves import Cut
 from shardproof.numerics.matmul import node_dtype
-from shardproof.observing import PARTIAL, REPLICATE, Operand, Told, shard
+from shardproof.observing import PARTIAL, REPLICATE, Operand, Placement, Told, shard
 from shardproof.schedule import (
+    GatherPlan,
     Plan,
     gather_plan,
     native_plan,
@@ -74,14 +75,30 @@ def all_gather(
     if axis.size == 1:
         return x.clone(memory_format=torch.contiguous_format)
     before, after = tuple(x.shape[:dim]), tuple(x.shape[dim + 1 :])
-    call, sizes, outer = gather_plan(direction, who, before, after, x.dtype, cut)
+    plan = gather_plan(direction, who, before, after, x.dtype, cut)
+    return gather_parts(x, axis, plan, shard(dim, cut.owned(axis.rank), cut.size))
+
+
+def gather_parts(x: Tensor, axis: Axis, plan: GatherPlan, place: Placement) -> Tensor:
+    """Join the ranks' parts in rank order, as `plan` says.
+
+    Args:
+        x: (*, owned, *), Shard.
+        axis: the ranks, of which there are several.
+        plan: from `schedule`.
+        place: how `x` lies, for observers.
+    Returns:
+        (*, size, *), Replicate, a new tensor.
+    Comm:
+        `direction` one all_gather of (*, size, *).
+    """
+    call, sizes, outer = plan
     y = x.new_empty(call.shape)
     axis.transport.all_gather(as_flat(x, call), y.view(-1), sizes, outer=outer, call=call)
     sent = (axis.size - 1) * _bytes(x)
     count(axis, call, _bytes(y), sent)
     if observing.is_on():
-        part = Operand("x", x, shard(dim, cut.owned(axis.rank), cut.size))
-        whole = Operand("y", y, REPLICATE)
+        part, whole = Operand("x", x, place), Operand("y", y, REPLICATE)
         sends = sends_to_all(x, axis)
         observing.tell(told_of(axis, call, [part], whole, _bytes(y), sent, sends=sends))
     return y

@@ -8,7 +8,7 @@ never by the degree: that is what keeps the bits the same (`tree.py` says how).
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from shardproof.errors import DegreeError, ShapeError
 from shardproof.quantities import whole_number
@@ -184,9 +184,30 @@ class Cut:
         return tuple(rank for rank in range(self.degree) if not self.run(rank))
 
 
+Index = tuple[slice, ...]
+
+
+class HeldLeaf(NamedTuple):
+    """A leaf of which a rank holds all or some.
+
+    Attributes:
+        leaf: its number.
+        shape: of the whole leaf, whose runs of indices lie one behind the other.
+        pieces: where a run lies in what the rank holds, and where in the leaf.
+    """
+
+    leaf: int
+    shape: tuple[int, ...]
+    pieces: tuple[tuple[Index, Index], ...]
+
+
 @dataclass(frozen=True)
 class Layout:
     """How one tensor lies on one rank of an axis.
+
+    A rank's part is one run of indices here, and several in a `BlockLayout` (`block_layout.py`).
+    What both have to say is asked of `owned_runs`, `held_runs`, `leaf_places`, `owned_places`,
+    `other_places`, `held_leaves` and `copies`.
 
     Attributes:
         shape: the global shape.
@@ -234,9 +255,17 @@ class Layout:
     @property
     def local_shape(self) -> tuple[int, ...]:
         """Shape of what this rank holds."""
-        if self.cut is None or self.dim is None or self.held is None:
+        return self._shape_with(self.held_runs)
+
+    @property
+    def owned_shape(self) -> tuple[int, ...]:
+        """Shape of what this rank owns of what it holds."""
+        return self._shape_with(self.owned_runs)
+
+    def _shape_with(self, runs: tuple[range, ...]) -> tuple[int, ...]:
+        if self.dim is None:
             return self.shape
-        length = len(self.cut.units(self.held))
+        length = sum(map(len, runs))
         return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
 
     @property
@@ -246,17 +275,60 @@ class Layout:
             return self.owned
         return self.cut.units(self.held)
 
-    def held_leaves(self) -> Iterator[tuple[int, tuple[slice, ...], tuple[int, ...]]]:
-        """Leaf index, where it lies in the shard, and its shape, for every leaf that is held."""
+    @property
+    def owned_runs(self) -> tuple[range, ...]:
+        """`owned` as runs, in global order; none if the rank owns nothing."""
+        return (self.owned,) if self.owned else ()
+
+    @property
+    def held_runs(self) -> tuple[range, ...]:
+        """`held_indices` as runs, in global order: the shard has them one behind the other."""
+        return (self.held_indices,) if self.held_indices else ()
+
+    @property
+    def leaf_places(self) -> tuple[tuple[slice, ...], ...]:
+        """Of every leaf that this rank owns, where its runs lie in what the rank holds."""
+        if self.cut is None:
+            return ()
+        return tuple((where,) for where in self.cut.leaf_slices(self.rank, self.held))
+
+    @property
+    def owned_places(self) -> tuple[slice, ...]:
+        """Where what this rank owns lies in what it holds, as runs along `dim`."""
+        owned, start = self.owned, self.held_indices.start
+        return (slice(owned.start - start, owned.stop - start),) if owned else ()
+
+    @property
+    def other_places(self) -> tuple[slice, ...]:
+        """Where what another rank owns lies in what this rank holds, as runs along `dim`."""
+        held = len(self.held_indices)
+        if not self.owned_places:
+            return (slice(0, held),) if held else ()
+        own = self.owned_places[0]
+        return tuple(each for each in (slice(0, own.start), slice(own.stop, held))
+                     if each.start < each.stop)  # fmt: skip
+
+    def held_leaves(self) -> Iterator[HeldLeaf]:
+        """Every leaf of which this rank holds something."""
         if self.cut is None or self.dim is None or self.held is None:
-            yield 0, (), self.shape
+            yield HeldLeaf(0, self.shape, (((), ()),))
             return
-        start = self.cut.units(self.held).start
+        before, start = (slice(None),) * self.dim, self.cut.units(self.held).start
         for leaf in self.held:
             units = self.cut.leaf(leaf)
             shape = (*self.shape[: self.dim], len(units), *self.shape[self.dim + 1 :])
             where = slice(units.start - start, units.stop - start)
-            yield leaf, (slice(None),) * self.dim + (where,), shape
+            yield HeldLeaf(leaf, shape, (((*before, where), ()),))
+
+    def copies(self) -> Iterator[tuple[str, tuple[slice, ...]]]:
+        """What several ranks may hold and one owns: its name, and where it lies in the shard."""
+        if self.cut is not None and self.cut.runs is not None and self.dim is not None:
+            for leaf, _, pieces in self.held_leaves():
+                yield f"leaf {leaf}", tuple(where[self.dim] for where, _ in pieces)
+
+    def reshaped(self, shape: tuple[int, ...]) -> "Layout":
+        """The layout on this rank of another tensor, which is as long along `dim`."""
+        return Layout(tuple(shape), self.rank, self.dim, self.cut, self.held)
 
     def of(self, rank: int) -> "Layout":
         """The same tensor's layout on another rank, which holds what it owns."""

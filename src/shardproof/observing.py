@@ -29,7 +29,8 @@ class Placement:
     Attributes:
         kind: "Replicate", "Shard" or "Partial".
         dim: that is cut; for Shard.
-        held: the global indices along `dim` that the rank holds; for Shard.
+        held: the global indices along `dim` that the rank holds; for Shard. None if they
+            are several runs.
         size: of the whole dim; for Shard.
     """
 
@@ -57,7 +58,8 @@ def placement_of(layout: Layout) -> Placement:
     """How a tensor of this layout lies on its rank."""
     if layout.dim is None:
         return REPLICATE
-    return shard(layout.dim, layout.held_indices, layout.shape[layout.dim])
+    runs = layout.held_runs or (range(0),)
+    return shard(layout.dim, runs[0] if len(runs) == 1 else None, layout.shape[layout.dim])
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Every rank sends each other rank the block where its own share and the other's c
 nothing larger than a share ever exists. Bytes move; nothing is computed.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -45,7 +46,8 @@ def to_columns(
     blocks = [_copy(x[:, _slice(columns.owned(rank))]) for rank in range(axis.size)]
     width = len(columns.owned(axis.rank))
     heights = rows.sizes()
-    got = _swap(blocks, [height * width for height in heights], axis, rows, columns, direction, who)
+    call = _call(x, rows, columns, direction, who)
+    got = swap(blocks, [height * width for height in heights], axis, call)
     return torch.cat([part.view(-1, width) if width else part.view(height, 0)
                       for part, height in zip(got, heights, strict=True)])  # fmt: skip
 
@@ -84,25 +86,30 @@ def to_rows(
     blocks = [_copy(x[_slice(rows.units(leaves))]) for leaves in held]
     height = len(rows.units(held[axis.rank]))
     widths = columns.sizes()
-    got = _swap(blocks, [height * width for width in widths], axis, rows, columns, direction, who)
+    call = _call(x, rows, columns, direction, who)
+    got = swap(blocks, [height * width for width in widths], axis, call)
     return torch.cat(
         [part.view(height, width) for part, width in zip(got, widths, strict=True)], dim=1
     )
 
 
-def _swap(
-    blocks: list[Tensor],
-    sizes: list[int],
-    axis: Axis,
-    rows: Cut,
-    columns: Cut,
-    direction: str,
-    who: str,
-) -> list[Tensor]:
-    """Block r goes to rank r; what comes from every rank, the own block included."""
+def _call(x: Tensor, rows: Cut, columns: Cut, direction: str, who: str) -> Call:
     detail = f"{rows.num_leaves} x {columns.num_leaves} leaves"
-    shape = (rows.size, columns.size)
-    call = Call("exchange", direction, who, shape, blocks[0].dtype, detail)
+    return Call("exchange", direction, who, (rows.size, columns.size), x.dtype, detail)
+
+
+def swap(blocks: list[Tensor], sizes: list[int], axis: Axis, call: Call) -> list[Tensor]:
+    """One block for every rank, and one from every rank, the own one included.
+
+    Args:
+        blocks: flat, contiguous, nobody else's: an exchange may lend them for longer than the call.
+        sizes: elements that come from every rank.
+        axis: the ranks.
+        call: for the ledger and messages; its shape is that of the whole.
+
+    Comm:
+        `direction` one exchange of (whole).
+    """
     mine = blocks[axis.rank]
     if axis.size > 1:
         outgoing = [[] if rank == axis.rank else [block] for rank, block in enumerate(blocks)]
@@ -111,7 +118,7 @@ def _swap(
     else:
         parts = [[]]
     item = mine.element_size()
-    whole = rows.size * columns.size * item
+    whole = math.prod(call.shape) * item
     sent = item * (sum(block.numel() for block in blocks) - mine.numel())
     count(axis, call, whole, sent)
     if observing.is_on():

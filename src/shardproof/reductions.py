@@ -23,6 +23,7 @@ from shardproof.numerics.elementwise import widen
 from shardproof.numerics.sums import sum_all
 from shardproof.objects import checked_model
 from shardproof.optim.layouts import layouts_of
+from shardproof.runs import take
 from shardproof.tree import add_run
 from shardproof.wording import shown
 
@@ -223,15 +224,16 @@ def min_over_parameters(
 class _Total(torch.autograd.Function):
     """Sum by the tree over the leaves of all ranks forward, a copy to every leaf backward.
 
-    A rank may hold leaves that another owns: they are not added here, and get their gradient too.
+    A rank may hold what another owns, behind its own leaves: that is not added here, and gets its
+    gradient too.
     """
 
     @staticmethod
     def forward(ctx: Any, held: Tensor, layout: Layout, axis: Axis, who: str) -> Tensor:
         cut: Any = layout.cut
         ctx.count = held.shape[0]
-        run, first = cut.run(layout.rank), (layout.held or range(0)).start
-        leaves = (held[leaf - first].clone() for leaf in run)
+        run = cut.run(layout.rank)
+        leaves = (held[number].clone() for number in range(len(run)))
         nodes = add_run(leaves, run, cut.num_leaves)
         return comm.all_reduce_nodes(
             nodes, axis, cut=cut, shape=(), like=held.new_empty(0), direction="update", who=who
@@ -304,11 +306,16 @@ def _check_elementwise(function: Function, leaf: Tensor, y: Tensor, name: str) -
 
 
 def _leaves(value: Tensor, layout: Layout) -> list[Tensor]:
-    """The leaves that this rank holds, contiguous, so that no shard is seen in their strides."""
-    if layout.cut is None or layout.dim is None or layout.held is None:
+    """The leaves that this rank owns, and what it holds of others as one more.
+
+    They are contiguous, so that no shard is seen in their strides.
+    """
+    if layout.dim is None:
         return [value.contiguous()]
-    sizes = [len(layout.cut.leaf(leaf)) for leaf in layout.held]
-    return [leaf.contiguous() for leaf in value.split(sizes, layout.dim)] if sizes else []
+    others = [layout.other_places] if layout.other_places else []
+    return [
+        take(value, layout.dim, places).contiguous() for places in (*layout.leaf_places, *others)
+    ]
 
 
 def _values(

@@ -14,7 +14,10 @@ from shardproof.leaves import Cut, share
 from shardproof.numerics.matmul import node_dtype
 from shardproof.transport.base import Call, Order, Window, rank_order
 from shardproof.tree import formula, nodes_of_run, steps
+from shardproof.units import CutDim
 
+# A call, how many elements each rank has in a row, and how many rows.
+GatherPlan = tuple[Call, tuple[int, ...], int]
 _KEPT = 4096  # of each kind are kept
 
 
@@ -46,7 +49,7 @@ def gather_plan(
     after: tuple[int, ...],
     dtype: torch.dtype,
     cut: Cut,
-) -> tuple[Call, tuple[int, ...], int]:
+) -> GatherPlan:
     """An all-gather: its call, how many elements each rank has in a row, and how many rows.
 
     Args:
@@ -70,7 +73,7 @@ def sizes_plan(
     after: tuple[int, ...],
     dtype: torch.dtype,
     sizes: tuple[int, ...],
-) -> tuple[Call, tuple[int, ...], int]:
+) -> GatherPlan:
     """`gather_plan` where each rank's length along the dim is given.
 
     Args:
@@ -85,6 +88,27 @@ def sizes_plan(
     detail = f"{sum(sizes)} indices along dim {len(before)}, by rank {sizes}"
     call = Call("all_gather", direction, who, shape, dtype, detail)
     return call, tuple(length * _numel(after) for length in sizes), _numel(before)
+
+
+@functools.lru_cache(_KEPT)
+def block_gather_plan(
+    direction: str, who: str, shape: tuple[int, ...], dtype: torch.dtype, dim: int, along: CutDim
+) -> GatherPlan:
+    """An all-gather along a dim of several blocks, of what each rank owns.
+
+    Args:
+        direction: of the call.
+        who: of the call.
+        shape: of the whole.
+        dtype: of what travels.
+        dim: that is cut.
+        along: how.
+    """
+    detail = f"{_describe(along.shared.cut, dim)} in {len(along.blocks)} blocks"
+    call = Call("all_gather", direction, who, shape, dtype, detail)
+    owned = (len(along.owned(rank)) for rank in range(along.shared.degree))
+    inner = _numel(shape[dim + 1 :])
+    return call, tuple(length * inner for length in owned), _numel(shape[:dim])
 
 
 @functools.lru_cache(_KEPT)

@@ -221,6 +221,26 @@ class CutDim:
         owners = np.asarray(self.shared.owner_of, dtype=np.int64)[self.labels]
         return tuple(np.flatnonzero(owners == rank) for rank in range(self.shared.degree))
 
+    def owned_places(self, rank: int) -> tuple[slice, ...]:
+        """Where what a rank owns lies in what it holds, as runs."""
+        return self._owned_places[rank]
+
+    @cached_property
+    def _owned_places(self) -> tuple[tuple[slice, ...], ...]:
+        pairs = zip(self._held, self._owned, strict=True)
+        return tuple(
+            slices_of(np.flatnonzero(np.isin(held, owned, assume_unique=True)))
+            for held, owned in pairs
+        )
+
+    @cached_property
+    def places_in_rank_order(self) -> Indices | None:
+        """Where each index lies in what the ranks own, in rank order; None if just there."""
+        order = np.concatenate(self._owned)
+        if np.array_equal(order, np.arange(self.size)):
+            return None
+        return np.argsort(order)
+
     @cached_property
     def is_owned_once(self) -> bool:
         """True if no rank holds what it does not own."""

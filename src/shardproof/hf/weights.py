@@ -259,11 +259,11 @@ def _part(stored: Any, layout: Layout) -> Tensor:
     """What this rank holds of one tensor; no more is read."""
     if layout.dim is None:
         return stored[:] if layout.shape else stored[...]
-    held = layout.held_indices
-    where = (slice(None),) * layout.dim + (slice(held.start, held.stop),)
-    if not held:  # safetensors refuses empty slices
+    before = (slice(None),) * layout.dim
+    parts = [stored[(*before, slice(run.start, run.stop))] for run in layout.held_runs]
+    if not parts:  # safetensors refuses empty slices
         return torch.empty(layout.local_shape)
-    return stored[where]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, layout.dim)
 
 
 @contextlib.contextmanager

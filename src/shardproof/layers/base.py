@@ -100,14 +100,15 @@ class ShardedModule(nn.Module):
         Raises:
             UsageError: one of them is no longer a parameter of this module itself.
         """
-        for name, layout in self.layouts.items():
+        record = registry.record_of(self)
+        for name, layout in record.layouts.items():
             parameter = self._parameters.get(name)
             if parameter is None:
                 raise UsageError(
-                    f"{self.name!r} ({type(self).__name__}) holds a part of {name!r} and no longer "
-                    "has it as a parameter of its own (parametrize and weight_norm take it away): "
-                    "nothing says how what came in its place is cut. Remove the parametrization, "
-                    "or leave this layer out of the plan."
+                    f"{record.name!r} ({type(self).__name__}) holds a part of {name!r} and no "
+                    "longer has it as a parameter of its own (parametrize and weight_norm take "
+                    "it away): nothing says how what came in its place is cut. Remove the "
+                    "parametrization, or leave this layer out of the plan."
                 )
             yield name, parameter, layout
 
@@ -139,7 +140,7 @@ class ShardedModule(nn.Module):
         layout = self.layouts[parameter]
         if shard.is_meta:
             return
-        for leaf, where, shape in layout.held_leaves():
+        for leaf, shape, pieces in layout.held_leaves():
             values = draw_uniform(
                 shape,
                 -bound,
@@ -150,14 +151,16 @@ class ShardedModule(nn.Module):
                 dtype=shard.dtype,
                 device=shard.device,
             )
-            shard[where].copy_(values)
+            for where, part in pieces:
+                shard[where].copy_(values[part])
 
     def get_extra_state(self) -> dict[str, Any]:
         """Layout of every parameter and the contract; plain data."""
+        record = registry.record_of(self)
         return {
-            "degree": self.axis.size,
-            "rank": self.axis.rank,
-            "layouts": {name: layout.state() for name, layout in self.layouts.items()},
+            "degree": record.axis.size,
+            "rank": record.axis.rank,
+            "layouts": {name: layout.state() for name, layout in record.layouts.items()},
             "contract": self._contract(),
         }
 
@@ -165,7 +168,7 @@ class ShardedModule(nn.Module):
         """Warn if the state was made under another contract; layouts were checked before."""
         if state["contract"] != self._contract():
             warnings.warn(
-                f"the state of {self.name!r} was saved under the contract "
+                f"the state of {registry.record_of(self).name!r} was saved under the contract "
                 f"{shown(state['contract'])}, this process has {self._contract()!r}: the values "
                 "are right, further bits may differ.",
                 stacklevel=2,
@@ -174,7 +177,7 @@ class ShardedModule(nn.Module):
     def _contract(self) -> str:
         parameter = next(self.parameters())
         device = torch.device("cpu") if parameter.is_meta else parameter.device
-        return mode.contract(self.scheme, parameter.dtype, device)
+        return mode.contract(registry.record_of(self).scheme, parameter.dtype, device)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -189,16 +192,16 @@ class ShardedModule(nn.Module):
         Parameters without a layout beside them may be another rank's, whatever their shape: they
         are taken only where there is one rank.
         """
-        mine = self.get_extra_state()
+        mine, record = self.get_extra_state(), registry.record_of(self)
         if prefix + _STATE not in state_dict:
-            for name, layout in self.layouts.items():
+            for name, layout in record.layouts.items():
                 value = state_dict.get(prefix + name)
                 if not isinstance(value, Tensor):
                     continue
-                if self.axis.size > 1 or tuple(value.shape) != layout.local_shape:
+                if record.axis.size > 1 or tuple(value.shape) != layout.local_shape:
                     raise LayoutError(
                         f"cannot load {prefix + name!r} of shape {tuple(value.shape)} into "
-                        f"{self.name!r} on {self.axis}, which holds {layout.local_shape} of "
+                        f"{record.name!r} on {record.axis}, which holds {layout.local_shape} of "
                         f"{layout.shape}: the state has no layout. Load the state that this rank "
                         f"saved, with its {_STATE!r}; or load plain state into the plain module "
                         "and cut that with from_linear or parallelize."
@@ -207,21 +210,21 @@ class ShardedModule(nn.Module):
         state = state_dict[prefix + _STATE]
         if not isinstance(state, dict) or not set(mine) <= set(state):
             raise LayoutError(
-                f"cannot load {prefix + _STATE!r} into {self.name!r} on {self.axis}: it is no "
+                f"cannot load {prefix + _STATE!r} into {record.name!r} on {record.axis}: it is no "
                 f"layout but {shown(state)}. Load the state that this rank saved."
             )
         for key in ("degree", "rank", "layouts"):
             if plain_words(state[key]) != plain_words(mine[key]):
                 raise LayoutError(
-                    f"cannot load the state of {prefix.rstrip('.') or self.name!r} into "
-                    f"{self.axis}: its {key} is {_detailed(state[key])}, here it is {mine[key]}. "
+                    f"cannot load the state of {prefix.rstrip('.') or record.name!r} into "
+                    f"{record.axis}: its {key} is {_detailed(state[key])}, here it is {mine[key]}. "
                     "Load the state that this rank saved at this degree, with the same leaves."
                 )
         if not isinstance(state["contract"], str):
             raise LayoutError(
-                f"cannot load {prefix + _STATE!r} into {self.name!r} on {self.axis}: its contract "
-                f"is {shown(state['contract'])}, which is not text. Load the state that this rank "
-                "saved."
+                f"cannot load {prefix + _STATE!r} into {record.name!r} on {record.axis}: its "
+                f"contract is {shown(state['contract'])}, which is not text. Load the state that "
+                "this rank saved."
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -127,7 +127,7 @@ class VocabParallelEmbedding(ShardedModule):
         weight = self.weight
         if weight.is_meta:
             return
-        for leaf, where, shape in self.layouts["weight"].held_leaves():
+        for leaf, shape, pieces in self.layouts["weight"].held_leaves():
             values = draw_normal(
                 shape,
                 0.0,
@@ -138,7 +138,8 @@ class VocabParallelEmbedding(ShardedModule):
                 dtype=weight.dtype,
                 device=weight.device,
             )
-            weight[where].copy_(values)
+            for where, part in pieces:
+                weight[where].copy_(values[part])
         if self._site.padding is not None:
             weight[self._site.padding].zero_()
 

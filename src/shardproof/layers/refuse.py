@@ -21,7 +21,7 @@ from torch.nn.utils.spectral_norm import spectral_norm
 from torch.nn.utils.weight_norm import weight_norm
 
 from shardproof.errors import UsageError
-from shardproof.layers.registry import is_cut_module, name_by_memory
+from shardproof.layers.registry import is_cut_module, name_by_memory, record_of
 from shardproof.layers.replace import replace
 
 Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -128,9 +128,10 @@ def _normalising(function: str, original: Callable[..., Any]) -> Callable[..., A
 
 
 def _check_whole(module: Any, name: str, function: str, reason: str) -> None:
-    if is_cut_module(module) and name in module.layouts and not module.layouts[name].is_replicated:
+    record = record_of(module) if is_cut_module(module) else None
+    if record is not None and name in record.layouts and not record.layouts[name].is_replicated:
         raise UsageError(
-            f"torch.nn.utils.{function} on {name!r} of {module.name!r} "
+            f"torch.nn.utils.{function} on {name!r} of {record.name!r} "
             f"({type(module).__name__}), of which this rank holds a part: {reason}. Do it before "
             "the model is cut and remove the parametrization, or leave this layer out of the plan."
         )

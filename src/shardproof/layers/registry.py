@@ -50,6 +50,7 @@ class Part:
         return owner is None or any(own is parameter for own in owner.parameters())
 
 
+RECORD = "_shardproof_cut"  # attribute of a module that became cut
 _modules: weakref.WeakSet[Any] = weakref.WeakSet()
 _parts: Any = WeakIdKeyDictionary()  # parameter -> Part; torch has no types for it
 _replaced: Any = WeakIdKeyDictionary()  # parameter -> its name in the model that was cut
@@ -74,6 +75,15 @@ def is_cut_module(module: object) -> bool:
     """True for a cut module."""
     with _lock:
         return isinstance(module, nn.Module) and module in _modules
+
+
+def record_of(module: Any) -> Any:
+    """What has the `axis`, `scheme`, `name` and `layouts` of a cut module.
+
+    A layer of ours has them itself. A module of another class that became cut keeps them in a
+    record, for it may have attributes of these names that say something else.
+    """
+    return module.__dict__.get(RECORD, module)
 
 
 def note_change() -> None:
@@ -140,17 +150,18 @@ def parts_of(module: Any) -> Iterator[tuple[nn.Parameter, Part]]:
 
     Other threads may be building or changing the module: nothing is expected to be there.
     """
-    owner, promises = weakref.ref(module), module.scheme.is_invariant
-    for name, layout in list(module.layouts.items()):
+    record = record_of(module)
+    owner, promises = weakref.ref(module), record.scheme.is_invariant
+    for name, layout in list(record.layouts.items()):
         parameter = getattr(module, "_parameters", {}).get(name)
         if parameter is not None:
-            part = Part(f"{module.name}.{name}", layout, module.axis, promises, owner)
+            part = Part(f"{record.name}.{name}", layout, record.axis, promises, owner)
             yield parameter, part
         elif not layout.is_replicated:
             # Which of them make up the cut parameter is not known, so that all count.
             for other, candidate in list(module.named_parameters()):
-                if other not in module.layouts:
-                    part = Part(f"{module.name}.{other}", None, module.axis, promises, owner)
+                if other not in record.layouts:
+                    part = Part(f"{record.name}.{other}", None, record.axis, promises, owner)
                     yield candidate, part
 
 

@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from shardproof.errors import NumericsError, UsageError
 from shardproof.layers import registry
 from shardproof.layers.registry import Part
+from shardproof.wording import few
 
 # (module, name) of torch's optimizers whose update of an element depends on that element alone.
 ELEMENTWISE = {
@@ -179,8 +180,5 @@ def _share(part: Part) -> str:
     layout = part.layout
     if layout is None or layout.dim is None:
         return f"from which a part is computed ({part.axis})"
-    held = layout.held_indices
-    return (
-        f"of whose dim {layout.dim} ({layout.shape[layout.dim]} long) {part.axis} holds "
-        f"{held.start}:{held.stop}"
-    )
+    held = few([f"{run.start}:{run.stop}" for run in layout.held_runs]) or "0:0"
+    return f"of whose dim {layout.dim} ({layout.shape[layout.dim]} long) {part.axis} holds {held}"

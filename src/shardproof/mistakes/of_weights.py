@@ -72,8 +72,8 @@ OF_WEIGHTS = (
         "Every rank draws its first weights from the same seed.",
         Edit(
             initialize._data,
-            "for leaf, where, shape in layout.held_leaves():",
-            "for leaf, (_, where, shape) in enumerate(layout.held_leaves()):",
+            "for leaf, shape, pieces in layout.held_leaves():",
+            "for leaf, (_, shape, pieces) in enumerate(layout.held_leaves()):",
         ),
         words.WORDS,
         "Every rank counts its leaves from 0, and so it draws what rank 0 draws, as it does with "

@@ -209,4 +209,4 @@ def _without(layout: Layout, dim: int) -> Layout:
     shape = (*layout.shape[:dim], 1, *layout.shape[dim + 1 :])
     if layout.dim is None or layout.dim == dim:
         return Layout(shape, layout.rank)
-    return Layout(shape, layout.rank, layout.dim, layout.cut, layout.held)
+    return layout.reshaped(shape)

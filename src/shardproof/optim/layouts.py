@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.layers.base import ShardedModule
+from shardproof.layers.registry import record_of
 from shardproof.leaves import Layout
 from shardproof.numerics.matmul import node_dtype
+from shardproof.runs import take
 from shardproof.tree import add_run
 
 
@@ -24,7 +26,7 @@ def layouts_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Layout, Ax
         UsageError: a cut module no longer holds one of its parameters itself.
     """
     cut: dict[int, tuple[Layout, Axis]] = {
-        id(parameter): (layout, module.axis)
+        id(parameter): (layout, record_of(module).axis)
         for module in model.modules()
         if isinstance(module, ShardedModule)
         for _, parameter, layout in module.parameters_with_layouts()
@@ -54,10 +56,9 @@ class Place:
         return self.axis is not None and self.layout.dim is not None
 
     @functools.cached_property
-    def slices(self) -> tuple[slice, ...]:
-        """Where each leaf that this rank owns lies in what it holds."""
-        layout = self.layout
-        return () if layout.cut is None else layout.cut.leaf_slices(layout.rank, layout.held)
+    def slices(self) -> tuple[tuple[slice, ...], ...]:
+        """Where the runs of each leaf that this rank owns lie in what it holds."""
+        return self.layout.leaf_places
 
     def sum(
         self,
@@ -70,7 +71,7 @@ class Place:
 
         Args:
             partial: `partial(at)` gives this sum for one leaf, in `node_dtype`; `at(x)` is that
-                leaf of a tensor cut as the parameter is, a view.
+                leaf of a tensor cut as the parameter is: a view, or a copy of its runs.
             shape: of the sum.
             like: any tensor of the parameter's dtype and device.
 
@@ -85,9 +86,7 @@ class Place:
             return partial(lambda x: x)
         run = cut.run(self.layout.rank)
         leaves = (
-            partial(
-                lambda x, at=at: x.narrow(dim, at.start, at.stop - at.start)  # type: ignore[misc]
-            )
+            partial(lambda x, at=at: take(x, dim, at))  # type: ignore[misc]
             for at in self.slices
         )
         return comm.all_reduce_nodes(

@@ -11,11 +11,14 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from shardproof.axis import Axis
+from shardproof.block_comm import move
+from shardproof.block_layout import BlockLayout
 from shardproof.errors import UsageError
 from shardproof.layers.step_guard import serve
 from shardproof.leaves import Cut, Layout
@@ -25,6 +28,7 @@ from shardproof.optim.layouts import Place
 from shardproof.optim.norms import sum_squares_of
 from shardproof.optim.orthogonal import Iteration, orthogonalize, spread_of
 from shardproof.recut import to_columns, to_rows
+from shardproof.runs import take
 from shardproof.transport.base import Call
 
 _RATES = ("original", "match_rms_adamw")
@@ -57,7 +61,8 @@ class Muon(WholeOptimizer):
         UsageError: an option is out of range, or a parameter is no matrix.
 
     A matrix is (short, long) here; two products are made in an iteration, and a matrix that is cut
-    along its shorter side is turned twice. Where a (short, short) matrix has no room in a rank's
+    along its shorter side is turned twice; one whose cut dim has several blocks is turned twice
+    more. Where a (short, short) matrix has no room in a rank's
     share it travels in parts.
 
     Comm:
@@ -153,6 +158,8 @@ class Muon(WholeOptimizer):
     ) -> Tensor:
         """The update of what this rank holds, in the dtype that is computed with."""
         layout, axis = place.layout, place.axis if place.is_cut else None
+        if isinstance(layout, BlockLayout) and axis is not None:
+            return self._in_one_run(parameter, ahead, group, place, layout, axis)
         if not math.prod(layout.shape):
             return ahead
         dtype = group["ns_dtype"] or ahead.dtype
@@ -173,6 +180,31 @@ class Muon(WholeOptimizer):
             mine = layout.cut if layout.dim == long_dim else None
             x = self._on_axis(parameter, x, (short, long), mine, iteration, place, axis)
         return x.t() if is_turned else x
+
+    def _in_one_run(
+        self,
+        parameter: Tensor,
+        ahead: Tensor,
+        group: dict[str, Any],
+        place: Place,
+        layout: BlockLayout,
+        axis: Axis,
+    ) -> Tensor:
+        """`_orthogonal` of a matrix whose cut dim has several blocks: it is cut anew before it.
+
+        Every rank gets one run of the dim, and gives what the others hold of it back.
+        """
+        along: Any = layout.along
+        dim, ranks = layout.dim or 0, range(axis.size)
+        cut = Cut(along.size, along.shared.leaves, axis.size)
+        runs = [np.arange(run.start, run.stop) for run in map(cut.owned, ranks)]
+        route: dict[str, Any] = {"dim": dim, "direction": "update", "who": place.name}
+        own = take(ahead, dim, layout.owned_places)
+        own = move(own, axis, have=[along.owned(rank) for rank in ranks], want=runs, **route)
+        even = Place(Layout(layout.shape, axis.rank, dim, cut), axis, place.name)
+        update = self._orthogonal(parameter, own, group, even)
+        held = [along.held(rank) for rank in ranks]
+        return move(update, axis, have=runs, want=held, **route)
 
     def _on_axis(
         self,

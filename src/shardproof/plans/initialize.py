@@ -76,8 +76,8 @@ def initialize(
 
 
 def _scheme_of(model: nn.Module) -> Scheme:
-    schemes = (each.scheme for each in model.modules() if isinstance(each, ShardedModule))
-    return next(schemes, DEFAULT_SCHEME)
+    cut = (registry.record_of(each) for each in model.modules() if isinstance(each, ShardedModule))
+    return next((each.scheme for each in cut), DEFAULT_SCHEME)
 
 
 def _data(
@@ -101,10 +101,12 @@ def _data(
             "and nothing says what it starts as. Give the model its weights before it is cut."
         )
     layout = _layout(module, own, parameter)
-    for leaf, where, shape in layout.held_leaves():
-        data[where] = draw_normal(
+    for leaf, shape, pieces in layout.held_leaves():
+        drawn = draw_normal(
             shape, 0.0, std, seed=seed, name=name, leaf=leaf, dtype=data.dtype, device=device
         )
+        for where, part in pieces:
+            data[where] = drawn[part]
     _clear_padding(module, layout, data)
     return data
 
@@ -127,16 +129,23 @@ def _offset(module: nn.Module) -> float:
 
 
 def _layout(module: nn.Module, own: str, parameter: nn.Parameter) -> Layout:
-    if isinstance(module, ShardedModule) and own in module.layouts:
-        return module.layouts[own]
+    layouts = registry.record_of(module).layouts if isinstance(module, ShardedModule) else {}
+    if own in layouts:
+        found: Layout = layouts[own]
+        return found
     return replicated(tuple(parameter.shape))
 
 
 def _clear_padding(module: nn.Module, layout: Layout, data: Tensor) -> None:
     padding = getattr(module, "padding_idx", None)
-    held = layout.held_indices
-    if padding is not None and padding in held:
-        data[padding - held.start] = 0.0
+    if padding is None:
+        return
+    runs = layout.held_runs if layout.dim in (None, 0) else (range(layout.shape[0]),)
+    start = 0
+    for run in runs:
+        if padding in run:
+            data[start + padding - run.start] = 0.0
+        start += len(run)
 
 
 def _make_buffers(

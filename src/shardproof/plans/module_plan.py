@@ -86,7 +86,7 @@ class ParameterPlan:
             "ranks": [
                 {
                     "shape": list(layout.local_shape),
-                    "owned": [layout.owned.start, layout.owned.stop],
+                    "owned": [[run.start, run.stop] for run in layout.owned_runs],
                     "held_bytes": held,
                     "owned_bytes": owned,
                 }
@@ -196,9 +196,7 @@ def _elements(layouts: tuple[Layout, ...]) -> tuple[tuple[int, int], ...]:
     """How many elements each rank holds, and owns."""
     found = []
     for each in layouts:
-        whole = _numel(each.shape)
-        owned = whole if each.dim is None else whole // each.shape[each.dim] * len(each.owned)
-        found.append((_numel(each.local_shape), owned))
+        found.append((_numel(each.local_shape), _numel(each.owned_shape)))
     return tuple(found)
 
 

@@ -5,6 +5,7 @@ rank of every degree; each time it builds its model, does its work and records t
 """
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from shardproof import observing, optim
 from shardproof.axis import Axis
 from shardproof.errors import UsageError
 from shardproof.layers.base import ShardedModule
+from shardproof.layers.registry import record_of
 from shardproof.leaves import Layout, replicated
 from shardproof.numerics import mode
 from shardproof.observing import Operand, Told
@@ -145,9 +147,8 @@ class Trial:
             UsageError: a layer has another scheme than the proof, or than another layer.
         """
         for _, parameter, layout, _ in optim.layouts_of(model):
-            numel = parameter.numel()
-            if layout.dim is not None:
-                numel = numel // max(1, parameter.shape[layout.dim]) * len(layout.owned)
+            is_cut = layout.dim is not None
+            numel = math.prod(layout.owned_shape) if is_cut else parameter.numel()
             self.share_bytes = max(self.share_bytes, numel * parameter.element_size())
             self.num_cut_parameters += _is_cut(layout)
         if self.is_reference:
@@ -155,17 +156,17 @@ class Trial:
                 module.register_forward_hook(self._see_activation)
         for name, module in model.named_modules():
             if isinstance(module, ShardedModule):
-                self._learn_contract(name or module.name, module)
+                self._learn_contract(name or record_of(module).name, module)
         return model
 
     def _learn_contract(self, name: str, layer: ShardedModule) -> None:
-        who = f"layer {name!r}"
-        if self._scheme_giver is not None and layer.scheme != self.scheme:
+        who, scheme = f"layer {name!r}", record_of(layer).scheme
+        if self._scheme_giver is not None and scheme != self.scheme:
             raise UsageError(
-                f"{who} has {layer.scheme}, {self._scheme_giver} has {self.scheme}, and a report "
+                f"{who} has {scheme}, {self._scheme_giver} has {self.scheme}, and a report "
                 f"speaks of one. Give every layer and the proof the same scheme."
             )
-        self.scheme, self._scheme_giver = layer.scheme, self._scheme_giver or who
+        self.scheme, self._scheme_giver = scheme, self._scheme_giver or who
         parameters = layer.parameters(recurse=False)
         self._kinds |= {(each.dtype, each.device) for each in parameters if not each.is_meta}
 

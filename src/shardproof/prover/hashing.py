@@ -7,6 +7,7 @@ one that `hashlib` gives for the bytes of the full tensor.
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.leaves import Layout
+from shardproof.runs import join, take
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -45,70 +47,67 @@ def hash_tensor(tensor: Tensor, layout: Layout, axis: Axis, *, who: str) -> str 
     return hasher.hexdigest() if axis.rank == 0 else None
 
 
-def hash_copies(tensor: Tensor, layout: Layout) -> dict[int, str]:
-    """Leaf -> SHA-256 of what this rank holds of it, where a rank may hold what another one owns.
+def hash_copies(tensor: Tensor, layout: Layout) -> dict[str, str]:
+    """Name -> SHA-256 of what this rank holds of it, where a rank may hold what another one owns.
 
     Args:
         tensor: layout.local_shape.
         layout: how it lies on this rank.
     Returns:
-        Empty where every rank holds what it owns.
+        Of leaves or shared units; empty where every rank holds what it owns.
     Comm:
         none.
     """
-    if layout.cut is None or layout.cut.runs is None:
-        return {}
     found = {}
-    for leaf, where, _ in layout.held_leaves():
+    for name, places in layout.copies():
         hasher = hashlib.sha256()
-        _feed(hasher, tensor.detach()[where])
-        found[leaf] = hasher.hexdigest()
+        _feed(hasher, take(tensor.detach(), layout.dim or 0, places))
+        found[name] = hasher.hexdigest()
     return found
 
 
 def owned_part(tensor: Tensor, layout: Layout) -> Tensor:
-    """What a rank owns of what it holds, as a view."""
-    if layout.cut is None or layout.dim is None or layout.held is None:
+    """What a rank owns of what it holds: a view, or a copy of its runs."""
+    if layout.dim is None or not layout.other_places:
         return tensor
-    held, owned = layout.held_indices, layout.owned
-    if held == owned:
-        return tensor
-    if not owned:  # all that it holds is another rank's
-        return tensor.narrow(layout.dim, 0, 0)
-    return tensor.narrow(layout.dim, owned.start - held.start, len(owned))
+    return take(tensor, layout.dim, layout.owned_places)
 
 
 def _feed_shards(hasher: "_Hash", part: Tensor, layout: Layout, axis: Axis, *, who: str) -> None:
     """Feed the full tensor on rank 0, block by block; the others send."""
     dim = layout.dim or 0
     outer, inner = math.prod(layout.shape[:dim]), math.prod(layout.shape[dim + 1 :])
-    sizes = [len(layout.of(rank).owned) * inner for rank in range(axis.size)]
-    table = part.reshape(outer, sizes[axis.rank])
-    # As many rows of the full tensor as fit into the largest share; below one row, the ranks'
-    # pieces of a row are sent in turn.
-    rows = outer * max(sizes) // max(1, sum(sizes)) if dim else 0
-    if rows:
-        for start in range(0, outer, rows):
-            _feed_rows(hasher, table[start : start + rows], sizes, axis, who=who)
-        return
-    for row in table:
-        for rank in range(axis.size):
-            if sizes[rank]:
-                alone = [size if r == rank else 0 for r, size in enumerate(sizes)]
-                mine = row if axis.rank == rank else row[:0]
-                block = _gather(mine, alone, axis, who=who)
-                if block is not None:
-                    _feed(hasher, block)
+    owned = [layout.of(rank).owned_runs for rank in range(axis.size)]
+    lengths = [sum(map(len, runs)) for runs in owned]
+    table = part.reshape(outer, lengths[axis.rank], inner)
+    # As many rows of the full tensor as fit into the largest share; below one row, windows of it.
+    most, size = max(lengths), layout.shape[dim]
+    rows = outer * most // max(1, size) if dim else 0
+    width = size if rows else most
+    windows = [range(start, min(start + width, size)) for start in range(0, size, max(1, width))]
+    for start in range(0, outer, rows or 1):
+        for window in windows:
+            runs = [_within(each, window) for each in owned]
+            mine = take(table[start : start + (rows or 1)], 1, _positions(owned[axis.rank], window))
+            shapes = [(len(mine), sum(map(len, each)), inner) for each in runs]
+            block = _gather(mine.reshape(-1), [math.prod(each) for each in shapes], axis, who=who)
+            if block is not None:
+                parts = block.split([math.prod(each) for each in shapes])
+                pieces = [each.view(shape) for each, shape in zip(parts, shapes, strict=True)]
+                _feed(hasher, join(pieces, 1, runs))
 
 
-def _feed_rows(hasher: "_Hash", rows: Tensor, sizes: list[int], axis: Axis, *, who: str) -> None:
-    """Gather some rows of a table that is cut along dim 1, and feed them on rank 0."""
-    lengths = [len(rows) * size for size in sizes]
-    block = _gather(rows.reshape(-1), lengths, axis, who=who)
-    if block is not None:
-        pieces = block.split(lengths)
-        whole = [piece.view(len(rows), size) for piece, size in zip(pieces, sizes, strict=True)]
-        _feed(hasher, torch.cat(whole, dim=1))
+def _within(runs: Sequence[range], window: range) -> list[range]:
+    """What of some runs lies in a window, counted from its start."""
+    cut = [range(max(run.start, window.start), min(run.stop, window.stop)) for run in runs]
+    return [range(each.start - window.start, each.stop - window.start) for each in cut if each]
+
+
+def _positions(runs: Sequence[range], window: range) -> list[range]:
+    """Where what of some runs lies in a window is found in the runs, one behind the other."""
+    before = sum(max(0, min(run.stop, window.start) - run.start) for run in runs)
+    length = sum(map(len, _within(runs, window)))
+    return [range(before, before + length)]
 
 
 def _gather(flat: Tensor, sizes: list[int], axis: Axis, *, who: str) -> Tensor | None:

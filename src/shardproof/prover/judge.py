@@ -132,13 +132,13 @@ def _copies_that_differ(seen: Mapping[int, Sequence[Recorded]]) -> list[str]:
     """What to say of ranks that hold another rank's leaf as it is not."""
     found = []
     for degree, ranks in seen.items():
-        first: dict[int, tuple[int, str]] = {}  # the owner comes before all others that hold it
+        first: dict[str, tuple[int, str]] = {}  # the owner comes before all others that hold it
         for rank, tensor in enumerate(ranks):
-            for leaf, sha in tensor.copies.items():
-                owner, owned = first.setdefault(leaf, (rank, sha))
+            for name, sha in tensor.copies.items():
+                owner, owned = first.setdefault(name, (rank, sha))
                 if sha != owned:
                     found.append(
-                        f"copies differ at degree {degree}: rank {rank} holds leaf {leaf} not as "
+                        f"copies differ at degree {degree}: rank {rank} holds {name} not as "
                         f"rank {owner} has it"
                     )
     return found

@@ -113,26 +113,27 @@ class ReferenceReader:
                 f"{tuple(entry['shape'])} in plain torch. Record both with the same global shape; "
                 f"an output that is sharded needs a layout that says so, or gather_output=True."
             )
-        part = torch.empty(_owned_shape(layout), dtype=getattr(torch, entry["dtype"]))
+        part = torch.empty(layout.owned_shape, dtype=getattr(torch, entry["dtype"]))
         if part.numel():
             target = _as_numpy(part)
             file = self._directory / entry["file"]
             mapped = np.memmap(file, target.dtype, mode="r", shape=layout.shape)
-            owned = slice(layout.owned.start, layout.owned.stop)
-            where = () if layout.dim is None else (slice(None),) * layout.dim + (owned,)
-            target[...] = mapped[where]
+            if layout.dim is None:
+                target[...] = mapped
+                return part
+            before, start = (slice(None),) * layout.dim, 0
+            for run in layout.owned_runs:
+                stop = start + len(run)
+                target[(*before, slice(start, stop))] = mapped[
+                    (*before, slice(run.start, run.stop))
+                ]
+                start = stop
         return part
 
 
 def _as_numpy(tensor: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
     """The same memory for numpy; dtypes that it lacks as integers."""
     return tensor.view(_INTEGERS.get(tensor.dtype, tensor.dtype)).numpy()
-
-
-def _owned_shape(layout: Layout) -> tuple[int, ...]:
-    if layout.dim is None:
-        return layout.shape
-    return (*layout.shape[: layout.dim], len(layout.owned), *layout.shape[layout.dim + 1 :])
 
 
 @dataclass(frozen=True)

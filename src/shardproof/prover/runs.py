@@ -44,8 +44,8 @@ class Recorded:
         figures: where the rank's part stands; None if not judged, unknown to plain torch, or the
             copy of a replicated tensor that rank 0 has too.
         misfit: how shape or dtype differ from plain torch's, in words; then there are no figures.
-        copies: leaf -> SHA-256 of what this rank holds of it, where ranks hold leaves that another
-            one owns: they must hold the same.
+        copies: name -> SHA-256 of what this rank holds of a leaf or a shared unit, where another
+            one may own it: they must hold the same.
         step: of an updated weight, where the rank's part stands; None for any other tensor.
         nonfinite: "ours", "torch" or "fp64" -> how many numbers of the rank's part are not finite
             there, if any.
@@ -60,7 +60,7 @@ class Recorded:
     is_judged: bool
     figures: Figures | None = None
     misfit: str = ""
-    copies: Mapping[int, str] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
     step: StepFigures | None = None
     nonfinite: Mapping[str, int] = field(default_factory=dict)
     kept: Kept | None = None

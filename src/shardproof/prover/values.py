@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from shardproof import comm
@@ -13,6 +12,7 @@ from shardproof.axis import Axis
 from shardproof.leaves import Layout
 from shardproof.prover.hashing import owned_part
 from shardproof.prover.printed import TWO
+from shardproof.runs import join
 
 FEW = 100  # numbers of the largest tensor that is kept
 
@@ -66,14 +66,15 @@ def whole(tensor: Tensor, layout: Layout, axis: Axis, *, who: str) -> Tensor | N
     part = owned_part(tensor.detach(), layout)
     if layout.cut is None or layout.dim is None or axis.size == 1:
         return part.clone()
-    shapes = [_owned_shape(layout.of(rank)) for rank in range(axis.size)]
+    layouts = [layout.of(rank) for rank in range(axis.size)]
+    shapes = [each.owned_shape for each in layouts]
     sizes = [math.prod(shape) for shape in shapes]
     flat = part.reshape(-1).contiguous()
     joined = comm.gather(flat, axis, sizes=sizes, dst=0, direction="prover", who=who)
     if joined is None:
         return None
     pieces = [each.view(shape) for each, shape in zip(joined.split(sizes), shapes, strict=True)]
-    return torch.cat(pieces, layout.dim)
+    return join(pieces, layout.dim, [each.owned_runs for each in layouts])
 
 
 def shown(kept: Mapping[int, Sequence[Kept | None]]) -> Shown | None:
@@ -91,13 +92,6 @@ def shown(kept: Mapping[int, Sequence[Kept | None]]) -> Shown | None:
     first = found[degree][0]
     held = {str(degree): tuple(each.shape for each in ranks) for degree, ranks in found.items()}
     return Shown(held, _numbers(first.ours), _numbers(first.torch), degree)
-
-
-def _owned_shape(layout: Layout) -> tuple[int, ...]:
-    shape = list(layout.shape)
-    if layout.dim is not None:
-        shape[layout.dim] = len(layout.owned)
-    return tuple(shape)
 
 
 def _numbers(tensor: Tensor | None) -> Numbers | None:

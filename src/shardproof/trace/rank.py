@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from shardproof.layers.base import ShardedModule
+from shardproof.layers.registry import record_of
 from shardproof.observing import (
     REPLICATE,
     Memory,
@@ -297,10 +298,10 @@ class RankTrace(Observer):
     def _learn(self, root: nn.Module) -> None:
         """The names of a model's modules and parameters, and how its parameters lie."""
         self._kept.append(root)
-        own = root.name if isinstance(root, ShardedModule) else ""
+        own = record_of(root).name if isinstance(root, ShardedModule) else ""
         for name, module in root.named_modules(prefix=own):
             self._names[id(module)] = name or type(module).__name__
-            layouts = module.layouts if isinstance(module, ShardedModule) else {}
+            layouts = record_of(module).layouts if isinstance(module, ShardedModule) else {}
             prefix = f"{name}." if name else ""
             for short, parameter in module.named_parameters(recurse=False):
                 self._names[id(parameter)] = prefix + short

@@ -1,0 +1,63 @@
+"""Runs of indices along one dim of a tensor: taken out, and put together to a whole."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Run = range | slice
+
+_FEW = 32  # runs that are copied one by one; of more, an index is made
+
+
+def take(x: Tensor, dim: int, runs: Sequence[Run]) -> Tensor:
+    """Some runs of a tensor, one behind the other.
+
+    Args:
+        x: (*).
+        dim: along which the runs lie, counted from the front.
+        runs: in the order that is wanted.
+
+    Returns:
+        (*, sum of lengths, *): a view of one run, a new tensor of several.
+    """
+    if len(runs) > _FEW:
+        return x.index_select(dim, indices(runs).to(x.device))
+    if not runs:
+        return x.narrow(dim, 0, 0)
+    parts = [x.narrow(dim, run.start, run.stop - run.start) for run in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def join(parts: Sequence[Tensor], dim: int, runs: Sequence[Sequence[Run]]) -> Tensor:
+    """The whole, from parts that each have some runs of it.
+
+    Args:
+        parts: (*, length, *), one for each entry of `runs`.
+        dim: along which the runs lie, counted from the front.
+        runs: of every part, where its indices lie in the whole; together they cover it.
+
+    Returns:
+        (*, sum of lengths, *), a new tensor.
+    """
+    whole = list(parts[0].shape)
+    whole[dim] = sum(part.shape[dim] for part in parts)
+    y = parts[0].new_empty(whole)
+    for part, places in zip(parts, runs, strict=True):
+        if len(places) > _FEW:
+            y.index_copy_(dim, indices(places).to(y.device), part)
+            continue
+        start = 0
+        for place in places:
+            length = place.stop - place.start
+            y.narrow(dim, place.start, length).copy_(part.narrow(dim, start, length))
+            start += length
+    return y
+
+
+def indices(runs: Sequence[Run]) -> Tensor:
+    """(sum of lengths,), int64: the indices of some runs."""
+    return torch.from_numpy(
+        np.concatenate([np.arange(run.start, run.stop, dtype=np.int64) for run in runs])
+    )
