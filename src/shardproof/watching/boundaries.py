@@ -9,6 +9,20 @@ from shardproof.watching.atoms import Labels
 
 
 @dataclass(frozen=True)
+class Box:
+    """How labels lie in a tensor in which they vary along several dims.
+
+    Attributes:
+        roots: of the elements; (l1, l2, ...).
+        is_split: whether they lay along one dim before, so that a rank has all elements that every
+            rank holds; else it needs them only beside its own.
+    """
+
+    roots: Labels
+    is_split: bool
+
+
+@dataclass(frozen=True)
 class Numbering:
     """Units of one family in their order, behind them the shared ones.
 
@@ -84,12 +98,12 @@ class Numbering:
         return low[numbers], high[numbers]
 
 
-def boundaries(numbering: Numbering, boxes: list[Labels]) -> tuple[int, ...] | None:
+def boundaries(numbering: Numbering, boxes: list[Box]) -> tuple[int, ...] | None:
     """Units at which a rank may begin so that all its elements are a run along one dim.
 
     Args:
         numbering: the units.
-        boxes: roots of the elements of tensors in which they vary along several dims.
+        boxes: tensors in which they vary along several dims.
     Returns:
         The units, 0 among them; None if there is no restriction.
     """
@@ -100,11 +114,14 @@ def boundaries(numbering: Numbering, boxes: list[Labels]) -> tuple[int, ...] | N
     return None if allowed.all() else tuple(np.flatnonzero(allowed).tolist())
 
 
-def _allowed(numbering: Numbering, box: Labels) -> NDArray[np.bool_]:
+def _allowed(numbering: Numbering, box: Box) -> NDArray[np.bool_]:
     """By unit: whether what lies before it and what does not differ along one dim alone."""
-    low, high = numbering.spans(box)
+    low, high = numbering.spans(box.roots)
+    if not box.is_split:  # what every rank holds is taken where it is needed
+        is_held = (low == 0) & (high == numbering.count - 1)
+        low, high = np.where(is_held, -1, low), np.where(is_held, -1, high)
     crossed = []
-    for dim in range(box.ndim):
+    for dim in range(low.ndim):
         begins = _changes(high, dim, numbering.count)  # who has the unit or a later one
         ends = _changes(low, dim, numbering.count)  # who has an earlier one
         crossed.append(begins | ends)
@@ -123,7 +140,7 @@ def _changes(values: Labels, dim: int, count: int) -> NDArray[np.bool_]:
     size = values.shape[dim]
     left = np.take(values, np.arange(size - 1), axis=dim).ravel()
     right = np.take(values, np.arange(1, size), axis=dim).ravel()
-    differ = left != right
+    differ = (left != right) & (left >= 0) & (right >= 0)
     low, high = np.minimum(left, right)[differ], np.maximum(left, right)[differ]
     steps = _steps(low, high, count)
     return np.cumsum(steps)[:count] > 0

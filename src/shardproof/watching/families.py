@@ -7,7 +7,7 @@ import numpy as np
 
 from shardproof.units import Block, Units, blocks_of
 from shardproof.watching.atoms import Atoms, Labels
-from shardproof.watching.boundaries import Numbering, boundaries
+from shardproof.watching.boundaries import Box, Numbering, boundaries
 from shardproof.watching.needs import Needs, settle_needs
 from shardproof.watching.record import Seen
 from shardproof.watching.watch import Key, Watched
@@ -147,11 +147,12 @@ class _Finder:
                 found[number].append(seen)
         return found
 
-    def _boxes(self, count: int) -> list[list[Labels]]:
+    def _boxes(self, count: int) -> list[list[Box]]:
         """Layouts along several dims, of every family."""
-        found: list[list[Labels]] = [[] for _ in range(count)]
-        for box in self.record.boxes.values():
-            for number in self._number(box).tolist():
+        found: list[list[Box]] = [[] for _ in range(count)]
+        for (_, is_split, _), labels in self.record.boxes.items():
+            box = Box(self.record.atoms.roots(labels), is_split)
+            for number in self._number(box.roots).tolist():
                 found[number].append(box)
         return found
 
@@ -170,7 +171,7 @@ class _Finder:
         number: int,
         keys: list[Key],
         seen: list[Seen],
-        boxes: list[Labels],
+        boxes: list[Box],
         crosses: dict[int, tuple[str, str]],
     ) -> Family:
         mine = [self._mine(key, number) for key in keys]
@@ -188,7 +189,7 @@ class _Finder:
             else:
                 dims[key] = blocks_of(numbers)
         name = f"{keys[0][0]}.{keys[0][1]}"
-        breaks = boundaries(numbering, [self.record.atoms.roots(box) for box in boxes])
+        breaks = boundaries(numbering, boxes)
         told = {Event(e.what, e.op, e.module, e.parameter): None for e in events}
         if number in crosses:
             op, module = crosses[number]
@@ -250,7 +251,7 @@ def kind_of_family(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> str
             return "pair with sums"
     if count["lookup"] and not rows and count["gather"] <= 2:
         return "vocabulary"
-    if columns and not rows and count["gather"] <= 1:
+    if columns and not rows and count["gather"] + count["sum"] <= 1:
         return "gathered"
     if rows and not columns and not count["gather"] and not count["sum"]:
         return "row"

@@ -1,7 +1,7 @@
 """A tensor that shows a model its shape and carries the labels of its elements.
 
 What is inside is a tensor on the meta device (or a small real one, where a forward depends on its
-data). Integers that the forward works out from its inputs alone (positions, masks, lengths) are
+data); to the model it lies on the CPU. Integers that the forward works out from its inputs alone (positions, masks, lengths) are
 kept as values, so that code that looks at them takes the right path on the meta device too.
 """
 
@@ -22,7 +22,9 @@ class Labelled(Tensor):
         inner: what operations run on.
         factors: labels of the elements.
         value: what the elements are, where that is known on the meta device; else None.
-        parameter: a parameter that it is made of, where it depends on parameters alone.
+        parameter: a parameter that it is made of, where it depends on parameters and constants
+            alone; the first, if there are several.
+        is_data: whether it depends on what forward was given.
         made_by: (tensor, operation, other arguments, number of the output) where it is a view.
     """
 
@@ -30,6 +32,7 @@ class Labelled(Tensor):
     factors: Factors
     value: Tensor | None
     parameter: str | None
+    is_data: bool
     made_by: tuple["Labelled", Any, tuple[Any, ...], dict[str, Any], int | None] | None
 
     @staticmethod
@@ -40,6 +43,7 @@ class Labelled(Tensor):
         *,
         value: Tensor | None = None,
         parameter: str | None = None,
+        is_data: bool = False,
     ) -> "Labelled":
         """Wrap a tensor."""
         made: Labelled = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
@@ -49,11 +53,11 @@ class Labelled(Tensor):
             storage_offset=inner.storage_offset(),
             dtype=inner.dtype,
             layout=inner.layout,
-            device=inner.device,
+            device="cpu",  # so that integers which the forward makes have values
             requires_grad=False,
         )
         made.inner, made.factors, made.value = inner, factors, value
-        made.parameter, made.made_by = parameter, None
+        made.parameter, made.is_data, made.made_by = parameter, is_data, None
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -67,7 +71,13 @@ class Labelled(Tensor):
         return self.inner.tolist()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Labelled":
-        copy = Labelled(self.inner, self.factors, value=self.value, parameter=self.parameter)
+        copy = Labelled(
+            self.inner,
+            self.factors,
+            value=self.value,
+            parameter=self.parameter,
+            is_data=self.is_data,
+        )
         memo[id(self)] = copy
         return copy
 

@@ -99,7 +99,10 @@ def _moved(
     if name == "view" and isinstance(args[0], torch.dtype):
         return [factor] if outs[0].shape == x.shape else [reduce_lines(factor, (-1,), record)]
     if name in RESHAPES:
-        return [regroup(factor, x.shape, outs[0].shape)]
+        made = regroup(factor, x.shape, outs[0].shape)
+        if len(varying(factor)) == 1:
+            record.keep_box(made, is_split=True)
+        return [made]
     if name == "view_as_complex":
         return [reduce_lines(factor, (-1,), record)[..., 0]]
     if name == "view_as_real":

@@ -37,7 +37,8 @@ class Record:
         atoms: the labels.
         needs: pairs (label, shared label): whoever has the first needs the second.
         seen: operations that would need something sent.
-        boxes: layouts of labels that vary along several dims of one tensor.
+        boxes: layouts of labels that vary along several dims of one tensor, by (lengths, whether
+            they varied along one dim before it was split, hash).
         crossings: pairs of layouts that one activation had along different dims, and where.
         unknown: operations without a rule, and how often they ran on labelled tensors.
         guesses: how many values the forward asked for that depend on parameters.
@@ -47,7 +48,7 @@ class Record:
     atoms: Atoms = field(default_factory=Atoms)
     needs: list[Labels] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
-    boxes: dict[tuple[object, ...], Labels] = field(default_factory=dict)
+    boxes: dict[tuple[tuple[int, ...], bool, int], Labels] = field(default_factory=dict)
     crossings: dict[tuple[object, ...], tuple[Labels, Labels, str, str]] = field(
         default_factory=dict
     )
@@ -97,12 +98,17 @@ class Record:
             self._seen_keys.add(key)
             self.seen.append(Seen(what, op, self.module, atoms, parameter))
 
+    def keep_box(self, factor: Labels, *, is_split: bool) -> None:
+        """Note a layout along several dims."""
+        lengths = tuple(size for size in factor.shape if size > 1)
+        if len(lengths) > 1 and factor.size <= LARGEST_BOX:
+            key = (lengths, is_split, hash(factor.tobytes()))
+            self.boxes.setdefault(key, factor.reshape(lengths))
+
     def lay_out(self, factors: tuple[Labels, ...], op: str, *, is_parameter: bool) -> None:
         """Note how an activation's labels lie, where more than one dim is concerned."""
         for factor in factors:
-            if sum(size > 1 for size in factor.shape) > 1 and factor.size <= LARGEST_BOX:
-                lengths = tuple(size for size in factor.shape if size > 1)
-                self.boxes.setdefault((lengths, hash(factor.tobytes())), factor.reshape(lengths))
+            self.keep_box(factor, is_split=False)
         if is_parameter or len(factors) < 2:
             return
         labels = [np.unique(factor) for factor in factors]

@@ -28,6 +28,8 @@ SHAPED_BY_DATA = frozenset(
 )
 INDEXED = frozenset(("index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"))
 
+PICKED = frozenset(("index", "index_select", "_unsafe_index"))
+
 
 class Watching(TorchDispatchMode):
     """Every operation inside it is seen.
@@ -69,6 +71,13 @@ class Watching(TorchDispatchMode):
         if id(each) not in self._adopted:
             self._adopted[id(each)] = (each, self.plain(each))
         return self._adopted[id(each)][1]
+
+    def take(self, each: Any) -> Any:
+        """What the forward is given, as labelled tensors."""
+        made = self.adopt(each)
+        if isinstance(made, Labelled) and made is not each:
+            made.is_data = True
+        return made
 
     def plain(self, each: Tensor) -> Labelled:
         """A tensor without labels; the original is never written."""
@@ -165,6 +174,7 @@ class Watching(TorchDispatchMode):
         if places:
             target = args[places[0]] if places[0] < len(args) else kwargs.get("out")
             if isinstance(target, Labelled):
+                target.is_data = any(each.is_data for each in flat)
                 self._write(target, factors[0] if factors else ())
                 return target if len(outs) == 1 else tree_unflatten([target, *outs[1:]], spec)
             return tree_map(self.adopt, out)
@@ -193,14 +203,19 @@ class Watching(TorchDispatchMode):
         """Outputs as labelled tensors."""
         factors, values, flat = what
         known = tree_flatten(values)[0] if values is not None else [None] * len(outs)
-        parameter = _origin(flat)
+        is_data = any(each.is_data for each in flat)
+        parameter = next((each.parameter for each in flat if each.parameter and not is_data), None)
+        if name_of(func) in PICKED and args[0].parameter and args[0].dim() > 2:
+            parameter = args[0].parameter  # matrices picked by data (experts) are still parameters
         made, number = [], 0
         for place, each in enumerate(outs):
             if not isinstance(each, Tensor):
                 made.append(each)
                 continue
             labels = factors[number]
-            result = Labelled(each, labels, value=known[place], parameter=parameter)
+            result = Labelled(
+                each, labels, value=known[place], parameter=parameter, is_data=is_data
+            )
             self.record.lay_out(labels, name_of(func), is_parameter=parameter is not None)
             if is_view(func) and isinstance(args[0], Labelled):
                 which = place if len(outs) > 1 else None
@@ -226,14 +241,6 @@ class Watching(TorchDispatchMode):
         view.copy_(expanded(factors[0], view.shape))
         small: Labels | None = compress(array.numpy(), self.record)
         self._write(base, () if small is None else (small,))
-
-
-def _origin(flat: list[Labelled]) -> str | None:
-    """The parameter behind a result that depends on nothing but parameters and constants."""
-    names = [each.parameter for each in flat if each.parameter is not None]
-    if not names or any(each.parameter is None and each.value is None for each in flat):
-        return None
-    return names[0]
 
 
 def _shell(each: Tensor) -> Tensor:

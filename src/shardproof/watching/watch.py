@@ -160,7 +160,7 @@ def _watched(model: nn.Module, given: Any, *, why_cpu: str, start: float) -> Wat
         model.eval()
         for name, buffer in model.named_buffers(remove_duplicate=False):
             marked[name] = mode.adopt(buffer)
-        args, kwargs = tree_map(mode.adopt, given)
+        args, kwargs = tree_map(mode.take, given)
         stack.enter_context(torch.no_grad())
         stack.enter_context(mode)
         torch.func.functional_call(model, marked, args, kwargs, tie_weights=False)
