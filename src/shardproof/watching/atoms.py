@@ -1,0 +1,55 @@
+"""Which labels belong together: a union-find over integers, on whole arrays at once.
+
+An *atom* is the label of one index of one dim of one parameter. Label 0 means "no label". The root
+of a set of atoms is the smallest of them, so that the result does not depend on the order of joins.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Labels = NDArray[np.int64]
+
+
+class Atoms:
+    """Sets of labels that can only be joined, never split."""
+
+    def __init__(self) -> None:
+        self._parent: Labels = np.zeros(1, dtype=np.int64)
+        self._count = 1
+
+    def __len__(self) -> int:
+        return self._count
+
+    def fresh(self, count: int) -> Labels:
+        """New labels, each a set of its own."""
+        start, self._count = self._count, self._count + count
+        if self._count > len(self._parent):
+            grown = np.arange(max(self._count, 2 * len(self._parent)), dtype=np.int64)
+            grown[: len(self._parent)] = self._parent
+            self._parent = grown
+        return np.arange(start, self._count, dtype=np.int64)
+
+    def roots(self, labels: Labels) -> Labels:
+        """The root of every label, in an array of the same shape."""
+        found = self._parent[labels]
+        is_direct = True
+        while True:
+            above = self._parent[found]
+            if np.array_equal(above, found):
+                break
+            found, is_direct = above, False
+        if not is_direct:
+            self._parent[labels] = found
+        return found
+
+    def join(self, left: Labels, right: Labels) -> None:
+        """Make one set of the sets of `left[i]` and `right[i]`, for every i."""
+        left, right = self.roots(left.ravel()), self.roots(right.ravel())
+        while True:
+            differ = left != right
+            if not differ.any():
+                return
+            left, right = left[differ], right[differ]
+            low, high = np.minimum(left, right), np.maximum(left, right)
+            np.minimum.at(self._parent, high, low)
+            left, right = self.roots(high), self.roots(low)

@@ -1,0 +1,119 @@
+"""Which families are cut, and why the other parameters stay whole."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from shardproof.watching.families import Event, Family
+from shardproof.watching.watch import Key, Watched
+
+ORDER = ("pair", "pair with sums", "vocabulary", "gathered", "row")
+SMALL = 0.01  # of all weights: less than that is not worth an extra collective
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is cut.
+
+    Attributes:
+        families: those that are cut, in the order of the model.
+        whole: for every parameter that stays whole one sentence that says why.
+        share: the part of the weights of matrices that is cut.
+    """
+
+    families: tuple[Family, ...]
+    whole: Mapping[str, str]
+    share: float
+
+
+def choose(found: Sequence[Family], watched: Watched) -> Choice:
+    """Choose families: pairs first, then what sends more; no parameter along two dims.
+
+    Args:
+        found: all families of the forward.
+        watched: the forward.
+    """
+    shapes = watched.shapes
+    total = sum(prod(shape) for shape in shapes.values()) or 1
+    taken: set[str] = set()
+    chosen: set[int] = set()
+    for kind in ORDER:
+        ours = [number for number, family in enumerate(found) if family.kind == kind]
+        for number in sorted(ours, key=lambda n: -_weight(found[n], shapes)):
+            family = found[number]
+            names = {name for name, _ in family.dims}
+            is_small = kind in ("gathered", "row") and _weight(family, shapes) < SMALL * total
+            if is_small or names & taken or family.crosses & chosen or _is_twice(family):
+                continue
+            chosen.add(number)
+            taken |= names
+    cut = sum(prod(shapes[name]) for name in taken if len(shapes[name]) > 1)
+    matrices = sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
+    whole = {name: _why(name, found, chosen, watched) for name in shapes if name not in taken}
+    return Choice(tuple(found[n] for n in sorted(chosen)), whole, cut / max(matrices, 1))
+
+
+def _weight(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(prod(shapes[name]) for name in {name for name, _ in family.dims})
+
+
+def _is_twice(family: Family) -> bool:
+    """Whether it has one parameter along two dims."""
+    names = [name for name, _ in family.dims]
+    return len(names) != len(set(names))
+
+
+def _why(name: str, found: Sequence[Family], chosen: set[int], watched: Watched) -> str:
+    """Why a parameter stays whole, in one sentence."""
+    if name not in watched.record.used:
+        return "It is never used in the watched forward."
+    reasons: dict[str, list[int]] = {}
+    for number, family in enumerate(found):
+        for key in (*family.dims, *family.whole):
+            if key[0] == name:
+                reasons.setdefault(_reason(key, number, found, chosen), []).append(key[1])
+    if not reasons:
+        return "It has one element along each dim."
+    if len(reasons) == 1:
+        told = next(iter(reasons))
+        return f"{told[0].upper()}{told[1:]}."
+    parts = [f"along dim {dims[0]} {reason}" for reason, dims in reasons.items()]
+    told = "; ".join(parts)
+    return f"{told[0].upper()}{told[1:]}."
+
+
+def _reason(key: Key, number: int, found: Sequence[Family], chosen: set[int]) -> str:
+    """What keeps one dim of a parameter from being cut."""
+    family = found[number]
+    if number in chosen:
+        return f"every unit of {family.name!r} needs all of it"
+    event = _blocking(family, key[0])
+    if event is not None:
+        return f"{_told(event)} needs it whole"
+    if family.units.count < 2:
+        return "all of it belongs to one unit"
+    if family.units.breaks == (0,):
+        return "a view in the forward mixes its units"
+    if not family.has_matrix:
+        return "no operation joins it with a matrix that could be cut"
+    rivals = family.crosses & chosen
+    if rivals:
+        return f"an activation that has it is cut as {found[min(rivals)].name!r}"
+    if _is_twice(family):
+        return "a parameter would be cut along two dims"
+    if family.kind:
+        return "others that would be cut with it are cut along another dim, or it is small"
+    return f"{_told(family.events[0])} would send it" if family.events else (
+        "no operation joins it with anything that could be cut"
+    )
+
+
+def _blocking(family: Family, name: str) -> Event | None:
+    """The operation that needs a dim whole; of several one in the parameter's own module."""
+    events = [event for event in family.events if event.what in ("gather", "sum")]
+    own = [event for event in events if event.module == name.rpartition(".")[0]]
+    return next(iter([*own, *events]), None)
+
+
+def _told(event: Event) -> str:
+    return f"{event.op!r} in {event.module!r}" if event.module else f"{event.op!r}"

@@ -1,0 +1,200 @@
+"""Labels of a tensor's elements, and what happens to them where elements meet.
+
+A *factor* is an integer array that says which atom every element of a tensor belongs to. It has the
+dims of the tensor, and size 1 along each dim in which nothing varies: a feature's labels in an
+activation (2, 16, 64) are an array (1, 1, 64). A tensor has one factor for each kind of label.
+"""
+
+import numpy as np
+
+from shardproof.watching.atoms import Labels
+from shardproof.watching.record import Record, unique_pairs
+
+Factors = tuple[Labels, ...]
+Operand = tuple[Labels, bool]  # a factor, and whether its tensor depends on parameters alone
+
+
+def varying(factor: Labels) -> tuple[int, ...]:
+    """The dims along which a factor varies."""
+    return tuple(dim for dim, size in enumerate(factor.shape) if size > 1)
+
+
+def compress(factor: Labels, record: Record) -> Labels | None:
+    """The roots, with size 1 along dims in which nothing varies; None if there are no labels."""
+    roots = record.atoms.roots(factor)
+    if not roots.size or not roots.any():
+        return None
+    for dim, size in enumerate(roots.shape):
+        if size > 1:
+            first = roots[(slice(None),) * dim + (slice(0, 1),)]
+            if (roots == first).all():
+                roots = first
+    return np.ascontiguousarray(roots)
+
+
+def reduce_lines(factor: Labels, dims: tuple[int, ...], record: Record) -> Labels:
+    """An operation takes whole lines along `dims`: what only one line has becomes one unit.
+
+    What several lines have is needed by each of them. The result has size 1 along `dims`.
+    """
+    dims = tuple(dim for dim in {dim % factor.ndim for dim in dims} if factor.shape[dim] > 1)
+    if not dims:
+        return factor
+    rest = tuple(dim for dim in range(factor.ndim) if dim not in dims)
+    roots = record.atoms.roots(factor)
+    length = int(np.prod([factor.shape[dim] for dim in dims]))
+    units = _join_lines(np.transpose(roots, rest + dims).reshape(-1, length), record)
+    shape = [1 if dim in dims else size for dim, size in enumerate(factor.shape)]
+    made = compress(units.reshape(shape), record)
+    return np.zeros((1,) * factor.ndim, dtype=np.int64) if made is None else made
+
+
+def _join_lines(lines: Labels, record: Record) -> Labels:
+    """The unit of every line, of (lines, length) labels; 0 for a line without labels."""
+    labels, which = np.unique(lines, return_inverse=True)
+    which = which.reshape(lines.shape)
+    keys = np.unique(np.arange(len(lines))[:, None] * len(labels) + which)
+    line, label = np.divmod(keys, len(labels))
+    is_label = labels[label] > 0
+    line, label = line[is_label], label[is_label]
+    result = np.zeros(len(lines), dtype=np.int64)
+    if not line.size:
+        return result
+    starts = np.flatnonzero(np.diff(line, prepend=-1))
+    sums = np.add.reduceat(_scrambled(labels[label]), starts)
+    _, first, kind = np.unique(sums, return_index=True, return_inverse=True)  # of equal lines: one
+    chosen = np.isin(line, line[starts[first]])
+    line_once, label_once = line[chosen], label[chosen]
+    private = np.bincount(label_once, minlength=len(labels))[label_once] == 1
+    order = np.lexsort((label_once, ~private, line_once))
+    line_once, label_once, private = line_once[order], label_once[order], private[order]
+    heads = np.flatnonzero(np.diff(line_once, prepend=-1))
+    counts = np.diff(np.append(heads, len(line_once)))
+    head = np.repeat(labels[label_once[heads]], counts)
+    joined = private | ~np.repeat(private[heads], counts)
+    values = labels[label_once]
+    record.atoms.join(head[joined], values[joined])
+    record.need(head[~joined], values[~joined])
+    unit_of = dict(zip(line_once[heads].tolist(), labels[label_once[heads]].tolist(), strict=True))
+    representatives = np.array([unit_of[each] for each in line[starts[first]].tolist()])
+    result[line[starts]] = representatives[kind.reshape(-1)]
+    return record.atoms.roots(result)
+
+
+def _scrambled(labels: Labels) -> np.ndarray:
+    """A 64-bit number for each label, so that sums tell sets of labels apart (splitmix64)."""
+    mixed = labels.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def meet(left: Operand, right: Operand, record: Record) -> Labels | None:
+    """Two factors that vary along the same dims meet, element by element: the finer one.
+
+    One label with one label: they are joined. Many with one: the many need the one. Labels of a
+    parameter that are finer than the activation's are joined with them, for nothing else says
+    that they could be cut apart.
+    """
+    shape = np.broadcast_shapes(left[0].shape, right[0].shape)
+    a = record.atoms.roots(np.broadcast_to(left[0], shape))
+    b = record.atoms.roots(np.broadcast_to(right[0], shape))
+    if np.array_equal(a, b):
+        return compress(a, record)
+    both = (a > 0) & (b > 0)
+    pairs = unique_pairs(np.stack([a[both], b[both]], axis=1))
+    if len(pairs):
+        left_is_finer = len(np.unique(pairs[:, 0])) == len(pairs)
+        right_is_finer = len(np.unique(pairs[:, 1])) == len(pairs)
+        if left_is_finer and not right_is_finer and not left[1]:
+            record.need(pairs[:, 0], pairs[:, 1])
+        elif right_is_finer and not left_is_finer and not right[1]:
+            record.need(pairs[:, 1], pairs[:, 0])
+            a, b = b, a
+        else:
+            record.atoms.join(pairs[:, 0], pairs[:, 1])
+    return compress(np.where(a > 0, a, b), record)
+
+
+def combine(operands: list[Operand], op: str, record: Record) -> Factors:
+    """Factors of the operands of an elementwise operation, all of its dims: those of the result."""
+    todo = [each for each in operands if varying(each[0])]
+    single = [each[0] for each in operands if not varying(each[0]) and each[0].any()]
+    done: list[Operand] = []
+    while todo:
+        factor = todo.pop()
+        for number, other in enumerate(done):
+            if set(varying(factor[0])) & set(varying(other[0])):
+                del done[number]
+                todo += _meet_or_reduce(factor, other, op, record)
+                break
+        else:
+            done.append(factor)
+    return _with_single([factor for factor, _ in done], single, record)
+
+
+def _with_single(factors: list[Labels], single: list[Labels], record: Record) -> Factors:
+    """Where all elements have one label: every other label needs it; or it is the only one."""
+    if not single:
+        return tuple(factors)
+    for factor in single:
+        if factor.shape != single[0].shape or not np.array_equal(factor, single[0]):
+            record.atoms.join(factor, single[0].reshape(factor.shape))
+    if not factors:
+        return (single[0],)
+    for factor in factors:
+        units = np.unique(record.atoms.roots(factor))
+        record.need(units, record.atoms.roots(single[0]).ravel())
+    return tuple(factors)
+
+
+def _meet_or_reduce(left: Operand, right: Operand, op: str, record: Record) -> list[Operand]:
+    """Two factors that have a varying dim in common, as factors that can go on."""
+    s, t = set(varying(left[0])), set(varying(right[0]))
+    if s == t:
+        made = meet(left, right, record)
+        return [(made, left[1] and right[1])] if made is not None and varying(made) else []
+    if (len(s), max(s)) < (len(t), max(t)):
+        left, right, s, t = right, left, t, s
+    # `left` varies along more dims than it can be cut along: units lie on the leftmost.
+    dims = s - t if t < s and max(s) not in t else s & t
+    if dims >= s:
+        dims = s - t or s
+    smaller = reduce_lines(left[0], tuple(dims), record)
+    if not varying(smaller):
+        record.see("gather", op, left[0])
+        return [right]
+    return [right, (smaller, left[1])]
+
+
+def settle(factors: list[Labels], op: str, record: Record) -> Factors:
+    """Factors of one tensor after its elements were moved: at most one along the same dims.
+
+    Two kinds of labels that now share a dim (heads, and the features of a head that all of them
+    use) stay apart only along the outer one: whoever has a head needs all of the inner.
+    """
+    kept: list[Labels] = []
+    for factor in factors:
+        for number, other in enumerate(kept):
+            if varying(factor) and varying(factor) == varying(other):
+                kept[number] = _outer(other, factor, record)
+                break
+        else:
+            kept.append(factor)
+    return tuple(kept)
+
+
+def _outer(left: Labels, right: Labels, record: Record) -> Labels:
+    shape = np.broadcast_shapes(left.shape, right.shape)
+    a = record.atoms.roots(np.broadcast_to(left, shape)).ravel()
+    b = record.atoms.roots(np.broadcast_to(right, shape)).ravel()
+    both = (a > 0) & (b > 0)
+    pairs = unique_pairs(np.stack([a[both], b[both]], axis=1))
+    if max(len(np.unique(pairs[:, 0])), len(np.unique(pairs[:, 1]))) == len(pairs):
+        met = meet((left, False), (right, False), record)
+        return left if met is None else met
+    if np.count_nonzero(np.diff(a)) > np.count_nonzero(np.diff(b)):
+        left, right, a, b = right, left, b, a
+    record.join_all(b)
+    record.need(np.unique(a), record.atoms.roots(b[b > 0][:1]))
+    return left

@@ -1,0 +1,259 @@
+"""What is cut together: the units that a watched forward keeps apart, and the dims they lie in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from shardproof.units import Block, Units, blocks_of
+from shardproof.watching.atoms import Atoms, Labels
+from shardproof.watching.boundaries import Box, Numbering, boundaries
+from shardproof.watching.needs import Needs, settle_needs
+from shardproof.watching.record import Seen
+from shardproof.watching.watch import Key, Watched
+
+
+@dataclass(frozen=True)
+class Event:
+    """An operation inside a family that needs something sent.
+
+    Attributes:
+        what: "reduce", "sum", "gather" or "lookup", as in `record.Seen`.
+        op: the operation.
+        module: name of the module that ran it.
+        parameter: the parameter that it used along the cut dim, if it did.
+    """
+
+    what: str
+    op: str
+    module: str
+    parameter: str | None
+
+
+@dataclass(frozen=True)
+class Family:
+    """Dims of parameters that are cut together, or not at all.
+
+    Attributes:
+        name: its first parameter and dim.
+        units: what is cut apart, in the order of their indices; at least one.
+        dims: the dims that go along, and which unit every index belongs to. A shared unit that
+            every unit needs is held by all ranks.
+        whole: dims that belong to the family, but of which every rank needs everything.
+        kind: "pair" (column then row, one all-reduce), "pair with sums" (small sums between),
+            "vocabulary", "gathered" (a column whose output is gathered), "row" (a row whose input
+            is whole: one all-reduce), or "" (it cannot be cut).
+        events: operations that need something sent if it is cut.
+        crosses: numbers of families that some activation has along another dim.
+        has_matrix: whether a parameter of it has more than one dim.
+    """
+
+    name: str
+    units: Units
+    dims: Mapping[Key, tuple[Block, ...]]
+    whole: tuple[Key, ...]
+    kind: str
+    events: tuple[Event, ...]
+    crosses: frozenset[int] = frozenset()
+    has_matrix: bool = True
+
+
+def families(watched: Watched) -> tuple[Family, ...]:
+    """All families of a watched forward, also those that cannot be cut.
+
+    Every dim of every parameter with more than one index is in `dims` or `whole` of one of them.
+    """
+    return _Finder(watched).find()
+
+
+class _Finder:
+    """The steps share arrays over all labels."""
+
+    def __init__(self, watched: Watched) -> None:
+        self.watched, self.record = watched, watched.record
+        self.needs: Needs = settle_needs(self.record)
+        atoms = self.record.atoms
+        self.roots = {key: atoms.roots(labels) for key, labels in watched.labels.items()}
+        self.unique = {key: np.unique(roots) for key, roots in self.roots.items()}
+        self.group = Atoms()  # which units lie in one dim of some parameter
+        self.group.fresh(len(atoms))
+
+    def find(self) -> tuple[Family, ...]:
+        """All families."""
+        homes = self._homes()
+        members: dict[int, list[Key]] = {}
+        for key, unit in homes.items():
+            root = int(self.group.roots(np.array([unit]))[0])
+            members.setdefault(root, []).append(key)
+        number_of = {root: number for number, root in enumerate(members)}
+        self.family_of = np.full(len(self.group), -1, dtype=np.int64)
+        self.family_of[list(number_of)] = list(number_of.values())
+        events = self._events(len(members))
+        boxes = self._boxes(len(members))
+        crosses = self._crosses(len(members))
+        return tuple(
+            self._family(number, keys, events[number], boxes[number], crosses[number])
+            for number, keys in enumerate(members.values())
+        )
+
+    def _number(self, labels: Labels) -> Labels:
+        """Families of labels, each once; without those that are in none."""
+        found = np.unique(self.family_of[self.group.roots(np.unique(self.record.atoms.roots(labels)))])
+        return found[found >= 0]
+
+    def _drivers(self, units: Labels) -> Labels:
+        return units[~self.needs.is_needed[units] & ~self.needs.is_whole[units]]
+
+    def _homes(self) -> dict[Key, int]:
+        """A unit of the family that every dim belongs to; units of a family are grouped."""
+        homes: dict[Key, int] = {}
+        for key, units in self.unique.items():
+            drivers = self._drivers(units)
+            if len(drivers):
+                self._group_all(drivers)
+                homes[key] = int(drivers[0])
+        order = np.argsort(self.needs.pairs[:, 1], kind="stable")
+        pairs = self.needs.pairs[order]
+        for key, units in self.unique.items():
+            if key not in homes:
+                homes[key] = self._follow(units, pairs)
+        return {key: homes[key] for key in self.unique}
+
+    def _group_all(self, units: Labels) -> None:
+        self.group.join(units, np.full_like(units, units[0]))
+
+    def _follow(self, units: Labels, pairs: Labels) -> int:
+        """Who needs the units of a dim in which nothing is cut by itself."""
+        whole = self.needs.is_whole
+        live = units[~whole[units]]
+        followed = pairs[np.isin(pairs[:, 1], live), 0]
+        followed = followed[~whole[followed]]
+        if not len(followed):  # norms across heads: what is needed is added up, and so is who needs
+            followed = pairs[np.isin(pairs[:, 1], units), 0]
+            followed = followed[whole[followed]]
+        if len(followed):
+            return int(followed[0])
+        self._group_all(units)
+        return int(units[0])
+
+    def _events(self, count: int) -> list[list[Seen]]:
+        """Events of every family."""
+        found: list[list[Seen]] = [[] for _ in range(count)]
+        known: dict[int, Labels] = {}
+        for seen in self.record.seen:
+            if id(seen.atoms) not in known:
+                known[id(seen.atoms)] = self._number(seen.atoms)
+            for number in known[id(seen.atoms)].tolist():
+                found[number].append(seen)
+        return found
+
+    def _boxes(self, count: int) -> list[list[Box]]:
+        """Layouts along several dims, of every family."""
+        found: list[list[Box]] = [[] for _ in range(count)]
+        for (_, is_split, _), labels in self.record.boxes.items():
+            box = Box(self.record.atoms.roots(labels), is_split)
+            for number in self._number(box.roots).tolist():
+                found[number].append(box)
+        return found
+
+    def _crosses(self, count: int) -> list[dict[int, tuple[str, str]]]:
+        """Of every family: which families lie along another dim of an activation, and where."""
+        found: list[dict[int, tuple[str, str]]] = [{} for _ in range(count)]
+        for left, right, op, module in self.record.crossings.values():
+            for a in self._number(left).tolist():
+                for b in self._number(right).tolist():
+                    found[a].setdefault(b, (op, module))
+                    found[b].setdefault(a, (op, module))
+        return found
+
+    def _family(
+        self,
+        number: int,
+        keys: list[Key],
+        seen: list[Seen],
+        boxes: list[Box],
+        crosses: dict[int, tuple[str, str]],
+    ) -> Family:
+        mine = [self._mine(key, number) for key in keys]
+        live = [units[~self.needs.is_whole[units]] for units in mine]
+        total = len(np.unique(np.concatenate(live)))
+        is_live = total >= 2
+        numbering = self._numbering(keys, live if is_live else mine)
+        events = [e for e in seen if not is_live or e.what not in ("gather", "sum")]
+        dims: dict[Key, tuple[Block, ...]] = {}
+        whole: list[Key] = []
+        for key in keys:
+            numbers = numbering.numbers(self.roots[key])
+            if (numbers == numbering.whole).all():
+                whole.append(key)
+            else:
+                dims[key] = blocks_of(numbers)
+        name = f"{keys[0][0]}.{keys[0][1]}"
+        breaks = boundaries(numbering, boxes)
+        told = {Event(e.what, e.op, e.module, e.parameter): None for e in events}
+        if number in crosses:
+            op, module = crosses[number]
+            told[Event("gather", f"{op} (cut along two dims)", module, None)] = None
+        is_held = any(b.first + b.size // b.unit > numbering.whole for d in dims.values() for b in d)
+        needers = numbering.needers if is_held else numbering.needers[:-1]
+        units = Units(name, numbering.count, needers, breaks)
+        shapes = self.watched.shapes
+        made = Family(
+            name, units, dims, tuple(whole), "", tuple(told), frozenset(crosses) - {number},
+            any(len(shapes[parameter]) > 1 for parameter, _ in keys),
+        )
+        return replace(made, kind=kind_of_family(made, shapes))
+
+    def _mine(self, key: Key, number: int) -> Labels:
+        """Units of a dim that are of the family and not shared."""
+        units = self.unique[key]
+        units = units[~self.needs.is_needed[units]]
+        return units[self.family_of[self.group.roots(units)] == number]
+
+    def _numbering(self, keys: list[Key], units: list[Labels]) -> Numbering:
+        """Units in order; kinds of units that lie side by side in one dim are cut alike."""
+        members = np.unique(np.concatenate(units))
+        if not len(members):  # nothing but shared units
+            members = np.unique(np.concatenate([self.unique[key] for key in keys]))[:1]
+        first = np.full(len(members), np.iinfo(np.int64).max)
+        kinds = np.zeros(len(members), dtype=np.uint64)
+        offset = 0
+        for place, key in enumerate(keys):
+            found, where, counts = np.unique(
+                self.roots[key], return_index=True, return_counts=True
+            )
+            at = np.searchsorted(members, found)
+            ours = (at < len(members)) & (members[np.minimum(at, len(members) - 1)] == found)
+            at = at[ours]
+            first[at] = np.minimum(first[at], where[ours] + offset)
+            kinds[at] += (counts[ours].astype(np.uint64) + np.uint64(1)) * np.uint64(
+                pow(1000003, place + 1, 1 << 64)
+            )
+            offset += len(self.roots[key])
+        return Numbering.of(members, first, kinds, self.needs.pairs)
+
+
+def kind_of_family(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """How much a cut of it would send: see `Family.kind`."""
+    matrices = {name for name, _ in family.dims if len(shapes[name]) > 1}
+    rows = {e.parameter for e in family.events if e.what == "reduce" and e.parameter in matrices}
+    columns = matrices - rows
+    count = {
+        what: len({(e.op, e.module) for e in family.events if e.what == what})
+        for what in ("gather", "sum", "lookup")
+    }
+    if family.units.count < 2 or not matrices or family.units.breaks in ((), (0,)):
+        return ""
+    if rows and columns and not count["gather"]:
+        if not count["sum"]:
+            return "pair"
+        if count["sum"] <= 3 * len(rows):
+            return "pair with sums"
+    if count["lookup"] and not rows and count["gather"] <= 2:
+        return "vocabulary"
+    if columns and not rows and count["gather"] + count["sum"] <= 1:
+        return "gathered"
+    if rows and not columns and not count["gather"] and not count["sum"]:
+        return "row"
+    return ""
+

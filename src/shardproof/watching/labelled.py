@@ -1,0 +1,112 @@
+"""A tensor that shows a model its shape and carries the labels of its elements.
+
+What is inside is a tensor on the meta device (or a small real one, where a forward depends on its
+data); to the model it lies on the CPU. Integers that the forward works out from its inputs alone (positions, masks, lengths) are
+kept as values, so that code that looks at them takes the right path on the meta device too.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from shardproof.watching.atoms import Labels
+from shardproof.watching.factors import Factors
+
+
+class Labelled(Tensor):
+    """A tensor with factors.
+
+    Attributes:
+        inner: what operations run on.
+        factors: labels of the elements.
+        value: what the elements are, where that is known on the meta device; else None.
+        parameter: a parameter that it is made of, where it depends on parameters and constants
+            alone; the first, if there are several.
+        is_data: whether it depends on what forward was given.
+        made_by: (tensor, operation, other arguments, number of the output) where it is a view.
+    """
+
+    inner: Tensor
+    factors: Factors
+    value: Tensor | None
+    parameter: str | None
+    is_data: bool
+    made_by: tuple["Labelled", Any, tuple[Any, ...], dict[str, Any], int | None] | None
+
+    @staticmethod
+    def __new__(
+        cls,
+        inner: Tensor,
+        factors: Factors = (),
+        *,
+        value: Tensor | None = None,
+        parameter: str | None = None,
+        is_data: bool = False,
+    ) -> "Labelled":
+        """Wrap a tensor."""
+        made: Labelled = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            layout=inner.layout,
+            device="cpu",  # so that integers which the forward makes have values
+            requires_grad=False,
+        )
+        made.inner, made.factors, made.value = inner, factors, value
+        made.parameter, made.is_data, made.made_by = parameter, is_data, None
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def tolist(self) -> Any:
+        """Its value where that is known, zeros where not."""
+        if self.value is not None:
+            return self.value.tolist()
+        if self.inner.device.type == "meta":
+            return torch.zeros(self.shape, dtype=self.dtype, device="cpu").tolist()
+        return self.inner.tolist()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Labelled":
+        copy = Labelled(
+            self.inner,
+            self.factors,
+            value=self.value,
+            parameter=self.parameter,
+            is_data=self.is_data,
+        )
+        memo[id(self)] = copy
+        return copy
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Labelled({tuple(self.shape)}, {[factor.shape for factor in self.factors]})"
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Outside of a watched forward it is what is inside of it."""
+        return func(*inner(args), **inner(kwargs or {}))
+
+
+def inner(tree: Any) -> Any:
+    """The tensors inside, in any nest of containers."""
+    return tree_map(lambda each: each.inner if isinstance(each, Labelled) else each, tree)
+
+
+def factors_of(each: Any) -> Factors:
+    """Factors of an argument; none if it is no tensor."""
+    return each.factors if isinstance(each, Labelled) else ()
+
+
+def parameter_of(each: Any) -> str | None:
+    """The parameter that an argument is made of."""
+    return each.parameter if isinstance(each, Labelled) else None
+
+
+def place(factor: Labels, dim: int, ndim: int) -> Labels:
+    """A factor along one dim of a tensor, as one along `dim` of a tensor of `ndim` dims."""
+    return factor.reshape([-1 if each == dim else 1 for each in range(ndim)])

@@ -1,0 +1,221 @@
+"""Labels under operations that only move elements: the same operation on the labels.
+
+Dims in which nothing varies stay of size 1 wherever the operation allows it, or are expanded
+without memory; labels are never as large as the activation unless they vary as it does.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardproof.watching.atoms import Labels
+from shardproof.watching.factors import Factors, combine, compress, reduce_lines, settle, varying
+from shardproof.watching.kinds import IDENTITIES, name_of
+from shardproof.watching.labelled import Labelled, factors_of
+from shardproof.watching.record import Record
+
+RESHAPES = frozenset(
+    "view _unsafe_view reshape _reshape_alias _reshape_copy view_copy flatten".split()
+)
+MOST_ELEMENTS = 1 << 26  # labels that an operation may make for one factor
+
+
+def regroup(factor: Labels, old: Sequence[int], new: Sequence[int]) -> Labels:
+    """Labels of a tensor that is viewed in another shape.
+
+    Only dims that are split or merged together with one that varies are expanded.
+    """
+    expanded, target = list(factor.shape), list(new)
+    for before, after in _groups(old, new):
+        if any(factor.shape[dim] > 1 for dim in before):
+            for dim in before:
+                expanded[dim] = old[dim]
+        else:
+            for dim in after:
+                target[dim] = 1
+    return np.broadcast_to(factor, expanded).reshape(target)
+
+
+def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[range, range]]:
+    """Runs of dims of both shapes that have the same elements, as short as they can be."""
+    groups, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        start_i, start_j = i, j
+        size_i = size_j = 1
+        if i < len(old):
+            size_i, i = old[i], i + 1
+        if j < len(new):
+            size_j, j = new[j], j + 1
+        while size_i != size_j:
+            if size_i < size_j:
+                size_i, i = size_i * old[i], i + 1
+            else:
+                size_j, j = size_j * new[j], j + 1
+        groups.append((range(start_i, i), range(start_j, j)))
+    return groups
+
+
+def shrink(labels: Tensor) -> Labels:
+    """An array with size 1 along dims that were expanded without memory."""
+    for dim in range(labels.dim()):
+        if labels.shape[dim] > 1 and labels.stride(dim) == 0:
+            labels = labels.narrow(dim, 0, 1)
+    return labels.numpy()
+
+
+def expanded(factor: Labels, shape: Sequence[int]) -> Tensor:
+    """A factor as a tensor of the whole shape, expanded without memory."""
+    return torch.from_numpy(np.ascontiguousarray(factor)).expand(tuple(shape))
+
+
+def move(func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record) -> Any:
+    """Factors of every output of an operation that moves the elements of its first argument."""
+    name, x = name_of(func), args[0]
+    if name in ("cat", "stack"):
+        return [concatenate(name, args, kwargs, outs[0], record)]
+    if name in IDENTITIES:
+        return [tuple(x.factors)]
+    result: list[list[Labels]] = [[] for _ in outs]
+    for factor in x.factors:
+        moved = _moved(name, func, factor, x, (args[1:], kwargs), outs, record)
+        if moved is None:
+            record.see("gather", name, factor, x.parameter)
+            continue
+        for number, each in enumerate(moved):
+            small = compress(each, record)
+            if small is not None:
+                result[number].append(small)
+    return [settle(factors, name, record) for factors in result]
+
+
+def _moved(
+    name: str, func: Any, factor: Labels, x: Labelled, more: Any, outs: list[Tensor], record: Record
+) -> list[Labels] | None:
+    """One factor moved, for every output; None if it would be too large."""
+    args, kwargs = more
+    if name == "view" and isinstance(args[0], torch.dtype):
+        return [factor] if outs[0].shape == x.shape else [reduce_lines(factor, (-1,), record)]
+    if name in RESHAPES:
+        made = regroup(factor, x.shape, outs[0].shape)
+        if len(varying(factor)) == 1:
+            record.keep_box(made, is_split=True)
+        return [made]
+    if name == "view_as_complex":
+        return [reduce_lines(factor, (-1,), record)[..., 0]]
+    if name == "view_as_real":
+        return [factor[..., None]]
+    if name == "repeat":
+        return [_repeat(factor, x.shape, args[0])]
+    if name in ("flip", "roll", "constant_pad_nd"):
+        by_dim = {"flip": _flip, "roll": _roll, "constant_pad_nd": _pad}[name]
+        return [by_dim(factor, args, kwargs)]
+    full = expanded(factor, x.shape)
+    if sum(out.numel() for out in outs) > MOST_ELEMENTS and not _is_free(func):
+        return None
+    try:
+        moved = func(full, *args, **kwargs)
+    except (RuntimeError, NotImplementedError):
+        if full.numel() > MOST_ELEMENTS:
+            return None
+        moved = func(full.contiguous(), *args, **kwargs)  # the operation takes no such strides
+    return [shrink(each) for each in ([moved] if isinstance(moved, Tensor) else moved)]
+
+
+def _is_free(func: Any) -> bool:
+    return func._schema.returns[0].alias_info is not None
+
+
+def _repeat(factor: Labels, shape: Sequence[int], times: Sequence[int]) -> Labels:
+    factor = factor.reshape((1,) * (len(times) - factor.ndim) + factor.shape)
+    sizes = (1,) * (len(times) - len(shape)) + tuple(shape)
+    is_free = [f == 1 and size != 1 for f, size in zip(factor.shape, sizes, strict=True)]
+    # A dim of size 1 stays one label; a dim that varies is repeated as it is.
+    return np.tile(
+        factor,
+        [
+            1 if free or size == 1 else count
+            for free, size, count in zip(is_free, sizes, times, strict=True)
+        ],
+    )
+
+
+def _flip(factor: Labels, args: Any, kwargs: Any) -> Labels:
+    return np.flip(factor, args[0] if args else kwargs["dims"])
+
+
+def _roll(factor: Labels, args: Any, kwargs: Any) -> Labels:
+    dims = args[1] if len(args) > 1 else kwargs.get("dims", ())
+    if not len(dims):
+        return factor if factor.size == 1 else np.roll(factor, args[0])
+    return np.roll(factor, tuple(args[0]), tuple(dims))
+
+
+def _pad(factor: Labels, args: Any, kwargs: Any) -> Labels:
+    """What is padded has no label; along a dim in which nothing varies it is like the rest."""
+    widths = [(0, 0)] * factor.ndim
+    for number in range(len(args[0]) // 2):
+        dim = factor.ndim - 1 - number
+        if factor.shape[dim] > 1:
+            widths[dim] = (args[0][2 * number], args[0][2 * number + 1])
+    cropped = factor[
+        tuple(
+            slice(max(0, -low), size - max(0, -high))
+            for (low, high), size in zip(widths, factor.shape, strict=True)
+        )
+    ]
+    return np.pad(cropped, [(max(0, low), max(0, high)) for low, high in widths])
+
+
+def concatenate(
+    name: str, args: tuple[Any, ...], kwargs: Any, out: Tensor, record: Record
+) -> Factors:
+    """Tensors one after the other: their labels one after the other."""
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
+    parts: list[tuple[tuple[int, ...], list[Labels]]] = []
+    for each in args[0]:
+        shape, factors = tuple(each.shape), [*factors_of(each)]
+        if name == "stack":
+            shape = (*shape[:dim], 1, *shape[dim:])
+            factors = [np.expand_dims(factor, dim) for factor in factors]
+        elif len(shape) != out.dim():
+            continue  # an empty vector, which torch.cat ignores
+        parts.append((shape, factors))
+    everything = [factor for _, factors in parts for factor in factors]
+    if name == "cat" and not any(dim in varying(factor) for factor in everything):
+        is_plain = all(len({varying(f) for f in factors}) == len(factors) for _, factors in parts)
+        if is_plain:  # the same dims are labelled in all: they lie side by side
+            return combine([(factor, False) for factor in everything], name, record)
+    made = []
+    for dims in _tracks(parts, dim):
+        joined = compress(_one_after_another(parts, dims, dim), record)
+        if joined is not None:
+            made.append(joined)
+    return combine([(each, False) for each in made], name, record) if len(made) > 1 else tuple(made)
+
+
+def _tracks(parts: Any, dim: int) -> list[set[frozenset[int]]]:
+    """Which factors of the parts follow each other: those that vary along the same other dims."""
+    keys: list[frozenset[int]] = []
+    for _, factors in parts:
+        for factor in factors:
+            key = frozenset(varying(factor)) - {dim}
+            if key not in keys:
+                keys.append(key)
+    if all(len(factors) <= 1 for _, factors in parts):
+        return [set(keys)] if keys else []
+    return [{key} for key in keys]
+
+
+def _one_after_another(parts: Any, keys: set[frozenset[int]], dim: int) -> Labels:
+    """One array along `dim`; 0 where a part has no such labels."""
+    varied = frozenset().union(*keys)
+    arrays = []
+    for shape, factors in parts:
+        mine = [factor for factor in factors if frozenset(varying(factor)) - {dim} in keys]
+        target = [size if d == dim or d in varied else 1 for d, size in enumerate(shape)]
+        zero = np.zeros((1,) * len(shape), dtype=np.int64)
+        arrays.append(np.broadcast_to(mine[0] if mine else zero, target))
+    return np.concatenate(arrays, dim)

@@ -1,0 +1,131 @@
+"""What one watched forward says about the labels: who is joined, who needs whom, what would be sent."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shardproof.watching.atoms import Atoms, Labels
+
+LARGEST_BOX = 1 << 22  # a layout of labels with more elements than this is not kept
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An operation that would need something sent if the labels were cut apart.
+
+    Attributes:
+        what: "reduce" (a contraction with a parameter leaves partial sums), "sum" (any other sum
+            over them), "gather" (it needs them all), "lookup" (rows picked by an index).
+        op: the operation.
+        module: name of the innermost module that ran it.
+        atoms: the labels.
+        parameter: the parameter that the operation used along them, if it did.
+    """
+
+    what: str
+    op: str
+    module: str
+    atoms: Labels
+    parameter: str | None
+
+
+@dataclass
+class Record:
+    """Filled while a forward runs.
+
+    Attributes:
+        atoms: the labels.
+        needs: pairs (label, shared label): whoever has the first needs the second.
+        seen: operations that would need something sent.
+        boxes: layouts of labels that vary along several dims of one tensor, by (lengths, whether
+            they varied along one dim before it was split, hash).
+        crossings: pairs of layouts that one activation had along different dims, and where.
+        unknown: operations without a rule, and how often they ran on labelled tensors.
+        guesses: how many values the forward asked for that depend on parameters.
+        used: names of parameters that an operation took.
+    """
+
+    atoms: Atoms = field(default_factory=Atoms)
+    needs: list[Labels] = field(default_factory=list)
+    seen: list[Seen] = field(default_factory=list)
+    boxes: dict[tuple[tuple[int, ...], bool, int], Labels] = field(default_factory=dict)
+    crossings: dict[tuple[object, ...], tuple[Labels, Labels, str, str]] = field(
+        default_factory=dict
+    )
+    unknown: dict[str, int] = field(default_factory=dict)
+    guesses: int = 0
+    used: set[str] = field(default_factory=set)
+    _modules: list[str] = field(default_factory=lambda: [""])
+    _interned: dict[bytes, Labels] = field(default_factory=dict)
+    _seen_keys: set[tuple[object, ...]] = field(default_factory=set)
+
+    @property
+    def module(self) -> str:
+        """Name of the innermost module that runs."""
+        return self._modules[-1]
+
+    def enter(self, module: str) -> None:
+        """A module begins."""
+        self._modules.append(module)
+
+    def leave(self) -> None:
+        """The innermost module ends."""
+        self._modules.pop()
+
+    def need(self, units: Labels, shared: Labels) -> None:
+        """Whoever has `units[i]` needs `shared[i]`."""
+        units, shared = np.broadcast_arrays(units, shared)
+        pairs = np.stack([units.ravel(), shared.ravel()], axis=1)
+        pairs = pairs[(pairs[:, 0] != pairs[:, 1]) & (pairs > 0).all(axis=1)]
+        if len(pairs):
+            self.needs.append(unique_pairs(pairs))
+
+    def join_all(self, labels: Labels) -> None:
+        """Make one set of all labels."""
+        labels = labels[labels > 0]
+        if labels.size:
+            self.atoms.join(labels, np.full_like(labels, labels.flat[0]))
+
+    def see(self, what: str, op: str, factor: Labels, parameter: str | None = None) -> None:
+        """Note an operation that would need something sent."""
+        atoms = np.unique(self.atoms.roots(factor))
+        atoms = atoms[atoms > 0]
+        if not atoms.size:
+            return
+        atoms = self._interned.setdefault(atoms.tobytes(), atoms)
+        key = (what, op, self.module, parameter, id(atoms))
+        if key not in self._seen_keys:
+            self._seen_keys.add(key)
+            self.seen.append(Seen(what, op, self.module, atoms, parameter))
+
+    def keep_box(self, factor: Labels, *, is_split: bool) -> None:
+        """Note a layout along several dims."""
+        lengths = tuple(size for size in factor.shape if size > 1)
+        if len(lengths) > 1 and factor.size <= LARGEST_BOX:
+            key = (lengths, is_split, hash(factor.tobytes()))
+            self.boxes.setdefault(key, factor.reshape(lengths))
+
+    def lay_out(self, factors: tuple[Labels, ...], op: str, *, is_parameter: bool) -> None:
+        """Note how an activation's labels lie, where more than one dim is concerned."""
+        for factor in factors:
+            self.keep_box(factor, is_split=False)
+        if is_parameter or len(factors) < 2:
+            return
+        labels = [np.unique(factor) for factor in factors]
+        for i, left in enumerate(labels):
+            for right in labels[:i]:
+                key = (hash(left.tobytes()), hash(right.tobytes()))
+                self.crossings.setdefault(key, (left, right, op, self.module))
+
+
+def unique_pairs(pairs: Labels) -> Labels:
+    """Pairs of labels, each once.
+
+    Args:
+        pairs: (n, 2).
+    """
+    if len(pairs) < 2:
+        return pairs
+    bound = int(pairs.max()) + 1
+    keys = np.unique(pairs[:, 0] * bound + pairs[:, 1])
+    return np.stack([keys // bound, keys % bound], axis=1)

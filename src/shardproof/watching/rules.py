@@ -1,0 +1,290 @@
+"""Rules for operations that compute, by their kind: which labels meet, and what would be sent.
+
+A rule takes (operation, arguments, named arguments, outputs, record) and returns the factors of
+every output. An operation without a rule needs its operands whole, and is counted by name.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from shardproof.watching.atoms import Labels
+from shardproof.watching.factors import Factors, Operand, combine, meet, reduce_lines, varying
+from shardproof.watching.kinds import LINES, name_of
+from shardproof.watching.labelled import Labelled, factors_of, parameter_of, place
+from shardproof.watching.record import Record
+
+Rule = Callable[[Any, tuple[Any, ...], dict[str, Any], list[Tensor], Record], list[Factors]]
+RULES: dict[str, Rule] = {}
+
+
+def rule(names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for some operations."""
+
+    def put(function: Rule) -> Rule:
+        for name in names.split():
+            RULES[name] = function
+        return function
+
+    return put
+
+
+def labelled(tree: Any) -> list[Labelled]:
+    """All labelled tensors among arguments."""
+    return [each for each in tree_leaves(tree) if isinstance(each, Labelled)]
+
+
+def see_all(tree: Any, op: str, record: Record) -> None:
+    """An operation needs all of its operands whole."""
+    for each in labelled(tree):
+        for factor in each.factors:
+            record.see("gather", op, factor, each.parameter)
+
+
+def whole_along(
+    x: Any, dims: Iterable[int], op: str, record: Record, *, what: str = "gather"
+) -> list[Labels]:
+    """Factors of a tensor when an operation takes all of `dims`: what varies elsewhere stays."""
+    kept = []
+    for factor in factors_of(x):
+        hit = {dim % factor.ndim for dim in dims} & set(varying(factor)) if factor.ndim else set()
+        if not hit:
+            kept.append(factor)
+        elif set(varying(factor)) - hit:
+            kept.append(reduce_lines(factor, tuple(hit), record))
+        else:
+            record.see(what, op, factor, x.parameter)
+    return [factor for factor in kept if factor.any()]
+
+
+def dims_of(args: tuple[Any, ...], kwargs: dict[str, Any], where: int, ndim: int) -> list[int]:
+    """The dims that an operation was told; all, if none."""
+    told = args[where] if len(args) > where else kwargs.get("dim")
+    if told is None or isinstance(told, bool) or (isinstance(told, list | tuple) and not told):
+        return list(range(ndim))
+    return [dim % max(ndim, 1) for dim in (told if isinstance(told, list | tuple) else (told,))]
+
+
+def without(factors: list[Labels], dims: list[int], x: Tensor, out: Tensor) -> Factors:
+    """Factors of a result in which reduced dims were kept, or are gone."""
+    if out.dim() == x.dim():
+        return tuple(factors)
+    gone = tuple(sorted(set(dims)))
+    if out.dim() != x.dim() - len(gone):
+        return ()
+    return tuple(factor.squeeze(gone) for factor in factors)
+
+
+@rule("kind:new")
+def _new(
+    func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
+) -> list[Factors]:
+    return [() for _ in outs]
+
+
+def aligned(factor: Labels, ndim: int) -> Labels:
+    """With as many dims as a tensor that it is broadcast to."""
+    return factor.reshape((1,) * (ndim - factor.ndim) + factor.shape)
+
+
+@rule("kind:pointwise")
+def pointwise(
+    func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
+) -> list[Factors]:
+    """Elements at one place meet."""
+    name, shape = name_of(func), tuple(outs[0].shape)
+    operands: list[Operand] = []
+    sources = labelled((args, kwargs))
+    if name == "copy_":
+        sources = [each for each in sources if each is not args[0]]
+    for each in sources:
+        for factor in each.factors:
+            if factor.ndim <= len(shape):
+                fitted = aligned(factor, len(shape))
+                if all(a in (1, b) for a, b in zip(fitted.shape, shape, strict=True)):
+                    operands.append((fitted, each.parameter is not None))
+                    continue
+            record.see("gather", name, factor, each.parameter)
+    made = combine(operands, name, record)
+    return [tuple(f for f in made if f.ndim == out.dim()) for out in outs]
+
+
+@rule("kind:lines")
+def lines(
+    func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
+) -> list[Factors]:
+    """Whole along some dims, independent along the others."""
+    name, x = name_of(func), args[0]
+    if name in ("max", "min", "median") and len(args) > 1 and isinstance(args[1], Tensor):
+        return pointwise(func, args, kwargs, outs, record)
+    where = LINES[name]
+    has_default = name in ("topk", "sort", "argsort", "kthvalue", "mode", "median")
+    if has_default and func._overloadname not in ("default",) and "dim" not in kwargs:
+        has_default = len(args) <= where + (func._overloadname == "stable")
+    if has_default and len(args) <= where and "dim" not in kwargs:
+        dims = [x.dim() - 1] if name != "median" or len(outs) > 1 else list(range(x.dim()))
+    else:
+        dims = dims_of(args, kwargs, where, x.dim())
+    kept = whole_along(x, dims, name, record)
+    return [without(kept, dims, x, out) for out in outs]
+
+
+@rule("kind:sum")
+def sums(
+    func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
+) -> list[Factors]:
+    """Added up along some dims."""
+    x = args[0]
+    dims = dims_of(args, kwargs, 1, x.dim())
+    kept = whole_along(x, dims, name_of(func), record, what="sum")
+    return [without(kept, dims, x, outs[0])]
+
+
+@rule("glu")
+def glu(
+    func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
+) -> list[Factors]:
+    """The first half of a dim times the sigmoid of the second."""
+    x = args[0]
+    dim = dims_of(args, kwargs, 1, x.dim())[0] if len(args) > 1 or kwargs else x.dim() - 1
+    operands: list[Operand] = []
+    for factor in x.factors:
+        halves = np.split(factor, 2, axis=dim) if factor.shape[dim] > 1 else [factor]
+        operands += [(half, x.parameter is not None) for half in halves]
+    return [combine(operands, "glu", record)]
+
+
+@rule("native_layer_norm _fused_rms_norm rms_norm")
+def layer_norm(
+    func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
+) -> list[Factors]:
+    """A norm over the last dims: whole along them, and so are its weights."""
+    name, x = name_of(func), args[0]
+    dims = [x.dim() - 1 - number for number in range(len(args[1]))]
+    for factor in x.factors:
+        if varying(factor) and set(varying(factor)) <= set(dims):
+            for weight in args[2:4]:
+                for other in factors_of(weight):
+                    meet((factor, False), (aligned(other, x.dim()), True), record)
+    kept = whole_along(x, dims, name, record)
+    return [tuple(f for f in kept if f.ndim == out.dim()) for out in outs]
+
+
+@rule("native_group_norm")
+def group_norm(
+    func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
+) -> list[Factors]:
+    """Channels in groups: whole along a group and along what is no channel."""
+    x, groups = args[0], args[6]
+    name, nd = name_of(func), x.dim()
+    operands: list[Operand] = []
+    for factor in x.factors:
+        if varying(factor) == (1,) and groups > 1:
+            each = reduce_lines(factor.reshape(groups, -1), (1,), record)
+            operands.append((place(np.repeat(each, x.shape[1] // groups, 1), 1, nd), False))
+        else:
+            alone = Labelled(x.inner, (factor,), parameter=x.parameter)
+            kept = whole_along(alone, range(1, nd), name, record)
+            operands += [(each, False) for each in kept]
+    for weight in args[1:3]:
+        operands += [(place(f, 1, nd), True) for f in factors_of(weight) if operands]
+    return [combine(operands, name, record)] + [() for _ in outs[1:]]
+
+
+@rule(
+    "native_batch_norm cudnn_batch_norm _native_batch_norm_legit batch_norm"
+    " _native_batch_norm_legit_no_training _native_batch_norm_legit_functional"
+    " _batch_norm_with_update _batch_norm_no_update"
+)
+def batch_norm(
+    func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
+) -> list[Factors]:
+    """Channels apart from each other, whole along all else."""
+    name, x = name_of(func), args[0]
+    kept = whole_along(x, [0, *range(2, x.dim())], name, record)
+    operands: list[Operand] = [(factor, False) for factor in kept]
+    if operands:
+        for weight in args[1:5]:
+            operands += [(place(f, 1, x.dim()), True) for f in factors_of(weight)]
+    return [combine(operands, name, record)] + [() for _ in outs[1:]]
+
+
+@rule(
+    "nll_loss_forward nll_loss2d_forward _local_scalar_dense equal nonzero _cdist_forward"
+    " searchsorted bucketize histc bincount _ctc_loss arange scalar_tensor _unique2 unique_dim"
+    " unique_consecutive masked_select is_nonzero"
+)
+def whole(
+    func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
+) -> list[Factors]:
+    """It needs everything."""
+    see_all((args, kwargs), name_of(func), record)
+    return [() for _ in outs]
+
+
+@rule(
+    "upsample_bicubic2d upsample_bilinear2d upsample_nearest2d _upsample_bicubic2d_aa avg_pool1d"
+    " upsample_nearest1d upsample_linear1d _upsample_bilinear2d_aa _upsample_nearest_exact2d"
+    " upsample_trilinear3d upsample_nearest3d max_pool2d_with_indices max_pool3d_with_indices"
+    " avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d"
+    " adaptive_max_pool3d grid_sampler_2d grid_sampler_3d mkldnn_adaptive_avg_pool2d"
+    " adaptive_max_pool1d _adaptive_avg_pool1d"
+)
+def spatial(
+    func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
+) -> list[Factors]:
+    """Whole along the places of an image, channels apart."""
+    name, x = name_of(func), args[0]
+    rank = 1 if "1d" in name else 3 if "3d" in name else 2
+    kept = whole_along(x, range(x.dim() - rank, x.dim()), name, record)
+    return [tuple(f for f in kept if f.ndim == out.dim()) for out in outs]
+
+
+@rule(
+    "linalg_solve_triangular triangular_solve linalg_inv_ex cholesky linalg_cholesky_ex"
+    " linalg_solve_ex _linalg_solve_ex _linalg_svd _linalg_det linalg_qr linalg_matrix_exp inverse"
+)
+def matrices(
+    func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
+) -> list[Factors]:
+    """Whole along the last two dims, batches apart."""
+    name = name_of(func)
+    operands: list[Operand] = []
+    for x in args:
+        if isinstance(x, Tensor):
+            kept = whole_along(x, (-1, -2), name, record)
+            operands += [(f, parameter_of(x) is not None) for f in kept]
+    made = combine([each for each in operands if each[0].ndim == outs[0].dim()], name, record)
+    return [tuple(f for f in made if f.ndim == out.dim()) for out in outs]
+
+
+@rule(
+    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention"
+    " _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
+    " _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math"
+    " scaled_dot_product_attention"
+)
+def attention(
+    func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
+) -> list[Factors]:
+    """Queries, keys and values (*, heads, tokens, features): heads apart, whole along the rest."""
+    operands: list[Operand] = []
+    shared: list[Labels] = []
+    for x in args[:3]:
+        for factor in x.factors:
+            if set(varying(factor)) & set(range(factor.ndim - 2)):
+                whole = reduce_lines(factor, (-1, -2), record)
+                times = args[0].shape[-3] // x.shape[-3] if whole.shape[-3] > 1 else 1
+                operands.append((np.repeat(whole, times, -3), False))
+            else:
+                record.join_all(factor)
+                shared.append(record.atoms.roots(factor[factor > 0][:1]).reshape((1,) * factor.ndim))
+    mask = kwargs.get("attn_mask", kwargs.get("attn_bias"))
+    for factor in factors_of(mask):
+        for each in whole_along(Labelled(mask.inner, (factor,)), (-1, -2), "attention mask", record):
+            operands.append((aligned(each, outs[0].dim()), parameter_of(mask) is not None))
+    made = combine([*operands, *((each, False) for each in shared)], name_of(func), record)
+    return [tuple(f for f in made if f.ndim == out.dim()) for out in outs]

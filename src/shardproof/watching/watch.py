@@ -1,0 +1,226 @@
+"""Watch one forward of a model, and leave the model as it was."""
+
+import copy
+import random
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from shardproof.errors import PlanError, ShardproofError
+from shardproof.watching.atoms import Labels
+from shardproof.watching.labelled import Labelled, place
+from shardproof.watching.record import Record
+from shardproof.watching.running import Watching
+
+MOST_COPIED = 1 << 28  # parameters of a model that is watched on the CPU
+Key = tuple[str, int]  # a parameter and one of its dims
+
+
+@dataclass(frozen=True)
+class Watched:
+    """One forward that was watched.
+
+    Attributes:
+        record: what it says about the labels.
+        labels: the label of every index, by parameter and dim.
+        shapes: of every parameter; of parameters that are tied, the first name.
+        tied: other names of tied parameters, and the first.
+        device: "meta", or "cpu" where the forward depends on data.
+        why_cpu: what it raised on the meta device; empty if it ran there.
+        seconds: how long it took.
+    """
+
+    record: Record
+    labels: Mapping[Key, Labels]
+    shapes: Mapping[str, tuple[int, ...]]
+    tied: Mapping[str, str]
+    device: str
+    why_cpu: str
+    seconds: float
+
+
+def watch(
+    model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> Watched:
+    """Run one forward in which every index of every parameter carries a label.
+
+    It runs on the meta device. Where it depends on data that only parameters decide, and so
+    cannot run there, it runs once more on the CPU, on a copy with small random weights. The model
+    is left exactly as it was.
+
+    Args:
+        model: on any device; in evaluation mode while it is watched.
+        args: an example of what forward takes, in order.
+        kwargs: and by name.
+    Raises:
+        PlanError: the model's own forward fails with these inputs, or an operation of it cannot
+            be followed.
+    """
+    start = time.perf_counter()
+    given = (tuple(args), dict(kwargs or {}))
+    try:
+        return _watched(model, given, why_cpu="", start=start)
+    except ShardproofError:
+        raise
+    except Exception as error:  # whatever a model's code raises where it looks at data
+        first = error
+    size = sum(parameter.numel() for parameter in model.parameters())
+    if size > MOST_COPIED:
+        raise PlanError(
+            f"the forward cannot run on the meta device ({_told(first)}), and {size} parameters are "
+            f"too many to watch it on a copy on the CPU (at most {MOST_COPIED}). Give a smaller "
+            "model of the same kind, or inputs on the CPU."
+        ) from first
+    try:
+        twin = _small_copy(model)
+        return _watched(twin, given, why_cpu=_told(first), start=start)
+    except Exception as error:  # the same
+        raise PlanError(_why_it_failed(model, given, error)) from error
+
+
+def _told(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+def _why_it_failed(model: nn.Module, given: Any, error: Exception) -> str:
+    """Whether the model's own forward fails with these inputs, or only a watched one."""
+    twin = _small_copy(model)
+    args, kwargs = tree_map(_real, given)
+    try:
+        with torch.no_grad(), _randomness_kept():
+            twin.eval()(*args, **kwargs)
+    except Exception as own:  # whatever a model's code raises
+        return (
+            f"the model's own forward fails with these inputs ({_told(own)}). Check that the model "
+            "runs with them by itself."
+        )
+    return f"the forward cannot be watched: {_told(error)}."
+
+
+def _real(each: Any) -> Any:
+    if not isinstance(each, Tensor):
+        return each
+    return torch.zeros_like(each, device="cpu") if each.is_meta else each.detach().cpu().clone()
+
+
+def _small_copy(model: nn.Module) -> nn.Module:
+    """A copy on the CPU; what is on the meta device becomes small and random."""
+    twin = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    for module in twin.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, each in tensors.items():
+                if each is None:
+                    continue
+                made = _material(each.detach(), generator)
+                is_parameter = isinstance(each, nn.Parameter)
+                tensors[name] = nn.Parameter(made, requires_grad=False) if is_parameter else made
+    return twin
+
+
+def _material(each: Tensor, generator: torch.Generator) -> Tensor:
+    """The same on the CPU."""
+    if not each.is_meta:
+        return each.cpu()
+    if not each.is_floating_point():
+        return torch.zeros(each.shape, dtype=each.dtype, device="cpu")
+    made = torch.rand(each.shape, generator=generator, device="cpu") * 0.04 + 0.01
+    return made.to(each.dtype)
+
+
+def _watched(model: nn.Module, given: Any, *, why_cpu: str, start: float) -> Watched:
+    on_meta = not why_cpu
+    record = Record()
+    names: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    labels: dict[Key, Labels] = {}
+    marked: dict[str, Labelled] = {}
+    by_id: dict[int, Labelled] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in names:
+            tied[name] = names[id(parameter)]
+            marked[name] = marked[names[id(parameter)]]
+            continue
+        names[id(parameter)] = name
+        shapes[name] = tuple(parameter.shape)
+        marked[name] = by_id[id(parameter)] = _mark(name, parameter, labels, record, on_meta)
+    mode = Watching(record, by_id, on_meta=on_meta)
+    with _left_as_it_was(model), ExitStack() as stack:
+        for name, module in model.named_modules():
+            _tell_where(name, module, record)
+        model.eval()
+        for name, buffer in model.named_buffers(remove_duplicate=False):
+            marked[name] = mode.adopt(buffer)
+        args, kwargs = tree_map(mode.take, given)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(mode)
+        torch.func.functional_call(model, marked, args, kwargs, tie_weights=False)
+    device = "meta" if on_meta else "cpu"
+    return Watched(record, labels, shapes, tied, device, why_cpu, time.perf_counter() - start)
+
+
+def _mark(
+    name: str, parameter: Tensor, labels: dict[Key, Labels], record: Record, on_meta: bool
+) -> Labelled:
+    """A parameter with labels for each of its dims; of a kernel's places only for the channels."""
+    nd = parameter.dim()
+    factors = []
+    for dim in range(nd if nd <= 3 else 2):
+        if parameter.shape[dim] > 1:
+            labels[name, dim] = record.atoms.fresh(parameter.shape[dim])
+            factors.append(place(labels[name, dim], dim, nd))
+    inside = parameter.detach()
+    inside = inside.to("meta") if on_meta else inside.clone()
+    return Labelled(inside, tuple(factors) if parameter.numel() else (), parameter=name)
+
+
+def _tell_where(name: str, module: nn.Module, record: Record) -> None:
+    """Tell the record which module runs; the hooks go with the rest of the module's state."""
+    module.register_forward_pre_hook(lambda *_: record.enter(name), prepend=True)
+    module.register_forward_hook(lambda *_: record.leave(), always_call=True)
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Restore every module's attributes, its hooks and mode among them, and all random numbers."""
+    kept = [(module, dict(vars(module))) for module in model.modules()]
+    containers = [
+        (value, copy.copy(value))
+        for _, attributes in kept
+        for value in attributes.values()
+        if isinstance(value, dict | list | set)
+    ]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with _randomness_kept():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for value, content in containers:
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
+        for module, attributes in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+@contextmanager
+def _randomness_kept() -> Iterator[None]:
+    """The states of all generators afterwards are those before."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
