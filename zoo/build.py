@@ -37,6 +37,9 @@ def build(
         changes: keys of the configuration, over the small ones.
     """
     chosen = getattr(transformers, name)
+    where = lists_of(name)
+    if "causal" in where:
+        changes = {"is_decoder": True, **(changes or {})}
     config = small(chosen.config_class, changes, dropout=dropout)
     config._experts_implementation = experts
     with torch.random.fork_rng(devices=[]), torch.device(device):
@@ -49,7 +52,7 @@ def build(
         _without_dropout(model)
     generator = torch.Generator().manual_seed(seed + 1)
     given = {key: _placed(each, device, dtype) for key, each in inputs_of(model, generator).items()}
-    return Example(name, model.train(), given, loss_of, lists_of(name))
+    return Example(name, model.train(), given, loss_of, where)
 
 
 def _stir(model: nn.Module, seed: int) -> None:
@@ -68,6 +71,10 @@ def _without_dropout(model: nn.Module) -> None:
 
 
 def _placed(value: Any, device: str, dtype: torch.dtype) -> Any:
+    if isinstance(value, dict):
+        return {key: _placed(each, device, dtype) for key, each in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_placed(each, device, dtype) for each in value)
     if not isinstance(value, Tensor):
         return value
     return value.to(device, dtype if value.is_floating_point() else value.dtype)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zoo.exceptions import EXCEPTIONS
-from zoo.sizes import DROPOUTS, NEVER, SIZES, STAGED
+from zoo.sizes import LATENT, NEVER, OFF, SIZES, STAGED
 
 FIRST_FREE_TOKEN = 3
 _SPECIAL = re.compile(r"(token_id|token_index|token_idx)$")
@@ -28,12 +28,13 @@ def small(config_class: type, changes: Mapping[str, Any] | None = None, *, dropo
     changes = {**EXCEPTIONS.get(kind, {}), **(changes or {})}
     start = changes.pop("_start", {})
     default = config_class(**start)
-    values = {**start, **_values(default, dropout)}
+    values = _values(default, dropout)
     for key, inner in _inner(default).items():
-        values[key] = small(type(inner), changes.pop(key, None), dropout=dropout)
+        given = {**start.get(key, {}), **changes.pop(key, {})}
+        values[key] = small(type(inner), given, dropout=dropout)
     for key, inner_class in changes.pop("_inner", {}).items():
         values[key] = small(inner_class(), changes.pop(key, None), dropout=dropout)
-    values.update(changes)
+    values |= {key: each for key, each in changes.items() if key != "is_decoder" or hasattr(default, key)}
     return config_class(**{key: value for key, value in values.items() if value is not NEVER})
 
 
@@ -58,17 +59,11 @@ def _values(config: Any, dropout: bool) -> dict[str, Any]:
             found[key] = type(value)(STAGED[key])
         elif _SPECIAL.search(key) and isinstance(value, int):
             found[key], token = token, token + 1
-        elif key in NEVER_DROPPED or (not dropout and _is_probability(key, value)):
+        elif key in OFF or (not dropout and isinstance(value, float) and "drop" in key):
             found[key] = 0.0
-    layers = _layers(config)
-    return found | layers
-
-
-NEVER_DROPPED = DROPOUTS
-
-
-def _is_probability(key: str, value: object) -> bool:
-    return isinstance(value, float) and ("drop" in key)
+    if "qk_rope_head_dim" in own:
+        found |= LATENT
+    return found | _layers(config)
 
 
 def _layers(config: Any) -> dict[str, Any]:
@@ -82,7 +77,7 @@ def _layers(config: Any) -> dict[str, Any]:
     lists = {
         key: value
         for key, value in own.items()
-        if isinstance(value, list | tuple) and len(value) == count and not key.startswith("_")
+        if isinstance(value, list | tuple) and len(value) == count and not _is_of_indices(value)
     }
     seen: dict[str, int] = {}
     for layer in range(count):
@@ -91,6 +86,13 @@ def _layers(config: Any) -> dict[str, Any]:
     chosen = chosen * 2 if len(chosen) == 1 else chosen
     if not lists:
         return {}
-    return {count_key: len(chosen)} | {
-        key: type(value)(value[layer] for layer in chosen) for key, value in lists.items()
-    }
+    found: dict[str, Any] = {count_key: len(chosen)}
+    for key, value in lists.items():
+        small_one = SIZES.get(key)
+        found[key] = type(value)(small_one or value[layer] for layer in chosen)
+    return found
+
+
+def _is_of_indices(value: Sequence[Any]) -> bool:
+    """Whether `value` says which layers are of a kind, and nothing of each layer."""
+    return all(isinstance(each, int) for each in value) and list(value) == sorted(set(value))

@@ -8,7 +8,7 @@ from typing import Any
 NEVER: Any = object()  # a value that says: leave the key out
 
 # Skipping whole layers at random would change which operations a step has.
-DROPOUTS = {
+OFF = {
     "layerdrop", "encoder_layerdrop", "decoder_layerdrop", "speech_encoder_layerdrop",
     "mask_time_prob", "mask_feature_prob",
 }  # fmt: skip
@@ -42,7 +42,8 @@ SIZES: dict[str, Any] = {
     "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_k": 2, "moe_topk": 2,
     "moe_top_k": 2, "top_k_experts": 2, "moe_intermediate_size": 20,
     "expert_ffn_hidden_size": 20, "shared_expert_intermediate_size": 20,
-    "shared_intermediate_size": 20, "shared_experts_intermediate_size": 20,
+    "shared_intermediate_size": 20, "moe_shared_expert_intermediate_size": 20,
+    "shared_experts_intermediate_size": 20,
     "n_group": 2, "num_expert_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
     "num_dense_layers": 1, "n_shared_experts": 1, "num_shared_experts": 1,
     "moe_num_shared_experts": 1, "zero_expert_num": 2, "expert_capacity": 64,
@@ -51,7 +52,8 @@ SIZES: dict[str, Any] = {
     "state_size": 4, "mamba_d_state": 4, "time_step_rank": 3, "mamba_dt_rank": 3,
     "chunk_size": 4, "mamba_chunk_size": 4, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    "linear_head_dim": 8, "linear_num_heads": 6, "lru_width": 48, "attention_hidden_size": 48,
+    "linear_head_dim": 8, "linear_num_heads": 6, "lru_width": 48,
+    "ssm_state_size": 4, "mamba_num_heads": 6, "mamba_head_dim": 16,
     # Words and places.
     "vocab_size": 251, "decoder_vocab_size": 251, "src_vocab_size": 251, "tgt_vocab_size": 251,
     "vocab_size_per_layer_input": 251, "hidden_size_per_layer_input": 8,
@@ -65,8 +67,11 @@ SIZES: dict[str, Any] = {
     "mask_token_id": 3, "forced_eos_token_id": 2,
     # Pictures and sounds.
     "image_size": 32, "patch_size": 8, "num_mel_bins": 16, "num_codebooks": 2,
-    "num_labels": NEVER,
+    "num_labels": NEVER, "use_cache": False,
 }  # fmt: skip
+
+# With latent attention every head has keys of its own, of which this many features are rotated.
+LATENT = {"num_key_value_heads": 6, "head_dim": 4}
 
 # What a model of stages has a list of. Two stages are enough.
 STAGED: dict[str, tuple[Any, ...]] = {}
