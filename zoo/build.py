@@ -6,6 +6,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from zoo.exceptions import BY_LIST, BY_NAME
 from zoo.example import Example, loss_of
 from zoo.inputs import inputs_of
 from zoo.lists import lists_of
@@ -38,8 +39,8 @@ def build(
     """
     chosen = getattr(transformers, name)
     where = lists_of(name)
-    if "causal" in where:
-        changes = {"is_decoder": True, **(changes or {})}
+    given = {key: value for which in where for key, value in BY_LIST.get(which, {}).items()}
+    changes = {**given, **BY_NAME.get(name, {}), **(changes or {})}
     config = small(chosen.config_class, changes, dropout=dropout)
     config._experts_implementation = experts
     with torch.random.fork_rng(devices=[]), torch.device(device):
@@ -51,8 +52,8 @@ def build(
     if not dropout:
         _without_dropout(model)
     generator = torch.Generator().manual_seed(seed + 1)
-    given = {key: _placed(each, device, dtype) for key, each in inputs_of(model, generator).items()}
-    return Example(name, model.train(), given, loss_of, where)
+    inputs = inputs_of(model, generator, of_classes="image" in where)
+    return Example(name, model.train(), _placed(inputs, device, dtype), loss_of, where)
 
 
 def _stir(model: nn.Module, seed: int) -> None:

@@ -15,27 +15,27 @@ LOWEST_TOKEN = 30  # smaller ones mean something to some model: padding, an imag
 LENGTHS = {"reformer": 12}  # the product of the sides of its table of places
 
 
-def inputs_of(model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
+def inputs_of(
+    model: nn.Module, generator: torch.Generator, *, of_classes: bool
+) -> dict[str, Any]:
     """Named arguments for `model.forward`, on the CPU, floats in fp32.
 
-    Labels are among them where the model takes them.
+    Labels are among them where the model takes them: one class a line of the batch where
+    `of_classes` is true, else one token for each place.
     """
     takes = inspect.signature(model.forward).parameters
     config: Any = model.config
     kind = config.model_type
     maker = Maker(config, generator, LENGTHS.get(kind, LENGTH))
-    main = getattr(model, "main_input_name", "input_ids")
     found: dict[str, Any] = {}
-    if main == "pixel_values":
+    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
         found["pixel_values"] = maker.picture()
-        if "labels" in takes:
-            found["labels"] = torch.arange(BATCH) % config.num_labels
     else:
         found["input_ids"] = maker.tokens()
-        if "labels" in takes:
-            found["labels"] = maker.tokens()
-        elif "decoder_input_ids" in takes:
-            found["decoder_input_ids"] = maker.tokens()
+    if "labels" in takes:
+        found["labels"] = maker.classes() if of_classes else maker.tokens()
+    elif "decoder_input_ids" in takes:
+        found["decoder_input_ids"] = maker.tokens()
     if "encoder_hidden_states" in takes and _has_cross_attention(model):
         found["encoder_hidden_states"] = maker.floats(BATCH, 7, _width(config))
     if kind in SPECIAL:
@@ -76,6 +76,10 @@ class Maker:
         """Normal numbers of `shape`."""
         return torch.randn(shape, generator=self._generator)
 
+    def classes(self) -> Tensor:
+        """(batch,), the first classes in turn."""
+        return torch.arange(BATCH) % self.config.num_labels
+
     def picture(self) -> Tensor:
         """(batch, channels, height, width)."""
         config = getattr(self.config, "vision_config", self.config)
@@ -111,11 +115,46 @@ def _shared_keys(maker: Maker) -> dict[str, Any]:
     }
 
 
+def _patches(maker: Maker) -> dict[str, Any]:
+    """Pictures that are cut into patches already."""
+    vision = maker.config.vision_config
+    side = int(vision.num_patches**0.5)
+    features = vision.num_channels * vision.patch_size**2
+    return {
+        "pixel_values": maker.floats(BATCH, vision.num_patches, features),
+        "pixel_attention_mask": torch.ones(BATCH, vision.num_patches, dtype=torch.long),
+        "spatial_shapes": torch.full((BATCH, 2), side),
+    }
+
+
+def _entities(maker: Maker) -> dict[str, Any]:
+    """Things that a text names, and where it names them."""
+    places = torch.full((BATCH, 3, maker.length), -1)
+    for entity in range(3):
+        places[:, entity, :2] = torch.tensor([entity, entity + 3])
+    return {
+        "entity_ids": torch.arange(BATCH * 3).view(BATCH, 3) + 5,
+        "entity_attention_mask": torch.ones(BATCH, 3, dtype=torch.long),
+        "entity_position_ids": places,
+    }
+
+
+def _global_places(maker: Maker) -> dict[str, Any]:
+    """The first place attends to all and all attend to it."""
+    mask = torch.zeros(BATCH, maker.length, dtype=torch.long)
+    mask[:, 0] = 1
+    return {"global_attention_mask": mask}
+
+
 # By type of model: what it needs beside, or in the place of, what all are given.
 SPECIAL: dict[str, Callable[[Maker], dict[str, Any]]] = {
     "gemma4_assistant": _shared_keys,
     "gemma4_unified_assistant": _shared_keys,
     "git": lambda maker: {"pixel_values": maker.picture()},
+    "led": _global_places,
+    "longformer": _global_places,
+    "luke": _entities,
     "musicgen_decoder": _codebooks,
     "musicgen_melody_decoder": _codebooks,
+    "siglip2": _patches,
 }

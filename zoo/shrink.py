@@ -34,7 +34,7 @@ def small(config_class: type, changes: Mapping[str, Any] | None = None, *, dropo
         values[key] = small(type(inner), given, dropout=dropout)
     for key, inner_class in changes.pop("_inner", {}).items():
         values[key] = small(inner_class(), changes.pop(key, None), dropout=dropout)
-    values |= {key: each for key, each in changes.items() if key != "is_decoder" or hasattr(default, key)}
+    values |= changes
     return config_class(**{key: value for key, value in values.items() if value is not NEVER})
 
 
