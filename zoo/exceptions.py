@@ -14,11 +14,6 @@ _MAMBA_TWO = {"mamba_n_heads": 6, "mamba_d_head": 16}
 # Grouped attention is not offered by these; each head has its own keys and values.
 _SAME_HEADS = {"num_key_value_heads": 6}
 
-# Keys and values of other layers make up all of these layers.
-_ALL_SHARED = {
-    "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"],
-    "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
-}  # fmt: skip
 _BYTES = {"hidden_size_global": 48, "num_key_value_heads": 6}
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
@@ -47,11 +42,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "swa_kv_lora_rank": 12, "swa_head_dim": 12, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
         "swa_qk_rope_head_dim": 4,
     },
+    "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "esmc": _SAME_HEADS,
     "falcon_h1": {"mamba_n_heads": 6, "mamba_d_head": 16, "mamba_d_ssm": 96},
+    "gemma3": {"mm_tokens_per_image": 4},
     "gemma3n_text": {"num_kv_shared_layers": 0},
-    "gemma4_assistant": {"_start": {"text_config": _ALL_SHARED}},
-    "gemma4_unified_assistant": {"text_config": _ALL_SHARED},
     "granitemoehybrid": _MAMBA_TWO,
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"block_multiple_of": 4},
@@ -62,6 +57,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "luke": {"entity_vocab_size": 60, "entity_emb_size": 12},
     "mamba2": {"num_heads": 6, "head_dim": 16, "n_groups": 2},
     "mimo_v2_flash": {"num_key_value_heads": 3, "head_dim": 12},
+    "mllama_text_model": {"cross_attention_layers": [1]},
     "mobilebert": {"true_hidden_size": 24, "intra_bottleneck_size": 24},
     "neomme": {"head_dim": 16},
     "nemotron_h": {"n_groups": 2},
@@ -87,6 +83,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "shape_embed_dim": 20,
     },
     "rwkv": {"attention_hidden_size": 48},
+    "shieldgemma2": {"yes_token_index": 40, "no_token_index": 41, "mm_tokens_per_image": 4},
     "squeezebert": {"embedding_size": 48},
     "xmod": {"default_language": "en_XX"},
     "xlstm": {"num_heads": 6, "ffn_round_up_to_multiple_of": 4, "num_blocks": 2},

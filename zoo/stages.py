@@ -21,12 +21,12 @@ STAGES: dict[str, dict[str, Any]] = {
     "bit": _RESNET | {"num_groups": 4},
     "convnext": _CONVNEXT,
     "convnextv2": _CONVNEXT,
-    "cvt": {"embed_dim": [12, 24, 48], "depth": [1, 1, 2], "num_heads": [1, 3, 6]},
+    "cvt": {"embed_dim": [12, 24, 48], "depth": [1, 2, 3], "num_heads": [1, 3, 6]},
     "donut-swin": _SWIN,
     "efficientnet": {
-        "width_coefficient": 1.0, "depth_coefficient": 1.0, "in_channels": [8, 8, 16],
-        "out_channels": [8, 16, 24], "kernel_sizes": [3, 3, 5], "strides": [1, 2, 2],
-        "num_block_repeats": [1, 2, 1], "expand_ratios": [1, 3, 3], "hidden_dim": 1280,
+        "width_coefficient": 0.25, "depth_coefficient": 1.0, "in_channels": [32, 32, 64],
+        "out_channels": [32, 64, 96], "kernel_sizes": [3, 3, 5], "strides": [1, 2, 2],
+        "num_block_repeats": [1, 2, 1], "expand_ratios": [1, 3, 3], "hidden_dim": 320,
     },
     "focalnet": {
         "embed_dim": 24, "hidden_sizes": [24, 48], "depths": [2, 1], "focal_levels": [2, 2],
