@@ -10,14 +10,10 @@ from zoo.example import BATCH, LENGTH
 from zoo.maker import Maker
 from zoo.special import SPECIAL
 
-
-
 LENGTHS = {"reformer": 12}  # the product of the sides of its table of places
 
 
-def inputs_of(
-    model: nn.Module, generator: torch.Generator, *, of_classes: bool
-) -> dict[str, Any]:
+def inputs_of(model: nn.Module, generator: torch.Generator, *, of_classes: bool) -> dict[str, Any]:
     """Named arguments for `model.forward`, on the CPU, floats in fp32.
 
     Labels are among them where the model takes them: one class a line of the batch where

@@ -2,6 +2,8 @@
 
 from transformers.models.auto import modeling_auto
 
+from zoo import own
+
 _MAPS = {
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -9,14 +11,18 @@ _MAPS = {
     "image": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 }
 
-LISTS = tuple(_MAPS)
+LISTS = (*_MAPS, "own")
 
 
 def names(which: str) -> list[str]:
     """Names of the classes of the list `which`, each once, in alphabetical order.
 
+    The list "own" has the models of `zoo.own`.
+
     Where the list has several classes for one type of model, all of them are here.
     """
+    if which == "own":
+        return list(own.NAMES)
     found: set[str] = set()
     for entry in _MAPS[which].values():
         found.update([entry] if isinstance(entry, str) else entry)

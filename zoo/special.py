@@ -9,6 +9,7 @@ from zoo.example import BATCH
 from zoo.maker import Maker
 from zoo.tower_inputs import TOWERS
 
+
 def _codebooks(maker: Maker) -> dict[str, Any]:
     books = maker.config.num_codebooks
     return {
@@ -56,4 +57,5 @@ SPECIAL: dict[str, Callable[[Maker], dict[str, Any]]] = TOWERS | {
     "musicgen_decoder": _codebooks,
     "musicgen_melody_decoder": _codebooks,
     "siglip2": _patches,
+    "whisper": lambda maker: {"encoder_outputs": (maker.floats(BATCH, 7, maker.config.d_model),)},
 }

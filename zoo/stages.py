@@ -33,9 +33,10 @@ STAGES: dict[str, dict[str, Any]] = {
         "focal_windows": [3, 3], "patch_size": 4,
     },
     "hgnet_v2": {
-        "embedding_size": 8, "hidden_sizes": [16, 24], "depths": [1, 2], "stem_channels": [3, 8, 12],
-        "stage_in_channels": [12, 16], "stage_mid_channels": [8, 10], "stage_out_channels": [16, 24],
-        "stage_num_blocks": [1, 2], "stage_downsample": [False, True],
+        "embedding_size": 8, "hidden_sizes": [16, 24], "depths": [1, 2],
+        "stem_channels": [3, 8, 12], "stage_in_channels": [12, 16], "stage_mid_channels": [8, 10],
+        "stage_out_channels": [16, 24], "stage_num_blocks": [1, 2],
+        "stage_downsample": [False, True],
         "stage_downsample_strides": [2, 2], "stage_light_block": [False, True],
         "stage_kernel_size": [3, 5], "stage_numb_of_layers": [2, 2],
     },
@@ -68,7 +69,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "regnet": _RESNET | {"groups_width": 8},
     "resnet": _RESNET,
     "segformer": _PYRAMID | {"patch_sizes": [7, 3], "sr_ratios": [2, 1]},
-    "siglip2_vision_model": {"num_patches": 16, "patch_size": 4},
+    "siglip2_vision_model": {"num_patches": 16, "patch_size": 4, "vision_use_head": False},
     "swiftformer": {
         "depths": [2, 2], "embed_dims": [12, 24], "downsamples": [True, True],
     },

@@ -22,7 +22,7 @@ TOWERS: dict[str, dict[str, Any]] = {
         "head_config": {"audio_hidden_size": 48, "hidden_size": 20},
     },
     "phi4_multimodal_audio": {
-        "nemo_conv_channels": 12, "ext_pw_out_channel": 20, "depthwise_separable_out_channel": 48,
+        "nemo_conv_channels": 12, "ext_pw_out_channel": 48, "depthwise_separable_out_channel": 48,
         "num_blocks": 2, "input_size": 16, "audio_token_id": 4,
     },
     "phi4_multimodal_vision": {"crop_size": 32},
