@@ -1,6 +1,7 @@
 """Models of one's own, in the way in which people write them: kinds of attention."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,8 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """nanoGPT: the head is the table of words, and forward returns scores and loss."""
+
+    transformer: Any
 
     def __init__(self, dropout: float = 0.1, block_size: int = 64, flash: bool = True) -> None:
         super().__init__()

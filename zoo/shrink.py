@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zoo.exceptions import EXCEPTIONS
-from zoo.sizes import LATENT, NEVER, OFF, SIZES, STAGED
+from zoo.sizes import LATENT, NEVER, OFF, SIZES
 
 FIRST_FREE_TOKEN = 3
 _SPECIAL = re.compile(r"(token_id|token_index|token_idx)$")
@@ -55,8 +55,6 @@ def _values(config: Any, dropout: bool) -> dict[str, Any]:
     for key, value in own.items():
         if key in SIZES and isinstance(value, int | None):
             found[key] = SIZES[key]
-        elif key in STAGED and isinstance(value, Sequence):
-            found[key] = type(value)(STAGED[key])
         elif _SPECIAL.search(key) and isinstance(value, int):
             found[key], token = token, token + 1
         elif key in OFF or (not dropout and isinstance(value, float) and "drop" in key):

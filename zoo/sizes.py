@@ -72,6 +72,3 @@ SIZES: dict[str, Any] = {
 
 # With latent attention every head has keys of its own, of which this many features are rotated.
 LATENT = {"num_key_value_heads": 6, "head_dim": 4}
-
-# What a model of stages has a list of. Two stages are enough.
-STAGED: dict[str, tuple[Any, ...]] = {}
