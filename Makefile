@@ -1,4 +1,4 @@
-# Words: setup demo test check bench docs. Each does its own set-up; nothing outside .venv changes.
+# Words: setup demo test check bench zoo docs. Each does its own set-up; nothing outside .venv changes.
 # Needs Python 3.11 or newer and make. Another interpreter: make PYTHON=python3.12 test
 # pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) choose where torch comes from.
 
@@ -8,13 +8,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench docs
+.PHONY: help setup demo test check bench zoo docs
 
 help:
 	@echo "make demo   prove, on this machine, that the degree does not change the bits"
 	@echo "make test   run the tests, two files at a time (WORKERS=4: four; ORDER=random:7: shuffled)"
 	@echo "make check  ruff and mypy"
 	@echo "make bench  measure side by side with plain torch, and time the cases"
+	@echo "make zoo    build every model of four lists of transformers, small, and train each a step"
+	@echo "            (STEPS='plain', LISTS='causal image': only these; LIMIT=60: seconds for each)"
 	@echo "make docs   API documentation into build/docs"
 	@echo "make setup  only install what these need, into $(VENV)"
 
@@ -52,6 +54,14 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/shardproof bench
 	$(BIN)/python benchmarks/case_times.py
+
+STEPS ?= plain
+LISTS ?=
+LIMIT ?= 60
+
+zoo: $(STAMP)
+	@mkdir -p build
+	$(BIN)/python -m zoo.run $(STEPS:%=--step %) $(LISTS:%=--list %) --limit $(LIMIT) --workers $(WORKERS) --json build/zoo.jsonl
 
 # Every module by name: on its own pdoc shows only what `__all__` has.
 MODULES = $(shell cd src && find shardproof -name '*.py' ! -name '__*' | sed 's/\.py$$//; s|/|.|g' | sort)
