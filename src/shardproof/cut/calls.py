@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from types import FunctionType
 from typing import Any
 
+import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from shardproof.cut.others import gathered, invariant, unwrapped
@@ -54,7 +56,8 @@ class Calls(TorchFunctionMode):
         if self.region.scheme.is_invariant:
             form = invariant(self.region, func, "")
             if form is not func:
-                return form(*args, **kwargs)
+                with torch._C.DisableTorchFunction():
+                    return form(*args, **kwargs)
         if isinstance(func, FunctionType) and func.__module__ == "torch.nn.functional":
             with self:
                 return unwrapped(func)(*args, **kwargs)
@@ -130,3 +133,41 @@ def dropped(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
             "shardproof.layers.dropout.Dropout."
         )
     return stack[-1].dropped(x, p, training, inplace)
+
+
+class Calling:
+    """Runs the forward of a module inside `Calls`.
+
+    Args:
+        region: of the model.
+        name: of the module.
+    """
+
+    def __init__(self, region: Region, name: str) -> None:
+        self.region = region
+        self.drawing = Drawing(name)
+
+    def hook(self, module: nn.Module) -> None:
+        """Let a module call in this way."""
+        module.register_forward_pre_hook(self.enter, prepend=True)
+        module.register_forward_hook(self.leave, always_call=True)
+
+    def enter(self, *_: Any) -> None:
+        """Before the forward."""
+        calls = Calls(self.region, self.drawing)
+        _stack_of_modes().append(calls)
+        calls.__enter__()
+
+    def leave(self, *_: Any) -> None:
+        """After it, or after what it raised."""
+        _stack_of_modes().pop().__exit__(None, None, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Calling":
+        made = Calling(self.region, self.drawing.name)
+        made.drawing.step = self.drawing.step
+        return made
+
+
+def _stack_of_modes() -> list[Calls]:
+    found: list[Calls] = _local.__dict__.setdefault("modes", [])
+    return found

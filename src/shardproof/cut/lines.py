@@ -228,15 +228,25 @@ def norm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     bias = (args[3] if len(args) > 3 else kwargs.get("bias")) if name == "layer_norm" else None
     last = 4 if name == "layer_norm" else 3
     eps = args[last] if len(args) > last else kwargs.get("eps", 1e-5 if last == 4 else None)
-    if not isinstance(x, CutTensor) or x.spec.dim >= x.dim() - len(shape):
+    if not isinstance(x, CutTensor):
         return gathered(func, name, args, kwargs)
-    local = invariant(x.spec.region, func, x.who)(
-        x.local, tuple(shape), None, *((None, eps) if name == "layer_norm" else (eps,))
-    )
-    y: Any = cut_tensor(local, x.spec, x.who)
+    if x.spec.dim >= x.dim() - len(shape):
+        y = _normed_across(x, tuple(range(-len(shape), 0)), eps, is_centred=name == "layer_norm")
+    else:
+        form = invariant(x.spec.region, func, x.who)
+        rest = (None, None, eps) if name == "layer_norm" else (None, eps)
+        y = cut_tensor(form(x.local, tuple(shape), *rest), x.spec, x.who)
     if weight is not None:
         y = run(torch.mul, (y, weight), {})
     return y if bias is None else run(torch.add, (y, bias), {})
+
+
+def _normed_across(x: Any, dims: tuple[int, ...], eps: float | None, *, is_centred: bool) -> Any:
+    """The statistics are sums over the cut dim: whole, and small."""
+    if is_centred:
+        x = x - x.mean(dims, keepdim=True)
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    return x * torch.rsqrt((x * x).mean(dims, keepdim=True) + eps)
 
 
 @rule("group_norm")
