@@ -70,10 +70,13 @@ def stir(model: nn.Module, seed: int) -> None:
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Set the probability of every dropout module to 0."""
+    """Set every probability of a dropout to 0, also those that are kept as numbers."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def placed(value: Any, device: str, dtype: torch.dtype) -> Any:

@@ -13,13 +13,16 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from shardproof.cut import linear, lookup, moves, pointwise
+from shardproof.cut.lines import attended_with_dropout
 from shardproof.cut.others import gathered, invariant, unwrapped
 from shardproof.cut.spec import Region
-from shardproof.cut.tensor import CutTensor, cut_tensor, name_of, rule
+from shardproof.cut.tensor import RULES, CutTensor, cut_tensor, name_of, rule
 from shardproof.errors import UsageError
 from shardproof.functional.dropout import MaskKey, dropout
 from shardproof.layers.dropout import Drawing
 
+assert all((linear, lookup, moves, pointwise))  # noqa: S101 - imported for their rules
 DROPOUTS = frozenset(("dropout", "native_dropout", "dropout_"))
 _OTHERS = frozenset(
     """dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout bernoulli
@@ -47,16 +50,23 @@ class Calls(TorchFunctionMode):
     ) -> Any:
         """A dropout by position, a form, or what was called."""
         kwargs = kwargs or {}
+        if _local.__dict__.get("is_busy"):
+            return func(*args, **kwargs)
         if any(issubclass(each, CutTensor) for each in types):
-            with _Now(self):
+            with _Now(self), _Busy():
                 return func(*args, **kwargs)
         name = name_of(func)
         if name in DROPOUTS and self.drawing is not None:
             return self.dropped(*_dropout_of(args, kwargs))
-        if self.region.scheme.is_invariant:
+        if name == "scaled_dot_product_attention" and _drops(args, kwargs):
+            given = dict(zip(_ATTENTION, args, strict=False)) | kwargs
+            q, k, v = (given.pop(each) for each in _ATTENTION[:3])
+            with self:
+                return attended_with_dropout(q, k, v, **given)
+        if self.region.scheme.is_invariant and RULES.get(name) not in _UNTOUCHED:
             form = invariant(self.region, func, "")
             if form is not func:
-                with torch._C.DisableTorchFunction():
+                with _Busy():
                     return form(*args, **kwargs)
         if isinstance(func, FunctionType) and func.__module__ == "torch.nn.functional":
             with self:
@@ -90,6 +100,25 @@ class Calls(TorchFunctionMode):
 
 def _given(y: Any, x: Any, inplace: bool) -> Any:
     return x.copy_(y) if inplace else y
+
+
+_ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_UNTOUCHED = (None, RULES["view"], RULES["getitem"], RULES["setitem"], RULES["gathered"])
+
+
+def _drops(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return bool(args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0))
+
+
+class _Busy:
+    """While a form or a rule computes, `Calls` of other modules let its operations through."""
+
+    def __enter__(self) -> None:
+        self._before = _local.__dict__.get("is_busy", False)
+        _local.is_busy = True
+
+    def __exit__(self, *_: object) -> None:
+        _local.is_busy = self._before
 
 
 class _Now:

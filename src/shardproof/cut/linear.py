@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardproof.cut.meet import fitted, is_finer, refined
+from shardproof.autograd import once_differentiable
+from shardproof.cut.meet import fitted, freed, is_finer, is_for_all, refined
 from shardproof.cut.others import gathered, invariant, whole
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
 from shardproof.functional import crossings
+from shardproof.numerics import reducing
 
 
 def entering(x: Tensor) -> Any:
@@ -137,6 +139,8 @@ def _with_vectors(func: Any, name: str, a: Any, b: Any) -> Any:
 
 def batched(a: Any, b: Any) -> Any:
     """(*, M, K) @ (*, K, N), of which one or both are cut along one dim."""
+    if isinstance(a, CutTensor) and isinstance(b, CutTensor) and is_for_all(a) != is_for_all(b):
+        a, b = (freed(each) if is_for_all(each) else each for each in (a, b))
     x = a if isinstance(a, CutTensor) else b
     region = x.spec.region
     shape = (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
@@ -151,9 +155,11 @@ def batched(a: Any, b: Any) -> Any:
     if role == "k":
         return _contracted(a, b)
     dim = role
-    shares = any(not isinstance(each, CutTensor) and each.requires_grad for each in (a, b))
-    if shares and torch.is_grad_enabled() and dim >= len(shape) - 2:
-        return gathered(torch.matmul, "matmul with one whole operand", (a, b), {})
+    if dim == len(shape) - 1 and not isinstance(a, CutTensor):
+        return _batched_column(a, b, shape)
+    if dim == len(shape) - 2 and not isinstance(b, CutTensor):
+        y = _batched_column(b.transpose(-2, -1), a.transpose(-2, -1), (*shape[:-2], *shape[:-3:-1]))
+        return y.transpose(-2, -1)
     finest = _finest(a, b)
     if finest is None:
         return gathered(torch.matmul, "matmul of two cuts", (a, b), {})
@@ -161,6 +167,35 @@ def batched(a: Any, b: Any) -> Any:
     parts = [_as_operand(each, side, spec, finest) for side, each in enumerate((a, b))]
     y = invariant(region, torch.matmul, finest.who)(*parts)
     return cut_tensor(y, spec, finest.who)
+
+
+def _batched_column(a: Tensor, b: CutTensor, shape: tuple[int, ...]) -> CutTensor:
+    """(*, M, K), whole, @ (*, K, N) whose N is cut: the gradient of `a` is summed over the ranks."""
+    spec = b.spec.region.spec(shape, len(shape) - 1, b.spec.cut)
+    place = spec.region.place(spec.cut, b.who)
+    product = invariant(spec.region, torch.matmul, b.who)
+    a = reducing.expand(a, (*shape[:-2], *a.shape[-2:]))
+    local = reducing.expand(b.local, (*shape[:-2], *b.local.shape[-2:]))
+    return cut_tensor(_BatchedColumn.apply(a, local, place, product), spec, b.who)
+
+
+class _BatchedColumn(torch.autograd.Function):
+    """A product along whose N the ranks have parts."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, place: Any, product: Any) -> Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.place, ctx.product = place, product
+        y: Tensor = product(a, b)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        a, b = ctx.saved_tensors
+        needs_a, needs_b = ctx.needs_input_grad[:2]
+        grad_a = crossings.contract(grad, b.mT, ctx.place) if needs_a else None
+        return grad_a, ctx.product(a.mT, grad) if needs_b else None, None, None
 
 
 def _role(x: CutTensor, side: int, dims: int) -> Any:

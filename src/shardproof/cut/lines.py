@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from shardproof.cut.meet import fitted
 from shardproof.cut.others import gathered, invariant, whole
@@ -285,6 +286,21 @@ def spatial(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     return type(y)([_relaid(each, x, ()) for each in y])
 
 
+@rule("view_as_complex", "view_as_real")
+def as_complex(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Pairs of the last dim as one number, and back."""
+    x = args[0]
+    if name == "view_as_complex" and x.spec.dim == x.dim() - 1:
+        return gathered(func, name, args, kwargs)
+    y = func(x.local)
+    return cut_tensor(y, x.spec.region.spec(_with(y, x), x.spec.dim, x.spec.cut), x.who)
+
+
+def _with(y: Tensor, x: CutTensor) -> tuple[int, ...]:
+    """The global shape of a result whose cut dim is where that of `x` is."""
+    return (*y.shape[: x.spec.dim], x.shape[x.spec.dim], *y.shape[x.spec.dim + 1 :])
+
+
 @rule("pad", "constant_pad_nd")
 def pad(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Padding of whole dims."""
@@ -297,6 +313,37 @@ def pad(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _spec_of(x: CutTensor, shape: tuple[int, ...], dim: int) -> Spec:
     return x.spec.region.spec(shape, dim, x.spec.cut)
+
+
+def attended_with_dropout(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """`F.scaled_dot_product_attention` in the steps that its documentation gives.
+
+    Its dropout is that of the module that calls it: by position.
+    """
+    if enable_gqa:
+        n = q.shape[-3] // k.shape[-3]
+        k, v = k.repeat_interleave(n, -3), v.repeat_interleave(n, -3)
+    scores = (q @ k.transpose(-2, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        length, keys = q.shape[-2], k.shape[-2]
+        hidden = torch.ones(length, keys, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(attn_mask.logical_not(), float("-inf"))
+        else:
+            scores = scores + attn_mask
+    return F.dropout(scores.softmax(-1), dropout_p, training=True) @ v
 
 
 def _as_many(x: Any, heads: int) -> Any:
@@ -316,6 +363,8 @@ def attention(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
         each.spec.dim != each.dim() - 3 for each in (q, k, v)
     ):
         return gathered(func, name, args, kwargs)
+    if options.get("dropout_p", 0.0) > 0.0:
+        return attended_with_dropout(q, k, v, **options)
     if options.pop("enable_gqa", False):
         n = q.shape[-3] // k.shape[-3]
         k, v = (run(Tensor.repeat_interleave, (each, n, -3), {}) for each in (k, v))

@@ -138,7 +138,8 @@ def setitem(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
                 if not isinstance(value, Tensor | CutTensor):
                     seen.local.fill_(value)
                     return None
-                return run(Tensor.copy_, (seen, value), {}) and None
+                run(Tensor.copy_, (seen, value), {})
+                return None
     gathered(func, name, args, kwargs)
     return None
 

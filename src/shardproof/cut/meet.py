@@ -20,9 +20,8 @@ def common(tensors: Sequence[Any], shape: tuple[int, ...]) -> tuple[Spec, str] |
     """
     finest: CutTensor | None = None
     dim = -1
-    for x in tensors:
-        if not isinstance(x, CutTensor):
-            continue
+    cuts = [x for x in tensors if isinstance(x, CutTensor)]
+    for x in [each for each in cuts if not is_for_all(each)] or cuts:
         place = x.spec.dim + len(shape) - len(x.spec.shape)
         if x.spec.shape[x.spec.dim] != shape[place]:
             return None
@@ -37,6 +36,24 @@ def common(tensors: Sequence[Any], shape: tuple[int, ...]) -> tuple[Spec, str] |
                 return None
     assert finest is not None  # noqa: S101 - a rule is asked where a tensor is cut
     return finest.spec.region.spec(shape, dim, finest.spec.cut), finest.who
+
+
+def is_for_all(x: CutTensor) -> bool:
+    """Whether all of it is one shared unit that every unit needs: whole on every rank with work."""
+    blocks, units = x.spec.cut.blocks, x.spec.cut.shared.units
+    if not blocks or blocks[0].first < units.count or blocks[0].size != blocks[0].unit:
+        return False
+    first = blocks[0].first
+    return len(units.needers[first - units.count]) == units.count and all(
+        each.first == first and each.size == each.unit for each in blocks
+    )
+
+
+def freed(x: CutTensor) -> Tensor:
+    """All of what is for all; on a rank without work zeros, which nothing of its own will use."""
+    if x.local.shape == x.shape:
+        return x.local
+    return x.local.new_zeros(x.shape) + x.local.sum()
 
 
 def is_finer(one: CutDim, other: CutDim, spec: Spec) -> bool:
@@ -57,7 +74,9 @@ def fitted(x: Any, spec: Spec, who: str) -> Tensor:
     """This rank's part of an operand, as one of `spec` meets it; numbers of the cut dim may lack."""
     place = spec.dim - (len(spec.shape) - x.dim())
     if isinstance(x, CutTensor):
-        return refined(x, spec.cut).local
+        if x.spec.dim == place and x.shape[place] == spec.shape[spec.dim]:
+            return refined(x, spec.cut).local
+        x = freed(x)
     if place < 0 or x.shape[place] == 1 != spec.shape[spec.dim]:
         if x.requires_grad and torch.is_grad_enabled():
             where = spec.region.place(spec.cut, who)

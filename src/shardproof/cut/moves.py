@@ -75,7 +75,6 @@ _MOVES = [
     "channel_shuffle",
     "native_channel_shuffle",
     "lift_fresh",
-    "getitem",
     "unsqueeze_",
     "squeeze_",
     "transpose_",

@@ -101,9 +101,21 @@ def others(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return unwrapped(func)(*args, **kwargs)
     if RULES.get(name) is None and name.endswith("_") and name[:-1] in RULES:
         return _written(func, name, args, kwargs)
-    if isinstance(func, OpOverload):
+    if isinstance(func, OpOverload) or not _is_composed(name):
         return gathered(func, name, args, kwargs)
     return _taken_apart(func, args, kwargs)
+
+
+@lru_cache(maxsize=None)
+def _is_composed(name: str) -> bool:
+    """Whether ATen has an operation of that name that is made of others."""
+    packet = getattr(torch.ops.aten, name, None)
+    return packet is not None and any(
+        torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"aten::{name}.{overload}".removesuffix(".default"), "CompositeImplicitAutograd"
+        )
+        for overload in packet.overloads()
+    )
 
 
 def _written(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

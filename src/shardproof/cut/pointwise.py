@@ -279,7 +279,22 @@ def like(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return cut_tensor(func(x.local, *args[1:], **kwargs), x.spec, x.who)
 
 
-@rule("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")
+@rule("new_zeros", "new_ones", "new_empty", "new_full")
 def new(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A new whole tensor of the same dtype and device."""
+    """A new tensor; it is cut as the given one if it has that dim too, for it is to be filled."""
+    x, given = args[0], args[1:]
+    places = 1 if name == "new_full" else len(given)
+    size = given[0] if given and isinstance(given[0], list | tuple) else given[:places]
+    shape = tuple(kwargs.pop("size", size))
+    rest = given[1:] if name == "new_full" or (given and given[0] is size) else ()
+    spec = x.spec
+    if len(shape) != x.dim() or shape[spec.dim] != x.shape[spec.dim]:
+        return func(x.local, shape, *rest, **kwargs)
+    made = spec.region.spec(shape, spec.dim, spec.cut)
+    return cut_tensor(func(x.local, made.local_shape, *rest, **kwargs), made, x.who)
+
+
+@rule("new_tensor")
+def new_tensor(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Of given numbers: whole."""
     return func(args[0].local, *args[1:], **kwargs)

@@ -1,0 +1,147 @@
+"""Ours: planned, cut, trained one step at degrees 1, 2 and 3, and compared with plain torch."""
+
+import copy
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import shardproof as sp
+from shardproof.functional import crossings
+from shardproof.plans.watched import WatchedPlan, cut_by, plan_by_watching
+from shardproof.scheme import Scheme
+from zoo.example import Example, without_dropout
+from zoo.wide import wide
+
+DEGREES = (1, 2, 3)
+RATE = 0.01
+RTOL = 1e-9  # of the largest gradient of the model
+SHARE = 0.9
+
+
+def step(example: Example) -> dict[str, Any]:
+    """Cut share, collectives, whether the bits are the same, and agreement with plain torch."""
+    without_dropout(example.model)
+    with wide():
+        plan = plan_by_watching(example.model, example.inputs, degree=2, scheme=Scheme())
+        found: dict[str, Any] = {
+            "share": plan.share,
+            "families": len(plan.families),
+            "kinds": _counted(family.kind for family in plan.families),
+        }
+        if plan.share < SHARE:
+            found["whole"] = dict(list(plan.whole.items())[:8])
+        wanted = _trained(copy.deepcopy(example.model), example.model, example)
+    ours = {degree: _ranks(plan, degree, example) for degree in DEGREES}
+    found["forward"] = ours[2][0]["forward"]
+    found["backward"] = ours[2][0]["backward"]
+    found["gathered"] = ours[2][0]["gathered"]
+    found["variant"] = ours[2][0]["variant"]
+    hashes = {
+        degree: {name: _hash(each) for name, each in ranks[0]["tensors"].items()}
+        for degree, ranks in ours.items()
+    }
+    found["differ"] = {
+        degree: [name for name in hashes[1] if hashes[degree].get(name) != hashes[1][name]][:4]
+        for degree in DEGREES
+    }
+    found["is_same"] = not any(found["differ"].values())
+    found["error"], found["worst"] = _worst(ours[3][0]["tensors"], wanted)
+    reasons = []
+    if plan.share < SHARE:
+        reasons.append(f"only {plan.share:.2f} of the weights of matrices are cut")
+    if not found["is_same"]:
+        first = next(names[0] for names in found["differ"].values() if names)
+        reasons.append(f"the bits differ, first in {first}")
+    if not found["error"] <= RTOL:
+        reasons.append(f"{found['worst']} is {found['error']:.1e} from plain torch")
+    if reasons:
+        found["reason"] = "; ".join(reasons)
+    return found
+
+
+def _counted(kinds: Any) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for kind in kinds:
+        found[kind] = found.get(kind, 0) + 1
+    return found
+
+
+def _trained(model: nn.Module, _: nn.Module, example: Example) -> dict[str, Tensor]:
+    """Loss, gradients and updated weights of plain torch."""
+    loss = example.loss(model(**example.inputs))
+    loss.backward()
+    tensors = {"loss": loss.detach()}
+    for name, each in model.named_parameters():
+        if each.grad is not None:
+            tensors[f"{name}.grad"] = each.grad
+    trained = [each for each in model.parameters() if each.grad is not None]
+    torch.optim.SGD(trained, lr=RATE).step()
+    return tensors | {name: each.detach() for name, each in model.named_parameters()}
+
+
+def _ranks(plan: WatchedPlan, degree: int, example: Example) -> list[dict[str, Any]]:
+    """What every rank found."""
+    plan = replace(plan, degree=degree)
+
+    def work(axis: sp.Axis) -> dict[str, Any]:
+        torch.set_default_dtype(torch.float64)
+        model = copy.deepcopy(example.model)
+        region = cut_by(model, plan, axis)
+        ledger: Callable[[], Any] = axis.transport.ledger.as_dict
+        with wide():
+            loss = example.loss(model(**example.inputs))
+            forward = ledger().get("forward", {})
+            loss.backward()
+        counted = dict(region.gathered)
+        backward = ledger().get("backward", {})
+        tensors = {"loss": loss.detach()}
+
+        def whole(name: str, each: Tensor) -> Tensor:
+            if name not in plan.cuts:
+                return each
+            dim, along = plan.cuts[name]
+            return crossings.gather(each, dim, region.place(along, "zoo"))
+
+        with torch.no_grad():
+            for name, each in model.named_parameters():
+                if each.grad is not None:
+                    tensors[f"{name}.grad"] = whole(name, each.grad)
+            trained = [each for each in model.parameters() if each.grad is not None]
+            torch.optim.SGD(trained, lr=RATE).step()
+            for name, each in model.named_parameters():
+                tensors[name] = whole(name, each.detach())
+        return {
+            "tensors": tensors,
+            "forward": {kind: each["calls"] for kind, each in forward.items()},
+            "backward": {kind: each["calls"] for kind, each in backward.items()},
+            "gathered": {f"{op} {who}": count for (op, who), count in counted.items()},
+            "variant": dict(region.variant),
+        }
+
+    return sp.launch(work, degree=degree, engine="threads", timeout=120)
+
+
+def _hash(x: Tensor) -> str:
+    return hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def _worst(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest difference from plain torch, relative to the largest gradient or value."""
+    worst, where = 0.0, ""
+    largest = max(float(x.abs().max()) for n, x in wanted.items() if n.endswith(".grad"))
+    for name, want in wanted.items():
+        if name not in ours:
+            return float("inf"), f"{name} (missing)"
+        if not want.numel():
+            continue
+        scale = float(want.abs().max())
+        if name.endswith(".grad"):
+            scale = max(scale, 1e-3 * largest)
+        error = float((ours[name] - want).abs().max()) / max(scale, 1e-12)
+        if not error <= worst:
+            worst, where = error, name
+    return worst, where
