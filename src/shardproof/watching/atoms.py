@@ -15,6 +15,7 @@ class Atoms:
 
     def __init__(self) -> None:
         self._parent: Labels = np.zeros(1, dtype=np.int64)
+        self._sizes: Labels = np.zeros(1, dtype=np.int64)
         self._count = 1
 
     def __len__(self) -> int:
@@ -26,7 +27,9 @@ class Atoms:
         if self._count > len(self._parent):
             grown = np.arange(max(self._count, 2 * len(self._parent)), dtype=np.int64)
             grown[: len(self._parent)] = self._parent
-            self._parent = grown
+            sizes = np.ones_like(grown)
+            sizes[: len(self._parent)] = self._sizes
+            self._parent, self._sizes = grown, sizes
         return np.arange(start, self._count, dtype=np.int64)
 
     def roots(self, labels: Labels) -> Labels:
@@ -42,6 +45,10 @@ class Atoms:
             self._parent[labels] = found
         return found
 
+    def sizes(self, roots: Labels) -> Labels:
+        """How many labels are in the set of every root."""
+        return self._sizes[roots]
+
     def join(self, left: Labels, right: Labels) -> None:
         """Make one set of the sets of `left[i]` and `right[i]`, for every i."""
         left, right = self.roots(left.ravel()), self.roots(right.ravel())
@@ -52,4 +59,6 @@ class Atoms:
             left, right = left[differ], right[differ]
             low, high = np.minimum(left, right), np.maximum(left, right)
             np.minimum.at(self._parent, high, low)
+            hooked = np.unique(high)
+            np.add.at(self._sizes, self.roots(hooked), self._sizes[hooked])
             left, right = self.roots(high), self.roots(low)

@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from shardproof.units import Block, Units
 from shardproof.watching.families import Event, Family
 from shardproof.watching.watch import Key, Watched
 
 ORDER = ("pair", "pair with sums", "vocabulary", "gathered", "row")
 SMALL = 0.01  # of all weights: less than that is not worth an extra collective
+ENOUGH = 0.9  # of the weights of matrices: where fewer are cut, some are cut alone
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def choose(found: Sequence[Family], watched: Watched) -> Choice:
     chosen: set[int] = set()
     for kind in ORDER:
         ours = [number for number, family in enumerate(found) if family.kind == kind]
-        for number in sorted(ours, key=lambda n: -_weight(found[n], shapes)):
+        for number in sorted(ours, key=lambda n: _worth(found[n], shapes), reverse=True):
             family = found[number]
             names = {name for name, _ in family.dims}
             is_small = kind in ("gathered", "row") and _weight(family, shapes) < SMALL * total
@@ -47,14 +49,54 @@ def choose(found: Sequence[Family], watched: Watched) -> Choice:
                 continue
             chosen.add(number)
             taken |= names
+    alone = _alone(found, taken, watched)
+    taken |= {name for family in alone for name, _ in family.dims}
     cut = sum(prod(shapes[name]) for name in taken if len(shapes[name]) > 1)
     matrices = sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
     whole = {name: _why(name, found, chosen, watched) for name in shapes if name not in taken}
-    return Choice(tuple(found[n] for n in sorted(chosen)), whole, cut / max(matrices, 1))
+    families = (*(found[n] for n in sorted(chosen)), *alone)
+    return Choice(families, whole, cut / max(matrices, 1))
+
+
+def _alone(found: Sequence[Family], taken: set[str], watched: Watched) -> list[Family]:
+    """Rows that are cut alone, each with an all-reduce of its own, the largest first.
+
+    Only where too few weights are cut: a row's input is whole, and any run of it may be cut.
+    """
+    shapes = watched.shapes
+    sizes = {name: prod(shape) for name, shape in shapes.items() if len(shape) > 1}
+    missing = ENOUGH * sum(sizes.values()) - sum(sizes[name] for name in taken & set(sizes))
+    rows: dict[str, tuple[Event, ...]] = {}
+    for family in found:
+        for event in family.events:
+            if event.what == "reduce" and event.dim is not None and event.parameter in sizes:
+                rows[event.parameter] = (*rows.get(event.parameter, ()), event)
+    made: list[Family] = []
+    for name in sorted(set(rows) - taken, key=lambda name: (-sizes[name], name)):
+        dims = {event.dim for event in rows[name]}
+        if missing <= 0 or len(dims) > 1:
+            continue
+        missing -= sizes[name]
+        made.append(_row(name, dims.pop() or 0, rows[name], shapes[name]))
+    return made
+
+
+def _row(name: str, dim: int, events: tuple[Event, ...], shape: tuple[int, ...]) -> Family:
+    size = shape[dim]
+    units = Units(f"{name}.{dim}", size)
+    events = tuple(dict.fromkeys(events))
+    return Family(units.name, units, {(name, dim): (Block(size, 0, 1),)}, (), "row", events)
 
 
 def _weight(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(prod(shapes[name]) for name in {name for name, _ in family.dims})
+
+
+def _worth(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> tuple[float, int]:
+    """Matrices that are cut for each collective, then weights."""
+    sent = len({(event.op, event.module, event.parameter) for event in family.events})
+    matrices = len({name for name, _ in family.dims if len(shapes[name]) > 1})
+    return matrices / max(sent, 1), _weight(family, shapes)
 
 
 def _is_twice(family: Family) -> bool:
@@ -89,7 +131,8 @@ def _reason(key: Key, number: int, found: Sequence[Family], chosen: set[int]) ->
         return f"every unit of {family.name!r} needs all of it"
     event = _blocking(family, key[0])
     if event is not None:
-        return f"{_told(event)} needs it whole"
+        does = "adds up over it" if event.what == "sum" else "needs it whole"
+        return f"{_told(event)} {does}"
     if family.units.count < 2:
         return "all of it belongs to one unit"
     if family.units.breaks == (0,):
@@ -103,8 +146,10 @@ def _reason(key: Key, number: int, found: Sequence[Family], chosen: set[int]) ->
         return "a parameter would be cut along two dims"
     if family.kind:
         return "others that would be cut with it are cut along another dim, or it is small"
-    return f"{_told(family.events[0])} would send it" if family.events else (
-        "no operation joins it with anything that could be cut"
+    return (
+        f"{_told(family.events[0])} would send it"
+        if family.events
+        else ("no operation joins it with anything that could be cut")
     )
 
 

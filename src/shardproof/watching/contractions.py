@@ -6,9 +6,15 @@ import numpy as np
 from torch import Tensor
 
 from shardproof.watching.atoms import Labels
-from shardproof.watching.factors import Factors, Operand, combine, meet, reduce_lines, varying
+from shardproof.watching.factors import Factors, Operand, combine, meet_all, reduce_lines, varying
 from shardproof.watching.kinds import name_of
-from shardproof.watching.labelled import Labelled, factors_of, parameter_of, place
+from shardproof.watching.labelled import (
+    Labelled,
+    factors_of,
+    parameter_of,
+    place,
+    source_along,
+)
 from shardproof.watching.record import Record
 from shardproof.watching.rules import aligned, rule, whole_along
 
@@ -52,16 +58,11 @@ def contract(
             pure.clear()
     operands: list[Operand] = [(f, is_x) for f in pure_x] + [(f, is_w) for f in pure_w]
     if operands:
-        factor, is_parameter = operands[0]
-        for other_factor, other_is in operands[1:]:
-            met = meet((factor, is_parameter), (other_factor, other_is), record)
-            factor, is_parameter = (factor if met is None else met), is_parameter and other_is
-        record.see("reduce" if is_x or is_w else "sum", op, factor, _who(x, w))
+        factor, _ = meet_all(operands, record)
+        who, dim = (w, dims[1]) if is_w else (x, dims[0])
+        what = "reduce" if is_x or is_w else "sum"
+        record.see(what, op, factor, parameter_of(who), source_along(who, dim))
     return rest_x, rest_w
-
-
-def _who(x: Any, w: Any) -> str | None:
-    return parameter_of(w) or parameter_of(x)
 
 
 def _operands(x: Any, w: Any, rest_x: list[Labels], rest_w: list[Labels]) -> list[Operand]:

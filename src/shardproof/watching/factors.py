@@ -152,8 +152,8 @@ def _meet_or_reduce(left: Operand, right: Operand, op: str, record: Record) -> l
     """Two factors that have a varying dim in common, as factors that can go on."""
     s, t = set(varying(left[0])), set(varying(right[0]))
     if s == t:
-        made = meet(left, right, record)
-        return [(made, left[1] and right[1])] if made is not None and varying(made) else []
+        made = meet_all([left, right], record)
+        return [made] if varying(made[0]) else []
     if (len(s), max(s)) < (len(t), max(t)):
         left, right, s, t = right, left, t, s
     # `left` varies along more dims than it can be cut along: units lie on the leftmost.
@@ -167,34 +167,64 @@ def _meet_or_reduce(left: Operand, right: Operand, op: str, record: Record) -> l
     return [right, (smaller, left[1])]
 
 
-def settle(factors: list[Labels], op: str, record: Record) -> Factors:
+def settle(factors: list[Labels], record: Record) -> Factors:
     """Factors of one tensor after its elements were moved: at most one along the same dims.
 
     Two kinds of labels that now share a dim (heads, and the features of a head that all of them
-    use) stay apart only along the outer one: whoever has a head needs all of the inner.
+    use) stay apart only as one of them: whoever has a head needs all of the features.
     """
     kept: list[Labels] = []
     for factor in factors:
         for number, other in enumerate(kept):
             if varying(factor) and varying(factor) == varying(other):
-                kept[number] = _outer(other, factor, record)
+                kept[number] = meet_all([(other, False), (factor, False)], record)[0]
                 break
         else:
             kept.append(factor)
     return tuple(kept)
 
 
+def _rank(labels: Labels, record: Record) -> tuple[float, int]:
+    """Lower for what more is joined with (heads); then for what changes more rarely."""
+    joined = float(record.atoms.sizes(np.unique(labels[labels > 0])).mean())
+    return -joined, int(np.count_nonzero(np.diff(labels)))
+
+
 def _outer(left: Labels, right: Labels, record: Record) -> Labels:
+    """One of two factors along one dim: whoever has a label of it needs all of the other."""
     shape = np.broadcast_shapes(left.shape, right.shape)
     a = record.atoms.roots(np.broadcast_to(left, shape)).ravel()
     b = record.atoms.roots(np.broadcast_to(right, shape)).ravel()
-    both = (a > 0) & (b > 0)
-    pairs = unique_pairs(np.stack([a[both], b[both]], axis=1))
-    if max(len(np.unique(pairs[:, 0])), len(np.unique(pairs[:, 1]))) == len(pairs):
-        met = meet((left, False), (right, False), record)
-        return left if met is None else met
-    if np.count_nonzero(np.diff(a)) > np.count_nonzero(np.diff(b)):
+    if _rank(a, record) > _rank(b, record):
         left, right, a, b = right, left, b, a
     record.join_all(b)
     record.need(np.unique(a), record.atoms.roots(b[b > 0][:1]))
     return left
+
+
+def are_independent(left: Labels, right: Labels, record: Record) -> bool:
+    """Whether every label of one factor occurs with every label of the other."""
+    shape = np.broadcast_shapes(left.shape, right.shape)
+    a = record.atoms.roots(np.broadcast_to(left, shape)).ravel()
+    b = record.atoms.roots(np.broadcast_to(right, shape)).ravel()
+    both = (a > 0) & (b > 0)
+    pairs = len(unique_pairs(np.stack([a[both], b[both]], axis=1)))
+    count = len(np.unique(a[both])), len(np.unique(b[both]))
+    return min(count) > 1 and pairs == count[0] * count[1]
+
+
+def meet_all(operands: list[Operand], record: Record) -> Operand:
+    """Several factors along the same dims, of several tensors: those that fit meet, one is left."""
+    done: list[Operand] = []
+    for factor, is_parameter in operands:
+        for number, (other, other_is) in enumerate(done):
+            if not are_independent(factor, other, record):
+                met = meet((other, other_is), (factor, is_parameter), record)
+                done[number] = (other if met is None else met, other_is and is_parameter)
+                break
+        else:
+            done.append((factor, is_parameter))
+    while len(done) > 1:
+        (left, left_is), (right, right_is) = done.pop(), done.pop()
+        done.append((_outer(left, right, record), left_is and right_is))
+    return done[0]

@@ -8,7 +8,7 @@ import numpy as np
 from shardproof.units import Block, Units, blocks_of
 from shardproof.watching.atoms import Atoms, Labels
 from shardproof.watching.boundaries import Box, Numbering, boundaries
-from shardproof.watching.needs import Needs, settle_needs
+from shardproof.watching.needs import Needs, coarsen, settle_needs
 from shardproof.watching.record import Seen
 from shardproof.watching.watch import Key, Watched
 
@@ -22,12 +22,14 @@ class Event:
         op: the operation.
         module: name of the module that ran it.
         parameter: the parameter that it used along the cut dim, if it did.
+        dim: the parameter's dim, where that is known.
     """
 
     what: str
     op: str
     module: str
     parameter: str | None
+    dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,11 @@ class _Finder:
 
     def __init__(self, watched: Watched) -> None:
         self.watched, self.record = watched, watched.record
-        self.needs: Needs = settle_needs(self.record)
         atoms = self.record.atoms
+        self.needs: Needs = settle_needs(self.record)
+        dims = [np.unique(atoms.roots(labels)) for labels in watched.labels.values()]
+        if coarsen(self.record, dims, self.needs):
+            self.needs = settle_needs(self.record)
         self.roots = {key: atoms.roots(labels) for key, labels in watched.labels.items()}
         self.unique = {key: np.unique(roots) for key, roots in self.roots.items()}
         self.group = Atoms()  # which units lie in one dim of some parameter
@@ -88,6 +93,9 @@ class _Finder:
         number_of = {root: number for number, root in enumerate(members)}
         self.family_of = np.full(len(self.group), -1, dtype=np.int64)
         self.family_of[list(number_of)] = list(number_of.values())
+        self.needer_family = np.full(len(self.group), -1, dtype=np.int64)
+        needers, shared = self.needs.pairs.T
+        self.needer_family[shared] = self.family_of[self.group.roots(needers)]
         events = self._events(len(members))
         boxes = self._boxes(len(members))
         crosses = self._crosses(len(members))
@@ -96,9 +104,13 @@ class _Finder:
             for number, keys in enumerate(members.values())
         )
 
-    def _number(self, labels: Labels) -> Labels:
-        """Families of labels, each once; without those that are in none."""
-        found = np.unique(self.family_of[self.group.roots(np.unique(self.record.atoms.roots(labels)))])
+    def _number(self, labels: Labels, *, shared: bool = False) -> Labels:
+        """Families of labels, each once; of shared units those that need them, if wanted."""
+        units = np.unique(self.record.atoms.roots(labels))
+        found = self.family_of[self.group.roots(units)]
+        if shared:
+            found = np.where(found < 0, self.needer_family[units], found)
+        found = np.unique(found)
         return found[found >= 0]
 
     def _drivers(self, units: Labels) -> Labels:
@@ -127,7 +139,7 @@ class _Finder:
         whole = self.needs.is_whole
         live = units[~whole[units]]
         followed = pairs[np.isin(pairs[:, 1], live), 0]
-        followed = followed[~whole[followed]]
+        followed = followed[~whole[followed] & ~self.needs.is_needed[followed]]
         if not len(followed):  # norms across heads: what is needed is added up, and so is who needs
             followed = pairs[np.isin(pairs[:, 1], units), 0]
             followed = followed[whole[followed]]
@@ -142,7 +154,7 @@ class _Finder:
         known: dict[int, Labels] = {}
         for seen in self.record.seen:
             if id(seen.atoms) not in known:
-                known[id(seen.atoms)] = self._number(seen.atoms)
+                known[id(seen.atoms)] = self._number(seen.atoms, shared=True)
             for number in known[id(seen.atoms)].tolist():
                 found[number].append(seen)
         return found
@@ -188,18 +200,29 @@ class _Finder:
                 whole.append(key)
             else:
                 dims[key] = blocks_of(numbers)
+        for key in _second_dims(dims, events):
+            del dims[key]  # what it makes is whole, and is cropped where it meets what is cut
+            whole.append(key)
         name = f"{keys[0][0]}.{keys[0][1]}"
         breaks = boundaries(numbering, boxes)
-        told = {Event(e.what, e.op, e.module, e.parameter): None for e in events}
+        told = {Event(e.what, e.op, e.module, e.parameter, e.dim): None for e in events}
         if number in crosses:
             op, module = crosses[number]
             told[Event("gather", f"{op} (cut along two dims)", module, None)] = None
-        is_held = any(b.first + b.size // b.unit > numbering.whole for d in dims.values() for b in d)
+        is_held = any(
+            b.first + b.size // b.unit > numbering.whole for d in dims.values() for b in d
+        )
         needers = numbering.needers if is_held else numbering.needers[:-1]
         units = Units(name, numbering.count, needers, breaks)
         shapes = self.watched.shapes
         made = Family(
-            name, units, dims, tuple(whole), "", tuple(told), frozenset(crosses) - {number},
+            name,
+            units,
+            dims,
+            tuple(whole),
+            "",
+            tuple(told),
+            frozenset(crosses) - {number},
             any(len(shapes[parameter]) > 1 for parameter, _ in keys),
         )
         return replace(made, kind=kind_of_family(made, shapes))
@@ -219,9 +242,7 @@ class _Finder:
         kinds = np.zeros(len(members), dtype=np.uint64)
         offset = 0
         for place, key in enumerate(keys):
-            found, where, counts = np.unique(
-                self.roots[key], return_index=True, return_counts=True
-            )
+            found, where, counts = np.unique(self.roots[key], return_index=True, return_counts=True)
             at = np.searchsorted(members, found)
             ours = (at < len(members)) & (members[np.minimum(at, len(members) - 1)] == found)
             at = at[ours]
@@ -231,6 +252,18 @@ class _Finder:
             )
             offset += len(self.roots[key])
         return Numbering.of(members, first, kinds, self.needs.pairs)
+
+
+def _second_dims(dims: Mapping[Key, object], events: list[Seen]) -> list[Key]:
+    """Of parameters with two dims in one family: all but the first one that is contracted."""
+    rows = {(event.parameter, event.dim) for event in events if event.what == "reduce"}
+    found: list[Key] = []
+    for name in dict.fromkeys(name for name, _ in dims):
+        mine = [key for key in dims if key[0] == name]
+        if len(mine) > 1:
+            best = next((key for key in mine if key in rows), mine[0])
+            found += [key for key in mine if key != best]
+    return found
 
 
 def kind_of_family(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -256,4 +289,3 @@ def kind_of_family(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> str
     if rows and not columns and not count["gather"] and not count["sum"]:
         return "row"
     return ""
-

@@ -1,11 +1,11 @@
 """What kind of operation an ATen overload is: told by its schema, by its tags, or by its name.
 
-    move       no arithmetic: every output element is an input element
-    pointwise  an output element depends on the elements at its place
-    new        the shape of a tensor is used, not what is in it
-    lines      whole along some dims, independent along the others: softmax, norms, sort, cumsum
-    sum        added up along some dims
-    others     have rules of their own, under their own names
+move       no arithmetic: every output element is an input element
+pointwise  an output element depends on the elements at its place
+new        the shape of a tensor is used, not what is in it
+lines      whole along some dims, independent along the others: softmax, norms, sort, cumsum
+sum        added up along some dims
+others     have rules of their own, under their own names
 """
 
 from functools import cache
@@ -29,7 +29,9 @@ POINTWISE = frozenset(
     "masked_fill native_dropout dropout bernoulli isin copy copy_ nan_to_num polar _fused_dropout"
     " rrelu_with_noise exponential_ uniform_ normal_ bernoulli_ fill_ zero_ lerp masked_scatter"
     " masked_fill_ _prelu_kernel complex where quantize_per_tensor fake_quantize_per_tensor_affine"
-    " rrelu rrelu_with_noise_functional random_ geometric_ log_normal_ cauchy_ clamp angle".split()
+    " rrelu rrelu_with_noise_functional hardswish hardsigmoid"
+    " hardtanh mish log_sigmoid_forward leaky_relu elu selu celu softshrink hardshrink threshold random_"
+    " geometric_ log_normal_ cauchy_ clamp angle".split()
 )
 NEW = frozenset(
     "empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones"
@@ -46,6 +48,8 @@ LINES = {
     "_fft_c2r": 1, "nanmedian": 1,
 }  # fmt: skip
 SUMS = frozenset(("sum", "mean", "nansum"))
+# Of those in LINES: one pass over sums, or two; small things are sent, not the lines themselves.
+LIKE_SUMS = frozenset(("var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm"))
 
 
 @cache

@@ -24,6 +24,7 @@ class Labelled(Tensor):
         value: what the elements are, where that is known on the meta device; else None.
         parameter: a parameter that it is made of, where it depends on parameters and constants
             alone; the first, if there are several.
+        sources: for each factor of a parameter that was only moved, the parameter's dim.
         is_data: whether it depends on what forward was given.
         made_by: (tensor, operation, other arguments, number of the output) where it is a view.
     """
@@ -32,6 +33,7 @@ class Labelled(Tensor):
     factors: Factors
     value: Tensor | None
     parameter: str | None
+    sources: tuple[int, ...]
     is_data: bool
     made_by: tuple["Labelled", Any, tuple[Any, ...], dict[str, Any], int | None] | None
 
@@ -57,7 +59,8 @@ class Labelled(Tensor):
             requires_grad=False,
         )
         made.inner, made.factors, made.value = inner, factors, value
-        made.parameter, made.is_data, made.made_by = parameter, is_data, None
+        made.parameter, made.is_data = parameter, is_data
+        made.sources, made.made_by = (), None
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -69,6 +72,9 @@ class Labelled(Tensor):
         if self.inner.device.type == "meta":
             return torch.zeros(self.shape, dtype=self.dtype, device="cpu").tolist()
         return self.inner.tolist()
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item() if self.dim() == 0 else repr(self), spec)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Labelled":
         copy = Labelled(
@@ -105,6 +111,15 @@ def factors_of(each: Any) -> Factors:
 def parameter_of(each: Any) -> str | None:
     """The parameter that an argument is made of."""
     return each.parameter if isinstance(each, Labelled) else None
+
+
+def source_along(each: Any, dim: int) -> int | None:
+    """The dim of a parameter that lies along one dim of what was made of it."""
+    if isinstance(each, Labelled) and len(each.sources) == len(each.factors):
+        for factor, source in zip(each.factors, each.sources, strict=True):
+            if [d for d, size in enumerate(factor.shape) if size > 1] == [dim % factor.ndim]:
+                return source
+    return None
 
 
 def place(factor: Labels, dim: int, ndim: int) -> Labels:

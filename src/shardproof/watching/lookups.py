@@ -90,7 +90,7 @@ def index(
         picked = compress(_picked(func, factor, x, indices, bool(hit)), record)
         if picked is not None:
             result.append(picked)
-    return [settle(result, "index", record)]
+    return [settle(result, record)]
 
 
 def _picked(func: Any, factor: Labels, x: Labelled, indices: Any, by_value: bool) -> Labels:
@@ -115,9 +115,7 @@ def gather(
     """Elements of one dim, other ones at each place."""
     x, dim, where = args[0], args[1], args[2]
     kept = whole_along(x, (dim,), "gather", record)
-    operands: list[Operand] = [
-        (f, parameter_of(x) is not None) for f in kept if _fits(f, outs[0])
-    ]
+    operands: list[Operand] = [(f, parameter_of(x) is not None) for f in kept if _fits(f, outs[0])]
     operands += [(f, False) for f in whole_along(where, (dim,), "gather", record)]
     return [combine([each for each in operands if _fits(each[0], outs[0])], "gather", record)]
 

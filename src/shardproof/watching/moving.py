@@ -88,7 +88,9 @@ def move(func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], reco
             small = compress(each, record)
             if small is not None:
                 result[number].append(small)
-    return [settle(factors, name, record) for factors in result]
+    if x.parameter is not None:  # what its labels meet tells which of two in one dim matter
+        return [tuple(factors) for factors in result]
+    return [settle(factors, record) for factors in result]
 
 
 def _moved(

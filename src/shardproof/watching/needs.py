@@ -49,6 +49,42 @@ def settle_needs(record: Record) -> Needs:
     return Needs(pairs, is_needed, whole)
 
 
+def coarsen(record: Record, dims: list[Labels], needs: Needs) -> bool:
+    """Join units with the shared unit that they need, where that one is the larger part.
+
+    The features of a gate each need the head that they scale: the head is the unit. A key-value
+    head stays shared: the query heads that need it are larger. Never where it would leave one unit.
+
+    Args:
+        record: of the forward.
+        dims: roots along every dim of every parameter, each once.
+        needs: of the record.
+    Returns:
+        Whether anything was joined.
+    """
+    atoms, pairs = record.atoms, needs.pairs[~needs.is_whole[needs.pairs[:, 1]]]
+    if not len(pairs):
+        return False
+    beside = Atoms()  # units that lie in one dim
+    beside.fresh(len(atoms))
+    for units in dims:
+        units = units[~needs.is_whole[units] & ~needs.is_needed[units]]
+        if len(units):
+            beside.join(units, np.full_like(units, units[0]))
+    pairs = pairs[np.argsort(pairs[:, 1], kind="stable")]
+    shared, starts = np.unique(pairs[:, 1], return_index=True)
+    private = np.add.reduceat(atoms.sizes(pairs[:, 0]), starts)
+    is_needer = np.isin(shared, pairs[:, 0])
+    large = (atoms.sizes(shared) >= private) | is_needer
+    group = beside.roots(pairs[starts, 0])
+    several = np.isin(
+        group, [g for g, n in zip(*np.unique(group[large], return_counts=True)) if n > 1]
+    )
+    chosen = pairs[np.isin(pairs[:, 1], shared[large & several])]
+    atoms.join(chosen[:, 0], chosen[:, 1])
+    return bool(len(chosen))
+
+
 def _whole(record: Record) -> NDArray[np.bool_]:
     """Labels that some operation gathers or adds up over."""
     atoms: Atoms = record.atoms

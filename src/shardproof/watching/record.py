@@ -20,6 +20,7 @@ class Seen:
         module: name of the innermost module that ran it.
         atoms: the labels.
         parameter: the parameter that the operation used along them, if it did.
+        dim: the parameter's dim, where that is known.
     """
 
     what: str
@@ -27,6 +28,7 @@ class Seen:
     module: str
     atoms: Labels
     parameter: str | None
+    dim: int | None = None
 
 
 @dataclass
@@ -86,17 +88,24 @@ class Record:
         if labels.size:
             self.atoms.join(labels, np.full_like(labels, labels.flat[0]))
 
-    def see(self, what: str, op: str, factor: Labels, parameter: str | None = None) -> None:
+    def see(
+        self,
+        what: str,
+        op: str,
+        factor: Labels,
+        parameter: str | None = None,
+        dim: int | None = None,
+    ) -> None:
         """Note an operation that would need something sent."""
         atoms = np.unique(self.atoms.roots(factor))
         atoms = atoms[atoms > 0]
         if not atoms.size:
             return
         atoms = self._interned.setdefault(atoms.tobytes(), atoms)
-        key = (what, op, self.module, parameter, id(atoms))
+        key = (what, op, self.module, parameter, dim, id(atoms))
         if key not in self._seen_keys:
             self._seen_keys.add(key)
-            self.seen.append(Seen(what, op, self.module, atoms, parameter))
+            self.seen.append(Seen(what, op, self.module, atoms, parameter, dim))
 
     def keep_box(self, factor: Labels, *, is_split: bool) -> None:
         """Note a layout along several dims."""

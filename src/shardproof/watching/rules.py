@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from shardproof.watching.atoms import Labels
-from shardproof.watching.factors import Factors, Operand, combine, meet, reduce_lines, varying
-from shardproof.watching.kinds import LINES, name_of
+from shardproof.watching.factors import Factors, Operand, combine, reduce_lines, varying
+from shardproof.watching.kinds import LIKE_SUMS, LINES, name_of
 from shardproof.watching.labelled import Labelled, factors_of, parameter_of, place
 from shardproof.watching.record import Record
 
@@ -128,7 +128,8 @@ def lines(
         dims = [x.dim() - 1] if name != "median" or len(outs) > 1 else list(range(x.dim()))
     else:
         dims = dims_of(args, kwargs, where, x.dim())
-    kept = whole_along(x, dims, name, record)
+    what = "sum" if name in LIKE_SUMS else "gather"
+    kept = whole_along(x, dims, name, record, what=what)
     return [without(kept, dims, x, out) for out in outs]
 
 
@@ -157,20 +158,43 @@ def glu(
     return [combine(operands, "glu", record)]
 
 
+@rule("as_strided_")
+def restride(
+    func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
+) -> list[Factors]:
+    """Other strides for the same elements."""
+    if outs[0].shape == args[0].shape:
+        return [args[0].factors]
+    see_all(args, "as_strided_", record)
+    return [()]
+
+
+@rule("im2col")
+def patches(
+    func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
+) -> list[Factors]:
+    """Images (*, channels, height, width) as columns (*, channels and places, positions)."""
+    x = args[0]
+    kept = whole_along(x, (-1, -2), "im2col", record)
+    times = outs[0].shape[-2] // x.shape[-3]
+    return [tuple(np.repeat(factor.squeeze(-1), times, -2) for factor in kept)]
+
+
 @rule("native_layer_norm _fused_rms_norm rms_norm")
 def layer_norm(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """A norm over the last dims: whole along them, and so are its weights."""
+    """A norm over the last dims: adds up along them; its weights belong to what it scales."""
     name, x = name_of(func), args[0]
     dims = [x.dim() - 1 - number for number in range(len(args[1]))]
-    for factor in x.factors:
-        if varying(factor) and set(varying(factor)) <= set(dims):
-            for weight in args[2:4]:
-                for other in factors_of(weight):
-                    meet((factor, False), (aligned(other, x.dim()), True), record)
-    kept = whole_along(x, dims, name, record)
-    return [tuple(f for f in kept if f.ndim == out.dim()) for out in outs]
+    scaled = [f for f in x.factors if varying(f) and set(varying(f)) <= set(dims)]
+    kept = whole_along(x, dims, name, record, what="sum")
+    operands: list[Operand] = [(factor, False) for factor in (*kept, *scaled)]
+    for weight in args[2:4]:
+        for factor in factors_of(weight):
+            operands.append((aligned(factor, x.dim()), True))
+    made = combine(operands, name, record)
+    return [made, *(tuple(f for f in kept if f.ndim == out.dim()) for out in outs[1:])]
 
 
 @rule("native_group_norm")
@@ -187,8 +211,8 @@ def group_norm(
             operands.append((place(np.repeat(each, x.shape[1] // groups, 1), 1, nd), False))
         else:
             alone = Labelled(x.inner, (factor,), parameter=x.parameter)
-            kept = whole_along(alone, range(1, nd), name, record)
-            operands += [(each, False) for each in kept]
+            kept = whole_along(alone, range(1, nd), name, record, what="sum")
+            operands += [(each, False) for each in kept or [factor] if each.ndim == nd]
     for weight in args[1:3]:
         operands += [(place(f, 1, nd), True) for f in factors_of(weight) if operands]
     return [combine(operands, name, record)] + [() for _ in outs[1:]]
@@ -281,10 +305,14 @@ def attention(
                 operands.append((np.repeat(whole, times, -3), False))
             else:
                 record.join_all(factor)
-                shared.append(record.atoms.roots(factor[factor > 0][:1]).reshape((1,) * factor.ndim))
+                shared.append(
+                    record.atoms.roots(factor[factor > 0][:1]).reshape((1,) * factor.ndim)
+                )
     mask = kwargs.get("attn_mask", kwargs.get("attn_bias"))
     for factor in factors_of(mask):
-        for each in whole_along(Labelled(mask.inner, (factor,)), (-1, -2), "attention mask", record):
+        for each in whole_along(
+            Labelled(mask.inner, (factor,)), (-1, -2), "attention mask", record
+        ):
             operands.append((aligned(each, outs[0].dim()), parameter_of(mask) is not None))
     made = combine([*operands, *((each, False) for each in shared)], name_of(func), record)
     return [tuple(f for f in made if f.ndim == out.dim()) for out in outs]

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from shardproof.watching import contractions, lookups
 from shardproof.watching.atoms import Labels
-from shardproof.watching.factors import Factors, compress
+from shardproof.watching.factors import Factors, compress, varying
 from shardproof.watching.kinds import is_random, is_view, kind_of, name_of, written
 from shardproof.watching.labelled import Labelled, inner
 from shardproof.watching.moving import expanded, move
@@ -38,13 +38,19 @@ class Watching(TorchDispatchMode):
         record: is filled.
         parameters: labelled parameters by the id of the plain ones.
         on_meta: whether what is inside lies on the meta device; else on the CPU.
+        leaves_last: whether a mask that depends on parameters leaves out the last of every dim.
     """
 
     def __init__(
-        self, record: Record, parameters: Mapping[int, Labelled], *, on_meta: bool
+        self,
+        record: Record,
+        parameters: Mapping[int, Labelled],
+        *,
+        on_meta: bool,
+        leaves_last: bool = False,
     ) -> None:
         super().__init__()
-        self.record, self.on_meta = record, on_meta
+        self.record, self.on_meta, self.leaves_last = record, on_meta, leaves_last
         self._adopted: dict[int, tuple[Tensor | None, Labelled]] = {
             key: (None, each) for key, each in parameters.items()
         }
@@ -101,10 +107,18 @@ class Watching(TorchDispatchMode):
             return (each,)
         mask = self.value(each) if self.on_meta else each.inner
         if mask is None:
-            mask = torch.ones(each.shape, dtype=torch.bool, device="cpu")
+            mask = self._everywhere(each)
         places = mask.nonzero()
         columns = [self.plain(column) for column in places.unbind(1)]
         return tuple(columns)
+
+    def _everywhere(self, each: Labelled) -> Tensor:
+        """A mask that nobody knows: everything, or all but the last along every dim."""
+        mask = torch.ones(each.shape, dtype=torch.bool, device="cpu")
+        if self.leaves_last:
+            for dim, size in enumerate(each.shape):
+                mask.narrow(dim, size - 1, 1 if size > 1 else 0).zero_()
+        return mask
 
     def _run(self, func: Any, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The result on what is inside, and its value or None."""
@@ -119,11 +133,14 @@ class Watching(TorchDispatchMode):
         if is_known and is_small and name in SHAPED_BY_DATA:
             return self._by_value(func, args, kwargs)
         if name == "nonzero":
-            places = torch.ones(args[0].shape, dtype=torch.bool, device="cpu").nonzero()
+            places = self._everywhere(args[0]).nonzero()
             self.record.guesses += 1
             return places.to("meta"), places
         if name == "equal":
             return self._is_equal(args)
+        if name == "_grouped_mm":  # takes only bfloat16 on the meta device
+            x, w = inner(args[:2])
+            return x.new_empty((*x.shape[:-1], w.shape[-1])), None
         out = func(*inner(args), **_on(inner(kwargs), "meta"))
         outs = [each for each in tree_flatten(out)[0] if isinstance(each, Tensor)]
         if is_known and is_small and sum(each.numel() for each in outs) <= MOST_KNOWN:
@@ -159,9 +176,7 @@ class Watching(TorchDispatchMode):
             if isinstance(target, Labelled) and target.value is not None:
                 self._spoiled[target.value.untyped_storage().data_ptr()] = target.value
 
-    def _label(
-        self, func: Any, name: str, args: Any, kwargs: Any, out: Any, values: Any
-    ) -> Any:
+    def _label(self, func: Any, name: str, args: Any, kwargs: Any, out: Any, values: Any) -> Any:
         """The result with its labels."""
         flat = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Labelled)]
         self.record.used.update(each.parameter for each in flat if each.parameter)
@@ -216,6 +231,8 @@ class Watching(TorchDispatchMode):
             result = Labelled(
                 each, labels, value=known[place], parameter=parameter, is_data=is_data
             )
+            if parameter and isinstance(args[0], Labelled) and _is_moved(func, args, labels):
+                result.sources = args[0].sources
             self.record.lay_out(labels, name_of(func), is_parameter=parameter is not None)
             if is_view(func) and isinstance(args[0], Labelled):
                 which = place if len(outs) > 1 else None
@@ -243,6 +260,16 @@ class Watching(TorchDispatchMode):
         self._write(base, () if small is None else (small,))
 
 
+def _is_moved(func: Any, args: Any, labels: Factors) -> bool:
+    """Whether the first argument's factors are the result's, in order."""
+    if kind_of(func) == "move" and name_of(func) not in ("cat", "stack"):
+        return len(labels) == len(args[0].factors)
+    places = [varying(factor) for factor in labels]
+    return places == [varying(factor) for factor in args[0].factors] and (
+        args[0].dim() == (labels[0].ndim if labels else 0)
+    )
+
+
 def _shell(each: Tensor) -> Tensor:
     """A tensor of the same layout on the meta device."""
     return torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device="meta")
@@ -252,4 +279,6 @@ def _on(kwargs: dict[str, Any], device: str) -> dict[str, Any]:
     """Named arguments with another device."""
     if kwargs.get("device") is None:
         return kwargs
-    return {**kwargs, "device": torch.device(device)} | ({"pin_memory": None} if "pin_memory" in kwargs else {})
+    return {**kwargs, "device": torch.device(device)} | (
+        {"pin_memory": None} if "pin_memory" in kwargs else {}
+    )

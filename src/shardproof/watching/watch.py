@@ -65,12 +65,16 @@ def watch(
     """
     start = time.perf_counter()
     given = (tuple(args), dict(kwargs or {}))
-    try:
-        return _watched(model, given, why_cpu="", start=start)
-    except ShardproofError:
-        raise
-    except Exception as error:  # whatever a model's code raises where it looks at data
-        first = error
+    first: Exception | None = None
+    for leaves_last in (False, True):  # the last of a mask may stand for "none" (no expert)
+        try:
+            return _watched(model, given, start=start, leaves_last=leaves_last)
+        except ShardproofError:
+            raise
+        except Exception as error:  # whatever a model's code raises where it looks at data
+            first = first or error
+    if first is None:
+        raise AssertionError
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > MOST_COPIED:
         raise PlanError(
@@ -136,7 +140,9 @@ def _material(each: Tensor, generator: torch.Generator) -> Tensor:
     return made.to(each.dtype)
 
 
-def _watched(model: nn.Module, given: Any, *, why_cpu: str, start: float) -> Watched:
+def _watched(
+    model: nn.Module, given: Any, *, start: float, why_cpu: str = "", leaves_last: bool = False
+) -> Watched:
     on_meta = not why_cpu
     record = Record()
     names: dict[int, str] = {}
@@ -153,7 +159,7 @@ def _watched(model: nn.Module, given: Any, *, why_cpu: str, start: float) -> Wat
         names[id(parameter)] = name
         shapes[name] = tuple(parameter.shape)
         marked[name] = by_id[id(parameter)] = _mark(name, parameter, labels, record, on_meta)
-    mode = Watching(record, by_id, on_meta=on_meta)
+    mode = Watching(record, by_id, on_meta=on_meta, leaves_last=leaves_last)
     with _left_as_it_was(model), ExitStack() as stack:
         for name, module in model.named_modules():
             _tell_where(name, module, record)
@@ -173,14 +179,17 @@ def _mark(
 ) -> Labelled:
     """A parameter with labels for each of its dims; of a kernel's places only for the channels."""
     nd = parameter.dim()
-    factors = []
+    factors, sources = [], []
     for dim in range(nd if nd <= 3 else 2):
         if parameter.shape[dim] > 1:
             labels[name, dim] = record.atoms.fresh(parameter.shape[dim])
             factors.append(place(labels[name, dim], dim, nd))
+            sources.append(dim)
     inside = parameter.detach()
     inside = inside.to("meta") if on_meta else inside.clone()
-    return Labelled(inside, tuple(factors) if parameter.numel() else (), parameter=name)
+    made = Labelled(inside, tuple(factors) if parameter.numel() else (), parameter=name)
+    made.sources = tuple(sources)
+    return made
 
 
 def _tell_where(name: str, module: nn.Module, record: Record) -> None:
