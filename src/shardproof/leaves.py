@@ -278,12 +278,14 @@ class Layout:
     @property
     def owned_runs(self) -> tuple[range, ...]:
         """`owned` as runs, in global order; none if the rank owns nothing."""
-        return (self.owned,) if self.owned else ()
+        owned = self.owned
+        return (owned,) if owned else ()
 
     @property
     def held_runs(self) -> tuple[range, ...]:
         """`held_indices` as runs, in global order: the shard has them one behind the other."""
-        return (self.held_indices,) if self.held_indices else ()
+        held = self.held_indices
+        return (held,) if held else ()
 
     @property
     def leaf_places(self) -> tuple[tuple[slice, ...], ...]:
@@ -301,10 +303,10 @@ class Layout:
     @property
     def other_places(self) -> tuple[slice, ...]:
         """Where what another rank owns lies in what this rank holds, as runs along `dim`."""
-        held = len(self.held_indices)
-        if not self.owned_places:
+        held, owned = len(self.held_indices), self.owned_places
+        if not owned:
             return (slice(0, held),) if held else ()
-        own = self.owned_places[0]
+        own = owned[0]
         return tuple(each for each in (slice(0, own.start), slice(own.stop, held))
                      if each.start < each.stop)  # fmt: skip
 
