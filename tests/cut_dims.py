@@ -40,6 +40,7 @@ ONE_KEY = Units("heads", 4, ((0, 1, 2, 3),))
 FEATURES = Units("features", 29)
 DIMS = {
     "features": Dim(FEATURES, (Block(29, 0, 1),)),
+    "even": Dim(Units("even", 16), (Block(48, 0, 3),)),
     "heads": Dim(Units("heads", 5), (Block(15, 0, 3),)),
     "fused": Dim(HEADS, (Block(24, 0, 4), Block(8, 6, 4), Block(8, 6, 4))),
     "keys": Dim(HEADS, (Block(6, 6, 3),)),

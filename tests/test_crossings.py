@@ -141,10 +141,10 @@ LINEARS = [
 ]
 SINGLE = [
     *[Linear(dim, (37,), torch.float32) for dim in DIMS.values()],
+    *[Linear(dim, (5,), torch.float32) for dim in DIMS.values()],
     *[Linear(dim, (5,), torch.bfloat16) for dim in DIMS.values()],
     Linear(DIMS["fused"], (5,), torch.bfloat16, is_transposed=True),
     Linear(DIMS["fused"], (37,), torch.float32, is_transposed=True),
-    Linear(DIMS["fused"], (5,), torch.float32),
 ]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 

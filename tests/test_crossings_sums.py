@@ -17,10 +17,11 @@ from cut_dims import (
     same_at_every_degree,
     whole_of,
 )
-from invariance import normal, random_threads
+from invariance import bits_equal, normal, random_threads
 from places import Pool
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError
+from shardproof.functional import crossing_sums
 from shardproof.functional.crossing_linear import row
 from shardproof.functional.crossing_moves import held_part, take
 from shardproof.functional.crossing_sums import expand, fold, mean_cut, spread, sum_cut
@@ -177,3 +178,16 @@ def test_planted_faults_are_seen(
 
     with pytest.raises(AssertionError, match="y differs at degree"):
         same_at_every_degree(pool, planted)
+
+
+def test_even_leaves_at_once_have_the_bits_of_one_after_another(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sums(axis: Axis) -> Results:
+        place = DIMS["even"].place(axis)
+        assert bool(place.even_leaf) == (axis.size <= 8)
+        return {"y": sum_cut(held_part(normal(33, place.size), 1, place), 1, place)}
+
+    at_once = same_at_every_degree(pool, sums)
+    monkeypatch.setattr(crossing_sums, "_SMALL", 0)
+    assert bits_equal(at_once["y"], same_at_every_degree(pool, sums)["y"])

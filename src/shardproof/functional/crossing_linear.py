@@ -255,7 +255,7 @@ def column(
     token = None
     if entering is not None and x.requires_grad and torch.is_grad_enabled():
         token, basket = entering.token(x)
-        call = replace(call, basket=basket, number=basket.next_number())
+        call = _Call(place, is_transposed, call.dtype, basket, basket.next_number())
     try:
         y: Tensor = without_autocast(x, _apply_column, token, x, weight, bias, call)
     except operands.ERRORS as error:

@@ -47,6 +47,8 @@ def start_sum(terms: Sequence[Term], like: Tensor, direction: str, who: str) -> 
     """
     first = terms[0]
     place, shape = first.place, (first.a.shape[0], first.b.shape[1])
+    if len(terms) == 1 and place.site is not None and like.dtype is first.a.dtype:
+        return place.site.start_sum(first.a, first.b, direction)
     if not place.is_invariant:
         y = _local(terms).to(like.dtype)
         _tell(terms, {None: y}, direction, who)

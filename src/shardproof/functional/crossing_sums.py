@@ -8,7 +8,7 @@ owner.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from shardproof.numerics.matmul import node_dtype
 from shardproof.numerics.sums import sum_rows
 from shardproof.observing import PARTIAL, Operand, Told
 from shardproof.tree import add_run, node_name
+
+_SMALL = 1 << 16  # elements that are copied sooner than summed leaf by leaf
 
 
 def sum_held(x: Tensor, place: Place, like: Tensor, direction: str) -> Tensor:
@@ -42,13 +44,7 @@ def sum_held(x: Tensor, place: Place, like: Tensor, direction: str) -> Tensor:
     if not place.is_invariant:
         part = place.owned.of(x, 0).sum(0, dtype=wide).to(like.dtype)
         return comm.start_all_reduce(part, place.axis, direction=direction, who=place.who).wait()
-    pieces = place.pieces
-    brought = pieces.bring(x, 0)
-    leaves = (
-        sum_rows(_rows(brought, [at for at in of_leaf if at.stop > at.start]), dtype=wide)
-        for of_leaf in zip(*pieces.slices, strict=True)
-    )
-    nodes = add_run(leaves, place.run, place.num_leaves)
+    nodes = add_run(_leaf_sums(x, place, wide), place.run, place.num_leaves)
     if observing.is_on():
         for node, part in nodes.items():
             output = Operand(f"y, {node_name(node)}", part, PARTIAL, node)
@@ -63,6 +59,21 @@ def sum_held(x: Tensor, place: Place, like: Tensor, direction: str) -> Tensor:
         like=like,
         direction=direction,
         who=place.who,
+    )
+
+
+def _leaf_sums(x: Tensor, place: Place, dtype: torch.dtype) -> Iterable[Tensor]:
+    """(N,) for every leaf that this rank owns."""
+    pieces, leaves = place.pieces, len(place.run)
+    if place.even_leaf and x.numel() <= _SMALL:
+        # All leaves in one call: every one of them is folded as it would be alone.
+        columns = x.reshape(leaves, place.even_leaf, x.shape[1]).transpose(0, 1)
+        rows = columns.reshape(place.even_leaf, leaves * x.shape[1])
+        return sum_rows(rows, dtype=dtype).view(leaves, x.shape[1]).unbind(0)
+    brought = pieces.bring(x, 0)
+    return (
+        sum_rows(_rows(brought, [at for at in of_leaf if at.stop > at.start]), dtype=dtype)
+        for of_leaf in zip(*pieces.slices, strict=True)
     )
 
 

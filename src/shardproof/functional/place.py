@@ -82,8 +82,11 @@ class Pieces:
     order: Selection | None = None
 
     def bring(self, x: Tensor, dim: int) -> Tensor:
-        """`x` as the slices count: itself, or its owned indices leaf by leaf."""
-        return x if self.order is None else self.order.of(x, dim)
+        """`x` as the slices count: itself, or its owned indices leaf by leaf.
+
+        Those are always a copy: its strides may not depend on what the rank owns.
+        """
+        return x if self.order is None else self.order.copy(x, dim)
 
 
 # By what a place is of; a place lives as long as somebody keeps it.
@@ -109,6 +112,8 @@ class Place:
         sizes: how many indices every rank owns.
         order: brings what the ranks own, side by side, in the order of the dim.
         pieces: where the owned leaves lie.
+        even_leaf: how long every leaf is that this rank owns, if all of what it holds is such
+            leaves, one after another; else 0.
         tiles: runs of what it holds that are the same at every degree which holds them.
         plain: the dim as a plain cut of one run per rank, or None.
         site: `plain` for a linear, or None.
@@ -130,6 +135,7 @@ class Place:
     sizes: tuple[int, ...] = field(init=False, repr=False)
     order: Selection = field(init=False, repr=False)
     pieces: Pieces = field(init=False, repr=False)
+    even_leaf: int = field(init=False, repr=False)
     tiles: tuple[slice, ...] = field(init=False, repr=False)
     plain: Cut | None = field(init=False, repr=False)
     site: LinearSite | None = field(init=False, repr=False)
@@ -146,7 +152,7 @@ class Place:
             )
         held, owned = cut_dim.held(rank), cut_dim.owned(rank)
         owned_by_rank = [cut_dim.owned(each) for each in range(axis.size)]
-        plain = _plain(cut_dim)
+        plain, pieces = _plain(cut_dim), _pieces(cut_dim, rank)
         found = {
             "size": cut_dim.size,
             "length": len(held),
@@ -157,7 +163,8 @@ class Place:
             "owned": Selection(np.searchsorted(held, owned), len(held)),
             "sizes": tuple(map(len, owned_by_rank)),
             "order": Selection(np.argsort(np.concatenate(owned_by_rank)), cut_dim.size),
-            "pieces": _pieces(cut_dim, rank),
+            "pieces": pieces,
+            "even_leaf": _even_leaf(pieces, len(held)),
             "tiles": _tiles(cut_dim, rank),
             "plain": plain,
             "site": None if plain is None else LinearSite(axis, plain, self.scheme, self.who),
@@ -220,6 +227,16 @@ def _pieces(cut_dim: CutDim, rank: int) -> Pieces:
             for each in range(rounds)
         )
     )
+
+
+def _even_leaf(pieces: Pieces, length: int) -> int:
+    """The length of every leaf, if all that is held is leaves of one length, in order; else 0."""
+    first, *more = pieces.slices
+    if pieces.order is not None or more or not first:
+        return 0
+    size = first[0].stop
+    is_even = all(at == slice(n * size, (n + 1) * size) for n, at in enumerate(first))
+    return size if is_even and size * len(first) == length else 0
 
 
 def _most_pieces(leaves: Indices) -> int:
