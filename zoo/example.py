@@ -70,10 +70,12 @@ def stir(model: nn.Module, seed: int) -> None:
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Set the probability of every dropout module to 0."""
+    """Set every dropout to 0: of modules, and of numbers called `dropout` that modules keep."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            setattr(module, "dropout", 0.0)  # noqa: B010 - its type is not known
 
 
 def placed(value: Any, device: str, dtype: torch.dtype) -> Any:
