@@ -1,8 +1,7 @@
 """What the small sizes would break: by type of model, the keys that need another value.
 
-A mapping where the value is a configuration of its own changes keys of that. Two keys are not of
-the configuration: `_start` has keys without which the class makes no default configuration, and
-`_inner` has classes for configurations that the default leaves out.
+A mapping where the value is a configuration of its own changes keys of that. One key is not of
+the configuration: `_start` has keys without which the class makes no default configuration.
 """
 
 from typing import Any
@@ -20,7 +19,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA_TWO | {"num_hidden_layers": 3, "attn_layer_indices": [1]},
     "blt": {
         "encoder_hash_byte_group_vocab": 97, "encoder_hash_byte_group_size": [3, 4],
-        "cross_attn_k": 2, "local_attention_window_len": 5,
+        "cross_attn_k": 2, "use_cache": False, "local_attention_window_len": 5,
     },
     "blt_local_encoder": _BYTES,
     "blt_local_decoder": _BYTES,
@@ -42,12 +41,25 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "swa_kv_lora_rank": 12, "swa_head_dim": 12, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
         "swa_qk_rope_head_dim": 4,
     },
-    "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
+    "encoder-decoder": {
+        "pad_token_id": 0, "decoder": {"is_decoder": True, "add_cross_attention": True},
+    },
+    "esm": {"pad_token_id": 0},
     "esmc": _SAME_HEADS,
     "falcon_h1": {"mamba_n_heads": 6, "mamba_d_head": 16, "mamba_d_ssm": 96},
+    "flint": {"mlp_only_layers": [0]},
     "gemma3": {"mm_tokens_per_image": 4},
     "gemma3n_text": {"num_kv_shared_layers": 0},
-    "granitemoehybrid": _MAMBA_TWO,
+    "gemma4_assistant": {
+        "_start": {
+            "text_config": {
+                "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"],
+                "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 0,
+                "vocab_size_per_layer_input": 0,
+            }
+        }
+    },
+    "granitemoehybrid": _MAMBA_TWO | {"layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"block_multiple_of": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -61,6 +73,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "mobilebert": {"true_hidden_size": 24, "intra_bottleneck_size": 24},
     "neomme": {"head_dim": 16},
     "nemotron_h": {"n_groups": 2},
+    "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},
     "perceiver": {
         "num_latents": 10, "d_latents": 48, "num_self_attends_per_block": 2,
         "num_self_attention_heads": 6, "num_cross_attention_heads": 1,
@@ -71,8 +84,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "ple_embed_dim": 24, "heads_per_ngram": 2, "ngram_vocab_size_base": 97,
         "make_ngram_vocab_size_divisible_by": 1, "split_ngram_parts": 1, "hc_lowrank": 10,
         "hc_count": 2, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8,
-        "indexer_budget": 4, "indexer_compress_ratio": 2,
+        "eos_token_id": 2, "indexer_budget": 4, "indexer_compress_ratio": 2,
     },
+    "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {
         "attn_layers": ["local", "lsh"], "axial_pos_shape": [3, 4],
         "axial_pos_embds_dim": [20, 28], "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4,
@@ -85,8 +99,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "rwkv": {"attention_hidden_size": 48},
     "shieldgemma2": {"yes_token_index": 40, "no_token_index": 41, "mm_tokens_per_image": 4},
     "squeezebert": {"embedding_size": 48},
+    "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
     "xmod": {"default_language": "en_XX"},
-    "xlstm": {"num_heads": 6, "ffn_round_up_to_multiple_of": 4, "num_blocks": 2},
+    "xlstm": {
+        "num_heads": 6, "ffn_round_up_to_multiple_of": 4, "num_blocks": 2, "use_cache": False,
+    },
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zamba2": {
         "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4,

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zoo.exceptions import EXCEPTIONS
-from zoo.sizes import LATENT, NEVER, OFF, SIZES
+from zoo.sizes import LATENT, OFF, SIZES, TOKENS
 
 FIRST_FREE_TOKEN = 3
 _SPECIAL = re.compile(r"(token_id|token_index|token_idx)$")
@@ -32,10 +32,8 @@ def small(config_class: type, changes: Mapping[str, Any] | None = None, *, dropo
     for key, inner in _inner(default).items():
         given = {**start.get(key, {}), **changes.pop(key, {})}
         values[key] = small(type(inner), given, dropout=dropout)
-    for key, inner_class in changes.pop("_inner", {}).items():
-        values[key] = small(inner_class(), changes.pop(key, None), dropout=dropout)
     values |= changes
-    return config_class(**{key: value for key, value in values.items() if value is not NEVER})
+    return config_class(**values)
 
 
 def _inner(config: Any) -> dict[str, Any]:
@@ -55,13 +53,21 @@ def _values(config: Any, dropout: bool) -> dict[str, Any]:
     for key, value in own.items():
         if key in SIZES and isinstance(value, int | None):
             found[key] = SIZES[key]
+        elif key in TOKENS:
+            found[key] = None if value is None else TOKENS[key]
         elif _SPECIAL.search(key) and isinstance(value, int):
             found[key], token = token, token + 1
-        elif key in OFF or (not dropout and isinstance(value, float) and "drop" in key):
+        elif key in OFF or (not dropout and isinstance(value, float) and _is_of_chance(key)):
             found[key] = 0.0
+        elif not dropout and isinstance(value, list | tuple) and "drop_" in key:
+            found[key] = type(value)(0.0 for _ in value)
     if "qk_rope_head_dim" in own:
         found |= LATENT
     return found | _layers(config)
+
+
+def _is_of_chance(key: str) -> bool:
+    return "drop" in key or "jitter" in key
 
 
 def _layers(config: Any) -> dict[str, Any]:

@@ -5,8 +5,6 @@ Few of these sizes divide others: 6 heads, 2 key-value heads, 100 features, 251 
 
 from typing import Any
 
-NEVER: Any = object()  # a value that says: leave the key out
-
 # Skipping whole layers at random would change which operations a step has.
 OFF = {
     "layerdrop", "encoder_layerdrop", "decoder_layerdrop", "speech_encoder_layerdrop",
@@ -62,12 +60,15 @@ SIZES: dict[str, Any] = {
     "max_decoder_position_embeddings": 64, "max_source_positions": 20,
     "max_target_positions": 40, "max_2d_position_embeddings": 64, "model_max_length": 64,
     "sliding_window": 5, "sliding_window_size": 5, "attention_window_size": 5,
-    "attention_chunk_size": 8, "local_attention": 4, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2, "decoder_start_token_id": 0, "sep_token_id": 2, "cls_token_id": 1,
-    "mask_token_id": 3, "forced_eos_token_id": 2,
+    "attention_chunk_size": 8, "local_attention": 4,
     # Pictures and sounds.
     "image_size": 32, "patch_size": 8, "num_mel_bins": 16, "num_codebooks": 2,
-    "num_labels": NEVER, "use_cache": False,
+}  # fmt: skip
+
+# Where the default has one: a model without a token for padding looks for none in its input.
+TOKENS = {
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0,
+    "sep_token_id": 2, "cls_token_id": 1, "mask_token_id": 3, "forced_eos_token_id": 2,
 }  # fmt: skip
 
 # With latent attention every head has keys of its own, of which this many features are rotated.

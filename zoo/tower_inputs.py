@@ -64,6 +64,7 @@ def _vibe(maker: Maker) -> dict[str, Any]:
             "input_ids": maker.marked(maker.config.audio_token_id, 5),
             "input_values": maker.floats(BATCH, 1, 20),
             "padding_mask": _ones(20),
+            "sample": False,
         }
     )
 

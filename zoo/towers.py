@@ -23,7 +23,7 @@ TOWERS: dict[str, dict[str, Any]] = {
     },
     "phi4_multimodal_audio": {
         "nemo_conv_channels": 12, "ext_pw_out_channel": 48, "depthwise_separable_out_channel": 48,
-        "num_blocks": 2, "input_size": 16, "audio_token_id": 4,
+        "num_blocks": 2, "input_size": 16, "audio_token_id": 4, "chunk_size": -1,
     },
     "phi4_multimodal_vision": {"crop_size": 32},
     "qwen3_asr_encoder": {"downsample_hidden_size": 12, "n_window": 50, "n_window_infer": 100},

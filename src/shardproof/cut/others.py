@@ -9,6 +9,7 @@ says which these are.
 import threading
 from collections.abc import Callable
 from functools import cache
+from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
