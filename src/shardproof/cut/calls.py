@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 

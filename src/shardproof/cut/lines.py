@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardproof.cut.meet import fitted
-from shardproof.cut.others import gathered, invariant, whole
+from shardproof.cut.meet import fitted, freed, is_for_all
+from shardproof.cut.others import gathered, invariant, is_cut
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
 from shardproof.functional import crossings
@@ -311,10 +311,6 @@ def pad(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return _relaid(func(x.local, *args[1:], **kwargs), x, ())
 
 
-def _spec_of(x: CutTensor, shape: tuple[int, ...], dim: int) -> Spec:
-    return x.spec.region.spec(shape, dim, x.spec.cut)
-
-
 def attended_with_dropout(
     q: Any,
     k: Any,
@@ -346,9 +342,12 @@ def attended_with_dropout(
     return F.dropout(scores.softmax(-1), dropout_p, training=True) @ v
 
 
-def _as_many(x: Any, heads: int) -> Any:
-    """One head that serves all is given to each."""
-    return x.expand(*x.shape[:-3], heads, *x.shape[-2:]) if x.shape[-3] == 1 else x
+def _of_heads(x: Any, spec: Spec, who: str) -> Tensor:
+    """Keys or values for the heads that this rank holds."""
+    if is_cut(x) and x.shape[-3] == 1:
+        x = x.expand(*x.shape[:-3], spec.shape[spec.dim], *x.shape[-2:])
+    shape = (*x.shape[:-3], spec.shape[spec.dim], *x.shape[-2:])
+    return fitted(x, spec.region.spec(shape, spec.dim, spec.cut), who)
 
 
 @rule("scaled_dot_product_attention")
@@ -359,21 +358,18 @@ def attention(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     )
     options = {**given, **kwargs}
     q, k, v = (options.pop(each) for each in ("query", "key", "value"))
-    if not all(isinstance(each, CutTensor) for each in (q, k, v)) or any(
-        each.spec.dim != each.dim() - 3 for each in (q, k, v)
-    ):
+    if not isinstance(q, CutTensor) or q.spec.dim != q.dim() - 3:
+        return gathered(func, name, args, kwargs)
+    k, v = (freed(each) if is_cut(each) and is_for_all(each) else each for each in (k, v))
+    if any(is_cut(each) and each.spec.dim != each.dim() - 3 for each in (k, v)):
         return gathered(func, name, args, kwargs)
     if options.get("dropout_p", 0.0) > 0.0:
         return attended_with_dropout(q, k, v, **options)
     if options.pop("enable_gqa", False):
         n = q.shape[-3] // k.shape[-3]
-        k, v = (run(Tensor.repeat_interleave, (each, n, -3), {}) for each in (k, v))
+        k, v = (x if x.shape[-3] == 1 else x.repeat_interleave(n, -3) for x in (k, v))
     spec, who = q.spec, q.who
-    k, v = (_as_many(each, q.shape[-3]) for each in (k, v))
-    k, v = (
-        fitted(k, spec.region.spec(k.shape, k.dim() - 3, spec.cut), who),
-        fitted(v, spec.region.spec(v.shape, v.dim() - 3, spec.cut), who),
-    )
+    k, v = (_of_heads(each, spec, who) for each in (k, v))
     mask = options.pop("attn_mask", None)
     if mask is not None:
         full = torch.Size((*spec.shape[:-1], k.shape[-2]))

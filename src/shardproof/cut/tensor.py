@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from shardproof.cut.spec import Spec
-from shardproof.errors import UsageError
 
 Rule = Callable[[Any, str, tuple[Any, ...], dict[str, Any]], Any]
 
