@@ -22,7 +22,7 @@ from shardproof.numerics.sums import sum_all, sum_rows
 def _best(x: Tensor, dim: int, place: Place, is_min: bool) -> tuple[Tensor, Tensor]:
     """The largest value over a cut dim, or the smallest, and the first index that has it."""
     own = place.owned.of(x, dim)
-    indices = torch.from_numpy(place.held.indices[place.owned.indices]).to(x.device)
+    indices = place.owned.of(place.held.on(x.device), 0)
     if len(indices):
         value = own.amin(dim) if is_min else own.amax(dim)
         is_best = own == value.unsqueeze(dim)
