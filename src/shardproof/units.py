@@ -157,14 +157,15 @@ def blocks_of(labels: Sequence[int] | Indices) -> tuple[Block, ...]:
         return ()
     starts = np.flatnonzero(np.diff(array, prepend=array[0] - 1))
     lengths = np.diff(starts, append=len(array))
-    blocks: list[Block] = []
-    for label, length in zip(array[starts].tolist(), lengths.tolist(), strict=True):
-        last = blocks[-1] if blocks else None
-        if last and last.unit == length and label == last.first + last.size // last.unit:
-            blocks[-1] = Block(last.size + length, last.first, length)
-        else:
-            blocks.append(Block(length, label, length))
-    return tuple(blocks)
+    labels = array[starts]
+    goes_on = (np.diff(labels) == 1) & (np.diff(lengths) == 0)
+    heads = np.concatenate([[0], np.flatnonzero(~goes_on) + 1])
+    runs = np.diff(heads, append=len(labels))  # a dim may have 100,000 units
+    told = (labels[heads], lengths[heads], runs)
+    return tuple(
+        Block(run * length, label, length)
+        for label, length, run in zip(*(each.tolist() for each in told), strict=True)
+    )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from shardproof.units import Block, Units, blocks_of
-from shardproof.watching.atoms import Atoms, Labels
+from shardproof.watching.atoms import Atoms, Labels, distinct
 from shardproof.watching.boundaries import Box, Numbering, boundaries
 from shardproof.watching.needs import Needs, coarsen, settle_needs
 from shardproof.watching.record import Seen
@@ -75,11 +75,11 @@ class _Finder:
         self.watched, self.record = watched, watched.record
         atoms = self.record.atoms
         self.needs: Needs = settle_needs(self.record)
-        dims = [np.unique(atoms.roots(labels)) for labels in watched.labels.values()]
+        dims = [distinct(atoms.roots(labels)) for labels in watched.labels.values()]
         if coarsen(self.record, dims, self.needs):
             self.needs = settle_needs(self.record)
         self.roots = {key: atoms.roots(labels) for key, labels in watched.labels.items()}
-        self.unique = {key: np.unique(roots) for key, roots in self.roots.items()}
+        self.unique = {key: distinct(roots) for key, roots in self.roots.items()}
         self.group = Atoms()  # which units lie in one dim of some parameter
         self.group.fresh(len(atoms))
 
@@ -106,11 +106,11 @@ class _Finder:
 
     def _number(self, labels: Labels, *, shared: bool = False) -> Labels:
         """Families of labels, each once; of shared units those that need them, if wanted."""
-        units = np.unique(self.record.atoms.roots(labels))
+        units = distinct(self.record.atoms.roots(labels))
         found = self.family_of[self.group.roots(units)]
         if shared:
             found = np.where(found < 0, self.needer_family[units], found)
-        found = np.unique(found)
+        found = distinct(found)
         return found[found >= 0]
 
     def _drivers(self, units: Labels) -> Labels:
@@ -188,7 +188,7 @@ class _Finder:
     ) -> Family:
         mine = [self._mine(key, number) for key in keys]
         live = [units[~self.needs.is_whole[units]] for units in mine]
-        total = len(np.unique(np.concatenate(live)))
+        total = len(distinct(np.concatenate(live)))
         is_live = total >= 2
         numbering = self._numbering(keys, live if is_live else mine)
         events = [e for e in seen if not is_live or e.what not in ("gather", "sum")]
@@ -235,9 +235,9 @@ class _Finder:
 
     def _numbering(self, keys: list[Key], units: list[Labels]) -> Numbering:
         """Units in order; kinds of units that lie side by side in one dim are cut alike."""
-        members = np.unique(np.concatenate(units))
+        members = distinct(np.concatenate(units))
         if not len(members):  # nothing but shared units
-            members = np.unique(np.concatenate([self.unique[key] for key in keys]))[:1]
+            members = distinct(np.concatenate([self.unique[key] for key in keys]))[:1]
         first = np.full(len(members), np.iinfo(np.int64).max)
         kinds = np.zeros(len(members), dtype=np.uint64)
         offset = 0

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from shardproof.watching.atoms import Atoms, Labels
+from shardproof.watching.atoms import Atoms, Labels, distinct
 
 LARGEST_BOX = 1 << 22  # a layout of labels with more elements than this is not kept
 
@@ -97,7 +97,7 @@ class Record:
         dim: int | None = None,
     ) -> None:
         """Note an operation that would need something sent."""
-        atoms = np.unique(self.atoms.roots(factor))
+        atoms = distinct(self.atoms.roots(factor))
         atoms = atoms[atoms > 0]
         if not atoms.size:
             return
@@ -120,7 +120,7 @@ class Record:
             self.keep_box(factor, is_split=False)
         if is_parameter or len(factors) < 2:
             return
-        labels = [np.unique(factor) for factor in factors]
+        labels = [distinct(factor) for factor in factors]
         for i, left in enumerate(labels):
             for right in labels[:i]:
                 key = (hash(left.tobytes()), hash(right.tobytes()))
@@ -136,5 +136,5 @@ def unique_pairs(pairs: Labels) -> Labels:
     if len(pairs) < 2:
         return pairs
     bound = int(pairs.max()) + 1
-    keys = np.unique(pairs[:, 0] * bound + pairs[:, 1])
+    keys = distinct(pairs[:, 0] * bound + pairs[:, 1])
     return np.stack([keys // bound, keys % bound], axis=1)
