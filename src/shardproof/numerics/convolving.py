@@ -171,7 +171,8 @@ class _Depthwise(torch.autograd.Function):
                 grad_wide[(..., *where)].addcmul_(tap, grad_y)
             grad_x = grad_wide
             if weight.shape[0] != x.shape[1]:
-                apart = grad_wide.reshape(*x.shape[:2], -1, *windows.padded)
+                served = weight.shape[0] // x.shape[1]
+                apart = grad_wide.reshape(*x.shape[:2], served, *windows.padded)
                 grad_x = total(apart, 2)
         if needs_weight:
             wide = _served(x, weight)

@@ -126,7 +126,8 @@ def _shared(parts: Tensor, like: Tensor) -> Tensor:
     groups = like.shape[1]
     if parts.shape[1] == groups:
         return parts.to(like.dtype)
-    apart = parts.reshape(parts.shape[0], groups, -1, *parts.shape[2:])
+    served = parts.shape[1] // groups if groups else 0
+    apart = parts.reshape(parts.shape[0], groups, served, *parts.shape[2:])
     return total(apart, 2, dtype=like.dtype)
 
 

@@ -59,7 +59,10 @@ def expand(x: Tensor, shape: Sequence[int]) -> Tensor:
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x.expand(*shape)
     lead = len(shape) - x.dim()
-    sizes = [*shape[:lead], *(b if a < 0 else a for a, b in zip(shape[lead:], x.shape, strict=True))]
+    sizes = [
+        *shape[:lead],
+        *(b if a < 0 else a for a, b in zip(shape[lead:], x.shape, strict=True)),
+    ]
     return x if sizes == list(x.shape) else _Expand.apply(x, tuple(sizes))
 
 
@@ -165,19 +168,19 @@ def _zero(x: Tensor) -> float | int | bool:
     return 0.0 if x.is_floating_point() else x.dtype is not torch.bool and 0
 
 
-def logsumexp(x: Tensor, dims: Dims, *, keepdim: bool = False) -> Tensor:
+def logsumexp(input: Tensor, dim: Dims, keepdim: bool = False) -> Tensor:
     """log(sum(exp(x))) over dims.
 
     Args:
-        x: (*), Replicate along the summed dims.
-        dims: as in `total`.
+        input: (*), Replicate along the summed dims.
+        dim: as in `total`.
         keepdim: as there.
     Returns:
-        `x` without the summed dims; minus infinity of none.
+        `input` without the summed dims; minus infinity of none.
     """
-    wide = widen(x)
-    chosen = dims_of(x, dims)
-    if not math.prod(x.shape[dim] for dim in chosen):
+    x, wide = input, widen(input)
+    chosen = dims_of(x, dim)
+    if not math.prod(x.shape[each] for each in chosen):
         return total(x, chosen, keepdim=keepdim) - math.inf
     top = torch.amax(wide.detach(), chosen, True)
     top = top.masked_fill(top.isinf(), 0) + 0.0

@@ -23,9 +23,7 @@ _mul = broadcast(torch.mul)
 _add = broadcast(torch.add)
 
 
-def softmax(
-    input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None
-) -> Tensor:
+def softmax(input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """exp(x), divided by its sum along a dim.
 
     Args:
@@ -38,9 +36,7 @@ def softmax(
     return _along(_Softmax, input, dim, dtype)
 
 
-def log_softmax(
-    input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None
-) -> Tensor:
+def log_softmax(input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """Logarithm of `softmax`.
 
     Args:
@@ -146,9 +142,7 @@ def _check_last(x: Tensor, shape: Sequence[int], who: str) -> int:
     return math.prod(wanted)
 
 
-def _along(
-    function: Any, input: Tensor, dim: int | None, dtype: torch.dtype | None
-) -> Tensor:
+def _along(function: Any, input: Tensor, dim: int | None, dtype: torch.dtype | None) -> Tensor:
     x = input if dtype is None else input.to(dtype)
     check_floating(x, "softmax")
     if not x.dim():
