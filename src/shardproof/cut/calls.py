@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -56,15 +57,17 @@ class Calls(TorchFunctionMode):
                 return func(*args, **kwargs)
         name = name_of(func)
         if name in DROPOUTS and self.drawing is not None:
+            self.region.called.add(self.drawing.name)
             return self.dropped(*_dropout_of(args, kwargs))
         if name == "scaled_dot_product_attention" and _drops(args, kwargs):
             given = dict(zip(_ATTENTION, args, strict=False)) | kwargs
             q, k, v = (given.pop(each) for each in _ATTENTION[:3])
             with self:
                 return attended_with_dropout(q, k, v, **given)
-        if self.region.scheme.is_invariant and RULES.get(name) not in _UNTOUCHED:
+        if self.region.scheme.is_invariant and _has_form(name, args):
             form = invariant(self.region, func, "")
             if form is not func:
+                self.region.called.add(self.drawing.name if self.drawing else "")
                 with _Busy():
                     return form(*args, **kwargs)
         if isinstance(func, FunctionType) and func.__module__ == "torch.nn.functional":
@@ -75,7 +78,9 @@ class Calls(TorchFunctionMode):
     def key(self, seed: int) -> MaskKey:
         """Of the next mask: the module, and how often it has drawn."""
         drawing = self.drawing
-        if drawing is None:
+        if drawing is not None:
+            self.region.called.add(drawing.name)
+        else:
             raise UsageError(
                 "a dropout is called on a cut tensor in a forward that drew nothing when it was "
                 "watched. Plan the model in training mode: model.train()."
@@ -103,6 +108,21 @@ def _given(y: Any, x: Any, inplace: bool) -> Any:
 
 _ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _UNTOUCHED = (None, RULES["view"], RULES["getitem"], RULES["setitem"], RULES["gathered"])
+
+
+_REPEATING = frozenset(("expand", "broadcast_to", "expand_as", "repeat", "repeat_interleave", "tile"))
+_BROADCASTING = frozenset(
+    """add sub mul div true_divide radd rsub rmul rdiv where lerp addcmul addcdiv maximum minimum
+    masked_fill pow add_ sub_ mul_ div_""".split()  # noqa: SIM905
+)
+
+
+def _has_form(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether torch's own could differ: not where data only move, or nothing is broadcast."""
+    if name in _BROADCASTING:
+        shapes = {each.shape for each in args if isinstance(each, torch.Tensor)}
+        return len(shapes) > 1
+    return name in _REPEATING or RULES.get(name) not in _UNTOUCHED
 
 
 def _drops(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -56,6 +56,7 @@ class Region:
         recipes: (operation, specs, arguments) -> what to do with the parts.
         forms: operation -> what computes it on a part.
         gathered: (operation, module) -> how often a tensor was gathered for want of a rule.
+        called: modules whose own code draws, or calls what has a form of its own.
         variant: operation without an invariant form -> the module that called it first.
     """
 
@@ -67,6 +68,7 @@ class Region:
         self.forms: dict[Any, Any] = {}
         self.gathered: dict[tuple[str, str], int] = {}
         self.variant: dict[str, str] = {}
+        self.called: set[str] = set()
         self._specs: dict[tuple[tuple[int, ...], int, CutDim], Spec] = {}
         self._places: dict[tuple[CutDim, str], Place] = {}
 
