@@ -227,6 +227,8 @@ def test_norm_and_clip(pool: Pool) -> None:
     norm, clipped = at_every_degree(pool, norm_and_clip)
     assert float(norm) == pytest.approx(plain_norm(), rel=1e-6)
     assert len(set(clipped)) == len(KINDS) + 1
+    for degree in (2, 3):
+        assert pool(degree, "processes").run(norm_and_clip)[0] == (norm, clipped)
 
 
 def test_a_shared_head_that_counts_twice_is_another_norm(pool: Pool, monkeypatch: Any) -> None:
