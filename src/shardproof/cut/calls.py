@@ -110,7 +110,9 @@ _ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _UNTOUCHED = (None, RULES["view"], RULES["getitem"], RULES["setitem"], RULES["gathered"])
 
 
-_REPEATING = frozenset(("expand", "broadcast_to", "expand_as", "repeat", "repeat_interleave", "tile"))
+_REPEATING = frozenset(
+    ("expand", "broadcast_to", "expand_as", "repeat", "repeat_interleave", "tile")
+)
 _BROADCASTING = frozenset(
     """add sub mul div true_divide radd rsub rmul rdiv where lerp addcmul addcdiv maximum minimum
     masked_fill pow add_ sub_ mul_ div_""".split()  # noqa: SIM905

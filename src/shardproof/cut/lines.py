@@ -376,4 +376,3 @@ def attention(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
         mask = fitted(mask, spec.region.spec(full, spec.dim, spec.cut), who)
     y = invariant(spec.region, func, who)(q.local, k, v, attn_mask=mask, **options)
     return cut_tensor(y, spec.region.spec((*spec.shape[:-1], v.shape[-1]), spec.dim, spec.cut), who)
-

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from shardproof.cut.linear import _named
+from shardproof.cut.meet import fitted
 from shardproof.cut.others import gathered, whole
 from shardproof.cut.tensor import RULES, CutTensor, cut_tensor, rule, run
 from shardproof.functional import crossings
@@ -163,8 +164,6 @@ def setitem(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
 )
 def along(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Picks or writes along one dim."""
-    from shardproof.cut.meet import fitted
-
     x = args[0]
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
     if not isinstance(x, CutTensor) or not isinstance(dim, int) or dim % x.dim() == x.spec.dim:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shardproof.cut.others import gathered
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
 from shardproof.units import CutDim
@@ -134,9 +135,9 @@ def move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         if recipe is None:
             recipe = x.spec.region.recipes[key] = find(func, name, x.spec, rest, kwargs)
     except _Unkeyed:
-        return run_others(func, name, args, kwargs)
+        return gathered(func, name, args, kwargs)
     if recipe is LOST:
-        return run_others(func, name, args, kwargs)
+        return gathered(func, name, args, kwargs)
     many, outs = recipe
     made = [_made(step, spec, x) for step, spec in outs]
     return made[0] if not many else many(made)
@@ -145,17 +146,11 @@ def move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 LOST: Any = object()
 
 
-def run_others(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    from shardproof.cut.tensor import RULES
-
-    return RULES["gathered"](func, name, args, kwargs)
-
-
 def _of_others(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A plain tensor, with a cut one among the arguments: only its shape is asked for."""
     if name in ("view_as", "reshape_as", "expand_as"):
         return getattr(args[0], name.removesuffix("_as"))(args[1].shape)
-    return run_others(func, name, args, kwargs)
+    return gathered(func, name, args, kwargs)
 
 
 def _made(step: Step, spec: Spec | None, x: CutTensor) -> Any:

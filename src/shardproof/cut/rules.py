@@ -2,6 +2,7 @@
 
 from shardproof.cut import (
     calls,
+    checked,
     conv,
     einsum,
     foreign,
@@ -16,6 +17,7 @@ from shardproof.cut import (
 
 __all__ = [
     "calls",
+    "checked",
     "conv",
     "einsum",
     "foreign",

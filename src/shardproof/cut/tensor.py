@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardproof.checking import is_checked
 from shardproof.cut.spec import Spec
 
 Rule = Callable[[Any, str, tuple[Any, ...], dict[str, Any]], Any]
 
 RULES: dict[str, Rule] = {}  # name of an operation -> its rule
 composed: list[Callable[..., Any]] = []  # takes ATen operations; `cut/others.py` puts it here
-checks: list[Callable[..., Any]] = []  # what runs rules while somebody checks them
+checks: list[
+    Callable[..., Any]
+] = []  # runs a rule inside `checked()`; `cut/checked.py` puts it here
 _NAMES: dict[Any, str] = {}
 _ARITHMETIC = frozenset(
     """add sub mul div truediv floordiv mod pow matmul and or xor lshift rshift eq ne lt le gt ge neg
@@ -240,7 +243,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Do what its rule says; without one, take it apart or gather (`cut/others.py`)."""
     name = _NAMES.get(func) or name_of(func)
     found = RULES.get(name) or RULES["others"]
-    if checks:
+    if is_checked():
         return checks[-1](found, func, name, args, kwargs)
     return found(func, name, args, kwargs)
 

@@ -11,12 +11,13 @@ from shardproof.cut import rules
 from shardproof.cut.calls import Calling
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import cut_tensor
+from shardproof.errors import PlanError, UsageError
 from shardproof.layers import registry
 from shardproof.layers.cut_module import cut_parameters
 from shardproof.leaves import Layout, check_degree
 from shardproof.plans.rehearsal import rehearse
 from shardproof.plans.watched_plan import Rehearsal, WatchedPlan
-from shardproof.scheme import Scheme
+from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme
 from shardproof.watching import Watched, choose, families, watch
 
 assert rules  # noqa: S101 - imported for what it registers
@@ -25,9 +26,7 @@ _KNOWN = "_shardproof_specs"  # attribute of a module that holds parts: paramete
 _EVERYWHERE = Rehearsal("", ())
 
 
-def plan_by_watching(
-    model: nn.Module, inputs: Any, *, degree: int, scheme: Scheme
-) -> WatchedPlan:
+def plan_by_watching(model: nn.Module, inputs: Any, *, degree: int, scheme: Scheme) -> WatchedPlan:
     """Watch one forward, choose what is cut, and rehearse a step on every rank.
 
     Args:
@@ -57,6 +56,37 @@ def plan_by_watching(
         _notes(watched),
     )
     return replace(found, rehearsal=_rehearsed(model, (args, kwargs), found, watched))
+
+
+def as_watched(model: nn.Module, plan: Any, degree: int, inputs: Any, scheme: Any) -> WatchedPlan:
+    """A watched plan at a degree, as `parallelize` was given it or by watching now.
+
+    Raises:
+        UsageError: a plan and inputs, or two schemes.
+        PlanError: the plan is of another degree, or of another model.
+    """
+    if plan is None:
+        return plan_by_watching(model, inputs, degree=degree, scheme=checked_scheme(scheme))
+    if not isinstance(plan, WatchedPlan):
+        raise UsageError(
+            "a plan and inputs are given: with inputs the plan is found by watching. Give one."
+        )
+    if inputs is not None or scheme not in (DEFAULT_SCHEME, plan.scheme):
+        what = "inputs are" if inputs is not None else "another scheme is"
+        raise UsageError(f"the plan was made by watching, and {what} given. Give the plan alone.")
+    if plan.degree != degree:
+        raise PlanError(
+            f"the plan is of degree {plan.degree}, and the axis has {degree} ranks. Make it with "
+            f"degree={degree}."
+        )
+    shapes = {name: tuple(each.shape) for name, each in model.named_parameters()}
+    if shapes != dict(plan.shapes):
+        name = next(n for n in {**shapes, **plan.shapes} if shapes.get(n) != plan.shapes.get(n))
+        raise PlanError(
+            f"the plan is of another model: {name!r} has shape {plan.shapes.get(name)} in it and "
+            f"{shapes.get(name)} in this {type(model).__name__}. Plan the model that is cut."
+        )
+    return plan
 
 
 def _rehearsed(
