@@ -38,6 +38,12 @@ def whole(x: CutTensor, why: str) -> Tensor:
     return crossings.gather(x.local, x.spec.dim, region.place(x.spec.cut, x.who))
 
 
+@rule("whole")
+def _asked(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The whole of one tensor, because somebody wants it."""
+    return whole(args[0], name)
+
+
 def invariant(region: Region, func: Any, who: str) -> Callable[..., Any]:
     """The form of an operation whose bits do not change with the cut; itself if numerics are native.
 

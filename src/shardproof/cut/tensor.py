@@ -158,6 +158,20 @@ class CutTensor:
     def _version(self) -> int:
         return self.local._version
 
+    @property
+    def part(self) -> Tensor:
+        """This rank's part, a plain tensor with its gradient; sends nothing."""
+        return self.local
+
+    def whole(self) -> Tensor:
+        """All of it, a plain tensor, Replicate, with its gradient.
+
+        Comm:
+            forward one all_gather of the whole shape; backward none.
+        """
+        gathered: Tensor = RULES["whole"](None, "whole", (self,), {})
+        return gathered
+
     def stride(self, dim: int | None = None) -> Any:
         """As of the whole, if its memory lay as that of the part does not: contiguous."""
         strides = torch.empty(self.shape, device="meta").stride()
