@@ -175,7 +175,7 @@ def _key(value: Any) -> Any:
 def find(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The recipe of an operation: how its results are cut, and a call on the part for each."""
     size, dim = spec.shape[spec.dim], spec.dim
-    with torch.no_grad():
+    with torch.no_grad(), torch._C.DisableTorchFunction():  # numbers are nobody's business
         numbers = _along(torch.arange(size), spec.shape, dim)
         if name in _SIZED:
             shape = func(torch.empty(spec.shape, device="meta"), *args, **kwargs).shape

@@ -56,7 +56,8 @@ class Region:
         recipes: (operation, specs, arguments) -> what to do with the parts.
         forms: operation -> what computes it on a part.
         gathered: (operation, module) -> how often a tensor was gathered for want of a rule.
-        called: modules whose own code draws, or calls what has a form of its own.
+        called: modules whose own code calls, on whole tensors, what has a form of its own.
+        drew: modules whose own code draws.
         variant: operation without an invariant form -> the module that called it first.
     """
 
@@ -69,6 +70,7 @@ class Region:
         self.gathered: dict[tuple[str, str], int] = {}
         self.variant: dict[str, str] = {}
         self.called: set[str] = set()
+        self.drew: set[str] = set()
         self._specs: dict[tuple[tuple[int, ...], int, CutDim], Spec] = {}
         self._places: dict[tuple[CutDim, str], Place] = {}
 

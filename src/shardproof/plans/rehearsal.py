@@ -69,6 +69,7 @@ def rehearse(
         tuple((*key, count) for key, count in regions[0].gathered.items()),
         tuple(regions[0].variant.items()),
         frozenset(regions[0].called),
+        frozenset(regions[0].drew),
     )
 
 

@@ -155,7 +155,7 @@ def cut_by(model: nn.Module, plan: WatchedPlan, axis: Axis) -> Region:
         dim, along = plan.cuts[name]
         known = module.__dict__.setdefault(_KNOWN, {})
         known[own] = region.spec(plan.shapes[name], dim, along), registry.record_of(module).name
-    for name in plan.rehearsal.calls:
-        if name in modules:
-            Calling(region, name).hook(modules[name])
+    for name in sorted(plan.rehearsal.calls | plan.rehearsal.draws):
+        is_seen = name in plan.rehearsal.calls
+        Calling(region, name, draws_only=not is_seen).hook(modules[name])
     return region

@@ -36,7 +36,8 @@ class Rehearsal:
         gathered: (operation, module whose weight it comes from, how often): tensors that were
             gathered because the operation cannot be done on parts.
         variant: (operation, module): operations without a form whose bits no cut changes.
-        calls: modules whose own code draws, or calls what has a form of its own.
+        calls: modules whose own code calls, on whole tensors, what has a form of its own.
+        draws: modules whose own code draws.
     """
 
     device: str
@@ -44,6 +45,7 @@ class Rehearsal:
     gathered: tuple[tuple[str, str, int], ...] = ()
     variant: tuple[tuple[str, str], ...] = ()
     calls: frozenset[str] = frozenset()
+    draws: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
