@@ -189,8 +189,9 @@ class _LogSoftmax(torch.autograd.Function):
 
 
 def _log_softmax(x: Tensor) -> Tensor:
-    if not x.shape[-1]:
-        return torch.empty_like(x)
+    # As with softmax: on the CPU torch's own does the same to a row wherever it lies.
+    if x.is_cpu or not x.shape[-1]:
+        return torch.log_softmax(x, -1)
     far = x - x.amax(-1, keepdim=True)
     return far.sub_(total(torch.exp(far), -1, keepdim=True).log_())
 
@@ -217,9 +218,12 @@ class _Centred(torch.autograd.Function):
             spread = total(far * far, 1, keepdim=True) / size
             inverse = torch.rsqrt(spread + ctx.eps)
             y = far * expand(inverse, x.shape)
-        slope = expand(total(grad_y * y, 1, keepdim=True) / size, x.shape)
-        shift = expand(total(grad_y, 1, keepdim=True) / size, x.shape)
-        return (grad_y - shift - y * slope) * expand(inverse, x.shape), None
+            slope = expand(total(grad_y * y, 1, keepdim=True) / size, x.shape)
+            shift = expand(total(grad_y, 1, keepdim=True) / size, x.shape)
+            return (grad_y - shift - y * slope) * expand(inverse, x.shape), None
+        slope = total(grad_y * y, 1, keepdim=True).div_(size)
+        grad = grad_y - total(grad_y, 1, keepdim=True).div_(size)
+        return grad.sub_(y * slope).mul_(inverse), None
 
 
 class _Scaled(torch.autograd.Function):
