@@ -293,7 +293,7 @@ _add("item apart", _ITEM, lambda f: lambda x: f(x, (_ROW, slice(None), None, [0,
      result="1b1", cut="b", fixed={"a": 2, "c": 3})  # fmt: skip
 _add("item of a mask", _ITEM, lambda f: lambda x: f(x, (slice(None), _ROW > 0)), result="a1c",
      cut="ac", fixed={"b": 5})  # fmt: skip
-_add("item and number", _ITEM, lambda f: lambda x: f(x, (1, slice(None), _ROW)), result="1b",
+_add("item and number", _ITEM, lambda f: lambda x: f(x, (1, slice(None), _ROW)), result="b1",
      cut="b", fixed={"a": 2, "c": 3})  # fmt: skip
 
 _FIVE = torch.tensor([0, 0, 1, 3, 1])

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from form_cases import CASES, Case
-from invariance import bits_equal, normal
+from invariance import all_bits_equal, bits_equal, normal
 from shardproof.errors import ShapeError, UsageError
+from shardproof.functional import norms
 from shardproof.numerics import forms, holding
 
 NAMES = list(CASES)
@@ -156,6 +157,27 @@ def test_of_two_zeros_the_maximum_is_positive_and_the_minimum_negative() -> None
     larger, smaller = (forms.form_of(f)(zeros, others) for f in (torch.maximum, torch.minimum))
     assert larger.signbit().tolist() == [False, False, False, True]
     assert smaller.signbit().tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_have_the_bits_of_the_layers(dtype: torch.dtype) -> None:
+    shapes = [(5, 33), (33,), (33,), (5, 33)]
+    x, w, b, grad_y = (normal(*s, seed=n).to(dtype) for n, s in enumerate(shapes))
+    pairs = [
+        (lambda *o: forms.form_of(F.layer_norm)(o[0], (33,), *o[1:]), norms.layer_norm, (x, w, b)),
+        (
+            lambda *o: forms.form_of(F.rms_norm)(o[0], (33,), o[1], 1e-6),
+            lambda *o: norms.rms_norm(*o, eps=1e-6),
+            (x, w),
+        ),
+    ]
+    for form, layer, operands in pairs:
+        found = []
+        for function in (form, layer):
+            leaves = [o.clone().requires_grad_() for o in operands]
+            y = function(*leaves)
+            found.append([y, *torch.autograd.grad(y, leaves, grad_y)])
+        assert all_bits_equal(*found)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

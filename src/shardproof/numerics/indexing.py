@@ -37,7 +37,9 @@ def getitem(input: Tensor, index: Any) -> Tensor:
     items = _spread(items, input.dim())
     # First what takes a view, then the dims that are left for tensors.
     x = input[tuple(slice(None) if isinstance(item, Tensor) else item for item in items)]
-    kept = [item for item in items if not isinstance(item, int) or isinstance(item, bool)]
+    kept: list[Any] = [
+        item for item in items if not isinstance(item, int) or isinstance(item, bool)
+    ]
     places = [place for place, item in enumerate(kept) if isinstance(item, Tensor)]
     return _select(x, places, [kept[place].long() for place in places])
 
