@@ -1,4 +1,4 @@
-"""Torch's functions of several operands, where some are repeated: a gradient summed in a fixed order.
+"""Torch's functions of several operands, where some are repeated: gradients in a fixed order.
 
 `x * w` with one `w` for many rows holds forward. Backward, torch sums the gradient of `w` over the
 rows by `Tensor.sum`, whose order moves with the other dims and with threads. Here an operand that

@@ -35,6 +35,7 @@ from shardproof.numerics.broadcasting import broadcast, in_fp32
 from shardproof.numerics.convolving import convolution
 from shardproof.numerics.einsum import einsum
 from shardproof.numerics.headed import attention
+from shardproof.numerics.indexing import getitem
 
 Form = Callable[..., Any]
 
@@ -47,7 +48,8 @@ def form_of(function: Form) -> Form | None:
     Args:
         function: as it arrives in `__torch_function__`.
     Returns:
-        A function of the same arguments, on plain tensors; None if there is none, or none is needed.
+        A function of the same arguments, on plain tensors; None if there is none, or if none is
+        needed.
     """
     return _FORMS.get(function)
 
@@ -244,6 +246,7 @@ _BY_NAME: Mapping[str, Form] = {
     "conv2d": convolution(2),
     "conv3d": convolution(3),
     "scaled_dot_product_attention": attention,
+    "__getitem__": getitem,
     "expand": broadcasting.expand_to,
     "broadcast_to": broadcasting.expand_to,
     "expand_as": broadcasting.expand_as,
@@ -258,10 +261,10 @@ _BY_NAME: Mapping[str, Form] = {
 }
 
 # Pointwise in several operands, any of which may be repeated; torch's own does the rest.
-REPEATING = """
+REPEATING = holding.words("""
 add sub subtract mul multiply div divide true_divide fmod remainder fmax fmin copysign lerp addcmul
 addcdiv where masked_fill __add__ __radd__ __sub__ __mul__ __rmul__ __truediv__ __mod__ xlogy
-""".split()
+""")
 
 # One object has other arguments than those that share its name.
 _BY_OBJECT: Mapping[Form, Form] = {
@@ -276,10 +279,10 @@ _BY_OBJECT: Mapping[Form, Form] = {
 }
 
 # What torch lets overwrite its input.
-_OVERWRITING = """
+_OVERWRITING = holding.words("""
 sigmoid tanh silu mish selu elu celu rrelu exp2 sinh cosh atanh arctanh logit rsqrt asin acos arcsin
 arccos asinh acosh arcsinh arccosh pow float_power addmm addmv baddbmm addbmm
-""".split()
+""")
 
 
 def _collect() -> dict[Form, Form]:

@@ -1,8 +1,9 @@
 """`torch.nn.functional.scaled_dot_product_attention`, head by head, by `attending`.
 
 No head sees another one, and products are our own whatever the number of queries, so that a slice
-along batch, heads or queries has the bits of the whole. What query heads that share a key-value head
-add to its gradient is summed by a halving fold; so is the gradient of a mask that was broadcast.
+along batch, heads or queries has the bits of the whole. What query heads that share a key-value
+head add to its gradient is summed by a halving fold; so is the gradient of a mask that was
+broadcast.
 The gradients cannot be differentiated again. Plain tensors; no ranks.
 """
 

@@ -1,7 +1,7 @@
 """Functions of torch that need no form: a slice, a view or a thread changes none of their bits.
 
-Measured, forward and backward, in fp32, fp64, bf16 and fp16 (tests/test_forms.py measures again): as
-they are, on operands of one shape, along every dim that they do not reduce or scan over. What
+Measured, forward and backward, in fp32, fp64, bf16 and fp16 (tests/test_forms.py measures again):
+as they are, on operands of one shape, along every dim that they do not reduce or scan over. What
 repeats an operand has a form (`broadcasting`), because its backward sums.
 """
 
@@ -20,35 +20,45 @@ PLACES: tuple[Any, ...] = (
     torch.linalg,
 )
 
+
+def words(text: str) -> list[str]:
+    """Names that stand in a text, between spaces.
+
+    Args:
+        text: of any number of lines.
+    """
+    return text.split()
+
+
 # One operand, element by element. Those that can overwrite it hold as well: exp_ and so on.
-POINTWISE = """
+POINTWISE = words("""
 abs ceil clamp clamp_max clamp_min cos deg2rad digamma erf erfc erfinv exp
 expm1 floor frac i0 lgamma log log10 log1p log2 nan_to_num neg positive rad2deg
 reciprocal relu round sgn sign sin sinc sqrt square tan atan trunc
 relu6 hardtanh hardswish hardsigmoid hardshrink leaky_relu logsigmoid softsign
 tanhshrink threshold
-""".split()
+""")
 
 # Comparisons and logic, places and numbers of elements: there is no gradient.
-WITHOUT_GRADIENT = """
+WITHOUT_GRADIENT = words("""
 eq ne lt le gt ge isclose isnan isinf isfinite isposinf isneginf signbit logical_not logical_and
 logical_or logical_xor bitwise_not bitwise_and bitwise_or bitwise_xor floor_divide argmax argmin
 argsort any all count_nonzero one_hot zeros_like ones_like full_like empty_like
-""".split()
+""")
 
 # Data that is moved and not computed with; backward moves it back, each element to one place.
-MOVES = """
+MOVES = words("""
 clone contiguous detach to type type_as float double half bfloat16 view reshape view_as reshape_as
 flatten unflatten ravel squeeze unsqueeze transpose permute movedim moveaxis swapaxes swapdims t
 adjoint narrow select split split_with_sizes chunk tensor_split unbind cat concat concatenate stack
 hstack vstack flip fliplr flipud roll rot90 tril triu diagonal diag_embed pad unfold
-""".split()
+""")
 
 # Along the dims that they do not go along.
-ALONG_A_DIM = """
+ALONG_A_DIM = words("""
 cumsum cumprod cummax cummin logcumsumexp sort topk kthvalue diff index_select gather embedding
 index_add scatter_add
-""".split()
+""")
 
 # Names that torch has for the same, and what Python calls for an operator.
 _SAME = {
