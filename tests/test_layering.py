@@ -25,6 +25,18 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("objects",),
     ("autograd", "checking", "core", "extras", "leaves", "telling", "tree"),
     ("heads", "observing", "overlap", "scheme", "timeout", "units"),
+    # One forward of any module, and what of it can be cut apart: labels, rules, families.
+    ("watching.atoms", "watching.kinds"),
+    ("watching.record",),
+    ("watching.factors",),
+    ("watching.labelled", "watching.needs"),
+    ("watching.boundaries", "watching.moving", "watching.rules"),
+    ("watching.contractions", "watching.lookups"),
+    ("watching.running",),
+    ("watching.watch",),
+    ("watching.families",),
+    ("watching.choose",),
+    ("watching.__init__",),
     # Bytes between ranks.
     ("transport.ledger", "transport.notes"),
     ("transport.base",),

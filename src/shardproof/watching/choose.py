@@ -8,8 +8,8 @@ from shardproof.units import Block, Units
 from shardproof.watching.families import Event, Family
 from shardproof.watching.watch import Key, Watched
 
-ORDER = ("pair", "pair with sums", "vocabulary", "gathered", "row")
-SMALL = 0.01  # of all weights: less than that is not worth an extra collective
+ORDER = ("pair", "pair with sums", "vocabulary", "gathered")
+SMALL = 0.02  # of all weights: less than that is not worth an extra collective
 ENOUGH = 0.9  # of the weights of matrices: where fewer are cut, some are cut alone
 
 
@@ -28,12 +28,14 @@ class Choice:
     share: float
 
 
-def choose(found: Sequence[Family], watched: Watched) -> Choice:
+def choose(found: Sequence[Family], watched: Watched, *, enough: float = ENOUGH) -> Choice:
     """Choose families: pairs first, then what sends more; no parameter along two dims.
 
     Args:
         found: all families of the forward.
         watched: the forward.
+        enough: the part of the matrices' weights that should be cut; where fewer are, rows are
+            cut alone, each with an all-reduce of its own.
     """
     shapes = watched.shapes
     total = sum(prod(shape) for shape in shapes.values()) or 1
@@ -44,12 +46,12 @@ def choose(found: Sequence[Family], watched: Watched) -> Choice:
         for number in sorted(ours, key=lambda n: _worth(found[n], shapes), reverse=True):
             family = found[number]
             names = {name for name, _ in family.dims}
-            is_small = kind in ("gathered", "row") and _weight(family, shapes) < SMALL * total
+            is_small = kind == "gathered" and _weight(family, shapes) < SMALL * total
             if is_small or names & taken or family.crosses & chosen or _is_twice(family):
                 continue
             chosen.add(number)
             taken |= names
-    alone = _alone(found, taken, watched)
+    alone = _alone(found, taken, watched, enough)
     taken |= {name for family in alone for name, _ in family.dims}
     cut = sum(prod(shapes[name]) for name in taken if len(shapes[name]) > 1)
     matrices = sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
@@ -58,14 +60,16 @@ def choose(found: Sequence[Family], watched: Watched) -> Choice:
     return Choice(families, whole, cut / max(matrices, 1))
 
 
-def _alone(found: Sequence[Family], taken: set[str], watched: Watched) -> list[Family]:
+def _alone(
+    found: Sequence[Family], taken: set[str], watched: Watched, enough: float
+) -> list[Family]:
     """Rows that are cut alone, each with an all-reduce of its own, the largest first.
 
     Only where too few weights are cut: a row's input is whole, and any run of it may be cut.
     """
     shapes = watched.shapes
     sizes = {name: prod(shape) for name, shape in shapes.items() if len(shape) > 1}
-    missing = ENOUGH * sum(sizes.values()) - sum(sizes[name] for name in taken & set(sizes))
+    missing = enough * sum(sizes.values()) - sum(sizes[name] for name in taken & set(sizes))
     rows: dict[str, tuple[Event, ...]] = {}
     for family in found:
         for event in family.events:

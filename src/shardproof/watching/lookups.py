@@ -19,11 +19,11 @@ def known(index: Any) -> Tensor | None:
     """What an index is, if that is known."""
     if not isinstance(index, Labelled):
         return index if isinstance(index, Tensor) else None
-    return index.value if index.inner.device.type == "meta" else index.inner
+    return index.value if index.inside.device.type == "meta" else index.inside
 
 
 def _alone(x: Labelled, factor: Labels) -> Labelled:
-    return Labelled(x.inner, (factor,), parameter=x.parameter)
+    return Labelled(x.inside, (factor,), parameter=x.parameter)
 
 
 @rule("embedding")
@@ -99,7 +99,9 @@ def _picked(func: Any, factor: Labels, x: Labelled, indices: Any, by_value: bool
         given = [None if each is None else known(each) for each in indices]
         return shrink(func(expanded(factor, x.shape), given))
     # Nothing varies along the dims that are picked from: every place has the same labels.
-    slim = [1 if each is not None else size for each, size in zip(indices, factor.shape)]
+    slim = [
+        1 if each is not None else size for each, size in zip(indices, factor.shape, strict=False)
+    ]
     slim += list(factor.shape[len(indices) :])
     zeros = [
         None if each is None else torch.zeros((1,) * each.dim(), dtype=torch.int64, device="cpu")

@@ -77,9 +77,8 @@ def coarsen(record: Record, dims: list[Labels], needs: Needs) -> bool:
     is_needer = np.isin(shared, pairs[:, 0])
     large = (atoms.sizes(shared) >= private) | is_needer
     group = beside.roots(pairs[starts, 0])
-    several = np.isin(
-        group, [g for g, n in zip(*np.unique(group[large], return_counts=True)) if n > 1]
-    )
+    groups, counts = np.unique(group[large], return_counts=True)
+    several = np.isin(group, groups[counts > 1])
     chosen = pairs[np.isin(pairs[:, 1], shared[large & several])]
     atoms.join(chosen[:, 0], chosen[:, 1])
     return bool(len(chosen))

@@ -1,4 +1,4 @@
-"""What one watched forward says about the labels: who is joined, who needs whom, what would be sent."""
+"""What one watched forward says about labels: which are joined or needed, what would be sent."""
 
 from dataclasses import dataclass, field
 

@@ -210,7 +210,7 @@ def group_norm(
             each = reduce_lines(factor.reshape(groups, -1), (1,), record)
             operands.append((place(np.repeat(each, x.shape[1] // groups, 1), 1, nd), False))
         else:
-            alone = Labelled(x.inner, (factor,), parameter=x.parameter)
+            alone = Labelled(x.inside, (factor,), parameter=x.parameter)
             kept = whole_along(alone, range(1, nd), name, record, what="sum")
             operands += [(each, False) for each in kept or [factor] if each.ndim == nd]
     for weight in args[1:3]:
@@ -311,7 +311,7 @@ def attention(
     mask = kwargs.get("attn_mask", kwargs.get("attn_bias"))
     for factor in factors_of(mask):
         for each in whole_along(
-            Labelled(mask.inner, (factor,)), (-1, -2), "attention mask", record
+            Labelled(mask.inside, (factor,)), (-1, -2), "attention mask", record
         ):
             operands.append((aligned(each, outs[0].dim()), parameter_of(mask) is not None))
     made = combine([*operands, *((each, False) for each in shared)], name_of(func), record)

@@ -13,7 +13,7 @@ from shardproof.watching import contractions, lookups
 from shardproof.watching.atoms import Labels
 from shardproof.watching.factors import Factors, compress, varying
 from shardproof.watching.kinds import is_random, is_view, kind_of, name_of, written
-from shardproof.watching.labelled import Labelled, inner
+from shardproof.watching.labelled import Labelled, insides
 from shardproof.watching.moving import expanded, move
 from shardproof.watching.record import Record
 from shardproof.watching.rules import RULES, see_all
@@ -23,9 +23,10 @@ RULE_MODULES = (contractions, lookups)
 
 MOST_KNOWN = 1 << 20  # elements of a tensor whose value is followed
 MOST_WRITTEN = 1 << 24  # elements of a tensor that is written in parts
-SHAPED_BY_DATA = frozenset(
-    "nonzero masked_select _unique2 unique_dim unique_consecutive bincount repeat_interleave".split()
-)
+SHAPED_BY_DATA = frozenset((
+    "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount",
+    "repeat_interleave",
+))  # fmt: skip
 INDEXED = frozenset(("index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"))
 
 PICKED = frozenset(("index", "index_select", "_unsafe_index"))
@@ -105,7 +106,7 @@ class Watching(TorchDispatchMode):
         """An index as integers, one for each dim: a mask that is not known picks everything."""
         if each is None or each.dtype not in (torch.bool, torch.uint8):
             return (each,)
-        mask = self.value(each) if self.on_meta else each.inner
+        mask = self.value(each) if self.on_meta else each.inside
         if mask is None:
             mask = self._everywhere(each)
         places = mask.nonzero()
@@ -123,7 +124,7 @@ class Watching(TorchDispatchMode):
     def _run(self, func: Any, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The result on what is inside, and its value or None."""
         if not self.on_meta:
-            return func(*inner(args), **inner(kwargs)), None
+            return func(*insides(args), **insides(kwargs)), None
         if name == "_local_scalar_dense":
             return self._number(args[0]), None
         tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Labelled)]
@@ -139,9 +140,9 @@ class Watching(TorchDispatchMode):
         if name == "equal":
             return self._is_equal(args)
         if name == "_grouped_mm":  # takes only bfloat16 on the meta device
-            x, w = inner(args[:2])
+            x, w = insides(args[:2])
             return x.new_empty((*x.shape[:-1], w.shape[-1])), None
-        out = func(*inner(args), **_on(inner(kwargs), "meta"))
+        out = func(*insides(args), **_on(insides(kwargs), "meta"))
         outs = [each for each in tree_flatten(out)[0] if isinstance(each, Tensor)]
         if is_known and is_small and sum(each.numel() for each in outs) <= MOST_KNOWN:
             return self._by_value(func, args, kwargs)
@@ -203,9 +204,8 @@ class Watching(TorchDispatchMode):
         if any(out.numel() == 0 for out in outs) and len(outs) == 1:
             return [() for _ in outs]
         kind = kind_of(func)
-        if kind == "move":
-            if isinstance(args[0], Labelled) or name in ("cat", "stack"):
-                return move(func, args, kwargs, outs, self.record)
+        if kind == "move" and (isinstance(args[0], Labelled) or name in ("cat", "stack")):
+            return move(func, args, kwargs, outs, self.record)
         rule = RULES.get(name) or RULES.get(f"kind:{kind}")
         if rule is None:
             self.record.unknown[name] = self.record.unknown.get(name, 0) + 1
@@ -253,7 +253,7 @@ class Watching(TorchDispatchMode):
             return
         zero = np.zeros((1,) * base.dim(), dtype=np.int64)
         array = expanded(base.factors[0] if base.factors else zero, base.shape).clone()
-        view = func(array, *inner(args), **inner(kwargs))
+        view = func(array, *insides(args), **insides(kwargs))
         view = view if which is None else view[which]
         view.copy_(expanded(factors[0], view.shape))
         small: Labels | None = compress(array.numpy(), self.record)

@@ -78,9 +78,9 @@ def watch(
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > MOST_COPIED:
         raise PlanError(
-            f"the forward cannot run on the meta device ({_told(first)}), and {size} parameters are "
-            f"too many to watch it on a copy on the CPU (at most {MOST_COPIED}). Give a smaller "
-            "model of the same kind, or inputs on the CPU."
+            f"the forward cannot run on the meta device ({_told(first)}), and {size} parameters "
+            f"are too many for a copy on the CPU (at most {MOST_COPIED}). Give inputs on the CPU, "
+            "or a smaller model of the same kind."
         ) from first
     try:
         twin = _small_copy(model)
@@ -120,13 +120,15 @@ def _small_copy(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     for module in twin.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, each in tensors.items():
+        for kind in ("_parameters", "_buffers"):
+            for name, each in vars(module)[kind].items():
                 if each is None:
                     continue
                 made = _material(each.detach(), generator)
                 is_parameter = isinstance(each, nn.Parameter)
-                tensors[name] = nn.Parameter(made, requires_grad=False) if is_parameter else made
+                module.__dict__[kind][name] = (
+                    nn.Parameter(made, requires_grad=False) if is_parameter else made
+                )
     return twin
 
 
@@ -148,7 +150,7 @@ def _watched(
     names: dict[int, str] = {}
     tied: dict[str, str] = {}
     labels: dict[Key, Labels] = {}
-    marked: dict[str, Labelled] = {}
+    marked: dict[str, Tensor] = {}
     by_id: dict[int, Labelled] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -158,7 +160,8 @@ def _watched(
             continue
         names[id(parameter)] = name
         shapes[name] = tuple(parameter.shape)
-        marked[name] = by_id[id(parameter)] = _mark(name, parameter, labels, record, on_meta)
+        by_id[id(parameter)] = _mark(name, parameter, labels, record, on_meta)
+        marked[name] = by_id[id(parameter)]
     mode = Watching(record, by_id, on_meta=on_meta, leaves_last=leaves_last)
     with _left_as_it_was(model), ExitStack() as stack:
         for name, module in model.named_modules():
@@ -226,10 +229,10 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _randomness_kept() -> Iterator[None]:
     """The states of all generators afterwards are those before."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:
             yield
         finally:
             random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
+            np.random.set_state(states[1])
