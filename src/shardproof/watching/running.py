@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from shardproof.watching import contractions, lookups
-from shardproof.watching.atoms import Labels
+from shardproof.watching.atoms import Labels, distinct
 from shardproof.watching.factors import Factors, compress, varying
 from shardproof.watching.kinds import is_random, is_view, kind_of, name_of, written
 from shardproof.watching.labelled import Labelled, insides
@@ -231,8 +231,8 @@ class Watching(TorchDispatchMode):
             result = Labelled(
                 each, labels, value=known[place], parameter=parameter, is_data=is_data
             )
-            if parameter and isinstance(args[0], Labelled) and _is_moved(func, args, labels):
-                result.sources = args[0].sources
+            if parameter and isinstance(args[0], Labelled) and args[0].sources:
+                result.sources = self._sources(func, args[0], labels)
             self.record.lay_out(labels, name_of(func), is_parameter=parameter is not None)
             if is_view(func) and isinstance(args[0], Labelled):
                 which = place if len(outs) > 1 else None
@@ -240,6 +240,23 @@ class Watching(TorchDispatchMode):
             made.append(result)
             number += 1
         return made
+
+    def _sources(self, func: Any, x: Labelled, labels: Factors) -> tuple[int, ...]:
+        """The parameter's dims of the factors of what was made of it alone; empty if not known."""
+        if kind_of(func) == "move" and name_of(func) not in ("cat", "stack"):
+            if len(labels) == len(x.factors):
+                return x.sources
+        elif name_of(func) not in PICKED:
+            return x.sources if [*map(varying, labels)] == [*map(varying, x.factors)] else ()
+        found, left = [], list(zip(x.sources, x.factors, strict=True))
+        for factor in labels:  # some are gone: those that stay have the same labels
+            units = distinct(self.record.atoms.roots(factor))
+            while left and not np.array_equal(units, distinct(self.record.atoms.roots(left[0][1]))):
+                left.pop(0)
+            if not left:
+                return ()
+            found.append(left.pop(0)[0])
+        return tuple(found)
 
     def _write(self, target: Labelled, factors: Factors) -> None:
         """A tensor is written: it has the labels of what was written, and so has what it views."""
@@ -258,16 +275,6 @@ class Watching(TorchDispatchMode):
         view.copy_(expanded(factors[0], view.shape))
         small: Labels | None = compress(array.numpy(), self.record)
         self._write(base, () if small is None else (small,))
-
-
-def _is_moved(func: Any, args: Any, labels: Factors) -> bool:
-    """Whether the first argument's factors are the result's, in order."""
-    if kind_of(func) == "move" and name_of(func) not in ("cat", "stack"):
-        return len(labels) == len(args[0].factors)
-    places = [varying(factor) for factor in labels]
-    return places == [varying(factor) for factor in args[0].factors] and (
-        args[0].dim() == (labels[0].ndim if labels else 0)
-    )
 
 
 def _shell(each: Tensor) -> Tensor:
