@@ -313,3 +313,33 @@ def test_rows_are_cut_alone_where_too_little_is_cut() -> None:
     assert choice.share >= 0.9
     alone = of(choice, "kv_a.weight")
     assert (alone.kind, dict(alone.dims)) == ("row", {("kv_a.weight", 1): (Block(12, 0, 1),)})
+
+
+class Odd(nn.Module):
+    """A weight goes into an operation without a rule; another is written before it is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bilinear, self.block = nn.Bilinear(12, 12, 20), models.Gated()
+        self.out = nn.Linear(20, 12)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            self.block.down.weight.div_(2)
+        return self.out(self.bilinear(x, x).relu()), self.block.up(x) + self.block(x).sum()
+
+
+def test_a_weight_is_never_gathered() -> None:
+    watched = watch(Odd(), (hidden(),))
+    assert watched.record.unknown == {"_trilinear": 1}
+    choice = choose(families(watched), watched, enough=0.0)
+    assert choice.whole["bilinear.weight"].endswith(
+        "'_trilinear (no rule)' in 'bilinear' needs it whole."
+    )
+
+
+def test_what_the_model_returns_cut_is_told() -> None:
+    family = of(look(Odd(), hidden()), "block.up.weight")
+    assert {event.what for event in family.events} == {"output", "reduce"}
+    reduce = next(event for event in family.events if event.what == "reduce")
+    assert (reduce.parameter, reduce.dim) == ("block.down.weight", 1)

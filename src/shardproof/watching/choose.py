@@ -98,7 +98,13 @@ def _weight(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 def _worth(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> tuple[float, int]:
     """Matrices that are cut for each collective, then weights."""
-    sent = len({(event.op, event.module, event.parameter) for event in family.events})
+    sent = len(
+        {
+            (event.op, event.module, event.parameter)
+            for event in family.events
+            if event.what != "output"
+        }
+    )
     matrices = len({name for name, _ in family.dims if len(shapes[name]) > 1})
     return matrices / max(sent, 1), _weight(family, shapes)
 
@@ -159,7 +165,7 @@ def _reason(key: Key, number: int, found: Sequence[Family], chosen: set[int]) ->
 
 def _blocking(family: Family, name: str) -> Event | None:
     """The operation that needs a dim whole; of several one in the parameter's own module."""
-    events = [event for event in family.events if event.what in ("gather", "sum")]
+    events = [event for event in family.events if event.what in ("gather", "sum", "weight")]
     own = [event for event in events if event.module == name.rpartition(".")[0]]
     return next(iter([*own, *events]), None)
 

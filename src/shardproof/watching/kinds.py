@@ -53,7 +53,10 @@ LINES = {
 }  # fmt: skip
 SUMS = frozenset(("sum", "mean", "nansum"))
 # Of those in LINES: one pass over sums, or two; small things are sent, not the lines themselves.
-LIKE_SUMS = frozenset(("var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm"))
+LIKE_SUMS = frozenset((
+    "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "any", "all",
+    "count_nonzero",
+))  # fmt: skip
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -149,20 +148,18 @@ def write_rows(
 def write_places(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """Values that are written at places; their last dims are the tensor's that no index tells."""
+    """Values that are written at places."""
     x, indices, source = args[:3]
     name, nd = name_of(func), outs[0].dim()
-    told = len([each for each in indices if each is not None])
-    free = [dim for dim in range(nd) if dim >= len(indices) or indices[dim] is None]
-    operands: list[Operand] = []
-    for factor in factors_of(x):
-        operands.append((factor, False))
+    dims = _value_dims(indices, nd)
+    operands: list[Operand] = [(factor, False) for factor in factors_of(x)]
     for factor in factors_of(source):
-        tail = len(free) if free == list(range(nd - len(free), nd)) and told else 0
-        if factor.ndim and all(dim >= factor.ndim - tail for dim in varying(factor)):
-            last = factor.reshape(-1) if factor.ndim == 0 else factor
-            last = last.reshape(last.shape[max(0, last.ndim - tail) :] if tail else (1,))
-            fitted = aligned_to(last, nd)
+        mine = dims[len(dims) - factor.ndim :]
+        if all(mine[dim] is not None for dim in varying(factor)):
+            shape = [1] * nd
+            for dim in varying(factor):
+                shape[mine[dim] or 0] = factor.shape[dim]
+            fitted = factor.reshape(shape)
             if _fits(fitted, outs[0]):
                 operands.append((fitted, False))
                 continue
@@ -170,6 +167,12 @@ def write_places(
     return [combine(operands, name, record)]
 
 
-def aligned_to(factor: Labels, ndim: int) -> Labels:
-    """With leading dims of size 1."""
-    return np.reshape(factor, (1,) * (ndim - factor.ndim) + factor.shape)
+def _value_dims(indices: Any, ndim: int) -> list[int | None]:
+    """The tensor's dim of each dim of the values that are written; None: of the indices."""
+    told = [dim for dim, each in enumerate(indices) if each is not None]
+    free = [dim for dim in range(ndim) if dim not in told]
+    width = max((indices[dim].dim() for dim in told), default=0)
+    are_together = told == list(range(told[0], told[-1] + 1)) if told else True
+    before = [dim for dim in free if told and dim < told[0]] if are_together else []
+    after = [dim for dim in free if dim not in before]
+    return [*before, *[None] * width, *after]

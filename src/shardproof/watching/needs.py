@@ -90,7 +90,7 @@ def _whole(record: Record) -> NDArray[np.bool_]:
     whole = np.zeros(len(atoms), dtype=bool)
     done: set[int] = set()
     for seen in record.seen:
-        if seen.what in ("gather", "sum") and id(seen.atoms) not in done:
+        if seen.what in ("gather", "sum", "weight") and id(seen.atoms) not in done:
             done.add(id(seen.atoms))
             whole[atoms.roots(seen.atoms)] = True
     return whole

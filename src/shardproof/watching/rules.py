@@ -169,6 +169,23 @@ def restride(
     return [()]
 
 
+@rule("_weight_norm_interface")
+def weight_norm(
+    func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
+) -> list[Factors]:
+    """A weight (*), its norm over all dims but one, and what scales it."""
+    weight, scale = args[:2]
+    dim = args[2] if len(args) > 2 else 0
+    others = [each for each in range(weight.dim()) if each != dim]
+    operands: list[Operand] = [(f, True) for f in weight.factors]
+    operands += [(f, True) for f in factors_of(scale)]
+    for factor in weight.factors:
+        if varying(factor) and set(varying(factor)) <= set(others):
+            record.see("sum", "_weight_norm_interface", factor, weight.parameter)
+    made = combine(operands, "_weight_norm_interface", record)
+    return [made, tuple(f for f in made if set(varying(f)) <= {dim})]
+
+
 @rule("im2col")
 def patches(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record

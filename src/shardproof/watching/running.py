@@ -191,6 +191,8 @@ class Watching(TorchDispatchMode):
             target = args[places[0]] if places[0] < len(args) else kwargs.get("out")
             if isinstance(target, Labelled):
                 target.is_data = any(each.is_data for each in flat)
+                if target.sources:
+                    target.sources = self._sources(func, target, factors[0])
                 self._write(target, factors[0] if factors else ())
                 return target if len(outs) == 1 else tree_unflatten([target, *outs[1:]], spec)
             return tree_map(self.adopt, out)
@@ -246,17 +248,20 @@ class Watching(TorchDispatchMode):
         if kind_of(func) == "move" and name_of(func) not in ("cat", "stack"):
             if len(labels) == len(x.factors):
                 return x.sources
-        elif name_of(func) not in PICKED:
-            return x.sources if [*map(varying, labels)] == [*map(varying, x.factors)] else ()
-        found, left = [], list(zip(x.sources, x.factors, strict=True))
+        elif name_of(func) not in PICKED:  # the same dims, in some order
+            places = dict(zip(map(varying, x.factors), x.sources, strict=True))
+            found = [places.get(varying(factor)) for factor in labels]
+            is_clear = len(places) == len(x.factors) and None not in found
+            return tuple(each for each in found if each is not None) if is_clear else ()
+        kept, left = [], list(zip(x.sources, x.factors, strict=True))
         for factor in labels:  # some are gone: those that stay have the same labels
             units = distinct(self.record.atoms.roots(factor))
             while left and not np.array_equal(units, distinct(self.record.atoms.roots(left[0][1]))):
                 left.pop(0)
             if not left:
                 return ()
-            found.append(left.pop(0)[0])
-        return tuple(found)
+            kept.append(left.pop(0)[0])
+        return tuple(kept)
 
     def _write(self, target: Labelled, factors: Factors) -> None:
         """A tensor is written: it has the labels of what was written, and so has what it views."""

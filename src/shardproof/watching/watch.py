@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from shardproof.errors import PlanError, ShardproofError
 from shardproof.watching.atoms import Labels
@@ -172,7 +172,10 @@ def _watched(
         args, kwargs = tree_map(mode.take, given)
         stack.enter_context(torch.no_grad())
         stack.enter_context(mode)
-        torch.func.functional_call(model, marked, args, kwargs, tie_weights=False)
+        made = torch.func.functional_call(model, marked, args, kwargs, tie_weights=False)
+    for each in tree_leaves(made):
+        for factor in each.factors if isinstance(each, Labelled) else ():
+            record.see("output", "output", factor)
     device = "meta" if on_meta else "cpu"
     return Watched(record, labels, shapes, tied, device, why_cpu, time.perf_counter() - start)
 
@@ -190,7 +193,9 @@ def _mark(
             sources.append(dim)
     inside = parameter.detach()
     inside = inside.to("meta") if on_meta else inside.clone()
-    made = Labelled(inside, tuple(factors) if parameter.numel() else (), parameter=name)
+    if not parameter.numel():
+        return Labelled(inside, parameter=name)
+    made = Labelled(inside, tuple(factors), parameter=name)
     made.sources = tuple(sources)
     return made
 
