@@ -6,10 +6,11 @@ from math import prod
 
 from shardproof.units import Block, Units
 from shardproof.watching.families import Event, Family
-from shardproof.watching.watch import Key, Watched
+from shardproof.watching.watch import Watched
 
 ORDER = ("pair", "pair with sums", "vocabulary", "gathered")
 SMALL = 0.02  # of all weights: less than that is not worth an extra collective
+ALONE = ("vocabulary", "gathered")  # one matrix, with a collective of its own
 ENOUGH = 0.9  # of the weights of matrices: where fewer are cut, some are cut alone
 
 
@@ -38,16 +39,18 @@ def choose(found: Sequence[Family], watched: Watched, *, enough: float = ENOUGH)
             cut alone, each with an all-reduce of its own.
     """
     shapes = watched.shapes
-    total = sum(prod(shape) for shape in shapes.values()) or 1
     taken: set[str] = set()
     chosen: set[int] = set()
+    small: set[int] = set()
     for kind in ORDER:
         ours = [number for number, family in enumerate(found) if family.kind == kind]
         for number in sorted(ours, key=lambda n: _worth(found[n], shapes), reverse=True):
             family = found[number]
             names = {name for name, _ in family.dims}
-            is_small = kind == "gathered" and _weight(family, shapes) < SMALL * total
-            if is_small or names & taken or family.crosses & chosen or _is_twice(family):
+            if kind in ALONE and _is_small(family, taken, shapes):
+                small.add(number)
+                continue
+            if names & taken or family.crosses & chosen:
                 continue
             chosen.add(number)
             taken |= names
@@ -55,7 +58,8 @@ def choose(found: Sequence[Family], watched: Watched, *, enough: float = ENOUGH)
     taken |= {name for family in alone for name, _ in family.dims}
     cut = sum(prod(shapes[name]) for name in taken if len(shapes[name]) > 1)
     matrices = sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
-    whole = {name: _why(name, found, chosen, watched) for name in shapes if name not in taken}
+    why = _Why(found, chosen, small, taken, watched)
+    whole = {name: why.sentence(name) for name in shapes if name not in taken}
     families = (*(found[n] for n in sorted(chosen)), *alone)
     return Choice(families, whole, cut / max(matrices, 1))
 
@@ -109,58 +113,73 @@ def _worth(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> tuple[float
     return matrices / max(sent, 1), _weight(family, shapes)
 
 
-def _is_twice(family: Family) -> bool:
-    """Whether it has one parameter along two dims."""
-    names = [name for name, _ in family.dims]
-    return len(names) != len(set(names))
+def _is_small(family: Family, taken: set[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether it is not worth a collective: little of the model, and less than another matrix."""
+    weight = _weight(family, shapes)
+    largest = max((prod(shapes[name]) for name in taken), default=0)
+    return weight < SMALL * sum(prod(shape) for shape in shapes.values()) and weight < largest
 
 
-def _why(name: str, found: Sequence[Family], chosen: set[int], watched: Watched) -> str:
-    """Why a parameter stays whole, in one sentence."""
-    if name not in watched.record.used:
-        return "It is never used in the watched forward."
-    reasons: dict[str, list[int]] = {}
-    for number, family in enumerate(found):
-        for key in (*family.dims, *family.whole):
-            if key[0] == name:
-                reasons.setdefault(_reason(key, number, found, chosen), []).append(key[1])
-    if not reasons:
-        return "It has one element along each dim."
-    if len(reasons) == 1:
-        told = next(iter(reasons))
+@dataclass(frozen=True)
+class _Why:
+    """Why parameters stay whole.
+
+    Attributes:
+        found: all families.
+        chosen: numbers of those that are cut.
+        small: numbers of those that are not worth a collective.
+        taken: parameters that are cut.
+        watched: the forward.
+    """
+
+    found: Sequence[Family]
+    chosen: set[int]
+    small: set[int]
+    taken: set[str]
+    watched: Watched
+
+    def sentence(self, name: str) -> str:
+        """Why a parameter stays whole, in one sentence."""
+        if name not in self.watched.record.used:
+            return "It is never used in the watched forward."
+        reasons: dict[str, list[int]] = {}
+        for number, family in enumerate(self.found):
+            for key in (*family.dims, *family.whole):
+                if key[0] == name:
+                    reasons.setdefault(self._reason(name, number), []).append(key[1])
+        if not reasons:
+            return "It has one element along each dim."
+        parts = [*reasons]
+        if len(reasons) > 1:
+            parts = [f"along dim {dims[0]} {reason}" for reason, dims in reasons.items()]
+        told = "; ".join(parts)
         return f"{told[0].upper()}{told[1:]}."
-    parts = [f"along dim {dims[0]} {reason}" for reason, dims in reasons.items()]
-    told = "; ".join(parts)
-    return f"{told[0].upper()}{told[1:]}."
 
-
-def _reason(key: Key, number: int, found: Sequence[Family], chosen: set[int]) -> str:
-    """What keeps one dim of a parameter from being cut."""
-    family = found[number]
-    if number in chosen:
-        return f"every unit of {family.name!r} needs all of it"
-    event = _blocking(family, key[0])
-    if event is not None:
-        does = "adds up over it" if event.what == "sum" else "needs it whole"
-        return f"{_told(event)} {does}"
-    if family.units.count < 2:
-        return "all of it belongs to one unit"
-    if family.units.breaks == (0,):
-        return "a view in the forward mixes its units"
-    if not family.has_matrix:
-        return "no operation joins it with a matrix that could be cut"
-    rivals = family.crosses & chosen
-    if rivals:
-        return f"an activation that has it is cut as {found[min(rivals)].name!r}"
-    if _is_twice(family):
-        return "a parameter would be cut along two dims"
-    if family.kind:
-        return "others that would be cut with it are cut along another dim, or it is small"
-    return (
-        f"{_told(family.events[0])} would send it"
-        if family.events
-        else ("no operation joins it with anything that could be cut")
-    )
+    def _reason(self, name: str, number: int) -> str:
+        """What keeps one dim of a parameter from being cut."""
+        family = self.found[number]
+        if number in self.chosen:
+            return f"every unit of {family.name!r} needs all of it"
+        event = _blocking(family, name)
+        if event is not None:
+            return (
+                f"{_told(event)} {'adds up over it' if event.what == 'sum' else 'needs it whole'}"
+            )
+        if family.units.count < 2:
+            return "all of it belongs to one unit"
+        if family.units.breaks == (0,):
+            return "a view in the forward mixes its units"
+        if not family.has_matrix:
+            return "no operation joins it with a matrix that could be cut"
+        rivals = family.crosses & self.chosen
+        if rivals:
+            return f"an activation that has it is cut as {self.found[min(rivals)].name!r}"
+        if number in self.small:
+            return "it is too small to be worth a collective"
+        others = [other for other, _ in family.dims if other in self.taken and other != name]
+        if others:
+            return f"it would be cut with {others[0]!r}, which is cut along another dim"
+        return "a cut of it alone would need an all-reduce of its own"
 
 
 def _blocking(family: Family, name: str) -> Event | None:

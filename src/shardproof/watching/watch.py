@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,8 +37,8 @@ class Watched:
         seconds: how long it took.
     """
 
-    record: Record
-    labels: Mapping[Key, Labels]
+    record: Record = field(repr=False)
+    labels: Mapping[Key, Labels] = field(repr=False)
     shapes: Mapping[str, tuple[int, ...]]
     tied: Mapping[str, str]
     device: str
