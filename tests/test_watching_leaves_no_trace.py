@@ -105,3 +105,14 @@ def test_gradients_are_not_needed_and_not_made() -> None:
 def test_a_tensor_of_no_elements_is_no_trouble() -> None:
     watched = watch(models.Gated(), (torch.rand(0, 3, 12),))
     assert watched.device == "meta"
+
+
+def test_a_large_model_that_looks_at_data_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Looks(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[: torch.unique(self.weight.round()).numel()]
+
+    assert watch(Looks(4, 4), (torch.rand(20, 4),)).device == "cpu"
+    monkeypatch.setattr("shardproof.watching.forward.MOST_COPIED", 19)
+    with pytest.raises(PlanError, match=r"20 parameters are too many .* \(at most 19\)"):
+        watch(Looks(4, 4), (torch.rand(20, 4),))

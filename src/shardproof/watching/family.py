@@ -8,9 +8,9 @@ import numpy as np
 from shardproof.units import Block, Units, blocks_of
 from shardproof.watching.atoms import Atoms, Labels, distinct
 from shardproof.watching.boundaries import Box, Numbering, boundaries
+from shardproof.watching.forward import Key, Watched
 from shardproof.watching.needs import Needs, coarsen, settle_needs
 from shardproof.watching.record import Seen
-from shardproof.watching.watch import Key, Watched
 
 
 @dataclass(frozen=True)
@@ -192,14 +192,7 @@ class _Finder:
         is_live = total >= 2
         numbering = self._numbering(keys, live if is_live else mine)
         events = [e for e in seen if not is_live or e.what not in ("gather", "sum", "weight")]
-        dims: dict[Key, tuple[Block, ...]] = {}
-        whole: list[Key] = []
-        for key in keys:
-            numbers = numbering.numbers(self.roots[key])
-            if (numbers == numbering.whole).all():
-                whole.append(key)
-            else:
-                dims[key] = blocks_of(numbers)
+        dims, whole = self._dims(keys, numbering)
         for key in _second_dims(dims, events):
             del dims[key]  # what it makes is whole, and is cropped where it meets what is cut
             whole.append(key)
@@ -226,6 +219,20 @@ class _Finder:
             any(len(shapes[parameter]) > 1 for parameter, _ in keys),
         )
         return replace(made, kind=kind_of_family(made, shapes, self.record.used))
+
+    def _dims(
+        self, keys: list[Key], numbering: Numbering
+    ) -> tuple[dict[Key, tuple[Block, ...]], list[Key]]:
+        """Dims in which something is apart, and those that every unit needs whole."""
+        dims: dict[Key, tuple[Block, ...]] = {}
+        whole: list[Key] = []
+        for key in keys:
+            numbers = numbering.numbers(self.roots[key])
+            if (numbers == numbering.whole).all():
+                whole.append(key)
+            else:
+                dims[key] = blocks_of(numbers)
+        return dims, whole
 
     def _mine(self, key: Key, number: int) -> Labels:
         """Units of a dim that are of the family and not shared."""

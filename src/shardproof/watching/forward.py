@@ -65,16 +65,19 @@ def watch(
     """
     start = time.perf_counter()
     given = (tuple(args), dict(kwargs or {}))
-    first: Exception | None = None
+    failed: list[Exception] = []
     for leaves_last in (False, True):  # the last of a mask may stand for "none" (no expert)
         try:
             return _watched(model, given, start=start, leaves_last=leaves_last)
         except ShardproofError:
             raise
         except Exception as error:  # whatever a model's code raises where it looks at data
-            first = first or error
-    if first is None:
-        raise AssertionError
+            failed.append(error)
+    return _watched_on_cpu(model, given, failed[0], start)
+
+
+def _watched_on_cpu(model: nn.Module, given: Any, first: Exception, start: float) -> Watched:
+    """On a copy with numbers, for a forward that cannot run on the meta device."""
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > MOST_COPIED:
         raise PlanError(
@@ -83,8 +86,7 @@ def watch(
             "or a smaller model of the same kind."
         ) from first
     try:
-        twin = _small_copy(model)
-        return _watched(twin, given, why_cpu=_told(first), start=start)
+        return _watched(_small_copy(model), given, why_cpu=_told(first), start=start)
     except Exception as error:  # the same
         raise PlanError(_why_it_failed(model, given, error)) from error
 

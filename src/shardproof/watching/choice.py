@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from math import prod
 
 from shardproof.units import Block, Units
-from shardproof.watching.families import Event, Family
-from shardproof.watching.watch import Watched
+from shardproof.watching.family import Event, Family
+from shardproof.watching.forward import Watched
 
 ORDER = ("pair", "pair with sums", "vocabulary", "gathered")
 SMALL = 0.02  # of all weights: less than that is not worth an extra collective
