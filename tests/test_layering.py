@@ -26,17 +26,17 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("autograd", "checking", "core", "extras", "leaves", "runs", "telling", "tree"),
     ("heads", "observing", "overlap", "scheme", "timeout", "units"),
     ("block_layout",),
-    # One forward, watched: what of a model can be cut apart.
+    # One forward of any module, and what of it can be cut apart: labels, rules, families.
     ("watching.atoms", "watching.kinds"),
     ("watching.record",),
     ("watching.factors",),
     ("watching.labelled", "watching.needs"),
     ("watching.boundaries", "watching.moving", "watching.rules"),
-    ("watching.contractions", "watching.lookups"),
+    ("watching.contractions", "watching.lookups", "watching.norms"),
     ("watching.running",),
-    ("watching.watch",),
-    ("watching.families",),
-    ("watching.choose",),
+    ("watching.forward",),
+    ("watching.family",),
+    ("watching.choice",),
     ("watching.__init__",),
     # Bytes between ranks.
     ("transport.ledger", "transport.notes"),

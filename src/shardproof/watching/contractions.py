@@ -154,9 +154,9 @@ def _grouped_channels(
         operands.append((factor, False))
     for factor in ws:
         if varying(factor) == (0,):
-            whole = reduce_lines(factor.reshape(groups, -1), (1,), record) if transposed else None
-            if whole is not None:
-                factor = np.repeat(np.broadcast_to(whole, (groups, 1)), each, 1)
+            if transposed:
+                channels = reduce_lines(factor.reshape(groups, -1), (1,), record)
+                factor = np.repeat(np.broadcast_to(channels, (groups, 1)), each, 1)
             operands.append((place(factor, 1, out.dim()), True))
         elif varying(factor):  # channels inside every group: all groups need them
             record.join_all(factor)

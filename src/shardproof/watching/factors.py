@@ -207,6 +207,8 @@ def are_independent(left: Labels, right: Labels, record: Record) -> bool:
     shape = np.broadcast_shapes(left.shape, right.shape)
     a = record.atoms.roots(np.broadcast_to(left, shape)).ravel()
     b = record.atoms.roots(np.broadcast_to(right, shape)).ravel()
+    if np.array_equal(a, b):
+        return False
     both = (a > 0) & (b > 0)
     pairs = len(unique_pairs(np.stack([a[both], b[both]], axis=1)))
     count = len(distinct(a[both])), len(distinct(b[both]))

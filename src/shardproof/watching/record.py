@@ -1,4 +1,4 @@
-"""What one watched forward says about the labels: who is joined, who needs whom, what would be sent."""
+"""What one watched forward says about labels: which are joined or needed, what would be sent."""
 
 from dataclasses import dataclass, field
 
@@ -15,7 +15,8 @@ class Seen:
 
     Attributes:
         what: "reduce" (a contraction with a parameter leaves partial sums), "sum" (any other sum
-            over them), "gather" (it needs them all), "lookup" (rows picked by an index).
+            over them), "gather" (it needs them all), "weight" (it needs all of a parameter),
+            "lookup" (rows picked by an index), "output" (the model returns them).
         op: the operation.
         module: name of the innermost module that ran it.
         atoms: the labels.
@@ -97,6 +98,8 @@ class Record:
         dim: int | None = None,
     ) -> None:
         """Note an operation that would need something sent."""
+        if what == "gather" and parameter is not None:
+            what = "weight"
         atoms = distinct(self.atoms.roots(factor))
         atoms = atoms[atoms > 0]
         if not atoms.size:
