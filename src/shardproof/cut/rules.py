@@ -2,6 +2,7 @@
 
 from shardproof.cut import (
     calls,
+    channels,
     conv,
     einsum,
     foreign,
@@ -9,6 +10,7 @@ from shardproof.cut import (
     linear,
     lines,
     lookup,
+    losses,
     moves,
     others,
     pointwise,
@@ -16,6 +18,7 @@ from shardproof.cut import (
 
 __all__ = [
     "calls",
+    "channels",
     "conv",
     "einsum",
     "foreign",
@@ -23,6 +26,7 @@ __all__ = [
     "linear",
     "lines",
     "lookup",
+    "losses",
     "moves",
     "others",
     "pointwise",
