@@ -56,7 +56,7 @@ def product(x: Any, weight: Any, bias: Any, *, is_transposed: bool, func: Any = 
     if isinstance(weight, CutTensor):
         cut, region = weight.spec.cut, weight.spec.region
         place = region.place(cut, weight.who)
-        if isinstance(x, CutTensor) and x.spec.dim == last and is_finer(cut, x.spec.cut, x.spec):
+        if isinstance(x, CutTensor) and x.spec.dim == last:
             part = refined(x, cut).local
         else:
             if isinstance(x, CutTensor):
@@ -161,8 +161,6 @@ def batched(a: Any, b: Any) -> Any:
         y = _batched_column(b.transpose(-2, -1), a.transpose(-2, -1), (*shape[:-2], *shape[:-3:-1]))
         return y.transpose(-2, -1)
     finest = _finest(a, b)
-    if finest is None:
-        return gathered(torch.matmul, "matmul of two cuts", (a, b), {})
     spec = region.spec(shape, dim, finest.spec.cut)
     parts = [_as_operand(each, side, spec, finest) for side, each in enumerate((a, b))]
     y = invariant(region, torch.matmul, finest.who)(*parts)
@@ -206,16 +204,16 @@ def _role(x: CutTensor, side: int, dims: int) -> Any:
     return dims + dim
 
 
-def _finest(a: Any, b: Any) -> CutTensor | None:
+def _finest(a: Any, b: Any) -> CutTensor:
     cuts = [each for each in (a, b) if isinstance(each, CutTensor)]
     best = cuts[0]
     for other in cuts[1:]:
         if other.spec.cut == best.spec.cut:
             continue
-        if is_finer(other.spec.cut, best.spec.cut, best.spec):
+        if not is_finer(best.spec.cut, other.spec.cut, best.spec) and is_finer(
+            other.spec.cut, best.spec.cut, best.spec
+        ):
             best = other
-        elif not is_finer(best.spec.cut, other.spec.cut, best.spec):
-            return None
     return best
 
 
@@ -240,9 +238,10 @@ def _contracted(a: Any, b: Any) -> Any:
     x = a if isinstance(a, CutTensor) else b
     place = x.spec.region.place(x.spec.cut, x.who)
     if isinstance(a, CutTensor) and isinstance(b, CutTensor):
-        if a.spec.cut != b.spec.cut:
-            return gathered(torch.matmul, "matmul of two cuts", (a, b), {})
-        return crossings.contract(a.local, b.local, place)
+        best = _finest(a, b)
+        place = best.spec.region.place(best.spec.cut, best.who)
+        a, b = (refined(each, best.spec.cut).local for each in (a, b))
+        return crossings.contract(a, b, place)
     if isinstance(a, CutTensor):
         return crossings.contract(a.local, crossings.take(b, b.dim() - 2, place), place)
     return crossings.contract(crossings.take(a, a.dim() - 1, place), b.local, place)

@@ -250,12 +250,6 @@ def _normed_across(x: Any, dims: tuple[int, ...], eps: float | None, *, is_centr
     return x * torch.rsqrt((x * x).mean(dims, keepdim=True) + eps)
 
 
-@rule("group_norm")
-def group_norm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Groups that each rank holds whole are its own lines."""
-    return gathered(func, name, args, kwargs)
-
-
 # Name -> how many of the last dims it uses.
 _SPATIAL = {
     **{

@@ -10,13 +10,14 @@ from torch import Tensor
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor
 from shardproof.functional import crossings
-from shardproof.units import CutDim
+from shardproof.units import CutDim, Shared
 
 
 def common(tensors: Sequence[Any], shape: tuple[int, ...]) -> tuple[Spec, str] | None:
     """How a result of that shape is cut, from operands that broadcast to it.
 
-    None: they are cut along several dims, or in ways of which none is the finer.
+    Of cuts along one dim it is the finest; the first, if none is. None: they are cut along several
+    dims.
     """
     finest: CutTensor | None = None
     dim = -1
@@ -30,10 +31,10 @@ def common(tensors: Sequence[Any], shape: tuple[int, ...]) -> tuple[Spec, str] |
         elif place != dim:
             return None
         elif x.spec.cut is not finest.spec.cut:
-            if is_finer(x.spec.cut, finest.spec.cut, finest.spec):
+            if not is_finer(finest.spec.cut, x.spec.cut, finest.spec) and is_finer(
+                x.spec.cut, finest.spec.cut, finest.spec
+            ):
                 finest = x
-            elif not is_finer(finest.spec.cut, x.spec.cut, finest.spec):
-                return None
     assert finest is not None  # noqa: S101 - a rule is asked where a tensor is cut
     return finest.spec.region.spec(shape, dim, finest.spec.cut), finest.who
 
@@ -57,17 +58,39 @@ def freed(x: CutTensor) -> Tensor:
 
 
 def is_finer(one: CutDim, other: CutDim, spec: Spec) -> bool:
-    """Whether every rank that holds an index of `one` holds it of `other` too."""
+    """Whether at every degree a rank that holds an index of `one` holds it of `other` too.
+
+    It asks nothing of this degree: which operand gives the cut decides the leaves of later sums.
+    """
     if one == other:
         return True
+    if one.shared != other.shared or one.size != other.size:
+        return False
     recipes = spec.region.recipes
     key = ("finer", one, other)
     if key not in recipes:
-        recipes[key] = all(
-            np.isin(one.held(rank), other.held(rank)).all() for rank in range(spec.region.axis.size)
-        )
+        pairs = np.unique(np.stack([one.labels, other.labels]), axis=1).T
+        recipes[key] = all(_goes_with(int(own), int(theirs), one.shared) for own, theirs in pairs)
     found: bool = recipes[key]
     return found
+
+
+def _goes_with(unit: int, other: int, shared: Shared) -> bool:
+    """Whether every rank that holds one unit holds another, at every degree."""
+    units = shared.units
+    needers = {unit} if unit < units.count else set(units.needers[unit - units.count])
+    if other >= units.count:
+        return unit == other or needers <= set(units.needers[other - units.count])
+    return all(_is_beside(each, other, shared) for each in needers)
+
+
+def _is_beside(one: int, other: int, shared: Shared) -> bool:
+    """Whether two units have one owner at every degree: in one leaf, or between two breaks."""
+    if shared.leaf_of[one] == shared.leaf_of[other]:
+        return True
+    breaks = shared.units.breaks
+    low, high = sorted((one, other))
+    return breaks is not None and not any(low < each <= high for each in breaks)
 
 
 def fitted(x: Any, spec: Spec, who: str) -> Tensor:
@@ -89,14 +112,21 @@ def fitted(x: Any, spec: Spec, who: str) -> Tensor:
 
 
 def refined(x: CutTensor, cut: CutDim) -> CutTensor:
-    """The same tensor, held as a finer cut holds it."""
+    """The same tensor, held as another cut holds it: served if that is finer, else gathered."""
     if x.spec.cut == cut:
         return x
     spec, region = x.spec, x.spec.region
     key = ("refined", spec, cut, x.who)
     if key not in region.recipes:
         places = region.place(spec.cut, x.who), region.place(cut, x.who)
-        index = np.arange(spec.shape[spec.dim])
+        index = np.arange(spec.shape[spec.dim]) if is_finer(cut, spec.cut, spec) else None
         region.recipes[key] = (*places, index, region.spec(spec.shape, spec.dim, cut))
     place, target, index, made = region.recipes[key]
-    return cut_tensor(crossings.serve(x.local, spec.dim, place, target, index), made, x.who)
+    if index is not None:
+        part = crossings.serve(x.local, spec.dim, place, target, index)
+    else:
+        region.gathered["cut in another way", x.who] = (
+            region.gathered.get(("cut in another way", x.who), 0) + 1
+        )
+        part = crossings.take(crossings.gather(x.local, spec.dim, place), spec.dim, target)
+    return cut_tensor(part, made, x.who)

@@ -2,6 +2,7 @@
 
 from shardproof.cut import (
     calls,
+    channels,
     checked,
     conv,
     einsum,
@@ -10,6 +11,7 @@ from shardproof.cut import (
     linear,
     lines,
     lookup,
+    losses,
     moves,
     others,
     pointwise,
@@ -17,6 +19,7 @@ from shardproof.cut import (
 
 __all__ = [
     "calls",
+    "channels",
     "checked",
     "conv",
     "einsum",
@@ -25,6 +28,7 @@ __all__ = [
     "linear",
     "lines",
     "lookup",
+    "losses",
     "moves",
     "others",
     "pointwise",

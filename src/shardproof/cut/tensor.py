@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from shardproof.checking import is_checked
 from shardproof.cut.spec import Spec
@@ -19,10 +20,8 @@ Rule = Callable[[Any, str, tuple[Any, ...], dict[str, Any]], Any]
 
 RULES: dict[str, Rule] = {}  # name of an operation -> its rule
 composed: list[Callable[..., Any]] = []  # takes ATen operations; `cut/others.py` puts it here
-checks: list[
-    Callable[..., Any]
-] = []  # runs a rule inside `checked()`; `cut/checked.py` puts it here
-_NAMES: dict[Any, str] = {}
+checks: list[Callable[..., Any]] = []  # runs rules inside `checked()`
+_NAMES: dict[Any, str] = {F.unfold: "im2col", F.fold: "col2im"}  # `Tensor.unfold` is another
 _ARITHMETIC = frozenset(
     """add sub mul div truediv floordiv mod pow matmul and or xor lshift rshift eq ne lt le gt ge neg
     pos abs invert getitem setitem""".split()  # noqa: SIM905

@@ -243,7 +243,9 @@ def _multiply(a: Tensor, b: Tensor) -> Tensor:
         return products.product(a, b)
     shape = (*a.shape[:-1], b.shape[-1])
     a, b = (_four_dims(widen(x)) for x in (a, b))
-    return product_by_head(a, b, rows=_OURS).view(shape).to(dtype)
+    y = product_by_head(a, b, rows=_OURS)
+    # Not a view of what nobody sees: such a result of an autograd function cannot be written to.
+    return torch.ops.aten._unsafe_view(y, shape).to(dtype)
 
 
 def _four_dims(x: Tensor) -> Tensor:
