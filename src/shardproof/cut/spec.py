@@ -57,6 +57,7 @@ class Region:
         forms: operation -> what computes it on a part.
         gathered: (operation, module) -> how often a tensor was gathered for want of a rule.
         variant: operation without an invariant form -> the module that called it first.
+        kept: `id` of every buffer of the model: whole, whatever is written to it.
     """
 
     def __init__(self, axis: Axis, scheme: Scheme) -> None:
@@ -67,6 +68,7 @@ class Region:
         self.forms: dict[Any, Any] = {}
         self.gathered: dict[tuple[str, str], int] = {}
         self.variant: dict[str, str] = {}
+        self.kept: set[int] = set()
         self._specs: dict[tuple[tuple[int, ...], int, CutDim], Spec] = {}
         self._places: dict[tuple[CutDim, str], Place] = {}
 
