@@ -103,8 +103,8 @@ def dims_of(name: str, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if given is None:
         if name in _LAST:
             return (x.dim() - 1,)
-        if name == "normalize":
-            return (1,)
+        if name in ("normalize", "msort"):
+            return (int(name == "normalize"),)
         return tuple(range(x.dim()))
     dims = given if isinstance(given, list | tuple) else (given,)
     return tuple(each % x.dim() for each in dims) or tuple(range(x.dim()))

@@ -1,12 +1,14 @@
 """How tensors that are cut, or whole, come to lie alike for one operation."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from shardproof.cut.others import whole
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor
 from shardproof.functional import crossings
@@ -57,10 +59,21 @@ def freed(x: CutTensor) -> Tensor:
     return x.local.new_zeros(x.shape) + x.local.sum()
 
 
+def are_alike(one: CutDim, other: CutDim) -> bool:
+    """Whether units of both are shared among the ranks in the same way, whatever they are called."""
+    a, b = one.shared, other.shared
+    return a is b or (a.leaves, a.degree, replace(a.units, name="")) == (
+        b.leaves,
+        b.degree,
+        replace(b.units, name=""),
+    )
+
+
 def is_finer(one: CutDim, other: CutDim, spec: Spec) -> bool:
     """Whether at every degree a rank that holds an index of `one` holds it of `other` too.
 
-    It asks nothing of this degree: which operand gives the cut decides the leaves of later sums.
+    Both by the same units: other leaves would be other sums. It asks nothing of this degree: which
+    operand gives the cut decides the leaves of later sums.
     """
     if one == other:
         return True
@@ -70,7 +83,9 @@ def is_finer(one: CutDim, other: CutDim, spec: Spec) -> bool:
     key = ("finer", one, other)
     if key not in recipes:
         pairs = np.unique(np.stack([one.labels, other.labels]), axis=1).T
-        recipes[key] = all(_goes_with(int(own), int(theirs), one.shared) for own, theirs in pairs)
+        recipes[key] = are_alike(one, other) and all(
+            _goes_with(int(own), int(theirs), one.shared) for own, theirs in pairs
+        )
     found: bool = recipes[key]
     return found
 
@@ -98,8 +113,11 @@ def fitted(x: Any, spec: Spec, who: str) -> Tensor:
     place = spec.dim - (len(spec.shape) - x.dim())
     if isinstance(x, CutTensor):
         if x.spec.dim == place and x.shape[place] == spec.shape[spec.dim]:
-            return refined(x, spec.cut).local
-        x = freed(x)
+            if is_finer(spec.cut, x.spec.cut, spec):
+                return refined(x, spec.cut).local
+            x = whole(x, "a tensor that is cut by other units")
+        else:
+            x = freed(x) if is_for_all(x) else whole(x, "a tensor that is cut along another dim")
     if place < 0 or x.shape[place] == 1 != spec.shape[spec.dim]:
         if x.requires_grad and torch.is_grad_enabled():
             where = spec.region.place(spec.cut, who)
@@ -118,10 +136,13 @@ def refined(x: CutTensor, cut: CutDim) -> CutTensor:
     spec, region = x.spec, x.spec.region
     key = ("refined", spec, cut, x.who)
     if key not in region.recipes:
-        places = region.place(spec.cut, x.who), region.place(cut, x.who)
-        index = np.arange(spec.shape[spec.dim]) if is_finer(cut, spec.cut, spec) else None
+        own = CutDim(cut.shared, spec.cut.blocks) if are_alike(cut, spec.cut) else spec.cut
+        places = region.place(own, x.who), region.place(cut, x.who)
+        index = tuple(range(spec.shape[spec.dim])) if is_finer(cut, spec.cut, spec) else None
         region.recipes[key] = (*places, index, region.spec(spec.shape, spec.dim, cut))
     place, target, index, made = region.recipes[key]
+    if place is target:
+        return cut_tensor(x.local, made, x.who)
     if index is not None:
         part = crossings.serve(x.local, spec.dim, place, target, index)
     else:
@@ -130,3 +151,9 @@ def refined(x: CutTensor, cut: CutDim) -> CutTensor:
         )
         part = crossings.take(crossings.gather(x.local, spec.dim, place), spec.dim, target)
     return cut_tensor(part, made, x.who)
+
+
+def one_along(x: CutTensor, dim: int) -> CutTensor:
+    """A stand-in of size 1 along a dim that is not cut: what is asked is how the others are cut."""
+    shape = (*x.shape[:dim], 1, *x.shape[dim + 1 :])
+    return CutTensor(x.local, x.spec.region.spec(shape, x.spec.dim, x.spec.cut), x.who)

@@ -244,9 +244,10 @@ def _result(
 ) -> tuple[Step, Spec | None]:
     """One result: a call on the part, and how it is cut."""
     cut = spec.cut
-    core = _core(out)
     if not out.numel():
-        raise Lost
+        made = _of_nothing(spec, out)
+        return _step(func, name, spec, args, kwargs, mine, _empty(made), made, place), made
+    core = _core(out)
     labels = torch.from_numpy(cut.labels)[core]
     dim, units = _where_units_vary(labels, spec, name, tuple(out.shape))
     order = units.movedim(dim, 0)[..., None].flatten(1)[:, 0].expand(out.shape[dim])
@@ -256,6 +257,19 @@ def _result(
     shape = tuple(out.shape[dim] if each == dim else n for each, n in enumerate(core.shape))
     expected = _narrowed(out, shape).index_select(dim, held)
     return _step(func, name, spec, args, kwargs, mine, expected, made, place), made
+
+
+def _of_nothing(spec: Spec, out: Tensor) -> Spec:
+    """How an empty view is cut: it still has the stride along the cut dim."""
+    size = spec.shape[spec.dim]
+    dims = [dim for dim in range(out.dim()) if out.shape[dim] == size and out.stride(dim)]
+    if size < 2 or len(dims) != 1 or out.stride(dims[0]) != 1:
+        raise Lost
+    return spec.region.spec(tuple(out.shape), dims[0], spec.cut)
+
+
+def _empty(made: Spec) -> Tensor:
+    return torch.empty(made.local_shape, dtype=torch.int64)
 
 
 def _where_units_vary(

@@ -167,6 +167,9 @@ _local = threading.local()
 
 def _taken_apart(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation of C++ on cut tensors: what it is made of comes back by `_of_aten`."""
+    from shardproof.cut.adopted import shown
+
+    args, kwargs = tree_map(shown, (args, kwargs), is_leaf=is_cut)
     outers: list[_Outer] = _local.__dict__.setdefault("outers", [])
     outers.append(_Outer())
     try:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from shardproof.cut.adopted import adopt
 from shardproof.cut.meet import common, fitted
 from shardproof.cut.others import gathered, invariant
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
@@ -116,6 +117,7 @@ _NAMES = [
     "logical_xor",
     "logit",
     "logsigmoid",
+    "log_sigmoid",
     "lt",
     "masked_fill",
     "maximum",
@@ -256,9 +258,9 @@ def _general(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _in_place(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Written to the part; a whole tensor that is written to takes the whole."""
     x = args[0]
-    if not isinstance(x, CutTensor):
-        return gathered(func, name, args, kwargs)
     flat, tree = tree_flatten((args, kwargs), is_leaf=lambda each: isinstance(each, CutTensor))
+    if not isinstance(x, CutTensor) and not _adopted(x, flat):
+        return gathered(func, name, args, kwargs)
     for place, each in enumerate(flat):
         if isinstance(each, CutTensor | Tensor) and each is not x:
             if torch.broadcast_shapes(each.shape, x.shape) != x.shape:
@@ -268,6 +270,15 @@ def _in_place(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     given, options = tree_unflatten(flat, tree)
     invariant(x.spec.region, func, x.who)(*given, **options)
     return x
+
+
+def _adopted(x: Tensor, operands: list[Any]) -> bool:
+    """Whether a whole tensor could take the cut of what is written to it."""
+    cuts = [each for each in operands if isinstance(each, CutTensor)]
+    if torch.broadcast_shapes(*(each.shape for each in cuts), x.shape) != x.shape:
+        return False
+    met = common(cuts, tuple(x.shape))
+    return met is not None and adopt(x, *met)
 
 
 @rule(*_LIKE, "rand_like", "randn_like")

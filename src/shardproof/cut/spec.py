@@ -59,6 +59,7 @@ class Region:
         called: modules whose own code calls, on whole tensors, what has a form of its own.
         drew: modules whose own code draws.
         variant: operation without an invariant form -> the module that called it first.
+        kept: `id` of every buffer of the model: whole, whatever is written to it.
     """
 
     def __init__(self, axis: Axis, scheme: Scheme) -> None:
@@ -71,6 +72,7 @@ class Region:
         self.variant: dict[str, str] = {}
         self.called: set[str] = set()
         self.drew: set[str] = set()
+        self.kept: set[int] = set()
         self._specs: dict[tuple[tuple[int, ...], int, CutDim], Spec] = {}
         self._places: dict[tuple[CutDim, str], Place] = {}
 
