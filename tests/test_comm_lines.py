@@ -443,8 +443,8 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
         torch.ones(len(run.route["rows"].owned(run.axis.rank)), IN), run.axis, **run.route
     ),
     (recut.to_rows, ""): Run.turned,
-    (block_comm.all_gather_along, ""): lambda run: block_comm.all_gather_along(
-        run.block_part, run.axis, dim=2, along=run.along, direction="forward"
+    (block_comm.all_gather_sizes, ""): lambda run: block_comm.all_gather_sizes(
+        run.block_part, run.axis, dim=2, sizes=tuple(map(len, run.each)), direction="forward"
     ),
     (block_comm.move, ""): lambda run: block_comm.move(
         run.block_part, run.axis, dim=2, have=run.each, want=run.each, direction="forward"

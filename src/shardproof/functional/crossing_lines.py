@@ -14,7 +14,7 @@ from shardproof.functional.classes import Reduction, check_reduction, counting_r
 from shardproof.functional.crossing_moves import checked_dim, gather, take
 from shardproof.functional.place import Place
 from shardproof.functional.vocabulary import vocab_cross_entropy, vocab_log_softmax
-from shardproof.gathers import all_gather_sizes
+from shardproof.block_comm import all_gather_sizes
 from shardproof.numerics.elementwise import widen
 from shardproof.numerics.sums import sum_all, sum_rows
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError
 from shardproof.functional.place import Place
-from shardproof.gathers import all_gather_sizes
+from shardproof.block_comm import all_gather_sizes
 
 
 class _Gather(torch.autograd.Function):
