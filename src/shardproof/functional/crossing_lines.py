@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from shardproof.autograd import once_differentiable
+from shardproof.block_comm import all_gather_sizes
 from shardproof.functional.classes import Reduction, check_reduction, counting_rows, reduce_rows
 from shardproof.functional.crossing_moves import checked_dim, gather, take
 from shardproof.functional.place import Place
 from shardproof.functional.vocabulary import vocab_cross_entropy, vocab_log_softmax
-from shardproof.block_comm import all_gather_sizes
 from shardproof.numerics.elementwise import widen
 from shardproof.numerics.sums import sum_all, sum_rows
 

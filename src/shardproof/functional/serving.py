@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from shardproof.autograd import once_differentiable
+from shardproof.block_comm import all_gather_sizes
 from shardproof.errors import ShapeError
 from shardproof.functional.crossing_moves import checked_dim
 from shardproof.functional.place import Place, Selection
-from shardproof.block_comm import all_gather_sizes
 from shardproof.numerics.matmul import node_dtype
 from shardproof.tree import Node, add_tensors, combine, nodes_of_run
 from shardproof.units import Indices
