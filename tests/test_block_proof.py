@@ -11,8 +11,9 @@ import shardproof as sp
 from blocks import HEAD, fused
 from invariance import normal
 from shardproof.axis import Axis
-from shardproof.block_comm import all_gather_along
 from shardproof.block_layout import BlockLayout, cut_layout
+from shardproof.functional.crossing_moves import joined
+from shardproof.functional.place import Place
 from shardproof.layers.cut_module import cut_parameters
 from shardproof.layers.registry import record_of
 from shardproof.leaves import Layout
@@ -31,8 +32,7 @@ class Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, layout: BlockLayout, axis: Axis) -> Tensor:
         ctx.layout, ctx.rank = layout, axis.rank
-        dim = layout.dim or 0
-        return all_gather_along(parameter, axis, dim=dim, along=layout.along, direction="forward")
+        return joined(parameter, layout.dim or 0, Place(axis, layout.along, Scheme()), "forward")
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

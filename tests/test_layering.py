@@ -76,7 +76,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("schedule",),
     ("told",),
     ("comm",),
-    ("collectives", "gathers", "recut"),
+    ("collectives", "recut"),
     ("block_comm",),
     (
         "functional.classes",

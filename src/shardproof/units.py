@@ -235,20 +235,17 @@ class CutDim:
         )
 
     @cached_property
-    def places_in_rank_order(self) -> Indices | None:
-        """Where each index lies in what the ranks own, in rank order; None if just there."""
-        order = np.concatenate(self._owned)
-        if np.array_equal(order, np.arange(self.size)):
-            return None
-        return np.argsort(order)
-
-    @cached_property
     def is_owned_once(self) -> bool:
         """True if no rank holds what it does not own."""
         return all(len(held) == len(own) for held, own in zip(self._held, self._owned, strict=True))
 
     def leaf_slices(self, rank: int) -> tuple[tuple[slice, ...], ...]:
-        """For every leaf that a rank owns, where its indices lie in what the rank holds."""
+        """For every leaf that a rank owns, where its indices lie in what the rank holds.
+
+        Two runs of the whole dim that lie side by side in what the rank holds are one slice here,
+        at one degree and not at another. So bring a leaf together (`runs.take`) before anything is
+        added; who adds run by run takes `functional.place.Place.pieces`.
+        """
         return self._leaf_slices[rank]
 
     @cached_property

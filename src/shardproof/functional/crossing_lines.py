@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from shardproof.autograd import once_differentiable
+from shardproof.block_comm import all_gather_sizes
 from shardproof.functional.classes import Reduction, check_reduction, counting_rows, reduce_rows
 from shardproof.functional.crossing_moves import checked_dim, gather, take
 from shardproof.functional.place import Place
 from shardproof.functional.vocabulary import vocab_cross_entropy, vocab_log_softmax
-from shardproof.gathers import all_gather_sizes
 from shardproof.numerics.elementwise import widen
 from shardproof.numerics.sums import sum_all, sum_rows
 
@@ -122,7 +122,8 @@ def max_cut(
     Raises:
         ShapeError: `x` is not what this rank holds.
     Comm:
-        forward two all_gathers of (ranks, *); backward none.
+        forward one all_gather of values (*, ranks); forward one all_gather of int64 (*, 2 * ranks);
+        backward none.
     """
     dim = checked_dim(x, dim, place, is_whole=False)
     value, index = _Max.apply(x, dim, place, is_min)
@@ -145,7 +146,9 @@ def amax_cut(
     Raises:
         ShapeError: `x` is not what this rank holds.
     Comm:
-        forward two all_gathers of (ranks, *), three if a gradient is wanted; backward none.
+        forward one all_gather of values (*, ranks); forward one all_gather of int64 (*, 2 * ranks);
+        backward none.
+        a gradient is wanted: forward also one all_gather of int64 (*, 2 * ranks).
     """
     dim = checked_dim(x, dim, place, is_whole=False)
     value: Tensor = _Amax.apply(x, dim, place, is_min)
@@ -185,7 +188,7 @@ def log_softmax_cut(x: Tensor, dim: int, place: Place) -> Tensor:
         ShapeError: `x` is not what this rank holds.
     Comm:
         place.plain: forward one all_gather of (blocks, 2, rows); backward one all_reduce of (rows).
-        other: forward and backward one all_gather each of (*, size, *).
+        other: forward one all_gather of (*, size); backward one all_gather of (*, size).
     """
     dim = checked_dim(x, dim, place, is_whole=False)
     last = x.movedim(dim, -1)
@@ -211,7 +214,8 @@ def softmax_cut(x: Tensor, dim: int, place: Place) -> Tensor:
     Raises:
         ShapeError: `x` is not what this rank holds.
     Comm:
-        as `log_softmax_cut`.
+        place.plain: forward one all_gather of (blocks, 2, rows); backward one all_reduce of (rows).
+        other: forward one all_gather of (*, size); backward one all_gather of (*, size).
     """
     return log_softmax_cut(widen(x), dim, place).exp().to(x.dtype)
 
@@ -242,7 +246,8 @@ def cross_entropy_cut(
         ShapeError: the shapes do not fit each other, or the logits are not what this rank holds.
         UsageError: an option makes no sense, or a target is no class index.
     Comm:
-        place.plain, no weight: forward one all_gather of (blocks, 3 or 4, rows); backward none.
+        place.plain, no weight: forward one all_gather of (blocks, 3, rows); backward none.
+        the same with label_smoothing: forward one all_gather of (blocks, 4, rows); backward none.
         other: forward one all_gather of (rows, classes); backward none.
     """
     if place.plain is not None and weight is None:

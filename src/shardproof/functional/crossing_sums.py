@@ -186,7 +186,7 @@ def spread(x: Tensor, shape: Sequence[int], dim: int, place: Place) -> Tensor:
     """A whole tensor broadcast along a cut dim: a view forward, its sum by one all_reduce backward.
 
     Args:
-        x: broadcastable to `shape`, Replicate; of size 1 along `dim`, or without it.
+        x: (*), Replicate, broadcastable to `shape`; of size 1 along `dim`, or without it.
         shape: (*, held, *): what it is used with on this rank.
         dim: that is cut, counted in `shape` from either end.
         place: of that dim.
@@ -196,7 +196,7 @@ def spread(x: Tensor, shape: Sequence[int], dim: int, place: Place) -> Tensor:
     Raises:
         ShapeError: the shapes do not fit, or `shape` is not what this rank holds.
     Comm:
-        forward none; backward one all_reduce of the shape of `x`.
+        forward none; backward one all_reduce of grad_x (*).
     """
     size = torch.Size(shape)
     dim = _checked_shape(x, size, dim, place)
@@ -289,7 +289,7 @@ def sum_cut(
     Raises:
         ShapeError: `x` is not what this rank holds.
     Comm:
-        forward one all_reduce of the result; backward none.
+        forward one all_reduce of y (*); backward none.
     """
     dim = checked_dim(x, dim, place, is_whole=False)
     if not x.is_floating_point():
@@ -315,7 +315,7 @@ def mean_cut(x: Tensor, dim: int, place: Place, *, keepdim: bool = False) -> Ten
     Raises:
         ShapeError: `x` is not what this rank holds.
     Comm:
-        forward one all_reduce of the result; backward none.
+        forward one all_reduce of y (*); backward none.
     """
     total = sum_cut(x, dim, place, keepdim=keepdim, dtype=node_dtype(x.dtype))
     return (total / place.size).to(x.dtype)

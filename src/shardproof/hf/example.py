@@ -53,4 +53,4 @@ def _ids(vocabulary: int, length: int) -> torch.Tensor:
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    return tuple(size) if isinstance(size, list | tuple) else (int(size), int(size))  # type: ignore[return-value]
+    return tuple(size) if isinstance(size, list | tuple) else (int(size), int(size))

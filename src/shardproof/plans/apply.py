@@ -30,9 +30,9 @@ from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.planning import as_error, draft
 from shardproof.plans.strangers import is_lazy
 from shardproof.plans.style import Attention, Plan, Style
+from shardproof.plans.twins import irreplaceable, replaced_by, twins_of
 from shardproof.plans.watched import as_watched, cut_by
 from shardproof.plans.watched_plan import WatchedPlan
-from shardproof.plans.twins import irreplaceable, replaced_by, twins_of
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
 from shardproof.wording import dtype_name, shown
 

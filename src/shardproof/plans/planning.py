@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Hashable, Iterator, Mapping
-from typing import Any
+from typing import Any, overload
 
-from torch import nn
+from torch import Tensor, nn
 
 from shardproof.errors import PlanError, UsageError
 from shardproof.hf.attention import implementation_problems
@@ -38,6 +38,28 @@ from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme
 MOST_SAID = 20  # problems of one plan that a message lists
 
 _IN_NAMES = re.compile(r"\.\d+")  # numbers of layers
+
+
+@overload
+def plan(
+    model: nn.Module,
+    plan: Plan | Mapping[str, Style | str] | None = None,
+    *,
+    degree: int,
+    inputs: None = None,
+    scheme: Scheme = DEFAULT_SCHEME,
+) -> ModelPlan: ...
+
+
+@overload
+def plan(
+    model: nn.Module,
+    plan: Plan | Mapping[str, Style | str] | None = None,
+    *,
+    degree: int,
+    inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],
+    scheme: Scheme = DEFAULT_SCHEME,
+) -> WatchedPlan: ...
 
 
 def plan(
