@@ -85,6 +85,8 @@ class Calls(TorchFunctionMode):
 
     def _called(self) -> None:
         """Remember that the module needs this, unless a decomposition of torch called."""
+        if not self.region.is_rehearsed:
+            return
         caller = sys._getframe(2).f_code.co_filename
         if self.drawing is not None and not any(each in caller for each in _DECOMPOSING):
             self.region.called.add(self.drawing.name)
@@ -152,7 +154,10 @@ def _may_differ(what: int, args: tuple[Any, ...]) -> bool:
     """Whether torch's own could differ: not where nothing is broadcast."""
     if what is not _BROADCAST:
         return True
-    return len({each.shape for each in args if isinstance(each, torch.Tensor)}) > 1
+    return (
+        torch.is_grad_enabled()
+        and len({each.shape for each in args if isinstance(each, torch.Tensor)}) > 1
+    )
 
 
 def _drops(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

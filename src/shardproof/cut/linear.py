@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shardproof.autograd import once_differentiable
-from shardproof.cut.meet import fitted, freed, is_finer, is_for_all, refined
+from shardproof.cut.meet import broadcast, fitted, freed, is_finer, is_for_all, refined
 from shardproof.cut.others import gathered, invariant, whole
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
@@ -150,7 +150,7 @@ def batched(a: Any, b: Any) -> Any:
         a, b = (freed(each) if is_for_all(each) else each for each in (a, b))
     x = a if isinstance(a, CutTensor) else b
     region = x.spec.region
-    shape = (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+    shape = (*broadcast(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
     roles = {
         _role(each, side, len(shape))
         for each, side in ((a, 0), (b, 1))

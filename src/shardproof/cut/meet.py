@@ -15,6 +15,21 @@ from shardproof.functional import crossings
 from shardproof.units import CutDim, Shared
 
 
+def broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """`torch.broadcast_shapes`, of which torch's own takes 50 microseconds."""
+    first = shapes[0]
+    if all(shape == first for shape in shapes):
+        return first
+    sizes = [1] * max(map(len, shapes))
+    for shape in shapes:
+        for place, size in enumerate(shape, len(sizes) - len(shape)):
+            if size != 1 and sizes[place] != size:
+                if sizes[place] != 1:
+                    return torch.broadcast_shapes(*shapes)  # raises
+                sizes[place] = size
+    return tuple(sizes)
+
+
 def common(tensors: Sequence[Any], shape: tuple[int, ...]) -> tuple[Spec, str] | None:
     """How a result of that shape is cut, from operands that broadcast to it.
 

@@ -58,6 +58,7 @@ class Region:
         gathered: (operation, module) -> how often a tensor was gathered for want of a rule.
         called: modules whose own code calls, on whole tensors, what has a form of its own.
         drew: modules whose own code draws.
+        is_rehearsed: a plan is being made: what modules call is remembered.
         variant: operation without an invariant form -> the module that called it first.
         kept: `id` of every buffer of the model: whole, whatever is written to it.
     """
@@ -72,6 +73,7 @@ class Region:
         self.variant: dict[str, str] = {}
         self.called: set[str] = set()
         self.drew: set[str] = set()
+        self.is_rehearsed = axis.transport.name == "rehearsed"
         self.kept: set[int] = set()
         self._specs: dict[tuple[tuple[int, ...], int, int], Spec] = {}
         self._places: dict[tuple[int, str], Place] = {}
