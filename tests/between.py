@@ -1,5 +1,6 @@
 """Small models of which one part, between two layers that are cut, is what a test is about."""
 
+import copy
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -97,16 +98,18 @@ def forced(make: Callable[[], nn.Module], plan: WatchedPlan) -> WatchedPlan:
     return replace(plan, families=(Family("features", units, dims, (), "pair", (), ()),))
 
 
-def run(make: Callable[[], nn.Module], plan: WatchedPlan, degree: int) -> list[dict[str, Any]]:
+def run(make: Callable[[], nn.Module], plan: WatchedPlan, degree: int) -> list[dict[Any, Any]]:
     """Numbers of both dtypes of all ranks."""
     plan = replace(plan, degree=degree)
 
-    def work(axis: sp.Axis) -> dict[str, Any]:
-        found = {
-            dtype: numbers_of(made(make, dtype), example(dtype), plan, axis)
-            for dtype in (torch.float32, torch.float64)
+    # Ranks that are threads share torch's generator, so none of them makes a model.
+    models = {dtype: made(make, dtype) for dtype in (torch.float32, torch.float64)}
+
+    def work(axis: sp.Axis) -> dict[Any, Any]:
+        return {
+            dtype: numbers_of(copy.deepcopy(model), example(dtype), plan, axis)
+            for dtype, model in models.items()
         }
-        return found
 
     return sp.launch(work, degree=degree, engine="threads", timeout=60)
 

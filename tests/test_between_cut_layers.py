@@ -26,7 +26,7 @@ def _module(make: Callable[[], nn.Module], width: int | None = HIDDEN) -> Make:
 
 
 def _scale(*shape: int) -> Callable[[], dict[str, Any]]:
-    return lambda: {"scale": nn.Parameter(torch.randn(*shape))}
+    return lambda: {"scale": nn.Parameter(torch.randn(shape))}
 
 
 def _targets() -> Tensor:
@@ -116,7 +116,8 @@ def _product_in_place(m: Any, h: Tensor) -> Tensor:
 
 def _hooked(m: Any, h: Tensor) -> Tensor:
     h = h * 2
-    h.register_hook(lambda grad: grad * 3)
+    if h.requires_grad:  # the planner watches without gradients
+        h.register_hook(lambda grad: grad * 3)
     return h.tanh()
 
 
@@ -207,7 +208,7 @@ def _with_no_grad(m: Any, h: Tensor) -> Tensor:
 
 
 def _chosen(m: Any, h: Tensor) -> Tensor:
-    if (h > 1e9).any() or float(h.sum()) > 1e9 or h.shape[-1] != HIDDEN:
+    if (h > 1e9).any() or float(h.detach().sum()) > 1e9 or h.shape[-1] != HIDDEN:
         return h
     return h * (h > 0).float().mean().item()
 
@@ -255,7 +256,7 @@ NEIGHBOURS: dict[str, Make] = {
     "loss none": _of(partial(_loss, reduction="none"), None, None),
     "loss weighted": _of(_loss_weighted, None, None),
     "nll sum": _of(partial(_nll, reduction="sum", ignore_index=5), None, None),
-    "nll weighted": _of(lambda m, h: _nll(m, h, weight=m.scale.abs()), _scale(HIDDEN), None),
+    "nll weighted": _of(lambda m, h: _nll(m, h, weight=m.scale.detach().abs()), _scale(HIDDEN), None),
     "policy gradient": _of(_policy, None, None),
     "soft targets": _of(_soft_targets, None, None),
     "kl": _of(_distilled, None, None),
@@ -349,9 +350,7 @@ NEIGHBOURS: dict[str, Make] = {
     "outer": _of(_outer),
     "einsum": _of(lambda m, h: torch.einsum("bth,sh->bts", h, m.scale), _scale(7, HIDDEN), 7),
     "gram": _of(lambda m, h: (h.mT @ h) @ m.scale, _scale(HIDDEN, 3), 3),
-    "own bits": _of(lambda m, h: m.part(h), lambda: {"part": nn.Bilinear(HIDDEN, HIDDEN, 2)}, None)
-    if False
-    else _of(lambda m, h: torch.addcmul(h, h, m.scale, value=0.5), _scale(HIDDEN)),
+    "addcmul": _of(lambda m, h: torch.addcmul(h, h, m.scale, value=0.5), _scale(HIDDEN)),
     # autograd
     "function": _of(lambda m, h: _Cube.apply(h)),
     "function with a scale": _of(lambda m, h: _Scaled.apply(h, m.scale), _scale(HIDDEN)),

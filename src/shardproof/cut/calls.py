@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from shardproof.cut import linear, lookup, moves, pointwise
+from shardproof.cut.foreign import inside
 from shardproof.cut.lines import attended_with_dropout
 from shardproof.cut.others import gathered, invariant, unwrapped
 from shardproof.cut.spec import Region
@@ -20,6 +21,7 @@ from shardproof.cut.tensor import RULES, CutTensor, cut_tensor, name_of, rule
 from shardproof.errors import UsageError
 from shardproof.functional.dropout import MaskKey, dropout
 from shardproof.layers.dropout import Drawing
+from shardproof.numerics import forms
 
 assert all((linear, lookup, moves, pointwise))  # noqa: S101 - imported for their rules
 DROPOUTS = frozenset(("dropout", "native_dropout", "dropout_"))
@@ -62,9 +64,10 @@ class Calls(TorchFunctionMode):
             q, k, v = (given.pop(each) for each in _ATTENTION[:3])
             with self:
                 return attended_with_dropout(q, k, v, **given)
-        if self.region.scheme.is_invariant and RULES.get(name) not in _UNTOUCHED:
-            form = invariant(self.region, func, "")
-            if form is not func:
+        if self.region.scheme.is_invariant:
+            is_move = RULES.get(name) in _UNTOUCHED
+            form = forms.form_of(func) if is_move else invariant(self.region, func, "")
+            if form is not None and form is not func:
                 with _Busy():
                     return form(*args, **kwargs)
         if isinstance(func, FunctionType) and func.__module__ == "torch.nn.functional":
@@ -184,11 +187,13 @@ class Calling:
         """Before the forward."""
         calls = Calls(self.region, self.drawing)
         _stack_of_modes().append(calls)
+        inside.enter()
         calls.__enter__()
 
     def leave(self, *_: Any) -> None:
         """After it, or after what it raised."""
         _stack_of_modes().pop().__exit__(None, None, None)
+        inside.leave()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Calling":
         made = Calling(self.region, self.drawing.name)

@@ -52,6 +52,13 @@ def invariant(region: Region, func: Any, who: str) -> Callable[..., Any]:
     return found
 
 
+def computed(region: Region, func: Any, *args: Any) -> Any:
+    """An operation inside a rule: by its own rule if an operand is cut, else by its form."""
+    if any(isinstance(each, CutTensor) for each in args):
+        return run(func, args, {})
+    return invariant(region, func, "")(*args)
+
+
 @rule(
     *"""gathered numpy tolist item __reduce_ex__ __array__ __contains__ __bool__ bool_ __float__
     __int__ __index__ __complex__ data_ptr untyped_storage storage __dlpack__ __dlpack_device__
@@ -134,26 +141,22 @@ def _written(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 class _Outer:
-    """The state of dispatch and autograd outside a composed operation."""
+    """The state of dispatch outside a composed operation."""
 
     def __init__(self) -> None:
         self._keys = (
             torch._C._dispatch_tls_local_include_set(),
             torch._C._dispatch_tls_local_exclude_set(),
         )
-        self._grad = torch.is_grad_enabled()
         self._left: list[Any] = []
 
     def __enter__(self) -> None:
         guard = torch._C._ForceDispatchKeyGuard(*self._keys)
         guard.__enter__()
-        self._left.append((guard, torch.is_grad_enabled()))
-        torch._C._set_grad_enabled(self._grad)
+        self._left.append(guard)
 
     def __exit__(self, *error: object) -> None:
-        guard, grad = self._left.pop()
-        torch._C._set_grad_enabled(grad)
-        guard.__exit__(*error)
+        self._left.pop().__exit__(*error)
 
 
 _local = threading.local()
@@ -164,7 +167,7 @@ def _taken_apart(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     outers: list[_Outer] = _local.__dict__.setdefault("outers", [])
     outers.append(_Outer())
     try:
-        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
     finally:
         outers.pop()
