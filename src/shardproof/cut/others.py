@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import RULES, CutTensor, composed, rule, run
@@ -118,7 +118,7 @@ def others(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return _written(func, name, args, kwargs)
     if isinstance(func, OpOverload) or not _is_composed(name):
         return gathered(func, name, args, kwargs)
-    return _taken_apart(func, args, kwargs)
+    return _taken_apart(func, name, args, kwargs)
 
 
 @lru_cache(maxsize=None)
@@ -141,43 +141,68 @@ def _written(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 class _Outer:
-    """The state of dispatch outside a composed operation."""
+    """The state of dispatch and autograd outside a composed operation."""
 
     def __init__(self) -> None:
         self._keys = (
             torch._C._dispatch_tls_local_include_set(),
             torch._C._dispatch_tls_local_exclude_set(),
         )
+        self._grad = torch.is_grad_enabled()
         self._left: list[Any] = []
 
     def __enter__(self) -> None:
         guard = torch._C._ForceDispatchKeyGuard(*self._keys)
         guard.__enter__()
-        self._left.append(guard)
+        self._left.append((guard, torch.is_grad_enabled()))
+        torch._C._set_grad_enabled(self._grad)
 
     def __exit__(self, *error: object) -> None:
-        self._left.pop().__exit__(*error)
+        guard, grad = self._left.pop()
+        torch._C._set_grad_enabled(grad)
+        guard.__exit__(*error)
 
 
 _local = threading.local()
 
 
-def _taken_apart(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operation of C++ on cut tensors: what it is made of comes back by `_of_aten`."""
+def _taken_apart(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation of C++ on cut tensors: what it is made of comes back by `_of_aten`.
+
+    Inside, autograd is off for what does not come back. So a whole tensor that wants a gradient may
+    not be among its operands, nor become one on the way: then all is gathered.
+    """
+    flat = tree_flatten((args, kwargs), is_leaf=is_cut)[0]
+    if torch.is_grad_enabled() and any(_wants(each) for each in flat):
+        return gathered(func, name, args, kwargs)
     outers: list[_Outer] = _local.__dict__.setdefault("outers", [])
     outers.append(_Outer())
     try:
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             return func(*args, **kwargs)
+    except _Whole:
+        pass
     finally:
         outers.pop()
+    return gathered(func, name, args, kwargs)
+
+
+class _Whole(Exception):  # noqa: N818 - it never leaves this file
+    """Something whole that wants a gradient came up inside a composed operation."""
+
+
+def _wants(x: Any) -> bool:
+    return isinstance(x, Tensor) and not is_cut(x) and x.requires_grad
 
 
 def _of_aten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An ATen operation on cut tensors, under dispatch and autograd as they were outside."""
     outers: list[_Outer] = _local.__dict__.setdefault("outers", [])
     with outers[-1] if outers else _Outer():
-        return run(func, args, kwargs)
+        y = run(func, args, kwargs)
+    if outers and any(_wants(each) for each in tree_flatten(y, is_leaf=is_cut)[0]):
+        raise _Whole
+    return y
 
 
 composed.append(_of_aten)
