@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from shardproof.cut import linear, lookup, moves, pointwise
+from shardproof.cut.foreign import inside
 from shardproof.cut.lines import attended_with_dropout
 from shardproof.cut.others import gathered, invariant, unwrapped
 from shardproof.cut.spec import Region
@@ -22,6 +23,7 @@ from shardproof.cut.tensor import RULES, CutTensor, cut_tensor, name_of, rule
 from shardproof.errors import UsageError
 from shardproof.functional.dropout import MaskKey, dropout
 from shardproof.layers.dropout import Drawing
+from shardproof.numerics import forms
 
 assert all((linear, lookup, moves, pointwise))  # noqa: S101 - imported for their rules
 DROPOUTS = frozenset(("dropout", "native_dropout", "dropout_"))
@@ -125,9 +127,6 @@ _PLAIN, _DROPOUT, _ATTENTION, _COMPOSED, _BROADCAST, _OTHER = range(6)
 _KINDS: dict[Any, int] = {}  # function of torch -> what is done with it
 _ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _UNTOUCHED = (None, RULES["view"], RULES["getitem"], RULES["setitem"], RULES["gathered"])
-_REPEATING = frozenset(
-    ("expand", "broadcast_to", "expand_as", "repeat", "repeat_interleave", "tile")
-)
 _BROADCASTING = frozenset(
     """add sub mul div true_divide radd rsub rmul rdiv where lerp addcmul addcdiv maximum minimum
     masked_fill pow add_ sub_ mul_ div_""".split()  # noqa: SIM905
@@ -144,7 +143,7 @@ def _kind_of(func: Any) -> int:
         return _ATTENTION
     if name in _BROADCASTING:
         return _BROADCAST
-    if name in _REPEATING or RULES.get(name) not in _UNTOUCHED:
+    if forms.form_of(func) is not None or RULES.get(name) not in _UNTOUCHED:
         return _OTHER
     is_python = isinstance(func, FunctionType) and func.__module__ == "torch.nn.functional"
     return _COMPOSED if is_python and RULES.get(name) is None else _PLAIN
@@ -231,6 +230,7 @@ class Calling:
         calls = Calls(self.region, self.drawing)
         _local.modes.append((calls, _local.calls))
         _local.calls = calls
+        inside.enter()
         if not self.draws_only:
             calls.__enter__()
 
@@ -239,6 +239,7 @@ class Calling:
         calls, _local.calls = _local.modes.pop()
         if not self.draws_only:
             calls.__exit__(None, None, None)
+        inside.leave()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Calling":
         made = Calling(self.region, self.drawing.name, draws_only=self.draws_only)

@@ -52,7 +52,12 @@ def product(x: Any, weight: Any, bias: Any, *, is_transposed: bool, func: Any = 
         )
         return cut_tensor(y, spec, weight.who)
     if isinstance(bias, CutTensor):
-        bias = whole(bias, func.__name__)
+        region = bias.spec.region
+        if not isinstance(x, CutTensor) and not isinstance(weight, CutTensor):
+            y = invariant(region, F.linear, "")(x, weight.t() if is_transposed else weight)
+        else:
+            y = product(x, weight, None, is_transposed=is_transposed, func=func)
+        return run(torch.add, (y, bias), {})
     if isinstance(weight, CutTensor):
         cut, region = weight.spec.cut, weight.spec.region
         place = region.place(cut, weight.who)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardproof.cut.adopted import adopt
 from shardproof.cut.meet import broadcast, common, fitted
-from shardproof.cut.others import gathered, invariant
+from shardproof.cut.others import computed, gathered, invariant
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 
@@ -137,7 +137,6 @@ _NAMES = [
     "pos",
     "positive",
     "pow",
-    "prelu",
     "rad2deg",
     "radd",
     "rdiv",
@@ -323,3 +322,13 @@ def new(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def new_tensor(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Of given numbers: whole."""
     return func(args[0].local, *args[1:], **kwargs)
+
+
+@rule("prelu")
+def prelu(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The slopes are those of the channels, dim 1, or one for all."""
+    x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
+    shape = (-1, *[1] * (x.dim() - 2)) if weight.numel() > 1 else ()
+    region = (x if isinstance(x, CutTensor) else weight).spec.region
+    falling = computed(region, torch.mul, x, weight.reshape(shape))
+    return computed(region, torch.where, x > 0, x, falling)
