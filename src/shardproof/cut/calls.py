@@ -4,6 +4,7 @@ A module whose forward draws, or calls an operation of whole tensors that thread
 forward inside `Calls`. Operations on cut tensors go to their rules from here as from anywhere.
 """
 
+import hashlib
 import sys
 import threading
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, empty_like, nn
 from torch.overrides import TorchFunctionMode
 
 from shardproof.cut import linear, lookup, moves, pointwise
@@ -19,19 +20,20 @@ from shardproof.cut.foreign import inside
 from shardproof.cut.lines import attended_with_dropout
 from shardproof.cut.others import gathered, invariant, unwrapped
 from shardproof.cut.spec import Region
-from shardproof.cut.tensor import RULES, CutTensor, cut_tensor, name_of, rule
+from shardproof.cut.tensor import RULES, CutTensor, cut_tensor, name_of, rule, run
 from shardproof.errors import UsageError
+from shardproof.functional import crossings
 from shardproof.functional.dropout import MaskKey, dropout
 from shardproof.layers.dropout import Drawing
 from shardproof.numerics import forms
 
 assert all((linear, lookup, moves, pointwise))  # noqa: S101 - imported for their rules
 DROPOUTS = frozenset(("dropout", "native_dropout", "dropout_"))
-_OTHERS = frozenset(
-    """dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout bernoulli
-    rrelu gumbel_softmax fractional_max_pool2d fractional_max_pool3d rand_like randn_like multinomial
-    randperm rand randn randint normal_ uniform_ bernoulli_ exponential_""".split()  # noqa: SIM905
+_RANDOM = frozenset(
+    """rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal
+    uniform_ normal_ exponential_ bernoulli_ random_ cauchy_ log_normal_ geometric_""".split()  # noqa: SIM905
 )
+_LIKE = {"rand_like": "uniform_", "randn_like": "normal_", "randint_like": "random_"}
 
 
 class Calls(TorchFunctionMode):
@@ -59,6 +61,9 @@ class Calls(TorchFunctionMode):
             return func(*args, **kwargs)
         if any(issubclass(each, CutTensor) for each in types):
             return self._busily(func, args, kwargs)
+        if what is _DRAW and self.drawing is not None and kwargs.get("generator") is None:
+            self._called()
+            return self.random(func, name_of(func), args, kwargs)
         if what is _DROPOUT and self.drawing is not None:
             self._called()
             return self.dropped(*_dropout_of(args, kwargs))
@@ -93,6 +98,22 @@ class Calls(TorchFunctionMode):
         if self.drawing is not None and not any(each in caller for each in _DECOMPOSING):
             self.region.called.add(self.drawing.name)
 
+    def random(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Random numbers of a whole tensor: keyed by module and draw, so the same on every rank."""
+        if name in _LIKE:
+            x, *limits = args or (kwargs.pop("input"),)
+            limits += [kwargs.pop(key) for key in ("low", "high") if key in kwargs]
+            limits = [0, *limits] if name == "randint_like" and len(limits) == 1 else limits
+            func, args, kwargs = getattr(Tensor, _LIKE[name]), (empty_like(x, **kwargs), *limits), {}
+        first = next((each for each in args if isinstance(each, Tensor)), None)
+        device = torch.device(kwargs.get("device") or ("cpu" if first is None else first.device))
+        if device.type == "meta":
+            return func(*args, **kwargs)
+        key = self.key(self.region.scheme.seed)
+        digest = hashlib.sha256(f"{key.step}:{key.seed}:random:{key.name}".encode()).digest()
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+        return self._busily(func, args, {**kwargs, "generator": generator})
+
     def key(self, seed: int) -> MaskKey:
         """Of the next mask: the module, and how often it has drawn."""
         drawing = self.drawing
@@ -123,7 +144,7 @@ def _given(y: Any, x: Any, inplace: bool) -> Any:
     return x.copy_(y) if inplace else y
 
 
-_PLAIN, _DROPOUT, _ATTENTION, _COMPOSED, _BROADCAST, _OTHER = range(6)
+_PLAIN, _DROPOUT, _ATTENTION, _COMPOSED, _BROADCAST, _DRAW, _OTHER = range(7)
 _KINDS: dict[Any, int] = {}  # function of torch -> what is done with it
 _ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _UNTOUCHED = (None, RULES["view"], RULES["getitem"], RULES["setitem"], RULES["gathered"])
@@ -139,6 +160,8 @@ def _kind_of(func: Any) -> int:
     name = name_of(func)
     if name in DROPOUTS:
         return _DROPOUT
+    if name in _RANDOM:
+        return _DRAW
     if name == "scaled_dot_product_attention":
         return _ATTENTION
     if name in _BROADCASTING:
@@ -204,6 +227,29 @@ def dropped(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
             "shardproof.layers.dropout.Dropout."
         )
     return _local.calls.dropped(x, p, training, inplace)
+
+
+@rule(*_LIKE, "uniform_", "normal_", "exponential_", "bernoulli", "bernoulli_")
+def random(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Random numbers of a cut tensor: drawn for the whole, of which each rank keeps its part."""
+    x = args[0] if args else kwargs.pop("input")
+    calls = _local.calls
+    if not isinstance(x, CutTensor) or calls is None or calls.drawing is None:
+        return gathered(func, name, args, kwargs)
+    probability = args[1] if len(args) > 1 else kwargs.get("p")
+    if name == "bernoulli" and probability is None:
+        return (run(torch.rand_like, (x,), {}) < x).to(x.dtype)
+    if any(isinstance(each, CutTensor | Tensor) for each in (*args[1:], *kwargs.values())):
+        return gathered(func, name, args, kwargs)
+    options = {key: each for key, each in kwargs.items() if key in ("dtype", "device")}
+    shape = torch.empty(x.shape, **{"dtype": x.dtype, "device": x.device, **options})
+    rest = {key: each for key, each in kwargs.items() if key in ("p", "low", "high", "std", "mean")}
+    y = calls.random(func, name, (shape, *args[1:]), rest)
+    part = crossings.held_part(y, x.spec.dim, x.spec.region.place(x.spec.cut, x.who))
+    if not name.endswith("_"):
+        return cut_tensor(part, x.spec, x.who)
+    x.local.copy_(part)
+    return x
 
 
 class Calling:

@@ -332,12 +332,18 @@ def _where_units_vary(
 
 
 def _first_of_run(cut: CutDim) -> Any:
-    """For every unit the first one that always is on the same rank; shared ones as they are."""
+    """For every unit the first one that always is on the same rank.
+
+    A shared unit that units of one run alone need is where they are; others stay as they are.
+    """
     units = cut.shared.units
     first = np.arange(units.count + len(units.needers))
     starts = np.asarray(sorted({0, *(units.breaks or ())}))
     own = first[: units.count]
     first[: units.count] = starts[np.searchsorted(starts, own, side="right") - 1]
+    for number, needers in enumerate(units.needers):
+        if needers and first[needers[0]] == first[needers[-1]]:
+            first[units.count + number] = first[needers[0]]
     return first
 
 

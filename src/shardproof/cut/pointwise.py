@@ -294,16 +294,14 @@ def _adopted(x: Tensor, operands: list[Any]) -> bool:
     return met is not None and adopt(x, *met)
 
 
-@rule(*_LIKE, "rand_like", "randn_like")
+@rule(*_LIKE)
 def like(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A new tensor that is cut as the given one; random numbers are drawn for the whole."""
+    """A new tensor that is cut as the given one."""
     x = args[0]
-    if name.startswith("rand"):
-        return gathered(func, name, args, kwargs)
     return cut_tensor(func(x.local, *args[1:], **kwargs), x.spec, x.who)
 
 
-@rule("new_zeros", "new_ones", "new_empty", "new_full")
+@rule("new_zeros", "new_ones", "new_empty", "new_full", "new")
 def new(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A new tensor; it is cut as the given one if it has that dim too, for it is to be filled."""
     x, given = args[0], args[1:]
@@ -312,6 +310,10 @@ def new(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     shape = tuple(kwargs.pop("size", size))
     rest = given[1:] if name == "new_full" or (given and given[0] is size) else ()
     spec = x.spec
+    if name == "new":  # an old name: nothing, the sizes of what is empty, or numbers
+        if not all(isinstance(each, int) for each in shape):
+            return func(x.local, *args[1:], **kwargs)
+        func, shape = Tensor.new_empty, shape or (0,)
     if len(shape) != x.dim() or shape[spec.dim] != x.shape[spec.dim]:
         return func(x.local, shape, *rest, **kwargs)
     made = spec.region.spec(shape, spec.dim, spec.cut)
