@@ -26,7 +26,7 @@ def _module(make: Callable[[], nn.Module], width: int | None = HIDDEN) -> Make:
 
 
 def _scale(*shape: int) -> Callable[[], dict[str, Any]]:
-    return lambda: {"scale": nn.Parameter(torch.randn(*shape))}
+    return lambda: {"scale": nn.Parameter(torch.randn(shape))}
 
 
 def _targets() -> Tensor:
@@ -116,7 +116,8 @@ def _product_in_place(m: Any, h: Tensor) -> Tensor:
 
 def _hooked(m: Any, h: Tensor) -> Tensor:
     h = h * 2
-    h.register_hook(lambda grad: grad * 3)
+    if h.requires_grad:  # the planner watches without gradients
+        h.register_hook(lambda grad: grad * 3)
     return h.tanh()
 
 
@@ -207,7 +208,7 @@ def _with_no_grad(m: Any, h: Tensor) -> Tensor:
 
 
 def _chosen(m: Any, h: Tensor) -> Tensor:
-    if (h > 1e9).any() or float(h.sum()) > 1e9 or h.shape[-1] != HIDDEN:
+    if (h > 1e9).any() or float(h.detach().sum()) > 1e9 or h.shape[-1] != HIDDEN:
         return h
     return h * (h > 0).float().mean().item()
 
@@ -255,12 +256,14 @@ NEIGHBOURS: dict[str, Make] = {
     "loss none": _of(partial(_loss, reduction="none"), None, None),
     "loss weighted": _of(_loss_weighted, None, None),
     "nll sum": _of(partial(_nll, reduction="sum", ignore_index=5), None, None),
-    "nll weighted": _of(lambda m, h: _nll(m, h, weight=m.scale.abs()), _scale(HIDDEN), None),
+    "nll weighted": _of(lambda m, h: _nll(m, h, weight=m.scale.detach().abs()), _scale(HIDDEN), None),
     "policy gradient": _of(_policy, None, None),
     "soft targets": _of(_soft_targets, None, None),
     "kl": _of(_distilled, None, None),
     "z loss": _of(_z_loss, None, None),
-    "mse": _of(lambda m, h: F.mse_loss(h, torch.ones(HIDDEN, dtype=h.dtype).expand(h.shape)), None, None),
+    "mse": _of(
+        lambda m, h: F.mse_loss(h, torch.ones(HIDDEN, dtype=h.dtype).expand(h.shape)), None, None
+    ),
     "bce": _of(lambda m, h: F.binary_cross_entropy_with_logits(h, torch.zeros_like(h)), None, None),
     "smooth l1": _of(lambda m, h: F.smooth_l1_loss(h, h.detach() * 0.5), None, None),
     # activations
@@ -313,7 +316,9 @@ NEIGHBOURS: dict[str, Make] = {
     "filled whole": _of(_filled_whole),
     "where negative": _of(_negative_zero),
     "scaled in place": _of(_mul_in_place, _scale(HIDDEN)),
-    "index_add": _of(lambda m, h: torch.zeros_like(h).index_add(1, torch.tensor([0, 0, 1, 3, 3]), h)),
+    "index_add": _of(
+        lambda m, h: torch.zeros_like(h).index_add(1, torch.tensor([0, 0, 1, 3, 3]), h)
+    ),
     # functional weights
     "weight computed": _of(_functional),
     "functional call": _of(_called),
@@ -331,8 +336,12 @@ NEIGHBOURS: dict[str, Make] = {
     "group norm": _of(_groups, lambda: {"part": nn.GroupNorm(4, HIDDEN)}),
     "batch norm": _of(_groups, lambda: {"part": nn.BatchNorm1d(HIDDEN)}),
     "instance norm": _of(_groups, lambda: {"part": nn.InstanceNorm1d(HIDDEN, affine=True)}),
-    "depthwise": _of(_groups, lambda: {"part": nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1, groups=HIDDEN)}),
-    "grouped convolution": _of(_groups, lambda: {"part": nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1, groups=4)}),
+    "depthwise": _of(
+        _groups, lambda: {"part": nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1, groups=HIDDEN)}
+    ),
+    "grouped convolution": _of(
+        _groups, lambda: {"part": nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1, groups=4)}
+    ),
     "convolution": _of(_groups, lambda: {"part": nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1)}),
     "cumsum": _of(lambda m, h: h.cumsum(-1)),
     "cumsum of places": _of(lambda m, h: h.cumsum(1)),
@@ -341,17 +350,41 @@ NEIGHBOURS: dict[str, Make] = {
     "differences": _of(lambda m, h: h.diff(dim=-1, prepend=h[..., :1])),
     # two operands
     "where": _of(lambda m, h: torch.where(h > 0, h, m.scale), _scale(HIDDEN)),
-    "masked_fill": _of(lambda m, h: h.masked_fill(h < -0.2, -1.0).masked_fill(_mask(LENGTH, 1), 0.5)),
+    "masked_fill": _of(
+        lambda m, h: h.masked_fill(h < -0.2, -1.0).masked_fill(_mask(LENGTH, 1), 0.5)
+    ),
     "masked_fill whole": _of(lambda m, h: h.masked_fill(_mask(HIDDEN), 0.5)),
-    "cat of cut and whole": _of(lambda m, h: torch.cat([h, m.scale.expand(BATCH, LENGTH, 6)], -1), _scale(6), HIDDEN + 6),
-    "cat of places": _of(lambda m, h: torch.cat([m.scale.expand(BATCH, 1, HIDDEN), h], 1), _scale(HIDDEN)),
+    "cat of cut and whole": _of(
+        lambda m, h: torch.cat([h, m.scale.expand(BATCH, LENGTH, 6)], -1), _scale(6), HIDDEN + 6
+    ),
+    "cat of places": _of(
+        lambda m, h: torch.cat([m.scale.expand(BATCH, 1, HIDDEN), h], 1), _scale(HIDDEN)
+    ),
     "stacked": _of(lambda m, h: torch.stack([h, h.flip(1)], 1).prod(1)),
     "outer": _of(_outer),
+    "cosine with a weight": _of(
+        lambda m, h: h * F.cosine_similarity(h, m.scale.expand(h.shape), dim=-1)[..., None],
+        _scale(HIDDEN),
+    ),
+    "tensordot": _of(lambda m, h: torch.tensordot(h, m.scale, ([2], [1])), _scale(7, HIDDEN), 7),
+    "bilinear": _of(lambda m, h: F.bilinear(h, h, m.scale), _scale(3, HIDDEN, HIDDEN), 3),
+    "cdist": _of(lambda m, h: torch.cdist(h, m.scale), _scale(7, HIDDEN), 7),
+    "differentiated": _of(lambda m, h: h + torch.autograd.grad(h.sum() * 2, h)[0] if h.requires_grad else h),
+    "recurrent": _of(lambda m, h: m.part(h)[0], lambda: {"part": nn.GRU(HIDDEN, 6, batch_first=True)}, 6),
+    "attention of torch": _of(
+        lambda m, h: m.part(h, h, h, need_weights=False)[0],
+        lambda: {"part": nn.MultiheadAttention(HIDDEN, 4, batch_first=True)},
+    ),
+    "trilinear": _of(lambda m, h: F.interpolate(h.transpose(1, 2), scale_factor=2.0, mode="linear").mT),
+    "unfolded": _of(lambda m, h: h.unfold(1, 3, 1).amax(-1)),
+    "fft": _of(lambda m, h: torch.fft.rfft(h, dim=-1).abs(), None, HALF + 1),
+    "lerp": _of(lambda m, h: torch.lerp(h, h.flip(1), m.scale.sigmoid()), _scale(HIDDEN)),
+    "local response": _of(lambda m, h: F.local_response_norm(h.transpose(1, 2), 3).transpose(1, 2)),
+    "pixel shuffle": _of(lambda m, h: F.pixel_shuffle(h.mT.reshape(BATCH, HIDDEN, 1, 5), 2).flatten(2).mT.repeat(1, 1, 4)),
+    "embedding of argmax": _of(lambda m, h: h + m.part(h.argmax(-1)), lambda: {"part": nn.Embedding(HIDDEN, HIDDEN)}),
     "einsum": _of(lambda m, h: torch.einsum("bth,sh->bts", h, m.scale), _scale(7, HIDDEN), 7),
     "gram": _of(lambda m, h: (h.mT @ h) @ m.scale, _scale(HIDDEN, 3), 3),
-    "own bits": _of(lambda m, h: m.part(h), lambda: {"part": nn.Bilinear(HIDDEN, HIDDEN, 2)}, None)
-    if False
-    else _of(lambda m, h: torch.addcmul(h, h, m.scale, value=0.5), _scale(HIDDEN)),
+    "addcmul": _of(lambda m, h: torch.addcmul(h, h, m.scale, value=0.5), _scale(HIDDEN)),
     # autograd
     "function": _of(lambda m, h: _Cube.apply(h)),
     "function with a scale": _of(lambda m, h: _Scaled.apply(h, m.scale), _scale(HIDDEN)),
@@ -366,16 +399,18 @@ NEIGHBOURS: dict[str, Make] = {
 }
 
 
-@pytest.mark.parametrize("name", [*SILENT, *NEIGHBOURS])
+EVERY = SILENT | NEIGHBOURS
+UNWATCHED = ("recurrent",)  # the planner says that it cannot watch these
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in UNWATCHED])
 def test_as_planned(name: str) -> None:
-    make = (SILENT | NEIGHBOURS)[name]
-    plan = watched(make)
-    if name in SILENT and name not in ("softmax",):
+    plan = watched(EVERY[name])
+    if name in SILENT and name != "softmax":
         assert "up.weight" in plan.cuts, plan.whole
-    check(make, plan)
+    check(EVERY[name], plan)
 
 
-@pytest.mark.parametrize("name", [*SILENT, *NEIGHBOURS])
+@pytest.mark.parametrize("name", EVERY)
 def test_with_every_feature_a_unit(name: str) -> None:
-    make = (SILENT | NEIGHBOURS)[name]
-    check(make, forced(make, watched(make)))
+    check(EVERY[name], forced(EVERY[name]))

@@ -79,6 +79,14 @@ def test_key_value_heads_are_shared_units() -> None:
     assert family.units.breaks is None
 
 
+def test_a_gate_of_every_feature_goes_with_its_head() -> None:
+    choice = look(models.GatedHeads(), hidden())
+    family = of(choice, "gate.weight")
+    assert (family.units.count, family.units.needers) == (6, ((0, 1, 2), (3, 4, 5)))
+    assert blocks(choice, "gate.weight") == (0, (Block(24, 0, 4),))
+    assert blocks(choice, "k.weight") == (0, (Block(8, 6, 4),))
+
+
 def test_a_view_with_groups_allows_only_their_boundaries() -> None:
     choice = look(models.Grouped(is_fused=True), hidden())
     family = of(choice, "qkv.weight")

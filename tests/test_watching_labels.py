@@ -163,3 +163,16 @@ def test_labels_stay_small_where_activations_are_large() -> None:
     assert largest <= 64
     found = choose(families(watched), watched).families
     assert [family.units.count for family in found if family.kind == "pair"] == [32]
+
+
+def test_a_view_that_splits_one_dim_is_kept_as_such() -> None:
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(4, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.up(x).view(2, 2, 3).transpose(1, 2).relu()
+
+    boxes = watch(Split(), (torch.rand(2, 4),)).record.boxes
+    assert {key[:2] for key in boxes} >= {((2, 3), True), ((3, 2), False)}

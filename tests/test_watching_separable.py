@@ -20,6 +20,7 @@ HIDDEN: dict[str, Callable[[], nn.Module]] = {
     "grouped": models.Grouped,
     "grouped and fused": lambda: models.Grouped(is_fused=True),
     "gated": models.Gated,
+    "gated heads": models.GatedHeads,
     "gated, interleaved": lambda: models.Gated(is_interleaved=True),
     "scan": models.Scan,
     "experts": models.Experts,

@@ -274,3 +274,16 @@ class NormedHeads(nn.Module):
         q, k, v = (e.view(2, -1, 3, 4).transpose(1, 2) for e in (q, self.k(x), self.v(x)))
         y = F.scaled_dot_product_attention(q, k, v)
         return self.o(y.transpose(1, 2).reshape(2, -1, 12))
+
+
+class GatedHeads(Grouped):
+    """The features that attention returns are each scaled by a gate of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(12, 24, bias=False)
+        self.last = nn.Linear(24, 12, bias=False)
+        self.o = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(super().forward(x) * torch.sigmoid(self.gate(x)))

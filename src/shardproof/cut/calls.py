@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from shardproof.cut import linear, lookup, moves, pointwise
+from shardproof.cut.foreign import inside
 from shardproof.cut.lines import attended_with_dropout
 from shardproof.cut.others import gathered, invariant, unwrapped
 from shardproof.cut.spec import Region
@@ -22,6 +23,7 @@ from shardproof.cut.tensor import RULES, CutTensor, cut_tensor, name_of, rule
 from shardproof.errors import UsageError
 from shardproof.functional.dropout import MaskKey, dropout
 from shardproof.layers.dropout import Drawing
+from shardproof.numerics import forms
 
 assert all((linear, lookup, moves, pointwise))  # noqa: S101 - imported for their rules
 DROPOUTS = frozenset(("dropout", "native_dropout", "dropout_"))
@@ -85,6 +87,8 @@ class Calls(TorchFunctionMode):
 
     def _called(self) -> None:
         """Remember that the module needs this, unless a decomposition of torch called."""
+        if not self.region.is_rehearsed:
+            return
         caller = sys._getframe(2).f_code.co_filename
         if self.drawing is not None and not any(each in caller for each in _DECOMPOSING):
             self.region.called.add(self.drawing.name)
@@ -123,9 +127,6 @@ _PLAIN, _DROPOUT, _ATTENTION, _COMPOSED, _BROADCAST, _OTHER = range(6)
 _KINDS: dict[Any, int] = {}  # function of torch -> what is done with it
 _ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _UNTOUCHED = (None, RULES["view"], RULES["getitem"], RULES["setitem"], RULES["gathered"])
-_REPEATING = frozenset(
-    ("expand", "broadcast_to", "expand_as", "repeat", "repeat_interleave", "tile")
-)
 _BROADCASTING = frozenset(
     """add sub mul div true_divide radd rsub rmul rdiv where lerp addcmul addcdiv maximum minimum
     masked_fill pow add_ sub_ mul_ div_""".split()  # noqa: SIM905
@@ -142,7 +143,7 @@ def _kind_of(func: Any) -> int:
         return _ATTENTION
     if name in _BROADCASTING:
         return _BROADCAST
-    if name in _REPEATING or RULES.get(name) not in _UNTOUCHED:
+    if forms.form_of(func) is not None or RULES.get(name) not in _UNTOUCHED:
         return _OTHER
     is_python = isinstance(func, FunctionType) and func.__module__ == "torch.nn.functional"
     return _COMPOSED if is_python and RULES.get(name) is None else _PLAIN
@@ -152,7 +153,10 @@ def _may_differ(what: int, args: tuple[Any, ...]) -> bool:
     """Whether torch's own could differ: not where nothing is broadcast."""
     if what is not _BROADCAST:
         return True
-    return len({each.shape for each in args if isinstance(each, torch.Tensor)}) > 1
+    return (
+        torch.is_grad_enabled()
+        and len({each.shape for each in args if isinstance(each, torch.Tensor)}) > 1
+    )
 
 
 def _drops(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -226,6 +230,7 @@ class Calling:
         calls = Calls(self.region, self.drawing)
         _local.modes.append((calls, _local.calls))
         _local.calls = calls
+        inside.enter()
         if not self.draws_only:
             calls.__enter__()
 
@@ -234,6 +239,7 @@ class Calling:
         calls, _local.calls = _local.modes.pop()
         if not self.draws_only:
             calls.__exit__(None, None, None)
+        inside.leave()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Calling":
         made = Calling(self.region, self.drawing.name, draws_only=self.draws_only)

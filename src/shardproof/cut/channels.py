@@ -7,18 +7,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardproof.cut.others import gathered, invariant
-from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
+from shardproof.cut.others import computed, gathered, invariant
+from shardproof.cut.spec import Region
+from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 from shardproof.functional import crossings
 from shardproof.units import CutDim
 
 
-def _affine(y: Any, weight: Any, bias: Any) -> Any:
+def _affine(region: Region, y: Any, weight: Any, bias: Any) -> Any:
     """A factor and a shift for every channel, each cut or whole."""
     shape = (-1, *[1] * (y.dim() - 2))
-    if weight is not None:
-        y = run(torch.mul, (y, weight.reshape(shape)), {})
-    return y if bias is None else run(torch.add, (y, bias.reshape(shape)), {})
+    for func, each in ((torch.mul, weight), (torch.add, bias)):
+        if each is not None:
+            y = computed(region, func, y, each.reshape(shape))
+    return y
 
 
 @rule("group_norm")
@@ -28,12 +30,13 @@ def group_norm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, An
     given = {"weight": None, "bias": None, "eps": 1e-5} | dict(zip(names, args, strict=False))
     given |= kwargs
     x, groups = given["input"], given["num_groups"]
+    region = _region(given)
     if not isinstance(x, CutTensor):
-        y = invariant(_region(given), F.group_norm, "")(x, groups, None, None, given["eps"])
-        return _affine(y, given["weight"], given["bias"])
+        y = invariant(region, F.group_norm, "")(x, groups, None, None, given["eps"])
+        return _affine(region, y, given["weight"], given["bias"])
     rows = x.reshape(x.shape[0], groups, -1)
-    rows = F.layer_norm(rows, rows.shape[2:], None, None, given["eps"])
-    return _affine(rows.reshape(x.shape), given["weight"], given["bias"])
+    rows = computed(region, F.layer_norm, rows, rows.shape[2:], None, None, given["eps"])
+    return _affine(region, rows.reshape(x.shape), given["weight"], given["bias"])
 
 
 def _region(given: dict[str, Any]) -> Any:
@@ -57,7 +60,7 @@ def batch_norm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, An
     means = [given["running_mean"], given["running_var"]]
     if not isinstance(x, CutTensor):
         y = form(x, *means, None, None, training, given["momentum"], given["eps"])
-        return _affine(y, given["weight"], given["bias"])
+        return _affine(region, y, given["weight"], given["bias"])
     if x.spec.dim != 1 or any(isinstance(each, CutTensor) for each in means):
         return gathered(func, name, args, kwargs)
     place = region.place(x.spec.cut, x.who)
@@ -69,7 +72,7 @@ def batch_norm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, An
             for each, part in zip(means, own, strict=True):
                 if each is not None:
                     each.copy_(crossings.gather(part, 0, place))
-    return _affine(cut_tensor(y, x.spec, x.who), given["weight"], given["bias"])
+    return _affine(region, cut_tensor(y, x.spec, x.who), given["weight"], given["bias"])
 
 
 @rule("im2col")

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shardproof.autograd import once_differentiable
-from shardproof.cut.meet import fitted, freed, is_finer, is_for_all, refined
+from shardproof.cut.meet import broadcast, fitted, freed, is_finer, is_for_all, refined
 from shardproof.cut.others import gathered, invariant, whole
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
@@ -52,7 +52,12 @@ def product(x: Any, weight: Any, bias: Any, *, is_transposed: bool, func: Any = 
         )
         return cut_tensor(y, spec, weight.who)
     if isinstance(bias, CutTensor):
-        bias = whole(bias, func.__name__)
+        region = bias.spec.region
+        if not isinstance(x, CutTensor) and not isinstance(weight, CutTensor):
+            y = invariant(region, F.linear, "")(x, weight.t() if is_transposed else weight)
+        else:
+            y = product(x, weight, None, is_transposed=is_transposed, func=func)
+        return run(torch.add, (y, bias), {})
     if isinstance(weight, CutTensor):
         cut, region = weight.spec.cut, weight.spec.region
         place = region.place(cut, weight.who)
@@ -150,7 +155,7 @@ def batched(a: Any, b: Any) -> Any:
         a, b = (freed(each) if is_for_all(each) else each for each in (a, b))
     x = a if isinstance(a, CutTensor) else b
     region = x.spec.region
-    shape = (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+    shape = (*broadcast(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
     roles = {
         _role(each, side, len(shape))
         for each, side in ((a, 0), (b, 1))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardproof.cut.meet import fitted, freed, is_for_all
+from shardproof.cut.meet import fitted, freed, is_for_all, is_served, served
 from shardproof.cut.others import gathered, invariant, is_cut
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
@@ -336,6 +336,17 @@ def attended_with_dropout(
     return F.dropout(scores.softmax(-1), dropout_p, training=True) @ v
 
 
+def _for_groups(x: Any, spec: Spec, times: int) -> Any:
+    """Keys or values, each for a group of query heads that are cut as `spec` says."""
+    if x.shape[-3] == 1:
+        return x
+    if not is_cut(x) or not is_served(x, spec.cut, times):
+        return x.repeat_interleave(times, -3)
+    shape = (*x.shape[:-3], x.shape[-3] * times, *x.shape[-2:])
+    made = spec.region.spec(shape, x.spec.dim, spec.cut)
+    return cut_tensor(served(x, spec.cut, times), made, x.who)
+
+
 def _of_heads(x: Any, spec: Spec, who: str) -> Tensor:
     """Keys or values for the heads that this rank holds."""
     if is_cut(x) and x.shape[-3] == 1:
@@ -361,7 +372,7 @@ def attention(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
         return attended_with_dropout(q, k, v, **options)
     if options.pop("enable_gqa", False):
         n = q.shape[-3] // k.shape[-3]
-        k, v = (x if x.shape[-3] == 1 else x.repeat_interleave(n, -3) for x in (k, v))
+        k, v = (_for_groups(x, q.spec, n) for x in (k, v))
     spec, who = q.spec, q.who
     k, v = (_of_heads(each, spec, who) for each in (k, v))
     mask = options.pop("attn_mask", None)

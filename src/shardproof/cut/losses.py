@@ -105,6 +105,5 @@ def _of_shares(
     if reduction == "none":
         return losses
     place = x.spec.region.place(x.spec.cut, x.who)
-    count = losses.numel() if x.dim() > 2 or classes == 0 else x.shape[0]
     total = crossings.fold(losses, tuple(range(losses.dim())), place=place)
-    return total / (x.shape[0] if classes else count) if reduction == "mean" else total
+    return total / losses.numel() if reduction == "mean" else total
