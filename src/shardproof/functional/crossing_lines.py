@@ -15,6 +15,7 @@ from shardproof.functional.classes import Reduction, check_reduction, counting_r
 from shardproof.functional.crossing_moves import checked_dim, gather, take
 from shardproof.functional.place import Place
 from shardproof.functional.vocabulary import vocab_cross_entropy, vocab_log_softmax
+from shardproof.numerics import rowwise
 from shardproof.numerics.elementwise import widen
 from shardproof.numerics.sums import sum_all, sum_rows
 
@@ -155,24 +156,10 @@ def amax_cut(
     return value.unsqueeze(dim) if keepdim else value
 
 
-class _LogSoftmax(torch.autograd.Function):
-    """Log-softmax of the last dim, whole; no fused backward, whose bits change with threads."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, is_invariant: bool) -> Tensor:
-        y = torch.log_softmax(widen(x), -1)
-        ctx.is_invariant, ctx.dtype = is_invariant, x.dtype
-        ctx.save_for_backward(y)
-        return y.to(x.dtype, copy=True)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
-        (y,) = ctx.saved_tensors
-        grad = widen(grad_y)
-        rows = grad.reshape(y.shape[:-1].numel(), y.shape[-1])
-        total = sum_rows(rows.t()) if ctx.is_invariant else rows.sum(1)
-        return (grad - y.exp() * total.view(*y.shape[:-1], 1)).to(ctx.dtype), None
+def _log_softmax(x: Tensor, place: Place) -> Tensor:
+    """Log-softmax of the last dim, whole, in fp32 or fp64."""
+    wide = widen(x)
+    return rowwise.log_softmax(wide, -1) if place.is_invariant else torch.log_softmax(wide, -1)
 
 
 def log_softmax_cut(x: Tensor, dim: int, place: Place) -> Tensor:
@@ -198,7 +185,7 @@ def log_softmax_cut(x: Tensor, dim: int, place: Place) -> Tensor:
             rows, axis=place.axis, cut=place.plain, scheme=place.scheme, who=place.who
         )
     else:
-        y = take(_LogSoftmax.apply(gather(rows, 1, place), place.is_invariant), 1, place)
+        y = take(_log_softmax(gather(rows, 1, place), place).to(x.dtype), 1, place)
     return y.view(last.shape).movedim(-1, dim)
 
 
@@ -267,7 +254,7 @@ def cross_entropy_cut(
         logits, target, classes=place.size, ignore_index=ignore_index, who=place.who
     )
     place.axis.note(target, who=place.who, what="labels", whole=True)
-    log_p = _LogSoftmax.apply(widen(gather(logits, 1, place)), place.is_invariant)
+    log_p = _log_softmax(gather(logits, 1, place), place)
     of_class = log_p.new_ones(place.size) if weight is None else widen(weight)
     classes = target.clamp(min=0, max=place.size - 1)
     losses = -log_p.gather(1, classes.unsqueeze(1)).squeeze(1) * of_class[classes]

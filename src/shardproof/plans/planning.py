@@ -78,8 +78,8 @@ def plan(
     Args:
         model: any module; on the meta device, if you like.
         plan: pattern -> style (`*` stands for one segment of a name, or a part of one), or a
-            `Plan` with its scheme. None: found by watching; without `inputs`, the `tp_plan` that a
-            model of transformers carries, and where that does not serve, by watching too.
+            `Plan` with its scheme. None: with `inputs`, found by watching; without, the `tp_plan`
+            that a model of transformers carries.
         degree: how many ranks.
         inputs: an example of what forward takes: a tuple of arguments, a dict of named ones, or
             one tensor. For a model of transformers it can be made from its config.
