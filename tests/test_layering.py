@@ -140,6 +140,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cut.spec",),
     ("cut.tensor",),
     ("cut.meet", "cut.others"),
+    ("cut.deferred",),
     ("cut.foreign", "cut.joined", "cut.linear", "cut.lines", "cut.moves", "cut.pointwise"),
     ("cut.checked", "cut.conv", "cut.einsum", "cut.lookup"),
     ("cut.calls",),

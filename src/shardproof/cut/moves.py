@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shardproof.cut.deferred import defer
 from shardproof.cut.others import gathered
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
@@ -142,7 +143,7 @@ def move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     except _Unkeyed:
         return gathered(func, name, args, kwargs)
     if recipe is LOST:
-        return gathered(func, name, args, kwargs)
+        return _lost(func, name, x, args, kwargs)
     many, outs = recipe
     made = [_made(step, spec, x) for step, spec in outs]
     return made[0] if not many else many(made)
@@ -186,6 +187,15 @@ def _unsqueezed(x: CutTensor, dims: tuple[Any, ...]) -> CutTensor | None:
 _QUICK = {"transpose": _transposed, "permute": _permuted, "unsqueeze": _unsqueezed}
 
 LOST: Any = object()
+
+
+def _lost(func: Any, name: str, x: CutTensor, args: tuple[Any, ...], kwargs: Any) -> Any:
+    """A result that no one dim cuts: put off where it may be undone, else gathered."""
+    has_gradient = torch.is_grad_enabled() and x.requires_grad
+    if name not in ("reshape", "view") or has_gradient or torch.compiler.is_compiling():
+        return gathered(func, name, args, kwargs)
+    shape = args[1:] if len(args) > 1 else (kwargs["shape"],)
+    return defer(x, shape[0] if isinstance(shape[0], list | tuple) else shape)
 
 
 def _of_others(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -2,7 +2,8 @@
 
 A plan is good only once this has been done: every view has been taken on every rank's parts, every
 collective has been counted. On the meta device nothing is computed. Where the forward depends on
-data, it runs on the CPU with small random weights, and what would come from other ranks is zero.
+data, or asks for a number of its inputs, it runs on the CPU: with the model's weights if they are
+there, and what would come from other ranks is zero.
 """
 
 import copy
@@ -22,6 +23,8 @@ from shardproof.transport.rehearsed import RehearsedTransport
 from shardproof.wording import error_words
 
 Cutting = Callable[[nn.Module, Axis], Region]
+_MOST_ON_CPU = 2 << 30  # bytes of a model that is rehearsed on the CPU because meta has no numbers
+_NO_NUMBERS = ("meta tensor", "Meta tensor")  # in what torch says where a value is asked for
 
 
 def rehearse(
@@ -39,11 +42,29 @@ def rehearse(
         call: arguments of its forward, in order and by name.
         cut: cuts a copy for an axis.
         degree: how many ranks.
-        device: "meta" or "cpu".
+        device: "meta" or "cpu". A small model whose forward asks on the meta device for a number
+            of its inputs is rehearsed on the CPU.
 
     Raises:
         PlanError: a rank cannot do the step.
     """
+    try:
+        return _rehearsed(model, call, cut, degree, device)
+    except PlanError as error:
+        wants_numbers = any(each in str(error.__cause__) for each in _NO_NUMBERS)
+        size = sum(each.numel() * each.element_size() for each in model.parameters())
+        if device != "meta" or not wants_numbers or size > _MOST_ON_CPU:
+            raise
+    return _rehearsed(model, call, cut, degree, "cpu")
+
+
+def _rehearsed(
+    model: nn.Module,
+    call: tuple[tuple[Any, ...], Mapping[str, Any]],
+    cut: Cutting,
+    degree: int,
+    device: str,
+) -> Rehearsal:
     ranks, regions = [], []
     for rank in range(degree):
         axis = Axis("tp", RehearsedTransport(rank, degree))
