@@ -1,9 +1,9 @@
 """A reshape that spreads the cut dim over two dims, put off until its numbers are used.
 
-Code packs the query heads of one token by key-value head: (batch, 6, 1, n) becomes (batch, 2, 3, n).
-Neither dim alone says which rank has a head. What usually follows is an attention, which the
-unpacked heads give too, and the reshape back. So the tensor remembers what it was made of; every
-other use gathers it.
+Code packs the query heads of one token by key-value head: of shape (batch, 6, 1, n) they become
+(batch, 2, 3, n). Neither dim alone says which rank has a head. What usually follows is an
+attention, which the unpacked heads give too, and the reshape back. So the tensor remembers what it
+was made of; every other use gathers it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,7 +51,11 @@ class Deferred(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: Any = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Undo it, attend with its source, or compute with the whole."""
         kwargs = kwargs or {}
@@ -68,7 +72,11 @@ class Deferred(Tensor):
 
     @classmethod
     def __torch_dispatch__(
-        cls, func: Any, types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: Any = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """What reaches ATen computes with the whole."""
         return func(*tree_map(_opened, args), **tree_map(_opened, dict(kwargs or {})))
