@@ -16,6 +16,7 @@ from torch import Tensor
 from shardproof.cut.others import gathered
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
+from shardproof.numerics import forms, reducing
 from shardproof.units import CutDim
 
 LARGEST = 1 << 24  # numbers that one recipe looks at
@@ -434,10 +435,11 @@ def _candidates(
     if name in _SIZED:
         return [lambda x: x.reshape(shape)]
     if name in ("expand", "broadcast_to"):
-        return [lambda x: x.expand(shape)]
+        return [lambda x: reducing.expand(x, shape)]
+    compute = forms.form_of(func) or func  # what repeats adds gradients up, in a fixed order
     if place is None:
-        return [lambda x: func(x, *args, **kwargs)]
-    return [lambda x: func(x, *args, **kwargs)[place]]
+        return [lambda x: compute(x, *args, **kwargs)]
+    return [lambda x: compute(x, *args, **kwargs)[place]]
 
 
 def _runs(spec: Spec, expected: Tensor, made: Spec) -> list[Step]:
