@@ -92,7 +92,7 @@ class Calls(TorchFunctionMode):
         digest = hashlib.sha256(f"{key.step}:{key.seed}:random:{key.name}".encode()).digest()
         generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
         with _Busy():
-            return func(*args, **kwargs, generator=generator)
+            return func(*args, **{**kwargs, "generator": generator})
 
     def key(self, seed: int) -> MaskKey:
         """Of the next mask: the module, and how often it has drawn."""
@@ -189,7 +189,7 @@ def dropped(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
 def random(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Random numbers of a cut tensor: drawn for the whole, of which each rank keeps its part."""
     x = args[0] if args else kwargs.pop("input")
-    stack = _stack()
+    stack = _stack() or _stack_of_modes()
     if not isinstance(x, CutTensor) or not stack or stack[-1].drawing is None:
         return gathered(func, name, args, kwargs)
     probability = args[1] if len(args) > 1 else kwargs.get("p")

@@ -12,6 +12,7 @@ from shardproof.cut import (
     moves,
     others,
     pointwise,
+    solves,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "moves",
     "others",
     "pointwise",
+    "solves",
 ]
