@@ -86,9 +86,7 @@ def _of_rank(
 ) -> Callable[[Axis], Results]:
     def step(axis: Axis) -> Results:
         region = Region(axis, Scheme())
-        tensors = [
-            each.part(leaf_of(each, n, dtype), region) for n, each in enumerate(given)
-        ]
+        tensors = [each.part(leaf_of(each, n, dtype), region) for n, each in enumerate(given)]
         outs = _outputs(code, tensors)
         assert " ".join(sorted(name for name, _ in region.gathered)) == gathered
         parts, own = [], []

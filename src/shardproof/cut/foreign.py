@@ -7,12 +7,16 @@ the gradient would be lost in silence. So `Function.apply` asks first whether a 
 import threading
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils._pytree import tree_flatten, tree_map
 
+from shardproof.cut.others import is_cut
 from shardproof.cut.spec import Spec
-from shardproof.cut.tensor import CutTensor, cut_tensor
+from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 from shardproof.errors import UsageError
+from shardproof.functional import crossings
 
 _plain_apply = Function.apply.__func__  # type: ignore[attr-defined]
 
@@ -43,26 +47,47 @@ class _OfParts(Function):
         ]
         found = ctx.kind.backward(_Context(ctx, ctx.needs_input_grad[3:]), *given)
         found = found if isinstance(found, tuple) else (found,)
-        made = []
-        for each, spec in zip(found, ctx.specs, strict=True):
-            if isinstance(each, CutTensor):
-                if each.spec is not spec:
-                    raise UsageError(
-                        f"the backward of {ctx.kind.__name__} gives a gradient of {each.spec!r} to "
-                        f"an input that is {'whole' if spec is None else spec!r}. Write the "
-                        "function without torch.autograd.Function, or leave the module whole."
-                    )
-                each = each.local
-            elif isinstance(each, Tensor) and spec is not None:
-                raise UsageError(
-                    f"the backward of {ctx.kind.__name__} gives a whole gradient to an input that "
-                    f"is cut ({spec!r}). Leave the module whole."
-                )
-            made.append(each)
+        made = [
+            _as_input(each, spec, ctx)
+            for each, spec in zip(found, ctx.specs, strict=True)
+        ]
         return (None, None, None, *made)
 
 
+def _as_input(grad: Any, spec: Spec | None, ctx: Any) -> Any:
+    """A gradient as the input lies: gathered, or this rank's part of it."""
+    if isinstance(grad, CutTensor):
+        if grad.spec is spec:
+            return grad.local
+        own = grad.spec.region.place(grad.spec.cut, grad.who)
+        grad = crossings.gather(grad.local, grad.spec.dim, own)
+    if not isinstance(grad, Tensor) or spec is None:
+        return grad
+    if grad.shape != spec.shape:
+        raise UsageError(
+            f"the backward of {ctx.kind.__name__} gives a gradient of shape {tuple(grad.shape)} to "
+            f"an input that is cut ({spec!r}). Give one of the shape of the input."
+        )
+    return crossings.held_part(grad, spec.dim, spec.region.place(spec.cut, ctx.who))
+
+
 _local = threading.local()  # how the outputs of the last call are cut
+
+
+class _Inside:
+    """Whether this thread is in the forward of a model that is cut: outputs may be cut then."""
+
+    def __bool__(self) -> bool:
+        return bool(getattr(_local, "depth", 0))
+
+    def enter(self) -> None:
+        _local.depth = getattr(_local, "depth", 0) + 1
+
+    def leave(self) -> None:
+        _local.depth -= 1
+
+
+inside = _Inside()
 
 
 class _Context:
@@ -80,9 +105,16 @@ class _Context:
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    cut = next((each for each in args if isinstance(each, CutTensor)), None)
-    if cut is None or cls.__module__.startswith("shardproof."):
+    if cls.__module__.startswith("shardproof."):
         return _plain_apply(cls, *args, **kwargs)
+    cut = next((each for each in args if isinstance(each, CutTensor)), None)
+    if cut is None and not inside:
+        return _plain_apply(cls, *args, **kwargs)
+    if cut is None and cls.setup_context is not Function.setup_context:
+        y = _plain_apply(cls, *args, **kwargs)
+        cut = next((e for e in tree_flatten(y, is_leaf=is_cut)[0] if isinstance(e, CutTensor)), None)
+        if cut is None:
+            return y
     if cls.setup_context is not Function.setup_context:
         raise UsageError(
             f"{cls.__name__}.apply gets a cut tensor ({cut.spec!r}), and has a setup_context, "
@@ -90,14 +122,57 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         )
     specs = [each.spec if isinstance(each, CutTensor) else None for each in args]
     given = [each.local if isinstance(each, CutTensor) else each for each in args]
-    y = _plain_apply(_OfParts, cls, specs, cut.who, *given, **kwargs)
+    who = "" if cut is None else cut.who
+    y = _plain_apply(_OfParts, cls, specs, who, *given, **kwargs)
     outs = _local.outs
     if isinstance(y, tuple):
         return tuple(
-            each if spec is None else cut_tensor(each, spec, cut.who)
+            each if spec is None else cut_tensor(each, spec, who)
             for each, spec in zip(y, outs, strict=True)
         )
-    return y if outs[0] is None else cut_tensor(y, outs[0], cut.who)
+    return y if outs[0] is None else cut_tensor(y, outs[0], who)
+
+
+_plain_backward = torch.autograd.backward
+_plain_grad = torch.autograd.grad
+
+
+def _parts(tensors: Any) -> Any:
+    return tree_map(lambda x: x.local if is_cut(x) else x, tensors, is_leaf=is_cut)
+
+
+def _backward(
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    grad_variables: Any = None,
+    inputs: Any = None,
+) -> None:
+    """`torch.autograd.backward`, which knows parts alone."""
+    _plain_backward(
+        _parts(tensors),
+        _parts(grad_tensors),
+        retain_graph,
+        create_graph,
+        grad_variables,
+        _parts(inputs),
+    )
+
+
+@rule("grad")
+def grad(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`torch.autograd.grad`: of parts, by parts."""
+    inputs = args[1] if len(args) > 1 else kwargs["inputs"]
+    found = _plain_grad(*_parts(args), **_parts(kwargs))
+    given = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    return tuple(
+        cut_tensor(each, x.spec, x.who) if is_cut(x) and each is not None else each
+        for each, x in zip(found, given, strict=True)
+    )
+
+
+torch.autograd.backward = _backward
 
 
 Function.apply = classmethod(_apply)  # type: ignore[assignment]

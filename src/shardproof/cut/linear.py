@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shardproof.autograd import once_differentiable
-from shardproof.cut.meet import fitted, freed, is_finer, is_for_all, refined
+from shardproof.cut.meet import broadcast, fitted, freed, is_finer, is_for_all, refined
 from shardproof.cut.others import gathered, invariant, whole
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
@@ -52,11 +52,16 @@ def product(x: Any, weight: Any, bias: Any, *, is_transposed: bool, func: Any = 
         )
         return cut_tensor(y, spec, weight.who)
     if isinstance(bias, CutTensor):
-        bias = whole(bias, func.__name__)
+        region = bias.spec.region
+        if not isinstance(x, CutTensor) and not isinstance(weight, CutTensor):
+            y = invariant(region, F.linear, "")(x, weight.t() if is_transposed else weight)
+        else:
+            y = product(x, weight, None, is_transposed=is_transposed, func=func)
+        return run(torch.add, (y, bias), {})
     if isinstance(weight, CutTensor):
         cut, region = weight.spec.cut, weight.spec.region
         place = region.place(cut, weight.who)
-        if isinstance(x, CutTensor) and x.spec.dim == last and is_finer(cut, x.spec.cut, x.spec):
+        if isinstance(x, CutTensor) and x.spec.dim == last:
             part = refined(x, cut).local
         else:
             if isinstance(x, CutTensor):
@@ -76,7 +81,10 @@ def _of_whole_weight(
         form = invariant(spec.region, F.linear, "")
         return form(x, weight.t() if is_transposed else weight, bias)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
-        y = batched(x if spec.dim < x.dim() - 2 else x.unsqueeze(-2), weight if is_transposed else weight.t())
+        y = batched(
+            x if spec.dim < x.dim() - 2 else x.unsqueeze(-2),
+            weight if is_transposed else weight.t(),
+        )
         y = y if spec.dim < x.dim() - 2 else y.squeeze(-2)
         return y if bias is None else run(torch.add, (y, bias), {})
     form = invariant(spec.region, F.linear, x.who)
@@ -147,7 +155,7 @@ def batched(a: Any, b: Any) -> Any:
         a, b = (freed(each) if is_for_all(each) else each for each in (a, b))
     x = a if isinstance(a, CutTensor) else b
     region = x.spec.region
-    shape = (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+    shape = (*broadcast(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
     roles = {
         _role(each, side, len(shape))
         for each, side in ((a, 0), (b, 1))
@@ -165,8 +173,6 @@ def batched(a: Any, b: Any) -> Any:
         y = _batched_column(b.transpose(-2, -1), a.transpose(-2, -1), (*shape[:-2], *shape[:-3:-1]))
         return y.transpose(-2, -1)
     finest = _finest(a, b)
-    if finest is None:
-        return gathered(torch.matmul, "matmul of two cuts", (a, b), {})
     spec = region.spec(shape, dim, finest.spec.cut)
     parts = [_as_operand(each, side, spec, finest) for side, each in enumerate((a, b))]
     y = invariant(region, torch.matmul, finest.who)(*parts)
@@ -210,16 +216,16 @@ def _role(x: CutTensor, side: int, dims: int) -> Any:
     return dims + dim
 
 
-def _finest(a: Any, b: Any) -> CutTensor | None:
+def _finest(a: Any, b: Any) -> CutTensor:
     cuts = [each for each in (a, b) if isinstance(each, CutTensor)]
     best = cuts[0]
     for other in cuts[1:]:
         if other.spec.cut == best.spec.cut:
             continue
-        if is_finer(other.spec.cut, best.spec.cut, best.spec):
+        if not is_finer(best.spec.cut, other.spec.cut, best.spec) and is_finer(
+            other.spec.cut, best.spec.cut, best.spec
+        ):
             best = other
-        elif not is_finer(best.spec.cut, other.spec.cut, best.spec):
-            return None
     return best
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardproof.cut.meet import fitted, freed, is_for_all
+from shardproof.cut.meet import fitted, freed, is_for_all, is_served, served
 from shardproof.cut.others import gathered, invariant, is_cut
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
@@ -286,12 +286,6 @@ def _normed_across(x: Any, dims: tuple[int, ...], eps: float | None, *, is_centr
     return x * torch.rsqrt((x * x).mean(dims, keepdim=True) + eps)
 
 
-@rule("group_norm")
-def group_norm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Groups that each rank holds whole are its own lines."""
-    return gathered(func, name, args, kwargs)
-
-
 # Name -> how many of the last dims it uses.
 _SPATIAL = {
     **{
@@ -378,6 +372,17 @@ def attended_with_dropout(
     return F.dropout(scores.softmax(-1), dropout_p, training=True) @ v
 
 
+def _for_groups(x: Any, spec: Spec, times: int) -> Any:
+    """Keys or values, each for a group of query heads that are cut as `spec` says."""
+    if x.shape[-3] == 1:
+        return x
+    if not is_cut(x) or not is_served(x, spec.cut, times):
+        return x.repeat_interleave(times, -3)
+    shape = (*x.shape[:-3], x.shape[-3] * times, *x.shape[-2:])
+    made = spec.region.spec(shape, x.spec.dim, spec.cut)
+    return cut_tensor(served(x, spec.cut, times), made, x.who)
+
+
 def _of_heads(x: Any, spec: Spec, who: str) -> Tensor:
     """Keys or values for the heads that this rank holds."""
     if is_cut(x) and x.shape[-3] == 1:
@@ -403,7 +408,7 @@ def attention(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
         return attended_with_dropout(q, k, v, **options)
     if options.pop("enable_gqa", False):
         n = q.shape[-3] // k.shape[-3]
-        k, v = (x if x.shape[-3] == 1 else x.repeat_interleave(n, -3) for x in (k, v))
+        k, v = (_for_groups(x, q.spec, n) for x in (k, v))
     spec, who = q.spec, q.who
     k, v = (_of_heads(each, spec, who) for each in (k, v))
     mask = options.pop("attn_mask", None)
@@ -412,4 +417,3 @@ def attention(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
         mask = fitted(mask, spec.region.spec(full, spec.dim, spec.cut), who)
     y = invariant(spec.region, func, who)(q.local, k, v, attn_mask=mask, **options)
     return cut_tensor(y, spec.region.spec((*spec.shape[:-1], v.shape[-1]), spec.dim, spec.cut), who)
-

@@ -281,35 +281,3 @@ def _lying_along(tensors: list[Any], dim: int) -> tuple[Spec, str] | None:
     ):
         return None
     return common([one_along(each, dim) for each in cuts], tuple(shape))
-
-
-@rule("cross_entropy")
-def cross_entropy(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Of logits that are cut along the classes: the vocabulary-parallel loss."""
-    logits, target = _named(args, kwargs, "input", "target")
-    options = {key: value for key, value in kwargs.items() if key not in ("input", "target")}
-    weight = options.pop("weight", args[2] if len(args) > 2 else None)
-    plain = isinstance(target, Tensor) and not target.dtype.is_floating_point
-    classes = 1 if isinstance(logits, CutTensor) and logits.dim() > 1 else 0
-    old = options.pop("size_average", None) is not None or options.pop("reduce", None) is not None
-    if (
-        not isinstance(logits, CutTensor)
-        or not plain
-        or logits.spec.dim != classes
-        or logits.dim() != 2
-        or old
-        or len(args) > 3
-    ):
-        return _unwrapped_loss(func, name, args, kwargs)
-    place = logits.spec.region.place(logits.spec.cut, logits.who)
-    return crossings.cross_entropy_cut(logits.local, target, place, weight=weight, **options)
-
-
-def _unwrapped_loss(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return gathered(func, name, args, kwargs)
-
-
-@rule("nll_loss")
-def nll_loss(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Of log-probabilities."""
-    return gathered(func, name, args, kwargs)

@@ -12,13 +12,29 @@ from shardproof.cut.others import whole
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor
 from shardproof.functional import crossings
-from shardproof.units import CutDim
+from shardproof.units import CutDim, Shared
+
+
+def broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """`torch.broadcast_shapes`, of which torch's own takes 50 microseconds."""
+    first = shapes[0]
+    if all(shape == first for shape in shapes):
+        return first
+    sizes = [1] * max(map(len, shapes))
+    for shape in shapes:
+        for place, size in enumerate(shape, len(sizes) - len(shape)):
+            if size != 1 and sizes[place] != size:
+                if sizes[place] != 1:
+                    return torch.broadcast_shapes(*shapes)  # raises
+                sizes[place] = size
+    return tuple(sizes)
 
 
 def common(tensors: Sequence[Any], shape: tuple[int, ...]) -> tuple[Spec, str] | None:
     """How a result of that shape is cut, from operands that broadcast to it.
 
-    None: they are cut along several dims, or in ways of which none is the finer.
+    Of cuts along one dim it is the finest; the first, if none is. None: they are cut along several
+    dims.
     """
     finest: CutTensor | None = None
     dim = -1
@@ -32,10 +48,10 @@ def common(tensors: Sequence[Any], shape: tuple[int, ...]) -> tuple[Spec, str] |
         elif place != dim:
             return None
         elif x.spec.cut is not finest.spec.cut:
-            if is_finer(x.spec.cut, finest.spec.cut, finest.spec):
+            if not is_finer(finest.spec.cut, x.spec.cut, finest.spec) and is_finer(
+                x.spec.cut, finest.spec.cut, finest.spec
+            ):
                 finest = x
-            elif not is_finer(finest.spec.cut, x.spec.cut, finest.spec):
-                return None
     assert finest is not None  # noqa: S101 - a rule is asked where a tensor is cut
     return finest.spec.region.spec(shape, dim, finest.spec.cut), finest.who
 
@@ -69,20 +85,43 @@ def are_alike(one: CutDim, other: CutDim) -> bool:
 
 
 def is_finer(one: CutDim, other: CutDim, spec: Spec) -> bool:
-    """Whether every rank that holds an index of `one` holds it of `other` too.
+    """Whether at every degree a rank that holds an index of `one` holds it of `other` too.
 
-    Both by the same units: other leaves would be other sums.
+    Both by the same units: other leaves would be other sums. It asks nothing of this degree: which
+    operand gives the cut decides the leaves of later sums.
     """
-    if one == other:
+    one, other = spec.region.one(one), spec.region.one(other)
+    if one is other:
         return True
     recipes = spec.region.recipes
-    key = ("finer", one, other)
+    key = ("finer", id(one), id(other))
     if key not in recipes:
-        recipes[key] = are_alike(one, other) and all(
-            np.isin(one.held(rank), other.held(rank)).all() for rank in range(spec.region.axis.size)
-        )
+        recipes[key] = one.size == other.size and are_alike(one, other) and _is_finer(one, other)
     found: bool = recipes[key]
     return found
+
+
+def _is_finer(one: CutDim, other: CutDim) -> bool:
+    pairs = np.unique(np.stack([one.labels, other.labels]), axis=1).T
+    return all(_goes_with(int(own), int(theirs), one.shared) for own, theirs in pairs)
+
+
+def _goes_with(unit: int, other: int, shared: Shared) -> bool:
+    """Whether every rank that holds one unit holds another, at every degree."""
+    units = shared.units
+    needers = {unit} if unit < units.count else set(units.needers[unit - units.count])
+    if other >= units.count:
+        return unit == other or needers <= set(units.needers[other - units.count])
+    return all(_is_beside(each, other, shared) for each in needers)
+
+
+def _is_beside(one: int, other: int, shared: Shared) -> bool:
+    """Whether two units have one owner at every degree: in one leaf, or between two breaks."""
+    if shared.leaf_of[one] == shared.leaf_of[other]:
+        return True
+    breaks = shared.units.breaks
+    low, high = sorted((one, other))
+    return breaks is not None and not any(low < each <= high for each in breaks)
 
 
 def fitted(x: Any, spec: Spec, who: str) -> Tensor:
@@ -107,20 +146,61 @@ def fitted(x: Any, spec: Spec, who: str) -> Tensor:
 
 
 def refined(x: CutTensor, cut: CutDim) -> CutTensor:
-    """The same tensor, held as a finer cut holds it."""
-    if x.spec.cut == cut:
-        return x
+    """The same tensor, held as another cut holds it: served if that is finer, else gathered."""
     spec, region = x.spec, x.spec.region
-    key = ("refined", spec, cut, x.who)
+    cut = region.one(cut)
+    if spec.cut is cut:
+        return x
+    key = ("refined", id(spec.cut), id(cut), x.who)
     if key not in region.recipes:
-        own = CutDim(cut.shared, spec.cut.blocks)  # the same units, maybe by another name
+        own = CutDim(cut.shared, spec.cut.blocks) if are_alike(cut, spec.cut) else spec.cut
         places = region.place(own, x.who), region.place(cut, x.who)
-        index = np.arange(spec.shape[spec.dim])
-        region.recipes[key] = (*places, index, region.spec(spec.shape, spec.dim, cut))
-    place, target, index, made = region.recipes[key]
+        index = tuple(range(spec.shape[spec.dim])) if is_finer(cut, spec.cut, spec) else None
+        region.recipes[key] = (*places, index)
+    place, target, index = region.recipes[key]
+    made = region.spec(spec.shape, spec.dim, cut)
     if place is target:
         return cut_tensor(x.local, made, x.who)
-    return cut_tensor(crossings.serve(x.local, spec.dim, place, target, index), made, x.who)
+    if index is not None:
+        part = crossings.serve(x.local, spec.dim, place, target, index)
+    else:
+        region.gathered["cut in another way", x.who] = (
+            region.gathered.get(("cut in another way", x.who), 0) + 1
+        )
+        part = crossings.take(crossings.gather(x.local, spec.dim, place), spec.dim, target)
+    return cut_tensor(part, made, x.who)
+
+
+def served(x: CutTensor, cut: CutDim, times: int) -> Tensor:
+    """What a rank holds of a tensor each of whose indices along the cut dim serves several others.
+
+    Args:
+        x: cut by shared units, such as key-value heads.
+        cut: of the others, such as query heads; `times` as many.
+        times: how many stand side by side.
+    """
+    region = x.spec.region
+    cut = region.one(cut)
+    key = ("served", id(x.spec.cut), id(cut), times, x.who)
+    if key not in region.recipes:
+        index = tuple(place // times for place in range(cut.size))
+        own = CutDim(cut.shared, x.spec.cut.blocks)  # the same units, maybe by another name
+        region.recipes[key] = region.place(own, x.who), region.place(cut, x.who), index
+    place, target, index = region.recipes[key]
+    return crossings.serve(x.local, x.spec.dim, place, target, index)
+
+
+def is_served(x: CutTensor, cut: CutDim, times: int) -> bool:
+    """Whether `served` can be had: every rank holds what its indices of `cut` need."""
+    region = x.spec.region
+    cut = region.one(cut)
+    key = ("is served", id(x.spec.cut), id(cut), times)
+    if key not in region.recipes:
+        labels = np.repeat(x.spec.cut.labels, times)
+        repeated = CutDim.of_labels(x.spec.cut.shared, labels)
+        region.recipes[key] = cut.size == len(labels) and is_finer(cut, repeated, x.spec)
+    found: bool = region.recipes[key]
+    return found
 
 
 def one_along(x: CutTensor, dim: int) -> CutTensor:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shardproof.cut.others import gathered
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
 from shardproof.units import CutDim
@@ -128,34 +129,70 @@ def move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             if rest[0].itemsize != x.dtype.itemsize
             else (cut_tensor(x.local.view(rest[0]), x.spec, x.who))
         )
+    quick = _QUICK.get(name)
+    if quick is not None and not kwargs:
+        found = quick(x, rest)
+        if found is not None:
+            return found
     try:
         key = (func, x.spec, _key(rest), tuple(kwargs.items()) if kwargs else ())
         recipe = x.spec.region.recipes.get(key)
         if recipe is None:
             recipe = x.spec.region.recipes[key] = find(func, name, x.spec, rest, kwargs)
     except _Unkeyed:
-        return run_others(func, name, args, kwargs)
+        return gathered(func, name, args, kwargs)
     if recipe is LOST:
-        return run_others(func, name, args, kwargs)
+        return gathered(func, name, args, kwargs)
     many, outs = recipe
     made = [_made(step, spec, x) for step, spec in outs]
     return made[0] if not many else many(made)
 
 
+def _transposed(x: CutTensor, dims: tuple[Any, ...]) -> CutTensor | None:
+    """`transpose`: for every shape alike, so no recipe for each."""
+    if len(dims) != 2 or not all(type(dim) is int for dim in dims):
+        return None
+    spec, shape = x.spec, list(x.spec.shape)
+    a, b = (dim % len(shape) for dim in dims)
+    shape[a], shape[b] = shape[b], shape[a]
+    dim = b if spec.dim == a else a if spec.dim == b else spec.dim
+    made = spec.region.spec(tuple(shape), dim, spec.cut)
+    return cut_tensor(x.local.transpose(a, b), made, x.who)
+
+
+def _permuted(x: CutTensor, dims: tuple[Any, ...]) -> CutTensor | None:
+    """`permute`, likewise."""
+    order = dims[0] if len(dims) == 1 and isinstance(dims[0], list | tuple) else dims
+    count = len(x.spec.shape)
+    if len(order) != count or not all(type(dim) is int for dim in order):
+        return None
+    spec, places = x.spec, [dim % count for dim in order]
+    shape = tuple(spec.shape[dim] for dim in places)
+    made = spec.region.spec(shape, places.index(spec.dim), spec.cut)
+    return cut_tensor(x.local.permute(places), made, x.who)
+
+
+def _unsqueezed(x: CutTensor, dims: tuple[Any, ...]) -> CutTensor | None:
+    """`unsqueeze`, likewise."""
+    if len(dims) != 1 or type(dims[0]) is not int:
+        return None
+    spec, count = x.spec, len(x.spec.shape) + 1
+    place = dims[0] % count
+    shape = (*spec.shape[:place], 1, *spec.shape[place:])
+    made = spec.region.spec(shape, spec.dim + (place <= spec.dim), spec.cut)
+    return cut_tensor(x.local.unsqueeze(place), made, x.who)
+
+
+_QUICK = {"transpose": _transposed, "permute": _permuted, "unsqueeze": _unsqueezed}
+
 LOST: Any = object()
-
-
-def run_others(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    from shardproof.cut.tensor import RULES
-
-    return RULES["gathered"](func, name, args, kwargs)
 
 
 def _of_others(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A plain tensor, with a cut one among the arguments: only its shape is asked for."""
     if name in ("view_as", "reshape_as", "expand_as"):
         return getattr(args[0], name.removesuffix("_as"))(args[1].shape)
-    return run_others(func, name, args, kwargs)
+    return gathered(func, name, args, kwargs)
 
 
 def _made(step: Step, spec: Spec | None, x: CutTensor) -> Any:
@@ -180,7 +217,7 @@ def _key(value: Any) -> Any:
 def find(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The recipe of an operation: how its results are cut, and a call on the part for each."""
     size, dim = spec.shape[spec.dim], spec.dim
-    with torch.no_grad():
+    with torch.no_grad(), torch._C.DisableTorchFunction():  # numbers are nobody's business
         numbers = _along(torch.arange(size), spec.shape, dim)
         if name in _SIZED:
             shape = func(torch.empty(spec.shape, device="meta"), *args, **kwargs).shape

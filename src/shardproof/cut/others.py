@@ -8,15 +8,14 @@ says which these are.
 
 import threading
 from collections.abc import Callable
-from functools import cache
-from functools import lru_cache
-from types import FunctionType
+from functools import cache, lru_cache
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import RULES, CutTensor, composed, rule, run
@@ -38,6 +37,12 @@ def whole(x: CutTensor, why: str) -> Tensor:
     return crossings.gather(x.local, x.spec.dim, region.place(x.spec.cut, x.who))
 
 
+@rule("whole")
+def _asked(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The whole of one tensor, because somebody wants it."""
+    return whole(args[0], name)
+
+
 def invariant(region: Region, func: Any, who: str) -> Callable[..., Any]:
     """The form of an operation whose bits do not change with the cut; itself if numerics are native.
 
@@ -50,6 +55,13 @@ def invariant(region: Region, func: Any, who: str) -> Callable[..., Any]:
             region.variant.setdefault(getattr(func, "__name__", str(func)), who)
         found = region.forms[func] = func if form is None else form
     return found
+
+
+def computed(region: Region, func: Any, *args: Any) -> Any:
+    """An operation inside a rule: by its own rule if an operand is cut, else by its form."""
+    if any(isinstance(each, CutTensor) for each in args):
+        return run(func, args, {})
+    return invariant(region, func, "")(*args)
 
 
 @rule(
@@ -89,10 +101,17 @@ def unwrapped(func: FunctionType) -> Callable[..., Any]:
         {**func.__globals__, **blind},
         func.__name__,
         func.__defaults__,
-        func.__closure__,
+        None if func.__closure__ is None else tuple(map(_unwrapped_cell, func.__closure__)),
     )
     made.__kwdefaults__ = func.__kwdefaults__
     return made
+
+
+def _unwrapped_cell(cell: CellType) -> CellType:
+    """A function that chooses between two (`F.max_pool2d`) keeps them in its closure: both ask."""
+    held = cell.cell_contents
+    is_theirs = isinstance(held, FunctionType) and held.__module__.startswith("torch")
+    return CellType(unwrapped(held)) if is_theirs else cell
 
 
 @rule("others")
@@ -104,7 +123,7 @@ def others(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return _written(func, name, args, kwargs)
     if isinstance(func, OpOverload) or not _is_composed(name):
         return gathered(func, name, args, kwargs)
-    return _taken_apart(func, args, kwargs)
+    return _taken_apart(func, name, args, kwargs)
 
 
 @lru_cache(maxsize=None)
@@ -152,25 +171,46 @@ class _Outer:
 _local = threading.local()
 
 
-def _taken_apart(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operation of C++ on cut tensors: what it is made of comes back by `_of_aten`."""
+def _taken_apart(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation of C++ on cut tensors: what it is made of comes back by `_of_aten`.
+
+    Inside, autograd is off for what does not come back. So a whole tensor that wants a gradient may
+    not be among its operands, nor become one on the way: then all is gathered.
+    """
     from shardproof.cut.adopted import shown
 
     args, kwargs = tree_map(shown, (args, kwargs), is_leaf=is_cut)
+    flat = tree_flatten((args, kwargs), is_leaf=is_cut)[0]
+    if torch.is_grad_enabled() and any(_wants(each) for each in flat):
+        return gathered(func, name, args, kwargs)
     outers: list[_Outer] = _local.__dict__.setdefault("outers", [])
     outers.append(_Outer())
     try:
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             return func(*args, **kwargs)
+    except _Whole:
+        pass
     finally:
         outers.pop()
+    return gathered(func, name, args, kwargs)
+
+
+class _Whole(Exception):  # noqa: N818 - it never leaves this file
+    """Something whole that wants a gradient came up inside a composed operation."""
+
+
+def _wants(x: Any) -> bool:
+    return isinstance(x, Tensor) and not is_cut(x) and x.requires_grad
 
 
 def _of_aten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An ATen operation on cut tensors, under dispatch and autograd as they were outside."""
     outers: list[_Outer] = _local.__dict__.setdefault("outers", [])
     with outers[-1] if outers else _Outer():
-        return run(func, args, kwargs)
+        y = run(func, args, kwargs)
+    if outers and any(_wants(each) for each in tree_flatten(y, is_leaf=is_cut)[0]):
+        raise _Whole
+    return y
 
 
 composed.append(_of_aten)

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardproof.cut.adopted import adopt
-from shardproof.cut.meet import common, fitted
-from shardproof.cut.others import gathered, invariant
+from shardproof.cut.meet import broadcast, common, fitted
+from shardproof.cut.others import computed, gathered, invariant
+from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 
 _NAMES = [
@@ -136,7 +137,6 @@ _NAMES = [
     "pos",
     "positive",
     "pow",
-    "prelu",
     "rad2deg",
     "radd",
     "rdiv",
@@ -222,13 +222,26 @@ def pointwise(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
             if isinstance(other, CutTensor):
                 if other.spec is not spec:
                     break
-            elif isinstance(other, Tensor):
+            elif isinstance(other, Tensor) and not _joins_as_it_is(other, spec):
                 break
         else:
             compute = invariant(spec.region, func, x.who)
             parts = [each.local if isinstance(each, CutTensor) else each for each in args]
             return cut_tensor(compute(*parts), spec, x.who)
     return _general(func, name, args, kwargs)
+
+
+def _joins_as_it_is(x: Tensor, spec: Spec) -> bool:
+    """Whether a whole tensor without a gradient broadcasts to what is cut, along the cut dim too."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return False
+    shape, lead = x.shape, len(spec.shape) - x.dim()
+    if lead < 0:
+        return False
+    return all(
+        size == 1 or (size == spec.shape[dim] and dim != spec.dim)
+        for dim, size in enumerate(shape, lead)
+    )
 
 
 def _general(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -241,7 +254,7 @@ def _general(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
             for place, each in enumerate(flat)
         ]
     tensors = [flat[place] for place in places]
-    shape = torch.broadcast_shapes(*(each.shape for each in tensors))
+    shape = broadcast(*(each.shape for each in tensors))
     met = common(tensors, shape)
     if met is None:
         return gathered(func, name, args, kwargs)
@@ -263,7 +276,7 @@ def _in_place(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
         return gathered(func, name, args, kwargs)
     for place, each in enumerate(flat):
         if isinstance(each, CutTensor | Tensor) and each is not x:
-            if torch.broadcast_shapes(each.shape, x.shape) != x.shape:
+            if broadcast(each.shape, x.shape) != x.shape:
                 return gathered(func, name, args, kwargs)
             flat[place] = fitted(each, x.spec, x.who)
     flat = [each.local if each is x else each for each in flat]
@@ -275,7 +288,7 @@ def _in_place(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 def _adopted(x: Tensor, operands: list[Any]) -> bool:
     """Whether a whole tensor could take the cut of what is written to it."""
     cuts = [each for each in operands if isinstance(each, CutTensor)]
-    if torch.broadcast_shapes(*(each.shape for each in cuts), x.shape) != x.shape:
+    if broadcast(*(each.shape for each in cuts), x.shape) != x.shape:
         return False
     met = common(cuts, tuple(x.shape))
     return met is not None and adopt(x, *met)
@@ -311,3 +324,13 @@ def new(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def new_tensor(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Of given numbers: whole."""
     return func(args[0].local, *args[1:], **kwargs)
+
+
+@rule("prelu")
+def prelu(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The slopes are those of the channels, dim 1, or one for all."""
+    x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
+    shape = (-1, *[1] * (x.dim() - 2)) if weight.numel() > 1 else ()
+    region = (x if isinstance(x, CutTensor) else weight).spec.region
+    falling = computed(region, torch.mul, x, weight.reshape(shape))
+    return computed(region, torch.where, x > 0, x, falling)

@@ -2,6 +2,8 @@
 
 from shardproof.cut import (
     calls,
+    channels,
+    checked,
     conv,
     einsum,
     foreign,
@@ -9,6 +11,7 @@ from shardproof.cut import (
     linear,
     lines,
     lookup,
+    losses,
     moves,
     others,
     pointwise,
@@ -17,6 +20,8 @@ from shardproof.cut import (
 
 __all__ = [
     "calls",
+    "channels",
+    "checked",
     "conv",
     "einsum",
     "foreign",
@@ -24,6 +29,7 @@ __all__ = [
     "linear",
     "lines",
     "lookup",
+    "losses",
     "moves",
     "others",
     "pointwise",

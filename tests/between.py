@@ -1,0 +1,155 @@
+"""Small models of which one part, between two layers that are cut, is what a test is about."""
+
+import copy
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import shardproof as sp
+from shardproof.functional import crossings
+from shardproof.plans.watched import WatchedPlan, cut_by, plan_by_watching
+from shardproof.scheme import Scheme
+from shardproof.units import Block, Units
+from shardproof.watching import Family
+
+BATCH, LENGTH, IN, HIDDEN = 2, 5, 10, 24
+DEGREES = (1, 2, 3, 5)
+RTOL = 1e-9
+
+
+class Between(nn.Module):
+    """`up`, which is cut by columns; what is asked about; `down`, which is cut by rows."""
+
+    def __init__(
+        self,
+        middle: Callable[[Any, Tensor], Any],
+        parts: Callable[[], dict[str, Any]] | None = None,
+        width: int | None = HIDDEN,
+    ) -> None:
+        super().__init__()
+        self.up = nn.Linear(IN, HIDDEN)
+        for name, part in (parts() if parts else {}).items():
+            setattr(self, name, part)
+        self.down = None if width is None else nn.Linear(width, IN)
+        self.middle = middle
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, length, IN) -> a number."""
+        y = self.middle(self, self.up(x))
+        if self.down is not None:
+            y = self.down(y)
+        return y if y.dim() == 0 else (y.square() * weights(y)).sum()
+
+
+def weights(x: Tensor) -> Tensor:
+    """Numbers that differ, so that no order of elements goes unseen."""
+    count = torch.arange(x.numel(), dtype=torch.float64) * 7919 % 1013
+    return (count / 1013 + 0.25).to(x.dtype).reshape(x.shape)
+
+
+def example(dtype: torch.dtype) -> Tensor:
+    """What the models take."""
+    x = torch.randn(BATCH, LENGTH, IN, generator=torch.Generator().manual_seed(3))
+    return x.to(dtype)
+
+
+def made(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    """The same model every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return make().to(dtype)
+
+
+def numbers_of(model: nn.Module, x: Any, plan: WatchedPlan | None, axis: Any) -> dict[str, Tensor]:
+    """Loss and gradients, whole."""
+    region = None if plan is None else cut_by(model, plan, axis)
+    loss = model(x)
+    loss.backward()
+    found = {"loss": loss.detach()}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        if grad is not None:
+            if region is not None and plan is not None and name in plan.cuts:
+                dim, along = plan.cuts[name]
+                grad = crossings.gather(grad, dim, region.place(along, "test"))
+            found[name] = grad
+    return found | {name: each.clone() for name, each in model.named_buffers()}
+
+
+def watched(make: Callable[[], nn.Module]) -> WatchedPlan:
+    """What the planner says."""
+    x = example(torch.float32)
+    return plan_by_watching(made(make, torch.float32), x, degree=2, scheme=Scheme())
+
+
+def forced(make: Callable[[], nn.Module]) -> WatchedPlan:
+    """Every feature of `up` a unit, whatever the planner thinks of it."""
+    model = made(make, torch.float32)
+    block = (Block(HIDDEN, 0, 1),)
+    dims: dict[tuple[str, int], tuple[Block, ...]] = {
+        ("up.weight", 0): block,
+        ("up.bias", 0): block,
+    }
+    down = getattr(model, "down", None)
+    if down is not None and down.weight.shape[1] == HIDDEN:
+        dims["down.weight", 1] = block
+    units = Units("features", HIDDEN)
+    return WatchedPlan(
+        "Between",
+        2,
+        Scheme(),
+        (Family("features", units, dims, (), "pair", (), ()),),
+        {},
+        1.0,
+        {name: tuple(each.shape) for name, each in model.named_parameters()},
+        frozenset(name for name, _ in model.named_modules()),
+    )
+
+
+def run(make: Callable[[], nn.Module], plan: WatchedPlan, degree: int) -> list[dict[Any, Any]]:
+    """Numbers of both dtypes of all ranks."""
+    plan = replace(plan, degree=degree)
+
+    # Ranks that are threads share torch's generator, so none of them makes a model.
+    models = {dtype: made(make, dtype) for dtype in (torch.float32, torch.float64)}
+
+    def work(axis: sp.Axis) -> dict[Any, Any]:
+        return {
+            dtype: numbers_of(copy.deepcopy(model), example(dtype), plan, axis)
+            for dtype, model in models.items()
+        }
+
+    return sp.launch(work, degree=degree, engine="threads", timeout=60)
+
+
+def hashes(numbers: dict[str, Tensor]) -> dict[str, str]:
+    """One for each tensor."""
+    return {
+        name: hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest()[:16]
+        for name, x in numbers.items()
+    }
+
+
+def check(make: Callable[[], nn.Module], plan: WatchedPlan) -> None:
+    """The same bits at every degree and rank, and the numbers of plain torch."""
+    degrees = DEGREES if plan.cuts else DEGREES[:2]
+    want = numbers_of(made(make, torch.float64), example(torch.float64), None, None)
+    first = None
+    for degree in degrees:
+        for rank, found in enumerate(run(make, plan, degree)):
+            have = found[torch.float64]
+            assert have.keys() == want.keys(), (degree, rank, have.keys() ^ want.keys())
+            for name, x in want.items():
+                scale = max(float(x.abs().max()), 1e-3) if x.numel() else 1.0
+                error = float((have[name] - x).abs().max()) / scale if x.numel() else 0.0
+                assert error <= RTOL, f"{name} at degree {degree}, rank {rank}: off by {error:.1e}"
+            own = hashes(found[torch.float32]) | {
+                f"{name} in fp64": each for name, each in hashes(have).items()
+            }
+            first = own if first is None else first
+            differ = [name for name in own if own[name] != first[name]]
+            assert not differ, f"bits differ at degree {degree}, rank {rank}: {differ}"
