@@ -249,7 +249,7 @@ def test_cuts_of_one_kind_meet_whatever_their_units_are_called(pool: Pool) -> No
 
 def test_cuts_of_other_units_are_gathered(pool: Pool) -> None:
     other = Dim(Units("coarse", 29, breaks=(0, 7, 20)), (Block(29, 0, 1),))
-    judge(pool, torch.mul, X, Given((2, 5, 29), 2, other), gathered="mul")
+    judge(pool, torch.mul, X, Given((2, 5, 29), 2, other), gathered="a tensor that is cut by other units")
 
 
 def test_a_product_of_ours_is_written_to_in_place(pool: Pool) -> None:
@@ -329,12 +329,12 @@ class Noisy(nn.Module):
         self.down = nn.Linear(29, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x * torch.rand_like(x) + torch.randn(5, 4)
+        x = x * torch.rand_like(x) + torch.randn(5, 4, device=x.device)
         h = self.up(x)
         h = h * torch.rand_like(h) * torch.bernoulli(h.sigmoid())
         h = h + torch.empty_like(h).exponential_().log() + h.clone().normal_(0.5, 2.0)
         y: Tensor = self.down(h)
-        return y[torch.randperm(2)] + torch.randint(0, 3, (4,))
+        return y[torch.randperm(2, device=x.device)] + torch.randint(0, 3, (4,), device=x.device)
 
 
 def test_what_a_module_draws_is_the_same_on_every_rank_at_every_degree(pool: Pool) -> None:

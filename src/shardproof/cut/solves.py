@@ -36,13 +36,18 @@ def solve_triangular(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[s
 
 
 def _solved(a: Tensor, b: Tensor, **options: bool) -> Tensor:
-    """Matrix by matrix: torch's bits of one depend on how many there are (133 of 4800 differ)."""
+    """Matrix by matrix, each in memory of its own.
+
+    Torch's bits of a matrix depend on how many there are, and on where its memory begins.
+    """
     if a.is_meta or not b.numel():
         return torch.linalg.solve_triangular(a, b, **options)
+    shape = b.shape
     pairs = zip(a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), strict=True)
-    return torch.stack(
-        [torch.linalg.solve_triangular(one, other, **options) for one, other in pairs]
-    ).view(b.shape)
+    y = torch.stack(
+        [torch.linalg.solve_triangular(one.clone(), b.clone(), **options) for one, b in pairs]
+    )
+    return y.view(shape)
 
 
 class _Solved(torch.autograd.Function):
