@@ -139,9 +139,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # The cut tensor: any operation of torch on parts.
     ("cut.spec",),
     ("cut.tensor",),
-    ("cut.meet", "cut.others"),
+    ("cut.others",),
+    ("cut.meet",),
+    ("cut.adopted",),
     ("cut.foreign", "cut.joined", "cut.linear", "cut.lines", "cut.moves", "cut.pointwise"),
-    ("cut.checked", "cut.conv", "cut.einsum", "cut.lookup"),
+    ("cut.checked", "cut.conv", "cut.einsum", "cut.lookup", "cut.solves"),
     ("cut.calls",),
     ("cut.rules",),
     ("cut.__init__",),

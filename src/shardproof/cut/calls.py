@@ -106,7 +106,9 @@ class Calls(TorchFunctionMode):
             limits = [0, *limits] if name == "randint_like" and len(limits) == 1 else limits
             func, args, kwargs = getattr(Tensor, _LIKE[name]), (empty_like(x, **kwargs), *limits), {}
         first = next((each for each in args if isinstance(each, Tensor)), None)
-        device = torch.device(kwargs.get("device") or ("cpu" if first is None else first.device))
+        device = torch.device(
+            kwargs.get("device") or (torch.get_default_device() if first is None else first.device)
+        )
         if device.type == "meta":
             return func(*args, **kwargs)
         key = self.key(self.region.scheme.seed)

@@ -4,6 +4,7 @@ Where the cut dim is none of theirs, each rank does its own lines. Where it is, 
 the ranks in the order of the tree, a softmax exchanges its sums, and the rest is gathered.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -158,7 +159,42 @@ def _across(
         return crossings.max_cut(x.local, x.spec.dim, place, keepdim=keep, is_min=name == "argmin")[
             1
         ]
+    if name in _SPREADS or _is_length(name, args, kwargs):
+        return _spread_across(name, x, args, kwargs, dims)
     return gathered(func, name, args, kwargs)
+
+
+def _spread_across(
+    name: str,
+    x: CutTensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dims: tuple[int, ...],
+) -> Any:
+    """A variance, a deviation or a length: sums over the cut dim, whole and small."""
+    keep = bool(kwargs.get("keepdim", len(args) > 3 and args[3] is True))
+    if name in _LENGTHS:
+        y = run(Tensor.sum, (x * x, dims), {"keepdim": keep}).sqrt()
+        return y if kwargs.get("dtype") is None else y.to(kwargs["dtype"])
+    free: Any = kwargs.get("correction", kwargs.get("unbiased", args[2] if len(args) > 2 else 1))
+    count = math.prod(x.shape[dim] for dim in dims) - (1 if free is None else int(free))
+    mean = x.mean(dims, keepdim=True)
+    far = x - mean
+    y = run(Tensor.sum, (far * far, dims), {"keepdim": keep}) / max(count, 0)
+    y = y.sqrt() if name.startswith("std") else y
+    if not name.endswith("_mean"):
+        return y
+    return y, mean if keep else mean.reshape(y.shape)
+
+
+_LENGTHS = frozenset(("norm", "vector_norm", "linalg_vector_norm"))
+_SPREADS = frozenset(("var", "std", "var_mean", "std_mean"))
+
+
+def _is_length(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether it is the length of real vectors: the square root of the sum of squares."""
+    order = kwargs.get("p", kwargs.get("ord", args[1] if len(args) > 1 else 2))
+    return name in _LENGTHS and order in (2, 2.0, "fro", None) and args[0].dtype.is_floating_point
 
 
 def _recast(kwargs: dict[str, Any], args: tuple[Any, ...]) -> bool:
