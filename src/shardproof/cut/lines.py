@@ -321,8 +321,7 @@ def attended_with_dropout(
     Its dropout is that of the module that calls it: by position.
     """
     if enable_gqa:
-        n = q.shape[-3] // k.shape[-3]
-        k, v = k.repeat_interleave(n, -3), v.repeat_interleave(n, -3)
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
     scores = (q @ k.transpose(-2, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         length, keys = q.shape[-2], k.shape[-2]
@@ -360,8 +359,13 @@ def attention(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     if options.get("dropout_p", 0.0) > 0.0:
         return attended_with_dropout(q, k, v, **options)
     if options.pop("enable_gqa", False):
-        n = q.shape[-3] // k.shape[-3]
-        k, v = (x if x.shape[-3] == 1 else x.repeat_interleave(n, -3) for x in (k, v))
+        k, v = (
+            x if x.shape[-3] == 1 else x.repeat_interleave(q.shape[-3] // x.shape[-3], -3)
+            for x in (k, v)
+        )
+    lead = torch.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v)))
+    if lead != q.shape[:-3]:
+        q = q.expand(*lead, *q.shape[-3:])
     spec, who = q.spec, q.who
     k, v = (_of_heads(each, spec, who) for each in (k, v))
     mask = options.pop("attn_mask", None)

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
+from shardproof.numerics import forms
 from shardproof.units import CutDim
 
 LARGEST = 1 << 24  # numbers that one recipe looks at
@@ -118,6 +120,8 @@ def move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if name in _SAME:
         return cut_tensor(func(x.local, *args[1:], **kwargs), x.spec, x.who)
     rest = args[1:]
+    if name in _SIZED or name in ("expand", "broadcast_to"):
+        rest = tree_map(_as_size, rest)
     if name in ("view_as", "reshape_as", "expand_as"):
         other = rest[0] if rest else kwargs["other"]
         name, func = name.removesuffix("_as"), getattr(Tensor, name.removesuffix("_as"))
@@ -143,6 +147,12 @@ def move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 LOST: Any = object()
+
+
+def _as_size(x: Any) -> Any:
+    """A number of a whole tensor of one is a size."""
+    is_one = isinstance(x, Tensor) and not isinstance(x, CutTensor) and not x.dim()
+    return int(x) if is_one else x
 
 
 def run_others(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -332,6 +342,8 @@ def _step(
             return False  # a candidate that does not fit the part is none
         return tuple(got.shape) == shape and torch.equal(_narrowed(got, expected.shape), expected)
 
+    if spec.region.scheme.is_invariant:  # what repeats sums in backward
+        func = forms.form_of(func) or func
     for candidate in _candidates(func, name, args, kwargs, shape, place):
         if fits(candidate):
             return candidate
@@ -377,7 +389,7 @@ def _candidates(
     if name in _SIZED:
         return [lambda x: x.reshape(shape)]
     if name in ("expand", "broadcast_to"):
-        return [lambda x: x.expand(shape)]
+        return [lambda x: func(x, shape)]
     if place is None:
         return [lambda x: func(x, *args, **kwargs)]
     return [lambda x: func(x, *args, **kwargs)[place]]
