@@ -54,7 +54,8 @@ def _depthwise(func: Any, x: CutTensor, weight: CutTensor, given: dict[str, Any]
         y = invariant(spec.region, func, who)(x.local, own, bias, **options, groups=held)
     else:
         sizes = _out_sizes(x.shape[2:], weight.shape[2:], given)
-        y = (x.local.sum() + own.sum()).expand(x.shape[0], 0, *sizes)
+        nothing = x.local.sum() + own.sum() + (0 if bias is None else bias.sum())
+        y = nothing.expand(x.shape[0], 0, *sizes)
     shape = (y.shape[0], x.shape[1], *y.shape[2:])
     return cut_tensor(y, spec.region.spec(shape, 1, spec.cut), who)
 

@@ -14,6 +14,7 @@ from shardproof.cut.meet import fitted, freed, is_for_all
 from shardproof.cut.others import gathered, invariant, is_cut
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
+from shardproof.errors import ShapeError
 from shardproof.functional import crossings
 
 # Name -> place of the argument that says along which dims; its other name, and what it is if absent.
@@ -28,7 +29,6 @@ _DIM = {
             "logcumsumexp",
             "cummax",
             "cummin",
-            "glu",
             "unbind_never",
             "_softmax",
             "_log_softmax",
@@ -67,7 +67,7 @@ _DIM = {
     "linalg_vector_norm": 2,
     "normalize": 2,
 }
-_LAST = frozenset(("sort", "argsort", "topk", "kthvalue", "glu"))
+_LAST = frozenset(("sort", "argsort", "topk", "kthvalue"))
 _KEEPS = frozenset(
     (
         "softmax",
@@ -86,7 +86,6 @@ _KEEPS = frozenset(
         "msort",
         "_softmax",
         "_log_softmax",
-        "glu",
     )
 )
 _FIRST = {"sort": 1, "argsort": 1}
@@ -163,6 +162,18 @@ def _across(
 
 def _recast(kwargs: dict[str, Any], args: tuple[Any, ...]) -> bool:
     return False
+
+
+@rule("glu")
+def glu(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One half times the sigmoid of the other: units that lie in both halves meet."""
+    x, dim = args[0], kwargs.get("dim", args[1] if len(args) > 1 else -1)
+    if x.shape[dim] % 2:
+        raise ShapeError(f"glu halves dim {dim} of {tuple(x.shape)}, which is odd.")
+    one, two = run(Tensor.chunk, (x, 2, dim), {})
+    if not isinstance(one, CutTensor) and not isinstance(two, CutTensor):
+        return invariant(x.spec.region, func, x.who)(torch.cat([one, two], dim), dim)
+    return run(torch.mul, (one, run(torch.sigmoid, (two,), {})), {})
 
 
 @rule("max", "min")
