@@ -90,7 +90,10 @@ def forced(make: Callable[[], nn.Module]) -> WatchedPlan:
     """Every feature of `up` a unit, whatever the planner thinks of it."""
     model = made(make, torch.float32)
     block = (Block(HIDDEN, 0, 1),)
-    dims: dict[tuple[str, int], tuple[Block, ...]] = {("up.weight", 0): block, ("up.bias", 0): block}
+    dims: dict[tuple[str, int], tuple[Block, ...]] = {
+        ("up.weight", 0): block,
+        ("up.bias", 0): block,
+    }
     down = getattr(model, "down", None)
     if down is not None and down.weight.shape[1] == HIDDEN:
         dims["down.weight", 1] = block

@@ -1,4 +1,4 @@
-"""For each function that has a form or holds: how it is called, and along which dims it may be cut."""
+"""For each function that has a form or holds: how it is called, and where it may be cut."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from calls import Call
+from shardproof.numerics.holding import words
 
 Use = Callable[[Callable[..., Any]], Callable[..., Tensor]]
 
@@ -67,25 +68,28 @@ def _near_one(x: Tensor) -> Tensor:
     return x * 0.1 + 1
 
 
-_ANY, _TWO = {}, {"operands": "abc abc"}
+_TWO = {"operands": "abc abc"}
 
-for _name in """abs ceil cos deg2rad erf erfc exp expm1 floor frac i0 nan_to_num neg positive rad2deg
-    relu round sgn sign sin sinc square tan atan trunc""".split():
+for (
+    _name
+) in words("""abs ceil cos deg2rad erf erfc exp expm1 floor frac i0 nan_to_num neg positive rad2deg
+    relu round sgn sign sin sinc square tan atan trunc"""):
     _add(_name, getattr(torch, _name))
-for _name in "digamma lgamma log log10 log1p log2 reciprocal sqrt".split():
+for _name in words("digamma lgamma log log10 log1p log2 reciprocal sqrt"):
     _add(_name, getattr(torch, _name), make=_positive)
 _add("erfinv", torch.erfinv, make=_within_one)
 _add("clamp", torch.clamp, lambda f: lambda x: f(x, -0.5, 0.7), make=_tied)
 _add("clamp_min", torch.clamp_min, lambda f: lambda x: f(x, 0.1))
 _add("clamp_max", torch.clamp_max, lambda f: lambda x: f(x, 0.1))
-for _name in """relu6 hardtanh hardswish hardsigmoid hardshrink leaky_relu logsigmoid softsign
-    tanhshrink""".split():
+_add("F.hardsigmoid", F.hardsigmoid, order=1)
+for _name in words("""relu6 hardtanh hardswish hardshrink leaky_relu logsigmoid softsign
+    tanhshrink"""):
     _add(f"F.{_name}", getattr(F, _name))
 _add("F.threshold", F.threshold, lambda f: lambda x: f(x, 0.1, 0.2))
 _add("exp_", torch.Tensor.exp_, lambda f: lambda x: f(x * 1.0))
 _add("relu_", torch.relu_, lambda f: lambda x: f(x * 1.0))
 
-for _name in "silu mish elu selu celu softplus softshrink".split():
+for _name in words("silu mish elu selu celu softplus softshrink"):
     _add(f"F.{_name}", getattr(F, _name), breaks=True)
 _add("F.silu inplace", F.silu, lambda f: lambda x: f(x * 1.0, True), breaks=True)
 _add("F.elu inplace", F.elu, lambda f: lambda x: f(x * 1.0, 0.7, inplace=True), breaks=True)
@@ -100,7 +104,7 @@ _add("F.glu", F.glu, lambda f: lambda x, y: f(torch.cat([x, y], 1), 1), breaks=T
 _add("F.prelu", F.prelu, operands="abc b", breaks=True)
 _add("F.prelu one", F.prelu, lambda f: lambda x: f(x, torch.full((1,), 0.3, dtype=x.dtype)))
 
-for _name in "exp2 sinh cosh".split():
+for _name in words("exp2 sinh cosh"):
     _add(_name, getattr(torch, _name), breaks=True)
 _add("atanh", torch.atanh, make=_within_one, breaks=True)
 _add("logit", torch.logit, make=_between, breaks=True)
@@ -123,13 +127,13 @@ _add("maximum", torch.maximum, make=_tied, **_TWO)
 _add("minimum", torch.minimum, make=_tied, **_TWO)
 _add("max of two", torch.max, make=_tied, **_TWO)
 
-for _name in "add sub mul fmod remainder copysign".split():
+for _name in words("add sub mul fmod remainder copysign"):
     _add(f"{_name} same", getattr(torch, _name), make=_positive, **_TWO)
 _add("fmax same", torch.fmax, **_TWO)
 _add("fmin same", torch.fmin, **_TWO)
 _add("add alpha", torch.add, lambda f: lambda a, b: f(a, b, alpha=0.3), **_TWO)
 _add("add_ alpha", torch.Tensor.add_, lambda f: lambda a, b: f(a * 1.0, b, alpha=0.3), **_TWO)
-for _name in "add sub mul div".split():
+for _name in words("add sub mul div"):
     _add(f"{_name} rows", getattr(torch, _name), operands="abc c", make=_positive)
     _add(f"{_name} columns", getattr(torch, _name), lambda f: lambda x, w: f(x, w[:, None]),
          operands="abc b", make=_positive)  # fmt: skip
@@ -163,12 +167,12 @@ _add("repeat_interleave", torch.repeat_interleave, lambda f: lambda x: f(x, 9, 1
 for _dim in range(3):
     _left = "abc".replace("abc"[_dim], "")
     _over = {"result": _left, "cut": _left}
-    for _name in "sum mean logsumexp".split():
+    for _name in words("sum mean logsumexp"):
         _add(f"{_name} {_dim}", getattr(torch, _name), lambda f, d=_dim: lambda x: f(x, d), **_over)
-    for _name in "amax amin".split():
+    for _name in words("amax amin"):
         _add(f"{_name} {_dim}", getattr(torch, _name), lambda f, d=_dim: lambda x: f(x, d),
              make=_tied, **_over)  # fmt: skip
-    for _name in "max min".split():
+    for _name in words("max min"):
         _add(f"{_name} {_dim}", getattr(torch, _name), lambda f, d=_dim: lambda x: f(x, d)[0],
              make=_tied, **_over)  # fmt: skip
     _add(f"prod {_dim}", torch.prod, lambda f, d=_dim: lambda x: f(x, d), make=_near_one, order=1,
@@ -180,12 +184,12 @@ for _dim in range(3):
     for _name, _function in {"softmax": F.softmax, "log_softmax": F.log_softmax}.items():
         _add(f"{_name} {_dim}", _function, lambda f, d=_dim: lambda x: f(x, d), cut=_left)
     _add(f"normalize {_dim}", F.normalize, lambda f, d=_dim: lambda x: f(x, dim=d), cut=_left)
-    for _name in "cumsum logcumsumexp".split():
+    for _name in words("cumsum logcumsumexp"):
         _add(f"{_name} {_dim}", getattr(torch, _name), lambda f, d=_dim: lambda x: f(x, d),
              cut=_left)  # fmt: skip
     _add(f"cumprod {_dim}", torch.cumprod, lambda f, d=_dim: lambda x: f(x, d), make=_near_one,
          cut=_left)  # fmt: skip
-    for _name in "cummax cummin sort".split():
+    for _name in words("cummax cummin sort"):
         _add(f"{_name} {_dim}", getattr(torch, _name), lambda f, d=_dim: lambda x: f(x, d)[0],
              cut=_left)  # fmt: skip
 
@@ -197,6 +201,7 @@ _add("var_mean", torch.var_mean, lambda f: lambda x: torch.stack(f(x, -1, correc
 _add("std_mean", torch.std_mean, lambda f: lambda x: f(x, -1, correction=0)[0], **_LAST)
 _add("nansum", torch.nansum, lambda f: lambda x: f(x, -1), **_LAST)
 _add("torch.softmax", torch.softmax, lambda f: lambda x: f(x, -1), cut="ab")
+_add("torch.log_softmax", torch.log_softmax, lambda f: lambda x: f(x, -1), cut="ab")
 _add("softmax to fp32", torch.softmax,
      lambda f: lambda x: f(x, -1, torch.float64).to(x.dtype), cut="ab")  # fmt: skip
 _add("softmin", F.softmin, lambda f: lambda x: f(x, -1), cut="ab")
@@ -248,19 +253,19 @@ for _equation in ("bthd,bshd->bhts", "bhts,bshd->bthd", "btd,df->btf", "bthk,hkd
     _add(f"einsum {_equation}", torch.einsum, lambda f, e=_equation: lambda x, y: f(e, x, y),
          operands=f"{_left} {_right}", result=_out, cut=_out, many=3_001)  # fmt: skip
 _add("conv1d", F.conv1d, lambda f: lambda x, w, b: f(x, w, b, padding=2), operands="nct dck d",
-     result="nd1", cut="nd", fixed={"k": 5, "t": 37}, many=9_001, order=1)  # fmt: skip
+     result="nd1", cut="nd", fixed={"k": 5, "t": 37}, many=1_001, order=1)  # fmt: skip
 _add("conv1d depthwise", F.conv1d,
      lambda f: lambda x, w, b: f(x, w[:, None], b, padding=3, groups=x.shape[1]),
      operands="nct ck c", result="nc1", cut="nc", fixed={"k": 4, "t": 37}, order=1)  # fmt: skip
 _add("conv2d", F.conv2d, lambda f: lambda x, w: f(x, w, stride=2, dilation=(1, 2)),
      operands="nctu dckl", result="nd11", cut="nd",
-     fixed={"k": 2, "l": 3, "t": 9, "u": 11, "c": 3}, many=9_001, order=1)  # fmt: skip
+     fixed={"k": 2, "l": 3, "t": 9, "u": 11, "c": 3}, many=1_001, order=1)  # fmt: skip
 _add("conv2d of patches", F.conv2d, lambda f: lambda x, w: f(x, w, stride=4),
      operands="nctu dckl", result="nd11", cut="nd",
-     fixed={"k": 4, "l": 4, "t": 16, "u": 12, "c": 3}, many=9_001, order=1)  # fmt: skip
-_add("conv3d", F.conv3d, operands="nctuv dcklm", result="nd111", cut="nd",
-     fixed={"k": 2, "l": 2, "m": 2, "t": 3, "u": 4, "v": 5, "c": 2}, many=9_001, order=1)  # fmt: skip
-_HEADS = {"operands": "bhtd bhsd bhse", "result": "bhte", "many": 1_201, "order": 1}
+     fixed={"k": 4, "l": 4, "t": 16, "u": 12, "c": 3}, many=1_001, order=1)  # fmt: skip
+_add("conv3d", F.conv3d, operands="nctuv dcklm", result="nd111", cut="nd", many=1_001, order=1,
+     fixed={"k": 2, "l": 2, "m": 2, "t": 3, "u": 4, "v": 5, "c": 2})  # fmt: skip
+_HEADS = {"operands": "bhtd bhsd bhse", "result": "bhte", "many": 401, "order": 1}
 _add("sdpa", F.scaled_dot_product_attention, cut="bht", **_HEADS)
 _add("sdpa causal", F.scaled_dot_product_attention,
      lambda f: lambda q, k, v: f(q, k, v, is_causal=True), cut="bh", **_HEADS)  # fmt: skip
@@ -276,3 +281,111 @@ _add("index_select", torch.index_select, lambda f: lambda x: f(x, 1, _MANY), res
      cut="ac", fixed={"b": 2})  # fmt: skip
 _add("embedding", F.embedding, lambda f: lambda x: f(_MANY, x), operands="bc", result="1c",
      cut="c", fixed={"b": 2})  # fmt: skip
+
+_ITEM = torch.Tensor.__getitem__
+_ROW, _COLUMN = torch.tensor([0, 1, 1, -1, 1]), torch.tensor([[2], [0]])
+_add("item of rows", _ITEM, lambda f: lambda x: f(x, _ROW), result="1bc", cut="bc", fixed={"a": 2})
+_add("item of columns", _ITEM, lambda f: lambda x: f(x, (..., _ROW, slice(1, None))),
+     result="a11", cut="a", fixed={"b": 2, "c": 4})  # fmt: skip
+_add("item of two dims", _ITEM, lambda f: lambda x: f(x, (slice(None), _ROW, _COLUMN)),
+     result="a11", cut="a", fixed={"b": 2, "c": 3})  # fmt: skip
+_add("item apart", _ITEM, lambda f: lambda x: f(x, (_ROW, slice(None), None, [0, 1, 1, 1, 0])),
+     result="1b1", cut="b", fixed={"a": 2, "c": 3})  # fmt: skip
+_add("item of a mask", _ITEM, lambda f: lambda x: f(x, (slice(None), _ROW > 0)), result="a1c",
+     cut="ac", fixed={"b": 5})  # fmt: skip
+_add("item and number", _ITEM, lambda f: lambda x: f(x, (1, slice(None), _ROW)), result="b1",
+     cut="b", fixed={"a": 2, "c": 3})  # fmt: skip
+
+_FIVE = torch.tensor([0, 0, 1, 3, 1])
+_add("index_add", torch.index_add, lambda f: lambda x, y: f(x, 1, _FIVE.to(x.device), y), cut="ac",
+     operands="abc adc", fixed={"b": 4, "d": 5})  # fmt: skip
+_add("scatter_add", torch.scatter_add,
+     lambda f: lambda x, y: f(x, 1, _FIVE[None, :, None].expand(y.shape), y), cut="ac",
+     operands="abc adc", fixed={"b": 4, "d": 5})  # fmt: skip
+_add("gather", torch.gather,
+     lambda f: lambda x: f(x, 1, _FIVE[None, :, None].expand(x.shape[0], -1, x.shape[2])),
+     result="a1c", cut="ac", fixed={"b": 4})  # fmt: skip
+_add("topk", torch.topk, lambda f: lambda x: f(x, 2, 1)[0], result="a1c", cut="ac", fixed={"b": 4})
+_add("kthvalue", torch.kthvalue, lambda f: lambda x: f(x, 2, 1)[0], result="ac", cut="ac",
+     fixed={"b": 4})  # fmt: skip
+_add("diff", torch.diff, lambda f: lambda x: f(x, dim=1), result="a1c", cut="ac", fixed={"b": 4})
+
+_MOVES: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
+    "clone": (lambda f, x: f(x), {}),
+    "contiguous": (lambda f, x: f(x), {}),
+    "detach": (lambda f, x: f(x), {"order": 0}),
+    "view_as": (lambda f, x: f(x.contiguous(), x), {}),
+    "reshape_as": (lambda f, x: f(x, x), {}),
+    "reshape": (lambda f, x: f(x, x.shape), {}),
+    "view": (lambda f, x: f(x.contiguous(), x.shape), {}),
+    "to": (lambda f, x: f(f(x, torch.float64), x.dtype), {}),
+    "type": (lambda f, x: f(x, x.dtype), {}),
+    "type_as": (lambda f, x: f(x, x), {}),
+    "float": (lambda f, x: f(x).to(x.dtype), {}),
+    "double": (lambda f, x: f(x).to(x.dtype), {}),
+    "half": (lambda f, x: f(x).to(x.dtype), {}),
+    "bfloat16": (lambda f, x: f(x).to(x.dtype), {}),
+    "flatten": (lambda f, x: f(x, 1), {"result": "a1", "cut": "a"}),
+    "ravel": (lambda f, x: f(x[:, 0, 0]), {"result": "a", "cut": "a", "fixed": {"b": 2, "c": 2}}),
+    "unflatten": (lambda f, x: f(x, 1, (2, 2)), {"result": "a11c", "cut": "ac", "fixed": {"b": 4}}),
+    "squeeze": (lambda f, x: f(x[:, None], 1), {}),
+    "unsqueeze": (lambda f, x: f(x, 0), {"result": "1abc"}),
+    "transpose": (lambda f, x: f(x, 0, 1), {"result": "bac"}),
+    "swapaxes": (lambda f, x: f(x, 0, 1), {"result": "bac"}),
+    "swapdims": (lambda f, x: f(x, 0, 1), {"result": "bac"}),
+    "permute": (lambda f, x: f(x, (2, 0, 1)), {"result": "cab"}),
+    "movedim": (lambda f, x: f(x, 0, 2), {"result": "bca"}),
+    "moveaxis": (lambda f, x: f(x, 0, 2), {"result": "bca"}),
+    "t": (lambda f, x: f(x[0]), {"result": "cb", "cut": "bc", "fixed": {"a": 1}}),
+    "adjoint": (lambda f, x: f(x), {"result": "acb"}),
+    "narrow": (lambda f, x: f(x, 1, 1, 2), {"result": "a1c", "cut": "ac", "fixed": {"b": 4}}),
+    "select": (lambda f, x: f(x, 1, 1), {"result": "ac", "cut": "ac", "fixed": {"b": 4}}),
+    "split": (lambda f, x: f(x, 2, 1)[1], {"result": "a1c", "cut": "ac", "fixed": {"b": 4}}),
+    "split_with_sizes": (
+        lambda f, x: f(x, [1, 3], 1)[1],
+        {"result": "a1c", "cut": "ac", "fixed": {"b": 4}},
+    ),
+    "chunk": (lambda f, x: f(x, 2, 1)[1], {"result": "a1c", "cut": "ac", "fixed": {"b": 4}}),
+    "tensor_split": (lambda f, x: f(x, 2, 1)[1], {"result": "a1c", "cut": "ac", "fixed": {"b": 4}}),
+    "unbind": (lambda f, x: f(x, 1)[1], {"result": "ac", "cut": "ac", "fixed": {"b": 4}}),
+    "cat": (lambda f, x: f([x, x], 1), {"result": "a1c", "cut": "ac"}),
+    "concat": (lambda f, x: f([x, x], 1), {"result": "a1c", "cut": "ac"}),
+    "concatenate": (lambda f, x: f([x, x], 1), {"result": "a1c", "cut": "ac"}),
+    "stack": (lambda f, x: f([x, x], 1), {"result": "a1bc"}),
+    "hstack": (lambda f, x: f([x, x]), {"result": "a1c", "cut": "ac"}),
+    "vstack": (lambda f, x: f([x, x]), {"result": "1bc", "cut": "bc"}),
+    "flip": (lambda f, x: f(x, (1,)), {"cut": "ac"}),
+    "fliplr": (lambda f, x: f(x), {"cut": "ac"}),
+    "flipud": (lambda f, x: f(x), {"cut": "bc"}),
+    "roll": (lambda f, x: f(x, 2, 1), {"cut": "ac"}),
+    "rot90": (lambda f, x: f(x, 1, (1, 2)), {"result": "a11", "cut": "a"}),
+    "tril": (lambda f, x: f(x), {"cut": "a"}),
+    "triu": (lambda f, x: f(x), {"cut": "a"}),
+    "diagonal": (lambda f, x: f(x, 0, 1, 2), {"result": "a1", "cut": "a"}),
+    "diag_embed": (lambda f, x: f(x), {"result": "ab11", "cut": "ab"}),
+    "pad": (lambda f, x: f(x, (1, 2)), {"result": "ab1", "cut": "ab"}),
+    "unfold": (lambda f, x: f(x, 1, 3, 1), {"result": "a1c1", "cut": "ac", "fixed": {"b": 7}}),
+}
+for _name, (_use, _call) in _MOVES.items():
+    for _place in (torch.Tensor, torch, F):
+        if hasattr(_place, _name):
+            _add(_name, getattr(_place, _name), lambda f, u=_use: lambda x: u(f, x), **_call)
+            break
+
+_TRUTHS = {"order": 0}
+for _name in words("eq ne lt le gt ge logical_and logical_or logical_xor floor_divide isclose"):
+    _add(_name, getattr(torch, _name), make=_tied, **_TRUTHS, **_TWO)
+for _name in words("isnan isinf isfinite isposinf isneginf signbit logical_not"):
+    _add(_name, getattr(torch, _name), **_TRUTHS)
+for _name in words("argmax argmin any all count_nonzero"):
+    _add(_name, getattr(torch, _name), lambda f: lambda x: f(x, 1), make=_tied, result="ac",
+         cut="ac", fixed={"b": 9}, **_TRUTHS)  # fmt: skip
+_add("argsort", torch.argsort, lambda f: lambda x: f(x, 1), make=_tied, cut="ac",
+     **_TRUTHS)  # fmt: skip
+for _name in words("bitwise_and bitwise_or bitwise_xor"):
+    _add(_name, getattr(torch, _name), lambda f: lambda a, b: f(a > 0, b > 0), **_TRUTHS, **_TWO)
+_add("bitwise_not", torch.bitwise_not, lambda f: lambda a: f(a > 0), **_TRUTHS)
+for _name in words("zeros_like ones_like"):
+    _add(_name, getattr(torch, _name), **_TRUTHS)
+_add("full_like", torch.full_like, lambda f: lambda x: f(x, 3), **_TRUTHS)
+_add("one_hot", F.one_hot, lambda f: lambda x: f((x > 0).long(), 2), result="abc1", **_TRUTHS)

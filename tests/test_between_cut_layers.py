@@ -261,7 +261,9 @@ NEIGHBOURS: dict[str, Make] = {
     "soft targets": _of(_soft_targets, None, None),
     "kl": _of(_distilled, None, None),
     "z loss": _of(_z_loss, None, None),
-    "mse": _of(lambda m, h: F.mse_loss(h, torch.ones(HIDDEN, dtype=h.dtype).expand(h.shape)), None, None),
+    "mse": _of(
+        lambda m, h: F.mse_loss(h, torch.ones(HIDDEN, dtype=h.dtype).expand(h.shape)), None, None
+    ),
     "bce": _of(lambda m, h: F.binary_cross_entropy_with_logits(h, torch.zeros_like(h)), None, None),
     "smooth l1": _of(lambda m, h: F.smooth_l1_loss(h, h.detach() * 0.5), None, None),
     # activations
@@ -314,7 +316,9 @@ NEIGHBOURS: dict[str, Make] = {
     "filled whole": _of(_filled_whole),
     "where negative": _of(_negative_zero),
     "scaled in place": _of(_mul_in_place, _scale(HIDDEN)),
-    "index_add": _of(lambda m, h: torch.zeros_like(h).index_add(1, torch.tensor([0, 0, 1, 3, 3]), h)),
+    "index_add": _of(
+        lambda m, h: torch.zeros_like(h).index_add(1, torch.tensor([0, 0, 1, 3, 3]), h)
+    ),
     # functional weights
     "weight computed": _of(_functional),
     "functional call": _of(_called),
@@ -332,8 +336,12 @@ NEIGHBOURS: dict[str, Make] = {
     "group norm": _of(_groups, lambda: {"part": nn.GroupNorm(4, HIDDEN)}),
     "batch norm": _of(_groups, lambda: {"part": nn.BatchNorm1d(HIDDEN)}),
     "instance norm": _of(_groups, lambda: {"part": nn.InstanceNorm1d(HIDDEN, affine=True)}),
-    "depthwise": _of(_groups, lambda: {"part": nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1, groups=HIDDEN)}),
-    "grouped convolution": _of(_groups, lambda: {"part": nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1, groups=4)}),
+    "depthwise": _of(
+        _groups, lambda: {"part": nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1, groups=HIDDEN)}
+    ),
+    "grouped convolution": _of(
+        _groups, lambda: {"part": nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1, groups=4)}
+    ),
     "convolution": _of(_groups, lambda: {"part": nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1)}),
     "cumsum": _of(lambda m, h: h.cumsum(-1)),
     "cumsum of places": _of(lambda m, h: h.cumsum(1)),
@@ -342,10 +350,16 @@ NEIGHBOURS: dict[str, Make] = {
     "differences": _of(lambda m, h: h.diff(dim=-1, prepend=h[..., :1])),
     # two operands
     "where": _of(lambda m, h: torch.where(h > 0, h, m.scale), _scale(HIDDEN)),
-    "masked_fill": _of(lambda m, h: h.masked_fill(h < -0.2, -1.0).masked_fill(_mask(LENGTH, 1), 0.5)),
+    "masked_fill": _of(
+        lambda m, h: h.masked_fill(h < -0.2, -1.0).masked_fill(_mask(LENGTH, 1), 0.5)
+    ),
     "masked_fill whole": _of(lambda m, h: h.masked_fill(_mask(HIDDEN), 0.5)),
-    "cat of cut and whole": _of(lambda m, h: torch.cat([h, m.scale.expand(BATCH, LENGTH, 6)], -1), _scale(6), HIDDEN + 6),
-    "cat of places": _of(lambda m, h: torch.cat([m.scale.expand(BATCH, 1, HIDDEN), h], 1), _scale(HIDDEN)),
+    "cat of cut and whole": _of(
+        lambda m, h: torch.cat([h, m.scale.expand(BATCH, LENGTH, 6)], -1), _scale(6), HIDDEN + 6
+    ),
+    "cat of places": _of(
+        lambda m, h: torch.cat([m.scale.expand(BATCH, 1, HIDDEN), h], 1), _scale(HIDDEN)
+    ),
     "stacked": _of(lambda m, h: torch.stack([h, h.flip(1)], 1).prod(1)),
     "outer": _of(_outer),
     "cosine with a weight": _of(

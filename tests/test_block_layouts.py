@@ -28,9 +28,11 @@ from blocks import (
 from places import Pool
 from shardproof import comm, reductions
 from shardproof.axis import Axis
-from shardproof.block_comm import all_gather_along, move
+from shardproof.block_comm import all_gather_sizes, move
 from shardproof.block_layout import BlockLayout, cut_layout
 from shardproof.errors import LayoutError, ShapeError, UsageError
+from shardproof.functional.crossing_moves import joined
+from shardproof.functional.place import Place
 from shardproof.heads import Heads
 from shardproof.leaves import Layout
 from shardproof.plans.module_plan import ParameterPlan
@@ -38,6 +40,7 @@ from shardproof.prover import hashing
 from shardproof.prover.hashing import hash_copies, owned_part
 from shardproof.prover.reference import ReferenceReader, ReferenceWriter
 from shardproof.prover.values import whole
+from shardproof.scheme import Scheme
 from shardproof.units import Block, CutDim
 
 EVERY = pytest.mark.parametrize("kind", KINDS)
@@ -227,6 +230,8 @@ def test_norm_and_clip(pool: Pool) -> None:
     norm, clipped = at_every_degree(pool, norm_and_clip)
     assert float(norm) == pytest.approx(plain_norm(), rel=1e-6)
     assert len(set(clipped)) == len(KINDS) + 1
+    for degree in (2, 3):
+        assert pool(degree, "processes").run(norm_and_clip)[0] == (norm, clipped)
 
 
 def test_a_shared_head_that_counts_twice_is_another_norm(pool: Pool, monkeypatch: Any) -> None:
@@ -290,9 +295,8 @@ def test_gathering_gives_the_whole(kind: str, pool: Pool) -> None:
 
     def work(axis: Axis) -> bool:
         mine = part(full(kind), of_kind.layout(axis.size, axis.rank))
-        along = of_kind.along(axis.size)
-        found = all_gather_along(mine, axis, dim=of_kind.dim, along=along, direction="forward")
-        return torch.equal(found, full(kind))
+        place = Place(axis, of_kind.along(axis.size), Scheme())
+        return torch.equal(joined(mine, of_kind.dim, place, "forward"), full(kind))
 
     for degree in DEGREES:
         assert all(pool(degree, "threads").run(work))
@@ -300,8 +304,8 @@ def test_gathering_gives_the_whole(kind: str, pool: Pool) -> None:
 
 def test_a_part_of_another_length_is_refused(pool: Pool) -> None:
     def work(axis: Axis) -> None:
-        with pytest.raises(ShapeError, match="along dim 0 this rank has 20 indices"):
-            all_gather_along(torch.ones(21, 3), axis, dim=0, along=fused(2), direction="forward")
+        with pytest.raises(ShapeError, match="has 21 indices, and this rank gives 20"):
+            all_gather_sizes(torch.ones(21, 3), axis, dim=0, sizes=(20, 20), direction="forward")
         index = [np.arange(0, 2), np.arange(2, 4)]
         with pytest.raises(ShapeError, match="along dim 1 this rank has 2 indices"):
             move(torch.ones(2, 3), axis, dim=1, have=index, want=index, direction="forward")

@@ -12,8 +12,8 @@ from invariance import bits_equal
 from places import ENGINES, EVERYWHERE, TOGETHER, Pool
 from shardproof import comm
 from shardproof.axis import Axis
+from shardproof.block_comm import all_gather_sizes
 from shardproof.errors import MismatchError, ShapeError
-from shardproof.gathers import all_gather_sizes
 from shardproof.leaves import Cut
 from shardproof.tree import Node, combine, nodes_of_run
 

@@ -291,3 +291,27 @@ def test_the_order_of_backward_would_be_seen(pool: Pool, monkeypatch: pytest.Mon
     _by_backward(monkeypatch)
     with pytest.raises(Exception, match="bits_equal"):
         test_the_order_is_that_of_forward(pool)
+
+
+def test_a_backward_that_failed_leaves_nothing_to_the_next(pool: Pool) -> None:
+    def failed(axis: Axis) -> None:
+        columns, x = Columns(axis), leaf(normal(5, WIDTH, seed=7))
+        z = x * 2
+        ys = columns(z)
+        (wanted,) = torch.autograd.grad(loss_of(ys), x, retain_graph=True)
+        fails = [True]
+
+        def fail(grad: Tensor) -> Tensor:
+            if fails:
+                raise ValueError("planted")
+            return grad
+
+        ys[0].register_hook(fail)  # the last that backward comes to
+        with pytest.raises(ValueError, match="planted"):
+            torch.autograd.grad(loss_of(ys[::-1]), x, retain_graph=True)
+        fails.clear()
+        (again,) = torch.autograd.grad(loss_of(ys), x)
+        assert bits_equal(wanted, again)
+
+    for degree in (1, 2):
+        pool(degree, "threads").run(failed)

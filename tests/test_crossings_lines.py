@@ -319,3 +319,20 @@ def test_one_rank_has_the_bits_of_torchs_own_lookup() -> None:
     place = DIMS["fused"].place(Axis.solo())
     w = normal(40, 3)
     assert bits_equal(lookup_rows(w, ids_of(40), place), F.embedding(ids_of(40), w))
+
+
+def test_shapes_are_found_on_meta() -> None:
+    place, solo = DIMS["fused"].place(Axis.solo()), DIMS["features"].place(Axis.solo())
+
+    def of(*shape: int) -> Tensor:
+        return torch.empty(*shape, device="meta", requires_grad=True)
+
+    ids = torch.zeros(5, dtype=torch.int64, device="meta")
+    x, w = of(5, place.length), of(place.length, 3)
+    y = contract(softmax_cut(x, 1, place)[None], w[None], place)[0] + lookup_rows(w, ids, place)
+    total = y.sum() + amax_cut(x, 1, place).sum() + max_cut(x, 1, place)[0].sum()
+    total = total + cross_entropy_cut(x, ids, place)
+    total = total + cross_entropy_cut(of(5, solo.length), ids, solo)
+    total.backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape

@@ -45,7 +45,7 @@ def spread_step(axis: Axis, dim: Dim, dtype: torch.dtype) -> Results:
         y = spread(x, part.shape, -2, place)
         assert torch.equal(y, x.expand(part.shape))
         with random_threads(axis.rank):
-            (found[f"spread {given}"],) = gradients(y * 2, part, x)
+            (found[f"spread {given}"],) = gradients(y * 2, part.abs(), x)
     bias = leaf(normal(dim.size, 1, seed=5).to(dtype))
     y = expand(take(bias, 0, place), part.shape)
     (found["bias"],) = gradients(y, part, bias)
@@ -62,7 +62,7 @@ def spread_plain(dim: Dim, dtype: torch.dtype) -> Results:
     full, found = normal(2, 5, dim.size, 4, seed=3).to(dtype).double(), {}
     for given in SPREADS:
         x = leaf(drawn(given).to(dtype).double())
-        (found[f"spread {given}"],) = gradients(x * 2 * torch.ones_like(full), full, x)
+        (found[f"spread {given}"],) = gradients(x * 2 * torch.ones_like(full), full.abs(), x)
     found["bias"] = full.sum((0, 1, 3)).view(-1, 1)
     found |= {"sum": full.sum(2, keepdim=True), "mean": full.mean(2)}
     found["grad_x"] = torch.full_like(full, 2 + 2 / dim.size)

@@ -27,12 +27,14 @@ BUILTINS = {
     "NumericsError": RuntimeError,
     "AxisError": RuntimeError,
     "MismatchError": RuntimeError,
+    "CheckError": RuntimeError,
     "RankError": RuntimeError,
 }
 
 # Raised by our source although they are not ours: (file, what) and why.
 FOREIGN_RAISES = {
     ("segment.py", "OSError"): "caught beside what opening the memory itself raises",
+    ("cut_module.py", "AttributeError"): "what Python raises of what is not there",
     ("output.py", "BrokenPipeError"): "what Python itself raises where nobody reads the output",
 }
 

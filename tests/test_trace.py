@@ -600,7 +600,7 @@ def test_every_package_is_of_users_or_of_our_own() -> None:
     names = {found.name for found in pkgutil.iter_modules(sp.__path__)} - {"_kernels", "_shm"}
     own = {
         *("__main__", "autograd", "axis", "block_comm", "block_layout", "checking"),
-        *("collectives", "comm", "comparison", "core"),
+        *("collectives", "comm", "comparison", "core", "cut", "watching"),
         *("environment", "errors", "extras", "files", "functional", "heads", "hf", "layers"),
         *("leaves", "numerics", "objects", "observing", "operands", "optim", "overlap", "plans"),
         *("quantities", "recut", "reductions", "runs", "schedule", "scheme", "telling", "timeout"),

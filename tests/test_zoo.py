@@ -112,6 +112,8 @@ def test_sizes_divide_nothing_nicely_and_every_kind_of_layer_is_there():
     config = build("LlamaForCausalLM", device="meta").model.config
     assert (config.num_attention_heads, config.num_key_value_heads) == (6, 2)
     assert (config.intermediate_size, config.vocab_size) == (100, 251)
+    kinds = build("Qwen3NextForCausalLM", device="meta").model.config.layer_types
+    assert set(kinds) == {"linear_attention", "full_attention"}
     kinds = build("NemotronHForCausalLM", device="meta").model.config.layers_block_type
     assert set(kinds) == {"linear_attention", "moe", "full_attention", "mlp"}
 

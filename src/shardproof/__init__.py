@@ -35,6 +35,7 @@ from shardproof.plans.style import (
     SharedInput,
     VocabParallel,
 )
+from shardproof.plans.watched_plan import WatchedPlan
 from shardproof.prover.proof import prove
 from shardproof.ranks import launch
 from shardproof.reductions import (
@@ -68,6 +69,7 @@ __all__ = [
     "Trace",
     "VocabParallel",
     "VocabParallelEmbedding",
+    "WatchedPlan",
     "checked",
     "clip_grad_norm_",
     "declare_elementwise",

@@ -1,6 +1,7 @@
-"""Collectives on plain tensors along a dim that has several blocks of units.
+"""Collectives on plain tensors along a dim of which a rank has several runs of indices.
 
-What a rank gives is what it holds; of shared units the owner's copy travels. Nothing is computed.
+A rank sends its runs side by side; the caller brings them into the order of the whole dim, and of
+shared units sends the owner's copy alone. Nothing is computed. No autograd.
 """
 
 from collections.abc import Sequence
@@ -15,43 +16,44 @@ from shardproof.errors import ShapeError
 from shardproof.observing import shard
 from shardproof.recut import swap
 from shardproof.runs import join, take
-from shardproof.schedule import block_gather_plan
+from shardproof.schedule import sizes_plan
 from shardproof.transport.base import Call
-from shardproof.units import CutDim, Indices, slices_of
+from shardproof.units import Indices, slices_of
 
 
-def all_gather_along(
-    x: Tensor, axis: Axis, *, dim: int, along: CutDim, direction: str, who: str = ""
+def all_gather_sizes(
+    x: Tensor, axis: Axis, *, dim: int, sizes: tuple[int, ...], direction: str, who: str = ""
 ) -> Tensor:
-    """Join what the ranks own along `dim`, in the order of the whole.
+    """Join the ranks' parts along `dim`, in rank order.
 
     Args:
-        x: (*, held, *), what this rank holds.
+        x: (*, sizes[axis.rank], *), Shard(dim).
         axis: the ranks.
-        dim: the dim that is cut, counted from the front.
-        along: how it is cut.
+        dim: along which the parts are joined, counted from the front.
+        sizes: every rank's length along `dim`, the same on all ranks.
         direction: for the ledger.
         who: the layer that asks, for messages.
 
     Returns:
-        (*, along.size, *), Replicate, a new tensor.
+        (*, sum of sizes, *), Replicate, a new tensor.
 
     Raises:
-        ShapeError: `x` is not what this rank holds.
+        ShapeError: `x` does not have this rank's length.
 
     Comm:
-        `direction` one all_gather of (*, along.size, *).
+        `direction` one all_gather of (*, sum of sizes, *).
     """
-    who = who or "all_gather"
-    _check(x, axis, dim, len(along.held(axis.rank)), along.shared.degree, who)
+    if x.shape[dim] != sizes[axis.rank]:
+        raise ShapeError(
+            f"{who or 'all_gather'} on {axis}: dim {dim} of shape {tuple(x.shape)} has "
+            f"{x.shape[dim]} indices, and this rank gives {sizes[axis.rank]}. Give the part that "
+            "the sizes describe."
+        )
     if axis.size == 1:
         return x.clone(memory_format=torch.contiguous_format)
-    shape = (*x.shape[:dim], along.size, *x.shape[dim + 1 :])
-    owned = take(x, dim, along.owned_places(axis.rank))
-    plan = block_gather_plan(direction, who, shape, x.dtype, dim, along)
-    y = comm.gather_parts(owned, axis, plan, shard(dim, None, along.size))
-    places = along.places_in_rank_order
-    return y if places is None else y.index_select(dim, torch.from_numpy(places).to(y.device))
+    before, after = tuple(x.shape[:dim]), tuple(x.shape[dim + 1 :])
+    plan = sizes_plan(direction, who, before, after, x.dtype, sizes)
+    return comm.gather_parts(x, axis, plan, shard(dim))
 
 
 def move(

@@ -28,9 +28,13 @@ _WAY_OUT = (
 def checked() -> Iterator[None]:
     """Compare every placement in full, on all axes that this thread uses. All ranks enter it.
 
+    In a model that was cut by watching, every operation on cut tensors is also run on whole ones,
+    forward and backward, and the first that differs is named with its line in the model's code.
+
     Raises, on all ranks:
         MismatchError: names the layer or the parameter, two ranks, and the first element that
             differs.
+        CheckError: names the operation, its line, and by how much it differs.
 
     Comm:
         setup hashes of what is compared, uncounted: as many small exchanges as there are tensors.

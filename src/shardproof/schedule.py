@@ -14,7 +14,6 @@ from shardproof.leaves import Cut, share
 from shardproof.numerics.matmul import node_dtype
 from shardproof.transport.base import Call, Order, Window, rank_order
 from shardproof.tree import formula, nodes_of_run, steps
-from shardproof.units import CutDim
 
 # A call, how many elements each rank has in a row, and how many rows.
 GatherPlan = tuple[Call, tuple[int, ...], int]
@@ -88,27 +87,6 @@ def sizes_plan(
     detail = f"{sum(sizes)} indices along dim {len(before)}, by rank {sizes}"
     call = Call("all_gather", direction, who, shape, dtype, detail)
     return call, tuple(length * _numel(after) for length in sizes), _numel(before)
-
-
-@functools.lru_cache(_KEPT)
-def block_gather_plan(
-    direction: str, who: str, shape: tuple[int, ...], dtype: torch.dtype, dim: int, along: CutDim
-) -> GatherPlan:
-    """An all-gather along a dim of several blocks, of what each rank owns.
-
-    Args:
-        direction: of the call.
-        who: of the call.
-        shape: of the whole.
-        dtype: of what travels.
-        dim: that is cut.
-        along: how.
-    """
-    detail = f"{_describe(along.shared.cut, dim)} in {len(along.blocks)} blocks"
-    call = Call("all_gather", direction, who, shape, dtype, detail)
-    owned = (len(along.owned(rank)) for rank in range(along.shared.degree))
-    inner = _numel(shape[dim + 1 :])
-    return call, tuple(length * inner for length in owned), _numel(shape[:dim])
 
 
 @functools.lru_cache(_KEPT)

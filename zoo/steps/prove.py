@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import shardproof as sp
 from shardproof.functional import crossings
-from shardproof.plans.watched import WatchedPlan, cut_by, plan_by_watching
+from shardproof.plans.watched import cut_by, plan_by_watching
+from shardproof.plans.watched_plan import WatchedPlan
 from shardproof.scheme import Scheme
 from zoo.example import Example, without_dropout
 from zoo.wide import wide

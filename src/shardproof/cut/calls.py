@@ -4,12 +4,15 @@ A module whose forward draws, or calls an operation of whole tensors that thread
 forward inside `Calls`. Operations on cut tensors go to their rules from here as from anywhere.
 """
 
+import hashlib
+import sys
 import threading
 from collections.abc import Sequence
 from types import FunctionType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, empty_like, nn
 from torch.overrides import TorchFunctionMode
 
 from shardproof.cut import linear, lookup, moves, pointwise
@@ -17,20 +20,20 @@ from shardproof.cut.foreign import inside
 from shardproof.cut.lines import attended_with_dropout
 from shardproof.cut.others import gathered, invariant, unwrapped
 from shardproof.cut.spec import Region
-from shardproof.cut.tensor import RULES, CutTensor, cut_tensor, name_of, rule
+from shardproof.cut.tensor import RULES, CutTensor, cut_tensor, name_of, rule, run
 from shardproof.errors import UsageError
+from shardproof.functional import crossings
 from shardproof.functional.dropout import MaskKey, dropout
 from shardproof.layers.dropout import Drawing
 from shardproof.numerics import forms
 
 assert all((linear, lookup, moves, pointwise))  # noqa: S101 - imported for their rules
 DROPOUTS = frozenset(("dropout", "native_dropout", "dropout_"))
-_OTHERS = frozenset(
-    """dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout bernoulli
-    rrelu gumbel_softmax fractional_max_pool2d fractional_max_pool3d rand_like randn_like multinomial
-    randperm rand randn randint normal_ uniform_ bernoulli_ exponential_""".split()  # noqa: SIM905
+_RANDOM = frozenset(
+    """rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal
+    uniform_ normal_ exponential_ bernoulli_ random_ cauchy_ log_normal_ geometric_""".split()  # noqa: SIM905
 )
-_local = threading.local()
+_LIKE = {"rand_like": "uniform_", "randn_like": "normal_", "randint_like": "random_"}
 
 
 class Calls(TorchFunctionMode):
@@ -51,29 +54,65 @@ class Calls(TorchFunctionMode):
     ) -> Any:
         """A dropout by position, a form, or what was called."""
         kwargs = kwargs or {}
-        if _local.__dict__.get("is_busy"):
+        what = _KINDS.get(func)
+        if what is None:
+            what = _KINDS[func] = _kind_of(func)
+        if what is _PLAIN or _local.is_busy:
             return func(*args, **kwargs)
         if any(issubclass(each, CutTensor) for each in types):
-            with _Now(self), _Busy():
-                return func(*args, **kwargs)
-        name = name_of(func)
-        if name in DROPOUTS and self.drawing is not None:
+            return self._busily(func, args, kwargs)
+        if what is _DRAW and self.drawing is not None and kwargs.get("generator") is None:
+            self._called()
+            return self.random(func, name_of(func), args, kwargs)
+        if what is _DROPOUT and self.drawing is not None:
+            self._called()
             return self.dropped(*_dropout_of(args, kwargs))
-        if name == "scaled_dot_product_attention" and _drops(args, kwargs):
-            given = dict(zip(_ATTENTION, args, strict=False)) | kwargs
-            q, k, v = (given.pop(each) for each in _ATTENTION[:3])
+        if what is _ATTENTION and _drops(args, kwargs):
+            given = dict(zip(_ATTENTION_ARGUMENTS, args, strict=False)) | kwargs
+            q, k, v = (given.pop(each) for each in _ATTENTION_ARGUMENTS[:3])
             with self:
                 return attended_with_dropout(q, k, v, **given)
-        if self.region.scheme.is_invariant:
-            is_move = RULES.get(name) in _UNTOUCHED
-            form = forms.form_of(func) if is_move else invariant(self.region, func, "")
-            if form is not None and form is not func:
-                with _Busy():
-                    return form(*args, **kwargs)
-        if isinstance(func, FunctionType) and func.__module__ == "torch.nn.functional":
+        if self.region.scheme.is_invariant and _may_differ(what, args):
+            form = invariant(self.region, func, "")
+            if form is not func:
+                self._called()
+                return self._busily(form, args, kwargs)
+        if what is _COMPOSED:
             with self:
                 return unwrapped(func)(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _busily(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """While a form or a rule computes, `Calls` let its own operations through."""
+        _local.is_busy = True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            _local.is_busy = False
+
+    def _called(self) -> None:
+        """Remember that the module needs this, unless a decomposition of torch called."""
+        if not self.region.is_rehearsed:
+            return
+        caller = sys._getframe(2).f_code.co_filename
+        if self.drawing is not None and not any(each in caller for each in _DECOMPOSING):
+            self.region.called.add(self.drawing.name)
+
+    def random(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Random numbers of a whole tensor: keyed by module and draw, so the same on every rank."""
+        if name in _LIKE:
+            x, *limits = args or (kwargs.pop("input"),)
+            limits += [kwargs.pop(key) for key in ("low", "high") if key in kwargs]
+            limits = [0, *limits] if name == "randint_like" and len(limits) == 1 else limits
+            func, args, kwargs = getattr(Tensor, _LIKE[name]), (empty_like(x, **kwargs), *limits), {}
+        first = next((each for each in args if isinstance(each, Tensor)), None)
+        device = torch.device(kwargs.get("device") or ("cpu" if first is None else first.device))
+        if device.type == "meta":
+            return func(*args, **kwargs)
+        key = self.key(self.region.scheme.seed)
+        digest = hashlib.sha256(f"{key.step}:{key.seed}:random:{key.name}".encode()).digest()
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+        return self._busily(func, args, {**kwargs, "generator": generator})
 
     def key(self, seed: int) -> MaskKey:
         """Of the next mask: the module, and how often it has drawn."""
@@ -83,6 +122,7 @@ class Calls(TorchFunctionMode):
                 "a dropout is called on a cut tensor in a forward that drew nothing when it was "
                 "watched. Plan the model in training mode: model.train()."
             )
+        self.region.drew.add(drawing.name)
         return MaskKey(seed, drawing.name, drawing.next_step())
 
     def dropped(self, x: Any, p: float, training: bool, inplace: bool) -> Any:
@@ -104,41 +144,65 @@ def _given(y: Any, x: Any, inplace: bool) -> Any:
     return x.copy_(y) if inplace else y
 
 
-_ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_PLAIN, _DROPOUT, _ATTENTION, _COMPOSED, _BROADCAST, _DRAW, _OTHER = range(7)
+_KINDS: dict[Any, int] = {}  # function of torch -> what is done with it
+_ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _UNTOUCHED = (None, RULES["view"], RULES["getitem"], RULES["setitem"], RULES["gathered"])
+_BROADCASTING = frozenset(
+    """add sub mul div true_divide radd rsub rmul rdiv where lerp addcmul addcdiv maximum minimum
+    masked_fill pow add_ sub_ mul_ div_""".split()  # noqa: SIM905
+)
+_DECOMPOSING = ("/torch/_refs/", "/torch/_prims", "/torch/_decomp", "/torch/_meta")
+
+
+def _kind_of(func: Any) -> int:
+    """What `Calls` do with a function of torch."""
+    name = name_of(func)
+    if name in DROPOUTS:
+        return _DROPOUT
+    if name in _RANDOM:
+        return _DRAW
+    if name == "scaled_dot_product_attention":
+        return _ATTENTION
+    if name in _BROADCASTING:
+        return _BROADCAST
+    if forms.form_of(func) is not None or RULES.get(name) not in _UNTOUCHED:
+        return _OTHER
+    is_python = isinstance(func, FunctionType) and func.__module__ == "torch.nn.functional"
+    return _COMPOSED if is_python and RULES.get(name) is None else _PLAIN
+
+
+def _may_differ(what: int, args: tuple[Any, ...]) -> bool:
+    """Whether torch's own could differ: not where nothing is broadcast."""
+    if what is not _BROADCAST:
+        return True
+    return (
+        torch.is_grad_enabled()
+        and len({each.shape for each in args if isinstance(each, torch.Tensor)}) > 1
+    )
 
 
 def _drops(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return bool(args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0))
 
 
-class _Busy:
-    """While a form or a rule computes, `Calls` of other modules let its operations through."""
+class _Local(threading.local):
+    """Of one thread: which module's `Calls` are at work.
 
-    def __enter__(self) -> None:
-        self._before = _local.__dict__.get("is_busy", False)
-        _local.is_busy = True
+    Attributes:
+        is_busy: a form or a rule computes.
+        calls: of the module whose forward runs; None outside of all.
+        modes: that were entered.
+    """
 
-    def __exit__(self, *_: object) -> None:
-        _local.is_busy = self._before
+    is_busy = False
+    calls: "Calls | None" = None
 
-
-class _Now:
-    """Says which `Calls` a rule may draw with, in this thread."""
-
-    def __init__(self, calls: Calls) -> None:
-        self._calls = calls
-
-    def __enter__(self) -> None:
-        _stack().append(self._calls)
-
-    def __exit__(self, *_: object) -> None:
-        _stack().pop()
+    def __init__(self) -> None:
+        self.modes: list[tuple[Calls, Calls | None]] = []
 
 
-def _stack() -> list[Calls]:
-    found: list[Calls] = _local.__dict__.setdefault("stack", [])
-    return found
+_local = _Local()
 
 
 def _dropout_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, float, bool, bool]:
@@ -156,27 +220,51 @@ def dropped(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
         return gathered(func, name, args, kwargs)
     if not training or p == 0:
         return x
-    stack = _stack()
-    if not stack:
+    if _local.calls is None:
         raise UsageError(
             f"a dropout is called on a cut tensor{f' of {x.who!r}' if x.who else ''} outside the "
             "forward of a module that draws. Call it in a module of the model that is cut, or use "
             "shardproof.layers.dropout.Dropout."
         )
-    return stack[-1].dropped(x, p, training, inplace)
+    return _local.calls.dropped(x, p, training, inplace)
+
+
+@rule(*_LIKE, "uniform_", "normal_", "exponential_", "bernoulli", "bernoulli_")
+def random(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Random numbers of a cut tensor: drawn for the whole, of which each rank keeps its part."""
+    x = args[0] if args else kwargs.pop("input")
+    calls = _local.calls
+    if not isinstance(x, CutTensor) or calls is None or calls.drawing is None:
+        return gathered(func, name, args, kwargs)
+    probability = args[1] if len(args) > 1 else kwargs.get("p")
+    if name == "bernoulli" and probability is None:
+        return (run(torch.rand_like, (x,), {}) < x).to(x.dtype)
+    if any(isinstance(each, CutTensor | Tensor) for each in (*args[1:], *kwargs.values())):
+        return gathered(func, name, args, kwargs)
+    options = {key: each for key, each in kwargs.items() if key in ("dtype", "device")}
+    shape = torch.empty(x.shape, **{"dtype": x.dtype, "device": x.device, **options})
+    rest = {key: each for key, each in kwargs.items() if key in ("p", "low", "high", "std", "mean")}
+    y = calls.random(func, name, (shape, *args[1:]), rest)
+    part = crossings.held_part(y, x.spec.dim, x.spec.region.place(x.spec.cut, x.who))
+    if not name.endswith("_"):
+        return cut_tensor(part, x.spec, x.who)
+    x.local.copy_(part)
+    return x
 
 
 class Calling:
-    """Runs the forward of a module inside `Calls`.
+    """Runs the forward of a module inside `Calls`, or only lets its dropouts draw by position.
 
     Args:
         region: of the model.
         name: of the module.
+        draws_only: it calls nothing on whole tensors that `Calls` must see.
     """
 
-    def __init__(self, region: Region, name: str) -> None:
+    def __init__(self, region: Region, name: str, *, draws_only: bool = False) -> None:
         self.region = region
         self.drawing = Drawing(name)
+        self.draws_only = draws_only
 
     def hook(self, module: nn.Module) -> None:
         """Let a module call in this way."""
@@ -186,21 +274,20 @@ class Calling:
     def enter(self, *_: Any) -> None:
         """Before the forward."""
         calls = Calls(self.region, self.drawing)
-        _stack_of_modes().append(calls)
+        _local.modes.append((calls, _local.calls))
+        _local.calls = calls
         inside.enter()
-        calls.__enter__()
+        if not self.draws_only:
+            calls.__enter__()
 
     def leave(self, *_: Any) -> None:
         """After it, or after what it raised."""
-        _stack_of_modes().pop().__exit__(None, None, None)
+        calls, _local.calls = _local.modes.pop()
+        if not self.draws_only:
+            calls.__exit__(None, None, None)
         inside.leave()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Calling":
-        made = Calling(self.region, self.drawing.name)
+        made = Calling(self.region, self.drawing.name, draws_only=self.draws_only)
         made.drawing.step = self.drawing.step
         return made
-
-
-def _stack_of_modes() -> list[Calls]:
-    found: list[Calls] = _local.__dict__.setdefault("modes", [])
-    return found

@@ -101,5 +101,3 @@ def _windows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, grows:
     cut = CutDim.of_labels(x.spec.cut.shared, made)
     shape = (*y.shape[:channel], cut.size, *y.shape[channel + 1 :])
     return cut_tensor(y, x.spec.region.spec(shape, channel, cut), x.who)
-
-

@@ -1,14 +1,11 @@
-"""`checked`: every operation on cut tensors is also run on whole ones, and the first that differs is named.
+"""Inside `checked()`: every operation on cut tensors is also run on whole ones and compared.
 
-For whoever doubts a number, and for the prover, which uses it to say where. Forward and backward:
-both are run on copies, the gradients for one random gradient of the output are compared as well.
-It gathers everything, so it is for small models; numbers of the run itself do not change.
+The first that differs is named. Both are run on copies, forward and backward, with one gradient of
+the output. Everything is gathered, so it is for small models; the run itself is not changed.
 """
 
 import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,38 +24,25 @@ _state = threading.local()
 _RTOL = {torch.float64: 1e-8, torch.float32: 1e-4}
 
 
-@contextmanager
-def checked() -> Iterator[None]:
-    """Check every operation on cut tensors of this thread against the same on whole tensors.
+def _run(found: Any, func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> Any:
+    """Run a rule, and the operation itself on whole copies; compare.
 
     Raises:
-        CheckError: inside, at the first operation whose result or gradient differs; it names the
-            operation, the module and the line of the model's code.
+        CheckError: the result or a gradient differs; it names the operation, the module and the
+            line of the model's code.
 
     Comm:
-        every operation: all_gathers of its operands and results.
+        setup all_gathers of operands and results.
     """
-    before = getattr(_state, "is_on", False)
-    _state.is_on = True
-    tensor.checks.append(_run)
-    try:
-        yield
-    finally:
-        tensor.checks.remove(_run)
-        _state.is_on = before
-
-
-def _run(found: Any, func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> Any:
-    """Run a rule, and the operation itself on whole copies; compare."""
-    if not getattr(_state, "is_on", False):
+    if getattr(_state, "is_inside", False):
         return found(func, name, args, kwargs)
-    _state.is_on = False
+    _state.is_inside = True
     try:
         if name not in _UNCHECKED and not name.endswith("_"):
             _compare(found, func, name, args, kwargs)
         return found(func, name, args, kwargs)
     finally:
-        _state.is_on = True
+        _state.is_inside = False
 
 
 _UNCHECKED = frozenset(
@@ -198,3 +182,6 @@ def _line() -> str:
         if not frame.filename.startswith(_OURS):
             return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
     return "a line that is not known"
+
+
+tensor.checks.append(_run)

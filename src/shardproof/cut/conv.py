@@ -54,8 +54,9 @@ def _depthwise(func: Any, x: CutTensor, weight: CutTensor, given: dict[str, Any]
         y = invariant(spec.region, func, who)(x.local, own, bias, **options, groups=held)
     else:
         sizes = _out_sizes(x.shape[2:], weight.shape[2:], given)
-        nothing = x.local.sum() + own.sum() + (0 if bias is None else bias.sum())
-        y = nothing.expand(x.shape[0], 0, *sizes)
+        used = x.local.sum() + own.sum()  # all that takes part elsewhere gets a gradient here too
+        used = used if bias is None else used + bias.sum()
+        y = used.expand(x.shape[0], 0, *sizes)
     shape = (y.shape[0], x.shape[1], *y.shape[2:])
     return cut_tensor(y, spec.region.spec(shape, 1, spec.cut), who)
 

@@ -107,5 +107,3 @@ def _spread(x: Any, have: str, wanted: str) -> Any:
         if letter not in have:
             x = x.unsqueeze(place)
     return x
-
-

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shardproof.autograd import once_differentiable
-from shardproof.cut.meet import fitted, freed, is_finer, is_for_all, refined
+from shardproof.cut.meet import broadcast, fitted, freed, is_finer, is_for_all, refined
 from shardproof.cut.others import gathered, invariant, whole
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
@@ -74,12 +74,19 @@ def product(x: Any, weight: Any, bias: Any, *, is_transposed: bool, func: Any = 
 def _of_whole_weight(
     x: CutTensor, weight: Tensor, bias: Any, is_transposed: bool, func: Any
 ) -> Any:
-    """A cut tensor and a whole weight."""
+    """A cut tensor and a whole weight: its gradient is summed over the ranks, as the rows are cut."""
     spec = x.spec
-    if spec.dim == x.dim() - 1 or weight.requires_grad or (bias is not None and bias.requires_grad):
+    if spec.dim == x.dim() - 1:
         x = whole(x, f"{func.__name__} of a whole weight")
         form = invariant(spec.region, F.linear, "")
         return form(x, weight.t() if is_transposed else weight, bias)
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        y = batched(
+            x if spec.dim < x.dim() - 2 else x.unsqueeze(-2),
+            weight if is_transposed else weight.t(),
+        )
+        y = y if spec.dim < x.dim() - 2 else y.squeeze(-2)
+        return y if bias is None else run(torch.add, (y, bias), {})
     form = invariant(spec.region, F.linear, x.who)
     y = form(x.local, weight.t() if is_transposed else weight, bias)
     out = weight.shape[1 if is_transposed else 0]
@@ -148,7 +155,7 @@ def batched(a: Any, b: Any) -> Any:
         a, b = (freed(each) if is_for_all(each) else each for each in (a, b))
     x = a if isinstance(a, CutTensor) else b
     region = x.spec.region
-    shape = (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+    shape = (*broadcast(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
     roles = {
         _role(each, side, len(shape))
         for each, side in ((a, 0), (b, 1))
@@ -190,7 +197,7 @@ class _BatchedColumn(torch.autograd.Function):
         ctx.save_for_backward(a, b)
         ctx.place, ctx.product = place, product
         y: Tensor = product(a, b)
-        return y
+        return y.data  # no view, or torch would refuse to write to it in place
 
     @staticmethod
     @once_differentiable
@@ -243,10 +250,12 @@ def _contracted(a: Any, b: Any) -> Any:
     x = a if isinstance(a, CutTensor) else b
     place = x.spec.region.place(x.spec.cut, x.who)
     if isinstance(a, CutTensor) and isinstance(b, CutTensor):
-        best = _finest(a, b)
-        place = best.spec.region.place(best.spec.cut, best.who)
-        a, b = (refined(each, best.spec.cut).local for each in (a, b))
-        return crossings.contract(a, b, place)
+        finest = _finest(a, b)
+        if finest is None:
+            return gathered(torch.matmul, "matmul of two cuts", (a, b), {})
+        a, b = (refined(each, finest.spec.cut) for each in (a, b))
+        place = finest.spec.region.place(finest.spec.cut, finest.who)
+        return crossings.contract(a.local, b.local, place)
     if isinstance(a, CutTensor):
         return crossings.contract(a.local, crossings.take(b, b.dim() - 2, place), place)
     return crossings.contract(crossings.take(a, a.dim() - 1, place), b.local, place)

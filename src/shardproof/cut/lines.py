@@ -4,13 +4,14 @@ Where the cut dim is none of theirs, each rank does its own lines. Where it is, 
 the ranks in the order of the tree, a softmax exchanges its sums, and the rest is gathered.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardproof.cut.meet import fitted, freed, is_for_all
+from shardproof.cut.meet import fitted, freed, is_for_all, is_served, served
 from shardproof.cut.others import gathered, invariant, is_cut
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
@@ -102,8 +103,8 @@ def dims_of(name: str, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if given is None:
         if name in _LAST:
             return (x.dim() - 1,)
-        if name == "normalize":
-            return (1,)
+        if name in ("normalize", "msort"):
+            return (int(name == "normalize"),)
         return tuple(range(x.dim()))
     dims = given if isinstance(given, list | tuple) else (given,)
     return tuple(each % x.dim() for each in dims) or tuple(range(x.dim()))
@@ -157,7 +158,42 @@ def _across(
         return crossings.max_cut(x.local, x.spec.dim, place, keepdim=keep, is_min=name == "argmin")[
             1
         ]
+    if name in _SPREADS or _is_length(name, args, kwargs):
+        return _spread_across(name, x, args, kwargs, dims)
     return gathered(func, name, args, kwargs)
+
+
+def _spread_across(
+    name: str,
+    x: CutTensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dims: tuple[int, ...],
+) -> Any:
+    """A variance, a deviation or a length: sums over the cut dim, whole and small."""
+    keep = bool(kwargs.get("keepdim", len(args) > 3 and args[3] is True))
+    if name in _LENGTHS:
+        y = run(Tensor.sum, (x * x, dims), {"keepdim": keep}).sqrt()
+        return y if kwargs.get("dtype") is None else y.to(kwargs["dtype"])
+    free: Any = kwargs.get("correction", kwargs.get("unbiased", args[2] if len(args) > 2 else 1))
+    count = math.prod(x.shape[dim] for dim in dims) - (1 if free is None else int(free))
+    mean = x.mean(dims, keepdim=True)
+    far = x - mean
+    y = run(Tensor.sum, (far * far, dims), {"keepdim": keep}) / max(count, 0)
+    y = y.sqrt() if name.startswith("std") else y
+    if not name.endswith("_mean"):
+        return y
+    return y, mean if keep else mean.reshape(y.shape)
+
+
+_LENGTHS = frozenset(("norm", "vector_norm", "linalg_vector_norm"))
+_SPREADS = frozenset(("var", "std", "var_mean", "std_mean"))
+
+
+def _is_length(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether it is the length of real vectors: the square root of the sum of squares."""
+    order = kwargs.get("p", kwargs.get("ord", args[1] if len(args) > 1 else 2))
+    return name in _LENGTHS and order in (2, 2.0, "fro", None) and args[0].dtype.is_floating_point
 
 
 def _recast(kwargs: dict[str, Any], args: tuple[Any, ...]) -> bool:
@@ -346,6 +382,17 @@ def attended_with_dropout(
     return F.dropout(scores.softmax(-1), dropout_p, training=True) @ v
 
 
+def _for_groups(x: Any, spec: Spec, times: int) -> Any:
+    """Keys or values, each for a group of query heads that are cut as `spec` says."""
+    if x.shape[-3] == 1:
+        return x
+    if not is_cut(x) or not is_served(x, spec.cut, times):
+        return x.repeat_interleave(times, -3)
+    shape = (*x.shape[:-3], x.shape[-3] * times, *x.shape[-2:])
+    made = spec.region.spec(shape, x.spec.dim, spec.cut)
+    return cut_tensor(served(x, spec.cut, times), made, x.who)
+
+
 def _of_heads(x: Any, spec: Spec, who: str) -> Tensor:
     """Keys or values for the heads that this rank holds."""
     if is_cut(x) and x.shape[-3] == 1:
@@ -371,7 +418,7 @@ def attention(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
         return attended_with_dropout(q, k, v, **options)
     if options.pop("enable_gqa", False):
         k, v = (
-            x if x.shape[-3] == 1 else x.repeat_interleave(q.shape[-3] // x.shape[-3], -3)
+            x if x.shape[-3] == 1 else _for_groups(x, q.spec, q.shape[-3] // x.shape[-3])
             for x in (k, v)
         )
     lead = torch.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v)))
@@ -385,4 +432,3 @@ def attention(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
         mask = fitted(mask, spec.region.spec(full, spec.dim, spec.cut), who)
     y = invariant(spec.region, func, who)(q.local, k, v, attn_mask=mask, **options)
     return cut_tensor(y, spec.region.spec((*spec.shape[:-1], v.shape[-1]), spec.dim, spec.cut), who)
-

@@ -1,12 +1,17 @@
 """Rows by number: embeddings, indexing, gathers and scatters; and losses over a cut vocabulary."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shardproof.cut.adopted import adopt
 from shardproof.cut.linear import _named
-from shardproof.cut.others import gathered, whole
+from shardproof.cut.meet import common, fitted, one_along
+from shardproof.cut.others import gathered, invariant, whole
+from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import RULES, CutTensor, cut_tensor, rule, run
 from shardproof.functional import crossings
 
@@ -51,51 +56,82 @@ def _as_slice(numbers: list[Any]) -> Any:
 
 
 def _picked(func: Any, x: CutTensor, entries: list[Any]) -> Any:
-    """Advanced indexing in which the cut dim is taken whole."""
-    places = _source_dims(x, entries)
-    if places is None:
-        return gathered(func, "getitem", (x, tuple(entries)), {})
-    if any(
-        source == x.spec.dim and not (isinstance(each, slice) and each == slice(None))
-        for source, each in zip(places, entries, strict=True)
-        if source is not None
-    ):
-        return gathered(func, "getitem", (x, tuple(entries)), {})
-    index = tuple(entries)
-    y = x.local[index]
-    probe = torch.zeros((), dtype=torch.int64, device="cpu").expand(x.local.shape)
-    shape = [1] * x.dim()
-    shape[x.spec.dim] = -1
-    held = x.local.shape[x.spec.dim]
-    del probe
-    numbers = torch.arange(held, device=x.device).reshape(shape).expand(x.local.shape)[index]
-    dims = [d for d in range(numbers.dim()) if held < 2 or _varies(numbers, d)]
-    dims = [d for d in dims if y.shape[d] == held]
-    if len(dims) != 1 and held >= 2:
-        return gathered(func, "getitem", (x, tuple(entries)), {})
-    dim = dims[0] if held >= 2 else _place_of(x, entries)
+    """Advanced indexing: what takes the cut dim whole leaves it cut; numbers of it are looked up."""
+    dim = _dim_left(x.shape, x.spec.dim, entries)
+    if dim is None:
+        rows = _rows_picked(x, entries)
+        return gathered(func, "getitem", (x, tuple(entries)), {}) if rows is None else rows
+    y = x.local[tuple(entries)]
     full = (*y.shape[:dim], x.shape[x.spec.dim], *y.shape[dim + 1 :])
     return cut_tensor(y, x.spec.region.spec(full, dim, x.spec.cut), x.who)
+
+
+def _rows_picked(x: CutTensor, entries: list[Any]) -> Any:
+    """Numbers of the cut dim alone, from a tensor: the ranks give what they hold."""
+    index = entries[x.spec.dim] if len(entries) > x.spec.dim and Ellipsis not in entries else None
+    others = [each for place, each in enumerate(entries) if place != x.spec.dim]
+    is_number = isinstance(index, Tensor) and index.dtype in _INTEGERS and index.dim() > 0
+    if not is_number or any(not isinstance(each, slice) or each != slice(None) for each in others):
+        return None
+    return looked_up(x, x.spec.dim, index)
+
+
+_INTEGERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
+
+
+def looked_up(x: CutTensor, dim: int, index: Tensor) -> Tensor:
+    """`x[:, index]` whose dim `dim` is the cut one: a lookup of rows, whole on every rank.
+
+    Args:
+        x: (*, size, *), Shard(dim).
+        dim: that is indexed.
+        index: (*ids,) numbers of rows.
+    Returns:
+        (*, *ids, *), Replicate.
+    Comm:
+        forward one all_reduce of the result; backward none.
+    """
+    rows = x.local.movedim(dim, 0)
+    rest = tuple(rows.shape[1:])
+    place = x.spec.region.place(x.spec.cut, x.who)
+    index = torch.where(index < 0, index + x.shape[dim], index)
+    flat = rows.reshape(rows.shape[0], math.prod(rest))
+    y = crossings.lookup_rows(flat, index, place).reshape(*index.shape, *rest)
+    n = index.dim()
+    return y.movedim(tuple(range(n)), tuple(range(dim, dim + n)))
 
 
 def _varies(numbers: Tensor, dim: int) -> bool:
     return numbers.shape[dim] > 1 and bool((numbers.narrow(dim, 0, 1) != numbers).any())
 
 
-def _place_of(x: CutTensor, entries: list[Any]) -> int:
-    """Where the cut dim is in the result, found on a small tensor of the same kind."""
-    shape = list(x.local.shape)
-    shape[x.spec.dim] = 3
-    numbers = (
-        torch.arange(3, device=x.device)
-        .reshape([-1 if d == x.spec.dim else 1 for d in range(len(shape))])
-        .expand(shape)[tuple(entries)]
-    )
-    return next(d for d in range(numbers.dim()) if _varies(numbers, d))
+def _dim_left(shape: Sequence[int], dim: int, entries: list[Any]) -> int | None:
+    """Where a dim is in `x[entries]`; None if the index does not take all of it."""
+    at = _source_dims(len(shape), dim, entries)
+    if at is None or any(
+        source == dim and not (isinstance(each, slice) and _is_all(each, shape[dim]))
+        for source, each in zip(at, entries, strict=True)
+    ):
+        return None
+    small = [*shape[:dim], 3, *shape[dim + 1 :]]
+    whole_ = [
+        slice(None) if source == dim else each for source, each in zip(at, entries, strict=True)
+    ]
+    device = next((each.device for each in entries if isinstance(each, Tensor)), None)
+    numbers = torch.arange(3, device="cpu" if device is None else device)
+    numbers = numbers.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+    picked = numbers.expand(small)[tuple(whole_)]
+    if not picked.numel():
+        return None
+    return next((d for d in range(picked.dim()) if _varies(picked, d)), None)
 
 
-def _source_dims(x: CutTensor, entries: list[Any]) -> list[int | None] | None:
-    """The dim that every entry of an index is about; None for a new one; None if it is unclear."""
+def _is_all(each: slice, size: int) -> bool:
+    return each.indices(size) == (0, size, 1)
+
+
+def _source_dims(count: int, dim: int, entries: list[Any]) -> list[int | None] | None:
+    """The one dim of `count` that every entry of an index is about; None if `dim` is in a mask."""
     used = sum(
         each.dim() if isinstance(each, Tensor) and each.dtype == torch.bool else 1
         for each in entries
@@ -107,14 +143,10 @@ def _source_dims(x: CutTensor, entries: list[Any]) -> list[int | None] | None:
         if each is None:
             dims.append(None)
         elif each is Ellipsis:
-            skipped = x.dim() - used
-            if at <= x.spec.dim < at + skipped:
-                dims.append(None)
-            else:
-                dims.append(None)
-            at += skipped
+            dims.append(None)
+            at += count - used
         elif isinstance(each, Tensor) and each.dtype == torch.bool:
-            if at <= x.spec.dim < at + each.dim():
+            if at <= dim < at + each.dim():
                 return None
             dims.append(None)
             at += each.dim()
@@ -126,83 +158,126 @@ def _source_dims(x: CutTensor, entries: list[Any]) -> list[int | None] | None:
 
 @rule("setitem")
 def setitem(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Written to what the same index reads, where that is a view of the part."""
+    """Written to the part where the index takes the cut dim whole, or reads a view of the part."""
     x, index, value = args
-    if isinstance(x, CutTensor):
-        entries = index if isinstance(index, tuple) else (index,)
-        if not any(isinstance(each, Tensor | list | CutTensor) for each in entries):
-            seen = RULES["view"](Tensor.__getitem__, "getitem", (x, entries), {})
-            if isinstance(seen, CutTensor) and seen.local.untyped_storage().data_ptr() == (
-                x.local.untyped_storage().data_ptr()
-            ):
-                if not isinstance(value, Tensor | CutTensor):
-                    seen.local.fill_(value)
-                    return None
+    entries = list(index) if isinstance(index, tuple) else [index]
+    if len(entries) == 1 and isinstance(entries[0], CutTensor) and entries[0].shape == x.shape:
+        run(Tensor.masked_fill_, (x, entries[0], value), {})
+        return None
+    entries = [whole(each, "index") if isinstance(each, CutTensor) else each for each in entries]
+    if not isinstance(x, CutTensor) and not _adopted(x, entries, value):
+        gathered(func, name, (x, tuple(entries), value), kwargs)
+        return None
+    if _written_to_part(x, entries, value):
+        return None
+    if not any(isinstance(each, Tensor | list) for each in entries):
+        seen = RULES["view"](Tensor.__getitem__, "getitem", (x, tuple(entries)), {})
+        if isinstance(seen, CutTensor) and seen.local.untyped_storage().data_ptr() == (
+            x.local.untyped_storage().data_ptr()
+        ):
+            if isinstance(value, Tensor | CutTensor):
                 run(Tensor.copy_, (seen, value), {})
-                return None
-    gathered(func, name, args, kwargs)
+            else:
+                seen.local.fill_(value)
+            return None
+    gathered(func, name, (x, tuple(entries), value), kwargs)
     return None
 
 
+def _written_to_part(x: CutTensor, entries: list[Any], value: Any) -> bool:
+    dim = _dim_left(x.shape, x.spec.dim, entries)
+    if dim is None:
+        return False
+    index = tuple(
+        slice(None) if source == x.spec.dim else each
+        for source, each in zip(
+            _source_dims(x.dim(), x.spec.dim, entries) or [], entries, strict=True
+        )
+    )
+    if isinstance(value, Tensor | CutTensor):
+        shape = list(torch.zeros((), device=x.device).expand(x.local.shape)[index].shape)
+        shape[dim] = x.shape[x.spec.dim]
+        value = fitted(value, x.spec.region.spec(tuple(shape), dim, x.spec.cut), x.who)
+    x.local[index] = value
+    return True
+
+
+def _adopted(x: Tensor, entries: list[Any], value: Any) -> bool:
+    """Whether a whole tensor could take the cut of what is written to a part of it."""
+    if not isinstance(value, CutTensor):
+        return False
+    size, behind = value.shape[value.spec.dim], value.dim() - value.spec.dim
+    for dim in range(x.dim()):
+        place = _dim_left(x.shape, dim, entries) if x.shape[dim] == size else None
+        if place is not None and x[tuple(entries)].dim() - place == behind:
+            spec = value.spec
+            return adopt(x, spec.region.spec(tuple(x.shape), dim, spec.cut), value.who)
+    return False
+
+
+_LINES = frozenset(
+    """gather take_along_dim scatter scatter_add scatter_reduce scatter_ scatter_add_
+    scatter_reduce_""".split()  # noqa: SIM905
+)
+
+
 @rule(
-    "index_select",
-    "gather",
-    "take_along_dim",
-    "index_add",
-    "index_copy",
-    "scatter",
-    "scatter_add",
-    "index_fill",
-    "scatter_reduce",
-    "index_reduce",
-    "index_add_",
-    "index_copy_",
-    "scatter_",
-    "scatter_add_",
-    "index_fill_",
+    *_LINES,
+    *"""index_select index_add index_copy index_fill index_reduce index_add_ index_copy_ index_fill_
+    index_reduce_""".split(),  # noqa: SIM905
 )
 def along(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Picks or writes along one dim."""
-    from shardproof.cut.meet import fitted
-
-    x = args[0]
-    dim = args[1] if len(args) > 1 else kwargs.get("dim")
-    if not isinstance(x, CutTensor) or not isinstance(dim, int) or dim % x.dim() == x.spec.dim:
+    """Picks or writes along one dim, which is not the cut one."""
+    names = ("input", "dim", "index", "source")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    x, dim = given.get("input"), given.get("dim")
+    if not isinstance(x, Tensor | CutTensor) or not isinstance(dim, int):
         return gathered(func, name, args, kwargs)
-    is_lines = name in (
-        "gather",
-        "take_along_dim",
-        "scatter",
-        "scatter_add",
-        "scatter_reduce",
-        "scatter_",
-        "scatter_add_",
+    dim %= x.dim()
+    if name == "index_select" and isinstance(x, CutTensor) and x.spec.dim == dim:
+        return _selected(x, dim, given["index"])
+    if name not in _LINES and isinstance(given["index"], CutTensor):
+        given["index"] = whole(given["index"], name)
+    parts = {
+        key: each
+        for key, each in given.items()
+        if isinstance(each, Tensor | CutTensor) and (name in _LINES or key != "index")
+    }
+    met = _lying_along(list(parts.values()), dim)
+    if met is None:
+        return gathered(func, name, args, kwargs)
+    (spec, who), made = met, x
+    if name.endswith("_") and not isinstance(x, CutTensor):
+        made = spec.region.spec(tuple(x.shape), spec.dim, spec.cut)
+        if not adopt(x, made, who):
+            return gathered(func, name, args, kwargs)
+    for key, each in parts.items():
+        shape = spec.region.spec(tuple(each.shape), spec.dim, spec.cut)
+        given[key] = fitted(each, shape, who)
+    order = [given[key] for key in names[: len(args)]]
+    y = invariant(spec.region, func, who)(
+        *order, *args[len(names) :], **{key: given[key] for key in kwargs}
     )
-
-    def part(each: Any, is_index: bool) -> Any:
-        if not isinstance(each, Tensor | CutTensor):
-            return each
-        if is_index and not is_lines:
-            return whole(each, name) if isinstance(each, CutTensor) else each
-        shape = list(each.shape)
-        spec = x.spec.region.spec(tuple(shape), x.spec.dim, x.spec.cut)
-        if each.dim() != x.dim() or each.shape[x.spec.dim] != x.shape[x.spec.dim]:
-            raise _Unlike
-        return fitted(each, spec, x.who)
-
-    try:
-        rest = [part(each, n == 0) for n, each in enumerate(args[2:])]
-        options = {key: part(each, key == "index") for key, each in kwargs.items() if key != "dim"}
-    except _Unlike:
-        return gathered(func, name, args, kwargs)
-    if "dim" in kwargs:
-        options["dim"] = dim
-    y = func(x.local, *args[1:2], *rest, **options)
     if name.endswith("_"):
         return x
-    shape = (*y.shape[: x.spec.dim], x.shape[x.spec.dim], *y.shape[x.spec.dim + 1 :])
-    return cut_tensor(y, x.spec.region.spec(shape, x.spec.dim, x.spec.cut), x.who)
+    shape = (*y.shape[: spec.dim], spec.shape[spec.dim], *y.shape[spec.dim + 1 :])
+    return cut_tensor(y, spec.region.spec(shape, spec.dim, spec.cut), who)
 
 
-class _Unlike(Exception):  # noqa: N818 - it never leaves this file
-    """An operand does not lie along the cut dim as the first does."""
+def _selected(x: CutTensor, dim: int, index: Any) -> Any:
+    index = whole(index, "index_select") if isinstance(index, CutTensor) else index
+    return looked_up(x, dim, index.reshape(-1))
+
+
+def _lying_along(tensors: list[Any], dim: int) -> tuple[Spec, str] | None:
+    """How tensors of the same dims lie, whatever their sizes along `dim`; None: not alike."""
+    cuts = [each for each in tensors if isinstance(each, CutTensor)]
+    if not cuts or any(each.spec.dim == dim or each.dim() != cuts[0].dim() for each in cuts):
+        return None
+    shape = [1 if d == dim else size for d, size in enumerate(cuts[0].shape)]
+    if any(
+        each.dim() != len(shape) or each.shape[cuts[0].spec.dim] != shape[cuts[0].spec.dim]
+        for each in tensors
+    ):
+        return None
+    return common([one_along(each, dim) for each in cuts], tuple(shape))

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
+from shardproof.cut.others import gathered
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
 from shardproof.numerics import forms
@@ -120,8 +121,6 @@ def move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if name in _SAME:
         return cut_tensor(func(x.local, *args[1:], **kwargs), x.spec, x.who)
     rest = args[1:]
-    if name in _SIZED or name in ("expand", "broadcast_to"):
-        rest = tree_map(_as_size, rest)
     if name in ("view_as", "reshape_as", "expand_as"):
         other = rest[0] if rest else kwargs["other"]
         name, func = name.removesuffix("_as"), getattr(Tensor, name.removesuffix("_as"))
@@ -132,19 +131,64 @@ def move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             if rest[0].itemsize != x.dtype.itemsize
             else (cut_tensor(x.local.view(rest[0]), x.spec, x.who))
         )
+    quick = _QUICK.get(name)
+    if quick is not None and not kwargs:
+        found = quick(x, rest)
+        if found is not None:
+            return found
     try:
         key = (func, x.spec, _key(rest), tuple(kwargs.items()) if kwargs else ())
         recipe = x.spec.region.recipes.get(key)
         if recipe is None:
             recipe = x.spec.region.recipes[key] = find(func, name, x.spec, rest, kwargs)
     except _Unkeyed:
-        return run_others(func, name, args, kwargs)
+        sizes = tree_map(_as_size, rest)
+        if any(isinstance(each, Tensor) for each in tree_leaves(sizes)) or kwargs:
+            return gathered(func, name, args, kwargs)
+        return move(func, name, (x, *sizes), kwargs)
     if recipe is LOST:
-        return run_others(func, name, args, kwargs)
+        return gathered(func, name, args, kwargs)
     many, outs = recipe
     made = [_made(step, spec, x) for step, spec in outs]
     return made[0] if not many else many(made)
 
+
+def _transposed(x: CutTensor, dims: tuple[Any, ...]) -> CutTensor | None:
+    """`transpose`: for every shape alike, so no recipe for each."""
+    if len(dims) != 2 or not all(type(dim) is int for dim in dims):
+        return None
+    spec, shape = x.spec, list(x.spec.shape)
+    a, b = (dim % len(shape) for dim in dims)
+    shape[a], shape[b] = shape[b], shape[a]
+    dim = b if spec.dim == a else a if spec.dim == b else spec.dim
+    made = spec.region.spec(tuple(shape), dim, spec.cut)
+    return cut_tensor(x.local.transpose(a, b), made, x.who)
+
+
+def _permuted(x: CutTensor, dims: tuple[Any, ...]) -> CutTensor | None:
+    """`permute`, likewise."""
+    order = dims[0] if len(dims) == 1 and isinstance(dims[0], list | tuple) else dims
+    count = len(x.spec.shape)
+    if len(order) != count or not all(type(dim) is int for dim in order):
+        return None
+    spec, places = x.spec, [dim % count for dim in order]
+    shape = tuple(spec.shape[dim] for dim in places)
+    made = spec.region.spec(shape, places.index(spec.dim), spec.cut)
+    return cut_tensor(x.local.permute(places), made, x.who)
+
+
+def _unsqueezed(x: CutTensor, dims: tuple[Any, ...]) -> CutTensor | None:
+    """`unsqueeze`, likewise."""
+    if len(dims) != 1 or type(dims[0]) is not int:
+        return None
+    spec, count = x.spec, len(x.spec.shape) + 1
+    place = dims[0] % count
+    shape = (*spec.shape[:place], 1, *spec.shape[place:])
+    made = spec.region.spec(shape, spec.dim + (place <= spec.dim), spec.cut)
+    return cut_tensor(x.local.unsqueeze(place), made, x.who)
+
+
+_QUICK = {"transpose": _transposed, "permute": _permuted, "unsqueeze": _unsqueezed}
 
 LOST: Any = object()
 
@@ -155,17 +199,11 @@ def _as_size(x: Any) -> Any:
     return int(x) if is_one else x
 
 
-def run_others(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    from shardproof.cut.tensor import RULES
-
-    return RULES["gathered"](func, name, args, kwargs)
-
-
 def _of_others(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A plain tensor, with a cut one among the arguments: only its shape is asked for."""
     if name in ("view_as", "reshape_as", "expand_as"):
         return getattr(args[0], name.removesuffix("_as"))(args[1].shape)
-    return run_others(func, name, args, kwargs)
+    return gathered(func, name, args, kwargs)
 
 
 def _made(step: Step, spec: Spec | None, x: CutTensor) -> Any:
@@ -190,7 +228,7 @@ def _key(value: Any) -> Any:
 def find(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The recipe of an operation: how its results are cut, and a call on the part for each."""
     size, dim = spec.shape[spec.dim], spec.dim
-    with torch.no_grad():
+    with torch.no_grad(), torch._C.DisableTorchFunction():  # numbers are nobody's business
         numbers = _along(torch.arange(size), spec.shape, dim)
         if name in _SIZED:
             shape = func(torch.empty(spec.shape, device="meta"), *args, **kwargs).shape
@@ -259,9 +297,10 @@ def _result(
 ) -> tuple[Step, Spec | None]:
     """One result: a call on the part, and how it is cut."""
     cut = spec.cut
-    core = _core(out)
     if not out.numel():
-        raise Lost
+        made = _of_nothing(spec, out)
+        return _step(func, name, spec, args, kwargs, mine, _empty(made), made, place), made
+    core = _core(out)
     labels = torch.from_numpy(cut.labels)[core]
     dim, units = _where_units_vary(labels, spec, name, tuple(out.shape))
     order = units.movedim(dim, 0)[..., None].flatten(1)[:, 0].expand(out.shape[dim])
@@ -271,6 +310,19 @@ def _result(
     shape = tuple(out.shape[dim] if each == dim else n for each, n in enumerate(core.shape))
     expected = _narrowed(out, shape).index_select(dim, held)
     return _step(func, name, spec, args, kwargs, mine, expected, made, place), made
+
+
+def _of_nothing(spec: Spec, out: Tensor) -> Spec:
+    """How an empty view is cut: it still has the stride along the cut dim."""
+    size = spec.shape[spec.dim]
+    dims = [dim for dim in range(out.dim()) if out.shape[dim] == size and out.stride(dim)]
+    if size < 2 or len(dims) != 1 or out.stride(dims[0]) != 1:
+        raise Lost
+    return spec.region.spec(tuple(out.shape), dims[0], spec.cut)
+
+
+def _empty(made: Spec) -> Tensor:
+    return torch.empty(made.local_shape, dtype=torch.int64)
 
 
 def _where_units_vary(
@@ -291,12 +343,18 @@ def _where_units_vary(
 
 
 def _first_of_run(cut: CutDim) -> Any:
-    """For every unit the first one that always is on the same rank; shared ones as they are."""
+    """For every unit the first one that always is on the same rank.
+
+    A shared unit that units of one run alone need is where they are; others stay as they are.
+    """
     units = cut.shared.units
     first = np.arange(units.count + len(units.needers))
     starts = np.asarray(sorted({0, *(units.breaks or ())}))
     own = first[: units.count]
     first[: units.count] = starts[np.searchsorted(starts, own, side="right") - 1]
+    for number, needers in enumerate(units.needers):
+        if needers and first[needers[0]] == first[needers[-1]]:
+            first[units.count + number] = first[needers[0]]
     return first
 
 

@@ -8,8 +8,7 @@ says which these are.
 
 import threading
 from collections.abc import Callable
-from functools import cache
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import CellType, FunctionType
 from typing import Any
 
@@ -36,6 +35,12 @@ def whole(x: CutTensor, why: str) -> Tensor:
     region = x.spec.region
     region.gathered[why, x.who] = region.gathered.get((why, x.who), 0) + 1
     return crossings.gather(x.local, x.spec.dim, region.place(x.spec.cut, x.who))
+
+
+@rule("whole")
+def _asked(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The whole of one tensor, because somebody wants it."""
+    return whole(args[0], name)
 
 
 def invariant(region: Region, func: Any, who: str) -> Callable[..., Any]:
@@ -172,6 +177,9 @@ def _taken_apart(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, 
     Inside, autograd is off for what does not come back. So a whole tensor that wants a gradient may
     not be among its operands, nor become one on the way: then all is gathered.
     """
+    from shardproof.cut.adopted import shown
+
+    args, kwargs = tree_map(shown, (args, kwargs), is_leaf=is_cut)
     flat = tree_flatten((args, kwargs), is_leaf=is_cut)[0]
     if torch.is_grad_enabled() and any(_wants(each) for each in flat):
         return gathered(func, name, args, kwargs)

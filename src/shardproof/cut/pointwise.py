@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from shardproof.cut.meet import common, fitted
+from shardproof.cut.adopted import adopt
+from shardproof.cut.meet import broadcast, common, fitted
 from shardproof.cut.others import computed, gathered, invariant
+from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 
 _NAMES = [
@@ -116,6 +118,7 @@ _NAMES = [
     "logical_xor",
     "logit",
     "logsigmoid",
+    "log_sigmoid",
     "lt",
     "masked_fill",
     "maximum",
@@ -219,13 +222,26 @@ def pointwise(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
             if isinstance(other, CutTensor):
                 if other.spec is not spec:
                     break
-            elif isinstance(other, Tensor):
+            elif isinstance(other, Tensor) and not _joins_as_it_is(other, spec):
                 break
         else:
             compute = invariant(spec.region, func, x.who)
             parts = [each.local if isinstance(each, CutTensor) else each for each in args]
             return cut_tensor(compute(*parts), spec, x.who)
     return _general(func, name, args, kwargs)
+
+
+def _joins_as_it_is(x: Tensor, spec: Spec) -> bool:
+    """Whether a whole tensor without a gradient broadcasts to what is cut, along the cut dim too."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return False
+    shape, lead = x.shape, len(spec.shape) - x.dim()
+    if lead < 0:
+        return False
+    return all(
+        size == 1 or (size == spec.shape[dim] and dim != spec.dim)
+        for dim, size in enumerate(shape, lead)
+    )
 
 
 def _general(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -238,7 +254,7 @@ def _general(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
             for place, each in enumerate(flat)
         ]
     tensors = [flat[place] for place in places]
-    shape = torch.broadcast_shapes(*(each.shape for each in tensors))
+    shape = broadcast(*(each.shape for each in tensors))
     met = common(tensors, shape)
     if met is None:
         return gathered(func, name, args, kwargs)
@@ -255,12 +271,12 @@ def _general(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _in_place(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Written to the part; a whole tensor that is written to takes the whole."""
     x = args[0]
-    if not isinstance(x, CutTensor):
-        return gathered(func, name, args, kwargs)
     flat, tree = tree_flatten((args, kwargs), is_leaf=lambda each: isinstance(each, CutTensor))
+    if not isinstance(x, CutTensor) and not _adopted(x, flat):
+        return gathered(func, name, args, kwargs)
     for place, each in enumerate(flat):
         if isinstance(each, CutTensor | Tensor) and each is not x:
-            if torch.broadcast_shapes(each.shape, x.shape) != x.shape:
+            if broadcast(each.shape, x.shape) != x.shape:
                 return gathered(func, name, args, kwargs)
             flat[place] = fitted(each, x.spec, x.who)
     flat = [each.local if each is x else each for each in flat]
@@ -269,16 +285,23 @@ def _in_place(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     return x
 
 
-@rule(*_LIKE, "rand_like", "randn_like")
+def _adopted(x: Tensor, operands: list[Any]) -> bool:
+    """Whether a whole tensor could take the cut of what is written to it."""
+    cuts = [each for each in operands if isinstance(each, CutTensor)]
+    if broadcast(*(each.shape for each in cuts), x.shape) != x.shape:
+        return False
+    met = common(cuts, tuple(x.shape))
+    return met is not None and adopt(x, *met)
+
+
+@rule(*_LIKE)
 def like(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A new tensor that is cut as the given one; random numbers are drawn for the whole."""
+    """A new tensor that is cut as the given one."""
     x = args[0]
-    if name.startswith("rand"):
-        return gathered(func, name, args, kwargs)
     return cut_tensor(func(x.local, *args[1:], **kwargs), x.spec, x.who)
 
 
-@rule("new_zeros", "new_ones", "new_empty", "new_full")
+@rule("new_zeros", "new_ones", "new_empty", "new_full", "new")
 def new(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A new tensor; it is cut as the given one if it has that dim too, for it is to be filled."""
     x, given = args[0], args[1:]
@@ -287,6 +310,10 @@ def new(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     shape = tuple(kwargs.pop("size", size))
     rest = given[1:] if name == "new_full" or (given and given[0] is size) else ()
     spec = x.spec
+    if name == "new":  # an old name: nothing, the sizes of what is empty, or numbers
+        if not all(isinstance(each, int) for each in shape):
+            return func(x.local, *args[1:], **kwargs)
+        func, shape = Tensor.new_empty, shape or (0,)
     if len(shape) != x.dim() or shape[spec.dim] != x.shape[spec.dim]:
         return func(x.local, shape, *rest, **kwargs)
     made = spec.region.spec(shape, spec.dim, spec.cut)

@@ -3,6 +3,7 @@
 from shardproof.cut import (
     calls,
     channels,
+    checked,
     conv,
     einsum,
     foreign,
@@ -14,11 +15,13 @@ from shardproof.cut import (
     moves,
     others,
     pointwise,
+    solves,
 )
 
 __all__ = [
     "calls",
     "channels",
+    "checked",
     "conv",
     "einsum",
     "foreign",
@@ -30,4 +33,5 @@ __all__ = [
     "moves",
     "others",
     "pointwise",
+    "solves",
 ]

@@ -56,7 +56,11 @@ class Region:
         recipes: (operation, specs, arguments) -> what to do with the parts.
         forms: operation -> what computes it on a part.
         gathered: (operation, module) -> how often a tensor was gathered for want of a rule.
+        called: modules whose own code calls, on whole tensors, what has a form of its own.
+        drew: modules whose own code draws.
+        is_rehearsed: a plan is being made: what modules call is remembered.
         variant: operation without an invariant form -> the module that called it first.
+        kept: `id` of every buffer of the model: whole, whatever is written to it.
     """
 
     def __init__(self, axis: Axis, scheme: Scheme) -> None:
@@ -67,22 +71,42 @@ class Region:
         self.forms: dict[Any, Any] = {}
         self.gathered: dict[tuple[str, str], int] = {}
         self.variant: dict[str, str] = {}
-        self._specs: dict[tuple[tuple[int, ...], int, CutDim], Spec] = {}
-        self._places: dict[tuple[CutDim, str], Place] = {}
+        self.called: set[str] = set()
+        self.drew: set[str] = set()
+        self.is_rehearsed = axis.transport.name == "rehearsed"
+        self.kept: set[int] = set()
+        self._specs: dict[tuple[tuple[int, ...], int, int], Spec] = {}
+        self._places: dict[tuple[int, str], Place] = {}
+        self._cuts: dict[CutDim, CutDim] = {}
+        self._same: dict[int, CutDim] = {}
+        self._met: list[CutDim] = []  # or an `id` could be given again
+
+    def one(self, cut: CutDim) -> CutDim:
+        """The one object of all cuts that are equal: they are compared by identity after that."""
+        found = self._same.get(id(cut))
+        if found is None:
+            found = self._same[id(cut)] = self._cuts.setdefault(cut, cut)
+            self._met.append(cut)
+        return found
 
     def spec(self, shape: tuple[int, ...], dim: int, cut: CutDim) -> Spec:
         """The one `Spec` of a shape that is cut so."""
-        key = (tuple(shape), dim, cut)
-        found = self._specs.get(key)
+        found = self._specs.get((shape, dim, id(cut)))
         if found is None:
-            found = self._specs[key] = Spec(self, key[0], dim, cut)
+            cut = self.one(cut)
+            key = (tuple(shape), dim, id(cut))
+            found = self._specs.get(key)
+            if found is None:
+                found = self._specs[key] = Spec(self, key[0], dim, cut)
         return found
 
     def place(self, cut: CutDim, who: str) -> Place:
         """Where a crossing of tensors that are cut so stands."""
-        found = self._places.get((cut, who))
+        found = self._places.get((id(cut), who))
         if found is None:
-            found = self._places[cut, who] = Place.of(self.axis, cut, self.scheme, who)
+            cut = self.one(cut)
+            found = Place.of(self.axis, cut, self.scheme, who)
+            self._places[id(cut), who] = found
         return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Region":

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shardproof.checking import is_checked
 from shardproof.cut.spec import Spec
 
 Rule = Callable[[Any, str, tuple[Any, ...], dict[str, Any]], Any]
 
 RULES: dict[str, Rule] = {}  # name of an operation -> its rule
 composed: list[Callable[..., Any]] = []  # takes ATen operations; `cut/others.py` puts it here
-checks: list[Callable[..., Any]] = []  # what runs rules while somebody checks them
+checks: list[Callable[..., Any]] = []  # runs rules inside `checked()`
 _NAMES: dict[Any, str] = {F.unfold: "im2col", F.fold: "col2im"}  # `Tensor.unfold` is another
 _ARITHMETIC = frozenset(
     """add sub mul div truediv floordiv mod pow matmul and or xor lshift rshift eq ne lt le gt ge neg
@@ -156,6 +157,20 @@ class CutTensor:
     def _version(self) -> int:
         return self.local._version
 
+    @property
+    def part(self) -> Tensor:
+        """This rank's part, a plain tensor with its gradient; sends nothing."""
+        return self.local
+
+    def whole(self) -> Tensor:
+        """All of it, a plain tensor, Replicate, with its gradient.
+
+        Comm:
+            forward one all_gather of the whole shape; backward none.
+        """
+        gathered: Tensor = RULES["whole"](None, "whole", (self,), {})
+        return gathered
+
     def stride(self, dim: int | None = None) -> Any:
         """As of the whole, if its memory lay as that of the part does not: contiguous."""
         strides = torch.empty(self.shape, device="meta").stride()
@@ -241,7 +256,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Do what its rule says; without one, take it apart or gather (`cut/others.py`)."""
     name = _NAMES.get(func) or name_of(func)
     found = RULES.get(name) or RULES["others"]
-    if checks:
+    if is_checked():
         return checks[-1](found, func, name, args, kwargs)
     return found(func, name, args, kwargs)
 

@@ -72,7 +72,7 @@ def counting_rows(
         raise UsageError(f"{who}: target must hold class indices as int64, got {target.dtype}.")
     counts = target != ignore_index
     is_wrong = counts & ((target < 0) | (target >= classes))
-    if bool(is_wrong.any()):
+    if not target.is_meta and bool(is_wrong.any()):
         row = int(is_wrong.nonzero()[0])
         raise UsageError(
             f"{who}: target {int(target[row])} is no class of {classes}, in row {row}. Use "

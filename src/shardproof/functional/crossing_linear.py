@@ -240,8 +240,9 @@ def column(
         NumericsError: numerics are invariant and this process cannot promise them.
         ShapeError: the operands do not fit, or are of several dtypes or on several devices.
     Comm:
-        forward none; backward one all_reduce of grad_x (*, in_features), or one for all columns
-        of `entering` whose trees are alike.
+        forward none; backward one all_reduce of grad_x (*, in_features).
+        all columns of one `entering` whose trees are alike: forward none; backward one all_reduce
+        of grad_x (*, in_features).
     """
     if place.site is not None and entering is None and not is_transposed:
         return column_linear(x, weight, bias, place.site)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from shardproof.autograd import once_differentiable
+from shardproof.block_comm import all_gather_sizes
 from shardproof.functional.classes import Reduction, check_reduction, counting_rows, reduce_rows
 from shardproof.functional.crossing_moves import checked_dim, gather, take
 from shardproof.functional.place import Place
 from shardproof.functional.vocabulary import vocab_cross_entropy, vocab_log_softmax
-from shardproof.gathers import all_gather_sizes
+from shardproof.numerics import rowwise
 from shardproof.numerics.elementwise import widen
 from shardproof.numerics.sums import sum_all, sum_rows
 
@@ -22,7 +23,7 @@ from shardproof.numerics.sums import sum_all, sum_rows
 def _best(x: Tensor, dim: int, place: Place, is_min: bool) -> tuple[Tensor, Tensor]:
     """The largest value over a cut dim, or the smallest, and the first index that has it."""
     own = place.owned.of(x, dim)
-    indices = torch.from_numpy(place.held.indices[place.owned.indices]).to(x.device)
+    indices = place.owned.of(place.held.on(x.device), 0)
     if len(indices):
         value = own.amin(dim) if is_min else own.amax(dim)
         is_best = own == value.unsqueeze(dim)
@@ -122,7 +123,8 @@ def max_cut(
     Raises:
         ShapeError: `x` is not what this rank holds.
     Comm:
-        forward two all_gathers of (ranks, *); backward none.
+        forward one all_gather of values (*, ranks); forward one all_gather of int64 (*, 2 * ranks);
+        backward none.
     """
     dim = checked_dim(x, dim, place, is_whole=False)
     value, index = _Max.apply(x, dim, place, is_min)
@@ -145,31 +147,19 @@ def amax_cut(
     Raises:
         ShapeError: `x` is not what this rank holds.
     Comm:
-        forward two all_gathers of (ranks, *), three if a gradient is wanted; backward none.
+        forward one all_gather of values (*, ranks); forward one all_gather of int64 (*, 2 * ranks);
+        backward none.
+        a gradient is wanted: forward also one all_gather of int64 (*, 2 * ranks).
     """
     dim = checked_dim(x, dim, place, is_whole=False)
     value: Tensor = _Amax.apply(x, dim, place, is_min)
     return value.unsqueeze(dim) if keepdim else value
 
 
-class _LogSoftmax(torch.autograd.Function):
-    """Log-softmax of the last dim, whole; no fused backward, whose bits change with threads."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, is_invariant: bool) -> Tensor:
-        y = torch.log_softmax(widen(x), -1)
-        ctx.is_invariant, ctx.dtype = is_invariant, x.dtype
-        ctx.save_for_backward(y)
-        return y.to(x.dtype, copy=True)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
-        (y,) = ctx.saved_tensors
-        grad = widen(grad_y)
-        rows = grad.reshape(y.shape[:-1].numel(), y.shape[-1])
-        total = sum_rows(rows.t()) if ctx.is_invariant else rows.sum(1)
-        return (grad - y.exp() * total.view(*y.shape[:-1], 1)).to(ctx.dtype), None
+def _log_softmax(x: Tensor, place: Place) -> Tensor:
+    """Log-softmax of the last dim, whole, in fp32 or fp64."""
+    wide = widen(x)
+    return rowwise.log_softmax(wide, -1) if place.is_invariant else torch.log_softmax(wide, -1)
 
 
 def log_softmax_cut(x: Tensor, dim: int, place: Place) -> Tensor:
@@ -185,7 +175,7 @@ def log_softmax_cut(x: Tensor, dim: int, place: Place) -> Tensor:
         ShapeError: `x` is not what this rank holds.
     Comm:
         place.plain: forward one all_gather of (blocks, 2, rows); backward one all_reduce of (rows).
-        other: forward and backward one all_gather each of (*, size, *).
+        other: forward one all_gather of (*, size); backward one all_gather of (*, size).
     """
     dim = checked_dim(x, dim, place, is_whole=False)
     last = x.movedim(dim, -1)
@@ -195,7 +185,7 @@ def log_softmax_cut(x: Tensor, dim: int, place: Place) -> Tensor:
             rows, axis=place.axis, cut=place.plain, scheme=place.scheme, who=place.who
         )
     else:
-        y = take(_LogSoftmax.apply(gather(rows, 1, place), place.is_invariant), 1, place)
+        y = take(_log_softmax(gather(rows, 1, place), place).to(x.dtype), 1, place)
     return y.view(last.shape).movedim(-1, dim)
 
 
@@ -211,7 +201,8 @@ def softmax_cut(x: Tensor, dim: int, place: Place) -> Tensor:
     Raises:
         ShapeError: `x` is not what this rank holds.
     Comm:
-        as `log_softmax_cut`.
+        place.plain: forward one all_gather of (blocks, 2, rows); backward one all_reduce of (rows).
+        other: forward one all_gather of (*, size); backward one all_gather of (*, size).
     """
     return log_softmax_cut(widen(x), dim, place).exp().to(x.dtype)
 
@@ -242,7 +233,8 @@ def cross_entropy_cut(
         ShapeError: the shapes do not fit each other, or the logits are not what this rank holds.
         UsageError: an option makes no sense, or a target is no class index.
     Comm:
-        place.plain, no weight: forward one all_gather of (blocks, 3 or 4, rows); backward none.
+        place.plain, no weight: forward one all_gather of (blocks, 3, rows); backward none.
+        the same with label_smoothing: forward one all_gather of (blocks, 4, rows); backward none.
         other: forward one all_gather of (rows, classes); backward none.
     """
     if place.plain is not None and weight is None:
@@ -262,7 +254,7 @@ def cross_entropy_cut(
         logits, target, classes=place.size, ignore_index=ignore_index, who=place.who
     )
     place.axis.note(target, who=place.who, what="labels", whole=True)
-    log_p = _LogSoftmax.apply(widen(gather(logits, 1, place)), place.is_invariant)
+    log_p = _log_softmax(gather(logits, 1, place), place)
     of_class = log_p.new_ones(place.size) if weight is None else widen(weight)
     classes = target.clamp(min=0, max=place.size - 1)
     losses = -log_p.gather(1, classes.unsqueeze(1)).squeeze(1) * of_class[classes]

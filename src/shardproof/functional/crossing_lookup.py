@@ -102,7 +102,8 @@ def _where(place: Place, what: str, device: torch.device) -> Tensor:
         where = np.full(place.size, _NOWHERE, dtype=np.int64)
         at = place.owned.indices if what == "owned" else np.arange(place.length)
         where[place.held.indices[at]] = at
-        place.recipes[key] = torch.from_numpy(where).to(device)
+        with torch.inference_mode(False):
+            place.recipes[key] = torch.from_numpy(where).to(device)
     found: Tensor = place.recipes[key]
     return found
 
@@ -115,10 +116,11 @@ def _picked(weight: Tensor, ids: Tensor, flat: Tensor, place: Place) -> Tensor:
         _tell_lookup(weight, ids, y, place)
         return y
     y = weight.new_zeros(*ids.shape, weight.shape[1])
-    places = _where(place, "owned", ids.device)[flat]
-    mine = (places != _NOWHERE).nonzero().view(-1)
-    rows = weight.index_select(0, places[mine])
-    y.view(flat.numel(), weight.shape[1]).index_copy_(0, mine, rows)
+    if not ids.is_meta:  # of shapes alone nothing is picked
+        places = _where(place, "owned", ids.device)[flat]
+        mine = (places != _NOWHERE).nonzero().view(-1)
+        rows = weight.index_select(0, places[mine])
+        y.view(flat.numel(), weight.shape[1]).index_copy_(0, mine, rows)
     _tell_lookup(weight, ids, y, place)
     bits = as_integers(y)
     comm.start_all_reduce(bits, place.axis, direction="forward", who=place.who, meant=y).wait()

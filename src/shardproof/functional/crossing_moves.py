@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from shardproof.autograd import once_differentiable
+from shardproof.block_comm import all_gather_sizes
 from shardproof.errors import ShapeError
 from shardproof.functional.place import Place
-from shardproof.gathers import all_gather_sizes
 
 
 class _Gather(torch.autograd.Function):

@@ -44,6 +44,8 @@ def start_sum(terms: Sequence[Term], like: Tensor, direction: str, who: str) -> 
         who: of all of them, for messages and the ledger.
     Returns:
         (M, N), Replicate, once it has been waited for.
+    Comm:
+        `direction` one all_reduce of (M, N).
     """
     first = terms[0]
     place, shape = first.place, (first.a.shape[0], first.b.shape[1])
@@ -86,6 +88,8 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, place: Place) -> T
         place: of out_features.
     Returns:
         (M, held), Shard(1).
+    Comm:
+        forward none; backward none.
     """
     if place.is_invariant:
         y = matmul.linear(rows, weight, bias, place.tiles)
@@ -104,6 +108,8 @@ def product_rows(a: Tensor, b: Tensor, place: Place) -> Tensor:
         place: of the rows of `a`.
     Returns:
         (held, K), Shard(0).
+    Comm:
+        forward none; backward none.
     """
     y = matmul.product_rows(a, b, place.tiles) if place.is_invariant else a @ b
     tell(place, "backward", "a gradient = a @ b, a cut by rows", a, b, y, place.placement(0))
@@ -119,6 +125,8 @@ def product_columns(a: Tensor, b: Tensor, place: Place) -> Tensor:
         place: of the columns of `b`.
     Returns:
         (M, held), Shard(1).
+    Comm:
+        forward none; backward none.
     """
     y = matmul.product_columns(a, b, place.tiles) if place.is_invariant else a @ b
     tell(place, "backward", "a gradient = a @ b, b cut by columns", a, b, y, place.placement(1))

@@ -7,7 +7,6 @@ and leaves are added by the canonical tree. An index that several ranks hold is 
 owner.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,7 +18,9 @@ from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError
 from shardproof.functional.crossing_moves import checked_dim
 from shardproof.functional.place import Place
+from shardproof.numerics import reducing
 from shardproof.numerics.matmul import node_dtype
+from shardproof.numerics.reducing import total
 from shardproof.numerics.sums import sum_rows
 from shardproof.observing import PARTIAL, Operand, Told
 from shardproof.tree import add_run, node_name
@@ -86,16 +87,7 @@ def _rows(x: Tensor, pieces: Sequence[slice]) -> Tensor:
 
 def _folded(x: Tensor, dims: Sequence[int], *, is_invariant: bool, dtype: torch.dtype) -> Tensor:
     """The sum over `dims`, counted from the front; the other dims remain, in their order."""
-    if not is_invariant:
-        return x.sum(tuple(dims), dtype=dtype) if dims else x.to(dtype)
-    kept = [dim for dim in range(x.dim()) if dim not in dims]
-    shape = [x.shape[dim] for dim in kept]
-    rows = x.permute(*dims, *kept).reshape(_numel(x, dims), math.prod(shape))
-    return sum_rows(rows, dtype=dtype).view(shape)
-
-
-def _numel(x: Tensor, dims: Sequence[int]) -> int:
-    return math.prod(x.shape[dim] for dim in dims)
+    return total(x, dims, dtype=dtype) if is_invariant else x.sum(tuple(dims), dtype=dtype)
 
 
 def _broadcast_dims(given: torch.Size, shape: torch.Size) -> list[int]:
@@ -106,40 +98,6 @@ def _broadcast_dims(given: torch.Size, shape: torch.Size) -> list[int]:
         for dim in range(len(shape))
         if dim < missing or (given[dim - missing] == 1 and shape[dim] != 1)
     ]
-
-
-class _Expand(torch.autograd.Function):
-    """A broadcast view forward, a fold over the broadcast dims backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shape: torch.Size, is_invariant: bool) -> Tensor:
-        ctx.shape, ctx.is_invariant = x.shape, is_invariant
-        return x.expand(shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
-        dims = tuple(_broadcast_dims(ctx.shape, grad_y.shape))
-        grad: Tensor = _Fold.apply(grad_y, dims, ctx.is_invariant, grad_y.dtype)
-        return grad.view(ctx.shape), None, None
-
-
-class _Fold(torch.autograd.Function):
-    """A fold forward, a broadcast view backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, dims: tuple[int, ...], is_invariant: bool, dtype: torch.dtype
-    ) -> Tensor:
-        ctx.shape, ctx.dims, ctx.is_invariant, ctx.dtype = x.shape, dims, is_invariant, x.dtype
-        return _folded(x, dims, is_invariant=is_invariant, dtype=dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
-        shape = [1 if dim in ctx.dims else size for dim, size in enumerate(ctx.shape)]
-        grad: Tensor = _Expand.apply(
-            grad_y.reshape(shape).to(ctx.dtype), ctx.shape, ctx.is_invariant
-        )
-        return grad, None, None, None
 
 
 class _Spread(torch.autograd.Function):
@@ -159,8 +117,8 @@ class _Spread(torch.autograd.Function):
         if dims:
             x = _folded(grad_y, dims, is_invariant=place.is_invariant, dtype=wide)
         x = x.movedim(dim - sum(each < dim for each in dims), 0)
-        total = sum_held(x.reshape(x.shape[0], x.shape[1:].numel()), place, grad_y, "backward")
-        return total.view(ctx.shape), None, None, None
+        grad = sum_held(x.reshape(x.shape[0], x.shape[1:].numel()), place, grad_y, "backward")
+        return grad.view(ctx.shape), None, None, None
 
 
 class _SumCut(torch.autograd.Function):
@@ -172,8 +130,8 @@ class _SumCut(torch.autograd.Function):
         rows = x.movedim(dim, 0)
         shape = rows.shape[1:]
         like = x.new_empty(0, dtype=dtype)
-        total = sum_held(rows.reshape(x.shape[dim], shape.numel()), place, like, "forward")
-        return total.resize_(shape)
+        y = sum_held(rows.reshape(x.shape[dim], shape.numel()), place, like, "forward")
+        return y.resize_(shape)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
@@ -186,7 +144,7 @@ def spread(x: Tensor, shape: Sequence[int], dim: int, place: Place) -> Tensor:
     """A whole tensor broadcast along a cut dim: a view forward, its sum by one all_reduce backward.
 
     Args:
-        x: broadcastable to `shape`, Replicate; of size 1 along `dim`, or without it.
+        x: (*), Replicate, broadcastable to `shape`; of size 1 along `dim`, or without it.
         shape: (*, held, *): what it is used with on this rank.
         dim: that is cut, counted in `shape` from either end.
         place: of that dim.
@@ -196,7 +154,7 @@ def spread(x: Tensor, shape: Sequence[int], dim: int, place: Place) -> Tensor:
     Raises:
         ShapeError: the shapes do not fit, or `shape` is not what this rank holds.
     Comm:
-        forward none; backward one all_reduce of the shape of `x`.
+        forward none; backward one all_reduce of grad_x (*).
     """
     size = torch.Size(shape)
     dim = _checked_shape(x, size, dim, place)
@@ -236,9 +194,8 @@ def expand(x: Tensor, shape: Sequence[int], place: Place | None = None) -> Tenso
     size = torch.Size(shape)
     if x.shape == size:
         return x
-    if not (x.requires_grad and torch.is_grad_enabled()):
-        return x.expand(size)
-    return _Expand.apply(x, size, place is None or place.is_invariant)
+    is_invariant = place is None or place.is_invariant
+    return reducing.expand(x, size) if is_invariant else x.expand(size)
 
 
 def fold(
@@ -262,10 +219,9 @@ def fold(
         return x.sum(counted, keepdim=keepdim) if counted and x.dim() else x.long()
     if not counted or not x.dim():
         return x.clone()
-    y: Tensor = _Fold.apply(x, counted, place is None or place.is_invariant, x.dtype)
-    if not keepdim:
-        return y
-    return y.view([1 if dim in counted else size for dim, size in enumerate(x.shape)])
+    if place is None or place.is_invariant:
+        return total(x, counted, keepdim=keepdim)
+    return x.sum(counted, keepdim=keepdim)
 
 
 def sum_cut(
@@ -289,7 +245,7 @@ def sum_cut(
     Raises:
         ShapeError: `x` is not what this rank holds.
     Comm:
-        forward one all_reduce of the result; backward none.
+        forward one all_reduce of y (*); backward none.
     """
     dim = checked_dim(x, dim, place, is_whole=False)
     if not x.is_floating_point():
@@ -315,7 +271,7 @@ def mean_cut(x: Tensor, dim: int, place: Place, *, keepdim: bool = False) -> Ten
     Raises:
         ShapeError: `x` is not what this rank holds.
     Comm:
-        forward one all_reduce of the result; backward none.
+        forward one all_reduce of y (*); backward none.
     """
-    total = sum_cut(x, dim, place, keepdim=keepdim, dtype=node_dtype(x.dtype))
-    return (total / place.size).to(x.dtype)
+    y = sum_cut(x, dim, place, keepdim=keepdim, dtype=node_dtype(x.dtype))
+    return (y / place.size).to(x.dtype)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from shardproof.autograd import once_differentiable
+from shardproof.block_comm import all_gather_sizes
 from shardproof.errors import ShapeError
 from shardproof.functional.crossing_moves import checked_dim
 from shardproof.functional.place import Place, Selection
-from shardproof.gathers import all_gather_sizes
 from shardproof.numerics.matmul import node_dtype
 from shardproof.tree import Node, add_tensors, combine, nodes_of_run
 from shardproof.units import Indices
@@ -265,7 +265,8 @@ def serve(x: Tensor, dim: int, place: Place, target: Place, source_index: Source
     """Indices of shared units to those of the units that need them.
 
     Args:
-        x: (*, held, *), Shard(dim), of the source.
+        x: (*, held, *), Shard(dim), of the source. Of each of its `sources` that several ranks
+            hold, those ranks add `parts` of the gradient: canonical nodes, of which all are sent.
         dim: counted from either end.
         place: of the source dim.
         target: of the result's dim, cut by the same units.
@@ -277,8 +278,8 @@ def serve(x: Tensor, dim: int, place: Place, target: Place, source_index: Source
     Raises:
         ShapeError: `x` is not what this rank holds, or it does not hold what its targets need.
     Comm:
-        forward none; backward one all_gather of the nodes of every source index that several ranks
-        hold, if there is one.
+        forward none; backward none.
+        several ranks hold a source: forward none; backward one all_gather of (*, parts, sources).
     """
     dim = checked_dim(x, dim, place, is_whole=False)
     return _Serve.apply(x, dim, recipe_of(place, target, source_index))

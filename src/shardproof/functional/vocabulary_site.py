@@ -87,7 +87,7 @@ class VocabularySite:
         mine[:, TOP] = _LOWEST  # of a rank that has no class
         for block, where in zip(mine, self.blocks, strict=True):
             self._look_at(logits[:, where], block)
-        if places is not None:
+        if places is not None and not places.is_meta:  # of shapes alone nothing is picked
             here = (places != NOWHERE).nonzero().view(-1)
             mine[:, OWN, here] = logits[here, places[here]].to(wide)
         return comm.all_gather(

@@ -1,4 +1,4 @@
-"""Torch's functions of several operands, where some are repeated: a gradient summed in a fixed order.
+"""Torch's functions of several operands, where some are repeated: gradients in a fixed order.
 
 `x * w` with one `w` for many rows holds forward. Backward, torch sums the gradient of `w` over the
 rows by `Tensor.sum`, whose order moves with the other dims and with threads. Here an operand that
@@ -70,9 +70,7 @@ def in_fp32(function: Form) -> Form:
             return function(*args, **kwargs)
         dtype = _result_dtype(tensors)
         wide = [widen(x) if isinstance(x, Tensor) else x for x in args]
-        named = {
-            name: widen(x) if isinstance(x, Tensor) else x for name, x in kwargs.items()
-        }
+        named = {name: widen(x) if isinstance(x, Tensor) else x for name, x in kwargs.items()}
         y = function(*wide, **named)
         return y.to(dtype) if y.is_floating_point() else y
 

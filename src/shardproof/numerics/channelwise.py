@@ -1,7 +1,8 @@
 """Norms over channels: of groups, of single channels, and of a batch.
 
-What is normalised together is a row of `rowwise`; weight and bias have one element for each channel,
-and their gradients are summed over batch and places by halving folds. Plain tensors; no ranks.
+What is normalised together is a row of `rowwise`. Weight and bias have one element for each
+channel, and their gradients are summed over batch and places by halving folds. Plain tensors; no
+ranks.
 """
 
 import math

@@ -5,8 +5,8 @@ its row and its column, and a slice along rows, columns or batch has the bits of
 the kernels were not built, each matrix is one call of torch's BLAS (`matmul.product_columns`):
 in *leafwise* mode that serves a cut along the batch alone.
 
-bf16 and fp16 are multiplied in fp32 and rounded once. Backward, what is contracted (over columns for
-the left operand, over rows for the right one) is one product too. Plain tensors; no ranks.
+bf16 and fp16 are multiplied in fp32 and rounded once. Backward, what is contracted (over columns
+for the left operand, over rows for the right one) is one product too. Plain tensors; no ranks.
 """
 
 import math
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from shardproof.errors import ShapeError
+from shardproof.numerics import products
 from shardproof.numerics.broadcasting import broadcast
 from shardproof.numerics.elementwise import widen
 from shardproof.numerics.headwise import product_by_head
@@ -40,8 +41,8 @@ def batched_product(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
         raise ShapeError(
-            f"cannot multiply {tuple(a.shape)} by {tuple(b.shape)}: (*, M, K) and (*, K, N) wanted, "
-            "with the same leading dims."
+            f"cannot multiply {tuple(a.shape)} by {tuple(b.shape)}: (*, M, K) and (*, K, N) "
+            "wanted, with the same leading dims."
         )
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return _Product.apply(a, b)
@@ -222,7 +223,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
-        return _multiply(a, b)
+        return _multiply(a, b).data  # no view, or torch would refuse to write to it in place
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -238,6 +239,8 @@ def _multiply(a: Tensor, b: Tensor) -> Tensor:
     dtype = a.dtype
     if dtype is not b.dtype:
         raise ShapeError(f"cannot multiply {dtype} by {b.dtype}. Cast one of them.")
+    if a.dim() == 2 and products.are_ours(a, b, _OURS):
+        return products.product(a, b)
     shape = (*a.shape[:-1], b.shape[-1])
     a, b = (_four_dims(widen(x)) for x in (a, b))
     y = product_by_head(a, b, rows=_OURS)

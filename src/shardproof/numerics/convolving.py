@@ -61,17 +61,30 @@ class _Windows:
 
     def columns(self, x: Tensor) -> Tensor:
         """One padded sample (C, *padded) to (groups, C / groups * taps, places)."""
-        parts = torch.stack([x[(slice(None), *where)] for where in self.offsets()], 1)
         rows = x.shape[0] // self.groups * math.prod(self.taps)
-        return parts.reshape(self.groups, rows, math.prod(self.places))
+        return self._windows(x).reshape(self.groups, rows, math.prod(self.places))
 
     def scattered(self, columns: Tensor, channels: int) -> Tensor:
         """(groups, C / groups * taps, places) to one padded sample, added tap by tap."""
-        parts = columns.reshape(channels, math.prod(self.taps), *self.places)
         x = columns.new_zeros(channels, *self.padded)
+        if all(step >= tap * gap for tap, step, gap in self._dims()):  # none meets another
+            self._windows(x).copy_(columns.reshape(channels, *self.taps, *self.places))
+            return x
+        parts = columns.reshape(channels, math.prod(self.taps), *self.places)
         for number, where in enumerate(self.offsets()):
-            x[(slice(None), *where)] += parts[:, number]
+            _at(x, where).add_(parts[:, number])
         return x
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """(C, *padded) to (C, *taps, *places), a view."""
+        channel, *strides = x.stride()
+        between = [n * gap for n, gap in zip(strides, self.dilation, strict=True)]
+        onward = [n * step for n, step in zip(strides, self.stride, strict=True)]
+        shape = (x.shape[0], *self.taps, *self.places)
+        return x.as_strided(shape, (channel, *between, *onward), x.storage_offset())
+
+    def _dims(self) -> Iterator[tuple[int, int, int]]:
+        return zip(self.taps, self.stride, self.dilation, strict=True)
 
 
 def convolution(dims: int) -> Callable[..., Tensor]:
@@ -155,7 +168,7 @@ class _Depthwise(torch.autograd.Function):
         wide = _served(x, weight)
         y = x.new_zeros(x.shape[0], weight.shape[0], *windows.places)
         for tap, where in zip(_taps(weight), windows.offsets(), strict=True):
-            y.addcmul_(tap, wide[(..., *where)])
+            y.addcmul_(tap, _at(wide, where))
         return y
 
     @staticmethod
@@ -168,17 +181,24 @@ class _Depthwise(torch.autograd.Function):
         if needs_x:
             grad_wide = x.new_zeros(x.shape[0], weight.shape[0], *windows.padded)
             for tap, where in zip(_taps(weight), windows.offsets(), strict=True):
-                grad_wide[(..., *where)].addcmul_(tap, grad_y)
+                _at(grad_wide, where).addcmul_(tap, grad_y)
             grad_x = grad_wide
             if weight.shape[0] != x.shape[1]:
-                apart = grad_wide.reshape(*x.shape[:2], -1, *windows.padded)
+                served = weight.shape[0] // x.shape[1]
+                apart = grad_wide.reshape(*x.shape[:2], served, *windows.padded)
                 grad_x = total(apart, 2)
         if needs_weight:
             wide = _served(x, weight)
             dims = [0, *range(2, x.dim())]
-            parts = [total(grad_y * wide[(..., *where)], dims) for where in windows.offsets()]
+            parts = [total(grad_y * _at(wide, where), dims) for where in windows.offsets()]
             grad_weight = torch.stack(parts, 1).view_as(weight)
         return grad_x, grad_weight, None
+
+
+def _at(x: Tensor, where: tuple[slice, ...]) -> Tensor:
+    """A view of the last dims."""
+    places: tuple[Any, ...] = (..., *where)
+    return x[places]
 
 
 def _served(x: Tensor, weight: Tensor) -> Tensor:
@@ -225,6 +245,6 @@ def _check(x: Tensor, weight: Tensor, groups: int, dims: int) -> None:
     fits = x.dim() == weight.dim() == dims + 2 and x.shape[1] == weight.shape[1] * groups
     if not fits or (groups and weight.shape[0] % groups):
         raise ShapeError(
-            f"conv{dims}d: an input {tuple(x.shape)} and a weight {tuple(weight.shape)} in {groups} "
-            "groups do not fit each other."
+            f"conv{dims}d: an input {tuple(x.shape)} and a weight {tuple(weight.shape)} in "
+            f"{groups} groups do not fit each other."
         )

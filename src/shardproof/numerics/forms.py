@@ -35,6 +35,7 @@ from shardproof.numerics.broadcasting import broadcast, in_fp32
 from shardproof.numerics.convolving import convolution
 from shardproof.numerics.einsum import einsum
 from shardproof.numerics.headed import attention
+from shardproof.numerics.indexing import getitem
 
 Form = Callable[..., Any]
 
@@ -47,7 +48,8 @@ def form_of(function: Form) -> Form | None:
     Args:
         function: as it arrives in `__torch_function__`.
     Returns:
-        A function of the same arguments, on plain tensors; None if there is none, or none is needed.
+        A function of the same arguments, on plain tensors; None if there is none, or if none is
+        needed.
     """
     return _FORMS.get(function)
 
@@ -61,6 +63,11 @@ def holds(function: Form) -> bool:
     return function in HOLDS
 
 
+def all_forms() -> Mapping[Form, Form]:
+    """Every function of torch that has a form, and the form."""
+    return _FORMS
+
+
 def is_known(function: Form) -> bool:
     """Whether a function holds or has a form.
 
@@ -68,18 +75,6 @@ def is_known(function: Form) -> bool:
         function: as it arrives in `__torch_function__`.
     """
     return function in _FORMS or function in HOLDS
-
-
-def _without_out(form: Form) -> Form:
-    @functools.wraps(form, updated=())
-    def call(*args: Any, **options: Any) -> Any:
-        if "out" in options and options.pop("out") is not None:
-            raise UsageError(
-                f"{form.__name__}: out=... has no invariant form. Use the result that is returned."
-            )
-        return form(*args, **options)
-
-    return call
 
 
 def _functional_softmax(
@@ -211,9 +206,7 @@ _BY_NAME: Mapping[str, Form] = {
     "group_norm": _group_norm,
     "batch_norm": _batch_norm,
     "instance_norm": _instance_norm,
-    "logsumexp": lambda input, dim=None, keepdim=False: reducing.logsumexp(
-        input, dim, keepdim=keepdim
-    ),
+    "logsumexp": reducing.logsumexp,
     "sum": lengths.sum_form,
     "mean": lengths.mean_form,
     "nansum": lengths.nansum,
@@ -253,6 +246,7 @@ _BY_NAME: Mapping[str, Form] = {
     "conv2d": convolution(2),
     "conv3d": convolution(3),
     "scaled_dot_product_attention": attention,
+    "__getitem__": getitem,
     "expand": broadcasting.expand_to,
     "broadcast_to": broadcasting.expand_to,
     "expand_as": broadcasting.expand_as,
@@ -267,10 +261,10 @@ _BY_NAME: Mapping[str, Form] = {
 }
 
 # Pointwise in several operands, any of which may be repeated; torch's own does the rest.
-_REPEATING = """
+REPEATING = holding.words("""
 add sub subtract mul multiply div divide true_divide fmod remainder fmax fmin copysign lerp addcmul
 addcdiv where masked_fill __add__ __radd__ __sub__ __mul__ __rmul__ __truediv__ __mod__ xlogy
-""".split()
+""")
 
 # One object has other arguments than those that share its name.
 _BY_OBJECT: Mapping[Form, Form] = {
@@ -285,43 +279,48 @@ _BY_OBJECT: Mapping[Form, Form] = {
 }
 
 # What torch lets overwrite its input.
-_OVERWRITING = """
+_OVERWRITING = holding.words("""
 sigmoid tanh silu mish selu elu celu rrelu exp2 sinh cosh atanh arctanh logit rsqrt asin acos arcsin
 arccos asinh acosh arcsinh arccosh pow float_power addmm addmv baddbmm addbmm
-""".split()
+""")
 
 
 def _collect() -> dict[Form, Form]:
     found: dict[Form, Form] = {}
-
-    def add(name: str, form: Form) -> None:
-        if not getattr(form, "__name__", "").strip("<lambda>"):
-            form.__name__ = name
-        guarded = _without_out(form)
-        found.update(dict.fromkeys(holding.objects(name), guarded))
-
     for name, form in _BY_NAME.items():
-        add(name, form)
+        found.update(dict.fromkeys(holding.objects(name), _without_out(name, form)))
     for name in _OVERWRITING:
-        add(f"{name}_", overwriting(_BY_NAME[name]))
-    for name in _REPEATING:
+        write = _without_out(name, overwriting(_BY_NAME[name]))
+        found.update(dict.fromkeys(holding.objects(f"{name}_"), write))
+    for name in REPEATING:
         for each in (name, f"{name}_", f"__i{name.strip('_')}__"):
-            for function in holding.objects(each):
-                found[function] = in_fp32_where_scaled(broadcast(function))
-    found.update({key: _without_out(form) for key, form in _BY_OBJECT.items()})
+            found.update({function: _repeating(function) for function in holding.objects(each)})
+    found.update({key: _without_out(key.__name__, form) for key, form in _BY_OBJECT.items()})
     return found
 
 
-def in_fp32_where_scaled(form: Form) -> Form:
-    """A form of a sum, with bf16 and fp16 computed in fp32 where `alpha` scales an operand.
+def _without_out(name: str, form: Form) -> Form:
+    @functools.wraps(form)
+    def call(*args: Any, **options: Any) -> Any:
+        if "out" in options and options.pop("out") is not None:
+            raise UsageError(
+                f"{name}: out=... has no invariant form. Use the result that is returned."
+            )
+        return form(*args, **options)
 
-    Args:
-        form: of the same arguments.
-    """
+    return call
+
+
+def _repeating(function: Form) -> Form:
+    """Where `alpha` scales an operand, torch rounds bf16 and fp16 in two ways."""
+    form = broadcast(function)
     wide = in_fp32(form)
 
     def call(*args: Any, **options: Any) -> Any:
-        return (wide if "alpha" in options else form)(*args, **options)
+        if "alpha" not in options:
+            return form(*args, **options)
+        y = wide(*args, **options)
+        return args[0].copy_(y) if function.__name__.endswith("_") else y
 
     return call
 

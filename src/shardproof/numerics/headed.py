@@ -1,8 +1,9 @@
 """`torch.nn.functional.scaled_dot_product_attention`, head by head, by `attending`.
 
 No head sees another one, and products are our own whatever the number of queries, so that a slice
-along batch, heads or queries has the bits of the whole. What query heads that share a key-value head
-add to its gradient is summed by a halving fold; so is the gradient of a mask that was broadcast.
+along batch, heads or queries has the bits of the whole. What query heads that share a key-value
+head add to its gradient is summed by a halving fold; so is the gradient of a mask that was
+broadcast.
 The gradients cannot be differentiated again. Plain tensors; no ranks.
 """
 
@@ -127,7 +128,8 @@ def _shared(parts: Tensor, like: Tensor) -> Tensor:
     groups = like.shape[1]
     if parts.shape[1] == groups:
         return parts.to(like.dtype)
-    apart = parts.reshape(parts.shape[0], groups, -1, *parts.shape[2:])
+    served = parts.shape[1] // groups if groups else 0
+    apart = parts.reshape(parts.shape[0], groups, served, *parts.shape[2:])
     return total(apart, 2, dtype=like.dtype)
 
 

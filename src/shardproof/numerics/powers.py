@@ -1,4 +1,4 @@
-"""Powers, and other functions of torch whose scalar tail rounds in another way than its vector body.
+"""Powers, and what else torch rounds in another way in its scalar tail than in its vector body.
 
 They are built of functions that hold (`elementwise` names them). A power whose exponent is no small
 whole number is `exp(exponent * log(abs(x)))`, in fp64 for anything narrower, which makes the result

@@ -1,15 +1,17 @@
 """Sums over any dims in an order that depends on those dims alone, and what is made of such sums.
 
-`total` lays the summed dims one behind the other, row-major in the order in which they stand, and
-adds them by the halving fold of `sums`. So its bits know nothing of the other dims, of strides and
-of threads. `expand` is its counterpart: it copies forward and sums by `total` backward, where
-torch's own `expand` sums in an order of its own. Both can be differentiated again and again.
+`total` lays summed dims that stand side by side one behind the other, and adds them by the halving
+fold of `sums`; of dims that stand apart it folds the last first. So its bits know nothing of the
+other dims, of strides and of threads. `expand` is its counterpart: it copies forward and sums by
+`total` backward, where torch's own `expand` sums in an order of its own. Both can be differentiated
+again and again.
 
 A maximum holds in torch but for the sign of a zero: where 0.0 and -0.0 tie, the vector body picks
 another one than the scalar tail. Here a maximum or a minimum that is zero is 0.0, whatever its
 sign was. Plain tensors; no ranks.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +22,9 @@ from torch import Tensor
 from shardproof.errors import ShapeError, UsageError
 from shardproof.numerics.elementwise import widen
 from shardproof.numerics.sums import sum_rows
+
+# Up to so many blocks of so many elements are summed one by one, where they lie.
+_FEW, _LARGE = 16, 4096
 
 Dims = int | Sequence[int] | None
 
@@ -59,7 +64,10 @@ def expand(x: Tensor, shape: Sequence[int]) -> Tensor:
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x.expand(*shape)
     lead = len(shape) - x.dim()
-    sizes = [*shape[:lead], *(b if a < 0 else a for a, b in zip(shape[lead:], x.shape, strict=True))]
+    sizes = [
+        *shape[:lead],
+        *(b if a < 0 else a for a, b in zip(shape[lead:], x.shape, strict=True)),
+    ]
     return x if sizes == list(x.shape) else _Expand.apply(x, tuple(sizes))
 
 
@@ -165,19 +173,19 @@ def _zero(x: Tensor) -> float | int | bool:
     return 0.0 if x.is_floating_point() else x.dtype is not torch.bool and 0
 
 
-def logsumexp(x: Tensor, dims: Dims, *, keepdim: bool = False) -> Tensor:
+def logsumexp(input: Tensor, dim: Dims, keepdim: bool = False) -> Tensor:
     """log(sum(exp(x))) over dims.
 
     Args:
-        x: (*), Replicate along the summed dims.
-        dims: as in `total`.
+        input: (*), Replicate along the summed dims.
+        dim: as in `total`.
         keepdim: as there.
     Returns:
-        `x` without the summed dims; minus infinity of none.
+        `input` without the summed dims; minus infinity of none.
     """
-    wide = widen(x)
-    chosen = dims_of(x, dims)
-    if not math.prod(x.shape[dim] for dim in chosen):
+    x, wide = input, widen(input)
+    chosen = dims_of(x, dim)
+    if not math.prod(x.shape[each] for each in chosen):
         return total(x, chosen, keepdim=keepdim) - math.inf
     top = torch.amax(wide.detach(), chosen, True)
     top = top.masked_fill(top.isinf(), 0) + 0.0
@@ -225,13 +233,38 @@ def _count(x: Tensor, dims: Dims) -> int:
 
 
 def _summed(x: Tensor, dims: Sequence[int], dtype: torch.dtype) -> Tensor:
-    left = [dim for dim in range(x.dim()) if dim not in dims]
-    rows, shape = _count(x, dims) if dims else 1, [x.shape[dim] for dim in left]
-    columns = math.prod(shape)
+    """Run by run of dims that stand side by side, the last first; rounded once."""
     if not dims:
         return x.to(dtype, copy=True)
-    moved = x.permute(*dims, *left)
-    return sum_rows(moved.reshape(rows, columns), dtype=dtype).view(shape)
+    starts = [dim for dim in dims if dim - 1 not in dims]
+    for start in reversed(starts):
+        stop = next(dim for dim in range(start, x.dim() + 1) if dim not in dims)
+        is_last = start == starts[0]
+        x = _fold_run(x, start, stop, dtype if is_last else widest(x.dtype, dtype))
+    return x
+
+
+def _fold_run(x: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Summed over dims start to stop; which way is taken has no part in the order."""
+    head, tail = x.shape[:start], x.shape[stop:]
+    rows = math.prod(x.shape[start:stop])
+    shape, before, behind = (*head, *tail), math.prod(head), math.prod(tail)
+    if behind == 1:
+        return sum_rows(x.reshape(before, rows).t(), dtype=dtype).view(shape)
+    apart = x.reshape(before, rows, behind)
+    if 1 < before <= _FEW and rows * behind >= _LARGE:  # a copy would cost more than calls
+        return torch.stack([sum_rows(each, dtype=dtype) for each in apart]).view(shape)
+    moved = apart.transpose(0, 1).reshape(rows, before * behind)
+    return sum_rows(moved, dtype=dtype).view(shape)
+
+
+def widest(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype in which numbers of all these are added: fp32 at least.
+
+    Args:
+        dtypes: of floating numbers.
+    """
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
 
 class _Total(torch.autograd.Function):

@@ -21,11 +21,10 @@ from shardproof.numerics.sums import sum_squares_rows
 
 _mul = broadcast(torch.mul)
 _add = broadcast(torch.add)
+_sub = broadcast(torch.sub)
 
 
-def softmax(
-    input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None
-) -> Tensor:
+def softmax(input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """exp(x), divided by its sum along a dim.
 
     Args:
@@ -38,9 +37,7 @@ def softmax(
     return _along(_Softmax, input, dim, dtype)
 
 
-def log_softmax(
-    input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None
-) -> Tensor:
+def log_softmax(input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """Logarithm of `softmax`.
 
     Args:
@@ -75,8 +72,8 @@ def layer_norm(
     """
     x = widen(check_floating(input, "layer_norm"))
     size = _check_last(input, normalized_shape, "layer_norm")
-    normed = centred(_rows(x, size), eps).reshape(input.shape)
-    return affine(normed, weight, bias).to(input.dtype)
+    given = (None if each is None else each.reshape(-1).to(x.dtype) for each in (weight, bias))
+    return _LayerNorm.apply(_rows(x, size), *given, eps).reshape(input.shape).to(input.dtype)
 
 
 def rms_norm(
@@ -100,8 +97,8 @@ def rms_norm(
     x = widen(check_floating(input, "rms_norm"))
     size = _check_last(input, normalized_shape, "rms_norm")
     step = torch.finfo(x.dtype).eps if eps is None else eps
-    normed = _Scaled.apply(_rows(x, size), step).reshape(input.shape)
-    return affine(normed, weight, None).to(input.dtype)
+    flat = None if weight is None else weight.reshape(-1).to(x.dtype)
+    return _RmsNorm.apply(_rows(x, size), flat, step).reshape(input.shape).to(input.dtype)
 
 
 def centred(rows: Tensor, eps: float) -> Tensor:
@@ -113,7 +110,7 @@ def centred(rows: Tensor, eps: float) -> Tensor:
     Returns:
         (rows, n); its gradient may be differentiated.
     """
-    return _Centred.apply(rows, eps)
+    return _LayerNorm.apply(rows, None, None, eps)
 
 
 def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -146,9 +143,7 @@ def _check_last(x: Tensor, shape: Sequence[int], who: str) -> int:
     return math.prod(wanted)
 
 
-def _along(
-    function: Any, input: Tensor, dim: int | None, dtype: torch.dtype | None
-) -> Tensor:
+def _along(function: Any, input: Tensor, dim: int | None, dtype: torch.dtype | None) -> Tensor:
     x = input if dtype is None else input.to(dtype)
     check_floating(x, "softmax")
     if not x.dim():
@@ -195,54 +190,73 @@ class _LogSoftmax(torch.autograd.Function):
 
 
 def _log_softmax(x: Tensor) -> Tensor:
-    if not x.shape[-1]:
-        return torch.empty_like(x)
+    # As with softmax: on the CPU torch's own does the same to a row wherever it lies.
+    if x.is_cpu or not x.shape[-1]:
+        return torch.log_softmax(x, -1)
     far = x - x.amax(-1, keepdim=True)
     return far.sub_(total(torch.exp(far), -1, keepdim=True).log_())
 
 
-class _Centred(torch.autograd.Function):
-    """(rows, n): (x - mean) / sqrt(variance + eps) forward; sums along the rows backward."""
+class _LayerNorm(torch.autograd.Function):
+    """(rows, n): (x - mean) / sqrt(variance + eps) * weight + bias forward; sums backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
         size = x.shape[1]
-        far = x - total(x, 1, keepdim=True).div_(size)
-        inverse = sum_squares_rows(far.t())[:, None].div_(size).add_(eps).rsqrt_()
-        y = far.mul_(inverse)
+        normed = x - total(x, 1, keepdim=True).div_(size)
+        inverse = sum_squares_rows(normed.t())[:, None].div_(size).add_(eps).rsqrt_()
+        normed.mul_(inverse)
         ctx.eps = eps
-        ctx.save_for_backward(x, y, inverse)
-        return y
+        ctx.save_for_backward(x, weight, normed, inverse)
+        y = normed.clone() if weight is None else normed * weight
+        return y if bias is None else y.add_(bias)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
-        x, y, inverse = ctx.saved_tensors
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, normed, inverse = ctx.saved_tensors
         size = x.shape[1]
         if torch.is_grad_enabled():  # to be differentiated again: as a function of x
             far = x - expand(total(x, 1, keepdim=True) / size, x.shape)
-            spread = total(far * far, 1, keepdim=True) / size
-            inverse = torch.rsqrt(spread + ctx.eps)
-            y = far * expand(inverse, x.shape)
-        slope = expand(total(grad_y * y, 1, keepdim=True) / size, x.shape)
-        shift = expand(total(grad_y, 1, keepdim=True) / size, x.shape)
-        return (grad_y - shift - y * slope) * expand(inverse, x.shape), None
+            inverse = torch.rsqrt(total(far * far, 1, keepdim=True) / size + ctx.eps)
+            normed = _mul(far, inverse)
+        product = grad_y * normed
+        grad_weight = total(product, 0) if ctx.needs_input_grad[1] else None
+        grad_bias = total(grad_y, 0) if ctx.needs_input_grad[2] else None
+        weighted = grad_y if weight is None else _mul(grad_y, weight)
+        product = product if weight is None else _mul(product, weight)
+        slope = total(product, 1, keepdim=True) / size
+        shift = total(weighted, 1, keepdim=True) / size
+        if torch.is_grad_enabled():
+            grad_x = _mul(_sub(_sub(weighted, shift), _mul(normed, slope)), inverse)
+        else:
+            grad_x = torch.sub(weighted, shift).sub_(normed * slope).mul_(inverse)
+        return grad_x, grad_weight, grad_bias, None
 
 
-class _Scaled(torch.autograd.Function):
-    """(rows, n): x / sqrt(mean(x x) + eps) forward; sums along the rows backward."""
+class _RmsNorm(torch.autograd.Function):
+    """(rows, n): x / sqrt(mean(x x) + eps) * weight forward; sums backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        inverse = sum_squares_rows(x.t())[:, None].div_(x.shape[1]).add_(eps).rsqrt_()
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        inverse = (sum_squares_rows(x.t()) / x.shape[1]).add_(eps).rsqrt_()[:, None]
         ctx.eps = eps
-        ctx.save_for_backward(x, inverse)
-        return x * inverse
+        ctx.save_for_backward(x, weight, inverse)
+        normed = x * inverse
+        return normed if weight is None else normed.mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
-        x, inverse = ctx.saved_tensors
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
         size = x.shape[1]
         if torch.is_grad_enabled():  # to be differentiated again: as a function of x
             inverse = torch.rsqrt(total(x * x, 1, keepdim=True) / size + ctx.eps)
-        slope = total(grad_y * x, 1, keepdim=True) * (inverse * inverse * inverse / size)
-        return grad_y * expand(inverse, x.shape) - x * expand(slope, x.shape), None
+        weighted = grad_y if weight is None else _mul(grad_y, weight)
+        slope = total(weighted * x, 1, keepdim=True) * (inverse * inverse * inverse / size)
+        if torch.is_grad_enabled():
+            grad_x = _mul(weighted, inverse) - _mul(x, slope)
+        else:
+            grad_x = (weighted * inverse).sub_(x * slope)
+        terms = _mul(grad_y * x, inverse) if ctx.needs_input_grad[1] else None
+        return grad_x, None if terms is None else total(terms, 0), None

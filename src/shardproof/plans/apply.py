@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,18 +31,22 @@ from shardproof.plans.planning import as_error, draft
 from shardproof.plans.strangers import is_lazy
 from shardproof.plans.style import Attention, Plan, Style
 from shardproof.plans.twins import irreplaceable, replaced_by, twins_of
+from shardproof.plans.watched import as_watched, cut_by
+from shardproof.plans.watched_plan import WatchedPlan
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
 from shardproof.wording import dtype_name, shown
 
+Given = TypeVar("Given")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SAMPLES = 64  # elements of each parameter that the ranks compare
 
 
 def parallelize(
     model: nn.Module,
-    plan: ModelPlan | Plan | Mapping[str, Style | str] | None,
+    plan: ModelPlan | WatchedPlan | Plan | Mapping[str, Style | str] | None,
     axis: Axis,
     *,
+    inputs: Any = None,
     scheme: Scheme = DEFAULT_SCHEME,
 ) -> nn.Module:
     """Cut a model in place: this rank keeps its shard of each module that the plan names.
@@ -58,8 +62,10 @@ def parallelize(
         model: the same on every rank, weights too, of which a sample is compared; on the meta
             device nothing is allocated (`initialize` then makes the weights).
         plan: pattern -> style, a `Plan` with its scheme, or what `plan` returned; None: the
-            `tp_plan` that a model of transformers carries.
+            `tp_plan` that a model of transformers carries; with `inputs`, found by watching.
         axis: the ranks.
+        inputs: an example of what forward takes, as for `plan`: one forward is watched, and any
+            model is cut by what it showed.
         scheme: leaves, numerics, seed; a `Plan` has its own.
 
     Returns:
@@ -73,6 +79,8 @@ def parallelize(
         UsageError: `plan` has a scheme, and another one is given.
     """
     axis = checked_axis(axis)
+    if inputs is not None or isinstance(plan, WatchedPlan):
+        return _cut_as_watched(model, plan, axis, inputs, scheme)
     given, asked = _agree(model, plan, scheme, axis)
     made, problems = draft(model, given, degree=axis.size, scheme=scheme)
     twins = twins_of(model, made, asked, axis)
@@ -88,20 +96,69 @@ def parallelize(
     return model
 
 
+def _cut_as_watched(model: Any, plan: Any, axis: Axis, inputs: Any, scheme: Any) -> nn.Module:
+    """Cut any model by what one forward showed."""
+
+    def read() -> tuple[WatchedPlan, dict[str, object]]:
+        checked_model(model)
+        made = as_watched(model, plan, axis.size, inputs, scheme)
+        words = _describe(Plan({}, made.scheme), made.scheme, model)
+        return made, words | {"what is cut": [repr(family) for family in made.families]}
+
+    made = _agreed(read, axis)
+    _agree_on_numbers(model, made.scheme, axis)
+    whole = dict(model.named_parameters())
+    cut_by(model, made, axis)
+    _note_replaced(model, whole)
+    guard_methods(model)
+    count_whole(model)
+    if is_transformers(model):
+        note_inputs(model, axis)
+        if hasattr(model, "generate"):
+            guard_generation(model, axis)
+    model.register_load_state_dict_pre_hook(check_state)
+    return model
+
+
+def _note_replaced(model: nn.Module, whole: Mapping[str, nn.Parameter]) -> None:
+    """Say which whole parameters are no longer the model's."""
+    kept = {id(parameter) for parameter in model.parameters()}
+    for name, parameter in whole.items():
+        if id(parameter) not in kept:
+            registry.note_replaced(parameter, name)
+
+
 def _agree(model: Any, plan: Any, scheme: Any, axis: Axis) -> tuple[Plan | None, Scheme]:
     """The plan and the scheme; raise on all ranks unless they were given the same."""
-    # First of all: only what every rank has alike may decide whether a rank raises.
-    wrong: ShardproofError | None = None
-    given, asked = None, DEFAULT_SCHEME
-    try:
+
+    def read() -> tuple[tuple[Plan | None, Scheme], dict[str, object]]:
         checked_model(model)
         given, asked = read_plan(plan, scheme)
-        words = _describe(given, asked, model)
+        return (given, asked), _describe(given, asked, model)
+
+    given, asked = _agreed(read, axis)
+    _agree_on_numbers(model, asked, axis)
+    return given, asked
+
+
+def _agreed(read: Callable[[], tuple[Given, dict[str, object]]], axis: Axis) -> Given:
+    """What this rank reads; raise on all ranks unless they read the same, or if one cannot."""
+    # First of all: only what every rank has alike may decide whether a rank raises.
+    wrong: ShardproofError | None = None
+    given: Any = None
+    try:
+        given, words = read()
     except ShardproofError as error:
         wrong, words = error, {"what is wrong with them": str(error)}
     comm.agree(words, axis, what="plans or models")
     if wrong is not None:
         raise wrong
+    found: Given = given
+    return found
+
+
+def _agree_on_numbers(model: nn.Module, asked: Scheme, axis: Axis) -> None:
+    """Raise on all ranks unless their weights and their arithmetic are the same."""
     comm.agree(
         _sample_weights(model),
         axis,
@@ -117,7 +174,6 @@ def _agree(model: Any, plan: Any, scheme: Any, axis: Axis) -> tuple[Plan | None,
         "without a C compiler lacks the kernels), and set SHARDPROOF_BLAS and SHARDPROOF_CORE "
         "alike.",
     )
-    return given, asked
 
 
 def _change(model: nn.Module, made: ModelPlan, twins: Mapping[str, nn.Module], axis: Axis) -> None:
@@ -127,10 +183,7 @@ def _change(model: nn.Module, made: ModelPlan, twins: Mapping[str, nn.Module], a
     cutter.cut(made.styles)
     for name, twin in twins.items():
         cutter.replace(name, twin)
-    kept = {id(parameter) for parameter in model.parameters()}
-    for name, parameter in whole.items():
-        if id(parameter) not in kept:
-            registry.note_replaced(parameter, name)
+    _note_replaced(model, whole)
     guard_methods(model)
     count_whole(model)
     if not is_transformers(model):

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Hashable, Iterator, Mapping
+from typing import Any, overload
 
-from torch import nn
+from torch import Tensor, nn
 
-from shardproof.errors import PlanError
+from shardproof.errors import PlanError, UsageError
 from shardproof.hf.attention import implementation_problems
 from shardproof.hf.models import is_transformers
 from shardproof.leaves import check_degree, checked_degree
@@ -30,11 +31,35 @@ from shardproof.plans.strangers import lazy
 from shardproof.plans.style import Attention, Plan, SharedInput, Style
 from shardproof.plans.suggestion import Entries
 from shardproof.plans.text import listed, pattern
-from shardproof.scheme import DEFAULT_SCHEME, Scheme
+from shardproof.plans.watched import plan_by_watching
+from shardproof.plans.watched_plan import WatchedPlan
+from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme
 
 MOST_SAID = 20  # problems of one plan that a message lists
 
 _IN_NAMES = re.compile(r"\.\d+")  # numbers of layers
+
+
+@overload
+def plan(
+    model: nn.Module,
+    plan: Plan | Mapping[str, Style | str] | None = None,
+    *,
+    degree: int,
+    inputs: None = None,
+    scheme: Scheme = DEFAULT_SCHEME,
+) -> ModelPlan: ...
+
+
+@overload
+def plan(
+    model: nn.Module,
+    plan: Plan | Mapping[str, Style | str] | None = None,
+    *,
+    degree: int,
+    inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],
+    scheme: Scheme = DEFAULT_SCHEME,
+) -> WatchedPlan: ...
 
 
 def plan(
@@ -42,30 +67,51 @@ def plan(
     plan: Plan | Mapping[str, Style | str] | None = None,
     *,
     degree: int,
+    inputs: Any = None,
     scheme: Scheme = DEFAULT_SCHEME,
-) -> ModelPlan:
-    """How a model will be cut, checked against it. Needs no ranks and allocates nothing.
+) -> ModelPlan | WatchedPlan:
+    """How a model will be cut, checked against it. Needs no ranks, and allocates next to nothing.
+
+    With `inputs`, one forward is watched: what can be cut apart is found, whatever the model's
+    code, and a step of the cut model is rehearsed on every rank (`docs/any-model.md`).
 
     Args:
         model: any module; on the meta device, if you like.
         plan: pattern -> style (`*` stands for one segment of a name, or a part of one), or a
-            `Plan` with its scheme. None: the `tp_plan` that a model of transformers carries.
+            `Plan` with its scheme. None: with `inputs`, found by watching; without, the `tp_plan`
+            that a model of transformers carries.
         degree: how many ranks.
+        inputs: an example of what forward takes: a tuple of arguments, a dict of named ones, or
+            one tensor. For a model of transformers it can be made from its config.
         scheme: leaves, numerics, seed; a `Plan` has its own.
 
     Returns:
-        Styles, shapes and bytes on every rank, and the collectives of a step.
+        Shapes and bytes on every rank, and the collectives of a step: a `WatchedPlan` where a
+        forward was watched, else a `ModelPlan`.
 
     Raises:
         PlanError: everything that is wrong with the plan, in one message; or the model carries
-            none, and what to write.
+            none, and what to write; or its own forward fails with the inputs.
         DegreeError: the degree is not positive, or exceeds the leaves.
         UsageError: `plan` has a scheme, and another one is given.
     """
+    if inputs is not None:
+        return _watched(model, plan, inputs, degree, scheme)
     made, problems = draft(model, plan, degree=degree, scheme=scheme)
     if problems:
         raise PlanError(as_error(model, problems))
     return made
+
+
+def _watched(model: Any, plan: Any, inputs: Any, degree: Any, scheme: Any) -> WatchedPlan:
+    if plan is not None:
+        raise UsageError(
+            "a plan and inputs are given: with inputs the plan is found by watching. Give one."
+        )
+    model, scheme = checked_model(model), checked_scheme(scheme)
+    if problem := lazy(model):
+        raise PlanError(problem)
+    return plan_by_watching(model, inputs, degree=checked_degree(degree), scheme=scheme)
 
 
 def draft(

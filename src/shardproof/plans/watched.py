@@ -1,94 +1,112 @@
-"""A plan that is found by watching one forward, and the model that is cut by it."""
+"""Plan a model by watching one forward, and cut it by that plan."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
-from shardproof.block_layout import cut_layout
 from shardproof.cut import rules
 from shardproof.cut.calls import Calling
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import cut_tensor
+from shardproof.errors import PlanError, UsageError
 from shardproof.layers import registry
 from shardproof.layers.cut_module import cut_parameters
 from shardproof.leaves import Layout, check_degree
-from shardproof.scheme import Scheme
-from shardproof.units import CutDim, Shared
-from shardproof.watching import Family, choose, families, watch
+from shardproof.plans.rehearsal import rehearse
+from shardproof.plans.watched_plan import Rehearsal, WatchedPlan
+from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme
+from shardproof.watching import Watched, choose, families, watch
 
 assert rules  # noqa: S101 - imported for what it registers
 
-
-@dataclass(frozen=True)
-class WatchedPlan:
-    """How a model is cut, as one forward showed that it can be.
-
-    Attributes:
-        model: its class.
-        degree: how many ranks share it.
-        scheme: leaves, numerics, seed.
-        families: what is cut together: units, and the dims of parameters that they lie in.
-        whole: for every parameter that stays whole one sentence that says why.
-        share: the part of the weights of matrices that is cut.
-        shapes: of every parameter.
-        calls: modules whose own code draws, or calls what has a form of its own.
-    """
-
-    model: str
-    degree: int
-    scheme: Scheme
-    families: tuple[Family, ...]
-    whole: Mapping[str, str]
-    share: float
-    shapes: Mapping[str, tuple[int, ...]]
-    calls: frozenset[str] = field(default_factory=frozenset)
-
-    def layouts(self, rank: int) -> dict[str, Layout]:
-        """How every cut parameter lies on a rank."""
-        return {
-            name: cut_layout(self.shapes[name], rank, dim=dim, along=along)
-            for name, (dim, along) in self.cuts.items()
-        }
-
-    @cached_property
-    def cuts(self) -> dict[str, tuple[int, CutDim]]:
-        """Parameter -> the dim that is cut, and how."""
-        found: dict[str, tuple[int, CutDim]] = {}
-        for family in self.families:
-            shared = Shared(family.units, self.scheme.leaves, self.degree)
-            for (name, dim), blocks in family.dims.items():
-                found[name] = (dim, CutDim(shared, tuple(blocks)))
-        return found
+_KNOWN = "_shardproof_specs"  # attribute of a module that holds parts: parameter -> spec and name
+_EVERYWHERE = Rehearsal("", ())
 
 
-def plan_by_watching(
-    model: nn.Module, inputs: Any, *, degree: int, scheme: Scheme
-) -> WatchedPlan:
-    """Watch one forward, and choose what is cut.
+def plan_by_watching(model: nn.Module, inputs: Any, *, degree: int, scheme: Scheme) -> WatchedPlan:
+    """Watch one forward, choose what is cut, and rehearse a step on every rank.
 
     Args:
         model: any module; on the meta device, if you like.
         inputs: what forward takes: a tuple of arguments, a dict of named ones, or one tensor.
         degree: how many ranks.
         scheme: leaves, numerics, seed.
+
+    Raises:
+        PlanError: the model's own forward fails with the inputs, or a rank cannot do a step.
+        DegreeError: the degree exceeds the leaves.
     """
     check_degree(degree, scheme.leaves)
     args, kwargs = as_call(inputs)
     watched = watch(model, args, kwargs)
     choice = choose(families(watched), watched)
-    return WatchedPlan(
+    named = dict(model.named_parameters())
+    found = WatchedPlan(
         type(model).__name__,
         degree,
         scheme,
         choice.families,
         choice.whole,
-        choice.share,
         watched.shapes,
-        frozenset(name for name, _ in model.named_modules()),
+        {name: named[name].dtype for name in watched.shapes},
+        _EVERYWHERE,
+        _notes(watched),
+    )
+    return replace(found, rehearsal=_rehearsed(model, (args, kwargs), found, watched))
+
+
+def as_watched(model: nn.Module, plan: Any, degree: int, inputs: Any, scheme: Any) -> WatchedPlan:
+    """A watched plan at a degree, as `parallelize` was given it or by watching now.
+
+    Raises:
+        UsageError: a plan and inputs, or two schemes.
+        PlanError: the plan is of another degree, or of another model.
+    """
+    if plan is None:
+        return plan_by_watching(model, inputs, degree=degree, scheme=checked_scheme(scheme))
+    if not isinstance(plan, WatchedPlan):
+        raise UsageError(
+            "a plan and inputs are given: with inputs the plan is found by watching. Give one."
+        )
+    if inputs is not None or scheme not in (DEFAULT_SCHEME, plan.scheme):
+        what = "inputs are" if inputs is not None else "another scheme is"
+        raise UsageError(f"the plan was made by watching, and {what} given. Give the plan alone.")
+    if plan.degree != degree:
+        raise PlanError(
+            f"the plan is of degree {plan.degree}, and the axis has {degree} ranks. Make it with "
+            f"degree={degree}."
+        )
+    shapes = {name: tuple(each.shape) for name, each in model.named_parameters()}
+    if shapes != dict(plan.shapes):
+        name = next(n for n in {**shapes, **plan.shapes} if shapes.get(n) != plan.shapes.get(n))
+        raise PlanError(
+            f"the plan is of another model: {name!r} has shape {plan.shapes.get(name)} in it and "
+            f"{shapes.get(name)} in this {type(model).__name__}. Plan the model that is cut."
+        )
+    return plan
+
+
+def _rehearsed(
+    model: nn.Module, call: tuple[Any, Any], found: WatchedPlan, watched: Watched
+) -> Rehearsal:
+    everywhere = frozenset(name for name, _ in model.named_modules())
+    trial = replace(found, rehearsal=replace(_EVERYWHERE, calls=everywhere))
+
+    def cut(copied: nn.Module, axis: Axis) -> Region:
+        return cut_by(copied, trial, axis)
+
+    return rehearse(model, call, cut, degree=found.degree, device=watched.device)
+
+
+def _notes(watched: Watched) -> tuple[str, ...]:
+    if watched.device == "meta":
+        return ()
+    return (
+        f"the forward depends on data ({watched.why_cpu}), so it was watched on the CPU with small "
+        "random weights: what other data would do was not seen",
     )
 
 
@@ -101,9 +119,6 @@ def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(inputs), {}
 
 
-_KNOWN = "_shardproof_specs"
-
-
 def _as_cut(parameter: nn.Parameter, layout: Layout, module: nn.Module, name: str) -> Any:
     """What code of a module reads as a parameter that is cut."""
     spec, who = module.__dict__[_KNOWN][name]
@@ -113,10 +128,19 @@ def _as_cut(parameter: nn.Parameter, layout: Layout, module: nn.Module, name: st
 def cut_by(model: nn.Module, plan: WatchedPlan, axis: Axis) -> Region:
     """Keep of a model what this rank holds, in place; nothing is checked here.
 
+    Args:
+        model: the one that was planned, or one like it.
+        plan: at the degree of the axis.
+        axis: the ranks.
+
     Returns:
         The region of its cut tensors.
+
+    Comm:
+        none.
     """
     region = Region(axis, plan.scheme)
+    region.kept.update(id(each) for each in model.buffers())
     modules = dict(model.named_modules())
     places = {
         id(parameter): name for name, parameter in model.named_parameters() if name in plan.cuts
@@ -127,15 +151,12 @@ def cut_by(model: nn.Module, plan: WatchedPlan, axis: Axis) -> Region:
         for own, parameter in module._parameters.items()
         if id(parameter) in places
     ]
-    cut_parameters(
-        model, plan.layouts(axis.rank), axis=axis, scheme=plan.scheme, wrap=_as_cut
-    )
+    cut_parameters(model, plan.layouts(axis.rank), axis=axis, scheme=plan.scheme, wrap=_as_cut)
     for module, own, name in kept:
         dim, along = plan.cuts[name]
         known = module.__dict__.setdefault(_KNOWN, {})
         known[own] = region.spec(plan.shapes[name], dim, along), registry.record_of(module).name
-    for name in plan.calls:
-        Calling(region, name).hook(modules[name])
+    for name in sorted(plan.rehearsal.calls | plan.rehearsal.draws):
+        is_seen = name in plan.rehearsal.calls
+        Calling(region, name, draws_only=not is_seen).hook(modules[name])
     return region
-
-

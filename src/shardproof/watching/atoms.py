@@ -10,6 +10,17 @@ from numpy.typing import NDArray
 Labels = NDArray[np.int64]
 
 
+def distinct(labels: Labels) -> Labels:
+    """Every label once, ascending. Labels mostly lie in order, which a stable sort makes use of."""
+    ordered = np.sort(labels, axis=None, kind="stable")
+    if ordered.size < 2:
+        return ordered
+    is_first = np.empty(ordered.size, dtype=bool)
+    is_first[0] = True
+    np.not_equal(ordered[1:], ordered[:-1], out=is_first[1:])
+    return ordered[is_first]
+
+
 class Atoms:
     """Sets of labels that can only be joined, never split."""
 
@@ -59,6 +70,6 @@ class Atoms:
             left, right = left[differ], right[differ]
             low, high = np.minimum(left, right), np.maximum(left, right)
             np.minimum.at(self._parent, high, low)
-            hooked = np.unique(high)
+            hooked = distinct(high)
             np.add.at(self._sizes, self.roots(hooked), self._sizes[hooked])
             left, right = self.roots(high), self.roots(low)

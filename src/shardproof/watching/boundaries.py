@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shardproof.watching.atoms import Labels
+from shardproof.watching.atoms import Labels, distinct
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Numbering:
         order = np.lexsort((needer, pairs[:, 1]))
         shared, starts = np.unique(pairs[order, 1], return_index=True)
         groups = np.split(needer[order], starts[1:]) if len(shared) else []
-        needed_by = [tuple(np.unique(group).tolist()) for group in groups]
+        needed_by = [tuple(distinct(group).tolist()) for group in groups]
         everyone = tuple(range(count))
         kinds_of_needers = sorted({group for group in needed_by if len(group) < count})
         place = {group: count + at for at, group in enumerate(kinds_of_needers)}

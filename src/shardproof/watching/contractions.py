@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from shardproof.watching.atoms import Labels
+from shardproof.watching.atoms import Labels, distinct
 from shardproof.watching.factors import Factors, Operand, combine, meet_all, reduce_lines, varying
 from shardproof.watching.kinds import name_of
 from shardproof.watching.labelled import (
@@ -52,7 +52,7 @@ def contract(
             for factor in pure:
                 record.join_all(factor)
                 for number in mixed:
-                    units = np.unique(record.atoms.roots(other[number]))
+                    units = distinct(record.atoms.roots(other[number]))
                     shared = record.atoms.roots(factor[factor > 0][:1])
                     record.need(units, shared)
             pure.clear()
@@ -154,9 +154,9 @@ def _grouped_channels(
         operands.append((factor, False))
     for factor in ws:
         if varying(factor) == (0,):
-            whole = reduce_lines(factor.reshape(groups, -1), (1,), record) if transposed else None
-            if whole is not None:
-                factor = np.repeat(np.broadcast_to(whole, (groups, 1)), each, 1)
+            if transposed:
+                channels = reduce_lines(factor.reshape(groups, -1), (1,), record)
+                factor = np.repeat(np.broadcast_to(channels, (groups, 1)), each, 1)
             operands.append((place(factor, 1, out.dim()), True))
         elif varying(factor):  # channels inside every group: all groups need them
             record.join_all(factor)

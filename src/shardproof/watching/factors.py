@@ -7,7 +7,7 @@ activation (2, 16, 64) are an array (1, 1, 64). A tensor has one factor for each
 
 import numpy as np
 
-from shardproof.watching.atoms import Labels
+from shardproof.watching.atoms import Labels, distinct
 from shardproof.watching.record import Record, unique_pairs
 
 Factors = tuple[Labels, ...]
@@ -53,7 +53,7 @@ def _join_lines(lines: Labels, record: Record) -> Labels:
     """The unit of every line, of (lines, length) labels; 0 for a line without labels."""
     labels, which = np.unique(lines, return_inverse=True)
     which = which.reshape(lines.shape)
-    keys = np.unique(np.arange(len(lines))[:, None] * len(labels) + which)
+    keys = distinct(np.arange(len(lines))[:, None] * len(labels) + which)
     line, label = np.divmod(keys, len(labels))
     is_label = labels[label] > 0
     line, label = line[is_label], label[is_label]
@@ -104,8 +104,8 @@ def meet(left: Operand, right: Operand, record: Record) -> Labels | None:
     both = (a > 0) & (b > 0)
     pairs = unique_pairs(np.stack([a[both], b[both]], axis=1))
     if len(pairs):
-        left_is_finer = len(np.unique(pairs[:, 0])) == len(pairs)
-        right_is_finer = len(np.unique(pairs[:, 1])) == len(pairs)
+        left_is_finer = len(distinct(pairs[:, 0])) == len(pairs)
+        right_is_finer = len(distinct(pairs[:, 1])) == len(pairs)
         if left_is_finer and not right_is_finer and not left[1]:
             record.need(pairs[:, 0], pairs[:, 1])
         elif right_is_finer and not left_is_finer and not right[1]:
@@ -143,7 +143,7 @@ def _with_single(factors: list[Labels], single: list[Labels], record: Record) ->
     if not factors:
         return (single[0],)
     for factor in factors:
-        units = np.unique(record.atoms.roots(factor))
+        units = distinct(record.atoms.roots(factor))
         record.need(units, record.atoms.roots(single[0]).ravel())
     return tuple(factors)
 
@@ -186,7 +186,7 @@ def settle(factors: list[Labels], record: Record) -> Factors:
 
 def _rank(labels: Labels, record: Record) -> tuple[float, int]:
     """Lower for what more is joined with (heads); then for what changes more rarely."""
-    joined = float(record.atoms.sizes(np.unique(labels[labels > 0])).mean())
+    joined = float(record.atoms.sizes(distinct(labels[labels > 0])).mean())
     return -joined, int(np.count_nonzero(np.diff(labels)))
 
 
@@ -198,7 +198,7 @@ def _outer(left: Labels, right: Labels, record: Record) -> Labels:
     if _rank(a, record) > _rank(b, record):
         left, right, a, b = right, left, b, a
     record.join_all(b)
-    record.need(np.unique(a), record.atoms.roots(b[b > 0][:1]))
+    record.need(distinct(a), record.atoms.roots(b[b > 0][:1]))
     return left
 
 
@@ -207,9 +207,11 @@ def are_independent(left: Labels, right: Labels, record: Record) -> bool:
     shape = np.broadcast_shapes(left.shape, right.shape)
     a = record.atoms.roots(np.broadcast_to(left, shape)).ravel()
     b = record.atoms.roots(np.broadcast_to(right, shape)).ravel()
+    if np.array_equal(a, b):
+        return False
     both = (a > 0) & (b > 0)
     pairs = len(unique_pairs(np.stack([a[both], b[both]], axis=1)))
-    count = len(np.unique(a[both])), len(np.unique(b[both]))
+    count = len(distinct(a[both])), len(distinct(b[both]))
     return min(count) > 1 and pairs == count[0] * count[1]
 
 

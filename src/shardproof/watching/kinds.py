@@ -13,30 +13,34 @@ from typing import Any
 
 import torch
 
-MOVES = frozenset(
-    "cat stack repeat clone contiguous _unsafe_view flip roll _to_copy constant_pad_nd tril triu"
-    " repeat_interleave _reshape_copy unfold_copy pixel_shuffle pixel_unshuffle channel_shuffle"
-    " unsafe_split unsafe_chunk unsafe_split_with_sizes lift_fresh lift_fresh_copy"
-    " split_with_sizes_copy reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d"
-    " view_copy slice_scatter select_scatter rot90 block_diag expand_copy permute_copy"
-    " _reshape_alias _pad_circular".split()
-)
-IDENTITIES = frozenset(
-    "_to_copy clone contiguous lift_fresh lift_fresh_copy detach alias _conj _neg_view tril triu"
-    " resolve_conj resolve_neg detach_ lift _efficientzerotensor".split()
-)
-POINTWISE = frozenset(
-    "masked_fill native_dropout dropout bernoulli isin copy copy_ nan_to_num polar _fused_dropout"
-    " rrelu_with_noise exponential_ uniform_ normal_ bernoulli_ fill_ zero_ lerp masked_scatter"
-    " masked_fill_ _prelu_kernel complex where quantize_per_tensor fake_quantize_per_tensor_affine"
-    " rrelu rrelu_with_noise_functional hardswish hardsigmoid"
-    " hardtanh mish log_sigmoid_forward leaky_relu elu selu celu softshrink hardshrink threshold random_"
-    " geometric_ log_normal_ cauchy_ clamp angle".split()
-)
-NEW = frozenset(
-    "empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones"
-    " new_full new_empty_strided randint_like".split()
-)
+MOVES = frozenset((
+    "cat", "stack", "repeat", "clone", "contiguous", "_unsafe_view", "flip", "roll", "_to_copy",
+    "constant_pad_nd", "tril", "triu", "repeat_interleave", "_reshape_copy", "unfold_copy",
+    "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unsafe_split", "unsafe_chunk",
+    "unsafe_split_with_sizes", "lift_fresh", "lift_fresh_copy", "split_with_sizes_copy",
+    "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d",
+    "view_copy", "slice_scatter", "select_scatter", "rot90", "block_diag", "expand_copy",
+    "permute_copy", "_reshape_alias", "_pad_circular",
+))  # fmt: skip
+IDENTITIES = frozenset((
+    "_to_copy", "clone", "contiguous", "lift_fresh", "lift_fresh_copy", "detach", "alias",
+    "_conj", "_neg_view", "tril", "triu", "resolve_conj", "resolve_neg", "detach_", "lift",
+    "_efficientzerotensor",
+))  # fmt: skip
+POINTWISE = frozenset((
+    "masked_fill", "native_dropout", "dropout", "bernoulli", "isin", "copy", "copy_",
+    "nan_to_num", "polar", "_fused_dropout", "rrelu_with_noise", "exponential_", "uniform_",
+    "normal_", "bernoulli_", "fill_", "zero_", "lerp", "masked_scatter", "masked_fill_",
+    "_prelu_kernel", "complex", "where", "quantize_per_tensor",
+    "fake_quantize_per_tensor_affine", "rrelu", "rrelu_with_noise_functional", "hardswish",
+    "hardsigmoid", "hardtanh", "mish", "log_sigmoid_forward", "leaky_relu", "elu", "selu",
+    "celu", "softshrink", "hardshrink", "threshold", "random_", "geometric_", "log_normal_",
+    "cauchy_", "clamp", "angle",
+))  # fmt: skip
+NEW = frozenset((
+    "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
+    "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided", "randint_like",
+))  # fmt: skip
 # name -> the place of the argument that says which dims are used whole
 LINES = {
     "_softmax": 1, "_log_softmax": 1, "softmax": 1, "log_softmax": 1, "_safe_softmax": 1,
@@ -49,7 +53,10 @@ LINES = {
 }  # fmt: skip
 SUMS = frozenset(("sum", "mean", "nansum"))
 # Of those in LINES: one pass over sums, or two; small things are sent, not the lines themselves.
-LIKE_SUMS = frozenset(("var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm"))
+LIKE_SUMS = frozenset((
+    "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "any", "all",
+    "count_nonzero",
+))  # fmt: skip
 
 
 @cache

@@ -1,8 +1,9 @@
 """A tensor that shows a model its shape and carries the labels of its elements.
 
 What is inside is a tensor on the meta device (or a small real one, where a forward depends on its
-data); to the model it lies on the CPU. Integers that the forward works out from its inputs alone (positions, masks, lengths) are
-kept as values, so that code that looks at them takes the right path on the meta device too.
+data); to the model it lies on the CPU. What the forward works out from its inputs alone (positions,
+masks, lengths) is kept as values, so that code that looks at them takes the right path on the meta
+device too.
 """
 
 from typing import Any
@@ -19,7 +20,7 @@ class Labelled(Tensor):
     """A tensor with factors.
 
     Attributes:
-        inner: what operations run on.
+        inside: what operations run on.
         factors: labels of the elements.
         value: what the elements are, where that is known on the meta device; else None.
         parameter: a parameter that it is made of, where it depends on parameters and constants
@@ -29,7 +30,7 @@ class Labelled(Tensor):
         made_by: (tensor, operation, other arguments, number of the output) where it is a view.
     """
 
-    inner: Tensor
+    inside: Tensor
     factors: Factors
     value: Tensor | None
     parameter: str | None
@@ -40,7 +41,7 @@ class Labelled(Tensor):
     @staticmethod
     def __new__(
         cls,
-        inner: Tensor,
+        inside: Tensor,
         factors: Factors = (),
         *,
         value: Tensor | None = None,
@@ -48,37 +49,37 @@ class Labelled(Tensor):
         is_data: bool = False,
     ) -> "Labelled":
         """Wrap a tensor."""
-        made: Labelled = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Labelled = Tensor._make_wrapper_subclass(
             cls,
-            inner.shape,
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
-            layout=inner.layout,
-            device="cpu",  # so that integers which the forward makes have values
+            inside.shape,
+            strides=inside.stride(),
+            storage_offset=inside.storage_offset(),
+            dtype=inside.dtype,
+            layout=inside.layout,
+            device=torch.device("cpu"),  # so that integers which the forward makes have values
             requires_grad=False,
         )
-        made.inner, made.factors, made.value = inner, factors, value
+        made.inside, made.factors, made.value = inside, factors, value
         made.parameter, made.is_data = parameter, is_data
         made.sources, made.made_by = (), None
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def tolist(self) -> Any:
         """Its value where that is known, zeros where not."""
         if self.value is not None:
             return self.value.tolist()
-        if self.inner.device.type == "meta":
+        if self.inside.device.type == "meta":
             return torch.zeros(self.shape, dtype=self.dtype, device="cpu").tolist()
-        return self.inner.tolist()
+        return self.inside.tolist()
 
     def __format__(self, spec: str) -> str:
         return format(self.item() if self.dim() == 0 else repr(self), spec)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Labelled":
         copy = Labelled(
-            self.inner,
+            self.inside,
             self.factors,
             value=self.value,
             parameter=self.parameter,
@@ -91,16 +92,16 @@ class Labelled(Tensor):
         return f"Labelled({tuple(self.shape)}, {[factor.shape for factor in self.factors]})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Outside of a watched forward it is what is inside of it."""
-        return func(*inner(args), **inner(kwargs or {}))
+        return func(*insides(args), **insides(kwargs or {}))
 
 
-def inner(tree: Any) -> Any:
+def insides(tree: Any) -> Any:
     """The tensors inside, in any nest of containers."""
-    return tree_map(lambda each: each.inner if isinstance(each, Labelled) else each, tree)
+    return tree_map(lambda each: each.inside if isinstance(each, Labelled) else each, tree)
 
 
 def factors_of(each: Any) -> Factors:

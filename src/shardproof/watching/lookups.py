@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,11 +18,11 @@ def known(index: Any) -> Tensor | None:
     """What an index is, if that is known."""
     if not isinstance(index, Labelled):
         return index if isinstance(index, Tensor) else None
-    return index.value if index.inner.device.type == "meta" else index.inner
+    return index.value if index.inside.device.type == "meta" else index.inside
 
 
 def _alone(x: Labelled, factor: Labels) -> Labelled:
-    return Labelled(x.inner, (factor,), parameter=x.parameter)
+    return Labelled(x.inside, (factor,), parameter=x.parameter)
 
 
 @rule("embedding")
@@ -99,7 +98,9 @@ def _picked(func: Any, factor: Labels, x: Labelled, indices: Any, by_value: bool
         given = [None if each is None else known(each) for each in indices]
         return shrink(func(expanded(factor, x.shape), given))
     # Nothing varies along the dims that are picked from: every place has the same labels.
-    slim = [1 if each is not None else size for each, size in zip(indices, factor.shape)]
+    slim = [
+        1 if each is not None else size for each, size in zip(indices, factor.shape, strict=False)
+    ]
     slim += list(factor.shape[len(indices) :])
     zeros = [
         None if each is None else torch.zeros((1,) * each.dim(), dtype=torch.int64, device="cpu")
@@ -147,20 +148,18 @@ def write_rows(
 def write_places(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """Values that are written at places; their last dims are the tensor's that no index tells."""
+    """Values that are written at places."""
     x, indices, source = args[:3]
     name, nd = name_of(func), outs[0].dim()
-    told = len([each for each in indices if each is not None])
-    free = [dim for dim in range(nd) if dim >= len(indices) or indices[dim] is None]
-    operands: list[Operand] = []
-    for factor in factors_of(x):
-        operands.append((factor, False))
+    dims = _value_dims(indices, nd)
+    operands: list[Operand] = [(factor, False) for factor in factors_of(x)]
     for factor in factors_of(source):
-        tail = len(free) if free == list(range(nd - len(free), nd)) and told else 0
-        if factor.ndim and all(dim >= factor.ndim - tail for dim in varying(factor)):
-            last = factor.reshape(-1) if factor.ndim == 0 else factor
-            last = last.reshape(last.shape[max(0, last.ndim - tail) :] if tail else (1,))
-            fitted = aligned_to(last, nd)
+        mine = dims[len(dims) - factor.ndim :]
+        if all(mine[dim] is not None for dim in varying(factor)):
+            shape = [1] * nd
+            for dim in varying(factor):
+                shape[mine[dim] or 0] = factor.shape[dim]
+            fitted = factor.reshape(shape)
             if _fits(fitted, outs[0]):
                 operands.append((fitted, False))
                 continue
@@ -168,6 +167,12 @@ def write_places(
     return [combine(operands, name, record)]
 
 
-def aligned_to(factor: Labels, ndim: int) -> Labels:
-    """With leading dims of size 1."""
-    return np.reshape(factor, (1,) * (ndim - factor.ndim) + factor.shape)
+def _value_dims(indices: Any, ndim: int) -> list[int | None]:
+    """The tensor's dim of each dim of the values that are written; None: of the indices."""
+    told = [dim for dim, each in enumerate(indices) if each is not None]
+    free = [dim for dim in range(ndim) if dim not in told]
+    width = max((indices[dim].dim() for dim in told), default=0)
+    are_together = told == list(range(told[0], told[-1] + 1)) if told else True
+    before = [dim for dim in free if told and dim < told[0]] if are_together else []
+    after = [dim for dim in free if dim not in before]
+    return [*before, *[None] * width, *after]

@@ -17,9 +17,9 @@ from shardproof.watching.kinds import IDENTITIES, name_of
 from shardproof.watching.labelled import Labelled, factors_of
 from shardproof.watching.record import Record
 
-RESHAPES = frozenset(
-    "view _unsafe_view reshape _reshape_alias _reshape_copy view_copy flatten".split()
-)
+RESHAPES = frozenset((
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy", "flatten",
+))  # fmt: skip
 MOST_ELEMENTS = 1 << 26  # labels that an operation may make for one factor
 
 

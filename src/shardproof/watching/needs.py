@@ -77,9 +77,8 @@ def coarsen(record: Record, dims: list[Labels], needs: Needs) -> bool:
     is_needer = np.isin(shared, pairs[:, 0])
     large = (atoms.sizes(shared) >= private) | is_needer
     group = beside.roots(pairs[starts, 0])
-    several = np.isin(
-        group, [g for g, n in zip(*np.unique(group[large], return_counts=True)) if n > 1]
-    )
+    groups, counts = np.unique(group[large], return_counts=True)
+    several = np.isin(group, groups[counts > 1])
     chosen = pairs[np.isin(pairs[:, 1], shared[large & several])]
     atoms.join(chosen[:, 0], chosen[:, 1])
     return bool(len(chosen))
@@ -91,7 +90,7 @@ def _whole(record: Record) -> NDArray[np.bool_]:
     whole = np.zeros(len(atoms), dtype=bool)
     done: set[int] = set()
     for seen in record.seen:
-        if seen.what in ("gather", "sum") and id(seen.atoms) not in done:
+        if seen.what in ("gather", "sum", "weight") and id(seen.atoms) not in done:
             done.add(id(seen.atoms))
             whole[atoms.roots(seen.atoms)] = True
     return whole

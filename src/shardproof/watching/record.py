@@ -1,10 +1,10 @@
-"""What one watched forward says about the labels: who is joined, who needs whom, what would be sent."""
+"""What one watched forward says about labels: which are joined or needed, what would be sent."""
 
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from shardproof.watching.atoms import Atoms, Labels
+from shardproof.watching.atoms import Atoms, Labels, distinct
 
 LARGEST_BOX = 1 << 22  # a layout of labels with more elements than this is not kept
 
@@ -15,7 +15,8 @@ class Seen:
 
     Attributes:
         what: "reduce" (a contraction with a parameter leaves partial sums), "sum" (any other sum
-            over them), "gather" (it needs them all), "lookup" (rows picked by an index).
+            over them), "gather" (it needs them all), "weight" (it needs all of a parameter),
+            "lookup" (rows picked by an index), "output" (the model returns them).
         op: the operation.
         module: name of the innermost module that ran it.
         atoms: the labels.
@@ -97,7 +98,9 @@ class Record:
         dim: int | None = None,
     ) -> None:
         """Note an operation that would need something sent."""
-        atoms = np.unique(self.atoms.roots(factor))
+        if what == "gather" and parameter is not None:
+            what = "weight"
+        atoms = distinct(self.atoms.roots(factor))
         atoms = atoms[atoms > 0]
         if not atoms.size:
             return
@@ -120,7 +123,7 @@ class Record:
             self.keep_box(factor, is_split=False)
         if is_parameter or len(factors) < 2:
             return
-        labels = [np.unique(factor) for factor in factors]
+        labels = [distinct(factor) for factor in factors]
         for i, left in enumerate(labels):
             for right in labels[:i]:
                 key = (hash(left.tobytes()), hash(right.tobytes()))
@@ -136,5 +139,5 @@ def unique_pairs(pairs: Labels) -> Labels:
     if len(pairs) < 2:
         return pairs
     bound = int(pairs.max()) + 1
-    keys = np.unique(pairs[:, 0] * bound + pairs[:, 1])
+    keys = distinct(pairs[:, 0] * bound + pairs[:, 1])
     return np.stack([keys // bound, keys % bound], axis=1)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from shardproof.watching.atoms import Labels
 from shardproof.watching.factors import Factors, Operand, combine, reduce_lines, varying
 from shardproof.watching.kinds import LIKE_SUMS, LINES, name_of
-from shardproof.watching.labelled import Labelled, factors_of, parameter_of, place
+from shardproof.watching.labelled import Labelled, factors_of, parameter_of
 from shardproof.watching.record import Record
 
 Rule = Callable[[Any, tuple[Any, ...], dict[str, Any], list[Tensor], Record], list[Factors]]
@@ -180,62 +180,6 @@ def patches(
     return [tuple(np.repeat(factor.squeeze(-1), times, -2) for factor in kept)]
 
 
-@rule("native_layer_norm _fused_rms_norm rms_norm")
-def layer_norm(
-    func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
-) -> list[Factors]:
-    """A norm over the last dims: adds up along them; its weights belong to what it scales."""
-    name, x = name_of(func), args[0]
-    dims = [x.dim() - 1 - number for number in range(len(args[1]))]
-    scaled = [f for f in x.factors if varying(f) and set(varying(f)) <= set(dims)]
-    kept = whole_along(x, dims, name, record, what="sum")
-    operands: list[Operand] = [(factor, False) for factor in (*kept, *scaled)]
-    for weight in args[2:4]:
-        for factor in factors_of(weight):
-            operands.append((aligned(factor, x.dim()), True))
-    made = combine(operands, name, record)
-    return [made, *(tuple(f for f in kept if f.ndim == out.dim()) for out in outs[1:])]
-
-
-@rule("native_group_norm")
-def group_norm(
-    func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
-) -> list[Factors]:
-    """Channels in groups: whole along a group and along what is no channel."""
-    x, groups = args[0], args[6]
-    name, nd = name_of(func), x.dim()
-    operands: list[Operand] = []
-    for factor in x.factors:
-        if varying(factor) == (1,) and groups > 1:
-            each = reduce_lines(factor.reshape(groups, -1), (1,), record)
-            operands.append((place(np.repeat(each, x.shape[1] // groups, 1), 1, nd), False))
-        else:
-            alone = Labelled(x.inner, (factor,), parameter=x.parameter)
-            kept = whole_along(alone, range(1, nd), name, record, what="sum")
-            operands += [(each, False) for each in kept or [factor] if each.ndim == nd]
-    for weight in args[1:3]:
-        operands += [(place(f, 1, nd), True) for f in factors_of(weight) if operands]
-    return [combine(operands, name, record)] + [() for _ in outs[1:]]
-
-
-@rule(
-    "native_batch_norm cudnn_batch_norm _native_batch_norm_legit batch_norm"
-    " _native_batch_norm_legit_no_training _native_batch_norm_legit_functional"
-    " _batch_norm_with_update _batch_norm_no_update"
-)
-def batch_norm(
-    func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
-) -> list[Factors]:
-    """Channels apart from each other, whole along all else."""
-    name, x = name_of(func), args[0]
-    kept = whole_along(x, [0, *range(2, x.dim())], name, record)
-    operands: list[Operand] = [(factor, False) for factor in kept]
-    if operands:
-        for weight in args[1:5]:
-            operands += [(place(f, 1, x.dim()), True) for f in factors_of(weight)]
-    return [combine(operands, name, record)] + [() for _ in outs[1:]]
-
-
 @rule(
     "nll_loss_forward nll_loss2d_forward _local_scalar_dense equal nonzero _cdist_forward"
     " searchsorted bucketize histc bincount _ctc_loss arange scalar_tensor _unique2 unique_dim"
@@ -311,7 +255,7 @@ def attention(
     mask = kwargs.get("attn_mask", kwargs.get("attn_bias"))
     for factor in factors_of(mask):
         for each in whole_along(
-            Labelled(mask.inner, (factor,)), (-1, -2), "attention mask", record
+            Labelled(mask.inside, (factor,)), (-1, -2), "attention mask", record
         ):
             operands.append((aligned(each, outs[0].dim()), parameter_of(mask) is not None))
     made = combine([*operands, *((each, False) for each in shared)], name_of(func), record)

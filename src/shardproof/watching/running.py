@@ -9,23 +9,24 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from shardproof.watching import contractions, lookups
-from shardproof.watching.atoms import Labels
+from shardproof.watching import contractions, lookups, norms
+from shardproof.watching.atoms import Labels, distinct
 from shardproof.watching.factors import Factors, compress, varying
 from shardproof.watching.kinds import is_random, is_view, kind_of, name_of, written
-from shardproof.watching.labelled import Labelled, inner
+from shardproof.watching.labelled import Labelled, insides
 from shardproof.watching.moving import expanded, move
 from shardproof.watching.record import Record
 from shardproof.watching.rules import RULES, see_all
 
 # Rules of these modules are registered by importing them.
-RULE_MODULES = (contractions, lookups)
+RULE_MODULES = (contractions, lookups, norms)
 
 MOST_KNOWN = 1 << 20  # elements of a tensor whose value is followed
 MOST_WRITTEN = 1 << 24  # elements of a tensor that is written in parts
-SHAPED_BY_DATA = frozenset(
-    "nonzero masked_select _unique2 unique_dim unique_consecutive bincount repeat_interleave".split()
-)
+SHAPED_BY_DATA = frozenset((
+    "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount",
+    "repeat_interleave",
+))  # fmt: skip
 INDEXED = frozenset(("index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"))
 
 PICKED = frozenset(("index", "index_select", "_unsafe_index"))
@@ -105,7 +106,7 @@ class Watching(TorchDispatchMode):
         """An index as integers, one for each dim: a mask that is not known picks everything."""
         if each is None or each.dtype not in (torch.bool, torch.uint8):
             return (each,)
-        mask = self.value(each) if self.on_meta else each.inner
+        mask = self.value(each) if self.on_meta else each.inside
         if mask is None:
             mask = self._everywhere(each)
         places = mask.nonzero()
@@ -123,7 +124,7 @@ class Watching(TorchDispatchMode):
     def _run(self, func: Any, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The result on what is inside, and its value or None."""
         if not self.on_meta:
-            return func(*inner(args), **inner(kwargs)), None
+            return func(*insides(args), **insides(kwargs)), None
         if name == "_local_scalar_dense":
             return self._number(args[0]), None
         tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Labelled)]
@@ -139,9 +140,9 @@ class Watching(TorchDispatchMode):
         if name == "equal":
             return self._is_equal(args)
         if name == "_grouped_mm":  # takes only bfloat16 on the meta device
-            x, w = inner(args[:2])
+            x, w = insides(args[:2])
             return x.new_empty((*x.shape[:-1], w.shape[-1])), None
-        out = func(*inner(args), **_on(inner(kwargs), "meta"))
+        out = func(*insides(args), **_on(insides(kwargs), "meta"))
         outs = [each for each in tree_flatten(out)[0] if isinstance(each, Tensor)]
         if is_known and is_small and sum(each.numel() for each in outs) <= MOST_KNOWN:
             return self._by_value(func, args, kwargs)
@@ -190,6 +191,8 @@ class Watching(TorchDispatchMode):
             target = args[places[0]] if places[0] < len(args) else kwargs.get("out")
             if isinstance(target, Labelled):
                 target.is_data = any(each.is_data for each in flat)
+                if target.sources:
+                    target.sources = self._sources(func, target, factors[0])
                 self._write(target, factors[0] if factors else ())
                 return target if len(outs) == 1 else tree_unflatten([target, *outs[1:]], spec)
             return tree_map(self.adopt, out)
@@ -203,9 +206,8 @@ class Watching(TorchDispatchMode):
         if any(out.numel() == 0 for out in outs) and len(outs) == 1:
             return [() for _ in outs]
         kind = kind_of(func)
-        if kind == "move":
-            if isinstance(args[0], Labelled) or name in ("cat", "stack"):
-                return move(func, args, kwargs, outs, self.record)
+        if kind == "move" and (isinstance(args[0], Labelled) or name in ("cat", "stack")):
+            return move(func, args, kwargs, outs, self.record)
         rule = RULES.get(name) or RULES.get(f"kind:{kind}")
         if rule is None:
             self.record.unknown[name] = self.record.unknown.get(name, 0) + 1
@@ -231,8 +233,8 @@ class Watching(TorchDispatchMode):
             result = Labelled(
                 each, labels, value=known[place], parameter=parameter, is_data=is_data
             )
-            if parameter and isinstance(args[0], Labelled) and _is_moved(func, args, labels):
-                result.sources = args[0].sources
+            if parameter and isinstance(args[0], Labelled) and args[0].sources:
+                result.sources = self._sources(func, args[0], labels)
             self.record.lay_out(labels, name_of(func), is_parameter=parameter is not None)
             if is_view(func) and isinstance(args[0], Labelled):
                 which = place if len(outs) > 1 else None
@@ -240,6 +242,26 @@ class Watching(TorchDispatchMode):
             made.append(result)
             number += 1
         return made
+
+    def _sources(self, func: Any, x: Labelled, labels: Factors) -> tuple[int, ...]:
+        """The parameter's dims of the factors of what was made of it alone; empty if not known."""
+        if kind_of(func) == "move" and name_of(func) not in ("cat", "stack"):
+            if len(labels) == len(x.factors):
+                return x.sources
+        elif name_of(func) not in PICKED:  # the same dims, in some order
+            places = dict(zip(map(varying, x.factors), x.sources, strict=True))
+            found = [places.get(varying(factor)) for factor in labels]
+            is_clear = len(places) == len(x.factors) and None not in found
+            return tuple(each for each in found if each is not None) if is_clear else ()
+        kept, left = [], list(zip(x.sources, x.factors, strict=True))
+        for factor in labels:  # some are gone: those that stay have the same labels
+            units = distinct(self.record.atoms.roots(factor))
+            while left and not np.array_equal(units, distinct(self.record.atoms.roots(left[0][1]))):
+                left.pop(0)
+            if not left:
+                return ()
+            kept.append(left.pop(0)[0])
+        return tuple(kept)
 
     def _write(self, target: Labelled, factors: Factors) -> None:
         """A tensor is written: it has the labels of what was written, and so has what it views."""
@@ -253,21 +275,11 @@ class Watching(TorchDispatchMode):
             return
         zero = np.zeros((1,) * base.dim(), dtype=np.int64)
         array = expanded(base.factors[0] if base.factors else zero, base.shape).clone()
-        view = func(array, *inner(args), **inner(kwargs))
+        view = func(array, *insides(args), **insides(kwargs))
         view = view if which is None else view[which]
         view.copy_(expanded(factors[0], view.shape))
         small: Labels | None = compress(array.numpy(), self.record)
         self._write(base, () if small is None else (small,))
-
-
-def _is_moved(func: Any, args: Any, labels: Factors) -> bool:
-    """Whether the first argument's factors are the result's, in order."""
-    if kind_of(func) == "move" and name_of(func) not in ("cat", "stack"):
-        return len(labels) == len(args[0].factors)
-    places = [varying(factor) for factor in labels]
-    return places == [varying(factor) for factor in args[0].factors] and (
-        args[0].dim() == (labels[0].ndim if labels else 0)
-    )
 
 
 def _shell(each: Tensor) -> Tensor:

@@ -1,16 +1,16 @@
 """What is cut together: the units that a watched forward keeps apart, and the dims they lie in."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from shardproof.units import Block, Units, blocks_of
-from shardproof.watching.atoms import Atoms, Labels
+from shardproof.watching.atoms import Atoms, Labels, distinct
 from shardproof.watching.boundaries import Box, Numbering, boundaries
+from shardproof.watching.forward import Key, Watched
 from shardproof.watching.needs import Needs, coarsen, settle_needs
 from shardproof.watching.record import Seen
-from shardproof.watching.watch import Key, Watched
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Event:
     """An operation inside a family that needs something sent.
 
     Attributes:
-        what: "reduce", "sum", "gather" or "lookup", as in `record.Seen`.
+        what: "reduce", "sum", "gather", "weight", "lookup" or "output", as in `record.Seen`.
         op: the operation.
         module: name of the module that ran it.
         parameter: the parameter that it used along the cut dim, if it did.
@@ -75,11 +75,11 @@ class _Finder:
         self.watched, self.record = watched, watched.record
         atoms = self.record.atoms
         self.needs: Needs = settle_needs(self.record)
-        dims = [np.unique(atoms.roots(labels)) for labels in watched.labels.values()]
+        dims = [distinct(atoms.roots(labels)) for labels in watched.labels.values()]
         if coarsen(self.record, dims, self.needs):
             self.needs = settle_needs(self.record)
         self.roots = {key: atoms.roots(labels) for key, labels in watched.labels.items()}
-        self.unique = {key: np.unique(roots) for key, roots in self.roots.items()}
+        self.unique = {key: distinct(roots) for key, roots in self.roots.items()}
         self.group = Atoms()  # which units lie in one dim of some parameter
         self.group.fresh(len(atoms))
 
@@ -106,11 +106,11 @@ class _Finder:
 
     def _number(self, labels: Labels, *, shared: bool = False) -> Labels:
         """Families of labels, each once; of shared units those that need them, if wanted."""
-        units = np.unique(self.record.atoms.roots(labels))
+        units = distinct(self.record.atoms.roots(labels))
         found = self.family_of[self.group.roots(units)]
         if shared:
             found = np.where(found < 0, self.needer_family[units], found)
-        found = np.unique(found)
+        found = distinct(found)
         return found[found >= 0]
 
     def _drivers(self, units: Labels) -> Labels:
@@ -188,18 +188,11 @@ class _Finder:
     ) -> Family:
         mine = [self._mine(key, number) for key in keys]
         live = [units[~self.needs.is_whole[units]] for units in mine]
-        total = len(np.unique(np.concatenate(live)))
+        total = len(distinct(np.concatenate(live)))
         is_live = total >= 2
         numbering = self._numbering(keys, live if is_live else mine)
-        events = [e for e in seen if not is_live or e.what not in ("gather", "sum")]
-        dims: dict[Key, tuple[Block, ...]] = {}
-        whole: list[Key] = []
-        for key in keys:
-            numbers = numbering.numbers(self.roots[key])
-            if (numbers == numbering.whole).all():
-                whole.append(key)
-            else:
-                dims[key] = blocks_of(numbers)
+        events = [e for e in seen if not is_live or e.what not in ("gather", "sum", "weight")]
+        dims, whole = self._dims(keys, numbering)
         for key in _second_dims(dims, events):
             del dims[key]  # what it makes is whole, and is cropped where it meets what is cut
             whole.append(key)
@@ -225,7 +218,21 @@ class _Finder:
             frozenset(crosses) - {number},
             any(len(shapes[parameter]) > 1 for parameter, _ in keys),
         )
-        return replace(made, kind=kind_of_family(made, shapes))
+        return replace(made, kind=kind_of_family(made, shapes, self.record.used))
+
+    def _dims(
+        self, keys: list[Key], numbering: Numbering
+    ) -> tuple[dict[Key, tuple[Block, ...]], list[Key]]:
+        """Dims in which something is apart, and those that every unit needs whole."""
+        dims: dict[Key, tuple[Block, ...]] = {}
+        whole: list[Key] = []
+        for key in keys:
+            numbers = numbering.numbers(self.roots[key])
+            if (numbers == numbering.whole).all():
+                whole.append(key)
+            else:
+                dims[key] = blocks_of(numbers)
+        return dims, whole
 
     def _mine(self, key: Key, number: int) -> Labels:
         """Units of a dim that are of the family and not shared."""
@@ -235,9 +242,9 @@ class _Finder:
 
     def _numbering(self, keys: list[Key], units: list[Labels]) -> Numbering:
         """Units in order; kinds of units that lie side by side in one dim are cut alike."""
-        members = np.unique(np.concatenate(units))
+        members = distinct(np.concatenate(units))
         if not len(members):  # nothing but shared units
-            members = np.unique(np.concatenate([self.unique[key] for key in keys]))[:1]
+            members = distinct(np.concatenate([self.unique[key] for key in keys]))[:1]
         first = np.full(len(members), np.iinfo(np.int64).max)
         kinds = np.zeros(len(members), dtype=np.uint64)
         offset = 0
@@ -266,17 +273,21 @@ def _second_dims(dims: Mapping[Key, object], events: list[Seen]) -> list[Key]:
     return found
 
 
-def kind_of_family(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> str:
+def kind_of_family(
+    family: Family, shapes: Mapping[str, tuple[int, ...]], used: Collection[str]
+) -> str:
     """How much a cut of it would send: see `Family.kind`."""
-    matrices = {name for name, _ in family.dims if len(shapes[name]) > 1}
+    matrices = {name for name, _ in family.dims if len(shapes[name]) > 1 and name in used}
     rows = {e.parameter for e in family.events if e.what == "reduce" and e.parameter in matrices}
     columns = matrices - rows
     count = {
         what: len({(e.op, e.module) for e in family.events if e.what == what})
         for what in ("gather", "sum", "lookup")
     }
-    if family.units.count < 2 or not matrices or family.units.breaks in ((), (0,)):
+    if family.units.count < 2 or not matrices or family.units.breaks == (0,):
         return ""
+    if any(event.what == "weight" for event in family.events):
+        return ""  # a weight is never gathered
     if rows and columns and not count["gather"]:
         if not count["sum"]:
             return "pair"

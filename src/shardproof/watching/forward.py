@@ -5,13 +5,13 @@ import random
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from shardproof.errors import PlanError, ShardproofError
 from shardproof.watching.atoms import Labels
@@ -37,8 +37,8 @@ class Watched:
         seconds: how long it took.
     """
 
-    record: Record
-    labels: Mapping[Key, Labels]
+    record: Record = field(repr=False)
+    labels: Mapping[Key, Labels] = field(repr=False)
     shapes: Mapping[str, tuple[int, ...]]
     tied: Mapping[str, str]
     device: str
@@ -65,26 +65,28 @@ def watch(
     """
     start = time.perf_counter()
     given = (tuple(args), dict(kwargs or {}))
-    first: Exception | None = None
+    failed: list[Exception] = []
     for leaves_last in (False, True):  # the last of a mask may stand for "none" (no expert)
         try:
             return _watched(model, given, start=start, leaves_last=leaves_last)
         except ShardproofError:
             raise
         except Exception as error:  # whatever a model's code raises where it looks at data
-            first = first or error
-    if first is None:
-        raise AssertionError
+            failed.append(error)
+    return _watched_on_cpu(model, given, failed[0], start)
+
+
+def _watched_on_cpu(model: nn.Module, given: Any, first: Exception, start: float) -> Watched:
+    """On a copy with numbers, for a forward that cannot run on the meta device."""
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > MOST_COPIED:
         raise PlanError(
-            f"the forward cannot run on the meta device ({_told(first)}), and {size} parameters are "
-            f"too many to watch it on a copy on the CPU (at most {MOST_COPIED}). Give a smaller "
-            "model of the same kind, or inputs on the CPU."
+            f"the forward cannot run on the meta device ({_told(first)}), and {size} parameters "
+            f"are too many for a copy on the CPU (at most {MOST_COPIED}). Give inputs on the CPU, "
+            "or a smaller model of the same kind."
         ) from first
     try:
-        twin = _small_copy(model)
-        return _watched(twin, given, why_cpu=_told(first), start=start)
+        return _watched(_small_copy(model), given, why_cpu=_told(first), start=start)
     except Exception as error:  # the same
         raise PlanError(_why_it_failed(model, given, error)) from error
 
@@ -120,13 +122,15 @@ def _small_copy(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     for module in twin.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, each in tensors.items():
+        for kind in ("_parameters", "_buffers"):
+            for name, each in vars(module)[kind].items():
                 if each is None:
                     continue
                 made = _material(each.detach(), generator)
                 is_parameter = isinstance(each, nn.Parameter)
-                tensors[name] = nn.Parameter(made, requires_grad=False) if is_parameter else made
+                module.__dict__[kind][name] = (
+                    nn.Parameter(made, requires_grad=False) if is_parameter else made
+                )
     return twin
 
 
@@ -148,7 +152,7 @@ def _watched(
     names: dict[int, str] = {}
     tied: dict[str, str] = {}
     labels: dict[Key, Labels] = {}
-    marked: dict[str, Labelled] = {}
+    marked: dict[str, Tensor] = {}
     by_id: dict[int, Labelled] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -158,7 +162,8 @@ def _watched(
             continue
         names[id(parameter)] = name
         shapes[name] = tuple(parameter.shape)
-        marked[name] = by_id[id(parameter)] = _mark(name, parameter, labels, record, on_meta)
+        by_id[id(parameter)] = _mark(name, parameter, labels, record, on_meta)
+        marked[name] = by_id[id(parameter)]
     mode = Watching(record, by_id, on_meta=on_meta, leaves_last=leaves_last)
     with _left_as_it_was(model), ExitStack() as stack:
         for name, module in model.named_modules():
@@ -169,7 +174,10 @@ def _watched(
         args, kwargs = tree_map(mode.take, given)
         stack.enter_context(torch.no_grad())
         stack.enter_context(mode)
-        torch.func.functional_call(model, marked, args, kwargs, tie_weights=False)
+        made = torch.func.functional_call(model, marked, args, kwargs, tie_weights=False)
+    for each in tree_leaves(made):
+        for factor in each.factors if isinstance(each, Labelled) else ():
+            record.see("output", "output", factor)
     device = "meta" if on_meta else "cpu"
     return Watched(record, labels, shapes, tied, device, why_cpu, time.perf_counter() - start)
 
@@ -187,7 +195,9 @@ def _mark(
             sources.append(dim)
     inside = parameter.detach()
     inside = inside.to("meta") if on_meta else inside.clone()
-    made = Labelled(inside, tuple(factors) if parameter.numel() else (), parameter=name)
+    if not parameter.numel():
+        return Labelled(inside, parameter=name)
+    made = Labelled(inside, tuple(factors), parameter=name)
     made.sources = tuple(sources)
     return made
 
@@ -226,10 +236,10 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _randomness_kept() -> Iterator[None]:
     """The states of all generators afterwards are those before."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:
             yield
         finally:
             random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
+            np.random.set_state(states[1])

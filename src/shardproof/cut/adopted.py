@@ -1,0 +1,55 @@
+"""A whole tensor that is written to with a cut one is cut from then on: caches, and what is filled.
+
+Code makes a tensor by `torch.zeros` and fills it with activations: a cache of keys, the outputs of
+chunks. Its first write says how it is cut. The same object becomes a cut tensor, so that everybody
+who has it sees the writes; what it held before is kept, and so is the way of its gradient.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardproof.cut.spec import Spec
+from shardproof.cut.tensor import CutTensor, _Shown, cut_tensor
+from shardproof.functional import crossings
+
+_ALONE = 2  # references to a storage: the tensor, and who asks
+
+
+class Adopted(_Shown):
+    """A tensor that was whole when it was made. C++ finds no elements in it, and sends no call here."""
+
+
+def shown(x: Any) -> Any:
+    """For an operation of C++ that is composed of others: a cut tensor that has its calls sent."""
+    return cut_tensor(x.local, x.spec, x.who) if type(x) is Adopted else x
+
+
+def adopt(x: Any, spec: Spec, who: str) -> bool:
+    """Cut a whole tensor in place, if nobody else sees its memory.
+
+    Args:
+        x: whole; a tensor that a plain operation made.
+        spec: how it is to be cut.
+        who: the module of the weight that the cut comes from.
+
+    Returns:
+        False: it stays whole, for it is a parameter, a view, or has views.
+    """
+    is_own = type(x) is Tensor and x._base is None and not (x.is_leaf and x.requires_grad)
+    if not is_own or id(x) in spec.region.kept or torch.compiler.is_compiling():
+        return False
+    if torch._C._storage_Use_Count(x.untyped_storage()._cdata) != _ALONE:
+        return False
+    place = spec.region.place(spec.cut, who)
+    if x.requires_grad:
+        local = crossings.take(x, spec.dim, place)
+    else:
+        local = crossings.held_part(x, spec.dim, place).clone()
+    with torch.no_grad():
+        x.data = x.new_empty(0)  # its memory
+    x.__class__ = Adopted
+    made: CutTensor = x
+    made.local, made.spec, made.who = local, spec, who
+    return True

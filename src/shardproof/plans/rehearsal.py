@@ -1,0 +1,112 @@
+"""One step of a cut model on every rank without the others: what it sends, and what it gathers.
+
+A plan is good only once this has been done: every view has been taken on every rank's parts, every
+collective has been counted. On the meta device nothing is computed. Where the forward depends on
+data, it runs on the CPU with small random weights, and what would come from other ranks is zero.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from shardproof.axis import Axis
+from shardproof.cut.spec import Region
+from shardproof.cut.tensor import CutTensor
+from shardproof.errors import PlanError, ShardproofError
+from shardproof.plans.watched_plan import Rehearsal
+from shardproof.transport.rehearsed import RehearsedTransport
+from shardproof.wording import error_words
+
+Cutting = Callable[[nn.Module, Axis], Region]
+
+
+def rehearse(
+    model: nn.Module,
+    call: tuple[tuple[Any, ...], Mapping[str, Any]],
+    cut: Cutting,
+    *,
+    degree: int,
+    device: str,
+) -> Rehearsal:
+    """Do a step on every rank of a copy of the model.
+
+    Args:
+        model: which stays as it is.
+        call: arguments of its forward, in order and by name.
+        cut: cuts a copy for an axis.
+        degree: how many ranks.
+        device: "meta" or "cpu".
+
+    Raises:
+        PlanError: a rank cannot do the step.
+    """
+    ranks, regions = [], []
+    for rank in range(degree):
+        axis = Axis("tp", RehearsedTransport(rank, degree))
+        copied = _copy(model, device)
+        region = cut(copied, axis)
+        args, kwargs = tree_map(lambda x: _moved(x, device), call)
+        try:
+            with torch.random.fork_rng():
+                _backward(copied(*args, **kwargs))
+        except ShardproofError:
+            raise
+        except Exception as error:  # whatever a model's code raises
+            raise PlanError(
+                f"the cut {type(model).__name__} cannot do a step on rank {rank} of {degree}: "
+                f"{error_words(error)}. Leave the module whole in which that is raised, or report "
+                "it: the model itself runs with these inputs."
+            ) from error
+        ranks.append(axis.transport.ledger.as_dict())
+        regions.append(region)
+    return Rehearsal(
+        device,
+        tuple(ranks),
+        tuple((*key, count) for key, count in regions[0].gathered.items()),
+        tuple(regions[0].variant.items()),
+        frozenset(regions[0].called),
+        frozenset(regions[0].drew),
+    )
+
+
+def _copy(model: nn.Module, device: str) -> nn.Module:
+    """A copy whose parameters and buffers lie on a device, without a copy where they lie now."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        moved = _moved(parameter.detach(), device)
+        memo[id(parameter)] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = _moved(buffer.detach(), device)
+    return copy.deepcopy(model, memo)
+
+
+def _moved(x: Any, device: str) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    if device == "meta":
+        return x.detach().to("meta").requires_grad_(x.requires_grad)
+    if not x.is_meta:
+        return x.detach().cpu().clone().requires_grad_(x.requires_grad)
+    if not x.is_floating_point():
+        return torch.zeros(x.shape, dtype=x.dtype)
+    return torch.full(x.shape, 0.01, dtype=x.dtype)
+
+
+def _backward(output: Any) -> None:
+    """Backward from everything that the forward gave."""
+    found = [x for x in _tensors(output) if x.requires_grad]
+    parts = [x.local if isinstance(x, CutTensor) else x for x in found]
+    if parts:
+        torch.autograd.backward(parts, [torch.zeros_like(x) for x in parts])
+
+
+def _tensors(output: Any) -> Iterator[Any]:
+    for x in tree_leaves(output, is_leaf=lambda each: isinstance(each, CutTensor)):
+        if isinstance(x, Tensor | CutTensor):
+            yield x
+        elif isinstance(x, Mapping):
+            yield from _tensors(list(x.values()))

@@ -1,0 +1,274 @@
+"""What watching one forward of a model found: a plan that names no module and knows every unit."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from shardproof.block_layout import cut_layout
+from shardproof.leaves import Layout
+from shardproof.plans.collective import Counts
+from shardproof.plans.text import alike, listed, size, together
+from shardproof.scheme import Scheme
+from shardproof.units import CutDim, Shared
+from shardproof.watching import Family
+from shardproof.wording import dtype_name
+
+_KINDS = {
+    "pair": "column and row",
+    "pair with sums": "column and row, sums between",
+    "vocabulary": "vocabulary",
+    "gathered": "column, output gathered",
+    "row": "row, whole input",
+}
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one step of the cut model did on every rank, without the others.
+
+    Attributes:
+        device: "meta", or "cpu" where the forward depends on data.
+        ranks: what the ledger of every rank counted, forward and backward.
+        gathered: (operation, module whose weight it comes from, how often): tensors that were
+            gathered because the operation cannot be done on parts.
+        variant: (operation, module): operations without a form whose bits no cut changes.
+        calls: modules whose own code calls, on whole tensors, what has a form of its own.
+        draws: modules whose own code draws.
+    """
+
+    device: str
+    ranks: tuple[Counts, ...]
+    gathered: tuple[tuple[str, str, int], ...] = ()
+    variant: tuple[tuple[str, str], ...] = ()
+    calls: frozenset[str] = frozenset()
+    draws: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class WatchedPlan:
+    """How a model is cut for some number of ranks, as one forward showed that it can be.
+
+    Attributes:
+        model: its class.
+        degree: how many ranks share it.
+        scheme: leaves, numerics, seed.
+        families: what is cut together: units, and the dims of parameters that they lie in.
+        whole: for every parameter that stays whole one sentence that says why.
+        shapes: of every parameter, each once.
+        dtypes: likewise.
+        rehearsal: one step of the cut model, forward and backward, with the given inputs.
+        notes: what a reader should know.
+    """
+
+    model: str
+    degree: int
+    scheme: Scheme
+    families: tuple[Family, ...]
+    whole: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+    rehearsal: Rehearsal
+    notes: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def cuts(self) -> dict[str, tuple[int, CutDim]]:
+        """Parameter -> the dim that is cut, and how."""
+        found: dict[str, tuple[int, CutDim]] = {}
+        for family in self.families:
+            shared = Shared(family.units, self.scheme.leaves, self.degree)
+            for (name, dim), blocks in family.dims.items():
+                found[name] = (dim, CutDim(shared, tuple(blocks)))
+        return found
+
+    def layouts(self, rank: int) -> dict[str, Layout]:
+        """How every cut parameter lies on a rank."""
+        return {
+            name: cut_layout(self.shapes[name], rank, dim=dim, along=along)
+            for name, (dim, along) in self.cuts.items()
+        }
+
+    @cached_property
+    def held_bytes(self) -> tuple[int, ...]:
+        """Bytes of parameters that each rank holds."""
+        return tuple(
+            self.whole_bytes
+            + sum(
+                _numel(layout.local_shape) * self.dtypes[name].itemsize
+                for name, layout in self.layouts(rank).items()
+            )
+            for rank in range(self.degree)
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the parameters of the whole model."""
+        return sum(_numel(self.shapes[name]) * self.dtypes[name].itemsize for name in self.shapes)
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes of the parameters that every rank holds whole."""
+        return sum(
+            _numel(self.shapes[name]) * self.dtypes[name].itemsize
+            for name in self.shapes
+            if name not in self.cuts
+        )
+
+    @property
+    def share(self) -> float:
+        """What part of the parameters is cut, in bytes."""
+        return 1 - self.whole_bytes / self.total_bytes if self.total_bytes else 0.0
+
+    @cached_property
+    def idle(self) -> dict[str, tuple[int, ...]]:
+        """Family -> ranks that own nothing of it."""
+        found = {}
+        for family in self.families:
+            shared = Shared(family.units, self.scheme.leaves, self.degree)
+            ranks = tuple(rank for rank in range(self.degree) if not shared.owned(rank))
+            if ranks:
+                found[family.name] = ranks
+        return found
+
+    def comm(self, *, rank: int = 0) -> Counts:
+        """What the ledger of a rank counts in one step with the inputs that were given.
+
+        Args:
+            rank: whose.
+
+        Returns:
+            Direction -> collective -> calls, message_bytes, sent_bytes, as
+            `axis.transport.ledger.as_dict()` has them.
+        """
+        return self.rehearsal.ranks[rank]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "model": self.model,
+            "degree": self.degree,
+            "scheme": asdict(self.scheme),
+            "share_cut": self.share,
+            "total_bytes": self.total_bytes,
+            "whole_bytes": self.whole_bytes,
+            "held_bytes": list(self.held_bytes),
+            "families": [self._family(family) for family in self.families],
+            "whole": dict(self.whole),
+            "gathered": [list(each) for each in self.rehearsal.gathered],
+            "not_invariant": [list(each) for each in self.rehearsal.variant],
+            "comm": list(self.rehearsal.ranks),
+            "notes": list(self.notes),
+        }
+
+    def _family(self, family: Family) -> dict[str, Any]:
+        return {
+            "name": family.name,
+            "kind": family.kind,
+            "units": family.units.count,
+            "shared_units": len(family.units.needers),
+            "idle_ranks": list(self.idle.get(family.name, ())),
+            "parameters": [
+                {
+                    "name": name,
+                    "dim": dim,
+                    "shape": list(self.shapes[name]),
+                    "dtype": dtype_name(self.dtypes[name]),
+                    "blocks": [[each.size, each.first, each.unit] for each in blocks],
+                    "ranks": [
+                        {
+                            "shape": list(layout.local_shape),
+                            "owned": [[run.start, run.stop] for run in layout.owned_runs],
+                            "held": [[run.start, run.stop] for run in layout.held_runs],
+                        }
+                        for layout in (self._layout(name, rank) for rank in range(self.degree))
+                    ],
+                }
+                for (name, dim), blocks in family.dims.items()
+            ],
+        }
+
+    def _layout(self, name: str, rank: int) -> Layout:
+        dim, along = self.cuts[name]
+        return cut_layout(self.shapes[name], rank, dim=dim, along=along)
+
+    def to_json(self) -> str:
+        """`as_dict` as text."""
+        return json.dumps(self.as_dict(), indent=1)
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Parameters that are alike as one: names, how they are cut, units, held by each rank."""
+        keyed = {}
+        for family in self.families:
+            for (name, dim), _ in family.dims.items():
+                held = tuple(self._layout(name, rank).local_shape for rank in range(self.degree))
+                keyed[name] = (_KINDS[family.kind], dim, _units(family), held)
+        return [
+            (together(names), f"{kind}, dim {dim}", units, shapes_in_words(held))
+            for names in alike(keyed.items())
+            for kind, dim, units, held in [keyed[names[0]]]
+        ]
+
+    def __str__(self) -> str:
+        """One line for every kind of parameter, then the totals, what is whole, and the notes."""
+        table = [("parameter", "cut", "units", "held by the ranks"), *self.rows()]
+        widths = [max(len(line[column]) for line in table) for column in range(3)]
+        lines = [
+            "  ".join(
+                [*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]]
+            )
+            for line in table
+        ]
+        return "\n".join([f"{self.model} at degree {self.degree}", *lines, *self.totals()])
+
+    def totals(self) -> list[str]:
+        """What it comes to, what stays whole and why, and what a step sends, as lines."""
+        held = self.held_bytes
+        ranks = size(held[0]) if len(set(held)) == 1 else f"{size(min(held))} to {size(max(held))}"
+        return [
+            f"parameters: {size(self.total_bytes)}, {100 * self.share:.1f} % of them cut; a rank "
+            f"holds {ranks}, of which {size(self.whole_bytes)} are on every rank",
+            *(f"whole on every rank: {names}: {why}" for names, why in self._reasons()),
+            *self._steps(),
+            *(f"note: {note}" for note in self.notes),
+        ]
+
+    def _reasons(self) -> Iterator[tuple[str, str]]:
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.whole.items():
+            reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            yield listed(names), why
+
+    def _steps(self) -> Iterator[str]:
+        for direction in ("forward", "backward"):
+            kinds = self.comm().get(direction, {})
+            if kinds:
+                said = ", ".join(
+                    f"{each['calls']} {kind} of {size(each['message_bytes'])}"
+                    for kind, each in kinds.items()
+                )
+                yield f"a step with these inputs, {direction}: {said}"
+        for operation, module, count in self.rehearsal.gathered:
+            yield f"gathered inside: {operation} of {module or 'an input'}, {count} a step"
+        for operation, module in self.rehearsal.variant:
+            where = f" in {module}" if module else ""
+            yield f"not invariant: {operation}{where} has no form whose bits no cut changes"
+        for name, idle in self.idle.items():
+            yield f"idle: {name} leaves ranks {', '.join(map(str, idle))} without work"
+
+
+def shapes_in_words(shapes: Sequence[tuple[int, ...]]) -> str:
+    """Shapes on the ranks, once if they are one."""
+    return " | ".join("x".join(map(str, shape)) for shape in dict.fromkeys(shapes))
+
+
+def _units(family: Family) -> str:
+    shared = len(family.units.needers)
+    return f"{family.units.count}" + (f" and {shared} shared" if shared else "")
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()

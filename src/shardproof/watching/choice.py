@@ -1,0 +1,193 @@
+"""Which families are cut, and why the other parameters stay whole."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from shardproof.units import Block, Units
+from shardproof.watching.family import Event, Family
+from shardproof.watching.forward import Watched
+
+ORDER = ("pair", "pair with sums", "vocabulary", "gathered")
+SMALL = 0.02  # of all weights: less than that is not worth an extra collective
+ALONE = ("vocabulary", "gathered")  # one matrix, with a collective of its own
+ENOUGH = 0.9  # of the weights of matrices: where fewer are cut, some are cut alone
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is cut.
+
+    Attributes:
+        families: those that are cut, in the order of the model.
+        whole: for every parameter that stays whole one sentence that says why.
+        share: the part of the weights of matrices that is cut.
+    """
+
+    families: tuple[Family, ...]
+    whole: Mapping[str, str]
+    share: float
+
+
+def choose(found: Sequence[Family], watched: Watched, *, enough: float = ENOUGH) -> Choice:
+    """Choose families: pairs first, then what sends more; no parameter along two dims.
+
+    Args:
+        found: all families of the forward.
+        watched: the forward.
+        enough: the part of the matrices' weights that should be cut; where fewer are, rows are
+            cut alone, each with an all-reduce of its own.
+    """
+    shapes = watched.shapes
+    taken: set[str] = set()
+    chosen: set[int] = set()
+    small: set[int] = set()
+    for kind in ORDER:
+        ours = [number for number, family in enumerate(found) if family.kind == kind]
+        for number in sorted(ours, key=lambda n: _worth(found[n], shapes), reverse=True):
+            family = found[number]
+            names = {name for name, _ in family.dims}
+            if kind in ALONE and _is_small(family, taken, shapes):
+                small.add(number)
+                continue
+            if names & taken or family.crosses & chosen:
+                continue
+            chosen.add(number)
+            taken |= names
+    alone = _alone(found, taken, watched, enough)
+    taken |= {name for family in alone for name, _ in family.dims}
+    cut = sum(prod(shapes[name]) for name in taken if len(shapes[name]) > 1)
+    matrices = sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
+    why = _Why(found, chosen, small, taken, watched)
+    whole = {name: why.sentence(name) for name in shapes if name not in taken}
+    families = (*(found[n] for n in sorted(chosen)), *alone)
+    return Choice(families, whole, cut / max(matrices, 1))
+
+
+def _alone(
+    found: Sequence[Family], taken: set[str], watched: Watched, enough: float
+) -> list[Family]:
+    """Rows that are cut alone, each with an all-reduce of its own, the largest first.
+
+    Only where too few weights are cut: a row's input is whole, and any run of it may be cut.
+    """
+    shapes = watched.shapes
+    sizes = {name: prod(shape) for name, shape in shapes.items() if len(shape) > 1}
+    missing = enough * sum(sizes.values()) - sum(sizes[name] for name in taken & set(sizes))
+    rows: dict[str, tuple[Event, ...]] = {}
+    for family in found:
+        for event in family.events:
+            if event.what == "reduce" and event.dim is not None and event.parameter in sizes:
+                rows[event.parameter] = (*rows.get(event.parameter, ()), event)
+    made: list[Family] = []
+    for name in sorted(set(rows) - taken, key=lambda name: (-sizes[name], name)):
+        dims = {event.dim for event in rows[name]}
+        if missing <= 0 or len(dims) > 1:
+            continue
+        missing -= sizes[name]
+        made.append(_row(name, dims.pop() or 0, rows[name], shapes[name]))
+    return made
+
+
+def _row(name: str, dim: int, events: tuple[Event, ...], shape: tuple[int, ...]) -> Family:
+    size = shape[dim]
+    units = Units(f"{name}.{dim}", size)
+    events = tuple(dict.fromkeys(events))
+    return Family(units.name, units, {(name, dim): (Block(size, 0, 1),)}, (), "row", events)
+
+
+def _weight(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(prod(shapes[name]) for name in {name for name, _ in family.dims})
+
+
+def _worth(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> tuple[float, int]:
+    """Matrices that are cut for each collective, then weights."""
+    sent = len(
+        {
+            (event.op, event.module, event.parameter)
+            for event in family.events
+            if event.what != "output"
+        }
+    )
+    matrices = len({name for name, _ in family.dims if len(shapes[name]) > 1})
+    return matrices / max(sent, 1), _weight(family, shapes)
+
+
+def _is_small(family: Family, taken: set[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether it is not worth a collective: little of the model, and less than another matrix."""
+    weight = _weight(family, shapes)
+    largest = max((prod(shapes[name]) for name in taken), default=0)
+    return weight < SMALL * sum(prod(shape) for shape in shapes.values()) and weight < largest
+
+
+@dataclass(frozen=True)
+class _Why:
+    """Why parameters stay whole.
+
+    Attributes:
+        found: all families.
+        chosen: numbers of those that are cut.
+        small: numbers of those that are not worth a collective.
+        taken: parameters that are cut.
+        watched: the forward.
+    """
+
+    found: Sequence[Family]
+    chosen: set[int]
+    small: set[int]
+    taken: set[str]
+    watched: Watched
+
+    def sentence(self, name: str) -> str:
+        """Why a parameter stays whole, in one sentence."""
+        if name not in self.watched.record.used:
+            return "It is never used in the watched forward."
+        reasons: dict[str, list[int]] = {}
+        for number, family in enumerate(self.found):
+            for key in (*family.dims, *family.whole):
+                if key[0] == name:
+                    reasons.setdefault(self._reason(name, number), []).append(key[1])
+        if not reasons:
+            return "It has one element along each dim."
+        parts = [*reasons]
+        if len(reasons) > 1:
+            parts = [f"along dim {dims[0]} {reason}" for reason, dims in reasons.items()]
+        told = "; ".join(parts)
+        return f"{told[0].upper()}{told[1:]}."
+
+    def _reason(self, name: str, number: int) -> str:
+        """What keeps one dim of a parameter from being cut."""
+        family = self.found[number]
+        if number in self.chosen:
+            return f"every unit of {family.name!r} needs all of it"
+        event = _blocking(family, name)
+        if event is not None:
+            return (
+                f"{_told(event)} {'adds up over it' if event.what == 'sum' else 'needs it whole'}"
+            )
+        if family.units.count < 2:
+            return "all of it belongs to one unit"
+        if family.units.breaks == (0,):
+            return "a view in the forward mixes its units"
+        if not family.has_matrix:
+            return "no operation joins it with a matrix that could be cut"
+        rivals = family.crosses & self.chosen
+        if rivals:
+            return f"an activation that has it is cut as {self.found[min(rivals)].name!r}"
+        if number in self.small:
+            return "it is too small to be worth a collective"
+        others = [other for other, _ in family.dims if other in self.taken and other != name]
+        if others:
+            return f"it would be cut with {others[0]!r}, which is cut along another dim"
+        return "a cut of it alone would need an all-reduce of its own"
+
+
+def _blocking(family: Family, name: str) -> Event | None:
+    """The operation that needs a dim whole; of several one in the parameter's own module."""
+    events = [event for event in family.events if event.what in ("gather", "sum", "weight")]
+    own = [event for event in events if event.module == name.rpartition(".")[0]]
+    return next(iter([*own, *events]), None)
+
+
+def _told(event: Event) -> str:
+    return f"{event.op!r} in {event.module!r}" if event.module else f"{event.op!r}"
