@@ -403,6 +403,7 @@ EVERY = SILENT | NEIGHBOURS
 UNWATCHED = ("recurrent",)  # the planner says that it cannot watch these
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs")  # the planner watches without gradients
 @pytest.mark.parametrize("name", [name for name in EVERY if name not in UNWATCHED])
 def test_as_planned(name: str) -> None:
     plan = watched(EVERY[name])

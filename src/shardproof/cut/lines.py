@@ -15,6 +15,7 @@ from shardproof.cut.meet import fitted, freed, is_for_all, is_served, served
 from shardproof.cut.others import gathered, invariant, is_cut
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
+from shardproof.errors import ShapeError
 from shardproof.functional import crossings
 
 # Name -> place of the argument that says along which dims; its other name, and what it is if absent.
@@ -29,7 +30,6 @@ _DIM = {
             "logcumsumexp",
             "cummax",
             "cummin",
-            "glu",
             "unbind_never",
             "_softmax",
             "_log_softmax",
@@ -68,7 +68,7 @@ _DIM = {
     "linalg_vector_norm": 2,
     "normalize": 2,
 }
-_LAST = frozenset(("sort", "argsort", "topk", "kthvalue", "glu"))
+_LAST = frozenset(("sort", "argsort", "topk", "kthvalue"))
 _KEEPS = frozenset(
     (
         "softmax",
@@ -87,7 +87,6 @@ _KEEPS = frozenset(
         "msort",
         "_softmax",
         "_log_softmax",
-        "glu",
     )
 )
 _FIRST = {"sort": 1, "argsort": 1}
@@ -199,6 +198,18 @@ def _is_length(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
 
 def _recast(kwargs: dict[str, Any], args: tuple[Any, ...]) -> bool:
     return False
+
+
+@rule("glu")
+def glu(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One half times the sigmoid of the other: units that lie in both halves meet."""
+    x, dim = args[0], kwargs.get("dim", args[1] if len(args) > 1 else -1)
+    if x.shape[dim] % 2:
+        raise ShapeError(f"glu halves dim {dim} of {tuple(x.shape)}, which is odd.")
+    one, two = run(Tensor.chunk, (x, 2, dim), {})
+    if not isinstance(one, CutTensor) and not isinstance(two, CutTensor):
+        return invariant(x.spec.region, func, x.who)(torch.cat([one, two], dim), dim)
+    return run(torch.mul, (one, run(torch.sigmoid, (two,), {})), {})
 
 
 @rule("max", "min")
@@ -357,8 +368,7 @@ def attended_with_dropout(
     Its dropout is that of the module that calls it: by position.
     """
     if enable_gqa:
-        n = q.shape[-3] // k.shape[-3]
-        k, v = k.repeat_interleave(n, -3), v.repeat_interleave(n, -3)
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
     scores = (q @ k.transpose(-2, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         length, keys = q.shape[-2], k.shape[-2]
@@ -407,8 +417,13 @@ def attention(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     if options.get("dropout_p", 0.0) > 0.0:
         return attended_with_dropout(q, k, v, **options)
     if options.pop("enable_gqa", False):
-        n = q.shape[-3] // k.shape[-3]
-        k, v = (_for_groups(x, q.spec, n) for x in (k, v))
+        k, v = (
+            x if x.shape[-3] == 1 else _for_groups(x, q.spec, q.shape[-3] // x.shape[-3])
+            for x in (k, v)
+        )
+    lead = torch.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v)))
+    if lead != q.shape[:-3]:
+        q = q.expand(*lead, *q.shape[-3:])
     spec, who = q.spec, q.who
     k, v = (_of_heads(each, spec, who) for each in (k, v))
     mask = options.pop("attn_mask", None)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from shardproof.cut.others import gathered
 from shardproof.cut.spec import Spec
@@ -141,7 +142,10 @@ def move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         if recipe is None:
             recipe = x.spec.region.recipes[key] = find(func, name, x.spec, rest, kwargs)
     except _Unkeyed:
-        return gathered(func, name, args, kwargs)
+        sizes = tree_map(_as_size, rest)
+        if any(isinstance(each, Tensor) for each in tree_leaves(sizes)) or kwargs:
+            return gathered(func, name, args, kwargs)
+        return move(func, name, (x, *sizes), kwargs)
     if recipe is LOST:
         return gathered(func, name, args, kwargs)
     many, outs = recipe
@@ -187,6 +191,12 @@ def _unsqueezed(x: CutTensor, dims: tuple[Any, ...]) -> CutTensor | None:
 _QUICK = {"transpose": _transposed, "permute": _permuted, "unsqueeze": _unsqueezed}
 
 LOST: Any = object()
+
+
+def _as_size(x: Any) -> Any:
+    """A number of a whole tensor of one is a size."""
+    is_one = isinstance(x, Tensor) and not isinstance(x, CutTensor) and not x.dim()
+    return int(x) if is_one else x
 
 
 def _of_others(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -390,6 +400,8 @@ def _step(
             return False  # a candidate that does not fit the part is none
         return tuple(got.shape) == shape and torch.equal(_narrowed(got, expected.shape), expected)
 
+    if spec.region.scheme.is_invariant:  # what repeats sums in backward
+        func = forms.form_of(func) or func
     for candidate in _candidates(func, name, args, kwargs, shape, place):
         if fits(candidate):
             return candidate
