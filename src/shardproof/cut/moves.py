@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from shardproof.cut.others import gathered
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
-from shardproof.numerics import forms, reducing
+from shardproof.numerics import forms
 from shardproof.units import CutDim
 
 LARGEST = 1 << 24  # numbers that one recipe looks at
@@ -447,11 +447,10 @@ def _candidates(
     if name in _SIZED:
         return [lambda x: x.reshape(shape)]
     if name in ("expand", "broadcast_to"):
-        return [lambda x: reducing.expand(x, shape)]
-    compute = forms.form_of(func) or func  # what repeats adds gradients up, in a fixed order
+        return [lambda x: func(x, shape)]
     if place is None:
-        return [lambda x: compute(x, *args, **kwargs)]
-    return [lambda x: compute(x, *args, **kwargs)[place]]
+        return [lambda x: func(x, *args, **kwargs)]
+    return [lambda x: func(x, *args, **kwargs)[place]]
 
 
 def _runs(spec: Spec, expected: Tensor, made: Spec) -> list[Step]:

@@ -8,6 +8,7 @@ says which these are.
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, lru_cache
 from types import CellType, FunctionType
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_flatten, tree_map
 
+from shardproof.cut.adopted import shown
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import RULES, CutTensor, composed, rule, run
 from shardproof.functional import crossings
@@ -177,8 +179,6 @@ def _taken_apart(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, 
     Inside, autograd is off for what does not come back. So a whole tensor that wants a gradient may
     not be among its operands, nor become one on the way: then all is gathered.
     """
-    from shardproof.cut.adopted import shown
-
     args, kwargs = tree_map(shown, (args, kwargs), is_leaf=is_cut)
     flat = tree_flatten((args, kwargs), is_leaf=is_cut)[0]
     if torch.is_grad_enabled() and any(_wants(each) for each in flat):
@@ -186,10 +186,8 @@ def _taken_apart(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, 
     outers: list[_Outer] = _local.__dict__.setdefault("outers", [])
     outers.append(_Outer())
     try:
-        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        with suppress(_Whole), torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             return func(*args, **kwargs)
-    except _Whole:
-        pass
     finally:
         outers.pop()
     return gathered(func, name, args, kwargs)
