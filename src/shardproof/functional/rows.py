@@ -22,6 +22,8 @@ def shaped(rows: Tensor | None, like: Tensor) -> Any:
     In place: into a view that a Function makes nobody may write. `resize_` takes memory as it lies,
     so that what was computed element by element from a transposed input is copied first.
     """
+    if rows is not None and rows._is_view():  # one node of a sum may be a part of several
+        rows = torch.ops.aten._unsafe_view(rows, rows.shape)
     if rows is None or like.dim() == 2:
         return rows
     if not rows.is_contiguous():
