@@ -22,7 +22,7 @@ from shardproof.errors import PlanError, ShardproofError
 from shardproof.plans.watched_plan import Rehearsal, Sent
 from shardproof.transport.base import Call
 from shardproof.transport.rehearsed import RehearsedTransport
-from shardproof.watching.watch import MOST_COPIED
+from shardproof.watching.forward import MOST_COPIED
 from shardproof.wording import error_words
 
 Cutting = Callable[[nn.Module, Axis], Region]
