@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_flatten, tree_map
 
 from shardproof.cut.spec import Region
-from shardproof.cut.tensor import RULES, CutTensor, composed, rule, run
+from shardproof.cut.tensor import RULES, CutTensor, composed, rule, run, shown
 from shardproof.functional import crossings
 from shardproof.numerics import forms
 
@@ -177,8 +177,6 @@ def _taken_apart(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, 
     Inside, autograd is off for what does not come back. So a whole tensor that wants a gradient may
     not be among its operands, nor become one on the way: then all is gathered.
     """
-    from shardproof.cut.adopted import shown
-
     args, kwargs = tree_map(shown, (args, kwargs), is_leaf=is_cut)
     flat = tree_flatten((args, kwargs), is_leaf=is_cut)[0]
     if torch.is_grad_enabled() and any(_wants(each) for each in flat):
