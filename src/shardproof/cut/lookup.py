@@ -115,15 +115,27 @@ def _dim_left(shape: Sequence[int], dim: int, entries: list[Any]) -> int | None:
         return None
     small = [*shape[:dim], 3, *shape[dim + 1 :]]
     whole_ = [
-        slice(None) if source == dim else each for source, each in zip(at, entries, strict=True)
+        slice(None) if source == dim else _stand_in(each)
+        for source, each in zip(at, entries, strict=True)
     ]
-    device = next((each.device for each in entries if isinstance(each, Tensor)), None)
-    numbers = torch.arange(3, device="cpu" if device is None else device)
-    numbers = numbers.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+    numbers = torch.arange(3, device="cpu").reshape(
+        [-1 if d == dim else 1 for d in range(len(shape))]
+    )
     picked = numbers.expand(small)[tuple(whole_)]
     if not picked.numel():
         return None
     return next((d for d in range(picked.dim()) if _varies(picked, d)), None)
+
+
+def _stand_in(index: Any) -> Any:
+    """An index of the same shape on the CPU: where dims go does not depend on its numbers."""
+    if not isinstance(index, Tensor):
+        return index
+    return (
+        torch.ones(index.shape, dtype=torch.bool, device="cpu")
+        if index.dtype == torch.bool
+        else (torch.zeros(index.shape, dtype=torch.int64, device="cpu"))
+    )
 
 
 def _is_all(each: slice, size: int) -> bool:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from shardproof.cut.adopted import shown
 from shardproof.cut.spec import Region
-from shardproof.cut.tensor import RULES, CutTensor, composed, rule, run
+from shardproof.cut.tensor import RULES, CutTensor, composed, rule, run, shown
 from shardproof.functional import crossings
 from shardproof.numerics import forms
 

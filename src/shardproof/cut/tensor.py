@@ -252,6 +252,15 @@ def cut_tensor(local: Tensor, spec: Spec, who: str = "") -> CutTensor:
     return made
 
 
+class Adopted(_Shown):
+    """A tensor that was whole when it was made. C++ finds no elements in it, and sends no call here."""
+
+
+def shown(x: Any) -> Any:
+    """For an operation of C++ that is composed of others: a cut tensor that has its calls sent."""
+    return cut_tensor(x.local, x.spec, x.who) if type(x) is Adopted else x
+
+
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Do what its rule says; without one, take it apart or gather (`cut/others.py`)."""
     name = _NAMES.get(func) or name_of(func)
