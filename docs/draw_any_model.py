@@ -236,7 +236,7 @@ NOTE = (
     "No row is moved to another rank.",
 )
 DESCRIPTION = (
-    "Six query heads have the labels a to f. Two heads of keys have K and L, two of values V and W. "
+    "Six query heads have the labels a to f. Two heads of keys have K and L, two of values V, W. "
     "repeat_interleave moves the labels: K K K L L L. Where queries meet keys, a, b and c need K, "
     "and d, e and f need L; where weights meet values they need V and W. The columns of wo join "
     "the heads. So units 0 to 5 are a to f; K and V are shared unit 6, needed by 0, 1 and 2; L and "

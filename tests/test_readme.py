@@ -5,8 +5,8 @@ A python block is a program of its own. In a console block, lines after `$ ` are
 shell-like session in an empty folder: `shardproof` is run and must succeed, `make` words must be in
 the Makefile, files that `python` and `torchrun` start must exist. Any other command is an error
 here, for nobody would notice when it stops working.
-A page of a lesson (`docs/lessons/NN_*.md`) is one program of many blocks, run by test_lessons.py, and
-so are `docs/any-model.md` and `docs/cut-your-model.md`, run by test_cut_pages.py.
+A page of a lesson (`docs/lessons/NN_*.md`) is one program of many blocks, run by test_lessons.py.
+So are `docs/any-model.md` and `docs/cut-your-model.md`, run by test_cut_pages.py.
 """
 
 import doctest
