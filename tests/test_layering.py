@@ -142,6 +142,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cut.adopted",),
     ("cut.others",),
     ("cut.meet",),
+    ("cut.deferred",),
     ("cut.channels", "cut.foreign", "cut.joined", "cut.linear", "cut.lines", "cut.losses"),
     ("cut.checked", "cut.conv", "cut.einsum", "cut.lookup", "cut.moves", "cut.pointwise"),
     ("cut.solves",),

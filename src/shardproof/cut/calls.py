@@ -104,7 +104,11 @@ class Calls(TorchFunctionMode):
             x, *limits = args or (kwargs.pop("input"),)
             limits += [kwargs.pop(key) for key in ("low", "high") if key in kwargs]
             limits = [0, *limits] if name == "randint_like" and len(limits) == 1 else limits
-            func, args, kwargs = getattr(Tensor, _LIKE[name]), (empty_like(x, **kwargs), *limits), {}
+            func, args, kwargs = (
+                getattr(Tensor, _LIKE[name]),
+                (empty_like(x, **kwargs), *limits),
+                {},
+            )
         first = next((each for each in args if isinstance(each, Tensor)), None)
         device = torch.device(
             kwargs.get("device") or (torch.get_default_device() if first is None else first.device)

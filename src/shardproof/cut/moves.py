@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from shardproof.cut.deferred import defer
 from shardproof.cut.others import gathered
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
@@ -147,7 +148,7 @@ def move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             return gathered(func, name, args, kwargs)
         return move(func, name, (x, *sizes), kwargs)
     if recipe is LOST:
-        return gathered(func, name, args, kwargs)
+        return _lost(func, name, x, args, kwargs)
     many, outs = recipe
     made = [_made(step, spec, x) for step, spec in outs]
     return made[0] if not many else many(made)
@@ -197,6 +198,15 @@ def _as_size(x: Any) -> Any:
     """A number of a whole tensor of one is a size."""
     is_one = isinstance(x, Tensor) and not isinstance(x, CutTensor) and not x.dim()
     return int(x) if is_one else x
+
+
+def _lost(func: Any, name: str, x: CutTensor, args: tuple[Any, ...], kwargs: Any) -> Any:
+    """A result that no one dim cuts: put off where it may be undone, else gathered."""
+    has_gradient = torch.is_grad_enabled() and x.requires_grad
+    if name not in ("reshape", "view") or has_gradient or torch.compiler.is_compiling():
+        return gathered(func, name, args, kwargs)
+    shape = args[1:] if len(args) > 1 else (kwargs["shape"],)
+    return defer(x, shape[0] if isinstance(shape[0], list | tuple) else shape)
 
 
 def _of_others(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

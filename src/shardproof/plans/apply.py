@@ -124,9 +124,7 @@ def _cut_as_watched(
     guard_methods(model)
     count_whole(model)
     if is_transformers(model):
-        note_inputs(model, axis)
-        if hasattr(model, "generate"):
-            guard_generation(model, axis)
+        _guard(model, axis)
     model.register_load_state_dict_pre_hook(check_state)
     return model
 
@@ -203,6 +201,11 @@ def _change(model: nn.Module, made: ModelPlan, twins: Mapping[str, nn.Module], a
         take_over(model, cutter.attentions)
     if made.head is not None:
         adapt_head(model, model.get_submodule(made.head))  # type: ignore[arg-type]
+    _guard(model, axis)
+
+
+def _guard(model: nn.Module, axis: Axis) -> None:
+    """Let a model of transformers refuse what ranks must not be given, or would draw apart."""
     note_inputs(model, axis)
     if hasattr(model, "generate"):
         guard_generation(model, axis)
