@@ -1,9 +1,9 @@
 """A reshape that spreads the cut dim over two dims, put off until its numbers are used.
 
-Code packs the query heads of one token by key-value head: (batch, 6, 1, n) becomes (batch, 2, 3, n).
-Neither dim alone says which rank has a head. What usually follows is an attention, which the
-unpacked heads give too, and the reshape back. So the tensor remembers what it was made of; every
-other use gathers it.
+Code packs the query heads of one token by key-value head: (batch, 6, 1, n) becomes
+(batch, 2, 3, n). Neither dim alone says which rank has a head. What usually follows is an
+attention, which the unpacked heads give too, and the reshape back. So the tensor remembers what it
+was made of; every other use gathers it.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""`torch.autograd.Function` of a model's own on cut tensors: forward and backward run on cut tensors.
+"""`torch.autograd.Function` of a model's own: its forward and backward run on cut tensors.
 
 Torch would call its forward and see no input that wants a gradient, for autograd knows the parts:
 the gradient would be lost in silence. So `Function.apply` asks first whether a tensor is cut.

@@ -56,7 +56,7 @@ def _as_slice(numbers: list[Any]) -> Any:
 
 
 def _picked(func: Any, x: CutTensor, entries: list[Any]) -> Any:
-    """Advanced indexing: what takes the cut dim whole leaves it cut; numbers of it are looked up."""
+    """Advanced indexing: the cut dim stays cut if it is taken whole, else rows are looked up."""
     dim = _dim_left(x.shape, x.spec.dim, entries)
     if dim is None:
         rows = _rows_picked(x, entries)

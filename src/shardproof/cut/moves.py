@@ -2,8 +2,8 @@
 
 An operation is run once on numbers: every element of the whole carries its index along the cut dim.
 Where the numbers lie afterwards says how the result is cut, and which call on the part yields this
-rank's part of it. Such a recipe is kept; it is right by construction, for the call that it makes has
-been run on this rank's numbers and compared.
+rank's part of it. Such a recipe is kept. It is right, for the call that it makes has been run on
+this rank's numbers and compared.
 """
 
 from collections.abc import Callable
