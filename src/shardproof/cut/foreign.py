@@ -1,4 +1,4 @@
-"""`torch.autograd.Function` of a model's own on cut tensors: forward and backward run on cut tensors.
+"""`torch.autograd.Function` of a model's own: forward and backward run on cut tensors.
 
 Torch would call its forward and see no input that wants a gradient, for autograd knows the parts:
 the gradient would be lost in silence. So `Function.apply` asks first whether a tensor is cut.
@@ -47,10 +47,7 @@ class _OfParts(Function):
         ]
         found = ctx.kind.backward(_Context(ctx, ctx.needs_input_grad[3:]), *given)
         found = found if isinstance(found, tuple) else (found,)
-        made = [
-            _as_input(each, spec, ctx)
-            for each, spec in zip(found, ctx.specs, strict=True)
-        ]
+        made = [_as_input(each, spec, ctx) for each, spec in zip(found, ctx.specs, strict=True)]
         return (None, None, None, *made)
 
 
@@ -112,7 +109,9 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return _plain_apply(cls, *args, **kwargs)
     if cut is None and cls.setup_context is not Function.setup_context:
         y = _plain_apply(cls, *args, **kwargs)
-        cut = next((e for e in tree_flatten(y, is_leaf=is_cut)[0] if isinstance(e, CutTensor)), None)
+        cut = next(
+            (e for e in tree_flatten(y, is_leaf=is_cut)[0] if isinstance(e, CutTensor)), None
+        )
         if cut is None:
             return y
     if cls.setup_context is not Function.setup_context:
