@@ -11,9 +11,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from shardproof.errors import PlanError
-
 from between import BATCH, HIDDEN, IN, LENGTH, Between, check, forced, watched
+from shardproof.errors import PlanError
 
 HALF = HIDDEN // 2
 Make = Callable[[], nn.Module]
