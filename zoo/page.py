@@ -26,7 +26,7 @@ heads, feed-forward 100, vocabulary 251: sizes that divide nothing), planned by 
 cut, and trained one step at degrees 1, 2 and 3 with invariant numerics. This page is written by that
 run. No rule of shardproof names a model or a class.
 
-- *cut*: the part of the parameters' bytes that is cut.
+- *cut*: the part of the elements of parameters with two dims or more that is cut.
 - *sums*: all-reduces of a step at degree 2, forward + backward. Two for each pair of layers and
   direction are what a Megatron block has.
 - *gathers*: all-gathers forward + backward. One forward is the loss of a cut vocabulary.

@@ -70,7 +70,7 @@ def batch_norm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, An
     if training:
         with torch.no_grad():
             for each, part in zip(means, own, strict=True):
-                if each is not None:
+                if each is not None and part is not None:
                     each.copy_(crossings.gather(part, 0, place))
     return _affine(region, cut_tensor(y, x.spec, x.who), given["weight"], given["bias"])
 

@@ -79,9 +79,9 @@ def _compare(found: Any, func: Any, name: str, args: tuple[Any, ...], kwargs: An
             pairs.append((own, whole.requires_grad_(x.requires_grad)))
             return own
         if isinstance(x, Tensor):
-            own = x.detach().clone().requires_grad_(x.requires_grad)
-            pairs.append((own, x.detach().clone().requires_grad_(x.requires_grad)))
-            return own
+            mine = x.detach().clone().requires_grad_(x.requires_grad)
+            pairs.append((mine, x.detach().clone().requires_grad_(x.requires_grad)))
+            return mine
         return x
 
     given, options = tree_map(copied, (args, kwargs), is_leaf=is_cut)

@@ -71,7 +71,7 @@ class Deferred(Tensor):
         return func(*tree_map(_opened, args), **tree_map(_opened, dict(kwargs)))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Sequence[type],

@@ -77,9 +77,9 @@ def _of_whole_weight(
     """A cut tensor and a whole weight, whose gradient the ranks sum, for the rows are cut."""
     spec = x.spec
     if spec.dim == x.dim() - 1:
-        x = whole(x, f"{func.__name__} of a whole weight")
+        rows = whole(x, f"{func.__name__} of a whole weight")
         form = invariant(spec.region, F.linear, "")
-        return form(x, weight.t() if is_transposed else weight, bias)
+        return form(rows, weight.t() if is_transposed else weight, bias)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         y = batched(
             x if spec.dim < x.dim() - 2 else x.unsqueeze(-2),
