@@ -92,7 +92,7 @@ def _windows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, grows:
     size = kwargs.get("kernel_size") or args[1 if grows else 2]
     window = size * size if isinstance(size, int) else int(np.prod(size))
     channel = x.dim() - 2 if not grows else x.dim() - 3
-    labels = x.spec.cut.labels if isinstance(x, CutTensor) else np.zeros(0)
+    labels: Any = x.spec.cut.labels if isinstance(x, CutTensor) else np.zeros(0)
     made = np.repeat(labels, window) if grows else labels[::window]
     is_whole = grows or np.array_equal(np.repeat(made, window), labels)
     if not isinstance(x, CutTensor) or x.spec.dim != channel or not is_whole or not x.local.numel():

@@ -133,9 +133,10 @@ def _attended(
         attn_mask = _unpacked(attn_mask, packed)
         if attn_mask is None:
             return None
-    y = F.scaled_dot_product_attention(
-        heads, key, value, attn_mask=attn_mask, scale=scale, enable_gqa=packed[-3] != unpacked[-3]
-    )
+    options = {"attn_mask": attn_mask, "scale": scale}
+    given: Any = heads
+    is_grouped = packed[-3] != unpacked[-3]
+    y = F.scaled_dot_product_attention(given, key, value, enable_gqa=is_grouped, **options)
     return run(Tensor.reshape, (y, (*packed[:-1], y.shape[-1])), {})
 
 

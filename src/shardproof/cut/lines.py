@@ -408,6 +408,9 @@ def attention(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
         zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)
     )
     options = {**given, **kwargs}
+    q: Any
+    k: Any
+    v: Any
     q, k, v = (options.pop(each) for each in ("query", "key", "value"))
     if not isinstance(q, CutTensor) or q.spec.dim != q.dim() - 3:
         return gathered(func, name, args, kwargs)
