@@ -18,7 +18,6 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_flatten, tree_map
 
-from shardproof.cut.adopted import shown
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import RULES, CutTensor, composed, rule, run, shown
 from shardproof.functional import crossings
