@@ -293,6 +293,10 @@ class Import:
     is_inside_function: bool
 
 
+# What `cli.plan_given` imports by the name that a user gives: no module of ours is behind it.
+USERS = {"where"}
+
+
 def module_of(path: Path, src: Path) -> str:
     return ".".join(path.relative_to(src).with_suffix("").parts)
 
@@ -314,8 +318,10 @@ def imports_in(text: str) -> tuple[Import, ...]:
             for alias in node.names:
                 yield Import(f"{base}.{alias.name}", node.lineno, is_inside)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            name = ast.literal_eval(node.args[0])  # a computed name fails here, and should
-            yield Import(name, node.lineno, is_inside)
+            written = ast.unparse(node.args[0])
+            if written not in USERS:
+                name = ast.literal_eval(node.args[0])  # a computed name fails here, and should
+                yield Import(name, node.lineno, is_inside)
         is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         for child in ast.iter_child_nodes(node):
             yield from visit(child, is_inside or is_function)

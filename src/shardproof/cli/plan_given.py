@@ -76,7 +76,7 @@ def _from_file(path: Path) -> ModuleType:
     name = path.stem
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"Python reads no module from {path.name}")
+        raise UsageError(f"Python reads no module from {path.name}")
     module = importlib.util.module_from_spec(spec)
     kept = sys.modules.get(name)
     sys.modules[name] = module  # as the statement import does: dataclasses look there

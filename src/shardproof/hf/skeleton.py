@@ -95,7 +95,7 @@ def _class_of(config: Any, library: Any) -> Any:
         if type(config) in kinds:
             found = kinds[type(config)]
             return found[0] if isinstance(found, tuple | list) else found
-    raise ValueError(f"there is no model of {type(config).__name__}")
+    raise UsageError(f"there is no model of {type(config).__name__}")
 
 
 def config_of(folder: Path, what: str = CAUSAL) -> Any:

@@ -49,7 +49,7 @@ def plan(
     degree: int,
     inputs: None = None,
     scheme: Scheme = DEFAULT_SCHEME,
-) -> ModelPlan: ...
+) -> ModelPlan | WatchedPlan: ...
 
 
 @overload
