@@ -15,7 +15,7 @@ help:
 	@echo "make test   run the tests, two files at a time (WORKERS=4: four; ORDER=random:7: shuffled)"
 	@echo "make check  ruff and mypy"
 	@echo "make bench  measure side by side with plain torch, and time the cases"
-	@echo "make zoo    build every model of four lists of transformers, small, and train each a step"
+	@echo "make zoo    plan, cut and prove every model of four lists of transformers; writes docs/zoo.md"
 	@echo "            (STEPS='plain', LISTS='causal image': only these; LIMIT=60: seconds for each)"
 	@echo "make docs   API documentation into build/docs"
 	@echo "make setup  only install what these need, into $(VENV)"
@@ -55,13 +55,14 @@ bench: $(STAMP)
 	$(BIN)/shardproof bench
 	$(BIN)/python benchmarks/case_times.py
 
-STEPS ?= plain
+STEPS ?= prove
 LISTS ?=
 LIMIT ?= 60
 
 zoo: $(STAMP)
 	@mkdir -p build
-	$(BIN)/python -m zoo.run $(STEPS:%=--step %) $(LISTS:%=--list %) --limit $(LIMIT) --workers $(WORKERS) --json build/zoo.jsonl
+	$(BIN)/python -m zoo.run $(STEPS:%=--step %) $(LISTS:%=--list %) --limit $(LIMIT) --workers $(WORKERS) --json build/zoo.jsonl \
+	  $(if $(LISTS),,--page docs/zoo.md)
 
 # Every module by name: on its own pdoc shows only what `__all__` has.
 MODULES = $(shell cd src && find shardproof -name '*.py' ! -name '__*' | sed 's/\.py$$//; s|/|.|g' | sort)

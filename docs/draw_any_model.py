@@ -1,4 +1,4 @@
-"""Draws docs/labels.svg and docs/fused.svg: how one forward shows what can be cut, and what ranks hold.
+"""Draws docs/labels.svg and docs/fused.svg: labels through an attention, and a fused weight.
 
 Units, rows and shapes are those of plans and of a run, so that the pictures cannot differ from the
 code: python docs/draw_any_model.py
@@ -236,18 +236,18 @@ NOTE = (
     "No row is moved to another rank.",
 )
 DESCRIPTION = (
-    "Six query heads have the labels a to f. Two heads of keys have K and L, two of values V and W. "
-    "repeat_interleave moves the labels: K K K L L L. Where queries meet keys, a, b and c need K, and "
-    "d, e and f need L; where weights meet values they need V and W. The columns of wo join the "
-    "heads. So units 0 to 5 are a to f; K and V are shared unit 6, needed by 0, 1 and 2; L and W are "
-    "shared unit 7. On three ranks: rank 0 has a, b, K, V; rank 1 has c, d and all of K, L, V, W, of "
-    "which it owns L and W; rank 2 has e, f and copies of L and W."
+    "Six query heads have the labels a to f. Two heads of keys have K and L, two of values V, W. "
+    "repeat_interleave moves the labels: K K K L L L. Where queries meet keys, a, b and c need K, "
+    "and d, e and f need L; where weights meet values they need V and W. The columns of wo join "
+    "the heads. So units 0 to 5 are a to f; K and V are shared unit 6, needed by 0, 1 and 2; L and "
+    "W are shared unit 7. On three ranks: rank 0 has a, b, K, V; rank 1 has c, d and all of K, L, "
+    "V, W, of which it owns L and W; rank 2 has e, f and copies of L and W."
 )
 FUSED_DESCRIPTION = (
-    "c_attn.weight has 36 rows: queries 0 to 11, keys 12 to 23, values 24 to 35. Rank 0 holds rows 0 "
-    "to 3, 12 to 15 and 24 to 27; rank 1 the four after these in each block; rank 2 the last four. "
-    "Below, what the model sees and what a rank holds: c_attn(x) is 36 and 12 wide, a part of split "
-    "12 and 4, view gives 6 heads and 2."
+    "c_attn.weight has 36 rows: queries 0 to 11, keys 12 to 23, values 24 to 35. Rank 0 holds rows "
+    "0 to 3, 12 to 15 and 24 to 27; rank 1 the four after these in each block; rank 2 the last "
+    "four. Below, what the model sees and what a rank holds: c_attn(x) is 36 and 12 wide, a part "
+    "of split 12 and 4, view gives 6 heads and 2."
 )
 
 

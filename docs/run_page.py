@@ -7,6 +7,7 @@ page anew; tests/test_cut_pages.py compares.
 
 import contextlib
 import io
+import linecache
 import re
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ def printed(page: str) -> list[str]:
 def run(page: str, name: str) -> list[str]:
     """What each block of code of a page prints when it runs."""
     names: dict[str, Any] = {"__name__": "__main__"}
+    linecache.cache[name] = (len(page), None, page.splitlines(keepends=True), name)  # for messages
     outputs = []
     for found in CODE.finditer(page):
         line = page[: found.start(1)].count("\n")
@@ -49,4 +51,4 @@ def filled(page: str, outputs: list[str]) -> str:
 if __name__ == "__main__":
     for each in map(Path, sys.argv[1:]):
         text = each.read_text(encoding="utf-8")
-        each.write_text(filled(text, run(text, str(each))), encoding="utf-8")
+        each.write_text(filled(text, run(text, each.name)), encoding="utf-8")

@@ -1,12 +1,13 @@
 """Code on cut tensors, against the same code on whole ones: its results, gradients and bits."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cut_dims import DIMS, FEATURES, Dim, Results, agrees, leaf, same_at_every_degree, whole_of
@@ -16,6 +17,7 @@ from shardproof.cut import rules
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor
 from shardproof.functional.crossing_moves import held_part
+from shardproof.plans.watched import cut_by, plan_by_watching
 from shardproof.scheme import Scheme
 from shardproof.units import Block, CutDim, Shared, Units
 
@@ -247,7 +249,13 @@ def test_cuts_of_one_kind_meet_whatever_their_units_are_called(pool: Pool) -> No
 
 def test_cuts_of_other_units_are_gathered(pool: Pool) -> None:
     other = Dim(Units("coarse", 29, breaks=(0, 7, 20)), (Block(29, 0, 1),))
-    judge(pool, torch.mul, X, Given((2, 5, 29), 2, other), gathered="mul")
+    judge(
+        pool,
+        torch.mul,
+        X,
+        Given((2, 5, 29), 2, other),
+        gathered="a tensor that is cut by other units",
+    )
 
 
 def test_a_product_of_ours_is_written_to_in_place(pool: Pool) -> None:
@@ -263,3 +271,88 @@ def test_a_product_of_ours_is_written_to_in_place(pool: Pool) -> None:
         Given((6, 1, 4)),
         Given((6, 29), 1),
     )
+
+
+SPREADS: dict[str, Code] = {
+    "std": lambda x: torch.std(x, dim=-1, keepdim=True, unbiased=False),
+    "var": lambda x: x.var((1, 2), correction=0),
+    "var_mean": lambda x: torch.var_mean(x, -1),
+    "norm": lambda x: (x.norm(dim=-1, keepdim=True), torch.linalg.vector_norm(x, dim=(0, 2))),
+}
+
+
+@pytest.mark.parametrize("code", SPREADS.values(), ids=SPREADS)
+def test_spreads_and_lengths_along_the_cut_dim_are_sums(pool: Pool, code: Code) -> None:
+    judge(pool, code, X)
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("unitriangular", [True, False])
+def test_triangular_systems_are_solved_where_they_are(
+    pool: Pool, left: bool, unitriangular: bool
+) -> None:
+    def code(a: Any, b: Any) -> Any:
+        a = a.tril() * 0.1 + 2 * torch.eye(13, dtype=a.dtype)
+        b = b if left else b.transpose(-1, -2)
+        return torch.linalg.solve_triangular(
+            a, b, upper=False, left=left, unitriangular=unitriangular
+        )
+
+    shape = (2, 29, 13, 13)
+    judge(pool, code, Given(shape, 1), Given((*shape[:-1], 5), 1))
+    judge(pool, code, Given(shape), Given((*shape[:-1], 5), 1))
+
+
+def test_a_group_that_is_never_cut_takes_its_shared_unit_along(pool: Pool) -> None:
+    units = Units("heads", 6, ((0, 1, 2), (3, 4, 5)), breaks=(0, 3))
+    groups = tuple(
+        block for group in (0, 1) for block in (Block(4, 6 + group, 4), Block(12, 3 * group, 4))
+    )
+
+    def code(x: Any) -> Any:
+        keys, queries = x.view(2, 5, 2, 16).split([4, 12], -1)
+        return keys * 2, queries.reshape(2, 5, 6, 4).exp()
+
+    judge(pool, code, Given((2, 5, 32), 2, Dim(units, groups)))
+
+
+def test_an_old_new_is_whole_or_cut_as_its_shape_says(pool: Pool) -> None:
+    def code(x: Any) -> Any:
+        made = x.new(*x.size()).copy_(x)
+        return made * 2, x.new(3, 4).fill_(2.0)
+
+    judge(pool, code, X)
+
+
+class Noisy(nn.Module):
+    """Draws in its forward, of whole tensors and of what its weight makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 29)
+        self.down = nn.Linear(29, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * torch.rand_like(x) + torch.randn(5, 4, device=x.device)
+        h = self.up(x)
+        h = h * torch.rand_like(h) * torch.bernoulli(h.sigmoid())
+        h = h + torch.empty_like(h).exponential_().log() + h.clone().normal_(0.5, 2.0)
+        y: Tensor = self.down(h)
+        return y[torch.randperm(2, device=x.device)] + torch.randint(0, 3, (4,), device=x.device)
+
+
+def test_what_a_module_draws_is_the_same_on_every_rank_at_every_degree(pool: Pool) -> None:
+    torch.manual_seed(1)
+    plain, x = Noisy(), torch.randn(2, 5, 4)
+    plan = plan_by_watching(plain, (x,), degree=1, scheme=Scheme())
+    assert {"up.weight", "down.weight"} <= set(plan.cuts)
+
+    def step(axis: Axis) -> Results:
+        model = copy.deepcopy(plain)
+        region = cut_by(model, replace(plan, degree=axis.size), axis)
+        first, second = model(x), model(x)
+        assert not region.gathered
+        assert not torch.equal(first, second)
+        return {"first": first.detach(), "second": second.detach()}
+
+    same_at_every_degree(pool, step)

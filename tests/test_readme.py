@@ -6,6 +6,7 @@ shell-like session in an empty folder: `shardproof` is run and must succeed, `ma
 the Makefile, files that `python` and `torchrun` start must exist. Any other command is an error
 here, for nobody would notice when it stops working.
 A page of a lesson (`docs/lessons/NN_*.md`) is one program of many blocks, run by test_lessons.py.
+So are `docs/any-model.md` and `docs/cut-your-model.md`, run by test_cut_pages.py.
 """
 
 import doctest
@@ -25,7 +26,7 @@ SRC = ROOT / "src" / "shardproof"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = ("git", "cd", "pip")  # they would leave this checkout
 SECONDS = 600
-LESSON = re.compile(r"\d\d_")
+ONE_PROGRAM = re.compile(r"\d\d_|any-model|cut-your-model")
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,9 @@ EXAMPLES = sorted(
 
 @pytest.mark.timeout(SECONDS)
 @pytest.mark.parametrize(
-    "block", [b for b in BLOCKS if b.language == "python" and not LESSON.match(b.page)], ids=str
+    "block",
+    [b for b in BLOCKS if b.language == "python" and not ONE_PROGRAM.match(b.page)],
+    ids=str,
 )
 def test_python_block_runs(block: Block, tmp_path: Path) -> None:
     run_python(block, tmp_path)

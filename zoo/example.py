@@ -70,8 +70,15 @@ def stir(model: nn.Module, seed: int) -> None:
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Set every probability of a dropout to 0, also those that are kept as numbers."""
+    """Set every probability of a dropout to 0, also those that are kept as numbers.
+
+    Those of a config too: some models make a module anew in their first forward.
+    """
     for module in model.modules():
+        config = getattr(module, "config", None)
+        for name, value in list(getattr(config, "__dict__", {}).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(config, name, 0.0)
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for holder in (module, getattr(module, "config", None)):

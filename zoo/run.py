@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any
@@ -24,6 +25,7 @@ from rich.table import Table
 
 from zoo.children import Child, Row
 from zoo.lists import LISTS, names
+from zoo.page import page
 from zoo.steps import STEPS
 from zoo.unbuildable import UNBUILDABLE
 from zoo.work import work
@@ -102,6 +104,7 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", metavar="NAME", help="this model; repeatable")
     parser.add_argument("--step", action="append", choices=STEPS, help="default: plain")
     parser.add_argument("--json", type=Path, metavar="FILE", help="one line for each row")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write docs/zoo.md of step prove")
     parser.add_argument("--limit", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument("--workers", type=int, default=1, metavar="N")
     found = parser.parse_args(given)
@@ -131,6 +134,8 @@ def main(given: list[str] | None = None) -> int:
                 out.flush()
     if out:
         out.close()
+    if options.page:
+        options.page.write_text(page(rows, version("transformers")))
     console = Console(width=120)
     console.print(summary(rows, lists if not options.only else list(LISTS)))
     told = failures(rows)

@@ -24,9 +24,10 @@ def wide() -> Iterator[None]:
 
 
 class Steady(TorchFunctionMode):
-    """Random numbers that depend on the shape alone, so that two ways to run a model have the same.
+    """Random numbers that depend on the shape alone, and no fp32 where integers become floats.
 
-    A model that draws in training (a router's noise, rotations of a hash) could not be compared.
+    A model that draws in training (a router's noise, rotations of a hash) could not be compared,
+    nor one whose positions are rounded to fp32 on the way.
     """
 
     def __torch_function__(
@@ -38,7 +39,12 @@ class Steady(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in _FILLS and type(args[0]) is Tensor and args[0].is_floating_point():
+        if func is Tensor.float:
+            func = Tensor.double
+        args = tuple(torch.float64 if each is torch.float32 else each for each in args)
+        if kwargs.get("dtype") is torch.float32:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        if name in _FILLS and args and type(args[0]) is Tensor and args[0].is_floating_point():
             x = args[0]
             numbers = torch.arange(1, x.numel() + 1, dtype=torch.float64) * 0.6180339887498949 % 1
             return x.detach().copy_(_FILLS[name](numbers).reshape(x.shape)) if x.numel() else x

@@ -134,6 +134,12 @@ class JsonFile:
             file.write(data)
 
 
+def is_same(one: str, other: str) -> bool:
+    """Whether two paths name one regular file."""
+    paths = [os.path.realpath(path) for path in (one, other)]
+    return paths[0] == paths[1] and (os.path.isfile(paths[0]) or not os.path.exists(paths[0]))
+
+
 def read_report(given: str, *, option: str = "--against") -> dict[str, Any]:
     """An earlier report.
 

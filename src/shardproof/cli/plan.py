@@ -1,52 +1,28 @@
 """`shardproof plan`: how a model would be cut, and what a step of it would send."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import click
-from rich.padding import Padding
-from rich.text import Text
+from torch import nn
 
-from shardproof.cli.json_file import JsonFile
+from shardproof.cli.json_file import JsonFile, is_same
 from shardproof.cli.options import HELP_OPTIONS, leaves_option, positive
-from shardproof.cli.output import WIDE, PlainConsole, console, listed, ranges, shape, size, table
-from shardproof.hf.skeleton import skeleton
+from shardproof.cli.output import console
+from shardproof.cli.plan_given import read_given
+from shardproof.cli.plan_model import Asked, as_json, show_model
+from shardproof.cli.plan_watched import show_watched
+from shardproof.errors import PlanError, UsageError
 from shardproof.leaves import DEFAULT_LEAVES, check_degree
-from shardproof.plans.collective import Counts
-from shardproof.plans.model_plan import ModelPlan, describe
-from shardproof.plans.module_plan import ModulePlan, Row
+from shardproof.plans.by_example import plan_by_example
+from shardproof.plans.model_plan import ModelPlan
+from shardproof.plans.planning import as_error, attempt
 from shardproof.plans.planning import plan as make_plan
-from shardproof.plans.text import listed as names
+from shardproof.plans.watched_plan import WatchedPlan
 from shardproof.scheme import Scheme
+from shardproof.showing.plan_page import plan_page
+from shardproof.wording import written
 
 BATCH, LENGTH = 4, 128
-INDENT = 1
-GROUPS = ("attention", "shared input")  # their children are named below them
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A plan and the step that is looked at.
-
-    Attributes:
-        directory: as it was written.
-        plan: of the model in it.
-        batch, length: rows, and tokens of each.
-    """
-
-    directory: str
-    plan: ModelPlan
-    batch: int
-    length: int
-
-    def step(self, rank: int = 0, module: str | None = None) -> Counts:
-        """What one training step counts."""
-        return self.plan.comm(batch=self.batch, length=self.length, rank=rank, module=module)
-
-    def token(self, rank: int = 0) -> Counts:
-        """What generating one more token counts."""
-        found = self.plan.comm(batch=self.batch, length=1, labels=False, rank=rank)
-        return {direction: kinds for direction, kinds in found.items() if direction == "forward"}
 
 
 @click.command(context_settings=HELP_OPTIONS)
@@ -57,14 +33,29 @@ class Asked:
 @click.option(
     "--length", metavar="L", default=str(LENGTH), show_default=True, help="Tokens of a row."
 )
+@click.option(
+    "--watch", is_flag=True, help="Watch a forward also where the model's tp_plan serves."
+)
+@click.option("--html", "html_path", metavar="FILE", help="Also write a page that draws the plan.")
 @click.option("--json", "json_path", metavar="FILE", help="Also write the plan to FILE.")
 def plan(
-    model_dir: str, degree: str, leaves: str, batch: str, length: str, json_path: str | None
+    *,
+    model_dir: str,
+    degree: str,
+    leaves: str,
+    batch: str,
+    length: str,
+    watch: bool,
+    html_path: str | None,
+    json_path: str | None,
 ) -> int:
-    """Show how the model of MODEL_DIR would be cut, by the tp_plan that it carries.
+    """Show how the model of MODEL_DIR would be cut: who owns what, and what a step would send.
 
-    What lies where, what stays whole and why, and the collectives and bytes of a training step.
-    Only config.json is read; nothing is allocated, sent or fetched. Needs the extra 'hf'.
+    MODEL_DIR is a directory with config.json, of which nothing else is read. A model of
+    transformers is cut by the tp_plan that it carries; where that does not serve, one forward is
+    watched, with inputs that the config gives. Or it is MODULE:FUNCTION, such as mymodel.py:build:
+    a function without arguments that returns (model, inputs), of any model, whose forward is
+    watched. Nothing is trained, sent or fetched. Directories need the extra 'hf'.
 
     Exit code 0, or 2 if the model cannot be cut so.
     """
@@ -73,129 +64,48 @@ def plan(
     rows = positive(batch, option="--batch", example=BATCH)
     tokens = positive(length, option="--length", example=LENGTH)
     check_degree(ranks, scheme.leaves)
+    if html_path is not None and json_path is not None and is_same(html_path, json_path):
+        raise UsageError(
+            f"--html and --json are both {written(html_path)}, and one would replace the other. "
+            "Name two files."
+        )
+    page = JsonFile(html_path, option="--html") if html_path is not None else None
     target = JsonFile(json_path) if json_path is not None else None
-    asked = Asked(
-        model_dir, make_plan(skeleton(model_dir), degree=ranks, scheme=scheme), rows, tokens
-    )
+    model, inputs = read_given(model_dir)
+    made = _made(model, inputs, ranks, scheme, (rows, tokens), watch)
+    if page is not None:
+        page.write_text(plan_page(made, batch=rows, length=tokens, given=model_dir))
+    if isinstance(made, WatchedPlan):
+        if target is not None:
+            target.write({"directory": model_dir, **made.as_dict()})
+        show_watched(made, model_dir, console())
+        return 0
+    asked = Asked(model_dir, made, rows, tokens)
     if target is not None:
         target.write(as_json(asked))
-    show(asked, console())
+    show_model(asked, console())
     return 0
 
 
-def as_json(asked: Asked) -> dict[str, Any]:
-    """The plan as data, with what a step counts on every rank."""
-    ranks = range(asked.plan.degree)
-    return {
-        "directory": asked.directory,
-        **asked.plan.as_dict(),
-        "comm": {
-            "batch": asked.batch,
-            "length": asked.length,
-            "step": [asked.step(rank) for rank in ranks],
-            "token": [asked.token(rank) for rank in ranks],
-        },
-    }
-
-
-def show(asked: Asked, out: PlainConsole) -> None:
-    """Print one line for every kind of layer, then what stays whole and what it comes to."""
-    made = asked.plan
-    out.show(Text(f"== {made.model} at degree {made.degree}", "bold"))
-    out.show(Text(f"{asked.directory}, {made.scheme.leaves} leaves"))
-    out.print()
-    columns = ["module", "cut", "leaves", "weight", "on a rank", "step"]
-    if out.width < WIDE:
-        columns = [column for column in columns if column not in ("leaves", "weight")]
-    grid = table(*columns, width=out.width, right=("leaves", "weight", "on a rank"))
-    for column in (grid.columns[0], grid.columns[-1]):
-        column.no_wrap = True  # names are searched for
-    parent = ""
-    for row in made.rows:
-        if row.first.is_cut:
-            cells = _cells(row, parent, asked)
-            grid.add_row(*(cells[column] for column in columns))
-            parent = row.names if row.first.role in GROUPS else parent
-    out.show(Padding(grid, (0, 0, 0, INDENT)))
-    out.print()
-    for line in [*_whole(made), *made.totals(), *_steps(asked)]:
-        out.print(Text(line), soft_wrap=True)
-
-
-def _cells(row: Row, parent: str, asked: Asked) -> dict[str, str]:
-    """Column -> what it says of one kind of layer."""
-    first, name = row.first, row.names
-    if parent and name.startswith(f"{parent}."):
-        name = f"  {name.removeprefix(f'{parent}.')}"
-    return {
-        "module": name,
-        "cut": _how(first),
-        "leaves": str(first.leaves),
-        "weight": ", ".join(
-            shape(each.shape) for each in first.parameters if each.name == "weight"
-        ),
-        "on a rank": _size(_largest(first)) if first.parameters else "",
-        "step": "\n".join(
-            f"{direction} {len(row.modules) * figures['calls']} {kind} "
-            f"{size(len(row.modules) * figures['message_bytes'])}"
-            for direction, kinds in sorted(asked.step(module=first.name).items(), reverse=True)
-            for kind, figures in kinds.items()
-        ),
-    }
-
-
-def _how(module: ModulePlan) -> str:
-    """In words, with the ranks that have nothing to do."""
-    if not module.idle:
-        return describe(module)
-    ranks = f"rank{'s' if len(module.idle) > 1 else ''}"
-    return f"{describe(module)}; {ranks} {ranges(module.idle)} idle"
-
-
-def _whole(made: ModelPlan) -> list[str]:
-    """What every rank holds, as one line for every reason."""
-    reasons: dict[str, list[ModulePlan]] = {}
-    for module in made.modules:
-        if not module.is_cut:
-            reasons.setdefault(module.reason, []).append(module)
-    return [
-        f"whole on every rank ({reason}): {names(module.name for module in modules)}"
-        for reason, modules in reasons.items()
-    ]
-
-
-def _largest(module: ModulePlan) -> int:
-    """Bytes on the rank that holds most of it."""
-    held = [parameter.held_bytes for parameter in module.parameters if not parameter.tied_to]
-    return max((sum(ranks) for ranks in zip(*held, strict=True)), default=0)
-
-
-def _size(num_bytes: int) -> str:
-    return size(num_bytes) if num_bytes else "tied"
-
-
-def _steps(asked: Asked) -> list[str]:
-    """What a training step and a generated token send, as lines."""
-    what = f"a training step of {asked.batch} x {asked.length} tokens"
-    if asked.plan.degree == 1:
-        return [f"{what} sends nothing: there is one rank"]
-    return [
-        f"{what}: {_directions(asked.step())}",
-        f"a generated token of {asked.batch} rows: {_directions(asked.token())}",
-    ]
-
-
-def _directions(counts: Counts) -> str:
-    """All that is sent, and how much rank 0 sends of it."""
-    sent = sum(figures["sent_bytes"] for kinds in counts.values() for figures in kinds.values())
-    parts = [
-        f"{direction} {_calls(kinds)}" for direction, kinds in sorted(counts.items(), reverse=True)
-    ]
-    return f"{'; '.join(parts)}; rank 0 sends {size(sent)}"
-
-
-def _calls(kinds: dict[str, dict[str, int]]) -> str:
-    return listed(
-        f"{figures['calls']} {kind} ({size(figures['message_bytes'])})"
-        for kind, figures in kinds.items()
-    )
+def _made(
+    model: nn.Module,
+    inputs: Any,
+    degree: int,
+    scheme: Scheme,
+    step: tuple[int, int],
+    watch: bool,
+) -> ModelPlan | WatchedPlan:
+    """The plan: by the model's own, or by watching."""
+    if inputs is not None:
+        return make_plan(model, degree=degree, inputs=inputs, scheme=scheme)
+    why = ""
+    if not watch:
+        found = attempt(model, None, degree=degree, scheme=scheme)
+        if not isinstance(found, str):
+            made, problems = found
+            if problems:
+                raise PlanError(as_error(model, problems))
+            return made
+        why = found
+    batch, length = step
+    return plan_by_example(model, degree=degree, scheme=scheme, why=why, batch=batch, length=length)

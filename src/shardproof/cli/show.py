@@ -7,7 +7,7 @@ import click
 from shardproof import cases as known
 from shardproof import extras
 from shardproof.cli import torchrun
-from shardproof.cli.json_file import JsonFile
+from shardproof.cli.json_file import JsonFile, is_same
 from shardproof.cli.options import HELP_OPTIONS, leaves_option, one_of, positive, seed_option
 from shardproof.cli.options import seed as parse_seed
 from shardproof.cli.output import console
@@ -86,7 +86,7 @@ def show(
     check_degree(ranks, scheme.leaves)
     most = positive(scenes, option="--scenes", example=MOST_SCENES)
     kind = one_of(engine, ENGINES, option="--engine")
-    if html_path is not None and json_path is not None and _is_same(html_path, json_path):
+    if html_path is not None and json_path is not None and is_same(html_path, json_path):
         raise UsageError(
             f"--html and --json are both {written(html_path)}, and one would replace the other. "
             "Name two files."
@@ -103,12 +103,6 @@ def show(
         target.write(story.as_dict())
     _print(story, values)
     return 0
-
-
-def _is_same(one: str, other: str) -> bool:
-    """Whether two paths name one regular file."""
-    paths = [os.path.realpath(path) for path in (one, other)]
-    return paths[0] == paths[1] and (os.path.isfile(paths[0]) or not os.path.exists(paths[0]))
 
 
 def _work(

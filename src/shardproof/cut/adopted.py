@@ -11,19 +11,10 @@ import torch
 from torch import Tensor
 
 from shardproof.cut.spec import Spec
-from shardproof.cut.tensor import CutTensor, _Shown, cut_tensor
+from shardproof.cut.tensor import Adopted, CutTensor
 from shardproof.functional import crossings
 
 _ALONE = 2  # references to a storage: the tensor, and who asks
-
-
-class Adopted(_Shown):
-    """A tensor that was whole when it was made. C++ finds no elements in it, and sends no call here."""
-
-
-def shown(x: Any) -> Any:
-    """For an operation of C++ that is composed of others: a cut tensor that has its calls sent."""
-    return cut_tensor(x.local, x.spec, x.who) if type(x) is Adopted else x
 
 
 def adopt(x: Any, spec: Spec, who: str) -> bool:

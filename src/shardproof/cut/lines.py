@@ -1,9 +1,10 @@
-"""Operations that use whole lines along some dims and treat lines alike: softmax, norms, sums, sorts.
+"""Operations that use whole lines along some dims: softmax, norms, sums, sorts.
 
 Where the cut dim is none of theirs, each rank does its own lines. Where it is, a sum is added over
 the ranks in the order of the tree, a softmax exchanges its sums, and the rest is gathered.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from shardproof.cut.meet import fitted, freed, is_for_all, is_served, served
 from shardproof.cut.others import gathered, invariant, is_cut
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
+from shardproof.errors import ShapeError
 from shardproof.functional import crossings
 
-# Name -> place of the argument that says along which dims; its other name, and what it is if absent.
+# Name -> place of the argument that says along which dims.
 _DIM = {
     **dict.fromkeys(
         (
@@ -28,7 +30,6 @@ _DIM = {
             "logcumsumexp",
             "cummax",
             "cummin",
-            "glu",
             "unbind_never",
             "_softmax",
             "_log_softmax",
@@ -67,7 +68,7 @@ _DIM = {
     "linalg_vector_norm": 2,
     "normalize": 2,
 }
-_LAST = frozenset(("sort", "argsort", "topk", "kthvalue", "glu"))
+_LAST = frozenset(("sort", "argsort", "topk", "kthvalue"))
 _KEEPS = frozenset(
     (
         "softmax",
@@ -86,7 +87,6 @@ _KEEPS = frozenset(
         "msort",
         "_softmax",
         "_log_softmax",
-        "glu",
     )
 )
 _FIRST = {"sort": 1, "argsort": 1}
@@ -158,11 +158,58 @@ def _across(
         return crossings.max_cut(x.local, x.spec.dim, place, keepdim=keep, is_min=name == "argmin")[
             1
         ]
+    if name in _SPREADS or _is_length(name, args, kwargs):
+        return _spread_across(name, x, args, kwargs, dims)
     return gathered(func, name, args, kwargs)
+
+
+def _spread_across(
+    name: str,
+    x: CutTensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dims: tuple[int, ...],
+) -> Any:
+    """A variance, a deviation or a length: sums over the cut dim, whole and small."""
+    keep = bool(kwargs.get("keepdim", len(args) > 3 and args[3] is True))
+    if name in _LENGTHS:
+        y = run(Tensor.sum, (x * x, dims), {"keepdim": keep}).sqrt()
+        return y if kwargs.get("dtype") is None else y.to(kwargs["dtype"])
+    free: Any = kwargs.get("correction", kwargs.get("unbiased", args[2] if len(args) > 2 else 1))
+    count = math.prod(x.shape[dim] for dim in dims) - (1 if free is None else int(free))
+    mean = x.mean(dims, keepdim=True)
+    far = x - mean
+    y = run(Tensor.sum, (far * far, dims), {"keepdim": keep}) / max(count, 0)
+    y = y.sqrt() if name.startswith("std") else y
+    if not name.endswith("_mean"):
+        return y
+    return y, mean if keep else mean.reshape(y.shape)
+
+
+_LENGTHS = frozenset(("norm", "vector_norm", "linalg_vector_norm"))
+_SPREADS = frozenset(("var", "std", "var_mean", "std_mean"))
+
+
+def _is_length(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether it is the length of real vectors: the square root of the sum of squares."""
+    order = kwargs.get("p", kwargs.get("ord", args[1] if len(args) > 1 else 2))
+    return name in _LENGTHS and order in (2, 2.0, "fro", None) and args[0].dtype.is_floating_point
 
 
 def _recast(kwargs: dict[str, Any], args: tuple[Any, ...]) -> bool:
     return False
+
+
+@rule("glu")
+def glu(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One half times the sigmoid of the other: units that lie in both halves meet."""
+    x, dim = args[0], kwargs.get("dim", args[1] if len(args) > 1 else -1)
+    if x.shape[dim] % 2:
+        raise ShapeError(f"glu halves dim {dim} of {tuple(x.shape)}, which is odd.")
+    one, two = run(Tensor.chunk, (x, 2, dim), {})
+    if not isinstance(one, CutTensor) and not isinstance(two, CutTensor):
+        return invariant(x.spec.region, func, x.who)(torch.cat([one, two], dim), dim)
+    return run(torch.mul, (one, run(torch.sigmoid, (two,), {})), {})
 
 
 @rule("max", "min")
@@ -321,8 +368,7 @@ def attended_with_dropout(
     Its dropout is that of the module that calls it: by position.
     """
     if enable_gqa:
-        n = q.shape[-3] // k.shape[-3]
-        k, v = k.repeat_interleave(n, -3), v.repeat_interleave(n, -3)
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
     scores = (q @ k.transpose(-2, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         length, keys = q.shape[-2], k.shape[-2]
@@ -362,6 +408,9 @@ def attention(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
         zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)
     )
     options = {**given, **kwargs}
+    q: Any
+    k: Any
+    v: Any
     q, k, v = (options.pop(each) for each in ("query", "key", "value"))
     if not isinstance(q, CutTensor) or q.spec.dim != q.dim() - 3:
         return gathered(func, name, args, kwargs)
@@ -371,8 +420,13 @@ def attention(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     if options.get("dropout_p", 0.0) > 0.0:
         return attended_with_dropout(q, k, v, **options)
     if options.pop("enable_gqa", False):
-        n = q.shape[-3] // k.shape[-3]
-        k, v = (_for_groups(x, q.spec, n) for x in (k, v))
+        k, v = (
+            x if x.shape[-3] == 1 else _for_groups(x, q.spec, q.shape[-3] // x.shape[-3])
+            for x in (k, v)
+        )
+    lead = torch.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v)))
+    if lead != q.shape[:-3]:
+        q = q.expand(*lead, *q.shape[-3:])
     spec, who = q.spec, q.who
     k, v = (_of_heads(each, spec, who) for each in (k, v))
     mask = options.pop("attn_mask", None)

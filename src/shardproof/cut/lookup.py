@@ -56,7 +56,7 @@ def _as_slice(numbers: list[Any]) -> Any:
 
 
 def _picked(func: Any, x: CutTensor, entries: list[Any]) -> Any:
-    """Advanced indexing: what takes the cut dim whole leaves it cut; numbers of it are looked up."""
+    """Advanced indexing: the cut dim stays cut if it is taken whole, else rows are looked up."""
     dim = _dim_left(x.shape, x.spec.dim, entries)
     if dim is None:
         rows = _rows_picked(x, entries)
@@ -70,8 +70,9 @@ def _rows_picked(x: CutTensor, entries: list[Any]) -> Any:
     """Numbers of the cut dim alone, from a tensor: the ranks give what they hold."""
     index = entries[x.spec.dim] if len(entries) > x.spec.dim and Ellipsis not in entries else None
     others = [each for place, each in enumerate(entries) if place != x.spec.dim]
-    is_number = isinstance(index, Tensor) and index.dtype in _INTEGERS and index.dim() > 0
-    if not is_number or any(not isinstance(each, slice) or each != slice(None) for each in others):
+    if not isinstance(index, Tensor) or index.dtype not in _INTEGERS or not index.dim():
+        return None
+    if any(not isinstance(each, slice) or each != slice(None) for each in others):
         return None
     return looked_up(x, x.spec.dim, index)
 
@@ -115,15 +116,27 @@ def _dim_left(shape: Sequence[int], dim: int, entries: list[Any]) -> int | None:
         return None
     small = [*shape[:dim], 3, *shape[dim + 1 :]]
     whole_ = [
-        slice(None) if source == dim else each for source, each in zip(at, entries, strict=True)
+        slice(None) if source == dim else _stand_in(each)
+        for source, each in zip(at, entries, strict=True)
     ]
-    device = next((each.device for each in entries if isinstance(each, Tensor)), None)
-    numbers = torch.arange(3, device="cpu" if device is None else device)
-    numbers = numbers.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+    numbers = torch.arange(3, device="cpu").reshape(
+        [-1 if d == dim else 1 for d in range(len(shape))]
+    )
     picked = numbers.expand(small)[tuple(whole_)]
     if not picked.numel():
         return None
     return next((d for d in range(picked.dim()) if _varies(picked, d)), None)
+
+
+def _stand_in(index: Any) -> Any:
+    """An index of the same shape on the CPU: where dims go does not depend on its numbers."""
+    if not isinstance(index, Tensor):
+        return index
+    return (
+        torch.ones(index.shape, dtype=torch.bool, device="cpu")
+        if index.dtype == torch.bool
+        else (torch.zeros(index.shape, dtype=torch.int64, device="cpu"))
+    )
 
 
 def _is_all(each: slice, size: int) -> bool:
@@ -246,14 +259,14 @@ def along(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     met = _lying_along(list(parts.values()), dim)
     if met is None:
         return gathered(func, name, args, kwargs)
-    (spec, who), made = met, x
+    spec, who = met
     if name.endswith("_") and not isinstance(x, CutTensor):
         made = spec.region.spec(tuple(x.shape), spec.dim, spec.cut)
         if not adopt(x, made, who):
             return gathered(func, name, args, kwargs)
     for key, each in parts.items():
-        shape = spec.region.spec(tuple(each.shape), spec.dim, spec.cut)
-        given[key] = fitted(each, shape, who)
+        own = spec.region.spec(tuple(each.shape), spec.dim, spec.cut)
+        given[key] = fitted(each, own, who)
     order = [given[key] for key in names[: len(args)]]
     y = invariant(spec.region, func, who)(
         *order, *args[len(names) :], **{key: given[key] for key in kwargs}

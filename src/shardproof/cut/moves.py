@@ -2,8 +2,8 @@
 
 An operation is run once on numbers: every element of the whole carries its index along the cut dim.
 Where the numbers lie afterwards says how the result is cut, and which call on the part yields this
-rank's part of it. Such a recipe is kept; it is right by construction, for the call that it makes has
-been run on this rank's numbers and compared.
+rank's part of it. Such a recipe is kept. It is right, for the call that it makes has been run on
+this rank's numbers and compared.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from shardproof.cut.deferred import defer
 from shardproof.cut.others import gathered
 from shardproof.cut.spec import Spec
-from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
+from shardproof.cut.tensor import CutTensor, cut_tensor, rule
+from shardproof.numerics import forms
 from shardproof.units import CutDim
 
 LARGEST = 1 << 24  # numbers that one recipe looks at
@@ -125,11 +127,9 @@ def move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         name, func = name.removesuffix("_as"), getattr(Tensor, name.removesuffix("_as"))
         rest, kwargs = tuple(other.shape), {}
     if name == "view" and rest and isinstance(rest[0], torch.dtype):
-        return (
-            run(Tensor.view_dtype, (x, *rest), {})
-            if rest[0].itemsize != x.dtype.itemsize
-            else (cut_tensor(x.local.view(rest[0]), x.spec, x.who))
-        )
+        if rest[0].itemsize != x.dtype.itemsize:
+            return gathered(func, name, args, kwargs)
+        return cut_tensor(x.local.view(rest[0]), x.spec, x.who)
     quick = _QUICK.get(name)
     if quick is not None and not kwargs:
         found = quick(x, rest)
@@ -141,7 +141,10 @@ def move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         if recipe is None:
             recipe = x.spec.region.recipes[key] = find(func, name, x.spec, rest, kwargs)
     except _Unkeyed:
-        return gathered(func, name, args, kwargs)
+        sizes = tree_map(_as_size, rest)
+        if any(isinstance(each, Tensor) for each in tree_leaves(sizes)) or kwargs:
+            return gathered(func, name, args, kwargs)
+        return move(func, name, (x, *sizes), kwargs)
     if recipe is LOST:
         return _lost(func, name, x, args, kwargs)
     many, outs = recipe
@@ -187,6 +190,12 @@ def _unsqueezed(x: CutTensor, dims: tuple[Any, ...]) -> CutTensor | None:
 _QUICK = {"transpose": _transposed, "permute": _permuted, "unsqueeze": _unsqueezed}
 
 LOST: Any = object()
+
+
+def _as_size(x: Any) -> Any:
+    """A number of a whole tensor of one is a size."""
+    is_one = isinstance(x, Tensor) and not isinstance(x, CutTensor) and not x.dim()
+    return int(x) if is_one else x
 
 
 def _lost(func: Any, name: str, x: CutTensor, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -399,6 +408,8 @@ def _step(
             return False  # a candidate that does not fit the part is none
         return tuple(got.shape) == shape and torch.equal(_narrowed(got, expected.shape), expected)
 
+    if spec.region.scheme.is_invariant:  # what repeats sums in backward
+        func = forms.form_of(func) or func
     for candidate in _candidates(func, name, args, kwargs, shape, place):
         if fits(candidate):
             return candidate
@@ -444,7 +455,7 @@ def _candidates(
     if name in _SIZED:
         return [lambda x: x.reshape(shape)]
     if name in ("expand", "broadcast_to"):
-        return [lambda x: x.expand(shape)]
+        return [lambda x: func(x, shape)]
     if place is None:
         return [lambda x: func(x, *args, **kwargs)]
     return [lambda x: func(x, *args, **kwargs)[place]]

@@ -1,14 +1,14 @@
 """Operations without a rule: taken apart where they are made of others, gathered where not.
 
 A function of torch that is written in Python is run again with its own operations seen; one of
-C++ that is composed of others is run on stand-ins, which bring each ATen operation back here. What
-is left is computed on whole tensors: right, counted, and never a weight by intention, since the plan
-says which these are.
+C++ that is composed of others brings each ATen operation back here. What is left is computed on
+whole tensors: right, and counted, so that the plan can say what is gathered.
 """
 
 import threading
 from collections.abc import Callable
-from functools import cache, lru_cache
+from contextlib import suppress
+from functools import cache
 from types import CellType, FunctionType
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_flatten, tree_map
 
 from shardproof.cut.spec import Region
-from shardproof.cut.tensor import RULES, CutTensor, composed, rule, run
+from shardproof.cut.tensor import RULES, CutTensor, composed, rule, run, shown
 from shardproof.functional import crossings
 from shardproof.numerics import forms
 
@@ -44,7 +44,7 @@ def _asked(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def invariant(region: Region, func: Any, who: str) -> Callable[..., Any]:
-    """The form of an operation whose bits do not change with the cut; itself if numerics are native.
+    """The form of an operation whose bits no cut changes; itself if numerics are native.
 
     One that has none is noted in the region: the plan says so before anything runs.
     """
@@ -126,7 +126,7 @@ def others(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return _taken_apart(func, name, args, kwargs)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _is_composed(name: str) -> bool:
     """Whether ATen has an operation of that name that is made of others."""
     packet = getattr(torch.ops.aten, name, None)
@@ -177,8 +177,6 @@ def _taken_apart(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, 
     Inside, autograd is off for what does not come back. So a whole tensor that wants a gradient may
     not be among its operands, nor become one on the way: then all is gathered.
     """
-    from shardproof.cut.adopted import shown
-
     args, kwargs = tree_map(shown, (args, kwargs), is_leaf=is_cut)
     flat = tree_flatten((args, kwargs), is_leaf=is_cut)[0]
     if torch.is_grad_enabled() and any(_wants(each) for each in flat):
@@ -186,10 +184,8 @@ def _taken_apart(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, 
     outers: list[_Outer] = _local.__dict__.setdefault("outers", [])
     outers.append(_Outer())
     try:
-        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        with suppress(_Whole), torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             return func(*args, **kwargs)
-    except _Whole:
-        pass
     finally:
         outers.pop()
     return gathered(func, name, args, kwargs)

@@ -15,6 +15,7 @@ from shardproof.cut import (
     moves,
     others,
     pointwise,
+    solves,
 )
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "moves",
     "others",
     "pointwise",
+    "solves",
 ]

@@ -1,56 +1,168 @@
-"""An example of what a model of transformers takes, from its config: for watching one forward."""
+"""Examples of what a model of transformers takes, from its config: for watching one forward.
+
+What forward needs is read from the names of its arguments and from sizes in the config. Where that
+leaves several possibilities, there are several examples: the one to use is the first with which the
+model's own forward runs.
+"""
 
 import inspect
+from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shardproof.errors import PlanError
 
-_BATCH, _LENGTH = 2, 16
+BATCH, LENGTH = 2, 16
+_KINDS = ("input_ids", "pixel_values", "pixel_values_videos", "input_features", "input_values")
+_BINS = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "feature_size")
+_SAMPLES = 4000  # of a sound
 
 
-def example_inputs(model: nn.Module) -> dict[str, Any]:
-    """Named arguments of `model.forward`: token ids with labels, or an image.
+def example_inputs(model: nn.Module, *, batch: int = BATCH, length: int = LENGTH) -> dict[str, Any]:
+    """Named arguments of `model.forward`: tokens, an image or a sound, and labels if it takes them.
 
     Args:
         model: of transformers, also on the meta device.
+        batch: rows.
+        length: tokens of a row, as far as the model has positions.
+
+    Returns:
+        The first of `examples`.
 
     Raises:
         PlanError: the model takes something else.
     """
-    own: Any = model
-    config, main = own.config, own.main_input_name
-    takes = inspect.signature(own.forward).parameters
-    text = config.get_text_config()
-    found: dict[str, Any] = {}
-    if main == "input_ids":
-        most = int(getattr(text, "max_position_embeddings", _LENGTH) or _LENGTH)
-        found["input_ids"] = _ids(text.vocab_size, min(_LENGTH, most))
-        if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
-            found["decoder_input_ids"] = _ids(text.vocab_size, 8)
-        elif "labels" in takes:
-            found["labels"] = found["input_ids"].clone()
-        if getattr(config, "is_encoder_decoder", False) and "labels" in takes:
-            found["labels"] = found["decoder_input_ids"].clone()
-            del found["decoder_input_ids"]
-    elif main == "pixel_values":
-        height, width = _pair(getattr(config, "image_size", 224))
-        found["pixel_values"] = torch.zeros(
-            _BATCH, getattr(config, "num_channels", 3), height, width
-        )
-    else:
+    return next(examples(model, batch=batch, length=length))
+
+
+def examples(
+    model: nn.Module, *, batch: int = BATCH, length: int = LENGTH
+) -> Iterator[dict[str, Any]]:
+    """What `model.forward` may take, the most complete first.
+
+    Args:
+        model: of transformers, also on the meta device.
+        batch: rows.
+        length: tokens of a row, as far as the model has positions.
+
+    Raises:
+        PlanError: the model takes something else.
+    """
+    maker = _Maker(model, batch, length)
+    main = str(getattr(model, "main_input_name", ""))
+    kind = next((each for each in (main, *_KINDS) if each in _KINDS and each in maker.takes), None)
+    if kind is None:
         raise PlanError(
             f"{type(model).__name__} takes {main!r}, of which its config gives no example. Give "
             "one: plan(model, degree=..., inputs={...}), as forward takes it."
         )
-    return found
+    return maker.of(kind)
 
 
-def _ids(vocabulary: int, length: int) -> torch.Tensor:
-    return torch.arange(_BATCH * length).reshape(_BATCH, length) % vocabulary
+class _Maker:
+    """Makes tensors that fit a config."""
+
+    def __init__(self, model: Any, batch: int, length: int) -> None:
+        self.config = model.config
+        self.text = self.config.get_text_config()
+        self.takes = inspect.signature(model.forward).parameters
+        self.batch = batch
+        self.length = self._length(length)
+
+    def _length(self, wanted: int) -> int:
+        places = _number(self.text, "max_position_embeddings", "n_positions", "max_position")
+        if getattr(self.text, "axial_pos_embds", False):  # a table with sides: all of its places
+            return prod(self.text.axial_pos_shape)
+        return min(wanted, places) if places else wanted
+
+    def of(self, kind: str) -> Iterator[dict[str, Any]]:
+        """Examples with each form of the main input, and each form of labels."""
+        mains = [main for main in getattr(self, f"_{kind}")() if main]
+        for labels in self._labels(kind):
+            for main in mains:
+                given = {**main, **labels}
+                if kind == "input_ids" and labels and len(main[kind]) != self.batch:
+                    given["labels"] = self._tokens(self.batch, self.length, self._books)
+                yield given
+
+    def _labels(self, kind: str) -> Iterator[dict[str, Any]]:
+        tokens = self._tokens(self.batch, self.length)
+        if getattr(self.config, "is_encoder_decoder", False):
+            if "labels" in self.takes:
+                yield {"labels": tokens}
+            if "decoder_input_ids" in self.takes:
+                yield {"decoder_input_ids": tokens}
+        elif "labels" in self.takes:
+            if kind == "input_ids":
+                yield {"labels": tokens}
+            yield {"labels": torch.arange(self.batch) % max(1, self.config.num_labels)}
+        yield {}
+
+    def _input_ids(self) -> Iterator[dict[str, Any]]:
+        ids = {"input_ids": self._tokens(self.batch, self.length)}
+        yield ids
+        if self._books > 1:
+            yield {"input_ids": self._tokens(self.batch * self._books, self.length)}
+        if "pixel_values" in self.takes:
+            yield from ({**ids, **image} for image in self._pixel_values())
+
+    @property
+    def _books(self) -> int:
+        return _number(self.config, "num_codebooks") or 1
+
+    def _tokens(self, *shape: int) -> Tensor:
+        vocabulary = _number(self.text, "vocab_size") or 256
+        return torch.arange(prod(shape)).reshape(shape) % vocabulary
+
+    def _pixel_values(self) -> Iterator[dict[str, Any]]:
+        config = getattr(self.config, "vision_config", None) or self.config
+        channels = _number(config, "num_channels", "in_channels", "in_chans") or 3
+        patches, patch = _number(config, "num_patches"), _number(config, "patch_size")
+        if "spatial_shapes" in self.takes and patches and patch:
+            yield {  # cut into patches already
+                "pixel_values": torch.zeros(self.batch, patches, channels * patch**2),
+                "pixel_attention_mask": torch.ones(self.batch, patches, dtype=torch.long),
+                "spatial_shapes": torch.full((self.batch, 2), int(patches**0.5)),
+            }
+        image = (channels, *_pair(getattr(config, "image_size", None) or 224))
+        if frames := _number(config, "num_frames"):
+            yield {"pixel_values": torch.zeros(self.batch, frames, *image)}
+        yield {"pixel_values": torch.zeros(self.batch, *image)}
+
+    def _pixel_values_videos(self) -> Iterator[dict[str, Any]]:
+        size = getattr(self.config, "image_size", None) or getattr(self.config, "crop_size", 224)
+        channels = _number(self.config, "num_channels", "in_chans") or 3
+        frames = _number(self.config, "num_frames", "frames_per_clip") or 8
+        yield {"pixel_values_videos": torch.zeros(self.batch, frames, channels, *_pair(size))}
+
+    def _input_features(self) -> Iterator[dict[str, Any]]:
+        config = getattr(self.config, "audio_config", None) or self.config
+        bins = _number(config, *_BINS) or 80
+        if places := _number(config, "max_source_positions"):  # a sound of full length
+            yield {"input_features": torch.zeros(self.batch, bins, 2 * places)}
+        yield {"input_features": torch.zeros(self.batch, 8 * self.length, bins)}
+
+    def _input_values(self) -> Iterator[dict[str, Any]]:
+        bins, frames = _number(self.config, "num_mel_bins"), _number(self.config, "max_length")
+        if bins and frames:
+            yield {"input_values": torch.zeros(self.batch, frames, bins)}
+        yield {"input_values": torch.zeros(self.batch, _SAMPLES)}
+        yield {"input_values": torch.zeros(self.batch, 1, _SAMPLES)}
+
+
+def _number(config: Any, *names: str) -> int:
+    """The first of some sizes that a config has and that is positive; 0 if there is none."""
+    for name in names:
+        found = getattr(config, name, None)
+        if isinstance(found, int) and found > 0:
+            return found
+    return 0
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    return tuple(size) if isinstance(size, list | tuple) else (int(size), int(size))
+    if isinstance(size, dict):
+        return int(size["height"]), int(size["width"])
+    return (int(size[-2]), int(size[-1])) if isinstance(size, list | tuple) else (size, size)

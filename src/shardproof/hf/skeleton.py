@@ -14,6 +14,14 @@ from shardproof.hf.weights import CONFIG, checked_directory
 from shardproof.wording import error_words, written
 
 EXTRA, MODULE = "hf", "transformers"
+CAUSAL = "a causal language model"
+_AUTO = (
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForImageClassification",
+    "AutoModel",
+)
 
 
 def require_transformers(what: str) -> None:
@@ -46,16 +54,56 @@ def skeleton(directory: str | Path) -> nn.Module:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever a library raises about a file that a user wrote
-        raise _cannot(folder, error) from error
+        raise _cannot(folder, error, CAUSAL) from error
     made: nn.Module = model
     return made
 
 
-def config_of(folder: Path) -> Any:
+def any_skeleton(directory: str | Path) -> nn.Module:
+    """The model that a directory's config.json describes, of any kind, on the meta device.
+
+    It is of the class that the config names in `architectures`, or else of the first kind that
+    transformers has of it: a language model, a masked one, one that sorts images, or the base.
+    Nothing is allocated and nothing is fetched; code in the directory is not run.
+
+    Args:
+        directory: with config.json; weights are not looked at.
+
+    Raises:
+        UsageError: the extra is not installed, or the directory is not such a one.
+    """
+    folder = checked_directory(directory)
+    config = config_of(folder, "a model")
+    import transformers  # noqa: PLC0415 - an optional extra
+
+    try:
+        with torch.device("meta"):
+            made: nn.Module = _class_of(config, transformers)._from_config(config)
+            return made
+    except Exception as error:  # whatever a library raises about a file that a user wrote
+        raise _cannot(folder, error, "a model") from error
+
+
+def _class_of(config: Any, library: Any) -> Any:
+    """The class that a config names, or else the first that transformers has for its type."""
+    for name in config.architectures or ():
+        chosen = getattr(library, str(name), None)
+        if isinstance(chosen, type) and issubclass(chosen, library.PreTrainedModel):
+            return chosen
+    for name in _AUTO:
+        kinds = getattr(library, name)._model_mapping
+        if type(config) in kinds:
+            found = kinds[type(config)]
+            return found[0] if isinstance(found, tuple | list) else found
+    raise UsageError(f"there is no model of {type(config).__name__}")
+
+
+def config_of(folder: Path, what: str = CAUSAL) -> Any:
     """The config of a directory as transformers reads it, after a look of our own.
 
     Args:
         folder: with config.json.
+        what: is to be made of it, for messages.
 
     Raises:
         UsageError: the extra is not installed, or the file is not the config of a model.
@@ -67,11 +115,11 @@ def config_of(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a library raises about a file that a user wrote
-        raise _cannot(folder, error) from error
+        raise _cannot(folder, error, what) from error
 
 
-def _cannot(folder: Path, error: Exception) -> UsageError:
+def _cannot(folder: Path, error: Exception, what: str) -> UsageError:
     return UsageError(
-        f"transformers cannot make a causal language model of {written(str(folder / CONFIG))} "
+        f"transformers cannot make {what} of {written(str(folder / CONFIG))} "
         f"({error_words(error)}). Correct it, or name another directory."
     )

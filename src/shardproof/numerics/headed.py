@@ -76,7 +76,8 @@ def attention(
         product=_product,
     )
     y = _Attend.apply(q, k, v, mask, manner)
-    return y.reshape(*query.shape[:-1], value.shape[-1])
+    shape = (*lead, heads, queries, value.shape[-1])
+    return y.reshape(shape[len(shape) - max(x.dim() for x in (query, key, value)) :])
 
 
 class _Attend(torch.autograd.Function):

@@ -23,11 +23,12 @@ from shardproof.layers import registry
 from shardproof.layers.base import ShardedModule, check_state
 from shardproof.numerics import mode
 from shardproof.objects import checked_model
+from shardproof.plans.by_example import plan_by_example
 from shardproof.plans.cut import Cutter
 from shardproof.plans.given import read_plan
 from shardproof.plans.hf_plan import entries_of
 from shardproof.plans.model_plan import ModelPlan
-from shardproof.plans.planning import as_error, draft
+from shardproof.plans.planning import as_error, attempt
 from shardproof.plans.strangers import is_lazy
 from shardproof.plans.style import Attention, Plan, Style
 from shardproof.plans.twins import irreplaceable, replaced_by, twins_of
@@ -62,7 +63,8 @@ def parallelize(
         model: the same on every rank, weights too, of which a sample is compared; on the meta
             device nothing is allocated (`initialize` then makes the weights).
         plan: pattern -> style, a `Plan` with its scheme, or what `plan` returned; None: the
-            `tp_plan` that a model of transformers carries; with `inputs`, found by watching.
+            `tp_plan` that a model of transformers carries, and where that does not serve, found
+            by watching a forward, as for `sp.plan`; with `inputs`, found by watching.
         axis: the ranks.
         inputs: an example of what forward takes, as for `plan`: one forward is watched, and any
             model is cut by what it showed.
@@ -82,7 +84,10 @@ def parallelize(
     if inputs is not None or isinstance(plan, WatchedPlan):
         return _cut_as_watched(model, plan, axis, inputs, scheme)
     given, asked = _agree(model, plan, scheme, axis)
-    made, problems = draft(model, given, degree=axis.size, scheme=scheme)
+    found = attempt(model, given, degree=axis.size, scheme=scheme)
+    if isinstance(found, str):
+        return _cut_as_watched(model, None, axis, None, scheme, why=found)
+    made, problems = found
     twins = twins_of(model, made, asked, axis)
     problems += _hooked([*replaced_by(made), *twins], model)
     if asked.is_invariant:
@@ -96,12 +101,18 @@ def parallelize(
     return model
 
 
-def _cut_as_watched(model: Any, plan: Any, axis: Axis, inputs: Any, scheme: Any) -> nn.Module:
-    """Cut any model by what one forward showed."""
+def _cut_as_watched(
+    model: Any, plan: Any, axis: Axis, inputs: Any, scheme: Any, *, why: str = ""
+) -> nn.Module:
+    """Cut any model by what one forward showed; with inputs of its config where `why` is given."""
 
     def read() -> tuple[WatchedPlan, dict[str, object]]:
         checked_model(model)
-        made = as_watched(model, plan, axis.size, inputs, scheme)
+        made = (
+            plan_by_example(model, degree=axis.size, scheme=scheme, why=why)
+            if why
+            else as_watched(model, plan, axis.size, inputs, scheme)
+        )
         words = _describe(Plan({}, made.scheme), made.scheme, model)
         return made, words | {"what is cut": [repr(family) for family in made.families]}
 

@@ -13,6 +13,7 @@ from shardproof.leaves import check_degree, checked_degree
 from shardproof.objects import checked_model
 from shardproof.plans.attend import Manner, manner_of
 from shardproof.plans.attention import recognise
+from shardproof.plans.by_example import has_example, plan_by_example
 from shardproof.plans.fit import link_ties, misfits
 from shardproof.plans.functional_dropout import functional_dropout
 from shardproof.plans.given import read_plan
@@ -48,7 +49,7 @@ def plan(
     degree: int,
     inputs: None = None,
     scheme: Scheme = DEFAULT_SCHEME,
-) -> ModelPlan: ...
+) -> ModelPlan | WatchedPlan: ...
 
 
 @overload
@@ -78,8 +79,9 @@ def plan(
     Args:
         model: any module; on the meta device, if you like.
         plan: pattern -> style (`*` stands for one segment of a name, or a part of one), or a
-            `Plan` with its scheme. None: with `inputs`, found by watching; without, the `tp_plan`
-            that a model of transformers carries.
+            `Plan` with its scheme. None: found by watching; without `inputs`, the `tp_plan` that a
+            model of transformers carries, and where that does not serve, by watching a forward
+            with inputs that its config gives; a note says so.
         degree: how many ranks.
         inputs: an example of what forward takes: a tuple of arguments, a dict of named ones, or
             one tensor. For a model of transformers it can be made from its config.
@@ -97,10 +99,36 @@ def plan(
     """
     if inputs is not None:
         return _watched(model, plan, inputs, degree, scheme)
-    made, problems = draft(model, plan, degree=degree, scheme=scheme)
+    found = attempt(model, plan, degree=degree, scheme=scheme)
+    if isinstance(found, str):
+        return plan_by_example(model, degree=degree, scheme=scheme, why=found)
+    made, problems = found
     if problems:
         raise PlanError(as_error(model, problems))
     return made
+
+
+def attempt(
+    model: nn.Module,
+    plan: Plan | Mapping[str, Style | str] | None,
+    *,
+    degree: int,
+    scheme: Scheme = DEFAULT_SCHEME,
+) -> tuple[ModelPlan, list[str]] | str:
+    """`draft`, or why the tp_plan of a model of transformers does not serve it.
+
+    In the second case a forward can be watched without inputs of a user.
+    """
+    watchable = plan is None and has_example(checked_model(model)) and not lazy(model)
+    try:
+        made, problems = draft(model, plan, degree=degree, scheme=scheme)
+    except PlanError as error:
+        if not watchable:
+            raise
+        return str(error)
+    if problems and watchable:
+        return as_error(model, problems).replace("the plan ", "its tp_plan ", 1)
+    return made, problems
 
 
 def _watched(model: Any, plan: Any, inputs: Any, degree: Any, scheme: Any) -> WatchedPlan:

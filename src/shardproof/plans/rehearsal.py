@@ -2,12 +2,13 @@
 
 A plan is good only once this has been done: every view has been taken on every rank's parts, every
 collective has been counted. On the meta device nothing is computed. Where the forward depends on
-data, or asks for a number of its inputs, it runs on the CPU: with the model's weights if they are
-there, and what would come from other ranks is zero.
+data, it runs on the CPU with small random weights, and what would come from other ranks is zero.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
+from math import prod
 from typing import Any
 
 import torch
@@ -18,13 +19,13 @@ from shardproof.axis import Axis
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor
 from shardproof.errors import PlanError, ShardproofError
-from shardproof.plans.watched_plan import Rehearsal
+from shardproof.plans.watched_plan import Rehearsal, Sent
+from shardproof.transport.base import Call
 from shardproof.transport.rehearsed import RehearsedTransport
+from shardproof.watching.forward import MOST_COPIED
 from shardproof.wording import error_words
 
 Cutting = Callable[[nn.Module, Axis], Region]
-_MOST_ON_CPU = 2 << 30  # bytes of a model that is rehearsed on the CPU because meta has no numbers
-_NO_NUMBERS = ("meta tensor", "Meta tensor")  # in what torch says where a value is asked for
 
 
 def rehearse(
@@ -42,56 +43,70 @@ def rehearse(
         call: arguments of its forward, in order and by name.
         cut: cuts a copy for an axis.
         degree: how many ranks.
-        device: "meta" or "cpu". A small model whose forward asks on the meta device for a number
-            of its inputs is rehearsed on the CPU.
+        device: "meta" or "cpu".
 
     Raises:
-        PlanError: a rank cannot do the step.
+        PlanError: a rank cannot do the step, or ranks would make different collectives.
     """
-    try:
-        return _rehearsed(model, call, cut, degree, device)
-    except PlanError as error:
-        wants_numbers = any(each in str(error.__cause__) for each in _NO_NUMBERS)
-        size = sum(each.numel() * each.element_size() for each in model.parameters())
-        if device != "meta" or not wants_numbers or size > _MOST_ON_CPU:
-            raise
-    return _rehearsed(model, call, cut, degree, "cpu")
-
-
-def _rehearsed(
-    model: nn.Module,
-    call: tuple[tuple[Any, ...], Mapping[str, Any]],
-    cut: Cutting,
-    degree: int,
-    device: str,
-) -> Rehearsal:
-    ranks, regions = [], []
+    transports, regions = [], []
     for rank in range(degree):
-        axis = Axis("tp", RehearsedTransport(rank, degree))
-        copied = _copy(model, device)
-        region = cut(copied, axis)
-        args, kwargs = tree_map(lambda x: _moved(x, device), call)
+        transport = RehearsedTransport(rank, degree)
         try:
-            with torch.random.fork_rng():
-                _backward(copied(*args, **kwargs))
+            regions.append(_step(model, call, cut, Axis("tp", transport), device))
         except ShardproofError:
             raise
         except Exception as error:  # whatever a model's code raises
+            if device == "meta" and sum(x.numel() for x in model.parameters()) <= MOST_COPIED:
+                # What was watched without data may still look at some.
+                return rehearse(model, call, cut, degree=degree, device="cpu")
             raise PlanError(
                 f"the cut {type(model).__name__} cannot do a step on rank {rank} of {degree}: "
                 f"{error_words(error)}. Leave the module whole in which that is raised, or report "
                 "it: the model itself runs with these inputs."
             ) from error
-        ranks.append(axis.transport.ledger.as_dict())
-        regions.append(region)
+        transports.append(transport)
+    _check_alike([transport.calls for transport in transports], model)
     return Rehearsal(
         device,
-        tuple(ranks),
+        tuple(transport.ledger.as_dict() for transport in transports),
         tuple((*key, count) for key, count in regions[0].gathered.items()),
         tuple(regions[0].variant.items()),
         frozenset(regions[0].called),
         frozenset(regions[0].drew),
+        _sent(transports[0].calls),
     )
+
+
+def _step(model: nn.Module, call: Any, cut: Cutting, axis: Axis, device: str) -> Region:
+    """Forward and backward of one rank."""
+    copied = _copy(model, device).train()  # what only training draws is to be seen
+    region = cut(copied, axis)
+    args, kwargs = tree_map(lambda x: _moved(x, device), call)
+    with torch.random.fork_rng():
+        _backward(copied(*args, **kwargs))
+    return region
+
+
+def _check_alike(calls: Sequence[Sequence[Call]], model: nn.Module) -> None:
+    """Raise if a rank makes another collective than rank 0: they would wait for each other."""
+    for rank, own in enumerate(calls):
+        for first, other in zip_longest(calls[0], own):
+            if first != other:
+                raise PlanError(
+                    f"the cut {type(model).__name__} would hang: where rank 0 does "
+                    f"{first or 'nothing more'}, rank {rank} does {other or 'nothing more'}. Leave "
+                    "that module whole, or report it."
+                )
+
+
+def _sent(calls: Sequence[Call]) -> tuple[Sent, ...]:
+    """Collectives by direction, kind and module, in the order of the first of each."""
+    found: dict[tuple[str, str, str], list[int]] = {}
+    for call in calls:
+        count = found.setdefault((call.direction, call.kind, call.who), [0, 0])
+        count[0] += 1
+        count[1] += prod(call.shape) * (call.dtype.itemsize if call.dtype is not None else 0)
+    return tuple(Sent(*key, *count) for key, count in found.items())
 
 
 def _copy(model: nn.Module, device: str) -> nn.Module:

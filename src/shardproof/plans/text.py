@@ -1,9 +1,10 @@
 """How a plan is written for people: sizes in their units, and repeated layers as one."""
 
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole segment of a name
+_QUOTED = re.compile(r"'([^']*)'")
 
 
 def size(num_bytes: int) -> str:
@@ -71,6 +72,36 @@ def alike(items: Iterable[tuple[str, Hashable]]) -> list[tuple[str, ...]]:
     for name, key in items:
         groups.setdefault((pattern(name), key), []).append(name)
     return [tuple(group) for group in groups.values()]
+
+
+def starred(sentence: str) -> str:
+    """A sentence with a star for every number in the names between its single quotes.
+
+    >>> starred("'sum' in 'h.3.norm' adds 2 up.")
+    "'sum' in 'h.*.norm' adds 2 up."
+    """
+    return _QUOTED.sub(lambda found: f"'{pattern(found[1])}'", sentence)
+
+
+def by_reason(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Names as prose and their reason; reasons that differ in numbers of quoted names are one.
+
+    Args:
+        reasons: name -> a sentence, in which names stand between single quotes.
+
+    >>> by_reason({"h.0.b": "'sum' in 'h.0.norm'.", "h.1.b": "'sum' in 'h.1.norm'.", "x": "No."})
+    [('h.0-1.b', "'sum' in 'h.0-1.norm'."), ('x', 'No.')]
+    """
+    groups: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        groups.setdefault(starred(reason), []).append(name)
+    found = []
+    for names in groups.values():
+        quoted = [_QUOTED.findall(reasons[name]) for name in names]
+        merged = iter([together(column) for column in zip(*quoted, strict=True)])
+        words = _QUOTED.sub(lambda _, each=merged: f"'{next(each)}'", reasons[names[0]])  # type: ignore[misc]
+        found.append((listed(names), words))
+    return found
 
 
 def listed(names: Iterable[str]) -> str:

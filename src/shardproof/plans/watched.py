@@ -26,7 +26,14 @@ _KNOWN = "_shardproof_specs"  # attribute of a module that holds parts: paramete
 _EVERYWHERE = Rehearsal("", ())
 
 
-def plan_by_watching(model: nn.Module, inputs: Any, *, degree: int, scheme: Scheme) -> WatchedPlan:
+def plan_by_watching(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    degree: int,
+    scheme: Scheme,
+    watched: Watched | None = None,
+) -> WatchedPlan:
     """Watch one forward, choose what is cut, and rehearse a step on every rank.
 
     Args:
@@ -34,6 +41,7 @@ def plan_by_watching(model: nn.Module, inputs: Any, *, degree: int, scheme: Sche
         inputs: what forward takes: a tuple of arguments, a dict of named ones, or one tensor.
         degree: how many ranks.
         scheme: leaves, numerics, seed.
+        watched: the forward with these inputs, if it has been watched.
 
     Raises:
         PlanError: the model's own forward fails with the inputs, or a rank cannot do a step.
@@ -41,7 +49,7 @@ def plan_by_watching(model: nn.Module, inputs: Any, *, degree: int, scheme: Sche
     """
     check_degree(degree, scheme.leaves)
     args, kwargs = as_call(inputs)
-    watched = watch(model, args, kwargs)
+    watched = watched or watch(model, args, kwargs)
     choice = choose(families(watched), watched)
     named = dict(model.named_parameters())
     found = WatchedPlan(
@@ -53,9 +61,9 @@ def plan_by_watching(model: nn.Module, inputs: Any, *, degree: int, scheme: Sche
         watched.shapes,
         {name: named[name].dtype for name in watched.shapes},
         _EVERYWHERE,
-        _notes(watched),
     )
-    return replace(found, rehearsal=_rehearsed(model, (args, kwargs), found, watched))
+    rehearsal = _rehearsed(model, (args, kwargs), found, watched)
+    return replace(found, rehearsal=rehearsal, notes=_notes(watched, rehearsal))
 
 
 def as_watched(model: nn.Module, plan: Any, degree: int, inputs: Any, scheme: Any) -> WatchedPlan:
@@ -101,9 +109,14 @@ def _rehearsed(
     return rehearse(model, call, cut, degree=found.degree, device=watched.device)
 
 
-def _notes(watched: Watched) -> tuple[str, ...]:
-    if watched.device == "meta":
+def _notes(watched: Watched, rehearsal: Rehearsal) -> tuple[str, ...]:
+    if watched.device == rehearsal.device == "meta":
         return ()
+    if watched.device == "meta":
+        return (
+            "a step of the cut model depends on data, so it was rehearsed on the CPU with small "
+            "random weights: what other data would do was not seen",
+        )
     return (
         f"the forward depends on data ({watched.why_cpu}), so it was watched on the CPU with small "
         "random weights: what other data would do was not seen",
@@ -157,6 +170,6 @@ def cut_by(model: nn.Module, plan: WatchedPlan, axis: Axis) -> Region:
         known = module.__dict__.setdefault(_KNOWN, {})
         known[own] = region.spec(plan.shapes[name], dim, along), registry.record_of(module).name
     for name in sorted(plan.rehearsal.calls | plan.rehearsal.draws):
-        is_seen = name in plan.rehearsal.calls
-        Calling(region, name, draws_only=not is_seen).hook(modules[name])
+        calls, draws = name in plan.rehearsal.calls, name in plan.rehearsal.draws
+        Calling(region, name, calls=calls, draws=draws).hook(modules[name])
     return region

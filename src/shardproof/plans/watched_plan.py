@@ -1,8 +1,8 @@
 """What watching one forward of a model found: a plan that names no module and knows every unit."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,19 +11,38 @@ import torch
 from shardproof.block_layout import cut_layout
 from shardproof.leaves import Layout
 from shardproof.plans.collective import Counts
-from shardproof.plans.text import alike, listed, size, together
+from shardproof.plans.text import alike, by_reason, listed, pattern, size, together
 from shardproof.scheme import Scheme
-from shardproof.units import CutDim, Shared
+from shardproof.units import CutDim, Shared, Units
 from shardproof.watching import Family
 from shardproof.wording import dtype_name
 
-_KINDS = {
+KINDS = {
     "pair": "column and row",
     "pair with sums": "column and row, sums between",
     "vocabulary": "vocabulary",
     "gathered": "column, output gathered",
     "row": "row, whole input",
 }
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Collectives of one kind that one module makes in a step, the same on every rank.
+
+    Attributes:
+        direction: "forward" or "backward".
+        kind: "all_reduce", "all_gather", ...
+        module: that makes them, or the function that does where there is none.
+        calls: how many.
+        message_bytes: of their results, summed.
+    """
+
+    direction: str
+    kind: str
+    module: str
+    calls: int
+    message_bytes: int
 
 
 @dataclass(frozen=True)
@@ -38,6 +57,7 @@ class Rehearsal:
         variant: (operation, module): operations without a form whose bits no cut changes.
         calls: modules whose own code calls, on whole tensors, what has a form of its own.
         draws: modules whose own code draws.
+        sent: the collectives by module, in their order.
     """
 
     device: str
@@ -46,6 +66,7 @@ class Rehearsal:
     variant: tuple[tuple[str, str], ...] = ()
     calls: frozenset[str] = frozenset()
     draws: frozenset[str] = frozenset()
+    sent: tuple[Sent, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,10 +97,17 @@ class WatchedPlan:
 
     @cached_property
     def cuts(self) -> dict[str, tuple[int, CutDim]]:
-        """Parameter -> the dim that is cut, and how."""
+        """Parameter -> the dim that is cut, and how.
+
+        Layers that are alike have one `Shared`, so that what is found out for one serves all.
+        """
         found: dict[str, tuple[int, CutDim]] = {}
+        known: dict[tuple[str, Units], Shared] = {}
         for family in self.families:
-            shared = Shared(family.units, self.scheme.leaves, self.degree)
+            key = pattern(family.units.name), replace(family.units, name="")
+            if key not in known:
+                known[key] = Shared(family.units, self.scheme.leaves, self.degree)
+            shared = known[key]
             for (name, dim), blocks in family.dims.items():
                 found[name] = (dim, CutDim(shared, tuple(blocks)))
         return found
@@ -122,6 +150,13 @@ class WatchedPlan:
         """What part of the parameters is cut, in bytes."""
         return 1 - self.whole_bytes / self.total_bytes if self.total_bytes else 0.0
 
+    @property
+    def matrix_share(self) -> float:
+        """What part of the elements of parameters with two dims or more is cut."""
+        sizes = {name: _numel(shape) for name, shape in self.shapes.items() if len(shape) > 1}
+        cut = sum(size for name, size in sizes.items() if name in self.cuts)
+        return cut / max(sum(sizes.values()), 1)
+
     @cached_property
     def idle(self) -> dict[str, tuple[int, ...]]:
         """Family -> ranks that own nothing of it."""
@@ -160,6 +195,7 @@ class WatchedPlan:
             "gathered": [list(each) for each in self.rehearsal.gathered],
             "not_invariant": [list(each) for each in self.rehearsal.variant],
             "comm": list(self.rehearsal.ranks),
+            "collectives": [asdict(each) for each in self.rehearsal.sent],
             "notes": list(self.notes),
         }
 
@@ -183,14 +219,15 @@ class WatchedPlan:
                             "owned": [[run.start, run.stop] for run in layout.owned_runs],
                             "held": [[run.start, run.stop] for run in layout.held_runs],
                         }
-                        for layout in (self._layout(name, rank) for rank in range(self.degree))
+                        for layout in (self.layout(name, rank) for rank in range(self.degree))
                     ],
                 }
                 for (name, dim), blocks in family.dims.items()
             ],
         }
 
-    def _layout(self, name: str, rank: int) -> Layout:
+    def layout(self, name: str, rank: int) -> Layout:
+        """How one cut parameter lies on a rank."""
         dim, along = self.cuts[name]
         return cut_layout(self.shapes[name], rank, dim=dim, along=along)
 
@@ -203,8 +240,8 @@ class WatchedPlan:
         keyed = {}
         for family in self.families:
             for (name, dim), _ in family.dims.items():
-                held = tuple(self._layout(name, rank).local_shape for rank in range(self.degree))
-                keyed[name] = (_KINDS[family.kind], dim, _units(family), held)
+                held = tuple(self.layout(name, rank).local_shape for rank in range(self.degree))
+                keyed[name] = (KINDS[family.kind], dim, _units(family), held)
         return [
             (together(names), f"{kind}, dim {dim}", units, shapes_in_words(held))
             for names in alike(keyed.items())
@@ -230,17 +267,10 @@ class WatchedPlan:
         return [
             f"parameters: {size(self.total_bytes)}, {100 * self.share:.1f} % of them cut; a rank "
             f"holds {ranks}, of which {size(self.whole_bytes)} are on every rank",
-            *(f"whole on every rank: {names}: {why}" for names, why in self._reasons()),
+            *(f"whole on every rank: {names}: {why}" for names, why in by_reason(self.whole)),
             *self._steps(),
             *(f"note: {note}" for note in self.notes),
         ]
-
-    def _reasons(self) -> Iterator[tuple[str, str]]:
-        reasons: dict[str, list[str]] = {}
-        for name, why in self.whole.items():
-            reasons.setdefault(why, []).append(name)
-        for why, names in reasons.items():
-            yield listed(names), why
 
     def _steps(self) -> Iterator[str]:
         for direction in ("forward", "backward"):
@@ -251,13 +281,31 @@ class WatchedPlan:
                     for kind, each in kinds.items()
                 )
                 yield f"a step with these inputs, {direction}: {said}"
-        for operation, module, count in self.rehearsal.gathered:
-            yield f"gathered inside: {operation} of {module or 'an input'}, {count} a step"
-        for operation, module in self.rehearsal.variant:
-            where = f" in {module}" if module else ""
-            yield f"not invariant: {operation}{where} has no form whose bits no cut changes"
+        for operation, found in _by_operation(self.rehearsal.gathered):
+            where = listed(module or "an input" for module, _ in found)
+            yield f"gathered inside: {operation} of {where}, {sum(n for _, n in found)} a step"
+        for operation, found in _by_operation((*each, 1) for each in self.rehearsal.variant):
+            where = listed(module for module, _ in found if module)
+            yield (
+                f"not invariant: {operation}{f' in {where}' if where else ''} has no form whose "
+                "bits no cut changes"
+            )
+        ranks: dict[tuple[int, ...], list[str]] = {}
         for name, idle in self.idle.items():
-            yield f"idle: {name} leaves ranks {', '.join(map(str, idle))} without work"
+            ranks.setdefault(idle, []).append(name.rpartition(".")[0])
+        for idle, names in ranks.items():
+            numbers = f"rank{'s' if idle[1:] else ''} {', '.join(map(str, idle))}"
+            yield f"idle: {numbers} own nothing of {listed(names)}, and what is cut with it"
+
+
+def _by_operation(
+    items: Iterable[tuple[str, str, int]],
+) -> Iterable[tuple[str, list[tuple[str, int]]]]:
+    """Operation -> modules and counts."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    for operation, module, count in items:
+        found.setdefault(operation, []).append((module, count))
+    return found.items()
 
 
 def shapes_in_words(shapes: Sequence[tuple[int, ...]]) -> str:

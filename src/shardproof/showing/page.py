@@ -28,21 +28,12 @@ def page_of(story: Story) -> str:
     """The page."""
     lines = MOST_LINES if len(story.scenes) < MANY_SCENES else FEW_LINES
     scenes = "\n".join(_scene(scene, story, lines) for scene in story.scenes)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<title>{escape(story.title)}</title>
-<style>
-{_read("page.css")}</style>
-</head>
-<body>
-<header>
+    return document(
+        story.title,
+        f"""<header>
 <h1>{escape(story.title)}</h1>
-{_paragraphs(story.about)}
-{_paragraphs(story.omissions, "bad")}
+{paragraphs(story.about)}
+{paragraphs(story.omissions, "bad")}
 {_legend(story)}
 </header>
 {_player(story)}
@@ -51,8 +42,34 @@ def page_of(story: Story) -> str:
 {scenes}
 </main>
 {_all_steps(story)}
-<script>
-{_read("page.js")}</script>
+""",
+        styles=("page.css",),
+        script="page.js",
+    )
+
+
+def document(title: str, body: str, *, styles: Sequence[str], script: str) -> str:
+    """A page that needs nothing else.
+
+    Args:
+        title: as text.
+        body: as HTML, in which what comes from a user is escaped.
+        styles: names of files beside this one, in order.
+        script: likewise.
+    """
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<title>{escape(title)}</title>
+<style>
+{"".join(_read(name) for name in styles)}</style>
+</head>
+<body>
+{body}<script>
+{_read(script)}</script>
 </body>
 </html>
 """
@@ -63,16 +80,22 @@ def _read(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-def _paragraphs(sentences: Sequence[str], kind: str = "") -> str:
+def paragraphs(sentences: Sequence[str], kind: str = "") -> str:
+    """Sentences, each as a paragraph."""
     start = f'<p class="{kind}">' if kind else "<p>"
     return "\n".join(f"{start}{escape(sentence)}</p>" for sentence in sentences)
 
 
-def _legend(story: Story) -> str:
-    items = "".join(
+def rank_swatches(degree: int) -> str:
+    """Items of a legend: a colour and a number for every rank."""
+    return "".join(
         f'<li><span class="swatch r{rank % COLOURS}">{rank}</span>rank {rank}</li>'
-        for rank in range(story.degree)
+        for rank in range(degree)
     )
+
+
+def _legend(story: Story) -> str:
+    items = rank_swatches(story.degree)
     words = (
         '<li><span class="swatch all">all</span>the same on every rank</li>'
         "<li>Partial: each rank has a summand, and the tensor is their sum</li>"

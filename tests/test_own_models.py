@@ -1,0 +1,134 @@
+"""Models of one's own, as people write them: cut, trained, and the same at every degree."""
+
+import copy
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shardproof as sp
+from shardproof.functional import crossings
+from shardproof.plans.watched import cut_by, plan_by_watching
+from shardproof.plans.watched_plan import WatchedPlan
+from shardproof.scheme import Scheme
+from zoo.build import build
+from zoo.example import Example
+from zoo.own import NAMES
+from zoo.wide import wide
+
+DEGREES = (1, 2, 3, 5, 8)
+STEPS = 5
+NORM = 0.5  # smaller than every gradient here, so that each step is clipped
+RTOL = 1e-9
+
+
+def plan_of(example: Example) -> WatchedPlan:
+    """What the planner says."""
+    return plan_by_watching(example.model, example.inputs, degree=2, scheme=Scheme())
+
+
+def losses_of(model: nn.Module, optimizer: Any, clip: Any, example: Example) -> list[Tensor]:
+    """Losses and norms of some steps."""
+    found = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = example.loss(model(**example.inputs))
+        loss.backward()
+        found += [loss.detach(), clip(model, NORM).detach()]
+        optimizer.step()
+    return found
+
+
+def plain(example: Example) -> dict[str, Tensor]:
+    """Of plain torch, in fp64."""
+    model = copy.deepcopy(example.model)
+    optimizer = torch.optim.SGD(trained(model), lr=0.1, momentum=0.9)
+
+    def clip(model: nn.Module, norm: float) -> Tensor:
+        return nn.utils.clip_grad_norm_(model.parameters(), norm)
+
+    found = numbered(losses_of(model, optimizer, clip, example))
+    return found | {name: each.detach() for name, each in held_by(model)}
+
+
+def held_by(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers."""
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that want a gradient."""
+    return [each for each in model.parameters() if each.requires_grad]
+
+
+def numbered(losses: list[Tensor]) -> dict[str, Tensor]:
+    """By step."""
+    return {f"{'loss' if n % 2 == 0 else 'norm'} {n // 2}": x for n, x in enumerate(losses)}
+
+
+def ours(
+    example: Example,
+    plan: WatchedPlan,
+    degree: int,
+    kind: type[torch.optim.Optimizer],
+    **options: Any,
+) -> list[dict[str, Tensor]]:
+    """Of every rank: losses, norms, and whole weights."""
+    plan = replace(plan, degree=degree)
+
+    def work(axis: sp.Axis) -> dict[str, Tensor]:
+        model = copy.deepcopy(example.model)
+        region = cut_by(model, plan, axis)
+        optimizer = kind(trained(model), **options)
+        found = numbered(losses_of(model, optimizer, sp.clip_grad_norm_, example))
+        with torch.no_grad():
+            for name, each in held_by(model):
+                whole = each.detach()
+                if name in plan.cuts:
+                    dim, along = plan.cuts[name]
+                    whole = crossings.gather(whole, dim, region.place(along, "test"))
+                found[name] = whole.clone()
+        assert not region.gathered, region.gathered
+        return found
+
+    return sp.launch(work, degree=degree, engine="threads", timeout=120)
+
+
+def hashes(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """One for each tensor."""
+    return {
+        name: hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest()[:16]
+        for name, x in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_five_steps_have_the_same_bits_at_every_degree(name: str) -> None:
+    example = build(name, dtype=torch.float32, dropout=True)
+    plan = plan_of(example)
+    assert plan.share >= 0.9, plan.whole
+    first: dict[str, str] = {}
+    for degree in DEGREES:
+        for rank, tensors in enumerate(ours(example, plan, degree, torch.optim.AdamW, lr=0.01)):
+            own = hashes(tensors)
+            first = first or own
+            differ = [each for each in first if own[each] != first[each]]
+            assert not differ, f"degree {degree}, rank {rank}: {differ[:5]}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_five_steps_agree_with_plain_torch(name: str) -> None:
+    example = build(name, dtype=torch.float64, dropout=False)
+    plan = plan_of(example)
+    with wide():
+        want = plain(example)
+        (have, *_) = ours(example, plan, 3, torch.optim.SGD, lr=0.1, momentum=0.9)
+    assert want["norm 0"] > NORM
+    assert have.keys() == want.keys()
+    for each, x in want.items():
+        scale = max(float(x.abs().max()), 1e-3) if x.is_floating_point() else 1
+        error = float((have[each] - x).abs().max()) / scale
+        assert error <= RTOL, f"{each} is off by {error:.1e}"
