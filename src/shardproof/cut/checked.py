@@ -171,10 +171,12 @@ def _raise(name: str, args: Any, what: str, how: str) -> None:
     shown = ", ".join(f"{x.spec!r}" for x in cuts)
     who = next((x.who for x in cuts if x.who), "")
     module = f" (from the weight of {who!r})" if who else ""
-    raise CheckError(
-        f"{name} of cut tensors is wrong: {what} {how}. At {_line()}{module}. "
-        f"Its operands: {shown}."
+    line = _line()
+    error = CheckError(
+        f"{name} of cut tensors is wrong: {what} {how}. At {line}{module}. Its operands: {shown}."
     )
+    error.operation, error.line = name, line
+    raise error
 
 
 def _line() -> str:

@@ -4,7 +4,7 @@ import copy
 import functools
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from shardproof.prover.report import Report
 from shardproof.prover.runs import RankResult, run_on_rank, run_references
 from shardproof.prover.training import Batch, Training
 from shardproof.prover.update import MakeOptimizer, make_optimizer
+from shardproof.prover.where import Found, locate, look
 from shardproof.quantities import checked_flag, checked_name, checked_whole
 from shardproof.ranks import open_ranks
 from shardproof.scheme import Scheme
@@ -110,6 +111,31 @@ class Proof:
             )
             for case in self.cases
         )
+
+    def located(
+        self,
+        case: Case,
+        report: CaseReport,
+        results: dict[int, list[RankResult]],
+        engine: str,
+        options: dict[str, Any],
+    ) -> CaseReport:
+        """The report, with the place of a fault in a model whose code meets cut tensors."""
+        has_cut_tensors = any(rank.has_cut_tensors for ranks in results.values() for rank in ranks)
+        if not has_cut_tensors or (report.identical and report.agrees_with_torch):
+            return report
+
+        def at(degree: int, is_checked: bool) -> Sequence[Found]:
+            work = functools.partial(
+                look, case=case, scheme=self.scheme, seed=self.seed, is_checked=is_checked
+            )
+            if not degree:
+                return [look(None, case=case, scheme=self.scheme, seed=self.seed, is_checked=False)]
+            with open_ranks(degree, engine, compare_inputs=False, **options) as ranks:
+                return ranks.run(work)
+
+        difference = report.first_difference() or {}
+        return replace(report, where=locate(at, difference["degrees"], report.degrees))
 
     def report(
         self,
@@ -201,6 +227,11 @@ def prove_cases(
                     tell(f"{case.name}, degree {degree}")
                     results[case.name][degree] = ranks.run(proof.work(case, references))
         judged = proof.judge(results, references)
+    options = {"threads": threads, "transport": transport, "overlap": overlap}
+    judged = tuple(
+        proof.located(case, report, results[case.name], engine, options)
+        for case, report in zip(cases, judged, strict=True)
+    )
     tell("done")
     return proof.report(judged, results, degrees=degrees, engine=engine, carrier=carrier)
 
