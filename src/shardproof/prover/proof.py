@@ -3,7 +3,8 @@
 import copy
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
+from shardproof.errors import RankError, ShapeError
 from shardproof.objects import checked_model
 from shardproof.overlap import Overlap, checked_overlap
 from shardproof.prover.case import Case, Trial
@@ -125,17 +127,37 @@ class Proof:
         if not has_cut_tensors or (report.identical and report.agrees_with_torch):
             return report
 
-        def at(degree: int, is_checked: bool) -> Sequence[Found]:
-            work = functools.partial(
-                look, case=case, scheme=self.scheme, seed=self.seed, is_checked=is_checked
-            )
-            if not degree:
-                return [look(None, case=case, scheme=self.scheme, seed=self.seed, is_checked=False)]
-            with open_ranks(degree, engine, compare_inputs=False, **options) as ranks:
-                return ranks.run(work)
-
         difference = report.first_difference() or {}
-        return replace(report, where=locate(at, difference["degrees"], report.degrees))
+        run = self._looking(case, engine, options)
+        return replace(report, where=locate(run, difference["degrees"], report.degrees))
+
+    def _looking(
+        self, case: Case, engine: str, options: dict[str, Any]
+    ) -> Callable[[int, bool], Sequence[Found]]:
+        """Runs a case once more at a degree, checked or not; in plain torch at degree 0."""
+        given: dict[str, Any] = {"case": case, "scheme": self.scheme, "seed": self.seed}
+
+        def run(degree: int, is_checked: bool) -> Sequence[Found]:
+            if not degree:
+                return [look(None, **given, is_checked=False)]
+            with open_ranks(degree, engine, **options) as ranks:
+                return ranks.run(functools.partial(look, **given, is_checked=is_checked))
+
+        return run
+
+    @contextmanager
+    def noting(
+        self, case: Case, degree: int, engine: str, options: dict[str, Any]
+    ) -> Iterator[None]:
+        """Add to what a rank raises the operation on cut tensors that is to blame, if one is."""
+        try:
+            yield
+        except (RankError, ShapeError) as error:
+            found = self._looking(case, engine, options)(degree, True)
+            where = next((each.where for each in found if each.where is not None), None)
+            if where is not None and where.operation:
+                error.add_note(f"{where}")
+            raise
 
     def report(
         self,
@@ -214,22 +236,22 @@ def prove_cases(
     proof = Proof(cases, scheme, seed, skipped, allow_nonfinite, few)
     tell = Teller(progress, total=len(cases) * (1 + len(degrees)))
     results: Results = {case.name: {} for case in cases}
+    # Inputs that differ are no error here: the report names the tensors that do.
+    common: dict[str, Any] = {"threads": threads, "transport": transport, "overlap": overlap}
+    common["compare_inputs"] = False
     carrier = Carrier("solo", "", overlap)
     with tempfile.TemporaryDirectory(prefix="shardproof-") as folder:
         references = proof.make_references(Path(folder), tell)
         for degree in degrees:
-            # Inputs that differ are no error here: the report names the tensors that do.
-            options: dict[str, Any] = {"transport": transport, "overlap": overlap}
-            options["compare_inputs"] = False
-            with open_ranks(degree, engine, threads=threads, **options) as ranks:
+            with open_ranks(degree, engine, **common) as ranks:
                 carrier = Carrier(ranks.transport, ranks.transport_note, overlap)
                 for case in cases:
                     tell(f"{case.name}, degree {degree}")
-                    results[case.name][degree] = ranks.run(proof.work(case, references))
+                    with proof.noting(case, degree, engine, common):
+                        results[case.name][degree] = ranks.run(proof.work(case, references))
         judged = proof.judge(results, references)
-    options = {"threads": threads, "transport": transport, "overlap": overlap}
     judged = tuple(
-        proof.located(case, report, results[case.name], engine, options)
+        proof.located(case, report, results[case.name], engine, common)
         for case, report in zip(cases, judged, strict=True)
     )
     tell("done")

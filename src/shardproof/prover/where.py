@@ -181,6 +181,10 @@ def look(
         return Found(Where(degree, module, "", "", str(error)))
     except ShardproofError:
         return Found(None)  # another rank found it, and will not come
+    except Exception:
+        if is_checked:
+            return Found(None)  # what the case itself raises, which is raised where it first was
+        raise
     return Found(None, tuple(trial.modules.given))
 
 
