@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from shardproof import checking
 from shardproof.axis import Axis
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor
@@ -82,7 +83,7 @@ def _step(model: nn.Module, call: Any, cut: Cutting, axis: Axis, device: str) ->
     copied = _copy(model, device).train()  # what only training draws is to be seen
     region = cut(copied, axis)
     args, kwargs = tree_map(lambda x: _moved(x, device), call)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), checking.Switch(is_on=False):
         _backward(copied(*args, **kwargs))
     return region
 

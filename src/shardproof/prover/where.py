@@ -256,13 +256,15 @@ def locate(
     """
     failing = differing[-1] if differing else degrees[-1]
     said = [each.where for each in run(failing, True) if each.where is not None]
-    if said:
-        return min(said, key=lambda where: not where.operation)  # an operation says more
+    operations = [where for where in said if where.operation]
+    if operations:
+        return operations[0]
     others, other = (
         (run(differing[0], False)[0], f"at degree {differing[0]}")
         if differing
         else (run(0, False)[0], "of plain PyTorch")
     )
-    return first_apart(
+    apart = first_apart(
         run(failing, False), others.given, degree=failing, other=other, is_close=not differing
     )
+    return apart or next(iter(said), None)  # a module says more than that ranks disagree
