@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import shardproof as sp
 from shardproof.axis import Axis
+from shardproof.prover.where import Found, Given, first_apart
 from watched_models import Gated
 
 X = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(3))
@@ -95,7 +96,27 @@ def test_one_rank_that_differs_is_named() -> None:
 
     where = where_of(proved(change))
     assert where["module"] == "third"
-    assert where["detail"].endswith(" on rank 1")
+
+
+def test_a_whole_tensor_that_one_rank_has_otherwise() -> None:
+    right, wrong = torch.ones(3), torch.tensor([1.0, 1.0, 1.5])
+
+    def found(value: Tensor) -> Found:
+        part = Given("up", "output 0", torch.ones(2))  # another shape: one rank's part
+        return Found(None, (part, Given("norm", "output 0", value)))
+
+    others = found(right).given
+
+    def told(*values: Tensor, is_close: bool = False) -> str:
+        options: Any = {"degree": 2, "other": "at degree 1", "is_close": is_close}
+        return str(first_apart([found(each) for each in values], others, **options))
+
+    start = "At degree 2 it begins in module 'norm': output 0 differs from that at degree 1 by "
+    assert told(right, wrong) == f"{start}0.5 on rank 1"
+    assert told(wrong, wrong) == f"{start}0.5"
+    assert told(right, right) == "None"
+    assert told(right, right * (1 + 1e-6)) != "None"
+    assert told(right, right * (1 + 1e-6), is_close=True) == "None"
 
 
 def test_a_gradient_that_differs_is_named() -> None:
