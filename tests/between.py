@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import shardproof as sp
 from shardproof.functional import crossings
-from shardproof.plans.watched import WatchedPlan, cut_by, plan_by_watching
+from shardproof.plans.watched import cut_by, plan_by_watching
+from shardproof.plans.watched_plan import Rehearsal, WatchedPlan
 from shardproof.scheme import Scheme
 from shardproof.units import Block, Units
 from shardproof.watching import Family
@@ -39,10 +40,11 @@ class Between(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, length, IN) -> a number."""
-        y = self.middle(self, self.up(x))
-        if self.down is not None:
-            y = self.down(y)
-        return y if y.dim() == 0 else (y.square() * weights(y)).sum()
+        with x.device:  # a step is rehearsed on the meta device
+            y = self.middle(self, self.up(x))
+            if self.down is not None:
+                y = self.down(y)
+            return y if y.dim() == 0 else (y.square() * weights(y)).sum()
 
 
 def weights(x: Tensor) -> Tensor:
@@ -98,15 +100,16 @@ def forced(make: Callable[[], nn.Module]) -> WatchedPlan:
     if down is not None and down.weight.shape[1] == HIDDEN:
         dims["down.weight", 1] = block
     units = Units("features", HIDDEN)
+    named = dict(model.named_parameters())
     return WatchedPlan(
-        "Between",
-        2,
-        Scheme(),
-        (Family("features", units, dims, (), "pair", (), ()),),
-        {},
-        1.0,
-        {name: tuple(each.shape) for name, each in model.named_parameters()},
-        frozenset(name for name, _ in model.named_modules()),
+        model="Between",
+        degree=2,
+        scheme=Scheme(),
+        families=(Family("features", units, dims, (), "pair", (), ()),),
+        whole={},
+        shapes={name: tuple(each.shape) for name, each in named.items()},
+        dtypes={name: each.dtype for name, each in named.items()},
+        rehearsal=Rehearsal("", (), calls=frozenset(name for name, _ in model.named_modules())),
     )
 
 

@@ -1,4 +1,4 @@
-"""Operations that only move data: recipes found on numbers, for every degree and rank, against torch."""
+"""Operations that only move data: recipes found on numbers, for every rank, against torch."""
 
 from collections.abc import Callable
 from typing import Any

@@ -249,7 +249,13 @@ def test_cuts_of_one_kind_meet_whatever_their_units_are_called(pool: Pool) -> No
 
 def test_cuts_of_other_units_are_gathered(pool: Pool) -> None:
     other = Dim(Units("coarse", 29, breaks=(0, 7, 20)), (Block(29, 0, 1),))
-    judge(pool, torch.mul, X, Given((2, 5, 29), 2, other), gathered="a tensor that is cut by other units")
+    judge(
+        pool,
+        torch.mul,
+        X,
+        Given((2, 5, 29), 2, other),
+        gathered="a tensor that is cut by other units",
+    )
 
 
 def test_a_product_of_ours_is_written_to_in_place(pool: Pool) -> None:
@@ -300,9 +306,7 @@ def test_triangular_systems_are_solved_where_they_are(
 def test_a_group_that_is_never_cut_takes_its_shared_unit_along(pool: Pool) -> None:
     units = Units("heads", 6, ((0, 1, 2), (3, 4, 5)), breaks=(0, 3))
     groups = tuple(
-        block
-        for group in (0, 1)
-        for block in (Block(4, 6 + group, 4), Block(12, 3 * group, 4))
+        block for group in (0, 1) for block in (Block(4, 6 + group, 4), Block(12, 3 * group, 4))
     )
 
     def code(x: Any) -> Any:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import shardproof as sp
 from shardproof.functional import crossings
-from shardproof.plans.watched import WatchedPlan, cut_by, plan_by_watching
+from shardproof.plans.watched import cut_by, plan_by_watching
+from shardproof.plans.watched_plan import WatchedPlan
 from shardproof.scheme import Scheme
 from zoo.build import build
 from zoo.example import Example
@@ -46,7 +47,6 @@ def plain(example: Example) -> dict[str, Tensor]:
     model = copy.deepcopy(example.model)
     optimizer = torch.optim.SGD(trained(model), lr=0.1, momentum=0.9)
 
-
     def clip(model: nn.Module, norm: float) -> Tensor:
         return nn.utils.clip_grad_norm_(model.parameters(), norm)
 
@@ -70,7 +70,11 @@ def numbered(losses: list[Tensor]) -> dict[str, Tensor]:
 
 
 def ours(
-    example: Example, plan: WatchedPlan, degree: int, kind: type[torch.optim.Optimizer], **options: Any
+    example: Example,
+    plan: WatchedPlan,
+    degree: int,
+    kind: type[torch.optim.Optimizer],
+    **options: Any,
 ) -> list[dict[str, Tensor]]:
     """Of every rank: losses, norms, and whole weights."""
     plan = replace(plan, degree=degree)
@@ -108,9 +112,7 @@ def test_five_steps_have_the_same_bits_at_every_degree(name: str) -> None:
     assert plan.share >= 0.9, plan.whole
     first: dict[str, str] = {}
     for degree in DEGREES:
-        for rank, tensors in enumerate(
-            ours(example, plan, degree, torch.optim.AdamW, lr=0.01)
-        ):
+        for rank, tensors in enumerate(ours(example, plan, degree, torch.optim.AdamW, lr=0.01)):
             own = hashes(tensors)
             first = first or own
             differ = [each for each in first if own[each] != first[each]]

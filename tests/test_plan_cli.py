@@ -172,14 +172,6 @@ def test_configs_of_no_model(tmp_path: Path, what: str) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_model_without_a_tp_plan_is_watched(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "opt", "num_hidden_layers": 2}')
-    result = run(str(tmp_path), "--degree", "2")
-    assert result.exit_code == 0, result.output
-    assert "note: OPTForCausalLM carries no tp_plan" in result.stdout
-    assert "So one forward was watched, with inputs that the config gives" in result.stdout
-
-
 @pytest.mark.parametrize(
     ("options", "text"),
     [

@@ -20,13 +20,13 @@ _TITLES = {
 }
 _START = """# The zoo
 
-`make zoo` goes through every class of four lists of transformers {transformers}, and through models
-that are written in plain torch. Each is built in a small configuration (some 6 heads, 2 key-value
-heads, feed-forward 100, vocabulary 251: sizes that divide nothing), planned by watching one forward,
-cut, and trained one step at degrees 1, 2 and 3 with invariant numerics. This page is written by that
-run. No rule of shardproof names a model or a class.
+`make zoo` goes through every class of four lists of transformers {transformers}, and through
+models that are written in plain torch. Each is built in a small configuration (some 6 heads, 2
+key-value heads, feed-forward 100, vocabulary 251: sizes that divide nothing), planned by watching
+one forward, cut, and trained one step at degrees 1, 2 and 3 with invariant numerics. This page is
+written by that run. No rule of shardproof names a model or a class.
 
-- *cut*: the part of the parameters' bytes that is cut.
+- *cut*: the part of the elements of parameters with two dims or more that is cut.
 - *sums*: all-reduces of a step at degree 2, forward + backward. Two for each pair of layers and
   direction are what a Megatron block has.
 - *gathers*: all-gathers forward + backward. One forward is the loss of a cut vocabulary.

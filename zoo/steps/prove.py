@@ -32,13 +32,13 @@ def step(example: Example) -> dict[str, Any]:
     with wide():
         plan = plan_by_watching(example.model, example.inputs, degree=2, scheme=Scheme())
         found: dict[str, Any] = {
-            "share": plan.share,
+            "share": plan.matrix_share,
             "families": len(plan.families),
             "kinds": _counted(family.kind for family in plan.families),
         }
         if not is_steady:
             found["mode"] = "eval, for in training plain torch draws by other generators"
-        if plan.share < SHARE:
+        if plan.matrix_share < SHARE:
             found["whole"] = dict(list(plan.whole.items())[:8])
         wanted = _trained(copy.deepcopy(example.model), example.model, example)
     ours = {degree: _ranks(plan, degree, example) for degree in DEGREES}
@@ -57,8 +57,8 @@ def step(example: Example) -> dict[str, Any]:
     found["is_same"] = not any(found["differ"].values())
     found["error"], found["worst"] = _worst(ours[3][0]["tensors"], wanted)
     reasons = []
-    if plan.share < SHARE:
-        reasons.append(f"only {plan.share:.2f} of the weights of matrices are cut")
+    if plan.matrix_share < SHARE:
+        reasons.append(f"only {plan.matrix_share:.2f} of the weights of matrices are cut")
     if not found["is_same"]:
         first = next(names[0] for names in found["differ"].values() if names)
         reasons.append(f"the bits differ, first in {first}")

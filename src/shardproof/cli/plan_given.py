@@ -1,12 +1,12 @@
 """What `shardproof plan` is given to plan: a directory, or a function of a user's own code."""
 
 import contextlib
-import importlib
 import importlib.util
 import inspect
 import os
 import sys
 from collections.abc import Mapping
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -58,7 +58,7 @@ def _imported(where: str) -> ModuleType:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        return _from_file(path) if is_file else importlib.import_module(where)
+        return _loaded(*(_spec_of_file(path) if is_file else _spec_of_module(where)))
     except (Exception, SystemExit) as error:  # whatever a module of a user raises
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and not is_file and f"{where}.".startswith(f"{missing}."):
@@ -72,19 +72,34 @@ def _imported(where: str) -> ModuleType:
         ) from error
 
 
-def _from_file(path: Path) -> ModuleType:
-    name = path.stem
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"Python reads no module from {path.name}")
+def _spec_of_file(path: Path) -> tuple[str, ModuleSpec]:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None:
+        raise ImportError(f"Python reads no module from {path.name}")
+    return path.stem, spec
+
+
+def _spec_of_module(name: str) -> tuple[str, ModuleSpec]:
+    spec = importlib.util.find_spec(name)  # imports the packages that it is in
+    if spec is None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    return name, spec
+
+
+def _loaded(name: str, spec: ModuleSpec) -> ModuleType:
+    """The module, as the statement import would have it."""
+    before = sys.modules.get(name)
+    if before is not None and before.__spec__ is spec:
+        return before
+    if spec.loader is None:
+        raise ImportError(f"{name} is a folder of modules")
     module = importlib.util.module_from_spec(spec)
-    kept = sys.modules.get(name)
-    sys.modules[name] = module  # as the statement import does: dataclasses look there
+    sys.modules[name] = module  # where dataclasses and pickle look
     try:
         spec.loader.exec_module(module)
     finally:
-        if kept is not None:
-            sys.modules[name] = kept
+        if before is not None:  # a file may have the name of another module
+            sys.modules[name] = before
     return module
 
 

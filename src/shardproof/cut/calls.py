@@ -4,6 +4,7 @@ A module whose forward draws, or calls an operation of whole tensors that thread
 forward inside `Calls`. Operations on cut tensors go to their rules from here as from anywhere.
 """
 
+import copy
 import hashlib
 import sys
 import threading
@@ -28,6 +29,7 @@ from shardproof.layers.dropout import Drawing
 from shardproof.numerics import forms
 
 assert all((linear, lookup, moves, pointwise))  # noqa: S101 - imported for their rules
+DRAWS = "shardproof_draws"  # name of the module that counts the draws of another
 DROPOUTS = frozenset(("dropout", "native_dropout", "dropout_"))
 _RANDOM = frozenset(
     """rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal
@@ -264,16 +266,20 @@ class Calling:
     Args:
         region: of the model.
         name: of the module.
-        draws_only: it calls nothing on whole tensors that `Calls` must see.
+        calls: it calls on whole tensors what `Calls` must see.
+        draws: it draws.
     """
 
-    def __init__(self, region: Region, name: str, *, draws_only: bool = False) -> None:
+    def __init__(self, region: Region, name: str, *, calls: bool, draws: bool) -> None:
         self.region = region
         self.drawing = Drawing(name)
-        self.draws_only = draws_only
+        self.calls = calls
+        self.draws = draws
 
     def hook(self, module: nn.Module) -> None:
         """Let a module call in this way."""
+        if self.draws:
+            module.register_module(DRAWS, self.drawing)  # its count is a part of the state
         module.register_forward_pre_hook(self.enter, prepend=True)
         module.register_forward_hook(self.leave, always_call=True)
 
@@ -283,17 +289,17 @@ class Calling:
         _local.modes.append((calls, _local.calls))
         _local.calls = calls
         inside.enter()
-        if not self.draws_only:
+        if self.calls:
             calls.__enter__()
 
     def leave(self, *_: Any) -> None:
         """After it, or after what it raised."""
         calls, _local.calls = _local.modes.pop()
-        if not self.draws_only:
+        if self.calls:
             calls.__exit__(None, None, None)
         inside.leave()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Calling":
-        made = Calling(self.region, self.drawing.name, draws_only=self.draws_only)
-        made.drawing.step = self.drawing.step
+        made = Calling(self.region, self.drawing.name, calls=self.calls, draws=self.draws)
+        made.drawing = copy.deepcopy(self.drawing, memo)  # the one that the copied module has
         return made

@@ -70,7 +70,7 @@ def batch_norm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, An
     if training:
         with torch.no_grad():
             for each, part in zip(means, own, strict=True):
-                if each is not None:
+                if each is not None and part is not None:
                     each.copy_(crossings.gather(part, 0, place))
     return _affine(region, cut_tensor(y, x.spec, x.who), given["weight"], given["bias"])
 
@@ -92,7 +92,7 @@ def _windows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, grows:
     size = kwargs.get("kernel_size") or args[1 if grows else 2]
     window = size * size if isinstance(size, int) else int(np.prod(size))
     channel = x.dim() - 2 if not grows else x.dim() - 3
-    labels = x.spec.cut.labels if isinstance(x, CutTensor) else np.zeros(0)
+    labels: Any = x.spec.cut.labels if isinstance(x, CutTensor) else np.zeros(0)
     made = np.repeat(labels, window) if grows else labels[::window]
     is_whole = grows or np.array_equal(np.repeat(made, window), labels)
     if not isinstance(x, CutTensor) or x.spec.dim != channel or not is_whole or not x.local.numel():

@@ -79,9 +79,9 @@ def _compare(found: Any, func: Any, name: str, args: tuple[Any, ...], kwargs: An
             pairs.append((own, whole.requires_grad_(x.requires_grad)))
             return own
         if isinstance(x, Tensor):
-            own = x.detach().clone().requires_grad_(x.requires_grad)
-            pairs.append((own, x.detach().clone().requires_grad_(x.requires_grad)))
-            return own
+            mine = x.detach().clone().requires_grad_(x.requires_grad)
+            pairs.append((mine, x.detach().clone().requires_grad_(x.requires_grad)))
+            return mine
         return x
 
     given, options = tree_map(copied, (args, kwargs), is_leaf=is_cut)
@@ -91,8 +91,8 @@ def _compare(found: Any, func: Any, name: str, args: tuple[Any, ...], kwargs: An
         (given, options),
         is_leaf=is_cut,
     )
-    want = [each for each in tree_flatten(func(*plain, **plain_options))[0]]
-    got = [each for each in tree_flatten(found(func, name, given, options), is_leaf=is_cut)[0]]
+    want = list(tree_flatten(func(*plain, **plain_options))[0])
+    got = list(tree_flatten(found(func, name, given, options), is_leaf=is_cut)[0])
     for ours, theirs in zip(got, want, strict=False):
         if isinstance(theirs, Tensor):
             _same(name, args, ours, theirs, "its result")
@@ -172,7 +172,8 @@ def _raise(name: str, args: Any, what: str, how: str) -> None:
     who = next((x.who for x in cuts if x.who), "")
     module = f" (from the weight of {who!r})" if who else ""
     raise CheckError(
-        f"{name} of cut tensors is wrong: {what} {how}. At {_line()}{module}. Its operands: {shown}."
+        f"{name} of cut tensors is wrong: {what} {how}. At {_line()}{module}. "
+        f"Its operands: {shown}."
     )
 
 

@@ -1,9 +1,9 @@
 """A reshape that spreads the cut dim over two dims, put off until its numbers are used.
 
-Code packs the query heads of one token by key-value head: (batch, 6, 1, n) becomes (batch, 2, 3, n).
-Neither dim alone says which rank has a head. What usually follows is an attention, which the
-unpacked heads give too, and the reshape back. So the tensor remembers what it was made of; every
-other use gathers it.
+Code packs the query heads of one token by key-value head: (batch, 6, 1, n) becomes
+(batch, 2, 3, n). Neither dim alone says which rank has a head. What usually follows is an
+attention, which the unpacked heads give too, and the reshape back. So the tensor remembers what it
+was made of; every other use gathers it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -71,7 +71,7 @@ class Deferred(Tensor):
         return func(*tree_map(_opened, args), **tree_map(_opened, dict(kwargs)))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Sequence[type],
@@ -133,9 +133,10 @@ def _attended(
         attn_mask = _unpacked(attn_mask, packed)
         if attn_mask is None:
             return None
-    y = F.scaled_dot_product_attention(
-        heads, key, value, attn_mask=attn_mask, scale=scale, enable_gqa=packed[-3] != unpacked[-3]
-    )
+    options = {"attn_mask": attn_mask, "scale": scale}
+    given: Any = heads
+    is_grouped = packed[-3] != unpacked[-3]
+    y = F.scaled_dot_product_attention(given, key, value, enable_gqa=is_grouped, **options)
     return run(Tensor.reshape, (y, (*packed[:-1], y.shape[-1])), {})
 
 

@@ -1,4 +1,4 @@
-"""`torch.autograd.Function` of a model's own on cut tensors: forward and backward run on cut tensors.
+"""`torch.autograd.Function` of a model's own: its forward and backward run on cut tensors.
 
 Torch would call its forward and see no input that wants a gradient, for autograd knows the parts:
 the gradient would be lost in silence. So `Function.apply` asks first whether a tensor is cut.
@@ -115,8 +115,9 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if cut is None:
             return y
     if cls.setup_context is not Function.setup_context:
+        which = "" if cut is None else f" ({cut.spec!r})"
         raise UsageError(
-            f"{cls.__name__}.apply gets a cut tensor ({cut.spec!r}), and has a setup_context, "
+            f"{cls.__name__}.apply gets a cut tensor{which}, and has a setup_context, "
             "which is not supported yet. Write forward(ctx, ...), or leave the module whole."
         )
     specs = [each.spec if isinstance(each, CutTensor) else None for each in args]
@@ -164,7 +165,7 @@ def grad(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """`torch.autograd.grad`: of parts, by parts."""
     inputs = args[1] if len(args) > 1 else kwargs["inputs"]
     found = _plain_grad(*_parts(args), **_parts(kwargs))
-    given = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    given: list[Any] = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     return tuple(
         cut_tensor(each, x.spec, x.who) if is_cut(x) and each is not None else each
         for each, x in zip(found, given, strict=True)

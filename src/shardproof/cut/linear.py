@@ -34,7 +34,7 @@ def product(x: Any, weight: Any, bias: Any, *, is_transposed: bool, func: Any = 
         is_transposed: how `weight` is given.
         func: that was called, for messages.
     """
-    out_dim, in_dim = (1, 0) if is_transposed else (0, 1)
+    out_dim = 1 if is_transposed else 0
     last = x.dim() - 1
     if isinstance(weight, CutTensor) and weight.spec.dim == out_dim:
         if isinstance(x, CutTensor):
@@ -74,12 +74,12 @@ def product(x: Any, weight: Any, bias: Any, *, is_transposed: bool, func: Any = 
 def _of_whole_weight(
     x: CutTensor, weight: Tensor, bias: Any, is_transposed: bool, func: Any
 ) -> Any:
-    """A cut tensor and a whole weight: its gradient is summed over the ranks, as the rows are cut."""
+    """A cut tensor and a whole weight, whose gradient the ranks sum, for the rows are cut."""
     spec = x.spec
     if spec.dim == x.dim() - 1:
-        x = whole(x, f"{func.__name__} of a whole weight")
+        rows = whole(x, f"{func.__name__} of a whole weight")
         form = invariant(spec.region, F.linear, "")
-        return form(x, weight.t() if is_transposed else weight, bias)
+        return form(rows, weight.t() if is_transposed else weight, bias)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         y = batched(
             x if spec.dim < x.dim() - 2 else x.unsqueeze(-2),
@@ -180,7 +180,7 @@ def batched(a: Any, b: Any) -> Any:
 
 
 def _batched_column(a: Tensor, b: CutTensor, shape: tuple[int, ...]) -> CutTensor:
-    """(*, M, K), whole, @ (*, K, N) whose N is cut: the gradient of `a` is summed over the ranks."""
+    """(*, M, K), whole, @ (*, K, N) whose N is cut: the ranks sum the gradient of `a`."""
     spec = b.spec.region.spec(shape, len(shape) - 1, b.spec.cut)
     place = spec.region.place(spec.cut, b.who)
     product = invariant(spec.region, torch.matmul, b.who)

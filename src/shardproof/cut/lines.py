@@ -1,4 +1,4 @@
-"""Operations that use whole lines along some dims and treat lines alike: softmax, norms, sums, sorts.
+"""Operations that use whole lines along some dims: softmax, norms, sums, sorts.
 
 Where the cut dim is none of theirs, each rank does its own lines. Where it is, a sum is added over
 the ranks in the order of the tree, a softmax exchanges its sums, and the rest is gathered.
@@ -18,7 +18,7 @@ from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
 from shardproof.errors import ShapeError
 from shardproof.functional import crossings
 
-# Name -> place of the argument that says along which dims; its other name, and what it is if absent.
+# Name -> place of the argument that says along which dims.
 _DIM = {
     **dict.fromkeys(
         (
@@ -408,6 +408,9 @@ def attention(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
         zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)
     )
     options = {**given, **kwargs}
+    q: Any
+    k: Any
+    v: Any
     q, k, v = (options.pop(each) for each in ("query", "key", "value"))
     if not isinstance(q, CutTensor) or q.spec.dim != q.dim() - 3:
         return gathered(func, name, args, kwargs)

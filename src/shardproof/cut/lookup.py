@@ -56,7 +56,7 @@ def _as_slice(numbers: list[Any]) -> Any:
 
 
 def _picked(func: Any, x: CutTensor, entries: list[Any]) -> Any:
-    """Advanced indexing: what takes the cut dim whole leaves it cut; numbers of it are looked up."""
+    """Advanced indexing: the cut dim stays cut if it is taken whole, else rows are looked up."""
     dim = _dim_left(x.shape, x.spec.dim, entries)
     if dim is None:
         rows = _rows_picked(x, entries)
@@ -70,8 +70,9 @@ def _rows_picked(x: CutTensor, entries: list[Any]) -> Any:
     """Numbers of the cut dim alone, from a tensor: the ranks give what they hold."""
     index = entries[x.spec.dim] if len(entries) > x.spec.dim and Ellipsis not in entries else None
     others = [each for place, each in enumerate(entries) if place != x.spec.dim]
-    is_number = isinstance(index, Tensor) and index.dtype in _INTEGERS and index.dim() > 0
-    if not is_number or any(not isinstance(each, slice) or each != slice(None) for each in others):
+    if not isinstance(index, Tensor) or index.dtype not in _INTEGERS or not index.dim():
+        return None
+    if any(not isinstance(each, slice) or each != slice(None) for each in others):
         return None
     return looked_up(x, x.spec.dim, index)
 
@@ -258,14 +259,14 @@ def along(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     met = _lying_along(list(parts.values()), dim)
     if met is None:
         return gathered(func, name, args, kwargs)
-    (spec, who), made = met, x
+    spec, who = met
     if name.endswith("_") and not isinstance(x, CutTensor):
         made = spec.region.spec(tuple(x.shape), spec.dim, spec.cut)
         if not adopt(x, made, who):
             return gathered(func, name, args, kwargs)
     for key, each in parts.items():
-        shape = spec.region.spec(tuple(each.shape), spec.dim, spec.cut)
-        given[key] = fitted(each, shape, who)
+        own = spec.region.spec(tuple(each.shape), spec.dim, spec.cut)
+        given[key] = fitted(each, own, who)
     order = [given[key] for key in names[: len(args)]]
     y = invariant(spec.region, func, who)(
         *order, *args[len(names) :], **{key: given[key] for key in kwargs}

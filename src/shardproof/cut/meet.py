@@ -47,11 +47,10 @@ def common(tensors: Sequence[Any], shape: tuple[int, ...]) -> tuple[Spec, str] |
             finest, dim = x, place
         elif place != dim:
             return None
-        elif x.spec.cut is not finest.spec.cut:
-            if not is_finer(finest.spec.cut, x.spec.cut, finest.spec) and is_finer(
-                x.spec.cut, finest.spec.cut, finest.spec
-            ):
-                finest = x
+        elif not is_finer(finest.spec.cut, x.spec.cut, finest.spec) and is_finer(
+            x.spec.cut, finest.spec.cut, finest.spec
+        ):
+            finest = x
     assert finest is not None  # noqa: S101 - a rule is asked where a tensor is cut
     return finest.spec.region.spec(shape, dim, finest.spec.cut), finest.who
 
@@ -75,7 +74,7 @@ def freed(x: CutTensor) -> Tensor:
 
 
 def are_alike(one: CutDim, other: CutDim) -> bool:
-    """Whether units of both are shared among the ranks in the same way, whatever they are called."""
+    """Whether units of both are shared among the ranks alike, whatever they are called."""
     a, b = one.shared, other.shared
     return a is b or (a.leaves, a.degree, replace(a.units, name="")) == (
         b.leaves,
@@ -125,7 +124,7 @@ def _is_beside(one: int, other: int, shared: Shared) -> bool:
 
 
 def fitted(x: Any, spec: Spec, who: str) -> Tensor:
-    """This rank's part of an operand, as one of `spec` meets it; numbers of the cut dim may lack."""
+    """This rank's part of an operand, as one of `spec` meets it; it may lack the cut dim."""
     place = spec.dim - (len(spec.shape) - x.dim())
     if isinstance(x, CutTensor):
         if x.spec.dim == place and x.shape[place] == spec.shape[spec.dim]:

@@ -2,8 +2,8 @@
 
 An operation is run once on numbers: every element of the whole carries its index along the cut dim.
 Where the numbers lie afterwards says how the result is cut, and which call on the part yields this
-rank's part of it. Such a recipe is kept; it is right by construction, for the call that it makes has
-been run on this rank's numbers and compared.
+rank's part of it. Such a recipe is kept. It is right, for the call that it makes has been run on
+this rank's numbers and compared.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from shardproof.cut.deferred import defer
 from shardproof.cut.others import gathered
 from shardproof.cut.spec import Spec
-from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
+from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 from shardproof.numerics import forms
 from shardproof.units import CutDim
 
@@ -127,11 +127,9 @@ def move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         name, func = name.removesuffix("_as"), getattr(Tensor, name.removesuffix("_as"))
         rest, kwargs = tuple(other.shape), {}
     if name == "view" and rest and isinstance(rest[0], torch.dtype):
-        return (
-            run(Tensor.view_dtype, (x, *rest), {})
-            if rest[0].itemsize != x.dtype.itemsize
-            else (cut_tensor(x.local.view(rest[0]), x.spec, x.who))
-        )
+        if rest[0].itemsize != x.dtype.itemsize:
+            return gathered(func, name, args, kwargs)
+        return cut_tensor(x.local.view(rest[0]), x.spec, x.who)
     quick = _QUICK.get(name)
     if quick is not None and not kwargs:
         found = quick(x, rest)

@@ -1,15 +1,14 @@
 """Operations without a rule: taken apart where they are made of others, gathered where not.
 
 A function of torch that is written in Python is run again with its own operations seen; one of
-C++ that is composed of others is run on stand-ins, which bring each ATen operation back here. What
-is left is computed on whole tensors: right, counted, and never a weight by intention, since the plan
-says which these are.
+C++ that is composed of others brings each ATen operation back here. What is left is computed on
+whole tensors: right, and counted, so that the plan can say what is gathered.
 """
 
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache, lru_cache
+from functools import cache
 from types import CellType, FunctionType
 from typing import Any
 
@@ -45,7 +44,7 @@ def _asked(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def invariant(region: Region, func: Any, who: str) -> Callable[..., Any]:
-    """The form of an operation whose bits do not change with the cut; itself if numerics are native.
+    """The form of an operation whose bits no cut changes; itself if numerics are native.
 
     One that has none is noted in the region: the plan says so before anything runs.
     """
@@ -127,7 +126,7 @@ def others(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return _taken_apart(func, name, args, kwargs)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _is_composed(name: str) -> bool:
     """Whether ATen has an operation of that name that is made of others."""
     packet = getattr(torch.ops.aten, name, None)

@@ -232,7 +232,7 @@ def pointwise(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _joins_as_it_is(x: Tensor, spec: Spec) -> bool:
-    """Whether a whole tensor without a gradient broadcasts to what is cut, along the cut dim too."""
+    """Whether a whole tensor without a gradient broadcasts, along the cut dim too."""
     if x.requires_grad and torch.is_grad_enabled():
         return False
     shape, lead = x.shape, len(spec.shape) - x.dim()

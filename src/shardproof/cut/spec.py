@@ -1,7 +1,7 @@
 """How a tensor is cut, and the region in which that is known. Values that are compared by identity.
 
 A cut tensor is cut along exactly one dim; along all others every rank holds everything. `Region`
-makes each `Spec` once, so that what was found out for one (a recipe) is found again by its identity.
+makes each `Spec` once, so that a recipe that was found for one is found again by its identity.
 """
 
 from typing import Any

@@ -7,7 +7,7 @@ Why both, and why no part of it is DTensor: docs/decisions/0044-the-cut-tensor.m
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ composed: list[Callable[..., Any]] = []  # takes ATen operations; `cut/others.py
 checks: list[Callable[..., Any]] = []  # runs rules inside `checked()`
 _NAMES: dict[Any, str] = {F.unfold: "im2col", F.fold: "col2im"}  # `Tensor.unfold` is another
 _ARITHMETIC = frozenset(
-    """add sub mul div truediv floordiv mod pow matmul and or xor lshift rshift eq ne lt le gt ge neg
-    pos abs invert getitem setitem""".split()  # noqa: SIM905
+    """add sub mul div truediv floordiv mod pow matmul and or xor lshift rshift eq ne lt le gt ge
+    neg pos abs invert getitem setitem""".split()  # noqa: SIM905
 )
 
 
@@ -47,9 +47,7 @@ def name_of(func: Any) -> str:
         name = getattr(getattr(func, "overloadpacket", None), "__name__", name)  # ATen
         bare = name.strip("_")
         if name.startswith("__"):
-            if bare in _ARITHMETIC:
-                name = bare
-            elif bare[0] == "r" and bare[1:] in _ARITHMETIC:
+            if bare in _ARITHMETIC or (bare[0] == "r" and bare[1:] in _ARITHMETIC):
                 name = bare
             elif bare[0] == "i" and bare[1:] in _ARITHMETIC:
                 name = f"{bare[1:]}_"
@@ -65,6 +63,12 @@ class CutTensor:
         spec: shape of the whole, the dim that is cut, and how.
         who: the module whose weight it comes from, for messages and the ledger.
     """
+
+    if TYPE_CHECKING:  # every other method of `torch.Tensor`, put here below
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __mul__(self, other: Any) -> Any: ...
+        def __getitem__(self, index: Any) -> Any: ...
 
     def __init__(self, local: Tensor, spec: Spec, who: str = "") -> None:
         self.local = local
@@ -86,21 +90,26 @@ class CutTensor:
 
     @property
     def shape(self) -> torch.Size:
+        """Of the whole."""
         return self.spec.shape
 
     def size(self, dim: int | None = None) -> Any:
+        """Of the whole, or along one dim."""
         return self.spec.shape if dim is None else self.spec.shape[dim]
 
     def dim(self) -> int:
+        """How many dims."""
         return len(self.spec.shape)
 
     ndimension = dim
 
     @property
     def ndim(self) -> int:
+        """How many dims."""
         return len(self.spec.shape)
 
     def numel(self) -> int:
+        """Elements of the whole."""
         return self.spec.shape.numel()
 
     nelement = numel
@@ -110,18 +119,22 @@ class CutTensor:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the elements."""
         return self.local.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the part lies."""
         return self.local.device
 
     @property
     def layout(self) -> torch.layout:
+        """Of the part."""
         return self.local.layout
 
     @property
     def requires_grad(self) -> bool:
+        """Whether the part wants a gradient."""
         return self.local.requires_grad
 
     @requires_grad.setter
@@ -129,19 +142,23 @@ class CutTensor:
         self.local.requires_grad = value
 
     def requires_grad_(self, requires_grad: bool = True) -> "CutTensor":
+        """As of `torch.Tensor`."""
         self.local.requires_grad_(requires_grad)
         return self
 
     @property
     def grad_fn(self) -> Any:
+        """Of the part."""
         return self.local.grad_fn
 
     @property
     def is_leaf(self) -> bool:
+        """Whether the part is one."""
         return self.local.is_leaf
 
     @property
     def grad(self) -> Any:
+        """A cut tensor, or None."""
         grad = self.local.grad
         return None if grad is None else cut_tensor(grad, self.spec, self.who)
 
@@ -151,6 +168,7 @@ class CutTensor:
 
     @property
     def data(self) -> "CutTensor":
+        """Without its graph."""
         return cut_tensor(self.local.data, self.spec, self.who)
 
     @property
@@ -177,6 +195,7 @@ class CutTensor:
         return strides if dim is None else strides[dim]
 
     def is_contiguous(self, *args: Any, **kwargs: Any) -> bool:
+        """Of the part."""
         return self.local.is_contiguous(*args, **kwargs)
 
     def register_hook(self, hook: Callable[[Any], Any]) -> Any:
@@ -190,6 +209,7 @@ class CutTensor:
         return self.local.register_hook(on_part)
 
     def retain_grad(self) -> None:
+        """As of `torch.Tensor`."""
         self.local.retain_grad()
 
     def __iter__(self) -> Iterator[Any]:
@@ -203,6 +223,10 @@ class CutTensor:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CutTensor":
         return cut_tensor(self.local.__deepcopy__(memo), self.spec, self.who)
+
+
+def _of_part(name: str) -> Callable[[CutTensor], Any]:
+    return lambda self: getattr(self.local, name)
 
 
 for _flag in (
@@ -221,10 +245,10 @@ for _flag in (
     "is_inference_",
 ):
     if hasattr(Tensor, _flag):
-        setattr(CutTensor, _flag, property(lambda self, _flag=_flag: getattr(self.local, _flag)))
+        setattr(CutTensor, _flag, property(_of_part(_flag)))
 
 
-class _Shown(CutTensor, Tensor):
+class _Shown(CutTensor, Tensor):  # type: ignore[misc, override]
     """A cut tensor that is a `torch.Tensor` without memory of its own."""
 
     __hash__ = Tensor.__hash__
@@ -253,7 +277,7 @@ def cut_tensor(local: Tensor, spec: Spec, who: str = "") -> CutTensor:
 
 
 class Adopted(_Shown):
-    """A tensor that was whole when it was made. C++ finds no elements in it, and sends no call here."""
+    """A tensor that was whole when it was made: C++ finds no elements, and sends no call here."""
 
 
 def shown(x: Any) -> Any:

@@ -79,7 +79,7 @@ def rehearse(
 
 def _step(model: nn.Module, call: Any, cut: Cutting, axis: Axis, device: str) -> Region:
     """Forward and backward of one rank."""
-    copied = _copy(model, device)
+    copied = _copy(model, device).train()  # what only training draws is to be seen
     region = cut(copied, axis)
     args, kwargs = tree_map(lambda x: _moved(x, device), call)
     with torch.random.fork_rng():

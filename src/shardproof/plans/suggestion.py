@@ -38,7 +38,8 @@ def no_plan(model: nn.Module, start: str, fits: Callable[[Entries], bool]) -> st
     if not entries or not fits(entries):
         return (
             f"{start} None of its linears was found, by trying, to be one of a pair that can be "
-            f"cut as it stands. Give a plan; {_READ}."
+            f"cut as it stands. Give a plan, or inputs=, an example of what forward takes, and one "
+            f"forward is watched; {_READ}."
         )
     shown = list(entries.items())[:_SHOWN]
     written = ", ".join(f'"{entry}": "{style}"' for entry, style in shown)
@@ -46,7 +47,7 @@ def no_plan(model: nn.Module, start: str, fits: Callable[[Entries], bool]) -> st
     return (
         f"{start} These of its linears can be cut, which was tried: {{{written}}}.{more} An "
         f"attention is Attention(queries=..., keys=..., head_dim=...) under the name of its "
-        f"module; {_READ}."
+        f"module. Or give inputs=, an example of what forward takes; {_READ}."
     )
 
 

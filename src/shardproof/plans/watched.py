@@ -170,6 +170,6 @@ def cut_by(model: nn.Module, plan: WatchedPlan, axis: Axis) -> Region:
         known = module.__dict__.setdefault(_KNOWN, {})
         known[own] = region.spec(plan.shapes[name], dim, along), registry.record_of(module).name
     for name in sorted(plan.rehearsal.calls | plan.rehearsal.draws):
-        is_seen = name in plan.rehearsal.calls
-        Calling(region, name, draws_only=not is_seen).hook(modules[name])
+        calls, draws = name in plan.rehearsal.calls, name in plan.rehearsal.draws
+        Calling(region, name, calls=calls, draws=draws).hook(modules[name])
     return region

@@ -150,6 +150,13 @@ class WatchedPlan:
         """What part of the parameters is cut, in bytes."""
         return 1 - self.whole_bytes / self.total_bytes if self.total_bytes else 0.0
 
+    @property
+    def matrix_share(self) -> float:
+        """What part of the elements of parameters with two dims or more is cut."""
+        sizes = {name: _numel(shape) for name, shape in self.shapes.items() if len(shape) > 1}
+        cut = sum(size for name, size in sizes.items() if name in self.cuts)
+        return cut / max(sum(sizes.values()), 1)
+
     @cached_property
     def idle(self) -> dict[str, tuple[int, ...]]:
         """Family -> ranks that own nothing of it."""
