@@ -1,4 +1,4 @@
-"""The key-value cache of a cut model has one rank's heads: it says so, and serves no other rank."""
+"""The cache of a cut model has one rank's heads or channels, and serves no other rank."""
 
 import functools
 from collections.abc import Iterable
@@ -27,14 +27,22 @@ def guard_cache(model: nn.Module, axis: Axis) -> None:
 def _check(mark: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for cache in _caches([*args, *kwargs.values()]):
         held_by = getattr(cache, MARK, None)
-        if held_by == mark or (held_by is None and not cache.get_seq_length()):
+        if held_by == mark or (held_by is None and not _is_filled(cache)):
             continue
         whose = "an uncut model" if held_by is None else f"{held_by} of a cut one"
         raise UsageError(
             f"past_key_values were filled by {whose}, and this {type(model).__name__} is {mark}: "
-            "a cache has the key-value heads that one rank holds. Start from an empty cache, or "
+            "a cache has the heads or channels that one rank holds. Start from an empty cache, or "
             "from the one that this rank's model has filled."
         )
+
+
+def _is_filled(cache: Any) -> bool:
+    """Whether a cache has seen a token."""
+    try:
+        return bool(cache.get_seq_length())
+    except ValueError:  # it counts no tokens, for no layer of it has keys: all have states
+        return any(any(layer.has_previous_state.values()) for layer in cache.layers)
 
 
 def _mark(

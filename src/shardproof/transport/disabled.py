@@ -26,7 +26,8 @@ FORKED = (
 )
 OVER = (
     "the call of launch or Ranks.run that this axis was made for is over. Make the model inside "
-    "the function, on the axis that the function is given, and return plain tensors"
+    "the function, on the axis that the function is given, and return plain tensors (of a cut "
+    "tensor its `whole()`)"
 )
 
 
