@@ -18,7 +18,8 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs a browser on P
 # What a reader does: opens, closes, moves by keys; every bar and every name must have its place.
 TEST = """<script>
 (() => {
-  const root = document.documentElement, tree = document.getElementById("tree");
+  const root = document.documentElement;
+  const tree = document.getElementById("tree");
   const expect = (holds, what) => { if (!holds) faults.push(what); };
   const heads = () => [...tree.querySelectorAll("summary")].filter((each) => each.checkVisibility());
   const press = (key) => document.activeElement.dispatchEvent(
