@@ -21,7 +21,8 @@ TEST = """<script>
   const root = document.documentElement;
   const tree = document.getElementById("tree");
   const expect = (holds, what) => { if (!holds) faults.push(what); };
-  const heads = () => [...tree.querySelectorAll("summary")].filter((each) => each.checkVisibility());
+  const heads = () =>
+    [...tree.querySelectorAll("summary")].filter((each) => each.checkVisibility());
   const press = (key) => document.activeElement.dispatchEvent(
     new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
   const bars = [...document.querySelectorAll(".own")];

@@ -29,8 +29,8 @@ _WITHOUT_ARITHMETIC = frozenset(
     full_like empty zeros ones full arange tensor as_tensor from_numpy copy_ clone detach numpy item
     tolist data_ptr index_copy_ index_copy scatter_ scatter masked_fill_ masked_scatter_ nonzero
     bincount eye linspace cpu cuda is_nonzero equal allclose isin broadcast_tensors
-    __setitem__ __contains__ __bool__ __int__ __float__ __index__ __len__ __get__ __set__ size stride
-    dim numel element_size is_contiguous is_floating_point is_complex""".split()  # noqa: SIM905
+    __setitem__ __contains__ __bool__ __int__ __float__ __index__ __len__ __get__ __set__ size
+    stride dim numel element_size is_contiguous is_floating_point is_complex""".split()  # noqa: SIM905
 )
 
 
