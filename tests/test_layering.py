@@ -189,6 +189,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("prover.case", "prover.earlier"),
     ("prover.given", "prover.runs", "prover.update"),
     ("prover.training",),
+    ("prover.where",),
     ("prover.casereport",),
     ("prover.verdict",),
     ("prover.report",),

@@ -51,7 +51,13 @@ class MismatchError(ShardproofError, RuntimeError):
 
 
 class CheckError(ShardproofError, RuntimeError):
-    """An operation on cut tensors gives another result than the same on whole tensors."""
+    """An operation on cut tensors gives another result than the same on whole tensors.
+
+    `operation` is its name, and `line` is the line of the model's code that called it.
+    """
+
+    operation: str = ""
+    line: str = ""
 
 
 class RankError(ShardproofError, RuntimeError):

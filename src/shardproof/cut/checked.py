@@ -16,10 +16,12 @@ from torch.utils._pytree import tree_flatten, tree_map
 from shardproof.cut import tensor
 from shardproof.cut.others import is_cut
 from shardproof.cut.tensor import CutTensor, cut_tensor
-from shardproof.errors import CheckError
+from shardproof.errors import AxisError, CheckError, MismatchError, RankError
 from shardproof.functional import crossings
+from shardproof.wording import error_words
 
 _OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+_OF_RANKS = (AxisError, MismatchError, RankError)  # another rank stopped, or they met apart
 _state = threading.local()
 _RTOL = {torch.float64: 1e-8, torch.float32: 1e-4}
 
@@ -92,11 +94,32 @@ def _compare(found: Any, func: Any, name: str, args: tuple[Any, ...], kwargs: An
         is_leaf=is_cut,
     )
     want = list(tree_flatten(func(*plain, **plain_options))[0])
-    got = list(tree_flatten(found(func, name, given, options), is_leaf=is_cut)[0])
+    with _Named(name, args):
+        got = list(tree_flatten(found(func, name, given, options), is_leaf=is_cut)[0])
     for ours, theirs in zip(got, want, strict=False):
         if isinstance(theirs, Tensor):
             _same(name, args, ours, theirs, "its result")
     _compare_gradients(name, args, pairs, got, want)
+
+
+class _Named:
+    """What a rule raises, though whole tensors raise nothing, is its fault: said so, with its line.
+
+    Args:
+        name: of the operation.
+        args: its operands.
+    """
+
+    def __init__(self, name: str, args: Any) -> None:
+        self.name = name
+        self.args = args
+
+    def __enter__(self) -> None:
+        """Nothing."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, _OF_RANKS):
+            _raise(self.name, self.args, "its rule", f"raises {error_words(error)}")
 
 
 def _compare_gradients(
@@ -125,7 +148,8 @@ def _compare_gradients(
             grad = crossings.held_part(grad, ours.spec.dim, place)
         grads.append(grad)
     leaves = [ours.local if isinstance(ours, CutTensor) else ours for ours, _ in inputs]
-    had = torch.autograd.grad(parts, leaves, grads, allow_unused=True)
+    with _Named(name, args):
+        had = torch.autograd.grad(parts, leaves, grads, allow_unused=True)
     for (ours, _), grad, theirs in zip(inputs, had, wanted, strict=True):
         if theirs is None or (grad is None and not theirs.any()):
             continue
@@ -148,6 +172,9 @@ def _gathered(x: CutTensor, local: Tensor) -> Tensor:
 
 def _same(name: str, args: Any, ours: Any, theirs: Tensor, what: str) -> None:
     theirs = theirs.detach()
+    if isinstance(ours, CutTensor) and ours.local.shape != ours.spec.local_shape:
+        part = f"has a part of shape {tuple(ours.local.shape)}"
+        _raise(name, args, what, f"{part} where it is {ours.spec!r}")
     with torch.no_grad():
         have = _gathered(ours, ours.local.detach()) if isinstance(ours, CutTensor) else ours
     have = have.detach() if isinstance(have, Tensor) else torch.as_tensor(have)
@@ -171,10 +198,12 @@ def _raise(name: str, args: Any, what: str, how: str) -> None:
     shown = ", ".join(f"{x.spec!r}" for x in cuts)
     who = next((x.who for x in cuts if x.who), "")
     module = f" (from the weight of {who!r})" if who else ""
-    raise CheckError(
-        f"{name} of cut tensors is wrong: {what} {how}. At {_line()}{module}. "
-        f"Its operands: {shown}."
+    line = _line()
+    error = CheckError(
+        f"{name} of cut tensors is wrong: {what} {how}. At {line}{module}. Its operands: {shown}."
     )
+    error.operation, error.line = name, line
+    raise error
 
 
 def _line() -> str:

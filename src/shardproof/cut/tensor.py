@@ -114,6 +114,13 @@ class CutTensor:
 
     nelement = numel
 
+    def element_size(self) -> int:
+        return self.local.element_size()
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel() * self.local.element_size()
+
     def __len__(self) -> int:
         return self.spec.shape[0]
 

@@ -9,15 +9,18 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from shardproof import observing, optim
 from shardproof.axis import Axis
+from shardproof.cut.tensor import CutTensor
 from shardproof.errors import UsageError
+from shardproof.functional.crossing_moves import joined
 from shardproof.layers.base import ShardedModule
+from shardproof.layers.cut_module import CutModule
 from shardproof.layers.registry import record_of
 from shardproof.leaves import Layout, replicated
 from shardproof.numerics import mode
@@ -80,6 +83,7 @@ class Trial:
         share_bytes: of the largest owned share of a parameter.
         num_cut_parameters: of the adopted models, those of which no rank owns all.
         precise: what the fp64 run left; in the other run of plain torch alone.
+        has_cut_tensors: code of an adopted model may meet cut tensors.
     """
 
     def __init__(
@@ -101,6 +105,7 @@ class Trial:
         self.activation_bytes = 0
         self.share_bytes = 0
         self.num_cut_parameters = 0
+        self.has_cut_tensors = False
         self.precise = precise
         self._recorder = recorder
         self._is_precise = is_precise
@@ -155,6 +160,7 @@ class Trial:
             for module in model.modules():
                 module.register_forward_hook(self._see_activation)
         for name, module in model.named_modules():
+            self.has_cut_tensors |= isinstance(module, CutModule)
             if isinstance(module, ShardedModule):
                 self._learn_contract(name or record_of(module).name, module)
         return model
@@ -190,17 +196,19 @@ class Trial:
 
         Args:
             name: unique within the run; the order of calls is the execution order.
-            tensor: layout.local_shape.
+            tensor: layout.local_shape; or a cut tensor, which is recorded whole.
             layout: how it lies on this rank; replicated if not given.
             judged: whether it must agree with plain torch; if not, only its hash is taken.
             step: of an updated weight, what is known of its update.
             may_be_infinite: infinities in it are no fault, as in a mask that is added to scores.
         Comm:
-            gathers to rank 0 in direction "prover" if the tensor is sharded.
+            gathers to rank 0 in direction "prover" if the tensor is sharded; all_gathers it, if it
+            is a cut tensor.
         """
         if self.is_reference and not judged:
             return
         with self.audit.paused(), torch.no_grad():
+            tensor = as_whole(tensor)
             layout = replicated(tuple(tensor.shape)) if layout is None else self._here(layout, name)
             how = Recording(judged, step, may_be_infinite)
             if observing.is_on():
@@ -292,6 +300,19 @@ def _is_cut(layout: Layout) -> bool:
         return False
     ranks = range(layout.cut.degree)
     return all(len(layout.cut.owned(rank)) < layout.cut.size for rank in ranks)
+
+
+def as_whole(x: Any) -> Tensor:
+    """A cut tensor as a plain one, any other as it is; without a gradient.
+
+    Comm:
+        prover one all_gather of the whole shape, if it is cut.
+    """
+    if not isinstance(x, CutTensor):
+        plain: Tensor = x
+        return plain
+    place = x.spec.region.place(x.spec.cut, x.who)
+    return joined(x.local.detach(), x.spec.dim, place, "prover")
 
 
 def parameter_layouts(model: nn.Module) -> dict[str, Layout]:

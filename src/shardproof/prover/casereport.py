@@ -9,6 +9,7 @@ from shardproof.prover.case import Check
 from shardproof.prover.rounding import FAR, NEAR, TIMES, Rounding
 from shardproof.prover.runs import Counts
 from shardproof.prover.values import Shown
+from shardproof.prover.where import Where
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,7 @@ class CaseReport:
         curves: run -> degree -> the loss of each step, of rank 0.
         cut: degree -> what its ranks shared.
         allows_nonfinite: NaN and Inf are no fault.
+        where: module and operation in which it goes wrong, if that was looked for and found.
     """
 
     name: str
@@ -198,6 +200,7 @@ class CaseReport:
     curves: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
     cut: Mapping[str, CutReport] = field(default_factory=dict)
     allows_nonfinite: bool = False
+    where: Where | None = None
 
     @property
     def losses(self) -> tuple[float, ...]:
@@ -304,6 +307,7 @@ class CaseReport:
             "uncut_degrees": list(self.uncut_degrees),
             "seconds": self.seconds,
             "first_difference": self.first_difference(),
+            "where": None if self.where is None else asdict(self.where),
             "tensors": [
                 plain(asdict(tensor))
                 | {

@@ -3,14 +3,16 @@
 import copy
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
+from shardproof.errors import RankError, ShapeError
 from shardproof.objects import checked_model
 from shardproof.overlap import Overlap, checked_overlap
 from shardproof.prover.case import Case, Trial
@@ -28,6 +30,7 @@ from shardproof.prover.report import Report
 from shardproof.prover.runs import RankResult, run_on_rank, run_references
 from shardproof.prover.training import Batch, Training
 from shardproof.prover.update import MakeOptimizer, make_optimizer
+from shardproof.prover.where import Found, locate, look
 from shardproof.quantities import checked_flag, checked_name, checked_whole
 from shardproof.ranks import open_ranks
 from shardproof.scheme import Scheme
@@ -111,6 +114,51 @@ class Proof:
             for case in self.cases
         )
 
+    def located(
+        self,
+        case: Case,
+        report: CaseReport,
+        results: dict[int, list[RankResult]],
+        engine: str,
+        options: dict[str, Any],
+    ) -> CaseReport:
+        """The report, with the place of a fault in a model whose code meets cut tensors."""
+        has_cut_tensors = any(rank.has_cut_tensors for ranks in results.values() for rank in ranks)
+        if not has_cut_tensors or (report.identical and report.agrees_with_torch):
+            return report
+
+        difference = report.first_difference() or {}
+        run = self._looking(case, engine, options)
+        return replace(report, where=locate(run, difference["degrees"], report.degrees))
+
+    def _looking(
+        self, case: Case, engine: str, options: dict[str, Any]
+    ) -> Callable[[int, bool], Sequence[Found]]:
+        """Runs a case once more at a degree, checked or not; in plain torch at degree 0."""
+        given: dict[str, Any] = {"case": case, "scheme": self.scheme, "seed": self.seed}
+
+        def run(degree: int, is_checked: bool) -> Sequence[Found]:
+            if not degree:
+                return [look(None, **given, is_checked=False)]
+            with open_ranks(degree, engine, **options) as ranks:
+                return ranks.run(functools.partial(look, **given, is_checked=is_checked))
+
+        return run
+
+    @contextmanager
+    def noting(
+        self, case: Case, degree: int, engine: str, options: dict[str, Any]
+    ) -> Iterator[None]:
+        """Add to what a rank raises the operation on cut tensors that is to blame, if one is."""
+        try:
+            yield
+        except (RankError, ShapeError) as error:
+            found = self._looking(case, engine, options)(degree, True)
+            where = next((each.where for each in found if each.where is not None), None)
+            if where is not None and where.operation:
+                error.add_note(f"{where}")
+            raise
+
     def report(
         self,
         judged: tuple[CaseReport, ...],
@@ -188,19 +236,24 @@ def prove_cases(
     proof = Proof(cases, scheme, seed, skipped, allow_nonfinite, few)
     tell = Teller(progress, total=len(cases) * (1 + len(degrees)))
     results: Results = {case.name: {} for case in cases}
+    # Inputs that differ are no error here: the report names the tensors that do.
+    common: dict[str, Any] = {"threads": threads, "transport": transport, "overlap": overlap}
+    common["compare_inputs"] = False
     carrier = Carrier("solo", "", overlap)
     with tempfile.TemporaryDirectory(prefix="shardproof-") as folder:
         references = proof.make_references(Path(folder), tell)
         for degree in degrees:
-            # Inputs that differ are no error here: the report names the tensors that do.
-            options: dict[str, Any] = {"transport": transport, "overlap": overlap}
-            options["compare_inputs"] = False
-            with open_ranks(degree, engine, threads=threads, **options) as ranks:
+            with open_ranks(degree, engine, **common) as ranks:
                 carrier = Carrier(ranks.transport, ranks.transport_note, overlap)
                 for case in cases:
                     tell(f"{case.name}, degree {degree}")
-                    results[case.name][degree] = ranks.run(proof.work(case, references))
+                    with proof.noting(case, degree, engine, common):
+                        results[case.name][degree] = ranks.run(proof.work(case, references))
         judged = proof.judge(results, references)
+    judged = tuple(
+        proof.located(case, report, results[case.name], engine, common)
+        for case, report in zip(cases, judged, strict=True)
+    )
     tell("done")
     return proof.report(judged, results, degrees=degrees, engine=engine, carrier=carrier)
 

@@ -88,6 +88,7 @@ class Report:
             lines.append(f"{case.name}: {answer}, {tensors}, {at}")
             for tensor in case.tensors:
                 lines += [f"  {line}" for line in [*tensor.faults(), tensor.remark()] if line]
+            lines += [] if case.where is None else [f"  where: {case.where}"]
         if self.transport_note:
             lines.append(f"transport: {self.transport}, {self.transport_note}")
         return "\n".join([*lines, f"contract: {self.contract}", self.verdict()])

@@ -82,6 +82,7 @@ class RankResult:
         contract: what the bits depend on, of those layers, their dtypes and this rank's threads.
         curves: run -> the loss of each of its steps.
         num_cut_parameters: how many there are of which no rank owns all.
+        has_cut_tensors: code of the model may meet cut tensors.
     """
 
     rank: int
@@ -96,6 +97,7 @@ class RankResult:
     contract: str
     curves: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     num_cut_parameters: int = 0
+    has_cut_tensors: bool = False
 
 
 class _FileRecorder:
@@ -273,6 +275,7 @@ def run_on_rank(
         trial.contract(),
         {run: tuple(losses) for run, losses in trial.curves.items()},
         trial.num_cut_parameters,
+        trial.has_cut_tensors,
     )
 
 

@@ -11,7 +11,8 @@ def verdict(cases: Sequence[CaseReport], degrees: Sequence[int]) -> str:
     """What was proved, or what is the first thing that keeps it from being proved."""
     for case in cases:
         if not case.proved:
-            return f"Not proved: in case {case.name}, {_first_fault(case)}."
+            where = "" if case.where is None else f" {case.where}"
+            return f"Not proved: in case {case.name}, {_first_fault(case)}.{where}"
     what = f"{counted(len(cases), 'case')} with {counted(_count(cases), 'tensor')}"
     rest = "agrees with plain PyTorch and no rank exceeds its memory bound"
     if len(degrees) == 1:
