@@ -1,6 +1,7 @@
 """`shardproof plan` of models that are watched: text, data, functions of one's own, and errors."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +93,16 @@ def test_a_function_of_ones_own_is_planned(given: str) -> None:
     assert table[start + 3] == "0-1.c_proj.weight 1 24x24 24x16 | 24x8 forward 2 all_reduce 1.9 KiB"
     assert "column and row: 40 units, 8 leaves" in table
     assert lines[-2].startswith("a step with these inputs, forward: 4 all_reduce of 3.8 KiB")
+
+
+def test_the_docs_show_what_the_command_prints(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "plans.md").read_text()
+    (code,) = re.findall(r"```python\n# mymodel.py\n(.*?)```", page, re.DOTALL)
+    ((command, shown),) = re.findall(
+        r"^\$ shardproof plan (mymodel.*)\n((?:.*\n)*?)```", page, re.MULTILINE
+    )
+    (tmp_path / "mymodel.py").write_text(code)
+    assert run(*command.split(), columns=110).stdout == shown
 
 
 def test_ranks_without_work_are_named() -> None:

@@ -351,3 +351,25 @@ def test_what_the_model_returns_cut_is_told() -> None:
     assert {event.what for event in family.events} == {"output", "reduce"}
     reduce = next(event for event in family.events if event.what == "reduce")
     assert (reduce.parameter, reduce.dim) == ("block.down.weight", 1)
+
+
+def test_tied_weights_stay_tied_where_the_forward_looks_at_data() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(20, 8)
+            self.head = nn.Linear(8, 20, bias=False)
+            self.head.weight = self.words.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.words(ids)
+            if float(x.sum()) > 1e9:  # asks for a number that no meta tensor has
+                x = x + 1
+            y: Tensor = self.head(x)
+            return y
+
+    with torch.device("meta"):
+        model = Tied()
+    watched = watch(model, (torch.zeros(2, 3, dtype=torch.int64),))
+    assert watched.shapes.keys() == {"words.weight"}
+    assert watched.tied == {"head.weight": "words.weight"}

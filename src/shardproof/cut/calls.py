@@ -61,7 +61,7 @@ class Calls(TorchFunctionMode):
             what = _KINDS[func] = _kind_of(func)
         if what is _PLAIN or _local.is_busy:
             return func(*args, **kwargs)
-        if any(issubclass(each, CutTensor) for each in types):
+        if any(issubclass(each, CutTensor) for each in types) or _lists_cut(args):
             return self._busily(func, args, kwargs)
         if what is _DRAW and self.drawing is not None and kwargs.get("generator") is None:
             self._called()
@@ -161,6 +161,14 @@ _BROADCASTING = frozenset(
     masked_fill pow add_ sub_ mul_ div_""".split()  # noqa: SIM905
 )
 _DECOMPOSING = ("/torch/_refs/", "/torch/_prims", "/torch/_decomp", "/torch/_meta")
+
+
+def _lists_cut(args: tuple[Any, ...]) -> bool:
+    """Whether an argument is a list with a cut tensor in it, which torch does not tell."""
+    return any(
+        isinstance(each, list | tuple) and any(isinstance(x, CutTensor) for x in each)
+        for each in args
+    )
 
 
 def _kind_of(func: Any) -> int:

@@ -24,6 +24,15 @@ from shardproof.numerics import forms
 
 _SEEN = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
+_WITHOUT_ARITHMETIC = frozenset(
+    """new_empty new_zeros new_ones new_full new_tensor zero_ fill_ empty_like zeros_like ones_like
+    full_like empty zeros ones full arange tensor as_tensor from_numpy copy_ clone detach numpy item
+    tolist data_ptr index_copy_ index_copy scatter_ scatter masked_fill_ masked_scatter_ nonzero
+    bincount eye linspace cpu cuda is_nonzero equal allclose isin broadcast_tensors
+    __setitem__ __contains__ __bool__ __int__ __float__ __index__ __len__ __get__ __set__ size
+    stride dim numel element_size is_contiguous is_floating_point is_complex""".split()  # noqa: SIM905
+)
+
 
 def is_cut(x: Any) -> bool:
     """Whether it is a cut tensor: `isinstance` for `tree_map`."""
@@ -51,8 +60,9 @@ def invariant(region: Region, func: Any, who: str) -> Callable[..., Any]:
     found = region.forms.get(func)
     if found is None:
         form = forms.form_of(func) if region.scheme.is_invariant else func
-        if form is None and not forms.holds(func):
-            region.variant.setdefault(getattr(func, "__name__", str(func)), who)
+        name = getattr(func, "__name__", str(func))
+        if form is None and not forms.holds(func) and name not in _WITHOUT_ARITHMETIC:
+            region.variant.setdefault(name, who)
         found = region.forms[func] = func if form is None else form
     return found
 

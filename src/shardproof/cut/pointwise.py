@@ -215,7 +215,7 @@ rule(*(f"{name}_" for name in _NAMES))(lambda *given: _in_place(*given))
 def pointwise(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An element-wise operation of tensors and numbers."""
     x = args[0] if args else None
-    if isinstance(x, CutTensor) and not kwargs:
+    if isinstance(x, CutTensor) and not any(isinstance(v, Tensor) for v in kwargs.values()):
         # Most often: numbers, or tensors that are cut in the same way.
         spec = x.spec
         for other in args:
@@ -227,7 +227,7 @@ def pointwise(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
         else:
             compute = invariant(spec.region, func, x.who)
             parts = [each.local if isinstance(each, CutTensor) else each for each in args]
-            return cut_tensor(compute(*parts), spec, x.who)
+            return cut_tensor(compute(*parts, **kwargs), spec, x.who)
     return _general(func, name, args, kwargs)
 
 

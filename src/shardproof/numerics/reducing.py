@@ -62,7 +62,7 @@ def expand(x: Tensor, shape: Sequence[int]) -> Tensor:
         `shape`; backward is `total` over what was repeated.
     """
     if not (x.requires_grad and torch.is_grad_enabled()):
-        return x.expand(*shape)
+        return x.expand(tuple(shape))
     lead = len(shape) - x.dim()
     sizes = [
         *shape[:lead],

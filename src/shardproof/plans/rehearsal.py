@@ -54,12 +54,12 @@ def rehearse(
         transport = RehearsedTransport(rank, degree)
         try:
             regions.append(_step(model, call, cut, Axis("tp", transport), device))
-        except ShardproofError:
-            raise
         except Exception as error:  # whatever a model's code raises
             if device == "meta" and sum(x.numel() for x in model.parameters()) <= MOST_COPIED:
                 # What was watched without data may still look at some.
                 return rehearse(model, call, cut, degree=degree, device="cpu")
+            if isinstance(error, ShardproofError):
+                raise
             raise PlanError(
                 f"the cut {type(model).__name__} cannot do a step on rank {rank} of {degree}: "
                 f"{error_words(error)}. Leave the module whole in which that is raised, or report "
@@ -83,7 +83,8 @@ def _step(model: nn.Module, call: Any, cut: Cutting, axis: Axis, device: str) ->
     copied = _copy(model, device).train()  # what only training draws is to be seen
     region = cut(copied, axis)
     args, kwargs = tree_map(lambda x: _moved(x, device), call)
-    with torch.random.fork_rng(), checking.Switch(is_on=False):
+    # A forward may make tensors without a device: they are to lie where the others do.
+    with torch.random.fork_rng(), torch.device(device), checking.Switch(is_on=False):
         _backward(copied(*args, **kwargs))
     return region
 

@@ -3,7 +3,7 @@
   const get = (id) => document.getElementById(id);
   const tree = get("tree");
   const all = [...tree.querySelectorAll("details")];
-  const heads = () => [...tree.querySelectorAll("summary")].filter((head) => head.offsetHeight > 0);
+  const heads = () => [...tree.querySelectorAll("summary")].filter((head) => head.checkVisibility());
 
   function setAll(open) {
     for (const each of all) each.open = open || each === all[0];

@@ -94,7 +94,7 @@ def _ranks(made: ModelPlan | WatchedPlan, batch: int, length: int) -> str:
 
 def _inside(node: Node, name: str) -> str:
     """A module that can be closed, with its parameters and children."""
-    alike = f'<span class="times">{node.count} alike</span>' if node.count > 1 else ""
+    alike = f'<span class="times">{node.count} alike, one is shown</span>' if node.count > 1 else ""
     counts = num_parameters(node)
     told = ", ".join(f"{number} {word}" for word, number in counts.items() if number)
     each = ", each" if node.count > 1 else ""

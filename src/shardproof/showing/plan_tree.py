@@ -1,6 +1,6 @@
 """A plan as a tree of modules with a bar for each parameter: what a page draws. Plain data."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
@@ -181,14 +181,21 @@ def _bar(name: str, how: str, layouts: Sequence[Layout]) -> Bar:
     copied = tuple(
         _without(_joined(layout.held_runs), own) for layout, own in zip(layouts, owned, strict=True)
     )
-    starts: list[int] = []
-    if isinstance(first, BlockLayout):
-        end = 0
-        for block in first.along.blocks[:-1]:
-            end += block.size
-            starts.append(end)
+    starts = tuple(_starts(first)) if isinstance(first, BlockLayout) else ()
     shapes = tuple(layout.local_shape for layout in layouts)
-    return Bar(name, first.shape, first.dim, how, owned, copied, tuple(starts), shapes)
+    return Bar(name, first.shape, first.dim, how, owned, copied, starts, shapes)
+
+
+def _starts(layout: BlockLayout) -> Iterator[int]:
+    """Where a block begins, or the shared units of one that goes on with them."""
+    count, end = layout.along.shared.units.count, 0
+    for block in layout.along.blocks:
+        if end:
+            yield end
+        own = (count - block.first) * block.unit  # indices before the shared units
+        if 0 < own < block.size:
+            yield end + own
+        end += block.size
 
 
 def _joined(runs: Iterable[range]) -> tuple[Run, ...]:

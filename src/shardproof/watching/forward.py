@@ -121,16 +121,19 @@ def _small_copy(model: nn.Module) -> nn.Module:
     """A copy on the CPU; what is on the meta device becomes small and random."""
     twin = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
+    copied: dict[int, Tensor] = {}  # what is tied stays one
     for module in twin.modules():
         for kind in ("_parameters", "_buffers"):
             for name, each in vars(module)[kind].items():
                 if each is None:
                     continue
-                made = _material(each.detach(), generator)
-                is_parameter = isinstance(each, nn.Parameter)
-                module.__dict__[kind][name] = (
-                    nn.Parameter(made, requires_grad=False) if is_parameter else made
-                )
+                if id(each) not in copied:
+                    made = _material(each.detach(), generator)
+                    is_parameter = isinstance(each, nn.Parameter)
+                    copied[id(each)] = (
+                        nn.Parameter(made, requires_grad=False) if is_parameter else made
+                    )
+                vars(module)[kind][name] = copied[id(each)]
     return twin
 
 
