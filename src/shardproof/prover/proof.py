@@ -114,6 +114,15 @@ class Proof:
             for case in self.cases
         )
 
+    def all_located(
+        self, judged: Sequence[CaseReport], results: Results, engine: str, options: dict[str, Any]
+    ) -> tuple[CaseReport, ...]:
+        """The reports, with the places of faults."""
+        return tuple(
+            self.located(case, report, results[case.name], engine, options)
+            for case, report in zip(self.cases, judged, strict=True)
+        )
+
     def located(
         self,
         case: Case,
@@ -236,9 +245,7 @@ def prove_cases(
     proof = Proof(cases, scheme, seed, skipped, allow_nonfinite, few)
     tell = Teller(progress, total=len(cases) * (1 + len(degrees)))
     results: Results = {case.name: {} for case in cases}
-    # Inputs that differ are no error here: the report names the tensors that do.
-    common: dict[str, Any] = {"threads": threads, "transport": transport, "overlap": overlap}
-    common["compare_inputs"] = False
+    common = _of_ranks(threads=threads, transport=transport, overlap=overlap)
     carrier = Carrier("solo", "", overlap)
     with tempfile.TemporaryDirectory(prefix="shardproof-") as folder:
         references = proof.make_references(Path(folder), tell)
@@ -250,12 +257,14 @@ def prove_cases(
                     with proof.noting(case, degree, engine, common):
                         results[case.name][degree] = ranks.run(proof.work(case, references))
         judged = proof.judge(results, references)
-    judged = tuple(
-        proof.located(case, report, results[case.name], engine, common)
-        for case, report in zip(cases, judged, strict=True)
-    )
+    judged = proof.all_located(judged, results, engine, common)
     tell("done")
     return proof.report(judged, results, degrees=degrees, engine=engine, carrier=carrier)
+
+
+def _of_ranks(**options: Any) -> dict[str, Any]:
+    """How ranks are opened: inputs that differ are no error, the report names what does."""
+    return {**options, "compare_inputs": False}
 
 
 def prove(
