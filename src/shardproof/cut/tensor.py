@@ -115,10 +115,12 @@ class CutTensor:
     nelement = numel
 
     def element_size(self) -> int:
+        """Bytes of one element."""
         return self.local.element_size()
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the whole."""
         return self.numel() * self.local.element_size()
 
     def __len__(self) -> int:
