@@ -56,8 +56,10 @@ class CheckError(ShardproofError, RuntimeError):
     `operation` is its name, and `line` is the line of the model's code that called it.
     """
 
-    operation: str = ""
-    line: str = ""
+    def __init__(self, message: str, *, operation: str = "", line: str = "") -> None:
+        super().__init__(message)
+        self.operation = operation
+        self.line = line
 
 
 class RankError(ShardproofError, RuntimeError):

@@ -199,11 +199,11 @@ def _raise(name: str, args: Any, what: str, how: str) -> None:
     who = next((x.who for x in cuts if x.who), "")
     module = f" (from the weight of {who!r})" if who else ""
     line = _line()
-    error = CheckError(
-        f"{name} of cut tensors is wrong: {what} {how}. At {line}{module}. Its operands: {shown}."
+    raise CheckError(
+        f"{name} of cut tensors is wrong: {what} {how}. At {line}{module}. Its operands: {shown}.",
+        operation=name,
+        line=line,
     )
-    error.operation, error.line = name, line
-    raise error
 
 
 def _line() -> str:

@@ -5,7 +5,6 @@ every operation is right by itself, what the modules give is compared between tw
 plain torch, and the first module is named that gives something else.
 """
 
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -109,9 +108,14 @@ class _Modules:
         self.given: list[Given] = []
         self.under_way: list[str] = []
         self._bytes = 0
-        self._thread = threading.get_ident()
+
+    @property
+    def last(self) -> str:
+        """Whose forward is under way: of several the innermost."""
+        return self.under_way[-1] if self.under_way else ""
 
     def hook(self, model: nn.Module) -> None:
+        """Hook every module of a model."""
         for name, module in model.named_modules():
             module.register_forward_pre_hook(self._entering(name), prepend=True)
             module.register_forward_hook(self._leaving(name))
@@ -173,12 +177,10 @@ def look(
     try:
         with checked() if is_checked else nullcontext():
             _short(case.work)(trial)
-    except CheckError as error:
-        module = trial.modules.under_way[-1] if trial.modules.under_way else ""
-        return Found(Where(degree, module, error.operation, error.line, str(error)))
-    except MismatchError as error:
-        module = trial.modules.under_way[-1] if trial.modules.under_way else ""
-        return Found(Where(degree, module, "", "", str(error)))
+    except (CheckError, MismatchError) as error:
+        operation, line = getattr(error, "operation", ""), getattr(error, "line", "")
+        where = Where(degree, trial.modules.last, operation, line, str(error))
+        return Found(where, tuple(trial.modules.given))
     except ShardproofError:
         return Found(None)  # another rank found it, and will not come
     except Exception:
@@ -208,16 +210,22 @@ def first_apart(
     """
     kept = [_by_key(found.given) for found in ours]
     for key, theirs in _by_key(others).items():
-        for rank, given in enumerate(kept):
-            own = given.get(key)
-            if own is None or own.value.shape != theirs.value.shape:
-                continue  # a rank's part of it, which says nothing
-            apart = _apart(own.value, theirs.value, is_close=is_close)
-            if apart is not None:
-                at = "" if all(_apart(each[key].value, theirs.value, is_close=is_close) for each
-                               in kept if key in each) else f" on rank {rank}"  # fmt: skip
-                detail = f"{own.what} differs from that {other} by {apart:.3g}{at}"
-                return Where(degree, own.module, "", "", detail)
+        # Of another shape it is a rank's part, which says nothing.
+        same = {
+            rank: given[key]
+            for rank, given in enumerate(kept)
+            if key in given and given[key].value.shape == theirs.value.shape
+        }
+        apart = {
+            rank: far
+            for rank, own in same.items()
+            if (far := _apart(own.value, theirs.value, is_close=is_close)) is not None
+        }
+        if apart:
+            rank, far = next(iter(apart.items()))
+            at = f" on rank {rank}" if len(apart) < len(same) else ""
+            detail = f"{theirs.what} differs from that {other} by {far:.3g}{at}"
+            return Where(degree, theirs.module, "", "", detail)
     return None
 
 
@@ -256,13 +264,15 @@ def locate(
     """
     failing = differing[-1] if differing else degrees[-1]
     said = [each.where for each in run(failing, True) if each.where is not None]
-    if said:
-        return min(said, key=lambda where: not where.operation)  # an operation says more
+    operations = [where for where in said if where.operation]
+    if operations:
+        return operations[0]
     others, other = (
         (run(differing[0], False)[0], f"at degree {differing[0]}")
         if differing
         else (run(0, False)[0], "of plain PyTorch")
     )
-    return first_apart(
+    apart = first_apart(
         run(failing, False), others.given, degree=failing, other=other, is_close=not differing
     )
+    return apart or next(iter(said), None)  # a module says more than that ranks disagree

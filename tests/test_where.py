@@ -1,0 +1,139 @@
+"""Where operations are right and the model is not: the first module that gives something else."""
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import shardproof as sp
+from shardproof.axis import Axis
+from shardproof.prover.where import Found, Given, first_apart
+from watched_models import Gated
+
+X = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(3))
+
+
+class Scaled(nn.Module):
+    """What it gets times a number that is no parameter; backward times another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forth, self.back = 1.0, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.forth
+        if self.back != 1 and y.requires_grad:
+            y.register_hook(lambda grad: grad * self.back)
+        return y
+
+
+class Tower(nn.Module):
+    """Three cut layers, with a scale before the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = Gated(), Gated(), Gated()
+        self.scale = Scaled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        x = x + self.scale(self.second(x))
+        return x + self.third(x)
+
+
+def proved(change: Any, *, engine: str = "threads", degrees: tuple[int, ...] = (1, 2)) -> Any:
+    """A proof of a tower that `change` changes on every rank."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Tower()
+
+    def build(axis: Axis | None) -> nn.Module:
+        made = copy.deepcopy(model)
+        if axis is None:
+            return made
+        made = sp.parallelize(made, None, axis, inputs=(X,))
+        change(made, axis)
+        return made
+
+    target = torch.zeros_like(X)
+    return sp.prove(
+        build, F.mse_loss, (X, target), degrees=degrees, engine=engine, audit_creation=False
+    )
+
+
+def where_of(report: Any) -> Any:
+    """What the JSON document says."""
+    return json.loads(json.dumps(report.as_dict()))["cases"][0]["where"]
+
+
+def test_nothing_wrong() -> None:
+    report = proved(lambda model, axis: None)
+    assert report.proved, report.verdict()
+    assert where_of(report) is None
+
+
+@pytest.mark.parametrize("engine", ["threads", "processes"])
+def test_the_first_module_whose_bits_differ_is_named(engine: str) -> None:
+    def change(model: Any, axis: Axis) -> None:
+        model.scale.forth = 1 + axis.size / 16
+
+    report = proved(change, engine=engine)
+    where = where_of(report)
+    assert (where["degree"], where["module"], where["operation"]) == (2, "scale", "")
+    assert where["detail"].startswith("output 0 differs from that at degree 1 by ")
+    assert "At degree 2 it begins in module 'scale': output 0 differs from" in report.verdict()
+    assert "\n  where: At degree 2 it begins in module 'scale': " in str(report)
+
+
+def test_one_rank_that_differs_is_named() -> None:
+    def change(model: Any, axis: Axis) -> None:
+        if axis.rank == 1:
+            model.third.register_forward_hook(lambda module, args, y: y * 1.5)
+
+    where = where_of(proved(change))
+    assert where["module"] == "third"
+
+
+def test_a_whole_tensor_that_one_rank_has_otherwise() -> None:
+    right, wrong = torch.ones(3), torch.tensor([1.0, 1.0, 1.5])
+
+    def found(value: Tensor) -> Found:
+        part = Given("up", "output 0", torch.ones(2))  # another shape: one rank's part
+        return Found(None, (part, Given("norm", "output 0", value)))
+
+    others = found(right).given
+
+    def told(*values: Tensor, is_close: bool = False) -> str:
+        options: Any = {"degree": 2, "other": "at degree 1", "is_close": is_close}
+        return str(first_apart([found(each) for each in values], others, **options))
+
+    start = "At degree 2 it begins in module 'norm': output 0 differs from that at degree 1 by "
+    assert told(right, wrong) == f"{start}0.5 on rank 1"
+    assert told(wrong, wrong) == f"{start}0.5"
+    assert told(right, right) == "None"
+    assert told(right, right * (1 + 1e-6)) != "None"
+    assert told(right, right * (1 + 1e-6), is_close=True) == "None"
+
+
+def test_a_gradient_that_differs_is_named() -> None:
+    def change(model: Any, axis: Axis) -> None:
+        model.scale.back = 1 + axis.size / 16
+
+    where = where_of(proved(change))
+    assert where["module"] == "scale"
+    assert where["detail"].startswith("the gradient of output 0 differs from that at degree 1 by ")
+
+
+def test_what_all_degrees_have_in_common_is_compared_with_plain_torch() -> None:
+    def change(model: Any, axis: Axis) -> None:
+        model.scale.forth = 1.25
+
+    report = proved(change)
+    assert report.identical
+    where = where_of(report)
+    assert where["module"] == "scale"
+    assert where["detail"].startswith("output 0 differs from that of plain PyTorch by ")
