@@ -383,15 +383,30 @@ def test_what_the_message_about_adapters_advises_is_right(pool: Pool) -> None:
         assert hashes == one
 
 
-@pytest.mark.parametrize(
-    "child", ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-)
-def test_adapters_in_a_model_are_refused_with_a_sentence(child: str) -> None:
-    model: Any = meta_model("llama")
+@pytest.mark.parametrize("child", ["q_proj", "o_proj", "gate_proj", "down_proj"])
+def test_adapters_in_a_model_are_cut_with_their_base(pool: Pool, child: str) -> None:
+    torch.manual_seed(0)
+    model: Any = whole_model("llama")
     for layer in model.model.layers:
-        parent = layer.mlp if child in ("gate_proj", "up_proj", "down_proj") else layer.self_attn
-        setattr(parent, child, Lora(getattr(parent, child)).to("meta"))
-    assert child in refused(model, None)
+        parent = layer.mlp if child in ("gate_proj", "down_proj") else layer.self_attn
+        setattr(parent, child, Lora(getattr(parent, child)))
+    truth = model(input_ids=IDS).logits
+
+    def run(axis: Axis) -> tuple[Tensor, list[str]]:
+        cut = parallelize(copy.deepcopy(model), None, axis)
+        logits: Any = cut(input_ids=IDS).logits
+        y = logits.whole() if hasattr(logits, "whole") else logits
+        held = [n for n, p, layout, _ in optim.layouts_of(cut) if not layout.is_replicated]
+        return y.detach(), held
+
+    ((y, held),) = pool(1, "threads").run(run)
+    torch.testing.assert_close(y, truth.detach(), rtol=1e-4, atol=1e-5)
+    # The base, and the side of the adapter that has its cut dim.
+    side = "lora_A" if child in ("o_proj", "down_proj") else "lora_B"
+    assert any(f"{child}.base_layer" in name for name in held)
+    assert any(f"{child}.{side}" in name for name in held)
+    for degree in (2, 3):
+        assert torch.equal(pool(degree, "threads").run(run)[0][0], y)
 
 
 class Doubled(nn.Linear):

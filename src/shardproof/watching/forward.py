@@ -2,6 +2,7 @@
 
 import copy
 import random
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,7 @@ from shardproof.watching.labelled import Labelled, place
 from shardproof.watching.record import Record
 from shardproof.watching.running import Watching
 
+_one_at_a_time = threading.Lock()  # ranks that are threads may plan one model
 MOST_COPIED = 1 << 28  # parameters of a model that is watched on the CPU
 Key = tuple[str, int]  # a parameter and one of its dims
 
@@ -63,8 +65,12 @@ def watch(
         PlanError: the model's own forward fails with these inputs, or an operation of it cannot
             be followed.
     """
+    with _one_at_a_time:
+        return _seen(model, (tuple(args), dict(kwargs or {})))
+
+
+def _seen(model: nn.Module, given: Any) -> Watched:
     start = time.perf_counter()
-    given = (tuple(args), dict(kwargs or {}))
     failed: list[Exception] = []
     for leaves_last in (False, True):  # the last of a mask may stand for "none" (no expert)
         try:
