@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from hf_zoo import Setting, cut_model, hash_tensor, inputs, meta_model, whole_model
+from hf_zoo import Setting, cut_model, hash_tensor, inputs, whole_model
 from places import Pool
 from shardproof import optim
 from shardproof.axis import Axis
