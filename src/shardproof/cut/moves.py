@@ -19,7 +19,7 @@ from shardproof.cut.others import gathered
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 from shardproof.numerics import forms
-from shardproof.units import CutDim
+from shardproof.units import CutDim, Shared
 
 LARGEST = 1 << 24  # numbers that one recipe looks at
 
@@ -234,6 +234,20 @@ def _key(value: Any) -> Any:
 
 
 def find(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The recipe of an operation, if there is one at every degree: else bits would depend on it."""
+    found = _found(func, name, spec, args, kwargs)
+    if found is LOST:
+        return LOST
+    for region in spec.region.finest():
+        shared = spec.cut.shared
+        cut = CutDim(Shared(shared.units, shared.leaves, region.axis.size), spec.cut.blocks)
+        other = region.spec(tuple(spec.shape), spec.dim, cut)
+        if _found(func, name, other, args, kwargs) is LOST:
+            return LOST
+    return found
+
+
+def _found(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The recipe of an operation: how its results are cut, and a call on the part for each."""
     size, dim = spec.shape[spec.dim], spec.dim
     with torch.no_grad(), torch._C.DisableTorchFunction():  # numbers are nobody's business

@@ -11,6 +11,7 @@ import torch
 from shardproof.axis import Axis
 from shardproof.functional.crossings import Place
 from shardproof.scheme import Scheme
+from shardproof.transport.rehearsed import RehearsedTransport
 from shardproof.units import CutDim
 
 
@@ -79,6 +80,7 @@ class Region:
         self._places: dict[tuple[int, str], Place] = {}
         self._cuts: dict[CutDim, CutDim] = {}
         self._same: dict[int, CutDim] = {}
+        self._finest: list[Region] | None = None
         self._met: list[CutDim] = []  # or an `id` could be given again
 
     def one(self, cut: CutDim) -> CutDim:
@@ -108,6 +110,16 @@ class Region:
             found = Place.of(self.axis, cut, self.scheme, who)
             self._places[id(cut), who] = found
         return found
+
+    def finest(self) -> list["Region"]:
+        """The first and the last rank of as many ranks as there are leaves."""
+        if self._finest is None:
+            size = self.scheme.leaves
+            ranks = [] if self.axis.size >= size else sorted({0, size - 1})
+            self._finest = [
+                Region(Axis("tp", RehearsedTransport(rank, size)), self.scheme) for rank in ranks
+            ]
+        return self._finest
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Region":
         return self

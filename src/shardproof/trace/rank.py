@@ -44,17 +44,20 @@ OF_USERS = (
     "showing",
 )
 # They stand around functions of torch that a user calls.
-_GUARDS = tuple(
-    f"shardproof.layers.{name}"
-    for name in (
-        "data_parallel",
-        "filling",
-        "guard",
-        "refuse",
-        "scaling",
-        "state_guard",
-        "step_guard",
-    )
+_GUARDS = (
+    "shardproof.cut.foreign",
+    *(
+        f"shardproof.layers.{name}"
+        for name in (
+            "data_parallel",
+            "filling",
+            "guard",
+            "refuse",
+            "scaling",
+            "state_guard",
+            "step_guard",
+        )
+    ),
 )
 # They compute nothing.
 _QUIET = {
