@@ -125,6 +125,13 @@ class Pending(ABC):
         """Finish it: `out` is filled, and this rank's parts may be written again."""
 
 
+class Finished(Pending):
+    """A sum that was finished when it was started."""
+
+    def wait(self) -> None:
+        """Nothing is left to do."""
+
+
 class PeerError(RankError):
     """What a rank sees of a failure elsewhere: a symptom, behind which launchers look."""
 

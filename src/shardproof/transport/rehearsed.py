@@ -9,13 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from shardproof.transport.base import Call, Order, Pending, Transport, Window
+from shardproof.transport.base import Call, Finished, Order, Pending, Transport, Window
 from shardproof.transport.ledger import Ledger
-
-
-class _Finished(Pending):
-    def wait(self) -> None:
-        """Nothing is left to do."""
 
 
 class RehearsedTransport(Transport):
@@ -66,7 +61,7 @@ class RehearsedTransport(Transport):
         """`out` is zeros."""
         self.calls.append(call)
         out.detach().zero_()
-        return _Finished()
+        return Finished()
 
     def gather_objects(self, value: Any, *, call: Call) -> list[Any]:
         """The own value, for every rank."""

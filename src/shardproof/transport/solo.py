@@ -8,13 +8,8 @@ from torch import Tensor
 
 from shardproof.errors import ShapeError
 from shardproof.transport import portable
-from shardproof.transport.base import Call, Order, Pending, Transport, Window
+from shardproof.transport.base import Call, Finished, Order, Pending, Transport, Window
 from shardproof.transport.ledger import Ledger
-
-
-class _Finished(Pending):
-    def wait(self) -> None:
-        """Nothing is left to do."""
 
 
 class SoloTransport(Transport):
@@ -69,7 +64,7 @@ class SoloTransport(Transport):
             total = total.view(window.outer, window.size, window.inner)
             total = total[:, window.start : window.stop].reshape(-1)
         out.copy_(total)
-        return _Finished()
+        return Finished()
 
     def gather_objects(self, value: Any, *, call: Call) -> list[Any]:
         """The value alone."""
