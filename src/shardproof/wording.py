@@ -72,11 +72,11 @@ def few(items: Iterable[Any], *, most: int = 5) -> str:
     return first if len(known) <= most else f"{first} and {len(known) - most:,} more"
 
 
-def run_words(numbers: Iterable[int]) -> list[str]:
-    """Rising numbers as words, with runs of three or more abbreviated.
+def run_words(numbers: Iterable[int], *, shortest: int = 3) -> list[str]:
+    """Rising numbers as words, with runs of `shortest` or more abbreviated.
 
-    >>> run_words([1, 2, 3, 4, 8, 9])
-    ['1-4', '8', '9']
+    >>> run_words([1, 2, 3, 4, 8, 9]), run_words([1, 2, 4], shortest=2)
+    (['1-4', '8', '9'], ['1-2', '4'])
     """
     runs: list[list[int]] = []
     for number in numbers:
@@ -87,7 +87,7 @@ def run_words(numbers: Iterable[int]) -> list[str]:
     return [
         word
         for run in runs
-        for word in ([f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run))
+        for word in ([f"{run[0]}-{run[-1]}"] if len(run) >= shortest else map(str, run))
     ]
 
 

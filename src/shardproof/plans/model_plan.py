@@ -11,7 +11,7 @@ from shardproof.plans.collective import Collective, Counts, Step, count
 from shardproof.plans.match import near_names
 from shardproof.plans.module_plan import ModulePlan, Row, held_bytes, rows, style_dict
 from shardproof.plans.style import Attention, ColumnParallel, Plan, RowParallel, Style
-from shardproof.plans.text import size
+from shardproof.plans.text import columns, parameters_line, size
 from shardproof.quantities import checked_flag, checked_whole
 from shardproof.scheme import Scheme
 from shardproof.wording import few, shown
@@ -152,22 +152,13 @@ class ModelPlan:
             leaves = "-" if row.first.leaves is None else str(row.first.leaves)
             held = max(held_bytes([row.first], self.degree))
             lines.append((row.names, describe(row.first), leaves, size(held) if held else "-"))
-        widths = [max(len(line[column]) for line in lines) for column in range(3)]
-        table = [
-            "  ".join(
-                [*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]]
-            )
-            for line in lines
-        ]
-        return "\n".join([f"{self.model} at degree {self.degree}", *table, *self.totals()])
+        head = f"{self.model} at degree {self.degree}"
+        return "\n".join([head, *columns(lines), *self.totals()])
 
     def totals(self) -> list[str]:
         """What it comes to, and the notes, as lines."""
-        held = self.held_bytes
-        ranks = size(held[0]) if len(set(held)) == 1 else f"{size(min(held))} to {size(max(held))}"
         return [
-            f"parameters: {size(self.total_bytes)}, {100 * self.share:.1f} % of them cut; a rank "
-            f"holds {ranks}, of which {size(self.whole_bytes)} are on every rank",
+            parameters_line(self.total_bytes, self.share, self.held_bytes, self.whole_bytes),
             *(f"note: {note}" for note in self.notes),
         ]
 

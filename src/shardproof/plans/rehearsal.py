@@ -2,7 +2,8 @@
 
 A plan is good only once this has been done: every view has been taken on every rank's parts, every
 collective has been counted. On the meta device nothing is computed. Where the forward depends on
-data, it runs on the CPU with small random weights, and what would come from other ranks is zero.
+data, it runs on the CPU, and what would come from other ranks is zero. Weights that lie on the meta
+device are small there.
 """
 
 import copy

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
+from shardproof.wording import run_words
+
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole segment of a name
 _QUOTED = re.compile(r"'([^']*)'")
 
@@ -23,6 +25,37 @@ def size(num_bytes: int) -> str:
     return f"{amount / 1024:.1f} TiB"
 
 
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of a table as lines; all columns but the last are as wide as their longest cell.
+
+    >>> columns([("a", "b"), ("long", "c")])
+    ['a     b', 'long  c']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            [*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1]]
+        )
+        for row in rows
+    ]
+
+
+def parameters_line(total: int, share: float, held: Sequence[int], whole: int) -> str:
+    """How much of a model's parameters is cut, and what a rank holds.
+
+    Args:
+        total: bytes of the whole model.
+        share: what part of them is cut.
+        held: bytes that every rank holds.
+        whole: bytes that every rank holds whole.
+    """
+    ranks = size(held[0]) if len(set(held)) == 1 else f"{size(min(held))} to {size(max(held))}"
+    return (
+        f"parameters: {size(total)}, {100 * share:.1f} % of them cut; a rank holds {ranks}, of "
+        f"which {size(whole)} are on every rank"
+    )
+
+
 def pattern(name: str) -> str:
     """A module's name with a star for every number in it.
 
@@ -38,13 +71,7 @@ def spans(numbers: Iterable[int]) -> str:
     >>> spans([0, 1, 2, 5]), spans([0, 1]), spans([4])
     ('0-2,5', '0-1', '4')
     """
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return ",".join(run_words(sorted(set(numbers)), shortest=2))
 
 
 def together(names: Sequence[str]) -> str:

@@ -24,6 +24,10 @@ assert rules  # noqa: S101 - imported for what it registers
 
 _KNOWN = "_shardproof_specs"  # attribute of a module that holds parts: parameter -> spec and name
 _EVERYWHERE = Rehearsal("", ())
+_ON_CPU = (
+    "on the CPU, with small weights in place of those on the meta device: what other data would do "
+    "was not seen"
+)
 
 
 def plan_by_watching(
@@ -113,14 +117,8 @@ def _notes(watched: Watched, rehearsal: Rehearsal) -> tuple[str, ...]:
     if watched.device == rehearsal.device == "meta":
         return ()
     if watched.device == "meta":
-        return (
-            "a step of the cut model depends on data, so it was rehearsed on the CPU with small "
-            "random weights: what other data would do was not seen",
-        )
-    return (
-        f"the forward depends on data ({watched.why_cpu}), so it was watched on the CPU with small "
-        "random weights: what other data would do was not seen",
-    )
+        return (f"a step of the cut model depends on data, so it was rehearsed {_ON_CPU}",)
+    return (f"the forward depends on data ({watched.why_cpu}), so it was watched {_ON_CPU}",)
 
 
 def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -11,7 +11,16 @@ import torch
 from shardproof.block_layout import cut_layout
 from shardproof.leaves import Layout
 from shardproof.plans.collective import Counts
-from shardproof.plans.text import alike, by_reason, listed, pattern, size, together
+from shardproof.plans.text import (
+    alike,
+    by_reason,
+    columns,
+    listed,
+    parameters_line,
+    pattern,
+    size,
+    together,
+)
 from shardproof.scheme import Scheme
 from shardproof.units import CutDim, Shared, Units
 from shardproof.watching import Family
@@ -251,22 +260,13 @@ class WatchedPlan:
     def __str__(self) -> str:
         """One line for every kind of parameter, then the totals, what is whole, and the notes."""
         table = [("parameter", "cut", "units", "held by the ranks"), *self.rows()]
-        widths = [max(len(line[column]) for line in table) for column in range(3)]
-        lines = [
-            "  ".join(
-                [*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]]
-            )
-            for line in table
-        ]
-        return "\n".join([f"{self.model} at degree {self.degree}", *lines, *self.totals()])
+        head = f"{self.model} at degree {self.degree}"
+        return "\n".join([head, *columns(table), *self.totals()])
 
     def totals(self) -> list[str]:
         """What it comes to, what stays whole and why, and what a step sends, as lines."""
-        held = self.held_bytes
-        ranks = size(held[0]) if len(set(held)) == 1 else f"{size(min(held))} to {size(max(held))}"
         return [
-            f"parameters: {size(self.total_bytes)}, {100 * self.share:.1f} % of them cut; a rank "
-            f"holds {ranks}, of which {size(self.whole_bytes)} are on every rank",
+            parameters_line(self.total_bytes, self.share, self.held_bytes, self.whole_bytes),
             *(f"whole on every rank: {names}: {why}" for names, why in by_reason(self.whole)),
             *self._steps(),
             *(f"note: {note}" for note in self.notes),
@@ -294,8 +294,12 @@ class WatchedPlan:
         for name, idle in self.idle.items():
             ranks.setdefault(idle, []).append(name.rpartition(".")[0])
         for idle, names in ranks.items():
-            numbers = f"rank{'s' if idle[1:] else ''} {', '.join(map(str, idle))}"
-            yield f"idle: {numbers} own nothing of {listed(names)}, and what is cut with it"
+            told = (
+                f"rank {idle[0]} owns"
+                if len(idle) == 1
+                else f"ranks {', '.join(map(str, idle))} own"
+            )
+            yield f"idle: {told} nothing of {listed(names)}, and what is cut with it"
 
 
 def _by_operation(

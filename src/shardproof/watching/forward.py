@@ -19,6 +19,7 @@ from shardproof.watching.atoms import Labels
 from shardproof.watching.labelled import Labelled, place
 from shardproof.watching.record import Record
 from shardproof.watching.running import Watching
+from shardproof.wording import error_words
 
 _one_at_a_time = threading.Lock()  # ranks that are threads may plan one model
 MOST_COPIED = 1 << 28  # parameters of a model that is watched on the CPU
@@ -54,8 +55,8 @@ def watch(
     """Run one forward in which every index of every parameter carries a label.
 
     It runs on the meta device. Where it depends on data that only parameters decide, and so
-    cannot run there, it runs once more on the CPU, on a copy with small random weights. The model
-    is left exactly as it was.
+    cannot run there, it runs once more on the CPU, on a copy; weights that lie on the meta device
+    are small and random there. The model is left exactly as it was.
 
     Args:
         model: on any device; in evaluation mode while it is watched.
@@ -87,19 +88,14 @@ def _watched_on_cpu(model: nn.Module, given: Any, first: Exception, start: float
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > MOST_COPIED:
         raise PlanError(
-            f"the forward cannot run on the meta device ({_told(first)}), and {size} parameters "
-            f"are too many for a copy on the CPU (at most {MOST_COPIED}). Give inputs on the CPU, "
-            "or a smaller model of the same kind."
+            f"the forward cannot run on the meta device ({error_words(first)}), and {size} "
+            f"parameters are too many for a copy on the CPU (at most {MOST_COPIED}). Give inputs "
+            "on the CPU, or a smaller model of the same kind."
         ) from first
     try:
-        return _watched(_small_copy(model), given, why_cpu=_told(first), start=start)
+        return _watched(_small_copy(model), given, why_cpu=error_words(first), start=start)
     except Exception as error:  # the same
         raise PlanError(_why_it_failed(model, given, error)) from error
-
-
-def _told(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
 
 
 def _why_it_failed(model: nn.Module, given: Any, error: Exception) -> str:
@@ -111,10 +107,10 @@ def _why_it_failed(model: nn.Module, given: Any, error: Exception) -> str:
             twin.eval()(*args, **kwargs)
     except Exception as own:  # whatever a model's code raises
         return (
-            f"the model's own forward fails with these inputs ({_told(own)}). Check that the model "
-            "runs with them by itself."
+            f"the model's own forward fails with these inputs ({error_words(own)}). Check that the "
+            "model runs with them by itself."
         )
-    return f"the forward cannot be watched: {_told(error)}."
+    return f"the forward cannot be watched: {error_words(error)}."
 
 
 def _real(each: Any) -> Any:
