@@ -43,10 +43,10 @@ class Calls(TorchFunctionMode):
 
     Args:
         region: of the model.
-        drawing: what counts the module's draws; None if it draws nothing.
+        drawing: what counts the module's draws.
     """
 
-    def __init__(self, region: Region, drawing: Drawing | None) -> None:
+    def __init__(self, region: Region, drawing: Drawing) -> None:
         super().__init__()
         self.region = region
         self.drawing = drawing
@@ -63,17 +63,15 @@ class Calls(TorchFunctionMode):
             return func(*args, **kwargs)
         if any(issubclass(each, CutTensor) for each in types) or _lists_cut(args):
             return self._busily(func, args, kwargs)
-        if what is _DRAW and self.drawing is not None and kwargs.get("generator") is None:
+        if what is _DRAW and kwargs.get("generator") is None:
             self._called()
             return self.random(func, name_of(func), args, kwargs)
-        if what is _DROPOUT and self.drawing is not None:
+        if what is _DROPOUT:
             self._called()
             return self.dropped(*_dropout_of(args, kwargs))
         if what is _ATTENTION and _drops(args, kwargs):
-            given = dict(zip(_ATTENTION_ARGUMENTS, args, strict=False)) | kwargs
-            q, k, v = (given.pop(each) for each in _ATTENTION_ARGUMENTS[:3])
             with self:
-                return attended_with_dropout(q, k, v, **given)
+                return attended_with_dropout(*args, **kwargs)
         if self.region.scheme.is_invariant and _may_differ(what, args):
             form = invariant(self.region, func, "")
             if form is not func:
@@ -97,7 +95,7 @@ class Calls(TorchFunctionMode):
         if not self.region.is_rehearsed:
             return
         caller = sys._getframe(2).f_code.co_filename
-        if self.drawing is not None and not any(each in caller for each in _DECOMPOSING):
+        if not any(each in caller for each in _DECOMPOSING):
             self.region.called.add(self.drawing.name)
 
     def random(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -124,14 +122,8 @@ class Calls(TorchFunctionMode):
 
     def key(self, seed: int) -> MaskKey:
         """Of the next mask: the module, and how often it has drawn."""
-        drawing = self.drawing
-        if drawing is None:
-            raise UsageError(
-                "a dropout is called on a cut tensor in a forward that drew nothing when it was "
-                "watched. Plan the model in training mode: model.train()."
-            )
-        self.region.drew.add(drawing.name)
-        return MaskKey(seed, drawing.name, drawing.next_step())
+        self.region.drew.add(self.drawing.name)
+        return MaskKey(seed, self.drawing.name, self.drawing.next_step())
 
     def dropped(self, x: Any, p: float, training: bool, inplace: bool) -> Any:
         """A dropout of a whole or a cut tensor."""
@@ -154,7 +146,6 @@ def _given(y: Any, x: Any, inplace: bool) -> Any:
 
 _PLAIN, _DROPOUT, _ATTENTION, _COMPOSED, _BROADCAST, _DRAW, _OTHER = range(7)
 _KINDS: dict[Any, int] = {}  # function of torch -> what is done with it
-_ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _UNTOUCHED = (None, RULES["view"], RULES["getitem"], RULES["setitem"], RULES["gathered"])
 _BROADCASTING = frozenset(
     """add sub mul div true_divide radd rsub rmul rdiv where lerp addcmul addcdiv maximum minimum
@@ -250,7 +241,7 @@ def random(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Random numbers of a cut tensor: drawn for the whole, of which each rank keeps its part."""
     x = args[0] if args else kwargs.pop("input")
     calls = _local.calls
-    if not isinstance(x, CutTensor) or calls is None or calls.drawing is None:
+    if not isinstance(x, CutTensor) or calls is None:
         return gathered(func, name, args, kwargs)
     probability = args[1] if len(args) > 1 else kwargs.get("p")
     if name == "bernoulli" and probability is None:

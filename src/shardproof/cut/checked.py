@@ -26,6 +26,11 @@ _state = threading.local()
 _RTOL = {torch.float64: 1e-8, torch.float32: 1e-4}
 
 
+def rtol_of(dtype: torch.dtype) -> float:
+    """How far apart numbers may be by rounding, relative to the largest of them."""
+    return _RTOL.get(dtype, 3e-2)
+
+
 def _run(found: Any, func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> Any:
     """Run a rule, and the operation itself on whole copies; compare.
 
@@ -186,7 +191,7 @@ def _same(name: str, args: Any, ours: Any, theirs: Tensor, what: str) -> None:
         if not torch.equal(have, theirs):
             _raise(name, args, what, "differs")
         return
-    rtol = _RTOL.get(theirs.dtype, 3e-2)
+    rtol = rtol_of(theirs.dtype)
     scale = float(theirs.abs().nan_to_num(0, 0, 0).max()) if theirs.numel() else 0.0
     if not torch.allclose(have, theirs, rtol=rtol, atol=rtol * scale + 1e-30, equal_nan=True):
         worst = float((have - theirs).abs().max())

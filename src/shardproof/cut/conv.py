@@ -4,13 +4,12 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from shardproof.cut.linear import product
 from shardproof.cut.meet import fitted
 from shardproof.cut.others import gathered, invariant
-from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
+from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 
 _NAMES = ("conv1d", "conv2d", "conv3d")
 
@@ -57,8 +56,7 @@ def _depthwise(func: Any, x: CutTensor, weight: CutTensor, given: dict[str, Any]
         used = x.local.sum() + own.sum()  # all that takes part elsewhere gets a gradient here too
         used = used if bias is None else used + bias.sum()
         y = used.expand(x.shape[0], 0, *sizes)
-    shape = (y.shape[0], x.shape[1], *y.shape[2:])
-    return cut_tensor(y, spec.region.spec(shape, 1, spec.cut), who)
+    return cut_tensor(y, spec.of_part(y.shape), who)
 
 
 def _each(value: Any, n: int) -> tuple[int, ...]:
@@ -107,10 +105,7 @@ def _by_windows(x: Any, weight: Any, bias: Any, given: dict[str, Any], n: int) -
 
 def _unfolded(x: Any, dim: int, span: int, step: int, dilation: int) -> Any:
     """Windows of one dim, as a new last dim."""
-    if isinstance(x, CutTensor):
-        y: Any = run(Tensor.unfold, (x, dim, span, step), {})
-    else:
-        y = x.unfold(dim, span, step)
+    y = x.unfold(dim, span, step)
     return y if dilation == 1 else y[..., ::dilation]
 
 

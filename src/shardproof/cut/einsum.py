@@ -1,15 +1,14 @@
 """`torch.einsum` as batched products of two operands at a time."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from shardproof.cut.others import gathered
 from shardproof.cut.tensor import rule
-
-_FREE = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+from shardproof.errors import ShapeError, UsageError
+from shardproof.numerics.einsum import letters_of
 
 
 @rule("einsum")
@@ -18,10 +17,10 @@ def einsum(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     equation, *operands = args
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = list(operands[0])
-    parsed = _parsed(equation, operands) if isinstance(equation, str) else None
-    if parsed is None:
+    try:
+        terms, out = letters_of(equation, operands)
+    except (ShapeError, UsageError):  # torch does it on whole tensors, or says what is wrong
         return gathered(func, name, args, kwargs)
-    terms, out = parsed
     x, have = operands[0], terms[0]
     for place in range(1, len(operands)):
         later = set("".join(terms[place + 1 :]) + out)
@@ -29,32 +28,6 @@ def einsum(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         x, have = _pair(x, have, operands[place], terms[place], wanted), wanted
     x, have = _summed(x, have, set(out))
     return x.permute([have.index(letter) for letter in out])
-
-
-def _parsed(equation: str, operands: Sequence[Any]) -> tuple[list[str], str] | None:
-    """Letters of every operand and of the result, without dots."""
-    left, arrow, right = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
-    if len(terms) != len(operands):
-        return None
-    free = [letter for letter in _FREE if letter not in equation]
-    extra = max(
-        (x.dim() - len(term) + 3 for x, term in zip(operands, terms, strict=True) if "..." in term),
-        default=0,
-    )
-    dots = "".join(free[:extra])
-    spelt = []
-    for x, term in zip(operands, terms, strict=True):
-        own = x.dim() - len(term) + 3 if "..." in term else 0
-        spelt.append(term.replace("...", dots[extra - own :]))
-        if len(set(spelt[-1])) < len(spelt[-1]) or len(spelt[-1]) != x.dim():
-            return None
-    if arrow:
-        return spelt, right.replace("...", dots)
-    every = "".join(spelt)
-    return spelt, dots + "".join(
-        sorted(c for c in set(every) if every.count(c) == 1 and c not in dots)
-    )
 
 
 def _summed(x: Any, have: str, wanted: set[str]) -> tuple[Any, str]:

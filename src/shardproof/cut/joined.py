@@ -4,9 +4,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from shardproof.cut.meet import common, fitted
+from shardproof.cut.meet import common, fitted, one_along
 from shardproof.cut.others import gathered
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
 from shardproof.units import CutDim
@@ -25,31 +24,18 @@ def cat(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return _side_by_side(func, name, tensors, dim, args, kwargs)
     shape = list(first.shape)
     shape[dim] = 1
-    met = common([_one(each, dim) for each in tensors], tuple(shape))
+    cuts = [one_along(each, dim) for each in tensors if isinstance(each, CutTensor)]
+    met = common(cuts, tuple(shape))
     if met is None:
         return gathered(func, name, args, kwargs)
     spec, who = met
-    parts = []
-    for each in tensors:
-        own = (*each.shape[:dim], each.shape[dim], *each.shape[dim + 1 :])
-        parts.append(fitted(each, spec.region.spec(own, spec.dim, spec.cut), who))
+    parts = [
+        fitted(each, spec.region.spec(tuple(each.shape), spec.dim, spec.cut), who)
+        for each in tensors
+    ]
     shape[dim] = sum(each.shape[dim] for each in tensors)
     made = spec.region.spec(tuple(shape), spec.dim, spec.cut)
     return cut_tensor(torch.cat(parts, dim), made, who)
-
-
-def _one(x: Any, dim: int) -> Any:
-    """A stand-in of size 1 along a dim: what is asked is how the others are cut."""
-    if not isinstance(x, CutTensor):
-        return (
-            torch.empty(0).expand(*[1] * x.dim())
-            if False
-            else x.narrow(dim, 0, 1)
-            if (x.shape[dim])
-            else x.sum(dim, keepdim=True)
-        )
-    shape = (*x.shape[:dim], 1, *x.shape[dim + 1 :])
-    return CutTensor(x.local, x.spec.region.spec(shape, x.spec.dim, x.spec.cut), x.who)
 
 
 def _side_by_side(
@@ -87,10 +73,4 @@ def stack(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     tensors = args[0] if args else kwargs["tensors"]
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     dim %= tensors[0].dim() + 1
-    grown = [
-        run(Tensor.unsqueeze, (each, dim), {})
-        if isinstance(each, CutTensor)
-        else each.unsqueeze(dim)
-        for each in tensors
-    ]
-    return run(torch.cat, (grown, dim), {})
+    return run(torch.cat, ([each.unsqueeze(dim) for each in tensors], dim), {})

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shardproof.autograd import once_differentiable
-from shardproof.cut.meet import broadcast, fitted, freed, is_finer, is_for_all, refined
+from shardproof.cut.meet import broadcast, finest_of, fitted, freed, is_for_all, refined
 from shardproof.cut.others import gathered, invariant, whole
 from shardproof.cut.spec import Spec
-from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
+from shardproof.cut.tensor import CutTensor, cut_tensor, named, rule, run
 from shardproof.functional import crossings
 from shardproof.numerics import reducing
 
@@ -96,17 +96,13 @@ def _of_whole_weight(
 @rule("linear")
 def linear(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`F.linear`."""
-    return product(*_named(args, kwargs, "input", "weight", "bias"), is_transposed=False)
-
-
-def _named(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
-    return [args[n] if n < len(args) else kwargs.get(name) for n, name in enumerate(names)]
+    return product(*named(args, kwargs, "input", "weight", "bias"), is_transposed=False)
 
 
 @rule("addmm")
 def addmm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`bias + x @ weight`, as the Conv1D of transformers has it."""
-    bias, x, weight = _named(args, kwargs, "input", "mat1", "mat2")
+    bias, x, weight = named(args, kwargs, "input", "mat1", "mat2")
     if kwargs.get("alpha", 1) == 1 == kwargs.get("beta", 1) and bias.dim() == 1:
         return product(x, weight, bias, is_transposed=True, func=torch.addmm)
     y = run(torch.matmul, (x, weight), {})
@@ -118,7 +114,7 @@ def addmm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 @rule("baddbmm")
 def baddbmm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`beta * input + alpha * a @ b`, batched."""
-    x, a, b = _named(args, kwargs, "input", "batch1", "batch2")
+    x, a, b = named(args, kwargs, "input", "batch1", "batch2")
     y = run(torch.matmul, (a, b), {})
     if kwargs.get("alpha", 1) != 1:
         y = y * kwargs["alpha"]
@@ -129,19 +125,19 @@ def baddbmm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
 @rule("matmul", "mm", "bmm", "mv", "dot", "rmatmul", "inner")
 def matmul(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Products of two tensors, batched or not."""
-    a, b = _named(args, kwargs, "input", "other")
+    a, b = named(args, kwargs, "input", "other")
     if b is None:
         b = kwargs.get("mat2", kwargs.get("tensor", kwargs.get("vec")))
     if name == "rmatmul":
         a, b = b, a
     if a.dim() < 1 or b.dim() < 1 or min(a.dim(), b.dim()) == 1:
-        return _with_vectors(func, name, a, b)
+        return _with_vectors(a, b)
     if b.dim() == 2 and a.dim() >= 2 and name != "bmm":
         return product(a, b, None, is_transposed=True, func=torch.matmul)
     return batched(a, b)
 
 
-def _with_vectors(func: Any, name: str, a: Any, b: Any) -> Any:
+def _with_vectors(a: Any, b: Any) -> Any:
     if a.dim() == 1 and b.dim() == 1:
         return run(Tensor.sum, (a * b,), {})
     if a.dim() == 1:
@@ -153,28 +149,23 @@ def batched(a: Any, b: Any) -> Any:
     """(*, M, K) @ (*, K, N), of which one or both are cut along one dim."""
     if isinstance(a, CutTensor) and isinstance(b, CutTensor) and is_for_all(a) != is_for_all(b):
         a, b = (freed(each) if is_for_all(each) else each for each in (a, b))
-    x = a if isinstance(a, CutTensor) else b
-    region = x.spec.region
+    region = (a if isinstance(a, CutTensor) else b).spec.region
     shape = (*broadcast(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
-    roles = {
-        _role(each, side, len(shape))
-        for each, side in ((a, 0), (b, 1))
-        if isinstance(each, CutTensor)
-    }
+    sides = [(each, side) for side, each in enumerate((a, b)) if isinstance(each, CutTensor)]
+    roles = {_role(each, side, len(shape)) for each, side in sides}
     if len(roles) > 1:
         return gathered(torch.matmul, "matmul of two cuts", (a, b), {})
-    (role,) = roles
-    if role == "k":
+    (dim,) = roles
+    if dim is None:
         return _contracted(a, b)
-    dim = role
     if dim == len(shape) - 1 and not isinstance(a, CutTensor):
         return _batched_column(a, b, shape)
     if dim == len(shape) - 2 and not isinstance(b, CutTensor):
         y = _batched_column(b.transpose(-2, -1), a.transpose(-2, -1), (*shape[:-2], *shape[:-3:-1]))
         return y.transpose(-2, -1)
-    finest = _finest(a, b)
+    finest = finest_of([each for each, _ in sides])
     spec = region.spec(shape, dim, finest.spec.cut)
-    parts = [_as_operand(each, side, spec, finest) for side, each in enumerate((a, b))]
+    parts = [_as_operand(each, spec, finest.who) for each in (a, b)]
     y = invariant(region, torch.matmul, finest.who)(*parts)
     return cut_tensor(y, spec, finest.who)
 
@@ -208,33 +199,18 @@ class _BatchedColumn(torch.autograd.Function):
         return grad_a, ctx.product(a.mT, grad) if needs_b else None, None, None
 
 
-def _role(x: CutTensor, side: int, dims: int) -> Any:
-    """Which dim of the result a cut dim of an operand is; "k" for the one that is contracted."""
+def _role(x: CutTensor, side: int, dims: int) -> int | None:
+    """Which dim of the result the cut dim of an operand is; None: it is contracted."""
     dim = x.spec.dim - x.dim()
-    if dim == (-1 if side == 0 else -2):
-        return "k"
-    return dims + dim
+    return None if dim == (-1 if side == 0 else -2) else dims + dim
 
 
-def _finest(a: Any, b: Any) -> CutTensor:
-    cuts = [each for each in (a, b) if isinstance(each, CutTensor)]
-    best = cuts[0]
-    for other in cuts[1:]:
-        if other.spec.cut == best.spec.cut:
-            continue
-        if not is_finer(best.spec.cut, other.spec.cut, best.spec) and is_finer(
-            other.spec.cut, best.spec.cut, best.spec
-        ):
-            best = other
-    return best
-
-
-def _as_operand(x: Any, side: int, spec: Spec, who: CutTensor) -> Tensor:
+def _as_operand(x: Any, spec: Spec, who: str) -> Tensor:
     """This rank's part of one operand of a batched product."""
     own = spec.dim - len(spec.shape) + x.dim()
     if isinstance(x, CutTensor):
         return refined(x, spec.cut).local
-    place = spec.region.place(spec.cut, who.who)
+    place = spec.region.place(spec.cut, who)
     is_batch = spec.dim < len(spec.shape) - 2
     if is_batch and own >= 0 and x.shape[own] == spec.shape[spec.dim]:
         return crossings.take(x, own, place)
@@ -245,17 +221,14 @@ def _as_operand(x: Any, side: int, spec: Spec, who: CutTensor) -> Tensor:
     return x
 
 
-def _contracted(a: Any, b: Any) -> Any:
+def _contracted(a: Any, b: Any) -> Tensor:
     """The contracted dim is cut."""
-    x = a if isinstance(a, CutTensor) else b
-    place = x.spec.region.place(x.spec.cut, x.who)
-    if isinstance(a, CutTensor) and isinstance(b, CutTensor):
-        finest = _finest(a, b)
-        if finest is None:
-            return gathered(torch.matmul, "matmul of two cuts", (a, b), {})
-        a, b = (refined(each, finest.spec.cut) for each in (a, b))
-        place = finest.spec.region.place(finest.spec.cut, finest.who)
-        return crossings.contract(a.local, b.local, place)
-    if isinstance(a, CutTensor):
-        return crossings.contract(a.local, crossings.take(b, b.dim() - 2, place), place)
-    return crossings.contract(crossings.take(a, a.dim() - 1, place), b.local, place)
+    finest = finest_of([each for each in (a, b) if isinstance(each, CutTensor)])
+    place = finest.spec.region.place(finest.spec.cut, finest.who)
+    left, right = (
+        refined(x, finest.spec.cut).local
+        if isinstance(x, CutTensor)
+        else crossings.take(x, x.dim() - 1 - side, place)
+        for side, x in enumerate((a, b))
+    )
+    return crossings.contract(left, right, place)

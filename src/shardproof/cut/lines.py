@@ -30,7 +30,6 @@ _DIM = {
             "logcumsumexp",
             "cummax",
             "cummin",
-            "unbind_never",
             "_softmax",
             "_log_softmax",
         ),
@@ -69,27 +68,6 @@ _DIM = {
     "normalize": 2,
 }
 _LAST = frozenset(("sort", "argsort", "topk", "kthvalue"))
-_KEEPS = frozenset(
-    (
-        "softmax",
-        "log_softmax",
-        "softmin",
-        "cumsum",
-        "cumprod",
-        "logcumsumexp",
-        "cummax",
-        "cummin",
-        "sort",
-        "argsort",
-        "topk",
-        "renorm",
-        "normalize",
-        "msort",
-        "_softmax",
-        "_log_softmax",
-    )
-)
-_FIRST = {"sort": 1, "argsort": 1}
 
 
 def dims_of(name: str, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
@@ -98,8 +76,6 @@ def dims_of(name: str, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     given = kwargs.get("dim", kwargs.get("axis"))
     if given is None and len(args) > place and not isinstance(args[place], bool):
         given = args[place]
-    if name == "norm" and given is None and "dim" not in kwargs:
-        given = None
     if given is None:
         if name in _LAST:
             return (x.dim() - 1,)
@@ -132,8 +108,7 @@ def _relaid(y: Tensor, x: CutTensor, dims: tuple[int, ...]) -> CutTensor:
     dim = x.spec.dim
     if y.dim() < x.dim():
         dim -= sum(each < dim for each in dims)
-    shape = (*y.shape[:dim], x.shape[x.spec.dim], *y.shape[dim + 1 :])
-    return cut_tensor(y, x.spec.region.spec(shape, dim, x.spec.cut), x.who)
+    return cut_tensor(y, x.spec.of_part(y.shape, dim), x.who)
 
 
 def _across(
@@ -146,7 +121,7 @@ def _across(
 ) -> Any:
     """Lines along the cut dim."""
     place = x.spec.region.place(x.spec.cut, x.who)
-    if name in ("softmax", "log_softmax") and not _recast(kwargs, args):
+    if name in ("softmax", "log_softmax"):
         over = crossings.softmax_cut if name == "softmax" else crossings.log_softmax_cut
         dtype = kwargs.get("dtype") or next((a for a in args if isinstance(a, torch.dtype)), None)
         local = x.local if dtype is None else x.local.to(dtype)
@@ -194,10 +169,6 @@ def _is_length(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
     """Whether it is the length of real vectors: the square root of the sum of squares."""
     order = kwargs.get("p", kwargs.get("ord", args[1] if len(args) > 1 else 2))
     return name in _LENGTHS and order in (2, 2.0, "fro", None) and args[0].dtype.is_floating_point
-
-
-def _recast(kwargs: dict[str, Any], args: tuple[Any, ...]) -> bool:
-    return False
 
 
 @rule("glu")
@@ -309,7 +280,6 @@ _SPATIAL = {
     "triu": 2,
     "interpolate": -2,
     "upsample": -2,
-    "rope_never": 1,
 }
 
 
@@ -323,8 +293,8 @@ def spatial(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
         return gathered(func, name, args, kwargs)
     y = invariant(x.spec.region, func, x.who)(x.local, *args[1:], **kwargs)
     if isinstance(y, Tensor):
-        return _relaid(y, x, ())
-    return type(y)([_relaid(each, x, ()) for each in y])
+        return cut_tensor(y, x.spec.of_part(y.shape), x.who)
+    return type(y)([cut_tensor(each, x.spec.of_part(each.shape), x.who) for each in y])
 
 
 @rule("view_as_complex", "view_as_real")
@@ -334,12 +304,7 @@ def as_complex(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, An
     if name == "view_as_complex" and x.spec.dim == x.dim() - 1:
         return gathered(func, name, args, kwargs)
     y = func(x.local)
-    return cut_tensor(y, x.spec.region.spec(_with(y, x), x.spec.dim, x.spec.cut), x.who)
-
-
-def _with(y: Tensor, x: CutTensor) -> tuple[int, ...]:
-    """The global shape of a result whose cut dim is where that of `x` is."""
-    return (*y.shape[: x.spec.dim], x.shape[x.spec.dim], *y.shape[x.spec.dim + 1 :])
+    return cut_tensor(y, x.spec.of_part(y.shape), x.who)
 
 
 @rule("pad", "constant_pad_nd")
@@ -349,17 +314,18 @@ def pad(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     touched = {x.dim() - 1 - n // 2 for n, each in enumerate(amount) if each}
     if x.spec.dim in touched:
         return gathered(func, name, args, kwargs)
-    return _relaid(func(x.local, *args[1:], **kwargs), x, ())
+    y = func(x.local, *args[1:], **kwargs)
+    return cut_tensor(y, x.spec.of_part(y.shape), x.who)
 
 
 def attended_with_dropout(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
+    query: Any,
+    key: Any,
+    value: Any,
     attn_mask: Any = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
@@ -367,6 +333,7 @@ def attended_with_dropout(
 
     Its dropout is that of the module that calls it: by position.
     """
+    q, k, v = query, key, value
     if enable_gqa:
         k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
     scores = (q @ k.transpose(-2, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)

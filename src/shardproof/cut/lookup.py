@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from shardproof.cut.adopted import adopt
-from shardproof.cut.linear import _named
 from shardproof.cut.meet import common, fitted, one_along
 from shardproof.cut.others import gathered, invariant, whole
 from shardproof.cut.spec import Spec
-from shardproof.cut.tensor import RULES, CutTensor, cut_tensor, rule, run
+from shardproof.cut.tensor import RULES, CutTensor, cut_tensor, named, rule, run
 from shardproof.functional import crossings
 
 
 @rule("embedding")
 def embedding(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`F.embedding` of a weight that is cut by rows or by columns."""
-    ids, weight, padding, most = _named(args, kwargs, "input", "weight", "padding_idx", "max_norm")
+    ids, weight, padding, most = named(args, kwargs, "input", "weight", "padding_idx", "max_norm")
     by_count = args[5] if len(args) > 5 else kwargs.get("scale_grad_by_freq", False)
     if isinstance(ids, CutTensor) or not isinstance(weight, CutTensor) or most is not None:
         return gathered(func, name, args, kwargs)
@@ -62,8 +61,7 @@ def _picked(func: Any, x: CutTensor, entries: list[Any]) -> Any:
         rows = _rows_picked(x, entries)
         return gathered(func, "getitem", (x, tuple(entries)), {}) if rows is None else rows
     y = x.local[tuple(entries)]
-    full = (*y.shape[:dim], x.shape[x.spec.dim], *y.shape[dim + 1 :])
-    return cut_tensor(y, x.spec.region.spec(full, dim, x.spec.cut), x.who)
+    return cut_tensor(y, x.spec.of_part(y.shape, dim), x.who)
 
 
 def _rows_picked(x: CutTensor, entries: list[Any]) -> Any:
@@ -273,8 +271,7 @@ def along(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     )
     if name.endswith("_"):
         return x
-    shape = (*y.shape[: spec.dim], spec.shape[spec.dim], *y.shape[spec.dim + 1 :])
-    return cut_tensor(y, spec.region.spec(shape, spec.dim, spec.cut), who)
+    return cut_tensor(y, spec.of_part(y.shape), who)
 
 
 def _selected(x: CutTensor, dim: int, index: Any) -> Any:

@@ -36,23 +36,24 @@ def common(tensors: Sequence[Any], shape: tuple[int, ...]) -> tuple[Spec, str] |
     Of cuts along one dim it is the finest; the first, if none is. None: they are cut along several
     dims.
     """
-    finest: CutTensor | None = None
-    dim = -1
     cuts = [x for x in tensors if isinstance(x, CutTensor)]
-    for x in [each for each in cuts if not is_for_all(each)] or cuts:
-        place = x.spec.dim + len(shape) - len(x.spec.shape)
-        if x.spec.shape[x.spec.dim] != shape[place]:
+    cuts = [x for x in cuts if not is_for_all(x)] or cuts
+    dim = cuts[0].spec.dim + len(shape) - cuts[0].dim()
+    for x in cuts:
+        if x.spec.dim + len(shape) - x.dim() != dim or x.shape[x.spec.dim] != shape[dim]:
             return None
-        if finest is None:
-            finest, dim = x, place
-        elif place != dim:
-            return None
-        elif not is_finer(finest.spec.cut, x.spec.cut, finest.spec) and is_finer(
-            x.spec.cut, finest.spec.cut, finest.spec
-        ):
-            finest = x
-    assert finest is not None  # noqa: S101 - a rule is asked where a tensor is cut
+    finest = finest_of(cuts)
     return finest.spec.region.spec(shape, dim, finest.spec.cut), finest.who
+
+
+def finest_of(cuts: Sequence[CutTensor]) -> CutTensor:
+    """The one whose cut is the finest; the first, if none is."""
+    finest = cuts[0]
+    for x in cuts[1:]:
+        one, other = finest.spec.cut, x.spec.cut
+        if not is_finer(one, other, finest.spec) and is_finer(other, one, finest.spec):
+            finest = x
+    return finest
 
 
 def is_for_all(x: CutTensor) -> bool:
@@ -163,9 +164,7 @@ def refined(x: CutTensor, cut: CutDim) -> CutTensor:
     if index is not None:
         part = crossings.serve(x.local, spec.dim, place, target, index)
     else:
-        region.gathered["cut in another way", x.who] = (
-            region.gathered.get(("cut in another way", x.who), 0) + 1
-        )
+        region.count_gathered("cut in another way", x.who)
         part = crossings.take(crossings.gather(x.local, spec.dim, place), spec.dim, target)
     return cut_tensor(part, made, x.who)
 

@@ -42,7 +42,7 @@ def is_cut(x: Any) -> bool:
 def whole(x: CutTensor, why: str) -> Tensor:
     """All of it, on every rank; counted under `why`."""
     region = x.spec.region
-    region.gathered[why, x.who] = region.gathered.get((why, x.who), 0) + 1
+    region.count_gathered(why, x.who)
     return crossings.gather(x.local, x.spec.dim, region.place(x.spec.cut, x.who))
 
 
@@ -77,7 +77,7 @@ def computed(region: Region, func: Any, *args: Any) -> Any:
 @rule(
     *"""gathered numpy tolist item __reduce_ex__ __array__ __contains__ __bool__ bool_ __float__
     __int__ __index__ __complex__ data_ptr untyped_storage storage __dlpack__ __dlpack_device__
-    allclose equal is_nonzero multinomial nonzero unique bincount histc where_never""".split()  # noqa: SIM905
+    allclose equal is_nonzero multinomial nonzero unique bincount histc""".split()  # noqa: SIM905
 )
 def gathered(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """On whole tensors. What was written to a whole of a cut tensor is taken back into the part."""

@@ -21,7 +21,6 @@ _NAMES = [
     "abs",
     "truediv",
     "rtruediv",
-    "rand_never",
     "ror",
     "rxor",
     "lshift",

@@ -36,6 +36,17 @@ class Spec:
         held = len(cut.held(region.axis.rank))
         self.local_shape = torch.Size((*shape[:dim], held, *shape[dim + 1 :]))
 
+    def of_part(self, part: tuple[int, ...], dim: int | None = None) -> "Spec":
+        """How a tensor is cut whose part on this rank has a shape; its cut dim is cut as this one.
+
+        Args:
+            part: shape of what this rank holds.
+            dim: where the cut dim is in it; where it is here, if not given.
+        """
+        dim = self.dim if dim is None else dim
+        shape = (*part[:dim], self.shape[self.dim], *part[dim + 1 :])
+        return self.region.spec(shape, dim, self.cut)
+
     def __repr__(self) -> str:
         return (
             f"{tuple(self.shape)} of which rank {self.region.axis.rank} of "
@@ -82,6 +93,10 @@ class Region:
         self._same: dict[int, CutDim] = {}
         self._finest: list[Region] | None = None
         self._met: list[CutDim] = []  # or an `id` could be given again
+
+    def count_gathered(self, why: str, who: str) -> None:
+        """Remember that a tensor is gathered for want of a rule."""
+        self.gathered[why, who] = self.gathered.get((why, who), 0) + 1
 
     def one(self, cut: CutDim) -> CutDim:
         """The one object of all cuts that are equal: they are compared by identity after that."""

@@ -303,6 +303,11 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return found(func, name, args, kwargs)
 
 
+def named(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
+    """Arguments in the order of their names; None for what is not given."""
+    return [args[n] if n < len(args) else kwargs.get(name) for n, name in enumerate(names)]
+
+
 def _method(name: str) -> Callable[..., Any]:
     func = getattr(Tensor, name)
 

@@ -29,8 +29,7 @@ def _best(x: Tensor, dim: int, place: Place, is_min: bool) -> tuple[Tensor, Tens
         is_best = own == value.unsqueeze(dim)
         if x.is_floating_point():  # a NaN is the largest, and equal to nothing
             is_best |= own.isnan()
-        view = [-1 if each == dim else 1 for each in range(x.dim())]
-        places = torch.where(is_best, indices.view(view), place.size)
+        places = torch.where(is_best, _along(indices, dim, x.dim()), place.size)
         value, index = value.unsqueeze(0), places.amin(dim).unsqueeze(0)
     else:
         shape = [size for each, size in enumerate(x.shape) if each != dim]
@@ -66,7 +65,8 @@ class _Max(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         ctx.site.axis.note(grad, who=ctx.site.who, what="gradient of the largest")
         (index,) = ctx.saved_tensors
-        is_best = _held_indices(ctx.site, ctx.dim, len(ctx.shape), grad) == index.unsqueeze(ctx.dim)
+        held = _along(ctx.site.held.on(grad.device), ctx.dim, len(ctx.shape))
+        is_best = held == index.unsqueeze(ctx.dim)
         return torch.where(is_best, grad.unsqueeze(ctx.dim), 0), None, None, None
 
 
@@ -100,10 +100,9 @@ class _Amax(torch.autograd.Function):
         return torch.where(x == value.unsqueeze(ctx.dim), share, 0), None, None, None
 
 
-def _held_indices(place: Place, dim: int, dims: int, like: Tensor) -> Tensor:
-    """What this rank holds, as indices that broadcast along `dim` of a tensor of `dims` dims."""
-    view = [-1 if each == dim else 1 for each in range(dims)]
-    return place.held.on(like.device).view(view)
+def _along(indices: Tensor, dim: int, dims: int) -> Tensor:
+    """Indices of one dim, as they broadcast with a tensor of `dims` dims."""
+    return indices.view([-1 if each == dim else 1 for each in range(dims)])
 
 
 def max_cut(

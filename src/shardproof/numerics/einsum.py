@@ -31,12 +31,10 @@ def einsum(equation: str, *operands: Any) -> Tensor:
         ShapeError: letters and dims do not fit each other.
         UsageError: the equation is not of that form, or names a dim of one operand twice.
     """
-    if not isinstance(equation, str):
-        raise UsageError("einsum: lists of dims have no invariant form. Give an equation.")
     given: Sequence[Tensor] = operands
     if len(operands) == 1 and not isinstance(operands[0], Tensor):
         given = operands[0]
-    names, result = _read(equation.replace(" ", ""), given)
+    names, result = letters_of(equation, given)
     sizes = _sizes(names, given, equation)
     now = _dense(given[0], names[0], sizes)
     letters = names[0]
@@ -48,8 +46,19 @@ def einsum(equation: str, *operands: Any) -> Tensor:
     return now.permute([letters.index(name) for name in result])
 
 
-def _read(equation: str, operands: Sequence[Tensor]) -> tuple[list[str], str]:
-    """The letters of each operand and of the result, an ellipsis spelt out."""
+def letters_of(equation: Any, operands: Sequence[Any]) -> tuple[list[str], str]:
+    """The letters of each operand and of the result, an ellipsis spelt out.
+
+    Args:
+        equation: as `einsum` takes it.
+        operands: of which only the number of dims is used.
+    Raises:
+        ShapeError: letters and dims do not fit each other.
+        UsageError: the equation is no text, or names a dim of one operand twice.
+    """
+    if not isinstance(equation, str):
+        raise UsageError("einsum: lists of dims have no invariant form. Give an equation.")
+    equation = equation.replace(" ", "")
     left, arrow, right = equation.partition("->")
     groups = left.split(",")
     if len(groups) != len(operands) or not operands:
@@ -66,7 +75,9 @@ def _read(equation: str, operands: Sequence[Tensor]) -> tuple[list[str], str]:
         g.replace("...", dots[most - count :] if count else "")
         for g, count in zip(groups, counts, strict=True)
     ]
-    for name in names:
+    for name, x in zip(names, operands, strict=True):
+        if len(name) != x.dim():
+            raise ShapeError(f"einsum: {name!r} does not fit a tensor {tuple(x.shape)}.")
         if len(set(name)) < len(name):
             raise UsageError(
                 f"einsum: {equation!r} names a dim of one operand twice, which has no invariant "
@@ -82,8 +93,6 @@ def _read(equation: str, operands: Sequence[Tensor]) -> tuple[list[str], str]:
 def _sizes(names: Sequence[str], operands: Sequence[Tensor], equation: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for letters, x in zip(names, operands, strict=True):
-        if len(letters) != x.dim():
-            raise ShapeError(f"einsum: {letters!r} does not fit a tensor {tuple(x.shape)}.")
         for name, size in zip(letters, x.shape, strict=True):
             known = sizes.get(name, 1)
             if 1 not in (known, size) and known != size:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from shardproof.axis import Axis
 from shardproof.comparison import checked
+from shardproof.cut.checked import rtol_of
 from shardproof.cut.others import is_cut
 from shardproof.cut.tensor import CutTensor
 from shardproof.errors import CheckError, MismatchError, ShardproofError
@@ -25,8 +26,6 @@ from shardproof.prover.training import Training
 from shardproof.scheme import Scheme
 
 _MOST_BYTES = 64 << 20  # of what modules give that one rank keeps
-_RTOL = {torch.float64: 1e-8, torch.float32: 1e-4}  # as `checked()` has it
-_OTHERS_RTOL = 3e-2
 
 
 @dataclass(frozen=True)
@@ -245,7 +244,7 @@ def _apart(own: Tensor, theirs: Tensor, *, is_close: bool) -> float | None:
         return None
     worst = float((own.double() - theirs.double()).abs().nan_to_num(torch.inf).max())
     size = float(theirs.double().abs().nan_to_num(0.0, 0.0, 0.0).max())
-    if is_close and worst <= _RTOL.get(own.dtype, _OTHERS_RTOL) * size:
+    if is_close and worst <= rtol_of(own.dtype) * size:
         return None
     return worst
 
