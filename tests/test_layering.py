@@ -25,6 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("objects",),
     ("autograd", "checking", "core", "extras", "leaves", "runs", "telling", "tree"),
     ("heads", "observing", "overlap", "scheme", "timeout", "units"),
+    ("operators",),
     ("block_layout",),
     # One forward of any module, and what of it can be cut apart: labels, rules, families.
     ("watching.atoms", "watching.kinds"),
@@ -161,6 +162,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plans.by_example",),
     ("plans.planning",),
     ("plans.cut", "plans.initialize", "plans.twins"),
+    ("plans.graph",),
+    ("plans.compiled",),
     ("plans.apply",),
     ("plans.__init__",),
     # Ranks as threads or processes, and how they are started.
@@ -284,6 +287,7 @@ INSIDE_FUNCTIONS: dict[tuple[str, str], str] = {
         "layers.data_parallel",
         "torch.distributed.fsdp",
     ): "a second of imports, for programs that use it",
+    ("plans.compiled", "shardproof.plans.graph"): "it imports torch._dynamo: a second",
 }
 
 

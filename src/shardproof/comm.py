@@ -7,13 +7,13 @@ is never a view: autograd forbids to write into a view that a Function has made.
 layers wait for can also be started, and waited for later.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardproof import observing, operands
+from shardproof import observing, operands, operators
 from shardproof.axis import Axis
 from shardproof.errors import MismatchError, ShapeError
 from shardproof.leaves import Cut
@@ -93,6 +93,15 @@ def gather_parts(x: Tensor, axis: Axis, plan: GatherPlan, place: Placement) -> T
         `direction` one all_gather of (*, size, *).
     """
     call, sizes, outer = plan
+    if operators.is_recorded(x):
+        return _record(
+            [x],
+            call,
+            call.shape,
+            x,
+            axis,
+            lambda parts, ranks, _: gather_parts(parts[0], ranks, plan, place),
+        )
     y = x.new_empty(call.shape)
     axis.transport.all_gather(as_flat(x, call), y.view(-1), sizes, outer=outer, call=call)
     sent = (axis.size - 1) * _bytes(x)
@@ -147,6 +156,18 @@ def start_all_reduce(
     if axis.size == 1:
         return Sum(x)
     plan = native_plan(direction, who, tuple(x.shape), x.dtype, axis.size)
+    if operators.is_recorded(x):
+        total = _record(
+            [x],
+            plan.call,
+            x.shape,
+            x,
+            axis,
+            lambda parts, ranks, _: start_all_reduce(
+                parts[0].clone(), ranks, direction=direction, who=who, is_rest=is_rest
+            ).wait(),
+        )
+        return Sum(x.copy_(total))
     _check_sent(x, plan.call)
     told = None
     if observing.is_on():
@@ -247,6 +268,24 @@ def start_all_reduce_nodes(
         return Sum(_sum_alone(nodes, cut, like, direction, who))
     plan = tree_plan(direction, who, tuple(shape), like.dtype, cut, axis.rank)
     parts = list(nodes.values())
+    if operators.is_recorded(like, *parts):
+        names = tuple(nodes)
+
+        def sum_nodes(given: list[Tensor], ranks: Axis, like: Tensor) -> Tensor:
+            if len(given) == 1:  # the sum would be written into it
+                given = [given[0].clone()]
+            return start_all_reduce_nodes(
+                dict(zip(names, given, strict=True)),
+                ranks,
+                cut=cut,
+                shape=plan.shape,
+                like=like,
+                direction=direction,
+                who=who,
+                is_rest=is_rest,
+            ).wait()
+
+        return Sum(_record(parts, plan.call, plan.shape, like, axis, sum_nodes))
     flat = [as_flat(part, plan.call) for part in parts]
     if len(parts) == 1 and _lies_flat(parts[0]) and parts[0].dtype == like.dtype:
         y = parts[0]
@@ -467,6 +506,17 @@ def _sum(
     cut: Cut | None = None,
 ) -> Tensor:
     """The sum of parts, cut along `dim`; `nodes` and `cut` say which leaves they sum."""
+    if operators.is_recorded(like, *parts):
+        return _record(
+            parts,
+            plan.call,
+            plan.shape,
+            like,
+            axis,
+            lambda given, ranks, like: _sum(
+                given, like, ranks, plan, dim=dim, dim_cut=dim_cut, nodes=nodes, cut=cut
+            ),
+        )
     y = like.new_empty(plan.shape)
     told = None
     if observing.is_on():
@@ -478,6 +528,24 @@ def _sum(
     count(axis, plan.call, plan.message_bytes, plan.sent_bytes)
     if told is not None:
         observing.finish(told)
+    return y
+
+
+def _record(
+    parts: Sequence[Tensor],
+    call: Call,
+    shape: Sequence[int],
+    like: Tensor,
+    axis: Axis,
+    collective: Callable[[list[Tensor], Axis, Tensor], Tensor],
+) -> Tensor:
+    """The result of a collective, called as an operator; it is given a tensor like `like`."""
+    dtype, device = like.dtype, like.device
+
+    def run(given: list[Tensor], ranks: Axis) -> list[Tensor]:
+        return [collective(given, ranks, torch.empty(0, dtype=dtype, device=device))]
+
+    (y,) = operators.record(call.kind, parts, [shape], like, axis, run)
     return y
 
 

@@ -7,12 +7,11 @@ All of these are refused here, before C is called: `check` where a layer or a fu
 and where C is called a null address (which C itself refuses) or memory that was freed.
 """
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from shardproof.errors import UsageError
 
@@ -113,21 +112,12 @@ def check_float(x: Tensor, who: str, name: str = "x") -> None:
 
 def _check_recording(who: str) -> None:
     """Raise where a program is written down that ours would be missing from."""
-    what = None
     if _is_tracing():
-        what = "torch.jit.trace"
-    elif any("ProxyTorchDispatchMode" in type(m).__name__ for m in _modes()):
-        what = "make_fx or torch.export"
-    if what is not None:
         raise UsageError(
-            f"{who} is called under {what}, which records torch's operations and would miss ours: "
-            "the recorded program would return memory that nobody has written. Run the model as it "
-            "is, or under torch.compile, which leaves our operations out of its graphs."
+            f"{who} is called under torch.jit.trace, which records torch's operations and would "
+            "miss ours: the recorded program would return memory that nobody has written. Use "
+            "torch.compile or torch.export."
         )
-
-
-def _modes() -> list[Any]:
-    return _get_current_dispatch_mode_stack() if _num_modes() else []
 
 
 def _trouble(x: Tensor) -> tuple[str, str] | None:
@@ -140,11 +130,8 @@ def _trouble(x: Tensor) -> tuple[str, str] | None:
             f"a {kind.__name__}, of which this rank has a part",
             "Use {x}.full_tensor(), or {x}.to_local() if what this rank has is meant.",
         )
-    if kind.__name__ == "FakeTensor":
-        return (
-            "a FakeTensor, which has a shape and no numbers",
-            "Leave the FakeTensorMode, or use device='meta' if shapes are all that is wanted.",
-        )
+    if kind.__name__ in ("FakeTensor", "FunctionalTensor"):  # for these, `operators` are called
+        return None
     if torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._is_functional_tensor(x):
         return (
             "inside a transform of torch.func (vmap, grad, jvp, functionalize), which our "

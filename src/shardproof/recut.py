@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shardproof import observing
+from shardproof import observing, operators
 from shardproof.axis import Axis
 from shardproof.comm import check_degree_of
 from shardproof.errors import ShapeError
@@ -111,6 +111,18 @@ def swap(blocks: list[Tensor], sizes: list[int], axis: Axis, call: Call) -> list
         `direction` one exchange of (whole).
     """
     mine = blocks[axis.rank]
+    if operators.is_recorded(*blocks):
+        shapes = [(size,) for size in sizes]
+        return operators.record(
+            call.kind,
+            blocks,
+            shapes,
+            mine,
+            axis,
+            lambda parts, ranks: [
+                part.clone() for part in swap([each.clone() for each in parts], sizes, ranks, call)
+            ],
+        )
     if axis.size > 1:
         outgoing = [[] if rank == axis.rank else [block] for rank, block in enumerate(blocks)]
         incoming = [[] if rank == axis.rank else [size] for rank, size in enumerate(sizes)]

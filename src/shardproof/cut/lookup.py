@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardproof import operators
 from shardproof.cut.adopted import adopt
 from shardproof.cut.meet import common, fitted, one_along
 from shardproof.cut.others import gathered, invariant, whole
@@ -112,6 +113,14 @@ def _dim_left(shape: Sequence[int], dim: int, entries: list[Any]) -> int | None:
         for source, each in zip(at, entries, strict=True)
     ):
         return None
+    with operators.unrecorded():
+        return _dim_of(shape, dim, at, entries)
+
+
+def _dim_of(
+    shape: Sequence[int], dim: int, at: Sequence[int | None], entries: list[Any]
+) -> int | None:
+    """Where a dim of which all is taken is in `x[entries]`."""
     small = [*shape[:dim], 3, *shape[dim + 1 :]]
     whole_ = [
         slice(None) if source == dim else _stand_in(each)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from shardproof import operators
 from shardproof.cut.deferred import defer
 from shardproof.cut.others import gathered
 from shardproof.cut.spec import Spec
@@ -201,7 +202,7 @@ def _as_size(x: Any) -> Any:
 def _lost(func: Any, name: str, x: CutTensor, args: tuple[Any, ...], kwargs: Any) -> Any:
     """A result that no one dim cuts: put off where it may be undone, else gathered."""
     has_gradient = torch.is_grad_enabled() and x.requires_grad
-    if name not in ("reshape", "view") or has_gradient or torch.compiler.is_compiling():
+    if name not in ("reshape", "view") or has_gradient or operators.is_recorded():
         return gathered(func, name, args, kwargs)
     shape = args[1:] if len(args) > 1 else (kwargs["shape"],)
     return defer(x, shape[0] if isinstance(shape[0], list | tuple) else shape)
@@ -250,7 +251,8 @@ def find(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict[s
 def _found(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The recipe of an operation: how its results are cut, and a call on the part for each."""
     size, dim = spec.shape[spec.dim], spec.dim
-    with torch.no_grad(), torch._C.DisableTorchFunction():  # numbers are nobody's business
+    # Numbers are nobody's business.
+    with operators.unrecorded(), torch.no_grad(), torch._C.DisableTorchFunction():
         numbers = _along(torch.arange(size), spec.shape, dim)
         if name in _SIZED:
             shape = func(torch.empty(spec.shape, device="meta"), *args, **kwargs).shape

@@ -73,6 +73,7 @@ class Region:
         is_rehearsed: a plan is being made: what modules call is remembered.
         variant: operation without an invariant form -> the module that called it first.
         kept: `id` of every buffer of the model: whole, whatever is written to it.
+        kept_by_graphs: what compiled graphs refer to, as long as the region is there.
     """
 
     def __init__(self, axis: Axis, scheme: Scheme) -> None:
@@ -87,6 +88,7 @@ class Region:
         self.drew: set[str] = set()
         self.is_rehearsed = axis.transport.name == "rehearsed"
         self.kept: set[int] = set()
+        self.kept_by_graphs: dict[Any, Any] = {}
         self._specs: dict[tuple[tuple[int, ...], int, int], Spec] = {}
         self._places: dict[tuple[int, str], Place] = {}
         self._cuts: dict[CutDim, CutDim] = {}

@@ -276,8 +276,6 @@ _wrapped: Any = Tensor._make_wrapper_subclass
 
 def cut_tensor(local: Tensor, spec: Spec, who: str = "") -> CutTensor:
     """A cut tensor; while Dynamo traces, an object that it can see through."""
-    if torch.compiler.is_compiling():
-        return CutTensor(local, spec, who)
     made: CutTensor = _wrapped(_Shown, spec.shape, dtype=local.dtype, device=local.device)
     made.local = local
     made.spec = spec

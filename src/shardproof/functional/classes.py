@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from shardproof import operands
+from shardproof import operands, operators
 from shardproof.errors import ShapeError, UsageError
 from shardproof.numerics.sums import sum_all
 
@@ -70,6 +70,13 @@ def counting_rows(
         )
     if target.dtype != torch.int64:
         raise UsageError(f"{who}: target must hold class indices as int64, got {target.dtype}.")
+    if operators.is_recorded(target):
+        recorded: Tensor = _counts(target, classes, ignore_index, who)
+        return recorded
+    return _checked_counts(target, classes, ignore_index, who)
+
+
+def _checked_counts(target: Tensor, classes: int, ignore_index: int, who: str) -> Tensor:
     counts = target != ignore_index
     is_wrong = counts & ((target < 0) | (target >= classes))
     if not target.is_meta and bool(is_wrong.any()):
@@ -79,6 +86,12 @@ def counting_rows(
             f"0 to {classes - 1}, or ignore_index={ignore_index} for rows that do not count."
         )
     return counts
+
+
+_counts = operators.define(
+    "counting_rows(Tensor target, int classes, int ignore_index, str who) -> Tensor",
+    lambda target, *_: torch.empty_like(target, dtype=torch.bool),
+)(_checked_counts)
 
 
 def reduce_rows(

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardproof import comm, observing, operands
+from shardproof import comm, observing, operands, operators
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError
-from shardproof.functional.embedding import as_integers, check_ids
+from shardproof.functional.embedding import as_integers, check_ids, copy_rows, pick
 from shardproof.functional.place import Place
 from shardproof.numerics.elementwise import widen
 from shardproof.observing import PARTIAL, REPLICATE, Operand, Told
@@ -102,25 +102,21 @@ def _where(place: Place, what: str, device: torch.device) -> Tensor:
         where = np.full(place.size, _NOWHERE, dtype=np.int64)
         at = place.owned.indices if what == "owned" else np.arange(place.length)
         where[place.held.indices[at]] = at
-        with torch.inference_mode(False):
+        with operators.unrecorded(), torch.inference_mode(False):
             place.recipes[key] = torch.from_numpy(where).to(device)
-    found: Tensor = place.recipes[key]
-    return found
+    return operators.constant(place.recipes[key])
 
 
 def _picked(weight: Tensor, ids: Tensor, flat: Tensor, place: Place) -> Tensor:
     """(*, columns); a tensor of our own, no view, so that a caller may write into it."""
     if place.axis.size == 1:
         y = weight.new_empty(*ids.shape, weight.shape[1])
-        torch.index_select(weight, 0, flat, out=y.view(flat.numel(), weight.shape[1]))
+        copy_rows(weight, flat, y)
         _tell_lookup(weight, ids, y, place)
         return y
     y = weight.new_zeros(*ids.shape, weight.shape[1])
     if not ids.is_meta:  # of shapes alone nothing is picked
-        places = _where(place, "owned", ids.device)[flat]
-        mine = (places != _NOWHERE).nonzero().view(-1)
-        rows = weight.index_select(0, places[mine])
-        y.view(flat.numel(), weight.shape[1]).index_copy_(0, mine, rows)
+        pick(weight, _where(place, "owned", ids.device)[flat], y)
     _tell_lookup(weight, ids, y, place)
     bits = as_integers(y)
     comm.start_all_reduce(bits, place.axis, direction="forward", who=place.who, meant=y).wait()
@@ -145,7 +141,7 @@ class _Columns(torch.autograd.Function):
         flat = ids.reshape(-1).long()
         ctx.save_for_backward(flat)
         y = weight.new_empty(*ids.shape, weight.shape[1])
-        torch.index_select(weight, 0, flat, out=y.view(flat.numel(), weight.shape[1]))
+        copy_rows(weight, flat, y)
         return y
 
     @staticmethod
@@ -164,8 +160,8 @@ def _table(
     along: int,
     padding_idx: int | None,
     scale_grad_by_freq: bool,
-) -> _Table:
-    """Checked on all ranks alike: every rank has all ids."""
+) -> tuple[Tensor, _Table]:
+    """The ids, checked on all ranks alike for every rank has all of them, and their table."""
     who = place.who
     if operands.is_odd(ids) or operands.is_odd(weight) or operands.is_recorded():
         operands.check(who, ids=ids, weight=weight)
@@ -181,14 +177,14 @@ def _table(
             "with ids.to(weight.device)."
         )
     rows = place.size if along == 0 else weight.shape[0]
-    check_ids(ids, rows, who)
+    ids = check_ids(ids, rows, who)
     if padding_idx is not None and not -rows <= padding_idx < rows:
         raise ShapeError(
             f"{who}: padding_idx={padding_idx} is no row of {rows}. Use 0 to {rows - 1}, or None."
         )
     padding = _NOWHERE if padding_idx is None else padding_idx % rows
     place.axis.note(ids, who=who, what="token ids", whole=True)
-    return _Table(place, padding, scale_grad_by_freq)
+    return ids, _Table(place, padding, scale_grad_by_freq)
 
 
 def lookup_rows(
@@ -215,7 +211,7 @@ def lookup_rows(
     Comm:
         forward one all_reduce of y (*, columns); backward none.
     """
-    table = _table(weight, ids, place, 0, padding_idx, scale_grad_by_freq)
+    ids, table = _table(weight, ids, place, 0, padding_idx, scale_grad_by_freq)
     y: Tensor = _Rows.apply(weight, ids, table)
     place.axis.note_result(y, who=place.who)
     return y
@@ -246,5 +242,5 @@ def lookup_columns(
     Comm:
         forward none; backward none.
     """
-    table = _table(weight, ids, place, 1, padding_idx, scale_grad_by_freq)
+    ids, table = _table(weight, ids, place, 1, padding_idx, scale_grad_by_freq)
     return _Columns.apply(weight, ids, table)

@@ -27,12 +27,12 @@ class MaskKey:
     Attributes:
         seed: of the scheme.
         name: of the dropout, unique in the model.
-        step: which mask of that dropout.
+        step: which mask of that dropout; a tensor, (), while operations are recorded.
     """
 
     seed: int
     name: str
-    step: int
+    step: int | Tensor
 
 
 def dropout(

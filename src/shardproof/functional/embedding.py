@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof import comm, observing, operands
+from shardproof import comm, observing, operands, operators
 from shardproof.autograd import once_differentiable
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError, UsageError
@@ -118,19 +118,50 @@ def _lookup(weight: Tensor, ids: Tensor, places: Tensor, site: EmbeddingSite) ->
     shape = (*ids.shape, weight.shape[1])
     if site.axis.size == 1:
         y = weight.new_empty(shape)
-        torch.index_select(weight, 0, places, out=y.view(places.numel(), weight.shape[1]))
+        copy_rows(weight, places, y)
         if observing.is_on():
             site.tell_lookup(ids, weight, Operand("y", y, REPLICATE))
         return y
     y = weight.new_zeros(shape)
-    mine = (places != _NOWHERE).nonzero().view(-1)
-    rows = weight.index_select(0, places[mine])
-    y.view(places.numel(), weight.shape[1]).index_copy_(0, mine, rows)
+    pick(weight, places, y)
     if observing.is_on():
         site.tell_lookup(ids, weight, Operand("y", y, PARTIAL))
     bits = as_integers(y)
     comm.start_all_reduce(bits, site.axis, direction="forward", who=site.who, meant=y).wait()
     return y
+
+
+def copy_rows(weight: Tensor, places: Tensor, y: Tensor) -> None:
+    """Copy rows of a table to where they are wanted.
+
+    Args:
+        weight: (rows, columns).
+        places: (tokens,), where each token's row lies in `weight`.
+        y: (*, columns), of as many tokens, written.
+    """
+    rows = y.view(places.numel(), weight.shape[1])
+    if operators.is_recorded(places):  # a graph that is run with gradients has no `out=`
+        rows.copy_(weight.index_select(0, places))
+    else:
+        torch.index_select(weight, 0, places, out=rows)
+
+
+def pick(weight: Tensor, places: Tensor, y: Tensor) -> None:
+    """Copy rows of a part of a table to where they are wanted.
+
+    Args:
+        weight: (held, columns).
+        places: (tokens,), where each token's row lies in `weight`; -1 if it does not.
+        y: (*, columns), of as many tokens; zeros, written.
+    """
+    rows = y.view(places.numel(), weight.shape[1])
+    if operators.is_recorded(places):  # how many there are is not known then
+        if weight.shape[0]:
+            found = weight.index_select(0, places.clamp(min=0))
+            rows.copy_(found.masked_fill_((places == _NOWHERE)[:, None], 0))
+        return
+    mine = (places != _NOWHERE).nonzero().view(-1)
+    rows.index_copy_(0, mine, weight.index_select(0, places[mine]))
 
 
 def as_integers(y: Tensor) -> Tensor:
@@ -174,7 +205,7 @@ def vocab_embedding(ids: Tensor, weight: Tensor, site: EmbeddingSite) -> Tensor:
             f"{tuple(weight.shape)}."
         )
     comm.check_part(weight, site.axis, dim=0, cut=site.cut, is_whole=False, who=who)
-    check_ids(ids, site.cut.size, who)
+    ids = check_ids(ids, site.cut.size, who)
     if ids.device != weight.device:
         raise ShapeError(
             f"{who}: the ids are on {ids.device} and the weight on {weight.device}. Move the ids "
@@ -186,25 +217,38 @@ def vocab_embedding(ids: Tensor, weight: Tensor, site: EmbeddingSite) -> Tensor:
     return y
 
 
-def check_ids(ids: Tensor, size: int, who: str) -> None:
+def check_ids(ids: Tensor, size: int, who: str) -> Tensor:
     """Raise unless all ids are of the vocabulary; every rank has all of them, so all raise.
 
     Args:
         ids: (*), Replicate.
         size: of the vocabulary.
         who: the layer, for the message.
+    Returns:
+        (*), Replicate: the ids.
     Raises:
         UsageError: the ids are no integers, or one of them is outside of the vocabulary.
     """
     if ids.dtype not in (torch.int64, torch.int32):
         raise UsageError(f"{who}: token ids must be int64 or int32, got {ids.dtype}.")
     if ids.is_meta or not ids.numel():
-        return
+        return ids
+    if operators.is_recorded(ids):
+        checked: Tensor = _checked_ids(ids, size, who)
+        return checked
     lowest, highest = (int(bound) for bound in ids.aminmax())
     if lowest >= 0 and highest < size:
-        return
+        return ids
     where = tuple(((ids < 0) | (ids >= size)).nonzero()[0].tolist())
     raise UsageError(
         f"{who}: token id {int(ids[where])} at position {where} is outside of the vocabulary of "
         f"{size}. Use 0 to {size - 1}; a tokenizer with more tokens needs a larger embedding."
     )
+
+
+@operators.define(
+    "check_ids(Tensor ids, int size, str who) -> Tensor", lambda ids, size, who: ids.clone()
+)
+def _checked_ids(ids: Tensor, size: int, who: str) -> Tensor:
+    """A copy: an operator may not return what it was given."""
+    return check_ids(ids, size, who).clone()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shardproof import operators
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError
 from shardproof.functional.site import LinearSite
@@ -63,10 +64,10 @@ class Selection:
         """The indices as a tensor, (len(self),) int64."""
         found = self._tensors.get(device)
         if found is None:
-            with torch.inference_mode(False):
+            with operators.unrecorded(), torch.inference_mode(False):
                 found = torch.from_numpy(np.ascontiguousarray(self.indices)).to(device)
             self._tensors[device] = found
-        return found
+        return operators.constant(found)
 
 
 @dataclass(frozen=True)

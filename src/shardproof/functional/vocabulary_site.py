@@ -87,9 +87,9 @@ class VocabularySite:
         mine[:, TOP] = _LOWEST  # of a rank that has no class
         for block, where in zip(mine, self.blocks, strict=True):
             self._look_at(logits[:, where], block)
-        if places is not None and not places.is_meta:  # of shapes alone nothing is picked
-            here = (places != NOWHERE).nonzero().view(-1)
-            mine[:, OWN, here] = logits[here, places[here]].to(wide)
+        if places is not None and logits.shape[1]:
+            picked = logits.gather(1, places.clamp(min=0)[:, None])[:, 0].to(wide)
+            mine[:, OWN] = picked.masked_fill_(places == NOWHERE, 0)
         return comm.all_gather(
             mine, self.axis, dim=0, cut=self.block_cut, direction="forward", who=self.who
         )

@@ -1,14 +1,16 @@
 """Dropout whose mask no degree changes, and how it goes with activation checkpointing."""
 
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
-from shardproof import comm
+from shardproof import comm, operators
 from shardproof.axis import Axis
 from shardproof.errors import LayoutError, UsageError
 from shardproof.functional.dropout import MaskKey, dropout
@@ -44,13 +46,18 @@ class Drawing(nn.Module):
             raise UsageError(f"{self.name!r}: step={step!r} is no count of draws. Use 0 or more.")
         self._step = number
 
-    def next_step(self) -> int:
-        """The key of this draw, which is counted.
+    def next_step(self) -> int | Tensor:
+        """The key of this draw, which is counted; a tensor, (), while operations are recorded.
 
         Raises:
             UsageError: backward is running, so that a draw from before is wanted, and nothing says
                 which.
         """
+        if operators.is_recorded():
+            number = _numbers.setdefault(self, next(_calls))
+            _by_number[number] = self
+            recorded: Tensor = _operator(number, next(_calls))
+            return recorded
         if not self._is_replaying and torch._C._current_graph_task_id() != -1:
             raise UsageError(
                 f"{self.name!r} ({type(self).__name__}) is called during backward, as activation "
@@ -78,6 +85,26 @@ class Drawing(nn.Module):
                 "step. Load the state that was saved of this model after it was cut."
             )
         self.step = state["step"]
+
+
+_numbers: "WeakKeyDictionary[Drawing, int]" = WeakKeyDictionary()
+_by_number: "WeakValueDictionary[int, Drawing]" = WeakValueDictionary()
+_calls = itertools.count()  # no two are the same operation, or a compiler would draw once for both
+
+
+@operators.define(
+    "next_draw(int drawing, int call) -> Tensor",
+    lambda drawing, call: torch.empty((), dtype=torch.int64),
+)
+def _operator(drawing: int, call: int) -> Tensor:
+    """`next_step` of a module that is known by its number."""
+    module = _by_number.get(drawing)
+    if module is None:
+        raise UsageError(
+            "a recorded program draws for a module that is not there: it was recorded in another "
+            "process, or the model is gone. Record it again."
+        )
+    return torch.tensor(module.next_step())
 
 
 class Dropout(Drawing):

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from shardproof import operators
 from shardproof.errors import UsageError
 from shardproof.numerics import random
 from shardproof.numerics.elementwise import widen
@@ -45,7 +46,7 @@ class HeadDropout:
     p: float
     seed: int
     name: str
-    step: int
+    step: int | Tensor
 
     def __post_init__(self) -> None:
         if not 0 <= self.p <= 1:
@@ -270,7 +271,7 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
 def _without_blind_rows(weights: Tensor, bias: Tensor) -> Tensor:
     """Zeros for a query that may see no key at all, as torch has it; its softmax is NaN."""
     is_blind = (bias == float("-inf")).all(-1, keepdim=True)
-    if is_blind.is_cpu and not bool(is_blind.any()):
+    if is_blind.is_cpu and not operators.is_recorded(is_blind) and not bool(is_blind.any()):
         return weights
     return weights.masked_fill_(is_blind, 0)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardproof import operators
 from shardproof.errors import ShapeError
 
 
@@ -63,14 +64,33 @@ def _spread(items: list[Any], dims: int) -> list[Any]:
     return masked[:at] + [slice(None)] * (dims - used) + masked[at + 1 :]
 
 
+def _checked(index: Tensor, size: int, shape: list[int]) -> Tensor:
+    """The indices; raises if one is out of range."""
+    if index.is_meta:
+        return index
+    if operators.is_recorded(index):
+        recorded: Tensor = _operator(index, size, shape)
+        return recorded
+    if bool(((index < -size) | (index >= size)).any()):
+        raise ShapeError(f"an index is out of range: a dim of {tuple(shape)} has {size}.")
+    return index
+
+
+@operators.define(
+    "check_index(Tensor index, int size, int[] shape) -> Tensor",
+    lambda index, size, shape: index.clone(),
+)
+def _operator(index: Tensor, size: int, shape: list[int]) -> Tensor:
+    """A copy: an operator may not return what it was given."""
+    return _checked(index, size, shape).clone()
+
+
 def _select(x: Tensor, places: list[int], given: list[Tensor]) -> Tensor:
     """`x` with its dims `places` indexed, each by its tensor."""
     sizes = [x.shape[place] for place in places]
     linear = torch.zeros((), dtype=torch.int64, device=x.device)
     for size, one in zip(sizes, given, strict=True):
-        item = one.to(x.device)
-        if not item.is_meta and bool(((item < -size) | (item >= size)).any()):
-            raise ShapeError(f"an index is out of range: a dim of {tuple(x.shape)} has {size}.")
+        item = _checked(one.to(x.device), size, list(x.shape))
         linear = linear * size + torch.where(item < 0, item + size, item)
     is_one_run = places == list(range(places[0], places[0] + len(places)))
     first = places[0] if is_one_run else 0

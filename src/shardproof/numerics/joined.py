@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof import core, observing, operands
+from shardproof import core, observing, operands, operators
 from shardproof.errors import ShapeError
 from shardproof.numerics import mode, products
 from shardproof.numerics.elementwise import widen
@@ -160,6 +160,8 @@ def kernel_nodes(pairs: Pairs, slices: Slices, run: range, num_leaves: int) -> d
     Returns:
         Node -> (M, N), each a fresh tensor of its own.
     """
+    if operators.is_recorded(*(x for pair in pairs for x in pair)):
+        return _recorded(pairs, slices, run, num_leaves)
     program = _program(slices, run, num_leaves)
     a, b = pairs[0]
     m, n = a.shape[0], b.shape[1]
@@ -185,6 +187,51 @@ def kernel_nodes(pairs: Pairs, slices: Slices, run: range, num_leaves: int) -> d
     if observing.is_on():
         observing.tell_kernel(2 * m * n * sum(_length(places) for places in slices))
     return found
+
+
+def _recorded(pairs: Pairs, slices: Slices, run: range, num_leaves: int) -> dict[Node, Tensor]:
+    """`kernel_nodes`, called as an operator."""
+    bounds = [bound for each in slices for at in each for bound in (at.start, at.stop)]
+    left, right = zip(*pairs, strict=True)
+    found = _operator(left, right, bounds, [run.start, run.stop, num_leaves])
+    return dict(zip(nodes_of_run(num_leaves, run), found, strict=True))
+
+
+def _fake(
+    left: list[Tensor], right: list[Tensor], bounds: list[int], leaves: list[int]
+) -> list[Tensor]:
+    start, stop, num_leaves = leaves
+    a, b = left[0], right[0]
+    return [
+        a.new_empty(a.shape[0], b.shape[1]) for _ in nodes_of_run(num_leaves, range(start, stop))
+    ]
+
+
+def _flops(
+    left: list[Tensor],
+    right: list[Tensor],
+    bounds: list[int],
+    leaves: list[int],
+    out_val: Any = None,
+) -> int:
+    steps = sum(bounds[1::2]) - sum(bounds[::2])
+    return 2 * left[0].shape[0] * right[0].shape[1] * steps
+
+
+@operators.define(
+    "product_sums(Tensor[] left, Tensor[] right, int[] bounds, int[] leaves) -> Tensor[]",
+    _fake,
+    _flops,
+)
+def _operator(
+    left: list[Tensor], right: list[Tensor], bounds: list[int], leaves: list[int]
+) -> list[Tensor]:
+    """`kernel_nodes`, of slices and leaves in numbers."""
+    start, stop, num_leaves = leaves
+    places = [slice(*bounds[at : at + 2]) for at in range(0, len(bounds), 2)]
+    slices = tuple(zip(*[iter(places)] * (stop - start), strict=True)) if stop > start else ()
+    pairs = list(zip(left, right, strict=True))
+    return list(kernel_nodes(pairs, slices, range(start, stop), num_leaves).values())
 
 
 def _term(a: Tensor, b: Tensor, span: range) -> bytes:

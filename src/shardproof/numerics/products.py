@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from shardproof import core, observing, operands
+from shardproof import core, observing, operands, operators
 from shardproof.errors import ShapeError
 from shardproof.numerics import mode
 from shardproof.tree import Node, children, nodes_of_run
@@ -129,6 +129,10 @@ def _run(
         _refuse_sizes(m, k, inner, n)
     if bias is not None and (bias.shape != (n,) or bias.dtype is not a.dtype):
         _refuse_bias(bias, a, m, n)
+    if operators.is_recorded(a, b, bias):
+        steps = [step for each in struct.iter_unpack("=4q", program) for step in each]
+        found: Tensor = _operator(a, b, bias, steps, is_transposed)
+        return found
     out = a.new_empty(m, n)
     if not (m and n and k):
         out.zero_()
@@ -170,6 +174,36 @@ def _run(
         steps = sum(stop - start for start, stop, _, _ in struct.iter_unpack("=4q", program))
         observing.tell_kernel(2 * m * n * steps)
     return out
+
+
+def _fake(
+    a: Tensor, b: Tensor, bias: Tensor | None, program: list[int], is_transposed: bool
+) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0 if is_transposed else 1])
+
+
+def _flops(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    program: list[int],
+    is_transposed: bool,
+    out_val: Any = None,
+) -> int:
+    steps = sum(program[1::4]) - sum(program[::4])
+    return 2 * out_val.numel() * steps
+
+
+@operators.define(
+    "product(Tensor a, Tensor b, Tensor? bias, int[] program, bool is_transposed) -> Tensor",
+    _fake,
+    _flops,
+)
+def _operator(
+    a: Tensor, b: Tensor, bias: Tensor | None, program: list[int], is_transposed: bool
+) -> Tensor:
+    """`_run`, of a program in numbers."""
+    return _run(a, b, bias, struct.pack(f"={len(program)}q", *program), is_transposed)
 
 
 def _refuse_sizes(m: int, k: int, inner: int, n: int) -> NoReturn:

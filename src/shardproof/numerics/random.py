@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shardproof import operators
 from shardproof.errors import UsageError
 
 Fill = Callable[[NDArray[Any], np.random.Generator], object]
@@ -141,7 +142,7 @@ def draw_mask(
     *,
     seed: int,
     name: str,
-    step: int,
+    step: int | Tensor,
     leaf: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
@@ -152,7 +153,7 @@ def draw_mask(
         p: from 0 to 1.
         seed: of the scheme.
         name: what is masked, unique in the model.
-        step: which mask of that name.
+        step: which mask of that name; a tensor, (), while operations are recorded.
         leaf: index of the leaf; 0 for a tensor that is not cut.
         device: of the result; default torch's.
     Returns:
@@ -163,6 +164,9 @@ def draw_mask(
     if not 0 <= p <= 1:
         raise UsageError(f"cannot draw a mask for {name!r} with p={p}. Use 0 to 1.")
     device = torch.device(device) if device is not None else torch.get_default_device()
+    if isinstance(step, Tensor):
+        recorded: Tensor = _operator(list(shape), p, seed, name, step, leaf, device)
+        return recorded
     own = generator(seed=seed, name=name, leaf=leaf, step=step)
     if device.type == "meta":
         return torch.empty(tuple(shape), dtype=torch.uint8, device=device)
@@ -173,6 +177,26 @@ def draw_mask(
     for start in range(0, flat.size, _BLOCK):
         _draw_kept(flat[start : start + _BLOCK], p, own)
     return mask.to(device)
+
+
+@operators.define(
+    "draw_mask(SymInt[] shape, float p, int seed, str name, Tensor step, int leaf, Device device)"
+    " -> Tensor",
+    lambda shape, p, seed, name, step, leaf, device: torch.empty(
+        shape, dtype=torch.uint8, device=device
+    ),
+)
+def _operator(
+    shape: list[int],
+    p: float,
+    seed: int,
+    name: str,
+    step: Tensor,
+    leaf: int,
+    device: torch.device,
+) -> Tensor:
+    """`draw_mask`, of a step that a recorded program counted."""
+    return draw_mask(shape, p, seed=seed, name=name, step=int(step), leaf=leaf, device=device)
 
 
 def _draw_kept(kept: NDArray[np.bool_], p: float, own: np.random.Generator) -> None:

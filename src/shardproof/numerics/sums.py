@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof import core, operands
+from shardproof import core, operands, operators
 from shardproof.errors import ShapeError
 
 _WHO = "a sum over rows"
@@ -140,6 +140,9 @@ def _has_kernel(x: Tensor) -> bool:
 
 def _kernel_fold(x: Tensor, *, is_squared: bool = False) -> Tensor:
     """`_fold` in C: (M, N) -> (N,), of the squares if so told; `x` is not empty."""
+    if operators.is_recorded(x):
+        folded: Tensor = _fold_operator(x, is_squared)
+        return folded
     if x.is_neg():  # a view whose memory has the opposite sign
         x = x.resolve_neg()
     rows, columns = x.shape
@@ -154,6 +157,12 @@ def _kernel_fold(x: Tensor, *, is_squared: bool = False) -> Tensor:
     except operands.ERRORS as error:
         operands.explain(error, _WHO, x=x, out=out)
     return out
+
+
+_fold_operator = operators.define(
+    "sum_rows(Tensor x, bool is_squared) -> Tensor",
+    lambda x, is_squared: x.new_empty(x.shape[1]),
+)(lambda x, is_squared: _kernel_fold(x, is_squared=is_squared))
 
 
 def _fold(x: Tensor, dtype: torch.dtype, lift: Callable[[Tensor], Tensor]) -> Tensor:

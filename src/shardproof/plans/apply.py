@@ -24,6 +24,7 @@ from shardproof.layers.base import ShardedModule, check_state
 from shardproof.numerics import mode
 from shardproof.objects import checked_model
 from shardproof.plans.by_example import plan_by_example
+from shardproof.plans.compiled import make_compilable
 from shardproof.plans.cut import Cutter
 from shardproof.plans.given import read_plan
 from shardproof.plans.hf_plan import entries_of
@@ -98,6 +99,7 @@ def parallelize(
         raise PlanError(as_error(model, problems))
     _change(model, made, twins, axis)
     model.register_load_state_dict_pre_hook(check_state)
+    make_compilable(model, is_invariant=made.scheme.is_invariant)
     return model
 
 
@@ -126,6 +128,7 @@ def _cut_as_watched(
     if is_transformers(model):
         _guard(model, axis)
     model.register_load_state_dict_pre_hook(check_state)
+    make_compilable(model, is_invariant=made.scheme.is_invariant)
     return model
 
 

@@ -116,7 +116,7 @@ def is_readable(x: Tensor) -> bool:
         and x.layout is torch.strided
         and not x.is_quantized
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_dynamo_compiling()
     )
 
 

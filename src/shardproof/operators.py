@@ -1,0 +1,187 @@
+"""Our kernels and collectives as operators of torch, for those who record what is computed.
+
+`torch.compile`, `torch.export`, `make_fx`, FakeTensorMode and FLOP counters see operators of torch
+alone. While one of them is at work, our kernels in C and our exchanges are called as
+`torch.ops.shardproof`, each with a fake kernel that gives the shape of its result. Otherwise they
+are called directly, which is faster. Our own observers are told of them (`observing.py`).
+"""
+
+import contextlib
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
+from torch.utils.flop_counter import register_flop_formula
+
+from shardproof.errors import UsageError
+from shardproof.observing import Observer
+from shardproof.operands import PLAIN
+
+Collective = Callable[[list[Tensor], Any], list[Tensor]]  # of its parts and the axis
+
+_library = torch.library.Library("shardproof", "FRAGMENT")
+_num_modes = torch._C._len_torch_dispatch_stack
+
+
+def is_recorded(*tensors: Tensor | None) -> bool:
+    """Whether operators are to be called: something records them, or an operand has no memory."""
+    if _num_modes() and not all(
+        isinstance(mode, Observer) for mode in _get_current_dispatch_mode_stack()
+    ):
+        return True
+    return any(
+        type(x) not in PLAIN and isinstance(x, FakeTensor | FunctionalTensor) for x in tensors
+    )
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Nothing records here: for tensors that do not depend on data, and are kept."""
+    with _disable_current_modes():
+        yield
+
+
+def constant(x: Tensor) -> Tensor:
+    """A tensor that was kept, for an operation now: while operations are recorded, a part of them.
+
+    Args:
+        x: made while nothing recorded.
+    """
+    if _num_modes() and is_recorded():
+        recorded: Tensor = torch.ops.aten.lift_fresh_copy.default(x)
+        return recorded
+    return x
+
+
+def define(
+    schema: str, fake: Callable[..., Any], flops: Callable[..., int] | None = None
+) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function an operator of torch.
+
+    Args:
+        schema: name, arguments and results, as `torch.library` writes them.
+        fake: the shapes of the results, on tensors without memory.
+        flops: of a call, from its arguments and `out_shape`; None: it computes nothing.
+
+    Returns:
+        A decorator, which gives the operator.
+    """
+
+    def put(function: Callable[..., Any]) -> Any:
+        name = schema.partition("(")[0]
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"shardproof::{name}", fake, lib=_library)
+        operator = getattr(torch.ops.shardproof, name)
+        if flops is not None:
+            register_flop_formula(operator, get_raw=True)(flops)
+        return operator.default
+
+    return put
+
+
+class _Calls:
+    """The collectives that were recorded for the ranks of one axis."""
+
+    def __init__(self, axis: Any) -> None:
+        self.number = next(_numbers)
+        self.axis = weakref.ref(axis)
+        self.kept: list[Collective] = []
+
+
+_numbers = itertools.count()
+_calls: "weakref.WeakKeyDictionary[Any, _Calls]" = weakref.WeakKeyDictionary()  # by axis
+_by_number: "weakref.WeakValueDictionary[int, _Calls]" = weakref.WeakValueDictionary()
+
+
+def record(
+    kind: str,
+    parts: Sequence[Tensor],
+    shapes: Sequence[Sequence[int]],
+    like: Tensor,
+    axis: Any,
+    collective: Collective,
+) -> list[Tensor]:
+    """Call a collective as an operator.
+
+    Args:
+        kind: "all_gather", "all_reduce", "reduce_scatter" or "exchange".
+        parts: what this rank sends.
+        shapes: of the results on this rank.
+        like: any tensor of the results' dtype and device.
+        axis: the ranks.
+        collective: what is called with the parts and the axis where the parts have memory; it
+            must not write into them, nor refer to the axis or to a tensor of now.
+
+    Returns:
+        The results.
+
+    Comm:
+        that of `collective`.
+    """
+    calls = _calls.get(axis)
+    if calls is None:
+        calls = _calls[axis] = _Calls(axis)
+        _by_number[calls.number] = calls
+    calls.kept.append(collective)
+    sizes = [size for shape in shapes for size in shape]
+    dims = [len(shape) for shape in shapes]
+    place = (calls.number, len(calls.kept) - 1)
+    found: list[Tensor] = _COLLECTIVES[kind](
+        list(parts), sizes, dims, like.dtype, like.device, *place
+    )
+    return found
+
+
+def _collective(
+    parts: list[Tensor],
+    sizes: list[int],
+    dims: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    axis: int,
+    call: int,
+) -> list[Tensor]:
+    calls = _by_number.get(axis)
+    ranks = None if calls is None else calls.axis()
+    if calls is None or ranks is None or call >= len(calls.kept):
+        raise UsageError(
+            "a recorded program calls a collective of ranks that are not there: it was recorded "
+            "in another process, or its axis is gone. Record it again on these ranks."
+        )
+    return calls.kept[call](parts, ranks)
+
+
+def _shapes(
+    parts: list[Tensor],
+    sizes: list[int],
+    dims: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    axis: int,
+    call: int,
+) -> list[Tensor]:
+    at = itertools.accumulate(dims, initial=0)
+    return [
+        torch.empty(sizes[start : start + length], dtype=dtype, device=device)
+        for start, length in zip(at, dims, strict=False)
+    ]
+
+
+_COLLECTIVES = {
+    kind: define(
+        f"{kind}(Tensor[] parts, SymInt[] sizes, int[] dims, ScalarType dtype, Device device, "
+        "int axis, int call) -> Tensor[]",
+        _shapes,
+    )(_collective)
+    for kind in ("all_gather", "all_reduce", "reduce_scatter", "exchange")
+}

@@ -1,0 +1,287 @@
+"""What Dynamo and AOTAutograd see of a cut model; imported while they compile.
+
+A cut model is one node of Dynamo's graph (`nonstrict_trace`). Dynamo runs it once on tensors
+without memory, to learn the shapes of its results. AOTAutograd then runs it on tensors that record,
+and sees operations of torch alone, for our kernels and collectives are operators (`operators.py`).
+So the graph holds what an eager step computes, in its order.
+"""
+
+import sys
+import types
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._higher_order_ops.flat_apply import is_graphable
+from torch.utils import _pytree as pytree
+
+from shardproof.cut.deferred import Deferred
+from shardproof.cut.spec import Spec
+from shardproof.cut.tensor import CutTensor, cut_tensor, run
+from shardproof.errors import UsageError
+from shardproof.hf.cut_logits import CutLogits
+
+_KEPT = "_shardproof_kept"  # attribute of a model: what its graphs refer to
+_SIMPLE = (str, int, float, complex, bool, types.NoneType, torch.dtype, torch.device, type)
+_CUT = "shardproof.cut"
+
+
+@torch._dynamo.nonstrict_trace
+def traced(
+    model: nn.Module,
+    how: tuple[bool, tuple[tuple[str, str], ...]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """The call of a cut model on tensors that record, or have no memory.
+
+    Args:
+        model: likewise.
+        how: whether its numerics are invariant; for each parameter that has two names, the second
+            and the first.
+        args: of the call.
+        kwargs: of the call.
+    """
+    is_invariant, ties = how
+    if is_invariant:
+        _check_backend(model)
+    args, kwargs = pytree.tree_map(_of_one_size, (args, kwargs))
+    with _tied(model, ties):
+        y = nn.Module.__call__(model, *args, **kwargs)
+        if torch.compiler.is_exporting():
+            return as_whole(y)
+        return _as_tree(y, model.__dict__.setdefault(_KEPT, {}))
+
+
+def _check_backend(model: nn.Module) -> None:
+    """Raise if inductor, which fuses and reorders, would compile invariant numerics."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch._inductor.compile_fx":
+            raise UsageError(
+                f"torch.compile of a cut {type(model).__name__} with backend='inductor': inductor "
+                "fuses and reorders what it compiles, so that numerics='invariant' cannot keep its "
+                "bits. Use backend='aot_eager', or Scheme(numerics='native')."
+            )
+        frame = frame.f_back
+
+
+def _of_one_size(x: Any) -> Any:
+    """Recipes are found for numbers: a graph is good for the sizes that it was made of."""
+    if isinstance(x, torch.SymInt):
+        return int(x)
+    if isinstance(x, Tensor) and any(isinstance(size, torch.SymInt) for size in x.shape):
+        return x.view([int(size) for size in x.shape])
+    return x
+
+
+@contextmanager
+def _tied(model: nn.Module, ties: tuple[tuple[str, str], ...]) -> Iterator[None]:
+    """Dynamo passes a parameter that has two names by one: put it in the other place too."""
+    before = []
+    for alias, name in ties:
+        module, own = _place(model, alias)
+        source, other = _place(model, name)
+        before.append((module, own, module._parameters[own]))
+        module._parameters[own] = source._parameters[other]
+    try:
+        yield
+    finally:
+        for module, own, parameter in before:
+            module._parameters[own] = parameter
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    parent, _, own = name.rpartition(".")
+    return model.get_submodule(parent), own
+
+
+def as_whole(y: Any) -> Any:
+    """What leaves an exported program: outside of it there are no rules for cut tensors."""
+    return pytree.tree_map(_whole, y, is_leaf=_is_cut)
+
+
+def _whole(x: Any) -> Any:
+    return x.whole() if isinstance(x, CutTensor | CutLogits | Deferred) else x
+
+
+# What a graph gives back: tensors. Everything else that a model returns is made again by Dynamo.
+
+
+class _Kept:
+    """Something that no graph can hold: how a tensor is cut, a class, a config."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+_by_number: "dict[int, weakref.ref[_Kept]]" = {}  # Dynamo looks here
+
+
+def _number(value: Any, kept: dict[Any, _Kept]) -> int:
+    """A number for something, the same every time, as long as `kept` is there."""
+    key = (type(value), value) if isinstance(value, _SIMPLE) else id(value)
+    found = kept.get(key)
+    if found is None:
+        found = kept[key] = _Kept(value)
+        _by_number[id(found)] = weakref.ref(found)
+        weakref.finalize(found, _by_number.pop, id(found), None)
+    return id(found)
+
+
+def _value(number: int) -> Any:
+    return _by_number[number]().value  # type: ignore[union-attr]
+
+
+class _Node:
+    """A cut tensor, or an object with tensors inside, on its way out of a graph.
+
+    Attributes:
+        parts: what it has of tensors, and of lists and dicts.
+        how: numbers and names, from which Dynamo makes the object again.
+    """
+
+    def __init__(self, parts: list[Any], how: tuple[Any, ...]) -> None:
+        self.parts, self.how = parts, how
+
+
+def _made(parts: Any, how: Any) -> Any:
+    """The object of a `_Node`. Dynamo traces this: only plain statements."""
+    kind, first, *rest = how
+    if kind == _CUT:
+        return GraphTensor(parts[0], rest[0], first)
+    names, others = rest
+    made = _value(first).__new__(_value(first))
+    for name, value in zip(names, parts):  # noqa: B905 - Dynamo knows no `strict`
+        setattr(made, name, value)
+    for name, number in others:
+        setattr(made, name, _value(number))
+    return made
+
+
+pytree.register_pytree_node(_Node, lambda x: (x.parts, x.how), _made)
+
+
+def _is_cut(x: Any) -> bool:
+    return isinstance(x, CutTensor)
+
+
+def _as_tree(y: Any, kept: dict[Any, _Kept]) -> Any:
+    """What a model returns, with a `_Node` for everything that no graph can hold."""
+
+    def node(x: Any) -> Any:
+        if isinstance(x, CutTensor):
+            return _Node([x.local], (_CUT, x.who, _number(x.spec, kept)))
+        if isinstance(x, CutLogits | Deferred):
+            return _whole(x)
+        if isinstance(x, Tensor) or is_graphable(x):
+            return x
+        parts = {
+            name: _as_tree(each, kept)
+            for name, each in vars(x).items()
+            if isinstance(each, list | tuple | dict) or _holds_tensors(each)
+        }
+        others = [
+            (name, _number(each, kept)) for name, each in vars(x).items() if name not in parts
+        ]
+        how = ("object", _number(type(x), kept), tuple(parts), tuple(others))
+        return _Node(list(parts.values()), how)
+
+    return pytree.tree_map(node, y, is_leaf=_is_cut)
+
+
+def _holds_tensors(x: Any) -> bool:
+    return any(
+        isinstance(leaf, Tensor) or any(map(_holds_tensors, getattr(leaf, "__dict__", {}).values()))
+        for leaf in pytree.tree_leaves(x, is_leaf=_is_cut)
+    )
+
+
+class GraphTensor(CutTensor):
+    """A cut tensor that a graph gives back, through which Dynamo can see.
+
+    It is no `torch.Tensor`, for Dynamo makes none of a class like ours. Functions and methods of
+    torch take it as one; `isinstance` does not.
+
+    Attributes:
+        number: of its `spec`.
+    """
+
+    def __init__(self, local: Tensor, number: int, who: str) -> None:
+        self.local = local
+        self.number = number
+        self.who = who
+
+    @property
+    def spec(self) -> Spec:  # type: ignore[override]
+        """How it is cut."""
+        found: Spec = _value(self.number)
+        return found
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """An operation of torch's API."""
+        return _call(func, args, kwargs or {})
+
+
+def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operation; while Dynamo traces, one node of its graph."""
+    if torch.compiler.is_dynamo_compiling():
+        number = _number_of(func) + 0  # a number of Dynamo's own, which it can hand on
+        return _traced_call(number, _packed(args), _packed(kwargs))
+    return run(func, args, kwargs)
+
+
+_functions: list[Any] = []
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _number_of(func: Any) -> int:
+    if func not in _functions:
+        _functions.append(func)
+    return _functions.index(func)
+
+
+@torch._dynamo.nonstrict_trace
+def _traced_call(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operation on cut tensors that record, or have no memory."""
+    given = tuple(map(_unpacked, args)), {name: _unpacked(x) for name, x in kwargs.items()}
+    first = next(filter(_is_cut, pytree.tree_leaves(given, is_leaf=_is_cut)))
+    return _as_tree(run(_functions[number], *given), first.spec.region.kept_by_graphs)
+
+
+def _packed(x: Any) -> Any:
+    """Arguments with a tuple in place of each cut tensor. Dynamo traces this."""
+    if isinstance(x, GraphTensor):
+        return (_CUT, x.local, x.number, x.who)
+    if isinstance(x, dict):
+        return {name: _packed(each) for name, each in x.items()}
+    if isinstance(x, list):
+        return [_packed(each) for each in x]
+    return tuple(_packed(each) for each in x) if isinstance(x, tuple) else x
+
+
+def _unpacked(x: Any) -> Any:
+    """The arguments of `_packed`."""
+    if isinstance(x, tuple) and len(x) == 4 and x[0] == _CUT:
+        return cut_tensor(x[1], _value(x[2]), x[3])
+    return type(x)(map(_unpacked, x)) if isinstance(x, list | tuple) else x
+
+
+def _method(name: str) -> Any:
+    func = getattr(Tensor, name)
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _call(func, (self, *args), kwargs)
+
+    return method
+
+
+for _name, _given in vars(CutTensor).items():
+    if getattr(_given, "__qualname__", "").startswith("_method."):  # an operation of torch's
+        setattr(GraphTensor, _name, _method(_name))
