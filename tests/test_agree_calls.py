@@ -54,7 +54,7 @@ def other_direction(axis: Axis) -> None:
 
 def gather_against_sum(axis: Axis) -> None:
     if axis.rank:
-        comm.agree({"x": 1}, axis, what="things")
+        axis.agree({"x": 1}, what="things")
     else:
         reduce(axis, "down", 3)
 

@@ -356,7 +356,7 @@ def test_ranks_that_disagree_all_raise_and_name_both_sides(
 
 
 def agreement(axis: Axis) -> list[str]:
-    comm.agree({"plan": 1}, axis, what="plans")
+    axis.agree({"plan": 1}, what="plans")
     rank = min(axis.rank, 1)
     same = {f"entry {number}": "long" * 100 for number in range(100)}
     messages = []
@@ -366,7 +366,7 @@ def agreement(axis: Axis) -> list[str]:
         {**({"less": 4} if not rank else {}), **same, "seed": rank},
     ):
         with pytest.raises(MismatchError) as caught:
-            comm.agree(value, axis, what="plans", way_out="Seed alike.")
+            axis.agree(value, what="plans", way_out="Seed alike.")
         messages.append(str(caught.value))
     return messages
 

@@ -479,7 +479,7 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
 }
 # Public, and of no tensor's doing.
 SILENT = {
-    comm: {"Sum", "agree", "as_flat", "check_degree_of", "check_part", "gather_parts"},
+    comm: {"Sum", "check_degree_of", "check_part", "gather_parts"},
     **crossing_uses.SILENT,
     recut: {"swap"},
     site: {"LinearSite"},

@@ -91,12 +91,6 @@ def said_by_llama(degree: int) -> list[str]:
     return said
 
 
-def test_a_compiled_model_of_transformers_has_no_gradient() -> None:
-    """Its forward runs; `backward` raises before a wrong gradient is used."""
-    (said,) = said_by_llama(1)
-    assert re.match(r"RuntimeError: .*does not require grad", said)
-
-
-def test_compiled_ranks_that_are_threads_raise() -> None:
-    said = said_by_llama(2)
-    assert all("Error" in each for each in said)
+@pytest.mark.parametrize("degree", [1, 2])
+def test_a_compiled_model_of_transformers_trains_with_ranks_as_threads(degree: int) -> None:
+    assert said_by_llama(degree) == ["right"] * degree

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardproof import checking
 from shardproof import environment as variables
-from shardproof.errors import AxisError, UsageError
+from shardproof.errors import AxisError, MismatchError, UsageError
 from shardproof.overlap import DEFAULT_OVERLAP, Overlap, checked_overlap
 from shardproof.quantities import LARGEST, checked_flag, checked_name
 from shardproof.timeout import START_TIMEOUT, checked_timeout
@@ -27,7 +27,7 @@ from shardproof.transport.choose import AUTO, checked_transport, choose, meet
 from shardproof.transport.disabled import refuse_inherited
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.solo import SoloTransport
-from shardproof.wording import shown
+from shardproof.wording import shown, written
 
 # What torchrun sets for every process, and what torch.distributed needs to meet the others.
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -302,6 +302,38 @@ class Axis:
             setup none in the ledger: small objects of all ranks go to all, uncounted.
         """
         return self.transport.gather_objects(value, call=Call("agree", "setup", what))
+
+    def agree(
+        self, value: Mapping[str, Any], *, what: str, way_out: str = "Give every rank the same."
+    ) -> None:
+        """Raise on all ranks unless all have the same `value`.
+
+        Args:
+            value: name -> what must be the same; small, picklable, comparable.
+            what: all of it in a word, for the message.
+            way_out: the end of the message.
+
+        Raises:
+            MismatchError: names the first rank that differs from rank 0, the first entry in which
+                it does, and both sides of that.
+
+        Comm:
+            setup none in the ledger: small objects of all ranks go to all, uncounted.
+        """
+        values = self.gather_small(dict(value), what=what)
+        for rank, other in enumerate(values):
+            if other == values[0]:
+                continue
+            names = [*values[0], *(name for name in other if name not in values[0])]
+            differing = [name for name in names if values[0].get(name) != other.get(name)]
+            first, more = differing[0], len(differing) - 1
+            raise MismatchError(
+                f"the ranks of axis {self.name!r} were given different {what}: for {first}, rank 0 "
+                f"has {written(str(values[0].get(first, 'nothing')))}, rank {rank} has "
+                f"{written(str(other.get(first, 'nothing')))}"
+                + (f"; {more} more {'differs' if more == 1 else 'differ'}" if more else "")
+                + f". {way_out}"
+            )
 
     def _compare(self, x: Tensor, who: str, what: str) -> None:
         checking.compare(

@@ -7,15 +7,15 @@ is never a view: autograd forbids to write into a view that a Function has made.
 layers wait for can also be started, and waited for later.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from shardproof import observing, operands, operators
 from shardproof.axis import Axis
-from shardproof.errors import MismatchError, ShapeError
+from shardproof.errors import ShapeError
 from shardproof.leaves import Cut
 from shardproof.numerics.matmul import node_dtype
 from shardproof.observing import PARTIAL, REPLICATE, Operand, Placement, Told, shard
@@ -31,7 +31,6 @@ from shardproof.schedule import (
 from shardproof.told import FREE_ORDER, count, sends_to_all, sends_whole, tell_sum, told_of
 from shardproof.transport.base import Call, Pending
 from shardproof.tree import Node, add_tensors, combine, node_name
-from shardproof.wording import written
 
 
 class Sum:
@@ -100,10 +99,10 @@ def gather_parts(x: Tensor, axis: Axis, plan: GatherPlan, place: Placement) -> T
             call.shape,
             x,
             axis,
-            lambda parts, ranks, _: gather_parts(parts[0], ranks, plan, place),
+            lambda given, ranks, _: gather_parts(given[0], ranks, plan, place),
         )
     y = x.new_empty(call.shape)
-    axis.transport.all_gather(as_flat(x, call), y.view(-1), sizes, outer=outer, call=call)
+    axis.transport.all_gather(operands.as_flat(x, call), y.view(-1), sizes, outer=outer, call=call)
     sent = (axis.size - 1) * _bytes(x)
     count(axis, call, _bytes(y), sent)
     if observing.is_on():
@@ -157,18 +156,12 @@ def start_all_reduce(
         return Sum(x)
     plan = native_plan(direction, who, tuple(x.shape), x.dtype, axis.size)
     if operators.is_recorded(x):
+        again = functools.partial(start_all_reduce, direction=direction, who=who, is_rest=is_rest)
         total = _record(
-            [x],
-            plan.call,
-            x.shape,
-            x,
-            axis,
-            lambda parts, ranks, _: start_all_reduce(
-                parts[0].clone(), ranks, direction=direction, who=who, is_rest=is_rest
-            ).wait(),
+            [x], plan.call, x.shape, x, axis, lambda given, ranks, _: again(_own(given)[0], ranks)
         )
         return Sum(x.copy_(total))
-    _check_sent(x, plan.call)
+    operands.check_sent(x, plan.call)
     told = None
     if observing.is_on():
         seen = x if meant is None else meant
@@ -269,25 +262,10 @@ def start_all_reduce_nodes(
     plan = tree_plan(direction, who, tuple(shape), like.dtype, cut, axis.rank)
     parts = list(nodes.values())
     if operators.is_recorded(like, *parts):
-        names = tuple(nodes)
-
-        def sum_nodes(given: list[Tensor], ranks: Axis, like: Tensor) -> Tensor:
-            if len(given) == 1:  # the sum would be written into it
-                given = [given[0].clone()]
-            return start_all_reduce_nodes(
-                dict(zip(names, given, strict=True)),
-                ranks,
-                cut=cut,
-                shape=plan.shape,
-                like=like,
-                direction=direction,
-                who=who,
-                is_rest=is_rest,
-            ).wait()
-
-        return Sum(_record(parts, plan.call, plan.shape, like, axis, sum_nodes))
-    flat = [as_flat(part, plan.call) for part in parts]
-    if len(parts) == 1 and _lies_flat(parts[0]) and parts[0].dtype == like.dtype:
+        again = functools.partial(_sum_nodes, tuple(nodes), cut, plan, is_rest)
+        return Sum(_record(parts, plan.call, plan.shape, like, axis, again))
+    flat = [operands.as_flat(part, plan.call) for part in parts]
+    if len(parts) == 1 and operands.lies_flat(parts[0]) and parts[0].dtype == like.dtype:
         y = parts[0]
     else:
         y = like.new_empty(plan.shape)
@@ -380,50 +358,12 @@ def gather(
     y = None
     if here:
         own: list[list[Tensor]] = [[x] if rank == dst else parts[rank] for rank in range(axis.size)]
-        y = torch.cat([as_flat(part, call) for pieces in own for part in pieces])
+        y = torch.cat([operands.as_flat(part, call) for pieces in own for part in pieces])
     if observing.is_on():
         output = None if y is None else Operand("y", y)
         given, sends = [Operand("x", x, shard(0))], [] if here else sends_whole([x], [dst])
         observing.tell(told_of(axis, call, given, output, whole, sent, sends=sends))
     return y
-
-
-def agree(
-    value: Mapping[str, Any],
-    axis: Axis,
-    *,
-    what: str,
-    way_out: str = "Give every rank the same.",
-) -> None:
-    """Raise on all ranks unless all have the same `value`.
-
-    Args:
-        value: name -> what must be the same; small, picklable, comparable.
-        axis: the ranks.
-        what: all of it in a word, for the message.
-        way_out: the end of the message.
-
-    Raises:
-        MismatchError: names the first rank that differs from rank 0, the first entry in which it
-            does, and both sides of that.
-
-    Comm:
-        setup none in the ledger: small objects of all ranks go to all, uncounted.
-    """
-    values = axis.transport.gather_objects(dict(value), call=Call("agree", "setup", what))
-    for rank, other in enumerate(values):
-        if other == values[0]:
-            continue
-        names = [*values[0], *(name for name in other if name not in values[0])]
-        differing = [name for name in names if values[0].get(name) != other.get(name)]
-        first, more = differing[0], len(differing) - 1
-        raise MismatchError(
-            f"the ranks of axis {axis.name!r} were given different {what}: for {first}, rank 0 has "
-            f"{written(str(values[0].get(first, 'nothing')))}, rank {rank} has "
-            f"{written(str(other.get(first, 'nothing')))}"
-            + (f"; {more} more {'differs' if more == 1 else 'differ'}" if more else "")
-            + f". {way_out}"
-        )
 
 
 def check_degree_of(cut: Cut, axis: Axis, who: str) -> None:
@@ -466,34 +406,6 @@ def check_part(x: Tensor, axis: Axis, *, dim: int, cut: Cut, is_whole: bool, who
     return dim % x.dim()
 
 
-def _check_sent(x: Tensor, call: Call) -> None:
-    """Raise unless `x` has memory that other ranks can read, and nobody records what is sent."""
-    if operands.is_odd(x) or operands.is_recorded() or x.storage_offset():
-        operands.check(str(call), x=x)
-
-
-def _lies_flat(x: Tensor) -> bool:
-    """Whether `as_flat` is `x` itself."""
-    return x.is_contiguous() and not (x.is_neg() or x.is_conj())
-
-
-def as_flat(x: Tensor, call: Call) -> Tensor:
-    """The elements one after another, as memory has to hold them that others read.
-
-    Args:
-        x: (*), on this rank.
-        call: that sends it, for messages.
-    Returns:
-        (elements,), contiguous; a view of `x` where that lies so.
-    Raises:
-        UsageError: `x` has no memory that others can read.
-    """
-    _check_sent(x, call)
-    if x.is_neg() or x.is_conj():  # a view whose memory has the opposite sign
-        x = x.resolve_conj().resolve_neg()
-    return x.contiguous().view(-1)
-
-
 def _sum(
     parts: Sequence[Tensor],
     like: Tensor,
@@ -507,15 +419,9 @@ def _sum(
 ) -> Tensor:
     """The sum of parts, cut along `dim`; `nodes` and `cut` say which leaves they sum."""
     if operators.is_recorded(like, *parts):
+        again = functools.partial(_sum, plan=plan, dim=dim, dim_cut=dim_cut, nodes=nodes, cut=cut)
         return _record(
-            parts,
-            plan.call,
-            plan.shape,
-            like,
-            axis,
-            lambda given, ranks, like: _sum(
-                given, like, ranks, plan, dim=dim, dim_cut=dim_cut, nodes=nodes, cut=cut
-            ),
+            parts, plan.call, plan.shape, like, axis, lambda given, ranks, y: again(given, y, ranks)
         )
     y = like.new_empty(plan.shape)
     told = None
@@ -523,7 +429,7 @@ def _sum(
         placement = shard(dim, dim_cut.owned(axis.rank), dim_cut.size)
         addition = FREE_ORDER if cut is None else written_sum(cut)
         told = tell_sum(axis, plan, parts, y, placement, nodes=nodes, addition=addition)
-    flat = [as_flat(part, plan.call) for part in parts]
+    flat = [operands.as_flat(part, plan.call) for part in parts]
     axis.transport.sum(flat, plan.order, y.view(-1), windows=plan.windows, call=plan.call)
     count(axis, plan.call, plan.message_bytes, plan.sent_bytes)
     if told is not None:
@@ -537,16 +443,44 @@ def _record(
     shape: Sequence[int],
     like: Tensor,
     axis: Axis,
-    collective: Callable[[list[Tensor], Axis, Tensor], Tensor],
+    collective: Callable[[list[Tensor], Axis, Tensor], Tensor | Sum],
 ) -> Tensor:
-    """The result of a collective, called as an operator; it is given a tensor like `like`."""
+    """What `collective(parts, axis, like)` returns, called as an operator of torch."""
     dtype, device = like.dtype, like.device
 
     def run(given: list[Tensor], ranks: Axis) -> list[Tensor]:
-        return [collective(given, ranks, torch.empty(0, dtype=dtype, device=device))]
+        y = collective(given, ranks, torch.empty(0, dtype=dtype, device=device))
+        return [y.wait() if isinstance(y, Sum) else y]
 
     (y,) = operators.record(call.kind, parts, [shape], like, axis, run)
     return y
+
+
+def _sum_nodes(
+    names: tuple[Node, ...],
+    cut: Cut,
+    plan: Plan,
+    is_rest: bool,
+    parts: list[Tensor],
+    axis: Axis,
+    like: Tensor,
+) -> Sum:
+    """`start_all_reduce_nodes` of parts that are not given away."""
+    return start_all_reduce_nodes(
+        dict(zip(names, _own(parts), strict=True)),
+        axis,
+        cut=cut,
+        shape=plan.shape,
+        like=like,
+        direction=plan.call.direction,
+        who=plan.call.who,
+        is_rest=is_rest,
+    )
+
+
+def _own(parts: list[Tensor]) -> list[Tensor]:
+    """Parts of which the only one may be written to."""
+    return [parts[0].clone()] if len(parts) == 1 else parts
 
 
 def _sum_alone(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from shardproof import checking, comm
+from shardproof import checking
 from shardproof.axis import Axis
 from shardproof.layers import registry
 
@@ -61,9 +61,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     axes, replicated = _placements(optimizer)
     for axis in axes:
-        comm.agree(
+        axis.agree(
             _settings(optimizer),
-            axis,
             what="optimizer settings",
             way_out="Give every rank the same, schedulers too.",
         )

@@ -110,6 +110,41 @@ def check_float(x: Tensor, who: str, name: str = "x") -> None:
         check_floating(who, **{name: x})
 
 
+def check_sent(x: Tensor, call: object) -> None:
+    """Raise unless `x` has memory that other ranks can read, and nobody records what is sent.
+
+    Args:
+        x: what a collective sends.
+        call: the collective, for the message.
+    Raises:
+        UsageError: it has none, or operations are recorded.
+    """
+    if is_odd(x) or is_recorded() or x.storage_offset():
+        check(str(call), x=x)
+
+
+def lies_flat(x: Tensor) -> bool:
+    """Whether `as_flat` is a view of `x`."""
+    return x.is_contiguous() and not (x.is_neg() or x.is_conj())
+
+
+def as_flat(x: Tensor, call: object) -> Tensor:
+    """The elements one after another, as memory has to hold them that others read.
+
+    Args:
+        x: (*), on this rank.
+        call: the collective that sends it, for messages.
+    Returns:
+        (elements,), contiguous; a view of `x` where that lies so.
+    Raises:
+        UsageError: `x` has no memory that others can read.
+    """
+    check_sent(x, call)
+    if x.is_neg() or x.is_conj():  # a view whose memory has the opposite sign
+        x = x.resolve_conj().resolve_neg()
+    return x.contiguous().view(-1)
+
+
 def _check_recording(who: str) -> None:
     """Raise where a program is written down that ours would be missing from."""
     if _is_tracing():

@@ -250,18 +250,16 @@ def find(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict[s
 
 def _found(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The recipe of an operation: how its results are cut, and a call on the part for each."""
-    size, dim = spec.shape[spec.dim], spec.dim
-    # Numbers are nobody's business.
     with operators.unrecorded(), torch.no_grad(), torch._C.DisableTorchFunction():
-        numbers = _along(torch.arange(size), spec.shape, dim)
+        numbers = _along(torch.arange(spec.shape[spec.dim]), spec.shape, spec.dim)
         if name in _SIZED:
             shape = func(torch.empty(spec.shape, device="meta"), *args, **kwargs).shape
-            out = _reshaped(numbers, tuple(shape), dim)
+            out = _reshaped(numbers, tuple(shape), spec.dim)
         else:
             out = func(numbers, *args, **kwargs)
         many = None if isinstance(out, Tensor) else (tuple if isinstance(out, tuple) else list)
         outs = [out] if many is None else list(out)
-        mine = _along(torch.from_numpy(spec.cut.held(spec.region.rank)), spec.local_shape, dim)
+        mine = _along(torch.from_numpy(spec.cut.held(spec.region.rank)), spec.local_shape, spec.dim)
         try:
             return many, [
                 _result(func, name, spec, args, kwargs, each, mine, None if many is None else place)

@@ -120,7 +120,8 @@ class VocabularySite:
             blocks: (blocks, 3 or 4, rows), Replicate.
             target: (rows,), Replicate; of a row that counts for nothing, any class.
         """
-        block = torch.bucketize(target, target.new_tensor(self.stops), right=True)
+        stops = torch.tensor(self.stops, device=target.device)
+        block = torch.bucketize(target, stops, right=True)
         return blocks[block, OWN, torch.arange(target.numel(), device=target.device)]
 
     def mean_offset(self, blocks: Tensor, top: Tensor) -> Tensor:

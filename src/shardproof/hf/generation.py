@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.errors import UsageError
 from shardproof.functional.sampling import check_options, keyed_scores
@@ -87,9 +86,8 @@ def _check_generators(axis: Axis) -> None:
             f"generator and would draw different tokens. {_WAY_OUT}"
         )
     state = torch.get_rng_state().numpy().tobytes()
-    comm.agree(
+    axis.agree(
         {"torch's global generator": hashlib.sha256(state).hexdigest()[:16]},
-        axis,
         what="random states",
         way_out=f"The ranks would sample different tokens. {_WAY_OUT}",
     )

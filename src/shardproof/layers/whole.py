@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardproof import comm
 from shardproof.axis import Axis
 
 
@@ -37,9 +36,8 @@ class SameOnAllRanks:
         if self._is_checked:
             self.axis.note(inputs[0], who=self.who)
             return
-        comm.agree(
+        self.axis.agree(
             {f"the input of {self.who!r}": _hash(inputs[0])},
-            self.axis,
             what="activations",
             way_out=f"{self.who!r} ({type(module).__name__}) gets an activation that is cut, and "
             "would treat the parts of all ranks alike. Put it behind the row-parallel linear, or "

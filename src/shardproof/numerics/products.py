@@ -130,9 +130,7 @@ def _run(
     if bias is not None and (bias.shape != (n,) or bias.dtype is not a.dtype):
         _refuse_bias(bias, a, m, n)
     if operators.is_recorded(a, b, bias):
-        steps = [step for each in struct.iter_unpack("=4q", program) for step in each]
-        found: Tensor = _operator(a, b, bias, steps, is_transposed)
-        return found
+        return _recorded(a, b, bias, program, is_transposed)
     out = a.new_empty(m, n)
     if not (m and n and k):
         out.zero_()
@@ -174,6 +172,15 @@ def _run(
         steps = sum(stop - start for start, stop, _, _ in struct.iter_unpack("=4q", program))
         observing.tell_kernel(2 * m * n * steps)
     return out
+
+
+def _recorded(
+    a: Tensor, b: Tensor, bias: Tensor | None, program: bytes, is_transposed: bool
+) -> Tensor:
+    """`_run`, called as an operator."""
+    steps = [step for each in struct.iter_unpack("=4q", program) for step in each]
+    found: Tensor = _operator(a, b, bias, steps, is_transposed)
+    return found
 
 
 def _fake(

@@ -8,7 +8,6 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from shardproof import comm
 from shardproof.axis import Axis, checked_axis
 from shardproof.errors import PlanError, ShardproofError
 from shardproof.hf.attention import take_over
@@ -162,7 +161,7 @@ def _agreed(read: Callable[[], tuple[Given, dict[str, object]]], axis: Axis) -> 
         given, words = read()
     except ShardproofError as error:
         wrong, words = error, {"what is wrong with them": str(error)}
-    comm.agree(words, axis, what="plans or models")
+    axis.agree(words, what="plans or models")
     if wrong is not None:
         raise wrong
     found: Given = given
@@ -171,16 +170,14 @@ def _agreed(read: Callable[[], tuple[Given, dict[str, object]]], axis: Axis) -> 
 
 def _agree_on_numbers(model: nn.Module, asked: Scheme, axis: Axis) -> None:
     """Raise on all ranks unless their weights and their arithmetic are the same."""
-    comm.agree(
+    axis.agree(
         _sample_weights(model),
-        axis,
         what="weights",
         way_out="The ranks' weights differ: seed every rank alike before the model is built (ranks "
         "as threads share one generator: build it once and copy it), or load the same state.",
     )
-    comm.agree(
+    axis.agree(
         {"contract": _contract(asked, model)},
-        axis,
         what="arithmetic",
         way_out="Install the same torch and the same build of shardproof for every rank (one "
         "without a C compiler lacks the kernels), and set SHARDPROOF_BLAS and SHARDPROOF_CORE "

@@ -4,6 +4,7 @@ Dynamo does not look into our Python: a cut model is one node of its graph (`pla
 what leaves an exported program is whole. See docs/decisions/0047-a-cut-model-is-one-node.md.
 """
 
+import threading
 import types
 import weakref
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+_lock = threading.Lock()
 _HOW = "_shardproof_compiled"  # attribute of a model
 _classes: "weakref.WeakKeyDictionary[type[nn.Module], type[nn.Module]]" = (
     weakref.WeakKeyDictionary()
@@ -32,7 +34,8 @@ class Compilable(nn.Module):
         if torch.compiler.is_dynamo_compiling():
             from shardproof.plans.graph import traced  # noqa: PLC0415
 
-            return traced(self, self.__dict__[_HOW], args, kwargs)
+            # With its `id`, Dynamo gives no other model a graph that was made for this one.
+            return traced(id(self), self, self.__dict__[_HOW], args, kwargs)
         y = nn.Module.__call__(self, *args, **kwargs)
         if torch.compiler.is_exporting():
             from shardproof.plans.graph import as_whole  # noqa: PLC0415
@@ -60,21 +63,21 @@ def make_compilable(model: nn.Module, *, is_invariant: bool) -> None:
     pairs = [(name, first.setdefault(id(parameter), name)) for name, parameter in named]
     ties = tuple(pair for pair in pairs if pair[0] != pair[1])
     model.__dict__[_HOW] = (is_invariant, ties)
-    model.__class__ = _class_of(type(model))
+    if not isinstance(model, Compilable):
+        model.__class__ = _class_of(type(model))
 
 
 def _class_of(eager: type[nn.Module]) -> type[nn.Module]:
-    found = _classes.get(eager)
-    if found is None:
-        body: dict[str, Any] = {
-            name: getattr(eager, name) for name in ("__module__", "__qualname__", "__doc__")
-        }
-        body["eager_class"] = eager
-        found = types.new_class(
-            eager.__name__, (Compilable, eager), {}, lambda own: own.update(body)
-        )
-        _classes[eager] = found
-    return found
+    with _lock:
+        found = _classes.get(eager)
+        if found is None:
+            names = ("__module__", "__qualname__", "__doc__")
+            body: dict[str, Any] = {name: getattr(eager, name) for name in names}
+            body["eager_class"] = eager
+            bases = (Compilable, eager)
+            found = types.new_class(eager.__name__, bases, {}, lambda own: own.update(body))
+            _classes[eager] = found
+        return found
 
 
 def _made_again(make: Any, arguments: tuple[Any, ...]) -> nn.Module:

@@ -6,6 +6,7 @@ and sees operations of torch alone, for our kernels and collectives are operator
 So the graph holds what an eager step computes, in its order.
 """
 
+import math
 import sys
 import types
 import weakref
@@ -31,6 +32,7 @@ _CUT = "shardproof.cut"
 
 @torch._dynamo.nonstrict_trace
 def traced(
+    number: int,
     model: nn.Module,
     how: tuple[bool, tuple[tuple[str, str], ...]],
     args: tuple[Any, ...],
@@ -39,6 +41,7 @@ def traced(
     """The call of a cut model on tensors that record, or have no memory.
 
     Args:
+        number: that no other model has.
         model: likewise.
         how: whether its numerics are invariant; for each parameter that has two names, the second
             and the first.
@@ -118,7 +121,7 @@ class _Kept:
         self.value = value
 
 
-_by_number: "dict[int, weakref.ref[_Kept]]" = {}  # Dynamo looks here
+_by_number: "weakref.WeakValueDictionary[int, _Kept]" = weakref.WeakValueDictionary()
 
 
 def _number(value: Any, kept: dict[Any, _Kept]) -> int:
@@ -127,13 +130,13 @@ def _number(value: Any, kept: dict[Any, _Kept]) -> int:
     found = kept.get(key)
     if found is None:
         found = kept[key] = _Kept(value)
-        _by_number[id(found)] = weakref.ref(found)
-        weakref.finalize(found, _by_number.pop, id(found), None)
+        _by_number[id(found)] = found
     return id(found)
 
 
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _value(number: int) -> Any:
-    return _by_number[number]().value  # type: ignore[union-attr]
+    return _by_number[number].value
 
 
 class _Node:
@@ -152,7 +155,7 @@ def _made(parts: Any, how: Any) -> Any:
     """The object of a `_Node`. Dynamo traces this: only plain statements."""
     kind, first, *rest = how
     if kind == _CUT:
-        return GraphTensor(parts[0], rest[0], first)
+        return GraphTensor(parts[0], rest[0], first, rest[1])
     names, others = rest
     made = _value(first).__new__(_value(first))
     for name, value in zip(names, parts):  # noqa: B905 - Dynamo knows no `strict`
@@ -174,7 +177,7 @@ def _as_tree(y: Any, kept: dict[Any, _Kept]) -> Any:
 
     def node(x: Any) -> Any:
         if isinstance(x, CutTensor):
-            return _Node([x.local], (_CUT, x.who, _number(x.spec, kept)))
+            return _Node([x.local], (_CUT, x.who, _number(x.spec, kept), tuple(x.spec.shape)))
         if isinstance(x, CutLogits | Deferred):
             return _whole(x)
         if isinstance(x, Tensor) or is_graphable(x):
@@ -208,18 +211,47 @@ class GraphTensor(CutTensor):
 
     Attributes:
         number: of its `spec`.
+        sizes: shape of the whole.
     """
 
-    def __init__(self, local: Tensor, number: int, who: str) -> None:
+    def __init__(self, local: Tensor, number: int, who: str, sizes: tuple[int, ...]) -> None:
         self.local = local
         self.number = number
         self.who = who
+        self.sizes = sizes
 
     @property
     def spec(self) -> Spec:  # type: ignore[override]
         """How it is cut."""
         found: Spec = _value(self.number)
         return found
+
+    # Numbers that Dynamo can read.
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole."""
+        return torch.Size(self.sizes)
+
+    def size(self, dim: int | None = None) -> Any:
+        """Of the whole, or along one dim."""
+        return torch.Size(self.sizes) if dim is None else self.sizes[dim]
+
+    def dim(self) -> int:
+        """How many dims."""
+        return len(self.sizes)
+
+    ndimension = dim
+    ndim = property(dim)
+
+    def numel(self) -> int:
+        """Elements of the whole."""
+        return math.prod(self.sizes)
+
+    nelement = numel
+
+    def __len__(self) -> int:
+        return self.sizes[0]
 
     @classmethod
     def __torch_function__(

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.errors import UsageError
 from shardproof.functional.losses import mse_loss
@@ -163,9 +162,8 @@ def _loss_of(output: Any, loss: Callable[..., Tensor] | None, target: Any, axis:
             "parameter. Return what a loss of torch gives, such as its mean."
         )
     if place is not None and place.kind == "Shard":
-        comm.agree(
+        axis.agree(
             {"loss": lost.item()},
-            axis,
             what="losses",
             way_out=f"The output of the model is cut, {place}: the loss must add the ranks' parts.",
         )

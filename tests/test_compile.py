@@ -1,0 +1,445 @@
+"""A cut model under `torch.compile`, `torch.export` and what else records operations of torch."""
+
+import copy
+import gc
+import pickle
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import shardproof as sp
+from places import Pool
+from shardproof import comm, recut
+from shardproof.cut.tensor import CutTensor
+from shardproof.errors import UsageError
+from shardproof.leaves import Cut
+from shardproof.numerics import headwise, joined, products, sums
+from zoo.build import build
+from zoo.example import Example
+
+OWN = "nanoGPT"
+LLAMA = "LlamaForCausalLM"
+STEPS = 3
+ONE_AT_A_TIME = threading.Lock()  # what torch patches to record, all threads share
+
+
+@pytest.fixture(autouse=True)
+def _afresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def cut_of(
+    example: Example, axis: Any, *, watched: bool = True, numerics: str = "invariant"
+) -> nn.Module:
+    """A copy of the model, cut."""
+    scheme = sp.Scheme(numerics=numerics)
+    inputs = example.inputs if watched else None
+    return sp.parallelize(copy.deepcopy(example.model), None, axis, inputs=inputs, scheme=scheme)
+
+
+def compiled(model: Any) -> Any:
+    """Without a break."""
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
+def loss_of(example: Example, y: Any) -> Tensor:
+    """The model's, or of its scores; a cut tensor that a graph gave is no `torch.Tensor`."""
+    if not isinstance(y, CutTensor):
+        return example.loss(y)
+    lines = y.reshape(-1, y.shape[-1])
+    return F.cross_entropy(lines, torch.arange(len(lines)) % lines.shape[-1])
+
+
+def trained(model: nn.Module, call: Any, example: Example, axis: Any) -> list[Any]:
+    """Losses, gradients, weights and what was sent, of some steps by `call`."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    found: list[Any] = []
+    axis.transport.ledger.reset()
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = loss_of(example, call(**example.inputs))
+        loss.backward()
+        found += [loss.detach(), *(each.grad for each in model.parameters())]
+        optimizer.step()
+    weights = (each.detach() for each in model.parameters())
+    return [*found, *weights, axis.transport.ledger.as_dict()]
+
+
+def differing(first: list[Any], second: list[Any]) -> list[Any]:
+    """What is not the same in every bit and every count."""
+    return [
+        (place, b if isinstance(b, dict) else "", a if isinstance(a, dict) else "")
+        for place, (a, b) in enumerate(zip(first, second, strict=True))
+        if not (torch.equal(a, b) if isinstance(a, Tensor) else a == b)
+    ]
+
+
+def steps_alike(axis: Any, name: str, watched: bool, numerics: str) -> list[Any]:
+    """In what a compiled model trains otherwise than an eager one, on one rank."""
+    example = build(name, dtype=torch.float32)
+    return compare(axis, example, watched, numerics)
+
+
+def compare(axis: Any, example: Example, watched: bool, numerics: str) -> list[Any]:
+    eager = cut_of(example, axis, watched=watched, numerics=numerics)
+    other = copy.deepcopy(eager)
+    first = trained(eager, eager, example, axis)
+    # Afterwards: while one thread compiles, torch's AdamW computes otherwise in all of them.
+    axis.gather_small(0, what="end of the eager steps")
+    second = trained(other, compiled(other), example, axis)
+    if (
+        not watched and axis.size > 1
+    ):  # the logits of a graph are whole, those of an eager step never used
+        gathered = second[-1]["forward"]["all_gather"]
+        assert gathered["calls"] == first[-1]["forward"]["all_gather"]["calls"] + STEPS
+        first[-1]["forward"]["all_gather"] = gathered
+    return differing(first, second)
+
+
+@pytest.mark.parametrize("degree", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "watched", "numerics"),
+    [
+        (OWN, True, "invariant"),
+        (OWN, True, "native"),
+        (LLAMA, False, "invariant"),
+        (LLAMA, True, "invariant"),
+        ("gated-chunk", True, "invariant"),
+        ("ConvNet", True, "invariant"),
+        ("GPT2LMHeadModel", True, "invariant"),
+    ],
+)
+def test_a_compiled_model_trains_as_an_eager_one(
+    name: str, watched: bool, numerics: str, degree: int
+) -> None:
+    """In the middle of its dropouts too, whose masks a graph may not keep."""
+    example = build(name, dtype=torch.float32)
+
+    def work(axis: Any) -> list[Any]:
+        return compare(axis, example, watched, numerics)
+
+    assert list(sp.launch(work, degree=degree, engine="threads", timeout=300)) == [[]] * degree
+
+
+@pytest.mark.parametrize(("name", "watched"), [(OWN, True), (LLAMA, False)])
+def test_a_compiled_model_trains_alike_on_processes(pool: Pool, name: str, watched: bool) -> None:
+    def work(axis: Any) -> list[Any]:
+        return steps_alike(axis, name, watched, "invariant")
+
+    assert pool(2, "processes").run(work) == [[], []]
+
+
+def on_one(work: Callable[[Any], Any], degree: int = 1) -> Any:
+    """Of rank 0, in this process."""
+    return sp.launch(work, degree=degree, engine="threads", timeout=300)[0]
+
+
+def test_a_compiled_model_takes_batches_of_several_sizes() -> None:
+    example = build(OWN, dtype=torch.float32, dropout=False)
+
+    def work(axis: Any) -> list[bool]:
+        model = cut_of(example, axis).eval()
+        call, found = compiled(model), []
+        for rows in (2, 3, 1):
+            inputs = {key: torch.cat([x] * 3)[:rows] for key, x in example.inputs.items()}
+            found.append(torch.equal(example.loss(call(**inputs)), example.loss(model(**inputs))))
+        return found
+
+    assert all(on_one(work, 2))
+
+
+def test_what_follows_on_a_cut_output_is_compiled_too() -> None:
+    """A model that returns scores that are cut, and a loss outside of it."""
+    example = build("TransformerEncoder", dtype=torch.float32)
+
+    def loss_of(model: nn.Module, inputs: Any) -> Tensor:
+        y = model(**inputs)
+        lines = y.reshape(-1, y.shape[-1])
+        beside = F.silu(y.transpose(0, 1)) * 2 + 1
+        targets = torch.arange(len(lines)) % lines.shape[-1]
+        return F.cross_entropy(lines, targets) + beside.square().mean() + torch.relu(y).sum()
+
+    def work(axis: Any) -> list[Any]:
+        eager = cut_of(example, axis)
+        other = copy.deepcopy(eager)
+        loss_of(eager, example.inputs).backward()
+        compiled(loss_of)(other, example.inputs).backward()
+        return [
+            torch.equal(a.grad, b.grad)
+            for a, b in zip(eager.parameters(), other.parameters(), strict=True)
+            if a.grad is not None
+        ]
+
+    found = on_one(work, 2)
+    assert found
+    assert all(found)
+
+
+def test_a_cut_output_can_be_used_after_the_graph() -> None:
+    example = build("TransformerEncoder", dtype=torch.float32)
+
+    def work(axis: Any) -> Any:
+        model = cut_of(example, axis).eval()
+        y, z = model(**example.inputs), compiled(model)(**example.inputs)
+        loss = z.square().mean()
+        loss.backward()
+        return z.shape == y.shape and torch.equal(z.whole(), y.whole()) and z.part.shape[-1] < 251
+
+    assert on_one(work, 2)
+
+
+def test_a_cache_that_a_graph_made_goes_on() -> None:
+    """It comes back as an object of its own class, its keys still cut."""
+    example = build(LLAMA, dtype=torch.float32, dropout=False)
+    ids = example.inputs["input_ids"]
+
+    @torch.no_grad()
+    def work(axis: Any) -> Any:
+        model = cut_of(example, axis).eval()
+        whole = model(ids).logits
+        first = compiled(model)(ids[:, :-1], use_cache=True)
+        last = model(ids[:, -1:], past_key_values=first.past_key_values).logits
+        kind = type(first.past_key_values).__name__
+        return kind, (last.whole()[:, -1] - whole.whole()[:, -1]).abs().max()
+
+    kind, error = on_one(work, 2)
+    assert kind == "DynamicCache"
+    assert error < 1e-5
+
+
+def test_a_compiled_model_looks_at_its_ids_in_every_step() -> None:
+    example = build(OWN, dtype=torch.float32)
+
+    def work(axis: Any) -> str:
+        model = cut_of(example, axis)
+        call = compiled(model)
+        call(**example.inputs)
+        ids = example.inputs["idx"].clone()
+        ids[0, 0] = 10**6
+        try:
+            call(**{**example.inputs, "idx": ids})
+        except UsageError as error:
+            return str(error)
+        return "taken"
+
+    assert "token id 1000000 at position (0, 0) is outside" in on_one(work)
+
+
+@pytest.mark.filterwarnings("ignore")  # inductor uses what torch has deprecated
+@pytest.mark.parametrize("numerics", ["invariant", "native"])
+def test_inductor_compiles_native_numerics_alone(numerics: str) -> None:
+    if numerics == "native" and shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler")
+    example = build("gated-chunk", dtype=torch.float32, dropout=False)
+
+    def work(axis: Any) -> Any:
+        model = cut_of(example, axis, numerics=numerics)
+        y = model(**example.inputs)
+        try:
+            z = torch.compile(model, fullgraph=True)(**example.inputs)
+        except Exception as error:
+            return str(error)
+        return float((z - y).whole().abs().max())
+
+    found = on_one(work)
+    if numerics == "native":
+        assert found < 1e-4
+    else:
+        assert "backend='inductor'" in found
+        assert "Use backend='aot_eager'" in found
+
+
+def test_a_cut_model_is_exported_with_whole_outputs() -> None:
+    example = build(OWN, dtype=torch.float32, dropout=False)
+
+    @torch.no_grad()
+    def work(axis: Any) -> Any:
+        model = cut_of(example, axis).eval()
+        with ONE_AT_A_TIME:
+            program = torch.export.export(model, (), dict(example.inputs))
+        scores, loss = program.module()(**example.inputs)
+        wanted, wanted_loss = model(**example.inputs)
+        names = {
+            str(node.target) for node in program.graph.nodes if "shardproof" in str(node.target)
+        }
+        return (
+            type(scores),
+            torch.equal(scores, wanted.whole()),
+            torch.equal(loss, wanted_loss),
+            names,
+        )
+
+    kind, same, same_loss, names = on_one(work, 2)
+    assert kind is Tensor
+    assert same
+    assert same_loss
+    assert "shardproof.all_reduce.default" in names
+
+
+def test_make_fx_records_a_step() -> None:
+    example = build(OWN, dtype=torch.float32, dropout=False)
+
+    @torch.no_grad()
+    def work(axis: Any) -> bool:
+        model = cut_of(example, axis)
+        graph = make_fx(lambda: example.loss(model(**example.inputs)))()
+        return torch.equal(graph(), example.loss(model(**example.inputs)))
+
+    assert on_one(work)
+
+
+def test_fakes_go_through_a_step() -> None:
+    example = build(OWN, dtype=torch.float32)
+
+    def work(axis: Any) -> list[bool]:
+        model = cut_of(example, axis)
+        shapes = [each.shape for each in model.parameters()]
+        with FakeTensorMode() as mode:
+            fakes = {id(each): nn.Parameter(mode.from_tensor(each)) for each in model.parameters()}
+            for module in model.modules():
+                for name, each in list(module._parameters.items()):
+                    if each is not None:
+                        module._parameters[name] = fakes[id(each)]
+                for name, buffer in list(module._buffers.items()):
+                    if buffer is not None:
+                        module._buffers[name] = mode.from_tensor(buffer)
+            inputs = {name: mode.from_tensor(each) for name, each in example.inputs.items()}
+            example.loss(model(**inputs)).backward()
+            return [
+                each.grad is not None and each.grad.shape == shape
+                for each, shape in zip(model.parameters(), shapes, strict=True)
+            ]
+
+    found = on_one(work, 2)
+    assert found
+    assert all(found)
+
+
+def feed_forward() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 26), nn.ReLU(), nn.Linear(26, 12))
+
+
+def flops_of(model: nn.Module, x: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter:
+        model(x).sum().backward()
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("degree", [1, 3])
+@pytest.mark.parametrize("numerics", ["invariant", "native"])
+def test_flops_of_the_ranks_are_those_of_the_whole(numerics: str, degree: int) -> None:
+    plain, x = feed_forward(), torch.randn(7, 12, requires_grad=True)
+
+    def work(axis: Any) -> int:
+        model = sp.parallelize(
+            copy.deepcopy(plain),
+            None,
+            axis,
+            inputs=(x.detach(),),
+            scheme=sp.Scheme(numerics=numerics),  # type: ignore[arg-type]
+        )
+        return flops_of(model, x.detach().clone().requires_grad_())
+
+    counted = sp.launch(work, degree=degree, engine="threads")
+    assert sum(counted) == flops_of(plain, x)
+
+
+def test_a_copy_and_a_pickle_of_a_cut_model_are_cut_models() -> None:
+    example = build(OWN, dtype=torch.float32, dropout=False)
+
+    def work(axis: Any) -> list[Any]:
+        model = cut_of(example, axis)
+        other = copy.deepcopy(model)
+        return [
+            type(model).__name__,
+            isinstance(model, type(example.model)),
+            type(other) is type(model),
+            torch.equal(
+                example.loss(model(**example.inputs)), example.loss(other(**example.inputs))
+            ),
+        ]
+
+    assert on_one(work) == ["GPT", True, True, True]
+    with pytest.raises((pickle.PicklingError, TypeError, AttributeError, UsageError)):
+        pickle.dumps(lambda: None)
+
+
+def recorded_sum(axis: Any) -> Any:
+    """A graph of one sum over the ranks."""
+
+    def summed(x: Tensor) -> Tensor:
+        nodes = {(axis.rank, axis.rank + 1): x}
+        cut = Cut(2, 2, 2)
+        return comm.all_reduce_nodes(
+            nodes, axis, cut=cut, shape=(3,), like=x, direction="forward", who="test"
+        )
+
+    with ONE_AT_A_TIME:
+        return make_fx(summed, tracing_mode="fake")(torch.ones(3))
+
+
+def test_a_recorded_collective_runs_again_and_leaves_its_input() -> None:
+    def work(axis: Any) -> list[Any]:
+        graph = recorded_sum(axis)
+        x = torch.full((3,), 2.0 + axis.rank)
+        return [graph(x).tolist(), x.tolist()]
+
+    found = sp.launch(work, degree=2, engine="threads")
+    assert [each[0] for each in found] == [[5.0] * 3] * 2
+    assert [each[1] for each in found] == [[2.0] * 3, [3.0] * 3]
+
+
+def test_a_graph_whose_ranks_are_gone_says_so() -> None:
+    graphs = list(sp.launch(recorded_sum, degree=2, engine="threads"))
+    gc.collect()
+    with pytest.raises(UsageError, match=r"its axis is gone. Record it again"):
+        graphs[0](torch.ones(3))
+
+
+def test_an_exchange_is_recorded() -> None:
+    rows, columns = Cut(4, 2, 2), Cut(6, 2, 2)
+
+    def work(axis: Any) -> bool:
+        x = torch.arange(24.0).view(4, 6)
+        part = x[2 * axis.rank : 2 * axis.rank + 2]
+
+        def swapped(part: Tensor) -> Tensor:
+            return recut.to_columns(
+                part, axis, rows=rows, columns=columns, direction="setup", who="test"
+            )
+
+        with ONE_AT_A_TIME:
+            graph = make_fx(swapped, tracing_mode="fake")(part)
+        found = graph(part)
+        return torch.equal(found, x[:, 3 * axis.rank : 3 * axis.rank + 3])
+
+    assert all(sp.launch(work, degree=2, engine="threads"))
+
+
+A, B = torch.randn(4, 6), torch.randn(6, 3)
+CHECKED: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "product": (products._operator, (A, B, None, [0, 6, 0, 1], False)),
+    "product with a bias": (products._operator, (A, B.t(), B[0], [0, 6, 0, 1], True)),
+    "product_by_head": (headwise._operator, (A[None, None], B[None, None], [0])),
+    "product_sums": (joined._operator, ([A], [B], [0, 3, 3, 6], [0, 2, 2])),
+    "sum_rows": (sums._fold_operator, (A, False)),
+    "squares": (sums._fold_operator, (A, True)),
+}
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_torch_finds_nothing_wrong_with_an_operator(name: str) -> None:
+    operator, args = CHECKED[name]
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(operator, args, test_utils=utils)
