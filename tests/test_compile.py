@@ -21,6 +21,7 @@ from places import Pool
 from shardproof import comm, recut
 from shardproof.cut.tensor import CutTensor
 from shardproof.errors import UsageError
+from shardproof.layers.dropout import Drawing
 from shardproof.leaves import Cut
 from shardproof.numerics import headwise, joined, products, sums
 from zoo.build import build
@@ -184,6 +185,24 @@ def test_what_follows_on_a_cut_output_is_compiled_too() -> None:
     found = on_one(work, 2)
     assert found
     assert all(found)
+
+
+def test_a_graph_is_not_given_to_another_model() -> None:
+    """Of two copies of a model each counts its own draws, by a graph of its own."""
+    example = build(OWN, dtype=torch.float32)
+
+    def work(axis: Any) -> list[int]:
+        models = [cut_of(example, axis)]
+        models.append(copy.deepcopy(models[0]))
+        calls = [compiled(each) for each in models]
+        for call in (calls[0], calls[1], calls[0]):
+            call(**example.inputs)
+        drawing = [
+            next(each for each in model.modules() if isinstance(each, Drawing)) for model in models
+        ]
+        return [each.step for each in drawing]
+
+    assert on_one(work) == [2, 1]
 
 
 def test_a_cut_output_can_be_used_after_the_graph() -> None:
