@@ -21,7 +21,17 @@ from shardproof.cut.foreign import inside
 from shardproof.cut.lines import attended_with_dropout
 from shardproof.cut.others import gathered, invariant, unwrapped
 from shardproof.cut.spec import Region
-from shardproof.cut.tensor import RULES, CutTensor, cut_tensor, name_of, rule, run
+from shardproof.cut.tensor import (
+    RULES,
+    Adopted,
+    CutTensor,
+    Shown,
+    cut_tensor,
+    name_of,
+    rule,
+    run,
+    running,
+)
 from shardproof.errors import UsageError
 from shardproof.functional import crossings
 from shardproof.functional.dropout import MaskKey, dropout
@@ -39,11 +49,11 @@ _LIKE = {"rand_like": "uniform_", "randn_like": "normal_", "randint_like": "rand
 
 
 class Calls(TorchFunctionMode):
-    """Takes the calls of torch in the forward of one module.
+    """Takes the calls of torch in the forward of one module, and of modules inside that call too.
 
-    Args:
+    Attributes:
         region: of the model.
-        drawing: what counts the module's draws.
+        drawing: what counts the draws of the module whose forward runs.
     """
 
     def __init__(self, region: Region, drawing: Drawing) -> None:
@@ -59,8 +69,10 @@ class Calls(TorchFunctionMode):
         what = _KINDS.get(func)
         if what is None:
             what = _KINDS[func] = _kind_of(func)
-        if what is _PLAIN or _local.is_busy:
+        if what is _PLAIN or running.is_rule:
             return func(*args, **kwargs)
+        if types and _CUT_TYPES.issuperset(types):
+            return self._busily(run, (func, args, kwargs), {})
         if any(issubclass(each, CutTensor) for each in types) or _lists_cut(args):
             return self._busily(func, args, kwargs)
         if what is _DRAW and kwargs.get("generator") is None:
@@ -84,11 +96,11 @@ class Calls(TorchFunctionMode):
 
     def _busily(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """While a form or a rule computes, `Calls` let its own operations through."""
-        _local.is_busy = True
+        running.is_rule = True
         try:
             return func(*args, **kwargs)
         finally:
-            _local.is_busy = False
+            running.is_rule = False
 
     def _called(self) -> None:
         """Remember that the module needs this, unless a decomposition of torch called."""
@@ -144,6 +156,7 @@ def _given(y: Any, x: Any, inplace: bool) -> Any:
     return x.copy_(y) if inplace else y
 
 
+_CUT_TYPES = frozenset((Shown, Adopted))
 _PLAIN, _DROPOUT, _ATTENTION, _COMPOSED, _BROADCAST, _DRAW, _OTHER = range(7)
 _KINDS: dict[Any, int] = {}  # function of torch -> what is done with it
 _UNTOUCHED = (None, RULES["view"], RULES["getitem"], RULES["setitem"], RULES["gathered"])
@@ -156,10 +169,12 @@ _DECOMPOSING = ("/torch/_refs/", "/torch/_prims", "/torch/_decomp", "/torch/_met
 
 def _lists_cut(args: tuple[Any, ...]) -> bool:
     """Whether an argument is a list with a cut tensor in it, which torch does not tell."""
-    return any(
-        isinstance(each, list | tuple) and any(isinstance(x, CutTensor) for x in each)
-        for each in args
-    )
+    for each in args:
+        if isinstance(each, list | tuple):
+            for x in each:
+                if isinstance(x, CutTensor):
+                    return True
+    return False
 
 
 def _kind_of(func: Any) -> int:
@@ -197,16 +212,16 @@ class _Local(threading.local):
     """Of one thread: which module's `Calls` are at work.
 
     Attributes:
-        is_busy: a form or a rule computes.
         calls: of the module whose forward runs; None outside of all.
-        modes: that were entered.
+        on: the `Calls` that torch gives its calls to; None where no module needs it.
+        before: `calls` and `on` as they were before each module, and the `on` that it left.
     """
 
-    is_busy = False
     calls: "Calls | None" = None
+    on: "Calls | None" = None
 
     def __init__(self) -> None:
-        self.modes: list[tuple[Calls, Calls | None]] = []
+        self.before: list[tuple[Calls | None, Calls | None, Calls | None]] = []
 
 
 _local = _Local()
@@ -260,7 +275,7 @@ def random(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 class Calling:
-    """Runs the forward of a module inside `Calls`, or only lets its dropouts draw by position.
+    """Runs the forward of a module inside `Calls`, or outside of those of the module around it.
 
     Args:
         region: of the model.
@@ -284,21 +299,33 @@ class Calling:
 
     def enter(self, *_: Any) -> None:
         """Before the forward."""
-        calls = Calls(self.region, self.drawing)
-        _local.modes.append((calls, _local.calls))
-        _local.calls = calls
+        outer = _local.on if _local.on is not None and _is_first(_local.on) else None
+        _local.before.append((_local.calls, _local.on, outer))
+        calls = _local.calls = Calls(self.region, self.drawing)
         inside.enter()
+        if outer is not None:  # one at a time, or each would see what the others let through
+            outer.__exit__(None, None, None)
+            _local.on = None
         if self.calls:
             calls.__enter__()
+            _local.on = calls
 
     def leave(self, *_: Any) -> None:
         """After it, or after what it raised."""
-        calls, _local.calls = _local.modes.pop()
-        if self.calls:
-            calls.__exit__(None, None, None)
+        if self.calls and _local.calls is not None:
+            _local.calls.__exit__(None, None, None)
+        _local.calls, _local.on, outer = _local.before.pop()
+        if outer is not None:
+            outer.__enter__()
         inside.leave()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Calling":
         made = Calling(self.region, self.drawing.name, calls=self.calls, draws=self.draws)
         made.drawing = copy.deepcopy(self.drawing, memo)  # the one that the copied module has
         return made
+
+
+def _is_first(mode: Calls) -> bool:
+    """Whether torch gives its calls to this mode first."""
+    modes = torch._C._len_torch_function_stack()
+    return bool(modes) and torch._C._get_function_stack_at(modes - 1) is mode

@@ -6,6 +6,7 @@ ATen past the API (an operation of C++ that is composed of others) comes by `__t
 Why both, and why no part of it is DTensor: docs/decisions/0044-the-cut-tensor.md.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -257,7 +258,7 @@ for _flag in (
         setattr(CutTensor, _flag, property(_of_part(_flag)))
 
 
-class _Shown(CutTensor, Tensor):  # type: ignore[misc, override]
+class Shown(CutTensor, Tensor):  # type: ignore[misc, override]
     """A cut tensor that is a `torch.Tensor` without memory of its own."""
 
     __hash__ = Tensor.__hash__
@@ -276,14 +277,14 @@ _wrapped: Any = Tensor._make_wrapper_subclass
 
 def cut_tensor(local: Tensor, spec: Spec, who: str = "") -> CutTensor:
     """A cut tensor; while Dynamo traces, an object that it can see through."""
-    made: CutTensor = _wrapped(_Shown, spec.shape, dtype=local.dtype, device=local.device)
+    made: CutTensor = _wrapped(Shown, spec.shape, dtype=local.dtype, device=local.device)
     made.local = local
     made.spec = spec
     made.who = who
     return made
 
 
-class Adopted(_Shown):
+class Adopted(Shown):
     """A tensor that was whole when it was made: C++ finds no elements, and sends no call here."""
 
 
@@ -298,7 +299,23 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     found = RULES.get(name) or RULES["others"]
     if is_checked():
         return checks[-1](found, func, name, args, kwargs)
-    return found(func, name, args, kwargs)
+    if not _num_modes() or running.is_rule:
+        return found(func, name, args, kwargs)
+    running.is_rule = True
+    try:
+        return found(func, name, args, kwargs)
+    finally:
+        running.is_rule = False
+
+
+class _Running(threading.local):
+    """Of one thread: whether a rule or a form computes, whose operations no mode need look at."""
+
+    is_rule = False
+
+
+running = _Running()
+_num_modes = torch._C._len_torch_function_stack
 
 
 def named(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:

@@ -167,7 +167,23 @@ def cut_by(model: nn.Module, plan: WatchedPlan, axis: Axis) -> Region:
         dim, along = plan.cuts[name]
         known = module.__dict__.setdefault(_KNOWN, {})
         known[own] = region.spec(plan.shapes[name], dim, along), registry.record_of(module).name
-    for name in sorted(plan.rehearsal.calls | plan.rehearsal.draws):
-        calls, draws = name in plan.rehearsal.calls, name in plan.rehearsal.draws
-        Calling(region, name, calls=calls, draws=draws).hook(modules[name])
+    calls, draws = plan.rehearsal.calls, plan.rehearsal.draws
+    for name in sorted(calls | draws | _inside(modules, calls)):
+        Calling(region, name, calls=name in calls, draws=name in draws).hook(modules[name])
     return region
+
+
+def _inside(modules: Mapping[str, nn.Module], calls: frozenset[str]) -> set[str]:
+    """Modules that need no `Calls` and stand in one that does; of those with modules of their own.
+
+    The others are called too shortly for it to be worth while.
+    """
+    is_on, found = {"": "" in calls}, set()
+    for name, module in modules.items():
+        if name:
+            is_on[name] = name in calls or is_on[name.rpartition(".")[0]]
+        is_called = type(module).forward is not nn.Module.forward
+        if is_on[name] and name not in calls and is_called and any(module.children()):
+            is_on[name] = False
+            found.add(name)
+    return found
