@@ -31,6 +31,7 @@ from shardproof.cut.tensor import (
     rule,
     run,
     running,
+    unseen,
 )
 from shardproof.errors import UsageError
 from shardproof.functional import crossings
@@ -72,9 +73,9 @@ class Calls(TorchFunctionMode):
         if what is _PLAIN or running.is_rule:
             return func(*args, **kwargs)
         if types and _CUT_TYPES.issuperset(types):
-            return self._busily(run, (func, args, kwargs), {})
+            return unseen(run, func, args, kwargs)
         if any(issubclass(each, CutTensor) for each in types) or _lists_cut(args):
-            return self._busily(func, args, kwargs)
+            return unseen(func, *args, **kwargs)
         if what is _DRAW and kwargs.get("generator") is None:
             self._called()
             return self.random(func, name_of(func), args, kwargs)
@@ -88,19 +89,11 @@ class Calls(TorchFunctionMode):
             form = invariant(self.region, func, "")
             if form is not func:
                 self._called()
-                return self._busily(form, args, kwargs)
+                return unseen(form, *args, **kwargs)
         if what is _COMPOSED:
             with self:
                 return unwrapped(func)(*args, **kwargs)
         return func(*args, **kwargs)
-
-    def _busily(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """While a form or a rule computes, `Calls` let its own operations through."""
-        running.is_rule = True
-        try:
-            return func(*args, **kwargs)
-        finally:
-            running.is_rule = False
 
     def _called(self) -> None:
         """Remember that the module needs this, unless a decomposition of torch called."""
@@ -130,7 +123,7 @@ class Calls(TorchFunctionMode):
         key = self.key(self.region.scheme.seed)
         digest = hashlib.sha256(f"{key.step}:{key.seed}:random:{key.name}".encode()).digest()
         generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
-        return self._busily(func, args, {**kwargs, "generator": generator})
+        return unseen(func, *args, **kwargs, generator=generator)
 
     def key(self, seed: int) -> MaskKey:
         """Of the next mask: the module, and how often it has drawn."""

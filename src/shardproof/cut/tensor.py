@@ -301,11 +301,16 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return checks[-1](found, func, name, args, kwargs)
     if not _num_modes() or running.is_rule:
         return found(func, name, args, kwargs)
-    running.is_rule = True
+    return unseen(found, func, name, args, kwargs)
+
+
+def unseen(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function, whose operations no mode of ours is to look at."""
+    was, running.is_rule = running.is_rule, True
     try:
-        return found(func, name, args, kwargs)
+        return function(*args, **kwargs)
     finally:
-        running.is_rule = False
+        running.is_rule = was
 
 
 class _Running(threading.local):

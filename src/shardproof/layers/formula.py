@@ -29,16 +29,14 @@ _CANDIDATES = tuple(
 def find_formula(module: nn.Module) -> RmsFormula | None:
     """The formula of an RMSNorm over one dim, or None if the module is not one that we know.
 
-    Known are `nn.RMSNorm`, and classes whose name ends in RMSNorm and that compute what one of our
-    formulas does: with `weight` as the only parameter, and `eps` or `variance_epsilon`.
+    Known are `nn.RMSNorm`, and classes that compute what one of our formulas does: with `weight` as
+    the only parameter, and `eps` or `variance_epsilon`.
 
     Args:
         module: any module.
     """
     if type(module) is nn.RMSNorm:
         return RmsFormula(module.eps) if len(module.normalized_shape) == 1 else None
-    if not type(module).__name__.endswith("RMSNorm"):
-        return None
     tensors = [*module.named_parameters(), *module.named_buffers()]
     eps = _eps_of(module)
     if eps is None or [(name, value.dim()) for name, value in tensors] != [("weight", 1)]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,11 +10,15 @@ from torch import Tensor, nn
 from shardproof.axis import Axis
 from shardproof.cut import rules
 from shardproof.cut.calls import Calling
+from shardproof.cut.deferred import Deferred
 from shardproof.cut.spec import Region
-from shardproof.cut.tensor import cut_tensor
+from shardproof.cut.tensor import CutTensor, cut_tensor, unseen
 from shardproof.errors import PlanError, UsageError
+from shardproof.functional.norms import whole_rms_norm
+from shardproof.functional.rms import RmsFormula
 from shardproof.layers import registry
 from shardproof.layers.cut_module import cut_parameters
+from shardproof.layers.formula import find_formula
 from shardproof.leaves import Layout, check_degree
 from shardproof.plans.rehearsal import rehearse
 from shardproof.plans.watched_plan import Rehearsal, WatchedPlan
@@ -167,10 +172,26 @@ def cut_by(model: nn.Module, plan: WatchedPlan, axis: Axis) -> Region:
         dim, along = plan.cuts[name]
         known = module.__dict__.setdefault(_KNOWN, {})
         known[own] = region.spec(plan.shapes[name], dim, along), registry.record_of(module).name
+    for module in modules.values():
+        _put_norm(module)
     calls, draws = plan.rehearsal.calls, plan.rehearsal.draws
     for name in sorted(calls | draws | _inside(modules, calls)):
         Calling(region, name, calls=name in calls, draws=name in draws).hook(modules[name])
     return region
+
+
+def _put_norm(module: nn.Module) -> None:
+    """Let a module that computes an RMSNorm compute it in one step, on what is whole."""
+    formula = None if "forward" in vars(module) else find_formula(module)
+    if formula is not None:
+        module.forward = partial(_normed, module, formula)
+
+
+def _normed(module: nn.Module, formula: RmsFormula, x: Any) -> Any:
+    weight = module.weight
+    if isinstance(x, CutTensor | Deferred) or isinstance(weight, CutTensor):
+        return type(module).forward(module, x)
+    return unseen(whole_rms_norm, x, weight, formula)
 
 
 def _inside(modules: Mapping[str, nn.Module], calls: frozenset[str]) -> set[str]:
