@@ -150,7 +150,7 @@ def _given(y: Any, x: Any, inplace: bool) -> Any:
 
 
 _CUT_TYPES = frozenset((Shown, Adopted))
-_PLAIN, _DROPOUT, _ATTENTION, _COMPOSED, _BROADCAST, _DRAW, _OTHER = range(7)
+_PLAIN, _DROPOUT, _ATTENTION, _COMPOSED, _BROADCAST, _INDEX, _DRAW, _OTHER = range(8)
 _KINDS: dict[Any, int] = {}  # function of torch -> what is done with it
 _UNTOUCHED = (None, RULES["view"], RULES["getitem"], RULES["setitem"], RULES["gathered"])
 _BROADCASTING = frozenset(
@@ -181,6 +181,8 @@ def _kind_of(func: Any) -> int:
         return _ATTENTION
     if name in _BROADCASTING:
         return _BROADCAST
+    if name == "getitem":
+        return _INDEX
     if forms.form_of(func) is not None or RULES.get(name) not in _UNTOUCHED:
         return _OTHER
     is_python = isinstance(func, FunctionType) and func.__module__ == "torch.nn.functional"
@@ -188,7 +190,10 @@ def _kind_of(func: Any) -> int:
 
 
 def _may_differ(what: int, args: tuple[Any, ...]) -> bool:
-    """Whether torch's own could differ: not where nothing is broadcast."""
+    """Whether torch's own could differ: not where nothing is broadcast, or taken twice."""
+    if what is _INDEX:
+        entries = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return any(isinstance(each, Tensor | list) for each in entries)
     if what is not _BROADCAST:
         return True
     return (
