@@ -172,8 +172,10 @@ def cut_by(model: nn.Module, plan: WatchedPlan, axis: Axis) -> Region:
         dim, along = plan.cuts[name]
         known = module.__dict__.setdefault(_KNOWN, {})
         known[own] = region.spec(plan.shapes[name], dim, along), registry.record_of(module).name
+    cut = {module for module, _, _ in kept}
     for module in modules.values():
-        _put_norm(module)
+        if module not in cut:
+            _put_norm(module)
     calls, draws = plan.rehearsal.calls, plan.rehearsal.draws
     for name in sorted(calls | draws | _inside(modules, calls)):
         Calling(region, name, calls=name in calls, draws=name in draws).hook(modules[name])
@@ -188,10 +190,9 @@ def _put_norm(module: nn.Module) -> None:
 
 
 def _normed(module: nn.Module, formula: RmsFormula, x: Any) -> Any:
-    weight = module.weight
-    if isinstance(x, CutTensor | Deferred) or isinstance(weight, CutTensor):
+    if isinstance(x, CutTensor | Deferred):
         return type(module).forward(module, x)
-    return unseen(whole_rms_norm, x, weight, formula)
+    return unseen(whole_rms_norm, x, module.weight, formula)
 
 
 def _inside(modules: Mapping[str, nn.Module], calls: frozenset[str]) -> set[str]:
