@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.effects import EffectType
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.library import _register_effectful_op
 from torch.utils._python_dispatch import (
     _disable_current_modes,
     _get_current_dispatch_mode_stack,
@@ -62,15 +64,34 @@ def constant(x: Tensor) -> Tensor:
     return x
 
 
+def resized(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor of our own in another shape; no view, so that a caller may write to it.
+
+    Args:
+        x: contiguous; it is given away.
+        shape: of as many elements.
+    """
+    if is_recorded(x):
+        recorded: Tensor = torch.ops.aten._unsafe_view.default(x, list(shape))
+        return recorded
+    return x.resize_(shape)
+
+
 def define(
-    schema: str, fake: Callable[..., Any], flops: Callable[..., int] | None = None
+    schema: str,
+    fake: Callable[..., Any],
+    flops: Callable[..., int] | None = None,
+    *,
+    is_ordered: bool = False,
 ) -> Callable[[Callable[..., Any]], Any]:
     """Make a function an operator of torch.
 
     Args:
         schema: name, arguments and results, as `torch.library` writes them.
         fake: the shapes of the results, on tensors without memory.
-        flops: of a call, from its arguments and `out_shape`; None: it computes nothing.
+        flops: of a call, from its arguments and `out_val`; None: it computes nothing.
+        is_ordered: graphs keep all calls of such operators, in their order: every rank must meet
+            the others in the same collectives.
 
     Returns:
         A decorator, which gives the operator.
@@ -81,6 +102,8 @@ def define(
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"shardproof::{name}", fake, lib=_library)
+        if is_ordered:
+            _register_effectful_op(f"shardproof::{name}", EffectType.ORDERED)
         operator = getattr(torch.ops.shardproof, name)
         if flops is not None:
             register_flop_formula(operator, get_raw=True)(flops)
@@ -139,7 +162,15 @@ def record(
     found: list[Tensor] = _COLLECTIVES[kind](
         list(parts), sizes, dims, like.dtype, like.device, *place
     )
+    if not _is_written(like, *parts):
+        calls.kept.pop()  # it was called now, and never will be again
     return found
+
+
+def _is_written(*tensors: Tensor) -> bool:
+    """Whether there is a graph, which calls again."""
+    proxy = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    return proxy is not None or any(type(x) not in PLAIN for x in tensors)
 
 
 def _collective(
@@ -182,6 +213,7 @@ _COLLECTIVES = {
         f"{kind}(Tensor[] parts, SymInt[] sizes, int[] dims, ScalarType dtype, Device device, "
         "int axis, int call) -> Tensor[]",
         _shapes,
+        is_ordered=True,
     )(_collective)
     for kind in ("all_gather", "all_reduce", "reduce_scatter", "exchange")
 }

@@ -8,7 +8,8 @@ import copy
 import hashlib
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -310,17 +311,33 @@ class Calling:
 
     def leave(self, *_: Any) -> None:
         """After it, or after what it raised."""
-        if self.calls and _local.calls is not None:
-            _local.calls.__exit__(None, None, None)
-        _local.calls, _local.on, outer = _local.before.pop()
-        if outer is not None:
-            outer.__enter__()
-        inside.leave()
+        _leave()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Calling":
         made = Calling(self.region, self.drawing.name, calls=self.calls, draws=self.draws)
         made.drawing = copy.deepcopy(self.drawing, memo)  # the one that the copied module has
         return made
+
+
+def _leave() -> None:
+    if _local.on is not None and _local.on is _local.calls:
+        _local.on.__exit__(None, None, None)
+    _local.calls, _local.on, outer = _local.before.pop()
+    if outer is not None:
+        outer.__enter__()
+    inside.leave()
+
+
+@contextmanager
+def finished_calls() -> Iterator[None]:
+    """Leave what is raised here leaves: while torch traces, it runs no hook after an error."""
+    depth = len(_local.before)
+    try:
+        yield
+    except BaseException:
+        while len(_local.before) > depth:
+            _leave()
+        raise
 
 
 def _is_first(mode: Calls) -> bool:

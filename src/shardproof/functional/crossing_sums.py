@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof import comm, observing
+from shardproof import comm, observing, operators
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError
 from shardproof.functional.crossing_moves import checked_dim
@@ -131,7 +131,7 @@ class _SumCut(torch.autograd.Function):
         shape = rows.shape[1:]
         like = x.new_empty(0, dtype=dtype)
         y = sum_held(rows.reshape(x.shape[dim], shape.numel()), place, like, "forward")
-        return y.resize_(shape)
+        return operators.resized(y, shape)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:

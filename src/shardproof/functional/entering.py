@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardproof import operators
 from shardproof.autograd import once_differentiable
 from shardproof.errors import UsageError
 from shardproof.functional.crossing_products import Term, start_sum
@@ -122,7 +123,7 @@ def _summed(summing: _Summing) -> Tensor:
         total = part if total is None else total.add_(part)
     if total is None:
         raise UsageError("an input gradient is summed from no column.")
-    return total.to(summing.dtype).contiguous().resize_(summing.shape)
+    return operators.resized(total.to(summing.dtype).contiguous(), summing.shape)
 
 
 class Entering:

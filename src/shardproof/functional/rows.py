@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof import operands
+from shardproof import operands, operators
 from shardproof.errors import ShapeError
 from shardproof.operands import FLOATS, PLAIN, is_recorded
 
@@ -28,7 +28,7 @@ def shaped(rows: Tensor | None, like: Tensor) -> Any:
         return rows
     if not rows.is_contiguous():
         rows = rows.contiguous()
-    return rows.resize_(*like.shape[:-1], rows.shape[1])
+    return operators.resized(rows, (*like.shape[:-1], rows.shape[1]))
 
 
 def is_autocast(x: Tensor) -> bool:

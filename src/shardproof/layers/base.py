@@ -26,6 +26,11 @@ from shardproof.wording import TEXT, shown
 _STATE = "_extra_state"
 
 
+def is_ours(module: nn.Module) -> bool:
+    """Whether the class of a module is one of this package."""
+    return type(module).__module__.startswith("shardproof.")
+
+
 class ShardedModule(nn.Module):
     """Base of modules whose parameters are cut over one axis.
 

@@ -95,6 +95,7 @@ _calls = itertools.count()  # no two are the same operation, or a compiler would
 @operators.define(
     "next_draw(int drawing, int call) -> Tensor",
     lambda drawing, call: torch.empty((), dtype=torch.int64),
+    is_ordered=True,
 )
 def _operator(drawing: int, call: int) -> Tensor:
     """`next_step` of a module that is known by its number."""

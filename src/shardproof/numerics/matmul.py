@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from shardproof import operators
 from shardproof.numerics import mode, products
 from shardproof.tree import Node, children, nodes_of_run
 
@@ -30,6 +31,8 @@ def _fresh(x: Tensor) -> Tensor:
     A copy, unless it has them already: copies are contiguous and aligned too.
     """
     strides = (x.shape[1], 1) if x.dim() == 2 else (1,)  # torch calls others contiguous too
+    if operators.is_recorded(x):  # what memory it will lie in is not known yet
+        return x.clone(memory_format=torch.contiguous_format)
     if x.stride() == strides and x.data_ptr() % ALIGNMENT == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)

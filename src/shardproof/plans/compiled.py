@@ -4,19 +4,15 @@ Dynamo does not look into our Python: a cut model is one node of its graph (`pla
 what leaves an exported program is whole. See docs/decisions/0047-a-cut-model-is-one-node.md.
 """
 
-import threading
 import types
-import weakref
 from typing import Any
 
 import torch
 from torch import nn
 
-_lock = threading.Lock()
+from shardproof.layers.base import is_ours
+
 _HOW = "_shardproof_compiled"  # attribute of a model
-_classes: "weakref.WeakKeyDictionary[type[nn.Module], type[nn.Module]]" = (
-    weakref.WeakKeyDictionary()
-)
 
 
 class Compilable(nn.Module):
@@ -32,16 +28,23 @@ class Compilable(nn.Module):
         """As of any module; while Dynamo traces, one node of its graph."""
         # What is imported here needs torch._dynamo, which is slow to import.
         if torch.compiler.is_dynamo_compiling():
-            from shardproof.plans.graph import traced  # noqa: PLC0415
+            from shardproof.plans.graph import called  # noqa: PLC0415
 
-            # With its `id`, Dynamo gives no other model a graph that was made for this one.
-            return traced(id(self), self, self.__dict__[_HOW], args, kwargs)
+            return called(self, self.__dict__[_HOW], args, kwargs)
         y = nn.Module.__call__(self, *args, **kwargs)
         if torch.compiler.is_exporting():
             from shardproof.plans.graph import as_whole  # noqa: PLC0415
 
             return as_whole(y)
         return y
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        """What `model.compile()` compiles."""
+        if torch.compiler.is_dynamo_compiling():
+            from shardproof.plans.graph import called  # noqa: PLC0415
+
+            return called(self, self.__dict__[_HOW], args, kwargs)
+        return nn.Module._call_impl(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As of the class that the model had, so that copies are made of this one."""
@@ -62,26 +65,48 @@ def make_compilable(model: nn.Module, *, is_invariant: bool) -> None:
     named = model.named_parameters(remove_duplicate=False)
     pairs = [(name, first.setdefault(id(parameter), name)) for name, parameter in named]
     ties = tuple(pair for pair in pairs if pair[0] != pair[1])
-    model.__dict__[_HOW] = (is_invariant, ties)
+    values = tuple((name, _values_of(module)) for name, module in model.named_modules())
+    model.__dict__[_HOW] = (is_invariant, ties, values)
     if not isinstance(model, Compilable):
-        model.__class__ = _class_of(type(model))
+        model.__class__ = _class_like(type(model))
 
 
-def _class_of(eager: type[nn.Module]) -> type[nn.Module]:
-    with _lock:
-        found = _classes.get(eager)
-        if found is None:
-            names = ("__module__", "__qualname__", "__doc__")
-            body: dict[str, Any] = {name: getattr(eager, name) for name in names}
-            body["eager_class"] = eager
-            bases = (Compilable, eager)
-            found = types.new_class(eager.__name__, bases, {}, lambda own: own.update(body))
-            _classes[eager] = found
-        return found
+def _values_of(module: nn.Module) -> tuple[str, ...]:
+    """Attributes that a forward may branch on: a graph is good for the values it was made of."""
+    kinds = bool | float | str if is_ours(module) else bool | int | float | str
+    return tuple(
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and isinstance(value, kinds)
+    )
+
+
+def _class_like(eager: type[nn.Module]) -> type[nn.Module]:
+    """A class for one model: Dynamo keeps graphs by the code that it compiled, and few of them."""
+    names = ("__module__", "__qualname__", "__doc__")
+    body: dict[str, Any] = {name: getattr(eager, name) for name in names}
+    body["eager_class"] = eager
+    for name in ("__call__", "_call_impl"):
+        body[name] = _copied(getattr(Compilable, name))
+    bases = (Compilable, eager)
+    return types.new_class(eager.__name__, bases, {}, lambda own: own.update(body))
+
+
+def _copied(function: Any) -> types.FunctionType:
+    """The same function with code of its own."""
+    made = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    made.__doc__ = function.__doc__
+    return made
 
 
 def _made_again(make: Any, arguments: tuple[Any, ...]) -> nn.Module:
     """A model of a class that was made here, for copies and pickles."""
     model: nn.Module = make(*arguments)
-    model.__class__ = _class_of(type(model))
+    model.__class__ = _class_like(type(model))
     return model

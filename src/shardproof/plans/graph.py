@@ -18,42 +18,89 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.flat_apply import is_graphable
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.value_ranges import ValueRangeError
 
+from shardproof.checking import is_checked
+from shardproof.cut.calls import finished_calls
 from shardproof.cut.deferred import Deferred
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, run
-from shardproof.errors import UsageError
+from shardproof.errors import ShardproofError, UsageError
 from shardproof.hf.cut_logits import CutLogits
+from shardproof.layers.base import is_ours
 
+Ties = tuple[tuple[str, str], ...]
+
+_OURS = "_shardproof_"
 _KEPT = "_shardproof_kept"  # attribute of a model: what its graphs refer to
 _SIMPLE = (str, int, float, complex, bool, types.NoneType, torch.dtype, torch.device, type)
-_CUT = "shardproof.cut"
+_CUT, _NONE = "shardproof.cut", "shardproof.none"
 
 
-@torch._dynamo.nonstrict_trace
-def traced(
-    number: int,
+def called(
     model: nn.Module,
-    how: tuple[bool, tuple[tuple[str, str], ...]],
+    how: tuple[bool, Ties, tuple[tuple[str, tuple[str, ...]], ...]],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """The call of a cut model on tensors that record, or have no memory.
+    """The call of a cut model as one node of a graph. Dynamo traces this.
 
     Args:
-        number: that no other model has.
         model: likewise.
         how: whether its numerics are invariant; for each parameter that has two names, the second
-            and the first.
+            and the first; for each module, the attributes that its forward may branch on.
         args: of the call.
         kwargs: of the call.
     """
-    is_invariant, ties = how
+    is_invariant, ties, values = how
+    # What Dynamo reads it guards: it makes another graph for another model, or for other values.
+    seen: list[bool | int | float | str] = [id(model)]
+    for name, attributes in values:
+        module = model.get_submodule(name)
+        for attribute in attributes:
+            value = module.__dict__.get(attribute)
+            seen.append(value if isinstance(value, (bool, int, float, str)) else _NONE)
+    return _traced(seen, model, is_invariant, ties, _packed(args), _packed(kwargs))
+
+
+@torch._dynamo.nonstrict_trace
+def _traced(
+    seen: list[Any],
+    model: nn.Module,
+    is_invariant: bool,
+    ties: Ties,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """The call of a cut model on tensors that record, or have no memory."""
+    try:
+        return _recorded(seen, model, is_invariant, ties, args, kwargs)
+    except ShardproofError as error:
+        # In place of most others Dynamo says that it does not know the type of the output.
+        raise ValueRangeError(str(error)) from error
+
+
+def _recorded(
+    seen: list[Any],
+    model: nn.Module,
+    is_invariant: bool,
+    ties: Ties,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    if is_checked():
+        raise UsageError(
+            f"a cut {type(model).__name__} is compiled inside checked(), which runs each operation "
+            "twice. Check the model as it is, without torch.compile."
+        )
     if is_invariant:
         _check_backend(model)
-    args, kwargs = pytree.tree_map(_of_one_size, (args, kwargs))
-    with _tied(model, ties):
-        y = nn.Module.__call__(model, *args, **kwargs)
+    pytree.tree_map(_of_one_size, seen)
+    args, kwargs = pytree.tree_map(
+        _of_one_size, (_unpacked(args), _unpacked(kwargs)), is_leaf=_is_cut
+    )
+    with _tied(model, ties), _unchanged(model), finished_calls():
+        y = nn.Module._call_impl(model, *args, **kwargs)
         if torch.compiler.is_exporting():
             return as_whole(y)
         return _as_tree(y, model.__dict__.setdefault(_KEPT, {}))
@@ -76,13 +123,50 @@ def _of_one_size(x: Any) -> Any:
     """Recipes are found for numbers: a graph is good for the sizes that it was made of."""
     if isinstance(x, torch.SymInt):
         return int(x)
+    if isinstance(x, torch.SymFloat):
+        return float(x)
     if isinstance(x, Tensor) and any(isinstance(size, torch.SymInt) for size in x.shape):
         return x.view([int(size) for size in x.shape])
     return x
 
 
 @contextmanager
-def _tied(model: nn.Module, ties: tuple[tuple[str, str], ...]) -> Iterator[None]:
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Raise if a forward sets what a graph would not set again, and put back what was there."""
+    before = [
+        (name, module, _state_of(module))
+        for name, module in model.named_modules()
+        if not is_ours(module) and not type(module).__module__.startswith("torch.")
+    ]
+    yield
+    changed = []
+    for name, module, state in before:
+        for where, old in state.items():
+            now = _state_of(module)[where]
+            keys = [key for key in {**old, **now} if old.get(key, _NONE) is not now.get(key, _NONE)]
+            if keys:
+                changed += [f"{name}.{key}" if name else key for key in keys]
+                held = vars(module) if where == "" else vars(module)[where]
+                for key in keys:
+                    held.pop(key, None)
+                held.update({key: old[key] for key in keys if key in old})
+    if changed:
+        raise UsageError(
+            f"the forward of a cut {type(model).__name__} sets {', '.join(changed[:3])}"
+            f"{f' and {len(changed) - 3} more' if len(changed) > 3 else ''}. It is compiled as one "
+            "node of a graph, which would not set it again. Write into a tensor in place "
+            "(buffer.add_), or call this model without torch.compile."
+        )
+
+
+def _state_of(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Attributes, parameters and buffers, by where they are kept."""
+    own = {name: value for name, value in vars(module).items() if not name.startswith(_OURS)}
+    return {"": own} | {kind: dict(vars(module)[kind]) for kind in ("_parameters", "_buffers")}
+
+
+@contextmanager
+def _tied(model: nn.Module, ties: Ties) -> Iterator[None]:
     """Dynamo passes a parameter that has two names by one: put it in the other place too."""
     before = []
     for alias, name in ties:
@@ -226,6 +310,11 @@ class GraphTensor(CutTensor):
         found: Spec = _value(self.number)
         return found
 
+    def whole(self) -> Tensor:
+        """See `CutTensor.whole`."""
+        gathered: Tensor = _call(CutTensor.whole, (self,), {})
+        return gathered
+
     # Numbers that Dynamo can read.
 
     @property
@@ -282,13 +371,15 @@ def _number_of(func: Any) -> int:
 @torch._dynamo.nonstrict_trace
 def _traced_call(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation on cut tensors that record, or have no memory."""
-    given = tuple(map(_unpacked, args)), {name: _unpacked(x) for name, x in kwargs.items()}
+    given = _unpacked(args), _unpacked(kwargs)
     first = next(filter(_is_cut, pytree.tree_leaves(given, is_leaf=_is_cut)))
     return _as_tree(run(_functions[number], *given), first.spec.region.kept_by_graphs)
 
 
 def _packed(x: Any) -> Any:
-    """Arguments with a tuple in place of each cut tensor. Dynamo traces this."""
+    """Arguments with tuples for cut tensors and None, which it knows not. Dynamo traces this."""
+    if x is None:
+        return (_NONE,)
     if isinstance(x, GraphTensor):
         return (_CUT, x.local, x.number, x.who)
     if isinstance(x, dict):
@@ -300,8 +391,13 @@ def _packed(x: Any) -> Any:
 
 def _unpacked(x: Any) -> Any:
     """The arguments of `_packed`."""
-    if isinstance(x, tuple) and len(x) == 4 and x[0] == _CUT:
-        return cut_tensor(x[1], _value(x[2]), x[3])
+    if isinstance(x, tuple) and x and isinstance(x[0], str):
+        if x[0] == _CUT:
+            return cut_tensor(x[1], _value(x[2]), x[3])
+        if x[0] == _NONE:
+            return None
+    if isinstance(x, dict):
+        return {name: _unpacked(each) for name, each in x.items()}
     return type(x)(map(_unpacked, x)) if isinstance(x, list | tuple) else x
 
 
