@@ -422,10 +422,8 @@ def _step(
             return False  # a candidate that does not fit the part is none
         return tuple(got.shape) == shape and torch.equal(_narrowed(got, expected.shape), expected)
 
-    if spec.region.scheme.is_invariant:  # what repeats sums in backward
-        func = (
-            None if name == "getitem" else forms.form_of(func)
-        ) or func  # slices take none twice
+    if spec.region.scheme.is_invariant and name != "getitem":  # what repeats sums in backward
+        func = forms.form_of(func) or func
     for candidate in _candidates(func, name, args, kwargs, shape, place):
         if fits(candidate):
             return candidate
