@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import shardproof as sp
+from places import Pool
+from shardproof.engines.base import Ranks
 from shardproof.functional import crossings
 from shardproof.plans.watched import cut_by, plan_by_watching
 from shardproof.plans.watched_plan import WatchedPlan
@@ -74,9 +76,10 @@ def ours(
     plan: WatchedPlan,
     degree: int,
     kind: type[torch.optim.Optimizer],
+    ranks: Ranks | None = None,
     **options: Any,
 ) -> list[dict[str, Tensor]]:
-    """Of every rank: losses, norms, and whole weights."""
+    """Of every rank: losses, norms, and whole weights; of threads, if no ranks are given."""
     plan = replace(plan, degree=degree)
 
     def work(axis: sp.Axis) -> dict[str, Tensor]:
@@ -94,6 +97,8 @@ def ours(
         assert not region.gathered, region.gathered
         return found
 
+    if ranks is not None:
+        return ranks.run(work)
     return sp.launch(work, degree=degree, engine="threads", timeout=120)
 
 
@@ -117,6 +122,15 @@ def test_five_steps_have_the_same_bits_at_every_degree(name: str) -> None:
             first = first or own
             differ = [each for each in first if own[each] != first[each]]
             assert not differ, f"degree {degree}, rank {rank}: {differ[:5]}"
+
+
+@pytest.mark.parametrize("name", ["nanoGPT", "Mamba-like", "experts-loop", "LoRA-by-hand", "ViT"])
+def test_five_steps_have_the_same_bits_on_processes(pool: Pool, name: str) -> None:
+    example = build(name, dtype=torch.float32, dropout=True)
+    plan = plan_of(example)
+    (alone,) = ours(example, plan, 1, torch.optim.AdamW, lr=0.01)
+    found = ours(example, plan, 3, torch.optim.AdamW, pool(3, "processes"), lr=0.01)
+    assert [hashes(each) for each in found] == [hashes(alone)] * 3
 
 
 @pytest.mark.parametrize("name", NAMES)
