@@ -544,6 +544,8 @@ CHECKED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "product with a bias": (products._operator, (A, B.t(), B[0], [0, 6, 0, 1], True)),
     "product_by_head": (headwise._operator, (A[None, None], B[None, None], [0])),
     "product_sums": (joined._operator, ([A], [B], [0, 3, 3, 6], [0, 2, 2])),
+    "product_sums of two pairs": (joined._operator, ([A, A], [B, B], [0, 3, 3, 6] * 2, [0, 2, 2])),
+    "product_sums without leaves": (joined._operator, ([A[:, :0]], [B[:0]], [], [0, 0, 2])),
     "sum_rows": (sums._fold_operator, (A, False)),
     "squares": (sums._fold_operator, (A, True)),
 }

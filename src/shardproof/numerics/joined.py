@@ -229,7 +229,8 @@ def _operator(
     """`kernel_nodes`, of slices and leaves in numbers."""
     start, stop, num_leaves = leaves
     places = [slice(*bounds[at : at + 2]) for at in range(0, len(bounds), 2)]
-    slices = tuple(zip(*[iter(places)] * (stop - start), strict=True)) if stop > start else ()
+    count = stop - start  # a rank without leaves has pairs all the same
+    slices = tuple(tuple(places[at * count : (at + 1) * count]) for at in range(len(left)))
     pairs = list(zip(left, right, strict=True))
     return list(kernel_nodes(pairs, slices, range(start, stop), num_leaves).values())
 
