@@ -32,6 +32,7 @@ Collective = Callable[[list[Tensor], Any], list[Tensor]]  # of its parts and the
 
 _library = torch.library.Library("shardproof", "FRAGMENT")
 _num_modes = torch._C._len_torch_dispatch_stack
+_KNOWN = PLAIN | {type(None)}
 
 
 def is_recorded(*tensors: Tensor | None) -> bool:
@@ -40,9 +41,10 @@ def is_recorded(*tensors: Tensor | None) -> bool:
         isinstance(mode, Observer) for mode in _get_current_dispatch_mode_stack()
     ):
         return True
-    return any(
-        type(x) not in PLAIN and isinstance(x, FakeTensor | FunctionalTensor) for x in tensors
-    )
+    for x in tensors:  # a loop: this is asked before every kernel
+        if type(x) not in _KNOWN and isinstance(x, FakeTensor | FunctionalTensor):
+            return True
+    return False
 
 
 @contextlib.contextmanager
