@@ -56,7 +56,7 @@ def measure(
 ) -> dict[str, list[list[float]]]:
     """Seconds of each step, by side and round."""
     variant = job.variant
-    folder = fleets["now"].folder / "reference"
+    folder = fleets["now"].folder / f"reference-{job.work.name}"
     folder.mkdir(exist_ok=True)
     for side in SIDES:
         fleets[side].start([job.yardsticks[0], key] if side == "now" else [key])
