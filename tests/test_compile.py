@@ -5,6 +5,7 @@ import gc
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,9 +22,11 @@ from places import Pool
 from shardproof import comm, recut
 from shardproof.cut.tensor import CutTensor
 from shardproof.errors import UsageError
+from shardproof.functional.embedding import pick
 from shardproof.layers.dropout import Drawing
 from shardproof.leaves import Cut
 from shardproof.numerics import headwise, joined, products, sums
+from views import plain, views
 from zoo.build import build
 from zoo.example import Example
 
@@ -268,6 +271,17 @@ def test_a_forward_that_sets_attributes_is_refused_and_leaves_them() -> None:
     assert is_well  # nothing of what was given up is left in torch
 
 
+def test_attributes_are_put_back_where_a_forward_raises() -> None:
+    def work(axis: Any) -> int:
+        model: Any = cut_remembering(axis, keeps=True)
+        model.down.register_forward_pre_hook(lambda *_: 1 / 0)
+        with suppress(Exception):
+            compiled(model)(torch.ones(3, 12))
+        return int(model.calls)
+
+    assert on_one(work) == 0
+
+
 def test_a_model_compiles_itself() -> None:
     x = torch.randn(3, 12)
 
@@ -486,6 +500,19 @@ def test_a_copy_of_a_cut_model_is_a_cut_model() -> None:
     assert on_one(work) == ["GPT", True, True, True]
 
 
+def test_a_copy_of_a_compiled_model_has_graphs_of_its_own() -> None:
+    """Its outputs are cut, so that its graphs refer to how."""
+    example = build("TransformerEncoder", dtype=torch.float32, dropout=False)
+
+    def work(axis: Any) -> bool:
+        model = cut_of(example, axis).eval()
+        y = compiled(model)(**example.inputs)
+        z = compiled(copy.deepcopy(model))(**example.inputs)
+        return torch.equal(y.whole(), z.whole())
+
+    assert on_one(work, 2)
+
+
 def recorded_sum(axis: Any) -> Any:
     """A graph of one sum over the ranks."""
 
@@ -556,3 +583,61 @@ def test_torch_finds_nothing_wrong_with_an_operator(name: str) -> None:
     operator, args = CHECKED[name]
     utils = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(operator, args, test_utils=utils)
+
+
+MATRICES = {
+    f"{shape} {name}": view
+    for shape in ((5, 7), (1, 7), (0, 7))
+    for name, view in views(torch.randn(shape)).items()
+}
+OTHER, PLACES = torch.randn(7, 3), torch.tensor([0, -1, 0, 0, -1])
+LEAVES = ((slice(0, 3), slice(3, 7)),)
+
+
+def picked(weight: Tensor) -> Tensor:
+    """Rows of a table, zeros for those that lie elsewhere; of an empty table, zeros alone."""
+    y = weight.new_zeros(len(PLACES), weight.shape[1])
+    pick(weight, PLACES if len(weight) else PLACES.clamp(max=-1), y)
+    return y
+
+
+RECORDED: dict[str, Callable[[Tensor], Tensor]] = {
+    "product": lambda x: products.product(x, OTHER),
+    "product of transposes": lambda x: products.product(OTHER.t(), x, is_transposed=True),
+    "product_by_head": lambda x: headwise.product_by_head(x[None, None], OTHER[None, None], rows=9),
+    "product_sums": lambda x: torch.stack(
+        [*joined.joined_nodes([(x, OTHER)], LEAVES, run=range(2), num_leaves=2).values()]
+    ),
+    "sum_rows": sums.sum_rows,
+    "sum_squares_rows": sums.sum_squares_rows,
+    "pick": picked,
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_an_operator_computes_the_same_on_every_view(name: str) -> None:
+    function = RECORDED[name]
+    for view, x in MATRICES.items():
+        with FlopCounterMode(display=False):  # while it looks, operators are called
+            found = function(x)
+        assert torch.equal(found, function(plain(x))), view
+
+
+def stepped(kind: type[nn.Module], x: Tensor, grad: Tensor) -> list[Tensor]:
+    """Output and gradients of a layer."""
+    layer = kind(7, 7, axis=sp.Axis.solo(), name="layer")  # type: ignore[arg-type]
+    given = x.detach().requires_grad_()
+    y = layer(given)
+    y.backward(grad)
+    return [y, given.grad, *(each.grad for each in layer.parameters())]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("kind", [sp.ColumnParallelLinear, sp.RowParallelLinear])
+def test_a_recorded_layer_takes_every_view(kind: type[nn.Module]) -> None:
+    """As input and as incoming gradient."""
+    for view, x in MATRICES.items():
+        for given, grad in ((x, plain(x)), (plain(x), x)):
+            with FlopCounterMode(display=False):
+                found = stepped(kind, given, grad)
+            wanted = stepped(kind, plain(x), plain(x))
+            assert all(map(torch.equal, found, wanted)), view

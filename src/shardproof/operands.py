@@ -1,10 +1,11 @@
 """Which tensors our arithmetic takes: plain memory of a floating dtype; and what to do with others.
 
-Our code in C gets an address, sizes and strides, and nothing else. Of a DTensor, a FakeTensor, a
-sparse tensor, or one whose storage FSDP has freed, they say nothing that could be read; and what
-records operations in place of computing them (tracing, forward-mode derivatives) does not see ours.
-All of these are refused here, before C is called: `check` where a layer or a function begins,
-and where C is called a null address (which C itself refuses) or memory that was freed.
+Our code in C gets an address, sizes and strides, and nothing else. Of a DTensor, a sparse tensor,
+or one whose storage FSDP has freed, they say nothing that could be read. `torch.jit.trace` and
+forward-mode derivatives do not see our code. All of these are refused here, before C is called:
+`check` where a layer or a function begins, and where C is called a null address (which C itself
+refuses) or memory that was freed. Fake and functional tensors pass: for these, and for what records
+operators, C is not called (`operators.py`).
 """
 
 from typing import NoReturn
@@ -22,14 +23,13 @@ FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # What torch, or C, raises of a tensor that has no memory; and what is raised here in its place.
 ERRORS = (RuntimeError, BufferError, UsageError)
 
-_num_modes = torch._C._len_torch_dispatch_stack
 _is_tracing = torch._C._is_tracing
 _has_transforms = torch._C._are_functorch_transforms_active
 
 
-def is_recorded() -> bool:
-    """Whether something may record operations; ours would be missing from the record."""
-    return _num_modes() > 0 or forward_ad._current_level >= 0 or _is_tracing()
+def is_traced() -> bool:
+    """Whether torch.jit.trace or forward-mode derivatives are at work, which do not see ours."""
+    return forward_ad._current_level >= 0 or _is_tracing()
 
 
 def is_odd(x: Tensor) -> bool:
@@ -105,21 +105,21 @@ def check_float(x: Tensor, who: str, name: str = "x") -> None:
     Raises:
         UsageError: it is something else, or operations are recorded.
     """
-    if is_odd(x) or is_recorded() or x.dtype not in FLOATS:
+    if is_odd(x) or is_traced() or x.dtype not in FLOATS:
         check(who, **{name: x})
         check_floating(who, **{name: x})
 
 
 def check_sent(x: Tensor, call: object) -> None:
-    """Raise unless `x` has memory that other ranks can read, and nobody records what is sent.
+    """Raise unless `x` has memory that other ranks can read, and nobody traces what is sent.
 
     Args:
         x: what a collective sends.
         call: the collective, for the message.
     Raises:
-        UsageError: it has none, or operations are recorded.
+        UsageError: it has none, or operations are traced.
     """
-    if is_odd(x) or is_recorded() or x.storage_offset():
+    if is_odd(x) or is_traced() or x.storage_offset():
         check(str(call), x=x)
 
 

@@ -6,10 +6,9 @@ alone. While one of them is at work, our kernels in C and our exchanges are call
 are called directly, which is faster. Our own observers are told of them (`observing.py`).
 """
 
-import contextlib
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,20 +46,17 @@ def is_recorded(*tensors: Tensor | None) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def unrecorded() -> Iterator[None]:
-    """Nothing records here: for tensors that do not depend on data, and are kept."""
-    with _disable_current_modes():
-        yield
+# A context in which nothing records: for making tensors that do not depend on data, and are kept.
+unrecorded = _disable_current_modes
 
 
 def constant(x: Tensor) -> Tensor:
-    """A tensor that was kept, for an operation now: while operations are recorded, a part of them.
+    """A tensor that was kept, as an operation takes it now; a recording gets a copy of its own.
 
     Args:
-        x: made while nothing recorded.
+        x: made inside `unrecorded()`.
     """
-    if _num_modes() and is_recorded():
+    if is_recorded():
         recorded: Tensor = torch.ops.aten.lift_fresh_copy.default(x)
         return recorded
     return x
@@ -114,18 +110,29 @@ def define(
     return put
 
 
-class _Calls:
-    """The collectives that were recorded for the ranks of one axis."""
+class Numbered:
+    """Gives objects numbers, by which a graph refers to them as long as they live."""
 
-    def __init__(self, axis: Any) -> None:
-        self.number = next(_numbers)
-        self.axis = weakref.ref(axis)
-        self.kept: list[Collective] = []
+    def __init__(self) -> None:
+        self._count = itertools.count()
+        self._numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._objects: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+    def number(self, x: Any) -> int:
+        """Of an object; the same every time, and never that of another."""
+        found = self._numbers.get(x)
+        if found is None:
+            found = self._numbers[x] = next(self._count)
+            self._objects[found] = x
+        return found
+
+    def get(self, number: int) -> Any:
+        """The object; None if it is gone, or of another process."""
+        return self._objects.get(number)
 
 
-_numbers = itertools.count()
-_calls: "weakref.WeakKeyDictionary[Any, _Calls]" = weakref.WeakKeyDictionary()  # by axis
-_by_number: "weakref.WeakValueDictionary[int, _Calls]" = weakref.WeakValueDictionary()
+_axes = Numbered()
+_kept: "weakref.WeakKeyDictionary[Any, list[Collective]]" = weakref.WeakKeyDictionary()  # by axis
 
 
 def record(
@@ -153,19 +160,16 @@ def record(
     Comm:
         that of `collective`.
     """
-    calls = _calls.get(axis)
-    if calls is None:
-        calls = _calls[axis] = _Calls(axis)
-        _by_number[calls.number] = calls
-    calls.kept.append(collective)
+    kept = _kept.setdefault(axis, [])
+    kept.append(collective)
     sizes = [size for shape in shapes for size in shape]
     dims = [len(shape) for shape in shapes]
-    place = (calls.number, len(calls.kept) - 1)
+    place = (_axes.number(axis), len(kept) - 1)
     found: list[Tensor] = _COLLECTIVES[kind](
         list(parts), sizes, dims, like.dtype, like.device, *place
     )
     if not _is_written(like, *parts):
-        calls.kept.pop()  # it was called now, and never will be again
+        kept.pop()  # it was called now, and never will be again
     return found
 
 
@@ -175,23 +179,16 @@ def _is_written(*tensors: Tensor) -> bool:
     return proxy is not None or any(type(x) not in PLAIN for x in tensors)
 
 
-def _collective(
-    parts: list[Tensor],
-    sizes: list[int],
-    dims: list[int],
-    dtype: torch.dtype,
-    device: torch.device,
-    axis: int,
-    call: int,
-) -> list[Tensor]:
-    calls = _by_number.get(axis)
-    ranks = None if calls is None else calls.axis()
-    if calls is None or ranks is None or call >= len(calls.kept):
+def _collective(parts: list[Tensor], *how: Any) -> list[Tensor]:
+    *_, number, call = how
+    axis = _axes.get(number)
+    kept = [] if axis is None else _kept.get(axis, [])
+    if call >= len(kept):
         raise UsageError(
             "a recorded program calls a collective of ranks that are not there: it was recorded "
             "in another process, or its axis is gone. Record it again on these ranks."
         )
-    return calls.kept[call](parts, ranks)
+    return kept[call](parts, axis)
 
 
 def _shapes(
@@ -200,13 +197,12 @@ def _shapes(
     dims: list[int],
     dtype: torch.dtype,
     device: torch.device,
-    axis: int,
-    call: int,
+    *_: int,
 ) -> list[Tensor]:
-    at = itertools.accumulate(dims, initial=0)
+    starts = itertools.accumulate(dims, initial=0)
     return [
         torch.empty(sizes[start : start + length], dtype=dtype, device=device)
-        for start, length in zip(at, dims, strict=False)
+        for start, length in zip(starts, dims, strict=False)
     ]
 
 

@@ -51,7 +51,7 @@ _LIKE = {"rand_like": "uniform_", "randn_like": "normal_", "randint_like": "rand
 
 
 class Calls(TorchFunctionMode):
-    """Takes the calls of torch in the forward of one module, and of modules inside that call too.
+    """Takes the calls of torch in the forward of one module.
 
     Attributes:
         region: of the model.
@@ -330,7 +330,10 @@ def _leave() -> None:
 
 @contextmanager
 def finished_calls() -> Iterator[None]:
-    """Leave what is raised here leaves: while torch traces, it runs no hook after an error."""
+    """After an error, leave the modules that were entered here.
+
+    Torch runs the forward hooks that would do it, except while it traces.
+    """
     depth = len(_local.before)
     try:
         yield

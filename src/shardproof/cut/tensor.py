@@ -305,7 +305,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def unseen(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function, whose operations no mode of ours is to look at."""
+    """Call a function whose operations `Calls` (`cut/calls.py`) let through."""
     was, running.is_rule = running.is_rule, True
     try:
         return function(*args, **kwargs)
@@ -314,7 +314,7 @@ def unseen(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 class _Running(threading.local):
-    """Of one thread: whether a rule or a form computes, whose operations no mode need look at."""
+    """Of one thread: whether a rule or a form computes."""
 
     is_rule = False
 

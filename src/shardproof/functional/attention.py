@@ -239,7 +239,7 @@ def _fused(
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor, site: AttentionSite, who: str) -> None:
     """Raise before anything is sent unless the tensors are what this rank has."""
-    if any(map(operands.is_odd, (q, k, v))) or operands.is_recorded():
+    if any(map(operands.is_odd, (q, k, v))) or operands.is_traced():
         operands.check(who, q=q, k=k, v=v)
     if not are_alike(q, k, v):
         named = {"q": q, "k": k, "v": v}

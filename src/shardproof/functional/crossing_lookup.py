@@ -163,7 +163,7 @@ def _table(
 ) -> tuple[Tensor, _Table]:
     """The ids, checked on all ranks alike for every rank has all of them, and their table."""
     who = place.who
-    if operands.is_odd(ids) or operands.is_odd(weight) or operands.is_recorded():
+    if operands.is_odd(ids) or operands.is_odd(weight) or operands.is_traced():
         operands.check(who, ids=ids, weight=weight)
     if weight.dim() != 2 or weight.shape[along] != place.length:
         raise ShapeError(

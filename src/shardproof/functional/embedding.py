@@ -197,7 +197,7 @@ def vocab_embedding(ids: Tensor, weight: Tensor, site: EmbeddingSite) -> Tensor:
         forward one all_reduce of y (*, embedding_dim); backward none.
     """
     who = site.who
-    if operands.is_odd(ids) or operands.is_odd(weight) or operands.is_recorded():
+    if operands.is_odd(ids) or operands.is_odd(weight) or operands.is_traced():
         operands.check(who, ids=ids, weight=weight)
     if weight.dim() != 2:
         raise ShapeError(

@@ -51,7 +51,7 @@ def mse_loss(
     Comm:
         forward none, or one all_reduce of () if `axis` is given; backward none.
     """
-    if operands.is_odd(y) or operands.is_odd(target) or operands.is_recorded():
+    if operands.is_odd(y) or operands.is_odd(target) or operands.is_traced():
         operands.check(who, y=y, target=target)
     operands.check_floating(who, y=y, target=target)
     if y.shape != target.shape:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from shardproof import operands, operators
 from shardproof.errors import ShapeError
-from shardproof.operands import FLOATS, PLAIN, is_recorded
+from shardproof.operands import FLOATS, PLAIN, is_traced
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def check_alike(x: Tensor, weight: Tensor, bias: Tensor | None, who: str) -> Non
             or type(weight) not in PLAIN
             or (bias is not None and type(bias) not in PLAIN)
             or dtype not in FLOATS
-            or is_recorded()
+            or is_traced()
         ):
             operands.check(who, x=x, weight=weight, bias=bias)
             operands.check_floating(who, x=x)

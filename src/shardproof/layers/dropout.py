@@ -1,11 +1,9 @@
 """Dropout whose mask no degree changes, and how it goes with activation checkpointing."""
 
-import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +52,7 @@ class Drawing(nn.Module):
                 which.
         """
         if operators.is_recorded():
-            number = _numbers.setdefault(self, next(_calls))
-            _by_number[number] = self
-            recorded: Tensor = _operator(number, next(_calls))
+            recorded: Tensor = _operator(_drawing.number(self))
             return recorded
         if not self._is_replaying and torch._C._current_graph_task_id() != -1:
             raise UsageError(
@@ -87,19 +83,17 @@ class Drawing(nn.Module):
         self.step = state["step"]
 
 
-_numbers: "WeakKeyDictionary[Drawing, int]" = WeakKeyDictionary()
-_by_number: "WeakValueDictionary[int, Drawing]" = WeakValueDictionary()
-_calls = itertools.count()  # no two are the same operation, or a compiler would draw once for both
+_drawing = operators.Numbered()
 
 
 @operators.define(
-    "next_draw(int drawing, int call) -> Tensor",
-    lambda drawing, call: torch.empty((), dtype=torch.int64),
+    "next_draw(int drawing) -> Tensor",
+    lambda drawing: torch.empty((), dtype=torch.int64),
     is_ordered=True,
 )
-def _operator(drawing: int, call: int) -> Tensor:
+def _operator(drawing: int) -> Tensor:
     """`next_step` of a module that is known by its number."""
-    module = _by_number.get(drawing)
+    module = _drawing.get(drawing)
     if module is None:
         raise UsageError(
             "a recorded program draws for a module that is not there: it was recorded in another "

@@ -37,9 +37,11 @@ def find_formula(module: nn.Module) -> RmsFormula | None:
     """
     if type(module) is nn.RMSNorm:
         return RmsFormula(module.eps) if len(module.normalized_shape) == 1 else None
-    tensors = [*module.named_parameters(), *module.named_buffers()]
     eps = _eps_of(module)
-    if eps is None or [(name, value.dim()) for name, value in tensors] != [("weight", 1)]:
+    if eps is None:
+        return None
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    if [(name, value.dim()) for name, value in tensors] != [("weight", 1)]:
         return None
     kind: Any = type(module)
     found = _formula_of(kind)

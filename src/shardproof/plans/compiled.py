@@ -26,11 +26,9 @@ class Compilable(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module; while Dynamo traces, one node of its graph."""
-        # What is imported here needs torch._dynamo, which is slow to import.
-        if torch.compiler.is_dynamo_compiling():
-            from shardproof.plans.graph import called  # noqa: PLC0415
-
-            return called(self, self.__dict__[_HOW], args, kwargs)
+        if torch.compiler.is_dynamo_compiling():  # it would pass over `_call_impl`
+            return self._call_impl(*args, **kwargs)
+        # What is imported here and below needs torch._dynamo, which is slow to import.
         y = nn.Module.__call__(self, *args, **kwargs)
         if torch.compiler.is_exporting():
             from shardproof.plans.graph import as_whole  # noqa: PLC0415

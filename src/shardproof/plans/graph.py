@@ -9,7 +9,6 @@ So the graph holds what an eager step computes, in its order.
 import math
 import sys
 import types
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +27,7 @@ from shardproof.cut.tensor import CutTensor, cut_tensor, run
 from shardproof.errors import ShardproofError, UsageError
 from shardproof.hf.cut_logits import CutLogits
 from shardproof.layers.base import is_ours
+from shardproof.operators import Numbered
 
 Ties = tuple[tuple[str, str], ...]
 
@@ -64,19 +64,12 @@ def called(
 
 
 @torch._dynamo.nonstrict_trace
-def _traced(
-    seen: list[Any],
-    model: nn.Module,
-    is_invariant: bool,
-    ties: Ties,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """The call of a cut model on tensors that record, or have no memory."""
+def _traced(*given: Any) -> Any:
+    """`_recorded`, with errors that Dynamo hands on."""
     try:
-        return _recorded(seen, model, is_invariant, ties, args, kwargs)
+        return _recorded(*given)
     except ShardproofError as error:
-        # In place of most others Dynamo says that it does not know the type of the output.
+        # Of most other errors Dynamo hides the message: it says that it cannot take the output.
         raise ValueRangeError(str(error)) from error
 
 
@@ -88,6 +81,16 @@ def _recorded(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
+    """The call of a cut model on tensors that record, or have no memory.
+
+    Args:
+        seen: `id` of the model, and values of its modules; only to be guarded.
+        model: likewise.
+        is_invariant: its numerics are.
+        ties: for each parameter that has two names, the second and the first.
+        args: of the call, packed.
+        kwargs: of the call, packed.
+    """
     if is_checked():
         raise UsageError(
             f"a cut {type(model).__name__} is compiled inside checked(), which runs each operation "
@@ -95,7 +98,7 @@ def _recorded(
         )
     if is_invariant:
         _check_backend(model)
-    pytree.tree_map(_of_one_size, seen)
+    pytree.tree_map(_of_one_size, seen)  # or Dynamo would not guard a float
     args, kwargs = pytree.tree_map(
         _of_one_size, (_unpacked(args), _unpacked(kwargs)), is_leaf=_is_cut
     )
@@ -103,7 +106,7 @@ def _recorded(
         y = nn.Module._call_impl(model, *args, **kwargs)
         if torch.compiler.is_exporting():
             return as_whole(y)
-        return _as_tree(y, model.__dict__.setdefault(_KEPT, {}))
+        return _as_tree(y, model.__dict__.setdefault(_KEPT, _Keeping()))
 
 
 def _check_backend(model: nn.Module) -> None:
@@ -138,18 +141,13 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
         for name, module in model.named_modules()
         if not is_ours(module) and not type(module).__module__.startswith("torch.")
     ]
-    yield
     changed = []
-    for name, module, state in before:
-        for where, old in state.items():
-            now = _state_of(module)[where]
-            keys = [key for key in {**old, **now} if old.get(key, _NONE) is not now.get(key, _NONE)]
-            if keys:
-                changed += [f"{name}.{key}" if name else key for key in keys]
-                held = vars(module) if where == "" else vars(module)[where]
-                for key in keys:
-                    held.pop(key, None)
-                held.update({key: old[key] for key in keys if key in old})
+    try:
+        yield
+    finally:
+        for name, module, state in before:
+            keys = _put_back(module, state)
+            changed += [f"{name}.{key}" if name else key for key in keys]
     if changed:
         raise UsageError(
             f"the forward of a cut {type(model).__name__} sets {', '.join(changed[:3])}"
@@ -163,6 +161,23 @@ def _state_of(module: nn.Module) -> dict[str, dict[str, Any]]:
     """Attributes, parameters and buffers, by where they are kept."""
     own = {name: value for name, value in vars(module).items() if not name.startswith(_OURS)}
     return {"": own} | {kind: dict(vars(module)[kind]) for kind in ("_parameters", "_buffers")}
+
+
+def _put_back(module: nn.Module, state: dict[str, dict[str, Any]]) -> list[str]:
+    """Set what differs from a state as it was there; the names of that."""
+    changed = []
+    for where, old in state.items():
+        held = vars(module)[where] if where else vars(module)
+        now = _state_of(module)[where]
+        for key in {**old, **now}:
+            if old.get(key, _NONE) is now.get(key, _NONE):
+                continue
+            changed.append(key)
+            if key in old:
+                held[key] = old[key]
+            else:
+                del held[key]
+    return changed
 
 
 @contextmanager
@@ -205,7 +220,14 @@ class _Kept:
         self.value = value
 
 
-_by_number: "weakref.WeakValueDictionary[int, _Kept]" = weakref.WeakValueDictionary()
+class _Keeping(dict[Any, _Kept]):
+    """What the graphs of one model refer to. A copy of the model has graphs of its own."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Keeping":
+        return _Keeping()
+
+
+_numbered = Numbered()
 
 
 def _number(value: Any, kept: dict[Any, _Kept]) -> int:
@@ -214,13 +236,12 @@ def _number(value: Any, kept: dict[Any, _Kept]) -> int:
     found = kept.get(key)
     if found is None:
         found = kept[key] = _Kept(value)
-        _by_number[id(found)] = found
-    return id(found)
+    return _numbered.number(found)
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _value(number: int) -> Any:
-    return _by_number[number].value
+    return _numbered.get(number).value
 
 
 class _Node:
@@ -239,7 +260,8 @@ def _made(parts: Any, how: Any) -> Any:
     """The object of a `_Node`. Dynamo traces this: only plain statements."""
     kind, first, *rest = how
     if kind == _CUT:
-        return GraphTensor(parts[0], rest[0], first, rest[1])
+        number, sizes = rest
+        return GraphTensor(parts[0], _value(number), first, number, sizes)
     names, others = rest
     made = _value(first).__new__(_value(first))
     for name, value in zip(names, parts):  # noqa: B905 - Dynamo knows no `strict`
@@ -298,17 +320,14 @@ class GraphTensor(CutTensor):
         sizes: shape of the whole.
     """
 
-    def __init__(self, local: Tensor, number: int, who: str, sizes: tuple[int, ...]) -> None:
+    def __init__(
+        self, local: Tensor, spec: Spec, who: str, number: int, sizes: tuple[int, ...]
+    ) -> None:
         self.local = local
-        self.number = number
+        self.spec = spec
         self.who = who
+        self.number = number
         self.sizes = sizes
-
-    @property
-    def spec(self) -> Spec:  # type: ignore[override]
-        """How it is cut."""
-        found: Spec = _value(self.number)
-        return found
 
     def whole(self) -> Tensor:
         """See `CutTensor.whole`."""
@@ -377,7 +396,7 @@ def _traced_call(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _packed(x: Any) -> Any:
-    """Arguments with tuples for cut tensors and None, which it knows not. Dynamo traces this."""
+    """Arguments of a node: a tuple stands for each cut tensor and each None. Dynamo traces this."""
     if x is None:
         return (_NONE,)
     if isinstance(x, GraphTensor):
