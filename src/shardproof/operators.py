@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
 )
 from torch.utils.flop_counter import register_flop_formula
+from torch.utils.weak import WeakIdKeyDictionary
 
 from shardproof.errors import UsageError
 from shardproof.observing import Observer
@@ -115,7 +116,7 @@ class Numbered:
 
     def __init__(self) -> None:
         self._count = itertools.count()
-        self._numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._numbers: Any = WeakIdKeyDictionary()  # two axes may be equal
         self._objects: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
     def number(self, x: Any) -> int:
@@ -132,7 +133,7 @@ class Numbered:
 
 
 _axes = Numbered()
-_kept: "weakref.WeakKeyDictionary[Any, list[Collective]]" = weakref.WeakKeyDictionary()  # by axis
+_kept: Any = WeakIdKeyDictionary()  # axis -> the collectives that were recorded for it
 
 
 def record(
