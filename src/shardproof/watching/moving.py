@@ -111,6 +111,14 @@ def _moved(
         return [factor[..., None]]
     if name == "repeat":
         return [_repeat(factor, x.shape, args[0])]
+    if name == "select" and x.parameter is not None and len(varying(factor)) > 1:
+        # Matrices of a stack, such as experts: cut apart, each would have to be gathered.
+        dim = args[0] % x.dim()
+        return (
+            [reduce_lines(factor, (dim,), record).squeeze(dim)]
+            if dim in varying(factor)
+            else ([factor.squeeze(dim)])
+        )
     if name in ("flip", "roll", "constant_pad_nd"):
         by_dim = {"flip": _flip, "roll": _roll, "constant_pad_nd": _pad}[name]
         return [by_dim(factor, args, kwargs)]
