@@ -181,5 +181,5 @@ SILENT = {
     embedding: {"EmbeddingSite", "as_integers", "check_ids", "copy_rows", "pick"},
     entering: {"Basket", "Entering", "will_sum"},
     place: {"Pieces", "Place", "Selection"},
-    serving: {"Recipe", "recipe_of"},
+    serving: {"Recipe", "recipe_of", "where_served"},
 }

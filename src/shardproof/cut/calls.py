@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from shardproof.cut import linear, lookup, moves, pointwise
 from shardproof.cut.foreign import inside
-from shardproof.cut.lines import attended_with_dropout
+from shardproof.cut.heads import attended_with_dropout
 from shardproof.cut.others import gathered, invariant, unwrapped
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import (

@@ -18,6 +18,9 @@ def cat(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
     first = next(each for each in tensors if isinstance(each, CutTensor))
     dim %= first.dim()
+    if dim != first.spec.dim and all(_lies_as(each, first) for each in tensors):
+        y = torch.cat([each.local for each in tensors], dim)
+        return cut_tensor(y, first.spec.of_part(y.shape), first.who)
     if any(each.dim() != first.dim() for each in tensors):
         return gathered(func, name, args, kwargs)
     if dim == first.spec.dim:
@@ -36,6 +39,16 @@ def cat(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     shape[dim] = sum(each.shape[dim] for each in tensors)
     made = spec.region.spec(tuple(shape), spec.dim, spec.cut)
     return cut_tensor(torch.cat(parts, dim), made, who)
+
+
+def _lies_as(x: Any, other: CutTensor) -> bool:
+    """Whether it is cut as the other one, along the same dim."""
+    return (
+        isinstance(x, CutTensor)
+        and x.spec.cut is other.spec.cut
+        and x.spec.dim == other.spec.dim
+        and len(x.spec.shape) == len(other.spec.shape)
+    )
 
 
 def _side_by_side(

@@ -39,13 +39,19 @@ def getitem(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     x, index = args
     if not isinstance(x, CutTensor):
         return gathered(func, name, args, kwargs)
-    entries = list(index) if isinstance(index, tuple) else [index]
+    given = index if isinstance(index, tuple) else (index,)
+    if _WITHOUT_NUMBERS.issuperset(map(type, given)):
+        return RULES["view"](func, name, (x, given), {})
+    entries = list(given)
     entries = [whole(each, "index") if isinstance(each, CutTensor) else each for each in entries]
     if sum(isinstance(each, Tensor | list) for each in entries) == 1:
         entries = [_as_slice(each) if isinstance(each, list) else each for each in entries]
     if not any(isinstance(each, Tensor | list) for each in entries):
         return RULES["view"](func, "getitem", (x, tuple(entries)), {})
     return _picked(func, x, entries)
+
+
+_WITHOUT_NUMBERS = frozenset((int, slice, type(None), type(Ellipsis)))
 
 
 def _as_slice(numbers: list[Any]) -> Any:

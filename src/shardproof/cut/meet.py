@@ -177,15 +177,35 @@ def served(x: CutTensor, cut: CutDim, times: int) -> Tensor:
         cut: of the others, such as query heads; `times` as many.
         times: how many stand side by side.
     """
+    place, target, index, _ = _serving(x, cut, times)
+    return crossings.serve(x.local, x.spec.dim, place, target, index)
+
+
+def where_served(x: CutTensor, cut: CutDim, times: int) -> tuple[int, ...]:
+    """For each index that the rank holds of `cut`, where `x` has the one that serves it.
+
+    Args:
+        x: as in `served`, like the others.
+        cut: likewise.
+        times: likewise.
+    """
+    found: tuple[int, ...] = _serving(x, cut, times)[3]
+    return found
+
+
+def _serving(x: CutTensor, cut: CutDim, times: int) -> Any:
+    """Places of both, for each index of `cut` its source, and where this rank holds those."""
     region = x.spec.region
     cut = region.one(cut)
     key = ("served", id(x.spec.cut), id(cut), times, x.who)
-    if key not in region.recipes:
+    found = region.recipes.get(key)
+    if found is None:
         index = tuple(place // times for place in range(cut.size))
         own = CutDim(cut.shared, x.spec.cut.blocks)  # the same units, maybe by another name
-        region.recipes[key] = region.place(own, x.who), region.place(cut, x.who), index
-    place, target, index = region.recipes[key]
-    return crossings.serve(x.local, x.spec.dim, place, target, index)
+        place, target = region.place(own, x.who), region.place(cut, x.who)
+        held = crossings.where_served(place, target, index)
+        found = region.recipes[key] = place, target, index, held
+    return found
 
 
 def is_served(x: CutTensor, cut: CutDim, times: int) -> bool:

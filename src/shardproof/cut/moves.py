@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from shardproof import operators
 from shardproof.cut.deferred import defer
@@ -24,87 +23,17 @@ from shardproof.units import CutDim, Shared
 
 LARGEST = 1 << 24  # numbers that one recipe looks at
 
-_MOVES = [
-    "view",
-    "reshape",
-    "view_as",
-    "reshape_as",
-    "transpose",
-    "permute",
-    "movedim",
-    "moveaxis",
-    "swapaxes",
-    "swapdims",
-    "t",
-    "squeeze",
-    "unsqueeze",
-    "flatten",
-    "unflatten",
-    "ravel",
-    "expand",
-    "expand_as",
-    "broadcast_to",
-    "repeat",
-    "tile",
-    "chunk",
-    "split",
-    "split_with_sizes",
-    "tensor_split",
-    "unsafe_chunk",
-    "unsafe_split",
-    "unbind",
-    "select",
-    "narrow",
-    "narrow_copy",
-    "flip",
-    "fliplr",
-    "flipud",
-    "roll",
-    "rot90",
-    "contiguous",
-    "clone",
-    "detach",
-    "alias",
-    "slice",
-    "diagonal",
-    "repeat_interleave",
-    "adjoint",
-    "unsafe_view",
-    "_unsafe_view",
-    "_reshape_alias",
-    "hsplit",
-    "vsplit",
-    "dsplit",
-    "pixel_shuffle",
-    "pixel_unshuffle",
-    "channel_shuffle",
-    "native_channel_shuffle",
-    "lift_fresh",
-    "unsqueeze_",
-    "squeeze_",
-    "transpose_",
-    "t_",
-    "swapaxes_",
-    "detach_",
-    "unsafe_split_with_sizes",
-    "unfold",
-]
+_MOVES = """view reshape view_as reshape_as transpose permute movedim moveaxis swapaxes swapdims t
+    squeeze unsqueeze flatten unflatten ravel expand expand_as broadcast_to repeat tile chunk
+    split split_with_sizes tensor_split unsafe_chunk unsafe_split unbind select narrow
+    narrow_copy flip fliplr flipud roll rot90 contiguous clone detach alias slice diagonal
+    repeat_interleave adjoint unsafe_view _unsafe_view _reshape_alias hsplit vsplit dsplit
+    pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle lift_fresh unsqueeze_
+    squeeze_ transpose_ t_ swapaxes_ detach_ unsafe_split_with_sizes unfold""".split()  # noqa: SIM905
 _SAME = frozenset(("clone", "detach", "contiguous", "alias", "lift_fresh", "detach_"))
 _SIZED = frozenset(
-    [
-        "view",
-        "reshape",
-        "view_as",
-        "reshape_as",
-        "flatten",
-        "unflatten",
-        "ravel",
-        "squeeze",
-        "unsqueeze",
-        "unsafe_view",
-        "_unsafe_view",
-        "_reshape_alias",
-    ]
+    """view reshape view_as reshape_as flatten unflatten ravel squeeze unsqueeze unsafe_view
+    _unsafe_view _reshape_alias""".split()  # noqa: SIM905
 )
 
 Step = Callable[[Tensor], Tensor]
@@ -131,61 +60,70 @@ def move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         if rest[0].itemsize != x.dtype.itemsize:
             return gathered(func, name, args, kwargs)
         return cut_tensor(x.local.view(rest[0]), x.spec, x.who)
-    quick = _QUICK.get(name)
-    if quick is not None and not kwargs:
-        found = quick(x, rest)
-        if found is not None:
-            return found
     try:
-        key = (func, x.spec, _key(rest), tuple(kwargs.items()) if kwargs else ())
+        key = (func, x.spec, *map(_key, rest))
+        if kwargs:
+            key = (*key, *((name, _key(each)) for name, each in kwargs.items()))
         recipe = x.spec.region.recipes.get(key)
         if recipe is None:
-            recipe = x.spec.region.recipes[key] = find(func, name, x.spec, rest, kwargs)
+            quick = _QUICK.get(name)
+            recipe = quick(x.spec, rest) if quick is not None and not kwargs else None
+            if recipe is None:
+                recipe = find(func, name, x.spec, rest, kwargs)
+            x.spec.region.recipes[key] = recipe
     except _Unkeyed:
-        sizes = tree_map(_as_size, rest)
-        if any(isinstance(each, Tensor) for each in tree_leaves(sizes)) or kwargs:
+        try:
+            sizes = _as_sizes(rest)
+        except _Unkeyed:
             return gathered(func, name, args, kwargs)
-        return move(func, name, (x, *sizes), kwargs)
+        return gathered(func, name, args, kwargs) if kwargs else move(func, name, (x, *sizes), {})
     if recipe is LOST:
         return _lost(func, name, x, args, kwargs)
     many, outs = recipe
-    made = [_made(step, spec, x) for step, spec in outs]
-    return made[0] if not many else many(made)
+    if many is None:
+        ((step, spec),) = outs
+        return _made(step, spec, x)
+    return many([_made(step, spec, x) for step, spec in outs])
 
 
-def _transposed(x: CutTensor, dims: tuple[Any, ...]) -> CutTensor | None:
-    """`transpose`: for every shape alike, so no recipe for each."""
+def _one(step: Step, made: Spec) -> Any:
+    """A recipe of one result."""
+    return None, ((step, made),)
+
+
+def _transposed(spec: Spec, dims: tuple[Any, ...]) -> Any:
+    """The recipe of `transpose`, which needs no numbers."""
     if len(dims) != 2 or not all(type(dim) is int for dim in dims):
         return None
-    spec, shape = x.spec, list(x.spec.shape)
+    shape = list(spec.shape)
     a, b = (dim % len(shape) for dim in dims)
     shape[a], shape[b] = shape[b], shape[a]
     dim = b if spec.dim == a else a if spec.dim == b else spec.dim
     made = spec.region.spec(tuple(shape), dim, spec.cut)
-    return cut_tensor(x.local.transpose(a, b), made, x.who)
+    return _one(lambda x: x.transpose(a, b), made)
 
 
-def _permuted(x: CutTensor, dims: tuple[Any, ...]) -> CutTensor | None:
+def _permuted(spec: Spec, dims: tuple[Any, ...]) -> Any:
     """`permute`, likewise."""
     order = dims[0] if len(dims) == 1 and isinstance(dims[0], list | tuple) else dims
-    count = len(x.spec.shape)
+    count = len(spec.shape)
     if len(order) != count or not all(type(dim) is int for dim in order):
         return None
-    spec, places = x.spec, [dim % count for dim in order]
+    places = [dim % count for dim in order]
     shape = tuple(spec.shape[dim] for dim in places)
     made = spec.region.spec(shape, places.index(spec.dim), spec.cut)
-    return cut_tensor(x.local.permute(places), made, x.who)
+    return _one(lambda x: x.permute(places), made)
 
 
-def _unsqueezed(x: CutTensor, dims: tuple[Any, ...]) -> CutTensor | None:
+def _unsqueezed(spec: Spec, dims: tuple[Any, ...]) -> Any:
     """`unsqueeze`, likewise."""
     if len(dims) != 1 or type(dims[0]) is not int:
         return None
-    spec, count = x.spec, len(x.spec.shape) + 1
+    count = len(spec.shape) + 1
     place = dims[0] % count
     shape = (*spec.shape[:place], 1, *spec.shape[place:])
     made = spec.region.spec(shape, spec.dim + (place <= spec.dim), spec.cut)
-    return cut_tensor(x.local.unsqueeze(place), made, x.who)
+    return _one(lambda x: x.unsqueeze(place), made)
 
 
 _QUICK = {"transpose": _transposed, "permute": _permuted, "unsqueeze": _unsqueezed}
@@ -193,10 +131,22 @@ _QUICK = {"transpose": _transposed, "permute": _permuted, "unsqueeze": _unsqueez
 LOST: Any = object()
 
 
-def _as_size(x: Any) -> Any:
-    """A number of a whole tensor of one is a size."""
-    is_one = isinstance(x, Tensor) and not isinstance(x, CutTensor) and not x.dim()
-    return int(x) if is_one else x
+def _as_sizes(value: Any) -> Any:
+    """Arguments, with numbers in place of whole tensors of one number.
+
+    Raises:
+        _Unkeyed: there is another tensor.
+    """
+    if isinstance(value, Tensor):
+        if isinstance(value, CutTensor) or value.dim():
+            raise _Unkeyed
+        return int(value)
+    if isinstance(value, slice):
+        return slice(*map(_as_sizes, (value.start, value.stop, value.step)))
+    if isinstance(value, tuple | list):
+        made = [_as_sizes(each) for each in value]
+        return made if isinstance(value, list) else tuple(made)
+    return value
 
 
 def _lost(func: Any, name: str, x: CutTensor, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -225,13 +175,17 @@ class _Unkeyed(Exception):  # noqa: N818
 
 
 def _key(value: Any) -> Any:
+    """An argument in a key: 1, True and 1.0 get different keys."""
+    kind = type(value)
+    if kind is int:
+        return value
+    if kind is slice:
+        return slice, _key(value.start), _key(value.stop), _key(value.step)
+    if isinstance(value, tuple | list):
+        return list if isinstance(value, list) else tuple, *map(_key, value)
     if isinstance(value, Tensor):
         raise _Unkeyed
-    if isinstance(value, slice):
-        return (slice, value.start, value.stop, value.step)
-    if isinstance(value, tuple | list):
-        return tuple(_key(each) for each in value)
-    return (type(value), value)
+    return kind, value
 
 
 def find(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardproof.cut.adopted import adopt
 from shardproof.cut.meet import broadcast, common, fitted
@@ -17,6 +16,7 @@ from shardproof.cut.others import computed, gathered, invariant
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 
+_TENSORS = (CutTensor, Tensor)
 _NAMES = [
     "abs",
     "truediv",
@@ -214,7 +214,9 @@ rule(*(f"{name}_" for name in _NAMES))(lambda *given: _in_place(*given))
 def pointwise(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An element-wise operation of tensors and numbers."""
     x = args[0] if args else None
-    if isinstance(x, CutTensor) and not any(isinstance(v, Tensor) for v in kwargs.values()):
+    if isinstance(x, CutTensor) and not (
+        kwargs and any(isinstance(each, Tensor) for each in kwargs.values())
+    ):
         # Most often: numbers, or tensors that are cut in the same way.
         spec = x.spec
         for other in args:
@@ -234,18 +236,20 @@ def _joins_as_it_is(x: Tensor, spec: Spec) -> bool:
     """Whether a whole tensor without a gradient broadcasts, along the cut dim too."""
     if x.requires_grad and torch.is_grad_enabled():
         return False
-    shape, lead = x.shape, len(spec.shape) - x.dim()
-    if lead < 0:
+    shape, whole = x.shape, spec.shape
+    dim = len(whole) - len(shape)
+    if dim < 0:
         return False
-    return all(
-        size == 1 or (size == spec.shape[dim] and dim != spec.dim)
-        for dim, size in enumerate(shape, lead)
-    )
+    for size in shape:
+        if size != 1 and (dim == spec.dim or size != whole[dim]):
+            return False
+        dim += 1
+    return True
 
 
 def _general(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    flat, tree = tree_flatten((args, kwargs), is_leaf=lambda each: isinstance(each, CutTensor))
-    places = [place for place, each in enumerate(flat) if isinstance(each, CutTensor | Tensor)]
+    flat = [*args, *kwargs.values()]
+    places = [place for place, each in enumerate(flat) if isinstance(each, _TENSORS)]
     if name in ("type_as", "to") and len(places) > 1:
         places = places[:1]
         flat = [
@@ -260,8 +264,8 @@ def _general(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     spec, who = met
     for place in places:
         flat[place] = fitted(flat[place], spec, who)
-    given, options = tree_unflatten(flat, tree)
-    y = invariant(spec.region, func, who)(*given, **options)
+    options = dict(zip(kwargs, flat[len(args) :], strict=True))
+    y = invariant(spec.region, func, who)(*flat[: len(args)], **options)
     if isinstance(y, Tensor):
         return cut_tensor(y, spec, who)
     return type(y)(cut_tensor(each, spec, who) for each in y)
@@ -270,17 +274,17 @@ def _general(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _in_place(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Written to the part; a whole tensor that is written to takes the whole."""
     x = args[0]
-    flat, tree = tree_flatten((args, kwargs), is_leaf=lambda each: isinstance(each, CutTensor))
+    flat = [*args, *kwargs.values()]
     if not isinstance(x, CutTensor) and not _adopted(x, flat):
         return gathered(func, name, args, kwargs)
     for place, each in enumerate(flat):
-        if isinstance(each, CutTensor | Tensor) and each is not x:
+        if isinstance(each, _TENSORS) and each is not x:
             if broadcast(each.shape, x.shape) != x.shape:
                 return gathered(func, name, args, kwargs)
             flat[place] = fitted(each, x.spec, x.who)
     flat = [each.local if each is x else each for each in flat]
-    given, options = tree_unflatten(flat, tree)
-    invariant(x.spec.region, func, x.who)(*given, **options)
+    options = dict(zip(kwargs, flat[len(args) :], strict=True))
+    invariant(x.spec.region, func, x.who)(*flat[: len(args)], **options)
     return x
 
 

@@ -304,6 +304,11 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return unseen(found, func, name, args, kwargs)
 
 
+def must_call_torch() -> bool:
+    """Whether operations of this thread are compared, or seen by a mode: none may be passed by."""
+    return is_checked() or bool(_num_modes())
+
+
 def unseen(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a function whose operations `Calls` (`cut/calls.py`) let through."""
     was, running.is_rule = running.is_rule, True

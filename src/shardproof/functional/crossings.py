@@ -21,7 +21,7 @@ from shardproof.functional.crossing_moves import gather, held_part, take
 from shardproof.functional.crossing_sums import expand, fold, mean_cut, spread, sum_cut
 from shardproof.functional.entering import Entering
 from shardproof.functional.place import Place
-from shardproof.functional.serving import serve
+from shardproof.functional.serving import serve, where_served
 
 __all__ = [
     "Entering",
@@ -45,4 +45,5 @@ __all__ = [
     "spread",
     "sum_cut",
     "take",
+    "where_served",
 ]

@@ -247,6 +247,19 @@ def _check(place: Place, target: Place, sources: Indices) -> None:
         )
 
 
+def where_served(place: Place, target: Place, source_index: Sources) -> tuple[int, ...]:
+    """For every target index that the rank holds, where in what it holds its source lies.
+
+    Args:
+        place: of the source.
+        target: of the target.
+        source_index: as in `serve`.
+    Raises:
+        ShapeError: the rank does not hold what its targets need.
+    """
+    return tuple(map(int, recipe_of(place, target, source_index).picked.indices))
+
+
 class _Serve(torch.autograd.Function):
     """A local selection forward; trees over the units that are served backward."""
 

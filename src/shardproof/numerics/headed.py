@@ -32,6 +32,7 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    serving: tuple[int, ...] | None = None,
 ) -> Tensor:
     """`softmax(q k^T * scale + mask) v`.
 
@@ -44,40 +45,63 @@ def attention(
         is_causal: the first query sees the first key, and so on.
         scale: of the scores; default E ** -0.5.
         enable_gqa: runs of H / G query heads share a key-value head.
+        serving: which key-value head each query head has, in any order; without gradients.
     Returns:
         (*, H, T, V). A query that may see no key gives zeros.
     Raises:
         ShapeError: the dims do not fit each other.
         UsageError: dropout, or a mask together with `is_causal`.
     """
+    _check(query, attn_mask, dropout_p, is_causal, serving)
+    q, k, v = query, key, value
+    if is_plain := q.dim() == k.dim() == v.dim() == 4 and q.shape[0] == k.shape[0] == v.shape[0]:
+        q, k, v = _same_heads(q, k, v, serving)
+    else:
+        q, k, v = (x[(None,) * (4 - x.dim())] for x in (q, k, v))
+        q, k, v = _same_heads(*_same_lead(q, k, v), serving)
+    lead, heads = q.shape[:-3], q.shape[-3]
+    queries, keys = q.shape[-2], k.shape[-2]
+    if is_causal and queries != keys:
+        attn_mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril()
+    mask = attn_mask if attn_mask is None else _whole_mask(attn_mask, (*lead, heads, queries, keys))
+    if not is_plain:
+        q, k, v = (x.reshape(lead.numel(), *x.shape[-3:]) for x in (q, k, v))
+    manner = Manner(
+        _serving(heads, k.shape[1], enable_gqa) if serving is None else serving,
+        q.shape[3] ** -0.5 if scale is None else scale,
+        is_causal=is_causal and attn_mask is None,
+        product=_product,
+    )
+    if torch.is_grad_enabled():
+        if serving is not None:
+            raise UsageError(
+                "scaled_dot_product_attention: serving= has no gradients. Use no_grad."
+            )
+        y = _Attend.apply(q, k, v, mask, manner)
+    else:
+        y = attending.attend(q, k, v, mask, None, manner).out.to(q.dtype)
+    if is_plain:
+        return y
+    shape = (*lead, heads, queries, value.shape[-1])
+    return y.reshape(shape[len(shape) - max(x.dim() for x in (query, key, value)) :])
+
+
+def _check(
+    query: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, serving: object
+) -> None:
+    if serving is not None and torch.is_grad_enabled():
+        raise UsageError("attention: serving= has no gradients. Use torch.no_grad().")
     check_floating(query, "scaled_dot_product_attention")
     if dropout_p:
         raise UsageError(
             f"scaled_dot_product_attention: dropout_p={dropout_p} draws from the global generator, "
             "whose numbers change with the cut. Use dropout by position, or dropout_p=0."
         )
-    if is_causal and attn_mask is not None:
+    if is_causal and mask is not None:
         raise UsageError(
             "scaled_dot_product_attention: both attn_mask and is_causal are given. Give one mask "
             "that says both."
         )
-    q, k, v = (x[(None,) * (4 - x.dim())] for x in (query, key, value))
-    q, k, v = _same_lead(q, k, v)
-    lead, heads = q.shape[:-3], q.shape[-3]
-    queries, keys = q.shape[-2], k.shape[-2]
-    if is_causal and queries != keys:
-        attn_mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril()
-    mask = attn_mask if attn_mask is None else _whole_mask(attn_mask, (*lead, heads, queries, keys))
-    q, k, v = (x.reshape(lead.numel(), *x.shape[-3:]) for x in (q, k, v))
-    manner = Manner(
-        _serving(heads, k.shape[1], enable_gqa),
-        q.shape[3] ** -0.5 if scale is None else scale,
-        is_causal=is_causal and attn_mask is None,
-        product=_product,
-    )
-    y = _Attend.apply(q, k, v, mask, manner)
-    shape = (*lead, heads, queries, value.shape[-1])
-    return y.reshape(shape[len(shape) - max(x.dim() for x in (query, key, value)) :])
 
 
 class _Attend(torch.autograd.Function):
@@ -134,14 +158,23 @@ def _shared(parts: Tensor, like: Tensor) -> Tensor:
 
 
 def _same_lead(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading dims alike; heads too, unless they are shared."""
+    """Leading dims alike."""
     if not (q.shape[:-3] == k.shape[:-3] == v.shape[:-3]):
         lead = torch.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v)))
         q, k, v = (expand(x, (*lead, *x.shape[-3:])) for x in (q, k, v))
-    heads = q.shape[-3]
-    k, v = (
-        expand(x, (*x.shape[:-3], heads, *x.shape[-2:])) if x.shape[-3] == 1 else x for x in (k, v)
-    )
+    return q, k, v
+
+
+def _same_heads(
+    q: Tensor, k: Tensor, v: Tensor, serving: tuple[int, ...] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads alike, unless they are shared."""
+    if serving is None and 1 in (k.shape[-3], v.shape[-3]):
+        heads = q.shape[-3]
+        k, v = (
+            expand(x, (*x.shape[:-3], heads, *x.shape[-2:])) if x.shape[-3] == 1 else x
+            for x in (k, v)
+        )
     if k.shape[-3:-1] != v.shape[-3:-1] or q.shape[-1] != k.shape[-1]:
         raise ShapeError(
             f"scaled_dot_product_attention: query {tuple(q.shape)}, key {tuple(k.shape)} and value "

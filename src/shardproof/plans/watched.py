@@ -11,8 +11,9 @@ from shardproof.axis import Axis
 from shardproof.cut import rules
 from shardproof.cut.calls import Calling
 from shardproof.cut.deferred import Deferred
+from shardproof.cut.linear import product
 from shardproof.cut.spec import Region
-from shardproof.cut.tensor import CutTensor, cut_tensor, unseen
+from shardproof.cut.tensor import CutTensor, cut_tensor, must_call_torch, unseen
 from shardproof.errors import PlanError, UsageError
 from shardproof.functional.norms import whole_rms_norm
 from shardproof.functional.rms import RmsFormula
@@ -79,15 +80,11 @@ def as_watched(model: nn.Module, plan: Any, degree: int, inputs: Any, scheme: An
     """A watched plan at a degree, as `parallelize` was given it or by watching now.
 
     Raises:
-        UsageError: a plan and inputs, or two schemes.
+        UsageError: a watched plan and inputs, or two schemes.
         PlanError: the plan is of another degree, or of another model.
     """
     if plan is None:
         return plan_by_watching(model, inputs, degree=degree, scheme=checked_scheme(scheme))
-    if not isinstance(plan, WatchedPlan):
-        raise UsageError(
-            "a plan and inputs are given: with inputs the plan is found by watching. Give one."
-        )
     if inputs is not None or scheme not in (DEFAULT_SCHEME, plan.scheme):
         what = "inputs are" if inputs is not None else "another scheme is"
         raise UsageError(f"the plan was made by watching, and {what} given. Give the plan alone.")
@@ -174,25 +171,43 @@ def cut_by(model: nn.Module, plan: WatchedPlan, axis: Axis) -> Region:
         known[own] = region.spec(plan.shapes[name], dim, along), registry.record_of(module).name
     cut = {module for module, _, _ in kept}
     for module in modules.values():
-        if module not in cut:
-            _put_norm(module)
+        if "forward" not in vars(module):
+            _put_linear(module) if module in cut else _put_norm(module)
     calls, draws = plan.rehearsal.calls, plan.rehearsal.draws
     for name in sorted(calls | draws | _inside(modules, calls)):
         Calling(region, name, calls=name in calls, draws=name in draws).hook(modules[name])
     return region
 
 
+def _put_linear(module: nn.Module) -> None:
+    """Let an `nn.Linear` whose weight is cut multiply directly, without `__torch_function__`."""
+    if getattr(module, "whole_class", None) is nn.Linear and "weight" in module.__dict__[_KNOWN]:
+        module.forward = partial(_linear, module)
+
+
+def _linear(module: nn.Module, input: Any) -> Any:
+    if must_call_torch() or module._parameters.get("weight") is None:
+        return type(module).forward(module, input)
+    weight, bias = (_as_operand(module, name) for name in ("weight", "bias"))
+    return product(input, weight, bias, is_transposed=False)
+
+
+def _as_operand(module: nn.Module, name: str) -> Any:
+    parameter, cut = module._parameters[name], module.__dict__[_KNOWN].get(name)
+    return parameter if cut is None or parameter is None else CutTensor(parameter, *cut)
+
+
 def _put_norm(module: nn.Module) -> None:
     """Let a module that computes an RMSNorm compute it in one step, on what is whole."""
-    formula = None if "forward" in vars(module) else find_formula(module)
+    formula = find_formula(module)
     if formula is not None:
         module.forward = partial(_normed, module, formula)
 
 
-def _normed(module: nn.Module, formula: RmsFormula, x: Any) -> Any:
-    if isinstance(x, CutTensor | Deferred):
-        return type(module).forward(module, x)
-    return unseen(whole_rms_norm, x, module.weight, formula)
+def _normed(module: nn.Module, formula: RmsFormula, *args: Any, **kwargs: Any) -> Any:
+    if len(args) != 1 or kwargs or isinstance(args[0], CutTensor | Deferred):
+        return type(module).forward(module, *args, **kwargs)
+    return unseen(whole_rms_norm, args[0], module.weight, formula)
 
 
 def _inside(modules: Mapping[str, nn.Module], calls: frozenset[str]) -> set[str]:
