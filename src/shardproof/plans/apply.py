@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shardproof.axis import Axis, checked_axis
+from shardproof.cut.spec import Region
 from shardproof.errors import PlanError, ShardproofError
 from shardproof.hf.attention import take_over
 from shardproof.hf.cache import guard_cache
@@ -22,13 +23,14 @@ from shardproof.layers import registry
 from shardproof.layers.base import ShardedModule, check_state
 from shardproof.numerics import mode
 from shardproof.objects import checked_model
+from shardproof.plans.between import compute_by_forms
 from shardproof.plans.by_example import plan_by_example
 from shardproof.plans.compiled import make_compilable
 from shardproof.plans.cut import Cutter
 from shardproof.plans.given import read_plan
 from shardproof.plans.hf_plan import entries_of
 from shardproof.plans.model_plan import ModelPlan
-from shardproof.plans.planning import as_error, attempt
+from shardproof.plans.planning import as_error, attempt, compare_with_forward
 from shardproof.plans.strangers import is_lazy
 from shardproof.plans.style import Attention, Plan, Style
 from shardproof.plans.twins import irreplaceable, replaced_by, twins_of
@@ -53,8 +55,8 @@ def parallelize(
     """Cut a model in place: this rank keeps its shard of each module that the plan names.
 
     What is cut becomes a layer of ours. With invariant numerics, norms and activations whose bits
-    change with the cut or with threads become ours too; calls such as `F.silu` inside a forward
-    cannot be seen, the prover names them. Dropout becomes dropout by position.
+    change with the cut or with threads become ours too. Dropout becomes dropout by position.
+    Give a plan of your own and `inputs`, and the plan is compared with one forward.
 
     A model of Hugging Face transformers keeps its own forward. `model(...).logits` are whole: at
     once without `labels`, and on their first use (`hf.CutLogits`) where a loss is computed.
@@ -66,8 +68,7 @@ def parallelize(
             `tp_plan` that a model of transformers carries, and where that does not serve, found
             by watching a forward, as for `sp.plan`; with `inputs`, found by watching.
         axis: the ranks.
-        inputs: an example of what forward takes, as for `plan`: one forward is watched, and any
-            model is cut by what it showed.
+        inputs: an example of what forward takes, as for `plan`: one forward is watched.
         scheme: leaves, numerics, seed; a `Plan` has its own.
 
     Returns:
@@ -81,7 +82,7 @@ def parallelize(
         UsageError: `plan` has a scheme, and another one is given.
     """
     axis = checked_axis(axis)
-    if inputs is not None or isinstance(plan, WatchedPlan):
+    if (inputs is not None and plan is None) or isinstance(plan, WatchedPlan):
         return _cut_as_watched(model, plan, axis, inputs, scheme)
     given, asked = _agree(model, plan, scheme, axis)
     found = attempt(model, given, degree=axis.size, scheme=scheme)
@@ -96,7 +97,10 @@ def parallelize(
         problems += _unattended(made)
     if problems:
         raise PlanError(as_error(model, problems))
+    compared = None if inputs is None else compare_with_forward(model, made, inputs)
     _change(model, made, twins, axis)
+    if compared is not None:
+        compute_by_forms(model, compared, Region(axis, made.scheme))
     model.register_load_state_dict_pre_hook(check_state)
     make_compilable(model, is_invariant=made.scheme.is_invariant)
     return model

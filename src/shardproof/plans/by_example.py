@@ -58,6 +58,15 @@ def plan_by_example(
     return replace(made, notes=(*made.notes, note))
 
 
+def watch_example(model: nn.Module) -> Watched:
+    """One forward of a model of transformers, with inputs that its config gives.
+
+    Raises:
+        PlanError: no example that the config gives is one with which the forward runs.
+    """
+    return _first_that_runs(model, examples(model, batch=BATCH, length=LENGTH), "")[1]
+
+
 def _first_sentence(why: str) -> str:
     """Of an error that may list several problems, each in a line: the first, and how many more."""
     start, *problems = why.split("\n- ")

@@ -5,7 +5,7 @@ Its strings are the exchange format; what they say is turned into styles of ours
 transformers itself is not imported: everything is read from the model.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,7 +15,6 @@ from shardproof.plans.attention import recognise
 from shardproof.plans.fit import scale_of
 from shardproof.plans.match import find
 from shardproof.plans.style import ColumnParallel, RowParallel, SharedInput, Style, VocabParallel
-from shardproof.plans.suggestion import Entries, no_plan
 from shardproof.plans.text import listed
 from shardproof.wording import shown
 
@@ -70,12 +69,8 @@ def _tp_plan(holder: object, name: str, where: str) -> dict[str, str]:
     return dict(found)
 
 
-def read_tp_plan(model: nn.Module, fits: Callable[[Entries], bool]) -> Reading:
+def read_tp_plan(model: nn.Module) -> Reading:
     """The plan that a model carries, as styles.
-
-    Args:
-        model: any.
-        fits: whether entries that it might be given are a plan that can be served.
 
     Raises:
         PlanError: it carries none.
@@ -85,8 +80,11 @@ def read_tp_plan(model: nn.Module, fits: Callable[[Entries], bool]) -> Reading:
     head = _name_of(model, "get_output_embeddings")
     if not set(entries) - {embedding, head}:
         only = f" but for {', '.join(entries)}" if entries else ""
-        start = f"{type(model).__name__} carries no tp_plan{only}, and no plan is given."
-        raise PlanError(no_plan(model, start, fits))
+        raise PlanError(
+            f"{type(model).__name__} carries no tp_plan{only}, and no plan is given. Give an "
+            "example of what forward takes (inputs=): what can be cut is found by watching one "
+            "forward. Or write a plan: docs/plans.md says how."
+        )
     found = find(entries, model)
     styles, notes = found.styles, list[str]()
     attentions = recognise(styles, model)

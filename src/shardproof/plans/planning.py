@@ -1,19 +1,21 @@
 """`plan`: everything about a cut model that is known before anything runs."""
 
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, overload
 
 from torch import Tensor, nn
 
-from shardproof.errors import PlanError, UsageError
+from shardproof.errors import PlanError
 from shardproof.hf.attention import implementation_problems
 from shardproof.hf.models import is_transformers
 from shardproof.leaves import check_degree, checked_degree
 from shardproof.objects import checked_model
+from shardproof.plans.against_forward import WAY_OUT, Comparison, compare
 from shardproof.plans.attend import Manner, manner_of
 from shardproof.plans.attention import recognise
-from shardproof.plans.by_example import has_example, plan_by_example
+from shardproof.plans.by_example import has_example, plan_by_example, watch_example
 from shardproof.plans.fit import link_ties, misfits
 from shardproof.plans.functional_dropout import functional_dropout
 from shardproof.plans.given import read_plan
@@ -30,11 +32,11 @@ from shardproof.plans.module_plan import ModulePlan
 from shardproof.plans.parts import Parts
 from shardproof.plans.strangers import lazy
 from shardproof.plans.style import Attention, Plan, SharedInput, Style
-from shardproof.plans.suggestion import Entries
 from shardproof.plans.text import listed, pattern
-from shardproof.plans.watched import plan_by_watching
+from shardproof.plans.watched import as_call, plan_by_watching
 from shardproof.plans.watched_plan import WatchedPlan
 from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme
+from shardproof.watching import choose, families, watch
 
 MOST_SAID = 20  # problems of one plan that a message lists
 
@@ -55,12 +57,23 @@ def plan(
 @overload
 def plan(
     model: nn.Module,
-    plan: Plan | Mapping[str, Style | str] | None = None,
+    plan: None = None,
     *,
     degree: int,
     inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],
     scheme: Scheme = DEFAULT_SCHEME,
 ) -> WatchedPlan: ...
+
+
+@overload
+def plan(
+    model: nn.Module,
+    plan: Plan | Mapping[str, Style | str],
+    *,
+    degree: int,
+    inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],
+    scheme: Scheme = DEFAULT_SCHEME,
+) -> ModelPlan: ...
 
 
 def plan(
@@ -73,8 +86,9 @@ def plan(
 ) -> ModelPlan | WatchedPlan:
     """How a model will be cut, checked against it. Needs no ranks, and allocates next to nothing.
 
-    With `inputs`, one forward is watched: what can be cut apart is found, whatever the model's
-    code, and a step of the cut model is rehearsed on every rank (`docs/any-model.md`).
+    With `inputs` and no plan, one forward is watched: what can be cut apart is found, whatever the
+    model's code, and a step of the cut model is rehearsed on every rank (`docs/any-model.md`).
+    With a plan, it is compared with that forward (`docs/plans.md`).
 
     Args:
         model: any module; on the meta device, if you like.
@@ -93,19 +107,21 @@ def plan(
 
     Raises:
         PlanError: everything that is wrong with the plan, in one message; or the model carries
-            none, and what to write; or its own forward fails with the inputs.
+            none, and no inputs are given; or its own forward fails with the inputs.
         DegreeError: the degree is not positive, or exceeds the leaves.
         UsageError: `plan` has a scheme, and another one is given.
     """
-    if inputs is not None:
-        return _watched(model, plan, inputs, degree, scheme)
+    if inputs is not None and plan is None:
+        return _watched(model, inputs, degree, scheme)
     found = attempt(model, plan, degree=degree, scheme=scheme)
     if isinstance(found, str):
         return plan_by_example(model, degree=degree, scheme=scheme, why=found)
     made, problems = found
     if problems:
         raise PlanError(as_error(model, problems))
-    return made
+    if inputs is not None:
+        compare_with_forward(model, made, inputs)
+    return _compared(model, made) if plan is None and has_example(model) else made
 
 
 def attempt(
@@ -131,11 +147,49 @@ def attempt(
     return made, problems
 
 
-def _watched(model: Any, plan: Any, inputs: Any, degree: Any, scheme: Any) -> WatchedPlan:
-    if plan is not None:
-        raise UsageError(
-            "a plan and inputs are given: with inputs the plan is found by watching. Give one."
+def compare_with_forward(model: nn.Module, made: ModelPlan, inputs: Any) -> Comparison:
+    """Watch one forward of a model in training mode, and compare a plan by names with it.
+
+    Args:
+        model: not cut yet.
+        made: how it is to be cut.
+        inputs: what forward takes.
+
+    Raises:
+        PlanError: the plan would give other numbers; or the model's own forward fails with the
+            inputs.
+    """
+    found = compare(made, watch(model, *as_call(inputs), training=True), model)
+    if found.problems:
+        raise PlanError(f"{as_error(model, found.problems)}\n{WAY_OUT}")
+    return found
+
+
+def _compared(model: nn.Module, made: ModelPlan) -> ModelPlan:
+    """A plan that a model of transformers carries, with notes where one forward shows another."""
+    try:
+        watched = watch_example(model)
+    except PlanError as error:
+        return replace(made, notes=(*made.notes, f"it was compared with no forward: {error}"))
+    said = compare(made, watched, model).problems
+    notes = [f"one forward contradicts its tp_plan: {each}" for each in said]
+    cut = {f"{each.name}.{p.name}" for each in made.modules for p in each.parameters if p.is_cut}
+    choice = choose(families(watched), watched)
+    more = [
+        name
+        for family in choice.families
+        for name, _ in family.dims
+        if name not in cut and len(watched.shapes[name]) > 1
+    ]
+    if more:
+        notes.append(
+            f"{listed(more)}: whole by its tp_plan; one forward shows that a cut is possible. "
+            "With inputs= it is made."
         )
+    return replace(made, notes=(*made.notes, *notes))
+
+
+def _watched(model: Any, inputs: Any, degree: Any, scheme: Any) -> WatchedPlan:
     model, scheme = checked_model(model), checked_scheme(scheme)
     if problem := lazy(model):
         raise PlanError(problem)
@@ -160,10 +214,7 @@ def draft(
     check_degree(degree, scheme.leaves)
     source = "the tp_plan" if given is None else "the plan"
 
-    def serves(entries: Entries) -> bool:
-        return not draft(model, entries, degree=degree, scheme=scheme)[1]
-
-    reading = read_tp_plan(model, serves) if given is None else _explicit(given.styles, model)
+    reading = read_tp_plan(model) if given is None else _explicit(given.styles, model)
     wrong = misfits(reading.styles, model)
     problems = reading.problems + [problem for several in wrong.values() for problem in several]
     # What is said to be wrong of a module is enough; the rest is looked at as it will be.
@@ -195,7 +246,7 @@ def draft(
     return made, problems
 
 
-def as_error(model: nn.Module, problems: list[str]) -> str:
+def as_error(model: nn.Module, problems: Sequence[str]) -> str:
     """All problems in one message; what is wrong in many layers alike is said once."""
     kinds: dict[str, list[str]] = {}
     for problem in problems:

@@ -11,6 +11,7 @@ from shardproof.watching.forward import Watched
 ORDER = ("pair", "pair with sums", "vocabulary", "gathered")
 SMALL = 0.02  # of all weights: less than that is not worth an extra collective
 ALONE = ("vocabulary", "gathered")  # one matrix, with a collective of its own
+LOCAL = ("spread", "compute", "draw")  # of events: nothing is sent for them forward
 ENOUGH = 0.9  # of the weights of matrices: where fewer are cut, some are cut alone
 
 
@@ -106,7 +107,7 @@ def _worth(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> tuple[float
         {
             (event.op, event.module, event.parameter)
             for event in family.events
-            if event.what != "output"
+            if event.what not in ("output", *LOCAL)
         }
     )
     matrices = len({name for name, _ in family.dims if len(shapes[name]) > 1})
@@ -160,15 +161,8 @@ class _Why:
         family = self.found[number]
         if number in self.chosen:
             return f"every unit of {family.name!r} needs all of it"
-        event = _blocking(family, name)
-        if event is not None:
-            return (
-                f"{_told(event)} {'adds up over it' if event.what == 'sum' else 'needs it whole'}"
-            )
-        if family.units.count < 2:
-            return "all of it belongs to one unit"
-        if family.units.breaks == (0,):
-            return "a view in the forward mixes its units"
+        if why := obstacle(family, name):
+            return why
         if not family.has_matrix:
             return "no operation joins it with a matrix that could be cut"
         rivals = family.crosses & self.chosen
@@ -182,8 +176,24 @@ class _Why:
         return "a cut of it alone would need an all-reduce of its own"
 
 
+def obstacle(family: Family, name: str) -> str:
+    """Why no dim of a family can be cut; empty if it can.
+
+    Args:
+        family: that the dim is of.
+        name: the parameter; an operation in its own module is told before others.
+    """
+    event = _blocking(family, name)
+    if event is not None:
+        return f"{_told(event)} {'adds up over it' if event.what == 'sum' else 'needs it whole'}"
+    if family.units.count < 2:
+        return "all of it belongs to one unit"
+    if family.units.breaks == (0,):
+        return "a view in the forward mixes its units"
+    return ""
+
+
 def _blocking(family: Family, name: str) -> Event | None:
-    """The operation that needs a dim whole; of several one in the parameter's own module."""
     events = [event for event in family.events if event.what in ("gather", "sum", "weight")]
     own = [event for event in events if event.module == name.rpartition(".")[0]]
     return next(iter([*own, *events]), None)

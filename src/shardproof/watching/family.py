@@ -18,7 +18,8 @@ class Event:
     """An operation inside a family that needs something sent.
 
     Attributes:
-        what: "reduce", "sum", "gather", "weight", "lookup" or "output", as in `record.Seen`.
+        what: "reduce", "sum", "gather", "weight", "lookup", "output", "spread", "compute" or
+            "draw", as in `record.Seen`.
         op: the operation.
         module: name of the module that ran it.
         parameter: the parameter that it used along the cut dim, if it did.

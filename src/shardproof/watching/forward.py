@@ -50,7 +50,11 @@ class Watched:
 
 
 def watch(
-    model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    training: bool = False,
 ) -> Watched:
     """Run one forward in which every index of every parameter carries a label.
 
@@ -59,31 +63,34 @@ def watch(
     are small and random there. The model is left exactly as it was.
 
     Args:
-        model: on any device; in evaluation mode while it is watched.
+        model: on any device.
         args: an example of what forward takes, in order.
         kwargs: and by name.
+        training: whether it is in training mode while it is watched.
     Raises:
         PlanError: the model's own forward fails with these inputs, or an operation of it cannot
             be followed.
     """
     with _one_at_a_time:
-        return _seen(model, (tuple(args), dict(kwargs or {})))
+        return _seen(model, (tuple(args), dict(kwargs or {})), training)
 
 
-def _seen(model: nn.Module, given: Any) -> Watched:
+def _seen(model: nn.Module, given: Any, training: bool) -> Watched:
     start = time.perf_counter()
     failed: list[Exception] = []
     for leaves_last in (False, True):  # the last of a mask may stand for "none" (no expert)
         try:
-            return _watched(model, given, start=start, leaves_last=leaves_last)
+            return _watched(model, given, start=start, leaves_last=leaves_last, training=training)
         except ShardproofError:
             raise
         except Exception as error:  # whatever a model's code raises where it looks at data
             failed.append(error)
-    return _watched_on_cpu(model, given, failed[0], start)
+    return _watched_on_cpu(model, given, failed[0], start, training)
 
 
-def _watched_on_cpu(model: nn.Module, given: Any, first: Exception, start: float) -> Watched:
+def _watched_on_cpu(
+    model: nn.Module, given: Any, first: Exception, start: float, training: bool
+) -> Watched:
     """On a copy with numbers, for a forward that cannot run on the meta device."""
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > MOST_COPIED:
@@ -93,7 +100,9 @@ def _watched_on_cpu(model: nn.Module, given: Any, first: Exception, start: float
             "on the CPU, or a smaller model of the same kind."
         ) from first
     try:
-        return _watched(_small_copy(model), given, why_cpu=error_words(first), start=start)
+        return _watched(
+            _small_copy(model), given, why_cpu=error_words(first), start=start, training=training
+        )
     except Exception as error:  # the same
         raise PlanError(_why_it_failed(model, given, error)) from error
 
@@ -150,7 +159,13 @@ def _material(each: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _watched(
-    model: nn.Module, given: Any, *, start: float, why_cpu: str = "", leaves_last: bool = False
+    model: nn.Module,
+    given: Any,
+    *,
+    start: float,
+    why_cpu: str = "",
+    leaves_last: bool = False,
+    training: bool = False,
 ) -> Watched:
     on_meta = not why_cpu
     record = Record()
@@ -173,7 +188,7 @@ def _watched(
     with _left_as_it_was(model), ExitStack() as stack:
         for name, module in model.named_modules():
             _tell_where(name, module, record)
-        model.eval()
+        model.train(training)
         for name, buffer in model.named_buffers(remove_duplicate=False):
             marked[name] = mode.adopt(buffer)
         args, kwargs = tree_map(mode.take, given)
@@ -203,7 +218,7 @@ def _mark(
     if not parameter.numel():
         return Labelled(inside, parameter=name)
     made = Labelled(inside, tuple(factors), parameter=name)
-    made.sources = tuple(sources)
+    made.sources, made.wants_grad = tuple(sources), parameter.requires_grad
     return made
 
 

@@ -12,7 +12,15 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from shardproof.watching import contractions, lookups, norms
 from shardproof.watching.atoms import Labels, distinct
 from shardproof.watching.factors import Factors, compress, varying
-from shardproof.watching.kinds import is_random, is_view, kind_of, name_of, written
+from shardproof.watching.kinds import (
+    ARITHMETIC,
+    draws,
+    is_random,
+    is_view,
+    kind_of,
+    name_of,
+    written,
+)
 from shardproof.watching.labelled import Labelled, insides
 from shardproof.watching.moving import expanded, move
 from shardproof.watching.record import Record
@@ -83,7 +91,7 @@ class Watching(TorchDispatchMode):
         """What the forward is given, as labelled tensors."""
         made = self.adopt(each)
         if isinstance(made, Labelled) and made is not each:
-            made.is_data = True
+            made.is_data, made.wants_grad = True, each.requires_grad
         return made
 
     def plain(self, each: Tensor) -> Labelled:
@@ -180,7 +188,12 @@ class Watching(TorchDispatchMode):
     def _label(self, func: Any, name: str, args: Any, kwargs: Any, out: Any, values: Any) -> Any:
         """The result with its labels."""
         flat = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Labelled)]
-        self.record.used.update(each.parameter for each in flat if each.parameter)
+        is_drawn = draws(func, args, kwargs)
+        if is_drawn:
+            self.record.draws.add(self.record.module)
+        for each in flat:
+            if each.parameter:
+                self.record.used.setdefault(each.parameter, set()).add(self.record.module)
         outs, spec = tree_flatten(out)
         tensors = [each for each in outs if isinstance(each, Tensor)]
         factors: list[Factors] = [() for _ in tensors]
@@ -191,6 +204,8 @@ class Watching(TorchDispatchMode):
             target = args[places[0]] if places[0] < len(args) else kwargs.get("out")
             if isinstance(target, Labelled):
                 target.is_data = any(each.is_data for each in flat)
+                target.is_drawn = is_drawn or all(each.is_drawn for each in flat)
+                target.wants_grad = any(each.wants_grad for each in flat)
                 if target.sources:
                     target.sources = self._sources(func, target, factors[0])
                 self._write(target, factors[0] if factors else ())
@@ -214,7 +229,49 @@ class Watching(TorchDispatchMode):
             see_all((args, kwargs), f"{name} (no rule)", self.record)
             return [() for _ in outs]
         factors = rule(func, args, kwargs, outs, self.record)
+        parameters = [each for each in flat if each.parameter and not each.is_data]
+        for each in flat:
+            if each.wants_grad:
+                self._see_spread(name, each, factors)
+        if kind == "pointwise":
+            self._see_constants(name, flat, outs[0], factors)
+        if not parameters and (name not in ARITHMETIC or any(each.is_drawn for each in flat)):
+            is_drawn = draws(func, args, kwargs) or any(each.is_drawn for each in flat)
+            what = "draw" if is_drawn else "compute"
+            for factor in {id(each): each for out in factors for each in out}.values():
+                self.record.see(what, name, factor)
         return [*factors, *(() for _ in outs[len(factors) :])]
+
+    def _see_constants(
+        self, name: str, flat: list[Labelled], out: Tensor, factors: list[Factors]
+    ) -> None:
+        """Note an operand without labels whose elements differ along a dim with labels."""
+        plain = [each for each in flat if not each.factors and each.dim()]
+        for factor in factors[0] if plain else ():
+            for dim in varying(factor):
+                own = dim - out.dim()
+                if any(self._differs(each, own) for each in plain):
+                    self.record.see_constant(name, np.moveaxis(factor, dim, -1))
+
+    def _differs(self, each: Labelled, dim: int) -> bool:
+        """Whether elements along a dim differ, as far as that is known."""
+        if each.dim() < -dim or each.shape[dim] == 1:
+            return False
+        value = self.value(each) if self.on_meta else each.inside
+        return value is not None and not torch.equal(
+            value, value.narrow(dim, 0, 1).expand_as(value)
+        )
+
+    def _see_spread(self, name: str, operand: Labelled, factors: list[Factors]) -> None:
+        """Note what wants a gradient and takes part in labels that it does not have."""
+        roots = self.record.atoms.roots
+        own = [roots(factor).ravel() for factor in operand.factors]
+        mine = np.concatenate([np.zeros(1, dtype=np.int64), *own])
+        if own and any(np.isin(roots(pairs[:, 1]), mine[1:]).any() for pairs in self.record.needs):
+            return  # a shared unit, such as a key-value head
+        for factor in {id(each): each for out in factors for each in out}.values():
+            if not np.isin(roots(factor), mine).any():
+                self.record.see("spread", name, factor, operand.parameter)
 
     def _wrap(self, func: Any, args: Any, kwargs: Any, outs: list[Any], what: Any) -> list[Any]:
         """Outputs as labelled tensors."""
@@ -239,6 +296,15 @@ class Watching(TorchDispatchMode):
             if is_view(func) and isinstance(args[0], Labelled):
                 which = place if len(outs) > 1 else None
                 result.made_by = (args[0], func, args[1:], kwargs, which)
+            result.is_drawn = draws(func, args, kwargs) or (
+                bool(flat) and all(each.is_drawn for each in flat)
+            )
+            result.wants_grad = (
+                each.is_floating_point()
+                and name_of(func) != "detach"
+                and kind_of(func) != "new"
+                and any(one.wants_grad for one in flat)
+            )
             made.append(result)
             number += 1
         return made
