@@ -59,8 +59,7 @@ def attention(
     else:
         q, k, v = (x[(None,) * (4 - x.dim())] for x in (q, k, v))
         q, k, v = _same_heads(*_same_lead(q, k, v), serving)
-    lead, heads = q.shape[:-3], q.shape[-3]
-    queries, keys = q.shape[-2], k.shape[-2]
+    lead, (heads, queries), keys = q.shape[:-3], q.shape[-3:-1], k.shape[-2]
     if is_causal and queries != keys:
         attn_mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril()
     mask = attn_mask if attn_mask is None else _whole_mask(attn_mask, (*lead, heads, queries, keys))

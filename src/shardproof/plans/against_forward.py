@@ -78,7 +78,7 @@ def compare(made: ModelPlan, watched: Watched, model: nn.Module) -> Comparison:
         keys = [key for key in (*family.dims, *family.whole) if key in entries]
         if any(entries[key].passes_parts for key in keys):
             problems |= dict.fromkeys(_problems(family, keys, entries, exempt, watched))
-            calls |= {e.module for e in family.events if e.what == "compute" and _has_form(e.op)}
+            calls |= {e.module for e in family.local if e.what == "compute" and _has_form(e.op)}
     calls -= exempt
     problems |= dict.fromkeys(_used_elsewhere(entries, watched))
     problems |= dict.fromkeys(_constants(entries, watched))
@@ -149,7 +149,7 @@ def _problems(
 ) -> Iterator[str]:
     first = next(key for key in keys if entries[key].passes_parts)
     what = f"the features that {entries[first].module.name!r} cuts"
-    for event in family.events:
+    for event in (*family.events, *family.local):
         if event.module not in exempt and (told := _sentence_about(event, what, family)):
             yield told
     is_blocked = any(event.what in _NEEDS_WHOLE for event in family.events)

@@ -11,7 +11,6 @@ from shardproof.watching.forward import Watched
 ORDER = ("pair", "pair with sums", "vocabulary", "gathered")
 SMALL = 0.02  # of all weights: less than that is not worth an extra collective
 ALONE = ("vocabulary", "gathered")  # one matrix, with a collective of its own
-LOCAL = ("spread", "compute", "draw")  # of events: nothing is sent for them forward
 ENOUGH = 0.9  # of the weights of matrices: where fewer are cut, some are cut alone
 
 
@@ -107,7 +106,7 @@ def _worth(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> tuple[float
         {
             (event.op, event.module, event.parameter)
             for event in family.events
-            if event.what not in ("output", *LOCAL)
+            if event.what != "output"
         }
     )
     matrices = len({name for name, _ in family.dims if len(shapes[name]) > 1})

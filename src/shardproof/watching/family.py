@@ -12,10 +12,12 @@ from shardproof.watching.forward import Key, Watched
 from shardproof.watching.needs import Needs, coarsen, settle_needs
 from shardproof.watching.record import Seen
 
+LOCAL = ("spread", "compute", "draw")  # of events: nothing is sent forward
+
 
 @dataclass(frozen=True)
 class Event:
-    """An operation inside a family that needs something sent.
+    """An operation inside a family that needs something sent, or that a plain cut would change.
 
     Attributes:
         what: "reduce", "sum", "gather", "weight", "lookup", "output", "spread", "compute" or
@@ -49,6 +51,7 @@ class Family:
         events: operations that need something sent if it is cut.
         crosses: numbers of families that some activation has along another dim.
         has_matrix: whether a parameter of it has more than one dim.
+        local: operations for which nothing is sent forward: "spread", "compute" and "draw".
     """
 
     name: str
@@ -59,6 +62,7 @@ class Family:
     events: tuple[Event, ...]
     crosses: frozenset[int] = frozenset()
     has_matrix: bool = True
+    local: tuple[Event, ...] = ()
 
 
 def families(watched: Watched) -> tuple[Family, ...]:
@@ -215,9 +219,10 @@ class _Finder:
             dims,
             tuple(whole),
             "",
-            tuple(told),
+            tuple(event for event in told if event.what not in LOCAL),
             frozenset(crosses) - {number},
             any(len(shapes[parameter]) > 1 for parameter, _ in keys),
+            tuple(event for event in told if event.what in LOCAL),
         )
         return replace(made, kind=kind_of_family(made, shapes, self.record.used))
 
