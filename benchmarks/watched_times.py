@@ -2,76 +2,64 @@
 
     python benchmarks/watched_times.py --degree 2
 
-Both models are in the same processes and take turns, and their losses and logits must have the same
-bits. A ratio is of the medians of one round on the slowest rank; the table has the median over all
-rounds. Above 1 the watched model is slower.
+Both models are in the same processes and take turns, and their losses and tokens must be the same
+bit by bit. A ratio is of the medians of one round on the slowest rank; the table has the median
+over all rounds. Above 1 the watched model is slower.
 """
 
 import argparse
-import copy
 import time
-from collections.abc import Callable
 from statistics import median, quantiles
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import nn
 
 import shardproof as sp
-from shardproof.bench.works.llama import BATCH, NEW_TOKENS, PROMPT, RATE, SEED, TOKENS, Size, build
+from shardproof.bench.systems.ours import Ours
+from shardproof.bench.works.llama import NEW_TOKENS, LlamaGenerate, LlamaStep, Size
 
-STEPS = {"llama-step": 4, "llama-generate": 2}  # of one round
-
-
-def stepper(model: Any, tokens: Tensor) -> Callable[[], Tensor]:
-    """Forward with labels, backward and SGD; gives the loss."""
-    sgd = torch.optim.SGD(model.parameters(), lr=RATE)
-
-    def step() -> Tensor:
-        sgd.zero_grad()
-        loss: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
-        sgd.step()
-        return loss.detach()
-
-    return step
+STEPS = {"llama-generate": 2, "llama-step": 4}  # of one round
 
 
-def generator(model: Any, tokens: Tensor) -> Callable[[], Tensor]:
-    """Greedy generation; gives the tokens."""
-    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
-    prompt = tokens[:1, :PROMPT]
-    mask = torch.ones_like(prompt)
-    return lambda: model.generate(prompt, attention_mask=mask, pad_token_id=0, **options)
+class Watched(Ours):
+    """Cuts a model of transformers by watching a forward, also where its plan would serve."""
+
+    def cut_transformer(self, model: nn.Module, *, training: bool) -> nn.Module:
+        """`parallelize` with an example."""
+        ids = torch.zeros(2, 16, dtype=torch.int64)
+        inputs = {"input_ids": ids, "labels": ids}
+        return sp.parallelize(model, None, self.axis, inputs=inputs).train(training)
+
+
+def trial(work: str, party: Ours, size: Size) -> Any:
+    """The work of the bench with this name."""
+    if work == "llama-step":
+        return LlamaStep(party, size)
+    return LlamaGenerate(party, size, NEW_TOKENS)
 
 
 def timed(axis: sp.Axis, hidden: int, rounds: int) -> dict[str, list[list[float]]]:
     """Seconds of a step of each model, by work and round."""
-    drawn = torch.Generator().manual_seed(SEED)
     size = Size(hidden=hidden, intermediate=hidden * 11 // 4)
-    whole = build(size, drawn)
-    tokens = torch.randint(size.vocabulary, (BATCH, TOKENS), generator=drawn)
-    watched = copy.deepcopy(whole)
-    sp.parallelize(watched, None, axis, inputs={"input_ids": tokens, "labels": tokens})
-    named = sp.parallelize(whole, None, axis)
     found: dict[str, list[list[float]]] = {}
-    for work, make in (("llama-generate", generator), ("llama-step", stepper)):
-        both = [make(named, tokens), make(watched, tokens)]
+    for work, steps in STEPS.items():
+        both = [trial(work, kind(axis, "invariant"), size) for kind in (Ours, Watched)]
         for _ in range(3):
-            first, second = (each() for each in both)
+            first, second = (each.step() for each in both)
             assert torch.equal(first, second), (work, first, second)
         found[work] = []
         for number in range(rounds):
             seconds = [0.0, 0.0]
             for place in (0, 1) if number % 2 else (1, 0):
-                steps = []
-                for _ in range(STEPS[work]):
+                taken = []
+                for _ in range(steps):
                     began = time.perf_counter()
-                    both[place]()
-                    steps.append(time.perf_counter() - began)
-                seconds[place] = median(steps)
+                    both[place].step()
+                    taken.append(time.perf_counter() - began)
+                seconds[place] = median(taken)
             found[work].append(seconds)
     return found
 
@@ -83,7 +71,6 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=Size().hidden)
     parser.add_argument("--rounds", type=int, default=10)
     given = parser.parse_args()
-    torch.set_num_threads(1)
     ranks = sp.launch(
         lambda axis: timed(axis, given.hidden, given.rounds),
         degree=given.degree,

@@ -109,13 +109,13 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Between(
             lambda self, x: x * self.gate(X.to(x.dtype)).sigmoid(), gate=nn.Linear(12, 1)
         ),
-        "uses an activation without them for each of the features that 'up' cuts",
+        "uses an activation that is not cut for each of the features that 'up' cuts",
     ),
     "attention over tokens": (
         lambda: Between(
             lambda self, x: self.q(X.to(x.dtype)) @ X.mT.to(x.dtype) @ x, q=nn.Linear(12, 12)
         ),
-        "uses an activation without them for each of",
+        "uses an activation that is not cut for each of",
     ),
     "hidden numbers added": (
         lambda: Between(lambda self, x: x, lambda y, hidden: y + hidden.sum()),

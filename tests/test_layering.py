@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("watching.record",),
     ("watching.factors",),
     ("watching.labelled", "watching.needs"),
-    ("watching.boundaries", "watching.moving", "watching.rules"),
+    ("watching.boundaries", "watching.moving", "watching.parts", "watching.rules"),
     ("watching.contractions", "watching.lookups", "watching.norms"),
     ("watching.running",),
     ("watching.forward",),

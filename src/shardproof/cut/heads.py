@@ -71,6 +71,13 @@ def _of_heads(x: Any, spec: Spec, who: str) -> Tensor:
     return fitted(x, spec.region.spec(shape, spec.dim, spec.cut), who)
 
 
+def _mask_of_heads(mask: Any, spec: Spec, keys: int, who: str) -> Tensor | None:
+    """A mask for the heads that this rank holds, of queries that are cut as `spec` says."""
+    if mask is None:
+        return None
+    return fitted(mask, spec.region.spec((*spec.shape[:-1], keys), spec.dim, spec.cut), who)
+
+
 def _is_read_in_place(q: CutTensor, k: Any, v: Any) -> bool:
     """Whether key-value heads that several query heads share need no copy for each of them."""
     if torch.is_grad_enabled() or not q.spec.region.scheme.is_invariant:
@@ -90,10 +97,7 @@ def _read_in_place(q: CutTensor, k: CutTensor, v: CutTensor, options: dict[str, 
     """Attention without a gradient: each query head reads its key-value head where it lies."""
     spec, who = q.spec, q.who
     serving = where_served(k, spec.cut, q.shape[-3] // k.shape[-3])
-    mask = options.pop("attn_mask", None)
-    if mask is not None:
-        full = torch.Size((*spec.shape[:-1], k.shape[-2]))
-        mask = fitted(mask, spec.region.spec(full, spec.dim, spec.cut), who)
+    mask = _mask_of_heads(options.pop("attn_mask", None), spec, k.shape[-2], who)
     y = headed.attention(q.local, k.local, v.local, mask, serving=serving, **options)
     return cut_tensor(y, spec.of_part(y.shape), who)
 
@@ -128,9 +132,6 @@ def attention(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
         q = q.expand(*lead, *q.shape[-3:])
     spec, who = q.spec, q.who
     k, v = (_of_heads(each, spec, who) for each in (k, v))
-    mask = options.pop("attn_mask", None)
-    if mask is not None:
-        full = torch.Size((*spec.shape[:-1], k.shape[-2]))
-        mask = fitted(mask, spec.region.spec(full, spec.dim, spec.cut), who)
+    mask = _mask_of_heads(options.pop("attn_mask", None), spec, k.shape[-2], who)
     y = invariant(spec.region, func, who)(q.local, k, v, attn_mask=mask, **options)
     return cut_tensor(y, spec.region.spec((*spec.shape[:-1], v.shape[-1]), spec.dim, spec.cut), who)

@@ -181,11 +181,14 @@ def _key(value: Any) -> Any:
         return value
     if kind is slice:
         return slice, _key(value.start), _key(value.stop), _key(value.step)
-    if isinstance(value, tuple | list):
+    if isinstance(value, _SEQUENCES):
         return list if isinstance(value, list) else tuple, *map(_key, value)
     if isinstance(value, Tensor):
         raise _Unkeyed
     return kind, value
+
+
+_SEQUENCES = (tuple, list)  # a union is made anew in every call
 
 
 def find(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

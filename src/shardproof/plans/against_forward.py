@@ -19,14 +19,14 @@ from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.module_plan import ModulePlan, ParameterPlan
 from shardproof.plans.style import Attention, ColumnParallel, RowParallel
 from shardproof.units import Block
-from shardproof.watching import Event, Family, Watched, families, obstacle
+from shardproof.watching import Event, Family, Watched, obstacle
 from shardproof.watching.atoms import distinct
 
 WAY_OUT = (
     "Correct the plan; or give None in its place and an example of what forward takes (inputs=): "
     "then the model is cut by what one forward shows, whatever its code does."
 )
-_DROPOUTS = nn.modules.dropout._DropoutNd  # become ours, or are refused
+_DROPOUTS = nn.modules.dropout._DropoutNd  # `parallelize` replaces them, or refuses them
 _NEEDS_WHOLE = ("gather", "sum", "weight")
 
 
@@ -36,7 +36,7 @@ class _Entry:
 
     Attributes:
         module: the plan of its module.
-        parameter: likewise.
+        parameter: the plan of the parameter.
         passes_parts: the module gives or takes a rank's part: its neighbours see a cut tensor.
     """
 
@@ -50,22 +50,27 @@ class Comparison:
     """A plan by names and one forward.
 
     Attributes:
+        cut: names of parameters that the plan cuts.
         problems: what would be wrong with the cut model, one sentence each.
         calls: modules whose own code calls, on what the plan cuts, what has a form.
         draws: modules whose own code draws.
     """
 
+    cut: frozenset[str]
     problems: tuple[str, ...]
     calls: frozenset[str]
     draws: frozenset[str]
 
 
-def compare(made: ModelPlan, watched: Watched, model: nn.Module) -> Comparison:
+def compare(
+    made: ModelPlan, watched: Watched, found: Sequence[Family], model: nn.Module
+) -> Comparison:
     """Compare a plan with a forward.
 
     Args:
         made: by names.
-        watched: one forward of the model.
+        watched: one forward of the model, with its parts.
+        found: all its families.
         model: not cut.
     """
     dropouts = {name for name, each in model.named_modules() if isinstance(each, _DROPOUTS)}
@@ -74,21 +79,24 @@ def compare(made: ModelPlan, watched: Watched, model: nn.Module) -> Comparison:
     exempt |= _attending(made, model)
     problems: dict[str, None] = {}
     calls: set[str] = set()
-    for family in families(watched):
+    for family in found:
         keys = [key for key in (*family.dims, *family.whole) if key in entries]
         if any(entries[key].passes_parts for key in keys):
-            problems |= dict.fromkeys(_problems(family, keys, entries, exempt, watched))
+            problems |= dict.fromkeys(_problems(family, keys, entries, exempt))
             calls |= {e.module for e in family.local if e.what == "compute" and _has_form(e.op)}
     calls -= exempt
     problems |= dict.fromkeys(_used_elsewhere(entries, watched))
     problems |= dict.fromkeys(_constants(entries, watched))
-    draws = frozenset(watched.record.draws - exempt)
-    is_invariant = made.scheme.is_invariant
-    return Comparison(tuple(problems), frozenset(calls) if is_invariant else frozenset(), draws)
+    return Comparison(
+        frozenset(name for name, _ in entries),
+        tuple(problems),
+        frozenset(calls) if made.scheme.is_invariant else frozenset(),
+        frozenset(watched.record.draws - exempt),
+    )
 
 
 def _attending(made: ModelPlan, model: nn.Module) -> set[str]:
-    """Children that attend, in whose place ours comes, and what is inside of them."""
+    """Children that attend and are replaced by ours, and the modules inside them."""
     children = [
         f"{name}.{style.attend}" if name else style.attend
         for name, style in made.styles.items()
@@ -145,7 +153,6 @@ def _problems(
     keys: Sequence[tuple[str, int]],
     entries: Entries,
     exempt: set[str],
-    watched: Watched,
 ) -> Iterator[str]:
     first = next(key for key in keys if entries[key].passes_parts)
     what = f"the features that {entries[first].module.name!r} cuts"
@@ -165,7 +172,7 @@ def _problems(
     }
     for name, dim in family.dims:
         if name.rpartition(".")[0] in gathering:
-            continue  # it takes what is whole again
+            continue  # its input is gathered
         if (name, dim) not in entries and _is_apart(family, name, dim):
             yield (
                 f"{name!r} stays whole, and its dim {dim} has entries for each of {what}. Name its "
@@ -181,9 +188,7 @@ def _problems(
             "rank. Use RowParallel(input_is_parallel=False), or cut the layer before."
         )
         return
-    yield from _units_on_two_ranks(
-        family, [key for key in keys if key in family.dims], entries, watched
-    )
+    yield from _units_on_two_ranks(family, [key for key in keys if key in family.dims], entries)
 
 
 def _is_column(key: tuple[str, int], entries: Entries) -> bool:
@@ -207,7 +212,7 @@ def _sentence_about(event: Event, what: str, family: Family) -> str:
             "nn.Dropout."
         )
     if event.what == "spread" and not any(name == event.parameter for name, _ in family.dims):
-        other = repr(event.parameter) if event.parameter else "an activation without them"
+        other = repr(event.parameter) if event.parameter else "an activation that is not cut"
         return (
             f"{where} uses {other} for each of {what}: each rank's gradient of it would count only "
             "that rank's features."
@@ -243,7 +248,7 @@ def _constants(entries: Entries, watched: Watched) -> Iterator[str]:
 
 
 def _units_on_two_ranks(
-    family: Family, keys: Sequence[tuple[str, int]], entries: Entries, watched: Watched
+    family: Family, keys: Sequence[tuple[str, int]], entries: Entries
 ) -> Iterator[str]:
     """Indices that belong together, which the plan gives to different ranks."""
     owner: dict[int, tuple[int, str]] = {}

@@ -51,7 +51,8 @@ def plan_by_example(
         PlanError: no example that the config gives is one with which the forward runs, or a rank
             cannot do a step.
     """
-    inputs, watched = _first_that_runs(model, examples(model, batch=batch, length=length), why)
+    given = examples(model, batch=batch, length=length)
+    inputs, watched = _first_that_runs(model, given, why)
     made = plan_by_watching(model, inputs, degree=degree, scheme=scheme, watched=watched)
     reason = f"{_first_sentence(why)}. So one" if why else "One"
     note = f"{reason} forward was watched, with inputs that the config gives: {_shapes(inputs)}"
@@ -59,12 +60,12 @@ def plan_by_example(
 
 
 def watch_example(model: nn.Module) -> Watched:
-    """One forward of a model of transformers, with inputs that its config gives.
+    """One forward of a model of transformers, with inputs that its config gives, also for parts.
 
     Raises:
         PlanError: no example that the config gives is one with which the forward runs.
     """
-    return _first_that_runs(model, examples(model, batch=BATCH, length=LENGTH), "")[1]
+    return _first_that_runs(model, examples(model), "", parts=True)[1]
 
 
 def _first_sentence(why: str) -> str:
@@ -76,14 +77,14 @@ def _first_sentence(why: str) -> str:
 
 
 def _first_that_runs(
-    model: nn.Module, given: Iterable[dict[str, Any]], why: str
+    model: nn.Module, given: Iterable[dict[str, Any]], why: str, *, parts: bool = False
 ) -> tuple[dict[str, Any], Watched]:
     """The first example with which the forward can be watched."""
     first: PlanError | None = None
     tried = []
     for inputs in given:
         try:
-            return inputs, watch(model, (), inputs)
+            return inputs, watch(model, (), inputs, parts=parts)
         except PlanError as error:
             first = first or error
             tried.append(_shapes(inputs))

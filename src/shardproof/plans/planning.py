@@ -102,8 +102,8 @@ def plan(
         scheme: leaves, numerics, seed; a `Plan` has its own.
 
     Returns:
-        Shapes and bytes on every rank, and the collectives of a step: a `WatchedPlan` where a
-        forward was watched, else a `ModelPlan`.
+        Shapes and bytes on every rank, and the collectives of a step: a `WatchedPlan` where the
+        plan was found by watching, else a `ModelPlan`.
 
     Raises:
         PlanError: everything that is wrong with the plan, in one message; or the model carries
@@ -159,10 +159,11 @@ def compare_with_forward(model: nn.Module, made: ModelPlan, inputs: Any) -> Comp
         PlanError: the plan would give other numbers; or the model's own forward fails with the
             inputs.
     """
-    found = compare(made, watch(model, *as_call(inputs), training=True), model)
-    if found.problems:
-        raise PlanError(f"{as_error(model, found.problems)}\n{WAY_OUT}")
-    return found
+    watched = watch(model, *as_call(inputs), training=True, parts=True)
+    compared = compare(made, watched, families(watched), model)
+    if compared.problems:
+        raise PlanError(f"{as_error(model, compared.problems)}\n{WAY_OUT}")
+    return compared
 
 
 def _compared(model: nn.Module, made: ModelPlan) -> ModelPlan:
@@ -171,15 +172,14 @@ def _compared(model: nn.Module, made: ModelPlan) -> ModelPlan:
         watched = watch_example(model)
     except PlanError as error:
         return replace(made, notes=(*made.notes, f"it was compared with no forward: {error}"))
-    said = compare(made, watched, model).problems
-    notes = [f"one forward contradicts its tp_plan: {each}" for each in said]
-    cut = {f"{each.name}.{p.name}" for each in made.modules for p in each.parameters if p.is_cut}
-    choice = choose(families(watched), watched)
+    found = families(watched)
+    compared = compare(made, watched, found, model)
+    notes = [f"one forward contradicts its tp_plan: {each}" for each in compared.problems]
     more = [
         name
-        for family in choice.families
+        for family in choose(found, watched).families
         for name, _ in family.dims
-        if name not in cut and len(watched.shapes[name]) > 1
+        if name not in compared.cut and len(watched.shapes[name]) > 1
     ]
     if more:
         notes.append(

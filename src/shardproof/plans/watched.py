@@ -171,8 +171,12 @@ def cut_by(model: nn.Module, plan: WatchedPlan, axis: Axis) -> Region:
         known[own] = region.spec(plan.shapes[name], dim, along), registry.record_of(module).name
     cut = {module for module, _, _ in kept}
     for module in modules.values():
-        if "forward" not in vars(module):
-            _put_linear(module) if module in cut else _put_norm(module)
+        if "forward" in vars(module):
+            continue  # of the user's own
+        if module in cut:
+            _put_linear(module)
+        else:
+            _put_norm(module)
     calls, draws = plan.rehearsal.calls, plan.rehearsal.draws
     for name in sorted(calls | draws | _inside(modules, calls)):
         Calling(region, name, calls=name in calls, draws=name in draws).hook(modules[name])

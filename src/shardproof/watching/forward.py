@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,7 @@ def watch(
     kwargs: Mapping[str, Any] | None = None,
     *,
     training: bool = False,
+    parts: bool = False,
 ) -> Watched:
     """Run one forward in which every index of every parameter carries a label.
 
@@ -67,29 +68,47 @@ def watch(
         args: an example of what forward takes, in order.
         kwargs: and by name.
         training: whether it is in training mode while it is watched.
+        parts: whether what a plain cut would change is noted too (`parts.py`), which takes longer.
     Raises:
         PlanError: the model's own forward fails with these inputs, or an operation of it cannot
             be followed.
     """
     with _one_at_a_time:
-        return _seen(model, (tuple(args), dict(kwargs or {})), training)
+        return _seen(model, (tuple(args), dict(kwargs or {})), _How(training, parts))
 
 
-def _seen(model: nn.Module, given: Any, training: bool) -> Watched:
+@dataclass(frozen=True)
+class _How:
+    """How a forward is watched.
+
+    Attributes:
+        training: in training mode.
+        parts: what a plain cut would change is noted.
+        leaves_last: a mask that depends on parameters leaves out the last of every dim.
+        why_cpu: why on the CPU; empty if on the meta device.
+    """
+
+    training: bool
+    parts: bool
+    leaves_last: bool = False
+    why_cpu: str = ""
+
+
+def _seen(model: nn.Module, given: Any, how: _How) -> Watched:
     start = time.perf_counter()
     failed: list[Exception] = []
     for leaves_last in (False, True):  # the last of a mask may stand for "none" (no expert)
         try:
-            return _watched(model, given, start=start, leaves_last=leaves_last, training=training)
+            return _watched(model, given, replace(how, leaves_last=leaves_last), start)
         except ShardproofError:
             raise
         except Exception as error:  # whatever a model's code raises where it looks at data
             failed.append(error)
-    return _watched_on_cpu(model, given, failed[0], start, training)
+    return _watched_on_cpu(model, given, failed[0], how, start)
 
 
 def _watched_on_cpu(
-    model: nn.Module, given: Any, first: Exception, start: float, training: bool
+    model: nn.Module, given: Any, first: Exception, how: _How, start: float
 ) -> Watched:
     """On a copy with numbers, for a forward that cannot run on the meta device."""
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -100,9 +119,8 @@ def _watched_on_cpu(
             "on the CPU, or a smaller model of the same kind."
         ) from first
     try:
-        return _watched(
-            _small_copy(model), given, why_cpu=error_words(first), start=start, training=training
-        )
+        how = replace(how, why_cpu=error_words(first))
+        return _watched(_small_copy(model), given, how, start)
     except Exception as error:  # the same
         raise PlanError(_why_it_failed(model, given, error)) from error
 
@@ -158,16 +176,8 @@ def _material(each: Tensor, generator: torch.Generator) -> Tensor:
     return made.to(each.dtype)
 
 
-def _watched(
-    model: nn.Module,
-    given: Any,
-    *,
-    start: float,
-    why_cpu: str = "",
-    leaves_last: bool = False,
-    training: bool = False,
-) -> Watched:
-    on_meta = not why_cpu
+def _watched(model: nn.Module, given: Any, how: _How, start: float) -> Watched:
+    on_meta = not how.why_cpu
     record = Record()
     names: dict[int, str] = {}
     tied: dict[str, str] = {}
@@ -184,11 +194,11 @@ def _watched(
         shapes[name] = tuple(parameter.shape)
         by_id[id(parameter)] = _mark(name, parameter, labels, record, on_meta)
         marked[name] = by_id[id(parameter)]
-    mode = Watching(record, by_id, on_meta=on_meta, leaves_last=leaves_last)
+    mode = Watching(record, by_id, on_meta=on_meta, leaves_last=how.leaves_last, parts=how.parts)
     with _left_as_it_was(model), ExitStack() as stack:
         for name, module in model.named_modules():
             _tell_where(name, module, record)
-        model.train(training)
+        model.train(how.training)
         for name, buffer in model.named_buffers(remove_duplicate=False):
             marked[name] = mode.adopt(buffer)
         args, kwargs = tree_map(mode.take, given)
@@ -199,7 +209,7 @@ def _watched(
         for factor in each.factors if isinstance(each, Labelled) else ():
             record.see("output", "output", factor)
     device = "meta" if on_meta else "cpu"
-    return Watched(record, labels, shapes, tied, device, why_cpu, time.perf_counter() - start)
+    return Watched(record, labels, shapes, tied, device, how.why_cpu, time.perf_counter() - start)
 
 
 def _mark(

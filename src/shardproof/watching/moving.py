@@ -111,14 +111,10 @@ def _moved(
         return [factor[..., None]]
     if name == "repeat":
         return [_repeat(factor, x.shape, args[0])]
-    if name == "select" and x.parameter is not None and len(varying(factor)) > 1:
-        # Matrices of a stack, such as experts: cut apart, each would have to be gathered.
-        dim = args[0] % x.dim()
-        return (
-            [reduce_lines(factor, (dim,), record).squeeze(dim)]
-            if dim in varying(factor)
-            else ([factor.squeeze(dim)])
-        )
+    dims = varying(factor)
+    if name == "select" and x.parameter and len(dims) > 1 and args[0] % x.dim() in dims:
+        # Matrices of a stack, such as experts: a cut of the stack would gather each of them.
+        return [reduce_lines(factor, (args[0],), record).squeeze(args[0])]
     if name in ("flip", "roll", "constant_pad_nd"):
         by_dim = {"flip": _flip, "roll": _roll, "constant_pad_nd": _pad}[name]
         return [by_dim(factor, args, kwargs)]

@@ -12,17 +12,10 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from shardproof.watching import contractions, lookups, norms
 from shardproof.watching.atoms import Labels, distinct
 from shardproof.watching.factors import Factors, compress, varying
-from shardproof.watching.kinds import (
-    ARITHMETIC,
-    draws,
-    is_random,
-    is_view,
-    kind_of,
-    name_of,
-    written,
-)
+from shardproof.watching.kinds import draws, is_random, is_view, kind_of, name_of, written
 from shardproof.watching.labelled import Labelled, insides
 from shardproof.watching.moving import expanded, move
+from shardproof.watching.parts import carry_flags, see_parts
 from shardproof.watching.record import Record
 from shardproof.watching.rules import RULES, see_all
 
@@ -48,6 +41,7 @@ class Watching(TorchDispatchMode):
         parameters: labelled parameters by the id of the plain ones.
         on_meta: whether what is inside lies on the meta device; else on the CPU.
         leaves_last: whether a mask that depends on parameters leaves out the last of every dim.
+        parts: whether what a plain cut would change is noted.
     """
 
     def __init__(
@@ -57,9 +51,11 @@ class Watching(TorchDispatchMode):
         *,
         on_meta: bool,
         leaves_last: bool = False,
+        parts: bool = False,
     ) -> None:
         super().__init__()
         self.record, self.on_meta, self.leaves_last = record, on_meta, leaves_last
+        self.parts = parts
         self._adopted: dict[int, tuple[Tensor | None, Labelled]] = {
             key: (None, each) for key, each in parameters.items()
         }
@@ -188,7 +184,7 @@ class Watching(TorchDispatchMode):
     def _label(self, func: Any, name: str, args: Any, kwargs: Any, out: Any, values: Any) -> Any:
         """The result with its labels."""
         flat = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Labelled)]
-        is_drawn = draws(func, args, kwargs)
+        is_drawn = self.parts and draws(func, args, kwargs)
         if is_drawn:
             self.record.draws.add(self.record.module)
         for each in flat:
@@ -198,24 +194,31 @@ class Watching(TorchDispatchMode):
         tensors = [each for each in outs if isinstance(each, Tensor)]
         factors: list[Factors] = [() for _ in tensors]
         if any(each.factors for each in flat):
-            factors = self._factors(func, name, args, kwargs, tensors, flat)
+            factors = self._factors(func, name, args, kwargs, tensors, flat, is_drawn)
         places = written(func)
         if places:
             target = args[places[0]] if places[0] < len(args) else kwargs.get("out")
             if isinstance(target, Labelled):
                 target.is_data = any(each.is_data for each in flat)
-                target.is_drawn = is_drawn or all(each.is_drawn for each in flat)
-                target.wants_grad = any(each.wants_grad for each in flat)
+                if self.parts:
+                    carry_flags(func, flat, target, is_drawn=is_drawn)
                 if target.sources:
                     target.sources = self._sources(func, target, factors[0])
                 self._write(target, factors[0] if factors else ())
                 return target if len(outs) == 1 else tree_unflatten([target, *outs[1:]], spec)
             return tree_map(self.adopt, out)
-        made = self._wrap(func, args, kwargs, outs, (factors, values, flat))
+        made = self._wrap(func, args, kwargs, outs, (factors, values, flat, is_drawn))
         return tree_unflatten(made, spec)
 
     def _factors(
-        self, func: Any, name: str, args: Any, kwargs: Any, outs: list[Tensor], flat: Any
+        self,
+        func: Any,
+        name: str,
+        args: Any,
+        kwargs: Any,
+        outs: list[Tensor],
+        flat: Any,
+        is_drawn: bool,
     ) -> list[Factors]:
         """Factors of every output, by the operation's rule."""
         if any(out.numel() == 0 for out in outs) and len(outs) == 1:
@@ -229,53 +232,16 @@ class Watching(TorchDispatchMode):
             see_all((args, kwargs), f"{name} (no rule)", self.record)
             return [() for _ in outs]
         factors = rule(func, args, kwargs, outs, self.record)
-        parameters = [each for each in flat if each.parameter and not each.is_data]
-        for each in flat:
-            if each.wants_grad:
-                self._see_spread(name, each, factors)
-        if kind == "pointwise":
-            self._see_constants(name, flat, outs[0], factors)
-        if not parameters and (name not in ARITHMETIC or any(each.is_drawn for each in flat)):
-            is_drawn = draws(func, args, kwargs) or any(each.is_drawn for each in flat)
-            what = "draw" if is_drawn else "compute"
-            for factor in {id(each): each for out in factors for each in out}.values():
-                self.record.see(what, name, factor)
+        if self.parts:
+            see_parts(func, flat, outs[0], factors, self.record, self._elements, is_drawn=is_drawn)
         return [*factors, *(() for _ in outs[len(factors) :])]
 
-    def _see_constants(
-        self, name: str, flat: list[Labelled], out: Tensor, factors: list[Factors]
-    ) -> None:
-        """Note an operand without labels whose elements differ along a dim with labels."""
-        plain = [each for each in flat if not each.factors and each.dim()]
-        for factor in factors[0] if plain else ():
-            for dim in varying(factor):
-                own = dim - out.dim()
-                if any(self._differs(each, own) for each in plain):
-                    self.record.see_constant(name, np.moveaxis(factor, dim, -1))
-
-    def _differs(self, each: Labelled, dim: int) -> bool:
-        """Whether elements along a dim differ, as far as that is known."""
-        if each.dim() < -dim or each.shape[dim] == 1:
-            return False
-        value = self.value(each) if self.on_meta else each.inside
-        return value is not None and not torch.equal(
-            value, value.narrow(dim, 0, 1).expand_as(value)
-        )
-
-    def _see_spread(self, name: str, operand: Labelled, factors: list[Factors]) -> None:
-        """Note what wants a gradient and takes part in labels that it does not have."""
-        roots = self.record.atoms.roots
-        own = [roots(factor).ravel() for factor in operand.factors]
-        mine = np.concatenate([np.zeros(1, dtype=np.int64), *own])
-        if own and any(np.isin(roots(pairs[:, 1]), mine[1:]).any() for pairs in self.record.needs):
-            return  # a shared unit, such as a key-value head
-        for factor in {id(each): each for out in factors for each in out}.values():
-            if not np.isin(roots(factor), mine).any():
-                self.record.see("spread", name, factor, operand.parameter)
+    def _elements(self, each: Labelled) -> Tensor | None:
+        return self.value(each) if self.on_meta else each.inside
 
     def _wrap(self, func: Any, args: Any, kwargs: Any, outs: list[Any], what: Any) -> list[Any]:
         """Outputs as labelled tensors."""
-        factors, values, flat = what
+        factors, values, flat, is_drawn = what
         known = tree_flatten(values)[0] if values is not None else [None] * len(outs)
         is_data = any(each.is_data for each in flat)
         parameter = next((each.parameter for each in flat if each.parameter and not is_data), None)
@@ -296,15 +262,8 @@ class Watching(TorchDispatchMode):
             if is_view(func) and isinstance(args[0], Labelled):
                 which = place if len(outs) > 1 else None
                 result.made_by = (args[0], func, args[1:], kwargs, which)
-            result.is_drawn = draws(func, args, kwargs) or (
-                bool(flat) and all(each.is_drawn for each in flat)
-            )
-            result.wants_grad = (
-                each.is_floating_point()
-                and name_of(func) != "detach"
-                and kind_of(func) != "new"
-                and any(one.wants_grad for one in flat)
-            )
+            if self.parts:
+                carry_flags(func, flat, result, is_drawn=is_drawn)
             made.append(result)
             number += 1
         return made
