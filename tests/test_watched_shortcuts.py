@@ -16,6 +16,7 @@ from shardproof.errors import UsageError
 from shardproof.numerics import headed
 from shardproof.plans.apply import parallelize
 from shardproof.plans.planning import plan
+from views import plain, views
 
 X = torch.linspace(-2, 2, 3 * 5 * 24).view(3, 5, 24)
 
@@ -72,6 +73,41 @@ def test_shared_heads_are_read_in_place(groups: int, mask: str, pool: Pool) -> N
             assert torch.equal(still, kept)
             assert torch.equal(first, one[3])
             assert nothing.shape == (0, 5, 24)
+
+
+SHAPES = [(2, 4, 3, 8), (2, 2, 5, 8), (1, 4, 1, 8), (1, 2, 1, 8), (0, 4, 3, 8), (0, 2, 5, 8)]
+
+
+@pytest.mark.parametrize("name", views(torch.ones(2, 2, 5, 8)))
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_heads_of_every_view_are_read_in_place(name: str, place: int) -> None:
+    serving = (1, 0, 0, 1)  # in any order
+    for of_queries, of_keys in zip(SHAPES[::2], SHAPES[1::2], strict=True):
+        given = [torch.randn(shape) for shape in (of_queries, of_keys, of_keys)]
+        given[place] = views(given[place])[name]
+        q, k, v = map(plain, given)
+        with torch.no_grad():
+            y = headed.attention(*given, serving=serving)
+            assert torch.equal(y, headed.attention(q, k, v, serving=serving))
+        k, v = (x[:, list(serving)] for x in (k, v))
+        assert torch.equal(y, headed.attention(q, k, v))
+        wanted = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)))
+        torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", views(torch.ones(2, 4, 3, 8)))
+def test_the_gradient_of_four_dims_comes_in_every_view(name: str) -> None:
+    for shape in SHAPES[::2]:
+        given = [torch.randn(shape) for _ in range(3)]
+        grad = views(torch.randn(shape))[name]
+        one, other = ([x.clone().requires_grad_() for x in given] for _ in range(2))
+        headed.attention(*one).backward(grad)
+        headed.attention(*other).backward(plain(grad))
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(one, other, strict=True))
+        exact = [x.double().requires_grad_() for x in given]
+        F.scaled_dot_product_attention(*exact).backward(plain(grad).double())
+        for a, b in zip(one, exact, strict=True):
+            torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_reading_in_place_has_no_gradient() -> None:
