@@ -415,6 +415,13 @@ def test_the_spread_of_a_gradient_is_its_measured_rounding() -> None:
     assert torch.equal(spread(plain[:0], precise[:0], largest=1.0), precise[:0])
 
 
+def test_a_sum_that_is_exactly_zero_by_chance_has_a_spread() -> None:
+    """Its neighbours are nothing but rounding in fp64 too; part of a fused weight may be real."""
+    precise = torch.tensor([1e-18, -2e-18, 0.0, 1e-18] + [0.5] * 6, dtype=torch.float64)
+    plain = precise.float() + torch.tensor([1e-9, -1e-9, 0.0, 5e-10] + [0.0] * 6)
+    assert spread(plain, precise, 0.5).tolist() == pytest.approx([ROUNDINGS * 1e-9] * 10)
+
+
 def test_a_few_elements_do_not_show_their_rounding() -> None:
     """A single number may be right by luck: the largest gradient of the model says more."""
     precise = torch.tensor([1e-18], dtype=torch.float64)

@@ -136,12 +136,19 @@ def spread(gradient: Tensor, precise: Tensor, largest: float) -> Tensor:
         largest: element of any gradient of the model.
     Returns:
         (*), fp64: zero where both are exactly zero, as of a unit that nothing reached.
+
+    A sum that should be zero may also come out as exactly zero in both, by chance. Such sums have
+    neighbours that are nothing but rounding in fp64 too. A tensor that has one of those keeps the
+    spread everywhere.
     """
     wide = gradient.double()
     noise = or_zero((wide - precise).abs()).max().item() if wide.numel() else 0.0
+    finest = ROUNDINGS * noise * torch.finfo(torch.float64).eps / torch.finfo(gradient.dtype).eps
     if wide.numel() < FEW and gradient.is_floating_point():
         noise = max(noise, torch.finfo(gradient.dtype).eps * largest)
-    return torch.where((wide == 0) & (precise == 0), 0.0, wide.new_tensor(ROUNDINGS * noise))
+    has_rounding = ((precise != 0) & (precise.abs() <= finest)).any()
+    is_unreached = (wide == 0) & (precise == 0) & ~has_rounding
+    return torch.where(is_unreached, 0.0, wide.new_tensor(ROUNDINGS * noise))
 
 
 def measure_step(ours: Tensor, reference: Tensor, precise: Tensor, before: Before) -> StepFigures:
