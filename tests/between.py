@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import shardproof as sp
 from shardproof.functional import crossings
+from shardproof.layers.base import ShardedModule
 from shardproof.plans.watched import cut_by, plan_by_watching
 from shardproof.plans.watched_plan import Rehearsal, WatchedPlan
 from shardproof.scheme import Scheme
@@ -79,6 +80,35 @@ def numbers_of(model: nn.Module, x: Any, plan: WatchedPlan | None, axis: Any) ->
                 dim, along = plan.cuts[name]
                 grad = crossings.gather(grad, dim, region.place(along, "test"))
             found[name] = grad
+    return found | {name: each.clone() for name, each in model.named_buffers()}
+
+
+def by_names(model: nn.Module, x: Any, axis: Any, *, seen: bool) -> dict[str, Tensor]:
+    """Loss and gradients, whole, of a model that is cut by names.
+
+    Args:
+        model: whole.
+        x: what it takes.
+        axis: the ranks.
+        seen: whether the plan is given an example.
+    """
+    styles = {"up": "colwise"} | ({} if model.down is None else {"down": "rowwise"})
+    model = sp.parallelize(model, styles, axis, inputs=x if seen else None)
+    loss = model(x)
+    loss.backward()
+    found = {"loss": loss.detach()}
+    cut = {
+        (f"{name}.{own}" if name else own): layout
+        for name, module in model.named_modules()
+        if isinstance(module, ShardedModule)
+        for own, _, layout in module.parameters_with_layouts()
+    }
+    for name, parameter in model.named_parameters():
+        grad, dim = parameter.grad, cut[name].dim if name in cut else None
+        if grad is not None:
+            found[name] = (
+                grad if dim is None else torch.cat(axis.gather_small(grad, what=name), dim)
+            )
     return found | {name: each.clone() for name, each in model.named_buffers()}
 
 

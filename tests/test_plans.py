@@ -346,16 +346,31 @@ def test_dropout_in_place_is_refused() -> None:
 class Dropping(nn.Module):
     """What is dropped lies between the two linears, which only the forward knows."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, of_part: bool) -> None:
         super().__init__()
         self.up, self.down, self.dropout = nn.Linear(4, 16), nn.Linear(16, 4), nn.Dropout(0.5)
+        self.of_part = of_part
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.dropout(self.up(x)))
+        hidden: Any = self.up(x)
+        return self.down(self.dropout(hidden.part if self.of_part else hidden))
 
 
-def test_dropout_of_a_cut_activation_is_seen_when_it_runs(pool: Pool) -> None:
-    model = Dropping()
+def test_dropout_of_a_cut_activation_draws_by_position(pool: Pool) -> None:
+    model = Dropping(of_part=False)
+
+    def run(axis: Axis) -> torch.Tensor:
+        cut = parallelize(copy.deepcopy(model), {"up": "colwise", "down": "rowwise"}, axis)
+        return torch.stack([cut(torch.ones(2, 4)).detach(), cut(torch.ones(2, 4)).detach()])
+
+    (one,) = pool(1, "threads").run(run)
+    assert not torch.equal(one[0], one[1])
+    for degree in (2, 3):
+        assert all(torch.equal(other, one) for other in pool(degree, "threads").run(run))
+
+
+def test_dropout_of_a_ranks_part_is_seen_when_it_runs(pool: Pool) -> None:
+    model = Dropping(of_part=True)
 
     def run(axis: Axis) -> str:
         cut = parallelize(copy.deepcopy(model), {"up": "colwise", "down": "rowwise"}, axis)

@@ -812,7 +812,7 @@ def test_layers_that_share_an_input_are_told_once() -> None:
 
     def work(axis: Axis) -> None:
         layers = sp.parallelize(copy.deepcopy(whole), plan, axis)
-        layers(torch.ones(2, 4, requires_grad=True)).sum().backward()
+        layers(torch.ones(2, 4, requires_grad=True)).part.sum().backward()
 
     _, trace = traced(2, work)
     forward = [(s.module, s.operation) for s in steps_of(trace, phase="forward")]

@@ -8,7 +8,9 @@ refuses) or memory that was freed. Fake and functional tensors pass: for these, 
 operators, C is not called (`operators.py`).
 """
 
-from typing import NoReturn
+from collections.abc import Callable
+from functools import wraps
+from typing import NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +22,35 @@ from shardproof.errors import UsageError
 PLAIN = frozenset((Tensor, nn.Parameter))
 FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
+
 # What torch, or C, raises of a tensor that has no memory; and what is raised here in its place.
 ERRORS = (RuntimeError, BufferError, UsageError)
 
 _is_tracing = torch._C._is_tracing
 _has_transforms = torch._C._are_functorch_transforms_active
+
+
+def meets_cut(rule: str) -> Callable[[Callable[Given, Found]], Callable[Given, Found]]:
+    """Let a function take cut tensors (`cut/`): a call whose first argument is one goes to a rule.
+
+    Args:
+        rule: its name; it is given the function as it is written.
+    """
+
+    def decorate(function: Callable[Given, Found]) -> Callable[Given, Found]:
+        @wraps(function)
+        def call(*args: Given.args, **kwargs: Given.kwargs) -> Found:
+            first = args[0] if args else next(iter(kwargs.values()), None)
+            if type(first) not in PLAIN and (by := getattr(type(first), "by_rule", None)):
+                found: Found = by(rule, function, args, kwargs)
+                return found
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def is_traced() -> bool:

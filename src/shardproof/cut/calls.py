@@ -136,14 +136,16 @@ class Calls(TorchFunctionMode):
         if not training or p == 0:
             return x
         if isinstance(x, CutTensor):
-            place = x.spec.region.place(x.spec.cut, x.who)
-            held = x.spec.cut.held(self.region.rank)
-            leaves = [(int(held[tile.start]), tile) for tile in place.tiles]
-            local = dropout(
-                x.local, p, self.key(self.region.scheme.seed), dim=x.spec.dim, leaves=leaves
-            )
-            return _given(cut_tensor(local, x.spec, x.who), x, inplace)
+            return _given(dropped_part(x, p, self.key(self.region.scheme.seed)), x, inplace)
         return _given(dropout(x, p, self.key(self.region.scheme.seed)), x, inplace)
+
+
+def dropped_part(x: CutTensor, p: float, key: MaskKey) -> CutTensor:
+    """A dropout by position: each rank draws the masks of its own runs."""
+    region = x.spec.region
+    place, held = region.place(x.spec.cut, x.who), x.spec.cut.held(region.rank)
+    leaves = [(int(held[tile.start]), tile) for tile in place.tiles]
+    return cut_tensor(dropout(x.local, p, key, dim=x.spec.dim, leaves=leaves), x.spec, x.who)
 
 
 def _given(y: Any, x: Any, inplace: bool) -> Any:

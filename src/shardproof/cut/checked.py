@@ -70,6 +70,7 @@ _UNCHECKED = frozenset(
         "register_hook",
         "copy_",
         "new_empty",
+        "of a part",
     ]
 )
 

@@ -15,6 +15,7 @@ from shardproof.cut import (
     losses,
     moves,
     others,
+    ours,
     pointwise,
     solves,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "losses",
     "moves",
     "others",
+    "ours",
     "pointwise",
     "solves",
 ]

@@ -10,9 +10,10 @@ import torch
 
 from shardproof.axis import Axis
 from shardproof.functional.crossings import Place
+from shardproof.leaves import Cut
 from shardproof.scheme import Scheme
 from shardproof.transport.rehearsed import RehearsedTransport
-from shardproof.units import CutDim
+from shardproof.units import Block, CutDim, Shared, Units
 
 
 class Spec:
@@ -93,6 +94,7 @@ class Region:
         self._places: dict[tuple[int, str], Place] = {}
         self._cuts: dict[CutDim, CutDim] = {}
         self._same: dict[int, CutDim] = {}
+        self._features: dict[Cut, CutDim] = {}
         self._finest: list[Region] | None = None
         self._met: list[CutDim] = []  # or an `id` could be given again
 
@@ -106,6 +108,16 @@ class Region:
         if found is None:
             found = self._same[id(cut)] = self._cuts.setdefault(cut, cut)
             self._met.append(cut)
+        return found
+
+    def features(self, cut: Cut) -> CutDim:
+        """How a dim is cut of which a layer says only how its leaves lie."""
+        found = self._features.get(cut)
+        if found is None:
+            units = Units("features", cut.size // cut.unit)
+            shared = Shared(units, self.scheme.leaves, self.axis.size)
+            found = self.one(CutDim(shared, (Block(cut.size, 0, cut.unit),)))
+            self._features[cut] = found
         return found
 
     def spec(self, shape: tuple[int, ...], dim: int, cut: CutDim) -> Spec:

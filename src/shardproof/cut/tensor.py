@@ -87,6 +87,11 @@ class CutTensor:
         """An operation of torch's API."""
         return run(func, args, dict(kwargs) if kwargs else {})
 
+    @staticmethod
+    def by_rule(name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """A function of ours (`operands.meets_cut`)."""
+        return run_as(name, func, args, dict(kwargs))
+
     # What it is.
 
     @property
@@ -295,7 +300,11 @@ def shown(x: Any) -> Any:
 
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Do what its rule says; without one, take it apart or gather (`cut/others.py`)."""
-    name = _NAMES.get(func) or name_of(func)
+    return run_as(_NAMES.get(func) or name_of(func), func, args, kwargs)
+
+
+def run_as(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Do what the rule of a name says."""
     found = RULES.get(name) or RULES["others"]
     if is_checked():
         return checks[-1](found, func, name, args, kwargs)

@@ -250,6 +250,7 @@ def _apply(
         operands.explain(error, site.who, x=x, weight=weight, bias=bias)
 
 
+@operands.meets_cut("of a part")
 def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
     """`x @ weight.T + bias` with `weight` cut along out_features.
 
@@ -278,6 +279,7 @@ def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSi
     return y
 
 
+@operands.meets_cut("of a part")
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
     """`x @ weight.T + bias` with `weight` cut along in_features.
 

@@ -31,6 +31,26 @@ def is_ours(module: nn.Module) -> bool:
     return type(module).__module__.startswith("shardproof.")
 
 
+class OwnParameter:
+    """A parameter of a layer of ours, as reading its attribute gives it.
+
+    Where a model is cut by names, `reads` of the layer gives the model's own code a cut tensor in
+    its place. The layer itself computes with `_parameters`.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, module: Any, owner: type) -> Any:
+        if module is None:
+            return self
+        parameter = module._parameters.get(self._name, self)
+        if parameter is self:  # nn.Module says what is missing
+            raise AttributeError(self._name)
+        reads = module.__dict__.get("reads")
+        return parameter if reads is None else reads(module, self._name, parameter)
+
+
 class ShardedModule(nn.Module):
     """Base of modules whose parameters are cut over one axis.
 

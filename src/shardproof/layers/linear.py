@@ -11,7 +11,7 @@ from shardproof.axis import Axis
 from shardproof.errors import ShapeError, UsageError
 from shardproof.functional.linear import column_linear, row_linear
 from shardproof.functional.site import LinearSite
-from shardproof.layers.base import ShardedModule
+from shardproof.layers.base import OwnParameter, ShardedModule
 from shardproof.leaves import Cut
 from shardproof.quantities import checked_flag
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
@@ -33,8 +33,8 @@ class _SharedOutputs(Protocol):
 class _ParallelLinear(ShardedModule):
     """What both cuts share: sizes, parameters, initialisation."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any = OwnParameter()  # nn.Parameter
+    bias: Any = OwnParameter()  # nn.Parameter | None
     _site: LinearSite
     _width: int  # of the input as it comes to this rank
     _owned_input: int  # width of this rank's part of the input
@@ -104,6 +104,11 @@ class _ParallelLinear(ShardedModule):
     def cut(self) -> Cut:
         """How the weight is cut."""
         return self._site.cut
+
+    @property
+    def input_cut(self) -> Cut | None:
+        """How an input is cut that comes as this rank's part of the features; None: it is whole."""
+        return self._site.cut if self._weight_dim else self._site.input_cut
 
     def _check_width(self, x: Tensor) -> None:
         """Raise unless `x` is as wide as what comes to this rank."""
@@ -278,7 +283,8 @@ class ColumnParallelLinear(_ParallelLinear):
             y = group.output(place, self._parameters, x)
             if y is not None:
                 return y
-        return column_linear(x, self.weight, self.bias, self._site)
+        own: Any = self._parameters
+        return column_linear(x, own["weight"], own["bias"], self._site)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -368,7 +374,8 @@ class RowParallelLinear(_ParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """See the class for shapes, placements and Comm."""
         self._check_width(x)
-        return row_linear(x, self.weight, self.bias, self._site)
+        own: Any = self._parameters
+        return row_linear(x, own["weight"], own["bias"], self._site)
 
 
 def _like(

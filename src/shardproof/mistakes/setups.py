@@ -102,7 +102,7 @@ def build_resumed(trial: Trial) -> nn.Module:
     """The block, whose cut weight tells the optimizer where it lies."""
     model = build_block(trial)
     if trial.axis is not None and isinstance(model.up, ColumnParallelLinear):
-        model.up.weight.place = (trial.axis, model.up.cut)  # type: ignore[attr-defined]
+        model.up.weight.place = (trial.axis, model.up.cut)
     return model
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from shardproof.errors import UsageError
+from shardproof.operands import meets_cut
 
 Approximate = Literal["none", "tanh"]
 
@@ -29,6 +30,7 @@ _TANH_SCALE = math.sqrt(2.0 / math.pi)
 _TANH_CUBE = 0.044715
 
 
+@meets_cut("elementwise")
 def relu(x: Tensor) -> Tensor:
     """max(x, 0), NaN kept. Torch's own, forward and backward: both hold.
 
@@ -40,6 +42,7 @@ def relu(x: Tensor) -> Tensor:
     return torch.relu(check_floating(x, "relu"))
 
 
+@meets_cut("elementwise")
 def tanh(x: Tensor) -> Tensor:
     """Hyperbolic tangent.
 
@@ -51,6 +54,7 @@ def tanh(x: Tensor) -> Tensor:
     return _Tanh.apply(check_floating(x, "tanh"))
 
 
+@meets_cut("elementwise")
 def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x)).
 
@@ -62,6 +66,7 @@ def sigmoid(x: Tensor) -> Tensor:
     return _Sigmoid.apply(check_floating(x, "sigmoid"))
 
 
+@meets_cut("elementwise")
 def silu(x: Tensor) -> Tensor:
     """`x * sigmoid(x)`.
 
@@ -74,6 +79,7 @@ def silu(x: Tensor) -> Tensor:
     return _Silu.apply(x) if x.requires_grad and torch.is_grad_enabled() else _silu(x)
 
 
+@meets_cut("elementwise")
 def gelu(x: Tensor, approximate: Approximate = "none") -> Tensor:
     """`x * P(Z <= x)` for a standard normal Z, or its tanh approximation.
 
@@ -91,6 +97,7 @@ def gelu(x: Tensor, approximate: Approximate = "none") -> Tensor:
     return function.apply(check_floating(x, "gelu"))
 
 
+@meets_cut("elementwise")
 def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     """log(1 + exp(beta x)) / beta, and x itself where beta x exceeds the threshold.
 

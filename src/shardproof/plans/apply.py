@@ -9,12 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from shardproof.axis import Axis, checked_axis
-from shardproof.cut.spec import Region
 from shardproof.errors import PlanError, ShardproofError
-from shardproof.hf.attention import take_over
 from shardproof.hf.cache import guard_cache
 from shardproof.hf.generation import guard_generation
-from shardproof.hf.head import adapt_head
 from shardproof.hf.inputs import note_inputs
 from shardproof.hf.models import is_transformers
 from shardproof.hf.parameters import count_whole
@@ -23,14 +20,14 @@ from shardproof.layers import registry
 from shardproof.layers.base import ShardedModule, check_state
 from shardproof.numerics import mode
 from shardproof.objects import checked_model
-from shardproof.plans.between import compute_by_forms
+from shardproof.plans.between import call_by_forms
 from shardproof.plans.by_example import plan_by_example
+from shardproof.plans.by_names import cut_by_names, rehearse_by_names
 from shardproof.plans.compiled import make_compilable
-from shardproof.plans.cut import Cutter
 from shardproof.plans.given import read_plan
 from shardproof.plans.hf_plan import entries_of
 from shardproof.plans.model_plan import ModelPlan
-from shardproof.plans.planning import as_error, attempt, compare_with_forward
+from shardproof.plans.planning import as_error, attempt
 from shardproof.plans.strangers import is_lazy
 from shardproof.plans.style import Attention, Plan, Style
 from shardproof.plans.twins import irreplaceable, replaced_by, twins_of
@@ -97,13 +94,12 @@ def parallelize(
         problems += _unattended(made)
     if problems:
         raise PlanError(as_error(model, problems))
-    compared = None if inputs is None else compare_with_forward(model, made, inputs)
-    _change(model, made, twins, axis)
-    if compared is not None:
-        compute_by_forms(model, compared, Region(axis, made.scheme))
-    model.register_load_state_dict_pre_hook(check_state)
-    make_compilable(model, is_invariant=made.scheme.is_invariant)
-    return model
+    rehearsal = None if inputs is None else rehearse_by_names(model, made, inputs)
+    whole = dict(model.named_parameters())
+    region = cut_by_names(model, made, twins, axis)
+    if rehearsal is not None:
+        call_by_forms(model, rehearsal, region)
+    return _finished(model, whole, made.scheme, axis)
 
 
 def _cut_as_watched(
@@ -125,13 +121,23 @@ def _cut_as_watched(
     _agree_on_numbers(model, made.scheme, axis)
     whole = dict(model.named_parameters())
     cut_by(model, made, axis)
+    return _finished(model, whole, made.scheme, axis)
+
+
+def _finished(
+    model: nn.Module, whole: Mapping[str, nn.Parameter], scheme: Scheme, axis: Axis
+) -> nn.Module:
+    """Guard a model that has just been cut against what it can no longer do."""
     _note_replaced(model, whole)
     guard_methods(model)
     count_whole(model)
     if is_transformers(model):
-        _guard(model, axis)
+        note_inputs(model, axis)
+        if hasattr(model, "generate"):
+            guard_generation(model, axis)
+        guard_cache(model, axis)
     model.register_load_state_dict_pre_hook(check_state)
-    make_compilable(model, is_invariant=made.scheme.is_invariant)
+    make_compilable(model, is_invariant=scheme.is_invariant)
     return model
 
 
@@ -187,33 +193,6 @@ def _agree_on_numbers(model: nn.Module, asked: Scheme, axis: Axis) -> None:
         "without a C compiler lacks the kernels), and set SHARDPROOF_BLAS and SHARDPROOF_CORE "
         "alike.",
     )
-
-
-def _change(model: nn.Module, made: ModelPlan, twins: Mapping[str, nn.Module], axis: Axis) -> None:
-    """Do what has been checked."""
-    whole = dict(model.named_parameters())
-    cutter = Cutter(model, made.scheme, axis, made.head, made.manners)
-    cutter.cut(made.styles)
-    for name, twin in twins.items():
-        cutter.replace(name, twin)
-    _note_replaced(model, whole)
-    guard_methods(model)
-    count_whole(model)
-    if not is_transformers(model):
-        return
-    if cutter.attentions:
-        take_over(model, cutter.attentions)
-    if made.head is not None:
-        adapt_head(model, model.get_submodule(made.head))  # type: ignore[arg-type]
-    _guard(model, axis)
-
-
-def _guard(model: nn.Module, axis: Axis) -> None:
-    """Let a model of transformers refuse what ranks must not be given, or would draw apart."""
-    note_inputs(model, axis)
-    if hasattr(model, "generate"):
-        guard_generation(model, axis)
-    guard_cache(model, axis)
 
 
 def _unattended(made: ModelPlan) -> list[str]:

@@ -31,6 +31,8 @@ class ModelPlan:
             logits are whole.
         notes: what a reader should know.
         manners: name of an attention whose child attends -> what that was found to compute.
+        is_carried: the model carries it, as its `tp_plan`: its code is known to compute with a
+            rank's parts. Otherwise that code is given cut tensors.
     """
 
     model: str
@@ -41,6 +43,7 @@ class ModelPlan:
     head: str | None = None
     notes: tuple[str, ...] = ()
     manners: Mapping[str, Manner] = field(default_factory=dict)
+    is_carried: bool = False
 
     @property
     def scheme(self) -> Scheme:

@@ -12,10 +12,11 @@ from shardproof.hf.attention import implementation_problems
 from shardproof.hf.models import is_transformers
 from shardproof.leaves import check_degree, checked_degree
 from shardproof.objects import checked_model
-from shardproof.plans.against_forward import WAY_OUT, Comparison, compare
+from shardproof.plans.against_forward import compare
 from shardproof.plans.attend import Manner, manner_of
 from shardproof.plans.attention import recognise
 from shardproof.plans.by_example import has_example, plan_by_example, watch_example
+from shardproof.plans.by_names import rehearse_by_names
 from shardproof.plans.fit import link_ties, misfits
 from shardproof.plans.functional_dropout import functional_dropout
 from shardproof.plans.given import read_plan
@@ -33,10 +34,10 @@ from shardproof.plans.parts import Parts
 from shardproof.plans.strangers import lazy
 from shardproof.plans.style import Attention, Plan, SharedInput, Style
 from shardproof.plans.text import listed, pattern
-from shardproof.plans.watched import as_call, plan_by_watching
-from shardproof.plans.watched_plan import WatchedPlan
+from shardproof.plans.watched import plan_by_watching
+from shardproof.plans.watched_plan import WatchedPlan, inside_lines
 from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme
-from shardproof.watching import choose, families, watch
+from shardproof.watching import choose, families
 
 MOST_SAID = 20  # problems of one plan that a message lists
 
@@ -120,7 +121,7 @@ def plan(
     if problems:
         raise PlanError(as_error(model, problems))
     if inputs is not None:
-        compare_with_forward(model, made, inputs)
+        made = replace(made, notes=(*made.notes, *_sent_between(model, made, inputs)))
     return _compared(model, made) if plan is None and has_example(model) else made
 
 
@@ -147,23 +148,11 @@ def attempt(
     return made, problems
 
 
-def compare_with_forward(model: nn.Module, made: ModelPlan, inputs: Any) -> Comparison:
-    """Watch one forward of a model in training mode, and compare a plan by names with it.
-
-    Args:
-        model: not cut yet.
-        made: how it is to be cut.
-        inputs: what forward takes.
-
-    Raises:
-        PlanError: the plan would give other numbers; or the model's own forward fails with the
-            inputs.
-    """
-    watched = watch(model, *as_call(inputs), training=True, parts=True)
-    compared = compare(made, watched, families(watched), model)
-    if compared.problems:
-        raise PlanError(f"{as_error(model, compared.problems)}\n{WAY_OUT}")
-    return compared
+def _sent_between(model: nn.Module, made: ModelPlan, inputs: Any) -> Iterator[str]:
+    """What a step with these inputs gathers between the layers, and what is not invariant."""
+    rehearsal = rehearse_by_names(model, made, inputs)
+    for line in inside_lines(rehearsal):
+        yield f"with these inputs, {line}"
 
 
 def _compared(model: nn.Module, made: ModelPlan) -> ModelPlan:
@@ -238,6 +227,7 @@ def draft(
         head,
         (*reading.notes, *_incomplete(linked, source)),
         manners,
+        is_carried=given is None or (isinstance(plan, ModelPlan) and plan.is_carried),
     )
     problems += unlike
     problems += ties + _irreplaceable(styles, model) + functional_dropout(styles, model)

@@ -4,16 +4,18 @@ Activations and norms become ours with invariant numerics, dropout becomes dropo
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
 from shardproof.axis import Axis
+from shardproof.cut.deferred import Deferred
+from shardproof.cut.tensor import CutTensor
 from shardproof.layers.activations import invariant_twin, why_refused
 from shardproof.layers.dropout import dropout_twin
 from shardproof.layers.whole import SameOnAllRanks
-from shardproof.leaves import Cut
 from shardproof.plans.model_plan import ModelPlan
-from shardproof.plans.style import Attention, ColumnParallel
+from shardproof.plans.style import Attention
 from shardproof.scheme import Scheme
 
 _DRAWING = (
@@ -47,7 +49,7 @@ def twins_of(model: nn.Module, made: ModelPlan, scheme: Scheme, axis: Axis) -> d
     for name, module in model.named_modules(remove_duplicate=False):
         if not name or name in replaced or name.startswith(inside):
             continue
-        twin: nn.Module | None = _dropout(name, module, model, made, scheme, axis)
+        twin: nn.Module | None = _dropout(name, module, scheme, axis)
         if twin is None and scheme.is_invariant:
             twin = invariant_twin(module)
         if twin is not None:
@@ -60,41 +62,25 @@ def _inside(made: ModelPlan) -> tuple[str, ...]:
     return tuple(f"{name}." for name in replaced_by(made))
 
 
-def _dropout(
-    name: str,
-    module: nn.Module,
-    model: nn.Module,
-    made: ModelPlan,
-    scheme: Scheme,
-    axis: Axis,
-) -> nn.Module | None:
-    """Dropout by position for an `nn.Dropout`; by leaf where its input is seen to be cut."""
-    column = _column_before(name, model, made)
-    if column is not None:
-        cut = Cut(column.out_features, scheme.leaves, axis.size)
-        return dropout_twin(module, name=name, seed=scheme.seed, axis=axis, cut=cut)
+def _dropout(name: str, module: nn.Module, scheme: Scheme, axis: Axis) -> nn.Module | None:
+    """Dropout by position for an `nn.Dropout`."""
     twin = dropout_twin(module, name=name, seed=scheme.seed)
     if twin is not None and scheme.is_invariant:
-        twin.register_forward_pre_hook(SameOnAllRanks(axis, name))
+        twin.register_forward_pre_hook(_SameIfWhole(axis, name))
     return twin
 
 
-def _column_before(name: str, model: nn.Module, made: ModelPlan) -> nn.Linear | None:
-    """The linear whose cut output reaches a child of an `nn.Sequential`; None: it is whole."""
-    parent, _, child = name.rpartition(".")
-    siblings = model.get_submodule(parent)
-    if not isinstance(siblings, nn.Sequential):
-        return None
-    found: nn.Linear | None = None
-    for other, sibling in siblings.named_children():
-        if other == child:
-            break
-        style = made.styles.get(f"{parent}.{other}" if parent else other)
-        if isinstance(style, ColumnParallel) and not style.gather_output:
-            found = sibling if isinstance(sibling, nn.Linear) else None
-        elif style is not None or isinstance(sibling, nn.Linear):
-            found = None
-    return found
+class _SameIfWhole(SameOnAllRanks):
+    """A forward pre-hook: a cut tensor may be cut, and any other must be the same on all ranks."""
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Compare the ranks' inputs.
+
+        Raises:
+            MismatchError: on all ranks, if one has another input.
+        """
+        if not isinstance(inputs[0], CutTensor | Deferred) and not inputs[0].is_meta:
+            super().__call__(module, inputs)
 
 
 def irreplaceable(model: nn.Module, twins: Mapping[str, nn.Module], made: ModelPlan) -> list[str]:

@@ -281,15 +281,7 @@ class WatchedPlan:
                     for kind, each in kinds.items()
                 )
                 yield f"a step with these inputs, {direction}: {said}"
-        for operation, found in _by_operation(self.rehearsal.gathered):
-            where = listed(module or "an input" for module, _ in found)
-            yield f"gathered inside: {operation} of {where}, {sum(n for _, n in found)} a step"
-        for operation, found in _by_operation((*each, 1) for each in self.rehearsal.variant):
-            where = listed(module for module, _ in found if module)
-            yield (
-                f"not invariant: {operation}{f' in {where}' if where else ''} has no form whose "
-                "bits no cut changes"
-            )
+        yield from inside_lines(self.rehearsal)
         ranks: dict[tuple[int, ...], list[str]] = {}
         for name, idle in self.idle.items():
             ranks.setdefault(idle, []).append(name.rpartition(".")[0])
@@ -300,6 +292,23 @@ class WatchedPlan:
                 else f"ranks {', '.join(map(str, idle))} own"
             )
             yield f"idle: {told} nothing of {listed(names)}, and what is cut with it"
+
+
+def inside_lines(rehearsal: Rehearsal) -> Iterator[str]:
+    """What a step gathers for want of a rule, and what is not invariant, a line for each operation.
+
+    Args:
+        rehearsal: of the step.
+    """
+    for operation, found in _by_operation(rehearsal.gathered):
+        where = listed(module or "an input" for module, _ in found)
+        yield f"gathered inside: {operation} of {where}, {sum(n for _, n in found)} a step"
+    for operation, found in _by_operation((*each, 1) for each in rehearsal.variant):
+        where = listed(module for module, _ in found if module)
+        yield (
+            f"not invariant: {operation}{f' in {where}' if where else ''} has no form whose "
+            "bits no cut changes"
+        )
 
 
 def _by_operation(

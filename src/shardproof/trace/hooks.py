@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizers
+from torch.utils._pytree import tree_map
 
 from shardproof import observing
+from shardproof.cut.tensor import CutTensor
 
 
 class Listener(Protocol):
@@ -86,5 +88,10 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def first_tensor(tree: Any) -> Tensor | None:
-    """The first tensor of a module's arguments or output."""
-    return next(observing.tensors_in(tree), None)
+    """The first tensor of a module's arguments or output; of a cut one, this rank's part."""
+    parts = tree_map(lambda x: x.local if isinstance(x, CutTensor) else x, tree, is_leaf=_is_cut)
+    return next(observing.tensors_in(parts), None)
+
+
+def _is_cut(x: Any) -> bool:
+    return isinstance(x, CutTensor)

@@ -45,7 +45,9 @@ OF_USERS = (
 )
 # They stand around functions of torch that a user calls.
 _GUARDS = (
-    "shardproof.cut.foreign",
+    "shardproof.cut.",
+    "shardproof.numerics.broadcasting",
+    "shardproof.plans.between",
     *(
         f"shardproof.layers.{name}"
         for name in (

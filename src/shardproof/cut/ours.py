@@ -1,0 +1,67 @@
+"""Functions of ours that were made for a rank's part, called with cut tensors."""
+
+from typing import Any
+
+from shardproof.cut.meet import refined
+from shardproof.cut.others import whole
+from shardproof.cut.spec import Region
+from shardproof.cut.tensor import CutTensor, cut_tensor, rule
+from shardproof.functional import crossings
+from shardproof.functional.site import LinearSite
+from shardproof.leaves import Cut
+
+
+@rule("elementwise")
+def elementwise(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One that computes element by element, or such a forward with its module."""
+    x = _first(args, kwargs)
+    given = [each.local if each is x else each for each in args]
+    options = {key: each.local if each is x else each for key, each in kwargs.items()}
+    return cut_tensor(func(*given, **options), x.spec, x.who)
+
+
+@rule("of a part")
+def of_a_part(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One that is told how the last dim is cut; where it is not told, it is given the whole."""
+    cut = _told(func.__name__, args, kwargs)
+    region = _first(args, kwargs).spec.region
+
+    def taken(x: Any) -> Any:
+        if not isinstance(x, CutTensor):
+            return x
+        return whole(x, func.__name__) if cut is None else part_of(x, region, cut)
+
+    return func(*map(taken, args), **{key: taken(each) for key, each in kwargs.items()})
+
+
+def part_of(x: Any, region: Region, cut: Cut) -> Any:
+    """This rank's part of the last dim of a tensor, which is cut or whole.
+
+    Args:
+        x: (*, size).
+        region: of cut tensors.
+        cut: of the last dim.
+
+    Comm:
+        none where it is cut so; else forward one all_gather of x if that is cut, and backward one
+        all_gather of its gradient.
+    """
+    along, who = region.features(cut), ""
+    if isinstance(x, CutTensor):
+        if x.spec.dim == x.dim() - 1:
+            return refined(x, along).local
+        who = x.who
+        x = whole(x, "the part along another dim")
+    return crossings.take(x, x.dim() - 1, region.place(along, who))
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CutTensor:
+    return next(each for each in (*args, *kwargs.values()) if isinstance(each, CutTensor))
+
+
+def _told(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cut | None:
+    """How a function is told that the last dim of its input is cut."""
+    for each in (*args, *kwargs.values()):
+        if isinstance(each, LinearSite):
+            return each.cut if name == "row_linear" and not each.split_input else each.input_cut
+    return kwargs.get("cut")

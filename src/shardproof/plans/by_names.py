@@ -1,0 +1,74 @@
+"""Cut a model by the names in a plan, which has been checked against it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from shardproof.axis import Axis
+from shardproof.cut.spec import Region
+from shardproof.errors import PlanError, ShardproofError
+from shardproof.hf.attention import take_over
+from shardproof.hf.head import adapt_head
+from shardproof.hf.models import is_transformers
+from shardproof.plans.between import hand_on, meet_cut_tensors
+from shardproof.plans.cut import Cutter
+from shardproof.plans.model_plan import ModelPlan
+from shardproof.plans.rehearsal import rehearse
+from shardproof.plans.twins import twins_of
+from shardproof.plans.watched import as_call
+from shardproof.plans.watched_plan import Rehearsal
+
+
+def cut_by_names(
+    model: nn.Module, made: ModelPlan, twins: Mapping[str, nn.Module], axis: Axis
+) -> Region:
+    """Keep of a model what this rank holds, in place; nothing is checked here.
+
+    Args:
+        model: the one that was planned, or one like it.
+        made: at the degree of the axis.
+        twins: name of a module that is not cut -> what takes its place (`twins_of`).
+        axis: the ranks.
+
+    Returns:
+        The region of its cut tensors.
+
+    Comm:
+        none.
+    """
+    cutter = Cutter(model, made.scheme, axis, made.head, made.manners)
+    cutter.cut(made.styles)
+    for name, twin in twins.items():
+        meet_cut_tensors(twin, model.get_submodule(name))
+        cutter.replace(name, twin)
+    if is_transformers(model):
+        if cutter.attentions:
+            take_over(model, cutter.attentions)
+        if made.head is not None:
+            adapt_head(model, model.get_submodule(made.head))  # type: ignore[arg-type]
+    region = Region(axis, made.scheme)
+    if not made.is_carried:
+        hand_on(model, made, region)
+    return region
+
+
+def rehearse_by_names(model: nn.Module, made: ModelPlan, inputs: Any) -> Rehearsal:
+    """One step on every rank, of copies of a model that are cut by a plan.
+
+    Args:
+        model: not cut yet.
+        made: how it is to be cut.
+        inputs: what forward takes.
+
+    Raises:
+        PlanError: a rank cannot do the step, or the model's own forward fails with the inputs.
+    """
+
+    def cut(copied: nn.Module, axis: Axis) -> Region:
+        return cut_by_names(copied, made, twins_of(copied, made, made.scheme, axis), axis)
+
+    try:
+        return rehearse(model, as_call(inputs), cut, degree=made.degree, device="meta")
+    except ShardproofError as error:
+        raise PlanError(f"the plan does not fit {type(model).__name__}: {error}") from error
