@@ -47,6 +47,7 @@ OF_USERS = (
 _GUARDS = (
     "shardproof.cut.",
     "shardproof.numerics.broadcasting",
+    "shardproof.numerics.forms",
     "shardproof.plans.between",
     *(
         f"shardproof.layers.{name}"
