@@ -176,7 +176,7 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Axis], Any]] = {
     (serving.serve, "several ranks hold a source"): lambda axis: served(axis, keys=1),
 }
 SILENT = {
-    crossing_moves: {"checked_dim"},
+    crossing_moves: {"checked_dim", "is_compared", "not_compared"},
     crossing_products: {"Term", "tell", "tell_bias"},
     embedding: {"EmbeddingSite", "as_integers", "check_ids", "copy_rows", "pick"},
     entering: {"Basket", "Entering", "will_sum"},

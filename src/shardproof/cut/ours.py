@@ -9,6 +9,7 @@ from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 from shardproof.functional import crossings
 from shardproof.functional.site import LinearSite
 from shardproof.leaves import Cut
+from shardproof.units import CutDim
 
 
 @rule("elementwise")
@@ -29,30 +30,33 @@ def of_a_part(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     def taken(x: Any) -> Any:
         if not isinstance(x, CutTensor):
             return x
-        return whole(x, func.__name__) if cut is None else part_of(x, region, cut)
+        if cut is None:
+            return whole(x, func.__name__)
+        return part_of(x, x.dim() - 1, region, region.features(cut))
 
     return func(*map(taken, args), **{key: taken(each) for key, each in kwargs.items()})
 
 
-def part_of(x: Any, region: Region, cut: Cut) -> Any:
-    """This rank's part of the last dim of a tensor, which is cut or whole.
+def part_of(x: Any, dim: int, region: Region, along: CutDim) -> Any:
+    """This rank's part of a tensor, which is cut or whole.
 
     Args:
-        x: (*, size).
+        x: (*).
+        dim: of x, counted from the left.
         region: of cut tensors.
-        cut: of the last dim.
+        along: how that dim is to be cut.
 
     Comm:
         none where it is cut so; else forward one all_gather of x if that is cut, and backward one
         all_gather of its gradient.
     """
-    along, who = region.features(cut), ""
+    who = ""
     if isinstance(x, CutTensor):
-        if x.spec.dim == x.dim() - 1:
+        if x.spec.dim == dim:
             return refined(x, along).local
         who = x.who
         x = whole(x, "the part along another dim")
-    return crossings.take(x, x.dim() - 1, region.place(along, who))
+    return crossings.take(x, dim, region.place(along, who))
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CutTensor:

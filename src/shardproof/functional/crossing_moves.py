@@ -14,6 +14,8 @@ from shardproof.block_comm import all_gather_sizes
 from shardproof.errors import ShapeError
 from shardproof.functional.place import Place
 
+_NOT_COMPARED = "_shardproof_not_compared"
+
 
 class _Gather(torch.autograd.Function):
     """all_gather forward, a local selection backward."""
@@ -86,6 +88,23 @@ def checked_dim(x: Tensor, dim: int, place: Place, *, is_whole: bool) -> int:
     )
 
 
+def not_compared(x: Tensor) -> Tensor:
+    """Mark a tensor that ranks without work do not have: `spread` and `take` do not compare it.
+
+    Args:
+        x: (*), Replicate on the ranks that use it.
+    Returns:
+        `x`.
+    """
+    setattr(x, _NOT_COMPARED, True)
+    return x
+
+
+def is_compared(x: Tensor) -> bool:
+    """Whether the ranks compare a tensor that each of them is to have."""
+    return not getattr(x, _NOT_COMPARED, False)
+
+
 def gather(x: Tensor, dim: int, place: Place) -> Tensor:
     """What the ranks hold of a cut dim to the whole dim: all_gather forward, selection backward.
 
@@ -122,7 +141,8 @@ def take(x: Tensor, dim: int, place: Place) -> Tensor:
         forward none; backward one all_gather of (*, size, *).
     """
     dim = checked_dim(x, dim, place, is_whole=True)
-    place.axis.note(x, who=place.who)
+    if is_compared(x):
+        place.axis.note(x, who=place.who)
     return _Take.apply(x, dim, place)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from shardproof import comm, observing, operators
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError
-from shardproof.functional.crossing_moves import checked_dim
+from shardproof.functional.crossing_moves import checked_dim, is_compared
 from shardproof.functional.place import Place
 from shardproof.numerics import reducing
 from shardproof.numerics.matmul import node_dtype
@@ -158,7 +158,8 @@ def spread(x: Tensor, shape: Sequence[int], dim: int, place: Place) -> Tensor:
     """
     size = torch.Size(shape)
     dim = _checked_shape(x, size, dim, place)
-    place.axis.note(x, who=place.who)
+    if is_compared(x):
+        place.axis.note(x, who=place.who)
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x.expand(size)
     return _Spread.apply(x, size, dim, place)

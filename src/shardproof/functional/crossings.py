@@ -17,7 +17,7 @@ from shardproof.functional.crossing_lines import (
     softmax_cut,
 )
 from shardproof.functional.crossing_lookup import lookup_columns, lookup_rows
-from shardproof.functional.crossing_moves import gather, held_part, take
+from shardproof.functional.crossing_moves import gather, held_part, not_compared, take
 from shardproof.functional.crossing_sums import expand, fold, mean_cut, spread, sum_cut
 from shardproof.functional.entering import Entering
 from shardproof.functional.place import Place
@@ -39,6 +39,7 @@ __all__ = [
     "lookup_rows",
     "max_cut",
     "mean_cut",
+    "not_compared",
     "row",
     "serve",
     "softmax_cut",

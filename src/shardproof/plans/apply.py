@@ -29,7 +29,7 @@ from shardproof.plans.hf_plan import entries_of
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.planning import as_error, attempt
 from shardproof.plans.strangers import is_lazy
-from shardproof.plans.style import Attention, Plan, Style
+from shardproof.plans.style import Plan, Style
 from shardproof.plans.twins import irreplaceable, replaced_by, twins_of
 from shardproof.plans.watched import as_watched, cut_by
 from shardproof.plans.watched_plan import WatchedPlan
@@ -90,8 +90,6 @@ def parallelize(
     problems += _hooked([*replaced_by(made), *twins], model)
     if asked.is_invariant:
         problems += irreplaceable(model, twins, made)
-    if not is_transformers(model):
-        problems += _unattended(made)
     if problems:
         raise PlanError(as_error(model, problems))
     rehearsal = None if inputs is None else rehearse_by_names(model, made, inputs)
@@ -193,17 +191,6 @@ def _agree_on_numbers(model: nn.Module, asked: Scheme, axis: Axis) -> None:
         "without a C compiler lacks the kernels), and set SHARDPROOF_BLAS and SHARDPROOF_CORE "
         "alike.",
     )
-
-
-def _unattended(made: ModelPlan) -> list[str]:
-    """Attention modules in which nothing of ours could compute, one sentence each."""
-    return [
-        f"module {name!r}: Attention without attend= is for models of transformers. Let a child "
-        "compute the attention (forward(q, k, v) of shape (batch, heads, length, head_dim)), and "
-        "give its name as attend=."
-        for name, style in made.styles.items()
-        if isinstance(style, Attention) and style.attend is None
-    ]
 
 
 def _describe(plan: Plan | None, scheme: Scheme, model: nn.Module) -> dict[str, object]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from shardproof.hf.models import is_transformers
 from shardproof.plans.style import Attention, ColumnParallel, Norms, RowParallel, Style
 from shardproof.quantities import whole_number
 
@@ -26,6 +27,11 @@ class Recognised:
     styles: dict[str, Attention] = field(default_factory=dict)
     gathered: list[str] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
+
+
+def attends_in_registry(model: nn.Module, style: Attention) -> bool:
+    """Whether an attention computes through the registry of transformers, which is given parts."""
+    return style.attend is None and is_transformers(model)
 
 
 def recognise(styles: dict[str, Style], model: nn.Module) -> Recognised:

@@ -16,6 +16,7 @@ from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
 from shardproof.layers.norm import HeadRMSNorm, ShardedRMSNorm
 from shardproof.layers.shared import link
 from shardproof.plans.attend import Manner
+from shardproof.plans.attention import attends_in_registry
 from shardproof.plans.style import (
     Attention,
     ColumnParallel,
@@ -141,13 +142,14 @@ class Cutter:
         link([self._child(name, child) for child in cuts], heads=heads, who=name)
         self._cut_norms(name, style, heads)
         self._attend(name, style, heads)
-        if not heads.owned(self._axis.rank):
+        if attends_in_registry(self._model, style) and not heads.owned(self._axis.rank):
             self._stand_in(name, style)
 
     def _attend(self, name: str, style: Attention, heads: Heads) -> None:
         site = AttentionSite(self._axis, heads, self._scheme, name)
         if style.attend is None:
-            self.attentions[name] = HeadAttention(site)
+            if attends_in_registry(self._model, style):
+                self.attentions[name] = HeadAttention(site)
             return
         whole = self._child(name, style.attend)
         manner = self._manners[name]
