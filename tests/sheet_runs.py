@@ -274,7 +274,8 @@ def attended(model: Any) -> Pieces:
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     pieces = {f"{name}.weight": seen(getattr(block, name).weight) for name in names}
     pieces["x"] = Seen(X, tokens(x.grad), tokens(x.grad))
-    pieces["heads"] = Seen(tokens(block.heads.detach()), tokens(block.heads.grad))
+    heads = getattr(block.heads, "part", block.heads)  # of a cut tensor, what this rank has
+    pieces["heads"] = Seen(tokens(heads.detach()), tokens(heads.grad))
     pieces["y"] = Seen(tokens(y.detach()), tokens(y.grad))
     return pieces
 

@@ -75,8 +75,8 @@ class HeadAttention(Drawing):
                 "keys, and functions differ in which keys the last queries see. Give a mask, and "
                 "is_causal=False."
             )
-        is_idle = not site.owned
-        if is_idle:  # what came is a stand-in
+        stand_ins = q.shape[1] if not site.owned else 0  # what came to a rank without heads
+        if stand_ins:
             q, k, v = q[:, :0], k[:, :0], v[:, :0]
         y = attention(
             q,
@@ -89,7 +89,7 @@ class HeadAttention(Drawing):
             softcap=softcap,
             dropout=self._dropout(dropout),
         )
-        return F.pad(y, (0, 0, 0, 0, 0, 1)) if is_idle else y
+        return F.pad(y, (0, 0, 0, 0, 0, stand_ins)) if stand_ins else y
 
     def _dropout(self, p: float | None) -> HeadDropout | None:
         p = self.dropout if p is None else p
