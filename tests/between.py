@@ -2,8 +2,9 @@
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def by_names(model: nn.Module, x: Any, axis: Any, *, seen: bool) -> dict[str, Te
         seen: whether the plan is given an example.
     """
     styles = {"up": "colwise"} | ({} if model.down is None else {"down": "rowwise"})
-    model = sp.parallelize(model, styles, axis, inputs=x if seen else None)
+    model = sp.parallelize(model, styles, axis)
     loss = model(x)
     loss.backward()
     found = {"loss": loss.detach()}
@@ -167,13 +168,34 @@ def hashes(numbers: dict[str, Tensor]) -> dict[str, str]:
     }
 
 
+def run_by_names(make: Callable[[], nn.Module], degree: int) -> list[dict[Any, Any]]:
+    """Numbers of both dtypes of all ranks, of a model whose two linears a plan names."""
+    models = {dtype: made(make, dtype) for dtype in (torch.float32, torch.float64)}
+
+    def work(axis: sp.Axis) -> dict[Any, Any]:
+        return {
+            dtype: by_names(copy.deepcopy(model), example(dtype), axis)
+            for dtype, model in models.items()
+        }
+
+    return sp.launch(work, degree=degree, engine="threads", timeout=60)
+
+
 def check(make: Callable[[], nn.Module], plan: WatchedPlan) -> None:
     """The same bits at every degree and rank, and the numbers of plain torch."""
-    degrees = DEGREES if plan.cuts else DEGREES[:2]
+    check_runs(make, partial(run, make, plan), DEGREES if plan.cuts else DEGREES[:2])
+
+
+def check_runs(
+    make: Callable[[], nn.Module],
+    runs: Callable[[int], list[dict[Any, Any]]],
+    degrees: Sequence[int],
+) -> None:
+    """As `check`, of what `runs` gives for a degree."""
     want = numbers_of(made(make, torch.float64), example(torch.float64), None, None)
     first = None
     for degree in degrees:
-        for rank, found in enumerate(run(make, plan, degree)):
+        for rank, found in enumerate(runs(degree)):
             have = found[torch.float64]
             assert have.keys() == want.keys(), (degree, rank, have.keys() ^ want.keys())
             for name, x in want.items():

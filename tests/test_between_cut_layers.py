@@ -11,7 +11,18 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from between import BATCH, HIDDEN, IN, LENGTH, Between, check, forced, watched
+from between import (
+    BATCH,
+    HIDDEN,
+    IN,
+    LENGTH,
+    Between,
+    check,
+    check_runs,
+    forced,
+    run_by_names,
+    watched,
+)
 from shardproof.errors import PlanError
 
 HALF = HIDDEN // 2
@@ -436,3 +447,9 @@ def test_as_planned(name: str) -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_with_every_feature_a_unit(name: str) -> None:
     check(EVERY[name], forced(EVERY[name]))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_by_names(name: str) -> None:
+    """A plan that names the two linears, and has seen no forward."""
+    check_runs(EVERY[name], partial(run_by_names, EVERY[name]), (1, 2, 3))

@@ -246,8 +246,8 @@ def dropped(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     if _local.calls is None:
         raise UsageError(
             f"a dropout is called on a cut tensor{f' of {x.who!r}' if x.who else ''} outside the "
-            "forward of a module that draws. Call it in a module of the model that is cut, or use "
-            "shardproof.layers.dropout.Dropout."
+            "forward of a module that is known to draw. Use nn.Dropout, or give parallelize an "
+            "example of what forward takes (inputs=): a step then shows which modules draw."
         )
     return _local.calls.dropped(x, p, training, inplace)
 

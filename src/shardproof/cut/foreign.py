@@ -81,7 +81,8 @@ class _Inside:
         _local.depth = getattr(_local, "depth", 0) + 1
 
     def leave(self) -> None:
-        _local.depth -= 1
+        # A hook of somebody else may raise before a forward was entered.
+        _local.depth = max(0, getattr(_local, "depth", 0) - 1)
 
 
 inside = _Inside()

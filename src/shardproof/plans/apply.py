@@ -96,7 +96,7 @@ def parallelize(
     whole = dict(model.named_parameters())
     region = cut_by_names(model, made, twins, axis)
     if rehearsal is not None:
-        call_by_forms(model, rehearsal, region)
+        call_by_forms(model, rehearsal.calls, rehearsal.draws, region)
     return _finished(model, whole, made.scheme, axis)
 
 

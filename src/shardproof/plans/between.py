@@ -5,6 +5,7 @@ takes this rank's part of one. So the model's own code computes what it would co
 (`cut/`), whatever it does.
 """
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -20,13 +21,13 @@ from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor, run_as
 from shardproof.errors import ShapeError
 from shardproof.functional.dropout import MaskKey
+from shardproof.layers.base import is_ours
 from shardproof.layers.dropout import Dropout
 from shardproof.layers.linear import ColumnParallelLinear
 from shardproof.layers.norm import LayerNorm, RMSNorm
 from shardproof.plans.attention import attends_in_registry
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.style import Attention, ColumnParallel, RowParallel, VocabParallel
-from shardproof.plans.watched_plan import Rehearsal
 from shardproof.units import Block, CutDim, Shared, Units
 
 assert rules  # noqa: S101 - imported for what it registers
@@ -115,18 +116,29 @@ def meet_cut_tensors(twin: nn.Module, stood: nn.Module) -> None:
     twin.forward = computes
 
 
-def call_by_forms(model: nn.Module, rehearsal: Rehearsal, region: Region) -> None:
-    """Let the modules' own code draw, and compute on whole tensors, as a rehearsal showed.
+def call_by_forms(
+    model: nn.Module, calls: Collection[str], draws: Collection[str], region: Region
+) -> None:
+    """Let the modules' own code draw by position, and compute by forms on whole tensors.
 
     Args:
         model: cut by names.
-        rehearsal: of one step of it.
-        region: of its cut tensors.
+        calls: names of modules whose own code calls what has a form.
+        draws: names of modules whose own code draws.
+        region: of the model's cut tensors.
     """
-    calls, draws = rehearsal.calls, rehearsal.draws
-    for name, module in model.named_modules():
-        if name in calls or name in draws:
-            Calling(region, name, calls=name in calls, draws=name in draws).hook(module)
+    modules = dict(model.named_modules())
+    seen = {name for name in (*calls, *draws) if name in modules and not is_ours(modules[name])}
+    inside = {  # what computes in a layer of ours must not be seen by the module around it
+        name
+        for name, module in modules.items()
+        if name not in seen
+        and (is_ours(module) or any(module.children()))
+        and any(name.startswith(f"{each}." if each else "") and name for each in seen)
+    }
+    for name in (*seen, *inside):
+        is_seen = name in seen
+        Calling(region, name, calls=is_seen, draws=is_seen and name in draws).hook(modules[name])
 
 
 def _enter_model(*_: Any) -> None:

@@ -51,21 +51,11 @@ def plan_by_example(
         PlanError: no example that the config gives is one with which the forward runs, or a rank
             cannot do a step.
     """
-    given = examples(model, batch=batch, length=length)
-    inputs, watched = _first_that_runs(model, given, why)
+    inputs, watched = _first_that_runs(model, examples(model, batch=batch, length=length), why)
     made = plan_by_watching(model, inputs, degree=degree, scheme=scheme, watched=watched)
     reason = f"{_first_sentence(why)}. So one" if why else "One"
     note = f"{reason} forward was watched, with inputs that the config gives: {_shapes(inputs)}"
     return replace(made, notes=(*made.notes, note))
-
-
-def watch_example(model: nn.Module) -> Watched:
-    """One forward of a model of transformers, with inputs that its config gives, also for parts.
-
-    Raises:
-        PlanError: no example that the config gives is one with which the forward runs.
-    """
-    return _first_that_runs(model, examples(model), "", parts=True)[1]
 
 
 def _first_sentence(why: str) -> str:
@@ -76,15 +66,24 @@ def _first_sentence(why: str) -> str:
     return written(f"{start.strip()} {first}{more}" if problems else first, most=_LONGEST_REASON)
 
 
+def watch_example(model: nn.Module) -> Watched:
+    """One forward of a model of transformers, with inputs that its config gives.
+
+    Raises:
+        PlanError: no example that the config gives is one with which the forward runs.
+    """
+    return _first_that_runs(model, examples(model), "")[1]
+
+
 def _first_that_runs(
-    model: nn.Module, given: Iterable[dict[str, Any]], why: str, *, parts: bool = False
+    model: nn.Module, given: Iterable[dict[str, Any]], why: str
 ) -> tuple[dict[str, Any], Watched]:
     """The first example with which the forward can be watched."""
     first: PlanError | None = None
     tried = []
     for inputs in given:
         try:
-            return inputs, watch(model, (), inputs, parts=parts)
+            return inputs, watch(model, (), inputs)
         except PlanError as error:
             first = first or error
             tried.append(_shapes(inputs))

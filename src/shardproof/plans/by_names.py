@@ -11,7 +11,7 @@ from shardproof.errors import PlanError, ShardproofError
 from shardproof.hf.attention import take_over
 from shardproof.hf.head import adapt_head
 from shardproof.hf.models import is_transformers
-from shardproof.plans.between import hand_on, meet_cut_tensors
+from shardproof.plans.between import call_by_forms, hand_on, meet_cut_tensors
 from shardproof.plans.cut import Cutter
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.rehearsal import rehearse
@@ -66,7 +66,9 @@ def rehearse_by_names(model: nn.Module, made: ModelPlan, inputs: Any) -> Rehears
     """
 
     def cut(copied: nn.Module, axis: Axis) -> Region:
-        return cut_by_names(copied, made, twins_of(copied, made, made.scheme, axis), axis)
+        region = cut_by_names(copied, made, twins_of(copied, made, made.scheme, axis), axis)
+        call_by_forms(copied, [name for name, _ in copied.named_modules()], (), region)
+        return region
 
     try:
         return rehearse(model, as_call(inputs), cut, degree=made.degree, device="meta")

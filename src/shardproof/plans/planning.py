@@ -12,7 +12,6 @@ from shardproof.hf.attention import implementation_problems
 from shardproof.hf.models import is_transformers
 from shardproof.leaves import check_degree, checked_degree
 from shardproof.objects import checked_model
-from shardproof.plans.against_forward import compare
 from shardproof.plans.attend import Manner, manner_of
 from shardproof.plans.attention import recognise
 from shardproof.plans.by_example import has_example, plan_by_example, watch_example
@@ -161,15 +160,22 @@ def _compared(model: nn.Module, made: ModelPlan) -> ModelPlan:
         watched = watch_example(model)
     except PlanError as error:
         return replace(made, notes=(*made.notes, f"it was compared with no forward: {error}"))
-    found = families(watched)
-    compared = compare(made, watched, found, model)
-    notes = [f"one forward contradicts its tp_plan: {each}" for each in compared.problems]
-    more = [
-        name
-        for family in choose(found, watched).families
-        for name, _ in family.dims
-        if name not in compared.cut and len(watched.shapes[name]) > 1
+    choice = choose(families(watched), watched)
+    shown = {name: dim for family in choice.families for name, dim in family.dims}
+    carried = {
+        watched.tied.get(name, name): dim
+        for module in made.modules
+        for parameter in module.parameters
+        if (dim := parameter.layouts[0].dim) is not None
+        for name in [f"{module.name}.{parameter.name}" if module.name else parameter.name]
+    }
+    notes = [
+        f"{name!r} is cut along dim {dim} by its tp_plan; one forward shows "
+        + (f"a cut along dim {shown[name]}." if name in shown else f"no cut: {choice.whole[name]}")
+        for name, dim in carried.items()
+        if shown.get(name) != dim
     ]
+    more = [name for name in shown if name not in carried and len(watched.shapes[name]) > 1]
     if more:
         notes.append(
             f"{listed(more)}: whole by its tp_plan; one forward shows that a cut is possible. "

@@ -160,8 +160,15 @@ class _Why:
         family = self.found[number]
         if number in self.chosen:
             return f"every unit of {family.name!r} needs all of it"
-        if why := obstacle(family, name):
-            return why
+        event = _blocking(family, name)
+        if event is not None:
+            return (
+                f"{_told(event)} {'adds up over it' if event.what == 'sum' else 'needs it whole'}"
+            )
+        if family.units.count < 2:
+            return "all of it belongs to one unit"
+        if family.units.breaks == (0,):
+            return "a view in the forward mixes its units"
         if not family.has_matrix:
             return "no operation joins it with a matrix that could be cut"
         rivals = family.crosses & self.chosen
@@ -175,24 +182,8 @@ class _Why:
         return "a cut of it alone would need an all-reduce of its own"
 
 
-def obstacle(family: Family, name: str) -> str:
-    """Why no dim of a family can be cut; empty if it can.
-
-    Args:
-        family: that the dim is of.
-        name: the parameter; an operation in its own module is told before others.
-    """
-    event = _blocking(family, name)
-    if event is not None:
-        return f"{_told(event)} {'adds up over it' if event.what == 'sum' else 'needs it whole'}"
-    if family.units.count < 2:
-        return "all of it belongs to one unit"
-    if family.units.breaks == (0,):
-        return "a view in the forward mixes its units"
-    return ""
-
-
 def _blocking(family: Family, name: str) -> Event | None:
+    """The operation that needs a dim whole; of several one in the parameter's own module."""
     events = [event for event in family.events if event.what in ("gather", "sum", "weight")]
     own = [event for event in events if event.module == name.rpartition(".")[0]]
     return next(iter([*own, *events]), None)

@@ -12,16 +12,13 @@ from shardproof.watching.forward import Key, Watched
 from shardproof.watching.needs import Needs, coarsen, settle_needs
 from shardproof.watching.record import Seen
 
-LOCAL = ("spread", "compute", "draw")  # of events: nothing is sent forward
-
 
 @dataclass(frozen=True)
 class Event:
-    """An operation inside a family that needs something sent, or that a plain cut would change.
+    """An operation inside a family that needs something sent.
 
     Attributes:
-        what: "reduce", "sum", "gather", "weight", "lookup", "output", "spread", "compute" or
-            "draw", as in `record.Seen`.
+        what: "reduce", "sum", "gather", "weight", "lookup" or "output", as in `record.Seen`.
         op: the operation.
         module: name of the module that ran it.
         parameter: the parameter that it used along the cut dim, if it did.
@@ -51,7 +48,6 @@ class Family:
         events: operations that need something sent if it is cut.
         crosses: numbers of families that some activation has along another dim.
         has_matrix: whether a parameter of it has more than one dim.
-        local: operations for which nothing is sent forward: "spread", "compute" and "draw".
     """
 
     name: str
@@ -62,7 +58,6 @@ class Family:
     events: tuple[Event, ...]
     crosses: frozenset[int] = frozenset()
     has_matrix: bool = True
-    local: tuple[Event, ...] = ()
 
 
 def families(watched: Watched) -> tuple[Family, ...]:
@@ -219,10 +214,9 @@ class _Finder:
             dims,
             tuple(whole),
             "",
-            tuple(event for event in told if event.what not in LOCAL),
+            tuple(told),
             frozenset(crosses) - {number},
             any(len(shapes[parameter]) > 1 for parameter, _ in keys),
-            tuple(event for event in told if event.what in LOCAL),
         )
         return replace(made, kind=kind_of_family(made, shapes, self.record.used))
 

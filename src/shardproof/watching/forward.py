@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -50,12 +50,7 @@ class Watched:
 
 
 def watch(
-    model: nn.Module,
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    training: bool = False,
-    parts: bool = False,
+    model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
 ) -> Watched:
     """Run one forward in which every index of every parameter carries a label.
 
@@ -64,52 +59,31 @@ def watch(
     are small and random there. The model is left exactly as it was.
 
     Args:
-        model: on any device.
+        model: on any device; in evaluation mode while it is watched.
         args: an example of what forward takes, in order.
         kwargs: and by name.
-        training: whether it is in training mode while it is watched.
-        parts: whether what a plain cut would change is noted too (`parts.py`), which takes longer.
     Raises:
         PlanError: the model's own forward fails with these inputs, or an operation of it cannot
             be followed.
     """
     with _one_at_a_time:
-        return _seen(model, (tuple(args), dict(kwargs or {})), _How(training, parts))
+        return _seen(model, (tuple(args), dict(kwargs or {})))
 
 
-@dataclass(frozen=True)
-class _How:
-    """How a forward is watched.
-
-    Attributes:
-        training: in training mode.
-        parts: what a plain cut would change is noted.
-        leaves_last: a mask that depends on parameters leaves out the last of every dim.
-        why_cpu: why on the CPU; empty if on the meta device.
-    """
-
-    training: bool
-    parts: bool
-    leaves_last: bool = False
-    why_cpu: str = ""
-
-
-def _seen(model: nn.Module, given: Any, how: _How) -> Watched:
+def _seen(model: nn.Module, given: Any) -> Watched:
     start = time.perf_counter()
     failed: list[Exception] = []
     for leaves_last in (False, True):  # the last of a mask may stand for "none" (no expert)
         try:
-            return _watched(model, given, replace(how, leaves_last=leaves_last), start)
+            return _watched(model, given, start=start, leaves_last=leaves_last)
         except ShardproofError:
             raise
         except Exception as error:  # whatever a model's code raises where it looks at data
             failed.append(error)
-    return _watched_on_cpu(model, given, failed[0], how, start)
+    return _watched_on_cpu(model, given, failed[0], start)
 
 
-def _watched_on_cpu(
-    model: nn.Module, given: Any, first: Exception, how: _How, start: float
-) -> Watched:
+def _watched_on_cpu(model: nn.Module, given: Any, first: Exception, start: float) -> Watched:
     """On a copy with numbers, for a forward that cannot run on the meta device."""
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > MOST_COPIED:
@@ -119,8 +93,7 @@ def _watched_on_cpu(
             "on the CPU, or a smaller model of the same kind."
         ) from first
     try:
-        how = replace(how, why_cpu=error_words(first))
-        return _watched(_small_copy(model), given, how, start)
+        return _watched(_small_copy(model), given, why_cpu=error_words(first), start=start)
     except Exception as error:  # the same
         raise PlanError(_why_it_failed(model, given, error)) from error
 
@@ -176,8 +149,10 @@ def _material(each: Tensor, generator: torch.Generator) -> Tensor:
     return made.to(each.dtype)
 
 
-def _watched(model: nn.Module, given: Any, how: _How, start: float) -> Watched:
-    on_meta = not how.why_cpu
+def _watched(
+    model: nn.Module, given: Any, *, start: float, why_cpu: str = "", leaves_last: bool = False
+) -> Watched:
+    on_meta = not why_cpu
     record = Record()
     names: dict[int, str] = {}
     tied: dict[str, str] = {}
@@ -194,11 +169,11 @@ def _watched(model: nn.Module, given: Any, how: _How, start: float) -> Watched:
         shapes[name] = tuple(parameter.shape)
         by_id[id(parameter)] = _mark(name, parameter, labels, record, on_meta)
         marked[name] = by_id[id(parameter)]
-    mode = Watching(record, by_id, on_meta=on_meta, leaves_last=how.leaves_last, parts=how.parts)
+    mode = Watching(record, by_id, on_meta=on_meta, leaves_last=leaves_last)
     with _left_as_it_was(model), ExitStack() as stack:
         for name, module in model.named_modules():
             _tell_where(name, module, record)
-        model.train(how.training)
+        model.eval()
         for name, buffer in model.named_buffers(remove_duplicate=False):
             marked[name] = mode.adopt(buffer)
         args, kwargs = tree_map(mode.take, given)
@@ -209,7 +184,7 @@ def _watched(model: nn.Module, given: Any, how: _How, start: float) -> Watched:
         for factor in each.factors if isinstance(each, Labelled) else ():
             record.see("output", "output", factor)
     device = "meta" if on_meta else "cpu"
-    return Watched(record, labels, shapes, tied, device, how.why_cpu, time.perf_counter() - start)
+    return Watched(record, labels, shapes, tied, device, why_cpu, time.perf_counter() - start)
 
 
 def _mark(
@@ -228,7 +203,7 @@ def _mark(
     if not parameter.numel():
         return Labelled(inside, parameter=name)
     made = Labelled(inside, tuple(factors), parameter=name)
-    made.sources, made.wants_grad = tuple(sources), parameter.requires_grad
+    made.sources = tuple(sources)
     return made
 
 

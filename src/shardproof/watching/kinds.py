@@ -8,7 +8,6 @@ sum        added up along some dims
 others     have rules of their own, under their own names
 """
 
-from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -41,12 +40,6 @@ POINTWISE = frozenset((
 NEW = frozenset((
     "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
     "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided", "randint_like",
-))  # fmt: skip
-# One rounding for each element, the same in whatever order elements come.
-ARITHMETIC = frozenset((
-    "add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "neg", "abs", "relu",
-    "copy_", "where", "masked_fill", "masked_fill_", "clamp", "eq", "ne", "lt", "le", "gt", "ge",
-    "bitwise_not", "bitwise_and", "bitwise_or", "logical_not", "_to_copy", "fill_", "zero_",
 ))  # fmt: skip
 # name -> the place of the argument that says which dims are used whole
 LINES = {
@@ -91,19 +84,8 @@ def written(func: Any) -> tuple[int, ...]:
 
 @cache
 def is_random(func: Any) -> bool:
-    """Whether it may draw random numbers."""
+    """Whether it draws random numbers."""
     return torch.Tag.nondeterministic_seeded in func.tags
-
-
-def draws(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call draws random numbers: attention does where its dropout is not off."""
-    if not is_random(func):
-        return False
-    for place, each in enumerate(func._schema.arguments):
-        if each.name == "dropout_p":
-            given = args[place] if place < len(args) else kwargs.get(each.name, 0.0)
-            return bool(given)
-    return True
 
 
 @cache

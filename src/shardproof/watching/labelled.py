@@ -27,8 +27,6 @@ class Labelled(Tensor):
             alone; the first, if there are several.
         sources: for each factor of a parameter that was only moved, the parameter's dim.
         is_data: whether it depends on what forward was given.
-        is_drawn: whether it is random numbers, such as a mask of dropout.
-        wants_grad: whether a gradient would flow through it to a parameter or an input.
         made_by: (tensor, operation, other arguments, number of the output) where it is a view.
     """
 
@@ -38,8 +36,6 @@ class Labelled(Tensor):
     parameter: str | None
     sources: tuple[int, ...]
     is_data: bool
-    is_drawn: bool
-    wants_grad: bool
     made_by: tuple["Labelled", Any, tuple[Any, ...], dict[str, Any], int | None] | None
 
     @staticmethod
@@ -66,7 +62,6 @@ class Labelled(Tensor):
         made.inside, made.factors, made.value = inside, factors, value
         made.parameter, made.is_data = parameter, is_data
         made.sources, made.made_by = (), None
-        made.is_drawn = made.wants_grad = False
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]

@@ -16,15 +16,11 @@ class Seen:
     Attributes:
         what: "reduce" (a contraction with a parameter leaves partial sums), "sum" (any other sum
             over them), "gather" (it needs them all), "weight" (it needs all of a parameter),
-            "lookup" (rows picked by an index), "output" (the model returns them), "spread"
-            (what wants a gradient takes part for each of them: its gradient is a sum over them),
-            "compute" (anything but arithmetic is done to each of them), "draw" (each of them meets
-            random numbers).
+            "lookup" (rows picked by an index), "output" (the model returns them).
         op: the operation.
         module: name of the innermost module that ran it.
         atoms: the labels.
-        parameter: the parameter that the operation used along them, if it did; for "spread" the
-            one without them, if it is one.
+        parameter: the parameter that the operation used along them, if it did.
         dim: the parameter's dim, where that is known.
     """
 
@@ -49,9 +45,7 @@ class Record:
         crossings: pairs of layouts that one activation had along different dims, and where.
         unknown: operations without a rule, and how often they ran on labelled tensors.
         guesses: how many values the forward asked for that depend on parameters.
-        used: name of a parameter that an operation took -> modules whose code did it.
-        draws: modules that drew random numbers.
-        constants: labels (*, n) that met n different elements without labels, and where.
+        used: names of parameters that an operation took.
     """
 
     atoms: Atoms = field(default_factory=Atoms)
@@ -63,9 +57,7 @@ class Record:
     )
     unknown: dict[str, int] = field(default_factory=dict)
     guesses: int = 0
-    used: dict[str, set[str]] = field(default_factory=dict)
-    draws: set[str] = field(default_factory=set)
-    constants: dict[tuple[object, ...], tuple[Labels, str, str]] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
     _modules: list[str] = field(default_factory=lambda: [""])
     _interned: dict[bytes, Labels] = field(default_factory=dict)
     _seen_keys: set[tuple[object, ...]] = field(default_factory=set)
@@ -117,11 +109,6 @@ class Record:
         if key not in self._seen_keys:
             self._seen_keys.add(key)
             self.seen.append(Seen(what, op, self.module, atoms, parameter, dim))
-
-    def see_constant(self, op: str, labels: Labels) -> None:
-        """Note labels of which each along the last dim met an element of its own."""
-        key = (op, self.module, labels.shape, hash(labels.tobytes()))
-        self.constants.setdefault(key, (labels, op, self.module))
 
     def keep_box(self, factor: Labels, *, is_split: bool) -> None:
         """Note a layout along several dims."""

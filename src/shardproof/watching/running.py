@@ -12,10 +12,9 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from shardproof.watching import contractions, lookups, norms
 from shardproof.watching.atoms import Labels, distinct
 from shardproof.watching.factors import Factors, compress, varying
-from shardproof.watching.kinds import draws, is_random, is_view, kind_of, name_of, written
+from shardproof.watching.kinds import is_random, is_view, kind_of, name_of, written
 from shardproof.watching.labelled import Labelled, insides
 from shardproof.watching.moving import expanded, move
-from shardproof.watching.parts import carry_flags, see_parts
 from shardproof.watching.record import Record
 from shardproof.watching.rules import RULES, see_all
 
@@ -41,7 +40,6 @@ class Watching(TorchDispatchMode):
         parameters: labelled parameters by the id of the plain ones.
         on_meta: whether what is inside lies on the meta device; else on the CPU.
         leaves_last: whether a mask that depends on parameters leaves out the last of every dim.
-        parts: whether what a plain cut would change is noted.
     """
 
     def __init__(
@@ -51,11 +49,9 @@ class Watching(TorchDispatchMode):
         *,
         on_meta: bool,
         leaves_last: bool = False,
-        parts: bool = False,
     ) -> None:
         super().__init__()
         self.record, self.on_meta, self.leaves_last = record, on_meta, leaves_last
-        self.parts = parts
         self._adopted: dict[int, tuple[Tensor | None, Labelled]] = {
             key: (None, each) for key, each in parameters.items()
         }
@@ -87,7 +83,7 @@ class Watching(TorchDispatchMode):
         """What the forward is given, as labelled tensors."""
         made = self.adopt(each)
         if isinstance(made, Labelled) and made is not each:
-            made.is_data, made.wants_grad = True, each.requires_grad
+            made.is_data = True
         return made
 
     def plain(self, each: Tensor) -> Labelled:
@@ -184,41 +180,27 @@ class Watching(TorchDispatchMode):
     def _label(self, func: Any, name: str, args: Any, kwargs: Any, out: Any, values: Any) -> Any:
         """The result with its labels."""
         flat = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Labelled)]
-        is_drawn = self.parts and draws(func, args, kwargs)
-        if is_drawn:
-            self.record.draws.add(self.record.module)
-        for each in flat:
-            if each.parameter:
-                self.record.used.setdefault(each.parameter, set()).add(self.record.module)
+        self.record.used.update(each.parameter for each in flat if each.parameter)
         outs, spec = tree_flatten(out)
         tensors = [each for each in outs if isinstance(each, Tensor)]
         factors: list[Factors] = [() for _ in tensors]
         if any(each.factors for each in flat):
-            factors = self._factors(func, name, args, kwargs, tensors, flat, is_drawn)
+            factors = self._factors(func, name, args, kwargs, tensors, flat)
         places = written(func)
         if places:
             target = args[places[0]] if places[0] < len(args) else kwargs.get("out")
             if isinstance(target, Labelled):
                 target.is_data = any(each.is_data for each in flat)
-                if self.parts:
-                    carry_flags(func, flat, target, is_drawn=is_drawn)
                 if target.sources:
                     target.sources = self._sources(func, target, factors[0])
                 self._write(target, factors[0] if factors else ())
                 return target if len(outs) == 1 else tree_unflatten([target, *outs[1:]], spec)
             return tree_map(self.adopt, out)
-        made = self._wrap(func, args, kwargs, outs, (factors, values, flat, is_drawn))
+        made = self._wrap(func, args, kwargs, outs, (factors, values, flat))
         return tree_unflatten(made, spec)
 
     def _factors(
-        self,
-        func: Any,
-        name: str,
-        args: Any,
-        kwargs: Any,
-        outs: list[Tensor],
-        flat: Any,
-        is_drawn: bool,
+        self, func: Any, name: str, args: Any, kwargs: Any, outs: list[Tensor], flat: Any
     ) -> list[Factors]:
         """Factors of every output, by the operation's rule."""
         if any(out.numel() == 0 for out in outs) and len(outs) == 1:
@@ -232,16 +214,11 @@ class Watching(TorchDispatchMode):
             see_all((args, kwargs), f"{name} (no rule)", self.record)
             return [() for _ in outs]
         factors = rule(func, args, kwargs, outs, self.record)
-        if self.parts:
-            see_parts(func, flat, outs[0], factors, self.record, self._elements, is_drawn=is_drawn)
         return [*factors, *(() for _ in outs[len(factors) :])]
-
-    def _elements(self, each: Labelled) -> Tensor | None:
-        return self.value(each) if self.on_meta else each.inside
 
     def _wrap(self, func: Any, args: Any, kwargs: Any, outs: list[Any], what: Any) -> list[Any]:
         """Outputs as labelled tensors."""
-        factors, values, flat, is_drawn = what
+        factors, values, flat = what
         known = tree_flatten(values)[0] if values is not None else [None] * len(outs)
         is_data = any(each.is_data for each in flat)
         parameter = next((each.parameter for each in flat if each.parameter and not is_data), None)
@@ -262,8 +239,6 @@ class Watching(TorchDispatchMode):
             if is_view(func) and isinstance(args[0], Labelled):
                 which = place if len(outs) > 1 else None
                 result.made_by = (args[0], func, args[1:], kwargs, which)
-            if self.parts:
-                carry_flags(func, flat, result, is_drawn=is_drawn)
             made.append(result)
             number += 1
         return made

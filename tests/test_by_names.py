@@ -1,0 +1,225 @@
+"""A model of one's own that is cut by names: its code computes with cut tensors."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import shardproof as sp
+from places import Pool
+from shardproof.axis import Axis
+from shardproof.errors import PlanError, ShapeError, UsageError
+from shardproof.plans.apply import parallelize
+from shardproof.plans.planning import plan
+
+PAIR = {"up": "colwise", "down": "rowwise"}
+X = torch.linspace(-2, 2, 2 * 3 * 12).view(2, 3, 12)
+DEGREES = (2, 3, 8)
+
+
+class Pair(nn.Module):
+    """Two linears with something in between."""
+
+    def __init__(self, between: Callable[..., Any], **modules: nn.Module) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 36), nn.Linear(36, 12)
+        self.between = between
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.down(self.between(self, self.up(x)))
+
+
+def same_at_every_degree(
+    pool: Pool, whole: nn.Module, styles: dict[str, Any], x: Tensor, **options: Any
+) -> None:
+    """The same bits at every degree, and plain torch's numbers: outputs and a gradient."""
+    given = x.clone().requires_grad_(x.is_floating_point())
+
+    def step(model: nn.Module, x: Tensor) -> list[Tensor]:
+        y = model(x)
+        y = y.whole() if hasattr(y, "whole") else y
+        y.square().sum().backward()
+        kept = [value.grad for value in model.parameters() if value.grad is not None]
+        shapes = {tuple(value.shape) for value in whole.parameters()}
+        return [y.detach(), *(grad for grad in kept if tuple(grad.shape) in shapes)]
+
+    truth = step(copy.deepcopy(whole), given.detach().clone())
+
+    def run(axis: Axis) -> list[Tensor]:
+        return step(parallelize(copy.deepcopy(whole), styles, axis, **options), x.clone())
+
+    (one,) = pool(1, "threads").run(run)
+    for found, true in zip(one, truth, strict=True):
+        torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-4)
+    for degree in DEGREES:
+        for other in pool(degree, "threads").run(run):
+            assert torch.equal(other[0], one[0])
+
+
+class Tied(nn.Module):
+    """The weight of an embedding is the head, by a function."""
+
+    def __init__(self, *, loss: bool) -> None:
+        super().__init__()
+        self.emb, self.body, self.loss = nn.Embedding(24, 8), nn.Linear(8, 8), loss
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = F.linear(self.body(self.emb(ids)), self.emb.weight)
+        return F.cross_entropy(logits.flatten(0, 1), ids.flatten()) if self.loss else logits
+
+
+@pytest.mark.parametrize("loss", [False, True])
+def test_a_cut_weight_that_other_code_reads(loss: bool, pool: Pool) -> None:
+    ids = torch.arange(6).view(2, 3)
+    same_at_every_degree(pool, Tied(loss=loss), {"emb": "embedding_rowwise"}, ids)
+
+
+def test_a_weight_is_a_parameter_outside_of_the_forward() -> None:
+    model: Any = parallelize(Tied(loss=False), {"emb": "embedding_rowwise"}, Axis.solo())
+    model(torch.arange(6).view(2, 3))
+    assert type(model.emb.weight) is nn.Parameter
+    with pytest.raises(UsageError, match="token id 99"):
+        model(torch.tensor([[99]]))
+    assert type(model.emb.weight) is nn.Parameter, "also after a forward that raised"
+
+
+class Heads(nn.Module):
+    """Grouped attention in the module's own code, with head counts and a scale of each head."""
+
+    def __init__(self, queries: int, keys: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (
+            nn.Linear(12, 4 * heads) if heads else nn.Linear(4 * queries, 12)
+            for heads in (queries, keys, keys, 0)
+        )
+        self.queries, self.keys = queries, keys
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, queries).view(queries, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q = self.q(x).view(batch, length, self.queries, 4).transpose(1, 2) * self.scale
+        k = self.k(x).view(batch, length, self.keys, -1).transpose(1, 2)
+        v = self.v(x).view(batch, length, -1, 4).transpose(1, 2)
+        k, v = (each.repeat_interleave(self.queries // self.keys, 1) for each in (k, v))
+        scores = (q / q.shape[1]) @ k.transpose(-2, -1)
+        return self.o((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, -1))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(6, 2), (4, 4), (5, 1)])
+def test_attention_in_the_modules_own_code(queries: int, keys: int, pool: Pool) -> None:
+    torch.manual_seed(0)
+    style = sp.Attention(queries, keys, 4, query="q", key="k", value="v", output="o")
+    same_at_every_degree(pool, nn.Sequential(Heads(queries, keys)), {"0": style}, X)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_dropout_that_is_a_function(given: bool, pool: Pool) -> None:
+    """With an example, it is known which modules draw; without one it is refused."""
+    whole = Pair(lambda self, h: F.dropout(h, 0.5, self.training))
+
+    def run(axis: Axis) -> Tensor | str:
+        model = parallelize(copy.deepcopy(whole), PAIR, axis, inputs=X if given else None)
+        try:
+            return torch.stack([model(X).detach(), model(X).detach()])
+        except UsageError as error:
+            return str(error)
+
+    (one,) = pool(1, "threads").run(run)
+    for other in pool(3, "threads").run(run):
+        if given:
+            assert isinstance(one, Tensor)
+            assert not torch.equal(one[0], one[1])
+            assert torch.equal(other, one)
+        else:
+            assert "(inputs=): a step then shows which modules draw" in other
+
+
+def test_a_dropout_of_what_is_whole_is_the_same_on_all_ranks(pool: Pool) -> None:
+    class Drops(Pair):
+        def forward(self, x: Tensor) -> Any:
+            return F.dropout(super().forward(x), 0.5, self.training)
+
+    whole = Drops(lambda self, h: F.silu(h))
+
+    def run(axis: Axis) -> Tensor:
+        model = parallelize(copy.deepcopy(whole), PAIR, axis, inputs=X)
+        return torch.stack([model(X).detach(), model(X).detach()])
+
+    (one,) = pool(1, "threads").run(run)
+    assert 20 < int((one == 0).sum()) < 124
+    assert not torch.equal(one[0], one[1])
+    for other in pool(3, "threads").run(run):
+        assert torch.equal(other, one)
+
+
+def test_features_that_are_cut_do_not_enter_a_column_layer() -> None:
+    """At every degree, also where one rank has all of them; the plan says so if it is shown."""
+    model = nn.Sequential(nn.Linear(12, 36), nn.Linear(36, 12))
+    styles = {"0": "colwise", "1": "colwise"}
+    said = "'1' (ColumnParallelLinear) takes a whole input, and gets the output of '0'"
+    with pytest.raises(ShapeError) as caught:
+        parallelize(copy.deepcopy(model), styles, Axis.solo())(X)
+    assert said in str(caught.value)
+    for make in (
+        lambda: plan(model, styles, degree=2, inputs=X),
+        lambda: parallelize(copy.deepcopy(model), styles, Axis.solo(), inputs=X),
+    ):
+        with pytest.raises(PlanError) as refused:
+            make()
+        assert said in str(refused.value)
+
+
+def test_a_plan_with_an_example_says_what_is_gathered() -> None:
+    made = plan(Pair(lambda self, h: h.flip(-1)), PAIR, degree=2, inputs=X)
+    assert any(
+        "with these inputs, gathered inside: cut in another way of up" in note
+        for note in made.notes
+    ), made
+    made = plan(Pair(lambda self, h: h.relu()), PAIR, degree=2, inputs=X)
+    assert not made.notes
+
+
+def test_the_output_is_a_cut_tensor(pool: Pool) -> None:
+    whole = nn.Sequential(nn.Linear(12, 36))
+
+    def run(axis: Axis) -> tuple[Any, ...]:
+        y: Any = parallelize(copy.deepcopy(whole), {"0": "colwise"}, axis)(X)
+        return tuple(y.shape), y.part.detach(), y.whole().detach()
+
+    for shape, part, all_of_it in pool(2, "threads").run(run):
+        assert shape == (2, 3, 36)
+        assert part.shape == (2, 3, 20) or part.shape == (2, 3, 16)
+        torch.testing.assert_close(all_of_it, whole(X).detach())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [sp.functional.silu, sp.functional.gelu, sp.functional.softshrink, sp.functional.relu],
+)
+def test_functions_of_ours_take_cut_tensors(function: Callable[..., Tensor], pool: Pool) -> None:
+    same_at_every_degree(pool, Pair(lambda self, h: function(h)), PAIR, X)
+
+
+def test_a_loss_of_ours_takes_cut_tensors(pool: Pool) -> None:
+    whole = nn.Sequential(nn.Linear(12, 36))
+    target = torch.arange(6) * 5 % 36
+
+    def run(axis: Axis) -> list[Tensor]:
+        model: Any = parallelize(copy.deepcopy(whole), {"0": "colwise"}, axis)
+        logits = model(X).flatten(0, 1)
+        found = sp.functional.vocab_cross_entropy(logits, target, axis=axis, cut=model[0].cut)
+        return [found.detach(), F.cross_entropy(logits, target).detach()]
+
+    truth = F.cross_entropy(whole(X).flatten(0, 1), target).detach()
+    (one,) = pool(1, "threads").run(run)
+    for degree in (1, 2, 3):
+        for losses in pool(degree, "threads").run(run):
+            for each, first in zip(losses, one, strict=True):
+                assert torch.equal(each, first)
+                torch.testing.assert_close(each, truth)
