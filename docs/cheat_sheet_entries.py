@@ -201,7 +201,7 @@ ATTENTION = Entry(
     ),
     idea="Each rank has Q_r query heads, and holds the K_r key-value heads that they need. Where "
     "ranks hold the same head, its gradient is whole on each of them. (A model that is "
-    "not of transformers gives attend= as well: see docs/plans.md.)",
+    "not of transformers may give attend=: see docs/plans.md.)",
     blocks="x:both @ qkv:columns → o:rows = y:sum",
     pieces=(
         _INPUT,

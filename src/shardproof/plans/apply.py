@@ -53,7 +53,8 @@ def parallelize(
 
     What is cut becomes a layer of ours. With invariant numerics, norms and activations whose bits
     change with the cut or with threads become ours too. Dropout becomes dropout by position.
-    Give a plan of your own and `inputs`, and the plan is compared with one forward.
+    Between the layers that a plan of your own names, code of the model is given cut tensors, which
+    show the shape of the whole (`docs/plans.md`).
 
     A model of Hugging Face transformers keeps its own forward. `model(...).logits` are whole: at
     once without `labels`, and on their first use (`hf.CutLogits`) where a loss is computed.
@@ -65,7 +66,8 @@ def parallelize(
             `tp_plan` that a model of transformers carries, and where that does not serve, found
             by watching a forward, as for `sp.plan`; with `inputs`, found by watching.
         axis: the ranks.
-        inputs: an example of what forward takes, as for `plan`: one forward is watched.
+        inputs: an example of what forward takes, as for `plan`: without a plan one forward is
+            watched, with one a step is rehearsed on every rank.
         scheme: leaves, numerics, seed; a `Plan` has its own.
 
     Returns:
@@ -82,7 +84,8 @@ def parallelize(
     if (inputs is not None and plan is None) or isinstance(plan, WatchedPlan):
         return _cut_as_watched(model, plan, axis, inputs, scheme)
     given, asked = _agree(model, plan, scheme, axis)
-    found = attempt(model, given, degree=axis.size, scheme=scheme)
+    told = plan if isinstance(plan, ModelPlan) else given
+    found = attempt(model, told, degree=axis.size, scheme=scheme)
     if isinstance(found, str):
         return _cut_as_watched(model, None, axis, None, scheme, why=found)
     made, problems = found
@@ -153,7 +156,9 @@ def _agree(model: Any, plan: Any, scheme: Any, axis: Axis) -> tuple[Plan | None,
     def read() -> tuple[tuple[Plan | None, Scheme], dict[str, object]]:
         checked_model(model)
         given, asked = read_plan(plan, scheme)
-        return (given, asked), _describe(given, asked, model)
+        is_carried = given is None or (isinstance(plan, ModelPlan) and plan.is_carried)
+        words = {"whether the model carries the plan": is_carried}
+        return (given, asked), _describe(given, asked, model) | words
 
     given, asked = _agreed(read, axis)
     _agree_on_numbers(model, asked, axis)

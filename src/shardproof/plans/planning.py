@@ -88,7 +88,7 @@ def plan(
 
     With `inputs` and no plan, one forward is watched: what can be cut apart is found, whatever the
     model's code, and a step of the cut model is rehearsed on every rank (`docs/any-model.md`).
-    With a plan, it is compared with that forward (`docs/plans.md`).
+    With a plan and `inputs`, a step is rehearsed so too, and notes say what it gathers.
 
     Args:
         model: any module; on the meta device, if you like.
@@ -126,7 +126,7 @@ def plan(
 
 def attempt(
     model: nn.Module,
-    plan: Plan | Mapping[str, Style | str] | None,
+    plan: ModelPlan | Plan | Mapping[str, Style | str] | None,
     *,
     degree: int,
     scheme: Scheme = DEFAULT_SCHEME,
@@ -193,7 +193,7 @@ def _watched(model: Any, inputs: Any, degree: Any, scheme: Any) -> WatchedPlan:
 
 def draft(
     model: nn.Module,
-    plan: Plan | Mapping[str, Style | str] | None = None,
+    plan: ModelPlan | Plan | Mapping[str, Style | str] | None = None,
     *,
     degree: int,
     scheme: Scheme = DEFAULT_SCHEME,

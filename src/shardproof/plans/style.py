@@ -82,9 +82,9 @@ class Attention:
             any.
         norms: over what these do: the features of each head by itself ("heads"), or those of all
             heads together ("across").
-        attend: name of the child that computes the attention itself, which is tried and must
-            compute what ours does; None for a model of transformers, which finds it in the
-            library's registry.
+        attend: name of a child that computes the attention itself, in whose place ours is put: it
+            is tried and must compute what ours does. None: the module's own code attends, with cut
+            tensors; a model of transformers finds ours in the library's registry.
     """
 
     queries: int
