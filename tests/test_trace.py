@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules import module as torch_modules
 from torch.testing import assert_close
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -820,6 +821,36 @@ def test_layers_that_share_an_input_are_told_once() -> None:
     backward = steps_of(trace, phase="backward")
     assert [s.operation for s in backward if s.is_collective] == ["all_reduce"]
     assert "ColumnParallelLinear" not in {s.operation for s in backward}
+
+
+def test_functions_between_cut_layers_are_steps() -> None:
+    """Of a form of ours one forward and one backward, of torch's own what torch does."""
+
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden: Tensor = self.up(x)
+            return self.down(F.silu(hidden) + sp.functional.gelu(torch.sin(hidden)))
+
+    whole = Halves()
+
+    def work(axis: Axis) -> None:
+        model = sp.parallelize(copy.deepcopy(whole), {"up": "colwise", "down": "rowwise"}, axis)
+        model(torch.ones(2, 4)).sum().backward()
+
+    _, trace = traced(2, work)
+    forward = [
+        (step.module, step.operation, step.output.shape, step.output.placement)
+        for step in steps_of(trace, phase="forward")
+        if step.output is not None and step.module == "Halves"
+    ]
+    of_part = ((2, 4), "Shard(1)")
+    assert forward == [("Halves", name, *of_part) for name in ("silu", "sin", "gelu", "add")]
+    backward = [s.operation for s in steps_of(trace, phase="backward") if s.module == "Halves"]
+    assert backward == ["gelu", "cos", "mul", "silu"]
 
 
 def step_of(rank: int, number: int, module: str) -> Step:

@@ -10,7 +10,7 @@ The memory audit of the prover, the counting of the bench and the trace are obse
 import functools
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -171,6 +171,10 @@ class Observer(TorchDispatchMode):
         """One operation of torch: call it and return its result."""
         return func(*args, **kwargs)
 
+    def rule(self, name: str, args: Any, compute: Callable[[], Any]) -> Any:
+        """An operation of the model's code on cut tensors: compute it and return its result."""
+        return compute()
+
     def kernel(self, flops: int) -> None:
         """A product by one of our kernels."""
 
@@ -250,6 +254,13 @@ def finish(told: Told) -> None:
     """Say that a collective which was told when it was started has its result."""
     for observer in _here.observers:
         observer.finished(told)
+
+
+def see_rule(name: str, args: Any, compute: Callable[[], Any]) -> Any:
+    """Let the observers of this thread see an operation on cut tensors."""
+    for observer in _here.observers:
+        compute = functools.partial(observer.rule, name, args, compute)
+    return compute()
 
 
 def tell_kernel(flops: int) -> None:

@@ -8,12 +8,14 @@ Why both, and why no part of it is DTensor: docs/decisions/0044-the-cut-tensor.m
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shardproof import observing
 from shardproof.checking import is_checked
 from shardproof.cut.spec import Spec
 
@@ -306,6 +308,12 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def run_as(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Do what the rule of a name says."""
     found = RULES.get(name) or RULES["others"]
+    if observing.is_on():
+        return observing.see_rule(name_of(func), args, partial(_run, found, func, name, args, kwargs))
+    return _run(found, func, name, args, kwargs)
+
+
+def _run(found: Rule, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if is_checked():
         return checks[-1](found, func, name, args, kwargs)
     if not _num_modes() or running.is_rule:

@@ -6,7 +6,7 @@ module of ours that tells nothing (a norm, dropout) is one step forward and one 
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from shardproof.cut.tensor import CutTensor
 from shardproof.layers.base import ShardedModule
 from shardproof.layers.registry import record_of
 from shardproof.observing import (
@@ -24,6 +25,7 @@ from shardproof.observing import (
     Placement,
     Told,
     placement_of,
+    shard,
     storage_of,
     tensors_in,
 )
@@ -122,6 +124,7 @@ class RankTrace(Observer):
         self._before: dict[int, tuple[Part, Placement | None]] = {}
         self._num_meetings: dict[str, int] = {}
         self._num_seen = 0
+        self._is_in_rule = False
 
     def __exit__(self, *error: Any) -> None:
         """End the trace; hooks that are still in a graph write nothing from now on."""
@@ -144,6 +147,24 @@ class RankTrace(Observer):
         if is_step and made and not is_view:
             name = str(func.overloadpacket).removeprefix("aten.")
             self._write(self._phase(func, args), self._module(), name, inputs, made[0])
+        return result
+
+    def rule(self, name: str, args: Any, compute: Callable[[], Any]) -> Any:
+        """Write down an operation on cut tensors of which nothing else has been written."""
+        if self._is_in_rule:
+            return compute()
+        self._is_in_rule, num_seen = True, self._num_seen
+        try:
+            result = compute()
+        finally:
+            self._is_in_rule = False
+        y, x = first_tensor(result), first_tensor(args)
+        if isinstance(result, CutTensor) and self._places.of(result.local) is None:
+            self._places.learn(result.local, _placement(result))
+        # The forward of a module of ours is written when the module ends.
+        is_silent = self._num_seen == num_seen and name != "forward"
+        if is_silent and y is not None and x is not None:
+            self._write_silent(self._module(), name, x, y)
         return result
 
     def told(self, told: Told) -> None:
@@ -215,13 +236,21 @@ class RankTrace(Observer):
         is_known = isinstance(module, ShardedModule) and self._places.of(y) is not None
         is_silent = self._num_seen == num_seen and storage_of(y) != storage_of(x) and not is_known
         if is_silent:
-            self._places.learn(y, _kept(self._places.of(x), x, y))
-            inputs = (self._part(Operand("x", x, self._places.of(x))),)
-            self._write("forward", name, type(module).__name__, inputs, y)
-        if y.grad_fn is not None and is_silent:
-            self._watch_backward(y.grad_fn, name, type(module).__name__, self._places.of(y))
+            self._write_silent(name, type(module).__name__, x, y)
         elif y.grad_fn is not None:
             self._claim(y.grad_fn, x.grad_fn, name)
+
+    def _write_silent(self, module: str, operation: str, x: Tensor, y: Tensor) -> None:
+        """Write down what told nothing, forward, and backward when it is there; views are none."""
+        if storage_of(y) == storage_of(x):
+            return
+        self._places.learn(y, self._places.of(y) or _kept(self._places.of(x), x, y))
+        inputs = (self._part(Operand("x", x, self._places.of(x))),)
+        self._write("forward", module, operation, inputs, y)
+        if hasattr(y.grad_fn, "_forward_cls"):  # ours, which torch's operations do not show
+            self._watch_backward(y.grad_fn, module, operation, self._places.of(y))
+        elif y.grad_fn is not None:
+            self._claim(y.grad_fn, x.grad_fn, module)
 
     def enter_step(self, optimizer: Optimizer) -> None:
         """Note the parameters before they are updated."""
@@ -285,9 +314,14 @@ class RankTrace(Observer):
         return Part.of(operand, num_values=self._num_values if self.is_writing else 0)
 
     def _write(
-        self, phase: str, module: str, operation: str, inputs: tuple[Part, ...], y: Tensor
+        self,
+        phase: str,
+        module: str,
+        operation: str,
+        inputs: tuple[Part, ...],
+        y: Tensor,
+        called: str = "y",
     ) -> None:
-        called = "grad_x" if phase == "backward" and operation[:1].isupper() else "y"
         output = self._part(Operand(called, y, self._places.of(y)))
         self._add(replace(self._step(phase, module, operation), inputs=inputs, output=output))
 
@@ -340,7 +374,7 @@ class RankTrace(Observer):
                 return
             self._places.learn(grad_x, _kept(place, grad_y, grad_x))
             inputs = (self._part(Operand("grad_y", grad_y, place)),)
-            self._write("backward", name, kind, inputs, grad_x)
+            self._write("backward", name, kind, inputs, grad_x, "grad_x")
 
         node.register_hook(done)
 
@@ -366,6 +400,13 @@ def _caller() -> str:
 def _kept(place: Placement | None, x: Tensor, y: Tensor) -> Placement | None:
     """The placement of `x`, if `y` can have the same."""
     return place if x.shape == y.shape else None
+
+
+def _placement(x: CutTensor) -> Placement:
+    """How the part of a cut tensor lies."""
+    held = x.spec.cut.held(x.spec.region.rank).tolist()
+    run = range(held[0], held[-1] + 1) if held else range(0)
+    return shard(x.spec.dim, run if len(run) == len(held) else None, x.spec.shape[x.spec.dim])
 
 
 def _updated(optimizer: Optimizer) -> Iterator[tuple[Tensor, dict[str, Any]]]:
