@@ -309,7 +309,9 @@ def run_as(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Do what the rule of a name says."""
     found = RULES.get(name) or RULES["others"]
     if observing.is_on():
-        return observing.see_rule(name_of(func), args, partial(_run, found, func, name, args, kwargs))
+        return observing.see_rule(
+            name_of(func), args, partial(_run, found, func, name, args, kwargs)
+        )
     return _run(found, func, name, args, kwargs)
 
 

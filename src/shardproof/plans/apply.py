@@ -20,7 +20,6 @@ from shardproof.layers import registry
 from shardproof.layers.base import ShardedModule, check_state
 from shardproof.numerics import mode
 from shardproof.objects import checked_model
-from shardproof.plans.between import call_by_forms
 from shardproof.plans.by_example import plan_by_example
 from shardproof.plans.by_names import cut_by_names, rehearse_by_names
 from shardproof.plans.compiled import make_compilable
@@ -31,7 +30,7 @@ from shardproof.plans.planning import as_error, attempt
 from shardproof.plans.strangers import is_lazy
 from shardproof.plans.style import Plan, Style
 from shardproof.plans.twins import irreplaceable, replaced_by, twins_of
-from shardproof.plans.watched import as_watched, cut_by
+from shardproof.plans.watched import as_watched, call_by_forms, cut_by
 from shardproof.plans.watched_plan import WatchedPlan
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
 from shardproof.wording import dtype_name, shown

@@ -5,14 +5,13 @@ takes this rank's part of one. So the model's own code computes what it would co
 (`cut/`), whatever it does.
 """
 
-from collections.abc import Collection
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from shardproof.cut import rules
-from shardproof.cut.calls import Calling, dropped_part
+from shardproof.cut.calls import dropped_part
 from shardproof.cut.deferred import Deferred
 from shardproof.cut.foreign import inside
 from shardproof.cut.others import whole
@@ -21,7 +20,6 @@ from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor, run_as
 from shardproof.errors import ShapeError
 from shardproof.functional.dropout import MaskKey
-from shardproof.layers.base import is_ours
 from shardproof.layers.dropout import Dropout
 from shardproof.layers.linear import ColumnParallelLinear
 from shardproof.layers.norm import LayerNorm, RMSNorm
@@ -114,31 +112,6 @@ def meet_cut_tensors(twin: nn.Module, stood: nn.Module) -> None:
         stood._parameters = twin._parameters  # one dict: whatever replaces them is seen by both
         computes = partial(_normed, twin, stood)
     twin.forward = computes
-
-
-def call_by_forms(
-    model: nn.Module, calls: Collection[str], draws: Collection[str], region: Region
-) -> None:
-    """Let the modules' own code draw by position, and compute by forms on whole tensors.
-
-    Args:
-        model: cut by names.
-        calls: names of modules whose own code calls what has a form.
-        draws: names of modules whose own code draws.
-        region: of the model's cut tensors.
-    """
-    modules = dict(model.named_modules())
-    seen = {name for name in (*calls, *draws) if name in modules and not is_ours(modules[name])}
-    inside = {  # what computes in a layer of ours must not be seen by the module around it
-        name
-        for name, module in modules.items()
-        if name not in seen
-        and (is_ours(module) or any(module.children()))
-        and any(name.startswith(f"{each}." if each else "") and name for each in seen)
-    }
-    for name in (*seen, *inside):
-        is_seen = name in seen
-        Calling(region, name, calls=is_seen, draws=is_seen and name in draws).hook(modules[name])
 
 
 def _enter_model(*_: Any) -> None:

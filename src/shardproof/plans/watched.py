@@ -1,6 +1,6 @@
 """Plan a model by watching one forward, and cut it by that plan."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from shardproof.errors import PlanError, UsageError
 from shardproof.functional.norms import whole_rms_norm
 from shardproof.functional.rms import RmsFormula
 from shardproof.layers import registry
+from shardproof.layers.base import is_ours
 from shardproof.layers.cut_module import cut_parameters
 from shardproof.layers.formula import find_formula
 from shardproof.leaves import Layout, check_degree
@@ -177,10 +178,25 @@ def cut_by(model: nn.Module, plan: WatchedPlan, axis: Axis) -> Region:
             _put_linear(module)
         else:
             _put_norm(module)
-    calls, draws = plan.rehearsal.calls, plan.rehearsal.draws
-    for name in sorted(calls | draws | _inside(modules, calls)):
-        Calling(region, name, calls=name in calls, draws=name in draws).hook(modules[name])
+    call_by_forms(model, plan.rehearsal.calls, plan.rehearsal.draws, region)
     return region
+
+
+def call_by_forms(
+    model: nn.Module, calls: Collection[str], draws: Collection[str], region: Region
+) -> None:
+    """Let the modules' own code draw by position, and compute by forms on whole tensors.
+
+    Args:
+        model: that is cut.
+        calls: names of modules whose own code calls what has a form.
+        draws: names of modules whose own code draws.
+        region: of the model's cut tensors.
+    """
+    modules = dict(model.named_modules())
+    seen = {name for name in (*calls, *draws) if name in modules and not is_ours(modules[name])}
+    for name in sorted(seen | _inside(modules, seen & set(calls))):
+        Calling(region, name, calls=name in calls, draws=name in draws).hook(modules[name])
 
 
 def _put_linear(module: nn.Module) -> None:
@@ -214,7 +230,7 @@ def _normed(module: nn.Module, formula: RmsFormula, *args: Any, **kwargs: Any) -
     return unseen(whole_rms_norm, args[0], module.weight, formula)
 
 
-def _inside(modules: Mapping[str, nn.Module], calls: frozenset[str]) -> set[str]:
+def _inside(modules: Mapping[str, nn.Module], calls: Collection[str]) -> set[str]:
     """Modules that need no `Calls` and stand in one that does; of those with modules of their own.
 
     The others are called too shortly for it to be worth while.
