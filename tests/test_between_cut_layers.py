@@ -375,6 +375,7 @@ NEIGHBOURS: dict[str, Make] = {
     "cat of places": _of(
         lambda m, h: torch.cat([m.scale.expand(BATCH, 1, HIDDEN), h], 1), _scale(HIDDEN)
     ),
+    "cat of halves": _of(lambda m, h: torch.cat([h[..., :HALF], h[..., HALF:]], 1), None, HALF),
     "stacked": _of(lambda m, h: torch.stack([h, h.flip(1)], 1).prod(1)),
     "outer": _of(_outer),
     "cosine with a weight": _of(

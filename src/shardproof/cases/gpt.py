@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from shardproof.axis import Axis
 from shardproof.cases.decoder import Decoder, Sizes
 from shardproof.cases.lesson import Lesson, Scores, copy_weights
-from shardproof.functional.vocabulary import vocab_cross_entropy
+from shardproof.functional import vocab_cross_entropy
 from shardproof.layers.linear import ColumnParallelLinear
 from shardproof.leaves import Layout, replicated
 from shardproof.plans.apply import parallelize

@@ -1,12 +1,35 @@
-"""Pure functions of shards and an axis, and the invariant twins of torch's own."""
+"""Pure functions of shards and an axis, and the invariant twins of torch's own.
 
-from shardproof.functional.embedding import EmbeddingSite, vocab_embedding
-from shardproof.functional.linear import column_linear, row_linear
-from shardproof.functional.losses import cross_entropy, mse_loss
+They take plain tensors, and cut tensors (`shardproof.cut`) where a model's code has those.
+"""
+
+from shardproof.functional import embedding, linear, losses, vocabulary
+from shardproof.functional.embedding import EmbeddingSite
 from shardproof.functional.site import LinearSite
-from shardproof.functional.vocabulary import vocab_cross_entropy, vocab_log_softmax
-from shardproof.numerics.bent import celu, elu, mish, selu, softshrink
-from shardproof.numerics.elementwise import gelu, relu, sigmoid, silu, softplus, tanh
+from shardproof.numerics import bent, elementwise
+from shardproof.operands import meets_cut
+
+_of_a_part, _elementwise = meets_cut("of a part"), meets_cut("elementwise")
+
+column_linear = _of_a_part(linear.column_linear)
+row_linear = _of_a_part(linear.row_linear)
+cross_entropy = _of_a_part(losses.cross_entropy)
+mse_loss = _of_a_part(losses.mse_loss)
+vocab_cross_entropy = _of_a_part(vocabulary.vocab_cross_entropy)
+vocab_embedding = _of_a_part(embedding.vocab_embedding)
+vocab_log_softmax = _of_a_part(vocabulary.vocab_log_softmax)
+
+celu = _elementwise(bent.celu)
+elu = _elementwise(bent.elu)
+gelu = _elementwise(elementwise.gelu)
+mish = _elementwise(bent.mish)
+relu = _elementwise(elementwise.relu)
+selu = _elementwise(bent.selu)
+sigmoid = _elementwise(elementwise.sigmoid)
+silu = _elementwise(elementwise.silu)
+softplus = _elementwise(elementwise.softplus)
+softshrink = _elementwise(bent.softshrink)
+tanh = _elementwise(elementwise.tanh)
 
 __all__ = [
     "EmbeddingSite",

@@ -250,7 +250,6 @@ def _apply(
         operands.explain(error, site.who, x=x, weight=weight, bias=bias)
 
 
-@operands.meets_cut("of a part")
 def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
     """`x @ weight.T + bias` with `weight` cut along out_features.
 
@@ -279,7 +278,6 @@ def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSi
     return y
 
 
-@operands.meets_cut("of a part")
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
     """`x @ weight.T + bias` with `weight` cut along in_features.
 

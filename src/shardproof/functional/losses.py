@@ -27,7 +27,6 @@ from shardproof.numerics.sums import sum_rows, sum_squares
 from shardproof.observing import REPLICATE, Operand, Placement, Told, shard
 
 
-@operands.meets_cut("of a part")
 def mse_loss(
     y: Tensor,
     target: Tensor,
@@ -80,7 +79,6 @@ def mse_loss(
     return loss
 
 
-@operands.meets_cut("of a part")
 def cross_entropy(
     logits: Tensor,
     target: Tensor,

@@ -147,7 +147,6 @@ def _refuse_second(what: str) -> NoReturn:
     )
 
 
-@operands.meets_cut("of a part")
 def vocab_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -207,7 +206,6 @@ def vocab_cross_entropy(
     return loss
 
 
-@operands.meets_cut("of a part")
 def vocab_log_softmax(
     logits: Tensor,
     *,

@@ -16,7 +16,7 @@ from shardproof.axis import Axis
 from shardproof.cases.decoder import attention_style
 from shardproof.cases.gpt import layout_of_logits
 from shardproof.cases.lesson import copy_weights
-from shardproof.functional.vocabulary import vocab_cross_entropy
+from shardproof.functional import vocab_cross_entropy
 from shardproof.leaves import replicated
 from shardproof.mistakes.blocks import sgd
 from shardproof.mistakes.mistake import SetUp

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from shardproof.errors import UsageError
 from shardproof.numerics.elementwise import check_floating, softplus, tanh, widen
-from shardproof.operands import meets_cut
 
 # Of Klambauer et al., arXiv 1706.02515, as torch has them.
 _SELU_ALPHA = 1.6732632423543772848170429916717
@@ -24,7 +23,6 @@ _SELU_SCALE = 1.0507009873554804934193349852946
 _THRESHOLD = 20.0
 
 
-@meets_cut("elementwise")
 def elu(x: Tensor, alpha: float = 1.0) -> Tensor:
     """`x` above zero, `alpha * (exp(x) - 1)` below.
 
@@ -37,7 +35,6 @@ def elu(x: Tensor, alpha: float = 1.0) -> Tensor:
     return _Elu.apply(check_floating(x, "elu"), float(alpha), 1.0, 1.0)
 
 
-@meets_cut("elementwise")
 def celu(x: Tensor, alpha: float = 1.0) -> Tensor:
     """`x` above zero, `alpha * (exp(x / alpha) - 1)` below.
 
@@ -54,7 +51,6 @@ def celu(x: Tensor, alpha: float = 1.0) -> Tensor:
     return _Elu.apply(check_floating(x, "celu"), float(alpha), 1.0, 1.0 / alpha)
 
 
-@meets_cut("elementwise")
 def selu(x: Tensor) -> Tensor:
     """A scaled ELU that keeps mean 0 and variance 1 (Klambauer et al., arXiv 1706.02515).
 
@@ -66,7 +62,6 @@ def selu(x: Tensor) -> Tensor:
     return _Elu.apply(check_floating(x, "selu"), _SELU_ALPHA, _SELU_SCALE, 1.0)
 
 
-@meets_cut("elementwise")
 def mish(x: Tensor) -> Tensor:
     """`x * tanh(softplus(x))` (Misra 2019, arXiv 1908.08681).
 
@@ -78,7 +73,6 @@ def mish(x: Tensor) -> Tensor:
     return _Mish.apply(check_floating(x, "mish"))
 
 
-@meets_cut("elementwise")
 def softshrink(x: Tensor, lambd: float = 0.5) -> Tensor:
     """`x` moved towards zero by `lambd`, and zero where it would pass it.
 

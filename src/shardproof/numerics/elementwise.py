@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from shardproof.errors import UsageError
-from shardproof.operands import meets_cut
 
 Approximate = Literal["none", "tanh"]
 
@@ -30,7 +29,6 @@ _TANH_SCALE = math.sqrt(2.0 / math.pi)
 _TANH_CUBE = 0.044715
 
 
-@meets_cut("elementwise")
 def relu(x: Tensor) -> Tensor:
     """max(x, 0), NaN kept. Torch's own, forward and backward: both hold.
 
@@ -42,7 +40,6 @@ def relu(x: Tensor) -> Tensor:
     return torch.relu(check_floating(x, "relu"))
 
 
-@meets_cut("elementwise")
 def tanh(x: Tensor) -> Tensor:
     """Hyperbolic tangent.
 
@@ -54,7 +51,6 @@ def tanh(x: Tensor) -> Tensor:
     return _Tanh.apply(check_floating(x, "tanh"))
 
 
-@meets_cut("elementwise")
 def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x)).
 
@@ -66,7 +62,6 @@ def sigmoid(x: Tensor) -> Tensor:
     return _Sigmoid.apply(check_floating(x, "sigmoid"))
 
 
-@meets_cut("elementwise")
 def silu(x: Tensor) -> Tensor:
     """`x * sigmoid(x)`.
 
@@ -79,7 +74,6 @@ def silu(x: Tensor) -> Tensor:
     return _Silu.apply(x) if x.requires_grad and torch.is_grad_enabled() else _silu(x)
 
 
-@meets_cut("elementwise")
 def gelu(x: Tensor, approximate: Approximate = "none") -> Tensor:
     """`x * P(Z <= x)` for a standard normal Z, or its tanh approximation.
 
@@ -97,7 +91,6 @@ def gelu(x: Tensor, approximate: Approximate = "none") -> Tensor:
     return function.apply(check_floating(x, "gelu"))
 
 
-@meets_cut("elementwise")
 def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     """log(1 + exp(beta x)) / beta, and x itself where beta x exceeds the threshold.
 

@@ -40,7 +40,8 @@ def cut_by_names(
     cutter = Cutter(model, made.scheme, axis, made.head, made.manners)
     cutter.cut(made.styles)
     for name, twin in twins.items():
-        meet_cut_tensors(twin, model.get_submodule(name))
+        if not made.is_carried:
+            meet_cut_tensors(twin, model.get_submodule(name))
         cutter.replace(name, twin)
     if is_transformers(model):
         if cutter.attentions:
