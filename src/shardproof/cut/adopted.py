@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shardproof import operators
-from shardproof.cut.spec import Spec
+from shardproof.cut.spec import KEPT, Spec
 from shardproof.cut.tensor import Adopted, CutTensor
 from shardproof.functional import crossings
 
@@ -30,7 +30,7 @@ def adopt(x: Any, spec: Spec, who: str) -> bool:
         False: it stays whole, for it is a parameter, a view, or has views.
     """
     is_own = type(x) is Tensor and x._base is None and not (x.is_leaf and x.requires_grad)
-    if not is_own or id(x) in spec.region.kept or operators.is_recorded():
+    if not is_own or hasattr(x, KEPT) or operators.is_recorded():
         return False
     if torch._C._storage_Use_Count(x.untyped_storage()._cdata) != _ALONE:
         return False

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils._pytree import tree_flatten, tree_map
 
 from shardproof.cut.others import is_cut
@@ -106,6 +107,14 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     if cls.__module__.startswith("shardproof."):
         return _plain_apply(cls, *args, **kwargs)
     cut = next((each for each in args if isinstance(each, CutTensor)), None)
+    if cls is BackwardHookFunction:
+        if cut is None:
+            return _plain_apply(cls, *args, **kwargs)
+        raise UsageError(
+            f"a module with a full backward hook takes or gives a cut tensor ({cut.spec!r}), of "
+            "which the hook would see this rank's part. Register a hook of the tensor "
+            "(y.register_hook), which is given a cut tensor, or of a module around the cut layers."
+        )
     if cut is None and not inside:
         return _plain_apply(cls, *args, **kwargs)
     if cut is None and cls.setup_context is not Function.setup_context:

@@ -7,6 +7,7 @@ makes each `Spec` once, so that a recipe that was found for one is found again b
 from typing import Any
 
 import torch
+from torch import nn
 
 from shardproof.axis import Axis
 from shardproof.functional.crossings import Place
@@ -14,6 +15,8 @@ from shardproof.leaves import Cut
 from shardproof.scheme import Scheme
 from shardproof.transport.rehearsed import RehearsedTransport
 from shardproof.units import Block, CutDim, Shared, Units
+
+KEPT = "_shardproof_kept"  # attribute of a tensor that stays whole, whatever is written to it
 
 
 class Spec:
@@ -73,7 +76,6 @@ class Region:
         drew: modules whose own code draws.
         is_rehearsed: a plan is being made: what modules call is remembered.
         variant: operation without an invariant form -> the module that called it first.
-        kept: `id` of every buffer of the model: whole, whatever is written to it.
         kept_by_graphs: what compiled graphs refer to, as long as the region is there.
     """
 
@@ -88,7 +90,6 @@ class Region:
         self.called: set[str] = set()
         self.drew: set[str] = set()
         self.is_rehearsed = axis.transport.name == "rehearsed"
-        self.kept: set[int] = set()
         self.kept_by_graphs: dict[Any, Any] = {}
         self._specs: dict[tuple[tuple[int, ...], int, int], Spec] = {}
         self._places: dict[tuple[int, str], Place] = {}
@@ -97,6 +98,11 @@ class Region:
         self._features: dict[Cut, CutDim] = {}
         self._finest: list[Region] | None = None
         self._met: list[CutDim] = []  # or an `id` could be given again
+
+    def keep(self, model: nn.Module) -> None:
+        """Let the buffers of a model, and of its copies, be whole, whatever is written to them."""
+        for buffer in model.buffers():
+            setattr(buffer, KEPT, True)  # which a copy of the tensor has too
 
     def count_gathered(self, why: str, who: str) -> None:
         """Remember that a tensor is gathered for want of a rule."""

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from shardproof import observing
 from shardproof.checking import is_checked
 from shardproof.cut.spec import Spec
+from shardproof.errors import UsageError
 
 Rule = Callable[[Any, str, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -188,6 +189,15 @@ class CutTensor:
         """Without its graph."""
         return cut_tensor(self.local.data, self.spec, self.who)
 
+    @data.setter
+    def data(self, value: Any) -> None:
+        if not isinstance(value, CutTensor) or value.spec is not self.spec:
+            raise UsageError(
+                f"the data of a cut tensor ({self.spec!r}) can be set to one that is cut alike, "
+                f"not to {type(value).__name__} of shape {tuple(value.shape)}. Use x.copy_(value)."
+            )
+        self.local.data = value.local
+
     @property
     def _version(self) -> int:
         return self.local._version
@@ -275,7 +285,12 @@ class Shown(CutTensor, Tensor):  # type: ignore[misc, override]
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """An ATen operation from inside an operation that is composed of others."""
+        """An ATen operation from inside an operation that is composed of others.
+
+        Raises:
+            UsageError: torch.func or torch.vmap asks, which would lose the gradient.
+        """
+        _check_transforms(func)
         return composed[-1](func, args, kwargs or {})
 
 
@@ -305,8 +320,22 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return run_as(_NAMES.get(func) or name_of(func), func, args, kwargs)
 
 
+def _check_transforms(func: Any) -> None:
+    if _has_transforms():
+        raise UsageError(
+            f"{name_of(func)} gets a cut tensor inside torch.vmap or a function of torch.func, "
+            "which do not see that it is one: its gradient would be lost. Write the operation "
+            "without them, or give them x.whole()."
+        )
+
+
 def run_as(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Do what the rule of a name says."""
+    """Do what the rule of a name says.
+
+    Raises:
+        UsageError: torch.func or torch.vmap asks, which would lose the gradient.
+    """
+    _check_transforms(func)
     found = RULES.get(name) or RULES["others"]
     if observing.is_on():
         return observing.see_rule(
@@ -345,6 +374,7 @@ class _Running(threading.local):
 
 running = _Running()
 _num_modes = torch._C._len_torch_function_stack
+_has_transforms = torch._C._are_functorch_transforms_active
 
 
 def named(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:

@@ -15,7 +15,7 @@ from shardproof.functional.norms import (
     whole_rms_norm,
 )
 from shardproof.functional.rms import RmsFormula
-from shardproof.layers.base import ShardedModule
+from shardproof.layers.base import OwnParameter, ShardedModule
 from shardproof.layers.formula import find_formula
 from shardproof.leaves import Layout
 
@@ -157,7 +157,7 @@ class LayerNorm(nn.Module):
 class _CutRMSNorm(ShardedModule):
     """What both cuts share: a weight, a formula, a site."""
 
-    weight: nn.Parameter
+    weight: Any = OwnParameter()  # nn.Parameter
 
     def __init__(
         self, formula: RmsFormula, site: NormSite, layout: Layout, *, device: Any, dtype: Any
@@ -229,7 +229,8 @@ class ShardedRMSNorm(_CutRMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class for shapes, placements and Comm."""
-        return sharded_rms_norm(x, self.weight, self._site, self.formula)
+        own: Any = self._parameters
+        return sharded_rms_norm(x, own["weight"], self._site, self.formula)
 
 
 class HeadRMSNorm(_CutRMSNorm):

@@ -171,3 +171,34 @@ def _result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     given = [x for x in tensors if x.is_floating_point()] or list(tensors)
     with_dims = [x for x in given if x.dim()] or given
     return functools.reduce(torch.promote_types, (x.dtype for x in with_dims))
+
+
+def complex_product(a: Any, b: Any) -> Tensor:
+    """The product of two operands of which one at least is complex.
+
+    Torch's own rounds an element in another way where a vector ends, and by its strides.
+
+    Args:
+        a: (*), a tensor or a number.
+        b: (*), likewise, of a shape that broadcasts with that of `a`.
+    Returns:
+        (*), complex.
+    """
+    (a_real, a_imag), (b_real, b_imag) = _real_and_imaginary(a), _real_and_imaginary(b)
+    mul, add, sub = (broadcast(each) for each in (torch.mul, torch.add, torch.sub))
+    if a_imag is None:
+        return torch.complex(mul(a_real, b_real), mul(a_real, b_imag))
+    if b_imag is None:
+        return torch.complex(mul(a_real, b_real), mul(a_imag, b_real))
+    real = sub(mul(a_real, b_real), mul(a_imag, b_imag))
+    return torch.complex(real, add(mul(a_real, b_imag), mul(a_imag, b_real)))
+
+
+def _real_and_imaginary(x: Any) -> tuple[Any, Any]:
+    """Both parts of an operand; None for the second of a real one."""
+    if isinstance(x, complex):
+        return x.real, x.imag
+    if not isinstance(x, Tensor) or not x.is_complex():
+        return x, None
+    real, imag = torch.view_as_real(x.resolve_conj()).unbind(-1)
+    return real, imag

@@ -31,7 +31,7 @@ from shardproof.numerics import (
     rowwise,
 )
 from shardproof.numerics.activating import overwriting, with_inplace
-from shardproof.numerics.broadcasting import broadcast, in_fp32
+from shardproof.numerics.broadcasting import broadcast, complex_product, in_fp32
 from shardproof.numerics.convolving import convolution
 from shardproof.numerics.einsum import einsum
 from shardproof.numerics.headed import attention
@@ -315,12 +315,18 @@ def _repeating(function: Form) -> Form:
     """Where `alpha` scales an operand, torch rounds bf16 and fp16 in two ways."""
     form = broadcast(function)
     wide = in_fp32(form)
+    name = function.__name__
+    is_product = name.strip("_") in ("mul", "imul", "rmul", "multiply")
+    overwrites = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
     def call(*args: Any, **options: Any) -> Any:
-        if "alpha" not in options:
+        if is_product and any(isinstance(x, Tensor) and x.is_complex() for x in args):
+            y = complex_product(*args)
+        elif "alpha" in options:
+            y = wide(*args, **options)
+        else:
             return form(*args, **options)
-        y = wide(*args, **options)
-        return args[0].copy_(y) if function.__name__.endswith("_") else y
+        return args[0].copy_(y) if overwrites else y
 
     return call
 

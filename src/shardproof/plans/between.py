@@ -5,9 +5,11 @@ takes this rank's part of one. So the model's own code computes what it would co
 (`cut/`), whatever it does.
 """
 
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from shardproof.cut import rules
@@ -31,48 +33,59 @@ from shardproof.units import Block, CutDim, Shared, Units
 assert rules  # noqa: S101 - imported for what it registers
 
 
-def hand_on(model: nn.Module, made: ModelPlan, region: Region) -> None:
+def hand_on(
+    model: nn.Module, made: ModelPlan, region: Region, stood: Mapping[str, nn.Module]
+) -> None:
     """Let the layers of a model that is cut by names give and take cut tensors.
 
     Args:
         model: cut by `made`.
         made: by names.
         region: of the model's cut tensors.
+        stood: name of a norm of heads -> the module in whose place it is.
     """
-    region.kept.update(id(each) for each in model.buffers())
-    model.register_forward_pre_hook(_enter_model, prepend=True)
-    model.register_forward_hook(_leave_model, always_call=True)
+    region.keep(model)
+    _watch_forwards(model, made.styles)
     for name, style in made.styles.items():
         layer: Any = model.get_submodule(name)
         if isinstance(style, ColumnParallel):
-            along = None
-            if not layer.gather_output and name != made.head:
-                along = region.features(layer.cut)
-            _hook_column(layer, region, along)
+            is_whole = layer.gather_output or name == made.head
+            _wrap_column(layer, region, None if is_whole else region.features(layer.cut))
         elif isinstance(style, RowParallel):
-            _hook_row(layer, region, region.features(layer.cut))
+            _wrap_row(layer, region, region.features(layer.cut))
         elif isinstance(style, VocabParallel):
             layer.reads = _Reads(region, region.features(layer.layouts["weight"].cut))
         elif isinstance(style, Attention) and not attends_in_registry(model, style):
-            _hook_attention(layer, style, region)
+            norms = {each: stood.get(f"{name}.{each}" if name else each) for each in style.children}
+            _wrap_attention(layer, style, region, norms)
 
 
-def _hook_column(layer: Any, region: Region, along: CutDim | None) -> None:
+def _watch_forwards(model: nn.Module, styles: Collection[str]) -> None:
+    """Let it be known while a module runs that has a layer which is cut."""
+    for name, module in model.named_modules():
+        start = f"{name}." if name else ""
+        if any(each.startswith(start) for each in styles):
+            module.register_forward_pre_hook(_enter_module, prepend=True)
+            module.register_forward_hook(_leave_module, always_call=True)
+
+
+def _wrap_column(layer: Any, region: Region, along: CutDim | None) -> None:
     """Let a column layer take the whole or its part, and give a cut tensor unless it gathers."""
     layer.reads = _Reads(region, along or region.features(layer.cut))
     own = layer.input_cut
-    layer.register_forward_pre_hook(_Enter(region, own and region.features(own)))
-    if along is not None:
-        layer.register_forward_hook(_Leave(region, along))
+    layer.forward = partial(_linear, layer, region, own and region.features(own), along)
 
 
-def _hook_row(layer: Any, region: Region, along: CutDim) -> None:
+def _wrap_row(layer: Any, region: Region, along: CutDim) -> None:
     """Let a row layer take its part of a cut tensor, or the whole if it cuts that itself."""
     layer.reads = _Reads(region, along)
-    layer.register_forward_pre_hook(_Enter(region, along if layer.input_is_parallel else None))
+    own = along if layer.input_is_parallel else None
+    layer.forward = partial(_linear, layer, region, own, None)
 
 
-def _hook_attention(module: Any, style: Attention, region: Region) -> None:
+def _wrap_attention(
+    module: Any, style: Attention, region: Region, stood: Mapping[str, nn.Module | None]
+) -> None:
     """Let an attention's projections, norms and what attends give and take cut tensors."""
     group = style.queries // style.keys
     needers = tuple(tuple(range(n * group, (n + 1) * group)) for n in range(style.keys))
@@ -80,21 +93,28 @@ def _hook_attention(module: Any, style: Attention, region: Region) -> None:
     shared = Shared(units, region.scheme.leaves, region.axis.size)
     first = style.queries if group > 1 else 0
 
-    def along(heads: int, first: int, size: int) -> CutDim:
-        return region.one(CutDim(shared, (Block(heads * size, first, size),)))
+    def along(size: int) -> tuple[CutDim, CutDim]:
+        blocks = Block(style.queries * size, 0, size), Block(style.keys * size, first, size)
+        queries, keys = (region.one(CutDim(shared, (block,))) for block in blocks)
+        return queries, keys
 
-    queries = along(style.queries, 0, style.head_dim)
-    keys = along(style.keys, first, style.head_dim)
+    (queries, keys), heads = along(style.head_dim), along(1)
     for child, own in ((style.query, queries), (style.key, keys), (style.value, keys)):
-        _hook_column(module.get_submodule(child), region, own)
-    _hook_row(module.get_submodule(style.output), region, queries)
-    for each in (style.query_norm, style.key_norm):
-        if each is not None:
-            norm = module.get_submodule(each)
-            norm.forward = partial(_of_heads, norm)
+        _wrap_column(module.get_submodule(child), region, own)
+    _wrap_row(module.get_submodule(style.output), region, queries)
+    for norm, features, each in (
+        (style.query_norm, queries, heads[0]),
+        (style.key_norm, keys, heads[1]),
+    ):
+        if norm is not None:
+            ours: Any = module.get_submodule(norm)
+            if style.norms == "across":
+                ours.reads = _Reads(region, features)
+                ours.forward = partial(_normed_across, ours, region, features)
+            else:
+                ours.forward = partial(_normed_by_heads, ours, _alike(stood[norm], ours), each)
     if style.attend is not None:
         twin = module.get_submodule(style.attend)
-        heads = along(style.queries, 0, 1), along(style.keys, first, 1)
         twin.forward = partial(_attended, twin, region, *heads)
 
 
@@ -109,16 +129,22 @@ def meet_cut_tensors(twin: nn.Module, stood: nn.Module) -> None:
     if isinstance(twin, Dropout):
         computes = partial(_dropped, twin)
     elif isinstance(twin, LayerNorm | RMSNorm):
-        stood._parameters = twin._parameters  # one dict: whatever replaces them is seen by both
-        computes = partial(_normed, twin, stood)
+        computes = partial(_normed, twin, _alike(stood, twin))
     twin.forward = computes
 
 
-def _enter_model(*_: Any) -> None:
+def _alike(stood: Any, ours: nn.Module) -> nn.Module:
+    """The module that stood there, with the parameters of ours: what replaces them, both see."""
+    stood._parameters = ours._parameters
+    module: nn.Module = stood
+    return module
+
+
+def _enter_module(*_: Any) -> None:
     inside.enter()
 
 
-def _leave_model(*_: Any) -> None:
+def _leave_module(*_: Any) -> None:
     inside.leave()
 
 
@@ -129,48 +155,42 @@ class _Reads:
         self.region, self.along = region, along
 
     def __call__(self, layer: Any, name: str, parameter: Any) -> Any:
-        """A cut tensor in the forward of the model, the parameter itself outside of it."""
+        """A cut tensor in a forward, or where backward runs one again; else the parameter."""
         layout = layer.layouts.get(name)
-        if not inside or parameter is None or layout is None or layout.dim is None:
+        is_running = inside or torch._C._current_graph_task_id() != -1
+        if not is_running or parameter is None or layout is None or layout.dim is None:
             return parameter
         spec = self.region.spec(layout.shape, layout.dim, self.along)
         return cut_tensor(parameter, spec, layer.name)
 
 
-class _Leave:
-    """A forward hook: the output is a cut tensor."""
+def _linear(
+    layer: Any, region: Region, taken: CutDim | None, given: CutDim | None, input: Any
+) -> Any:
+    """The forward of a linear layer.
 
-    def __init__(self, region: Region, along: CutDim) -> None:
-        self.region, self.along = region, along
+    Args:
+        layer: column or row.
+        region: of cut tensors.
+        taken: how the features are cut that it takes; None: it takes the whole.
+        given: how the features are cut that it gives; None: it gives the whole.
+        input: as `nn.Linear` takes it.
 
-    def __call__(self, layer: Any, inputs: tuple[Any, ...], y: Tensor) -> CutTensor:
-        shape = (*y.shape[:-1], self.along.size)
-        return cut_tensor(y, self.region.spec(shape, y.dim() - 1, self.along), layer.name)
-
-
-class _Enter:
-    """A forward pre-hook: a cut tensor becomes what the layer takes, its part or the whole."""
-
-    def __init__(self, region: Region, along: CutDim | None) -> None:
-        self.region, self.along = region, along
-
-    def __call__(self, layer: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What the layer takes.
-
-        Raises:
-            ShapeError: a column layer that takes the whole gets features that are cut.
-        """
-        if not inputs:  # given by name, which the layers do not take
-            return inputs
-        x, *rest = inputs
-        x = x.whole() if isinstance(x, Deferred) else x
-        if self.along is None:
-            return (_as_whole(layer, x), *rest)
-        if not isinstance(x, CutTensor) and (
-            not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != self.along.size
-        ):
-            return inputs  # a part already, or wrong: the layer says so
-        return (part_of(x, x.dim() - 1, self.region, self.along), *rest)
+    Raises:
+        ShapeError: a column layer that takes the whole gets features that are cut.
+    """
+    x = input
+    x = x.whole() if isinstance(x, Deferred) else x
+    if taken is None:
+        x = _as_whole(layer, x)
+    elif isinstance(x, CutTensor) or (
+        isinstance(x, Tensor) and x.dim() and x.shape[-1] == taken.size
+    ):  # anything else is a part already, or wrong: the layer says so
+        x = part_of(x, x.dim() - 1, region, taken)
+    y = type(layer).forward(layer, x)
+    if given is None:
+        return y
+    return cut_tensor(y, region.spec((*y.shape[:-1], given.size), y.dim() - 1, given), layer.name)
 
 
 def _as_whole(layer: Any, x: Any) -> Any:
@@ -212,11 +232,19 @@ def _dropped(twin: Any, x: Any) -> Any:
     return dropped_part(x, twin.p, MaskKey(twin.seed, twin.name, twin.next_step()))
 
 
-def _of_heads(norm: Any, x: Any) -> Any:
-    """A norm of ours that was made for the heads of this rank."""
-    if not isinstance(x, CutTensor):
-        return type(norm).forward(norm, x)
-    return cut_tensor(type(norm).forward(norm, x.local), x.spec, x.who)
+def _normed_by_heads(ours: Any, stood: Any, heads: CutDim, x: Any) -> Any:
+    """A norm of each head: ours of the heads of this rank, of all else as the model's own class."""
+    is_of_heads = isinstance(x, CutTensor) and x.spec.cut is heads and x.spec.dim == x.dim() - 2
+    if not is_of_heads:
+        return type(stood).forward(stood, x)
+    return cut_tensor(type(ours).forward(ours, x.local), x.spec, x.who)
+
+
+def _normed_across(ours: Any, region: Region, features: CutDim, x: Any) -> Any:
+    """A norm across all heads, of which each rank has some."""
+    x = x.whole() if isinstance(x, Deferred) else x
+    y = type(ours).forward(ours, part_of(x, x.dim() - 1, region, features))
+    return cut_tensor(y, region.spec(tuple(x.shape), x.dim() - 1, features), ours.name)
 
 
 def _attended(

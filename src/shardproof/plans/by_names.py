@@ -50,7 +50,7 @@ def cut_by_names(
             adapt_head(model, model.get_submodule(made.head))  # type: ignore[arg-type]
     region = Region(axis, made.scheme)
     if not made.is_carried:
-        hand_on(model, made, region)
+        hand_on(model, made, region, cutter.stood)
     return region
 
 

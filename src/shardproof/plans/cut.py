@@ -39,6 +39,7 @@ class Cutter:
 
     Attributes:
         attentions: name of an attention module -> what computes in it on this rank.
+        stood: name of a norm of heads -> the module in whose place it is.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Cutter:
         manners: Mapping[str, Manner],
     ) -> None:
         self.attentions: dict[str, HeadAttention] = {}
+        self.stood: dict[str, nn.Module] = {}
         self._model = model
         self._scheme = scheme
         self._axis = axis
@@ -170,7 +172,7 @@ class Cutter:
             site = NormSite(
                 axis=self._axis, cut=cut, held=holds, scheme=self._scheme, who=f"{name}.{child}"
             )
-            whole = self._child(name, child)
+            whole = self.stood[site.who] = self._child(name, child)
             self._put(site.who, whole, kind.from_module(whole, site))
 
     def _stand_in(self, name: str, style: Attention) -> None:

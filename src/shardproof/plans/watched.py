@@ -154,7 +154,7 @@ def cut_by(model: nn.Module, plan: WatchedPlan, axis: Axis) -> Region:
         none.
     """
     region = Region(axis, plan.scheme)
-    region.kept.update(id(each) for each in model.buffers())
+    region.keep(model)
     modules = dict(model.named_modules())
     places = {
         id(parameter): name for name, parameter in model.named_parameters() if name in plan.cuts
