@@ -84,15 +84,8 @@ def numbers_of(model: nn.Module, x: Any, plan: WatchedPlan | None, axis: Any) ->
     return found | {name: each.clone() for name, each in model.named_buffers()}
 
 
-def by_names(model: nn.Module, x: Any, axis: Any, *, seen: bool) -> dict[str, Tensor]:
-    """Loss and gradients, whole, of a model that is cut by names.
-
-    Args:
-        model: whole.
-        x: what it takes.
-        axis: the ranks.
-        seen: whether the plan is given an example.
-    """
+def by_names(model: nn.Module, x: Any, axis: Any) -> dict[str, Tensor]:
+    """Loss and gradients, whole, of a model whose two linears a plan names."""
     styles = {"up": "colwise"} | ({} if model.down is None else {"down": "rowwise"})
     model = sp.parallelize(model, styles, axis)
     loss = model(x)

@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import shardproof as sp
 from places import Pool
@@ -56,7 +58,7 @@ def same_at_every_degree(
 
     (one,) = pool(1, "threads").run(run)
     for found, true in zip(one, truth, strict=True):
-        torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-4)
+        assert (found - true).abs().max() <= 1e-4 * true.abs().max()
     for degree in DEGREES:
         for other in pool(degree, "threads").run(run):
             assert torch.equal(other[0], one[0])
@@ -223,3 +225,151 @@ def test_a_loss_of_ours_takes_cut_tensors(pool: Pool) -> None:
             for each, first in zip(losses, one, strict=True):
                 assert torch.equal(each, first)
                 torch.testing.assert_close(each, truth)
+
+
+def complex_rotary(self: Any, h: Tensor) -> Tensor:
+    """Rotary embeddings as Llama 2 had them, on heads that are transposed."""
+    q = h.unflatten(-1, (9, 4)).transpose(1, 2)
+    turned = torch.view_as_complex(q.reshape(*q.shape[:-1], -1, 2)) * torch.polar(
+        torch.ones(3, 2), torch.arange(6.0).view(3, 2)
+    )
+    return torch.view_as_real(turned).flatten(-2).transpose(1, 2).flatten(2)
+
+
+def penalty(self: Any, h: Tensor, *, reentrant: bool) -> Tensor:
+    """A weight that is read where backward runs the forward again."""
+    one = torch.ones((), requires_grad=True)
+    read = checkpoint(lambda x: x * self.up.weight.std(), one, use_reentrant=reentrant)
+    return h * read
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        complex_rotary,
+        partial(penalty, reentrant=True),
+        partial(penalty, reentrant=False),
+        lambda self, h: h + self.up(input=X),
+        lambda self, h: h * self.up.bias.softmax(0),
+    ],
+    ids=["complex", "checkpoint reentrant", "checkpoint", "by keyword", "bias"],
+)
+def test_code_that_was_once_wrong(between: Callable[..., Tensor], pool: Pool) -> None:
+    same_at_every_degree(pool, Pair(between), PAIR, X)
+
+
+@pytest.mark.parametrize("prepend", [False, True])
+def test_hooks_of_a_user_see_cut_tensors(prepend: bool, pool: Pool) -> None:
+    def hooked(model: Any) -> Any:
+        model.up.register_forward_hook(lambda m, a, y: y.softmax(-1) * y.shape[-1], prepend=prepend)
+        model.down.register_forward_pre_hook(lambda m, a: (a[0].softmax(-1),), prepend=prepend)
+        return model
+
+    whole = Pair(lambda self, h: h)
+    truth = hooked(copy.deepcopy(whole))(X).detach()
+
+    def run(axis: Axis) -> Tensor:
+        found: Tensor = hooked(parallelize(copy.deepcopy(whole), PAIR, axis))(X).detach()
+        return found
+
+    (one,) = pool(1, "threads").run(run)
+    torch.testing.assert_close(one, truth)
+    for degree in DEGREES:
+        assert all(torch.equal(other, one) for other in pool(degree, "threads").run(run))
+
+
+def test_backward_hooks() -> None:
+    """Of what is whole as ever; of what is cut they are refused."""
+    whole = Pair(lambda self, h: self.act(h), act=nn.ReLU())
+    seen = []
+    model: Any = nn.Sequential(nn.LayerNorm(12), whole)
+    model = parallelize(model, {"1.up": "colwise", "1.down": "rowwise"}, Axis.solo())
+    model[0].register_full_backward_hook(lambda m, gx, gy: seen.append(gy[0].shape))
+    x = X.clone().requires_grad_()
+    model(x).sum().backward()
+    assert seen == [X.shape]
+    model[1].act.register_full_backward_hook(lambda m, gx, gy: None)
+    with pytest.raises(UsageError, match="a module with a full backward hook takes or gives a cut"):
+        model(x)
+
+
+class Normed(Heads):
+    """Norms of queries and keys, of heads and of what is no head of this rank."""
+
+    def __init__(self, queries: int, keys: int, *, across: bool) -> None:
+        super().__init__(queries, keys)
+        wide = (4 * queries, 4 * keys) if across else (4, 4)
+        self.qn, self.kn = (nn.RMSNorm(size) for size in wide)
+        self.across = across
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.across:
+            q = self.qn(q) * self.qn.weight.sum()
+            k = self.kn(k.flip(-1)) * self.kn.weight
+        q = q.view(batch, length, self.queries, 4)
+        k = k.view(batch, length, self.keys, 4)
+        if not self.across:
+            q = self.qn(q)
+            k = self.kn(k) + self.kn(k.mean(2, keepdim=True)) + self.kn(k.sort(2).values)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        v = v.view(batch, length, self.keys, 4).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(6, 2), (5, 1)])
+def test_norms_of_heads(queries: int, keys: int, across: bool, pool: Pool) -> None:
+    torch.manual_seed(0)
+    names = {"query": "q", "key": "k", "value": "v", "output": "o"}
+    kind = "across" if across else "heads"
+    norms: dict[str, Any] = {"query_norm": "qn", "key_norm": "kn", "norms": kind}
+    style = sp.Attention(queries, keys, 4, **names, **norms)
+    whole = nn.Sequential(Normed(queries, keys, across=across))
+    with torch.no_grad():
+        for norm in (whole[0].qn, whole[0].kn):
+            norm.weight.copy_(torch.linspace(0.5, 1.5, norm.weight.numel()))
+    same_at_every_degree(pool, whole, {"0": style}, X)
+
+
+def test_a_buffer_stays_whole_in_a_copy_too() -> None:
+    def counted(self: Any, h: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.buffer.mul_(0.9).add_(h.mean((0, 1)))
+        return h * self.buffer
+
+    whole = Pair(counted)
+    whole.register_buffer("buffer", torch.zeros(36))
+    model: Any = copy.deepcopy(parallelize(whole, PAIR, Axis.solo()))
+    model(X)
+    assert type(model.buffer) is Tensor
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda self, h: torch.vmap(lambda row: row * 2)(h),
+        lambda self, h: torch.func.grad(lambda z: z.pow(3).sum())(h),
+        lambda self, h: h * torch.vmap(lambda row: row.norm())(self.up.weight),
+    ],
+)
+def test_what_would_lose_the_gradient_is_refused(between: Callable[..., Tensor]) -> None:
+    model = parallelize(Pair(between), PAIR, Axis.solo())
+    with pytest.raises(UsageError, match="gets a cut tensor past torch's Python functions"):
+        model(X)
+
+
+def test_a_block_may_be_called_by_itself(pool: Pool) -> None:
+    """Its code reads the whole of a weight there too."""
+    whole = nn.ModuleDict({"block": Pair(lambda self, h: h * self.up.weight.norm())})
+
+    def run(axis: Axis) -> Tensor:
+        model: Any = parallelize(
+            copy.deepcopy(whole), {"block.up": "colwise", "block.down": "rowwise"}, axis
+        )
+        found: Tensor = model["block"](X).detach()
+        return found
+
+    torch.testing.assert_close(pool(2, "threads").run(run)[0], whole["block"](X).detach())

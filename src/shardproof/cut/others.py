@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import RULES, CutTensor, composed, rule, run, shown
+from shardproof.errors import UsageError
 from shardproof.functional import crossings
 from shardproof.numerics import forms
 
@@ -210,8 +211,21 @@ def _wants(x: Any) -> bool:
 
 
 def _of_aten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An ATen operation on cut tensors, under dispatch and autograd as they were outside."""
+    """An ATen operation on cut tensors, under dispatch and autograd as they were outside.
+
+    Raises:
+        UsageError: it does not come from an operation that is taken apart here, so that the
+            gradient would be lost.
+    """
     outers: list[_Outer] = _local.__dict__.setdefault("outers", [])
+    if not outers and torch.is_grad_enabled():
+        cut = [each for each in tree_flatten((args, kwargs), is_leaf=is_cut)[0] if is_cut(each)]
+        if any(each.local.requires_grad for each in cut):
+            raise UsageError(
+                f"{func} gets a cut tensor past torch's Python functions, as from torch.vmap, "
+                "torch.func or code in C++, where autograd does not see that it is one: its "
+                "gradient would be lost. Write the operation without them, or give them x.whole()."
+            )
     with outers[-1] if outers else _Outer():
         y = run(func, args, kwargs)
     if outers and any(_wants(each) for each in tree_flatten(y, is_leaf=is_cut)[0]):

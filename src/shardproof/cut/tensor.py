@@ -285,12 +285,7 @@ class Shown(CutTensor, Tensor):  # type: ignore[misc, override]
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """An ATen operation from inside an operation that is composed of others.
-
-        Raises:
-            UsageError: torch.func or torch.vmap asks, which would lose the gradient.
-        """
-        _check_transforms(func)
+        """An ATen operation from inside an operation that is composed of others."""
         return composed[-1](func, args, kwargs or {})
 
 
@@ -320,22 +315,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return run_as(_NAMES.get(func) or name_of(func), func, args, kwargs)
 
 
-def _check_transforms(func: Any) -> None:
-    if _has_transforms():
-        raise UsageError(
-            f"{name_of(func)} gets a cut tensor inside torch.vmap or a function of torch.func, "
-            "which do not see that it is one: its gradient would be lost. Write the operation "
-            "without them, or give them x.whole()."
-        )
-
-
 def run_as(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Do what the rule of a name says.
-
-    Raises:
-        UsageError: torch.func or torch.vmap asks, which would lose the gradient.
-    """
-    _check_transforms(func)
+    """Do what the rule of a name says."""
     found = RULES.get(name) or RULES["others"]
     if observing.is_on():
         return observing.see_rule(
@@ -374,7 +355,6 @@ class _Running(threading.local):
 
 running = _Running()
 _num_modes = torch._C._len_torch_function_stack
-_has_transforms = torch._C._are_functorch_transforms_active
 
 
 def named(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
