@@ -499,7 +499,7 @@ SILENT = {
     | {"memory_of", "parts", "parts_by_memory", "parts_of", "refresh", "remember"}
     | {"record_of", "replaced_name"},
     step_guard: {"declare_elementwise", "install", "is_elementwise", "serve"},
-    base: {"ShardedModule", "check_state", "is_ours"},
+    base: {"OwnParameter", "ShardedModule", "check_state", "is_ours", "own"},
     cut_module: {"CutModule", "CutRecord", "become_cut", "cut_parameters", "new_ties"},
     guard: {"watch"},
     sampling: {"check_options"},

@@ -36,6 +36,7 @@ FOREIGN_RAISES = {
     ("plan_given.py", "ImportError"): "caught beside what the import itself raises",
     ("plan_given.py", "ModuleNotFoundError"): "caught beside what the import itself raises",
     ("segment.py", "OSError"): "caught beside what opening the memory itself raises",
+    ("base.py", "AttributeError"): "what Python raises of what is not there",
     ("cut_module.py", "AttributeError"): "what Python raises of what is not there",
     ("output.py", "BrokenPipeError"): "what Python itself raises where nobody reads the output",
 }

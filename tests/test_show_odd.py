@@ -27,16 +27,21 @@ def one_linear() -> nn.Module:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "the output of the model is cut, Shard.1."),
-        ({"loss": lambda y: (y**2).mean()}, "the loss must add the ranks' parts"),
         ({"loss": lambda y: (y * (1 + 0j)).sum()}, "the loss is"),
         ({"plan": {"0": "colwise_gather_output"}, "scheme": 5}, "scheme=5 is no Scheme"),
     ],
 )
-def test_a_loss_of_a_part_is_refused(options: dict[str, Any], message: str) -> None:
+def test_a_loss_that_is_no_number_is_refused(options: dict[str, Any], message: str) -> None:
     given = {"plan": CUT_OUTPUT, **options}
     with pytest.raises((UsageError, MismatchError, RankError), match=message):
         sp.show(one_linear(), torch.randn(2, 4), **given)
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": lambda y: (y**2).mean()}])
+def test_a_loss_of_a_cut_output_is_that_of_the_whole(options: dict[str, Any]) -> None:
+    shown = sp.show(one_linear(), torch.randn(2, 4), plan=CUT_OUTPUT, degree=2, **options)
+    phases = [scene.phase for scene in shown.story.scenes if scene.arrows]
+    assert "forward" in phases
 
 
 def test_a_loss_that_adds_the_parts_is_right() -> None:

@@ -151,7 +151,7 @@ def test_a_term_behind_a_plain_sum_does_not_vanish() -> None:
             (grad.square().sum() + y.sum()).backward()
 
 
-def test_forward_hooks_see_shards(pool: Pool) -> None:
+def test_forward_hooks_see_cut_tensors_and_backward_hooks_see_parts(pool: Pool) -> None:
     def run(axis: Axis) -> list[tuple[int, ...]]:
         block, (x, grad_y) = cut_block(axis), data()
         seen: list[tuple[int, ...]] = []
@@ -162,8 +162,8 @@ def test_forward_hooks_see_shards(pool: Pool) -> None:
         return seen
 
     first, second = pool(2, "threads").run(run)
-    assert first == [(2, 5, 14), (2, 5, 19), (2, 5, 19)]
-    assert second == [(2, 5, 14), (2, 5, 16), (2, 5, 16)]
+    assert first == [(2, 5, 14), (2, 5, 35), (2, 5, 19)]
+    assert second == [(2, 5, 14), (2, 5, 35), (2, 5, 16)]
 
 
 def test_a_hook_may_change_the_output(pool: Pool) -> None:

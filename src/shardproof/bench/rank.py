@@ -21,6 +21,7 @@ from shardproof.bench.work import Evidence, Trial
 from shardproof.bench.works.catalog import find_work
 from shardproof.errors import UsageError
 from shardproof.numerics import mode
+from shardproof.prover.case import as_it_lies
 from shardproof.prover.hashing import hash_tensor
 
 
@@ -186,7 +187,9 @@ def hashes(party: Party, shown: list[Evidence]) -> dict[str, str]:
     if not (isinstance(party, Ours) and party.scheme.is_invariant):
         return {}
     found = {
-        each.name: hash_tensor(each.tensor, each.layout, party.axis, who=each.name)
+        each.name: hash_tensor(
+            as_it_lies(each.tensor, each.layout), each.layout, party.axis, who=each.name
+        )
         for each in shown
     }
     return {name: sha for name, sha in found.items() if sha is not None}

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from shardproof.cases.cut_or_plain import column_linear, row_linear
 from shardproof.cases.draws import fill_like_linear, generator
-from shardproof.functional.losses import cross_entropy
+from shardproof.functional import cross_entropy
 from shardproof.prover.case import Case, Trial
 from shardproof.prover.training import record_gradients, record_parameters, record_state
 from shardproof.prover.update import INITIAL, Update, make_optimizer

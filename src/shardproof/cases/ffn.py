@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from shardproof.cases import notebooks
 from shardproof.cases.cut_or_plain import column_linear, row_linear
 from shardproof.cases.draws import fill_like_linear, generator
-from shardproof.functional.losses import mse_loss
+from shardproof.functional import mse_loss
 from shardproof.prover.case import Case, Trial
 from shardproof.prover.training import Batch, Training
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from shardproof.cases import notebooks
 from shardproof.cases.cut_or_plain import column_linear
 from shardproof.cases.draws import fill_like_linear
-from shardproof.functional.losses import mse_loss
+from shardproof.functional import mse_loss
 from shardproof.prover.case import Case, Trial
 from shardproof.prover.training import Batch, Training
 

@@ -108,13 +108,7 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return _plain_apply(cls, *args, **kwargs)
     cut = next((each for each in args if isinstance(each, CutTensor)), None)
     if cls is BackwardHookFunction:
-        if cut is None:
-            return _plain_apply(cls, *args, **kwargs)
-        raise UsageError(
-            f"a module with a full backward hook takes or gives a cut tensor ({cut.spec!r}), of "
-            "which the hook would see this rank's part. Register a hook of the tensor "
-            "(y.register_hook), which is given a cut tensor, or of a module around the cut layers."
-        )
+        return _hooked(args)
     if cut is None and not inside:
         return _plain_apply(cls, *args, **kwargs)
     if cut is None and cls.setup_context is not Function.setup_context:
@@ -141,6 +135,18 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             for each, spec in zip(y, outs, strict=True)
         )
     return y if outs[0] is None else cut_tensor(y, outs[0], who)
+
+
+def _hooked(args: tuple[Any, ...]) -> Any:
+    """What torch does to what a module with a full backward hook takes or gives.
+
+    The hook is given this rank's part of a gradient.
+    """
+    found = _plain_apply(BackwardHookFunction, *_parts(args))
+    return tuple(
+        cut_tensor(each, x.spec, x.who) if is_cut(x) else each
+        for each, x in zip(found, args, strict=True)
+    )
 
 
 _plain_backward = torch.autograd.backward

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from shardproof.cut.meet import refined
+from torch import Tensor
+
+from shardproof.cut.meet import is_for_all, refined
 from shardproof.cut.others import whole
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
@@ -54,9 +56,25 @@ def part_of(x: Any, dim: int, region: Region, along: CutDim) -> Any:
     if isinstance(x, CutTensor):
         if x.spec.dim == dim:
             return refined(x, along).local
+        if is_for_all(x) and _is_one(along, x.spec.cut):
+            return _all_or_nothing(x, dim)
         who = x.who
         x = whole(x, "the part along another dim")
     return crossings.take(x, dim, region.place(along, who))
+
+
+def _is_one(along: CutDim, other: CutDim) -> bool:
+    """Whether a dim is the one unit, of size 1 in it, that another dim is too."""
+    own, theirs = along.blocks[0], other.blocks[0]
+    return along.size == own.unit and own.first == theirs.first and along.shared is other.shared
+
+
+def _all_or_nothing(x: CutTensor, dim: int) -> Tensor:
+    """A single key-value head: a view does not say which of its dims is the head's."""
+    if x.local.shape == x.shape:
+        return x.local
+    shape = [0 if each == dim else size for each, size in enumerate(x.shape)]
+    return x.local.new_zeros(shape) + x.local.sum()
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CutTensor:

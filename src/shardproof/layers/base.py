@@ -51,6 +51,17 @@ class OwnParameter:
         return parameter if reads is None else reads(module, self._name, parameter)
 
 
+def own(module: Any, name: str) -> Any:
+    """What a layer of ours computes with: its parameter, or what a parametrization makes of it.
+
+    Args:
+        module: the layer.
+        name: of the parameter.
+    """
+    parameter = module._parameters.get(name, module)
+    return getattr(module, name) if parameter is module else parameter
+
+
 class ShardedModule(nn.Module):
     """Base of modules whose parameters are cut over one axis.
 

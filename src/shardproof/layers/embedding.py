@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from shardproof.axis import Axis
 from shardproof.errors import UsageError
 from shardproof.functional.embedding import EmbeddingSite, vocab_embedding
-from shardproof.layers.base import OwnParameter, ShardedModule
+from shardproof.layers.base import OwnParameter, ShardedModule, own
 from shardproof.numerics.random import draw_normal
 from shardproof.quantities import LARGEST, checked_whole
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
@@ -145,8 +145,7 @@ class VocabParallelEmbedding(ShardedModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """See the class for shapes, placements and Comm."""
-        own: Any = self._parameters
-        return vocab_embedding(ids, own["weight"], self._site)
+        return vocab_embedding(ids, own(self, "weight"), self._site)
 
     def _small_ones(self) -> Iterator[tuple[Callable[[], nn.Module], Callable[[], nn.Module]]]:
         yield lambda: nn.Embedding(3, 2), lambda: VocabParallelEmbedding(3, 2, axis=Axis.solo())

@@ -11,7 +11,7 @@ from shardproof.axis import Axis
 from shardproof.errors import ShapeError, UsageError
 from shardproof.functional.linear import column_linear, row_linear
 from shardproof.functional.site import LinearSite
-from shardproof.layers.base import OwnParameter, ShardedModule
+from shardproof.layers.base import OwnParameter, ShardedModule, own
 from shardproof.leaves import Cut
 from shardproof.quantities import checked_flag
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
@@ -283,8 +283,7 @@ class ColumnParallelLinear(_ParallelLinear):
             y = group.output(place, self._parameters, x)
             if y is not None:
                 return y
-        own: Any = self._parameters
-        return column_linear(x, own["weight"], own["bias"], self._site)
+        return column_linear(x, own(self, "weight"), own(self, "bias"), self._site)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -374,8 +373,7 @@ class RowParallelLinear(_ParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """See the class for shapes, placements and Comm."""
         self._check_width(x)
-        own: Any = self._parameters
-        return row_linear(x, own["weight"], own["bias"], self._site)
+        return row_linear(x, own(self, "weight"), own(self, "bias"), self._site)
 
 
 def _like(

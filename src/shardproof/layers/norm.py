@@ -15,7 +15,7 @@ from shardproof.functional.norms import (
     whole_rms_norm,
 )
 from shardproof.functional.rms import RmsFormula
-from shardproof.layers.base import OwnParameter, ShardedModule
+from shardproof.layers.base import OwnParameter, ShardedModule, own
 from shardproof.layers.formula import find_formula
 from shardproof.leaves import Layout
 
@@ -229,8 +229,7 @@ class ShardedRMSNorm(_CutRMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class for shapes, placements and Comm."""
-        own: Any = self._parameters
-        return sharded_rms_norm(x, own["weight"], self._site, self.formula)
+        return sharded_rms_norm(x, own(self, "weight"), self._site, self.formula)
 
 
 class HeadRMSNorm(_CutRMSNorm):

@@ -13,7 +13,7 @@ from shardproof import collectives, optim
 from shardproof.axis import Axis
 from shardproof.cases.mlp import MLP_GATHERED as GATHERED_CASE
 from shardproof.errors import UsageError
-from shardproof.functional.losses import mse_loss
+from shardproof.functional import mse_loss
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
 from shardproof.leaves import Cut, Layout, replicated
 from shardproof.mistakes.blocks import BATCH, EVEN, IN, OUT, Block, batch, linear, sgd

@@ -151,13 +151,13 @@ def rrelu(
         input: (*), any placement.
         lower: of the slopes.
         upper: of the slopes.
-        training: False.
+        training: False, or the slopes are one.
     Returns:
         (*), the placement of `input`.
     Raises:
-        UsageError: in training.
+        UsageError: in training, unless there is one slope.
     """
-    if training:
+    if training and lower != upper:
         raise UsageError(
             "rrelu: training=True draws a slope for every element from the global generator, whose "
             "numbers change with the cut. Use leaky_relu."

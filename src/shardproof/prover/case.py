@@ -208,7 +208,7 @@ class Trial:
         if self.is_reference and not judged:
             return
         with self.audit.paused(), torch.no_grad():
-            tensor = _as_it_lies(tensor, layout)
+            tensor = as_it_lies(tensor, layout)
             layout = replicated(tuple(tensor.shape)) if layout is None else self._here(layout, name)
             how = Recording(judged, step, may_be_infinite)
             if observing.is_on():
@@ -302,7 +302,7 @@ def _is_cut(layout: Layout) -> bool:
     return all(len(layout.cut.owned(rank)) < layout.cut.size for rank in ranks)
 
 
-def _as_it_lies(x: Any, layout: Layout | None) -> Tensor:
+def as_it_lies(x: Any, layout: Layout | None) -> Tensor:
     """The part of a cut tensor that lies so on this rank; where it lies otherwise, the whole."""
     lies = (None, None) if layout is None else (layout.dim, layout.local_shape)
     if isinstance(x, CutTensor) and lies == (x.spec.dim, tuple(x.local.shape)):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
+from shardproof.cut.tensor import CutTensor
 from shardproof.errors import UsageError
-from shardproof.functional.losses import mse_loss
+from shardproof.functional import mse_loss
 from shardproof.leaves import check_degree, checked_degree
 from shardproof.objects import checked_model, checked_optimizer
 from shardproof.observing import Placement, observers
@@ -172,7 +173,7 @@ def _loss_of(output: Any, loss: Callable[..., Tensor] | None, target: Any, axis:
 
 def _place(output: Any) -> Placement | None:
     """How the output lies, as far as this rank's trace knows."""
-    if not isinstance(output, Tensor):
+    if not isinstance(output, Tensor) or isinstance(output, CutTensor):
         return None
     traces = (each for each in observers() if isinstance(each, RankTrace))
     return next((trace.placement(output) for trace in traces), None)
