@@ -8,7 +8,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -174,7 +174,9 @@ class Desk:
 
     def _prepare(self, party: Party, order: Prepare) -> Prepared:
         trial = find_work(order.work).variants[order.variant].make(party)
-        shown = list(trial.evidence())
+        shown = [
+            replace(each, tensor=as_it_lies(each.tensor, each.layout)) for each in trial.evidence()
+        ]
         if order.keeps:
             proof.keep([each for each in shown if each.expected is None], order.folder)
         wrong = proof.findings(shown, proof.kept(order.folder))
@@ -187,9 +189,7 @@ def hashes(party: Party, shown: list[Evidence]) -> dict[str, str]:
     if not (isinstance(party, Ours) and party.scheme.is_invariant):
         return {}
     found = {
-        each.name: hash_tensor(
-            as_it_lies(each.tensor, each.layout), each.layout, party.axis, who=each.name
-        )
+        each.name: hash_tensor(each.tensor, each.layout, party.axis, who=each.name)
         for each in shown
     }
     return {name: sha for name, sha in found.items() if sha is not None}
