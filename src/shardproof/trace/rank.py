@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from shardproof.cut.tensor import CutTensor
+from shardproof.cut.tensor import RULES, CutTensor
 from shardproof.layers.base import ShardedModule
 from shardproof.layers.registry import record_of
 from shardproof.observing import (
@@ -161,8 +161,9 @@ class RankTrace(Observer):
         y, x = first_tensor(result), first_tensor(args)
         if isinstance(result, CutTensor) and self._places.of(result.local) is None:
             self._places.learn(result.local, _placement(result))
-        # The forward of a module of ours is written when the module ends.
-        is_silent = self._num_seen == num_seen and name != "forward"
+        # The forward of a module of ours is written when the module ends; a move computes nothing.
+        is_quiet = name == "forward" or RULES.get(name) is RULES["view"]
+        is_silent = self._num_seen == num_seen and not is_quiet
         if is_silent and y is not None and x is not None:
             self._write_silent(self._module(), name, x, y)
         return result
