@@ -15,8 +15,10 @@ import shardproof as sp
 from places import Pool
 from shardproof.axis import Axis
 from shardproof.errors import PlanError, ShapeError, UsageError
+from shardproof.numerics import forms
 from shardproof.plans.apply import parallelize
 from shardproof.plans.planning import plan
+from views import plain, shapes, views
 
 PAIR = {"up": "colwise", "down": "rowwise"}
 X = torch.linspace(-2, 2, 2 * 3 * 12).view(2, 3, 12)
@@ -371,3 +373,72 @@ def test_a_block_may_be_called_by_itself(pool: Pool) -> None:
         return found
 
     torch.testing.assert_close(pool(2, "threads").run(run)[0], whole["block"](X).detach())
+
+
+@pytest.mark.parametrize("shape", shapes(12), ids=str)
+def test_inputs_and_gradients_of_every_view(shape: tuple[int, ...], pool: Pool) -> None:
+    """Beside plain torch, which is given copies; the same bits at degree 2."""
+    torch.manual_seed(0)
+    whole = Pair(lambda self, h: F.silu(h) * h.shape[-1])
+    given, incoming = views(torch.randn(shape)), views(torch.randn(shape))
+
+    def step(model: nn.Module, x: Tensor, grad_y: Tensor) -> list[Tensor]:
+        model.zero_grad()
+        x = x.detach().requires_grad_()
+        y = model(x)
+        y.backward(grad_y)
+        bias: Any = model.down.bias  # type: ignore[union-attr]
+        return [y.detach(), x.grad, bias.grad]  # type: ignore[list-item]
+
+    def run(axis: Axis) -> dict[str, list[Tensor]]:
+        model = parallelize(copy.deepcopy(whole), PAIR, axis)
+        return {name: step(model, x, incoming[name]) for name, x in given.items()}
+
+    (one,) = pool(1, "threads").run(run)
+    for name, found in one.items():
+        for mine, true in zip(
+            found, step(whole, plain(given[name]), plain(incoming[name])), strict=True
+        ):
+            torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-4, msg=name)
+    for other in pool(2, "threads").run(run):
+        for name, found in other.items():
+            assert all(map(torch.equal, found, one[name])), name
+
+
+@pytest.mark.parametrize("function", [sp.functional.silu, sp.functional.softshrink])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda h, f: f(h.transpose(-1, -2)).transpose(-1, -2),
+        lambda h, f: f(h[:1].expand(h.shape)),
+        lambda h, f: f(h[..., ::2]).repeat_interleave(2, -1),
+        lambda h, f: torch.cat([f(h[:0]), f(h)], 0),
+    ],
+    ids=["transposed", "expanded", "sliced", "empty"],
+)
+def test_functions_of_ours_take_views_of_cut_tensors(
+    view: Callable[..., Tensor], function: Callable[..., Tensor], pool: Pool
+) -> None:
+    same_at_every_degree(pool, Pair(lambda self, h: view(h, function)), PAIR, X)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("shape", shapes(6), ids=str)
+def test_complex_products_of_every_view(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Beside plain torch, forward and backward; a slice has the bits that it has in the whole."""
+    torch.manual_seed(0)
+    form = forms.form_of(torch.mul)
+    assert form is not None
+    other = torch.randn(6, dtype=dtype)
+    incoming = views(torch.randn(shape, dtype=dtype))
+    conjugate = {"conjugated": torch.randn(shape, dtype=dtype).conj()}
+    for name, x in {**views(torch.randn(shape, dtype=dtype)), **conjugate}.items():
+        grad = incoming.get(name, torch.randn(shape, dtype=dtype).conj())
+        mine, true = (each.detach().requires_grad_() for each in (x, plain(x)))
+        b, c = (other.clone().requires_grad_() for _ in range(2))
+        y, z = form(mine, b), true * c
+        y.backward(grad)
+        z.backward(plain(grad))
+        for got, wanted in ((y, z), (mine.grad, true.grad), (b.grad, c.grad)):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5, msg=name)
+        assert torch.equal(form(x[..., 1:4], other[1:4]), y.detach()[..., 1:4]), name

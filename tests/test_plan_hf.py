@@ -474,6 +474,27 @@ def test_an_embedding_that_computes_stays_whole_with_what_it_is_tied_to() -> Non
     assert not {"model.embed_tokens", "lm_head"} & set(made.styles)
 
 
+def test_a_plan_that_a_model_carries_is_told_from_one_that_is_given() -> None:
+    """The first keeps plain parts between the layers, also where it was planned before."""
+    model = small("Llama")
+    made = plan(model, degree=1)
+    assert made.is_carried
+    assert plan(model, made, degree=1).is_carried  # type: ignore[arg-type]
+    assert not plan(model, made.plan, degree=1).is_carried
+    ids = torch.arange(6).view(1, 6)
+
+    def kinds(given: Any) -> set[str]:
+        cut = sp.parallelize(copy.deepcopy(model), given, Axis.solo())
+        seen: set[str] = set()
+        layer: Any = cut.get_submodule("model.layers.0.mlp.up_proj")
+        layer.register_forward_hook(lambda m, a, y: seen.add(type(y).__name__))
+        cut(ids)
+        return seen
+
+    assert kinds(None) == kinds(made) == {"Tensor"}
+    assert kinds(made.plan) == {"Shown"}
+
+
 def test_models_without_a_plan() -> None:
     with torch.device("meta"):
         gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1))

@@ -68,7 +68,7 @@ class Deferred(Tensor):
             found = _attended(*args, **kwargs)
             if found is not None:
                 return found
-        return func(*tree_map(_opened, args), **tree_map(_opened, dict(kwargs)))
+        return func(*tree_map(opened, args), **tree_map(opened, dict(kwargs)))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -79,7 +79,7 @@ class Deferred(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """What reaches ATen computes with the whole."""
-        return func(*tree_map(_opened, args), **tree_map(_opened, dict(kwargs or {})))
+        return func(*tree_map(opened, args), **tree_map(opened, dict(kwargs or {})))
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Deferred(shape={tuple(self.shape)}, a reshape of {self.source.spec!r})"
@@ -102,7 +102,15 @@ def defer(x: CutTensor, shape: Sequence[int]) -> Any:
     return made
 
 
-def _opened(x: Any) -> Any:
+def opened(x: Any) -> Any:
+    """The whole of a reshape that was put off, anything else as it is.
+
+    Args:
+        x: anything.
+
+    Comm:
+        forward one all_gather of the whole shape, if it was put off and is not there yet.
+    """
     return x.whole() if isinstance(x, Deferred) else x
 
 

@@ -173,6 +173,9 @@ def _result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return functools.reduce(torch.promote_types, (x.dtype for x in with_dims))
 
 
+_mul, _add, _sub = broadcast(torch.mul), broadcast(torch.add), broadcast(torch.sub)
+
+
 def complex_product(a: Any, b: Any) -> Tensor:
     """The product of two operands of which one at least is complex.
 
@@ -185,13 +188,12 @@ def complex_product(a: Any, b: Any) -> Tensor:
         (*), complex.
     """
     (a_real, a_imag), (b_real, b_imag) = _real_and_imaginary(a), _real_and_imaginary(b)
-    mul, add, sub = (broadcast(each) for each in (torch.mul, torch.add, torch.sub))
     if a_imag is None:
-        return torch.complex(mul(a_real, b_real), mul(a_real, b_imag))
+        return torch.complex(_mul(a_real, b_real), _mul(a_real, b_imag))
     if b_imag is None:
-        return torch.complex(mul(a_real, b_real), mul(a_imag, b_real))
-    real = sub(mul(a_real, b_real), mul(a_imag, b_imag))
-    return torch.complex(real, add(mul(a_real, b_imag), mul(a_imag, b_real)))
+        return torch.complex(_mul(a_real, b_real), _mul(a_imag, b_real))
+    real = _sub(_mul(a_real, b_real), _mul(a_imag, b_imag))
+    return torch.complex(real, _add(_mul(a_real, b_imag), _mul(a_imag, b_real)))
 
 
 def _real_and_imaginary(x: Any) -> tuple[Any, Any]:

@@ -23,7 +23,7 @@ from shardproof.objects import checked_model
 from shardproof.plans.by_example import plan_by_example
 from shardproof.plans.by_names import cut_by_names, rehearse_by_names
 from shardproof.plans.compiled import make_compilable
-from shardproof.plans.given import read_plan
+from shardproof.plans.given import is_carried, read_plan
 from shardproof.plans.hf_plan import entries_of
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.planning import as_error, attempt
@@ -155,8 +155,7 @@ def _agree(model: Any, plan: Any, scheme: Any, axis: Axis) -> tuple[Plan | None,
     def read() -> tuple[tuple[Plan | None, Scheme], dict[str, object]]:
         checked_model(model)
         given, asked = read_plan(plan, scheme)
-        is_carried = given is None or (isinstance(plan, ModelPlan) and plan.is_carried)
-        words = {"whether the model carries the plan": is_carried}
+        words = {"whether the model carries the plan": is_carried(plan)}
         return (given, asked), _describe(given, asked, model) | words
 
     given, asked = _agreed(read, axis)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from shardproof.cut import rules
 from shardproof.cut.calls import dropped_part
-from shardproof.cut.deferred import Deferred
+from shardproof.cut.deferred import Deferred, opened
 from shardproof.cut.foreign import inside
 from shardproof.cut.others import whole
 from shardproof.cut.ours import part_of
@@ -179,8 +179,7 @@ def _linear(
     Raises:
         ShapeError: a column layer that takes the whole gets features that are cut.
     """
-    x = input
-    x = x.whole() if isinstance(x, Deferred) else x
+    x = opened(input)
     if taken is None:
         x = _as_whole(layer, x)
     elif isinstance(x, CutTensor) or (
@@ -207,9 +206,7 @@ def _as_whole(layer: Any, x: Any) -> Any:
 
 def _bent(twin: Any, x: Any) -> Any:
     """An activation: element by element."""
-    if isinstance(x, Deferred):
-        x = x.whole()
-    forward = type(twin).forward
+    x, forward = opened(x), type(twin).forward
     if isinstance(x, CutTensor):
         return run_as("elementwise", forward, (twin, x), {})
     return forward(twin, x)
@@ -223,8 +220,7 @@ def _normed(twin: Any, stood: Any, x: Any) -> Any:
 
 def _dropped(twin: Any, x: Any) -> Any:
     """A dropout by position."""
-    if isinstance(x, Deferred):
-        x = x.whole()
+    x = opened(x)
     if not isinstance(x, CutTensor):
         return type(twin).forward(twin, x)
     if not twin.training or twin.p == 0:
@@ -242,7 +238,7 @@ def _normed_by_heads(ours: Any, stood: Any, heads: CutDim, x: Any) -> Any:
 
 def _normed_across(ours: Any, region: Region, features: CutDim, x: Any) -> Any:
     """A norm across all heads, of which each rank has some."""
-    x = x.whole() if isinstance(x, Deferred) else x
+    x = opened(x)
     y = type(ours).forward(ours, part_of(x, x.dim() - 1, region, features))
     return cut_tensor(y, region.spec(tuple(x.shape), x.dim() - 1, features), ours.name)
 
@@ -252,9 +248,7 @@ def _attended(
 ) -> Any:
     """Our attention, which is given the heads of this rank: (batch, heads, length, head_dim)."""
     args = [
-        part_of(x.whole() if isinstance(x, Deferred) else x, 1, region, along)
-        if isinstance(x, CutTensor | Deferred)
-        else x
+        part_of(opened(x), 1, region, along) if isinstance(x, CutTensor | Deferred) else x
         for x, along in zip(given, (queries, keys, keys), strict=False)
     ]
     y = type(twin).forward(twin, *args, *given[3:], **options)

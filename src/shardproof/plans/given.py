@@ -10,6 +10,15 @@ from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme
 from shardproof.wording import shown
 
 
+def is_carried(given: Any) -> bool:
+    """Whether the model carries a plan, as its `tp_plan`.
+
+    Args:
+        given: as for `read_plan`.
+    """
+    return given is None or (isinstance(given, ModelPlan) and given.is_carried)
+
+
 def read_plan(given: Any, scheme: Any) -> tuple[Plan | None, Scheme]:
     """The plan, None for that which the model carries, and the scheme to cut with.
 

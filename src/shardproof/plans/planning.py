@@ -18,7 +18,7 @@ from shardproof.plans.by_example import has_example, plan_by_example, watch_exam
 from shardproof.plans.by_names import rehearse_by_names
 from shardproof.plans.fit import link_ties, misfits
 from shardproof.plans.functional_dropout import functional_dropout
-from shardproof.plans.given import read_plan
+from shardproof.plans.given import is_carried, read_plan
 from shardproof.plans.hf_plan import (
     Reading,
     lost_norms,
@@ -233,7 +233,7 @@ def draft(
         head,
         (*reading.notes, *_incomplete(linked, source)),
         manners,
-        is_carried=given is None or (isinstance(plan, ModelPlan) and plan.is_carried),
+        is_carried=is_carried(plan),
     )
     problems += unlike
     problems += ties + _irreplaceable(styles, model) + functional_dropout(styles, model)

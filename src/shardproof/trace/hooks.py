@@ -15,7 +15,7 @@ from torch.optim import optimizer as torch_optimizers
 from torch.utils._pytree import tree_map
 
 from shardproof import observing
-from shardproof.cut.tensor import CutTensor
+from shardproof.cut.others import is_cut
 
 
 class Listener(Protocol):
@@ -89,9 +89,5 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def first_tensor(tree: Any) -> Tensor | None:
     """The first tensor of a module's arguments or output; of a cut one, this rank's part."""
-    parts = tree_map(lambda x: x.local if isinstance(x, CutTensor) else x, tree, is_leaf=_is_cut)
+    parts = tree_map(lambda x: x.local if is_cut(x) else x, tree, is_leaf=is_cut)
     return next(observing.tensors_in(parts), None)
-
-
-def _is_cut(x: Any) -> bool:
-    return isinstance(x, CutTensor)

@@ -164,7 +164,7 @@ class RankTrace(Observer):
         # The forward of a module of ours is written when the module ends; a move computes nothing.
         is_quiet = name == "forward" or RULES.get(name) is RULES["view"]
         is_silent = self._num_seen == num_seen and not is_quiet
-        if is_silent and y is not None and x is not None:
+        if is_silent and y is not None and x is not None and storage_of(y) != storage_of(x):
             self._write_silent(self._module(), name, x, y)
         return result
 
@@ -242,9 +242,7 @@ class RankTrace(Observer):
             self._claim(y.grad_fn, x.grad_fn, name)
 
     def _write_silent(self, module: str, operation: str, x: Tensor, y: Tensor) -> None:
-        """Write down what told nothing, forward, and backward when it is there; views are none."""
-        if storage_of(y) == storage_of(x):
-            return
+        """Write down what told nothing: forward now, and backward when it is there."""
         self._places.learn(y, self._places.of(y) or _kept(self._places.of(x), x, y))
         inputs = (self._part(Operand("x", x, self._places.of(x))),)
         self._write("forward", module, operation, inputs, y)
