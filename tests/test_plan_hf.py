@@ -14,7 +14,7 @@ import shardproof as sp
 from families import FAMILIES, small
 from places import Pool
 from shardproof.axis import Axis
-from shardproof.errors import PlanError
+from shardproof.errors import MismatchError, PlanError
 from shardproof.plans import parts
 from shardproof.plans.hf_plan import entries_of
 from shardproof.plans.planning import attempt, plan
@@ -493,6 +493,22 @@ def test_a_plan_that_a_model_carries_is_told_from_one_that_is_given() -> None:
 
     assert kinds(None) == kinds(made) == {"Tensor"}
     assert kinds(made.plan) == {"Shown"}
+
+
+def test_ranks_agree_on_who_carries_the_plan(pool: Pool) -> None:
+    model = small("Llama")
+    made = plan(model, degree=2)
+
+    def run(axis: Axis) -> str:
+        given = made.plan if axis.rank else made
+        with pytest.raises(MismatchError) as caught:
+            sp.parallelize(copy.deepcopy(model), given, axis)
+        return str(caught.value)
+
+    for message in pool(2, "threads").run(run):
+        assert (
+            "for whether the model carries the plan, rank 0 has True, rank 1 has False" in message
+        )
 
 
 def test_models_without_a_plan() -> None:
