@@ -70,7 +70,10 @@ def _is_one(along: CutDim, other: CutDim) -> bool:
 
 
 def _all_or_nothing(x: CutTensor, dim: int) -> Tensor:
-    """A single key-value head: a view does not say which of its dims is the head's."""
+    """This rank's part of a single key-value head: all of it, or nothing if no query head is here.
+
+    A view may have left the cut on the features of the head, for it has one head and one run.
+    """
     if x.local.shape == x.shape:
         return x.local
     shape = [0 if each == dim else size for each, size in enumerate(x.shape)]

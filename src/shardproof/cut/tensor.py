@@ -92,7 +92,7 @@ class CutTensor:
 
     @staticmethod
     def by_rule(name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """A function of ours (`operands.meets_cut`)."""
+        """Call a function of ours that takes cut tensors by a rule (`operands.meets_cut`)."""
         return run_as(name, func, args, dict(kwargs))
 
     # What it is.

@@ -125,7 +125,7 @@ def meet_cut_tensors(twin: nn.Module, stood: nn.Module) -> None:
         twin: an activation, a norm or a dropout.
         stood: the module in whose place it is.
     """
-    computes: Any = partial(_bent, twin)
+    computes: Any = partial(_activated, twin)
     if isinstance(twin, Dropout):
         computes = partial(_dropped, twin)
     elif isinstance(twin, LayerNorm | RMSNorm):
@@ -204,7 +204,7 @@ def _as_whole(layer: Any, x: Any) -> Any:
     return whole(x, "linear of the whole")
 
 
-def _bent(twin: Any, x: Any) -> Any:
+def _activated(twin: Any, x: Any) -> Any:
     """An activation: element by element."""
     x, forward = opened(x), type(twin).forward
     if isinstance(x, CutTensor):
