@@ -1,6 +1,8 @@
 """What every test shares: pools of ranks, order, the gpu marker, hypothesis without a clock."""
 
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -18,6 +20,9 @@ from shardproof.ranks import open_ranks
 # how its children ended, and what is blocked would be blocked in them too.
 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_SETMASK, [])
+# Hundreds of processes are started; without compiled files each would compile the package again.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # A busy machine is slow, not wrong: a deadline would make failures of it.
 settings.register_profile("shardproof", deadline=None, print_blob=True)

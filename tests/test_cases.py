@@ -57,7 +57,7 @@ def test_a_seed_case_is_proved_on_threads(name, proof, case):
 
 def test_seed_cases_have_the_same_hashes_as_processes(proof):
     report = prove_cases(
-        [find_case(name) for name in SEEDS], degrees=(1, 2, 3, 4), threads=1, engine="processes"
+        [find_case(name) for name in SEEDS], degrees=(1, 3), threads=1, engine="processes"
     )
     assert report.proved, report.verdict()
     assert report.transport == ("gloo" if core.shm() is None else "shm")

@@ -405,8 +405,7 @@ def test_adapters_in_a_model_are_cut_with_their_base(pool: Pool, child: str) -> 
     side = "lora_A" if child in ("o_proj", "down_proj") else "lora_B"
     assert any(f"{child}.base_layer" in name for name in held)
     assert any(f"{child}.{side}" in name for name in held)
-    for degree in (2, 3):
-        assert torch.equal(pool(degree, "threads").run(run)[0][0], y)
+    assert torch.equal(pool(3, "threads").run(run)[0][0], y)
 
 
 class Doubled(nn.Linear):

@@ -179,7 +179,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plans.__init__",),
     # Ranks as threads or processes, and how they are started.
     ("engines.board", "engines.capacity", "engines.fork", "engines.interpreter"),
-    ("engines.interrupt", "engines.parcel"),
+    ("engines.interrupt", "engines.parcel", "engines.random_state"),
     ("engines.failure",),
     ("engines.watch", "engines.base"),
     ("engines.threads", "engines.processes", "engines.worker"),

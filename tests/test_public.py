@@ -9,8 +9,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from click.testing import CliRunner
 
 import shardproof
+from shardproof.cli.main import main
 
 COMMAND = Path(sys.executable).with_name("shardproof")
 
@@ -95,8 +97,8 @@ def test_the_command_and_the_module_are_the_same() -> None:
 
 @pytest.mark.parametrize("command", ["prove", "show", "break", "plan", "bench", "doctor"])
 def test_the_command_knows_its_words(command: str) -> None:
-    done = run(str(COMMAND), command, "--help")
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(main, [command, "--help"])
+    assert done.exit_code == 0, done.stderr
     assert "--json" in done.stdout
 
 

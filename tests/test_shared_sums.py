@@ -128,12 +128,12 @@ def test_a_started_sum_does_not_read_what_was_lent_by_a_rank_that_gave_up(what: 
 
 
 WAYS = [
-    pytest.param("threads", "threads", degree, id=f"threads-{degree}") for degree in (2, 3, 4, 8)
+    pytest.param("threads", "threads", degree, id=f"threads-{degree}") for degree in (2, 3, 8)
 ] + [
     pytest.param("shm", "processes", degree, id=f"shm-{degree}", marks=NEEDS_CORE)
-    for degree in (2, 3, 4, 8)
+    for degree in (2, 3, 4)
 ]
-WITH_GLOO = [*WAYS, *(pytest.param("gloo", "processes", d, id=f"gloo-{d}") for d in (2, 3))]
+WITH_GLOO = [*WAYS, pytest.param("gloo", "processes", 3, id="gloo-3")]
 
 
 @pytest.mark.parametrize(("name", "engine", "degree"), WITH_GLOO)

@@ -66,7 +66,7 @@ def test_shared_heads_are_read_in_place(groups: int, mask: str, pool: Pool) -> N
 
     (one,) = pool(1, "threads").run(run)
     torch.testing.assert_close(one[0].double(), truth.detach(), rtol=1e-4, atol=1e-5)
-    for degree in (3, 8):
+    for degree in (3, 8) if mask == "of heads" else (3,):
         for kept, seen, still, first, nothing in pool(degree, "threads").run(run):
             assert torch.equal(kept, one[0])
             assert torch.equal(seen, kept)

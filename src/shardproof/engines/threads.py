@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from shardproof.axis import Axis
+from shardproof.engines import random_state
 from shardproof.engines.base import Ranks, Settings
 from shardproof.engines.capacity import WAY_OUT
 from shardproof.engines.failure import Failure, failure_of, verdict
@@ -83,6 +84,8 @@ class ThreadRanks(Ranks):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
+        if self.degree > 1:
+            random_state.install()
         self._inboxes: list[_Inbox] = [queue.SimpleQueue() for _ in range(self.degree)]
         ready: _Ready = queue.SimpleQueue()
         self._threads = [
