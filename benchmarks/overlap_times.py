@@ -93,8 +93,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--transport", action="append", choices=PLACES, help="default all")
+    parser.add_argument("--sizes", type=int, default=len(SIZES), help="only the first so many")
     options = parser.parse_args()
     places = {name: PLACES[name] for name in options.transport or PLACES}
+    sizes = SIZES[: options.sizes]
     taken: dict[tuple[str, str, tuple[int, int]], list[float]] = {}
     with contextlib.ExitStack() as stack:
         ranks = {
@@ -104,12 +106,12 @@ def main() -> None:
             for place, (engine, transport) in places.items()
             for name, overlap in SETTINGS.items()
         }
-        for size in SIZES:
+        for size in sizes:
             tell = functools.partial(digest, hidden=size[0], tokens=size[1])
             found = {tuple(each.run(tell)) for each in ranks.values()}
             assert len(found) == 1, f"bits differ at {size}"
         for _ in range(options.rounds):
-            for size in SIZES:
+            for size in sizes:
                 measure = functools.partial(
                     seconds, hidden=size[0], tokens=size[1], steps=options.steps
                 )
@@ -122,7 +124,7 @@ def main() -> None:
     for name in SETTINGS:
         table.add_column(name, justify="right")
     for place in places:
-        for size in SIZES:
+        for size in sizes:
             medians = [statistics.median(taken[place, name, size]) for name in SETTINGS]
             cells = [f"{each * 1e3:.2f} ({each / medians[0]:.2f})" for each in medians]
             table.add_row(place, f"{size[0]}, {size[1]}", *cells)

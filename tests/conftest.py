@@ -83,6 +83,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pool() -> Iterator[Callable[[int, str], Ranks]]:
     """`pool(degree, engine)`: ranks that all tests share, started when first asked for.
 
+    The engine "gloo" is processes that send over gloo, also where they could share memory.
+
     Starting processes is what tests would otherwise spend their time on. A pool that a failing
     test has broken is replaced.
     """
@@ -92,8 +94,9 @@ def pool() -> Iterator[Callable[[int, str], Ranks]]:
         def get(degree: int, engine: str) -> Ranks:
             key = (degree, engine)
             if key not in pools or not pools[key].is_usable:
+                kind, transport = ("processes", "gloo") if engine == "gloo" else (engine, "auto")
                 pools[key] = stack.enter_context(
-                    open_ranks(degree, engine, threads=1, timeout=60.0)
+                    open_ranks(degree, kind, threads=1, timeout=60.0, transport=transport)
                 )
             return pools[key]
 

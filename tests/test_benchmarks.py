@@ -30,8 +30,8 @@ def case_times():
         ("layer_profile.py", ["--rounds", "1", "--calls", "20"], "bias gradient"),
         (
             "overlap_times.py",
-            ["--rounds", "1", "--steps", "1", "--transport", "threads"],
-            "1024, 1024",
+            ["--rounds", "1", "--steps", "1", "--transport", "threads", "--sizes", "1"],
+            "256, 32",
         ),
         (
             "before_after.py",

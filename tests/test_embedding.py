@@ -20,7 +20,6 @@ from shardproof.errors import LayoutError, ShapeError, UsageError
 from shardproof.functional.embedding import EmbeddingSite, vocab_embedding
 from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.leaves import Cut
-from shardproof.ranks import open_ranks
 from shardproof.scheme import Scheme
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -145,9 +144,10 @@ def test_every_bit_is_that_of_nn_embedding_at_four(
     check(pool(4, "threads"), alone)
 
 
-def test_every_bit_is_that_of_nn_embedding_over_gloo(alone: list[dict[str, Tensor]]) -> None:
-    with open_ranks(3, "processes", transport="gloo", threads=1, timeout=60.0) as ranks:
-        check(ranks, alone)
+def test_every_bit_is_that_of_nn_embedding_over_gloo(
+    pool: Pool, alone: list[dict[str, Tensor]]
+) -> None:
+    check(pool(3, "gloo"), alone)
 
 
 def added_as_floats(axis: Axis, setup: Setup) -> Tensor:

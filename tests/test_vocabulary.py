@@ -22,7 +22,6 @@ from shardproof.errors import ShapeError, UsageError
 from shardproof.functional import vocabulary_site
 from shardproof.functional.vocabulary import vocab_cross_entropy, vocab_log_softmax
 from shardproof.leaves import Cut
-from shardproof.ranks import open_ranks
 from shardproof.scheme import Numerics, Scheme
 
 Tensors = dict[str, Tensor]
@@ -201,9 +200,8 @@ def test_every_number_has_the_same_bits_at_four(pool: Pool, alone: list[Tensors]
     check_bits(pool(4, "threads"), alone)
 
 
-def test_every_number_has_the_same_bits_over_gloo(alone: list[Tensors]) -> None:
-    with open_ranks(3, "processes", transport="gloo", threads=1, timeout=60.0) as ranks:
-        check_bits(ranks, alone)
+def test_every_number_has_the_same_bits_over_gloo(pool: Pool, alone: list[Tensors]) -> None:
+    check_bits(pool(3, "gloo"), alone)
 
 
 def test_native_has_other_bits(pool: Pool) -> None:
