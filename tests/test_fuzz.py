@@ -41,6 +41,7 @@ TIMES_TORCH = 8.0
 OF_LARGEST = {"fp32": 4e-6, "fp64": 2e-13, "bf16": 3e-2}
 GRADIENT = ("gradient", ".grad")  # ends of the names of gradients
 ROUND = 60  # models between two looks at the clock
+SHRINKING = 60.0  # seconds
 
 Parts = dict[str, tuple[Tensor, Layout | None]]
 
@@ -170,9 +171,32 @@ def largest(x: Tensor) -> float:
     return x.double().abs().max().item() if x.numel() else 0.0
 
 
+class Shrinking:
+    """Calls `check`, and ends the search for a smaller model that fails after some time.
+
+    hypothesis itself takes up to five minutes, which is the time limit of a test.
+    """
+
+    def __init__(self, check: Callable[[Spec, Pool], None]) -> None:
+        self._check = check
+        self._failed: set[Spec] = set()
+        self._end = float("inf")
+
+    def __call__(self, spec: Spec, pool: Pool) -> None:
+        if time.monotonic() > self._end and spec not in self._failed:
+            return
+        try:
+            self._check(spec, pool)
+        except BaseException:
+            self._end = min(self._end, time.monotonic() + SHRINKING)
+            self._failed.add(spec)
+            raise
+
+
 def fuzz(pool: Pool, *, seconds: float, seed: int, check: Callable[[Spec, Pool], None]) -> int:
     """Rounds of random models until the time is over; the number of rounds."""
     end, rounds = time.monotonic() + seconds, 0
+    check = Shrinking(check)
     while not rounds or time.monotonic() < end:
         hypothesis.seed(seed + rounds)(
             settings(

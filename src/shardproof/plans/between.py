@@ -243,16 +243,23 @@ def _normed_across(ours: Any, region: Region, features: CutDim, x: Any) -> Any:
     return cut_tensor(y, region.spec(tuple(x.shape), x.dim() - 1, features), ours.name)
 
 
+def _has_all_heads(x: Any, along: CutDim) -> bool:
+    """Whether x shows all heads: it is cut, or whole, as what has no rows is after a reshape."""
+    if isinstance(x, CutTensor | Deferred):
+        return True
+    return isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] == along.size
+
+
 def _attended(
     twin: Any, region: Region, queries: CutDim, keys: CutDim, *given: Any, **options: Any
 ) -> Any:
     """Our attention, which is given the heads of this rank: (batch, heads, length, head_dim)."""
     args = [
-        part_of(opened(x), 1, region, along) if isinstance(x, CutTensor | Deferred) else x
+        part_of(opened(x), 1, region, along) if _has_all_heads(x, along) else x
         for x, along in zip(given, (queries, keys, keys), strict=False)
     ]
     y = type(twin).forward(twin, *args, *given[3:], **options)
-    if not isinstance(given[0], CutTensor | Deferred):
+    if args[0] is given[0]:
         return y
     shape = (y.shape[0], queries.size, *y.shape[2:])
     return cut_tensor(y, region.spec(shape, 1, queries), twin.site.who)
