@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import shardproof as sp
+from fuzz_models import GroupedAttend
 from places import Pool
 from shardproof.axis import Axis
 from shardproof.errors import PlanError, ShapeError, UsageError
@@ -332,6 +333,46 @@ def test_norms_of_heads(queries: int, keys: int, across: bool, pool: Pool) -> No
         for norm in (whole[0].qn, whole[0].kn):
             norm.weight.copy_(torch.linspace(0.5, 1.5, norm.weight.numel()))
     same_at_every_degree(pool, whole, {"0": style}, X)
+
+
+class Attending(Heads):
+    """A child attends, as where a mask or a kernel is chosen by name."""
+
+    def __init__(self, queries: int, keys: int) -> None:
+        super().__init__(queries, keys)
+        self.attend = GroupedAttend(is_causal=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            linear(x).unflatten(2, (-1, 4)).transpose(1, 2) for linear in (self.q, self.k, self.v)
+        )
+        return self.o(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 12), (2, 0, 12), (0, 0, 12)])
+@pytest.mark.parametrize("kind", ["attend", "heads", "across"])
+def test_attention_of_no_rows(kind: str, shape: tuple[int, ...], pool: Pool) -> None:
+    """A reshape of nothing says nothing about heads."""
+    style: dict[str, Any] = {"query": "q", "key": "k", "value": "v", "output": "o"}
+    whole: nn.Module
+    if kind == "attend":
+        whole, style["attend"] = Attending(4, 2), "attend"
+    else:
+        whole = Normed(4, 2, across=kind == "across")
+        style |= {"query_norm": "qn", "key_norm": "kn", "norms": kind}
+    entries = {"0": sp.Attention(4, 2, 4, **style)}
+
+    def run(axis: Axis) -> list[Tensor]:
+        model = parallelize(nn.Sequential(copy.deepcopy(whole)), entries, axis)
+        x = torch.zeros(shape, requires_grad=True)
+        y = model(x)
+        y.square().sum().backward()
+        return [y.detach(), x.grad, model[0].q.weight.grad]
+
+    for degree in (1, 2, 3):
+        for y, of_x, of_weight in pool(degree, "threads").run(run):
+            assert y.shape == of_x.shape == shape
+            assert not of_weight.any()
 
 
 def test_a_buffer_stays_whole_in_a_copy_too() -> None:
