@@ -40,11 +40,12 @@ DEMO_CASES = matmul-row matmul-column ffn linear-column linear-row mlp-gathered 
 demo: $(STAMP)
 	$(BIN)/shardproof prove --degrees 1,2,3,8 $(DEMO_CASES:%=--case %)
 
-# Files, not tests, are shared out: what a file makes once for all its tests is made once.
+# Files, not tests, are shared out: what a file makes once for all its tests is made once. A test
+# that ends its worker is not run again and again.
 WORKERS ?= 2
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(if $(ORDER),--order $(ORDER))
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0 $(if $(ORDER),--order $(ORDER))
 
 check: $(STAMP)
 	$(BIN)/ruff check
