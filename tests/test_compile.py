@@ -84,12 +84,15 @@ def trained(model: nn.Module, call: Any, example: Example, axis: Any) -> list[An
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     found: list[Any] = []
     axis.transport.ledger.reset()
-    for _ in range(STEPS):
+    for step in range(STEPS):
         optimizer.zero_grad()
         loss = loss_of(example, call(**example.inputs))
         loss.backward()
         found += [loss.detach(), *(each.grad for each in model.parameters())]
+        # While one thread compiles, torch's AdamW computes otherwise in all of them.
+        axis.gather_small(step, what="before an update")
         optimizer.step()
+        axis.gather_small(step, what="after an update")
     weights = (each.detach() for each in model.parameters())
     return [*found, *weights, axis.transport.ledger.as_dict()]
 
@@ -108,8 +111,6 @@ def compare(axis: Any, example: Example, watched: bool, numerics: str) -> list[A
     eager = cut_of(example, axis, watched=watched, numerics=numerics)
     other = copy.deepcopy(eager)
     first = trained(eager, eager, example, axis)
-    # Afterwards: while one thread compiles, torch's AdamW computes otherwise in all of them.
-    axis.gather_small(0, what="end of the eager steps")
     second = trained(other, compiled(other), example, axis)
     if (
         not watched and axis.size > 1
