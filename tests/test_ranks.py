@@ -1,5 +1,6 @@
 """Ranks as threads and as processes: results, bad input, and every way in which a rank can fail."""
 
+import atexit
 import copy
 import gc
 import importlib
@@ -13,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -444,6 +446,26 @@ def test_a_thread_that_fails_ends_all(work: Any, kind: type[Exception], message:
 @pytest.mark.parametrize(("work", "kind", "message"), named(FAILURES[:3] + FATAL))
 def test_a_process_that_fails_ends_all(work: Any, kind: type[Exception], message: str) -> None:
     check_failure("processes", 2, work, kind, message)
+
+
+def leave_work_for_the_end(axis: Axis, folder: Path) -> None:
+    def later() -> None:
+        time.sleep(0.3)
+        (folder / f"thread {axis.rank}").touch()
+        sys.stdout.write(f"printed at last {axis.rank}")
+
+    atexit.register((folder / f"exit {axis.rank}").touch)
+    threading.Thread(target=later).start()
+
+
+def test_a_process_does_what_was_left_for_its_end(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    launch(partial(leave_work_for_the_end, folder=tmp_path), degree=2, engine="processes")
+    found = sorted(each.name for each in tmp_path.iterdir())
+    assert found == ["exit 0", "exit 1", "thread 0", "thread 1"]
+    said = capfd.readouterr().out
+    assert sorted(said.split("printed at last ")) == ["", "0", "1"]
 
 
 def start_a_child(axis: Axis) -> tuple[int, int]:

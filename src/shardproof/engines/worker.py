@@ -4,6 +4,7 @@ Started by `engines/processes.py` with a socket to the launcher as its standard 
 launcher goes away the socket closes, and the worker ends itself and whatever it has started.
 """
 
+import atexit
 import contextlib
 import io
 import os
@@ -17,7 +18,7 @@ from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,16 @@ def main(folder: Path, rank: int) -> None:
         connection.send(worker.serve(command[1]))
     if dist.is_initialized():
         dist.destroy_process_group()
+    _end()
+
+
+def _end() -> NoReturn:
+    """End as an interpreter does, but leave memory to the system: taking torch apart takes long."""
+    threading._shutdown()  # type: ignore[attr-defined] # waits for threads that are no daemons
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError, ValueError):  # nobody reads what is printed any more
+        fork.flush()
+    os._exit(0)
 
 
 class _Worker:
