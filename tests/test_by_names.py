@@ -1,6 +1,7 @@
 """A model of one's own that is cut by names: its code computes with cut tensors."""
 
 import copy
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -400,6 +401,31 @@ def test_what_would_lose_the_gradient_is_refused(between: Callable[..., Tensor])
     model = parallelize(Pair(between), PAIR, Axis.solo())
     with pytest.raises(UsageError, match="gets a cut tensor past torch's Python functions"):
         model(X)
+
+
+WHOLE_WEIGHTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "svdvals": lambda m, h: h + torch.linalg.svdvals(m.up.weight).sum(),
+    "of a view": lambda m, h: h + torch.linalg.det(m.up.weight.t()[:, :12]),
+    "asked for": lambda m, h: h + m.up.weight.whole().sum(),
+    "embedding_bag": lambda m, h: h + F.embedding_bag(torch.zeros(1, 2).long(), m.up.weight).sum(),
+    "max_norm": lambda m, h: h + F.embedding(torch.zeros(1).long(), m.up.weight, max_norm=1).sum(),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_WEIGHTS)
+def test_no_weight_is_made_whole(name: str, pool: Pool) -> None:
+    """A function of it that has no form is refused."""
+
+    def run(axis: Axis) -> str:
+        model = parallelize(copy.deepcopy(pair), {"up": "colwise", "down": "rowwise"}, axis)
+        with pytest.raises(UsageError) as caught:
+            model(X)
+        return str(caught.value)
+
+    pair = Pair(WHOLE_WEIGHTS[name])
+    for said in pool(2, "threads").run(run):
+        assert re.match(r"'\w+' would make the whole of 'up.weight', of shape", said), said
+        assert "Leave the weight whole" in said
 
 
 def test_a_block_may_be_called_by_itself(pool: Pool) -> None:

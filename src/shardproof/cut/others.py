@@ -13,7 +13,7 @@ from types import CellType, FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -21,6 +21,7 @@ from shardproof.cut.spec import Region
 from shardproof.cut.tensor import RULES, CutTensor, composed, rule, run, shown
 from shardproof.errors import UsageError
 from shardproof.functional import crossings
+from shardproof.layers.registry import name_by_memory
 from shardproof.numerics import forms
 
 _SEEN = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
@@ -41,10 +42,29 @@ def is_cut(x: Any) -> bool:
 
 
 def whole(x: CutTensor, why: str) -> Tensor:
-    """All of it, on every rank; counted under `why`."""
+    """All of it, on every rank; counted under `why`.
+
+    Raises:
+        UsageError: it is a weight, of two dims or more.
+    """
     region = x.spec.region
+    held = x.local if x.local._base is None else x.local._base
+    if isinstance(held, nn.Parameter) and held.dim() > 1:
+        name = name_by_memory(held) or f"a weight of {x.who}"
+        raise UsageError(
+            f"{_as_written(why)!r} would make the whole of {name!r}, of shape {tuple(x.shape)}, on "
+            f"every rank of axis {region.axis.name!r}: it has no form for a weight that is cut. "
+            "Leave the weight whole (no entry in the plan), or write what you want of it with "
+            "operations that have one."
+        )
     region.count_gathered(why, x.who)
     return crossings.gather(x.local, x.spec.dim, region.place(x.spec.cut, x.who))
+
+
+def _as_written(name: str) -> str:
+    """The operation that the model's code calls, of which `name` may be a part."""
+    outers: list[_Outer] = _local.__dict__.get("outers", [])
+    return outers[0].name if outers else name
 
 
 @rule("whole")
@@ -159,7 +179,8 @@ def _written(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 class _Outer:
     """The state of dispatch and autograd outside a composed operation."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self._keys = (
             torch._C._dispatch_tls_local_include_set(),
             torch._C._dispatch_tls_local_exclude_set(),
@@ -193,7 +214,7 @@ def _taken_apart(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, 
     if torch.is_grad_enabled() and any(_wants(each) for each in flat):
         return gathered(func, name, args, kwargs)
     outers: list[_Outer] = _local.__dict__.setdefault("outers", [])
-    outers.append(_Outer())
+    outers.append(_Outer(name))
     try:
         with suppress(_Whole), torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             return func(*args, **kwargs)
@@ -226,7 +247,7 @@ def _of_aten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 "torch.func or code in C++, where autograd does not see that it is one: its "
                 "gradient would be lost. Write the operation without them, or give them x.whole()."
             )
-    with outers[-1] if outers else _Outer():
+    with outers[-1] if outers else _Outer(str(func)):
         y = run(func, args, kwargs)
     if outers and any(_wants(each) for each in tree_flatten(y, is_leaf=is_cut)[0]):
         raise _Whole
