@@ -41,7 +41,7 @@ TIMES_TORCH = 8.0
 OF_LARGEST = {"fp32": 4e-6, "fp64": 2e-13, "bf16": 3e-2}
 GRADIENT = ("gradient", ".grad")  # ends of the names of gradients
 ROUND = 60  # models between two looks at the clock
-SHRINKING = 60.0  # seconds
+TRIES = 150  # of a smaller model, once one has failed
 
 Parts = dict[str, tuple[Tensor, Layout | None]]
 
@@ -172,23 +172,23 @@ def largest(x: Tensor) -> float:
 
 
 class Shrinking:
-    """Calls `check`, and ends the search for a smaller model that fails after some time.
+    """Calls `check`, and ends the search for a smaller model that fails after some tries.
 
-    hypothesis itself takes up to five minutes, which is the time limit of a test.
+    hypothesis itself goes on for up to five minutes, which is the time limit of a test.
     """
 
     def __init__(self, check: Callable[[Spec, Pool], None]) -> None:
         self._check = check
         self._failed: set[Spec] = set()
-        self._end = float("inf")
+        self._tries = 0
 
     def __call__(self, spec: Spec, pool: Pool) -> None:
-        if time.monotonic() > self._end and spec not in self._failed:
+        self._tries += bool(self._failed)
+        if self._tries > TRIES and spec not in self._failed:
             return
         try:
             self._check(spec, pool)
         except BaseException:
-            self._end = min(self._end, time.monotonic() + SHRINKING)
             self._failed.add(spec)
             raise
 
