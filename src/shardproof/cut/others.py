@@ -45,11 +45,11 @@ def whole(x: CutTensor, why: str) -> Tensor:
     """All of it, on every rank; counted under `why`.
 
     Raises:
-        UsageError: it is a weight, of two dims or more.
+        UsageError: it is a weight, of two dims or more, in a model that is cut by names.
     """
     region = x.spec.region
     held = x.local if x.local._base is None else x.local._base
-    if isinstance(held, nn.Parameter) and held.dim() > 1:
+    if region.are_weights_kept and isinstance(held, nn.Parameter) and held.dim() > 1:
         name = name_by_memory(held) or f"a weight of {x.who}"
         raise UsageError(
             f"{_as_written(why)!r} would make the whole of {name!r}, of shape {tuple(x.shape)}, on "

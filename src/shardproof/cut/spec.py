@@ -74,6 +74,7 @@ class Region:
         gathered: (operation, module) -> how often a tensor was gathered for want of a rule.
         called: modules whose own code calls, on whole tensors, what has a form of its own.
         drew: modules whose own code draws.
+        are_weights_kept: no weight may be gathered; a plan found by watching says which ones are.
         is_rehearsed: a plan is being made: what modules call is remembered.
         variant: operation without an invariant form -> the module that called it first.
         kept_by_graphs: what compiled graphs refer to, as long as the region is there.
@@ -89,6 +90,7 @@ class Region:
         self.variant: dict[str, str] = {}
         self.called: set[str] = set()
         self.drew: set[str] = set()
+        self.are_weights_kept = False
         self.is_rehearsed = axis.transport.name == "rehearsed"
         self.kept_by_graphs: dict[Any, Any] = {}
         self._specs: dict[tuple[tuple[int, ...], int, int], Spec] = {}

@@ -45,6 +45,7 @@ def hand_on(
         stood: name of a norm of heads -> the module in whose place it is.
     """
     region.keep(model)
+    region.are_weights_kept = True
     _watch_forwards(model, made.styles)
     for name, style in made.styles.items():
         layer: Any = model.get_submodule(name)
