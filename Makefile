@@ -41,7 +41,7 @@ demo: $(STAMP)
 	$(BIN)/shardproof prove --degrees 1,2,3,8 $(DEMO_CASES:%=--case %)
 
 # Files, not tests, are shared out: what a file makes once for all its tests is made once. A test
-# that ends its worker is not run again and again.
+# that kills its worker ends the run; by itself xdist would start it again eight times.
 WORKERS ?= 2
 
 test: $(STAMP)

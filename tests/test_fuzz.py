@@ -2,9 +2,10 @@
 
 Two judges for every tensor: its bits at degree 1 against those at the degree that was drawn, and
 its value against plain torch in fp64, in the measure of plain torch's own rounding. `make test`
-gives it half a minute from a fixed seed. An hour from another seed:
+gives it half a minute from a fixed seed. An hour from another seed, without time limits:
 
-    pytest tests/test_fuzz.py --fuzz-seconds 3600 --fuzz-seed 7 --timeout 7200
+    pytest tests/test_fuzz.py --fuzz-seconds 3600 --fuzz-seed 7
+        --timeout 0 -o faulthandler_timeout=0
 
 hypothesis shrinks what fails and prints the `Spec`; `check(Spec(...), pool)` runs it again.
 """

@@ -91,7 +91,7 @@ def differing(pool: Pool, model: nn.Module, made: sp.ModelPlan) -> list[tuple[in
     ]
 
 
-# Degree 3 shares a key-value head of 2 among ranks, and 8 leaves ranks without heads.
+# Degree 3 shares a key-value head of 2 among ranks. Degree 8, below, leaves ranks without heads.
 WAYS: tuple[tuple[int, Numerics], ...] = ((3, "invariant"), (3, "native"))
 
 

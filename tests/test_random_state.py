@@ -2,6 +2,7 @@
 
 import inspect
 
+import pytest
 import torch
 
 from fresh_process import run_fresh
@@ -22,7 +23,7 @@ def work(axis):
         torch.get_rng_state()
         if step % 500 == axis.rank:
             torch.set_rng_state(torch.get_rng_state())
-            torch.manual_seed(torch.initial_seed())
+            torch.manual_seed(3)
             torch.random.seed()
     return axis.rank
 
@@ -35,13 +36,16 @@ def test_threads_that_ask_together_do_not_wait_for_ever() -> None:
     assert run_fresh(ASKING).strip() == "[0, 1, 2]"
 
 
-def test_the_functions_stay_torchs() -> None:
-    """Who looks at them sees what they were: name, signature and answer."""
-    before = torch.random.get_rng_state
-    run = "import torch, shardproof as sp\nsp.launch(lambda axis: None, degree=2)\n"
-    shown = (
-        "import inspect\nf = torch.get_rng_state\n"
-        "print(f.__name__, inspect.signature(f), f is torch.random.get_rng_state, f().dtype)"
-    )
-    found = run_fresh(run + shown).strip()
-    assert found == f"get_rng_state {inspect.signature(before)} True torch.uint8"
+@pytest.mark.parametrize("name", ["get_rng_state", "set_rng_state", "manual_seed", "seed"])
+def test_the_functions_stay_torchs(name: str) -> None:
+    """They are guarded, and who looks at them sees what they were: object and signature."""
+    shown = f"""
+        import inspect, torch
+        import shardproof as sp
+        from shardproof.layers.replace import is_replaced
+        function = torch.random.{name}
+        sp.launch(lambda axis: None, degree=2)
+        print(is_replaced(function), inspect.signature(function), function is torch.{name})
+    """
+    signature = inspect.signature(getattr(torch.random, name))
+    assert run_fresh(shown).strip() == f"True {signature} True"

@@ -459,8 +459,9 @@ def leave_work_for_the_end(axis: Axis, folder: Path) -> None:
 
 
 def test_a_process_does_what_was_left_for_its_end(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what is printed waits to be written
     launch(partial(leave_work_for_the_end, folder=tmp_path), degree=2, engine="processes")
     found = sorted(each.name for each in tmp_path.iterdir())
     assert found == ["exit 0", "exit 1", "thread 0", "thread 1"]

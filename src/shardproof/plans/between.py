@@ -181,16 +181,23 @@ def _linear(
         ShapeError: a column layer that takes the whole gets features that are cut.
     """
     x = opened(input)
-    if taken is None:
-        x = _as_whole(layer, x)
-    elif isinstance(x, CutTensor) or (
-        isinstance(x, Tensor) and x.dim() and x.shape[-1] == taken.size
-    ):  # anything else is a part already, or wrong: the layer says so
-        x = part_of(x, x.dim() - 1, region, taken)
+    x = _as_whole(layer, x) if taken is None else _taken(x, -1, region, taken)
     y = type(layer).forward(layer, x)
     if given is None:
         return y
     return cut_tensor(y, region.spec((*y.shape[:-1], given.size), y.dim() - 1, given), layer.name)
+
+
+def _taken(x: Any, dim: int, region: Region, along: CutDim) -> Any:
+    """This rank's part of what a layer is given, which is cut, or whole and as long in `dim`.
+
+    A reshape of no rows makes it whole. Anything else is a part already, or wrong: the layer says
+    so.
+    """
+    shows_all = isinstance(x, CutTensor) or (
+        isinstance(x, Tensor) and x.dim() > max(dim, 0) and x.shape[dim] == along.size
+    )
+    return part_of(x, dim % x.dim(), region, along) if shows_all else x
 
 
 def _as_whole(layer: Any, x: Any) -> Any:
@@ -244,19 +251,12 @@ def _normed_across(ours: Any, region: Region, features: CutDim, x: Any) -> Any:
     return cut_tensor(y, region.spec(tuple(x.shape), x.dim() - 1, features), ours.name)
 
 
-def _has_all_heads(x: Any, along: CutDim) -> bool:
-    """Whether x shows all heads: it is cut, or whole, as what has no rows is after a reshape."""
-    if isinstance(x, CutTensor | Deferred):
-        return True
-    return isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] == along.size
-
-
 def _attended(
     twin: Any, region: Region, queries: CutDim, keys: CutDim, *given: Any, **options: Any
 ) -> Any:
     """Our attention, which is given the heads of this rank: (batch, heads, length, head_dim)."""
     args = [
-        part_of(opened(x), 1, region, along) if _has_all_heads(x, along) else x
+        _taken(opened(x), 1, region, along)
         for x, along in zip(given, (queries, keys, keys), strict=False)
     ]
     y = type(twin).forward(twin, *args, *given[3:], **options)
