@@ -357,6 +357,24 @@ NEIGHBOURS: dict[str, Make] = {
     "grouped convolution": _of(
         _groups, lambda: {"part": nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1, groups=4)}
     ),
+    "grouped convolution to more": _of(
+        _groups, lambda: {"part": nn.Conv1d(HIDDEN, 40, 3, padding=1, groups=4, bias=False)}, 40
+    ),
+    "depthwise to more": _of(
+        _groups, lambda: {"part": nn.Conv1d(HIDDEN, 48, 3, padding=1, groups=HIDDEN)}, 48
+    ),
+    "parametrized convolution": _of(
+        _groups,
+        lambda: {
+            "part": parametrizations.weight_norm(
+                nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1, groups=4), dim=2
+            )
+        },
+    ),
+    "parametrized as one": _of(
+        lambda m, h: h + m.part(torch.ones(IN, dtype=h.dtype)),
+        lambda: {"part": parametrizations.weight_norm(nn.Linear(IN, HIDDEN), dim=None)},
+    ),
     "convolution": _of(_groups, lambda: {"part": nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1)}),
     "cumsum": _of(lambda m, h: h.cumsum(-1)),
     "cumsum of places": _of(lambda m, h: h.cumsum(1)),
@@ -383,6 +401,12 @@ NEIGHBOURS: dict[str, Make] = {
         _scale(HIDDEN),
     ),
     "tensordot": _of(lambda m, h: torch.tensordot(h, m.scale, ([2], [1])), _scale(7, HIDDEN), 7),
+    "tensordot of several": _of(
+        lambda m, h: torch.tensordot(m.scale, h, dims=([0, 2], [2, 1])).T[:, None],
+        _scale(HIDDEN, 7, LENGTH),
+        7,
+    ),
+    "tensordot of the last": _of(lambda m, h: torch.tensordot(h, m.scale, 1), _scale(HIDDEN, 7), 7),
     "bilinear": _of(lambda m, h: F.bilinear(h, h, m.scale), _scale(3, HIDDEN, HIDDEN), 3),
     "cdist": _of(lambda m, h: torch.cdist(h, m.scale), _scale(7, HIDDEN), 7),
     "differentiated": _of(

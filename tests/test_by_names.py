@@ -436,31 +436,6 @@ def test_what_would_lose_the_gradient_is_refused(between: Callable[..., Tensor])
         model(X)
 
 
-WHOLE_WEIGHTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "linalg_svdvals": lambda m, h: h + torch.linalg.svdvals(m.up.weight).sum(),
-    "linalg_det": lambda m, h: h + torch.linalg.det(m.up.weight.t()[:, :12]),
-    "whole": lambda m, h: h + m.up.weight.whole().sum(),
-    "embedding_bag": lambda m, h: h + F.embedding_bag(torch.zeros(1, 2).long(), m.up.weight).sum(),
-    "embedding": lambda m, h: h + F.embedding(torch.zeros(1).long(), m.up.weight, max_norm=1).sum(),
-}
-
-
-@pytest.mark.parametrize("name", WHOLE_WEIGHTS)
-def test_no_weight_is_made_whole(name: str, pool: Pool) -> None:
-    """A function of it, or of its transpose, that has no form is refused by its own name."""
-
-    def run(axis: Axis) -> str:
-        model = parallelize(copy.deepcopy(pair), {"up": "colwise", "down": "rowwise"}, axis)
-        with pytest.raises(UsageError) as caught:
-            model(X)
-        return str(caught.value)
-
-    pair = Pair(WHOLE_WEIGHTS[name])
-    for said in pool(2, "threads").run(run):
-        assert said.startswith(f"{name!r} would make the whole of 'up.weight', of shape ("), said
-        assert "Leave the weight whole" in said
-
-
 def test_a_block_may_be_called_by_itself(pool: Pool) -> None:
     """Its code reads the whole of a weight there too."""
     whole = nn.ModuleDict({"block": Pair(lambda self, h: h * self.up.weight.norm())})

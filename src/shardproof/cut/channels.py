@@ -101,3 +101,13 @@ def _windows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, grows:
     cut = CutDim.of_labels(x.spec.cut.shared, made)
     shape = (*y.shape[:channel], cut.size, *y.shape[channel + 1 :])
     return cut_tensor(y, x.spec.region.spec(shape, channel, cut), x.who)
+
+
+@rule("_weight_norm")
+def weight_norm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A weight of which each slice along a dim has a norm of its own, as parametrized by torch."""
+    given = {"dim": 0} | dict(zip(("v", "g", "dim"), args, strict=False)) | kwargs
+    v, g, dim = given["v"], given["g"], given["dim"]
+    others = [each for each in range(v.dim()) if each != dim]  # -1: one norm of all
+    norm = torch.linalg.vector_norm(v, dim=others, keepdim=True) if others else v.abs()
+    return v * (g / norm)

@@ -1,15 +1,18 @@
-"""Convolutions: products of windows where channels are contracted, local where each has its own."""
+"""Convolutions: windows and products where channels are contracted, local in groups of channels."""
 
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 from shardproof.cut.linear import product
 from shardproof.cut.meet import fitted
 from shardproof.cut.others import gathered, invariant
+from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
+from shardproof.units import CutDim
 
 _NAMES = ("conv1d", "conv2d", "conv3d")
 
@@ -25,32 +28,45 @@ def conv(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return gathered(func, name, args, kwargs)
     if given["groups"] == 1:
         return _by_windows(x, weight, given["bias"], given, n)
-    channels, outs = x.shape[1], weight.shape[0]
-    is_cut = isinstance(x, CutTensor) and x.spec.dim == 1 and channels == given["groups"]
-    if not is_cut or outs % channels or not isinstance(weight, CutTensor) or weight.spec.dim != 0:
+    spec = _by_groups(x, weight, given["groups"])
+    if spec is None:
         return gathered(func, name, args, kwargs)
-    return _depthwise(func, x, weight, given)
+    return _grouped(func, x, weight, given, spec)
 
 
-def _depthwise(func: Any, x: CutTensor, weight: CutTensor, given: dict[str, Any]) -> Any:
-    """Every channel has its own kernels: those that the rank holds."""
-    if weight.shape[0] != x.shape[1]:
-        return gathered(
-            func,
-            "grouped convolution",
-            (x, weight, given["bias"]),
-            {key: given[key] for key in ("stride", "padding", "dilation", "groups")},
-        )
-    spec = x.spec
-    who = weight.who
-    own = fitted(weight, spec.region.spec(weight.shape, 0, spec.cut), who)
+def _by_groups(x: Any, weight: Any, groups: int) -> Spec | None:
+    """How the output is cut where every rank holds whole groups of channels; None if it does not.
+
+    Args:
+        x: (B, C, *size).
+        weight: (C_out, C / groups, *kernel).
+        groups: of channels.
+    """
+    are_cut = isinstance(x, CutTensor) and isinstance(weight, CutTensor)
+    if not are_cut or x.spec.dim != 1 or weight.spec.dim != 0 or x.shape[1] % groups:
+        return None
+    region, cut = x.spec.region, x.spec.cut
+    key = ("grouped", id(cut), groups, weight.shape[0])
+    if key not in region.recipes:
+        labels = cut.labels.reshape(groups, -1)
+        is_whole = bool((labels == labels[:, :1]).all())
+        outs = np.repeat(labels[:, 0], weight.shape[0] // groups)
+        region.recipes[key] = region.one(CutDim.of_labels(cut.shared, outs)) if is_whole else None
+    along = region.recipes[key]
+    return None if along is None else region.spec((x.shape[0], weight.shape[0]), 1, along)
+
+
+def _grouped(func: Any, x: CutTensor, weight: CutTensor, given: dict[str, Any], spec: Spec) -> Any:
+    """Every group has its own kernels: those that the rank holds."""
+    region, who = spec.region, weight.who
+    own = fitted(weight, region.spec(tuple(weight.shape), 0, spec.cut), who)
     bias = given["bias"]
     if bias is not None:
-        bias = fitted(bias, spec.region.spec(bias.shape, 0, spec.cut), who)
-    held = x.local.shape[1]
+        bias = fitted(bias, region.spec(tuple(bias.shape), 0, spec.cut), who)
+    held = x.local.shape[1] * given["groups"] // x.shape[1]
     options = {key: given[key] for key in ("stride", "padding", "dilation")}
     if held:
-        y = invariant(spec.region, func, who)(x.local, own, bias, **options, groups=held)
+        y = invariant(region, func, who)(x.local, own, bias, **options, groups=held)
     else:
         sizes = _out_sizes(x.shape[2:], weight.shape[2:], given)
         used = x.local.sum() + own.sum()  # all that takes part elsewhere gets a gradient here too

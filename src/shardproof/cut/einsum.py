@@ -1,13 +1,15 @@
-"""`torch.einsum` as batched products of two operands at a time."""
+"""`torch.einsum` and `torch.tensordot` as batched products of two operands at a time."""
 
 import math
+from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
 import torch
 
 from shardproof.cut.others import gathered
-from shardproof.cut.tensor import rule
+from shardproof.cut.tensor import named, rule
 from shardproof.errors import ShapeError, UsageError
+from shardproof.numerics.contracting import contracted_dims
 from shardproof.numerics.einsum import letters_of
 
 
@@ -28,6 +30,20 @@ def einsum(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         x, have = _pair(x, have, operands[place], terms[place], wanted), wanted
     x, have = _summed(x, have, set(out))
     return x.permute([have.index(letter) for letter in out])
+
+
+@rule("tensordot")
+def tensordot(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A product over dims of both: letters that both have."""
+    a, b, dims = named(args, {"dims": 2, **kwargs}, "a", "b", "dims")
+    if kwargs.get("out") is not None or isinstance(dims, torch.Tensor):
+        return gathered(func, name, args, kwargs)
+    left, right = contracted_dims(a.dim(), b.dim(), dims)
+    of_a, of_b = ascii_lowercase[: a.dim()], [*ascii_uppercase[: b.dim()]]
+    for one, other in zip(left, right, strict=True):
+        of_b[other] = of_a[one]
+    out = "".join(c for c in (*of_a, *of_b) if (c in of_a) + (c in of_b) == 1)
+    return einsum(torch.einsum, "einsum", (f"{of_a},{''.join(of_b)}->{out}", a, b), {})
 
 
 def _summed(x: Any, have: str, wanted: set[str]) -> tuple[Any, str]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardproof.cut.others import whole
+from shardproof.cut.others import keep_weight, whole
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor
 from shardproof.functional import crossings
@@ -164,6 +164,7 @@ def refined(x: CutTensor, cut: CutDim) -> CutTensor:
     if index is not None:
         part = crossings.serve(x.local, spec.dim, place, target, index)
     else:
+        keep_weight(x, "cut in another way")
         region.count_gathered("cut in another way", x.who)
         part = crossings.take(crossings.gather(x.local, spec.dim, place), spec.dim, target)
     return cut_tensor(part, made, x.who)

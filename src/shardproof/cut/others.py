@@ -13,7 +13,7 @@ from types import CellType, FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -21,7 +21,6 @@ from shardproof.cut.spec import Region
 from shardproof.cut.tensor import RULES, CutTensor, composed, rule, run, shown
 from shardproof.errors import UsageError
 from shardproof.functional import crossings
-from shardproof.layers.registry import name_by_memory
 from shardproof.numerics import forms
 
 _SEEN = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
@@ -34,6 +33,12 @@ _WITHOUT_ARITHMETIC = frozenset(
     __setitem__ __contains__ __bool__ __int__ __float__ __index__ __len__ __get__ __set__ size
     stride dim numel element_size is_contiguous is_floating_point is_complex""".split()  # noqa: SIM905
 )
+# What asks for the values themselves.
+_ASKING = frozenset(
+    """whole numpy tolist item __reduce_ex__ __array__ __contains__ __bool__ bool_ __float__ __int__
+    __index__ __complex__ data_ptr untyped_storage storage __dlpack__ __dlpack_device__ allclose
+    equal is_nonzero""".split()  # noqa: SIM905
+)
 
 
 def is_cut(x: Any) -> bool:
@@ -45,20 +50,50 @@ def whole(x: CutTensor, why: str) -> Tensor:
     """All of it, on every rank; counted under `why`.
 
     Raises:
-        UsageError: it is a weight, of two dims or more, in a model that is cut by names.
+        UsageError: it is a weight, of two dims or more.
     """
     region = x.spec.region
-    held = x.local if x.local._base is None else x.local._base
-    if region.are_weights_kept and isinstance(held, nn.Parameter) and held.dim() > 1:
-        name = name_by_memory(held) or f"a weight of {x.who}"
-        raise UsageError(
-            f"{_as_written(why)!r} would make the whole of {name!r}, of shape {tuple(x.shape)}, on "
-            f"every rank of axis {region.axis.name!r}: it has no form for a weight that is cut. "
-            "Leave the weight whole (no entry in the plan), or write what you want of it with "
-            "operations that have one."
-        )
+    keep_weight(x, why)
     region.count_gathered(why, x.who)
     return crossings.gather(x.local, x.spec.dim, region.place(x.spec.cut, x.who))
+
+
+def keep_weight(x: CutTensor, why: str) -> None:
+    """Refuse to make a weight whole; while a plan is being made, note that it is to stay whole.
+
+    Whoever asks for the values of a weight outside of the model's forward gets them.
+
+    Args:
+        x: that is about to be gathered.
+        why: the operation that needs all of it.
+
+    Raises:
+        UsageError: it is a weight, or a view of one.
+    """
+    region = x.spec.region
+    weight = region.weight_of(x.local)
+    if weight is None:
+        return
+    if region.is_rehearsed:
+        region.wanted_whole.setdefault(weight, (_as_written(why), x.who))
+        return
+    if why in _ASKING and not region.are_cut_inside_only:
+        return  # a plan found by watching has no such weight in its forward
+    raise UsageError(would_be_whole(_as_written(why), weight))
+
+
+def would_be_whole(operation: str, weight: str) -> str:
+    """What is said of an operation that a model's code does with a cut weight.
+
+    Args:
+        operation: that has no form for a part.
+        weight: name of the parameter.
+    """
+    return (
+        f"{operation!r} would make the whole of {weight!r} on every rank: it has no form for a "
+        "weight that is cut. Leave the weight whole (no entry in the plan), or write what you "
+        "want of it with operations that have one."
+    )
 
 
 def _as_written(name: str) -> str:
@@ -95,11 +130,7 @@ def computed(region: Region, func: Any, *args: Any) -> Any:
     return invariant(region, func, "")(*args)
 
 
-@rule(
-    *"""gathered numpy tolist item __reduce_ex__ __array__ __contains__ __bool__ bool_ __float__
-    __int__ __index__ __complex__ data_ptr untyped_storage storage __dlpack__ __dlpack_device__
-    allclose equal is_nonzero multinomial nonzero unique bincount histc""".split()  # noqa: SIM905
-)
+@rule("gathered", "multinomial", "nonzero", "unique", "bincount", "histc", *(_ASKING - {"whole"}))
 def gathered(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """On whole tensors. What was written to a whole of a cut tensor is taken back into the part."""
     back: list[tuple[CutTensor, Tensor]] = []

@@ -4,13 +4,15 @@ A cut tensor is cut along exactly one dim; along all others every rank holds eve
 makes each `Spec` once, so that a recipe that was found for one is found again by its identity.
 """
 
+import weakref
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shardproof.axis import Axis
 from shardproof.functional.crossings import Place
+from shardproof.layers.registry import is_cut_module, memory_of, parts_of
 from shardproof.leaves import Cut
 from shardproof.scheme import Scheme
 from shardproof.transport.rehearsed import RehearsedTransport
@@ -74,7 +76,9 @@ class Region:
         gathered: (operation, module) -> how often a tensor was gathered for want of a rule.
         called: modules whose own code calls, on whole tensors, what has a form of its own.
         drew: modules whose own code draws.
-        are_weights_kept: no weight may be gathered; a plan found by watching says which ones are.
+        are_cut_inside_only: weights are cut tensors in the model's forward, and parts outside.
+        wanted_whole: weight -> the operation that needs all of it and its module, as a plan is
+            being made: the weight is to stay whole.
         is_rehearsed: a plan is being made: what modules call is remembered.
         variant: operation without an invariant form -> the module that called it first.
         kept_by_graphs: what compiled graphs refer to, as long as the region is there.
@@ -90,9 +94,11 @@ class Region:
         self.variant: dict[str, str] = {}
         self.called: set[str] = set()
         self.drew: set[str] = set()
-        self.are_weights_kept = False
+        self.are_cut_inside_only = False
+        self.wanted_whole: dict[str, tuple[str, str]] = {}
         self.is_rehearsed = axis.transport.name == "rehearsed"
         self.kept_by_graphs: dict[Any, Any] = {}
+        self._weights: dict[int | None, tuple[weakref.ref[Tensor], str]] = {}
         self._specs: dict[tuple[tuple[int, ...], int, int], Spec] = {}
         self._places: dict[tuple[int, str], Place] = {}
         self._cuts: dict[CutDim, CutDim] = {}
@@ -105,6 +111,36 @@ class Region:
         """Let the buffers of a model, and of its copies, be whole, whatever is written to them."""
         for buffer in model.buffers():
             setattr(buffer, KEPT, True)  # which a copy of the tensor has too
+
+    def know_weights(self, model: nn.Module) -> None:
+        """Remember the cut weights of two dims or more: no operation may make one whole.
+
+        Args:
+            model: once it is cut.
+        """
+        cut = {
+            id(parameter)
+            for module in model.modules()
+            if is_cut_module(module)
+            for parameter, part in parts_of(module)
+            if part.is_cut and parameter.dim() > 1
+        }
+        self._weights = {
+            memory_of(parameter): (weakref.ref(parameter), name)
+            for name, parameter in model.named_parameters()
+            if id(parameter) in cut
+        }
+
+    def weight_of(self, part: Tensor) -> str | None:
+        """The name of the cut weight in whose memory a tensor lies, or None."""
+        if torch.compiler.is_compiling():
+            return None  # a graph is made of what has been run, on memory of its own
+        memory = memory_of(part)
+        found = self._weights.get(memory)
+        if found is None or memory is None:
+            return None
+        weight = found[0]()  # which may have been moved to other memory
+        return found[1] if weight is not None and memory_of(weight) == memory else None
 
     def count_gathered(self, why: str, who: str) -> None:
         """Remember that a tensor is gathered for want of a rule."""

@@ -177,6 +177,20 @@ def inner(input: Tensor, other: Tensor, *, out: Any = None) -> Tensor:
     return matmul(input, rows.t()).reshape(*input.shape[:-1], *other.shape[:-1])
 
 
+def contracted_dims(of_a: int, of_b: int, dims: Any) -> tuple[list[int], list[int]]:
+    """The dims that `torch.tensordot` contracts, of both operands, counted from the left.
+
+    Args:
+        of_a: how many dims the first operand has.
+        of_b: likewise, the second.
+        dims: as `tensordot` takes it.
+    """
+    if isinstance(dims, int):
+        return list(range(of_a - dims, of_a)), list(range(dims))
+    left, right = [[each] if isinstance(each, int) else list(each) for each in dims]
+    return [each % of_a for each in left], [each % of_b for each in right]
+
+
 def tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: Any = None) -> Tensor:
     """A product over dims of both.
 
@@ -188,11 +202,7 @@ def tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: Any = None) -> Tensor:
     Returns:
         the other dims of both, one behind the other.
     """
-    if isinstance(dims, int):
-        left, right = list(range(a.dim() - dims, a.dim())), list(range(dims))
-    else:
-        left, right = [list(d) if not isinstance(d, int) else [d] for d in dims]
-    left, right = [d % a.dim() for d in left], [d % b.dim() for d in right]
+    left, right = contracted_dims(a.dim(), b.dim(), dims)
     free_a = [d for d in range(a.dim()) if d not in left]
     free_b = [d for d in range(b.dim()) if d not in right]
     inside = math.prod(a.shape[d] for d in left)
@@ -222,15 +232,15 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
+        needs_a, needs_b = ctx.needs_input_grad
+        ctx.save_for_backward(a if needs_b else None, b if needs_a else None)
         return _multiply(a, b).data  # no view, or torch would refuse to write to it in place
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
-        needs_a, needs_b = ctx.needs_input_grad
-        grad_a = batched_product(grad_y, b.mT) if needs_a else None
-        return grad_a, batched_product(a.mT, grad_y) if needs_b else None
+        grad_a = None if b is None else batched_product(grad_y, b.mT)
+        return grad_a, None if a is None else batched_product(a.mT, grad_y)
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:

@@ -45,7 +45,8 @@ def hand_on(
         stood: name of a norm of heads -> the module in whose place it is.
     """
     region.keep(model)
-    region.are_weights_kept = True
+    region.know_weights(model)
+    region.are_cut_inside_only = True
     _watch_forwards(model, made.styles)
     for name, style in made.styles.items():
         layer: Any = model.get_submodule(name)

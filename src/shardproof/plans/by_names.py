@@ -6,8 +6,9 @@ from typing import Any
 from torch import nn
 
 from shardproof.axis import Axis
+from shardproof.cut.others import would_be_whole
 from shardproof.cut.spec import Region
-from shardproof.errors import PlanError, ShardproofError
+from shardproof.errors import PlanError, ShardproofError, UsageError
 from shardproof.hf.attention import take_over
 from shardproof.hf.head import adapt_head
 from shardproof.hf.models import is_transformers
@@ -63,7 +64,8 @@ def rehearse_by_names(model: nn.Module, made: ModelPlan, inputs: Any) -> Rehears
         inputs: what forward takes.
 
     Raises:
-        PlanError: a rank cannot do the step, or the model's own forward fails with the inputs.
+        PlanError: a rank cannot do the step, an operation would make a cut weight whole, or the
+            model's own forward fails with the inputs.
     """
 
     def cut(copied: nn.Module, axis: Axis) -> Region:
@@ -72,6 +74,9 @@ def rehearse_by_names(model: nn.Module, made: ModelPlan, inputs: Any) -> Rehears
         return region
 
     try:
-        return rehearse(model, as_call(inputs), cut, degree=made.degree, device="meta")
+        rehearsal = rehearse(model, as_call(inputs), cut, degree=made.degree, device="meta")
+        for weight, operation, _ in rehearsal.wanted_whole:
+            raise UsageError(would_be_whole(operation, weight))
     except ShardproofError as error:
         raise PlanError(f"the plan does not fit {type(model).__name__}: {error}") from error
+    return rehearsal

@@ -47,15 +47,21 @@ def rehearse(
         degree: how many ranks.
         device: "meta" or "cpu".
 
+    Returns:
+        What a step did; only `wanted_whole` if an operation would make a cut weight whole.
+
     Raises:
         PlanError: a rank cannot do the step, or ranks would make different collectives.
     """
-    transports, regions = [], []
+    transports: list[RehearsedTransport] = []
+    regions: list[Region] = []
     for rank in range(degree):
         transport = RehearsedTransport(rank, degree)
         try:
-            regions.append(_step(model, call, cut, Axis("tp", transport), device))
+            _step(model, call, cut, Axis("tp", transport), device, regions)
         except Exception as error:  # whatever a model's code raises
+            if regions and regions[-1].wanted_whole:
+                break  # it may come of that
             if device == "meta" and sum(x.numel() for x in model.parameters()) <= MOST_COPIED:
                 # What was watched without data may still look at some.
                 return rehearse(model, call, cut, degree=degree, device="cpu")
@@ -67,6 +73,11 @@ def rehearse(
                 "it: the model itself runs with these inputs."
             ) from error
         transports.append(transport)
+        if regions[-1].wanted_whole:
+            break
+    wanted = tuple((name, *each) for name, each in regions[-1].wanted_whole.items())
+    if wanted:
+        return Rehearsal(device, (), wanted_whole=wanted)
     _check_alike([transport.calls for transport in transports], model)
     return Rehearsal(
         device,
@@ -79,15 +90,16 @@ def rehearse(
     )
 
 
-def _step(model: nn.Module, call: Any, cut: Cutting, axis: Axis, device: str) -> Region:
-    """Forward and backward of one rank."""
+def _step(
+    model: nn.Module, call: Any, cut: Cutting, axis: Axis, device: str, regions: list[Region]
+) -> None:
+    """Forward and backward of one rank, whose region is added to the others."""
     copied = _copy(model, device).train()  # what only training draws is to be seen
-    region = cut(copied, axis)
+    regions.append(cut(copied, axis))
     args, kwargs = tree_map(lambda x: _moved(x, device), call)
     # A forward may make tensors without a device: they are to lie where the others do.
     with torch.random.fork_rng(), torch.device(device), checking.Switch(is_on=False):
         _backward(copied(*args, **kwargs))
-    return region
 
 
 def _check_alike(calls: Sequence[Sequence[Call]], model: nn.Module) -> None:

@@ -61,20 +61,27 @@ def plan_by_watching(
     check_degree(degree, scheme.leaves)
     args, kwargs = as_call(inputs)
     watched = watched or watch(model, args, kwargs)
-    choice = choose(families(watched), watched)
+    found = families(watched)
     named = dict(model.named_parameters())
-    found = WatchedPlan(
-        type(model).__name__,
-        degree,
-        scheme,
-        choice.families,
-        choice.whole,
-        watched.shapes,
-        {name: named[name].dtype for name in watched.shapes},
-        _EVERYWHERE,
-    )
-    rehearsal = _rehearsed(model, (args, kwargs), found, watched)
-    return replace(found, rehearsal=rehearsal, notes=_notes(watched, rehearsal))
+    dtypes = {name: named[name].dtype for name in watched.shapes}
+    wanted: dict[str, str] = {}  # weights that a rehearsal would have gathered -> by what
+    while True:
+        choice = choose(found, watched, wanted=wanted)
+        made = WatchedPlan(
+            type(model).__name__,
+            degree,
+            scheme,
+            choice.families,
+            choice.whole,
+            watched.shapes,
+            dtypes,
+            _EVERYWHERE,
+        )
+        rehearsal = _rehearsed(model, (args, kwargs), made, watched)
+        if not rehearsal.wanted_whole:
+            return replace(made, rehearsal=rehearsal, notes=_notes(watched, rehearsal))
+        for name, operation, module in rehearsal.wanted_whole:
+            wanted[name] = f"{operation!r} in {module!r}" if module else f"{operation!r}"
 
 
 def as_watched(model: nn.Module, plan: Any, degree: int, inputs: Any, scheme: Any) -> WatchedPlan:
@@ -170,6 +177,7 @@ def cut_by(model: nn.Module, plan: WatchedPlan, axis: Axis) -> Region:
         dim, along = plan.cuts[name]
         known = module.__dict__.setdefault(_KNOWN, {})
         known[own] = region.spec(plan.shapes[name], dim, along), registry.record_of(module).name
+    region.know_weights(model)
     cut = {module for module, _, _ in kept}
     for module in modules.values():
         if "forward" in vars(module):

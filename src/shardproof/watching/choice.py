@@ -1,11 +1,12 @@
 """Which families are cut, and why the other parameters stay whole."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
+from types import MappingProxyType
 
 from shardproof.units import Block, Units
-from shardproof.watching.family import Event, Family
+from shardproof.watching.family import Event, Family, kind_of_family
 from shardproof.watching.forward import Watched
 
 ORDER = ("pair", "pair with sums", "vocabulary", "gathered")
@@ -29,16 +30,24 @@ class Choice:
     share: float
 
 
-def choose(found: Sequence[Family], watched: Watched, *, enough: float = ENOUGH) -> Choice:
+def choose(
+    found: Sequence[Family],
+    watched: Watched,
+    *,
+    wanted: Mapping[str, str] = MappingProxyType({}),
+    enough: float = ENOUGH,
+) -> Choice:
     """Choose families: pairs first, then what sends more; no parameter along two dims.
 
     Args:
         found: all families of the forward.
         watched: the forward.
+        wanted: weights that stay whole in any case -> the operation that needs all of one.
         enough: the part of the matrices' weights that should be cut; where fewer are, rows are
             cut alone, each with an all-reduce of its own.
     """
     shapes = watched.shapes
+    found = [_without(family, wanted, watched) for family in found] if wanted else found
     taken: set[str] = set()
     chosen: set[int] = set()
     small: set[int] = set()
@@ -60,8 +69,20 @@ def choose(found: Sequence[Family], watched: Watched, *, enough: float = ENOUGH)
     matrices = sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
     why = _Why(found, chosen, small, taken, watched)
     whole = {name: why.sentence(name) for name in shapes if name not in taken}
+    whole |= {name: f"{operation} needs all of it at once." for name, operation in wanted.items()}
     families = (*(found[n] for n in sorted(chosen)), *alone)
     return Choice(families, whole, cut / max(matrices, 1))
+
+
+def _without(family: Family, wanted: Mapping[str, str], watched: Watched) -> Family:
+    """A family whose cut leaves some weights whole."""
+    left = {key: blocks for key, blocks in family.dims.items() if key[0] not in wanted}
+    if len(left) == len(family.dims):
+        return family
+    whole = (*family.whole, *(key for key in family.dims if key not in left))
+    events = tuple(event for event in family.events if event.parameter not in wanted)
+    made = replace(family, dims=left, whole=whole, events=events)
+    return replace(made, kind=kind_of_family(made, watched.shapes, watched.record.used))
 
 
 def _alone(
