@@ -447,6 +447,9 @@ NEIGHBOURS: dict[str, Make] = {
     "checkpoint reentrant": _of(partial(_checkpointed, reentrant=True)),
     "checkpoint of up": _of(partial(_whole_block, reentrant=False)),
     "checkpoint of up reentrant": _of(partial(_whole_block, reentrant=True)),
+    "initialised": _of(
+        lambda m, h: h + nn.init.uniform_(torch.empty(HIDDEN, dtype=h.dtype), 0.5, 0.5)
+    ),
     "half precision": _of(lambda m, h: h.to(torch.float16).to(h.dtype)),
 }
 

@@ -115,7 +115,8 @@ class Calls(TorchFunctionMode):
                 (empty_like(x, **kwargs), *limits),
                 {},
             )
-        first = next((each for each in args if isinstance(each, Tensor)), None)
+        given = (*args, *kwargs.values())
+        first = next((each for each in given if isinstance(each, Tensor)), None)
         device = torch.device(
             kwargs.get("device") or (torch.get_default_device() if first is None else first.device)
         )
@@ -124,7 +125,7 @@ class Calls(TorchFunctionMode):
         key = self.key(self.region.scheme.seed)
         digest = hashlib.sha256(f"{key.step}:{key.seed}:random:{key.name}".encode()).digest()
         generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
-        return unseen(func, *args, **kwargs, generator=generator)
+        return unseen(func, *args, **{**kwargs, "generator": generator})
 
     def key(self, seed: int) -> MaskKey:
         """Of the next mask: the module, and how often it has drawn."""
