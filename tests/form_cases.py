@@ -55,6 +55,11 @@ def _above_one(x: Tensor) -> Tensor:
     return x.abs() + 1.1
 
 
+def _classes(x: Tensor) -> Tensor:
+    """Targets of (N, C, T), of which a slice is that of the whole's."""
+    return (x[:, 0].detach() * 1000).long() % max(x.shape[1], 1)
+
+
 def _between(x: Tensor) -> Tensor:
     return x.tanh() * 0.4 + 0.5
 
@@ -265,6 +270,37 @@ _add("conv2d of patches", F.conv2d, lambda f: lambda x, w: f(x, w, stride=4),
      fixed={"k": 4, "l": 4, "t": 16, "u": 12, "c": 3}, many=1_001, order=1)  # fmt: skip
 _add("conv3d", F.conv3d, operands="nctuv dcklm", result="nd111", cut="nd", many=1_001, order=1,
      fixed={"k": 2, "l": 2, "m": 2, "t": 3, "u": 4, "v": 5, "c": 2})  # fmt: skip
+_add("cross_entropy", F.cross_entropy,
+     lambda f: lambda x, w: f(x, _classes(x), w, reduction="none", label_smoothing=0.1),
+     operands="nct c", result="nt", cut="nt", frozen=1)  # fmt: skip
+_add("cross_entropy of probabilities", F.cross_entropy,
+     lambda f: lambda x, y: f(x, y.softmax(1).detach(), reduction="none"),
+     operands="nct nct", result="nt", cut="nt", frozen=1)  # fmt: skip
+_add("nll_loss", F.nll_loss, lambda f: lambda x: f(x, _classes(x), reduction="none"),
+     operands="nct", result="nt", cut="nt")  # fmt: skip
+for _kind in ("avg", "max"):
+    # Torch refuses to find the maximum of no channels: `cut.lines.spatial` does not ask it to.
+    _options: dict[str, Any] = {"cut": "nc"}
+    _some = {} if _kind == "avg" else {"c": 5}
+    _of = torch._C._nn if _kind == "avg" else torch
+    _add(f"{_kind}_pool1d", getattr(F, f"{_kind}_pool1d"), lambda f: lambda x: f(x, 3, 2, 1),
+         operands="nct", result="nc1", fixed={"t": 7} | _some, **_options)  # fmt: skip
+    _add(f"{_kind}_pool2d", getattr(_of, f"{_kind}_pool2d"),
+         lambda f: lambda x: f(x, (3, 2), 2, 1, ceil_mode=True),
+         operands="nctu", result="nc11", fixed={"t": 5, "u": 8} | _some, **_options)  # fmt: skip
+    _add(f"{_kind}_pool3d", getattr(_of, f"{_kind}_pool3d"), lambda f: lambda x: f(x, 2),
+         operands="nctuv", result="nc111", fixed={"t": 3, "u": 4, "v": 2} | _some,
+         **_options)  # fmt: skip
+    _add(f"adaptive_{_kind}_pool1d",
+         getattr(torch if _kind == "avg" else F, f"adaptive_{_kind}_pool1d"),
+         lambda f: lambda x: f(x, 3), operands="nct", result="nc1",
+         fixed={"t": 37} | _some, **_options)  # fmt: skip
+    _add(f"adaptive_{_kind}_pool2d", getattr(F, f"adaptive_{_kind}_pool2d"),
+         lambda f: lambda x: f(x, (1, 1)), operands="nctu", result="nc11",
+         fixed={"t": 9, "u": 7} | _some, **_options)  # fmt: skip
+    _add(f"adaptive_{_kind}_pool3d", getattr(F, f"adaptive_{_kind}_pool3d"),
+         lambda f: lambda x: f(x, (2, None, 3)), operands="nctuv", result="nc111",
+         fixed={"t": 3, "u": 2, "v": 6} | _some, **_options)  # fmt: skip
 _HEADS = {"operands": "bhtd bhsd bhse", "result": "bhte", "many": 401, "order": 1}
 _add("sdpa", F.scaled_dot_product_attention, cut="bht", **_HEADS)
 _add("sdpa causal", F.scaled_dot_product_attention,

@@ -407,6 +407,25 @@ NEIGHBOURS: dict[str, Make] = {
         7,
     ),
     "tensordot of the last": _of(lambda m, h: torch.tensordot(h, m.scale, 1), _scale(HIDDEN, 7), 7),
+    "inner": _of(lambda m, h: torch.inner(h, m.scale), _scale(7, HIDDEN), 7),
+    "inner of more": _of(lambda m, h: h.inner(m.scale).sum(-1), _scale(7, 3, HIDDEN), 7),
+    "diagonal": _of(lambda m, h: h * m.scale.diagonal(), _scale(HIDDEN, HIDDEN)),
+    "diagonal beside": _of(
+        lambda m, h: h[..., :3] * m.scale.diagonal(21), _scale(HIDDEN, HIDDEN), 3
+    ),
+    "diagonal below": _of(
+        lambda m, h: h[..., :4] * torch.diagonal(m.scale, -20, 1, 2).sum(0),
+        _scale(2, HIDDEN, HIDDEN),
+        4,
+    ),
+    "diagonal of features": _of(lambda m, h: h.diagonal(dim1=-1, dim2=1)[:, None], None, LENGTH),
+    "diagonal of places": _of(
+        lambda m, h: h.unsqueeze(1).expand(-1, 3, -1, -1).diagonal(0, 1, 2).transpose(1, 2)
+    ),
+    "spectral": _of(
+        lambda m, h: h + m.part(torch.ones(IN, dtype=h.dtype)),
+        lambda: {"part": parametrizations.spectral_norm(nn.Linear(IN, HIDDEN)).eval()},
+    ),
     "bilinear": _of(lambda m, h: F.bilinear(h, h, m.scale), _scale(3, HIDDEN, HIDDEN), 3),
     "cdist": _of(lambda m, h: torch.cdist(h, m.scale), _scale(7, HIDDEN), 7),
     "differentiated": _of(

@@ -223,6 +223,41 @@ def test_what_overwrites_returns_the_tensor_itself(function: Any) -> None:
     torch.testing.assert_close(leaf.grad, again.grad)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 3, 2), (5,), (0, 5)], ids=str)
+def test_losses_of_classes_are_torchs(shape: tuple[int, ...], reduction: str) -> None:
+    x = normal(*shape).double()
+    rest = (*shape[:1], *shape[2:]) if len(shape) > 1 else ()
+    target = torch.randint(0, 5, rest, generator=torch.Generator().manual_seed(3))
+    ignored = target.where(target != 1, -7)
+    weight = torch.rand(5, generator=torch.Generator().manual_seed(4)).double()
+    chances = normal(*shape, seed=5).double().softmax(min(1, len(shape) - 1))
+    common = {"reduction": reduction}
+    calls: list[tuple[Any, Any, dict[str, Any]]] = [
+        (F.cross_entropy, ignored, {"ignore_index": -7}),
+        (F.cross_entropy, ignored, {"ignore_index": -7, "weight": weight, "label_smoothing": 0.2}),
+        (F.cross_entropy, chances, {"weight": weight, "label_smoothing": 0.2}),
+        (F.nll_loss, target, {"weight": weight}),
+    ]
+    for function, aim, options in calls:
+        grads, values = [], []
+        for each in (function, forms.form_of(function)):
+            leaf = x.clone().requires_grad_()
+            values.append(each(leaf, aim, **common | options))
+            values[-1].sum().backward()
+            grads.append(leaf.grad)
+        for pair in (values, grads):
+            torch.testing.assert_close(*pair, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def test_a_result_can_be_written_to_a_tensor() -> None:
+    x, out = normal(4, 5), torch.empty(0)
+    assert forms.form_of(torch.sum)(x, 1, out=out) is out
+    assert bits_equal(out, forms.form_of(torch.sum)(x, 1))
+    with pytest.raises(UsageError, match="has no gradient"):
+        forms.form_of(torch.sum)(x.requires_grad_(), 1, out=out)
+
+
 def test_batch_norm_updates_its_statistics_as_torch_does() -> None:
     x, found = normal(6, 4, 5), []
     for function in (F.batch_norm, forms.form_of(F.batch_norm)):
@@ -238,7 +273,13 @@ def test_batch_norm_updates_its_statistics_as_torch_does() -> None:
     [
         (F.scaled_dot_product_attention, 3, {"dropout_p": 0.1}, UsageError, "dropout_p=0.1"),
         (F.rrelu, 1, {"training": True}, UsageError, "training=True"),
-        (torch.sum, 1, {"out": torch.empty(())}, UsageError, "sum: out="),
+        (
+            torch.max,
+            1,
+            {"dim": 0, "out": (torch.empty(3), torch.empty(3))},
+            UsageError,
+            "max: out=",
+        ),
         (torch.norm, 1, {"p": "nuc"}, UsageError, "p='nuc'"),
         (torch.linalg.norm, 1, {"ord": 2, "dim": (0, 1)}, UsageError, "ord=2"),
         (F.glu, 1, {"dim": 0}, ShapeError, "dim 0 of"),

@@ -69,8 +69,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("numerics.attending", "numerics.broadcasting"),
     ("numerics.activating", "numerics.contracting", "numerics.headed", "numerics.powers"),
-    ("numerics.convolving", "numerics.einsum", "numerics.lengths", "numerics.rowwise"),
-    ("numerics.channelwise",),
+    (
+        "numerics.convolving",
+        "numerics.einsum",
+        "numerics.lengths",
+        "numerics.pooling",
+        "numerics.rowwise",
+    ),
+    ("numerics.channelwise", "numerics.entropy"),
     ("numerics.forms",),
     ("numerics.__init__",),
     # Collectives, then what is built from both.

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from torch import nn
+from torch import Tensor, nn
 
 import shardproof as sp
 from shardproof.cli import torchrun
 from shardproof.cli.main import main
+from shardproof.errors import PlanError
 from shardproof.plans.text import by_reason
+from shardproof.plans.watched_plan import WatchedPlan
 
 OWN = '''
 import torch
@@ -269,3 +271,27 @@ def test_examples_of_configs() -> None:
     ]  # fmt: skip
     made = sp.plan(whisper, degree=2)
     assert made.share > 0.9
+
+
+class OfTwoModes(nn.Module):
+    """Training wants targets, as models that detect objects do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 40), nn.Linear(40, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise ValueError("targets are needed in training mode")
+        y: Tensor = self.down(self.up(x).relu())
+        return y
+
+
+def test_a_model_that_only_runs_in_evaluation_mode_is_planned_in_it() -> None:
+    norm = nn.Sequential(nn.Linear(12, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 3))
+    for model in (OfTwoModes().eval(), norm.eval()):
+        plan = sp.plan(model, degree=2, inputs=torch.zeros(1, 12))
+        assert isinstance(plan, WatchedPlan)
+        assert plan.matrix_share == 1
+    with pytest.raises(PlanError, match="targets are needed"):
+        sp.plan(OfTwoModes(), degree=2, inputs=torch.zeros(1, 12))

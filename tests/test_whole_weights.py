@@ -101,3 +101,21 @@ def test_stays_whole_where_a_forward_is_watched(name: str, pool: Pool) -> None:
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
     for other in others:
         assert all(map(torch.equal, other, one))
+
+
+def test_a_plan_ends_where_two_weights_make_one() -> None:
+    """Of two factors one stays whole: it is cut along no other dim instead."""
+
+    class LowRank(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.u, self.v = nn.Parameter(torch.randn(40, 3)), nn.Parameter(torch.randn(3, 12))
+            self.down = nn.Linear(40, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.down(F.linear(x, self.u @ self.v).relu())
+            return y
+
+    plan = sp.plan(LowRank(), degree=2, inputs=X)
+    assert isinstance(plan, WatchedPlan)
+    assert not set(plan.cuts) & set(plan.whole)

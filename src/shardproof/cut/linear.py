@@ -122,7 +122,16 @@ def baddbmm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     return y if beta == 0 else (x if beta == 1 else x * beta) + y
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot", "rmatmul", "inner")
+@rule("inner")
+def inner(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Products of all lines of one tensor with all of the other."""
+    a, b = named(args, kwargs, "input", "other")
+    if a.dim() == 0 or b.dim() == 0:
+        return run(torch.mul, (a, b), {})
+    return run(torch.tensordot, (a, b, ([-1], [-1])), {})
+
+
+@rule("matmul", "mm", "bmm", "mv", "dot", "rmatmul")
 def matmul(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Products of two tensors, batched or not."""
     a, b = named(args, kwargs, "input", "other")

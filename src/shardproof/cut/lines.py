@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from shardproof.cut.others import gathered, invariant
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
@@ -288,10 +289,14 @@ def spatial(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     used = x.dim() - 2 if count < 0 else count
     if not isinstance(x, CutTensor) or x.spec.dim >= x.dim() - used:
         return gathered(func, name, args, kwargs)
-    y = invariant(x.spec.region, func, x.who)(x.local, *args[1:], **kwargs)
-    if isinstance(y, Tensor):
-        return cut_tensor(y, x.spec.of_part(y.shape), x.who)
-    return type(y)([cut_tensor(each, x.spec.of_part(each.shape), x.who) for each in y])
+    dim, held = x.spec.dim, x.local.shape[x.spec.dim]
+    local = x.local
+    if not held:  # torch refuses no channels
+        local = F.pad(local, [0, 0] * (x.dim() - 1 - dim) + [0, 1])
+    y = invariant(x.spec.region, func, x.who)(local, *args[1:], **kwargs)
+    parts = [each.narrow(dim, 0, held) for each in ((y,) if isinstance(y, Tensor) else y)]
+    made = [cut_tensor(each, x.spec.of_part(each.shape), x.who) for each in parts]
+    return made[0] if isinstance(y, Tensor) else type(y)(made)
 
 
 @rule("view_as_complex", "view_as_real")

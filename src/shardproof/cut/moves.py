@@ -17,7 +17,7 @@ from shardproof import operators
 from shardproof.cut.deferred import defer
 from shardproof.cut.others import gathered
 from shardproof.cut.spec import Spec
-from shardproof.cut.tensor import CutTensor, cut_tensor, rule
+from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
 from shardproof.numerics import forms
 from shardproof.units import CutDim, Shared
 
@@ -26,7 +26,7 @@ LARGEST = 1 << 24  # numbers that one recipe looks at
 _MOVES = """view reshape view_as reshape_as transpose permute movedim moveaxis swapaxes swapdims t
     squeeze unsqueeze flatten unflatten ravel expand expand_as broadcast_to repeat tile chunk
     split split_with_sizes tensor_split unsafe_chunk unsafe_split unbind select narrow
-    narrow_copy flip fliplr flipud roll rot90 contiguous clone detach alias slice diagonal
+    narrow_copy flip fliplr flipud roll rot90 contiguous clone detach alias slice
     repeat_interleave adjoint unsafe_view _unsafe_view _reshape_alias hsplit vsplit dsplit
     pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle lift_fresh unsqueeze_
     squeeze_ transpose_ t_ swapaxes_ detach_ unsafe_split_with_sizes unfold""".split()  # noqa: SIM905
@@ -84,6 +84,30 @@ def move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         ((step, spec),) = outs
         return _made(step, spec, x)
     return many([_made(step, spec, x) for step, spec in outs])
+
+
+@rule("diagonal")
+def diagonal(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Of two dims, of which one may be cut: the others of its elements are left out of a sum."""
+    x, *rest = args
+    given = {"offset": 0, "dim1": 0, "dim2": 1} | kwargs
+    given |= dict(zip(("offset", "dim1", "dim2"), rest, strict=False))
+    offset, places = given["offset"], [given[key] % x.dim() for key in ("dim1", "dim2")]
+    rows, columns = (x.shape[place] for place in places)
+    if x.spec.dim not in places:
+        dim = x.spec.dim - sum(place < x.spec.dim for place in places)
+        y = torch.diagonal(x.local, offset, *places)
+        return cut_tensor(y, x.spec.of_part(y.shape, dim), x.who)
+    size = max(0, min(rows + min(offset, 0), columns - max(offset, 0)))
+    is_row = x.spec.dim == places[0]
+    mask = torch.ones(rows, columns, dtype=torch.bool, device=x.device)
+    mask = mask.tril(offset).triu(offset)  # dims in the order of `x`, and of size 1
+    mask = mask if places[0] < places[1] else mask.t()
+    mask = mask.reshape([x.shape[n] if n in places else 1 for n in range(x.dim())])
+    lines = run(torch.where, (mask, x, x.new_zeros(())), {}).sum(places[is_row], keepdim=True)
+    first = max(0, -offset if is_row else offset)
+    lines = lines.narrow(x.spec.dim, first, size).movedim(x.spec.dim, -1)
+    return lines.squeeze(places[is_row] - (places[is_row] > x.spec.dim))
 
 
 def _one(step: Step, made: Spec) -> Any:

@@ -27,11 +27,14 @@ _SEEN = ("has_torch_function", "has_torch_function_unary", "has_torch_function_v
 
 _WITHOUT_ARITHMETIC = frozenset(
     """new_empty new_zeros new_ones new_full new_tensor zero_ fill_ empty_like zeros_like ones_like
-    full_like empty zeros ones full arange tensor as_tensor from_numpy copy_ clone detach numpy item
-    tolist data_ptr index_copy_ index_copy scatter_ scatter masked_fill_ masked_scatter_ nonzero
-    bincount eye linspace cpu cuda is_nonzero equal allclose isin broadcast_tensors
-    __setitem__ __contains__ __bool__ __int__ __float__ __index__ __len__ __get__ __set__ size
-    stride dim numel element_size is_contiguous is_floating_point is_complex""".split()  # noqa: SIM905
+    full_like empty zeros ones full arange tensor as_tensor from_numpy copy_ clone detach
+    numpy item tolist data_ptr index_copy_ index_copy scatter_ scatter masked_fill_
+    masked_scatter_ nonzero bool int long short byte char greater greater_equal less
+    less_equal not_equal __iand__ __ior__ __ixor__ index_add_ scatter_add_ view_as_complex
+    view_as_real bincount eye linspace cpu cuda is_nonzero equal allclose isin
+    broadcast_tensors __setitem__ __contains__ __bool__ __int__ __float__ __index__ __len__
+    __get__ __set__ size stride dim numel element_size is_contiguous is_floating_point
+    is_complex""".split()  # noqa: SIM905
 )
 # What asks for the values themselves.
 _ASKING = frozenset(

@@ -317,12 +317,23 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def run_as(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Do what the rule of a name says."""
+    if kwargs and isinstance(kwargs.get("out"), Tensor | CutTensor):
+        return _into(name, func, args, kwargs)
     found = RULES.get(name) or RULES["others"]
     if observing.is_on():
         return observing.see_rule(
             name_of(func), args, partial(_run, found, func, name, args, kwargs)
         )
     return _run(found, func, name, args, kwargs)
+
+
+def _into(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result is written to `out=`."""
+    out = kwargs["out"]
+    y = run_as(name, func, args, {key: each for key, each in kwargs.items() if key != "out"})
+    if out.shape != y.shape:
+        out.resize_(y.shape)
+    return run_as("copy_", Tensor.copy_, (out, y), {})
 
 
 def _run(found: Rule, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

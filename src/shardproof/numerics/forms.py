@@ -24,8 +24,10 @@ from shardproof.numerics import (
     broadcasting,
     channelwise,
     contracting,
+    entropy,
     holding,
     lengths,
+    pooling,
     powers,
     reducing,
     rowwise,
@@ -245,6 +247,10 @@ _BY_NAME: Mapping[str, Form] = {
     "conv1d": convolution(1),
     "conv2d": convolution(2),
     "conv3d": convolution(3),
+    **{f"avg_pool{n}d": pooling.average(n) for n in (1, 2, 3)},
+    **{f"adaptive_avg_pool{n}d": pooling.adaptive_average(n) for n in (1, 2, 3)},
+    "cross_entropy": entropy.cross_entropy,
+    "nll_loss": entropy.nll_loss,
     "scaled_dot_product_attention": attention,
     "__getitem__": getitem,
     "expand": broadcasting.expand_to,
@@ -288,27 +294,34 @@ arccos asinh acosh arcsinh arccosh pow float_power addmm addmv baddbmm addbmm
 def _collect() -> dict[Form, Form]:
     found: dict[Form, Form] = {}
     for name, form in _BY_NAME.items():
-        found.update(dict.fromkeys(holding.objects(name), _without_out(name, form)))
+        found.update(dict.fromkeys(holding.objects(name), _with_out(name, form)))
     for name in _OVERWRITING:
-        write = _without_out(name, overwriting(_BY_NAME[name]))
+        write = _with_out(name, overwriting(_BY_NAME[name]))
         found.update(dict.fromkeys(holding.objects(f"{name}_"), write))
     for name in REPEATING:
         for each in (name, f"{name}_", f"__i{name.strip('_')}__"):
             found.update({function: _repeating(function) for function in holding.objects(each)})
-    found.update({key: _without_out(key.__name__, form) for key, form in _BY_OBJECT.items()})
+    found.update({key: _with_out(key.__name__, form) for key, form in _BY_OBJECT.items()})
     return found
 
 
-def _without_out(name: str, form: Form) -> Form:
+def _with_out(name: str, form: Form) -> Form:
     @functools.wraps(form)
     def call(*args: Any, **options: Any) -> Any:
-        if "out" in options and options.pop("out") is not None:
-            raise UsageError(
-                f"{name}: out=... has no invariant form. Use the result that is returned."
-            )
-        return form(*args, **options)
+        out = options.pop("out", None)
+        y = form(*args, **options)
+        return y if out is None else _written(y, out, name)
 
     return call
+
+
+def _written(y: Any, out: Any, name: str) -> Tensor:
+    """`out`, which holds the result from now on, as torch has it."""
+    if not isinstance(y, Tensor) or not isinstance(out, Tensor):
+        raise UsageError(f"{name}: out=... of several tensors has no invariant form.")
+    if torch.is_grad_enabled() and (y.requires_grad or out.requires_grad):
+        raise UsageError(f"{name}: out=... has no gradient. Use the result that is returned.")
+    return out.resize_(y.shape).copy_(y) if out.shape != y.shape else out.copy_(y)
 
 
 def _repeating(function: Form) -> Form:

@@ -57,7 +57,8 @@ hstack vstack flip fliplr flipud roll rot90 tril triu diagonal diag_embed pad un
 # Along the dims that they do not go along.
 ALONG_A_DIM = words("""
 cumsum cumprod cummax cummin logcumsumexp sort topk kthvalue diff index_select gather embedding
-index_add scatter_add
+index_add scatter_add max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d
+adaptive_max_pool3d
 """)
 
 # Names that torch has for the same, and what Python calls for an operator.

@@ -8,6 +8,8 @@ device are small there.
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import zip_longest
 from math import prod
 from typing import Any
@@ -40,6 +42,9 @@ def rehearse(
 ) -> Rehearsal:
     """Do a step on every rank of a copy of the model.
 
+    It is in training mode, so that what only training draws is seen. Where that fails, a model that
+    is in evaluation mode is rehearsed in it.
+
     Args:
         model: which stays as it is.
         call: arguments of its forward, in order and by name.
@@ -53,34 +58,67 @@ def rehearse(
     Raises:
         PlanError: a rank cannot do the step, or ranks would make different collectives.
     """
+    devices = [device]
+    if device == "meta" and sum(x.numel() for x in model.parameters()) <= MOST_COPIED:
+        devices.append("cpu")  # what was watched without data may still look at some
+    modes = [True] if all(module.training for module in model.modules()) else [True, False]
+    tries = [_Stage(degree, each, trains) for trains in modes for each in devices]
+    for stage in tries[:-1]:
+        with suppress(_Failed):
+            return _rehearsed(model, call, cut, stage)
+    try:
+        return _rehearsed(model, call, cut, tries[-1])
+    except _Failed as failed:
+        if isinstance(failed.error, ShardproofError):
+            raise failed.error from failed.error.__cause__
+        raise PlanError(
+            f"the cut {type(model).__name__} cannot do a step on rank {failed.rank} of {degree}: "
+            f"{error_words(failed.error)}. Leave the module whole in which that is raised, or "
+            "report it: the model itself runs with these inputs."
+        ) from failed.error
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Where and how a step is done.
+
+    Attributes:
+        degree: how many ranks.
+        device: of all tensors.
+        trains: in training mode, or in the model's own.
+    """
+
+    degree: int
+    device: str
+    trains: bool
+
+
+class _Failed(Exception):  # noqa: N818 - it never leaves this file
+    """A rank cannot do the step."""
+
+    def __init__(self, rank: int, error: Exception) -> None:
+        super().__init__(rank, error)
+        self.rank, self.error = rank, error
+
+
+def _rehearsed(model: nn.Module, call: Any, cut: Cutting, stage: _Stage) -> Rehearsal:
     transports: list[RehearsedTransport] = []
     regions: list[Region] = []
-    for rank in range(degree):
-        transport = RehearsedTransport(rank, degree)
+    for rank in range(stage.degree):
+        transport = RehearsedTransport(rank, stage.degree)
         try:
-            _step(model, call, cut, Axis("tp", transport), device, regions)
+            _step(model, call, cut, Axis("tp", transport), stage, regions)
         except Exception as error:  # whatever a model's code raises
-            if regions and regions[-1].wanted_whole:
-                break  # it may come of that
-            if device == "meta" and sum(x.numel() for x in model.parameters()) <= MOST_COPIED:
-                # What was watched without data may still look at some.
-                return rehearse(model, call, cut, degree=degree, device="cpu")
-            if isinstance(error, ShardproofError):
-                raise
-            raise PlanError(
-                f"the cut {type(model).__name__} cannot do a step on rank {rank} of {degree}: "
-                f"{error_words(error)}. Leave the module whole in which that is raised, or report "
-                "it: the model itself runs with these inputs."
-            ) from error
-        transports.append(transport)
+            if not regions or not regions[-1].wanted_whole:
+                raise _Failed(rank, error) from error
         if regions[-1].wanted_whole:
-            break
-    wanted = tuple((name, *each) for name, each in regions[-1].wanted_whole.items())
-    if wanted:
-        return Rehearsal(device, (), wanted_whole=wanted)
+            found = regions[-1].wanted_whole.items()
+            wanted = tuple((name, *each) for name, each in found)
+            return Rehearsal(stage.device, (), wanted_whole=wanted)
+        transports.append(transport)
     _check_alike([transport.calls for transport in transports], model)
     return Rehearsal(
-        device,
+        stage.device,
         tuple(transport.ledger.as_dict() for transport in transports),
         tuple((*key, count) for key, count in regions[0].gathered.items()),
         tuple(regions[0].variant.items()),
@@ -91,10 +129,13 @@ def rehearse(
 
 
 def _step(
-    model: nn.Module, call: Any, cut: Cutting, axis: Axis, device: str, regions: list[Region]
+    model: nn.Module, call: Any, cut: Cutting, axis: Axis, stage: _Stage, regions: list[Region]
 ) -> None:
     """Forward and backward of one rank, whose region is added to the others."""
-    copied = _copy(model, device).train()  # what only training draws is to be seen
+    device = stage.device
+    copied = _copy(model, device)
+    if stage.trains:
+        copied.train()
     regions.append(cut(copied, axis))
     args, kwargs = tree_map(lambda x: _moved(x, device), call)
     # A forward may make tensors without a device: they are to lie where the others do.

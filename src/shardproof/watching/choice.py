@@ -77,8 +77,6 @@ def choose(
 def _without(family: Family, wanted: Mapping[str, str], watched: Watched) -> Family:
     """A family whose cut leaves some weights whole."""
     left = {key: blocks for key, blocks in family.dims.items() if key[0] not in wanted}
-    if len(left) == len(family.dims):
-        return family
     whole = (*family.whole, *(key for key in family.dims if key not in left))
     events = tuple(event for event in family.events if event.parameter not in wanted)
     made = replace(family, dims=left, whole=whole, events=events)
@@ -181,6 +179,8 @@ class _Why:
         family = self.found[number]
         if number in self.chosen:
             return f"every unit of {family.name!r} needs all of it"
+        if number in self.small:
+            return "it is too small to be worth a collective of its own"
         event = _blocking(family, name)
         if event is not None:
             return (
@@ -195,8 +195,6 @@ class _Why:
         rivals = family.crosses & self.chosen
         if rivals:
             return f"an activation that has it is cut as {self.found[min(rivals)].name!r}"
-        if number in self.small:
-            return "it is too small to be worth a collective"
         others = [other for other, _ in family.dims if other in self.taken and other != name]
         if others:
             return f"it would be cut with {others[0]!r}, which is cut along another dim"

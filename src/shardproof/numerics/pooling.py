@@ -1,0 +1,110 @@
+"""Averages of windows, one dim of space after the other: no sum asks for channels or batch.
+
+A window's sum is that of its rows, each summed by `reducing.total`. Maxima hold in torch as they
+are. Plain tensors; no ranks.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shardproof.errors import ShapeError, UsageError
+from shardproof.numerics.elementwise import check_floating, widen
+from shardproof.numerics.reducing import mean, total
+
+
+def average(dims: int) -> Callable[..., Tensor]:
+    """`avg_pool1d`, `avg_pool2d` or `avg_pool3d`.
+
+    Args:
+        dims: of space.
+    """
+
+    def form(
+        input: Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Tensor:
+        _check(input, dims, f"avg_pool{dims}d")
+        taps = _sizes(kernel_size, dims)
+        steps = taps if stride is None or stride == [] else _sizes(stride, dims)
+        y, counts = widen(input), input.new_ones((), dtype=widen(input).dtype)
+        for n, (tap, step, pad) in enumerate(zip(taps, steps, _sizes(padding, dims), strict=True)):
+            dim = input.dim() - dims + n
+            starts = _starts(input.shape[dim], tap, step, pad, is_ceiled=ceil_mode)
+            if not starts:
+                raise ShapeError(
+                    f"avg_pool{dims}d of {tuple(input.shape)} by windows of {tap} along dim {dim} "
+                    "has no window that fits. Give a larger input, or padding."
+                )
+            most = input.shape[dim] + (pad if count_include_pad else 0)
+            least = -pad if count_include_pad else 0
+            each = [min(at + tap, most) - max(at, least) for at in starts]
+            counts = counts[..., None] * counts.new_tensor(each)
+            behind = max(0, starts[-1] + tap - input.shape[dim])
+            padded = F.pad(y, [0, 0] * (y.dim() - 1 - dim) + [pad, behind])
+            y = total(padded.unfold(dim, tap, step).narrow(dim, 0, len(starts)), -1)
+        return (y / (counts if divisor_override is None else divisor_override)).to(input.dtype)
+
+    form.__name__ = f"avg_pool{dims}d"
+    return form
+
+
+def adaptive_average(dims: int) -> Callable[..., Tensor]:
+    """`adaptive_avg_pool1d`, `adaptive_avg_pool2d` or `adaptive_avg_pool3d`.
+
+    Args:
+        dims: of space.
+    """
+
+    def form(input: Tensor, output_size: Any) -> Tensor:
+        _check(input, dims, f"adaptive_avg_pool{dims}d")
+        y = widen(input)
+        for n, wanted in enumerate(_sizes(output_size, dims)):
+            dim = input.dim() - dims + n
+            y = _averaged(y, dim, input.shape[dim] if wanted is None else wanted)
+        return y.to(input.dtype)
+
+    form.__name__ = f"adaptive_avg_pool{dims}d"
+    return form
+
+
+def _averaged(x: Tensor, dim: int, wanted: int) -> Tensor:
+    """As many means along a dim as are wanted, of windows that cover it."""
+    size = x.shape[dim]
+    if wanted and size % wanted == 0:
+        return mean(x.unflatten(dim, (wanted, size // wanted)), dim + 1)
+    runs = [(n * size // wanted, math.ceil((n + 1) * size / wanted)) for n in range(wanted)]
+    parts = [mean(x.narrow(dim, start, stop - start), dim) for start, stop in runs]
+    return torch.stack(parts, dim) if parts else x.narrow(dim, 0, 0)
+
+
+def _starts(size: int, tap: int, step: int, pad: int, *, is_ceiled: bool) -> list[int]:
+    """Where windows begin, counted from the first element: none begins behind the last one."""
+    room = size + 2 * pad - tap
+    count = (math.ceil(room / step) if is_ceiled else room // step) + 1
+    starts = [n * step - pad for n in range(count)]
+    return [at for at in starts if at < size] if is_ceiled else starts
+
+
+def _sizes(value: Any, dims: int) -> list[Any]:
+    if not isinstance(value, Sequence):
+        return [value] * dims
+    return [*value] if len(value) == dims else [*value] * dims
+
+
+def _check(input: Tensor, dims: int, name: str) -> None:
+    check_floating(input, name)
+    if input.dim() not in (dims + 1, dims + 2):
+        raise UsageError(
+            f"{name} takes (N, C, *) or (C, *) with {dims} dims of space, and the input has shape "
+            f"{tuple(input.shape)}."
+        )
