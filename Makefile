@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*/*)
 	  echo "shardproof needs Python 3.11 or newer, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)." \
 	    "Choose another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	@echo "installing torch and the rest into $(VENV): some minutes and 1.3 GB, once"
+	@echo "installing torch and the rest into $(VENV): some minutes and 1.7 GB, once"
 	$(BIN)/python -m pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
 	@touch $@

@@ -29,10 +29,8 @@ BATCH, LENGTH = 4, 128
 @click.argument("model_dir")
 @click.option("--degree", metavar="D", required=True, help="How many ranks.")
 @leaves_option
-@click.option("--batch", metavar="B", default=str(BATCH), show_default=True, help="Rows of a step.")
-@click.option(
-    "--length", metavar="L", default=str(LENGTH), show_default=True, help="Tokens of a row."
-)
+@click.option("--batch", metavar="B", help=f"Rows of a step.  [default: {BATCH}]")
+@click.option("--length", metavar="L", help=f"Tokens of a row.  [default: {LENGTH}]")
 @click.option(
     "--watch", is_flag=True, help="Watch a forward also where the model's tp_plan serves."
 )
@@ -43,8 +41,8 @@ def plan(
     model_dir: str,
     degree: str,
     leaves: str,
-    batch: str,
-    length: str,
+    batch: str | None,
+    length: str | None,
     watch: bool,
     html_path: str | None,
     json_path: str | None,
@@ -61,8 +59,8 @@ def plan(
     """
     ranks = positive(degree, option="--degree", example=2)
     scheme = Scheme(leaves=positive(leaves, option="--leaves", example=DEFAULT_LEAVES))
-    rows = positive(batch, option="--batch", example=BATCH)
-    tokens = positive(length, option="--length", example=LENGTH)
+    rows = positive(str(BATCH) if batch is None else batch, option="--batch", example=BATCH)
+    tokens = positive(str(LENGTH) if length is None else length, option="--length", example=LENGTH)
     check_degree(ranks, scheme.leaves)
     if html_path is not None and json_path is not None and is_same(html_path, json_path):
         raise UsageError(
@@ -72,6 +70,11 @@ def plan(
     page = JsonFile(html_path, option="--html") if html_path is not None else None
     target = JsonFile(json_path) if json_path is not None else None
     model, inputs = read_given(model_dir)
+    if inputs is not None and (batch is not None or length is not None):
+        raise UsageError(
+            f"{'--length' if batch is None else '--batch'} says which example is made of a config, "
+            f"and {written(model_dir)} gives an example itself. Leave the option out."
+        )
     made = _made(model, inputs, ranks, scheme, (rows, tokens), watch)
     if page is not None:
         page.write_text(plan_page(made, batch=rows, length=tokens, given=model_dir))
