@@ -7,6 +7,7 @@ import torch
 
 from shardproof.cut.meet import common, fitted, one_along
 from shardproof.cut.others import gathered
+from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
 from shardproof.units import CutDim
 
@@ -14,13 +15,17 @@ from shardproof.units import CutDim
 @rule("cat", "concat", "concatenate")
 def cat(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Along a whole dim the others must be cut alike; along the cut dim the blocks follow."""
-    tensors = [each for each in (args[0] if args else kwargs["tensors"]) if each.shape != (0,)]
+    tensors = args[0] if args else kwargs["tensors"]
     dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
     first = next(each for each in tensors if isinstance(each, CutTensor))
-    dim %= first.dim()
-    if dim != first.spec.dim and all(_lies_as(each, first) for each in tensors):
-        y = torch.cat([each.local for each in tensors], dim)
-        return cut_tensor(y, first.spec.of_part(y.shape), first.who)
+    spec = first.spec
+    dim %= len(spec.shape)
+    if dim != spec.dim:
+        parts = [each.local for each in tensors if _lies_as(each, spec)]
+        if len(parts) == len(tensors):
+            y = torch.cat(parts, dim)
+            return cut_tensor(y, spec.of_part(y.shape), first.who)
+    tensors = [each for each in tensors if each.shape != (0,)]
     if any(each.dim() != first.dim() for each in tensors):
         return gathered(func, name, args, kwargs)
     if dim == first.spec.dim:
@@ -41,14 +46,15 @@ def cat(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return cut_tensor(torch.cat(parts, dim), made, who)
 
 
-def _lies_as(x: Any, other: CutTensor) -> bool:
+def _lies_as(x: Any, other: Spec) -> bool:
     """Whether it is cut as the other one, along the same dim."""
-    return (
-        isinstance(x, CutTensor)
-        and x.spec.cut is other.spec.cut
-        and x.spec.dim == other.spec.dim
-        and len(x.spec.shape) == len(other.spec.shape)
-    )
+    if not isinstance(x, CutTensor):
+        return False
+    spec = x.spec
+    if spec is other:
+        return True
+    is_alike = spec.cut is other.cut and spec.dim == other.dim
+    return is_alike and len(spec.shape) == len(other.shape)
 
 
 def _side_by_side(

@@ -61,7 +61,8 @@ def move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             return gathered(func, name, args, kwargs)
         return cut_tensor(x.local.view(rest[0]), x.spec, x.who)
     try:
-        key = (func, x.spec, *map(_key, rest))
+        numbers = _NUMBERS.issuperset(map(type, rest))
+        key = (func, x.spec, *(rest if numbers else map(_key, rest)))
         if kwargs:
             key = (*key, *((name, _key(each)) for name, each in kwargs.items()))
         recipe = x.spec.region.recipes.get(key)
@@ -82,7 +83,8 @@ def move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     many, outs = recipe
     if many is None:
         ((step, spec),) = outs
-        return _made(step, spec, x)
+        y = step(x.local)
+        return y if spec is None else cut_tensor(y, spec, x.who)
     return many([_made(step, spec, x) for step, spec in outs])
 
 
@@ -204,7 +206,8 @@ def _key(value: Any) -> Any:
     if kind is int:
         return value
     if kind is slice:
-        return slice, _key(value.start), _key(value.stop), _key(value.step)
+        ends = value.start, value.stop, value.step
+        return (slice, *(ends if _PLAIN.issuperset(map(type, ends)) else map(_key, ends)))
     if isinstance(value, _SEQUENCES):
         return list if isinstance(value, list) else tuple, *map(_key, value)
     if isinstance(value, Tensor):
@@ -212,6 +215,8 @@ def _key(value: Any) -> Any:
     return kind, value
 
 
+_NUMBERS = frozenset((int,))
+_PLAIN = frozenset((int, type(None)))
 _SEQUENCES = (tuple, list)  # a union is made anew in every call
 
 

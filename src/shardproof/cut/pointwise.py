@@ -234,17 +234,7 @@ def pointwise(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _joins_as_it_is(x: Tensor, spec: Spec) -> bool:
     """Whether a whole tensor without a gradient broadcasts, along the cut dim too."""
-    if x.requires_grad and torch.is_grad_enabled():
-        return False
-    shape, whole = x.shape, spec.shape
-    dim = len(whole) - len(shape)
-    if dim < 0:
-        return False
-    for size in shape:
-        if size != 1 and (dim == spec.dim or size != whole[dim]):
-            return False
-        dim += 1
-    return True
+    return spec.is_joined_by(x.shape) and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def _general(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

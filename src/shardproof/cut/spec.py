@@ -32,7 +32,7 @@ class Spec:
         local_shape: of what this rank holds.
     """
 
-    __slots__ = ("cut", "dim", "local_shape", "region", "shape")
+    __slots__ = ("_joining", "_like", "cut", "dim", "local_shape", "region", "shape")
 
     def __init__(self, region: "Region", shape: tuple[int, ...], dim: int, cut: CutDim) -> None:
         self.region = region
@@ -41,6 +41,8 @@ class Spec:
         self.cut = cut
         held = len(cut.held(region.axis.rank))
         self.local_shape = torch.Size((*shape[:dim], held, *shape[dim + 1 :]))
+        self._like: dict[tuple[int, ...], Spec] = {}
+        self._joining: dict[tuple[int, ...], bool] = {}
 
     def of_part(self, part: tuple[int, ...], dim: int | None = None) -> "Spec":
         """How a tensor is cut whose part on this rank has a shape; its cut dim is cut as this one.
@@ -49,9 +51,24 @@ class Spec:
             part: shape of what this rank holds.
             dim: where the cut dim is in it; where it is here, if not given.
         """
-        dim = self.dim if dim is None else dim
+        if dim is None:
+            found = self._like.get(part)
+            if found is None:
+                found = self._like[part] = self.of_part(part, self.dim)
+            return found
         shape = (*part[:dim], self.shape[self.dim], *part[dim + 1 :])
         return self.region.spec(shape, dim, self.cut)
+
+    def is_joined_by(self, shape: tuple[int, ...]) -> bool:
+        """Whether a whole tensor broadcasts to this one, and is the same along the cut dim."""
+        found = self._joining.get(shape)
+        if found is None:
+            first = len(self.shape) - len(shape)
+            found = self._joining[shape] = first >= 0 and all(
+                size == 1 or (dim != self.dim and size == self.shape[dim])
+                for dim, size in enumerate(shape, first)
+            )
+        return found
 
     def __repr__(self) -> str:
         return (

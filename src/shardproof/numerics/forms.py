@@ -337,8 +337,10 @@ def _repeating(function: Form) -> Form:
             y = complex_product(*args)
         elif "alpha" in options:
             y = wide(*args, **options)
-        else:
+        elif options or torch.is_grad_enabled():
             return form(*args, **options)
+        else:
+            return function(*args)  # only backward sums over what is repeated
         return args[0].copy_(y) if overwrites else y
 
     return call
