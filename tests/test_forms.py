@@ -254,6 +254,8 @@ def test_a_result_can_be_written_to_a_tensor() -> None:
     x, out = normal(4, 5), torch.empty(0)
     assert forms.form_of(torch.sum)(x, 1, out=out) is out
     assert bits_equal(out, forms.form_of(torch.sum)(x, 1))
+    with pytest.raises(UsageError, match="cannot hold"):
+        forms.form_of(torch.sum)(x, 1, out=torch.zeros(4, dtype=torch.int64))
     with pytest.raises(UsageError, match="has no gradient"):
         forms.form_of(torch.sum)(x.requires_grad_(), 1, out=out)
 
@@ -279,6 +281,24 @@ def test_batch_norm_updates_its_statistics_as_torch_does() -> None:
             {"dim": 0, "out": (torch.empty(3), torch.empty(3))},
             UsageError,
             "max: out=",
+        ),
+        (torch.tensordot, 2, {"dims": 4}, ShapeError, "of a tensor of 3 dims"),
+        (torch.avg_pool1d, 1, {"kernel_size": 3, "padding": 2}, UsageError, "half of a window"),
+        (torch.avg_pool1d, 1, {"kernel_size": (3, 3)}, UsageError, "2 sizes for 1"),
+        (F.cross_entropy, 1, {"target": torch.zeros(2).long()}, ShapeError, "one class index"),
+        (
+            F.cross_entropy,
+            1,
+            {"target": torch.zeros(1, 5), "reduction": "mean"},
+            ShapeError,
+            "same",
+        ),
+        (
+            F.nll_loss,
+            1,
+            {"target": torch.zeros(1, 5).long(), "reduction": "all"},
+            UsageError,
+            "all",
         ),
         (torch.norm, 1, {"p": "nuc"}, UsageError, "p='nuc'"),
         (torch.linalg.norm, 1, {"ord": 2, "dim": (0, 1)}, UsageError, "ord=2"),

@@ -56,10 +56,31 @@ def test_is_refused_where_a_plan_names_the_weight(name: str, pool: Pool) -> None
 
     pair = Pair(WHOLE_WEIGHTS[name])
     for said in pool(2, "threads").run(run):
-        assert said.startswith(f"{name!r} would make the whole of 'up.weight' on every rank"), said
+        assert said.startswith("'up.weight' would be whole on every rank"), said
+        assert f"needs all of it ({name})" in said
         assert "Leave the weight whole" in said
-    with pytest.raises(PlanError, match=f"'{name}' would make the whole of 'up.weight'"):
+    with pytest.raises(PlanError, match=rf"'up.weight' would be whole .* \({name}\)"):
         sp.plan(pair, NAMED, degree=2, inputs=X)
+
+
+MOVED: dict[str, Callable[[Any], Any]] = {
+    "double": lambda m: m.double(),
+    "copy": copy.deepcopy,
+    "moved once more": lambda m: m.double().float(),
+}
+
+
+@pytest.mark.parametrize("how", MOVED)
+def test_is_refused_after_the_weights_have_been_moved(how: str, pool: Pool) -> None:
+    def run(axis: Axis) -> str:
+        model = MOVED[how](sp.parallelize(copy.deepcopy(pair), NAMED, axis))
+        with pytest.raises(UsageError) as caught:
+            model(X.to(next(model.parameters()).dtype))
+        return str(caught.value)
+
+    name = "linalg_pinv" if how != "copy" else "linalg_svdvals"
+    pair = Pair(WHOLE_WEIGHTS[name])
+    assert "would be whole on every rank" in pool(2, "threads").run(run)[0]
 
 
 def test_whole_of_a_weight_is_refused(pool: Pool) -> None:
@@ -70,7 +91,7 @@ def test_whole_of_a_weight_is_refused(pool: Pool) -> None:
         return str(caught.value)
 
     pair = Pair(lambda m, h: h + m.up.weight.whole().sum())
-    assert pool(2, "threads").run(run)[0].startswith("'whole' would make the whole of 'up.weight'")
+    assert pool(2, "threads").run(run)[0].startswith("'up.weight' would be whole on every rank")
 
 
 @pytest.mark.parametrize("name", WHOLE_WEIGHTS)
@@ -90,7 +111,7 @@ def test_stays_whole_where_a_forward_is_watched(name: str, pool: Pool) -> None:
     plans = {degree: sp.plan(pair, degree=degree, inputs=X) for degree in (1, 2, 3)}
     for plan in plans.values():
         assert isinstance(plan, WatchedPlan)
-        assert plan.whole["up.weight"].startswith(f"'{name}' in '"), plan.whole
+        assert plan.whole["up.weight"].startswith(f"'{name}' needs all"), plan.whole
         assert plan.rehearsal.wanted_whole == ()
         assert "down.weight" in plan.cuts
     true = copy.deepcopy(pair)

@@ -72,8 +72,8 @@ def plan(
     model, inputs = read_given(model_dir)
     if inputs is not None and (batch is not None or length is not None):
         raise UsageError(
-            f"{'--length' if batch is None else '--batch'} says which example is made of a config, "
-            f"and {written(model_dir)} gives an example itself. Leave the option out."
+            f"--batch and --length set the size of an example that a config gives, and "
+            f"{written(model_dir)} returns its own. Leave both out."
         )
     made = _made(model, inputs, ranks, scheme, (rows, tokens), watch)
     if page is not None:

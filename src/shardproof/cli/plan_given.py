@@ -39,8 +39,10 @@ def read_given(given: str) -> tuple[nn.Module, Any]:
     """
     where, colon, function = given.rpartition(":")
     if not colon or Path(given).is_dir():
-        if given.endswith(".py"):
-            raise UsageError(f"{written(given)} names no function in it. {_WAY_OUT}")
+        if given.endswith(".py") and not Path(given).is_dir():
+            raise UsageError(
+                f"{written(given)} is a file of Python, without a function. {_WAY_OUT}"
+            )
         return any_skeleton(given), None
     if not where or not function.isidentifier():
         raise UsageError(f"{written(given)} names no function in a module. {_WAY_OUT}")

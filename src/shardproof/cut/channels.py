@@ -1,4 +1,4 @@
-"""Norms of channels, and windows of images: each rank does the channels that it holds."""
+"""Norms of channels and of weights, and windows of images: each rank does what it holds."""
 
 from typing import Any
 
@@ -105,9 +105,9 @@ def _windows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, grows:
 
 @rule("_weight_norm")
 def weight_norm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A weight of which each slice along a dim has a norm of its own, as parametrized by torch."""
+    """`g * v / norm(v)`, with the norm over all dims but `dim`, as torch parametrizes weights."""
     given = {"dim": 0} | dict(zip(("v", "g", "dim"), args, strict=False)) | kwargs
     v, g, dim = given["v"], given["g"], given["dim"]
-    others = [each for each in range(v.dim()) if each != dim]  # -1: one norm of all
+    others = [each for each in range(v.dim()) if each != dim]  # dim=-1: one norm
     norm = torch.linalg.vector_norm(v, dim=others, keepdim=True) if others else v.abs()
     return v * (g / norm)

@@ -35,12 +35,12 @@ def conv(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _by_groups(x: Any, weight: Any, groups: int) -> Spec | None:
-    """How the output is cut where every rank holds whole groups of channels; None if it does not.
+    """How the output is cut if every rank holds whole groups of channels, else None.
 
     Args:
         x: (B, C, *size).
         weight: (C_out, C / groups, *kernel).
-        groups: of channels.
+        groups: number of groups of channels.
     """
     are_cut = isinstance(x, CutTensor) and isinstance(weight, CutTensor)
     if not are_cut or x.spec.dim != 1 or weight.spec.dim != 0 or x.shape[1] % groups:
@@ -57,7 +57,7 @@ def _by_groups(x: Any, weight: Any, groups: int) -> Spec | None:
 
 
 def _grouped(func: Any, x: CutTensor, weight: CutTensor, given: dict[str, Any], spec: Spec) -> Any:
-    """Every group has its own kernels: those that the rank holds."""
+    """Convolve the groups that this rank holds with the kernels of those groups."""
     region, who = spec.region, weight.who
     own = fitted(weight, region.spec(tuple(weight.shape), 0, spec.cut), who)
     bias = given["bias"]

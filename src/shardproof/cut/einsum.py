@@ -34,9 +34,9 @@ def einsum(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 @rule("tensordot")
 def tensordot(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A product over dims of both: letters that both have."""
+    """An einsum in which contracted dims share a letter."""
     a, b, dims = named(args, {"dims": 2, **kwargs}, "a", "b", "dims")
-    if kwargs.get("out") is not None or isinstance(dims, torch.Tensor):
+    if isinstance(dims, torch.Tensor):
         return gathered(func, name, args, kwargs)
     left, right = contracted_dims(a.dim(), b.dim(), dims)
     of_a, of_b = ascii_lowercase[: a.dim()], [*ascii_uppercase[: b.dim()]]

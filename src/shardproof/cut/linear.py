@@ -124,7 +124,7 @@ def baddbmm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 @rule("inner")
 def inner(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Products of all lines of one tensor with all of the other."""
+    """Sums of products over the last dim of both, for every pair of vectors."""
     a, b = named(args, kwargs, "input", "other")
     if a.dim() == 0 or b.dim() == 0:
         return run(torch.mul, (a, b), {})

@@ -291,7 +291,7 @@ def spatial(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
         return gathered(func, name, args, kwargs)
     dim, held = x.spec.dim, x.local.shape[x.spec.dim]
     local = x.local
-    if not held:  # torch refuses no channels
+    if not held:  # torch refuses a tensor without channels
         local = F.pad(local, [0, 0] * (x.dim() - 1 - dim) + [0, 1])
     y = invariant(x.spec.region, func, x.who)(local, *args[1:], **kwargs)
     parts = [each.narrow(dim, 0, held) for each in ((y,) if isinstance(y, Tensor) else y)]

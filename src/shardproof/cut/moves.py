@@ -18,6 +18,7 @@ from shardproof.cut.deferred import defer
 from shardproof.cut.others import gathered
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
+from shardproof.errors import ShapeError
 from shardproof.numerics import forms
 from shardproof.units import CutDim, Shared
 
@@ -90,11 +91,20 @@ def move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 @rule("diagonal")
 def diagonal(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Of two dims, of which one may be cut: the others of its elements are left out of a sum."""
+    """The diagonal of two dims; a copy if one of them is cut.
+
+    Then elements that are not on the diagonal become zero, and the other dim is summed.
+    """
     x, *rest = args
     given = {"offset": 0, "dim1": 0, "dim2": 1} | kwargs
     given |= dict(zip(("offset", "dim1", "dim2"), rest, strict=False))
-    offset, places = given["offset"], [given[key] % x.dim() for key in ("dim1", "dim2")]
+    offset, dims = given["offset"], [given[key] for key in ("dim1", "dim2")]
+    places = [dim % x.dim() for dim in dims]
+    if places[0] == places[1] or not all(-x.dim() <= dim < x.dim() for dim in dims):
+        raise ShapeError(
+            f"diagonal of dims {dims[0]} and {dims[1]} of a tensor of shape {tuple(x.shape)}. "
+            "Give two different dims that it has."
+        )
     rows, columns = (x.shape[place] for place in places)
     if x.spec.dim not in places:
         dim = x.spec.dim - sum(place < x.spec.dim for place in places)
@@ -103,11 +113,13 @@ def diagonal(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     size = max(0, min(rows + min(offset, 0), columns - max(offset, 0)))
     is_row = x.spec.dim == places[0]
     mask = torch.ones(rows, columns, dtype=torch.bool, device=x.device)
-    mask = mask.tril(offset).triu(offset)  # dims in the order of `x`, and of size 1
+    mask = mask.tril(offset).triu(offset)
     mask = mask if places[0] < places[1] else mask.t()
+    # It has the dims of `x`; those that are not of the diagonal have size 1.
     mask = mask.reshape([x.shape[n] if n in places else 1 for n in range(x.dim())])
-    lines = run(torch.where, (mask, x, x.new_zeros(())), {}).sum(places[is_row], keepdim=True)
-    first = max(0, -offset if is_row else offset)
+    kept = run(torch.where, (mask, x, x.new_zeros(())), {})
+    lines = kept.sum(places[is_row], keepdim=True, dtype=x.dtype)
+    first = min(max(0, -offset if is_row else offset), x.shape[x.spec.dim])
     lines = lines.narrow(x.spec.dim, first, size).movedim(x.spec.dim, -1)
     return lines.squeeze(places[is_row] - (places[is_row] > x.spec.dim))
 

@@ -25,7 +25,7 @@ from shardproof.numerics import forms
 
 _SEEN = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
-_WITHOUT_ARITHMETIC = frozenset(
+_NEEDS_NO_FORM = frozenset(
     """new_empty new_zeros new_ones new_full new_tensor zero_ fill_ empty_like zeros_like ones_like
     full_like empty zeros ones full arange tensor as_tensor from_numpy copy_ clone detach
     numpy item tolist data_ptr index_copy_ index_copy scatter_ scatter masked_fill_
@@ -53,7 +53,7 @@ def whole(x: CutTensor, why: str) -> Tensor:
     """All of it, on every rank; counted under `why`.
 
     Raises:
-        UsageError: it is a weight, of two dims or more.
+        UsageError: it is a cut weight of two dims or more, and no plan is made.
     """
     region = x.spec.region
     keep_weight(x, why)
@@ -62,40 +62,41 @@ def whole(x: CutTensor, why: str) -> Tensor:
 
 
 def keep_weight(x: CutTensor, why: str) -> None:
-    """Refuse to make a weight whole; while a plan is being made, note that it is to stay whole.
+    """Refuse to make a weight whole. While a plan is made, note that the weight must stay whole.
 
-    Whoever asks for the values of a weight outside of the model's forward gets them.
+    In a model that is cut by watching, code may read the values of a weight, for instance with
+    `numpy()`: no such code is in the forward.
 
     Args:
-        x: that is about to be gathered.
+        x: the tensor that is about to be gathered.
         why: the operation that needs all of it.
 
     Raises:
-        UsageError: it is a weight, or a view of one.
+        UsageError: it is a cut weight of two dims or more, or a view of one, and no plan is made.
     """
     region = x.spec.region
     weight = region.weight_of(x.local)
     if weight is None:
         return
     if region.is_rehearsed:
-        region.wanted_whole.setdefault(weight, (_as_written(why), x.who))
+        region.wanted_whole.setdefault(weight, _as_written(why))
         return
-    if why in _ASKING and not region.are_cut_inside_only:
+    if why in _ASKING and not region.are_weights_cut_only_in_forward:
         return  # a plan found by watching has no such weight in its forward
     raise UsageError(would_be_whole(_as_written(why), weight))
 
 
 def would_be_whole(operation: str, weight: str) -> str:
-    """What is said of an operation that a model's code does with a cut weight.
+    """The message for an operation that needs all of a cut weight.
 
     Args:
-        operation: that has no form for a part.
+        operation: that cannot be done on parts.
         weight: name of the parameter.
     """
     return (
-        f"{operation!r} would make the whole of {weight!r} on every rank: it has no form for a "
-        "weight that is cut. Leave the weight whole (no entry in the plan), or write what you "
-        "want of it with operations that have one."
+        f"{weight!r} would be whole on every rank: the model needs all of it ({operation}), and "
+        "that cannot be done on parts. Leave the weight whole (no entry in the plan), or write "
+        "it with operations that have a form for parts."
     )
 
 
@@ -120,7 +121,7 @@ def invariant(region: Region, func: Any, who: str) -> Callable[..., Any]:
     if found is None:
         form = forms.form_of(func) if region.scheme.is_invariant else func
         name = getattr(func, "__name__", str(func))
-        if form is None and not forms.holds(func) and name not in _WITHOUT_ARITHMETIC:
+        if form is None and not forms.holds(func) and name not in _NEEDS_NO_FORM:
             region.variant.setdefault(name, who)
         found = region.forms[func] = func if form is None else form
     return found

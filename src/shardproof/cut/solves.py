@@ -19,7 +19,7 @@ def solve_triangular(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[s
     a, b = given["A"], given["B"]
     cuts = [each for each in (a, b) if isinstance(each, CutTensor)]
     is_batch = all(each.spec.dim < each.dim() - 2 for each in cuts)
-    if not is_batch or a.shape[:-2] != b.shape[:-2] or given.get("out") is not None:
+    if not is_batch or a.shape[:-2] != b.shape[:-2]:
         return gathered(func, name, args, kwargs)
     lead = tuple(a.shape[:-2])
     ones = [one_along(one_along(each, each.dim() - 1), each.dim() - 2) for each in cuts]

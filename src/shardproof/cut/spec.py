@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shardproof.axis import Axis
 from shardproof.functional.crossings import Place
-from shardproof.layers.registry import is_cut_module, memory_of, parts_of
+from shardproof.layers.registry import is_cut_module, memory_of, name_by_memory, parts_of
 from shardproof.leaves import Cut
 from shardproof.scheme import Scheme
 from shardproof.transport.rehearsed import RehearsedTransport
@@ -60,7 +60,11 @@ class Spec:
         return self.region.spec(shape, dim, self.cut)
 
     def is_joined_by(self, shape: tuple[int, ...]) -> bool:
-        """Whether a whole tensor broadcasts to this one, and is the same along the cut dim."""
+        """Whether a whole tensor broadcasts to one that is cut so, with size 1 along the cut dim.
+
+        Args:
+            shape: of the whole tensor.
+        """
         found = self._joining.get(shape)
         if found is None:
             first = len(self.shape) - len(shape)
@@ -93,9 +97,9 @@ class Region:
         gathered: (operation, module) -> how often a tensor was gathered for want of a rule.
         called: modules whose own code calls, on whole tensors, what has a form of its own.
         drew: modules whose own code draws.
-        are_cut_inside_only: weights are cut tensors in the model's forward, and parts outside.
-        wanted_whole: weight -> the operation that needs all of it and its module, as a plan is
-            being made: the weight is to stay whole.
+        are_weights_cut_only_in_forward: outside of it, `module.weight` is this rank's part.
+        wanted_whole: name of a weight -> the operation that needs all of it. It is filled while a
+            plan is made; the next plan leaves these weights whole.
         is_rehearsed: a plan is being made: what modules call is remembered.
         variant: operation without an invariant form -> the module that called it first.
         kept_by_graphs: what compiled graphs refer to, as long as the region is there.
@@ -111,11 +115,12 @@ class Region:
         self.variant: dict[str, str] = {}
         self.called: set[str] = set()
         self.drew: set[str] = set()
-        self.are_cut_inside_only = False
-        self.wanted_whole: dict[str, tuple[str, str]] = {}
+        self.are_weights_cut_only_in_forward = False
+        self.wanted_whole: dict[str, str] = {}
         self.is_rehearsed = axis.transport.name == "rehearsed"
         self.kept_by_graphs: dict[Any, Any] = {}
-        self._weights: dict[int | None, tuple[weakref.ref[Tensor], str]] = {}
+        self._weights: list[tuple[weakref.ref[Tensor], str]] = []
+        self._memories: dict[int | None, str] = {}
         self._specs: dict[tuple[tuple[int, ...], int, int], Spec] = {}
         self._places: dict[tuple[int, str], Place] = {}
         self._cuts: dict[CutDim, CutDim] = {}
@@ -142,22 +147,31 @@ class Region:
             for parameter, part in parts_of(module)
             if part.is_cut and parameter.dim() > 1
         }
-        self._weights = {
-            memory_of(parameter): (weakref.ref(parameter), name)
+        self._weights = [
+            (weakref.ref(parameter), name)
             for name, parameter in model.named_parameters()
             if id(parameter) in cut
-        }
+        ]
+        self._memories = {}
 
     def weight_of(self, part: Tensor) -> str | None:
-        """The name of the cut weight in whose memory a tensor lies, or None."""
+        """The name of the cut weight in whose memory a tensor lies, or None.
+
+        Args:
+            part: what a rank holds.
+        """
         if torch.compiler.is_compiling():
             return None  # a graph is made of what has been run, on memory of its own
-        memory = memory_of(part)
-        found = self._weights.get(memory)
-        if found is None or memory is None:
-            return None
-        weight = found[0]()  # which may have been moved to other memory
-        return found[1] if weight is not None and memory_of(weight) == memory else None
+        first = self._weights[0][0]() if self._weights else None
+        if first is None or memory_of(first) not in self._memories:  # `.to()` moves all of them
+            alive = [(weight(), name) for weight, name in self._weights]
+            self._memories = {memory_of(x): name for x, name in alive if x is not None}
+            self._memories.pop(None, None)
+        name = self._memories.get(memory_of(part))
+        held = part if part._base is None else part._base
+        if name is None and isinstance(held, nn.Parameter) and held.dim() > 1:
+            return name_by_memory(held) or "a weight"  # of a copy of the model
+        return name
 
     def count_gathered(self, why: str, who: str) -> None:
         """Remember that a tensor is gathered for want of a rule."""

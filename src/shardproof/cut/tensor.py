@@ -19,6 +19,7 @@ from shardproof import observing
 from shardproof.checking import is_checked
 from shardproof.cut.spec import Spec
 from shardproof.errors import UsageError
+from shardproof.numerics.elementwise import check_out
 
 Rule = Callable[[Any, str, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -317,22 +318,29 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def run_as(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Do what the rule of a name says."""
-    if kwargs and isinstance(kwargs.get("out"), Tensor | CutTensor):
+    if kwargs and kwargs.get("out") is not None:
         return _into(name, func, args, kwargs)
     found = RULES.get(name) or RULES["others"]
-    if not observing.is_on() and not is_checked() and not _num_modes():
-        return found(func, name, args, kwargs)
     if observing.is_on():
         return observing.see_rule(
             name_of(func), args, partial(_run, found, func, name, args, kwargs)
         )
+    if not is_checked() and not _num_modes():
+        return found(func, name, args, kwargs)
     return _run(found, func, name, args, kwargs)
 
 
 def _into(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result is written to `out=`."""
+    """Compute the result, write it to `out`, and return `out`.
+
+    Raises:
+        UsageError: `out` is several tensors, has a gradient, or cannot hold the result's dtype.
+    """
     out = kwargs["out"]
     y = run_as(name, func, args, {key: each for key, each in kwargs.items() if key != "out"})
+    if not all(isinstance(each, Tensor | CutTensor) for each in (y, out)):
+        raise UsageError(f"{name}: out= of several tensors. Use the results that are returned.")
+    check_out(name, y, out)
     if out.shape != y.shape:
         out.resize_(y.shape)
     return run_as("copy_", Tensor.copy_, (out, y), {})
@@ -377,7 +385,7 @@ def named(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[An
 
 def _method(name: str) -> Callable[..., Any]:
     func = getattr(Tensor, name)
-    known = _NAMES.get(func) or name_of(func)
+    known = name_of(func)
 
     def method(self: CutTensor, *args: Any, **kwargs: Any) -> Any:
         return run_as(known, func, (self, *args), kwargs)

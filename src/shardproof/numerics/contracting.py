@@ -184,10 +184,20 @@ def contracted_dims(of_a: int, of_b: int, dims: Any) -> tuple[list[int], list[in
         of_a: how many dims the first operand has.
         of_b: likewise, the second.
         dims: as `tensordot` takes it.
+    Raises:
+        ShapeError: a dim is not there, or the numbers of dims differ.
     """
     if isinstance(dims, int):
-        return list(range(of_a - dims, of_a)), list(range(dims))
-    left, right = [[each] if isinstance(each, int) else list(each) for each in dims]
+        left, right = list(range(of_a - dims, of_a)), list(range(dims))
+    else:
+        left, right = [[each] if isinstance(each, int) else list(each) for each in dims]
+    for sides, count in ((left, of_a), (right, of_b)):
+        wrong = [each for each in sides if not -count <= each < count]
+        if wrong or len(left) != len(right) or len(sides) > count:
+            raise ShapeError(
+                f"tensordot contracts dims {left} of a tensor of {of_a} dims with {right} of one "
+                f"of {of_b}. Give as many of each, and only dims that are there."
+            )
     return [each % of_a for each in left], [each % of_b for each in right]
 
 

@@ -239,6 +239,25 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def check_out(name: str, y: Any, out: Any) -> None:
+    """Raise what torch raises of `out=` before a result is written to it.
+
+    Args:
+        name: of the function.
+        y: (*), the result.
+        out: (*), any placement.
+    Raises:
+        UsageError: one of them wants a gradient, or `out` cannot hold the dtype of the result.
+    """
+    if torch.is_grad_enabled() and (y.requires_grad or out.requires_grad):
+        raise UsageError(f"{name}: out= has no gradient. Use the result that is returned.")
+    if not torch.can_cast(y.dtype, out.dtype):
+        raise UsageError(
+            f"{name}: out= has dtype {out.dtype}, which cannot hold a result of {y.dtype}. "
+            "Give one of the result's dtype."
+        )
+
+
 def check_floating(x: Tensor, name: str) -> Tensor:
     """`x` itself.
 

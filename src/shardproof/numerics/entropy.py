@@ -1,6 +1,6 @@
-"""Cross-entropy of whole scores: log_softmax, then sums by `reducing.total`.
+"""Cross-entropy of whole logits: log_softmax, then sums by `reducing.total`.
 
-Plain tensors; no ranks.
+bf16 and fp16 are computed in fp32 and rounded once, at the end. Plain tensors; no ranks.
 """
 
 from typing import Any
@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn import _reduction
 
+from shardproof.errors import ShapeError, UsageError
 from shardproof.numerics.contracting import mul
+from shardproof.numerics.elementwise import widen
 from shardproof.numerics.reducing import total
 from shardproof.numerics.rowwise import log_softmax
 
@@ -23,12 +25,12 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """`F.cross_entropy`.
+    """Cross-entropy of logits, as `F.cross_entropy` computes it.
 
     Args:
-        input: (N, C, *) or (C,). Scores, Replicate along C.
-        target: (N, *) class indices, or probabilities of the shape of `input`.
-        weight: (C,), of each class.
+        input: (N, C, *) or (C,), Replicate along C.
+        target: (N, *) class indices, or probabilities of the shape of `input`; placed as `input`.
+        weight: (C,), Replicate. Of each class.
         size_average: as torch has it.
         ignore_index: targets that count for nothing.
         reduce: as torch has it.
@@ -36,21 +38,31 @@ def cross_entropy(
         label_smoothing: this part of each target is spread over all classes.
     Returns:
         (), or (N, *) for "none".
+    Raises:
+        ShapeError: the target does not fit the input.
+        UsageError: the reduction is unknown, or smoothing is no number from 0 to 1.
     """
     classes = min(1, input.dim() - 1)
     reduction = _reduced(size_average, reduce, reduction)
-    logs = log_softmax(input, classes)
+    if not 0 <= label_smoothing <= 1:
+        raise UsageError(f"cross_entropy: label_smoothing={label_smoothing}. Give 0.0 to 1.0.")
+    logs = log_softmax(widen(input), classes)
     count = input.shape[classes]
     if target.is_floating_point():
+        if target.shape != input.shape:
+            raise ShapeError(
+                f"cross_entropy: probabilities of shape {tuple(target.shape)} for an input of "
+                f"shape {tuple(input.shape)}. Give both the same shape."
+            )
         shares = target * (1 - label_smoothing) + label_smoothing / count
         losses = -total(_weighted(logs * shares, weight, classes), classes)
-        return _finished(losses, losses.numel(), reduction)
+        return _finished(losses, losses.numel(), reduction).to(input.dtype)
     losses, shares, kept = _picked(logs, target, weight, ignore_index, classes)
     if label_smoothing:
         smooth = -total(_weighted(logs, weight, classes), classes)
         smooth = smooth.where(kept, smooth.new_zeros(()))
         losses = losses * (1 - label_smoothing) + smooth * (label_smoothing / count)
-    return _finished(losses, total(shares), reduction)
+    return _finished(losses, total(shares), reduction).to(input.dtype)
 
 
 def nll_loss(
@@ -62,28 +74,38 @@ def nll_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """`F.nll_loss`: of log-probabilities; arguments as `cross_entropy` has them.
+    """Negative log-likelihood of log-probabilities, as `F.nll_loss` computes it.
 
     Args:
-        input: (N, C, *) or (C,).
-        target: (N, *) class indices.
-        weight: (C,).
+        input: (N, C, *) or (C,), Replicate along C.
+        target: (N, *) class indices, placed as `input`.
+        weight: (C,), Replicate. Of each class.
         size_average: as torch has it.
         ignore_index: targets that count for nothing.
         reduce: as torch has it.
         reduction: "mean", "sum" or "none".
     Returns:
         (), or (N, *) for "none".
+    Raises:
+        ShapeError: the target does not fit the input.
+        UsageError: the reduction is unknown.
     """
     classes = min(1, input.dim() - 1)
-    losses, shares, _ = _picked(input, target, weight, ignore_index, classes)
-    return _finished(losses, total(shares), _reduced(size_average, reduce, reduction))
+    reduction = _reduced(size_average, reduce, reduction)
+    losses, shares, _ = _picked(widen(input), target, weight, ignore_index, classes)
+    return _finished(losses, total(shares), reduction).to(input.dtype)
 
 
 def _picked(
     logs: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, classes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each target its loss, how much it counts, and whether it counts."""
+    """For each target its loss, its weight, and whether it is not ignored."""
+    wanted = (*logs.shape[:classes], *logs.shape[classes + 1 :])
+    if tuple(target.shape) != wanted:
+        raise ShapeError(
+            f"the targets have shape {tuple(target.shape)}, and an input of shape "
+            f"{tuple(logs.shape)} needs {wanted}. Give one class index for each prediction."
+        )
     kept = target != ignore_index
     index = target.where(kept, 0)
     picked = -logs.gather(classes, index.unsqueeze(classes)).squeeze(classes)
@@ -104,6 +126,8 @@ def _finished(losses: Tensor, count: Any, reduction: str) -> Tensor:
 
 
 def _reduced(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    if size_average is None and reduce is None:
-        return reduction
-    return _reduction.legacy_get_string(size_average, reduce)
+    if size_average is not None or reduce is not None:
+        return _reduction.legacy_get_string(size_average, reduce)
+    if reduction not in ("mean", "sum", "none"):
+        raise UsageError(f'reduction={reduction!r}. Give "mean", "sum" or "none".')
+    return reduction

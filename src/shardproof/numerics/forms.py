@@ -36,6 +36,7 @@ from shardproof.numerics.activating import overwriting, with_inplace
 from shardproof.numerics.broadcasting import broadcast, complex_product, in_fp32
 from shardproof.numerics.convolving import convolution
 from shardproof.numerics.einsum import einsum
+from shardproof.numerics.elementwise import check_out
 from shardproof.numerics.headed import attention
 from shardproof.numerics.indexing import getitem
 
@@ -249,8 +250,6 @@ _BY_NAME: Mapping[str, Form] = {
     "conv3d": convolution(3),
     **{f"avg_pool{n}d": pooling.average(n) for n in (1, 2, 3)},
     **{f"adaptive_avg_pool{n}d": pooling.adaptive_average(n) for n in (1, 2, 3)},
-    "cross_entropy": entropy.cross_entropy,
-    "nll_loss": entropy.nll_loss,
     "scaled_dot_product_attention": attention,
     "__getitem__": getitem,
     "expand": broadcasting.expand_to,
@@ -277,6 +276,8 @@ _BY_OBJECT: Mapping[Form, Form] = {
     F.softmax: _functional_softmax,
     F.log_softmax: _functional_log_softmax,
     F.softmin: _functional_softmin,
+    F.cross_entropy: entropy.cross_entropy,
+    F.nll_loss: entropy.nll_loss,
     F.layer_norm: rowwise.layer_norm,
     F.group_norm: channelwise.group_norm,
     F.batch_norm: channelwise.batch_norm,
@@ -316,11 +317,10 @@ def _with_out(name: str, form: Form) -> Form:
 
 
 def _written(y: Any, out: Any, name: str) -> Tensor:
-    """`out`, which holds the result from now on, as torch has it."""
+    """Write the result to `out` and return `out`, as torch does."""
     if not isinstance(y, Tensor) or not isinstance(out, Tensor):
-        raise UsageError(f"{name}: out=... of several tensors has no invariant form.")
-    if torch.is_grad_enabled() and (y.requires_grad or out.requires_grad):
-        raise UsageError(f"{name}: out=... has no gradient. Use the result that is returned.")
+        raise UsageError(f"{name}: out= of several tensors. Use the results that are returned.")
+    check_out(name, y, out)
     return out.resize_(y.shape).copy_(y) if out.shape != y.shape else out.copy_(y)
 
 

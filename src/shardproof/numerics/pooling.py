@@ -1,7 +1,8 @@
-"""Averages of windows, one dim of space after the other: no sum asks for channels or batch.
+"""Average pooling, one spatial dim after the other.
 
-A window's sum is that of its rows, each summed by `reducing.total`. Maxima hold in torch as they
-are. Plain tensors; no ranks.
+The bits of a window depend on its own elements alone, not on the number of channels or samples:
+`reducing.total` adds the elements along each dim. Max pooling needs no form: torch's own keeps the
+bits. Plain tensors; no ranks.
 """
 
 import math
@@ -18,10 +19,12 @@ from shardproof.numerics.reducing import mean, total
 
 
 def average(dims: int) -> Callable[..., Tensor]:
-    """`avg_pool1d`, `avg_pool2d` or `avg_pool3d`.
+    """Make the form of `avg_pool1d`, `avg_pool2d` or `avg_pool3d`.
 
     Args:
-        dims: of space.
+        dims: number of spatial dims, 1 to 3.
+    Returns:
+        A function of torch's arguments; its input is (N, C, *) or (C, *), Replicate along `*`.
     """
 
     def form(
@@ -35,9 +38,17 @@ def average(dims: int) -> Callable[..., Tensor]:
     ) -> Tensor:
         _check(input, dims, f"avg_pool{dims}d")
         taps = _sizes(kernel_size, dims)
-        steps = taps if stride is None or stride == [] else _sizes(stride, dims)
+        given = stride is not None and stride not in ((), [])
+        steps = _sizes(stride, dims) if given else taps
+        pads = _sizes(padding, dims)
+        if divisor_override == 0 or any(2 * pad > tap for pad, tap in zip(pads, taps, strict=True)):
+            raise UsageError(
+                f"avg_pool{dims}d: padding={padding} of windows of {kernel_size}, and "
+                f"divisor_override={divisor_override}. Give at most half of a window as padding, "
+                "and a divisor that is not 0."
+            )
         y, counts = widen(input), input.new_ones((), dtype=widen(input).dtype)
-        for n, (tap, step, pad) in enumerate(zip(taps, steps, _sizes(padding, dims), strict=True)):
+        for n, (tap, step, pad) in enumerate(zip(taps, steps, pads, strict=True)):
             dim = input.dim() - dims + n
             starts = _starts(input.shape[dim], tap, step, pad, is_ceiled=ceil_mode)
             if not starts:
@@ -59,10 +70,12 @@ def average(dims: int) -> Callable[..., Tensor]:
 
 
 def adaptive_average(dims: int) -> Callable[..., Tensor]:
-    """`adaptive_avg_pool1d`, `adaptive_avg_pool2d` or `adaptive_avg_pool3d`.
+    """Make the form of `adaptive_avg_pool1d`, `adaptive_avg_pool2d` or `adaptive_avg_pool3d`.
 
     Args:
-        dims: of space.
+        dims: number of spatial dims, 1 to 3.
+    Returns:
+        A function of torch's arguments; its input is (N, C, *) or (C, *), Replicate along `*`.
     """
 
     def form(input: Tensor, output_size: Any) -> Tensor:
@@ -96,15 +109,16 @@ def _starts(size: int, tap: int, step: int, pad: int, *, is_ceiled: bool) -> lis
 
 
 def _sizes(value: Any, dims: int) -> list[Any]:
-    if not isinstance(value, Sequence):
-        return [value] * dims
-    return [*value] if len(value) == dims else [*value] * dims
+    sizes = [*value] if isinstance(value, Sequence) else [value]
+    if len(sizes) not in (1, dims):
+        raise UsageError(f"{value} has {len(sizes)} sizes for {dims} spatial dims. Give {dims}.")
+    return sizes * dims if len(sizes) == 1 else sizes
 
 
 def _check(input: Tensor, dims: int, name: str) -> None:
     check_floating(input, name)
     if input.dim() not in (dims + 1, dims + 2):
         raise UsageError(
-            f"{name} takes (N, C, *) or (C, *) with {dims} dims of space, and the input has shape "
-            f"{tuple(input.shape)}."
+            f"{name} takes (N, C, *) or (C, *) with {dims} spatial dims, and the input has shape "
+            f"{tuple(input.shape)}. Reshape the input."
         )

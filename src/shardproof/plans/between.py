@@ -46,7 +46,7 @@ def hand_on(
     """
     region.keep(model)
     region.know_weights(model)
-    region.are_cut_inside_only = True
+    region.are_weights_cut_only_in_forward = True
     _watch_forwards(model, made.styles)
     for name, style in made.styles.items():
         layer: Any = model.get_submodule(name)

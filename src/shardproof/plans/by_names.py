@@ -75,8 +75,11 @@ def rehearse_by_names(model: nn.Module, made: ModelPlan, inputs: Any) -> Rehears
 
     try:
         rehearsal = rehearse(model, as_call(inputs), cut, degree=made.degree, device="meta")
-        for weight, operation, _ in rehearsal.wanted_whole:
-            raise UsageError(would_be_whole(operation, weight))
+        if rehearsal.wanted_whole:
+            said = [
+                would_be_whole(operation, weight) for weight, operation in rehearsal.wanted_whole
+            ]
+            raise UsageError(" ".join(said))
     except ShardproofError as error:
         raise PlanError(f"the plan does not fit {type(model).__name__}: {error}") from error
     return rehearsal

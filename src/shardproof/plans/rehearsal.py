@@ -42,8 +42,8 @@ def rehearse(
 ) -> Rehearsal:
     """Do a step on every rank of a copy of the model.
 
-    It is in training mode, so that what only training draws is seen. Where that fails, a model that
-    is in evaluation mode is rehearsed in it.
+    The copy is in training mode, so that the draws of training are seen. If that fails and a module
+    of the model is in evaluation mode, the copy has the modes of the model.
 
     Args:
         model: which stays as it is.
@@ -53,7 +53,7 @@ def rehearse(
         device: "meta" or "cpu".
 
     Returns:
-        What a step did; only `wanted_whole` if an operation would make a cut weight whole.
+        What a step did. If an operation needs a whole cut weight, only `wanted_whole` is filled.
 
     Raises:
         PlanError: a rank cannot do the step, or ranks would make different collectives.
@@ -84,8 +84,8 @@ class _Stage:
 
     Attributes:
         degree: how many ranks.
-        device: of all tensors.
-        trains: in training mode, or in the model's own.
+        device: where all tensors lie.
+        trains: True for training mode, False for the modes of the model.
     """
 
     degree: int
@@ -112,8 +112,7 @@ def _rehearsed(model: nn.Module, call: Any, cut: Cutting, stage: _Stage) -> Rehe
             if not regions or not regions[-1].wanted_whole:
                 raise _Failed(rank, error) from error
         if regions[-1].wanted_whole:
-            found = regions[-1].wanted_whole.items()
-            wanted = tuple((name, *each) for name, each in found)
+            wanted = tuple(regions[-1].wanted_whole.items())
             return Rehearsal(stage.device, (), wanted_whole=wanted)
         transports.append(transport)
     _check_alike([transport.calls for transport in transports], model)

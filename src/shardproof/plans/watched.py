@@ -80,8 +80,7 @@ def plan_by_watching(
         rehearsal = _rehearsed(model, (args, kwargs), made, watched)
         if not rehearsal.wanted_whole:
             return replace(made, rehearsal=rehearsal, notes=_notes(watched, rehearsal))
-        for name, operation, module in rehearsal.wanted_whole:
-            wanted[name] = f"{operation!r} in {module!r}" if module else f"{operation!r}"
+        wanted |= {name: f"{operation!r}" for name, operation in rehearsal.wanted_whole}
 
 
 def as_watched(model: nn.Module, plan: Any, degree: int, inputs: Any, scheme: Any) -> WatchedPlan:

@@ -67,8 +67,8 @@ class Rehearsal:
         calls: modules whose own code calls, on whole tensors, what has a form of its own.
         draws: modules whose own code draws.
         sent: the collectives by module, in their order.
-        wanted_whole: (weight, operation, module): cut weights of which an operation needs all, so
-            that they are to stay whole.
+        wanted_whole: (weight, operation): cut weights of which an operation needs all. They must
+            stay whole.
     """
 
     device: str
@@ -78,7 +78,7 @@ class Rehearsal:
     calls: frozenset[str] = frozenset()
     draws: frozenset[str] = frozenset()
     sent: tuple[Sent, ...] = ()
-    wanted_whole: tuple[tuple[str, str, str], ...] = ()
+    wanted_whole: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

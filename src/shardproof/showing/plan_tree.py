@@ -257,14 +257,15 @@ def _tail(node: Node) -> str:
 def _likeness(node: Node) -> Node:
     """The node without what tells it from others of its kind: its number, and those in reasons."""
     is_number = node.name.split(".")[0].isdigit()
-    return _starred(replace(node, name=f"*{_tail(node)}") if is_number else node)
+    return _with_starred_reasons(replace(node, name=f"*{_tail(node)}") if is_number else node)
 
 
-def _starred(node: Node) -> Node:
+def _with_starred_reasons(node: Node) -> Node:
+    """The node and its children, with stars in place of the numbers in reasons."""
     return replace(
         node,
         bars=tuple(replace(bar, how=starred(bar.how)) for bar in node.bars),
-        children=tuple(_starred(child) for child in node.children),
+        children=tuple(_with_starred_reasons(child) for child in node.children),
     )
 
 

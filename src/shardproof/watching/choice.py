@@ -42,7 +42,7 @@ def choose(
     Args:
         found: all families of the forward.
         watched: the forward.
-        wanted: weights that stay whole in any case -> the operation that needs all of one.
+        wanted: name of a weight that must stay whole -> the operation that needs all of it.
         enough: the part of the matrices' weights that should be cut; where fewer are, rows are
             cut alone, each with an all-reduce of its own.
     """
@@ -179,8 +179,9 @@ class _Why:
         family = self.found[number]
         if number in self.chosen:
             return f"every unit of {family.name!r} needs all of it"
-        if number in self.small:
-            return "it is too small to be worth a collective of its own"
+        small = "it is too small to be worth a collective of its own"
+        if number in self.small and family.kind == "vocabulary":
+            return small
         event = _blocking(family, name)
         if event is not None:
             return (
@@ -195,6 +196,8 @@ class _Why:
         rivals = family.crosses & self.chosen
         if rivals:
             return f"an activation that has it is cut as {self.found[min(rivals)].name!r}"
+        if number in self.small:
+            return small
         others = [other for other, _ in family.dims if other in self.taken and other != name]
         if others:
             return f"it would be cut with {others[0]!r}, which is cut along another dim"
