@@ -91,7 +91,7 @@ def test_without_deferring_packed_heads_are_gathered(
 def test_packed_heads_that_are_used_otherwise_are_whole(pool: Pool) -> None:
     def work(axis: Axis) -> list[Any]:
         model = cut_model(axis, "llama")
-        weight = model.model.layers[0].self_attn.q_proj.weight.detach() * 1  # (24, 24), 6 heads of 4
+        weight = model.model.layers[0].self_attn.q_proj.weight.detach() * 1  # 6 heads of 4
         heads, whole = weight.reshape(6, 1, 4, 24), weight.whole().reshape(6, 1, 4, 24)
         packed = heads.transpose(0, 1).reshape(2, 3, 4, 24)
         assert type(packed) is Deferred
