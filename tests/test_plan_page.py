@@ -123,6 +123,27 @@ def test_layers_that_are_alike_are_one_node_with_what_each_sends(made: sp.Watche
     assert names["norm"].bars[0].how == "'native_layer_norm' in '*.norm' adds up over it."
 
 
+class Residual(nn.Module):
+    """A block whose linears have numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = x + self.mlp(x)
+        return y
+
+
+def test_children_that_are_numbered_keep_their_numbers() -> None:
+    """Blocks that are alike are one node; the linears in them are two."""
+    blocks = nn.Sequential(Residual(), Residual(), Residual(), nn.Linear(12, 12))
+    tree = tree_of(sp.plan(blocks, degree=2, inputs=torch.zeros(2, 12)), batch=1, length=1)
+    (alike,) = [node for node in tree.children if node.count == 2]
+    assert alike.name == "1-2.mlp"
+    assert [child.name for child in alike.children] == ["0", "2"]
+
+
 def test_a_bar_has_the_owners_the_copies_and_the_blocks(made: sp.WatchedPlan) -> None:
     names = {node.name: node for node in nodes(tree_of(made, batch=1, length=1))}
     (bar,) = names["qkv"].bars

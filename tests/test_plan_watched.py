@@ -97,6 +97,17 @@ def test_a_function_of_ones_own_is_planned(given: str) -> None:
     assert lines[-2].startswith("a step with these inputs, forward: 4 all_reduce of 3.8 KiB")
 
 
+@pytest.mark.parametrize("option", ["--batch", "--length"])
+def test_the_size_of_an_example_is_refused_where_a_function_gives_one(option: str) -> None:
+    said = refused("own_model_file.py:build", "--degree", "2", option, "4")
+    assert "own_model_file.py:build returns its own. Leave both out." in " ".join(said.split())
+
+
+def test_a_file_without_a_function_is_told_from_a_directory() -> None:
+    said = refused("own_model_file.py", "--degree", "2")
+    assert "is a file of Python, without a function" in " ".join(said.split())
+
+
 def test_the_docs_show_what_the_command_prints(tmp_path: Path) -> None:
     page = (Path(__file__).parents[1] / "docs" / "plans.md").read_text()
     (code,) = re.findall(r"```python\n# mymodel.py\n(.*?)```", page, re.DOTALL)

@@ -83,6 +83,23 @@ def test_is_refused_after_the_weights_have_been_moved(how: str, pool: Pool) -> N
     assert "would be whole on every rank" in pool(2, "threads").run(run)[0]
 
 
+def test_memory_of_a_weight_that_is_gone_is_no_weight(pool: Pool) -> None:
+    """A new parameter takes the place of one; another tensor may get the old one's memory."""
+
+    def run(axis: Axis) -> bool:
+        model: Any = sp.parallelize(copy.deepcopy(pair), NAMED, axis)
+        region = model.up.forward.args[1]
+        old = model.down.weight
+        part = old.detach()
+        assert region.weight_of(part) == "down.weight"
+        model.down.weight = nn.Parameter(part.clone())
+        del old
+        return region.weight_of(part) is None
+
+    pair = Pair(lambda m, h: h.relu())
+    assert pool(2, "threads").run(run) == [True, True]
+
+
 def test_whole_of_a_weight_is_refused(pool: Pool) -> None:
     def run(axis: Axis) -> str:
         model = sp.parallelize(copy.deepcopy(pair), NAMED, axis)

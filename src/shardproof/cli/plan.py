@@ -3,6 +3,7 @@
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from torch import nn
 
 from shardproof.cli.json_file import JsonFile, is_same
@@ -29,8 +30,10 @@ BATCH, LENGTH = 4, 128
 @click.argument("model_dir")
 @click.option("--degree", metavar="D", required=True, help="How many ranks.")
 @leaves_option
-@click.option("--batch", metavar="B", help=f"Rows of a step.  [default: {BATCH}]")
-@click.option("--length", metavar="L", help=f"Tokens of a row.  [default: {LENGTH}]")
+@click.option("--batch", metavar="B", default=str(BATCH), show_default=True, help="Rows of a step.")
+@click.option(
+    "--length", metavar="L", default=str(LENGTH), show_default=True, help="Tokens of a row."
+)
 @click.option(
     "--watch", is_flag=True, help="Watch a forward also where the model's tp_plan serves."
 )
@@ -41,8 +44,8 @@ def plan(
     model_dir: str,
     degree: str,
     leaves: str,
-    batch: str | None,
-    length: str | None,
+    batch: str,
+    length: str,
     watch: bool,
     html_path: str | None,
     json_path: str | None,
@@ -59,8 +62,8 @@ def plan(
     """
     ranks = positive(degree, option="--degree", example=2)
     scheme = Scheme(leaves=positive(leaves, option="--leaves", example=DEFAULT_LEAVES))
-    rows = positive(str(BATCH) if batch is None else batch, option="--batch", example=BATCH)
-    tokens = positive(str(LENGTH) if length is None else length, option="--length", example=LENGTH)
+    rows = positive(batch, option="--batch", example=BATCH)
+    tokens = positive(length, option="--length", example=LENGTH)
     check_degree(ranks, scheme.leaves)
     if html_path is not None and json_path is not None and is_same(html_path, json_path):
         raise UsageError(
@@ -70,7 +73,7 @@ def plan(
     page = JsonFile(html_path, option="--html") if html_path is not None else None
     target = JsonFile(json_path) if json_path is not None else None
     model, inputs = read_given(model_dir)
-    if inputs is not None and (batch is not None or length is not None):
+    if inputs is not None and (_is_given("batch") or _is_given("length")):
         raise UsageError(
             f"--batch and --length set the size of an example that a config gives, and "
             f"{written(model_dir)} returns its own. Leave both out."
@@ -88,6 +91,12 @@ def plan(
         target.write(as_json(asked))
     show_model(asked, console())
     return 0
+
+
+def _is_given(option: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = click.get_current_context().get_parameter_source(option)
+    return source is not ParameterSource.DEFAULT
 
 
 def _made(

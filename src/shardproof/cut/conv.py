@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from shardproof.cut.linear import product
 from shardproof.cut.meet import fitted
 from shardproof.cut.others import gathered, invariant
-from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 from shardproof.units import CutDim
 
@@ -28,14 +27,14 @@ def conv(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return gathered(func, name, args, kwargs)
     if given["groups"] == 1:
         return _by_windows(x, weight, given["bias"], given, n)
-    spec = _by_groups(x, weight, given["groups"])
-    if spec is None:
+    along = _by_groups(x, weight, given["groups"])
+    if along is None:
         return gathered(func, name, args, kwargs)
-    return _grouped(func, x, weight, given, spec)
+    return _grouped(func, x, weight, given, along)
 
 
-def _by_groups(x: Any, weight: Any, groups: int) -> Spec | None:
-    """How the output is cut if every rank holds whole groups of channels, else None.
+def _by_groups(x: Any, weight: Any, groups: int) -> CutDim | None:
+    """How the output's channels are cut if every rank holds whole groups of channels, else None.
 
     Args:
         x: (B, C, *size).
@@ -52,17 +51,19 @@ def _by_groups(x: Any, weight: Any, groups: int) -> Spec | None:
         is_whole = bool((labels == labels[:, :1]).all())
         outs = np.repeat(labels[:, 0], weight.shape[0] // groups)
         region.recipes[key] = region.one(CutDim.of_labels(cut.shared, outs)) if is_whole else None
-    along = region.recipes[key]
-    return None if along is None else region.spec((x.shape[0], weight.shape[0]), 1, along)
+    found: CutDim | None = region.recipes[key]
+    return found
 
 
-def _grouped(func: Any, x: CutTensor, weight: CutTensor, given: dict[str, Any], spec: Spec) -> Any:
+def _grouped(
+    func: Any, x: CutTensor, weight: CutTensor, given: dict[str, Any], along: CutDim
+) -> CutTensor:
     """Convolve the groups that this rank holds with the kernels of those groups."""
-    region, who = spec.region, weight.who
-    own = fitted(weight, region.spec(tuple(weight.shape), 0, spec.cut), who)
+    region, who = x.spec.region, weight.who
+    own = fitted(weight, region.spec(tuple(weight.shape), 0, along), who)
     bias = given["bias"]
     if bias is not None:
-        bias = fitted(bias, region.spec(tuple(bias.shape), 0, spec.cut), who)
+        bias = fitted(bias, region.spec(tuple(bias.shape), 0, along), who)
     held = x.local.shape[1] * given["groups"] // x.shape[1]
     options = {key: given[key] for key in ("stride", "padding", "dilation")}
     if held:
@@ -72,7 +73,7 @@ def _grouped(func: Any, x: CutTensor, weight: CutTensor, given: dict[str, Any], 
         used = x.local.sum() + own.sum()  # all that takes part elsewhere gets a gradient here too
         used = used if bias is None else used + bias.sum()
         y = used.expand(x.shape[0], 0, *sizes)
-    return cut_tensor(y, spec.of_part(y.shape), who)
+    return cut_tensor(y, region.spec((y.shape[0], along.size, *y.shape[2:]), 1, along), who)
 
 
 def _each(value: Any, n: int) -> tuple[int, ...]:

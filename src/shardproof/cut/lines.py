@@ -289,12 +289,14 @@ def spatial(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     used = x.dim() - 2 if count < 0 else count
     if not isinstance(x, CutTensor) or x.spec.dim >= x.dim() - used:
         return gathered(func, name, args, kwargs)
-    dim, held = x.spec.dim, x.local.shape[x.spec.dim]
-    local = x.local
-    if not held:  # torch refuses a tensor without channels
+    dim, local = x.spec.dim, x.local
+    is_empty = not local.shape[dim]
+    if is_empty:  # torch refuses a tensor without channels
         local = F.pad(local, [0, 0] * (x.dim() - 1 - dim) + [0, 1])
     y = invariant(x.spec.region, func, x.who)(local, *args[1:], **kwargs)
-    parts = [each.narrow(dim, 0, held) for each in ((y,) if isinstance(y, Tensor) else y)]
+    parts = [y] if isinstance(y, Tensor) else y
+    if is_empty:
+        parts = [each.narrow(dim, 0, 0) for each in parts]
     made = [cut_tensor(each, x.spec.of_part(each.shape), x.who) for each in parts]
     return made[0] if isinstance(y, Tensor) else type(y)(made)
 

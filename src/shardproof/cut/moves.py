@@ -84,8 +84,7 @@ def move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     many, outs = recipe
     if many is None:
         ((step, spec),) = outs
-        y = step(x.local)
-        return y if spec is None else cut_tensor(y, spec, x.who)
+        return _made(step, spec, x)
     return many([_made(step, spec, x) for step, spec in outs])
 
 

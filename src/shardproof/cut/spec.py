@@ -120,7 +120,7 @@ class Region:
         self.is_rehearsed = axis.transport.name == "rehearsed"
         self.kept_by_graphs: dict[Any, Any] = {}
         self._weights: list[tuple[weakref.ref[Tensor], str]] = []
-        self._memories: dict[int | None, str] = {}
+        self._memories: dict[int | None, tuple[weakref.ref[Tensor], str]] = {}
         self._specs: dict[tuple[tuple[int, ...], int, int], Spec] = {}
         self._places: dict[tuple[int, str], Place] = {}
         self._cuts: dict[CutDim, CutDim] = {}
@@ -164,14 +164,18 @@ class Region:
             return None  # a graph is made of what has been run, on memory of its own
         first = self._weights[0][0]() if self._weights else None
         if first is None or memory_of(first) not in self._memories:  # `.to()` moves all of them
-            alive = [(weight(), name) for weight, name in self._weights]
-            self._memories = {memory_of(x): name for x, name in alive if x is not None}
+            alive = [(each[0](), each) for each in self._weights]
+            self._memories = {memory_of(x): each for x, each in alive if x is not None}
             self._memories.pop(None, None)
-        name = self._memories.get(memory_of(part))
+        memory = memory_of(part)
+        weight, name = self._memories.get(memory, (None, None))
+        known = None if weight is None else weight()
+        if known is not None and memory_of(known) == memory:  # not of another tensor by now
+            return name
         held = part if part._base is None else part._base
-        if name is None and isinstance(held, nn.Parameter) and held.dim() > 1:
+        if isinstance(held, nn.Parameter) and held.dim() > 1:
             return name_by_memory(held) or "a weight"  # of a copy of the model
-        return name
+        return None
 
     def count_gathered(self, why: str, who: str) -> None:
         """Remember that a tensor is gathered for want of a rule."""

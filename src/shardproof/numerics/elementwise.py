@@ -247,8 +247,11 @@ def check_out(name: str, y: Any, out: Any) -> None:
         y: (*), the result.
         out: (*), any placement.
     Raises:
-        UsageError: one of them wants a gradient, or `out` cannot hold the dtype of the result.
+        UsageError: there are several results, one of them wants a gradient, or `out` cannot hold
+            the dtype of the result.
     """
+    if isinstance(y, tuple | list) or isinstance(out, tuple | list):
+        raise UsageError(f"{name}: out= of several tensors. Use the results that are returned.")
     if torch.is_grad_enabled() and (y.requires_grad or out.requires_grad):
         raise UsageError(f"{name}: out= has no gradient. Use the result that is returned.")
     if not torch.can_cast(y.dtype, out.dtype):

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardproof.errors import UsageError
 from shardproof.numerics import (
     activating,
     broadcasting,
@@ -316,10 +315,8 @@ def _with_out(name: str, form: Form) -> Form:
     return call
 
 
-def _written(y: Any, out: Any, name: str) -> Tensor:
+def _written(y: Any, out: Any, name: str) -> Any:
     """Write the result to `out` and return `out`, as torch does."""
-    if not isinstance(y, Tensor) or not isinstance(out, Tensor):
-        raise UsageError(f"{name}: out= of several tensors. Use the results that are returned.")
     check_out(name, y, out)
     return out.resize_(y.shape).copy_(y) if out.shape != y.shape else out.copy_(y)
 

@@ -47,7 +47,8 @@ def average(dims: int) -> Callable[..., Tensor]:
                 f"divisor_override={divisor_override}. Give at most half of a window as padding, "
                 "and a divisor that is not 0."
             )
-        y, counts = widen(input), input.new_ones((), dtype=widen(input).dtype)
+        y = widen(input)
+        counts = y.new_ones(())
         for n, (tap, step, pad) in enumerate(zip(taps, steps, pads, strict=True)):
             dim = input.dim() - dims + n
             starts = _starts(input.shape[dim], tap, step, pad, is_ceiled=ceil_mode)

@@ -64,7 +64,7 @@ def plan_by_watching(
     found = families(watched)
     named = dict(model.named_parameters())
     dtypes = {name: named[name].dtype for name in watched.shapes}
-    wanted: dict[str, str] = {}  # weights that a rehearsal would have gathered -> by what
+    wanted: dict[str, str] = {}  # weight that a rehearsal would have gathered -> operation
     while True:
         choice = choose(found, watched, wanted=wanted)
         made = WatchedPlan(
@@ -80,7 +80,7 @@ def plan_by_watching(
         rehearsal = _rehearsed(model, (args, kwargs), made, watched)
         if not rehearsal.wanted_whole:
             return replace(made, rehearsal=rehearsal, notes=_notes(watched, rehearsal))
-        wanted |= {name: f"{operation!r}" for name, operation in rehearsal.wanted_whole}
+        wanted |= dict(rehearsal.wanted_whole)
 
 
 def as_watched(model: nn.Module, plan: Any, degree: int, inputs: Any, scheme: Any) -> WatchedPlan:

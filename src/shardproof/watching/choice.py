@@ -69,7 +69,7 @@ def choose(
     matrices = sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
     why = _Why(found, chosen, small, taken, watched)
     whole = {name: why.sentence(name) for name in shapes if name not in taken}
-    whole |= {name: f"{operation} needs all of it at once." for name, operation in wanted.items()}
+    whole |= {name: f"{operation!r} needs all of it at once." for name, operation in wanted.items()}
     families = (*(found[n] for n in sorted(chosen)), *alone)
     return Choice(families, whole, cut / max(matrices, 1))
 
