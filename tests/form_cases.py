@@ -285,6 +285,9 @@ for _kind in ("avg", "max"):
     _of = torch._C._nn if _kind == "avg" else torch
     _add(f"{_kind}_pool1d", getattr(F, f"{_kind}_pool1d"), lambda f: lambda x: f(x, 3, 2, 1),
          operands="nct", result="nc1", fixed={"t": 7} | _some, **_options)  # fmt: skip
+    _add(f"{_kind}_pool1d of wide windows", getattr(F, f"{_kind}_pool1d"),
+         lambda f: lambda x: f(x, 61, 20, 7), operands="nct", result="nc1",
+         fixed={"t": 101} | _some, **_options)  # fmt: skip
     _add(f"{_kind}_pool2d", getattr(_of, f"{_kind}_pool2d"),
          lambda f: lambda x: f(x, (3, 2), 2, 1, ceil_mode=True),
          operands="nctu", result="nc11", fixed={"t": 5, "u": 8} | _some, **_options)  # fmt: skip

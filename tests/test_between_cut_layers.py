@@ -1,6 +1,8 @@
 """What stands between two cut layers: never a wrong number in silence."""
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
+import shardproof as sp
 from between import (
     BATCH,
     HIDDEN,
@@ -20,10 +23,12 @@ from between import (
     check,
     check_runs,
     forced,
+    run,
     run_by_names,
     watched,
 )
-from shardproof.errors import PlanError
+from shardproof.errors import PlanError, UsageError
+from shardproof.units import Block
 
 HALF = HIDDEN // 2
 Make = Callable[[], nn.Module]
@@ -500,3 +505,57 @@ def test_with_every_feature_a_unit(name: str) -> None:
 def test_by_names(name: str) -> None:
     """A plan that names the two linears, and has seen no forward."""
     check_runs(EVERY[name], partial(run_by_names, EVERY[name]), (1, 2, 3))
+
+
+def test_a_convolution_whose_groups_are_cut_is_refused() -> None:
+    """Units of one channel, and groups of six: parts of a group cannot be convolved."""
+    make = EVERY["grouped convolution"]
+    plan = forced(make)
+    (family,) = plan.families
+    block = (Block(HIDDEN, 0, 1),)
+    dims = {**family.dims, ("part.weight", 0): block, ("part.bias", 0): block}
+    plan = replace(plan, families=(replace(family, dims=dims),))
+    with pytest.raises(UsageError, match=r"'part\.weight' would be whole on every rank"):
+        run(make, plan, 3)
+
+
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "adaptive_max_pool1d": lambda h: F.adaptive_max_pool1d(h, 2),
+    "max_pool1d": lambda h: F.max_pool1d(h, 2),
+    "avg_pool1d": lambda h: F.avg_pool1d(h, 2),
+    "max_pool3d": lambda h: F.max_pool3d(h[..., None, None], 1)[..., 0, 0],
+    "with places": lambda h: F.adaptive_max_pool1d(h, 2, return_indices=True)[0],
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_a_rank_without_channels_pools_nothing(name: str) -> None:
+    """Two channels on three ranks."""
+
+    class Pools(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(IN, 2), nn.Linear(2, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.down(POOLS[name](self.up(x).transpose(1, 2)).transpose(1, 2))
+            return y
+
+    def step(model: nn.Module) -> list[Tensor]:
+        given = x.clone().requires_grad_()
+        y = model(given)
+        y.square().sum().backward()
+        assert given.grad is not None
+        return [y.detach(), given.grad]
+
+    def work(axis: sp.Axis) -> list[Tensor]:
+        return step(sp.parallelize(copy.deepcopy(whole), plans[axis.size], axis))
+
+    torch.manual_seed(0)
+    whole, x = Pools(), torch.randn(2, 6, IN)
+    plans = {degree: sp.plan(whole, degree=degree, inputs=x) for degree in (1, 3)}
+    (one,) = sp.launch(work, degree=1)
+    for mine, true in zip(one, step(whole), strict=True):
+        torch.testing.assert_close(mine, true)
+    for other in sp.launch(work, degree=3):
+        assert all(map(torch.equal, other, one))

@@ -183,6 +183,8 @@ def test_norms_have_the_bits_of_the_layers(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_numbers_are_rounded_once(dtype: torch.dtype) -> None:
     x, w = normal(7, 33).to(dtype), normal(33, seed=1).to(dtype)
+    scores = normal(3000, 33, seed=2).mul(30).to(dtype)  # of which the sum is too large for fp16
+    target = torch.arange(3000) % 33
     for function, operands in (
         (torch.sum, (x, 0)),
         (torch.mean, (x, 1)),
@@ -192,9 +194,14 @@ def test_narrow_numbers_are_rounded_once(dtype: torch.dtype) -> None:
         (torch.softmax, (x, -1)),
         (torch.pow, (x.abs(), 1.7)),
         (torch.var, (x, 1)),
+        (F.cross_entropy, (scores, target)),
+        (F.nll_loss, (scores, target)),
+        (F.avg_pool1d, (x, 5)),
+        (F.adaptive_avg_pool2d, (x[None], (2, 4))),
     ):
         form = forms.form_of(function)
-        wide = [o.float() if isinstance(o, Tensor) else o for o in operands]
+        is_narrow = [isinstance(o, Tensor) and o.dtype is dtype for o in operands]
+        wide = [o.float() if n else o for o, n in zip(operands, is_narrow, strict=True)]
         assert bits_equal(form(*operands), form(*wide).to(dtype)), function
 
 

@@ -73,7 +73,10 @@ MOVED: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("how", MOVED)
 def test_is_refused_after_the_weights_have_been_moved(how: str, pool: Pool) -> None:
     def run(axis: Axis) -> str:
-        model = MOVED[how](sp.parallelize(copy.deepcopy(pair), NAMED, axis))
+        cut = sp.parallelize(copy.deepcopy(pair), NAMED, axis)
+        with pytest.raises(UsageError):
+            cut(X)
+        model = MOVED[how](cut)
         with pytest.raises(UsageError) as caught:
             model(X.to(next(model.parameters()).dtype))
         return str(caught.value)
