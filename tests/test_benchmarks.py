@@ -29,11 +29,6 @@ def case_times():
         ("leaf_sums.py", ["--rounds", "1"], "1, 4096, 1024"),
         ("layer_profile.py", ["--rounds", "1", "--calls", "20"], "bias gradient"),
         (
-            "overlap_times.py",
-            ["--rounds", "1", "--steps", "1", "--transport", "threads", "--sizes", "1"],
-            "256, 32",
-        ),
-        (
             "before_after.py",
             f"{PATH.parents[1]} --work linear-row --rounds 1 --system invariant-threads".split(),
             "linear-row",

@@ -97,7 +97,7 @@ def test_degrees_that_are_none_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("command", "option"),
-    [("prove", each) for each in ("--transport", "--overlap", "--numerics", "--case")]
+    [("prove", each) for each in ("--transport", "--numerics", "--case")]
     + [("bench", "--work"), ("bench", "--system")],
 )
 def test_a_name_that_is_none_is_refused_and_shortened(command: str, option: str) -> None:

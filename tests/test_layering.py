@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("environment", "files"),
     ("objects",),
     ("autograd", "checking", "core", "extras", "leaves", "runs", "telling", "tree"),
-    ("heads", "observing", "overlap", "scheme", "timeout", "units"),
+    ("heads", "observing", "scheme", "timeout", "units"),
     ("operators",),
     ("block_layout",),
     # One forward of any module, and what of it can be cut apart: labels, rules, families.

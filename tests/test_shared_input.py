@@ -21,7 +21,6 @@ from shardproof.layers.linear import ColumnParallelLinear
 from shardproof.layers.shared import link
 from shardproof.leaves import Cut
 from shardproof.numerics import joined, mode, products
-from shardproof.overlap import Overlap
 from shardproof.scheme import Scheme
 from shardproof.transport.base import Call, Pending, Transport
 from shared_group import (
@@ -189,8 +188,8 @@ class Watched(Pending):
 class Watching:
     """A transport that tells what sums are started, and when they are waited for."""
 
-    def __init__(self, axis: Axis, log: list[str]) -> None:
-        self._inner, self._log = axis.transport, log
+    def __init__(self, axis: Axis, log: list[str], *, is_asynchronous: bool) -> None:
+        self._inner, self._log, self.is_asynchronous = axis.transport, log, is_asynchronous
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -200,9 +199,9 @@ class Watching:
         return Watched(self._inner.start_sum(*args, call=call, **named), self._log)
 
 
-@pytest.mark.parametrize("is_overlapped", [True, False])
+@pytest.mark.parametrize("is_asynchronous", [True, False])
 def test_weight_gradients_are_computed_while_the_sum_runs(
-    pool: Pool, monkeypatch: pytest.MonkeyPatch, is_overlapped: bool
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, is_asynchronous: bool
 ) -> None:
     logs: tuple[list[str], list[str]] = ([], [])
     product = LinearSite.weight_gradient
@@ -215,31 +214,14 @@ def test_weight_gradients_are_computed_while_the_sum_runs(
 
     def run(axis: Axis) -> None:
         log = logs[axis.rank]
-        own = dataclasses.replace(
-            axis, transport=Watching(axis, log), overlap=Overlap(backward=is_overlapped)
-        )
+        transport = Watching(axis, log, is_asynchronous=is_asynchronous)
+        own = dataclasses.replace(axis, transport=transport)
         step(GROUPS[5], GROUPS[5].layers(own))
 
     pool(2, "threads").run(run)
-    start = ["layers.0.self_attn", *([] if is_overlapped else ["wait"])]
-    end = ["wait"] if is_overlapped else []
+    start = ["layers.0.self_attn", *([] if is_asynchronous else ["wait"])]
+    end = ["wait"] if is_asynchronous else []
     assert logs == ([*start, "q", "k", "v", *end],) * 2
-
-
-@EVERYWHERE
-def test_overlap_changes_no_bit(pool: Pool, degree: int, engine: str) -> None:
-    def run(axis: Axis) -> list[str]:
-        groups = [group for group in LARGER if group.dtype == torch.float32]
-        first, second = (
-            [
-                computed(dataclasses.replace(axis, overlap=Overlap(backward=is_overlapped)), group)
-                for group in groups
-            ]
-            for is_overlapped in (True, False)
-        )
-        return differing(first, second)
-
-    assert not any(pool(degree, engine).run(run))
 
 
 @pytest.mark.parametrize(

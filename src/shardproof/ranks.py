@@ -13,7 +13,6 @@ from shardproof.engines.processes import ProcessRanks
 from shardproof.engines.threads import ThreadRanks
 from shardproof.errors import UsageError
 from shardproof.leaves import checked_degree
-from shardproof.overlap import Overlap, checked_overlap
 from shardproof.quantities import checked_flag, checked_whole
 from shardproof.timeout import checked_timeout
 from shardproof.trace.trace import Trace, checked_trace
@@ -50,7 +49,6 @@ def launch(
     timeout: float = 600.0,
     compare_inputs: bool = True,
     transport: str = AUTO,
-    overlap: Overlap | str = "auto",
     trace: Trace | bool = False,
 ) -> Results[T]:
     """Call `fn(axis)` on `degree` ranks and return every rank's result, in rank order.
@@ -67,8 +65,6 @@ def launch(
             had since the last one; ranks that were given different batches then raise.
         transport: "auto", or what must carry the bytes: "threads" for threads, "shm" (shared
             memory) or "gloo" for processes. "auto" takes gloo where memory cannot be shared.
-        overlap: which sums run while a product is computed: an `Overlap`, "auto", "on" or "off".
-            It never changes a bit.
         trace: True, or a `Trace` with options: what every rank computes, sends and holds.
 
     Returns:
@@ -97,7 +93,6 @@ def launch(
         timeout=timeout,
         compare_inputs=compare_inputs,
         transport=transport,
-        overlap=overlap,
     )
     with ranks:
         return Results(ranks.run(fn)) if kept is None else _traced(ranks, fn, kept)
@@ -117,7 +112,6 @@ def open_ranks(
     timeout: float = 600.0,
     compare_inputs: bool = True,
     transport: str = AUTO,
-    overlap: Overlap | str = "auto",
 ) -> Ranks:
     """Start ranks that serve many calls; a context manager that ends them.
 
@@ -128,7 +122,6 @@ def open_ranks(
         timeout: as in `launch`.
         compare_inputs: as in `launch`.
         transport: as in `launch`.
-        overlap: as in `launch`.
 
     Raises:
         DegreeError, UsageError: an argument makes no sense, or the machine cannot start so many
@@ -148,7 +141,6 @@ def open_ranks(
         timeout=_check_timeout(timeout),
         compare_inputs=checked_flag(compare_inputs, "compare_inputs"),
         transport=_check_transport(transport, engine),
-        overlap=checked_overlap(overlap),
     )
     check_threads(settings.threads, degree, written=f"threads={settings.threads}")
     return ThreadRanks(settings) if engine == "threads" else ProcessRanks(settings)

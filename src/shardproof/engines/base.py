@@ -11,7 +11,6 @@ from typing import Any, Self, TypeVar
 from shardproof.axis import Axis
 from shardproof.engines.interrupt import listening
 from shardproof.errors import RankError, UsageError
-from shardproof.overlap import DEFAULT_OVERLAP, Overlap
 
 T = TypeVar("T")
 
@@ -26,7 +25,6 @@ class Settings:
         timeout: seconds that a rank waits for the others in one collective.
         compare_inputs: let exchanges compare the inputs of layers.
         transport: what was asked for: "auto" or a name.
-        overlap: of every axis.
     """
 
     degree: int
@@ -34,7 +32,6 @@ class Settings:
     timeout: float
     compare_inputs: bool
     transport: str = "auto"
-    overlap: Overlap = DEFAULT_OVERLAP
 
 
 class Ranks(ABC):

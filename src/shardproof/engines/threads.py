@@ -24,7 +24,6 @@ from shardproof.engines.capacity import WAY_OUT
 from shardproof.engines.failure import Failure, failure_of, verdict
 from shardproof.engines.fork import end_if_forked
 from shardproof.errors import UsageError
-from shardproof.overlap import Overlap
 from shardproof.transport.base import Transport
 from shardproof.transport.disabled import OVER, disable
 from shardproof.transport.rendezvous import Rendezvous
@@ -53,7 +52,6 @@ class _Task:
 
     fn: Callable[[Axis], Any]
     transport: Transport
-    overlap: Overlap
     rendezvous: Rendezvous
     outcomes: "queue.SimpleQueue[_Outcome]"
     note: str
@@ -61,7 +59,7 @@ class _Task:
     def attempt(self) -> _Outcome:
         rank, owner = self.transport.rank, os.getpid()
         try:
-            result = self.fn(Axis("tp", self.transport, self.overlap, transport_note=self.note))
+            result = self.fn(Axis("tp", self.transport, transport_note=self.note))
         except _Stopped:
             return _Outcome(rank, failure=Failure(rank, "was stopped", is_symptom=True))
         except BaseException as error:
@@ -126,7 +124,7 @@ class ThreadRanks(Ranks):
     def _run(self, fn: Callable[[Axis], Any]) -> list[Any]:
         rendezvous = Rendezvous(self.degree, timeout=self._settings.timeout)
         outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
-        overlap, note = self._settings.overlap, self.transport_note
+        note = self.transport_note
         transports: list[Transport] = [
             SoloTransport() if self.degree == 1 else ThreadsTransport(rendezvous, rank)
             for rank in range(self.degree)
@@ -134,7 +132,7 @@ class ThreadRanks(Ranks):
         for inbox, transport in zip(self._inboxes, transports, strict=True):
             if not self._settings.compare_inputs:
                 transport.notes = None
-            inbox.put(_Task(fn, transport, overlap, rendezvous, outcomes, note))
+            inbox.put(_Task(fn, transport, rendezvous, outcomes, note))
         found: dict[int, _Outcome] = {}
         try:
             self._collect(outcomes, found)

@@ -154,16 +154,15 @@ class _Worker:
 
     def _axis(self) -> Axis:
         """A new axis, which has counted nothing yet."""
-        overlap = self._settings.overlap
         if self._choice is None:
-            return Axis("tp", SoloTransport(), overlap)
+            return Axis("tp", SoloTransport())
         transport = self._choice.transport
         if isinstance(transport, SharedTransport):
             transport.ledger = Ledger()  # the memory stays for as long as the ranks
             transport.forget_notes()
         else:
             transport = self._group()
-        return Axis("tp", transport, overlap, self._choice.note)
+        return Axis("tp", transport, self._choice.note)
 
     def _group(self) -> DistributedTransport:
         transport = DistributedTransport(

@@ -93,7 +93,7 @@ def prove_under_torchrun(
         results,
         degrees=degrees,
         engine="torchrun",
-        carrier=Carrier(axis.transport.name, axis.transport_note, axis.overlap),
+        carrier=Carrier(axis.transport.name, axis.transport_note),
     )
 
 
@@ -126,7 +126,7 @@ def _run_alone(
     proof: Proof, axis: Axis, references: References, tell: Teller
 ) -> dict[str, RankResult]:
     """Degree 1, on rank 0; the others have nothing to do."""
-    return {} if axis.rank else _run_all(proof, Axis.solo(overlap=axis.overlap), references, tell)
+    return {} if axis.rank else _run_all(proof, Axis.solo(), references, tell)
 
 
 def _run_all(
