@@ -42,8 +42,8 @@ def cat(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         for each in tensors
     ]
     shape[dim] = sum(each.shape[dim] for each in tensors)
-    made = spec.region.spec(tuple(shape), spec.dim, spec.cut)
-    return cut_tensor(torch.cat(parts, dim), made, who)
+    joined_spec = spec.region.spec(tuple(shape), spec.dim, spec.cut)
+    return cut_tensor(torch.cat(parts, dim), joined_spec, who)
 
 
 def _lies_as(x: Any, other: Spec) -> bool:

@@ -17,11 +17,11 @@ from shardproof.numerics import reducing
 
 def entering(x: Tensor) -> Any:
     """What the column products of one whole tensor share: one sum of its gradient."""
-    found = getattr(x, "_shardproof_entering", None)
-    if found is None:
-        found = crossings.Entering()
-        x._shardproof_entering = found  # type: ignore[attr-defined]
-    return found
+    shared = getattr(x, "_shardproof_entering", None)
+    if shared is None:
+        shared = crossings.Entering()
+        x._shardproof_entering = shared  # type: ignore[attr-defined]
+    return shared
 
 
 def product(x: Any, weight: Any, bias: Any, *, is_transposed: bool, func: Any = F.linear) -> Any:

@@ -211,10 +211,10 @@ def _stopping_signal(pid: int) -> int | None:
     if not hasattr(os, "waitid"):  # macOS, before Python 3.13
         return None
     try:
-        found = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
+        status = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:  # its end was noticed in the meantime
         return None
-    return None if found is None else found.si_status
+    return None if status is None else status.si_status
 
 
 def _describe_exit(code: int) -> str:

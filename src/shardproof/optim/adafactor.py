@@ -99,8 +99,8 @@ class Adafactor(WholeOptimizer):
         }
 
     def _update(self, parameter: Tensor, group: dict[str, Any], place: Place) -> None:
-        given: Any = parameter.grad
-        grad = widen(given.neg() if group["maximize"] else given)
+        local_grad: Any = parameter.grad
+        grad = widen(local_grad.neg() if group["maximize"] else local_grad)
         state = self.state[parameter]
         if not state:
             state.update(_first_state(parameter))

@@ -194,10 +194,10 @@ def _nameless(module: ModulePlan) -> ModulePlan:
 @functools.lru_cache(1024)  # layers repeat
 def _elements(layouts: tuple[Layout, ...]) -> tuple[tuple[int, int], ...]:
     """How many elements each rank holds, and owns."""
-    found = []
+    counts = []
     for each in layouts:
-        found.append((_numel(each.local_shape), _numel(each.owned_shape)))
-    return tuple(found)
+        counts.append((_numel(each.local_shape), _numel(each.owned_shape)))
+    return tuple(counts)
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -135,8 +135,10 @@ class Parts:
         dtype = query.weight.dtype
         sends = [self._input_gradient(query.in_features, dtype, heads.query_cut)]
         if shared_keys(heads):
-            given = gradient_parts(heads, self._scheme.is_invariant)
-            sends.append(_gather("backward", "key and value gradients", node_dtype(dtype), given))
+            gradient_sizes = gradient_parts(heads, self._scheme.is_invariant)
+            sends.append(
+                _gather("backward", "key and value gradients", node_dtype(dtype), gradient_sizes)
+            )
         yield self._group(name, "attention", style, heads.query_cut, sends)
         both = {"weight": 0, "bias": 0}
         for role, child in (("query", style.query), ("key", style.key), ("value", style.value)):

@@ -152,8 +152,8 @@ class Rendezvous:
             self._break(why, None)
 
     def _complete(self, meeting: _Meeting) -> None:
-        said = [(meeting.calls[rank], meeting.noted[rank]) for rank in range(self.size)]
-        meeting.disagrees = any(each != said[0] for each in said)
+        noted_calls = [(meeting.calls[rank], meeting.noted[rank]) for rank in range(self.size)]
+        meeting.disagrees = any(each != noted_calls[0] for each in noted_calls)
         meeting.is_complete = True
         self._meeting = _Meeting()
         self._changed.notify_all()
