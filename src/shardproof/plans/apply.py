@@ -23,13 +23,13 @@ from shardproof.objects import checked_model
 from shardproof.plans.by_example import plan_by_example
 from shardproof.plans.by_names import cut_by_names, rehearse_by_names
 from shardproof.plans.compiled import make_compilable
-from shardproof.plans.given import is_carried, read_plan
 from shardproof.plans.hf_plan import entries_of
 from shardproof.plans.model_plan import ModelPlan
+from shardproof.plans.plan_argument import is_carried, read_plan
 from shardproof.plans.planning import as_error, attempt
-from shardproof.plans.strangers import is_lazy
+from shardproof.plans.replacements import irreplaceable, replaced_by, twins_of
 from shardproof.plans.style import Plan, Style
-from shardproof.plans.twins import irreplaceable, replaced_by, twins_of
+from shardproof.plans.unsupported import is_lazy
 from shardproof.plans.watched import as_watched, call_by_forms, cut_by
 from shardproof.plans.watched_plan import WatchedPlan
 from shardproof.scheme import DEFAULT_SCHEME, Scheme

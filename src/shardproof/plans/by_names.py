@@ -12,11 +12,11 @@ from shardproof.errors import PlanError, ShardproofError, UsageError
 from shardproof.hf.attention import take_over
 from shardproof.hf.head import adapt_head
 from shardproof.hf.models import is_transformers
-from shardproof.plans.between import hand_on, meet_cut_tensors
-from shardproof.plans.cut import Cutter
+from shardproof.plans.cutter import Cutter
+from shardproof.plans.layer_forwards import hand_on, meet_cut_tensors
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.rehearsal import rehearse
-from shardproof.plans.twins import twins_of
+from shardproof.plans.replacements import twins_of
 from shardproof.plans.watched import as_call, call_by_forms
 from shardproof.plans.watched_plan import Rehearsal
 

@@ -13,7 +13,6 @@ from shardproof.layers.formula import find_formula
 from shardproof.leaves import Layout
 from shardproof.plans.module_plan import ModulePlan, ParameterPlan
 from shardproof.plans.probe import input_shape
-from shardproof.plans.strangers import instead
 from shardproof.plans.style import (
     Attention,
     ColumnParallel,
@@ -21,6 +20,7 @@ from shardproof.plans.style import (
     Style,
     VocabParallel,
 )
+from shardproof.plans.unsupported import instead
 
 # Options of nn.Embedding that a cut one does not have, and what they are where they are off.
 _OFF = {"max_norm": None, "scale_grad_by_freq": False, "sparse": False}

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from shardproof.errors import PlanError
-from shardproof.plans.attention import recognise
+from shardproof.plans.attention_modules import recognise
 from shardproof.plans.fit import scale_of
 from shardproof.plans.match import find
+from shardproof.plans.plan_text import listed
 from shardproof.plans.style import ColumnParallel, RowParallel, SharedInput, Style, VocabParallel
-from shardproof.plans.text import listed
 from shardproof.wording import shown
 
 GATED = ("gate_proj", "up_proj")

@@ -9,8 +9,8 @@ import torch
 
 from shardproof.leaves import Layout
 from shardproof.plans.collective import Collective
+from shardproof.plans.plan_text import alike, together
 from shardproof.plans.style import Style
-from shardproof.plans.text import alike, together
 from shardproof.wording import dtype_name
 
 Role = Literal[

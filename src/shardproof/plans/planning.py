@@ -12,13 +12,12 @@ from shardproof.hf.attention import implementation_problems
 from shardproof.hf.models import is_transformers
 from shardproof.leaves import check_degree, checked_degree
 from shardproof.objects import checked_model
-from shardproof.plans.attend import Manner, manner_of
-from shardproof.plans.attention import recognise
+from shardproof.plans.attention_check import Manner, manner_of
+from shardproof.plans.attention_modules import recognise
 from shardproof.plans.by_example import has_example, plan_by_example, watch_example
 from shardproof.plans.by_names import rehearse_by_names
 from shardproof.plans.fit import link_ties, misfits
 from shardproof.plans.functional_dropout import functional_dropout
-from shardproof.plans.given import is_carried, read_plan
 from shardproof.plans.hf_plan import (
     Reading,
     lost_norms,
@@ -29,10 +28,11 @@ from shardproof.plans.hf_plan import (
 from shardproof.plans.match import find, fits
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.module_plan import ModulePlan
-from shardproof.plans.parts import Parts
-from shardproof.plans.strangers import lazy
+from shardproof.plans.module_planner import Parts
+from shardproof.plans.plan_argument import is_carried, read_plan
+from shardproof.plans.plan_text import listed, pattern
 from shardproof.plans.style import Attention, Plan, SharedInput, Style
-from shardproof.plans.text import listed, pattern
+from shardproof.plans.unsupported import lazy
 from shardproof.plans.watched import plan_by_watching
 from shardproof.plans.watched_plan import WatchedPlan, inside_lines
 from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme

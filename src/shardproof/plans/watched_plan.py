@@ -11,7 +11,7 @@ import torch
 from shardproof.block_layout import cut_layout
 from shardproof.leaves import Layout
 from shardproof.plans.collective import Counts
-from shardproof.plans.text import (
+from shardproof.plans.plan_text import (
     alike,
     by_reason,
     columns,

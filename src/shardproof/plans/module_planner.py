@@ -9,9 +9,15 @@ from torch import nn
 from shardproof.heads import Heads
 from shardproof.leaves import Cut
 from shardproof.numerics.matmul import node_dtype
+from shardproof.plans.cached_layouts import (
+    gradient_parts,
+    heads_of,
+    held_keys,
+    layouts,
+    shared_keys,
+)
 from shardproof.plans.collective import Collective, Direction, When
 from shardproof.plans.module_plan import ModulePlan, ParameterPlan, Role
-from shardproof.plans.repeated import gradient_parts, heads_of, held_keys, layouts, shared_keys
 from shardproof.plans.style import (
     Attention,
     ColumnParallel,

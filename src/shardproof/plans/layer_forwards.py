@@ -25,7 +25,7 @@ from shardproof.functional.dropout import MaskKey
 from shardproof.layers.dropout import Dropout
 from shardproof.layers.linear import ColumnParallelLinear
 from shardproof.layers.norm import LayerNorm, RMSNorm
-from shardproof.plans.attention import attends_in_registry
+from shardproof.plans.attention_modules import attends_in_registry
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.style import Attention, ColumnParallel, RowParallel, VocabParallel
 from shardproof.units import Block, CutDim, Shared, Units
