@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardproof.cut.others import computed, gathered, invariant
+from shardproof.cut.fallback import computed, gathered, invariant
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 from shardproof.functional import crossings

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from shardproof.cut import tensor
-from shardproof.cut.others import is_cut
+from shardproof.cut.fallback import is_cut
 from shardproof.cut.tensor import CutTensor, cut_tensor
 from shardproof.errors import AxisError, CheckError, MismatchError, RankError
 from shardproof.functional import crossings

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from shardproof.cut.linear import product
-from shardproof.cut.meet import fitted
-from shardproof.cut.others import gathered, invariant
+from shardproof.cut.alignment import fitted
+from shardproof.cut.fallback import gathered, invariant
+from shardproof.cut.matrix_products import product
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 from shardproof.units import CutDim
 

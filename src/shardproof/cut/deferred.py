@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from shardproof.cut.others import gathered
+from shardproof.cut.fallback import gathered
 from shardproof.cut.tensor import CutTensor, name_of, run
 
 _RESHAPES = frozenset(("reshape", "view"))

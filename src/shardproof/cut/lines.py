@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardproof.cut.others import gathered, invariant
+from shardproof.cut.fallback import gathered, invariant
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
 from shardproof.errors import ShapeError
 from shardproof.functional import crossings

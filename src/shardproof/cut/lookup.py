@@ -9,8 +9,8 @@ from torch import Tensor
 
 from shardproof import operators
 from shardproof.cut.adopted import adopt
-from shardproof.cut.meet import common, fitted, one_along
-from shardproof.cut.others import gathered, invariant, whole
+from shardproof.cut.alignment import common, fitted, one_along
+from shardproof.cut.fallback import gathered, invariant, whole
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import RULES, CutTensor, cut_tensor, named, rule, run
 from shardproof.functional import crossings

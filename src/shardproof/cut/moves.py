@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shardproof import operators
 from shardproof.cut.deferred import defer
-from shardproof.cut.others import gathered
+from shardproof.cut.fallback import gathered
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
 from shardproof.errors import ShapeError

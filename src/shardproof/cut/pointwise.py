@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from shardproof.cut.adopted import adopt
-from shardproof.cut.meet import broadcast, common, fitted
-from shardproof.cut.others import computed, gathered, invariant
+from shardproof.cut.alignment import broadcast, common, fitted
+from shardproof.cut.fallback import computed, gathered, invariant
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 

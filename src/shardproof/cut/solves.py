@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from shardproof.autograd import once_differentiable
-from shardproof.cut.meet import common, fitted, one_along
-from shardproof.cut.others import gathered
+from shardproof.cut.alignment import common, fitted, one_along
+from shardproof.cut.fallback import gathered
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 from shardproof.numerics.contracting import matmul
 

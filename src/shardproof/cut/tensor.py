@@ -24,7 +24,7 @@ from shardproof.numerics.elementwise import check_out
 Rule = Callable[[Any, str, tuple[Any, ...], dict[str, Any]], Any]
 
 RULES: dict[str, Rule] = {}  # name of an operation -> its rule
-composed: list[Callable[..., Any]] = []  # takes ATen operations; `cut/others.py` puts it here
+composed: list[Callable[..., Any]] = []  # takes ATen operations; `cut/fallback.py` puts it here
 checks: list[Callable[..., Any]] = []  # runs rules inside `checked()`
 _NAMES: dict[Any, str] = {F.unfold: "im2col", F.fold: "col2im"}  # `Tensor.unfold` is another
 _ARITHMETIC = frozenset(
@@ -312,7 +312,7 @@ def shown(x: Any) -> Any:
 
 
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Do what its rule says; without one, take it apart or gather (`cut/others.py`)."""
+    """Do what its rule says; without one, take it apart or gather (`cut/fallback.py`)."""
     return run_as(_NAMES.get(func) or name_of(func), func, args, kwargs)
 
 
@@ -358,7 +358,7 @@ def must_call_torch() -> bool:
 
 
 def unseen(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function whose operations `Calls` (`cut/calls.py`) let through."""
+    """Call a function whose operations `Calls` (`cut/module_calls.py`) let through."""
     was, running.is_rule = running.is_rule, True
     try:
         return function(*args, **kwargs)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from shardproof.axis import Axis
-from shardproof.cut.others import would_be_whole
+from shardproof.cut.fallback import would_be_whole
 from shardproof.cut.spec import Region
 from shardproof.errors import PlanError, ShardproofError, UsageError
 from shardproof.hf.attention import take_over

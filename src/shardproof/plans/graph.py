@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRangeError
 
 from shardproof.checking import is_checked
-from shardproof.cut.calls import finished_calls
 from shardproof.cut.deferred import Deferred
+from shardproof.cut.module_calls import finished_calls
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, run
 from shardproof.errors import ShardproofError, UsageError

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from shardproof.cut import rules
-from shardproof.cut.calls import dropped_part
+from shardproof.cut.autograd_functions import inside
 from shardproof.cut.deferred import Deferred, opened
-from shardproof.cut.foreign import inside
-from shardproof.cut.others import whole
-from shardproof.cut.ours import part_of
+from shardproof.cut.fallback import whole
+from shardproof.cut.module_calls import dropped_part
+from shardproof.cut.own_functions import part_of
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor, run_as
 from shardproof.errors import ShapeError

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from shardproof.axis import Axis
 from shardproof.cut import rules
-from shardproof.cut.calls import Calling
 from shardproof.cut.deferred import Deferred
-from shardproof.cut.linear import product
+from shardproof.cut.matrix_products import product
+from shardproof.cut.module_calls import Calling
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor, must_call_torch, unseen
 from shardproof.errors import PlanError, UsageError

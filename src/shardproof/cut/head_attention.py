@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardproof.cut.meet import (
+from shardproof.cut.alignment import (
     broadcast,
     fitted,
     freed,
@@ -15,7 +15,7 @@ from shardproof.cut.meet import (
     served,
     where_served,
 )
-from shardproof.cut.others import gathered, invariant, is_cut
+from shardproof.cut.fallback import gathered, invariant, is_cut
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 from shardproof.numerics import headed

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from shardproof.cut.meet import common, fitted, one_along
-from shardproof.cut.others import gathered
+from shardproof.cut.alignment import common, fitted, one_along
+from shardproof.cut.fallback import gathered
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
 from shardproof.units import CutDim

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from shardproof.cut.others import gathered
+from shardproof.cut.fallback import gathered
 from shardproof.cut.tensor import named, rule
 from shardproof.errors import ShapeError, UsageError
 from shardproof.numerics.contracting import contracted_dims

@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils._pytree import tree_flatten, tree_map
 
-from shardproof.cut.others import is_cut
+from shardproof.cut.fallback import is_cut
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 from shardproof.errors import UsageError

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shardproof.autograd import once_differentiable
-from shardproof.cut.meet import broadcast, finest_of, fitted, freed, is_for_all, refined
-from shardproof.cut.others import gathered, invariant, whole
+from shardproof.cut.alignment import broadcast, finest_of, fitted, freed, is_for_all, refined
+from shardproof.cut.fallback import gathered, invariant, whole
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, named, rule, run
 from shardproof.functional import crossings

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardproof.cut.others import keep_weight, whole
+from shardproof.cut.fallback import keep_weight, whole
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor
 from shardproof.functional import crossings

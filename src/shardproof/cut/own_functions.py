@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from shardproof.cut.meet import is_for_all, refined
-from shardproof.cut.others import whole
+from shardproof.cut.alignment import is_for_all, refined
+from shardproof.cut.fallback import whole
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 from shardproof.functional import crossings

@@ -18,9 +18,9 @@ from torch import Tensor, empty_like, nn
 from torch.overrides import TorchFunctionMode
 
 from shardproof.cut import linear, lookup, moves, pointwise
-from shardproof.cut.foreign import inside
-from shardproof.cut.heads import attended_with_dropout
-from shardproof.cut.others import gathered, invariant, unwrapped
+from shardproof.cut.autograd_functions import inside
+from shardproof.cut.fallback import gathered, invariant, unwrapped
+from shardproof.cut.head_attention import attended_with_dropout
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import (
     RULES,

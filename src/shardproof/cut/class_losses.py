@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-from shardproof.cut.others import gathered
+from shardproof.cut.fallback import gathered
 from shardproof.cut.tensor import CutTensor, rule, run
 from shardproof.functional import crossings
 
