@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("watching.factors",),
     ("watching.labelled", "watching.needs"),
     ("watching.boundaries", "watching.moving", "watching.rules"),
-    ("watching.contractions", "watching.lookups", "watching.norms"),
+    ("watching.contractions", "watching.lookups", "watching.norm_rules"),
     ("watching.running",),
     ("watching.forward",),
     ("watching.family",),
@@ -48,7 +48,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "transport.distributed",
         "transport.rehearsed",
-        "transport.shared",
+        "transport.shared_memory",
         "transport.solo",
         "transport.threads",
     ),
@@ -124,13 +124,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layers.__init__",),
     # What looks at all parameters of a model.
     ("comparison", "optim.layouts", "optim.orthogonal"),
-    ("optim.base", "optim.norms", "reductions"),
+    ("optim.base", "optim.gradient_norms", "reductions"),
     ("optim.adafactor", "optim.muon", "optim.state"),
     ("optim.__init__",),
     # Models of Hugging Face transformers, which compute through these layers.
-    ("hf.models",),
+    ("hf.detection",),
     (
-        "hf.attention",
+        "hf.attention_registry",
         "hf.cache",
         "hf.cut_logits",
         "hf.example",
@@ -189,8 +189,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plans.apply",),
     ("plans.__init__",),
     # Ranks as threads or processes, and how they are started.
-    ("engines.board", "engines.capacity", "engines.fork", "engines.interpreter"),
-    ("engines.interrupt", "engines.parcel", "engines.random_state"),
+    ("engines.status", "engines.capacity", "engines.fork", "engines.interpreter"),
+    ("engines.interrupt", "engines.messages", "engines.random_state"),
     ("engines.failure",),
     ("engines.watch", "engines.base"),
     ("engines.threads", "engines.processes", "engines.worker"),

@@ -26,9 +26,9 @@ from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.cli.main import main
 from shardproof.engines import capacity, parcel
+from shardproof.error_text import LONGEST_TEXT, cut, tell, text_of, within
 from shardproof.errors import RankError, ShapeError, UsageError
 from shardproof.ranks import launch, open_ranks
-from shardproof.telling import LONGEST_TEXT, cut, tell, text_of, within
 from shardproof.transport.base import PeerError
 
 SOON = 30.0  # seconds, on a busy machine

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from shardproof.error_text import say, tell
 from shardproof.errors import RankError, ShardproofError
-from shardproof.telling import say, tell
 from shardproof.transport.base import PeerError
 
 _HERE = str(Path(__file__).parent)

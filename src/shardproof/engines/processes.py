@@ -23,9 +23,9 @@ from typing import Any
 from shardproof.axis import Axis
 from shardproof.engines import interpreter, parcel
 from shardproof.engines.base import Ranks, Settings
-from shardproof.engines.board import Board
 from shardproof.engines.capacity import WAY_OUT
 from shardproof.engines.failure import verdict
+from shardproof.engines.status import Board
 from shardproof.engines.watch import Watch, Worker
 from shardproof.errors import UsageError
 from shardproof.numerics import mode

@@ -15,8 +15,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from shardproof.engines import parcel
-from shardproof.engines.board import Board
 from shardproof.engines.failure import Failure
+from shardproof.engines.status import Board
 from shardproof.transport.base import name_ranks, name_waits
 
 # How long the launcher goes on listening after a cause and after a mere symptom was reported.

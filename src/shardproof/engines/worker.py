@@ -27,16 +27,16 @@ from torch.distributed import distributed_c10d
 from shardproof.axis import Axis
 from shardproof.engines import fork, interpreter, parcel
 from shardproof.engines.base import Settings
-from shardproof.engines.board import Board
 from shardproof.engines.failure import Failure, failure_of
+from shardproof.engines.status import Board
+from shardproof.error_text import TooLong, within
 from shardproof.errors import UsageError
-from shardproof.telling import TooLong, within
 from shardproof.timeout import START_TIMEOUT
 from shardproof.transport.base import Call
 from shardproof.transport.choose import Choice, choose, meet
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.ledger import Ledger
-from shardproof.transport.shared import SharedTransport
+from shardproof.transport.shared_memory import SharedTransport
 from shardproof.transport.solo import SoloTransport
 
 _Commands = queue.SimpleQueue[tuple[str, int]]  # what the launcher says, and of which call

@@ -20,8 +20,8 @@ from shardproof.leaves import Layout, replicated
 from shardproof.numerics.elementwise import widen
 from shardproof.numerics.sums import sum_rows, sum_squares, sum_squares_rows
 from shardproof.optim.base import WholeOptimizer, check_scalar, scalar, write
+from shardproof.optim.gradient_norms import sum_squares_of
 from shardproof.optim.layouts import Place
-from shardproof.optim.norms import sum_squares_of
 
 At = Callable[[Tensor], Tensor]
 

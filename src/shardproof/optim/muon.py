@@ -24,8 +24,8 @@ from shardproof.layers.step_guard import serve
 from shardproof.leaves import Cut, Layout
 from shardproof.numerics.elementwise import widen
 from shardproof.optim.base import WholeOptimizer, check_scalar, scalar, write
+from shardproof.optim.gradient_norms import sum_squares_of
 from shardproof.optim.layouts import Place
-from shardproof.optim.norms import sum_squares_of
 from shardproof.optim.orthogonal import Iteration, orthogonalize, spread_of
 from shardproof.recut import to_columns, to_rows
 from shardproof.runs import take

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from shardproof.axis import Axis, checked_axis
 from shardproof.errors import PlanError, ShardproofError
 from shardproof.hf.cache import guard_cache
+from shardproof.hf.detection import is_transformers
 from shardproof.hf.generation import guard_generation
 from shardproof.hf.inputs import note_inputs
-from shardproof.hf.models import is_transformers
 from shardproof.hf.parameters import count_whole
 from shardproof.hf.refused import guard_methods
 from shardproof.layers import registry

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shardproof.hf.models import is_transformers
+from shardproof.hf.detection import is_transformers
 from shardproof.plans.style import Attention, ColumnParallel, Norms, RowParallel, Style
 from shardproof.quantities import whole_number
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardproof.errors import PlanError
+from shardproof.hf.detection import is_transformers
 from shardproof.hf.example import BATCH, LENGTH, examples
-from shardproof.hf.models import is_transformers
 from shardproof.layers.base import ShardedModule
 from shardproof.plans.watched import plan_by_watching
 from shardproof.plans.watched_plan import WatchedPlan

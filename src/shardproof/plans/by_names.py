@@ -9,9 +9,9 @@ from shardproof.axis import Axis
 from shardproof.cut.fallback import would_be_whole
 from shardproof.cut.spec import Region
 from shardproof.errors import PlanError, ShardproofError, UsageError
-from shardproof.hf.attention import take_over
+from shardproof.hf.attention_registry import take_over
+from shardproof.hf.detection import is_transformers
 from shardproof.hf.head import adapt_head
-from shardproof.hf.models import is_transformers
 from shardproof.plans.cutter import Cutter
 from shardproof.plans.layer_forwards import hand_on, meet_cut_tensors
 from shardproof.plans.model_plan import ModelPlan

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from shardproof.hf.models import is_transformers
+from shardproof.hf.detection import is_transformers
 from shardproof.plans.style import Attention, Style
 
 _ATTENTION = "attention_dropout"  # what modules of attention hand to the function that attends

@@ -8,8 +8,8 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from shardproof.errors import PlanError
-from shardproof.hf.attention import implementation_problems
-from shardproof.hf.models import is_transformers
+from shardproof.hf.attention_registry import implementation_problems
+from shardproof.hf.detection import is_transformers
 from shardproof.leaves import check_degree, checked_degree
 from shardproof.objects import checked_model
 from shardproof.plans.attention_check import Manner, manner_of

@@ -17,7 +17,7 @@ from shardproof import core
 from shardproof.errors import AxisError, MismatchError, UsageError
 from shardproof.transport.base import Call, Transport
 from shardproof.transport.distributed import DistributedTransport
-from shardproof.transport.shared import SharedTransport
+from shardproof.transport.shared_memory import SharedTransport
 from shardproof.transport.solo import SoloTransport
 from shardproof.wording import error_words, shown
 

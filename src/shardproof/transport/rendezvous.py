@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardproof import core
+from shardproof.error_text import text_of
 from shardproof.errors import UsageError
-from shardproof.telling import text_of
 from shardproof.transport.agreement import disagreement
 from shardproof.transport.base import BUSY, Call, PeerError, name_ranks, name_waits
 from shardproof.transport.notes import NOTHING, Noted

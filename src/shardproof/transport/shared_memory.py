@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from shardproof import core
+from shardproof.error_text import text_of
 from shardproof.errors import AxisError, MismatchError, ShardproofError
-from shardproof.telling import text_of
 from shardproof.transport.base import (
     Call,
     PeerError,
