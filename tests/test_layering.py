@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("operands", "quantities"),
     ("environment", "files"),
     ("objects",),
-    ("autograd", "checking", "core", "extras", "leaves", "runs", "telling", "tree"),
+    ("autograd", "checking", "core", "extras", "leaves", "runs", "error_text", "tree"),
     ("heads", "observing", "overlap", "scheme", "timeout", "units"),
     ("operators",),
     ("block_layout",),

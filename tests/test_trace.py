@@ -605,7 +605,16 @@ def test_every_package_is_of_users_or_of_our_own() -> None:
         *("environment", "errors", "extras", "files", "functional", "heads", "hf", "layers"),
         *("leaves", "numerics", "objects", "observing", "operands", "operators", "optim"),
         *("overlap", "plans"),
-        *("quantities", "recut", "reductions", "runs", "schedule", "scheme", "telling", "timeout"),
+        *(
+            "quantities",
+            "recut",
+            "reductions",
+            "runs",
+            "schedule",
+            "scheme",
+            "error_text",
+            "timeout",
+        ),
         *("told", "trace", "transport", "tree", "units", "wording"),
     }
     users = {name.partition(".")[0] for name in OF_USERS}

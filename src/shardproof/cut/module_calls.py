@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, empty_like, nn
 from torch.overrides import TorchFunctionMode
 
-from shardproof.cut import linear, lookup, moves, pointwise
+from shardproof.cut import lookup, matrix_products, moves, pointwise
 from shardproof.cut.autograd_functions import inside
 from shardproof.cut.fallback import gathered, invariant, unwrapped
 from shardproof.cut.head_attention import attended_with_dropout
@@ -40,7 +40,7 @@ from shardproof.functional.dropout import MaskKey, dropout
 from shardproof.layers.dropout import Drawing
 from shardproof.numerics import forms
 
-assert all((linear, lookup, moves, pointwise))  # noqa: S101 - imported for their rules
+assert all((matrix_products, lookup, moves, pointwise))  # noqa: S101 - imported for their rules
 DRAWS = "shardproof_draws"  # name of the module that counts the draws of another
 DROPOUTS = frozenset(("dropout", "native_dropout", "dropout_"))
 _RANDOM = frozenset(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from shardproof.engines import parcel
+from shardproof.engines import messages
 from shardproof.engines.failure import Failure
 from shardproof.engines.status import Board
 from shardproof.transport.base import name_ranks, name_waits
@@ -106,13 +106,13 @@ class Watch:
                 continue
             if number != self._number:
                 continue
-            if outcome == parcel.RETURNED:
+            if outcome == messages.RETURNED:
                 self._counts[rank] = count
             elif isinstance(outcome, Failure):
                 self._fail(outcome)
             else:
-                path = parcel.failure_path(self._folder, rank, number)
-                self._fail(parcel.read(path, what=f"the failure of rank {rank}"))
+                path = messages.failure_path(self._folder, rank, number)
+                self._fail(messages.read(path, what=f"the failure of rank {rank}"))
 
     def _find_dead(self) -> None:
         for worker in self._pending():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardproof.cut import rules
+from shardproof.cut import all_rules
 from shardproof.cut.autograd_functions import inside
 from shardproof.cut.deferred import Deferred, opened
 from shardproof.cut.fallback import whole
@@ -30,7 +30,7 @@ from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.style import Attention, ColumnParallel, RowParallel, VocabParallel
 from shardproof.units import Block, CutDim, Shared, Units
 
-assert rules  # noqa: S101 - imported for what it registers
+assert all_rules  # noqa: S101 - imported for what it registers
 
 
 def hand_on(

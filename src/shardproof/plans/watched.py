@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
-from shardproof.cut import rules
+from shardproof.cut import all_rules
 from shardproof.cut.deferred import Deferred
 from shardproof.cut.matrix_products import product
 from shardproof.cut.module_calls import Calling
@@ -27,7 +27,7 @@ from shardproof.plans.watched_plan import Rehearsal, WatchedPlan
 from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme
 from shardproof.watching import Watched, choose, families, watch
 
-assert rules  # noqa: S101 - imported for what it registers
+assert all_rules  # noqa: S101 - imported for what it registers
 
 _KNOWN = "_shardproof_specs"  # attribute of a module that holds parts: parameter -> spec and name
 _EVERYWHERE = Rehearsal("", ())

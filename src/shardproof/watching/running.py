@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from shardproof.watching import contractions, lookups, norms
+from shardproof.watching import contractions, lookups, norm_rules
 from shardproof.watching.atoms import Labels, distinct
 from shardproof.watching.factors import Factors, compress, varying
 from shardproof.watching.kinds import is_random, is_view, kind_of, name_of, written
@@ -19,7 +19,7 @@ from shardproof.watching.record import Record
 from shardproof.watching.rules import RULES, see_all
 
 # Rules of these modules are registered by importing them.
-RULE_MODULES = (contractions, lookups, norms)
+RULE_MODULES = (contractions, lookups, norm_rules)
 
 MOST_KNOWN = 1 << 20  # elements of a tensor whose value is followed
 MOST_WRITTEN = 1 << 24  # elements of a tensor that is written in parts
