@@ -25,10 +25,10 @@ from places import ENGINES, Pool
 from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.cli.main import main
-from shardproof.engines import capacity, parcel
+from shardproof.engines import capacity, messages
+from shardproof.error_text import LONGEST_TEXT, cut, tell, text_of, within
 from shardproof.errors import RankError, ShapeError, UsageError
 from shardproof.ranks import launch, open_ranks
-from shardproof.telling import LONGEST_TEXT, cut, tell, text_of, within
 from shardproof.transport.base import PeerError
 
 SOON = 30.0  # seconds, on a busy machine
@@ -356,7 +356,7 @@ def test_no_place_for_temporary_files_is_an_error_with_a_way_out(
 def test_a_full_disk_is_not_called_a_value_that_cannot_be_pickled() -> None:
     message = r"^/dev/full cannot be written: .*set TMPDIR to a directory that has some"
     with pytest.raises(UsageError, match=message):
-        parcel.write(torch.ones(100_000), Path("/dev/full"), what="the result of rank 0")
+        messages.write(torch.ones(100_000), Path("/dev/full"), what="the result of rank 0")
 
 
 class NoClassError(Exception):

@@ -19,6 +19,7 @@ from shardproof.axis import Axis
 from shardproof.errors import DegreeError, PlanError, UsageError
 from shardproof.layers.base import ShardedModule
 from shardproof.plans.model_plan import ModelPlan
+from shardproof.plans.plan_text import together
 from shardproof.plans.planning import plan
 from shardproof.plans.style import (
     Attention,
@@ -29,7 +30,6 @@ from shardproof.plans.style import (
     Style,
     VocabParallel,
 )
-from shardproof.plans.text import together
 from shardproof.scheme import NUMERICS, Numerics, Scheme
 
 DEGREES = pytest.mark.parametrize("degree", [1, 2, 3, 4, 8])

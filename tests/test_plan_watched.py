@@ -16,7 +16,7 @@ import shardproof as sp
 from shardproof.cli import torchrun
 from shardproof.cli.main import main
 from shardproof.errors import PlanError
-from shardproof.plans.text import by_reason
+from shardproof.plans.plan_text import by_reason
 from shardproof.plans.watched_plan import WatchedPlan
 
 OWN = '''

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from places import CARRIER
 from shardproof.axis import Axis
 from shardproof.engines.base import Ranks
-from shardproof.engines.board import Board
+from shardproof.engines.status import Board
 from shardproof.errors import (
     DegreeError,
     LayoutError,

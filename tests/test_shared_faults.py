@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from shardproof.transport.base import Call, PeerError, rank_order
 from shardproof.transport.distributed import DistributedTransport
-from shardproof.transport.shared import SharedTransport
+from shardproof.transport.shared_memory import SharedTransport
 
 rank, size = int(sys.argv[1]), int(sys.argv[2])
 timeout = float(sys.argv[4])

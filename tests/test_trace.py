@@ -592,7 +592,7 @@ def test_every_package_is_of_users_or_of_our_own() -> None:
             "runs",
             "schedule",
             "scheme",
-            "telling",
+            "error_text",
             "timeout",
         ),
         *("told", "trace", "transport", "tree", "units", "wording"),

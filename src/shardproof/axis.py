@@ -411,11 +411,11 @@ def _require_world_size(environment: Mapping[str, str]) -> None:
     """Raise if WORLD_SIZE is there and says something else than torch.distributed."""
     if "WORLD_SIZE" not in environment:
         return
-    said, found = variables.number(environment, "WORLD_SIZE", least=1), dist.get_world_size()
-    if said != found:
+    expected, actual = variables.number(environment, "WORLD_SIZE", least=1), dist.get_world_size()
+    if expected != actual:
         raise AxisError(
-            f"the environment has WORLD_SIZE={said}, but torch.distributed was initialised with "
-            f"{found} processes. Initialise it with all that torchrun started, or unset "
+            f"the environment has WORLD_SIZE={expected}, but torch.distributed was initialised "
+            f"with {actual} processes. Initialise it with all that torchrun started, or unset "
             "WORLD_SIZE."
         )
 

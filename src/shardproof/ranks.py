@@ -99,9 +99,9 @@ def launch(
 
 
 def _traced(ranks: Ranks, fn: Callable[[Axis], T], trace: Trace) -> Results[T]:
-    found = ranks.run(trace.recorded(fn))
-    trace.take((steps, num_dropped) for _, steps, num_dropped in found)
-    return Results((result for result, _, _ in found), trace)
+    traces = ranks.run(trace.recorded(fn))
+    trace.take((steps, num_dropped) for _, steps, num_dropped in traces)
+    return Results((result for result, _, _ in traces), trace)
 
 
 def open_ranks(

@@ -42,6 +42,6 @@ def adopt(x: Any, spec: Spec, who: str) -> bool:
     with torch.no_grad():
         x.data = x.new_empty(0)  # its memory
     x.__class__ = Adopted
-    made: CutTensor = x
-    made.local, made.spec, made.who = local, spec, who
+    adopted: CutTensor = x
+    adopted.local, adopted.spec, adopted.who = local, spec, who
     return True

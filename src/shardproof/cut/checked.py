@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from shardproof.cut import tensor
-from shardproof.cut.others import is_cut
+from shardproof.cut.fallback import is_cut
 from shardproof.cut.tensor import CutTensor, cut_tensor
 from shardproof.errors import AxisError, CheckError, MismatchError, RankError
 from shardproof.functional import crossings
@@ -31,7 +31,7 @@ def rtol_of(dtype: torch.dtype) -> float:
     return _RTOL.get(dtype, 3e-2)
 
 
-def _run(found: Any, func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> Any:
+def _run(rule_function: Any, func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> Any:
     """Run a rule, and the operation itself on whole copies; compare.
 
     Raises:
@@ -42,12 +42,12 @@ def _run(found: Any, func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -
         setup all_gathers of operands and results.
     """
     if getattr(_state, "is_inside", False):
-        return found(func, name, args, kwargs)
+        return rule_function(func, name, args, kwargs)
     _state.is_inside = True
     try:
         if name not in _UNCHECKED and not name.endswith("_"):
-            _compare(found, func, name, args, kwargs)
-        return found(func, name, args, kwargs)
+            _compare(rule_function, func, name, args, kwargs)
+        return rule_function(func, name, args, kwargs)
     finally:
         _state.is_inside = False
 
@@ -75,7 +75,7 @@ _UNCHECKED = frozenset(
 )
 
 
-def _compare(found: Any, func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> None:
+def _compare(rule_function: Any, func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> None:
     pairs: list[tuple[Any, Tensor]] = []
 
     def copied(x: Any) -> Any:
@@ -92,16 +92,16 @@ def _compare(found: Any, func: Any, name: str, args: tuple[Any, ...], kwargs: An
             return mine
         return x
 
-    given, options = tree_map(copied, (args, kwargs), is_leaf=is_cut)
+    whole_args, options = tree_map(copied, (args, kwargs), is_leaf=is_cut)
     wholes = iter([whole for _, whole in pairs])
     plain, plain_options = tree_map(
         lambda x: next(wholes) if isinstance(x, CutTensor | Tensor) else x,
-        (given, options),
+        (whole_args, options),
         is_leaf=is_cut,
     )
     want = list(tree_flatten(func(*plain, **plain_options))[0])
     with _Named(name, args):
-        got = list(tree_flatten(found(func, name, given, options), is_leaf=is_cut)[0])
+        got = list(tree_flatten(rule_function(func, name, whole_args, options), is_leaf=is_cut)[0])
     for ours, theirs in zip(got, want, strict=False):
         if isinstance(theirs, Tensor):
             _same(name, args, ours, theirs, "its result")

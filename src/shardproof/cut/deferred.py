@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from shardproof.cut.others import gathered
+from shardproof.cut.fallback import gathered
 from shardproof.cut.tensor import CutTensor, name_of, run
 
 _RESHAPES = frozenset(("reshape", "view"))
@@ -65,9 +65,9 @@ class Deferred(Tensor):
         if name_of(func) in _RESHAPES and isinstance(args[0], Deferred) and _is_shape(args[1:]):
             return run(func, (args[0].source, *args[1:]), dict(kwargs))
         if func is F.scaled_dot_product_attention:
-            found = _attended(*args, **kwargs)
-            if found is not None:
-                return found
+            attended = _attended(*args, **kwargs)
+            if attended is not None:
+                return attended
         return func(*tree_map(opened, args), **tree_map(opened, dict(kwargs)))
 
     @classmethod
@@ -97,9 +97,9 @@ def defer(x: CutTensor, shape: Sequence[int]) -> Any:
     """
     full = torch.empty(x.shape, device="meta").reshape(tuple(shape)).shape
     wrapped: Any = Tensor._make_wrapper_subclass
-    made: Deferred = wrapped(Deferred, full, dtype=x.dtype, device=x.device)
-    made.source, made._whole = x, None
-    return made
+    deferred: Deferred = wrapped(Deferred, full, dtype=x.dtype, device=x.device)
+    deferred.source, deferred._whole = x, None
+    return deferred
 
 
 def opened(x: Any) -> Any:
@@ -142,9 +142,9 @@ def _attended(
         if attn_mask is None:
             return None
     options = {"attn_mask": attn_mask, "scale": scale}
-    given: Any = heads
+    operand: Any = heads
     is_grouped = packed[-3] != unpacked[-3]
-    y = F.scaled_dot_product_attention(given, key, value, enable_gqa=is_grouped, **options)
+    y = F.scaled_dot_product_attention(operand, key, value, enable_gqa=is_grouped, **options)
     return run(Tensor.reshape, (y, (*packed[:-1], y.shape[-1])), {})
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardproof.cut.others import gathered, invariant
+from shardproof.cut.fallback import gathered, invariant
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
 from shardproof.errors import ShapeError
 from shardproof.functional import crossings
@@ -71,16 +71,16 @@ _LAST = frozenset(("sort", "argsort", "topk", "kthvalue"))
 def dims_of(name: str, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
     """The dims of whole lines, counted from the left."""
     place = _DIM[name]
-    given = kwargs.get("dim", kwargs.get("axis"))
-    if given is None and len(args) > place and not isinstance(args[place], bool):
-        given = args[place]
-    if given is None:
+    dim_argument = kwargs.get("dim", kwargs.get("axis"))
+    if dim_argument is None and len(args) > place and not isinstance(args[place], bool):
+        dim_argument = args[place]
+    if dim_argument is None:
         if name in _LAST:
             return (x.dim() - 1,)
         if name in ("normalize", "msort"):
             return (int(name == "normalize"),)
         return tuple(range(x.dim()))
-    dims = given if isinstance(given, list | tuple) else (given,)
+    dims = dim_argument if isinstance(dim_argument, list | tuple) else (dim_argument,)
     return tuple(each % x.dim() for each in dims) or tuple(range(x.dim()))
 
 
@@ -97,8 +97,8 @@ def lines(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     y = invariant(x.spec.region, func, x.who)(x.local, *args[1:], **kwargs)
     if isinstance(y, Tensor):
         return _relaid(y, x, dims)
-    made = [_relaid(each, x, dims) for each in y]
-    return type(y)(made) if hasattr(type(y), "n_fields") else tuple(made)
+    results = [_relaid(each, x, dims) for each in y]
+    return type(y)(results) if hasattr(type(y), "n_fields") else tuple(results)
 
 
 def _relaid(y: Tensor, x: CutTensor, dims: tuple[int, ...]) -> CutTensor:
@@ -205,14 +205,14 @@ def total(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     x = args[0]
     if not isinstance(x, CutTensor):
         return gathered(func, name, args, kwargs)
-    given = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else None))
+    dim_argument = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else None))
     dtype = kwargs.get("dtype")
-    if isinstance(given, torch.dtype):
-        given, dtype = None, given
+    if isinstance(dim_argument, torch.dtype):
+        dim_argument, dtype = None, dim_argument
     dims = (
         range(x.dim())
-        if given is None or given == ()
-        else (given if isinstance(given, list | tuple) else (given,))
+        if dim_argument is None or dim_argument == ()
+        else (dim_argument if isinstance(dim_argument, list | tuple) else (dim_argument,))
     )
     keep = bool(kwargs.get("keepdim", args[2] if len(args) > 2 else False))
     dims = tuple(sorted(each % x.dim() for each in dims))
@@ -297,8 +297,8 @@ def spatial(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     parts = [y] if isinstance(y, Tensor) else y
     if is_empty:
         parts = [each.narrow(dim, 0, 0) for each in parts]
-    made = [cut_tensor(each, x.spec.of_part(each.shape), x.who) for each in parts]
-    return made[0] if isinstance(y, Tensor) else type(y)(made)
+    results = [cut_tensor(each, x.spec.of_part(each.shape), x.who) for each in parts]
+    return results[0] if isinstance(y, Tensor) else type(y)(results)
 
 
 @rule("view_as_complex", "view_as_real")

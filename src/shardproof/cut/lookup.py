@@ -9,8 +9,8 @@ from torch import Tensor
 
 from shardproof import operators
 from shardproof.cut.adopted import adopt
-from shardproof.cut.meet import common, fitted, one_along
-from shardproof.cut.others import gathered, invariant, whole
+from shardproof.cut.alignment import common, fitted, one_along
+from shardproof.cut.fallback import gathered, invariant, whole
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import RULES, CutTensor, cut_tensor, named, rule, run
 from shardproof.functional import crossings
@@ -39,10 +39,10 @@ def getitem(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     x, index = args
     if not isinstance(x, CutTensor):
         return gathered(func, name, args, kwargs)
-    given = index if isinstance(index, tuple) else (index,)
-    if _WITHOUT_NUMBERS.issuperset(map(type, given)):
-        return RULES["view"](func, name, (x, given), {})
-    entries = list(given)
+    entries_given = index if isinstance(index, tuple) else (index,)
+    if _WITHOUT_NUMBERS.issuperset(map(type, entries_given)):
+        return RULES["view"](func, name, (x, entries_given), {})
+    entries = list(entries_given)
     entries = [whole(each, "index") if isinstance(each, CutTensor) else each for each in entries]
     if sum(isinstance(each, Tensor | list) for each in entries) == 1:
         entries = [_as_slice(each) if isinstance(each, list) else each for each in entries]
@@ -197,14 +197,14 @@ def setitem(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     if _written_to_part(x, entries, value):
         return None
     if not any(isinstance(each, Tensor | list) for each in entries):
-        seen = RULES["view"](Tensor.__getitem__, "getitem", (x, tuple(entries)), {})
-        if isinstance(seen, CutTensor) and seen.local.untyped_storage().data_ptr() == (
+        view = RULES["view"](Tensor.__getitem__, "getitem", (x, tuple(entries)), {})
+        if isinstance(view, CutTensor) and view.local.untyped_storage().data_ptr() == (
             x.local.untyped_storage().data_ptr()
         ):
             if isinstance(value, Tensor | CutTensor):
-                run(Tensor.copy_, (seen, value), {})
+                run(Tensor.copy_, (view, value), {})
             else:
-                seen.local.fill_(value)
+                view.local.fill_(value)
             return None
     gathered(func, name, (x, tuple(entries), value), kwargs)
     return None
@@ -255,18 +255,18 @@ _LINES = frozenset(
 def along(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Picks or writes along one dim, which is not the cut one."""
     names = ("input", "dim", "index", "source")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    x, dim = given.get("input"), given.get("dim")
+    options = dict(zip(names, args, strict=False)) | kwargs
+    x, dim = options.get("input"), options.get("dim")
     if not isinstance(x, Tensor | CutTensor) or not isinstance(dim, int):
         return gathered(func, name, args, kwargs)
     dim %= x.dim()
     if name == "index_select" and isinstance(x, CutTensor) and x.spec.dim == dim:
-        return _selected(x, dim, given["index"])
-    if name not in _LINES and isinstance(given["index"], CutTensor):
-        given["index"] = whole(given["index"], name)
+        return _selected(x, dim, options["index"])
+    if name not in _LINES and isinstance(options["index"], CutTensor):
+        options["index"] = whole(options["index"], name)
     parts = {
         key: each
-        for key, each in given.items()
+        for key, each in options.items()
         if isinstance(each, Tensor | CutTensor) and (name in _LINES or key != "index")
     }
     met = _lying_along(list(parts.values()), dim)
@@ -274,15 +274,15 @@ def along(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return gathered(func, name, args, kwargs)
     spec, who = met
     if name.endswith("_") and not isinstance(x, CutTensor):
-        made = spec.region.spec(tuple(x.shape), spec.dim, spec.cut)
-        if not adopt(x, made, who):
+        result_spec = spec.region.spec(tuple(x.shape), spec.dim, spec.cut)
+        if not adopt(x, result_spec, who):
             return gathered(func, name, args, kwargs)
     for key, each in parts.items():
         own = spec.region.spec(tuple(each.shape), spec.dim, spec.cut)
-        given[key] = fitted(each, own, who)
-    order = [given[key] for key in names[: len(args)]]
+        options[key] = fitted(each, own, who)
+    order = [options[key] for key in names[: len(args)]]
     y = invariant(spec.region, func, who)(
-        *order, *args[len(names) :], **{key: given[key] for key in kwargs}
+        *order, *args[len(names) :], **{key: options[key] for key in kwargs}
     )
     if name.endswith("_"):
         return x

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shardproof import operators
 from shardproof.cut.deferred import defer
-from shardproof.cut.others import gathered
+from shardproof.cut.fallback import gathered
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
 from shardproof.errors import ShapeError
@@ -95,9 +95,9 @@ def diagonal(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     Then elements that are not on the diagonal become zero, and the other dim is summed.
     """
     x, *rest = args
-    given = {"offset": 0, "dim1": 0, "dim2": 1} | kwargs
-    given |= dict(zip(("offset", "dim1", "dim2"), rest, strict=False))
-    offset, dims = given["offset"], [given[key] for key in ("dim1", "dim2")]
+    options = {"offset": 0, "dim1": 0, "dim2": 1} | kwargs
+    options |= dict(zip(("offset", "dim1", "dim2"), rest, strict=False))
+    offset, dims = options["offset"], [options[key] for key in ("dim1", "dim2")]
     places = [dim % x.dim() for dim in dims]
     if places[0] == places[1] or not all(-x.dim() <= dim < x.dim() for dim in dims):
         raise ShapeError(
@@ -123,9 +123,9 @@ def diagonal(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     return lines.squeeze(places[is_row] - (places[is_row] > x.spec.dim))
 
 
-def _one(step: Step, made: Spec) -> Any:
+def _one(step: Step, result_spec: Spec) -> Any:
     """A recipe of one result."""
-    return None, ((step, made),)
+    return None, ((step, result_spec),)
 
 
 def _transposed(spec: Spec, dims: tuple[Any, ...]) -> Any:
@@ -136,8 +136,8 @@ def _transposed(spec: Spec, dims: tuple[Any, ...]) -> Any:
     a, b = (dim % len(shape) for dim in dims)
     shape[a], shape[b] = shape[b], shape[a]
     dim = b if spec.dim == a else a if spec.dim == b else spec.dim
-    made = spec.region.spec(tuple(shape), dim, spec.cut)
-    return _one(lambda x: x.transpose(a, b), made)
+    result_spec = spec.region.spec(tuple(shape), dim, spec.cut)
+    return _one(lambda x: x.transpose(a, b), result_spec)
 
 
 def _permuted(spec: Spec, dims: tuple[Any, ...]) -> Any:
@@ -148,8 +148,8 @@ def _permuted(spec: Spec, dims: tuple[Any, ...]) -> Any:
         return None
     places = [dim % count for dim in order]
     shape = tuple(spec.shape[dim] for dim in places)
-    made = spec.region.spec(shape, places.index(spec.dim), spec.cut)
-    return _one(lambda x: x.permute(places), made)
+    result_spec = spec.region.spec(shape, places.index(spec.dim), spec.cut)
+    return _one(lambda x: x.permute(places), result_spec)
 
 
 def _unsqueezed(spec: Spec, dims: tuple[Any, ...]) -> Any:
@@ -159,8 +159,8 @@ def _unsqueezed(spec: Spec, dims: tuple[Any, ...]) -> Any:
     count = len(spec.shape) + 1
     place = dims[0] % count
     shape = (*spec.shape[:place], 1, *spec.shape[place:])
-    made = spec.region.spec(shape, spec.dim + (place <= spec.dim), spec.cut)
-    return _one(lambda x: x.unsqueeze(place), made)
+    result_spec = spec.region.spec(shape, spec.dim + (place <= spec.dim), spec.cut)
+    return _one(lambda x: x.unsqueeze(place), result_spec)
 
 
 _QUICK = {"transpose": _transposed, "permute": _permuted, "unsqueeze": _unsqueezed}
@@ -181,8 +181,8 @@ def _as_sizes(value: Any) -> Any:
     if isinstance(value, slice):
         return slice(*map(_as_sizes, (value.start, value.stop, value.step)))
     if isinstance(value, tuple | list):
-        made = [_as_sizes(each) for each in value]
-        return made if isinstance(value, list) else tuple(made)
+        sizes = [_as_sizes(each) for each in value]
+        return sizes if isinstance(value, list) else tuple(sizes)
     return value
 
 
@@ -233,8 +233,8 @@ _SEQUENCES = (tuple, list)  # a union is made anew in every call
 
 def find(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The recipe of an operation, if there is one at every degree: else bits would depend on it."""
-    found = _found(func, name, spec, args, kwargs)
-    if found is LOST:
+    recipe = _found(func, name, spec, args, kwargs)
+    if recipe is LOST:
         return LOST
     for region in spec.region.finest():
         shared = spec.cut.shared
@@ -242,7 +242,7 @@ def find(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict[s
         other = region.spec(tuple(spec.shape), spec.dim, cut)
         if _found(func, name, other, args, kwargs) is LOST:
             return LOST
-    return found
+    return recipe
 
 
 def _found(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -317,18 +317,20 @@ def _result(
     """One result: a call on the part, and how it is cut."""
     cut = spec.cut
     if not out.numel():
-        made = _of_nothing(spec, out)
-        return _step(func, name, spec, args, kwargs, mine, _empty(made), made, place), made
+        result_spec = _of_nothing(spec, out)
+        return _step(
+            func, name, spec, args, kwargs, mine, _empty(result_spec), result_spec, place
+        ), result_spec
     core = _core(out)
     labels = torch.from_numpy(cut.labels)[core]
     dim, units = _where_units_vary(labels, spec, name, tuple(out.shape))
     order = units.movedim(dim, 0)[..., None].flatten(1)[:, 0].expand(out.shape[dim])
     new = CutDim.of_labels(cut.shared, order.numpy())
-    made = spec.region.spec(tuple(out.shape), dim, new)
+    result_spec = spec.region.spec(tuple(out.shape), dim, new)
     held = torch.from_numpy(new.held(spec.region.rank))
     shape = tuple(out.shape[dim] if each == dim else n for each, n in enumerate(core.shape))
     expected = _narrowed(out, shape).index_select(dim, held)
-    return _step(func, name, spec, args, kwargs, mine, expected, made, place), made
+    return _step(func, name, spec, args, kwargs, mine, expected, result_spec, place), result_spec
 
 
 def _of_nothing(spec: Spec, out: Tensor) -> Spec:
@@ -340,8 +342,8 @@ def _of_nothing(spec: Spec, out: Tensor) -> Spec:
     return spec.region.spec(tuple(out.shape), dims[0], spec.cut)
 
 
-def _empty(made: Spec) -> Tensor:
-    return torch.empty(made.local_shape, dtype=torch.int64)
+def _empty(spec: Spec) -> Tensor:
+    return torch.empty(spec.local_shape, dtype=torch.int64)
 
 
 def _where_units_vary(
@@ -406,11 +408,11 @@ def _step(
     kwargs: dict[str, Any],
     mine: Tensor,
     expected: Tensor,
-    made: Spec,
+    result_spec: Spec,
     place: int | None,
 ) -> Step:
     """The cheapest call on the part that yields the numbers expected."""
-    shape = tuple(made.local_shape)
+    shape = tuple(result_spec.local_shape)
 
     def fits(step: Step) -> bool:
         try:
@@ -424,7 +426,7 @@ def _step(
     for candidate in _candidates(func, name, args, kwargs, shape, place):
         if fits(candidate):
             return candidate
-    for candidate in _runs(spec, expected, made):
+    for candidate in _runs(spec, expected, result_spec):
         if fits(candidate):
             return candidate
         if name == "getitem":
@@ -472,10 +474,10 @@ def _candidates(
     return [lambda x: func(x, *args, **kwargs)[place]]
 
 
-def _runs(spec: Spec, expected: Tensor, made: Spec) -> list[Step]:
+def _runs(spec: Spec, expected: Tensor, result_spec: Spec) -> list[Step]:
     """Runs, strides or a list of what the rank holds of the cut dim."""
     held = spec.cut.held(spec.region.rank)
-    wanted = expected.movedim(made.dim, 0)[..., None].flatten(1)
+    wanted = expected.movedim(result_spec.dim, 0)[..., None].flatten(1)
     if wanted.shape[1] != 1 and not torch.equal(wanted, wanted[:, :1].expand(wanted.shape)):
         return []
     numbers = wanted[:, 0].numpy()
@@ -485,13 +487,13 @@ def _runs(spec: Spec, expected: Tensor, made: Spec) -> list[Step]:
     dim, count = spec.dim, len(where)
     start = int(where[0]) if count else 0
     steps = np.diff(where)
-    found: list[Step] = []
+    runs: list[Step] = []
     if not count or (steps == 1).all():
-        found.append(lambda x: x.narrow(dim, start, count))
+        runs.append(lambda x: x.narrow(dim, start, count))
     elif (steps == steps[0]).all() and steps[0] > 0:
         places = slice(start, int(where[-1]) + 1, int(steps[0]))
         index = (*(slice(None) for _ in range(dim)), places)
-        found.append(lambda x: x[index])
+        runs.append(lambda x: x[index])
     index_ = torch.from_numpy(where)
-    found.append(lambda x: x.index_select(dim, index_.to(x.device)))
-    return found
+    runs.append(lambda x: x.index_select(dim, index_.to(x.device)))
+    return runs

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from shardproof.cut.adopted import adopt
-from shardproof.cut.meet import broadcast, common, fitted
-from shardproof.cut.others import computed, gathered, invariant
+from shardproof.cut.alignment import broadcast, common, fitted
+from shardproof.cut.fallback import computed, gathered, invariant
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 
@@ -297,11 +297,13 @@ def like(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 @rule("new_zeros", "new_ones", "new_empty", "new_full", "new")
 def new(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A new tensor; it is cut as the given one if it has that dim too, for it is to be filled."""
-    x, given = args[0], args[1:]
-    places = 1 if name == "new_full" else len(given)
-    size = given[0] if given and isinstance(given[0], list | tuple) else given[:places]
+    x, size_args = args[0], args[1:]
+    places = 1 if name == "new_full" else len(size_args)
+    size = (
+        size_args[0] if size_args and isinstance(size_args[0], list | tuple) else size_args[:places]
+    )
     shape = tuple(kwargs.pop("size", size))
-    rest = given[1:] if name == "new_full" or (given and given[0] is size) else ()
+    rest = size_args[1:] if name == "new_full" or (size_args and size_args[0] is size) else ()
     spec = x.spec
     if name == "new":  # an old name: nothing, the sizes of what is empty, or numbers
         if not all(isinstance(each, int) for each in shape):
@@ -309,8 +311,8 @@ def new(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         func, shape = Tensor.new_empty, shape or (0,)
     if len(shape) != x.dim() or shape[spec.dim] != x.shape[spec.dim]:
         return func(x.local, shape, *rest, **kwargs)
-    made = spec.region.spec(shape, spec.dim, spec.cut)
-    return cut_tensor(func(x.local, made.local_shape, *rest, **kwargs), made, x.who)
+    result_spec = spec.region.spec(shape, spec.dim, spec.cut)
+    return cut_tensor(func(x.local, result_spec.local_shape, *rest, **kwargs), result_spec, x.who)
 
 
 @rule("new_tensor")

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from shardproof.autograd import once_differentiable
-from shardproof.cut.meet import common, fitted, one_along
-from shardproof.cut.others import gathered
+from shardproof.cut.alignment import common, fitted, one_along
+from shardproof.cut.fallback import gathered
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 from shardproof.numerics.contracting import matmul
 
@@ -15,8 +15,8 @@ from shardproof.numerics.contracting import matmul
 @rule("linalg_solve_triangular", "solve_triangular")
 def solve_triangular(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`torch.linalg.solve_triangular(A, B)` of matrices that are cut along a leading dim."""
-    given = dict(zip(("A", "B"), args, strict=False)) | kwargs
-    a, b = given["A"], given["B"]
+    arguments = dict(zip(("A", "B"), args, strict=False)) | kwargs
+    a, b = arguments["A"], arguments["B"]
     cuts = [each for each in (a, b) if isinstance(each, CutTensor)]
     is_batch = all(each.spec.dim < each.dim() - 2 for each in cuts)
     if not is_batch or a.shape[:-2] != b.shape[:-2]:
@@ -30,7 +30,7 @@ def solve_triangular(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[s
     region = spec.region
     parts = [fitted(x, region.spec(tuple(x.shape), spec.dim, spec.cut), who) for x in (a, b)]
     names = {"upper": True, "left": True, "unitriangular": False}
-    options = {key: bool(given.get(key, default)) for key, default in names.items()}
+    options = {key: bool(arguments.get(key, default)) for key, default in names.items()}
     y = _Solved.apply(*parts, options)
     return cut_tensor(y, region.spec(tuple(b.shape), spec.dim, spec.cut), who)
 

@@ -52,10 +52,10 @@ class Spec:
             dim: where the cut dim is in it; where it is here, if not given.
         """
         if dim is None:
-            found = self._like.get(part)
-            if found is None:
-                found = self._like[part] = self.of_part(part, self.dim)
-            return found
+            known = self._like.get(part)
+            if known is None:
+                known = self._like[part] = self.of_part(part, self.dim)
+            return known
         shape = (*part[:dim], self.shape[self.dim], *part[dim + 1 :])
         return self.region.spec(shape, dim, self.cut)
 
@@ -65,14 +65,14 @@ class Spec:
         Args:
             shape: of the whole tensor.
         """
-        found = self._joining.get(shape)
-        if found is None:
+        known = self._joining.get(shape)
+        if known is None:
             first = len(self.shape) - len(shape)
-            found = self._joining[shape] = first >= 0 and all(
+            known = self._joining[shape] = first >= 0 and all(
                 size == 1 or (dim != self.dim and size == self.shape[dim])
                 for dim, size in enumerate(shape, first)
             )
-        return found
+        return known
 
     def __repr__(self) -> str:
         return (
@@ -183,41 +183,41 @@ class Region:
 
     def one(self, cut: CutDim) -> CutDim:
         """The one object of all cuts that are equal: they are compared by identity after that."""
-        found = self._same.get(id(cut))
-        if found is None:
-            found = self._same[id(cut)] = self._cuts.setdefault(cut, cut)
+        known = self._same.get(id(cut))
+        if known is None:
+            known = self._same[id(cut)] = self._cuts.setdefault(cut, cut)
             self._met.append(cut)
-        return found
+        return known
 
     def features(self, cut: Cut) -> CutDim:
         """How a dim is cut of which a layer says only how its leaves lie."""
-        found = self._features.get(cut)
-        if found is None:
+        known = self._features.get(cut)
+        if known is None:
             units = Units("features", cut.size // cut.unit)
             shared = Shared(units, self.scheme.leaves, self.axis.size)
-            found = self.one(CutDim(shared, (Block(cut.size, 0, cut.unit),)))
-            self._features[cut] = found
-        return found
+            known = self.one(CutDim(shared, (Block(cut.size, 0, cut.unit),)))
+            self._features[cut] = known
+        return known
 
     def spec(self, shape: tuple[int, ...], dim: int, cut: CutDim) -> Spec:
         """The one `Spec` of a shape that is cut so."""
-        found = self._specs.get((shape, dim, id(cut)))
-        if found is None:
+        known = self._specs.get((shape, dim, id(cut)))
+        if known is None:
             cut = self.one(cut)
             key = (tuple(shape), dim, id(cut))
-            found = self._specs.get(key)
-            if found is None:
-                found = self._specs[key] = Spec(self, key[0], dim, cut)
-        return found
+            known = self._specs.get(key)
+            if known is None:
+                known = self._specs[key] = Spec(self, key[0], dim, cut)
+        return known
 
     def place(self, cut: CutDim, who: str) -> Place:
         """Where a crossing of tensors that are cut so stands."""
-        found = self._places.get((id(cut), who))
-        if found is None:
+        known = self._places.get((id(cut), who))
+        if known is None:
             cut = self.one(cut)
-            found = Place.of(self.axis, cut, self.scheme, who)
-            self._places[id(cut), who] = found
-        return found
+            known = Place.of(self.axis, cut, self.scheme, who)
+            self._places[id(cut), who] = known
+        return known
 
     def finest(self) -> list["Region"]:
         """The first and the last rank of as many ranks as there are leaves."""

@@ -24,7 +24,7 @@ from shardproof.numerics.elementwise import check_out
 Rule = Callable[[Any, str, tuple[Any, ...], dict[str, Any]], Any]
 
 RULES: dict[str, Rule] = {}  # name of an operation -> its rule
-composed: list[Callable[..., Any]] = []  # takes ATen operations; `cut/others.py` puts it here
+composed: list[Callable[..., Any]] = []  # takes ATen operations; `cut/fallback.py` puts it here
 checks: list[Callable[..., Any]] = []  # runs rules inside `checked()`
 _NAMES: dict[Any, str] = {F.unfold: "im2col", F.fold: "col2im"}  # `Tensor.unfold` is another
 _ARITHMETIC = frozenset(
@@ -231,8 +231,8 @@ class CutTensor:
         spec, who = self.spec, self.who
 
         def on_part(grad: Tensor) -> Any:
-            given = hook(cut_tensor(grad, spec, who))
-            return given.local if isinstance(given, CutTensor) else given
+            result = hook(cut_tensor(grad, spec, who))
+            return result.local if isinstance(result, CutTensor) else result
 
         return self.local.register_hook(on_part)
 
@@ -295,11 +295,11 @@ _wrapped: Any = Tensor._make_wrapper_subclass
 
 def cut_tensor(local: Tensor, spec: Spec, who: str = "") -> CutTensor:
     """A cut tensor; while Dynamo traces, an object that it can see through."""
-    made: CutTensor = _wrapped(Shown, spec.shape, dtype=local.dtype, device=local.device)
-    made.local = local
-    made.spec = spec
-    made.who = who
-    return made
+    shown_tensor: CutTensor = _wrapped(Shown, spec.shape, dtype=local.dtype, device=local.device)
+    shown_tensor.local = local
+    shown_tensor.spec = spec
+    shown_tensor.who = who
+    return shown_tensor
 
 
 class Adopted(Shown):
@@ -312,7 +312,7 @@ def shown(x: Any) -> Any:
 
 
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Do what its rule says; without one, take it apart or gather (`cut/others.py`)."""
+    """Do what its rule says; without one, take it apart or gather (`cut/fallback.py`)."""
     return run_as(_NAMES.get(func) or name_of(func), func, args, kwargs)
 
 
@@ -320,12 +320,12 @@ def run_as(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Do what the rule of a name says."""
     if kwargs and kwargs.get("out") is not None:
         return _into(name, func, args, kwargs)
-    found = RULES.get(name) or RULES["others"]
+    function = RULES.get(name) or RULES["others"]
     if observing.is_on():
         return observing.see_rule(
-            name_of(func), args, partial(_run, found, func, name, args, kwargs)
+            name_of(func), args, partial(_run, function, func, name, args, kwargs)
         )
-    return _run(found, func, name, args, kwargs)
+    return _run(function, func, name, args, kwargs)
 
 
 def _into(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -342,12 +342,14 @@ def _into(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return run_as("copy_", Tensor.copy_, (out, y), {})
 
 
-def _run(found: Rule, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run(
+    rule_function: Rule, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     if is_checked():
-        return checks[-1](found, func, name, args, kwargs)
+        return checks[-1](rule_function, func, name, args, kwargs)
     if not _num_modes() or running.is_rule:
-        return found(func, name, args, kwargs)
-    return unseen(found, func, name, args, kwargs)
+        return rule_function(func, name, args, kwargs)
+    return unseen(rule_function, func, name, args, kwargs)
 
 
 def must_call_torch() -> bool:
@@ -356,7 +358,7 @@ def must_call_torch() -> bool:
 
 
 def unseen(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function whose operations `Calls` (`cut/calls.py`) let through."""
+    """Call a function whose operations `Calls` (`cut/module_calls.py`) let through."""
     was, running.is_rule = running.is_rule, True
     try:
         return function(*args, **kwargs)

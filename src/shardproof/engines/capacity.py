@@ -67,9 +67,9 @@ def check_own_threads() -> None:
         UsageError: OMP_NUM_THREADS or MKL_NUM_THREADS asks for too many.
     """
     names = [name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if os.environ.get(name)]
-    said = " and ".join(f"{name}={os.environ[name]}" for name in names)
+    settings = " and ".join(f"{name}={os.environ[name]}" for name in names)
     threads = torch.get_num_threads()
-    check_threads(threads, 1, written=said or f"torch.get_num_threads() = {threads}")
+    check_threads(threads, 1, written=settings or f"torch.get_num_threads() = {threads}")
 
 
 def _try(total: int) -> None:

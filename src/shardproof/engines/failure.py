@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from shardproof.error_text import say, tell
 from shardproof.errors import RankError, ShardproofError
-from shardproof.telling import say, tell
 from shardproof.transport.base import PeerError
 
 _HERE = str(Path(__file__).parent)
@@ -82,9 +82,11 @@ def verdict(failures: Sequence[Failure], degree: int) -> ShardproofError:
         symptom.add_note(f"This was noticed by {where}:\n{cause.trace}")
         return symptom
     message = f"{where} {cause.summary}"
-    found = RankError(f"{message}\n\n{cause.trace}" if cause.trace else message, rank=cause.rank)
-    found.__cause__ = error
-    return found
+    rank_error = RankError(
+        f"{message}\n\n{cause.trace}" if cause.trace else message, rank=cause.rank
+    )
+    rank_error.__cause__ = error
+    return rank_error
 
 
 def _below_engines(error: BaseException) -> TracebackType | None:
@@ -97,12 +99,12 @@ def _below_engines(error: BaseException) -> TracebackType | None:
 
 def _has_symptom(error: BaseException | None) -> bool:
     """True if `error` is a symptom or was raised because of one; a group, if all in it are."""
-    seen = set()
-    while error is not None and id(error) not in seen:
+    visited = set()
+    while error is not None and id(error) not in visited:
         if isinstance(error, PeerError):
             return True
         if isinstance(error, BaseExceptionGroup) and all(map(_has_symptom, error.exceptions)):
             return True
-        seen.add(id(error))
+        visited.add(id(error))
         error = error.__cause__ or error.__context__
     return False

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import NoReturn
 
-from shardproof.telling import tell
+from shardproof.error_text import tell
 
 
 def end_if_forked(owner: int, rank: int, error: BaseException | None = None) -> None:

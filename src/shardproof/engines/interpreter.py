@@ -48,12 +48,12 @@ def command(code: str, *arguments: str) -> list[str]:
 
 def flags() -> list[str]:
     """The options that this interpreter was started with, as multiprocessing hands them on."""
-    found: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    options: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     for name, value in sys._xoptions.items():
         written = name if value is True else f"{name}={value}"
-        if written not in found:
-            found += ["-X", written]
-    return found
+        if written not in options:
+            options += ["-X", written]
+    return options
 
 
 def search_path() -> list[str]:
@@ -77,12 +77,12 @@ def environment() -> dict[str, str]:
 
     The search path is handed on in another way.
     """
-    found = dict(os.environ)
-    entries = [each for each in found.get("PYTHONPATH", "").split(os.pathsep) if each]
+    variables = dict(os.environ)
+    entries = [each for each in variables.get("PYTHONPATH", "").split(os.pathsep) if each]
     absolute = [each for each in entries if os.path.isabs(each)]
     if absolute != entries:
-        found["PYTHONPATH"] = os.pathsep.join(absolute)
-    return found
+        variables["PYTHONPATH"] = os.pathsep.join(absolute)
+    return variables
 
 
 def output(descriptor: int) -> int | None:

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from shardproof.axis import Axis
-from shardproof.engines import interpreter, parcel
+from shardproof.engines import interpreter, messages
 from shardproof.engines.base import Ranks, Settings
-from shardproof.engines.board import Board
 from shardproof.engines.capacity import WAY_OUT
 from shardproof.engines.failure import verdict
+from shardproof.engines.status import Board
 from shardproof.engines.watch import Watch, Worker
 from shardproof.errors import UsageError
 from shardproof.numerics import mode
@@ -54,8 +54,8 @@ class ProcessRanks(Ranks):
         # Also when the caller forgets to close, or raises, or the interpreter ends.
         self._clean_up = weakref.finalize(self, _clean_up, self._workers, self._folder, os.getpid())
         try:
-            parcel.write(settings, self._folder / parcel.SETTINGS, what="the settings")
-            self._board = _make_board(self._folder / parcel.BOARD, self.degree)
+            messages.write(settings, self._folder / messages.SETTINGS, what="the settings")
+            self._board = _make_board(self._folder / messages.BOARD, self.degree)
             for rank in range(self.degree):
                 self._workers.append(_start(rank, settings, self._folder))
         except BaseException:
@@ -84,7 +84,7 @@ class ProcessRanks(Ranks):
 
     def _call(self, fn: Callable[[Axis], Any]) -> list[Any]:
         what = f"the function {getattr(fn, '__qualname__', repr(fn))}"
-        parcel.write(fn, self._folder / parcel.CALL, what=what)
+        messages.write(fn, self._folder / messages.CALL, what=what)
         self._number += 1
         watch = Watch(
             self._workers,
@@ -96,7 +96,7 @@ class ProcessRanks(Ranks):
         try:
             for each in self._workers:
                 with contextlib.suppress(BrokenPipeError):  # it is dead, which the watch sees
-                    each.connection.send((parcel.RUN, self._number))
+                    each.connection.send((messages.RUN, self._number))
             failures = watch.follow()
         except BaseException:  # KeyboardInterrupt above all
             self._is_broken = True
@@ -109,9 +109,9 @@ class ProcessRanks(Ranks):
         return [self._take_result(rank) for rank in range(self.degree)]
 
     def _take_result(self, rank: int) -> Any:
-        path = parcel.result_path(self._folder, rank, self._number)
+        path = messages.result_path(self._folder, rank, self._number)
         try:
-            return parcel.read(path, what=f"the result of rank {rank}")
+            return messages.read(path, what=f"the result of rank {rank}")
         finally:
             path.unlink()
 
@@ -119,7 +119,7 @@ class ProcessRanks(Ranks):
         """Let the workers end by themselves; those that do not are ended."""
         for each in self._workers:
             with contextlib.suppress(OSError):  # dead already
-                each.connection.send((parcel.CLOSE, self._number))
+                each.connection.send((messages.CLOSE, self._number))
         deadline = time.monotonic() + _CLOSING
         for each in self._workers:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -150,7 +150,7 @@ def _make_board(path: Path, degree: int) -> Board:
     try:
         return Board.create(path, degree)
     except OSError as error:
-        raise parcel.no_room(path, error) from error
+        raise messages.no_room(path, error) from error
 
 
 def _start(rank: int, settings: Settings, folder: Path) -> Worker:

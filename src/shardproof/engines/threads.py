@@ -133,22 +133,22 @@ class ThreadRanks(Ranks):
             if not self._settings.compare_inputs:
                 transport.notes = None
             inbox.put(_Task(fn, transport, rendezvous, outcomes, note))
-        found: dict[int, _Outcome] = {}
+        outcome_by_rank: dict[int, _Outcome] = {}
         try:
-            self._collect(outcomes, found)
+            self._collect(outcomes, outcome_by_rank)
         except BaseException:  # KeyboardInterrupt above all
             self._break()
             rendezvous.interrupt("the caller was interrupted")
-            self._stop(set(range(self.degree)) - set(found))
+            self._stop(set(range(self.degree)) - set(outcome_by_rank))
             raise
-        failures = [outcome.failure for outcome in found.values() if outcome.failure]
+        failures = [outcome.failure for outcome in outcome_by_rank.values() if outcome.failure]
         if not failures:
             for transport in transports:
                 disable(transport, OVER)  # else whoever kept the axis would find the others or not
-            return [found[rank].result for rank in range(self.degree)]
+            return [outcome_by_rank[rank].result for rank in range(self.degree)]
         self._break()
         error = verdict(failures, self.degree)
-        stuck = sorted(set(range(self.degree)) - set(found))
+        stuck = sorted(set(range(self.degree)) - set(outcome_by_rank))
         if stuck:
             error.add_note(
                 f"Still running {_GRACE + _STOPPING:g} s later, and given up: ranks {stuck}. "
@@ -156,17 +156,19 @@ class ThreadRanks(Ranks):
             )
         raise error
 
-    def _collect(self, outcomes: "queue.SimpleQueue[_Outcome]", found: dict[int, _Outcome]) -> None:
+    def _collect(
+        self, outcomes: "queue.SimpleQueue[_Outcome]", outcome_by_rank: dict[int, _Outcome]
+    ) -> None:
         """Fill `found` with every rank's outcome; after a failure, with those that come soon."""
-        while len(found) < self.degree:
+        while len(outcome_by_rank) < self.degree:
             outcome = outcomes.get()
-            found[outcome.rank] = outcome
+            outcome_by_rank[outcome.rank] = outcome
             if outcome.failure:
                 break
-        _collect_until(time.monotonic() + _GRACE, outcomes, found, self.degree)
-        if len(found) < self.degree:
-            self._stop(set(range(self.degree)) - set(found))
-            _collect_until(time.monotonic() + _STOPPING, outcomes, found, self.degree)
+        _collect_until(time.monotonic() + _GRACE, outcomes, outcome_by_rank, self.degree)
+        if len(outcome_by_rank) < self.degree:
+            self._stop(set(range(self.degree)) - set(outcome_by_rank))
+            _collect_until(time.monotonic() + _STOPPING, outcomes, outcome_by_rank, self.degree)
 
     def _stop(self, ranks: set[int]) -> None:
         """Raise in the threads of `ranks`, at their next Python instruction."""
@@ -214,12 +216,12 @@ def _dismiss(inboxes: Sequence[_Inbox]) -> None:
 def _collect_until(
     deadline: float,
     outcomes: "queue.SimpleQueue[_Outcome]",
-    found: dict[int, _Outcome],
+    outcome_by_rank: dict[int, _Outcome],
     degree: int,
 ) -> None:
-    while len(found) < degree:
+    while len(outcome_by_rank) < degree:
         try:
             outcome = outcomes.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             return
-        found[outcome.rank] = outcome
+        outcome_by_rank[outcome.rank] = outcome

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from shardproof.engines import parcel
-from shardproof.engines.board import Board
+from shardproof.engines import messages
 from shardproof.engines.failure import Failure
+from shardproof.engines.status import Board
 from shardproof.transport.base import name_ranks, name_waits
 
 # How long the launcher goes on listening after a cause and after a mere symptom was reported.
@@ -106,13 +106,13 @@ class Watch:
                 continue
             if number != self._number:
                 continue
-            if outcome == parcel.RETURNED:
+            if outcome == messages.RETURNED:
                 self._counts[rank] = count
             elif isinstance(outcome, Failure):
                 self._fail(outcome)
             else:
-                path = parcel.failure_path(self._folder, rank, number)
-                self._fail(parcel.read(path, what=f"the failure of rank {rank}"))
+                path = messages.failure_path(self._folder, rank, number)
+                self._fail(messages.read(path, what=f"the failure of rank {rank}"))
 
     def _find_dead(self) -> None:
         for worker in self._pending():
@@ -211,10 +211,10 @@ def _stopping_signal(pid: int) -> int | None:
     if not hasattr(os, "waitid"):  # macOS, before Python 3.13
         return None
     try:
-        found = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
+        status = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:  # its end was noticed in the meantime
         return None
-    return None if found is None else found.si_status
+    return None if status is None else status.si_status
 
 
 def _describe_exit(code: int) -> str:

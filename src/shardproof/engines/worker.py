@@ -25,18 +25,18 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from shardproof.axis import Axis
-from shardproof.engines import fork, interpreter, parcel
+from shardproof.engines import fork, interpreter, messages
 from shardproof.engines.base import Settings
-from shardproof.engines.board import Board
 from shardproof.engines.failure import Failure, failure_of
+from shardproof.engines.status import Board
+from shardproof.error_text import TooLong, within
 from shardproof.errors import UsageError
-from shardproof.telling import TooLong, within
 from shardproof.timeout import START_TIMEOUT
 from shardproof.transport.base import Call
 from shardproof.transport.choose import Choice, choose, meet
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.ledger import Ledger
-from shardproof.transport.shared import SharedTransport
+from shardproof.transport.shared_memory import SharedTransport
 from shardproof.transport.solo import SoloTransport
 
 _Commands = queue.SimpleQueue[tuple[str, int]]  # what the launcher says, and of which call
@@ -51,7 +51,7 @@ def main(folder: Path, rank: int) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # whole lines of several ranks, as they come
     worker = _Worker(folder, rank)
-    while (command := commands.get())[0] == parcel.RUN:
+    while (command := commands.get())[0] == messages.RUN:
         connection.send(worker.serve(command[1]))
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -71,8 +71,8 @@ class _Worker:
     def __init__(self, folder: Path, rank: int) -> None:
         self._folder = folder
         self._rank = rank
-        self._settings: Settings = parcel.read(folder / parcel.SETTINGS, what="the settings")
-        self._board = Board(folder / parcel.BOARD)
+        self._settings: Settings = messages.read(folder / messages.SETTINGS, what="the settings")
+        self._board = Board(folder / messages.BOARD)
         self._joining: BaseException | None = None
         self._choice: Choice | None = None  # none for a rank alone
         self._count = 0  # of the collectives begun over gloo
@@ -89,7 +89,7 @@ class _Worker:
             `number`, what became of it, and the collectives so far.
         """
         owner = os.getpid()
-        outcome: str | Failure = parcel.RETURNED
+        outcome: str | Failure = messages.RETURNED
         try:
             if self._joining is not None:
                 raise self._joining
@@ -103,13 +103,13 @@ class _Worker:
         return number, outcome, self._collectives()
 
     def _call(self, number: int, owner: int) -> None:
-        fn: Callable[[Axis], Any] = parcel.read(self._folder / parcel.CALL, what="the function")
+        fn: Callable[[Axis], Any] = messages.read(self._folder / messages.CALL, what="the function")
         result = fn(self._axis())
         fork.end_if_forked(owner, self._rank)
         what = f"the result of rank {self._rank}, of type {type(result).__name__},"
-        path = parcel.result_path(self._folder, self._rank, number)
+        path = messages.result_path(self._folder, self._rank, number)
         try:
-            within(self._settings.timeout, lambda: parcel.write(result, path, what=what))
+            within(self._settings.timeout, lambda: messages.write(result, path, what=what))
         except TooLong as error:
             raise UsageError(
                 f"{what} cannot be pickled: {error}. Return plain values or tensors, or use "
@@ -119,19 +119,19 @@ class _Worker:
     def _write_failure(self, number: int, error: BaseException) -> str | Failure:
         """Leave it in the folder, with the error; one that cannot travel is told in words."""
         failure = failure_of(self._rank, error)
-        path = parcel.failure_path(self._folder, self._rank, number)
+        path = messages.failure_path(self._folder, self._rank, number)
         draft = path.with_suffix(".draft")  # where its own code may go on writing
 
         def write() -> None:
-            parcel.write(failure, draft, what="an exception")
-            parcel.read(draft, what="an exception")  # some can be pickled, but not unpickled
+            messages.write(failure, draft, what="an exception")
+            messages.read(draft, what="an exception")  # some can be pickled, but not unpickled
 
         try:
             within(_PICKLING, write)
             draft.replace(path)
         except Exception:  # its own code may raise anything
             return replace(failure, error=None)
-        return parcel.FAILED
+        return messages.FAILED
 
     def _join(self) -> None:
         degree, timeout = self._settings.degree, self._settings.timeout
@@ -139,7 +139,7 @@ class _Worker:
             return
         meet(
             "gloo",
-            store=dist.FileStore(str(self._folder / parcel.STORE), degree),
+            store=dist.FileStore(str(self._folder / messages.STORE), degree),
             rank=self._rank,
             world_size=degree,
             timeout=timedelta(seconds=max(timeout, START_TIMEOUT)),

@@ -49,8 +49,8 @@ def _mark(
     mark: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
     values = output.values() if isinstance(output, dict) else output
-    given = values if isinstance(values, Iterable) else ()
-    for cache in _caches([*given, *kwargs.values()]):
+    items = values if isinstance(values, Iterable) else ()
+    for cache in _caches([*items, *kwargs.values()]):
         setattr(cache, MARK, mark)
 
 

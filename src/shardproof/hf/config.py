@@ -54,23 +54,23 @@ def read_config(folder: Path) -> dict[str, Any]:
         UsageError: it cannot be read, is no object in JSON, or has a value that no model can have.
     """
     path = folder / CONFIG
-    said = written(str(path))
-    found = files.read_json(
-        path, what=said, way_out=_WAY_OUT, largest=LARGEST_CONFIG, only_finite=False
+    shown_path = written(str(path))
+    config = files.read_json(
+        path, what=shown_path, way_out=_WAY_OUT, largest=LARGEST_CONFIG, only_finite=False
     )
-    if not isinstance(found, dict):
+    if not isinstance(config, dict):
         raise UsageError(
-            f"{said} holds a {type(found).__name__}, not an object with the options of a model. "
-            f"{_WAY_OUT}"
+            f"{shown_path} holds a {type(config).__name__}, not an object with the options of a "
+            f"model. {_WAY_OUT}"
         )
-    problems = [*_problems(found)]
+    problems = [*_problems(config)]
     for part in _PARTS:
-        inner = found.get(part)
+        inner = config.get(part)
         if isinstance(inner, dict):
             problems += (f"{part}: {problem}" for problem in _problems(inner))
     if problems:
-        raise UsageError(f"{said} cannot be a model's: {'; '.join(problems[:5])}. {_WAY_OUT}")
-    return found
+        raise UsageError(f"{shown_path} cannot be a model's: {'; '.join(problems[:5])}. {_WAY_OUT}")
+    return config
 
 
 def _problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -105,8 +105,8 @@ def _size_problems(name: str, value: Any) -> Iterator[str]:
 def _is_float(value: Any) -> bool:
     if not isinstance(value, str):
         return False
-    found = getattr(torch, value.removeprefix("torch."), None)
-    return isinstance(found, torch.dtype) and found.is_floating_point
+    dtype = getattr(torch, value.removeprefix("torch."), None)
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
 
 def _lies(value: Any, *, above: float, below: float) -> bool:

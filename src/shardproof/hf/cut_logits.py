@@ -66,9 +66,9 @@ class _Held:
     @property
     def some(self) -> Tensor:
         """Either of the two, for what both say."""
-        given = self.whole if self.part is None else self.part
-        assert given is not None  # noqa: S101 - one of them is always there
-        return given
+        logits = self.whole if self.part is None else self.part
+        assert logits is not None  # noqa: S101 - one of them is always there
+        return logits
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -132,11 +132,11 @@ class CutLogits(Tensor):
     def __new__(cls, held: _Held) -> Self:
         """Show what `held` is a part of."""
         some = held.some
-        made: Self = Tensor._make_wrapper_subclass(
+        wrapper: Self = Tensor._make_wrapper_subclass(
             cls, held.shape, dtype=some.dtype, device=some.device
         )
-        made._held = held
-        return made
+        wrapper._held = held
+        return wrapper
 
     @staticmethod
     def of(part: Tensor, *, axis: Axis, cut: Cut, who: str) -> "CutLogits":
@@ -247,9 +247,9 @@ class CutLogits(Tensor):
 
 def _by_part(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CutLogits | None:
     """An element-wise step on this rank's part; None: it wants the whole."""
-    given = [x for x in args if isinstance(x, CutLogits)]
-    held = given[0]._held
-    if any(x._held.part is None or x._held.cut != held.cut for x in given):
+    operands = [x for x in args if isinstance(x, CutLogits)]
+    held = operands[0]._held
+    if any(x._held.part is None or x._held.cut != held.cut for x in operands):
         return None
     if func is _aten._to_copy.default:
         device, layout = kwargs.get("device"), kwargs.get("layout")

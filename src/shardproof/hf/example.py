@@ -83,10 +83,10 @@ class _Maker:
         mains = [main for main in getattr(self, f"_{kind}")() if main]
         for labels in self._labels(kind):
             for main in mains:
-                given = {**main, **labels}
+                inputs = {**main, **labels}
                 if kind == "input_ids" and labels and len(main[kind]) != self.batch:
-                    given["labels"] = self._tokens(self.batch, self.length, self._books)
-                yield given
+                    inputs["labels"] = self._tokens(self.batch, self.length, self._books)
+                yield inputs
 
     def _labels(self, kind: str) -> Iterator[dict[str, Any]]:
         tokens = self._tokens(self.batch, self.length)
@@ -156,9 +156,9 @@ class _Maker:
 def _number(config: Any, *names: str) -> int:
     """The first of some sizes that a config has and that is positive; 0 if there is none."""
     for name in names:
-        found = getattr(config, name, None)
-        if isinstance(found, int) and found > 0:
-            return found
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
     return 0
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from shardproof import reductions
-from shardproof.hf.models import is_transformers
+from shardproof.hf.detection import is_transformers
 from shardproof.layers.embedding import VocabParallelEmbedding
 
 

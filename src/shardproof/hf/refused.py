@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from shardproof.errors import UsageError
-from shardproof.hf.models import is_transformers
+from shardproof.hf.detection import is_transformers
 from shardproof.layers.base import ShardedModule
 
 _PART = "a rank has only its part of the weights"

@@ -55,8 +55,8 @@ def skeleton(directory: str | Path) -> nn.Module:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever a library raises about a file that a user wrote
         raise _cannot(folder, error, CAUSAL) from error
-    made: nn.Module = model
-    return made
+    created: nn.Module = model
+    return created
 
 
 def any_skeleton(directory: str | Path) -> nn.Module:
@@ -78,8 +78,8 @@ def any_skeleton(directory: str | Path) -> nn.Module:
 
     try:
         with torch.device("meta"):
-            made: nn.Module = _class_of(config, transformers)._from_config(config)
-            return made
+            created: nn.Module = _class_of(config, transformers)._from_config(config)
+            return created
     except Exception as error:  # whatever a library raises about a file that a user wrote
         raise _cannot(folder, error, "a model") from error
 
@@ -93,8 +93,8 @@ def _class_of(config: Any, library: Any) -> Any:
     for name in _AUTO:
         kinds = getattr(library, name)._model_mapping
         if type(config) in kinds:
-            found = kinds[type(config)]
-            return found[0] if isinstance(found, tuple | list) else found
+            choices = kinds[type(config)]
+            return choices[0] if isinstance(choices, tuple | list) else choices
     raise UsageError(f"there is no model of {type(config).__name__}")
 
 

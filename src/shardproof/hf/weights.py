@@ -64,18 +64,18 @@ def weight_files(directory: str | Path) -> dict[str, Path]:
             f"{folder} has no weights: no file ends in .safetensors. Save the model there with "
             "save_pretrained, not its config alone."
         )
-    found: dict[str, Path] = {}
+    files_by_name: dict[str, Path] = {}
     for file in shards:
         with _opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - a file, no dict
-                if name in found:
+                if name in files_by_name:
                     raise UsageError(
                         f"{written(str(folder))} has the tensor {shown(name)} in "
-                        f"{found[name].name} and in {file.name}, and no {INDEX} says which one is "
-                        "meant. Remove one of the files."
+                        f"{files_by_name[name].name} and in {file.name}, and no {INDEX} says which "
+                        "one is meant. Remove one of the files."
                     )
-                found[name] = file
-    return found
+                files_by_name[name] = file
+    return files_by_name
 
 
 def _indexed(folder: Path, index: Path) -> dict[str, Path]:
@@ -97,38 +97,42 @@ def _indexed(folder: Path, index: Path) -> dict[str, Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name, as an index has it."""
-    said = written(str(index))
+    shown_index = written(str(index))
     try:
-        found = files.read_json(index, what="it", way_out=_FETCH, largest=LARGEST_INDEX)
+        index_data = files.read_json(index, what="it", way_out=_FETCH, largest=LARGEST_INDEX)
     except UsageError as error:
-        raise UsageError(f"{said} is no index of safetensors: {error}") from None
-    pairs = found.get("weight_map") if isinstance(found, dict) else None
+        raise UsageError(f"{shown_index} is no index of safetensors: {error}") from None
+    pairs = index_data.get("weight_map") if isinstance(index_data, dict) else None
     if not isinstance(pairs, dict) or not pairs:
-        wrong = f'its "weight_map" is {shown(pairs)}' if isinstance(found, dict) else shown(found)
+        wrong = (
+            f'its "weight_map" is {shown(pairs)}'
+            if isinstance(index_data, dict)
+            else shown(index_data)
+        )
         raise UsageError(
-            f"{said} is no index of safetensors ({wrong}): it must be JSON with a "
+            f"{shown_index} is no index of safetensors ({wrong}): it must be JSON with a "
             f'"weight_map" of names to files. {_FETCH}'
         )
     names = pairs.values()
     others = [each for each in names if not isinstance(each, str) or not each.endswith(_SAFE)]
     if others:
         raise UsageError(
-            f"{said} names {_each_once(others)}, and shardproof reads safetensors alone. Save the "
-            "model again with save_pretrained(..., safe_serialization=True)."
+            f"{shown_index} names {_each_once(others)}, and shardproof reads safetensors alone. "
+            "Save the model again with save_pretrained(..., safe_serialization=True)."
         )
     outside = [file for file in pairs.values() if _leads_out(file)]
     if outside:
         raise UsageError(
-            f"{said} names {_each_once(outside)}: a file of a checkpoint lies in its directory, "
-            "and is named from there, without '..'. Put the file, or a link to it, beside the "
-            "index."
+            f"{shown_index} names {_each_once(outside)}: a file of a checkpoint lies in its "
+            "directory, and is named from there, without '..'. Put the file, or a link to it, "
+            "beside the index."
         )
     return pairs
 
 
 def _each_once(names: list[Any]) -> str:
-    said = (name if isinstance(name, str) and name else shown(name) for name in names)
-    return few(dict.fromkeys(said), most=3)
+    shown_names = (name if isinstance(name, str) and name else shown(name) for name in names)
+    return few(dict.fromkeys(shown_names), most=3)
 
 
 def _leads_out(file: str) -> bool:
@@ -201,24 +205,25 @@ def matched(model: nn.Module, directory: str | Path) -> dict[Path, list[Entry]]:
         UsageError: as `load` does.
     """
     model = checked_model(model)
-    found = weight_files(directory)
-    said = written(str(directory))
+    available = weight_files(directory)
+    shown_directory = written(str(directory))
     parameters = list(optim.layouts_of(model))
-    missing = [name for name, *_ in parameters if name not in found]
+    missing = [name for name, *_ in parameters if name not in available]
     if missing:
         raise UsageError(
-            f"{said} has no tensor for {len(missing)} parameters of {type(model).__name__}: "
-            f"{few(missing)}. It has, for instance: {few(sorted(found)[:3])}."
+            f"{shown_directory} has no tensor for {len(missing)} parameters of "
+            f"{type(model).__name__}: {few(missing)}. It has, for instance: "
+            f"{few(sorted(available)[:3])}."
         )
-    unexpected = _unexpected(model, found)
+    unexpected = _unexpected(model, available)
     if unexpected:
         raise UsageError(
-            f"{said} has {len(unexpected)} tensors that {type(model).__name__} has no "
+            f"{shown_directory} has {len(unexpected)} tensors that {type(model).__name__} has no "
             f"parameter for: {few(unexpected)}. Make the model from the {CONFIG} beside them."
         )
     by_file: dict[Path, list[Entry]] = {}
     for name, parameter, layout, _ in parameters:
-        by_file.setdefault(found[name], []).append((name, parameter, layout))
+        by_file.setdefault(available[name], []).append((name, parameter, layout))
     for file, entries in by_file.items():
         with _opened(file) as tensors:
             for name, parameter, layout in entries:
@@ -270,12 +275,12 @@ def _part(stored: Any, layout: Layout) -> Tensor:
 def _opened(file: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415
 
-    said = written(str(file))
-    files.check_regular(file, what=said, way_out=_FETCH)
+    shown_file = written(str(file))
+    files.check_regular(file, what=shown_file, way_out=_FETCH)
     try:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:
         raise UsageError(
-            f"{said} cannot be read as safetensors: {written(str(error), most=300)}. {_FETCH}"
+            f"{shown_file} cannot be read as safetensors: {written(str(error), most=300)}. {_FETCH}"
         ) from error

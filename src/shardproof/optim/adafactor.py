@@ -20,8 +20,8 @@ from shardproof.leaves import Layout, replicated
 from shardproof.numerics.elementwise import widen
 from shardproof.numerics.sums import sum_rows, sum_squares, sum_squares_rows
 from shardproof.optim.base import WholeOptimizer, check_scalar, scalar, write
+from shardproof.optim.gradient_norms import sum_squares_of
 from shardproof.optim.layouts import Place
-from shardproof.optim.norms import sum_squares_of
 
 At = Callable[[Tensor], Tensor]
 
@@ -99,8 +99,8 @@ class Adafactor(WholeOptimizer):
         }
 
     def _update(self, parameter: Tensor, group: dict[str, Any], place: Place) -> None:
-        given: Any = parameter.grad
-        grad = widen(given.neg() if group["maximize"] else given)
+        local_grad: Any = parameter.grad
+        grad = widen(local_grad.neg() if group["maximize"] else local_grad)
         state = self.state[parameter]
         if not state:
             state.update(_first_state(parameter))

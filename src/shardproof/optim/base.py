@@ -41,14 +41,14 @@ class WholeOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        given = [
+        local_grads = [
             (parameter, group)
             for group in self.param_groups
             for parameter in group["params"]
             if parameter.grad is not None
         ]
-        places = [self._place(parameter) for parameter, _ in given]
-        for (parameter, group), place in zip(given, places, strict=True):
+        places = [self._place(parameter) for parameter, _ in local_grads]
+        for (parameter, group), place in zip(local_grads, places, strict=True):
             self._update(parameter, group, place)
         return loss
 

@@ -24,8 +24,8 @@ from shardproof.layers.step_guard import serve
 from shardproof.leaves import Cut, Layout
 from shardproof.numerics.elementwise import widen
 from shardproof.optim.base import WholeOptimizer, check_scalar, scalar, write
+from shardproof.optim.gradient_norms import sum_squares_of
 from shardproof.optim.layouts import Place
-from shardproof.optim.norms import sum_squares_of
 from shardproof.optim.orthogonal import Iteration, orthogonalize, spread_of
 from shardproof.recut import to_columns, to_rows
 from shardproof.runs import take
@@ -139,11 +139,11 @@ class Muon(WholeOptimizer):
         return {"momentum_buffer": layout}
 
     def _update(self, parameter: Tensor, group: dict[str, Any], place: Place) -> None:
-        given: Any = parameter.grad
-        grad, momentum = widen(given), group["momentum"]
+        local_grad: Any = parameter.grad
+        grad, momentum = widen(local_grad), group["momentum"]
         state = self.state[parameter]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(given)
+            state["momentum_buffer"] = torch.zeros_like(local_grad)
         buffer = widen(state["momentum_buffer"]).lerp_(grad, 1 - momentum)
         write(state["momentum_buffer"], buffer)
         ahead = grad.lerp(buffer, momentum) if group["nesterov"] else buffer

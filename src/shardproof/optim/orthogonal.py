@@ -89,14 +89,14 @@ class Spread:
     def groups(self) -> tuple["Group", ...]:
         """Leaves of the rows that travel together: as many as the largest share of X has room."""
         room = max(self.columns.sizes())
-        found: list[range] = []
+        groups: list[range] = []
         for leaf in range(self.rows.num_leaves):
-            last = found[-1] if found else range(0)
+            last = groups[-1] if groups else range(0)
             if last and len(self.rows.units(range(last.start, leaf + 1))) <= room:
-                found[-1] = range(last.start, leaf + 1)
+                groups[-1] = range(last.start, leaf + 1)
             else:
-                found.append(range(leaf, leaf + 1))
-        return tuple(Group(self.rows, self.rank, leaves) for leaves in found)
+                groups.append(range(leaf, leaf + 1))
+        return tuple(Group(self.rows, self.rank, leaves) for leaves in groups)
 
 
 @dataclass(frozen=True)

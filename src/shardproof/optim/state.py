@@ -81,7 +81,7 @@ def load_optimizer_state_dict(
 def _layouts_of_optimizer(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
     """Name and layout of every parameter, in the order in which torch numbers its state."""
     known = {id(parameter): (name, layout) for name, parameter, layout, _ in layouts_of(model)}
-    found = []
+    layouts = []
     for number, parameter in enumerate(
         p for group in optimizer.param_groups for p in group["params"]
     ):
@@ -92,8 +92,8 @@ def _layouts_of_optimizer(model: nn.Module, optimizer: Optimizer) -> list[dict[s
                 "model.parameters()."
             )
         name, layout = known[id(parameter)]
-        found.append({"name": name, **layout.state(), **_own_layouts(optimizer, layout)})
-    return found
+        layouts.append({"name": name, **layout.state(), **_own_layouts(optimizer, layout)})
+    return layouts
 
 
 def _own_layouts(optimizer: Optimizer, layout: Layout) -> dict[str, Any]:
@@ -126,12 +126,12 @@ def state_layout(optimizer: Optimizer, key: str, value: Tensor, layout: Layout) 
 
 def _compare_layouts(theirs: Any, mine: list[dict[str, Any]]) -> None:
     if not isinstance(theirs, list) or len(theirs) != len(mine):
-        given = (
+        values = (
             f"of {len(theirs)} parameters" if isinstance(theirs, list) else f"with {shown(theirs)}"
         )
         raise LayoutError(
-            f"cannot load optimizer state {given} into an optimizer of {len(mine)}. Load the state "
-            "that this rank saved."
+            f"cannot load optimizer state {values} into an optimizer of {len(mine)}. Load the "
+            "state that this rank saved."
         )
     for saved, here in zip(theirs, mine, strict=True):
         if plain_words(saved) != plain_words(here):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from shardproof.axis import Axis, checked_axis
 from shardproof.errors import PlanError, ShardproofError
 from shardproof.hf.cache import guard_cache
+from shardproof.hf.detection import is_transformers
 from shardproof.hf.generation import guard_generation
 from shardproof.hf.inputs import note_inputs
-from shardproof.hf.models import is_transformers
 from shardproof.hf.parameters import count_whole
 from shardproof.hf.refused import guard_methods
 from shardproof.layers import registry
@@ -23,13 +23,13 @@ from shardproof.objects import checked_model
 from shardproof.plans.by_example import plan_by_example
 from shardproof.plans.by_names import cut_by_names, rehearse_by_names
 from shardproof.plans.compiled import make_compilable
-from shardproof.plans.given import is_carried, read_plan
 from shardproof.plans.hf_plan import entries_of
 from shardproof.plans.model_plan import ModelPlan
+from shardproof.plans.plan_argument import is_carried, read_plan
 from shardproof.plans.planning import as_error, attempt
-from shardproof.plans.strangers import is_lazy
+from shardproof.plans.replacements import irreplaceable, replaced_by, twins_of
 from shardproof.plans.style import Plan, Style
-from shardproof.plans.twins import irreplaceable, replaced_by, twins_of
+from shardproof.plans.unsupported import is_lazy
 from shardproof.plans.watched import as_watched, call_by_forms, cut_by
 from shardproof.plans.watched_plan import WatchedPlan
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
@@ -109,19 +109,21 @@ def _cut_as_watched(
 
     def read() -> tuple[WatchedPlan, dict[str, object]]:
         checked_model(model)
-        made = (
+        watched_plan = (
             plan_by_example(model, degree=axis.size, scheme=scheme, why=why)
             if why
             else as_watched(model, plan, axis.size, inputs, scheme)
         )
-        words = _describe(Plan({}, made.scheme), made.scheme, model)
-        return made, words | {"what is cut": [repr(family) for family in made.families]}
+        words = _describe(Plan({}, watched_plan.scheme), watched_plan.scheme, model)
+        return watched_plan, words | {
+            "what is cut": [repr(family) for family in watched_plan.families]
+        }
 
-    made = _agreed(read, axis)
-    _agree_on_numbers(model, made.scheme, axis)
+    agreed_plan = _agreed(read, axis)
+    _agree_on_numbers(model, agreed_plan.scheme, axis)
     whole = dict(model.named_parameters())
-    cut_by(model, made, axis)
-    return _finished(model, whole, made.scheme, axis)
+    cut_by(model, agreed_plan, axis)
+    return _finished(model, whole, agreed_plan.scheme, axis)
 
 
 def _finished(
@@ -179,7 +181,7 @@ def _agreed(read: Callable[[], tuple[Given, dict[str, object]]], axis: Axis) -> 
     return found
 
 
-def _agree_on_numbers(model: nn.Module, asked: Scheme, axis: Axis) -> None:
+def _agree_on_numbers(model: nn.Module, scheme: Scheme, axis: Axis) -> None:
     """Raise on all ranks unless their weights and their arithmetic are the same."""
     axis.agree(
         _sample_weights(model),
@@ -188,7 +190,7 @@ def _agree_on_numbers(model: nn.Module, asked: Scheme, axis: Axis) -> None:
         "as threads share one generator: build it once and copy it), or load the same state.",
     )
     axis.agree(
-        {"contract": _contract(asked, model)},
+        {"contract": _contract(scheme, model)},
         what="arithmetic",
         way_out="Install the same torch and the same build of shardproof for every rank (one "
         "without a C compiler lacks the kernels), and set SHARDPROOF_BLAS and SHARDPROOF_CORE "
@@ -199,24 +201,24 @@ def _agree_on_numbers(model: nn.Module, asked: Scheme, axis: Axis) -> None:
 def _describe(plan: Plan | None, scheme: Scheme, model: nn.Module) -> dict[str, object]:
     """What every rank must have alike, entry by entry."""
     styles = entries_of(model) if plan is None else plan.styles
-    found: dict[str, object] = {
+    description: dict[str, object] = {
         "the plan": "the model's own" if plan is None else "given",
         "the order of the plan": list(styles),
         "the scheme": scheme,
         **{f"plan entry {pattern!r}": _named(style) for pattern, style in styles.items()},
     }
     if is_transformers(model):
-        found["a hash of the config"] = _hash_config(model.config)
+        description["a hash of the config"] = _hash_config(model.config)
     for name, module in model.named_modules(remove_duplicate=False):
-        found[f"module {name!r}" if name else "the model"] = type(module).__name__
+        description[f"module {name!r}" if name else "the model"] = type(module).__name__
     cut = _cut_before(model)
     for name, value in model.named_parameters(remove_duplicate=False):
         # Where a weight is frozen on one rank only, that rank stays away from collectives.
         frozen = "" if value.requires_grad else " frozen"
         dtype = dtype_name(value.dtype)
         shape = "no shape yet" if is_lazy(value) else cut.get(id(value), tuple(value.shape))
-        found[f"parameter {name!r}"] = f"{shape} {dtype}{frozen}"
-    return found
+        description[f"parameter {name!r}"] = f"{shape} {dtype}{frozen}"
+    return description
 
 
 def _named(style: Any) -> Any:
@@ -272,20 +274,20 @@ def _sample(value: Tensor) -> bytes:
 
 def _hooked(names: Sequence[str], model: nn.Module) -> list[str]:
     """Modules that have what would be lost with them if they were replaced, one sentence each."""
-    found = []
+    problems = []
     for name in names:
         module = model.get_submodule(name)
         if any(getattr(module, kind) for kind in _HOOKS):
-            found.append(
+            problems.append(
                 f"module {name!r} has hooks, which the {type(module).__name__} that is replaced "
                 "would lose. Remove them, and register them after parallelize; where they are a "
                 "norm or a mask of the weight (weight_norm, prune), make its result the weight "
                 "first, with torch.nn.utils.remove_weight_norm or prune.remove."
             )
         if "forward" in vars(module):
-            found.append(
+            problems.append(
                 f"module {name!r} has a forward of its own, which the {type(module).__name__} that "
                 "is replaced would lose. Delete that attribute (del module.forward), put what it "
                 "does into a module beside it, or leave it out of the plan."
             )
-    return found
+    return problems

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardproof.errors import PlanError
+from shardproof.hf.detection import is_transformers
 from shardproof.hf.example import BATCH, LENGTH, examples
-from shardproof.hf.models import is_transformers
 from shardproof.layers.base import ShardedModule
 from shardproof.plans.watched import plan_by_watching
 from shardproof.plans.watched_plan import WatchedPlan
@@ -52,10 +52,10 @@ def plan_by_example(
             cannot do a step.
     """
     inputs, watched = _first_that_runs(model, examples(model, batch=batch, length=length), why)
-    made = plan_by_watching(model, inputs, degree=degree, scheme=scheme, watched=watched)
+    plan = plan_by_watching(model, inputs, degree=degree, scheme=scheme, watched=watched)
     reason = f"{_first_sentence(why)}. So one" if why else "One"
     note = f"{reason} forward was watched, with inputs that the config gives: {_shapes(inputs)}"
-    return replace(made, notes=(*made.notes, note))
+    return replace(plan, notes=(*plan.notes, note))
 
 
 def _first_sentence(why: str) -> str:
@@ -76,12 +76,12 @@ def watch_example(model: nn.Module) -> Watched:
 
 
 def _first_that_runs(
-    model: nn.Module, given: Iterable[dict[str, Any]], why: str
+    model: nn.Module, examples: Iterable[dict[str, Any]], why: str
 ) -> tuple[dict[str, Any], Watched]:
     """The first example with which the forward can be watched."""
     first: PlanError | None = None
     tried = []
-    for inputs in given:
+    for inputs in examples:
         try:
             return inputs, watch(model, (), inputs)
         except PlanError as error:

@@ -111,16 +111,16 @@ class Collective:
 
 def count(collectives: Iterable[Collective], step: Step, *, rank: int, degree: int) -> Counts:
     """What the ledger of `rank` counts in a step: direction -> kind -> figures."""
-    found: dict[tuple[str, str], dict[str, int]] = {}
+    totals: dict[tuple[str, str], dict[str, int]] = {}
     for each in collectives:
         if not each.happens(step):
             continue
         key = (each.direction, each.kind)
-        figures = found.setdefault(key, {"calls": 0, "message_bytes": 0, "sent_bytes": 0})
+        figures = totals.setdefault(key, {"calls": 0, "message_bytes": 0, "sent_bytes": 0})
         figures["calls"] += 1
         figures["message_bytes"] += each.message_bytes(step)
         figures["sent_bytes"] += each.sent_bytes(step, rank=rank, degree=degree)
     table: Counts = {}
-    for (direction, kind), figures in sorted(found.items()):
+    for (direction, kind), figures in sorted(totals.items()):
         table.setdefault(direction, {})[kind] = figures
     return table

@@ -92,15 +92,15 @@ def _class_like(eager: type[nn.Module]) -> type[nn.Module]:
 
 def _copied(function: Any) -> types.FunctionType:
     """The same function with code of its own."""
-    made = types.FunctionType(
+    copy = types.FunctionType(
         function.__code__.replace(),
         function.__globals__,
         function.__name__,
         function.__defaults__,
         function.__closure__,
     )
-    made.__doc__ = function.__doc__
-    return made
+    copy.__doc__ = function.__doc__
+    return copy
 
 
 def _made_again(make: Any, arguments: tuple[Any, ...]) -> nn.Module:

@@ -13,7 +13,6 @@ from shardproof.layers.formula import find_formula
 from shardproof.leaves import Layout
 from shardproof.plans.module_plan import ModulePlan, ParameterPlan
 from shardproof.plans.probe import input_shape
-from shardproof.plans.strangers import instead
 from shardproof.plans.style import (
     Attention,
     ColumnParallel,
@@ -21,6 +20,7 @@ from shardproof.plans.style import (
     Style,
     VocabParallel,
 )
+from shardproof.plans.unsupported import instead
 
 # Options of nn.Embedding that a cut one does not have, and what they are where they are off.
 _OFF = {"max_norm": None, "scale_grad_by_freq": False, "sparse": False}
@@ -34,8 +34,10 @@ def misfits(styles: Mapping[str, Style], model: nn.Module) -> dict[str, list[str
         styles: module name -> style.
         model: whose modules they are.
     """
-    found = {name: list(_misfit(name, style, styles, model)) for name, style in styles.items()}
-    return {name: problems for name, problems in found.items() if problems}
+    problems_of = {
+        name: list(_misfit(name, style, styles, model)) for name, style in styles.items()
+    }
+    return {name: problems for name, problems in problems_of.items() if problems}
 
 
 def _misfit(
@@ -292,11 +294,11 @@ def _untied(
             for other, _ in whole
         )
     elif cut and len({layouts[place] for place in cut}) > 1:
-        said = " and ".join(
+        cuts = " and ".join(
             f"{name!r} along dim {layouts[name, own][0].dim} (by {_size(layouts[name, own][0])})"
             for name, own in cut
         )
-        yield f"a tied weight is cut two ways: in {said}. {way_out}"
+        yield f"a tied weight is cut two ways: in {cuts}. {way_out}"
 
 
 def _size(layout: Layout) -> str:

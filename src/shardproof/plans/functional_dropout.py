@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from shardproof.hf.models import is_transformers
+from shardproof.hf.detection import is_transformers
 from shardproof.plans.style import Attention, Style
 
 _ATTENTION = "attention_dropout"  # what modules of attention hand to the function that attends
@@ -20,7 +20,7 @@ def functional_dropout(styles: Mapping[str, Style], model: nn.Module) -> list[st
     if not is_transformers(model):
         return []
     by_position = {module.p for module in model.modules() if type(module) is nn.Dropout}
-    found: dict[str, str] = {}
+    sentences: dict[str, str] = {}
     for name, value in _probabilities(model):
         if name == _ATTENTION:
             is_ours = _is_cut(styles, model)
@@ -28,8 +28,8 @@ def functional_dropout(styles: Mapping[str, Style], model: nn.Module) -> list[st
             # An nn.Dropout of attention weights is often only asked for its p.
             is_ours = "att" not in name and value in by_position
         if not is_ours:
-            found.setdefault(name, _sentence(name, value, model))
-    return list(found.values())
+            sentences.setdefault(name, _sentence(name, value, model))
+    return list(sentences.values())
 
 
 def _probabilities(model: nn.Module) -> Iterator[tuple[str, float]]:

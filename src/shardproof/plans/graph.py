@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRangeError
 
 from shardproof.checking import is_checked
-from shardproof.cut.calls import finished_calls
 from shardproof.cut.deferred import Deferred
+from shardproof.cut.module_calls import finished_calls
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, run
 from shardproof.errors import ShardproofError, UsageError
@@ -64,10 +64,10 @@ def called(
 
 
 @torch._dynamo.nonstrict_trace
-def _traced(*given: Any) -> Any:
+def _traced(*inputs: Any) -> Any:
     """`_recorded`, with errors that Dynamo hands on."""
     try:
-        return _recorded(*given)
+        return _recorded(*inputs)
     except ShardproofError as error:
         # Of most other errors Dynamo hides the message: it says that it cannot take the output.
         raise ValueRangeError(str(error)) from error
@@ -233,10 +233,10 @@ _numbered = Numbered()
 def _number(value: Any, kept: dict[Any, _Kept]) -> int:
     """A number for something, the same every time, as long as `kept` is there."""
     key = (type(value), value) if isinstance(value, _SIMPLE) else id(value)
-    found = kept.get(key)
-    if found is None:
-        found = kept[key] = _Kept(value)
-    return _numbered.number(found)
+    number = kept.get(key)
+    if number is None:
+        number = kept[key] = _Kept(value)
+    return _numbered.number(number)
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
@@ -263,12 +263,12 @@ def _made(parts: Any, how: Any) -> Any:
         number, sizes = rest
         return GraphTensor(parts[0], _value(number), first, number, sizes)
     names, others = rest
-    made = _value(first).__new__(_value(first))
+    instance = _value(first).__new__(_value(first))
     for name, value in zip(names, parts):  # noqa: B905 - Dynamo knows no `strict`
-        setattr(made, name, value)
+        setattr(instance, name, value)
     for name, number in others:
-        setattr(made, name, _value(number))
-    return made
+        setattr(instance, name, _value(number))
+    return instance
 
 
 pytree.register_pytree_node(_Node, lambda x: (x.parts, x.how), _made)
@@ -390,9 +390,9 @@ def _number_of(func: Any) -> int:
 @torch._dynamo.nonstrict_trace
 def _traced_call(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation on cut tensors that record, or have no memory."""
-    given = _unpacked(args), _unpacked(kwargs)
-    first = next(filter(_is_cut, pytree.tree_leaves(given, is_leaf=_is_cut)))
-    return _as_tree(run(_functions[number], *given), first.spec.region.kept_by_graphs)
+    call_args = _unpacked(args), _unpacked(kwargs)
+    first = next(filter(_is_cut, pytree.tree_leaves(call_args, is_leaf=_is_cut)))
+    return _as_tree(run(_functions[number], *call_args), first.spec.region.kept_by_graphs)
 
 
 def _packed(x: Any) -> Any:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from shardproof.errors import PlanError
-from shardproof.plans.attention import recognise
+from shardproof.plans.attention_modules import recognise
 from shardproof.plans.fit import scale_of
 from shardproof.plans.match import find
+from shardproof.plans.plan_text import listed
 from shardproof.plans.style import ColumnParallel, RowParallel, SharedInput, Style, VocabParallel
-from shardproof.plans.text import listed
 from shardproof.wording import shown
 
 GATED = ("gate_proj", "up_proj")
@@ -58,15 +58,15 @@ def entries_of(model: nn.Module) -> dict[str, str]:
 
 def _tp_plan(holder: object, name: str, where: str) -> dict[str, str]:
     """One of the two plans, which anybody may have written: in a config.json, on an object."""
-    found = getattr(holder, name, None)
-    if found is None:
+    entries = getattr(holder, name, None)
+    if entries is None:
         return {}
-    if not isinstance(found, Mapping) or not all(isinstance(each, str) for each in found):
+    if not isinstance(entries, Mapping) or not all(isinstance(each, str) for each in entries):
         raise PlanError(
-            f"the model's {where}{name} is {shown(found)}, and a tp_plan is a dict of patterns and "
-            "styles. Correct it, or give a plan of your own."
+            f"the model's {where}{name} is {shown(entries)}, and a tp_plan is a dict of patterns "
+            "and styles. Correct it, or give a plan of your own."
         )
-    return dict(found)
+    return dict(entries)
 
 
 def read_tp_plan(model: nn.Module) -> Reading:
@@ -85,8 +85,8 @@ def read_tp_plan(model: nn.Module) -> Reading:
             "example of what forward takes (inputs=): what can be cut is found by watching one "
             "forward. Or write a plan: docs/plans.md says how."
         )
-    found = find(entries, model)
-    styles, notes = found.styles, list[str]()
+    matches = find(entries, model)
+    styles, notes = matches.styles, list[str]()
     attentions = recognise(styles, model)
     # Also where one cannot be cut: enough has been said of what is in it.
     known = {*attentions.styles, *attentions.problems}
@@ -98,12 +98,12 @@ def read_tp_plan(model: nn.Module) -> Reading:
             "their norms go across the heads; here they stay cut by heads, and only the norms' "
             "sums cross the ranks."
         )
-    problems = found.problems + list(attentions.problems.values())
-    problems += lost_norms(found.norms, styles, attentions.problems, model)
+    problems = matches.problems + list(attentions.problems.values())
+    problems += lost_norms(matches.norms, styles, attentions.problems, model)
     problems += _seeing_shards(styles, model)
-    notes += _add_embedding(styles, found.whole, embedding, head, model)
+    notes += _add_embedding(styles, matches.whole, embedding, head, model)
     styles |= _shared_inputs(styles, model)
-    return Reading(styles, found.whole, tuple(notes), problems)
+    return Reading(styles, matches.whole, tuple(notes), problems)
 
 
 def output_head(styles: dict[str, Style], model: nn.Module) -> str | None:
@@ -247,7 +247,7 @@ def _shared_inputs(styles: dict[str, Style], model: nn.Module) -> dict[str, Styl
             families.setdefault(parent, []).append(child)
         elif isinstance(style, RowParallel):
             rows[parent] = rows.get(parent, 0) + 1
-    found: dict[str, Style] = {}
+    shared: dict[str, Style] = {}
     for parent, children in families.items():
         gated = [child for child in GATED if child in children]
         # More than one row-parallel linear: one linear may well read what another has made.
@@ -257,5 +257,5 @@ def _shared_inputs(styles: dict[str, Style], model: nn.Module) -> dict[str, Styl
         are_plain = all(type(each) is nn.Linear for each in linears)  # others are refused later
         sizes = {(each.in_features, each.out_features) for each in linears if are_plain}
         if len(members) > 1 and len(sizes) == 1:
-            found[parent] = SharedInput(tuple(members))
-    return found
+            shared[parent] = SharedInput(tuple(members))
+    return shared

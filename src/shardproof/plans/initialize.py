@@ -60,16 +60,16 @@ def initialize(
     std = checked_real(std, "std", rule=rule, holds=lambda number: 0 <= number < math.inf)
     seed = (scheme or _scheme_of(model)).seed
     registry.refresh()  # an optimizer may have what is replaced here
-    made: dict[int, nn.Parameter] = {}
+    created: dict[int, nn.Parameter] = {}
     for name, module in model.named_modules():
         for own, parameter in list(module._parameters.items()):
-            if parameter is None or not (parameter.is_meta or id(parameter) in made):
+            if parameter is None or not (parameter.is_meta or id(parameter) in created):
                 continue
-            if id(parameter) not in made:
+            if id(parameter) not in created:
                 full = f"{name}.{own}" if name else own
                 data = _data(module, own, parameter, full, seed=seed, std=std, device=device)
-                made[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
-            module._parameters[own] = made[id(parameter)]
+                created[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
+            module._parameters[own] = created[id(parameter)]
         _make_buffers(model, module, name, device)
     registry.note_change()
     return model
@@ -131,8 +131,8 @@ def _offset(module: nn.Module) -> float:
 def _layout(module: nn.Module, own: str, parameter: nn.Parameter) -> Layout:
     layouts = registry.record_of(module).layouts if isinstance(module, ShardedModule) else {}
     if own in layouts:
-        found: Layout = layouts[own]
-        return found
+        layout: Layout = layouts[own]
+        return layout
     return replicated(tuple(parameter.shape))
 
 

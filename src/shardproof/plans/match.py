@@ -48,11 +48,13 @@ def find(styles: Mapping[str, Style | str], model: nn.Module) -> Found:
     matching = _Matching(names)
     named: dict[str, tuple[str, Style | str]] = {}
     problems: list[str] = []
-    for place, (pattern, given) in enumerate(styles.items()):
+    for place, (pattern, style_given) in enumerate(styles.items()):
         if len(problems) >= MOST_PROBLEMS:
             problems.append(f"the other {len(styles) - place:,} entries were not looked at.")
             break
-        style = SPELLINGS.get(given, given) if isinstance(given, str) else given
+        style = (
+            SPELLINGS.get(style_given, style_given) if isinstance(style_given, str) else style_given
+        )
         if complaint := _refusal(pattern, style):
             problems.append(complaint)
             continue

@@ -9,8 +9,8 @@ import torch
 
 from shardproof.leaves import Layout
 from shardproof.plans.collective import Collective
+from shardproof.plans.plan_text import alike, together
 from shardproof.plans.style import Style
-from shardproof.plans.text import alike, together
 from shardproof.wording import dtype_name
 
 Role = Literal[
@@ -194,10 +194,10 @@ def _nameless(module: ModulePlan) -> ModulePlan:
 @functools.lru_cache(1024)  # layers repeat
 def _elements(layouts: tuple[Layout, ...]) -> tuple[tuple[int, int], ...]:
     """How many elements each rank holds, and owns."""
-    found = []
+    counts = []
     for each in layouts:
-        found.append((_numel(each.local_shape), _numel(each.owned_shape)))
-    return tuple(found)
+        counts.append((_numel(each.local_shape), _numel(each.owned_shape)))
+    return tuple(counts)
 
 
 def _numel(shape: Sequence[int]) -> int:

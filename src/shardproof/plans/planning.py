@@ -8,17 +8,16 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from shardproof.errors import PlanError
-from shardproof.hf.attention import implementation_problems
-from shardproof.hf.models import is_transformers
+from shardproof.hf.attention_registry import implementation_problems
+from shardproof.hf.detection import is_transformers
 from shardproof.leaves import check_degree, checked_degree
 from shardproof.objects import checked_model
-from shardproof.plans.attend import Manner, manner_of
-from shardproof.plans.attention import recognise
+from shardproof.plans.attention_check import Manner, manner_of
+from shardproof.plans.attention_modules import recognise
 from shardproof.plans.by_example import has_example, plan_by_example, watch_example
 from shardproof.plans.by_names import rehearse_by_names
 from shardproof.plans.fit import link_ties, misfits
 from shardproof.plans.functional_dropout import functional_dropout
-from shardproof.plans.given import is_carried, read_plan
 from shardproof.plans.hf_plan import (
     Reading,
     lost_norms,
@@ -29,10 +28,11 @@ from shardproof.plans.hf_plan import (
 from shardproof.plans.match import find, fits
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.module_plan import ModulePlan
-from shardproof.plans.parts import Parts
-from shardproof.plans.strangers import lazy
+from shardproof.plans.module_planner import Parts
+from shardproof.plans.plan_argument import is_carried, read_plan
+from shardproof.plans.plan_text import listed, pattern
 from shardproof.plans.style import Attention, Plan, SharedInput, Style
-from shardproof.plans.text import listed, pattern
+from shardproof.plans.unsupported import lazy
 from shardproof.plans.watched import plan_by_watching
 from shardproof.plans.watched_plan import WatchedPlan, inside_lines
 from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme
@@ -147,24 +147,26 @@ def attempt(
     return made, problems
 
 
-def _sent_between(model: nn.Module, made: ModelPlan, inputs: Any) -> Iterator[str]:
+def _sent_between(model: nn.Module, model_plan: ModelPlan, inputs: Any) -> Iterator[str]:
     """What a step with these inputs gathers between the layers, and what is not invariant."""
-    rehearsal = rehearse_by_names(model, made, inputs)
+    rehearsal = rehearse_by_names(model, model_plan, inputs)
     for line in inside_lines(rehearsal):
         yield f"with these inputs, {line}"
 
 
-def _compared(model: nn.Module, made: ModelPlan) -> ModelPlan:
+def _compared(model: nn.Module, model_plan: ModelPlan) -> ModelPlan:
     """A plan that a model of transformers carries, with notes where one forward shows another."""
     try:
         watched = watch_example(model)
     except PlanError as error:
-        return replace(made, notes=(*made.notes, f"it was compared with no forward: {error}"))
+        return replace(
+            model_plan, notes=(*model_plan.notes, f"it was compared with no forward: {error}")
+        )
     choice = choose(families(watched), watched)
     shown = {name: dim for family in choice.families for name, dim in family.dims}
     carried = {
         watched.tied.get(name, name): dim
-        for module in made.modules
+        for module in model_plan.modules
         for parameter in module.parameters
         if (dim := parameter.layouts[0].dim) is not None
         for name in [f"{module.name}.{parameter.name}" if module.name else parameter.name]
@@ -181,7 +183,7 @@ def _compared(model: nn.Module, made: ModelPlan) -> ModelPlan:
             f"{listed(more)}: whole by its tp_plan; one forward shows that a cut is possible. "
             "With inputs= it is made."
         )
-    return replace(made, notes=(*made.notes, *notes))
+    return replace(model_plan, notes=(*model_plan.notes, *notes))
 
 
 def _watched(model: Any, inputs: Any, degree: Any, scheme: Any) -> WatchedPlan:
@@ -247,24 +249,24 @@ def as_error(model: nn.Module, problems: Sequence[str]) -> str:
     kinds: dict[str, list[str]] = {}
     for problem in problems:
         kinds.setdefault(_IN_NAMES.sub(".*", problem), []).append(problem)
-    said = [
+    sentences = [
         alike[0] + (f" ({len(alike) - 1} more like this.)" if len(alike) > 1 else "")
         for alike in kinds.values()
     ]
-    if len(said) > MOST_SAID:
-        said[MOST_SAID:] = [f"{len(said) - MOST_SAID} more are wrong."]
+    if len(sentences) > MOST_SAID:
+        sentences[MOST_SAID:] = [f"{len(sentences) - MOST_SAID} more are wrong."]
     return f"the plan does not fit {type(model).__name__}: " + (
-        said[0] if len(said) == 1 else "\n- " + "\n- ".join(said)
+        sentences[0] if len(sentences) == 1 else "\n- " + "\n- ".join(sentences)
     )
 
 
-def _explicit(given: Mapping[str, Style | str], model: nn.Module) -> Reading:
+def _explicit(entries: Mapping[str, Style | str], model: nn.Module) -> Reading:
     """A plan as a user wrote it. Projections to heads are cut by heads in any case."""
-    found = find(given, model)
-    attentions = recognise(found.styles, model)
+    matches = find(entries, model)
+    attentions = recognise(matches.styles, model)
     styles: dict[str, Style] = {
         name: style
-        for name, style in found.styles.items()
+        for name, style in matches.styles.items()
         if name.rpartition(".")[0] not in {*attentions.styles, *attentions.problems}
     }
     styles |= attentions.styles
@@ -274,9 +276,9 @@ def _explicit(given: Mapping[str, Style | str], model: nn.Module) -> Reading:
             f"{listed(attentions.styles)}: the plan cuts linears of an attention, which are heads; "
             "they are cut by whole heads.",
         )
-    problems = found.problems + list(attentions.problems.values())
-    problems += lost_norms(found.norms, styles, attentions.problems, model)
-    return Reading(styles, found.whole, notes, problems)
+    problems = matches.problems + list(attentions.problems.values())
+    problems += lost_norms(matches.norms, styles, attentions.problems, model)
+    return Reading(styles, matches.whole, notes, problems)
 
 
 def _irreplaceable(styles: Mapping[str, Style], model: nn.Module) -> list[str]:
@@ -372,11 +374,11 @@ def _layer(name: str) -> str:
 def _patterns(styles: Mapping[str, Style], model: nn.Module) -> dict[str, Style | str]:
     """The same styles under patterns, where all that a pattern names has the same."""
     names = [name for name, _ in model.named_modules()]
-    found: dict[str, Style | str] = {}
+    patterns: dict[str, Style | str] = {}
     alike: dict[str, bool] = {}
     for name, style in styles.items():
         short = pattern(name)
         if short not in alike:
             alike[short] = all(styles.get(other) == style for other in names if fits(short, other))
-        found[short if alike[short] else name] = style
-    return found
+        patterns[short if alike[short] else name] = style
+    return patterns

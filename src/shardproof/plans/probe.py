@@ -36,10 +36,10 @@ def seen_call(
     Returns:
         Arguments, and arguments by name; None if it cannot be called so.
     """
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def look(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-        seen.append((inputs, options))
+        calls.append((inputs, options))
         raise _SeenError
 
     names = [*parent.named_parameters(), *parent.named_buffers()]
@@ -50,7 +50,7 @@ def seen_call(
             x = torch.empty(1, length, hidden_size, device="meta")
             functional_call(parent, on_meta, (), arguments_of(parent, x, head_dim))
     except Exception:  # whatever a model's own code raises when it is called with too little
-        return seen[0] if seen else None
+        return calls[0] if calls else None
     finally:
         hook.remove()
     return None
@@ -66,13 +66,13 @@ def arguments_of(parent: nn.Module, x: Tensor, head_dim: int) -> dict[str, Any]:
     """
     first, *others = inspect.signature(parent.forward).parameters.values()
     angles: Tensor = torch.empty(1, x.shape[1], head_dim, device="meta")
-    given: dict[str, Any] = {first.name: x}
+    arguments: dict[str, Any] = {first.name: x}
     for parameter in others:
         if parameter.name == "position_embeddings":
-            given[parameter.name] = (angles, angles)
+            arguments[parameter.name] = (angles, angles)
         elif parameter.default is parameter.empty and parameter.kind in (
             parameter.POSITIONAL_OR_KEYWORD,
             parameter.KEYWORD_ONLY,
         ):
-            given[parameter.name] = None
-    return given
+            arguments[parameter.name] = None
+    return arguments

@@ -156,12 +156,12 @@ def _check_alike(calls: Sequence[Sequence[Call]], model: nn.Module) -> None:
 
 def _sent(calls: Sequence[Call]) -> tuple[Sent, ...]:
     """Collectives by direction, kind and module, in the order of the first of each."""
-    found: dict[tuple[str, str, str], list[int]] = {}
+    counts: dict[tuple[str, str, str], list[int]] = {}
     for call in calls:
-        count = found.setdefault((call.direction, call.kind, call.who), [0, 0])
+        count = counts.setdefault((call.direction, call.kind, call.who), [0, 0])
         count[0] += 1
         count[1] += prod(call.shape) * (call.dtype.itemsize if call.dtype is not None else 0)
-    return tuple(Sent(*key, *count) for key, count in found.items())
+    return tuple(Sent(*key, *count) for key, count in counts.items())
 
 
 def _copy(model: nn.Module, device: str) -> nn.Module:
@@ -189,8 +189,8 @@ def _moved(x: Any, device: str) -> Any:
 
 def _backward(output: Any) -> None:
     """Backward from everything that the forward gave."""
-    found = [x for x in _tensors(output) if x.requires_grad]
-    parts = [x.local if isinstance(x, CutTensor) else x for x in found]
+    outputs = [x for x in _tensors(output) if x.requires_grad]
+    parts = [x.local if isinstance(x, CutTensor) else x for x in outputs]
     if parts:
         torch.autograd.backward(parts, [torch.zeros_like(x) for x in parts])
 

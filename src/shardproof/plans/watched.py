@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
-from shardproof.cut import rules
-from shardproof.cut.calls import Calling
+from shardproof.cut import all_rules
 from shardproof.cut.deferred import Deferred
-from shardproof.cut.linear import product
+from shardproof.cut.matrix_products import product
+from shardproof.cut.module_calls import Calling
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor, must_call_torch, unseen
 from shardproof.errors import PlanError, UsageError
@@ -27,7 +27,7 @@ from shardproof.plans.watched_plan import Rehearsal, WatchedPlan
 from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme
 from shardproof.watching import Watched, choose, families, watch
 
-assert rules  # noqa: S101 - imported for what it registers
+assert all_rules  # noqa: S101 - imported for what it registers
 
 _KNOWN = "_shardproof_specs"  # attribute of a module that holds parts: parameter -> spec and name
 _EVERYWHERE = Rehearsal("", ())
@@ -61,13 +61,13 @@ def plan_by_watching(
     check_degree(degree, scheme.leaves)
     args, kwargs = as_call(inputs)
     watched = watched or watch(model, args, kwargs)
-    found = families(watched)
+    all_families = families(watched)
     named = dict(model.named_parameters())
     dtypes = {name: named[name].dtype for name in watched.shapes}
     wanted: dict[str, str] = {}  # weight that a rehearsal would have gathered -> operation
     while True:
-        choice = choose(found, watched, wanted=wanted)
-        made = WatchedPlan(
+        choice = choose(all_families, watched, wanted=wanted)
+        plan = WatchedPlan(
             type(model).__name__,
             degree,
             scheme,
@@ -77,9 +77,9 @@ def plan_by_watching(
             dtypes,
             _EVERYWHERE,
         )
-        rehearsal = _rehearsed(model, (args, kwargs), made, watched)
+        rehearsal = _rehearsed(model, (args, kwargs), plan, watched)
         if not rehearsal.wanted_whole:
-            return replace(made, rehearsal=rehearsal, notes=_notes(watched, rehearsal))
+            return replace(plan, rehearsal=rehearsal, notes=_notes(watched, rehearsal))
         wanted |= dict(rehearsal.wanted_whole)
 
 
@@ -111,15 +111,15 @@ def as_watched(model: nn.Module, plan: Any, degree: int, inputs: Any, scheme: An
 
 
 def _rehearsed(
-    model: nn.Module, call: tuple[Any, Any], found: WatchedPlan, watched: Watched
+    model: nn.Module, call: tuple[Any, Any], plan: WatchedPlan, watched: Watched
 ) -> Rehearsal:
     everywhere = frozenset(name for name, _ in model.named_modules())
-    trial = replace(found, rehearsal=replace(_EVERYWHERE, calls=everywhere))
+    trial = replace(plan, rehearsal=replace(_EVERYWHERE, calls=everywhere))
 
     def cut(copied: nn.Module, axis: Axis) -> Region:
         return cut_by(copied, trial, axis)
 
-    return rehearse(model, call, cut, degree=found.degree, device=watched.device)
+    return rehearse(model, call, cut, degree=plan.degree, device=watched.device)
 
 
 def _notes(watched: Watched, rehearsal: Rehearsal) -> tuple[str, ...]:
@@ -242,12 +242,12 @@ def _inside(modules: Mapping[str, nn.Module], calls: Collection[str]) -> set[str
 
     The others are called too shortly for it to be worth while.
     """
-    is_on, found = {"": "" in calls}, set()
+    is_on, inner = {"": "" in calls}, set()
     for name, module in modules.items():
         if name:
             is_on[name] = name in calls or is_on[name.rpartition(".")[0]]
         is_called = type(module).forward is not nn.Module.forward
         if is_on[name] and name not in calls and is_called and any(module.children()):
             is_on[name] = False
-            found.add(name)
-    return found
+            inner.add(name)
+    return inner

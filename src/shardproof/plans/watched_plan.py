@@ -11,7 +11,7 @@ import torch
 from shardproof.block_layout import cut_layout
 from shardproof.leaves import Layout
 from shardproof.plans.collective import Counts
-from shardproof.plans.text import (
+from shardproof.plans.plan_text import (
     alike,
     by_reason,
     columns,
@@ -113,7 +113,7 @@ class WatchedPlan:
 
         Layers that are alike have one `Shared`, so that what is found out for one serves all.
         """
-        found: dict[str, tuple[int, CutDim]] = {}
+        cuts: dict[str, tuple[int, CutDim]] = {}
         known: dict[tuple[str, Units], Shared] = {}
         for family in self.families:
             key = pattern(family.units.name), replace(family.units, name="")
@@ -121,8 +121,8 @@ class WatchedPlan:
                 known[key] = Shared(family.units, self.scheme.leaves, self.degree)
             shared = known[key]
             for (name, dim), blocks in family.dims.items():
-                found[name] = (dim, CutDim(shared, tuple(blocks)))
-        return found
+                cuts[name] = (dim, CutDim(shared, tuple(blocks)))
+        return cuts
 
     def layouts(self, rank: int) -> dict[str, Layout]:
         """How every cut parameter lies on a rank."""
@@ -172,13 +172,13 @@ class WatchedPlan:
     @cached_property
     def idle(self) -> dict[str, tuple[int, ...]]:
         """Family -> ranks that own nothing of it."""
-        found = {}
+        idle = {}
         for family in self.families:
             shared = Shared(family.units, self.scheme.leaves, self.degree)
             ranks = tuple(rank for rank in range(self.degree) if not shared.owned(rank))
             if ranks:
-                found[family.name] = ranks
-        return found
+                idle[family.name] = ranks
+        return idle
 
     def comm(self, *, rank: int = 0) -> Counts:
         """What the ledger of a rank counts in one step with the inputs that were given.
@@ -303,11 +303,11 @@ def inside_lines(rehearsal: Rehearsal) -> Iterator[str]:
     Args:
         rehearsal: of the step.
     """
-    for operation, found in _by_operation(rehearsal.gathered):
-        where = listed(module or "an input" for module, _ in found)
-        yield f"gathered inside: {operation} of {where}, {sum(n for _, n in found)} a step"
-    for operation, found in _by_operation((*each, 1) for each in rehearsal.variant):
-        where = listed(module for module, _ in found if module)
+    for operation, places in _by_operation(rehearsal.gathered):
+        where = listed(module or "an input" for module, _ in places)
+        yield f"gathered inside: {operation} of {where}, {sum(n for _, n in places)} a step"
+    for operation, places in _by_operation((*each, 1) for each in rehearsal.variant):
+        where = listed(module for module, _ in places if module)
         yield (
             f"not invariant: {operation}{f' in {where}' if where else ''} has no form whose "
             "bits no cut changes"
@@ -318,10 +318,10 @@ def _by_operation(
     items: Iterable[tuple[str, str, int]],
 ) -> Iterable[tuple[str, list[tuple[str, int]]]]:
     """Operation -> modules and counts."""
-    found: dict[str, list[tuple[str, int]]] = {}
+    places: dict[str, list[tuple[str, int]]] = {}
     for operation, module, count in items:
-        found.setdefault(operation, []).append((module, count))
-    return found.items()
+        places.setdefault(operation, []).append((module, count))
+    return places.items()
 
 
 def shapes_in_words(shapes: Sequence[tuple[int, ...]]) -> str:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from shardproof.axis import Axis
+from shardproof.error_text import text_of
 from shardproof.errors import RankError
 from shardproof.prover.case import Case
 from shardproof.prover.given import check_cases, checked_degrees
@@ -31,7 +32,6 @@ from shardproof.prover.proof import (
 from shardproof.prover.report import Report
 from shardproof.prover.runs import RankResult
 from shardproof.scheme import Scheme
-from shardproof.telling import text_of
 from shardproof.transport.base import Call
 
 T = TypeVar("T")

@@ -50,7 +50,7 @@ _GUARDS = (
     "shardproof.cut.",
     "shardproof.numerics.broadcasting",
     "shardproof.numerics.forms",
-    "shardproof.plans.between",
+    "shardproof.plans.layer_forwards",
     *(
         f"shardproof.layers.{name}"
         for name in (

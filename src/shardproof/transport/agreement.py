@@ -31,9 +31,9 @@ def disagreement(text: str, noted: Noted, confer: Confer) -> MismatchError:
         noted: what this rank has noted before.
         confer: takes this rank's text and gives those of all ranks, in rank order.
     """
-    told = confer(_SEPARATOR.join((",".join(noted.hashes), text)))
+    messages = confer(_SEPARATOR.join((",".join(noted.hashes), text)))
     hashes, texts = [], []
-    for each in told:
+    for each in messages:
         head, _, rest = each.partition(_SEPARATOR)
         hashes.append(head.split(",") if head else [])
         texts.append(rest)
@@ -72,10 +72,10 @@ def _different_inputs(notes: Sequence[Note | None]) -> MismatchError:
     named = first or second
     what = f"{named.what} of {named.who!r}" if named is not None else "input"
     if first is None or second is None or (first.who, first.what) != (second.who, second.what):
-        found = f"rank 0 has {_owner(first)}, rank {other} has {_owner(second)}"
+        difference = f"rank 0 has {_owner(first)}, rank {other} has {_owner(second)}"
         return MismatchError(
-            f"the ranks did not give the same inputs to the same layers: {found}. Every rank of an "
-            f"axis must call the same layers in the same order. {_SWITCH}"
+            f"the ranks did not give the same inputs to the same layers: {difference}. Every rank "
+            f"of an axis must call the same layers in the same order. {_SWITCH}"
         )
     return MismatchError(
         f"the ranks disagree about the {what}, which must be the same on all ranks of the axis: "
@@ -116,8 +116,8 @@ def _kind(note: Note) -> str:
 
 
 def _unravelled(place: int, shape: Sequence[int]) -> tuple[int, ...]:
-    found: list[int] = []
+    index: list[int] = []
     for size in reversed(shape):
-        found.append(place % size)
+        index.append(place % size)
         place //= size
-    return tuple(reversed(found))
+    return tuple(reversed(index))

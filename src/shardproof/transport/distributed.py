@@ -135,8 +135,10 @@ class DistributedTransport(Transport):
         """One piece per pair and round, so that no buffer has more than size - 1 pieces."""
         with self._during(call, like):
             if self._is_streamed(like):
-                told = self._gather_objects(_lengths(outgoing, incoming, self.rank), call)
-                compare_pieces(told, call)
+                lengths_by_rank = self._gather_objects(
+                    _lengths(outgoing, incoming, self.rank), call
+                )
+                compare_pieces(lengths_by_rank, call)
             begun = self._start_exchange(outgoing, incoming, rounds, like, call, is_whole=True)
             return begun()
 

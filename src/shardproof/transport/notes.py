@@ -125,8 +125,8 @@ def sample(x: Tensor) -> bytes:
     module = core.shm()
     if module is None:
         return sample_in_python(x)
-    found: bytes = module.sample(x.data_ptr(), x.element_size(), x.shape, x.stride(), SAMPLE)
-    return found
+    data: bytes = module.sample(x.data_ptr(), x.element_size(), x.shape, x.stride(), SAMPLE)
+    return data
 
 
 @torch.no_grad()
@@ -147,8 +147,8 @@ def places_of(numel: int) -> list[int]:
     """Which elements are looked at, counted in row-major order."""
     count = min(numel, SAMPLE)
     bounds = [(i * numel // count, (i + 1) * numel // count) for i in range(count)]
-    found = [low + (i + 1) * 2654435761 % (high - low) for i, (low, high) in enumerate(bounds)]
-    return [*found[:-1], numel - 1] if found else []
+    places = [low + (i + 1) * 2654435761 % (high - low) for i, (low, high) in enumerate(bounds)]
+    return [*places[:-1], numel - 1] if places else []
 
 
 def hash_of(x: Tensor) -> str:
@@ -166,8 +166,8 @@ def values_of(dtype: torch.dtype, data: bytes) -> list[object]:
     """The elements that were sampled."""
     if not data:
         return []
-    found: list[object] = torch.frombuffer(bytearray(data), dtype=dtype).tolist()
-    return found
+    values: list[object] = torch.frombuffer(bytearray(data), dtype=dtype).tolist()
+    return values
 
 
 def differing(shape: Sequence[int], dtype: torch.dtype, a: bytes, b: bytes) -> int | None:

@@ -129,14 +129,14 @@ class Exchange:
         if pieces is None:
             pieces = [torch.zeros(length, dtype=torch.uint8) for length in each.sent]
         head = self._head()[:extra]
-        found = [
+        views = [
             x
             for peer, piece in enumerate(pieces[: len(each.sent)])
             if peer != self._rank
             for x in (head, piece)
             if x.numel()
         ]
-        return found[0] if len(found) == 1 else torch.cat(found) if found else head[:0]
+        return views[0] if len(views) == 1 else torch.cat(views) if views else head[:0]
 
     def _head(self) -> Tensor:
         digests = [self._wish.digest - (1 << 63), self._wish.noted.value - (1 << 63)]
@@ -150,8 +150,8 @@ class Exchange:
             self._finishes = []
             mine = self._head().tolist()
             starts = self._starts(self._rounds[0].received, self._heads)
-            found = [self._inboxes[0][at : at + _HEAD].tolist() for at in starts]
-            self._is_in_order = all(each == mine for each in found)
+            heads = [self._inboxes[0][at : at + _HEAD].tolist() for at in starts]
+            self._is_in_order = all(each == mine for each in heads)
         return self._is_in_order
 
     def _starts(self, received: Sequence[int], extra: int) -> list[int]:
@@ -163,11 +163,11 @@ class Exchange:
         for finish in self._finishes:
             finish()
         self._finishes = []
-        found = []
+        pieces = []
         for index, (inbox, each) in enumerate(zip(self._inboxes, self._rounds, strict=True)):
             extra = self._heads if index == 0 else 0
             starts = iter(self._starts(each.received, extra))
-            found.append(
+            pieces.append(
                 [
                     inbox[:0]
                     if peer == self._rank
@@ -175,7 +175,7 @@ class Exchange:
                     for peer, length in enumerate(each.received)
                 ]
             )
-        return found
+        return pieces
 
 
 class Stream:
@@ -254,7 +254,7 @@ _streams: weakref.WeakKeyDictionary[dist.ProcessGroup, Stream] = weakref.WeakKey
 
 def stream_of(group: dist.ProcessGroup) -> Stream:
     """The one stream of a group."""
-    found = _streams.get(group)
-    if found is None:
-        found = _streams[group] = Stream(dist.get_rank(group), dist.get_world_size(group))
-    return found
+    stream = _streams.get(group)
+    if stream is None:
+        stream = _streams[group] = Stream(dist.get_rank(group), dist.get_world_size(group))
+    return stream

@@ -45,16 +45,16 @@ class Atoms:
 
     def roots(self, labels: Labels) -> Labels:
         """The root of every label, in an array of the same shape."""
-        found = self._parent[labels]
+        roots = self._parent[labels]
         is_direct = True
         while True:
-            above = self._parent[found]
-            if np.array_equal(above, found):
+            above = self._parent[roots]
+            if np.array_equal(above, roots):
                 break
-            found, is_direct = above, False
+            roots, is_direct = above, False
         if not is_direct:
-            self._parent[labels] = found
-        return found
+            self._parent[labels] = roots
+        return roots
 
     def sizes(self, roots: Labels) -> Labels:
         """How many labels are in the set of every root."""

@@ -31,7 +31,7 @@ class Choice:
 
 
 def choose(
-    found: Sequence[Family],
+    all_families: Sequence[Family],
     watched: Watched,
     *,
     wanted: Mapping[str, str] = MappingProxyType({}),
@@ -40,37 +40,39 @@ def choose(
     """Choose families: pairs first, then what sends more; no parameter along two dims.
 
     Args:
-        found: all families of the forward.
+        all_families: of the forward.
         watched: the forward.
         wanted: name of a weight that must stay whole -> the operation that needs all of it.
         enough: the part of the matrices' weights that should be cut; where fewer are, rows are
             cut alone, each with an all-reduce of its own.
     """
     shapes = watched.shapes
-    found = [_without(family, wanted, watched) for family in found] if wanted else found
-    taken: set[str] = set()
+    all_families = (
+        [_without(family, wanted, watched) for family in all_families] if wanted else all_families
+    )
+    cut_names: set[str] = set()
     chosen: set[int] = set()
     small: set[int] = set()
     for kind in ORDER:
-        ours = [number for number, family in enumerate(found) if family.kind == kind]
-        for number in sorted(ours, key=lambda n: _worth(found[n], shapes), reverse=True):
-            family = found[number]
+        ours = [number for number, family in enumerate(all_families) if family.kind == kind]
+        for number in sorted(ours, key=lambda n: _worth(all_families[n], shapes), reverse=True):
+            family = all_families[number]
             names = {name for name, _ in family.dims}
-            if kind in ALONE and _is_small(family, taken, shapes):
+            if kind in ALONE and _is_small(family, cut_names, shapes):
                 small.add(number)
                 continue
-            if names & taken or family.crosses & chosen:
+            if names & cut_names or family.crosses & chosen:
                 continue
             chosen.add(number)
-            taken |= names
-    alone = _alone(found, taken, watched, enough)
-    taken |= {name for family in alone for name, _ in family.dims}
-    cut = sum(prod(shapes[name]) for name in taken if len(shapes[name]) > 1)
+            cut_names |= names
+    alone = _alone(all_families, cut_names, watched, enough)
+    cut_names |= {name for family in alone for name, _ in family.dims}
+    cut = sum(prod(shapes[name]) for name in cut_names if len(shapes[name]) > 1)
     matrices = sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
-    why = _Why(found, chosen, small, taken, watched)
-    whole = {name: why.sentence(name) for name in shapes if name not in taken}
+    why = _Why(all_families, chosen, small, cut_names, watched)
+    whole = {name: why.sentence(name) for name in shapes if name not in cut_names}
     whole |= {name: f"{operation!r} needs all of it at once." for name, operation in wanted.items()}
-    families = (*(found[n] for n in sorted(chosen)), *alone)
+    families = (*(all_families[n] for n in sorted(chosen)), *alone)
     return Choice(families, whole, cut / max(matrices, 1))
 
 
@@ -79,12 +81,12 @@ def _without(family: Family, wanted: Mapping[str, str], watched: Watched) -> Fam
     left = {key: blocks for key, blocks in family.dims.items() if key[0] not in wanted}
     whole = (*family.whole, *(key for key in family.dims if key not in left))
     events = tuple(event for event in family.events if event.parameter not in wanted)
-    made = replace(family, dims=left, whole=whole, events=events)
-    return replace(made, kind=kind_of_family(made, watched.shapes, watched.record.used))
+    reduced = replace(family, dims=left, whole=whole, events=events)
+    return replace(reduced, kind=kind_of_family(reduced, watched.shapes, watched.record.used))
 
 
 def _alone(
-    found: Sequence[Family], taken: set[str], watched: Watched, enough: float
+    all_families: Sequence[Family], cut_names: set[str], watched: Watched, enough: float
 ) -> list[Family]:
     """Rows that are cut alone, each with an all-reduce of its own, the largest first.
 
@@ -92,20 +94,20 @@ def _alone(
     """
     shapes = watched.shapes
     sizes = {name: prod(shape) for name, shape in shapes.items() if len(shape) > 1}
-    missing = enough * sum(sizes.values()) - sum(sizes[name] for name in taken & set(sizes))
+    missing = enough * sum(sizes.values()) - sum(sizes[name] for name in cut_names & set(sizes))
     rows: dict[str, tuple[Event, ...]] = {}
-    for family in found:
+    for family in all_families:
         for event in family.events:
             if event.what == "reduce" and event.dim is not None and event.parameter in sizes:
                 rows[event.parameter] = (*rows.get(event.parameter, ()), event)
-    made: list[Family] = []
-    for name in sorted(set(rows) - taken, key=lambda name: (-sizes[name], name)):
+    chosen: list[Family] = []
+    for name in sorted(set(rows) - cut_names, key=lambda name: (-sizes[name], name)):
         dims = {event.dim for event in rows[name]}
         if missing <= 0 or len(dims) > 1:
             continue
         missing -= sizes[name]
-        made.append(_row(name, dims.pop() or 0, rows[name], shapes[name]))
-    return made
+        chosen.append(_row(name, dims.pop() or 0, rows[name], shapes[name]))
+    return chosen
 
 
 def _row(name: str, dim: int, events: tuple[Event, ...], shape: tuple[int, ...]) -> Family:
@@ -132,10 +134,10 @@ def _worth(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> tuple[float
     return matrices / max(sent, 1), _weight(family, shapes)
 
 
-def _is_small(family: Family, taken: set[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+def _is_small(family: Family, cut_names: set[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether it is not worth a collective: little of the model, and less than another matrix."""
     weight = _weight(family, shapes)
-    largest = max((prod(shapes[name]) for name in taken), default=0)
+    largest = max((prod(shapes[name]) for name in cut_names), default=0)
     return weight < SMALL * sum(prod(shape) for shape in shapes.values()) and weight < largest
 
 
@@ -144,17 +146,17 @@ class _Why:
     """Why parameters stay whole.
 
     Attributes:
-        found: all families.
+        all_families: that the forward has.
         chosen: numbers of those that are cut.
         small: numbers of those that are not worth a collective.
-        taken: parameters that are cut.
+        cut_names: parameters that are cut.
         watched: the forward.
     """
 
-    found: Sequence[Family]
+    all_families: Sequence[Family]
     chosen: set[int]
     small: set[int]
-    taken: set[str]
+    cut_names: set[str]
     watched: Watched
 
     def sentence(self, name: str) -> str:
@@ -162,7 +164,7 @@ class _Why:
         if name not in self.watched.record.used:
             return "It is never used in the watched forward."
         reasons: dict[str, list[int]] = {}
-        for number, family in enumerate(self.found):
+        for number, family in enumerate(self.all_families):
             for key in (*family.dims, *family.whole):
                 if key[0] == name:
                     reasons.setdefault(self._reason(name, number), []).append(key[1])
@@ -171,12 +173,12 @@ class _Why:
         parts = [*reasons]
         if len(reasons) > 1:
             parts = [f"along dim {dims[0]} {reason}" for reason, dims in reasons.items()]
-        told = "; ".join(parts)
-        return f"{told[0].upper()}{told[1:]}."
+        text = "; ".join(parts)
+        return f"{text[0].upper()}{text[1:]}."
 
     def _reason(self, name: str, number: int) -> str:
         """What keeps one dim of a parameter from being cut."""
-        family = self.found[number]
+        family = self.all_families[number]
         if number in self.chosen:
             return f"every unit of {family.name!r} needs all of it"
         small = "it is too small to be worth a collective of its own"
@@ -195,10 +197,10 @@ class _Why:
             return "no operation joins it with a matrix that could be cut"
         rivals = family.crosses & self.chosen
         if rivals:
-            return f"an activation that has it is cut as {self.found[min(rivals)].name!r}"
+            return f"an activation that has it is cut as {self.all_families[min(rivals)].name!r}"
         if number in self.small:
             return small
-        others = [other for other, _ in family.dims if other in self.taken and other != name]
+        others = [other for other, _ in family.dims if other in self.cut_names and other != name]
         if others:
             return f"it would be cut with {others[0]!r}, which is cut along another dim"
         return "a cut of it alone would need an all-reduce of its own"

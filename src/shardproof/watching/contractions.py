@@ -86,10 +86,10 @@ def biased_product(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
     """A product and a bias."""
-    made = product(func, args[1:3], {}, outs, record)[0]
+    factors = product(func, args[1:3], {}, outs, record)[0]
     nd = outs[0].dim()
     is_parameter = parameter_of(args[0]) is not None
-    operands = [(f, False) for f in made]
+    operands = [(f, False) for f in factors]
     operands += [(aligned(f, nd), is_parameter) for f in factors_of(args[0])]
     return [combine(operands, name_of(func), record)]
 

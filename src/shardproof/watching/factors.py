@@ -45,8 +45,8 @@ def reduce_lines(factor: Labels, dims: tuple[int, ...], record: Record) -> Label
     length = int(np.prod([factor.shape[dim] for dim in dims]))
     units = _join_lines(np.transpose(roots, rest + dims).reshape(-1, length), record)
     shape = [1 if dim in dims else size for dim, size in enumerate(factor.shape)]
-    made = compress(units.reshape(shape), record)
-    return np.zeros((1,) * factor.ndim, dtype=np.int64) if made is None else made
+    reduced = compress(units.reshape(shape), record)
+    return np.zeros((1,) * factor.ndim, dtype=np.int64) if reduced is None else reduced
 
 
 def _join_lines(lines: Labels, record: Record) -> Labels:
@@ -152,8 +152,8 @@ def _meet_or_reduce(left: Operand, right: Operand, op: str, record: Record) -> l
     """Two factors that have a varying dim in common, as factors that can go on."""
     s, t = set(varying(left[0])), set(varying(right[0]))
     if s == t:
-        made = meet_all([left, right], record)
-        return [made] if varying(made[0]) else []
+        merged = meet_all([left, right], record)
+        return [merged] if varying(merged[0]) else []
     if (len(s), max(s)) < (len(t), max(t)):
         left, right, s, t = right, left, t, s
     # `left` varies along more dims than it can be cut along: units lie on the leftmost.

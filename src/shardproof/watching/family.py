@@ -107,11 +107,11 @@ class _Finder:
     def _number(self, labels: Labels, *, shared: bool = False) -> Labels:
         """Families of labels, each once; of shared units those that need them, if wanted."""
         units = distinct(self.record.atoms.roots(labels))
-        found = self.family_of[self.group.roots(units)]
+        numbers = self.family_of[self.group.roots(units)]
         if shared:
-            found = np.where(found < 0, self.needer_family[units], found)
-        found = distinct(found)
-        return found[found >= 0]
+            numbers = np.where(numbers < 0, self.needer_family[units], numbers)
+        numbers = distinct(numbers)
+        return numbers[numbers >= 0]
 
     def _drivers(self, units: Labels) -> Labels:
         return units[~self.needs.is_needed[units] & ~self.needs.is_whole[units]]
@@ -150,39 +150,39 @@ class _Finder:
 
     def _events(self, count: int) -> list[list[Seen]]:
         """Events of every family."""
-        found: list[list[Seen]] = [[] for _ in range(count)]
+        events: list[list[Seen]] = [[] for _ in range(count)]
         known: dict[int, Labels] = {}
         for seen in self.record.seen:
             if id(seen.atoms) not in known:
                 known[id(seen.atoms)] = self._number(seen.atoms, shared=True)
             for number in known[id(seen.atoms)].tolist():
-                found[number].append(seen)
-        return found
+                events[number].append(seen)
+        return events
 
     def _boxes(self, count: int) -> list[list[Box]]:
         """Layouts along several dims, of every family."""
-        found: list[list[Box]] = [[] for _ in range(count)]
+        boxes: list[list[Box]] = [[] for _ in range(count)]
         for (_, is_split, _), labels in self.record.boxes.items():
             box = Box(self.record.atoms.roots(labels), is_split)
             for number in self._number(box.roots).tolist():
-                found[number].append(box)
-        return found
+                boxes[number].append(box)
+        return boxes
 
     def _crosses(self, count: int) -> list[dict[int, tuple[str, str]]]:
         """Of every family: which families lie along another dim of an activation, and where."""
-        found: list[dict[int, tuple[str, str]]] = [{} for _ in range(count)]
+        crosses: list[dict[int, tuple[str, str]]] = [{} for _ in range(count)]
         for left, right, op, module in self.record.crossings.values():
             for a in self._number(left).tolist():
                 for b in self._number(right).tolist():
-                    found[a].setdefault(b, (op, module))
-                    found[b].setdefault(a, (op, module))
-        return found
+                    crosses[a].setdefault(b, (op, module))
+                    crosses[b].setdefault(a, (op, module))
+        return crosses
 
     def _family(
         self,
         number: int,
         keys: list[Key],
-        seen: list[Seen],
+        operations: list[Seen],
         boxes: list[Box],
         crosses: dict[int, tuple[str, str]],
     ) -> Family:
@@ -191,34 +191,34 @@ class _Finder:
         total = len(distinct(np.concatenate(live)))
         is_live = total >= 2
         numbering = self._numbering(keys, live if is_live else mine)
-        events = [e for e in seen if not is_live or e.what not in ("gather", "sum", "weight")]
+        events = [e for e in operations if not is_live or e.what not in ("gather", "sum", "weight")]
         dims, whole = self._dims(keys, numbering)
         for key in _second_dims(dims, events):
             del dims[key]  # what it makes is whole, and is cropped where it meets what is cut
             whole.append(key)
         name = f"{keys[0][0]}.{keys[0][1]}"
         breaks = boundaries(numbering, boxes)
-        told = {Event(e.what, e.op, e.module, e.parameter, e.dim): None for e in events}
+        unique_events = {Event(e.what, e.op, e.module, e.parameter, e.dim): None for e in events}
         if number in crosses:
             op, module = crosses[number]
-            told[Event("gather", f"{op} (cut along two dims)", module, None)] = None
+            unique_events[Event("gather", f"{op} (cut along two dims)", module, None)] = None
         is_held = any(
             b.first + b.size // b.unit > numbering.whole for d in dims.values() for b in d
         )
         needers = numbering.needers if is_held else numbering.needers[:-1]
         units = Units(name, numbering.count, needers, breaks)
         shapes = self.watched.shapes
-        made = Family(
+        family = Family(
             name,
             units,
             dims,
             tuple(whole),
             "",
-            tuple(told),
+            tuple(unique_events),
             frozenset(crosses) - {number},
             any(len(shapes[parameter]) > 1 for parameter, _ in keys),
         )
-        return replace(made, kind=kind_of_family(made, shapes, self.record.used))
+        return replace(family, kind=kind_of_family(family, shapes, self.record.used))
 
     def _dims(
         self, keys: list[Key], numbering: Numbering
@@ -249,9 +249,9 @@ class _Finder:
         kinds = np.zeros(len(members), dtype=np.uint64)
         offset = 0
         for place, key in enumerate(keys):
-            found, where, counts = np.unique(self.roots[key], return_index=True, return_counts=True)
-            at = np.searchsorted(members, found)
-            ours = (at < len(members)) & (members[np.minimum(at, len(members) - 1)] == found)
+            roots, where, counts = np.unique(self.roots[key], return_index=True, return_counts=True)
+            at = np.searchsorted(members, roots)
+            ours = (at < len(members)) & (members[np.minimum(at, len(members) - 1)] == roots)
             at = at[ours]
             first[at] = np.minimum(first[at], where[ours] + offset)
             kinds[at] += (counts[ours].astype(np.uint64) + np.uint64(1)) * np.uint64(
@@ -264,13 +264,13 @@ class _Finder:
 def _second_dims(dims: Mapping[Key, object], events: list[Seen]) -> list[Key]:
     """Of parameters with two dims in one family: all but the first one that is contracted."""
     rows = {(event.parameter, event.dim) for event in events if event.what == "reduce"}
-    found: list[Key] = []
+    second: list[Key] = []
     for name in dict.fromkeys(name for name, _ in dims):
         mine = [key for key in dims if key[0] == name]
         if len(mine) > 1:
             best = next((key for key in mine if key in rows), mine[0])
-            found += [key for key in mine if key != best]
-    return found
+            second += [key for key in mine if key != best]
+    return second
 
 
 def kind_of_family(

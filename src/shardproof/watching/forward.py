@@ -70,20 +70,20 @@ def watch(
         return _seen(model, (tuple(args), dict(kwargs or {})))
 
 
-def _seen(model: nn.Module, given: Any) -> Watched:
+def _seen(model: nn.Module, call: Any) -> Watched:
     start = time.perf_counter()
     failed: list[Exception] = []
     for leaves_last in (False, True):  # the last of a mask may stand for "none" (no expert)
         try:
-            return _watched(model, given, start=start, leaves_last=leaves_last)
+            return _watched(model, call, start=start, leaves_last=leaves_last)
         except ShardproofError:
             raise
         except Exception as error:  # whatever a model's code raises where it looks at data
             failed.append(error)
-    return _watched_on_cpu(model, given, failed[0], start)
+    return _watched_on_cpu(model, call, failed[0], start)
 
 
-def _watched_on_cpu(model: nn.Module, given: Any, first: Exception, start: float) -> Watched:
+def _watched_on_cpu(model: nn.Module, call: Any, first: Exception, start: float) -> Watched:
     """On a copy with numbers, for a forward that cannot run on the meta device."""
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > MOST_COPIED:
@@ -93,15 +93,15 @@ def _watched_on_cpu(model: nn.Module, given: Any, first: Exception, start: float
             "on the CPU, or a smaller model of the same kind."
         ) from first
     try:
-        return _watched(_small_copy(model), given, why_cpu=error_words(first), start=start)
+        return _watched(_small_copy(model), call, why_cpu=error_words(first), start=start)
     except Exception as error:  # the same
-        raise PlanError(_why_it_failed(model, given, error)) from error
+        raise PlanError(_why_it_failed(model, call, error)) from error
 
 
-def _why_it_failed(model: nn.Module, given: Any, error: Exception) -> str:
+def _why_it_failed(model: nn.Module, call: Any, error: Exception) -> str:
     """Whether the model's own forward fails with these inputs, or only a watched one."""
     twin = _small_copy(model)
-    args, kwargs = tree_map(_real, given)
+    args, kwargs = tree_map(_real, call)
     try:
         with torch.no_grad(), _randomness_kept():
             twin.eval()(*args, **kwargs)
@@ -130,10 +130,10 @@ def _small_copy(model: nn.Module) -> nn.Module:
                 if each is None:
                     continue
                 if id(each) not in copied:
-                    made = _material(each.detach(), generator)
+                    small = _material(each.detach(), generator)
                     is_parameter = isinstance(each, nn.Parameter)
                     copied[id(each)] = (
-                        nn.Parameter(made, requires_grad=False) if is_parameter else made
+                        nn.Parameter(small, requires_grad=False) if is_parameter else small
                     )
                 vars(module)[kind][name] = copied[id(each)]
     return twin
@@ -145,12 +145,12 @@ def _material(each: Tensor, generator: torch.Generator) -> Tensor:
         return each.cpu()
     if not each.is_floating_point():
         return torch.zeros(each.shape, dtype=each.dtype, device="cpu")
-    made = torch.rand(each.shape, generator=generator, device="cpu") * 0.04 + 0.01
-    return made.to(each.dtype)
+    values = torch.rand(each.shape, generator=generator, device="cpu") * 0.04 + 0.01
+    return values.to(each.dtype)
 
 
 def _watched(
-    model: nn.Module, given: Any, *, start: float, why_cpu: str = "", leaves_last: bool = False
+    model: nn.Module, call: Any, *, start: float, why_cpu: str = "", leaves_last: bool = False
 ) -> Watched:
     on_meta = not why_cpu
     record = Record()
@@ -176,11 +176,11 @@ def _watched(
         model.eval()
         for name, buffer in model.named_buffers(remove_duplicate=False):
             marked[name] = mode.adopt(buffer)
-        args, kwargs = tree_map(mode.take, given)
+        args, kwargs = tree_map(mode.take, call)
         stack.enter_context(torch.no_grad())
         stack.enter_context(mode)
-        made = torch.func.functional_call(model, marked, args, kwargs, tie_weights=False)
-    for each in tree_leaves(made):
+        output = torch.func.functional_call(model, marked, args, kwargs, tie_weights=False)
+    for each in tree_leaves(output):
         for factor in each.factors if isinstance(each, Labelled) else ():
             record.see("output", "output", factor)
     device = "meta" if on_meta else "cpu"
@@ -202,9 +202,9 @@ def _mark(
     inside = inside.to("meta") if on_meta else inside.clone()
     if not parameter.numel():
         return Labelled(inside, parameter=name)
-    made = Labelled(inside, tuple(factors), parameter=name)
-    made.sources = tuple(sources)
-    return made
+    labelled = Labelled(inside, tuple(factors), parameter=name)
+    labelled.sources = tuple(sources)
+    return labelled
 
 
 def _tell_where(name: str, module: nn.Module, record: Record) -> None:

@@ -49,7 +49,7 @@ class Labelled(Tensor):
         is_data: bool = False,
     ) -> "Labelled":
         """Wrap a tensor."""
-        made: Labelled = Tensor._make_wrapper_subclass(
+        wrapper: Labelled = Tensor._make_wrapper_subclass(
             cls,
             inside.shape,
             strides=inside.stride(),
@@ -59,10 +59,10 @@ class Labelled(Tensor):
             device=torch.device("cpu"),  # so that integers which the forward makes have values
             requires_grad=False,
         )
-        made.inside, made.factors, made.value = inside, factors, value
-        made.parameter, made.is_data = parameter, is_data
-        made.sources, made.made_by = (), None
-        return made
+        wrapper.inside, wrapper.factors, wrapper.value = inside, factors, value
+        wrapper.parameter, wrapper.is_data = parameter, is_data
+        wrapper.sources, wrapper.made_by = (), None
+        return wrapper
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 

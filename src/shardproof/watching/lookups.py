@@ -95,8 +95,8 @@ def index(
 def _picked(func: Any, factor: Labels, x: Labelled, indices: Any, by_value: bool) -> Labels:
     """Labels that the indices pick; where none varies along an indexed dim, by shape alone."""
     if by_value:
-        given = [None if each is None else known(each) for each in indices]
-        return shrink(func(expanded(factor, x.shape), given))
+        values = [None if each is None else known(each) for each in indices]
+        return shrink(func(expanded(factor, x.shape), values))
     # Nothing varies along the dims that are picked from: every place has the same labels.
     slim = [
         1 if each is not None else size for each, size in zip(indices, factor.shape, strict=False)
@@ -169,10 +169,10 @@ def write_places(
 
 def _value_dims(indices: Any, ndim: int) -> list[int | None]:
     """The tensor's dim of each dim of the values that are written; None: of the indices."""
-    told = [dim for dim, each in enumerate(indices) if each is not None]
-    free = [dim for dim in range(ndim) if dim not in told]
-    width = max((indices[dim].dim() for dim in told), default=0)
-    are_together = told == list(range(told[0], told[-1] + 1)) if told else True
-    before = [dim for dim in free if told and dim < told[0]] if are_together else []
+    indexed = [dim for dim, each in enumerate(indices) if each is not None]
+    free = [dim for dim in range(ndim) if dim not in indexed]
+    width = max((indices[dim].dim() for dim in indexed), default=0)
+    are_together = indexed == list(range(indexed[0], indexed[-1] + 1)) if indexed else True
+    before = [dim for dim in free if indexed and dim < indexed[0]] if are_together else []
     after = [dim for dim in free if dim not in before]
     return [*before, *[None] * width, *after]

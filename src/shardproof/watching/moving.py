@@ -101,10 +101,10 @@ def _moved(
     if name == "view" and isinstance(args[0], torch.dtype):
         return [factor] if outs[0].shape == x.shape else [reduce_lines(factor, (-1,), record)]
     if name in RESHAPES:
-        made = regroup(factor, x.shape, outs[0].shape)
+        regrouped = regroup(factor, x.shape, outs[0].shape)
         if len(varying(factor)) == 1:
-            record.keep_box(made, is_split=True)
-        return [made]
+            record.keep_box(regrouped, is_split=True)
+        return [regrouped]
     if name == "view_as_complex":
         return [reduce_lines(factor, (-1,), record)[..., 0]]
     if name == "view_as_real":
@@ -194,12 +194,16 @@ def concatenate(
         is_plain = all(len({varying(f) for f in factors}) == len(factors) for _, factors in parts)
         if is_plain:  # the same dims are labelled in all: they lie side by side
             return combine([(factor, False) for factor in everything], name, record)
-    made = []
+    joined_factors = []
     for dims in _tracks(parts, dim):
         joined = compress(_one_after_another(parts, dims, dim), record)
         if joined is not None:
-            made.append(joined)
-    return combine([(each, False) for each in made], name, record) if len(made) > 1 else tuple(made)
+            joined_factors.append(joined)
+    return (
+        combine([(each, False) for each in joined_factors], name, record)
+        if len(joined_factors) > 1
+        else tuple(joined_factors)
+    )
 
 
 def _tracks(parts: Any, dim: int) -> list[set[frozenset[int]]]:

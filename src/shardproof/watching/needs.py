@@ -89,10 +89,10 @@ def _whole(record: Record) -> NDArray[np.bool_]:
     atoms: Atoms = record.atoms
     whole = np.zeros(len(atoms), dtype=bool)
     done: set[int] = set()
-    for seen in record.seen:
-        if seen.what in ("gather", "sum", "weight") and id(seen.atoms) not in done:
-            done.add(id(seen.atoms))
-            whole[atoms.roots(seen.atoms)] = True
+    for operation in record.seen:
+        if operation.what in ("gather", "sum", "weight") and id(operation.atoms) not in done:
+            done.add(id(operation.atoms))
+            whole[atoms.roots(operation.atoms)] = True
     return whole
 
 

@@ -62,10 +62,17 @@ def whole_along(
 
 def dims_of(args: tuple[Any, ...], kwargs: dict[str, Any], where: int, ndim: int) -> list[int]:
     """The dims that an operation was told; all, if none."""
-    told = args[where] if len(args) > where else kwargs.get("dim")
-    if told is None or isinstance(told, bool) or (isinstance(told, list | tuple) and not told):
+    argument = args[where] if len(args) > where else kwargs.get("dim")
+    if (
+        argument is None
+        or isinstance(argument, bool)
+        or (isinstance(argument, list | tuple) and not argument)
+    ):
         return list(range(ndim))
-    return [dim % max(ndim, 1) for dim in (told if isinstance(told, list | tuple) else (told,))]
+    return [
+        dim % max(ndim, 1)
+        for dim in (argument if isinstance(argument, list | tuple) else (argument,))
+    ]
 
 
 def without(factors: list[Labels], dims: list[int], x: Tensor, out: Tensor) -> Factors:
@@ -108,8 +115,8 @@ def pointwise(
                     operands.append((fitted, each.parameter is not None))
                     continue
             record.see("gather", name, factor, each.parameter)
-    made = combine(operands, name, record)
-    return [tuple(f for f in made if f.ndim == out.dim()) for out in outs]
+    combined = combine(operands, name, record)
+    return [tuple(f for f in combined if f.ndim == out.dim()) for out in outs]
 
 
 @rule("kind:lines")
@@ -225,8 +232,8 @@ def matrices(
         if isinstance(x, Tensor):
             kept = whole_along(x, (-1, -2), name, record)
             operands += [(f, parameter_of(x) is not None) for f in kept]
-    made = combine([each for each in operands if each[0].ndim == outs[0].dim()], name, record)
-    return [tuple(f for f in made if f.ndim == out.dim()) for out in outs]
+    combined = combine([each for each in operands if each[0].ndim == outs[0].dim()], name, record)
+    return [tuple(f for f in combined if f.ndim == out.dim()) for out in outs]
 
 
 @rule(
@@ -258,5 +265,5 @@ def attention(
             Labelled(mask.inside, (factor,)), (-1, -2), "attention mask", record
         ):
             operands.append((aligned(each, outs[0].dim()), parameter_of(mask) is not None))
-    made = combine([*operands, *((each, False) for each in shared)], name_of(func), record)
-    return [tuple(f for f in made if f.ndim == out.dim()) for out in outs]
+    combined = combine([*operands, *((each, False) for each in shared)], name_of(func), record)
+    return [tuple(f for f in combined if f.ndim == out.dim()) for out in outs]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from shardproof.watching import contractions, lookups, norms
+from shardproof.watching import contractions, lookups, norm_rules
 from shardproof.watching.atoms import Labels, distinct
 from shardproof.watching.factors import Factors, compress, varying
 from shardproof.watching.kinds import is_random, is_view, kind_of, name_of, written
@@ -19,7 +19,7 @@ from shardproof.watching.record import Record
 from shardproof.watching.rules import RULES, see_all
 
 # Rules of these modules are registered by importing them.
-RULE_MODULES = (contractions, lookups, norms)
+RULE_MODULES = (contractions, lookups, norm_rules)
 
 MOST_KNOWN = 1 << 20  # elements of a tensor whose value is followed
 MOST_WRITTEN = 1 << 24  # elements of a tensor that is written in parts
@@ -81,10 +81,10 @@ class Watching(TorchDispatchMode):
 
     def take(self, each: Any) -> Any:
         """What the forward is given, as labelled tensors."""
-        made = self.adopt(each)
-        if isinstance(made, Labelled) and made is not each:
-            made.is_data = True
-        return made
+        labelled = self.adopt(each)
+        if isinstance(labelled, Labelled) and labelled is not each:
+            labelled.is_data = True
+        return labelled
 
     def plain(self, each: Tensor) -> Labelled:
         """A tensor without labels; the original is never written."""
@@ -196,8 +196,8 @@ class Watching(TorchDispatchMode):
                 self._write(target, factors[0] if factors else ())
                 return target if len(outs) == 1 else tree_unflatten([target, *outs[1:]], spec)
             return tree_map(self.adopt, out)
-        made = self._wrap(func, args, kwargs, outs, (factors, values, flat))
-        return tree_unflatten(made, spec)
+        results = self._wrap(func, args, kwargs, outs, (factors, values, flat))
+        return tree_unflatten(results, spec)
 
     def _factors(
         self, func: Any, name: str, args: Any, kwargs: Any, outs: list[Tensor], flat: Any
@@ -224,10 +224,10 @@ class Watching(TorchDispatchMode):
         parameter = next((each.parameter for each in flat if each.parameter and not is_data), None)
         if name_of(func) in PICKED and args[0].parameter and args[0].dim() > 2:
             parameter = args[0].parameter  # matrices picked by data (experts) are still parameters
-        made, number = [], 0
+        results, number = [], 0
         for place, each in enumerate(outs):
             if not isinstance(each, Tensor):
-                made.append(each)
+                results.append(each)
                 continue
             labels = factors[number]
             result = Labelled(
@@ -239,9 +239,9 @@ class Watching(TorchDispatchMode):
             if is_view(func) and isinstance(args[0], Labelled):
                 which = place if len(outs) > 1 else None
                 result.made_by = (args[0], func, args[1:], kwargs, which)
-            made.append(result)
+            results.append(result)
             number += 1
-        return made
+        return results
 
     def _sources(self, func: Any, x: Labelled, labels: Factors) -> tuple[int, ...]:
         """The parameter's dims of the factors of what was made of it alone; empty if not known."""
@@ -250,9 +250,9 @@ class Watching(TorchDispatchMode):
                 return x.sources
         elif name_of(func) not in PICKED:  # the same dims, in some order
             places = dict(zip(map(varying, x.factors), x.sources, strict=True))
-            found = [places.get(varying(factor)) for factor in labels]
-            is_clear = len(places) == len(x.factors) and None not in found
-            return tuple(each for each in found if each is not None) if is_clear else ()
+            dims = [places.get(varying(factor)) for factor in labels]
+            is_clear = len(places) == len(x.factors) and None not in dims
+            return tuple(each for each in dims if each is not None) if is_clear else ()
         kept, left = [], list(zip(x.sources, x.factors, strict=True))
         for factor in labels:  # some are gone: those that stay have the same labels
             units = distinct(self.record.atoms.roots(factor))

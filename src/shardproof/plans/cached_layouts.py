@@ -45,12 +45,12 @@ def shared_keys(heads: Heads) -> tuple[int, ...]:
 @functools.lru_cache(_KEPT)
 def gradient_parts(heads: Heads, is_invariant: bool) -> tuple[int, ...]:
     """Elements for every token, by rank, of the gradients of heads that several ranks hold."""
-    given = []
+    counts = []
     for rank in range(heads.degree):
         runs = [heads.served(key, rank) for key in shared_keys(heads)]
         if is_invariant:
             nodes = sum(len(nodes_of_run(heads.group, run)) for run in runs)
         else:
             nodes = sum(1 for run in runs if run)
-        given.append(2 * nodes * heads.head_dim)  # of keys and of values
-    return tuple(given)
+        counts.append(2 * nodes * heads.head_dim)  # of keys and of values
+    return tuple(counts)

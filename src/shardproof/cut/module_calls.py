@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, empty_like, nn
 from torch.overrides import TorchFunctionMode
 
-from shardproof.cut import linear, lookup, moves, pointwise
-from shardproof.cut.foreign import inside
-from shardproof.cut.heads import attended_with_dropout
-from shardproof.cut.others import gathered, invariant, unwrapped
+from shardproof.cut import lookup, matrix_products, moves, pointwise
+from shardproof.cut.autograd_functions import inside
+from shardproof.cut.fallback import gathered, invariant, unwrapped
+from shardproof.cut.head_attention import attended_with_dropout
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import (
     RULES,
@@ -40,7 +40,7 @@ from shardproof.functional.dropout import MaskKey, dropout
 from shardproof.layers.dropout import Drawing
 from shardproof.numerics import forms
 
-assert all((linear, lookup, moves, pointwise))  # noqa: S101 - imported for their rules
+assert all((matrix_products, lookup, moves, pointwise))  # noqa: S101 - imported for their rules
 DRAWS = "shardproof_draws"  # name of the module that counts the draws of another
 DROPOUTS = frozenset(("dropout", "native_dropout", "dropout_"))
 _RANDOM = frozenset(
@@ -115,8 +115,8 @@ class Calls(TorchFunctionMode):
                 (empty_like(x, **kwargs), *limits),
                 {},
             )
-        given = (*args, *kwargs.values())
-        first = next((each for each in given if isinstance(each, Tensor)), None)
+        values = (*args, *kwargs.values())
+        first = next((each for each in values if isinstance(each, Tensor)), None)
         device = torch.device(
             kwargs.get("device") or (torch.get_default_device() if first is None else first.device)
         )
@@ -231,9 +231,14 @@ _local = _Local()
 
 def _dropout_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, float, bool, bool]:
     names = ("input", "p", "training", "inplace")
-    given: dict[str, Any] = {"p": 0.5, "training": True, "inplace": False}
-    given |= dict(zip(names, args, strict=False)) | kwargs
-    return given["input"], given["p"], given.get("train", given["training"]), given["inplace"]
+    options: dict[str, Any] = {"p": 0.5, "training": True, "inplace": False}
+    options |= dict(zip(names, args, strict=False)) | kwargs
+    return (
+        options["input"],
+        options["p"],
+        options.get("train", options["training"]),
+        options["inplace"],
+    )
 
 
 @rule("dropout", "dropout_", "native_dropout")
@@ -317,9 +322,9 @@ class Calling:
         _leave()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Calling":
-        made = Calling(self.region, self.drawing.name, calls=self.calls, draws=self.draws)
-        made.drawing = copy.deepcopy(self.drawing, memo)  # the one that the copied module has
-        return made
+        copied = Calling(self.region, self.drawing.name, calls=self.calls, draws=self.draws)
+        copied.drawing = copy.deepcopy(self.drawing, memo)  # the one that the copied module has
+        return copied
 
 
 def _leave() -> None:

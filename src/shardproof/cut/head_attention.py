@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardproof.cut.meet import (
+from shardproof.cut.alignment import (
     broadcast,
     fitted,
     freed,
@@ -15,7 +15,7 @@ from shardproof.cut.meet import (
     served,
     where_served,
 )
-from shardproof.cut.others import gathered, invariant, is_cut
+from shardproof.cut.fallback import gathered, invariant, is_cut
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 from shardproof.numerics import headed
@@ -59,8 +59,8 @@ def _for_groups(x: Any, spec: Spec, times: int) -> Any:
     if not is_cut(x) or not is_served(x, spec.cut, times):
         return x.repeat_interleave(times, -3)
     shape = (*x.shape[:-3], x.shape[-3] * times, *x.shape[-2:])
-    made = spec.region.spec(shape, x.spec.dim, spec.cut)
-    return cut_tensor(served(x, spec.cut, times), made, x.who)
+    repeated_spec = spec.region.spec(shape, x.spec.dim, spec.cut)
+    return cut_tensor(served(x, spec.cut, times), repeated_spec, x.who)
 
 
 def _of_heads(x: Any, spec: Spec, who: str) -> Tensor:
@@ -105,10 +105,10 @@ def _read_in_place(q: CutTensor, k: CutTensor, v: CutTensor, options: dict[str, 
 @rule("scaled_dot_product_attention")
 def attention(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Each rank attends with the heads that it holds."""
-    given = dict(
+    call_options = dict(
         zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)
     )
-    options = {**given, **kwargs}
+    options = {**call_options, **kwargs}
     q: Any
     k: Any
     v: Any

@@ -25,8 +25,8 @@ def weight_norm(
     for factor in weight.factors:
         if varying(factor) and set(varying(factor)) <= set(others):
             record.see("sum", "_weight_norm_interface", factor, weight.parameter)
-    made = combine(operands, "_weight_norm_interface", record)
-    return [made, tuple(f for f in made if set(varying(f)) <= {dim})]
+    scaled = combine(operands, "_weight_norm_interface", record)
+    return [scaled, tuple(f for f in scaled if set(varying(f)) <= {dim})]
 
 
 @rule("native_layer_norm _fused_rms_norm rms_norm")
@@ -42,8 +42,8 @@ def layer_norm(
     for weight in args[2:4]:
         for factor in factors_of(weight):
             operands.append((aligned(factor, x.dim()), True))
-    made = combine(operands, name, record)
-    return [made, *(tuple(f for f in kept if f.ndim == out.dim()) for out in outs[1:])]
+    combined = combine(operands, name, record)
+    return [combined, *(tuple(f for f in kept if f.ndim == out.dim()) for out in outs[1:])]
 
 
 @rule("native_group_norm")

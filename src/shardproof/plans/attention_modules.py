@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shardproof.hf.models import is_transformers
+from shardproof.hf.detection import is_transformers
 from shardproof.plans.style import Attention, ColumnParallel, Norms, RowParallel, Style
 from shardproof.quantities import whole_number
 
@@ -44,7 +44,7 @@ def recognise(styles: dict[str, Style], model: nn.Module) -> Recognised:
         styles: module name -> style.
         model: of transformers, or one whose attention modules have a `config` like theirs.
     """
-    found = Recognised()
+    attentions = Recognised()
     for name in _parents(styles):
         module = model.get_submodule(name)
         children = {child: styles[f"{name}.{child}"] for child in _cut_children(name, styles)}
@@ -58,12 +58,12 @@ def recognise(styles: dict[str, Style], model: nn.Module) -> Recognised:
         problem = _misfit(name, module, children)
         style = None if problem else _attention(name, module, heads, children)
         if isinstance(style, Attention):
-            found.styles[name] = style
+            attentions.styles[name] = style
             if any(_is_whole(each) for each in children.values()):
-                found.gathered.append(name)
+                attentions.gathered.append(name)
         else:
-            found.problems[name] = problem or str(style)
-    return found
+            attentions.problems[name] = problem or str(style)
+    return attentions
 
 
 def _looks_like_one(module: nn.Module, children: Iterable[str]) -> bool:

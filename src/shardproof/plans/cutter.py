@@ -15,8 +15,8 @@ from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
 from shardproof.layers.norm import HeadRMSNorm, ShardedRMSNorm
 from shardproof.layers.shared import link
-from shardproof.plans.attend import Manner
-from shardproof.plans.attention import attends_in_registry
+from shardproof.plans.attention_check import Manner
+from shardproof.plans.attention_modules import attends_in_registry
 from shardproof.plans.style import (
     Attention,
     ColumnParallel,

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from shardproof.cut.meet import common, fitted, one_along
-from shardproof.cut.others import gathered
+from shardproof.cut.alignment import common, fitted, one_along
+from shardproof.cut.fallback import gathered
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
 from shardproof.units import CutDim
@@ -42,8 +42,8 @@ def cat(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         for each in tensors
     ]
     shape[dim] = sum(each.shape[dim] for each in tensors)
-    made = spec.region.spec(tuple(shape), spec.dim, spec.cut)
-    return cut_tensor(torch.cat(parts, dim), made, who)
+    joined_spec = spec.region.spec(tuple(shape), spec.dim, spec.cut)
+    return cut_tensor(torch.cat(parts, dim), joined_spec, who)
 
 
 def _lies_as(x: Any, other: Spec) -> bool:

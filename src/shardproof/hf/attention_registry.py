@@ -26,11 +26,11 @@ def implementation_problems(model: nn.Module, names: Iterable[str]) -> list[str]
         model: of transformers.
         names: of the attention modules that are to be cut.
     """
-    found = {_config_of(model, name)._attn_implementation for name in names}
+    implementations = {_config_of(model, name)._attn_implementation for name in names}
     return [
         f"{type(model).__name__} has the attention implementation {name!r}, which shardproof does "
         f"not replace. Make the model with attn_implementation={' or '.join(map(repr, NAMES))}."
-        for name in sorted(found - {*NAMES, *NAMES.values()})
+        for name in sorted(implementations - {*NAMES, *NAMES.values()})
     ]
 
 
@@ -46,11 +46,11 @@ def take_over(model: nn.Module, attentions: Mapping[str, HeadAttention]) -> None
         attentions: name of an attention module -> what computes in it.
     """
     _register()
-    asked = {_config_of(model, name)._attn_implementation for name in attentions} & NAMES.keys()
+    ours = {_config_of(model, name)._attn_implementation for name in attentions} & NAMES.keys()
     copies: dict[int, tuple[Any, Any]] = {}  # with the original, or its id could be given again
     for module in model.modules():
         own: Any = getattr(module, "config", None)
-        if getattr(own, "_attn_implementation", None) not in asked:
+        if getattr(own, "_attn_implementation", None) not in ours:
             continue
         if id(own) not in copies:
             copies[id(own)] = (own, copy.deepcopy(own))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from shardproof.cut.others import gathered
+from shardproof.cut.fallback import gathered
 from shardproof.cut.tensor import named, rule
 from shardproof.errors import ShapeError, UsageError
 from shardproof.numerics.contracting import contracted_dims
@@ -75,8 +75,8 @@ def _pair(a: Any, of_a: str, b: Any, of_b: str, wanted: str) -> Any:
         left, right = left.squeeze(0), right.squeeze(0)
     y = torch.matmul(left, right)
     y = y.reshape([sizes[c] for c in (*batch, *rows, *columns)])
-    made = "".join((*batch, *rows, *columns))
-    return y.permute([made.index(letter) for letter in wanted])
+    letters = "".join((*batch, *rows, *columns))
+    return y.permute([letters.index(letter) for letter in wanted])
 
 
 def _as_matrices(x: Any, have: str, groups: tuple[list[str], list[str], list[str]]) -> Any:

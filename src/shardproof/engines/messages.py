@@ -10,8 +10,8 @@ from typing import Any
 import cloudpickle  # type: ignore[import-untyped]  # it ships no types
 import torch
 
+from shardproof.error_text import text_of
 from shardproof.errors import UsageError
-from shardproof.telling import text_of
 
 # What the user's code may raise while it is pickled; an interrupt is meant for the caller.
 _WRONG = (Exception, SystemExit, GeneratorExit)

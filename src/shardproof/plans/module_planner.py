@@ -9,9 +9,15 @@ from torch import nn
 from shardproof.heads import Heads
 from shardproof.leaves import Cut
 from shardproof.numerics.matmul import node_dtype
+from shardproof.plans.cached_layouts import (
+    gradient_parts,
+    heads_of,
+    held_keys,
+    layouts,
+    shared_keys,
+)
 from shardproof.plans.collective import Collective, Direction, When
 from shardproof.plans.module_plan import ModulePlan, ParameterPlan, Role
-from shardproof.plans.repeated import gradient_parts, heads_of, held_keys, layouts, shared_keys
 from shardproof.plans.style import (
     Attention,
     ColumnParallel,
@@ -135,8 +141,10 @@ class Parts:
         dtype = query.weight.dtype
         sends = [self._input_gradient(query.in_features, dtype, heads.query_cut)]
         if shared_keys(heads):
-            given = gradient_parts(heads, self._scheme.is_invariant)
-            sends.append(_gather("backward", "key and value gradients", node_dtype(dtype), given))
+            gradient_sizes = gradient_parts(heads, self._scheme.is_invariant)
+            sends.append(
+                _gather("backward", "key and value gradients", node_dtype(dtype), gradient_sizes)
+            )
         yield self._group(name, "attention", style, heads.query_cut, sends)
         both = {"weight": 0, "bias": 0}
         for role, child in (("query", style.query), ("key", style.key), ("value", style.value)):

@@ -30,22 +30,22 @@ _DRAWING = (
 GROUPS = ("attention", "shared input")
 
 
-def replaced_by(made: ModelPlan) -> list[str]:
+def replaced_by(plan: ModelPlan) -> list[str]:
     """Names of the modules that cut ones will replace."""
     return [
-        module.name for module in made.modules if module.is_cut and module.role not in GROUPS
+        module.name for module in plan.modules if module.is_cut and module.role not in GROUPS
     ] + [
         f"{name}.{style.attend}"
-        for name, style in made.styles.items()
+        for name, style in plan.styles.items()
         if isinstance(style, Attention) and style.attend is not None
     ]
 
 
-def twins_of(model: nn.Module, made: ModelPlan, scheme: Scheme, axis: Axis) -> dict[str, nn.Module]:
+def twins_of(model: nn.Module, plan: ModelPlan, scheme: Scheme, axis: Axis) -> dict[str, nn.Module]:
     """Module name -> what takes its place although it is not cut."""
-    replaced = set(replaced_by(made))
-    inside = _inside(made)
-    found: dict[str, nn.Module] = {}
+    replaced = set(replaced_by(plan))
+    inside = _inside(plan)
+    replacements: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if not name or name in replaced or name.startswith(inside):
             continue
@@ -53,13 +53,13 @@ def twins_of(model: nn.Module, made: ModelPlan, scheme: Scheme, axis: Axis) -> d
         if twin is None and scheme.is_invariant:
             twin = invariant_twin(module)
         if twin is not None:
-            found[name] = twin
-    return found
+            replacements[name] = twin
+    return replacements
 
 
-def _inside(made: ModelPlan) -> tuple[str, ...]:
+def _inside(plan: ModelPlan) -> tuple[str, ...]:
     """What the names of modules begin with that are inside replaced ones, and go with them."""
-    return tuple(f"{name}." for name in replaced_by(made))
+    return tuple(f"{name}." for name in replaced_by(plan))
 
 
 def _dropout(name: str, module: nn.Module, scheme: Scheme, axis: Axis) -> nn.Module | None:
@@ -83,9 +83,9 @@ class _SameIfWhole(SameOnAllRanks):
             super().__call__(module, inputs)
 
 
-def irreplaceable(model: nn.Module, twins: Mapping[str, nn.Module], made: ModelPlan) -> list[str]:
+def irreplaceable(model: nn.Module, twins: Mapping[str, nn.Module], plan: ModelPlan) -> list[str]:
     """Modules that break the promise and that nothing of ours can replace, one sentence each."""
-    inside = _inside(made)
+    inside = _inside(plan)
     staying = {
         name: module for name, module in model.named_modules() if not name.startswith(inside)
     }

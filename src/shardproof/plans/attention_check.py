@@ -148,14 +148,14 @@ def _key(
 def _device(child: nn.Module) -> torch.device:
     """Where a child can be run: where its tensors are."""
     held = {**dict(child.named_buffers()), **vars(child)}
-    found = {name: value.device for name, value in held.items() if isinstance(value, Tensor)}
-    on_meta = [name for name, device in found.items() if device.type == "meta"]
+    devices = {name: value.device for name, value in held.items() if isinstance(value, Tensor)}
+    on_meta = [name for name, device in devices.items() if device.type == "meta"]
     if on_meta:
         raise _UnlikeError(
             f"has {', '.join(on_meta)} on the meta device, so that it cannot be tried: make the "
             "model elsewhere, or let the child make them when it is called."
         )
-    return next(iter(found.values()), torch.device("cpu"))
+    return next(iter(devices.values()), torch.device("cpu"))
 
 
 def _call(
@@ -275,10 +275,10 @@ def _agreeing(
     """Whether ours computes what the child does with is_causal, as it says or the other way."""
     differing = []
     for causal in (bool(is_causal), not is_causal):
-        found = next(_differences(child, _Ours(site, causal), trials), None)
-        if found is None:
+        difference_found = next(_differences(child, _Ours(site, causal), trials), None)
+        if difference_found is None:
             return causal
-        differing.append(found)
+        differing.append(difference_found)
     what, difference, largest = min(differing, key=lambda each: each[1] / each[2])
     raise _UnlikeError(
         f"computes something else: tried on small numbers, {what} differ by up to "
@@ -296,9 +296,9 @@ def _differences(
         is_refused = ours.is_causal and len(trial.masks) > 1
         unsure = [mask for mask in trial.masks if mask is not None and not is_refused]
         for masks in (plain, unsure):
-            found = [_difference(child, ours, trial, mask) for mask in masks]
-            if found and all(found):
-                yield next(each for each in found if each is not None)
+            differences = [_difference(child, ours, trial, mask) for mask in masks]
+            if differences and all(differences):
+                yield next(each for each in differences if each is not None)
 
 
 def _difference(
@@ -334,9 +334,9 @@ def _difference(
 
 def _run(attend: Callable[..., Any], trial: _Trial, mask: Tensor | None) -> list[Tensor]:
     """Outputs, and in a short trial gradients of q, k and v."""
-    given = [x.clone().requires_grad_(trial.is_short) for x in trial.given]
+    inputs = [x.clone().requires_grad_(trial.is_short) for x in trial.given]
     options = dict(trial.options) | ({} if mask is None else {"mask": mask.clone()})
-    y = attend(*given, **options)
+    y = attend(*inputs, **options)
     if not isinstance(y, Tensor):
         raise _UnlikeError(f"gives a {type(y).__name__}, and shardproof's gives one tensor.")
     if not trial.is_short:
@@ -344,8 +344,8 @@ def _run(attend: Callable[..., Any], trial: _Trial, mask: Tensor | None) -> list
     if not y.requires_grad:
         raise _UnlikeError("gives outputs without a gradient.")
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
-    grads = torch.autograd.grad(y, given, weights, allow_unused=True)
-    zeros = (torch.zeros_like(x) for x in given)
+    grads = torch.autograd.grad(y, inputs, weights, allow_unused=True)
+    zeros = (torch.zeros_like(x) for x in inputs)
     return [y.detach(), *(zero if g is None else g for g, zero in zip(grads, zeros, strict=True))]
 
 
@@ -366,8 +366,10 @@ def _check_training(child: nn.Module, trial: _Trial, is_causal: bool, p: float) 
     sizes = [(2, x.shape[1], length, x.shape[3]) for x in trial.given]
     q, k, v = torch.zeros(sizes[0]), torch.zeros(sizes[1]), torch.ones(sizes[2])
     y = child.forward(q, k, v, **trial.options)
-    seen = torch.arange(1.0, length + 1) if is_causal else torch.full((length,), float(length))
-    squares = (seen[:, None] * (y.detach() - 1) ** 2)[:, :, _ROWS:]
+    num_visible = (
+        torch.arange(1.0, length + 1) if is_causal else torch.full((length,), float(length))
+    )
+    squares = (num_visible[:, None] * (y.detach() - 1) ** 2)[:, :, _ROWS:]
     got, wanted = float(squares.mean().round(decimals=6)), p / (1 - p) if p < 1 else torch.inf
     if not abs(got - wanted) <= 0.3 * wanted and p < 1:
         raise _UnlikeError(

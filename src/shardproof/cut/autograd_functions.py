@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils._pytree import tree_flatten, tree_map
 
-from shardproof.cut.others import is_cut
+from shardproof.cut.fallback import is_cut
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 from shardproof.errors import UsageError
@@ -26,11 +26,11 @@ class _OfParts(Function):
     """A function of somebody else, as autograd sees it: from parts to parts."""
 
     @staticmethod
-    def forward(ctx: Any, kind: Any, specs: list[Spec | None], who: str, *given: Any) -> Any:
+    def forward(ctx: Any, kind: Any, specs: list[Spec | None], who: str, *inputs: Any) -> Any:
         ctx.kind, ctx.specs, ctx.who = kind, specs, who
         args = [
             each if spec is None else cut_tensor(each, spec, who)
-            for each, spec in zip(given, specs, strict=True)
+            for each, spec in zip(inputs, specs, strict=True)
         ]
         needs, ctx.outs = ctx.needs_input_grad[3:], []
         y = kind.forward(_Context(ctx, needs), *args)
@@ -42,14 +42,16 @@ class _OfParts(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        given = [
+        whole_grads = [
             each if spec is None or each is None else cut_tensor(each, spec, ctx.who)
             for each, spec in zip(grads, ctx.outs, strict=True)
         ]
-        found = ctx.kind.backward(_Context(ctx, ctx.needs_input_grad[3:]), *given)
-        found = found if isinstance(found, tuple) else (found,)
-        made = [_as_input(each, spec, ctx) for each, spec in zip(found, ctx.specs, strict=True)]
-        return (None, None, None, *made)
+        input_grads = ctx.kind.backward(_Context(ctx, ctx.needs_input_grad[3:]), *whole_grads)
+        input_grads = input_grads if isinstance(input_grads, tuple) else (input_grads,)
+        part_grads = [
+            _as_input(each, spec, ctx) for each, spec in zip(input_grads, ctx.specs, strict=True)
+        ]
+        return (None, None, None, *part_grads)
 
 
 def _as_input(grad: Any, spec: Spec | None, ctx: Any) -> Any:
@@ -125,9 +127,9 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             "which is not supported yet. Write forward(ctx, ...), or leave the module whole."
         )
     specs = [each.spec if isinstance(each, CutTensor) else None for each in args]
-    given = [each.local if isinstance(each, CutTensor) else each for each in args]
+    parts = [each.local if isinstance(each, CutTensor) else each for each in args]
     who = "" if cut is None else cut.who
-    y = _plain_apply(_OfParts, cls, specs, who, *given, **kwargs)
+    y = _plain_apply(_OfParts, cls, specs, who, *parts, **kwargs)
     outs = _local.outs
     if isinstance(y, tuple):
         return tuple(
@@ -142,10 +144,10 @@ def _hooked(args: tuple[Any, ...]) -> Any:
 
     The hook is given this rank's part of a gradient.
     """
-    found = _plain_apply(BackwardHookFunction, *_parts(args))
+    outputs = _plain_apply(BackwardHookFunction, *_parts(args))
     return tuple(
         cut_tensor(each, x.spec, x.who) if is_cut(x) else each
-        for each, x in zip(found, args, strict=True)
+        for each, x in zip(outputs, args, strict=True)
     )
 
 
@@ -180,11 +182,11 @@ def _backward(
 def grad(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`torch.autograd.grad`: of parts, by parts."""
     inputs = args[1] if len(args) > 1 else kwargs["inputs"]
-    found = _plain_grad(*_parts(args), **_parts(kwargs))
-    given: list[Any] = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    grads = _plain_grad(*_parts(args), **_parts(kwargs))
+    input_list: list[Any] = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     return tuple(
         cut_tensor(each, x.spec, x.who) if is_cut(x) and each is not None else each
-        for each, x in zip(found, given, strict=True)
+        for each, x in zip(grads, input_list, strict=True)
     )
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardproof.cut import rules
-from shardproof.cut.calls import dropped_part
+from shardproof.cut import all_rules
+from shardproof.cut.autograd_functions import inside
 from shardproof.cut.deferred import Deferred, opened
-from shardproof.cut.foreign import inside
-from shardproof.cut.others import whole
-from shardproof.cut.ours import part_of
+from shardproof.cut.fallback import whole
+from shardproof.cut.module_calls import dropped_part
+from shardproof.cut.own_functions import part_of
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor, run_as
 from shardproof.errors import ShapeError
@@ -25,40 +25,42 @@ from shardproof.functional.dropout import MaskKey
 from shardproof.layers.dropout import Dropout
 from shardproof.layers.linear import ColumnParallelLinear
 from shardproof.layers.norm import LayerNorm, RMSNorm
-from shardproof.plans.attention import attends_in_registry
+from shardproof.plans.attention_modules import attends_in_registry
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.style import Attention, ColumnParallel, RowParallel, VocabParallel
 from shardproof.units import Block, CutDim, Shared, Units
 
-assert rules  # noqa: S101 - imported for what it registers
+assert all_rules  # noqa: S101 - imported for what it registers
 
 
 def hand_on(
-    model: nn.Module, made: ModelPlan, region: Region, stood: Mapping[str, nn.Module]
+    model: nn.Module, plan: ModelPlan, region: Region, replaced: Mapping[str, nn.Module]
 ) -> None:
     """Let the layers of a model that is cut by names give and take cut tensors.
 
     Args:
-        model: cut by `made`.
-        made: by names.
+        model: cut by `plan`.
+        plan: made from names.
         region: of the model's cut tensors.
-        stood: name of a norm of heads -> the module in whose place it is.
+        replaced: name of a norm of heads -> the module that it replaced.
     """
     region.keep(model)
     region.know_weights(model)
     region.are_weights_cut_only_in_forward = True
-    _watch_forwards(model, made.styles)
-    for name, style in made.styles.items():
+    _watch_forwards(model, plan.styles)
+    for name, style in plan.styles.items():
         layer: Any = model.get_submodule(name)
         if isinstance(style, ColumnParallel):
-            is_whole = layer.gather_output or name == made.head
+            is_whole = layer.gather_output or name == plan.head
             _wrap_column(layer, region, None if is_whole else region.features(layer.cut))
         elif isinstance(style, RowParallel):
             _wrap_row(layer, region, region.features(layer.cut))
         elif isinstance(style, VocabParallel):
             layer.reads = _Reads(region, region.features(layer.layouts["weight"].cut))
         elif isinstance(style, Attention) and not attends_in_registry(model, style):
-            norms = {each: stood.get(f"{name}.{each}" if name else each) for each in style.children}
+            norms = {
+                each: replaced.get(f"{name}.{each}" if name else each) for each in style.children
+            }
             _wrap_attention(layer, style, region, norms)
 
 
@@ -86,7 +88,7 @@ def _wrap_row(layer: Any, region: Region, along: CutDim) -> None:
 
 
 def _wrap_attention(
-    module: Any, style: Attention, region: Region, stood: Mapping[str, nn.Module | None]
+    module: Any, style: Attention, region: Region, replaced: Mapping[str, nn.Module | None]
 ) -> None:
     """Let an attention's projections, norms and what attends give and take cut tensors."""
     group = style.queries // style.keys
@@ -114,31 +116,31 @@ def _wrap_attention(
                 ours.reads = _Reads(region, features)
                 ours.forward = partial(_normed_across, ours, region, features)
             else:
-                ours.forward = partial(_normed_by_heads, ours, _alike(stood[norm], ours), each)
+                ours.forward = partial(_normed_by_heads, ours, _alike(replaced[norm], ours), each)
     if style.attend is not None:
         twin = module.get_submodule(style.attend)
         twin.forward = partial(_attended, twin, region, *heads)
 
 
-def meet_cut_tensors(twin: nn.Module, stood: nn.Module) -> None:
+def meet_cut_tensors(twin: nn.Module, replaced: nn.Module) -> None:
     """Let a module of ours that stands for one of torch's compute with cut tensors too.
 
     Args:
         twin: an activation, a norm or a dropout.
-        stood: the module in whose place it is.
+        replaced: the module that it replaced.
     """
     computes: Any = partial(_activated, twin)
     if isinstance(twin, Dropout):
         computes = partial(_dropped, twin)
     elif isinstance(twin, LayerNorm | RMSNorm):
-        computes = partial(_normed, twin, _alike(stood, twin))
+        computes = partial(_normed, twin, _alike(replaced, twin))
     twin.forward = computes
 
 
-def _alike(stood: Any, ours: nn.Module) -> nn.Module:
+def _alike(replaced: Any, ours: nn.Module) -> nn.Module:
     """The module that stood there, with the parameters of ours: what replaces them, both see."""
-    stood._parameters = ours._parameters
-    module: nn.Module = stood
+    replaced._parameters = ours._parameters
+    module: nn.Module = replaced
     return module
 
 
@@ -167,26 +169,28 @@ class _Reads:
 
 
 def _linear(
-    layer: Any, region: Region, taken: CutDim | None, given: CutDim | None, input: Any
+    layer: Any, region: Region, input_cut: CutDim | None, output_cut: CutDim | None, input: Any
 ) -> Any:
     """The forward of a linear layer.
 
     Args:
         layer: column or row.
         region: of cut tensors.
-        taken: how the features are cut that it takes; None: it takes the whole.
-        given: how the features are cut that it gives; None: it gives the whole.
+        input_cut: how its input features are cut; None if it takes the whole input.
+        output_cut: how its output features are cut; None if it returns the whole output.
         input: as `nn.Linear` takes it.
 
     Raises:
         ShapeError: a column layer that takes the whole gets features that are cut.
     """
     x = opened(input)
-    x = _as_whole(layer, x) if taken is None else _taken(x, -1, region, taken)
+    x = _as_whole(layer, x) if input_cut is None else _taken(x, -1, region, input_cut)
     y = type(layer).forward(layer, x)
-    if given is None:
+    if output_cut is None:
         return y
-    return cut_tensor(y, region.spec((*y.shape[:-1], given.size), y.dim() - 1, given), layer.name)
+    return cut_tensor(
+        y, region.spec((*y.shape[:-1], output_cut.size), y.dim() - 1, output_cut), layer.name
+    )
 
 
 def _taken(x: Any, dim: int, region: Region, along: CutDim) -> Any:
@@ -221,9 +225,9 @@ def _activated(twin: Any, x: Any) -> Any:
     return forward(twin, x)
 
 
-def _normed(twin: Any, stood: Any, x: Any) -> Any:
+def _normed(twin: Any, replaced: Any, x: Any) -> Any:
     """A norm: of a cut tensor as the model's own class has it."""
-    of = stood if isinstance(x, CutTensor | Deferred) else twin
+    of = replaced if isinstance(x, CutTensor | Deferred) else twin
     return type(of).forward(of, x)
 
 
@@ -237,11 +241,11 @@ def _dropped(twin: Any, x: Any) -> Any:
     return dropped_part(x, twin.p, MaskKey(twin.seed, twin.name, twin.next_step()))
 
 
-def _normed_by_heads(ours: Any, stood: Any, heads: CutDim, x: Any) -> Any:
+def _normed_by_heads(ours: Any, replaced: Any, heads: CutDim, x: Any) -> Any:
     """A norm of each head: ours of the heads of this rank, of all else as the model's own class."""
     is_of_heads = isinstance(x, CutTensor) and x.spec.cut is heads and x.spec.dim == x.dim() - 2
     if not is_of_heads:
-        return type(stood).forward(stood, x)
+        return type(replaced).forward(replaced, x)
     return cut_tensor(type(ours).forward(ours, x.local), x.spec, x.who)
 
 
@@ -253,15 +257,15 @@ def _normed_across(ours: Any, region: Region, features: CutDim, x: Any) -> Any:
 
 
 def _attended(
-    twin: Any, region: Region, queries: CutDim, keys: CutDim, *given: Any, **options: Any
+    twin: Any, region: Region, queries: CutDim, keys: CutDim, *tensors: Any, **options: Any
 ) -> Any:
     """Our attention, which is given the heads of this rank: (batch, heads, length, head_dim)."""
     args = [
         _taken(opened(x), 1, region, along)
-        for x, along in zip(given, (queries, keys, keys), strict=False)
+        for x, along in zip(tensors, (queries, keys, keys), strict=False)
     ]
-    y = type(twin).forward(twin, *args, *given[3:], **options)
-    if args[0] is given[0]:
+    y = type(twin).forward(twin, *args, *tensors[3:], **options)
+    if args[0] is tensors[0]:
         return y
     shape = (y.shape[0], queries.size, *y.shape[2:])
     return cut_tensor(y, region.spec(shape, 1, queries), twin.site.who)

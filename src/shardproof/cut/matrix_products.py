@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shardproof.autograd import once_differentiable
-from shardproof.cut.meet import broadcast, finest_of, fitted, freed, is_for_all, refined
-from shardproof.cut.others import gathered, invariant, whole
+from shardproof.cut.alignment import broadcast, finest_of, fitted, freed, is_for_all, refined
+from shardproof.cut.fallback import gathered, invariant, whole
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, named, rule, run
 from shardproof.functional import crossings
@@ -17,11 +17,11 @@ from shardproof.numerics import reducing
 
 def entering(x: Tensor) -> Any:
     """What the column products of one whole tensor share: one sum of its gradient."""
-    found = getattr(x, "_shardproof_entering", None)
-    if found is None:
-        found = crossings.Entering()
-        x._shardproof_entering = found  # type: ignore[attr-defined]
-    return found
+    shared = getattr(x, "_shardproof_entering", None)
+    if shared is None:
+        shared = crossings.Entering()
+        x._shardproof_entering = shared  # type: ignore[attr-defined]
+    return shared
 
 
 def product(x: Any, weight: Any, bias: Any, *, is_transposed: bool, func: Any = F.linear) -> Any:

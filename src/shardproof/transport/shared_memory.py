@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from shardproof import core
+from shardproof.error_text import text_of
 from shardproof.errors import AxisError, MismatchError, ShardproofError
-from shardproof.telling import text_of
 from shardproof.transport.base import (
     Call,
     PeerError,
@@ -131,11 +131,11 @@ class SharedTransport(CoreTransport):
         lengths = [[piece.numel() for piece in pieces] for pieces in outgoing]
         lengths[self.rank] = []
         expected = [list(each) if rank != self.rank else [] for rank, each in enumerate(incoming)]
-        told = self.gather_objects((lengths, expected), call=call)
-        compare_pieces(told, call)
+        lengths_by_rank = self.gather_objects((lengths, expected), call=call)
+        compare_pieces(lengths_by_rank, call)
         width = like.element_size()
         received = [[like.new_empty(length) for length in each] for each in expected]
-        for index in range(max(len(each) for sent, _ in told for each in sent)):
+        for index in range(max(len(each) for sent, _ in lengths_by_rank for each in sent)):
             send = [
                 pieces[index].contiguous() if index < len(sizes) else like.new_empty(0)
                 for pieces, sizes in zip(outgoing, lengths, strict=True)
@@ -143,7 +143,9 @@ class SharedTransport(CoreTransport):
             receive = [
                 pieces[index] if index < len(pieces) else like.new_empty(0) for pieces in received
             ]
-            longest = max(each[index] for sent, _ in told for each in sent if index < len(each))
+            longest = max(
+                each[index] for sent, _ in lengths_by_rank for each in sent if index < len(each)
+            )
             self._swap(send, receive, longest * width, call)
         return received
 
@@ -215,11 +217,11 @@ class SharedTransport(CoreTransport):
         Neither can come to where the other is. Both axes are broken off: the other rank raises too,
         whichever of the two finds it first.
         """
-        found = next(filter(None, (self._place_elsewhere(rank) for rank in missing)), None)
-        if found is None or self._elsewhere is None or self._elsewhere[:2] != found[:2]:
-            self._elsewhere = None if found is None else (*found[:2], waited)
+        elsewhere = next(filter(None, (self._place_elsewhere(rank) for rank in missing)), None)
+        if elsewhere is None or self._elsewhere is None or self._elsewhere[:2] != elsewhere[:2]:
+            self._elsewhere = None if elsewhere is None else (*elsewhere[:2], waited)
         elif waited - self._elsewhere[2] >= _CERTAIN:
-            rank, note, other = found
+            rank, note, other = elsewhere
             calls = sorted(((self.rank, str(self._call)), (rank, note)))
             sides = "; ".join(f"rank {number}: {call}" for number, call in calls)
             message = (

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardproof.cut.others import keep_weight, whole
+from shardproof.cut.fallback import keep_weight, whole
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor
 from shardproof.functional import crossings
@@ -97,8 +97,8 @@ def is_finer(one: CutDim, other: CutDim, spec: Spec) -> bool:
     key = ("finer", id(one), id(other))
     if key not in recipes:
         recipes[key] = one.size == other.size and are_alike(one, other) and _is_finer(one, other)
-    found: bool = recipes[key]
-    return found
+    known: bool = recipes[key]
+    return known
 
 
 def _is_finer(one: CutDim, other: CutDim) -> bool:
@@ -158,16 +158,16 @@ def refined(x: CutTensor, cut: CutDim) -> CutTensor:
         index = tuple(range(spec.shape[spec.dim])) if is_finer(cut, spec.cut, spec) else None
         region.recipes[key] = (*places, index)
     place, target, index = region.recipes[key]
-    made = region.spec(spec.shape, spec.dim, cut)
+    refined_spec = region.spec(spec.shape, spec.dim, cut)
     if place is target:
-        return cut_tensor(x.local, made, x.who)
+        return cut_tensor(x.local, refined_spec, x.who)
     if index is not None:
         part = crossings.serve(x.local, spec.dim, place, target, index)
     else:
         keep_weight(x, "cut in another way")
         region.count_gathered("cut in another way", x.who)
         part = crossings.take(crossings.gather(x.local, spec.dim, place), spec.dim, target)
-    return cut_tensor(part, made, x.who)
+    return cut_tensor(part, refined_spec, x.who)
 
 
 def served(x: CutTensor, cut: CutDim, times: int) -> Tensor:
@@ -190,8 +190,8 @@ def where_served(x: CutTensor, cut: CutDim, times: int) -> tuple[int, ...]:
         cut: likewise.
         times: likewise.
     """
-    found: tuple[int, ...] = _serving(x, cut, times)[3]
-    return found
+    places: tuple[int, ...] = _serving(x, cut, times)[3]
+    return places
 
 
 def _serving(x: CutTensor, cut: CutDim, times: int) -> Any:
@@ -199,14 +199,14 @@ def _serving(x: CutTensor, cut: CutDim, times: int) -> Any:
     region = x.spec.region
     cut = region.one(cut)
     key = ("served", id(x.spec.cut), id(cut), times, x.who)
-    found = region.recipes.get(key)
-    if found is None:
+    known = region.recipes.get(key)
+    if known is None:
         index = tuple(place // times for place in range(cut.size))
         own = CutDim(cut.shared, x.spec.cut.blocks)  # the same units, maybe by another name
         place, target = region.place(own, x.who), region.place(cut, x.who)
         held = crossings.where_served(place, target, index)
-        found = region.recipes[key] = place, target, index, held
-    return found
+        known = region.recipes[key] = place, target, index, held
+    return known
 
 
 def is_served(x: CutTensor, cut: CutDim, times: int) -> bool:
@@ -218,8 +218,8 @@ def is_served(x: CutTensor, cut: CutDim, times: int) -> bool:
         labels = np.repeat(x.spec.cut.labels, times)
         repeated = CutDim.of_labels(x.spec.cut.shared, labels)
         region.recipes[key] = cut.size == len(labels) and is_finer(cut, repeated, x.spec)
-    found: bool = region.recipes[key]
-    return found
+    known: bool = region.recipes[key]
+    return known
 
 
 def one_along(x: CutTensor, dim: int) -> CutTensor:

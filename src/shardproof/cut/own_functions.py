@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from shardproof.cut.meet import is_for_all, refined
-from shardproof.cut.others import whole
+from shardproof.cut.alignment import is_for_all, refined
+from shardproof.cut.fallback import whole
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 from shardproof.functional import crossings
@@ -18,9 +18,9 @@ from shardproof.units import CutDim
 def elementwise(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One that computes element by element, or such a forward with its module."""
     x = _first(args, kwargs)
-    given = [each.local if each is x else each for each in args]
+    parts = [each.local if each is x else each for each in args]
     options = {key: each.local if each is x else each for key, each in kwargs.items()}
-    return cut_tensor(func(*given, **options), x.spec, x.who)
+    return cut_tensor(func(*parts, **options), x.spec, x.who)
 
 
 @rule("of a part")

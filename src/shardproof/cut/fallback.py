@@ -117,14 +117,14 @@ def invariant(region: Region, func: Any, who: str) -> Callable[..., Any]:
 
     One that has none is noted in the region: the plan says so before anything runs.
     """
-    found = region.forms.get(func)
-    if found is None:
+    function = region.forms.get(func)
+    if function is None:
         form = forms.form_of(func) if region.scheme.is_invariant else func
         name = getattr(func, "__name__", str(func))
         if form is None and not forms.holds(func) and name not in _NEEDS_NO_FORM:
             region.variant.setdefault(name, who)
-        found = region.forms[func] = func if form is None else form
-    return found
+        function = region.forms[func] = func if form is None else form
+    return function
 
 
 def computed(region: Region, func: Any, *args: Any) -> Any:
@@ -146,9 +146,9 @@ def gathered(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
         back.append((x, data))
         return data
 
-    given, options = tree_map(open_, (args, kwargs), is_leaf=is_cut)
+    whole_args, options = tree_map(open_, (args, kwargs), is_leaf=is_cut)
     versions = [data._version for _, data in back]
-    y = func(*given, **options)
+    y = func(*whole_args, **options)
     known = {}
     for (x, data), version in zip(back, versions, strict=True):
         if data._version != version:
@@ -162,15 +162,15 @@ def gathered(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 def unwrapped(func: FunctionType) -> Callable[..., Any]:
     """A function of torch without its question whether somebody else wants to answer."""
     blind = dict.fromkeys(_SEEN, lambda *_: False)
-    made = FunctionType(
+    function = FunctionType(
         func.__code__,
         {**func.__globals__, **blind},
         func.__name__,
         func.__defaults__,
         None if func.__closure__ is None else tuple(map(_unwrapped_cell, func.__closure__)),
     )
-    made.__kwdefaults__ = func.__kwdefaults__
-    return made
+    function.__kwdefaults__ = func.__kwdefaults__
+    return function
 
 
 def _unwrapped_cell(cell: CellType) -> CellType:

@@ -107,7 +107,7 @@ def starred(sentence: str) -> str:
     >>> starred("'sum' in 'h.3.norm' adds 2 up.")
     "'sum' in 'h.*.norm' adds 2 up."
     """
-    return _QUOTED.sub(lambda found: f"'{pattern(found[1])}'", sentence)
+    return _QUOTED.sub(lambda match: f"'{pattern(match[1])}'", sentence)
 
 
 def by_reason(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -122,13 +122,13 @@ def by_reason(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
     groups: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         groups.setdefault(starred(reason), []).append(name)
-    found = []
+    reasons_of = []
     for names in groups.values():
         quoted = [_QUOTED.findall(reasons[name]) for name in names]
         merged = iter([together(column) for column in zip(*quoted, strict=True)])
         words = _QUOTED.sub(lambda _, each=merged: f"'{next(each)}'", reasons[names[0]])  # type: ignore[misc]
-        found.append((listed(names), words))
-    return found
+        reasons_of.append((listed(names), words))
+    return reasons_of
 
 
 def listed(names: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-from shardproof.cut.others import gathered
+from shardproof.cut.fallback import gathered
 from shardproof.cut.tensor import CutTensor, rule, run
 from shardproof.functional import crossings
 
@@ -44,26 +44,26 @@ _USUAL = {
 @rule("cross_entropy", "nll_loss")
 def of_classes(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Of scores, or of log-probabilities, that are cut along the classes."""
-    given = _USUAL | dict(zip(_NAMES[name], args, strict=False)) | kwargs
-    x, target, weight = given["input"], given["target"], given["weight"]
+    arguments = _USUAL | dict(zip(_NAMES[name], args, strict=False)) | kwargs
+    x, target, weight = arguments["input"], arguments["target"], arguments["weight"]
     if not isinstance(x, CutTensor) or isinstance(target, CutTensor | None):
         return gathered(func, name, args, kwargs)
     classes = min(1, x.dim() - 1)
     if x.spec.dim != classes or isinstance(weight, CutTensor):
         return gathered(func, name, args, kwargs)
-    how = given["reduction"]
-    if given["size_average"] is not None or given["reduce"] is not None:
-        how = _reduction.legacy_get_string(given["size_average"], given["reduce"])
+    how = arguments["reduction"]
+    if arguments["size_average"] is not None or arguments["reduce"] is not None:
+        how = _reduction.legacy_get_string(arguments["size_average"], arguments["reduce"])
     if target.dtype.is_floating_point:
-        return _of_shares(x, target, weight, classes, how, given["label_smoothing"])
+        return _of_shares(x, target, weight, classes, how, arguments["label_smoothing"])
     rows = run(Tensor.movedim, (x, classes, -1), {})
     rows = run(Tensor.reshape, (rows, -1, x.shape[classes]), {})
     place = rows.spec.region.place(rows.spec.cut, rows.who)
-    options = {"weight": weight, "ignore_index": given["ignore_index"], "reduction": how}
+    options = {"weight": weight, "ignore_index": arguments["ignore_index"], "reduction": how}
     if name == "nll_loss":
         loss = _picked(rows, target.reshape(-1), place, **options)
     else:
-        options["label_smoothing"] = given["label_smoothing"]
+        options["label_smoothing"] = arguments["label_smoothing"]
         loss = crossings.cross_entropy_cut(rows.local, target.reshape(-1), place, **options)
     return loss.reshape(target.shape) if how == "none" else loss
 
