@@ -309,7 +309,7 @@ class Run:
 
     def squares(self) -> Tensor:
         layer = layers.ColumnParallelLinear(IN, OUT, axis=self.axis)
-        place = layouts.Place(layer.layouts["weight"], self.axis)
+        place = layouts.ParameterLayout(layer.layouts["weight"], self.axis)
         return norm_functions.sum_squares_of(layer.weight.detach(), place)
 
     def optimizer(self) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from shardproof.error_text import say, tell
+from shardproof.error_text import describe_error, text_or_problem
 from shardproof.errors import RankError, ShardproofError
 from shardproof.transport.base import PeerError
 
@@ -48,10 +48,10 @@ def failure_of(rank: int, error: BaseException) -> Failure:
 
 
 def _told(rank: int, error: BaseException) -> Failure:
-    told = tell(error, _below_engines(error))
+    told = describe_error(error, _below_engines(error))
     summary = f"raised {told.text}"
     if isinstance(error, SystemExit) and not told.problem:
-        summary = f"left early: it called sys.exit({say(lambda: repr(error.code))[0]})"
+        summary = f"left early: it called sys.exit({text_or_problem(lambda: repr(error.code))[0]})"
     return Failure(
         rank,
         summary,

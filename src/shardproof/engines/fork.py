@@ -8,7 +8,7 @@ import os
 import sys
 from typing import NoReturn
 
-from shardproof.error_text import tell
+from shardproof.error_text import describe_error
 
 
 def end_if_forked(owner: int, rank: int, error: BaseException | None = None) -> None:
@@ -29,7 +29,7 @@ def _end(owner: int, rank: int, error: BaseException | None) -> NoReturn:
         if isinstance(error, SystemExit):  # the child wants to end, and says with which code
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
         elif error is not None:
-            _say(tell(error, error.__traceback__).trace)
+            _say(describe_error(error, error.__traceback__).trace)
         else:
             _say(
                 f"error: process {os.getpid()} is a fork of rank {rank} (process {owner}) and has "

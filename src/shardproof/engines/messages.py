@@ -19,7 +19,7 @@ _SOME = 64 * 1024
 
 # Files of the launcher's folder that all share.
 SETTINGS = "settings"
-BOARD = "board"
+STATUS_FILE = "status"
 STORE = "store"
 CALL = "call"
 

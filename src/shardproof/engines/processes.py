@@ -25,7 +25,7 @@ from shardproof.engines import interpreter, messages
 from shardproof.engines.base import Ranks, Settings
 from shardproof.engines.capacity import WAY_OUT
 from shardproof.engines.failure import verdict
-from shardproof.engines.status import Board
+from shardproof.engines.status import StatusFile
 from shardproof.engines.watch import Watch, Worker
 from shardproof.errors import UsageError
 from shardproof.numerics import mode
@@ -55,7 +55,7 @@ class ProcessRanks(Ranks):
         self._clean_up = weakref.finalize(self, _clean_up, self._workers, self._folder, os.getpid())
         try:
             messages.write(settings, self._folder / messages.SETTINGS, what="the settings")
-            self._board = _make_board(self._folder / messages.BOARD, self.degree)
+            self._status_file = _make_status_file(self._folder / messages.STATUS_FILE, self.degree)
             for rank in range(self.degree):
                 self._workers.append(_start(rank, settings, self._folder))
         except BaseException:
@@ -88,7 +88,7 @@ class ProcessRanks(Ranks):
         self._number += 1
         watch = Watch(
             self._workers,
-            self._board,
+            self._status_file,
             self._folder,
             number=self._number,
             timeout=self._settings.timeout,
@@ -146,9 +146,9 @@ def _make_folder() -> Path:
         ) from error
 
 
-def _make_board(path: Path, degree: int) -> Board:
+def _make_status_file(path: Path, degree: int) -> StatusFile:
     try:
-        return Board.create(path, degree)
+        return StatusFile.create(path, degree)
     except OSError as error:
         raise messages.no_room(path, error) from error
 

@@ -19,7 +19,7 @@ _TEXT = _COUNTS.size + _LENGTH.size
 
 
 @dataclass(frozen=True)
-class Place:
+class RankStatus:
     """What one rank was doing when its row was read.
 
     Attributes:
@@ -37,11 +37,11 @@ class Place:
         return self.begun > self.ended
 
 
-class Board:
+class StatusFile:
     """The rows of all ranks.
 
     Args:
-        path: of a file that `Board.create` made.
+        path: of a file that `StatusFile.create` made.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,7 +49,7 @@ class Board:
             self._map = mmap.mmap(file.fileno(), 0)
 
     @classmethod
-    def create(cls, path: Path, degree: int) -> "Board":
+    def create(cls, path: Path, degree: int) -> "StatusFile":
         """A board of empty rows."""
         path.write_bytes(bytes(_ROW * degree))
         return cls(path)
@@ -68,13 +68,13 @@ class Board:
         begun, _ = _COUNTS.unpack_from(self._map, rank * _ROW)
         _COUNTS.pack_into(self._map, rank * _ROW, begun, begun)
 
-    def read(self, rank: int) -> Place:
+    def read(self, rank: int) -> RankStatus:
         """What rank `rank` is doing."""
         start = rank * _ROW
         begun, ended = _COUNTS.unpack_from(self._map, start)
         (length,) = _LENGTH.unpack_from(self._map, start + _COUNTS.size)
         data = self._map[start + _TEXT : start + _TEXT + length]
-        return Place(begun, ended, data.decode(errors="replace"))
+        return RankStatus(begun, ended, data.decode(errors="replace"))
 
     def close(self) -> None:
         """Let go of the file."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from shardproof.engines import messages
 from shardproof.engines.failure import Failure
-from shardproof.engines.status import Board
+from shardproof.engines.status import StatusFile
 from shardproof.transport.base import name_ranks, name_waits
 
 # How long the launcher goes on listening after a cause and after a mere symptom was reported.
@@ -39,7 +39,7 @@ class Watch:
 
     Args:
         workers: in rank order.
-        board: where they write what they are in.
+        status_file: where they write what they are in.
         folder: where they leave their failures.
         number: of the call; answers to another one are left out.
         timeout: for messages.
@@ -48,14 +48,14 @@ class Watch:
     def __init__(
         self,
         workers: Sequence[Worker],
-        board: Board,
+        status_file: StatusFile,
         folder: Path,
         *,
         number: int,
         timeout: float,
     ) -> None:
         self._workers = workers
-        self._board = board
+        self._status_file = status_file
         self._folder = folder
         self._number = number
         self._timeout = timeout
@@ -136,7 +136,7 @@ class Watch:
             self._fail(Failure(fewest, f"returned and will not come: {self._waits(waiting)}"))
 
     def _is_waiting_for(self, rank: int, count: int) -> bool:
-        place = self._board.read(rank)
+        place = self._status_file.read(rank)
         return place.is_waiting and place.begun > count
 
     def _find_uneven(self) -> None:
@@ -150,8 +150,8 @@ class Watch:
                 Failure(
                     fewest,
                     f"returned after {self._counts[fewest]} collectives, rank {most} after "
-                    f"{self._counts[most]}, the last of them {self._board.read(most).text}. All "
-                    "ranks must make the same calls.",
+                    f"{self._counts[most]}, the last of them {self._status_file.read(most).text}. "
+                    "All ranks must make the same calls.",
                 )
             )
 
@@ -172,7 +172,7 @@ class Watch:
         """If only symptoms are known: blame the ranks that are not where the others wait."""
         if not self._has_only_symptoms():
             return
-        latest = max(self._board.read(worker.rank).begun for worker in self._workers)
+        latest = max(self._status_file.read(worker.rank).begun for worker in self._workers)
         missing = [
             worker.rank
             for worker in self._pending()
@@ -192,13 +192,13 @@ class Watch:
         waiting = [
             worker.rank
             for worker in self._workers
-            if worker.rank not in missing and self._board.read(worker.rank).is_waiting
+            if worker.rank not in missing and self._status_file.read(worker.rank).is_waiting
         ]
         waits = self._waits(waiting)
         self._fail(Failure(missing[0], f"{what}did not come{within}{others}: {waits}"))
 
     def _waits(self, ranks: Sequence[int]) -> str:
-        return name_waits({rank: self._board.read(rank).text for rank in ranks})
+        return name_waits({rank: self._status_file.read(rank).text for rank in ranks})
 
 
 def _is_timeout(failure: Failure) -> bool:

@@ -28,12 +28,12 @@ from shardproof.axis import Axis
 from shardproof.engines import fork, interpreter, messages
 from shardproof.engines.base import Settings
 from shardproof.engines.failure import Failure, failure_of
-from shardproof.engines.status import Board
+from shardproof.engines.status import StatusFile
 from shardproof.error_text import TooLong, within
 from shardproof.errors import UsageError
 from shardproof.timeout import START_TIMEOUT
 from shardproof.transport.base import Call
-from shardproof.transport.choose import Choice, choose, meet
+from shardproof.transport.choose import TransportChoice, choose, meet
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.ledger import Ledger
 from shardproof.transport.shared_memory import SharedTransport
@@ -72,9 +72,9 @@ class _Worker:
         self._folder = folder
         self._rank = rank
         self._settings: Settings = messages.read(folder / messages.SETTINGS, what="the settings")
-        self._board = Board(folder / messages.BOARD)
+        self._status_file = StatusFile(folder / messages.STATUS_FILE)
         self._joining: BaseException | None = None
-        self._choice: Choice | None = None  # none for a rank alone
+        self._choice: TransportChoice | None = None  # none for a rank alone
         self._count = 0  # of the collectives begun over gloo
         torch.set_num_threads(self._settings.threads)
         try:
@@ -186,9 +186,9 @@ class _Worker:
 
     def _observe(self, call: Call | None) -> None:
         if call is None:
-            self._board.end(self._rank)
+            self._status_file.end(self._rank)
         else:
-            self._board.begin(self._rank, self._collectives(), str(call))
+            self._status_file.begin(self._rank, self._collectives(), str(call))
 
 
 def _take_connection() -> Connection:

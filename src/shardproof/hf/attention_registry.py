@@ -34,7 +34,7 @@ def implementation_problems(model: nn.Module, names: Iterable[str]) -> list[str]
     ]
 
 
-def take_over(model: nn.Module, attentions: Mapping[str, HeadAttention]) -> None:
+def use_our_attention(model: nn.Module, attentions: Mapping[str, HeadAttention]) -> None:
     """Let attention modules of a model compute through ours.
 
     Every config of the model that asks for what they ask for is replaced: that of the module which

@@ -21,7 +21,7 @@ from shardproof.numerics.elementwise import widen
 from shardproof.numerics.sums import sum_rows, sum_squares, sum_squares_rows
 from shardproof.optim.base import WholeOptimizer, check_scalar, scalar, write
 from shardproof.optim.gradient_norms import sum_squares_of
-from shardproof.optim.layouts import Place
+from shardproof.optim.layouts import ParameterLayout
 
 At = Callable[[Tensor], Tensor]
 
@@ -98,7 +98,7 @@ class Adafactor(WholeOptimizer):
             "col_var": _without(layout, len(layout.shape) - 2),
         }
 
-    def _update(self, parameter: Tensor, group: dict[str, Any], place: Place) -> None:
+    def _update(self, parameter: Tensor, group: dict[str, Any], place: ParameterLayout) -> None:
         local_grad: Any = parameter.grad
         grad = widen(local_grad.neg() if group["maximize"] else local_grad)
         state = self.state[parameter]
@@ -149,7 +149,7 @@ def _factored(
     state: dict[str, Tensor],
     is_new: float,
     floor: float,
-    place: Place,
+    place: ParameterLayout,
 ) -> tuple[Tensor, Tensor]:
     """Update the row and column means.
 

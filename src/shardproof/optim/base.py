@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from shardproof.errors import UsageError
 from shardproof.layers import registry
 from shardproof.leaves import Layout, replicated
-from shardproof.optim.layouts import Place
+from shardproof.optim.layouts import ParameterLayout
 
 
 class WholeOptimizer(Optimizer):
@@ -53,7 +53,7 @@ class WholeOptimizer(Optimizer):
         return loss
 
     @abstractmethod
-    def _update(self, parameter: Tensor, group: dict[str, Any], place: Place) -> None:
+    def _update(self, parameter: Tensor, group: dict[str, Any], place: ParameterLayout) -> None:
         """Update one parameter; every rank updates the same one."""
 
     @abstractmethod
@@ -72,7 +72,7 @@ class WholeOptimizer(Optimizer):
         """
         return self.state_layouts(self._place(parameter).layout)
 
-    def _place(self, parameter: Tensor) -> Place:
+    def _place(self, parameter: Tensor) -> ParameterLayout:
         """Where a parameter lies.
 
         Raises:
@@ -99,14 +99,14 @@ class WholeOptimizer(Optimizer):
                     "would see a part. Use it before fully_shard, or another optimizer."
                 )
         if part is None:
-            return Place(replicated(tuple(parameter.shape)), name=name)
+            return ParameterLayout(replicated(tuple(parameter.shape)), name=name)
         if part.layout is None:
             raise UsageError(
                 f"{name} got {who}, from which a parametrization computes a part of a cut "
                 "parameter: nothing says how it is cut. Remove the parametrization, or leave this "
                 "layer out of the plan."
             )
-        return Place(part.layout, part.axis, f"{part.name} ({name})")
+        return ParameterLayout(part.layout, part.axis, f"{part.name} ({name})")
 
 
 def write(target: Tensor, value: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shardproof import operands
 from shardproof.numerics.sums import sum_squares
 from shardproof.objects import checked_model
-from shardproof.optim.layouts import Place, layouts_of
+from shardproof.optim.layouts import ParameterLayout, layouts_of
 from shardproof.quantities import checked_real
 
 
@@ -43,7 +43,9 @@ def grad_norm(model: nn.Module) -> Tensor:
     for name, parameter, layout, axis in layouts_of(model):
         if parameter.grad is None:
             continue
-        square = sum_squares_of(_readable(parameter.grad, name), Place(layout, axis, name))
+        square = sum_squares_of(
+            _readable(parameter.grad, name), ParameterLayout(layout, axis, name)
+        )
         if total is not None and total.dtype != square.dtype:
             total, square = total.double(), square.double()
         total = square if total is None else total + square
@@ -67,7 +69,7 @@ def _own_memory(grad: Tensor) -> Tensor:
     return mine
 
 
-def sum_squares_of(x: Tensor, place: Place) -> Tensor:
+def sum_squares_of(x: Tensor, place: ParameterLayout) -> Tensor:
     """Sum of the squares of a whole tensor, each element once.
 
     Args:

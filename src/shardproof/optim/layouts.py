@@ -37,7 +37,7 @@ def layouts_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Layout, Ax
 
 
 @dataclass(frozen=True)
-class Place:
+class ParameterLayout:
     """Where one parameter lies.
 
     Attributes:

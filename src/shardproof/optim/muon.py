@@ -25,7 +25,7 @@ from shardproof.leaves import Cut, Layout
 from shardproof.numerics.elementwise import widen
 from shardproof.optim.base import WholeOptimizer, check_scalar, scalar, write
 from shardproof.optim.gradient_norms import sum_squares_of
-from shardproof.optim.layouts import Place
+from shardproof.optim.layouts import ParameterLayout
 from shardproof.optim.orthogonal import Iteration, orthogonalize, spread_of
 from shardproof.recut import to_columns, to_rows
 from shardproof.runs import take
@@ -138,7 +138,7 @@ class Muon(WholeOptimizer):
         """The momentum lies as its parameter."""
         return {"momentum_buffer": layout}
 
-    def _update(self, parameter: Tensor, group: dict[str, Any], place: Place) -> None:
+    def _update(self, parameter: Tensor, group: dict[str, Any], place: ParameterLayout) -> None:
         local_grad: Any = parameter.grad
         grad, momentum = widen(local_grad), group["momentum"]
         state = self.state[parameter]
@@ -154,7 +154,7 @@ class Muon(WholeOptimizer):
         write(parameter, weight)
 
     def _orthogonal(
-        self, parameter: Tensor, ahead: Tensor, group: dict[str, Any], place: Place
+        self, parameter: Tensor, ahead: Tensor, group: dict[str, Any], place: ParameterLayout
     ) -> Tensor:
         """The update of what this rank holds, in the dtype that is computed with."""
         layout, axis = place.layout, place.axis if place.is_cut else None
@@ -186,7 +186,7 @@ class Muon(WholeOptimizer):
         parameter: Tensor,
         ahead: Tensor,
         group: dict[str, Any],
-        place: Place,
+        place: ParameterLayout,
         layout: BlockLayout,
         axis: Axis,
     ) -> Tensor:
@@ -201,7 +201,7 @@ class Muon(WholeOptimizer):
         route: dict[str, Any] = {"dim": dim, "direction": "update", "who": place.name}
         own = take(ahead, dim, layout.owned_places)
         own = move(own, axis, have=[along.owned(rank) for rank in ranks], want=runs, **route)
-        even = Place(Layout(layout.shape, axis.rank, dim, cut), axis, place.name)
+        even = ParameterLayout(Layout(layout.shape, axis.rank, dim, cut), axis, place.name)
         update = self._orthogonal(parameter, own, group, even)
         held = [along.held(rank) for rank in ranks]
         return move(update, axis, have=runs, want=held, **route)
@@ -213,7 +213,7 @@ class Muon(WholeOptimizer):
         shape: tuple[int, int],
         cut: Cut | None,
         iteration: Iteration,
-        place: Place,
+        place: ParameterLayout,
         axis: Axis,
     ) -> Tensor:
         """Iterate a cut matrix (short, long); `cut` is that of the longer side, or None."""

@@ -86,7 +86,7 @@ class Spread:
         return self.rows.leaf_slices(self.rank)
 
     @functools.cached_property
-    def groups(self) -> tuple["Group", ...]:
+    def groups(self) -> tuple["LeafGroup", ...]:
         """Leaves of the rows that travel together: as many as the largest share of X has room."""
         room = max(self.columns.sizes())
         groups: list[range] = []
@@ -96,11 +96,11 @@ class Spread:
                 groups[-1] = range(last.start, leaf + 1)
             else:
                 groups.append(range(leaf, leaf + 1))
-        return tuple(Group(self.rows, self.rank, leaves) for leaves in groups)
+        return tuple(LeafGroup(self.rows, self.rank, leaves) for leaves in groups)
 
 
 @dataclass(frozen=True)
-class Group:
+class LeafGroup:
     """Some neighbouring leaves of the rows of A.
 
     Attributes:
@@ -231,7 +231,9 @@ def _applied(
     return y
 
 
-def _whole(mine: Tensor, group: Group, spread: Spread, iteration: Iteration, axis: Axis) -> Tensor:
+def _whole(
+    mine: Tensor, group: LeafGroup, spread: Spread, iteration: Iteration, axis: Axis
+) -> Tensor:
     """A group's rows of a matrix whose rows are cut; they travel in the iteration's dtype."""
     part = group.own(mine).to(iteration.dtype)
     rows = comm.all_gather(part, axis, dim=0, cut=group.cut, direction="update", who=spread.who)
