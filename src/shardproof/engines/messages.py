@@ -24,7 +24,7 @@ STORE = "store"
 CALL = "call"
 
 # Words of the launcher, sent with the number of a call, and answers of a worker to RUN, with the
-same number. An answer with another number is ignored.
+# same number. An answer with another number is ignored.
 RUN, CLOSE = "run", "close"
 RETURNED, FAILED = "returned", "failed"
 

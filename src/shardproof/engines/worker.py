@@ -126,9 +126,8 @@ class _Worker:
 
         def write() -> None:
             messages.write(failure, draft, what="an exception")
-            messages.read(
-                draft, what="an exception"
-            )  # some errors can be pickled, but not unpickled
+            # Some errors can be pickled, but not unpickled.
+            messages.read(draft, what="an exception")
 
         try:
             within(_PICKLING, write)
