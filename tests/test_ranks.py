@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from places import CARRIER
 from shardproof.axis import Axis
-from shardproof.engines.base import Ranks
+from shardproof.engines.engine import Ranks
 from shardproof.engines.status import StatusFile
 from shardproof.errors import (
     DegreeError,

@@ -231,7 +231,7 @@ _PLAIN = frozenset((int, type(None)))
 _SEQUENCES = (tuple, list)  # a union of types is a new object in every call
 
 
-class _Call(NamedTuple):
+class _MoveCall(NamedTuple):
     """An operation whose recipe is sought.
 
     Attributes:
@@ -280,7 +280,7 @@ def _found(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict
         try:
             return many, [
                 _result(
-                    _Call(func, name, spec, args, kwargs, None if many is None else place),
+                    _MoveCall(func, name, spec, args, kwargs, None if many is None else place),
                     each,
                     mine,
                 )
@@ -328,7 +328,7 @@ def _without_repeats(x: Tensor) -> Tensor:
     return x
 
 
-def _result(call: _Call, out: Tensor, mine: Tensor) -> tuple[Step, Spec | None]:
+def _result(call: _MoveCall, out: Tensor, mine: Tensor) -> tuple[Step, Spec | None]:
     """The recipe of one result: the call on the part, and the cut of the result."""
     spec, cut = call.spec, call.spec.cut
     if not out.numel():
@@ -413,7 +413,7 @@ def _narrowed(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x
 
 
-def _step(call: _Call, mine: Tensor, expected: Tensor, result_spec: Spec) -> Step:
+def _step(call: _MoveCall, mine: Tensor, expected: Tensor, result_spec: Spec) -> Step:
     """The cheapest call on the part that gives the expected numbers."""
     spec, shape = call.spec, tuple(result_spec.local_shape)
 
@@ -461,7 +461,7 @@ def _then(first: Step, index: tuple[Any, ...]) -> Step:
     return lambda x: first(x)[index]
 
 
-def _candidates(call: _Call, shape: tuple[int, ...]) -> list[Step]:
+def _candidates(call: _MoveCall, shape: tuple[int, ...]) -> list[Step]:
     func, name, _, args, kwargs, place = call
     if name in _SIZED:
         return [lambda x: x.reshape(shape)]

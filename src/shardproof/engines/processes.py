@@ -22,8 +22,8 @@ from typing import Any
 
 from shardproof.axis import Axis
 from shardproof.engines import interpreter, messages
-from shardproof.engines.base import Ranks, Settings
 from shardproof.engines.capacity import WAY_OUT
+from shardproof.engines.engine import Ranks, Settings
 from shardproof.engines.failure import verdict
 from shardproof.engines.status import StatusFile
 from shardproof.engines.watch import Watch, Worker

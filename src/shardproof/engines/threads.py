@@ -19,8 +19,8 @@ import torch
 
 from shardproof.axis import Axis
 from shardproof.engines import random_state
-from shardproof.engines.base import Ranks, Settings
 from shardproof.engines.capacity import WAY_OUT
+from shardproof.engines.engine import Ranks, Settings
 from shardproof.engines.failure import Failure, failure_of, verdict
 from shardproof.engines.fork import end_if_forked
 from shardproof.errors import UsageError

@@ -26,7 +26,7 @@ from torch.distributed import distributed_c10d
 
 from shardproof.axis import Axis
 from shardproof.engines import fork, interpreter, messages
-from shardproof.engines.base import Settings
+from shardproof.engines.engine import Settings
 from shardproof.engines.failure import Failure, failure_of
 from shardproof.engines.status import StatusFile
 from shardproof.error_text import TooLong, within

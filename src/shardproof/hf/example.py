@@ -20,23 +20,6 @@ _BINS = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel
 _SAMPLES = 4000  # number of audio samples
 
 
-def example_inputs(model: nn.Module, *, batch: int = BATCH, length: int = LENGTH) -> dict[str, Any]:
-    """Named arguments of `model.forward`: tokens, an image or a sound, and labels if it takes them.
-
-    Args:
-        model: a model of transformers; it may lie on the meta device.
-        batch: number of rows.
-        length: tokens in a row; fewer if the model has fewer positions.
-
-    Returns:
-        The first of `examples`.
-
-    Raises:
-        PlanError: no example inputs can be made for the model.
-    """
-    return next(examples(model, batch=batch, length=length))
-
-
 def examples(
     model: nn.Module, *, batch: int = BATCH, length: int = LENGTH
 ) -> Iterator[dict[str, Any]]:

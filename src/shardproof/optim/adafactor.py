@@ -19,9 +19,9 @@ from shardproof.layers.step_guard import serve
 from shardproof.leaves import Layout, replicated
 from shardproof.numerics.elementwise import widen
 from shardproof.numerics.sums import sum_rows, sum_squares, sum_squares_rows
-from shardproof.optim.base import WholeOptimizer, check_scalar, scalar, write
 from shardproof.optim.gradient_norms import sum_squares_of
 from shardproof.optim.layouts import ParameterLayout
+from shardproof.optim.whole_optimizer import WholeOptimizer, check_scalar, scalar, write
 
 At = Callable[[Tensor], Tensor]
 

@@ -23,10 +23,10 @@ from shardproof.errors import UsageError
 from shardproof.layers.step_guard import serve
 from shardproof.leaves import Cut, Layout
 from shardproof.numerics.elementwise import widen
-from shardproof.optim.base import WholeOptimizer, check_scalar, scalar, write
 from shardproof.optim.gradient_norms import sum_squares_of
 from shardproof.optim.layouts import ParameterLayout
 from shardproof.optim.orthogonal import Iteration, orthogonalize, spread_of
+from shardproof.optim.whole_optimizer import WholeOptimizer, check_scalar, scalar, write
 from shardproof.recut import to_columns, to_rows
 from shardproof.runs import take
 from shardproof.transport.base import Call

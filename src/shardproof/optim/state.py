@@ -15,8 +15,8 @@ from shardproof.objects import (
     load_into,
     plain_words,
 )
-from shardproof.optim.base import WholeOptimizer
 from shardproof.optim.layouts import layouts_of
+from shardproof.optim.whole_optimizer import WholeOptimizer
 from shardproof.wording import shown, written
 
 _LAYOUTS = "layouts"

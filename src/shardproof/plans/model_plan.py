@@ -1,6 +1,5 @@
 """`ModelPlan`: how one model is cut at one degree. Plain data, known before anything runs."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -144,10 +143,6 @@ class ModelPlan:
             "notes": list(self.notes),
             "modules": [module.as_dict() for module in self.modules],
         }
-
-    def to_json(self) -> str:
-        """`as_dict` as text."""
-        return json.dumps(self.as_dict(), indent=1)
 
     def __str__(self) -> str:
         """One line for every kind of layer, then the totals and the notes."""

@@ -1,6 +1,5 @@
 """`WatchedPlan`: a plan that was found by watching one forward of a model. Plain data."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -245,10 +244,6 @@ class WatchedPlan:
         """The layout of one cut parameter on a rank."""
         dim, along = self.cuts[name]
         return cut_layout(self.shapes[name], rank, dim=dim, along=along)
-
-    def to_json(self) -> str:
-        """`as_dict` as text."""
-        return json.dumps(self.as_dict(), indent=1)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Names, cut, units and shapes by rank; repeated layers share one row."""

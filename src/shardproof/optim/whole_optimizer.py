@@ -64,14 +64,6 @@ class WholeOptimizer(Optimizer):
             layout: layout of the parameter.
         """
 
-    def layouts_of_state(self, parameter: Tensor) -> dict[str, Layout]:
-        """The layouts of the state of one of the parameters: key -> layout.
-
-        Args:
-            parameter: a parameter of this optimizer, cut or not.
-        """
-        return self.state_layouts(self._place(parameter).layout)
-
     def _place(self, parameter: Tensor) -> ParameterLayout:
         """The layout of a parameter.
 
