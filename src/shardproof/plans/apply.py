@@ -67,8 +67,7 @@ def parallelize(
     Args:
         model: the same on every rank, with the same weights (a sample of them is compared). For a
             model on the meta device nothing is allocated; `initialize` then creates the weights.
-        plan: pattern -> style, a `Plan` with its scheme, the result of `sp.plan`, or None, which
-            means the same as in `sp.plan`.
+        plan: as in `sp.plan`, or the result of `sp.plan`.
         axis: the ranks that share the model.
         inputs: example inputs of `forward`, as in `sp.plan`. Without a plan, one forward is
             watched; with a plan, a step is rehearsed on every rank.
