@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 
 from order import WRITTEN, seed_of, shuffled
-from shardproof.engines.base import Ranks
+from shardproof.engines.engine import Ranks
 from shardproof.numerics import mode
 from shardproof.ranks import open_ranks
 

@@ -24,7 +24,7 @@ from shardproof.bench.works.llama import LlamaGenerate, LlamaStep, Size
 from shardproof.cli.bench import show
 from shardproof.cli.main import main
 from shardproof.cli.output import console
-from shardproof.engines.base import Ranks
+from shardproof.engines.engine import Ranks
 from shardproof.errors import UsageError
 
 Pool = Callable[[int, str], Ranks]

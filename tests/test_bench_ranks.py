@@ -20,7 +20,7 @@ from shardproof.bench.work import Evidence
 from shardproof.bench.works.all_reduce import AllReduce
 from shardproof.bench.works.catalog import find_work
 from shardproof.bench.works.counting import Counting
-from shardproof.engines.base import Ranks
+from shardproof.engines.engine import Ranks
 from shardproof.errors import UsageError
 from shardproof.leaves import Cut, Layout, replicated
 from shardproof.numerics import mode, products

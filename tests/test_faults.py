@@ -19,7 +19,7 @@ import torch
 
 from shardproof import comm, core
 from shardproof.axis import Axis
-from shardproof.engines.base import Ranks
+from shardproof.engines.engine import Ranks
 from shardproof.errors import MismatchError, RankError
 from shardproof.leaves import Cut
 from shardproof.ranks import launch, open_ranks

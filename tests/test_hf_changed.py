@@ -432,7 +432,10 @@ def with_acts(act: nn.Module) -> Mlp:
 
 
 STRANGERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "a subclass": (lambda: Mlp(Doubled(12, 37)), r"is a Doubled, .* Its forward may be its own"),
+    "a subclass": (
+        lambda: Mlp(Doubled(12, 37)),
+        r"is a Doubled, .* It may have a forward of its own",
+    ),
     "a forward of its own": (
         lambda: Mlp(with_forward(nn.Linear(12, 37))),
         r"module 'up' has a forward of its own, which the Linear that is replaced would lose",

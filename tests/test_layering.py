@@ -124,7 +124,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layers.__init__",),
     # What looks at all parameters of a model.
     ("comparison", "optim.layouts", "optim.orthogonal"),
-    ("optim.base", "optim.gradient_norms", "reductions"),
+    ("optim.whole_optimizer", "optim.gradient_norms", "reductions"),
     ("optim.adafactor", "optim.muon", "optim.state"),
     ("optim.__init__",),
     # Models of Hugging Face transformers, which compute through these layers.
@@ -192,7 +192,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engines.status", "engines.capacity", "engines.fork", "engines.interpreter"),
     ("engines.interrupt", "engines.messages", "engines.random_state"),
     ("engines.failure",),
-    ("engines.watch", "engines.base"),
+    ("engines.watch", "engines.engine"),
     ("engines.threads", "engines.processes", "engines.worker"),
     ("engines.__init__",),
     # What a rank did, step by step.

@@ -455,7 +455,7 @@ def test_planted_norm_that_counts_a_replicated_gradient_once_per_rank(
     setups = [Setup("heads", (8, 8, 16)), Setup("across", (8, 8, 16))]
     correct = gradient_norms.sum_squares_of
 
-    def once_per_rank(grad: Tensor, place: layouts.Place) -> Tensor:
+    def once_per_rank(grad: Tensor, place: layouts.ParameterLayout) -> Tensor:
         layout, axis, square = place.layout, place.axis, correct(grad, place)
         if layout.is_replicated and axis is not None:
             square = comm.all_reduce(square, axis, direction="update")

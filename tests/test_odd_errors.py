@@ -26,7 +26,7 @@ from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.cli.main import main
 from shardproof.engines import capacity, messages
-from shardproof.error_text import LONGEST_TEXT, cut, tell, text_of, within
+from shardproof.error_text import LONGEST_TEXT, cut, describe_error, text_of, within
 from shardproof.errors import RankError, ShapeError, UsageError
 from shardproof.ranks import launch, open_ranks
 from shardproof.transport.base import PeerError
@@ -176,7 +176,7 @@ def test_telling_is_cut_and_never_waits() -> None:
     assert cut("abcdef", 6) == "abcdef"
     with pytest.raises(KeyboardInterrupt):
         within(5.0, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-    told = tell(NeverDoneError())
+    told = describe_error(NeverDoneError())
     assert told.trace.startswith("Traceback (most recent call last):\nNeverDoneError: (what it")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import shardproof as sp
 from places import Pool
-from shardproof.engines.base import Ranks
+from shardproof.engines.engine import Ranks
 from shardproof.functional import crossings
 from shardproof.plans.watched import cut_by, plan_by_watching
 from shardproof.plans.watched_plan import WatchedPlan

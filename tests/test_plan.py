@@ -181,8 +181,7 @@ def test_what_stays_whole_says_why() -> None:
 def test_a_plan_is_plain_data() -> None:
     made = plan(Model(), WAYS["shared input"], degree=3)
     assert pickle.loads(pickle.dumps(made)) == made
-    data = json.loads(made.to_json())
-    assert data == json.loads(json.dumps(made.as_dict()))
+    data = json.loads(json.dumps(made.as_dict()))
     assert data["plan"]["layers.*"] == {"style": "SharedInput", "members": ["gate_proj", "up_proj"]}
     assert data["held_bytes"] == list(made.held_bytes)
     (up,) = [module for module in data["modules"] if module["name"] == "layers.1.up_proj"]

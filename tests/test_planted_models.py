@@ -26,7 +26,7 @@ from shardproof.leaves import Layout
 from shardproof.mistakes import find_mistake
 from shardproof.numerics.sums import sum_squares
 from shardproof.optim import gradient_norms
-from shardproof.optim.layouts import Place, layouts_of
+from shardproof.optim.layouts import ParameterLayout, layouts_of
 
 pytest.importorskip("transformers")
 
@@ -256,7 +256,7 @@ def test_replicated_gradients_counted_once_per_rank_in_the_norm(
         for name, parameter, layout, _ in layouts_of(model):
             yield name, parameter, layout, getattr(model.lm_head, "axis", None)
 
-    def counted(grad: Tensor, place: Place) -> Tensor:
+    def counted(grad: Tensor, place: ParameterLayout) -> Tensor:
         layout, axis, square = place.layout, place.axis, correct(grad, place)
         if layout.cut is not None:
             return square
@@ -276,7 +276,7 @@ def test_held_key_value_gradients_counted_once_per_holder_in_the_norm(
     """A key-value head that two ranks hold counts twice; right where none is shared."""
     correct = gradient_norms.sum_squares_of
 
-    def counted(grad: Tensor, place: Place) -> Tensor:
+    def counted(grad: Tensor, place: ParameterLayout) -> Tensor:
         layout, axis, square = place.layout, place.axis, correct(grad, place)
         if axis is None or not place.name.endswith(QKV[1:]):
             return square

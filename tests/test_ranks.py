@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from places import CARRIER
 from shardproof.axis import Axis
-from shardproof.engines.base import Ranks
-from shardproof.engines.status import Board
+from shardproof.engines.engine import Ranks
+from shardproof.engines.status import StatusFile
 from shardproof.errors import (
     DegreeError,
     LayoutError,
@@ -681,8 +681,8 @@ def test_a_script_from_standard_input_runs_and_its_death_ends_all() -> None:
 
 
 def test_the_board_tells_where_each_rank_is(tmp_path: Path) -> None:
-    board = Board.create(tmp_path / "board", 2)
-    other = Board(tmp_path / "board")
+    board = StatusFile.create(tmp_path / "board", 2)
+    other = StatusFile(tmp_path / "board")
     board.begin(1, 1, "first")
     board.end(1)
     board.begin(1, 5, "x" * 5000)

@@ -132,7 +132,7 @@ def stepped(
     # What a rank holds of another's must be what that one has.
     mine = part_of(found["parameter"], layout)
     assert bits_equal(mine, parameter.detach()), "copies differ"
-    for key, lies in optimizer.layouts_of_state(parameter).items():
+    for key, lies in optimizer.state_layouts(layout).items():
         found[key] = whole(optimizer.state[parameter][key], lies, axis)
         assert tuple(found[key].shape) == lies.shape
     return found

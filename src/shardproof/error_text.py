@@ -58,7 +58,7 @@ def within(seconds: float, do: Callable[[], T]) -> T:
 
 
 @dataclass(frozen=True)
-class Told:
+class ErrorText:
     """What can be told of an exception.
 
     Attributes:
@@ -72,19 +72,19 @@ class Told:
     problem: str
 
 
-def tell(error: BaseException, trace: TracebackType | None = None) -> Told:
+def describe_error(error: BaseException, trace: TracebackType | None = None) -> ErrorText:
     """What can be told of `error`; never fails, and is soon done."""
     text, problem = _message(error)
     if not problem:
-        printed, problem_of_trace = say(
+        printed, problem_of_trace = text_or_problem(
             lambda: "".join(traceback.format_exception(type(error), error, trace)), LONGEST_TRACE
         )
         if not problem_of_trace:
-            return Told(text, printed, "")
+            return ErrorText(text, printed, "")
     # Without the errors that it came from, whose texts may be what fails.
     frames = "".join(traceback.format_tb(trace))
     printed = f"Traceback (most recent call last):\n{frames}{text}\n"
-    return Told(text, cut(printed, LONGEST_TRACE), problem)
+    return ErrorText(text, cut(printed, LONGEST_TRACE), problem)
 
 
 def text_of(error: BaseException) -> str:
@@ -94,14 +94,14 @@ def text_of(error: BaseException) -> str:
 
 def _message(error: BaseException) -> tuple[str, str]:
     """The type of `error` and what it says, and why that cannot be had; empty if it can."""
-    said, problem = say(lambda: str(error))
+    said, problem = text_or_problem(lambda: str(error))
     if problem:
         said = f"(what it says cannot be had: {problem})"
     name = type(error).__name__
     return (f"{name}: {said}" if said else name), problem
 
 
-def say(make: Callable[[], str], longest: int = LONGEST_TEXT) -> tuple[str, str]:
+def text_or_problem(make: Callable[[], str], longest: int = LONGEST_TEXT) -> tuple[str, str]:
     """What `make()` returns, cut, and the empty string; or nothing, and why it cannot be had."""
     try:
         return within(_PATIENCE, lambda: cut(make(), longest)), ""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from shardproof.axis import Axis
-from shardproof.engines.base import Ranks, Settings
 from shardproof.engines.capacity import check_threads
+from shardproof.engines.engine import Ranks, Settings
 from shardproof.engines.processes import ProcessRanks
 from shardproof.engines.threads import ThreadRanks
 from shardproof.errors import UsageError

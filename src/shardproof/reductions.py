@@ -221,7 +221,7 @@ def min_over_parameters(
     return -max_over_parameters(model, lambda x: -apply(x).double(), of=of)
 
 
-class _Total(torch.autograd.Function):
+class _TreeTotal(torch.autograd.Function):
     """Sum by the tree over the leaves of all ranks forward, a copy to every leaf backward.
 
     A rank may hold what another owns, behind its own leaves: that is not added here, and gets its
@@ -256,7 +256,7 @@ def _sums(
             continue
         # Without a leaf, this rank's part is empty, and must need a gradient as the others' do.
         held = torch.stack(parts) if parts else _leaf_values(function(value)).reshape(-1)[:0]
-        sums[name] = _Total.apply(held, layout, axis, name)
+        sums[name] = _TreeTotal.apply(held, layout, axis, name)
     return sums
 
 

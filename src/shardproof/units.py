@@ -234,11 +234,6 @@ class CutDim:
             for held, owned in pairs
         )
 
-    @cached_property
-    def is_owned_once(self) -> bool:
-        """True if no rank holds what it does not own."""
-        return all(len(held) == len(own) for held, own in zip(self._held, self._owned, strict=True))
-
     def leaf_slices(self, rank: int) -> tuple[tuple[slice, ...], ...]:
         """For every leaf that a rank owns, where its indices lie in what the rank holds.
 

@@ -1,4 +1,4 @@
-"""How tensors that are cut, or whole, come to lie alike for one operation."""
+"""Bring operands, cut or whole, to one common cut before an operation."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ from shardproof.units import CutDim, Shared
 
 
 def broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
-    """`torch.broadcast_shapes`, of which torch's own takes 50 microseconds."""
+    """`torch.broadcast_shapes`; torch's own takes 50 microseconds."""
     first = shapes[0]
     if all(shape == first for shape in shapes):
         return first
@@ -25,19 +25,19 @@ def broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
         for place, size in enumerate(shape, len(sizes) - len(shape)):
             if size != 1 and sizes[place] != size:
                 if sizes[place] != 1:
-                    return torch.broadcast_shapes(*shapes)  # raises
+                    return torch.broadcast_shapes(*shapes)  # raises the error
                 sizes[place] = size
     return tuple(sizes)
 
 
 def common(tensors: Sequence[Any], shape: tuple[int, ...]) -> tuple[Spec, str] | None:
-    """How a result of that shape is cut, from operands that broadcast to it.
+    """How a result of that shape is cut, given operands that broadcast to it.
 
-    Of cuts along one dim it is the finest; the first, if none is. None: they are cut along several
-    dims.
+    The result has the finest of the operands' cuts, or the first if none is finer than all others.
+    It is None if the operands are cut along different dims.
     """
     cuts = [x for x in tensors if isinstance(x, CutTensor)]
-    cuts = [x for x in cuts if not is_for_all(x)] or cuts
+    cuts = [x for x in cuts if not is_one_shared_unit(x)] or cuts
     dim = cuts[0].spec.dim + len(shape) - cuts[0].dim()
     for x in cuts:
         if x.spec.dim + len(shape) - x.dim() != dim or x.shape[x.spec.dim] != shape[dim]:
@@ -47,7 +47,7 @@ def common(tensors: Sequence[Any], shape: tuple[int, ...]) -> tuple[Spec, str] |
 
 
 def finest_of(cuts: Sequence[CutTensor]) -> CutTensor:
-    """The one whose cut is the finest; the first, if none is."""
+    """The tensor with the finest cut, or the first if none is finer than all others."""
     finest = cuts[0]
     for x in cuts[1:]:
         one, other = finest.spec.cut, x.spec.cut
@@ -56,8 +56,8 @@ def finest_of(cuts: Sequence[CutTensor]) -> CutTensor:
     return finest
 
 
-def is_for_all(x: CutTensor) -> bool:
-    """Whether all of it is one shared unit that every unit needs: whole on every rank with work."""
+def is_one_shared_unit(x: CutTensor) -> bool:
+    """Whether a tensor is one shared unit that every unit needs, so that ranks hold all of it."""
     blocks, units = x.spec.cut.blocks, x.spec.cut.shared.units
     if not blocks or blocks[0].first < units.count or blocks[0].size != blocks[0].unit:
         return False
@@ -67,15 +67,15 @@ def is_for_all(x: CutTensor) -> bool:
     )
 
 
-def freed(x: CutTensor) -> Tensor:
-    """All of what is for all; on a rank without work zeros, which nothing of its own will use."""
+def whole_or_zeros(x: CutTensor) -> Tensor:
+    """The whole of a tensor that is one shared unit; zeros on a rank that owns no unit."""
     if x.local.shape == x.shape:
         return crossings.not_compared(x.local.view_as(x.local))
     return crossings.not_compared(x.local.new_zeros(x.shape) + x.local.sum())
 
 
 def are_alike(one: CutDim, other: CutDim) -> bool:
-    """Whether units of both are shared among the ranks alike, whatever they are called."""
+    """Whether two cuts share equal units among the ranks; the units' names may differ."""
     a, b = one.shared, other.shared
     return a is b or (a.leaves, a.degree, replace(a.units, name="")) == (
         b.leaves,
@@ -85,10 +85,10 @@ def are_alike(one: CutDim, other: CutDim) -> bool:
 
 
 def is_finer(one: CutDim, other: CutDim, spec: Spec) -> bool:
-    """Whether at every degree a rank that holds an index of `one` holds it of `other` too.
+    """Whether a rank that holds an index of `one` also holds it of `other`, at every degree.
 
-    Both by the same units: other leaves would be other sums. It asks nothing of this degree: which
-    operand gives the cut decides the leaves of later sums.
+    Both must be cut by the same units, because other leaves would change sums. The answer may not
+    depend on this degree, because the chosen cut decides the leaves of later sums.
     """
     one, other = spec.region.one(one), spec.region.one(other)
     if one is other:
@@ -107,7 +107,7 @@ def _is_finer(one: CutDim, other: CutDim) -> bool:
 
 
 def _goes_with(unit: int, other: int, shared: Shared) -> bool:
-    """Whether every rank that holds one unit holds another, at every degree."""
+    """Whether every rank that holds `unit` holds `other` too, at every degree."""
     units = shared.units
     needers = {unit} if unit < units.count else set(units.needers[unit - units.count])
     if other >= units.count:
@@ -116,7 +116,7 @@ def _goes_with(unit: int, other: int, shared: Shared) -> bool:
 
 
 def _is_beside(one: int, other: int, shared: Shared) -> bool:
-    """Whether two units have one owner at every degree: in one leaf, or between two breaks."""
+    """Whether two units have the same owner at every degree: one leaf, or no break between."""
     if shared.leaf_of[one] == shared.leaf_of[other]:
         return True
     breaks = shared.units.breaks
@@ -125,7 +125,7 @@ def _is_beside(one: int, other: int, shared: Shared) -> bool:
 
 
 def fitted(x: Any, spec: Spec, who: str) -> Tensor:
-    """This rank's part of an operand, as one of `spec` meets it; it may lack the cut dim."""
+    """This rank's part of an operand, cut as `spec` is; the operand may lack the cut dim."""
     place = spec.dim - (len(spec.shape) - x.dim())
     if isinstance(x, CutTensor):
         if x.spec.dim == place and x.shape[place] == spec.shape[spec.dim]:
@@ -133,7 +133,11 @@ def fitted(x: Any, spec: Spec, who: str) -> Tensor:
                 return refined(x, spec.cut).local
             x = whole(x, "a tensor that is cut by other units")
         else:
-            x = freed(x) if is_for_all(x) else whole(x, "a tensor that is cut along another dim")
+            x = (
+                whole_or_zeros(x)
+                if is_one_shared_unit(x)
+                else whole(x, "a tensor that is cut along another dim")
+            )
     if place < 0 or x.shape[place] == 1 != spec.shape[spec.dim]:
         if x.requires_grad and torch.is_grad_enabled():
             where = spec.region.place(spec.cut, who)
@@ -146,7 +150,7 @@ def fitted(x: Any, spec: Spec, who: str) -> Tensor:
 
 
 def refined(x: CutTensor, cut: CutDim) -> CutTensor:
-    """The same tensor, held as another cut holds it: served if that is finer, else gathered."""
+    """The same tensor under another cut: taken from the part if that is finer, else gathered."""
     spec, region = x.spec, x.spec.region
     cut = region.one(cut)
     if spec.cut is cut:
@@ -171,38 +175,38 @@ def refined(x: CutTensor, cut: CutDim) -> CutTensor:
 
 
 def served(x: CutTensor, cut: CutDim, times: int) -> Tensor:
-    """What a rank holds of a tensor each of whose indices along the cut dim serves several others.
+    """Repeat a tensor along its cut dim, as key-value heads for the query heads that use them.
 
     Args:
         x: cut by shared units, such as key-value heads.
-        cut: of the others, such as query heads; `times` as many.
-        times: how many stand side by side.
+        cut: the cut of the result, such as that of query heads, `times` as many.
+        times: how many neighbouring indices of the result use one index of `x`.
     """
     place, target, index, _ = _serving(x, cut, times)
     return crossings.serve(x.local, x.spec.dim, place, target, index)
 
 
 def where_served(x: CutTensor, cut: CutDim, times: int) -> tuple[int, ...]:
-    """For each index that the rank holds of `cut`, where `x` has the one that serves it.
+    """For each index of `cut` that this rank holds, the position in `x` of the index it uses.
 
     Args:
-        x: as in `served`, like the others.
-        cut: likewise.
-        times: likewise.
+        x: as in `served`.
+        cut: as in `served`.
+        times: as in `served`.
     """
     places: tuple[int, ...] = _serving(x, cut, times)[3]
     return places
 
 
 def _serving(x: CutTensor, cut: CutDim, times: int) -> Any:
-    """Places of both, for each index of `cut` its source, and where this rank holds those."""
+    """Held positions of both cuts, the source index of each index, and its held position."""
     region = x.spec.region
     cut = region.one(cut)
     key = ("served", id(x.spec.cut), id(cut), times, x.who)
     known = region.recipes.get(key)
     if known is None:
         index = tuple(place // times for place in range(cut.size))
-        own = CutDim(cut.shared, x.spec.cut.blocks)  # the same units, maybe by another name
+        own = CutDim(cut.shared, x.spec.cut.blocks)  # equal units; their names may differ
         place, target = region.place(own, x.who), region.place(cut, x.who)
         held = crossings.where_served(place, target, index)
         known = region.recipes[key] = place, target, index, held
@@ -210,7 +214,7 @@ def _serving(x: CutTensor, cut: CutDim, times: int) -> Any:
 
 
 def is_served(x: CutTensor, cut: CutDim, times: int) -> bool:
-    """Whether `served` can be had: every rank holds what its indices of `cut` need."""
+    """Whether `served` is possible: every rank holds the indices of `x` that it uses."""
     region = x.spec.region
     cut = region.one(cut)
     key = ("is served", id(x.spec.cut), id(cut), times)
@@ -223,6 +227,6 @@ def is_served(x: CutTensor, cut: CutDim, times: int) -> bool:
 
 
 def one_along(x: CutTensor, dim: int) -> CutTensor:
-    """A stand-in of size 1 along a dim that is not cut: what is asked is how the others are cut."""
+    """A placeholder of `x` with size 1 along a dim that is not cut, to find a common cut."""
     shape = (*x.shape[:dim], 1, *x.shape[dim + 1 :])
     return CutTensor(x.local, x.spec.region.spec(shape, x.spec.dim, x.spec.cut), x.who)

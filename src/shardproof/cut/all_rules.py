@@ -1,4 +1,4 @@
-"""All rules, by being imported."""
+"""Import all modules with rules, which registers the rules."""
 
 from shardproof.cut import (
     autograd_functions,

@@ -1,7 +1,7 @@
-"""`torch.autograd.Function` of a model's own: its forward and backward run on cut tensors.
+"""Run the forward and backward of a model's own `torch.autograd.Function` on cut tensors.
 
-Torch would call its forward and see no input that wants a gradient, for autograd knows the parts:
-the gradient would be lost in silence. So `Function.apply` asks first whether a tensor is cut.
+Autograd knows only the local parts. So torch would see no input that needs a gradient, and the
+gradient would silently be lost. `Function.apply` is therefore patched to check for cut tensors.
 """
 
 import threading
@@ -23,7 +23,7 @@ _plain_apply = Function.apply.__func__  # type: ignore[attr-defined]
 
 
 class _OfParts(Function):
-    """A function of somebody else, as autograd sees it: from parts to parts."""
+    """A user's autograd function as autograd sees it, with local parts as inputs and outputs."""
 
     @staticmethod
     def forward(ctx: Any, kind: Any, specs: list[Spec | None], who: str, *inputs: Any) -> Any:
@@ -55,7 +55,7 @@ class _OfParts(Function):
 
 
 def _as_input(grad: Any, spec: Spec | None, ctx: Any) -> Any:
-    """A gradient as the input lies: gathered, or this rank's part of it."""
+    """Convert a gradient to the layout of its input: gathered, or this rank's part."""
     if isinstance(grad, CutTensor):
         if grad.spec is spec:
             return grad.local
@@ -71,11 +71,11 @@ def _as_input(grad: Any, spec: Spec | None, ctx: Any) -> Any:
     return crossings.held_part(grad, spec.dim, spec.region.place(spec.cut, ctx.who))
 
 
-_local = threading.local()  # how the outputs of the last call are cut
+_local = threading.local()  # specs of the outputs of the last call
 
 
 class _Inside:
-    """Whether this thread is in the forward of a model that is cut: outputs may be cut then."""
+    """Whether this thread runs the forward of a cut model, in which outputs may be cut."""
 
     def __bool__(self) -> bool:
         return bool(getattr(_local, "depth", 0))
@@ -84,7 +84,7 @@ class _Inside:
         _local.depth = getattr(_local, "depth", 0) + 1
 
     def leave(self) -> None:
-        # A hook of somebody else may raise before a forward was entered.
+        # A hook of the user may raise before a forward was entered.
         _local.depth = max(0, getattr(_local, "depth", 0) - 1)
 
 
@@ -92,7 +92,7 @@ inside = _Inside()
 
 
 class _Context:
-    """What a function of somebody else sees as `ctx`."""
+    """The `ctx` that a user's autograd function receives."""
 
     def __init__(self, ctx: Any, needs: Any) -> None:
         object.__setattr__(self, "_ctx", ctx)
@@ -140,9 +140,9 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _hooked(args: tuple[Any, ...]) -> Any:
-    """What torch does to what a module with a full backward hook takes or gives.
+    """Wrap inputs or outputs of a module with a full backward hook, as torch does.
 
-    The hook is given this rank's part of a gradient.
+    The hook receives this rank's part of a gradient.
     """
     outputs = _plain_apply(BackwardHookFunction, *_parts(args))
     return tuple(
@@ -167,7 +167,7 @@ def _backward(
     grad_variables: Any = None,
     inputs: Any = None,
 ) -> None:
-    """`torch.autograd.backward`, which knows parts alone."""
+    """`torch.autograd.backward` of cut tensors, called with their parts."""
     _plain_backward(
         _parts(tensors),
         _parts(grad_tensors),
@@ -180,7 +180,7 @@ def _backward(
 
 @rule("grad")
 def grad(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`torch.autograd.grad`: of parts, by parts."""
+    """`torch.autograd.grad` of cut tensors, called with their parts."""
     inputs = args[1] if len(args) > 1 else kwargs["inputs"]
     grads = _plain_grad(*_parts(args), **_parts(kwargs))
     input_list: list[Any] = [inputs] if isinstance(inputs, Tensor) else list(inputs)

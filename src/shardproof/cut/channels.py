@@ -1,4 +1,4 @@
-"""Norms of channels and of weights, and windows of images: each rank does what it holds."""
+"""Rules for norms over channels, weight norm and image windows (im2col, col2im)."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from shardproof.units import CutDim
 
 
 def _affine(region: Region, y: Any, weight: Any, bias: Any) -> Any:
-    """A factor and a shift for every channel, each cut or whole."""
+    """Scale and shift every channel, by a weight and a bias that may be cut or whole."""
     shape = (-1, *[1] * (y.dim() - 2))
     for func, each in ((torch.mul, weight), (torch.add, bias)):
         if each is not None:
@@ -25,7 +25,7 @@ def _affine(region: Region, y: Any, weight: Any, bias: Any) -> Any:
 
 @rule("group_norm")
 def group_norm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A `layer_norm` of every group, whether ranks hold whole groups or a part of each."""
+    """`F.group_norm`: a `layer_norm` of each group, of which a rank may hold all or a part."""
     names = ("input", "num_groups", "weight", "bias", "eps", "cudnn_enabled")
     options = {"weight": None, "bias": None, "eps": 1e-5} | dict(zip(names, args, strict=False))
     options |= kwargs
@@ -45,7 +45,7 @@ def _region(options: dict[str, Any]) -> Any:
 
 @rule("batch_norm", "instance_norm")
 def batch_norm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Each channel by its own numbers; running statistics are whole, and written on every rank."""
+    """`F.batch_norm`: running statistics are whole, and every rank updates all of them."""
     if func in (torch.batch_norm, torch.instance_norm):
         names = ("input", "weight", "bias", "running_mean", "running_var")
     else:
@@ -77,13 +77,13 @@ def batch_norm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, An
 
 @rule("im2col")
 def im2col(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """(N, C, *) to (N, C * window, places): the window of a channel is where the channel is."""
+    """(N, C, *) to (N, C * window, places): each rank unfolds the channels that it holds."""
     return _windows(F.unfold, args, kwargs, grows=True)
 
 
 @rule("col2im")
 def col2im(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The sum of windows, likewise."""
+    """The sum of windows: each rank folds the channels that it holds."""
     return _windows(F.fold, args, kwargs, grows=False)
 
 

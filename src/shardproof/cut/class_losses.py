@@ -1,4 +1,4 @@
-"""Losses over classes that are cut: each rank's scores stay where they are."""
+"""Rules for losses over cut classes: each rank's scores stay on that rank."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ _USUAL = {
 
 @rule("cross_entropy", "nll_loss")
 def of_classes(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Of scores, or of log-probabilities, that are cut along the classes."""
+    """`F.cross_entropy` and `F.nll_loss` of scores that are cut along the classes."""
     arguments = _USUAL | dict(zip(_NAMES[name], args, strict=False)) | kwargs
     x, target, weight = arguments["input"], arguments["target"], arguments["weight"]
     if not isinstance(x, CutTensor) or isinstance(target, CutTensor | None):
@@ -77,7 +77,7 @@ def _picked(
     ignore_index: int,
     reduction: str,
 ) -> Tensor:
-    """Of (rows, classes) of log-probabilities: that of the target, which one rank owns."""
+    """The loss of (rows, classes) log-probabilities; one rank owns each target."""
     held = torch.from_numpy(x.spec.cut.held(x.spec.region.rank)).to(x.device)
     is_it = held == target[:, None]
     zero = x.local.new_zeros(())
@@ -96,7 +96,7 @@ def _picked(
 def _of_shares(
     x: CutTensor, target: Tensor, weight: Any, classes: int, reduction: str, smoothing: float
 ) -> Any:
-    """Targets that are probabilities."""
+    """The cross-entropy with targets that are probabilities."""
     if smoothing:
         target = target * (1 - smoothing) + smoothing / x.shape[classes]
     if weight is not None:

@@ -1,4 +1,4 @@
-"""`cat` and `stack`: tensors that are cut alike are joined part by part."""
+"""Rules for `cat` and `stack`: tensors that are cut alike are joined part by part."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from shardproof.units import CutDim
 
 @rule("cat", "concat", "concatenate")
 def cat(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Along a whole dim the others must be cut alike; along the cut dim the blocks follow."""
+    """`torch.cat` along a whole dim, or along the cut dim, whose blocks are then joined."""
     tensors = args[0] if args else kwargs["tensors"]
     dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
     first = next(each for each in tensors if isinstance(each, CutTensor))
@@ -47,7 +47,7 @@ def cat(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _lies_as(x: Any, other: Spec) -> bool:
-    """Whether it is cut as the other one, along the same dim."""
+    """Whether `x` is cut as `other` is, along the same dim."""
     if not isinstance(x, CutTensor):
         return False
     spec = x.spec
@@ -86,7 +86,7 @@ def _side_by_side(
 
 @rule("stack", "hstack", "vstack", "dstack", "column_stack")
 def stack(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """As `cat` of what has a new dim."""
+    """`torch.stack`, as `cat` of tensors with a new dim."""
     if name != "stack":
         return gathered(func, name, args, kwargs)
     tensors = args[0] if args else kwargs["tensors"]

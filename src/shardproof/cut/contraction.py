@@ -1,4 +1,4 @@
-"""`torch.einsum` and `torch.tensordot` as batched products of two operands at a time."""
+"""Rules for `torch.einsum` and `torch.tensordot`: batched products of two operands at a time."""
 
 import math
 from string import ascii_lowercase, ascii_uppercase
@@ -15,13 +15,13 @@ from shardproof.numerics.einsum import letters_of
 
 @rule("einsum")
 def einsum(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """From left to right; what repeats a letter in one operand is gathered."""
+    """`torch.einsum`, from left to right; an operand that repeats a letter is gathered."""
     equation, *operands = args
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = list(operands[0])
     try:
         terms, out = letters_of(equation, operands)
-    except (ShapeError, UsageError):  # torch does it on whole tensors, or says what is wrong
+    except (ShapeError, UsageError):  # torch computes it on whole tensors, or raises its own error
         return gathered(func, name, args, kwargs)
     x, have = operands[0], terms[0]
     for place in range(1, len(operands)):
@@ -34,7 +34,7 @@ def einsum(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 @rule("tensordot")
 def tensordot(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An einsum in which contracted dims share a letter."""
+    """`torch.tensordot`, as an einsum in which contracted dims share a letter."""
     a, b, dims = named(args, {"dims": 2, **kwargs}, "a", "b", "dims")
     if isinstance(dims, torch.Tensor):
         return gathered(func, name, args, kwargs)
@@ -47,7 +47,7 @@ def tensordot(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _summed(x: Any, have: str, wanted: set[str]) -> tuple[Any, str]:
-    """Without the letters that nothing else has."""
+    """Sum over the letters that neither other operands nor the result have."""
     gone = [place for place, letter in enumerate(have) if letter not in wanted]
     if gone:
         x = x.sum(gone)
@@ -56,7 +56,7 @@ def _summed(x: Any, have: str, wanted: set[str]) -> tuple[Any, str]:
 
 
 def _pair(a: Any, of_a: str, b: Any, of_b: str, wanted: str) -> Any:
-    """The product of two operands, with the letters wanted."""
+    """The product of two operands, with the dims in the order of `wanted`."""
     a, of_a = _summed(a, of_a, set(of_b) | set(wanted))
     b, of_b = _summed(b, of_b, set(of_a) | set(wanted))
     batch = [c for c in of_a if c in of_b and c in wanted]
@@ -86,7 +86,7 @@ def _as_matrices(x: Any, have: str, groups: tuple[list[str], list[str], list[str
 
 
 def _times(a: Any, of_a: str, b: Any, of_b: str, wanted: str) -> Any:
-    """Nothing is contracted: an element-wise product."""
+    """The element-wise product of two operands, if nothing is contracted."""
     return _spread(a, of_a, wanted) * _spread(b, of_b, wanted)
 
 

@@ -1,4 +1,4 @@
-"""Convolutions: windows and products where channels are contracted, local in groups of channels."""
+"""Rules for convolutions: local if each rank holds whole groups, else windows and a product."""
 
 import math
 from typing import Any
@@ -34,7 +34,7 @@ def conv(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _by_groups(x: Any, weight: Any, groups: int) -> CutDim | None:
-    """How the output's channels are cut if every rank holds whole groups of channels, else None.
+    """How the output channels are cut if every rank holds whole groups, else None.
 
     Args:
         x: (B, C, *size).
@@ -58,7 +58,7 @@ def _by_groups(x: Any, weight: Any, groups: int) -> CutDim | None:
 def _grouped(
     func: Any, x: CutTensor, weight: CutTensor, settings: dict[str, Any], along: CutDim
 ) -> CutTensor:
-    """Convolve the groups that this rank holds with the kernels of those groups."""
+    """Convolve the groups of channels that this rank holds."""
     region, who = x.spec.region, weight.who
     own = fitted(weight, region.spec(tuple(weight.shape), 0, along), who)
     bias = settings["bias"]
@@ -70,7 +70,9 @@ def _grouped(
         y = invariant(region, func, who)(x.local, own, bias, **options, groups=held)
     else:
         sizes = _out_sizes(x.shape[2:], weight.shape[2:], settings)
-        used = x.local.sum() + own.sum()  # all that takes part elsewhere gets a gradient here too
+        used = (
+            x.local.sum() + own.sum()
+        )  # a tensor that gets a gradient on other ranks must get one here too
         used = used if bias is None else used + bias.sum()
         y = used.expand(x.shape[0], 0, *sizes)
     return cut_tensor(y, region.spec((y.shape[0], along.size, *y.shape[2:]), 1, along), who)
@@ -81,7 +83,7 @@ def _each(value: Any, n: int) -> tuple[int, ...]:
 
 
 def _padding(options: dict[str, Any], kernel: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Before and behind, for every spatial dim."""
+    """Padding before and after, for each spatial dim."""
     n = len(kernel)
     if options["padding"] == "valid":
         return [(0, 0)] * n
@@ -121,7 +123,7 @@ def _by_windows(x: Any, weight: Any, bias: Any, options: dict[str, Any], n: int)
 
 
 def _unfolded(x: Any, dim: int, span: int, step: int, dilation: int) -> Any:
-    """Windows of one dim, as a new last dim."""
+    """Unfold one dim into windows, which become a new last dim."""
     y = x.unfold(dim, span, step)
     return y if dilation == 1 else y[..., ::dilation]
 

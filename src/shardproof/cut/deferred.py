@@ -1,9 +1,9 @@
-"""A reshape that spreads the cut dim over two dims, put off until its numbers are used.
+"""`Deferred`: a reshape that splits the cut dim into two, which is not computed until it is used.
 
-Code packs the query heads of one token by key-value head: (batch, 6, 1, n) becomes
-(batch, 2, 3, n). Neither dim alone says which rank has a head. What usually follows is an
-attention, which the unpacked heads give too, and the reshape back. So the tensor remembers what it
-was made of; every other use gathers it.
+Some code packs the query heads of one token by key-value head: (batch, 6, 1, n) becomes
+(batch, 2, 3, n). Neither of the new dims alone says which rank has a head. Usually an attention
+follows, which can be computed from the unpacked heads, and then the reshape back. So the tensor
+keeps its source; every other use gathers it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,14 +31,14 @@ class Deferred(Tensor):
     """A reshape of a cut tensor that has not been computed.
 
     Attributes:
-        source: (*), Shard(dim), what is reshaped.
+        source: (*), Shard(dim), the tensor that is reshaped.
     """
 
     source: CutTensor
     _whole: Tensor | None
 
     def whole(self) -> Tensor:
-        """The reshape, a plain tensor, Replicate.
+        """The result of the reshape, a plain tensor, Replicate.
 
         Comm:
             forward one all_gather of the whole shape, the first time; backward none.
@@ -57,7 +57,7 @@ class Deferred(Tensor):
         args: Any = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Undo it, attend with its source, or compute with the whole."""
+        """Undo the reshape, attend with the source, or compute with the gathered tensor."""
         kwargs = kwargs or {}
         if func in _ABOUT:
             with torch._C.DisableTorchFunctionSubclass():
@@ -78,7 +78,7 @@ class Deferred(Tensor):
         args: Any = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """What reaches ATen computes with the whole."""
+        """Run an ATen operation on the gathered tensor."""
         return func(*tree_map(opened, args), **tree_map(opened, dict(kwargs or {})))
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -86,11 +86,11 @@ class Deferred(Tensor):
 
 
 def defer(x: CutTensor, shape: Sequence[int]) -> Any:
-    """A reshape of a cut tensor, put off.
+    """Defer a reshape of a cut tensor.
 
     Args:
-        x: (*), Shard(dim); no gradient is wanted of it.
-        shape: as many elements; one size may be -1.
+        x: (*), Shard(dim); it must not need a gradient.
+        shape: the new shape; one size may be -1.
 
     Comm:
         none.
@@ -103,13 +103,13 @@ def defer(x: CutTensor, shape: Sequence[int]) -> Any:
 
 
 def opened(x: Any) -> Any:
-    """The whole of a reshape that was put off, anything else as it is.
+    """Gather a deferred reshape; return anything else unchanged.
 
     Args:
-        x: anything.
+        x: any value.
 
     Comm:
-        forward one all_gather of the whole shape, if it was put off and is not there yet.
+        forward one all_gather of the whole shape, if `x` is deferred and was not gathered yet.
     """
     return x.whole() if isinstance(x, Deferred) else x
 
@@ -128,7 +128,7 @@ def _attended(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """Attention of packed query heads, by the heads themselves; None: they are not packed so."""
+    """Attention of packed query heads, computed unpacked; None if they are packed otherwise."""
     if not isinstance(query, Deferred) or isinstance(key, Deferred) or isinstance(value, Deferred):
         return None
     heads, packed = query.source, tuple(query.shape)
@@ -149,7 +149,7 @@ def _attended(
 
 
 def _unpacked(mask: Any, packed: tuple[int, ...]) -> Any:
-    """A mask of packed heads for the heads themselves; None: it says something else."""
+    """The mask for unpacked heads; None if a mask of packed heads cannot be unpacked."""
     shape = (1,) * (len(packed) - mask.dim()) + tuple(mask.shape)
     if shape[-3:-1] == (1, 1):
         return mask

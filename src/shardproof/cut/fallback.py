@@ -1,8 +1,8 @@
-"""Operations without a rule: taken apart where they are made of others, gathered where not.
+"""Operations without a rule: decomposed into simpler operations if possible, else gathered.
 
-A function of torch that is written in Python is run again with its own operations seen; one of
-C++ that is composed of others brings each ATen operation back here. What is left is computed on
-whole tensors: right, and counted, so that the plan can say what is gathered.
+A function of torch that is written in Python runs again, so that its operations are dispatched one
+by one. A C++ operation that is composed of others sends each ATen operation back here. All other
+operations run on gathered tensors, which is correct, and are counted for the plan.
 """
 
 import threading
@@ -36,8 +36,8 @@ _NEEDS_NO_FORM = frozenset(
     __get__ __set__ size stride dim numel element_size is_contiguous is_floating_point
     is_complex""".split()  # noqa: SIM905
 )
-# What asks for the values themselves.
-_ASKING = frozenset(
+# Operations that read the values themselves.
+_READS_VALUES = frozenset(
     """whole numpy tolist item __reduce_ex__ __array__ __contains__ __bool__ bool_ __float__ __int__
     __index__ __complex__ data_ptr untyped_storage storage __dlpack__ __dlpack_device__ allclose
     equal is_nonzero""".split()  # noqa: SIM905
@@ -50,10 +50,10 @@ def is_cut(x: Any) -> bool:
 
 
 def whole(x: CutTensor, why: str) -> Tensor:
-    """All of it, on every rank; counted under `why`.
+    """Gather a cut tensor on every rank; counted under `why`.
 
     Raises:
-        UsageError: it is a cut weight of two dims or more, and no plan is made.
+        UsageError: `x` is a cut weight of two dims or more, and this is not a rehearsal.
     """
     region = x.spec.region
     keep_weight(x, why)
@@ -62,17 +62,18 @@ def whole(x: CutTensor, why: str) -> Tensor:
 
 
 def keep_weight(x: CutTensor, why: str) -> None:
-    """Refuse to make a weight whole. While a plan is made, note that the weight must stay whole.
+    """Refuse to gather a cut weight; in a rehearsal, note that the weight must stay whole.
 
-    In a model that is cut by watching, code may read the values of a weight, for instance with
-    `numpy()`: no such code is in the forward.
+    In a model that was cut by watching, code outside of the forward may read the values of a
+    weight, for instance with `numpy()`.
 
     Args:
         x: the tensor that is about to be gathered.
         why: the operation that needs all of it.
 
     Raises:
-        UsageError: it is a cut weight of two dims or more, or a view of one, and no plan is made.
+        UsageError: `x` is a cut weight of two dims or more, or a view of one, and this is not a
+            rehearsal.
     """
     region = x.spec.region
     weight = region.weight_of(x.local)
@@ -81,8 +82,8 @@ def keep_weight(x: CutTensor, why: str) -> None:
     if region.is_rehearsed:
         region.wanted_whole.setdefault(weight, _as_written(why))
         return
-    if why in _ASKING and not region.are_weights_cut_only_in_forward:
-        return  # a plan found by watching has no such weight in its forward
+    if why in _READS_VALUES and not region.are_weights_cut_only_in_forward:
+        return  # the forward of a watched plan needs no such weight, so this is other code
     raise UsageError(would_be_whole(_as_written(why), weight))
 
 
@@ -90,7 +91,7 @@ def would_be_whole(operation: str, weight: str) -> str:
     """The message for an operation that needs all of a cut weight.
 
     Args:
-        operation: that cannot be done on parts.
+        operation: the operation that has no rule for cut tensors.
         weight: name of the parameter.
     """
     return (
@@ -101,21 +102,21 @@ def would_be_whole(operation: str, weight: str) -> str:
 
 
 def _as_written(name: str) -> str:
-    """The operation that the model's code calls, of which `name` may be a part."""
+    """The operation that the model's code calls, which may be composed of `name` and others."""
     outers: list[_Outer] = _local.__dict__.get("outers", [])
     return outers[0].name if outers else name
 
 
 @rule("whole")
-def _asked(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The whole of one tensor, because somebody wants it."""
+def _whole_rule(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """`x.whole()`: gather the tensor."""
     return whole(args[0], name)
 
 
 def invariant(region: Region, func: Any, who: str) -> Callable[..., Any]:
-    """The form of an operation whose bits no cut changes; itself if numerics are native.
+    """The invariant form of an operation; the operation itself if numerics are native.
 
-    One that has none is noted in the region: the plan says so before anything runs.
+    An operation without an invariant form is noted in the region, so that the plan can report it.
     """
     function = region.forms.get(func)
     if function is None:
@@ -128,15 +129,23 @@ def invariant(region: Region, func: Any, who: str) -> Callable[..., Any]:
 
 
 def computed(region: Region, func: Any, *args: Any) -> Any:
-    """An operation inside a rule: by its own rule if an operand is cut, else by its form."""
+    """Run an operation inside a rule: by its rule if an operand is cut, else by its form."""
     if any(isinstance(each, CutTensor) for each in args):
         return run(func, args, {})
     return invariant(region, func, "")(*args)
 
 
-@rule("gathered", "multinomial", "nonzero", "unique", "bincount", "histc", *(_ASKING - {"whole"}))
+@rule(
+    "gathered",
+    "multinomial",
+    "nonzero",
+    "unique",
+    "bincount",
+    "histc",
+    *(_READS_VALUES - {"whole"}),
+)
 def gathered(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """On whole tensors. What was written to a whole of a cut tensor is taken back into the part."""
+    """Run an operation on gathered tensors; in-place writes are copied back into the parts."""
     back: list[tuple[CutTensor, Tensor]] = []
 
     def open_(x: Any) -> Any:
@@ -160,7 +169,7 @@ def gathered(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 @cache
 def unwrapped(func: FunctionType) -> Callable[..., Any]:
-    """A function of torch without its question whether somebody else wants to answer."""
+    """A Python function of torch without its check for `__torch_function__`."""
     blind = dict.fromkeys(_SEEN, lambda *_: False)
     function = FunctionType(
         func.__code__,
@@ -174,27 +183,27 @@ def unwrapped(func: FunctionType) -> Callable[..., Any]:
 
 
 def _unwrapped_cell(cell: CellType) -> CellType:
-    """A function that chooses between two (`F.max_pool2d`) keeps them in its closure: both ask."""
+    """Unwrap functions in a closure, such as the two that `F.max_pool2d` chooses between."""
     held = cell.cell_contents
     is_theirs = isinstance(held, FunctionType) and held.__module__.startswith("torch")
     return CellType(unwrapped(held)) if is_theirs else cell
 
 
-@rule("others")
-def others(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Whatever has no rule."""
+@rule("run_without_rule")
+def run_without_rule(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The rule of every operation that has none of its own."""
     if isinstance(func, FunctionType) and func.__module__.startswith("torch"):
         return unwrapped(func)(*args, **kwargs)
     if RULES.get(name) is None and name.endswith("_") and name[:-1] in RULES:
         return _written(func, name, args, kwargs)
     if isinstance(func, OpOverload) or not _is_composed(name):
         return gathered(func, name, args, kwargs)
-    return _taken_apart(func, name, args, kwargs)
+    return _decomposed(func, name, args, kwargs)
 
 
 @cache
 def _is_composed(name: str) -> bool:
-    """Whether ATen has an operation of that name that is made of others."""
+    """Whether ATen has a composite operation of that name."""
     packet = getattr(torch.ops.aten, name, None)
     return packet is not None and any(
         torch._C._dispatch_has_kernel_for_dispatch_key(
@@ -205,14 +214,14 @@ def _is_composed(name: str) -> bool:
 
 
 def _written(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An operation in place that has a rule out of place."""
+    """Run an in-place operation by the rule of its out-of-place version."""
     x = args[0]
     y = RULES[name[:-1]](getattr(Tensor, name[:-1]), name[:-1], args, kwargs)
     return RULES["copy_"](Tensor.copy_, "copy_", (x, y), {}) if y is not x else x
 
 
 class _Outer:
-    """The state of dispatch and autograd outside a composed operation."""
+    """The state of dispatch and autograd outside of a composite operation."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -238,11 +247,11 @@ class _Outer:
 _local = threading.local()
 
 
-def _taken_apart(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operation of C++ on cut tensors: what it is made of comes back by `_of_aten`.
+def _decomposed(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a composite C++ operation on cut tensors; its ATen operations arrive in `_of_aten`.
 
-    Inside, autograd is off for what does not come back. So a whole tensor that wants a gradient may
-    not be among its operands, nor become one on the way: then all is gathered.
+    Inside, autograd is off for ATen operations that have no cut operand. So if a whole tensor that
+    needs a gradient is an operand, or becomes one on the way, everything is gathered instead.
     """
     args, kwargs = tree_map(shown, (args, kwargs), is_leaf=is_cut)
     flat = tree_flatten((args, kwargs), is_leaf=is_cut)[0]
@@ -259,7 +268,7 @@ def _taken_apart(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 class _Whole(Exception):  # noqa: N818 - it never leaves this file
-    """Something whole that wants a gradient came up inside a composed operation."""
+    """A whole tensor that needs a gradient came up inside a composite operation."""
 
 
 def _wants(x: Any) -> bool:
@@ -267,10 +276,10 @@ def _wants(x: Any) -> bool:
 
 
 def _of_aten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An ATen operation on cut tensors, under dispatch and autograd as they were outside.
+    """Run an ATen operation on cut tensors, with dispatch and autograd as they were outside.
 
     Raises:
-        UsageError: it does not come from an operation that is taken apart here, so that the
+        UsageError: it does not come from an operation that is decomposed here, so that the
             gradient would be lost.
     """
     outers: list[_Outer] = _local.__dict__.setdefault("outers", [])

@@ -1,4 +1,4 @@
-"""Attention of cut heads: each rank attends with the query heads that it holds."""
+"""The rule for attention: each rank attends with the query heads that it holds."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from torch.nn import functional as F
 from shardproof.cut.alignment import (
     broadcast,
     fitted,
-    freed,
-    is_for_all,
+    is_one_shared_unit,
     is_served,
     served,
     where_served,
+    whole_or_zeros,
 )
 from shardproof.cut.fallback import gathered, invariant, is_cut
 from shardproof.cut.spec import Spec
@@ -32,9 +32,9 @@ def attended_with_dropout(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """`F.scaled_dot_product_attention` in the steps that its documentation gives.
+    """`F.scaled_dot_product_attention` with dropout, in the steps that its documentation gives.
 
-    Its dropout is that of the module that calls it: by position.
+    The masks of the dropout are keyed by position, in the module that calls it.
     """
     q, k, v = query, key, value
     if enable_gqa:
@@ -53,7 +53,7 @@ def attended_with_dropout(
 
 
 def _for_groups(x: Any, spec: Spec, times: int) -> Any:
-    """Keys or values, each for a group of query heads that are cut as `spec` says."""
+    """Repeat keys or values for the query heads of their group, cut as `spec` says."""
     if x.shape[-3] == 1:
         return x
     if not is_cut(x) or not is_served(x, spec.cut, times):
@@ -64,7 +64,7 @@ def _for_groups(x: Any, spec: Spec, times: int) -> Any:
 
 
 def _of_heads(x: Any, spec: Spec, who: str) -> Tensor:
-    """Keys or values for the heads that this rank holds."""
+    """The keys or values for the query heads that this rank holds."""
     if is_cut(x) and x.shape[-3] == 1:
         x = x.expand(*x.shape[:-3], spec.shape[spec.dim], *x.shape[-2:])
     shape = (*x.shape[:-3], spec.shape[spec.dim], *x.shape[-2:])
@@ -72,14 +72,14 @@ def _of_heads(x: Any, spec: Spec, who: str) -> Tensor:
 
 
 def _mask_of_heads(mask: Any, spec: Spec, keys: int, who: str) -> Tensor | None:
-    """A mask for the heads that this rank holds, of queries that are cut as `spec` says."""
+    """The part of a mask for the query heads that this rank holds."""
     if mask is None:
         return None
     return fitted(mask, spec.region.spec((*spec.shape[:-1], keys), spec.dim, spec.cut), who)
 
 
 def _is_read_in_place(q: CutTensor, k: Any, v: Any) -> bool:
-    """Whether key-value heads that several query heads share need no copy for each of them."""
+    """Whether shared key-value heads can be read in place, without a copy per query head."""
     if torch.is_grad_enabled() or not q.spec.region.scheme.is_invariant:
         return False
     times = q.shape[-3] // k.shape[-3] if k.shape[-3] else 0
@@ -94,7 +94,7 @@ def _is_read_in_place(q: CutTensor, k: Any, v: Any) -> bool:
 
 
 def _read_in_place(q: CutTensor, k: CutTensor, v: CutTensor, options: dict[str, Any]) -> CutTensor:
-    """Attention without a gradient: each query head reads its key-value head where it lies."""
+    """Attention without a gradient, in which query heads read their key-value head in place."""
     spec, who = q.spec, q.who
     serving = where_served(k, spec.cut, q.shape[-3] // k.shape[-3])
     mask = _mask_of_heads(options.pop("attn_mask", None), spec, k.shape[-2], who)
@@ -104,7 +104,7 @@ def _read_in_place(q: CutTensor, k: CutTensor, v: CutTensor, options: dict[str, 
 
 @rule("scaled_dot_product_attention")
 def attention(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Each rank attends with the heads that it holds."""
+    """`F.scaled_dot_product_attention`: each rank attends with its query heads."""
     call_options = dict(
         zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)
     )
@@ -115,7 +115,10 @@ def attention(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     q, k, v = (options.pop(each) for each in ("query", "key", "value"))
     if not isinstance(q, CutTensor) or q.spec.dim != q.dim() - 3:
         return gathered(func, name, args, kwargs)
-    k, v = (freed(each) if is_cut(each) and is_for_all(each) else each for each in (k, v))
+    k, v = (
+        whole_or_zeros(each) if is_cut(each) and is_one_shared_unit(each) else each
+        for each in (k, v)
+    )
     if any(is_cut(each) and each.spec.dim != each.dim() - 3 for each in (k, v)):
         return gathered(func, name, args, kwargs)
     if options.get("dropout_p", 0.0) > 0.0:

@@ -1,4 +1,4 @@
-"""Products: linear layers cut by columns or rows, and batched products of cut tensors."""
+"""Rules for matrix products: linear layers cut by columns or rows, and batched products."""
 
 from typing import Any
 
@@ -7,7 +7,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shardproof.autograd import once_differentiable
-from shardproof.cut.alignment import broadcast, finest_of, fitted, freed, is_for_all, refined
+from shardproof.cut.alignment import (
+    broadcast,
+    finest_of,
+    fitted,
+    is_one_shared_unit,
+    refined,
+    whole_or_zeros,
+)
 from shardproof.cut.fallback import gathered, invariant, whole
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, named, rule, run
@@ -16,7 +23,7 @@ from shardproof.numerics import reducing
 
 
 def entering(x: Tensor) -> Any:
-    """What the column products of one whole tensor share: one sum of its gradient."""
+    """The object by which column products with one whole input share one sum of its gradient."""
     shared = getattr(x, "_shardproof_entering", None)
     if shared is None:
         shared = crossings.Entering()
@@ -29,10 +36,10 @@ def product(x: Any, weight: Any, bias: Any, *, is_transposed: bool, func: Any = 
 
     Args:
         x: (*, in_features), cut or whole.
-        weight: (out_features, in_features), or transposed; cut or whole.
+        weight: (out_features, in_features), or its transpose; cut or whole.
         bias: (out_features,) or None; cut or whole.
-        is_transposed: how `weight` is given.
-        func: that was called, for messages.
+        is_transposed: whether `weight` is (in_features, out_features).
+        func: the function that was called, for messages.
     """
     out_dim = 1 if is_transposed else 0
     last = x.dim() - 1
@@ -74,7 +81,7 @@ def product(x: Any, weight: Any, bias: Any, *, is_transposed: bool, func: Any = 
 def _of_whole_weight(
     x: CutTensor, weight: Tensor, bias: Any, is_transposed: bool, func: Any
 ) -> Any:
-    """A cut tensor and a whole weight, whose gradient the ranks sum, for the rows are cut."""
+    """A product with a whole weight, whose gradient is summed over ranks, since rows are cut."""
     spec = x.spec
     if spec.dim == x.dim() - 1:
         rows = whole(x, f"{func.__name__} of a whole weight")
@@ -101,7 +108,7 @@ def linear(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 @rule("addmm")
 def addmm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`bias + x @ weight`, as the Conv1D of transformers has it."""
+    """`torch.addmm`: `bias + x @ weight`, as the Conv1D of transformers computes it."""
     bias, x, weight = named(args, kwargs, "input", "mat1", "mat2")
     if kwargs.get("alpha", 1) == 1 == kwargs.get("beta", 1) and bias.dim() == 1:
         return product(x, weight, bias, is_transposed=True, func=torch.addmm)
@@ -113,7 +120,7 @@ def addmm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 @rule("baddbmm")
 def baddbmm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`beta * input + alpha * a @ b`, batched."""
+    """`torch.baddbmm`: `beta * input + alpha * a @ b`, batched."""
     x, a, b = named(args, kwargs, "input", "batch1", "batch2")
     y = run(torch.matmul, (a, b), {})
     if kwargs.get("alpha", 1) != 1:
@@ -124,7 +131,7 @@ def baddbmm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 @rule("inner")
 def inner(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Sums of products over the last dim of both, for every pair of vectors."""
+    """`torch.inner`: the inner product of every pair of vectors along the last dims."""
     a, b = named(args, kwargs, "input", "other")
     if a.dim() == 0 or b.dim() == 0:
         return run(torch.mul, (a, b), {})
@@ -133,7 +140,7 @@ def inner(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 @rule("matmul", "mm", "bmm", "mv", "dot", "rmatmul")
 def matmul(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Products of two tensors, batched or not."""
+    """`torch.matmul` and its like, batched or not."""
     a, b = named(args, kwargs, "input", "other")
     if b is None:
         b = kwargs.get("mat2", kwargs.get("tensor", kwargs.get("vec")))
@@ -155,9 +162,13 @@ def _with_vectors(a: Any, b: Any) -> Any:
 
 
 def batched(a: Any, b: Any) -> Any:
-    """(*, M, K) @ (*, K, N), of which one or both are cut along one dim."""
-    if isinstance(a, CutTensor) and isinstance(b, CutTensor) and is_for_all(a) != is_for_all(b):
-        a, b = (freed(each) if is_for_all(each) else each for each in (a, b))
+    """(*, M, K) @ (*, K, N), where one or both operands are cut along one dim."""
+    if (
+        isinstance(a, CutTensor)
+        and isinstance(b, CutTensor)
+        and is_one_shared_unit(a) != is_one_shared_unit(b)
+    ):
+        a, b = (whole_or_zeros(each) if is_one_shared_unit(each) else each for each in (a, b))
     region = (a if isinstance(a, CutTensor) else b).spec.region
     shape = (*broadcast(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
     sides = [(each, side) for side, each in enumerate((a, b)) if isinstance(each, CutTensor)]
@@ -180,7 +191,7 @@ def batched(a: Any, b: Any) -> Any:
 
 
 def _batched_column(a: Tensor, b: CutTensor, shape: tuple[int, ...]) -> CutTensor:
-    """(*, M, K), whole, @ (*, K, N) whose N is cut: the ranks sum the gradient of `a`."""
+    """(*, M, K), whole, times (*, K, N) with cut N: the gradient of `a` is summed over ranks."""
     spec = b.spec.region.spec(shape, len(shape) - 1, b.spec.cut)
     place = spec.region.place(spec.cut, b.who)
     product = invariant(spec.region, torch.matmul, b.who)
@@ -190,14 +201,14 @@ def _batched_column(a: Tensor, b: CutTensor, shape: tuple[int, ...]) -> CutTenso
 
 
 class _BatchedColumn(torch.autograd.Function):
-    """A product along whose N the ranks have parts."""
+    """A batched product whose N is cut."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, place: Any, product: Any) -> Tensor:
         ctx.save_for_backward(a, b)
         ctx.place, ctx.product = place, product
         y: Tensor = product(a, b)
-        return y.data  # no view, or torch would refuse to write to it in place
+        return y.data  # a new tensor: torch refuses in-place writes to a view here
 
     @staticmethod
     @once_differentiable
@@ -209,7 +220,7 @@ class _BatchedColumn(torch.autograd.Function):
 
 
 def _role(x: CutTensor, side: int, dims: int) -> int | None:
-    """Which dim of the result the cut dim of an operand is; None: it is contracted."""
+    """The dim of the result to which the cut dim of an operand goes; None if it is contracted."""
     dim = x.spec.dim - x.dim()
     return None if dim == (-1 if side == 0 else -2) else dims + dim
 
@@ -224,14 +235,14 @@ def _as_operand(x: Any, spec: Spec, who: str) -> Tensor:
     if is_batch and own >= 0 and x.shape[own] == spec.shape[spec.dim]:
         return crossings.take(x, own, place)
     if x.requires_grad and torch.is_grad_enabled():
-        # Every rank multiplies with it: its gradient is summed over the ranks.
+        # Every rank multiplies with it, so its gradient is summed over the ranks.
         lead = spec.local_shape[: len(spec.shape) - 2]
         return crossings.spread(x, (*lead, *x.shape[-2:]), spec.dim, place)
     return x
 
 
 def _contracted(a: Any, b: Any) -> Tensor:
-    """The contracted dim is cut."""
+    """The product of two operands whose contracted dim is cut."""
     finest = finest_of([each for each in (a, b) if isinstance(each, CutTensor)])
     place = finest.spec.region.place(finest.spec.cut, finest.who)
     left, right = (

@@ -1,7 +1,8 @@
-"""What a module's own code calls as functions: dropout by position, and forms whose bits are fixed.
+"""Intercept the functions that a module's own code calls: dropout, and operations with a form.
 
-A module whose forward draws, or calls an operation of whole tensors that threads change, runs its
-forward inside `Calls`. Operations on cut tensors go to their rules from here as from anywhere.
+If a module's forward draws random numbers, or calls an operation on whole tensors whose bits depend
+on the number of threads, it runs inside `Calls`. Draws are then keyed by position, and the
+operation is replaced by its invariant form. Operations on cut tensors go to their rules as usual.
 """
 
 import copy
@@ -26,7 +27,7 @@ from shardproof.cut.tensor import (
     RULES,
     Adopted,
     CutTensor,
-    Shown,
+    ShownCutTensor,
     cut_tensor,
     name_of,
     rule,
@@ -41,7 +42,7 @@ from shardproof.layers.dropout import Drawing
 from shardproof.numerics import forms
 
 assert all((matrix_products, lookup, moves, pointwise))  # noqa: S101 - imported for their rules
-DRAWS = "shardproof_draws"  # name of the module that counts the draws of another
+DRAWS = "shardproof_draws"  # attribute: the child module that counts the draws
 DROPOUTS = frozenset(("dropout", "native_dropout", "dropout_"))
 _RANDOM = frozenset(
     """rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal
@@ -51,11 +52,11 @@ _LIKE = {"rand_like": "uniform_", "randn_like": "normal_", "randint_like": "rand
 
 
 class Calls(TorchFunctionMode):
-    """Takes the calls of torch in the forward of one module.
+    """Intercepts the calls of torch functions in the forward of one module.
 
     Attributes:
-        region: of the model.
-        drawing: what counts the draws of the module whose forward runs.
+        region: the region of the model.
+        drawing: counts the draws of the module whose forward runs.
     """
 
     def __init__(self, region: Region, drawing: Drawing) -> None:
@@ -66,7 +67,7 @@ class Calls(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """A dropout by position, a form, or what was called."""
+        """Run a dropout keyed by position, an invariant form, or the function itself."""
         kwargs = kwargs or {}
         what = _KINDS.get(func)
         if what is None:
@@ -97,7 +98,7 @@ class Calls(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _called(self) -> None:
-        """Remember that the module needs this, unless a decomposition of torch called."""
+        """Remember that the module needs `Calls`, unless the call came from inside torch."""
         if not self.region.is_rehearsed:
             return
         caller = sys._getframe(2).f_code.co_filename
@@ -105,7 +106,7 @@ class Calls(TorchFunctionMode):
             self.region.called.add(self.drawing.name)
 
     def random(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Random numbers of a whole tensor: keyed by module and draw, so the same on every rank."""
+        """Random numbers for a whole tensor, keyed by module and draw: the same on every rank."""
         if name in _LIKE:
             x, *limits = args or (kwargs.pop("input"),)
             limits += [kwargs.pop(key) for key in ("low", "high") if key in kwargs]
@@ -128,34 +129,34 @@ class Calls(TorchFunctionMode):
         return unseen(func, *args, **{**kwargs, "generator": generator})
 
     def key(self, seed: int) -> MaskKey:
-        """Of the next mask: the module, and how often it has drawn."""
+        """The key of the next mask: the module, and how often it has drawn."""
         self.region.drew.add(self.drawing.name)
         return MaskKey(seed, self.drawing.name, self.drawing.next_step())
 
     def dropped(self, x: Any, p: float, training: bool, inplace: bool) -> Any:
-        """A dropout of a whole or a cut tensor."""
+        """Dropout of a whole or a cut tensor."""
         if not training or p == 0:
             return x
         if isinstance(x, CutTensor):
-            return _given(dropped_part(x, p, self.key(self.region.scheme.seed)), x, inplace)
-        return _given(dropout(x, p, self.key(self.region.scheme.seed)), x, inplace)
+            return _in_place(dropped_part(x, p, self.key(self.region.scheme.seed)), x, inplace)
+        return _in_place(dropout(x, p, self.key(self.region.scheme.seed)), x, inplace)
 
 
 def dropped_part(x: CutTensor, p: float, key: MaskKey) -> CutTensor:
-    """A dropout by position: each rank draws the masks of its own runs."""
+    """Dropout of a cut tensor, keyed by position: each rank draws the masks of its own part."""
     region = x.spec.region
     place, held = region.place(x.spec.cut, x.who), x.spec.cut.held(region.rank)
     leaves = [(int(held[tile.start]), tile) for tile in place.tiles]
     return cut_tensor(dropout(x.local, p, key, dim=x.spec.dim, leaves=leaves), x.spec, x.who)
 
 
-def _given(y: Any, x: Any, inplace: bool) -> Any:
+def _in_place(y: Any, x: Any, inplace: bool) -> Any:
     return x.copy_(y) if inplace else y
 
 
-_CUT_TYPES = frozenset((Shown, Adopted))
+_CUT_TYPES = frozenset((ShownCutTensor, Adopted))
 _PLAIN, _DROPOUT, _ATTENTION, _COMPOSED, _BROADCAST, _INDEX, _DRAW, _OTHER = range(8)
-_KINDS: dict[Any, int] = {}  # function of torch -> what is done with it
+_KINDS: dict[Any, int] = {}  # function of torch -> how `Calls` treats it
 _UNTOUCHED = (None, RULES["view"], RULES["getitem"], RULES["setitem"], RULES["gathered"])
 _BROADCASTING = frozenset(
     """add sub mul div true_divide radd rsub rmul rdiv where lerp addcmul addcdiv maximum minimum
@@ -165,7 +166,7 @@ _DECOMPOSING = ("/torch/_refs/", "/torch/_prims", "/torch/_decomp", "/torch/_met
 
 
 def _lists_cut(args: tuple[Any, ...]) -> bool:
-    """Whether an argument is a list with a cut tensor in it, which torch does not tell."""
+    """Whether an argument is a list with a cut tensor, which torch does not dispatch on."""
     for each in args:
         if isinstance(each, list | tuple):
             for x in each:
@@ -175,7 +176,7 @@ def _lists_cut(args: tuple[Any, ...]) -> bool:
 
 
 def _kind_of(func: Any) -> int:
-    """What `Calls` do with a function of torch."""
+    """How `Calls` treats a function of torch."""
     name = name_of(func)
     if name in DROPOUTS:
         return _DROPOUT
@@ -194,7 +195,7 @@ def _kind_of(func: Any) -> int:
 
 
 def _may_differ(what: int, args: tuple[Any, ...]) -> bool:
-    """Whether torch's own could differ: not where nothing is broadcast, or taken twice."""
+    """Whether torch's own bits could differ: only if an operand is broadcast or used twice."""
     if what is _INDEX:
         entries = args[1] if isinstance(args[1], tuple) else (args[1],)
         return any(isinstance(each, Tensor | list) for each in entries)
@@ -211,12 +212,12 @@ def _drops(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 class _Local(threading.local):
-    """Of one thread: which module's `Calls` are at work.
+    """State of one thread: which `Calls` are active.
 
     Attributes:
-        calls: of the module whose forward runs; None outside of all.
-        on: the `Calls` that torch gives its calls to; None where no module needs it.
-        before: `calls` and `on` as they were before each module, and the `on` that it left.
+        calls: those of the module whose forward runs; None outside of every module.
+        on: the `Calls` that are entered as a mode of torch; None if no module needs it.
+        before: `calls` and `on` before each module was entered, and the `on` that it left.
     """
 
     calls: "Calls | None" = None
@@ -243,7 +244,7 @@ def _dropout_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, flo
 
 @rule("dropout", "dropout_", "native_dropout")
 def dropped(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A dropout of a cut tensor: each rank draws the masks of its own runs."""
+    """Dropout of a cut tensor: each rank draws the masks of its own part."""
     x, p, training, inplace = _dropout_of(args, kwargs)
     if not isinstance(x, CutTensor):
         return gathered(func, name, args, kwargs)
@@ -260,7 +261,7 @@ def dropped(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 @rule(*_LIKE, "uniform_", "normal_", "exponential_", "bernoulli", "bernoulli_")
 def random(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Random numbers of a cut tensor: drawn for the whole, of which each rank keeps its part."""
+    """Random numbers for a cut tensor: each rank draws the whole and keeps its part."""
     x = args[0] if args else kwargs.pop("input")
     calls = _local.calls
     if not isinstance(x, CutTensor) or calls is None:
@@ -282,13 +283,13 @@ def random(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 class Calling:
-    """Runs the forward of a module inside `Calls`, or outside of those of the module around it.
+    """Runs the forward of a module inside `Calls`, or outside of the `Calls` of its parent.
 
     Args:
-        region: of the model.
-        name: of the module.
-        calls: it calls on whole tensors what `Calls` must see.
-        draws: it draws.
+        region: the region of the model.
+        name: name of the module.
+        calls: whether it calls, on whole tensors, operations that `Calls` must replace.
+        draws: whether it draws random numbers.
     """
 
     def __init__(self, region: Region, name: str, *, calls: bool, draws: bool) -> None:
@@ -298,19 +299,19 @@ class Calling:
         self.draws = draws
 
     def hook(self, module: nn.Module) -> None:
-        """Let a module call in this way."""
+        """Register this on a module."""
         if self.draws:
-            module.register_module(DRAWS, self.drawing)  # its count is a part of the state
+            module.register_module(DRAWS, self.drawing)  # its count is part of the state dict
         module.register_forward_pre_hook(self.enter, prepend=True)
         module.register_forward_hook(self.leave, always_call=True)
 
     def enter(self, *_: Any) -> None:
-        """Before the forward."""
+        """Called before the forward."""
         outer = _local.on if _local.on is not None and _is_first(_local.on) else None
         _local.before.append((_local.calls, _local.on, outer))
         calls = _local.calls = Calls(self.region, self.drawing)
         inside.enter()
-        if outer is not None:  # one at a time, or each would see what the others let through
+        if outer is not None:  # only one at a time, so that a call is intercepted once
             outer.__exit__(None, None, None)
             _local.on = None
         if self.calls:
@@ -318,12 +319,12 @@ class Calling:
             _local.on = calls
 
     def leave(self, *_: Any) -> None:
-        """After it, or after what it raised."""
+        """Called after the forward, also if it raised."""
         _leave()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Calling":
         copied = Calling(self.region, self.drawing.name, calls=self.calls, draws=self.draws)
-        copied.drawing = copy.deepcopy(self.drawing, memo)  # the one that the copied module has
+        copied.drawing = copy.deepcopy(self.drawing, memo)  # the counter that the copied module has
         return copied
 
 
@@ -338,9 +339,9 @@ def _leave() -> None:
 
 @contextmanager
 def finished_calls() -> Iterator[None]:
-    """After an error, leave the modules that were entered here.
+    """Leave all modules that were entered inside, also after an error.
 
-    Torch runs the forward hooks that would do it, except while it traces.
+    Usually the forward hooks do this, but torch does not run them while it traces.
     """
     depth = len(_local.before)
     try:
@@ -352,6 +353,6 @@ def finished_calls() -> Iterator[None]:
 
 
 def _is_first(mode: Calls) -> bool:
-    """Whether torch gives its calls to this mode first."""
+    """Whether this mode is the innermost one, which torch calls first."""
     modes = torch._C._len_torch_function_stack()
     return bool(modes) and torch._C._get_function_stack_at(modes - 1) is mode

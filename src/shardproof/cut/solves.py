@@ -1,4 +1,4 @@
-"""Triangular systems, one a matrix: each rank solves those that it holds."""
+"""The rule for triangular solves: each rank solves the matrices that it holds."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from shardproof.numerics.contracting import matmul
 
 @rule("linalg_solve_triangular", "solve_triangular")
 def solve_triangular(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`torch.linalg.solve_triangular(A, B)` of matrices that are cut along a leading dim."""
+    """`torch.linalg.solve_triangular(A, B)` of a batch that is cut along a leading dim."""
     arguments = dict(zip(("A", "B"), args, strict=False)) | kwargs
     a, b = arguments["A"], arguments["B"]
     cuts = [each for each in (a, b) if isinstance(each, CutTensor)]
@@ -36,9 +36,9 @@ def solve_triangular(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[s
 
 
 def _solved(a: Tensor, b: Tensor, **options: bool) -> Tensor:
-    """Matrix by matrix, each in memory of its own.
+    """Solve one matrix after the other, each in its own memory.
 
-    Torch's bits of a matrix depend on how many there are, and on where its memory begins.
+    Torch's bits depend on the number of matrices in a batch and on where a matrix's memory begins.
     """
     if a.is_meta or not b.numel():
         return torch.linalg.solve_triangular(a, b, **options)
@@ -58,7 +58,7 @@ class _Solved(torch.autograd.Function):
         y = _solved(a, b, **options)
         ctx.options = options
         ctx.save_for_backward(a, y)
-        return y.data  # no view, or torch would refuse to write to it in place
+        return y.data  # a new tensor: torch refuses in-place writes to a view here
 
     @staticmethod
     @once_differentiable

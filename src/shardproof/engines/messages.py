@@ -1,7 +1,7 @@
-"""What the launcher and its workers say to each other: words in a socket, values in files.
+"""Messages between the launcher and its workers: words over a socket, pickled values in files.
 
-Functions are pickled by value. Only files of the launcher's own private folder are read: whoever
-writes a pickle decides what reading it does.
+Functions are pickled by value. Only files in the launcher's own private folder are read, because
+reading a pickle can run any code.
 """
 
 from pathlib import Path
@@ -13,29 +13,29 @@ import torch
 from shardproof.error_text import text_of
 from shardproof.errors import UsageError
 
-# What the user's code may raise while it is pickled; an interrupt is meant for the caller.
+# Errors that pickling the user's objects may raise; an interrupt is not among them.
 _WRONG = (Exception, SystemExit, GeneratorExit)
 _SOME = 64 * 1024
 
-# Files of the launcher's folder that all share.
+# Shared files in the launcher's folder.
 SETTINGS = "settings"
-BOARD = "board"
+STATUS_FILE = "status"
 STORE = "store"
 CALL = "call"
 
-# What the launcher says, with the number of the call, and what a worker answers to RUN, with the
-# same number: an answer to another call is none.
+# Words of the launcher, sent with the number of a call, and answers of a worker to RUN, with the
+# same number. An answer with another number is ignored.
 RUN, CLOSE = "run", "close"
 RETURNED, FAILED = "returned", "failed"
 
 
 def result_path(folder: Path, rank: int, number: int) -> Path:
-    """Where rank `rank` leaves what `fn` returned in call `number`."""
+    """The file for the result of rank `rank` in call `number`."""
     return folder / f"result-{rank}-{number}"
 
 
 def failure_path(folder: Path, rank: int, number: int) -> Path:
-    """Where rank `rank` leaves its failure in call `number`."""
+    """The file for the failure of rank `rank` in call `number`."""
     return folder / f"failure-{rank}-{number}"
 
 
@@ -43,12 +43,12 @@ def write(value: Any, path: Path, *, what: str) -> None:
     """Pickle `value`, its tensors unboxed, into `path`.
 
     Args:
-        value: anything cloudpickle takes.
-        path: is written.
-        what: the value's name in the message.
+        value: any value that cloudpickle can pickle.
+        path: the file to write.
+        what: name of the value in messages.
 
     Raises:
-        UsageError: it cannot be pickled, or there is no room for it.
+        UsageError: it cannot be pickled, or the disk is full.
     """
     try:
         torch.save(value, path, pickle_module=cloudpickle, pickle_protocol=5)
@@ -63,7 +63,7 @@ def write(value: Any, path: Path, *, what: str) -> None:
 
 
 def read(path: Path, *, what: str) -> Any:
-    """What `write` wrote.
+    """Read a value that `write` wrote.
 
     Raises:
         UsageError: it cannot be unpickled here.
@@ -78,7 +78,7 @@ def read(path: Path, *, what: str) -> Any:
 
 
 def no_room(path: Path, error: BaseException) -> UsageError:
-    """The error for a folder of temporary files that takes nothing more."""
+    """The error for a full folder of temporary files."""
     return UsageError(
         f"{path} cannot be written: {text_of(error)}. What processes tell each other goes through "
         "that folder: make room in it, set TMPDIR to a directory that has some, or use "
@@ -87,7 +87,7 @@ def no_room(path: Path, error: BaseException) -> UsageError:
 
 
 def _has_room(path: Path) -> bool:
-    """Whether a file could still grow there; torch's own error does not say why it failed."""
+    """Whether a file in the folder can still grow, because torch's own error does not say so."""
     try:
         with path.open("ab") as file:
             file.write(bytes(_SOME))

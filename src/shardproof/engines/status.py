@@ -1,10 +1,10 @@
-"""Where every worker writes what it is doing, so that the launcher can say who waits for whom.
+"""`StatusFile`: the collectives of every worker, so that the launcher can say who waits for whom.
 
-A small shared file, one row per rank: how many collectives the rank has begun, how many it has
-ended, and the text of the last one. Over shared memory a rank writes only when it has waited for
-long, so that it costs nothing else; the counts are right whenever it writes. A row has one writer.
-The launcher reads it only when ranks have returned or failed and others have not, so a row torn in
-mid-write is read again.
+A small shared file with one row per rank: how many collectives the rank has begun, how many it has
+ended, and the text of the last one. With shared memory, a rank writes only after a long wait, so
+that a fast exchange costs nothing; the counts are right whenever it writes. A row has one writer.
+The launcher reads only when some ranks have returned or failed and others have not. A row that it
+reads in the middle of a write is read again.
 """
 
 import mmap
@@ -19,12 +19,12 @@ _TEXT = _COUNTS.size + _LENGTH.size
 
 
 @dataclass(frozen=True)
-class Place:
-    """What one rank was doing when its row was read.
+class RankStatus:
+    """The state of one rank when its row was read.
 
     Attributes:
-        begun, ended: collectives so far.
-        text: the last one that began; empty before the first.
+        begun, ended: number of collectives so far.
+        text: the last collective that began; empty before the first.
     """
 
     begun: int
@@ -33,15 +33,15 @@ class Place:
 
     @property
     def is_waiting(self) -> bool:
-        """True inside a collective."""
+        """Whether the rank is inside a collective."""
         return self.begun > self.ended
 
 
-class Board:
+class StatusFile:
     """The rows of all ranks.
 
     Args:
-        path: of a file that `Board.create` made.
+        path: path of a file that `StatusFile.create` made.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,13 +49,13 @@ class Board:
             self._map = mmap.mmap(file.fileno(), 0)
 
     @classmethod
-    def create(cls, path: Path, degree: int) -> "Board":
-        """A board of empty rows."""
+    def create(cls, path: Path, degree: int) -> "StatusFile":
+        """Create a file of empty rows."""
         path.write_bytes(bytes(_ROW * degree))
         return cls(path)
 
     def begin(self, rank: int, count: int, text: str) -> None:
-        """Rank `rank` is in the `count`th collective that it has begun, or waits in it again."""
+        """Write that rank `rank` is in its `count`th collective."""
         start = rank * _ROW
         data = text.encode()[: _ROW - _TEXT]
         self._map[start + _TEXT : start + _TEXT + len(data)] = data
@@ -64,18 +64,18 @@ class Board:
         _COUNTS.pack_into(self._map, start, count, min(ended, count - 1))
 
     def end(self, rank: int) -> None:
-        """Rank `rank` has left the collective that it was in."""
+        """Write that rank `rank` has left its collective."""
         begun, _ = _COUNTS.unpack_from(self._map, rank * _ROW)
         _COUNTS.pack_into(self._map, rank * _ROW, begun, begun)
 
-    def read(self, rank: int) -> Place:
-        """What rank `rank` is doing."""
+    def read(self, rank: int) -> RankStatus:
+        """Read the state of rank `rank`."""
         start = rank * _ROW
         begun, ended = _COUNTS.unpack_from(self._map, start)
         (length,) = _LENGTH.unpack_from(self._map, start + _COUNTS.size)
         data = self._map[start + _TEXT : start + _TEXT + length]
-        return Place(begun, ended, data.decode(errors="replace"))
+        return RankStatus(begun, ended, data.decode(errors="replace"))
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._map.close()

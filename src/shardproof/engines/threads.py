@@ -1,8 +1,8 @@
-"""Ranks as threads of this process: nothing to start, nothing to pickle, tensors are lent.
+"""`ThreadRanks`: ranks as threads of this process, which need no pickling and share tensors.
 
-Threads cannot be killed. When a rank fails, ranks that wait in a collective raise at once; a rank
-that computes gets an exception at its next Python instruction; one that is stuck outside Python
-is given up (it cannot keep the process from ending).
+Threads cannot be killed. When a rank fails, ranks that wait in a collective raise at once, and a
+rank that computes gets an exception at its next Python instruction. A rank that is stuck outside
+Python is abandoned; it does not keep the process from ending.
 """
 
 import ctypes
@@ -19,8 +19,8 @@ import torch
 
 from shardproof.axis import Axis
 from shardproof.engines import random_state
-from shardproof.engines.base import Ranks, Settings
 from shardproof.engines.capacity import WAY_OUT
+from shardproof.engines.engine import Ranks, Settings
 from shardproof.engines.failure import Failure, failure_of, verdict
 from shardproof.engines.fork import end_if_forked
 from shardproof.errors import UsageError
@@ -30,7 +30,7 @@ from shardproof.transport.rendezvous import Rendezvous
 from shardproof.transport.solo import SoloTransport
 from shardproof.transport.threads import ThreadsTransport, waits_note
 
-# After a failure: time for the other ranks to notice by themselves, then to be stopped.
+# Seconds after a failure in which other ranks may notice it themselves, then be stopped.
 _GRACE = 3.0
 _STOPPING = 1.0
 
@@ -108,7 +108,7 @@ class ThreadRanks(Ranks):
                 raise UsageError(
                     f"a rank cannot have {settings.threads} threads: {problem}. Use fewer."
                 ) from problem
-        # A rank's thread count is also what threads that start later begin with; put that back.
+        # Threads that start later inherit the last thread count that was set, so restore it.
         torch.set_num_threads(torch.get_num_threads())
 
     @property
@@ -144,7 +144,7 @@ class ThreadRanks(Ranks):
         failures = [outcome.failure for outcome in outcome_by_rank.values() if outcome.failure]
         if not failures:
             for transport in transports:
-                disable(transport, OVER)  # else whoever kept the axis would find the others or not
+                disable(transport, OVER)  # otherwise a kept axis would sometimes still work
             return [outcome_by_rank[rank].result for rank in range(self.degree)]
         self._break()
         error = verdict(failures, self.degree)
@@ -159,7 +159,7 @@ class ThreadRanks(Ranks):
     def _collect(
         self, outcomes: "queue.SimpleQueue[_Outcome]", outcome_by_rank: dict[int, _Outcome]
     ) -> None:
-        """Fill `found` with every rank's outcome; after a failure, with those that come soon."""
+        """Collect every rank's outcome; after a failure, only the outcomes that come soon."""
         while len(outcome_by_rank) < self.degree:
             outcome = outcomes.get()
             outcome_by_rank[outcome.rank] = outcome
@@ -191,21 +191,22 @@ class ThreadRanks(Ranks):
 
 
 def _serve(inbox: _Inbox, threads: int, ready: _Ready) -> None:
-    """The life of a rank."""
-    # Both settings belong to the thread. The count is asked for first, because a thread's first
-    # question sets it to the process's default. On a GPU backward would otherwise run in one
-    # thread per device, where ranks that share the device would wait for each other for ever.
+    """The main function of a rank's thread."""
+    # Both settings belong to the thread. The count is read first, because the first read in a
+    # thread sets it to the process's default. Without the second setting, backward on a GPU would
+    # run in one thread per device, in which ranks that share the device would wait for each other
+    # for ever.
     try:
         torch.get_num_threads()
         torch.set_num_threads(threads)
         torch.autograd.set_multithreading_enabled(False)
-    except Exception as error:  # told to the caller, who waits
+    except Exception as error:  # passed to the caller, which waits
         ready.put(error)
         return
     ready.put(None)
     while (task := inbox.get()) is not None:
         task.outcomes.put(task.attempt())
-        del task  # so that an idle rank keeps nothing alive
+        del task  # an idle rank must not keep objects alive
 
 
 def _dismiss(inboxes: Sequence[_Inbox]) -> None:

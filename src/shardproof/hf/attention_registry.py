@@ -1,8 +1,8 @@
-"""Our attention in transformers' registry: models find it under a name of ours in their config.
+"""Register shardproof's attention with transformers, and select it in the configs of cut models.
 
-transformers asks `config._attn_implementation` for the function and for the mask that it wants.
-A cut model gets a config of its own with one of our names; the model that it was copied from, and
-every other one with the same config, computes as before.
+transformers looks up the attention function and the kind of mask by `config._attn_implementation`.
+A cut model gets its own copy of its config with one of our names. Other models that share the
+original config are not affected.
 """
 
 import copy
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from shardproof.errors import UsageError
 from shardproof.layers.attention import HeadAttention
 
-# What a model uses -> under which name it finds ours with the same kind of mask.
+# The implementation that a model uses -> the name of ours with the same kind of mask.
 NAMES = {"sdpa": "shardproof-sdpa", "eager": "shardproof-eager"}
-CHILD = "head_attention"  # of the attention module
+CHILD = "head_attention"  # name of a child of the attention module
 
 
 def implementation_problems(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Why the attention of a model cannot be ours, one sentence for each implementation.
+    """One sentence for each attention implementation that ours cannot replace.
 
     Args:
-        model: of transformers.
-        names: of the attention modules that are to be cut.
+        model: a model of transformers.
+        names: names of the attention modules that are to be cut.
     """
     implementations = {_config_of(model, name)._attn_implementation for name in names}
     return [
@@ -34,20 +34,22 @@ def implementation_problems(model: nn.Module, names: Iterable[str]) -> list[str]
     ]
 
 
-def take_over(model: nn.Module, attentions: Mapping[str, HeadAttention]) -> None:
+def use_our_attention(model: nn.Module, attentions: Mapping[str, HeadAttention]) -> None:
     """Let attention modules of a model compute through ours.
 
-    Every config of the model that asks for what they ask for is replaced: that of the module which
-    makes the masks above all, and the copies that a composite model keeps side by side. A module
-    that computes without ours after all raises when it is called.
+    Every config in the model that names their implementation is replaced: most of all the config of
+    the module that makes the masks, and the copies in a composite model. An attention module whose
+    forward does not call ours raises.
 
     Args:
-        model: of transformers, without `implementation_problems`.
-        attentions: name of an attention module -> what computes in it.
+        model: a model of transformers, without `implementation_problems`.
+        attentions: name of an attention module -> the module that attends.
     """
     _register()
     ours = {_config_of(model, name)._attn_implementation for name in attentions} & NAMES.keys()
-    copies: dict[int, tuple[Any, Any]] = {}  # with the original, or its id could be given again
+    copies: dict[
+        int, tuple[Any, Any]
+    ] = {}  # keeps the original alive, so that its id is not reused
     for module in model.modules():
         own: Any = getattr(module, "config", None)
         if getattr(own, "_attn_implementation", None) not in ours:
@@ -64,19 +66,19 @@ def take_over(model: nn.Module, attentions: Mapping[str, HeadAttention]) -> None
 
 
 def _config_of(model: Any, name: str) -> Any:
-    """Config of an attention module; the model's, where it has none of its own."""
+    """The config of an attention module, or the model's if it has none."""
     return getattr(model.get_submodule(name), "config", None) or model.config
 
 
 def _forget(module: nn.Module, inputs: Any) -> None:
-    """A forward pre-hook: nothing of ours has computed yet."""
+    """A forward pre-hook: note that our attention was not called yet."""
     getattr(module, CHILD).calls = 0
 
 
 def _remember(module: nn.Module, inputs: Any, output: Any) -> None:
-    """A forward hook: raise if this rank's heads were attended to by somebody else.
+    """A forward hook: raise if the module did not call our attention.
 
-    Whose gradients of shared key-value heads would be this rank's part alone.
+    Without our attention, the gradient of a shared KV head would miss the other ranks' parts.
     """
     if getattr(module, CHILD).calls == 0:
         raise UsageError(
@@ -110,22 +112,22 @@ def _attend(
     hides_later: bool = False,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls where the mask says all that is hidden.
+    """The attention function for models whose mask hides everything that must be hidden.
 
     Shapes and placements as in `HeadAttention`, the result as (B, T, heads, head_dim).
 
     Args:
-        module: of attention; ours is its child.
+        module: the attention module; ours is its child.
         query: see `HeadAttention`.
-        key: likewise.
-        value: likewise.
-        attention_mask: or None.
-        dropout: as the model has it, like the next two.
-        scaling: of the scores.
-        softcap: of the scores.
-        is_causal: of transformers; without a mask of its own it says nothing here.
-        hides_later: later tokens are hidden though no mask says so.
-        options: what else the model says; what would change the numbers is refused.
+        key: see `HeadAttention`.
+        value: see `HeadAttention`.
+        attention_mask: the mask of the model, or None.
+        dropout: probability that the model uses.
+        scaling: factor of the scores.
+        softcap: soft cap of the scores, or None.
+        is_causal: argument of transformers, which is ignored.
+        hides_later: whether later tokens are hidden although no mask hides them.
+        options: further arguments of the model; one that would change the result is refused.
     Comm:
         as `HeadAttention`.
     """
@@ -159,7 +161,7 @@ def _with_sdpa_mask(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls where a missing mask means a causal one; see `_attend`.
+    """The attention function for models in which no mask means a causal one; see `_attend`.
 
     Comm:
         as `HeadAttention`.
@@ -167,13 +169,13 @@ def _with_sdpa_mask(
     length = query.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and length > 1
-    if causal and key.shape[2] > length:  # a static cache, still empty behind these tokens
+    if causal and key.shape[2] > length:  # a static cache that is still empty after these tokens
         key, value = key[:, :, :length], value[:, :, :length]
     return _attend(module, query, key, value, attention_mask, hides_later=causal, **options)
 
 
 def _refuse(module: nn.Module, options: Mapping[str, Any]) -> None:
-    """Raise for what would change the arithmetic and is not ours yet."""
+    """Raise for options that would change the arithmetic and that ours does not support."""
     for name, value in options.items():
         if name in ("position_bias", "s_aux") and value is not None:
             raise UsageError(

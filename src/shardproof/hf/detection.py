@@ -1,4 +1,4 @@
-"""Telling a model of transformers from any other, without importing the library."""
+"""Recognise a model of transformers without importing that library."""
 
 import sys
 
@@ -6,6 +6,6 @@ from torch import nn
 
 
 def is_transformers(model: nn.Module) -> bool:
-    """True for a `PreTrainedModel`: whoever has one has imported transformers."""
+    """Whether a model is a `PreTrainedModel`; if so, transformers was imported already."""
     library = sys.modules.get("transformers.modeling_utils")
     return library is not None and isinstance(model, library.PreTrainedModel)

@@ -1,4 +1,4 @@
-"""What looks at all parameters of a cut model: norms, clipping, optimizers and their states."""
+"""Gradient norms, clipping, optimizers and their states, for cut models."""
 
 from shardproof.layers.step_guard import declare_elementwise
 from shardproof.optim.adafactor import Adafactor

@@ -1,8 +1,8 @@
 """The norm of all gradients of a cut model, and clipping by it.
 
 Each element counts once: a cut parameter is summed over the axis by the canonical tree over its
-leaves, a replicated one is summed on every rank alike and not over the axis. The parameters are
-added in the order of `model.named_parameters()`, which no degree changes.
+leaves; a replicated parameter is summed on every rank alike, and not over the axis. The parameters
+are added in the order of `model.named_parameters()`, which does not depend on the degree.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shardproof import operands
 from shardproof.numerics.sums import sum_squares
 from shardproof.objects import checked_model
-from shardproof.optim.layouts import Place, layouts_of
+from shardproof.optim.layouts import ParameterLayout, layouts_of
 from shardproof.quantities import checked_real
 
 
@@ -20,9 +20,9 @@ def grad_norm(model: nn.Module) -> Tensor:
     """2-norm of all gradients of a cut model, the same bits at every degree.
 
     Args:
-        model: with cut and plain modules; parameters without a gradient count nothing. Gradients
-            that are DTensors, as after `fully_shard`, are gathered one at a time, over their own
-            mesh and past the ledger.
+        model: a model with cut and plain modules; parameters without a gradient are skipped.
+            Gradients that are DTensors, as after `fully_shard`, are gathered one at a time, over
+            their own mesh and without the ledger.
 
     Returns:
         (), Replicate, fp32 (fp64 if any gradient is).
@@ -43,7 +43,9 @@ def grad_norm(model: nn.Module) -> Tensor:
     for name, parameter, layout, axis in layouts_of(model):
         if parameter.grad is None:
             continue
-        square = sum_squares_of(_readable(parameter.grad, name), Place(layout, axis, name))
+        square = sum_squares_of(
+            _readable(parameter.grad, name), ParameterLayout(layout, axis, name)
+        )
         if total is not None and total.dtype != square.dtype:
             total, square = total.double(), square.double()
         total = square if total is None else total + square
@@ -51,7 +53,7 @@ def grad_norm(model: nn.Module) -> Tensor:
 
 
 def _readable(grad: Tensor, name: str) -> Tensor:
-    """A gradient as real numbers in plain memory; a DTensor (FSDP) is gathered, one at a time."""
+    """A gradient as a plain tensor; a DTensor (FSDP) is gathered."""
     if type(grad) is Tensor and grad.dtype in operands.FLOATS and not operands.is_odd(grad):
         return grad
     gather = getattr(grad, "full_tensor", None)
@@ -61,18 +63,18 @@ def _readable(grad: Tensor, name: str) -> Tensor:
 
 
 def _own_memory(grad: Tensor) -> Tensor:
-    """What this rank has of a gradient, to be written."""
+    """The memory of this rank's part of a gradient, for writing."""
     local = getattr(grad, "to_local", None)
     mine: Tensor = grad if local is None else local()
     return mine
 
 
-def sum_squares_of(x: Tensor, place: Place) -> Tensor:
+def sum_squares_of(x: Tensor, place: ParameterLayout) -> Tensor:
     """Sum of the squares of a whole tensor, each element once.
 
     Args:
-        x: what this rank holds of it, cut as its parameter is.
-        place: of the parameter.
+        x: this rank's part of it, cut as the parameter is.
+        place: layout of the parameter.
 
     Returns:
         (), Replicate; fp64 for fp64, else fp32.
@@ -88,7 +90,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     """Scale all gradients by `max_norm / norm` if their norm is larger; in place.
 
     Args:
-        model: with cut and plain modules.
+        model: a model with cut and plain modules.
         max_norm: the largest norm allowed; positive.
 
     Returns:

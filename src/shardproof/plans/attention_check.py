@@ -1,9 +1,9 @@
-"""What the child of an attention computes: found out by running it beside ours, not from its name.
+"""Check that the child of an attention computes what our attention computes, by running both.
 
-`Attention(attend="child")` puts our attention in the place of a module of the user's. That is right
-only where both compute the same, so a copy of the child is run on small numbers when the plan is
-made: outputs and gradients, with the mask that its parent gives it, in training and in evaluation.
-The child itself, its weights and torch's generators stay as they were.
+`Attention(attend="child")` replaces a module of the user by our attention. That is right only if
+both compute the same. So when the plan is made, a copy of the child runs on small numbers, and its
+outputs and gradients are compared with ours: with the mask that its parent passes, in training and
+in evaluation mode. The child itself, its weights and torch's generators do not change.
 """
 
 import copy
@@ -37,12 +37,12 @@ _lock = threading.Lock()  # ranks that are threads have one generator together
 
 
 @dataclass(frozen=True)
-class Manner:
-    """How our attention computes what a child computes.
+class AttentionOptions:
+    """Options with which our attention computes what a child computes.
 
     Attributes:
-        is_causal: a query sees no key behind its own place.
-        dropout: of attention weights, in training.
+        is_causal: a query sees no later key.
+        dropout: probability that an attention weight is dropped in training.
     """
 
     is_causal: bool
@@ -50,42 +50,42 @@ class Manner:
 
 
 class _UnlikeError(Exception):
-    """What is wrong with a child; becomes a sentence."""
+    """A child computes something else; the message says what."""
 
 
 @dataclass(frozen=True)
-class _Trial:
-    """What a child is called with.
+class _ChildCall:
+    """Arguments that a child is called with.
 
     Attributes:
-        given: q, k, v.
-        options: what else its parent gives it, by the names that ours has.
-        masks: tried one after the other; of several, one must agree (nothing says which is meant).
-        is_short: gradients are compared too, and the child is called twice.
+        inputs: q, k, v.
+        options: further arguments that its parent passes, by their names in our attention.
+        masks: tried one after the other; the child must agree with ours for one of them.
+        is_short: whether gradients are compared too, and the child is called twice.
     """
 
-    given: tuple[Tensor, Tensor, Tensor]
+    inputs: tuple[Tensor, Tensor, Tensor]
     options: Mapping[str, Any]
     masks: tuple[Tensor | None, ...]
     is_short: bool
 
 
-def manner_of(
-    name: str, style: Attention, model: nn.Module, known: dict[Hashable, Manner]
-) -> Manner | str:
-    """How ours computes what a child computes, or one sentence why it cannot.
+def attention_options_of(
+    name: str, style: Attention, model: nn.Module, known: dict[Hashable, AttentionOptions]
+) -> AttentionOptions | str:
+    """Options for our attention, or one sentence that says why it cannot replace the child.
 
     Args:
-        name: of the attention module.
-        style: its style, with `attend`.
-        model: whose module it is; the child's own tensors must not be on the meta device.
-        known: what was found before, of children that are alike in all that they have; is added to.
+        name: name of the attention module.
+        style: the style of the module, with `attend` set.
+        model: the model; the child's own tensors must not be on the meta device.
+        known: results for children that were checked before, by `_key`; new results are added.
     """
     parent = model.get_submodule(name)
     full = f"{name}.{style.attend}" if name else str(style.attend)
     child = parent.get_submodule(str(style.attend))
     try:
-        return _manner(child, parent, style, known)
+        return _attention_options(child, parent, style, known)
     except _UnlikeError as error:
         return (
             f"module {full!r} ({type(child).__name__}) {error} Attention puts {_RULE} in its "
@@ -94,9 +94,9 @@ def manner_of(
         )
 
 
-def _manner(
-    child: nn.Module, parent: nn.Module, style: Attention, known: dict[Hashable, Manner]
-) -> Manner:
+def _attention_options(
+    child: nn.Module, parent: nn.Module, style: Attention, known: dict[Hashable, AttentionOptions]
+) -> AttentionOptions:
     weights = [name for name, _ in child.named_parameters()]
     if weights:
         raise _UnlikeError(f"has weights of its own, {', '.join(weights)}, which would be lost.")
@@ -106,7 +106,7 @@ def _manner(
     if alike in known:
         return known[alike]
     try:
-        twin = copy.deepcopy(child)
+        copied = copy.deepcopy(child)
     except Exception as error:  # whatever a user's module raises
         raise _UnlikeError(f"cannot be copied to be tried ({error_words(error)}).") from error
     p = _dropout(child)
@@ -120,12 +120,12 @@ def _manner(
             _trial(2, 7, 3.0, options, masks, style, device),
             _trial(1, _length(child, style.queries), 1.0, options, masks, style, device),
         ]
-        is_causal = _agreeing(twin.eval(), site, trials, getattr(child, "is_causal", False))
-        _check_training(twin, trials[0], is_causal, p)
-    manner = Manner(is_causal, p)
+        is_causal = _agreeing(copied.eval(), site, trials, getattr(child, "is_causal", False))
+        _check_training(copied, trials[0], is_causal, p)
+    attention_options = AttentionOptions(is_causal, p)
     if alike is not None:
-        known[alike] = manner
-    return manner
+        known[alike] = attention_options
+    return attention_options
 
 
 def _key(
@@ -134,7 +134,7 @@ def _key(
     options: Mapping[str, Any],
     masks: tuple[torch.dtype | None, ...],
 ) -> Hashable:
-    """What children that compute alike have in common; None if a child has more than numbers."""
+    """A key that children with equal attributes share; None if an attribute is no plain value."""
     held = {**vars(child), **{f"option {name}": value for name, value in options.items()}}
     inside = [value for value in held.values() if isinstance(value, dict | set)]
     plain = {name: value for name, value in held.items() if not isinstance(value, dict | set)}
@@ -146,7 +146,7 @@ def _key(
 
 
 def _device(child: nn.Module) -> torch.device:
-    """Where a child can be run: where its tensors are."""
+    """The device of a child's tensors, on which it can be run."""
     held = {**dict(child.named_buffers()), **vars(child)}
     devices = {name: value.device for name, value in held.items() if isinstance(value, Tensor)}
     on_meta = [name for name, device in devices.items() if device.type == "meta"]
@@ -161,7 +161,7 @@ def _device(child: nn.Module) -> torch.device:
 def _call(
     child: nn.Module, parent: nn.Module, style: Attention
 ) -> tuple[dict[str, Any], tuple[torch.dtype | None, ...]]:
-    """With what its parent calls a child beside q, k and v, and with masks of which dtypes."""
+    """The arguments beside q, k and v that its parent passes, and the dtypes of its masks."""
     size = getattr(parent.get_submodule(style.query), "in_features", 0)
     length = 2 * style.queries + 1  # unlike any number of heads
     call = seen_call(parent, str(style.attend), size, length, style.head_dim)
@@ -191,7 +191,7 @@ def _call(
 
 
 def _dropout(child: nn.Module) -> float:
-    """The probability that a child names: its `dropout`, or the `nn.Dropout` inside it."""
+    """The dropout probability of a child: its attribute `dropout`, or of the `nn.Dropout` in it."""
     named = getattr(child, "dropout", 0.0)
     inside = {module.p for module in child.modules() if isinstance(module, nn.Dropout)}
     if isinstance(named, nn.Module) or (not named and inside):
@@ -201,7 +201,7 @@ def _dropout(child: nn.Module) -> float:
 
 @contextmanager
 def _apart(device: torch.device) -> Iterator[None]:
-    """Where a child is tried: nothing of the caller's is seen, and nothing is left behind."""
+    """Run a child without effect on the caller: no hooks, modes or generator states leak."""
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         _disable_current_modes(),  # the prover's audit counts what a model allocates
@@ -215,7 +215,7 @@ def _apart(device: torch.device) -> Iterator[None]:
 
 
 def _length(child: nn.Module, queries: int) -> int:
-    """Tokens of the long trial: more than a window that the child names."""
+    """Number of tokens of the long trial, more than any window that the child has."""
     length = min(_LENGTH, int((_SCORES / queries) ** 0.5))
     windows = {
         name: value
@@ -237,7 +237,7 @@ def _trial(
     masks: tuple[torch.dtype | None, ...],
     style: Attention,
     device: torch.device,
-) -> _Trial:
+) -> _ChildCall:
     draws = torch.Generator(device).manual_seed(length)
 
     def draw(*shape: int) -> Tensor:
@@ -254,12 +254,12 @@ def _trial(
             return numbers.to(dtype)
         return (numbers > 0) | torch.eye(length, dtype=torch.bool, device=device)
 
-    return _Trial((q, k, v), options, tuple(mask_of(dtype) for dtype in masks), batch > 1)
+    return _ChildCall((q, k, v), options, tuple(mask_of(dtype) for dtype in masks), batch > 1)
 
 
 @dataclass(frozen=True)
-class _Ours:
-    """Our attention in evaluation, on the whole."""
+class _OurAttention:
+    """Our attention on whole tensors, in evaluation mode."""
 
     site: AttentionSite
     is_causal: bool
@@ -270,12 +270,12 @@ class _Ours:
 
 
 def _agreeing(
-    child: nn.Module, site: AttentionSite, trials: list[_Trial], is_causal: object
+    child: nn.Module, site: AttentionSite, trials: list[_ChildCall], is_causal: object
 ) -> bool:
-    """Whether ours computes what the child does with is_causal, as it says or the other way."""
+    """The `is_causal` with which ours agrees with the child; raise if there is none."""
     differing = []
     for causal in (bool(is_causal), not is_causal):
-        difference_found = next(_differences(child, _Ours(site, causal), trials), None)
+        difference_found = next(_differences(child, _OurAttention(site, causal), trials), None)
         if difference_found is None:
             return causal
         differing.append(difference_found)
@@ -287,9 +287,9 @@ def _agreeing(
 
 
 def _differences(
-    child: nn.Module, ours: _Ours, trials: list[_Trial]
+    child: nn.Module, ours: _OurAttention, trials: list[_ChildCall]
 ) -> Iterator[tuple[str, float, float]]:
-    """What differs, by how much, of what size."""
+    """Yield every difference: what differs, by how much, and the largest value."""
     for trial in trials:
         plain = [mask for mask in trial.masks if mask is None]
         # With is_causal, ours refuses a mask when it is called: then there is nothing to compare.
@@ -302,7 +302,7 @@ def _differences(
 
 
 def _difference(
-    child: nn.Module, ours: _Ours, trial: _Trial, mask: Tensor | None
+    child: nn.Module, ours: _OurAttention, trial: _ChildCall, mask: Tensor | None
 ) -> tuple[str, float, float] | None:
     with_mask = "with a mask, " if mask is not None else ""
     try:
@@ -322,8 +322,8 @@ def _difference(
     for what, got, wanted in zip(names, theirs, _run(ours, trial, mask), strict=False):
         if got.shape != wanted.shape:
             raise _UnlikeError(
-                f"gives shape {tuple(got.shape)} for q of shape {tuple(trial.given[0].shape)}, and "
-                f"shardproof's gives {tuple(wanted.shape)}."
+                f"gives shape {tuple(got.shape)} for q of shape {tuple(trial.inputs[0].shape)}, "
+                f"and shardproof's gives {tuple(wanted.shape)}."
             )
         largest = float(wanted.abs().max())
         difference = float((got.to(wanted.dtype) - wanted).abs().nan_to_num(torch.inf).max())
@@ -332,9 +332,9 @@ def _difference(
     return None
 
 
-def _run(attend: Callable[..., Any], trial: _Trial, mask: Tensor | None) -> list[Tensor]:
-    """Outputs, and in a short trial gradients of q, k and v."""
-    inputs = [x.clone().requires_grad_(trial.is_short) for x in trial.given]
+def _run(attend: Callable[..., Any], trial: _ChildCall, mask: Tensor | None) -> list[Tensor]:
+    """The output, and in a short trial the gradients of q, k and v."""
+    inputs = [x.clone().requires_grad_(trial.is_short) for x in trial.inputs]
     options = dict(trial.options) | ({} if mask is None else {"mask": mask.clone()})
     y = attend(*inputs, **options)
     if not isinstance(y, Tensor):
@@ -349,8 +349,8 @@ def _run(attend: Callable[..., Any], trial: _Trial, mask: Tensor | None) -> list
     return [y.detach(), *(zero if g is None else g for g, zero in zip(grads, zeros, strict=True))]
 
 
-def _check_training(child: nn.Module, trial: _Trial, is_causal: bool, p: float) -> None:
-    """In training, the child drops attention weights as it says, and does nothing else."""
+def _check_training(child: nn.Module, trial: _ChildCall, is_causal: bool, p: float) -> None:
+    """Raise unless the child in training only drops attention weights, with its probability."""
     mask = trial.masks[0]
     in_evaluation = _run(child.eval().forward, trial, mask)
     child.train()
@@ -363,7 +363,7 @@ def _check_training(child: nn.Module, trial: _Trial, is_causal: bool, p: float) 
         return
     # Of weights that are alike, a share of (1 - p) is kept: the sum of n of them has this variance.
     length = 256
-    sizes = [(2, x.shape[1], length, x.shape[3]) for x in trial.given]
+    sizes = [(2, x.shape[1], length, x.shape[3]) for x in trial.inputs]
     q, k, v = torch.zeros(sizes[0]), torch.zeros(sizes[1]), torch.ones(sizes[2])
     y = child.forward(q, k, v, **trial.options)
     num_visible = (

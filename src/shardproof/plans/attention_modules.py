@@ -1,4 +1,4 @@
-"""Recognising attention modules: linears that a plan cuts by features and that are heads."""
+"""Recognise attention modules, whose linears must be cut by heads and not by features."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,12 +16,12 @@ NORMS = ("q_norm", "k_norm")
 
 @dataclass
 class Recognised:
-    """What attention modules were found, and what is said about them.
+    """The attention modules of a model that a plan cuts.
 
     Attributes:
-        styles: name of the attention module -> style; its children have none of their own.
-        gathered: of these, the ones whose projections the plan gathers, which is not needed.
-        problems: module that looks like one and cannot be cut by heads -> why.
+        styles: name of the attention module -> its style, which also cuts its children.
+        gathered: those of them whose projections the plan gathers, which is not needed.
+        problems: module that looks like an attention and cannot be cut by heads -> why.
     """
 
     styles: dict[str, Attention] = field(default_factory=dict)
@@ -30,19 +30,19 @@ class Recognised:
 
 
 def attends_in_registry(model: nn.Module, style: Attention) -> bool:
-    """Whether an attention computes through the registry of transformers, which is given parts."""
+    """Whether an attention calls the attention function that its config names."""
     return style.attend is None and is_transformers(model)
 
 
 def recognise(styles: dict[str, Style], model: nn.Module) -> Recognised:
-    """Attention modules whose projections have column and row styles, and their head counts.
+    """Find attention modules whose projections have column and row styles, and their head counts.
 
-    Only modules whose config, or whose model's, says how many heads there are: in others a
-    projection named q_proj is cut as the plan says.
+    Only modules are found whose own or model's config gives the number of heads. In other modules a
+    projection is cut by features, as the plan says.
 
     Args:
         styles: module name -> style.
-        model: of transformers, or one whose attention modules have a `config` like theirs.
+        model: a model of transformers, or one whose attention modules have a similar `config`.
     """
     attentions = Recognised()
     for name in _parents(styles):
@@ -54,7 +54,7 @@ def recognise(styles: dict[str, Style], model: nn.Module) -> Recognised:
         if heads is None:
             continue
         if all(_is_whole(style) for style in children.values()) and not _norms_across(module):
-            continue  # gathered, every one of them: nothing sees a part of the heads
+            continue  # all of them are gathered, so that no code sees a part of the heads
         problem = _misfit(name, module, children)
         style = None if problem else _attention(name, module, heads, children)
         if isinstance(style, Attention):
@@ -67,13 +67,13 @@ def recognise(styles: dict[str, Style], model: nn.Module) -> Recognised:
 
 
 def _looks_like_one(module: nn.Module, children: Iterable[str]) -> bool:
-    """True for what is named like an attention, or has children that are named like heads."""
+    """Whether the class is named like an attention, or the children like its projections."""
     is_named = "attention" in type(module).__name__.lower()
     return is_named or not {QUERY, KEY, VALUE}.isdisjoint(children)
 
 
 def _parents(styles: dict[str, Style]) -> Iterator[str]:
-    """Modules that have a child which is cut along its output."""
+    """Names of modules with a child that is cut along its output."""
     columns = (name for name, style in styles.items() if isinstance(style, ColumnParallel))
     parents = (name.rpartition(".")[0] for name in columns)
     yield from dict.fromkeys(parent for parent in parents if parent)
@@ -85,14 +85,14 @@ def _cut_children(name: str, styles: dict[str, Style]) -> list[str]:
 
 
 def _is_whole(style: Style) -> bool:
-    """True if neither its input nor its output is a shard."""
+    """Whether a style takes whole inputs and returns whole outputs."""
     if isinstance(style, ColumnParallel):
         return style.gather_output and not style.gather_input
     return isinstance(style, RowParallel) and not style.input_is_parallel
 
 
 def _misfit(name: str, module: nn.Module, children: dict[str, Style]) -> str:
-    """Why the cut children of a module are not those of an attention; "" if they are."""
+    """Why a plan cuts an attention incompletely or inconsistently; "" if it does not."""
     missing = [child for child in (QUERY, KEY, VALUE) if child not in children]
     rows = [child for child, style in children.items() if isinstance(style, RowParallel)]
     others = [child for child in children if child not in (QUERY, KEY, VALUE, *rows)]
@@ -124,7 +124,7 @@ def _misfit(name: str, module: nn.Module, children: dict[str, Style]) -> str:
 def _attention(
     name: str, module: nn.Module, heads: tuple[int, int, int], children: dict[str, Style]
 ) -> Attention | str:
-    """The style of an attention module, or why it has none."""
+    """The style of an attention module, or a sentence that says why it cannot be cut."""
     queries, keys, head_dim = heads
     output = next(child for child, style in children.items() if isinstance(style, RowParallel))
     if not all(heads):
@@ -148,7 +148,9 @@ def _attention(
                 "of the plan, or name it with Attention(...)."
             )
     norms, style_of_norms, problem = _norms(module, queries, keys, head_dim)
-    problem = problem or _stranger(module, (QUERY, KEY, VALUE, output, *filter(None, norms)))
+    problem = problem or _problem_of_further_weights(
+        module, (QUERY, KEY, VALUE, output, *filter(None, norms))
+    )
     if problem:
         return f"{start}{queries} query heads, {problem}"
     return Attention(
@@ -163,9 +165,9 @@ def _attention(
 
 
 def _heads_of(module: nn.Module, model: nn.Module) -> tuple[int, int, int] | None:
-    """Query heads, key-value heads and features of one, as a config tells them.
+    """The numbers of query heads and key-value heads, and the head size, from a config.
 
-    None where no config tells of heads; zeros where it tells only that they differ by layer.
+    None if no config has them; zeros if the config only says that they differ by layer.
     """
     config = getattr(module, "config", None) or getattr(model, "config", None)
     try:
@@ -181,7 +183,7 @@ def _heads_of(module: nn.Module, model: nn.Module) -> tuple[int, int, int] | Non
 
 
 def _norms_across(module: nn.Module) -> bool:
-    """True if the module has a norm as wide as all the heads that it normalises."""
+    """Whether the module has a norm across all heads."""
     return any(
         _width(getattr(module, norm, None)) == getattr(getattr(module, linear), "out_features", 0)
         for norm, linear in zip(NORMS, (QUERY, KEY), strict=True)
@@ -192,7 +194,7 @@ def _norms_across(module: nn.Module) -> bool:
 def _norms(
     module: nn.Module, queries: int, keys: int, head_dim: int
 ) -> tuple[tuple[str | None, str | None], Norms, str]:
-    """Names of the norms of queries and keys, over what they go, and why they cannot be cut."""
+    """Names of the query and key norms, what they normalise over, and why they cannot be cut."""
     present = {name: getattr(module, name) for name in NORMS if _width(getattr(module, name, None))}
     names = tuple(name if name in present else None for name in NORMS)
     widths = {name: _width(norm) for name, norm in present.items()}
@@ -223,23 +225,23 @@ def _norms(
 
 
 def _width(norm: Any) -> int:
-    """Elements of a norm's weight; 0 if there is no norm, or its weight is no vector."""
+    """Number of elements of a norm's weight; 0 if there is no norm with a weight vector."""
     weight = getattr(norm, "weight", None)
     return int(weight.numel()) if isinstance(weight, Tensor) and weight.dim() == 1 else 0
 
 
-def _stranger(module: nn.Module, known: tuple[str, ...]) -> str:
-    """What in an attention has weights and is not known to go with heads; "" if nothing."""
-    strangers = sorted(
+def _problem_of_further_weights(module: nn.Module, known: tuple[str, ...]) -> str:
+    """Names of further weights in an attention, which nothing says how to cut; "" if none."""
+    further = sorted(
         {
             name.split(".")[0]
             for name, _ in module.named_parameters()
             if name.split(".")[0] not in known
         }
     )
-    if not strangers:
+    if not further:
         return ""
     return (
-        f"and has further weights, {', '.join(strangers)}, which would see a part of the heads. "
+        f"and has further weights, {', '.join(further)}, which would see a part of the heads. "
         "That is not supported yet: leave the module out of the plan."
     )

@@ -1,4 +1,4 @@
-"""What a style does to the module that it names. Nothing is checked here: the plan has been."""
+"""`Cutter`: replace modules by cut layers, as the styles of a checked plan say."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
 from shardproof.layers.norm import HeadRMSNorm, ShardedRMSNorm
 from shardproof.layers.shared import link
-from shardproof.plans.attention_check import Manner
+from shardproof.plans.attention_check import AttentionOptions
 from shardproof.plans.attention_modules import attends_in_registry
 from shardproof.plans.style import (
     Attention,
@@ -28,18 +28,18 @@ from shardproof.scheme import Scheme
 
 
 class Cutter:
-    """Puts cut modules in the place of whole ones.
+    """Replaces whole modules by cut layers.
 
     Args:
-        model: changed in place.
+        model: the model, which is changed in place.
         scheme: leaves, numerics, seed.
         axis: the ranks.
-        head: name of an output head whose logits others gather; or None.
-        manners: name of an attention -> what its child that attends was found to compute.
+        head: name of the output head whose logits are gathered later, or None.
+        attention_options: name of an attention -> causality and dropout of its attending child.
 
     Attributes:
-        attentions: name of an attention module -> what computes in it on this rank.
-        stood: name of a norm of heads -> the module in whose place it is.
+        attentions: name of an attention module -> the module that attends on this rank.
+        replaced_norms: name of a norm of heads -> the module that it replaced.
     """
 
     def __init__(
@@ -48,20 +48,20 @@ class Cutter:
         scheme: Scheme,
         axis: Axis,
         head: str | None,
-        manners: Mapping[str, Manner],
+        attention_options: Mapping[str, AttentionOptions],
     ) -> None:
         self.attentions: dict[str, HeadAttention] = {}
-        self.stood: dict[str, nn.Module] = {}
+        self.replaced_norms: dict[str, nn.Module] = {}
         self._model = model
         self._scheme = scheme
         self._axis = axis
         self._head = head
-        self._manners = manners
+        self._attention_options = attention_options
         self._ties: dict[int, nn.Parameter | None] = {}
         self._kept: list[nn.Module] = []  # or the id of a weight could be given again
 
     def cut(self, styles: Mapping[str, Style]) -> None:
-        """Cut every module that has a style, those that only link others last."""
+        """Cut every module that has a style; styles that link other modules come last."""
         for name, style in styles.items():
             if isinstance(style, SharedInput):
                 continue
@@ -75,7 +75,7 @@ class Cutter:
                 link(members, who=name)
 
     def replace(self, name: str, module: nn.Module) -> None:
-        """Put a module in the place of the one of that name."""
+        """Replace the module of that name."""
         parent, _, child = name.rpartition(".")
         setattr(self._model.get_submodule(parent), child, module)
 
@@ -103,7 +103,7 @@ class Cutter:
         self._put(name, whole, cut)
 
     def _put(self, name: str, whole: nn.Module, cut: nn.Module) -> None:
-        """Replace, and keep parameters that were one parameter one parameter."""
+        """Replace a module; parameters that were shared stay shared."""
         for own, parameter in whole._parameters.items():
             if parameter is not None:
                 mine = cut._parameters[own]
@@ -145,7 +145,7 @@ class Cutter:
         self._cut_norms(name, style, heads)
         self._attend(name, style, heads)
         if attends_in_registry(self._model, style) and not heads.owned(self._axis.rank):
-            self._stand_in(name, style)
+            self._add_placeholder_heads(name, style)
 
     def _attend(self, name: str, style: Attention, heads: Heads) -> None:
         site = AttentionSite(self._axis, heads, self._scheme, name)
@@ -154,11 +154,11 @@ class Cutter:
                 self.attentions[name] = HeadAttention(site)
             return
         whole = self._child(name, style.attend)
-        manner = self._manners[name]
-        twin = HeadAttention(
-            site, is_causal=manner.is_causal, dropout=manner.dropout, is_square=manner.is_causal
+        options = self._attention_options[name]
+        replacement = HeadAttention(
+            site, is_causal=options.is_causal, dropout=options.dropout, is_square=options.is_causal
         )
-        self.replace(f"{name}.{style.attend}", twin.train(whole.training))
+        self.replace(f"{name}.{style.attend}", replacement.train(whole.training))
 
     def _cut_norms(self, name: str, style: Attention, heads: Heads) -> None:
         held = heads.held(self._axis.rank)
@@ -172,11 +172,11 @@ class Cutter:
             site = NormSite(
                 axis=self._axis, cut=cut, held=holds, scheme=self._scheme, who=f"{name}.{child}"
             )
-            whole = self.stood[site.who] = self._child(name, child)
+            whole = self.replaced_norms[site.who] = self._child(name, child)
             self._put(site.who, whole, kind.from_module(whole, site))
 
-    def _stand_in(self, name: str, style: Attention) -> None:
-        """This rank has no heads; models that count them with -1 need one to look at."""
+    def _add_placeholder_heads(self, name: str, style: Attention) -> None:
+        """Add a placeholder head on a rank without heads: models that view with -1 need one."""
         for child in (style.query, style.key, style.value):
             give_stand_in(self._child(name, child), -1, style.head_dim)
         for norm in (style.query_norm, style.key_norm):
@@ -189,7 +189,7 @@ class Cutter:
 
 
 class _Scale:
-    """A forward hook: what a scaled embedding of transformers does to its rows."""
+    """A forward hook that scales rows as a scaled embedding of transformers does."""
 
     def __init__(self, scale: float) -> None:
         self.scale = scale

@@ -1,8 +1,8 @@
-"""What stands between layers that are cut by names sees cut tensors, not a rank's parts.
+"""Forwards that let cut layers take and return cut tensors.
 
-A column layer hands its output on as a cut tensor, which shows the shape of the whole; a row layer
-takes this rank's part of one. So the model's own code computes what it would compute with the whole
-(`cut/`), whatever it does.
+A column layer returns its output as a cut tensor, which shows the shape of the whole; a row layer
+takes this rank's part of a cut tensor. The model's code between them computes with cut tensors
+(`cut/`), so that it gives the results of the whole model.
 """
 
 from collections.abc import Collection, Mapping
@@ -33,10 +33,10 @@ from shardproof.units import Block, CutDim, Shared, Units
 assert all_rules  # noqa: S101 - imported for what it registers
 
 
-def hand_on(
+def connect_layers(
     model: nn.Module, plan: ModelPlan, region: Region, replaced: Mapping[str, nn.Module]
 ) -> None:
-    """Let the layers of a model that is cut by names give and take cut tensors.
+    """Let the layers of a model that was cut by names take and return cut tensors.
 
     Args:
         model: cut by `plan`.
@@ -65,7 +65,7 @@ def hand_on(
 
 
 def _watch_forwards(model: nn.Module, styles: Collection[str]) -> None:
-    """Let it be known while a module runs that has a layer which is cut."""
+    """Mark the time in which a module with a cut layer runs its forward."""
     for name, module in model.named_modules():
         start = f"{name}." if name else ""
         if any(each.startswith(start) for each in styles):
@@ -74,14 +74,14 @@ def _watch_forwards(model: nn.Module, styles: Collection[str]) -> None:
 
 
 def _wrap_column(layer: Any, region: Region, along: CutDim | None) -> None:
-    """Let a column layer take the whole or its part, and give a cut tensor unless it gathers."""
+    """Let a column layer take whole or cut input, and return a cut tensor unless it gathers."""
     layer.reads = _Reads(region, along or region.features(layer.cut))
     own = layer.input_cut
     layer.forward = partial(_linear, layer, region, own and region.features(own), along)
 
 
 def _wrap_row(layer: Any, region: Region, along: CutDim) -> None:
-    """Let a row layer take its part of a cut tensor, or the whole if it cuts that itself."""
+    """Let a row layer take a cut tensor, or a whole one if it cuts its input itself."""
     layer.reads = _Reads(region, along)
     own = along if layer.input_is_parallel else None
     layer.forward = partial(_linear, layer, region, own, None)
@@ -90,7 +90,7 @@ def _wrap_row(layer: Any, region: Region, along: CutDim) -> None:
 def _wrap_attention(
     module: Any, style: Attention, region: Region, replaced: Mapping[str, nn.Module | None]
 ) -> None:
-    """Let an attention's projections, norms and what attends give and take cut tensors."""
+    """Let the projections, norms and the attending child of an attention use cut tensors."""
     group = style.queries // style.keys
     needers = tuple(tuple(range(n * group, (n + 1) * group)) for n in range(style.keys))
     units = Units("heads", style.queries, needers if group > 1 else ())
@@ -116,29 +116,31 @@ def _wrap_attention(
                 ours.reads = _Reads(region, features)
                 ours.forward = partial(_normed_across, ours, region, features)
             else:
-                ours.forward = partial(_normed_by_heads, ours, _alike(replaced[norm], ours), each)
+                ours.forward = partial(
+                    _normed_by_heads, ours, _with_our_parameters(replaced[norm], ours), each
+                )
     if style.attend is not None:
-        twin = module.get_submodule(style.attend)
-        twin.forward = partial(_attended, twin, region, *heads)
+        replacement = module.get_submodule(style.attend)
+        replacement.forward = partial(_attended, replacement, region, *heads)
 
 
-def meet_cut_tensors(twin: nn.Module, replaced: nn.Module) -> None:
-    """Let a module of ours that stands for one of torch's compute with cut tensors too.
+def accept_cut_tensors(replacement: nn.Module, replaced: nn.Module) -> None:
+    """Let a module that replaces one of torch's compute with cut tensors too.
 
     Args:
-        twin: an activation, a norm or a dropout.
+        replacement: an activation, a norm or a dropout.
         replaced: the module that it replaced.
     """
-    computes: Any = partial(_activated, twin)
-    if isinstance(twin, Dropout):
-        computes = partial(_dropped, twin)
-    elif isinstance(twin, LayerNorm | RMSNorm):
-        computes = partial(_normed, twin, _alike(replaced, twin))
-    twin.forward = computes
+    computes: Any = partial(_activated, replacement)
+    if isinstance(replacement, Dropout):
+        computes = partial(_dropped, replacement)
+    elif isinstance(replacement, LayerNorm | RMSNorm):
+        computes = partial(_normed, replacement, _with_our_parameters(replaced, replacement))
+    replacement.forward = computes
 
 
-def _alike(replaced: Any, ours: nn.Module) -> nn.Module:
-    """The module that stood there, with the parameters of ours: what replaces them, both see."""
+def _with_our_parameters(replaced: Any, ours: nn.Module) -> nn.Module:
+    """The replaced module with the parameters of ours, so that both see later changes of them."""
     replaced._parameters = ours._parameters
     module: nn.Module = replaced
     return module
@@ -153,13 +155,13 @@ def _leave_module(*_: Any) -> None:
 
 
 class _Reads:
-    """What the model's own code reads as a parameter of a layer that is cut."""
+    """Returns what the model's code gets when it reads a parameter of a cut layer."""
 
     def __init__(self, region: Region, along: CutDim) -> None:
         self.region, self.along = region, along
 
     def __call__(self, layer: Any, name: str, parameter: Any) -> Any:
-        """A cut tensor in a forward, or where backward runs one again; else the parameter."""
+        """A cut tensor in a forward (or its recomputation in backward), else the parameter."""
         layout = layer.layouts.get(name)
         is_running = inside or torch._C._current_graph_task_id() != -1
         if not is_running or parameter is None or layout is None or layout.dim is None:
@@ -174,17 +176,17 @@ def _linear(
     """The forward of a linear layer.
 
     Args:
-        layer: column or row.
-        region: of cut tensors.
+        layer: a column or row layer.
+        region: of the cut tensors.
         input_cut: how its input features are cut; None if it takes the whole input.
         output_cut: how its output features are cut; None if it returns the whole output.
         input: as `nn.Linear` takes it.
 
     Raises:
-        ShapeError: a column layer that takes the whole gets features that are cut.
+        ShapeError: a column layer that takes whole inputs gets an input whose features are cut.
     """
     x = opened(input)
-    x = _as_whole(layer, x) if input_cut is None else _taken(x, -1, region, input_cut)
+    x = _as_whole(layer, x) if input_cut is None else _part_of_input(x, -1, region, input_cut)
     y = type(layer).forward(layer, x)
     if output_cut is None:
         return y
@@ -193,11 +195,10 @@ def _linear(
     )
 
 
-def _taken(x: Any, dim: int, region: Region, along: CutDim) -> Any:
-    """This rank's part of what a layer is given, which is cut, or whole and as long in `dim`.
+def _part_of_input(x: Any, dim: int, region: Region, along: CutDim) -> Any:
+    """This rank's part of a layer's input, if that is cut or has the whole length in `dim`.
 
-    A reshape of no rows makes it whole. Anything else is a part already, or wrong: the layer says
-    so.
+    Any other input is returned as it is: it is this rank's part already, or the layer refuses it.
     """
     shows_all = isinstance(x, CutTensor) or (
         isinstance(x, Tensor) and x.dim() > max(dim, 0) and x.shape[dim] == along.size
@@ -217,32 +218,34 @@ def _as_whole(layer: Any, x: Any) -> Any:
     return whole(x, "linear of the whole")
 
 
-def _activated(twin: Any, x: Any) -> Any:
-    """An activation: element by element."""
-    x, forward = opened(x), type(twin).forward
+def _activated(replacement: Any, x: Any) -> Any:
+    """The forward of an activation, element by element."""
+    x, forward = opened(x), type(replacement).forward
     if isinstance(x, CutTensor):
-        return run_as("elementwise", forward, (twin, x), {})
-    return forward(twin, x)
+        return run_as("elementwise", forward, (replacement, x), {})
+    return forward(replacement, x)
 
 
-def _normed(twin: Any, replaced: Any, x: Any) -> Any:
-    """A norm: of a cut tensor as the model's own class has it."""
-    of = replaced if isinstance(x, CutTensor | Deferred) else twin
+def _normed(replacement: Any, replaced: Any, x: Any) -> Any:
+    """The forward of a norm; for a cut tensor it is that of the model's own class."""
+    of = replaced if isinstance(x, CutTensor | Deferred) else replacement
     return type(of).forward(of, x)
 
 
-def _dropped(twin: Any, x: Any) -> Any:
-    """A dropout by position."""
+def _dropped(replacement: Any, x: Any) -> Any:
+    """The forward of a dropout, with masks keyed by position."""
     x = opened(x)
     if not isinstance(x, CutTensor):
-        return type(twin).forward(twin, x)
-    if not twin.training or twin.p == 0:
+        return type(replacement).forward(replacement, x)
+    if not replacement.training or replacement.p == 0:
         return x
-    return dropped_part(x, twin.p, MaskKey(twin.seed, twin.name, twin.next_step()))
+    return dropped_part(
+        x, replacement.p, MaskKey(replacement.seed, replacement.name, replacement.next_step())
+    )
 
 
 def _normed_by_heads(ours: Any, replaced: Any, heads: CutDim, x: Any) -> Any:
-    """A norm of each head: ours of the heads of this rank, of all else as the model's own class."""
+    """The forward of a norm per head: ours for cut heads, the model's own for anything else."""
     is_of_heads = isinstance(x, CutTensor) and x.spec.cut is heads and x.spec.dim == x.dim() - 2
     if not is_of_heads:
         return type(replaced).forward(replaced, x)
@@ -250,22 +253,22 @@ def _normed_by_heads(ours: Any, replaced: Any, heads: CutDim, x: Any) -> Any:
 
 
 def _normed_across(ours: Any, region: Region, features: CutDim, x: Any) -> Any:
-    """A norm across all heads, of which each rank has some."""
+    """The forward of a norm across all heads, of which each rank has some."""
     x = opened(x)
     y = type(ours).forward(ours, part_of(x, x.dim() - 1, region, features))
     return cut_tensor(y, region.spec(tuple(x.shape), x.dim() - 1, features), ours.name)
 
 
 def _attended(
-    twin: Any, region: Region, queries: CutDim, keys: CutDim, *tensors: Any, **options: Any
+    replacement: Any, region: Region, queries: CutDim, keys: CutDim, *tensors: Any, **options: Any
 ) -> Any:
-    """Our attention, which is given the heads of this rank: (batch, heads, length, head_dim)."""
+    """The forward of our attention on this rank's heads, (batch, heads, length, head_dim)."""
     args = [
-        _taken(opened(x), 1, region, along)
+        _part_of_input(opened(x), 1, region, along)
         for x, along in zip(tensors, (queries, keys, keys), strict=False)
     ]
-    y = type(twin).forward(twin, *args, *tensors[3:], **options)
+    y = type(replacement).forward(replacement, *args, *tensors[3:], **options)
     if args[0] is tensors[0]:
         return y
     shape = (y.shape[0], queries.size, *y.shape[2:])
-    return cut_tensor(y, region.spec(shape, 1, queries), twin.site.who)
+    return cut_tensor(y, region.spec(shape, 1, queries), replacement.site.who)

@@ -1,4 +1,4 @@
-"""What a style makes of a module: layouts on every rank, and collectives. Integers only."""
+"""`ModulePlanner`: from a module and its style to layouts and collectives. Integers only."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,14 +31,14 @@ from shardproof.scheme import Scheme
 Held = tuple[range, ...] | None
 
 
-class Parts:
-    """Makes the plans of modules, for one degree.
+class ModulePlanner:
+    """Makes the `ModulePlan` of each module, for one degree.
 
     Args:
-        model: whose modules; on the meta device, if you like. Its styles have been checked.
-        degree: ranks.
+        model: the model; it may lie on the meta device. Its styles have been checked.
+        degree: number of ranks.
         scheme: leaves and numerics.
-        head: name of the output head, whose logits the loss takes as they are cut.
+        head: name of the output head whose cut logits the loss takes without a gather, or None.
     """
 
     def __init__(self, model: nn.Module, degree: int, scheme: Scheme, head: str | None) -> None:
@@ -51,9 +51,9 @@ class Parts:
         """The plan of a module, and of the children that its style cuts too.
 
         Args:
-            name: of the module.
+            name: name of the module.
             style: how it is cut.
-            shares: its input gradient is summed with that of others, which count it.
+            shares: whether its input gradient is part of a sum that a shared input counts.
         """
         if isinstance(style, Attention):
             yield from self._attention(name, style)
@@ -103,7 +103,7 @@ class Parts:
         embedding = self._model.get_submodule(name)
         rows, width = embedding.weight.shape  # type: ignore[misc]
         dtype: torch.dtype = embedding.weight.dtype  # type: ignore[assignment]
-        # No cut: the rows' bits are added as integers, in any order.
+        # cut=None: each row comes from one rank, and bits are added as integers in any order.
         sends = [Collective("all_reduce", "forward", "rows", dtype, int(width))]
         return self._make(
             name, "vocabulary", style, {"weight": 0}, self._cut(int(rows)), None, sends
@@ -116,9 +116,9 @@ class Parts:
         return self._group(name, "shared input", style, cut, [send])
 
     def _logits(self, cut: Cut, dtype: torch.dtype) -> list[Collective]:
-        """Whole logits, or for the loss three numbers of every leaf and token."""
+        """Gathered logits, or for the loss three numbers per leaf and token."""
         ranks = range(self._degree)
-        # Native numerics have one block for each rank in the place of leaves.
+        # With native numerics, each rank has one block instead of leaves.
         leaves = tuple(
             3 * (len(cut.run(rank)) if self._scheme.is_invariant else 1) for rank in ranks
         )
@@ -201,7 +201,7 @@ class Parts:
         held: Held,
         sends: list[Collective],
     ) -> ModulePlan:
-        """A module with parameters; those that `dims` does not name are whole."""
+        """The plan of a module with parameters; parameters that `dims` does not name are whole."""
         module = self._model.get_submodule(name)
         parameters = tuple(
             self._parameter(own, value, dims.get(own), cut, held)
@@ -222,7 +222,7 @@ class Parts:
     def _group(
         self, name: str, role: Role, style: Style, cut: Cut, sends: list[Collective]
     ) -> ModulePlan:
-        """A module whose children are cut."""
+        """The plan of a module that is not cut itself, but whose children are."""
         kind = type(self._model.get_submodule(name)).__name__
         return ModulePlan(
             name, kind, role, style, (), cut.num_leaves, cut.idle_ranks(), self._sent(sends)
@@ -248,7 +248,7 @@ class Parts:
         return Cut(size, self._scheme.leaves, self._degree)
 
     def _summed(self, cut: Cut) -> Cut | None:
-        """The leaves of the tree; None where the transport adds in its own order."""
+        """The cut whose tree adds up the sum; None if the transport adds in its own order."""
         return cut if self._scheme.is_invariant else None
 
     def _input_gradient(self, width: int, dtype: torch.dtype, cut: Cut) -> Collective:
@@ -261,7 +261,7 @@ class Parts:
         return Collective("all_reduce", "forward", "outputs", dtype, width, cut=self._summed(cut))
 
     def _sent(self, sends: list[Collective]) -> tuple[Collective, ...]:
-        """On one rank nothing is sent, and nothing is counted."""
+        """The collectives, or none at degree 1, where nothing is counted."""
         return tuple(sends) if self._degree > 1 else ()
 
 
@@ -289,7 +289,7 @@ def _of_logits(collective: Collective) -> Collective:
 
 
 def _gathered_input(linear: nn.Linear, input_cut: Cut, summed: Cut | None) -> Iterator[Collective]:
-    """What a column linear does whose input comes cut."""
+    """Collectives of a column linear that gathers its input."""
     sizes, dtype = input_cut.sizes(), linear.weight.dtype
     yield _gather("forward", "input", dtype, sizes)
     yield Collective(

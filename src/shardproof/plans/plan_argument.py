@@ -1,4 +1,4 @@
-"""A plan as a user gave it, made into a `Plan` or into one clear error."""
+"""Turn the argument `plan` of a user into a `Plan`, or into one clear error."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,24 +11,24 @@ from shardproof.wording import shown
 
 
 def is_carried(given: Any) -> bool:
-    """Whether the model carries a plan, as its `tp_plan`.
+    """Whether the plan is the model's own `tp_plan`.
 
     Args:
-        given: as for `read_plan`.
+        given: the user's argument, as for `read_plan`.
     """
     return given is None or (isinstance(given, ModelPlan) and given.is_carried)
 
 
 def read_plan(given: Any, scheme: Any) -> tuple[Plan | None, Scheme]:
-    """The plan, None for that which the model carries, and the scheme to cut with.
+    """Return the plan and the scheme; the plan is None if the model's own is to be used.
 
     Args:
-        given: pattern -> style, a `Plan`, a `ModelPlan`, or None.
-        scheme: for a plan that has none.
+        given: the user's argument: pattern -> style, a `Plan`, a `ModelPlan`, or None.
+        scheme: the scheme to use if the plan has none.
 
     Raises:
-        PlanError: it is no plan, or a pattern in it is no text.
-        UsageError: the plan has a scheme, and another one is given.
+        PlanError: `given` is not a plan, or one of its patterns is not a string.
+        UsageError: the plan has a scheme, and `scheme` is another one.
     """
     scheme = checked_scheme(scheme)
     plan = given.plan if isinstance(given, ModelPlan) else given
@@ -40,7 +40,7 @@ def read_plan(given: Any, scheme: Any) -> tuple[Plan | None, Scheme]:
         return plan, plan.scheme
     if not isinstance(plan, Mapping):
         raise PlanError(
-            f"the plan is {shown(plan)}, which is no plan: a plan is a dict of patterns and "
+            f"the plan is {shown(plan)}, which is not a plan: a plan is a dict of patterns and "
             'styles. Write for instance {"layers.*.up": "colwise", "layers.*.down": "rowwise"}, '
             "or None for the plan that a model of transformers carries."
         )

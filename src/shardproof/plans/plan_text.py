@@ -1,4 +1,4 @@
-"""How a plan is written for people: sizes in their units, and repeated layers as one."""
+"""Format plans for people: byte sizes with units, and repeated layers as one entry."""
 
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ _QUOTED = re.compile(r"'([^']*)'")
 
 
 def size(num_bytes: int) -> str:
-    """Bytes in the unit that a reader would choose.
+    """Bytes with a unit of suitable size.
 
     >>> size(77824), size(40), size(3 << 20)
     ('76.0 KiB', '40 B', '3.0 MiB')
@@ -41,13 +41,13 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def parameters_line(total: int, share: float, held: Sequence[int], whole: int) -> str:
-    """How much of a model's parameters is cut, and what a rank holds.
+    """One line: how much of a model's parameters is cut, and how much each rank holds.
 
     Args:
         total: bytes of the whole model.
-        share: what part of them is cut.
-        held: bytes that every rank holds.
-        whole: bytes that every rank holds whole.
+        share: fraction of them that is cut.
+        held: bytes that each rank holds.
+        whole: bytes of the parameters that are not cut.
     """
     ranks = size(held[0]) if len(set(held)) == 1 else f"{size(min(held))} to {size(max(held))}"
     return (
@@ -57,7 +57,7 @@ def parameters_line(total: int, share: float, held: Sequence[int], whole: int) -
 
 
 def pattern(name: str) -> str:
-    """A module's name with a star for every number in it.
+    """A module's name with `*` in place of every number.
 
     >>> pattern("model.layers.12.mlp.up_proj")
     'model.layers.*.mlp.up_proj'
@@ -66,7 +66,7 @@ def pattern(name: str) -> str:
 
 
 def spans(numbers: Iterable[int]) -> str:
-    """Numbers, with runs abbreviated.
+    """Numbers as text, with runs abbreviated.
 
     >>> spans([0, 1, 2, 5]), spans([0, 1]), spans([4])
     ('0-2,5', '0-1', '4')
@@ -75,7 +75,7 @@ def spans(numbers: Iterable[int]) -> str:
 
 
 def together(names: Sequence[str]) -> str:
-    """Names that differ in numbers only, as one.
+    """One name for names that differ in numbers only.
 
     >>> together(["layers.0.up", "layers.1.up", "layers.3.up"])
     'layers.0-1,3.up'
@@ -90,10 +90,10 @@ def together(names: Sequence[str]) -> str:
 
 
 def alike(items: Iterable[tuple[str, Hashable]]) -> list[tuple[str, ...]]:
-    """Names of the items that are alike but for the numbers in their names, in order.
+    """Group the names of items with equal values whose names differ in numbers only.
 
     Args:
-        items: name, and what must be the same.
+        items: pairs of a name and a value.
     """
     groups: dict[Hashable, list[str]] = {}
     for name, key in items:
@@ -102,7 +102,7 @@ def alike(items: Iterable[tuple[str, Hashable]]) -> list[tuple[str, ...]]:
 
 
 def starred(sentence: str) -> str:
-    """A sentence with a star for every number in the names between its single quotes.
+    """A sentence with `*` for each number in the names between its single quotes.
 
     >>> starred("'sum' in 'h.3.norm' adds 2 up.")
     "'sum' in 'h.*.norm' adds 2 up."
@@ -111,10 +111,10 @@ def starred(sentence: str) -> str:
 
 
 def by_reason(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Names as prose and their reason; reasons that differ in numbers of quoted names are one.
+    """Pairs of abbreviated names and their reason; reasons that differ in numbers are merged.
 
     Args:
-        reasons: name -> a sentence, in which names stand between single quotes.
+        reasons: name -> a sentence that quotes names in single quotes.
 
     >>> by_reason({"h.0.b": "'sum' in 'h.0.norm'.", "h.1.b": "'sum' in 'h.1.norm'.", "x": "No."})
     [('h.0-1.b', "'sum' in 'h.0-1.norm'."), ('x', 'No.')]
@@ -132,7 +132,7 @@ def by_reason(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names as prose, those that differ in numbers only as one.
+    """Names as prose; names that differ in numbers only are abbreviated to one.
 
     >>> listed(["h.0.up", "norm", "h.1.up"])
     'h.0-1.up, norm'

@@ -1,6 +1,7 @@
-"""What takes the place of a module that is not cut, where torch's own would break the promise.
+"""Replace modules that are not cut, but whose bits would depend on the degree or on threads.
 
-Activations and norms become ours with invariant numerics, dropout becomes dropout by position.
+With invariant numerics, activations and norms are replaced by ours. Dropout is replaced by dropout
+whose masks are keyed by position.
 """
 
 from collections.abc import Mapping
@@ -26,12 +27,12 @@ _DRAWING = (
     nn.AlphaDropout,
     nn.FeatureAlphaDropout,
 )
-# Roles of modules whose children are cut, and not they.
+# Roles of modules that are not cut themselves, but whose children are.
 GROUPS = ("attention", "shared input")
 
 
-def replaced_by(plan: ModelPlan) -> list[str]:
-    """Names of the modules that cut ones will replace."""
+def names_replaced_by_cut_layers(plan: ModelPlan) -> list[str]:
+    """Names of the modules that will be replaced by cut layers."""
     return [
         module.name for module in plan.modules if module.is_cut and module.role not in GROUPS
     ] + [
@@ -41,59 +42,63 @@ def replaced_by(plan: ModelPlan) -> list[str]:
     ]
 
 
-def twins_of(model: nn.Module, plan: ModelPlan, scheme: Scheme, axis: Axis) -> dict[str, nn.Module]:
-    """Module name -> what takes its place although it is not cut."""
-    replaced = set(replaced_by(plan))
+def replacements_of(
+    model: nn.Module, plan: ModelPlan, scheme: Scheme, axis: Axis
+) -> dict[str, nn.Module]:
+    """Module name -> its replacement, for modules that are not cut."""
+    replaced = set(names_replaced_by_cut_layers(plan))
     inside = _inside(plan)
     replacements: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if not name or name in replaced or name.startswith(inside):
             continue
-        twin: nn.Module | None = _dropout(name, module, scheme, axis)
-        if twin is None and scheme.is_invariant:
-            twin = invariant_twin(module)
-        if twin is not None:
-            replacements[name] = twin
+        replacement: nn.Module | None = _dropout(name, module, scheme, axis)
+        if replacement is None and scheme.is_invariant:
+            replacement = invariant_twin(module)
+        if replacement is not None:
+            replacements[name] = replacement
     return replacements
 
 
 def _inside(plan: ModelPlan) -> tuple[str, ...]:
-    """What the names of modules begin with that are inside replaced ones, and go with them."""
-    return tuple(f"{name}." for name in replaced_by(plan))
+    """Prefixes of the names of modules that lie inside replaced modules."""
+    return tuple(f"{name}." for name in names_replaced_by_cut_layers(plan))
 
 
 def _dropout(name: str, module: nn.Module, scheme: Scheme, axis: Axis) -> nn.Module | None:
-    """Dropout by position for an `nn.Dropout`."""
-    twin = dropout_twin(module, name=name, seed=scheme.seed)
-    if twin is not None and scheme.is_invariant:
-        twin.register_forward_pre_hook(_SameIfWhole(axis, name))
-    return twin
+    """Dropout keyed by position, as the replacement of an `nn.Dropout`; None for other modules."""
+    replacement = dropout_twin(module, name=name, seed=scheme.seed)
+    if replacement is not None and scheme.is_invariant:
+        replacement.register_forward_pre_hook(_SameIfWhole(axis, name))
+    return replacement
 
 
 class _SameIfWhole(SameOnAllRanks):
-    """A forward pre-hook: a cut tensor may be cut, and any other must be the same on all ranks."""
+    """A forward pre-hook: an input that is not cut must be the same on all ranks."""
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Compare the ranks' inputs.
 
         Raises:
-            MismatchError: on all ranks, if one has another input.
+            MismatchError: on all ranks, if their inputs differ.
         """
         if not isinstance(inputs[0], CutTensor | Deferred) and not inputs[0].is_meta:
             super().__call__(module, inputs)
 
 
-def irreplaceable(model: nn.Module, twins: Mapping[str, nn.Module], plan: ModelPlan) -> list[str]:
-    """Modules that break the promise and that nothing of ours can replace, one sentence each."""
+def irreplaceable(
+    model: nn.Module, replacements: Mapping[str, nn.Module], plan: ModelPlan
+) -> list[str]:
+    """One sentence for each module that would change bits and that has no replacement."""
     inside = _inside(plan)
     staying = {
         name: module for name, module in model.named_modules() if not name.startswith(inside)
     }
-    return _activations(staying) + _drawing(staying, twins)
+    return _activations(staying) + _drawing(staying, replacements)
 
 
 def _activations(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Activations that cannot stay and that ours cannot replace, one sentence each."""
+    """One sentence for each activation whose bits would change and that has no replacement."""
     return [
         f"module {name!r} {why}"
         for name, module in modules.items()
@@ -101,13 +106,13 @@ def _activations(modules: Mapping[str, nn.Module]) -> list[str]:
     ]
 
 
-def _drawing(modules: Mapping[str, nn.Module], twins: Mapping[str, nn.Module]) -> list[str]:
-    """Modules that draw while they compute, each rank for itself, one sentence each."""
+def _drawing(modules: Mapping[str, nn.Module], replacements: Mapping[str, nn.Module]) -> list[str]:
+    """One sentence for each module that draws from the global generator in its forward."""
     return [
         f"module {name!r} is {type(module).__name__}(p={module.p}"
         f"{', inplace=True' if module.inplace else ''}): it draws from the global generator, so "
         "that ranks would hold different activations where they must be the same. Use nn.Dropout, "
         "which becomes dropout by position, p=0, or numerics='native'."
         for name, module in modules.items()
-        if isinstance(module, _DRAWING) and module.p > 0 and name not in twins
+        if isinstance(module, _DRAWING) and module.p > 0 and name not in replacements
     ]

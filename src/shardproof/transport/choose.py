@@ -58,7 +58,7 @@ def meet(backend: str, **options: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Choice:
+class TransportChoice:
     """A transport and why it is not shared memory.
 
     Attributes:
@@ -114,7 +114,7 @@ def choose(
     timeout: float | None,
     compare_inputs: bool = True,
     observer: Callable[[Call | None], None] | None = None,
-) -> Choice:
+) -> TransportChoice:
     """The transport for the ranks of `base`; all of them call this.
 
     Args:
@@ -139,7 +139,7 @@ def choose(
             "transport='auto', or make another group with torch.distributed.new_group(backend=...)."
         )
     if requested == GLOO or not is_gloo:
-        return Choice(base, "asked for by name" if is_gloo else "")
+        return TransportChoice(base, "asked for by name" if is_gloo else "")
     if timeout is None:
         timeout = default_pg_timeout.total_seconds()
     try:
@@ -147,10 +147,10 @@ def choose(
     except AxisError as error:  # on all ranks, or on none
         if requested == SHM:
             raise refusal(str(error)) from error
-        return Choice(base, f"shared memory is not used: {error}")
+        return TransportChoice(base, f"shared memory is not used: {error}")
     if not compare_inputs:
         shared.notes = None
-    return Choice(shared)
+    return TransportChoice(shared)
 
 
 def _agree(base: DistributedTransport, requested: str, compare_inputs: bool) -> None:

@@ -20,7 +20,7 @@ SAMPLE = 32  # elements of a tensor that are looked at
 _MOST = 64  # notes that are kept apart; older ones count, but nothing can be said of them
 
 
-class Note(NamedTuple):
+class InputNote(NamedTuple):
     """One tensor as it was seen.
 
     Attributes:
@@ -55,7 +55,7 @@ class Noted(NamedTuple):
     """
 
     value: int
-    notes: tuple[Note, ...]
+    notes: tuple[InputNote, ...]
     hashes: tuple[str, ...]
 
 
@@ -66,7 +66,7 @@ class Notes:
     """The notes of one rank since its last exchange."""
 
     def __init__(self) -> None:
-        self._kept: list[Note] = []
+        self._kept: list[InputNote] = []
         self._before = ""  # a hash of the notes that are not kept
 
     def add(self, x: Tensor, who: str, what: str, *, whole: bool = False) -> None:
@@ -83,7 +83,7 @@ class Notes:
         if len(self._kept) >= _MOST:
             self._fold()
         every = hash_of(x) if whole and x.numel() > SAMPLE else ""
-        self._kept.append(Note(who, what, tuple(x.shape), x.dtype, sample(x), every))
+        self._kept.append(InputNote(who, what, tuple(x.shape), x.dtype, sample(x), every))
 
     def take(self) -> Noted:
         """What there is, which is then forgotten."""

@@ -38,7 +38,7 @@ Finish = Callable[[], None]
 Post = Callable[[Tensor, Tensor, Sequence[int], Sequence[int]], Finish]
 
 
-class Wish(NamedTuple):
+class NextExchange(NamedTuple):
     """What this rank is about to do.
 
     Attributes:
@@ -93,7 +93,7 @@ class Exchange:
 
     def __init__(
         self,
-        wish: Wish,
+        wish: NextExchange,
         rank: int,
         rounds: Sequence[Round],
         pieces: Sequence[Sequence[Tensor]] | None,
@@ -194,11 +194,11 @@ class Stream:
         self._size = size
         self._past: tuple[int, ...] = ()
         self._expected: dict[tuple[int, ...], _Step] = {}
-        self._open: tuple[Exchange, Wish] | None = None
+        self._open: tuple[Exchange, NextExchange] | None = None
         self.axes = itertools.count(1)
 
     def start(
-        self, wish: Wish, rounds: Sequence[Round], pieces: Sequence[Sequence[Tensor]]
+        self, wish: NextExchange, rounds: Sequence[Round], pieces: Sequence[Sequence[Tensor]]
     ) -> Callable[[], list[list[Tensor]]]:
         """Begin an exchange; what is returned waits for it.
 
@@ -238,7 +238,7 @@ class Stream:
             (exchange, wish), self._open = self._open, None
             self._require(exchange, wish)
 
-    def _require(self, exchange: Exchange, wish: Wish) -> None:
+    def _require(self, exchange: Exchange, wish: NextExchange) -> None:
         if exchange.is_in_order():
             return
         self._past = ()

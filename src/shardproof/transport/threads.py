@@ -144,7 +144,7 @@ class ThreadsTransport(CoreTransport):
         """The rendezvous is asked instead: it knows all ranks."""
 
 
-class _Lent(portable.Sum):
+class _Lent(portable.PortableSum):
     """A sum in which every rank reads its slices from the others' parts."""
 
     @torch.no_grad()

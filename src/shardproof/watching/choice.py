@@ -1,4 +1,4 @@
-"""Which families are cut, and why the other parameters stay whole."""
+"""`choose`: which families are cut, and why the other parameters stay whole."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,19 +10,19 @@ from shardproof.watching.family import Event, Family, kind_of_family
 from shardproof.watching.forward import Watched
 
 ORDER = ("pair", "pair with sums", "vocabulary", "gathered")
-SMALL = 0.02  # of all weights: less than that is not worth an extra collective
-ALONE = ("vocabulary", "gathered")  # one matrix, with a collective of its own
-ENOUGH = 0.9  # of the weights of matrices: where fewer are cut, some are cut alone
+SMALL = 0.02  # a matrix with a smaller share of all weights is not worth a collective of its own
+ALONE = ("vocabulary", "gathered")  # kinds with one matrix and a collective of its own
+ENOUGH = 0.9  # if a smaller share of the matrices is cut, more are cut alone
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is cut.
+    """The families that are cut.
 
     Attributes:
-        families: those that are cut, in the order of the model.
-        whole: for every parameter that stays whole one sentence that says why.
-        share: the part of the weights of matrices that is cut.
+        families: the cut families, in the order of the model.
+        whole: name of each parameter that stays whole -> a sentence that says why.
+        share: fraction of the weights of matrices that is cut.
     """
 
     families: tuple[Family, ...]
@@ -37,14 +37,14 @@ def choose(
     wanted: Mapping[str, str] = MappingProxyType({}),
     enough: float = ENOUGH,
 ) -> Choice:
-    """Choose families: pairs first, then what sends more; no parameter along two dims.
+    """Choose the families to cut, first those that send least; no parameter along two dims.
 
     Args:
         all_families: of the forward.
         watched: the forward.
         wanted: name of a weight that must stay whole -> the operation that needs all of it.
-        enough: the part of the matrices' weights that should be cut; where fewer are, rows are
-            cut alone, each with an all-reduce of its own.
+        enough: fraction of the matrices' weights that should be cut; if less is cut, single
+            matrices are cut by rows, each with an all-reduce of its own.
     """
     shapes = watched.shapes
     all_families = (
@@ -77,7 +77,7 @@ def choose(
 
 
 def _without(family: Family, wanted: Mapping[str, str], watched: Watched) -> Family:
-    """A family whose cut leaves some weights whole."""
+    """The same family, with the weights of `wanted` left whole."""
     left = {key: blocks for key, blocks in family.dims.items() if key[0] not in wanted}
     whole = (*family.whole, *(key for key in family.dims if key not in left))
     events = tuple(event for event in family.events if event.parameter not in wanted)
@@ -88,9 +88,9 @@ def _without(family: Family, wanted: Mapping[str, str], watched: Watched) -> Fam
 def _alone(
     all_families: Sequence[Family], cut_names: set[str], watched: Watched, enough: float
 ) -> list[Family]:
-    """Rows that are cut alone, each with an all-reduce of its own, the largest first.
+    """Matrices that are cut alone by rows, each with an all-reduce of its own, largest first.
 
-    Only where too few weights are cut: a row's input is whole, and any run of it may be cut.
+    They are chosen only if too few weights are cut. The input is whole, so any cut is possible.
     """
     shapes = watched.shapes
     sizes = {name: prod(shape) for name, shape in shapes.items() if len(shape) > 1}
@@ -122,7 +122,7 @@ def _weight(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _worth(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> tuple[float, int]:
-    """Matrices that are cut for each collective, then weights."""
+    """Sort key: number of cut matrices per collective, then number of weights."""
     sent = len(
         {
             (event.op, event.module, event.parameter)
@@ -135,7 +135,7 @@ def _worth(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> tuple[float
 
 
 def _is_small(family: Family, cut_names: set[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether it is not worth a collective: little of the model, and less than another matrix."""
+    """Whether a family is too small to be worth a collective of its own."""
     weight = _weight(family, shapes)
     largest = max((prod(shapes[name]) for name in cut_names), default=0)
     return weight < SMALL * sum(prod(shape) for shape in shapes.values()) and weight < largest
@@ -143,12 +143,12 @@ def _is_small(family: Family, cut_names: set[str], shapes: Mapping[str, tuple[in
 
 @dataclass(frozen=True)
 class _Why:
-    """Why parameters stay whole.
+    """Finds out why parameters stay whole.
 
     Attributes:
         all_families: that the forward has.
-        chosen: numbers of those that are cut.
-        small: numbers of those that are not worth a collective.
+        chosen: numbers of the families that are cut.
+        small: numbers of the families that are not worth a collective.
         cut_names: parameters that are cut.
         watched: the forward.
     """
@@ -177,7 +177,7 @@ class _Why:
         return f"{text[0].upper()}{text[1:]}."
 
     def _reason(self, name: str, number: int) -> str:
-        """What keeps one dim of a parameter from being cut."""
+        """Why one dim of a parameter is not cut."""
         family = self.all_families[number]
         if number in self.chosen:
             return f"every unit of {family.name!r} needs all of it"
@@ -207,7 +207,7 @@ class _Why:
 
 
 def _blocking(family: Family, name: str) -> Event | None:
-    """The operation that needs a dim whole; of several one in the parameter's own module."""
+    """The operation that needs a dim whole, preferably one in the parameter's own module."""
     events = [event for event in family.events if event.what in ("gather", "sum", "weight")]
     own = [event for event in events if event.module == name.rpartition(".")[0]]
     return next(iter([*own, *events]), None)

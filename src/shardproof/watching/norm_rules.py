@@ -1,4 +1,4 @@
-"""Rules for norms: whole along some dims, with weights that scale what is left."""
+"""Watching rules for norms."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from shardproof.watching.rules import aligned, rule, whole_along
 def weight_norm(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """A weight (*), its norm over all dims but one, and what scales it."""
+    """Weight norm: a weight (*), its norm over all dims but one, and its scale."""
     weight, scale = args[:2]
     dim = args[2] if len(args) > 2 else 0
     others = [each for each in range(weight.dim()) if each != dim]
@@ -33,7 +33,7 @@ def weight_norm(
 def layer_norm(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """A norm over the last dims: adds up along them; its weights belong to what it scales."""
+    """A norm over the last dims: a sum along them; its weights meet the features they scale."""
     name, x = name_of(func), args[0]
     dims = [x.dim() - 1 - number for number in range(len(args[1]))]
     scaled = [f for f in x.factors if varying(f) and set(varying(f)) <= set(dims)]
@@ -50,7 +50,7 @@ def layer_norm(
 def group_norm(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """Channels in groups: whole along a group and along what is no channel."""
+    """Group norm: needs all channels of a group, and all elements along the other dims."""
     x, groups = args[0], args[6]
     name, nd = name_of(func), x.dim()
     operands: list[Operand] = []
@@ -75,7 +75,7 @@ def group_norm(
 def batch_norm(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """Channels apart from each other, whole along all else."""
+    """Batch norm: channels are independent; needs all elements along the other dims."""
     name, x = name_of(func), args[0]
     kept = whole_along(x, [0, *range(2, x.dim())], name, record)
     operands: list[Operand] = [(factor, False) for factor in kept]

@@ -1,8 +1,8 @@
-"""What optimizers share whose update of a matrix depends on all of it.
+"""`WholeOptimizer`: base of optimizers whose update of an element depends on the whole matrix.
 
-They know where each of their parameters lies (`layers.registry`), update what this rank holds, and
-add over the ranks by the canonical tree. Replicated parameters are computed on every rank alike.
-Arithmetic is in fp32 where parameters are narrower, and is rounded once, at the end.
+They look up the layout of each parameter (`layers.registry`), update this rank's part, and add over
+the ranks by the canonical tree. Replicated parameters are updated alike on every rank. For narrower
+dtypes the arithmetic is in fp32 and is rounded once, at the end.
 """
 
 from abc import abstractmethod
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from shardproof.errors import UsageError
 from shardproof.layers import registry
 from shardproof.leaves import Layout, replicated
-from shardproof.optim.layouts import Place
+from shardproof.optim.layouts import ParameterLayout
 
 
 class WholeOptimizer(Optimizer):
@@ -29,13 +29,13 @@ class WholeOptimizer(Optimizer):
         """Update every parameter that has a gradient; all ranks call it.
 
         Args:
-            closure: computes the loss again, and the gradients; called first.
+            closure: computes the loss and the gradients again; it is called first.
 
         Returns:
-            What `closure` returned.
+            The result of `closure`.
 
         Raises:
-            UsageError: a parameter is none that can be updated; nothing was changed.
+            UsageError: a parameter cannot be updated; nothing was changed.
         """
         loss = None
         if closure is not None:
@@ -53,30 +53,22 @@ class WholeOptimizer(Optimizer):
         return loss
 
     @abstractmethod
-    def _update(self, parameter: Tensor, group: dict[str, Any], place: Place) -> None:
-        """Update one parameter; every rank updates the same one."""
+    def _update(self, parameter: Tensor, group: dict[str, Any], place: ParameterLayout) -> None:
+        """Update one parameter; all ranks update the same parameter at the same time."""
 
     @abstractmethod
     def state_layouts(self, layout: Layout) -> dict[str, Layout]:
-        """How the state of a parameter lies: key -> layout.
+        """The layouts of the state of a parameter: key -> layout.
 
         Args:
-            layout: of the parameter.
+            layout: layout of the parameter.
         """
 
-    def layouts_of_state(self, parameter: Tensor) -> dict[str, Layout]:
-        """How the state of one of the parameters lies: key -> layout.
-
-        Args:
-            parameter: of this optimizer, cut or not.
-        """
-        return self.state_layouts(self._place(parameter).layout)
-
-    def _place(self, parameter: Tensor) -> Place:
-        """Where a parameter lies.
+    def _place(self, parameter: Tensor) -> ParameterLayout:
+        """The layout of a parameter.
 
         Raises:
-            UsageError: it cannot be updated here. All ranks see the same.
+            UsageError: it cannot be updated by this optimizer; all ranks raise.
         """
         name = type(self).__name__
         part = registry.part_of(parameter)
@@ -99,14 +91,14 @@ class WholeOptimizer(Optimizer):
                     "would see a part. Use it before fully_shard, or another optimizer."
                 )
         if part is None:
-            return Place(replicated(tuple(parameter.shape)), name=name)
+            return ParameterLayout(replicated(tuple(parameter.shape)), name=name)
         if part.layout is None:
             raise UsageError(
                 f"{name} got {who}, from which a parametrization computes a part of a cut "
                 "parameter: nothing says how it is cut. Remove the parametrization, or leave this "
                 "layer out of the plan."
             )
-        return Place(part.layout, part.axis, f"{part.name} ({name})")
+        return ParameterLayout(part.layout, part.axis, f"{part.name} ({name})")
 
 
 def write(target: Tensor, value: Tensor) -> None:
@@ -116,7 +108,7 @@ def write(target: Tensor, value: Tensor) -> None:
 
 
 def scalar(value: float | Tensor) -> float:
-    """A hyperparameter as a number, computed with in the precision in which it was given."""
+    """A hyperparameter as a number; a tensor keeps its precision."""
     return value.item() if isinstance(value, Tensor) else float(value)
 
 

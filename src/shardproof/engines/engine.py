@@ -1,4 +1,4 @@
-"""Ranks of this machine that serve many calls, whatever they are made of."""
+"""`Ranks`: base of the engines, whose ranks on this machine serve many calls."""
 
 import os
 import threading
@@ -17,14 +17,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Settings:
-    """What ranks are started with, checked.
+    """Checked options with which ranks are started.
 
     Attributes:
         degree: number of ranks.
-        threads: intra-op threads of each rank.
+        threads: number of intra-op threads of each rank.
         timeout: seconds that a rank waits for the others in one collective.
-        compare_inputs: let exchanges compare the inputs of layers.
-        transport: what was asked for: "auto" or a name.
+        compare_inputs: whether exchanges compare the inputs of layers.
+        transport: the requested transport: "auto" or a name.
     """
 
     degree: int
@@ -37,8 +37,8 @@ class Settings:
 class Ranks(ABC):
     """Ranks that stay between calls. Close them, or use them as a context manager.
 
-    After a failure they are broken: some are gone, and those left may be anywhere in what they
-    were doing. Every later `run` raises; open new ones.
+    After a failure the ranks are unusable: some have ended, and the others may be anywhere in their
+    functions. Every later `run` raises; open new ranks.
 
     Attributes:
         engine: "threads" or "processes".
@@ -58,31 +58,31 @@ class Ranks(ABC):
 
     @property
     def is_usable(self) -> bool:
-        """True until they are closed or a call on them fails."""
+        """Whether the ranks are open and no call on them has failed."""
         return not (self._is_closed or self._is_broken)
 
     @property
     @abstractmethod
     def transport(self) -> str:
-        """The name of what carries bytes between the ranks.
+        """The name of the transport between the ranks.
 
         Raises:
-            RankError: the ranks did not meet.
+            RankError: the ranks could not connect.
         """
 
     @property
     def transport_note(self) -> str:
-        """Why exchanges are slower than they could be; empty if there is nothing to say."""
+        """Why a faster transport is not used; empty if the fastest one is."""
         return ""
 
     def run(self, fn: Callable[[Axis], T]) -> list[T]:
-        """Call `fn(axis)` on every rank, each time with a new axis; the results in rank order.
+        """Call `fn(axis)` on every rank, with a new axis; return the results in rank order.
 
         Raises:
-            ShardproofError: what `fn` raised, if it raised one of shardproof's own errors.
-            RankError: a rank raised anything else, was killed, left early or did not come; the
-                message names it and has its traceback.
-            UsageError: `fn` or a result cannot travel, the ranks are busy, or this process is a
+            ShardproofError: `fn` raised one of shardproof's own errors.
+            RankError: a rank raised another error, was killed, left early or did not come; the
+                message names the rank and has its traceback.
+            UsageError: `fn` or a result cannot be pickled, the ranks are busy, or this process is a
                 fork of the one that opened them.
         """
         if not callable(fn):
@@ -111,10 +111,10 @@ class Ranks(ABC):
             self._busy.release()
 
     def close(self) -> None:
-        """End the ranks and remove what they left; closing twice is fine."""
+        """End the ranks and remove their files; closing twice has no effect."""
         if not self._is_closed:
             self._is_closed = True
-            if os.getpid() == self._owner:  # a fork has no ranks to end
+            if os.getpid() == self._owner:  # a fork does not own the ranks
                 self._close()
 
     def __enter__(self) -> Self:
