@@ -1,0 +1,196 @@
+"""Commands of Python in processes that need not import torch again.
+
+`run([sys.executable, "-m", "shardproof", "doctor"], cwd=folder)` is `subprocess.run` with its
+output captured as text. The process is a real one: it has its own exit code, signals, session,
+directory, environment and standard streams. But it is a fork of an interpreter that has imported
+torch, transformers and shardproof, so it starts in milliseconds. Use `subprocess` to test what
+happens while these are imported, and to give options of Python other than -W, -m and -c.
+"""
+
+import atexit
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from warm_server import READY
+
+SERVER = Path(__file__).with_name("warm_server.py")
+# Variables that are read when a library is loaded: each set of their values has a server.
+_AT_IMPORT = (
+    "ATEN", "CUDA", "DNNL", "GOMP", "HF_", "KMP", "LANG", "LC_", "LD_", "MALLOC", "MKL", "NUMPY",
+    "OMP", "ONEDNN", "OPENBLAS", "PYTHON", "SHARDPROOF", "TORCH", "TRANSFORMERS",
+)  # fmt: skip
+_NOT_AT_IMPORT = ("PYTHONPATH",)
+_PROGRAMS = (".py", "bin/shardproof")
+
+Environment = Mapping[str, str]
+
+
+class _Server:
+    """An interpreter that forks."""
+
+    def __init__(self, environment: Environment) -> None:
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, str(SERVER), str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env={**environment, "OPENBLAS_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        said = self._control.recv(4096)
+        if said != READY:
+            raise RuntimeError(f"the server of warm commands did not start: {said.decode()!r}")
+        atexit.register(self.close)
+
+    def fork(self, streams: Sequence[int]) -> socket.socket:
+        """A new child that waits for its command."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(self._control, [b"c"], [theirs.fileno(), *streams])
+        return ours
+
+    def close(self) -> None:
+        """End it and its children."""
+        self._control.close()
+        self._process.wait()
+
+
+_servers: dict[frozenset[tuple[str, str]], _Server] = {}
+
+
+def _server(environment: Environment) -> _Server:
+    key = frozenset(
+        (name, value)
+        for name, value in environment.items()
+        if name.startswith(_AT_IMPORT) and name not in _NOT_AT_IMPORT
+    )
+    if key not in _servers:
+        _servers[key] = _Server(environment)
+    return _servers[key]
+
+
+class Process:
+    """A command that runs.
+
+    Attributes:
+        pid: its process id; it leads a session and a group of this number.
+        returncode: None while it runs; then its exit code, or minus the signal that ended it.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        *,
+        streams: tuple[int, int, int],
+        cwd: str | Path | None = None,
+        env: Environment | None = None,
+    ) -> None:
+        self.args = [str(word) for word in command]
+        self.returncode: int | None = None
+        environment = dict(os.environ if env is None else env)
+        request = _read(self.args[1:])
+        self._socket = _server(environment).fork(streams)
+        request |= {"environment": environment, "directory": str(cwd or Path.cwd())}
+        self._socket.sendall(pickle.dumps(request))
+        self.pid = int.from_bytes(self._socket.recv(8), "little")
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs after `timeout` seconds.
+        """
+        if self.returncode is None:
+            self._socket.settimeout(timeout)
+            try:
+                said = self._socket.recv(8)
+            except (TimeoutError, BlockingIOError):
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0) from None
+            if not said:
+                raise RuntimeError("the server of warm commands is gone")
+            self.returncode = int.from_bytes(said, "little", signed=True)
+            self._socket.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        """Its exit code, or None while it runs."""
+        try:
+            return self.wait(0.0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to it, if it still runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it and everything in its group, and wait for it."""
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            self.wait()
+
+
+def run(
+    command: Sequence[str | Path],
+    *,
+    cwd: str | Path | None = None,
+    env: Environment | None = None,
+    timeout: float | None = None,
+    input: str = "",
+) -> "subprocess.CompletedProcess[str]":
+    """Run `[sys.executable, ...]` to its end; its exit code and what it wrote.
+
+    Raises:
+        subprocess.TimeoutExpired: it was not over within `timeout` seconds; it was ended.
+    """
+    with _file(input) as given, _file() as out, _file() as err:
+        streams = (given.fileno(), out.fileno(), err.fileno())
+        process = Process(command, streams=streams, cwd=cwd, env=env)
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            process.kill()
+            error.stdout, error.stderr = _text(out), _text(err)
+            raise
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(
+            process.args, process.wait(), stdout=_text(out), stderr=_text(err)
+        )
+
+
+def _file(text: str = "") -> IO[bytes]:
+    file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
+    file.write(text.encode())
+    file.seek(0)
+    return file
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode().replace("\r\n", "\n")
+
+
+def _read(words: list[str]) -> dict[str, Any]:
+    """What follows the interpreter, as the server takes it."""
+    request: dict[str, Any] = {"command": words, "warnings": []}
+    rest = list(words)
+    while rest[:1] == ["-W"]:
+        request["warnings"].append(rest[1])
+        rest = rest[2:]
+    kinds = {"-m": "module", "-c": "code"}
+    if rest and rest[0] in kinds:
+        return request | {"kind": kinds[rest[0]], "program": rest[1], "arguments": rest[2:]}
+    if not rest or not rest[0].endswith(_PROGRAMS):
+        raise ValueError(f"{words} is no program that can be forked: start it with subprocess")
+    return request | {"kind": "script", "program": rest[0], "arguments": rest[1:]}
