@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="shuffle the files, and the tests of each file",
     )
     fuzz = parser.getgroup("fuzz", "random models (tests/test_fuzz.py)")
-    fuzz.addoption("--fuzz-seconds", type=float, default=30.0, help="how long; 30 if not given")
+    fuzz.addoption("--fuzz-seconds", type=float, default=10.0, help="how long; 10 if not given")
     fuzz.addoption("--fuzz-seed", type=int, default=0, help="of the models; 0 if not given")
 
 

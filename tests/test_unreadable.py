@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import unreadable
+import warm
 from fresh_process import run_fresh
 from places import Pool
 from shardproof.axis import Axis
@@ -87,7 +88,7 @@ def said_by_llama(degree: int) -> list[str]:
     """What the ranks of a compiled Llama said."""
     pytest.importorskip("transformers")
     last = f"print(json.dumps(sp.launch(run, degree={degree}, engine='threads')))"
-    said: list[str] = json.loads(run_fresh(LLAMA + last).strip().splitlines()[-1])
+    said: list[str] = json.loads(warm.printed(LLAMA + last).strip().splitlines()[-1])
     return said
 
 

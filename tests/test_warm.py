@@ -90,16 +90,35 @@ print("so far", flush=True); time.sleep(100)"""
 
 
 def test_a_process_can_be_watched_and_signalled(tmp_path: Path) -> None:
-    program = "import time; print('here', flush=True); time.sleep(100)"
-    with (tmp_path / "out").open("wb") as out:
-        streams = (out.fileno(),) * 3
-        process = warm.Process(command_of("code", program, tmp_path), streams=streams)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "out").read_text():
-        assert time.monotonic() < deadline
+    program = """import sys, time
+print('here', flush=True); sys.stderr.write('and here'); sys.stderr.flush(); time.sleep(100)"""
+    process = warm.Process(command_of("code", program, tmp_path))
+    assert process.stdout.readline() == "here\n"
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == process.poll() == -signal.SIGTERM
+    assert process.communicate(60) == ("", "and here")
+    assert process.wait() == process.poll() == process.returncode == -signal.SIGTERM
+
+
+RANK = """import os, sys, time
+print(*[os.environ[n] for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")])
+import torch; print(torch.get_num_threads(), flush=True)
+if len(sys.argv) > 1 and os.environ["RANK"] == sys.argv[1]: 1 / 0
+time.sleep(100 if len(sys.argv) > 1 else 0)
+"""
+
+
+def test_a_command_runs_once_for_each_rank_and_one_failure_ends_all() -> None:
+    done = warm.run_as_ranks([sys.executable, "-c", RANK], ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "0 0 2 127.0.0.1\n1\n1 1 2 127.0.0.1\n1\n"
+    begun = time.monotonic()
+    done = warm.run_as_ranks([sys.executable, "-c", RANK, "1"], ranks=2)
+    assert time.monotonic() - begun < 60
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "ZeroDivisionError: division by zero"
+    with pytest.raises(subprocess.TimeoutExpired):
+        warm.run_as_ranks([sys.executable, "-c", RANK, "none"], ranks=2, timeout=0.5)
 
 
 @pytest.mark.parametrize("words", [["-I", "-c", "1"], ["-X", "dev", "x.py"], [], ["x"]])

@@ -15,7 +15,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,7 +31,7 @@ _AT_IMPORT = (
     "ATEN", "CUDA", "DNNL", "GOMP", "HF_", "KMP", "LANG", "LC_", "LD_", "MALLOC", "MKL", "NUMPY",
     "OMP", "ONEDNN", "OPENBLAS", "PYTHON", "SHARDPROOF", "TORCH", "TRANSFORMERS",
 )  # fmt: skip
-_NOT_AT_IMPORT = ("PYTHONPATH",)
+_NOT_AT_IMPORT = ("PYTHONPATH", "OMP_NUM_THREADS")  # a child can still follow these
 _PROGRAMS = (".py", "bin/shardproof")
 
 Environment = Mapping[str, str]
@@ -74,7 +78,7 @@ def _server(environment: Environment) -> _Server:
         if name.startswith(_AT_IMPORT) and name not in _NOT_AT_IMPORT
     )
     if key not in _servers:
-        _servers[key] = _Server(environment)
+        _servers[key] = _Server({k: v for k, v in environment.items() if k != "OMP_NUM_THREADS"})
     return _servers[key]
 
 
@@ -84,13 +88,14 @@ class Process:
     Attributes:
         pid: its process id; it leads a session and a group of this number.
         returncode: None while it runs; then its exit code, or minus the signal that ended it.
+        stdout, stderr: what it writes, if no streams were given; its input is then empty.
     """
 
     def __init__(
         self,
         command: Sequence[str | Path],
         *,
-        streams: tuple[int, int, int],
+        streams: tuple[int, int, int] | None = None,
         cwd: str | Path | None = None,
         env: Environment | None = None,
     ) -> None:
@@ -98,8 +103,14 @@ class Process:
         self.returncode: int | None = None
         environment = dict(os.environ if env is None else env)
         request = _read(self.args[1:])
-        self._socket = _server(environment).fork(streams)
         request |= {"environment": environment, "directory": str(cwd or Path.cwd())}
+        server = _server(environment)
+        with ExitStack() as theirs:
+            if streams is None:
+                (self.stdout, out), (self.stderr, err) = _pipe(theirs), _pipe(theirs)
+                nothing = theirs.enter_context(open(os.devnull))
+                streams = (nothing.fileno(), out, err)
+            self._socket = server.fork(streams)
         self._socket.sendall(pickle.dumps(request))
         self.pid = int.from_bytes(self._socket.recv(8), "little")
 
@@ -132,6 +143,19 @@ class Process:
         """Send a signal to it, if it still runs."""
         if self.poll() is None:
             os.kill(self.pid, number)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for its end; what it has written so far and was not read, output and errors."""
+        with ThreadPoolExecutor(2) as readers:
+            read = [readers.submit(each.read) for each in (self.stdout, self.stderr)]
+            try:
+                self.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self.kill()  # so that the readers come to an end
+                raise
+        self.stdout.close()
+        self.stderr.close()
+        return read[0].result(), read[1].result()
 
     def kill(self) -> None:
         """End it and everything in its group, and wait for it."""
@@ -167,6 +191,67 @@ def run(
         return subprocess.CompletedProcess(
             process.args, process.wait(), stdout=_text(out), stderr=_text(err)
         )
+
+
+def printed(code: str, *, timeout: float = 120.0) -> str:
+    """What a program prints that finds the tests' helpers; warnings are errors in it."""
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code)]
+    done = run(command, env={**os.environ, "PYTHONPATH": path}, timeout=timeout)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_as_ranks(
+    command: Sequence[str | Path],
+    *,
+    ranks: int,
+    cwd: str | Path | None = None,
+    env: Environment | None = None,
+    timeout: float = 250.0,
+) -> "subprocess.CompletedProcess[str]":
+    """Run a command once for each rank, with the variables that torchrun sets.
+
+    As under torchrun, the exit code is 1 and the other ranks are ended where one of them fails.
+    What they wrote follows in the order of the ranks. tests/test_axis.py and tests/test_faults.py
+    start torchrun itself.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    environment = {**(os.environ if env is None else env), "MASTER_ADDR": "127.0.0.1"}
+    environment |= {name: str(value) for name, value in shared.items()}
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    with ExitStack() as opened:
+        outs, errs = ([opened.enter_context(_file()) for _ in range(ranks)] for _ in range(2))
+        nothing = opened.enter_context(_file())
+        processes = [
+            Process(
+                command,
+                streams=(nothing.fileno(), outs[rank].fileno(), errs[rank].fileno()),
+                cwd=cwd,
+                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(ranks)
+        ]
+        deadline = time.monotonic() + timeout
+        while None in (codes := [each.poll() for each in processes]) and not any(codes):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        for each in processes:
+            each.kill()
+        out, err = ("".join(map(_text, files)) for files in (outs, errs))
+        if None in codes and not any(codes):
+            raise subprocess.TimeoutExpired(processes[0].args, timeout, out, err)
+        return subprocess.CompletedProcess(processes[0].args, int(any(codes)), out, err)
+
+
+def _pipe(theirs: ExitStack) -> tuple[IO[str], int]:
+    """What a child writes, and the end where it writes, which is closed with `theirs`."""
+    ours, end = os.pipe()
+    theirs.callback(os.close, end)
+    return open(ours), end
 
 
 def _file(text: str = "") -> IO[bytes]:

@@ -25,6 +25,8 @@ import warnings
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+import torch
+
 STREAMS = 3
 READY = b"ready"
 IMPORTED = (
@@ -116,6 +118,8 @@ def become(command: socket.socket, base: list[str]) -> tuple[str, str]:
         sys.warnoptions.append(option)
         warnings._processoptions([option])  # type: ignore[attr-defined]
     random.seed()
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))
     kind, name, arguments = request["kind"], request["program"], request["arguments"]
     first = str(Path(name).resolve().parent) if kind == "script" else "" if kind == "code" else None
     added = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
