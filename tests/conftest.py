@@ -11,7 +11,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+import warm
 from order import WRITTEN, seed_of, shuffled
+from shardproof.engines import processes
 from shardproof.engines.base import Ranks
 from shardproof.numerics import mode
 from shardproof.ranks import open_ranks
@@ -77,6 +79,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, torch finds none"))
+
+
+@pytest.fixture(autouse=True)
+def _warm_ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that are processes are forks of an interpreter that has imported torch.
+
+    A test marked `fresh_ranks` is about how the product itself starts them.
+    """
+    if request.node.get_closest_marker("fresh_ranks") is None:
+        monkeypatch.setattr(processes, "start_process", warm.start_process)
 
 
 @pytest.fixture(scope="session")

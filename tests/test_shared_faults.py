@@ -90,7 +90,7 @@ class Ranks:
     def end(self) -> None:
         """End what still runs."""
         for process in self.processes:
-            process.kill()
+            process.close()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +45,12 @@ class _Server:
         self._control, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, str(SERVER), str(theirs.fileno())],
+                [
+                    sys.executable,
+                    str(SERVER),
+                    str(theirs.fileno()),
+                    *map(os.path.abspath, sys.path),
+                ],
                 pass_fds=[theirs.fileno()],
                 env={**environment, "OPENBLAS_NUM_THREADS": "1"},
                 stdin=subprocess.DEVNULL,
@@ -68,6 +74,7 @@ class _Server:
         self._process.wait()
 
 
+_starting = threading.Lock()
 _servers: dict[frozenset[tuple[str, str]], _Server] = {}
 
 
@@ -77,9 +84,11 @@ def _server(environment: Environment) -> _Server:
         for name, value in environment.items()
         if name.startswith(_AT_IMPORT) and name not in _NOT_AT_IMPORT
     )
-    if key not in _servers:
-        _servers[key] = _Server({k: v for k, v in environment.items() if k != "OMP_NUM_THREADS"})
-    return _servers[key]
+    with _starting:
+        if key not in _servers:
+            rest = {name: v for name, v in environment.items() if name != "OMP_NUM_THREADS"}
+            _servers[key] = _Server(rest)
+        return _servers[key]
 
 
 class Process:
@@ -112,7 +121,7 @@ class Process:
                 streams = (nothing.fileno(), out, err)
             self._socket = server.fork(streams)
         self._socket.sendall(pickle.dumps(request))
-        self.pid = int.from_bytes(self._socket.recv(8), "little")
+        self.pid = int.from_bytes(self._socket.recv(8), "little")  # its session is there by then
 
     def wait(self, timeout: float | None = None) -> int:
         """Its exit code.
@@ -153,9 +162,14 @@ class Process:
             except subprocess.TimeoutExpired:
                 self.kill()  # so that the readers come to an end
                 raise
+        self.close()
+        return read[0].result(), read[1].result()
+
+    def close(self) -> None:
+        """End it; what it has written cannot be read any more."""
+        self.kill()
         self.stdout.close()
         self.stderr.close()
-        return read[0].result(), read[1].result()
 
     def kill(self) -> None:
         """End it and everything in its group, and wait for it."""
@@ -200,6 +214,13 @@ def printed(code: str, *, timeout: float = 120.0) -> str:
     done = run(command, env={**os.environ, "PYTHONPATH": path}, timeout=timeout)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def start_process(
+    command: list[str], *, stdin: int, environment: Environment, directory: Path
+) -> Process:
+    """`shardproof.engines.processes.start_process` for tests, which start many ranks."""
+    return Process(command, streams=(stdin, 1, 2), cwd=directory, env=environment)
 
 
 def run_as_ranks(
@@ -270,9 +291,10 @@ def _read(words: list[str]) -> dict[str, Any]:
     """What follows the interpreter, as the server takes it."""
     request: dict[str, Any] = {"command": words, "warnings": []}
     rest = list(words)
-    while rest[:1] == ["-W"]:
-        request["warnings"].append(rest[1])
-        rest = rest[2:]
+    while rest and rest[0].startswith(("-W", "-B")):  # -B: how the tests themselves were started
+        option = rest.pop(0)
+        if option.startswith("-W"):
+            request["warnings"].append(option[2:] or rest.pop(0))
     kinds = {"-m": "module", "-c": "code"}
     if rest and rest[0] in kinds:
         return request | {"kind": kinds[rest[0]], "program": rest[1], "arguments": rest[2:]}

@@ -1,10 +1,11 @@
 """The interpreter behind `warm.py`: it imports what commands need, then forks one child for each.
 
-Started as `python warm_server.py FD`, where FD is a socket. Each message on it brings four file
-descriptors: a socket for one command and its standard streams. A child is forked at once. It reads
-the command from that socket, becomes what a new interpreter would be, and runs it. The server
-answers on the same socket: first the process id, later how the child ended. When nobody holds the
-other end of FD any more, the server ends all children and itself.
+Started as `python warm_server.py FD PATH...`, where FD is a socket and the rest is a search path.
+Each message on the socket brings four file descriptors: a socket for one command and its standard
+streams. A child is forked at once. It sends its process id on its socket, reads the command from
+there, becomes what a new interpreter would be, and runs it. The server later says on the same
+socket how the child ended. When nobody holds the other end of FD any more, the server ends all
+children and itself.
 """
 
 import atexit
@@ -24,8 +25,6 @@ import types
 import warnings
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
-
-import torch
 
 STREAMS = 3
 READY = b"ready"
@@ -74,7 +73,6 @@ def serve(control: socket.socket) -> socket.socket:
             for descriptor in descriptors[1:]:
                 os.close(descriptor)
             running[child] = command
-            command.sendall(child.to_bytes(8, "little"))
 
 
 def reap(running: dict[int, socket.socket]) -> None:
@@ -101,6 +99,7 @@ def end(running: dict[int, socket.socket]) -> None:
 def become(command: socket.socket, base: list[str]) -> tuple[str, str]:
     """Take over what a new interpreter would start with; the kind of program and its name."""
     os.setsid()
+    command.sendall(os.getpid().to_bytes(8, "little"))
     for each in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:
         if signal.getsignal(each) not in (signal.SIG_DFL, None):
             is_interrupt = each == signal.SIGINT
@@ -118,8 +117,8 @@ def become(command: socket.socket, base: list[str]) -> tuple[str, str]:
         sys.warnoptions.append(option)
         warnings._processoptions([option])  # type: ignore[attr-defined]
     random.seed()
-    if threads := os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(int(threads))
+    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     kind, name, arguments = request["kind"], request["program"], request["arguments"]
     first = str(Path(name).resolve().parent) if kind == "script" else "" if kind == "code" else None
     added = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
@@ -211,6 +210,7 @@ def main() -> tuple[str, str]:
     control = socket.socket(fileno=int(sys.argv[1]))
     added = {each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each}
     base = [each for each in sys.path[1:] if each not in added]
+    sys.path[:0] = sys.argv[2:]  # what is imported here is what the tests import
     try:
         import_all()
     except Exception as error:
