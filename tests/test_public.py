@@ -88,8 +88,8 @@ def test_types_are_shipped() -> None:
 
 def test_the_command_and_the_module_are_the_same() -> None:
     script, module = (
-        run(str(COMMAND), "--version"),
-        run(sys.executable, "-m", "shardproof", "--version"),
+        warm.run([sys.executable, COMMAND, "--version"]),
+        warm.run([sys.executable, "-m", "shardproof", "--version"]),
     )
     assert script.returncode == module.returncode == 0, script.stderr + module.stderr
     assert script.stdout == module.stdout

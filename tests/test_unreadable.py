@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import unreadable
 import warm
-from fresh_process import run_fresh
 from places import Pool
 from shardproof.axis import Axis
 from shardproof.plans.apply import parallelize
@@ -42,8 +41,8 @@ def run(axis):
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str]:
-    """What every case did, each in a fork of one fresh process."""
-    last = run_fresh("import unreadable; unreadable.main()").strip().splitlines()[-1]
+    """What every case did, each group in a fork of one process."""
+    last = warm.printed("import unreadable; unreadable.main()").strip().splitlines()[-1]
     found: dict[str, str] = json.loads(last)
     return found
 
