@@ -311,6 +311,7 @@ def folders() -> set[str]:
     return {path.name for path in Path(tempfile.gettempdir()).glob("shardproof-*")}
 
 
+@pytest.mark.fresh_ranks
 @pytest.mark.parametrize(
     ("where", "what", "error"),
     [

@@ -232,6 +232,7 @@ def test_processes_have_the_launchers_modes_and_their_own_place(pool: Pool) -> N
         assert stdin == ""
 
 
+@pytest.mark.fresh_ranks
 def test_processes_import_what_the_caller_can_and_print_where_it_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -458,6 +459,7 @@ def leave_work_for_the_end(axis: Axis, folder: Path) -> None:
     threading.Thread(target=later).start()
 
 
+@pytest.mark.fresh_ranks
 def test_a_process_does_what_was_left_for_its_end(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -622,6 +624,7 @@ def test_an_interrupt_of_the_caller_ends_all(engine: str) -> None:
         check_nothing_is_left(ranks, engine, pids)
 
 
+@pytest.mark.fresh_ranks
 def test_forgotten_ranks_are_ended() -> None:
     ranks: Any = open_ranks(1, "processes")
     (pid,), folder = ranks.run(lambda axis: os.getpid()), ranks._folder

@@ -26,7 +26,7 @@ from shardproof.engines.capacity import WAY_OUT
 from shardproof.engines.engine import Ranks, Settings
 from shardproof.engines.failure import verdict
 from shardproof.engines.status import StatusFile
-from shardproof.engines.watch import Watch, Worker
+from shardproof.engines.watch import Process, Watch, Worker
 from shardproof.errors import UsageError
 from shardproof.numerics import mode
 
@@ -159,15 +159,11 @@ def _start(rank: int, settings: Settings, folder: Path) -> Worker:
         ours, theirs = (interpreter.above_standard(end.detach()) for end in socket.socketpair())
         connection = Connection(ours)
         try:
-            process = subprocess.Popen(
+            process = start_process(
                 command,
                 stdin=theirs,
-                stdout=interpreter.output(1),
-                stderr=interpreter.output(2),
-                env=_environment(rank, settings),
-                cwd=interpreter.directory() or Path(os.sep),
-                # Ctrl-C goes to the launcher only; each worker has its own process group
-                start_new_session=True,
+                environment=_environment(rank, settings),
+                directory=interpreter.directory() or Path(os.sep),
             )
         finally:
             os.close(theirs)
@@ -176,6 +172,24 @@ def _start(rank: int, settings: Settings, folder: Path) -> Worker:
             f"cannot start the process of rank {rank} of {settings.degree}: {error}. {WAY_OUT}"
         ) from error
     return Worker(rank, process, connection)
+
+
+def start_process(
+    command: list[str], *, stdin: int, environment: dict[str, str], directory: Path
+) -> Process:
+    """Start the interpreter of a rank, with this process's output; it leads a new session.
+
+    Ctrl-C is for the launcher, and what a worker has started is in the worker's group.
+    """
+    return subprocess.Popen(
+        command,
+        stdin=stdin,
+        stdout=interpreter.output(1),
+        stderr=interpreter.output(2),
+        env=environment,
+        cwd=directory,
+        start_new_session=True,
+    )
 
 
 def _environment(rank: int, settings: Settings) -> dict[str, str]:

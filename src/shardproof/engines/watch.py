@@ -7,12 +7,12 @@ has left them waiting. The counts in the status file show this, so that no timeo
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Protocol
 
 from shardproof.engines import messages
 from shardproof.engines.failure import Failure
@@ -25,12 +25,26 @@ _AFTER_SYMPTOM = 3.0
 _POLL = 0.1
 
 
+class Process(Protocol):
+    """What the launcher needs of a process that it has started; a `subprocess.Popen` has it."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
+    def poll(self) -> int | None:
+        """Its exit code, or minus the signal that ended it; None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The same, after its end; raises subprocess.TimeoutExpired if that does not come."""
+
+
 @dataclass(frozen=True)
 class Worker:
     """A worker process and its connection, in the launcher."""
 
     rank: int
-    process: subprocess.Popen[bytes]
+    process: Process
     connection: Connection
 
 
