@@ -1,4 +1,4 @@
-"""What is given away: the sources are complete, and a wheel built of them has both C modules."""
+"""The sources are complete, a wheel has both C modules, and `make setup` says what it does."""
 
 import importlib.metadata
 import importlib.util
@@ -78,3 +78,60 @@ def test_the_sources_that_are_given_away_build_both_modules(tmp_path: Path) -> N
     for data in ("py.typed", "showing/page.css", "showing/page.js"):
         assert f"shardproof/{data}" in names
     assert not [name for name in names if name.endswith((".c", ".h", ".inc"))]
+
+
+PIP = """#!/bin/sh
+echo "python $*"
+case "$*" in *"$FAIL"*) exit 3;; esac
+"""
+
+
+def make_setup(folder: Path, fail: str) -> subprocess.CompletedProcess[str]:
+    """`make setup` in a copy whose python only prints its arguments, and fails at some."""
+    for name in ("Makefile", "constraints.txt", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    python = folder / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PIP)
+    python.chmod(0o755)
+    return subprocess.run(
+        ["make", "setup", f"PYTHON={sys.executable}"],
+        cwd=folder,
+        env=os.environ | {"FAIL": fail},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_setup_says_what_it_does_before_it_does_it(tmp_path: Path) -> None:
+    done = make_setup(tmp_path, "nothing fails")
+    assert done.returncode == 0, done.stderr
+    torch = next(x for x in (ROOT / "constraints.txt").read_text().split() if x[:7] == "torch==")
+    options = "--quiet --disable-pip-version-check -c constraints.txt"
+    assert done.stdout.splitlines() == [
+        "setup: .venv will have 1.7 GB; that takes some minutes, once",
+        f"setup 1 of 4: .venv with {sys.executable}",
+        f"setup 2 of 4: {torch} and what it needs (0.8 GB; more where it comes with CUDA)",
+        f"python -m pip install {options} {torch}",
+        "setup 3 of 4: shardproof itself; builds the C modules kernels shm where there is a "
+        "compiler",
+        f"python -m pip install {options} --no-deps -e .",
+        "setup 4 of 4: the packages for tests and demo: pytest ruff mypy transformers scikit-learn "
+        "and what they need (0.9 GB)",
+        f"python -m pip install {options} shardproof[demo,dev]",
+        "setup: done",
+    ]
+    assert (tmp_path / ".venv/.setup-stamp").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_a_step_of_setup_that_fails_ends_it(tmp_path: Path) -> None:
+    done = make_setup(tmp_path, "--no-deps")
+    assert done.returncode == 2
+    assert "setup 3 of 4" in done.stdout
+    assert "setup 4 of 4" not in done.stdout
+    assert not (tmp_path / ".venv/.setup-stamp").exists()
