@@ -1,4 +1,4 @@
-# Words: setup demo test check bench zoo docs. Each does its own set-up; nothing outside .venv changes.
+# Words: setup demo test check bench zoo gpu docs. Each does its own set-up; nothing outside .venv changes.
 # Needs Python 3.11 or newer and make. Another interpreter: make PYTHON=python3.12 test
 # pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) choose where torch comes from.
 
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench zoo docs
+.PHONY: help setup demo test check bench zoo gpu docs
 
 help:
 	@echo "make demo   prove, on this machine, that the degree does not change the bits"
@@ -17,6 +17,8 @@ help:
 	@echo "make bench  measure side by side with plain torch, and time the cases"
 	@echo "make zoo    plan, cut and prove every model of four lists of transformers; writes docs/zoo.md"
 	@echo "            (STEPS='plain', LISTS='causal image': only these; LIMIT=60: seconds for each)"
+	@echo "make gpu    run the GPU tests, prove the cases and measure on a GPU; writes docs/gpu.md"
+	@echo "            (less than 8 minutes; exits with 2 where there is no CUDA device)"
 	@echo "make docs   API documentation into build/docs"
 	@echo "make setup  only install what these need, into $(VENV)"
 
@@ -84,6 +86,9 @@ zoo: $(STAMP)
 	@mkdir -p build
 	$(BIN)/python -m zoo.run $(STEPS:%=--step %) $(LISTS:%=--list %) --limit $(LIMIT) --workers $(WORKERS) --json build/zoo.jsonl \
 	  $(if $(LISTS),,--page docs/zoo.md)
+
+gpu: $(STAMP)
+	$(BIN)/python -m gpu.run
 
 # Every module by name: on its own pdoc shows only what `__all__` has.
 MODULES = $(shell cd src && find shardproof -name '*.py' ! -name '__*' | sed 's/\.py$$//; s|/|.|g' | sort)
