@@ -23,7 +23,7 @@ from benchmarks.system import System, SystemRank
 from benchmarks.systems import find_system
 from benchmarks.work import Checked, Variant
 from shardproof.axis import Axis
-from shardproof.engines.base import Ranks
+from shardproof.engines.engine import Ranks
 from shardproof.errors import ShardproofError
 from shardproof.numerics import mode
 from shardproof.prover.case import as_it_lies

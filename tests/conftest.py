@@ -11,8 +11,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+import warm
 from order import WRITTEN, seed_of, shuffled
-from shardproof.engines.base import Ranks
+from shardproof.engines import processes
+from shardproof.engines.engine import Ranks
 from shardproof.numerics import mode
 from shardproof.ranks import open_ranks
 
@@ -40,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="shuffle the files, and the tests of each file",
     )
     fuzz = parser.getgroup("fuzz", "random models (tests/test_fuzz.py)")
-    fuzz.addoption("--fuzz-seconds", type=float, default=30.0, help="how long; 30 if not given")
+    fuzz.addoption("--fuzz-seconds", type=float, default=10.0, help="how long; 10 if not given")
     fuzz.addoption("--fuzz-seed", type=int, default=0, help="of the models; 0 if not given")
 
 
@@ -77,6 +79,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, torch finds none"))
+
+
+@pytest.fixture(autouse=True)
+def _warm_ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that are processes are forks of an interpreter that has imported torch.
+
+    A test marked `fresh_ranks` is about how the product itself starts them.
+    """
+    if request.node.get_closest_marker("fresh_ranks") is None:
+        monkeypatch.setattr(processes, "start_process", warm.start_process)
 
 
 @pytest.fixture(scope="session")

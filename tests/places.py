@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from shardproof import core
-from shardproof.engines.base import Ranks
+from shardproof.engines.engine import Ranks
 
 # What carries bytes between processes here.
 CARRIER = "gloo" if core.shm() is None else "shm"

@@ -1,5 +1,6 @@
 """Projections that read one input: whole, cut, linked or not, and one step of them."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -146,13 +147,17 @@ def whole(x: Tensor, layer: ColumnParallelLinear, dim: int) -> Tensor:
     return comm.all_gather(x.detach(), site.axis, dim=dim, cut=site.cut, direction="prover")
 
 
-def expected(group: Group, used: Sequence[int] | None = None) -> Tensors:
-    """What plain torch computes; backward through the outputs of `used`, by default of all."""
+@functools.cache
+def expected(group: Group, used: tuple[int, ...] | None = None) -> Tensors:
+    """What plain torch computes; backward through the outputs of `used`, by default of all.
+
+    Every rank and degree compares with the same tensors, so nobody may change them.
+    """
     linears, (x, grads) = group.linears(), group.data()
     x.requires_grad_()
     outputs = [linear(x) for linear in linears]
-    used = range(len(outputs)) if used is None else used
-    torch.autograd.backward([outputs[i] for i in used], [grads[i] for i in used])
+    members = range(len(outputs)) if used is None else used
+    torch.autograd.backward([outputs[i] for i in members], [grads[i] for i in members])
     assert x.grad is not None
     found = {"x.grad": x.grad}
     for name, linear, y in zip(group.names, linears, outputs, strict=True):

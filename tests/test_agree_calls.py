@@ -16,7 +16,7 @@ from shardproof import comm, core
 from shardproof.axis import Axis
 from shardproof.leaves import Cut
 from shardproof.ranks import launch
-from shardproof.transport import shared
+from shardproof.transport import shared_memory
 
 
 def reduce(axis: Axis, who: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -132,7 +132,7 @@ def test_two_axes_that_share_memory_in_another_order_do_not_wait_for_ever(
         for axis in axes:
             reduce(axis, f"{axis.name}.down", 3)
         order = axes[:: 1 - 2 * dist.get_rank()]
-        with mock.patch.object(shared, "_CERTAIN", certain):
+        with mock.patch.object(shared_memory, "_CERTAIN", certain):
             message = said(lambda: [reduce(axis, f"{axis.name}.down", 3) for axis in order])
         return message, reduce(_, "next", 3).tolist()
 

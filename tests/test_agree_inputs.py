@@ -18,7 +18,6 @@ from shardproof.axis import Axis
 from shardproof.errors import MismatchError
 from shardproof.functional.vocabulary import vocab_cross_entropy
 from shardproof.leaves import Cut
-from shardproof.overlap import checked_overlap
 from shardproof.transport import notes
 
 # Different inputs ------------------------------------------------------------------------------
@@ -266,20 +265,6 @@ def test_idle_ranks_raise_nothing(pool: Pool) -> None:
         return said(lambda: down(up(drawn(4, 12).requires_grad_())).sum().backward())
 
     assert run(pool, "threads", work, 8) == [""] * 8
-
-
-@EVERY_TRANSPORT
-@pytest.mark.parametrize("overlap", ["on", "off"])
-def test_overlap_raises_nothing_and_hides_nothing(pool: Pool, engine: str, overlap: str) -> None:
-    def work(plain: Axis) -> tuple[str, str]:
-        axis = Axis("tp", plain.transport, checked_overlap(overlap))
-        model = mlp(axis)
-        equal = said(lambda: model(drawn(6, 12).requires_grad_()).sum().backward())
-        return equal, said(lambda: model(drawn(6, 12, seed=axis.rank)))
-
-    found = run(pool, engine, work)
-    assert [equal for equal, _ in found] == ["", ""]
-    check_all_said([message for _, message in found], "input of '0'")
 
 
 def test_alone_nothing_is_noted_and_no_bit_changes() -> None:

@@ -13,7 +13,7 @@ from places import Pool
 from shardproof.axis import Axis
 from shardproof.errors import PlanError, UsageError
 from shardproof.layers.attention import HeadAttention
-from shardproof.plans import attend
+from shardproof.plans import attention_check
 from shardproof.plans.apply import parallelize
 from shardproof.plans.initialize import initialize
 from shardproof.plans.planning import plan
@@ -521,8 +521,8 @@ def test_children_that_are_alike_are_tried_once_and_others_each(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tried = []
-    run = attend._run
-    monkeypatch.setattr(attend, "_run", lambda *args: tried.append(args) or run(*args))
+    run = attention_check._run
+    monkeypatch.setattr(attention_check, "_run", lambda *args: tried.append(args) or run(*args))
 
     def model(*scales: float | None) -> nn.Module:
         return nn.ModuleDict({"blocks": nn.ModuleList(Parent(Plain(scale)) for scale in scales)})

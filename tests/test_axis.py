@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from places import CARRIER
 from shardproof.axis import TORCHRUN_VARIABLES, Axis
-from shardproof.engines.base import Ranks
+from shardproof.engines.engine import Ranks
 from shardproof.errors import AxisError
 from shardproof.layers.linear import ColumnParallelLinear
 from shardproof.transport.base import Call

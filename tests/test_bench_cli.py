@@ -1,9 +1,11 @@
 """`python -m benchmarks` as users meet it: refusals, one real run, and what is written."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from torch import nn
 
 import benchmarks.__main__ as command
+import warm
 from benchmarks import plot, systems, works
 from benchmarks.llama import LlamaGenerate, LlamaStep, Size
 from benchmarks.report import markdown, tables
@@ -21,6 +24,7 @@ from benchmarks.system import SUM, Style, System
 from benchmarks.systems import SYSTEMS, Ours, find_system
 from benchmarks.work import Variant, Work
 from benchmarks.works import AllReduce, feed_forward, find_work, one_linear
+from shardproof.engines import processes
 from shardproof.numerics import mode
 
 ROOT = Path(__file__).parents[1]
@@ -106,14 +110,7 @@ def test_every_option_and_every_name_is_in_the_help(capsys: pytest.CaptureFixtur
 
 
 def test_the_module_is_the_command() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "--work", "x"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = warm.run([sys.executable, "-m", "benchmarks", "--work", "x"], cwd=ROOT, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert "error: there is no work 'x'." in done.stderr
 
@@ -198,17 +195,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     )
     path = tmp_path_factory.mktemp("bench") / "bench.json"
     asked = [word for name in (*right, *FAULTY) for word in ("--system", name)]
-    with pytest.MonkeyPatch.context() as patched, pytest.MonkeyPatch.context() as streams:
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patched, redirect_stdout(out), redirect_stderr(err):
+        patched.setattr(processes, "start_process", warm.start_process)
         patched.setattr(systems, "SYSTEMS", (*SYSTEMS, *faulty))
         patched.setattr(works, "WORKS", small_works())
         patched.setattr(command, "WORKS", works.WORKS)
-        out = (path.parent / "out").open("w+")
-        err = (path.parent / "err").open("w+")
-        streams.setattr(sys, "stdout", out)
-        streams.setattr(sys, "stderr", err)
         code = command.main(["--rounds", "2", *asked, "--json", str(path)])
-        texts = [stream.flush() or Path(stream.name).read_text() for stream in (out, err)]
-    return Run(Result(code, *texts), json.loads(path.read_text()), right)
+    return Run(Result(code, out.getvalue(), err.getvalue()), json.loads(path.read_text()), right)
 
 
 def rows_of(run: Run, work: str) -> list[Any]:

@@ -16,7 +16,7 @@ from benchmarks.system import TRANSFORMER, System
 from benchmarks.systems import SYSTEMS, Ours, Plain
 from benchmarks.works import find_work
 from shardproof.axis import Axis
-from shardproof.engines.base import Ranks
+from shardproof.engines.engine import Ranks
 from shardproof.errors import UsageError
 
 Pool = Callable[[int, str], Ranks]

@@ -23,7 +23,7 @@ from benchmarks.systems import Ours, Plain, find_system
 from benchmarks.work import Checked, Variant
 from benchmarks.works import AllReduce, find_work
 from shardproof.axis import Axis
-from shardproof.engines.base import Ranks
+from shardproof.engines.engine import Ranks
 from shardproof.leaves import Cut, Layout, replicated
 from shardproof.numerics import mode, products
 from shardproof.scheme import NUMERICS

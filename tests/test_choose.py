@@ -3,7 +3,6 @@
 import gc
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import warm
 from places import CARRIER, Pool
 from shardproof import comm, core
 from shardproof.axis import Axis
@@ -235,11 +235,9 @@ if order == "group first" and axis.transport.name == "shm":
 @pytest.mark.parametrize("order", ["axis first", "group first", "never"])
 def test_axis_and_group_may_end_in_any_order(order: str, tmp_path: Path) -> None:
     ranks = [
-        subprocess.Popen(
+        warm.Process(
             [sys.executable, "-c", CLOSING, str(rank), str(tmp_path / "store"), order],
             env=os.environ | {"PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
         )
         for rank in range(2)
     ]

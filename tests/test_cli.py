@@ -21,7 +21,6 @@ from shardproof.cli import request, torchrun
 from shardproof.cli.main import main
 from shardproof.cli.output import PlainConsole
 from shardproof.numerics import mode
-from shardproof.overlap import DEFAULT_OVERLAP
 from shardproof.scheme import Scheme
 
 SMALL = ("--case", "matmul-row", "--case", "ffn", "--degrees", "1,2")
@@ -249,7 +248,6 @@ def test_options_reach_the_prover(monkeypatch: pytest.MonkeyPatch) -> None:
             "degrees": (1, 5),
             "engine": "processes",
             "transport": "auto",
-            "overlap": DEFAULT_OVERLAP,
             "threads": 2,
             "scheme": Scheme(leaves=5, numerics="native", seed=7),
             "seed": 7,
@@ -288,7 +286,7 @@ def test_help_is_on_stdout(arguments: list[str]) -> None:
 def test_every_option_of_prove_is_in_its_help() -> None:
     text = prove("--help").stdout
     for option in (
-        "--degrees", "--case", "--engine", "--transport", "--overlap", "--threads", "--numerics",
+        "--degrees", "--case", "--engine", "--transport", "--threads", "--numerics",
         "--leaves", "--seed",
         "--against", "--json", "--list",
     ):  # fmt: skip

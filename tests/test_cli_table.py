@@ -71,7 +71,6 @@ def report(*cases: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "leaves": 8,
         "seed": 12345,
         "degrees": [1, 2, 3],
-        "overlap": {"backward": None, "chunks": 1},
         "contract": "tree-3 leaves=8 mkl=avx512-strict small=core fp32 torch=2.13.0+cpu",
         "skipped": [],
         "cases": list(cases),

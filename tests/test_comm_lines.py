@@ -81,8 +81,8 @@ from shardproof.layers import linear as layers
 from shardproof.layers import shared as shared_layers
 from shardproof.leaves import Cut
 from shardproof.optim import adafactor, layouts, orthogonal, state
-from shardproof.optim import base as optimizer_base
-from shardproof.optim import norms as norm_functions
+from shardproof.optim import gradient_norms as norm_functions
+from shardproof.optim import whole_optimizer as optimizer_base
 from shardproof.scheme import Scheme
 from shardproof.tree import Node, nodes_of_run
 from shardproof.units import Block, CutDim, Shared, Units
@@ -309,7 +309,7 @@ class Run:
 
     def squares(self) -> Tensor:
         layer = layers.ColumnParallelLinear(IN, OUT, axis=self.axis)
-        place = layouts.Place(layer.layouts["weight"], self.axis)
+        place = layouts.ParameterLayout(layer.layouts["weight"], self.axis)
         return norm_functions.sum_squares_of(layer.weight.detach(), place)
 
     def optimizer(self) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -34,7 +34,7 @@ from zoo.own_attention import Grouped
 
 OWN = "nanoGPT"
 LLAMA = "LlamaForCausalLM"
-STEPS = 3
+STEPS = 2
 ONE_AT_A_TIME = threading.Lock()  # what torch patches to record, all threads share
 
 
@@ -122,30 +122,21 @@ def compare(axis: Any, example: Example, watched: bool, numerics: str) -> list[A
 
 
 @pytest.mark.parametrize(
-    ("name", "watched", "numerics", "degree"),
-    [
-        (OWN, True, "invariant", 3),
-        (LLAMA, False, "invariant", 2),
-        ("gated-chunk", True, "invariant", 3),
-        ("ConvNet", True, "invariant", 3),
-        ("GPT2LMHeadModel", True, "invariant", 2),
-    ],
+    ("name", "degree"),
+    [("gated-chunk", 1), ("gated-chunk", 3), ("ConvNet", 2), ("GPT2LMHeadModel", 2)],
 )
-def test_a_compiled_model_trains_as_an_eager_one(
-    name: str, watched: bool, numerics: str, degree: int
-) -> None:
+def test_a_compiled_model_trains_as_an_eager_one(name: str, degree: int) -> None:
     """In the middle of its dropouts too, whose masks a graph may not keep."""
-    example = build(name, dtype=torch.float32)
-    check_steps(example, watched, numerics, degree)
+    check_steps(build(name, dtype=torch.float32), True, "invariant", degree)
 
 
 @pytest.mark.parametrize(
     ("name", "watched", "numerics", "degree"),
     [
-        (OWN, True, "invariant", 1),
-        (OWN, True, "native", 3),
+        (OWN, True, "invariant", 3),
+        (OWN, True, "native", 2),
         (LLAMA, False, "invariant", 1),
-        (LLAMA, True, "invariant", 3),
+        (LLAMA, True, "invariant", 2),
     ],
 )
 def test_so_does_one_of_one_layer(name: str, watched: bool, numerics: str, degree: int) -> None:
@@ -173,7 +164,7 @@ def on_one(work: Callable[[Any], Any], degree: int = 1) -> Any:
 
 
 def test_a_compiled_model_takes_batches_of_several_sizes() -> None:
-    example = short(OWN, dropout=False)
+    example = build("gated-chunk", dtype=torch.float32, dropout=False)
 
     def work(axis: Any) -> list[bool]:
         model = cut_of(example, axis).eval()
@@ -213,11 +204,11 @@ def test_what_follows_on_a_cut_output_is_compiled_too() -> None:
     assert all(found)
 
 
-def test_a_graph_is_not_given_to_another_model() -> None:
+def test_a_graph_is_not_given_to_another_model_and_looks_at_ids_in_every_step() -> None:
     """Of two copies of a model each counts its own draws, by a graph of its own."""
     example = short(OWN)
 
-    def work(axis: Any) -> list[int]:
+    def work(axis: Any) -> tuple[list[int], str]:
         models = [cut_of(example, axis)]
         models.append(copy.deepcopy(models[0]))
         calls = [compiled(each) for each in models]
@@ -226,9 +217,18 @@ def test_a_graph_is_not_given_to_another_model() -> None:
         drawing = [
             next(each for each in model.modules() if isinstance(each, Drawing)) for model in models
         ]
-        return [each.step for each in drawing]
+        counted = [each.step for each in drawing]
+        ids = example.inputs["idx"].clone()
+        ids[0, 0] = 10**6
+        try:
+            calls[0](**{**example.inputs, "idx": ids})
+        except UsageError as error:
+            return counted, str(error)
+        return counted, "taken"
 
-    assert on_one(work) == [2, 1]
+    counted, said = on_one(work)
+    assert counted == [2, 1]
+    assert "token id 1000000 at position (0, 0) is outside" in said
 
 
 class Remembering(nn.Module):
@@ -337,17 +337,24 @@ def test_ranks_without_work_are_compiled() -> None:
     check_steps(example, True, "invariant", 3)
 
 
-def test_a_cut_output_can_be_used_after_the_graph() -> None:
-    example = short("TransformerEncoder")
+def test_a_cut_output_can_be_used_after_the_graph_and_a_copy_has_graphs_of_its_own() -> None:
+    """Its outputs are cut, so that its graphs refer to how."""
+    example = short("TransformerEncoder", dropout=False)
 
-    def work(axis: Any) -> Any:
+    def work(axis: Any) -> dict[str, bool]:
         model = cut_of(example, axis).eval()
         y, z = model(**example.inputs), compiled(model)(**example.inputs)
+        copied = compiled(copy.deepcopy(model))(**example.inputs)
         loss = z.square().mean()
         loss.backward()
-        return z.shape == y.shape and torch.equal(z.whole(), y.whole()) and z.part.shape[-1] < 251
+        return {
+            "shape": z.shape == y.shape,
+            "values": torch.equal(z.whole(), y.whole()),
+            "part": z.part.shape[-1] < 251,
+            "copy": torch.equal(copied.whole(), y.whole()),
+        }
 
-    assert on_one(work, 2)
+    assert on_one(work, 2) == dict.fromkeys(("shape", "values", "part", "copy"), True)
 
 
 def test_a_cache_that_a_graph_made_goes_on() -> None:
@@ -367,24 +374,6 @@ def test_a_cache_that_a_graph_made_goes_on() -> None:
     kind, error = on_one(work, 2)
     assert kind == "DynamicCache"
     assert error < 1e-5
-
-
-def test_a_compiled_model_looks_at_its_ids_in_every_step() -> None:
-    example = short(OWN)
-
-    def work(axis: Any) -> str:
-        model = cut_of(example, axis)
-        call = compiled(model)
-        call(**example.inputs)
-        ids = example.inputs["idx"].clone()
-        ids[0, 0] = 10**6
-        try:
-            call(**{**example.inputs, "idx": ids})
-        except UsageError as error:
-            return str(error)
-        return "taken"
-
-    assert "token id 1000000 at position (0, 0) is outside" in on_one(work)
 
 
 @pytest.mark.filterwarnings("ignore")  # inductor uses what torch has deprecated
@@ -522,19 +511,6 @@ def test_a_copy_of_a_cut_model_is_a_cut_model() -> None:
         ]
 
     assert on_one(work) == ["GPT", True, True, True]
-
-
-def test_a_copy_of_a_compiled_model_has_graphs_of_its_own() -> None:
-    """Its outputs are cut, so that its graphs refer to how."""
-    example = short("TransformerEncoder", dropout=False)
-
-    def work(axis: Any) -> bool:
-        model = cut_of(example, axis).eval()
-        y = compiled(model)(**example.inputs)
-        z = compiled(copy.deepcopy(model))(**example.inputs)
-        return torch.equal(y.whole(), z.whole())
-
-    assert on_one(work, 2)
 
 
 def recorded_sum(axis: Any) -> Any:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from shardproof.axis import Axis
-from shardproof.cut import rules
+from shardproof.cut import all_rules
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor
 from shardproof.scheme import Scheme
 from shardproof.transport.rehearsed import RehearsedTransport
 from shardproof.units import Block, CutDim, Shared, Units
 
-assert rules
+assert all_rules
 DEGREES = (1, 2, 3, 5, 8)
 HEADS = Units("heads", 6)
 GROUPS = Units("groups", 6, ((0, 1, 2), (3, 4, 5)))

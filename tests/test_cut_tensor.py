@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from cut_dims import DIMS, FEATURES, Dim, Results, agrees, leaf, same_at_every_degree, whole_of
 from places import Pool
 from shardproof.axis import Axis
-from shardproof.cut import rules
+from shardproof.cut import all_rules
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor
 from shardproof.functional.crossing_moves import held_part
@@ -21,7 +21,7 @@ from shardproof.plans.watched import cut_by, plan_by_watching
 from shardproof.scheme import Scheme
 from shardproof.units import Block, CutDim, Shared, Units
 
-assert rules
+assert all_rules
 Code = Callable[..., Any]
 
 

@@ -15,7 +15,7 @@ from invariance import LargestNew, all_bits_equal, bits_equal, normal, random_th
 from places import EVERYWHERE, Pool
 from shardproof import comm
 from shardproof.axis import Axis
-from shardproof.engines.base import Ranks
+from shardproof.engines.engine import Ranks
 from shardproof.errors import LayoutError, ShapeError, UsageError
 from shardproof.functional.embedding import EmbeddingSite, vocab_embedding
 from shardproof.layers.embedding import VocabParallelEmbedding

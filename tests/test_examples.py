@@ -2,11 +2,12 @@
 
 import functools
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import warm
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LAST_LINES = {
@@ -21,11 +22,13 @@ NEEDS = {"train_llama.py": "transformers"}
 
 @functools.cache
 def last_line(name: str, ranks: int | None) -> str:
-    """What an example ends with, under torchrun or alone."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *(launcher if ranks else []), str(EXAMPLES / name)]
+    """What an example ends with, as torchrun starts its ranks or alone."""
+    command = [sys.executable, str(EXAMPLES / name)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if ranks:
+        done = warm.run_as_ranks(command, ranks=ranks, env=environment)
+    else:
+        done = warm.run(command, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()[-1]
 

@@ -19,7 +19,7 @@ import torch
 
 from shardproof import comm, core
 from shardproof.axis import Axis
-from shardproof.engines.base import Ranks
+from shardproof.engines.engine import Ranks
 from shardproof.errors import MismatchError, RankError
 from shardproof.leaves import Cut
 from shardproof.ranks import launch, open_ranks
@@ -27,7 +27,10 @@ from shardproof.ranks import launch, open_ranks
 SRC = Path(__file__).parents[1] / "src"
 WITH_CORE = pytest.mark.skipif(core.shm() is None, reason=f"needs the core: {core.problem()}")
 TRANSPORTS = pytest.mark.parametrize("transport", [pytest.param("shm", marks=WITH_CORE), "gloo"])
-SIGNALS = pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGSTOP"])
+# Whether a process is stopped its parent alone can ask.
+SIGNALS = pytest.mark.parametrize(
+    "signal_name", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.fresh_ranks)]
+)
 
 TIMEOUT = 4.0
 # What is promised for a rank that is killed; one that is stopped is waited for before.

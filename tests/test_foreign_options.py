@@ -92,7 +92,7 @@ def test_degrees_that_are_none_are_refused() -> None:
     assert {text: why for text, why in wrong.items() if why} == {}
 
 
-@pytest.mark.parametrize("option", ["--transport", "--overlap", "--numerics", "--case"])
+@pytest.mark.parametrize("option", ["--transport", "--numerics", "--case"])
 def test_a_name_that_is_none_is_refused_and_shortened(option: str) -> None:
     wrong = {
         text[:20]: fault(shardproof("prove", option, text), "unknown|there is no")

@@ -41,8 +41,8 @@ NO_PLANS = {
 def test_a_plan_that_is_none_is_refused(label: str) -> None:
     value = NO_PLANS[label]
     table = {
-        "plan": (lambda: plan(value), "^the plan is .*, which is no plan"),
-        "parallelize": (lambda: cut(value), "^the plan is .*, which is no plan"),
+        "plan": (lambda: plan(value), "^the plan is .*, which is not a plan"),
+        "parallelize": (lambda: cut(value), "^the plan is .*, which is not a plan"),
         "Plan": (lambda: sp.Plan(value), r"^Plan\(styles=.* is not a dict"),
         "scheme": (lambda: sp.Plan(GOOD, scheme=value), "^scheme=.* is not a Scheme"),
         "plan, scheme": (lambda: plan(GOOD, scheme=value), "^scheme=.* is not a Scheme"),
@@ -220,7 +220,7 @@ def test_a_wrong_plan_on_one_rank_is_an_error_on_all(pool: Pool) -> None:
     for message in pool(2, "threads").run(different_plans):
         assert "were given different plans or models" in message
     for message in pool(2, "threads").run(the_same_wrong_plan):
-        assert message.startswith("the plan is 5, which is no plan")
+        assert message.startswith("the plan is 5, which is not a plan")
 
 
 def test_two_schemes_are_one_too_many() -> None:

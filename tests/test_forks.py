@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from places import ENGINES, Pool
 from shardproof import comm, core
 from shardproof.axis import Axis
-from shardproof.engines.base import Ranks
+from shardproof.engines.engine import Ranks
 from shardproof.errors import AxisError, UsageError
 from shardproof.layers.linear import ColumnParallelLinear
 from shardproof.ranks import launch, open_ranks

@@ -2,7 +2,7 @@
 
 Two judges for every tensor: its bits at degree 1 against those at the degree that was drawn, and
 its value against plain torch in fp64, in the measure of plain torch's own rounding. `make test`
-gives it half a minute from a fixed seed. An hour from another seed, without time limits:
+gives it ten seconds or 40 models from a fixed seed. An hour from another seed, without time limits:
 
     pytest tests/test_fuzz.py --fuzz-seconds 3600 --fuzz-seed 7
         --timeout 0 -o faulthandler_timeout=0
@@ -41,8 +41,8 @@ TIMES_TORCH = 8.0
 # In fp64 plain torch is not exact either: it adds 1100 rows one by one, each sum by 2**-53 off.
 OF_LARGEST = {"fp32": 4e-6, "fp64": 2e-13, "bf16": 3e-2}
 GRADIENT = ("gradient", ".grad")  # ends of the names of gradients
-ROUND = 60  # models between two looks at the clock
-TRIES = 150  # of a smaller model, once one has failed
+ROUND = 40  # models between two looks at the clock
+TRIES = 100  # of a smaller model, once one has failed
 
 Parts = dict[str, tuple[Tensor, Layout | None]]
 
@@ -136,12 +136,14 @@ def check(spec: Spec, pool: Pool) -> None:
     """Raise unless the two judges are content."""
     alone = joined(pool(1, "threads").run(work(spec)))
     cut = joined(pool(spec.degree, spec.engine).run(work(spec)))
+    assert alone.keys() == cut.keys()
+    for name, value in alone.items():
+        assert bits_equal(value, cut[name]), f"{name}: other bits at degree {spec.degree}"
     rounded, exact = plain(spec, DTYPES[spec.dtype]), plain(spec, torch.float64)
-    assert alone.keys() == cut.keys() == rounded.keys()
+    assert alone.keys() == rounded.keys()
     # A gradient that is zero but for rounding is measured by the largest one of the model.
     steepest = max(largest(value) for name, value in exact.items() if name.endswith(GRADIENT))
     for name, value in alone.items():
-        assert bits_equal(value, cut[name]), f"{name}: other bits at degree {spec.degree}"
         assert value.shape == rounded[name].shape, f"{name}: {tuple(value.shape)}"
         distance = largest(value.double() - exact[name])
         size = steepest if name.endswith(GRADIENT) else largest(exact[name])

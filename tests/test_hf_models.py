@@ -28,6 +28,9 @@ MORE = [
     Setting("llama-tied-4-2", dtype=torch.float64),
 ]
 KINDS = [Setting(kind) for kind in ZOO]
+# What is not the default of a kind runs at the degree that divides nothing.
+CASES = [(degree, setting) for setting in KINDS for degree in (2, 3, 8)]
+CASES += [(3, setting) for setting in MORE]
 
 
 def name_of(setting: Setting) -> str:
@@ -55,13 +58,14 @@ def alone(ran: Any) -> Any:
     return lambda setting: ran(setting, 1)[0]
 
 
-@pytest.mark.parametrize("setting", [*KINDS, *MORE], ids=name_of)
-@pytest.mark.parametrize("degree", [2, 3, 8])
+@pytest.mark.parametrize(
+    ("degree", "setting"), CASES, ids=[f"{degree}-{name_of(setting)}" for degree, setting in CASES]
+)
 def test_the_degree_changes_no_bit(degree: int, setting: Setting, alone: Any, ran: Any) -> None:
     assert hashes(ran(setting, degree)[0]) == hashes(alone(setting))
 
 
-@pytest.mark.parametrize("setting", [Setting("llama"), Setting("qwen3")], ids=name_of)
+@pytest.mark.parametrize("setting", [Setting("qwen3")], ids=name_of)
 def test_processes_give_the_same_bits(setting: Setting, alone: Any, pool: Pool) -> None:
     found = pool(3, "processes").run(partial(setting))[0]
     assert hashes(found) == hashes(alone(setting))
@@ -89,9 +93,8 @@ def test_numbers_in_fp64_are_those_of_transformers(kind: str, alone: Any) -> Non
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "olmo2", "llama-one-key-head"])
 def test_native_numerics_agree(kind: str, alone: Any, ran: Any) -> None:
     truth = alone(Setting(kind))["tensors"]
-    for degree in (3, 8):
-        loss = ran(Setting(kind, numerics="native"), degree)[0]
-        assert loss.keys() == alone(Setting(kind)).keys() - {"weights", "tensors"}
+    found = ran(Setting(kind, numerics="native"), 3)[0]
+    assert found.keys() == alone(Setting(kind)).keys() - {"weights", "tensors"}
     one = alone(Setting(kind, numerics="native"))["tensors"]
     for name, tensor in truth.items():
         torch.testing.assert_close(one[name], tensor, rtol=1e-3, atol=1e-5)

@@ -1,5 +1,6 @@
 """Both cut linears against `nn.Linear`: every number, at every degree, and the same bits."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -124,8 +125,9 @@ def step(module: nn.Module, x: Tensor, grad_y: Tensor) -> Tensor:
     return y.detach()
 
 
+@functools.cache
 def expected(setup: Setup) -> Tensors:
-    """What `nn.Linear` computes."""
+    """What `nn.Linear` computes; every rank and degree compares with the same tensors."""
     linear, (x, grad_y) = setup.linear(), setup.data()
     x.requires_grad_()
     found = {"y": step(linear, x, grad_y), "x.grad": x.grad}
@@ -178,10 +180,6 @@ def test_every_number_is_that_of_nn_linear(pool: Pool, degree: int, engine: str)
     pool(degree, engine).run(check_against_linear)
 
 
-def test_every_number_is_that_of_nn_linear_at_five(pool: Pool) -> None:
-    pool(5, "threads").run(check_against_linear)
-
-
 def all_numbers(axis: Axis, setups: list[Setup], seed: int = 0) -> list[Tensors]:
     """Computed under a schedule of 1 and 2 threads, where the contract has no thread count."""
     found = []
@@ -204,7 +202,7 @@ def differing(found: list[Tensors], other: list[Tensors]) -> Iterator[str]:
 def test_every_number_has_the_same_bits_at_every_degree(pool: Pool) -> None:
     single = [replace(setup, dtype=torch.float32) for setup in SETUPS[: 3 * len(STYLES)]]
     alone = pool(1, "threads").run(lambda axis: all_numbers(axis, single + LARGER))[0]
-    places = [(1, "threads"), (2, "threads"), (3, "threads"), (8, "threads"), (3, "processes")]
+    places = [(1, "threads"), (3, "threads"), (5, "threads"), (8, "threads"), (3, "processes")]
     for degree, engine in places:
         ranks = pool(degree, engine).run(
             lambda axis, seed=degree: all_numbers(axis, single + LARGER, seed)

@@ -38,7 +38,7 @@ from shardproof.layers import norm as layers
 from shardproof.layers.activations import invariant_twin
 from shardproof.layers.formula import find_formula
 from shardproof.leaves import Cut
-from shardproof.optim import grad_norm, layouts, norms
+from shardproof.optim import grad_norm, gradient_norms, layouts
 from shardproof.scheme import Numerics, Scheme
 
 Tensors = dict[str, Tensor]
@@ -453,15 +453,15 @@ def test_planted_norm_that_counts_a_replicated_gradient_once_per_rank(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setups = [Setup("heads", (8, 8, 16)), Setup("across", (8, 8, 16))]
-    correct = norms.sum_squares_of
+    correct = gradient_norms.sum_squares_of
 
-    def once_per_rank(grad: Tensor, place: layouts.Place) -> Tensor:
+    def once_per_rank(grad: Tensor, place: layouts.ParameterLayout) -> Tensor:
         layout, axis, square = place.layout, place.axis, correct(grad, place)
         if layout.is_replicated and axis is not None:
             square = comm.all_reduce(square, axis, direction="update")
         return square
 
-    monkeypatch.setattr(norms, "sum_squares_of", once_per_rank)
+    monkeypatch.setattr(gradient_norms, "sum_squares_of", once_per_rank)
     found = differing(pool, setups, [(2, "threads")])
     assert found == [f"threads 2, rank {rank}, heads, keys=False: grad_norm" for rank in (0, 1)]
 

@@ -25,10 +25,10 @@ from places import ENGINES, Pool
 from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.cli.main import main
-from shardproof.engines import capacity, parcel
+from shardproof.engines import capacity, messages
+from shardproof.error_text import LONGEST_TEXT, cut, describe_error, text_of, within
 from shardproof.errors import RankError, ShapeError, UsageError
 from shardproof.ranks import launch, open_ranks
-from shardproof.telling import LONGEST_TEXT, cut, tell, text_of, within
 from shardproof.transport.base import PeerError
 
 SOON = 30.0  # seconds, on a busy machine
@@ -176,7 +176,7 @@ def test_telling_is_cut_and_never_waits() -> None:
     assert cut("abcdef", 6) == "abcdef"
     with pytest.raises(KeyboardInterrupt):
         within(5.0, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-    told = tell(NeverDoneError())
+    told = describe_error(NeverDoneError())
     assert told.trace.startswith("Traceback (most recent call last):\nNeverDoneError: (what it")
 
 
@@ -311,6 +311,7 @@ def folders() -> set[str]:
     return {path.name for path in Path(tempfile.gettempdir()).glob("shardproof-*")}
 
 
+@pytest.mark.fresh_ranks
 @pytest.mark.parametrize(
     ("where", "what", "error"),
     [
@@ -356,7 +357,7 @@ def test_no_place_for_temporary_files_is_an_error_with_a_way_out(
 def test_a_full_disk_is_not_called_a_value_that_cannot_be_pickled() -> None:
     message = r"^/dev/full cannot be written: .*set TMPDIR to a directory that has some"
     with pytest.raises(UsageError, match=message):
-        parcel.write(torch.ones(100_000), Path("/dev/full"), what="the result of rank 0")
+        messages.write(torch.ones(100_000), Path("/dev/full"), what="the result of rank 0")
 
 
 class NoClassError(Exception):

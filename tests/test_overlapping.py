@@ -1,68 +1,18 @@
-"""What runs while a product is computed changes no bit, and the ledger counts the same."""
+"""A sum runs while a product is computed only where the transport works alone; no bit changes."""
 
 import dataclasses
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from cut_block import calls, cut_block
 from invariance import bits_equal, normal
-from places import EVERYWHERE, TOGETHER, Pool
+from places import EVERYWHERE, Pool
 from shardproof.axis import Axis
 from shardproof.functional.site import LinearSite
-from shardproof.numerics import mode
-from shardproof.numerics.matmul import SMALL_ROWS
-from shardproof.overlap import Overlap
+from shardproof.ranks import open_ranks
 from shardproof.transport.base import Pending, Transport
-
-OVERLAPS = tuple(
-    Overlap(backward=backward, chunks=chunks) for backward in (True, False) for chunks in (1, 2, 5)
-)
-# Small as a whole; small in parts alone; neither; fewer rows than chunks.
-ROWS = (SMALL_ROWS, 2 * SMALL_ROWS, 100, 3)
-
-
-def trained(axis: Axis, rows: int, overlap: Overlap) -> list[Tensor]:
-    own = dataclasses.replace(axis, overlap=overlap)
-    block = cut_block(own)
-    x, grad_y = normal(rows, 14, seed=8).requires_grad_(), normal(rows, 14, seed=9)
-    y = block(x)
-    y.backward(grad_y)
-    return [y.detach(), x.grad, block.up.weight.grad, block.down.weight.grad, block.up.bias.grad]
-
-
-@EVERYWHERE
-def test_bits_are_the_same_with_every_overlap(pool: Pool, degree: int, engine: str) -> None:
-    def run(axis: Axis) -> list[bool]:
-        same = []
-        for rows in ROWS:
-            first = trained(axis, rows, Overlap(backward=False, chunks=1))
-            for overlap in OVERLAPS:
-                found = trained(axis, rows, overlap)
-                same.append(all(bits_equal(a, b) for a, b in zip(first, found, strict=True)))
-        return same
-
-    for found in pool(degree, engine).run(run):
-        assert len(found) == len(ROWS) * len(OVERLAPS)
-        assert all(found)
-
-
-@TOGETHER
-def test_the_ledger_counts_one_collective_however_it_is_cut(
-    pool: Pool, degree: int, engine: str
-) -> None:
-    def run(axis: Axis) -> list[dict[str, int]]:
-        found = []
-        for overlap in OVERLAPS:
-            axis.transport.ledger.reset()
-            trained(axis, 100, overlap)
-            found.append(calls(axis))
-        return found
-
-    for found in pool(degree, engine).run(run):
-        assert found == [{"forward": 1, "backward": 1}] * len(OVERLAPS)
 
 
 class Watched(Pending):
@@ -80,8 +30,8 @@ class Watched(Pending):
 class Watching:
     """A transport that tells when sums are started and waited for."""
 
-    def __init__(self, axis: Axis, log: list[str]) -> None:
-        self._inner, self._log = axis.transport, log
+    def __init__(self, axis: Axis, log: list[str], *, is_asynchronous: bool) -> None:
+        self._inner, self._log, self.is_asynchronous = axis.transport, log, is_asynchronous
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -91,31 +41,56 @@ class Watching:
         return Watched(self._inner.start_sum(*args, **named), self._log)
 
 
-def watched(axis: Axis, overlap: Overlap, log: list[str]) -> Axis:
-    return dataclasses.replace(axis, transport=Watching(axis, log), overlap=overlap)
+def watched(axis: Axis, log: list[str], *, is_asynchronous: bool) -> Axis:
+    transport: Any = Watching(axis, log, is_asynchronous=is_asynchronous)
+    return dataclasses.replace(axis, transport=transport)
 
 
-@pytest.mark.parametrize("chunks", [1, 3])
-def test_parts_of_the_forward_overlap(pool: Pool, chunks: int) -> None:
-    """The second part is started before the first is waited for, and so on.
-
-    In leaf shapes the rows are not cut: their number is a part of the shape.
-    """
-
-    def run(axis: Axis) -> list[str]:
-        log: list[str] = []
-        cut_block(watched(axis, Overlap(chunks=chunks), log))(normal(40, 14, seed=8))
-        return log
-
-    wanted = {1: ["start", "wait"], 3: ["start", "start", "wait", "start", "wait", "wait"]}
-    is_leafwise = mode.is_leafwise(torch.float32, torch.device("cpu"))
-    for log in pool(2, "threads").run(run):
-        assert log == wanted[1 if is_leafwise else chunks]
+def trained(axis: Axis, rows: int) -> list[Tensor]:
+    block = cut_block(axis)
+    x, grad_y = normal(rows, 14, seed=8).requires_grad_(), normal(rows, 14, seed=9)
+    y = block(x)
+    y.backward(grad_y)
+    return [y.detach(), x.grad, block.up.weight.grad, block.down.weight.grad, block.up.bias.grad]
 
 
-@pytest.mark.parametrize("backward", [True, False])
+@EVERYWHERE
+def test_a_sum_that_is_awaited_later_has_the_same_bits_and_counts_the_same(
+    pool: Pool, degree: int, engine: str
+) -> None:
+    def run(axis: Axis) -> list[bool]:
+        same = []
+        for rows in (16, 100, 3):
+            found = []
+            for is_asynchronous in (False, True):
+                axis.transport.ledger.reset()
+                own = watched(axis, [], is_asynchronous=is_asynchronous) if degree > 1 else axis
+                found.append((trained(own, rows), calls(axis)))
+            (first, first_calls), (second, second_calls) = found
+            same.append(first_calls == second_calls)
+            same += [bits_equal(a, b) for a, b in zip(first, second, strict=True)]
+        return same
+
+    for found in pool(degree, engine).run(run):
+        assert len(found) == 18
+        assert all(found)
+
+
+@pytest.mark.parametrize(
+    "engine_and_transport", [("processes", "gloo"), ("processes", "shm"), ("threads", "auto")]
+)
+def test_only_torch_distributed_sums_while_its_rank_computes(
+    engine_and_transport: tuple[str, str],
+) -> None:
+    engine, transport = engine_and_transport
+    with open_ranks(2, engine, threads=1, transport=transport) as ranks:
+        found = ranks.run(lambda axis: axis.transport.is_asynchronous)
+    assert found == [transport == "gloo"] * 2
+
+
+@pytest.mark.parametrize("is_asynchronous", [True, False])
 def test_the_weight_gradient_is_computed_while_the_input_gradient_is_summed(
-    pool: Pool, monkeypatch: pytest.MonkeyPatch, backward: bool
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, is_asynchronous: bool
 ) -> None:
     logs: tuple[list[str], list[str]] = ([], [])
     product = LinearSite.weight_gradient
@@ -127,11 +102,12 @@ def test_the_weight_gradient_is_computed_while_the_input_gradient_is_summed(
     monkeypatch.setattr(LinearSite, "weight_gradient", logged)
 
     def run(axis: Axis) -> None:
-        block = cut_block(watched(axis, Overlap(backward=backward), logs[axis.rank]))
+        log = logs[axis.rank]
+        block = cut_block(watched(axis, log, is_asynchronous=is_asynchronous))
         y = block(normal(40, 14, seed=8).requires_grad_())
-        logs[axis.rank].clear()
+        log.clear()
         y.backward(normal(40, 14, seed=9))
 
     pool(2, "threads").run(run)
-    wanted = ["start", "product", "wait"] if backward else ["start", "wait", "product"]
+    wanted = ["start", "product", "wait"] if is_asynchronous else ["start", "wait", "product"]
     assert logs == (wanted, wanted)

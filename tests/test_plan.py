@@ -19,6 +19,7 @@ from shardproof.axis import Axis
 from shardproof.errors import DegreeError, PlanError, UsageError
 from shardproof.layers.base import ShardedModule
 from shardproof.plans.model_plan import ModelPlan
+from shardproof.plans.plan_text import together
 from shardproof.plans.planning import plan
 from shardproof.plans.style import (
     Attention,
@@ -29,7 +30,6 @@ from shardproof.plans.style import (
     Style,
     VocabParallel,
 )
-from shardproof.plans.text import together
 from shardproof.scheme import NUMERICS, Numerics, Scheme
 
 DEGREES = pytest.mark.parametrize("degree", [1, 2, 3, 4, 8])
@@ -181,8 +181,7 @@ def test_what_stays_whole_says_why() -> None:
 def test_a_plan_is_plain_data() -> None:
     made = plan(Model(), WAYS["shared input"], degree=3)
     assert pickle.loads(pickle.dumps(made)) == made
-    data = json.loads(made.to_json())
-    assert data == json.loads(json.dumps(made.as_dict()))
+    data = json.loads(json.dumps(made.as_dict()))
     assert data["plan"]["layers.*"] == {"style": "SharedInput", "members": ["gate_proj", "up_proj"]}
     assert data["held_bytes"] == list(made.held_bytes)
     (up,) = [module for module in data["modules"] if module["name"] == "layers.1.up_proj"]

@@ -15,7 +15,7 @@ from families import FAMILIES, small
 from places import Pool
 from shardproof.axis import Axis
 from shardproof.errors import MismatchError, PlanError
-from shardproof.plans import parts
+from shardproof.plans import module_planner
 from shardproof.plans.hf_plan import entries_of
 from shardproof.plans.planning import attempt, plan
 from shardproof.plans.style import (
@@ -120,7 +120,7 @@ def test_a_forgotten_gradient_of_shared_heads_is_noticed(
 ) -> None:
     """The planted fault: a prediction that overlooks heads that two ranks hold."""
     model = small("Llama")
-    monkeypatch.setattr(parts, "shared_keys", lambda heads: ())
+    monkeypatch.setattr(module_planner, "shared_keys", lambda heads: ())
     made = plan(model, degree=3)
     monkeypatch.undo()
     assert differing(pool, model, made) == [

@@ -16,7 +16,7 @@ import shardproof as sp
 from shardproof.cli import torchrun
 from shardproof.cli.main import main
 from shardproof.errors import PlanError
-from shardproof.plans.text import by_reason
+from shardproof.plans.plan_text import by_reason
 from shardproof.plans.watched_plan import WatchedPlan
 
 OWN = '''
@@ -258,7 +258,7 @@ def test_a_directory_is_watched_on_demand(tmp_path: Path) -> None:
 
 def test_examples_of_configs() -> None:
     transformers: Any = pytest.importorskip("transformers", reason="hf is not installed")
-    from shardproof.hf.example import example_inputs, examples  # noqa: PLC0415
+    from shardproof.hf.example import examples  # noqa: PLC0415
 
     with torch.device("meta"):
         bart = transformers.BartForConditionalGeneration(
@@ -271,10 +271,10 @@ def test_examples_of_configs() -> None:
                 pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3,
             )
         )  # fmt: skip
-    assert {name: tuple(x.shape) for name, x in example_inputs(bart, length=9).items()} == {
+    assert {name: tuple(x.shape) for name, x in next(examples(bart, length=9)).items()} == {
         "input_ids": (2, 9), "labels": (2, 9),
     }  # fmt: skip
-    given = example_inputs(whisper, batch=3)
+    given = next(examples(whisper, batch=3))
     assert tuple(given["input_features"].shape) == (3, 80, 40)
     assert tuple(given["labels"].shape) == (3, 16)
     assert [sorted(each) for each in examples(bart)] == [

@@ -25,8 +25,8 @@ from shardproof.layers.dropout import Dropout
 from shardproof.leaves import Layout
 from shardproof.mistakes import find_mistake
 from shardproof.numerics.sums import sum_squares
-from shardproof.optim import norms
-from shardproof.optim.layouts import Place, layouts_of
+from shardproof.optim import gradient_norms
+from shardproof.optim.layouts import ParameterLayout, layouts_of
 
 pytest.importorskip("transformers")
 
@@ -235,14 +235,14 @@ def test_tied_gradient_summed_twice() -> None:
 
 def test_tied_gradient_counted_twice_in_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for each name that the weight has; no degree differs from another."""
-    correct = norms.layouts_of
+    correct = gradient_norms.layouts_of
 
     def by_name(model: nn.Module) -> Any:
         known = {id(entry[1]): entry for entry in correct(model)}
         for _, parameter in model.named_parameters(remove_duplicate=False):
             yield known[id(parameter)]
 
-    monkeypatch.setattr(norms, "layouts_of", by_name)
+    monkeypatch.setattr(gradient_norms, "layouts_of", by_name)
     expect_torch(prove(config=TIED), "grad_norm")
 
 
@@ -250,21 +250,21 @@ def test_replicated_gradients_counted_once_per_rank_in_the_norm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every rank adds what it has of the norms' weights; all ranks agree on what is too large."""
-    correct, layouts_of = norms.sum_squares_of, norms.layouts_of
+    correct, layouts_of = gradient_norms.sum_squares_of, gradient_norms.layouts_of
 
     def on_an_axis(model: Any) -> Any:
         for name, parameter, layout, _ in layouts_of(model):
             yield name, parameter, layout, getattr(model.lm_head, "axis", None)
 
-    def counted(grad: Tensor, place: Place) -> Tensor:
+    def counted(grad: Tensor, place: ParameterLayout) -> Tensor:
         layout, axis, square = place.layout, place.axis, correct(grad, place)
         if layout.cut is not None:
             return square
         assert axis is not None
         return comm.all_reduce(square, axis, direction="update")
 
-    monkeypatch.setattr(norms, "layouts_of", on_an_axis)
-    monkeypatch.setattr(norms, "sum_squares_of", counted)
+    monkeypatch.setattr(gradient_norms, "layouts_of", on_an_axis)
+    monkeypatch.setattr(gradient_norms, "sum_squares_of", counted)
     report = prove()
     expect_bits(report, "grad_norm")
     assert not report.cases[0].first_difference()["detail"], "no replicas differ"
@@ -274,9 +274,9 @@ def test_held_key_value_gradients_counted_once_per_holder_in_the_norm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A key-value head that two ranks hold counts twice; right where none is shared."""
-    correct = norms.sum_squares_of
+    correct = gradient_norms.sum_squares_of
 
-    def counted(grad: Tensor, place: Place) -> Tensor:
+    def counted(grad: Tensor, place: ParameterLayout) -> Tensor:
         layout, axis, square = place.layout, place.axis, correct(grad, place)
         if axis is None or not place.name.endswith(QKV[1:]):
             return square
@@ -284,7 +284,7 @@ def test_held_key_value_gradients_counted_once_per_holder_in_the_norm(
         copies = sum_squares(grad[torch.tensor(is_copy, dtype=torch.bool)])
         return square + comm.all_reduce(copies, axis, direction="update")
 
-    monkeypatch.setattr(norms, "sum_squares_of", counted)
+    monkeypatch.setattr(gradient_norms, "sum_squares_of", counted)
     report = prove(degrees=(1, 2, 3))
     expect_bits(report, "grad_norm", degrees=(1, 3))
     assert not differing(report, degree=2)

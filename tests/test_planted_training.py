@@ -28,8 +28,8 @@ from shardproof.cases import matmul
 from shardproof.errors import NumericsError
 from shardproof.mistakes import find_mistake
 from shardproof.numerics.sums import sum_squares
-from shardproof.optim import norms
-from shardproof.optim.layouts import Place
+from shardproof.optim import gradient_norms
+from shardproof.optim.layouts import ParameterLayout
 from shardproof.prover.case import Trial
 from shardproof.prover.proof import prove_cases
 from shardproof.prover.report import Report
@@ -119,14 +119,14 @@ def test_replicated_gradients_counted_once_per_rank_in_the_norm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """NeMo-RL PR 3788: all ranks agree on a norm that is too large."""
-    correct = norms.sum_squares_of
+    correct = gradient_norms.sum_squares_of
 
-    def counted(grad: Tensor, place: Place) -> Tensor:
+    def counted(grad: Tensor, place: ParameterLayout) -> Tensor:
         layout, axis, square = place.layout, place.axis, correct(grad, place)
         is_summed = layout.is_replicated and axis is not None
         return comm.all_reduce(square, axis, direction="update") if is_summed else square
 
-    monkeypatch.setattr(norms, "sum_squares_of", counted)
+    monkeypatch.setattr(gradient_norms, "sum_squares_of", counted)
     report = prove_clipped(lambda model: sp.clip_grad_norm_(model, 0.5))
     expect_bits(report, "grad_norm")
     assert not report.cases[0].first_difference()["detail"], "no replicas differ"

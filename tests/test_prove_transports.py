@@ -1,6 +1,5 @@
-"""A proof over every transport, with overlap on and off: the same bits, and it says so."""
+"""A proof over every transport: the same bits, and the report names the transport."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -19,7 +18,6 @@ from shardproof.cli import torchrun
 from shardproof.cli.main import main
 from shardproof.errors import UsageError
 from shardproof.layers.linear import RowParallelLinear
-from shardproof.overlap import NAMED
 from shardproof.prover import proof as prover
 from shardproof.ranks import launch, open_ranks
 
@@ -50,42 +48,34 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def threads(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The report of ranks that are threads, without overlap."""
+    """The report of ranks that are threads."""
     path = tmp_path_factory.mktemp("prove") / "threads.json"
-    done = prove(
-        *CASES, "--degrees", "1,3", "--overlap", "off", "--threads", "1", "--json", str(path)
-    )
+    done = prove(*CASES, "--degrees", "1,3", "--threads", "1", "--json", str(path))
     assert done.exit_code == 0, done.output
     return path, json.loads(path.read_text())
 
 
-def test_the_report_says_what_carried_and_what_overlapped(
-    threads: tuple[Path, dict[str, Any]],
-) -> None:
+def test_the_report_names_the_transport(threads: tuple[Path, dict[str, Any]]) -> None:
     _, report = threads
     assert report["transport"] == "threads"
     assert bool(report["transport_note"]) == (core.shm() is None)
-    assert report["overlap"] == {"backward": False, "chunks": 1}
 
 
-@pytest.mark.parametrize("overlap", ["on", "off"])
 @pytest.mark.parametrize("transport", [pytest.param("shm", marks=WITH_CORE), "gloo"])
-def test_every_transport_gives_the_same_bits_with_overlap_on_and_off(
-    transport: str, overlap: str, threads: tuple[Path, dict[str, Any]], tmp_path: Path
+def test_every_transport_gives_the_same_bits(
+    transport: str, threads: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     path, out = threads[0], tmp_path / "report.json"
     done = prove(
-        *CASES, "--degrees", "3", "--transport", transport, "--overlap", overlap,
+        *CASES, "--degrees", "3", "--transport", transport,
         "--threads", "1", "--against", str(path), "--json", str(out),
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     report = json.loads(out.read_text())
     assert (report["engine"], report["transport"]) == ("processes", transport)
-    assert report["overlap"] == dataclasses.asdict(NAMED[overlap])
     assert report["against"]["same"] is True
     assert report["against"]["compared"] > 20
     assert f"ranks: processes over {transport}, " in done.stdout
-    assert f"overlap: {NAMED[overlap]}" in done.stdout
 
 
 @pytest.mark.parametrize("transport", [pytest.param("shm", marks=WITH_CORE), "gloo"])
@@ -95,13 +85,12 @@ def test_torchruns_ranks_too(
     out = tmp_path / "report.json"
     done = run(
         "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "shardproof", "prove",
-        *CASES, "--transport", transport, "--overlap", "on", "--threads", "1",
+        *CASES, "--transport", transport, "--threads", "1",
         "--against", str(threads[0]), "--json", str(out),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     assert (report["engine"], report["transport"]) == ("torchrun", transport)
-    assert report["overlap"] == {"backward": True, "chunks": 2}
     assert report["against"]["same"] is True
     is_named = report["transport_note"] == "asked for by name"
     assert is_named is (transport == "gloo")
@@ -139,7 +128,6 @@ def test_without_the_core_shared_memory_by_name_is_refused() -> None:
             ["--transport", "smh"],
             "--transport 'smh' is unknown. Did you mean shm? Use one of: auto",
         ),
-        (["--overlap", "yes"], "--overlap 'yes' is unknown. Use one of: auto, on, off."),
         (
             ["--engine", "threads", "--transport", "gloo"],
             "--transport gloo does not connect ranks of --engine threads. Use one of: au",
@@ -205,7 +193,7 @@ def test_ranks_say_why_they_share_no_memory() -> None:
         assert (ranks.transport, ranks.transport_note) == found[0]
 
 
-def test_a_model_given_to_prove_takes_both_options() -> None:
+def test_a_model_given_to_prove_takes_a_transport() -> None:
     generator = torch.Generator().manual_seed(1)
     full = nn.Linear(16, 5)  # as many features for each leaf, so that a rank sends one node
     with torch.no_grad():
@@ -227,8 +215,7 @@ def test_a_model_given_to_prove_takes_both_options() -> None:
         engine="processes",
         threads=1,
         transport="gloo",
-        overlap="on",
     )
     assert report.proved, str(report)
-    assert (report.transport, report.overlap) == ("gloo", NAMED["on"])
+    assert report.transport == "gloo"
     assert "transport: gloo, asked for by name" in str(report).splitlines()

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import shardproof
+import warm
 from shardproof.cli.main import main
 
 COMMAND = Path(sys.executable).with_name("shardproof")
@@ -87,8 +88,8 @@ def test_types_are_shipped() -> None:
 
 def test_the_command_and_the_module_are_the_same() -> None:
     script, module = (
-        run(str(COMMAND), "--version"),
-        run(sys.executable, "-m", "shardproof", "--version"),
+        warm.run([sys.executable, COMMAND, "--version"]),
+        warm.run([sys.executable, "-m", "shardproof", "--version"]),
     )
     assert script.returncode == module.returncode == 0, script.stderr + module.stderr
     assert script.stdout == module.stdout
@@ -103,7 +104,7 @@ def test_the_command_knows_its_words(command: str) -> None:
 
 
 def test_an_unknown_word_is_a_usage_error_without_a_traceback() -> None:
-    done = run(str(COMMAND), "frobnicate")
+    done = warm.run([sys.executable, COMMAND, "frobnicate"])
     assert done.returncode == 2
     assert "frobnicate" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,11 +1,11 @@
 """Ranks that are threads may ask for the state of torch's generator at the same time."""
 
 import inspect
+import json
 
-import pytest
 import torch
 
-from fresh_process import run_fresh
+import warm
 
 # Each collection frees a tensor while the generator is locked; see engines/random_state.py.
 ASKING = """
@@ -33,19 +33,26 @@ print(list(sp.launch(work, degree=3)))
 
 
 def test_threads_that_ask_together_do_not_wait_for_ever() -> None:
-    assert run_fresh(ASKING).strip() == "[0, 1, 2]"
+    assert warm.printed(ASKING).strip() == "[0, 1, 2]"
 
 
-@pytest.mark.parametrize("name", ["get_rng_state", "set_rng_state", "manual_seed", "seed"])
-def test_the_functions_stay_torchs(name: str) -> None:
+NAMES = ("get_rng_state", "set_rng_state", "manual_seed", "seed")
+SHOWN = """
+import inspect, json, torch
+import shardproof as sp
+from shardproof.layers.replace import is_replaced
+
+sp.launch(lambda axis: None, degree=2)
+functions = {name: getattr(torch.random, name) for name in NAMES}
+print(json.dumps({
+    name: [is_replaced(each), str(inspect.signature(each)), each is getattr(torch, name)]
+    for name, each in functions.items()
+}))
+"""
+
+
+def test_the_functions_stay_torchs() -> None:
     """They are guarded, and who looks at them sees what they were: object and signature."""
-    shown = f"""
-        import inspect, torch
-        import shardproof as sp
-        from shardproof.layers.replace import is_replaced
-        function = torch.random.{name}
-        sp.launch(lambda axis: None, degree=2)
-        print(is_replaced(function), inspect.signature(function), function is torch.{name})
-    """
-    signature = inspect.signature(getattr(torch.random, name))
-    assert run_fresh(shown).strip() == f"True {signature} True"
+    signatures = {name: str(inspect.signature(getattr(torch.random, name))) for name in NAMES}
+    found = json.loads(warm.printed(f"NAMES = {NAMES}\n{SHOWN}"))
+    assert found == {name: [True, signature, True] for name, signature in signatures.items()}

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from places import CARRIER
 from shardproof.axis import Axis
-from shardproof.engines.base import Ranks
-from shardproof.engines.board import Board
+from shardproof.engines.engine import Ranks
+from shardproof.engines.status import StatusFile
 from shardproof.errors import (
     DegreeError,
     LayoutError,
@@ -232,6 +232,7 @@ def test_processes_have_the_launchers_modes_and_their_own_place(pool: Pool) -> N
         assert stdin == ""
 
 
+@pytest.mark.fresh_ranks
 def test_processes_import_what_the_caller_can_and_print_where_it_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -458,6 +459,7 @@ def leave_work_for_the_end(axis: Axis, folder: Path) -> None:
     threading.Thread(target=later).start()
 
 
+@pytest.mark.fresh_ranks
 def test_a_process_does_what_was_left_for_its_end(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -632,6 +634,7 @@ def test_processes_start_with_the_environment_that_they_are_given() -> None:
         open_ranks(1, "threads", environment=given)
 
 
+@pytest.mark.fresh_ranks
 def test_forgotten_ranks_are_ended() -> None:
     ranks: Any = open_ranks(1, "processes")
     (pid,), folder = ranks.run(lambda axis: os.getpid()), ranks._folder
@@ -691,8 +694,8 @@ def test_a_script_from_standard_input_runs_and_its_death_ends_all() -> None:
 
 
 def test_the_board_tells_where_each_rank_is(tmp_path: Path) -> None:
-    board = Board.create(tmp_path / "board", 2)
-    other = Board(tmp_path / "board")
+    board = StatusFile.create(tmp_path / "board", 2)
+    other = StatusFile(tmp_path / "board")
     board.begin(1, 1, "first")
     board.end(1)
     board.begin(1, 5, "x" * 5000)

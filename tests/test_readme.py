@@ -14,12 +14,13 @@ import importlib
 import os
 import re
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+import warm
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "shardproof"
@@ -109,15 +110,8 @@ def check_unrun(words: list[str]) -> None:
 
 def finish(command: list[str], folder: Path, settings: dict[str, str]) -> None:
     source = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": source} | settings,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
+    environment = os.environ | {"PYTHONPATH": source} | settings
+    done = warm.run(command, cwd=folder, env=environment, timeout=SECONDS)
     assert done.returncode == 0, f"{command} exits {done.returncode}\n{done.stdout}{done.stderr}"
 
 

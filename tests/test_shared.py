@@ -21,7 +21,7 @@ from shardproof.errors import AxisError, MismatchError, ShapeError, UsageError
 from shardproof.transport import segment
 from shardproof.transport.base import Call, Order, Window, rank_order
 from shardproof.transport.distributed import DistributedTransport
-from shardproof.transport.shared import SharedTransport
+from shardproof.transport.shared_memory import SharedTransport
 from shardproof.transport.solo import SoloTransport
 
 pytestmark = pytest.mark.skipif(core.shm() is None, reason="the C core was not built")

@@ -3,11 +3,9 @@
 Every rank is a process that a test starts, and ends.
 """
 
-import contextlib
 import os
 import re
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import warm
 from shardproof import core
 
 pytestmark = pytest.mark.skipif(core.shm() is None, reason="the C core was not built")
@@ -28,7 +27,7 @@ import torch
 import torch.distributed as dist
 from shardproof.transport.base import Call, PeerError, rank_order
 from shardproof.transport.distributed import DistributedTransport
-from shardproof.transport.shared import SharedTransport
+from shardproof.transport.shared_memory import SharedTransport
 
 rank, size = int(sys.argv[1]), int(sys.argv[2])
 timeout = float(sys.argv[4])
@@ -65,23 +64,12 @@ class Ranks:
 
     def __init__(self, folder: Path, code: str, size: int, timeout: float, *more: object) -> None:
         path = os.pathsep.join(entry for entry in sys.path if entry)
+        store = folder / "store"
         script = _BEGIN + textwrap.dedent(code) + _END
         self.processes = [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    script,
-                    str(rank),
-                    str(size),
-                    str(folder / "store"),
-                    str(timeout),
-                    *map(str, more),
-                ],
+            warm.Process(
+                [sys.executable, "-c", script, *map(str, (rank, size, store, timeout, *more))],
                 env={**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
             )
             for rank in range(size)
         ]
@@ -89,7 +77,6 @@ class Ranks:
     def wait_until_ready(self) -> None:
         """Every rank has mapped the memory and goes to work."""
         for process in self.processes:
-            assert process.stdout is not None
             line = process.stdout.readline()
             assert line == "ready\n", process.communicate()[1]
         time.sleep(0.3)
@@ -103,9 +90,7 @@ class Ranks:
     def end(self) -> None:
         """End what still runs."""
         for process in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            process.communicate()
+            process.close()
 
 
 @pytest.fixture

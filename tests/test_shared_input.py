@@ -21,7 +21,6 @@ from shardproof.layers.linear import ColumnParallelLinear
 from shardproof.layers.shared import link
 from shardproof.leaves import Cut
 from shardproof.numerics import joined, mode, products
-from shardproof.overlap import Overlap
 from shardproof.scheme import Scheme
 from shardproof.transport.base import Call, Pending, Transport
 from shared_group import (
@@ -36,7 +35,7 @@ from shared_group import (
     step,
 )
 
-PLACES = [(1, "threads"), (2, "threads"), (3, "threads"), (4, "threads"), (8, "threads")]
+PLACES = [(1, "threads"), (2, "threads"), (3, "threads"), (8, "threads")]
 PROCESSES = [(2, "processes"), (3, "processes")]
 EVERYWHERE = pytest.mark.parametrize(("degree", "engine"), [*PLACES, *PROCESSES])
 NUMERICS = pytest.mark.parametrize("numerics", ["invariant", "native"])
@@ -46,7 +45,8 @@ def check_against_torch(axis: Axis, numerics: str) -> None:
     for given in [*GROUPS, *LARGER]:
         group = replace(given, numerics=numerics)
         layers = group.layers(axis)
-        found, wanted = step(group, layers), held_of(expected(group), group, layers)
+        # Plain torch has one arithmetic, so that both numerics compare with the same tensors.
+        found, wanted = step(group, layers), held_of(expected(given), group, layers)
         assert set(found) == set(wanted)
         for name, value in wanted.items():
             assert_close(
@@ -66,7 +66,7 @@ def test_every_number_is_that_of_plain_torch(
 
 
 def all_numbers(
-    axis: Axis, groups: Sequence[Group], seed: int, used: Sequence[int] | None = None
+    axis: Axis, groups: Sequence[Group], seed: int, used: tuple[int, ...] | None = None
 ) -> list[Tensors]:
     """Under a schedule of 1 and 2 threads, where the contract has no thread count."""
     found = []
@@ -111,7 +111,8 @@ def test_every_number_has_the_same_bits_at_every_degree(pool: Pool) -> None:
 def test_native_has_other_bits(pool: Pool) -> None:
     """The negative control of this file."""
     groups = [replace(g, numerics="native") for g in LARGER if g.dtype == torch.float32]
-    found = differing_anywhere(pool, lambda axis, seed: all_numbers(axis, groups, seed), PLACES)
+    places = [(3, "threads")]
+    found = differing_anywhere(pool, lambda axis, seed: all_numbers(axis, groups, seed), places)
     assert any("x.grad" in name for name in found)
 
 
@@ -131,12 +132,13 @@ def test_outputs_and_weight_gradients_have_the_bits_of_layers_that_are_not_linke
 @pytest.mark.parametrize("used", [(0,), (1,), (1, 2), (0, 2)])
 def test_members_without_a_gradient_are_left_out(pool: Pool, used: tuple[int, ...]) -> None:
     """Without the queries some leaves have nothing at all."""
-    groups = [group for group in LARGER if group.head_dim and group.dtype == torch.float32]
+    groups = [group for group in LARGER if group.head_dim and group.dtype == torch.float32][::2]
+    places = [(3, "threads"), (8, "threads")]
 
     def run(axis: Axis, seed: int) -> list[Tensors]:
         return all_numbers(axis, groups, seed, used)
 
-    assert differing_anywhere(pool, run, PLACES) == []
+    assert differing_anywhere(pool, run, places) == []
     for found in pool(3, "threads").run(lambda axis: run(axis, 0)):
         for group, tensors in zip(groups, found, strict=True):
             wanted = expected(group, used)
@@ -189,8 +191,8 @@ class Watched(Pending):
 class Watching:
     """A transport that tells what sums are started, and when they are waited for."""
 
-    def __init__(self, axis: Axis, log: list[str]) -> None:
-        self._inner, self._log = axis.transport, log
+    def __init__(self, axis: Axis, log: list[str], *, is_asynchronous: bool) -> None:
+        self._inner, self._log, self.is_asynchronous = axis.transport, log, is_asynchronous
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -200,9 +202,9 @@ class Watching:
         return Watched(self._inner.start_sum(*args, call=call, **named), self._log)
 
 
-@pytest.mark.parametrize("is_overlapped", [True, False])
+@pytest.mark.parametrize("is_asynchronous", [True, False])
 def test_weight_gradients_are_computed_while_the_sum_runs(
-    pool: Pool, monkeypatch: pytest.MonkeyPatch, is_overlapped: bool
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, is_asynchronous: bool
 ) -> None:
     logs: tuple[list[str], list[str]] = ([], [])
     product = LinearSite.weight_gradient
@@ -215,31 +217,14 @@ def test_weight_gradients_are_computed_while_the_sum_runs(
 
     def run(axis: Axis) -> None:
         log = logs[axis.rank]
-        own = dataclasses.replace(
-            axis, transport=Watching(axis, log), overlap=Overlap(backward=is_overlapped)
-        )
+        transport = Watching(axis, log, is_asynchronous=is_asynchronous)
+        own = dataclasses.replace(axis, transport=transport)
         step(GROUPS[5], GROUPS[5].layers(own))
 
     pool(2, "threads").run(run)
-    start = ["layers.0.self_attn", *([] if is_overlapped else ["wait"])]
-    end = ["wait"] if is_overlapped else []
+    start = ["layers.0.self_attn", *([] if is_asynchronous else ["wait"])]
+    end = ["wait"] if is_asynchronous else []
     assert logs == ([*start, "q", "k", "v", *end],) * 2
-
-
-@EVERYWHERE
-def test_overlap_changes_no_bit(pool: Pool, degree: int, engine: str) -> None:
-    def run(axis: Axis) -> list[str]:
-        groups = [group for group in LARGER if group.dtype == torch.float32]
-        first, second = (
-            [
-                computed(dataclasses.replace(axis, overlap=Overlap(backward=is_overlapped)), group)
-                for group in groups
-            ]
-            for is_overlapped in (True, False)
-        )
-        return differing(first, second)
-
-    assert not any(pool(degree, engine).run(run))
 
 
 @pytest.mark.parametrize(
@@ -294,7 +279,7 @@ def test_where_products_are_called_in_leaf_shapes_the_bits_are_the_same(
     def run(axis: Axis, _: int) -> list[Tensors]:
         return [computed(axis, group) for group in groups]  # one thread: it is in that contract
 
-    assert differing_anywhere(pool, run, PLACES) == []
+    assert differing_anywhere(pool, run, [(3, "threads"), (8, "threads")]) == []
     for found in pool(3, "threads").run(lambda axis: run(axis, 0)):
         for group, tensors in zip(groups, found, strict=True):
             for name, value in expected(group).items():

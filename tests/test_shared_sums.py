@@ -15,7 +15,7 @@ from shardproof.transport.base import Call, Order, PeerError, Transport, Window,
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.portable import SUMMABLE
 from shardproof.transport.rendezvous import Rendezvous
-from shardproof.transport.shared import SharedTransport
+from shardproof.transport.shared_memory import SharedTransport
 from shardproof.transport.solo import SoloTransport
 from shardproof.transport.threads import ThreadsTransport
 from sums import random_case, run_gather, run_mixed, run_sums, same_bits

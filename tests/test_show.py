@@ -18,7 +18,7 @@ from torch import nn
 import shardproof as sp
 from shardproof.cases import all_cases, find_case
 from shardproof.cli.main import main
-from shardproof.engines.base import Ranks
+from shardproof.engines.engine import Ranks
 from shardproof.errors import DegreeError, PlanError, UsageError
 from shardproof.scheme import Scheme
 from shardproof.showing.case_step import case_work

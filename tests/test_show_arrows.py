@@ -207,7 +207,6 @@ def test_two_sums_that_run_at_once_keep_their_own_additions() -> None:
             comm.start_all_reduce_nodes(
                 nodes_of(axis, cut, (2, 2 + more), torch.float32), axis, cut=cut,
                 shape=(2, 2 + more), like=torch.empty(0), direction="forward", who="a",
-                is_rest=more > 0,
             )
             for more in (0, 1)
         ]  # fmt: skip

@@ -18,7 +18,7 @@ from invariance import bits_equal, normal, random_threads
 from places import EVERYWHERE, Pool
 from shardproof import comm
 from shardproof.axis import Axis
-from shardproof.engines.base import Ranks
+from shardproof.engines.engine import Ranks
 from shardproof.functional.vocabulary import vocab_cross_entropy
 from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.layers.linear import ColumnParallelLinear

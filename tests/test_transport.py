@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from shardproof import core
 from shardproof.axis import Axis
-from shardproof.engines.base import Ranks
+from shardproof.engines.engine import Ranks
 from shardproof.errors import MismatchError, RankError, ShapeError, UsageError
 from shardproof.transport.base import Call, Order, PeerError, Window, mismatch, rank_order
 from shardproof.transport.distributed import DistributedTransport

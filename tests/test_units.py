@@ -36,7 +36,8 @@ def test_shared_units_are_the_key_value_heads(degree: int, queries: int, keys: i
         assert keys_of_leaves == [2 * (each.stop - each.start) for each in heads.key_slices(rank)]
     every = np.sort(np.concatenate([fused.owned(rank) for rank in range(degree)]))
     assert np.array_equal(every, np.arange(fused.size))
-    assert fused.is_owned_once == (not heads.shared())
+    held = sum(len(fused.held(rank)) for rank in range(degree))
+    assert (held == fused.size) == (not heads.shared())
 
 
 def test_a_rank_begins_only_where_it_may() -> None:

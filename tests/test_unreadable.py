@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import unreadable
-from fresh_process import run_fresh
+import warm
 from places import Pool
 from shardproof.axis import Axis
 from shardproof.plans.apply import parallelize
@@ -41,8 +41,8 @@ def run(axis):
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str]:
-    """What every case did, each in a fork of one fresh process."""
-    last = run_fresh("import unreadable; unreadable.main()").strip().splitlines()[-1]
+    """What every case did, each group in a fork of one process."""
+    last = warm.printed("import unreadable; unreadable.main()").strip().splitlines()[-1]
     found: dict[str, str] = json.loads(last)
     return found
 
@@ -87,7 +87,7 @@ def said_by_llama(degree: int) -> list[str]:
     """What the ranks of a compiled Llama said."""
     pytest.importorskip("transformers")
     last = f"print(json.dumps(sp.launch(run, degree={degree}, engine='threads')))"
-    said: list[str] = json.loads(run_fresh(LLAMA + last).strip().splitlines()[-1])
+    said: list[str] = json.loads(warm.printed(LLAMA + last).strip().splitlines()[-1])
     return said
 
 

@@ -17,7 +17,7 @@ from invariance import LargestNew, bits_equal, misaligned, normal, random_thread
 from places import EVERYWHERE, Pool
 from shardproof import comm
 from shardproof.axis import Axis
-from shardproof.engines.base import Ranks
+from shardproof.engines.engine import Ranks
 from shardproof.errors import ShapeError, UsageError
 from shardproof.functional import vocabulary_site
 from shardproof.functional.vocabulary import vocab_cross_entropy, vocab_log_softmax

@@ -1,13 +1,12 @@
 """The zoo builds every model small, runs it, and survives those that crash or hang."""
 
 import os
-import signal
-import time
 
 import pytest
 import torch
 import transformers
 
+from misbehaving import misbehave
 from zoo import own, run
 from zoo.build import build
 from zoo.children import Child
@@ -144,20 +143,6 @@ def test_what_cannot_be_built_is_in_a_list_and_says_why():
             build(name)
 
 
-def misbehave(name: str, step: str) -> dict[str, object]:
-    """What a process does in the tests below: what its name says."""
-    if name == "hangs":
-        time.sleep(600)
-    if name == "crashes":
-        os.kill(os.getpid(), signal.SIGSEGV)
-    if name == "exits":
-        os.write(2, b"the last words\n")
-        os._exit(7)
-    if name == "raises":
-        raise RuntimeError("two\nlines")
-    return {"process": os.getpid()}
-
-
 @pytest.fixture
 def child():
     found = Child(misbehave, limit=2.0)
@@ -194,7 +179,7 @@ def test_a_hang_or_a_crash_costs_one_model(child, name, reason):
 def test_an_error_costs_one_model_and_no_process(child):
     first = child.ask("one", "plain")
     failed = child.ask("raises", "plain")
-    assert failed["reason"].startswith("RuntimeError: two lines (test_zoo.py:")
+    assert failed["reason"].startswith("RuntimeError: two lines (misbehaving.py:")
     assert child.ask("two", "plain")["process"] == first["process"]
 
 

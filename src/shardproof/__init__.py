@@ -22,7 +22,6 @@ from shardproof.optim import (
     load_optimizer_state_dict,
     optimizer_state_dict,
 )
-from shardproof.overlap import Overlap
 from shardproof.plans.apply import parallelize
 from shardproof.plans.initialize import initialize
 from shardproof.plans.model_plan import ModelPlan
@@ -60,7 +59,6 @@ __all__ = [
     "ColumnParallelLinear",
     "KeyedSampler",
     "ModelPlan",
-    "Overlap",
     "Plan",
     "RowParallel",
     "RowParallelLinear",

@@ -58,8 +58,8 @@ def _explain(error: Exception | None, ctx: Any, grads: tuple[Any, ...]) -> None:
 
 def _armed(ctx: Any, grads: tuple[Any, ...]) -> tuple[Any, ...]:
     """The gradients, one of which wants a gradient if the result depends on what wants one."""
-    given = [grad for grad in grads if isinstance(grad, Tensor)]
-    if any(grad.requires_grad for grad in given) or not given:
+    tensors = [grad for grad in grads if isinstance(grad, Tensor)]
+    if any(grad.requires_grad for grad in tensors) or not tensors:
         return grads
     if not any(saved is not None and saved.requires_grad for saved in ctx.saved_tensors):
         return grads

@@ -19,7 +19,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardproof import checking
 from shardproof import environment as variables
 from shardproof.errors import AxisError, MismatchError, UsageError
-from shardproof.overlap import DEFAULT_OVERLAP, Overlap, checked_overlap
 from shardproof.quantities import LARGEST, checked_flag, checked_name
 from shardproof.timeout import START_TIMEOUT, checked_timeout
 from shardproof.transport.base import Call, Transport
@@ -46,14 +45,12 @@ class Axis:
     Attributes:
         name: of the axis, for messages ("tp").
         transport: carries bytes between the ranks.
-        overlap: which of their sums run while a product is computed.
         transport_note: why ranks do without shared memory, or, as threads, without the core; empty
             if they do not.
     """
 
     name: str
     transport: Transport
-    overlap: Overlap = DEFAULT_OVERLAP
     transport_note: str = field(default="", compare=False)
     _unnamed: Iterator[int] = field(
         default_factory=itertools.count, repr=False, compare=False, kw_only=True
@@ -67,21 +64,14 @@ class Axis:
                 "Axis.from_group(group) or Axis.from_env()."
             )
 
-    @property
-    def overlaps_backward(self) -> bool:
-        """Whether input gradients are summed while weight gradients are computed."""
-        wanted = self.overlap.backward
-        return self.transport.is_asynchronous if wanted is None else wanted
-
     @classmethod
-    def solo(cls, name: str = "tp", *, overlap: Overlap | str = "auto") -> "Axis":
+    def solo(cls, name: str = "tp") -> "Axis":
         """An axis of one rank, in any process, at any time.
 
         Args:
             name: for messages.
-            overlap: as in `from_group`; alone, it makes no difference.
         """
-        return cls(name, SoloTransport(), checked_overlap(overlap))
+        return cls(name, SoloTransport())
 
     @classmethod
     def from_group(
@@ -93,7 +83,6 @@ class Axis:
         compare_inputs: bool = True,
         transport: str = AUTO,
         timeout: float | None = None,
-        overlap: Overlap | str = "auto",
     ) -> "Axis":
         """The ranks of a process group of torch.distributed; all of them call this.
 
@@ -112,7 +101,6 @@ class Axis:
             timeout: seconds that a rank waits for the others in one collective. By default
                 torch.distributed's own. Give it to `init_process_group` as well: a process whose
                 collective timed out may linger until the group gives it up, too.
-            overlap: an `Overlap`, "auto", "on" or "off". It never changes a bit.
 
         Raises:
             UsageError: an option makes no sense, or the transport that was asked for by name
@@ -121,7 +109,7 @@ class Axis:
             AxisError: torch.distributed is not initialised, this process is not in the group or is
                 a fork of one that is, or the number of processes is at odds with WORLD_SIZE.
         """
-        overlap, timeout = checked_overlap(overlap), checked_timeout(timeout)
+        timeout = checked_timeout(timeout)
         transport = checked_transport(transport)
         check = checked_flag(check, "check")
         _require_initialised("Axis.from_group(group)")
@@ -135,10 +123,10 @@ class Axis:
         with _lock:
             unnamed = _unnamed_of_group.setdefault(group, itertools.count())
         if group.size() == 1:
-            return cls(name, SoloTransport(), overlap, _unnamed=unnamed)
+            return cls(name, SoloTransport(), _unnamed=unnamed)
         base = DistributedTransport(group, check=check, timeout=timeout)
         choice = choose(base, transport, timeout=timeout, compare_inputs=compare_inputs)
-        return cls(name, choice.transport, overlap, choice.note, _unnamed=unnamed)
+        return cls(name, choice.transport, choice.note, _unnamed=unnamed)
 
     @classmethod
     def from_mesh(
@@ -149,7 +137,6 @@ class Axis:
         compare_inputs: bool = True,
         transport: str = AUTO,
         timeout: float | None = None,
-        overlap: Overlap | str = "auto",
     ) -> "Axis":
         """The ranks of a DeviceMesh of one dim, which gives the axis its name ("tp" if unnamed).
 
@@ -159,7 +146,6 @@ class Axis:
             compare_inputs: as in `from_group`.
             transport: as in `from_group`.
             timeout: as in `from_group`.
-            overlap: as in `from_group`.
 
         Raises:
             UsageError, MismatchError: as `from_group` does.
@@ -190,7 +176,6 @@ class Axis:
             compare_inputs=compare_inputs,
             transport=transport,
             timeout=timeout,
-            overlap=overlap,
         )
 
     @classmethod
@@ -202,7 +187,6 @@ class Axis:
         compare_inputs: bool = True,
         transport: str = AUTO,
         timeout: float | None = None,
-        overlap: Overlap | str = "auto",
     ) -> "Axis":
         """All processes that torchrun started.
 
@@ -218,14 +202,13 @@ class Axis:
             timeout: seconds that a rank waits for the others in one collective, on any transport;
                 by default torch.distributed's own. It does not shorten the start, in which ranks
                 come as fast as they can import.
-            overlap: as in `from_group`.
 
         Raises:
             UsageError, MismatchError: as `from_group` does.
             AxisError: variables of torchrun are missing or make no sense, or torch.distributed is
                 initialised with another number of processes than WORLD_SIZE.
         """
-        overlap, timeout = checked_overlap(overlap), checked_timeout(timeout)
+        timeout = checked_timeout(timeout)
         transport = checked_transport(transport)
         if not dist.is_initialized():
             _initialise(os.environ, timeout)
@@ -239,7 +222,6 @@ class Axis:
             compare_inputs=compare_inputs,
             transport=transport,
             timeout=timeout,
-            overlap=overlap,
         )
 
     @property
@@ -429,11 +411,11 @@ def _require_world_size(environment: Mapping[str, str]) -> None:
     """Raise if WORLD_SIZE is there and says something else than torch.distributed."""
     if "WORLD_SIZE" not in environment:
         return
-    said, found = variables.number(environment, "WORLD_SIZE", least=1), dist.get_world_size()
-    if said != found:
+    expected, actual = variables.number(environment, "WORLD_SIZE", least=1), dist.get_world_size()
+    if expected != actual:
         raise AxisError(
-            f"the environment has WORLD_SIZE={said}, but torch.distributed was initialised with "
-            f"{found} processes. Initialise it with all that torchrun started, or unset "
+            f"the environment has WORLD_SIZE={expected}, but torch.distributed was initialised "
+            f"with {actual} processes. Initialise it with all that torchrun started, or unset "
             "WORLD_SIZE."
         )
 

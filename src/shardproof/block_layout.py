@@ -163,9 +163,9 @@ def cut_layout(shape: tuple[int, ...], rank: int, *, dim: int, along: CutDim) ->
     """
     block = along.blocks[0] if len(along.blocks) == 1 else None
     if block is not None and dim < len(shape) and along.size == shape[dim]:
-        found = _of_units(along.shared, block) or _of_shared(along.shared, block)
-        if found is not None:
-            cut, held = found
+        layout = _of_units(along.shared, block) or _of_shared(along.shared, block)
+        if layout is not None:
+            cut, held = layout
             return Layout(tuple(shape), rank, dim, cut, held[rank])
     return BlockLayout(tuple(shape), rank, dim, along=along)
 

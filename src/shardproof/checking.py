@@ -58,14 +58,15 @@ def compare(x: Tensor, name: str, gather: Gather, *, way_out: str) -> None:
         return  # it has no elements of its own
     flat = _flat(x)
     kind = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
-    told = gather((kind, _hash(flat)))
-    other = _other(told)
+    summaries = gather((kind, _hash(flat)))
+    other = _other(summaries)
     if other is None:
         return
     start = f"the ranks disagree about {name}, which must be the same on all ranks of the axis: "
-    if told[0][0] != told[other][0]:
+    if summaries[0][0] != summaries[other][0]:
         raise MismatchError(
-            f"{start}rank 0 has {told[0][0]}, rank {other} has {told[other][0]}. {way_out}"
+            f"{start}rank 0 has {summaries[0][0]}, rank {other} has {summaries[other][0]}. "
+            f"{way_out}"
         )
     place, other, values = _find(flat, gather)
     where = [int(i) for i in torch.unravel_index(torch.tensor(place), x.shape)] if x.dim() else []
@@ -84,9 +85,9 @@ def _hash(flat: Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
-def _other(told: Sequence[Any]) -> int | None:
+def _other(summaries: Sequence[Any]) -> int | None:
     """The first rank that says something else than rank 0."""
-    return next((rank for rank, each in enumerate(told) if each != told[0]), None)
+    return next((rank for rank, each in enumerate(summaries) if each != summaries[0]), None)
 
 
 def _find(flat: Tensor, gather: Gather) -> tuple[int, int, list[Any]]:
@@ -95,10 +96,10 @@ def _find(flat: Tensor, gather: Gather) -> tuple[int, int, list[Any]]:
     while high - low > 1:
         bounds = [low + (high - low) * part // _PARTS for part in range(_PARTS + 1)]
         parts = [(a, b) for a, b in itertools.pairwise(bounds) if a < b]
-        told = gather([_hash(flat[a:b]) for a, b in parts])
+        hashes = gather([_hash(flat[a:b]) for a, b in parts])
         low, high = next(
-            part for number, part in enumerate(parts) if len({each[number] for each in told}) > 1
+            part for number, part in enumerate(parts) if len({each[number] for each in hashes}) > 1
         )
-    told = gather((flat[low].item(), _hash(flat[low : low + 1])))
-    other = _other([each[1] for each in told])
-    return low, 0 if other is None else other, [each[0] for each in told]
+    hashes = gather((flat[low].item(), _hash(flat[low : low + 1])))
+    other = _other([each[1] for each in hashes])
+    return low, 0 if other is None else other, [each[0] for each in hashes]

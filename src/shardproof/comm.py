@@ -34,7 +34,10 @@ from shardproof.tree import Node, add_tensors, combine, node_name
 
 
 class Sum:
-    """A sum that has been started. Wait for it before anything else is sent on its axis."""
+    """A sum that has been started. Wait for it before anything else is sent on its axis.
+
+    Where the transport is not asynchronous (`Transport.is_asynchronous`), it is there at once.
+    """
 
     def __init__(self, y: Tensor, pending: Pending | None = None, told: Told | None = None) -> None:
         self._y = y
@@ -130,13 +133,7 @@ def all_reduce(x: Tensor, axis: Axis, *, direction: str, who: str = "") -> Tenso
 
 
 def start_all_reduce(
-    x: Tensor,
-    axis: Axis,
-    *,
-    direction: str,
-    who: str = "",
-    is_rest: bool = False,
-    meant: Tensor | None = None,
+    x: Tensor, axis: Axis, *, direction: str, who: str = "", meant: Tensor | None = None
 ) -> Sum:
     """`all_reduce`, started, of a tensor that is given away: the sum is written into it.
 
@@ -145,7 +142,6 @@ def start_all_reduce(
         axis: the ranks.
         direction: for the ledger.
         who: the layer that asks, for messages.
-        is_rest: a further part of a collective that has been counted.
         meant: the same memory in the dtype that its bits stand for, for observers.
     Returns:
         (*), Replicate, once it has been waited for.
@@ -156,7 +152,7 @@ def start_all_reduce(
         return Sum(x)
     plan = native_plan(direction, who, tuple(x.shape), x.dtype, axis.size)
     if operators.is_recorded(x):
-        again = functools.partial(start_all_reduce, direction=direction, who=who, is_rest=is_rest)
+        again = functools.partial(start_all_reduce, direction=direction, who=who)
         total = _record(
             [x], plan.call, x.shape, x, axis, lambda given, ranks, _: again(_own(given)[0], ranks)
         )
@@ -165,11 +161,8 @@ def start_all_reduce(
     told = None
     if observing.is_on():
         seen = x if meant is None else meant
-        told = tell_sum(axis, plan, [seen], seen, REPLICATE, is_rest=is_rest)
-    flat = x.view(-1)
-    pending = axis.transport.start_sum([flat], plan.order, flat, call=plan.call)
-    count(axis, plan.call, plan.message_bytes, plan.sent_bytes, is_rest=is_rest)
-    return Sum(x, pending, told)
+        told = tell_sum(axis, plan, [seen], seen, REPLICATE)
+    return _start([x.view(-1)], plan, axis, x, told)
 
 
 def reduce_scatter(
@@ -238,7 +231,6 @@ def start_all_reduce_nodes(
     like: Tensor,
     direction: str,
     who: str = "",
-    is_rest: bool = False,
 ) -> Sum:
     """`all_reduce_nodes`, started.
 
@@ -250,7 +242,6 @@ def start_all_reduce_nodes(
         like: any tensor of the result's dtype and device.
         direction: for the ledger.
         who: the layer that asks, for messages.
-        is_rest: a further part of a collective that has been counted.
     Returns:
         `shape`, Replicate, in `like`'s dtype, once it has been waited for.
     Comm:
@@ -262,7 +253,7 @@ def start_all_reduce_nodes(
     plan = tree_plan(direction, who, tuple(shape), like.dtype, cut, axis.rank)
     parts = list(nodes.values())
     if operators.is_recorded(like, *parts):
-        again = functools.partial(_sum_nodes, tuple(nodes), cut, plan, is_rest)
+        again = functools.partial(_sum_nodes, tuple(nodes), cut, plan)
         return Sum(_record(parts, plan.call, plan.shape, like, axis, again))
     flat = [operands.as_flat(part, plan.call) for part in parts]
     if len(parts) == 1 and operands.lies_flat(parts[0]) and parts[0].dtype == like.dtype:
@@ -271,19 +262,9 @@ def start_all_reduce_nodes(
         y = like.new_empty(plan.shape)
     told = None
     if observing.is_on():
-        told = tell_sum(
-            axis,
-            plan,
-            parts,
-            y,
-            REPLICATE,
-            nodes=list(nodes),
-            addition=written_sum(cut),
-            is_rest=is_rest,
-        )
-    pending = axis.transport.start_sum(flat, plan.order, y.view(-1), call=plan.call)
-    count(axis, plan.call, plan.message_bytes, plan.sent_bytes, is_rest=is_rest)
-    return Sum(y, pending, told)
+        additions = written_sum(cut)
+        told = tell_sum(axis, plan, parts, y, REPLICATE, nodes=list(nodes), addition=additions)
+    return _start(flat, plan, axis, y, told)
 
 
 def reduce_scatter_nodes(
@@ -406,6 +387,20 @@ def check_part(x: Tensor, axis: Axis, *, dim: int, cut: Cut, is_whole: bool, who
     return dim % x.dim()
 
 
+def _start(parts: list[Tensor], plan: Plan, axis: Axis, y: Tensor, told: Told | None) -> Sum:
+    """Begin the sum of flat parts in `y`.
+
+    It ends at once where the transport cannot work while its rank computes: there an open sum was
+    measured to cost more than it saves.
+    """
+    pending = axis.transport.start_sum(parts, plan.order, y.view(-1), call=plan.call)
+    count(axis, plan.call, plan.message_bytes, plan.sent_bytes)
+    started = Sum(y, pending, told)
+    if not axis.transport.is_asynchronous:
+        started.wait()
+    return started
+
+
 def _sum(
     parts: Sequence[Tensor],
     like: Tensor,
@@ -460,7 +455,6 @@ def _sum_nodes(
     names: tuple[Node, ...],
     cut: Cut,
     plan: Plan,
-    is_rest: bool,
     parts: list[Tensor],
     axis: Axis,
     like: Tensor,
@@ -474,7 +468,6 @@ def _sum_nodes(
         like=like,
         direction=plan.call.direction,
         who=plan.call.who,
-        is_rest=is_rest,
     )
 
 

@@ -77,7 +77,7 @@ def _gather(axis: Axis, name: str, value: Any) -> list[Any]:
 
 def _settings(optimizer: Optimizer) -> dict[str, Any]:
     """Numbers and words of every group, such as its learning rate."""
-    found: dict[str, Any] = {"the optimizer": type(optimizer).__name__}
+    settings: dict[str, Any] = {"the optimizer": type(optimizer).__name__}
     for number, group in enumerate(optimizer.param_groups):
         for name, value in group.items():
             if isinstance(value, Tensor) and value.numel() == 1:
@@ -85,8 +85,8 @@ def _settings(optimizer: Optimizer) -> dict[str, Any]:
             is_plain = isinstance(value, bool | int | float | str | None)
             is_tuple = isinstance(value, tuple) and all(isinstance(x, int | float) for x in value)
             if is_plain or is_tuple:
-                found[f"{name} of group {number}"] = value
-    return found
+                settings[f"{name} of group {number}"] = value
+    return settings
 
 
 def _placements(optimizer: Optimizer) -> tuple[list[Axis], dict[Any, list[tuple[str, Tensor]]]]:

@@ -35,8 +35,8 @@ def problem(*names: str) -> str | None:
     Raises:
         UsageError: SHARDPROOF_CORE is set to what it does not know.
     """
-    found = (_load(f"_{name}")[1] for name in names or ("kernels", "shm"))
-    return next((why for why in found if why is not None), None)
+    problems = (_load(f"_{name}")[1] for name in names or ("kernels", "shm"))
+    return next((why for why in problems if why is not None), None)
 
 
 def _import(name: str) -> ModuleType:

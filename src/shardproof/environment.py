@@ -21,8 +21,8 @@ def setting(environment: Mapping[str, str], name: str, known: Sequence[str]) -> 
     if not text:
         return known[0]
     if text not in known:
-        given = shown(environment[name])
-        raise UsageError(f"{name}={given} is unknown. Use one of: {', '.join(known)}.")
+        value = shown(environment[name])
+        raise UsageError(f"{name}={value} is unknown. Use one of: {', '.join(known)}.")
     return text
 
 
@@ -39,15 +39,15 @@ def number(
     Raises:
         AxisError: it is no whole number, too small or too large.
     """
-    found = read_whole(environment[name])
-    if found is None:
+    value = read_whole(environment[name])
+    if value is None:
         raise AxisError(
             f"the environment has {name}={shown(environment[name])}, which is not a whole number. "
             f"{way_out}."
         )
-    if not least <= found <= most:
+    if not least <= value <= most:
         raise AxisError(
-            f"the environment has {name}={shown(found)}, which is not from {least} to {most}. "
+            f"the environment has {name}={shown(value)}, which is not from {least} to {most}. "
             f"{way_out}."
         )
-    return found
+    return value

@@ -27,15 +27,15 @@ _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
 )
 
 
-def path_of(given: Any, *, what: str, way_out: str) -> Path:
+def path_of(path: Any, *, what: str, way_out: str) -> Path:
     """A path as a user gave it.
 
     Raises:
         UsageError: it is no path, or empty, or has a character that no path can have.
     """
-    if not isinstance(given, str | os.PathLike) or not isinstance(os.fspath(given), str):
-        raise UsageError(f"{what} is {shown(given)}, which is not a path. {way_out}")
-    text = os.fspath(given)
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise UsageError(f"{what} is {shown(path)}, which is not a path. {way_out}")
+    text = os.fspath(path)
     if not text or "\0" in text:
         kind = "empty" if not text else f"{shown(text)}, and no path has a zero byte"
         raise UsageError(f"{what} is {kind}. {way_out}")
@@ -130,12 +130,12 @@ class _Strange(ValueError):  # noqa: N818 - never seen outside of this file
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         counts = Counter(name for name, _ in pairs)
         twice = next(name for name, count in counts.items() if count > 1)
         raise _Strange(f"the key {shown(twice)} is there twice")
-    return found
+    return unique
 
 
 def _whole(text: str) -> int:
@@ -164,13 +164,13 @@ def _opened(path: Path, what: str, way_out: str) -> tuple[int, int]:
     except (OSError, ValueError) as error:
         raise UsageError(f"{what} cannot be read: {why(error)}. {way_out}") from None
     _require_regular(kind, what, way_out)
-    found = os.fstat(descriptor)
+    status = os.fstat(descriptor)
     try:
-        _require_regular(found.st_mode, what, way_out)  # it may be another file by now
+        _require_regular(status.st_mode, what, way_out)  # it may be another file by now
     except UsageError:
         os.close(descriptor)
         raise
-    return descriptor, found.st_size
+    return descriptor, status.st_size
 
 
 def _require_regular(kind: int, what: str, way_out: str) -> None:

@@ -113,7 +113,6 @@ class Told:
         message_bytes: of a collective: bytes of its result.
         sent_bytes: of a collective: bytes that this rank sent.
         is_collective: it met other ranks.
-        is_rest: a further part of a collective that has been told.
         addition: of a collective that adds: which parts it adds, in which order.
         axis: of a collective: the name of the axis.
         sends: of a collective: to whom this rank sends which part; empty if the transport decides.
@@ -128,7 +127,6 @@ class Told:
     message_bytes: int = 0
     sent_bytes: int = 0
     is_collective: bool = False
-    is_rest: bool = False
     addition: str = ""
     axis: str = ""
     sends: Sequence[Sending] = ()

@@ -44,8 +44,8 @@ def meets_cut(rule: str) -> Callable[[Callable[Given, Found]], Callable[Given, F
         def call(*args: Given.args, **kwargs: Given.kwargs) -> Found:
             first = args[0] if args else next(iter(kwargs.values()), None)
             if type(first) not in PLAIN and (by := getattr(type(first), "by_rule", None)):
-                found: Found = by(rule, function, args, kwargs)
-                return found
+                rule_result: Found = by(rule, function, args, kwargs)
+                return rule_result
             return function(*args, **kwargs)
 
         return call
@@ -74,9 +74,9 @@ def check(who: str, **given: Tensor | None) -> None:
     """
     _check_recording(who)
     for name, x in given.items():
-        found = None if x is None else _trouble(x)
-        if found is not None:
-            what, way_out = found
+        trouble = None if x is None else _trouble(x)
+        if trouble is not None:
+            what, way_out = trouble
             raise UsageError(f"{who}: {name} is {what}. {way_out.format(x=name)}")
 
 

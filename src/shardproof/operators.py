@@ -121,11 +121,11 @@ class Numbered:
 
     def number(self, x: Any) -> int:
         """Of an object; the same every time, and never that of another."""
-        found = self._numbers.get(x)
-        if found is None:
-            found = self._numbers[x] = next(self._count)
-            self._objects[found] = x
-        return found
+        number = self._numbers.get(x)
+        if number is None:
+            number = self._numbers[x] = next(self._count)
+            self._objects[number] = x
+        return number
 
     def get(self, number: int) -> Any:
         """The object; None if it is gone, or of another process."""
@@ -166,12 +166,12 @@ def record(
     sizes = [size for shape in shapes for size in shape]
     dims = [len(shape) for shape in shapes]
     place = (_axes.number(axis), len(kept) - 1)
-    found: list[Tensor] = _COLLECTIVES[kind](
+    results: list[Tensor] = _COLLECTIVES[kind](
         list(parts), sizes, dims, like.dtype, like.device, *place
     )
     if not _is_written(like, *parts):
         kept.pop()  # it was called now, and never will be again
-    return found
+    return results
 
 
 def _is_written(*tensors: Tensor) -> bool:

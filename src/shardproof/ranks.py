@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from shardproof.axis import Axis
-from shardproof.engines.base import Ranks, Settings
 from shardproof.engines.capacity import check_threads
+from shardproof.engines.engine import Ranks, Settings
 from shardproof.engines.processes import ProcessRanks
 from shardproof.engines.threads import ThreadRanks
 from shardproof.errors import UsageError
 from shardproof.leaves import checked_degree
-from shardproof.overlap import Overlap, checked_overlap
 from shardproof.quantities import checked_flag, checked_whole
 from shardproof.timeout import checked_timeout
 from shardproof.trace.trace import Trace, checked_trace
@@ -50,7 +49,6 @@ def launch(
     timeout: float = 600.0,
     compare_inputs: bool = True,
     transport: str = AUTO,
-    overlap: Overlap | str = "auto",
     trace: Trace | bool = False,
 ) -> Results[T]:
     """Call `fn(axis)` on `degree` ranks and return every rank's result, in rank order.
@@ -67,8 +65,6 @@ def launch(
             had since the last one; ranks that were given different batches then raise.
         transport: "auto", or what must carry the bytes: "threads" for threads, "shm" (shared
             memory) or "gloo" for processes. "auto" takes gloo where memory cannot be shared.
-        overlap: which sums run while a product is computed: an `Overlap`, "auto", "on" or "off".
-            It never changes a bit.
         trace: True, or a `Trace` with options: what every rank computes, sends and holds.
 
     Returns:
@@ -97,16 +93,15 @@ def launch(
         timeout=timeout,
         compare_inputs=compare_inputs,
         transport=transport,
-        overlap=overlap,
     )
     with ranks:
         return Results(ranks.run(fn)) if kept is None else _traced(ranks, fn, kept)
 
 
 def _traced(ranks: Ranks, fn: Callable[[Axis], T], trace: Trace) -> Results[T]:
-    found = ranks.run(trace.recorded(fn))
-    trace.take((steps, num_dropped) for _, steps, num_dropped in found)
-    return Results((result for result, _, _ in found), trace)
+    traces = ranks.run(trace.recorded(fn))
+    trace.take((steps, num_dropped) for _, steps, num_dropped in traces)
+    return Results((result for result, _, _ in traces), trace)
 
 
 def open_ranks(
@@ -117,7 +112,6 @@ def open_ranks(
     timeout: float = 600.0,
     compare_inputs: bool = True,
     transport: str = AUTO,
-    overlap: Overlap | str = "auto",
     environment: Mapping[str, str] | None = None,
 ) -> Ranks:
     """Start ranks that serve many calls; a context manager that ends them.
@@ -129,7 +123,6 @@ def open_ranks(
         timeout: as in `launch`.
         compare_inputs: as in `launch`.
         transport: as in `launch`.
-        overlap: as in `launch`.
         environment: the variables that processes start with, for instance with another
             SHARDPROOF_BLAS; those that tell the ranks apart are added. None: the variables and the
             BLAS mode of this process.
@@ -152,7 +145,6 @@ def open_ranks(
         timeout=_check_timeout(timeout),
         compare_inputs=checked_flag(compare_inputs, "compare_inputs"),
         transport=_check_transport(transport, engine),
-        overlap=checked_overlap(overlap),
     )
     check_threads(settings.threads, degree, written=f"threads={settings.threads}")
     if engine == "processes":

@@ -190,10 +190,10 @@ def max_over_parameters(
             mine[id(axis)] = (axis, torch.maximum(before, here))
     for axis, here in mine.values():
         cut = Cut(axis.size, axis.size, axis.size)
-        found = comm.all_gather(
+        maxima = comm.all_gather(
             here.view(1), axis, dim=0, cut=cut, direction="update", who="max_over_parameters"
         )
-        largest = torch.maximum(largest, found.amax())
+        largest = torch.maximum(largest, maxima.amax())
     return largest
 
 
@@ -221,7 +221,7 @@ def min_over_parameters(
     return -max_over_parameters(model, lambda x: -apply(x).double(), of=of)
 
 
-class _Total(torch.autograd.Function):
+class _TreeTotal(torch.autograd.Function):
     """Sum by the tree over the leaves of all ranks forward, a copy to every leaf backward.
 
     A rank may hold what another owns, behind its own leaves: that is not added here, and gets its
@@ -248,16 +248,16 @@ def _sums(
     model: nn.Module, function: Function, of: Of, only_trainable: bool, who: str
 ) -> dict[str, Tensor]:
     """Name -> sum over the whole of one parameter."""
-    found = {}
+    sums = {}
     for name, value, layout, axis in _values(model, of, only_trainable, who):
         parts = [_leaf_sum(_applied(function, leaf, name)) for leaf in _leaves(value, layout)]
         if axis is None:
-            found[name] = parts[0]
+            sums[name] = parts[0]
             continue
         # Without a leaf, this rank's part is empty, and must need a gradient as the others' do.
         held = torch.stack(parts) if parts else _leaf_values(function(value)).reshape(-1)[:0]
-        found[name] = _Total.apply(held, layout, axis, name)
-    return found
+        sums[name] = _TreeTotal.apply(held, layout, axis, name)
+    return sums
 
 
 def _leaf_values(y: Tensor) -> Tensor:
@@ -274,9 +274,9 @@ def _applied(function: Function, leaf: Tensor, name: str) -> Tensor:
         raise UsageError(f"{shown(function)} is no function of each element, as torch.square is.")
     y = function(leaf)
     if not isinstance(y, Tensor) or y.shape != leaf.shape:
-        given = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise ShapeError(
-            f"the function given for parameter {name!r} returned {given} for a leaf of shape "
+            f"the function given for parameter {name!r} returned {got} for a leaf of shape "
             f"{tuple(leaf.shape)}. Give one that is element-wise, such as torch.square: the sum is "
             "made here."
         )

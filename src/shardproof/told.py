@@ -17,9 +17,7 @@ from shardproof.tree import Node, node_name
 FREE_ORDER = "the ranks' parts, in the transport's own order"
 
 
-def count(
-    axis: Axis, call: Call, message_bytes: int, sent_bytes: int, *, is_rest: bool = False
-) -> None:
+def count(axis: Axis, call: Call, message_bytes: int, sent_bytes: int) -> None:
     """Count a collective in the ledger of the axis.
 
     Args:
@@ -27,14 +25,12 @@ def count(
         call: what it was.
         message_bytes: of its result.
         sent_bytes: by this rank.
-        is_rest: a further part of a collective that has been counted.
     """
     axis.transport.ledger.add(
         call.direction,
         call.kind,
         message_bytes=message_bytes,
         sent_bytes=sent_bytes,
-        calls=0 if is_rest else 1,
     )
 
 
@@ -46,7 +42,6 @@ def told_of(
     message_bytes: int,
     sent_bytes: int,
     *,
-    is_rest: bool = False,
     sends: Sequence[Sending] = (),
 ) -> Told:
     """A collective, as observers are told of it; the ledger counts the same figures.
@@ -58,7 +53,6 @@ def told_of(
         output: what this rank got, or None.
         message_bytes: of its result.
         sent_bytes: by this rank.
-        is_rest: a further part of a collective that has been told.
         sends: to whom this rank sends which part, if not the transport decides.
     """
     return Told(
@@ -71,7 +65,6 @@ def told_of(
         message_bytes=message_bytes,
         sent_bytes=sent_bytes,
         is_collective=True,
-        is_rest=is_rest,
         axis=axis.name,
         sends=sends,
     )
@@ -149,7 +142,6 @@ def tell_sum(
     *,
     nodes: Sequence[Node] | None = None,
     addition: str = FREE_ORDER,
-    is_rest: bool = False,
 ) -> Told:
     """Tell of a sum before it begins: it may be written into one of its parts.
 
@@ -161,7 +153,6 @@ def tell_sum(
         placement: of the sum.
         nodes: which leaves each part sums; None: the part is all that this rank has.
         addition: which parts of all ranks are added, in which order.
-        is_rest: a further part of a collective that has been told.
     Returns:
         What to finish once the sum is there.
     """
@@ -181,7 +172,6 @@ def tell_sum(
         output,
         plan.message_bytes,
         plan.sent_bytes,
-        is_rest=is_rest,
         sends=tuple(sends_of_sum(plan, axis, placement)),
     )
     told.addition = addition

@@ -115,19 +115,19 @@ def node_name(node: Node) -> str:
     return f"leaf {start}" if stop - start == 1 else f"leaves {start}-{stop - 1}"
 
 
-def formula(node: Node, given: Container[Node]) -> str:
+def formula(node: Node, available: Container[Node]) -> str:
     """The additions of `combine`, in the order in which they are made.
 
     Args:
         node: the sum wanted.
-        given: the nodes that are there already; together they cover `node`.
+        available: the nodes that are there already; together they cover `node`.
 
     >>> formula((0, 4), {(0, 2), (2, 3), (3, 4)})
     'leaves 0-1 + (leaf 2 + leaf 3)'
     """
-    if node in given:
+    if node in available:
         return node_name(node)
-    sides = (formula(side, given) for side in children(node))
+    sides = (formula(side, available) for side in children(node))
     return " + ".join(f"({side})" if "+" in side else side for side in sides)
 
 

@@ -161,10 +161,10 @@ def blocks_of(labels: Sequence[int] | Indices) -> tuple[Block, ...]:
     goes_on = (np.diff(labels) == 1) & (np.diff(lengths) == 0)
     heads = np.concatenate([[0], np.flatnonzero(~goes_on) + 1])
     runs = np.diff(heads, append=len(labels))  # a dim may have 100,000 units
-    told = (labels[heads], lengths[heads], runs)
+    runs_of_labels = (labels[heads], lengths[heads], runs)
     return tuple(
         Block(run * length, label, length)
-        for label, length, run in zip(*(each.tolist() for each in told), strict=True)
+        for label, length, run in zip(*(each.tolist() for each in runs_of_labels), strict=True)
     )
 
 
@@ -233,11 +233,6 @@ class CutDim:
             slices_of(np.flatnonzero(np.isin(held, owned, assume_unique=True)))
             for held, owned in pairs
         )
-
-    @cached_property
-    def is_owned_once(self) -> bool:
-        """True if no rank holds what it does not own."""
-        return all(len(held) == len(own) for held, own in zip(self._held, self._owned, strict=True))
 
     def leaf_slices(self, rank: int) -> tuple[tuple[slice, ...], ...]:
         """For every leaf that a rank owns, where its indices lie in what the rank holds.

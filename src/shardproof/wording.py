@@ -47,9 +47,9 @@ def error_words(error: BaseException, *, most: int = 300) -> str:
     >>> error_words(ValueError("bad   luck")), error_words(KeyError())
     ('ValueError: bad luck', 'KeyError')
     """
-    said = one_line(str(error))
+    text = one_line(str(error))
     name = type(error).__name__
-    return written(f"{name}: {said}" if said else name, most=most)
+    return written(f"{name}: {text}" if text else name, most=most)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

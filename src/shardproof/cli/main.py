@@ -26,8 +26,8 @@ from shardproof.cli.prove import prove
 from shardproof.cli.show import show
 from shardproof.cli.signals import Ended, ending_in_order
 from shardproof.cli.streams import OutputError, ReaderLeftError, give_up_stdout, prepare_streams
+from shardproof.error_text import cut
 from shardproof.errors import DegreeError, RankError, ShardproofError, UsageError
-from shardproof.telling import cut
 
 COMMANDS: tuple[click.Command, ...] = (
     prove,

@@ -8,7 +8,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from shardproof.plans.text import size as size
+from shardproof.plans.plan_text import size as size
 from shardproof.wording import run_words
 
 # rich's own boxes are not ASCII or draw more lines than a reader needs: one rule under the head.

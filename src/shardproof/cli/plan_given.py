@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardproof.errors import UsageError
-from shardproof.hf.models import is_transformers
+from shardproof.hf.detection import is_transformers
 from shardproof.hf.skeleton import any_skeleton
 from shardproof.plans.match import near_names
 from shardproof.wording import error_words, shown, written

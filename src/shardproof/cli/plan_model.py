@@ -10,7 +10,7 @@ from shardproof.cli.output import WIDE, PlainConsole, listed, ranges, shape, siz
 from shardproof.plans.collective import Counts
 from shardproof.plans.model_plan import ModelPlan, describe
 from shardproof.plans.module_plan import ModulePlan, Row
-from shardproof.plans.text import listed as names
+from shardproof.plans.plan_text import listed as names
 
 INDENT = 1
 GROUPS = ("attention", "shared input")  # their children are named below them

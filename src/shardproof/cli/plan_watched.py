@@ -7,7 +7,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from shardproof.cli.output import WIDE, PlainConsole, ranges, shape, size, table
-from shardproof.plans.text import alike, listed, pattern, together
+from shardproof.plans.plan_text import alike, listed, pattern, together
 from shardproof.plans.watched_plan import KINDS, Sent, WatchedPlan, shapes_in_words
 from shardproof.units import Shared
 from shardproof.watching import Family

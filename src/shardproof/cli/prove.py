@@ -14,7 +14,6 @@ from shardproof.cli.output import console
 from shardproof.cli.progress import progress
 from shardproof.cli.report_text import ranks_text, show_cases, show_report
 from shardproof.cli.request import CARRIERS, DEFAULT_DEGREES, Earlier, Given, Request, check
-from shardproof.overlap import NAMED
 from shardproof.prover import Report, curve, prove_cases, prove_under_torchrun
 from shardproof.prover.against import ONLY_EARLIER, ONLY_HERE, OTHER_BITS
 from shardproof.prover.beside import beside
@@ -64,13 +63,6 @@ _SAID = {
     default=CARRIERS[0],
     show_default=True,
     help="What carries bytes between them: by itself the fastest that works, shm before gloo.",
-)
-@click.option(
-    "--overlap",
-    metavar="|".join(NAMED),
-    default="auto",
-    show_default=True,
-    help="Whether sums run while products are computed; it changes no bit.",
 )
 @click.option("--threads", metavar="N", help="Threads of one torch operation, on each rank.")
 @click.option(
@@ -160,7 +152,6 @@ def make_proof(request: Request, tell: Progress | None) -> Report | None:
             degrees=request.degrees,
             engine=request.engine,
             transport=request.transport,
-            overlap=request.overlap,
             **options,
         )
     # Inputs that differ are no error here: the report names the tensors that do.
@@ -168,7 +159,6 @@ def make_proof(request: Request, tell: Progress | None) -> Report | None:
         check=True,
         compare_inputs=False,
         transport=request.transport,
-        overlap=request.overlap,
     )
     proof = prove_under_torchrun(request.cases, axis, **options)
     torch.distributed.destroy_process_group()  # not after an error: the others may be gone

@@ -16,7 +16,6 @@ from shardproof.cli.table import (
     tensor_table,
 )
 from shardproof.cli.values import show_values
-from shardproof.overlap import Overlap
 
 INDENT = 1
 
@@ -37,7 +36,6 @@ def show_report(report: Data, verdict: str, out: PlainConsole) -> None:
     out.print()
     ranks = ranks_text(report["engine"], report["transport"])
     _line(f"ranks: {ranks}, numerics: {report['numerics']}, seed: {report['seed']}", out)
-    _line(f"overlap: {Overlap(**report['overlap'])}", out)
     if report.get("transport_note"):
         _line(f"transport: {report['transport']}, {report['transport_note']}", out)
     _line(f"contract: {report['contract']}", out)

@@ -17,7 +17,6 @@ from shardproof.engines.capacity import check_own_threads, check_threads
 from shardproof.errors import UsageError
 from shardproof.leaves import DEFAULT_LEAVES, check_degree
 from shardproof.numerics import mode
-from shardproof.overlap import NAMED, Overlap
 from shardproof.prover import Case, Comparison, compare_with, curve
 from shardproof.prover.contract import coming_contract, threads_of_ranks
 from shardproof.ranks import ENGINES, TRANSPORTS
@@ -39,7 +38,6 @@ class Given:
     case_names: tuple[str, ...]
     engine: str | None
     transport: str
-    overlap: str
     threads: str | None
     numerics: str
     leaves: str
@@ -82,7 +80,6 @@ class Request:
         degrees: lowest first; under torchrun 1 and the number of ranks.
         engine: "threads", "processes" or "torchrun".
         transport: what carries bytes between the ranks; "auto" leaves it to the engine.
-        overlap: which sums run while a product is computed.
         threads: intra-op threads of each rank; None leaves it to the engine.
         scheme: leaves, numerics and seed.
         earlier: the report to compare with.
@@ -98,7 +95,6 @@ class Request:
     degrees: tuple[int, ...]
     engine: str
     transport: str
-    overlap: Overlap
     threads: int | None
     scheme: Scheme
     earlier: Earlier | None
@@ -117,7 +113,6 @@ def check(given: Given, environment: Mapping[str, str] = os.environ) -> Request:
     """
     here = torchrun.read(environment)
     scheme = _scheme(given)
-    overlap = NAMED[options.one_of(given.overlap, tuple(NAMED), option="--overlap")]
     transport = options.one_of(given.transport, CARRIERS, option="--transport")
     degrees, engine = _ranks(given, here, scheme, transport)
     _check_transport(transport, engine)
@@ -143,7 +138,7 @@ def check(given: Given, environment: Mapping[str, str] = os.environ) -> Request:
         contract = _contract(scheme, degrees, engine, threads) or earlier.report["contract"]
         earlier.compare(_promise(earlier.report, cases, degrees, scheme, contract))
     return Request(
-        cases, skipped, degrees, engine, transport, overlap, threads, scheme, earlier, target,
+        cases, skipped, degrees, engine, transport, threads, scheme, earlier, target,
         is_speaker, picture, given.allow_nonfinite, given.show,
     )  # fmt: skip
 

@@ -1,8 +1,8 @@
-"""A whole tensor that is written to with a cut one is cut from then on: caches, and what is filled.
+"""Turn a whole tensor into a cut tensor when a cut tensor is written into it.
 
-Code makes a tensor by `torch.zeros` and fills it with activations: a cache of keys, the outputs of
-chunks. Its first write says how it is cut. The same object becomes a cut tensor, so that everybody
-who has it sees the writes; what it held before is kept, and so is the way of its gradient.
+Model code makes a tensor with `torch.zeros` and fills it with activations: a key cache, the outputs
+of chunks. The first write decides how it is cut. The same object becomes a cut tensor, so that all
+references to it see the writes. It keeps its previous values and its place in the autograd graph.
 """
 
 from typing import Any
@@ -15,19 +15,19 @@ from shardproof.cut.spec import KEPT, Spec
 from shardproof.cut.tensor import Adopted, CutTensor
 from shardproof.functional import crossings
 
-_ALONE = 2  # references to a storage: the tensor, and who asks
+_ALONE = 2  # references to a storage: those of the tensor, and of this check
 
 
 def adopt(x: Any, spec: Spec, who: str) -> bool:
-    """Cut a whole tensor in place, if nobody else sees its memory.
+    """Turn a whole tensor into a cut one, if no other tensor shares its memory.
 
     Args:
-        x: whole; a tensor that a plain operation made.
+        x: a whole tensor, the result of a plain operation.
         spec: how it is to be cut.
-        who: the module of the weight that the cut comes from.
+        who: the module of the weight from which the cut comes.
 
     Returns:
-        False: it stays whole, for it is a parameter, a view, or has views.
+        Whether it was cut. A parameter, a view or a tensor with views stays whole.
     """
     is_own = type(x) is Tensor and x._base is None and not (x.is_leaf and x.requires_grad)
     if not is_own or hasattr(x, KEPT) or operators.is_recorded():
@@ -42,6 +42,6 @@ def adopt(x: Any, spec: Spec, who: str) -> bool:
     with torch.no_grad():
         x.data = x.new_empty(0)  # its memory
     x.__class__ = Adopted
-    made: CutTensor = x
-    made.local, made.spec, made.who = local, spec, who
+    adopted: CutTensor = x
+    adopted.local, adopted.spec, adopted.who = local, spec, who
     return True

@@ -1,7 +1,8 @@
-"""Inside `checked()`: every operation on cut tensors is also run on whole ones and compared.
+"""Inside `checked()`: run every operation on cut tensors also on whole tensors, and compare.
 
-The first that differs is named. Both are run on copies, forward and backward, with one gradient of
-the output. Everything is gathered, so it is for small models; the run itself is not changed.
+The first operation that differs is named. Both runs use copies, forward and backward, with the same
+gradient of the output. All tensors are gathered, so this is for small models. The results of the
+model itself do not change.
 """
 
 import threading
@@ -14,25 +15,25 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from shardproof.cut import tensor
-from shardproof.cut.others import is_cut
+from shardproof.cut.fallback import is_cut
 from shardproof.cut.tensor import CutTensor, cut_tensor
 from shardproof.errors import AxisError, CheckError, MismatchError, RankError
 from shardproof.functional import crossings
 from shardproof.wording import error_words
 
 _OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
-_OF_RANKS = (AxisError, MismatchError, RankError)  # another rank stopped, or they met apart
+_OF_RANKS = (AxisError, MismatchError, RankError)  # errors that mean that another rank has failed
 _state = threading.local()
 _RTOL = {torch.float64: 1e-8, torch.float32: 1e-4}
 
 
 def rtol_of(dtype: torch.dtype) -> float:
-    """How far apart numbers may be by rounding, relative to the largest of them."""
+    """The relative tolerance for rounding, by dtype."""
     return _RTOL.get(dtype, 3e-2)
 
 
-def _run(found: Any, func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> Any:
-    """Run a rule, and the operation itself on whole copies; compare.
+def _run(rule_function: Any, func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> Any:
+    """Run a rule, then the operation itself on whole copies, and compare.
 
     Raises:
         CheckError: the result or a gradient differs; it names the operation, the module and the
@@ -42,12 +43,12 @@ def _run(found: Any, func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -
         setup all_gathers of operands and results.
     """
     if getattr(_state, "is_inside", False):
-        return found(func, name, args, kwargs)
+        return rule_function(func, name, args, kwargs)
     _state.is_inside = True
     try:
         if name not in _UNCHECKED and not name.endswith("_"):
-            _compare(found, func, name, args, kwargs)
-        return found(func, name, args, kwargs)
+            _compare(rule_function, func, name, args, kwargs)
+        return rule_function(func, name, args, kwargs)
     finally:
         _state.is_inside = False
 
@@ -75,7 +76,7 @@ _UNCHECKED = frozenset(
 )
 
 
-def _compare(found: Any, func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> None:
+def _compare(rule_function: Any, func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> None:
     pairs: list[tuple[Any, Tensor]] = []
 
     def copied(x: Any) -> Any:
@@ -92,16 +93,16 @@ def _compare(found: Any, func: Any, name: str, args: tuple[Any, ...], kwargs: An
             return mine
         return x
 
-    given, options = tree_map(copied, (args, kwargs), is_leaf=is_cut)
+    whole_args, options = tree_map(copied, (args, kwargs), is_leaf=is_cut)
     wholes = iter([whole for _, whole in pairs])
     plain, plain_options = tree_map(
         lambda x: next(wholes) if isinstance(x, CutTensor | Tensor) else x,
-        (given, options),
+        (whole_args, options),
         is_leaf=is_cut,
     )
     want = list(tree_flatten(func(*plain, **plain_options))[0])
     with _Named(name, args):
-        got = list(tree_flatten(found(func, name, given, options), is_leaf=is_cut)[0])
+        got = list(tree_flatten(rule_function(func, name, whole_args, options), is_leaf=is_cut)[0])
     for ours, theirs in zip(got, want, strict=False):
         if isinstance(theirs, Tensor):
             _same(name, args, ours, theirs, "its result")
@@ -109,10 +110,10 @@ def _compare(found: Any, func: Any, name: str, args: tuple[Any, ...], kwargs: An
 
 
 class _Named:
-    """What a rule raises, though whole tensors raise nothing, is its fault: said so, with its line.
+    """Turns an error of a rule into a `CheckError`, if whole tensors do not raise it.
 
     Args:
-        name: of the operation.
+        name: name of the operation.
         args: its operands.
     """
 
@@ -121,7 +122,7 @@ class _Named:
         self.args = args
 
     def __enter__(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, _OF_RANKS):
@@ -166,7 +167,7 @@ def _compare_gradients(
 
 
 def _numbers(x: Tensor) -> Tensor:
-    """Some gradient that is the same on every rank."""
+    """A gradient with values that are the same on every rank."""
     count = torch.arange(x.numel(), device=x.device) * 7919 % 1013
     return (count.to(x.dtype) / 1013 - 0.5).reshape(x.shape)
 
@@ -217,7 +218,7 @@ def _line() -> str:
     for frame in reversed(traceback.extract_stack()):
         if not frame.filename.startswith(_OURS):
             return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
-    return "a line that is not known"
+    return "an unknown line"
 
 
 tensor.checks.append(_run)

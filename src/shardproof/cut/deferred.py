@@ -1,9 +1,9 @@
-"""A reshape that spreads the cut dim over two dims, put off until its numbers are used.
+"""`Deferred`: a reshape that splits the cut dim into two, which is not computed until it is used.
 
-Code packs the query heads of one token by key-value head: (batch, 6, 1, n) becomes
-(batch, 2, 3, n). Neither dim alone says which rank has a head. What usually follows is an
-attention, which the unpacked heads give too, and the reshape back. So the tensor remembers what it
-was made of; every other use gathers it.
+Some code packs the query heads of one token by key-value head: (batch, 6, 1, n) becomes
+(batch, 2, 3, n). Neither of the new dims alone says which rank has a head. Usually an attention
+follows, which can be computed from the unpacked heads, and then the reshape back. So the tensor
+keeps its source; every other use gathers it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from shardproof.cut.others import gathered
+from shardproof.cut.fallback import gathered
 from shardproof.cut.tensor import CutTensor, name_of, run
 
 _RESHAPES = frozenset(("reshape", "view"))
@@ -31,14 +31,14 @@ class Deferred(Tensor):
     """A reshape of a cut tensor that has not been computed.
 
     Attributes:
-        source: (*), Shard(dim), what is reshaped.
+        source: (*), Shard(dim), the tensor that is reshaped.
     """
 
     source: CutTensor
     _whole: Tensor | None
 
     def whole(self) -> Tensor:
-        """The reshape, a plain tensor, Replicate.
+        """The result of the reshape, a plain tensor, Replicate.
 
         Comm:
             forward one all_gather of the whole shape, the first time; backward none.
@@ -57,7 +57,7 @@ class Deferred(Tensor):
         args: Any = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Undo it, attend with its source, or compute with the whole."""
+        """Undo the reshape, attend with the source, or compute with the gathered tensor."""
         kwargs = kwargs or {}
         if func in _ABOUT:
             with torch._C.DisableTorchFunctionSubclass():
@@ -65,9 +65,9 @@ class Deferred(Tensor):
         if name_of(func) in _RESHAPES and isinstance(args[0], Deferred) and _is_shape(args[1:]):
             return run(func, (args[0].source, *args[1:]), dict(kwargs))
         if func is F.scaled_dot_product_attention:
-            found = _attended(*args, **kwargs)
-            if found is not None:
-                return found
+            attended = _attended(*args, **kwargs)
+            if attended is not None:
+                return attended
         return func(*tree_map(opened, args), **tree_map(opened, dict(kwargs)))
 
     @classmethod
@@ -78,7 +78,7 @@ class Deferred(Tensor):
         args: Any = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """What reaches ATen computes with the whole."""
+        """Run an ATen operation on the gathered tensor."""
         return func(*tree_map(opened, args), **tree_map(opened, dict(kwargs or {})))
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -86,30 +86,30 @@ class Deferred(Tensor):
 
 
 def defer(x: CutTensor, shape: Sequence[int]) -> Any:
-    """A reshape of a cut tensor, put off.
+    """Defer a reshape of a cut tensor.
 
     Args:
-        x: (*), Shard(dim); no gradient is wanted of it.
-        shape: as many elements; one size may be -1.
+        x: (*), Shard(dim); it must not need a gradient.
+        shape: the new shape; one size may be -1.
 
     Comm:
         none.
     """
     full = torch.empty(x.shape, device="meta").reshape(tuple(shape)).shape
     wrapped: Any = Tensor._make_wrapper_subclass
-    made: Deferred = wrapped(Deferred, full, dtype=x.dtype, device=x.device)
-    made.source, made._whole = x, None
-    return made
+    deferred: Deferred = wrapped(Deferred, full, dtype=x.dtype, device=x.device)
+    deferred.source, deferred._whole = x, None
+    return deferred
 
 
 def opened(x: Any) -> Any:
-    """The whole of a reshape that was put off, anything else as it is.
+    """Gather a deferred reshape; return anything else unchanged.
 
     Args:
-        x: anything.
+        x: any value.
 
     Comm:
-        forward one all_gather of the whole shape, if it was put off and is not there yet.
+        forward one all_gather of the whole shape, if `x` is deferred and was not gathered yet.
     """
     return x.whole() if isinstance(x, Deferred) else x
 
@@ -128,7 +128,7 @@ def _attended(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """Attention of packed query heads, by the heads themselves; None: they are not packed so."""
+    """Attention of packed query heads, computed unpacked; None if they are packed otherwise."""
     if not isinstance(query, Deferred) or isinstance(key, Deferred) or isinstance(value, Deferred):
         return None
     heads, packed = query.source, tuple(query.shape)
@@ -142,14 +142,14 @@ def _attended(
         if attn_mask is None:
             return None
     options = {"attn_mask": attn_mask, "scale": scale}
-    given: Any = heads
+    operand: Any = heads
     is_grouped = packed[-3] != unpacked[-3]
-    y = F.scaled_dot_product_attention(given, key, value, enable_gqa=is_grouped, **options)
+    y = F.scaled_dot_product_attention(operand, key, value, enable_gqa=is_grouped, **options)
     return run(Tensor.reshape, (y, (*packed[:-1], y.shape[-1])), {})
 
 
 def _unpacked(mask: Any, packed: tuple[int, ...]) -> Any:
-    """A mask of packed heads for the heads themselves; None: it says something else."""
+    """The mask for unpacked heads; None if a mask of packed heads cannot be unpacked."""
     shape = (1,) * (len(packed) - mask.dim()) + tuple(mask.shape)
     if shape[-3:-1] == (1, 1):
         return mask

@@ -1,7 +1,8 @@
-"""Operations that use whole lines along some dims: softmax, norms, sums, sorts.
+"""Rules for operations along some dims: softmax, norms, sums, sorts.
 
-Where the cut dim is none of theirs, each rank does its own lines. Where it is, a sum is added over
-the ranks in the order of the tree, a softmax exchanges its sums, and the rest is gathered.
+If the cut dim is not one of these dims, each rank computes its own part. If it is, a sum is added
+over the ranks in the order of the tree, a softmax exchanges its sums, and any other operation
+gathers.
 """
 
 import math
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardproof.cut.others import gathered, invariant
+from shardproof.cut.fallback import gathered, invariant
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
 from shardproof.errors import ShapeError
 from shardproof.functional import crossings
 
-# Name -> place of the argument that says along which dims.
+# Name -> position of the argument with the dims.
 _DIM = {
     **dict.fromkeys(
         (
@@ -69,24 +70,24 @@ _LAST = frozenset(("sort", "argsort", "topk", "kthvalue"))
 
 
 def dims_of(name: str, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """The dims of whole lines, counted from the left."""
+    """The dims along which an operation works, counted from the left."""
     place = _DIM[name]
-    given = kwargs.get("dim", kwargs.get("axis"))
-    if given is None and len(args) > place and not isinstance(args[place], bool):
-        given = args[place]
-    if given is None:
+    dim_argument = kwargs.get("dim", kwargs.get("axis"))
+    if dim_argument is None and len(args) > place and not isinstance(args[place], bool):
+        dim_argument = args[place]
+    if dim_argument is None:
         if name in _LAST:
             return (x.dim() - 1,)
         if name in ("normalize", "msort"):
             return (int(name == "normalize"),)
         return tuple(range(x.dim()))
-    dims = given if isinstance(given, list | tuple) else (given,)
+    dims = dim_argument if isinstance(dim_argument, list | tuple) else (dim_argument,)
     return tuple(each % x.dim() for each in dims) or tuple(range(x.dim()))
 
 
 @rule(*_DIM)
 def lines(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Each rank does the lines that it holds."""
+    """Apply the operation to this rank's part, or across the cut dim."""
     x = args[0] if args else kwargs.pop("input", kwargs.pop("self", None))
     args = (x, *args[1:])
     if not isinstance(x, CutTensor) or any(isinstance(each, CutTensor) for each in args[1:]):
@@ -97,12 +98,12 @@ def lines(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     y = invariant(x.spec.region, func, x.who)(x.local, *args[1:], **kwargs)
     if isinstance(y, Tensor):
         return _relaid(y, x, dims)
-    made = [_relaid(each, x, dims) for each in y]
-    return type(y)(made) if hasattr(type(y), "n_fields") else tuple(made)
+    results = [_relaid(each, x, dims) for each in y]
+    return type(y)(results) if hasattr(type(y), "n_fields") else tuple(results)
 
 
 def _relaid(y: Tensor, x: CutTensor, dims: tuple[int, ...]) -> CutTensor:
-    """The result for a rank's lines; dims that are gone move the cut dim."""
+    """The result of a rank's part as a cut tensor; removed dims move the cut dim."""
     dim = x.spec.dim
     if y.dim() < x.dim():
         dim -= sum(each < dim for each in dims)
@@ -117,7 +118,7 @@ def _across(
     kwargs: dict[str, Any],
     dims: tuple[int, ...],
 ) -> Any:
-    """Lines along the cut dim."""
+    """Apply an operation along the cut dim."""
     place = x.spec.region.place(x.spec.cut, x.who)
     if name in ("softmax", "log_softmax"):
         over = crossings.softmax_cut if name == "softmax" else crossings.log_softmax_cut
@@ -143,7 +144,7 @@ def _spread_across(
     kwargs: dict[str, Any],
     dims: tuple[int, ...],
 ) -> Any:
-    """A variance, a deviation or a length: sums over the cut dim, whole and small."""
+    """A variance, a standard deviation or a norm, from sums over the cut dim."""
     keep = bool(kwargs.get("keepdim", len(args) > 3 and args[3] is True))
     if name in _LENGTHS:
         y = run(Tensor.sum, (x * x, dims), {"keepdim": keep}).sqrt()
@@ -164,14 +165,14 @@ _SPREADS = frozenset(("var", "std", "var_mean", "std_mean"))
 
 
 def _is_length(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether it is the length of real vectors: the square root of the sum of squares."""
+    """Whether it is the 2-norm of real vectors."""
     order = kwargs.get("p", kwargs.get("ord", args[1] if len(args) > 1 else 2))
     return name in _LENGTHS and order in (2, 2.0, "fro", None) and args[0].dtype.is_floating_point
 
 
 @rule("glu")
 def glu(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One half times the sigmoid of the other: units that lie in both halves meet."""
+    """`F.glu`: one half times the sigmoid of the other half."""
     x, dim = args[0], kwargs.get("dim", args[1] if len(args) > 1 else -1)
     if x.shape[dim] % 2:
         raise ShapeError(f"glu halves dim {dim} of {tuple(x.shape)}, which is odd.")
@@ -183,7 +184,7 @@ def glu(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 @rule("max", "min")
 def extreme(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Of two tensors element by element, along one dim, or of all."""
+    """`max` and `min`: of two tensors, along one dim, or of all elements."""
     if len(args) > 1 and isinstance(args[1], Tensor | CutTensor):
         return run(getattr(torch, f"{name}imum"), args, kwargs)
     x = args[0]
@@ -201,18 +202,18 @@ def extreme(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 @rule("sum", "mean")
 def total(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A sum or mean: in a fixed order along whole dims, by the tree along the cut one."""
+    """`sum` and `mean`: in a fixed order along whole dims, by the tree along the cut dim."""
     x = args[0]
     if not isinstance(x, CutTensor):
         return gathered(func, name, args, kwargs)
-    given = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else None))
+    dim_argument = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else None))
     dtype = kwargs.get("dtype")
-    if isinstance(given, torch.dtype):
-        given, dtype = None, given
+    if isinstance(dim_argument, torch.dtype):
+        dim_argument, dtype = None, dim_argument
     dims = (
         range(x.dim())
-        if given is None or given == ()
-        else (given if isinstance(given, list | tuple) else (given,))
+        if dim_argument is None or dim_argument == ()
+        else (dim_argument if isinstance(dim_argument, list | tuple) else (dim_argument,))
     )
     keep = bool(kwargs.get("keepdim", args[2] if len(args) > 2 else False))
     dims = tuple(sorted(each % x.dim() for each in dims))
@@ -239,7 +240,7 @@ def total(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 @rule("layer_norm", "rms_norm")
 def norm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Over the last dims; the weight is whole, and its gradient is summed over the ranks."""
+    """Norms over the last dims; if the weight is whole, its gradient is summed over ranks."""
     x, shape = args[0], args[1] if len(args) > 1 else kwargs["normalized_shape"]
     weight = args[2] if len(args) > 2 else kwargs.get("weight")
     bias = (args[3] if len(args) > 3 else kwargs.get("bias")) if name == "layer_norm" else None
@@ -259,14 +260,14 @@ def norm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _normed_across(x: Any, dims: tuple[int, ...], eps: float | None, *, is_centred: bool) -> Any:
-    """The statistics are sums over the cut dim: whole, and small."""
+    """A norm over the cut dim, whose statistics are summed over the ranks."""
     if is_centred:
         x = x - x.mean(dims, keepdim=True)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     return x * torch.rsqrt((x * x).mean(dims, keepdim=True) + eps)
 
 
-# Name -> how many of the last dims it uses.
+# Name -> number of last dims that it uses.
 _SPATIAL = {
     **{
         f"{kind}_pool{n}d": n
@@ -283,7 +284,7 @@ _SPATIAL = {
 
 @rule(*_SPATIAL)
 def spatial(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Uses the last dims alone."""
+    """Operations on the last dims only, such as interpolation and pooling."""
     x = args[0]
     count = _SPATIAL[name]
     used = x.dim() - 2 if count < 0 else count
@@ -297,13 +298,13 @@ def spatial(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     parts = [y] if isinstance(y, Tensor) else y
     if is_empty:
         parts = [each.narrow(dim, 0, 0) for each in parts]
-    made = [cut_tensor(each, x.spec.of_part(each.shape), x.who) for each in parts]
-    return made[0] if isinstance(y, Tensor) else type(y)(made)
+    results = [cut_tensor(each, x.spec.of_part(each.shape), x.who) for each in parts]
+    return results[0] if isinstance(y, Tensor) else type(y)(results)
 
 
 @rule("view_as_complex", "view_as_real")
 def as_complex(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Pairs of the last dim as one number, and back."""
+    """`view_as_complex` and `view_as_real`."""
     x = args[0]
     if name == "view_as_complex" and x.spec.dim == x.dim() - 1:
         return gathered(func, name, args, kwargs)
@@ -313,7 +314,7 @@ def as_complex(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, An
 
 @rule("pad", "constant_pad_nd")
 def pad(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Padding of whole dims."""
+    """`F.pad` along dims that are not cut."""
     x, amount = args[0], args[1] if len(args) > 1 else kwargs["pad"]
     touched = {x.dim() - 1 - n // 2 for n, each in enumerate(amount) if each}
     if x.spec.dim in touched:

@@ -1,4 +1,4 @@
-"""Rows by number: embeddings, indexing, gathers and scatters; and losses over a cut vocabulary."""
+"""Rules for lookups by index: embeddings, indexing, gather and scatter."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from shardproof import operators
 from shardproof.cut.adopted import adopt
-from shardproof.cut.meet import common, fitted, one_along
-from shardproof.cut.others import gathered, invariant, whole
+from shardproof.cut.alignment import common, fitted, one_along
+from shardproof.cut.fallback import gathered, invariant, whole
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import RULES, CutTensor, cut_tensor, named, rule, run
 from shardproof.functional import crossings
@@ -18,7 +18,7 @@ from shardproof.functional import crossings
 
 @rule("embedding")
 def embedding(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`F.embedding` of a weight that is cut by rows or by columns."""
+    """`F.embedding` with a weight that is cut by rows or by columns."""
     ids, weight, padding, most = named(args, kwargs, "input", "weight", "padding_idx", "max_norm")
     by_count = args[5] if len(args) > 5 else kwargs.get("scale_grad_by_freq", False)
     if isinstance(ids, CutTensor) or not isinstance(weight, CutTensor) or most is not None:
@@ -35,14 +35,14 @@ def embedding(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 @rule("getitem")
 def getitem(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Slices move data; tensors of numbers pick along whole dims."""
+    """`x[...]`: slices move data, and index tensors pick along whole dims."""
     x, index = args
     if not isinstance(x, CutTensor):
         return gathered(func, name, args, kwargs)
-    given = index if isinstance(index, tuple) else (index,)
-    if _WITHOUT_NUMBERS.issuperset(map(type, given)):
-        return RULES["view"](func, name, (x, given), {})
-    entries = list(given)
+    entries_given = index if isinstance(index, tuple) else (index,)
+    if _WITHOUT_NUMBERS.issuperset(map(type, entries_given)):
+        return RULES["view"](func, name, (x, entries_given), {})
+    entries = list(entries_given)
     entries = [whole(each, "index") if isinstance(each, CutTensor) else each for each in entries]
     if sum(isinstance(each, Tensor | list) for each in entries) == 1:
         entries = [_as_slice(each) if isinstance(each, list) else each for each in entries]
@@ -55,14 +55,14 @@ _WITHOUT_NUMBERS = frozenset((int, slice, type(None), type(Ellipsis)))
 
 
 def _as_slice(numbers: list[Any]) -> Any:
-    """A list of one number is a slice: the dim stays."""
+    """A list of one index as a slice, which keeps the dim."""
     if len(numbers) != 1 or not isinstance(numbers[0], int) or isinstance(numbers[0], bool):
         return numbers
     return slice(numbers[0], numbers[0] + 1 or None)
 
 
 def _picked(func: Any, x: CutTensor, entries: list[Any]) -> Any:
-    """Advanced indexing: the cut dim stays cut if it is taken whole, else rows are looked up."""
+    """Advanced indexing; rows are looked up if the index picks along the cut dim."""
     dim = _dim_left(x.shape, x.spec.dim, entries)
     if dim is None:
         rows = _rows_picked(x, entries)
@@ -72,7 +72,7 @@ def _picked(func: Any, x: CutTensor, entries: list[Any]) -> Any:
 
 
 def _rows_picked(x: CutTensor, entries: list[Any]) -> Any:
-    """Numbers of the cut dim alone, from a tensor: the ranks give what they hold."""
+    """Pick along the cut dim alone: each rank contributes the rows that it holds."""
     index = entries[x.spec.dim] if len(entries) > x.spec.dim and Ellipsis not in entries else None
     others = [each for place, each in enumerate(entries) if place != x.spec.dim]
     if not isinstance(index, Tensor) or index.dtype not in _INTEGERS or not index.dim():
@@ -86,12 +86,12 @@ _INTEGERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.
 
 
 def looked_up(x: CutTensor, dim: int, index: Tensor) -> Tensor:
-    """`x[:, index]` whose dim `dim` is the cut one: a lookup of rows, whole on every rank.
+    """`x[:, index]` along the cut dim `dim`: a lookup of rows, whole on every rank.
 
     Args:
         x: (*, size, *), Shard(dim).
-        dim: that is indexed.
-        index: (*ids,) numbers of rows.
+        dim: the dim that is indexed.
+        index: (*ids,), row numbers.
     Returns:
         (*, *ids, *), Replicate.
     Comm:
@@ -112,7 +112,7 @@ def _varies(numbers: Tensor, dim: int) -> bool:
 
 
 def _dim_left(shape: Sequence[int], dim: int, entries: list[Any]) -> int | None:
-    """Where a dim is in `x[entries]`; None if the index does not take all of it."""
+    """The position of a dim in `x[entries]`; None if the index does not take all of it."""
     at = _source_dims(len(shape), dim, entries)
     if at is None or any(
         source == dim and not (isinstance(each, slice) and _is_all(each, shape[dim]))
@@ -126,10 +126,10 @@ def _dim_left(shape: Sequence[int], dim: int, entries: list[Any]) -> int | None:
 def _dim_of(
     shape: Sequence[int], dim: int, at: Sequence[int | None], entries: list[Any]
 ) -> int | None:
-    """Where a dim of which all is taken is in `x[entries]`."""
+    """The position in `x[entries]` of a dim that is taken whole."""
     small = [*shape[:dim], 3, *shape[dim + 1 :]]
     whole_ = [
-        slice(None) if source == dim else _stand_in(each)
+        slice(None) if source == dim else _zero_index(each)
         for source, each in zip(at, entries, strict=True)
     ]
     numbers = torch.arange(3, device="cpu").reshape(
@@ -141,8 +141,8 @@ def _dim_of(
     return next((d for d in range(picked.dim()) if _varies(picked, d)), None)
 
 
-def _stand_in(index: Any) -> Any:
-    """An index of the same shape on the CPU: where dims go does not depend on its numbers."""
+def _zero_index(index: Any) -> Any:
+    """A zero index of the same shape on the CPU; dims move alike for any index values."""
     if not isinstance(index, Tensor):
         return index
     return (
@@ -157,7 +157,7 @@ def _is_all(each: slice, size: int) -> bool:
 
 
 def _source_dims(count: int, dim: int, entries: list[Any]) -> list[int | None] | None:
-    """The one dim of `count` that every entry of an index is about; None if `dim` is in a mask."""
+    """The dim that each entry of an index refers to; None if a mask covers `dim`."""
     used = sum(
         each.dim() if isinstance(each, Tensor) and each.dtype == torch.bool else 1
         for each in entries
@@ -184,7 +184,7 @@ def _source_dims(count: int, dim: int, entries: list[Any]) -> list[int | None] |
 
 @rule("setitem")
 def setitem(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Written to the part where the index takes the cut dim whole, or reads a view of the part."""
+    """`x[...] = value`: written to the part if the index keeps the cut dim or gives a view."""
     x, index, value = args
     entries = list(index) if isinstance(index, tuple) else [index]
     if len(entries) == 1 and isinstance(entries[0], CutTensor) and entries[0].shape == x.shape:
@@ -197,14 +197,14 @@ def setitem(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     if _written_to_part(x, entries, value):
         return None
     if not any(isinstance(each, Tensor | list) for each in entries):
-        seen = RULES["view"](Tensor.__getitem__, "getitem", (x, tuple(entries)), {})
-        if isinstance(seen, CutTensor) and seen.local.untyped_storage().data_ptr() == (
+        view = RULES["view"](Tensor.__getitem__, "getitem", (x, tuple(entries)), {})
+        if isinstance(view, CutTensor) and view.local.untyped_storage().data_ptr() == (
             x.local.untyped_storage().data_ptr()
         ):
             if isinstance(value, Tensor | CutTensor):
-                run(Tensor.copy_, (seen, value), {})
+                run(Tensor.copy_, (view, value), {})
             else:
-                seen.local.fill_(value)
+                view.local.fill_(value)
             return None
     gathered(func, name, (x, tuple(entries), value), kwargs)
     return None
@@ -229,7 +229,7 @@ def _written_to_part(x: CutTensor, entries: list[Any], value: Any) -> bool:
 
 
 def _adopted(x: Tensor, entries: list[Any], value: Any) -> bool:
-    """Whether a whole tensor could take the cut of what is written to a part of it."""
+    """Whether a whole tensor was turned into a cut one, as the written value is cut."""
     if not isinstance(value, CutTensor):
         return False
     size, behind = value.shape[value.spec.dim], value.dim() - value.spec.dim
@@ -253,20 +253,20 @@ _LINES = frozenset(
     index_reduce_""".split(),  # noqa: SIM905
 )
 def along(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Picks or writes along one dim, which is not the cut one."""
+    """Gather, scatter and index operations along a dim other than the cut one."""
     names = ("input", "dim", "index", "source")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    x, dim = given.get("input"), given.get("dim")
+    options = dict(zip(names, args, strict=False)) | kwargs
+    x, dim = options.get("input"), options.get("dim")
     if not isinstance(x, Tensor | CutTensor) or not isinstance(dim, int):
         return gathered(func, name, args, kwargs)
     dim %= x.dim()
     if name == "index_select" and isinstance(x, CutTensor) and x.spec.dim == dim:
-        return _selected(x, dim, given["index"])
-    if name not in _LINES and isinstance(given["index"], CutTensor):
-        given["index"] = whole(given["index"], name)
+        return _selected(x, dim, options["index"])
+    if name not in _LINES and isinstance(options["index"], CutTensor):
+        options["index"] = whole(options["index"], name)
     parts = {
         key: each
-        for key, each in given.items()
+        for key, each in options.items()
         if isinstance(each, Tensor | CutTensor) and (name in _LINES or key != "index")
     }
     met = _lying_along(list(parts.values()), dim)
@@ -274,15 +274,15 @@ def along(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return gathered(func, name, args, kwargs)
     spec, who = met
     if name.endswith("_") and not isinstance(x, CutTensor):
-        made = spec.region.spec(tuple(x.shape), spec.dim, spec.cut)
-        if not adopt(x, made, who):
+        result_spec = spec.region.spec(tuple(x.shape), spec.dim, spec.cut)
+        if not adopt(x, result_spec, who):
             return gathered(func, name, args, kwargs)
     for key, each in parts.items():
         own = spec.region.spec(tuple(each.shape), spec.dim, spec.cut)
-        given[key] = fitted(each, own, who)
-    order = [given[key] for key in names[: len(args)]]
+        options[key] = fitted(each, own, who)
+    order = [options[key] for key in names[: len(args)]]
     y = invariant(spec.region, func, who)(
-        *order, *args[len(names) :], **{key: given[key] for key in kwargs}
+        *order, *args[len(names) :], **{key: options[key] for key in kwargs}
     )
     if name.endswith("_"):
         return x
@@ -295,7 +295,7 @@ def _selected(x: CutTensor, dim: int, index: Any) -> Any:
 
 
 def _lying_along(tensors: list[Any], dim: int) -> tuple[Spec, str] | None:
-    """How tensors of the same dims lie, whatever their sizes along `dim`; None: not alike."""
+    """How the tensors are cut, whatever their sizes along `dim`; None if they differ."""
     cuts = [each for each in tensors if isinstance(each, CutTensor)]
     if not cuts or any(each.spec.dim == dim or each.dim() != cuts[0].dim() for each in cuts):
         return None

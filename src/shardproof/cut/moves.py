@@ -1,13 +1,13 @@
-"""Operations that only move data: views, slices, splits, copies. No rule for each.
+"""One rule for all operations that only move data: views, slices, splits, copies.
 
-An operation is run once on numbers: every element of the whole carries its index along the cut dim.
-Where the numbers lie afterwards says how the result is cut, and which call on the part yields this
-rank's part of it. Such a recipe is kept. It is right, for the call that it makes has been run on
-this rank's numbers and compared.
+The operation runs once on a tensor of index numbers: each element holds its index along the cut
+dim. The numbers in the result show how the result is cut, and which call on the part gives this
+rank's part of it. That call is kept as a recipe. A recipe is correct because its call was run on
+this rank's numbers and compared with the expected ones.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from shardproof import operators
 from shardproof.cut.deferred import defer
-from shardproof.cut.others import gathered
+from shardproof.cut.fallback import gathered
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
 from shardproof.errors import ShapeError
 from shardproof.numerics import forms
 from shardproof.units import CutDim, Shared
 
-LARGEST = 1 << 24  # numbers that one recipe looks at
+LARGEST = 1 << 24  # elements of the index tensor of one recipe
 
 _MOVES = """view reshape view_as reshape_as transpose permute movedim moveaxis swapaxes swapdims t
     squeeze unsqueeze flatten unflatten ravel expand expand_as broadcast_to repeat tile chunk
@@ -41,12 +41,12 @@ Step = Callable[[Tensor], Tensor]
 
 
 class Lost(Exception):  # noqa: N818 - it never leaves this room
-    """The result cannot be cut along one dim."""
+    """The result of an operation that cannot be cut along one dim."""
 
 
 @rule(*_MOVES)
 def move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a recipe; find it first."""
+    """Find the recipe of an operation, and run it."""
     x = args[0]
     if not isinstance(x, CutTensor):
         return _of_others(func, name, args, kwargs)
@@ -90,14 +90,14 @@ def move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 @rule("diagonal")
 def diagonal(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The diagonal of two dims; a copy if one of them is cut.
+    """`torch.diagonal` of two dims; a copy if one of them is cut.
 
-    Then elements that are not on the diagonal become zero, and the other dim is summed.
+    In that case the elements outside the diagonal are set to zero and the other dim is summed.
     """
     x, *rest = args
-    given = {"offset": 0, "dim1": 0, "dim2": 1} | kwargs
-    given |= dict(zip(("offset", "dim1", "dim2"), rest, strict=False))
-    offset, dims = given["offset"], [given[key] for key in ("dim1", "dim2")]
+    options = {"offset": 0, "dim1": 0, "dim2": 1} | kwargs
+    options |= dict(zip(("offset", "dim1", "dim2"), rest, strict=False))
+    offset, dims = options["offset"], [options[key] for key in ("dim1", "dim2")]
     places = [dim % x.dim() for dim in dims]
     if places[0] == places[1] or not all(-x.dim() <= dim < x.dim() for dim in dims):
         raise ShapeError(
@@ -114,7 +114,7 @@ def diagonal(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     mask = torch.ones(rows, columns, dtype=torch.bool, device=x.device)
     mask = mask.tril(offset).triu(offset)
     mask = mask if places[0] < places[1] else mask.t()
-    # It has the dims of `x`; those that are not of the diagonal have size 1.
+    # A mask with the dims of `x`, of size 1 except in the two dims of the diagonal.
     mask = mask.reshape([x.shape[n] if n in places else 1 for n in range(x.dim())])
     kept = run(torch.where, (mask, x, x.new_zeros(())), {})
     lines = kept.sum(places[is_row], keepdim=True, dtype=x.dtype)
@@ -123,9 +123,9 @@ def diagonal(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     return lines.squeeze(places[is_row] - (places[is_row] > x.spec.dim))
 
 
-def _one(step: Step, made: Spec) -> Any:
-    """A recipe of one result."""
-    return None, ((step, made),)
+def _one(step: Step, result_spec: Spec) -> Any:
+    """A recipe for an operation with one result."""
+    return None, ((step, result_spec),)
 
 
 def _transposed(spec: Spec, dims: tuple[Any, ...]) -> Any:
@@ -136,31 +136,31 @@ def _transposed(spec: Spec, dims: tuple[Any, ...]) -> Any:
     a, b = (dim % len(shape) for dim in dims)
     shape[a], shape[b] = shape[b], shape[a]
     dim = b if spec.dim == a else a if spec.dim == b else spec.dim
-    made = spec.region.spec(tuple(shape), dim, spec.cut)
-    return _one(lambda x: x.transpose(a, b), made)
+    result_spec = spec.region.spec(tuple(shape), dim, spec.cut)
+    return _one(lambda x: x.transpose(a, b), result_spec)
 
 
 def _permuted(spec: Spec, dims: tuple[Any, ...]) -> Any:
-    """`permute`, likewise."""
+    """The recipe of `permute`, which needs no numbers."""
     order = dims[0] if len(dims) == 1 and isinstance(dims[0], list | tuple) else dims
     count = len(spec.shape)
     if len(order) != count or not all(type(dim) is int for dim in order):
         return None
     places = [dim % count for dim in order]
     shape = tuple(spec.shape[dim] for dim in places)
-    made = spec.region.spec(shape, places.index(spec.dim), spec.cut)
-    return _one(lambda x: x.permute(places), made)
+    result_spec = spec.region.spec(shape, places.index(spec.dim), spec.cut)
+    return _one(lambda x: x.permute(places), result_spec)
 
 
 def _unsqueezed(spec: Spec, dims: tuple[Any, ...]) -> Any:
-    """`unsqueeze`, likewise."""
+    """The recipe of `unsqueeze`, which needs no numbers."""
     if len(dims) != 1 or type(dims[0]) is not int:
         return None
     count = len(spec.shape) + 1
     place = dims[0] % count
     shape = (*spec.shape[:place], 1, *spec.shape[place:])
-    made = spec.region.spec(shape, spec.dim + (place <= spec.dim), spec.cut)
-    return _one(lambda x: x.unsqueeze(place), made)
+    result_spec = spec.region.spec(shape, spec.dim + (place <= spec.dim), spec.cut)
+    return _one(lambda x: x.unsqueeze(place), result_spec)
 
 
 _QUICK = {"transpose": _transposed, "permute": _permuted, "unsqueeze": _unsqueezed}
@@ -169,10 +169,10 @@ LOST: Any = object()
 
 
 def _as_sizes(value: Any) -> Any:
-    """Arguments, with numbers in place of whole tensors of one number.
+    """Arguments, with a number in place of each whole tensor of one element.
 
     Raises:
-        _Unkeyed: there is another tensor.
+        _Unkeyed: there is a tensor of several elements.
     """
     if isinstance(value, Tensor):
         if isinstance(value, CutTensor) or value.dim():
@@ -181,13 +181,13 @@ def _as_sizes(value: Any) -> Any:
     if isinstance(value, slice):
         return slice(*map(_as_sizes, (value.start, value.stop, value.step)))
     if isinstance(value, tuple | list):
-        made = [_as_sizes(each) for each in value]
-        return made if isinstance(value, list) else tuple(made)
+        sizes = [_as_sizes(each) for each in value]
+        return sizes if isinstance(value, list) else tuple(sizes)
     return value
 
 
 def _lost(func: Any, name: str, x: CutTensor, args: tuple[Any, ...], kwargs: Any) -> Any:
-    """A result that no one dim cuts: put off where it may be undone, else gathered."""
+    """A result that cannot be cut along one dim: deferred if possible, else gathered."""
     has_gradient = torch.is_grad_enabled() and x.requires_grad
     if name not in ("reshape", "view") or has_gradient or operators.is_recorded():
         return gathered(func, name, args, kwargs)
@@ -196,7 +196,7 @@ def _lost(func: Any, name: str, x: CutTensor, args: tuple[Any, ...], kwargs: Any
 
 
 def _of_others(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A plain tensor, with a cut one among the arguments: only its shape is asked for."""
+    """An operation on a plain tensor with a cut tensor as an argument, whose shape is used."""
     if name in ("view_as", "reshape_as", "expand_as"):
         return getattr(args[0], name.removesuffix("_as"))(args[1].shape)
     return gathered(func, name, args, kwargs)
@@ -208,11 +208,11 @@ def _made(step: Step, spec: Spec | None, x: CutTensor) -> Any:
 
 
 class _Unkeyed(Exception):  # noqa: N818
-    """An argument whose value decides, such as a tensor of indices."""
+    """An argument has a value that the recipe depends on, such as a tensor of indices."""
 
 
 def _key(value: Any) -> Any:
-    """An argument in a key: 1, True and 1.0 get different keys."""
+    """An argument as part of a key; 1, True and 1.0 get different keys."""
     kind = type(value)
     if kind is int:
         return value
@@ -228,13 +228,33 @@ def _key(value: Any) -> Any:
 
 _NUMBERS = frozenset((int,))
 _PLAIN = frozenset((int, type(None)))
-_SEQUENCES = (tuple, list)  # a union is made anew in every call
+_SEQUENCES = (tuple, list)  # a union of types is a new object in every call
+
+
+class _MoveCall(NamedTuple):
+    """An operation whose recipe is sought.
+
+    Attributes:
+        func: the function.
+        name: its name.
+        spec: how its first argument is cut.
+        args: the other arguments.
+        kwargs: named arguments.
+        place: which of several results this is about; None if there is one.
+    """
+
+    func: Any
+    name: str
+    spec: Spec
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    place: int | None
 
 
 def find(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The recipe of an operation, if there is one at every degree: else bits would depend on it."""
-    found = _found(func, name, spec, args, kwargs)
-    if found is LOST:
+    """The recipe of an operation, or `LOST` if there is none at this or the highest degree."""
+    recipe = _found(func, name, spec, args, kwargs)
+    if recipe is LOST:
         return LOST
     for region in spec.region.finest():
         shared = spec.cut.shared
@@ -242,11 +262,11 @@ def find(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict[s
         other = region.spec(tuple(spec.shape), spec.dim, cut)
         if _found(func, name, other, args, kwargs) is LOST:
             return LOST
-    return found
+    return recipe
 
 
 def _found(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The recipe of an operation: how its results are cut, and a call on the part for each."""
+    """Find a recipe: for each result its cut, and the call on the part that gives it."""
     with operators.unrecorded(), torch.no_grad(), torch._C.DisableTorchFunction():
         numbers = _along(torch.arange(spec.shape[spec.dim]), spec.shape, spec.dim)
         if name in _SIZED:
@@ -259,7 +279,11 @@ def _found(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict
         mine = _along(torch.from_numpy(spec.cut.held(spec.region.rank)), spec.local_shape, spec.dim)
         try:
             return many, [
-                _result(func, name, spec, args, kwargs, each, mine, None if many is None else place)
+                _result(
+                    _MoveCall(func, name, spec, args, kwargs, None if many is None else place),
+                    each,
+                    mine,
+                )
                 for place, each in enumerate(outs)
             ]
         except Lost:
@@ -267,12 +291,12 @@ def _found(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict
 
 
 def _along(numbers: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
-    """Numbers along one dim, expanded over all others without memory."""
+    """The numbers along one dim, expanded over all other dims without memory."""
     return numbers.reshape([-1 if each == dim else 1 for each in range(len(shape))]).expand(shape)
 
 
 def _reshaped(numbers: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
-    """`numbers.reshape(shape)`, of which dims that both shapes begin or end with are not copied."""
+    """`numbers.reshape(shape)`; leading and trailing dims that both shapes share are not copied."""
     old = tuple(numbers.shape)
     first = 0
     while first < min(dim, len(shape)) and old[first] == shape[first]:
@@ -289,8 +313,8 @@ def _reshaped(numbers: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
     return small.reshape(*ends[0], *inner, *ends[1]).expand(shape)
 
 
-def _core(x: Tensor) -> Tensor:
-    """Without what repeats: size 1 where numbers do not vary."""
+def _without_repeats(x: Tensor) -> Tensor:
+    """Numbers with size 1 along each dim in which they do not vary."""
     for dim in range(x.dim()):
         if x.shape[dim] > 1 and x.stride(dim) == 0:
             x = x.narrow(dim, 0, 1)
@@ -304,35 +328,26 @@ def _core(x: Tensor) -> Tensor:
     return x
 
 
-def _result(
-    func: Any,
-    name: str,
-    spec: Spec,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    out: Tensor,
-    mine: Tensor,
-    place: int | None,
-) -> tuple[Step, Spec | None]:
-    """One result: a call on the part, and how it is cut."""
-    cut = spec.cut
+def _result(call: _MoveCall, out: Tensor, mine: Tensor) -> tuple[Step, Spec | None]:
+    """The recipe of one result: the call on the part, and the cut of the result."""
+    spec, cut = call.spec, call.spec.cut
     if not out.numel():
-        made = _of_nothing(spec, out)
-        return _step(func, name, spec, args, kwargs, mine, _empty(made), made, place), made
-    core = _core(out)
+        result_spec = _of_nothing(spec, out)
+        return _step(call, mine, _empty(result_spec), result_spec), result_spec
+    core = _without_repeats(out)
     labels = torch.from_numpy(cut.labels)[core]
-    dim, units = _where_units_vary(labels, spec, name, tuple(out.shape))
+    dim, units = _where_units_vary(labels, spec, call.name, tuple(out.shape))
     order = units.movedim(dim, 0)[..., None].flatten(1)[:, 0].expand(out.shape[dim])
     new = CutDim.of_labels(cut.shared, order.numpy())
-    made = spec.region.spec(tuple(out.shape), dim, new)
+    result_spec = spec.region.spec(tuple(out.shape), dim, new)
     held = torch.from_numpy(new.held(spec.region.rank))
     shape = tuple(out.shape[dim] if each == dim else n for each, n in enumerate(core.shape))
     expected = _narrowed(out, shape).index_select(dim, held)
-    return _step(func, name, spec, args, kwargs, mine, expected, made, place), made
+    return _step(call, mine, expected, result_spec), result_spec
 
 
 def _of_nothing(spec: Spec, out: Tensor) -> Spec:
-    """How an empty view is cut: it still has the stride along the cut dim."""
+    """How an empty view is cut, which its stride along the cut dim shows."""
     size = spec.shape[spec.dim]
     dims = [dim for dim in range(out.dim()) if out.shape[dim] == size and out.stride(dim)]
     if size < 2 or len(dims) != 1 or out.stride(dims[0]) != 1:
@@ -340,19 +355,19 @@ def _of_nothing(spec: Spec, out: Tensor) -> Spec:
     return spec.region.spec(tuple(out.shape), dims[0], spec.cut)
 
 
-def _empty(made: Spec) -> Tensor:
-    return torch.empty(made.local_shape, dtype=torch.int64)
+def _empty(spec: Spec) -> Tensor:
+    return torch.empty(spec.local_shape, dtype=torch.int64)
 
 
 def _where_units_vary(
     labels: Tensor, spec: Spec, name: str, shape: tuple[int, ...]
 ) -> tuple[int, Tensor]:
-    """The one dim along which units differ, and the units."""
-    units, cut = _core(labels), spec.cut
+    """The dim along which units differ, and the unit of each of its indices."""
+    units, cut = _without_repeats(labels), spec.cut
     dims = [dim for dim in range(units.dim()) if units.shape[dim] > 1]
     if len(dims) > 1 and cut.shared.units.breaks is not None:
-        # A rank has all units between two breaks: any of them says whose an index is.
-        units = _core(torch.from_numpy(_first_of_run(cut))[labels])
+        # A rank has all units between two breaks, so any of them tells the owner of an index.
+        units = _without_repeats(torch.from_numpy(_first_of_run(cut))[labels])
         dims = [dim for dim in range(units.dim()) if units.shape[dim] > 1]
     if not dims:
         return _dim_of_one(labels, spec, name, shape), labels
@@ -362,9 +377,9 @@ def _where_units_vary(
 
 
 def _first_of_run(cut: CutDim) -> Any:
-    """For every unit the first one that always is on the same rank.
+    """For each unit, the first unit that is on the same rank at every degree.
 
-    A shared unit that units of one run alone need is where they are; others stay as they are.
+    A shared unit that only units of one run need is on their rank; other shared units stay apart.
     """
     units = cut.shared.units
     first = np.arange(units.count + len(units.needers))
@@ -378,7 +393,7 @@ def _first_of_run(cut: CutDim) -> Any:
 
 
 def _dim_of_one(labels: Tensor, spec: Spec, name: str, shape: tuple[int, ...]) -> int:
-    """All is of one unit: a dim that says so where every rank with work has that unit."""
+    """A dim that can represent the cut if all elements belong to one unit."""
     unit, cut = int(labels.flatten()[0]), spec.cut
     count = cut.shared.units.count
     if name in ("expand", "broadcast_to"):
@@ -398,44 +413,35 @@ def _narrowed(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x
 
 
-def _step(
-    func: Any,
-    name: str,
-    spec: Spec,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    mine: Tensor,
-    expected: Tensor,
-    made: Spec,
-    place: int | None,
-) -> Step:
-    """The cheapest call on the part that yields the numbers expected."""
-    shape = tuple(made.local_shape)
+def _step(call: _MoveCall, mine: Tensor, expected: Tensor, result_spec: Spec) -> Step:
+    """The cheapest call on the part that gives the expected numbers."""
+    spec, shape = call.spec, tuple(result_spec.local_shape)
 
     def fits(step: Step) -> bool:
         try:
             got = step(mine)
         except (RuntimeError, IndexError, ValueError, TypeError):
-            return False  # a candidate that does not fit the part is none
+            return False  # this candidate does not fit the shape of the part
         return tuple(got.shape) == shape and torch.equal(_narrowed(got, expected.shape), expected)
 
-    if spec.region.scheme.is_invariant and name != "getitem":  # what repeats sums in backward
-        func = forms.form_of(func) or func
-    for candidate in _candidates(func, name, args, kwargs, shape, place):
+    if spec.region.scheme.is_invariant and call.name != "getitem":
+        # A repeat sums in backward, so its form is called.
+        call = call._replace(func=forms.form_of(call.func) or call.func)
+    for candidate in _candidates(call, shape):
         if fits(candidate):
             return candidate
-    for candidate in _runs(spec, expected, made):
+    for candidate in _runs(spec, expected, result_spec):
         if fits(candidate):
             return candidate
-        if name == "getitem":
-            both = _then(candidate, _with_all(args[0], spec))
+        if call.name == "getitem":
+            both = _then(candidate, _with_all(call.args[0], spec))
             if fits(both):
                 return both
     raise Lost
 
 
 def _with_all(index: Any, spec: Spec) -> tuple[Any, ...]:
-    """An index whose entry for the cut dim takes all."""
+    """The index with a full slice for the cut dim."""
     entries = list(index) if isinstance(index, tuple) else [index]
     named = sum(each is not None and each is not Ellipsis for each in entries)
     at = 0
@@ -455,14 +461,8 @@ def _then(first: Step, index: tuple[Any, ...]) -> Step:
     return lambda x: first(x)[index]
 
 
-def _candidates(
-    func: Any,
-    name: str,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    shape: tuple[int, ...],
-    place: int | None,
-) -> list[Step]:
+def _candidates(call: _MoveCall, shape: tuple[int, ...]) -> list[Step]:
+    func, name, _, args, kwargs, place = call
     if name in _SIZED:
         return [lambda x: x.reshape(shape)]
     if name in ("expand", "broadcast_to"):
@@ -472,10 +472,10 @@ def _candidates(
     return [lambda x: func(x, *args, **kwargs)[place]]
 
 
-def _runs(spec: Spec, expected: Tensor, made: Spec) -> list[Step]:
-    """Runs, strides or a list of what the rank holds of the cut dim."""
+def _runs(spec: Spec, expected: Tensor, result_spec: Spec) -> list[Step]:
+    """Steps that select held indices of the cut dim: slices, strides, or a list."""
     held = spec.cut.held(spec.region.rank)
-    wanted = expected.movedim(made.dim, 0)[..., None].flatten(1)
+    wanted = expected.movedim(result_spec.dim, 0)[..., None].flatten(1)
     if wanted.shape[1] != 1 and not torch.equal(wanted, wanted[:, :1].expand(wanted.shape)):
         return []
     numbers = wanted[:, 0].numpy()
@@ -485,13 +485,13 @@ def _runs(spec: Spec, expected: Tensor, made: Spec) -> list[Step]:
     dim, count = spec.dim, len(where)
     start = int(where[0]) if count else 0
     steps = np.diff(where)
-    found: list[Step] = []
+    runs: list[Step] = []
     if not count or (steps == 1).all():
-        found.append(lambda x: x.narrow(dim, start, count))
+        runs.append(lambda x: x.narrow(dim, start, count))
     elif (steps == steps[0]).all() and steps[0] > 0:
         places = slice(start, int(where[-1]) + 1, int(steps[0]))
         index = (*(slice(None) for _ in range(dim)), places)
-        found.append(lambda x: x[index])
+        runs.append(lambda x: x[index])
     index_ = torch.from_numpy(where)
-    found.append(lambda x: x.index_select(dim, index_.to(x.device)))
-    return found
+    runs.append(lambda x: x.index_select(dim, index_.to(x.device)))
+    return runs

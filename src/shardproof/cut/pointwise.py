@@ -1,8 +1,8 @@
-"""Element-wise operations: the parts meet element by element, and nothing is sent.
+"""Rules for element-wise operations, which compute on the parts and send nothing.
 
-Operands that are cut in the same way are used as they are. What is cut more coarsely (the keys of a
-group of query heads) is served to the finer cut; a whole tensor that has the cut dim is sliced; one
-that has not is spread, so that its gradient is summed over the ranks.
+Operands that are cut in the same way are used as they are. An operand with a coarser cut (the keys
+of a group of query heads) is repeated for the finer cut. A whole operand that has the cut dim is
+sliced; the gradient of one that broadcasts along the cut dim is summed over the ranks.
 """
 
 from typing import Any
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from shardproof.cut.adopted import adopt
-from shardproof.cut.meet import broadcast, common, fitted
-from shardproof.cut.others import computed, gathered, invariant
+from shardproof.cut.alignment import broadcast, common, fitted
+from shardproof.cut.fallback import computed, gathered, invariant
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 
@@ -212,12 +212,12 @@ rule(*(f"{name}_" for name in _NAMES))(lambda *given: _in_place(*given))
 
 @rule(*_NAMES)
 def pointwise(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An element-wise operation of tensors and numbers."""
+    """An element-wise operation on tensors and numbers."""
     x = args[0] if args else None
     if isinstance(x, CutTensor) and not (
         kwargs and any(isinstance(each, Tensor) for each in kwargs.values())
     ):
-        # Most often: numbers, or tensors that are cut in the same way.
+        # The common case: numbers, and tensors that are cut in the same way.
         spec = x.spec
         for other in args:
             if isinstance(other, CutTensor):
@@ -233,7 +233,7 @@ def pointwise(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _joins_as_it_is(x: Tensor, spec: Spec) -> bool:
-    """Whether a whole tensor without a gradient broadcasts, along the cut dim too."""
+    """Whether a whole tensor needs no gradient and broadcasts along the cut dim."""
     return spec.is_joined_by(x.shape) and not (x.requires_grad and torch.is_grad_enabled())
 
 
@@ -262,7 +262,7 @@ def _general(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _in_place(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Written to the part; a whole tensor that is written to takes the whole."""
+    """An in-place operation: it writes to the part, or to all of a whole tensor."""
     x = args[0]
     flat = [*args, *kwargs.values()]
     if not isinstance(x, CutTensor) and not _adopted(x, flat):
@@ -279,7 +279,7 @@ def _in_place(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _adopted(x: Tensor, operands: list[Any]) -> bool:
-    """Whether a whole tensor could take the cut of what is written to it."""
+    """Whether a whole tensor was turned into a cut one, as the written operands are cut."""
     cuts = [each for each in operands if isinstance(each, CutTensor)]
     if broadcast(*(each.shape for each in cuts), x.shape) != x.shape:
         return False
@@ -289,39 +289,41 @@ def _adopted(x: Tensor, operands: list[Any]) -> bool:
 
 @rule(*_LIKE)
 def like(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A new tensor that is cut as the given one."""
+    """`zeros_like` and its like: a new tensor that is cut as the given one."""
     x = args[0]
     return cut_tensor(func(x.local, *args[1:], **kwargs), x.spec, x.who)
 
 
 @rule("new_zeros", "new_ones", "new_empty", "new_full", "new")
 def new(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A new tensor; it is cut as the given one if it has that dim too, for it is to be filled."""
-    x, given = args[0], args[1:]
-    places = 1 if name == "new_full" else len(given)
-    size = given[0] if given and isinstance(given[0], list | tuple) else given[:places]
+    """`new_zeros` and its like: cut as the given tensor if the shape has the cut dim too."""
+    x, size_args = args[0], args[1:]
+    places = 1 if name == "new_full" else len(size_args)
+    size = (
+        size_args[0] if size_args and isinstance(size_args[0], list | tuple) else size_args[:places]
+    )
     shape = tuple(kwargs.pop("size", size))
-    rest = given[1:] if name == "new_full" or (given and given[0] is size) else ()
+    rest = size_args[1:] if name == "new_full" or (size_args and size_args[0] is size) else ()
     spec = x.spec
-    if name == "new":  # an old name: nothing, the sizes of what is empty, or numbers
+    if name == "new":  # the old `x.new()`: without arguments, with sizes, or with values
         if not all(isinstance(each, int) for each in shape):
             return func(x.local, *args[1:], **kwargs)
         func, shape = Tensor.new_empty, shape or (0,)
     if len(shape) != x.dim() or shape[spec.dim] != x.shape[spec.dim]:
         return func(x.local, shape, *rest, **kwargs)
-    made = spec.region.spec(shape, spec.dim, spec.cut)
-    return cut_tensor(func(x.local, made.local_shape, *rest, **kwargs), made, x.who)
+    result_spec = spec.region.spec(shape, spec.dim, spec.cut)
+    return cut_tensor(func(x.local, result_spec.local_shape, *rest, **kwargs), result_spec, x.who)
 
 
 @rule("new_tensor")
 def new_tensor(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Of given numbers: whole."""
+    """`new_tensor` of given values: a whole tensor."""
     return func(args[0].local, *args[1:], **kwargs)
 
 
 @rule("prelu")
 def prelu(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The slopes are those of the channels, dim 1, or one for all."""
+    """`F.prelu`: one slope for each channel (dim 1), or one for all."""
     x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
     shape = (-1, *[1] * (x.dim() - 2)) if weight.numel() > 1 else ()
     region = (x if isinstance(x, CutTensor) else weight).spec.region

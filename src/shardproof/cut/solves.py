@@ -1,4 +1,4 @@
-"""Triangular systems, one a matrix: each rank solves those that it holds."""
+"""The rule for triangular solves: each rank solves the matrices that it holds."""
 
 from typing import Any
 
@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 from shardproof.autograd import once_differentiable
-from shardproof.cut.meet import common, fitted, one_along
-from shardproof.cut.others import gathered
+from shardproof.cut.alignment import common, fitted, one_along
+from shardproof.cut.fallback import gathered
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 from shardproof.numerics.contracting import matmul
 
 
 @rule("linalg_solve_triangular", "solve_triangular")
 def solve_triangular(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`torch.linalg.solve_triangular(A, B)` of matrices that are cut along a leading dim."""
-    given = dict(zip(("A", "B"), args, strict=False)) | kwargs
-    a, b = given["A"], given["B"]
+    """`torch.linalg.solve_triangular(A, B)` of a batch that is cut along a leading dim."""
+    arguments = dict(zip(("A", "B"), args, strict=False)) | kwargs
+    a, b = arguments["A"], arguments["B"]
     cuts = [each for each in (a, b) if isinstance(each, CutTensor)]
     is_batch = all(each.spec.dim < each.dim() - 2 for each in cuts)
     if not is_batch or a.shape[:-2] != b.shape[:-2]:
@@ -30,15 +30,15 @@ def solve_triangular(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[s
     region = spec.region
     parts = [fitted(x, region.spec(tuple(x.shape), spec.dim, spec.cut), who) for x in (a, b)]
     names = {"upper": True, "left": True, "unitriangular": False}
-    options = {key: bool(given.get(key, default)) for key, default in names.items()}
+    options = {key: bool(arguments.get(key, default)) for key, default in names.items()}
     y = _Solved.apply(*parts, options)
     return cut_tensor(y, region.spec(tuple(b.shape), spec.dim, spec.cut), who)
 
 
 def _solved(a: Tensor, b: Tensor, **options: bool) -> Tensor:
-    """Matrix by matrix, each in memory of its own.
+    """Solve one matrix after the other, each in its own memory.
 
-    Torch's bits of a matrix depend on how many there are, and on where its memory begins.
+    Torch's bits depend on the number of matrices in a batch and on where a matrix's memory begins.
     """
     if a.is_meta or not b.numel():
         return torch.linalg.solve_triangular(a, b, **options)
@@ -58,7 +58,7 @@ class _Solved(torch.autograd.Function):
         y = _solved(a, b, **options)
         ctx.options = options
         ctx.save_for_backward(a, y)
-        return y.data  # no view, or torch would refuse to write to it in place
+        return y.data  # a new tensor: torch refuses in-place writes to a view here
 
     @staticmethod
     @once_differentiable

@@ -1,7 +1,7 @@
-"""How a tensor is cut, and the region in which that is known. Values that are compared by identity.
+"""`Spec`: how a tensor is cut. `Region`: the specs and caches of one cut model on one rank.
 
-A cut tensor is cut along exactly one dim; along all others every rank holds everything. `Region`
-makes each `Spec` once, so that a recipe that was found for one is found again by its identity.
+A cut tensor is cut along exactly one dim; along all others every rank holds everything. A `Region`
+makes each `Spec` once, so that specs are compared, and recipes are looked up, by identity.
 """
 
 import weakref
@@ -18,18 +18,19 @@ from shardproof.scheme import Scheme
 from shardproof.transport.rehearsed import RehearsedTransport
 from shardproof.units import Block, CutDim, Shared, Units
 
-KEPT = "_shardproof_kept"  # attribute of a tensor that stays whole, whatever is written to it
+# Attribute of a tensor that must stay whole when a cut tensor is written into it.
+KEPT = "_shardproof_kept"
 
 
 class Spec:
     """How one tensor is cut.
 
     Attributes:
-        region: that made it.
-        shape: of the whole.
+        region: the region that made this.
+        shape: shape of the whole tensor.
         dim: the dim that is cut, counted from the left.
-        cut: how.
-        local_shape: of what this rank holds.
+        cut: how that dim is cut.
+        local_shape: shape of this rank's part.
     """
 
     __slots__ = ("_joining", "_like", "cut", "dim", "local_shape", "region", "shape")
@@ -45,34 +46,34 @@ class Spec:
         self._joining: dict[tuple[int, ...], bool] = {}
 
     def of_part(self, part: tuple[int, ...], dim: int | None = None) -> "Spec":
-        """How a tensor is cut whose part on this rank has a shape; its cut dim is cut as this one.
+        """The spec of a tensor whose part has this shape, and whose cut dim is cut as here.
 
         Args:
-            part: shape of what this rank holds.
-            dim: where the cut dim is in it; where it is here, if not given.
+            part: shape of this rank's part.
+            dim: position of the cut dim; the same as here, if not given.
         """
         if dim is None:
-            found = self._like.get(part)
-            if found is None:
-                found = self._like[part] = self.of_part(part, self.dim)
-            return found
+            known = self._like.get(part)
+            if known is None:
+                known = self._like[part] = self.of_part(part, self.dim)
+            return known
         shape = (*part[:dim], self.shape[self.dim], *part[dim + 1 :])
         return self.region.spec(shape, dim, self.cut)
 
     def is_joined_by(self, shape: tuple[int, ...]) -> bool:
-        """Whether a whole tensor broadcasts to one that is cut so, with size 1 along the cut dim.
+        """Whether a whole tensor broadcasts to this shape, with size 1 along the cut dim.
 
         Args:
             shape: of the whole tensor.
         """
-        found = self._joining.get(shape)
-        if found is None:
+        known = self._joining.get(shape)
+        if known is None:
             first = len(self.shape) - len(shape)
-            found = self._joining[shape] = first >= 0 and all(
+            known = self._joining[shape] = first >= 0 and all(
                 size == 1 or (dim != self.dim and size == self.shape[dim])
                 for dim, size in enumerate(shape, first)
             )
-        return found
+        return known
 
     def __repr__(self) -> str:
         return (
@@ -82,27 +83,27 @@ class Spec:
 
 
 class Region:
-    """Where tensors are cut in one way: the ranks, the arithmetic, and what was found out so far.
+    """The cut tensors of one model on one rank: axis, scheme, specs, recipes and records.
 
     Args:
-        axis: the ranks.
-        scheme: leaves, numerics, seed.
+        axis: the ranks that share the model.
+        scheme: leaves, numerics and seed.
 
     Attributes:
-        axis: likewise.
-        scheme: likewise.
-        rank: of this process or thread.
-        recipes: (operation, specs, arguments) -> what to do with the parts.
-        forms: operation -> what computes it on a part.
+        axis: as given.
+        scheme: as given.
+        rank: the rank of this process or thread.
+        recipes: (operation, specs, arguments) -> the calls on the parts.
+        forms: operation -> the function that computes it on a part.
         gathered: (operation, module) -> how often a tensor was gathered for want of a rule.
-        called: modules whose own code calls, on whole tensors, what has a form of its own.
-        drew: modules whose own code draws.
-        are_weights_cut_only_in_forward: outside of it, `module.weight` is this rank's part.
-        wanted_whole: name of a weight -> the operation that needs all of it. It is filled while a
-            plan is made; the next plan leaves these weights whole.
-        is_rehearsed: a plan is being made: what modules call is remembered.
+        called: modules whose own code calls, on whole tensors, operations with an invariant form.
+        drew: modules whose own code draws random numbers.
+        are_weights_cut_only_in_forward: outside of a forward, `module.weight` is this rank's part.
+        wanted_whole: name of a weight -> the operation that needs all of it. It is filled in a
+            rehearsal; the next plan leaves these weights whole.
+        is_rehearsed: whether this is a rehearsal, in which the calls of modules are recorded.
         variant: operation without an invariant form -> the module that called it first.
-        kept_by_graphs: what compiled graphs refer to, as long as the region is there.
+        kept_by_graphs: objects that compiled graphs refer to, while the region exists.
     """
 
     def __init__(self, axis: Axis, scheme: Scheme) -> None:
@@ -127,18 +128,18 @@ class Region:
         self._same: dict[int, CutDim] = {}
         self._features: dict[Cut, CutDim] = {}
         self._finest: list[Region] | None = None
-        self._met: list[CutDim] = []  # or an `id` could be given again
+        self._met: list[CutDim] = []  # keeps the objects alive, so that an `id` is not reused
 
     def keep(self, model: nn.Module) -> None:
-        """Let the buffers of a model, and of its copies, be whole, whatever is written to them."""
+        """Keep the buffers of a model and of its copies whole, whatever is written into them."""
         for buffer in model.buffers():
-            setattr(buffer, KEPT, True)  # which a copy of the tensor has too
+            setattr(buffer, KEPT, True)  # a copy of the tensor has this attribute too
 
     def know_weights(self, model: nn.Module) -> None:
-        """Remember the cut weights of two dims or more: no operation may make one whole.
+        """Remember the cut weights of two dims or more, which no operation may gather.
 
         Args:
-            model: once it is cut.
+            model: the cut model.
         """
         cut = {
             id(parameter)
@@ -158,23 +159,24 @@ class Region:
         """The name of the cut weight in whose memory a tensor lies, or None.
 
         Args:
-            part: what a rank holds.
+            part: a part of a cut tensor.
         """
         if torch.compiler.is_compiling():
-            return None  # a graph is made of what has been run, on memory of its own
+            return None  # traced tensors do not lie in the memory of weights
         first = self._weights[0][0]() if self._weights else None
-        if first is None or memory_of(first) not in self._memories:  # `.to()` moves all of them
+        if first is None or memory_of(first) not in self._memories:  # `.to()` moves all weights
             alive = [(each[0](), each) for each in self._weights]
             self._memories = {memory_of(x): each for x, each in alive if x is not None}
             self._memories.pop(None, None)
         memory = memory_of(part)
         weight, name = self._memories.get(memory, (None, None))
         known = None if weight is None else weight()
-        if known is not None and memory_of(known) == memory:  # not of another tensor by now
+        # A weight may have moved, and its old memory may belong to another tensor by now.
+        if known is not None and memory_of(known) == memory:
             return name
         held = part if part._base is None else part._base
         if isinstance(held, nn.Parameter) and held.dim() > 1:
-            return name_by_memory(held) or "a weight"  # of a copy of the model
+            return name_by_memory(held) or "a weight"  # a weight of a copy of the model
         return None
 
     def count_gathered(self, why: str, who: str) -> None:
@@ -182,45 +184,45 @@ class Region:
         self.gathered[why, who] = self.gathered.get((why, who), 0) + 1
 
     def one(self, cut: CutDim) -> CutDim:
-        """The one object of all cuts that are equal: they are compared by identity after that."""
-        found = self._same.get(id(cut))
-        if found is None:
-            found = self._same[id(cut)] = self._cuts.setdefault(cut, cut)
+        """The one object that stands for all equal cuts, so that they compare by identity."""
+        known = self._same.get(id(cut))
+        if known is None:
+            known = self._same[id(cut)] = self._cuts.setdefault(cut, cut)
             self._met.append(cut)
-        return found
+        return known
 
     def features(self, cut: Cut) -> CutDim:
-        """How a dim is cut of which a layer says only how its leaves lie."""
-        found = self._features.get(cut)
-        if found is None:
+        """The `CutDim` of a dim for which a layer gives only a `Cut`."""
+        known = self._features.get(cut)
+        if known is None:
             units = Units("features", cut.size // cut.unit)
             shared = Shared(units, self.scheme.leaves, self.axis.size)
-            found = self.one(CutDim(shared, (Block(cut.size, 0, cut.unit),)))
-            self._features[cut] = found
-        return found
+            known = self.one(CutDim(shared, (Block(cut.size, 0, cut.unit),)))
+            self._features[cut] = known
+        return known
 
     def spec(self, shape: tuple[int, ...], dim: int, cut: CutDim) -> Spec:
-        """The one `Spec` of a shape that is cut so."""
-        found = self._specs.get((shape, dim, id(cut)))
-        if found is None:
+        """The one `Spec` with this shape, dim and cut."""
+        known = self._specs.get((shape, dim, id(cut)))
+        if known is None:
             cut = self.one(cut)
             key = (tuple(shape), dim, id(cut))
-            found = self._specs.get(key)
-            if found is None:
-                found = self._specs[key] = Spec(self, key[0], dim, cut)
-        return found
+            known = self._specs.get(key)
+            if known is None:
+                known = self._specs[key] = Spec(self, key[0], dim, cut)
+        return known
 
     def place(self, cut: CutDim, who: str) -> Place:
-        """Where a crossing of tensors that are cut so stands."""
-        found = self._places.get((id(cut), who))
-        if found is None:
+        """The place of a collective on tensors with this cut, for the ledger and its sums."""
+        known = self._places.get((id(cut), who))
+        if known is None:
             cut = self.one(cut)
-            found = Place.of(self.axis, cut, self.scheme, who)
-            self._places[id(cut), who] = found
-        return found
+            known = Place.of(self.axis, cut, self.scheme, who)
+            self._places[id(cut), who] = known
+        return known
 
     def finest(self) -> list["Region"]:
-        """The first and the last rank of as many ranks as there are leaves."""
+        """The regions of the first and the last rank at the highest degree, one rank per leaf."""
         if self._finest is None:
             size = self.scheme.leaves
             ranks = [] if self.axis.size >= size else sorted({0, size - 1})

@@ -1,9 +1,9 @@
-"""`CutTensor`: shows the global shape, holds a rank's part, and sends every operation to its rule.
+"""`CutTensor`: has the global shape, holds a rank's part, and sends every operation to its rule.
 
-Torch gives it every call of its API by `__torch_function__`, and autograd runs on the plain parts:
-one operation costs 2 to 3 microseconds more than a plain one, and nothing in backward. What reaches
-ATen past the API (an operation of C++ that is composed of others) comes by `__torch_dispatch__`.
-Why both, and why no part of it is DTensor: docs/decisions/0044-the-cut-tensor.md.
+Calls of torch's API arrive in `__torch_function__`, and autograd works on the plain parts. So an
+operation costs 2 to 3 microseconds more than a plain one in forward, and nothing in backward. ATen
+operations that do not come from the API (inside composite C++ operations) arrive in
+`__torch_dispatch__`. docs/decisions/0044-the-cut-tensor.md says why both are used, and not DTensor.
 """
 
 import threading
@@ -24,9 +24,12 @@ from shardproof.numerics.elementwise import check_out
 Rule = Callable[[Any, str, tuple[Any, ...], dict[str, Any]], Any]
 
 RULES: dict[str, Rule] = {}  # name of an operation -> its rule
-composed: list[Callable[..., Any]] = []  # takes ATen operations; `cut/others.py` puts it here
+composed: list[Callable[..., Any]] = []  # handles ATen operations; set by `cut/fallback.py`
 checks: list[Callable[..., Any]] = []  # runs rules inside `checked()`
-_NAMES: dict[Any, str] = {F.unfold: "im2col", F.fold: "col2im"}  # `Tensor.unfold` is another
+_NAMES: dict[Any, str] = {
+    F.unfold: "im2col",
+    F.fold: "col2im",
+}  # `Tensor.unfold` is another operation
 _ARITHMETIC = frozenset(
     """add sub mul div truediv floordiv mod pow matmul and or xor lshift rshift eq ne lt le gt ge
     neg pos abs invert getitem setitem""".split()  # noqa: SIM905
@@ -34,7 +37,7 @@ _ARITHMETIC = frozenset(
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Make a function the rule of the operations of these names."""
+    """Register a function as the rule of the operations with these names."""
 
     def put(function: Rule) -> Rule:
         for name in names:
@@ -45,7 +48,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def name_of(func: Any) -> str:
-    """What an operation is called, whether it came as a function, a method or an operator."""
+    """The name of an operation, which may come as a function, a method or an operator."""
     name = _NAMES.get(func)
     if name is None:
         name = getattr(func, "__name__", None) or str(func)
@@ -64,12 +67,12 @@ class CutTensor:
     """A tensor of which this rank holds a part along one dim.
 
     Attributes:
-        local: the part, a plain tensor; autograd knows this one.
-        spec: shape of the whole, the dim that is cut, and how.
-        who: the module whose weight it comes from, for messages and the ledger.
+        local: the part, a plain tensor, which autograd works on.
+        spec: the shape of the whole, the dim that is cut, and its cut.
+        who: the module from whose weight the cut comes, for messages and the ledger.
     """
 
-    if TYPE_CHECKING:  # every other method of `torch.Tensor`, put here below
+    if TYPE_CHECKING:  # all other methods of `torch.Tensor` are added below
 
         def __getattr__(self, name: str) -> Any: ...
         def __mul__(self, other: Any) -> Any: ...
@@ -93,33 +96,33 @@ class CutTensor:
 
     @staticmethod
     def by_rule(name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Call a function of ours that takes cut tensors by a rule (`operands.meets_cut`)."""
+        """Call one of shardproof's own functions by its rule (`operands.meets_cut`)."""
         return run_as(name, func, args, dict(kwargs))
 
     # What it is.
 
     @property
     def shape(self) -> torch.Size:
-        """Of the whole."""
+        """Shape of the whole tensor."""
         return self.spec.shape
 
     def size(self, dim: int | None = None) -> Any:
-        """Of the whole, or along one dim."""
+        """Shape of the whole tensor, or its size along one dim."""
         return self.spec.shape if dim is None else self.spec.shape[dim]
 
     def dim(self) -> int:
-        """How many dims."""
+        """Number of dims."""
         return len(self.spec.shape)
 
     ndimension = dim
 
     @property
     def ndim(self) -> int:
-        """How many dims."""
+        """Number of dims."""
         return len(self.spec.shape)
 
     def numel(self) -> int:
-        """Elements of the whole."""
+        """Number of elements of the whole tensor."""
         return self.spec.shape.numel()
 
     nelement = numel
@@ -130,7 +133,7 @@ class CutTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole."""
+        """Bytes of the whole tensor."""
         return self.numel() * self.local.element_size()
 
     def __len__(self) -> int:
@@ -138,22 +141,22 @@ class CutTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the elements."""
+        """Dtype of the elements."""
         return self.local.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the part lies."""
+        """Device of the part."""
         return self.local.device
 
     @property
     def layout(self) -> torch.layout:
-        """Of the part."""
+        """Layout of the part."""
         return self.local.layout
 
     @property
     def requires_grad(self) -> bool:
-        """Whether the part wants a gradient."""
+        """Whether the part needs a gradient."""
         return self.local.requires_grad
 
     @requires_grad.setter
@@ -161,23 +164,23 @@ class CutTensor:
         self.local.requires_grad = value
 
     def requires_grad_(self, requires_grad: bool = True) -> "CutTensor":
-        """As of `torch.Tensor`."""
+        """See `torch.Tensor`."""
         self.local.requires_grad_(requires_grad)
         return self
 
     @property
     def grad_fn(self) -> Any:
-        """Of the part."""
+        """Autograd node of the part."""
         return self.local.grad_fn
 
     @property
     def is_leaf(self) -> bool:
-        """Whether the part is one."""
+        """Whether the part is a leaf of the autograd graph."""
         return self.local.is_leaf
 
     @property
     def grad(self) -> Any:
-        """A cut tensor, or None."""
+        """The gradient as a cut tensor, or None."""
         grad = self.local.grad
         return None if grad is None else cut_tensor(grad, self.spec, self.who)
 
@@ -187,7 +190,7 @@ class CutTensor:
 
     @property
     def data(self) -> "CutTensor":
-        """Without its graph."""
+        """The same cut tensor without its autograd graph."""
         return cut_tensor(self.local.data, self.spec, self.who)
 
     @data.setter
@@ -205,11 +208,11 @@ class CutTensor:
 
     @property
     def part(self) -> Tensor:
-        """This rank's part, a plain tensor with its gradient; sends nothing."""
+        """This rank's part, a plain tensor that carries gradients; sends nothing."""
         return self.local
 
     def whole(self) -> Tensor:
-        """All of it, a plain tensor, Replicate, with its gradient.
+        """Gather the whole tensor: a plain tensor, Replicate, that carries gradients.
 
         Comm:
             forward one all_gather of the whole shape; backward none.
@@ -218,12 +221,12 @@ class CutTensor:
         return gathered
 
     def stride(self, dim: int | None = None) -> Any:
-        """As of the whole, if its memory lay as that of the part does not: contiguous."""
+        """The strides of a contiguous tensor of the whole shape."""
         strides = torch.empty(self.shape, device="meta").stride()
         return strides if dim is None else strides[dim]
 
     def is_contiguous(self, *args: Any, **kwargs: Any) -> bool:
-        """Of the part."""
+        """Whether the part is contiguous."""
         return self.local.is_contiguous(*args, **kwargs)
 
     def register_hook(self, hook: Callable[[Any], Any]) -> Any:
@@ -231,13 +234,13 @@ class CutTensor:
         spec, who = self.spec, self.who
 
         def on_part(grad: Tensor) -> Any:
-            given = hook(cut_tensor(grad, spec, who))
-            return given.local if isinstance(given, CutTensor) else given
+            result = hook(cut_tensor(grad, spec, who))
+            return result.local if isinstance(result, CutTensor) else result
 
         return self.local.register_hook(on_part)
 
     def retain_grad(self) -> None:
-        """As of `torch.Tensor`."""
+        """See `torch.Tensor`."""
         self.local.retain_grad()
 
     def __iter__(self) -> Iterator[Any]:
@@ -276,17 +279,17 @@ for _flag in (
         setattr(CutTensor, _flag, property(_of_part(_flag)))
 
 
-class Shown(CutTensor, Tensor):  # type: ignore[misc, override]
+class ShownCutTensor(CutTensor, Tensor):  # type: ignore[misc, override]
     """A cut tensor that is a `torch.Tensor` without memory of its own."""
 
     __hash__ = Tensor.__hash__
-    __torch_function__ = CutTensor.__torch_function__  # or torch would put its own in its place
+    __torch_function__ = CutTensor.__torch_function__  # otherwise torch would install its default
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """An ATen operation from inside an operation that is composed of others."""
+        """Handle an ATen operation from inside a composite operation."""
         return composed[-1](func, args, kwargs or {})
 
 
@@ -294,38 +297,40 @@ _wrapped: Any = Tensor._make_wrapper_subclass
 
 
 def cut_tensor(local: Tensor, spec: Spec, who: str = "") -> CutTensor:
-    """A cut tensor; while Dynamo traces, an object that it can see through."""
-    made: CutTensor = _wrapped(Shown, spec.shape, dtype=local.dtype, device=local.device)
-    made.local = local
-    made.spec = spec
-    made.who = who
-    return made
+    """Make a cut tensor; while Dynamo traces, an object that it can trace through."""
+    shown_tensor: CutTensor = _wrapped(
+        ShownCutTensor, spec.shape, dtype=local.dtype, device=local.device
+    )
+    shown_tensor.local = local
+    shown_tensor.spec = spec
+    shown_tensor.who = who
+    return shown_tensor
 
 
-class Adopted(Shown):
-    """A tensor that was whole when it was made: C++ finds no elements, and sends no call here."""
+class Adopted(ShownCutTensor):
+    """A cut tensor that was made from a whole one in place; C++ does not dispatch its calls."""
 
 
 def shown(x: Any) -> Any:
-    """For an operation of C++ that is composed of others: a cut tensor that has its calls sent."""
+    """The same cut tensor in the class whose calls inside C++ operations are dispatched."""
     return cut_tensor(x.local, x.spec, x.who) if type(x) is Adopted else x
 
 
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Do what its rule says; without one, take it apart or gather (`cut/others.py`)."""
+    """Run an operation by its rule, or without a rule as `cut/fallback.py` does."""
     return run_as(_NAMES.get(func) or name_of(func), func, args, kwargs)
 
 
 def run_as(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Do what the rule of a name says."""
+    """Run an operation by the rule of a name."""
     if kwargs and kwargs.get("out") is not None:
         return _into(name, func, args, kwargs)
-    found = RULES.get(name) or RULES["others"]
+    function = RULES.get(name) or RULES["others"]
     if observing.is_on():
         return observing.see_rule(
-            name_of(func), args, partial(_run, found, func, name, args, kwargs)
+            name_of(func), args, partial(_run, function, func, name, args, kwargs)
         )
-    return _run(found, func, name, args, kwargs)
+    return _run(function, func, name, args, kwargs)
 
 
 def _into(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -342,21 +347,23 @@ def _into(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return run_as("copy_", Tensor.copy_, (out, y), {})
 
 
-def _run(found: Rule, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run(
+    rule_function: Rule, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     if is_checked():
-        return checks[-1](found, func, name, args, kwargs)
+        return checks[-1](rule_function, func, name, args, kwargs)
     if not _num_modes() or running.is_rule:
-        return found(func, name, args, kwargs)
-    return unseen(found, func, name, args, kwargs)
+        return rule_function(func, name, args, kwargs)
+    return unseen(rule_function, func, name, args, kwargs)
 
 
 def must_call_torch() -> bool:
-    """Whether operations of this thread are compared, or seen by a mode: none may be passed by."""
+    """Whether this thread's operations are checked or intercepted, so that none may be skipped."""
     return is_checked() or bool(_num_modes())
 
 
 def unseen(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function whose operations `Calls` (`cut/calls.py`) let through."""
+    """Call a function whose operations `Calls` (`cut/module_calls.py`) does not intercept."""
     was, running.is_rule = running.is_rule, True
     try:
         return function(*args, **kwargs)
@@ -365,7 +372,7 @@ def unseen(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 class _Running(threading.local):
-    """Of one thread: whether a rule or a form computes."""
+    """State of one thread: whether a rule or a form is running."""
 
     is_rule = False
 
@@ -375,7 +382,7 @@ _num_modes = torch._C._len_torch_function_stack
 
 
 def named(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
-    """Arguments in the order of their names; None for what is not given."""
+    """Arguments in the order of their names, None for each that is missing."""
     return [args[n] if n < len(args) else kwargs.get(name) for n, name in enumerate(names)]
 
 

@@ -1,1 +1,1 @@
-"""What ranks are made of: threads of this process, or processes of their own."""
+"""Engines, which run ranks as threads of this process or as separate processes."""

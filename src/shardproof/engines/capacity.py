@@ -1,7 +1,7 @@
-"""How many threads this machine can be asked for, found out before anything depends on them.
+"""Check that this machine can start the requested number of threads.
 
-OpenMP ends the whole process, with exit code 1 or a crash, when it cannot start a thread. So the
-number is limited, and as many threads are started once, by us, where a failure is an error.
+OpenMP ends the whole process, with exit code 1 or a crash, if it cannot start a thread. So the
+number is limited, and as many threads are started once here, where a failure raises an error.
 """
 
 import os
@@ -12,7 +12,7 @@ import torch
 from shardproof.errors import UsageError
 from shardproof.wording import shown
 
-# More threads than this on one rank have never made anything faster; OpenMP crashes far above.
+# More threads on one rank do not make anything faster, and OpenMP crashes far above this.
 _LEAST_LIMIT, _PER_CORE = 256, 16
 _MOST_IN_ALL = 4096
 
@@ -21,13 +21,13 @@ WAY_OUT = (
     "-v, the pids and the memory of its container)."
 )
 
-_tried = 1  # so many threads have run at the same time, or are about to be tried
+_tried = 1  # largest number of threads that ran at the same time, or is being tried
 _trying = threading.Lock()
 
 
 def cores() -> int:
     """Processor cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone knows it
+    affinity = getattr(os, "sched_getaffinity", None)  # only on Linux
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
@@ -35,12 +35,12 @@ def check_threads(threads: int, degree: int, *, written: str) -> None:
     """Raise unless `degree` ranks of this machine can have `threads` threads each.
 
     Args:
-        threads: of each rank.
-        degree: how many ranks.
-        written: how the user asked for the threads, for the message.
+        threads: number of threads of each rank.
+        degree: number of ranks.
+        written: the option as the user wrote it, for the message.
 
     Raises:
-        UsageError: they are too many, or the system does not let this process start them.
+        UsageError: the number is too large, or the system does not allow so many.
     """
     limit = max(_LEAST_LIMIT, _PER_CORE * cores())
     if threads > limit:
@@ -67,13 +67,13 @@ def check_own_threads() -> None:
         UsageError: OMP_NUM_THREADS or MKL_NUM_THREADS asks for too many.
     """
     names = [name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if os.environ.get(name)]
-    said = " and ".join(f"{name}={os.environ[name]}" for name in names)
+    settings = " and ".join(f"{name}={os.environ[name]}" for name in names)
     threads = torch.get_num_threads()
-    check_threads(threads, 1, written=said or f"torch.get_num_threads() = {threads}")
+    check_threads(threads, 1, written=settings or f"torch.get_num_threads() = {threads}")
 
 
 def _try(total: int) -> None:
-    """Have `total` threads at the same time, unless as many were there before."""
+    """Start `total` threads at the same time, unless as many were started before."""
     global _tried
     if total <= _tried:
         return

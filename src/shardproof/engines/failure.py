@@ -1,7 +1,7 @@
-"""What went wrong on the ranks, and the one error that the caller gets for it.
+"""Collect the failures of the ranks, and choose the one error that the caller gets.
 
-One failure makes others: survivors lose a connection, or wait for a rank that never comes. Those
-are symptoms, and never hide the cause.
+One failure causes others: the other ranks lose a connection, or wait for a rank that never comes.
+These are symptoms, and the error raised is always that of the cause.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from shardproof.error_text import describe_error, text_or_problem
 from shardproof.errors import RankError, ShardproofError
-from shardproof.telling import say, tell
 from shardproof.transport.base import PeerError
 
 _HERE = str(Path(__file__).parent)
@@ -21,11 +21,11 @@ class Failure:
     """Why one rank did not return.
 
     Attributes:
-        rank: which.
+        rank: the rank.
         summary: continues the sentence "rank 1 of 3 ...".
-        is_symptom: another rank's failure caused it.
-        is_death: its process is gone.
-        error: what it raised; None if it raised nothing, or what it raised cannot travel.
+        is_symptom: whether another rank's failure caused it.
+        is_death: whether its process has ended.
+        error: the exception; None if there is none, or if it cannot be pickled.
         trace: the traceback as text; empty if there is none.
     """
 
@@ -38,42 +38,41 @@ class Failure:
 
 
 def failure_of(rank: int, error: BaseException) -> Failure:
-    """The failure of a rank that raised. Soon done, whatever the error's own code does."""
+    """The failure of a rank that raised; returns soon, whatever the error's own code does."""
     try:
-        return _told(rank, error)
-    except BaseException as raised:  # its `__class__` or its metaclass is the user's code too
+        return _failure_with_text(rank, error)
+    except BaseException as raised:  # `__class__` and the metaclass are the user's code too
         kind = type.__getattribute__(type(error), "__name__")
         why = type.__getattribute__(type(raised), "__name__")
         return Failure(rank, f"raised {kind}, of which nothing can be told (looking raised {why})")
 
 
-def _told(rank: int, error: BaseException) -> Failure:
-    told = tell(error, _below_engines(error))
+def _failure_with_text(rank: int, error: BaseException) -> Failure:
+    told = describe_error(error, _below_engines(error))
     summary = f"raised {told.text}"
     if isinstance(error, SystemExit) and not told.problem:
-        summary = f"left early: it called sys.exit({say(lambda: repr(error.code))[0]})"
+        summary = f"left early: it called sys.exit({text_or_problem(lambda: repr(error.code))[0]})"
     return Failure(
         rank,
         summary,
         is_symptom=_has_symptom(error),
-        # Whoever prints an error of which nothing can be told would wait or fail as well.
+        # If the error has no usable text, printing it later would hang or fail as well.
         error=None if told.problem else error,
         trace=told.trace,
     )
 
 
 def verdict(failures: Sequence[Failure], degree: int) -> ShardproofError:
-    """The error to raise: that of the cause, or of the lowest rank where there are several.
+    """The error to raise: that of the cause, or of the lowest rank if there are several causes.
 
-    A death comes before what others raised: a lost connection may look like any error.
-
-    What shardproof raised on purpose is raised again as it is; anything else becomes a RankError.
+    The death of a process comes before the errors of other ranks, because a lost connection may
+    look like any error. shardproof's own errors are raised as they are, others as RankError.
     """
     cause = min(failures, key=lambda f: (f.is_symptom, not f.is_death, f.rank))
     where = f"rank {cause.rank} of {degree}"
     error = cause.error
     if isinstance(error, ShardproofError) and not isinstance(error, PeerError):
-        # An error from another process has lost its traceback on the way; ours still has it.
+        # An error from another process has lost its traceback; one from this process has it.
         trace = "." if error.__traceback__ is not None else f":\n{cause.trace}"
         error.add_note(f"This was raised on {where}{trace}")
         return error
@@ -82,9 +81,11 @@ def verdict(failures: Sequence[Failure], degree: int) -> ShardproofError:
         symptom.add_note(f"This was noticed by {where}:\n{cause.trace}")
         return symptom
     message = f"{where} {cause.summary}"
-    found = RankError(f"{message}\n\n{cause.trace}" if cause.trace else message, rank=cause.rank)
-    found.__cause__ = error
-    return found
+    rank_error = RankError(
+        f"{message}\n\n{cause.trace}" if cause.trace else message, rank=cause.rank
+    )
+    rank_error.__cause__ = error
+    return rank_error
 
 
 def _below_engines(error: BaseException) -> TracebackType | None:
@@ -96,13 +97,13 @@ def _below_engines(error: BaseException) -> TracebackType | None:
 
 
 def _has_symptom(error: BaseException | None) -> bool:
-    """True if `error` is a symptom or was raised because of one; a group, if all in it are."""
-    seen = set()
-    while error is not None and id(error) not in seen:
+    """Whether `error` is a symptom or was caused by one; a group, if all its errors are."""
+    visited = set()
+    while error is not None and id(error) not in visited:
         if isinstance(error, PeerError):
             return True
         if isinstance(error, BaseExceptionGroup) and all(map(_has_symptom, error.exceptions)):
             return True
-        seen.add(id(error))
+        visited.add(id(error))
         error = error.__cause__ or error.__context__
     return False

@@ -1,23 +1,23 @@
-"""What becomes of a fork of a rank that comes back from the rank's function.
+"""End a fork of a rank that returns from the rank's function.
 
-The function runs once on every rank. A child that the function has forked, and that returns from
-it or raises in it, is not the rank: it must not answer for it, nor serve its next call.
+The function runs once on every rank. If it forks a child process, and the child returns from the
+function or raises in it, the child must not report a result for the rank or serve its next call.
 """
 
 import os
 import sys
 from typing import NoReturn
 
-from shardproof.telling import tell
+from shardproof.error_text import describe_error
 
 
 def end_if_forked(owner: int, rank: int, error: BaseException | None = None) -> None:
-    """Nothing in the rank itself; a fork of it says what is wrong, and ends.
+    """Do nothing in the rank itself; in a fork of it, print an error and end the process.
 
     Args:
-        owner: the process that began the call.
-        rank: that it is.
-        error: what the function raised, if it did.
+        owner: id of the process that began the call.
+        rank: the rank.
+        error: the exception that the function raised, or None.
     """
     if os.getpid() != owner:
         _end(owner, rank, error)
@@ -26,10 +26,10 @@ def end_if_forked(owner: int, rank: int, error: BaseException | None = None) -> 
 def _end(owner: int, rank: int, error: BaseException | None) -> NoReturn:
     code = 1
     try:
-        if isinstance(error, SystemExit):  # the child wants to end, and says with which code
+        if isinstance(error, SystemExit):  # the child called sys.exit with this code
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
         elif error is not None:
-            _say(tell(error, error.__traceback__).trace)
+            _say(describe_error(error, error.__traceback__).trace)
         else:
             _say(
                 f"error: process {os.getpid()} is a fork of rank {rank} (process {owner}) and has "
@@ -38,11 +38,11 @@ def _end(owner: int, rank: int, error: BaseException | None) -> NoReturn:
             )
         flush()
     finally:
-        os._exit(code)  # nothing that would be done at the end of the process is the child's to do
+        os._exit(code)  # the child must not run the exit handlers of the rank's process
 
 
 def flush() -> None:
-    """Write out what is printed; a process may have neither output."""
+    """Flush standard output and error, which a process may lack."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and not stream.closed:
             stream.flush()

@@ -1,8 +1,7 @@
-"""How an interpreter of our own is started: with this one's flags, and nothing that happens to be.
+"""Start a Python interpreter with this one's flags and without other inherited state.
 
-What a process inherits besides its environment decides nothing: signals that are ignored or blocked
-(by nohup, or by a shell for its background jobs), closed standard streams, a working directory that
-is gone.
+Ignored or blocked signals (by nohup, or by a shell for its background jobs), closed standard
+streams and a deleted working directory have no effect on the new interpreter.
 """
 
 import fcntl
@@ -27,14 +26,14 @@ for each in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:
 signal.pthread_sigmask(signal.SIG_SETMASK, [])
 del count, each, signal
 """
-_STANDARD = 3  # standard input, output and error are below
+_STANDARD = 3  # smaller descriptors are standard input, output and error
 
 
 def command(code: str, *arguments: str) -> list[str]:
     """A command line that runs `code` with this process's sys.path and flags.
 
     Raises:
-        UsageError: this process does not know its interpreter.
+        UsageError: sys.executable does not name the interpreter.
     """
     if not sys.executable:
         raise UsageError(
@@ -48,16 +47,16 @@ def command(code: str, *arguments: str) -> list[str]:
 
 def flags() -> list[str]:
     """The options that this interpreter was started with, as multiprocessing hands them on."""
-    found: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    options: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     for name, value in sys._xoptions.items():
         written = name if value is True else f"{name}={value}"
-        if written not in found:
-            found += ["-X", written]
-    return found
+        if written not in options:
+            options += ["-X", written]
+    return options
 
 
 def search_path() -> list[str]:
-    """sys.path, absolute; without what is relative to a working directory that is gone."""
+    """sys.path as absolute paths; relative ones are left out if the working directory is gone."""
     here = directory()
     if here is None:
         return [entry for entry in sys.path if os.path.isabs(entry)]
@@ -65,7 +64,7 @@ def search_path() -> list[str]:
 
 
 def directory() -> Path | None:
-    """The working directory, or None if it is gone; in one that is gone, MKL ends the process."""
+    """The working directory, or None if it was deleted: MKL ends a process inside a deleted one."""
     try:
         return Path.cwd()
     except FileNotFoundError:
@@ -73,29 +72,29 @@ def directory() -> Path | None:
 
 
 def environment() -> dict[str, str]:
-    """The environment; a relative PYTHONPATH is left out, for Python cannot start without a place.
+    """The environment without a relative PYTHONPATH, with which Python may fail to start.
 
-    The search path is handed on in another way.
+    The search path is passed on the command line instead.
     """
-    found = dict(os.environ)
-    entries = [each for each in found.get("PYTHONPATH", "").split(os.pathsep) if each]
+    variables = dict(os.environ)
+    entries = [each for each in variables.get("PYTHONPATH", "").split(os.pathsep) if each]
     absolute = [each for each in entries if os.path.isabs(each)]
     if absolute != entries:
-        found["PYTHONPATH"] = os.pathsep.join(absolute)
-    return found
+        variables["PYTHONPATH"] = os.pathsep.join(absolute)
+    return variables
 
 
 def output(descriptor: int) -> int | None:
-    """What a child gets as its standard output or error: this process's own, or nothing."""
+    """The standard output or error for a child: that of this process, or /dev/null."""
     try:
         os.fstat(descriptor)
-    except OSError:  # closed; what the child opens first would be taken for it
+    except OSError:  # closed here; the first file that the child opens would get its number
         return subprocess.DEVNULL
     return None
 
 
 def above_standard(descriptor: int) -> int:
-    """The same file by a number that no library writes to by itself; closes the old one."""
+    """Duplicate a descriptor to a number above the standard streams, and close the old one."""
     if descriptor >= _STANDARD:
         return descriptor
     moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _STANDARD)

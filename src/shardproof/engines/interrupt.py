@@ -1,9 +1,8 @@
-"""SIGINT reaches whoever waits for ranks, also where the process has inherited that it is ignored.
+"""Let SIGINT interrupt a call on ranks, also if the process inherited an ignored SIGINT.
 
-A shell starts every background job of a script with SIGINT ignored, without being asked, and
-Python then raises no KeyboardInterrupt. A call on ranks can take hours, so it listens while it
-runs. Other signals stay as they were inherited: SIGHUP and SIGTERM are ignored only where somebody
-asked for it.
+A shell starts each background job of a script with SIGINT ignored, and Python then raises no
+KeyboardInterrupt. A call on ranks can take hours, so it handles SIGINT while it runs. Other signals
+are not changed: SIGHUP and SIGTERM are ignored only if the user asked for it.
 """
 
 import signal
@@ -13,18 +12,18 @@ from contextlib import contextmanager
 
 
 def _is_shut_out() -> bool:
-    """Whether SIGINT does not reach this process as things are: ignored, or blocked."""
+    """Whether SIGINT is ignored or blocked in this process."""
     is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     return is_ignored or signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-# Looked at when shardproof is imported: what the program itself does later is its own choice.
+# Checked when shardproof is imported; what the program itself changes later is respected.
 _inherited = threading.current_thread() is threading.main_thread() and _is_shut_out()
 
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Inside, SIGINT raises KeyboardInterrupt in the main thread although it was ignored."""
+    """A context in which SIGINT raises KeyboardInterrupt in the main thread, even if ignored."""
     if not (
         _inherited and threading.current_thread() is threading.main_thread() and _is_shut_out()
     ):

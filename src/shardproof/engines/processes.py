@@ -1,8 +1,8 @@
-"""Ranks as processes: started once, they meet in a file, and serve calls until they are closed.
+"""`ProcessRanks`: ranks as processes, which are started once and serve calls until closed.
 
-They are fresh interpreters, neither forked (which breaks MKL and threads) nor spawned by
-multiprocessing (which imports the caller's `__main__` again and so breaks notebooks). Functions
-and results travel through files in a private folder. POSIX only.
+The processes are fresh interpreters. They are not forked, which breaks MKL and threads, and not
+spawned by multiprocessing, which imports the caller's `__main__` again and so breaks notebooks.
+Functions and results are passed as files in a private folder. POSIX only.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from shardproof.axis import Axis
-from shardproof.engines import interpreter, parcel
-from shardproof.engines.base import Ranks, Settings
-from shardproof.engines.board import Board
+from shardproof.engines import interpreter, messages
 from shardproof.engines.capacity import WAY_OUT
+from shardproof.engines.engine import Ranks, Settings
 from shardproof.engines.failure import verdict
-from shardproof.engines.watch import Watch, Worker
+from shardproof.engines.status import StatusFile
+from shardproof.engines.watch import Process, Watch, Worker
 from shardproof.errors import UsageError
 from shardproof.numerics import mode
 
@@ -35,7 +35,7 @@ from pathlib import Path
 from shardproof.engines.worker import main
 main(Path(sys.argv[1]), int(sys.argv[2]))
 """
-# torchrun's, true for the launcher at most.
+# Variables of torchrun, which are valid for the launcher at most.
 _NOT_INHERITED = ("MASTER_ADDR", "MASTER_PORT")
 _CLOSING = 5.0
 
@@ -54,14 +54,14 @@ class ProcessRanks(Ranks):
     def __init__(self, settings: Settings, environment: Mapping[str, str] | None = None) -> None:
         super().__init__(settings)
         self._met: tuple[str, str] | None = None
-        self._number = 0  # of the call at hand: a late answer to an earlier one is none to this
+        self._number = 0  # number of the current call; later answers to earlier calls are ignored
         self._folder = _make_folder()
         self._workers: list[Worker] = []
-        # Also when the caller forgets to close, or raises, or the interpreter ends.
+        # This also runs if the caller forgets to close or raises, or if the interpreter ends.
         self._clean_up = weakref.finalize(self, _clean_up, self._workers, self._folder, os.getpid())
         try:
-            parcel.write(settings, self._folder / parcel.SETTINGS, what="the settings")
-            self._board = _make_board(self._folder / parcel.BOARD, self.degree)
+            messages.write(settings, self._folder / messages.SETTINGS, what="the settings")
+            self._status_file = _make_status_file(self._folder / messages.STATUS_FILE, self.degree)
             for rank in range(self.degree):
                 self._workers.append(_start(rank, settings, self._folder, environment))
         except BaseException:
@@ -70,12 +70,12 @@ class ProcessRanks(Ranks):
 
     @property
     def transport(self) -> str:
-        """What the ranks chose when they met; waits for that."""
+        """The transport that the ranks chose; waits until they have connected."""
         return self._meet()[0]
 
     @property
     def transport_note(self) -> str:
-        """Why the ranks do not share memory; waits until they have met."""
+        """Why the ranks do not share memory; waits until they have connected."""
         return self._meet()[1]
 
     def _meet(self) -> tuple[str, str]:
@@ -90,21 +90,21 @@ class ProcessRanks(Ranks):
 
     def _call(self, fn: Callable[[Axis], Any]) -> list[Any]:
         what = f"the function {getattr(fn, '__qualname__', repr(fn))}"
-        parcel.write(fn, self._folder / parcel.CALL, what=what)
+        messages.write(fn, self._folder / messages.CALL, what=what)
         self._number += 1
         watch = Watch(
             self._workers,
-            self._board,
+            self._status_file,
             self._folder,
             number=self._number,
             timeout=self._settings.timeout,
         )
         try:
             for each in self._workers:
-                with contextlib.suppress(BrokenPipeError):  # it is dead, which the watch sees
-                    each.connection.send((parcel.RUN, self._number))
+                with contextlib.suppress(BrokenPipeError):  # it has ended, which the watch reports
+                    each.connection.send((messages.RUN, self._number))
             failures = watch.follow()
-        except BaseException:  # KeyboardInterrupt above all
+        except BaseException:  # KeyboardInterrupt in particular
             self._is_broken = True
             self._clean_up()
             raise
@@ -115,17 +115,17 @@ class ProcessRanks(Ranks):
         return [self._take_result(rank) for rank in range(self.degree)]
 
     def _take_result(self, rank: int) -> Any:
-        path = parcel.result_path(self._folder, rank, self._number)
+        path = messages.result_path(self._folder, rank, self._number)
         try:
-            return parcel.read(path, what=f"the result of rank {rank}")
+            return messages.read(path, what=f"the result of rank {rank}")
         finally:
             path.unlink()
 
     def _close(self) -> None:
-        """Let the workers end by themselves; those that do not are ended."""
+        """Ask the workers to end; kill those that do not."""
         for each in self._workers:
-            with contextlib.suppress(OSError):  # dead already
-                each.connection.send((parcel.CLOSE, self._number))
+            with contextlib.suppress(OSError):  # it has ended already
+                each.connection.send((messages.CLOSE, self._number))
         deadline = time.monotonic() + _CLOSING
         for each in self._workers:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -138,11 +138,11 @@ def _describe(axis: Axis) -> tuple[str, str]:
 
 
 def _nothing(axis: Axis) -> None:
-    """What is run for the sake of meeting."""
+    """A function that does nothing, run so that the ranks connect."""
 
 
 def _make_folder() -> Path:
-    """A folder for the owner alone."""
+    """Create a folder that only this user can read."""
     try:
         return Path(tempfile.mkdtemp(prefix="shardproof-"))  # mode 0700
     except OSError as error:
@@ -152,11 +152,11 @@ def _make_folder() -> Path:
         ) from error
 
 
-def _make_board(path: Path, degree: int) -> Board:
+def _make_status_file(path: Path, degree: int) -> StatusFile:
     try:
-        return Board.create(path, degree)
+        return StatusFile.create(path, degree)
     except OSError as error:
-        raise parcel.no_room(path, error) from error
+        raise messages.no_room(path, error) from error
 
 
 def _start(
@@ -167,15 +167,11 @@ def _start(
         ours, theirs = (interpreter.above_standard(end.detach()) for end in socket.socketpair())
         connection = Connection(ours)
         try:
-            process = subprocess.Popen(
+            process = start_process(
                 command,
                 stdin=theirs,
-                stdout=interpreter.output(1),
-                stderr=interpreter.output(2),
-                env=_environment(rank, settings, environment),
-                cwd=interpreter.directory() or Path(os.sep),
-                # Ctrl-C is for the launcher; a worker's children are its group
-                start_new_session=True,
+                environment=_environment(rank, settings, environment),
+                directory=interpreter.directory() or Path(os.sep),
             )
         finally:
             os.close(theirs)
@@ -184,6 +180,24 @@ def _start(
             f"cannot start the process of rank {rank} of {settings.degree}: {error}. {WAY_OUT}"
         ) from error
     return Worker(rank, process, connection)
+
+
+def start_process(
+    command: list[str], *, stdin: int, environment: dict[str, str], directory: Path
+) -> Process:
+    """Start the interpreter of a rank, with this process's output; it leads a new session.
+
+    Ctrl-C is for the launcher, and what a worker has started is in the worker's group.
+    """
+    return subprocess.Popen(
+        command,
+        stdin=stdin,
+        stdout=interpreter.output(1),
+        stderr=interpreter.output(2),
+        env=environment,
+        cwd=directory,
+        start_new_session=True,
+    )
 
 
 def _environment(rank: int, settings: Settings, given: Mapping[str, str] | None) -> dict[str, str]:
@@ -198,12 +212,12 @@ def _environment(rank: int, settings: Settings, given: Mapping[str, str] | None)
         "LOCAL_WORLD_SIZE": str(settings.degree),
     }
     if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the ranks are all on this machine
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
     return environment
 
 
 def _clean_up(workers: Sequence[Worker], folder: Path, owner: int) -> None:
-    """End what still runs, with whatever it has started, and remove the folder."""
+    """Kill workers that still run, with their children, and remove the folder."""
     if os.getpid() != owner:
         return  # a fork of the launcher has this too, and must leave the workers alone
     for each in workers:

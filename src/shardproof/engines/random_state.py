@@ -1,4 +1,4 @@
-"""Ranks that are threads read and set the state of torch's generator one at a time.
+"""Let ranks as threads read and set the state of torch's generator one at a time.
 
 `torch.get_rng_state` locks the generator and then makes a Python object. Making it may start a
 garbage collection. One that frees a tensor lets another thread run. If that thread calls one of
@@ -17,11 +17,11 @@ import torch
 
 from shardproof.layers.replace import replace
 
-_LOCK = threading.RLock()  # a finalizer of the garbage collection may call them too
+_LOCK = threading.RLock()  # reentrant: a finalizer of the garbage collection may call them too
 
 
 def install() -> None:
-    """Guard the functions of `torch.random`; the second time does nothing."""
+    """Put a lock around the functions of `torch.random`; a second call does nothing."""
     for name in ("get_rng_state", "set_rng_state", "manual_seed", "seed"):
         replace(getattr(torch.random, name), _one_at_a_time)
 

@@ -1,8 +1,8 @@
-"""Ranks as threads of this process: nothing to start, nothing to pickle, tensors are lent.
+"""`ThreadRanks`: ranks as threads of this process, which need no pickling and share tensors.
 
-Threads cannot be killed. When a rank fails, ranks that wait in a collective raise at once; a rank
-that computes gets an exception at its next Python instruction; one that is stuck outside Python
-is given up (it cannot keep the process from ending).
+Threads cannot be killed. When a rank fails, ranks that wait in a collective raise at once, and a
+rank that computes gets an exception at its next Python instruction. A rank that is stuck outside
+Python is abandoned; it does not keep the process from ending.
 """
 
 import ctypes
@@ -19,19 +19,18 @@ import torch
 
 from shardproof.axis import Axis
 from shardproof.engines import random_state
-from shardproof.engines.base import Ranks, Settings
 from shardproof.engines.capacity import WAY_OUT
+from shardproof.engines.engine import Ranks, Settings
 from shardproof.engines.failure import Failure, failure_of, verdict
 from shardproof.engines.fork import end_if_forked
 from shardproof.errors import UsageError
-from shardproof.overlap import Overlap
 from shardproof.transport.base import Transport
 from shardproof.transport.disabled import OVER, disable
 from shardproof.transport.rendezvous import Rendezvous
 from shardproof.transport.solo import SoloTransport
 from shardproof.transport.threads import ThreadsTransport, waits_note
 
-# After a failure: time for the other ranks to notice by themselves, then to be stopped.
+# Seconds after a failure in which other ranks may notice it themselves, then be stopped.
 _GRACE = 3.0
 _STOPPING = 1.0
 
@@ -53,7 +52,6 @@ class _Task:
 
     fn: Callable[[Axis], Any]
     transport: Transport
-    overlap: Overlap
     rendezvous: Rendezvous
     outcomes: "queue.SimpleQueue[_Outcome]"
     note: str
@@ -61,7 +59,7 @@ class _Task:
     def attempt(self) -> _Outcome:
         rank, owner = self.transport.rank, os.getpid()
         try:
-            result = self.fn(Axis("tp", self.transport, self.overlap, transport_note=self.note))
+            result = self.fn(Axis("tp", self.transport, transport_note=self.note))
         except _Stopped:
             return _Outcome(rank, failure=Failure(rank, "was stopped", is_symptom=True))
         except BaseException as error:
@@ -110,7 +108,7 @@ class ThreadRanks(Ranks):
                 raise UsageError(
                     f"a rank cannot have {settings.threads} threads: {problem}. Use fewer."
                 ) from problem
-        # A rank's thread count is also what threads that start later begin with; put that back.
+        # Threads that start later inherit the last thread count that was set, so restore it.
         torch.set_num_threads(torch.get_num_threads())
 
     @property
@@ -126,7 +124,7 @@ class ThreadRanks(Ranks):
     def _run(self, fn: Callable[[Axis], Any]) -> list[Any]:
         rendezvous = Rendezvous(self.degree, timeout=self._settings.timeout)
         outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
-        overlap, note = self._settings.overlap, self.transport_note
+        note = self.transport_note
         transports: list[Transport] = [
             SoloTransport() if self.degree == 1 else ThreadsTransport(rendezvous, rank)
             for rank in range(self.degree)
@@ -134,23 +132,23 @@ class ThreadRanks(Ranks):
         for inbox, transport in zip(self._inboxes, transports, strict=True):
             if not self._settings.compare_inputs:
                 transport.notes = None
-            inbox.put(_Task(fn, transport, overlap, rendezvous, outcomes, note))
-        found: dict[int, _Outcome] = {}
+            inbox.put(_Task(fn, transport, rendezvous, outcomes, note))
+        outcome_by_rank: dict[int, _Outcome] = {}
         try:
-            self._collect(outcomes, found)
+            self._collect(outcomes, outcome_by_rank)
         except BaseException:  # KeyboardInterrupt above all
             self._break()
             rendezvous.interrupt("the caller was interrupted")
-            self._stop(set(range(self.degree)) - set(found))
+            self._stop(set(range(self.degree)) - set(outcome_by_rank))
             raise
-        failures = [outcome.failure for outcome in found.values() if outcome.failure]
+        failures = [outcome.failure for outcome in outcome_by_rank.values() if outcome.failure]
         if not failures:
             for transport in transports:
-                disable(transport, OVER)  # else whoever kept the axis would find the others or not
-            return [found[rank].result for rank in range(self.degree)]
+                disable(transport, OVER)  # otherwise a kept axis would sometimes still work
+            return [outcome_by_rank[rank].result for rank in range(self.degree)]
         self._break()
         error = verdict(failures, self.degree)
-        stuck = sorted(set(range(self.degree)) - set(found))
+        stuck = sorted(set(range(self.degree)) - set(outcome_by_rank))
         if stuck:
             error.add_note(
                 f"Still running {_GRACE + _STOPPING:g} s later, and given up: ranks {stuck}. "
@@ -158,17 +156,19 @@ class ThreadRanks(Ranks):
             )
         raise error
 
-    def _collect(self, outcomes: "queue.SimpleQueue[_Outcome]", found: dict[int, _Outcome]) -> None:
-        """Fill `found` with every rank's outcome; after a failure, with those that come soon."""
-        while len(found) < self.degree:
+    def _collect(
+        self, outcomes: "queue.SimpleQueue[_Outcome]", outcome_by_rank: dict[int, _Outcome]
+    ) -> None:
+        """Collect every rank's outcome; after a failure, only the outcomes that come soon."""
+        while len(outcome_by_rank) < self.degree:
             outcome = outcomes.get()
-            found[outcome.rank] = outcome
+            outcome_by_rank[outcome.rank] = outcome
             if outcome.failure:
                 break
-        _collect_until(time.monotonic() + _GRACE, outcomes, found, self.degree)
-        if len(found) < self.degree:
-            self._stop(set(range(self.degree)) - set(found))
-            _collect_until(time.monotonic() + _STOPPING, outcomes, found, self.degree)
+        _collect_until(time.monotonic() + _GRACE, outcomes, outcome_by_rank, self.degree)
+        if len(outcome_by_rank) < self.degree:
+            self._stop(set(range(self.degree)) - set(outcome_by_rank))
+            _collect_until(time.monotonic() + _STOPPING, outcomes, outcome_by_rank, self.degree)
 
     def _stop(self, ranks: set[int]) -> None:
         """Raise in the threads of `ranks`, at their next Python instruction."""
@@ -191,21 +191,22 @@ class ThreadRanks(Ranks):
 
 
 def _serve(inbox: _Inbox, threads: int, ready: _Ready) -> None:
-    """The life of a rank."""
-    # Both settings belong to the thread. The count is asked for first, because a thread's first
-    # question sets it to the process's default. On a GPU backward would otherwise run in one
-    # thread per device, where ranks that share the device would wait for each other for ever.
+    """The main function of a rank's thread."""
+    # Both settings belong to the thread. The count is read first, because the first read in a
+    # thread sets it to the process's default. Without the second setting, backward on a GPU would
+    # run in one thread per device, in which ranks that share the device would wait for each other
+    # for ever.
     try:
         torch.get_num_threads()
         torch.set_num_threads(threads)
         torch.autograd.set_multithreading_enabled(False)
-    except Exception as error:  # told to the caller, who waits
+    except Exception as error:  # passed to the caller, which waits
         ready.put(error)
         return
     ready.put(None)
     while (task := inbox.get()) is not None:
         task.outcomes.put(task.attempt())
-        del task  # so that an idle rank keeps nothing alive
+        del task  # an idle rank must not keep objects alive
 
 
 def _dismiss(inboxes: Sequence[_Inbox]) -> None:
@@ -216,12 +217,12 @@ def _dismiss(inboxes: Sequence[_Inbox]) -> None:
 def _collect_until(
     deadline: float,
     outcomes: "queue.SimpleQueue[_Outcome]",
-    found: dict[int, _Outcome],
+    outcome_by_rank: dict[int, _Outcome],
     degree: int,
 ) -> None:
-    while len(found) < degree:
+    while len(outcome_by_rank) < degree:
         try:
             outcome = outcomes.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             return
-        found[outcome.rank] = outcome
+        outcome_by_rank[outcome.rank] = outcome

@@ -1,36 +1,50 @@
-"""One call on worker processes, seen from the launcher: who returned, who failed, who is to blame.
+"""`Watch`: follow one call on worker processes, and find the rank that caused a failure.
 
-The launcher watches three things: what the workers say, whether they live, and the board on which
-they write what they are in. A rank that returned while others entered one more collective has
-left them waiting; the counts on the board prove it, so nobody waits for the timeout.
+The launcher watches the messages of the workers, whether their processes live, and the status file
+in which they write their collectives. A rank that returned while others entered one more collective
+has left them waiting. The counts in the status file show this, so that no timeout is needed.
 """
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Protocol
 
-from shardproof.engines import parcel
-from shardproof.engines.board import Board
+from shardproof.engines import messages
 from shardproof.engines.failure import Failure
+from shardproof.engines.status import StatusFile
 from shardproof.transport.base import name_ranks, name_waits
 
-# How long the launcher goes on listening after a cause and after a mere symptom was reported.
+# Seconds that the launcher listens on after a cause, and after a symptom only, was reported.
 _AFTER_CAUSE = 0.5
 _AFTER_SYMPTOM = 3.0
 _POLL = 0.1
 
 
+class Process(Protocol):
+    """What the launcher needs of a process that it has started; a `subprocess.Popen` has it."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
+    def poll(self) -> int | None:
+        """Its exit code, or minus the signal that ended it; None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The same, after its end; raises subprocess.TimeoutExpired if that does not come."""
+
+
 @dataclass(frozen=True)
 class Worker:
-    """A worker process as the launcher holds it."""
+    """A worker process and its connection, in the launcher."""
 
     rank: int
-    process: subprocess.Popen[bytes]
+    process: Process
     connection: Connection
 
 
@@ -38,34 +52,34 @@ class Watch:
     """Follows one call until all ranks have returned, or enough is known about a failure.
 
     Args:
-        workers: in rank order.
-        board: where they write what they are in.
-        folder: where they leave their failures.
-        number: of the call; answers to another one are left out.
-        timeout: for messages.
+        workers: the workers in rank order.
+        status_file: the file in which they write their collectives.
+        folder: the folder with their failures.
+        number: number of the call; answers with another number are ignored.
+        timeout: seconds of the timeout, for messages.
     """
 
     def __init__(
         self,
         workers: Sequence[Worker],
-        board: Board,
+        status_file: StatusFile,
         folder: Path,
         *,
         number: int,
         timeout: float,
     ) -> None:
         self._workers = workers
-        self._board = board
+        self._status_file = status_file
         self._folder = folder
         self._number = number
         self._timeout = timeout
-        self._counts: dict[int, int] = {}  # of the ranks that have returned: their collectives
+        self._counts: dict[int, int] = {}  # rank that has returned -> number of its collectives
         self._failures: dict[int, Failure] = {}
-        self._mute: set[int] = set()  # ranks whose connection is gone
+        self._mute: set[int] = set()  # ranks whose connection is closed
         self._deadline = float("inf")
 
     def follow(self) -> list[Failure]:
-        """Wait for the ranks; every failure that was found, none if all have returned."""
+        """Wait for the ranks; return all failures, which are none if all ranks have returned."""
         while self._pending() and time.monotonic() < self._deadline:
             self._listen()
             self._find_dead()
@@ -106,24 +120,24 @@ class Watch:
                 continue
             if number != self._number:
                 continue
-            if outcome == parcel.RETURNED:
+            if outcome == messages.RETURNED:
                 self._counts[rank] = count
             elif isinstance(outcome, Failure):
                 self._fail(outcome)
             else:
-                path = parcel.failure_path(self._folder, rank, number)
-                self._fail(parcel.read(path, what=f"the failure of rank {rank}"))
+                path = messages.failure_path(self._folder, rank, number)
+                self._fail(messages.read(path, what=f"the failure of rank {rank}"))
 
     def _find_dead(self) -> None:
         for worker in self._pending():
             code = worker.process.poll()
-            # A last word may still lie in the connection of a process that is gone.
+            # A last message may still be in the connection of a process that has ended.
             if code is None or (worker.rank not in self._mute and worker.connection.poll()):
                 continue
             self._fail(Failure(worker.rank, _describe_exit(code), is_death=True))
 
     def _find_deserter(self) -> None:
-        """Blame a rank that returned and for which another one waits now."""
+        """Report a rank that has returned while another rank waits for it."""
         if not self._counts or self._failures:
             return
         fewest = min(self._counts, key=lambda rank: (self._counts[rank], rank))
@@ -136,11 +150,11 @@ class Watch:
             self._fail(Failure(fewest, f"returned and will not come: {self._waits(waiting)}"))
 
     def _is_waiting_for(self, rank: int, count: int) -> bool:
-        place = self._board.read(rank)
+        place = self._status_file.read(rank)
         return place.is_waiting and place.begun > count
 
     def _find_uneven(self) -> None:
-        """Blame a rank that returned without a collective in which another one got by alone."""
+        """Report a rank that has returned after fewer collectives than another rank."""
         if self._failures:
             return
         fewest = min(self._counts, key=lambda rank: (self._counts[rank], rank))
@@ -150,13 +164,13 @@ class Watch:
                 Failure(
                     fewest,
                     f"returned after {self._counts[fewest]} collectives, rank {most} after "
-                    f"{self._counts[most]}, the last of them {self._board.read(most).text}. All "
-                    "ranks must make the same calls.",
+                    f"{self._counts[most]}, the last of them {self._status_file.read(most).text}. "
+                    "All ranks must make the same calls.",
                 )
             )
 
     def _find_stopped(self) -> None:
-        """If only symptoms are known: blame the ranks that were stopped, wherever that was."""
+        """If only symptoms are known, report the ranks that were stopped by a signal."""
         if not self._has_only_symptoms():
             return
         stopped = {
@@ -169,10 +183,10 @@ class Watch:
             self._blame(list(stopped), f"was stopped by {signal.Signals(number).name} and ")
 
     def _find_missing(self) -> None:
-        """If only symptoms are known: blame the ranks that are not where the others wait."""
+        """If only symptoms are known, report the ranks that are not in the others' collective."""
         if not self._has_only_symptoms():
             return
-        latest = max(self._board.read(worker.rank).begun for worker in self._workers)
+        latest = max(self._status_file.read(worker.rank).begun for worker in self._workers)
         missing = [
             worker.rank
             for worker in self._pending()
@@ -185,41 +199,41 @@ class Watch:
         return bool(self._failures) and all(each.is_symptom for each in self._failures.values())
 
     def _blame(self, missing: Sequence[int], what: str) -> None:
-        """The first of `missing` is to blame, and the others are named."""
+        """Report the first missing rank as the cause, and name the others."""
         symptom = next(iter(self._failures.values()))
         within = f" within {self._timeout:g} s" if _is_timeout(symptom) else ""
         others = f", nor did {name_ranks(missing[1:])}" if missing[1:] else ""
         waiting = [
             worker.rank
             for worker in self._workers
-            if worker.rank not in missing and self._board.read(worker.rank).is_waiting
+            if worker.rank not in missing and self._status_file.read(worker.rank).is_waiting
         ]
         waits = self._waits(waiting)
         self._fail(Failure(missing[0], f"{what}did not come{within}{others}: {waits}"))
 
     def _waits(self, ranks: Sequence[int]) -> str:
-        return name_waits({rank: self._board.read(rank).text for rank in ranks})
+        return name_waits({rank: self._status_file.read(rank).text for rank in ranks})
 
 
 def _is_timeout(failure: Failure) -> bool:
-    # gloo's words, and ours.
+    # Parts of gloo's message and of ours.
     return any(words in failure.summary.lower() for words in ("timed out", "did not come within"))
 
 
 def _stopping_signal(pid: int) -> int | None:
-    """The signal by which a child is stopped now, if it is."""
+    """The signal by which a child is stopped now, or None."""
     if not hasattr(os, "waitid"):  # macOS, before Python 3.13
         return None
     try:
-        found = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:  # its end was noticed in the meantime
+        status = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # its end was collected in the meantime
         return None
-    return None if found is None else found.si_status
+    return None if status is None else status.si_status
 
 
 def _describe_exit(code: int) -> str:
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
-        # The system then buries children unseen, and Python takes their exit code to be 0.
+        # The system then discards exit codes, and Python reports 0.
         return (
             "is gone: its process has ended, and how is not known, for this process ignores SIGCHLD"
         )

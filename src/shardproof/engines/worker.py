@@ -1,7 +1,7 @@
-"""The life of a rank that is a process: meet the others, serve calls, end with the launcher.
+"""The main program of a rank as a process: connect, serve calls, end with the launcher.
 
-Started by `engines/processes.py` with a socket to the launcher as its standard input. When the
-launcher goes away the socket closes, and the worker ends itself and whatever it has started.
+`engines/processes.py` starts it with a socket to the launcher as its standard input. When the
+launcher ends, the socket closes, and the worker ends itself and all processes that it started.
 """
 
 import atexit
@@ -25,33 +25,35 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from shardproof.axis import Axis
-from shardproof.engines import fork, interpreter, parcel
-from shardproof.engines.base import Settings
-from shardproof.engines.board import Board
+from shardproof.engines import fork, interpreter, messages
+from shardproof.engines.engine import Settings
 from shardproof.engines.failure import Failure, failure_of
+from shardproof.engines.status import StatusFile
+from shardproof.error_text import TooLong, within
 from shardproof.errors import UsageError
-from shardproof.telling import TooLong, within
 from shardproof.timeout import START_TIMEOUT
 from shardproof.transport.base import Call
-from shardproof.transport.choose import Choice, choose, meet
+from shardproof.transport.choose import TransportChoice, choose, meet
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.ledger import Ledger
-from shardproof.transport.shared import SharedTransport
+from shardproof.transport.shared_memory import SharedTransport
 from shardproof.transport.solo import SoloTransport
 
-_Commands = queue.SimpleQueue[tuple[str, int]]  # what the launcher says, and of which call
-_PICKLING = 5.0  # seconds that an exception may take to be pickled, by code of its own
+_Commands = queue.SimpleQueue[tuple[str, int]]  # a word of the launcher and the number of the call
+_PICKLING = 5.0  # seconds that pickling an exception may take
 
 
 def main(folder: Path, rank: int) -> None:
-    """Serve the launcher that owns `folder` as rank `rank` until it says otherwise."""
+    """Serve the launcher that owns `folder`, as rank `rank`, until it ends this worker."""
     connection = _take_connection()
     commands: _Commands = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, commands, folder), daemon=True).start()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # whole lines of several ranks, as they come
+        sys.stdout.reconfigure(
+            line_buffering=True
+        )  # line buffering, so that ranks do not mix their lines
     worker = _Worker(folder, rank)
-    while (command := commands.get())[0] == parcel.RUN:
+    while (command := commands.get())[0] == messages.RUN:
         connection.send(worker.serve(command[1]))
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -59,10 +61,10 @@ def main(folder: Path, rank: int) -> None:
 
 
 def _end() -> NoReturn:
-    """End as an interpreter does, but leave memory to the system: taking torch apart takes long."""
+    """End the process without freeing memory first, because unloading torch is slow."""
     threading._shutdown()  # type: ignore[attr-defined] # waits for threads that are no daemons
     atexit._run_exitfuncs()
-    with contextlib.suppress(OSError, ValueError):  # nobody reads what is printed any more
+    with contextlib.suppress(OSError, ValueError):  # nobody reads the output any more
         fork.flush()
     os._exit(0)
 
@@ -71,25 +73,25 @@ class _Worker:
     def __init__(self, folder: Path, rank: int) -> None:
         self._folder = folder
         self._rank = rank
-        self._settings: Settings = parcel.read(folder / parcel.SETTINGS, what="the settings")
-        self._board = Board(folder / parcel.BOARD)
+        self._settings: Settings = messages.read(folder / messages.SETTINGS, what="the settings")
+        self._status_file = StatusFile(folder / messages.STATUS_FILE)
         self._joining: BaseException | None = None
-        self._choice: Choice | None = None  # none for a rank alone
-        self._count = 0  # of the collectives begun over gloo
+        self._choice: TransportChoice | None = None  # None at degree 1
+        self._count = 0  # number of collectives begun over gloo
         torch.set_num_threads(self._settings.threads)
         try:
             self._join()
-        except Exception as error:  # told to the launcher when it asks for something
+        except Exception as error:  # reported to the launcher on request
             self._joining = error
 
     def serve(self, number: int) -> tuple[int, str | Failure, int]:
-        """Run what lies in the folder as call `number`.
+        """Run the function in the folder, as call `number`.
 
         Returns:
-            `number`, what became of it, and the collectives so far.
+            `number`, the outcome, and the number of collectives so far.
         """
         owner = os.getpid()
-        outcome: str | Failure = parcel.RETURNED
+        outcome: str | Failure = messages.RETURNED
         try:
             if self._joining is not None:
                 raise self._joining
@@ -98,18 +100,18 @@ class _Worker:
         except BaseException as error:
             fork.end_if_forked(owner, self._rank, error)
             outcome = self._write_failure(number, error)
-            with contextlib.suppress(OSError, ValueError):  # the failure alone is told
+            with contextlib.suppress(OSError, ValueError):  # only the failure is reported
                 fork.flush()
         return number, outcome, self._collectives()
 
     def _call(self, number: int, owner: int) -> None:
-        fn: Callable[[Axis], Any] = parcel.read(self._folder / parcel.CALL, what="the function")
+        fn: Callable[[Axis], Any] = messages.read(self._folder / messages.CALL, what="the function")
         result = fn(self._axis())
         fork.end_if_forked(owner, self._rank)
         what = f"the result of rank {self._rank}, of type {type(result).__name__},"
-        path = parcel.result_path(self._folder, self._rank, number)
+        path = messages.result_path(self._folder, self._rank, number)
         try:
-            within(self._settings.timeout, lambda: parcel.write(result, path, what=what))
+            within(self._settings.timeout, lambda: messages.write(result, path, what=what))
         except TooLong as error:
             raise UsageError(
                 f"{what} cannot be pickled: {error}. Return plain values or tensors, or use "
@@ -117,21 +119,22 @@ class _Worker:
             ) from None
 
     def _write_failure(self, number: int, error: BaseException) -> str | Failure:
-        """Leave it in the folder, with the error; one that cannot travel is told in words."""
+        """Write the failure with the error to the folder; as text if it cannot be pickled."""
         failure = failure_of(self._rank, error)
-        path = parcel.failure_path(self._folder, self._rank, number)
-        draft = path.with_suffix(".draft")  # where its own code may go on writing
+        path = messages.failure_path(self._folder, self._rank, number)
+        draft = path.with_suffix(".draft")  # a path to which a slow pickle may still write
 
         def write() -> None:
-            parcel.write(failure, draft, what="an exception")
-            parcel.read(draft, what="an exception")  # some can be pickled, but not unpickled
+            messages.write(failure, draft, what="an exception")
+            # Some errors can be pickled, but not unpickled.
+            messages.read(draft, what="an exception")
 
         try:
             within(_PICKLING, write)
             draft.replace(path)
-        except Exception:  # its own code may raise anything
+        except Exception:  # code of the error may raise anything
             return replace(failure, error=None)
-        return parcel.FAILED
+        return messages.FAILED
 
     def _join(self) -> None:
         degree, timeout = self._settings.degree, self._settings.timeout
@@ -139,7 +142,7 @@ class _Worker:
             return
         meet(
             "gloo",
-            store=dist.FileStore(str(self._folder / parcel.STORE), degree),
+            store=dist.FileStore(str(self._folder / messages.STORE), degree),
             rank=self._rank,
             world_size=degree,
             timeout=timedelta(seconds=max(timeout, START_TIMEOUT)),
@@ -153,17 +156,16 @@ class _Worker:
         )
 
     def _axis(self) -> Axis:
-        """A new axis, which has counted nothing yet."""
-        overlap = self._settings.overlap
+        """A new axis with an empty ledger."""
         if self._choice is None:
-            return Axis("tp", SoloTransport(), overlap)
+            return Axis("tp", SoloTransport())
         transport = self._choice.transport
         if isinstance(transport, SharedTransport):
-            transport.ledger = Ledger()  # the memory stays for as long as the ranks
+            transport.ledger = Ledger()  # the shared memory stays while the ranks do
             transport.forget_notes()
         else:
             transport = self._group()
-        return Axis("tp", transport, overlap, self._choice.note)
+        return Axis("tp", transport, self._choice.note)
 
     def _group(self) -> DistributedTransport:
         transport = DistributedTransport(
@@ -176,23 +178,23 @@ class _Worker:
         return transport
 
     def _collectives(self) -> int:
-        """Begun so far, over whatever carried them."""
+        """Number of collectives begun so far, on any transport."""
         transport = self._choice.transport if self._choice is not None else None
         return self._count + (transport.calls if isinstance(transport, SharedTransport) else 0)
 
     def _observe_group(self, call: Call | None, is_new: bool) -> None:
-        self._count += is_new  # the launcher compares the counts of ranks that have returned
+        self._count += is_new  # the launcher compares this count with those of returned ranks
         self._observe(call)
 
     def _observe(self, call: Call | None) -> None:
         if call is None:
-            self._board.end(self._rank)
+            self._status_file.end(self._rank)
         else:
-            self._board.begin(self._rank, self._collectives(), str(call))
+            self._status_file.begin(self._rank, self._collectives(), str(call))
 
 
 def _take_connection() -> Connection:
-    """The socket to the launcher; what the user's code finds as standard input is empty."""
+    """Take the socket to the launcher; the user's code then has an empty standard input."""
     connection = Connection(interpreter.above_standard(os.dup(0)))
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
@@ -201,7 +203,7 @@ def _take_connection() -> Connection:
 
 
 def _listen(connection: Connection, commands: _Commands, folder: Path) -> None:
-    """Pass on what the launcher says; when it is gone, end at once and leave nothing behind."""
+    """Pass on the words of the launcher; when it has ended, clean up and end at once."""
     while True:
         try:
             commands.put(connection.recv())

@@ -115,10 +115,7 @@ def _sum_or_leave(ctx: Any, grad_y: Tensor, grad_rows: Tensor, weight: Tensor) -
     call: _Call = ctx.site
     term = Term(grad_rows, call.matrix(weight), call.place)
     if call.basket is None:
-        started = products.start_sum([term], grad_rows, "backward", call.who)
-        if not call.place.axis.overlaps_backward:
-            started.wait()
-        return started
+        return products.start_sum([term], grad_rows, "backward", call.who)
     if will_sum(ctx):
         is_armed = grad_y.requires_grad or weight.requires_grad
         call.basket.leave(call.number, term, is_armed=is_armed)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardproof import comm, observing, operands
+from shardproof import observing, operands
 from shardproof.autograd import once_differentiable
 from shardproof.functional.rows import (
     as_rows,
@@ -22,7 +22,6 @@ from shardproof.functional.rows import (
     without_autocast,
 )
 from shardproof.functional.site import LinearSite
-from shardproof.leaves import share
 from shardproof.numerics import matmul, mode
 from shardproof.observing import REPLICATE, Operand, shard
 
@@ -77,8 +76,6 @@ def _column_gradients(ctx: Any, grad_y: Tensor, grad_rows: Tensor) -> tuple[Tens
         grad_x = site.reduce_scatter(grad_rows, weight, site.input_cut)
     elif needs_x:
         started = site.start_sum(grad_rows, weight, "backward")
-        if not site.axis.overlaps_backward:
-            started.wait()
     grad_weight = site.weight_gradient(grad_rows, as_rows(x)) if needs_weight else None
     grad_bias = site.bias_gradient(grad_rows) if needs_bias else None
     if started is not None:
@@ -114,56 +111,13 @@ def _row(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Te
         if observing.is_on():
             site.tell_whole(rows, weight, y, "forward", is_transposed=True, bias=bias)
         return y
-    chunks = _chunks(rows, site)
-    if chunks > 1:
-        y = _sum_by_chunks(rows, weight, site, chunks)
-    else:
-        y = site.start_sum(rows, weight, "forward", is_transposed=True).wait()
+    y = site.start_sum(rows, weight, "forward", is_transposed=True).wait()
     return y if bias is None else site.add_bias(y, bias)
 
 
 def _owned_rows(x: Tensor, site: LinearSite) -> Tensor:
     """This rank's part of the input of a row linear, as rows; a view."""
     return as_rows(x)[:, site.owned] if site.split_input else as_rows(x)
-
-
-def _chunks(rows: Tensor, site: LinearSite) -> int:
-    """Into how many parts along the tokens the forward is cut.
-
-    Where products must have one leaf's shape, the rows are part of that shape: one.
-    """
-    wanted = site.axis.overlap.chunks
-    if wanted == 1 or site.axis.size == 1:
-        return 1
-    if site.is_invariant and mode.is_leafwise(rows.dtype, rows.device):
-        return 1
-    return min(wanted, rows.shape[0])
-
-
-def _sum_by_chunks(rows: Tensor, weight: Tensor, site: LinearSite, chunks: int) -> Tensor:
-    """The sum of one part of the tokens runs while the next part is multiplied."""
-    y = rows.new_empty(rows.shape[0], weight.shape[0])
-    started: list[tuple[comm.Sum, Tensor]] = []
-    for part in share(rows.shape[0], chunks):
-        where, is_rest = slice(part.start, part.stop), part.start > 0
-        total = site.start_sum(
-            rows[where],
-            weight,
-            "forward",
-            is_transposed=True,
-            rows=rows.shape[0],
-            is_rest=is_rest,
-        )
-        started.append((total, y[where]))
-        if len(started) == 2:
-            _finish(*started.pop(0))
-    for each in started:
-        _finish(*each)
-    return y
-
-
-def _finish(started: comm.Sum, place: Tensor) -> None:
-    place.copy_(started.wait())
 
 
 def _row_gradients(ctx: Any, grad_y: Tensor, grad_rows: Tensor) -> tuple[Tensor | None, ...]:

@@ -242,8 +242,6 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None], like: Tensor) -> tuple[
     started, grad_x = None, None
     if needs_x:
         started = site.start_sum(rows, weights, as_rows(like))
-        if not site.members[0].axis.overlaps_backward:
-            started.wait()
     grad_weights = [
         member.weight_gradient(row, as_rows(x)) if is_needed and row is not None else None
         for member, row, is_needed in zip(site.members, rows, needs[:count], strict=True)

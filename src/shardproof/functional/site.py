@@ -126,8 +126,6 @@ class LinearSite:
         direction: str,
         *,
         is_transposed: bool = False,
-        rows: int | None = None,
-        is_rest: bool = False,
     ) -> comm.Sum:
         """`a @ b` summed over the axis, started.
 
@@ -136,8 +134,6 @@ class LinearSite:
             b: (c, N), Shard(0); or (N, c), Shard(1), if `is_transposed`: then `a @ b.T`.
             direction: for the ledger.
             is_transposed: how `b` is given.
-            rows: of the whole batch, if `a` is a part of it.
-            is_rest: not the first part of it.
         Returns:
             (M, N), Replicate, once it has been waited for.
         """
@@ -147,23 +143,20 @@ class LinearSite:
             y = F.linear(a, b) if is_transposed else a @ b
             if observing.is_on():
                 self._tell_part(a, b, [y], direction, is_transposed)
-            return comm.start_all_reduce(
-                y, self.axis, direction=direction, who=self.who, is_rest=is_rest
-            )
+            return comm.start_all_reduce(y, self.axis, direction=direction, who=self.who)
         if self.axis.size == 1:
-            total = matmul.product_sum(a, b, self.slices, rows=rows, is_transposed=is_transposed)
+            total = matmul.product_sum(a, b, self.slices, is_transposed=is_transposed)
             if observing.is_on():
                 self.tell_whole(a, b, total, direction, is_transposed=is_transposed)
             return comm.Sum(total)
         return comm.start_all_reduce_nodes(
-            self._nodes(a, b, direction, rows, is_transposed),
+            self._nodes(a, b, direction, is_transposed),
             self.axis,
             cut=self.cut,
             shape=(a.shape[0], b.shape[0 if is_transposed else 1]),
             like=a,
             direction=direction,
             who=self.who,
-            is_rest=is_rest,
         )
 
     def reduce_scatter(self, a: Tensor, b: Tensor, input_cut: Cut) -> Tensor:
@@ -192,12 +185,7 @@ class LinearSite:
         return comm.all_gather(x, self.axis, dim=1, cut=cut, direction=direction, who=self.who)
 
     def _nodes(
-        self,
-        a: Tensor,
-        b: Tensor,
-        direction: str,
-        rows: int | None = None,
-        is_transposed: bool = False,
+        self, a: Tensor, b: Tensor, direction: str, is_transposed: bool = False
     ) -> dict[Node, Tensor]:
         nodes = matmul.product_nodes(
             a,
@@ -205,7 +193,6 @@ class LinearSite:
             self.slices,
             run=self.run,
             num_leaves=self.cut.num_leaves,
-            rows=rows,
             is_transposed=is_transposed,
         )
         if observing.is_on():

@@ -1,4 +1,4 @@
-"""The cache of a cut model has one rank's heads or channels, and serves no other rank."""
+"""Mark caches that a cut model fills: they hold one rank's heads or channels only."""
 
 import functools
 from collections.abc import Iterable
@@ -9,14 +9,14 @@ from torch import nn
 from shardproof.axis import Axis
 from shardproof.errors import UsageError
 
-MARK = "held_by"  # attribute of a cache that a cut model has filled
+MARK = "held_by"  # attribute of a cache that a cut model filled
 
 
 def guard_cache(model: nn.Module, axis: Axis) -> None:
-    """Mark the caches that a cut model fills, and refuse those that another has filled.
+    """Mark the caches that a cut model fills, and refuse caches that another model filled.
 
     Args:
-        model: of transformers, cut.
+        model: a cut model of transformers.
         axis: its ranks.
     """
     mark = f"rank {axis.rank} of {axis.size}"
@@ -38,10 +38,10 @@ def _check(mark: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _is_filled(cache: Any) -> bool:
-    """Whether a cache has seen a token."""
+    """Whether a cache holds a token."""
     try:
         return bool(cache.get_seq_length())
-    except ValueError:  # it counts no tokens, for no layer of it has keys: all have states
+    except ValueError:  # it counts no tokens: its layers have states and no keys
         return any(any(layer.has_previous_state.values()) for layer in cache.layers)
 
 
@@ -49,11 +49,11 @@ def _mark(
     mark: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
     values = output.values() if isinstance(output, dict) else output
-    given = values if isinstance(values, Iterable) else ()
-    for cache in _caches([*given, *kwargs.values()]):
+    items = values if isinstance(values, Iterable) else ()
+    for cache in _caches([*items, *kwargs.values()]):
         setattr(cache, MARK, mark)
 
 
 def _caches(values: Iterable[Any]) -> list[Any]:
-    """Those that are caches of transformers."""
+    """The caches of transformers among some values."""
     return [value for value in values if hasattr(value, "get_seq_length")]

@@ -1,7 +1,7 @@
-"""config.json as foreign data: read strictly, and looked at before transformers makes something.
+"""Read config.json strictly and check its values, before transformers builds a model from it.
 
-transformers takes most of what a config says as it is. A negative size then fails deep inside, or
-not at all; a million layers are made one by one.
+transformers checks few of the values. A negative size would fail deep inside or not at all, and a
+million layers would be created one by one.
 """
 
 import math
@@ -17,7 +17,7 @@ from shardproof.hf.weights import CONFIG
 from shardproof.quantities import LARGEST, real_number, whole_number
 from shardproof.wording import shown, written
 
-# Of real models a few KiB, with names of labels some 100.
+# Configs of real models have a few KiB, or some 100 KiB with names of labels.
 LARGEST_CONFIG = 16 << 20
 MOST_LAYERS = 4096
 
@@ -35,7 +35,7 @@ _SIZES = (
     "n_positions",
 )
 _LAYERS = ("num_hidden_layers", "n_layer")
-_MAY_BE_NONE = ("num_key_value_heads", "head_dim", "n_inner")  # then they follow from others
+_MAY_BE_NONE = ("num_key_value_heads", "head_dim", "n_inner")  # None: derived from other values
 _DTYPES = ("dtype", "torch_dtype")
 _POSITIVE = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "rope_theta")
 _SHARES = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
@@ -45,32 +45,32 @@ _WAY_OUT = "Correct it, or name another directory."
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What the config.json of a directory says.
+    """Read the config.json of a directory.
 
     Args:
-        folder: has one.
+        folder: a directory with a config.json.
 
     Raises:
-        UsageError: it cannot be read, is no object in JSON, or has a value that no model can have.
+        UsageError: it cannot be read, is not a JSON object, or has an impossible value.
     """
     path = folder / CONFIG
-    said = written(str(path))
-    found = files.read_json(
-        path, what=said, way_out=_WAY_OUT, largest=LARGEST_CONFIG, only_finite=False
+    shown_path = written(str(path))
+    config = files.read_json(
+        path, what=shown_path, way_out=_WAY_OUT, largest=LARGEST_CONFIG, only_finite=False
     )
-    if not isinstance(found, dict):
+    if not isinstance(config, dict):
         raise UsageError(
-            f"{said} holds a {type(found).__name__}, not an object with the options of a model. "
-            f"{_WAY_OUT}"
+            f"{shown_path} holds a {type(config).__name__}, not an object with the options of a "
+            f"model. {_WAY_OUT}"
         )
-    problems = [*_problems(found)]
+    problems = [*_problems(config)]
     for part in _PARTS:
-        inner = found.get(part)
+        inner = config.get(part)
         if isinstance(inner, dict):
             problems += (f"{part}: {problem}" for problem in _problems(inner))
     if problems:
-        raise UsageError(f"{said} cannot be a model's: {'; '.join(problems[:5])}. {_WAY_OUT}")
-    return found
+        raise UsageError(f"{shown_path} cannot be a model's: {'; '.join(problems[:5])}. {_WAY_OUT}")
+    return config
 
 
 def _problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -105,11 +105,11 @@ def _size_problems(name: str, value: Any) -> Iterator[str]:
 def _is_float(value: Any) -> bool:
     if not isinstance(value, str):
         return False
-    found = getattr(torch, value.removeprefix("torch."), None)
-    return isinstance(found, torch.dtype) and found.is_floating_point
+    dtype = getattr(torch, value.removeprefix("torch."), None)
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
 
 def _lies(value: Any, *, above: float, below: float) -> bool:
-    """True for a number between the two, neither of them included."""
+    """Whether a value is a number strictly between the two bounds."""
     number = real_number(value)
     return number is not None and above < number < below

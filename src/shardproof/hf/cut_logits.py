@@ -1,8 +1,8 @@
-"""Logits of a cut vocabulary that show the shape of the whole, and become whole when used.
+"""`CutLogits`: logits of a cut vocabulary that have the whole shape and are gathered on first use.
 
-A rank computes its part of the vocabulary, and the loss of a model takes the parts as they are. So
-nothing is sent for logits that nobody looks at. Whoever looks gets whole logits: the first use that
-is not element-wise gathers them, on all ranks together.
+A rank computes the logits of its part of the vocabulary, and the loss of a model is computed from
+the parts. So logits that are not used otherwise are never sent. The first use that is not
+element-wise gathers them, on all ranks together.
 Why a tensor subclass that gathers by itself: docs/decisions/0030-logits-are-whole-when-used.md.
 """
 
@@ -13,8 +13,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-# Not ours, which refuses gradients that are subclasses: here they are `CutLogits`, and nothing is
-# saved whose second derivative could vanish.
+# torch's decorator and not ours: ours refuses gradients of a subclass, and here they are
+# `CutLogits`. Nothing is saved, so no second derivative can be lost.
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
@@ -25,8 +25,8 @@ from shardproof.leaves import Cut
 
 _aten = torch.ops.aten
 _ALIASES = (_aten.detach.default, _aten.alias.default)
-# What models do to logits before the loss. Each gives a part the bits that it gives the whole:
-# tests/test_hf_logits.py compares them at every width of a part.
+# Operations that models apply to logits before the loss. Each gives a part the same bits as the
+# whole: tests/test_hf_logits.py compares them at every width of a part.
 _ELEMENTWISE = (
     _aten._to_copy.default,
     _aten.add.Tensor,
@@ -45,15 +45,15 @@ _ON_ALL_RANKS = (
 
 @dataclass
 class _Held:
-    """What stands behind one or several `CutLogits`: this rank's part, or the whole.
+    """The storage behind one or several `CutLogits`: this rank's part, or the whole.
 
     Attributes:
         axis: the ranks.
-        cut: of the vocabulary, the last dim.
-        who: the head.
-        direction: for the ledger.
-        part: (*, owned), Shard(-1); None once it is whole.
-        whole: (*, cut.size), Replicate; None before it is used.
+        cut: cut of the vocabulary, the last dim.
+        who: name of the head.
+        direction: direction of the gather in the ledger.
+        part: (*, owned), Shard(-1); None after the gather.
+        whole: (*, cut.size), Replicate; None before the gather.
     """
 
     axis: Axis
@@ -65,17 +65,17 @@ class _Held:
 
     @property
     def some(self) -> Tensor:
-        """Either of the two, for what both say."""
-        given = self.whole if self.part is None else self.part
-        assert given is not None  # noqa: S101 - one of them is always there
-        return given
+        """Either of the two tensors, for the properties that they share."""
+        logits = self.whole if self.part is None else self.part
+        assert logits is not None  # noqa: S101 - one of them is always there
+        return logits
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (*self.some.shape[:-1], self.cut.size)
 
     def gather(self) -> Tensor:
-        """The whole. Nothing is sent the second time.
+        """Gather the whole; the second time nothing is sent.
 
         Comm:
             `direction` one all_gather of (*, cut.size), the first time.
@@ -93,34 +93,34 @@ class _Held:
         return self.some
 
     def own(self) -> Tensor:
-        """This rank's part, out of the whole too: that may have been written to."""
+        """This rank's part; after the gather it is taken from the whole, which may have changed."""
         return self.some if self.part is not None else self.slice(self.some)
 
     def slice(self, whole: Tensor) -> Tensor:
-        """This rank's part of a tensor of the whole shape, a copy."""
+        """A copy of this rank's part of a tensor with the whole shape."""
         owned = self.cut.owned(self.axis.rank)
         part = whole.narrow(-1, owned.start, len(owned))
         return part.clone(memory_format=torch.contiguous_format)
 
     def like(self, part: Tensor, direction: str | None = None) -> "CutLogits":
-        """Other numbers that are cut in the same way."""
+        """The storage of another part with the same cut."""
         held = _Held(self.axis, self.cut, self.who, direction or self.direction, part)
         return CutLogits(held)
 
 
 class CutLogits(Tensor):
-    """(*, vocabulary), Replicate to everybody who uses it; this rank holds (*, owned) of it.
+    """Logits (*, vocabulary) that behave as Replicate, of which this rank holds (*, owned).
 
-    A tensor like any other: `argmax`, `F.cross_entropy`, indexing, `numpy`, `torch.save` and all
-    else gather it first, once, with the gradient of a Replicate value. Element-wise steps between
-    the head and the loss (a scale, a soft cap, another dtype) and `detach` send nothing, and
-    neither do `shape`, `dtype` and `print`, which says what it is.
+    `argmax`, `F.cross_entropy`, indexing, `numpy`, `torch.save` and all other operations first
+    gather it, once; its gradient is that of a Replicate value. Element-wise steps between the head
+    and the loss (a scale, a soft cap, another dtype) and `detach` send nothing. Neither do `shape`,
+    `dtype` and `print`, which prints a description.
 
-    Gathering is a collective: use it on every rank of the axis alike. One rank that uses it alone
-    is noticed, as every call that the ranks do not make together.
+    Gathering is a collective, so use the logits in the same way on every rank of the axis. If one
+    rank uses them alone, that is reported as for any collective that ranks do not make together.
 
     Attributes:
-        part: (*, owned), Shard(-1), what this rank holds; sends nothing.
+        part: (*, owned), Shard(-1), the part that this rank holds; reading it sends nothing.
 
     Comm:
         first use: forward one all_gather of (*, vocabulary); backward none.
@@ -130,23 +130,23 @@ class CutLogits(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __new__(cls, held: _Held) -> Self:
-        """Show what `held` is a part of."""
+        """Wrap a storage in a tensor of the whole shape."""
         some = held.some
-        made: Self = Tensor._make_wrapper_subclass(
+        wrapper: Self = Tensor._make_wrapper_subclass(
             cls, held.shape, dtype=some.dtype, device=some.device
         )
-        made._held = held
-        return made
+        wrapper._held = held
+        return wrapper
 
     @staticmethod
     def of(part: Tensor, *, axis: Axis, cut: Cut, who: str) -> "CutLogits":
-        """Logits whose part this is.
+        """Make logits from this rank's part.
 
         Args:
             part: (*, owned), Shard(-1).
             axis: the ranks.
-            cut: of the vocabulary.
-            who: the head.
+            cut: cut of the vocabulary.
+            who: name of the head.
         Returns:
             (*, cut.size); its gradient is expected to be Replicate.
         Comm:
@@ -158,12 +158,12 @@ class CutLogits(Tensor):
 
     @property
     def part(self) -> Tensor:
-        """This rank's part, (*, owned), Shard(-1), with its gradient."""
+        """This rank's part, (*, owned), Shard(-1), which carries gradients."""
         part: Tensor = _Uncover.apply(self)
         return part
 
     def whole(self) -> Tensor:
-        """A plain tensor, (*, vocabulary), Replicate, with its gradient.
+        """Gather a plain tensor, (*, vocabulary), Replicate, which carries gradients.
 
         Comm:
             forward one all_gather of (*, vocabulary), unless it has been used before.
@@ -178,7 +178,7 @@ class CutLogits(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Compute element by element on the part what can be, and everything else on the whole."""
+        """Run element-wise operations on the part, and all others on the gathered whole."""
         kwargs = kwargs or {}
         if func in _ALIASES:
             return cls(args[0]._held)
@@ -196,11 +196,11 @@ class CutLogits(Tensor):
             return data
 
         y = func(*tree_map(whole, args), **tree_map(whole, kwargs))
-        # What was written to is what was given.
+        # An in-place operation returns its own argument.
         return tree_map(lambda each: known.get(id(each), each), y)
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
-        """What it is; the numbers only if they are here already, for to print is no collective."""
+        """A description; the values only after the gather, because printing is no collective."""
         held = self._held
         if held.part is None:
             return f"CutLogits({held.some!r})"
@@ -211,7 +211,7 @@ class CutLogits(Tensor):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy of the whole, under torch's rule for tensors of a graph.
+        """A copy of the whole; torch refuses it for tensors inside an autograd graph.
 
         Comm:
             forward one all_gather of (*, vocabulary), unless it has been used before.
@@ -219,10 +219,10 @@ class CutLogits(Tensor):
         return self.whole().__deepcopy__(memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Saved as a plain tensor, that of the whole; Comm as `whole`."""
+        """Saved as the whole, a plain tensor; Comm as `whole`."""
         return self.whole().__reduce_ex__(protocol)
 
-    # Torch reads the memory of a tensor for these, without asking a subclass.
+    # For these methods torch reads the memory of a tensor and does not dispatch to a subclass.
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         """See `Tensor.numpy`; Comm as `whole`."""
@@ -246,10 +246,10 @@ class CutLogits(Tensor):
 
 
 def _by_part(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CutLogits | None:
-    """An element-wise step on this rank's part; None: it wants the whole."""
-    given = [x for x in args if isinstance(x, CutLogits)]
-    held = given[0]._held
-    if any(x._held.part is None or x._held.cut != held.cut for x in given):
+    """Run an element-wise operation on this rank's part; None if it needs the whole."""
+    operands = [x for x in args if isinstance(x, CutLogits)]
+    held = operands[0]._held
+    if any(x._held.part is None or x._held.cut != held.cut for x in operands):
         return None
     if func is _aten._to_copy.default:
         device, layout = kwargs.get("device"), kwargs.get("layout")
@@ -272,7 +272,7 @@ def _by_part(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Cut
 
 
 class _Cover(torch.autograd.Function):
-    """A part becomes logits; backward, this rank's part of their gradient. No Comm."""
+    """Wrap a part as logits; backward, take this rank's part of their gradient. No Comm."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, held: _Held) -> CutLogits:
@@ -287,7 +287,7 @@ class _Cover(torch.autograd.Function):
 
 
 class _Uncover(torch.autograd.Function):
-    """Logits become a part; backward, its gradient stands for that of the whole. No Comm."""
+    """Unwrap the part of logits; backward, wrap its gradient as one of the whole. No Comm."""
 
     @staticmethod
     def forward(ctx: Any, logits: CutLogits) -> Tensor:

@@ -1,8 +1,7 @@
-"""Examples of what a model of transformers takes, from its config: for watching one forward.
+"""Make example inputs for a model of transformers from its config, for watching one forward.
 
-What forward needs is read from the names of its arguments and from sizes in the config. Where that
-leaves several possibilities, there are several examples: the one to use is the first with which the
-model's own forward runs.
+The inputs follow from the names of forward's arguments and from sizes in the config. If several
+inputs are possible, several examples are made; use the first with which the forward runs.
 """
 
 import inspect
@@ -18,38 +17,21 @@ from shardproof.errors import PlanError
 BATCH, LENGTH = 2, 16
 _KINDS = ("input_ids", "pixel_values", "pixel_values_videos", "input_features", "input_values")
 _BINS = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "feature_size")
-_SAMPLES = 4000  # of a sound
-
-
-def example_inputs(model: nn.Module, *, batch: int = BATCH, length: int = LENGTH) -> dict[str, Any]:
-    """Named arguments of `model.forward`: tokens, an image or a sound, and labels if it takes them.
-
-    Args:
-        model: of transformers, also on the meta device.
-        batch: rows.
-        length: tokens of a row, as far as the model has positions.
-
-    Returns:
-        The first of `examples`.
-
-    Raises:
-        PlanError: the model takes something else.
-    """
-    return next(examples(model, batch=batch, length=length))
+_SAMPLES = 4000  # number of audio samples
 
 
 def examples(
     model: nn.Module, *, batch: int = BATCH, length: int = LENGTH
 ) -> Iterator[dict[str, Any]]:
-    """What `model.forward` may take, the most complete first.
+    """Yield example inputs of `model.forward`, the most complete first.
 
     Args:
-        model: of transformers, also on the meta device.
-        batch: rows.
-        length: tokens of a row, as far as the model has positions.
+        model: a model of transformers; it may lie on the meta device.
+        batch: number of rows.
+        length: tokens in a row; fewer if the model has fewer positions.
 
     Raises:
-        PlanError: the model takes something else.
+        PlanError: no example inputs can be made for the model.
     """
     maker = _Maker(model, batch, length)
     main = str(getattr(model, "main_input_name", ""))
@@ -74,19 +56,19 @@ class _Maker:
 
     def _length(self, wanted: int) -> int:
         places = _number(self.text, "max_position_embeddings", "n_positions", "max_position")
-        if getattr(self.text, "axial_pos_embds", False):  # a table with sides: all of its places
+        if getattr(self.text, "axial_pos_embds", False):  # a table of axes needs all positions
             return prod(self.text.axial_pos_shape)
         return min(wanted, places) if places else wanted
 
     def of(self, kind: str) -> Iterator[dict[str, Any]]:
-        """Examples with each form of the main input, and each form of labels."""
+        """Examples for each form of the main input and each form of labels."""
         mains = [main for main in getattr(self, f"_{kind}")() if main]
         for labels in self._labels(kind):
             for main in mains:
-                given = {**main, **labels}
+                inputs = {**main, **labels}
                 if kind == "input_ids" and labels and len(main[kind]) != self.batch:
-                    given["labels"] = self._tokens(self.batch, self.length, self._books)
-                yield given
+                    inputs["labels"] = self._tokens(self.batch, self.length, self._books)
+                yield inputs
 
     def _labels(self, kind: str) -> Iterator[dict[str, Any]]:
         tokens = self._tokens(self.batch, self.length)
@@ -122,7 +104,7 @@ class _Maker:
         channels = _number(config, "num_channels", "in_channels", "in_chans") or 3
         patches, patch = _number(config, "num_patches"), _number(config, "patch_size")
         if "spatial_shapes" in self.takes and patches and patch:
-            yield {  # cut into patches already
+            yield {  # already divided into patches
                 "pixel_values": torch.zeros(self.batch, patches, channels * patch**2),
                 "pixel_attention_mask": torch.ones(self.batch, patches, dtype=torch.long),
                 "spatial_shapes": torch.full((self.batch, 2), int(patches**0.5)),
@@ -141,7 +123,7 @@ class _Maker:
     def _input_features(self) -> Iterator[dict[str, Any]]:
         config = getattr(self.config, "audio_config", None) or self.config
         bins = _number(config, *_BINS) or 80
-        if places := _number(config, "max_source_positions"):  # a sound of full length
+        if places := _number(config, "max_source_positions"):  # a recording of full length
             yield {"input_features": torch.zeros(self.batch, bins, 2 * places)}
         yield {"input_features": torch.zeros(self.batch, 8 * self.length, bins)}
 
@@ -154,11 +136,11 @@ class _Maker:
 
 
 def _number(config: Any, *names: str) -> int:
-    """The first of some sizes that a config has and that is positive; 0 if there is none."""
+    """The first positive size that a config has under these names; 0 if there is none."""
     for name in names:
-        found = getattr(config, name, None)
-        if isinstance(found, int) and found > 0:
-            return found
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Generation with the same tokens at every degree: greedy, or sampled with noise by position."""
+"""Generation with the same tokens at every degree: greedy, or sampled with keyed noise."""
 
 import functools
 import hashlib
@@ -20,12 +20,12 @@ _WAY_OUT = (
 class KeyedSampling:
     """A logits processor that turns greedy search into sampling with noise keyed by (seed, step).
 
-    Use it with `do_sample=False`. In a loop of one's own, `shardproof.KeyedSampler` draws.
+    Use it with `do_sample=False`. In a loop of your own, use `shardproof.KeyedSampler`.
 
     Args:
-        seed: of the noise.
-        temperature: what logits are divided by.
-        top_k: how many of the largest logits may be chosen; None: all.
+        seed: seed of the noise.
+        temperature: divisor of the logits.
+        top_k: number of largest logits that may be chosen; None for all.
 
     Raises:
         UsageError: temperature or top_k is not positive.
@@ -58,7 +58,7 @@ class KeyedSampling:
 
 
 def guard_generation(model: nn.Module, axis: Axis) -> None:
-    """Let `model.generate` refuse to draw from a generator on which ranks do not agree."""
+    """Let `model.generate` refuse to sample from generators that differ between ranks."""
     model.generate = functools.partial(_generate, model, axis)  # type: ignore[assignment]
 
 
@@ -75,7 +75,7 @@ def _generate(model: nn.Module, axis: Axis, *args: Any, **kwargs: Any) -> Any:
 
 
 def _check_generators(axis: Axis) -> None:
-    """Raise on all ranks unless their global generators will draw alike.
+    """Raise on all ranks unless their global generators have the same state.
 
     Comm:
         setup one exchange of a hash, between processes.

@@ -1,4 +1,4 @@
-"""The output head of a causal language model: logits stay cut until somebody uses them."""
+"""The output head of a causal language model, whose logits stay cut until they are used."""
 
 import functools
 import inspect
@@ -17,10 +17,10 @@ LOSS_TYPE = "ForCausalLM"
 
 
 class HeadState:
-    """What the head must know of the model's call under way.
+    """State of the current call of the model, for its head.
 
     Attributes:
-        has_labels: a loss follows, which takes logits as they are cut.
+        has_labels: whether a loss follows, which is computed from cut logits.
     """
 
     def __init__(self) -> None:
@@ -28,10 +28,10 @@ class HeadState:
 
 
 def adapt_head(model: nn.Module, head: ColumnParallelLinear) -> None:
-    """Keep the logits cut for the loss, and give whole ones to everybody else.
+    """Keep the logits cut for the loss, and gather them for every other use.
 
-    With labels, `model(...).logits` are `CutLogits`, whole on their first use, and the loss is
-    computed from the parts; without, logits are gathered at once.
+    With labels, `model(...).logits` are `CutLogits`, which are gathered on their first use, and the
+    loss is computed from the parts. Without labels, logits are gathered at once.
 
     Args:
         model: a causal language model of transformers.
@@ -64,7 +64,7 @@ def _end(state: HeadState, module: nn.Module, args: Any, output: Any) -> None:
 def _give_logits(
     state: HeadState, head: ColumnParallelLinear, inputs: Any, logits: Tensor
 ) -> Tensor:
-    """(*, owned vocabulary), Shard(-1), to (*, vocabulary): at once, or when they are used.
+    """(*, owned vocabulary), Shard(-1), to (*, vocabulary), gathered now or on first use.
 
     Comm:
         forward one all_gather of (*, vocabulary), without labels; backward none.
@@ -86,17 +86,17 @@ def _causal_loss(
     shift_labels: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """The loss of transformers for a causal language model, from logits as they are cut.
+    """The loss of transformers for a causal language model, computed from cut logits.
 
     Args:
-        head: whose logits these are.
+        head: the head that gave the logits.
         logits: (B, T, vocabulary): `CutLogits`, or Replicate.
         labels: (B, T), Replicate; token t is compared with the logits of t - 1.
-        vocab_size: on all ranks together; the cut says it too.
-        num_items_in_batch: what the sum is divided by; None: the tokens that count.
-        ignore_index: a label that does not count.
-        shift_labels: (B, T), the labels where they are to be compared.
-        options: of other losses.
+        vocab_size: size of the whole vocabulary; ignored, because the cut has it.
+        num_items_in_batch: divisor of the sum; None for the number of tokens that count.
+        ignore_index: label of tokens that do not count.
+        shift_labels: (B, T), labels that are shifted already.
+        options: arguments of other losses, which are ignored.
     Returns:
         (), Replicate, fp32 or fp64.
     Comm:

@@ -1,7 +1,7 @@
-"""What a model of transformers is called with must be the same on all ranks of an axis.
+"""Compare the inputs of a model of transformers between ranks.
 
-Token ids reach a layer of ours, but masks and positions are used up before: rotated with positions
-that differ, the heads of different ranks would not be of one model.
+Token ids reach a cut layer, which compares them, but masks and positions do not. If ranks used
+different positions, their heads would not belong to one model.
 """
 
 import functools
@@ -17,7 +17,7 @@ def note_inputs(model: nn.Module, axis: Axis) -> None:
     """Let the next exchange compare the tensors that `model` is called with.
 
     Args:
-        model: of transformers; the root.
+        model: a model of transformers, the root.
         axis: the ranks.
     """
     if axis.size > 1:

@@ -1,4 +1,4 @@
-"""How many parameters a cut model of transformers says that it has."""
+"""Let `num_parameters` of a cut model of transformers count the whole model."""
 
 import functools
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from shardproof import reductions
-from shardproof.hf.models import is_transformers
+from shardproof.hf.detection import is_transformers
 from shardproof.layers.embedding import VocabParallelEmbedding
 
 
@@ -14,7 +14,7 @@ def count_whole(model: nn.Module) -> None:
     """Let `num_parameters` count the whole model.
 
     Args:
-        model: cut; of transformers, or with models of transformers inside, which count too.
+        model: a cut model of transformers, or one that contains such models.
     """
     for module in model.modules():
         if is_transformers(module):
@@ -25,9 +25,9 @@ def count_whole(model: nn.Module) -> None:
 def _num_parameters(
     model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False
 ) -> int:
-    """As of transformers, for the whole model."""
+    """`num_parameters` of transformers, for the whole model."""
     embeddings = {
-        id(module.weight): module  # a weight that several share counts once
+        id(module.weight): module  # a tied weight counts once
         for module in model.modules()
         if exclude_embeddings and isinstance(module, nn.Embedding | VocabParallelEmbedding)
     }

@@ -1,4 +1,4 @@
-"""Methods of transformers that know whole weights only, and what to do instead of calling them."""
+"""Refuse methods of transformers that need whole weights, and say what to do instead."""
 
 import functools
 from typing import Any, NoReturn
@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from shardproof.errors import UsageError
-from shardproof.hf.models import is_transformers
+from shardproof.hf.detection import is_transformers
 from shardproof.layers.base import ShardedModule
 
 _PART = "a rank has only its part of the weights"
@@ -24,7 +24,7 @@ _FILLED = (
     "leave them as they are. Let it fill the model before it is cut; or build and cut the model on "
     "the meta device and call shardproof.initialize(model)."
 )
-# Method -> why not, and what to do instead.
+# Method -> why it is refused, and what to do instead.
 _REFUSED = {
     "save_pretrained": _CHECKPOINT,
     "push_to_hub": _CHECKPOINT,
@@ -39,10 +39,10 @@ _REFUSED = {
 
 
 def guard_methods(model: nn.Module) -> None:
-    """Let every model of transformers in which something is cut refuse what it cannot do.
+    """Let cut models of transformers refuse the methods that they cannot support.
 
     Args:
-        model: cut; of transformers, or with models of transformers inside.
+        model: a cut model of transformers, or one that contains such models.
     """
     for module in model.modules():
         if is_transformers(module) and _is_cut(module):
@@ -53,7 +53,7 @@ def guard_methods(model: nn.Module) -> None:
 
 
 def _is_cut(model: nn.Module) -> bool:
-    """Whether a rank has only a part of some weight of `model`."""
+    """Whether some weight of `model` is cut."""
     return any(isinstance(module, ShardedModule) for module in model.modules())
 
 

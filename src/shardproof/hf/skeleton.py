@@ -1,4 +1,4 @@
-"""The model of a directory without its weights: read from config.json alone, on the meta device."""
+"""Build the model of a directory from its config.json alone, on the meta device."""
 
 import importlib.util
 from pathlib import Path
@@ -25,10 +25,10 @@ _AUTO = (
 
 
 def require_transformers(what: str) -> None:
-    """Raise if the extra is missing that `what` needs.
+    """Raise if the extra that `what` needs is not installed.
 
     Raises:
-        UsageError: it is.
+        UsageError: it is not installed.
     """
     if importlib.util.find_spec(MODULE) is None:
         raise UsageError(f"{what} {extras.is_wanted(EXTRA)}")
@@ -40,10 +40,10 @@ def skeleton(directory: str | Path) -> nn.Module:
     Nothing is allocated and nothing is fetched; code in the directory is not run.
 
     Args:
-        directory: with config.json; weights are not looked at.
+        directory: a directory with config.json; weights are not read.
 
     Raises:
-        UsageError: the extra is not installed, the directory is not such a one, or its config is
+        UsageError: the extra is not installed, the directory has no config.json, or the config is
             not that of a causal language model.
     """
     folder = checked_directory(directory)
@@ -53,10 +53,10 @@ def skeleton(directory: str | Path) -> nn.Module:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # whatever a library raises about a file that a user wrote
+    except Exception as error:  # the library may raise anything for a file that a user wrote
         raise _cannot(folder, error, CAUSAL) from error
-    made: nn.Module = model
-    return made
+    created: nn.Module = model
+    return created
 
 
 def any_skeleton(directory: str | Path) -> nn.Module:
@@ -67,10 +67,10 @@ def any_skeleton(directory: str | Path) -> nn.Module:
     Nothing is allocated and nothing is fetched; code in the directory is not run.
 
     Args:
-        directory: with config.json; weights are not looked at.
+        directory: a directory with config.json; weights are not read.
 
     Raises:
-        UsageError: the extra is not installed, or the directory is not such a one.
+        UsageError: the extra is not installed, or the directory has no config.json of a model.
     """
     folder = checked_directory(directory)
     config = config_of(folder, "a model")
@@ -78,14 +78,14 @@ def any_skeleton(directory: str | Path) -> nn.Module:
 
     try:
         with torch.device("meta"):
-            made: nn.Module = _class_of(config, transformers)._from_config(config)
-            return made
-    except Exception as error:  # whatever a library raises about a file that a user wrote
+            created: nn.Module = _class_of(config, transformers)._from_config(config)
+            return created
+    except Exception as error:  # the library may raise anything for a file that a user wrote
         raise _cannot(folder, error, "a model") from error
 
 
 def _class_of(config: Any, library: Any) -> Any:
-    """The class that a config names, or else the first that transformers has for its type."""
+    """The class that a config names, else the first that transformers has for its type."""
     for name in config.architectures or ():
         chosen = getattr(library, str(name), None)
         if isinstance(chosen, type) and issubclass(chosen, library.PreTrainedModel):
@@ -93,17 +93,17 @@ def _class_of(config: Any, library: Any) -> Any:
     for name in _AUTO:
         kinds = getattr(library, name)._model_mapping
         if type(config) in kinds:
-            found = kinds[type(config)]
-            return found[0] if isinstance(found, tuple | list) else found
+            choices = kinds[type(config)]
+            return choices[0] if isinstance(choices, tuple | list) else choices
     raise UsageError(f"there is no model of {type(config).__name__}")
 
 
 def config_of(folder: Path, what: str = CAUSAL) -> Any:
-    """The config of a directory as transformers reads it, after a look of our own.
+    """The config of a directory, checked by us and then read by transformers.
 
     Args:
-        folder: with config.json.
-        what: is to be made of it, for messages.
+        folder: a directory with config.json.
+        what: what is to be built from it, for messages.
 
     Raises:
         UsageError: the extra is not installed, or the file is not the config of a model.
@@ -114,7 +114,7 @@ def config_of(folder: Path, what: str = CAUSAL) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a library raises about a file that a user wrote
+    except Exception as error:  # the library may raise anything for a file that a user wrote
         raise _cannot(folder, error, what) from error
 
 

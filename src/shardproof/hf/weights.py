@@ -1,4 +1,4 @@
-"""Weights of a checkpoint directory: every rank reads what it holds, from safetensors alone."""
+"""Load weights from safetensors of a checkpoint directory; each rank reads only its part."""
 
 import contextlib
 import os
@@ -17,16 +17,16 @@ from shardproof.objects import checked_model
 from shardproof.wording import dtype_name, few, shown, written
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-# What old checkpoints hold of rotary embeddings, which follows from the config.
+# Buffers of rotary embeddings in old checkpoints, which follow from the config.
 _COMPUTED = r"(^|\.)inv_freq$"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SAFE = ".safetensors"
 _FETCH = "Fetch the whole checkpoint."
 
-# 500,000 tensors, a hundred bytes each; those of today's largest models are some 50,000.
+# 500,000 tensors of a hundred bytes each; today's largest models have some 50,000 tensors.
 LARGEST_INDEX = 64 << 20
 
-# What may become one another: floating-point numbers, rounded as `Tensor.to` rounds them.
+# Dtypes that are cast to one another, rounded as `Tensor.to` rounds.
 _FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -41,11 +41,11 @@ def weight_files(directory: str | Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file that has it.
 
     Args:
-        directory: of a checkpoint, with config.json.
+        directory: directory of a checkpoint, with config.json.
 
     Raises:
-        UsageError: there is no such directory, no config.json, or no safetensors in it; its
-            index, or a file, cannot be read.
+        UsageError: the directory, its config.json or its safetensors do not exist, or its index or
+            a file cannot be read.
     """
     folder = checked_directory(directory)
     index = folder / INDEX
@@ -64,22 +64,22 @@ def weight_files(directory: str | Path) -> dict[str, Path]:
             f"{folder} has no weights: no file ends in .safetensors. Save the model there with "
             "save_pretrained, not its config alone."
         )
-    found: dict[str, Path] = {}
+    files_by_name: dict[str, Path] = {}
     for file in shards:
         with _opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - a file, no dict
-                if name in found:
+                if name in files_by_name:
                     raise UsageError(
                         f"{written(str(folder))} has the tensor {shown(name)} in "
-                        f"{found[name].name} and in {file.name}, and no {INDEX} says which one is "
-                        "meant. Remove one of the files."
+                        f"{files_by_name[name].name} and in {file.name}, and no {INDEX} says which "
+                        "one is meant. Remove one of the files."
                     )
-                found[name] = file
-    return found
+                files_by_name[name] = file
+    return files_by_name
 
 
 def _indexed(folder: Path, index: Path) -> dict[str, Path]:
-    """Tensor name -> file, as an index says."""
+    """Tensor name -> file, from an index."""
     named = _weight_map(index)
     shards = sorted(set(named.values()))
     missing = [file for file in shards if not os.path.lexists(folder / file)]
@@ -96,46 +96,50 @@ def _indexed(folder: Path, index: Path) -> dict[str, Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, as an index has it."""
-    said = written(str(index))
+    """Tensor name -> file name, from an index."""
+    shown_index = written(str(index))
     try:
-        found = files.read_json(index, what="it", way_out=_FETCH, largest=LARGEST_INDEX)
+        index_data = files.read_json(index, what="it", way_out=_FETCH, largest=LARGEST_INDEX)
     except UsageError as error:
-        raise UsageError(f"{said} is no index of safetensors: {error}") from None
-    pairs = found.get("weight_map") if isinstance(found, dict) else None
+        raise UsageError(f"{shown_index} is no index of safetensors: {error}") from None
+    pairs = index_data.get("weight_map") if isinstance(index_data, dict) else None
     if not isinstance(pairs, dict) or not pairs:
-        wrong = f'its "weight_map" is {shown(pairs)}' if isinstance(found, dict) else shown(found)
+        wrong = (
+            f'its "weight_map" is {shown(pairs)}'
+            if isinstance(index_data, dict)
+            else shown(index_data)
+        )
         raise UsageError(
-            f"{said} is no index of safetensors ({wrong}): it must be JSON with a "
+            f"{shown_index} is no index of safetensors ({wrong}): it must be JSON with a "
             f'"weight_map" of names to files. {_FETCH}'
         )
     names = pairs.values()
     others = [each for each in names if not isinstance(each, str) or not each.endswith(_SAFE)]
     if others:
         raise UsageError(
-            f"{said} names {_each_once(others)}, and shardproof reads safetensors alone. Save the "
-            "model again with save_pretrained(..., safe_serialization=True)."
+            f"{shown_index} names {_each_once(others)}, and shardproof reads safetensors alone. "
+            "Save the model again with save_pretrained(..., safe_serialization=True)."
         )
     outside = [file for file in pairs.values() if _leads_out(file)]
     if outside:
         raise UsageError(
-            f"{said} names {_each_once(outside)}: a file of a checkpoint lies in its directory, "
-            "and is named from there, without '..'. Put the file, or a link to it, beside the "
-            "index."
+            f"{shown_index} names {_each_once(outside)}: a file of a checkpoint lies in its "
+            "directory, and is named from there, without '..'. Put the file, or a link to it, "
+            "beside the index."
         )
     return pairs
 
 
 def _each_once(names: list[Any]) -> str:
-    said = (name if isinstance(name, str) and name else shown(name) for name in names)
-    return few(dict.fromkeys(said), most=3)
+    shown_names = (name if isinstance(name, str) and name else shown(name) for name in names)
+    return few(dict.fromkeys(shown_names), most=3)
 
 
 def _leads_out(file: str) -> bool:
-    """True if a name is not one inside the directory; where a link leads is not looked at.
+    """Whether a file name leads out of the directory; links are allowed.
 
-    The caches of Hugging Face are links to ../../blobs, which their owner made. The name in the
-    index was written by whoever made the checkpoint.
+    The links to ../../blobs in a Hugging Face cache were made by its owner. The names in an index
+    were written by the author of the checkpoint.
     """
     path = PurePosixPath(file.replace("\\", "/"))
     return path.is_absolute() or ".." in path.parts or "\0" in file or ":" in path.parts[0]
@@ -145,7 +149,7 @@ def checked_directory(directory: str | Path) -> Path:
     """The directory of a model, as a path.
 
     Raises:
-        UsageError: there is none, or it has no config.json.
+        UsageError: it does not exist, or has no config.json.
     """
     folder = files.path_of(directory, what="the directory", way_out=f"Name one with {CONFIG}.")
     if not os.path.isdir(folder):
@@ -161,18 +165,18 @@ def checked_directory(directory: str | Path) -> Path:
 
 @torch.no_grad()
 def load(model: nn.Module, directory: str | Path) -> nn.Module:
-    """Fill a model's parameters from a checkpoint, each rank the part that it holds.
+    """Load a model's parameters from a checkpoint; each rank reads the part that it holds.
 
     Args:
-        model: cut by `parallelize` or not; its parameters exist (`initialize` makes them).
-        directory: with config.json and safetensors.
+        model: cut by `parallelize` or not; its parameters must have memory (see `initialize`).
+        directory: a directory with config.json and safetensors.
 
     Returns:
         `model`.
 
     Raises:
-        UsageError: what `weight_files` raises; a parameter is missing, has another shape, or is on
-            the meta device; there are tensors that the model has no parameter for.
+        UsageError: as in `weight_files`; or a parameter is missing, has another shape, or is on the
+            meta device; or a tensor has no parameter in the model.
 
     Comm:
         none.
@@ -191,34 +195,35 @@ def load(model: nn.Module, directory: str | Path) -> nn.Module:
 
 
 def matched(model: nn.Module, directory: str | Path) -> dict[Path, list[Entry]]:
-    """Which parameter is read from which file; every shape and dtype fits. Nothing is read.
+    """Match parameters with files and check shapes and dtypes, without reading weights.
 
     Args:
-        model: cut or not, also on the meta device.
-        directory: with config.json and safetensors.
+        model: cut or not; it may lie on the meta device.
+        directory: a directory with config.json and safetensors.
 
     Raises:
         UsageError: as `load` does.
     """
     model = checked_model(model)
-    found = weight_files(directory)
-    said = written(str(directory))
+    available = weight_files(directory)
+    shown_directory = written(str(directory))
     parameters = list(optim.layouts_of(model))
-    missing = [name for name, *_ in parameters if name not in found]
+    missing = [name for name, *_ in parameters if name not in available]
     if missing:
         raise UsageError(
-            f"{said} has no tensor for {len(missing)} parameters of {type(model).__name__}: "
-            f"{few(missing)}. It has, for instance: {few(sorted(found)[:3])}."
+            f"{shown_directory} has no tensor for {len(missing)} parameters of "
+            f"{type(model).__name__}: {few(missing)}. It has, for instance: "
+            f"{few(sorted(available)[:3])}."
         )
-    unexpected = _unexpected(model, found)
+    unexpected = _unexpected(model, available)
     if unexpected:
         raise UsageError(
-            f"{said} has {len(unexpected)} tensors that {type(model).__name__} has no "
+            f"{shown_directory} has {len(unexpected)} tensors that {type(model).__name__} has no "
             f"parameter for: {few(unexpected)}. Make the model from the {CONFIG} beside them."
         )
     by_file: dict[Path, list[Entry]] = {}
     for name, parameter, layout, _ in parameters:
-        by_file.setdefault(found[name], []).append((name, parameter, layout))
+        by_file.setdefault(available[name], []).append((name, parameter, layout))
     for file, entries in by_file.items():
         with _opened(file) as tensors:
             for name, parameter, layout in entries:
@@ -227,7 +232,7 @@ def matched(model: nn.Module, directory: str | Path) -> dict[Path, list[Entry]]:
 
 
 def _check(stored: Any, parameter: Tensor, layout: Layout, name: str, file: Path) -> None:
-    """Raise unless a tensor of a file can become the numbers of a parameter."""
+    """Raise unless a tensor of a file has the shape and a dtype for a parameter."""
     shape, kind = tuple(stored.get_shape()), str(stored.get_dtype())
     if shape != layout.shape:
         raise UsageError(
@@ -245,7 +250,7 @@ def _check(stored: Any, parameter: Tensor, layout: Layout, name: str, file: Path
 
 
 def _unexpected(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Tensors that would be left unread, without those that the model is known to do without."""
+    """Tensors without a parameter, except those that the model is known not to need."""
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     ignored = [_COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
     return sorted(
@@ -256,7 +261,7 @@ def _unexpected(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def _part(stored: Any, layout: Layout) -> Tensor:
-    """What this rank holds of one tensor; no more is read."""
+    """Read this rank's part of one tensor, and no more."""
     if layout.dim is None:
         return stored[:] if layout.shape else stored[...]
     before = (slice(None),) * layout.dim
@@ -270,12 +275,12 @@ def _part(stored: Any, layout: Layout) -> Tensor:
 def _opened(file: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415
 
-    said = written(str(file))
-    files.check_regular(file, what=said, way_out=_FETCH)
+    shown_file = written(str(file))
+    files.check_regular(file, what=shown_file, way_out=_FETCH)
     try:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:
         raise UsageError(
-            f"{said} cannot be read as safetensors: {written(str(error), most=300)}. {_FETCH}"
+            f"{shown_file} cannot be read as safetensors: {written(str(error), most=300)}. {_FETCH}"
         ) from error

@@ -4,7 +4,7 @@ from shardproof.functional import losses
 from shardproof.mistakes import optimizers, setups
 from shardproof.mistakes.edit import Edit
 from shardproof.mistakes.mistake import TORCH, Finding, Mistake
-from shardproof.optim import norms
+from shardproof.optim import gradient_norms
 
 _MEAN = "loss = (total / (y.shape[:-1].numel() * cut.size)).to(y.dtype)"
 
@@ -79,7 +79,7 @@ OF_TRAINING = (
         "clipped-by-own-norm",
         "Gradients are clipped by the norm of what this rank has.",
         Edit(
-            norms.sum_squares_of,
+            gradient_norms.sum_squares_of,
             "return place.sum(lambda at: sum_squares(at(x)), shape=(), like=x)",
             "return sum_squares(x)",
         ),

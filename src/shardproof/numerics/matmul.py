@@ -16,7 +16,6 @@ from shardproof import operators
 from shardproof.numerics import mode, products
 from shardproof.tree import Node, children, nodes_of_run
 
-SMALL_ROWS = mode.SMALL_ROWS  # for those who cut a batch: say `rows` with every part of it
 ALIGNMENT = 64  # bytes; torch's CPU allocator gives every tensor at least that
 
 
@@ -45,7 +44,6 @@ def product_nodes(
     *,
     run: range,
     num_leaves: int,
-    rows: int | None = None,
     is_transposed: bool = False,
 ) -> dict[Node, Tensor]:
     """Partial products of a run of leaves, added up to the largest canonical nodes.
@@ -56,12 +54,11 @@ def product_nodes(
         slices: where each owned leaf lies in c.
         run: the owned leaves.
         num_leaves: of the whole contracted dim.
-        rows: of the whole batch, if `a` is a part of it: small batches have another kernel.
         is_transposed: how `b` is given.
     Returns:
         Node -> (M, N), in `node_dtype`; every tensor is fresh.
     """
-    if products.are_ours(a, b, a.shape[0] if rows is None else rows):
+    if products.are_ours(a, b, a.shape[0]):
         return products.leaf_nodes(
             a, b, slices, run=run, num_leaves=num_leaves, is_transposed=is_transposed
         )
@@ -97,7 +94,6 @@ def product_sum(
     slices: Sequence[slice],
     bias: Tensor | None = None,
     *,
-    rows: int | None = None,
     is_transposed: bool = False,
 ) -> Tensor:
     """Partial products of all leaves, added up to the root, and the bias: one rank alone.
@@ -107,12 +103,11 @@ def product_sum(
         b: (K, N), or (N, K) if `is_transposed`: then `a @ b.T`.
         slices: where each leaf lies in K.
         bias: (N,) or None, added once, after the sum.
-        rows: as for `product_nodes`.
         is_transposed: how `b` is given.
     Returns:
         (M, N), fresh, in the dtype of `a`: rounded once, after the last addition.
     """
-    if products.are_ours(a, b, a.shape[0] if rows is None else rows):
+    if products.are_ours(a, b, a.shape[0]):
         return products.leaf_sum(a, b, slices, bias, is_transposed=is_transposed)
     leaves = len(slices)
     nodes = product_nodes(
@@ -121,7 +116,6 @@ def product_sum(
         slices,
         run=range(leaves),
         num_leaves=leaves,
-        rows=rows,
         is_transposed=is_transposed,
     )
     total = nodes[0, leaves].to(a.dtype)

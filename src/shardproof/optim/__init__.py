@@ -1,10 +1,10 @@
-"""What looks at all parameters of a cut model: norms, clipping, optimizers and their states."""
+"""Gradient norms, clipping, optimizers and their states, for cut models."""
 
 from shardproof.layers.step_guard import declare_elementwise
 from shardproof.optim.adafactor import Adafactor
+from shardproof.optim.gradient_norms import clip_grad_norm_, grad_norm
 from shardproof.optim.layouts import layouts_of
 from shardproof.optim.muon import Muon
-from shardproof.optim.norms import clip_grad_norm_, grad_norm
 from shardproof.optim.state import load_optimizer_state_dict, optimizer_state_dict
 
 __all__ = [

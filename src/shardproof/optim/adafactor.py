@@ -1,10 +1,10 @@
 """Adafactor for cut parameters: the algorithm of torch 2.13, with the same bits at every degree.
 
 Shazeer and Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", 2018
-(https://arxiv.org/abs/1804.04235), in the variant of `torch.optim.Adafactor`: the means over rows
-and over columns of the squared gradient stand for all of it, the step is relative to the size of
-the parameter, and the update is clipped by its own size. The mean along the cut dim, the mean of
-the row means and both sizes are sums over the ranks; the rest is element-wise.
+(https://arxiv.org/abs/1804.04235), in the variant of `torch.optim.Adafactor`: the squared gradient
+is approximated by its row and column means, the step is relative to the size of the parameter, and
+the update is clipped by its own size. The mean along the cut dim, the mean of the row means and
+both sizes are sums over the ranks. All other steps are element-wise.
 """
 
 import math
@@ -19,36 +19,36 @@ from shardproof.layers.step_guard import serve
 from shardproof.leaves import Layout, replicated
 from shardproof.numerics.elementwise import widen
 from shardproof.numerics.sums import sum_rows, sum_squares, sum_squares_rows
-from shardproof.optim.base import WholeOptimizer, check_scalar, scalar, write
-from shardproof.optim.layouts import Place
-from shardproof.optim.norms import sum_squares_of
+from shardproof.optim.gradient_norms import sum_squares_of
+from shardproof.optim.layouts import ParameterLayout
+from shardproof.optim.whole_optimizer import WholeOptimizer, check_scalar, scalar, write
 
 At = Callable[[Tensor], Tensor]
 
 
 @serve
 class Adafactor(WholeOptimizer):
-    """`torch.optim.Adafactor` for models of which parameters are cut, and for any other.
+    """`torch.optim.Adafactor` for models with or without cut parameters.
 
-    Options and defaults are torch's.
+    Options and defaults are those of torch.
 
     Shapes and placements, of a matrix cut along dim 0 (column parallel):
         row_var   (owned, 1)                  Shard(0)
         col_var   (1, columns)                Replicate
-    and of one cut along dim 1 (row parallel):
+    of a matrix cut along dim 1 (row parallel):
         row_var   (rows, 1)                   Replicate
         col_var   (1, owned)                  Shard(1)
-    A vector has `variance`, which lies as it does; `step` is Replicate.
+    A vector has `variance`, with the placement of the vector; `step` is Replicate.
 
     Args:
         params: parameters, pairs of names and parameters, or groups of options.
         lr: the largest relative step.
-        beta2_decay: the power of the step that tells how much of a mean is new; not positive.
-        eps: the smallest variance (None: that of the parameter's dtype) and size of a parameter.
-        d: the update is scaled down to this size.
-        weight_decay: by which parameters shrink, times `lr`.
-        foreach: taken as torch's, and changes nothing.
-        maximize: climb instead.
+        beta2_decay: exponent of the step number in the weight of the new mean; not positive.
+        eps: the smallest variance (None for the eps of the dtype) and the smallest parameter size.
+        d: largest size of an update, to which larger ones are scaled down.
+        weight_decay: rate of weight decay, multiplied by `lr`.
+        foreach: accepted for compatibility with torch; it has no effect.
+        maximize: maximize the objective instead of minimizing it.
 
     Raises:
         UsageError: an option is out of range.
@@ -89,7 +89,7 @@ class Adafactor(WholeOptimizer):
         super().__init__(params, defaults)
 
     def state_layouts(self, layout: Layout) -> dict[str, Layout]:
-        """How the state of a parameter of that layout lies."""
+        """The layouts of the state of a parameter with this layout: key -> layout."""
         if len(layout.shape) < 2:
             return {"step": replicated(()), "variance": layout}
         return {
@@ -98,9 +98,9 @@ class Adafactor(WholeOptimizer):
             "col_var": _without(layout, len(layout.shape) - 2),
         }
 
-    def _update(self, parameter: Tensor, group: dict[str, Any], place: Place) -> None:
-        given: Any = parameter.grad
-        grad = widen(given.neg() if group["maximize"] else given)
+    def _update(self, parameter: Tensor, group: dict[str, Any], place: ParameterLayout) -> None:
+        local_grad: Any = parameter.grad
+        grad = widen(local_grad.neg() if group["maximize"] else local_grad)
         state = self.state[parameter]
         if not state:
             state.update(_first_state(parameter))
@@ -149,16 +149,16 @@ def _factored(
     state: dict[str, Tensor],
     is_new: float,
     floor: float,
-    place: Place,
+    place: ParameterLayout,
 ) -> tuple[Tensor, Tensor]:
     """Update the row and column means.
 
     Returns:
-        The sum of squares of the whole parameter, and the variance of what this rank holds.
+        The sum of squares of the whole parameter, and the variance of this rank's part.
     """
     dims, dim = grad.dim(), place.layout.dim if place.is_cut else None
     sums_rows, sums_columns = dim == dims - 1, dim == dims - 2
-    if not sums_rows:  # every row is here as a whole
+    if not sums_rows:  # this rank has whole rows
         _mix(state["row_var"], _row_squares(grad), is_new, place.layout.shape[-1])
 
     def partial(at: At) -> Tensor:
@@ -185,7 +185,7 @@ def _factored(
 
 
 def _mix(mean: Tensor, sums: Tensor, is_new: float, count: int) -> None:
-    """Move a running mean towards the mean of `count` values whose sums are given; in place."""
+    """Update a running mean in place with the mean of `count` values, given their sums."""
     write(mean, widen(mean).lerp_(sums.view(mean.shape).div(count), is_new))
 
 
@@ -205,7 +205,7 @@ def _row_sum(row_var: Tensor) -> Tensor:
 
 
 def _without(layout: Layout, dim: int) -> Layout:
-    """Layout of a mean over one dim of a parameter."""
+    """The layout of the mean over one dim of a parameter."""
     shape = (*layout.shape[:dim], 1, *layout.shape[dim + 1 :])
     if layout.dim is None or layout.dim == dim:
         return Layout(shape, layout.rank)

@@ -1,4 +1,4 @@
-"""How every parameter of a model lies on this rank, and sums over the leaves of one."""
+"""The layouts of a model's parameters on this rank, and sums over the leaves of a parameter."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +19,8 @@ from shardproof.tree import add_run
 def layouts_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Layout, Axis | None]]:
     """Name, parameter, layout and axis of every parameter; plain ones are replicated.
 
-    A parameter that several modules share comes once, under its first name, and is cut if any of
-    them says so. A parameter that was added to a cut module is replicated.
+    A tied parameter is listed once, under its first name, and is cut if one of its modules cuts it.
+    A parameter that was added to a cut module is replicated.
 
     Raises:
         UsageError: a cut module no longer holds one of its parameters itself.
@@ -37,13 +37,13 @@ def layouts_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Layout, Ax
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one parameter lies.
+class ParameterLayout:
+    """The layout of one parameter and the axis that shares it.
 
     Attributes:
-        layout: how the whole lies on this rank.
-        axis: the ranks; None for a parameter of a plain module, which every rank has whole.
-        name: for messages and the ledger.
+        layout: layout on this rank.
+        axis: the ranks; None for a parameter of a plain module, which is whole on every rank.
+        name: name for messages and the ledger.
     """
 
     layout: Layout
@@ -57,7 +57,7 @@ class Place:
 
     @functools.cached_property
     def slices(self) -> tuple[tuple[slice, ...], ...]:
-        """Where the runs of each leaf that this rank owns lie in what it holds."""
+        """For each leaf that this rank owns, the slices of its runs in this rank's part."""
         return self.layout.leaf_places
 
     def sum(
@@ -67,13 +67,13 @@ class Place:
         shape: Sequence[int],
         like: Tensor,
     ) -> Tensor:
-        """Add something of every leaf of the whole, each leaf once, by the canonical tree.
+        """Sum a function of each leaf over all leaves, by the canonical tree.
 
         Args:
-            partial: `partial(at)` gives this sum for one leaf, in `node_dtype`; `at(x)` is that
-                leaf of a tensor cut as the parameter is: a view, or a copy of its runs.
-            shape: of the sum.
-            like: any tensor of the parameter's dtype and device.
+            partial: `partial(at)` computes the value of one leaf, in `node_dtype`; `at(x)` is that
+                leaf of a tensor that is cut as the parameter is: a view, or a copy of its runs.
+            shape: shape of the sum.
+            like: any tensor with the parameter's dtype and device.
 
         Returns:
             `shape`, Replicate, in `node_dtype` of `like`'s dtype.

@@ -3,8 +3,8 @@
 Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024
 (https://kellerjordan.github.io/posts/muon/); "match_rms_adamw": Liu et al., "Muon is Scalable for
 LLM Training", 2025 (https://arxiv.org/abs/2502.16982). The momentum of a matrix is replaced by the
-nearest orthogonal one (`orthogonal.py`). A matrix that is cut along its shorter side is cut along
-the longer one first, by one all-to-all of blocks, and its update goes back the same way.
+nearest orthogonal matrix (`orthogonal.py`). A matrix that is cut along its shorter side is first
+cut along the longer side, by one all-to-all of blocks; its update is sent back in the same way.
 """
 
 import math
@@ -23,10 +23,10 @@ from shardproof.errors import UsageError
 from shardproof.layers.step_guard import serve
 from shardproof.leaves import Cut, Layout
 from shardproof.numerics.elementwise import widen
-from shardproof.optim.base import WholeOptimizer, check_scalar, scalar, write
-from shardproof.optim.layouts import Place
-from shardproof.optim.norms import sum_squares_of
+from shardproof.optim.gradient_norms import sum_squares_of
+from shardproof.optim.layouts import ParameterLayout
 from shardproof.optim.orthogonal import Iteration, orthogonalize, spread_of
+from shardproof.optim.whole_optimizer import WholeOptimizer, check_scalar, scalar, write
 from shardproof.recut import to_columns, to_rows
 from shardproof.runs import take
 from shardproof.transport.base import Call
@@ -37,33 +37,32 @@ _SOLO = Axis.solo("alone")
 
 @serve
 class Muon(WholeOptimizer):
-    """`torch.optim.Muon` for models of which matrices are cut, and for any other.
+    """`torch.optim.Muon` for models with or without cut matrices.
 
-    Options and defaults are torch's, and `ns_dtype` is ours. The learning rate is adjusted by the
-    shape of the whole matrix, not of this rank's part.
+    Options and defaults are those of torch, with `ns_dtype` in addition. The learning rate is
+    adjusted by the shape of the whole matrix, not of this rank's part.
 
     Shapes and placements:
-        momentum_buffer   as its parameter
+        momentum_buffer   as the parameter
 
     Args:
         params: matrices, pairs of names and matrices, or groups of options.
         lr: the learning rate.
-        weight_decay: by which parameters shrink, times `lr`.
-        momentum: of the gradients.
-        nesterov: whether to look ahead.
+        weight_decay: rate of weight decay, multiplied by `lr`.
+        momentum: momentum of the gradients.
+        nesterov: whether to use Nesterov momentum.
         ns_coefficients: a, b and c of the iteration.
-        eps: the smallest norm to divide by.
-        ns_steps: how many iterations; below 100.
+        eps: the smallest divisor of the normalisation.
+        ns_steps: number of iterations; below 100.
         adjust_lr_fn: "original" (None is the same) or "match_rms_adamw".
-        ns_dtype: to which the iteration rounds; torch knows bf16 alone. None: not at all.
+        ns_dtype: dtype to which the iteration rounds (torch: always bf16); None for no rounding.
 
     Raises:
-        UsageError: an option is out of range, or a parameter is no matrix.
+        UsageError: an option is out of range, or a parameter is not a matrix.
 
-    A matrix is (short, long) here; two products are made in an iteration, and a matrix that is cut
-    along its shorter side is turned twice; one whose cut dim has several blocks is turned twice
-    more. Where a (short, short) matrix has no room in a rank's
-    share it travels in parts.
+    In `Comm`, a matrix is (short, long). Each iteration makes two products. A matrix that is cut
+    along its shorter side is turned twice; a matrix whose cut dim has several blocks is turned
+    twice more. A (short, short) matrix that is larger than a rank's share is sent in parts.
 
     Comm:
         update one all_reduce of () per cut parameter that has a gradient; update one
@@ -109,20 +108,22 @@ class Muon(WholeOptimizer):
             "adjust_lr_fn": adjust_lr_fn,
             "ns_dtype": ns_dtype,
         }
-        self._held: Any = WeakIdKeyDictionary()  # parameter -> leaves that every rank holds
+        self._held: Any = WeakIdKeyDictionary()  # parameter -> the leaves that each rank holds
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_held", WeakIdKeyDictionary())
         for group in self.param_groups:
-            group.setdefault("ns_dtype", torch.bfloat16)  # the state may be torch's
+            group.setdefault(
+                "ns_dtype", torch.bfloat16
+            )  # the state may come from torch's optimizer
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, of matrices alone.
+        """Add parameters, which must be matrices.
 
         Raises:
-            UsageError: a parameter is no matrix.
+            UsageError: a parameter is not a matrix.
         """
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
@@ -135,15 +136,15 @@ class Muon(WholeOptimizer):
                 )
 
     def state_layouts(self, layout: Layout) -> dict[str, Layout]:
-        """The momentum lies as its parameter."""
+        """The momentum has the layout of its parameter."""
         return {"momentum_buffer": layout}
 
-    def _update(self, parameter: Tensor, group: dict[str, Any], place: Place) -> None:
-        given: Any = parameter.grad
-        grad, momentum = widen(given), group["momentum"]
+    def _update(self, parameter: Tensor, group: dict[str, Any], place: ParameterLayout) -> None:
+        local_grad: Any = parameter.grad
+        grad, momentum = widen(local_grad), group["momentum"]
         state = self.state[parameter]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(given)
+            state["momentum_buffer"] = torch.zeros_like(local_grad)
         buffer = widen(state["momentum_buffer"]).lerp_(grad, 1 - momentum)
         write(state["momentum_buffer"], buffer)
         ahead = grad.lerp(buffer, momentum) if group["nesterov"] else buffer
@@ -154,9 +155,9 @@ class Muon(WholeOptimizer):
         write(parameter, weight)
 
     def _orthogonal(
-        self, parameter: Tensor, ahead: Tensor, group: dict[str, Any], place: Place
+        self, parameter: Tensor, ahead: Tensor, group: dict[str, Any], place: ParameterLayout
     ) -> Tensor:
-        """The update of what this rank holds, in the dtype that is computed with."""
+        """The update of this rank's part, in the dtype of the computation."""
         layout, axis = place.layout, place.axis if place.is_cut else None
         if isinstance(layout, BlockLayout) and axis is not None:
             return self._in_one_run(parameter, ahead, group, place, layout, axis)
@@ -186,13 +187,13 @@ class Muon(WholeOptimizer):
         parameter: Tensor,
         ahead: Tensor,
         group: dict[str, Any],
-        place: Place,
+        place: ParameterLayout,
         layout: BlockLayout,
         axis: Axis,
     ) -> Tensor:
-        """`_orthogonal` of a matrix whose cut dim has several blocks: it is cut anew before it.
+        """`_orthogonal` of a matrix whose cut dim has several blocks, which is cut anew first.
 
-        Every rank gets one run of the dim, and gives what the others hold of it back.
+        Every rank receives one run of the dim, and afterwards sends the parts of the others back.
         """
         along: Any = layout.along
         dim, ranks = layout.dim or 0, range(axis.size)
@@ -201,7 +202,7 @@ class Muon(WholeOptimizer):
         route: dict[str, Any] = {"dim": dim, "direction": "update", "who": place.name}
         own = take(ahead, dim, layout.owned_places)
         own = move(own, axis, have=[along.owned(rank) for rank in ranks], want=runs, **route)
-        even = Place(Layout(layout.shape, axis.rank, dim, cut), axis, place.name)
+        even = ParameterLayout(Layout(layout.shape, axis.rank, dim, cut), axis, place.name)
         update = self._orthogonal(parameter, own, group, even)
         held = [along.held(rank) for rank in ranks]
         return move(update, axis, have=runs, want=held, **route)
@@ -213,10 +214,10 @@ class Muon(WholeOptimizer):
         shape: tuple[int, int],
         cut: Cut | None,
         iteration: Iteration,
-        place: Place,
+        place: ParameterLayout,
         axis: Axis,
     ) -> Tensor:
-        """Iterate a cut matrix (short, long); `cut` is that of the longer side, or None."""
+        """Iterate a cut matrix (short, long); `cut` is the cut of the longer side, or None."""
         layout: Any = place.layout
         leaves, degree, rank = layout.cut.leaves, axis.size, axis.rank
         rows = Cut(shape[0], leaves, degree)
@@ -234,7 +235,7 @@ class Muon(WholeOptimizer):
         return to_rows(y, axis, held=held, **route)
 
     def _leaves_held(self, parameter: Tensor, layout: Layout, axis: Axis) -> tuple[range, ...]:
-        """The leaves of a parameter that every rank holds, in rank order."""
+        """The leaves of a parameter that each rank holds, in rank order."""
         cut: Any = layout.cut
         if cut.runs is None:
             return tuple(cut.run(rank) for rank in range(cut.degree))
@@ -246,13 +247,13 @@ class Muon(WholeOptimizer):
 
 
 def _owned_rows(x: Tensor, layout: Any) -> Tensor:
-    """Of what a rank holds of a matrix cut along dim 0, what it owns."""
+    """The owned rows of this rank's part of a matrix cut along dim 0."""
     owned, held = layout.owned, layout.held_indices
     return x.narrow(0, owned.start - held.start if owned else 0, len(owned))
 
 
 def _rate(rule: str | None, shape: tuple[int, ...]) -> float:
-    """By what the learning rate of a whole matrix is multiplied."""
+    """The factor by which a rule adjusts the learning rate of a matrix."""
     rows, columns = shape
     if rule == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))

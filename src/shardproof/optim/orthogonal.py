@@ -1,4 +1,4 @@
-"""The orthogonalisation of Muon on a matrix whose columns are cut, a share at a time.
+"""The orthogonalisation of Muon on a matrix whose columns are cut, with bounded memory.
 
 A quintic Newton-Schulz iteration: with A = X X^T, X becomes a X + (b A + c A A) X (Jordan et al.,
 "Muon: An optimizer for hidden layers in neural networks", 2024,
@@ -12,8 +12,8 @@ its share of X:
 - A A is A A^T, for A is symmetric: a rank has its rows of A, and is sent the others' (all_gather).
 - The last product needs this rank's columns of X and all rows of b A + c A A, which are sent again.
 
-How many leaves travel together depends on the degree (as many as fit into a share), what is
-multiplied does not: every product is of one leaf of rows. So the bits are the same at every degree.
+The number of leaves that are sent together depends on the degree (as many as fit into a share). The
+products do not: each is of one leaf of rows. So the bits are the same at every degree.
 """
 
 import functools
@@ -32,13 +32,13 @@ from shardproof.tree import Node
 
 @dataclass(frozen=True)
 class Iteration:
-    """What is iterated.
+    """Options of the iteration.
 
     Attributes:
         coefficients: a, b, c.
-        steps: how many.
-        dtype: to which X and A are rounded whenever they are computed; products are accumulated
-            in fp32 (fp64 in fp64), and sums over leaves added, before that.
+        steps: number of steps.
+        dtype: dtype to which X and A are rounded after they are computed. Before that, products are
+            accumulated, and sums over leaves added, in fp32 (fp64 in fp64).
     """
 
     coefficients: tuple[float, float, float]
@@ -46,20 +46,20 @@ class Iteration:
     dtype: torch.dtype
 
     def round(self, x: Tensor) -> Tensor:
-        """`x`, rounded, in the dtype that it has."""
+        """Round `x` to the iteration's dtype; the result keeps the dtype of `x`."""
         return x if x.dtype == self.dtype else x.to(self.dtype).to(x.dtype)
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How X and A lie on one rank.
+    """The layouts of X and A on one rank.
 
     Attributes:
-        columns: how the columns of X are cut.
-        rows: how the rows of A are cut: as many as X has.
-        rank: whose view this is.
+        columns: cut of the columns of X.
+        rows: cut of the rows of A, which has as many rows as X.
+        rank: the rank.
         held: leaves of the columns that the rank holds.
-        who: for messages.
+        who: name for messages.
     """
 
     columns: Cut
@@ -70,43 +70,43 @@ class Spread:
 
     @functools.cached_property
     def owned_slices(self) -> tuple[slice, ...]:
-        """Where each owned leaf of the columns lies in what is held."""
+        """The slice of each owned leaf of the columns in this rank's part."""
         return self.columns.leaf_slices(self.rank, self.held)
 
     @functools.cached_property
     def held_slices(self) -> tuple[slice, ...]:
-        """Where each held leaf of the columns lies in what is held."""
+        """The slice of each held leaf of the columns in this rank's part."""
         start = self.columns.units(self.held).start
         leaves = (self.columns.leaf(leaf) for leaf in self.held)
         return tuple(slice(each.start - start, each.stop - start) for each in leaves)
 
     @functools.cached_property
     def row_slices(self) -> tuple[slice, ...]:
-        """Where each owned leaf of the rows lies in this rank's rows of A."""
+        """The slice of each owned leaf of the rows in this rank's rows of A."""
         return self.rows.leaf_slices(self.rank)
 
     @functools.cached_property
-    def groups(self) -> tuple["Group", ...]:
-        """Leaves of the rows that travel together: as many as the largest share of X has room."""
+    def groups(self) -> tuple["LeafGroup", ...]:
+        """Groups of row leaves that are sent together, as many as fit into the largest share."""
         room = max(self.columns.sizes())
-        found: list[range] = []
+        groups: list[range] = []
         for leaf in range(self.rows.num_leaves):
-            last = found[-1] if found else range(0)
+            last = groups[-1] if groups else range(0)
             if last and len(self.rows.units(range(last.start, leaf + 1))) <= room:
-                found[-1] = range(last.start, leaf + 1)
+                groups[-1] = range(last.start, leaf + 1)
             else:
-                found.append(range(leaf, leaf + 1))
-        return tuple(Group(self.rows, self.rank, leaves) for leaves in found)
+                groups.append(range(leaf, leaf + 1))
+        return tuple(LeafGroup(self.rows, self.rank, leaves) for leaves in groups)
 
 
 @dataclass(frozen=True)
-class Group:
-    """Some neighbouring leaves of the rows of A.
+class LeafGroup:
+    """Neighbouring leaves of the rows of A that are sent together.
 
     Attributes:
-        rows: how all are cut.
-        rank: whose view this is.
-        leaves: those of the group.
+        rows: cut of all rows.
+        rank: the rank.
+        leaves: the leaves of the group.
     """
 
     rows: Cut
@@ -120,7 +120,7 @@ class Group:
 
     @functools.cached_property
     def cut(self) -> Cut:
-        """How the group's rows lie on the ranks."""
+        """The cut of the group's rows among the ranks."""
         runs = tuple(self._within(rank) for rank in range(self.rows.degree))
         return Cut(len(self.units), self.rows.leaves, self.rows.degree, runs=runs)
 
@@ -131,7 +131,7 @@ class Group:
         return x.narrow(0, start, len(within))
 
     def parts(self) -> Iterator[tuple[slice, slice]]:
-        """Where each leaf lies in all rows, and in the group."""
+        """The slices of each leaf in all rows and in the group."""
         for leaf in self.leaves:
             at = self.rows.leaf(leaf)
             first = self.units.start
@@ -143,12 +143,12 @@ class Group:
         start = min(max(owned.start - first, 0), len(self.units))
         stop = min(max(owned.stop - first, 0), len(self.units))
         if not owned or start >= stop:
-            # An idle rank: a run of nothing, where the runs before it end.
+            # An idle rank has an empty run, at the end of the runs before it.
             return range(0)
         return range(start, stop)
 
 
-# Made once for each kind of matrix: products remember what they are to do by its slices.
+# Cached for each kind of matrix: products keep their preparations under its slices.
 spread_of = functools.lru_cache(1024)(Spread)
 
 
@@ -158,8 +158,8 @@ def orthogonalize(x: Tensor, spread: Spread, iteration: Iteration, axis: Axis) -
     Args:
         x: (rows, held columns), Shard(1), of norm at most 1, rounded to the iteration's dtype; in
             fp32 or fp64.
-        spread: how it lies.
-        iteration: what is iterated.
+        spread: the layouts of X and A.
+        iteration: options of the iteration.
         axis: the ranks.
 
     Returns:
@@ -231,8 +231,10 @@ def _applied(
     return y
 
 
-def _whole(mine: Tensor, group: Group, spread: Spread, iteration: Iteration, axis: Axis) -> Tensor:
-    """A group's rows of a matrix whose rows are cut; they travel in the iteration's dtype."""
+def _whole(
+    mine: Tensor, group: LeafGroup, spread: Spread, iteration: Iteration, axis: Axis
+) -> Tensor:
+    """Gather a group's rows of a matrix whose rows are cut, sent in the iteration's dtype."""
     part = group.own(mine).to(iteration.dtype)
     rows = comm.all_gather(part, axis, dim=0, cut=group.cut, direction="update", who=spread.who)
     return rows.to(mine.dtype)

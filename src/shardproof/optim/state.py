@@ -1,4 +1,4 @@
-"""The state of an optimizer, with the layout of every parameter that it belongs to."""
+"""Save and load the state of an optimizer with the layouts of its parameters."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,8 +15,8 @@ from shardproof.objects import (
     load_into,
     plain_words,
 )
-from shardproof.optim.base import WholeOptimizer
 from shardproof.optim.layouts import layouts_of
+from shardproof.optim.whole_optimizer import WholeOptimizer
 from shardproof.wording import shown, written
 
 _LAYOUTS = "layouts"
@@ -25,18 +25,18 @@ _LAYOUTS = "layouts"
 def optimizer_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """`optimizer.state_dict()`, and the layout of every parameter that it updates.
 
-    Momenta are cut as their parameters are, and look like another rank's. Load the state with
-    `load_optimizer_state_dict`, which compares.
+    Momenta are cut as their parameters are, and cannot be told from another rank's. Load the state
+    with `load_optimizer_state_dict`, which compares the layouts.
 
     Args:
-        model: with cut and plain modules.
-        optimizer: of parameters of `model`.
+        model: a model with cut and plain modules.
+        optimizer: an optimizer of parameters of `model`.
 
     Returns:
         Plain data and tensors, for `torch.save` and back with `weights_only=True`.
 
     Raises:
-        UsageError: the optimizer has a parameter that the model has not.
+        UsageError: the optimizer has a parameter that the model does not have.
 
     Comm:
         update none.
@@ -48,18 +48,18 @@ def optimizer_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[str, An
 def load_optimizer_state_dict(
     model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]
 ) -> None:
-    """Load what `optimizer_state_dict` gave on this rank, at this degree.
+    """Load the result of `optimizer_state_dict`, saved on this rank at this degree.
 
-    State without layouts (of `optimizer.state_dict()`) is taken where there is one rank.
+    State without layouts (of `optimizer.state_dict()`) is accepted at degree 1.
 
     Args:
-        model: with cut and plain modules.
-        optimizer: of parameters of `model`, in the order in which they were saved.
-        state: what is to be loaded; on an error the optimizer stays as it was.
+        model: a model with cut and plain modules.
+        optimizer: an optimizer of parameters of `model`, in the order of the saved one.
+        state: the state to load; after an error the optimizer is unchanged.
 
     Raises:
-        LayoutError: the state belongs to other parameters, or to other parts of them.
-        UsageError: the optimizer has a parameter that the model has not.
+        LayoutError: the state is for other parameters, or for other parts of them.
+        UsageError: the optimizer has a parameter that the model does not have.
 
     Comm:
         update none.
@@ -79,9 +79,9 @@ def load_optimizer_state_dict(
 
 
 def _layouts_of_optimizer(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Name and layout of every parameter, in the order in which torch numbers its state."""
+    """Name and layout of every parameter, in the order of torch's numbering."""
     known = {id(parameter): (name, layout) for name, parameter, layout, _ in layouts_of(model)}
-    found = []
+    layouts = []
     for number, parameter in enumerate(
         p for group in optimizer.param_groups for p in group["params"]
     ):
@@ -92,12 +92,12 @@ def _layouts_of_optimizer(model: nn.Module, optimizer: Optimizer) -> list[dict[s
                 "model.parameters()."
             )
         name, layout = known[id(parameter)]
-        found.append({"name": name, **layout.state(), **_own_layouts(optimizer, layout)})
-    return found
+        layouts.append({"name": name, **layout.state(), **_own_layouts(optimizer, layout)})
+    return layouts
 
 
 def _own_layouts(optimizer: Optimizer, layout: Layout) -> dict[str, Any]:
-    """Of an optimizer of ours, whose state need not lie as the parameter does."""
+    """Layouts of the state of one of our optimizers, which may differ from the parameter's."""
     if not isinstance(optimizer, WholeOptimizer):
         return {}
     lies = optimizer.state_layouts(layout)
@@ -105,16 +105,17 @@ def _own_layouts(optimizer: Optimizer, layout: Layout) -> dict[str, Any]:
 
 
 def state_layout(optimizer: Optimizer, key: str, value: Tensor, layout: Layout) -> Layout:
-    """How one entry of the state of a parameter lies.
+    """The layout of one entry of the state of a parameter.
 
     Args:
-        optimizer: whose state it is.
-        key: of the entry.
+        optimizer: the optimizer that has the state.
+        key: key of the entry.
         value: the entry.
-        layout: of the parameter.
+        layout: layout of the parameter.
 
     Returns:
-        What the optimizer says; of torch's, the parameter's if the shapes are the same.
+        For our optimizers the layout that they define. For torch's, the layout of the parameter if
+        the shapes are equal, else a replicated one.
     """
     if isinstance(optimizer, WholeOptimizer):
         lies = optimizer.state_layouts(layout)
@@ -126,12 +127,12 @@ def state_layout(optimizer: Optimizer, key: str, value: Tensor, layout: Layout) 
 
 def _compare_layouts(theirs: Any, mine: list[dict[str, Any]]) -> None:
     if not isinstance(theirs, list) or len(theirs) != len(mine):
-        given = (
+        values = (
             f"of {len(theirs)} parameters" if isinstance(theirs, list) else f"with {shown(theirs)}"
         )
         raise LayoutError(
-            f"cannot load optimizer state {given} into an optimizer of {len(mine)}. Load the state "
-            "that this rank saved."
+            f"cannot load optimizer state {values} into an optimizer of {len(mine)}. Load the "
+            "state that this rank saved."
         )
     for saved, here in zip(theirs, mine, strict=True):
         if plain_words(saved) != plain_words(here):

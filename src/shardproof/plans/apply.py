@@ -1,4 +1,4 @@
-"""`parallelize`: check the whole plan on all ranks first, change the model second."""
+"""`parallelize`: check the whole plan on all ranks, and only then change the model."""
 
 import hashlib
 import json
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from shardproof.axis import Axis, checked_axis
 from shardproof.errors import PlanError, ShardproofError
 from shardproof.hf.cache import guard_cache
+from shardproof.hf.detection import is_transformers
 from shardproof.hf.generation import guard_generation
 from shardproof.hf.inputs import note_inputs
-from shardproof.hf.models import is_transformers
 from shardproof.hf.parameters import count_whole
 from shardproof.hf.refused import guard_methods
 from shardproof.layers import registry
@@ -23,13 +23,17 @@ from shardproof.objects import checked_model
 from shardproof.plans.by_example import plan_by_example
 from shardproof.plans.by_names import cut_by_names, rehearse_by_names
 from shardproof.plans.compiled import make_compilable
-from shardproof.plans.given import is_carried, read_plan
 from shardproof.plans.hf_plan import entries_of
 from shardproof.plans.model_plan import ModelPlan
+from shardproof.plans.plan_argument import is_carried, read_plan
 from shardproof.plans.planning import as_error, attempt
-from shardproof.plans.strangers import is_lazy
+from shardproof.plans.replacements import (
+    irreplaceable,
+    names_replaced_by_cut_layers,
+    replacements_of,
+)
 from shardproof.plans.style import Plan, Style
-from shardproof.plans.twins import irreplaceable, replaced_by, twins_of
+from shardproof.plans.unsupported import is_lazy
 from shardproof.plans.watched import as_watched, call_by_forms, cut_by
 from shardproof.plans.watched_plan import WatchedPlan
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
@@ -50,84 +54,86 @@ def parallelize(
 ) -> nn.Module:
     """Cut a model in place: this rank keeps its shard of each module that the plan names.
 
-    What is cut becomes a layer of ours. With invariant numerics, norms and activations whose bits
-    change with the cut or with threads become ours too. Dropout becomes dropout by position.
-    Between the layers that a plan of your own names, code of the model is given cut tensors, which
-    show the shape of the whole (`docs/plans.md`).
+    Each cut module is replaced by a shardproof layer. With invariant numerics, norms and
+    activations whose bits would change with the cut or with the number of threads are replaced too.
+    Dropout is replaced by dropout keyed by position. With a plan of your own, the model's code
+    between the cut layers computes with cut tensors, which show the shape of the whole tensor
+    (`docs/plans.md`).
 
-    A model of Hugging Face transformers keeps its own forward. `model(...).logits` are whole: at
-    once without `labels`, and on their first use (`hf.CutLogits`) where a loss is computed.
+    A model of Hugging Face transformers keeps its own forward. Without `labels`,
+    `model(...).logits` are gathered at once. With `labels`, they are gathered on their first use
+    (`hf.CutLogits`).
 
     Args:
-        model: the same on every rank, weights too, of which a sample is compared; on the meta
-            device nothing is allocated (`initialize` then makes the weights).
-        plan: pattern -> style, a `Plan` with its scheme, or what `plan` returned; None: the
-            `tp_plan` that a model of transformers carries, and where that does not serve, found
-            by watching a forward, as for `sp.plan`; with `inputs`, found by watching.
-        axis: the ranks.
-        inputs: an example of what forward takes, as for `plan`: without a plan one forward is
-            watched, with one a step is rehearsed on every rank.
-        scheme: leaves, numerics, seed; a `Plan` has its own.
+        model: the same on every rank, with the same weights (a sample of them is compared). For a
+            model on the meta device nothing is allocated; `initialize` then creates the weights.
+        plan: as in `sp.plan`, or the result of `sp.plan`.
+        axis: the ranks that share the model.
+        inputs: example inputs of `forward`, as in `sp.plan`. Without a plan, one forward is
+            watched; with a plan, a step is rehearsed on every rank.
+        scheme: leaves, numerics and seed, if `plan` is not a `Plan`, which has its own.
 
     Returns:
         `model`.
 
     Raises:
-        PlanError: everything that is wrong with the plan, in one message; nothing was changed.
+        PlanError: the plan does not fit; one message lists every problem, and nothing was changed.
         DegreeError: the degree exceeds the plan's leaves.
-        MismatchError: the ranks were given different plans, models or weights, or would compute
-            with different products.
-        UsageError: `plan` has a scheme, and another one is given.
+        MismatchError: the ranks have different plans, models or weights, or would compute products
+            differently.
+        UsageError: `plan` has a scheme, and `scheme` is given too.
     """
     axis = checked_axis(axis)
     if (inputs is not None and plan is None) or isinstance(plan, WatchedPlan):
         return _cut_as_watched(model, plan, axis, inputs, scheme)
-    given, asked = _agree(model, plan, scheme, axis)
-    told = plan if isinstance(plan, ModelPlan) else given
-    found = attempt(model, told, degree=axis.size, scheme=scheme)
-    if isinstance(found, str):
-        return _cut_as_watched(model, None, axis, None, scheme, why=found)
-    made, problems = found
-    twins = twins_of(model, made, asked, axis)
-    problems += _hooked([*replaced_by(made), *twins], model)
-    if asked.is_invariant:
-        problems += irreplaceable(model, twins, made)
+    agreed_plan, agreed_scheme = _agree(model, plan, scheme, axis)
+    known_plan = plan if isinstance(plan, ModelPlan) else agreed_plan
+    attempted = attempt(model, known_plan, degree=axis.size, scheme=scheme)
+    if isinstance(attempted, str):
+        return _cut_as_watched(model, None, axis, None, scheme, why=attempted)
+    model_plan, problems = attempted
+    replacements = replacements_of(model, model_plan, agreed_scheme, axis)
+    problems += _hooked([*names_replaced_by_cut_layers(model_plan), *replacements], model)
+    if agreed_scheme.is_invariant:
+        problems += irreplaceable(model, replacements, model_plan)
     if problems:
         raise PlanError(as_error(model, problems))
-    rehearsal = None if inputs is None else rehearse_by_names(model, made, inputs)
+    rehearsal = None if inputs is None else rehearse_by_names(model, model_plan, inputs)
     whole = dict(model.named_parameters())
-    region = cut_by_names(model, made, twins, axis)
+    region = cut_by_names(model, model_plan, replacements, axis)
     if rehearsal is not None:
         call_by_forms(model, rehearsal.calls, rehearsal.draws, region)
-    return _finished(model, whole, made.scheme, axis)
+    return _finished(model, whole, model_plan.scheme, axis)
 
 
 def _cut_as_watched(
     model: Any, plan: Any, axis: Axis, inputs: Any, scheme: Any, *, why: str = ""
 ) -> nn.Module:
-    """Cut any model by what one forward showed; with inputs of its config where `why` is given."""
+    """Cut any model by watching one forward; `why` says why its own plan does not serve."""
 
     def read() -> tuple[WatchedPlan, dict[str, object]]:
         checked_model(model)
-        made = (
+        watched_plan = (
             plan_by_example(model, degree=axis.size, scheme=scheme, why=why)
             if why
             else as_watched(model, plan, axis.size, inputs, scheme)
         )
-        words = _describe(Plan({}, made.scheme), made.scheme, model)
-        return made, words | {"what is cut": [repr(family) for family in made.families]}
+        words = _describe(Plan({}, watched_plan.scheme), watched_plan.scheme, model)
+        return watched_plan, words | {
+            "what is cut": [repr(family) for family in watched_plan.families]
+        }
 
-    made = _agreed(read, axis)
-    _agree_on_numbers(model, made.scheme, axis)
+    agreed_plan = _agreed(read, axis)
+    _agree_on_numbers(model, agreed_plan.scheme, axis)
     whole = dict(model.named_parameters())
-    cut_by(model, made, axis)
-    return _finished(model, whole, made.scheme, axis)
+    cut_by(model, agreed_plan, axis)
+    return _finished(model, whole, agreed_plan.scheme, axis)
 
 
 def _finished(
     model: nn.Module, whole: Mapping[str, nn.Parameter], scheme: Scheme, axis: Axis
 ) -> nn.Module:
-    """Guard a model that has just been cut against what it can no longer do."""
+    """Add the guards that refuse what a cut model can no longer do."""
     _note_replaced(model, whole)
     guard_methods(model)
     count_whole(model)
@@ -142,7 +148,7 @@ def _finished(
 
 
 def _note_replaced(model: nn.Module, whole: Mapping[str, nn.Parameter]) -> None:
-    """Say which whole parameters are no longer the model's."""
+    """Remember the whole parameters that the cut model no longer has."""
     kept = {id(parameter) for parameter in model.parameters()}
     for name, parameter in whole.items():
         if id(parameter) not in kept:
@@ -150,7 +156,7 @@ def _note_replaced(model: nn.Module, whole: Mapping[str, nn.Parameter]) -> None:
 
 
 def _agree(model: Any, plan: Any, scheme: Any, axis: Axis) -> tuple[Plan | None, Scheme]:
-    """The plan and the scheme; raise on all ranks unless they were given the same."""
+    """Return the plan and the scheme; raise on all ranks if they differ between ranks."""
 
     def read() -> tuple[tuple[Plan | None, Scheme], dict[str, object]]:
         checked_model(model)
@@ -164,8 +170,8 @@ def _agree(model: Any, plan: Any, scheme: Any, axis: Axis) -> tuple[Plan | None,
 
 
 def _agreed(read: Callable[[], tuple[Given, dict[str, object]]], axis: Axis) -> Given:
-    """What this rank reads; raise on all ranks unless they read the same, or if one cannot."""
-    # First of all: only what every rank has alike may decide whether a rank raises.
+    """Return the result of `read`; raise on all ranks if one rank fails or reads something else."""
+    # This comes first: whether a rank raises may depend only on values that all ranks share.
     wrong: ShardproofError | None = None
     given: Any = None
     try:
@@ -179,8 +185,8 @@ def _agreed(read: Callable[[], tuple[Given, dict[str, object]]], axis: Axis) -> 
     return found
 
 
-def _agree_on_numbers(model: nn.Module, asked: Scheme, axis: Axis) -> None:
-    """Raise on all ranks unless their weights and their arithmetic are the same."""
+def _agree_on_numbers(model: nn.Module, scheme: Scheme, axis: Axis) -> None:
+    """Raise on all ranks if their weights or their arithmetic differ."""
     axis.agree(
         _sample_weights(model),
         what="weights",
@@ -188,7 +194,7 @@ def _agree_on_numbers(model: nn.Module, asked: Scheme, axis: Axis) -> None:
         "as threads share one generator: build it once and copy it), or load the same state.",
     )
     axis.agree(
-        {"contract": _contract(asked, model)},
+        {"contract": _contract(scheme, model)},
         what="arithmetic",
         way_out="Install the same torch and the same build of shardproof for every rank (one "
         "without a C compiler lacks the kernels), and set SHARDPROOF_BLAS and SHARDPROOF_CORE "
@@ -197,35 +203,35 @@ def _agree_on_numbers(model: nn.Module, asked: Scheme, axis: Axis) -> None:
 
 
 def _describe(plan: Plan | None, scheme: Scheme, model: nn.Module) -> dict[str, object]:
-    """What every rank must have alike, entry by entry."""
+    """Everything that must be the same on every rank, entry by entry."""
     styles = entries_of(model) if plan is None else plan.styles
-    found: dict[str, object] = {
+    description: dict[str, object] = {
         "the plan": "the model's own" if plan is None else "given",
         "the order of the plan": list(styles),
         "the scheme": scheme,
         **{f"plan entry {pattern!r}": _named(style) for pattern, style in styles.items()},
     }
     if is_transformers(model):
-        found["a hash of the config"] = _hash_config(model.config)
+        description["a hash of the config"] = _hash_config(model.config)
     for name, module in model.named_modules(remove_duplicate=False):
-        found[f"module {name!r}" if name else "the model"] = type(module).__name__
+        description[f"module {name!r}" if name else "the model"] = type(module).__name__
     cut = _cut_before(model)
     for name, value in model.named_parameters(remove_duplicate=False):
-        # Where a weight is frozen on one rank only, that rank stays away from collectives.
+        # A weight that is frozen on one rank only would keep that rank out of a collective.
         frozen = "" if value.requires_grad else " frozen"
         dtype = dtype_name(value.dtype)
         shape = "no shape yet" if is_lazy(value) else cut.get(id(value), tuple(value.shape))
-        found[f"parameter {name!r}"] = f"{shape} {dtype}{frozen}"
-    return found
+        description[f"parameter {name!r}"] = f"{shape} {dtype}{frozen}"
+    return description
 
 
 def _named(style: Any) -> Any:
-    """A style as it can travel to the other ranks; what is none, as text."""
+    """A style in a form that can be sent to the other ranks; anything else as text."""
     return style if isinstance(style, get_args(Style)) else shown(style)
 
 
 def _cut_before(model: nn.Module) -> dict[int, tuple[int, ...]]:
-    """Id of a parameter that is cut already -> shape of the whole, which ranks have alike."""
+    """Id of each parameter that is cut already -> shape of the whole, the same on all ranks."""
     return {
         id(parameter): layout.shape
         for module in model.modules()
@@ -235,13 +241,13 @@ def _cut_before(model: nn.Module) -> dict[int, tuple[int, ...]]:
 
 
 def _hash_config(config: Any) -> str:
-    """Of all that a config of transformers says: eps, angles and windows are there alone."""
+    """A hash of a config of transformers, which alone holds eps, rotary angles and windows."""
     words = json.dumps(config.to_dict(), sort_keys=True, default=str)
     return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
 def _contract(scheme: Scheme, model: nn.Module) -> str:
-    """What this process would compute the products of `model` with."""
+    """The contract that this process would compute the products of `model` under."""
     weight = next(model.parameters(), None)
     if weight is None:
         return mode.contract(scheme)
@@ -250,8 +256,8 @@ def _contract(scheme: Scheme, model: nn.Module) -> str:
 
 
 def _sample_weights(model: nn.Module) -> dict[str, object]:
-    """A short hash of a few elements of every parameter: enough to tell one draw from another."""
-    cut = _cut_before(model)  # the ranks' parts differ, and were compared before they were cut
+    """A short hash of a few elements of every parameter, which detects another initialisation."""
+    cut = _cut_before(model)  # its parts differ between ranks; it was compared before it was cut
     return {
         f"a sample of {name!r}": hashlib.sha256(_sample(value)).hexdigest()[:16]
         for name, value in model.named_parameters()
@@ -260,7 +266,7 @@ def _sample_weights(model: nn.Module) -> dict[str, object]:
 
 
 def _sample(value: Tensor) -> bytes:
-    """Bytes of some evenly spaced elements, whatever the strides; the rest is not touched."""
+    """Bytes of some evenly spaced elements, for any strides; the other elements are not read."""
     count = min(value.numel(), _SAMPLES)
     if not count:
         return b""
@@ -271,21 +277,21 @@ def _sample(value: Tensor) -> bytes:
 
 
 def _hooked(names: Sequence[str], model: nn.Module) -> list[str]:
-    """Modules that have what would be lost with them if they were replaced, one sentence each."""
-    found = []
+    """One sentence for each module whose hooks or own forward a replacement would lose."""
+    problems = []
     for name in names:
         module = model.get_submodule(name)
         if any(getattr(module, kind) for kind in _HOOKS):
-            found.append(
+            problems.append(
                 f"module {name!r} has hooks, which the {type(module).__name__} that is replaced "
                 "would lose. Remove them, and register them after parallelize; where they are a "
                 "norm or a mask of the weight (weight_norm, prune), make its result the weight "
                 "first, with torch.nn.utils.remove_weight_norm or prune.remove."
             )
         if "forward" in vars(module):
-            found.append(
+            problems.append(
                 f"module {name!r} has a forward of its own, which the {type(module).__name__} that "
                 "is replaced would lose. Delete that attribute (del module.forward), put what it "
                 "does into a module beside it, or leave it out of the plan."
             )
-    return found
+    return problems

@@ -1,4 +1,4 @@
-"""A plan for a model of transformers whose own plan does not serve: watched with an example."""
+"""Plan a model of transformers whose `tp_plan` does not fit, by watching an example forward."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardproof.errors import PlanError
+from shardproof.hf.detection import is_transformers
 from shardproof.hf.example import BATCH, LENGTH, examples
-from shardproof.hf.models import is_transformers
 from shardproof.layers.base import ShardedModule
 from shardproof.plans.watched import plan_by_watching
 from shardproof.plans.watched_plan import WatchedPlan
@@ -22,7 +22,7 @@ _END = re.compile(r"\.\s")  # of a sentence
 
 
 def has_example(model: nn.Module) -> bool:
-    """Whether a forward of the model can be watched without inputs of a user."""
+    """Whether example inputs for the model can be made from its config."""
     return is_transformers(model) and not any(
         isinstance(module, ShardedModule) for module in model.modules()
     )
@@ -37,29 +37,28 @@ def plan_by_example(
     batch: int = BATCH,
     length: int = LENGTH,
 ) -> WatchedPlan:
-    """Watch one forward with inputs that the model's config gives.
+    """Plan by watching one forward, with inputs made from the model's config.
 
     Args:
-        model: of transformers; on the meta device, if you like.
+        model: of transformers; it may lie on the meta device.
         degree: how many ranks.
         scheme: leaves, numerics, seed.
-        why: the tp_plan that the model carries is not taken.
+        why: why the model's own tp_plan is not used.
         batch: rows of the inputs.
         length: tokens of a row.
 
     Raises:
-        PlanError: no example that the config gives is one with which the forward runs, or a rank
-            cannot do a step.
+        PlanError: the forward runs with none of the example inputs, or a rank cannot do a step.
     """
     inputs, watched = _first_that_runs(model, examples(model, batch=batch, length=length), why)
-    made = plan_by_watching(model, inputs, degree=degree, scheme=scheme, watched=watched)
+    plan = plan_by_watching(model, inputs, degree=degree, scheme=scheme, watched=watched)
     reason = f"{_first_sentence(why)}. So one" if why else "One"
     note = f"{reason} forward was watched, with inputs that the config gives: {_shapes(inputs)}"
-    return replace(made, notes=(*made.notes, note))
+    return replace(plan, notes=(*plan.notes, note))
 
 
 def _first_sentence(why: str) -> str:
-    """Of an error that may list several problems, each in a line: the first, and how many more."""
+    """The first problem that an error lists, and how many more it has."""
     start, *problems = why.split("\n- ")
     first = _END.split(problems[0] if problems else start)[0].rstrip(".")
     more = f" ({len(problems) - 1} more like this)" if problems[1:] else ""
@@ -67,21 +66,21 @@ def _first_sentence(why: str) -> str:
 
 
 def watch_example(model: nn.Module) -> Watched:
-    """One forward of a model of transformers, with inputs that its config gives.
+    """Watch one forward of a model of transformers, with inputs made from its config.
 
     Raises:
-        PlanError: no example that the config gives is one with which the forward runs.
+        PlanError: the forward runs with none of the example inputs.
     """
     return _first_that_runs(model, examples(model), "")[1]
 
 
 def _first_that_runs(
-    model: nn.Module, given: Iterable[dict[str, Any]], why: str
+    model: nn.Module, examples: Iterable[dict[str, Any]], why: str
 ) -> tuple[dict[str, Any], Watched]:
-    """The first example with which the forward can be watched."""
+    """Watch the forward with the first example inputs with which it runs."""
     first: PlanError | None = None
     tried = []
-    for inputs in given:
+    for inputs in examples:
         try:
             return inputs, watch(model, (), inputs)
         except PlanError as error:

@@ -1,4 +1,4 @@
-"""Cut a model by the names in a plan, which has been checked against it."""
+"""Cut a model by module names, with a plan that was checked against the model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,31 +6,31 @@ from typing import Any
 from torch import nn
 
 from shardproof.axis import Axis
-from shardproof.cut.others import would_be_whole
+from shardproof.cut.fallback import would_be_whole
 from shardproof.cut.spec import Region
 from shardproof.errors import PlanError, ShardproofError, UsageError
-from shardproof.hf.attention import take_over
+from shardproof.hf.attention_registry import use_our_attention
+from shardproof.hf.detection import is_transformers
 from shardproof.hf.head import adapt_head
-from shardproof.hf.models import is_transformers
-from shardproof.plans.between import hand_on, meet_cut_tensors
-from shardproof.plans.cut import Cutter
+from shardproof.plans.cutter import Cutter
+from shardproof.plans.layer_forwards import accept_cut_tensors, connect_layers
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.rehearsal import rehearse
-from shardproof.plans.twins import twins_of
+from shardproof.plans.replacements import replacements_of
 from shardproof.plans.watched import as_call, call_by_forms
 from shardproof.plans.watched_plan import Rehearsal
 
 
 def cut_by_names(
-    model: nn.Module, made: ModelPlan, twins: Mapping[str, nn.Module], axis: Axis
+    model: nn.Module, plan: ModelPlan, replacements: Mapping[str, nn.Module], axis: Axis
 ) -> Region:
-    """Keep of a model what this rank holds, in place; nothing is checked here.
+    """Cut a model in place, so that this rank keeps its part; nothing is checked here.
 
     Args:
-        model: the one that was planned, or one like it.
-        made: at the degree of the axis.
-        twins: name of a module that is not cut -> what takes its place (`twins_of`).
-        axis: the ranks.
+        model: the planned model, or a copy of it.
+        plan: at the degree of the axis.
+        replacements: name of a module that is not cut -> its replacement (`replacements_of`).
+        axis: the ranks that share the model.
 
     Returns:
         The region of its cut tensors.
@@ -38,48 +38,48 @@ def cut_by_names(
     Comm:
         none.
     """
-    cutter = Cutter(model, made.scheme, axis, made.head, made.manners)
-    cutter.cut(made.styles)
-    for name, twin in twins.items():
-        if not made.is_carried:
-            meet_cut_tensors(twin, model.get_submodule(name))
-        cutter.replace(name, twin)
+    cutter = Cutter(model, plan.scheme, axis, plan.head, plan.attention_options)
+    cutter.cut(plan.styles)
+    for name, replacement in replacements.items():
+        if not plan.is_carried:
+            accept_cut_tensors(replacement, model.get_submodule(name))
+        cutter.replace(name, replacement)
     if is_transformers(model):
         if cutter.attentions:
-            take_over(model, cutter.attentions)
-        if made.head is not None:
-            adapt_head(model, model.get_submodule(made.head))  # type: ignore[arg-type]
-    region = Region(axis, made.scheme)
-    if not made.is_carried:
-        hand_on(model, made, region, cutter.stood)
+            use_our_attention(model, cutter.attentions)
+        if plan.head is not None:
+            adapt_head(model, model.get_submodule(plan.head))  # type: ignore[arg-type]
+    region = Region(axis, plan.scheme)
+    if not plan.is_carried:
+        connect_layers(model, plan, region, cutter.replaced_norms)
     return region
 
 
-def rehearse_by_names(model: nn.Module, made: ModelPlan, inputs: Any) -> Rehearsal:
-    """One step on every rank, of copies of a model that are cut by a plan.
+def rehearse_by_names(model: nn.Module, plan: ModelPlan, inputs: Any) -> Rehearsal:
+    """Rehearse one step on every rank, on copies of a model that are cut by a plan.
 
     Args:
         model: not cut yet.
-        made: how it is to be cut.
+        plan: how it is to be cut.
         inputs: what forward takes.
 
     Raises:
-        PlanError: a rank cannot do the step, an operation would make a cut weight whole, or the
+        PlanError: a rank cannot do the step, an operation needs the whole of a cut weight, or the
             model's own forward fails with the inputs.
     """
 
     def cut(copied: nn.Module, axis: Axis) -> Region:
-        region = cut_by_names(copied, made, twins_of(copied, made, made.scheme, axis), axis)
+        region = cut_by_names(copied, plan, replacements_of(copied, plan, plan.scheme, axis), axis)
         call_by_forms(copied, [name for name, _ in copied.named_modules()], (), region)
         return region
 
     try:
-        rehearsal = rehearse(model, as_call(inputs), cut, degree=made.degree, device="meta")
+        rehearsal = rehearse(model, as_call(inputs), cut, degree=plan.degree, device="meta")
         if rehearsal.wanted_whole:
-            said = [
+            problems = [
                 would_be_whole(operation, weight) for weight, operation in rehearsal.wanted_whole
             ]
-            raise UsageError(" ".join(said))
+            raise UsageError(" ".join(problems))
     except ShardproofError as error:
         raise PlanError(f"the plan does not fit {type(model).__name__}: {error}") from error
     return rehearsal

@@ -1,6 +1,6 @@
-"""What a collective of a step will cost, as a function of the tokens: what the ledger will count.
+"""Predict the calls and bytes of each collective of a step, as the ledger will count them.
 
-Predicted with the same arithmetic that runs (`schedule`), before anything runs.
+The prediction uses the arithmetic of the collectives themselves (`schedule`).
 """
 
 from collections.abc import Iterable
@@ -21,12 +21,12 @@ Counts = dict[str, dict[str, dict[str, int]]]  # direction -> kind -> figures, a
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a step has to do.
+class StepSize:
+    """The size of a step.
 
     Attributes:
         tokens: batch * length.
-        logits: tokens whose logits are computed.
+        logits: number of tokens whose logits are computed.
         labels: the model computes its loss from them.
     """
 
@@ -42,16 +42,16 @@ class Collective:
     Attributes:
         kind: all_reduce, all_gather or reduce_scatter.
         direction: forward or backward.
-        what: is sent, in words.
+        what: a description of the message.
         dtype: of the message.
         per_token: elements of the message for every token.
-        fixed: elements beside these.
-        cut: of the dim that is summed by the canonical tree; None where nothing is summed, or by
-            the transport itself.
-        parts: elements for every token that each rank gives to an all_gather, or gets of a
+        fixed: further elements of the message, whatever the number of tokens.
+        cut: of the dim that the canonical tree sums; None if nothing is summed, or if the transport
+            adds in its own order.
+        parts: elements per token that each rank gives to an all_gather or gets from a
             reduce_scatter.
-        of_logits: the tokens are those whose logits are computed.
-        when: always, or only where the model is given labels, or only where it is not.
+        of_logits: the message grows with the tokens whose logits are computed, not with all tokens.
+        when: always, only with labels, or only without labels.
     """
 
     kind: Kind
@@ -65,20 +65,20 @@ class Collective:
     of_logits: bool = False
     when: When = "always"
 
-    def happens(self, step: Step) -> bool:
-        """True if a step has this collective."""
+    def happens(self, step: StepSize) -> bool:
+        """Whether a step makes this collective."""
         return self.when == "always" or (self.when == "labels") == step.labels
 
-    def elements(self, step: Step) -> int:
-        """Of the message."""
+    def elements(self, step: StepSize) -> int:
+        """Number of elements of the message."""
         return self.per_token * self._tokens(step) + self.fixed
 
-    def message_bytes(self, step: Step) -> int:
-        """Of the message, as the ledger counts them."""
+    def message_bytes(self, step: StepSize) -> int:
+        """Bytes of the message, as the ledger counts them."""
         return self.elements(step) * self.dtype.itemsize
 
-    def sent_bytes(self, step: Step, *, rank: int, degree: int) -> int:
-        """What `rank` sends to others, as the ledger counts it."""
+    def sent_bytes(self, step: StepSize, *, rank: int, degree: int) -> int:
+        """Bytes that `rank` sends to other ranks, as the ledger counts them."""
         numel = self.elements(step)
         if self.kind == "all_gather":
             return (degree - 1) * self.parts[rank] * self._tokens(step) * self.dtype.itemsize
@@ -92,7 +92,7 @@ class Collective:
             return native_plan(self.direction, "", (numel,), self.dtype, degree).sent_bytes
         return tree_plan(self.direction, "", (numel,), self.dtype, self.cut, rank).sent_bytes
 
-    def _tokens(self, step: Step) -> int:
+    def _tokens(self, step: StepSize) -> int:
         return step.logits if self.of_logits else step.tokens
 
     def as_dict(self) -> dict[str, object]:
@@ -109,18 +109,18 @@ class Collective:
         }
 
 
-def count(collectives: Iterable[Collective], step: Step, *, rank: int, degree: int) -> Counts:
-    """What the ledger of `rank` counts in a step: direction -> kind -> figures."""
-    found: dict[tuple[str, str], dict[str, int]] = {}
+def count(collectives: Iterable[Collective], step: StepSize, *, rank: int, degree: int) -> Counts:
+    """The ledger of `rank` after a step: direction -> kind -> figures."""
+    totals: dict[tuple[str, str], dict[str, int]] = {}
     for each in collectives:
         if not each.happens(step):
             continue
         key = (each.direction, each.kind)
-        figures = found.setdefault(key, {"calls": 0, "message_bytes": 0, "sent_bytes": 0})
+        figures = totals.setdefault(key, {"calls": 0, "message_bytes": 0, "sent_bytes": 0})
         figures["calls"] += 1
         figures["message_bytes"] += each.message_bytes(step)
         figures["sent_bytes"] += each.sent_bytes(step, rank=rank, degree=degree)
     table: Counts = {}
-    for (direction, kind), figures in sorted(found.items()):
+    for (direction, kind), figures in sorted(totals.items()):
         table.setdefault(direction, {})[kind] = figures
     return table

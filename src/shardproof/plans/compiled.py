@@ -1,7 +1,7 @@
 """A cut model under `torch.compile` and `torch.export`.
 
-Dynamo does not look into our Python: a cut model is one node of its graph (`plans/graph.py`), and
-what leaves an exported program is whole. See docs/decisions/0047-a-cut-model-is-one-node.md.
+Dynamo does not trace into shardproof: a cut model is one node of its graph (`plans/graph.py`), and
+an exported program returns whole tensors. See docs/decisions/0047-a-cut-model-is-one-node.md.
 """
 
 import types
@@ -16,16 +16,16 @@ _HOW = "_shardproof_compiled"  # attribute of a model
 
 
 class Compilable(nn.Module):
-    """Base of the classes that cut models get; stands before the class that they had.
+    """First base of the class that a cut model gets; the model's own class is the second.
 
     Attributes:
-        eager_class: the class that the model had.
+        eager_class: the class that the model had before it was cut.
     """
 
     eager_class: type[nn.Module]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module; while Dynamo traces, one node of its graph."""
+        """Call the model; while Dynamo traces, the call is one node of the graph."""
         if torch.compiler.is_dynamo_compiling():  # it would pass over `_call_impl`
             return self._call_impl(*args, **kwargs)
         # What is imported here and below needs torch._dynamo, which is slow to import.
@@ -37,7 +37,7 @@ class Compilable(nn.Module):
         return y
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
-        """What `model.compile()` compiles."""
+        """The function that `model.compile()` compiles."""
         if torch.compiler.is_dynamo_compiling():
             from shardproof.plans.graph import called  # noqa: PLC0415
 
@@ -45,7 +45,7 @@ class Compilable(nn.Module):
         return nn.Module._call_impl(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As of the class that the model had, so that copies are made of this one."""
+        """Reduce as the model's own class does, so that a copy gets a class of this kind too."""
         reduced: Any = super().__reduce_ex__(protocol)
         make, arguments, *rest = reduced
         arguments = tuple(self.eager_class if each is type(self) else each for each in arguments)
@@ -57,7 +57,7 @@ def make_compilable(model: nn.Module, *, is_invariant: bool) -> None:
 
     Args:
         model: cut; the root.
-        is_invariant: its numerics are.
+        is_invariant: whether its numerics are invariant.
     """
     first: dict[int, str] = {}
     named = model.named_parameters(remove_duplicate=False)
@@ -70,7 +70,7 @@ def make_compilable(model: nn.Module, *, is_invariant: bool) -> None:
 
 
 def _values_of(module: nn.Module) -> tuple[str, ...]:
-    """Attributes that a forward may branch on: a graph is good for the values it was made of."""
+    """Attributes that a forward may branch on; a graph is valid for these values only."""
     kinds = bool | float | str if is_ours(module) else bool | int | float | str
     return tuple(
         name
@@ -80,7 +80,7 @@ def _values_of(module: nn.Module) -> tuple[str, ...]:
 
 
 def _class_like(eager: type[nn.Module]) -> type[nn.Module]:
-    """A class for one model: Dynamo keeps graphs by the code that it compiled, and few of them."""
+    """A class for one model, since Dynamo keeps only a few graphs for each code object."""
     names = ("__module__", "__qualname__", "__doc__")
     body: dict[str, Any] = {name: getattr(eager, name) for name in names}
     body["eager_class"] = eager
@@ -91,20 +91,20 @@ def _class_like(eager: type[nn.Module]) -> type[nn.Module]:
 
 
 def _copied(function: Any) -> types.FunctionType:
-    """The same function with code of its own."""
-    made = types.FunctionType(
+    """A copy of a function that has its own code object."""
+    copy = types.FunctionType(
         function.__code__.replace(),
         function.__globals__,
         function.__name__,
         function.__defaults__,
         function.__closure__,
     )
-    made.__doc__ = function.__doc__
-    return made
+    copy.__doc__ = function.__doc__
+    return copy
 
 
 def _made_again(make: Any, arguments: tuple[Any, ...]) -> nn.Module:
-    """A model of a class that was made here, for copies and pickles."""
+    """Rebuild a model whose class was made here, for copies and pickles."""
     model: nn.Module = make(*arguments)
     model.__class__ = _class_like(type(model))
     return model

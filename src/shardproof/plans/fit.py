@@ -1,6 +1,6 @@
-"""Whether a plan fits a model: every way in which a style does not fit what it names.
+"""Check that each style of a plan fits the module that it names.
 
-Decided from shapes and types, which all ranks have alike, before anything is cut.
+The checks use shapes and types only, which are the same on all ranks, before anything is cut.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +13,6 @@ from shardproof.layers.formula import find_formula
 from shardproof.leaves import Layout
 from shardproof.plans.module_plan import ModulePlan, ParameterPlan
 from shardproof.plans.probe import input_shape
-from shardproof.plans.strangers import instead
 from shardproof.plans.style import (
     Attention,
     ColumnParallel,
@@ -21,21 +20,24 @@ from shardproof.plans.style import (
     Style,
     VocabParallel,
 )
+from shardproof.plans.unsupported import advice
 
-# Options of nn.Embedding that a cut one does not have, and what they are where they are off.
+# Options of nn.Embedding that a cut embedding does not support, with their default values.
 _OFF = {"max_norm": None, "scale_grad_by_freq": False, "sparse": False}
 _LEFT = "leave it out of the plan"
 
 
 def misfits(styles: Mapping[str, Style], model: nn.Module) -> dict[str, list[str]]:
-    """Module name -> what is wrong with its style, for every module that cannot be cut so.
+    """Module name -> the problems of its style, for every module that does not fit.
 
     Args:
         styles: module name -> style.
-        model: whose modules they are.
+        model: the model that has these modules.
     """
-    found = {name: list(_misfit(name, style, styles, model)) for name, style in styles.items()}
-    return {name: problems for name, problems in found.items() if problems}
+    problems_of = {
+        name: list(_misfit(name, style, styles, model)) for name, style in styles.items()
+    }
+    return {name: problems for name, problems in problems_of.items() if problems}
 
 
 def _misfit(
@@ -61,7 +63,7 @@ def _misfit(
     elif type(module) is not nn.Linear:
         yield (
             f"module {name!r} is a {type(module).__name__}, which {style} cannot cut: it takes "
-            f"nn.Linear. {instead(name, style, module)}"
+            f"nn.Linear. {advice(name, style, module)}"
         )
 
 
@@ -83,7 +85,7 @@ def _embedding(name: str, style: VocabParallel, module: nn.Module) -> Iterator[s
 
 
 def scale_of(embedding: nn.Module) -> float | None:
-    """What an embedding multiplies its rows with; None if it computes something else."""
+    """The factor by which an embedding scales its rows; None if it computes something else."""
     if type(embedding) is nn.Embedding:
         return 1.0
     if not type(embedding).__name__.endswith("ScaledWordEmbedding"):  # of transformers
@@ -162,7 +164,7 @@ def _attention(
 
 
 def _projections(name: str, style: Attention, module: nn.Module) -> Iterator[str]:
-    """Linears of an attention that are no linears, or do not have its heads."""
+    """Problems of an attention's projections: no linear, or not the sizes of its heads."""
     inputs = getattr(module.get_submodule(style.query), "in_features", None)
     wanted = {
         style.query: ("out_features", style.queries, "query"),
@@ -195,7 +197,7 @@ def _projections(name: str, style: Attention, module: nn.Module) -> Iterator[str
 
 
 def _norms(name: str, style: Attention, module: nn.Module) -> Iterator[str]:
-    """Norms of an attention that are none we can cut, or do not have its heads."""
+    """Problems of an attention's norms: an unknown kind, or not the sizes of its heads."""
     for child, heads in ((style.query_norm, style.queries), (style.key_norm, style.keys)):
         if child is None:
             continue
@@ -218,7 +220,7 @@ def _norms(name: str, style: Attention, module: nn.Module) -> Iterator[str]:
 
 
 def _order_of_heads(name: str, style: Attention, module: nn.Module) -> Iterator[str]:
-    """Norms over each head to which heads do not come last but one."""
+    """Problems of norms over each head whose input does not have heads as its last dim but one."""
     size = getattr(module.get_submodule(style.query), "in_features", None)
     if style.norms != "heads" or size is None:
         return
@@ -237,15 +239,16 @@ def _order_of_heads(name: str, style: Attention, module: nn.Module) -> Iterator[
 def link_ties(
     modules: Iterable[ModulePlan], model: nn.Module, doubtful: Iterable[str] = ()
 ) -> tuple[list[ModulePlan], list[str]]:
-    """Count every parameter once, and find those that are cut on one side only, or two ways.
+    """Count tied parameters once, and find tied parameters that are cut inconsistently.
 
     Args:
         modules: the plans of all modules that have parameters.
-        model: whose parameters may be the same in several of them.
-        doubtful: modules of which something else is wrong, and nothing more is to be said.
+        model: the model, in which several modules may share a parameter.
+        doubtful: modules that have other problems already; they are not reported again.
 
     Returns:
-        The plans, with `tied_to` in what has been counted before, and one sentence per problem.
+        The plans, with `tied_to` set where a parameter was counted before, and one sentence per
+        problem.
     """
     planned = {
         (module.name, parameter.name): parameter
@@ -278,7 +281,7 @@ def _linked(module: ModulePlan, counted: Mapping[tuple[str, str], str]) -> Modul
 def _untied(
     places: list[tuple[str, str]], planned: Mapping[tuple[str, str], ParameterPlan]
 ) -> Iterator[str]:
-    """What is wrong with one parameter that several modules have."""
+    """The problems of one parameter that several modules share."""
     layouts = {place: planned[place].layouts for place in places if place in planned}
     cut = [place for place in layouts if layouts[place][0].cut is not None]
     whole = [place for place in places if place not in cut]
@@ -292,11 +295,11 @@ def _untied(
             for other, _ in whole
         )
     elif cut and len({layouts[place] for place in cut}) > 1:
-        said = " and ".join(
+        cuts = " and ".join(
             f"{name!r} along dim {layouts[name, own][0].dim} (by {_size(layouts[name, own][0])})"
             for name, own in cut
         )
-        yield f"a tied weight is cut two ways: in {said}. {way_out}"
+        yield f"a tied weight is cut two ways: in {cuts}. {way_out}"
 
 
 def _size(layout: Layout) -> str:

@@ -1,7 +1,8 @@
-"""Dropout that a model of transformers calls as a function, where nothing of ours can draw.
+"""Refuse dropout that a model of transformers calls as a function, without an `nn.Dropout`.
 
-It draws from torch's global generator, so that ranks would hold different activations where they
-must be the same. Only names tell it: the config's, and what modules copied from it.
+Such a call draws from torch's global generator, so that ranks would hold different activations
+where they must be the same. It is recognised by the names of probabilities in the config and in
+modules that copied them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,31 +10,33 @@ from typing import Any
 
 from torch import nn
 
-from shardproof.hf.models import is_transformers
+from shardproof.hf.detection import is_transformers
 from shardproof.plans.style import Attention, Style
 
-_ATTENTION = "attention_dropout"  # what modules of attention hand to the function that attends
+_ATTENTION = (
+    "attention_dropout"  # the probability that attention modules pass to the attention function
+)
 
 
 def functional_dropout(styles: Mapping[str, Style], model: nn.Module) -> list[str]:
-    """One sentence for every probability that a function of torch may draw with."""
+    """One sentence for each dropout probability that a function of torch may use."""
     if not is_transformers(model):
         return []
     by_position = {module.p for module in model.modules() if type(module) is nn.Dropout}
-    found: dict[str, str] = {}
+    sentences: dict[str, str] = {}
     for name, value in _probabilities(model):
         if name == _ATTENTION:
             is_ours = _is_cut(styles, model)
         else:
-            # An nn.Dropout of attention weights is often only asked for its p.
+            # Some models read only `p` of the nn.Dropout of their attention weights.
             is_ours = "att" not in name and value in by_position
         if not is_ours:
-            found.setdefault(name, _sentence(name, value, model))
-    return list(found.values())
+            sentences.setdefault(name, _sentence(name, value, model))
+    return list(sentences.values())
 
 
 def _probabilities(model: nn.Module) -> Iterator[tuple[str, float]]:
-    """Name and value of everything above 0 that configs and modules call a dropout."""
+    """Name and value of every attribute above 0 of configs and modules that is named dropout."""
     seen = set()
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -52,7 +55,7 @@ def _draws(value: object) -> bool:
 
 
 def _is_cut(styles: Mapping[str, Style], model: nn.Module) -> bool:
-    """True if all attention that drops weights is cut: ours then computes in it, by position."""
+    """Whether every attention with dropout is cut, so that our attention draws its masks."""
     names = [name for name, module in model.named_modules() if _draws(vars(module).get(_ATTENTION))]
     return bool(names) and all(isinstance(styles.get(name), Attention) for name in names)
 

@@ -1,9 +1,9 @@
 """What Dynamo and AOTAutograd see of a cut model; imported while they compile.
 
-A cut model is one node of Dynamo's graph (`nonstrict_trace`). Dynamo runs it once on tensors
-without memory, to learn the shapes of its results. AOTAutograd then runs it on tensors that record,
-and sees operations of torch alone, for our kernels and collectives are operators (`operators.py`).
-So the graph holds what an eager step computes, in its order.
+A cut model is one node of Dynamo's graph (`nonstrict_trace`). Dynamo runs it once on fake tensors,
+to learn the shapes of its results. AOTAutograd then traces it, and sees only operations of torch,
+because our kernels and collectives are custom operators (`operators.py`). So the graph holds the
+operations of an eager step, in the same order.
 """
 
 import math
@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRangeError
 
 from shardproof.checking import is_checked
-from shardproof.cut.calls import finished_calls
 from shardproof.cut.deferred import Deferred
+from shardproof.cut.module_calls import finished_calls
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, run
 from shardproof.errors import ShardproofError, UsageError
@@ -32,7 +32,7 @@ from shardproof.operators import Numbered
 Ties = tuple[tuple[str, str], ...]
 
 _OURS = "_shardproof_"
-_KEPT = "_shardproof_kept"  # attribute of a model: what its graphs refer to
+_KEPT = "_shardproof_kept"  # attribute of a model: the objects that its graphs refer to
 _SIMPLE = (str, int, float, complex, bool, types.NoneType, torch.dtype, torch.device, type)
 _CUT, _NONE = "shardproof.cut", "shardproof.none"
 
@@ -46,14 +46,14 @@ def called(
     """The call of a cut model as one node of a graph. Dynamo traces this.
 
     Args:
-        model: likewise.
-        how: whether its numerics are invariant; for each parameter that has two names, the second
-            and the first; for each module, the attributes that its forward may branch on.
-        args: of the call.
-        kwargs: of the call.
+        model: the cut model.
+        how: whether its numerics are invariant; for each tied parameter its second and its first
+            name; for each module the attributes that its forward may branch on.
+        args: positional arguments of the call.
+        kwargs: named arguments of the call.
     """
     is_invariant, ties, values = how
-    # What Dynamo reads it guards: it makes another graph for another model, or for other values.
+    # Dynamo guards what it reads, and makes another graph for another model or other values.
     seen: list[bool | int | float | str] = [id(model)]
     for name, attributes in values:
         module = model.get_submodule(name)
@@ -64,12 +64,12 @@ def called(
 
 
 @torch._dynamo.nonstrict_trace
-def _traced(*given: Any) -> Any:
-    """`_recorded`, with errors that Dynamo hands on."""
+def _traced(*inputs: Any) -> Any:
+    """`_recorded`, with errors of a type whose message Dynamo shows."""
     try:
-        return _recorded(*given)
+        return _recorded(*inputs)
     except ShardproofError as error:
-        # Of most other errors Dynamo hides the message: it says that it cannot take the output.
+        # Dynamo hides the message of most other errors and reports an unsupported output.
         raise ValueRangeError(str(error)) from error
 
 
@@ -81,15 +81,15 @@ def _recorded(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """The call of a cut model on tensors that record, or have no memory.
+    """Call a cut model with traced or fake tensors.
 
     Args:
-        seen: `id` of the model, and values of its modules; only to be guarded.
-        model: likewise.
-        is_invariant: its numerics are.
-        ties: for each parameter that has two names, the second and the first.
-        args: of the call, packed.
-        kwargs: of the call, packed.
+        seen: `id` of the model and attributes of its modules; Dynamo guards them.
+        model: the cut model.
+        is_invariant: whether its numerics are invariant.
+        ties: for each tied parameter its second and its first name.
+        args: positional arguments of the call, packed.
+        kwargs: named arguments of the call, packed.
     """
     if is_checked():
         raise UsageError(
@@ -98,7 +98,7 @@ def _recorded(
         )
     if is_invariant:
         _check_backend(model)
-    pytree.tree_map(_of_one_size, seen)  # or Dynamo would not guard a float
+    pytree.tree_map(_of_one_size, seen)  # otherwise Dynamo would not guard a float
     args, kwargs = pytree.tree_map(
         _of_one_size, (_unpacked(args), _unpacked(kwargs)), is_leaf=_is_cut
     )
@@ -106,7 +106,7 @@ def _recorded(
         y = nn.Module._call_impl(model, *args, **kwargs)
         if torch.compiler.is_exporting():
             return as_whole(y)
-        return _as_tree(y, model.__dict__.setdefault(_KEPT, _Keeping()))
+        return _as_tree(y, model.__dict__.setdefault(_KEPT, _OpaqueValues()))
 
 
 def _check_backend(model: nn.Module) -> None:
@@ -123,7 +123,7 @@ def _check_backend(model: nn.Module) -> None:
 
 
 def _of_one_size(x: Any) -> Any:
-    """Recipes are found for numbers: a graph is good for the sizes that it was made of."""
+    """Raise for symbolic sizes: a graph of a cut model is valid for one set of sizes only."""
     if isinstance(x, torch.SymInt):
         return int(x)
     if isinstance(x, torch.SymFloat):
@@ -135,7 +135,7 @@ def _of_one_size(x: Any) -> Any:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Raise if a forward sets what a graph would not set again, and put back what was there."""
+    """Restore attributes that a forward sets, and raise: a graph would not set them again."""
     before = [
         (name, module, _state_of(module))
         for name, module in model.named_modules()
@@ -158,13 +158,13 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def _state_of(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """Attributes, parameters and buffers, by where they are kept."""
+    """Copies of the dicts of attributes, parameters and buffers of a module."""
     own = {name: value for name, value in vars(module).items() if not name.startswith(_OURS)}
     return {"": own} | {kind: dict(vars(module)[kind]) for kind in ("_parameters", "_buffers")}
 
 
 def _put_back(module: nn.Module, state: dict[str, dict[str, Any]]) -> list[str]:
-    """Set what differs from a state as it was there; the names of that."""
+    """Restore a state; return the names of the attributes that had changed."""
     changed = []
     for where, old in state.items():
         held = vars(module)[where] if where else vars(module)
@@ -182,7 +182,7 @@ def _put_back(module: nn.Module, state: dict[str, dict[str, Any]]) -> list[str]:
 
 @contextmanager
 def _tied(model: nn.Module, ties: Ties) -> Iterator[None]:
-    """Dynamo passes a parameter that has two names by one: put it in the other place too."""
+    """Set a tied parameter under its second name too; Dynamo passes it under one name only."""
     before = []
     for alias, name in ties:
         module, own = _place(model, alias)
@@ -202,7 +202,7 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def as_whole(y: Any) -> Any:
-    """What leaves an exported program: outside of it there are no rules for cut tensors."""
+    """Gather the outputs of an exported program: outside of it, cut tensors have no rules."""
     return pytree.tree_map(_whole, y, is_leaf=_is_cut)
 
 
@@ -210,33 +210,33 @@ def _whole(x: Any) -> Any:
     return x.whole() if isinstance(x, CutTensor | CutLogits | Deferred) else x
 
 
-# What a graph gives back: tensors. Everything else that a model returns is made again by Dynamo.
+# A graph returns tensors. Dynamo rebuilds everything else that a model returns.
 
 
-class _Kept:
-    """Something that no graph can hold: how a tensor is cut, a class, a config."""
+class _Opaque:
+    """An object that a graph cannot hold: a `Spec`, a class, a config."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
 
-class _Keeping(dict[Any, _Kept]):
-    """What the graphs of one model refer to. A copy of the model has graphs of its own."""
+class _OpaqueValues(dict[Any, _Opaque]):
+    """The objects that the graphs of one model refer to. A copy of the model has its own graphs."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Keeping":
-        return _Keeping()
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_OpaqueValues":
+        return _OpaqueValues()
 
 
 _numbered = Numbered()
 
 
-def _number(value: Any, kept: dict[Any, _Kept]) -> int:
-    """A number for something, the same every time, as long as `kept` is there."""
+def _number(value: Any, kept: dict[Any, _Opaque]) -> int:
+    """A number that stands for an object, always the same while `kept` exists."""
     key = (type(value), value) if isinstance(value, _SIMPLE) else id(value)
-    found = kept.get(key)
-    if found is None:
-        found = kept[key] = _Kept(value)
-    return _numbered.number(found)
+    number = kept.get(key)
+    if number is None:
+        number = kept[key] = _Opaque(value)
+    return _numbered.number(number)
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
@@ -245,11 +245,11 @@ def _value(number: int) -> Any:
 
 
 class _Node:
-    """A cut tensor, or an object with tensors inside, on its way out of a graph.
+    """A cut tensor, or an object with tensors inside, in a form that a graph can return.
 
     Attributes:
-        parts: what it has of tensors, and of lists and dicts.
-        how: numbers and names, from which Dynamo makes the object again.
+        parts: its tensors, lists and dicts.
+        how: numbers and names from which Dynamo rebuilds the object.
     """
 
     def __init__(self, parts: list[Any], how: tuple[Any, ...]) -> None:
@@ -257,18 +257,18 @@ class _Node:
 
 
 def _made(parts: Any, how: Any) -> Any:
-    """The object of a `_Node`. Dynamo traces this: only plain statements."""
+    """Rebuild the object of a `_Node`. Dynamo traces this, so it has plain statements only."""
     kind, first, *rest = how
     if kind == _CUT:
         number, sizes = rest
         return GraphTensor(parts[0], _value(number), first, number, sizes)
     names, others = rest
-    made = _value(first).__new__(_value(first))
+    instance = _value(first).__new__(_value(first))
     for name, value in zip(names, parts):  # noqa: B905 - Dynamo knows no `strict`
-        setattr(made, name, value)
+        setattr(instance, name, value)
     for name, number in others:
-        setattr(made, name, _value(number))
-    return made
+        setattr(instance, name, _value(number))
+    return instance
 
 
 pytree.register_pytree_node(_Node, lambda x: (x.parts, x.how), _made)
@@ -278,8 +278,8 @@ def _is_cut(x: Any) -> bool:
     return isinstance(x, CutTensor)
 
 
-def _as_tree(y: Any, kept: dict[Any, _Kept]) -> Any:
-    """What a model returns, with a `_Node` for everything that no graph can hold."""
+def _as_tree(y: Any, kept: dict[Any, _Opaque]) -> Any:
+    """The output of a model, with a `_Node` in place of each object that a graph cannot hold."""
 
     def node(x: Any) -> Any:
         if isinstance(x, CutTensor):
@@ -310,14 +310,14 @@ def _holds_tensors(x: Any) -> bool:
 
 
 class GraphTensor(CutTensor):
-    """A cut tensor that a graph gives back, through which Dynamo can see.
+    """A cut tensor that a graph returns and that Dynamo can trace through.
 
-    It is no `torch.Tensor`, for Dynamo makes none of a class like ours. Functions and methods of
-    torch take it as one; `isinstance` does not.
+    It is not a `torch.Tensor`, because Dynamo cannot build one of a class like ours. Functions and
+    methods of torch accept it; `isinstance` does not.
 
     Attributes:
-        number: of its `spec`.
-        sizes: shape of the whole.
+        number: the number of its `spec`.
+        sizes: shape of the whole tensor.
     """
 
     def __init__(
@@ -334,26 +334,26 @@ class GraphTensor(CutTensor):
         gathered: Tensor = _call(CutTensor.whole, (self,), {})
         return gathered
 
-    # Numbers that Dynamo can read.
+    # Attributes that Dynamo can read.
 
     @property
     def shape(self) -> torch.Size:
-        """Of the whole."""
+        """Shape of the whole tensor."""
         return torch.Size(self.sizes)
 
     def size(self, dim: int | None = None) -> Any:
-        """Of the whole, or along one dim."""
+        """Shape of the whole tensor, or its size along one dim."""
         return torch.Size(self.sizes) if dim is None else self.sizes[dim]
 
     def dim(self) -> int:
-        """How many dims."""
+        """Number of dims."""
         return len(self.sizes)
 
     ndimension = dim
     ndim = property(dim)
 
     def numel(self) -> int:
-        """Elements of the whole."""
+        """Number of elements of the whole tensor."""
         return math.prod(self.sizes)
 
     nelement = numel
@@ -370,9 +370,9 @@ class GraphTensor(CutTensor):
 
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An operation; while Dynamo traces, one node of its graph."""
+    """Run an operation; while Dynamo traces, it is one node of the graph."""
     if torch.compiler.is_dynamo_compiling():
-        number = _number_of(func) + 0  # a number of Dynamo's own, which it can hand on
+        number = _number_of(func) + 0  # a symbolic number, which Dynamo can pass on
         return _traced_call(number, _packed(args), _packed(kwargs))
     return run(func, args, kwargs)
 
@@ -389,14 +389,14 @@ def _number_of(func: Any) -> int:
 
 @torch._dynamo.nonstrict_trace
 def _traced_call(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An operation on cut tensors that record, or have no memory."""
-    given = _unpacked(args), _unpacked(kwargs)
-    first = next(filter(_is_cut, pytree.tree_leaves(given, is_leaf=_is_cut)))
-    return _as_tree(run(_functions[number], *given), first.spec.region.kept_by_graphs)
+    """Run an operation on cut tensors with traced or fake parts."""
+    call_args = _unpacked(args), _unpacked(kwargs)
+    first = next(filter(_is_cut, pytree.tree_leaves(call_args, is_leaf=_is_cut)))
+    return _as_tree(run(_functions[number], *call_args), first.spec.region.kept_by_graphs)
 
 
 def _packed(x: Any) -> Any:
-    """Arguments of a node: a tuple stands for each cut tensor and each None. Dynamo traces this."""
+    """Arguments of a node: a tuple replaces each cut tensor and None. Dynamo traces this."""
     if x is None:
         return (_NONE,)
     if isinstance(x, GraphTensor):
@@ -409,7 +409,7 @@ def _packed(x: Any) -> Any:
 
 
 def _unpacked(x: Any) -> Any:
-    """The arguments of `_packed`."""
+    """The arguments from which `_packed` was made."""
     if isinstance(x, tuple) and x and isinstance(x[0], str):
         if x[0] == _CUT:
             return cut_tensor(x[1], _value(x[2]), x[3])

@@ -1,8 +1,8 @@
-"""Reading the `tp_plan` that a model of Hugging Face transformers carries, and checking it.
+"""Read and check the `tp_plan` of a Hugging Face transformers model.
 
-Its strings are the exchange format; what they say is turned into styles of ours, which cut more
-(the embedding, heads that do not divide) and send less (one input-gradient sum for q, k and v).
-transformers itself is not imported: everything is read from the model.
+Its strings are turned into styles, which cut more than transformers does (the embedding, numbers
+of heads that do not divide) and send less (one input-gradient sum for q, k and v). transformers is
+not imported: everything is read from the model.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from shardproof.errors import PlanError
-from shardproof.plans.attention import recognise
+from shardproof.plans.attention_modules import recognise
 from shardproof.plans.fit import scale_of
 from shardproof.plans.match import find
+from shardproof.plans.plan_text import listed
 from shardproof.plans.style import ColumnParallel, RowParallel, SharedInput, Style, VocabParallel
-from shardproof.plans.text import listed
 from shardproof.wording import shown
 
 GATED = ("gate_proj", "up_proj")
@@ -23,13 +23,13 @@ GATED = ("gate_proj", "up_proj")
 
 @dataclass(frozen=True)
 class Reading:
-    """What a tp_plan comes to.
+    """The result of reading a tp_plan.
 
     Attributes:
         styles: module name -> style.
-        whole: modules that it leaves whole by name.
-        notes: where these styles differ from its words, and why.
-        problems: what of it cannot be served, one sentence each.
+        whole: modules that it names and leaves whole.
+        notes: where the styles differ from the tp_plan, and why.
+        problems: one sentence for each entry that cannot be followed.
     """
 
     styles: dict[str, Style]
@@ -41,7 +41,7 @@ class Reading:
 def entries_of(model: nn.Module) -> dict[str, str]:
     """Pattern -> style string: the base model's plan from the config, and the model's own.
 
-    Newer versions of transformers put the first into the second when the model is made.
+    Newer versions of transformers copy the former into the latter when the model is made.
     """
     base = _tp_plan(getattr(model, "config", None), "base_model_tp_plan", "config.")
     own = _tp_plan(model, "_tp_plan", "")
@@ -57,23 +57,23 @@ def entries_of(model: nn.Module) -> dict[str, str]:
 
 
 def _tp_plan(holder: object, name: str, where: str) -> dict[str, str]:
-    """One of the two plans, which anybody may have written: in a config.json, on an object."""
-    found = getattr(holder, name, None)
-    if found is None:
+    """One of the two plans, checked: it may come from a config.json that anybody wrote."""
+    entries = getattr(holder, name, None)
+    if entries is None:
         return {}
-    if not isinstance(found, Mapping) or not all(isinstance(each, str) for each in found):
+    if not isinstance(entries, Mapping) or not all(isinstance(each, str) for each in entries):
         raise PlanError(
-            f"the model's {where}{name} is {shown(found)}, and a tp_plan is a dict of patterns and "
-            "styles. Correct it, or give a plan of your own."
+            f"the model's {where}{name} is {shown(entries)}, and a tp_plan is a dict of patterns "
+            "and styles. Correct it, or give a plan of your own."
         )
-    return dict(found)
+    return dict(entries)
 
 
 def read_tp_plan(model: nn.Module) -> Reading:
     """The plan that a model carries, as styles.
 
     Raises:
-        PlanError: it carries none.
+        PlanError: the model has no tp_plan.
     """
     entries = entries_of(model)
     embedding = _name_of(model, "get_input_embeddings")
@@ -85,10 +85,10 @@ def read_tp_plan(model: nn.Module) -> Reading:
             "example of what forward takes (inputs=): what can be cut is found by watching one "
             "forward. Or write a plan: docs/plans.md says how."
         )
-    found = find(entries, model)
-    styles, notes = found.styles, list[str]()
+    matches = find(entries, model)
+    styles, notes = matches.styles, list[str]()
     attentions = recognise(styles, model)
-    # Also where one cannot be cut: enough has been said of what is in it.
+    # Modules inside an attention with a problem are left out too: it is reported already.
     known = {*attentions.styles, *attentions.problems}
     styles = {name: each for name, each in styles.items() if name.rpartition(".")[0] not in known}
     styles |= attentions.styles
@@ -98,16 +98,16 @@ def read_tp_plan(model: nn.Module) -> Reading:
             "their norms go across the heads; here they stay cut by heads, and only the norms' "
             "sums cross the ranks."
         )
-    problems = found.problems + list(attentions.problems.values())
-    problems += lost_norms(found.norms, styles, attentions.problems, model)
+    problems = matches.problems + list(attentions.problems.values())
+    problems += lost_norms(matches.norms, styles, attentions.problems, model)
     problems += _seeing_shards(styles, model)
-    notes += _add_embedding(styles, found.whole, embedding, head, model)
+    notes += _add_embedding(styles, matches.whole, embedding, head, model)
     styles |= _shared_inputs(styles, model)
-    return Reading(styles, found.whole, tuple(notes), problems)
+    return Reading(styles, matches.whole, tuple(notes), problems)
 
 
 def output_head(styles: dict[str, Style], model: nn.Module) -> str | None:
-    """The output head whose logits a model's own loss can take as they are cut."""
+    """The output head whose cut logits the model's own loss can take without a gather."""
     head = _name_of(model, "get_output_embeddings")
     style = styles.get(head) if head else None
     is_causal = getattr(model, "loss_type", None) == "ForCausalLM"  # the loss that is replaced
@@ -116,12 +116,12 @@ def output_head(styles: dict[str, Style], model: nn.Module) -> str | None:
 
 
 def ungathered_heads(styles: dict[str, Style], head: str | None, model: nn.Module) -> Iterator[str]:
-    """Heads that would give a part of their logits under the name of the whole.
+    """One sentence for each head that would return this rank's part of its logits as the whole.
 
     Args:
         styles: module name -> style.
-        head: whose logits become whole when they are used.
-        model: of transformers; what stands beside its base model is a head.
+        head: the head whose logits are gathered when they are used.
+        model: a model of transformers; each child beside its base model is a head.
     """
     prefix = getattr(model, "base_model_prefix", "")
     if not prefix or getattr(model, "base_model", model) is model:
@@ -130,7 +130,7 @@ def ungathered_heads(styles: dict[str, Style], head: str | None, model: nn.Modul
         name: style for name, style in styles.items() if not f"{name}.".startswith(f"{prefix}.")
     }
     if any(isinstance(style, RowParallel) for style in beside.values()):
-        return  # a head of several layers, which takes its shards back
+        return  # a head of several layers, whose row layer sums the shards
     for name, style in beside.items():
         if isinstance(style, ColumnParallel) and not style.gather_output and name != head:
             yield (
@@ -141,7 +141,7 @@ def ungathered_heads(styles: dict[str, Style], head: str | None, model: nn.Modul
 
 
 def _name_of(model: nn.Module, method: str) -> str | None:
-    """Name of the module that a method of the model returns."""
+    """Name of the module that a method of the model returns, or None."""
     get = getattr(model, method, None)
     if get is None:
         return None
@@ -155,13 +155,13 @@ def _name_of(model: nn.Module, method: str) -> str | None:
 def lost_norms(
     norms: tuple[str, ...], styles: dict[str, Style], refused: Collection[str], model: nn.Module
 ) -> Iterator[str]:
-    """What is wrong where a plan calls a module a norm of heads that belongs to no attention.
+    """One sentence for each norm of heads in a plan that belongs to no cut attention.
 
     Args:
-        norms: modules that an entry of the plan calls so.
+        norms: modules that an entry of the plan calls norms of heads.
         styles: module name -> style, attentions among them.
-        refused: attentions of which something else is wrong.
-        model: whose modules they are; one without parameters is no trouble.
+        refused: attentions that have other problems already.
+        model: the model; a norm without parameters is no problem.
     """
     for name in norms:
         parent, _, child = name.rpartition(".")
@@ -175,7 +175,7 @@ def lost_norms(
 
 
 def _seeing_shards(styles: dict[str, Style], model: nn.Module) -> Iterator[str]:
-    """Modules that would be given a shard where they expect the whole, and shards nobody takes."""
+    """One sentence for each module that would get a shard, and for each shard that none takes."""
     families: dict[str, list[str]] = {}
     for name, style in styles.items():
         if style == ColumnParallel():
@@ -211,7 +211,7 @@ def _add_embedding(
     head: str | None,
     model: nn.Module,
 ) -> Iterator[str]:
-    """Cut the input embedding along the vocabulary, and with it a head that shares its weight."""
+    """Cut the input embedding along the vocabulary, and the head if it shares its weight."""
     if embedding is None or embedding in whole:
         return
     module = model.get_submodule(embedding)
@@ -238,7 +238,7 @@ def _has_weight(module: nn.Module, other: nn.Module) -> bool:
 
 
 def _shared_inputs(styles: dict[str, Style], model: nn.Module) -> dict[str, Style]:
-    """Parents of column-parallel linears that read one input: gate and up of a feed-forward."""
+    """A `SharedInput` for each pair of column linears with one input, such as gate and up."""
     families: dict[str, list[str]] = {}
     rows: dict[str, int] = {}
     for name, style in styles.items():
@@ -247,15 +247,15 @@ def _shared_inputs(styles: dict[str, Style], model: nn.Module) -> dict[str, Styl
             families.setdefault(parent, []).append(child)
         elif isinstance(style, RowParallel):
             rows[parent] = rows.get(parent, 0) + 1
-    found: dict[str, Style] = {}
+    shared: dict[str, Style] = {}
     for parent, children in families.items():
         gated = [child for child in GATED if child in children]
-        # More than one row-parallel linear: one linear may well read what another has made.
+        # With several row-parallel linears, one linear may read the output of another.
         is_mlp = parent.lower().endswith("mlp") and rows.get(parent) == 1
         members = gated if len(gated) == 2 else children if is_mlp else []
         linears = [model.get_submodule(f"{parent}.{child}".lstrip(".")) for child in members]
         are_plain = all(type(each) is nn.Linear for each in linears)  # others are refused later
         sizes = {(each.in_features, each.out_features) for each in linears if are_plain}
         if len(members) > 1 and len(sizes) == 1:
-            found[parent] = SharedInput(tuple(members))
-    return found
+            shared[parent] = SharedInput(tuple(members))
+    return shared

@@ -1,4 +1,4 @@
-"""Weights for a model on the meta device, created leaf by leaf: nothing whole ever exists."""
+"""`initialize`: create the weights of a model on the meta device, leaf by leaf."""
 
 import math
 from typing import Any
@@ -27,26 +27,26 @@ def initialize(
     std: float | None = None,
     scheme: Scheme | None = None,
 ) -> nn.Module:
-    """Create every parameter that is on the meta device, the same numbers at every degree.
+    """Create every parameter that is on the meta device, with the same values at every degree.
 
-    A plain model gets other numbers than a cut one, for nothing says into which leaves it is cut:
-    compare with plain torch through `shardproof.hf.load`, or copy the weights of degree 1.
+    A plain model gets other values than a cut one, because it has no leaves. To compare with plain
+    torch, load weights with `shardproof.hf.load`, or copy the weights of degree 1.
 
-    Matrices are drawn from N(0, std), keyed by (seed, name, leaf), so that a rank draws what it
-    holds and nothing else; biases are 0, norms do nothing at first, padding rows are 0. Parameters
-    that are tied stay tied. Buffers of transformers' rotary embeddings are computed.
+    Matrices are drawn from N(0, std), keyed by (seed, name, leaf), so that each rank draws only the
+    leaves that it holds. Biases and padding rows are 0, and norms start as the identity. Tied
+    parameters stay tied. Buffers of transformers' rotary embeddings are computed.
 
     Args:
-        model: cut by `parallelize`, or plain: then every rank draws all of it.
-        device: where the parameters are to be.
-        std: of the draws; by default `model.config.initializer_range`, or 0.02.
-        scheme: whose seed keys the draws; by default that of the cut modules.
+        model: cut by `parallelize`, or plain; every rank draws all of a plain model.
+        device: device of the new parameters.
+        std: standard deviation of the draws; by default `model.config.initializer_range`, or 0.02.
+        scheme: its seed keys the draws; by default the scheme of the cut modules.
 
     Returns:
         `model`.
 
     Raises:
-        UsageError: a parameter or a buffer of a kind that nothing here can create.
+        UsageError: a parameter or a buffer is of an unknown kind.
 
     Comm:
         none.
@@ -59,17 +59,17 @@ def initialize(
     rule = "a finite number, 0 or more. Use for instance 0.02"
     std = checked_real(std, "std", rule=rule, holds=lambda number: 0 <= number < math.inf)
     seed = (scheme or _scheme_of(model)).seed
-    registry.refresh()  # an optimizer may have what is replaced here
-    made: dict[int, nn.Parameter] = {}
+    registry.refresh()  # an optimizer may hold the parameters that are replaced here
+    created: dict[int, nn.Parameter] = {}
     for name, module in model.named_modules():
         for own, parameter in list(module._parameters.items()):
-            if parameter is None or not (parameter.is_meta or id(parameter) in made):
+            if parameter is None or not (parameter.is_meta or id(parameter) in created):
                 continue
-            if id(parameter) not in made:
+            if id(parameter) not in created:
                 full = f"{name}.{own}" if name else own
                 data = _data(module, own, parameter, full, seed=seed, std=std, device=device)
-                made[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
-            module._parameters[own] = made[id(parameter)]
+                created[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
+            module._parameters[own] = created[id(parameter)]
         _make_buffers(model, module, name, device)
     registry.note_change()
     return model
@@ -90,7 +90,7 @@ def _data(
     std: float,
     device: torch.device | str,
 ) -> Tensor:
-    """The numbers of one parameter, what this rank holds of it."""
+    """The values of this rank's part of one parameter."""
     data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
     constant = _constant(module, own, parameter)
     if constant is not None:
@@ -112,7 +112,7 @@ def _data(
 
 
 def _constant(module: nn.Module, own: str, parameter: nn.Parameter) -> float | None:
-    """What a bias, or the weight of a norm, starts as; None for what is drawn."""
+    """The initial value of a bias or a norm's weight; None for a parameter that is drawn."""
     if own == "bias":
         return 0.0
     if parameter.dim() == 1 and "Norm" in type(module).__name__:
@@ -121,7 +121,7 @@ def _constant(module: nn.Module, own: str, parameter: nn.Parameter) -> float | N
 
 
 def _offset(module: nn.Module) -> float:
-    """What a norm adds to its weight: 1 in Gemma."""
+    """The constant that a norm adds to its weight: 1 in Gemma, else 0."""
     if hasattr(module, "offset"):  # ours
         return float(module.offset)  # type: ignore[arg-type]
     formula = find_formula(module)
@@ -131,8 +131,8 @@ def _offset(module: nn.Module) -> float:
 def _layout(module: nn.Module, own: str, parameter: nn.Parameter) -> Layout:
     layouts = registry.record_of(module).layouts if isinstance(module, ShardedModule) else {}
     if own in layouts:
-        found: Layout = layouts[own]
-        return found
+        layout: Layout = layouts[own]
+        return layout
     return replicated(tuple(parameter.shape))
 
 
@@ -151,7 +151,7 @@ def _clear_padding(module: nn.Module, layout: Layout, data: Tensor) -> None:
 def _make_buffers(
     model: nn.Module, module: nn.Module, name: str, device: torch.device | str
 ) -> None:
-    """Buffers of transformers' rotary embeddings follow from the config; others are unknown."""
+    """Compute the buffers of transformers' rotary embeddings; raise for other buffers."""
     missing = {
         own: buffer
         for own, buffer in module._buffers.items()

@@ -15,20 +15,20 @@ from shardproof.wording import VALUE, few, shown
 _KNOWN = "ColumnParallel(), RowParallel(), VocabParallel(), Attention(...), SharedInput(...)"
 
 
-MOST_PROBLEMS = 50  # entries that name nothing, after which a plan is not read on
+MOST_PROBLEMS = 50  # after so many entries that match nothing, the rest of a plan is not read
 
-_WILD = re.compile(r"[*?\[]")  # what `fnmatch` takes for more than a letter
+_WILD = re.compile(r"[*?\[]")  # characters with a meaning in `fnmatch`
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the entries of a plan name in a model.
+class Matches:
+    """The modules of a model that the entries of a plan match.
 
     Attributes:
         styles: module name -> style, in the model's order.
-        whole: modules that an entry leaves whole.
+        whole: modules that an entry says to leave whole.
         norms: modules that an entry calls norms of heads (Hugging Face's spelling).
-        problems: what is wrong with the plan, one sentence each.
+        problems: one sentence for each problem of the plan.
     """
 
     styles: dict[str, Style] = field(default_factory=dict)
@@ -37,8 +37,8 @@ class Found:
     problems: list[str] = field(default_factory=list)
 
 
-def find(styles: Mapping[str, Style | str], model: nn.Module) -> Found:
-    """What the entries of a plan name.
+def find(styles: Mapping[str, Style | str], model: nn.Module) -> Matches:
+    """Match the entries of a plan with the modules of a model.
 
     Args:
         styles: pattern -> style, or Hugging Face's spelling of one.
@@ -48,11 +48,13 @@ def find(styles: Mapping[str, Style | str], model: nn.Module) -> Found:
     matching = _Matching(names)
     named: dict[str, tuple[str, Style | str]] = {}
     problems: list[str] = []
-    for place, (pattern, given) in enumerate(styles.items()):
+    for place, (pattern, style_given) in enumerate(styles.items()):
         if len(problems) >= MOST_PROBLEMS:
             problems.append(f"the other {len(styles) - place:,} entries were not looked at.")
             break
-        style = SPELLINGS.get(given, given) if isinstance(given, str) else given
+        style = (
+            SPELLINGS.get(style_given, style_given) if isinstance(style_given, str) else style_given
+        )
         if complaint := _refusal(pattern, style):
             problems.append(complaint)
             continue
@@ -67,7 +69,7 @@ def find(styles: Mapping[str, Style | str], model: nn.Module) -> Found:
                 )
             named.setdefault(name, (pattern, style))
     ordered = {name: named[name] for name in names if name in named}
-    return Found(
+    return Matches(
         {name: style for name, (_, style) in ordered.items() if not isinstance(style, str)},
         tuple(name for name, (_, style) in ordered.items() if style == WHOLE),
         tuple(name for name, (_, style) in ordered.items() if style == HEAD_NORM),
@@ -76,7 +78,7 @@ def find(styles: Mapping[str, Style | str], model: nn.Module) -> Found:
 
 
 class _Matching:
-    """Finds the names that a pattern fits, without trying every name where it has no `*`."""
+    """Finds the names that a pattern matches; a pattern without `*` is looked up directly."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._known = set(names)
@@ -85,7 +87,7 @@ class _Matching:
             self._by_length.setdefault(name.count("."), []).append(name)
 
     def of(self, pattern: str) -> list[str]:
-        """In the model's order."""
+        """The names that match a pattern, in the order of the model."""
         if not _WILD.search(pattern):
             return [pattern] if pattern in self._known else []
         alike = self._by_length.get(pattern.count("."), [])
@@ -99,13 +101,13 @@ def fits(pattern: str, name: str) -> bool:
 
 
 def near_names(name: str, names: list[str]) -> str:
-    """Names that a reader may have meant, as prose."""
+    """The known names that are most like a given one, as prose."""
     near = get_close_matches(name[:VALUE], names, n=3, cutoff=0.4) or names[:3]
     return few(near) or "none"
 
 
 def _refusal(pattern: str, style: object) -> str:
-    """Why no module can have this style; "" if one can."""
+    """The error for a style that does not exist or is not supported; "" if it is fine."""
     if isinstance(style, str):
         if style in (WHOLE, HEAD_NORM):
             return ""

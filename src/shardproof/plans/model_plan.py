@@ -1,17 +1,16 @@
-"""A plan for one model at one degree: everything that is known before anything runs. Plain data."""
+"""`ModelPlan`: how one model is cut at one degree. Plain data, known before anything runs."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from shardproof.errors import PlanError, UsageError
-from shardproof.plans.attend import Manner
-from shardproof.plans.collective import Collective, Counts, Step, count
+from shardproof.plans.attention_check import AttentionOptions
+from shardproof.plans.collective import Collective, Counts, StepSize, count
 from shardproof.plans.match import near_names
 from shardproof.plans.module_plan import ModulePlan, Row, held_bytes, rows, style_dict
+from shardproof.plans.plan_text import columns, parameters_line, size
 from shardproof.plans.style import Attention, ColumnParallel, Plan, RowParallel, Style
-from shardproof.plans.text import columns, parameters_line, size
 from shardproof.quantities import checked_flag, checked_whole
 from shardproof.scheme import Scheme
 from shardproof.wording import few, shown
@@ -19,20 +18,21 @@ from shardproof.wording import few, shown
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """How a model is cut for some number of ranks.
+    """How a model is cut among `degree` ranks.
 
     Attributes:
-        model: its class.
+        model: name of the model's class.
         degree: how many ranks share it.
         plan: pattern -> style, and the scheme: what `parallelize` takes, at any degree.
         styles: module name -> style, for every module that a pattern names.
-        modules: all that have parameters or send anything, in the model's order.
-        head: the output head whose logits the model's own loss takes as they are cut; None where
-            logits are whole.
+        modules: every module that has parameters or communicates, in the model's order.
+        head: the output head whose cut logits the model's own loss takes without a gather; None
+            where logits are gathered.
         notes: what a reader should know.
-        manners: name of an attention whose child attends -> what that was found to compute.
-        is_carried: the model carries it, as its `tp_plan`: its code is known to compute with a
-            rank's parts. Otherwise that code is given cut tensors.
+        attention_options: name of an attention that names a child in `attend` -> the causality and
+            dropout that our attention needs to compute what that child computes.
+        is_carried: the plan is the model's own `tp_plan`: the model's code is known to compute
+            with this rank's parts. Otherwise that code receives cut tensors.
     """
 
     model: str
@@ -42,7 +42,7 @@ class ModelPlan:
     modules: tuple[ModulePlan, ...]
     head: str | None = None
     notes: tuple[str, ...] = ()
-    manners: Mapping[str, Manner] = field(default_factory=dict)
+    attention_options: Mapping[str, AttentionOptions] = field(default_factory=dict)
     is_carried: bool = False
 
     @property
@@ -52,7 +52,7 @@ class ModelPlan:
 
     @property
     def rows(self) -> list[Row]:
-        """The modules, those that differ in numbers in their names only as one."""
+        """The modules; repeated layers, whose names differ in numbers only, share one row."""
         return rows(self.modules)
 
     @property
@@ -72,7 +72,7 @@ class ModelPlan:
 
     @property
     def share(self) -> float:
-        """What part of the parameters is cut, in bytes."""
+        """The fraction of the parameters' bytes that is cut."""
         return 1 - self.whole_bytes / self.total_bytes if self.total_bytes else 0.0
 
     def comm(
@@ -87,17 +87,17 @@ class ModelPlan:
     ) -> Counts:
         """What the ledger of a rank will count in one step, forward and backward.
 
-        Of a step in which every weight is trained, every input that is not data gets a gradient,
-        and every module runs once. In generation there is no backward: look at "forward" alone.
+        It assumes a step in which every weight is trained, every input except the data gets a
+            gradient, and every module runs once. Generation has no backward: read "forward" alone.
 
         Args:
             batch: rows.
-            length: tokens of a row; in generation 1 after the prompt.
-            labels: the model is given labels and computes its loss, for which the logits are not
-                gathered; whoever uses them adds one all_gather.
-            logits: tokens of a row whose logits are computed; None: all (generation: 1).
-            rank: whose sent bytes.
-            module: of this module alone: a name as in `modules`.
+            length: tokens in a row; 1 for each generated token after the prompt.
+            labels: the model is given labels and computes its loss from cut logits. Reading the
+                logits adds one all_gather.
+            logits: tokens in a row whose logits are computed; None for all. Generation computes 1.
+            rank: the rank whose sent bytes are counted.
+            module: name of one module, to count its collectives alone.
 
         Returns:
             Direction -> collective -> calls, message_bytes, sent_bytes, as
@@ -117,7 +117,7 @@ class ModelPlan:
             raise UsageError(
                 f"rank {rank} is not one of {self.degree}. Use 0 to {self.degree - 1}."
             )
-        step = Step(batch * length, batch * logits, labels)
+        step = StepSize(batch * length, batch * logits, labels)
         return count(self._collectives(module), step, rank=rank, degree=self.degree)
 
     def _collectives(self, module: str | None) -> list[Collective]:
@@ -144,10 +144,6 @@ class ModelPlan:
             "modules": [module.as_dict() for module in self.modules],
         }
 
-    def to_json(self) -> str:
-        """`as_dict` as text."""
-        return json.dumps(self.as_dict(), indent=1)
-
     def __str__(self) -> str:
         """One line for every kind of layer, then the totals and the notes."""
         lines = [("module", "how", "leaves", "largest on a rank")]
@@ -159,7 +155,7 @@ class ModelPlan:
         return "\n".join([head, *columns(lines), *self.totals()])
 
     def totals(self) -> list[str]:
-        """What it comes to, and the notes, as lines."""
+        """The totals and the notes, as lines of text."""
         return [
             parameters_line(self.total_bytes, self.share, self.held_bytes, self.whole_bytes),
             *(f"note: {note}" for note in self.notes),
@@ -167,7 +163,7 @@ class ModelPlan:
 
 
 def describe(module: ModulePlan) -> str:
-    """How a module is cut, in words."""
+    """Describe in words how a module is cut."""
     style, words = module.style, [str(module.role)]
     if isinstance(style, Attention):
         if module.role == "attention":
@@ -186,7 +182,7 @@ def describe(module: ModulePlan) -> str:
 
 
 def _bytes(modules: Iterable[ModulePlan], *, only_cut: bool) -> int:
-    """Of whole parameters, each counted once."""
+    """Bytes of the whole parameters, each counted once."""
     return sum(
         parameter.nbytes
         for module in modules

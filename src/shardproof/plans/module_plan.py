@@ -1,4 +1,4 @@
-"""How one module is cut: its parameters on every rank, and what it sends. Plain data."""
+"""`ModulePlan`: how one module is cut, and the collectives that it makes. Plain data."""
 
 import functools
 from collections.abc import Iterable, Sequence
@@ -9,8 +9,8 @@ import torch
 
 from shardproof.leaves import Layout
 from shardproof.plans.collective import Collective
+from shardproof.plans.plan_text import alike, together
 from shardproof.plans.style import Style
-from shardproof.plans.text import alike, together
 from shardproof.wording import dtype_name
 
 Role = Literal[
@@ -34,10 +34,10 @@ class ParameterPlan:
     """One parameter on every rank.
 
     Attributes:
-        name: within its module.
-        dtype: of its elements.
-        layouts: by rank; `layouts[rank].local_shape` is what that rank holds.
-        tied_to: full name of the parameter that it is the same as, where it has been counted.
+        name: its name within the module.
+        dtype: dtype of its elements.
+        layouts: by rank; `layouts[rank].local_shape` is the shape that this rank holds.
+        tied_to: full name of the tied parameter, if that was counted before.
     """
 
     name: str
@@ -47,7 +47,7 @@ class ParameterPlan:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole parameter."""
+        """Shape of the whole parameter."""
         return self.layouts[0].shape
 
     @property
@@ -57,19 +57,19 @@ class ParameterPlan:
 
     @property
     def nbytes(self) -> int:
-        """Of the whole parameter."""
+        """Bytes of the whole parameter."""
         return _numel(self.shape) * self.dtype.itemsize
 
     @property
     def held_bytes(self) -> tuple[int, ...]:
-        """What each rank holds."""
+        """Bytes that each rank holds."""
         return tuple(held * self.dtype.itemsize for held, _ in _elements(self.layouts))
 
     @property
     def owned_bytes(self) -> tuple[int, ...]:
-        """What each rank owns, that is, contributes to sums, norms and hashes.
+        """Bytes that each rank owns, that is, contributes to sums, norms and hashes.
 
-        What every rank holds whole is counted on each.
+        A parameter that is not cut counts on every rank.
         """
         return tuple(owned * self.dtype.itemsize for _, owned in _elements(self.layouts))
 
@@ -102,15 +102,15 @@ class ModulePlan:
     """One module: how it is cut, and what it costs.
 
     Attributes:
-        name: of the module.
-        kind: its class.
-        role: what is done to it; "whole" for what every rank holds.
-        style: that says so; the attention's for what belongs to one, None for what is whole.
-        parameters: that it has itself; none for an attention and for a shared input.
-        leaves: into how many the cut dim is divided; None for what is whole.
-        idle: ranks that hold nothing of it.
-        collectives: that it does in every step; at degree 1 none.
-        reason: why it stays whole.
+        name: name of the module.
+        kind: name of its class.
+        role: how it is cut; "whole" if every rank holds all of it.
+        style: the style that cuts it (that of the attention for its children), or None.
+        parameters: its own parameters; none for an attention and for a shared input.
+        leaves: number of leaves of the cut dim; None if it is not cut.
+        idle: ranks that hold no part of it.
+        collectives: the collectives that it makes in every step; none at degree 1.
+        reason: why it is not cut.
     """
 
     name: str
@@ -145,11 +145,11 @@ class ModulePlan:
 
 @dataclass(frozen=True)
 class Row:
-    """Modules that differ in numbers in their names only.
+    """Modules of repeated layers: their names differ in numbers only.
 
     Attributes:
-        names: of them, as one.
-        modules: all of them.
+        names: their names, abbreviated to one.
+        modules: the modules.
     """
 
     names: str
@@ -157,7 +157,7 @@ class Row:
 
     @property
     def first(self) -> ModulePlan:
-        """What is said of all of them."""
+        """The first module, which is cut like all others."""
         return self.modules[0]
 
 
@@ -193,11 +193,11 @@ def _nameless(module: ModulePlan) -> ModulePlan:
 
 @functools.lru_cache(1024)  # layers repeat
 def _elements(layouts: tuple[Layout, ...]) -> tuple[tuple[int, int], ...]:
-    """How many elements each rank holds, and owns."""
-    found = []
+    """Number of elements that each rank holds and owns."""
+    counts = []
     for each in layouts:
-        found.append((_numel(each.local_shape), _numel(each.owned_shape)))
-    return tuple(found)
+        counts.append((_numel(each.local_shape), _numel(each.owned_shape)))
+    return tuple(counts)
 
 
 def _numel(shape: Sequence[int]) -> int:

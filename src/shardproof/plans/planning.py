@@ -1,4 +1,4 @@
-"""`plan`: everything about a cut model that is known before anything runs."""
+"""`plan`: check how a model will be cut, and compute shapes, bytes and collectives in advance."""
 
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -8,17 +8,16 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from shardproof.errors import PlanError
-from shardproof.hf.attention import implementation_problems
-from shardproof.hf.models import is_transformers
+from shardproof.hf.attention_registry import implementation_problems
+from shardproof.hf.detection import is_transformers
 from shardproof.leaves import check_degree, checked_degree
 from shardproof.objects import checked_model
-from shardproof.plans.attend import Manner, manner_of
-from shardproof.plans.attention import recognise
+from shardproof.plans.attention_check import AttentionOptions, attention_options_of
+from shardproof.plans.attention_modules import recognise
 from shardproof.plans.by_example import has_example, plan_by_example, watch_example
 from shardproof.plans.by_names import rehearse_by_names
 from shardproof.plans.fit import link_ties, misfits
 from shardproof.plans.functional_dropout import functional_dropout
-from shardproof.plans.given import is_carried, read_plan
 from shardproof.plans.hf_plan import (
     Reading,
     lost_norms,
@@ -29,10 +28,11 @@ from shardproof.plans.hf_plan import (
 from shardproof.plans.match import find, fits
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.module_plan import ModulePlan
-from shardproof.plans.parts import Parts
-from shardproof.plans.strangers import lazy
+from shardproof.plans.module_planner import ModulePlanner
+from shardproof.plans.plan_argument import is_carried, read_plan
+from shardproof.plans.plan_text import listed, pattern
 from shardproof.plans.style import Attention, Plan, SharedInput, Style
-from shardproof.plans.text import listed, pattern
+from shardproof.plans.unsupported import problem_of_lazy_model
 from shardproof.plans.watched import plan_by_watching
 from shardproof.plans.watched_plan import WatchedPlan, inside_lines
 from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme
@@ -84,44 +84,45 @@ def plan(
     inputs: Any = None,
     scheme: Scheme = DEFAULT_SCHEME,
 ) -> ModelPlan | WatchedPlan:
-    """How a model will be cut, checked against it. Needs no ranks, and allocates next to nothing.
+    """Check how a model will be cut. Needs no ranks, and allocates next to nothing.
 
-    With `inputs` and no plan, one forward is watched: what can be cut apart is found, whatever the
-    model's code, and a step of the cut model is rehearsed on every rank (`docs/any-model.md`).
-    With a plan and `inputs`, a step is rehearsed so too, and notes say what it gathers.
+    With `inputs` and no plan, one forward is watched to find out what can be cut, and a step of the
+    cut model is rehearsed on every rank (`docs/any-model.md`). With a plan and `inputs`, a step is
+    rehearsed too, and notes list what it gathers.
 
     Args:
-        model: any module; on the meta device, if you like.
+        model: any module; it may lie on the meta device.
         plan: pattern -> style (`*` stands for one segment of a name, or a part of one), or a
-            `Plan` with its scheme. None: found by watching; without `inputs`, the `tp_plan` that a
-            model of transformers carries, and where that does not serve, by watching a forward
-            with inputs that its config gives; a note says so.
-        degree: how many ranks.
-        inputs: an example of what forward takes: a tuple of arguments, a dict of named ones, or
-            one tensor. For a model of transformers it can be made from its config.
-        scheme: leaves, numerics, seed; a `Plan` has its own.
+            `Plan` with its scheme. None: with `inputs`, the plan is found by watching a forward;
+            without, the `tp_plan` of a model of transformers is used. If that does not fit, a
+            forward is watched with inputs made from the config, and a note says so.
+        degree: number of ranks.
+        inputs: example inputs of `forward`: a tuple of arguments, a dict of named ones, or one
+            tensor. For a model of transformers they can be made from its config.
+        scheme: leaves, numerics and seed, if `plan` is not a `Plan`, which has its own.
 
     Returns:
-        Shapes and bytes on every rank, and the collectives of a step: a `WatchedPlan` where the
-        plan was found by watching, else a `ModelPlan`.
+        Shapes and bytes on every rank, and the collectives of a step: a `WatchedPlan` if the plan
+        was found by watching, else a `ModelPlan`.
 
     Raises:
-        PlanError: everything that is wrong with the plan, in one message; or the model carries
-            none, and no inputs are given; or its own forward fails with the inputs.
+        PlanError: the plan does not fit (one message lists every problem), or there is neither a
+            plan nor inputs, or the model's own forward fails with the inputs.
         DegreeError: the degree is not positive, or exceeds the leaves.
-        UsageError: `plan` has a scheme, and another one is given.
+        UsageError: `plan` has a scheme, and `scheme` is given too.
     """
     if inputs is not None and plan is None:
         return _watched(model, inputs, degree, scheme)
-    found = attempt(model, plan, degree=degree, scheme=scheme)
-    if isinstance(found, str):
-        return plan_by_example(model, degree=degree, scheme=scheme, why=found)
-    made, problems = found
+    attempted = attempt(model, plan, degree=degree, scheme=scheme)
+    if isinstance(attempted, str):
+        return plan_by_example(model, degree=degree, scheme=scheme, why=attempted)
+    model_plan, problems = attempted
     if problems:
         raise PlanError(as_error(model, problems))
     if inputs is not None:
-        made = replace(made, notes=(*made.notes, *_sent_between(model, made, inputs)))
-    return _compared(model, made) if plan is None and has_example(model) else made
+        notes = (*model_plan.notes, *_sent_between(model, model_plan, inputs))
+        model_plan = replace(model_plan, notes=notes)
+    return _compared(model, model_plan) if plan is None and has_example(model) else model_plan
 
 
 def attempt(
@@ -131,40 +132,44 @@ def attempt(
     degree: int,
     scheme: Scheme = DEFAULT_SCHEME,
 ) -> tuple[ModelPlan, list[str]] | str:
-    """`draft`, or why the tp_plan of a model of transformers does not serve it.
+    """The result of `draft`, or a sentence that says why the model's own tp_plan does not fit.
 
-    In the second case a forward can be watched without inputs of a user.
+    A sentence is returned only if example inputs for watching can be made from the config.
     """
-    watchable = plan is None and has_example(checked_model(model)) and not lazy(model)
+    watchable = (
+        plan is None and has_example(checked_model(model)) and not problem_of_lazy_model(model)
+    )
     try:
-        made, problems = draft(model, plan, degree=degree, scheme=scheme)
+        model_plan, problems = draft(model, plan, degree=degree, scheme=scheme)
     except PlanError as error:
         if not watchable:
             raise
         return str(error)
     if problems and watchable:
         return as_error(model, problems).replace("the plan ", "its tp_plan ", 1)
-    return made, problems
+    return model_plan, problems
 
 
-def _sent_between(model: nn.Module, made: ModelPlan, inputs: Any) -> Iterator[str]:
-    """What a step with these inputs gathers between the layers, and what is not invariant."""
-    rehearsal = rehearse_by_names(model, made, inputs)
+def _sent_between(model: nn.Module, model_plan: ModelPlan, inputs: Any) -> Iterator[str]:
+    """One note for each operation of a step that gathers or is not invariant."""
+    rehearsal = rehearse_by_names(model, model_plan, inputs)
     for line in inside_lines(rehearsal):
         yield f"with these inputs, {line}"
 
 
-def _compared(model: nn.Module, made: ModelPlan) -> ModelPlan:
-    """A plan that a model of transformers carries, with notes where one forward shows another."""
+def _compared(model: nn.Module, model_plan: ModelPlan) -> ModelPlan:
+    """Add notes where the model's own tp_plan and one watched forward differ."""
     try:
         watched = watch_example(model)
     except PlanError as error:
-        return replace(made, notes=(*made.notes, f"it was compared with no forward: {error}"))
+        return replace(
+            model_plan, notes=(*model_plan.notes, f"it was compared with no forward: {error}")
+        )
     choice = choose(families(watched), watched)
     shown = {name: dim for family in choice.families for name, dim in family.dims}
     carried = {
         watched.tied.get(name, name): dim
-        for module in made.modules
+        for module in model_plan.modules
         for parameter in module.parameters
         if (dim := parameter.layouts[0].dim) is not None
         for name in [f"{module.name}.{parameter.name}" if module.name else parameter.name]
@@ -181,12 +186,12 @@ def _compared(model: nn.Module, made: ModelPlan) -> ModelPlan:
             f"{listed(more)}: whole by its tp_plan; one forward shows that a cut is possible. "
             "With inputs= it is made."
         )
-    return replace(made, notes=(*made.notes, *notes))
+    return replace(model_plan, notes=(*model_plan.notes, *notes))
 
 
 def _watched(model: Any, inputs: Any, degree: Any, scheme: Any) -> WatchedPlan:
     model, scheme = checked_model(model), checked_scheme(scheme)
-    if problem := lazy(model):
+    if problem := problem_of_lazy_model(model):
         raise PlanError(problem)
     return plan_by_watching(model, inputs, degree=checked_degree(degree), scheme=scheme)
 
@@ -198,21 +203,21 @@ def draft(
     degree: int,
     scheme: Scheme = DEFAULT_SCHEME,
 ) -> tuple[ModelPlan, list[str]]:
-    """`plan`, of all that fits, and one sentence for everything that does not.
+    """A plan for the modules that fit, and one sentence for each problem.
 
-    For whoever has more to check before anything is raised.
+    Nothing is raised for problems, so that a caller can add its own before it raises.
     """
     degree, model = checked_degree(degree), checked_model(model)
-    if problem := lazy(model):
+    if problem := problem_of_lazy_model(model):
         raise PlanError(problem)
-    given, scheme = read_plan(plan, scheme)
+    user_plan, scheme = read_plan(plan, scheme)
     check_degree(degree, scheme.leaves)
-    source = "the tp_plan" if given is None else "the plan"
+    source = "the tp_plan" if user_plan is None else "the plan"
 
-    reading = read_tp_plan(model) if given is None else _explicit(given.styles, model)
+    reading = read_tp_plan(model) if user_plan is None else _explicit(user_plan.styles, model)
     wrong = misfits(reading.styles, model)
     problems = reading.problems + [problem for several in wrong.values() for problem in several]
-    # What is said to be wrong of a module is enough; the rest is looked at as it will be.
+    # A module with a problem is left out below, so that it is not reported again.
     styles = {name: style for name, style in reading.styles.items() if name not in wrong}
     styles = {
         name: style for name, style in styles.items() if not _lacks_members(name, style, wrong)
@@ -223,8 +228,8 @@ def draft(
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     linked.sort(key=lambda module: order[module.name])
     styles = dict(sorted(styles.items(), key=lambda item: order[item[0]]))
-    manners, unlike = _manners(styles, model)
-    made = ModelPlan(
+    attention_options, unlike = _attention_options(styles, model)
+    model_plan = ModelPlan(
         type(model).__name__,
         degree,
         Plan(_patterns(styles, model), scheme),
@@ -232,39 +237,39 @@ def draft(
         tuple(linked),
         head,
         (*reading.notes, *_incomplete(linked, source)),
-        manners,
+        attention_options,
         is_carried=is_carried(plan),
     )
     problems += unlike
     problems += ties + _irreplaceable(styles, model) + functional_dropout(styles, model)
     if is_transformers(model):
         problems += ungathered_heads(styles, head, model)
-    return made, problems
+    return model_plan, problems
 
 
 def as_error(model: nn.Module, problems: Sequence[str]) -> str:
-    """All problems in one message; what is wrong in many layers alike is said once."""
+    """One message for all problems; a problem that many layers share is written once."""
     kinds: dict[str, list[str]] = {}
     for problem in problems:
         kinds.setdefault(_IN_NAMES.sub(".*", problem), []).append(problem)
-    said = [
+    sentences = [
         alike[0] + (f" ({len(alike) - 1} more like this.)" if len(alike) > 1 else "")
         for alike in kinds.values()
     ]
-    if len(said) > MOST_SAID:
-        said[MOST_SAID:] = [f"{len(said) - MOST_SAID} more are wrong."]
+    if len(sentences) > MOST_SAID:
+        sentences[MOST_SAID:] = [f"{len(sentences) - MOST_SAID} more are wrong."]
     return f"the plan does not fit {type(model).__name__}: " + (
-        said[0] if len(said) == 1 else "\n- " + "\n- ".join(said)
+        sentences[0] if len(sentences) == 1 else "\n- " + "\n- ".join(sentences)
     )
 
 
-def _explicit(given: Mapping[str, Style | str], model: nn.Module) -> Reading:
-    """A plan as a user wrote it. Projections to heads are cut by heads in any case."""
-    found = find(given, model)
-    attentions = recognise(found.styles, model)
+def _explicit(entries: Mapping[str, Style | str], model: nn.Module) -> Reading:
+    """Read a plan of the user. Attention projections are cut by whole heads in any case."""
+    matches = find(entries, model)
+    attentions = recognise(matches.styles, model)
     styles: dict[str, Style] = {
         name: style
-        for name, style in found.styles.items()
+        for name, style in matches.styles.items()
         if name.rpartition(".")[0] not in {*attentions.styles, *attentions.problems}
     }
     styles |= attentions.styles
@@ -274,13 +279,13 @@ def _explicit(given: Mapping[str, Style | str], model: nn.Module) -> Reading:
             f"{listed(attentions.styles)}: the plan cuts linears of an attention, which are heads; "
             "they are cut by whole heads.",
         )
-    problems = found.problems + list(attentions.problems.values())
-    problems += lost_norms(found.norms, styles, attentions.problems, model)
-    return Reading(styles, found.whole, notes, problems)
+    problems = matches.problems + list(attentions.problems.values())
+    problems += lost_norms(matches.norms, styles, attentions.problems, model)
+    return Reading(styles, matches.whole, notes, problems)
 
 
 def _irreplaceable(styles: Mapping[str, Style], model: nn.Module) -> list[str]:
-    """What is wrong with attention that a model of transformers is to compute through ours."""
+    """One sentence for each attention that transformers cannot compute through ours."""
     if not is_transformers(model):
         return []
     ours = [
@@ -291,20 +296,24 @@ def _irreplaceable(styles: Mapping[str, Style], model: nn.Module) -> list[str]:
     return implementation_problems(model, ours)
 
 
-def _manners(styles: Mapping[str, Style], model: nn.Module) -> tuple[dict[str, Manner], list[str]]:
-    """What children that attend compute, and one sentence for each that ours cannot stand for."""
-    known: dict[Hashable, Manner] = {}
+def _attention_options(
+    styles: Mapping[str, Style], model: nn.Module
+) -> tuple[dict[str, AttentionOptions], list[str]]:
+    """Options for our attention by module, and a sentence for each child it cannot replace."""
+    known: dict[Hashable, AttentionOptions] = {}
     attending = {
-        name: manner_of(name, style, model, known)
+        name: attention_options_of(name, style, model, known)
         for name, style in styles.items()
         if isinstance(style, Attention) and style.attend is not None
     }
-    manners = {name: each for name, each in attending.items() if isinstance(each, Manner)}
-    return manners, [each for each in attending.values() if isinstance(each, str)]
+    attention_options = {
+        name: each for name, each in attending.items() if isinstance(each, AttentionOptions)
+    }
+    return attention_options, [each for each in attending.values() if isinstance(each, str)]
 
 
 def _lacks_members(name: str, style: Style, wrong: Mapping[str, object]) -> bool:
-    """True for a shared input one of whose members cannot be cut."""
+    """Whether the style is a shared input and one of its members cannot be cut."""
     return isinstance(style, SharedInput) and any(
         (f"{name}.{member}" if name else member) in wrong for member in style.members
     )
@@ -319,8 +328,8 @@ def _modules(
     scheme: Scheme,
     source: str,
 ) -> Iterator[ModulePlan]:
-    """The plans of all modules that are cut, and of those that have parameters."""
-    parts = Parts(model, degree, scheme, head)
+    """The plans of all modules that are cut or have parameters."""
+    planner = ModulePlanner(model, degree, scheme, head)
     sharing = {
         f"{name}.{member}" if name else member
         for name, style in styles.items()
@@ -329,12 +338,12 @@ def _modules(
     }
     cut = set()
     for name, style in styles.items():
-        for part in parts.of(name, style, shares=name in sharing):
+        for part in planner.of(name, style, shares=name in sharing):
             cut.add(part.name)
             yield part
     for name, module in model.named_modules():
         if name not in cut and next(module.parameters(recurse=False), None) is not None:
-            yield parts.whole(name, _reason(name, module, whole, source))
+            yield planner.whole(name, _reason(name, module, whole, source))
 
 
 def _reason(name: str, module: nn.Module, whole: tuple[str, ...], source: str) -> str:
@@ -347,7 +356,7 @@ def _reason(name: str, module: nn.Module, whole: tuple[str, ...], source: str) -
 
 
 def _incomplete(modules: list[ModulePlan], source: str) -> Iterator[str]:
-    """Matrices that stay whole in a layer of which other parts are cut."""
+    """A note about matrices that stay whole in a layer whose other matrices are cut."""
     layers = {layer for module in modules if module.is_cut and (layer := _layer(module.name))}
     left = [
         module.name
@@ -370,13 +379,13 @@ def _layer(name: str) -> str:
 
 
 def _patterns(styles: Mapping[str, Style], model: nn.Module) -> dict[str, Style | str]:
-    """The same styles under patterns, where all that a pattern names has the same."""
+    """The same styles, under a pattern where all modules that it matches have the same style."""
     names = [name for name, _ in model.named_modules()]
-    found: dict[str, Style | str] = {}
+    patterns: dict[str, Style | str] = {}
     alike: dict[str, bool] = {}
     for name, style in styles.items():
         short = pattern(name)
         if short not in alike:
             alike[short] = all(styles.get(other) == style for other in names if fits(short, other))
-        found[short if alike[short] else name] = style
-    return found
+        patterns[short if alike[short] else name] = style
+    return patterns

@@ -1,4 +1,4 @@
-"""What a module of a model is given, found out by running its parent on the meta device."""
+"""Find the arguments that a module receives, by running its parent on the meta device."""
 
 import inspect
 from typing import Any
@@ -9,13 +9,13 @@ from torch.func import functional_call
 
 
 class _SeenError(Exception):
-    """Ends the run as soon as what was wanted has been seen."""
+    """Ends the run of the parent once the arguments of the child are known."""
 
 
 def input_shape(
     parent: nn.Module, child: str, hidden_size: int, length: int, head_dim: int
 ) -> tuple[int, ...] | None:
-    """Shape of what `parent` gives to its child; arguments and None as in `seen_call`."""
+    """Shape of the first argument that `parent` passes to its child; see `seen_call`."""
     call = seen_call(parent, child, hidden_size, length, head_dim)
     return tuple(call[0][0].shape) if call is not None else None
 
@@ -23,23 +23,23 @@ def input_shape(
 def seen_call(
     parent: nn.Module, child: str, hidden_size: int, length: int, head_dim: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """What `parent` gives to its child when it is called with `length` hidden states.
+    """The arguments that `parent` passes to its child, when it gets `length` hidden states.
 
-    Nothing is computed: the parent runs on the meta device, with its own forward, up to the child.
+    Nothing is computed: the forward of the parent runs on the meta device until it calls the child.
 
     Args:
         parent: an attention module of a model; its weights are not touched.
         child: name of one of its children.
-        hidden_size: of the hidden states.
-        length: how many; a number that nothing else in the module has.
-        head_dim: of the angles of rotary embeddings.
+        hidden_size: size of a hidden state.
+        length: number of hidden states; different from every other size in the module.
+        head_dim: size of the angles of rotary embeddings.
     Returns:
-        Arguments, and arguments by name; None if it cannot be called so.
+        Positional and named arguments; None if the parent cannot be called like this.
     """
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def look(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-        seen.append((inputs, options))
+        calls.append((inputs, options))
         raise _SeenError
 
     names = [*parent.named_parameters(), *parent.named_buffers()]
@@ -49,30 +49,30 @@ def seen_call(
         with torch.no_grad():
             x = torch.empty(1, length, hidden_size, device="meta")
             functional_call(parent, on_meta, (), arguments_of(parent, x, head_dim))
-    except Exception:  # whatever a model's own code raises when it is called with too little
-        return seen[0] if seen else None
+    except Exception:  # a model's code may raise anything when arguments are missing
+        return calls[0] if calls else None
     finally:
         hook.remove()
     return None
 
 
 def arguments_of(parent: nn.Module, x: Tensor, head_dim: int) -> dict[str, Any]:
-    """Hidden states, angles, and None for whatever else has no default.
+    """Arguments for `parent`: hidden states, angles, and None for others without a default.
 
     Args:
-        parent: whose forward is to be called.
+        parent: the module whose forward is to be called.
         x: (rows, length, hidden_size), on the meta device.
-        head_dim: of the angles.
+        head_dim: size of the angles.
     """
     first, *others = inspect.signature(parent.forward).parameters.values()
     angles: Tensor = torch.empty(1, x.shape[1], head_dim, device="meta")
-    given: dict[str, Any] = {first.name: x}
+    arguments: dict[str, Any] = {first.name: x}
     for parameter in others:
         if parameter.name == "position_embeddings":
-            given[parameter.name] = (angles, angles)
+            arguments[parameter.name] = (angles, angles)
         elif parameter.default is parameter.empty and parameter.kind in (
             parameter.POSITIONAL_OR_KEYWORD,
             parameter.KEYWORD_ONLY,
         ):
-            given[parameter.name] = None
-    return given
+            arguments[parameter.name] = None
+    return arguments

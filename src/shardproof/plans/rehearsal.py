@@ -1,9 +1,8 @@
-"""One step of a cut model on every rank without the others: what it sends, and what it gathers.
+"""Rehearse one step of a cut model, one rank after the other, and record what it sends.
 
-A plan is good only once this has been done: every view has been taken on every rank's parts, every
-collective has been counted. On the meta device nothing is computed. Where the forward depends on
-data, it runs on the CPU, and what would come from other ranks is zero. Weights that lie on the meta
-device are small there.
+The rehearsal shows that every operation works on every rank's parts, and counts the collectives. On
+the meta device nothing is computed. If the forward depends on data, the step runs on the CPU, with
+zeros in place of tensors from other ranks and small random weights in place of meta weights.
 """
 
 import copy
@@ -40,27 +39,28 @@ def rehearse(
     degree: int,
     device: str,
 ) -> Rehearsal:
-    """Do a step on every rank of a copy of the model.
+    """Do a step of each rank, on a copy of the model.
 
-    The copy is in training mode, so that the draws of training are seen. If that fails and a module
-    of the model is in evaluation mode, the copy has the modes of the model.
+    The copy is in training mode, so that random draws of training are recorded. If that fails and
+    some module of the model is in evaluation mode, the copy keeps the modes of the model.
 
     Args:
-        model: which stays as it is.
-        call: arguments of its forward, in order and by name.
-        cut: cuts a copy for an axis.
-        degree: how many ranks.
+        model: the model; it is not changed.
+        call: positional and named arguments of its forward.
+        cut: function that cuts a copy for an axis.
+        degree: number of ranks.
         device: "meta" or "cpu".
 
     Returns:
-        What a step did. If an operation needs a whole cut weight, only `wanted_whole` is filled.
+        The record of the step. If an operation needs the whole of a cut weight, only
+        `wanted_whole` is filled.
 
     Raises:
         PlanError: a rank cannot do the step, or ranks would make different collectives.
     """
     devices = [device]
     if device == "meta" and sum(x.numel() for x in model.parameters()) <= MOST_COPIED:
-        devices.append("cpu")  # what was watched without data may still look at some
+        devices.append("cpu")  # the forward may read data although watching it did not
     modes = [True] if all(module.training for module in model.modules()) else [True, False]
     tries = [_Stage(degree, each, trains) for trains in modes for each in devices]
     for stage in tries[:-1]:
@@ -80,11 +80,11 @@ def rehearse(
 
 @dataclass(frozen=True)
 class _Stage:
-    """Where and how a step is done.
+    """How a step is rehearsed.
 
     Attributes:
-        degree: how many ranks.
-        device: where all tensors lie.
+        degree: number of ranks.
+        device: device of all tensors.
         trains: True for training mode, False for the modes of the model.
     """
 
@@ -94,7 +94,7 @@ class _Stage:
 
 
 class _Failed(Exception):  # noqa: N818 - it never leaves this file
-    """A rank cannot do the step."""
+    """The step of one rank raised an error."""
 
     def __init__(self, rank: int, error: Exception) -> None:
         super().__init__(rank, error)
@@ -130,20 +130,20 @@ def _rehearsed(model: nn.Module, call: Any, cut: Cutting, stage: _Stage) -> Rehe
 def _step(
     model: nn.Module, call: Any, cut: Cutting, axis: Axis, stage: _Stage, regions: list[Region]
 ) -> None:
-    """Forward and backward of one rank, whose region is added to the others."""
+    """Run forward and backward of one rank; its region is appended to `regions`."""
     device = stage.device
     copied = _copy(model, device)
     if stage.trains:
         copied.train()
     regions.append(cut(copied, axis))
     args, kwargs = tree_map(lambda x: _moved(x, device), call)
-    # A forward may make tensors without a device: they are to lie where the others do.
+    # A forward may create tensors without naming a device: the context puts them on this one.
     with torch.random.fork_rng(), torch.device(device), checking.Switch(is_on=False):
         _backward(copied(*args, **kwargs))
 
 
 def _check_alike(calls: Sequence[Sequence[Call]], model: nn.Module) -> None:
-    """Raise if a rank makes another collective than rank 0: they would wait for each other."""
+    """Raise if a rank makes other collectives than rank 0, so that the step would hang."""
     for rank, own in enumerate(calls):
         for first, other in zip_longest(calls[0], own):
             if first != other:
@@ -155,17 +155,17 @@ def _check_alike(calls: Sequence[Sequence[Call]], model: nn.Module) -> None:
 
 
 def _sent(calls: Sequence[Call]) -> tuple[Sent, ...]:
-    """Collectives by direction, kind and module, in the order of the first of each."""
-    found: dict[tuple[str, str, str], list[int]] = {}
+    """Collectives by direction, kind and module, in the order in which they first occur."""
+    counts: dict[tuple[str, str, str], list[int]] = {}
     for call in calls:
-        count = found.setdefault((call.direction, call.kind, call.who), [0, 0])
+        count = counts.setdefault((call.direction, call.kind, call.who), [0, 0])
         count[0] += 1
         count[1] += prod(call.shape) * (call.dtype.itemsize if call.dtype is not None else 0)
-    return tuple(Sent(*key, *count) for key, count in found.items())
+    return tuple(Sent(*key, *count) for key, count in counts.items())
 
 
 def _copy(model: nn.Module, device: str) -> nn.Module:
-    """A copy whose parameters and buffers lie on a device, without a copy where they lie now."""
+    """A copy of the model on a device, made without copying its present parameters first."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         moved = _moved(parameter.detach(), device)
@@ -188,9 +188,9 @@ def _moved(x: Any, device: str) -> Any:
 
 
 def _backward(output: Any) -> None:
-    """Backward from everything that the forward gave."""
-    found = [x for x in _tensors(output) if x.requires_grad]
-    parts = [x.local if isinstance(x, CutTensor) else x for x in found]
+    """Run backward from all tensors in the output that need a gradient."""
+    outputs = [x for x in _tensors(output) if x.requires_grad]
+    parts = [x.local if isinstance(x, CutTensor) else x for x in outputs]
     if parts:
         torch.autograd.backward(parts, [torch.zeros_like(x) for x in parts])
 

@@ -1,4 +1,4 @@
-"""Styles: how one module is cut. Frozen data, nothing that communicates."""
+"""Styles: how one module is cut. Frozen data; nothing here communicates."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from shardproof.quantities import LARGEST, real_number, whole_number
 from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme
 from shardproof.wording import few, shown
 
-MOST = 1_000_000  # of anything that may be a generator without end
+MOST = 1_000_000  # entries read from a collection, which may be an endless generator
 
 Norms = Literal["heads", "across"]
 
@@ -21,8 +21,8 @@ class ColumnParallel:
     """Cut a linear's out_features.
 
     Attributes:
-        gather_input: the input comes as Shard(-1) and is gathered first.
-        gather_output: the output is gathered; else it stays Shard(-1).
+        gather_input: whether the input is Shard(-1) and is gathered first.
+        gather_output: whether the output is gathered; otherwise it stays Shard(-1).
     """
 
     gather_input: bool = False
@@ -37,7 +37,7 @@ class RowParallel:
     """Cut a linear's in_features; the output is summed to Replicate.
 
     Attributes:
-        input_is_parallel: False if the input comes whole and is to be cut here.
+        input_is_parallel: whether the input is Shard(-1); False if it is whole and is cut here.
     """
 
     input_is_parallel: bool = True
@@ -48,12 +48,12 @@ class RowParallel:
 
 @dataclass(frozen=True)
 class VocabParallel:
-    """Cut an embedding's num_embeddings; every row is picked on the rank that has it.
+    """Cut an embedding's num_embeddings; each row is looked up on the rank that holds it.
 
-    A head that shares its weight is cut by `ColumnParallel`: along the same dim, the vocabulary.
+    Cut a head that shares its weight by `ColumnParallel`, along the same dim, the vocabulary.
 
     Attributes:
-        scale: what the rows are multiplied with, where the embedding does that itself (Gemma).
+        scale: factor by which the embedding itself multiplies its rows, as in Gemma.
     """
 
     scale: float = 1.0
@@ -74,17 +74,16 @@ class Attention:
     gradient. A key-value head is held by every rank whose query heads need it.
 
     Attributes:
-        queries: query heads.
-        keys: key-value heads; each serves queries / keys query heads that stand side by side.
-        head_dim: features of one head.
-        query, key, value, output: names of the linears, children of the module.
-        query_norm, key_norm: names of the children that normalise queries and keys, if there are
-            any.
-        norms: over what these do: the features of each head by itself ("heads"), or those of all
-            heads together ("across").
-        attend: name of a child that computes the attention itself, in whose place ours is put: it
-            is tried and must compute what ours does. None: the module's own code attends, with cut
-            tensors; a model of transformers finds ours in the library's registry.
+        queries: number of query heads.
+        keys: number of key-value heads; each serves queries / keys neighbouring query heads.
+        head_dim: number of features of one head.
+        query, key, value, output: names of the linears among the children of the module.
+        query_norm, key_norm: names of the children that normalise queries and keys, or None.
+        norms: whether they normalise each head by itself ("heads") or all heads together
+            ("across").
+        attend: name of the child that computes the attention itself. Our attention replaces it,
+            after a check that both compute the same. None: the module's own code attends, with cut
+            tensors; a model of transformers calls ours through the registry of that library.
     """
 
     queries: int
@@ -124,9 +123,9 @@ class Attention:
 
 @dataclass(frozen=True)
 class SharedInput:
-    """Children that are `ColumnParallel` and read one input share one sum of its gradient.
+    """`ColumnParallel` children with one input share one sum of the input's gradient.
 
-    It changes which additions are made, so it is a part of the plan and the same at every degree.
+    This changes the additions, so it is part of the plan and the same at every degree.
 
     Attributes:
         members: names of these children.
@@ -137,7 +136,7 @@ class SharedInput:
     def __post_init__(self) -> None:
         try:
             members = () if isinstance(self.members, str) else tuple(islice(self.members, MOST))
-        except TypeError:  # it is no collection
+        except TypeError:  # not a collection
             members = ()
         if not members or not all(map(_is_name, members)):
             raise _wrong(self, "members", "a tuple of names of children")
@@ -172,13 +171,13 @@ SPELLINGS: dict[str, Style] = {
     "embedding_rowwise": VocabParallel(),
 }
 
-# Spellings that cut nothing: left whole; and left whole inside an attention that is cut by heads.
+# Spellings that cut nothing: a module left whole, and a norm inside an attention cut by heads.
 WHOLE = "replicate"
 HEAD_NORM = "replicated_with_grad_allreduce"
 
 _EXPERTS = "mixture of experts is not supported yet"
 
-# Spellings that mean something which this library does not do.
+# Spellings of cuts that shardproof does not support.
 REFUSED: dict[str, str] = {
     "grouped_gemm": _EXPERTS,
     "ep_router": _EXPERTS,
@@ -197,7 +196,7 @@ REFUSED: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model is cut: the same at every degree.
+    """Styles by module name, and a scheme: how a model is cut, at any degree.
 
     Attributes:
         styles: module pattern -> style; `*` stands for one segment of a name, or a part of one.

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
-from shardproof.cut import rules
-from shardproof.cut.calls import Calling
+from shardproof.cut import all_rules
 from shardproof.cut.deferred import Deferred
-from shardproof.cut.linear import product
+from shardproof.cut.matrix_products import product
+from shardproof.cut.module_calls import Calling
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor, must_call_torch, unseen
 from shardproof.errors import PlanError, UsageError
@@ -27,7 +27,7 @@ from shardproof.plans.watched_plan import Rehearsal, WatchedPlan
 from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme
 from shardproof.watching import Watched, choose, families, watch
 
-assert rules  # noqa: S101 - imported for what it registers
+assert all_rules  # noqa: S101 - imported for what it registers
 
 _KNOWN = "_shardproof_specs"  # attribute of a module that holds parts: parameter -> spec and name
 _EVERYWHERE = Rehearsal("", ())
@@ -48,11 +48,11 @@ def plan_by_watching(
     """Watch one forward, choose what is cut, and rehearse a step on every rank.
 
     Args:
-        model: any module; on the meta device, if you like.
-        inputs: what forward takes: a tuple of arguments, a dict of named ones, or one tensor.
-        degree: how many ranks.
-        scheme: leaves, numerics, seed.
-        watched: the forward with these inputs, if it has been watched.
+        model: any module; it may lie on the meta device.
+        inputs: example inputs of `forward`: a tuple, a dict of named ones, or one tensor.
+        degree: number of ranks.
+        scheme: leaves, numerics and seed.
+        watched: the forward with these inputs, if it was watched before.
 
     Raises:
         PlanError: the model's own forward fails with the inputs, or a rank cannot do a step.
@@ -61,13 +61,13 @@ def plan_by_watching(
     check_degree(degree, scheme.leaves)
     args, kwargs = as_call(inputs)
     watched = watched or watch(model, args, kwargs)
-    found = families(watched)
+    all_families = families(watched)
     named = dict(model.named_parameters())
     dtypes = {name: named[name].dtype for name in watched.shapes}
-    wanted: dict[str, str] = {}  # weight that a rehearsal would have gathered -> operation
+    wanted: dict[str, str] = {}  # weight that an operation needs whole -> that operation
     while True:
-        choice = choose(found, watched, wanted=wanted)
-        made = WatchedPlan(
+        choice = choose(all_families, watched, wanted=wanted)
+        plan = WatchedPlan(
             type(model).__name__,
             degree,
             scheme,
@@ -77,18 +77,18 @@ def plan_by_watching(
             dtypes,
             _EVERYWHERE,
         )
-        rehearsal = _rehearsed(model, (args, kwargs), made, watched)
+        rehearsal = _rehearsed(model, (args, kwargs), plan, watched)
         if not rehearsal.wanted_whole:
-            return replace(made, rehearsal=rehearsal, notes=_notes(watched, rehearsal))
+            return replace(plan, rehearsal=rehearsal, notes=_notes(watched, rehearsal))
         wanted |= dict(rehearsal.wanted_whole)
 
 
 def as_watched(model: nn.Module, plan: Any, degree: int, inputs: Any, scheme: Any) -> WatchedPlan:
-    """A watched plan at a degree, as `parallelize` was given it or by watching now.
+    """The watched plan that `parallelize` received, or a new one made by watching now.
 
     Raises:
-        UsageError: a watched plan and inputs, or two schemes.
-        PlanError: the plan is of another degree, or of another model.
+        UsageError: inputs or another scheme are given beside a watched plan.
+        PlanError: the plan was made for another degree or another model.
     """
     if plan is None:
         return plan_by_watching(model, inputs, degree=degree, scheme=checked_scheme(scheme))
@@ -97,29 +97,29 @@ def as_watched(model: nn.Module, plan: Any, degree: int, inputs: Any, scheme: An
         raise UsageError(f"the plan was made by watching, and {what} given. Give the plan alone.")
     if plan.degree != degree:
         raise PlanError(
-            f"the plan is of degree {plan.degree}, and the axis has {degree} ranks. Make it with "
+            f"the plan is for degree {plan.degree}, and the axis has {degree} ranks. Make it with "
             f"degree={degree}."
         )
     shapes = {name: tuple(each.shape) for name, each in model.named_parameters()}
     if shapes != dict(plan.shapes):
         name = next(n for n in {**shapes, **plan.shapes} if shapes.get(n) != plan.shapes.get(n))
         raise PlanError(
-            f"the plan is of another model: {name!r} has shape {plan.shapes.get(name)} in it and "
+            f"the plan is for another model: {name!r} has shape {plan.shapes.get(name)} in it and "
             f"{shapes.get(name)} in this {type(model).__name__}. Plan the model that is cut."
         )
     return plan
 
 
 def _rehearsed(
-    model: nn.Module, call: tuple[Any, Any], found: WatchedPlan, watched: Watched
+    model: nn.Module, call: tuple[Any, Any], plan: WatchedPlan, watched: Watched
 ) -> Rehearsal:
     everywhere = frozenset(name for name, _ in model.named_modules())
-    trial = replace(found, rehearsal=replace(_EVERYWHERE, calls=everywhere))
+    trial = replace(plan, rehearsal=replace(_EVERYWHERE, calls=everywhere))
 
     def cut(copied: nn.Module, axis: Axis) -> Region:
         return cut_by(copied, trial, axis)
 
-    return rehearse(model, call, cut, degree=found.degree, device=watched.device)
+    return rehearse(model, call, cut, degree=plan.degree, device=watched.device)
 
 
 def _notes(watched: Watched, rehearsal: Rehearsal) -> tuple[str, ...]:
@@ -140,18 +140,18 @@ def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _as_cut(parameter: nn.Parameter, layout: Layout, module: nn.Module, name: str) -> Any:
-    """What code of a module reads as a parameter that is cut."""
+    """The cut tensor that code of a module gets when it reads a cut parameter."""
     spec, who = module.__dict__[_KNOWN][name]
     return cut_tensor(parameter, spec, who)
 
 
 def cut_by(model: nn.Module, plan: WatchedPlan, axis: Axis) -> Region:
-    """Keep of a model what this rank holds, in place; nothing is checked here.
+    """Cut a model in place, so that this rank keeps its part; nothing is checked here.
 
     Args:
-        model: the one that was planned, or one like it.
-        plan: at the degree of the axis.
-        axis: the ranks.
+        model: the planned model, or a copy of it.
+        plan: made for the degree of the axis.
+        axis: the ranks that share the model.
 
     Returns:
         The region of its cut tensors.
@@ -192,13 +192,13 @@ def cut_by(model: nn.Module, plan: WatchedPlan, axis: Axis) -> Region:
 def call_by_forms(
     model: nn.Module, calls: Collection[str], draws: Collection[str], region: Region
 ) -> None:
-    """Let the modules' own code draw by position, and compute by forms on whole tensors.
+    """Make random draws in the modules' own code keyed by position, and its results invariant.
 
     Args:
-        model: that is cut.
-        calls: names of modules whose own code calls what has a form.
-        draws: names of modules whose own code draws.
-        region: of the model's cut tensors.
+        model: the cut model.
+        calls: names of modules whose own code calls operations that have an invariant form.
+        draws: names of modules whose own code draws random numbers.
+        region: the region of the model's cut tensors.
     """
     modules = dict(model.named_modules())
     seen = {name for name in (*calls, *draws) if name in modules and not is_ours(modules[name])}
@@ -207,7 +207,7 @@ def call_by_forms(
 
 
 def _put_linear(module: nn.Module) -> None:
-    """Let an `nn.Linear` whose weight is cut multiply directly, without `__torch_function__`."""
+    """Let an `nn.Linear` with a cut weight call its product directly, which is faster."""
     if getattr(module, "whole_class", None) is nn.Linear and "weight" in module.__dict__[_KNOWN]:
         module.forward = partial(_linear, module)
 
@@ -225,7 +225,7 @@ def _as_operand(module: nn.Module, name: str) -> Any:
 
 
 def _put_norm(module: nn.Module) -> None:
-    """Let a module that computes an RMSNorm compute it in one step, on what is whole."""
+    """Let a module that computes an RMSNorm compute it in one step, on whole tensors."""
     formula = find_formula(module)
     if formula is not None:
         module.forward = partial(_normed, module, formula)
@@ -238,16 +238,16 @@ def _normed(module: nn.Module, formula: RmsFormula, *args: Any, **kwargs: Any) -
 
 
 def _inside(modules: Mapping[str, nn.Module], calls: Collection[str]) -> set[str]:
-    """Modules that need no `Calls` and stand in one that does; of those with modules of their own.
+    """Modules that need no `Calls` but lie inside a module that does, and that have children.
 
-    The others are called too shortly for it to be worth while.
+    Modules without children run too briefly for this to be worth while.
     """
-    is_on, found = {"": "" in calls}, set()
+    is_on, inner = {"": "" in calls}, set()
     for name, module in modules.items():
         if name:
             is_on[name] = name in calls or is_on[name.rpartition(".")[0]]
         is_called = type(module).forward is not nn.Module.forward
         if is_on[name] and name not in calls and is_called and any(module.children()):
             is_on[name] = False
-            found.add(name)
-    return found
+            inner.add(name)
+    return inner

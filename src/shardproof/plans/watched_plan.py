@@ -1,6 +1,5 @@
-"""What watching one forward of a model found: a plan that names no module and knows every unit."""
+"""`WatchedPlan`: a plan that was found by watching one forward of a model. Plain data."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -11,7 +10,7 @@ import torch
 from shardproof.block_layout import cut_layout
 from shardproof.leaves import Layout
 from shardproof.plans.collective import Counts
-from shardproof.plans.text import (
+from shardproof.plans.plan_text import (
     alike,
     by_reason,
     columns,
@@ -42,9 +41,9 @@ class Sent:
     Attributes:
         direction: "forward" or "backward".
         kind: "all_reduce", "all_gather", ...
-        module: that makes them, or the function that does where there is none.
-        calls: how many.
-        message_bytes: of their results, summed.
+        module: the module, or function, that makes them.
+        calls: number of collectives.
+        message_bytes: bytes of their results, summed.
     """
 
     direction: str
@@ -56,19 +55,20 @@ class Sent:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What one step of the cut model did on every rank, without the others.
+    """What one step of the cut model did on each rank, rehearsed without the other ranks.
 
     Attributes:
         device: "meta", or "cpu" where the forward depends on data.
-        ranks: what the ledger of every rank counted, forward and backward.
-        gathered: (operation, module whose weight it comes from, how often): tensors that were
-            gathered because the operation cannot be done on parts.
-        variant: (operation, module): operations without a form whose bits no cut changes.
-        calls: modules whose own code calls, on whole tensors, what has a form of its own.
-        draws: modules whose own code draws.
-        sent: the collectives by module, in their order.
-        wanted_whole: (weight, operation): cut weights of which an operation needs all. They must
-            stay whole.
+        ranks: the ledger of every rank after the step, forward and backward.
+        gathered: (operation, module whose weight the tensor comes from, count): tensors that were
+            gathered because the operation has no rule for cut tensors.
+        variant: (operation, module): operations that have no invariant form.
+        calls: modules whose own code calls, on whole tensors, operations that have an invariant
+            form.
+        draws: modules whose own code draws random numbers.
+        sent: the collectives by module, in the order in which they were made.
+        wanted_whole: (weight, operation): cut weights that an operation needs whole. Such a weight
+            must not be cut.
     """
 
     device: str
@@ -83,16 +83,18 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class WatchedPlan:
-    """How a model is cut for some number of ranks, as one forward showed that it can be.
+    """How a model is cut among `degree` ranks, as found by watching one forward.
 
     Attributes:
-        model: its class.
-        degree: how many ranks share it.
+        model: name of the model's class.
+
+        degree: number of ranks.
         scheme: leaves, numerics, seed.
-        families: what is cut together: units, and the dims of parameters that they lie in.
-        whole: for every parameter that stays whole one sentence that says why.
-        shapes: of every parameter, each once.
-        dtypes: likewise.
+        families: groups of parameter dims that are cut together, each with its units.
+        whole: name of each parameter that is not cut -> a sentence that says why.
+        shapes: name -> shape of every parameter; tied parameters once.
+
+        dtypes: name -> dtype, likewise.
         rehearsal: one step of the cut model, forward and backward, with the given inputs.
         notes: what a reader should know.
     """
@@ -111,9 +113,9 @@ class WatchedPlan:
     def cuts(self) -> dict[str, tuple[int, CutDim]]:
         """Parameter -> the dim that is cut, and how.
 
-        Layers that are alike have one `Shared`, so that what is found out for one serves all.
+        Layers with equal units have one `Shared` object, whose caches then serve all of them.
         """
-        found: dict[str, tuple[int, CutDim]] = {}
+        cuts: dict[str, tuple[int, CutDim]] = {}
         known: dict[tuple[str, Units], Shared] = {}
         for family in self.families:
             key = pattern(family.units.name), replace(family.units, name="")
@@ -121,11 +123,11 @@ class WatchedPlan:
                 known[key] = Shared(family.units, self.scheme.leaves, self.degree)
             shared = known[key]
             for (name, dim), blocks in family.dims.items():
-                found[name] = (dim, CutDim(shared, tuple(blocks)))
-        return found
+                cuts[name] = (dim, CutDim(shared, tuple(blocks)))
+        return cuts
 
     def layouts(self, rank: int) -> dict[str, Layout]:
-        """How every cut parameter lies on a rank."""
+        """The layout of every cut parameter on a rank."""
         return {
             name: cut_layout(self.shapes[name], rank, dim=dim, along=along)
             for name, (dim, along) in self.cuts.items()
@@ -159,12 +161,12 @@ class WatchedPlan:
 
     @property
     def share(self) -> float:
-        """What part of the parameters is cut, in bytes."""
+        """The fraction of the parameters' bytes that is cut."""
         return 1 - self.whole_bytes / self.total_bytes if self.total_bytes else 0.0
 
     @property
     def matrix_share(self) -> float:
-        """What part of the elements of parameters with two dims or more is cut."""
+        """The fraction of the elements of parameters with two or more dims that is cut."""
         sizes = {name: _numel(shape) for name, shape in self.shapes.items() if len(shape) > 1}
         cut = sum(size for name, size in sizes.items() if name in self.cuts)
         return cut / max(sum(sizes.values()), 1)
@@ -172,19 +174,19 @@ class WatchedPlan:
     @cached_property
     def idle(self) -> dict[str, tuple[int, ...]]:
         """Family -> ranks that own nothing of it."""
-        found = {}
+        idle = {}
         for family in self.families:
             shared = Shared(family.units, self.scheme.leaves, self.degree)
             ranks = tuple(rank for rank in range(self.degree) if not shared.owned(rank))
             if ranks:
-                found[family.name] = ranks
-        return found
+                idle[family.name] = ranks
+        return idle
 
     def comm(self, *, rank: int = 0) -> Counts:
         """What the ledger of a rank counts in one step with the inputs that were given.
 
         Args:
-            rank: whose.
+            rank: the rank.
 
         Returns:
             Direction -> collective -> calls, message_bytes, sent_bytes, as
@@ -239,16 +241,12 @@ class WatchedPlan:
         }
 
     def layout(self, name: str, rank: int) -> Layout:
-        """How one cut parameter lies on a rank."""
+        """The layout of one cut parameter on a rank."""
         dim, along = self.cuts[name]
         return cut_layout(self.shapes[name], rank, dim=dim, along=along)
 
-    def to_json(self) -> str:
-        """`as_dict` as text."""
-        return json.dumps(self.as_dict(), indent=1)
-
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """Parameters that are alike as one: names, how they are cut, units, held by each rank."""
+        """Names, cut, units and shapes by rank; repeated layers share one row."""
         keyed = {}
         for family in self.families:
             for (name, dim), _ in family.dims.items():
@@ -267,7 +265,7 @@ class WatchedPlan:
         return "\n".join([head, *columns(table), *self.totals()])
 
     def totals(self) -> list[str]:
-        """What it comes to, what stays whole and why, and what a step sends, as lines."""
+        """Lines of text: the totals, what stays whole and why, and the collectives of a step."""
         return [
             parameters_line(self.total_bytes, self.share, self.held_bytes, self.whole_bytes),
             *(f"whole on every rank: {names}: {why}" for names, why in by_reason(self.whole)),
@@ -279,35 +277,35 @@ class WatchedPlan:
         for direction in ("forward", "backward"):
             kinds = self.comm().get(direction, {})
             if kinds:
-                said = ", ".join(
+                counts = ", ".join(
                     f"{each['calls']} {kind} of {size(each['message_bytes'])}"
                     for kind, each in kinds.items()
                 )
-                yield f"a step with these inputs, {direction}: {said}"
+                yield f"a step with these inputs, {direction}: {counts}"
         yield from inside_lines(self.rehearsal)
         ranks: dict[tuple[int, ...], list[str]] = {}
         for name, idle in self.idle.items():
             ranks.setdefault(idle, []).append(name.rpartition(".")[0])
         for idle, names in ranks.items():
-            told = (
+            owners = (
                 f"rank {idle[0]} owns"
                 if len(idle) == 1
                 else f"ranks {', '.join(map(str, idle))} own"
             )
-            yield f"idle: {told} nothing of {listed(names)}, and what is cut with it"
+            yield f"idle: {owners} nothing of {listed(names)}, and what is cut with it"
 
 
 def inside_lines(rehearsal: Rehearsal) -> Iterator[str]:
-    """What a step gathers for want of a rule, and what is not invariant, a line for each operation.
+    """One line for each operation that gathers for want of a rule, or that is not invariant.
 
     Args:
-        rehearsal: of the step.
+        rehearsal: of a step of the cut model.
     """
-    for operation, found in _by_operation(rehearsal.gathered):
-        where = listed(module or "an input" for module, _ in found)
-        yield f"gathered inside: {operation} of {where}, {sum(n for _, n in found)} a step"
-    for operation, found in _by_operation((*each, 1) for each in rehearsal.variant):
-        where = listed(module for module, _ in found if module)
+    for operation, places in _by_operation(rehearsal.gathered):
+        where = listed(module or "an input" for module, _ in places)
+        yield f"gathered inside: {operation} of {where}, {sum(n for _, n in places)} a step"
+    for operation, places in _by_operation((*each, 1) for each in rehearsal.variant):
+        where = listed(module for module, _ in places if module)
         yield (
             f"not invariant: {operation}{f' in {where}' if where else ''} has no form whose "
             "bits no cut changes"
@@ -318,14 +316,14 @@ def _by_operation(
     items: Iterable[tuple[str, str, int]],
 ) -> Iterable[tuple[str, list[tuple[str, int]]]]:
     """Operation -> modules and counts."""
-    found: dict[str, list[tuple[str, int]]] = {}
+    places: dict[str, list[tuple[str, int]]] = {}
     for operation, module, count in items:
-        found.setdefault(operation, []).append((module, count))
-    return found.items()
+        places.setdefault(operation, []).append((module, count))
+    return places.items()
 
 
 def shapes_in_words(shapes: Sequence[tuple[int, ...]]) -> str:
-    """Shapes on the ranks, once if they are one."""
+    """The shapes on the ranks, each different one once."""
     return " | ".join("x".join(map(str, shape)) for shape in dict.fromkeys(shapes))
 
 

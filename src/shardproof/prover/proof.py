@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from shardproof.axis import Axis
 from shardproof.errors import RankError, ShapeError
 from shardproof.objects import checked_model
-from shardproof.overlap import Overlap, checked_overlap
 from shardproof.prover.case import Case, Trial
 from shardproof.prover.casereport import CaseReport
 from shardproof.prover.contract import agreed_contract, threads_of_ranks
@@ -51,12 +50,10 @@ class Carrier:
     Attributes:
         transport: its name.
         note: why processes did not share memory; empty if there is nothing to say.
-        overlap: which sums ran while a product was computed.
     """
 
     transport: str
     note: str
-    overlap: Overlap
 
 
 @dataclass(frozen=True)
@@ -189,7 +186,6 @@ class Proof:
             engine=engine,
             transport=carrier.transport,
             transport_note=carrier.note,
-            overlap=carrier.overlap,
             numerics=scheme.numerics,
             leaves=scheme.leaves,
             seed=scheme.seed if self.seed is None else self.seed,
@@ -208,7 +204,6 @@ def prove_cases(
     engine: str = "threads",
     threads: int | None = None,
     transport: str = "auto",
-    overlap: Overlap | str = "auto",
     scheme: Scheme | None = Scheme(),  # noqa: B008 - frozen
     seed: int | None = DEFAULT_SEED,
     progress: Progress | None = None,
@@ -224,7 +219,6 @@ def prove_cases(
         engine: what the ranks are: "threads" or "processes".
         threads: intra-op threads of each rank; by default this process's are shared out.
         transport: what carries bytes between the ranks, as in `launch`.
-        overlap: which sums run while a product is computed, as in `launch`.
         scheme: leaves and numerics; None: those of the layers, which must be alike.
         seed: of everything the cases draw; None: the scheme's.
         progress: called before each run, and once at the end.
@@ -241,17 +235,17 @@ def prove_cases(
     """
     degrees = checked_degrees(degrees, scheme)
     check_cases(cases)
-    threads, overlap = threads_of_ranks(threads, degrees), checked_overlap(overlap)
+    threads = threads_of_ranks(threads, degrees)
     proof = Proof(cases, scheme, seed, skipped, allow_nonfinite, few)
     tell = Teller(progress, total=len(cases) * (1 + len(degrees)))
     results: Results = {case.name: {} for case in cases}
-    common = _of_ranks(threads=threads, transport=transport, overlap=overlap)
-    carrier = Carrier("solo", "", overlap)
+    common = _of_ranks(threads=threads, transport=transport)
+    carrier = Carrier("solo", "")
     with tempfile.TemporaryDirectory(prefix="shardproof-") as folder:
         references = proof.make_references(Path(folder), tell)
         for degree in degrees:
             with open_ranks(degree, engine, **common) as ranks:
-                carrier = Carrier(ranks.transport, ranks.transport_note, overlap)
+                carrier = Carrier(ranks.transport, ranks.transport_note)
                 for case in cases:
                     tell(f"{case.name}, degree {degree}")
                     with proof.noting(case, degree, engine, common):
@@ -278,7 +272,6 @@ def prove(
     engine: str = "threads",
     threads: int | None = None,
     transport: str = "auto",
-    overlap: Overlap | str = "auto",
     scheme: Scheme | None = None,
     name: str = "model",
     audit_creation: bool = True,
@@ -297,7 +290,6 @@ def prove(
         engine: "threads" or "processes".
         threads: intra-op threads of each rank; by default this process's are shared out.
         transport: what carries bytes between the ranks, as in `launch`.
-        overlap: which sums run while a product is computed, as in `launch`.
         scheme: that every layer must have; None: whatever they have, if they have it alike.
         name: of the model in the report.
         audit_creation: False leaves `build` out of the memory audit: it makes a model whole first.
@@ -322,7 +314,6 @@ def prove(
         engine=engine,
         threads=threads,
         transport=transport,
-        overlap=overlap,
         scheme=scheme,
         seed=None,
         allow_nonfinite=allow_nonfinite,

@@ -4,12 +4,10 @@
 stable. Keys may be added, never renamed.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardproof.overlap import DEFAULT_OVERLAP, Overlap
 from shardproof.prover.casereport import CaseReport
 from shardproof.prover.verdict import counted, verdict
 
@@ -34,7 +32,6 @@ class Report:
         engine: what the ranks were: "threads", "processes", "torchrun".
         transport: what carried their bytes at the highest degree.
         transport_note: why processes did not share memory; empty if there is nothing to say.
-        overlap: which sums ran while a product was computed.
         numerics, leaves, seed: of the scheme.
         contract: everything the bits depend on.
         skipped: cases that lack their extra: name and extra.
@@ -52,7 +49,6 @@ class Report:
     skipped: tuple[Mapping[str, str], ...] = ()
     audits_creation: bool = True
     transport_note: str = ""
-    overlap: Overlap = DEFAULT_OVERLAP
 
     @property
     def proved(self) -> bool:
@@ -111,7 +107,6 @@ class Report:
             "engine": self.engine,
             "transport": self.transport,
             "transport_note": self.transport_note,
-            "overlap": dataclasses.asdict(self.overlap),
             "leaves": self.leaves,
             "contract": self.contract,
             "skipped": [dict(case) for case in self.skipped],

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from shardproof.axis import Axis
+from shardproof.error_text import text_of
 from shardproof.errors import RankError
 from shardproof.prover.case import Case
 from shardproof.prover.given import check_cases, checked_degrees
@@ -31,7 +32,6 @@ from shardproof.prover.proof import (
 from shardproof.prover.report import Report
 from shardproof.prover.runs import RankResult
 from shardproof.scheme import Scheme
-from shardproof.telling import text_of
 from shardproof.transport.base import Call
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ def prove_under_torchrun(
         results,
         degrees=degrees,
         engine="torchrun",
-        carrier=Carrier(axis.transport.name, axis.transport_note, axis.overlap),
+        carrier=Carrier(axis.transport.name, axis.transport_note),
     )
 
 
@@ -126,7 +126,7 @@ def _run_alone(
     proof: Proof, axis: Axis, references: References, tell: Teller
 ) -> dict[str, RankResult]:
     """Degree 1, on rank 0; the others have nothing to do."""
-    return {} if axis.rank else _run_all(proof, Axis.solo(overlap=axis.overlap), references, tell)
+    return {} if axis.rank else _run_all(proof, Axis.solo(), references, tell)
 
 
 def _run_all(

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from shardproof.axis import Axis
 from shardproof.comparison import checked
 from shardproof.cut.checked import rtol_of
-from shardproof.cut.others import is_cut
+from shardproof.cut.fallback import is_cut
 from shardproof.cut.tensor import CutTensor
 from shardproof.errors import CheckError, MismatchError, ShardproofError
 from shardproof.leaves import Layout

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from shardproof.plans.model_plan import ModelPlan
-from shardproof.plans.text import size
+from shardproof.plans.plan_text import size
 from shardproof.plans.watched_plan import WatchedPlan
 from shardproof.showing.page import COLOURS, document, paragraphs, rank_swatches
 from shardproof.showing.plan_tree import Bar, Node, Run, num_parameters, tree_of

@@ -8,7 +8,7 @@ from shardproof.block_layout import BlockLayout
 from shardproof.leaves import Layout
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.module_plan import ModulePlan
-from shardproof.plans.text import size, spans, starred
+from shardproof.plans.plan_text import size, spans, starred
 from shardproof.plans.watched_plan import KINDS, WatchedPlan
 
 Run = tuple[int, int]  # first index and the one behind the last

@@ -42,8 +42,6 @@ def sentences(
     said += _empty(figures)
     said.append(_sent(moments))
     said += [lying(figure) for figure in figures if figure.is_result]
-    if moments[0].first.is_rest:
-        said.append("This step continues the collective of the step before.")
     return tuple(filter(None, said))
 
 

@@ -15,7 +15,7 @@ from torch.optim import optimizer as torch_optimizers
 from torch.utils._pytree import tree_map
 
 from shardproof import observing
-from shardproof.cut.others import is_cut
+from shardproof.cut.fallback import is_cut
 
 
 class Listener(Protocol):

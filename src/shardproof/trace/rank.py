@@ -49,7 +49,7 @@ _GUARDS = (
     "shardproof.cut.",
     "shardproof.numerics.broadcasting",
     "shardproof.numerics.forms",
-    "shardproof.plans.between",
+    "shardproof.plans.layer_forwards",
     *(
         f"shardproof.layers.{name}"
         for name in (
@@ -174,7 +174,7 @@ class RankTrace(Observer):
                 self._places.learn(operand.tensor, operand.placement)
         meeting = None
         if told.is_collective:
-            met = self._num_meetings.get(told.axis, 0) + (not told.is_rest)
+            met = self._num_meetings.get(told.axis, 0) + 1
             self._num_meetings[told.axis], meeting = met, met - 1
         output = None if told.addition or told.output is None else told.output
         step = self._step(told.phase, told.who, told.operation, told.detail)
@@ -187,7 +187,6 @@ class RankTrace(Observer):
                 sent_bytes=told.sent_bytes,
                 axis=told.axis,
                 meeting=meeting,
-                is_rest=told.is_rest,
                 sends=tuple(told.sends),
             )
         )

@@ -100,7 +100,6 @@ class Step:
         axis: of a collective: the name of the axis.
         meeting: of a collective: its number on the axis, counted from 0 on each rank; ranks meet at
             equal numbers.
-        is_rest: of a collective: a further part of the one before.
         sends: of a collective: to whom this rank sends which part; empty if the transport decides.
         rule: of an update: its formula, if it is known.
     """
@@ -118,7 +117,6 @@ class Step:
     held_bytes: int = 0
     axis: str = ""
     meeting: int | None = None
-    is_rest: bool = False
     sends: tuple[Sending, ...] = ()
     rule: str = ""
 

@@ -107,7 +107,7 @@ class Trace:
             figures = kinds.setdefault(
                 step.operation, {"calls": 0, "message_bytes": 0, "sent_bytes": 0}
             )
-            figures["calls"] += not step.is_rest
+            figures["calls"] += 1
             figures["message_bytes"] += step.message_bytes
             figures["sent_bytes"] += step.sent_bytes
         return {phase: dict(sorted(kinds.items())) for phase, kinds in sorted(found.items())}

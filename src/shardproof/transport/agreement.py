@@ -8,7 +8,7 @@ import torch
 
 from shardproof.errors import MismatchError
 from shardproof.transport.base import mismatch, name_ranks
-from shardproof.transport.notes import Note, Noted, differing, places_of, values_of
+from shardproof.transport.notes import InputNote, Noted, differing, places_of, values_of
 from shardproof.wording import dtype_name
 
 Confer = Callable[[str], list[str]]
@@ -31,9 +31,9 @@ def disagreement(text: str, noted: Noted, confer: Confer) -> MismatchError:
         noted: what this rank has noted before.
         confer: takes this rank's text and gives those of all ranks, in rank order.
     """
-    told = confer(_SEPARATOR.join((",".join(noted.hashes), text)))
+    messages = confer(_SEPARATOR.join((",".join(noted.hashes), text)))
     hashes, texts = [], []
-    for each in told:
+    for each in messages:
         head, _, rest = each.partition(_SEPARATOR)
         hashes.append(head.split(",") if head else [])
         texts.append(rest)
@@ -53,18 +53,18 @@ def _first_difference(hashes: Sequence[Sequence[str]]) -> int | None:
     return None
 
 
-def _described(note: Note) -> str:
+def _described(note: InputNote) -> str:
     dtype = dtype_name(note.dtype)
     values = (note.who, note.what, list(note.shape), dtype, note.sample.hex(), note.whole)
     return json.dumps(values)
 
 
-def _parsed(text: str) -> Note:
+def _parsed(text: str) -> InputNote:
     who, what, shape, dtype, sample, whole = json.loads(text)
-    return Note(who, what, tuple(shape), getattr(torch, dtype), bytes.fromhex(sample), whole)
+    return InputNote(who, what, tuple(shape), getattr(torch, dtype), bytes.fromhex(sample), whole)
 
 
-def _different_inputs(notes: Sequence[Note | None]) -> MismatchError:
+def _different_inputs(notes: Sequence[InputNote | None]) -> MismatchError:
     """One sentence about the first two ranks that differ, and the way out."""
     first = notes[0]
     other = next(rank for rank, note in enumerate(notes) if note != first)
@@ -72,10 +72,10 @@ def _different_inputs(notes: Sequence[Note | None]) -> MismatchError:
     named = first or second
     what = f"{named.what} of {named.who!r}" if named is not None else "input"
     if first is None or second is None or (first.who, first.what) != (second.who, second.what):
-        found = f"rank 0 has {_owner(first)}, rank {other} has {_owner(second)}"
+        difference = f"rank 0 has {_owner(first)}, rank {other} has {_owner(second)}"
         return MismatchError(
-            f"the ranks did not give the same inputs to the same layers: {found}. Every rank of an "
-            f"axis must call the same layers in the same order. {_SWITCH}"
+            f"the ranks did not give the same inputs to the same layers: {difference}. Every rank "
+            f"of an axis must call the same layers in the same order. {_SWITCH}"
         )
     return MismatchError(
         f"the ranks disagree about the {what}, which must be the same on all ranks of the axis: "
@@ -83,11 +83,11 @@ def _different_inputs(notes: Sequence[Note | None]) -> MismatchError:
     )
 
 
-def _owner(note: Note | None) -> str:
+def _owner(note: InputNote | None) -> str:
     return "none" if note is None else f"the {note.what} of {note.who!r}"
 
 
-def _contrast(first: Note, second: Note, rank: int) -> str:
+def _contrast(first: InputNote, second: InputNote, rank: int) -> str:
     """Where the tensors of rank 0 and of another rank differ."""
     if (first.shape, first.dtype) != (second.shape, second.dtype):
         return f"rank 0 has {_kind(first)}, rank {rank} has {_kind(second)}"
@@ -103,7 +103,7 @@ def _contrast(first: Note, second: Note, rank: int) -> str:
     return f"of {_kind(first)}, rank 0 has {values[0]!r}{at}, rank {rank} has {values[1]!r}"
 
 
-def _alike(notes: Sequence[Note | None]) -> str:
+def _alike(notes: Sequence[InputNote | None]) -> str:
     """Which other ranks hold the same as rank 0, where there are some."""
     alike = [rank for rank, note in enumerate(notes) if rank and note == notes[0]]
     if not alike:
@@ -111,13 +111,13 @@ def _alike(notes: Sequence[Note | None]) -> str:
     return f" ({name_ranks(alike)} {'have' if len(alike) > 1 else 'has'} what rank 0 has)"
 
 
-def _kind(note: Note) -> str:
+def _kind(note: InputNote) -> str:
     return f"{str(note.dtype).removeprefix('torch.')} {note.shape}"
 
 
 def _unravelled(place: int, shape: Sequence[int]) -> tuple[int, ...]:
-    found: list[int] = []
+    index: list[int] = []
     for size in reversed(shape):
-        found.append(place % size)
+        index.append(place % size)
         place //= size
-    return tuple(reversed(found))
+    return tuple(reversed(index))

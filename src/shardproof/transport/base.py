@@ -203,10 +203,12 @@ BUSY = (
 living: "weakref.WeakSet[Transport]" = weakref.WeakSet()
 
 
-def compare_pieces(told: Sequence[tuple[list[list[int]], list[list[int]]]], call: Call) -> None:
+def compare_pieces(
+    lengths_by_rank: Sequence[tuple[list[list[int]], list[list[int]]]], call: Call
+) -> None:
     """Raise, on all ranks alike, unless everybody gets what it expects."""
-    for sender, (sent, _) in enumerate(told):
-        for receiver, (_, expected) in enumerate(told):
+    for sender, (sent, _) in enumerate(lengths_by_rank):
+        for receiver, (_, expected) in enumerate(lengths_by_rank):
             if sent[receiver] != expected[sender]:
                 raise MismatchError(
                     f"{call}: rank {sender} hands pieces of {sent[receiver]} to rank {receiver}, "
@@ -234,9 +236,9 @@ class Transport(ABC):
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
         """A transport that is known to `living`."""
-        made = super().__new__(cls)
-        living.add(made)
-        return made
+        transport = super().__new__(cls)
+        living.add(transport)
+        return transport
 
     def take_notes(self) -> Noted:
         """What goes with the next exchange."""

@@ -17,7 +17,7 @@ from shardproof import core
 from shardproof.errors import AxisError, MismatchError, UsageError
 from shardproof.transport.base import Call, Transport
 from shardproof.transport.distributed import DistributedTransport
-from shardproof.transport.shared import SharedTransport
+from shardproof.transport.shared_memory import SharedTransport
 from shardproof.transport.solo import SoloTransport
 from shardproof.wording import error_words, shown
 
@@ -58,7 +58,7 @@ def meet(backend: str, **options: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Choice:
+class TransportChoice:
     """A transport and why it is not shared memory.
 
     Attributes:
@@ -109,17 +109,17 @@ def refusal(why: str, *, option: str = "transport=") -> UsageError:
 
 def choose(
     base: DistributedTransport,
-    asked: str,
+    requested: str,
     *,
     timeout: float | None,
     compare_inputs: bool = True,
     observer: Callable[[Call | None], None] | None = None,
-) -> Choice:
+) -> TransportChoice:
     """The transport for the ranks of `base`; all of them call this.
 
     Args:
         base: the process group, which is also the fall-back.
-        asked: one of `NAMES`.
+        requested: one of `NAMES`.
         timeout: seconds that a rank waits for the others in one collective; None: torch's default.
         compare_inputs: whether exchanges carry what layers note; the same on all ranks.
         observer: of shared memory; see `SharedTransport.connect`.
@@ -130,31 +130,31 @@ def choose(
     """
     is_gloo = base.name == GLOO
     if is_gloo:
-        _agree(base, asked, compare_inputs)
+        _agree(base, requested, compare_inputs)
     if not compare_inputs:
         base.notes = None
-    if asked not in ((AUTO, SHM, GLOO) if is_gloo else (AUTO, base.name)):
+    if requested not in ((AUTO, SHM, GLOO) if is_gloo else (AUTO, base.name)):
         raise UsageError(
-            f"transport={asked!r} cannot be used: the process group is one of {base.name}. Use "
+            f"transport={requested!r} cannot be used: the process group is one of {base.name}. Use "
             "transport='auto', or make another group with torch.distributed.new_group(backend=...)."
         )
-    if asked == GLOO or not is_gloo:
-        return Choice(base, "asked for by name" if is_gloo else "")
+    if requested == GLOO or not is_gloo:
+        return TransportChoice(base, "asked for by name" if is_gloo else "")
     if timeout is None:
         timeout = default_pg_timeout.total_seconds()
     try:
         shared = SharedTransport.connect(base, timeout=timeout, observer=observer)
     except AxisError as error:  # on all ranks, or on none
-        if asked == SHM:
+        if requested == SHM:
             raise refusal(str(error)) from error
-        return Choice(base, f"shared memory is not used: {error}")
+        return TransportChoice(base, f"shared memory is not used: {error}")
     if not compare_inputs:
         shared.notes = None
-    return Choice(shared)
+    return TransportChoice(shared)
 
 
-def _agree(base: DistributedTransport, asked: str, compare_inputs: bool) -> None:
-    everyone: list[tuple[str, bool]] = base.gather_objects((asked, compare_inputs), call=_CALL)
+def _agree(base: DistributedTransport, requested: str, compare_inputs: bool) -> None:
+    everyone: list[tuple[str, bool]] = base.gather_objects((requested, compare_inputs), call=_CALL)
     if len(set(everyone)) == 1:
         return
     names = [name for name, _ in everyone]

@@ -45,7 +45,7 @@ from shardproof.transport.base import (
 )
 from shardproof.transport.ledger import Ledger
 from shardproof.transport.notes import Noted, Notes
-from shardproof.transport.stream import Round, Wish, stream_of
+from shardproof.transport.stream import NextExchange, Round, stream_of
 
 # all_gather_into_tensor by its newer name; torch warns about the older one where it has both.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -135,8 +135,10 @@ class DistributedTransport(Transport):
         """One piece per pair and round, so that no buffer has more than size - 1 pieces."""
         with self._during(call, like):
             if self._is_streamed(like):
-                told = self._gather_objects(_lengths(outgoing, incoming, self.rank), call)
-                compare_pieces(told, call)
+                lengths_by_rank = self._gather_objects(
+                    _lengths(outgoing, incoming, self.rank), call
+                )
+                compare_pieces(lengths_by_rank, call)
             begun = self._start_exchange(outgoing, incoming, rounds, like, call, is_whole=True)
             return begun()
 
@@ -175,7 +177,7 @@ class DistributedTransport(Transport):
         """What is to be sent is on its way when this returns."""
         if order.is_free and windows is None and parts[0].dtype == out.dtype:
             return self._start_all_reduce(parts[0], out, call)
-        pending = portable.Sum(self, parts, order, out, call, windows)
+        pending = portable.PortableSum(self, parts, order, out, call, windows)
         with self._during(call, out):
             receive = self._start_exchange(
                 pending.outgoing(), pending.incoming(), pending.rounds, pending.like, call
@@ -278,7 +280,7 @@ class DistributedTransport(Transport):
         arrive = self._stream.start(self._wish(call), rounds, pieces)
         return lambda: [[x.view(dtype) for x in each] for each in arrive()[skipped:]]
 
-    def _wish(self, call: Call) -> Wish:
+    def _wish(self, call: Call) -> NextExchange:
         def post(
             target: Tensor, source: Tensor, received: Sequence[int], sent: Sequence[int]
         ) -> Callable[[], None]:
@@ -291,7 +293,9 @@ class DistributedTransport(Transport):
 
         # The axes of a group share its backend: they must be used in the same order.
         digest = call.digest ^ (self._number * 0x9E3779B97F4A7C15) % (1 << 64)
-        return Wish(digest, self.take_notes(), post, lambda x: self._reduce(x, call), disagree)
+        return NextExchange(
+            digest, self.take_notes(), post, lambda x: self._reduce(x, call), disagree
+        )
 
     def _start_unseen(
         self,

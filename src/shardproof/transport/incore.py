@@ -189,21 +189,23 @@ class CoreTransport(Transport):
         start, place = self._addresses(call, x, out)
         self._gather(start, place, outer, known)
 
-    def _addresses(self, call: Call, *given: Tensor) -> list[int]:
+    def _addresses(self, call: Call, *tensors: Tensor) -> list[int]:
         """Where their memory is; raises on all ranks if one has none."""
         try:
-            found = [x.data_ptr() for x in given]
-            if not all(found) or any(x.storage_offset() for x in given):
-                for x in given:
+            addresses = [x.data_ptr() for x in tensors]
+            if not all(addresses) or any(x.storage_offset() for x in tensors):
+                for x in tensors:
                     operands.check(self._where(call), x=x)
         except operands.ERRORS as error:
-            self._refuse(call, self._unreadable(call, given, error))
-        return found
+            self._refuse(call, self._unreadable(call, tensors, error))
+        return addresses
 
-    def _unreadable(self, call: Call, given: Sequence[Tensor], error: Exception) -> ShardproofError:
+    def _unreadable(
+        self, call: Call, tensors: Sequence[Tensor], error: Exception
+    ) -> ShardproofError:
         """What is wrong with tensors of which `error` was raised."""
         try:
-            for x in given:
+            for x in tensors:
                 operands.check(self._where(call), x=x)
         except UsageError as found:
             return found

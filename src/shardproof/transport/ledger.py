@@ -27,14 +27,12 @@ class Ledger:
     def __init__(self) -> None:
         self._counts: dict[tuple[str, str], Count] = {}
 
-    def add(
-        self, direction: str, kind: str, *, message_bytes: int, sent_bytes: int, calls: int = 1
-    ) -> None:
-        """Count one collective; with `calls` 0, a further part of one that has been counted."""
+    def add(self, direction: str, kind: str, *, message_bytes: int, sent_bytes: int) -> None:
+        """Count one collective."""
         count = self._counts.get((direction, kind))
         if count is None:
             count = self._counts[direction, kind] = Count()
-        count.calls += calls
+        count.calls += 1
         count.message_bytes += message_bytes
         count.sent_bytes += sent_bytes
 

@@ -20,7 +20,7 @@ SAMPLE = 32  # elements of a tensor that are looked at
 _MOST = 64  # notes that are kept apart; older ones count, but nothing can be said of them
 
 
-class Note(NamedTuple):
+class InputNote(NamedTuple):
     """One tensor as it was seen.
 
     Attributes:
@@ -55,7 +55,7 @@ class Noted(NamedTuple):
     """
 
     value: int
-    notes: tuple[Note, ...]
+    notes: tuple[InputNote, ...]
     hashes: tuple[str, ...]
 
 
@@ -66,7 +66,7 @@ class Notes:
     """The notes of one rank since its last exchange."""
 
     def __init__(self) -> None:
-        self._kept: list[Note] = []
+        self._kept: list[InputNote] = []
         self._before = ""  # a hash of the notes that are not kept
 
     def add(self, x: Tensor, who: str, what: str, *, whole: bool = False) -> None:
@@ -83,7 +83,7 @@ class Notes:
         if len(self._kept) >= _MOST:
             self._fold()
         every = hash_of(x) if whole and x.numel() > SAMPLE else ""
-        self._kept.append(Note(who, what, tuple(x.shape), x.dtype, sample(x), every))
+        self._kept.append(InputNote(who, what, tuple(x.shape), x.dtype, sample(x), every))
 
     def take(self) -> Noted:
         """What there is, which is then forgotten."""
@@ -125,8 +125,8 @@ def sample(x: Tensor) -> bytes:
     module = core.shm()
     if module is None:
         return sample_in_python(x)
-    found: bytes = module.sample(x.data_ptr(), x.element_size(), x.shape, x.stride(), SAMPLE)
-    return found
+    data: bytes = module.sample(x.data_ptr(), x.element_size(), x.shape, x.stride(), SAMPLE)
+    return data
 
 
 @torch.no_grad()
@@ -147,8 +147,8 @@ def places_of(numel: int) -> list[int]:
     """Which elements are looked at, counted in row-major order."""
     count = min(numel, SAMPLE)
     bounds = [(i * numel // count, (i + 1) * numel // count) for i in range(count)]
-    found = [low + (i + 1) * 2654435761 % (high - low) for i, (low, high) in enumerate(bounds)]
-    return [*found[:-1], numel - 1] if found else []
+    places = [low + (i + 1) * 2654435761 % (high - low) for i, (low, high) in enumerate(bounds)]
+    return [*places[:-1], numel - 1] if places else []
 
 
 def hash_of(x: Tensor) -> str:
@@ -166,8 +166,8 @@ def values_of(dtype: torch.dtype, data: bytes) -> list[object]:
     """The elements that were sampled."""
     if not data:
         return []
-    found: list[object] = torch.frombuffer(bytearray(data), dtype=dtype).tolist()
-    return found
+    values: list[object] = torch.frombuffer(bytearray(data), dtype=dtype).tolist()
+    return values
 
 
 def differing(shape: Sequence[int], dtype: torch.dtype, a: bytes, b: bytes) -> int | None:

@@ -29,7 +29,7 @@ SUMMABLE = (
 )
 
 
-class Sum(Pending):
+class PortableSum(Pending):
     """One sum on one rank: what it sends, what it expects, and how it ends.
 
     Args:

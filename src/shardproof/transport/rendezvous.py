@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardproof import core
+from shardproof.error_text import text_of
 from shardproof.errors import UsageError
-from shardproof.telling import text_of
 from shardproof.transport.agreement import disagreement
 from shardproof.transport.base import BUSY, Call, PeerError, name_ranks, name_waits
 from shardproof.transport.notes import NOTHING, Noted
@@ -152,8 +152,8 @@ class Rendezvous:
             self._break(why, None)
 
     def _complete(self, meeting: _Meeting) -> None:
-        said = [(meeting.calls[rank], meeting.noted[rank]) for rank in range(self.size)]
-        meeting.disagrees = any(each != said[0] for each in said)
+        noted_calls = [(meeting.calls[rank], meeting.noted[rank]) for rank in range(self.size)]
+        meeting.disagrees = any(each != noted_calls[0] for each in noted_calls)
         meeting.is_complete = True
         self._meeting = _Meeting()
         self._changed.notify_all()

@@ -153,8 +153,8 @@ def _attempt(base: Transport, length: int, way: str) -> tuple[mmap.mmap | None, 
     except _MISSING as error:
         problem = f"rank 0: {error}"
     try:
-        told = base.gather_objects((path, problem, nonce), call=_call(way))
-        path, problem, nonce = told[0]
+        attempts = base.gather_objects((path, problem, nonce), call=_call(way))
+        path, problem, nonce = attempts[0]
         if problem is None:
             try:
                 descriptor = descriptor if base.rank == 0 else _open(path, nonce, length)

@@ -38,7 +38,7 @@ Finish = Callable[[], None]
 Post = Callable[[Tensor, Tensor, Sequence[int], Sequence[int]], Finish]
 
 
-class Wish(NamedTuple):
+class NextExchange(NamedTuple):
     """What this rank is about to do.
 
     Attributes:
@@ -93,7 +93,7 @@ class Exchange:
 
     def __init__(
         self,
-        wish: Wish,
+        wish: NextExchange,
         rank: int,
         rounds: Sequence[Round],
         pieces: Sequence[Sequence[Tensor]] | None,
@@ -129,14 +129,14 @@ class Exchange:
         if pieces is None:
             pieces = [torch.zeros(length, dtype=torch.uint8) for length in each.sent]
         head = self._head()[:extra]
-        found = [
+        views = [
             x
             for peer, piece in enumerate(pieces[: len(each.sent)])
             if peer != self._rank
             for x in (head, piece)
             if x.numel()
         ]
-        return found[0] if len(found) == 1 else torch.cat(found) if found else head[:0]
+        return views[0] if len(views) == 1 else torch.cat(views) if views else head[:0]
 
     def _head(self) -> Tensor:
         digests = [self._wish.digest - (1 << 63), self._wish.noted.value - (1 << 63)]
@@ -150,8 +150,8 @@ class Exchange:
             self._finishes = []
             mine = self._head().tolist()
             starts = self._starts(self._rounds[0].received, self._heads)
-            found = [self._inboxes[0][at : at + _HEAD].tolist() for at in starts]
-            self._is_in_order = all(each == mine for each in found)
+            heads = [self._inboxes[0][at : at + _HEAD].tolist() for at in starts]
+            self._is_in_order = all(each == mine for each in heads)
         return self._is_in_order
 
     def _starts(self, received: Sequence[int], extra: int) -> list[int]:
@@ -163,11 +163,11 @@ class Exchange:
         for finish in self._finishes:
             finish()
         self._finishes = []
-        found = []
+        pieces = []
         for index, (inbox, each) in enumerate(zip(self._inboxes, self._rounds, strict=True)):
             extra = self._heads if index == 0 else 0
             starts = iter(self._starts(each.received, extra))
-            found.append(
+            pieces.append(
                 [
                     inbox[:0]
                     if peer == self._rank
@@ -175,7 +175,7 @@ class Exchange:
                     for peer, length in enumerate(each.received)
                 ]
             )
-        return found
+        return pieces
 
 
 class Stream:
@@ -194,11 +194,11 @@ class Stream:
         self._size = size
         self._past: tuple[int, ...] = ()
         self._expected: dict[tuple[int, ...], _Step] = {}
-        self._open: tuple[Exchange, Wish] | None = None
+        self._open: tuple[Exchange, NextExchange] | None = None
         self.axes = itertools.count(1)
 
     def start(
-        self, wish: Wish, rounds: Sequence[Round], pieces: Sequence[Sequence[Tensor]]
+        self, wish: NextExchange, rounds: Sequence[Round], pieces: Sequence[Sequence[Tensor]]
     ) -> Callable[[], list[list[Tensor]]]:
         """Begin an exchange; what is returned waits for it.
 
@@ -238,7 +238,7 @@ class Stream:
             (exchange, wish), self._open = self._open, None
             self._require(exchange, wish)
 
-    def _require(self, exchange: Exchange, wish: Wish) -> None:
+    def _require(self, exchange: Exchange, wish: NextExchange) -> None:
         if exchange.is_in_order():
             return
         self._past = ()
@@ -254,7 +254,7 @@ _streams: weakref.WeakKeyDictionary[dist.ProcessGroup, Stream] = weakref.WeakKey
 
 def stream_of(group: dist.ProcessGroup) -> Stream:
     """The one stream of a group."""
-    found = _streams.get(group)
-    if found is None:
-        found = _streams[group] = Stream(dist.get_rank(group), dist.get_world_size(group))
-    return found
+    stream = _streams.get(group)
+    if stream is None:
+        stream = _streams[group] = Stream(dist.get_rank(group), dist.get_world_size(group))
+    return stream

@@ -84,12 +84,12 @@ class ThreadsTransport(CoreTransport):
         _check_stream(x)
         # A copy, which others may read when `x` has changed already.
         parts: list[Tensor] = self._meet(call, x.clone())
-        found = [part.numel() for part in parts]
+        counts = [part.numel() for part in parts]
         wanted = [outer * size for size in sizes]
         # Every rank sees the same parts, so that all raise or none does.
-        if found != wanted or out.numel() != sum(wanted):
+        if counts != wanted or out.numel() != sum(wanted):
             raise MismatchError(
-                f"{call}: the ranks hand over {found} elements where {wanted} are expected, "
+                f"{call}: the ranks hand over {counts} elements where {wanted} are expected, "
                 f"for a result of {out.numel()}. All must derive them from the same cut."
             )
         rows = [part.view(outer, -1) for part in parts if part.numel()]
@@ -144,7 +144,7 @@ class ThreadsTransport(CoreTransport):
         """The rendezvous is asked instead: it knows all ranks."""
 
 
-class _Lent(portable.Sum):
+class _Lent(portable.PortableSum):
     """A sum in which every rank reads its slices from the others' parts."""
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Watch one forward of any module and find what can be cut apart, without a rule about a model."""
+"""Watch one forward of any module, and find which dims of its parameters can be cut together."""
 
 from shardproof.watching.choice import Choice, choose
 from shardproof.watching.family import Event, Family, families

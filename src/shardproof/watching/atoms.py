@@ -1,4 +1,4 @@
-"""Which labels belong together: a union-find over integers, on whole arrays at once.
+"""`Atoms`: a union-find over labels, which works on whole arrays at once.
 
 An *atom* is the label of one index of one dim of one parameter. Label 0 means "no label". The root
 of a set of atoms is the smallest of them, so that the result does not depend on the order of joins.
@@ -11,7 +11,7 @@ Labels = NDArray[np.int64]
 
 
 def distinct(labels: Labels) -> Labels:
-    """Every label once, ascending. Labels mostly lie in order, which a stable sort makes use of."""
+    """The distinct labels, ascending. A stable sort is fast here, as labels are mostly sorted."""
     ordered = np.sort(labels, axis=None, kind="stable")
     if ordered.size < 2:
         return ordered
@@ -33,7 +33,7 @@ class Atoms:
         return self._count
 
     def fresh(self, count: int) -> Labels:
-        """New labels, each a set of its own."""
+        """New labels, each in its own set."""
         start, self._count = self._count, self._count + count
         if self._count > len(self._parent):
             grown = np.arange(max(self._count, 2 * len(self._parent)), dtype=np.int64)
@@ -45,23 +45,23 @@ class Atoms:
 
     def roots(self, labels: Labels) -> Labels:
         """The root of every label, in an array of the same shape."""
-        found = self._parent[labels]
+        roots = self._parent[labels]
         is_direct = True
         while True:
-            above = self._parent[found]
-            if np.array_equal(above, found):
+            above = self._parent[roots]
+            if np.array_equal(above, roots):
                 break
-            found, is_direct = above, False
+            roots, is_direct = above, False
         if not is_direct:
-            self._parent[labels] = found
-        return found
+            self._parent[labels] = roots
+        return roots
 
     def sizes(self, roots: Labels) -> Labels:
-        """How many labels are in the set of every root."""
+        """Number of labels in the set of each root."""
         return self._sizes[roots]
 
     def join(self, left: Labels, right: Labels) -> None:
-        """Make one set of the sets of `left[i]` and `right[i]`, for every i."""
+        """Join the sets of `left[i]` and `right[i]`, for every i."""
         left, right = self.roots(left.ravel()), self.roots(right.ravel())
         while True:
             differ = left != right

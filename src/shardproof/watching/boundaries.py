@@ -1,4 +1,4 @@
-"""Numbers for the units of a family, and where a rank's run of them may begin."""
+"""Number the units of a family, and find the units at which a rank's run may begin."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,12 @@ from shardproof.watching.atoms import Labels, distinct
 
 @dataclass(frozen=True)
 class Box:
-    """How labels lie in a tensor in which they vary along several dims.
+    """The labels of a tensor in which they vary along several dims.
 
     Attributes:
-        roots: of the elements; (l1, l2, ...).
-        is_split: whether they lay along one dim before, so that a rank has all elements that every
-            rank holds; else it needs them only beside its own.
+        roots: (l1, l2, ...), the roots of the elements.
+        is_split: whether the labels varied along one dim before a view split it. Then a rank has
+            all elements that every rank holds; otherwise it needs them only beside its own.
     """
 
     roots: Labels
@@ -24,13 +24,13 @@ class Box:
 
 @dataclass(frozen=True)
 class Numbering:
-    """Units of one family in their order, behind them the shared ones.
+    """Numbers of the units of one family, followed by those of its shared units.
 
     Attributes:
-        count: how many units.
+        count: number of units.
         members: roots of units and of shared units, ascending.
-        number: of every member.
-        needers: units that need a shared unit, for each in order; of the last one all.
+        number: the number of each member.
+        needers: for each shared unit the units that need it; all units for the last one.
     """
 
     count: int
@@ -40,23 +40,23 @@ class Numbering:
 
     @property
     def whole(self) -> int:
-        """The number of what every rank holds."""
+        """The number that stands for everything that every rank holds."""
         return self.count + len(self.needers) - 1
 
     @classmethod
     def of(
         cls, units: Labels, first: Labels, kinds: NDArray[np.uint64], pairs: Labels
     ) -> "Numbering":
-        """Number units by where they are found first.
+        """Number units in the order of their first occurrence.
 
-        Units of another kind than the most frequent one get the numbers of that one, spread
-        evenly: heads and features that lie in one fused weight are cut together.
+        Units of other kinds than the most frequent one are mapped evenly to its numbers: heads and
+        features that lie in one fused weight are cut together.
 
         Args:
             units: roots.
-            first: where each is found first.
-            kinds: equal for units that lie alike in all dims.
-            pairs: (n, 2): unit and shared unit.
+            first: position of the first occurrence of each unit.
+            kinds: equal for units that occur equally often in each dim.
+            pairs: (n, 2), unit and shared unit.
         """
         _, kind, counts = np.unique(kinds, return_inverse=True, return_counts=True)
         order = np.argsort(first, kind="stable")
@@ -84,12 +84,12 @@ class Numbering:
         return cls(count, members[order], number[order], (*kinds_of_needers, everyone))
 
     def numbers(self, roots: Labels) -> Labels:
-        """The number of every root; those of no member are held by all."""
+        """The number of each root; roots that are no members are held by all ranks."""
         at = np.minimum(np.searchsorted(self.members, roots), len(self.members) - 1)
         return np.where(self.members[at] == roots, self.number[at], self.whole)
 
     def spans(self, roots: Labels) -> tuple[Labels, Labels]:
-        """The first and the last unit that needs every root."""
+        """For each root, the first and the last unit that needs it."""
         low = np.arange(self.count + len(self.needers))
         high = low.copy()
         for place, group in enumerate(self.needers):
@@ -99,13 +99,13 @@ class Numbering:
 
 
 def boundaries(numbering: Numbering, boxes: list[Box]) -> tuple[int, ...] | None:
-    """Units at which a rank may begin so that all its elements are a run along one dim.
+    """Units at which a rank may begin, so that its elements are one run along one dim.
 
     Args:
         numbering: the units.
-        boxes: tensors in which they vary along several dims.
+        boxes: tensors in which the units vary along several dims.
     Returns:
-        The units, 0 among them; None if there is no restriction.
+        The units, with 0; None if there is no restriction.
     """
     allowed = np.ones(numbering.count, dtype=bool)
     for box in boxes:
@@ -115,15 +115,15 @@ def boundaries(numbering: Numbering, boxes: list[Box]) -> tuple[int, ...] | None
 
 
 def _allowed(numbering: Numbering, box: Box) -> NDArray[np.bool_]:
-    """By unit: whether what lies before it and what does not differ along one dim alone."""
+    """By unit: whether a boundary before it separates the elements along one dim only."""
     low, high = numbering.spans(box.roots)
-    if not box.is_split:  # what every rank holds is taken where it is needed
+    if not box.is_split:  # elements that every rank holds do not restrict the boundaries
         is_held = (low == 0) & (high == numbering.count - 1)
         low, high = np.where(is_held, -1, low), np.where(is_held, -1, high)
     crossed = []
     for dim in range(low.ndim):
-        begins = _changes(high, dim, numbering.count)  # who has the unit or a later one
-        ends = _changes(low, dim, numbering.count)  # who has an earlier one
+        begins = _changes(high, dim, numbering.count)  # elements of this unit or a later one
+        ends = _changes(low, dim, numbering.count)  # elements of an earlier unit
         crossed.append(begins | ends)
     several = np.sum(crossed, axis=0) > 1
     alone = [dim & ~several for dim in crossed]
@@ -136,7 +136,7 @@ def _allowed(numbering: Numbering, box: Box) -> NDArray[np.bool_]:
 
 
 def _changes(values: Labels, dim: int, count: int) -> NDArray[np.bool_]:
-    """By unit: whether neighbours along a dim lie on both sides of it."""
+    """By unit: whether neighbouring elements along a dim lie on both sides of the boundary."""
     size = values.shape[dim]
     left = np.take(values, np.arange(size - 1), axis=dim).ravel()
     right = np.take(values, np.arange(1, size), axis=dim).ravel()
@@ -147,7 +147,7 @@ def _changes(values: Labels, dim: int, count: int) -> NDArray[np.bool_]:
 
 
 def _steps(low: Labels, high: Labels, count: int) -> Labels:
-    """+1 behind every low, -1 behind every high."""
+    """Count +1 after each low and -1 after each high, for a cumulative sum."""
     up = np.bincount(low + 1, minlength=count + 2)[: count + 2]
     down = np.bincount(high + 1, minlength=count + 2)[: count + 2]
     return up - down

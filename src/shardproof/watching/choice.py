@@ -1,4 +1,4 @@
-"""Which families are cut, and why the other parameters stay whole."""
+"""`choose`: which families are cut, and why the other parameters stay whole."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,19 +10,19 @@ from shardproof.watching.family import Event, Family, kind_of_family
 from shardproof.watching.forward import Watched
 
 ORDER = ("pair", "pair with sums", "vocabulary", "gathered")
-SMALL = 0.02  # of all weights: less than that is not worth an extra collective
-ALONE = ("vocabulary", "gathered")  # one matrix, with a collective of its own
-ENOUGH = 0.9  # of the weights of matrices: where fewer are cut, some are cut alone
+SMALL = 0.02  # a matrix with a smaller share of all weights is not worth a collective of its own
+ALONE = ("vocabulary", "gathered")  # kinds with one matrix and a collective of its own
+ENOUGH = 0.9  # if a smaller share of the matrices is cut, more are cut alone
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is cut.
+    """The families that are cut.
 
     Attributes:
-        families: those that are cut, in the order of the model.
-        whole: for every parameter that stays whole one sentence that says why.
-        share: the part of the weights of matrices that is cut.
+        families: the cut families, in the order of the model.
+        whole: name of each parameter that stays whole -> a sentence that says why.
+        share: fraction of the weights of matrices that is cut.
     """
 
     families: tuple[Family, ...]
@@ -31,81 +31,83 @@ class Choice:
 
 
 def choose(
-    found: Sequence[Family],
+    all_families: Sequence[Family],
     watched: Watched,
     *,
     wanted: Mapping[str, str] = MappingProxyType({}),
     enough: float = ENOUGH,
 ) -> Choice:
-    """Choose families: pairs first, then what sends more; no parameter along two dims.
+    """Choose the families to cut, first those that send least; no parameter along two dims.
 
     Args:
-        found: all families of the forward.
+        all_families: of the forward.
         watched: the forward.
         wanted: name of a weight that must stay whole -> the operation that needs all of it.
-        enough: the part of the matrices' weights that should be cut; where fewer are, rows are
-            cut alone, each with an all-reduce of its own.
+        enough: fraction of the matrices' weights that should be cut; if less is cut, single
+            matrices are cut by rows, each with an all-reduce of its own.
     """
     shapes = watched.shapes
-    found = [_without(family, wanted, watched) for family in found] if wanted else found
-    taken: set[str] = set()
+    all_families = (
+        [_without(family, wanted, watched) for family in all_families] if wanted else all_families
+    )
+    cut_names: set[str] = set()
     chosen: set[int] = set()
     small: set[int] = set()
     for kind in ORDER:
-        ours = [number for number, family in enumerate(found) if family.kind == kind]
-        for number in sorted(ours, key=lambda n: _worth(found[n], shapes), reverse=True):
-            family = found[number]
+        ours = [number for number, family in enumerate(all_families) if family.kind == kind]
+        for number in sorted(ours, key=lambda n: _worth(all_families[n], shapes), reverse=True):
+            family = all_families[number]
             names = {name for name, _ in family.dims}
-            if kind in ALONE and _is_small(family, taken, shapes):
+            if kind in ALONE and _is_small(family, cut_names, shapes):
                 small.add(number)
                 continue
-            if names & taken or family.crosses & chosen:
+            if names & cut_names or family.crosses & chosen:
                 continue
             chosen.add(number)
-            taken |= names
-    alone = _alone(found, taken, watched, enough)
-    taken |= {name for family in alone for name, _ in family.dims}
-    cut = sum(prod(shapes[name]) for name in taken if len(shapes[name]) > 1)
+            cut_names |= names
+    alone = _alone(all_families, cut_names, watched, enough)
+    cut_names |= {name for family in alone for name, _ in family.dims}
+    cut = sum(prod(shapes[name]) for name in cut_names if len(shapes[name]) > 1)
     matrices = sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
-    why = _Why(found, chosen, small, taken, watched)
-    whole = {name: why.sentence(name) for name in shapes if name not in taken}
+    why = _Why(all_families, chosen, small, cut_names, watched)
+    whole = {name: why.sentence(name) for name in shapes if name not in cut_names}
     whole |= {name: f"{operation!r} needs all of it at once." for name, operation in wanted.items()}
-    families = (*(found[n] for n in sorted(chosen)), *alone)
+    families = (*(all_families[n] for n in sorted(chosen)), *alone)
     return Choice(families, whole, cut / max(matrices, 1))
 
 
 def _without(family: Family, wanted: Mapping[str, str], watched: Watched) -> Family:
-    """A family whose cut leaves some weights whole."""
+    """The same family, with the weights of `wanted` left whole."""
     left = {key: blocks for key, blocks in family.dims.items() if key[0] not in wanted}
     whole = (*family.whole, *(key for key in family.dims if key not in left))
     events = tuple(event for event in family.events if event.parameter not in wanted)
-    made = replace(family, dims=left, whole=whole, events=events)
-    return replace(made, kind=kind_of_family(made, watched.shapes, watched.record.used))
+    reduced = replace(family, dims=left, whole=whole, events=events)
+    return replace(reduced, kind=kind_of_family(reduced, watched.shapes, watched.record.used))
 
 
 def _alone(
-    found: Sequence[Family], taken: set[str], watched: Watched, enough: float
+    all_families: Sequence[Family], cut_names: set[str], watched: Watched, enough: float
 ) -> list[Family]:
-    """Rows that are cut alone, each with an all-reduce of its own, the largest first.
+    """Matrices that are cut alone by rows, each with an all-reduce of its own, largest first.
 
-    Only where too few weights are cut: a row's input is whole, and any run of it may be cut.
+    They are chosen only if too few weights are cut. The input is whole, so any cut is possible.
     """
     shapes = watched.shapes
     sizes = {name: prod(shape) for name, shape in shapes.items() if len(shape) > 1}
-    missing = enough * sum(sizes.values()) - sum(sizes[name] for name in taken & set(sizes))
+    missing = enough * sum(sizes.values()) - sum(sizes[name] for name in cut_names & set(sizes))
     rows: dict[str, tuple[Event, ...]] = {}
-    for family in found:
+    for family in all_families:
         for event in family.events:
             if event.what == "reduce" and event.dim is not None and event.parameter in sizes:
                 rows[event.parameter] = (*rows.get(event.parameter, ()), event)
-    made: list[Family] = []
-    for name in sorted(set(rows) - taken, key=lambda name: (-sizes[name], name)):
+    chosen: list[Family] = []
+    for name in sorted(set(rows) - cut_names, key=lambda name: (-sizes[name], name)):
         dims = {event.dim for event in rows[name]}
         if missing <= 0 or len(dims) > 1:
             continue
         missing -= sizes[name]
-        made.append(_row(name, dims.pop() or 0, rows[name], shapes[name]))
-    return made
+        chosen.append(_row(name, dims.pop() or 0, rows[name], shapes[name]))
+    return chosen
 
 
 def _row(name: str, dim: int, events: tuple[Event, ...], shape: tuple[int, ...]) -> Family:
@@ -120,7 +122,7 @@ def _weight(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _worth(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> tuple[float, int]:
-    """Matrices that are cut for each collective, then weights."""
+    """Sort key: number of cut matrices per collective, then number of weights."""
     sent = len(
         {
             (event.op, event.module, event.parameter)
@@ -132,29 +134,29 @@ def _worth(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> tuple[float
     return matrices / max(sent, 1), _weight(family, shapes)
 
 
-def _is_small(family: Family, taken: set[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether it is not worth a collective: little of the model, and less than another matrix."""
+def _is_small(family: Family, cut_names: set[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a family is too small to be worth a collective of its own."""
     weight = _weight(family, shapes)
-    largest = max((prod(shapes[name]) for name in taken), default=0)
+    largest = max((prod(shapes[name]) for name in cut_names), default=0)
     return weight < SMALL * sum(prod(shape) for shape in shapes.values()) and weight < largest
 
 
 @dataclass(frozen=True)
 class _Why:
-    """Why parameters stay whole.
+    """Finds out why parameters stay whole.
 
     Attributes:
-        found: all families.
-        chosen: numbers of those that are cut.
-        small: numbers of those that are not worth a collective.
-        taken: parameters that are cut.
+        all_families: that the forward has.
+        chosen: numbers of the families that are cut.
+        small: numbers of the families that are not worth a collective.
+        cut_names: parameters that are cut.
         watched: the forward.
     """
 
-    found: Sequence[Family]
+    all_families: Sequence[Family]
     chosen: set[int]
     small: set[int]
-    taken: set[str]
+    cut_names: set[str]
     watched: Watched
 
     def sentence(self, name: str) -> str:
@@ -162,7 +164,7 @@ class _Why:
         if name not in self.watched.record.used:
             return "It is never used in the watched forward."
         reasons: dict[str, list[int]] = {}
-        for number, family in enumerate(self.found):
+        for number, family in enumerate(self.all_families):
             for key in (*family.dims, *family.whole):
                 if key[0] == name:
                     reasons.setdefault(self._reason(name, number), []).append(key[1])
@@ -171,12 +173,12 @@ class _Why:
         parts = [*reasons]
         if len(reasons) > 1:
             parts = [f"along dim {dims[0]} {reason}" for reason, dims in reasons.items()]
-        told = "; ".join(parts)
-        return f"{told[0].upper()}{told[1:]}."
+        text = "; ".join(parts)
+        return f"{text[0].upper()}{text[1:]}."
 
     def _reason(self, name: str, number: int) -> str:
-        """What keeps one dim of a parameter from being cut."""
-        family = self.found[number]
+        """Why one dim of a parameter is not cut."""
+        family = self.all_families[number]
         if number in self.chosen:
             return f"every unit of {family.name!r} needs all of it"
         small = "it is too small to be worth a collective of its own"
@@ -195,17 +197,17 @@ class _Why:
             return "no operation joins it with a matrix that could be cut"
         rivals = family.crosses & self.chosen
         if rivals:
-            return f"an activation that has it is cut as {self.found[min(rivals)].name!r}"
+            return f"an activation that has it is cut as {self.all_families[min(rivals)].name!r}"
         if number in self.small:
             return small
-        others = [other for other, _ in family.dims if other in self.taken and other != name]
+        others = [other for other, _ in family.dims if other in self.cut_names and other != name]
         if others:
             return f"it would be cut with {others[0]!r}, which is cut along another dim"
         return "a cut of it alone would need an all-reduce of its own"
 
 
 def _blocking(family: Family, name: str) -> Event | None:
-    """The operation that needs a dim whole; of several one in the parameter's own module."""
+    """The operation that needs a dim whole, preferably one in the parameter's own module."""
     events = [event for event in family.events if event.what in ("gather", "sum", "weight")]
     own = [event for event in events if event.module == name.rpartition(".")[0]]
     return next(iter([*own, *events]), None)

@@ -1,4 +1,4 @@
-"""Rules for products of matrices and for convolutions: labels along a contracted dim meet."""
+"""Watching rules for matrix products and convolutions: labels along a contracted dim meet."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from shardproof.watching.rules import aligned, rule, whole_along
 
 
 def _split(factors: Any, dim: int, record: Record) -> tuple[list[Labels], list[Labels], list[int]]:
-    """Factors that vary along `dim` alone; what stays of the others; which of those varied."""
+    """Factors along `dim` alone; the other factors without `dim`; which of these had varied."""
     pure, rest, mixed = [], [], []
     for factor in factors:
         dims = varying(factor)
@@ -37,11 +37,11 @@ def _split(factors: Any, dim: int, record: Record) -> tuple[list[Labels], list[L
 def contract(
     x: Any, w: Any, xs: Any, ws: Any, dims: tuple[int, int], op: str, record: Record
 ) -> tuple[list[Labels], list[Labels]]:
-    """Labels along the contracted dims meet; what is left of both operands' factors.
+    """Combine the labels along the contracted dims; return the remaining factors of both operands.
 
-    A sum over labels that can be cut apart leaves partial sums: "reduce" with a parameter, "sum"
-    without. Where one operand's labels are whole lines (the features of a head) and the other's
-    are not (features that all heads share), every line needs all of the other's.
+    A sum over labels that can be cut apart gives partial sums: "reduce" with a parameter, "sum"
+    without. If only one operand has different labels in each line (the features of a head) and the
+    other has the same in all (features that all heads share), every line needs all of these.
     """
     pure_x, rest_x, mixed_x = _split(xs, dims[0], record)
     pure_w, rest_w, mixed_w = _split(ws, dims[1], record)
@@ -74,7 +74,7 @@ def _operands(x: Any, w: Any, rest_x: list[Labels], rest_w: list[Labels]) -> lis
 def product(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """(*, m, k) times (*, k, n)."""
+    """`mm`, `bmm`: (*, m, k) times (*, k, n)."""
     x, w = args[:2]
     name = name_of(func)
     rest = contract(x, w, factors_of(x), factors_of(w), (-1, -2), name, record)
@@ -85,11 +85,11 @@ def product(
 def biased_product(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """A product and a bias."""
-    made = product(func, args[1:3], {}, outs, record)[0]
+    """`addmm` and its like: a product and a bias."""
+    factors = product(func, args[1:3], {}, outs, record)[0]
     nd = outs[0].dim()
     is_parameter = parameter_of(args[0]) is not None
-    operands = [(f, False) for f in made]
+    operands = [(f, False) for f in factors]
     operands += [(aligned(f, nd), is_parameter) for f in factors_of(args[0])]
     return [combine(operands, name_of(func), record)]
 
@@ -108,7 +108,7 @@ def vector_product(
 def grouped_product(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """Rows (s, k) in runs, each times the matrix (k, n) of its expert: experts are whole."""
+    """Runs of rows (s, k), each times the (k, n) matrix of an expert, which must be whole."""
     x, w = args[:2]
     name = name_of(func)
     ws = whole_along(w, (0,), name, record) if w.dim() == 3 else list(factors_of(w))
@@ -121,7 +121,7 @@ def grouped_product(
 def convolution(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """Channels are contracted or, in groups, kept apart; whole along the places of an image."""
+    """Convolutions contract channels, or keep groups of them apart; images must be whole."""
     x, w, bias, transposed, groups = args[0], args[1], args[2], args[6], args[8]
     name, nd = name_of(func), outs[0].dim()
     xs = whole_along(x, range(2, x.dim()), name, record)
@@ -141,7 +141,7 @@ def convolution(
 def _grouped_channels(
     x: Labelled, w: Labelled, factors: Any, how: tuple[int, bool], out: Tensor, record: Record
 ) -> list[Operand]:
-    """Channels of one group meet; groups stay apart."""
+    """Join the channels of each group; different groups stay apart."""
     (xs, ws), (groups, transposed) = factors, how
     operands: list[Operand] = []
     each = out.shape[1] // groups

@@ -1,8 +1,9 @@
-"""Labels of a tensor's elements, and what happens to them where elements meet.
+"""Factors: the labels of a tensor's elements, and how they combine when elements meet.
 
-A *factor* is an integer array that says which atom every element of a tensor belongs to. It has the
-dims of the tensor, and size 1 along each dim in which nothing varies: a feature's labels in an
-activation (2, 16, 64) are an array (1, 1, 64). A tensor has one factor for each kind of label.
+A *factor* is an integer array that says which atom each element of a tensor belongs to. It has the
+dims of the tensor, and size 1 along each dim in which the labels do not vary: the labels of the
+features in an activation (2, 16, 64) are an array (1, 1, 64). A tensor has one factor for each kind
+of label.
 """
 
 import numpy as np
@@ -20,7 +21,7 @@ def varying(factor: Labels) -> tuple[int, ...]:
 
 
 def compress(factor: Labels, record: Record) -> Labels | None:
-    """The roots, with size 1 along dims in which nothing varies; None if there are no labels."""
+    """The roots, with size 1 along dims in which they do not vary; None if there are no labels."""
     roots = record.atoms.roots(factor)
     if not roots.size or not roots.any():
         return None
@@ -33,9 +34,10 @@ def compress(factor: Labels, record: Record) -> Labels | None:
 
 
 def reduce_lines(factor: Labels, dims: tuple[int, ...], record: Record) -> Labels:
-    """An operation takes whole lines along `dims`: what only one line has becomes one unit.
+    """Combine labels for an operation that needs all elements along `dims` (whole lines).
 
-    What several lines have is needed by each of them. The result has size 1 along `dims`.
+    The labels that only one line has are joined into one unit. Labels that several lines have are
+    shared: each of these lines needs them. The result has size 1 along `dims`.
     """
     dims = tuple(dim for dim in {dim % factor.ndim for dim in dims} if factor.shape[dim] > 1)
     if not dims:
@@ -45,12 +47,12 @@ def reduce_lines(factor: Labels, dims: tuple[int, ...], record: Record) -> Label
     length = int(np.prod([factor.shape[dim] for dim in dims]))
     units = _join_lines(np.transpose(roots, rest + dims).reshape(-1, length), record)
     shape = [1 if dim in dims else size for dim, size in enumerate(factor.shape)]
-    made = compress(units.reshape(shape), record)
-    return np.zeros((1,) * factor.ndim, dtype=np.int64) if made is None else made
+    reduced = compress(units.reshape(shape), record)
+    return np.zeros((1,) * factor.ndim, dtype=np.int64) if reduced is None else reduced
 
 
 def _join_lines(lines: Labels, record: Record) -> Labels:
-    """The unit of every line, of (lines, length) labels; 0 for a line without labels."""
+    """The unit of each line, from (lines, length) labels; 0 for a line without labels."""
     labels, which = np.unique(lines, return_inverse=True)
     which = which.reshape(lines.shape)
     keys = distinct(np.arange(len(lines))[:, None] * len(labels) + which)
@@ -82,7 +84,7 @@ def _join_lines(lines: Labels, record: Record) -> Labels:
 
 
 def _scrambled(labels: Labels) -> np.ndarray:
-    """A 64-bit number for each label, so that sums tell sets of labels apart (splitmix64)."""
+    """A 64-bit hash of each label (splitmix64), so that different sets have different sums."""
     mixed = labels.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -90,11 +92,11 @@ def _scrambled(labels: Labels) -> np.ndarray:
 
 
 def meet(left: Operand, right: Operand, record: Record) -> Labels | None:
-    """Two factors that vary along the same dims meet, element by element: the finer one.
+    """Combine two factors that vary along the same dims, element by element; return the finer one.
 
-    One label with one label: they are joined. Many with one: the many need the one. Labels of a
-    parameter that are finer than the activation's are joined with them, for nothing else says
-    that they could be cut apart.
+    If each label meets one label only, the two are joined. If many labels meet one, they need it.
+    Labels of a parameter that are finer than the activation's are joined with them, because nothing
+    shows that they could be cut apart.
     """
     shape = np.broadcast_shapes(left[0].shape, right[0].shape)
     a = record.atoms.roots(np.broadcast_to(left[0], shape))
@@ -117,7 +119,7 @@ def meet(left: Operand, right: Operand, record: Record) -> Labels | None:
 
 
 def combine(operands: list[Operand], op: str, record: Record) -> Factors:
-    """Factors of the operands of an elementwise operation, all of its dims: those of the result."""
+    """The factors of the result of an element-wise operation, from those of its operands."""
     todo = [each for each in operands if varying(each[0])]
     single = [each[0] for each in operands if not varying(each[0]) and each[0].any()]
     done: list[Operand] = []
@@ -134,7 +136,7 @@ def combine(operands: list[Operand], op: str, record: Record) -> Factors:
 
 
 def _with_single(factors: list[Labels], single: list[Labels], record: Record) -> Factors:
-    """Where all elements have one label: every other label needs it; or it is the only one."""
+    """Add factors in which all elements have one label, which every other label then needs."""
     if not single:
         return tuple(factors)
     for factor in single:
@@ -149,14 +151,14 @@ def _with_single(factors: list[Labels], single: list[Labels], record: Record) ->
 
 
 def _meet_or_reduce(left: Operand, right: Operand, op: str, record: Record) -> list[Operand]:
-    """Two factors that have a varying dim in common, as factors that can go on."""
+    """Combine two factors that both vary along some dim, so that they no longer conflict."""
     s, t = set(varying(left[0])), set(varying(right[0]))
     if s == t:
-        made = meet_all([left, right], record)
-        return [made] if varying(made[0]) else []
+        merged = meet_all([left, right], record)
+        return [merged] if varying(merged[0]) else []
     if (len(s), max(s)) < (len(t), max(t)):
         left, right, s, t = right, left, t, s
-    # `left` varies along more dims than it can be cut along: units lie on the leftmost.
+    # `left` varies along more dims than it can be cut along: its units lie along the leftmost.
     dims = s - t if t < s and max(s) not in t else s & t
     if dims >= s:
         dims = s - t or s
@@ -168,10 +170,10 @@ def _meet_or_reduce(left: Operand, right: Operand, op: str, record: Record) -> l
 
 
 def settle(factors: list[Labels], record: Record) -> Factors:
-    """Factors of one tensor after its elements were moved: at most one along the same dims.
+    """Merge factors of one tensor that vary along the same dims after its elements were moved.
 
-    Two kinds of labels that now share a dim (heads, and the features of a head that all of them
-    use) stay apart only as one of them: whoever has a head needs all of the features.
+    If two kinds of labels now share a dim (heads, and features of a head that all heads use), one
+    of them is kept: a rank with a head needs all of the features.
     """
     kept: list[Labels] = []
     for factor in factors:
@@ -185,13 +187,13 @@ def settle(factors: list[Labels], record: Record) -> Factors:
 
 
 def _rank(labels: Labels, record: Record) -> tuple[float, int]:
-    """Lower for what more is joined with (heads); then for what changes more rarely."""
+    """Sort key: first labels in larger sets (heads), then labels that change more rarely."""
     joined = float(record.atoms.sizes(distinct(labels[labels > 0])).mean())
     return -joined, int(np.count_nonzero(np.diff(labels)))
 
 
 def _outer(left: Labels, right: Labels, record: Record) -> Labels:
-    """One of two factors along one dim: whoever has a label of it needs all of the other."""
+    """Keep one of two factors along one dim; each of its labels needs all labels of the other."""
     shape = np.broadcast_shapes(left.shape, right.shape)
     a = record.atoms.roots(np.broadcast_to(left, shape)).ravel()
     b = record.atoms.roots(np.broadcast_to(right, shape)).ravel()
@@ -216,7 +218,7 @@ def are_independent(left: Labels, right: Labels, record: Record) -> bool:
 
 
 def meet_all(operands: list[Operand], record: Record) -> Operand:
-    """Several factors along the same dims, of several tensors: those that fit meet, one is left."""
+    """Combine factors of several tensors that vary along the same dims into one."""
     done: list[Operand] = []
     for factor, is_parameter in operands:
         for number, (other, other_is) in enumerate(done):

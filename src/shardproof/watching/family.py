@@ -1,4 +1,4 @@
-"""What is cut together: the units that a watched forward keeps apart, and the dims they lie in."""
+"""`Family`: dims of parameters that can only be cut together, found in a watched forward."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -10,19 +10,19 @@ from shardproof.watching.atoms import Atoms, Labels, distinct
 from shardproof.watching.boundaries import Box, Numbering, boundaries
 from shardproof.watching.forward import Key, Watched
 from shardproof.watching.needs import Needs, coarsen, settle_needs
-from shardproof.watching.record import Seen
+from shardproof.watching.record import SeenOperation
 
 
 @dataclass(frozen=True)
 class Event:
-    """An operation inside a family that needs something sent.
+    """An operation that needs communication if the family is cut.
 
     Attributes:
         what: "reduce", "sum", "gather", "weight", "lookup" or "output", as in `record.Seen`.
         op: the operation.
         module: name of the module that ran it.
-        parameter: the parameter that it used along the cut dim, if it did.
-        dim: the parameter's dim, where that is known.
+        parameter: the parameter that it used along the cut dim, or None.
+        dim: the dim of the parameter, if known.
     """
 
     what: str
@@ -34,20 +34,20 @@ class Event:
 
 @dataclass(frozen=True)
 class Family:
-    """Dims of parameters that are cut together, or not at all.
+    """Dims of parameters that are cut together or not at all.
 
     Attributes:
         name: its first parameter and dim.
-        units: what is cut apart, in the order of their indices; at least one.
-        dims: the dims that go along, and which unit every index belongs to. A shared unit that
-            every unit needs is held by all ranks.
-        whole: dims that belong to the family, but of which every rank needs everything.
+        units: the units that can be cut apart, in the order of their indices; at least one.
+        dims: the dims that are cut, with the unit of each index. A shared unit that every unit
+            needs is held by all ranks.
+        whole: dims of the family that are not cut, because every rank needs all of them.
         kind: "pair" (column then row, one all-reduce), "pair with sums" (small sums between),
             "vocabulary", "gathered" (a column whose output is gathered), "row" (a row whose input
             is whole: one all-reduce), or "" (it cannot be cut).
-        events: operations that need something sent if it is cut.
+        events: operations that need communication if the family is cut.
         crosses: numbers of families that some activation has along another dim.
-        has_matrix: whether a parameter of it has more than one dim.
+        has_matrix: whether one of its parameters has more than one dim.
     """
 
     name: str
@@ -63,13 +63,13 @@ class Family:
 def families(watched: Watched) -> tuple[Family, ...]:
     """All families of a watched forward, also those that cannot be cut.
 
-    Every dim of every parameter with more than one index is in `dims` or `whole` of one of them.
+    Each dim with more than one index, of each parameter, is in `dims` or `whole` of one family.
     """
     return _Finder(watched).find()
 
 
 class _Finder:
-    """The steps share arrays over all labels."""
+    """Finds the families; its methods share arrays over all labels."""
 
     def __init__(self, watched: Watched) -> None:
         self.watched, self.record = watched, watched.record
@@ -80,7 +80,7 @@ class _Finder:
             self.needs = settle_needs(self.record)
         self.roots = {key: atoms.roots(labels) for key, labels in watched.labels.items()}
         self.unique = {key: distinct(roots) for key, roots in self.roots.items()}
-        self.group = Atoms()  # which units lie in one dim of some parameter
+        self.group = Atoms()  # joins units that lie in one dim of some parameter
         self.group.fresh(len(atoms))
 
     def find(self) -> tuple[Family, ...]:
@@ -105,19 +105,19 @@ class _Finder:
         )
 
     def _number(self, labels: Labels, *, shared: bool = False) -> Labels:
-        """Families of labels, each once; of shared units those that need them, if wanted."""
+        """The distinct families of labels; with `shared`, a shared unit counts for its needers."""
         units = distinct(self.record.atoms.roots(labels))
-        found = self.family_of[self.group.roots(units)]
+        numbers = self.family_of[self.group.roots(units)]
         if shared:
-            found = np.where(found < 0, self.needer_family[units], found)
-        found = distinct(found)
-        return found[found >= 0]
+            numbers = np.where(numbers < 0, self.needer_family[units], numbers)
+        numbers = distinct(numbers)
+        return numbers[numbers >= 0]
 
     def _drivers(self, units: Labels) -> Labels:
         return units[~self.needs.is_needed[units] & ~self.needs.is_whole[units]]
 
     def _homes(self) -> dict[Key, int]:
-        """A unit of the family that every dim belongs to; units of a family are grouped."""
+        """For each dim a unit of its family; the units of a family are joined in `group`."""
         homes: dict[Key, int] = {}
         for key, units in self.unique.items():
             drivers = self._drivers(units)
@@ -135,12 +135,14 @@ class _Finder:
         self.group.join(units, np.full_like(units, units[0]))
 
     def _follow(self, units: Labels, pairs: Labels) -> int:
-        """Who needs the units of a dim in which nothing is cut by itself."""
+        """A unit that needs the units of a dim which has only shared or whole units."""
         whole = self.needs.is_whole
         live = units[~whole[units]]
         followed = pairs[np.isin(pairs[:, 1], live), 0]
         followed = followed[~whole[followed] & ~self.needs.is_needed[followed]]
-        if not len(followed):  # norms across heads: what is needed is added up, and so is who needs
+        if not len(
+            followed
+        ):  # norms across heads: the needed units and their needers are summed over
             followed = pairs[np.isin(pairs[:, 1], units), 0]
             followed = followed[whole[followed]]
         if len(followed):
@@ -148,41 +150,41 @@ class _Finder:
         self._group_all(units)
         return int(units[0])
 
-    def _events(self, count: int) -> list[list[Seen]]:
-        """Events of every family."""
-        found: list[list[Seen]] = [[] for _ in range(count)]
+    def _events(self, count: int) -> list[list[SeenOperation]]:
+        """The recorded operations of each family."""
+        events: list[list[SeenOperation]] = [[] for _ in range(count)]
         known: dict[int, Labels] = {}
         for seen in self.record.seen:
             if id(seen.atoms) not in known:
                 known[id(seen.atoms)] = self._number(seen.atoms, shared=True)
             for number in known[id(seen.atoms)].tolist():
-                found[number].append(seen)
-        return found
+                events[number].append(seen)
+        return events
 
     def _boxes(self, count: int) -> list[list[Box]]:
-        """Layouts along several dims, of every family."""
-        found: list[list[Box]] = [[] for _ in range(count)]
+        """The boxes of each family."""
+        boxes: list[list[Box]] = [[] for _ in range(count)]
         for (_, is_split, _), labels in self.record.boxes.items():
             box = Box(self.record.atoms.roots(labels), is_split)
             for number in self._number(box.roots).tolist():
-                found[number].append(box)
-        return found
+                boxes[number].append(box)
+        return boxes
 
     def _crosses(self, count: int) -> list[dict[int, tuple[str, str]]]:
-        """Of every family: which families lie along another dim of an activation, and where."""
-        found: list[dict[int, tuple[str, str]]] = [{} for _ in range(count)]
+        """For each family, the families along another dim of one activation, and the operation."""
+        crosses: list[dict[int, tuple[str, str]]] = [{} for _ in range(count)]
         for left, right, op, module in self.record.crossings.values():
             for a in self._number(left).tolist():
                 for b in self._number(right).tolist():
-                    found[a].setdefault(b, (op, module))
-                    found[b].setdefault(a, (op, module))
-        return found
+                    crosses[a].setdefault(b, (op, module))
+                    crosses[b].setdefault(a, (op, module))
+        return crosses
 
     def _family(
         self,
         number: int,
         keys: list[Key],
-        seen: list[Seen],
+        operations: list[SeenOperation],
         boxes: list[Box],
         crosses: dict[int, tuple[str, str]],
     ) -> Family:
@@ -191,39 +193,39 @@ class _Finder:
         total = len(distinct(np.concatenate(live)))
         is_live = total >= 2
         numbering = self._numbering(keys, live if is_live else mine)
-        events = [e for e in seen if not is_live or e.what not in ("gather", "sum", "weight")]
+        events = [e for e in operations if not is_live or e.what not in ("gather", "sum", "weight")]
         dims, whole = self._dims(keys, numbering)
         for key in _second_dims(dims, events):
-            del dims[key]  # what it makes is whole, and is cropped where it meets what is cut
+            del dims[key]  # its output is whole, and is sliced where it meets a cut operand
             whole.append(key)
         name = f"{keys[0][0]}.{keys[0][1]}"
         breaks = boundaries(numbering, boxes)
-        told = {Event(e.what, e.op, e.module, e.parameter, e.dim): None for e in events}
+        unique_events = {Event(e.what, e.op, e.module, e.parameter, e.dim): None for e in events}
         if number in crosses:
             op, module = crosses[number]
-            told[Event("gather", f"{op} (cut along two dims)", module, None)] = None
+            unique_events[Event("gather", f"{op} (cut along two dims)", module, None)] = None
         is_held = any(
             b.first + b.size // b.unit > numbering.whole for d in dims.values() for b in d
         )
         needers = numbering.needers if is_held else numbering.needers[:-1]
         units = Units(name, numbering.count, needers, breaks)
         shapes = self.watched.shapes
-        made = Family(
+        family = Family(
             name,
             units,
             dims,
             tuple(whole),
             "",
-            tuple(told),
+            tuple(unique_events),
             frozenset(crosses) - {number},
             any(len(shapes[parameter]) > 1 for parameter, _ in keys),
         )
-        return replace(made, kind=kind_of_family(made, shapes, self.record.used))
+        return replace(family, kind=kind_of_family(family, shapes, self.record.used))
 
     def _dims(
         self, keys: list[Key], numbering: Numbering
     ) -> tuple[dict[Key, tuple[Block, ...]], list[Key]]:
-        """Dims in which something is apart, and those that every unit needs whole."""
+        """The dims that are cut, and the dims that every unit needs whole."""
         dims: dict[Key, tuple[Block, ...]] = {}
         whole: list[Key] = []
         for key in keys:
@@ -235,13 +237,13 @@ class _Finder:
         return dims, whole
 
     def _mine(self, key: Key, number: int) -> Labels:
-        """Units of a dim that are of the family and not shared."""
+        """The units of a dim that belong to the family and are not shared."""
         units = self.unique[key]
         units = units[~self.needs.is_needed[units]]
         return units[self.family_of[self.group.roots(units)] == number]
 
     def _numbering(self, keys: list[Key], units: list[Labels]) -> Numbering:
-        """Units in order; kinds of units that lie side by side in one dim are cut alike."""
+        """Number the units; different kinds of units in one dim are cut together."""
         members = distinct(np.concatenate(units))
         if not len(members):  # nothing but shared units
             members = distinct(np.concatenate([self.unique[key] for key in keys]))[:1]
@@ -249,9 +251,9 @@ class _Finder:
         kinds = np.zeros(len(members), dtype=np.uint64)
         offset = 0
         for place, key in enumerate(keys):
-            found, where, counts = np.unique(self.roots[key], return_index=True, return_counts=True)
-            at = np.searchsorted(members, found)
-            ours = (at < len(members)) & (members[np.minimum(at, len(members) - 1)] == found)
+            roots, where, counts = np.unique(self.roots[key], return_index=True, return_counts=True)
+            at = np.searchsorted(members, roots)
+            ours = (at < len(members)) & (members[np.minimum(at, len(members) - 1)] == roots)
             at = at[ours]
             first[at] = np.minimum(first[at], where[ours] + offset)
             kinds[at] += (counts[ours].astype(np.uint64) + np.uint64(1)) * np.uint64(
@@ -261,22 +263,22 @@ class _Finder:
         return Numbering.of(members, first, kinds, self.needs.pairs)
 
 
-def _second_dims(dims: Mapping[Key, object], events: list[Seen]) -> list[Key]:
-    """Of parameters with two dims in one family: all but the first one that is contracted."""
+def _second_dims(dims: Mapping[Key, object], events: list[SeenOperation]) -> list[Key]:
+    """For parameters with several dims in one family, all dims but the first contracted one."""
     rows = {(event.parameter, event.dim) for event in events if event.what == "reduce"}
-    found: list[Key] = []
+    second: list[Key] = []
     for name in dict.fromkeys(name for name, _ in dims):
         mine = [key for key in dims if key[0] == name]
         if len(mine) > 1:
             best = next((key for key in mine if key in rows), mine[0])
-            found += [key for key in mine if key != best]
-    return found
+            second += [key for key in mine if key != best]
+    return second
 
 
 def kind_of_family(
     family: Family, shapes: Mapping[str, tuple[int, ...]], used: Collection[str]
 ) -> str:
-    """How much a cut of it would send: see `Family.kind`."""
+    """The kind of a family, by the communication that a cut needs: see `Family.kind`."""
     matrices = {name for name, _ in family.dims if len(shapes[name]) > 1 and name in used}
     rows = {e.parameter for e in family.events if e.what == "reduce" and e.parameter in matrices}
     columns = matrices - rows

@@ -1,4 +1,4 @@
-"""Watch one forward of a model, and leave the model as it was."""
+"""`watch`: run one forward of a model with labelled parameters; the model does not change."""
 
 import copy
 import random
@@ -21,23 +21,23 @@ from shardproof.watching.record import Record
 from shardproof.watching.running import Watching
 from shardproof.wording import error_words
 
-_one_at_a_time = threading.Lock()  # ranks that are threads may plan one model
+_one_at_a_time = threading.Lock()  # ranks as threads may plan the same model
 MOST_COPIED = 1 << 28  # parameters of a model that is watched on the CPU
 Key = tuple[str, int]  # a parameter and one of its dims
 
 
 @dataclass(frozen=True)
 class Watched:
-    """One forward that was watched.
+    """The result of watching one forward.
 
     Attributes:
-        record: what it says about the labels.
-        labels: the label of every index, by parameter and dim.
-        shapes: of every parameter; of parameters that are tied, the first name.
-        tied: other names of tied parameters, and the first.
-        device: "meta", or "cpu" where the forward depends on data.
-        why_cpu: what it raised on the meta device; empty if it ran there.
-        seconds: how long it took.
+        record: joins, needs and operations of the labels.
+        labels: the label of each index, by parameter and dim.
+        shapes: name -> shape of each parameter; tied parameters under their first name only.
+        tied: second and further names of tied parameters -> the first name.
+        device: "meta", or "cpu" if the forward depends on data.
+        why_cpu: the error that the forward raised on the meta device; empty if it ran there.
+        seconds: duration.
     """
 
     record: Record = field(repr=False)
@@ -54,37 +54,37 @@ def watch(
 ) -> Watched:
     """Run one forward in which every index of every parameter carries a label.
 
-    It runs on the meta device. Where it depends on data that only parameters decide, and so
-    cannot run there, it runs once more on the CPU, on a copy; weights that lie on the meta device
-    are small and random there. The model is left exactly as it was.
+    The forward runs on the meta device. If it reads values that depend on parameters, it cannot run
+    there, and runs once more on the CPU, on a copy whose meta weights are small random ones. The
+    model itself does not change.
 
     Args:
-        model: on any device; in evaluation mode while it is watched.
-        args: an example of what forward takes, in order.
-        kwargs: and by name.
+        model: on any device; it is in evaluation mode while it is watched.
+        args: positional example arguments of forward.
+        kwargs: named example arguments of forward.
     Raises:
-        PlanError: the model's own forward fails with these inputs, or an operation of it cannot
-            be followed.
+        PlanError: the model's own forward fails with these inputs, or one of its operations cannot
+            be watched.
     """
     with _one_at_a_time:
         return _seen(model, (tuple(args), dict(kwargs or {})))
 
 
-def _seen(model: nn.Module, given: Any) -> Watched:
+def _seen(model: nn.Module, call: Any) -> Watched:
     start = time.perf_counter()
     failed: list[Exception] = []
-    for leaves_last in (False, True):  # the last of a mask may stand for "none" (no expert)
+    for leaves_last in (False, True):  # the last element of a mask may stand for "no expert"
         try:
-            return _watched(model, given, start=start, leaves_last=leaves_last)
+            return _watched(model, call, start=start, leaves_last=leaves_last)
         except ShardproofError:
             raise
         except Exception as error:  # whatever a model's code raises where it looks at data
             failed.append(error)
-    return _watched_on_cpu(model, given, failed[0], start)
+    return _watched_on_cpu(model, call, failed[0], start)
 
 
-def _watched_on_cpu(model: nn.Module, given: Any, first: Exception, start: float) -> Watched:
-    """On a copy with numbers, for a forward that cannot run on the meta device."""
+def _watched_on_cpu(model: nn.Module, call: Any, first: Exception, start: float) -> Watched:
+    """Watch a copy on the CPU, for a forward that cannot run on the meta device."""
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > MOST_COPIED:
         raise PlanError(
@@ -93,18 +93,18 @@ def _watched_on_cpu(model: nn.Module, given: Any, first: Exception, start: float
             "on the CPU, or a smaller model of the same kind."
         ) from first
     try:
-        return _watched(_small_copy(model), given, why_cpu=error_words(first), start=start)
+        return _watched(_small_copy(model), call, why_cpu=error_words(first), start=start)
     except Exception as error:  # the same
-        raise PlanError(_why_it_failed(model, given, error)) from error
+        raise PlanError(_why_it_failed(model, call, error)) from error
 
 
-def _why_it_failed(model: nn.Module, given: Any, error: Exception) -> str:
-    """Whether the model's own forward fails with these inputs, or only a watched one."""
-    twin = _small_copy(model)
-    args, kwargs = tree_map(_real, given)
+def _why_it_failed(model: nn.Module, call: Any, error: Exception) -> str:
+    """The error message: the model's own forward fails too, or only the watched one."""
+    copied = _small_copy(model)
+    args, kwargs = tree_map(_real, call)
     try:
         with torch.no_grad(), _randomness_kept():
-            twin.eval()(*args, **kwargs)
+            copied.eval()(*args, **kwargs)
     except Exception as own:  # whatever a model's code raises
         return (
             f"the model's own forward fails with these inputs ({error_words(own)}). Check that the "
@@ -120,37 +120,37 @@ def _real(each: Any) -> Any:
 
 
 def _small_copy(model: nn.Module) -> nn.Module:
-    """A copy on the CPU; what is on the meta device becomes small and random."""
-    twin = copy.deepcopy(model)
+    """A copy on the CPU, in which tensors on the meta device become small random ones."""
+    small_model = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
-    copied: dict[int, Tensor] = {}  # what is tied stays one
-    for module in twin.modules():
+    copied: dict[int, Tensor] = {}  # tied tensors stay tied
+    for module in small_model.modules():
         for kind in ("_parameters", "_buffers"):
             for name, each in vars(module)[kind].items():
                 if each is None:
                     continue
                 if id(each) not in copied:
-                    made = _material(each.detach(), generator)
+                    small = _on_cpu(each.detach(), generator)
                     is_parameter = isinstance(each, nn.Parameter)
                     copied[id(each)] = (
-                        nn.Parameter(made, requires_grad=False) if is_parameter else made
+                        nn.Parameter(small, requires_grad=False) if is_parameter else small
                     )
                 vars(module)[kind][name] = copied[id(each)]
-    return twin
+    return small_model
 
 
-def _material(each: Tensor, generator: torch.Generator) -> Tensor:
-    """The same on the CPU."""
+def _on_cpu(each: Tensor, generator: torch.Generator) -> Tensor:
+    """A tensor on the CPU, with small random values in place of meta ones."""
     if not each.is_meta:
         return each.cpu()
     if not each.is_floating_point():
         return torch.zeros(each.shape, dtype=each.dtype, device="cpu")
-    made = torch.rand(each.shape, generator=generator, device="cpu") * 0.04 + 0.01
-    return made.to(each.dtype)
+    values = torch.rand(each.shape, generator=generator, device="cpu") * 0.04 + 0.01
+    return values.to(each.dtype)
 
 
 def _watched(
-    model: nn.Module, given: Any, *, start: float, why_cpu: str = "", leaves_last: bool = False
+    model: nn.Module, call: Any, *, start: float, why_cpu: str = "", leaves_last: bool = False
 ) -> Watched:
     on_meta = not why_cpu
     record = Record()
@@ -170,17 +170,17 @@ def _watched(
         by_id[id(parameter)] = _mark(name, parameter, labels, record, on_meta)
         marked[name] = by_id[id(parameter)]
     mode = Watching(record, by_id, on_meta=on_meta, leaves_last=leaves_last)
-    with _left_as_it_was(model), ExitStack() as stack:
+    with _state_kept(model), ExitStack() as stack:
         for name, module in model.named_modules():
             _tell_where(name, module, record)
         model.eval()
         for name, buffer in model.named_buffers(remove_duplicate=False):
             marked[name] = mode.adopt(buffer)
-        args, kwargs = tree_map(mode.take, given)
+        args, kwargs = tree_map(mode.take, call)
         stack.enter_context(torch.no_grad())
         stack.enter_context(mode)
-        made = torch.func.functional_call(model, marked, args, kwargs, tie_weights=False)
-    for each in tree_leaves(made):
+        output = torch.func.functional_call(model, marked, args, kwargs, tie_weights=False)
+    for each in tree_leaves(output):
         for factor in each.factors if isinstance(each, Labelled) else ():
             record.see("output", "output", factor)
     device = "meta" if on_meta else "cpu"
@@ -190,7 +190,7 @@ def _watched(
 def _mark(
     name: str, parameter: Tensor, labels: dict[Key, Labels], record: Record, on_meta: bool
 ) -> Labelled:
-    """A parameter with labels for each of its dims; of a kernel's places only for the channels."""
+    """A parameter with labels for each dim; for a convolution kernel, for the channels only."""
     nd = parameter.dim()
     factors, sources = [], []
     for dim in range(nd if nd <= 3 else 2):
@@ -202,20 +202,20 @@ def _mark(
     inside = inside.to("meta") if on_meta else inside.clone()
     if not parameter.numel():
         return Labelled(inside, parameter=name)
-    made = Labelled(inside, tuple(factors), parameter=name)
-    made.sources = tuple(sources)
-    return made
+    labelled = Labelled(inside, tuple(factors), parameter=name)
+    labelled.sources = tuple(sources)
+    return labelled
 
 
 def _tell_where(name: str, module: nn.Module, record: Record) -> None:
-    """Tell the record which module runs; the hooks go with the rest of the module's state."""
+    """Add hooks that tell the record which module runs; they are removed with the other state."""
     module.register_forward_pre_hook(lambda *_: record.enter(name), prepend=True)
     module.register_forward_hook(lambda *_: record.leave(), always_call=True)
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Restore every module's attributes, its hooks and mode among them, and all random numbers."""
+def _state_kept(model: nn.Module) -> Iterator[None]:
+    """Restore afterwards every module's attributes, hooks and mode, and all generator states."""
     kept = [(module, dict(vars(module))) for module in model.modules()]
     containers = [
         (value, copy.copy(value))
@@ -240,7 +240,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _randomness_kept() -> Iterator[None]:
-    """The states of all generators afterwards are those before."""
+    """Restore the states of all generators afterwards."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:

@@ -1,11 +1,11 @@
-"""What kind of operation an ATen overload is: told by its schema, by its tags, or by its name.
+"""Classify an ATen operation by its schema, its tags or its name.
 
 move       no arithmetic: every output element is an input element
 pointwise  an output element depends on the elements at its place
-new        the shape of a tensor is used, not what is in it
-lines      whole along some dims, independent along the others: softmax, norms, sort, cumsum
-sum        added up along some dims
-others     have rules of their own, under their own names
+new        only the shape of the operand is used, not its elements
+lines      needs all elements along some dims, independent along the others: softmax, sort, cumsum
+sum        a sum along some dims
+others     have their own rules, under their own names
 """
 
 from functools import cache
@@ -41,7 +41,7 @@ NEW = frozenset((
     "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
     "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided", "randint_like",
 ))  # fmt: skip
-# name -> the place of the argument that says which dims are used whole
+# name -> position of the argument with the dims of which all elements are needed
 LINES = {
     "_softmax": 1, "_log_softmax": 1, "softmax": 1, "log_softmax": 1, "_safe_softmax": 1,
     "cumsum": 1, "cumprod": 1, "logcumsumexp": 1, "cummax": 1, "cummin": 1, "sort": 1,
@@ -52,7 +52,7 @@ LINES = {
     "_fft_c2r": 1, "nanmedian": 1,
 }  # fmt: skip
 SUMS = frozenset(("sum", "mean", "nansum"))
-# Of those in LINES: one pass over sums, or two; small things are sent, not the lines themselves.
+# Operations in LINES that need only one or two sums along the dims, and not all elements.
 LIKE_SUMS = frozenset((
     "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "any", "all",
     "count_nonzero",
@@ -61,20 +61,20 @@ LIKE_SUMS = frozenset((
 
 @cache
 def name_of(func: Any) -> str:
-    """The operation without namespace and overload."""
+    """The name of the operation, without namespace and overload."""
     return str(func._schema.name).split("::")[1]
 
 
 @cache
 def is_view(func: Any) -> bool:
-    """Whether the result shares memory with an argument, which is not written."""
+    """Whether the result is a view of an argument that is not written."""
     infos = [each.alias_info for each in func._schema.returns]
     return bool(infos) and infos[0] is not None and not infos[0].is_write
 
 
 @cache
 def written(func: Any) -> tuple[int, ...]:
-    """The places of arguments that are written."""
+    """Positions of the arguments that are written."""
     return tuple(
         place
         for place, each in enumerate(func._schema.arguments)

@@ -1,9 +1,8 @@
-"""A tensor that shows a model its shape and carries the labels of its elements.
+"""`Labelled`: a tensor with the shape that the model expects and labels for its elements.
 
-What is inside is a tensor on the meta device (or a small real one, where a forward depends on its
-data); to the model it lies on the CPU. What the forward works out from its inputs alone (positions,
-masks, lengths) is kept as values, so that code that looks at them takes the right path on the meta
-device too.
+It wraps a tensor on the meta device, or a small real one if the forward depends on data. The model
+sees a tensor on the CPU. Values that depend on the inputs alone (positions, masks, lengths) are
+computed, so that code that branches on them takes the right path on the meta device too.
 """
 
 from typing import Any
@@ -20,14 +19,14 @@ class Labelled(Tensor):
     """A tensor with factors.
 
     Attributes:
-        inside: what operations run on.
+        inside: the wrapped tensor, on which operations run.
         factors: labels of the elements.
-        value: what the elements are, where that is known on the meta device; else None.
-        parameter: a parameter that it is made of, where it depends on parameters and constants
-            alone; the first, if there are several.
-        sources: for each factor of a parameter that was only moved, the parameter's dim.
-        is_data: whether it depends on what forward was given.
-        made_by: (tensor, operation, other arguments, number of the output) where it is a view.
+        value: the values of the elements, if they are known on the meta device; else None.
+        parameter: name of the (first) parameter that it was computed from, if it depends on
+            parameters and constants only.
+        sources: for each factor, the dim of the parameter, if its elements were only moved.
+        is_data: whether it depends on the inputs of forward.
+        made_by: (tensor, operation, other arguments, number of the output) if it is a view.
     """
 
     inside: Tensor
@@ -49,7 +48,7 @@ class Labelled(Tensor):
         is_data: bool = False,
     ) -> "Labelled":
         """Wrap a tensor."""
-        made: Labelled = Tensor._make_wrapper_subclass(
+        wrapper: Labelled = Tensor._make_wrapper_subclass(
             cls,
             inside.shape,
             strides=inside.stride(),
@@ -59,15 +58,15 @@ class Labelled(Tensor):
             device=torch.device("cpu"),  # so that integers which the forward makes have values
             requires_grad=False,
         )
-        made.inside, made.factors, made.value = inside, factors, value
-        made.parameter, made.is_data = parameter, is_data
-        made.sources, made.made_by = (), None
-        return made
+        wrapper.inside, wrapper.factors, wrapper.value = inside, factors, value
+        wrapper.parameter, wrapper.is_data = parameter, is_data
+        wrapper.sources, wrapper.made_by = (), None
+        return wrapper
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def tolist(self) -> Any:
-        """Its value where that is known, zeros where not."""
+        """Its values if they are known, else zeros."""
         if self.value is not None:
             return self.value.tolist()
         if self.inside.device.type == "meta":
@@ -95,27 +94,27 @@ class Labelled(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Outside of a watched forward it is what is inside of it."""
+        """Outside of a watched forward, run the operation on the wrapped tensors."""
         return func(*insides(args), **insides(kwargs or {}))
 
 
 def insides(tree: Any) -> Any:
-    """The tensors inside, in any nest of containers."""
+    """Replace each labelled tensor in nested containers by the wrapped one."""
     return tree_map(lambda each: each.inside if isinstance(each, Labelled) else each, tree)
 
 
 def factors_of(each: Any) -> Factors:
-    """Factors of an argument; none if it is no tensor."""
+    """Factors of an argument; none if it is not a labelled tensor."""
     return each.factors if isinstance(each, Labelled) else ()
 
 
 def parameter_of(each: Any) -> str | None:
-    """The parameter that an argument is made of."""
+    """Name of the parameter that an argument was computed from, or None."""
     return each.parameter if isinstance(each, Labelled) else None
 
 
 def source_along(each: Any, dim: int) -> int | None:
-    """The dim of a parameter that lies along one dim of what was made of it."""
+    """The dim of a parameter that lies along one dim of a tensor computed from it."""
     if isinstance(each, Labelled) and len(each.sources) == len(each.factors):
         for factor, source in zip(each.factors, each.sources, strict=True):
             if [d for d, size in enumerate(factor.shape) if size > 1] == [dim % factor.ndim]:

@@ -1,4 +1,4 @@
-"""Rules for operations that pick or write elements by an index."""
+"""Watching rules for operations that read or write elements by an index."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from shardproof.watching.rules import rule, whole_along
 
 
 def known(index: Any) -> Tensor | None:
-    """What an index is, if that is known."""
+    """The value of an index, if it is known."""
     if not isinstance(index, Labelled):
         return index if isinstance(index, Tensor) else None
     return index.value if index.inside.device.type == "meta" else index.inside
@@ -29,7 +29,7 @@ def _alone(x: Labelled, factor: Labels) -> Labelled:
 def embedding(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """Rows of a table (rows, features)."""
+    """Rows of a table (rows, features), picked by index."""
     table, result = args[0], []
     for factor in factors_of(table):
         if varying(factor) == (0,):
@@ -45,7 +45,7 @@ def embedding(
 def index_select(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """Some indices of one dim."""
+    """`index_select`: some indices of one dim."""
     x, dim, index = args[0], args[1], known(args[2])
     dim %= max(x.dim(), 1)
     result: list[Labels] = []
@@ -66,7 +66,7 @@ def index_select(
 def index(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """Elements at the places that several indices tell."""
+    """`x[indices]`: advanced indexing with several index tensors."""
     x, indices = args[0], args[1]
     for each in indices:
         for factor in factors_of(each):
@@ -93,11 +93,11 @@ def index(
 
 
 def _picked(func: Any, factor: Labels, x: Labelled, indices: Any, by_value: bool) -> Labels:
-    """Labels that the indices pick; where none varies along an indexed dim, by shape alone."""
+    """The labels that the indices pick; by shape alone if none varies along an indexed dim."""
     if by_value:
-        given = [None if each is None else known(each) for each in indices]
-        return shrink(func(expanded(factor, x.shape), given))
-    # Nothing varies along the dims that are picked from: every place has the same labels.
+        values = [None if each is None else known(each) for each in indices]
+        return shrink(func(expanded(factor, x.shape), values))
+    # The labels do not vary along the indexed dims, so every index picks the same labels.
     slim = [
         1 if each is not None else size for each, size in zip(indices, factor.shape, strict=False)
     ]
@@ -113,7 +113,7 @@ def _picked(func: Any, factor: Labels, x: Labelled, indices: Any, by_value: bool
 def gather(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """Elements of one dim, other ones at each place."""
+    """`gather`: elements along one dim, with an own index at each position."""
     x, dim, where = args[0], args[1], args[2]
     kept = whole_along(x, (dim,), "gather", record)
     operands: list[Operand] = [(f, parameter_of(x) is not None) for f in kept if _fits(f, outs[0])]
@@ -134,7 +134,7 @@ def _fits(factor: Labels, out: Tensor) -> bool:
 def write_rows(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """Values that are written or added at indices of one dim."""
+    """Operations that write or add values at indices of one dim."""
     name, dim = name_of(func), args[1]
     operands: list[Operand] = []
     for each in (args[0], *args[3:4], *(kwargs.get(key) for key in ("src", "source", "value"))):
@@ -148,7 +148,7 @@ def write_rows(
 def write_places(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """Values that are written at places."""
+    """`index_put`: values that are written by advanced indexing."""
     x, indices, source = args[:3]
     name, nd = name_of(func), outs[0].dim()
     dims = _value_dims(indices, nd)
@@ -168,11 +168,11 @@ def write_places(
 
 
 def _value_dims(indices: Any, ndim: int) -> list[int | None]:
-    """The tensor's dim of each dim of the values that are written; None: of the indices."""
-    told = [dim for dim, each in enumerate(indices) if each is not None]
-    free = [dim for dim in range(ndim) if dim not in told]
-    width = max((indices[dim].dim() for dim in told), default=0)
-    are_together = told == list(range(told[0], told[-1] + 1)) if told else True
-    before = [dim for dim in free if told and dim < told[0]] if are_together else []
+    """The tensor dim of each dim of the written values; None for dims of the indices."""
+    indexed = [dim for dim, each in enumerate(indices) if each is not None]
+    free = [dim for dim in range(ndim) if dim not in indexed]
+    width = max((indices[dim].dim() for dim in indexed), default=0)
+    are_together = indexed == list(range(indexed[0], indexed[-1] + 1)) if indexed else True
+    before = [dim for dim in free if indexed and dim < indexed[0]] if are_together else []
     after = [dim for dim in free if dim not in before]
     return [*before, *[None] * width, *after]

@@ -1,7 +1,7 @@
-"""Labels under operations that only move elements: the same operation on the labels.
+"""Watching rules for operations that only move elements: the same operation runs on the labels.
 
-Dims in which nothing varies stay of size 1 wherever the operation allows it, or are expanded
-without memory; labels are never as large as the activation unless they vary as it does.
+Dims in which labels do not vary keep size 1 if the operation allows it, or are expanded without
+memory. So labels are as large as the activation only if they vary along all of its dims.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ from shardproof.watching.record import Record
 RESHAPES = frozenset((
     "view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy", "flatten",
 ))  # fmt: skip
-MOST_ELEMENTS = 1 << 26  # labels that an operation may make for one factor
+MOST_ELEMENTS = 1 << 26  # most labels that an operation may create for one factor
 
 
 def regroup(factor: Labels, old: Sequence[int], new: Sequence[int]) -> Labels:
     """Labels of a tensor that is viewed in another shape.
 
-    Only dims that are split or merged together with one that varies are expanded.
+    Dims are expanded only if they are split or merged with a dim in which labels vary.
     """
     expanded, target = list(factor.shape), list(new)
     for before, after in _groups(old, new):
@@ -40,7 +40,7 @@ def regroup(factor: Labels, old: Sequence[int], new: Sequence[int]) -> Labels:
 
 
 def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[range, range]]:
-    """Runs of dims of both shapes that have the same elements, as short as they can be."""
+    """The shortest runs of dims of both shapes with equal numbers of elements."""
     groups, i, j = [], 0, 0
     while i < len(old) or j < len(new):
         start_i, start_j = i, j
@@ -59,7 +59,7 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[range, range]]
 
 
 def shrink(labels: Tensor) -> Labels:
-    """An array with size 1 along dims that were expanded without memory."""
+    """The labels as an array, with size 1 along dims that were expanded without memory."""
     for dim in range(labels.dim()):
         if labels.shape[dim] > 1 and labels.stride(dim) == 0:
             labels = labels.narrow(dim, 0, 1)
@@ -88,7 +88,9 @@ def move(func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], reco
             small = compress(each, record)
             if small is not None:
                 result[number].append(small)
-    if x.parameter is not None:  # what its labels meet tells which of two in one dim matter
+    if (
+        x.parameter is not None
+    ):  # a later operation shows which of two factors along one dim matters
         return [tuple(factors) for factors in result]
     return [settle(factors, record) for factors in result]
 
@@ -96,15 +98,15 @@ def move(func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], reco
 def _moved(
     name: str, func: Any, factor: Labels, x: Labelled, more: Any, outs: list[Tensor], record: Record
 ) -> list[Labels] | None:
-    """One factor moved, for every output; None if it would be too large."""
+    """Apply the operation to one factor, for each output; None if that would be too large."""
     args, kwargs = more
     if name == "view" and isinstance(args[0], torch.dtype):
         return [factor] if outs[0].shape == x.shape else [reduce_lines(factor, (-1,), record)]
     if name in RESHAPES:
-        made = regroup(factor, x.shape, outs[0].shape)
+        regrouped = regroup(factor, x.shape, outs[0].shape)
         if len(varying(factor)) == 1:
-            record.keep_box(made, is_split=True)
-        return [made]
+            record.keep_box(regrouped, is_split=True)
+        return [regrouped]
     if name == "view_as_complex":
         return [reduce_lines(factor, (-1,), record)[..., 0]]
     if name == "view_as_real":
@@ -113,7 +115,7 @@ def _moved(
         return [_repeat(factor, x.shape, args[0])]
     dims = varying(factor)
     if name == "select" and x.parameter and len(dims) > 1 and args[0] % x.dim() in dims:
-        # Matrices of a stack, such as experts: a cut of the stack would gather each of them.
+        # A stack of matrices, such as experts: if the stack was cut, each select would gather.
         return [reduce_lines(factor, (args[0],), record).squeeze(args[0])]
     if name in ("flip", "roll", "constant_pad_nd"):
         by_dim = {"flip": _flip, "roll": _roll, "constant_pad_nd": _pad}[name]
@@ -126,7 +128,9 @@ def _moved(
     except (RuntimeError, NotImplementedError):
         if full.numel() > MOST_ELEMENTS:
             return None
-        moved = func(full.contiguous(), *args, **kwargs)  # the operation takes no such strides
+        moved = func(
+            full.contiguous(), *args, **kwargs
+        )  # the operation does not accept these strides
     return [shrink(each) for each in ([moved] if isinstance(moved, Tensor) else moved)]
 
 
@@ -138,7 +142,7 @@ def _repeat(factor: Labels, shape: Sequence[int], times: Sequence[int]) -> Label
     factor = factor.reshape((1,) * (len(times) - factor.ndim) + factor.shape)
     sizes = (1,) * (len(times) - len(shape)) + tuple(shape)
     is_free = [f == 1 and size != 1 for f, size in zip(factor.shape, sizes, strict=True)]
-    # A dim of size 1 stays one label; a dim that varies is repeated as it is.
+    # A dim without different labels keeps size 1; a dim with different labels is repeated.
     return np.tile(
         factor,
         [
@@ -160,7 +164,7 @@ def _roll(factor: Labels, args: Any, kwargs: Any) -> Labels:
 
 
 def _pad(factor: Labels, args: Any, kwargs: Any) -> Labels:
-    """What is padded has no label; along a dim in which nothing varies it is like the rest."""
+    """Padding has label 0; along dims in which labels do not vary it gets the same label."""
     widths = [(0, 0)] * factor.ndim
     for number in range(len(args[0]) // 2):
         dim = factor.ndim - 1 - number
@@ -178,7 +182,7 @@ def _pad(factor: Labels, args: Any, kwargs: Any) -> Labels:
 def concatenate(
     name: str, args: tuple[Any, ...], kwargs: Any, out: Tensor, record: Record
 ) -> Factors:
-    """Tensors one after the other: their labels one after the other."""
+    """`cat` and `stack`: concatenate the labels."""
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
     parts: list[tuple[tuple[int, ...], list[Labels]]] = []
     for each in args[0]:
@@ -192,18 +196,22 @@ def concatenate(
     everything = [factor for _, factors in parts for factor in factors]
     if name == "cat" and not any(dim in varying(factor) for factor in everything):
         is_plain = all(len({varying(f) for f in factors}) == len(factors) for _, factors in parts)
-        if is_plain:  # the same dims are labelled in all: they lie side by side
+        if is_plain:  # all operands have labels along the same other dims
             return combine([(factor, False) for factor in everything], name, record)
-    made = []
+    joined_factors = []
     for dims in _tracks(parts, dim):
         joined = compress(_one_after_another(parts, dims, dim), record)
         if joined is not None:
-            made.append(joined)
-    return combine([(each, False) for each in made], name, record) if len(made) > 1 else tuple(made)
+            joined_factors.append(joined)
+    return (
+        combine([(each, False) for each in joined_factors], name, record)
+        if len(joined_factors) > 1
+        else tuple(joined_factors)
+    )
 
 
 def _tracks(parts: Any, dim: int) -> list[set[frozenset[int]]]:
-    """Which factors of the parts follow each other: those that vary along the same other dims."""
+    """Group the factors of the parts that are concatenated: equal other dims in which they vary."""
     keys: list[frozenset[int]] = []
     for _, factors in parts:
         for factor in factors:
@@ -216,7 +224,7 @@ def _tracks(parts: Any, dim: int) -> list[set[frozenset[int]]]:
 
 
 def _one_after_another(parts: Any, keys: set[frozenset[int]], dim: int) -> Labels:
-    """One array along `dim`; 0 where a part has no such labels."""
+    """Concatenate along `dim`, with 0 for parts without such labels."""
     varied = frozenset().union(*keys)
     arrays = []
     for shape, factors in parts:

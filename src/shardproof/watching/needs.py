@@ -1,4 +1,4 @@
-"""Which units need which shared units, once a forward has been watched."""
+"""Evaluate which units need which shared units, after a forward was watched."""
 
 from dataclasses import dataclass
 
@@ -14,9 +14,10 @@ class Needs:
     """Flags and pairs over the roots of labels.
 
     Attributes:
-        pairs: (n, 2): a unit and a shared unit that it needs.
-        is_needed: by label: whether its root is a shared unit.
-        is_whole: by label: whether some operation needs all of its kind, so that every rank has it.
+        pairs: (n, 2), a unit and a shared unit that it needs.
+        is_needed: by label, whether its root is a shared unit.
+        is_whole: by label, whether some operation needs all labels of its kind, so that every rank
+            must hold them.
     """
 
     pairs: Labels
@@ -25,7 +26,7 @@ class Needs:
 
 
 def settle_needs(record: Record) -> Needs:
-    """Join what only one unit needs with it; tell shared units and whole ones.
+    """Join labels that only one unit needs with that unit; find shared and whole units.
 
     Labels must not be joined afterwards.
     """
@@ -38,7 +39,7 @@ def settle_needs(record: Record) -> Needs:
         shared, counts = np.unique(pairs[:, 1], return_counts=True)
         once = shared[(counts == 1) & ~whole[shared]]
         lonely = pairs[np.isin(pairs[:, 1], once)]
-        # The unit itself may be needed; only one that is not is a place to join.
+        # Nothing is joined with a unit that every rank must hold.
         lonely = lonely[~whole[lonely[:, 0]]]
         if not len(lonely):
             break
@@ -50,22 +51,23 @@ def settle_needs(record: Record) -> Needs:
 
 
 def coarsen(record: Record, dims: list[Labels], needs: Needs) -> bool:
-    """Join units with the shared unit that they need, where that one is the larger part.
+    """Join units with a shared unit that they need, if the shared unit has more labels.
 
-    The features of a gate each need the head that they scale: the head is the unit. A key-value
-    head stays shared: the query heads that need it are larger. Never where it would leave one unit.
+    Example: each feature of a gate needs the head that it scales, so the head becomes the unit. A
+    key-value head stays shared, because its query heads have more labels. Nothing is joined if only
+    one unit would remain.
 
     Args:
-        record: of the forward.
-        dims: roots along every dim of every parameter, each once.
-        needs: of the record.
+        record: the record of the forward.
+        dims: for each dim of each parameter its distinct roots.
+        needs: the needs of the record.
     Returns:
         Whether anything was joined.
     """
     atoms, pairs = record.atoms, needs.pairs[~needs.is_whole[needs.pairs[:, 1]]]
     if not len(pairs):
         return False
-    beside = Atoms()  # units that lie in one dim
+    beside = Atoms()  # joins units that lie in one dim
     beside.fresh(len(atoms))
     for units in dims:
         units = units[~needs.is_whole[units] & ~needs.is_needed[units]]
@@ -85,19 +87,19 @@ def coarsen(record: Record, dims: list[Labels], needs: Needs) -> bool:
 
 
 def _whole(record: Record) -> NDArray[np.bool_]:
-    """Labels that some operation gathers or adds up over."""
+    """By label, whether some operation gathers it or sums over it."""
     atoms: Atoms = record.atoms
     whole = np.zeros(len(atoms), dtype=bool)
     done: set[int] = set()
-    for seen in record.seen:
-        if seen.what in ("gather", "sum", "weight") and id(seen.atoms) not in done:
-            done.add(id(seen.atoms))
-            whole[atoms.roots(seen.atoms)] = True
+    for operation in record.seen:
+        if operation.what in ("gather", "sum", "weight") and id(operation.atoms) not in done:
+            done.add(id(operation.atoms))
+            whole[atoms.roots(operation.atoms)] = True
     return whole
 
 
 def _closed(pairs: Labels) -> Labels:
-    """With what a shared unit needs itself."""
+    """The transitive closure of the pairs: a unit also needs what its shared units need."""
     while len(pairs):
         middle = np.isin(pairs[:, 1], pairs[:, 0])
         if not middle.any():

@@ -1,4 +1,4 @@
-"""What one watched forward says about labels: which are joined or needed, what would be sent."""
+"""The record of a watched forward: joined labels, needed labels, and necessary transfers."""
 
 from dataclasses import dataclass, field
 
@@ -6,22 +6,23 @@ import numpy as np
 
 from shardproof.watching.atoms import Atoms, Labels, distinct
 
-LARGEST_BOX = 1 << 22  # a layout of labels with more elements than this is not kept
+LARGEST_BOX = 1 << 22  # label layouts with more elements are not recorded
 
 
 @dataclass(frozen=True)
-class Seen:
-    """An operation that would need something sent if the labels were cut apart.
+class SeenOperation:
+    """An operation that would need communication if the labels were cut apart.
 
     Attributes:
-        what: "reduce" (a contraction with a parameter leaves partial sums), "sum" (any other sum
-            over them), "gather" (it needs them all), "weight" (it needs all of a parameter),
-            "lookup" (rows picked by an index), "output" (the model returns them).
+        what: "reduce" (a contraction with a parameter gives partial sums), "sum" (any other sum
+            over the labels), "gather" (it needs all labels), "weight" (it needs all of a
+            parameter), "lookup" (it picks rows by an index), "output" (the model
+            returns the labels).
         op: the operation.
         module: name of the innermost module that ran it.
         atoms: the labels.
-        parameter: the parameter that the operation used along them, if it did.
-        dim: the parameter's dim, where that is known.
+        parameter: the parameter that has these labels, or None.
+        dim: the dim of the parameter, if known.
     """
 
     what: str
@@ -34,23 +35,23 @@ class Seen:
 
 @dataclass
 class Record:
-    """Filled while a forward runs.
+    """Collects labels and operations while a forward runs.
 
     Attributes:
         atoms: the labels.
-        needs: pairs (label, shared label): whoever has the first needs the second.
-        seen: operations that would need something sent.
+        needs: pairs (label, shared label): a rank with the first label needs the second.
+        seen: operations that would need communication.
         boxes: layouts of labels that vary along several dims of one tensor, by (lengths, whether
             they varied along one dim before it was split, hash).
-        crossings: pairs of layouts that one activation had along different dims, and where.
-        unknown: operations without a rule, and how often they ran on labelled tensors.
-        guesses: how many values the forward asked for that depend on parameters.
-        used: names of parameters that an operation took.
+        crossings: pairs of labels that one activation had along different dims, and where.
+        unknown: operation without a rule -> how often it ran on labelled tensors.
+        guesses: number of values that the forward read although they depend on parameters.
+        used: names of parameters that were operands.
     """
 
     atoms: Atoms = field(default_factory=Atoms)
     needs: list[Labels] = field(default_factory=list)
-    seen: list[Seen] = field(default_factory=list)
+    seen: list[SeenOperation] = field(default_factory=list)
     boxes: dict[tuple[tuple[int, ...], bool, int], Labels] = field(default_factory=dict)
     crossings: dict[tuple[object, ...], tuple[Labels, Labels, str, str]] = field(
         default_factory=dict
@@ -64,19 +65,19 @@ class Record:
 
     @property
     def module(self) -> str:
-        """Name of the innermost module that runs."""
+        """Name of the innermost running module."""
         return self._modules[-1]
 
     def enter(self, module: str) -> None:
-        """A module begins."""
+        """A module begins its forward."""
         self._modules.append(module)
 
     def leave(self) -> None:
-        """The innermost module ends."""
+        """The innermost module ends its forward."""
         self._modules.pop()
 
     def need(self, units: Labels, shared: Labels) -> None:
-        """Whoever has `units[i]` needs `shared[i]`."""
+        """Record that a rank with `units[i]` needs `shared[i]`."""
         units, shared = np.broadcast_arrays(units, shared)
         pairs = np.stack([units.ravel(), shared.ravel()], axis=1)
         pairs = pairs[(pairs[:, 0] != pairs[:, 1]) & (pairs > 0).all(axis=1)]
@@ -84,7 +85,7 @@ class Record:
             self.needs.append(unique_pairs(pairs))
 
     def join_all(self, labels: Labels) -> None:
-        """Make one set of all labels."""
+        """Join all labels into one set."""
         labels = labels[labels > 0]
         if labels.size:
             self.atoms.join(labels, np.full_like(labels, labels.flat[0]))
@@ -97,7 +98,7 @@ class Record:
         parameter: str | None = None,
         dim: int | None = None,
     ) -> None:
-        """Note an operation that would need something sent."""
+        """Record an operation that would need communication."""
         if what == "gather" and parameter is not None:
             what = "weight"
         atoms = distinct(self.atoms.roots(factor))
@@ -108,17 +109,17 @@ class Record:
         key = (what, op, self.module, parameter, dim, id(atoms))
         if key not in self._seen_keys:
             self._seen_keys.add(key)
-            self.seen.append(Seen(what, op, self.module, atoms, parameter, dim))
+            self.seen.append(SeenOperation(what, op, self.module, atoms, parameter, dim))
 
     def keep_box(self, factor: Labels, *, is_split: bool) -> None:
-        """Note a layout along several dims."""
+        """Record a layout of labels along several dims."""
         lengths = tuple(size for size in factor.shape if size > 1)
         if len(lengths) > 1 and factor.size <= LARGEST_BOX:
             key = (lengths, is_split, hash(factor.tobytes()))
             self.boxes.setdefault(key, factor.reshape(lengths))
 
     def lay_out(self, factors: tuple[Labels, ...], op: str, *, is_parameter: bool) -> None:
-        """Note how an activation's labels lie, where more than one dim is concerned."""
+        """Record the layouts of an activation whose labels vary along more than one dim."""
         for factor in factors:
             self.keep_box(factor, is_split=False)
         if is_parameter or len(factors) < 2:
@@ -131,7 +132,7 @@ class Record:
 
 
 def unique_pairs(pairs: Labels) -> Labels:
-    """Pairs of labels, each once.
+    """The distinct pairs of labels.
 
     Args:
         pairs: (n, 2).

@@ -1,7 +1,7 @@
-"""Rules for operations that compute, by their kind: which labels meet, and what would be sent.
+"""Watching rules by kind of operation: which labels meet, and what would be communicated.
 
 A rule takes (operation, arguments, named arguments, outputs, record) and returns the factors of
-every output. An operation without a rule needs its operands whole, and is counted by name.
+each output. An operation without a rule needs whole operands, and is counted by name.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,7 +22,7 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for some operations."""
+    """Register a function as the rule of the named operations."""
 
     def put(function: Rule) -> Rule:
         for name in names.split():
@@ -38,7 +38,7 @@ def labelled(tree: Any) -> list[Labelled]:
 
 
 def see_all(tree: Any, op: str, record: Record) -> None:
-    """An operation needs all of its operands whole."""
+    """Record that an operation needs all of its operands whole."""
     for each in labelled(tree):
         for factor in each.factors:
             record.see("gather", op, factor, each.parameter)
@@ -47,7 +47,7 @@ def see_all(tree: Any, op: str, record: Record) -> None:
 def whole_along(
     x: Any, dims: Iterable[int], op: str, record: Record, *, what: str = "gather"
 ) -> list[Labels]:
-    """Factors of a tensor when an operation takes all of `dims`: what varies elsewhere stays."""
+    """The factors that remain when an operation needs all elements along `dims`."""
     kept = []
     for factor in factors_of(x):
         hit = {dim % factor.ndim for dim in dims} & set(varying(factor)) if factor.ndim else set()
@@ -61,15 +61,22 @@ def whole_along(
 
 
 def dims_of(args: tuple[Any, ...], kwargs: dict[str, Any], where: int, ndim: int) -> list[int]:
-    """The dims that an operation was told; all, if none."""
-    told = args[where] if len(args) > where else kwargs.get("dim")
-    if told is None or isinstance(told, bool) or (isinstance(told, list | tuple) and not told):
+    """The dims in the arguments of an operation; all dims, if there are none."""
+    argument = args[where] if len(args) > where else kwargs.get("dim")
+    if (
+        argument is None
+        or isinstance(argument, bool)
+        or (isinstance(argument, list | tuple) and not argument)
+    ):
         return list(range(ndim))
-    return [dim % max(ndim, 1) for dim in (told if isinstance(told, list | tuple) else (told,))]
+    return [
+        dim % max(ndim, 1)
+        for dim in (argument if isinstance(argument, list | tuple) else (argument,))
+    ]
 
 
 def without(factors: list[Labels], dims: list[int], x: Tensor, out: Tensor) -> Factors:
-    """Factors of a result in which reduced dims were kept, or are gone."""
+    """Factors of a result in which the reduced dims have size 1 or were removed."""
     if out.dim() == x.dim():
         return tuple(factors)
     gone = tuple(sorted(set(dims)))
@@ -86,7 +93,7 @@ def _new(
 
 
 def aligned(factor: Labels, ndim: int) -> Labels:
-    """With as many dims as a tensor that it is broadcast to."""
+    """A factor with leading dims of size 1, so that it has `ndim` dims."""
     return factor.reshape((1,) * (ndim - factor.ndim) + factor.shape)
 
 
@@ -94,7 +101,7 @@ def aligned(factor: Labels, ndim: int) -> Labels:
 def pointwise(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """Elements at one place meet."""
+    """Element-wise operations: elements at the same position meet."""
     name, shape = name_of(func), tuple(outs[0].shape)
     operands: list[Operand] = []
     sources = labelled((args, kwargs))
@@ -108,15 +115,15 @@ def pointwise(
                     operands.append((fitted, each.parameter is not None))
                     continue
             record.see("gather", name, factor, each.parameter)
-    made = combine(operands, name, record)
-    return [tuple(f for f in made if f.ndim == out.dim()) for out in outs]
+    combined = combine(operands, name, record)
+    return [tuple(f for f in combined if f.ndim == out.dim()) for out in outs]
 
 
 @rule("kind:lines")
 def lines(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """Whole along some dims, independent along the others."""
+    """Operations that need all elements along some dims, such as softmax."""
     name, x = name_of(func), args[0]
     if name in ("max", "min", "median") and len(args) > 1 and isinstance(args[1], Tensor):
         return pointwise(func, args, kwargs, outs, record)
@@ -137,7 +144,7 @@ def lines(
 def sums(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """Added up along some dims."""
+    """Sums along some dims."""
     x = args[0]
     dims = dims_of(args, kwargs, 1, x.dim())
     kept = whole_along(x, dims, name_of(func), record, what="sum")
@@ -162,7 +169,7 @@ def glu(
 def restride(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """Other strides for the same elements."""
+    """`as_strided_`: other strides for the same elements."""
     if outs[0].shape == args[0].shape:
         return [args[0].factors]
     see_all(args, "as_strided_", record)
@@ -173,7 +180,7 @@ def restride(
 def patches(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """Images (*, channels, height, width) as columns (*, channels and places, positions)."""
+    """`im2col`: images (*, channels, height, width) to (*, channels * window, positions)."""
     x = args[0]
     kept = whole_along(x, (-1, -2), "im2col", record)
     times = outs[0].shape[-2] // x.shape[-3]
@@ -188,7 +195,7 @@ def patches(
 def whole(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """It needs everything."""
+    """Operations that need all elements of their operands."""
     see_all((args, kwargs), name_of(func), record)
     return [() for _ in outs]
 
@@ -204,7 +211,7 @@ def whole(
 def spatial(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """Whole along the places of an image, channels apart."""
+    """Image operations: channels are independent; needs all elements along the other dims."""
     name, x = name_of(func), args[0]
     rank = 1 if "1d" in name else 3 if "3d" in name else 2
     kept = whole_along(x, range(x.dim() - rank, x.dim()), name, record)
@@ -218,15 +225,15 @@ def spatial(
 def matrices(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """Whole along the last two dims, batches apart."""
+    """Linear algebra: needs whole matrices; the batch dims are independent."""
     name = name_of(func)
     operands: list[Operand] = []
     for x in args:
         if isinstance(x, Tensor):
             kept = whole_along(x, (-1, -2), name, record)
             operands += [(f, parameter_of(x) is not None) for f in kept]
-    made = combine([each for each in operands if each[0].ndim == outs[0].dim()], name, record)
-    return [tuple(f for f in made if f.ndim == out.dim()) for out in outs]
+    combined = combine([each for each in operands if each[0].ndim == outs[0].dim()], name, record)
+    return [tuple(f for f in combined if f.ndim == out.dim()) for out in outs]
 
 
 @rule(
@@ -238,7 +245,7 @@ def matrices(
 def attention(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
-    """Queries, keys and values (*, heads, tokens, features): heads apart, whole along the rest."""
+    """Attention on (*, heads, tokens, features): heads are independent, other dims whole."""
     operands: list[Operand] = []
     shared: list[Labels] = []
     for x in args[:3]:
@@ -258,5 +265,5 @@ def attention(
             Labelled(mask.inside, (factor,)), (-1, -2), "attention mask", record
         ):
             operands.append((aligned(each, outs[0].dim()), parameter_of(mask) is not None))
-    made = combine([*operands, *((each, False) for each in shared)], name_of(func), record)
-    return [tuple(f for f in made if f.ndim == out.dim()) for out in outs]
+    combined = combine([*operands, *((each, False) for each in shared)], name_of(func), record)
+    return [tuple(f for f in combined if f.ndim == out.dim()) for out in outs]

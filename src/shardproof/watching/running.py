@@ -1,4 +1,4 @@
-"""Runs every operation of a forward on what is inside, and carries the labels along."""
+"""`Watching`: the dispatch mode that runs a forward on wrapped tensors and follows the labels."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from shardproof.watching import contractions, lookups, norms
+from shardproof.watching import contractions, lookups, norm_rules
 from shardproof.watching.atoms import Labels, distinct
 from shardproof.watching.factors import Factors, compress, varying
 from shardproof.watching.kinds import is_random, is_view, kind_of, name_of, written
@@ -18,11 +18,11 @@ from shardproof.watching.moving import expanded, move
 from shardproof.watching.record import Record
 from shardproof.watching.rules import RULES, see_all
 
-# Rules of these modules are registered by importing them.
-RULE_MODULES = (contractions, lookups, norms)
+# Importing these modules registers their rules.
+RULE_MODULES = (contractions, lookups, norm_rules)
 
-MOST_KNOWN = 1 << 20  # elements of a tensor whose value is followed
-MOST_WRITTEN = 1 << 24  # elements of a tensor that is written in parts
+MOST_KNOWN = 1 << 20  # most elements of a tensor whose values are computed
+MOST_WRITTEN = 1 << 24  # most elements of a tensor that is written through a view
 SHAPED_BY_DATA = frozenset((
     "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount",
     "repeat_interleave",
@@ -33,13 +33,13 @@ PICKED = frozenset(("index", "index_select", "_unsafe_index"))
 
 
 class Watching(TorchDispatchMode):
-    """Every operation inside it is seen.
+    """A dispatch mode that intercepts every operation of a watched forward.
 
     Args:
-        record: is filled.
-        parameters: labelled parameters by the id of the plain ones.
-        on_meta: whether what is inside lies on the meta device; else on the CPU.
-        leaves_last: whether a mask that depends on parameters leaves out the last of every dim.
+        record: filled with the labels and operations of the forward.
+        parameters: labelled parameters, by the id of the plain ones.
+        on_meta: whether the wrapped tensors lie on the meta device; else on the CPU.
+        leaves_last: whether an unknown mask leaves out the last index of each dim.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Watching(TorchDispatchMode):
         self._adopted: dict[int, tuple[Tensor | None, Labelled]] = {
             key: (None, each) for key, each in parameters.items()
         }
-        self._spoiled: dict[int, Tensor] = {}  # storages of values that are no longer true
+        self._spoiled: dict[int, Tensor] = {}  # storages whose values are no longer known
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -72,7 +72,7 @@ class Watching(TorchDispatchMode):
         return self._label(func, name, args, kwargs, out, values)
 
     def adopt(self, each: Any) -> Any:
-        """A plain tensor as a labelled one: a parameter, or a copy of what the forward brought."""
+        """The labelled tensor of a plain one: that of a parameter, or a new one without labels."""
         if not isinstance(each, Tensor) or isinstance(each, Labelled):
             return each
         if id(each) not in self._adopted:
@@ -80,14 +80,14 @@ class Watching(TorchDispatchMode):
         return self._adopted[id(each)][1]
 
     def take(self, each: Any) -> Any:
-        """What the forward is given, as labelled tensors."""
-        made = self.adopt(each)
-        if isinstance(made, Labelled) and made is not each:
-            made.is_data = True
-        return made
+        """The labelled tensor of an input of the forward."""
+        labelled = self.adopt(each)
+        if isinstance(labelled, Labelled) and labelled is not each:
+            labelled.is_data = True
+        return labelled
 
     def plain(self, each: Tensor) -> Labelled:
-        """A tensor without labels; the original is never written."""
+        """Wrap a copy of a plain tensor, without labels; the original is never written."""
         each = each.detach()
         if not self.on_meta:
             real = torch.zeros_like(each, device="cpu") if each.is_meta else each.cpu().clone()
@@ -97,13 +97,13 @@ class Watching(TorchDispatchMode):
         return Labelled(_shell(each if value is None else value), value=value)
 
     def value(self, each: Labelled) -> Tensor | None:
-        """What its elements are, if that is still known."""
+        """The values of the elements, if they are still known."""
         if each.value is None or each.value.untyped_storage().data_ptr() in self._spoiled:
             return None
         return each.value
 
     def _places(self, each: Labelled | None) -> tuple[Labelled | None, ...]:
-        """An index as integers, one for each dim: a mask that is not known picks everything."""
+        """An index as integer tensors, one per dim; an unknown mask picks everything."""
         if each is None or each.dtype not in (torch.bool, torch.uint8):
             return (each,)
         mask = self.value(each) if self.on_meta else each.inside
@@ -114,7 +114,7 @@ class Watching(TorchDispatchMode):
         return tuple(columns)
 
     def _everywhere(self, each: Labelled) -> Tensor:
-        """A mask that nobody knows: everything, or all but the last along every dim."""
+        """The assumed value of an unknown mask: all true, or all but the last of each dim."""
         mask = torch.ones(each.shape, dtype=torch.bool, device="cpu")
         if self.leaves_last:
             for dim, size in enumerate(each.shape):
@@ -122,7 +122,7 @@ class Watching(TorchDispatchMode):
         return mask
 
     def _run(self, func: Any, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The result on what is inside, and its value or None."""
+        """Run on the wrapped tensors; return the result and its values, or None."""
         if not self.on_meta:
             return func(*insides(args), **insides(kwargs)), None
         if name == "_local_scalar_dense":
@@ -157,7 +157,7 @@ class Watching(TorchDispatchMode):
         return torch.equal(left, right), None
 
     def _number(self, each: Labelled) -> Any:
-        """A number that the forward asked for: zero where it depends on parameters."""
+        """A number that the forward reads; zero if it depends on parameters."""
         value = self.value(each)
         if value is not None:
             return value.item()
@@ -171,14 +171,14 @@ class Watching(TorchDispatchMode):
         return tree_map(lambda e: _shell(e) if isinstance(e, Tensor) else e, values), values
 
     def _spoil(self, func: Any, args: Any, kwargs: Any) -> None:
-        """What is written with something unknown is no longer known, nor are views of it."""
+        """Forget the values of a tensor that is written with unknown values, and of its views."""
         for place in written(func):
             target = args[place] if place < len(args) else kwargs.get("out")
             if isinstance(target, Labelled) and target.value is not None:
                 self._spoiled[target.value.untyped_storage().data_ptr()] = target.value
 
     def _label(self, func: Any, name: str, args: Any, kwargs: Any, out: Any, values: Any) -> Any:
-        """The result with its labels."""
+        """Give the result its labels."""
         flat = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Labelled)]
         self.record.used.update(each.parameter for each in flat if each.parameter)
         outs, spec = tree_flatten(out)
@@ -196,8 +196,8 @@ class Watching(TorchDispatchMode):
                 self._write(target, factors[0] if factors else ())
                 return target if len(outs) == 1 else tree_unflatten([target, *outs[1:]], spec)
             return tree_map(self.adopt, out)
-        made = self._wrap(func, args, kwargs, outs, (factors, values, flat))
-        return tree_unflatten(made, spec)
+        results = self._wrap(func, args, kwargs, outs, (factors, values, flat))
+        return tree_unflatten(results, spec)
 
     def _factors(
         self, func: Any, name: str, args: Any, kwargs: Any, outs: list[Tensor], flat: Any
@@ -223,11 +223,13 @@ class Watching(TorchDispatchMode):
         is_data = any(each.is_data for each in flat)
         parameter = next((each.parameter for each in flat if each.parameter and not is_data), None)
         if name_of(func) in PICKED and args[0].parameter and args[0].dim() > 2:
-            parameter = args[0].parameter  # matrices picked by data (experts) are still parameters
-        made, number = [], 0
+            parameter = args[
+                0
+            ].parameter  # matrices that data picks (experts) still count as parameters
+        results, number = [], 0
         for place, each in enumerate(outs):
             if not isinstance(each, Tensor):
-                made.append(each)
+                results.append(each)
                 continue
             labels = factors[number]
             result = Labelled(
@@ -239,22 +241,22 @@ class Watching(TorchDispatchMode):
             if is_view(func) and isinstance(args[0], Labelled):
                 which = place if len(outs) > 1 else None
                 result.made_by = (args[0], func, args[1:], kwargs, which)
-            made.append(result)
+            results.append(result)
             number += 1
-        return made
+        return results
 
     def _sources(self, func: Any, x: Labelled, labels: Factors) -> tuple[int, ...]:
-        """The parameter's dims of the factors of what was made of it alone; empty if not known."""
+        """For each factor of a result, the parameter's dim it comes from; empty if not known."""
         if kind_of(func) == "move" and name_of(func) not in ("cat", "stack"):
             if len(labels) == len(x.factors):
                 return x.sources
         elif name_of(func) not in PICKED:  # the same dims, in some order
             places = dict(zip(map(varying, x.factors), x.sources, strict=True))
-            found = [places.get(varying(factor)) for factor in labels]
-            is_clear = len(places) == len(x.factors) and None not in found
-            return tuple(each for each in found if each is not None) if is_clear else ()
+            dims = [places.get(varying(factor)) for factor in labels]
+            is_clear = len(places) == len(x.factors) and None not in dims
+            return tuple(each for each in dims if each is not None) if is_clear else ()
         kept, left = [], list(zip(x.sources, x.factors, strict=True))
-        for factor in labels:  # some are gone: those that stay have the same labels
+        for factor in labels:  # some dims were removed; the others keep their labels
             units = distinct(self.record.atoms.roots(factor))
             while left and not np.array_equal(units, distinct(self.record.atoms.roots(left[0][1]))):
                 left.pop(0)
@@ -264,7 +266,7 @@ class Watching(TorchDispatchMode):
         return tuple(kept)
 
     def _write(self, target: Labelled, factors: Factors) -> None:
-        """A tensor is written: it has the labels of what was written, and so has what it views."""
+        """Give a written tensor, and the base of a view, the labels of the written values."""
         target.factors = tuple(factors)
         if target.made_by is None or not factors:
             return
@@ -283,12 +285,12 @@ class Watching(TorchDispatchMode):
 
 
 def _shell(each: Tensor) -> Tensor:
-    """A tensor of the same layout on the meta device."""
+    """A meta tensor with the same shape and strides."""
     return torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device="meta")
 
 
 def _on(kwargs: dict[str, Any], device: str) -> dict[str, Any]:
-    """Named arguments with another device."""
+    """The named arguments with `device` replaced."""
     if kwargs.get("device") is None:
         return kwargs
     return {**kwargs, "device": torch.device(device)} | (

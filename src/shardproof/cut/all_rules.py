@@ -1,0 +1,41 @@
+"""Import all modules with rules, which registers the rules."""
+
+from shardproof.cut import (
+    autograd_functions,
+    channels,
+    checked,
+    class_losses,
+    concatenation,
+    contraction,
+    conv,
+    fallback,
+    head_attention,
+    lines,
+    lookup,
+    matrix_products,
+    module_calls,
+    moves,
+    own_functions,
+    pointwise,
+    solves,
+)
+
+__all__ = [
+    "autograd_functions",
+    "channels",
+    "checked",
+    "class_losses",
+    "concatenation",
+    "contraction",
+    "conv",
+    "fallback",
+    "head_attention",
+    "lines",
+    "lookup",
+    "matrix_products",
+    "module_calls",
+    "moves",
+    "own_functions",
+    "pointwise",
+    "solves",
+]

@@ -1,0 +1,11 @@
+"""Recognise a model of transformers without importing that library."""
+
+import sys
+
+from torch import nn
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether a model is a `PreTrainedModel`; if so, transformers was imported already."""
+    library = sys.modules.get("transformers.modeling_utils")
+    return library is not None and isinstance(model, library.PreTrainedModel)
