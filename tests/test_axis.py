@@ -278,36 +278,9 @@ sys.stdout.write(f"{axis}, {axis.transport.name}, {total.tolist()}\\n")
 dist.destroy_process_group()
 """
 
-BACKEND_SCRIPT = """
-import sys
-import torch
-import torch.distributed as dist
-from shardproof.axis import Axis
-
-Axis.from_env()
-sys.stdout.write(f"{dist.get_backend_config()} {torch.cuda.current_device()}\\n")
-dist.destroy_process_group()
-"""
-
 
 def test_torchrun_starts_ranks(tmp_path: Path) -> None:
     assert run_under_torchrun(tmp_path / "script.py", SUM_SCRIPT, ranks=2) == [
         f"rank 0 of 2 on axis 'tp', {CARRIER}, [3.0, 3.0]",
         f"rank 1 of 2 on axis 'tp', {CARRIER}, [3.0, 3.0]",
     ]
-
-
-@pytest.mark.gpu
-def test_torchrun_with_a_gpu_for_every_rank_takes_nccl(tmp_path: Path) -> None:
-    (line,) = run_under_torchrun(tmp_path / "script.py", BACKEND_SCRIPT, ranks=1)
-    assert line == "cpu:gloo,cuda:nccl 0"
-
-
-@pytest.mark.gpu
-def test_ranks_as_threads_share_a_gpu(pool: Pool) -> None:
-    def work(axis: Axis) -> float:
-        x = torch.full((20_011,), axis.rank + 1.0, device="cuda")
-        call = Call("all_reduce", "forward", "gpu", tuple(x.shape), x.dtype)
-        return axis.transport.all_reduce(x, call=call).sum().item()
-
-    assert pool(3, "threads").run(work) == [6.0 * 20_011] * 3

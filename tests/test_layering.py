@@ -277,7 +277,7 @@ STRANGERS = {
 OPTIONAL = ("matplotlib", "safetensors", "sklearn", "transformers")
 
 # They stand beside the package and are not installed with it.
-TOOLS = ("benchmarks", "zoo")
+TOOLS = ("benchmarks", "gpu", "zoo")
 
 # Built from C where a compiler is there; `core` alone imports them.
 EXTENSIONS = ("shardproof._kernels", "shardproof._shm")

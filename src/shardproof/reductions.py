@@ -176,24 +176,25 @@ def max_over_parameters(
         update one all_gather of (2 * ranks).
     """
     apply = _itself if function is None else function
-    largest = torch.full((), -torch.inf, dtype=torch.float64)
+    largest = torch.full((), -torch.inf, dtype=torch.float64, device="cpu")
     mine: dict[int, tuple[Axis, Tensor]] = {}
     for name, value, layout, axis in _values(model, of, False, "max_over_parameters"):
-        here = largest.new_full((), -torch.inf)
+        # On the parameter's device: a process group of nccl alone sends nothing from the CPU.
+        here = largest.new_full((), -torch.inf, device=value.device)
         for leaf in _leaves(value, layout):
             if leaf.numel():
-                here = torch.maximum(here, _applied(apply, leaf, name).amax().double().cpu())
+                here = torch.maximum(here, _applied(apply, leaf, name).amax().double())
         if axis is None:
-            largest = torch.maximum(largest, here)
+            largest = torch.maximum(largest, here.cpu())
         else:
             before = mine.get(id(axis), (axis, here))[1]
-            mine[id(axis)] = (axis, torch.maximum(before, here))
+            mine[id(axis)] = (axis, torch.maximum(before.to(here.device), here))
     for axis, here in mine.values():
         cut = Cut(axis.size, axis.size, axis.size)
         maxima = comm.all_gather(
             here.view(1), axis, dim=0, cut=cut, direction="update", who="max_over_parameters"
         )
-        largest = torch.maximum(largest, maxima.amax())
+        largest = torch.maximum(largest, maxima.amax().cpu())
     return largest
 
 

@@ -140,7 +140,8 @@ class Lesson:
 
     def _compare_in_fp64(self, trial: Trial, text: Text) -> None:
         """One forward and backward, judged as closely as fp64 allows."""
-        model, tokens = self.pupil.build(trial, dropout=0.0).double(), self._tokens(trial, text, 0)
+        model = trial.cast(self.pupil.build(trial, dropout=0.0)).double()
+        tokens = self._tokens(trial, text, 0)
         with _kept_double(True):
             scores = self.pupil.score(trial, model, tokens)
         scores.loss.backward()

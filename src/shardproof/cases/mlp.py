@@ -111,7 +111,7 @@ def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 def examine(trial: Trial, output: Tensor) -> None:
     """Claim the printed outputs (at their seed), and the collectives that the seed simulates."""
     if trial.seed == notebooks.MLP_SEED:
-        apart = (output - torch.tensor(notebooks.MLP_OUTPUTS)).abs().max().item()
+        apart = (output.cpu() - torch.tensor(notebooks.MLP_OUTPUTS)).abs().max().item()
         trial.check(
             "outputs are the printed ones",
             apart <= notebooks.MLP_ATOL,

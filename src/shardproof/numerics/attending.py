@@ -68,7 +68,7 @@ class HeadDropout:
             (B, heads, T, S), Shard(1), uint8: 1 is kept.
         """
         batch, queries, keys = shape
-        kept = torch.empty(batch, len(heads), queries, keys, dtype=torch.uint8)
+        kept = torch.empty(batch, len(heads), queries, keys, dtype=torch.uint8, device="cpu")
         for place, head in enumerate(heads):
             kept[:, place] = random.draw_mask(
                 shape,

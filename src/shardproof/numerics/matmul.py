@@ -16,7 +16,9 @@ from shardproof import operators
 from shardproof.numerics import mode, products
 from shardproof.tree import Node, children, nodes_of_run
 
-ALIGNMENT = 64  # bytes; torch's CPU allocator gives every tensor at least that
+# Bytes; torch's allocators give every tensor at least that. cuBLASLt picks a kernel by whether an
+# address is a multiple of 256.
+ALIGNMENT, ALIGNMENT_ON_GPU = 64, 256
 
 
 def node_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,7 +34,8 @@ def _fresh(x: Tensor) -> Tensor:
     strides = (x.shape[1], 1) if x.dim() == 2 else (1,)  # torch calls others contiguous too
     if operators.is_recorded(x):  # what memory it will lie in is not known yet
         return x.clone(memory_format=torch.contiguous_format)
-    if x.stride() == strides and x.data_ptr() % ALIGNMENT == 0:
+    alignment = ALIGNMENT_ON_GPU if x.is_cuda else ALIGNMENT
+    if x.stride() == strides and x.data_ptr() % alignment == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

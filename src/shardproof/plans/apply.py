@@ -270,8 +270,9 @@ def _sample(value: Tensor) -> bytes:
     count = min(value.numel(), _SAMPLES)
     if not count:
         return b""
-    flat = torch.tensor([place * value.numel() // count for place in range(count)])
-    places = torch.unravel_index(flat.to(value.device), (1, *value.shape))
+    wanted = [place * value.numel() // count for place in range(count)]
+    flat = torch.tensor(wanted, device=value.device)
+    places = torch.unravel_index(flat, (1, *value.shape))
     sample = value.detach()[None][places].cpu()
     return sample.view(torch.uint8).numpy().tobytes()
 

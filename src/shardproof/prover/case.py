@@ -84,6 +84,7 @@ class Trial:
         num_cut_parameters: of the adopted models, those of which no rank owns all.
         precise: what the fp64 run left; in the other run of plain torch alone.
         has_cut_tensors: code of an adopted model may meet cut tensors.
+        device: where the model and the data are moved to; None, the default: they are not moved.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Trial:
         self.share_bytes = 0
         self.num_cut_parameters = 0
         self.has_cut_tensors = False
+        self.device: torch.device | None = None
         self.precise = precise
         self._recorder = recorder
         self._is_precise = is_precise
@@ -123,7 +125,9 @@ class Trial:
         return self._is_precise
 
     def cast(self, value: Castable) -> Castable:
-        """Floating point to fp64 in the fp64 run, as it is in all others."""
+        """A value on the device of this run, if one is set; in the fp64 run, floats as fp64."""
+        if self.device is not None:
+            value = value.to(self.device)
         if not self._is_precise:
             return value
         if isinstance(value, nn.Module):

@@ -113,7 +113,8 @@ class ReferenceReader:
                 f"{tuple(entry['shape'])} in plain torch. Record both with the same global shape; "
                 f"an output that is sharded needs a layout that says so, or gather_output=True."
             )
-        part = torch.empty(layout.owned_shape, dtype=getattr(torch, entry["dtype"]))
+        dtype = getattr(torch, entry["dtype"])
+        part = torch.empty(layout.owned_shape, dtype=dtype, device="cpu")
         if part.numel():
             target = _as_numpy(part)
             file = self._directory / entry["file"]

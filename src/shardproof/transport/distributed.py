@@ -367,7 +367,7 @@ class DistributedTransport(Transport):
     def _tell(self, text: str, call: Call) -> list[str]:
         """Every rank's text, where ranks disagree about what comes next."""
         message = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-        lengths = torch.empty(self.size, dtype=torch.int64)
+        lengths = torch.empty(self.size, dtype=torch.int64, device="cpu")
         mine = lengths.new_tensor([message.numel()])
         self._gather_unseen(mine, lengths, [1] * self.size, call)
         sizes: list[int] = lengths.tolist()

@@ -138,7 +138,7 @@ def sample_in_python(x: Tensor) -> bytes:
     # One short index for each dim: a table of all would be the largest tensor of a small model.
     index = []
     for size in reversed((1, *x.shape)):
-        index.append(torch.tensor([place % size for place in places]))
+        index.append(torch.tensor([place % size for place in places], device="cpu"))
         places = [place // size for place in places]
     return bytes(_bytes(x.detach()[None][tuple(reversed(index))]))
 

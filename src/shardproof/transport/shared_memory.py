@@ -171,7 +171,7 @@ class SharedTransport(CoreTransport):
     def gather_objects(self, value: Any, *, call: Call) -> list[Any]:
         """Every rank's value, pickled."""
         message = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        mine = torch.tensor([message.numel()])
+        mine = torch.tensor([message.numel()], device="cpu")
         lengths = mine.new_empty(self.size)
         known = self._learn_gathering(None, 8, [1] * self.size, call, 1, "tells")
         self._gather(mine.data_ptr(), lengths.data_ptr(), 1, known)

@@ -114,12 +114,16 @@ class Exchange:
     def _send(self, each: Round, pieces: Sequence[Tensor] | None, is_first: bool) -> None:
         extra = self._heads if is_first else 0
         if each.reduced:
-            x = torch.zeros(each.reduced, dtype=each.dtype) if pieces is None else pieces[-1]
+            x = (
+                torch.zeros(each.reduced, dtype=each.dtype, device="cpu")
+                if pieces is None
+                else pieces[-1]
+            )
             self._kept = x
             self._finishes.append(self._wish.reduce(x))
         sent = [0 if p == self._rank else n + extra for p, n in enumerate(each.sent)]
         received = [0 if p == self._rank else n + extra for p, n in enumerate(each.received)]
-        inbox = torch.empty(sum(received), dtype=torch.uint8)
+        inbox = torch.empty(sum(received), dtype=torch.uint8, device="cpu")
         outbox = self._outbox(each, pieces, extra)
         self._inboxes.append(inbox)
         if extra or not each.is_for_heads:
@@ -127,7 +131,7 @@ class Exchange:
 
     def _outbox(self, each: Round, pieces: Sequence[Tensor] | None, extra: int) -> Tensor:
         if pieces is None:
-            pieces = [torch.zeros(length, dtype=torch.uint8) for length in each.sent]
+            pieces = [torch.zeros(length, dtype=torch.uint8, device="cpu") for length in each.sent]
         head = self._head()[:extra]
         views = [
             x
@@ -140,7 +144,7 @@ class Exchange:
 
     def _head(self) -> Tensor:
         digests = [self._wish.digest - (1 << 63), self._wish.noted.value - (1 << 63)]
-        return torch.tensor(digests).view(torch.uint8)
+        return torch.tensor(digests, device="cpu").view(torch.uint8)
 
     def is_in_order(self) -> bool:
         """Wait; whether all ranks want what this one wants."""

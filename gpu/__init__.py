@@ -1,0 +1,1 @@
+"""One command for a GPU: `make gpu`, or `python -m gpu.run`."""
