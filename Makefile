@@ -75,8 +75,8 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/shardproof bench
-	$(BIN)/python benchmarks/case_times.py
+	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.case_times
 
 STEPS ?= prove
 LISTS ?=

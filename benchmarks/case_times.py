@@ -1,6 +1,6 @@
 """Times one training step of every case: plain torch, native and invariant, at degrees 1, 2 and 4.
 
-    python benchmarks/case_times.py --rounds 7 --markdown docs/case-times.md
+    python -m benchmarks.case_times --rounds 7 --markdown docs/case-times.md
 
 Plain torch and native run in processes of their own with the BLAS library in its default mode, for
 the mode is per process. All processes live for the whole run and take turns, round by round, so
@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +31,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import shardproof
+from benchmarks.groups import environment
+from benchmarks.systems import find_system
 from shardproof.axis import Axis
 from shardproof.cases import all_cases, digits, find_case
 from shardproof.cases.lesson import Lesson, clip
@@ -45,7 +46,8 @@ from shardproof.scheme import Numerics, Scheme
 
 DEGREES = (1, 2, 4)
 CORES = 2
-SYSTEMS = {"torch": "off", "native": "off", "invariant": "auto"}  # system -> SHARDPROOF_BLAS
+# What is timed -> the system of `python -m benchmarks` in whose environment it runs.
+SYSTEMS = {"torch": "torch-2t", "native": "native-threads", "invariant": "invariant-threads"}
 WARM_UP = 3
 
 
@@ -133,70 +135,43 @@ def time_steps(axis: Axis | None, name: str, numerics: Numerics, steps: int) -> 
     return seconds[WARM_UP:]
 
 
-def work(system: str) -> None:
-    """Serve one system: a request per line of stdin, an answer per line of stdout."""
-    for line in sys.stdin:
-        request = json.loads(line)
-        name, degree, steps = request["case"], request["degree"], request["steps"]
-        threads = max(1, CORES // degree)
-        if system == "torch":
-            torch.set_num_threads(threads)
-            answer = time_steps(None, name, "native", steps)
-        else:
-            with open_ranks(degree, "threads", threads=threads) as ranks:
-                numerics: Numerics = "native" if system == "native" else "invariant"
-                timed = functools.partial(time_steps, name=name, numerics=numerics, steps=steps)
-                per_rank = ranks.run(timed)
-            answer = [max(step) for step in zip(*per_rank, strict=True)]
-        print(json.dumps(answer), flush=True)
-
-
-class Worker:
-    """A process that times one system."""
-
-    def __init__(self, system: str) -> None:
-        environment = {**os.environ, "SHARDPROOF_BLAS": SYSTEMS[system]}
-        environment.pop("MKL_CBWR", None)
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", system],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        if self._process.stdin is None or self._process.stdout is None:
-            raise SystemExit("the timing process has no pipes")
-        self._requests, self._answers = self._process.stdin, self._process.stdout
-
-    def ask(self, case: str, degree: int, steps: int) -> list[float]:
-        """Seconds of each step, slowest rank."""
-        request = {"case": case, "degree": degree, "steps": steps}
-        self._requests.write(json.dumps(request) + "\n")
-        self._requests.flush()
-        answer = self._answers.readline()
-        if not answer:
-            raise SystemExit(f"the process that times {request} ended early")
-        return list(json.loads(answer))
-
-    def close(self) -> None:
-        """End the process."""
-        self._requests.close()
-        self._process.wait()
+def timed_here(
+    solo: Axis, *, system: str, name: str, degree: int, threads: int, steps: int
+) -> list[float]:
+    """Seconds of each training step of one case by the slowest rank; runs in a system's process."""
+    if system == "torch":
+        torch.set_num_threads(threads)
+        return time_steps(None, name, "native", steps)
+    numerics: Numerics = "native" if system == "native" else "invariant"
+    timed = functools.partial(time_steps, name=name, numerics=numerics, steps=steps)
+    with open_ranks(degree, "threads", threads=threads) as ranks:
+        return [max(step) for step in zip(*ranks.run(timed), strict=True)]
 
 
 def measure(names: list[str], rounds: int, steps: int) -> list[dict[str, Any]]:
     """Median milliseconds of every case, system and degree, and the ratio to plain torch."""
     keys = [("torch", 1), *((s, d) for s in ("native", "invariant") for d in DEGREES)]
-    workers = {system: Worker(system) for system in SYSTEMS}
     seconds: dict[tuple[str, str, int], list[float]] = {}
-    for done in range(rounds):
-        for name in names:
-            for system, degree in keys:
-                taken = workers[system].ask(name, degree, steps)
-                seconds.setdefault((name, system, degree), []).extend(taken)
-        print(f"round {done + 1} of {rounds}", file=sys.stderr)
-    for worker in workers.values():
-        worker.close()
+    with contextlib.ExitStack() as stack:
+        processes = {}
+        for system, like in SYSTEMS.items():
+            variables = environment(find_system(like))
+            opened = open_ranks(1, "processes", threads=CORES, environment=variables)
+            processes[system] = stack.enter_context(opened)
+        for done in range(rounds):
+            for name in names:
+                for system, degree in keys:
+                    timed = functools.partial(
+                        timed_here,
+                        system=system,
+                        name=name,
+                        degree=degree,
+                        threads=max(1, CORES // degree),
+                        steps=steps,
+                    )
+                    (taken,) = processes[system].run(timed)
+                    seconds.setdefault((name, system, degree), []).extend(taken)
+            print(f"round {done + 1} of {rounds}", file=sys.stderr)
     results = []
     for (name, system, degree), taken in seconds.items():
         median = statistics.median(taken)
@@ -226,7 +201,7 @@ def rows_of(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def markdown(results: list[dict[str, Any]], environment: dict[str, Any], command: str) -> str:
+def markdown(results: list[dict[str, Any]], versions: dict[str, Any], command: str) -> str:
     """The page docs/case-times.md."""
     head = ["case", "plain torch, ms"]
     head += [f"{system} {degree}" for system in ("native", "invariant") for degree in DEGREES]
@@ -241,7 +216,7 @@ def markdown(results: list[dict[str, Any]], environment: dict[str, Any], command
         "",
         f"    {command}",
         "",
-        "; ".join(f"{key} {value}" for key, value in environment.items()) + ".",
+        "; ".join(f"{key} {value}" for key, value in versions.items()) + ".",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
@@ -253,29 +228,25 @@ def markdown(results: list[dict[str, Any]], environment: dict[str, Any], command
 def main() -> None:
     """Prove, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--worker", choices=SYSTEMS, help=argparse.SUPPRESS)
     parser.add_argument("--case", action="append", help="a case; repeatable; default all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="steps per round")
     parser.add_argument("--markdown", type=Path, help="write the table here")
     options = parser.parse_args()
-    if options.worker:
-        work(options.worker)
-        return
     installed = [case for case in all_cases() if case.is_installed]
     cases = [find_case(name) for name in options.case] if options.case else installed
     report = prove_cases(cases, degrees=DEGREES)
     if not report.proved:
         raise SystemExit(f"nothing is timed: {report.verdict()}")
     results = measure([case.name for case in cases], options.rounds, options.steps)
-    environment = {
+    versions = {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "shardproof": shardproof.__version__,
     }
-    command = " ".join(["python benchmarks/case_times.py", *sys.argv[1:]])
+    command = " ".join(["python -m benchmarks.case_times", *sys.argv[1:]])
     table = Table(title="plain torch in ms; all others as a ratio to it, by degree")
     table.add_column("case", no_wrap=True)
     table.add_column("torch", justify="right")
@@ -286,8 +257,8 @@ def main() -> None:
         table.add_row(*row)
     Console(width=100).print(table)
     if options.markdown:
-        options.markdown.write_text(markdown(results, environment, command), encoding="utf-8")
-    print(json.dumps({"command": command, "environment": environment, "results": results}))
+        options.markdown.write_text(markdown(results, versions, command), encoding="utf-8")
+    print(json.dumps({"command": command, "environment": versions, "results": results}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Where the microseconds of a tiny layer go: a 64 x 64 linear, batch 16, one rank, one thread.
 
-    python benchmarks/layer_profile.py
+    python -m benchmarks.layer_profile
 
 Every line is a call that contains the lines further in, timed by itself in the same process: lower
 quartile of many calls. The layer is measured beside `nn.Linear`, rounds interleaved.

@@ -1,6 +1,6 @@
 """What the canonical tree costs: eight leaf products added up, beside one product of the same size.
 
-    python benchmarks/leaf_sums.py
+    python -m benchmarks.leaf_sums
 
 One thread; both go through the products that invariant numerics use on this machine. Rounds are
 interleaved; medians, and the ratio of the leaf-wise sum to the one product.

@@ -1,6 +1,6 @@
 """How much memory one rank needs to train a Llama of Hugging Face transformers, beside plain torch.
 
-    python benchmarks/llama_memory.py --size 1GiB --degree 2
+    python -m benchmarks.llama_memory --size 1GiB --degree 2
 
 Plain: the class as it is, made whole in plain torch. Cut: made on the meta device, cut by its own
 `tp_plan`, then given numbers leaf by leaf. Both train for two steps with AdamW(foreach=False) on
@@ -19,7 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import shardproof as sp  # before the first matrix product: it sets the BLAS mode
-from shardproof.bench.works.counting import Counting
+from benchmarks.counting import Counting
 
 MIB = 1 << 20
 STEPS, ROWS, LENGTH = 2, 2, 16

@@ -1,6 +1,6 @@
 """What the generic path costs: a Llama that is cut by watching, beside one that is cut by its plan.
 
-    python benchmarks/watched_times.py --degree 2
+    python -m benchmarks.watched_times --degree 2
 
 Both models are in the same processes and take turns, and their losses and tokens must be the same
 bit by bit. A ratio is of the medians of one round on the slowest rank; the table has the median
@@ -18,8 +18,8 @@ from rich.table import Table
 from torch import nn
 
 import shardproof as sp
-from shardproof.bench.systems.ours import Ours
-from shardproof.bench.works.llama import NEW_TOKENS, LlamaGenerate, LlamaStep, Size
+from benchmarks.llama import NEW_TOKENS, LlamaGenerate, LlamaStep, Size
+from benchmarks.systems import Ours
 
 STEPS = {"llama-generate": 2, "llama-step": 4}  # of one round
 
@@ -34,11 +34,11 @@ class Watched(Ours):
         return sp.parallelize(model, None, self.axis, inputs=inputs).train(training)
 
 
-def trial(work: str, party: Ours, size: Size) -> Any:
-    """The work of the bench with this name."""
+def task(work: str, rank: Ours, size: Size) -> Any:
+    """The task of a work with this name."""
     if work == "llama-step":
-        return LlamaStep(party, size)
-    return LlamaGenerate(party, size, NEW_TOKENS)
+        return LlamaStep(rank, size)
+    return LlamaGenerate(rank, size, NEW_TOKENS)
 
 
 def timed(axis: sp.Axis, hidden: int, rounds: int) -> dict[str, list[list[float]]]:
@@ -46,7 +46,7 @@ def timed(axis: sp.Axis, hidden: int, rounds: int) -> dict[str, list[list[float]
     size = Size(hidden=hidden, intermediate=hidden * 11 // 4)
     found: dict[str, list[list[float]]] = {}
     for work, steps in STEPS.items():
-        both = [trial(work, kind(axis, "invariant"), size) for kind in (Ours, Watched)]
+        both = [task(work, kind(axis, "invariant"), size) for kind in (Ours, Watched)]
         for _ in range(3):
             first, second = (each.step() for each in both)
             assert torch.equal(first, second), (work, first, second)

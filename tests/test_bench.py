@@ -7,18 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from shardproof.bench import fleet as fleet_module
-from shardproof.bench import run as run_module
-from shardproof.bench.fleet import SystemFailure, environment
-from shardproof.bench.jobs import Key, Plan, Skip, plan
-from shardproof.bench.proof import Finding
-from shardproof.bench.rank import Drop, Hello, Prepare, Prepared, Time
-from shardproof.bench.run import run, turn
-from shardproof.bench.system import System
-from shardproof.bench.systems import catalog
-from shardproof.bench.systems.catalog import SYSTEMS, find_system
-from shardproof.bench.works.catalog import WORKS, find_work, work_names
-from shardproof.bench.works.step import Step
+from benchmarks import run as run_module
+from benchmarks import systems
+from benchmarks.groups import FirstStep, Key, SystemFailure, environment, first_step, stamps
+from benchmarks.planning import Plan, Skip, plan
+from benchmarks.run import run, turn
+from benchmarks.step import Step
+from benchmarks.system import System
+from benchmarks.systems import SYSTEMS, find_system
+from benchmarks.works import WORKS, find_work
 from shardproof.errors import UsageError
 
 BASE = Key("torch-2t", 1)
@@ -35,7 +32,7 @@ def planned(*systems: str, works: tuple[str, ...] = ("linear-row",), **options: 
 
 
 def test_the_names_that_others_rely_on() -> None:
-    assert work_names() == (
+    assert tuple(work.name for work in WORKS) == (
         "ffn-1024", "ffn-2048", "decode-1024", "decode-4096", "linear-row", "linear-column",
         "all-reduce", "layer-overhead", "scaling", "llama-step", "llama-generate",
     )  # fmt: skip
@@ -69,7 +66,7 @@ def test_all_is_what_can_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
     everything = plan((), (), rounds=None, is_quick=False)
     can_run = {work.name for work in WORKS if work.problem() is None}
     assert {job.work.name for job in everything.jobs} == can_run
-    assert can_run >= set(work_names()) - {"llama-step", "llama-generate"}
+    assert can_run >= {work.name for work in WORKS} - {"llama-step", "llama-generate"}
     assert Skip(None, "fairscale", "is not here") in everything.skips
     assert "fairscale" not in {key.system for job in everything.jobs for key in job.keys}
     scaling = [key for job in everything.jobs if job.work.name == "scaling" for key in job.others]
@@ -105,8 +102,8 @@ def test_quick_is_fewer_rounds_sizes_and_degrees() -> None:
 @pytest.mark.parametrize(
     ("works", "systems", "message"),
     [
-        (("ffn-1023",), (), r"no work 'ffn-1023'\. Near names: ffn-1024.*All: ffn-1024, ffn-2048"),
-        ((), ("nativ-shm",), r"no system 'nativ-shm'\. Near names: native-shm.*All: torch-2t"),
+        (("ffn-1023",), (), r"no work 'ffn-1023'\. Use one of: ffn-1024, ffn-2048"),
+        ((), ("nativ-shm",), r"no system 'nativ-shm'\. Use one of: torch-2t, torch-1t"),
         (("all-reduce",), ("dtensor",), r"--system dtensor has nothing to do in all-reduce: it "
          r"offers no 'sum'"),
         (("ffn-1024",), ("memcpy",), "memcpy has nothing to do in ffn-1024: it is only a yard"),
@@ -123,7 +120,7 @@ def test_a_system_that_is_not_installed_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     peer = System("toy", "", lambda axis: None, package="no_such_module", extra="peers")
-    monkeypatch.setattr(catalog, "SYSTEMS", (*SYSTEMS, peer))
+    monkeypatch.setattr(systems, "SYSTEMS", (*SYSTEMS, peer))
     with pytest.raises(
         UsageError,
         match=r"--system toy needs the extra 'peers', which is not installed\. "
@@ -144,15 +141,12 @@ def test_shared_memory_that_was_not_built_is_refused_by_name(
 def test_only_invariant_systems_get_another_blas_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHARDPROOF_BLAS", "leafwise")
     monkeypatch.setenv("MKL_CBWR", "AVX2,STRICT")
-    monkeypatch.setenv("RANK", "1")
     for system in SYSTEMS:
-        found = environment(system.name)
-        assert found["SHARDPROOF_BLAS"] == ("leafwise" if system.is_invariant else "off")
-        assert found["OMP_NUM_THREADS"] == ("2" if system.name == "torch-2t" else "1")
-        assert "MKL_CBWR" not in found
-        assert "RANK" not in found
+        variables = environment(system)
+        assert variables["SHARDPROOF_BLAS"] == ("leafwise" if system.is_invariant else "off")
+        assert "MKL_CBWR" not in variables
     monkeypatch.delenv("SHARDPROOF_BLAS")
-    assert environment("invariant-shm")["SHARDPROOF_BLAS"] == "auto"
+    assert environment(find_system("invariant-shm"))["SHARDPROOF_BLAS"] == "auto"
 
 
 # -- in which order, and what comes of it ----------------------------------------------------------
@@ -169,17 +163,16 @@ def test_systems_take_turns_and_none_always_follows_the_same_one() -> None:
 
 
 class Toy:
-    """A fleet without processes: every system takes the time that it is given."""
+    """Groups without processes: every system takes the time that it is given."""
 
     def __init__(self, folder: Path, seconds: dict[Key, list[float]]) -> None:
         self.folder = folder
         self.seconds = seconds
-        self.asked: list[tuple[Key, object]] = []
-        self.findings: dict[Key, Finding] = {}
+        self.asked: list[tuple[Key, Any]] = []
+        self.faults: dict[Key, str] = {}
         self.hashes: dict[Key, str] = {}
-        self.failing: dict[Key, type] = {}
+        self.failing: dict[Key, Any] = {}
         self.running: set[Key] = set()
-        self.ended: list[Key] = []
         self.steps: list[tuple[str, set[Key]]] = []
 
     def __enter__(self) -> "Toy":
@@ -189,39 +182,31 @@ class Toy:
         pass
 
     def start(self, keys: tuple[Key, ...]) -> None:
-        new = set(keys) - self.running
-        self.running |= new
-        self.steps.append(("start", new))
+        self.steps.append(("start", set(keys) - self.running))
+        self.running |= set(keys)
 
-    def is_running(self, key: Key) -> bool:
-        return key in self.running
-
-    def end(self, keys: set[Key]) -> None:
+    def close(self, keys: set[Key]) -> None:
         self.running -= keys
-        self.ended += keys
-        self.steps.append(("end", keys))
+        self.steps.append(("close", keys))
 
-    def hello(self, key: Key) -> Hello:
-        return Hello("toy", None)
-
-    def ask(self, key: Key, order: object) -> list[Any]:
-        self.asked.append((key, order))
-        if isinstance(order, self.failing.get(key, ())):
-            self.running.discard(key)
+    def run(self, key: Key, fn: Any) -> list[Any]:
+        self.asked.append((key, fn))
+        if fn.func is self.failing.get(key):
             raise SystemFailure("rank 0 of 2 left")
-        if isinstance(order, Prepare):
-            found = (self.findings[key],) if key in self.findings else ()
+        if fn.func is first_step:
+            faults = (self.faults[key],) if key in self.faults else ()
             hashes = {"output": self.hashes[key]} if key in self.hashes else {}
-            return [Prepared(found, hashes, {"flops": 5.0 + rank}) for rank in range(key.ranks)]
-        if isinstance(order, Time):
-            each = self.seconds[key].pop(0) * 1e9
-            stamps = [round(each * step) for step in range(order.steps + 1)]
-            return [[stamp - 7 * rank for stamp in stamps] for rank in range(key.ranks)]
-        assert isinstance(order, Drop)
-        return [None] * key.ranks
+            return [
+                FirstStep("toy", None, faults, hashes, {"flops": 5.0 + rank})
+                for rank in range(key.ranks)
+            ]
+        assert fn.func is stamps
+        each = self.seconds[key].pop(0) * 1e9
+        ends = [round(each * step) for step in range(fn.keywords["variant"].steps + 1)]
+        return [[end - 7 * rank for end in ends] for rank in range(key.ranks)]
 
     def times(self) -> list[Key]:
-        return [key for key, order in self.asked if isinstance(order, Time)]
+        return [key for key, fn in self.asked if fn.func is stamps]
 
 
 @pytest.fixture
@@ -235,7 +220,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
             GLOO: [3.0, 3.0, 3.0, 3.0],
         },
     )
-    monkeypatch.setattr(run_module, "Fleet", lambda: made)
+    monkeypatch.setattr(run_module, "Groups", lambda: made)
     return made
 
 
@@ -244,16 +229,13 @@ TOYS = ("native-threads", "invariant-threads", "invariant-gloo")
 
 def test_all_are_checked_before_any_is_timed_and_then_take_turns(toy: Toy) -> None:
     run(planned(*TOYS, rounds=4), command="")
-    kinds = [type(order) for _, order in toy.asked]
-    assert kinds == [Prepare] * 4 + [Time] * 16 + [Drop] * 4
-    assert toy.asked[0] == (BASE, toy.asked[0][1])
-    assert [order.keeps for _, order in toy.asked[:4]] == [True, False, False, False]
+    assert [fn.func for _, fn in toy.asked] == [first_step] * 4 + [stamps] * 16
+    assert toy.asked[0][0] == BASE
+    assert [fn.keywords["keeps"] for _, fn in toy.asked[:4]] == [True, False, False, False]
     job = planned(*TOYS).jobs[0]
     assert toy.times() == [key for number in range(4) for key in turn(job.keys, number)]
-    assert {(order.warm_up, order.steps) for _, order in toy.asked if isinstance(order, Time)} == {
-        (job.variant.warm_up, job.variant.steps)
-    }
-    assert sorted(toy.ended) == sorted(job.keys)
+    assert all(fn.keywords["variant"] is job.variant for _, fn in toy.asked)
+    assert toy.steps == [("start", set(job.keys)), ("close", set(job.keys))]
 
 
 def test_ratios_are_to_plain_torch_in_the_same_rounds(toy: Toy) -> None:
@@ -275,7 +257,7 @@ def test_ratios_are_to_plain_torch_in_the_same_rounds(toy: Toy) -> None:
 
 
 def test_a_wrong_system_is_reported_and_not_timed(toy: Toy) -> None:
-    toy.findings[NATIVE] = Finding("output", "differs from plain torch by 1.00e+00")
+    toy.faults[NATIVE] = "output differs from plain torch by 1.00e+00"
     report = run(planned(*TOYS, rounds=2), command="")
     assert NATIVE not in toy.times()
     assert NATIVE.system not in {row["system"] for row in report["results"]}
@@ -284,7 +266,7 @@ def test_a_wrong_system_is_reported_and_not_timed(toy: Toy) -> None:
             "work": "linear-row",
             "system": "native-threads",
             "ranks": 2,
-            "reason": "output of rank 0 differs from plain torch by 1.00e+00; 1 more are wrong",
+            "reason": "output differs from plain torch by 1.00e+00 on rank 0; 1 more are wrong",
         }
     ]
 
@@ -296,37 +278,35 @@ def test_other_bits_of_an_invariant_system_are_reported_and_not_timed(toy: Toy) 
     (failure,) = report["failed"]
     assert (failure["system"], failure["reason"]) == (
         "invariant-gloo",
-        "output of rank 0 has other bits than that of invariant-threads on 2 ranks",
+        "output has other bits than that of invariant-threads on 2 ranks, on rank 0",
     )
 
 
-@pytest.mark.parametrize("when", [Prepare, Time, Drop])
-def test_a_system_that_breaks_is_reported_and_the_others_go_on(toy: Toy, when: type) -> None:
+@pytest.mark.parametrize("when", [first_step, stamps])
+def test_a_system_that_breaks_is_reported_and_the_others_go_on(toy: Toy, when: Any) -> None:
     toy.failing[NATIVE] = when
     report = run(planned(*TOYS, rounds=2), command="")
     assert [failure["reason"] for failure in report["failed"]] == ["rank 0 of 2 left"]
     expected = {"torch-2t", "invariant-threads", "invariant-gloo"}
-    expected |= {"native-threads"} if when is Drop else set()
     assert {row["system"] for row in report["results"]} == expected
     assert toy.times().count(GLOO) == 2
 
 
-@pytest.mark.parametrize("when", [Prepare, Time])
-def test_without_plain_torch_there_are_no_ratios(toy: Toy, when: type) -> None:
+@pytest.mark.parametrize("when", [first_step, stamps])
+def test_without_plain_torch_there_are_no_ratios(toy: Toy, when: Any) -> None:
     toy.failing[BASE] = when
     report = run(planned(*TOYS, rounds=2), command="")
     assert report["results"] == []
     reasons = [failure["reason"] for failure in report["failed"]]
-    assert (
-        reasons == ["rank 0 of 2 left"] + ["is not measured, for its yardstick torch-2t fails"] * 3
-    )
+    why = "is not measured, because its yardstick torch-2t fails"
+    assert reasons == ["rank 0 of 2 left", why, why, why]
 
 
 def test_progress_counts_up_to_all_there_is(toy: Toy) -> None:
     told: list[tuple[int, int, str]] = []
     run(planned(*TOYS, rounds=2), command="", progress=lambda *args: told.append(args))
     assert [text for _, _, text in told][:2] == [
-        "linear-row: starting", "linear-row: checking torch-2t",
+        "linear-row: starting 4 systems", "linear-row: checking torch-2t",
     ]  # fmt: skip
     assert told[-1] == (8, 12, "linear-row: round 2 of 2")
 
@@ -339,8 +319,8 @@ def test_whom_the_next_work_does_not_need_is_ended_even_if_a_later_one_does(toy:
     alone, pair = Key("native-threads", 1), Key("native-threads", 2)
     wide = {Key("native-threads", ranks) for ranks in (1, *range(3, 9))}
     assert [step for step in toy.steps if step[1]] == [
-        ("start", {BASE, alone, pair}), ("end", {alone}),  # once for all variants of a work
-        ("start", wide), ("end", wide | {BASE, pair}),
+        ("start", {BASE, alone, pair}), ("close", {alone}),  # once for all variants of a work
+        ("start", wide), ("close", wide | {BASE, pair}),
     ]  # fmt: skip
 
 
@@ -360,17 +340,6 @@ def test_what_was_measured_is_kept_after_every_work_but_the_last(toy: Toy) -> No
     assert kept[1]["results"] == report["results"][: len(kept[1]["results"])]
 
 
-def test_a_name_for_temporary_files_that_is_too_long_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    long = tmp_path / ("x" * 100)
-    long.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(long))
-    with pytest.raises(UsageError, match=r"too long a name for a socket in it\. Set TMPDIR"):
-        fleet_module.Fleet()
-    assert list(long.iterdir()) == []
-
-
 # -- the works, in this process --------------------------------------------------------------------
 
 LARGE = ("ffn-2048", "decode-4096")  # seconds each, and the same code
@@ -381,22 +350,22 @@ STEPS = [w.name for w in WORKS if w.section == "results" and not w.extra and w.n
 @pytest.mark.parametrize("name", STEPS)
 def test_every_variant_runs_on_one_rank_and_is_what_plain_torch_computes(name: str) -> None:
     for variant in find_work(name).variants:
-        plain = list(variant.make(find_system("torch-1t").join(None)).evidence())
+        plain = list(variant.make(find_system("torch-1t").join(None)).checked())
         for system in ("native-threads", "invariant-threads"):
-            trial = variant.make(find_system(system).join(None))
-            ours = list(trial.evidence())
+            task = variant.make(find_system(system).join(None))
+            ours = list(task.checked())
             assert [each.name for each in ours] == [each.name for each in plain]
             for mine, theirs in zip(ours, plain, strict=True):
                 torch.testing.assert_close(mine.tensor, theirs.tensor, rtol=1e-4, atol=1e-5)
-            assert trial.step().isfinite().all()
+            assert task.step().isfinite().all()
 
 
 def test_a_training_step_shows_everything_that_it_computes() -> None:
     variant = find_work("ffn-1024").variants[0]
-    trial = variant.make(find_system("torch-1t").join(None))
-    assert isinstance(trial, Step)
-    before = {name: value.detach().clone() for name, value in trial.model.named_parameters()}
-    shown = {each.name: each.tensor for each in trial.evidence()}
+    task = variant.make(find_system("torch-1t").join(None))
+    assert isinstance(task, Step)
+    before = {name: value.detach().clone() for name, value in task.model.named_parameters()}
+    shown = {each.name: each.tensor for each in task.checked()}
     assert list(shown) == [
         "output", "input.grad", "up.weight.grad", "up.weight", "down.weight.grad", "down.weight",
     ]  # fmt: skip
@@ -407,10 +376,10 @@ def test_a_training_step_shows_everything_that_it_computes() -> None:
 
 
 def test_inference_records_no_gradients_and_the_recorded_forward_does() -> None:
-    party = find_system("torch-1t").join(None)
-    assert not find_work("decode-1024").variants[0].make(party).step().requires_grad
+    rank = find_system("torch-1t").join(None)
+    assert not find_work("decode-1024").variants[0].make(rank).step().requires_grad
     found = {
-        variant.keys["phase"]: variant.make(party).step().requires_grad
+        variant.keys["phase"]: variant.make(rank).step().requires_grad
         for variant in find_work("layer-overhead").variants
     }
     assert found == {"forward": False, "recorded forward": True, "forward+backward": True}

@@ -1,42 +1,55 @@
-"""`shardproof bench` as users meet it: refusals, a real run of each kind, and what is written."""
+"""`python -m benchmarks` as users meet it: refusals, one real run, and what is written."""
 
+import io
 import json
-import multiprocessing
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import click.testing
 import pytest
+from torch import nn
 
-from shardproof.bench import fleet as fleet_module
-from shardproof.bench import plot
-from shardproof.bench.fleet import Fleet, SystemFailure
-from shardproof.bench.jobs import Key
-from shardproof.bench.rank import Prepare, Time
-from shardproof.bench.systems.catalog import SYSTEMS, find_system
-from shardproof.bench.tables import markdown, tables
-from shardproof.bench.works.catalog import work_names
-from shardproof.cli import bench as bench_command
-from shardproof.cli.main import main
+import benchmarks.__main__ as command
+import warm
+from benchmarks import plot, systems, works
+from benchmarks.llama import LlamaGenerate, LlamaStep, Size
+from benchmarks.report import markdown, tables
+from benchmarks.step import Phase, Step
+from benchmarks.system import SUM, Style, System
+from benchmarks.systems import SYSTEMS, Ours, find_system
+from benchmarks.work import Variant, Work
+from benchmarks.works import AllReduce, feed_forward, find_work, one_linear
+from shardproof.engines import processes
 from shardproof.numerics import mode
 
-CliRunner = click.testing.CliRunner
+ROOT = Path(__file__).parents[1]
 
 
-def bench(*arguments: str, **environment: str) -> click.testing.Result:
-    runner = CliRunner(env={"RANK": None, "WORLD_SIZE": None, "COLUMNS": "80"} | environment)
-    return runner.invoke(main, ["bench", *arguments])
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
 
 
-def assert_refused(result: click.testing.Result, message: str) -> None:
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == f"error: {message}\n"
+def bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> Result:
+    try:
+        code = command.main(arguments)
+    except SystemExit as left:
+        code = int(left.code or 0)
+    out, err = capsys.readouterr()
+    return Result(code, out, err)
+
+
+@pytest.fixture(autouse=True)
+def _no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
 
 
 # -- refusals, before anything is started ----------------------------------------------------------
@@ -54,309 +67,218 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--work", "ffn"], "there is no work 'ffn'. "
-         f"Near names: ffn-2048, ffn-1024. All: {', '.join(work_names())}."),
-        (["--system", "torch-4t"],
-         "there is no system 'torch-4t'. Near names: torch-2t, torch-1t, dtensor. "
-         f"All: {', '.join(system.name for system in SYSTEMS)}."),
-        (["--rounds", "0"],
-         "--rounds 0 is not a positive number. Use 1 or more, for instance --rounds 10."),
-        (["--rounds", "two"],
-         "--rounds 'two' is not a whole number. Use for instance --rounds 10."),
-        (["--plot", "plot.jpeg"], "--plot 'plot.jpeg' does not end in .png, .svg and .pdf, which "
-         "say how to draw. Name a file, for instance --plot bench.png."),
-        (["--json", ""], "--json is empty. Name a file, for instance --json report.json."),
+        (["--work", "ffn"], "there is no work 'ffn'. Use one of: ffn-1024, ffn-2048, "),
+        (["--system", "torch-4t"], "there is no system 'torch-4t'. Use one of: torch-2t, "),
+        (["--rounds", "0"], "argument --rounds: invalid positive value: '0'"),
+        (["--rounds", "two"], "argument --rounds: invalid positive value: 'two'"),
+        (["--plot", "plot.jpeg"], "--plot plot.jpeg must end in one of: .png, .svg, .pdf"),
+        (["--plot", "gone/x.png"], "--plot gone/x.png cannot be written: name a file in a direct"),
+        (["--json", "."], "--json . cannot be written: name a file in a directory"),
         (["--work", "scaling", "--system", "dtensor"], "--system dtensor has nothing to do in "
          "scaling: it offers no 'any-degree'. Name another work or another system."),
     ],
 )  # fmt: skip
-def test_what_makes_no_sense_is_refused_before_the_work(arguments: list[str], message: str) -> None:
-    assert_refused(bench(*arguments), message)
-
-
-@pytest.mark.usefixtures("_nothing_starts")
-def test_a_picture_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plot, "is_installed", lambda: False)
-    assert_refused(
-        bench("--plot", "x.png"),
-        "--plot x.png needs the extra 'plot', which is not installed. "
-        "Run: pip install 'shardproof[plot]'",
-    )
-
-
-@pytest.mark.usefixtures("_nothing_starts")
-def test_a_picture_that_cannot_be_written_is_found_before_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_makes_no_sense_is_refused_before_the_work(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    monkeypatch.setattr(plot, "is_installed", lambda: True)
-    file = tmp_path / "missing" / "x.png"
-    assert_refused(
-        bench("--plot", str(file)),
-        f"--plot {file}: there is no directory {file.parent}. "
-        "Create it first, or name a file elsewhere.",
-    )
+    result = bench(capsys, *arguments)
+    assert (result.code, result.out) == (2, "")
+    assert f"python -m benchmarks: error: {message}" in result.err
 
 
 @pytest.mark.usefixtures("_nothing_starts")
-def test_a_peer_that_is_not_installed_is_refused_by_name() -> None:
-    missing = [system for system in SYSTEMS if system.package and system.problem()]
-    if not missing:
-        pytest.skip("all peers are installed")
-    assert_refused(
-        bench("--system", missing[0].name),
-        f"--system {missing[0].name} needs the extra 'peers', which is not installed. "
-        "Run: pip install 'shardproof[peers]'",
-    )
+def test_a_picture_a_peer_and_torchrun_are_refused_where_they_cannot_be(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plot, "is_installed", lambda: False)
+    assert "needs matplotlib. Run: pip install '.[plot]'" in bench(capsys, "--plot", "x.png").err
+    missing = [system.name for system in SYSTEMS if system.package and system.problem()]
+    for name in missing:
+        error = bench(capsys, "--system", name).err
+        assert f"--system {name} needs the extra 'peers', which is not installed" in error
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "cannot run under torchrun" in bench(capsys).err
 
 
-@pytest.mark.usefixtures("_nothing_starts")
-def test_torchruns_ranks_are_refused() -> None:
-    assert_refused(
-        bench(RANK="0", WORLD_SIZE="2"),
-        "shardproof bench starts its own ranks and cannot run under torchrun. Run it without.",
-    )
-
-
-def test_every_option_and_every_name_is_in_the_help() -> None:
-    text = " ".join(bench("--help").stdout.split())
+def test_every_option_and_every_name_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(bench(capsys, "--help").out.split())
     for option in ("--work", "--system", "--rounds", "--quick", "--json", "--plot"):
         assert f" {option} " in text
-    for name in (*work_names(), *(system.name for system in SYSTEMS)):
-        assert name in text.replace("- ", "-")
+    for each in (*works.WORKS, *SYSTEMS):
+        assert each.name in text.replace("- ", "-")
 
 
-# -- real runs -------------------------------------------------------------------------------------
+def test_the_module_is_the_command() -> None:
+    done = warm.run([sys.executable, "-m", "benchmarks", "--work", "x"], cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "error: there is no work 'x'." in done.stderr
 
 
-@pytest.fixture(scope="module")
-def steps(tmp_path_factory: pytest.TempPathFactory) -> tuple[click.testing.Result, Any]:
-    path = tmp_path_factory.mktemp("bench") / "bench.json"
-    result = bench(
-        "--quick", "--rounds", "2", "--work", "linear-row", "--work", "layer-overhead",
-        "--system", "native-threads", "--system", "invariant-threads", "--json", str(path),
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    return result, json.loads(path.read_text())
+# -- one real run: every kind of system and of work, and three systems with a planted fault --------
+
+LLAMA = Size(layers=1, vocabulary=97, hidden=32, intermediate=43, heads=4, key_heads=2)
 
 
-def test_a_run_reports_every_system_beside_plain_torch(steps: Any) -> None:
-    result, report = steps
-    rows = [row for row in report["results"] if row["work"] == "linear-row"]
-    assert [row["system"] for row in rows] == ["torch-2t", "native-threads", "invariant-threads"]
-    assert [row["ranks"] for row in rows] == [1, 2, 2]
-    assert [row["threads"] for row in rows] == [2, 1, 1]
-    assert [row["transport"] for row in rows] == [None, "threads", "threads"]
-    for row in rows:
-        assert 0 < row["min_ms"] <= row["median_ms"] <= row["p90_ms"]
-        assert row["ratio"] == pytest.approx(row["median_ms"] / rows[0]["median_ms"], rel=1e-3)
-        assert row["ratio_low"] <= row["ratio_high"]
-        assert row["steps"] == 2 * 60
-    assert rows[0]["ratio"] == 1.0
-    contracts = [row["contract"] for row in rows]
-    assert contracts[0] is None
-    assert contracts[1].startswith("native fp32")
-    assert contracts[2].startswith(f"{mode.SCHEME_VERSION} leaves=8")
-    assert result.stdout.splitlines()[-1] == "Measured: 3 systems, all of which computed the same."
+def small(name: str, make: Any, **options: Any) -> Work:
+    """A work of this name with one variant that takes no time."""
+    work = find_work(name)
+    (first, *_) = work.variants
+    needs = options.pop("needs", first.needs)
+    keys = options.pop("keys", {})
+    return replace(work, variants=(Variant(make, needs, steps=2, warm_up=1, keys=keys),))
 
 
-def test_a_run_says_where_and_how(steps: Any) -> None:
-    _, report = steps
-    assert report["environment"]["torch"].startswith("2.")
-    assert report["environment"]["cores"] >= 1
-    assert (report["rounds"], report["quick"], report["complete"]) == (2, True, True)
-    assert (report["skipped"], report["failed"], report["all_reduce"]) == ([], [], [])
+def small_step(name: str, block: Any, phase: Phase) -> Work:
+    return small(name, partial(Step, block=block, phase=phase), needs=block.needs)
 
 
-def test_a_tiny_layer_is_measured_on_one_rank_and_on_two(steps: Any) -> None:
-    _, report = steps
-    rows = [row for row in report["results"] if row["work"] == "layer-overhead"]
-    found = {(row["layer"], row["phase"], row["system"], row["ranks"]) for row in rows}
-    assert len(found) == len(rows) == 2 * 3 * (1 + 2 * 2)
-    assert ("row", "forward+backward", "native-threads", 1) in found
-    assert ("column", "forward", "invariant-threads", 2) in found
+def small_works() -> tuple[Work, ...]:
+    made = [
+        small_step("ffn-1024", feed_forward(64, 8), Phase.TRAIN),
+        small_step("decode-1024", feed_forward(64, 1), Phase.INFERENCE),
+        small_step("linear-row", one_linear(64, 48, 8, Style.ROW_SCATTERED, 0.3), Phase.TRAIN),
+        small_step("linear-column", one_linear(64, 48, 8, Style.COLUMN_GATHERED, 0.3), Phase.TRAIN),
+        small("all-reduce", partial(AllReduce, num_bytes=4096), keys={"bytes": 4096}),
+        small("llama-step", partial(LlamaStep, size=LLAMA)),
+        small("llama-generate", partial(LlamaGenerate, size=LLAMA, new_tokens=3)),
+    ]
+    return tuple(work for work in made if work.problem() is None)
 
 
-def test_all_reduces_have_times_and_bandwidth(tmp_path: Path) -> None:
-    path = tmp_path / "bench.json"
-    result = bench(
-        "--quick", "--rounds", "2", "--work", "all-reduce",
-        "--system", "native-threads", "--json", str(path),
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    report = json.loads(path.read_text())
-    assert report["results"] == []
-    rows = report["all_reduce"]
-    found = {(row["bytes"], row["ranks"], row["system"]) for row in rows}
-    sizes = (4096, 65536, 1 << 20)
-    assert found == {
-        (size, ranks, system)
-        for size in sizes
-        for ranks in (2, 4)
-        for system in ("memcpy", "native-threads")
-    }
-    for row in rows:
-        assert 0 < row["min_us"] <= row["median_us"] <= row["p99_us"]
-        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["median_us"] / 1e3, rel=1e-3)
+class Spoilt(Ours):
+    """Computes something else, and still runs."""
+
+    def cut(self, *args: Any, **options: Any) -> nn.Module:
+        cut = super().cut(*args, **options)
+        cut.register_forward_hook(lambda module, args, y: y + 0.01)
+        return cut
 
 
-def test_processes_and_torchs_own_parallelism_run_too(tmp_path: Path) -> None:
-    path = tmp_path / "bench.json"
-    ours = ["invariant-gloo"]
-    if find_system("native-shm").problem() is None:
-        ours += ["native-shm"]
-    asked = [word for name in (*ours, "dtensor") for word in ("--system", name)]
-    result = bench(
-        "--quick", "--rounds", "1", "--work", "linear-column", *asked, "--json", str(path)
-    )
-    assert result.exit_code == 0, result.output
-    transports = {
-        row["system"]: row["transport"] for row in json.loads(path.read_text())["results"]
-    }
-    assert transports.pop("torch-2t") is None
-    assert transports == {name: name.rpartition("-")[2] for name in ours} | {"dtensor": "gloo"}
+class Raising(Ours):
+    def cut(self, *args: Any, **options: Any) -> nn.Module:
+        if self.rank:
+            raise ZeroDivisionError("planted")
+        return super().cut(*args, **options)
 
 
-@pytest.mark.parametrize("name", [system.name for system in SYSTEMS if system.package])
-def test_a_peer_computes_the_same(tmp_path: Path, name: str) -> None:
-    problem = find_system(name).problem()
-    if problem is not None:
-        pytest.skip(f"{name} {problem}")
-    path = tmp_path / "bench.json"
-    works = ["ffn-1024", "decode-1024", "linear-column"]
-    asked = [word for work in works for word in ("--work", work)]
-    result = bench("--quick", "--rounds", "1", *asked, "--system", name, "--json", str(path))
-    assert result.exit_code == 0, result.output
-    report = json.loads(path.read_text())
-    done = {row["work"] for row in report["results"] if row["system"] == name}
-    left_out = {skip["work"] for skip in report["skipped"]}
-    assert done | left_out == set(works)
-    assert not list(Path("/dev/shm").glob("deepspeed_*"))
+class Leaving(Ours):
+    def cut(self, *args: Any, **options: Any) -> nn.Module:
+        if self.rank:
+            os.write(1, b"the last words\n")
+            os._exit(3)
+        return super().cut(*args, **options)
 
 
-# -- a system that is wrong, or that breaks --------------------------------------------------------
-
-# Runs in a host instead of its own module: `native-threads` is spoilt, and nobody else.
-PLANTED = """
-import sys
-from pathlib import Path
-from shardproof.bench import host
-from shardproof.bench.systems.ours import Ours
-
-honest = Ours.cut
-
-def cut(self, model, plan, *, training):
-    cut = honest(self, model, plan, training=training)
-    if not self.scheme.is_invariant:
-        {fault}
-    return cut
-
-Ours.cut = cut
-host.main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
-"""
-FAULTS = {
-    "cut.register_forward_hook(lambda module, args, y: y + 0.01)": (
-        "output of rank 0 differs from plain torch by 1.00e-02, and "
-    ),
-    "self.rank and 1 / 0": "rank 1 of 2 raised ZeroDivisionError: division by zero",
-    "self.rank and __import__('os')._exit(3)": "of 2 left",
+FAULTY: dict[str, tuple[type[Ours], str]] = {
+    "spoilt": (Spoilt, r"output differs from plain torch by 1.00e-02, and "),
+    "raising": (Raising, "rank 1 of 2 raised ZeroDivisionError: planted"),
+    "leaving": (Leaving, "left early: its process ended with exit code 3"),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_reported_not_timed_and_exit_1(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
-    monkeypatch.setattr(fleet_module, "HOST", ("-c", PLANTED.replace("{fault}", fault)))
-    path = tmp_path / "bench.json"
-    result = bench(
-        "--quick", "--rounds", "1", "--work", "linear-column",
-        "--system", "native-threads", "--system", "invariant-threads", "--json", str(path),
-    )  # fmt: skip
-    assert result.exit_code == 1, result.output
-    report = json.loads(path.read_text())
-    assert {row["system"] for row in report["results"]} == {"torch-2t", "invariant-threads"}
-    (failure,) = report["failed"]
-    assert (failure["work"], failure["system"], failure["ranks"]) == (
-        "linear-column", "native-threads", 2,
-    )  # fmt: skip
-    assert FAULTS[fault] in failure["reason"]
-    lines = result.stdout.splitlines()
-    assert any(line.startswith("FAILED at linear-column: native-threads on 2: ") for line in lines)
-    assert lines[-1] == "Not measured: native-threads failed or computed something else."
+class Run(NamedTuple):
+    result: Result
+    report: Any
+    right: list[str]  # the systems that are to be measured
 
 
-@pytest.fixture
-def fleet() -> Iterator[Fleet]:
-    with Fleet() as made:
-        yield made
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """All systems that are installed here, in processes of their own, at small works."""
+    names = ["invariant-threads", "native-shm", "invariant-gloo"]
+    names += [system.name for system in SYSTEMS if system.extra == "peers"]
+    right = [name for name in names if find_system(name).problem() is None]
+    faulty = tuple(
+        System(name, "", partial(kind, numerics="native"), engine="threads")
+        for name, (kind, _) in FAULTY.items()
+    )
+    path = tmp_path_factory.mktemp("bench") / "bench.json"
+    asked = [word for name in (*right, *FAULTY) for word in ("--system", name)]
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patched, redirect_stdout(out), redirect_stderr(err):
+        patched.setattr(processes, "start_process", warm.start_process)
+        patched.setattr(systems, "SYSTEMS", (*SYSTEMS, *faulty))
+        patched.setattr(works, "WORKS", small_works())
+        patched.setattr(command, "WORKS", works.WORKS)
+        code = command.main(["--rounds", "2", *asked, "--json", str(path)])
+    return Run(Result(code, out.getvalue(), err.getvalue()), json.loads(path.read_text()), right)
 
 
-def test_a_host_that_cannot_start_is_a_failure_with_its_last_words(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fleet_module, "HOST", ("-c", "raise SystemExit('no such luck')"))
-    key = Key("torch-1t", 1)
-    fleet.start([key])
-    assert not fleet.is_running(key)
-    with pytest.raises(SystemFailure, match=r"(?s)ended with exit code 1\n.*no such luck"):
-        fleet.ask(key, Time(1, 1))
-    fleet.start([key])  # not again and again
-    with pytest.raises(SystemFailure, match="no such luck"):
-        fleet.hello(key)
+def rows_of(run: Run, work: str) -> list[Any]:
+    return [row for row in run.report["results"] if row["work"] == work]
 
 
-def test_a_killed_host_is_a_failure_and_nothing_is_left(tmp_path: Path) -> None:
-    with Fleet() as fleet:
-        key = Key("native-gloo", 2)
-        fleet.start([key])
-        assert fleet.hello(key).transport == "gloo"
-        host = fleet._groups[key].host
-        os.kill(host.pid, signal.SIGKILL)
-        with pytest.raises(SystemFailure, match=r"rank \d of 2 left"):
-            fleet.ask(key, Prepare("linear-row", 0, tmp_path, keeps=False))
-        folder = fleet.folder
-    assert not folder.exists()
+def test_every_system_is_measured_beside_plain_torch(run: Run) -> None:
+    done = {row["work"] for row in run.report["results"]}
+    assert done == {work.name for work in small_works()} - {"all-reduce"}
+    for name in done:
+        rows = rows_of(run, name)
+        left_out = {s["system"] for s in run.report["skipped"] if s["work"] == name} - set(FAULTY)
+        missing = {name for name in run.right if find_system(name).lacks} | {"memcpy"}
+        assert left_out <= missing
+        assert [row["system"] for row in rows if row["system"] not in FAULTY] == [
+            "torch-2t", *(system for system in run.right if system not in left_out),
+        ]  # fmt: skip
+        for row in rows:
+            assert row["ranks"] == (1 if row["system"] == "torch-2t" else 2)
+            assert row["threads"] == (2 if row["system"] == "torch-2t" else 1)
+            assert 0 < row["min_ms"] <= row["median_ms"] <= row["p90_ms"]
+            assert row["ratio"] == pytest.approx(row["median_ms"] / rows[0]["median_ms"], rel=1e-3)
+            assert row["ratio_low"] <= row["ratio_high"]
+            assert row["steps"] == 2 * 2
+        assert rows[0]["ratio"] == 1.0
 
 
-def test_a_rank_that_leaves_before_its_first_word_or_comes_too_late_is_let_go(
-    fleet: Fleet,
-) -> None:
-    ours, theirs = multiprocessing.Pipe()
-    theirs.close()
-    fleet._welcome(ours)
-    assert ours.closed
-    ours, theirs = multiprocessing.Pipe()
-    theirs.send(("native-gloo", 2, 1))  # of a group that has failed, or was never there
-    fleet._welcome(ours)
-    assert ours.closed
-    theirs.close()
+def test_a_row_says_what_carried_the_bytes_and_what_the_bits_depend_on(run: Run) -> None:
+    rows = {row["system"]: row for row in rows_of(run, "linear-column")}
+    for name in run.right:
+        wire = name.rpartition("-")[2] if name.startswith(("invariant", "native")) else "gloo"
+        if name in rows:  # megatron is left out
+            assert rows[name]["transport"].startswith(wire)
+    assert rows["torch-2t"]["transport"] is None
+    assert rows["torch-2t"]["contract"] is rows["dtensor"]["contract"] is None
+    assert rows["invariant-gloo"]["contract"].startswith(f"{mode.SCHEME_VERSION} leaves=8")
+    assert rows["invariant-threads"]["contract"] == rows["invariant-gloo"]["contract"]
+    if "native-shm" in rows:
+        assert rows["native-shm"]["contract"].startswith("native fp32")
 
 
-def test_a_rank_that_leaves_between_two_orders_is_a_failure(fleet: Fleet) -> None:
-    key = Key("torch-1t", 1)
-    fleet.start([key])
-    host = fleet._groups[key].host
-    host.kill()
-    host.wait()
-    with pytest.raises(SystemFailure, match="rank 0 of 1 left"):
-        fleet.ask(key, Time(1, 1))
+def test_all_reduces_have_times_and_bandwidth(run: Run) -> None:
+    rows = run.report["all_reduce"]
+    summing = {name for name in run.right if SUM in find_system(name).offers}
+    assert {row["system"] for row in rows} == {"memcpy", *summing, *FAULTY} - set(FAULTY)
+    for row in rows:
+        assert (row["bytes"], row["ranks"], row["steps"]) == (4096, 2, 4)
+        assert 0 < row["min_us"] <= row["median_us"] <= row["p99_us"]
+        assert row["gb_per_s"] == pytest.approx(4096 / row["median_us"] / 1e3, rel=1e-3)
 
 
-def test_ranks_end_with_the_bench() -> None:
-    with Fleet() as fleet:
-        key = Key("native-gloo", 2)
-        fleet.start([key])
-        ranks = children_of(fleet._groups[key].host.pid)
-        assert len(ranks) == 2
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+@pytest.mark.parametrize("name", FAULTY)
+def test_a_planted_fault_is_reported_and_not_timed(run: Run, name: str) -> None:
+    _, reason = FAULTY[name]
+    failures = [each for each in run.report["failed"] if each["system"] == name]
+    assert [failure["work"] for failure in failures] == [
+        "ffn-1024", "decode-1024", "linear-row", "linear-column",
+    ]  # fmt: skip
+    assert all(failure["ranks"] == 2 and reason in failure["reason"] for failure in failures)
+    assert name not in {row["system"] for row in run.report["results"]}
+    if name == "leaving":
+        assert failures[0]["reason"].endswith("the last words")
+    lines = run.result.out.splitlines()
+    assert any(line.startswith(f"FAILED at linear-column: {name} on 2: ") for line in lines)
 
 
-def children_of(parent: int) -> list[int]:
-    task = Path(f"/proc/{parent}/task/{parent}/children")
-    return [int(word) for word in task.read_text().split()]
+def test_a_run_says_where_and_how_and_ends_with_the_answer(run: Run) -> None:
+    report = run.report
+    assert report["environment"]["torch"].startswith("2.")
+    assert report["environment"]["cores"] >= 1
+    assert (report["rounds"], report["quick"], report["complete"]) == (2, False, True)
+    assert run.result.code == 1
+    last = run.result.out.splitlines()[-1]
+    assert last == f"Not measured: {', '.join(FAULTY)} failed or computed something else."
+    assert "linear-column: round 2 of 2\n" in run.result.err
+    assert not list(Path("/dev/shm").glob("deepspeed_*"))
 
 
 # -- tables and pictures ---------------------------------------------------------------------------
@@ -384,6 +306,8 @@ SAMPLE: dict[str, Any] = {
         {"work": None, "system": "hf", "reason": "needs the extra 'peers'"},
         {"work": None, "system": "fairscale", "reason": "needs the extra 'peers'"},
         {"work": "linear-row", "system": "megatron", "reason": "cannot"},
+        {"work": "llama-step", "system": None, "reason": "needs the extra 'hf'"},
+        {"work": "llama-generate", "system": None, "reason": "needs the extra 'hf'"},
     ],
     "failed": [],
 }  # fmt: skip
@@ -408,37 +332,29 @@ def test_tables_show_what_the_report_has() -> None:
 
 
 def test_what_was_left_out_is_said_once_for_all_with_the_same_reason(
-    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_command, "run", lambda *_, **__: SAMPLE)
-    result = bench("--work", "linear-row", "--system", "torch-2t")
-    assert result.exit_code == 0, result.output
-    assert "skipped: hf and fairscale: needs the extra 'peers'\n" in result.stdout
-    assert "skipped at linear-row: megatron: cannot\n" in result.stdout
+    monkeypatch.setattr(command, "run", lambda *_, **__: SAMPLE)
+    result = bench(capsys, "--work", "linear-row", "--system", "torch-2t")
+    assert result.code == 0, result.err
+    assert "skipped: hf, fairscale: needs the extra 'peers'\n" in result.out
+    assert "skipped at linear-row: megatron: cannot\n" in result.out
+    assert "skipped: llama-step, llama-generate: needs the extra 'hf'\n" in result.out
+    assert result.out.splitlines()[-1] == "Measured: 3 systems, all of which computed the same."
 
 
-def test_an_interrupted_run_leaves_what_it_measured_if_a_file_is_to_have_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_run_leaves_what_it_measured(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: Any, keep: Any, **__: Any) -> None:
-        if keep is not None:  # a pipe would get one document after the other
-            keep(SAMPLE)
+        keep(SAMPLE)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench_command, "run", interrupted)
+    monkeypatch.setattr(command, "run", interrupted)
     path = tmp_path / "bench.json"
-    asked = ("--work", "linear-row", "--system", "torch-2t", "--json")
-    assert bench(*asked, str(path)).exit_code != 0
+    with pytest.raises(KeyboardInterrupt):
+        bench(capsys, "--work", "linear-row", "--system", "torch-2t", "--json", str(path))
     assert json.loads(path.read_text())["rounds"] == 3
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    end = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
-    try:
-        bench(*asked, str(pipe))
-        with pytest.raises(BlockingIOError):  # nothing was written
-            os.read(end, 1)
-    finally:
-        os.close(end)
 
 
 def test_a_picture_is_drawn(tmp_path: Path) -> None:
@@ -449,15 +365,3 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
     plot.draw(SAMPLE | {"all_reduce": []}, tmp_path / "bench.svg")
     text = (tmp_path / "bench.svg").read_text()
     assert "<svg" in text
-
-
-def test_the_module_is_the_command() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "shardproof", "bench", "--work", "x"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: there is no work 'x'.")

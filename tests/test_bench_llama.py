@@ -1,29 +1,21 @@
 """The works with a Llama of transformers: right on every system, and left out without the extra."""
 
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import nn
 
+from benchmarks.groups import faults, read_reference, write_reference
+from benchmarks.llama import LlamaGenerate, LlamaStep, Size
+from benchmarks.planning import Skip, plan
+from benchmarks.system import TRANSFORMER, System
+from benchmarks.systems import SYSTEMS, Ours, Plain
+from benchmarks.works import find_work
 from shardproof.axis import Axis
-from shardproof.bench import proof
-from shardproof.bench.jobs import Skip, plan
-from shardproof.bench.rank import hashes
-from shardproof.bench.system import TRANSFORMER
-from shardproof.bench.systems.catalog import SYSTEMS, find_system
-from shardproof.bench.systems.ours import Ours
-from shardproof.bench.systems.plain import Plain
-from shardproof.bench.works.catalog import find_work
-from shardproof.bench.works.llama import LlamaGenerate, LlamaStep, Size
-from shardproof.cli.bench import show
-from shardproof.cli.main import main
-from shardproof.cli.output import console
 from shardproof.engines.engine import Ranks
 from shardproof.errors import UsageError
 
@@ -35,15 +27,15 @@ NEEDS_TRANSFORMERS = pytest.mark.skipif(
 )
 
 
-def trial(name: str, party: Any) -> LlamaStep | LlamaGenerate:
+def task(name: str, rank: Any) -> LlamaStep | LlamaGenerate:
     if name == "llama-step":
-        return LlamaStep(party, SMALL)
-    return LlamaGenerate(party, SMALL, new_tokens=5)
+        return LlamaStep(rank, SMALL)
+    return LlamaGenerate(rank, SMALL, new_tokens=5)
 
 
-def kept(name: str, folder: Path) -> Any:
-    proof.keep(trial(name, Plain(0, 1)).evidence(), folder)
-    return proof.kept(folder)
+def reference(name: str, folder: Path) -> Any:
+    write_reference(task(name, Plain()).checked(), folder)
+    return read_reference(folder)
 
 
 # -- who is measured at what -----------------------------------------------------------------------
@@ -78,17 +70,6 @@ def test_without_the_extra_a_work_asked_for_by_name_is_an_error(name: str) -> No
         plan((name,), (), rounds=None, is_quick=True)
 
 
-def test_works_that_are_left_out_are_said_once(capsys: pytest.CaptureFixture[str]) -> None:
-    environment = {"cpu": "a CPU", "cores": 2, "torch": "2"}
-    skipped = [{"work": work, "system": None, "reason": "cannot"} for work in WORKS]
-    skipped += [{"work": WORKS[0], "system": "fairscale", "reason": "cannot"}]
-    report = {"results": [], "all_reduce": [], "failed": [], "skipped": skipped}
-    show(report | {"environment": environment, "rounds": 1, "quick": False}, console())
-    out = capsys.readouterr().out
-    assert "skipped: llama-step and llama-generate: cannot\n" in out
-    assert "skipped at llama-step: fairscale: cannot\n" in out
-
-
 @NEEDS_TRANSFORMERS
 @pytest.mark.parametrize("name", WORKS)
 def test_quick_is_another_model_and_nothing_else_is(name: str) -> None:
@@ -96,14 +77,14 @@ def test_quick_is_another_model_and_nothing_else_is(name: str) -> None:
         plan((name,), ("native-threads",), rounds=None, is_quick=is_quick).jobs
         for is_quick in (False, True)
     )
-    assert [job.variant.label for job in full] == [""]
-    assert [job.variant.label for job in quick] == ["1 layer"]
+    assert [str(job) for job in full] == [name]
+    assert [str(job) for job in quick] == [f"{name} (1 layer)"]
     assert full[0].keys == quick[0].keys
 
 
 @NEEDS_TRANSFORMERS
 def test_who_cannot_cut_such_a_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shardproof.bench.system.System.problem", lambda self: None)
+    monkeypatch.setattr(System, "problem", lambda self: None)
     made = plan(WORKS, (), rounds=None, is_quick=True)
     for work in WORKS:
         named = {skip.system: skip.reason for skip in made.skips if skip.work == work}
@@ -113,8 +94,6 @@ def test_who_cannot_cut_such_a_model_is_named(monkeypatch: pytest.MonkeyPatch) -
     measured = {key.system for key in made.jobs[0].keys}
     assert measured == {system.name for system in SYSTEMS if TRANSFORMER in system.offers}
     assert measured >= {"torch-2t", "torch-1t", "hf", "dtensor", "deepspeed", "native-shm"}
-    with pytest.raises(UsageError, match="Copying cannot cut a model of transformers"):
-        trial("llama-step", find_system("memcpy").join(None))
 
 
 # -- what is shown, and what is found wrong --------------------------------------------------------
@@ -122,10 +101,10 @@ def test_who_cannot_cut_such_a_model_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 @NEEDS_TRANSFORMERS
 def test_a_step_shows_everything_and_an_update_that_is_lost_would_be_seen() -> None:
-    made = find_work("llama-step").variants[1].make(Plain(0, 1))
+    made = find_work("llama-step").variants[1].make(Plain())
     assert isinstance(made, LlamaStep)
     before = {name: value.detach().clone() for name, value in made.model.named_parameters()}
-    shown = {each.name: each.tensor for each in made.evidence()}
+    shown = {each.name: each.tensor for each in made.checked()}
     gradients = [f"{name}.grad" for name in before]
     assert set(shown) == {"loss", "logits", *before, *gradients}
     assert shown["loss"].item() == pytest.approx(torch.log(torch.tensor(8192.0)).item(), rel=0.05)
@@ -137,8 +116,8 @@ def test_a_step_shows_everything_and_an_update_that_is_lost_would_be_seen() -> N
 
 @NEEDS_TRANSFORMERS
 def test_generation_shows_as_many_tokens_as_were_asked_for_and_their_logits() -> None:
-    made = trial("llama-generate", Plain(0, 1))
-    logits, tokens = (each.tensor for each in made.evidence())
+    made = task("llama-generate", Plain())
+    logits, tokens = (each.tensor for each in made.checked())
     assert logits.shape == (5, 1, 97)
     assert tokens.shape == (1, 16 + 5)
     assert tokens.equal(made.step())
@@ -166,11 +145,11 @@ class Wrong(Plain):
      ("llama-generate", {"logits", "tokens"})],
 )  # fmt: skip
 def test_a_planted_fault_is_found(tmp_path: Path, name: str, found: set[str]) -> None:
-    reference = kept(name, tmp_path)
-    assert proof.findings(list(trial(name, Plain(0, 1)).evidence()), reference) == []
-    wrong = proof.findings(list(trial(name, Wrong(0, 1)).evidence()), reference)
-    assert {finding.name for finding in wrong} == found
-    assert all("differs from plain torch" in finding.text for finding in wrong)
+    right = reference(name, tmp_path)
+    assert faults(task(name, Plain()).checked(), right) == []
+    wrong = faults(task(name, Wrong()).checked(), right)
+    assert {fault.split()[0] for fault in wrong} == found
+    assert all("differs from plain torch" in fault for fault in wrong)
 
 
 # -- on ranks --------------------------------------------------------------------------------------
@@ -181,45 +160,21 @@ def test_a_planted_fault_is_found(tmp_path: Path, name: str, found: set[str]) ->
 def test_our_ranks_agree_with_plain_torch_and_have_the_same_bits(
     tmp_path: Path, pool: Pool, name: str
 ) -> None:
-    kept(name, tmp_path)
+    reference(name, tmp_path)
 
     def work(axis: Axis) -> Any:
         found = {}
         for numerics in ("invariant", "native"):
-            party = Ours(axis, numerics)
-            shown = list(trial(name, party).evidence())
-            found[numerics] = proof.findings(shown, proof.kept(tmp_path)), hashes(party, shown)
+            rank = Ours(axis, numerics)
+            shown = list(task(name, rank).checked())
+            hashes = {each.name: rank.hash(each.name, each.tensor, each.layout) for each in shown}
+            found[numerics] = faults(shown, read_reference(tmp_path)), hashes
         return found
 
     one, two = (pool(degree, "threads").run(work) for degree in (1, 2))
     for found in (*one, *two):
         assert found["invariant"][0] == found["native"][0] == []
-        assert found["native"][1] == {}
-    assert set(one[0]["invariant"][1]) == set(two[0]["invariant"][1]) >= {"logits"}
+        assert set(found["native"][1].values()) == {None}
+    assert set(one[0]["invariant"][1]) >= {"logits"}
+    assert None not in one[0]["invariant"][1].values()
     assert one[0]["invariant"][1] == two[0]["invariant"][1]
-
-
-def usable() -> list[str]:
-    """One of ours in processes, and the peers that are installed."""
-    names = ("invariant-gloo", "dtensor", "hf", "deepspeed")
-    return [name for name in names if find_system(name).problem() is None]
-
-
-@NEEDS_TRANSFORMERS
-def test_the_peers_compute_the_same(tmp_path: Path) -> None:
-    path = tmp_path / "bench.json"
-    asked = [word for name in usable() for word in ("--system", name)]
-    asked += [word for name in WORKS for word in ("--work", name)]
-    result = CliRunner().invoke(
-        main, ["bench", "--quick", "--rounds", "1", *asked, "--json", str(path)]
-    )
-    assert result.exit_code == 0, result.output
-    report = json.loads(path.read_text())
-    rows = {(row["work"], row["system"]): row for row in report["results"]}
-    assert set(rows) == {(work, name) for work in WORKS for name in ("torch-2t", *usable())}
-    for (_, name), row in rows.items():
-        assert row["ranks"] == (1 if name == "torch-2t" else 2)
-        assert 0 < row["min_ms"] <= row["median_ms"] <= row["p90_ms"]
-        assert row["ratio"] > 0
-        assert row["steps"] == 1
-    assert report["failed"] == []

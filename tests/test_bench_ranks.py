@@ -9,59 +9,56 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.counting import Counting
+from benchmarks.groups import (
+    FirstStep,
+    faults,
+    first_step,
+    read_reference,
+    stamps,
+    write_reference,
+)
+from benchmarks.system import Style, System
+from benchmarks.systems import Ours, Plain, find_system
+from benchmarks.work import Checked, Variant
+from benchmarks.works import AllReduce, find_work
 from shardproof.axis import Axis
-from shardproof.bench import proof
-from shardproof.bench.rank import Desk, Drop, Prepare, Time, stamps
-from shardproof.bench.system import Party, Style, System
-from shardproof.bench.systems.catalog import find_system
-from shardproof.bench.systems.ours import Ours
-from shardproof.bench.systems.plain import Plain
-from shardproof.bench.work import Evidence
-from shardproof.bench.works.all_reduce import AllReduce
-from shardproof.bench.works.catalog import find_work
-from shardproof.bench.works.counting import Counting
 from shardproof.engines.engine import Ranks
-from shardproof.errors import UsageError
 from shardproof.leaves import Cut, Layout, replicated
 from shardproof.numerics import mode, products
+from shardproof.scheme import NUMERICS
 
 Pool = Callable[[int, str], Ranks]
-WORK = "linear-row"
+(VARIANT,) = find_work("linear-row").variants
 
 
-def prepare(folder: Path, *, work: str = WORK, keeps: bool = False) -> Prepare:
-    return Prepare(work, 0, folder, keeps)
+def look(
+    system: System, folder: Path, axis: Axis | None = None, *, keeps: bool = False
+) -> FirstStep:
+    """What a rank of a system does first, compared with what plain torch left in `folder`."""
+    return first_step(system.join(axis), variant=VARIANT, folder=folder, keeps=keeps)
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("reference")
-    desk = Desk(find_system("torch-1t"), None)
-    desk.join()
-    assert desk.obey(prepare(folder, keeps=True)).findings == ()
+    assert look(find_system("torch-1t"), folder, keeps=True).faults == ()
     return folder
-
-
-def findings(system: System, folder: Path, *, work: str = WORK) -> list[tuple[str, str]]:
-    desk = Desk(system, None)
-    desk.join()
-    prepared = desk.obey(prepare(folder, work=work))
-    return [(finding.name, finding.text) for finding in prepared.findings]
 
 
 # -- what is found wrong ---------------------------------------------------------------------------
 
 
 def test_what_plain_torch_computes_is_right(reference: Path) -> None:
-    assert findings(find_system("torch-2t"), reference) == []
-    assert findings(find_system("native-threads"), reference) == []
+    assert look(find_system("torch-2t"), reference).faults == ()
+    assert look(find_system("native-threads"), reference).faults == ()
 
 
 class Wrong(Plain):
     """Plain torch with a module of the test's around the model."""
 
     def __init__(self, spoil: Callable[[nn.Module], None]) -> None:
-        super().__init__(0, 1)
+        super().__init__()
         self._spoil = spoil
 
     def cut(self, model: nn.Module, plan: Mapping[str, Style], *, training: bool) -> nn.Module:
@@ -131,82 +128,62 @@ class Forgetful(Wrong):
 def test_a_planted_fault_is_found(
     reference: Path, spoil: Callable[[nn.Module], None], name: str, text: str
 ) -> None:
-    found = dict(findings(wrong(spoil), reference))
-    assert re.search(text, found[name])
+    found = look(wrong(spoil), reference).faults
+    assert any(re.match(f"{re.escape(name)} {text}", fault) for fault in found), found
 
 
 def test_a_lost_update_is_found(reference: Path) -> None:
     system = System("wrong", "", lambda axis: Forgetful(lose_update), engine="alone")
-    found = findings(system, reference)
-    assert [name for name, _ in found] == ["0.weight", "0.bias"]
+    found = look(system, reference).faults
+    assert [fault.split()[0] for fault in found] == ["0.weight", "0.bias"]
 
 
 def test_a_tensor_of_another_shape_is_found(tmp_path: Path) -> None:
-    proof.keep([Evidence("y", torch.ones(4, 2), replicated((4, 2)))], tmp_path)
-    kept = proof.kept(tmp_path)
+    write_reference([Checked("y", torch.ones(4, 2), replicated((4, 2)))], tmp_path)
+    right = read_reference(tmp_path)
 
-    def look(tensor: Tensor, layout: Layout, name: str = "y") -> list[str]:
-        return [found.text for found in proof.findings([Evidence(name, tensor, layout)], kept)]
+    def compare(tensor: Tensor, layout: Layout, name: str = "y") -> list[str]:
+        return faults([Checked(name, tensor, layout)], right)
 
     half = Layout((4, 2), 1, 0, Cut(4, 2, 2))
-    assert look(torch.ones(2, 2), half) == []
-    assert look(torch.ones(4, 2), replicated((4, 2))) == []
-    assert look(torch.ones(4, 2), half) == ["is held as (4, 2), not (2, 2)"]
-    assert look(torch.ones(2, 4), replicated((2, 4))) == ["has shape (2, 4), not (4, 2)"]
-    assert look(torch.ones(4, 2), replicated((4, 2)), "z") == [
-        "is not what plain torch computes at all", "was not computed",
+    assert compare(torch.ones(2, 2), half) == []
+    assert compare(torch.ones(4, 2), replicated((4, 2))) == []
+    assert compare(torch.ones(4, 2), half) == ["y is held as (4, 2), not (2, 2)"]
+    assert compare(torch.ones(2, 4), replicated((2, 4))) == ["y has shape (2, 4), not (4, 2)"]
+    assert compare(torch.ones(4, 2), replicated((4, 2)), "z") == [
+        "z is not what plain torch computes at all", "y was not computed",
     ]  # fmt: skip
 
 
-# -- orders ----------------------------------------------------------------------------------------
-
-
 def test_stamps_are_taken_after_the_warm_up_and_after_every_step() -> None:
-    calls: list[int] = []
-    found = stamps(lambda: calls.append(len(calls)), Time(warm_up=3, steps=5))
-    assert len(calls) == 8
-    assert len(found) == 6
-    assert found == sorted(found)
+    class Task:
+        calls = 0
 
+        def step(self) -> None:
+            self.calls += 1
 
-def test_a_trial_can_be_dropped_and_made_again(reference: Path) -> None:
-    desk = Desk(find_system("torch-1t"), None)
-    with pytest.raises(UsageError, match="torch-1t gets an order and has not joined"):
-        desk.obey(Drop())
-    desk.join()
-    with pytest.raises(UsageError, match="torch-1t is to be timed and has prepared nothing"):
-        desk.obey(Time(1, 1))
-    desk.obey(prepare(reference))
-    assert len(desk.obey(Time(1, 2))) == 3
-    desk.obey(Drop())
-    with pytest.raises(UsageError, match="has prepared nothing"):
-        desk.obey(Time(1, 1))
+    task: Any = Task()
+    variant = Variant(lambda rank: task, frozenset(), steps=5, warm_up=3)
+    ends = stamps(Plain(), variant=variant)
+    assert task.calls == 8
+    assert len(ends) == 6
+    assert ends == sorted(ends)
 
 
 def test_ranks_agree_with_plain_torch_and_hash_the_whole(reference: Path, pool: Pool) -> None:
-    def work(axis: Axis) -> Any:
-        desk = Desk(find_system("invariant-threads"), axis)
-        hello = desk.join()
-        return hello, desk.obey(prepare(reference))
+    def work(axis: Axis) -> list[FirstStep]:
+        return [look(find_system(f"{kind}-threads"), reference, axis) for kind in NUMERICS]
 
     one, two, three = (pool(degree, "threads").run(work) for degree in (1, 2, 3))
-    assert two[0][0].transport == "threads"
-    assert two[0][0].contract == one[0][0].contract
-    for found in (one, two, three):
-        assert all(prepared.findings == () for _, prepared in found)
-        assert found[0][1].hashes == one[0][1].hashes
+    for ranks in (one, two, three):
+        assert all(each.faults == () for both in ranks for each in both)
+        invariant, native = ranks[0]
+        assert invariant.hashes == one[0][0].hashes
+        assert invariant.contract == one[0][0].contract
+        assert native.hashes == {}
     # Every rank hashes what it holds whole; of what is cut, the first rank speaks for all.
-    assert set(two[1][1].hashes) == {"output", "input.grad", "0.bias.grad", "0.bias"}
-    assert set(one[0][1].hashes) - set(two[1][1].hashes) == {"0.weight.grad", "0.weight"}
-
-
-def test_native_ranks_hash_nothing(reference: Path, pool: Pool) -> None:
-    def work(axis: Axis) -> Any:
-        desk = Desk(find_system("native-threads"), axis)
-        desk.join()
-        return desk.obey(prepare(reference))
-
-    assert all(prepared.hashes == {} for prepared in pool(2, "threads").run(work))
+    assert set(two[1][0].hashes) == {"output", "input.grad", "0.bias.grad", "0.bias"}
+    assert set(one[0][0].hashes) - set(two[1][0].hashes) == {"0.weight.grad", "0.weight"}
 
 
 # -- all-reduce ------------------------------------------------------------------------------------
@@ -216,29 +193,29 @@ def test_native_ranks_hash_nothing(reference: Path, pool: Pool) -> None:
 @pytest.mark.parametrize("degree", [2, 3, 4])
 def test_the_sum_is_right_and_stays_right(pool: Pool, numerics: Any, degree: int) -> None:
     def work(axis: Axis) -> list[bool]:
-        trial = AllReduce(Ours(axis, numerics), 4096)
-        (first,) = trial.evidence()
-        (again,) = trial.evidence()
+        task = AllReduce(Ours(axis, numerics), 4096)
+        (first,) = task.checked()
+        (again,) = task.checked()
         return [torch.equal(each.tensor, each.expected) for each in (first, again)]
 
     assert pool(degree, "threads").run(work) == [[True, True]] * degree
 
 
-def test_a_sum_that_is_not_one_is_found(tmp_path: Path) -> None:
+def test_a_sum_that_is_not_one_is_found() -> None:
     class Copies(Ours):
         def make_sum(self, x: Tensor, out: Tensor) -> Callable[[], Tensor]:
             return lambda: out.copy_(x).mul_(3)
 
-    trial = AllReduce(Copies(Axis.solo(), "native"), 4096)
-    found = proof.findings(list(trial.evidence()), {})
-    assert [finding.name for finding in found] == ["sum of 1"]
+    task = AllReduce(Copies(None, "native"), 4096)
+    (fault,) = faults(task.checked(), {})
+    assert fault.startswith("sum of 1 differs")
 
 
-def test_the_yardstick_copies(tmp_path: Path) -> None:
-    trial = AllReduce(find_system("memcpy").join(None), 4096)
-    (shown,) = trial.evidence()
+def test_the_yardstick_copies() -> None:
+    task = AllReduce(find_system("memcpy").join(None), 4096)
+    (shown,) = task.checked()
     assert torch.equal(shown.tensor, shown.expected)
-    assert proof.findings([shown], {}) == []
+    assert faults([shown], {}) == []
 
 
 # -- counting --------------------------------------------------------------------------------------
@@ -340,8 +317,8 @@ def test_work_memory_and_bytes_shrink_with_the_degree_as_the_formulas_say(
         pretend(monkeypatch, branch)
 
     def work(axis: Axis) -> dict[str, float]:
-        trial = find_work("scaling").variants[0].make(find_system(name).join(axis))
-        return trial.figures()
+        task = find_work("scaling").variants[0].make(find_system(name).join(axis))
+        return task.figures()
 
     hidden, tokens = HIDDEN, TOKENS
     for degree in (1, 2, 4):
@@ -356,7 +333,7 @@ def test_work_memory_and_bytes_shrink_with_the_degree_as_the_formulas_say(
             assert found["formula_bytes"] == 2 * (degree - 1) * message // degree
 
 
-def test_parties_cut_evenly_unless_they_say_otherwise() -> None:
-    layout = Party.layout(Plain(1, 2), (8, 6), 1)
+def test_tensors_are_cut_evenly_unless_a_system_differs() -> None:
+    layout = Plain(1, 2).layout((8, 6), 1)
     assert (layout.owned, layout.local_shape) == (range(3, 6), (8, 3))
-    assert Party.layout(Plain(1, 2), (8, 6), None).is_replicated
+    assert Plain(1, 2).layout((8, 6), None).is_replicated

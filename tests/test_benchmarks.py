@@ -1,61 +1,103 @@
-"""The timings run on every case, so that `make bench` does not fail after its proof."""
+"""The scripts in benchmarks/ run, and times can be taken of every case."""
 
-import importlib.util
-import subprocess
+import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from benchmarks import before_after, case_times
+from benchmarks.groups import FirstStep, Key
 from shardproof.axis import Axis
 from shardproof.cases import all_cases
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "case_times.py"
+ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def case_times():
-    spec = importlib.util.spec_from_file_location("case_times", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["case_times"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["case_times"]
+@pytest.fixture(autouse=True)
+def _same_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, *options: str
+) -> str:
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    importlib.import_module(f"benchmarks.{name}").main()
+    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("script", "options", "last"),
+    ("name", "options", "last"),
     [
-        ("leaf_sums.py", ["--rounds", "1"], "1, 4096, 1024"),
-        ("layer_profile.py", ["--rounds", "1", "--calls", "20"], "bias gradient"),
-        (
-            "before_after.py",
-            f"{PATH.parents[1]} --work linear-row --rounds 1 --system invariant-threads".split(),
-            "linear-row",
-        ),
+        ("leaf_sums", "--rounds 1", "1, 4096, 1024"),
+        ("layer_profile", "--rounds 1 --calls 20", "bias gradient"),
     ],
 )
-def test_a_benchmark_runs(script: str, options: list[str], last: str) -> None:
-    ended = subprocess.run(
-        [sys.executable, str(PATH.with_name(script)), *options],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert last in ended.stdout.splitlines()[-2]
+def test_a_script_runs(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    options: str,
+    last: str,
+) -> None:
+    out = run(capsys, monkeypatch, name, *options.split())
+    assert last in out.splitlines()[-2]
+
+
+def test_the_code_of_before_and_of_now_are_compared(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sides share one process here: starting processes takes most of the time."""
+    with before_after.Side(ROOT / "src") as side:
+        monkeypatch.setattr(before_after, "Side", lambda source: nullcontext(side))
+        options = "--work linear-row --rounds 1 --system invariant-threads"
+        out = run(capsys, monkeypatch, "before_after", str(ROOT), *options.split())
+    assert "linear-row" in out.splitlines()[-2]
+
+
+def test_other_bits_of_the_code_of_now_end_a_comparison() -> None:
+    def first(sha: str, *faults: str) -> list[Any]:
+        return [FirstStep("shm", None, faults, {"output": sha}, {})]
+
+    key = Key("invariant-shm", 2)
+    before_after.check([first("aa"), first("aa")], key)
+    with pytest.raises(AssertionError, match="bb"):
+        before_after.check([first("aa"), first("bb")], key)
+    with pytest.raises(AssertionError, match="differs"):
+        before_after.check([first("aa"), first("aa", "output differs")], key)
 
 
 @pytest.mark.parametrize("name", [case.name for case in all_cases() if case.is_installed])
-def test_one_step_of_every_case_can_be_timed(case_times, name):
+def test_one_step_of_every_case_can_be_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(case_times, "WARM_UP", 0)
     for axis, numerics in ((None, "native"), (Axis.solo(), "native"), (Axis.solo(), "invariant")):
         (seconds,) = case_times.time_steps(axis, name, numerics, 1)
         assert seconds > 0
 
 
-def test_ratios_are_to_plain_torch_of_the_same_run(case_times):
-    def result(system, degree, ratio):
+def test_cases_are_timed_in_the_process_of_each_system(capsys: pytest.CaptureFixture[str]) -> None:
+    """Plain torch, native and invariant at every degree, and ratios to plain torch."""
+    (row,) = case_times.rows_of(results := case_times.measure(["ffn"], rounds=1, steps=1))
+    keys = [("torch", 1), *((s, d) for s in ("native", "invariant") for d in case_times.DEGREES)]
+    assert [(each["system"], each["degree"]) for each in results] == keys
+    assert all(0 < each["min_ms"] <= each["median_ms"] for each in results)
+    assert row == [
+        "ffn",
+        f"{results[0]['median_ms']:.3f}",
+        *(f"{each['ratio']:.2f}" for each in results[1:]),
+    ]
+    assert capsys.readouterr().err == "round 1 of 1\n"
+
+
+def test_ratios_are_to_plain_torch_of_the_same_run() -> None:
+    def result(system: str, degree: int, ratio: float) -> dict[str, Any]:
         row = {"case": "ffn", "system": system, "degree": degree, "median_ms": 2.0}
         return row | {"ratio": ratio}
 

@@ -18,7 +18,6 @@ from click.testing import CliRunner, Result
 from foreign import LONGEST, in_time, outcomes
 from shardproof import core, environment
 from shardproof.axis import Axis
-from shardproof.cli import bench as bench_command
 from shardproof.cli import prove as prove_command
 from shardproof.cli.json_file import JsonFile
 from shardproof.cli.main import LONGEST_MESSAGE, main
@@ -33,7 +32,6 @@ from shardproof.wording import few, shown, written
 COMMANDS = {
     "prove": ["prove", "--case", "ffn"],
     "list": ["prove", "--list"],
-    "bench": ["bench", "--quick"],
     "doctor": ["doctor"],
 }
 
@@ -48,7 +46,6 @@ def _no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise WorkStartedError
 
     monkeypatch.setattr(prove_command, "prove_cases", refuse)
-    monkeypatch.setattr(bench_command, "run", refuse)
 
 
 def shardproof(*arguments: str, **variables: str) -> Result:
@@ -73,9 +70,9 @@ NOT_POSITIVE = ["0", "-1", "-0", "-" + "9" * 900]
 TOO_LARGE = ["9" * 30, "18446744073709551616"]
 
 
-@pytest.mark.parametrize("option", ["--leaves", "--steps", "--threads", "--rounds", "--seed"])
+@pytest.mark.parametrize("option", ["--leaves", "--steps", "--threads", "--seed"])
 def test_a_number_that_is_none_is_refused_by_the_name_of_its_option(option: str) -> None:
-    start = COMMANDS["bench" if option == "--rounds" else "prove"]
+    start = COMMANDS["prove"]
     wrong = {
         text[:20]: fault(shardproof(*start, option, text), f"{option} '.*is not a whole number")
         for text in NO_NUMBERS
@@ -95,14 +92,10 @@ def test_degrees_that_are_none_are_refused() -> None:
     assert {text: why for text, why in wrong.items() if why} == {}
 
 
-@pytest.mark.parametrize(
-    ("command", "option"),
-    [("prove", each) for each in ("--transport", "--numerics", "--case")]
-    + [("bench", "--work"), ("bench", "--system")],
-)
-def test_a_name_that_is_none_is_refused_and_shortened(command: str, option: str) -> None:
+@pytest.mark.parametrize("option", ["--transport", "--numerics", "--case"])
+def test_a_name_that_is_none_is_refused_and_shortened(option: str) -> None:
     wrong = {
-        text[:20]: fault(shardproof(command, option, text), "unknown|there is no")
+        text[:20]: fault(shardproof("prove", option, text), "unknown|there is no")
         for text in ("", "x" * 10**6, "AUTO", "\udcff", "a\nb", "\x1b[31m")
     }
     assert {text: why for text, why in wrong.items() if why} == {}

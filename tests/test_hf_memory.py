@@ -3,12 +3,6 @@
 Measured as `benchmarks/llama_memory.py` does, which has the same on a GiB of weights.
 """
 
-import importlib.util
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 
 import shardproof as sp
@@ -16,33 +10,20 @@ from places import Pool
 
 pytest.importorskip("transformers")
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "llama_memory.py"
+from benchmarks import llama_memory as memory
+
 SIZE, SHARE = "48MiB", 0.55
 
 
 @pytest.fixture(scope="module")
-def memory() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("llama_memory", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["llama_memory"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["llama_memory"]
-
-
-@pytest.fixture(scope="module")
-def plain_tensors(memory: ModuleType, pool: Pool) -> int:
+def plain_tensors(pool: Pool) -> int:
     (peak,) = pool(1, "threads").run(lambda axis: memory.train(None, SIZE))
     assert abs(peak.weights / (48 << 20) - 1) < 0.01
     assert 4 * peak.weights < peak.tensors < 5 * peak.weights  # gradients, two moments, activations
     return peak.tensors
 
 
-def test_a_rank_of_two_needs_little_more_than_half(
-    memory: ModuleType, plain_tensors: int, pool: Pool
-) -> None:
+def test_a_rank_of_two_needs_little_more_than_half(plain_tensors: int, pool: Pool) -> None:
     peaks = pool(2, "threads").run(lambda axis: memory.train(axis, SIZE))
     for peak in peaks:
         assert peak.tensors > 4 * peak.weights  # nothing was overlooked
@@ -50,9 +31,7 @@ def test_a_rank_of_two_needs_little_more_than_half(
     assert peaks[0].losses == peaks[1].losses
 
 
-def test_what_stays_whole_is_seen(
-    memory: ModuleType, plain_tensors: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_stays_whole_is_seen(plain_tensors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the vocabulary, 35 % of the weights stay whole."""
     layers = {
         f"model.layers.*.{name}": sp.RowParallel()

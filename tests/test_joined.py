@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from benchmarks.counting import Counting
 from fresh_process import run_fresh
 from invariance import bits_equal, misaligned, strided, threads
 from shardproof import core
-from shardproof.bench.works.counting import Counting
 from shardproof.errors import ShapeError
 from shardproof.leaves import Cut
 from shardproof.numerics import joined, mode, products

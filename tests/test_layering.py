@@ -254,24 +254,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("showing.__init__",),
     # What users import, and the command on top of it.
     ("__init__",),
-    # The bench: what is timed and who does it, one rank, all processes, all rounds.
-    ("bench.figures", "bench.system", "bench.systems.group"),
-    ("bench.work",),
-    ("bench.systems.dtensor", "bench.systems.megatron_like", "bench.systems.ours"),
-    ("bench.systems.deepspeed", "bench.systems.fairscale", "bench.systems.hf"),
-    ("bench.systems.megatron", "bench.systems.memcpy", "bench.systems.plain"),
-    ("bench.systems.catalog",),
-    ("bench.systems.__init__",),
-    ("bench.works.counting", "bench.works.step"),
-    ("bench.works.all_reduce", "bench.works.feed_forward", "bench.works.linear"),
-    ("bench.works.llama", "bench.works.scaling"),
-    ("bench.works.catalog",),
-    ("bench.works.__init__",),
-    ("bench.environment", "bench.jobs", "bench.proof", "bench.tables"),
-    ("bench.plot", "bench.rank"),
-    ("bench.fleet", "bench.host"),
-    ("bench.run",),
-    ("bench.__init__",),
     ("cli.json_file", "cli.losses", "cli.options", "cli.output"),
     ("cli.signals", "cli.streams", "cli.torchrun"),
     ("cli.condense", "cli.machine", "cli.picture", "cli.progress", "cli.selection", "cli.table"),
@@ -279,7 +261,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli.request",),
     ("cli.report_text",),
     ("cli.plan_given", "cli.plan_model", "cli.plan_watched"),
-    ("cli.bench", "cli.breaking", "cli.doctor", "cli.plan", "cli.prove", "cli.show"),
+    ("cli.breaking", "cli.doctor", "cli.plan", "cli.prove", "cli.show"),
     ("cli.main",),
     ("cli.__init__",),
     ("__main__",),
@@ -292,19 +274,16 @@ STRANGERS = {
 }
 
 # Extras that may be missing: imported inside the function that needs them, and only there.
-OPTIONAL = (
-    "deepspeed", "fairscale", "matplotlib", "megatron", "safetensors", "sklearn", "transformers",
-)  # fmt: skip
+OPTIONAL = ("matplotlib", "safetensors", "sklearn", "transformers")
+
+# They stand beside the package and are not installed with it.
+TOOLS = ("benchmarks", "gpu", "zoo")
 
 # Built from C where a compiler is there; `core` alone imports them.
 EXTENSIONS = ("shardproof._kernels", "shardproof._shm")
 
 # (module, imported): why this import stands inside a function.
 INSIDE_FUNCTIONS: dict[tuple[str, str], str] = {
-    (
-        "bench.systems.dtensor",
-        "torch.distributed.tensor",
-    ): "a second of imports, for its ranks only",
     (
         "layers.data_parallel",
         "torch.distributed.fsdp",
@@ -385,6 +364,8 @@ def violations(src: Path) -> list[str]:
                     found.append(f"{where} imports {imported.target}, which only core may")
                 continue
             top = imported.target.split(".")[0]
+            if top in TOOLS:
+                found.append(f"{where} imports {top}, which is not installed")
             if imported.is_inside_function and top not in OPTIONAL:
                 known = [known for origin, known in INSIDE_FUNCTIONS if origin == module]
                 if not any(imported.target.startswith(name) for name in known):
@@ -441,6 +422,7 @@ def test_every_exception_is_used_and_has_a_reason() -> None:
         ),
         ("comm", "if 1:\n    from shardproof.cli import main", "which is not below it"),
         ("numerics.mode", "from shardproof.axis import Axis", "of which it should know nothing"),
+        ("comm", "from benchmarks import run", "imports benchmarks, which is not installed"),
         ("brand_new", "import json", "brand_new stands on no floor"),
     ],
 )

@@ -89,6 +89,8 @@ def test_the_sources_that_are_given_away_build_both_modules(tmp_path: Path) -> N
     for data in ("py.typed", "showing/page.css", "showing/page.js"):
         assert f"shardproof/{data}" in names
     assert not [name for name in names if name.endswith((".c", ".h", ".inc"))]
+    tools = [name for name in names if not name.startswith(("shardproof/", "shardproof-"))]
+    assert tools == [], "benchmarks and the zoo are tools of the repository"
 
 
 PIP = """#!/bin/sh

@@ -96,7 +96,7 @@ def test_the_command_and_the_module_are_the_same() -> None:
     assert shardproof.__version__ in script.stdout
 
 
-@pytest.mark.parametrize("command", ["prove", "show", "break", "plan", "bench", "doctor"])
+@pytest.mark.parametrize("command", ["prove", "show", "break", "plan", "doctor"])
 def test_the_command_knows_its_words(command: str) -> None:
     done = CliRunner().invoke(main, [command, "--help"])
     assert done.exit_code == 0, done.stderr

@@ -624,6 +624,16 @@ def test_an_interrupt_of_the_caller_ends_all(engine: str) -> None:
         check_nothing_is_left(ranks, engine, pids)
 
 
+def test_processes_start_with_the_environment_that_they_are_given() -> None:
+    given = os.environ | {"SHARDPROOF_BLAS": "off", "PLANTED": "yes", "RANK": "7"}
+    with open_ranks(1, "processes", environment=given) as ranks:
+        names = ("PLANTED", "SHARDPROOF_BLAS", "MKL_CBWR", "RANK")
+        found = ranks.run(lambda axis: [os.environ.get(name) for name in names])
+    assert found == [["yes", "off", given.get("MKL_CBWR"), "0"]]
+    with pytest.raises(UsageError, match=r"environment= is for engine='processes': threads have"):
+        open_ranks(1, "threads", environment=given)
+
+
 @pytest.mark.fresh_ranks
 def test_forgotten_ranks_are_ended() -> None:
     ranks: Any = open_ranks(1, "processes")

@@ -98,6 +98,10 @@ def check_unrun(words: list[str]) -> None:
         assert not unknown, f"the Makefile has no word {unknown}"
     elif words[0] in ("python", "torchrun"):
         files = [word for word in words[1:] if word.endswith(".py")]
+        if words[1] == "-m":  # a tool of this repository
+            files.append(f"{words[2].replace('.', '/')}.py")
+            if (ROOT / words[2].replace(".", "/")).is_dir():
+                files[-1] = f"{words[2]}/__main__.py"
         assert files, f"{words} starts no file"
         assert all((ROOT / file).exists() for file in files), f"{files} do not exist"
     else:
@@ -113,7 +117,10 @@ def finish(command: list[str], folder: Path, settings: dict[str, str]) -> None:
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page.name, page.read_text())]
 EXAMPLES = sorted(
-    path.relative_to(SRC.parent) for path in SRC.rglob("*.py") if ">>> " in path.read_text()
+    path.relative_to(folder.parent)
+    for folder in (SRC, ROOT / "benchmarks")
+    for path in folder.rglob("*.py")
+    if ">>> " in path.read_text()
 )
 
 

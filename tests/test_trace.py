@@ -16,11 +16,11 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import shardproof as sp
+from benchmarks.counting import Counting
 from hf_zoo import meta_model, whole_model
 from places import ENGINES, Pool
 from shardproof import comm, observing
 from shardproof.axis import Axis
-from shardproof.bench.works.counting import Counting
 from shardproof.errors import RankError, UsageError
 from shardproof.observing import PARTIAL, REPLICATE, Placement, shard
 from shardproof.plans.planning import plan

@@ -3,7 +3,7 @@
 Under torchrun the ranks exist already: there, use `Axis.from_env()`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from shardproof.axis import Axis
@@ -112,6 +112,7 @@ def open_ranks(
     timeout: float = 600.0,
     compare_inputs: bool = True,
     transport: str = AUTO,
+    environment: Mapping[str, str] | None = None,
 ) -> Ranks:
     """Start ranks that serve many calls; a context manager that ends them.
 
@@ -122,6 +123,9 @@ def open_ranks(
         timeout: as in `launch`.
         compare_inputs: as in `launch`.
         transport: as in `launch`.
+        environment: the variables that processes start with, for instance with another
+            SHARDPROOF_BLAS; those that tell the ranks apart are added. None: the variables and the
+            BLAS mode of this process.
 
     Raises:
         DegreeError, UsageError: an argument makes no sense, or the machine cannot start so many
@@ -143,7 +147,13 @@ def open_ranks(
         transport=_check_transport(transport, engine),
     )
     check_threads(settings.threads, degree, written=f"threads={settings.threads}")
-    return ThreadRanks(settings) if engine == "threads" else ProcessRanks(settings)
+    if engine == "processes":
+        return ProcessRanks(settings, environment)
+    if environment is not None:
+        raise UsageError(
+            "environment= is for engine='processes': threads have the environment of this process."
+        )
+    return ThreadRanks(settings)
 
 
 def _check_threads(threads: Any) -> int:

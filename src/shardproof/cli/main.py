@@ -18,7 +18,6 @@ import click
 
 from shardproof import __version__
 from shardproof.cli import torchrun
-from shardproof.cli.bench import bench
 from shardproof.cli.breaking import break_
 from shardproof.cli.doctor import doctor
 from shardproof.cli.options import HELP_OPTIONS
@@ -35,7 +34,6 @@ COMMANDS: tuple[click.Command, ...] = (
     show,
     doctor,
     plan,
-    bench,
     break_,
 )
 

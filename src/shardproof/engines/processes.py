@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,17 @@ _CLOSING = 5.0
 
 
 class ProcessRanks(Ranks):
-    """One process per rank, kept between calls."""
+    """One process per rank, kept between calls.
+
+    Args:
+        settings: of the ranks.
+        environment: the variables that the processes start with; None: those of this process, and
+            its BLAS mode.
+    """
 
     engine = "processes"
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, environment: Mapping[str, str] | None = None) -> None:
         super().__init__(settings)
         self._met: tuple[str, str] | None = None
         self._number = 0  # number of the current call; later answers to earlier calls are ignored
@@ -57,7 +63,7 @@ class ProcessRanks(Ranks):
             messages.write(settings, self._folder / messages.SETTINGS, what="the settings")
             self._status_file = _make_status_file(self._folder / messages.STATUS_FILE, self.degree)
             for rank in range(self.degree):
-                self._workers.append(_start(rank, settings, self._folder))
+                self._workers.append(_start(rank, settings, self._folder, environment))
         except BaseException:
             self._clean_up()
             raise
@@ -153,7 +159,9 @@ def _make_status_file(path: Path, degree: int) -> StatusFile:
         raise messages.no_room(path, error) from error
 
 
-def _start(rank: int, settings: Settings, folder: Path) -> Worker:
+def _start(
+    rank: int, settings: Settings, folder: Path, environment: Mapping[str, str] | None
+) -> Worker:
     command = interpreter.command(_WORKER, str(folder), str(rank))
     try:
         ours, theirs = (interpreter.above_standard(end.detach()) for end in socket.socketpair())
@@ -162,7 +170,7 @@ def _start(rank: int, settings: Settings, folder: Path) -> Worker:
             process = start_process(
                 command,
                 stdin=theirs,
-                environment=_environment(rank, settings),
+                environment=_environment(rank, settings, environment),
                 directory=interpreter.directory() or Path(os.sep),
             )
         finally:
@@ -192,11 +200,10 @@ def start_process(
     )
 
 
-def _environment(rank: int, settings: Settings) -> dict[str, str]:
-    environment = {
-        name: v for name, v in interpreter.environment().items() if name not in _NOT_INHERITED
-    }
-    environment |= mode.child_environment()
+def _environment(rank: int, settings: Settings, given: Mapping[str, str] | None) -> dict[str, str]:
+    if given is None:
+        given = interpreter.environment() | mode.child_environment()
+    environment = {name: value for name, value in given.items() if name not in _NOT_INHERITED}
     environment |= {
         "OMP_NUM_THREADS": str(settings.threads),
         "RANK": str(rank),

@@ -1,4 +1,4 @@
-"""A report of the bench as one picture: the ratios of every work, and the all-reduce curves.
+"""A report as one picture: the ratios of every work, and the all-reduce curves.
 
 matplotlib is an optional extra.
 """
@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shardproof.bench.tables import VARIANT_KEYS, message_size, rounds_text
+from benchmarks.report import VARIANT_KEYS, message_size, rounds_text
 
 Data = Mapping[str, Any]
 
+EXTRA = "plot"  # of the package, that brings matplotlib
 COLUMNS = 3
 WIDTH, HEIGHT, BAR, TITLE = 5.2, 3.2, 0.15, 0.4  # inches of a panel, and of a bar in it
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
@@ -58,11 +59,11 @@ def draw(report: Data, path: Path) -> None:
 
 def _panels(report: Data) -> Iterator[tuple[float, Fill]]:
     """Wanted height and drawing function of each panel."""
-    found: dict[str, list[Data]] = {}
+    panels: dict[str, list[Data]] = {}
     for row in report["results"]:
         variant = " ".join(str(row[key]) for key in VARIANT_KEYS if key in row)
-        found.setdefault(f"{row['work']} {variant}".strip(), []).append(row)
-    for title, rows in found.items():
+        panels.setdefault(f"{row['work']} {variant}".strip(), []).append(row)
+    for title, rows in panels.items():
         if "flops_per_rank" in rows[0]:
             yield HEIGHT, functools.partial(_shares, title=title, rows=rows)
         else:

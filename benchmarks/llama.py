@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardproof.bench.system import TRANSFORMER, Party, Transforming
-from shardproof.bench.work import Evidence, Variant, Work
-from shardproof.errors import UsageError
+from benchmarks.system import TRANSFORMER, SystemRank
+from benchmarks.work import Checked, Variant, Work
 
 PACKAGE, EXTRA = "transformers", "hf"
 BATCH, TOKENS = 4, 128  # of a step
@@ -45,7 +44,7 @@ FULL, QUICK = Size(), Size(layers=1)
 
 
 def build(size: Size, generator: torch.Generator) -> Any:
-    """A model with numbers like those that its class would draw; nothing global is drawn from."""
+    """A model with numbers like those that its class would draw, from `generator` alone."""
     with _importing:
         from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 - optional
 
@@ -71,46 +70,44 @@ def build(size: Size, generator: torch.Generator) -> Any:
     return model
 
 
-class _Trial:
-    """A model that a party has cut, and tokens.
+class _LlamaTask:
+    """A model that a system has cut, and tokens.
 
     Args:
-        party: the rank.
+        rank: of the system.
         size: of the model.
         training: whether there will be a backward.
     """
 
-    def __init__(self, party: Party, size: Size, *, training: bool) -> None:
-        if not isinstance(party, Transforming):
-            raise UsageError(f"{type(party).__name__} cannot cut a model of transformers")
-        self._party = party
-        drawn = torch.Generator().manual_seed(SEED)
-        whole = build(size, drawn)
+    def __init__(self, rank: SystemRank, size: Size, *, training: bool) -> None:
+        self._rank = rank
+        generator = torch.Generator().manual_seed(SEED)
+        whole = build(size, generator)
         self._shapes = {name: tuple(value.shape) for name, value in whole.named_parameters()}
         self._vocabulary = size.vocabulary
-        tokens = torch.randint(size.vocabulary, (BATCH, TOKENS), generator=drawn)
+        tokens = torch.randint(size.vocabulary, (BATCH, TOKENS), generator=generator)
         self._tokens = tokens if training else tokens[:1, :PROMPT]
-        self.model: Any = party.cut_transformer(whole, training=training)
+        self.model: Any = rank.cut_transformer(whole, training=training)
 
     def figures(self) -> dict[str, float]:
         """Nothing is counted."""
         return {}
 
-    def _shown(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Evidence:
-        mine = self._party.local(tensor).detach()
-        return Evidence(name, mine, self._party.lie(mine, shape))
+    def _check(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Checked:
+        mine = self._rank.local(tensor).detach()
+        return Checked(name, mine, self._rank.layout_of(mine, shape))
 
 
-class LlamaStep(_Trial):
+class LlamaStep(_LlamaTask):
     """Forward with labels, loss, backward, and plain SGD, which every system can do alike.
 
     Args:
-        party: the rank.
+        rank: of the system.
         size: of the model.
     """
 
-    def __init__(self, party: Party, size: Size) -> None:
-        super().__init__(party, size, training=True)
+    def __init__(self, rank: SystemRank, size: Size) -> None:
+        super().__init__(rank, size, training=True)
         self._sgd = torch.optim.SGD(self.model.parameters(), lr=RATE)
 
     def step(self) -> Tensor:
@@ -120,36 +117,36 @@ class LlamaStep(_Trial):
 
     def _compute(self) -> Any:
         self._sgd.zero_grad()
-        found = self.model(input_ids=self._tokens, labels=self._tokens, use_cache=False)
-        found.loss.backward()
+        output = self.model(input_ids=self._tokens, labels=self._tokens, use_cache=False)
+        output.loss.backward()
         self._sgd.step()
-        return found
+        return output
 
-    def evidence(self) -> Iterator[Evidence]:
+    def checked(self) -> Iterator[Checked]:
         """Loss, logits, and of every parameter the gradient and what the update made of it.
 
         Logits may stay cut where labels are given; each system's lie as it left them.
         """
-        found = self._compute()
-        yield self._shown("loss", found.loss, ())
-        yield self._shown("logits", found.logits, (*self._tokens.shape, self._vocabulary))
+        output = self._compute()
+        yield self._check("loss", output.loss, ())
+        yield self._check("logits", output.logits, (*self._tokens.shape, self._vocabulary))
         for name, value in self.model.named_parameters():
             if value.grad is not None:
-                yield self._shown(f"{name}.grad", value.grad, self._shapes[name])
-            yield self._shown(name, value, self._shapes[name])
+                yield self._check(f"{name}.grad", value.grad, self._shapes[name])
+            yield self._check(name, value, self._shapes[name])
 
 
-class LlamaGenerate(_Trial):
+class LlamaGenerate(_LlamaTask):
     """Greedy generation from a short prompt.
 
     Args:
-        party: the rank.
+        rank: of the system.
         size: of the model.
         new_tokens: how many to generate; the end token does not end it.
     """
 
-    def __init__(self, party: Party, size: Size, new_tokens: int) -> None:
-        super().__init__(party, size, training=False)
+    def __init__(self, rank: SystemRank, size: Size, new_tokens: int) -> None:
+        super().__init__(rank, size, training=False)
         self._options: Mapping[str, Any] = {
             "attention_mask": torch.ones_like(self._tokens),
             "do_sample": False,
@@ -163,16 +160,16 @@ class LlamaGenerate(_Trial):
         tokens: Tensor = self.model.generate(self._tokens, **self._options)
         return tokens
 
-    def evidence(self) -> Iterator[Evidence]:
+    def checked(self) -> Iterator[Checked]:
         """The tokens, and the logits that each was chosen by."""
-        found = self.model.generate(
+        output = self.model.generate(
             self._tokens, output_logits=True, return_dict_in_generate=True, **self._options
         )
         steps = int(self._options["max_new_tokens"])
-        logits = torch.stack([self._party.local(each) for each in found.logits])
-        yield self._shown("logits", logits, (steps, len(self._tokens), self._vocabulary))
+        logits = torch.stack([self._rank.local(each) for each in output.logits])
+        yield self._check("logits", logits, (steps, len(self._tokens), self._vocabulary))
         shape = (len(self._tokens), self._tokens.shape[1] + steps)
-        yield self._shown("tokens", found.sequences, shape)
+        yield self._check("tokens", output.sequences, shape)
 
 
 def _variants(make: Any, full: Mapping[str, Any], quick: Mapping[str, Any]) -> tuple[Variant, ...]:

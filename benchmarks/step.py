@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardproof.bench.system import Party, Style
-from shardproof.bench.work import Evidence
+from benchmarks.system import Style, SystemRank
+from benchmarks.work import Checked
 from shardproof.leaves import Layout
 
 
@@ -29,7 +29,7 @@ class Block:
     """A model, how it is cut, and what goes through it.
 
     Attributes:
-        name: of the numbers: blocks of one name have the same.
+        name: blocks of one name have the same random numbers.
         build: the plain model without numbers.
         plan: name of a linear -> how it is cut.
         in_shape, out_shape: of input and output, uncut.
@@ -65,23 +65,23 @@ class Step:
     """One rank's part of a block.
 
     Args:
-        party: the rank.
+        rank: of the system.
         block: what to compute.
         phase: how much of it.
     """
 
-    def __init__(self, party: Party, block: Block, phase: Phase) -> None:
-        self._party, self._block, self._phase = party, block, phase
-        drawn = torch.Generator().manual_seed(_seed(block.name))
-        whole = draw(block.build(), drawn)
+    def __init__(self, rank: SystemRank, block: Block, phase: Phase) -> None:
+        self._rank, self._block, self._phase = rank, block, phase
+        generator = torch.Generator().manual_seed(_seed(block.name))
+        whole = draw(block.build(), generator)
         self._shapes = {name: tuple(value.shape) for name, value in whole.named_parameters()}
         is_training = phase is not Phase.INFERENCE
-        self.model = party.cut(whole, block.plan, training=is_training)
-        self._in = party.layout(block.in_shape, block.in_dim)
-        self._out = party.layout(block.out_shape, block.out_dim)
-        self._x = part(torch.randn(block.in_shape, generator=drawn), self._in)
+        self.model = rank.cut(whole, block.plan, training=is_training)
+        self._in = rank.layout(block.in_shape, block.in_dim)
+        self._out = rank.layout(block.out_shape, block.out_dim)
+        self._x = part(torch.randn(block.in_shape, generator=generator), self._in)
         self._x.requires_grad_(is_training)
-        self._target = part(torch.randn(block.out_shape, generator=drawn), self._out)
+        self._target = part(torch.randn(block.out_shape, generator=generator), self._out)
         self._leaves = [self._x, *self.model.parameters()]
         self._sgd = torch.optim.SGD(self.model.parameters(), lr=block.rate)
         self.step: Callable[[], Tensor] = {
@@ -100,7 +100,7 @@ class Step:
         return y
 
     def _forward(self) -> Tensor:
-        return self._party.finish(self.model(self._x))
+        return self._rank.finish(self.model(self._x))
 
     def _both(self) -> Tensor:
         self._forget()
@@ -111,7 +111,7 @@ class Step:
 
     @torch.no_grad()
     def _decode(self) -> Tensor:
-        return self._party.finish(self.model(self._x))
+        return self._rank.finish(self.model(self._x))
 
     def _forget(self) -> None:
         for leaf in self._leaves:
@@ -119,22 +119,22 @@ class Step:
 
     def _finish_gradient(self) -> None:
         if self._x.grad is not None:
-            self._party.finish(self._x.grad)
+            self._rank.finish(self._x.grad)
 
-    def evidence(self) -> Iterator[Evidence]:
+    def checked(self) -> Iterator[Checked]:
         """Output, gradients and, after an update, the weights."""
-        y = self._party.local(self.step())
-        yield Evidence("output", y.detach(), self._out)
+        y = self._rank.local(self.step())
+        yield Checked("output", y.detach(), self._out)
         if self._phase not in (Phase.TRAIN, Phase.BOTH):
             return
         if self._x.grad is not None:
-            yield Evidence("input.grad", self._party.local(self._x.grad), self._in)
+            yield Checked("input.grad", self._rank.local(self._x.grad), self._in)
         for name, value in self.model.named_parameters():
             layout = self._layout(name)
             if value.grad is not None:
-                yield Evidence(f"{name}.grad", self._party.local(value.grad), layout)
+                yield Checked(f"{name}.grad", self._rank.local(value.grad), layout)
             if self._phase is Phase.TRAIN:
-                yield Evidence(name, self._party.local(value.detach()), layout)
+                yield Checked(name, self._rank.local(value.detach()), layout)
 
     def figures(self) -> dict[str, float]:
         """Nothing is counted."""
@@ -144,8 +144,8 @@ class Step:
         module, _, name = parameter.rpartition(".")
         style, shape = self._block.plan[module], self._shapes[parameter]
         if name == "weight":
-            return self._party.layout(shape, style.weight_dim)
-        return self._party.layout(shape, None if style.weight_dim else 0)
+            return self._rank.layout(shape, style.weight_dim)
+        return self._rank.layout(shape, None if style.weight_dim else 0)
 
 
 def draw(model: nn.Module, generator: torch.Generator) -> nn.Module:

@@ -1,10 +1,9 @@
-"""Writes the figures of docs/performance.md from a report of the bench, and draws its picture.
+"""Writes the figures of docs/performance.md from a report, and draws its picture.
 
-    shardproof bench --json docs/performance.json
-    python docs/draw_performance.py
+    python -m benchmarks --json docs/performance.json
+    python -m benchmarks.page
 
-Only what stands between the two marks is written; the words around it are written by people.
-The picture needs the extra `plot`.
+It writes only what stands between the two marks. The picture needs the extra `plot`.
 """
 
 import json
@@ -12,14 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shardproof.bench import plot
-from shardproof.bench.systems.catalog import find_system
-from shardproof.bench.tables import markdown, rounds_text, tables
-from shardproof.bench.works.catalog import find_work, work_names
+from benchmarks import plot
+from benchmarks.report import markdown, rounds_text, tables
+from benchmarks.systems import find_system
+from benchmarks.works import WORKS
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).parents[1] / "docs"
 REPORT, PAGE, PICTURE = (DOCS / f"performance.{suffix}" for suffix in ("json", "md", "png"))
-BEGIN, END = "<!-- written by draw_performance.py -->\n", "<!-- until here -->\n"
+BEGIN, END = "<!-- written by python -m benchmarks.page -->\n", "<!-- until here -->\n"
 
 
 def written(report: dict[str, Any]) -> str:
@@ -29,6 +28,7 @@ def written(report: dict[str, Any]) -> str:
 
 def _blocks(report: dict[str, Any]) -> Iterator[str]:
     environment = report["environment"]
+    descriptions = {work.name: work.description for work in WORKS}
     peers = [f"{name} {version}" for name, version in environment["peers"].items()]
     yield f"    {report['command']}\n"
     yield (
@@ -43,8 +43,8 @@ def _blocks(report: dict[str, Any]) -> Iterator[str]:
     yield f"![Ratios of every work, and times of all-reduces]({PICTURE.name})\n"
     for table in tables(report):
         yield f"### {table.title}\n"
-        if table.title in work_names():
-            yield f"{find_work(table.title).description}.\n"
+        if table.title in descriptions:
+            yield f"{descriptions[table.title]}.\n"
         yield f"{markdown(table)}\n"
     yield "### Who is who\n"
     names = dict.fromkeys(row["system"] for row in report["results"] + report["all_reduce"])

@@ -1,14 +1,59 @@
-"""A report of the bench as tables of text: for the terminal and for pages alike."""
+"""What a report has: the environment of a run, and its figures as tables of text.
 
+The terminal and docs/performance.md show the same tables.
+"""
+
+import importlib.metadata
+import os
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
+
+import shardproof
+from benchmarks.systems import SYSTEMS
+from shardproof import core
 
 Data = Mapping[str, Any]
 
 KIB = 1024
 # What tells variants of one work apart; everything else of a row is measured or the system's.
 VARIANT_KEYS = ("layer", "phase")
+# What is installed under another name than it is imported.
+DISTRIBUTIONS = {"megatron": "megatron-core"}
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions and what may slow a system down here."""
+    return {
+        "cpu": _cpu(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "mkl": torch.backends.mkl.is_available(),
+        "shardproof": shardproof.__version__,
+        "core": core.problem() or "built",
+        "dtype": "float32",
+        "peers": {
+            system.name: importlib.metadata.version(DISTRIBUTIONS.get(package, package))
+            for system in SYSTEMS
+            if (package := system.package) is not None and system.problem() is None
+        },
+    }
+
+
+def _cpu() -> str:
+    """What Linux calls the processor."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 @dataclass(frozen=True)
@@ -39,7 +84,7 @@ def tables(report: Data) -> Iterator[TextTable]:
 
 def work_table(work: str, rows: Sequence[Data]) -> TextTable:
     """One row per system."""
-    made = [
+    lines = [
         (
             row["system"],
             str(row["ranks"]),
@@ -53,7 +98,7 @@ def work_table(work: str, rows: Sequence[Data]) -> TextTable:
         for row in rows
     ]
     columns = ("system", "ranks", "over", "median ms", "min", "p90", "ratio", "half of rounds")
-    return TextTable(work, columns, tuple(made))
+    return TextTable(work, columns, tuple(lines))
 
 
 def variant_table(work: str, rows: Sequence[Data]) -> TextTable:
@@ -61,11 +106,11 @@ def variant_table(work: str, rows: Sequence[Data]) -> TextTable:
     variants = list(dict.fromkeys(_variant(row) for row in rows))
     groups = list(dict.fromkeys((row["system"], row["ranks"]) for row in rows))
     cells = {(row["system"], row["ranks"], _variant(row)): _cell(row) for row in rows}
-    made = [
+    lines = [
         (system, str(ranks), *(cells.get((system, ranks, variant), "-") for variant in variants))
         for system, ranks in groups
     ]
-    return TextTable(f"{work}: median us (ratio)", ("system", "ranks", *variants), tuple(made))
+    return TextTable(f"{work}: median us (ratio)", ("system", "ranks", *variants), tuple(lines))
 
 
 def _variant(row: Data) -> str:
@@ -78,7 +123,7 @@ def _cell(row: Data) -> str:
 
 def scaling_table(work: str, rows: Sequence[Data]) -> TextTable:
     """One row per system and degree: time, and what the busiest rank computes, holds and sends."""
-    made = [
+    lines = [
         (
             row["system"],
             str(row["ranks"]),
@@ -94,7 +139,7 @@ def scaling_table(work: str, rows: Sequence[Data]) -> TextTable:
     ]
     columns = ("system", "ranks", "median\nms", "ratio", "GFLOP", "weights\nMiB", "peak\nMiB",
                "sent\nMiB", "formula\nMiB")  # fmt: skip
-    return TextTable(f"{work}: per rank and step", columns, tuple(made))
+    return TextTable(f"{work}: per rank and step", columns, tuple(lines))
 
 
 def all_reduce_table(title: str, rows: Sequence[Data], key: str) -> TextTable:
@@ -102,8 +147,8 @@ def all_reduce_table(title: str, rows: Sequence[Data], key: str) -> TextTable:
     sizes = sorted({row["bytes"] for row in rows})
     systems = list(dict.fromkeys(row["system"] for row in rows))
     cells = {(row["system"], row["bytes"]): figure(row[key]) for row in rows}
-    made = [(name, *(cells.get((name, size), "-") for size in sizes)) for name in systems]
-    return TextTable(title, ("system", *map(message_size, sizes)), tuple(made))
+    lines = [(name, *(cells.get((name, size), "-") for size in sizes)) for name in systems]
+    return TextTable(title, ("system", *map(message_size, sizes)), tuple(lines))
 
 
 def figure(number: float) -> str:

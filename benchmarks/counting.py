@@ -10,7 +10,7 @@ from shardproof.observing import Memory, Observer
 
 
 class Counting(Observer):
-    """A context manager.
+    """A context manager that counts while it is open.
 
     Args:
         held: tensors that are there before the first operation.
@@ -31,13 +31,13 @@ class Counting(Observer):
         return self._memory.peak
 
     def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call it, and count its flops and what it made."""
+        """Call an operation of torch; count its flops and the tensors that it made."""
         result = func(*args, **kwargs)
         count = flop_registry.get(func.overloadpacket)
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=result)
-        found = result if isinstance(result, tuple | list) else (result,)
-        self._memory.see([tensor for tensor in found if isinstance(tensor, Tensor)])
+        results = result if isinstance(result, tuple | list) else (result,)
+        self._memory.see([tensor for tensor in results if isinstance(tensor, Tensor)])
         return result
 
     def kernel(self, flops: int) -> None:

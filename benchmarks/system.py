@@ -1,15 +1,14 @@
 """Who does a work: a system, and one rank of it as a work sees it.
 
-A system is one entry of `systems/catalog.py`: how its ranks are started, what they can do, and a
-function that makes a `Party` on each rank. A party knows how its library cuts a model.
+A system is one entry of `systems.py`: how its ranks are started, what they can do, and a function
+that makes a `SystemRank` in each of them.
 """
 
 import enum
 import importlib.util
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -41,29 +40,70 @@ ANY_DEGREE = "any-degree"  # runs on any number of ranks and counts what they se
 TRANSFORMER = "transformer"  # can cut a causal language model of transformers
 
 
-class Party(ABC):
-    """One rank of a system.
+@dataclass(frozen=True)
+class Sent:
+    """What a rank has sent in forward and backward so far.
 
     Attributes:
-        rank, size: its place.
-        wire: what carries bytes, for reports; None: the transport that the ranks were given.
+        calls: collectives.
+        message_bytes: of their results.
+        sent_bytes: from this rank to others.
+    """
+
+    calls: int = 0
+    message_bytes: int = 0
+    sent_bytes: int = 0
+
+
+class SystemRank:
+    """One rank of a system: how its library cuts a model, sums and lays out tensors.
+
+    Attributes:
+        rank, size: its place among the ranks.
+        wire: what carries its bytes, for reports; None without ranks.
+        contract: what its bits depend on; None for others than ours.
+        adds: False for a system that only copies where others sum.
     """
 
     wire: str | None = None
+    contract: str | None = None
+    adds = True
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank = rank
         self.size = size
 
-    @abstractmethod
     def cut(self, model: nn.Module, plan: Mapping[str, Style], *, training: bool) -> nn.Module:
-        """This rank's part of `model`, which is the same on every rank and is given away.
+        """This rank's part of `model`. Systems that offer a `Style` have it.
 
         Args:
-            model: plain torch; names of parameters stay as they are.
+            model: plain torch, the same on every rank, given away; names of parameters stay.
             plan: name of a linear -> how it is cut; all else is replicated.
             training: whether there will be a backward.
         """
+        raise NotImplementedError(f"{type(self).__name__} cuts no model")
+
+    def cut_transformer(self, model: Any, *, training: bool) -> nn.Module:
+        """This rank's part of a model of transformers. Systems that offer `TRANSFORMER` have it.
+
+        Args:
+            model: with numbers, the same on every rank, given away; names of parameters stay.
+            training: whether there will be a backward.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cuts no model of transformers")
+
+    def make_sum(self, x: Tensor, out: Tensor) -> Callable[[], Tensor]:
+        """A function that sums the ranks' `x`. Systems that offer `SUM` have it.
+
+        Args:
+            x: (n,), Partial.
+            out: (n,), for the sum, Replicate.
+        Returns:
+            A function that returns the sum, in `out` or in `x` itself.
+        Comm:
+            one all_reduce of (n) for each call of the result.
+        """
+        raise NotImplementedError(f"{type(self).__name__} sums nothing")
 
     def layout(self, shape: tuple[int, ...], dim: int | None) -> Layout:
         """How a tensor lies that is cut along `dim`: in equal runs, unless the system differs."""
@@ -71,8 +111,8 @@ class Party(ABC):
             return replicated(shape, rank=self.rank)
         return Layout(shape, self.rank, dim, Cut(shape[dim], self.size, self.size))
 
-    def lie(self, tensor: Tensor, shape: tuple[int, ...]) -> Layout:
-        """How a tensor lies of which only the rank's part is known: it is cut where less is held.
+    def layout_of(self, tensor: Tensor, shape: tuple[int, ...]) -> Layout:
+        """How a tensor lies, found from its size: it is cut along the dim where it is smaller.
 
         Args:
             tensor: what this rank holds.
@@ -87,47 +127,24 @@ class Party(ABC):
         return tensor
 
     def finish(self, tensor: Tensor) -> Tensor:
-        """Wait until a result is there, where a library hands it out before."""
+        """Wait for a result that a library returns before it is complete."""
         return tensor
 
+    def hash(self, name: str, tensor: Tensor, layout: Layout) -> str | None:
+        """SHA-256 of the whole tensor, for a system whose bits are compared.
 
-@runtime_checkable
-class Summing(Protocol):
-    """A party that offers `SUM`.
-
-    Attributes:
-        adds: False for a yardstick that only copies.
-    """
-
-    adds: bool
-
-    def make_sum(self, x: Tensor, out: Tensor) -> Callable[[], Tensor]:
-        """A function that sums the ranks' `x` and returns the sum, in `out` or in `x` itself.
-
-        Args:
-            x: (n,), Partial.
-            out: (n,), for the sum, Replicate.
-        Comm:
-            one all_reduce of (n) for each call.
+        None for other systems, and on a rank that does not get the whole.
         """
+        return None
+
+    def sent(self) -> Sent:
+        """What this rank has sent so far; nothing for a system that does not count it."""
+        return Sent()
 
 
-@runtime_checkable
-class Transforming(Protocol):
-    """A party that offers `TRANSFORMER`."""
-
-    def cut_transformer(self, model: Any, *, training: bool) -> nn.Module:
-        """This rank's part of a model of transformers, cut as its library shows for such a model.
-
-        Args:
-            model: with numbers, the same on every rank, given away; names of parameters stay.
-            training: whether there will be a backward.
-        """
-
-
-def absence(package: str, extra: str) -> str | None:
+def absence(package: str | None, extra: str | None) -> str | None:
     """Why something that needs a package cannot run, with the way out; None if it can."""
-    if importlib.util.find_spec(package) is not None:
+    if package is None or extra is None or importlib.util.find_spec(package) is not None:
         return None
     return extras.is_wanted(extra)
 
@@ -139,7 +156,7 @@ class System:
     Attributes:
         name: what users call it.
         description: in a few words.
-        join: makes the party of one rank; the axis is None where there are no ranks.
+        join: makes the `SystemRank` of one rank; the axis is None where there are no ranks.
         engine: what the ranks are; "alone" is one process without ranks.
         transport: what to ask for between the ranks.
         numerics: of ours; None for others.
@@ -148,12 +165,12 @@ class System:
         lacks: need -> why not, where that is worth saying.
         package: what must be importable; None if nothing more than torch.
         extra: of shardproof, that brings it.
-        is_yardstick: part of a run only where a work measures against it.
+        is_yardstick: measured only in works that compare with it.
     """
 
     name: str
     description: str
-    join: Callable[[Axis | None], Party]
+    join: Callable[[Axis | None], SystemRank]
     engine: Engine = "processes"
     transport: str = "auto"
     numerics: Numerics | None = None
@@ -171,13 +188,10 @@ class System:
 
     def problem(self) -> str | None:
         """Why it cannot run in this installation, with the way out; None if it can."""
-        if self.package is not None and self.extra is not None:
-            missing = absence(self.package, self.extra)
-            if missing is not None:
-                return missing
-        if self.transport == "shm" and core.shm() is None:
+        missing = absence(self.package, self.extra)
+        if missing is None and self.transport == "shm" and core.shm() is None:
             return f"has no shared memory here: {core.problem()}."
-        return None
+        return missing
 
     def misses(self, needs: frozenset[str]) -> str | None:
         """Why it cannot do a work with these needs; None if it can."""

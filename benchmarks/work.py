@@ -1,7 +1,6 @@
-"""What is timed: a work of one or several variants, and one rank's trial at one of them.
+"""What is timed: a work has variants, and a variant makes a `Task` on every rank of every system.
 
-A new work is one entry of `works/catalog.py`. A variant is made anew on every rank of every
-system; what it takes from the system is its `Party` alone.
+A new work is one entry of `works.py`. What it takes from a system is its `SystemRank` alone.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -10,18 +9,16 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from shardproof.bench.system import Party, absence
+from benchmarks.system import SystemRank, absence
 from shardproof.leaves import Layout
-
-Unit = Literal["ms", "us"]
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Checked:
     """A tensor that must be right before anything is timed.
 
     Attributes:
-        name: unique within the trial.
+        name: unique within the task.
         tensor: layout.local_shape, what this rank computed.
         layout: how it lies.
         expected: layout.local_shape, what it should be; None: what plain torch computed.
@@ -33,14 +30,14 @@ class Evidence:
     expected: Tensor | None = None
 
 
-class Trial(Protocol):
+class Task(Protocol):
     """One rank's share of one variant, ready to be run again and again."""
 
     def step(self) -> Tensor:
         """What is timed, once; what it returns is dropped."""
 
-    def evidence(self) -> Iterator[Evidence]:
-        """Run one step, the first, and show what it computed."""
+    def checked(self) -> Iterator[Checked]:
+        """Run one step, the first, and give the tensors that must be right."""
 
     def figures(self) -> dict[str, float]:
         """What was counted and not timed; may run more steps."""
@@ -51,7 +48,7 @@ class Variant:
     """One thing to time.
 
     Attributes:
-        make: the trial of one rank.
+        make: the task of one rank.
         needs: what a system must offer.
         steps: in one round; the same for every system.
         warm_up: steps before them that are not counted.
@@ -61,7 +58,7 @@ class Variant:
         is_full: whether a run without `--quick` measures it.
     """
 
-    make: Callable[[Party], Trial]
+    make: Callable[[SystemRank], Task]
     needs: frozenset[str]
     steps: int
     warm_up: int
@@ -69,11 +66,6 @@ class Variant:
     keys: Mapping[str, Any] = field(default_factory=dict)
     is_quick: bool = True
     is_full: bool = True
-
-    @property
-    def label(self) -> str:
-        """The keys as text; empty if there are none."""
-        return ", ".join(str(value) for value in self.keys.values())
 
 
 @dataclass(frozen=True)
@@ -103,9 +95,7 @@ class Work:
     extra: str | None = None
 
     def problem(self) -> str | None:
-        """Why nobody can do it in this installation, with the way out; None if it can be done."""
-        if self.package is None or self.extra is None:
-            return None
+        """Why it cannot be done in this installation, with the way out; None if it can."""
         return absence(self.package, self.extra)
 
     @property

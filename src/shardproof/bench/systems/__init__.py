@@ -1,1 +1,0 @@
-"""The systems, one file for each library."""

@@ -1,1 +1,0 @@
-"""The works, one file for each kind."""
