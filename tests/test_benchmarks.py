@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shardproof.axis import Axis
-from shardproof.cases import all_cases
+from shardproof.prover.cases import all_cases
 
 PATH = Path(__file__).parents[1] / "benchmarks" / "case_times.py"
 
