@@ -284,20 +284,19 @@ class CaseReport:
         faults: list[tuple[TensorReport, str, Sequence[str], Sequence[str]]] = []
         for tensor in self.tensors:
             if not tensor.identical:
-                between = tensor.differing_degrees() or ()
-                faults.append((tensor, "bits", between, tensor.findings))
+                faults.append((tensor, "bits", tensor.differing_degrees() or (), tensor.findings))
         faults += [(each, "torch", (), each.findings) for each in self.tensors if not each.agrees]
         for tensor in () if self.is_finite else self.tensors:
             if not tensor.is_finite:
-                degrees = [degree for degree in tensor.nonfinite if degree.isdigit()]
-                faults.append((tensor, "not finite", degrees, ()))
+                where = [degree for degree in tensor.nonfinite if degree.isdigit()]
+                faults.append((tensor, "not finite", where, ()))
         if not faults:
             return None
-        tensor, what, between, findings = faults[0]
+        tensor, what, degrees, findings = faults[0]
         return {
             "tensor": tensor.name,
             "what": what,
-            "degrees": [int(degree) for degree in between],
+            "degrees": [int(degree) for degree in degrees],
             "detail": "; ".join(findings),
         }
 

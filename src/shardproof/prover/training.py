@@ -207,7 +207,7 @@ def record_buffers(
     """Record every buffer of real or whole numbers as replicated, persistent or not.
 
     Args:
-        run: the run.
+        run: of the case.
         model: with the buffers.
         prefix: before their names.
         suffix: after them.

@@ -139,7 +139,7 @@ def train_step(
     """Forward, loss, backward and update.
 
     Args:
-        run: the run.
+        run: of the case.
         model: the classifier.
         optimizer: of its parameters.
         x: (rows, 64), Replicate.

@@ -63,7 +63,7 @@ def forward_and_backward(run: CaseRun, layer: nn.Module, x: Tensor, label: Tenso
     """Forward, loss and backward, recorded in the terms of the notebook.
 
     Args:
-        run: the run.
+        run: of the case.
         layer: its weight is w transposed.
         x: (2, 4), Replicate.
         label: (2, 8), Replicate, or (2, owned), Shard(1), like y.
