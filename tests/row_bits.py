@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import shardproof as sp
 from shardproof import hf
 from shardproof.cut.tensor import CutTensor
-from shardproof.prover.wide import KeepDouble
+from shardproof.prover.training import KeepDouble
 from shardproof.scheme import Scheme
 
 BATCH, LENGTH, ROWS, VOCABULARY, NEW = 64, 20, 3, 67, 5

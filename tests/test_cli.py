@@ -14,13 +14,13 @@ from click.testing import CliRunner, Result
 from invariance import contract_of_one_thread
 from places import CARRIER
 from shardproof import __version__
-from shardproof.cases import all_cases
 from shardproof.cli import progress as progress_module
 from shardproof.cli import prove as prove_command
 from shardproof.cli import request, torchrun
 from shardproof.cli.main import main
 from shardproof.cli.output import PlainConsole
 from shardproof.numerics import mode
+from shardproof.prover.cases import all_cases
 from shardproof.scheme import Scheme
 
 SMALL = ("--case", "matmul-row", "--case", "ffn", "--degrees", "1,2")

@@ -15,13 +15,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from invariance import contract_of_one_thread
-from shardproof import cases
 from shardproof.cli import prove as prove_command
 from shardproof.cli import torchrun
 from shardproof.cli.json_file import JsonFile
 from shardproof.cli.main import main
 from shardproof.errors import AxisError, NumericsError, RankError, UsageError
 from shardproof.numerics import mode
+from shardproof.prover import cases
 from shardproof.prover.case import Case
 from shardproof.scheme import Scheme
 from shardproof.wording import spelt_out

@@ -16,10 +16,10 @@ from click.testing import CliRunner
 from torch import nn
 
 import shardproof as sp
-from shardproof.cases import all_cases, find_case
 from shardproof.cli.main import main
 from shardproof.engines.engine import Ranks
 from shardproof.errors import DegreeError, PlanError, UsageError
+from shardproof.prover.cases import all_cases, find_case
 from shardproof.scheme import Scheme
 from shardproof.showing.case_step import case_work
 from shardproof.showing.figure import Piece, figure_of

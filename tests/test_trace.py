@@ -24,7 +24,7 @@ from shardproof.axis import Axis
 from shardproof.errors import RankError, UsageError
 from shardproof.observing import PARTIAL, REPLICATE, Placement, shard
 from shardproof.plans.planning import plan
-from shardproof.prover.audit import Audit
+from shardproof.prover.case import MemoryAudit
 from shardproof.scheme import Scheme
 from shardproof.trace.hooks import listening
 from shardproof.trace.places import Places
@@ -379,7 +379,7 @@ def test_other_threads_see_nothing_of_a_trace() -> None:
     """An audit of one rank and the trace of all do not mix."""
 
     def work(axis: Axis) -> int:
-        audit = Audit()
+        audit = MemoryAudit()
         with audit.running():
             if axis.rank:
                 torch.empty(10_000)

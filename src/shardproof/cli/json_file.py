@@ -10,7 +10,7 @@ from typing import Any
 
 from shardproof import files
 from shardproof.errors import UsageError
-from shardproof.prover.earlier import fault_of
+from shardproof.prover.compare_reports import fault_of
 from shardproof.wording import spelt_out, written
 
 # Hashes of 10,000 tensors at 8 degrees are some 10 MB; what is larger was not made by us, and

@@ -6,7 +6,6 @@ from typing import Any
 import click
 import torch
 
-from shardproof import cases as known
 from shardproof.axis import Axis
 from shardproof.cli.json_file import JsonFile
 from shardproof.cli.options import HELP_OPTIONS, leaves_option, seed_option
@@ -15,10 +14,11 @@ from shardproof.cli.progress import progress
 from shardproof.cli.report_text import ranks_text, show_cases, show_report
 from shardproof.cli.request import CARRIERS, DEFAULT_DEGREES, Earlier, Given, Request, check
 from shardproof.prover import Report, curve, prove_cases, prove_under_torchrun
-from shardproof.prover.against import ONLY_EARLIER, ONLY_HERE, OTHER_BITS
-from shardproof.prover.beside import beside
+from shardproof.prover import cases as known
+from shardproof.prover.cases.notebooks import compare_with_notebook as beside
+from shardproof.prover.compare_reports import ONLY_EARLIER, ONLY_HERE, OTHER_BITS
 from shardproof.prover.proof import Progress
-from shardproof.prover.values import FEW
+from shardproof.prover.recording import FEW
 from shardproof.ranks import ENGINES
 from shardproof.scheme import NUMERICS
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from shardproof import cases as known
 from shardproof.cli import options, torchrun
 from shardproof.cli.json_file import JsonFile, read_report
 from shardproof.cli.picture import checked_picture
@@ -18,7 +17,8 @@ from shardproof.errors import UsageError
 from shardproof.leaves import DEFAULT_LEAVES, check_degree
 from shardproof.numerics import mode
 from shardproof.prover import Case, Comparison, compare_with, curve
-from shardproof.prover.contract import coming_contract, threads_of_ranks
+from shardproof.prover import cases as known
+from shardproof.prover.proof import coming_contract, threads_of_ranks
 from shardproof.ranks import ENGINES, TRANSPORTS
 from shardproof.scheme import NUMERICS, Scheme
 from shardproof.transport.choose import SHM, refusal, shm_problem

@@ -3,13 +3,13 @@
 import dataclasses
 from collections.abc import Sequence
 
-from shardproof import cases as known
 from shardproof import extras
-from shardproof.cases.checkpoint import checkpoint_case
-from shardproof.cases.lesson import Lesson
 from shardproof.errors import UsageError
 from shardproof.hf.skeleton import require_transformers
 from shardproof.prover import Case
+from shardproof.prover import cases as known
+from shardproof.prover.cases.text_training import TextTraining as Lesson
+from shardproof.prover.cases.transformers_models import checkpoint_case
 from shardproof.wording import written
 
 Skipped = tuple[dict[str, str], ...]

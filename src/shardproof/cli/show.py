@@ -4,7 +4,6 @@ import os
 
 import click
 
-from shardproof import cases as known
 from shardproof import extras
 from shardproof.cli import torchrun
 from shardproof.cli.json_file import JsonFile, is_same
@@ -14,6 +13,7 @@ from shardproof.cli.output import console
 from shardproof.errors import UsageError
 from shardproof.hf.skeleton import require_transformers
 from shardproof.leaves import DEFAULT_LEAVES, check_degree
+from shardproof.prover import cases as known
 from shardproof.ranks import ENGINES
 from shardproof.scheme import Scheme
 from shardproof.showing.case_step import case_work

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardproof.mistakes.edit import Edit, planted
-from shardproof.prover.case import Case, Trial
+from shardproof.prover.case import Case, CaseRun
 
 BITS, TORCH, MEMORY = "bits", "torch", "memory"
 
@@ -23,7 +23,7 @@ class SetUp:
 
     name: str
     description: str
-    work: Callable[[int], Callable[[Trial], None]]
+    work: Callable[[int], Callable[[CaseRun], None]]
 
     def case(self, steps: int = 1) -> Case:
         """What the prover is given."""

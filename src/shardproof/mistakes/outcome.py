@@ -10,8 +10,8 @@ from shardproof.axis import Axis
 from shardproof.errors import ShardproofError
 from shardproof.leaves import Layout
 from shardproof.mistakes.mistake import BITS, MEMORY, Finding, Mistake, SetUp
-from shardproof.prover.case import Recording, Trial
-from shardproof.prover.casereport import CaseReport, TensorReport
+from shardproof.prover.case import CaseRun, RecordOptions
+from shardproof.prover.case_report import CaseReport, TensorReport
 from shardproof.prover.proof import DEFAULT_SEED, prove_cases
 from shardproof.prover.report import Report
 from shardproof.ranks import launch
@@ -173,7 +173,7 @@ def losses(
     """
 
     def work(axis: Axis) -> tuple[float, ...]:
-        trial = Trial(axis=axis, scheme=Scheme(), seed=DEFAULT_SEED, recorder=_Nobody())
+        trial = CaseRun(axis=axis, scheme=Scheme(), seed=DEFAULT_SEED, recorder=_Nobody())
         setup.work(steps)(trial)
         return tuple(trial.curves[""])
 
@@ -193,7 +193,7 @@ def _sentence(error: ShardproofError) -> str:
 class _Nobody:
     """Takes no tensor."""
 
-    def record(self, name: str, tensor: Tensor, layout: Layout, how: Recording) -> None:
+    def record(self, name: str, tensor: Tensor, layout: Layout, how: RecordOptions) -> None:
         """Nothing."""
 
     def set_aside(self, name: str, tensor: Tensor) -> None:

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from shardproof import collectives, optim
 from shardproof.axis import Axis
-from shardproof.cases.mlp import MLP_GATHERED as GATHERED_CASE
 from shardproof.errors import UsageError
 from shardproof.functional import mse_loss
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -20,27 +19,30 @@ from shardproof.mistakes.blocks import BATCH, EVEN, IN, OUT, Block, batch, linea
 from shardproof.mistakes.mistake import SetUp
 from shardproof.mistakes.optimizers import calm_sgd, resumed_sgd, small_sgd
 from shardproof.mistakes.steps import Scores, Steps
-from shardproof.prover.case import Trial
+from shardproof.prover.case import CaseRun
+from shardproof.prover.cases.mlp import MLP_GATHERED as GATHERED_CASE
 from shardproof.prover.training import Batch, Training
 
 
-def rank_of(trial: Trial) -> int:
+def rank_of(trial: CaseRun) -> int:
     """Of this run; 0 in plain torch."""
     return 0 if trial.axis is None else trial.axis.rank
 
 
-def read(trial: Trial, *, columns: int = OUT) -> Batch:
+def read(trial: CaseRun, *, columns: int = OUT) -> Batch:
     """Input (5, 12) and target (5, columns): the same on every rank."""
     x, target = batch(columns, seed=99)
     return Batch((x,), target)
 
 
-def loss(trial: Trial, output: Tensor, target: Tensor) -> Tensor:
+def loss(trial: CaseRun, output: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of a whole output."""
     return F.mse_loss(output, target)
 
 
-def column(trial: Trial, whole: nn.Linear, name: str, *, gather_output: bool = False) -> nn.Module:
+def column(
+    trial: CaseRun, whole: nn.Linear, name: str, *, gather_output: bool = False
+) -> nn.Module:
     """A column-parallel layer with the numbers of a plain one; in plain torch that one."""
     if trial.axis is None:
         return whole
@@ -49,14 +51,14 @@ def column(trial: Trial, whole: nn.Linear, name: str, *, gather_output: bool = F
     )
 
 
-def row(trial: Trial, whole: nn.Linear, name: str) -> nn.Module:
+def row(trial: CaseRun, whole: nn.Linear, name: str) -> nn.Module:
     """The same, row parallel."""
     if trial.axis is None:
         return whole
     return RowParallelLinear.from_linear(whole, axis=trial.axis, name=name, scheme=trial.scheme)
 
 
-def build_block(trial: Trial) -> Block:
+def build_block(trial: CaseRun) -> Block:
     """A replicated linear, a column-parallel and a row-parallel one."""
     front = linear(IN, IN, seed=1)
     up = column(trial, linear(IN, EVEN, seed=2), "up")
@@ -79,26 +81,26 @@ class Masked(nn.Module):
         return x * self.mask.to(x.dtype)
 
 
-def build_dropping(trial: Trial) -> nn.Module:
+def build_dropping(trial: CaseRun) -> nn.Module:
     """The block behind a dropout of its input, which all ranks have whole."""
     draws = torch.Generator().manual_seed(7)
     mask = torch.rand(BATCH, IN, generator=draws) > 0.3
     return nn.Sequential(Masked(mask), build_block(trial))
 
 
-def build_column(trial: Trial, *, columns: int = EVEN) -> nn.Module:
+def build_column(trial: CaseRun, *, columns: int = EVEN) -> nn.Module:
     """One column-parallel layer whose output is gathered."""
     return column(trial, linear(IN, columns, seed=2), "column", gather_output=True)
 
 
-def clip(trial: Trial, model: nn.Module) -> Tensor:
+def clip(trial: CaseRun, model: nn.Module) -> Tensor:
     """Clip gradients by the norm of all of them."""
     if trial.axis is None:
         return nn.utils.clip_grad_norm_(model.parameters(), 0.5)
     return optim.clip_grad_norm_(model, 0.5)
 
 
-def build_resumed(trial: Trial) -> nn.Module:
+def build_resumed(trial: CaseRun) -> nn.Module:
     """The block, whose cut weight tells the optimizer where it lies."""
     model = build_block(trial)
     if trial.axis is not None and isinstance(model.up, ColumnParallelLinear):
@@ -106,7 +108,7 @@ def build_resumed(trial: Trial) -> nn.Module:
     return model
 
 
-def score_block(trial: Trial, model: nn.Module) -> Scores:
+def score_block(trial: CaseRun, model: nn.Module) -> Scores:
     """The whole output, and its mean squared error."""
     batch = read(trial)
     y: Tensor = model(trial.cast(batch.inputs[0]))
@@ -114,12 +116,12 @@ def score_block(trial: Trial, model: nn.Module) -> Scores:
     return Scores("output", y, replicated(tuple(y.shape)), error)
 
 
-def build_split(trial: Trial) -> nn.Module:
+def build_split(trial: CaseRun) -> nn.Module:
     """One column-parallel layer whose output stays cut."""
     return column(trial, linear(IN, EVEN, seed=2), "column")
 
 
-def score_split(trial: Trial, model: nn.Module) -> Scores:
+def score_split(trial: CaseRun, model: nn.Module) -> Scores:
     """The cut output, and the loss against this rank's columns of the label."""
     batch = read(trial, columns=EVEN)
     y: Tensor = model(trial.cast(batch.inputs[0]))
@@ -157,7 +159,7 @@ class Gated(nn.Module):
         return y
 
 
-def build_gated(trial: Trial) -> nn.Module:
+def build_gated(trial: CaseRun) -> nn.Module:
     """The gated block; a checkpoint has gate and up as one matrix (96, 12), gate first."""
     gate, up = linear(IN, EVEN, seed=2), linear(IN, EVEN, seed=4)
     fused = torch.cat([gate.weight, up.weight]).detach()
@@ -192,7 +194,7 @@ class TransposedRow(nn.Module):
         trial: the run.
     """
 
-    def __init__(self, trial: Trial) -> None:
+    def __init__(self, trial: CaseRun) -> None:
         super().__init__()
         self.whole, self.axis = whole_numbers(8, 16, seed=0), trial.axis
         self.scale = nn.Parameter(torch.ones(()))
@@ -220,7 +222,7 @@ def reduce(x: Tensor, axis: Axis) -> Tensor:
     return y
 
 
-def read_whole_numbers(trial: Trial) -> Batch:
+def read_whole_numbers(trial: CaseRun) -> Batch:
     """Input (4, 16) and target (4, 8)."""
     return Batch((whole_numbers(4, 16, seed=1),), whole_numbers(4, 8, seed=2))
 
@@ -228,8 +230,8 @@ def read_whole_numbers(trial: Trial) -> Batch:
 def _training(
     name: str,
     description: str,
-    build: Callable[[Trial], nn.Module],
-    reader: Callable[[Trial], Batch] = read,
+    build: Callable[[CaseRun], nn.Module],
+    reader: Callable[[CaseRun], Batch] = read,
     **options: Any,
 ) -> SetUp:
     """A set-up whose output is whole; nothing of `build` is audited: the whole layers are there."""

@@ -12,9 +12,16 @@ from torch import Tensor, nn
 
 from shardproof import optim
 from shardproof.leaves import Layout
-from shardproof.prover.case import Trial
-from shardproof.prover.training import record_gradients, record_parameters, record_state
-from shardproof.prover.update import INITIAL, MakeOptimizer, Update, make_optimizer
+from shardproof.prover.case import CaseRun
+from shardproof.prover.training import (
+    INITIAL,
+    MakeOptimizer,
+    Update,
+    make_optimizer,
+    record_gradients,
+    record_parameters,
+    record_state,
+)
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,8 @@ class Steps:
             with it.
     """
 
-    build: Callable[[Trial], nn.Module]
-    score: Callable[[Trial, nn.Module], Scores]
+    build: Callable[[CaseRun], nn.Module]
+    score: Callable[[CaseRun, nn.Module], Scores]
     optimizer: MakeOptimizer
     count: int
     after_backward: Callable[[nn.Module], None] = change_nothing
@@ -62,7 +69,7 @@ class Steps:
     draws_alike: bool = True
     measures_creation = False
 
-    def __call__(self, trial: Trial) -> None:
+    def __call__(self, trial: CaseRun) -> None:
         """Run on one rank, or in plain torch."""
         model = trial.adopt(trial.cast(self.build(trial)).train())
         record_parameters(trial, model, suffix=INITIAL)
@@ -74,7 +81,7 @@ class Steps:
             self._step(trial, model, optimizer, prefix=prefix)
 
     def _step(
-        self, trial: Trial, model: nn.Module, optimizer: torch.optim.Optimizer, *, prefix: str
+        self, trial: CaseRun, model: nn.Module, optimizer: torch.optim.Optimizer, *, prefix: str
     ) -> None:
         judged = not prefix and self.draws_alike
         scores = self.score(trial, model)
@@ -93,7 +100,7 @@ class Steps:
         record_state(trial, model, optimizer, prefix=prefix, judged=judged)
         model.zero_grad(set_to_none=True)
 
-    def _clip(self, trial: Trial, model: nn.Module) -> Tensor:
+    def _clip(self, trial: CaseRun, model: nn.Module) -> Tensor:
         largest = float(self.max_norm or 0.0)
         if trial.is_reference:
             return nn.utils.clip_grad_norm_(model.parameters(), largest)

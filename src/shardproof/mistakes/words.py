@@ -13,9 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shardproof.axis import Axis
-from shardproof.cases.decoder import attention_style
-from shardproof.cases.gpt import layout_of_logits
-from shardproof.cases.lesson import copy_weights
 from shardproof.functional import vocab_cross_entropy
 from shardproof.leaves import replicated
 from shardproof.mistakes.blocks import sgd
@@ -24,7 +21,9 @@ from shardproof.mistakes.steps import Scores, Steps, change_nothing
 from shardproof.plans.apply import parallelize
 from shardproof.plans.initialize import initialize
 from shardproof.plans.style import ColumnParallel, Plan, Style, VocabParallel
-from shardproof.prover.case import Trial
+from shardproof.prover.case import CaseRun
+from shardproof.prover.cases.gpt import attention_style, layout_of_logits
+from shardproof.prover.cases.text_training import copy_weights
 
 VOCABULARY, HIDDEN, HEAD_DIM = 67, 32, 4
 ROWS, LENGTH, IGNORED = 2, 9, -100
@@ -118,7 +117,7 @@ class Reader(nn.Module):
         return logits
 
 
-def build(trial: Trial, *, shape: Shape) -> nn.Module:
+def build(trial: CaseRun, *, shape: Shape) -> nn.Module:
     """The model, with the numbers that every degree gives it."""
     if trial.axis is not None:
         return _cut(trial, trial.axis, shape)
@@ -128,7 +127,7 @@ def build(trial: Trial, *, shape: Shape) -> nn.Module:
     return plain
 
 
-def _cut(trial: Trial, axis: Axis, shape: Shape) -> nn.Module:
+def _cut(trial: CaseRun, axis: Axis, shape: Shape) -> nn.Module:
     with torch.device("meta"):
         model = Reader(shape)
     return initialize(parallelize(model, Plan(shape.plan(), trial.scheme), axis), std=STD)
@@ -145,7 +144,7 @@ def text() -> tuple[Tensor, Tensor]:
     return ids[:, :-1], labels
 
 
-def score(trial: Trial, model: nn.Module) -> Scores:
+def score(trial: CaseRun, model: nn.Module) -> Scores:
     """Logits and the mean cross-entropy of what follows each token."""
     ids, labels = text()
     logits: Tensor = model(ids)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from shardproof.axis import Axis
 from shardproof.leaves import Layout
-from shardproof.prover.case import Case, Recording, Trial
+from shardproof.prover.case import Case, CaseRun, RecordOptions
 from shardproof.scheme import Scheme
 from shardproof.showing.run import Window, Work
 
@@ -23,7 +23,7 @@ class _Recorder:
     def __init__(self) -> None:
         self.has_begun = False
 
-    def record(self, name: str, tensor: Tensor, layout: Layout, how: Recording) -> None:
+    def record(self, name: str, tensor: Tensor, layout: Layout, how: RecordOptions) -> None:
         """A case records its first weights before its step, and updated ones after it."""
         self.has_begun = True
         if how.step is not None:
@@ -33,7 +33,7 @@ class _Recorder:
         """Nothing is set aside on a rank."""
 
 
-class _StepTrial(Trial):
+class _StepTrial(CaseRun):
     """A trial of which the phases of the first training step are windows of a trace."""
 
     def __init__(self, *, axis: Axis, scheme: Scheme, seed: int, window: Window) -> None:

@@ -35,12 +35,11 @@ from shardproof.trace.step import Part, Step
 
 # What these of the package call is the work of a user: a case, a model, a loss.
 OF_USERS = (
-    "cases",
     "cli",
     "engines",
     "mistakes",
+    "prover.cases",
     "prover.training",
-    "prover.update",
     "ranks",
     "showing",
 )

@@ -1,31 +1,50 @@
-"""A small decoder of our own, as GPT-2 is built: plain torch, which `parallelize` cuts.
+"""A small decoder, as GPT-2 is built, trained on real text.
 
-Learned positions, LayerNorm before each block, attention and a GELU feed-forward, dropout on what
-joins the residual stream and on attention weights, and an output head tied to the embedding.
-(Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". The projections to
-queries, keys and values have no bias: a bias of keys has no gradient but rounding.)
+It has learned positions, LayerNorm before each block, attention and a GELU feed-forward, dropout on
+the residual branches and on attention weights, and an output head tied to the embedding (Radford et
+al. 2019, "Language Models are Unsupervised Multitask Learners"). The projections to queries, keys
+and values have no bias: the gradient of a bias of keys is nothing but rounding.
+
+It has five heads (at degree 8 three ranks have none), a vocabulary of 257 and a feed-forward of
+237. No degree but 1 divides any of them.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardproof.plans.style import Attention, ColumnParallel, RowParallel, Style, VocabParallel
+from shardproof.axis import Axis
+from shardproof.functional import vocab_cross_entropy
+from shardproof.layers.linear import ColumnParallelLinear
+from shardproof.leaves import Layout, replicated
+from shardproof.plans.apply import parallelize
+from shardproof.plans.initialize import initialize
+from shardproof.plans.style import (
+    Attention,
+    ColumnParallel,
+    Plan,
+    RowParallel,
+    Style,
+    VocabParallel,
+)
+from shardproof.prover.case import Case, CaseRun
+from shardproof.prover.cases.text_training import LanguageModelOutput, TextTraining, copy_weights
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a decoder.
+    """The sizes of a decoder.
 
     Attributes:
-        vocabulary: how many tokens there are.
-        positions: the longest text it can read.
+        vocabulary: number of tokens.
+        positions: length of the longest text.
         heads, head_dim: of attention; the hidden width is their product.
         inner: width of the feed-forward.
         blocks: how many.
-        dropout: of the embedding, of what each block adds, and of attention weights.
+        dropout: of the embedding, of each residual branch, and of attention weights.
     """
 
     vocabulary: int
@@ -42,7 +61,7 @@ class Sizes:
         return self.heads * self.head_dim
 
     def plan(self) -> dict[str, Style | str]:
-        """How `parallelize` is to cut a decoder of these sizes."""
+        """The plan by which `parallelize` cuts a decoder of these sizes."""
         return {
             "embedding": VocabParallel(),
             "head": ColumnParallel(),
@@ -53,7 +72,7 @@ class Sizes:
 
 
 def attention_style(heads: int, head_dim: int, *, keys: int | None = None) -> Attention:
-    """How `parallelize` is to cut a `SelfAttention`, or one of fewer key-value heads."""
+    """The style by which `parallelize` cuts a `SelfAttention`; `keys` may be fewer than heads."""
     return Attention(
         queries=heads,
         keys=heads if keys is None else keys,
@@ -70,7 +89,7 @@ class Attend(nn.Module):
     """Attention itself, without projections.
 
     Args:
-        is_causal: a token sees those before it alone.
+        is_causal: a token attends only to itself and those before it.
         dropout: of attention weights, in training.
     """
 
@@ -90,7 +109,7 @@ class SelfAttention(nn.Module):
 
     Args:
         heads, head_dim: the hidden width is their product.
-        is_causal: a token sees those before it alone.
+        is_causal: a token attends only to itself and those before it.
         bias: whether the output projection has one.
         dropout: of attention weights, in training.
     """
@@ -175,3 +194,74 @@ class Decoder(nn.Module):
             x = block(x)
         logits: Tensor = self.head(self.norm(x))
         return logits
+
+
+SIZES = Sizes(vocabulary=257, positions=32, heads=5, head_dim=12, inner=237, blocks=2)
+STD = 0.02
+
+
+@dataclass(frozen=True)
+class DecoderSource:
+    """Builds and runs the decoder.
+
+    Attributes:
+        sizes: of the decoder; each training sets its own dropout.
+    """
+
+    sizes: Sizes = SIZES
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+        return self.sizes.vocabulary
+
+    def build(self, run: CaseRun, *, dropout: float) -> nn.Module:
+        """The decoder, with the same numbers at every degree."""
+        sizes = dataclasses.replace(self.sizes, dropout=dropout)
+        if run.axis is not None:
+            return self._cut(run, sizes, run.axis)
+        with torch.random.fork_rng(devices=[]):  # construction draws from the global generator
+            plain = Decoder(sizes)
+        copy_weights(self._cut(run, sizes, Axis.solo()), plain)
+        return plain
+
+    def _cut(self, run: CaseRun, sizes: Sizes, axis: Axis) -> nn.Module:
+        with torch.device("meta"):
+            plain = Decoder(sizes)
+        model = parallelize(plain, Plan(sizes.plan(), run.scheme), axis)
+        keyed = dataclasses.replace(run.scheme, seed=run.seed)
+        return initialize(model, std=STD, scheme=keyed)
+
+    def score(self, run: CaseRun, model: nn.Module, tokens: Tensor) -> LanguageModelOutput:
+        """Logits of all tokens but the last, and the loss of the next tokens."""
+        logits, layout = self.predict(run, model, tokens[:, :-1])
+        rows, target = logits.flatten(0, 1), tokens[:, 1:].flatten()
+        if run.axis is None or layout.cut is None:
+            return LanguageModelOutput(logits, layout, F.cross_entropy(rows, target))
+        loss = vocab_cross_entropy(
+            rows, target, axis=run.axis, cut=layout.cut, scheme=run.scheme, who="loss"
+        )
+        return LanguageModelOutput(logits, layout, loss)
+
+    def predict(self, run: CaseRun, model: nn.Module, tokens: Tensor) -> tuple[Tensor, Layout]:
+        """Logits, Shard(-1) if they are cut."""
+        logits: Tensor = model(tokens)
+        shape = (*tokens.shape, self.vocabulary)
+        return logits, layout_of_logits(model.get_submodule("head"), shape)
+
+
+def layout_of_logits(head: nn.Module, shape: tuple[int, ...]) -> Layout:
+    """The layout of a head's logits, whether it is cut along the vocabulary or not."""
+    if not isinstance(head, ColumnParallelLinear):
+        return replicated(shape)
+    weight = head.layouts["weight"]
+    return Layout(shape, weight.rank, len(shape) - 1, weight.cut)
+
+
+GPT_CASE = Case(
+    "gpt",
+    "small decoder on real text: tied embedding, learned positions, dropout, clipped AdamW",
+    TextTraining(DecoderSource()),
+    accuracy=1.5,
+    has_curve=True,
+)

@@ -1,11 +1,11 @@
-"""Handwritten digits: a real training on real input, the same at every degree for all its epochs.
+"""Handwritten digits: a training on real data, the same at every degree for all its epochs.
 
-An MLP 64 -> 250 -> 10 on scikit-learn's digits (1,797 images of 8 x 8), the hidden layer column
-parallel, the last one row parallel. The width is no multiple of 16, so that shards end where
-vector code does not. The weights are hashed after every epoch; agreement with plain torch is
-judged after the first step, for later on chaos amplifies rounding. The memory audit covers
-creation and the first epoch; its bound is the activation of a batch, larger than any weight here,
-so that the linear cases are the ones that show that no full weight appears.
+An MLP 64 -> 250 -> 10 on scikit-learn's digits (1,797 images of 8 x 8). The hidden layer is column
+parallel, the last one row parallel. The width is no multiple of 16, so shards do not end where
+vector registers do. The weights are hashed after every epoch. Agreement with plain torch is judged
+after the first step, because in later steps chaos amplifies rounding. The memory audit covers
+creation and the first epoch. Its bound is the activation of a batch, larger than any weight here,
+so this case does not show that no full weight appears; the linear cases do.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,12 +17,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from shardproof.cases.cut_or_plain import column_linear, row_linear
-from shardproof.cases.draws import fill_like_linear, generator
 from shardproof.functional import cross_entropy
-from shardproof.prover.case import Case, Trial
-from shardproof.prover.training import record_gradients, record_parameters, record_state
-from shardproof.prover.update import INITIAL, Update, make_optimizer
+from shardproof.prover.case import Case, CaseRun
+from shardproof.prover.cases.drawn_layers import (
+    column_linear,
+    fill_like_linear,
+    generator,
+    row_linear,
+)
+from shardproof.prover.training import (
+    INITIAL,
+    Update,
+    make_optimizer,
+    record_gradients,
+    record_parameters,
+    record_state,
+)
 
 PIXELS, HIDDEN, CLASSES = 64, 250, 10
 BATCH, EPOCHS = 120, 20
@@ -65,7 +75,7 @@ class Classifier(nn.Module):
 
 
 def load(seed: int) -> Digits:
-    """Read the images, shuffle them by the seed, and split them 80 to 20."""
+    """Read the images, shuffle them, and split them 80 to 20."""
     from sklearn.datasets import load_digits  # noqa: PLC0415 - an optional extra
 
     pixels, classes = load_digits(return_X_y=True)
@@ -76,12 +86,12 @@ def load(seed: int) -> Digits:
     return Digits(x[held_out:], y[held_out:], x[:held_out], y[:held_out])
 
 
-def build(trial: Trial) -> nn.Module:
-    """The classifier, with the numbers that its seed gives at any degree."""
-    hidden = column_linear(trial, PIXELS, HIDDEN, name="hidden")
-    output = row_linear(trial, HIDDEN, CLASSES, name="output")
+def build(run: CaseRun) -> nn.Module:
+    """The classifier, with the same numbers at every degree."""
+    hidden = column_linear(run, PIXELS, HIDDEN, name="hidden")
+    output = row_linear(run, HIDDEN, CLASSES, name="output")
     for name, layer in (("hidden", hidden), ("output", output)):
-        fill_like_linear(layer, generator(trial.seed, f"digits.{name}"))
+        fill_like_linear(layer, generator(run.seed, f"digits.{name}"))
     return Classifier(hidden, output)
 
 
@@ -90,26 +100,26 @@ def sgd(parameters: Iterable[nn.Parameter]) -> Optimizer:
     return torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=MOMENTUM)
 
 
-def run(trial: Trial) -> None:
-    """Train; in plain torch the first step alone."""
-    digits = load(trial.seed)
-    with trial.measured():
-        model = trial.adopt(trial.cast(build(trial)))
+def train(run: CaseRun) -> None:
+    """Train; in plain torch only the first step."""
+    digits = load(run.seed)
+    with run.measured():
+        model = run.adopt(run.cast(build(run)))
         optimizer = make_optimizer(sgd, model)
-    record_parameters(trial, model, suffix=INITIAL)
+    record_parameters(run, model, suffix=INITIAL)
     for epoch in range(1, EPOCHS + 1):
-        for step, (x, y) in enumerate(batches(digits, trial.seed, epoch)):
+        for step, (x, y) in enumerate(batches(digits, run.seed, epoch)):
             is_first = epoch == 1 and not step
-            train_step(trial, model, optimizer, x, y, record=is_first, measure=epoch == 1)
-            if is_first and trial.is_reference:
+            train_step(run, model, optimizer, x, y, record=is_first, measure=epoch == 1)
+            if is_first and run.is_reference:
                 return
-        record_parameters(trial, model, prefix=f"epoch {epoch}: ", judged=False)
-    record_state(trial, model, optimizer, prefix=f"epoch {EPOCHS}: ", judged=False)
-    examine(trial, model, digits)
+        record_parameters(run, model, prefix=f"epoch {epoch}: ", judged=False)
+    record_state(run, model, optimizer, prefix=f"epoch {EPOCHS}: ", judged=False)
+    examine(run, model, digits)
 
 
 def batches(digits: Digits, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The training images in an order keyed by seed and epoch; the last batch is shorter."""
+    """The training images, shuffled anew for each epoch; the last batch is shorter."""
     rows = len(digits.train_y)
     order = torch.randperm(rows, generator=generator(seed, f"digits.epoch {epoch}"))
     for chosen in order.split(BATCH):
@@ -117,7 +127,7 @@ def batches(digits: Digits, seed: int, epoch: int) -> Iterator[tuple[Tensor, Ten
 
 
 def train_step(
-    trial: Trial,
+    run: CaseRun,
     model: nn.Module,
     optimizer: Optimizer,
     x: Tensor,
@@ -129,7 +139,7 @@ def train_step(
     """Forward, loss, backward and update.
 
     Args:
-        trial: the run.
+        run: of the case.
         model: the classifier.
         optimizer: of its parameters.
         x: (rows, 64), Replicate.
@@ -138,31 +148,31 @@ def train_step(
         measure: whether the memory audit sees it.
     """
     if measure:
-        x, y = trial.data(x), trial.data(y)
-    with trial.measured() if measure else nullcontext():
+        x, y = run.data(x), run.data(y)
+    with run.measured() if measure else nullcontext():
         output = model(x)
-        loss = F.cross_entropy(output, y) if trial.axis is None else cross_entropy(output, y)
+        loss = F.cross_entropy(output, y) if run.axis is None else cross_entropy(output, y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-    trial.follow(loss)
+    run.follow(loss)
     if record:
-        trial.record("output", output)
-        trial.record("loss", loss)
-        record_gradients(trial, model)
-    update = Update(trial, model, sgd) if record else None
-    with trial.measured() if measure else nullcontext():
+        run.record("output", output)
+        run.record("loss", loss)
+        record_gradients(run, model)
+    update = Update(run, model, sgd) if record else None
+    with run.measured() if measure else nullcontext():
         optimizer.step()
     if update is not None:
         update.record()
-        record_state(trial, model, optimizer)
+        record_state(run, model, optimizer)
 
 
 @torch.no_grad()
-def examine(trial: Trial, model: nn.Module, digits: Digits) -> None:
-    """Claim that the trained classifier reads digits it has not seen."""
+def examine(run: CaseRun, model: nn.Module, digits: Digits) -> None:
+    """Claim that the trained classifier reads digits that it was not trained on."""
     right = int((model(digits.test_x).argmax(1) == digits.test_y).sum().item())
     rows = len(digits.test_y)
-    trial.check(
+    run.check(
         f"test accuracy of at least {WANTED_ACCURACY:.0%}",
         right >= WANTED_ACCURACY * rows,
         f"test accuracy {right / rows:.2%} ({right} of {rows} images) after {EPOCHS} epochs",
@@ -172,7 +182,7 @@ def examine(trial: Trial, model: nn.Module, digits: Digits) -> None:
 DIGITS = Case(
     "digits",
     f"handwritten digits: MLP 64 -> 250 -> 10, momentum SGD, {EPOCHS} epochs",
-    run,
+    train,
     extra="demo",
     module="sklearn",
     has_curve=True,

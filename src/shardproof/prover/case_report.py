@@ -1,20 +1,21 @@
-"""What a proof says of one case and of each tensor: frozen values that know whether they hold."""
+"""What a proof reports of one case and of each tensor, and whether that is a proof."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from shardproof.prover.case import Check
-from shardproof.prover.rounding import FAR, NEAR, TIMES, Rounding
-from shardproof.prover.runs import Counts
-from shardproof.prover.values import Shown
-from shardproof.prover.where import Where
+from shardproof.prover.compare import FAR, NEAR, TIMES, Rounding
+from shardproof.prover.fault_location import FaultLocation
+from shardproof.prover.recording import Counts
+
+Numbers = tuple[Any, ...] | float | int | bool  # nested as the tensor is
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a tensor compares with plain torch's, worst degree counted; None: there is no number."""
+    """How a tensor compares with plain torch's at the worst degree; None: there is no number."""
 
     exact: bool
     allclose: bool
@@ -33,21 +34,38 @@ class Errors:
 
 
 @dataclass(frozen=True)
+class ShownValues:
+    """The values of one tensor, as a report shows them.
+
+    Attributes:
+        held: degree -> the shape that each rank holds.
+        ours, torch: the values; None if the tensor is large, or if that side has none.
+        degree: whose ranks computed `ours`: 2 if that was run, else the lowest.
+    """
+
+    held: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    ours: Numbers | None = None
+    torch: Numbers | None = None
+    degree: int = 1
+
+
+@dataclass(frozen=True)
 class TensorReport:
     """One tensor at all degrees.
 
     Attributes:
         name, shape, dtype: of the full tensor.
         sha256: degree -> hash of the full tensor's bytes.
-        identical: recorded at every degree, with one hash, and the same on all ranks that hold it.
-        agreement_judged: must agree with plain torch (later steps need not).
+        identical: recorded at every degree with the same hash, and the same on all ranks that
+            hold it.
+        agreement_judged: it must agree with plain torch; tensors of later steps need not.
         torch: the agreement; None if not judged.
         fp64: the errors; None if not judged.
-        seed_allclose: meets the seed's elementwise tolerance; None if it need not.
-        findings: what else is wrong, in words ("replicas differ at degree 2").
+        seed_allclose: it passes the notebook's elementwise `allclose`; None if it need not.
+        findings: other faults, in words ("replicas differ at degree 2").
         rounding: how far rounding alone may put it; None if not judged.
-        nonfinite: degree, "torch" or "fp64" -> how many numbers are not finite there, if any.
-        shown: what each rank holds and the numbers, if they were asked for.
+        nonfinite: degree, "torch" or "fp64" -> number of elements that are not finite, if any.
+        shown: what each rank holds, and the values, if the report is to show them.
     """
 
     name: str
@@ -62,11 +80,11 @@ class TensorReport:
     findings: tuple[str, ...] = ()
     rounding: Rounding | None = None
     nonfinite: Mapping[str, int] = field(default_factory=dict)
-    shown: Shown | None = None
+    shown: ShownValues | None = None
 
     @property
     def agrees(self) -> bool:
-        """True if it agrees with plain torch as far as it must."""
+        """True if it agrees with plain torch, or need not."""
         if not self.agreement_judged:
             return True
         if self.torch is None or self.is_far_off or self.is_not_updated:
@@ -76,23 +94,23 @@ class TensorReport:
 
     @property
     def is_decided_by_rounding(self) -> bool:
-        """True if it is outside of the tolerance, and plain torch's own rounding explains that."""
+        """True if it exceeds the tolerance, and plain torch's own rounding explains that."""
         if self.torch is None or self.torch.allclose or self.torch.max_abs_diff is None:
             return False
         return self.rounding is not None and self.rounding.explains
 
     @property
     def is_not_updated(self) -> bool:
-        """True if a weight's update is missing or another one, small as it may be."""
+        """True if a weight's update is missing or wrong, however small it is."""
         return self.rounding is not None and (self.rounding.is_stuck or self.rounding.is_lost)
 
     @property
     def is_far_off(self) -> bool:
-        """True if the fp64 run shows a fault that the tolerance is too wide for.
+        """True if the fp64 run shows a fault that the tolerance does not.
 
-        Within `atol` any tensor of small values agrees, one that is twice too large too. Here plain
-        torch is near the fp64 run, and we are not: that is no rounding. Nor is it where all values
-        are rounding (their true value is zero) and ours are many times larger.
+        A tensor of small values agrees within `atol` even if it is twice too large. If plain torch
+        is near the fp64 run and ours is not, the difference is not rounding. The same holds where
+        all values are rounding (their true value is zero) and ours are many times larger.
         """
         if self.fp64 is None:
             return False
@@ -102,16 +120,16 @@ class TensorReport:
         return ours is not None and plain is not None and ours > FAR and plain < NEAR
 
     def faults(self) -> list[str]:
-        """What is wrong with it, a sentence each; none if it is as it must be."""
-        found = []
+        """Its faults, a sentence each; empty if there is none."""
+        sentences = []
         if not self.identical:
             hashes = ", ".join(f"{degree} {sha[:8]}" for degree, sha in self.sha256.items())
-            found.append(f"{self.name}: the bits differ (degree and hash: {hashes})")
+            sentences.append(f"{self.name}: the bits differ (degree and hash: {hashes})")
         if not self.agrees:
-            apart = self.torch.max_abs_diff if self.torch is not None else None
-            size = "" if apart is None else f" (largest difference {apart:.3g})"
-            found.append(f"{self.name}: does not agree with plain PyTorch{size}")
-        return found + [f"{self.name}: {finding}" for finding in self.findings]
+            distance = self.torch.max_abs_diff if self.torch is not None else None
+            size = "" if distance is None else f" (largest difference {distance:.3g})"
+            sentences.append(f"{self.name}: does not agree with plain PyTorch{size}")
+        return sentences + [f"{self.name}: {finding}" for finding in self.findings]
 
     @property
     def is_finite(self) -> bool:
@@ -119,7 +137,7 @@ class TensorReport:
         return not self.nonfinite
 
     def remark(self) -> str:
-        """What a reader must know of a tensor that agrees by rounding alone; "" for any other."""
+        """A remark on a tensor that agrees only because rounding decides it; "" for any other."""
         if not self.is_decided_by_rounding or self.torch is None or self.rounding is None:
             return ""
         ours, plain = self.rounding.ours or 0.0, self.rounding.torch or 0.0
@@ -129,7 +147,7 @@ class TensorReport:
         )
 
     def differing_degrees(self) -> tuple[str, str] | None:
-        """The first degree, and the first after it at which the hash is another one."""
+        """The first degree, and the first one after it that has a different hash."""
         first, *others = self.sha256 or ("",)
         for degree in others:
             if self.sha256[degree] != self.sha256[first]:
@@ -139,7 +157,7 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """The largest storage one rank allocated, and what it may be."""
+    """The largest storage that one rank allocated, and its bound."""
 
     rank: int
     largest_bytes: int
@@ -154,11 +172,11 @@ class MemoryReport:
 
 @dataclass(frozen=True)
 class CutReport:
-    """What the ranks of one degree shared.
+    """How much the ranks of one degree shared.
 
     Attributes:
-        parameters: of which no rank owns all.
-        sent_bytes: forward and backward, of the largest rank.
+        parameters: number of those that no rank owns whole.
+        sent_bytes: forward and backward, of the rank that sent most.
     """
 
     parameters: int
@@ -166,7 +184,7 @@ class CutReport:
 
     @property
     def is_cut(self) -> bool:
-        """True if the ranks did something together."""
+        """True if a parameter was cut and something was sent."""
         return self.parameters > 0 and self.sent_bytes > 0
 
 
@@ -182,10 +200,10 @@ class CaseReport:
         memory: degree -> one entry for each rank.
         comm: degree -> direction -> collective -> figures.
         checks: the case's own claims.
-        curves: run -> degree -> the loss of each step, of rank 0.
-        cut: degree -> what its ranks shared.
+        curves: name of a training -> degree -> the loss of each step, on rank 0.
+        cut: degree -> how much its ranks shared.
         allows_nonfinite: NaN and Inf are no fault.
-        where: module and operation in which it goes wrong, if that was looked for and found.
+        where: module and operation in which the fault begins, if it was located.
     """
 
     name: str
@@ -200,11 +218,11 @@ class CaseReport:
     curves: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
     cut: Mapping[str, CutReport] = field(default_factory=dict)
     allows_nonfinite: bool = False
-    where: Where | None = None
+    where: FaultLocation | None = None
 
     @property
     def losses(self) -> tuple[float, ...]:
-        """Of every step of the first training at the lowest degree; empty if none was followed."""
+        """The losses of the first training at the lowest degree; empty if none was followed."""
         by_degree = next(iter(self.curves.values()), {})
         return next(iter(by_degree.values()), ())
 
@@ -250,7 +268,7 @@ class CaseReport:
 
     @property
     def proved(self) -> bool:
-        """True if all of them hold, and of something: what shared nothing shows nothing."""
+        """True if all conditions hold, some tensor was recorded, and every degree above 1 cut."""
         return (
             bool(self.tensors)
             and self.identical
@@ -262,36 +280,28 @@ class CaseReport:
         )
 
     def first_difference(self) -> dict[str, Any] | None:
-        """The first tensor, in execution order, that is not as it must be."""
+        """The first tensor in execution order with a fault: of bits, else agreement, else NaN."""
+        faults: list[tuple[TensorReport, str, Sequence[str], Sequence[str]]] = []
         for tensor in self.tensors:
             if not tensor.identical:
-                between = tensor.differing_degrees()
-                return {
-                    "tensor": tensor.name,
-                    "what": "bits",
-                    "degrees": [int(degree) for degree in between or ()],
-                    "detail": "; ".join(tensor.findings),
-                }
-        for tensor in self.tensors:
-            if not tensor.agrees:
-                return {
-                    "tensor": tensor.name,
-                    "what": "torch",
-                    "degrees": [],
-                    "detail": "; ".join(tensor.findings),
-                }
-        if self.is_finite:
+                faults.append((tensor, "bits", tensor.differing_degrees() or (), tensor.findings))
+        faults += [(each, "torch", (), each.findings) for each in self.tensors if not each.agrees]
+        for tensor in () if self.is_finite else self.tensors:
+            if not tensor.is_finite:
+                where = [degree for degree in tensor.nonfinite if degree.isdigit()]
+                faults.append((tensor, "not finite", where, ()))
+        if not faults:
             return None
-        tensor = next(tensor for tensor in self.tensors if not tensor.is_finite)
+        tensor, what, degrees, findings = faults[0]
         return {
             "tensor": tensor.name,
-            "what": "not finite",
-            "degrees": [int(degree) for degree in tensor.nonfinite if degree.isdigit()],
-            "detail": "",
+            "what": what,
+            "degrees": [int(degree) for degree in degrees],
+            "detail": "; ".join(findings),
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """The JSON data of this case."""
         return {
             "name": self.name,
             "source": self.source,
@@ -328,7 +338,7 @@ class CaseReport:
 
 
 def plain(value: Any) -> Any:
-    """Tuples to lists, mappings to dicts, all the way down; None for NaN and Inf: JSON has none."""
+    """JSON data: lists for tuples, dicts for mappings, and None for NaN and Inf."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):

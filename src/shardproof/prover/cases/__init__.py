@@ -1,22 +1,23 @@
-"""All cases that `shardproof prove` runs by itself, by name."""
+"""The cases that `shardproof prove` runs by itself: notebook systems, digits, language models."""
 
 from difflib import get_close_matches
 
-from shardproof.cases.attention import ATTENTION
-from shardproof.cases.digits import DIGITS
-from shardproof.cases.ffn import FFN
-from shardproof.cases.gpt import GPT_CASE
-from shardproof.cases.linear import LINEAR_COLUMN, LINEAR_ROW
-from shardproof.cases.matmul import MATMUL_COLUMN, MATMUL_ROW
-from shardproof.cases.mlp import MLP_GATHERED
-from shardproof.cases.models import LLAMA, QWEN
 from shardproof.errors import UsageError
 from shardproof.prover.case import Case
+from shardproof.prover.cases.digits import DIGITS
+from shardproof.prover.cases.gpt import GPT_CASE
+from shardproof.prover.cases.matmul import MATMUL_COLUMN, MATMUL_ROW
+from shardproof.prover.cases.mlp import MLP_GATHERED
+from shardproof.prover.cases.single_linear import LINEAR_COLUMN, LINEAR_ROW
+from shardproof.prover.cases.transformer_block import ATTENTION, FFN
+from shardproof.prover.cases.transformers_models import LLAMA, QWEN
 from shardproof.wording import VALUE, shown
+
+__all__ = ["all_cases", "find_case"]
 
 
 def all_cases() -> tuple[Case, ...]:
-    """Every case, smallest first, installed or not."""
+    """Every case, the smallest first, whether its extra is installed or not."""
     return (
         MATMUL_ROW,
         MATMUL_COLUMN,
@@ -36,7 +37,7 @@ def find_case(name: str) -> Case:
     """The case of a name.
 
     Raises:
-        UsageError: there is none; names the near ones, and all.
+        UsageError: no case has this name. The message names similar ones, and all.
     """
     cases = {case.name: case for case in all_cases()}
     if name in cases:
