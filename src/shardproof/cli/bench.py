@@ -12,18 +12,17 @@ import click
 from rich.padding import Padding
 from rich.text import Text
 
+from shardproof import torchrun
 from shardproof.bench import plot
 from shardproof.bench.jobs import QUICK_ROUNDS, ROUNDS, Plan, plan
 from shardproof.bench.run import run
 from shardproof.bench.systems.catalog import system_names
 from shardproof.bench.tables import TextTable, rounds_text, tables
 from shardproof.bench.works.catalog import find_work, work_names
-from shardproof.cli import options, torchrun
-from shardproof.cli.json_file import JsonFile
+from shardproof.cli import options
 from shardproof.cli.options import HELP_OPTIONS
-from shardproof.cli.output import BAD, GOOD, PlainConsole, console, listed, table
-from shardproof.cli.picture import checked_picture
-from shardproof.cli.progress import progress
+from shardproof.cli.output import BAD, GOOD, PlainConsole, console, listed, progress, table
+from shardproof.cli.output_file import OutputFile, checked_picture
 from shardproof.errors import UsageError
 
 Data = dict[str, Any]
@@ -107,7 +106,7 @@ class Request:
 
     plan: Plan
     command: str
-    target: JsonFile | None
+    target: OutputFile | None
     picture: Path | None
 
 
@@ -130,7 +129,7 @@ def check(given: Given) -> Request:
             given.plot_path, is_installed=plot.is_installed(), example="bench.png"
         )
     made = plan(given.works, given.systems, rounds=rounds, is_quick=given.quick)
-    target = None if given.json_path is None else JsonFile(given.json_path)
+    target = None if given.json_path is None else OutputFile(given.json_path)
     command = shlex.join(["shardproof", *sys.argv[1:]])
     return Request(made, command, target, picture)
 

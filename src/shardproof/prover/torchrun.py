@@ -7,9 +7,8 @@ them when it exits.
 """
 
 import os
-import socket
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +31,7 @@ from shardproof.prover.report import Report
 from shardproof.prover.runs import RankResult
 from shardproof.scheme import Scheme
 from shardproof.telling import text_of
+from shardproof.torchrun import host_of
 from shardproof.transport.base import Call
 
 T = TypeVar("T")
@@ -99,7 +99,7 @@ def prove_under_torchrun(
 
 def _share_references(proof: Proof, axis: Axis, folder: Path, tell: Teller) -> References:
     """The references of this host: its first rank makes them, the others are told where."""
-    host, is_first = _host(os.environ)
+    host, is_first = host_of(os.environ)
 
     def make() -> tuple[str, References | None]:
         check_cases(proof.cases)
@@ -114,12 +114,6 @@ def _share_references(proof: Proof, axis: Axis, folder: Path, tell: Teller) -> R
         f"no rank on host {host!r} has LOCAL_RANK=0, so nobody there made the reference. "
         f"Start the ranks with torchrun, which sets it."
     )
-
-
-def _host(environment: Mapping[str, str]) -> tuple[str, bool]:
-    """A name for this host, and whether this rank is its first."""
-    group = environment.get("GROUP_RANK", "0")
-    return f"{socket.gethostname()}/{group}", environment.get("LOCAL_RANK", "0") == "0"
 
 
 def _run_alone(
