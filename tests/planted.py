@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import shardproof as sp
 from shardproof.axis import Axis
-from shardproof.mistakes.blocks import (
+from shardproof.mistakes.trainings import (
     EVEN,
     IN,
     OUT,

@@ -14,7 +14,7 @@ from fresh_process import run_fresh
 from planted import IN, OUT, block_builder, linear
 from shardproof.axis import Axis
 from shardproof.errors import DegreeError, MismatchError, UsageError
-from shardproof.mistakes.blocks import BATCH
+from shardproof.mistakes.trainings import BATCH
 from shardproof.numerics import mode
 from shardproof.prover import prove_cases
 from shardproof.prover.case import Case, CaseRun

@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "wording"),
     # What others wrote: numbers, variables of the environment, files.
     ("operands", "quantities"),
-    ("environment", "files"),
+    ("environment", "files", "torchrun"),
     ("objects",),
     ("autograd", "checking", "core", "error_text", "extras", "leaves", "runs", "tree"),
     ("heads", "observing", "scheme", "timeout", "units"),
@@ -196,7 +196,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engines.threads", "engines.processes", "engines.worker"),
     ("engines.__init__",),
     # What a rank did, step by step.
-    ("trace.hooks", "trace.places", "trace.step"),
+    ("trace.hooks", "trace.placements", "trace.step"),
     ("trace.rank", "trace.text"),
     ("trace.trace",),
     ("trace.__init__",),
@@ -223,36 +223,35 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("prover.cases.transformer_block", "prover.cases.transformers_models"),
     ("prover.cases.__init__",),
     # Mistakes that people make, planted and shown.
-    ("mistakes.blocks", "mistakes.edit", "mistakes.optimizers", "mistakes.steps"),
+    ("mistakes.cut_training", "mistakes.edit"),
     ("mistakes.mistake",),
-    ("mistakes.setups", "mistakes.words"),
-    ("mistakes.of_sums", "mistakes.of_training", "mistakes.of_weights", "mistakes.of_words"),
-    ("mistakes.gallery", "mistakes.outcome"),
+    ("mistakes.trainings",),
+    ("mistakes.language_model",),
+    (
+        "mistakes.of_language_models",
+        "mistakes.of_sums",
+        "mistakes.of_training",
+        "mistakes.of_weights",
+    ),
+    ("mistakes.outcome",),
     ("mistakes.__init__",),
     # One step to look at: scenes, then how they are drawn.
-    ("showing.moments", "showing.run"),
-    ("showing.case_step", "showing.figure"),
-    ("showing.grids", "showing.words"),
-    ("showing.sends",),
-    ("showing.story",),
-    ("showing.arrows", "showing.terminal"),
-    ("showing.page",),
+    ("showing.actions", "showing.step_runs"),
+    ("showing.tensors",),
+    ("showing.sentences",),
+    ("showing.arrows",),
+    ("showing.scenes",),
+    ("showing.page", "showing.terminal"),
     ("showing.plan_tree",),
     ("showing.plan_page",),
-    ("showing.shown",),
-    ("showing.given",),
-    ("showing.model_step",),
+    ("showing.show",),
     ("showing.__init__",),
     # What users import, and the command on top of it.
     ("__init__",),
-    ("cli.json_file", "cli.losses", "cli.options", "cli.output"),
-    ("cli.signals", "cli.streams", "cli.torchrun"),
-    ("cli.condense", "cli.machine", "cli.picture", "cli.progress", "cli.selection", "cli.table"),
-    ("cli.values",),
-    ("cli.request",),
+    ("cli.cases", "cli.output", "cli.output_file", "cli.signals"),
+    ("cli.options", "cli.plan_text", "cli.tensor_table"),
     ("cli.report_text",),
-    ("cli.plan_given", "cli.plan_model", "cli.plan_watched"),
-    ("cli.breaking", "cli.doctor", "cli.plan", "cli.prove", "cli.show"),
+    ("cli.break_", "cli.doctor", "cli.plan", "cli.prove", "cli.show"),
     ("cli.main",),
     ("cli.__init__",),
     ("__main__",),
@@ -290,7 +289,7 @@ class Import:
     is_inside_function: bool
 
 
-# What `cli.plan_given` imports by the name that a user gives: no module of ours is behind it.
+# What `cli.plan` imports by the name that a user gives: no module of ours is behind it.
 USERS = {"where"}
 
 

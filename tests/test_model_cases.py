@@ -12,9 +12,10 @@ import torch
 from click.testing import CliRunner, Result
 from torch import nn
 
-from shardproof.cli import request, selection
-from shardproof.cli.condense import condense
+from shardproof.cli import cases as selection
+from shardproof.cli import prove as prove_command
 from shardproof.cli.main import main
+from shardproof.cli.tensor_table import condense
 from shardproof.errors import UsageError
 from shardproof.hf import load
 from shardproof.prover import curve
@@ -272,7 +273,7 @@ def test_without_transformers(directory: Path, monkeypatch: pytest.MonkeyPatch) 
     refused(command("--case", "llama"), f"--case llama {way_out}")
     with pytest.raises(UsageError, match="a checkpoint directory needs the extra 'hf'"):
         checkpoint_case(directory)
-    assert {"name": "qwen", "extra": "hf"} in selection.select((), None, None)[1]
+    assert {"name": "qwen", "extra": "hf"} in selection.select_cases((), None, None)[1]
 
 
 def test_weights_of_other_shapes(directory: Path, tmp_path: Path) -> None:
@@ -286,7 +287,7 @@ def test_weights_of_other_shapes(directory: Path, tmp_path: Path) -> None:
 
 
 def test_steps_are_for_cases_that_train_on_text(directory: Path) -> None:
-    chosen, _ = selection.select(("ffn", "gpt"), str(directory), 3)
+    chosen, _ = selection.select_cases(("ffn", "gpt"), str(directory), 3)
     assert [case.name for case in chosen] == ["ffn", "gpt", "model"]
     assert chosen[0] is find_case("ffn")
     assert [case.work.steps for case in chosen[1:]] == [3, 3]
@@ -314,13 +315,13 @@ def test_a_plot_that_cannot_be_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         "--plot 'losses.jpeg' does not end in .png, .svg and .pdf, which say how to draw. Name a "
         "file, for instance --plot losses.png.",
     )
-    monkeypatch.setattr(request.curve, "is_installed", lambda: False)
+    monkeypatch.setattr(prove_command.curve, "is_installed", lambda: False)
     refused(
         command("--case", "gpt", "--plot", "x.png"),
         "--plot x.png needs the extra 'plot', which is not installed. "
         "Run: pip install 'shardproof[plot]'",
     )
-    monkeypatch.setattr(request.curve, "is_installed", lambda: True)
+    monkeypatch.setattr(prove_command.curve, "is_installed", lambda: True)
     nowhere = tmp_path / "none" / "x.png"
     refused(
         command("--case", "gpt", "--plot", str(nowhere)),

@@ -15,7 +15,6 @@ from torch import nn
 from places import Pool
 from shardproof import core
 from shardproof.axis import Axis
-from shardproof.cli import torchrun
 from shardproof.cli.main import main
 from shardproof.errors import UsageError
 from shardproof.layers.linear import RowParallelLinear
@@ -28,7 +27,7 @@ WITH_CORE = pytest.mark.skipif(core.shm() is None, reason=f"needs the core: {cor
 
 @pytest.fixture(autouse=True)
 def _no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (torchrun.RANK, torchrun.WORLD_SIZE):
+    for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -184,8 +183,8 @@ def test_what_does_not_fit_is_refused(arguments: list[str], message: str) -> Non
 
 
 def test_under_torchrun_ranks_are_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(torchrun.RANK, "0")
-    monkeypatch.setenv(torchrun.WORLD_SIZE, "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     done = prove("--transport", "threads")
     assert done.exit_code == 2
     assert (

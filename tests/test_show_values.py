@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from shardproof.cli.main import main
 from shardproof.cli.output import PlainConsole
-from shardproof.cli.values import show_values
+from shardproof.cli.report_text import show_values
 from shardproof.prover import prove_cases
 from shardproof.prover.cases import find_case, notebooks
 from shardproof.prover.cases.notebooks import NOT_RECORDED, WITHOUT_TWO, compare_with_notebook
@@ -77,8 +77,8 @@ def test_the_part_of_a_rank_is_compared_by_itself(cases: dict[str, Any]) -> None
 
 def test_without_degree_2_there_are_no_two_devices() -> None:
     case = prove_cases([find_case("mlp-gathered")], degrees=(1,), threads=1, few=FEW)
-    told = case.as_dict()["cases"][0]
-    found = compare_with_notebook(notebooks.MLP_PRINTED, told, seed=notebooks.MLP_SEED)
+    view = case.as_dict()["cases"][0]
+    found = compare_with_notebook(notebooks.MLP_PRINTED, view, seed=notebooks.MLP_SEED)
     by_label = {(row["label"], row["what"]): row["ours"] for row in found}
     assert by_label["W1_0.shape", "shape"] == "run degree 2"
     assert by_label["W1.shape", "shape"] == "4x6"
@@ -92,11 +92,11 @@ def test_what_two_ranks_made_is_that_of_degree_2() -> None:
     """With plain sums degrees differ: neither the lowest nor the worst one is that of two ranks."""
     scheme = Scheme(numerics="native")
     cases = [find_case("mlp-gathered")]
-    told = {
+    view = {
         degrees: prove_cases(cases, degrees=degrees, scheme=scheme, threads=1, few=FEW).as_dict()
         for degrees in ((2,), (1, 2, 4))
     }
-    alone, among = (report["cases"][0] for report in told.values())
+    alone, among = (report["cases"][0] for report in view.values())
     tensors = [{each["name"]: each for each in case["tensors"]} for case in (alone, among)]
     differing = [name for name, each in tensors[1].items() if not each["identical"]]
     assert "output" in differing

@@ -9,7 +9,6 @@ rank exits.
 
 import functools
 import os
-import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +38,7 @@ from shardproof.prover.recording import (
 from shardproof.prover.report import Report
 from shardproof.ranks import open_ranks
 from shardproof.scheme import Scheme, checked_scheme
+from shardproof.torchrun import host_of
 from shardproof.transport.base import Call
 from shardproof.wording import shown
 
@@ -329,7 +329,7 @@ def _share_references(
     settings: ProofSettings, axis: Axis, folder: Path, count: "ProgressCounter"
 ) -> References:
     """The references of this host: its first rank makes them and sends the others their paths."""
-    host, is_first = _host(os.environ)
+    host, is_first = host_of(os.environ)
 
     def make() -> tuple[str, References | None]:
         check_cases(settings.cases)
@@ -342,12 +342,6 @@ def _share_references(
         f"no rank on host {host!r} has LOCAL_RANK=0, so nobody there made the reference. "
         f"Start the ranks with torchrun, which sets it."
     )
-
-
-def _host(environment: Mapping[str, str]) -> tuple[str, bool]:
-    """A name for this host, and whether this rank is its first."""
-    group = environment.get("GROUP_RANK", "0")
-    return f"{socket.gethostname()}/{group}", environment.get("LOCAL_RANK", "0") == "0"
 
 
 def _run_alone(

@@ -1,6 +1,6 @@
 """What one rank does in a scene: a step of its trace, or some that belong together.
 
-The products of the nodes of one sum are one moment, and so are a collective that adds and its
+The products of the nodes of one sum are one action, and so are a collective that adds and its
 additions, which a trace has as steps of their own.
 """
 
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from shardproof.trace.step import CORNER, Part, Step
+from shardproof.trace.step import CORNER, Part, TraceStep
 from shardproof.tree import node_name
 
 SUMMED = ("all_reduce", "reduce_scatter")
 
 
 @dataclass(frozen=True)
-class Moment:
+class RankAction:
     """What one rank does in a scene.
 
     Attributes:
@@ -25,12 +25,12 @@ class Moment:
         outputs: what is made; a product has one for each node.
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[TraceStep, ...]
     inputs: tuple[Part, ...]
     outputs: tuple[Part, ...]
 
     @property
-    def first(self) -> Step:
+    def first(self) -> TraceStep:
         """The step that says what is done."""
         return self.steps[0]
 
@@ -45,10 +45,10 @@ class Moment:
         return (self.first if self.first.is_collective else self.steps[-1]).held_bytes
 
 
-def moments_of(steps: Sequence[Step]) -> list[Moment]:
-    """The steps of one rank, in their order, as moments."""
-    groups: list[list[Step]] = []
-    waiting: dict[tuple[str, str], deque[list[Step]]] = defaultdict(deque)
+def actions_of(steps: Sequence[TraceStep]) -> list[RankAction]:
+    """The steps of one rank, in their order, as actions."""
+    groups: list[list[TraceStep]] = []
+    waiting: dict[tuple[str, str], deque[list[TraceStep]]] = defaultdict(deque)
     for step in steps:
         key = step.phase, step.module
         if step.operation == "addition" and not step.inputs:
@@ -64,19 +64,19 @@ def moments_of(steps: Sequence[Step]) -> list[Moment]:
         groups.append([step])
         if step.is_collective and step.operation in SUMMED:
             waiting[key].append(groups[-1])
-    return _named([_moment(group) for group in groups])
+    return _named([_action(group) for group in groups])
 
 
 def base_name(part: Part) -> str:
-    """What the sum is called of which this is a node; of anything else, its name."""
+    """The name of the sum that a node belongs to; the name of any other tensor."""
     return part.name if part.node is None else part.name.removesuffix(f", {node_name(part.node)}")
 
 
-def _is_product_of(step: Step, key: tuple[str, str]) -> bool:
+def _is_product_of(step: TraceStep, key: tuple[str, str]) -> bool:
     return step.operation == "product" and (step.phase, step.module) == key
 
 
-def _continues(before: Step, step: Step) -> bool:
+def _continues(before: TraceStep, step: TraceStep) -> bool:
     """Whether both are products of nodes of the same sum."""
     if not _is_product_of(step, (before.phase, before.module)) or before.operation != "product":
         return False
@@ -86,43 +86,45 @@ def _continues(before: Step, step: Step) -> bool:
     return first is not None and second is not None and first[1] <= second[0]
 
 
-def _moment(steps: Sequence[Step]) -> Moment:
+def _action(steps: Sequence[TraceStep]) -> RankAction:
     first = steps[0]
     if first.is_collective or len(steps) == 1 or steps[1].operation == "addition":
-        made = () if first.output is None else (first.output,)
-        return Moment(tuple(steps), inputs=first.inputs, outputs=made)
+        single = () if first.output is None else (first.output,)
+        return RankAction(tuple(steps), inputs=first.inputs, outputs=single)
     inputs = [_joined([step.inputs[place] for step in steps]) for place in range(len(first.inputs))]
     outputs = tuple(step.output for step in steps if step.output)
-    return Moment(tuple(steps), inputs=tuple(inputs), outputs=outputs)
+    return RankAction(tuple(steps), inputs=tuple(inputs), outputs=outputs)
 
 
-def _named(moments: Sequence[Moment]) -> list[Moment]:
-    """What is gathered is called alike before and after, and as the product that made it."""
-    made: dict[tuple[str, str], Part] = {}
-    found = []
-    for moment in moments:
-        first = moment.first
+def _named(actions: Sequence[RankAction]) -> list[RankAction]:
+    """Give what is gathered one name before and after: that of the product that made it."""
+    products: dict[tuple[str, str], Part] = {}
+    named = []
+    for action in actions:
+        first = action.first
         key = first.phase, first.module
         if first.operation == "all_gather":
-            known, given = made.get(key), moment.inputs[0]
-            name = known.name if known is not None and known.shape == given.shape else given.name
-            moment = replace(
-                moment,
-                inputs=(replace(given, name=name),),
-                outputs=tuple(replace(part, name=name) for part in moment.outputs),
+            known, operand = products.get(key), action.inputs[0]
+            name = (
+                known.name if known is not None and known.shape == operand.shape else operand.name
             )
-        elif first.operation in SUMMED and first.is_collective and moment.outputs:
-            name = moment.outputs[0].name  # nodes have names of their own
-            given_parts = (p if p.node else replace(p, name=name) for p in moment.inputs)
-            moment = replace(moment, inputs=tuple(given_parts))
-        elif first.operation == "product" and moment.outputs:
-            made[key] = moment.outputs[0]
-        found.append(moment)
-    return found
+            action = replace(
+                action,
+                inputs=(replace(operand, name=name),),
+                outputs=tuple(replace(part, name=name) for part in action.outputs),
+            )
+        elif first.operation in SUMMED and first.is_collective and action.outputs:
+            name = action.outputs[0].name  # nodes have names of their own
+            operands = (p if p.node else replace(p, name=name) for p in action.inputs)
+            action = replace(action, inputs=tuple(operands))
+        elif first.operation == "product" and action.outputs:
+            products[key] = action.outputs[0]
+        named.append(action)
+    return named
 
 
 def _joined(parts: Sequence[Part]) -> Part:
-    """The parts of one shard as the whole shard; what is the same in all of them stays."""
+    """Join the parts of one shard; a tensor that is the same in all steps stays."""
     first, last = parts[0], parts[-1]
     dim = first.dim
     if dim is None or first.held is None or last.held is None or first.held == last.held:

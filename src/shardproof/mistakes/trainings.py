@@ -1,31 +1,128 @@
-"""The small trainings of linear layers in which mistakes are made."""
+"""The small trainings of linear layers in which mistakes are made.
+
+Their weights and batches are drawn from seeds of their own; torch's global generator draws nothing.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardproof import collectives, optim
+from shardproof import collectives, comm, optim
 from shardproof.axis import Axis
 from shardproof.errors import UsageError
 from shardproof.functional import mse_loss
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
+from shardproof.layers.step_guard import declare_elementwise
 from shardproof.leaves import Cut, Layout, replicated
-from shardproof.mistakes.blocks import BATCH, EVEN, IN, OUT, Block, batch, linear, sgd
+from shardproof.mistakes.cut_training import CutTraining, Scored
 from shardproof.mistakes.mistake import SetUp
-from shardproof.mistakes.optimizers import calm_sgd, resumed_sgd, small_sgd
-from shardproof.mistakes.steps import Scores, Steps
 from shardproof.prover.case import CaseRun
 from shardproof.prover.cases.mlp import MLP_GATHERED as GATHERED_CASE
 from shardproof.prover.training import Batch, Training
 
+IN, OUT, BATCH = 12, 7, 5
+EVEN = 48  # units of the cut dim: 8 leaves of 6, so that at degree 2 all shards have one size
+
+Activation = Callable[[Tensor], Tensor]
+Change = Callable[[nn.Module, Axis], None]
+
+
+class Block(nn.Module):
+    """A replicated linear, then column and row parallel ones; every kind of gradient occurs.
+
+    Args:
+        front: replicated; its gradients are right only if `up` sums its input gradient.
+        up: column parallel, or plain.
+        down: row parallel, or plain.
+        activation: between `up` and `down`, on what is cut.
+    """
+
+    def __init__(
+        self, front: nn.Module, up: nn.Module, down: nn.Module, activation: Activation
+    ) -> None:
+        super().__init__()
+        self.front, self.up, self.down = front, up, down
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (5, 12), Replicate, to (5, 7), Replicate."""
+        y: Tensor = self.down(self.activation(self.up(self.front(x))))
+        return y
+
+
+def linear(in_features: int, out_features: int, seed: int) -> nn.Linear:
+    """A plain linear whose weights are drawn from a seed of its own.
+
+    Args:
+        in_features: columns of the weight.
+        out_features: rows of the weight.
+        seed: from which weight and bias are drawn.
+    """
+    layer = nn.Linear(in_features, out_features, device="meta").to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.uniform_(-0.5, 0.5, generator=generator)
+    return layer
+
+
+def batch(columns: int = OUT, *, seed: int = 99) -> tuple[Tensor, Tensor]:
+    """Input (5, 12) and target (5, columns), Replicate."""
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(BATCH, IN, generator=generator),
+        torch.randn(BATCH, columns, generator=generator),
+    )
+
+
+def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Gradient descent with momentum."""
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+@declare_elementwise
+class ResumedSgd(torch.optim.SGD):
+    """Momentum that is saved whole after every step, and read again by each rank."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step, then the checkpoint."""
+        answer = super().step(closure)
+        for parameter, state in self.state.items():
+            if hasattr(parameter, "place"):
+                read_state(state["momentum_buffer"], *parameter.place)
+        return answer
+
+
+def resumed_sgd(parameters: Any) -> torch.optim.Optimizer:
+    """Gradient descent with momentum that is saved and read again."""
+    return ResumedSgd(parameters, lr=0.02, momentum=0.8)
+
+
+def read_state(buffer: Tensor, axis: Axis, cut: Cut) -> None:
+    """Save the buffers of all ranks as one tensor, and read this rank's part of it."""
+    saved = comm.all_gather(buffer, axis, dim=0, cut=cut, direction="update")
+    owned = cut.owned(axis.rank)
+    buffer.copy_(saved[owned.start : owned.stop])
+
+
+def calm_sgd(parameters: Any) -> torch.optim.Optimizer:
+    """SGD with a small step for several layers; a larger step makes the loss oscillate."""
+    return torch.optim.SGD(parameters, lr=0.02, momentum=0.8)
+
+
+def small_sgd(parameters: Any) -> torch.optim.Optimizer:
+    """SGD with a tiny step, for the large numbers of `TransposedRow`."""
+    return torch.optim.SGD(parameters, lr=1e-6)
+
 
 def rank_of(trial: CaseRun) -> int:
-    """Of this run; 0 in plain torch."""
+    """The rank of this run; 0 in plain torch."""
     return 0 if trial.axis is None else trial.axis.rank
 
 
@@ -52,7 +149,7 @@ def column(
 
 
 def row(trial: CaseRun, whole: nn.Linear, name: str) -> nn.Module:
-    """The same, row parallel."""
+    """A row-parallel layer with the numbers of a plain one; in plain torch that one."""
     if trial.axis is None:
         return whole
     return RowParallelLinear.from_linear(whole, axis=trial.axis, name=name, scheme=trial.scheme)
@@ -108,12 +205,12 @@ def build_resumed(trial: CaseRun) -> nn.Module:
     return model
 
 
-def score_block(trial: CaseRun, model: nn.Module) -> Scores:
+def score_block(trial: CaseRun, model: nn.Module) -> Scored:
     """The whole output, and its mean squared error."""
     batch = read(trial)
     y: Tensor = model(trial.cast(batch.inputs[0]))
     error = F.mse_loss(y, trial.cast(batch.target))
-    return Scores("output", y, replicated(tuple(y.shape)), error)
+    return Scored("output", y, replicated(tuple(y.shape)), error)
 
 
 def build_split(trial: CaseRun) -> nn.Module:
@@ -121,17 +218,17 @@ def build_split(trial: CaseRun) -> nn.Module:
     return column(trial, linear(IN, EVEN, seed=2), "column")
 
 
-def score_split(trial: CaseRun, model: nn.Module) -> Scores:
+def score_split(trial: CaseRun, model: nn.Module) -> Scored:
     """The cut output, and the loss against this rank's columns of the label."""
     batch = read(trial, columns=EVEN)
     y: Tensor = model(trial.cast(batch.inputs[0]))
     label, shape = trial.cast(batch.target), (BATCH, EVEN)
     if trial.axis is None:
-        return Scores("output", y, replicated(shape), F.mse_loss(y, label))
+        return Scored("output", y, replicated(shape), F.mse_loss(y, label))
     cut = Cut(EVEN, trial.scheme.leaves, trial.axis.size)
     mine = own_columns(label, cut, trial.axis.rank)
     total = mse_loss(y, mine, axis=trial.axis, cut=cut)
-    return Scores("output", y, Layout(shape, trial.axis.rank, 1, cut), total)
+    return Scored("output", y, Layout(shape, trial.axis.rank, 1, cut), total)
 
 
 def own_columns(label: Tensor, cut: Cut, rank: int) -> Tensor:
@@ -180,7 +277,7 @@ def rows_of_fused(fused: Tensor, own: slice) -> Tensor:
 
 
 def whole_numbers(*shape: int, seed: int) -> Tensor:
-    """Sums of these are exact, in any order: code that adds in rank order keeps its bits."""
+    """Whole numbers, whose sums are exact in any order."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-4, 5, shape, generator=generator).float()
 
@@ -234,10 +331,10 @@ def _training(
     reader: Callable[[CaseRun], Batch] = read,
     **options: Any,
 ) -> SetUp:
-    """A set-up whose output is whole; nothing of `build` is audited: the whole layers are there."""
-    made = Training(build, reader, loss, optimizer=calm_sgd, measures_creation=False)
-    given = dataclasses.replace(made, **options)
-    return SetUp(name, description, lambda steps: dataclasses.replace(given, steps=steps))
+    """A set-up whose output is whole. `build` makes whole layers, so its memory is not audited."""
+    training = Training(build, reader, loss, optimizer=calm_sgd, measures_creation=False)
+    training = dataclasses.replace(training, **options)
+    return SetUp(name, description, lambda steps: dataclasses.replace(training, steps=steps))
 
 
 def _gathered(steps: int) -> Training:
@@ -257,7 +354,7 @@ DROPOUT = _training("dropout", "the block behind a dropout of its input", build_
 RESUMED = SetUp(
     "resumed",
     "the block, its momentum saved and read again",
-    lambda steps: Steps(build_resumed, score_block, resumed_sgd, steps),
+    lambda steps: CutTraining(build_resumed, score_block, resumed_sgd, steps),
 )
 COLUMN = _training(
     "column", "one column-parallel layer, gathered", build_column, read_even, optimizer=sgd
@@ -281,5 +378,5 @@ TWO_LAYERS = SetUp("mlp-gathered", GATHERED_CASE.description, _gathered)
 SPLIT = SetUp(
     "split",
     "one column-parallel layer whose output stays cut, and its loss",
-    lambda steps: Steps(build_split, score_split, sgd, steps),
+    lambda steps: CutTraining(build_split, score_split, sgd, steps),
 )

@@ -1,48 +1,101 @@
-"""`show`: one training step of a user's own module, traced and made into scenes."""
+"""`show`: one training step of a user's own module, to print, as a page and as data."""
 
 import copy
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
-from shardproof.axis import Axis
-from shardproof.cut.tensor import CutTensor
+from shardproof import files
 from shardproof.errors import UsageError
-from shardproof.functional import mse_loss
 from shardproof.leaves import check_degree, checked_degree
-from shardproof.objects import checked_model, checked_optimizer
-from shardproof.observing import Placement, observers
-from shardproof.operands import FLOATS
 from shardproof.plans.apply import parallelize
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.style import Plan, Style
 from shardproof.quantities import checked_flag, checked_name
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
-from shardproof.showing.run import Window, Work, traced
-from shardproof.showing.shown import Shown, checked_page
-from shardproof.showing.story import story_of
-from shardproof.trace.rank import RankTrace
+from shardproof.showing.page import page_of
+from shardproof.showing.scenes import StepView, view_of
+from shardproof.showing.step_runs import MEAN_OF_SQUARES, BuildModel, step_work, traced
+from shardproof.showing.terminal import lines_of
 from shardproof.trace.trace import Trace
 from shardproof.wording import shown as as_text
+from shardproof.wording import spelt_out, written
 
-Build = Callable[[Axis], nn.Module]
-GivenPlan = ModelPlan | Plan | Mapping[str, Style | str] | None
+AnyPlan = ModelPlan | Plan | Mapping[str, Style | str] | None
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
-MEAN_OF_SQUARES = "mean_of_squares"  # what a trace calls it
+WIDTH = 80  # columns of `print`
+_HEIGHT = 720  # pixels in a notebook
+_WAY_OUT = "Name a file in a directory where you may create files, such as step.html."
 OWN_LOSS = "No loss was given: this run takes the loss that the model returns."
 SQUARES = "No loss was given: this run takes the mean of the squares of the output."
 
 
+@dataclass(frozen=True)
+class ShownStep:
+    """One training step, to look at.
+
+    `print` writes it as text; a notebook shows the page.
+
+    Attributes:
+        trace: of all ranks, of the step alone.
+        view: its scenes, and what is said about them.
+    """
+
+    trace: Trace
+    view: StepView
+
+    def page(self) -> str:
+        """The page as text: HTML that needs no other file and no network."""
+        return page_of(self.view)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the page to a file.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
+        where = checked_page(path)
+        try:
+            where.write_text(self.page(), encoding="utf-8")
+        except OSError as error:
+            raise UsageError(
+                f"html={written(str(where))} cannot be written: {files.why(error)}. {_WAY_OUT}"
+            ) from None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON; "nan", "inf" and "1j" stand for what JSON has no numbers for."""
+        plain: dict[str, Any] = spelt_out(self.view.as_dict())
+        return plain
+
+    def __str__(self) -> str:
+        console = Console(width=WIDTH, no_color=True, force_terminal=False, highlight=False)
+        with console.capture() as capture:
+            for line in lines_of(self.view, values=False, width=WIDTH):
+                console.print(line, soft_wrap=True)
+        return capture.get().rstrip()
+
+    def _repr_html_(self) -> str:
+        """In a notebook, the page in a frame of its own."""
+        return (
+            f'<iframe title="{escape(self.view.title)}" srcdoc="{escape(self.page())}" '
+            f'style="width:100%;height:{_HEIGHT}px;border:0"></iframe>'
+        )
+
+
 def show(
-    model: nn.Module | Build,
+    model: nn.Module | BuildModel,
     inputs: Inputs,
     *,
     degree: int = 2,
-    plan: GivenPlan = None,
+    plan: AnyPlan = None,
     loss: Callable[..., Tensor] | None = None,
     target: Any = None,
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
@@ -51,7 +104,7 @@ def show(
     engine: str = "threads",
     scheme: Scheme = DEFAULT_SCHEME,
     name: str = "",
-) -> Shown:
+) -> ShownStep:
     """Show one training step on ranks: who holds what, who sends what, number by number.
 
     `print` it in a terminal; in a notebook it is a page that can be played.
@@ -74,14 +127,14 @@ def show(
         name: a title; by default that of the model's class.
 
     Returns:
-        The step: `trace`, `story`, `page()`, `save(path)`, `as_dict()`.
+        The step: `trace`, `view`, `page()`, `save(path)`, `as_dict()`.
     Raises:
         UsageError, DegreeError, PlanError: an argument makes no sense, or does not fit another.
         RankError: the model, the loss or the optimizer raised on a rank.
     Example:
         >>> two = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
         >>> step = show(two, torch.ones(2, 4), plan={"0": "colwise", "1": "rowwise"})
-        >>> [scene.title for scene in step.story.scenes if scene.arrows]
+        >>> [scene.title for scene in step.view.scenes if scene.arrows]
         ['1: all_reduce']
     """
     degree, page = checked_degree(degree), None if html is None else checked_page(html)
@@ -90,96 +143,16 @@ def show(
     _check_functions(loss, target, optimizer)
     title = checked_name(name, "name") if name else _name_of(model)
     work = step_work(build, arguments, loss=loss, target=target, optimizer=optimizer)
-    found = traced(work, degree=degree, engine=engine, values=checked_flag(values, "values"))
-    title = f"{title} at degree {degree}"
-    about = _about(loss, arguments, optimizer, found.trace)
-    made = Shown(found.trace, story_of(found.trace, title=title, about=about))
+    values = checked_flag(values, "values")
+    trace = traced(work, degree=degree, engine=engine, values=values).trace
+    about = _about(loss, arguments, optimizer, trace)
+    step = ShownStep(trace, view_of(trace, title=f"{title} at degree {degree}", about=about))
     if page is not None:
-        made.save(page)
-    return made
+        step.save(page)
+    return step
 
 
-def step_work(
-    build: Build,
-    inputs: tuple[tuple[Any, ...], dict[str, Any]],
-    *,
-    loss: Callable[..., Tensor] | None = None,
-    target: Any = None,
-    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
-) -> Work:
-    """Build, forward, loss, backward and update, as every rank runs them.
-
-    Args:
-        build: makes the model of a rank.
-        inputs: arguments and keyword arguments; every rank copies them.
-        loss: as in `show`.
-        target: as in `show`.
-        optimizer: as in `show`.
-    """
-
-    def work(axis: Axis, window: Window) -> None:
-        model = checked_model(build(axis), what="what the function of an axis returned")
-        stepping = None
-        if optimizer is not None:
-            stepping = checked_optimizer(
-                optimizer(model.parameters()), what="what the function optimizer returned"
-            )
-        # A copy each: ranks as threads would share gradients, and what is written in place.
-        arguments, options, label = _copied((*inputs, target))
-        with window():
-            output = model(*arguments, **options)
-            lost = _loss_of(output, loss, label, axis)
-            lost.backward()
-        if stepping is not None:
-            with window():
-                stepping.step()
-
-    return work
-
-
-def _loss_of(output: Any, loss: Callable[..., Tensor] | None, target: Any, axis: Axis) -> Tensor:
-    place = _place(output)
-    if loss is not None:
-        lost = loss(output) if target is None else loss(output, target)
-    elif isinstance(getattr(output, "loss", None), Tensor):
-        lost = output.loss
-    elif isinstance(output, Tensor):
-        if place is not None and place.kind == "Shard" and axis.size > 1:
-            raise UsageError(
-                f"the output of the model is cut, {place}: each rank has a part of it, and the "
-                "mean of the squares wants all. Gather it ('colwise_gather_output' in the plan), "
-                "or give loss=, a function of this rank's part."
-            )
-        lost = mse_loss(output, torch.zeros_like(output), who=MEAN_OF_SQUARES)
-    else:
-        raise UsageError(
-            f"the model returns a {type(output).__name__} without a loss. Give loss=, a function "
-            "of it."
-        )
-    is_number = isinstance(lost, Tensor) and lost.numel() == 1 and lost.dtype in FLOATS
-    if not is_number or not lost.requires_grad:
-        raise UsageError(
-            f"the loss is {as_text(lost)}, and a step needs one number that depends on a "
-            "parameter. Return what a loss of torch gives, such as its mean."
-        )
-    if place is not None and place.kind == "Shard":
-        axis.agree(
-            {"loss": lost.item()},
-            what="losses",
-            way_out=f"The output of the model is cut, {place}: the loss must add the ranks' parts.",
-        )
-    return lost
-
-
-def _place(output: Any) -> Placement | None:
-    """How the output lies, as far as this rank's trace knows."""
-    if not isinstance(output, Tensor) or isinstance(output, CutTensor):
-        return None
-    traces = (each for each in observers() if isinstance(each, RankTrace))
-    return next((trace.placement(output) for trace in traces), None)
-
-
-def _checked_build(model: Any, plan: Any, degree: int, scheme: Scheme) -> Build:
+def _checked_build(model: Any, plan: Any, degree: int, scheme: Scheme) -> BuildModel:
     if not isinstance(scheme, Scheme):
         raise UsageError(f"scheme={as_text(scheme)} is no Scheme. Use shardproof.Scheme(...).")
     if isinstance(model, nn.Module):
@@ -196,7 +169,7 @@ def _checked_build(model: Any, plan: Any, degree: int, scheme: Scheme) -> Build:
             "plan= is for a module, and a function of an axis was given. Let the function return "
             "shardproof.parallelize(module, plan, axis)."
         )
-    built: Build = model
+    built: BuildModel = model
     return built
 
 
@@ -235,19 +208,6 @@ def _check_functions(loss: Any, target: Any, optimizer: Any) -> None:
         )
 
 
-def _copied(tree: Any) -> Any:
-    """Tensors as leaves of their own, with the caller's `requires_grad`; all else as it is."""
-    if isinstance(tree, Tensor):
-        return tree.detach().clone().requires_grad_(tree.requires_grad)
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*map(_copied, tree))
-    if isinstance(tree, tuple | list):
-        return type(tree)(map(_copied, tree))
-    if isinstance(tree, dict):
-        return {key: _copied(value) for key, value in tree.items()}
-    return tree
-
-
 def _name_of(model: Any) -> str:
     if isinstance(model, nn.Module):
         return type(model).__name__
@@ -272,3 +232,27 @@ def _about(
     if optimizer is None:
         about.append("No optimizer was given: nothing is updated.")
     return about
+
+
+def checked_page(path: Any) -> Path:
+    """Check the path of a page before any work.
+
+    Raises:
+        UsageError: it is no path, no regular file, or in a directory that is not there.
+    """
+    where = files.path_of(path, what="html", way_out=_WAY_OUT)
+    try:
+        is_other = where.exists() and not where.is_file()
+    except OSError as error:
+        raise UsageError(
+            f"html={written(str(where))} cannot be written: {files.why(error)}. {_WAY_OUT}"
+        ) from None
+    if is_other:
+        kind = "a directory" if where.is_dir() else "no regular file"
+        raise UsageError(f"html={written(str(where))} is {kind}. {_WAY_OUT}")
+    if not where.absolute().parent.is_dir():
+        raise UsageError(
+            f"html={written(str(where))}: there is no directory "
+            f"{written(str(where.absolute().parent))}. {_WAY_OUT}"
+        )
+    return where

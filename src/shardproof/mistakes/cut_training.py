@@ -1,4 +1,4 @@
-"""The work of a set-up whose outputs may be cut: forward, loss, backward, clipping and update.
+"""The work of a set-up whose outputs may be cut: forward, loss, backward and update.
 
 Like `prover.training`, for models that have no single whole output. The memory audit sees none of
 it.
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from shardproof import optim
 from shardproof.leaves import Layout
 from shardproof.prover.case import CaseRun
 from shardproof.prover.training import (
@@ -25,8 +24,8 @@ from shardproof.prover.training import (
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What a model gives for its batch.
+class Scored:
+    """The output and the loss of a model for its batch.
 
     Attributes:
         name: of the output.
@@ -46,7 +45,7 @@ def change_nothing(model: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
-class Steps:
+class CutTraining:
     """A function of a trial that trains a model.
 
     Attributes:
@@ -55,17 +54,15 @@ class Steps:
         optimizer: makes one for some parameters.
         count: how many steps; agreement with plain torch is judged on the first.
         after_backward: called with a rank's model once it has its gradients.
-        max_norm: to which gradients are clipped.
         draws_alike: plain torch draws what we draw; if not, nothing after the start is compared
             with it.
     """
 
     build: Callable[[CaseRun], nn.Module]
-    score: Callable[[CaseRun, nn.Module], Scores]
+    score: Callable[[CaseRun, nn.Module], Scored]
     optimizer: MakeOptimizer
     count: int
     after_backward: Callable[[nn.Module], None] = change_nothing
-    max_norm: float | None = None
     draws_alike: bool = True
     measures_creation = False
 
@@ -92,16 +89,8 @@ class Steps:
         if trial.axis is not None:
             self.after_backward(model)
         record_gradients(trial, model, prefix=prefix, judged=judged)
-        if self.max_norm is not None:
-            trial.record(f"{prefix}grad_norm", self._clip(trial, model), judged=judged)
         update = Update(trial, model, self.optimizer, judged=judged)
         optimizer.step()
         update.record(prefix=prefix)
         record_state(trial, model, optimizer, prefix=prefix, judged=judged)
         model.zero_grad(set_to_none=True)
-
-    def _clip(self, trial: CaseRun, model: nn.Module) -> Tensor:
-        largest = float(self.max_norm or 0.0)
-        if trial.is_reference:
-            return nn.utils.clip_grad_norm_(model.parameters(), largest)
-        return optim.clip_grad_norm_(model, largest)

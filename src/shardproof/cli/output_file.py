@@ -1,4 +1,7 @@
-"""Reports as files: whether one can be written is found out before the work, not after it."""
+"""The files of a command: reports that it reads, and files that it writes.
+
+Whether a file can be written is tried before the work and not after it.
+"""
 
 import errno
 import json
@@ -8,31 +11,36 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from shardproof import files
+from shardproof import extras, files
 from shardproof.errors import UsageError
 from shardproof.prover.compare_reports import fault_of
-from shardproof.wording import spelt_out, written
+from shardproof.wording import shown, spelt_out, written
 
 # Hashes of 10,000 tensors at 8 degrees are some 10 MB; what is larger was not made by us, and
 # JSON takes up to twenty times its size when it is read.
 LARGEST_REPORT = 64 << 20
+PICTURES = (".png", ".svg", ".pdf")
 
 
-class JsonFile:
-    """A file that will receive one document, JSON or other text.
+class OutputFile:
+    """A file for one document, JSON or other text.
 
     A regular file is replaced at once when the document is complete, so that a run that fails or
     is interrupted leaves an earlier report as it was. Anything else (/dev/stdout, a pipe) is
     written as it is.
 
+    Attributes:
+        path: as the user wrote it, on one line.
+
     Raises:
         UsageError: the file could not be written.
     """
 
-    def __init__(self, given: str, *, option: str = "--json") -> None:
-        self._what = f"{option} {written(given)}"
+    def __init__(self, text: str, *, option: str = "--json") -> None:
+        self.path = written(text)
+        self._what = f"{option} {self.path}"
         way_out = f"Name a file, for instance {option} report.json."
-        path = files.path_of(given, what=option, way_out=way_out)
+        path = files.path_of(text, what=option, way_out=way_out)
         self._descriptor: int | None = None
         try:
             if path.is_dir():
@@ -67,7 +75,7 @@ class JsonFile:
         self._draft.unlink()
 
     def _open_special(self) -> None:
-        """Open a pipe or a terminal now, without waiting: a pipe that nobody reads is an error.
+        """Open a pipe or a terminal without waiting; a pipe without a reader is an error.
 
         It stays open until the document is complete, or a pipe's reader would leave.
         """
@@ -87,9 +95,13 @@ class JsonFile:
             raise
         os.set_blocking(self._descriptor, True)
 
+    def is_same(self, other: "OutputFile") -> bool:
+        """Whether both are one regular file, so that one would replace the other."""
+        return self.is_replaced and other.is_replaced and self._path == other._path
+
     @property
     def is_replaced(self) -> bool:
-        """True if a later document takes the place of an earlier one, and does not follow it."""
+        """True if a later document replaces an earlier one; in a pipe it follows it."""
         return not self._is_special
 
     @property
@@ -97,7 +109,7 @@ class JsonFile:
         return self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
 
     def write(self, document: dict[str, Any]) -> None:
-        """Write `document`, all or nothing.
+        """Write a document as JSON, as a whole or not at all.
 
         Raises:
             UsageError: the disk is full, or the place is gone since the first look.
@@ -105,7 +117,7 @@ class JsonFile:
         self.write_text(json.dumps(spelt_out(document), indent=1, allow_nan=False) + "\n")
 
     def write_text(self, text: str) -> None:
-        """Write text that is no JSON, all or nothing.
+        """Write text, as a whole or not at all.
 
         Raises:
             UsageError: as for `write`.
@@ -134,13 +146,16 @@ class JsonFile:
             file.write(data)
 
 
-def is_same(one: str, other: str) -> bool:
-    """Whether two paths name one regular file."""
-    paths = [os.path.realpath(path) for path in (one, other)]
-    return paths[0] == paths[1] and (os.path.isfile(paths[0]) or not os.path.exists(paths[0]))
+def check_different(page: OutputFile | None, report: OutputFile | None) -> None:
+    """Raise if --html and --json are one file."""
+    if page is not None and report is not None and page.is_same(report):
+        raise UsageError(
+            f"--html and --json are both {page.path}, and one would replace the other. "
+            "Name two files."
+        )
 
 
-def read_report(given: str, *, option: str = "--against") -> dict[str, Any]:
+def read_report(text: str, *, option: str = "--against") -> dict[str, Any]:
     """An earlier report.
 
     Raises:
@@ -148,10 +163,35 @@ def read_report(given: str, *, option: str = "--against") -> dict[str, Any]:
             that something can be compared with.
     """
     way_out = "Name a file that `shardproof prove --json FILE` wrote."
-    path = files.path_of(given, what=option, way_out=way_out)
-    what = f"{option} {written(given)}"
+    path = files.path_of(text, what=option, way_out=way_out)
+    what = f"{option} {written(text)}"
     report = files.read_json(path, what=what, way_out=way_out, largest=LARGEST_REPORT)
     fault = fault_of(report)
     if fault:
         raise UsageError(f"{what} is not a report: {fault}. {way_out}")
     return dict(report)
+
+
+def checked_picture(text: str, *, is_installed: bool, example: str) -> Path:
+    """Where the picture of --plot goes.
+
+    Args:
+        text: as the user wrote it.
+        is_installed: whether there is something to draw with.
+        example: a file name for messages.
+
+    Raises:
+        UsageError: it could not be drawn or written.
+    """
+    if Path(text).suffix not in PICTURES:
+        raise UsageError(
+            f"--plot {shown(text)} does not end in .png, .svg and .pdf, which say how to draw. "
+            f"Name a file, for instance --plot {example}."
+        )
+    what = f"--plot {written(text)}"
+    if not is_installed:
+        raise UsageError(f"{what} {extras.is_wanted('plot')}")
+    # Raises where nothing can be written.
+    if not OutputFile(text, option="--plot").is_replaced:
+        raise UsageError(f"{what} is not a regular file. Name a file, for instance {example}.")
+    return Path(text)

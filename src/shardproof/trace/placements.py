@@ -65,7 +65,7 @@ _DRAWN = torch.Tag.nondeterministic_seeded
 
 
 @dataclass(frozen=True)
-class Seen:
+class TensorBefore:
     """A tensor before an operation, which may write into it or resize it.
 
     Attributes:
@@ -79,14 +79,14 @@ class Seen:
     place: Placement | None
 
 
-class Places:
-    """Placement of each living tensor, by the memory that it describes."""
+class TensorPlacements:
+    """The placement of each living tensor, by its memory."""
 
     def __init__(self) -> None:
         self._known: dict[Key, tuple[StorageWeakRef, Placement]] = {}
 
     def learn(self, x: Tensor, placement: Placement | None) -> None:
-        """Remember how a tensor lies; None: forget what lay there before."""
+        """Remember the placement of a tensor; None forgets it."""
         if not has_memory(x):
             return
         key = _key(x)
@@ -98,22 +98,22 @@ class Places:
         self._known[key] = StorageWeakRef(x.untyped_storage()), placement
 
     def of(self, x: Tensor) -> Placement | None:
-        """How a tensor lies, or None."""
-        found = self._known.get(_key(x)) if has_memory(x) else None
-        if found is None or found[0].expired():
+        """The placement of a tensor, or None."""
+        entry = self._known.get(_key(x)) if has_memory(x) else None
+        if entry is None or entry[0].expired():
             return None
-        return found[1]
+        return entry[1]
 
-    def look(self, given: Sequence[Tensor]) -> list[Seen]:
-        """What is known of the tensors among the arguments of an operation, before it."""
-        return [Seen(tuple(x.shape), tuple(x.stride()), self.of(x)) for x in given]
+    def look(self, tensors: Sequence[Tensor]) -> list[TensorBefore]:
+        """Shapes and placements of the operands, before the operation."""
+        return [TensorBefore(tuple(x.shape), tuple(x.stride()), self.of(x)) for x in tensors]
 
     def carry(
         self,
         func: Any,
-        given: Sequence[Seen],
+        operands: Sequence[TensorBefore],
         args: Any,
-        made: Sequence[Tensor],
+        results: Sequence[Tensor],
         *,
         is_ours: bool,
     ) -> None:
@@ -121,20 +121,20 @@ class Places:
 
         Args:
             func: the operation.
-            given: the tensors among its arguments, as they were before.
+            operands: the tensors among its arguments, as they were before.
             args: all of its arguments.
-            made: its results.
+            results: its results.
             is_ours: the package called it, and may have taken the part of this rank: then only
                 views and copies of the same elements are known.
         """
         if is_ours and func.overloadpacket not in _ELEMENTS_KEPT:
-            for y in made:
+            for y in results:
                 self.learn(y, None)
             return
         known = _ELEMENTS_KEPT | _OVER_DIMS
         may_differ = func.overloadpacket not in known and _has_number(args)
-        for y in made:
-            self.learn(y, _after(func, given, y, may_differ))
+        for y in results:
+            self.learn(y, _after(func, operands, y, may_differ))
 
     def _forget(self) -> None:
         gone = [key for key, (memory, _) in self._known.items() if memory.expired()]
@@ -151,10 +151,12 @@ def _has_number(args: Any) -> bool:
     return isinstance(args, int | float | complex) and not isinstance(args, bool)
 
 
-def _after(func: Any, given: Sequence[Seen], y: Tensor, may_differ: bool) -> Placement | None:
-    if not given or any(x.place is None for x in given):
+def _after(
+    func: Any, operands: Sequence[TensorBefore], y: Tensor, may_differ: bool
+) -> Placement | None:
+    if not operands or any(x.place is None for x in operands):
         return None
-    cut = [x for x in given if x.place != REPLICATE]
+    cut = [x for x in operands if x.place != REPLICATE]
     if not cut:
         return None if may_differ or _DRAWN in func.tags else REPLICATE
     place = cut[0].place
@@ -163,8 +165,8 @@ def _after(func: Any, given: Sequence[Seen], y: Tensor, may_differ: bool) -> Pla
     return _moved(func, cut[0], place, y)
 
 
-def _moved(func: Any, x: Seen, place: Placement, y: Tensor) -> Placement | None:
-    """Where the cut dim of `x` lies in `y`."""
+def _moved(func: Any, x: TensorBefore, place: Placement, y: Tensor) -> Placement | None:
+    """The placement of `y`, which has the cut dim of `x`."""
     packet = func.overloadpacket
     if torch.Tag.pointwise in func.tags or packet in _COPIES or packet in _PARTS:
         is_kept = y.dim() == len(x.shape) and y.shape[place.dim] == x.shape[place.dim]
@@ -174,15 +176,15 @@ def _moved(func: Any, x: Seen, place: Placement, y: Tensor) -> Placement | None:
     return _reshaped(x, y, place) if packet in _VIEWS else None
 
 
-def _permuted(x: Seen, y: Tensor, place: Placement) -> Placement | None:
-    """By the strides, which a permutation moves along; ambiguous ones say nothing."""
+def _permuted(x: TensorBefore, y: Tensor, place: Placement) -> Placement | None:
+    """Find the cut dim by its stride and size; None if two dims have the same."""
     stride, size = x.stride[place.dim], x.shape[place.dim]
-    found = [dim for dim in range(y.dim()) if (y.stride(dim), y.shape[dim]) == (stride, size)]
-    return shard(found[0], place.held, place.size) if len(found) == 1 else None
+    dims = [dim for dim in range(y.dim()) if (y.stride(dim), y.shape[dim]) == (stride, size)]
+    return shard(dims[0], place.held, place.size) if len(dims) == 1 else None
 
 
-def _reshaped(x: Seen, y: Tensor, place: Placement) -> Placement | None:
-    """Dims before the cut one hold as many elements as before: there it begins."""
+def _reshaped(x: TensorBefore, y: Tensor, place: Placement) -> Placement | None:
+    """Find the dim that has as many elements before it as the cut dim had."""
     if not y.numel():
         return None
     before, size = math.prod(x.shape[: place.dim]), x.shape[place.dim]

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from shardproof.axis import Axis
 from shardproof.functional import vocab_cross_entropy
 from shardproof.leaves import replicated
-from shardproof.mistakes.blocks import sgd
+from shardproof.mistakes.cut_training import CutTraining, Scored, change_nothing
 from shardproof.mistakes.mistake import SetUp
-from shardproof.mistakes.steps import Scores, Steps, change_nothing
+from shardproof.mistakes.trainings import sgd
 from shardproof.plans.apply import parallelize
 from shardproof.plans.initialize import initialize
 from shardproof.plans.style import ColumnParallel, Plan, Style, VocabParallel
@@ -31,7 +31,7 @@ STD = 0.3  # large enough for attention to depend on the positions by more than 
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """What differs between the set-ups.
 
     Attributes:
@@ -51,7 +51,7 @@ class Shape:
         return {"embedding": VocabParallel(), "head": ColumnParallel(), "attention": attention}
 
 
-class Attend(nn.Module):
+class PlainAttention(nn.Module):
     """Attention itself, without projections.
 
     Args:
@@ -75,13 +75,13 @@ class SharedAttention(nn.Module):
         shape: how many heads, and what differs between the set-ups.
     """
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         queries, keys = shape.queries * HEAD_DIM, shape.keys * HEAD_DIM
         self.query = nn.Linear(HIDDEN, queries, bias=False)
         self.key = nn.Linear(HIDDEN, keys, bias=False)
         self.value = nn.Linear(HIDDEN, keys, bias=False)
-        self.attend = Attend(shape.dropout)
+        self.attend = PlainAttention(shape.dropout)
         self.output = nn.Linear(queries, HIDDEN, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class Reader(nn.Module):
         shape: how many heads, and what differs between the set-ups.
     """
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
         self.attention = SharedAttention(shape)
@@ -117,7 +117,7 @@ class Reader(nn.Module):
         return logits
 
 
-def build(trial: CaseRun, *, shape: Shape) -> nn.Module:
+def build(trial: CaseRun, *, shape: ModelShape) -> nn.Module:
     """The model, with the numbers that every degree gives it."""
     if trial.axis is not None:
         return _cut(trial, trial.axis, shape)
@@ -127,7 +127,7 @@ def build(trial: CaseRun, *, shape: Shape) -> nn.Module:
     return plain
 
 
-def _cut(trial: CaseRun, axis: Axis, shape: Shape) -> nn.Module:
+def _cut(trial: CaseRun, axis: Axis, shape: ModelShape) -> nn.Module:
     with torch.device("meta"):
         model = Reader(shape)
     return initialize(parallelize(model, Plan(shape.plan(), trial.scheme), axis), std=STD)
@@ -144,7 +144,7 @@ def text() -> tuple[Tensor, Tensor]:
     return ids[:, :-1], labels
 
 
-def score(trial: CaseRun, model: nn.Module) -> Scores:
+def score(trial: CaseRun, model: nn.Module) -> Scored:
     """Logits and the mean cross-entropy of what follows each token."""
     ids, labels = text()
     logits: Tensor = model(ids)
@@ -152,11 +152,11 @@ def score(trial: CaseRun, model: nn.Module) -> Scores:
     layout = layout_of_logits(model.get_submodule("head"), (ROWS, LENGTH, VOCABULARY))
     if trial.axis is None or layout.cut is None:
         loss = F.cross_entropy(rows, target, ignore_index=IGNORED)
-        return Scores("logits", logits, replicated(tuple(logits.shape)), loss)
+        return Scored("logits", logits, replicated(tuple(logits.shape)), loss)
     loss = vocab_cross_entropy(
         rows, target, axis=trial.axis, cut=layout.cut, scheme=trial.scheme, who="loss"
     )
-    return Scores("logits", logits, layout, loss)
+    return Scored("logits", logits, layout, loss)
 
 
 def add_uses(model: Any) -> None:
@@ -166,29 +166,31 @@ def add_uses(model: Any) -> None:
         embedding.weight.grad.add_(head.weight.grad)
 
 
-def _work(shape: Shape, count: int) -> Steps:
-    made = functools.partial(build, shape=shape)
+def _work(shape: ModelShape, count: int) -> CutTraining:
+    build_model = functools.partial(build, shape=shape)
     after = add_uses if shape.is_tied else change_nothing
-    return Steps(made, score, sgd, count, after_backward=after, draws_alike=not shape.dropout)
+    return CutTraining(
+        build_model, score, sgd, count, after_backward=after, draws_alike=not shape.dropout
+    )
 
 
 WORDS = SetUp(
     "words",
     "a language model of one layer: 67 tokens, 4 query heads that share 1 key-value head",
-    functools.partial(_work, Shape()),
+    functools.partial(_work, ModelShape()),
 )
 GROUPS = SetUp(
     "groups",
     "the same with 8 query heads that share 2 key-value heads",
-    functools.partial(_work, Shape(queries=8, keys=2)),
+    functools.partial(_work, ModelShape(queries=8, keys=2)),
 )
 DROPPING = SetUp(
     "dropping",
     "the same with dropout of attention weights",
-    functools.partial(_work, Shape(dropout=0.3)),
+    functools.partial(_work, ModelShape(dropout=0.3)),
 )
 TIED = SetUp(
     "tied",
     "the same, whose embedding is the output head, too",
-    functools.partial(_work, Shape(is_tied=True)),
+    functools.partial(_work, ModelShape(is_tied=True)),
 )

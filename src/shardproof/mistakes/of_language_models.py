@@ -3,12 +3,12 @@
 from shardproof.functional import embedding, vocabulary
 from shardproof.functional.attention_site import AttentionSite
 from shardproof.functional.vocabulary_site import VocabularySite
-from shardproof.mistakes import words
+from shardproof.mistakes import language_model
 from shardproof.mistakes.edit import Edit
 from shardproof.mistakes.mistake import TORCH, Finding, Mistake
 from shardproof.numerics.attending import HeadDropout
 
-OF_WORDS = (
+OF_LANGUAGE_MODELS = (
     Mistake(
         "last-tokens-of-nobody",
         "Every rank takes 67 // 2 rows of the vocabulary, and the last row is nobody's.",
@@ -19,7 +19,7 @@ OF_WORDS = (
             "is_elsewhere = (flat < owned.start) | (flat >= min(owned.stop, "
             "rows * site.axis.size))",
         ),
-        words.WORDS,
+        language_model.WORDS,
         "67 // 2 is 33, and 2 times 33 is 66. Every rank takes the last token for another rank's, "
         "and answers with zeros. A text without that token shows nothing. Cut the vocabulary into "
         "uneven parts, or pad it.",
@@ -34,7 +34,7 @@ OF_WORDS = (
             "norm = site.normalizer(blocks)",
             "norm = site.normalizer(blocks[list(site.block_cut.owned(site.axis.rank))])",
         ),
-        words.WORDS,
+        language_model.WORDS,
         "The sum of exponentials in a softmax runs over all tokens. A rank has the logits of its "
         "own tokens, so that the ranks must share their largest logit and their sums. If each uses "
         "its own, every rank has another loss, and all of them are too small, even below zero.",
@@ -48,7 +48,7 @@ OF_WORDS = (
             "total = self._sum_blocks(blocks[:, SUM] * (blocks[:, TOP] - top).exp_())",
             "total = self._sum_blocks(blocks[:, SUM].clone())",
         ),
-        words.WORDS,
+        language_model.WORDS,
         "A stable softmax subtracts the largest logit before it takes exponentials. Each part of "
         "the vocabulary has subtracted its own largest, so that its sum must be multiplied by "
         "exp(own largest - largest of all) first. Here the parts are the leaves, so that every "
@@ -63,7 +63,7 @@ OF_WORDS = (
             "self._sum((0, group), shared.get(key) or self._of_queries(key, partials))",
             "functools.reduce(torch.add, self._of_queries(key, partials).values())",
         ),
-        words.WORDS,
+        language_model.WORDS,
         "One key-value head serves several query heads. If these lie on several ranks, each of the "
         "ranks holds a copy of the key-value head, and finds the gradient that comes from its own "
         "query heads. The copies must get the sum. Otherwise each of them learns something else.",
@@ -80,7 +80,7 @@ OF_WORDS = (
             "serving = tuple(head // heads.group - held.start for head in owned)",
             "serving = tuple(place // heads.group for place in range(len(owned)))",
         ),
-        words.GROUPS,
+        language_model.GROUPS,
         "Query head 3 of 8 belongs to the first group of four. Rank 1 of three owns the query "
         "heads 3, 4 and 5 and counts them as 0, 1 and 2, so that it takes the first key-value head "
         "for all three. At degree 2 each rank begins with a whole group, and nothing is wrong.",
@@ -96,7 +96,7 @@ OF_WORDS = (
             "for place, head in enumerate(heads):",
             "for place, head in enumerate(range(len(heads))):",
         ),
-        words.DROPPING,
+        language_model.DROPPING,
         "The masks of different heads must be different. With the same seed on every rank, and "
         "heads counted from 0, the first head of each rank gets the mask of head 0. The model "
         "trains, with less noise than it should have, and with other noise at every degree.",
@@ -106,12 +106,12 @@ OF_WORDS = (
         "tied-gradient-added-twice",
         "The gradients of the two uses of a tied weight are added, and autograd has added them.",
         Edit(
-            words.add_uses,
+            language_model.add_uses,
             "if head.weight is not embedding.weight:\n"
             "    embedding.weight.grad.add_(head.weight.grad)",
             "embedding.weight.grad.add_(head.weight.grad)",
         ),
-        words.TIED,
+        language_model.TIED,
         "Where the embedding and the output head lie on different pipeline stages, each has its "
         "own copy of the tied weight, and the two gradients must be added. On one stage they are "
         "one parameter, whose gradient autograd has added up already. Adding it to itself doubles "

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shardproof.showing.figure import Figure, Piece, figure_of
-from shardproof.showing.moments import Moment, base_name, moments_of
-from shardproof.showing.sends import Arrow, arrows_of
-from shardproof.showing.words import CUT_AGAIN, changed, lying, sentences
+from shardproof.showing.actions import RankAction, actions_of, base_name
+from shardproof.showing.arrows import Arrow, arrows_of
+from shardproof.showing.sentences import CUT_AGAIN, placement_change, placement_sentence, sentences
+from shardproof.showing.tensors import RankPart, SceneTensor, tensor_of
 from shardproof.told import FREE_ORDER
-from shardproof.trace.step import Part, Step
+from shardproof.trace.step import Part, TraceStep
 from shardproof.trace.text import aligned
 from shardproof.trace.trace import Trace
 from shardproof.tree import node_name
@@ -21,7 +21,7 @@ from shardproof.tree import node_name
 MOST_SCENES = 300
 PHASES = ("setup", "forward", "backward", "update")
 
-Row = tuple[Moment | None, ...]
+Row = tuple[RankAction | None, ...]
 
 # `grad` is the one number that comes from the step before.
 _LOSS_BACKWARD = {"mse_loss": "grad_y = 2 * (y - target) * grad"}
@@ -29,17 +29,17 @@ _LOSS_BACKWARD = {"mse_loss": "grad_y = 2 * (y - target) * grad"}
 
 @dataclass(frozen=True)
 class Scene:
-    """One moment of all ranks.
+    """What all ranks do at one point of the step.
 
     Attributes:
         number: counted from 1.
         phase: "forward", "backward" or "update".
         title: who does what.
         formula: what is computed, if the trace has it.
-        told: sentences for a reader who sees no picture.
+        sentences: sentences for a reader who sees no picture.
         is_collective: the ranks meet.
-        moments: of every rank, None for one that does nothing here.
-        figures: the tensors that are read, then those that are made.
+        actions: of every rank, None for one that does nothing here.
+        tensors: the tensors that are read, then those that are made.
         arrows: what is sent to whom; none if the transport decides that.
         held: bytes that every rank holds after it.
     """
@@ -48,16 +48,16 @@ class Scene:
     phase: str
     title: str
     formula: str
-    told: tuple[str, ...]
+    sentences: tuple[str, ...]
     is_collective: bool
-    moments: tuple[Moment | None, ...]
-    figures: tuple[Figure, ...]
+    actions: tuple[RankAction | None, ...]
+    tensors: tuple[SceneTensor, ...]
     arrows: tuple[Arrow, ...]
     held: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Story:
+class StepView:
     """A training step, scene by scene.
 
     Attributes:
@@ -92,17 +92,17 @@ class Story:
     @property
     def omissions(self) -> tuple[str, ...]:
         """What is not shown, as sentences."""
-        found = []
+        sentences = []
         if self.num_left_out:
             counts = ", ".join(f"{count} {phase}" for phase, count in self.num_left_out.items())
             first = len(self.scenes) + 1
-            found.append(f"From step {first} on, steps are left out: {counts}.")
+            sentences.append(f"From step {first} on, steps are left out: {counts}.")
         if any(self.num_dropped):
             counts = ", ".join(
                 f"{dropped} of rank {rank}" for rank, dropped in enumerate(self.num_dropped)
             )
-            found.append(f"The trace was full, and further steps were not kept: {counts}.")
-        return tuple(found)
+            sentences.append(f"The trace was full, and further steps were not kept: {counts}.")
+        return tuple(sentences)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -116,9 +116,9 @@ class Story:
         }
 
 
-def story_of(
+def view_of(
     trace: Trace, *, title: str, about: Sequence[str] = (), most_scenes: int = MOST_SCENES
-) -> Story:
+) -> StepView:
     """Make the scenes of a trace.
 
     Args:
@@ -130,18 +130,18 @@ def story_of(
     rows = _rows(trace)
     held = [0] * len(trace.ranks)
     scenes: list[Scene] = []
-    known = _Known()
+    known = _EarlierScenes()
     for number, row in enumerate(rows[:most_scenes], 1):
         held = [
-            before if moment is None else moment.held_bytes
-            for before, moment in zip(held, row, strict=True)
+            before if action is None else action.held_bytes
+            for before, action in zip(held, row, strict=True)
         ]
         scenes.append(_scene(number, row, held=held, known=known))
     left_out: dict[str, int] = {}
     for row in rows[most_scenes:]:
         phase = _first(row).first.phase
         left_out[phase] = left_out.get(phase, 0) + 1
-    return Story(
+    return StepView(
         title,
         tuple(about),
         degree=len(trace.ranks),
@@ -153,19 +153,19 @@ def story_of(
 
 
 def _rows(trace: Trace) -> list[Row]:
-    """What the ranks do side by side, a scene each."""
-    ranks = [moments_of([step for step in steps if step.phase in PHASES]) for steps in trace.ranks]
-    found = {(m.first.rank, m.first.number): m for moments in ranks for m in moments}
-    rows = aligned([[moment.first for moment in moments] for moments in ranks])
+    """What the ranks do side by side; each row becomes a scene."""
+    ranks = [actions_of([step for step in steps if step.phase in PHASES]) for steps in trace.ranks]
+    action_of = {(m.first.rank, m.first.number): m for actions in ranks for m in actions}
+    rows = aligned([[action.first for action in actions] for actions in ranks])
     return [
-        tuple(None if step is None else found[step.rank, step.number] for step in part)
+        tuple(None if step is None else action_of[step.rank, step.number] for step in part)
         for row in rows
         for part in _alike(row)
     ]
 
 
-def _alike(row: Sequence[Step | None]) -> Iterator[tuple[Step | None, ...]]:
-    """A row as rows of steps that do the same; ranks that do different things get a row each."""
+def _alike(row: Sequence[TraceStep | None]) -> Iterator[tuple[TraceStep | None, ...]]:
+    """Split a row so that all steps of a row do the same."""
     kinds = dict.fromkeys(
         (step.phase, step.module, step.operation) for step in row if step is not None
     )
@@ -176,8 +176,8 @@ def _alike(row: Sequence[Step | None]) -> Iterator[tuple[Step | None, ...]]:
         )
 
 
-class _Known:
-    """What earlier scenes have shown, and later ones refer to.
+class _EarlierScenes:
+    """Parts of earlier scenes that later scenes refer to.
 
     Attributes:
         gathered: modules whose output was gathered in forward.
@@ -186,68 +186,68 @@ class _Known:
 
     def __init__(self) -> None:
         self.gathered: set[str] = set()
-        self.target: Figure | None = None
+        self.target: SceneTensor | None = None
 
-    def learn(self, first: Moment, figures: Sequence[Figure]) -> None:
-        """Keep what a scene of the forward has."""
+    def learn(self, first: RankAction, tensors: Sequence[SceneTensor]) -> None:
+        """Remember the parts of a forward scene that later scenes refer to."""
         step = first.first
         if step.phase != "forward":
             return
-        is_output = any(figure.is_result and figure.name == "y" for figure in figures)
+        is_output = any(tensor.is_result and tensor.name == "y" for tensor in tensors)
         if step.operation == "all_gather" and is_output:
             self.gathered.add(step.module)
         if step.operation == "loss":
-            self.target = next((f for f in figures if f.name == "target"), None)
+            self.target = next((f for f in tensors if f.name == "target"), None)
 
-    def cut_again(self, step: Step) -> str:
-        """A sentence, where a rank takes its columns of the gradient of what was gathered."""
+    def cut_again(self, step: TraceStep) -> str:
+        """The sentence for ranks that take their columns of a gathered gradient; or ""."""
         if step.phase != "backward" or step.module not in self.gathered or not step.inputs:
             return ""
-        given = step.inputs[0]
-        if step.operation != "product" or not given.placement.startswith("Shard"):
+        operand = step.inputs[0]
+        if step.operation != "product" or not operand.placement.startswith("Shard"):
             return ""
         self.gathered.remove(step.module)
-        return CUT_AGAIN.format(name=given.name)
+        return CUT_AGAIN.format(name=operand.name)
 
 
-def _scene(number: int, row: Row, *, held: Sequence[int], known: _Known) -> Scene:
-    moment = _first(row)
-    first = moment.first
-    figures = tuple(_figures(row))
-    known.learn(moment, figures)
+def _scene(number: int, row: Row, *, held: Sequence[int], known: _EarlierScenes) -> Scene:
+    action = _first(row)
+    first = action.first
+    tensors = tuple(_tensors(row))
+    known.learn(action, tensors)
     if first.operation == "loss" and first.phase == "backward" and known.target is not None:
-        figures = (figures[0], known.target, *figures[1:])
+        tensors = (tensors[0], known.target, *tensors[1:])
     return Scene(
         number=number,
         phase=first.phase,
         title=f"{first.module}: {first.operation}" if first.module else first.operation,
         formula=_formula(row),
-        told=sentences(row, figures, first=known.cut_again(first)),
+        sentences=sentences(row, tensors, first=known.cut_again(first)),
         is_collective=first.is_collective,
-        moments=row,
-        figures=figures,
+        actions=row,
+        tensors=tensors,
         arrows=arrows_of(row),
         held=tuple(held),
     )
 
 
 def _formula(row: Row) -> str:
-    """What is computed; of the products of nodes, for which leaves."""
+    """The formula; for products of partial sums also their leaves."""
     return "; ".join(dict.fromkeys(filter(None, (_formula_of(m, row) for m in row if m))))
 
 
-def _formula_of(moment: Moment, row: Row) -> str:
-    step, name = moment.first, _result_name(moment)
+def _formula_of(action: RankAction, row: Row) -> str:
+    step, name = action.first, _result_name(action)
     if step.is_collective:
-        added = moment.addition
+        added = action.addition
         of = "the sum of " if added == FREE_ORDER else ""
         return f"{name} = {of}{added}" if added and name else ""
     if step.operation == "loss" and step.phase == "backward":
         return _LOSS_BACKWARD.get(step.module, step.detail)
     if step.rule:
         return f"{step.rule} ({step.detail})"
-    if moment.addition:
-        return f"{step.detail}, added as {moment.addition}"
+    if action.addition:
+        return f"{step.detail}, added as {action.addition}"
     node = step.output.node if step.output is not None else None
     if node is None:
         return step.detail
@@ -256,37 +256,37 @@ def _formula_of(moment: Moment, row: Row) -> str:
     return f"{plain} for each of: {', '.join(map(node_name, nodes))}"
 
 
-def _result_name(moment: Moment) -> str:
-    return moment.outputs[0].name if moment.outputs else ""
+def _result_name(action: RankAction) -> str:
+    return action.outputs[0].name if action.outputs else ""
 
 
-def _first(row: Row) -> Moment:
-    return next(moment for moment in row if moment is not None)
+def _first(row: Row) -> RankAction:
+    return next(action for action in row if action is not None)
 
 
-def _figures(row: Row) -> Iterator[Figure]:
-    """What the ranks read, by its place among their inputs, then what they make."""
-    moments = [moment for moment in row if moment is not None]
-    most = max(len(moment.inputs) for moment in moments)
-    nodes: list[Piece] = []
+def _tensors(row: Row) -> Iterator[SceneTensor]:
+    """The tensors that the ranks read, in the order of their inputs, then the results."""
+    actions = [action for action in row if action is not None]
+    most = max(len(action.inputs) for action in actions)
+    nodes: list[RankPart] = []
     for place in range(most):
-        given = [
-            Piece(moment.first.rank, moment.inputs[place])
-            for moment in moments
-            if place < len(moment.inputs)
+        parts = [
+            RankPart(action.first.rank, action.inputs[place])
+            for action in actions
+            if place < len(action.inputs)
         ]
         # The nodes of one sum, of which ranks have different numbers, are one tensor.
-        nodes += [piece for piece in given if piece.part.node is not None]
-        others = [piece for piece in given if piece.part.node is None]
+        nodes += [piece for piece in parts if piece.part.node is not None]
+        others = [piece for piece in parts if piece.part.node is None]
         if others:
-            yield figure_of(others, is_result=False)
-    made = [Piece(moment.first.rank, part) for moment in moments for part in moment.outputs]
+            yield tensor_of(others, is_result=False)
+    results = [RankPart(action.first.rank, part) for action in actions for part in action.outputs]
     if nodes:
-        name = base_name(made[0].part) if made else ""
+        name = base_name(results[0].part) if results else ""
         nodes.sort(key=lambda piece: piece.rank)
-        yield figure_of(nodes, is_result=False, name=name)
-    if made:
-        yield figure_of(made, is_result=True)
+        yield tensor_of(nodes, is_result=False, name=name)
+    if results:
+        yield tensor_of(results, is_result=True)
 
 
 def _scene_as_dict(scene: Scene) -> dict[str, Any]:
@@ -295,25 +295,25 @@ def _scene_as_dict(scene: Scene) -> dict[str, Any]:
         "phase": scene.phase,
         "title": scene.title,
         "formula": scene.formula,
-        "told": list(scene.told),
+        "told": list(scene.sentences),
         "is_collective": scene.is_collective,
         "steps": [
             {"rank": step.rank, "number": step.number, "message_bytes": step.message_bytes}
-            for moment in scene.moments
-            if moment is not None
-            for step in moment.steps
+            for action in scene.actions
+            if action is not None
+            for step in action.steps
         ],
         "figures": [
             {
-                "name": figure.name,
-                "placement": figure.placement,
-                "shape": list(figure.shape),
-                "dtype": figure.dtype,
-                "is_result": figure.is_result,
-                "lies": lying(figure),
-                "pieces": [_piece_as_dict(piece.rank, piece.part) for piece in figure.pieces],
+                "name": tensor.name,
+                "placement": tensor.placement,
+                "shape": list(tensor.shape),
+                "dtype": tensor.dtype,
+                "is_result": tensor.is_result,
+                "lies": placement_sentence(tensor),
+                "pieces": [_piece_as_dict(piece.rank, piece.part) for piece in tensor.pieces],
             }
-            for figure in scene.figures
+            for tensor in scene.tensors
         ],
         "arrows": [
             {
@@ -328,12 +328,12 @@ def _scene_as_dict(scene: Scene) -> dict[str, Any]:
                         "shape": list(each.shape),
                         "bytes": each.num_bytes,
                     }
-                    for each in arrow.cargo
+                    for each in arrow.sent_pieces
                 ],
             }
             for arrow in scene.arrows
         ],
-        "change": changed(scene.figures),
+        "change": placement_change(scene.tensors),
         "held_bytes": list(scene.held),
     }
 
