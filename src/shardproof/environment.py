@@ -1,4 +1,4 @@
-"""Environment variables, made into values or into one clear error that has the variable in it."""
+"""Read environment variables; an invalid value raises an error that names the variable."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,9 +10,9 @@ TORCHRUN = "Start with `torchrun --nproc-per-node N script.py`"
 
 
 def setting(environment: Mapping[str, str], name: str, known: Sequence[str]) -> str:
-    """One of the known words; the first of them where the variable is missing or empty.
+    """The value of a variable, one of the known words; the first if it is missing or empty.
 
-    Small and capital letters are alike, and blanks around the word do not count.
+    Case and surrounding blanks are ignored.
 
     Raises:
         UsageError: the variable is set to something else.
@@ -34,7 +34,7 @@ def number(
     most: int = LARGEST,
     way_out: str = TORCHRUN,
 ) -> int:
-    """The number that a variable of torchrun is set to; the variable is there.
+    """The number in a variable of torchrun, which must be set.
 
     Raises:
         AxisError: it is no whole number, too small or too large.

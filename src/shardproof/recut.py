@@ -27,7 +27,7 @@ def to_columns(
 
     Args:
         x: (owned rows, columns.size), Shard(0).
-        axis: the ranks.
+        axis: the ranks that share the tensor.
         rows: how dim 0 is cut before.
         columns: how dim 1 is cut afterwards.
         direction: for the ledger.
@@ -66,7 +66,7 @@ def to_rows(
 
     Args:
         x: (rows.size, owned columns), Shard(1).
-        axis: the ranks.
+        axis: the ranks that share the tensor.
         rows: how dim 0 is cut afterwards.
         columns: how dim 1 is cut before.
         held: the leaves of `rows` that each rank holds, in rank order.
@@ -104,7 +104,7 @@ def swap(blocks: list[Tensor], sizes: list[int], axis: Axis, call: Call) -> list
     Args:
         blocks: flat, contiguous, nobody else's: an exchange may lend them for longer than the call.
         sizes: elements that come from every rank.
-        axis: the ranks.
+        axis: the ranks that share the tensor.
         call: for the ledger and messages; its shape is that of the whole.
 
     Comm:
