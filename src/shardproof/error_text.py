@@ -45,16 +45,16 @@ def within(seconds: float, do: Callable[[], T]) -> T:
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
-        is_done, found = answers.get(timeout=min(seconds, threading.TIMEOUT_MAX))
+        is_done, outcome = answers.get(timeout=min(seconds, threading.TIMEOUT_MAX))
     except queue.Empty:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(
             ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_GivenUp)
         )
         raise TooLong(f"it was not over within {seconds:g} s") from None
     if is_done:
-        return found  # type: ignore[return-value]
-    assert isinstance(found, BaseException)  # noqa: S101 - put there above
-    raise found
+        return outcome  # type: ignore[return-value]
+    assert isinstance(outcome, BaseException)  # noqa: S101 - put there above
+    raise outcome
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,11 @@ def text_of(error: BaseException) -> str:
 
 def _message(error: BaseException) -> tuple[str, str]:
     """The type and message of `error`, and why the message is not available (or "")."""
-    said, problem = text_or_problem(lambda: str(error))
+    message, problem = text_or_problem(lambda: str(error))
     if problem:
-        said = f"(what it says cannot be had: {problem})"
+        message = f"(what it says cannot be had: {problem})"
     name = type(error).__name__
-    return (f"{name}: {said}" if said else name), problem
+    return (f"{name}: {message}" if message else name), problem
 
 
 def text_or_problem(make: Callable[[], str], longest: int = LONGEST_TEXT) -> tuple[str, str]:

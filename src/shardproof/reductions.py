@@ -292,10 +292,10 @@ def _check_elementwise(function: Function, leaf: Tensor, y: Tensor, name: str) -
     or of random draws is found.
     """
     step = max(1, leaf.numel() // _SAMPLE)
-    found = function(leaf.detach().reshape(-1)[::step].clone())
+    some_values = function(leaf.detach().reshape(-1)[::step].clone())
     wanted = y.detach().reshape(-1)[::step]
-    if found.shape == wanted.shape and torch.allclose(
-        found.double(), wanted.double(), rtol=1e-3, atol=1e-6, equal_nan=True
+    if some_values.shape == wanted.shape and torch.allclose(
+        some_values.double(), wanted.double(), rtol=1e-3, atol=1e-6, equal_nan=True
     ):
         return
     raise ShapeError(
