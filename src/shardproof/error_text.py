@@ -96,7 +96,7 @@ def _message(error: BaseException) -> tuple[str, str]:
     """The type and message of `error`, and why the message is not available (or "")."""
     message, problem = text_or_problem(lambda: str(error))
     if problem:
-        message = f"(what it says cannot be had: {problem})"
+        message = f"(its text is not available: {problem})"
     name = type(error).__name__
     return (f"{name}: {message}" if message else name), problem
 
