@@ -81,7 +81,7 @@ def raising(make: Callable[[], BaseException], *, rank: int = 0) -> Callable[[Ax
 ODD: dict[str, tuple[Callable[[], BaseException], str]] = {
     "fails": (
         CannotSpeakError,
-        r"CannotSpeakError: \(what it says cannot be had: its __str__ rais",
+        r"CannotSpeakError: \(its text is not available: its __str__ rais",
     ),
     "leaves": (LeavesError, "LeavesError: .*__str__ raised SystemExit"),
     "hangs": (NeverDoneError, "NeverDoneError: .*its __str__ was not over within 2 s"),

@@ -1,7 +1,7 @@
 """Tensor parallelism for PyTorch that can be proved.
 
-Import it before the first matrix product of the process: the import sets the BLAS mode in which a
-shard has the bits of the whole (`numerics.mode`).
+Import it before the first matrix product of the process. The import sets the BLAS mode in which a
+product with a shard has the same bits as one with the whole weight (`numerics.mode`).
 """
 
 # ruff: noqa: E402 - the mode must be set before anything that could compute

@@ -1,4 +1,4 @@
-"""What our autograd functions share."""
+"""`once_differentiable`, for the backward of our autograd functions."""
 
 import functools
 from collections.abc import Callable
@@ -15,15 +15,15 @@ Backward = Callable[..., Any]
 
 
 def once_differentiable(backward: Backward) -> Backward:
-    """A backward that raises when it is differentiated again, as torch's decorator of that name.
+    """Make a backward raise when it is differentiated again, like torch's decorator of that name.
 
-    That one switches gradients off around every call, at 2 us; where they are off already, as in
-    every backward without `create_graph`, this one does not. And that one lets a second-order term
-    vanish without a word where no incoming gradient wants a gradient (that of a plain sum): here
-    what the forward has saved counts too.
+    torch's decorator disables gradients around every call, which takes 2 us. This one does so only
+    if they are enabled, that is with `create_graph`. torch's decorator also drops a second-order
+    term silently if no incoming gradient needs a gradient (as for a plain sum). This one raises if
+    a tensor that the forward saved needs a gradient.
 
     Args:
-        backward: of an autograd function.
+        backward: the backward of an autograd function.
     """
     guarded = _once_differentiable(backward)
 
@@ -43,7 +43,7 @@ def once_differentiable(backward: Backward) -> Backward:
 
 
 def _explain(error: Exception | None, ctx: Any, grads: tuple[Any, ...]) -> None:
-    """Raise for which layer an incoming gradient cannot be read, or else `error`."""
+    """Raise an error that names the layer whose incoming gradient is unreadable, or `error`."""
     who = getattr(getattr(ctx, "site", None), "who", "") or type(ctx).__name__.strip("_")
     for number, grad in enumerate(grads):
         if isinstance(grad, Tensor):
@@ -57,7 +57,7 @@ def _explain(error: Exception | None, ctx: Any, grads: tuple[Any, ...]) -> None:
 
 
 def _armed(ctx: Any, grads: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The gradients, one of which wants a gradient if the result depends on what wants one."""
+    """The gradients; one needs a gradient if it, or a saved tensor, needs one."""
     tensors = [grad for grad in grads if isinstance(grad, Tensor)]
     if any(grad.requires_grad for grad in tensors) or not tensors:
         return grads

@@ -1,4 +1,4 @@
-"""One axis: the ranks that split tensors together, as one of them sees it."""
+"""`Axis`: the ranks that share tensors, seen from one of them."""
 
 import functools
 import itertools
@@ -27,7 +27,7 @@ from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.solo import SoloTransport
 from shardproof.wording import shown, written
 
-# How many unnamed layers stand on a process group: two axes of one group are not to name alike.
+# Number of unnamed layers per process group, so that two axes of one group give other names.
 _unnamed_of_group: weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = (
     weakref.WeakKeyDictionary()
 )
@@ -36,13 +36,13 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Axis:
-    """A name, a rank, a size and a transport. Passed to whatever communicates.
+    """A name, a rank, a size and a transport. Pass it to layers and functions that communicate.
 
     Attributes:
-        name: of the axis, for messages ("tp").
-        transport: carries bytes between the ranks.
-        transport_note: why ranks do without shared memory, or, as threads, without the core; empty
-            if they do not.
+        name: name of the axis for messages ("tp").
+        transport: sends bytes between the ranks.
+        transport_note: why shared memory (or, with threads, the C core) is not used; empty if it
+            is.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Axis:
         """An axis of one rank, in any process, at any time.
 
         Args:
-            name: for messages.
+            name: name for messages.
         """
         return cls(name, SoloTransport())
 
@@ -85,25 +85,25 @@ class Axis:
         Args:
             group: this process must be in it.
             name: for messages.
-            check: compare what the ranks are about to do before every collective of tensors on
-                GPUs, at the cost of a small collective more; ranks that disagree then raise. Over
-                shared memory and gloo that is always so, and free.
-            compare_inputs: let every exchange compare a few elements of the inputs that layers
-                have had since the last one; ranks that read different batches then raise. It
-                takes a few microseconds for each layer. Tensors on GPUs are passed over.
-            transport: "auto" takes shared memory ("shm") where all ranks of a gloo group are on
-                one machine and can share it, and the group itself otherwise: then
-                `transport_note` says why. "shm", "gloo" and "nccl" take that, or raise.
-            timeout: seconds that a rank waits for the others in one collective. By default
-                torch.distributed's own. Give it to `init_process_group` as well: a process whose
-                collective timed out may linger until the group gives it up, too.
+            check: compare the calls of the ranks before every collective of tensors on GPUs, at
+                the cost of one more small collective; if calls differ, all ranks raise. Over
+                shared memory and gloo calls are always compared, at no cost.
+            compare_inputs: compare in every exchange a few elements of the inputs of layers since
+                the last exchange; ranks with different batches then raise. This takes a few
+                microseconds per layer. Tensors on GPUs are not compared.
+            transport: "auto" uses shared memory ("shm") if all ranks of a gloo group are on one
+                machine and can share memory, and otherwise the group itself; `transport_note`
+                then says why. "shm", "gloo" and "nccl" use that transport or raise.
+            timeout: seconds that a rank waits for the others in one collective; by default that of
+                torch.distributed. Pass it to `init_process_group` too: a process whose collective
+                timed out cannot end before the group's own timeout.
 
         Raises:
-            UsageError: an option makes no sense, or the transport that was asked for by name
-                cannot be had.
-            MismatchError: the ranks ask for different transports.
+            UsageError: an option is invalid, or the transport that was requested by name cannot be
+                used.
+            MismatchError: the ranks request different transports.
             AxisError: torch.distributed is not initialised, this process is not in the group or is
-                a fork of one that is, or the number of processes is at odds with WORLD_SIZE.
+                a fork of a member, or the number of processes is not WORLD_SIZE.
         """
         timeout = checked_timeout(timeout)
         transport = checked_transport(transport)
@@ -145,8 +145,8 @@ class Axis:
 
         Raises:
             UsageError, MismatchError: as `from_group` does.
-            AxisError: the mesh has several dims or no place for this process, or the number of
-                processes is at odds with WORLD_SIZE.
+            AxisError: the mesh has several dims or does not contain this process, or the number of
+                processes is not WORLD_SIZE.
         """
         if not isinstance(mesh, DeviceMesh):
             raise AxisError(
@@ -184,11 +184,11 @@ class Axis:
         transport: str = AUTO,
         timeout: float | None = None,
     ) -> "Axis":
-        """All processes that torchrun started.
+        """An axis of all processes that torchrun started.
 
-        Initialises torch.distributed unless that is done: with gloo for tensors on CPUs, and nccl
-        for tensors on GPUs if every rank of the machine has its own. Whoever initialised it ends
-        it: `torch.distributed.destroy_process_group()`.
+        Initialises torch.distributed unless that was done: with gloo for tensors on CPUs, and nccl
+        for tensors on GPUs if every rank of the machine has its own GPU. End it with
+        `torch.distributed.destroy_process_group()`.
 
         Args:
             name: for messages.
@@ -196,12 +196,12 @@ class Axis:
             compare_inputs: as in `from_group`.
             transport: as in `from_group`.
             timeout: seconds that a rank waits for the others in one collective, on any transport;
-                by default torch.distributed's own. It does not shorten the start, in which ranks
-                come as fast as they can import.
+                by default that of torch.distributed. It does not apply to the start, in which
+                ranks still import torch.
 
         Raises:
             UsageError, MismatchError: as `from_group` does.
-            AxisError: variables of torchrun are missing or make no sense, or torch.distributed is
+            AxisError: variables of torchrun are missing or invalid, or torch.distributed is
                 initialised with another number of processes than WORLD_SIZE.
         """
         timeout = checked_timeout(timeout)
@@ -231,16 +231,16 @@ class Axis:
         return self.transport.rank
 
     def note(self, x: Tensor, *, who: str, what: str = "input", whole: bool = False) -> None:
-        """Say that a layer has got a Replicate tensor, which the next exchange compares.
+        """Note a Replicate tensor that a layer received; the next exchange compares the notes.
 
         Args:
             x: (*), Replicate.
-            who: the layer.
-            what: it is of the layer, for messages.
-            whole: look at all elements, not at a few.
+            who: name of the layer.
+            what: its role in the layer, for messages.
+            whole: compare all elements, not a few.
 
         Raises:
-            MismatchError: inside `shardproof.checked()`, where ranks have another tensor.
+            MismatchError: inside `shardproof.checked()`, if the ranks' tensors differ.
 
         Comm:
             none; inside `checked()` a hash of the tensor, in direction setup, uncounted.
@@ -253,15 +253,15 @@ class Axis:
             self.transport.notes.add(x, who, what, whole=whole)
 
     def note_result(self, x: Tensor, *, who: str, what: str = "output") -> None:
-        """Say that a Replicate tensor leaves a layer: compared inside `shardproof.checked()` alone.
+        """Note a Replicate output of a layer, which is compared only inside `shardproof.checked()`.
 
         Args:
             x: (*), Replicate.
-            who: the layer.
-            what: it is of the layer, for messages.
+            who: name of the layer.
+            what: its role in the layer, for messages.
 
         Raises:
-            MismatchError: ranks have another tensor.
+            MismatchError: the ranks' tensors differ.
 
         Comm:
             none; inside `checked()` a hash of the tensor, in direction setup, uncounted.
@@ -270,11 +270,11 @@ class Axis:
             self._compare(x, who, what)
 
     def gather_small(self, value: Any, *, what: str) -> list[Any]:
-        """Every rank's small picklable value, in rank order.
+        """Gather a small picklable value of every rank, in rank order.
 
         Args:
-            value: of this rank.
-            what: it is; the same on all ranks.
+            value: the value of this rank.
+            what: a description of it; the same on all ranks.
 
         Comm:
             setup none in the ledger: small objects of all ranks go to all, uncounted.
@@ -287,13 +287,13 @@ class Axis:
         """Raise on all ranks unless all have the same `value`.
 
         Args:
-            value: name -> what must be the same; small, picklable, comparable.
-            what: all of it in a word, for the message.
+            value: name -> a small, picklable, comparable value that must be the same.
+            what: one word for all values, for the message.
             way_out: the end of the message.
 
         Raises:
-            MismatchError: names the first rank that differs from rank 0, the first entry in which
-                it does, and both sides of that.
+            MismatchError: it names the first rank that differs from rank 0, the first entry that
+                differs, and both values.
 
         Comm:
             setup none in the ledger: small objects of all ranks go to all, uncounted.
@@ -323,17 +323,17 @@ class Axis:
         )
 
     def next_name(self, kind: str) -> str:
-        """A name for a layer that was given none, by its position among those.
+        """A name for a layer that has none, by its position among the unnamed layers.
 
-        Counted are the layers on the same process group, over all axes that were made from it (by
-        `from_group`, `from_mesh`, `from_env`); or on the same axis object, if it came in another
-        way: each `Axis.solo()` and each `launch` begins anew. Ranks build their layers in the same
-        order, so the name does not depend on the degree.
+        Layers are counted per process group, over all axes made from it (by `from_group`,
+        `from_mesh`, `from_env`), or else per axis object: each `Axis.solo()` and each `launch`
+        starts at 0. Ranks build their layers in the same order, so the name does not depend on the
+        degree.
         """
         return f"{kind}-{next(self._unnamed)}"
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Axis":
-        """The axis itself: a copied model talks to the same ranks."""
+        """Return the axis itself: a copied model communicates with the same ranks."""
         return self
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -357,10 +357,10 @@ def _initialise(environment: Mapping[str, str], timeout: float | None) -> None:
 
 
 def _meet(backend: str, timeout: float | None) -> None:
-    """Initialise the backend, with patience for ranks that are still importing torch.
+    """Initialise the backend, and wait long for ranks that are still importing torch.
 
-    The user's timeout must reach the group itself: a process whose collective timed out cannot
-    end before the backend has given that collective up too.
+    The user's timeout is set on the group afterwards: a process whose collective timed out cannot
+    end before the backend's own timeout of that collective.
     """
     if timeout is None:
         meet(backend)
@@ -378,10 +378,10 @@ def _require_initialised(what: str) -> None:
 
 
 def checked_axis(axis: object) -> Axis:
-    """An axis as a user gave it.
+    """Return the argument `axis` of a user.
 
     Raises:
-        UsageError: it is something else.
+        UsageError: it is not an `Axis`.
     """
     if not isinstance(axis, Axis):
         raise UsageError(

@@ -1,10 +1,10 @@
-"""How a tensor lies on one rank where its cut dim has several blocks of units.
+"""`BlockLayout`: the layout of a tensor whose cut dim has several blocks of units.
 
 The rows of a fused projection are those of the query heads, then of the key heads, then of the
-value heads: a rank has a run of each, in the order of the whole. A leaf is a run of each too. A
-shared unit lies on every rank that needs it, and belongs to one. Integers only: no torch, no ranks.
+value heads. A rank has a run of each block, in the order of the whole, and a leaf has a run of each
+too. Every rank that needs a shared unit holds it, and one rank owns it. Integers only.
 
-`cut_layout` is the constructor for all: a dim of one block is a `Layout`, which is read faster.
+`cut_layout` makes a layout of any kind: a dim of one block gives a `Layout`, which is faster.
 """
 
 from collections.abc import Iterator
@@ -25,8 +25,8 @@ class BlockLayout(Layout):
 
     Attributes:
         along: how `dim` is cut.
-        cut: of the units, not of the indices: its leaves and who owns them.
-        held: the leaves that the rank owns. Of others it may hold shared units.
+        cut: the cut of the units, not of the indices.
+        held: the leaves that the rank owns. It may also hold shared units of other leaves.
     """
 
     along: CutDim = field(kw_only=True)
@@ -48,19 +48,19 @@ class BlockLayout(Layout):
 
     @property
     def owned(self) -> range:
-        """The indices that this rank owns, where they are one run.
+        """The indices that this rank owns, as one run.
 
         Raises:
-            LayoutError: they are several.
+            LayoutError: they are several runs.
         """
         return self._one(self.owned_runs, "owns")
 
     @property
     def held_indices(self) -> range:
-        """The indices that this rank holds, where they are one run.
+        """The indices that this rank holds, as one run.
 
         Raises:
-            LayoutError: they are several.
+            LayoutError: they are several runs.
         """
         return self._one(self.held_runs, "holds")
 
@@ -79,27 +79,27 @@ class BlockLayout(Layout):
 
     @cached_property
     def held_runs(self) -> tuple[range, ...]:
-        """Indices that this rank holds, as runs: the shard has them one behind the other."""
+        """Indices that this rank holds, as runs, in the order in which its shard has them."""
         return _runs(self.along.held(self.rank))
 
     @property
     def leaf_places(self) -> tuple[tuple[slice, ...], ...]:
-        """Of every leaf that this rank owns, where its runs lie in what the rank holds."""
+        """For each leaf that this rank owns, the positions of its runs in the shard."""
         return self.along.leaf_slices(self.rank)
 
     @property
     def owned_places(self) -> tuple[slice, ...]:
-        """Where what this rank owns lies in what it holds, as runs along `dim`."""
+        """The positions in the shard of the indices that this rank owns, as runs along `dim`."""
         return self.along.owned_places(self.rank)
 
     @cached_property
     def other_places(self) -> tuple[slice, ...]:
-        """Where what another rank owns lies in what this rank holds, as runs along `dim`."""
+        """The positions in the shard of the indices that another rank owns, as runs along `dim`."""
         held, owned = self.along.held(self.rank), self.along.owned(self.rank)
         return slices_of(np.flatnonzero(~np.isin(held, owned, assume_unique=True)))
 
     def held_leaves(self) -> Iterator[HeldLeaf]:
-        """Every leaf of which this rank holds something."""
+        """Every leaf of which this rank holds some indices."""
         along, dim = self.along, self.dim or 0
         held, before = along.held(self.rank), (slice(None),) * dim
         leaf_of = np.asarray(along.shared.leaf_of, dtype=np.int64)[along.labels]
@@ -114,7 +114,7 @@ class BlockLayout(Layout):
             yield HeldLeaf(leaf, shape, pieces)
 
     def copies(self) -> Iterator[tuple[str, tuple[slice, ...]]]:
-        """Shared units that this rank holds: name, and where they lie in the shard."""
+        """Shared units that this rank holds: name, and positions in the shard."""
         count = self.along.shared.units.count
         labels = self.along.labels[self.along.held(self.rank)]
         for unit in np.unique(labels[labels >= count]).tolist():
@@ -125,11 +125,11 @@ class BlockLayout(Layout):
         return BlockLayout(self.shape, rank, self.dim, along=self.along)
 
     def reshaped(self, shape: tuple[int, ...]) -> "BlockLayout":
-        """The layout on this rank of another tensor, which is as long along `dim`."""
+        """The layout on this rank of a tensor with another shape, but the same size along `dim`."""
         return BlockLayout(tuple(shape), self.rank, self.dim, along=self.along)
 
     def state(self) -> dict[str, object]:
-        """Plain data that tells two layouts apart; goes into `state_dict`."""
+        """Plain data that identifies a layout, for `state_dict`."""
         shared = self.along.shared
         breaks = shared.units.breaks
         return {
@@ -146,20 +146,20 @@ class BlockLayout(Layout):
 
 
 def cut_layout(shape: tuple[int, ...], rank: int, *, dim: int, along: CutDim) -> Layout:
-    """How a tensor lies on a rank, of whose dims one is cut.
+    """The layout on a rank of a tensor with one cut dim.
 
     Args:
-        shape: of the whole.
-        rank: whose layout this is.
-        dim: that is cut.
-        along: how.
+        shape: shape of the whole tensor.
+        rank: the rank.
+        dim: the dim that is cut.
+        along: how it is cut.
 
     Returns:
-        A `Layout` where each rank holds one run of one block in which units follow each other in
-        order, with the same leaves and owners; else a `BlockLayout`.
+        A `Layout` if each rank holds one run of one block with the units in order, and with the
+        same leaves and owners; else a `BlockLayout`.
 
     Raises:
-        ShapeError: `along` is not of that dim.
+        ShapeError: `along` does not have the size of that dim.
     """
     block = along.blocks[0] if len(along.blocks) == 1 else None
     if block is not None and dim < len(shape) and along.size == shape[dim]:
@@ -171,7 +171,7 @@ def cut_layout(shape: tuple[int, ...], rank: int, *, dim: int, along: CutDim) ->
 
 
 def _of_units(shared: Shared, block: Block) -> tuple[Cut, tuple[range, ...]] | None:
-    """The cut of a dim that has every unit once, in order."""
+    """The cut of a dim that has every unit once, in order, or None."""
     units = shared.units
     if block.first or block.size != units.count * block.unit:
         return None
@@ -180,7 +180,7 @@ def _of_units(shared: Shared, block: Block) -> tuple[Cut, tuple[range, ...]] | N
 
 
 def _of_shared(shared: Shared, block: Block) -> tuple[Cut, tuple[range, ...]] | None:
-    """The cut of a dim that has every shared unit once, in order: each is a leaf, as in `Heads`."""
+    """The cut of a dim with every shared unit once, in order, each as a leaf; or None."""
     count, number = shared.units.count, len(shared.units.needers)
     if block.first != count or block.size != number * block.unit:
         return None
@@ -197,7 +197,7 @@ def _of_shared(shared: Shared, block: Block) -> tuple[Cut, tuple[range, ...]] | 
     runs, start = [], 0
     for run in owned:
         if run and run.start != start:
-            return None  # owners are not in the order of the ranks
+            return None  # the owners are not in rank order
         runs.append(range(start, start + len(run or ())))
         start = runs[-1].stop
     cut = Cut(block.size, shared.leaves, shared.degree, block.unit, tuple(runs))
@@ -217,7 +217,7 @@ def _runs(indices: Indices) -> tuple[range, ...]:
 
 
 def _both(places: Indices, parts: Indices) -> Iterator[tuple[slice, slice]]:
-    """Runs in which both kinds of places follow each other."""
+    """Split runs so that each lies in one run of `places` and one of `parts`."""
     apart = (np.diff(places) != 1) | (np.diff(parts) != 1)
     edges = [0, *(np.flatnonzero(apart) + 1).tolist(), len(places)]
     for start, stop in pairwise(edges):

@@ -1,4 +1,4 @@
-"""Whether the code at hand compares everything in full, and the comparison of one tensor."""
+"""Whether this thread compares tensors in full, and the comparison of one tensor."""
 
 import hashlib
 import itertools
@@ -14,21 +14,21 @@ from shardproof.errors import MismatchError
 # One value for each thread: ranks may be threads.
 _is_checked: ContextVar[bool] = ContextVar("is_checked", default=False)
 
-_PARTS = 64  # into which a tensor is cut to find the element that differs
+_PARTS = 64  # number of pieces into which a tensor is divided to find the element that differs
 
 Gather = Callable[[Any], list[Any]]
 
 
 def is_checked() -> bool:
-    """Whether `checked()` surrounds what runs in this thread."""
+    """Whether this thread is inside `checked()`."""
     return _is_checked.get()
 
 
 class Switch:
-    """Compares in full while it is entered, or does not; may be entered again inside.
+    """A context in which tensors are compared in full, or not; contexts may be nested.
 
     Args:
-        is_on: False where numbers mean nothing, as in a rehearsal.
+        is_on: whether tensors are compared; False in a rehearsal, where values mean nothing.
     """
 
     def __init__(self, *, is_on: bool = True) -> None:
@@ -47,8 +47,8 @@ def compare(x: Tensor, name: str, gather: Gather, *, way_out: str) -> None:
 
     Args:
         x: (*), Replicate.
-        name: of the tensor, for the message.
-        gather: takes a small value and gives those of all ranks, in rank order.
+        name: name of the tensor, for the message.
+        gather: function that gathers a small value of all ranks, in rank order.
         way_out: the end of the message.
 
     Raises:

@@ -26,10 +26,10 @@ _WAY_OUT = (
 
 @contextmanager
 def checked() -> Iterator[None]:
-    """Compare every placement in full, on all axes that this thread uses. All ranks enter it.
+    """Compare every replicated tensor in full, on all axes of this thread. All ranks must enter it.
 
-    In a model that was cut by watching, every operation on cut tensors is also run on whole ones,
-    forward and backward, and the first that differs is named with its line in the model's code.
+    In a model that was cut by watching, every operation on cut tensors also runs on whole tensors,
+    forward and backward. The first difference raises, with the line of the model's code.
 
     Raises, on all ranks:
         MismatchError: names the layer or the parameter, two ranks, and the first element that
@@ -52,7 +52,7 @@ def checked() -> Iterator[None]:
 
 @functools.cache
 def _watch_steps() -> None:
-    """Once per process: torch calls this after every step of every optimizer."""
+    """Register, once per process, a hook after every step of every optimizer."""
     register_optimizer_step_post_hook(_after_step)
 
 
@@ -76,7 +76,7 @@ def _gather(axis: Axis, name: str, value: Any) -> list[Any]:
 
 
 def _settings(optimizer: Optimizer) -> dict[str, Any]:
-    """Numbers and words of every group, such as its learning rate."""
+    """Numeric and text settings of every parameter group, such as its learning rate."""
     settings: dict[str, Any] = {"the optimizer": type(optimizer).__name__}
     for number, group in enumerate(optimizer.param_groups):
         for name, value in group.items():
@@ -92,7 +92,7 @@ def _settings(optimizer: Optimizer) -> dict[str, Any]:
 def _placements(optimizer: Optimizer) -> tuple[list[Axis], dict[Any, list[tuple[str, Tensor]]]]:
     """The axes over which the parameters are cut, and what is replicated on each.
 
-    A parameter that is in no layer of ours is replicated on all axes that the others are cut over.
+    A parameter outside of cut layers is replicated on all axes over which other parameters are cut.
     """
     known = registry.parts()
     axes: dict[Any, Axis] = {}

@@ -1,6 +1,6 @@
-"""The two extension modules in C, where they were built: `_kernels` and `_shm`.
+"""Access to the two optional C extension modules, `_kernels` and `_shm`.
 
-Both are optional. What needs one asks here, and says in its own report what it did instead.
+Code that needs one asks here, and reports what it does instead if the module is missing.
 """
 
 import functools
@@ -12,7 +12,7 @@ from shardproof import environment
 
 VARIABLE = "SHARDPROOF_CORE"
 _SETTINGS = ("auto", "off")
-# The number in the C files of both: an old build can stay behind where a new one failed.
+# The version number in the C files of both, because an old build may remain if a new one fails.
 _PROTOCOL = 3
 
 
@@ -27,13 +27,13 @@ def shm() -> ModuleType | None:
 
 
 def problem(*names: str) -> str | None:
-    """Why a module is missing and what to do, or None if it is here.
+    """Why a module is missing and what to do, or None if it is available.
 
     Args:
         names: "kernels", "shm"; both if none is named.
 
     Raises:
-        UsageError: SHARDPROOF_CORE is set to what it does not know.
+        UsageError: SHARDPROOF_CORE has an unknown value.
     """
     problems = (_load(f"_{name}")[1] for name in names or ("kernels", "shm"))
     return next((why for why in problems if why is not None), None)

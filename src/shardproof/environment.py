@@ -1,4 +1,4 @@
-"""The settings that users make by environment variables; torchrun's are read in `torchrun`."""
+"""Read settings of users from environment variables; `torchrun` reads torchrun's variables."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,9 +7,9 @@ from shardproof.wording import shown
 
 
 def setting(environment: Mapping[str, str], name: str, known: Sequence[str]) -> str:
-    """One of the known words; the first of them where the variable is missing or empty.
+    """The value of a variable, one of the known words; the first if it is missing or empty.
 
-    Small and capital letters are alike, and blanks around the word do not count.
+    Case and surrounding blanks are ignored.
 
     Raises:
         UsageError: the variable is set to something else.

@@ -1,7 +1,7 @@
-"""What an exception says, although its `__str__` is the user's code: it may fail, wait or be long.
+"""Get the text of an exception safely: its `__str__` may be user code that fails or hangs.
 
-A rank that has failed must be able to say so. So the text is made in a thread of its own, for which
-nobody waits longer than a moment, and what is too long is cut.
+A rank that has failed must be able to report it. So the text is made in a separate thread with a
+short timeout, and a long text is shortened.
 """
 
 import ctypes
@@ -13,26 +13,26 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
 
-LONGEST_TEXT = 4_000  # characters of what one exception says
-LONGEST_TRACE = 60_000  # and of a traceback, which has the text again
+LONGEST_TEXT = 4_000  # characters of the text of one exception
+LONGEST_TRACE = 60_000  # characters of a traceback, which contains the text again
 _PATIENCE = 2.0  # seconds
 
 T = TypeVar("T")
 
 
 class TooLong(Exception):  # noqa: N818 - nothing is wrong yet: somebody has waited long enough
-    """What was asked for has not come in time."""
+    """A call did not end within its timeout."""
 
 
 class _GivenUp(SystemExit):
-    """Raised in a thread for which nobody waits any more."""
+    """Raised in a thread whose call has timed out."""
 
 
 def within(seconds: float, do: Callable[[], T]) -> T:
-    """What `do()` returns or raises; it runs in a thread of its own.
+    """Run `do()` in a separate thread, and return or raise its outcome.
 
     Raises:
-        TooLong: it was not over in time. If it runs Python code, it is stopped.
+        TooLong: it did not end in time. If it runs Python code, it is stopped.
     """
     answers: queue.SimpleQueue[tuple[bool, object]] = queue.SimpleQueue()
 
@@ -45,26 +45,26 @@ def within(seconds: float, do: Callable[[], T]) -> T:
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
-        is_done, found = answers.get(timeout=min(seconds, threading.TIMEOUT_MAX))
+        is_done, outcome = answers.get(timeout=min(seconds, threading.TIMEOUT_MAX))
     except queue.Empty:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(
             ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_GivenUp)
         )
         raise TooLong(f"it was not over within {seconds:g} s") from None
     if is_done:
-        return found  # type: ignore[return-value]
-    assert isinstance(found, BaseException)  # noqa: S101 - put there above
-    raise found
+        return outcome  # type: ignore[return-value]
+    assert isinstance(outcome, BaseException)  # noqa: S101 - put there above
+    raise outcome
 
 
 @dataclass(frozen=True)
 class ErrorText:
-    """What can be told of an exception.
+    """The text and traceback of an exception.
 
     Attributes:
-        text: its type and what it says, as "ValueError: bad luck".
+        text: its type and message, as "ValueError: bad luck".
         trace: its traceback as Python prints it.
-        problem: why what it says cannot be had; empty if it can.
+        problem: why the message is not available; empty if it is.
     """
 
     text: str
@@ -73,7 +73,7 @@ class ErrorText:
 
 
 def describe_error(error: BaseException, trace: TracebackType | None = None) -> ErrorText:
-    """What can be told of `error`; never fails, and is soon done."""
+    """The text and traceback of `error`; never fails, and ends soon."""
     text, problem = _message(error)
     if not problem:
         printed, problem_of_trace = text_or_problem(
@@ -81,38 +81,38 @@ def describe_error(error: BaseException, trace: TracebackType | None = None) -> 
         )
         if not problem_of_trace:
             return ErrorText(text, printed, "")
-    # Without the errors that it came from, whose texts may be what fails.
+    # Without the errors that caused it, whose texts may fail.
     frames = "".join(traceback.format_tb(trace))
     printed = f"Traceback (most recent call last):\n{frames}{text}\n"
     return ErrorText(text, cut(printed, LONGEST_TRACE), problem)
 
 
 def text_of(error: BaseException) -> str:
-    """The type of `error` and what it says; never fails, and is soon done."""
+    """The type and message of `error`; never fails, and ends soon."""
     return _message(error)[0]
 
 
 def _message(error: BaseException) -> tuple[str, str]:
-    """The type of `error` and what it says, and why that cannot be had; empty if it can."""
-    said, problem = text_or_problem(lambda: str(error))
+    """The type and message of `error`, and why the message is not available (or "")."""
+    message, problem = text_or_problem(lambda: str(error))
     if problem:
-        said = f"(what it says cannot be had: {problem})"
+        message = f"(its text is not available: {problem})"
     name = type(error).__name__
-    return (f"{name}: {said}" if said else name), problem
+    return (f"{name}: {message}" if message else name), problem
 
 
 def text_or_problem(make: Callable[[], str], longest: int = LONGEST_TEXT) -> tuple[str, str]:
-    """What `make()` returns, cut, and the empty string; or nothing, and why it cannot be had."""
+    """The shortened text of `make()` and ""; or "" and why the text is not available."""
     try:
         return within(_PATIENCE, lambda: cut(make(), longest)), ""
     except TooLong:
         return "", f"its __str__ was not over within {_PATIENCE:g} s"
-    except BaseException as raised:  # the user's code may raise anything, SystemExit too
+    except BaseException as raised:  # the user's code may raise anything, also SystemExit
         return "", f"its __str__ raised {type(raised).__name__}"
 
 
 def cut(text: str, longest: int) -> str:
-    """`text`, without its middle if it is longer.
+    """`text`, without its middle if it is too long.
 
     >>> cut("abcdefgh", 4)
     'ab ... (4 characters left out) ... gh'

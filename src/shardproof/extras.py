@@ -1,10 +1,10 @@
-"""What to say of an optional extra that is missing. Imports nothing."""
+"""The text about a missing optional extra. Imports nothing."""
 
 from collections.abc import Iterable
 
 
 def is_wanted(extra: str) -> str:
-    """The end of a sentence about what cannot be done without an extra.
+    """The end of a sentence: the extra that is needed, and how to install it.
 
     Args:
         extra: its name, as pip takes it.

@@ -1,8 +1,8 @@
-"""Files that somebody else wrote: opened without waiting, read up to a limit, parsed strictly.
+"""Open files of the user without waiting, read them up to a limit, and parse JSON strictly.
 
-Everything that reads a report, a config, an index or weights comes through here, so that a named
-pipe, a device, a directory, a file without end or JSON that is nested without end is one error.
-A link is followed: the caches of Hugging Face are made of links.
+Reports, configs, indices and weights are all read by this module. So a named pipe, a device, a
+directory, an endless file or endlessly nested JSON gives a clear error. Links are followed, because
+the caches of Hugging Face consist of links.
 """
 
 import errno
@@ -28,10 +28,10 @@ _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
 
 
 def path_of(path: Any, *, what: str, way_out: str) -> Path:
-    """A path as a user gave it.
+    """Convert a path argument of a user.
 
     Raises:
-        UsageError: it is no path, or empty, or has a character that no path can have.
+        UsageError: it is not a path, or empty, or has an invalid character.
     """
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
         raise UsageError(f"{what} is {shown(path)}, which is not a path. {way_out}")
@@ -49,30 +49,30 @@ def path_of(path: Any, *, what: str, way_out: str) -> Path:
 
 
 def check_regular(path: Path, *, what: str, way_out: str) -> None:
-    """Raise unless there is a regular file that can be opened; never waits for a pipe.
+    """Raise unless a path is a regular file that can be opened; never waits for a pipe.
 
     Args:
-        path: of the file.
-        what: it is called by the user, with the path ("--against report.json").
-        way_out: one sentence.
+        path: path of the file.
+        what: the file in the user's words, with the path ("--against report.json").
+        way_out: a sentence that says what to do.
 
     Raises:
-        UsageError: it is missing, unreadable, or something else than a regular file.
+        UsageError: it is missing, unreadable, or not a regular file.
     """
     os.close(_opened(path, what, way_out)[0])
 
 
 def read_text(path: Path, *, what: str, way_out: str, largest: int) -> str:
-    """All of a regular file as text.
+    """Read a regular file as text.
 
     Args:
         path: of the file.
         what: as in `check_regular`.
         way_out: as in `check_regular`.
-        largest: bytes above which it is not read.
+        largest: largest number of bytes.
 
     Raises:
-        UsageError: as `check_regular` does; it is too large, or no UTF-8.
+        UsageError: as in `check_regular`; or it is too large, or not UTF-8.
     """
     descriptor, size = _opened(path, what, way_out)
     with open(descriptor, "rb", closefd=True) as file:
@@ -94,21 +94,20 @@ def read_text(path: Path, *, what: str, way_out: str, largest: int) -> str:
 def read_json(
     path: Path, *, what: str, way_out: str, largest: int, only_finite: bool = True
 ) -> Any:
-    """What the JSON in a regular file says.
+    """Read JSON from a regular file.
 
-    Strict: a key that is there twice, a number too long to read and, unless `only_finite` is off,
-    one that is not finite are errors, for whoever wrote them meant one thing and we might take
-    another.
+    A repeated key, a number that is too long and, unless `only_finite` is False, a number that is
+    not finite are errors, because they can be read in several ways.
 
     Args:
         path: of the file.
         what: as in `check_regular`.
         way_out: as in `check_regular`.
         largest: as in `read_text`.
-        only_finite: False lets NaN and Infinity pass, which transformers writes into configs.
+        only_finite: whether NaN and Infinity are refused; transformers writes them into configs.
 
     Raises:
-        UsageError: as `read_text` does; it is not JSON.
+        UsageError: as in `read_text`; or it is not JSON.
     """
     text = read_text(path, what=what, way_out=way_out, largest=largest)
     options: dict[str, Any] = {"parse_constant": _no_constant, "parse_float": _finite}
@@ -126,7 +125,7 @@ def read_json(
 
 
 class _Strange(ValueError):  # noqa: N818 - never seen outside of this file
-    """JSON that can be read in more than one way, or in none."""
+    """JSON that is ambiguous or cannot be read."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -156,9 +155,9 @@ def _no_constant(text: str) -> float:
 
 
 def _opened(path: Path, what: str, way_out: str) -> tuple[int, int]:
-    """A descriptor of a regular file, and its size."""
+    """Open a regular file; return its descriptor and its size."""
     try:
-        # Looked at before it is opened: to open a device can do something.
+        # Checked before it is opened, because opening a device can have effects.
         if stat.S_ISREG(kind := path.stat().st_mode):
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
@@ -166,7 +165,7 @@ def _opened(path: Path, what: str, way_out: str) -> tuple[int, int]:
     _require_regular(kind, what, way_out)
     status = os.fstat(descriptor)
     try:
-        _require_regular(status.st_mode, what, way_out)  # it may be another file by now
+        _require_regular(status.st_mode, what, way_out)  # the path may be another file by now
     except UsageError:
         os.close(descriptor)
         raise
@@ -180,7 +179,7 @@ def _require_regular(kind: int, what: str, way_out: str) -> None:
 
 
 def why(error: BaseException) -> str:
-    """What the system said."""
+    """The reason of a system error, in words."""
     if isinstance(error, OSError) and error.errno == errno.ELOOP:
         return "it is a link that leads back to itself"
     if isinstance(error, OSError) and error.strerror:

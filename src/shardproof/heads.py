@@ -1,8 +1,8 @@
-"""Query heads and the key-value heads that they share: who owns and who holds which. Integers only.
+"""`Heads`: which ranks own and hold query heads and key-value heads. Integers only.
 
-The unit is the query head at every degree. Ranks share the leaves of query heads; a key-value head
-is held by every rank one of whose query heads needs it, and owned by the first of them. So with
-fewer key-value heads than ranks some are held several times, and still count once.
+The unit is the query head at every degree. Ranks share the leaves of query heads. Every rank with a
+query head that needs a key-value head holds it, and the first of these ranks owns it. With fewer
+key-value heads than ranks, some are held several times, but count once.
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from shardproof.leaves import Cut
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of one attention layer, on some number of ranks.
+    """The heads of one attention layer on `degree` ranks.
 
     Attributes:
-        queries: query heads, on all ranks together.
-        keys: key-value heads; each serves `group` query heads that stand side by side.
+        queries: number of query heads, on all ranks together.
+        keys: number of key-value heads; each serves `group` neighbouring query heads.
         head_dim: features of one head.
-        leaves: that the plan asks for.
-        degree: how many ranks share them.
+        leaves: number of leaves of the plan.
+        degree: number of ranks.
     """
 
     queries: int
@@ -39,17 +39,17 @@ class Heads:
 
     @property
     def group(self) -> int:
-        """How many query heads share one key-value head."""
+        """Number of query heads that share one key-value head."""
         return self.queries // self.keys
 
     @cached_property
     def query_cut(self) -> Cut:
-        """Of the queries' features, queries * head_dim."""
+        """The cut of the queries' features, queries * head_dim."""
         return Cut(self.queries * self.head_dim, self.leaves, self.degree, self.head_dim)
 
     @cached_property
     def key_cut(self) -> Cut:
-        """Of the keys' or the values' features, keys * head_dim; one leaf for each head."""
+        """The cut of the keys' or values' features, keys * head_dim, with one leaf per head."""
         runs = tuple(self._firsts(self.owned(rank)) for rank in range(self.degree))
         return Cut(self.keys * self.head_dim, self.leaves, self.degree, self.head_dim, runs)
 
@@ -81,10 +81,11 @@ class Heads:
         return tuple(key for key, count in enumerate(holders) if count > 1)
 
     def key_slices(self, rank: int) -> tuple[slice, ...]:
-        """For every leaf of query heads that `rank` owns, the key-value heads that begin in it.
+        """For each leaf of query heads that `rank` owns, the key-value heads that begin in it.
 
-        As features in what the rank holds; empty where a leaf begins none. Every key-value head is
-        in exactly one leaf, at every degree, which is what lets q, k and v share one sum.
+        They are slices of features of the rank's part; empty if no head begins in the leaf. At
+        every degree, each key-value head is in exactly one leaf, so that q, k and v can share one
+        sum.
         """
         start = self.held(rank).start
         slices = []

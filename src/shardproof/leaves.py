@@ -1,4 +1,4 @@
-"""Units to leaves, leaves to ranks: who owns what. Integers only; no torch, no ranks.
+"""`Cut` and `Layout`: how units form leaves, and which rank owns which leaves. Integers only.
 
 A *unit* is never cut (a feature, a query head, a vocabulary row). A *leaf* is a run of units,
 and is the unit of ownership and of summation. How many leaves a dim has is fixed by the plan and
@@ -36,7 +36,7 @@ def share(size: int, parts: int) -> tuple[range, ...]:
 
 
 def checked_degree(degree: Any) -> int:
-    """A degree as a user gave it, as an int.
+    """Convert the argument `degree` of a user to an int.
 
     Raises:
         DegreeError: it is not a whole number, or not positive.
@@ -71,17 +71,17 @@ def check_degree(degree: int, leaves: int) -> None:
 
 @dataclass(frozen=True)
 class Cut:
-    """One dim of `size` units, cut into leaves that are given to `degree` ranks.
+    """One dim of `size` units, cut into leaves that `degree` ranks share.
 
     Attributes:
-        size: units along the dim, on all ranks together.
-        leaves: the leaves that the plan asks for; a dim with fewer units has fewer.
-        degree: how many ranks share the leaves; a rank may own none.
-        unit: indices that are never cut apart (the features of one head); `size`, and every range
-            that a cut tells, counts indices.
-        runs: which leaves each rank owns, where something else decides it than `share`: key-value
-            heads follow the query heads, each a leaf (`heads.py`); ranks begin only where a view
-            of the model allows it (`units.py`). There are as many leaves as the runs have.
+        size: number of units along the dim, on all ranks together.
+        leaves: number of leaves of the plan; a dim with fewer units has fewer leaves.
+        degree: number of ranks that share the leaves; a rank may own none.
+        unit: number of indices that are never cut apart (the features of one head); `size` and all
+            ranges count indices.
+        runs: the leaves of each rank, if `share` does not decide them: key-value heads follow the
+            query heads, each as one leaf (`heads.py`); ranks begin only where a view of the model
+            allows it (`units.py`). The number of leaves is then that of the runs.
     """
 
     size: int
@@ -107,7 +107,7 @@ class Cut:
             self._check_runs(self.runs)
 
     def _check_runs(self, runs: tuple[range, ...]) -> None:
-        """Every leaf is owned once, in rank order."""
+        """Raise unless every leaf is owned once, in rank order."""
         owned = [leaf for run in runs for leaf in run]
         if (
             len(runs) != self.degree
@@ -121,7 +121,7 @@ class Cut:
 
     @property
     def num_leaves(self) -> int:
-        """How many leaves there really are: never more than units."""
+        """The actual number of leaves, which is at most the number of units."""
         if self.runs is not None:
             return sum(map(len, self.runs))
         return min(self.leaves, self.size // self.unit)
@@ -162,15 +162,15 @@ class Cut:
         return self.units(self.run(rank))
 
     def sizes(self) -> tuple[int, ...]:
-        """How many indices each rank owns, in rank order."""
+        """Number of indices that each rank owns, in rank order."""
         return tuple(len(self.owned(rank)) for rank in range(self.degree))
 
     def leaf_slices(self, rank: int, held: range | None = None) -> tuple[slice, ...]:
-        """Where each leaf that `rank` owns lies inside what that rank holds.
+        """The slice of each owned leaf of `rank` in the part that it holds.
 
         Args:
-            rank: whose.
-            held: the leaves that it holds; those it owns, if not given.
+            rank: the rank.
+            held: the leaves that it holds; by default those that it owns.
         """
         run = self.run(rank)
         start = self.units(run if held is None else held).start
@@ -180,7 +180,7 @@ class Cut:
         )
 
     def idle_ranks(self) -> tuple[int, ...]:
-        """Ranks that own no leaf: they hold an empty shard and take part in collectives."""
+        """Ranks that own no leaf; they hold an empty shard and still take part in collectives."""
         return tuple(rank for rank in range(self.degree) if not self.run(rank))
 
 
@@ -188,12 +188,12 @@ Index = tuple[slice, ...]
 
 
 class HeldLeaf(NamedTuple):
-    """A leaf of which a rank holds all or some.
+    """A leaf of which a rank holds all or some indices.
 
     Attributes:
         leaf: its number.
-        shape: of the whole leaf, whose runs of indices lie one behind the other.
-        pieces: where a run lies in what the rank holds, and where in the leaf.
+        shape: shape of the whole leaf, with its runs of indices one after the other.
+        pieces: for each run its slice in the shard, and its slice in the leaf.
     """
 
     leaf: int
@@ -203,18 +203,18 @@ class HeldLeaf(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How one tensor lies on one rank of an axis.
+    """The layout of one tensor on one rank of an axis.
 
-    A rank's part is one run of indices here, and several in a `BlockLayout` (`block_layout.py`).
-    What both have to say is asked of `owned_runs`, `held_runs`, `leaf_places`, `owned_places`,
+    In a `Layout` a rank's part is one run of indices; in a `BlockLayout` (`block_layout.py`) it is
+    several. Code for both uses `owned_runs`, `held_runs`, `leaf_places`, `owned_places`,
     `other_places`, `held_leaves` and `copies`.
 
     Attributes:
         shape: the global shape.
-        rank: whose layout this is.
+        rank: the rank.
         dim: the dim that is cut, or None if every rank holds the whole tensor (Replicate).
         cut: how that dim is cut; None exactly when `dim` is.
-        held: leaves that the rank holds; more than it owns only where leaves are replicated.
+        held: leaves that the rank holds; more than it owns only if leaves are replicated.
     """
 
     shape: tuple[int, ...]
@@ -242,7 +242,7 @@ class Layout:
 
     @property
     def is_replicated(self) -> bool:
-        """True if every rank holds the whole tensor."""
+        """Whether every rank holds the whole tensor."""
         return self.dim is None
 
     @property
@@ -254,12 +254,12 @@ class Layout:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Shape of what this rank holds."""
+        """Shape of the part that this rank holds."""
         return self._shape_with(self.held_runs)
 
     @property
     def owned_shape(self) -> tuple[int, ...]:
-        """Shape of what this rank owns of what it holds."""
+        """Shape of the part that this rank owns."""
         return self._shape_with(self.owned_runs)
 
     def _shape_with(self, runs: tuple[range, ...]) -> tuple[int, ...]:
@@ -283,26 +283,26 @@ class Layout:
 
     @property
     def held_runs(self) -> tuple[range, ...]:
-        """`held_indices` as runs, in global order: the shard has them one behind the other."""
+        """`held_indices` as runs, in global order, in which the shard has them."""
         held = self.held_indices
         return (held,) if held else ()
 
     @property
     def leaf_places(self) -> tuple[tuple[slice, ...], ...]:
-        """Of every leaf that this rank owns, where its runs lie in what the rank holds."""
+        """For each leaf that this rank owns, the positions of its runs in the shard."""
         if self.cut is None:
             return ()
         return tuple((where,) for where in self.cut.leaf_slices(self.rank, self.held))
 
     @property
     def owned_places(self) -> tuple[slice, ...]:
-        """Where what this rank owns lies in what it holds, as runs along `dim`."""
+        """The positions in the shard of the indices that this rank owns, as runs along `dim`."""
         owned, start = self.owned, self.held_indices.start
         return (slice(owned.start - start, owned.stop - start),) if owned else ()
 
     @property
     def other_places(self) -> tuple[slice, ...]:
-        """Where what another rank owns lies in what this rank holds, as runs along `dim`."""
+        """The positions in the shard of the indices that another rank owns, as runs along `dim`."""
         held, owned = len(self.held_indices), self.owned_places
         if not owned:
             return (slice(0, held),) if held else ()
@@ -311,7 +311,7 @@ class Layout:
                      if each.start < each.stop)  # fmt: skip
 
     def held_leaves(self) -> Iterator[HeldLeaf]:
-        """Every leaf of which this rank holds something."""
+        """Every leaf of which this rank holds some indices."""
         if self.cut is None or self.dim is None or self.held is None:
             yield HeldLeaf(0, self.shape, (((), ()),))
             return
@@ -323,13 +323,13 @@ class Layout:
             yield HeldLeaf(leaf, shape, (((*before, where), ()),))
 
     def copies(self) -> Iterator[tuple[str, tuple[slice, ...]]]:
-        """What several ranks may hold and one owns: its name, and where it lies in the shard."""
+        """Parts that several ranks may hold and one owns: name, and positions in the shard."""
         if self.cut is not None and self.cut.runs is not None and self.dim is not None:
             for leaf, _, pieces in self.held_leaves():
                 yield f"leaf {leaf}", tuple(where[self.dim] for where, _ in pieces)
 
     def reshaped(self, shape: tuple[int, ...]) -> "Layout":
-        """The layout on this rank of another tensor, which is as long along `dim`."""
+        """The layout on this rank of a tensor with another shape, but the same size along `dim`."""
         return Layout(tuple(shape), self.rank, self.dim, self.cut, self.held)
 
     def of(self, rank: int) -> "Layout":
@@ -337,7 +337,7 @@ class Layout:
         return Layout(self.shape, rank, self.dim, self.cut)
 
     def state(self) -> dict[str, object]:
-        """Plain data that tells two layouts apart; goes into `state_dict`."""
+        """Plain data that identifies a layout, for `state_dict`."""
         if self.cut is None or self.held is None:
             return {"shape": list(self.shape), "dim": None}
         return {

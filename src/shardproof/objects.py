@@ -1,4 +1,4 @@
-"""What users hand over that is no number: modules, optimizers, and state from a file."""
+"""Check arguments of users that are not numbers: modules, optimizers, and loaded state."""
 
 import json
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ from shardproof.wording import error_words, shown
 
 
 def checked_model(model: Any, *, what: str = "the model", way_out: str = "Give one.") -> nn.Module:
-    """A module of torch as a user gave it.
+    """Return a module argument of a user.
 
     Raises:
-        UsageError: it is something else.
+        UsageError: it is not a module of torch.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"{what} is {shown(model)}, which is not a module of torch. {way_out}")
@@ -24,10 +24,10 @@ def checked_model(model: Any, *, what: str = "the model", way_out: str = "Give o
 
 
 def checked_optimizer(optimizer: Any, *, what: str = "the optimizer") -> Optimizer:
-    """An optimizer as a user gave it.
+    """Return an optimizer argument of a user.
 
     Raises:
-        UsageError: it is something else.
+        UsageError: it is not an optimizer of torch.
     """
     if not isinstance(optimizer, Optimizer):
         raise UsageError(
@@ -38,7 +38,7 @@ def checked_optimizer(optimizer: Any, *, what: str = "the optimizer") -> Optimiz
 
 
 def checked_device(device: Any) -> torch.device | None:
-    """A device as a user gave it; None leaves it to torch.
+    """Convert a device argument of a user; None leaves it to torch.
 
     Raises:
         UsageError: torch knows no such device.
@@ -50,15 +50,15 @@ def checked_device(device: Any) -> torch.device | None:
         raise UsageError(wrong)
     try:
         return torch.device(device)
-    except (RuntimeError, ValueError):  # torch's words for what it does not know
+    except (RuntimeError, ValueError):  # torch's errors for an unknown device
         raise UsageError(wrong) from None
 
 
 def checked_dtype(dtype: Any) -> torch.dtype | None:
-    """A dtype of parameters as a user gave it; None leaves it to torch.
+    """Return a dtype argument of a user; None leaves it to torch.
 
     Raises:
-        UsageError: it is none of floating-point numbers.
+        UsageError: it is not a floating-point dtype.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UsageError(
@@ -69,10 +69,10 @@ def checked_dtype(dtype: Any) -> torch.dtype | None:
 
 
 def plain_words(value: Any) -> str | None:
-    """Plain data as text by which two of them can be compared; None for what is no plain data.
+    """Plain data as text, for exact comparison; None for anything that is not plain data.
 
-    State that was loaded may hold anything, also what cannot be compared (tensors) or is equal to
-    what it is not (False and 0, 1.0 and 1).
+    Loaded state may hold values that cannot be compared (tensors), or that compare equal although
+    they differ (False and 0, 1.0 and 1).
     """
     try:
         return json.dumps(value, sort_keys=True, allow_nan=False)
@@ -81,10 +81,10 @@ def plain_words(value: Any) -> str | None:
 
 
 def checked_optimizer_state(state: Any) -> dict[str, Any]:
-    """State of an optimizer as somebody loaded it.
+    """Return loaded state of an optimizer.
 
     Raises:
-        LayoutError: it is not what `state_dict` of an optimizer gives.
+        LayoutError: it does not have the form of an optimizer's `state_dict`.
     """
     if isinstance(state, Mapping):
         groups, values = state.get("param_groups"), state.get("state")
@@ -98,14 +98,14 @@ def checked_optimizer_state(state: Any) -> dict[str, Any]:
 
 
 def load_into(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """`optimizer.load_state_dict`, which leaves the optimizer as it was if it raises.
+    """`optimizer.load_state_dict`; if it raises, the optimizer is unchanged.
 
     Raises:
-        LayoutError: torch does not take the state.
+        LayoutError: torch does not accept the state.
     """
     try:
         optimizer.load_state_dict(state)
-    except Exception as error:  # whatever a foreign state makes torch or the optimizer raise
+    except Exception as error:  # torch or the optimizer may raise anything for a foreign state
         raise LayoutError(
             f"cannot load the state into {type(optimizer).__name__} ({error_words(error)}). Make "
             "the optimizer as it was when the state was saved, and load that state."

@@ -1,8 +1,8 @@
-"""One way of looking inside a rank: what its thread computes, sends and holds.
+"""Observers of a rank: they see what its thread computes, sends and holds.
 
-An observer is a dispatch mode of torch. It sees every operation of torch in its own thread, so
-ranks as threads are told apart. Our kernels and the collectives are not operations of torch: the
-code around them tells them. Without an observer, telling costs one comparison.
+An observer is a dispatch mode of torch. It sees every operation of torch in its own thread, so that
+ranks as threads are separate. Our kernels and the collectives are not operations of torch; the code
+around them reports them to the observers. Without an observer, this costs one comparison.
 
 The memory audit of the prover, the counting of the bench and the trace are observers.
 """
@@ -24,14 +24,14 @@ from shardproof.leaves import Layout
 
 @dataclass(frozen=True)
 class Placement:
-    """How a tensor lies on the ranks, as far as it was told.
+    """The placement of a tensor, as far as it is known.
 
     Attributes:
         kind: "Replicate", "Shard" or "Partial".
-        dim: that is cut; for Shard.
-        held: the global indices along `dim` that the rank holds; for Shard. None if they
-            are several runs.
-        size: of the whole dim; for Shard.
+        dim: for Shard, the dim that is cut.
+        held: for Shard, the global indices along `dim` that the rank holds; None if they are
+            several runs.
+        size: for Shard, the size of the whole dim.
     """
 
     kind: str
@@ -55,7 +55,7 @@ def shard(dim: int, held: range | slice | None = None, size: int | None = None) 
 
 
 def placement_of(layout: Layout) -> Placement:
-    """How a tensor of this layout lies on its rank."""
+    """The placement of a tensor with this layout."""
     if layout.dim is None:
         return REPLICATE
     runs = layout.held_runs or (range(0),)
@@ -64,13 +64,13 @@ def placement_of(layout: Layout) -> Placement:
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor that took part in something.
+    """A tensor that an observed step used or produced.
 
     Attributes:
-        name: what it is called there.
+        name: its name in the step.
         tensor: the tensor.
-        placement: how it lies on the ranks; None if that is not known.
-        node: of a partial sum: the run of leaves (start, stop) that it sums.
+        placement: its placement; None if it is not known.
+        node: for a partial sum, the run of leaves (start, stop) that it sums.
     """
 
     name: str
@@ -81,14 +81,14 @@ class Operand:
 
 @dataclass(frozen=True)
 class Sending:
-    """What one rank sends to one other in a collective.
+    """The part that one rank sends to another in a collective.
 
     Attributes:
-        receiver: a rank.
-        source: which of the sender's inputs this is of; None: it is of the finished sum.
-        start, stop: the elements of it, one after another in memory or, with `dim`, the indices.
-        num_bytes: that travel.
-        dim: along which `start` and `stop` count.
+        receiver: the receiving rank.
+        source: index of the sender's input that is sent; None for a part of the finished sum.
+        start, stop: the range of its elements in memory or, with `dim`, of its indices.
+        num_bytes: number of bytes that are sent.
+        dim: the dim along which `start` and `stop` count.
     """
 
     receiver: int
@@ -101,21 +101,22 @@ class Sending:
 
 @dataclass
 class Told:
-    """Something that the package did, as it tells it.
+    """One step of shardproof, as it is reported to observers.
 
     Attributes:
         operation: "product", "addition", "all_reduce", ...
         phase: "setup", "forward", "backward", "update" or "prover".
-        who: the layer or function that did it.
-        detail: what was computed, in a formula or a few words.
-        inputs: what it was computed from.
-        output: the result; of a collective that was started, filled when it is finished.
-        message_bytes: of a collective: bytes of its result.
-        sent_bytes: of a collective: bytes that this rank sent.
-        is_collective: it met other ranks.
-        addition: of a collective that adds: which parts it adds, in which order.
-        axis: of a collective: the name of the axis.
-        sends: of a collective: to whom this rank sends which part; empty if the transport decides.
+        who: name of the layer or function.
+        detail: a formula or a short description.
+        inputs: the operands.
+        output: the result; for a collective that was started, it is set when that is finished.
+        message_bytes: for a collective, bytes of its result.
+        sent_bytes: for a collective, bytes that this rank sent.
+        is_collective: whether it is a collective.
+        addition: for a collective that adds, the parts and the order of the additions.
+        axis: for a collective, the name of the axis.
+        sends: for a collective, the parts that this rank sends and their receivers; empty if the
+            transport decides.
     """
 
     operation: str
@@ -133,10 +134,10 @@ class Told:
 
 
 class Observer(TorchDispatchMode):
-    """Sees what one thread does. A subclass overrides the hooks that it wants.
+    """Observes one thread. A subclass overrides the hooks that it needs.
 
     Attributes:
-        keeps_values: it reads the numbers of what it is told.
+        keeps_values: whether it reads the values of the tensors that are reported.
     """
 
     keeps_values = False
@@ -174,21 +175,21 @@ class Observer(TorchDispatchMode):
         return compute()
 
     def kernel(self, flops: int) -> None:
-        """A product by one of our kernels."""
+        """A matrix product by one of our kernels."""
 
     def told(self, told: Told) -> None:
-        """Something was done, or a collective was started."""
+        """A step was done, or a collective was started."""
 
     def finished(self, told: Told) -> None:
         """A collective that was started has its result."""
 
 
 class Memory:
-    """Bytes of the storages that live, of those that were seen.
+    """Bytes of the live storages among those that were seen.
 
     Attributes:
         held: bytes now.
-        peak: the most bytes at any look.
+        peak: the largest number of bytes so far.
     """
 
     def __init__(self) -> None:
@@ -233,44 +234,44 @@ _num_observers = 0
 
 
 def is_on() -> bool:
-    """Whether any thread has an observer: telling is worth its price only then."""
+    """Whether any thread has an observer."""
     return _num_observers > 0
 
 
 def observers() -> Sequence[Observer]:
-    """Those of this thread."""
+    """The observers of this thread."""
     return _here.observers
 
 
 def tell(told: Told) -> None:
-    """Hand something to the observers of this thread."""
+    """Report a step to the observers of this thread."""
     for observer in _here.observers:
         observer.told(told)
 
 
 def finish(told: Told) -> None:
-    """Say that a collective which was told when it was started has its result."""
+    """Report that a collective, which was reported at its start, has its result."""
     for observer in _here.observers:
         observer.finished(told)
 
 
 def see_rule(name: str, args: Any, compute: Callable[[], Any]) -> Any:
-    """Let the observers of this thread see an operation on cut tensors."""
+    """Run an operation on cut tensors through the observers of this thread."""
     for observer in _here.observers:
         compute = functools.partial(observer.rule, name, args, compute)
     return compute()
 
 
 def tell_kernel(flops: int) -> None:
-    """Hand the flops of a product by one of our kernels to the observers of this thread."""
+    """Report the flops of a product by one of our kernels to the observers of this thread."""
     for observer in _here.observers:
         observer.kernel(flops)
 
 
 def before_write(x: Tensor) -> Tensor:
-    """What to tell of a tensor that is about to be written into.
+    """The tensor to report in place of `x`, which is about to be overwritten.
 
-    A copy that no observer sees, if one of this thread reads numbers; else `x` itself.
+    It is a copy that no observer sees, if an observer reads values; else `x` itself.
     """
     if not any(observer.keeps_values for observer in _here.observers):
         return x
@@ -291,19 +292,19 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 
 
 def has_memory(x: Tensor) -> bool:
-    """Whether a tensor has elements somewhere: not those of torch.func, sparse ones or meta."""
+    """Whether a tensor has memory; tensors of torch.func, sparse and meta tensors do not."""
     if x.layout != torch.strided or x.is_meta or x.is_nested or x._is_zerotensor():
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def address(tensor: Tensor) -> int:
-    """Where the storage of a tensor lies; all empty ones lie at 0."""
+    """The address of a tensor's storage; 0 for empty storages."""
     return tensor.untyped_storage().data_ptr()
 
 
 def storage_of(tensor: Tensor) -> int:
-    """Which storage a tensor has, as a number; empty storages have numbers of their own."""
+    """A number that identifies the storage of a tensor, also for empty storages."""
     return int(tensor.untyped_storage()._cdata)
 
 

@@ -1,11 +1,10 @@
-"""Which tensors our arithmetic takes: plain memory of a floating dtype; and what to do with others.
+"""Check that operands have plain memory and a floating-point dtype, before C code reads them.
 
-Our code in C gets an address, sizes and strides, and nothing else. Of a DTensor, a sparse tensor,
-or one whose storage FSDP has freed, they say nothing that could be read. `torch.jit.trace` and
-forward-mode derivatives do not see our code. All of these are refused here, before C is called:
-`check` where a layer or a function begins, and where C is called a null address (which C itself
-refuses) or memory that was freed. Fake and functional tensors pass: for these, and for what records
-operators, C is not called (`operators.py`).
+The C code gets an address, sizes and strides. A DTensor, a sparse tensor, or a tensor whose storage
+FSDP has freed has no memory that it could read. `torch.jit.trace` and forward-mode derivatives do
+not see our code. All of these are refused here: `check` runs at the start of a layer or function,
+and each call of C refuses null addresses (in C itself) and freed memory. Fake and functional
+tensors are allowed: for these, and while operators are recorded, C is not called (`operators.py`).
 """
 
 from collections.abc import Callable
@@ -18,14 +17,14 @@ from torch.autograd import forward_ad
 
 from shardproof.errors import UsageError
 
-# A type outside of these is looked at; `type(x) in PLAIN` costs next to nothing.
+# Other types are checked further; `type(x) in PLAIN` is almost free.
 PLAIN = frozenset((Tensor, nn.Parameter))
 FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
 
-# What torch, or C, raises of a tensor that has no memory; and what is raised here in its place.
+# Errors of torch or C for a tensor without memory, which are replaced by ours here.
 ERRORS = (RuntimeError, BufferError, UsageError)
 
 _is_tracing = torch._C._is_tracing
@@ -33,10 +32,10 @@ _has_transforms = torch._C._are_functorch_transforms_active
 
 
 def meets_cut(rule: str) -> Callable[[Callable[Given, Found]], Callable[Given, Found]]:
-    """Let a function take cut tensors (`cut/`): a call whose first argument is one goes to a rule.
+    """Let a function accept cut tensors (`cut/`): if its first argument is one, a rule runs.
 
     Args:
-        rule: its name; it is given the function as it is written.
+        rule: name of the rule, which receives the undecorated function.
     """
 
     def decorate(function: Callable[Given, Found]) -> Callable[Given, Found]:
@@ -54,23 +53,23 @@ def meets_cut(rule: str) -> Callable[[Callable[Given, Found]], Callable[Given, F
 
 
 def is_traced() -> bool:
-    """Whether torch.jit.trace or forward-mode derivatives are at work, which do not see ours."""
+    """Whether torch.jit.trace or forward-mode derivatives are active, which cannot see our code."""
     return forward_ad._current_level >= 0 or _is_tracing()
 
 
 def is_odd(x: Tensor) -> bool:
-    """Whether `check` may have something to say of `x`; cheap."""
+    """Whether `check` might refuse `x`; cheap."""
     return type(x) not in PLAIN or x.layout is not torch.strided or x.is_nested or _has_transforms()
 
 
 def check(who: str, **given: Tensor | None) -> None:
-    """Raise unless our code in C may read all of these, and nobody records what it does.
+    """Raise unless the C code can read all operands, and no tracer records operations.
 
     Args:
-        who: the layer or the function, for the message.
-        given: by the name that the user knows, or None where there is none.
+        who: name of the layer or function, for the message.
+        given: the operands by the names that the user knows; None for a missing one.
     Raises:
-        UsageError: one of them cannot be read, or operations are recorded.
+        UsageError: an operand cannot be read, or a tracer is active.
     """
     _check_recording(who)
     for name, x in given.items():
@@ -81,7 +80,7 @@ def check(who: str, **given: Tensor | None) -> None:
 
 
 def explain(error: Exception, who: str, **given: Tensor | None) -> NoReturn:
-    """Raise what `check` finds, or else `error`, which something raised that was given these."""
+    """Raise the error of `check`, if there is one, or else `error`."""
     try:
         check(who, **given)
     except UsageError as found:
@@ -90,13 +89,13 @@ def explain(error: Exception, who: str, **given: Tensor | None) -> NoReturn:
 
 
 def check_freed(who: str, **given: Tensor) -> None:
-    """Raise if one begins inside of a storage that it has lost: its address is not null then.
+    """Raise if the storage of an operand was freed, which its address may not show.
 
     Args:
-        who: the function, for the message.
-        given: by the name that the function knows.
+        who: name of the function, for the message.
+        given: the operands by their names.
     Raises:
-        UsageError: its memory was freed.
+        UsageError: the memory of an operand was freed.
     """
     for x in given.values():
         if x.storage_offset() and not x.untyped_storage().nbytes():
@@ -104,13 +103,13 @@ def check_freed(who: str, **given: Tensor) -> None:
 
 
 def check_floating(who: str, **given: Tensor | None) -> None:
-    """Raise unless all are of a dtype that sums and products are computed in.
+    """Raise unless all operands have a dtype for sums and products.
 
     Args:
-        who: the layer or the function, for the message.
-        given: by the name that the user knows.
+        who: name of the layer or function, for the message.
+        given: the operands by the names that the user knows.
     Raises:
-        UsageError: one is complex, of integers, bool, or of 8 bits.
+        UsageError: a dtype is complex, integer, bool, or of 8 bits.
     """
     for name, x in given.items():
         if x is not None and x.dtype not in FLOATS:
@@ -122,14 +121,14 @@ def check_floating(who: str, **given: Tensor | None) -> None:
 
 
 def check_float(x: Tensor, who: str, name: str = "x") -> None:
-    """Raise unless `x` is plain memory of a dtype that sums and products are computed in; cheap.
+    """Raise unless `x` has plain memory and a dtype for sums and products; cheap.
 
     Args:
-        x: what a layer or a function was given.
-        who: the layer or the function, for the message.
-        name: of `x`, as the user knows it.
+        x: the operand.
+        who: name of the layer or function, for the message.
+        name: name of `x` that the user knows.
     Raises:
-        UsageError: it is something else, or operations are recorded.
+        UsageError: it does not, or a tracer is active.
     """
     if is_odd(x) or is_traced() or x.dtype not in FLOATS:
         check(who, **{name: x})
@@ -137,13 +136,13 @@ def check_float(x: Tensor, who: str, name: str = "x") -> None:
 
 
 def check_sent(x: Tensor, call: object) -> None:
-    """Raise unless `x` has memory that other ranks can read, and nobody traces what is sent.
+    """Raise unless `x` has memory that other ranks can read, and no tracer is active.
 
     Args:
-        x: what a collective sends.
+        x: the tensor that a collective sends.
         call: the collective, for the message.
     Raises:
-        UsageError: it has none, or operations are traced.
+        UsageError: it has no such memory, or a tracer is active.
     """
     if is_odd(x) or is_traced() or x.storage_offset():
         check(str(call), x=x)
@@ -155,15 +154,15 @@ def lies_flat(x: Tensor) -> bool:
 
 
 def as_flat(x: Tensor, call: object) -> Tensor:
-    """The elements one after another, as memory has to hold them that others read.
+    """The elements as one contiguous row, which other ranks can read.
 
     Args:
         x: (*), on this rank.
         call: the collective that sends it, for messages.
     Returns:
-        (elements,), contiguous; a view of `x` where that lies so.
+        (elements,), contiguous; a view of `x` if possible.
     Raises:
-        UsageError: `x` has no memory that others can read.
+        UsageError: `x` has no memory that other ranks can read.
     """
     check_sent(x, call)
     if x.is_neg() or x.is_conj():  # a view whose memory has the opposite sign
@@ -172,7 +171,7 @@ def as_flat(x: Tensor, call: object) -> Tensor:
 
 
 def _check_recording(who: str) -> None:
-    """Raise where a program is written down that ours would be missing from."""
+    """Raise if a program is recorded in which our operations would be missing."""
     if _is_tracing():
         raise UsageError(
             f"{who} is called under torch.jit.trace, which records torch's operations and would "
@@ -182,7 +181,7 @@ def _check_recording(who: str) -> None:
 
 
 def _trouble(x: Tensor) -> tuple[str, str] | None:
-    """What `x` is that cannot be read, and the way out with `{x}` for its name; or None."""
+    """Why `x` cannot be read, and what to do, with `{x}` for its name; or None."""
     kind = type(x)
     if not isinstance(x, Tensor):
         return None

@@ -1,9 +1,9 @@
-"""Our kernels and collectives as operators of torch, for those who record what is computed.
+"""Our kernels and collectives as custom operators of torch, for tracers.
 
-`torch.compile`, `torch.export`, `make_fx`, FakeTensorMode and FLOP counters see operators of torch
-alone. While one of them is at work, our kernels in C and our exchanges are called as
+`torch.compile`, `torch.export`, `make_fx`, FakeTensorMode and FLOP counters see only operators of
+torch. While one of them is active, our C kernels and our collectives are called as
 `torch.ops.shardproof`, each with a fake kernel that gives the shape of its result. Otherwise they
-are called directly, which is faster. Our own observers are told of them (`observing.py`).
+are called directly, which is faster. Our own observers get them from `observing.py`.
 """
 
 import itertools
@@ -36,26 +36,26 @@ _KNOWN = PLAIN | {type(None)}
 
 
 def is_recorded(*tensors: Tensor | None) -> bool:
-    """Whether operators are to be called: something records them, or an operand has no memory."""
+    """Whether to call the operators: a tracer is active, or an operand has no memory."""
     if _num_modes() and not all(
         isinstance(mode, Observer) for mode in _get_current_dispatch_mode_stack()
     ):
         return True
-    for x in tensors:  # a loop: this is asked before every kernel
+    for x in tensors:  # a plain loop, because this runs before every kernel
         if type(x) not in _KNOWN and isinstance(x, FakeTensor | FunctionalTensor):
             return True
     return False
 
 
-# A context in which nothing records: for making tensors that do not depend on data, and are kept.
+# A context without tracing, for creating constant tensors that are cached.
 unrecorded = _disable_current_modes
 
 
 def constant(x: Tensor) -> Tensor:
-    """A tensor that was kept, as an operation takes it now; a recording gets a copy of its own.
+    """A cached tensor for an operation; while a tracer is active, a copy of it.
 
     Args:
-        x: made inside `unrecorded()`.
+        x: a tensor that was created inside `unrecorded()`.
     """
     if is_recorded():
         recorded: Tensor = torch.ops.aten.lift_fresh_copy.default(x)
@@ -64,11 +64,11 @@ def constant(x: Tensor) -> Tensor:
 
 
 def resized(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """A tensor of our own in another shape; no view, so that a caller may write to it.
+    """Give a tensor of ours another shape; the result is not a view, so a caller may write to it.
 
     Args:
-        x: contiguous; it is given away.
-        shape: of as many elements.
+        x: contiguous; it must not be used afterwards.
+        shape: a shape with as many elements.
     """
     if is_recorded(x):
         recorded: Tensor = torch.ops.aten._unsafe_view.default(x, list(shape))
@@ -87,13 +87,14 @@ def define(
 
     Args:
         schema: name, arguments and results, as `torch.library` writes them.
-        fake: the shapes of the results, on tensors without memory.
-        flops: of a call, from its arguments and `out_val`; None: it computes nothing.
-        is_ordered: graphs keep all calls of such operators, in their order: every rank must meet
-            the others in the same collectives.
+        fake: function that returns results of the right shapes, on tensors without memory.
+        flops: function that returns the flops of a call, from its arguments and `out_val`; None
+            for an operator that computes nothing.
+        is_ordered: whether graphs must keep all calls in their order, because every rank must make
+            the same collectives.
 
     Returns:
-        A decorator, which gives the operator.
+        A decorator that returns the operator.
     """
 
     def put(function: Callable[..., Any]) -> Any:
@@ -112,15 +113,15 @@ def define(
 
 
 class Numbered:
-    """Gives objects numbers, by which a graph refers to them as long as they live."""
+    """Numbers objects, so that a graph can refer to them while they exist."""
 
     def __init__(self) -> None:
         self._count = itertools.count()
-        self._numbers: Any = WeakIdKeyDictionary()  # two axes may be equal
+        self._numbers: Any = WeakIdKeyDictionary()  # by identity: two axes may be equal
         self._objects: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
     def number(self, x: Any) -> int:
-        """Of an object; the same every time, and never that of another."""
+        """The number of an object, always the same and never reused."""
         number = self._numbers.get(x)
         if number is None:
             number = self._numbers[x] = next(self._count)
@@ -128,7 +129,7 @@ class Numbered:
         return number
 
     def get(self, number: int) -> Any:
-        """The object; None if it is gone, or of another process."""
+        """The object with a number; None if it no longer exists, or is in another process."""
         return self._objects.get(number)
 
 
@@ -148,12 +149,12 @@ def record(
 
     Args:
         kind: "all_gather", "all_reduce", "reduce_scatter" or "exchange".
-        parts: what this rank sends.
-        shapes: of the results on this rank.
-        like: any tensor of the results' dtype and device.
-        axis: the ranks.
-        collective: what is called with the parts and the axis where the parts have memory; it
-            must not write into them, nor refer to the axis or to a tensor of now.
+        parts: the tensors that this rank sends.
+        shapes: shapes of the results on this rank.
+        like: any tensor with the results' dtype and device.
+        axis: the ranks of the collective.
+        collective: function that is called with the parts and the axis if the parts have memory.
+            It must not write into them, and must not keep the axis or a tensor.
 
     Returns:
         The results.
@@ -170,12 +171,12 @@ def record(
         list(parts), sizes, dims, like.dtype, like.device, *place
     )
     if not _is_written(like, *parts):
-        kept.pop()  # it was called now, and never will be again
+        kept.pop()  # it runs now and never again
     return results
 
 
 def _is_written(*tensors: Tensor) -> bool:
-    """Whether there is a graph, which calls again."""
+    """Whether a graph is recorded, which will call the collective again."""
     proxy = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
     return proxy is not None or any(type(x) not in PLAIN for x in tensors)
 

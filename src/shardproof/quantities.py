@@ -1,6 +1,6 @@
-"""Numbers and names as users give them, in Python, on the command line and in the environment.
+"""Check numbers, names and flags of users, from Python, the command line and the environment.
 
-Every check names the value as it was written, the rule and the way out.
+Every error shows the value as it was written, the rule, and what to do.
 """
 
 import math
@@ -13,37 +13,37 @@ from typing import Any, cast
 from shardproof.errors import ShardproofError, UsageError
 from shardproof.wording import shown
 
-LARGEST = 2**31 - 1  # of counts and sizes; far above what a machine can hold
+LARGEST = 2**31 - 1  # limit of counts and sizes, far above the memory of any machine
 LARGEST_SEED = 2**63 - 1
 _DIGITS = re.compile(r"[+-]?[0-9]{1,1000}")  # Python itself refuses to read much longer ones
 
 
 def whole_number(value: Any) -> int | None:
-    """`value` as an int if it is one in any spelling (numpy's too), and no bool; else None."""
+    """`value` as an int if it is an integer of any type (also numpy's) but no bool; else None."""
     if isinstance(value, bool):
         return None
     try:
         number = operator.index(value)
-    except Exception:  # a TypeError, or whatever a class of somebody else raises there
+    except Exception:  # a TypeError, or any error of a user's class
         return None
-    # A tensor of one bool says that it is an index, too.
+    # A tensor of one bool also converts to an index.
     return None if "bool" in str(getattr(value, "dtype", "")) else int(number)
 
 
 def real_number(value: Any) -> float | None:
-    """`value` as a float if it is a real number in any spelling, and no bool; else None."""
+    """`value` as a float if it is a real number of any type but no bool; else None."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     try:
         return float(value)
-    except OverflowError:  # a whole number or a fraction that no float can hold
+    except OverflowError:  # an integer or fraction that is too large for a float
         return -math.inf if cast(Any, value) < 0 else math.inf
 
 
 def read_whole(text: str) -> int | None:
-    """The number that text spells in ASCII digits, blanks around it left out; else None.
+    """The number in a text of ASCII digits, without surrounding blanks; None for other text.
 
-    `int` takes more: digits of other scripts, and underscores.
+    `int` would also accept digits of other scripts, and underscores.
 
     >>> read_whole(" 12 "), read_whole("-3"), read_whole("1_000"), read_whole("0x10")
     (12, -3, None, None)
@@ -60,14 +60,14 @@ def checked_whole(
     most: int = LARGEST,
     error: Callable[[str], ShardproofError] = UsageError,
 ) -> int:
-    """A whole number as a user gave it, as an int.
+    """Convert a whole number of a user to an int.
 
     Args:
-        value: what was given.
-        name: what it was given as ("steps").
-        least: the smallest that makes sense.
-        most: the largest.
-        error: what is raised.
+        value: the argument.
+        name: its name ("steps").
+        least: the smallest valid value.
+        most: the largest valid value.
+        error: the class of the error.
 
     Raises:
         ShardproofError: `error`, if it is not a whole number, too small or too large.
@@ -82,16 +82,16 @@ def checked_whole(
 
 
 def checked_real(value: Any, name: str, *, rule: str, holds: Callable[[float], bool]) -> float:
-    """A real number as a user gave it, as a float.
+    """Convert a real number of a user to a float.
 
     Args:
-        value: what was given.
-        name: what it was given as ("max_norm").
-        rule: continues "is not", and says what is wanted.
-        holds: of the number, False for NaN too.
+        value: the argument.
+        name: its name ("max_norm").
+        rule: the rule, which continues "is not" in the error.
+        holds: function that says whether a number obeys the rule; False for NaN.
 
     Raises:
-        UsageError: it is no real number, or the rule does not hold.
+        UsageError: it is not a real number, or the rule does not hold.
     """
     number = real_number(value)
     if number is None or not holds(number):
@@ -100,10 +100,10 @@ def checked_real(value: Any, name: str, *, rule: str, holds: Callable[[float], b
 
 
 def checked_flag(value: Any, name: str) -> bool:
-    """True or False, and nothing that is only like it.
+    """Return a flag of a user, which must be True or False.
 
     Raises:
-        UsageError: it is something else.
+        UsageError: it is not a bool.
     """
     if not isinstance(value, bool):
         raise UsageError(f"{name}={shown(value)} is neither True nor False. Use one of them.")
@@ -111,7 +111,7 @@ def checked_flag(value: Any, name: str) -> bool:
 
 
 def checked_name(value: Any, name: str) -> str:
-    """A name as a user gave it.
+    """Return a name of a user.
 
     Raises:
         UsageError: it is no text, or empty.

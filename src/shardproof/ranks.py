@@ -1,6 +1,6 @@
-"""Ranks on this machine: one call for all of them, or a pool that serves many calls.
+"""Start ranks on this machine: `launch` for one call, `open_ranks` for many calls.
 
-Under torchrun the ranks exist already: there, use `Axis.from_env()`.
+Under torchrun the ranks exist already; use `Axis.from_env()` there.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,18 +21,18 @@ from shardproof.wording import shown
 
 ENGINES = ("threads", "processes")
 
-# What can carry the bytes of ranks of each engine.
+# The transports of each engine.
 TRANSPORTS = {"threads": (AUTO, "threads"), "processes": (AUTO, SHM, GLOO)}
 
 T = TypeVar("T")
 
 
 class Results(list[T]):
-    """What a function returned on every rank, in rank order.
+    """The results of a function on every rank, in rank order.
 
     Args:
-        results: of every rank.
-        trace: of the run, or None.
+        results: the result of each rank.
+        trace: the trace of the run, or None.
     """
 
     def __init__(self, results: Iterable[T], trace: Trace | None = None) -> None:
@@ -54,27 +54,27 @@ def launch(
     """Call `fn(axis)` on `degree` ranks and return every rank's result, in rank order.
 
     Args:
-        fn: any callable; closures and lambdas travel too, by cloudpickle if to processes.
+        fn: any callable, also closures and lambdas, which cloudpickle sends to processes.
         degree: number of ranks.
-        engine: "threads" of this process, which lend each other their tensors, or "processes",
-            which exchange them through shared memory or gloo.
+        engine: "threads" of this process, which read each other's tensors, or "processes", which
+            use shared memory or gloo.
         threads: intra-op threads of each rank; 1 by default, as under torchrun, at every degree:
             the bits of modules of torch that are not cut may depend on the number.
         timeout: seconds that a rank waits for the others in one collective.
-        compare_inputs: let every exchange compare a few elements of the inputs that layers have
-            had since the last one; ranks that were given different batches then raise.
-        transport: "auto", or what must carry the bytes: "threads" for threads, "shm" (shared
-            memory) or "gloo" for processes. "auto" takes gloo where memory cannot be shared.
-        trace: True, or a `Trace` with options: what every rank computes, sends and holds.
+        compare_inputs: compare in every exchange a few elements of the inputs of layers since the
+            last exchange; ranks with different batches then raise.
+        transport: "auto" or a required transport: "threads" for threads, "shm" (shared memory) or
+            "gloo" for processes. "auto" uses gloo if memory cannot be shared.
+        trace: True, or a `Trace` with options, to record what every rank computes, sends and holds.
 
     Returns:
-        A list of what `fn` returned on each rank, with the attribute `trace` (None without one).
+        A list of the results of `fn` on each rank, with an attribute `trace` (None without one).
 
     Raises:
-        DegreeError, UsageError: an argument makes no sense, or the machine cannot start so many
-            threads or processes; nothing was started.
-        ShardproofError: what `fn` raised, if it raised one of shardproof's own errors.
-        RankError: a rank raised anything else, was killed, left early or did not come; the
+        DegreeError, UsageError: an argument is invalid, or the machine cannot start so many threads
+            or processes; nothing was started.
+        ShardproofError: `fn` raised one of shardproof's own errors.
+        RankError: a rank raised another error, was killed, left early or did not come; the
             message names the rank and has its traceback. All other ranks have been ended.
 
     Example:
@@ -128,8 +128,8 @@ def open_ranks(
             BLAS mode of this process.
 
     Raises:
-        DegreeError, UsageError: an argument makes no sense, or the machine cannot start so many
-            threads or processes; nothing was started.
+        DegreeError, UsageError: an argument is invalid, or the machine cannot start so many threads
+            or processes; nothing was started.
 
     Example:
         >>> with open_ranks(2) as ranks:

@@ -1,7 +1,7 @@
-"""A matrix that is cut along one dim becomes one that is cut along the other: one all-to-all.
+"""Redistribute a matrix that is cut along one dim to a cut along the other, by one all-to-all.
 
-Every rank sends each other rank the block where its own share and the other's cross, so that
-nothing larger than a share ever exists. Bytes move; nothing is computed.
+Every rank sends each other rank the block in which its rows and the other's columns cross. So no
+buffer is larger than a rank's part. Nothing is computed.
 """
 
 import math
@@ -27,17 +27,17 @@ def to_columns(
 
     Args:
         x: (owned rows, columns.size), Shard(0).
-        axis: the ranks.
-        rows: how dim 0 is cut before.
-        columns: how dim 1 is cut afterwards.
-        direction: for the ledger.
-        who: who asks, for messages.
+        axis: the ranks that share the tensor.
+        rows: the cut of dim 0 before.
+        columns: the cut of dim 1 afterwards.
+        direction: direction in the ledger.
+        who: name of the caller, for messages.
 
     Returns:
         (rows.size, owned columns), Shard(1), a new tensor.
 
     Raises:
-        ShapeError: `x` is not what this rank owns.
+        ShapeError: `x` does not have the shape of this rank's part.
 
     Comm:
         `direction` one exchange of (rows.size, columns.size).
@@ -66,18 +66,18 @@ def to_rows(
 
     Args:
         x: (rows.size, owned columns), Shard(1).
-        axis: the ranks.
-        rows: how dim 0 is cut afterwards.
-        columns: how dim 1 is cut before.
+        axis: the ranks that share the tensor.
+        rows: the cut of dim 0 afterwards.
+        columns: the cut of dim 1 before.
         held: the leaves of `rows` that each rank holds, in rank order.
-        direction: for the ledger.
-        who: who asks, for messages.
+        direction: direction in the ledger.
+        who: name of the caller, for messages.
 
     Returns:
         (held rows, columns.size), Shard(0), a new tensor.
 
     Raises:
-        ShapeError: `x` is not what this rank owns.
+        ShapeError: `x` does not have the shape of this rank's part.
 
     Comm:
         `direction` one exchange of (rows.size, columns.size).
@@ -99,13 +99,13 @@ def _call(x: Tensor, rows: Cut, columns: Cut, direction: str, who: str) -> Call:
 
 
 def swap(blocks: list[Tensor], sizes: list[int], axis: Axis, call: Call) -> list[Tensor]:
-    """One block for every rank, and one from every rank, the own one included.
+    """Send one block to every rank and receive one from every rank, also from this one.
 
     Args:
-        blocks: flat, contiguous, nobody else's: an exchange may lend them for longer than the call.
-        sizes: elements that come from every rank.
-        axis: the ranks.
-        call: for the ledger and messages; its shape is that of the whole.
+        blocks: flat, contiguous copies: an exchange may read them after the call.
+        sizes: number of elements that come from each rank.
+        axis: the ranks that share the tensor.
+        call: description for the ledger and messages; its shape is that of the whole.
 
     Comm:
         `direction` one exchange of (whole).
@@ -143,7 +143,7 @@ def swap(blocks: list[Tensor], sizes: list[int], axis: Axis, call: Call) -> list
 
 
 def _copy(x: Tensor) -> Tensor:
-    """A flat copy: an exchange may lend it for longer than the call."""
+    """A flat copy, because an exchange may read it after the call."""
     return x.clone(memory_format=torch.contiguous_format).view(-1)
 
 

@@ -36,7 +36,7 @@ def num_parameters(model: nn.Module, *, only_trainable: bool = False) -> int:
     """How many elements the parameters of the whole model have, each counted once.
 
     Args:
-        model: with cut and plain modules.
+        model: a model with cut and plain modules.
         only_trainable: leave out what needs no gradient.
 
     Returns:
@@ -58,17 +58,16 @@ def num_parameters(model: nn.Module, *, only_trainable: bool = False) -> int:
 def sum_over_parameters(
     model: nn.Module, function: Function, *, of: Of = "parameters", only_trainable: bool = False
 ) -> Tensor:
-    """Sum of `function` over every element of every parameter; may stand in a loss.
+    """Sum of `function` over all elements of all parameters; it can be part of a loss.
 
     Args:
-        model: with cut and plain modules.
+        model: a model with cut and plain modules.
         function: element-wise, such as `torch.square`; booleans and integers are counted in fp64.
-        of: "parameters", or "gradients"; what has no gradient counts nothing.
-        only_trainable: leave out what needs no gradient.
+        of: "parameters" or "gradients"; parameters without a gradient are skipped.
+        only_trainable: skip parameters that need no gradient.
 
     Returns:
-        (), Replicate. The gradient that each parameter gets is that of its shard, and needs no
-        further sum: do not add it over the axis.
+        (), Replicate. Each parameter gets the gradient of its shard; do not sum that over the axis.
 
     Raises:
         UsageError: `model` is not a module, `of` is neither, or a cut module no longer holds its
@@ -97,7 +96,7 @@ def sums_by_parameter(
     """`sum_over_parameters`, for each parameter by itself.
 
     Args:
-        model: with cut and plain modules.
+        model: a model with cut and plain modules.
         function: element-wise.
         of: "parameters" or "gradients".
 
@@ -115,10 +114,10 @@ def sums_by_parameter(
 
 
 def parameter_norm(model: nn.Module) -> Tensor:
-    """2-norm of all parameters of a cut model; may stand in a loss.
+    """2-norm of all parameters of a cut model; it can be part of a loss.
 
     Args:
-        model: with cut and plain modules.
+        model: a model with cut and plain modules.
 
     Returns:
         (), Replicate.
@@ -137,8 +136,8 @@ def parameter_norms(model: nn.Module, *, of: Of = "parameters") -> dict[str, Ten
     """2-norm of every parameter, or of every gradient, for logging.
 
     Args:
-        model: with cut and plain modules.
-        of: "parameters" or "gradients"; what has no gradient is left out.
+        model: a model with cut and plain modules.
+        of: "parameters" or "gradients"; parameters without a gradient are skipped.
 
     Returns:
         Name of a parameter -> (), Replicate.
@@ -161,12 +160,12 @@ def max_over_parameters(
     """Largest value of `function` over every element; NaN if one is NaN.
 
     Args:
-        model: with cut and plain modules.
+        model: a model with cut and plain modules.
         function: element-wise, such as `torch.abs`; by default the element itself.
         of: "parameters" or "gradients".
 
     Returns:
-        (), Replicate, fp64, which is as wide as two of fp32; -inf if there is no element.
+        (), Replicate, fp64; -inf if there is no element.
 
     Raises:
         UsageError: as for `sum_over_parameters`.
@@ -204,12 +203,12 @@ def min_over_parameters(
     """Smallest value of `function` over every element; NaN if one is NaN.
 
     Args:
-        model: with cut and plain modules.
+        model: a model with cut and plain modules.
         function: element-wise; by default the element itself.
         of: "parameters" or "gradients".
 
     Returns:
-        (), Replicate, fp64, which is as wide as two of fp32; inf if there is no element.
+        (), Replicate, fp64; inf if there is no element.
 
     Raises:
         UsageError: as for `sum_over_parameters`.
@@ -223,10 +222,10 @@ def min_over_parameters(
 
 
 class _TreeTotal(torch.autograd.Function):
-    """Sum by the tree over the leaves of all ranks forward, a copy to every leaf backward.
+    """Sum over the leaves of all ranks by the tree forward, a copy to every leaf backward.
 
-    A rank may hold what another owns, behind its own leaves: that is not added here, and gets its
-    gradient too.
+    A rank may hold parts that another rank owns, after its own leaves. They are not added here, but
+    get their gradient too.
     """
 
     @staticmethod
@@ -248,21 +247,21 @@ class _TreeTotal(torch.autograd.Function):
 def _sums(
     model: nn.Module, function: Function, of: Of, only_trainable: bool, who: str
 ) -> dict[str, Tensor]:
-    """Name -> sum over the whole of one parameter."""
+    """Name -> sum over one whole parameter."""
     sums = {}
     for name, value, layout, axis in _values(model, of, only_trainable, who):
         parts = [_leaf_sum(_applied(function, leaf, name)) for leaf in _leaves(value, layout)]
         if axis is None:
             sums[name] = parts[0]
             continue
-        # Without a leaf, this rank's part is empty, and must need a gradient as the others' do.
+        # Without a leaf this part is empty, but must need a gradient like those of other ranks.
         held = torch.stack(parts) if parts else _leaf_values(function(value)).reshape(-1)[:0]
         sums[name] = _TreeTotal.apply(held, layout, axis, name)
     return sums
 
 
 def _leaf_values(y: Tensor) -> Tensor:
-    """What is added up: counts in fp64, which is exact to 2^53, bf16 and fp16 in fp32."""
+    """The values in the dtype of the sum: fp64 for counts (exact to 2^53), fp32 for 16 bits."""
     return widen(y) if y.is_floating_point() else y.double()
 
 
@@ -288,15 +287,16 @@ def _applied(function: Function, leaf: Tensor, name: str) -> Tensor:
 
 @torch.no_grad()
 def _check_elementwise(function: Function, leaf: Tensor, y: Tensor, name: str) -> None:
-    """Raise unless a few elements alone give what they gave among all; a draw gives something else.
+    """Raise unless the function gives the same values for a few elements alone.
 
-    Elements far apart, and in another shape: what looks at its neighbours or at a place is found.
+    The elements are far apart and in another shape, so that a function of neighbours, of positions
+    or of random draws is found.
     """
     step = max(1, leaf.numel() // _SAMPLE)
-    found = function(leaf.detach().reshape(-1)[::step].clone())
+    some_values = function(leaf.detach().reshape(-1)[::step].clone())
     wanted = y.detach().reshape(-1)[::step]
-    if found.shape == wanted.shape and torch.allclose(
-        found.double(), wanted.double(), rtol=1e-3, atol=1e-6, equal_nan=True
+    if some_values.shape == wanted.shape and torch.allclose(
+        some_values.double(), wanted.double(), rtol=1e-3, atol=1e-6, equal_nan=True
     ):
         return
     raise ShapeError(
@@ -307,9 +307,9 @@ def _check_elementwise(function: Function, leaf: Tensor, y: Tensor, name: str) -
 
 
 def _leaves(value: Tensor, layout: Layout) -> list[Tensor]:
-    """The leaves that this rank owns, and what it holds of others as one more.
+    """The leaves that this rank owns, and as one more leaf the parts of others that it holds.
 
-    They are contiguous, so that no shard is seen in their strides.
+    They are contiguous, so that their strides do not depend on the shard.
     """
     if layout.dim is None:
         return [value.contiguous()]
@@ -322,7 +322,7 @@ def _leaves(value: Tensor, layout: Layout) -> list[Tensor]:
 def _values(
     model: nn.Module, of: Of, only_trainable: bool, who: str
 ) -> Iterator[tuple[str, Tensor, Layout, Axis | None]]:
-    """Name, parameter or gradient, layout, and the axis over which it is cut."""
+    """Yield name, parameter or gradient, layout, and the axis that cuts it."""
     if of not in ("parameters", "gradients"):
         raise UsageError(f"{who}: of={of!r} is unknown. Use 'parameters' or 'gradients'.")
     for name, parameter, layout, axis in _parameters(model, who):
@@ -330,7 +330,9 @@ def _values(
             continue
         value = parameter if of == "parameters" else parameter.grad
         if value is not None:
-            operands.check(who, **{name: value})  # of a DTensor, which FSDP makes, a part is here
+            operands.check(
+                who, **{name: value}
+            )  # this rank has only a part of a DTensor, as FSDP makes it
             yield name, value, layout, None if layout.is_replicated else axis
 
 

@@ -1,4 +1,4 @@
-"""Runs of indices along one dim of a tensor: taken out, and put together to a whole."""
+"""Take runs of indices along one dim out of a tensor, and join such parts to a whole."""
 
 from collections.abc import Sequence
 
@@ -8,16 +8,16 @@ from torch import Tensor
 
 Run = range | slice
 
-_FEW = 32  # runs that are copied one by one; of more, an index is made
+_FEW = 32  # up to so many runs are copied one by one; for more, an index tensor is used
 
 
 def take(x: Tensor, dim: int, runs: Sequence[Run]) -> Tensor:
-    """Some runs of a tensor, one behind the other.
+    """Concatenate some runs of a tensor.
 
     Args:
         x: (*).
-        dim: along which the runs lie, counted from the front.
-        runs: in the order that is wanted.
+        dim: the dim of the runs, counted from the front.
+        runs: the runs, in the order of the result.
 
     Returns:
         (*, sum of lengths, *): a view of one run, a new tensor of several.
@@ -31,12 +31,12 @@ def take(x: Tensor, dim: int, runs: Sequence[Run]) -> Tensor:
 
 
 def join(parts: Sequence[Tensor], dim: int, runs: Sequence[Sequence[Run]]) -> Tensor:
-    """The whole, from parts that each have some runs of it.
+    """Join parts, each of which has some runs of the whole.
 
     Args:
         parts: (*, length, *), one for each entry of `runs`.
-        dim: along which the runs lie, counted from the front.
-        runs: of every part, where its indices lie in the whole; together they cover it.
+        dim: the dim of the runs, counted from the front.
+        runs: for each part the runs of its indices in the whole; together they cover it.
 
     Returns:
         (*, sum of lengths, *), a new tensor.

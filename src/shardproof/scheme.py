@@ -1,4 +1,4 @@
-"""What a plan fixes and the degree may not change: leaves, numerics and seed."""
+"""`Scheme`: the leaves, numerics and seed of a plan, which do not depend on the degree."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,13 +14,13 @@ NUMERICS: tuple[Numerics, ...] = ("invariant", "native")
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the sums of a model are cut, the same at every degree.
+    """How the sums of a model are divided, the same at every degree.
 
     Attributes:
-        leaves: into how many leaves a cut dim is divided; the highest possible degree.
+        leaves: number of leaves of a cut dim, which is also the highest possible degree.
         numerics: "invariant" for the same bits at every degree, "native" for one product per
             shard and the transport's own all-reduce.
-        seed: of everything that is drawn (initialisation).
+        seed: seed of all random draws (initialisation, dropout).
     """
 
     leaves: int = DEFAULT_LEAVES
@@ -30,7 +30,7 @@ class Scheme:
     def __post_init__(self) -> None:
         for name in ("leaves", "seed"):
             value = getattr(self, name)
-            number = whole_number(value)  # a bool is an int, and never meant as one here
+            number = whole_number(value)  # a bool is an int, but never meant as one here
             if number is None:
                 raise UsageError(f"{name}={shown(value)} is not a whole number. Give an int.")
             object.__setattr__(self, name, number)
@@ -54,7 +54,7 @@ class Scheme:
 
     @property
     def is_invariant(self) -> bool:
-        """True if the bits may not depend on the degree."""
+        """Whether the bits must not depend on the degree."""
         return self.numerics == "invariant"
 
 
@@ -62,10 +62,10 @@ DEFAULT_SCHEME = Scheme()
 
 
 def checked_scheme(scheme: Any) -> Scheme:
-    """A scheme as a user gave it.
+    """Return the argument `scheme` of a user.
 
     Raises:
-        UsageError: it is something else.
+        UsageError: it is not a `Scheme`.
     """
     if not isinstance(scheme, Scheme):
         raise UsageError(

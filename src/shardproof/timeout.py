@@ -1,22 +1,22 @@
-"""How long a rank waits for the others in one collective, as users give it."""
+"""Check the timeout of a user: seconds that a rank waits for the others in one collective."""
 
 import math
 from typing import Any
 
 from shardproof.quantities import checked_real
 
-# Importing torch on a busy machine takes its time, and has nothing to do with the user's timeout.
+# Seconds for the start, in which ranks import torch; the user's timeout does not apply to it.
 START_TIMEOUT = 300.0
 
-# A year. What waits counts in nanoseconds of 64 bits, or in days of a timedelta, and overflows.
+# A year. Longer timeouts overflow 64-bit nanoseconds or a timedelta.
 LONGEST = 31_536_000.0
 
 
 def checked_timeout(timeout: Any) -> float | None:
-    """Seconds, or None where the choice is left to others.
+    """Return the timeout in seconds, or None for the default.
 
     Raises:
-        UsageError: it is no positive number, or longer than a year.
+        UsageError: it is not a positive number, or more than a year.
     """
     if timeout is None:
         return None

@@ -1,10 +1,10 @@
-"""The canonical tree: in which order partials are added, whatever the degree.
+"""The canonical tree, which fixes the order in which partial sums are added at every degree.
 
 A node is the run of leaves `(start, stop)` that it sums. A node of more than one leaf is the sum
 of two: its first leaves, as many as the largest power of two below its length, and the rest.
-The tree depends on the number of leaves alone. A rank adds the nodes that lie wholly inside its
-own run of leaves (`nodes_of_run`), and `combine` does the rest of the same additions.
-Knows no ranks and no transports; values may be anything that can be added.
+The tree depends only on the number of leaves. A rank adds the nodes that lie wholly inside its
+own run of leaves (`nodes_of_run`), and `combine` makes the remaining additions.
+This module knows no ranks and no transports; values may be anything that can be added.
 
 See also: Hallberg and Adcroft 2014 on sums that do not depend on the number of processors.
 """
@@ -56,13 +56,13 @@ def nodes_of_run(num_leaves: int, run: range) -> list[Node]:
 def combine(
     node: Node, values: Mapping[Node, Value], add: Callable[[Value, Value, bool], Value]
 ) -> Value:
-    """Sum of `node`, by the tree, from the nodes that `values` has.
+    """Compute the sum of `node` by the tree, from the nodes in `values`.
 
     Args:
-        node: the sum wanted; `(0, num_leaves)` for the whole.
-        values: sums already there; together they cover `node`.
-        add: `add(left, right, is_fresh)`; `is_fresh` says that `left` is itself a result of
-            `add`, so that it may be overwritten.
+        node: the node to compute; `(0, num_leaves)` for the whole sum.
+        values: sums that are known; together they cover `node`.
+        add: `add(left, right, is_fresh)`; if `is_fresh`, `left` is itself a result of `add` and
+            may be overwritten.
     """
 
     def visit(node: Node) -> tuple[Value, bool]:
@@ -79,22 +79,23 @@ def add_run(leaves: Iterable[Tensor], run: range, num_leaves: int) -> dict[Node,
     """The nodes that a rank can add by itself, from its leaves.
 
     Args:
-        leaves: a tensor for each leaf of `run`, none of which is written into.
-        run: of leaves, contiguous.
-        num_leaves: of the whole.
+        leaves: a tensor for each leaf of `run`; they are not written into.
+        run: a contiguous run of leaves.
+        num_leaves: number of leaves of the whole sum.
     """
     values = {(leaf, leaf + 1): value for leaf, value in zip(run, leaves, strict=True)}
     return {node: combine(node, values, add_tensors) for node in nodes_of_run(num_leaves, run)}
 
 
 def steps(node: Node, numbers: Mapping[Node, int]) -> list[int]:
-    """The additions of `combine` as a postfix program, for whoever adds in another language.
+    """The additions of `combine` as a postfix program, for the C code.
 
     Args:
-        node: the sum wanted.
+        node: the node to compute.
         numbers: node -> its number; together they cover `node`.
     Returns:
-        A number pushes that node, -1 adds the two topmost (the lower is the left).
+        The program: a number pushes that node, and -1 adds the two topmost values (the lower one is
+        the left operand).
 
     >>> steps((0, 4), {(0, 2): 0, (2, 3): 1, (3, 4): 2})
     [0, 1, 2, -1, -1]
@@ -106,7 +107,7 @@ def steps(node: Node, numbers: Mapping[Node, int]) -> list[int]:
 
 
 def node_name(node: Node) -> str:
-    """As people read it.
+    """The name of a node for people.
 
     >>> node_name((0, 4)), node_name((5, 6))
     ('leaves 0-3', 'leaf 5')
@@ -116,11 +117,11 @@ def node_name(node: Node) -> str:
 
 
 def formula(node: Node, available: Container[Node]) -> str:
-    """The additions of `combine`, in the order in which they are made.
+    """The additions of `combine` as a formula.
 
     Args:
-        node: the sum wanted.
-        available: the nodes that are there already; together they cover `node`.
+        node: the node to compute.
+        available: the nodes that are known; together they cover `node`.
 
     >>> formula((0, 4), {(0, 2), (2, 3), (3, 4)})
     'leaves 0-1 + (leaf 2 + leaf 3)'
@@ -132,5 +133,5 @@ def formula(node: Node, available: Container[Node]) -> str:
 
 
 def add_tensors(left: Tensor, right: Tensor, is_fresh: bool) -> Tensor:
-    """What `combine` takes to add tensors: writes into `left` only where nobody else has it."""
+    """The `add` of `combine` for tensors; it writes into `left` only if that is fresh."""
     return left.add_(right) if is_fresh else left + right

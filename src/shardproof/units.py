@@ -1,12 +1,12 @@
-"""Units that are cut together, how ranks share them, and how the indices of a dim belong to them.
+"""Units that are cut together, their owners, and the units of the indices of a dim.
 
 A *unit* is never cut: a feature of a feed-forward, a query head with its rows of a fused weight, a
-row of the vocabulary. Units of one kind stand in one order, and ranks own contiguous runs of their
-leaves, as in `leaves.py`. A *shared unit* is what several units need: the key-value head of a group
-of query heads. Every rank that owns one of its needers holds it; the rank of the first owns it.
+row of the vocabulary. Units of one kind have an order, and ranks own contiguous runs of their
+leaves, as in `leaves.py`. A *shared unit* is needed by several units, like the key-value head of a
+group of query heads. Every rank that owns one of these units holds it; the rank of the first one
+owns it.
 
-Integers only: no torch, no ranks. All that is worked out here is kept, for these values are asked
-for once in every operation.
+Integers only: no torch, no ranks. Results are cached, because every operation uses them.
 """
 
 from collections.abc import Sequence
@@ -25,15 +25,15 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Units:
-    """What a plan cuts apart, at any degree.
+    """The units of a plan, at any degree.
 
     Attributes:
-        name: for messages and the ledger.
-        count: how many units there are, in order.
+        name: name for messages and the ledger.
+        count: number of units.
         needers: for each shared unit the units that need it, in order; shared unit `k` has the
             number `count + k`.
-        breaks: the units at which a rank's run may begin, where a view of the model allows no
-            others; None: all.
+        breaks: the units at which a rank's run may begin, if a view of the model allows no
+            others; None for all.
     """
 
     name: str
@@ -57,9 +57,9 @@ class Shared:
     """Units shared among the ranks of one degree.
 
     Attributes:
-        units: what is shared.
-        leaves: that the plan asks for.
-        degree: how many ranks.
+        units: the units.
+        leaves: number of leaves of the plan.
+        degree: number of ranks.
     """
 
     units: Units
@@ -68,14 +68,14 @@ class Shared:
 
     @cached_property
     def cut(self) -> Cut:
-        """Of the units themselves: its leaves are those of every sum over them."""
+        """The cut of the units, whose leaves are those of every sum over them."""
         plain = Cut(self.units.count, self.leaves, self.degree)
         if self.units.breaks is None:
             return plain
         return Cut(self.units.count, self.leaves, self.degree, runs=self._snapped(plain))
 
     def _snapped(self, plain: Cut) -> tuple[range, ...]:
-        """Runs of leaves that begin only where a rank may begin, each as near as there is one."""
+        """Runs of leaves that begin at allowed units only, each at the nearest one."""
         allowed = {*(self.units.breaks or ()), 0}
         starts = [leaf for leaf in range(plain.num_leaves) if plain.leaf(leaf).start in allowed] + [
             plain.num_leaves
@@ -94,13 +94,13 @@ class Shared:
 
     @cached_property
     def leaf_of(self) -> tuple[int, ...]:
-        """The leaf of every unit, shared ones behind the others: that of their first needer."""
+        """The leaf of each unit, then of each shared unit (the leaf of its first needer)."""
         leaves = [leaf for leaf in range(self.cut.num_leaves) for _ in self.cut.leaf(leaf)]
         return (*leaves, *(leaves[needers[0]] for needers in self.units.needers))
 
     @cached_property
     def owner_of(self) -> tuple[int, ...]:
-        """The rank that owns every unit, shared ones behind the others."""
+        """The owner of each unit, then of each shared unit."""
         ranks = {leaf: rank for rank in range(self.degree) for leaf in self.cut.run(rank)}
         return tuple(ranks[leaf] for leaf in self.leaf_of)
 
@@ -123,18 +123,18 @@ class Shared:
 
     @property
     def is_whole(self) -> bool:
-        """True if one rank owns every unit."""
+        """Whether one rank owns every unit."""
         return any(len(self.owned(rank)) == self.units.count for rank in range(self.degree))
 
 
 @dataclass(frozen=True)
 class Block:
-    """A run of indices in which units follow each other.
+    """A run of indices with consecutive units.
 
     Attributes:
-        size: how many indices.
-        first: the unit of the first.
-        unit: how many indices each unit has.
+        size: number of indices.
+        first: the unit of the first index.
+        unit: number of indices of each unit.
     """
 
     size: int
@@ -147,7 +147,7 @@ class Block:
 
 
 def blocks_of(labels: Sequence[int] | Indices) -> tuple[Block, ...]:
-    """The blocks of a dim from the unit of each of its indices: as few as there can be.
+    """The fewest blocks that describe a dim, from the unit of each of its indices.
 
     >>> blocks_of([0, 0, 1, 1, 0, 1])
     (Block(size=4, first=0, unit=2), Block(size=2, first=0, unit=1))
@@ -170,11 +170,11 @@ def blocks_of(labels: Sequence[int] | Indices) -> tuple[Block, ...]:
 
 @dataclass(frozen=True)
 class CutDim:
-    """How one dim of a tensor is cut: which unit every index belongs to, and who has the unit.
+    """How one dim of a tensor is cut: the unit of each index, and the ranks of the units.
 
     Attributes:
-        shared: the units and who has them.
-        blocks: units of the indices, in order.
+        shared: the units and their ranks.
+        blocks: the units of the indices, in order.
     """
 
     shared: Shared
@@ -182,12 +182,12 @@ class CutDim:
 
     @classmethod
     def of_labels(cls, shared: Shared, labels: Sequence[int] | Indices) -> "CutDim":
-        """From the unit of every index."""
+        """Make a cut from the unit of each index."""
         return cls(shared, blocks_of(labels))
 
     @cached_property
     def size(self) -> int:
-        """How many indices, on all ranks together."""
+        """Number of indices, on all ranks together."""
         return sum(block.size for block in self.blocks)
 
     @cached_property
@@ -223,7 +223,7 @@ class CutDim:
         return tuple(np.flatnonzero(owners == rank) for rank in range(self.shared.degree))
 
     def owned_places(self, rank: int) -> tuple[slice, ...]:
-        """Where what a rank owns lies in what it holds, as runs."""
+        """The positions of owned indices among the held ones of a rank, as runs."""
         return self._owned_places[rank]
 
     @cached_property
@@ -235,11 +235,11 @@ class CutDim:
         )
 
     def leaf_slices(self, rank: int) -> tuple[tuple[slice, ...], ...]:
-        """For every leaf that a rank owns, where its indices lie in what the rank holds.
+        """For each leaf that a rank owns, the positions of its indices among the held ones.
 
-        Two runs of the whole dim that lie side by side in what the rank holds are one slice here,
-        at one degree and not at another. So bring a leaf together (`runs.take`) before anything is
-        added; who adds run by run takes `functional.place.Place.pieces`.
+        Two runs of the whole dim that are adjacent in the rank's part are one slice here, but only
+        at some degrees. So collect a leaf (`runs.take`) before anything is added. To add run by
+        run, use `functional.place.Place.pieces`.
         """
         return self._leaf_slices[rank]
 
@@ -256,7 +256,7 @@ class CutDim:
 
 
 def slices_of(indices: Indices) -> tuple[slice, ...]:
-    """Ascending indices as runs.
+    """Ascending indices as slices.
 
     >>> slices_of(np.array([0, 1, 2, 5, 6]))
     (slice(0, 3, None), slice(5, 7, None))

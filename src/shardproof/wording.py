@@ -1,4 +1,4 @@
-"""How a value that somebody else wrote appears in a message: short, on one line, whatever it is."""
+"""Format values of users for messages: short, on one line, and without failing."""
 
 import math
 from collections.abc import Iterable
@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-VALUE = 200  # characters that a message spends on one value
-TEXT = 1000  # characters of a path or of another library's message: its end matters as well
+VALUE = 200  # largest number of characters of a value in a message
+TEXT = 1000  # the same for a path or another library's message, of which the end matters too
 _DEPTH = 3
 
 
 def shown(value: Any) -> str:
-    """The value as Python writes it, cut if that is long.
+    """The repr of a value, shortened if it is long.
 
-    Nothing in it can fail, hang or flood a message: a repr that raises is replaced by the name of
-    the type, and of a long text or list only the start is looked at.
+    It cannot fail, hang or be long: a repr that raises is replaced by the name of the type, and
+    only the start of a long text or list is read.
 
     >>> shown("colwise"), shown([1, 2]), shown("x" * 5000)[-30:]
     ("'colwise'", '[1, 2]', "xxxxxxx...' (5,000 characters)")
@@ -25,7 +25,7 @@ def shown(value: Any) -> str:
 
 
 def written(text: str, *, most: int = TEXT) -> str:
-    """Text as it was written, without quotes: cut in its middle if long, line ends spelt.
+    """Text without quotes, shortened in its middle if it is long, with escaped line ends.
 
     >>> written("--json"), written("x" * 4000, most=9)
     ('--json', 'xxx...xxx')
@@ -37,12 +37,12 @@ def written(text: str, *, most: int = TEXT) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text with every run of blanks and line ends as one blank; long text is cut before that."""
+    """Text with each run of blanks and line ends as one blank; long text is shortened first."""
     return " ".join(text[: 4 * TEXT].split())
 
 
 def error_words(error: BaseException, *, most: int = 300) -> str:
-    """Type of an exception and what it says, on one line: cut in its middle if that is long.
+    """The type and message of an exception on one line, shortened in its middle if long.
 
     >>> error_words(ValueError("bad   luck")), error_words(KeyError())
     ('ValueError: bad luck', 'KeyError')
@@ -53,7 +53,7 @@ def error_words(error: BaseException, *, most: int = 300) -> str:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype without the name of its library.
+    """The name of a dtype without "torch.".
 
     >>> dtype_name(torch.bfloat16)
     'bfloat16'
@@ -62,7 +62,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def few(items: Iterable[Any], *, most: int = 5) -> str:
-    """Items as prose, no more than `most` of them, and how many more there are.
+    """The first `most` items as prose, and the number of the others.
 
     >>> few(["a", "b"]), few(range(20_000), most=2)
     ('a, b', '0, 1 and 19,998 more')
@@ -73,7 +73,7 @@ def few(items: Iterable[Any], *, most: int = 5) -> str:
 
 
 def run_words(numbers: Iterable[int], *, shortest: int = 3) -> list[str]:
-    """Rising numbers as words, with runs of `shortest` or more abbreviated.
+    """Ascending numbers as text, with runs of at least `shortest` abbreviated.
 
     >>> run_words([1, 2, 3, 4, 8, 9]), run_words([1, 2, 4], shortest=2)
     (['1-4', '8', '9'], ['1-2', '4'])
@@ -92,7 +92,7 @@ def run_words(numbers: Iterable[int], *, shortest: int = 3) -> list[str]:
 
 
 def spelt_out(value: Any) -> Any:
-    """`value` with what JSON has no word for as text: "nan", "inf", "-inf", "1j".
+    """`value` with numbers that JSON does not have as text: "nan", "inf", "-inf", "1j".
 
     >>> spelt_out({"max_abs_diff": [1.5, float("nan")]})
     {'max_abs_diff': [1.5, 'nan']}
@@ -119,7 +119,7 @@ def _repr(value: Any, depth: int) -> str:
         return _of_collection(value, depth)
     try:
         return repr(value)
-    except Exception:  # whatever a class of somebody else raises there
+    except Exception:  # a user's class may raise anything
         return f"<{type(value).__name__}, which cannot be written>"
 
 

@@ -189,7 +189,7 @@ def _unwrapped_cell(cell: CellType) -> CellType:
     return CellType(unwrapped(held)) if is_theirs else cell
 
 
-@rule("run_without_rule")
+@rule("others")
 def run_without_rule(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The rule of every operation that has none of its own."""
     if isinstance(func, FunctionType) and func.__module__.startswith("torch"):

@@ -207,7 +207,7 @@ _NAMES = [
 ]
 _LIKE = ["zeros_like", "ones_like", "empty_like", "full_like"]
 
-rule(*(f"{name}_" for name in _NAMES))(lambda *given: _in_place(*given))
+rule(*(f"{name}_" for name in _NAMES))(lambda *rule_args: _in_place(*rule_args))
 
 
 @rule(*_NAMES)

@@ -48,17 +48,17 @@ def failure_of(rank: int, error: BaseException) -> Failure:
 
 
 def _failure_with_text(rank: int, error: BaseException) -> Failure:
-    told = describe_error(error, _below_engines(error))
-    summary = f"raised {told.text}"
-    if isinstance(error, SystemExit) and not told.problem:
+    description = describe_error(error, _below_engines(error))
+    summary = f"raised {description.text}"
+    if isinstance(error, SystemExit) and not description.problem:
         summary = f"left early: it called sys.exit({text_or_problem(lambda: repr(error.code))[0]})"
     return Failure(
         rank,
         summary,
         is_symptom=_has_symptom(error),
         # If the error has no usable text, printing it later would hang or fail as well.
-        error=None if told.problem else error,
-        trace=told.trace,
+        error=None if description.problem else error,
+        trace=description.trace,
     )
 
 

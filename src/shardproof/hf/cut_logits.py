@@ -48,7 +48,7 @@ class _Held:
     """The storage behind one or several `CutLogits`: this rank's part, or the whole.
 
     Attributes:
-        axis: the ranks.
+        axis: the ranks that share the vocabulary.
         cut: cut of the vocabulary, the last dim.
         who: name of the head.
         direction: direction of the gather in the ledger.
@@ -144,7 +144,7 @@ class CutLogits(Tensor):
 
         Args:
             part: (*, owned), Shard(-1).
-            axis: the ranks.
+            axis: the ranks that share the vocabulary.
             cut: cut of the vocabulary.
             who: name of the head.
         Returns:

@@ -18,7 +18,7 @@ def note_inputs(model: nn.Module, axis: Axis) -> None:
 
     Args:
         model: a model of transformers, the root.
-        axis: the ranks.
+        axis: the ranks whose inputs are compared.
     """
     if axis.size > 1:
         names = tuple(inspect.signature(type(model).forward).parameters)[1:]

@@ -160,7 +160,7 @@ def orthogonalize(x: Tensor, spread: Spread, iteration: Iteration, axis: Axis) -
             fp32 or fp64.
         spread: the layouts of X and A.
         iteration: options of the iteration.
-        axis: the ranks.
+        axis: the ranks that share the matrix.
 
     Returns:
         (rows, held columns), Shard(1), in the dtype of `x`.

@@ -39,7 +39,7 @@ from shardproof.plans.watched_plan import WatchedPlan
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
 from shardproof.wording import dtype_name, shown
 
-Given = TypeVar("Given")
+Value = TypeVar("Value")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SAMPLES = 64  # elements of each parameter that the ranks compare
 
@@ -160,29 +160,29 @@ def _agree(model: Any, plan: Any, scheme: Any, axis: Axis) -> tuple[Plan | None,
 
     def read() -> tuple[tuple[Plan | None, Scheme], dict[str, object]]:
         checked_model(model)
-        given, asked = read_plan(plan, scheme)
+        own_plan, own_scheme = read_plan(plan, scheme)
         words = {"whether the model carries the plan": is_carried(plan)}
-        return (given, asked), _describe(given, asked, model) | words
+        return (own_plan, own_scheme), _describe(own_plan, own_scheme, model) | words
 
-    given, asked = _agreed(read, axis)
-    _agree_on_numbers(model, asked, axis)
-    return given, asked
+    agreed_plan, agreed_scheme = _agreed(read, axis)
+    _agree_on_numbers(model, agreed_scheme, axis)
+    return agreed_plan, agreed_scheme
 
 
-def _agreed(read: Callable[[], tuple[Given, dict[str, object]]], axis: Axis) -> Given:
+def _agreed(read: Callable[[], tuple[Value, dict[str, object]]], axis: Axis) -> Value:
     """Return the result of `read`; raise on all ranks if one rank fails or reads something else."""
     # This comes first: whether a rank raises may depend only on values that all ranks share.
     wrong: ShardproofError | None = None
-    given: Any = None
+    value: Any = None
     try:
-        given, words = read()
+        value, words = read()
     except ShardproofError as error:
         wrong, words = error, {"what is wrong with them": str(error)}
     axis.agree(words, what="plans or models")
     if wrong is not None:
         raise wrong
-    found: Given = given
-    return found
+    agreed: Value = value
+    return agreed
 
 
 def _agree_on_numbers(model: nn.Module, scheme: Scheme, axis: Axis) -> None:

@@ -33,7 +33,7 @@ class Cutter:
     Args:
         model: the model, which is changed in place.
         scheme: leaves, numerics, seed.
-        axis: the ranks.
+        axis: the ranks that share the model.
         head: name of the output head whose logits are gathered later, or None.
         attention_options: name of an attention -> causality and dropout of its attending child.
 

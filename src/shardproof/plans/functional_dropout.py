@@ -37,12 +37,12 @@ def functional_dropout(styles: Mapping[str, Style], model: nn.Module) -> list[st
 
 def _probabilities(model: nn.Module) -> Iterator[tuple[str, float]]:
     """Name and value of every attribute above 0 of configs and modules that is named dropout."""
-    seen = set()
+    visited = set()
     for module in model.modules():
         config = getattr(module, "config", None)
         holders: list[Any] = [module]
-        if hasattr(config, "__dict__") and id(config) not in seen:
-            seen.add(id(config))
+        if hasattr(config, "__dict__") and id(config) not in visited:
+            visited.add(id(config))
             holders.insert(0, config)
         for holder in holders:
             for name, value in vars(holder).items():

@@ -54,13 +54,13 @@ def called(
     """
     is_invariant, ties, values = how
     # Dynamo guards what it reads, and makes another graph for another model or other values.
-    seen: list[bool | int | float | str] = [id(model)]
+    guarded: list[bool | int | float | str] = [id(model)]
     for name, attributes in values:
         module = model.get_submodule(name)
         for attribute in attributes:
             value = module.__dict__.get(attribute)
-            seen.append(value if isinstance(value, (bool, int, float, str)) else _NONE)
-    return _traced(seen, model, is_invariant, ties, _packed(args), _packed(kwargs))
+            guarded.append(value if isinstance(value, (bool, int, float, str)) else _NONE)
+    return _traced(guarded, model, is_invariant, ties, _packed(args), _packed(kwargs))
 
 
 @torch._dynamo.nonstrict_trace
@@ -74,7 +74,7 @@ def _traced(*inputs: Any) -> Any:
 
 
 def _recorded(
-    seen: list[Any],
+    guarded: list[Any],
     model: nn.Module,
     is_invariant: bool,
     ties: Ties,
@@ -84,7 +84,7 @@ def _recorded(
     """Call a cut model with traced or fake tensors.
 
     Args:
-        seen: `id` of the model and attributes of its modules; Dynamo guards them.
+        guarded: `id` of the model and attributes of its modules; Dynamo guards them.
         model: the cut model.
         is_invariant: whether its numerics are invariant.
         ties: for each tied parameter its second and its first name.
@@ -98,7 +98,7 @@ def _recorded(
         )
     if is_invariant:
         _check_backend(model)
-    pytree.tree_map(_of_one_size, seen)  # otherwise Dynamo would not guard a float
+    pytree.tree_map(_of_one_size, guarded)  # otherwise Dynamo would not guard a float
     args, kwargs = pytree.tree_map(
         _of_one_size, (_unpacked(args), _unpacked(kwargs)), is_leaf=_is_cut
     )

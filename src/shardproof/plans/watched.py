@@ -201,8 +201,8 @@ def call_by_forms(
         region: the region of the model's cut tensors.
     """
     modules = dict(model.named_modules())
-    seen = {name for name in (*calls, *draws) if name in modules and not is_ours(modules[name])}
-    for name in sorted(seen | _inside(modules, seen & set(calls))):
+    needing = {name for name in (*calls, *draws) if name in modules and not is_ours(modules[name])}
+    for name in sorted(needing | _inside(modules, needing & set(calls))):
         Calling(region, name, calls=name in calls, draws=name in draws).hook(modules[name])
 
 

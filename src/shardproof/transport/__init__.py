@@ -1,1 +1,1 @@
-"""What carries bytes between ranks: solo, threads, torch.distributed; and the ledger."""
+"""Transports, which send bytes between ranks: solo, threads, shared memory, torch.distributed."""

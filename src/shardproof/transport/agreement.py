@@ -1,4 +1,4 @@
-"""What all ranks say when they find that they disagree: about a call, or about their inputs."""
+"""The error that all ranks raise if their calls, or the inputs of their layers, differ."""
 
 import json
 import math
@@ -24,12 +24,12 @@ _SWITCH = "(compare_inputs=False on the axis or in launch leaves this comparison
 
 
 def disagreement(text: str, noted: Noted, confer: Confer) -> MismatchError:
-    """The error that every rank raises, found by talking once or twice more.
+    """The error that every rank raises, found by one or two more exchanges.
 
     Args:
-        text: what this rank was about to do; its first line is the call.
-        noted: what this rank has noted before.
-        confer: takes this rank's text and gives those of all ranks, in rank order.
+        text: description of this rank's call; the first line is the call itself.
+        noted: the notes of this rank's inputs.
+        confer: function that gathers a text of every rank, in rank order.
     """
     messages = confer(_SEPARATOR.join((",".join(noted.hashes), text)))
     hashes, texts = [], []
@@ -65,7 +65,7 @@ def _parsed(text: str) -> InputNote:
 
 
 def _different_inputs(notes: Sequence[InputNote | None]) -> MismatchError:
-    """One sentence about the first two ranks that differ, and the way out."""
+    """One sentence about the first two ranks that differ, and what to do."""
     first = notes[0]
     other = next(rank for rank, note in enumerate(notes) if note != first)
     second = notes[other]
@@ -88,7 +88,7 @@ def _owner(note: InputNote | None) -> str:
 
 
 def _contrast(first: InputNote, second: InputNote, rank: int) -> str:
-    """Where the tensors of rank 0 and of another rank differ."""
+    """The difference between the tensors of rank 0 and of another rank."""
     if (first.shape, first.dtype) != (second.shape, second.dtype):
         return f"rank 0 has {_kind(first)}, rank {rank} has {_kind(second)}"
     number = differing(first.shape, first.dtype, first.sample, second.sample)
@@ -104,7 +104,7 @@ def _contrast(first: InputNote, second: InputNote, rank: int) -> str:
 
 
 def _alike(notes: Sequence[InputNote | None]) -> str:
-    """Which other ranks hold the same as rank 0, where there are some."""
+    """The other ranks that have the same tensor as rank 0, if there are any."""
     alike = [rank for rank, note in enumerate(notes) if rank and note == notes[0]]
     if not alike:
         return ""

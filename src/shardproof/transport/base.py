@@ -1,8 +1,7 @@
-"""The protocol between collectives and whatever carries their bytes.
+"""`Transport`: the protocol between collectives and the transports.
 
-A transport moves one-dimensional contiguous tensors and small Python values between the ranks of
-one axis, and adds them up in an order that is given to it. It knows nothing of leaves, trees,
-autograd or layers.
+A transport sends one-dimensional contiguous tensors and small Python values between the ranks of
+one axis, and adds tensors in a given order. It knows nothing of leaves, trees, autograd or layers.
 """
 
 import functools
@@ -24,15 +23,15 @@ from shardproof.wording import dtype_name
 
 @dataclass(frozen=True)
 class Call:
-    """What one collective is: equal on all ranks, or the ranks disagree.
+    """The description of one collective, which must be equal on all ranks.
 
     Attributes:
         kind: "all_reduce", "all_gather", "reduce_scatter", "gather", "exchange".
         direction: one of `ledger.DIRECTIONS`.
-        who: the layer or function that asked, for messages.
+        who: name of the layer or function, for messages.
         shape: the global shape of the result.
-        dtype: of what travels.
-        detail: anything else that must agree (a cut, a plan's digest).
+        dtype: dtype of the tensors that are sent.
+        detail: anything else that must be equal (a cut, a plan's digest).
     """
 
     kind: str
@@ -44,7 +43,7 @@ class Call:
 
     @functools.cached_property
     def digest(self) -> int:
-        """64 bits of what this is, computed once per object; equal calls have equal digests."""
+        """A 64-bit hash, computed once per object; equal calls have equal hashes."""
         return digest_of(str(self))
 
     def __str__(self) -> str:
@@ -56,12 +55,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Order:
-    """In which order the ranks' parts are added. Make it once and keep it: plans hang on it.
+    """The order in which the ranks' parts are added. Create it once: plans are cached by it.
 
     Attributes:
-        counts: parts of each rank, in rank order. Parts are numbered through in that order.
-        program: postfix: n >= 0 pushes part n, -1 adds the two topmost, the lower one on the left.
-        is_free: a transport may use an order of its own instead, if it has a faster one (native).
+        counts: number of parts of each rank. Parts are numbered in rank order.
+        program: postfix program: n >= 0 pushes part n, and -1 adds the two topmost values, with the
+            lower one as the left operand.
+        is_free: whether a transport may use a faster order of its own (native numerics).
     """
 
     counts: tuple[int, ...]
@@ -70,7 +70,7 @@ class Order:
 
     @functools.cached_property
     def digest(self) -> int:
-        """64 bits of it, computed once per object."""
+        """A 64-bit hash, computed once per object."""
         return digest_of(repr((self.counts, self.program)))
 
     def check(self, size: int) -> None:
@@ -90,7 +90,7 @@ class Order:
 
 @functools.lru_cache
 def rank_order(size: int) -> Order:
-    """One part per rank, added from rank 0 upwards; the transport may do it in its own way.
+    """One part per rank, added from rank 0 upwards; the transport may use its own order.
 
     >>> rank_order(3).program
     (0, 1, -1, 2, -1)
@@ -113,7 +113,7 @@ class Window:
 
     @property
     def numel(self) -> int:
-        """Elements inside."""
+        """Number of elements of the window."""
         return self.outer * (self.stop - self.start) * self.inner
 
 
@@ -122,7 +122,7 @@ class Pending(ABC):
 
     @abstractmethod
     def wait(self) -> None:
-        """Finish it: `out` is filled, and this rank's parts may be written again."""
+        """Finish the sum: `out` is filled, and this rank's parts may be written again."""
 
 
 class Finished(Pending):
@@ -133,7 +133,7 @@ class Finished(Pending):
 
 
 class PeerError(RankError):
-    """What a rank sees of a failure elsewhere: a symptom, behind which launchers look."""
+    """The error of a rank after another rank has failed; launchers look for the cause."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_peer_error, (str(self), self.rank))
@@ -144,11 +144,11 @@ def _peer_error(message: str, rank: int | None) -> PeerError:
 
 
 def mismatch(descriptions: Sequence[str]) -> MismatchError:
-    """The error that every rank raises when the ranks disagree about one collective.
+    """The error that every rank raises if the ranks' calls of one collective differ.
 
     Args:
-        descriptions: what each rank was about to do, in rank order; not all equal. The first line
-            is the call; what follows is only said if the calls are equal.
+        descriptions: description of each rank's call, in rank order; not all equal. The first line
+            is the call; the other lines are shown only if the calls are equal.
     """
     heads = [description.partition("\n")[0] for description in descriptions]
     is_enough = len(set(heads)) > 1
@@ -164,7 +164,7 @@ def mismatch(descriptions: Sequence[str]) -> MismatchError:
 
 
 def digest_of(text: str) -> int:
-    """64 bits of `text`, the same in every process."""
+    """A 64-bit hash of `text`, the same in every process."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
@@ -180,7 +180,7 @@ def name_ranks(ranks: Sequence[int]) -> str:
 
 
 def name_waits(calls: Mapping[int, object]) -> str:
-    """Who waits in what, for a message; ranks that wait in the same call are named together.
+    """The ranks that wait in each call, for a message.
 
     >>> name_waits({0: "all_reduce", 2: "all_reduce"})
     'ranks 0 and 2 wait in all_reduce'
@@ -194,7 +194,7 @@ def name_waits(calls: Mapping[int, object]) -> str:
     )
 
 
-# What is wrong where a rank is in a collective and begins another one. The core has it too.
+# The error of a rank that begins a collective inside another one. The C core has it too.
 BUSY = (
     "two threads use one rank's transport at the same time, or a signal handler uses it while the "
     "rank does. Make all collectives of an axis in one thread of each rank, one after the other"
@@ -206,7 +206,7 @@ living: "weakref.WeakSet[Transport]" = weakref.WeakSet()
 def compare_pieces(
     lengths_by_rank: Sequence[tuple[list[list[int]], list[list[int]]]], call: Call
 ) -> None:
-    """Raise, on all ranks alike, unless everybody gets what it expects."""
+    """Raise on all ranks unless every rank gets pieces of the expected lengths."""
     for sender, (sent, _) in enumerate(lengths_by_rank):
         for receiver, (_, expected) in enumerate(lengths_by_rank):
             if sent[receiver] != expected[sender]:
@@ -217,14 +217,14 @@ def compare_pieces(
 
 
 class Transport(ABC):
-    """Carries bytes between the ranks of one axis; one object per rank.
+    """Sends bytes between the ranks of one axis; one object per rank.
 
     Attributes:
         name: "solo", "threads", "shm", "gloo", "nccl".
-        rank, size: this rank's place on the axis.
-        ledger: what has crossed so far.
-        is_asynchronous: a sum that has been started goes on while its rank computes.
-        notes: of what must be the same on all ranks; None where nothing is compared.
+        rank, size: this rank, and the number of ranks.
+        ledger: counts of the collectives so far.
+        is_asynchronous: whether a started sum proceeds while its rank computes.
+        notes: notes of tensors that must be the same on all ranks; None if none are compared.
     """
 
     is_asynchronous = False
@@ -235,17 +235,17 @@ class Transport(ABC):
     ledger: Ledger
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
-        """A transport that is known to `living`."""
+        """Create a transport and register it in `living`."""
         transport = super().__new__(cls)
         living.add(transport)
         return transport
 
     def take_notes(self) -> Noted:
-        """What goes with the next exchange."""
+        """Take the notes that go with the next exchange."""
         return NOTHING if self.notes is None else self.notes.take()
 
     def forget_notes(self) -> None:
-        """After ranks have disagreed: what was noted before counts no more."""
+        """Drop all notes, after ranks have disagreed."""
         if self.notes is not None:
             self.notes.forget()
 
@@ -264,15 +264,14 @@ class Transport(ABC):
         Args:
             outgoing: for each rank, the 1-D contiguous pieces it is to get (own rank: ignored).
             incoming: for each rank, the lengths of the pieces it sends here (own rank: ignored).
-            rounds: the largest number of pieces that any rank has for any other, the same on all
-                ranks; a transport that moves one piece per pair at a time needs so many rounds.
-            like: any tensor of the dtype and device that travel.
-            call: what this is.
+            rounds: the largest number of pieces from any rank to any other, the same on all ranks;
+                a transport that sends one piece per pair at a time needs so many rounds.
+            like: any tensor with the dtype and device of the pieces.
+            call: description of the collective.
 
         Returns:
-            For each rank, its pieces in order; an empty list for the own rank. They may be
-            references to the sender's memory, which the sender must not write again: read them,
-            never write them.
+            For each rank, its pieces in order; an empty list for the own rank. They may lie in the
+            sender's memory, so they must not be written, by the receiver or by the sender.
         """
 
     @abstractmethod
@@ -285,7 +284,7 @@ class Transport(ABC):
             x: (outer * sizes[rank],), contiguous; may be written again when this returns.
             out: (outer * sum(sizes),), contiguous, written.
             sizes: every rank's length of one row; they may differ and may be 0.
-            call: what this is.
+            call: description of the collective.
             outer: number of rows.
         """
 
@@ -299,25 +298,25 @@ class Transport(ABC):
         call: Call,
         windows: Sequence[Window] | None = None,
     ) -> Pending:
-        """Begin to add up the ranks' parts in the given order.
+        """Start the sum of the ranks' parts in the given order.
 
         At most two sums may be started and not finished. They are finished in the order in which
         they were started, and nothing else may be called in between.
 
         Args:
-            parts: this rank's, as many as `order` says, each flat and contiguous, all ranks' of
-                one dtype and length; not written before `wait()` has returned. A rank that has
-                none takes the others' to be float32 if `out` is of 16 bits, else of its dtype.
-            order: in which the additions are made. Parts of 16 bits are added in float32.
+            parts: this rank's parts, as many as `order` says, flat and contiguous, with one dtype
+                and length on all ranks; not written before `wait()` has returned. A rank without
+                parts assumes float32 if `out` has 16 bits, else the dtype of `out`.
+            order: order of the additions. Parts of 16 bits are added in float32.
             out: flat and contiguous, written; it may be the same memory as this rank's only part.
                 Where its dtype is narrower than the parts', the sum is rounded once, at the end.
-            call: what this is.
-            windows: for each rank, what it gets of the sum, contiguous in `out`; all are of one
-                (outer, size, inner). None: every rank gets all of it.
+            call: description of the collective.
+            windows: for each rank, its window of the sum, contiguous in `out`; all have the same
+                (outer, size, inner). None if every rank gets the whole sum.
         """
 
     def gather_slices(self, x: Tensor, out: Tensor, sizes: Sequence[int], *, call: Call) -> None:
-        """`all_gather` as the end of a call whose beginning was compared."""
+        """`all_gather` at the end of a call that was compared at its beginning."""
         self.all_gather(x, out, sizes, call=call)
 
     def sum(
@@ -333,7 +332,7 @@ class Transport(ABC):
         self.start_sum(parts, order, out, call=call, windows=windows).wait()
 
     def all_reduce(self, x: Tensor, out: Tensor | None = None, *, call: Call) -> Tensor:
-        """Sum of the ranks' `x` (1-D, contiguous) in the transport's own order.
+        """Sum the ranks' `x` (1-D, contiguous) in the transport's own order.
 
         Returns:
             `out`, or a new tensor where that is None.

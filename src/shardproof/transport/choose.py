@@ -1,8 +1,8 @@
-"""Which transport serves a process group, and why.
+"""Choose the transport of a process group.
 
-Shared memory where it can, the process group itself where it cannot. All ranks decide from what
-all ranks say, so that they decide alike. A fall-back is never silent: its reason goes with the
-axis and into every report. Asked for by name, what cannot be had is an error on every rank.
+It is shared memory if possible, and otherwise the process group itself. All ranks decide from the
+answers of all ranks, so that they decide alike. A fall-back is never silent: the axis and every
+report give its reason. If a transport is requested by name and cannot be used, every rank raises.
 """
 
 import os
@@ -25,7 +25,7 @@ AUTO, SHM, GLOO, NCCL = "auto", "shm", "gloo", "nccl"
 
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 
-# What can be asked for where ranks are processes.
+# The transports that can be requested for ranks as processes.
 NAMES = (AUTO, SHM, GLOO, NCCL)
 
 _CALL = Call("gather", "setup", "the choice of a transport")
@@ -35,8 +35,8 @@ def meet(backend: str, **options: Any) -> None:
     """`torch.distributed.init_process_group`.
 
     Args:
-        backend: as torch names it.
-        options: as torch has them.
+        backend: name of the backend of torch.
+        options: options of torch.
 
     Raises:
         AxisError: the ranks cannot meet.
@@ -59,11 +59,11 @@ def meet(backend: str, **options: Any) -> None:
 
 @dataclass(frozen=True)
 class TransportChoice:
-    """A transport and why it is not shared memory.
+    """A transport, and why shared memory is not used.
 
     Attributes:
-        transport: to use.
-        note: for reports; empty if there is nothing to say.
+        transport: the transport.
+        note: the reason, for reports; empty if shared memory is used.
     """
 
     transport: Transport
@@ -71,10 +71,10 @@ class TransportChoice:
 
 
 def checked_transport(transport: Any, known: Sequence[str] = NAMES) -> str:
-    """A name of a transport as a user gave it.
+    """Return the name of a transport that a user requested.
 
     Raises:
-        UsageError: it is none of those known.
+        UsageError: the name is unknown.
     """
     if not isinstance(transport, str) or transport not in known:
         raise UsageError(f"unknown transport {shown(transport)}. Use one of: {', '.join(known)}.")
@@ -82,7 +82,7 @@ def checked_transport(transport: Any, known: Sequence[str] = NAMES) -> str:
 
 
 def shm_problem() -> str | None:
-    """Why this process cannot share memory with others on this machine, or None: it tries."""
+    """Why this process cannot share memory with others on this machine, or None; it tries."""
     if core.shm() is None:
         return core.problem()
     try:
@@ -93,11 +93,11 @@ def shm_problem() -> str | None:
 
 
 def refusal(why: str, *, option: str = "transport=") -> UsageError:
-    """The error for shared memory that was asked for by name and cannot be had.
+    """The error for shared memory that was requested by name and cannot be used.
 
     Args:
-        why: what keeps it from working.
-        option: as the user wrote it, up to the value.
+        why: the reason.
+        option: the option as the user wrote it, up to the value.
     """
     shm, auto = (
         f"{option}{name!r}" if option.endswith("=") else f"{option} {name}" for name in (SHM, AUTO)
@@ -119,14 +119,14 @@ def choose(
 
     Args:
         base: the process group, which is also the fall-back.
-        requested: one of `NAMES`.
+        requested: the requested transport, one of `NAMES`.
         timeout: seconds that a rank waits for the others in one collective; None: torch's default.
-        compare_inputs: whether exchanges carry what layers note; the same on all ranks.
-        observer: of shared memory; see `SharedTransport.connect`.
+        compare_inputs: whether exchanges compare the inputs of layers; the same on all ranks.
+        observer: observer of shared memory; see `SharedTransport.connect`.
 
     Raises:
-        MismatchError: the ranks ask for different transports.
-        UsageError: what was asked for cannot be had.
+        MismatchError: the ranks request different transports.
+        UsageError: the requested transport cannot be used.
     """
     is_gloo = base.name == GLOO
     if is_gloo:
@@ -144,7 +144,7 @@ def choose(
         timeout = default_pg_timeout.total_seconds()
     try:
         shared = SharedTransport.connect(base, timeout=timeout, observer=observer)
-    except AxisError as error:  # on all ranks, or on none
+    except AxisError as error:  # raised on all ranks or on none
         if requested == SHM:
             raise refusal(str(error)) from error
         return TransportChoice(base, f"shared memory is not used: {error}")

@@ -1,9 +1,8 @@
-"""Transports that must not be used any more: in a fork of their rank, or after its call is over.
+"""Disable transports that must not be used: in a fork of their rank, or after its call is over.
 
-A fork inherits the transports of its rank, and they would work: the fork would write into the
-memory and the sockets that the ranks share, and the other ranks would take it for the rank. So in
-the fork every transport becomes a `DisabledTransport`, whose collectives raise. The rank itself
-pays nothing for that.
+A fork inherits the transports of its rank. If it used them, it would write into the memory and the
+sockets that the ranks share, and the other ranks would mistake it for the rank. So in a fork every
+transport becomes a `DisabledTransport`, whose collectives raise. The rank itself pays no cost.
 """
 
 import os
@@ -16,7 +15,7 @@ from torch.distributed import distributed_c10d
 from shardproof.errors import AxisError
 from shardproof.transport.base import Transport, living
 
-# Process groups of which this process has only a copy, because it was forked from their member.
+# Process groups that this process inherited from the process that it was forked from.
 _inherited: "weakref.WeakSet[dist.ProcessGroup]" = weakref.WeakSet()
 
 FORKED = (
@@ -32,7 +31,7 @@ OVER = (
 
 
 class DisabledTransport(Transport):
-    """What a transport becomes: it knows its rank and its size, and every collective raises."""
+    """A disabled transport, which knows its rank and size, and whose collectives raise."""
 
     why: str
 
@@ -40,17 +39,17 @@ class DisabledTransport(Transport):
         raise AxisError(f"rank {self.rank} of {self.size} cannot be reached here: {self.why}.")
 
     exchange = all_gather = start_sum = sum = gather_objects = _refuse
-    finish = _refuse  # of a sum that was started before
+    finish = _refuse  # for a sum that was started before
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else the transport could do; what every Python object may lack stays so."""
+        """Refuse all other methods; special methods of Python are simply missing."""
         if name.startswith("__"):
             return object.__getattribute__(self, name)
         self._refuse()
 
 
 def disable(transport: Transport, why: str) -> None:
-    """Let `transport` refuse everything from now on; one of a rank alone has nobody to disturb."""
+    """Let `transport` refuse every collective from now on; a solo transport is not changed."""
     if getattr(transport, "size", 1) > 1:
         name, is_asynchronous = transport.name, transport.is_asynchronous
         transport.__class__ = DisabledTransport
@@ -58,10 +57,10 @@ def disable(transport: Transport, why: str) -> None:
 
 
 def refuse_inherited(group: dist.ProcessGroup) -> None:
-    """Raise if `group` belongs to the process that this one was forked from.
+    """Raise if `group` was inherited by a fork.
 
     Raises:
-        AxisError: it does.
+        AxisError: it was.
     """
     if group in _inherited:
         raise AxisError(

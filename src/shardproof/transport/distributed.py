@@ -1,11 +1,11 @@
 """torch.distributed as a transport: gloo on CPUs, nccl on GPUs; many processes, many machines.
 
-Buffers are always contiguous: some gloo collectives silently corrupt others (pytorch 192920).
-What only moves travels as bytes, because backends do not know every dtype. No backend compares what
-the ranks pass. Over gloo, tensors on CPUs go through the `Stream` of their group, which does: ranks
-that disagree raise instead of computing garbage or aborting. Tensors on GPUs are given to the
-backend as they are (nccl then hangs, or returns garbage, where ranks disagree), unless `check=True`
-has a digest of every call compared first, by a small collective more.
+Buffers are always contiguous: some gloo collectives silently corrupt non-contiguous ones (pytorch
+192920). Tensors that are only moved are sent as bytes, because backends do not support every dtype.
+No backend compares the calls of the ranks. Over gloo, tensors on CPUs go through the `Stream` of
+their group, which compares them: if calls differ, all ranks raise instead of computing garbage or
+aborting. Tensors on GPUs go to the backend directly; if calls differ, nccl hangs or returns
+garbage. With `check=True`, one more small collective compares a hash of every call first.
 """
 
 import atexit
@@ -59,7 +59,7 @@ class _Work(Protocol):
 
 
 class _Reducing(Pending):
-    """An all-reduce of the backend that is on its way."""
+    """An all-reduce of the backend that was started."""
 
     def __init__(self, finish: Callable[[], object]) -> None:
         self._finish = finish
@@ -73,12 +73,13 @@ class DistributedTransport(Transport):
     """A process group as a transport.
 
     Args:
-        group: this process must be in it.
+        group: a process group that this process is in.
         check: compare the ranks' calls before every collective of tensors that are not on CPUs, or
-            of another backend than gloo, at the cost of a small one. Over gloo that is always so.
-        timeout: seconds that a rank waits in one collective; None leaves it to the group.
-        observer: called with every call and whether it is new when this rank begins it or waits for
-            it, and with None when that is over.
+            of another backend than gloo, by one more small collective. Over gloo calls are always
+            compared.
+        timeout: seconds that a rank waits in one collective; None for the group's own timeout.
+        observer: called with each call, and whether it is new, when this rank begins it or waits
+            for it, and with None when it has ended.
     """
 
     is_asynchronous = True
@@ -132,7 +133,7 @@ class DistributedTransport(Transport):
         like: Tensor,
         call: Call,
     ) -> list[list[Tensor]]:
-        """One piece per pair and round, so that no buffer has more than size - 1 pieces."""
+        """Exchange one piece per pair and round; a buffer has at most size - 1 pieces."""
         with self._during(call, like):
             if self._is_streamed(like):
                 lengths_by_rank = self._gather_objects(
@@ -146,7 +147,7 @@ class DistributedTransport(Transport):
     def all_gather(
         self, x: Tensor, out: Tensor, sizes: Sequence[int], *, call: Call, outer: int = 1
     ) -> None:
-        """Equal sizes go straight into `out`; others by an all-to-all, without padding."""
+        """Gather equal sizes directly into `out`, and others by an all-to-all, without padding."""
         if x.numel() != outer * sizes[self.rank] or out.numel() != outer * sum(sizes):
             raise ShapeError(
                 f"{call}: rank {self.rank} has {x.numel()} elements and room for {out.numel()}, "
@@ -156,7 +157,7 @@ class DistributedTransport(Transport):
             if outer == 1:
                 self._gather(x, out, sizes, call)
                 return
-            # What arrives is rank by rank; the rows are put together afterwards.
+            # Data arrives rank by rank; the rows are assembled afterwards.
             flat = torch.empty_like(out)
             lengths = [outer * size for size in sizes]
             self._gather(x, flat, lengths, call)
@@ -174,7 +175,7 @@ class DistributedTransport(Transport):
         call: Call,
         windows: Sequence[Window] | None = None,
     ) -> Pending:
-        """What is to be sent is on its way when this returns."""
+        """Start the sum; sending has begun when this returns."""
         if order.is_free and windows is None and parts[0].dtype == out.dtype:
             return self._start_all_reduce(parts[0], out, call)
         pending = portable.PortableSum(self, parts, order, out, call, windows)
@@ -187,7 +188,7 @@ class DistributedTransport(Transport):
 
     @torch.no_grad()
     def gather_slices(self, x: Tensor, out: Tensor, sizes: Sequence[int], *, call: Call) -> None:
-        """Nothing is compared any more, and equal sizes go straight into `out`."""
+        """Gather without another comparison; equal sizes go directly into `out`."""
         with self._during(call, x, is_new=False):
             self._stream.settle()
             self._gather_unseen(x, out, sizes, call)
@@ -215,7 +216,7 @@ class DistributedTransport(Transport):
         return self._start(call, lambda: dist.all_reduce(x, group=self._group, async_op=True))
 
     def _resume(self, call: Call, finish: Callable[[], _T]) -> _T:
-        """Go on with a call that was compared when it began."""
+        """Continue a call that was compared at its beginning."""
         with self._during(call, is_new=False):
             return finish()
 
@@ -229,7 +230,7 @@ class DistributedTransport(Transport):
         *,
         is_whole: bool = False,
     ) -> Callable[[], list[list[Tensor]]]:
-        """Send; what is returned waits and says what has come."""
+        """Start to send; the returned function waits and returns the received pieces."""
         send, lengths = [], []
         for index in range(rounds):
             pieces = [_at(each, index, like) for each in outgoing]
@@ -264,7 +265,7 @@ class DistributedTransport(Transport):
         *,
         is_whole: bool = False,
     ) -> Callable[[], list[list[Tensor]]]:
-        """All rounds, by the stream of the group; digests apart if the pieces are `is_whole`."""
+        """Send all rounds by the stream of the group; if `is_whole`, send hashes separately."""
         width, dtype = like.element_size(), like.dtype
         rounds = [
             Round(tuple(x.numel() * width for x in pieces), tuple(n * width for n in sizes))
@@ -291,7 +292,7 @@ class DistributedTransport(Transport):
             text = f"{call}\non axis {self._number} of those made of this process group"
             return disagreement(text, noted, lambda mine: self._tell(mine, call))
 
-        # The axes of a group share its backend: they must be used in the same order.
+        # The axes of a group share its backend, so all ranks must use them in the same order.
         digest = call.digest ^ (self._number * 0x9E3779B97F4A7C15) % (1 << 64)
         return NextExchange(
             digest, self.take_notes(), post, lambda x: self._reduce(x, call), disagree
@@ -304,7 +305,7 @@ class DistributedTransport(Transport):
         like: Tensor,
         call: Call,
     ) -> Callable[[], list[list[Tensor]]]:
-        """Round by round, by the backend."""
+        """Send round by round, by the backend."""
         inboxes: list[list[Tensor]] = []
         finishes: list[Callable[[], None]] = []
         width = like.element_size()
@@ -356,7 +357,7 @@ class DistributedTransport(Transport):
     def _gather_by_pieces(
         self, x: Tensor, out: Tensor, sizes: Sequence[int], call: Call, begin: Callable[..., Any]
     ) -> None:
-        # The own part is left out: repeated for itself too, it could outgrow the message.
+        # The own part is left out: with it, the buffer could be larger than the message.
         lengths = [0 if peer == self.rank else size for peer, size in enumerate(sizes)]
         send = [x.new_empty(0) if peer == self.rank else x for peer in range(self.size)]
         parts = list(begin([send], [lengths], x, call)()[0])
@@ -365,7 +366,7 @@ class DistributedTransport(Transport):
             place.copy_(part)
 
     def _tell(self, text: str, call: Call) -> list[str]:
-        """Every rank's text, where ranks disagree about what comes next."""
+        """Gather every rank's text, after the ranks' calls differed."""
         message = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         lengths = torch.empty(self.size, dtype=torch.int64, device="cpu")
         mine = lengths.new_tensor([message.numel()])
@@ -400,7 +401,7 @@ class DistributedTransport(Transport):
             yield
         finally:
             self._busy.release()
-        # Not after an error: what this rank was in is then the best clue.
+        # Not after an error: the current call of this rank is then useful information.
         if self._observer is not None:
             self._observer(None, False)
 
@@ -414,7 +415,7 @@ class DistributedTransport(Transport):
             raise mismatch(self._gather_objects(text, call))
 
     def _start(self, call: Call, begin: Callable[[], _Work | None]) -> Callable[[], None]:
-        """Let the backend begin; what is returned waits for the end."""
+        """Start a collective of the backend; the returned function waits for its end."""
         with self._naming(call):
             work = begin()
 
@@ -434,7 +435,7 @@ class DistributedTransport(Transport):
         except ShardproofError:
             raise
         except RuntimeError as error:
-            # An error of the backend nearly always means that another rank is gone or stuck.
+            # An error of the backend nearly always means that another rank has ended or is stuck.
             raise PeerError(
                 f"{self.name} failed on rank {self.rank} of {self.size} in {call}: {error}. "
                 "If another rank failed or is stuck, its own message says why."
@@ -445,8 +446,8 @@ class DistributedTransport(Transport):
 def _let_threads_finish_at_exit() -> None:
     """Give gloo's threads a moment before the interpreter ends, once per process.
 
-    They drop the tensors of the last collective a little after it is over, and need the
-    interpreter for that: in one that is ending they abort the process.
+    They free the tensors of the last collective shortly after its end, and need the interpreter for
+    that. If the interpreter is ending, they abort the process.
     """
     atexit.register(time.sleep, 0.05)
 
@@ -458,7 +459,7 @@ def _at(pieces: Sequence[Tensor], index: int, like: Tensor) -> Tensor:
 def _lengths(
     outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[int]], rank: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """What a rank sends to each other one, and what it expects from there."""
+    """The lengths that a rank sends to each other rank, and those that it expects."""
     sent = [[piece.numel() for piece in pieces] for pieces in outgoing]
     expected = [list(each) for each in incoming]
     sent[rank], expected[rank] = [], []

@@ -1,8 +1,8 @@
-"""What ranks that share memory have in common, processes or threads: the face of the C core.
+"""`CoreTransport`: base of the transports with shared memory, which use the C core.
 
-The core knows addresses and lengths. Here tensors are looked at before it gets them, and what is
-the same each time is prepared once per call and order. A rank that cannot take part says so to
-the others at the same place, so that all of them raise and none waits.
+The core gets addresses and lengths. This module checks tensors before the core gets them, and
+prepares each kind of call once. If a rank cannot take part, it tells the others in the same
+collective, so that all ranks raise and none waits.
 """
 
 import threading
@@ -47,7 +47,7 @@ _MOST_PLANS = 4096
 
 
 class _Prepared(NamedTuple):
-    """A sum that was made before; it keeps what its key is made of."""
+    """The preparation of a sum; it keeps the objects of its key alive."""
 
     plan: Any
     numel: int
@@ -67,7 +67,7 @@ class _Gathering(NamedTuple):
 
 
 class _Started(Pending):
-    """A sum that the core has begun; it keeps the tensors."""
+    """A sum that the core has begun; it keeps the tensors alive."""
 
     def __init__(
         self, transport: "CoreTransport", prepared: _Prepared, call: Call, noted: Noted, *x: Any
@@ -87,9 +87,9 @@ class CoreTransport(Transport):
     """One rank's end of a shared area.
 
     Args:
-        core: the module in C, or None where it is missing and nothing of this is called.
-        rank, size: this rank's place.
-        sliced_from: bytes of a part from which on ranks add up slices and gather them.
+        core: the C module, or None if it is missing and no method is called.
+        rank, size: this rank, and the number of ranks.
+        sliced_from: bytes of a part from which on each rank adds a slice, and slices are gathered.
     """
 
     def __init__(self, core: ModuleType | None, rank: int, size: int, *, sliced_from: int) -> None:
@@ -100,7 +100,7 @@ class CoreTransport(Transport):
         self._plans: dict[tuple[Any, ...], _Prepared] = {}
         self._gatherings: dict[tuple[Any, ...], _Gathering] = {}
         self._started: deque[_Started] = deque()
-        self._call: Call | None = None  # the one at hand, or the last one
+        self._call: Call | None = None  # the current call, or the last one
         self._is_noted = False  # a wait was so long that others were told
         self._thread: int | None = None  # that used it last
         self._noted = NOTHING  # goes with the call at hand, or the last one
@@ -111,7 +111,7 @@ class CoreTransport(Transport):
 
     @property
     def calls(self) -> int:
-        """Collectives begun so far."""
+        """Number of collectives begun so far."""
         return int(self._core.calls)
 
     def sum(
@@ -123,7 +123,7 @@ class CoreTransport(Transport):
         call: Call,
         windows: Sequence[Window] | None = None,
     ) -> None:
-        """Straight from the other ranks' memory into `out`."""
+        """Read directly from the other ranks' memory into `out`."""
         prepared = self._prepared(parts, order, out, call, windows)
         addresses = self._addresses(call, out, *parts)
         self._begin(call)
@@ -143,7 +143,7 @@ class CoreTransport(Transport):
         call: Call,
         windows: Sequence[Window] | None = None,
     ) -> Pending:
-        """This rank's parts are announced, as far as there is room; others need not wait for it."""
+        """Publish this rank's parts, if there is room, so that others need not wait for it."""
         prepared = self._prepared(parts, order, out, call, windows)
         addresses = self._addresses(call, out, *parts)
         self._begin(call)
@@ -173,7 +173,7 @@ class CoreTransport(Transport):
     def all_gather(
         self, x: Tensor, out: Tensor, sizes: Sequence[int], *, call: Call, outer: int = 1
     ) -> None:
-        """Straight from the other ranks' memory to its place in `out`."""
+        """Copy directly from the other ranks' memory into `out`."""
         key = (id(call), outer, x.dtype, *sizes)
         known = self._gatherings.get(key)
         if known is None:
@@ -190,7 +190,7 @@ class CoreTransport(Transport):
         self._gather(start, place, outer, known)
 
     def _addresses(self, call: Call, *tensors: Tensor) -> list[int]:
-        """Where their memory is; raises on all ranks if one has none."""
+        """The addresses of the tensors; raises on all ranks if one has no memory."""
         try:
             addresses = [x.data_ptr() for x in tensors]
             if not all(addresses) or any(x.storage_offset() for x in tensors):
@@ -203,7 +203,7 @@ class CoreTransport(Transport):
     def _unreadable(
         self, call: Call, tensors: Sequence[Tensor], error: Exception
     ) -> ShardproofError:
-        """What is wrong with tensors of which `error` was raised."""
+        """The error for tensors whose address raised `error`."""
         try:
             for x in tensors:
                 operands.check(self._where(call), x=x)
@@ -216,14 +216,14 @@ class CoreTransport(Transport):
 
     @abstractmethod
     def _tick(self, waited: float, missing: list[int]) -> None:
-        """Called in a long wait: raise if it makes no sense to go on, else do nothing."""
+        """Called during a long wait; raise if the missing ranks cannot come."""
 
     def _forget(self) -> None:
-        """A long wait is over: take back what the others were told."""
+        """Called after a long wait, to take back its note."""
         self._is_noted = False
 
     def _begin(self, call: Call) -> None:
-        """Give the core what was noted, to go with the call that comes next."""
+        """Pass the notes of inputs to the core, for the next call."""
         self._call = call
         self._thread = threading.get_ident()
         self._noted = self.take_notes()
@@ -266,7 +266,7 @@ class CoreTransport(Transport):
         call: Call,
         windows: Sequence[Window] | None,
     ) -> _Prepared:
-        """What is known about this sum, after a look at the tensors."""
+        """The preparation of this sum, after a check of the tensors."""
         known = self._plans.get((id(call), id(order), id(windows), out.dtype))
         if known is None or len(parts) != order.counts[self.rank]:
             return self._prepare(parts, order, out, call, windows)
@@ -325,7 +325,7 @@ class CoreTransport(Transport):
         )
         kept = (call, order, windows)
         prepared = _Prepared(plan, numel, out.numel(), dtype, text, kept)
-        if windows is None or isinstance(windows, tuple):  # a list may be changed
+        if windows is None or isinstance(windows, tuple):  # a copy, because a list may be changed
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
             self._plans[id(call), id(order), id(windows), out.dtype] = prepared
@@ -334,7 +334,7 @@ class CoreTransport(Transport):
     def _misfit(
         self, x: Tensor, out: Tensor, sizes: Sequence[int], call: Call, outer: int
     ) -> ShardproofError:
-        """What is wrong with the arguments of a gather."""
+        """The error for wrong arguments of a gather, or None."""
         where = f"{call}: rank {self.rank} of {self.size}"
         try:
             _check_memory(x, where)
@@ -348,29 +348,29 @@ class CoreTransport(Transport):
         )
 
     def _refuse(self, call: Call, error: ShardproofError) -> NoReturn:
-        """Raise `error` when all ranks have seen that this one cannot take part."""
+        """Raise `error` after all ranks have seen that this one cannot take part."""
         if not self._started:
             self._begin(call)
             try:
                 self._core.meet(digest_of(f"refused: {call}"))
             except self._shm.Disagreement:
-                self._quarrel(f"{call}\nwhich it refuses: {error}", error)
+                self._raise_mismatch(f"{call}\nwhich it refuses: {error}", error)
         raise error
 
     def _explain(self, error: BaseException, text: str) -> NoReturn:
         if isinstance(error, self._shm.Disagreement):
-            self._quarrel(text, None)
+            self._raise_mismatch(text, None)
         if self._core.is_lost:
             self._abandon(error)
         raise error
 
     def _abandon(self, error: BaseException) -> None:
-        """This rank has given up a wait, and cannot take part any more."""
+        """Called when this rank has given up a wait and cannot take part any more."""
 
-    def _quarrel(self, text: str, cause: ShardproofError | None) -> NoReturn:
-        """Tell each other what everybody meant, and raise it on all ranks."""
+    def _raise_mismatch(self, text: str, cause: ShardproofError | None) -> NoReturn:
+        """Exchange the calls of all ranks, and raise the mismatch on all of them."""
         self._started.clear()
-        self._is_noted = True  # the text lies where a long wait would put its note
+        self._is_noted = True  # the text is stored where a long wait would put its note
         error = disagreement(text, self._noted, lambda mine: list(self._core.confer(mine.encode())))
         self._forget()
         self.forget_notes()

@@ -1,4 +1,4 @@
-"""Counts what crosses an axis: calls, message bytes and sent bytes, by direction and collective."""
+"""`Ledger`: counts calls and bytes of the collectives on an axis, by direction and kind."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ DIRECTIONS = ("setup", "forward", "backward", "update", "prover")
 
 @dataclass
 class Count:
-    """What one kind of collective has cost this rank so far.
+    """The counts of one kind of collective on this rank.
 
     Attributes:
-        calls: how many collectives.
+        calls: number of collectives.
         message_bytes: bytes of their results, summed.
         sent_bytes: bytes that this rank sent to others, summed.
     """
@@ -22,7 +22,7 @@ class Count:
 
 
 class Ledger:
-    """The running count of one rank on one axis. Not shared between ranks, so no lock."""
+    """The counts of one rank on one axis. Ranks do not share it, so it needs no lock."""
 
     def __init__(self) -> None:
         self._counts: dict[tuple[str, str], Count] = {}
@@ -41,15 +41,15 @@ class Ledger:
             yield direction, kind, count
 
     def calls(self, direction: str, kind: str) -> int:
-        """How many collectives of one kind went in one direction."""
+        """Number of collectives of one kind in one direction."""
         return self._counts.get((direction, kind), Count()).calls
 
     def reset(self) -> None:
-        """Start again from nothing."""
+        """Set all counts to 0."""
         self._counts.clear()
 
     def as_dict(self) -> dict[str, dict[str, dict[str, int]]]:
-        """Direction -> collective -> figures, as reports have it."""
+        """Direction -> collective -> counts, for reports."""
         table: dict[str, dict[str, dict[str, int]]] = {}
         for direction, kind, count in self:
             table.setdefault(direction, {})[kind] = vars(count).copy()

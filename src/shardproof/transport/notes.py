@@ -1,9 +1,9 @@
-"""What a rank has seen that must be the same on all ranks, since it last talked to them.
+"""Notes of tensors that must be the same on all ranks, compared by the next exchange.
 
-A layer notes every Replicate tensor that enters it: a few elements, or all of them where the tensor
-is small beside the work (token ids, labels). The next exchange carries 64 bits of the notes beside
-its own digest, at no further cost, so that ranks that were given different inputs find out then.
-What is noted is short and kept as bits: NaN is equal to the same NaN.
+A layer notes each Replicate input: a few elements, or all of them if the tensor is small compared
+with the work (token ids, labels). The next exchange carries a 64-bit hash of the notes beside its
+own digest, at no further cost. So ranks with different inputs raise there. Elements are compared as
+bits: a NaN equals the same NaN.
 """
 
 import hashlib
@@ -16,20 +16,20 @@ from torch import Tensor, nn
 
 from shardproof import core
 
-SAMPLE = 32  # elements of a tensor that are looked at
-_MOST = 64  # notes that are kept apart; older ones count, but nothing can be said of them
+SAMPLE = 32  # number of elements of a tensor that are sampled
+_MOST = 64  # number of notes that are kept; older ones are only part of the hash
 
 
 class InputNote(NamedTuple):
-    """One tensor as it was seen.
+    """The note of one tensor.
 
     Attributes:
-        who: the layer.
-        what: of the layer: "input", "labels", "gradient of the output".
-        shape: of the tensor.
-        dtype: of the tensor.
+        who: name of the layer.
+        what: role in the layer: "input", "labels", "gradient of the output".
+        shape: shape of the tensor.
+        dtype: dtype of the tensor.
         sample: bytes of some elements.
-        whole: a hash of all elements, if all were looked at; else empty.
+        whole: a hash of all elements, if all are compared; else empty.
     """
 
     who: str
@@ -40,18 +40,18 @@ class InputNote(NamedTuple):
     whole: str
 
     def hash(self) -> str:
-        """A short hash of all of it, the same in every process."""
+        """A short hash of the note, the same in every process."""
         head = f"{self.who}\n{self.what}\n{self.shape} {self.dtype} {self.whole}\n"
         return hashlib.blake2b(head.encode() + self.sample, digest_size=8).hexdigest()
 
 
 class Noted(NamedTuple):
-    """What goes with one exchange.
+    """The notes that go with one exchange.
 
     Attributes:
-        value: 64 bits of all notes; 0 if there are none.
-        notes: the last of them.
-        hashes: of each of these.
+        value: a 64-bit hash of all notes; 0 if there are none.
+        notes: the last notes.
+        hashes: the hash of each of these.
     """
 
     value: int
@@ -70,13 +70,13 @@ class Notes:
         self._before = ""  # a hash of the notes that are not kept
 
     def add(self, x: Tensor, who: str, what: str, *, whole: bool = False) -> None:
-        """Note a tensor; one that cannot be read cheaply is passed over.
+        """Note a tensor; a tensor that cannot be read cheaply is skipped.
 
         Args:
-            x: (*), Replicate. On the CPU: on a GPU, reading it would stop the queue.
-            who: the layer.
-            what: it is of the layer.
-            whole: look at all elements.
+            x: (*), Replicate, on the CPU; reading it on a GPU would stall the queue.
+            who: name of the layer.
+            what: role in the layer.
+            whole: hash all elements.
         """
         if not is_readable(x):
             return
@@ -86,7 +86,7 @@ class Notes:
         self._kept.append(InputNote(who, what, tuple(x.shape), x.dtype, sample(x), every))
 
     def take(self) -> Noted:
-        """What there is, which is then forgotten."""
+        """Return all notes, and clear them."""
         if not self._kept:
             return NOTHING
         notes, before = tuple(self._kept), self._before
@@ -97,7 +97,7 @@ class Notes:
         return Noted(value, notes, hashes)
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Clear all notes."""
         self._kept.clear()
         self._before = ""
 
@@ -109,7 +109,7 @@ class Notes:
 
 
 def is_readable(x: Tensor) -> bool:
-    """Whether the elements of `x` lie in this machine's memory, where strides say."""
+    """Whether `x` is a plain strided tensor in the memory of the CPU."""
     return (
         type(x) in (Tensor, nn.Parameter)
         and x.is_cpu
@@ -121,7 +121,7 @@ def is_readable(x: Tensor) -> bool:
 
 
 def sample(x: Tensor) -> bytes:
-    """Bytes of up to `SAMPLE` elements, at places that follow from the shape alone."""
+    """Bytes of up to `SAMPLE` elements, at positions that depend on the shape only."""
     module = core.shm()
     if module is None:
         return sample_in_python(x)
@@ -131,11 +131,11 @@ def sample(x: Tensor) -> bytes:
 
 @torch.no_grad()
 def sample_in_python(x: Tensor) -> bytes:
-    """The twin of `sample.c`."""
+    """`sample` in Python, with the same bytes as `sample.c`."""
     places = places_of(x.numel())
     if not places:
         return b""
-    # One short index for each dim: a table of all would be the largest tensor of a small model.
+    # One short index per dim: an index of all would be the largest tensor of a small model.
     index = []
     for size in reversed((1, *x.shape)):
         index.append(torch.tensor([place % size for place in places], device="cpu"))
@@ -144,7 +144,7 @@ def sample_in_python(x: Tensor) -> bytes:
 
 
 def places_of(numel: int) -> list[int]:
-    """Which elements are looked at, counted in row-major order."""
+    """Positions of the sampled elements, in row-major order."""
     count = min(numel, SAMPLE)
     bounds = [(i * numel // count, (i + 1) * numel // count) for i in range(count)]
     places = [low + (i + 1) * 2654435761 % (high - low) for i, (low, high) in enumerate(bounds)]
@@ -163,7 +163,7 @@ def _bytes(x: Tensor) -> Any:
 
 
 def values_of(dtype: torch.dtype, data: bytes) -> list[object]:
-    """The elements that were sampled."""
+    """The sampled elements as numbers."""
     if not data:
         return []
     values: list[object] = torch.frombuffer(bytearray(data), dtype=dtype).tolist()
@@ -171,7 +171,7 @@ def values_of(dtype: torch.dtype, data: bytes) -> list[object]:
 
 
 def differing(shape: Sequence[int], dtype: torch.dtype, a: bytes, b: bytes) -> int | None:
-    """Which sampled element is the first that differs in a bit; None if none does."""
+    """The first sampled element that differs in a bit; None if there is none."""
     width, count = dtype.itemsize, len(places_of(math.prod(shape)))
     starts = range(0, count * width, width)
     unlike = (i for i, at in enumerate(starts) if a[at : at + width] != b[at : at + width])

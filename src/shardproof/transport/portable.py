@@ -1,4 +1,4 @@
-"""The sum by a given order where nothing faster is at hand: an all-to-all and a gather.
+"""The sum in a given order without the C core: an all-to-all and a gather.
 
 Each rank receives its slice of every part, adds it up in the given order, and the slices are
 gathered. At one part per rank the bytes are those of a ring; no buffer is larger than the message.
@@ -30,10 +30,10 @@ SUMMABLE = (
 
 
 class PortableSum(Pending):
-    """One sum on one rank: what it sends, what it expects, and how it ends.
+    """One sum on one rank.
 
     Args:
-        transport: by which the slices are gathered, where every rank gets all.
+        transport: the transport that gathers the slices, if every rank gets the whole sum.
         parts, order, out, call, windows: as for `Transport.start_sum`.
     """
 
@@ -58,16 +58,16 @@ class PortableSum(Pending):
 
     @property
     def like(self) -> Tensor:
-        """Any tensor of what travels."""
+        """Any tensor with the dtype and device of the parts."""
         return self._out.new_empty(0, dtype=self.dtype)
 
     @property
     def rounds(self) -> int:
-        """The largest number of parts that a rank has."""
+        """The largest number of parts of a rank."""
         return max(self._order.counts)
 
     def outgoing(self) -> list[list[Tensor]]:
-        """For each other rank, its slice of every part of this one."""
+        """For each other rank, its slices of this rank's parts."""
         ranks = range(self._transport.size)
         mine = self._transport.rank
         return [
@@ -76,7 +76,7 @@ class PortableSum(Pending):
         ]
 
     def incoming(self) -> list[list[int]]:
-        """For each other rank, the lengths of what comes from there."""
+        """For each other rank, the lengths of the slices that it sends."""
         mine = self._transport.rank
         length = len(self._bounds[mine]) if self._windows is None else self._windows[mine].numel
         return [
@@ -85,7 +85,7 @@ class PortableSum(Pending):
         ]
 
     def wait(self) -> None:
-        """Take what has come, finish the own slice and gather the slices."""
+        """Take the received slices, finish this rank's slice and gather all slices."""
         if self.receive is None:
             raise UsageError("a sum is waited for that was not started, or twice.")
         received, self.receive = self.receive(), None
@@ -109,18 +109,18 @@ class PortableSum(Pending):
 
 
 def add_up(order: Order, parts: Sequence[Tensor]) -> Tensor:
-    """The sum of all ranks' parts; 16 bits are added in float32, and it stays so.
+    """The sum of all ranks' parts; for 16-bit parts it is computed and returned in float32.
 
-    Complex numbers are added as pairs, for torch multiplies by one first, which makes NaN of
-    infinity.
+    Complex numbers are added as pairs of reals, because torch multiplies by one first, which turns
+    infinity into NaN.
 
     Args:
-        order: in which to add.
-        parts: by number.
+        order: the order of the additions.
+        parts: the parts by number.
     """
     if parts[0].is_complex():
         return torch.view_as_complex(add_up(order, [torch.view_as_real(part) for part in parts]))
-    stack: list[tuple[Tensor, bool]] = []  # and whether it is ours to write
+    stack: list[tuple[Tensor, bool]] = []  # and whether we may write to it
     for step in order.program:
         if step >= 0:
             part = parts[step]
@@ -185,7 +185,7 @@ def check_dtypes(where: str, parts: Sequence[torch.dtype], out: torch.dtype) -> 
 
 
 def _check_windows(where: str, transport: Transport, out: Tensor, windows: Sequence[Window]) -> int:
-    """Raise unless there is one window per rank and `out` is ours; the length of a part."""
+    """Raise unless there is one window per rank and `out` fits ours; return a part's length."""
     forms = {(each.outer, each.size, each.inner) for each in windows}
     fits = all(0 <= each.start <= each.stop <= each.size for each in windows)
     if len(windows) != transport.size or len(forms) != 1 or not fits:

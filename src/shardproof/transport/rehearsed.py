@@ -1,7 +1,7 @@
-"""One rank of many without the others: nothing crosses, and the ledger counts as if it had.
+"""A transport for rehearsals: nothing is sent, and the ledger counts as if it had been.
 
-For plans: a step of a model on the meta device says which collectives it makes and how large they
-are. What would come from others is left as it is, so numbers that depend on it mean nothing.
+It is used in planning: a step of a model on the meta device shows which collectives it makes and
+their sizes. Data of other ranks is missing, so values that depend on it mean nothing.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from shardproof.transport.ledger import Ledger
 
 
 class RehearsedTransport(Transport):
-    """The transport of a rank that is alone and computes its part of a larger degree.
+    """The transport of one rank of a larger degree, without the other ranks.
 
     Args:
-        rank: which.
-        size: how many there would be.
+        rank: the rank.
+        size: the number of ranks.
     """
 
     name = "rehearsed"
@@ -38,14 +38,14 @@ class RehearsedTransport(Transport):
         like: Tensor,
         call: Call,
     ) -> list[list[Tensor]]:
-        """Pieces of the right sizes."""
+        """Return pieces of the right sizes."""
         self.calls.append(call)
         return [[like.new_zeros(size) for size in sizes] for sizes in incoming]
 
     def all_gather(
         self, x: Tensor, out: Tensor, sizes: Sequence[int], *, call: Call, outer: int = 1
     ) -> None:
-        """`out` is zeros."""
+        """Fill `out` with zeros."""
         self.calls.append(call)
         out.detach().zero_()
 
@@ -58,11 +58,11 @@ class RehearsedTransport(Transport):
         call: Call,
         windows: Sequence[Window] | None = None,
     ) -> Pending:
-        """`out` is zeros."""
+        """Fill `out` with zeros."""
         self.calls.append(call)
         out.detach().zero_()
         return Finished()
 
     def gather_objects(self, value: Any, *, call: Call) -> list[Any]:
-        """The own value, for every rank."""
+        """Return this rank's value for every rank."""
         return [value] * self.size

@@ -1,13 +1,13 @@
-"""Where ranks that are threads of one process meet. Python values only; no tensors.
+"""`Rendezvous`: synchronises ranks as threads of one process. Python values only; no tensors.
 
-Every meeting is an object of its own, made when the meeting before it was complete. So nothing
-that a slow rank still reads is ever overwritten by a fast one, one wait per collective is enough,
-and what was handed over is freed as soon as the last rank has read it.
+Each meeting is a new object, which is created when the previous meeting is complete. So a fast rank
+never overwrites values that a slow rank still reads, one wait per collective is enough, and values
+are freed as soon as the last rank has read them.
 
-Where the C core was built, ranks wait in it, without the interpreter lock, and sums use the same
-counters, so that ranks that are in different collectives meet and see that they disagree. Else
-they wait on a condition variable: a rank that spins in Python would keep the interpreter lock from
-the ranks it waits for.
+With the C core, ranks wait in it without the interpreter lock. Sums use the same counters, so that
+ranks in different collectives meet and find that their calls differ. Without the core, ranks wait
+on a condition variable, because a rank that spins in Python would keep the interpreter lock from
+the ranks that it waits for.
 """
 
 import functools
@@ -25,13 +25,13 @@ from shardproof.transport.agreement import disagreement
 from shardproof.transport.base import BUSY, Call, PeerError, name_ranks, name_waits
 from shardproof.transport.notes import NOTHING, Noted
 
-# How ranks that disagree tell each other what they meant.
+# The call by which ranks exchange their descriptions after a mismatch.
 _CONFER = Call("confer", "setup", "")
 
 
 @dataclass
 class _Meeting:
-    """One collective: who has come, and with what."""
+    """One collective: the ranks that have come, and their values."""
 
     calls: dict[int, Call] = field(default_factory=dict)
     noted: dict[int, int] = field(default_factory=dict)
@@ -41,15 +41,15 @@ class _Meeting:
     readers: int = 0
 
 
-# The core asks every 20 ms. Where it could not, somebody held the interpreter lock.
+# The core calls back every 20 ms. A longer gap means that the interpreter lock was held.
 _LONGEST_STEP = 0.25
 
 
 class _Patience:
-    """How long one rank has waited in one collective while the others could have come.
+    """The time that one rank has waited in one collective while the others could have come.
 
-    A rank that holds the interpreter lock (a long call into C) keeps all others from coming. That
-    time is nobody's fault who is missing, and is not counted.
+    A rank that holds the interpreter lock (in a long call into C) keeps all others from coming.
+    That time is not counted.
     """
 
     def __init__(self) -> None:
@@ -58,25 +58,27 @@ class _Patience:
         self._counted = 0.0
 
     def count(self, collective: int, waited: float) -> float:
-        """Seconds to be counted, of the `waited` that have passed in this wait."""
+        """The seconds that count, of the `waited` seconds of this wait."""
         if collective != self._collective:
             self._collective, self._seen, self._counted = collective, 0.0, 0.0
-        step = waited - self._seen if waited >= self._seen else waited  # else a further wait of it
+        step = (
+            waited - self._seen if waited >= self._seen else waited
+        )  # otherwise a further wait in the same collective
         self._counted += min(step, _LONGEST_STEP)
         self._seen = waited
         return self._counted
 
 
 class Rendezvous:
-    """The meeting place of the `size` ranks of one axis; one object, shared by all.
+    """Synchronises the `size` ranks of one axis, which share one object.
 
     Args:
         size: number of ranks.
         timeout: seconds that a rank waits for the others.
 
     Attributes:
-        cores: each rank's end of the C core, or None where that is missing.
-        calls: what each rank was last in, if it went there by its core.
+        cores: each rank's handle of the C core, or None without the core.
+        calls: the last call of each rank, if it used the core.
     """
 
     def __init__(self, size: int, *, timeout: float) -> None:
@@ -100,11 +102,11 @@ class Rendezvous:
             ]
 
     def meet(self, rank: int, call: Call, offer: Any, noted: Noted = NOTHING) -> list[Any]:
-        """Hand over `offer` and wait for all ranks; what they handed over, in rank order.
+        """Pass `offer` and wait for all ranks; return the offers of all ranks, in rank order.
 
         Raises:
-            MismatchError: on all ranks, if their calls, or what they noted, are not equal.
-            UsageError: this rank is in a meeting already, by another thread of it.
+            MismatchError: on all ranks, if their calls or their notes differ.
+            UsageError: this rank is in a meeting already, in another thread.
             PeerError: a rank raised, returned or did not come in time.
         """
         if self.cores is not None:
@@ -132,22 +134,22 @@ class Rendezvous:
         return [meeting.offers[peer] for peer in ranks]
 
     def leave(self, rank: int) -> None:
-        """Rank `rank` has returned: it will not come again."""
+        """Rank `rank` has returned and will not come again."""
         with self._changed:
             self._left.append(rank)
             if self._meeting.calls:
                 self._break_because_left(rank, self._meeting.calls)
         if self.cores is not None:
-            self.cores[rank].ring()  # who waits for this rank finds that it has left
+            self.cores[rank].ring()  # ranks that wait for this one notice that it has left
 
     def fail(self, rank: int, error: BaseException) -> None:
-        """Rank `rank` has raised: whoever waits, or comes later, raises too."""
+        """Rank `rank` has raised; all ranks that wait or come later raise too."""
         what = text_of(error)
         with self._changed:
             self._break(f"rank {rank} of {self.size} raised {what}", rank)
 
     def interrupt(self, why: str) -> None:
-        """End all waiting: nobody will come any more, and no rank is to blame."""
+        """End all waiting, because the call was interrupted by no fault of a rank."""
         with self._changed:
             self._break(why, None)
 
@@ -170,7 +172,9 @@ class Rendezvous:
             self._break_because_late(missing, meeting.calls)
 
     def _meet_in_core(self, end: Any, rank: int, call: Call, offer: Any, noted: Noted) -> list[Any]:
-        number = end.calls  # every collective counts, so that all ranks have the same number here
+        number = (
+            end.calls
+        )  # every collective is counted, so that all ranks have the same number here
         meeting = self._meetings.setdefault(number, _Meeting())
         meeting.offers[rank] = offer
         self.calls[rank] = call
@@ -189,7 +193,7 @@ class Rendezvous:
         return offers
 
     def _tick(self, rank: int, waited: float, missing: list[int]) -> None:
-        """Called by the core while `rank` waits for the missing: raise if they will not come."""
+        """Called by the core while `rank` waits; raise if the missing ranks will not come."""
         collective = 0 if self.cores is None else self.cores[rank].calls
         counted = self._patience[rank].count(collective, waited)
         with self._changed:

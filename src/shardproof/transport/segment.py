@@ -1,8 +1,8 @@
-"""Memory that the processes of one machine map together, and who they are.
+"""Map memory that the processes of one machine share, and identify these processes.
 
-The memory has no name: rank 0 makes it, the others open it through rank 0's entry in /proc, and
-it is gone when the last of them is, however they end. Where the kernel has no such memory it is a
-file in /dev/shm, for the owner alone, removed as soon as all have mapped it.
+The memory has no name: rank 0 creates it, the others open it through rank 0's entry in /proc, and
+it is freed when the last of them ends, however they end. If the kernel does not support this, it is
+a file in /dev/shm that only the owner can read, removed as soon as all have mapped it.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from shardproof.errors import AxisError
 from shardproof.transport.base import Call, Transport
 
 _NONCE = 16
-# What comes of a call that the kernel has not, or that this Python was built without.
+# Errors of a call that the kernel or this Python does not support.
 _MISSING = (OSError, AttributeError)
 
 
 @dataclass(frozen=True)
 class Host:
-    """What must be the same for processes to share memory, and which process this is."""
+    """The properties that processes must share to share memory, and the id of this process."""
 
     boot: str
     namespace: str
@@ -39,7 +39,7 @@ class Host:
 
     @classmethod
     def here(cls, layout: int, problem: str | None) -> "Host":
-        """This process; `layout` says how it would use the memory."""
+        """The properties of this process; `layout` identifies how it would use the memory."""
         if problem is not None or sys.platform != "linux":
             problem = problem or f"memory is shared on Linux alone, and this is {sys.platform}"
             return cls("", "", layout, os.getpid(), 0, problem)
@@ -48,16 +48,16 @@ class Host:
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
             namespace = os.readlink("/proc/self/ns/pid")
             return cls(boot, namespace, layout, pid, began(pid), None)
-        except OSError as error:  # the others must hear of it, and not wait
+        except OSError as error:  # reported to the others, so that they do not wait
             return cls("", "", layout, pid, 0, f"/proc cannot be read ({error})")
 
 
 class Peer:
-    """Another process, as this one can tell whether it still runs.
+    """Another process, of which this one can check whether it still runs.
 
     Args:
-        pid: as it named itself.
-        began_at: when it began, so that another one with its number is not taken for it.
+        pid: its process id.
+        began_at: its start time, to tell it from a later process with the same id.
     """
 
     def __init__(self, pid: int, began_at: int) -> None:
@@ -65,7 +65,7 @@ class Peer:
         self._began = began_at
         self._poll = select.poll()
         self._closing: Callable[[], object] | None = None
-        # An old kernel, a Python built for one, or it is gone: then /proc says so.
+        # An old kernel, a Python built for one, or an ended process; then /proc is used.
         with contextlib.suppress(*_MISSING):
             descriptor = os.pidfd_open(pid)
             self._closing = weakref.finalize(self, os.close, descriptor)
@@ -74,20 +74,20 @@ class Peer:
             self.close()
 
     def has_ended(self) -> bool:
-        """True when it does not run any more; one that its parent has not buried has ended."""
+        """Whether it has ended; a zombie counts as ended."""
         if self._closing is not None:
             return bool(self._poll.poll(0))
         return began(self.pid) != self._began
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the handle."""
         if self._closing is not None:
             self._closing()
             self._closing = None
 
 
 def began(pid: int) -> int:
-    """When a process began, in clock ticks since the machine did; 0 if it has ended."""
+    """The start time of a process in clock ticks since boot; 0 if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -96,10 +96,10 @@ def began(pid: int) -> int:
 
 
 def find_hosts(base: Transport, layout: int, problem: str | None) -> list[Host]:
-    """All ranks' hosts, in rank order.
+    """The `Host` of every rank, in rank order.
 
     Raises:
-        AxisError: on all ranks alike, if they cannot share memory; it says why.
+        AxisError: on all ranks, if they cannot share memory; the message says why.
     """
     hosts: list[Host] = base.gather_objects(Host.here(layout, problem), call=_call("hosts"))
     for rank, host in enumerate(hosts):
@@ -122,15 +122,15 @@ def find_hosts(base: Transport, layout: int, problem: str | None) -> list[Host]:
 def map_together(
     base: Transport, length: int, *, ways: tuple[str, ...] = ("memfd", "file")
 ) -> mmap.mmap:
-    """Memory of `length` bytes, zeros at first, that all ranks of `base` see.
+    """Map `length` bytes of zeros that all ranks of `base` share.
 
     Args:
-        base: over which the ranks tell each other where it is.
-        length: in bytes, the same on all ranks.
-        ways: how it may be made, in the order in which that is tried.
+        base: transport by which the ranks exchange the path of the memory.
+        length: number of bytes, the same on all ranks.
+        ways: ways to create the memory, in the order in which they are tried.
 
     Raises:
-        AxisError: on all ranks alike, if one of them could not map it; it says why.
+        AxisError: on all ranks, if one of them could not map it; the message says why.
     """
     problems: list[str] = []
     for way in ways:
@@ -142,7 +142,7 @@ def map_together(
 
 
 def _attempt(base: Transport, length: int, way: str) -> tuple[mmap.mmap | None, str | None]:
-    """Rank 0 makes the memory, the others open it, and all hear whether all have it."""
+    """Let rank 0 create the memory and the others open it; all learn whether all succeeded."""
     memory: mmap.mmap | None = None
     descriptor, problem, path = -1, None, ""
     nonce = secrets.token_bytes(_NONCE)
@@ -170,7 +170,7 @@ def _attempt(base: Transport, length: int, way: str) -> tuple[mmap.mmap | None, 
             Path(path).unlink(missing_ok=True)
     if memory is not None and base.rank == 0:
         memory[:_NONCE] = bytes(_NONCE)
-    # Nobody uses the memory before it is all zeros, or goes on while it still has a name.
+    # No rank uses the memory before it is zeroed, or continues while it still has a name.
     base.gather_objects(None, call=_call(way))
     problem = next((each for each in heard if each is not None), None)
     return (memory, None) if problem is None else (None, problem)
@@ -186,7 +186,7 @@ def _make(way: str, length: int) -> tuple[int, str]:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(path, flags, 0o600)
     try:
-        os.posix_fallocate(descriptor, 0, length)  # too little memory is an error here, not later
+        os.posix_fallocate(descriptor, 0, length)  # raise for too little memory here, and not later
     except _MISSING:
         os.close(descriptor)
         if way == "file":
@@ -196,7 +196,7 @@ def _make(way: str, length: int) -> tuple[int, str]:
 
 
 def _open(path: str, nonce: bytes, length: int) -> int:
-    """Open what rank 0 made; that it is the same thing shows in what rank 0 has written there."""
+    """Open the memory of rank 0, and check it by the nonce that rank 0 has written there."""
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     if os.fstat(descriptor).st_size != length or os.pread(descriptor, _NONCE, 0) != nonce:
         os.close(descriptor)
@@ -209,5 +209,5 @@ def _call(what: str) -> Call:
 
 
 def layout_of(core: ModuleType, *numbers: Any) -> int:
-    """A number that differs where the memory would be used in another way."""
+    """A number that differs between builds that use the memory differently."""
     return hash((core.area_bytes(2, 0), core.area_bytes(3, 0), core.MAX_RANKS, *numbers))

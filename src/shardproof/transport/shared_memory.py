@@ -1,7 +1,7 @@
-"""Ranks that are processes of one machine: exchanges through memory that all have mapped.
+"""`SharedTransport`: exchanges between processes of one machine through shared memory.
 
-Set up over a process group that exists, and independent of it from then on. A rank that dies, or
-does not come in time, is noticed by every other one and named.
+It is set up over an existing process group, and independent of it afterwards. If a rank dies or
+does not come in time, every other rank notices it and names it.
 """
 
 import pickle
@@ -28,18 +28,18 @@ from shardproof.transport.incore import CoreTransport
 from shardproof.transport.ledger import Ledger
 from shardproof.transport.segment import Peer, find_hosts, layout_of, map_together
 
-# Bytes of a slot: two of them, of two ranks, stay in a second-level cache.
+# Bytes of a slot: two slots of two ranks fit into a second-level cache.
 _SLOT = 128 * 1024
-# With three ranks and more, from so many bytes on each adds up a slice of the message.
+# With three or more ranks, from so many bytes on each rank adds one slice of the message.
 _SLICED_FROM = 32 * 1024
-# Waits of so many seconds are shown to the observer.
+# Seconds of a wait after which the observer is called.
 _OBSERVED = 0.05
-# Ranks that wait so long for each other on two axes wait for ever.
+# Seconds after which ranks that wait for each other on two axes are considered deadlocked.
 _CERTAIN = 1.0
-# Takes the place of the rank to blame where two ranks disagree.
+# Stands for the failed rank if the calls of two ranks differ.
 _NOBODY = "nobody"
 
-# Of this process: what other axes it has is seen where ranks use them in another order.
+# The axes of this process, to find ranks that use axes in another order.
 _open: "weakref.WeakSet[SharedTransport]" = weakref.WeakSet()
 
 
@@ -79,16 +79,16 @@ class SharedTransport(CoreTransport):
         timeout: float,
         observer: Callable[[Call | None], None] | None = None,
     ) -> "SharedTransport":
-        """Map memory together with the ranks of `base`, all of which must call this.
+        """Map shared memory with the ranks of `base`, all of which must call this.
 
         Args:
-            base: a transport between processes, used here and not afterwards.
+            base: a transport between the processes, used here only.
             timeout: seconds that a rank waits for the others in one collective.
-            observer: called with the call in which this rank has waited for a while, or failed,
-                and with None when such a wait is over. Not called for calls that do not wait.
+            observer: called with the call in which this rank has waited for a while or failed, and
+                with None when such a wait is over. Not called for calls that do not wait.
 
         Raises:
-            AxisError: on all ranks alike, if they cannot share memory; it says why.
+            AxisError: on all ranks, if they cannot share memory; the message says why.
         """
         module = core.shm()
         layout = 0 if module is None else layout_of(module, _SLOT, _SLICED_FROM)
@@ -108,12 +108,12 @@ class SharedTransport(CoreTransport):
         return cls(memory, base.rank, peers, timeout=timeout, observer=observer)
 
     def fail(self, error: BaseException) -> None:
-        """This rank has raised: whoever waits for it, or comes later, raises too."""
+        """This rank has raised; all ranks that wait for it or come later raise too."""
         what = text_of(error)
         self._tell(f"rank {self.rank} of {self.size} raised {what}", self.rank)
 
     def close(self) -> None:
-        """Let go of the other processes; the memory goes with the last reference."""
+        """Close the handles of the other processes; the memory is freed with its last reference."""
         for peer in self._peers:
             if peer is not None:
                 peer.close()
@@ -127,7 +127,7 @@ class SharedTransport(CoreTransport):
         like: Tensor,
         call: Call,
     ) -> list[list[Tensor]]:
-        """One piece per pair and round, straight from and to its tensor."""
+        """Exchange one piece per pair and round, directly between the tensors."""
         lengths = [[piece.numel() for piece in pieces] for pieces in outgoing]
         lengths[self.rank] = []
         expected = [list(each) if rank != self.rank else [] for rank, each in enumerate(incoming)]
@@ -152,7 +152,7 @@ class SharedTransport(CoreTransport):
     def _swap(
         self, send: Sequence[Tensor], receive: Sequence[Tensor], longest: int, call: Call
     ) -> None:
-        """One piece to each rank, one from each; no piece of any pair has more than `longest`."""
+        """Send one piece to each rank and receive one; no piece is longer than `longest`."""
         self._begin(call)
         try:
             self._core.exchange(
@@ -197,7 +197,7 @@ class SharedTransport(CoreTransport):
         self._look_elsewhere(waited, missing)
         for rank in missing:
             peer = self._peers[rank]
-            # In this order: what it did before it ended counts.
+            # In this order, because a collective that it joined before it ended is complete.
             if peer is not None and peer.has_ended() and self._core.is_missing(rank):
                 self._break(
                     f"rank {rank} of {self.size} is gone, its process {peer.pid} has ended: "
@@ -212,10 +212,10 @@ class SharedTransport(CoreTransport):
             )
 
     def _look_elsewhere(self, waited: float, missing: Sequence[int]) -> None:
-        """Raise if a missing rank has waited on another axis, for this one, all the time.
+        """Raise if a missing rank waits on another axis for this one, which is a deadlock.
 
-        Neither can come to where the other is. Both axes are broken off: the other rank raises too,
-        whichever of the two finds it first.
+        Both axes are then marked as failed, so that the other rank raises too, whichever of the two
+        notices it first.
         """
         elsewhere = next(filter(None, (self._place_elsewhere(rank) for rank in missing)), None)
         if elsewhere is None or self._elsewhere is None or self._elsewhere[:2] != elsewhere[:2]:
@@ -228,19 +228,19 @@ class SharedTransport(CoreTransport):
                 f"the ranks disagree about one collective. {sides}, on two axes. All ranks must "
                 "use their axes in the same order."
             )
-            # Both ranks make the same message, so it does not matter who tells an axis first.
+            # Both ranks make the same message, so it does not matter which one marks an axis first.
             for each in (self, other):
                 each._tell(message, _NOBODY)
             raise MismatchError(message)
 
     def _place_elsewhere(self, rank: int) -> "tuple[int, str, SharedTransport] | None":
-        """The rank, what it waits in on another axis that this thread serves, and that axis."""
+        """The rank, the call in which it waits on another axis of this thread, and that axis."""
         peer = self._peers[rank]
         for other in tuple(_open):
             if other is self or other._thread not in (None, threading.get_ident()):
                 continue
             if other._core.broken_because() is not None:
-                continue  # whoever waited there has raised
+                continue  # the ranks that waited there have raised
             notes = other._core.notes()
             for place, each in enumerate(other._peers):
                 if peer is not None and each is not None and each.pid == peer.pid and notes[place]:
@@ -248,12 +248,12 @@ class SharedTransport(CoreTransport):
         return None
 
     def _waits(self, missing: Sequence[int]) -> str:
-        """Who waits in what, as far as that is known."""
+        """The calls in which ranks wait, as far as they are known."""
         notes = enumerate(self._core.notes())
         return name_waits({rank: note for rank, note in notes if note and rank not in missing})
 
     def _break(self, message: str, blamed: int) -> None:
-        """Raise here and tell the others, unless one of them was first: then what it told."""
+        """Tell the others and raise; if another rank was first, raise its message."""
         self._observe()
         if not self._tell(message, blamed):
             self._tick(0.0, [])

@@ -1,4 +1,4 @@
-"""One rank alone: nothing crosses, everything is copied as if it had."""
+"""`SoloTransport`: one rank alone; tensors are copied as if they had been sent."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +31,7 @@ class SoloTransport(Transport):
         like: Tensor,
         call: Call,
     ) -> list[list[Tensor]]:
-        """Nobody to exchange with: one empty list."""
+        """Return one empty list, because there is no other rank."""
         return [[]]
 
     @torch.no_grad()
@@ -56,7 +56,7 @@ class SoloTransport(Transport):
         call: Call,
         windows: Sequence[Window] | None = None,
     ) -> Pending:
-        """Add up at once."""
+        """Compute the sum at once."""
         portable.check(self, parts, order, out, call, windows)
         total = portable.add_up(order, parts)
         if windows is not None:
@@ -67,5 +67,5 @@ class SoloTransport(Transport):
         return Finished()
 
     def gather_objects(self, value: Any, *, call: Call) -> list[Any]:
-        """The value alone."""
+        """Return a list of the value."""
         return [value]

@@ -1,10 +1,10 @@
-"""All exchanges of one process group, compared by what travels anyway.
+"""`Stream`: all exchanges of one process group, which compare the ranks' calls.
 
-A backend such as gloo does not look at what it carries: ranks that call two layers in another order
-add up each other's numbers, and a message of another length aborts the process. Asking first costs
-as much as a small exchange. Here each message begins with 16 bytes: the digest of the call and of
-what was noted before it. For that the lengths must fit, also between ranks that disagree. So each
-rank keeps which exchange has followed which, which is the same on all ranks as long as they agree:
+A backend such as gloo does not check its messages: ranks that call two layers in another order add
+wrong numbers, and a message of another length aborts the process. Comparing first would cost a
+small exchange. Here each message begins with 16 bytes instead: the digests of the call and of the
+notes before it. For that the lengths must fit, also if the ranks' calls differ. So each rank
+remembers which exchange followed which, which is the same on all ranks while they agree:
 
 - the exchange is the one that followed last time: its message begins with the digests, and they are
   compared when it has come;
@@ -29,9 +29,9 @@ from torch import Tensor
 from shardproof.errors import MismatchError
 from shardproof.transport.notes import Noted
 
-_HEAD = 16  # bytes before each message: two digests; a multiple of every element's size
-_PAST = 3  # calls by which the next one is foreseen
-_MOST = 4096  # of such pasts are kept
+_HEAD = 16  # bytes before each message: two digests; a multiple of all element sizes
+_PAST = 3  # number of previous calls by which the next one is predicted
+_MOST = 4096  # number of such histories that are kept
 
 Finish = Callable[[], None]
 # (what arrives, what is sent, bytes from each rank, bytes to each rank): begun; the rest waits.
@@ -39,14 +39,14 @@ Post = Callable[[Tensor, Tensor, Sequence[int], Sequence[int]], Finish]
 
 
 class NextExchange(NamedTuple):
-    """What this rank is about to do.
+    """The exchange that this rank wants to make next.
 
     Attributes:
-        digest: of the call and of the axis.
-        noted: before it.
-        post: begins an all-to-all of bytes on the group.
-        reduce: begins the backend's own sum over the group, in place.
-        disagree: all ranks come here; the error to raise.
+        digest: hash of the call and of the axis.
+        noted: the notes before it.
+        post: function that starts an all-to-all of bytes on the group.
+        reduce: function that starts the backend's own sum over the group, in place.
+        disagree: function that returns the error; all ranks call it after a mismatch.
     """
 
     digest: int
@@ -57,13 +57,13 @@ class NextExchange(NamedTuple):
 
 
 class Round(NamedTuple):
-    """One message for each rank, by their bytes.
+    """One message for each rank, by its length in bytes.
 
     Attributes:
-        sent, received: to and from each rank; 0 for the own one.
-        reduced, dtype: elements that the backend sums, beside that, and of what. It cuts them into
-            parts by their number: bytes alone would not say where.
-        is_for_heads: it is there for the digests alone, and left out where they have been compared.
+        sent, received: bytes to and from each rank; 0 for this rank.
+        reduced, dtype: number and dtype of the elements that the backend sums in addition. The
+            backend divides them by their number, which bytes alone would not tell.
+        is_for_heads: whether it only carries the digests, and is skipped if they were compared.
     """
 
     sent: tuple[int, ...]
@@ -74,21 +74,21 @@ class Round(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """An exchange, as far as it is the same whenever it comes back."""
+    """The parts of an exchange that are the same each time it is repeated."""
 
     digest: int
     rounds: tuple[Round, ...]
 
 
 class Exchange:
-    """Messages on their way, one all-to-all for each round.
+    """A started exchange, with one all-to-all for each round.
 
     Args:
-        wish: what this rank is about to do.
-        rank: of this process.
-        rounds: the bytes that travel.
-        pieces: for each round, bytes for each rank, and what is summed; None: nothing but zeros.
-        has_heads: messages of the first round begin with the digests.
+        wish: the exchange that this rank wants.
+        rank: the rank of this process.
+        rounds: the rounds, by their bytes.
+        pieces: for each round, bytes for each rank, and the tensor to sum; None for zeros only.
+        has_heads: whether the messages of the first round begin with the digests.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class Exchange:
         return torch.tensor(digests, device="cpu").view(torch.uint8)
 
     def is_in_order(self) -> bool:
-        """Wait; whether all ranks want what this one wants."""
+        """Wait, and return whether all ranks want the same exchange."""
         if self._is_in_order is None:
             for finish in self._finishes:
                 finish()
@@ -163,7 +163,7 @@ class Exchange:
         return [0, *itertools.accumulate(others)][: len(others)]
 
     def received(self) -> list[list[Tensor]]:
-        """Wait; for each round the bytes from each rank, none from the own one."""
+        """Wait, and return for each round the bytes from each other rank."""
         for finish in self._finishes:
             finish()
         self._finishes = []
@@ -183,14 +183,14 @@ class Exchange:
 
 
 class Stream:
-    """The exchanges of one group as one rank makes them; one object for all axes of the group.
+    """The exchanges of one rank in one group; one object for all axes of the group.
 
     Args:
-        rank: of this process in the group.
-        size: of the group.
+        rank: rank of this process in the group.
+        size: size of the group.
 
     Attributes:
-        axes: numbers the axes that are made of the group.
+        axes: counter that numbers the axes of the group.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -204,16 +204,16 @@ class Stream:
     def start(
         self, wish: NextExchange, rounds: Sequence[Round], pieces: Sequence[Sequence[Tensor]]
     ) -> Callable[[], list[list[Tensor]]]:
-        """Begin an exchange; what is returned waits for it.
+        """Start an exchange; the returned function waits for it.
 
         Args:
-            wish: what it is.
+            wish: the exchange.
             rounds: lengths in bytes, at least one round.
-            pieces: for each round, bytes for each rank, of those lengths; then what is summed.
+            pieces: for each round, bytes of these lengths for each rank; then the tensor to sum.
 
         Raises:
-            MismatchError: on all ranks, if one of them wants another exchange; here, or when it is
-                waited for.
+            MismatchError: on all ranks, if one of them wants another exchange; here or in the
+                returned function.
         """
         self.settle()
         step = _Step(wish.digest, tuple(rounds))
@@ -237,7 +237,7 @@ class Stream:
         return finish
 
     def settle(self) -> None:
-        """Compare the exchange that was begun last: what follows relies on it."""
+        """Compare the last started exchange, before another one starts."""
         if self._open is not None:
             (exchange, wish), self._open = self._open, None
             self._require(exchange, wish)
@@ -257,7 +257,7 @@ _streams: weakref.WeakKeyDictionary[dist.ProcessGroup, Stream] = weakref.WeakKey
 
 
 def stream_of(group: dist.ProcessGroup) -> Stream:
-    """The one stream of a group."""
+    """The stream of a group."""
     stream = _streams.get(group)
     if stream is None:
         stream = _streams[group] = Stream(dist.get_rank(group), dist.get_world_size(group))

@@ -1,11 +1,11 @@
-"""Ranks as threads of one process: tensors are lent.
+"""`ThreadsTransport`: ranks as threads of one process, which read each other's tensors.
 
-With the C core, ranks read each other's tensors where they lie, without the interpreter lock.
-Without it, and on a GPU, a rank hands over references and its `Call`, meets the others, and reads
-what they handed over. Calls are compared at every meeting, which costs nothing.
+With the C core, ranks read each other's tensors in place, without the interpreter lock. Without
+it, and on a GPU, a rank passes references and its `Call`, waits for the others, and reads their
+tensors. Calls are compared each time, at no cost.
 
-On a GPU all ranks use one device and its default stream: kernels then run in the order in which
-they were queued, and a rank queues its reads after the meeting.
+On a GPU all ranks use one device and its default stream: kernels run in the order in which they
+were queued, and a rank queues its reads after the meeting.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from shardproof.transport.incore import CoreTransport
 from shardproof.transport.ledger import Ledger
 from shardproof.transport.rendezvous import Rendezvous
 
-# Bytes from which on each rank adds up a slice of the message, and fetches the others' slices.
+# From so many bytes on, each rank adds one slice of the message and copies the other slices.
 _SLICED_FROM = 256 * 1024
 
 
@@ -30,8 +30,8 @@ class ThreadsTransport(CoreTransport):
     """One rank's end of a rendezvous.
 
     Args:
-        rendezvous: shared by the ranks of the axis.
-        rank: whose end this is.
+        rendezvous: the object that the ranks of the axis share.
+        rank: the rank.
     """
 
     name = "threads"
@@ -51,7 +51,7 @@ class ThreadsTransport(CoreTransport):
         like: Tensor,
         call: Call,
     ) -> list[list[Tensor]]:
-        """Lend every rank its pieces; all rounds at once."""
+        """Pass every rank references to its pieces, for all rounds at once."""
         _check_stream(like)
         offers = self._meet(call, outgoing)
         received: list[list[Tensor]] = [[] for _ in range(self.size)]
@@ -70,7 +70,7 @@ class ThreadsTransport(CoreTransport):
     def all_gather(
         self, x: Tensor, out: Tensor, sizes: Sequence[int], *, call: Call, outer: int = 1
     ) -> None:
-        """Copy the ranks' `x` into `out`, straight from their memory."""
+        """Copy the ranks' `x` into `out`, directly from their memory."""
         if self._core is not None and not out.is_cuda:
             self._rendezvous.calls[self.rank] = call
             super().all_gather(x, out, sizes, call=call, outer=outer)
@@ -82,11 +82,11 @@ class ThreadsTransport(CoreTransport):
         self, x: Tensor, out: Tensor, sizes: Sequence[int], call: Call, outer: int
     ) -> None:
         _check_stream(x)
-        # A copy, which others may read when `x` has changed already.
+        # A copy, which others may read after `x` has changed.
         parts: list[Tensor] = self._meet(call, x.clone())
         counts = [part.numel() for part in parts]
         wanted = [outer * size for size in sizes]
-        # Every rank sees the same parts, so that all raise or none does.
+        # Every rank sees the same parts, so that all ranks raise or none does.
         if counts != wanted or out.numel() != sum(wanted):
             raise MismatchError(
                 f"{call}: the ranks hand over {counts} elements where {wanted} are expected, "
@@ -105,12 +105,12 @@ class ThreadsTransport(CoreTransport):
         call: Call,
         windows: Sequence[Window] | None = None,
     ) -> Pending:
-        """The parts are lent; without the core nothing is done before `wait()`."""
+        """Pass references to the parts; without the core nothing is done before `wait()`."""
         if self._core is not None and not out.is_cuda:
             self._rendezvous.calls[self.rank] = call
             return super().start_sum(parts, order, out, call=call, windows=windows)
         _check_stream(out)
-        return _Lent(self, parts, order, out, call, windows)
+        return _StartedSum(self, parts, order, out, call, windows)
 
     def sum(
         self,
@@ -121,7 +121,7 @@ class ThreadsTransport(CoreTransport):
         call: Call,
         windows: Sequence[Window] | None = None,
     ) -> None:
-        """Straight from the other ranks' tensors into `out`."""
+        """Read directly from the other ranks' tensors into `out`."""
         if self._core is None or out.is_cuda:
             self.start_sum(parts, order, out, call=call, windows=windows).wait()
             return
@@ -141,15 +141,15 @@ class ThreadsTransport(CoreTransport):
             raise
 
     def _tick(self, waited: float, missing: list[int]) -> None:
-        """The rendezvous is asked instead: it knows all ranks."""
+        """Ask the rendezvous, which knows all ranks."""
 
 
-class _Lent(portable.PortableSum):
-    """A sum in which every rank reads its slices from the others' parts."""
+class _StartedSum(portable.PortableSum):
+    """A started sum in which every rank reads its slices from the others' parts."""
 
     @torch.no_grad()
     def wait(self) -> None:
-        """Exchange and finish; with windows, not before all have read this rank's parts."""
+        """Exchange and finish; with windows, wait until all have read this rank's parts."""
         self.receive = lambda: self._transport.exchange(
             self.outgoing(), self.incoming(), rounds=self.rounds, like=self.like, call=self._call
         )
@@ -159,7 +159,7 @@ class _Lent(portable.PortableSum):
 
 
 def waits_note() -> str:
-    """Why ranks that are threads wait in Python; empty if they wait in the core."""
+    """Why ranks as threads wait in Python; empty if they wait in the C core."""
     return "" if core.shm() is not None else f"ranks wait in Python: {core.problem()}"
 
 

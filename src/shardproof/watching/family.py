@@ -154,11 +154,11 @@ class _Finder:
         """The recorded operations of each family."""
         events: list[list[SeenOperation]] = [[] for _ in range(count)]
         known: dict[int, Labels] = {}
-        for seen in self.record.seen:
-            if id(seen.atoms) not in known:
-                known[id(seen.atoms)] = self._number(seen.atoms, shared=True)
-            for number in known[id(seen.atoms)].tolist():
-                events[number].append(seen)
+        for operation in self.record.seen:
+            if id(operation.atoms) not in known:
+                known[id(operation.atoms)] = self._number(operation.atoms, shared=True)
+            for number in known[id(operation.atoms)].tolist():
+                events[number].append(operation)
         return events
 
     def _boxes(self, count: int) -> list[list[Box]]:
