@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 import shardproof as sp
 from planted import IN, OUT, batch, block_builder, expect_proved, linear
-from shardproof import cases, collectives
+from shardproof import cases
 from shardproof.axis import Axis
 from shardproof.cli import prove as prove_command
 from shardproof.cli.main import main
+from shardproof.comm import differentiable as collectives
 from shardproof.errors import UsageError
 from shardproof.prover import Case, Report, Trial, prove_cases
 

@@ -23,7 +23,7 @@ import shardproof as sp  # before the first product: it sets how products are co
 from helpers import bits_of, largest, sha, show, table
 from pictures import grid, picture
 from shardproof.cases import notebooks
-from shardproof.collectives import all_reduce, all_reduce_grad
+from shardproof.comm.differentiable import all_reduce, all_reduce_grad
 from shardproof.leaves import Cut
 
 DEGREE = 2

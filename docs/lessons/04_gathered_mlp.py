@@ -24,7 +24,7 @@ import shardproof as sp  # before the first product: it sets how products are co
 from helpers import bits_of, largest, sha, table
 from pictures import grid, picture
 from shardproof.cases import notebooks
-from shardproof.collectives import all_gather
+from shardproof.comm.differentiable import all_gather
 from shardproof.leaves import Cut
 
 DEGREE = 2

@@ -4,12 +4,13 @@ from typing import Any
 
 from torch import Tensor
 
+from shardproof.comm.split import Split
 from shardproof.cut.meet import is_for_all, refined
 from shardproof.cut.others import whole
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 from shardproof.functional import crossings
-from shardproof.functional.site import LinearSite
+from shardproof.functional.linear import Gathers
 from shardproof.leaves import Cut
 from shardproof.units import CutDim
 
@@ -86,7 +87,11 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CutTensor:
 
 def _told(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cut | None:
     """How a function is told that the last dim of its input is cut."""
-    for each in (*args, *kwargs.values()):
-        if isinstance(each, LinearSite):
-            return each.cut if name == "row_linear" and not each.split_input else each.input_cut
+    given = (*args, *kwargs.values())
+    if name == "row_linear":
+        split = next((each for each in given if isinstance(each, Split)), None)
+        return None if split is None or kwargs.get("splits_input") else split.cut
+    if name == "column_linear":
+        gathers = next((each for each in given if isinstance(each, Gathers)), Gathers())
+        return None if gathers.input is None else gathers.input.cut
     return kwargs.get("cut")

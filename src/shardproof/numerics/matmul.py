@@ -14,14 +14,10 @@ from torch import Tensor
 
 from shardproof import operators
 from shardproof.numerics import mode, products
+from shardproof.numerics.precision import node_dtype
 from shardproof.tree import Node, children, nodes_of_run
 
 ALIGNMENT = 64  # bytes; torch's CPU allocator gives every tensor at least that
-
-
-def node_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which partials are added: never narrower than fp32, at every degree alike."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def _fresh(x: Tensor) -> Tensor:

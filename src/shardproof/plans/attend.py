@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from shardproof.axis import Axis
 from shardproof.functional.attention import attention
-from shardproof.functional.attention_site import AttentionSite
+from shardproof.functional.head_split import HeadSplit
 from shardproof.heads import Heads
 from shardproof.layers.attention import HeadAttention
 from shardproof.plans.probe import seen_call
@@ -110,7 +110,7 @@ def _manner(
     except Exception as error:  # whatever a user's module raises
         raise _UnlikeError(f"cannot be copied to be tried ({error_words(error)}).") from error
     p = _dropout(child)
-    site = AttentionSite(
+    split = HeadSplit(
         Axis.solo(),
         Heads(style.queries, style.keys, style.head_dim, 1, 1),
         Scheme(leaves=1, numerics="native"),
@@ -120,7 +120,7 @@ def _manner(
             _trial(2, 7, 3.0, options, masks, style, device),
             _trial(1, _length(child, style.queries), 1.0, options, masks, style, device),
         ]
-        is_causal = _agreeing(twin.eval(), site, trials, getattr(child, "is_causal", False))
+        is_causal = _agreeing(twin.eval(), split, trials, getattr(child, "is_causal", False))
         _check_training(twin, trials[0], is_causal, p)
     manner = Manner(is_causal, p)
     if alike is not None:
@@ -261,21 +261,19 @@ def _trial(
 class _Ours:
     """Our attention in evaluation, on the whole."""
 
-    site: AttentionSite
+    split: HeadSplit
     is_causal: bool
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         options = {"is_causal": self.is_causal} | options | {"dropout": None}
-        return attention(q, k, v, self.site, **options)
+        return attention(q, k, v, self.split, **options)
 
 
-def _agreeing(
-    child: nn.Module, site: AttentionSite, trials: list[_Trial], is_causal: object
-) -> bool:
+def _agreeing(child: nn.Module, split: HeadSplit, trials: list[_Trial], is_causal: object) -> bool:
     """Whether ours computes what the child does with is_causal, as it says or the other way."""
     differing = []
     for causal in (bool(is_causal), not is_causal):
-        found = next(_differences(child, _Ours(site, causal), trials), None)
+        found = next(_differences(child, _Ours(split, causal), trials), None)
         if found is None:
             return causal
         differing.append(found)

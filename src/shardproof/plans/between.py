@@ -264,4 +264,4 @@ def _attended(
     if args[0] is given[0]:
         return y
     shape = (y.shape[0], queries.size, *y.shape[2:])
-    return cut_tensor(y, region.spec(shape, 1, queries), twin.site.who)
+    return cut_tensor(y, region.spec(shape, 1, queries), twin.split.who)

@@ -1,6 +1,6 @@
 """What a collective of a step will cost, as a function of the tokens: what the ledger will count.
 
-Predicted with the same arithmetic that runs (`schedule`), before anything runs.
+Predicted with the same arithmetic that runs (`comm.plans`), before anything runs.
 """
 
 from collections.abc import Iterable
@@ -9,9 +9,9 @@ from typing import Literal
 
 import torch
 
+from shardproof.comm.plans import native_plan, tree_order, tree_plan
 from shardproof.leaves import Cut
-from shardproof.numerics.matmul import node_dtype
-from shardproof.schedule import native_plan, tree_order, tree_plan
+from shardproof.numerics.precision import node_dtype
 from shardproof.wording import dtype_name
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]

@@ -8,7 +8,7 @@ from torch import nn
 
 from shardproof.heads import Heads
 from shardproof.leaves import Cut
-from shardproof.numerics.matmul import node_dtype
+from shardproof.numerics.precision import node_dtype
 from shardproof.plans.collective import Collective, Direction, When
 from shardproof.plans.module_plan import ModulePlan, ParameterPlan, Role
 from shardproof.plans.repeated import gradient_parts, heads_of, held_keys, layouts, shared_keys

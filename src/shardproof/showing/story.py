@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shardproof.comm.reporting import FREE_ORDER
 from shardproof.showing.figure import Figure, Piece, figure_of
 from shardproof.showing.moments import Moment, base_name, moments_of
 from shardproof.showing.sends import Arrow, arrows_of
 from shardproof.showing.words import CUT_AGAIN, changed, lying, sentences
-from shardproof.told import FREE_ORDER
 from shardproof.trace.step import Part, Step
 from shardproof.trace.text import aligned
 from shardproof.trace.trace import Trace

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from shardproof.axis import Axis
 from shardproof.bench.system import Party, Style
+from shardproof.comm.plans import tree_order
 from shardproof.leaves import Cut, Layout, replicated
 from shardproof.plans.apply import parallelize
 from shardproof.plans.style import ColumnParallel, Plan, RowParallel
 from shardproof.plans.style import Style as PlanStyle
-from shardproof.schedule import tree_order
 from shardproof.scheme import Numerics, Scheme
 from shardproof.transport.base import Call
 
