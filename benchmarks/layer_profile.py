@@ -47,7 +47,7 @@ def parts() -> Iterator[Part]:
     column = sp.ColumnParallelLinear.from_linear(plain, axis=axis)
     row = sp.RowParallelLinear.from_linear(plain, axis=axis)
     column_native = sp.ColumnParallelLinear.from_linear(plain, axis=axis, scheme=native)
-    weight, bias, site = plain.weight.detach(), plain.bias.detach(), column._site
+    weight, bias, leaves = plain.weight.detach(), plain.bias.detach(), column.split.leaves
     x, grad = torch.randn(ROWS, SIZE), torch.randn(ROWS, SIZE)
     needy = torch.randn(ROWS, SIZE, requires_grad=True)
 
@@ -73,7 +73,7 @@ def parts() -> Iterator[Part]:
     yield "    numerics allowed here?", mode.require_invariant
     yield "    autocast?", lambda: rows.is_autocast(x)
     yield "    one dtype, one device?", lambda: rows.check_alike(x, weight, bias, "")
-    yield "    product", lambda: matmul.linear(x, weight, bias, site.slices)
+    yield "    product", lambda: matmul.linear(x, weight, bias, leaves.slices)
     yield "      memory of the output", lambda: x.new_empty(ROWS, SIZE)
     yield "    (torch's product: F.linear)", lambda: F.linear(x, weight, bias)
     yield "forward with a graph", lambda: None
@@ -87,9 +87,9 @@ def parts() -> Iterator[Part]:
     yield "  ColumnParallelLinear, invariant", lambda: column(needy).backward(grad)
     yield (
         "    input gradient: leaf products by the tree",
-        lambda: matmul.product_sum(grad, weight, site.slices),
+        lambda: matmul.product_sum(grad, weight, leaves.slices),
     )
-    yield "    weight gradient", lambda: matmul.product_rows(grad.t(), x, site.slices)
+    yield "    weight gradient", lambda: matmul.product_rows(grad.t(), x, leaves.slices)
     yield "    bias gradient", lambda: sum_rows(grad)
 
 

@@ -18,6 +18,7 @@ from benchmarks.peers import (
 )
 from benchmarks.system import ANY_DEGREE, LINEARS, SUM, TRANSFORMER, Sent, Style, System, SystemRank
 from shardproof.axis import Axis
+from shardproof.comm.plans import tree_order
 from shardproof.errors import UsageError
 from shardproof.leaves import Cut, Layout
 from shardproof.numerics import mode
@@ -25,7 +26,6 @@ from shardproof.plans.apply import parallelize
 from shardproof.plans.style import ColumnParallel, Plan, RowParallel
 from shardproof.plans.style import Style as PlanStyle
 from shardproof.prover.hashing import hash_tensor
-from shardproof.schedule import tree_order
 from shardproof.scheme import NUMERICS, Numerics, Scheme
 from shardproof.transport.base import Call
 

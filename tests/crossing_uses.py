@@ -178,7 +178,7 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Axis], Any]] = {
 SILENT = {
     crossing_moves: {"checked_dim", "is_compared", "not_compared"},
     crossing_products: {"Term", "tell", "tell_bias"},
-    embedding: {"EmbeddingSite", "as_integers", "check_ids", "copy_rows", "pick"},
+    embedding: {"as_integers", "check_ids", "copy_rows", "padding_row", "pick"},
     entering: {"Basket", "Entering", "will_sum"},
     place: {"Pieces", "Place", "Selection"},
     serving: {"Recipe", "recipe_of", "where_served"},

@@ -60,7 +60,7 @@ def whole_of(x: Tensor, dim: int, place: Place) -> Tensor:
     """A cut tensor put together; every holder has the same, or this raises."""
     y, x = gather(x.detach(), dim, place), x.detach()
     mine = held_part(y, dim, place)
-    if place.is_invariant:
+    if place.arithmetic.is_invariant:
         assert bits_equal(mine, x), "a holder has other numbers than the owner"
     else:
         torch.testing.assert_close(mine, x)

@@ -141,10 +141,10 @@ def held_part(x: Tensor, layer: ColumnParallelLinear, dim: int = -1) -> Tensor:
 
 def whole(x: Tensor, layer: ColumnParallelLinear, dim: int) -> Tensor:
     """Put together from what the ranks own of it."""
-    site = layer.site
-    if site.own is not None:
-        x = x.narrow(dim, site.own.start, site.own.stop - site.own.start)
-    return comm.all_gather(x.detach(), site.axis, dim=dim, cut=site.cut, direction="prover")
+    split = layer.split
+    own = split.leaves.own
+    x = x.narrow(dim, own.start, own.stop - own.start)
+    return comm.all_gather(x.detach(), split.axis, dim=dim, cut=split.cut, direction="prover")
 
 
 @functools.cache

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 import shardproof as sp
 from drawn import script
-from shardproof import collectives
 from shardproof.axis import Axis
+from shardproof.comm import differentiable as collectives
 from shardproof.functional import vocab_cross_entropy
 from shardproof.leaves import Cut
 

@@ -167,7 +167,7 @@ def test_native_sums_and_equal_gathers_are_compared_too(pool: Pool) -> None:
 
 def test_a_sum_that_is_started_is_compared_before_the_next_one(pool: Pool) -> None:
     def work(axis: Axis) -> tuple[str, bool]:
-        def start(who: str) -> comm.Sum:
+        def start(who: str) -> comm.StartedSum:
             return comm.start_all_reduce(torch.ones(4), axis, direction="forward", who=who)
 
         def both() -> None:

@@ -15,10 +15,12 @@ from places import EVERYWHERE, Pool
 from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError, UsageError
-from shardproof.functional.attention import AttentionSite, HeadDropout, attention
+from shardproof.functional.attention import HeadDropout, attention
+from shardproof.functional.head_split import HeadSplit
 from shardproof.heads import Heads
 from shardproof.leaves import Cut
-from shardproof.numerics import headwise, mode, products
+from shardproof.numerics import mode, products
+from shardproof.numerics.arithmetic import INVARIANT, NATIVE
 from shardproof.numerics.attending import folded_softmax, softmax
 from shardproof.numerics.headwise import product_by_head
 from shardproof.scheme import Numerics, Scheme
@@ -50,9 +52,9 @@ class Setup:
     dtype: torch.dtype = torch.float64
     numerics: Numerics = "invariant"
 
-    def site(self, axis: Axis) -> AttentionSite:
+    def site(self, axis: Axis) -> HeadSplit:
         heads = Heads(self.queries, self.keys, self.head_dim, 8, axis.size)
-        return AttentionSite(axis, heads, Scheme(numerics=self.numerics), "layers.0.attention")
+        return HeadSplit(axis, heads, Scheme(numerics=self.numerics), "layers.0.attention")
 
     def data(self) -> list[Tensor]:
         """q, k, v and the gradient of y, whole; as a model has them, cut out of its features."""
@@ -89,7 +91,7 @@ class Setup:
     def dropout(self) -> HeadDropout | None:
         return None if self.p is None else HeadDropout(self.p, 7, "layers.0.attention", 3)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, site: HeadSplit) -> Tensor:
         return attention(
             q,
             k,
@@ -145,7 +147,7 @@ def part(x: Tensor, heads: range) -> Tensor:
     return x[:, heads.start : heads.stop]
 
 
-def joined(x: Tensor, site: AttentionSite) -> Tensor:
+def joined(x: Tensor, site: HeadSplit) -> Tensor:
     """(B, owned, *) of every rank, (B, queries, *)."""
     cut = Cut(site.heads.queries, site.heads.leaves, site.axis.size)
     return comm.all_gather(x.detach(), site.axis, dim=1, cut=cut, direction="prover")
@@ -278,12 +280,8 @@ def test_a_sum_in_rank_order_has_other_bits(
     """The negative controls of the bits: leaves that come from the degree, and native numerics."""
     setup = Setup(8, 1, head_dim=24, length=37, places=37, dtype=torch.float32, numerics=numerics)
 
-    def from_degree(self: AttentionSite, node, values):  # type: ignore[no-untyped-def]
-        inside = [values[part] for part in sorted(values) if node[0] <= part[0] < node[1]]
-        return functools.reduce(torch.add, inside)
-
     if numerics == "invariant":
-        monkeypatch.setattr(AttentionSite, "_sum", from_degree)
+        monkeypatch.setattr(type(INVARIANT), "add", type(NATIVE).add)
     found = list(differing([setup], pool, THREADS))
     assert any(": k of" in line for line in found)
     if numerics == "invariant":
@@ -293,13 +291,13 @@ def test_a_sum_in_rank_order_has_other_bits(
 def test_key_gradients_that_are_not_summed_over_ranks_are_seen(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def own_alone(self: AttentionSite, partials: Tensor, cut: Cut):  # type: ignore[no-untyped-def]
+    def own_alone(self: HeadSplit, partials: Tensor, cut: Cut):  # type: ignore[no-untyped-def]
         keys = [key for key in self.held if key in self.heads.shared()]
         mine = {key: list(self._of_queries(key, partials).values()) for key in keys}
         group = self.heads.group
         return {key: {(0, group): functools.reduce(torch.add, mine[key])} for key in keys}
 
-    monkeypatch.setattr(AttentionSite, "_gathered", own_alone)
+    monkeypatch.setattr(HeadSplit, "_gathered", own_alone)
     pool(2, "threads").run(functools.partial(check, setups=[Setup(4, 2)]))  # none is shared
     for degree in (2, 3):
         with pytest.raises(Exception, match=r"queries=4, keys=1.* k: Tensor-likes are not close"):
@@ -505,7 +503,6 @@ def test_a_product_by_head_is_a_product_for_each(
     assert product_by_head(a, b, rows=7, serving=(0, 0, 1, 1), out=out) is out
     assert bits_equal(out, found)
     assert product_by_head(a[..., :0], b[:, :, :0], rows=7, serving=(0,) * 4).eq(0).all()
-    assert headwise._one_leaf(5) == products._one_leaf(5)
 
 
 HEADS = (8, 2, 4)
@@ -513,9 +510,9 @@ HEADS = (8, 2, 4)
 
 def call(**changes: object) -> Tensor:
     """A good call with some of its arguments changed."""
-    site = AttentionSite(Axis.solo(), Heads(*HEADS, 8, 1), Scheme(), "layers.0.attention")
+    site = HeadSplit(Axis.solo(), Heads(*HEADS, 8, 1), Scheme(), "layers.0.attention")
     q, kv = torch.ones(2, 8, 3, 4), torch.ones(2, 2, 5, 4)
-    given = {"q": q, "k": kv, "v": kv, "site": site}
+    given = {"q": q, "k": kv, "v": kv, "split": site}
     return attention(**given | changes)
 
 
@@ -564,7 +561,7 @@ def test_integers_are_refused() -> None:
 
 def test_heads_of_another_degree_are_refused() -> None:
     with pytest.raises(ShapeError, match=r"shared by 2 ranks, and the axis has 1"):
-        AttentionSite(Axis.solo(), Heads(*HEADS, 8, 2), Scheme())
+        HeadSplit(Axis.solo(), Heads(*HEADS, 8, 2), Scheme())
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.5, float("nan")])

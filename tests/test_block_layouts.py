@@ -28,8 +28,8 @@ from blocks import (
 from places import Pool
 from shardproof import comm, reductions
 from shardproof.axis import Axis
-from shardproof.block_comm import all_gather_sizes, move
 from shardproof.block_layout import BlockLayout, cut_layout
+from shardproof.comm.runs_of_indices import all_gather_sizes, move
 from shardproof.errors import LayoutError, ShapeError, UsageError
 from shardproof.functional.crossing_moves import joined
 from shardproof.functional.place import Place

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import shardproof as sp
 from drawn import DOCS, script
 from shardproof.axis import Axis
+from shardproof.comm.plans import tree_plan
 from shardproof.mistakes import find_mistake
-from shardproof.schedule import tree_plan
 from shardproof.tree import nodes_of_run
 from sheet_runs import IDS, RUNS, SHEET, GroupedAttention, Ledger, Pieces, Step, X
 

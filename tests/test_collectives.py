@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from invariance import bits_equal, normal
 from places import EVERYWHERE, Pool
-from shardproof import collectives
 from shardproof.axis import Axis
+from shardproof.comm import differentiable as collectives
 from shardproof.errors import MismatchError, ShapeError, UsageError
 from shardproof.leaves import Cut
 

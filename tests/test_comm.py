@@ -12,7 +12,7 @@ from invariance import bits_equal
 from places import ENGINES, EVERYWHERE, TOGETHER, Pool
 from shardproof import comm
 from shardproof.axis import Axis
-from shardproof.block_comm import all_gather_sizes
+from shardproof.comm.runs_of_indices import all_gather_sizes
 from shardproof.errors import MismatchError, ShapeError
 from shardproof.leaves import Cut
 from shardproof.tree import Node, combine, nodes_of_run
@@ -173,12 +173,17 @@ def scattered_tree_sums(axis: Axis) -> list[bool]:
     right = []
     for dim, shape in ((0, (11, 4)), (1, (5, 64)), (1, (2, 3)), (-1, (3, 1))):
         cut, dim_cut = Cut(40, 8, axis.size), Cut(shape[dim], 8, axis.size)
-        same = {"axis": axis, "cut": cut, "shape": shape, "direction": "backward"}
+        same = {"axis": axis, "cut": cut, "direction": "backward"}
         for dtype in (torch.float32, torch.bfloat16):
             like = torch.empty(0, dtype=dtype)
-            y = comm.all_reduce_nodes(own_nodes(cut, axis.rank, *shape), like=like, **same)
+            y = comm.all_reduce_nodes(
+                own_nodes(cut, axis.rank, *shape), like=like, shape=shape, **same
+            )
             mine = comm.reduce_scatter_nodes(
-                own_nodes(cut, axis.rank, *shape), like=like, dim=dim, dim_cut=dim_cut, **same
+                own_nodes(cut, axis.rank, *shape),
+                like=like,
+                into=comm.ShardOf(shape, dim, dim_cut),
+                **same,
             )
             right.append(bits_equal(mine, part(y, dim_cut, axis.rank, dim)))
     return right

@@ -28,21 +28,29 @@ import torch
 from torch import Tensor, nn
 
 import crossing_uses
+import shardproof.comm
 import shardproof.functional
 import shardproof.layers
 import shardproof.optim
 from places import Pool
-from shardproof import block_comm, collectives, comm, optim, recut, reductions
+from shardproof import comm, optim, recut, reductions
 from shardproof.axis import Axis
+from shardproof.comm import check, gathers, plans, reporting, runs_of_indices, started, sums
+from shardproof.comm import differentiable as collectives
+from shardproof.comm import split as split_module
+from shardproof.comm.split import Split
+from shardproof.functional import attention as attention_functions
 from shardproof.functional import (
-    attention_site,
     classes,
     crossing_linear,
     crossing_lines,
     cut_norms,
     dropout,
     embedding,
+    head_split,
     linear,
+    linear_products,
+    linear_steps,
     losses,
     norms,
     rms,
@@ -50,12 +58,11 @@ from shardproof.functional import (
     sampling,
     serving,
     shared,
-    site,
     vocabulary,
     vocabulary_site,
 )
 from shardproof.functional.attention import attention
-from shardproof.functional.attention_site import AttentionSite
+from shardproof.functional.head_split import HeadSplit
 from shardproof.heads import Heads
 from shardproof.layers import (
     activations,
@@ -66,6 +73,7 @@ from shardproof.layers import (
     formula,
     guard,
     norm,
+    parallel_linear,
     refuse,
     registry,
     replace,
@@ -200,15 +208,26 @@ class Run:
         owned = self.cut.owned(self.axis.rank)
         return torch.ones(*LEADING, len(owned), requires_grad=True)
 
-    def site(self, size: int, **options: Any) -> site.LinearSite:
-        return site.LinearSite(self.axis, Cut(size, 8, self.axis.size), Scheme(), **options)
+    def split(self, size: int) -> Split:
+        return Split(self.axis, Cut(size, 8, self.axis.size), Scheme())
+
+    @property
+    def rows(self) -> Tensor:
+        """The whole input, as rows."""
+        return self.x.detach().flatten(0, 1)
+
+    @property
+    def part_of_out(self) -> Tensor:
+        """Rows of what this rank owns of the output."""
+        owned = Cut(OUT, 8, self.axis.size).owned(self.axis.rank)
+        return torch.ones(LEADING[0] * LEADING[1], len(owned))
 
     def column(self, **options: Any) -> Tensor:
         layer = layers.ColumnParallelLinear(IN, OUT, axis=self.axis, **options)
         return layer(self.part if options.get("gather_input") else self.x)
 
     def shared(self) -> Tensor:
-        place = shared.SharedSite.of([self.site(OUT), self.site(OUT)])
+        place = shared.SharedSum.of([self.split(OUT), self.split(OUT)])
         return sum(shared.shared_columns(self.x, [self.weights(0)] * 2, [None] * 2, place))
 
     def linked(self) -> Tensor:
@@ -244,26 +263,26 @@ class Run:
     def attention(self, keys: int, *, is_module: bool = False) -> Tensor:
         """Nine query heads; where they share one key-value head, so do the ranks."""
         heads = Heads(9, keys, 4, 8, self.axis.size)
-        place = AttentionSite(self.axis, heads, Scheme())
+        place = HeadSplit(self.axis, heads, Scheme())
         sizes = (len(place.owned), len(place.held), len(place.held))
         q, k, v = (torch.ones(2, size, 3, 4, requires_grad=True) for size in sizes)
         if is_module:
             return attention_layers.HeadAttention(place)(q, k, v)
         return attention(q, k, v, place)
 
-    def norm(self, *, of_heads: bool) -> cut_norms.NormSite:
+    def norm(self, *, of_heads: bool) -> Split:
         cut = Heads(9, 9, 4, 8, self.axis.size).query_cut if of_heads else self.cut
-        return cut_norms.NormSite(self.axis, cut, None, Scheme())
+        return Split(self.axis, cut, Scheme())
 
     def normalised(self, function: Callable[..., Tensor], *, of_heads: bool) -> Tensor:
         """A cut norm as a function, or as a module."""
         site, formula = self.norm(of_heads=of_heads), rms.RmsFormula(1e-6)
         x = self.part
         if of_heads:
-            x = torch.ones(*LEADING, site.width // 4, 4, requires_grad=True)
+            x = torch.ones(*LEADING, len(site.held_indices) // 4, 4, requires_grad=True)
         if inspect.isclass(function):
             return function(formula, site)(x)
-        weight = torch.ones(4 if of_heads else site.width, requires_grad=True)
+        weight = torch.ones(4 if of_heads else len(site.held_indices), requires_grad=True)
         return function(x, weight, site, formula)
 
     @property
@@ -346,16 +365,11 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
     (comm.all_reduce_nodes, ""): lambda run: comm.all_reduce_nodes(
         run.nodes, run.axis, cut=run.cut, shape=run.x.shape, like=run.x, direction="forward"
     ),
-    (comm.start_all_reduce_nodes, ""): lambda run: comm.start_all_reduce_nodes(
-        run.nodes, run.axis, cut=run.cut, shape=run.x.shape, like=run.x, direction="forward"
-    ).wait(),
     (comm.reduce_scatter_nodes, ""): lambda run: comm.reduce_scatter_nodes(
         run.nodes,
         run.axis,
         cut=run.cut,
-        shape=run.x.shape,
-        dim=2,
-        dim_cut=run.cut,
+        into=comm.ShardOf(tuple(run.x.shape), 2, run.cut),
         like=run.x,
         direction="forward",
     ),
@@ -375,19 +389,37 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
         run.x, run.axis, dim=-1, cut=run.cut
     ),
     (linear.column_linear, ""): lambda run: linear.column_linear(
-        run.x, run.weights(0), None, run.site(OUT)
+        run.x, run.weights(0), None, run.split(OUT)
     ),
-    (linear.column_linear, "site.input_cut"): lambda run: linear.column_linear(
-        run.part, run.weights(0), None, run.site(OUT, input_cut=run.cut)
+    (linear.column_linear, "gathers.input"): lambda run: linear.column_linear(
+        run.part, run.weights(0), None, run.split(OUT), linear.Gathers(run.split(IN))
     ),
     (linear.row_linear, ""): lambda run: linear.row_linear(
-        run.part, run.weights(1), None, run.site(IN)
+        run.part, run.weights(1), None, run.split(IN)
     ),
-    (linear.column_linear, "site.gather_output"): lambda run: linear.column_linear(
-        run.x, run.weights(0), None, run.site(OUT, gather_output=True)
+    (linear.column_linear, "gathers.output"): lambda run: linear.column_linear(
+        run.x, run.weights(0), None, run.split(OUT), linear.Gathers(output=True)
     ),
-    (linear.row_linear, "site.split_input"): lambda run: linear.row_linear(
-        run.x, run.weights(1), None, run.site(IN, split_input=True)
+    (linear.row_linear, "splits_input"): lambda run: linear.row_linear(
+        run.x, run.weights(1), None, run.split(IN), splits_input=True
+    ),
+    (linear_products.product, ""): lambda run: linear_products.product(
+        run.rows, run.weights(0), None, run.split(OUT)
+    ),
+    (linear_products.plain_linear, ""): lambda run: linear_products.plain_linear(
+        run.rows, torch.ones(OUT, IN), None, run.split(OUT)
+    ),
+    (linear_products.weight_gradient, ""): lambda run: linear_products.weight_gradient(
+        run.part_of_out, run.rows, run.split(OUT)
+    ),
+    (linear_products.bias_gradient, ""): lambda run: linear_products.bias_gradient(
+        run.part_of_out, run.split(OUT), is_cut=True
+    ),
+    (linear_products.add_bias, ""): lambda run: linear_products.add_bias(
+        torch.ones(2, OUT), torch.ones(OUT), run.split(IN)
+    ),
+    (linear_products.product_columns, ""): lambda run: linear_products.product_columns(
+        run.split(IN), torch.ones(2, OUT), run.weights(1).detach(), "grad_x"
     ),
     (shared.shared_columns, ""): lambda run: run.shared(),
     (shared_layers.link, ""): lambda run: run.linked(),
@@ -400,9 +432,9 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
         input_is_parallel=False
     ),
     (attention, ""): lambda run: run.attention(9),
-    (attention, "site.cut"): lambda run: run.attention(1),
+    (attention, "split.cut"): lambda run: run.attention(1),
     (attention_layers.HeadAttention, ""): lambda run: run.attention(9, is_module=True),
-    (attention_layers.HeadAttention, "site.cut"): lambda run: run.attention(1, is_module=True),
+    (attention_layers.HeadAttention, "split.cut"): lambda run: run.attention(1, is_module=True),
     (losses.mse_loss, ""): lambda run: losses.mse_loss(run.x, torch.zeros_like(run.x)),
     (losses.mse_loss, "axis"): lambda run: losses.mse_loss(
         run.part, torch.zeros_like(run.part), axis=run.axis, cut=run.cut
@@ -411,7 +443,7 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
         run.x[0], torch.zeros(3, dtype=torch.int64)
     ),
     (embedding.vocab_embedding, ""): lambda run: embedding.vocab_embedding(
-        run.ids, run.table, embedding.EmbeddingSite(run.axis, run.cut)
+        run.ids, run.table, Split(run.axis, run.cut, Scheme())
     ),
     (embedding_layers.VocabParallelEmbedding, ""): lambda run: (
         embedding_layers.VocabParallelEmbedding(IN, OUT, axis=run.axis)(run.ids)
@@ -449,10 +481,10 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
         torch.ones(len(run.route["rows"].owned(run.axis.rank)), IN), run.axis, **run.route
     ),
     (recut.to_rows, ""): Run.turned,
-    (block_comm.all_gather_sizes, ""): lambda run: block_comm.all_gather_sizes(
+    (runs_of_indices.all_gather_sizes, ""): lambda run: runs_of_indices.all_gather_sizes(
         run.block_part, run.axis, dim=2, sizes=tuple(map(len, run.each)), direction="forward"
     ),
-    (block_comm.move, ""): lambda run: block_comm.move(
+    (runs_of_indices.move, ""): lambda run: runs_of_indices.move(
         run.block_part, run.axis, dim=2, have=run.each, want=run.each, direction="forward"
     ),
     **{key: lambda run, f=use: f(run.axis) for key, use in crossing_uses.USES.items()},
@@ -479,15 +511,25 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
 }
 # Public, and of no tensor's doing.
 SILENT = {
-    comm: {"Sum", "check_degree_of", "check_part", "gather_parts"},
+    check: {"check_degree_of", "check_part"},
+    collectives: set(),
+    gathers: {"gather_parts"},
+    plans: {"ShardOf", "SumPlan"},
+    reporting: {"count", "sends_of_sum", "sends_to_all", "sends_whole", "tell_sum", "told_of"},
+    split_module: {"Split"},
+    started: {"StartedSum", "recorded_sum", "start_planned"},
+    sums: set(),
+    linear: {"Gathers"},
+    linear_steps: {"tell", "tell_alone", "tell_bias_gradient", "tell_linear", "tell_parts"},
+    attention_functions: {"AttentionOptions"},
+    vocabulary: {"LossOptions"},
     **crossing_uses.SILENT,
     recut: {"swap"},
-    site: {"LinearSite"},
     rows: {"are_alike", "as_rows", "cast", "check_alike", "is_autocast", "shaped"}
-    | {"without_autocast"},
-    shared: {"SharedSite", "is_spent"},
-    attention_site: {"AttentionSite"},
-    vocabulary_site: {"VocabularySite", "parts"},
+    | {"prepared", "wants_gradient", "without_autocast"},
+    shared: {"SharedSum", "is_spent"},
+    head_split: {"HeadSplit", "serving_heads"},
+    vocabulary_site: {"VocabularyBlocks", "parts"},
     classes: {"check_kind", "check_reduction", "counting_rows", "reduce_rows"},
     layouts: {"Place", "layouts_of"},
     optimizer_base: {"WholeOptimizer", "check_scalar", "scalar", "write"},
@@ -512,12 +554,12 @@ SILENT = {
     activations: {"Tanh", "Sigmoid", "SiLU", "GELU", "Softplus", "QuickGELU", "Mish"}
     | {"ClippedGELU", "SqrtSoftplus", "ELU", "CELU", "SELU", "Softshrink"}
     | {"invariant_twin", "why_refused"},
-    cut_norms: {"NormSite"},
     rms: {"RmsFormula", "RowSums", "normalise", "wide_rows"},
     dropout: {"MaskKey"},
     dropout_layers: {"Drawing", "dropout_twin", "replay_dropout"},
     formula: {"find_formula"},
     norm: {"norm_twin"},
+    parallel_linear: {"ParallelLinear", "like"},
     attention_layers: {"give_stand_in", "take_stand_in"},
     whole: {"SameOnAllRanks"},
 }
@@ -577,7 +619,7 @@ def modules_of(package: ModuleType) -> list[ModuleType]:
 
 
 MODULES = [
-    comm, collectives, recut, block_comm, reductions,
+    *modules_of(shardproof.comm), recut, reductions,
     *modules_of(shardproof.functional), *modules_of(shardproof.layers),
     *modules_of(shardproof.optim),
 ]  # fmt: skip

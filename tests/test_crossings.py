@@ -26,12 +26,12 @@ from cut_dims import (
 from invariance import bits_equal, normal, strided
 from places import Pool
 from shardproof.axis import Axis
+from shardproof.comm.split import Split
 from shardproof.errors import ShapeError
 from shardproof.functional import crossing_linear
 from shardproof.functional.crossing_linear import column, row
 from shardproof.functional.crossing_moves import gather, held_part, take
 from shardproof.functional.entering import Entering
-from shardproof.functional.site import LinearSite
 from shardproof.scheme import Numerics
 
 
@@ -277,8 +277,8 @@ def test_a_plain_dim_has_the_bits_of_the_linears_of_before(
     pool(1, "threads").run(both)
 
 
-def general_row(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
+def general_row(x: Tensor, weight: Tensor, bias: Tensor | None, split: Split) -> Tensor:
     """What is not plain, of what is."""
-    dim = next(dim for dim in DIMS.values() if dim.size == site.cut.size)
-    call = crossing_linear._Call(dim.place(site.axis), False)
+    dim = next(dim for dim in DIMS.values() if dim.size == split.cut.size)
+    call = crossing_linear._Call(dim.place(split.axis), False)
     return crossing_linear._apply_row(x, weight, bias, call)

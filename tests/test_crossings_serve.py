@@ -10,8 +10,8 @@ from invariance import bits_equal, normal
 from places import Pool
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError
-from shardproof.functional.attention_site import AttentionSite
 from shardproof.functional.crossing_moves import held_part
+from shardproof.functional.head_split import HeadSplit
 from shardproof.functional.place import Place
 from shardproof.functional.serving import Recipe, serve
 from shardproof.heads import Heads
@@ -101,7 +101,7 @@ def test_native_gradients_are_right(pool: Pool) -> None:
 def test_the_bits_are_those_of_the_attention(pool: Pool) -> None:
     def both(axis: Axis) -> None:
         source, target = Group(12, 4).places(axis)
-        site = AttentionSite(axis, Heads(12, 4, 5, 8, axis.size), Scheme())
+        site = HeadSplit(axis, Heads(12, 4, 5, 8, axis.size), Scheme())
         grad_y = held_part(normal(2, 12, 5, seed=2), 1, target)
         x = leaf(held_part(normal(2, 4, 5), 1, source))
         (grad,) = gradients(serve(x, 1, source, target, Group(12, 4).sources), grad_y, x)

@@ -15,9 +15,10 @@ from invariance import LargestNew, all_bits_equal, bits_equal, normal, random_th
 from places import EVERYWHERE, Pool
 from shardproof import comm
 from shardproof.axis import Axis
+from shardproof.comm.split import Split
 from shardproof.engines.engine import Ranks
 from shardproof.errors import LayoutError, ShapeError, UsageError
-from shardproof.functional.embedding import EmbeddingSite, vocab_embedding
+from shardproof.functional.embedding import vocab_embedding
 from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.leaves import Cut
 from shardproof.scheme import Scheme
@@ -425,7 +426,7 @@ def test_sizes_that_make_no_sense_are_refused() -> None:
     for row in (4, -5):
         with pytest.raises(ShapeError, match=f"e: padding_idx={row} is no row of 4. Use 0 to 3"):
             VocabParallelEmbedding(4, 3, axis=axis, padding_idx=row, name="e")
-    site = EmbeddingSite(axis, Cut(4, 8, 1))
+    site = Split(axis, Cut(4, 8, 1), Scheme())
     with pytest.raises(ShapeError, match=r"embedding_dim\) wanted, got shape \(4,\)"):
         vocab_embedding(torch.tensor([0]), torch.ones(4), site)
     with pytest.raises(ShapeError, match="5 units, but 4 is what this rank owns"):

@@ -234,7 +234,7 @@ def test_dropout_drawn_by_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def by_rank(self: HeadAttention, p: float | None) -> Any:
         made = correct(self, p)
-        rank = self.site.axis.rank
+        rank = self.split.axis.rank
         return made if made is None else dataclasses.replace(made, seed=made.seed + rank)
 
     monkeypatch.setattr(HeadAttention, "_dropout", by_rank)

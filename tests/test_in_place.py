@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from cut_block import cut_block, data, parts, run_everywhere
 from invariance import bits_equal, normal
 from places import Pool
-from shardproof import collectives
 from shardproof.axis import Axis
+from shardproof.comm import differentiable as collectives
 from shardproof.errors import ShapeError
 from shardproof.functional.losses import mse_loss
 from shardproof.functional.norms import layer_norm, rms_norm

@@ -17,8 +17,8 @@ from invariance import (
     random_threads,
     strided,
 )
-from shardproof import collectives
 from shardproof.axis import Axis
+from shardproof.comm import differentiable as collectives
 from shardproof.errors import ShapeError, UsageError
 from shardproof.functional.losses import cross_entropy, mse_loss
 from shardproof.leaves import Cut

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,10 +23,10 @@ from invariance import (
 from places import EVERYWHERE, Pool
 from shardproof import comm
 from shardproof.axis import Axis
+from shardproof.comm.split import Split
 from shardproof.errors import ShapeError, UsageError
 from shardproof.functional import cut_norms
 from shardproof.functional.norms import (
-    NormSite,
     head_rms_norm,
     layer_norm,
     rms_norm,
@@ -38,6 +38,7 @@ from shardproof.layers import norm as layers
 from shardproof.layers.activations import invariant_twin
 from shardproof.layers.formula import find_formula
 from shardproof.leaves import Cut
+from shardproof.numerics.sums import sum_squares_rows
 from shardproof.optim import grad_norm, gradient_norms, layouts
 from shardproof.scheme import Numerics, Scheme
 
@@ -232,11 +233,11 @@ class Setup:
     numerics: Numerics = "invariant"
     formula: RmsFormula = PLAIN
 
-    def site(self, axis: Axis) -> NormSite:
+    def site(self, axis: Axis) -> Split:
         heads = Heads(*self.heads, 8, axis.size)
         held = heads.held(axis.rank) if self.of_keys else None
         cut = heads.key_cut if self.of_keys else heads.query_cut
-        return NormSite(axis, cut, held, Scheme(numerics=self.numerics), "norm")
+        return Split(axis, cut, Scheme(numerics=self.numerics), "norm", held=held)
 
     @property
     def features(self) -> int:
@@ -413,6 +414,18 @@ def test_native_has_other_bits(pool: Pool) -> None:
     assert "heads, keys=False: weight.grad" in found
 
 
+RIGHT_SUM = Split.sum_blocks
+
+
+def sum_of_parts(
+    self: Split, sums: Iterable[Tensor], *, like: Tensor, direction: str, **_: Any
+) -> Tensor:
+    """What each rank has, added up over the ranks; parameters are added up as ever."""
+    if direction == "update":
+        return RIGHT_SUM(self, sums, like=like, direction=direction, shape=())
+    return comm.all_reduce(sum(sums).to(like.dtype), self.axis, direction=direction)
+
+
 def test_planted_heads_counted_by_every_rank_that_holds_them(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -420,18 +433,11 @@ def test_planted_heads_counted_by_every_rank_that_holds_them(
     setups = [Setup(kind, (8, 2, 5), True, (7,)) for kind in ("across", "heads")]
     assert differing(pool, setups, [(4, "threads")]) == []
 
-    def sum_of_held_features(
-        self: NormSite, x: Tensor, direction: str, *, is_squared: bool = False
-    ) -> Tensor:
-        partial = (x.square() if is_squared else x).sum(1)
-        return comm.all_reduce(partial, self.axis, direction=direction)
+    def held(self: Split) -> tuple[slice, ...]:
+        return (slice(0, len(self.held_indices)),)
 
-    def sum_of_held_heads(self: NormSite, x: Tensor, dtype: torch.dtype) -> Tensor:
-        partial = x.view(-1, self.cut.unit).sum(0).to(dtype)
-        return comm.all_reduce(partial, self.axis, direction="backward")
-
-    monkeypatch.setattr(NormSite, "sum_features", sum_of_held_features)
-    monkeypatch.setattr(NormSite, "sum_heads", sum_of_held_heads)
+    monkeypatch.setattr(Split, "blocks", property(held))
+    monkeypatch.setattr(Split, "sum_blocks", sum_of_parts)
     found = " ".join(differing(pool, setups, [(4, "threads")]))
     assert "across, keys=True: y" in found
     assert "heads, keys=True: weight.grad" in found
@@ -441,10 +447,14 @@ def test_planted_heads_counted_by_every_rank_that_holds_them(
 def test_planted_weight_gradient_of_heads_that_is_not_summed(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def local(self: NormSite, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return x.view(-1, self.cut.unit).sum(0).to(dtype)
+    def local(
+        self: Split, sums: Iterable[Tensor], *, like: Tensor, direction: str, **_: Any
+    ) -> Tensor:
+        if direction == "update":
+            return RIGHT_SUM(self, sums, like=like, direction=direction, shape=())
+        return sum(sums).to(like.dtype)
 
-    monkeypatch.setattr(NormSite, "sum_heads", local)
+    monkeypatch.setattr(Split, "sum_blocks", local)
     found = differing(pool, [Setup("heads", (8, 8, 16))], [(2, "threads")])
     assert any(each.endswith("weight.grad") for each in found)
 
@@ -518,15 +528,20 @@ def test_what_does_not_fit_a_cut_norm_raises(pool: Pool) -> None:
         with pytest.raises(ShapeError, match=r"norm on .*\(2, 30\), but \(\*, held\) ends in"):
             sharded_rms_norm(torch.ones(2, 30), None, across, RmsFormula(1e-6))
         with pytest.raises(ShapeError, match=r"a weight of shape \(30,\), but this rank holds"):
-            sharded_rms_norm(torch.ones(2, across.width), torch.ones(30), across, RmsFormula(1e-6))
+            sharded_rms_norm(
+                torch.ones(2, len(across.held_indices)), torch.ones(30), across, RmsFormula(1e-6)
+            )
         with pytest.raises(ShapeError, match=r"\(\*, held heads, head_dim\) ends in"):
             head_rms_norm(torch.ones(2, 30), None, heads, RmsFormula(1e-6))
         with pytest.raises(ShapeError, match=r"a weight of shape \(4,\), but this rank holds \(5,"):
             head_rms_norm(
-                torch.ones(2, heads.width // 5, 5), torch.ones(4), heads, RmsFormula(1e-6)
+                torch.ones(2, len(heads.held_indices) // 5, 5),
+                torch.ones(4),
+                heads,
+                RmsFormula(1e-6),
             )
         with pytest.raises(ShapeError, match="the cut is for degree 5 and the axis has 2 ranks"):
-            NormSite(axis, Cut(30, 8, 5), None, Scheme(), "norm")
+            Split(axis, Cut(30, 8, 5), Scheme(), "norm")
 
     pool(2, "threads").run(run)
 
@@ -682,7 +697,7 @@ def test_what_has_no_twin() -> None:
 
 def test_modules_begin_as_they_should_and_say_what_they_are() -> None:
     axis = Axis.solo()
-    site = NormSite(axis, Heads(4, 2, 8, 8, 1).query_cut, None, Scheme(), "q_norm")
+    site = Split(axis, Heads(4, 2, 8, 8, 1).query_cut, Scheme(), "q_norm")
     gemma = RmsFormula(1e-6, offset=1.0)
     across, heads = layers.ShardedRMSNorm(gemma, site), layers.HeadRMSNorm(gemma, site)
     for module in (layers.RMSNorm(32, gemma), across, heads):
@@ -697,7 +712,7 @@ def test_modules_begin_as_they_should_and_say_what_they_are() -> None:
     assert bits_equal(plain(torch.tensor([[1.0, 2.0, 3.0]])), layer_norm(
         torch.tensor([[1.0, 2.0, 3.0]]), None, None
     ))  # fmt: skip
-    unnamed = NormSite(axis, Cut(8, 8, 1), None, Scheme())
+    unnamed = Split(axis, Cut(8, 8, 1), Scheme())
     assert layers.ShardedRMSNorm(gemma, unnamed).name.startswith("ShardedRMSNorm")
 
 
@@ -743,7 +758,7 @@ def test_nothing_is_left_of_the_order_of_leaves() -> None:
     """The sum over a cut dim is the tree over its leaves, at degree 1 too."""
     setup = Setup("across", (8, 8, 16))
     site, x = setup.site(Axis.solo()), setup.data()[0].view(-1, 128)
-    leaves = [cut_norms.sum_squares_rows(x[:, 16 * i : 16 * i + 16].t()) for i in range(8)]
+    leaves = [sum_squares_rows(x[:, 16 * i : 16 * i + 16].t()) for i in range(8)]
     pairs = [leaves[i] + leaves[i + 1] for i in range(0, 8, 2)]
     wanted = (pairs[0] + pairs[1]) + (pairs[2] + pairs[3])
-    assert bits_equal(site.sum_features(x, "forward", is_squared=True), wanted)
+    assert bits_equal(cut_norms._AcrossRanks(site).squares(x), wanted)

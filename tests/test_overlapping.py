@@ -10,7 +10,8 @@ from cut_block import calls, cut_block
 from invariance import bits_equal, normal
 from places import EVERYWHERE, Pool
 from shardproof.axis import Axis
-from shardproof.functional.site import LinearSite
+from shardproof.comm.split import Split
+from shardproof.functional import linear_products
 from shardproof.ranks import open_ranks
 from shardproof.transport.base import Pending, Transport
 
@@ -93,13 +94,13 @@ def test_the_weight_gradient_is_computed_while_the_input_gradient_is_summed(
     pool: Pool, monkeypatch: pytest.MonkeyPatch, is_asynchronous: bool
 ) -> None:
     logs: tuple[list[str], list[str]] = ([], [])
-    product = LinearSite.weight_gradient
+    product = linear_products.weight_gradient
 
-    def logged(site: LinearSite, a: Tensor, b: Tensor) -> Tensor:
-        logs[site.axis.rank].append("product")
-        return product(site, a, b)
+    def logged(a: Tensor, b: Tensor, split: Split) -> Tensor:
+        logs[split.axis.rank].append("product")
+        return product(a, b, split)
 
-    monkeypatch.setattr(LinearSite, "weight_gradient", logged)
+    monkeypatch.setattr(linear_products, "weight_gradient", logged)
 
     def run(axis: Axis) -> None:
         log = logs[axis.rank]

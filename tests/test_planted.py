@@ -16,7 +16,7 @@ from planted import EVEN, IN, Block, batch, block_builder, expect_proved, prove_
 from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.cli.main import main
-from shardproof.functional.site import LinearSite
+from shardproof.comm.split import Split
 from shardproof.prover import cases
 from shardproof.prover.case import Case
 from shardproof.prover.proof import prove_cases
@@ -85,15 +85,15 @@ def test_whole_optimizer_state_at_its_creation() -> None:
 
 def test_one_collective_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """All numbers are right: only the case's own count shows it."""
-    correct = LinearSite.start_sum
+    correct = Split.start_sum
 
-    def redundant(self: LinearSite, a: Tensor, b: Tensor, direction: str, **named: Any) -> comm.Sum:
-        started = correct(self, a, b, direction, **named)
+    def redundant(self: Split, parts: Any, *, direction: str, **named: Any) -> comm.StartedSum:
+        started = correct(self, parts, direction=direction, **named)
         if direction == "forward":
             comm.all_reduce(started.wait(), self.axis, direction=direction)
         return started
 
-    monkeypatch.setattr(LinearSite, "start_sum", redundant)
+    monkeypatch.setattr(Split, "start_sum", redundant)
     report = prove_ffn()
     assert (report.proved, report.identical, report.agrees_with_torch) == (False, True, True)
     assert report.verdict() == (
@@ -123,14 +123,14 @@ def test_a_planted_fault_makes_the_command_exit_with_1_and_name_the_tensor(
     assert code == 0
     assert "Proved for 1 case" in said
 
-    correct = LinearSite.start_sum
+    correct = Split.start_sum
 
-    def local(self: LinearSite, a: Tensor, b: Tensor, direction: str, **named: Any) -> comm.Sum:
+    def local(self: Split, parts: Any, *, direction: str, **named: Any) -> comm.StartedSum:
         if direction == "backward":
-            return correct(self, a, b, direction, **named)
-        return comm.Sum(F.linear(a, b))
+            return correct(self, parts, direction=direction, **named)
+        return comm.StartedSum(parts[0])
 
-    monkeypatch.setattr(LinearSite, "start_sum", local)
+    monkeypatch.setattr(Split, "start_sum", local)
     code, said = run()
     assert code == 1
     assert "Not proved: in case ffn, tensor output is the first whose bits differ" in said

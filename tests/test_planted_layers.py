@@ -21,6 +21,7 @@ from planted import (
 )
 from shardproof import comm
 from shardproof.axis import Axis
+from shardproof.comm import split
 from shardproof.errors import MismatchError, RankError, ShapeError
 from shardproof.functional.linear import column_linear
 from shardproof.prover import cases
@@ -87,7 +88,7 @@ def test_features_that_do_not_divide_are_dropped() -> None:
 
 class WeightWithoutGradient(sp.ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
-        return column_linear(x, self.weight.detach(), self.bias, self._site)
+        return column_linear(x, self.weight.detach(), self.bias, self._split)
 
 
 def test_gradient_of_one_parameter_never_computed() -> None:
@@ -102,7 +103,7 @@ def test_gradient_of_one_parameter_never_computed() -> None:
 class WeightWithoutGradientAlone(sp.ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.detach() if self.axis.size == 1 else self.weight
-        return column_linear(x, weight, self.bias, self._site)
+        return column_linear(x, weight, self.bias, self._split)
 
 
 def test_gradient_of_one_parameter_missing_at_the_first_degree() -> None:
@@ -115,7 +116,7 @@ def test_gradient_of_one_parameter_missing_at_the_first_degree() -> None:
 class WeightWithoutGradientOnOneRank(sp.ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.detach() if self.axis.rank == 1 else self.weight
-        return column_linear(x, weight, self.bias, self._site)
+        return column_linear(x, weight, self.bias, self._split)
 
 
 def test_gradient_of_one_parameter_missing_on_one_rank() -> None:
@@ -132,7 +133,7 @@ def test_shards_gathered_in_reversed_order(monkeypatch: pytest.MonkeyPatch) -> N
         parts = correct(x, axis, dim=dim, cut=cut, **call).split(cut.sizes(), dim)
         return torch.cat(parts[::-1], dim)
 
-    monkeypatch.setattr(comm, "all_gather", backwards)
+    monkeypatch.setattr(split, "all_gather", backwards)
     expect_bits(prove_column(), "output")
 
 

@@ -18,8 +18,8 @@ from planted import expect_bits, expect_not_the_same, expect_proved, expect_torc
 from planted_llama import EMBEDDING, HEAD, LAYER, VOCABULARY, Change, Steps, differing, prove
 from shardproof import comm
 from shardproof.axis import Axis
-from shardproof.functional.attention_site import AttentionSite
-from shardproof.functional.vocabulary_site import VocabularySite
+from shardproof.comm.split import Split
+from shardproof.functional.head_split import HeadSplit
 from shardproof.hf import head, weights
 from shardproof.layers.dropout import Dropout
 from shardproof.leaves import Layout
@@ -76,7 +76,7 @@ def test_a_checkpoint_that_is_read_right_is_proved(checkpoint: Path) -> None:
     expect_proved(prove(degrees=(1, 2, 4), change=loading(checkpoint)))
 
 
-def local_key_gradients(site: AttentionSite, partials: Tensor) -> Tensor:
+def local_key_gradients(site: HeadSplit, partials: Tensor) -> Tensor:
     """Of what this rank's own query heads have."""
     own = [[*site._of_queries(key, partials).values()] for key in site.held]
     sums = [functools.reduce(torch.add, each) for each in own]
@@ -100,9 +100,9 @@ def test_gradients_of_key_value_heads_summed_for_their_owner_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every sum over the ranks counts the owner's, and every hash: the copies must be looked at."""
-    correct = AttentionSite.key_gradients
+    correct = HeadSplit.key_gradients
 
-    def for_owner(self: AttentionSite, partials: Tensor) -> Tensor:
+    def for_owner(self: HeadSplit, partials: Tensor) -> Tensor:
         summed = correct(self, partials)
         owned = self.heads.key_cut.run(self.axis.rank)
         if self.cut is None or all(key in owned for key in self.held):
@@ -111,7 +111,7 @@ def test_gradients_of_key_value_heads_summed_for_their_owner_alone(
         own = torch.tensor([key in owned for key in self.held])
         return torch.where(own[:, None, None], summed, local)
 
-    monkeypatch.setattr(AttentionSite, "key_gradients", for_owner)
+    monkeypatch.setattr(HeadSplit, "key_gradients", for_owner)
     report = prove(degrees=(1, 4))
     assert not differing(report)
     assert not report.proved
@@ -202,16 +202,14 @@ def test_vocabulary_rows_that_no_rank_looks_up() -> None:
 
 def test_vocabulary_rows_that_the_loss_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The logits are right; the last class is missing from the sum of exponentials."""
-    correct = VocabularySite.__post_init__
 
-    def floored(self: VocabularySite) -> None:
-        correct(self)
+    def floored(self: Split) -> tuple[slice, ...]:
+        blocks = self.leaves.slices
         if self.axis.size > 1 and self.axis.rank == self.axis.size - 1:
-            last = self.blocks[-1]
-            shorter = (*self.blocks[:-1], slice(last.start, last.stop - 1))
-            object.__setattr__(self, "blocks", shorter)
+            blocks = (*blocks[:-1], slice(blocks[-1].start, blocks[-1].stop - 1))
+        return blocks
 
-    monkeypatch.setattr(VocabularySite, "__post_init__", floored)
+    monkeypatch.setattr(Split, "blocks", property(floored))
     expect_bits(prove(), "loss")
 
 

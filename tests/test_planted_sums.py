@@ -1,6 +1,6 @@
 """Planted faults of sums: an order that the degree changes, roundings, signs, other kernels."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,11 +11,12 @@ from torch.nn import functional as F
 import shardproof as sp
 from fresh_process import run_fresh
 from planted import batch, expect_bits, expect_proved, linear, prove_block, prove_one_row
-from shardproof import collectives, comm
+from shardproof import comm
 from shardproof.axis import Axis
+from shardproof.comm import differentiable as collectives
+from shardproof.comm import split
 from shardproof.leaves import Cut
 from shardproof.prover.report import Report
-from shardproof.tree import Node
 
 
 def test_native_numerics_agree_and_are_not_identical() -> None:
@@ -30,14 +31,12 @@ def test_native_numerics_agree_and_are_not_identical() -> None:
 
 def test_nodes_rounded_to_bf16_where_there_is_a_wire(monkeypatch: pytest.MonkeyPatch) -> None:
     """Partials in another precision at degree 1 than elsewhere (TBIK rounds nodes to bf16)."""
-    correct = comm.start_all_reduce_nodes
+    correct = split.start_planned
 
-    def rounded(nodes: Mapping[Node, Tensor], axis: Axis, **named: Any) -> comm.Sum:
-        if axis.size > 1:
-            nodes = {node: x.bfloat16().float() for node, x in nodes.items()}
-        return correct(nodes, axis, **named)
+    def rounded(parts: Sequence[Tensor], *given: Any) -> comm.StartedSum:
+        return correct([x.bfloat16().float() for x in parts], *given)
 
-    monkeypatch.setattr(comm, "start_all_reduce_nodes", rounded)
+    monkeypatch.setattr(split, "start_planned", rounded)
     expect_bits(prove_block(), "output")
 
 
@@ -88,7 +87,7 @@ def prove_negated_relu() -> Report:
 def test_sign_of_zero_lost_in_a_sum_with_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     """A masked vocabulary lookup does this: -0.0 + 0.0 is 0.0. Only the bits can show it."""
     expect_proved(prove_negated_relu())
-    monkeypatch.setattr(comm, "all_gather", padded_sum)
+    monkeypatch.setattr(collectives, "gather_plain", padded_sum)
     report = prove_negated_relu()
     expect_bits(report, "output")
     assert report.agrees_with_torch, "-0.0 equals 0.0"

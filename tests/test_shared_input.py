@@ -13,9 +13,10 @@ from torch.testing import assert_close
 from invariance import bits_equal, random_threads, strided
 from places import Pool
 from shardproof.axis import Axis
+from shardproof.comm.split import Split
 from shardproof.errors import UsageError
-from shardproof.functional.shared import SharedSite, shared_columns
-from shardproof.functional.site import LinearSite
+from shardproof.functional import shared
+from shardproof.functional.shared import SharedSum, shared_columns
 from shardproof.heads import Heads
 from shardproof.layers.linear import ColumnParallelLinear
 from shardproof.layers.shared import link
@@ -207,13 +208,13 @@ def test_weight_gradients_are_computed_while_the_sum_runs(
     pool: Pool, monkeypatch: pytest.MonkeyPatch, is_asynchronous: bool
 ) -> None:
     logs: tuple[list[str], list[str]] = ([], [])
-    product = LinearSite.weight_gradient
+    product = shared.weight_gradient
 
-    def logged(site: LinearSite, a: Tensor, b: Tensor) -> Tensor:
-        logs[site.axis.rank].append(site.who)
-        return product(site, a, b)
+    def logged(a: Tensor, b: Tensor, split: Split) -> Tensor:
+        logs[split.axis.rank].append(split.name)
+        return product(a, b, split)
 
-    monkeypatch.setattr(LinearSite, "weight_gradient", logged)
+    monkeypatch.setattr(shared, "weight_gradient", logged)
 
     def run(axis: Axis) -> None:
         log = logs[axis.rank]
@@ -306,7 +307,7 @@ def test_a_pure_function_is_there_too(pool: Pool) -> None:
 
     def run(axis: Axis) -> bool:
         layers, (x, grads) = group.layers(axis), group.data()
-        site = SharedSite.of([la.site for la in layers], heads=group.heads(axis.size), who="attn")
+        site = SharedSum.of([la.split for la in layers], heads=group.heads(axis.size), who="attn")
         weights, biases = [la.weight for la in layers], [la.bias for la in layers]
         wanted = step(group, layers)
         x.requires_grad_()
@@ -354,10 +355,7 @@ def test_a_head_that_is_counted_by_all_is_found_in_native_too(
 ) -> None:
     group = replace(LARGER[4], dtype=torch.float64, numerics="native")
     wanted = expected(group)["x.grad"]
-    local = SharedSite._local
-    monkeypatch.setattr(
-        SharedSite, "_local", staticmethod(lambda owns, pairs: local([None] * len(owns), pairs))
-    )
+    monkeypatch.setattr(shared._MemberTerm, "owned", lambda term: (term.grad, term.weight))
     for found in pool(2, "threads").run(lambda axis: computed(axis, group)["x.grad"]):
         assert (found - wanted).abs().max() > 1
 
@@ -372,7 +370,7 @@ def test_members_that_are_added_one_tree_after_another_are_found(
         each = [correct([pair], [at], **named) for pair, at in zip(pairs, slices, strict=True)]
         return {node: sum(found[node] for found in each) for node in each[0]}
 
-    monkeypatch.setattr("shardproof.functional.shared.joined_nodes", apart)
+    monkeypatch.setattr("shardproof.numerics.arithmetic.joined_nodes", apart)
     found = differing_anywhere(pool, lambda axis, seed: all_numbers(axis, LARGER[:1], seed), PLACES)
     assert "threads 2 rank 0: 0 x.grad" in found
     assert all(name.endswith("x.grad") for name in found)
@@ -467,4 +465,4 @@ def test_a_cut_of_heads_and_one_of_features_do_not_line_up() -> None:
     members = [layer(axis, 24, cut=heads.query_cut, name="q"), layer(axis, 24, name="k")]
     with pytest.raises(UsageError, match=r"their leaves do not line up\. Give layers of one"):
         link(members, who="attn")
-    assert members[1].site.cut == Cut(24, 8, 1)
+    assert members[1].split.cut == Cut(24, 8, 1)

@@ -10,8 +10,9 @@ import torch
 import shardproof as sp
 from shardproof import comm
 from shardproof.axis import Axis
+from shardproof.comm.plans import scatter_plan, tree_plan
+from shardproof.comm.split import Split
 from shardproof.leaves import Cut, share
-from shardproof.schedule import scatter_plan, tree_plan
 from shardproof.scheme import Scheme
 from shardproof.showing.actions import actions_of
 from shardproof.showing.arrows import Arrow, arrow_sentences, arrows_of
@@ -63,7 +64,7 @@ def scattered(degree: int, columns: int = 5) -> tuple[Arrow, ...]:
     def work(axis: Axis) -> None:
         nodes = nodes_of(axis, cut, (4, columns), torch.float32)
         comm.reduce_scatter_nodes(
-            nodes, axis, cut=cut, shape=(4, columns), dim=1, dim_cut=to, like=torch.empty(0),
+            nodes, axis, cut=cut, into=comm.ShardOf((4, columns), 1, to), like=torch.empty(0),
             direction="backward", who="a",
         )  # fmt: skip
 
@@ -142,7 +143,7 @@ def test_the_numbers_of_a_window_of_rows_are_those_of_its_rows() -> None:
     def work(axis: Axis) -> None:
         nodes = nodes_of(axis, cut, (3, 2), torch.float32)
         comm.reduce_scatter_nodes(
-            nodes, axis, cut=cut, shape=(3, 2), dim=0, dim_cut=to, like=torch.empty(0),
+            nodes, axis, cut=cut, into=comm.ShardOf((3, 2), 0, to), like=torch.empty(0),
             direction="backward", who="a",
         )  # fmt: skip
 
@@ -205,10 +206,11 @@ def test_two_sums_that_run_at_once_keep_their_own_additions() -> None:
     cut = Cut(16, leaves=LEAVES, degree=2)
 
     def work(axis: Axis) -> None:
+        split = Split(axis, cut, sp.Scheme(), "a")
         started = [
-            comm.start_all_reduce_nodes(
-                nodes_of(axis, cut, (2, 2 + more), torch.float32), axis, cut=cut,
-                shape=(2, 2 + more), like=torch.empty(0), direction="forward", who="a",
+            split.start_sum(
+                [*nodes_of(axis, cut, (2, 2 + more), torch.float32).values()],
+                shape=(2, 2 + more), like=torch.empty(0), direction="forward",
             )
             for more in (0, 1)
         ]  # fmt: skip

@@ -7,6 +7,41 @@ SRC = Path(__file__).parents[1] / "src" / "shardproof"
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FILE_LINES = 500
 FUNCTION_LINES = 60
+PARAMETERS = 7
+
+# Functions that have more, and why.
+MANY_PARAMETERS = {
+    **dict.fromkeys(
+        [
+            "cut/deferred.py _attended",
+            "cut/heads.py attended_with_dropout",
+            "hf/attention.py _attend",
+            "numerics/channelwise.py batch_norm",
+            "numerics/channelwise.py instance_norm",
+            "numerics/entropy.py cross_entropy",
+            "numerics/forms.py _batch_norm",
+            "numerics/forms.py _instance_norm",
+            "numerics/headed.py attention",
+        ],
+        "has the signature of a function of torch or transformers",
+    ),
+    **dict.fromkeys(
+        ["optim/adafactor.py __init__", "optim/muon.py __init__"],
+        "has the options of torch's optimizer",
+    ),
+    **dict.fromkeys(["cli/plan.py plan", "cli/show.py show"], "is a command and its options"),
+    **dict.fromkeys(
+        [
+            "prover/proof.py prove",
+            "prover/proof.py prove_cases",
+            "prover/torchrun.py prove_under_torchrun",
+            "ranks.py launch",
+            "showing/given.py show",
+        ],
+        "is public, and its options are documented",
+    ),
+    **dict.fromkeys(["cut/moves.py _result", "cut/moves.py _step"], "is still to be divided"),
+}
 
 
 def too_long(path: Path) -> list[str]:
@@ -28,6 +63,40 @@ def test_no_file_and_no_function_is_too_long() -> None:
     paths += sorted(BENCHMARKS.rglob("*.py"))
     assert paths[-1].parent == BENCHMARKS
     assert [found for path in paths for found in too_long(path)] == []
+
+
+def num_parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """How many a function has, without self, cls and ctx."""
+    names = [each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+    return len(names) - (names[:1] in (["self"], ["cls"], ["ctx"]))
+
+
+def with_many_parameters(source: Path) -> list[str]:
+    """Functions below a folder, but for constructors of layers."""
+    found = []
+    for path in sorted(source.rglob("*.py")):
+        file = path.relative_to(source).as_posix()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            is_constructor = node.name == "__init__" or node.name.startswith("from_")
+            is_of_layer = file.startswith("layers/") and is_constructor
+            if num_parameters(node) > PARAMETERS and not is_of_layer:
+                found.append(f"{file} {node.name}")
+    return found
+
+
+def test_functions_have_few_parameters() -> None:
+    assert sorted(set(with_many_parameters(SRC))) == sorted(MANY_PARAMETERS)
+
+
+def test_a_planted_crowd_of_parameters_is_found(tmp_path: Path) -> None:
+    (tmp_path / "layers").mkdir()
+    names = ", ".join("abcdefgh")
+    (tmp_path / "crowd.py").write_text(f"def crowd({names}): ...\n\ndef few(a, *, b): ...\n")
+    layer = f"class A:\n    def __init__(self, {names}): ...\n    def f(self, {names}): ...\n"
+    (tmp_path / "layers" / "a.py").write_text(layer)
+    assert with_many_parameters(tmp_path) == ["crowd.py crowd", "layers/a.py f"]
 
 
 def test_a_planted_giant_is_found(tmp_path: Path) -> None:

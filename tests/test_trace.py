@@ -581,8 +581,8 @@ def test_every_package_is_of_users_or_of_our_own() -> None:
     """A new package of the work of users must be named, or its operations are no steps."""
     names = {found.name for found in pkgutil.iter_modules(sp.__path__)} - {"_kernels", "_shm"}
     own = {
-        *("__main__", "autograd", "axis", "block_comm", "block_layout", "checking"),
-        *("collectives", "comm", "comparison", "core", "cut", "watching"),
+        *("__main__", "autograd", "axis", "block_layout", "checking"),
+        *("comm", "comparison", "core", "cut", "watching"),
         *("environment", "errors", "extras", "files", "functional", "heads", "hf", "layers"),
         *("leaves", "numerics", "objects", "observing", "operands", "operators", "optim"),
         "plans",
@@ -591,12 +591,11 @@ def test_every_package_is_of_users_or_of_our_own() -> None:
             "recut",
             "reductions",
             "runs",
-            "schedule",
             "scheme",
             "error_text",
             "timeout",
         ),
-        *("told", "torchrun", "trace", "transport", "tree", "units", "wording"),
+        *("torchrun", "trace", "transport", "tree", "units", "wording"),
     }
     users = {name.partition(".")[0] for name in OF_USERS}
     assert names == own | users

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 import shardproof as sp
 from planted import IN, OUT, batch, block_builder, expect_proved, linear
-from shardproof import collectives
 from shardproof.axis import Axis
 from shardproof.cli import prove as prove_command
 from shardproof.cli.main import main
+from shardproof.comm import differentiable as collectives
 from shardproof.errors import UsageError
 from shardproof.prover import Case, CaseRun, Report, cases, prove_cases
 

@@ -15,11 +15,14 @@ from torch.nn import functional as F
 
 from invariance import bits_equal, normal
 from places import Pool
-from shardproof import collectives, comm
+from shardproof import comm
 from shardproof.axis import Axis
-from shardproof.functional.attention import AttentionSite, attention
-from shardproof.functional.cut_norms import NormSite, head_rms_norm, sharded_rms_norm
+from shardproof.comm import differentiable as collectives
+from shardproof.comm.split import Split
+from shardproof.functional.attention import attention
+from shardproof.functional.cut_norms import head_rms_norm, sharded_rms_norm
 from shardproof.functional.dropout import MaskKey, dropout
+from shardproof.functional.head_split import HeadSplit
 from shardproof.functional.losses import cross_entropy, mse_loss
 from shardproof.functional.norms import layer_norm, rms_norm
 from shardproof.functional.rms import RmsFormula
@@ -143,7 +146,7 @@ def whole_norm(axis: Axis, dtype: torch.dtype, kind: str, has_weight: bool) -> A
 def cut_norm(axis: Axis, dtype: torch.dtype, kind: str, numerics: Any) -> Act:
     """Over 3 heads of 2 features: over all of them, or over each."""
     heads = Heads(3, 3, SIZE // 3, 8, axis.size)
-    site = NormSite(axis, heads.query_cut, None, Scheme(numerics=numerics), "norm")
+    site = Split(axis, heads.query_cut, Scheme(numerics=numerics), "norm")
     size = SIZE if kind == "across" else heads.head_dim
     theirs = weight(size, seed=72)
     mine = nn.Parameter(theirs.detach().to(dtype))
@@ -498,7 +501,7 @@ def test_attention_is_right_on_every_view(pool: Pool, keys: int, numerics: Any) 
 
     def run(axis: Axis) -> int:
         heads, count = Heads(4, keys, 3, 8, axis.size), 0
-        site = AttentionSite(axis, heads, Scheme(numerics=numerics), "attention")
+        site = HeadSplit(axis, heads, Scheme(numerics=numerics), "attention")
         own, held = heads.owned(axis.rank), heads.held(axis.rank)
         whole_of = [normal(2, n, 5, 3, seed=n) for n in (4, keys, keys, 4)]
         mask = normal(2, 1, 5, 5, seed=9)
@@ -591,6 +594,7 @@ def test_collectives_on_plain_tensors_take_every_view(pool: Pool) -> None:
                 sizes = [flat.numel()] * axis.size
                 first = comm.gather(view.reshape(-1), axis, sizes=sizes, dst=0, **options)
                 alike: Any = {"cut": cut, "shape": shape, "like": flat}
+                into = comm.ShardOf(shape, -1, cut)
                 mine = flat.narrow(-1, own.start, len(own))
                 pairs = [
                     (comm.all_gather(part, axis, dim=-1, cut=cut, **options), flat),
@@ -607,7 +611,7 @@ def test_collectives_on_plain_tensors_take_every_view(pool: Pool) -> None:
                     (comm.all_reduce_nodes(given(), axis, **alike, **options), total),
                     (
                         comm.reduce_scatter_nodes(
-                            given(), axis, dim=-1, dim_cut=cut, **alike, **options
+                            given(), axis, cut=cut, into=into, like=flat, **options
                         ),
                         total if axis.size == 1 else total.narrow(-1, own.start, len(own)),
                     ),

@@ -30,8 +30,10 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import shardproof as sp
 from shardproof import comm, core
-from shardproof.functional.attention import AttentionSite, attention
-from shardproof.functional.cut_norms import NormSite, sharded_rms_norm
+from shardproof.comm.split import Split
+from shardproof.functional.attention import attention
+from shardproof.functional.cut_norms import sharded_rms_norm
+from shardproof.functional.head_split import HeadSplit
 from shardproof.functional.losses import cross_entropy, mse_loss
 from shardproof.functional.norms import layer_norm, rms_norm
 from shardproof.functional.rms import RmsFormula
@@ -140,7 +142,7 @@ def linked(x: Tensor) -> Tensor:
 
 def cut_norm(x: Tensor) -> Tensor:
     cut = Cut(SIZE, 8, 1)
-    return sharded_rms_norm(x, None, NormSite(AXIS, cut, None, SCHEME, "norm"), RmsFormula(1e-6))
+    return sharded_rms_norm(x, None, Split(AXIS, cut, SCHEME, "norm"), RmsFormula(1e-6))
 
 
 def joined_product(x: Tensor) -> Any:
@@ -242,7 +244,7 @@ def embedded(ids: Any, weight: Any) -> Tensor:
 def attended(make: Callable[[Tensor], Tensor], at: int) -> Tensor:
     given = [x_of(1, ROWS, 2, 3) for _ in range(3)] + [x_of(1, 1, 2, 2)]
     given[at] = make(given[at])
-    site = AttentionSite(AXIS, HEADS, SCHEME, "attention")
+    site = HeadSplit(AXIS, HEADS, SCHEME, "attention")
     return attention(*given[:3], site, mask=given[3])
 
 
@@ -317,9 +319,9 @@ def without_memory_in_c() -> None:
     kernels: Any = core.kernels()
     for call in (
         lambda: kernels.fold(0, False, 0, 2, 2, 0, 2, 1),
-        lambda: kernels.product(0, 1, 0, 1, 1, 1, 0, 1, 1, 0, 1, 1, 0, products._one_leaf(1)),
+        lambda: kernels.product(0, 1, 0, 1, 1, 1, 0, 1, 1, 0, 1, 1, 0, products.one_leaf(1)),
         lambda: kernels.joined(
-            0, 1, 0, 1, 1, struct.pack("=7q", 1, 0, 1, 1, 0, 1, 1), products._one_leaf(1)
+            0, 1, 0, 1, 1, struct.pack("=7q", 1, 0, 1, 1, 0, 1, 1), products.one_leaf(1)
         ),
     ):
         try:

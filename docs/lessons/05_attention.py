@@ -25,7 +25,7 @@ from torch.nn import functional as F
 import shardproof as sp  # before the first product: it sets how products are computed
 from helpers import bits_of, largest, sha, table
 from pictures import grid, picture
-from shardproof.collectives import all_reduce, all_reduce_grad
+from shardproof.comm.differentiable import all_reduce, all_reduce_grad
 from shardproof.heads import Heads
 
 DEGREE = 3

@@ -14,6 +14,15 @@ from shardproof.errors import UsageError
 Backward = Callable[..., Any]
 
 
+class OwnFunction(torch.autograd.Function):
+    """An autograd function of this package: it never takes a cut tensor (`cut.foreign`).
+
+    It is called as torch calls one, past what `cut.foreign` does to the functions of others.
+    """
+
+    apply: Any = classmethod(torch.autograd.Function.apply.__func__)  # type: ignore[attr-defined]
+
+
 def once_differentiable(backward: Backward) -> Backward:
     """Make a backward raise when it is differentiated again, like torch's decorator of that name.
 

@@ -70,6 +70,25 @@ def check_degree(degree: int, leaves: int) -> None:
 
 
 @dataclass(frozen=True)
+class OwnedLeaves:
+    """The leaves that one rank owns of a cut dim, and where they lie in what the rank holds.
+
+    Attributes:
+        run: which leaves.
+        num_leaves: of the whole dim.
+        slices: where each of them lies.
+        own: where all of them lie.
+        is_all: whether the rank holds nothing else.
+    """
+
+    run: range
+    num_leaves: int
+    slices: tuple[slice, ...]
+    own: slice
+    is_all: bool
+
+
+@dataclass(frozen=True)
 class Cut:
     """One dim of `size` units, cut into leaves that `degree` ranks share.
 
@@ -178,6 +197,17 @@ class Cut:
             slice(units.start - start, units.stop - start)
             for units in self._leaves()[run.start : run.stop]
         )
+
+    def owned_leaves(self, rank: int, held: range | None = None) -> OwnedLeaves:
+        """The leaves that `rank` owns.
+
+        Args:
+            rank: whose.
+            held: the leaves that it holds; those it owns, if not given.
+        """
+        run, slices = self.run(rank), self.leaf_slices(rank, held)
+        own = slice(slices[0].start, slices[-1].stop) if slices else slice(0, 0)
+        return OwnedLeaves(run, self.num_leaves, slices, own, held is None or held == run)
 
     def idle_ranks(self) -> tuple[int, ...]:
         """Ranks that own no leaf; they hold an empty shard and still take part in collectives."""

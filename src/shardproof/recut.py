@@ -12,11 +12,11 @@ from torch import Tensor
 
 from shardproof import observing, operators
 from shardproof.axis import Axis
-from shardproof.comm import check_degree_of
+from shardproof.comm.check import check_degree_of
+from shardproof.comm.reporting import count, sends_whole, told_of
 from shardproof.errors import ShapeError
 from shardproof.leaves import Cut
 from shardproof.observing import Operand
-from shardproof.told import count, sends_whole, told_of
 from shardproof.transport.base import Call
 
 

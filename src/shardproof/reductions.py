@@ -19,7 +19,7 @@ from shardproof import comm, operands
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError, UsageError
 from shardproof.leaves import Cut, Layout
-from shardproof.numerics.elementwise import widen
+from shardproof.numerics.precision import widen
 from shardproof.numerics.sums import sum_all
 from shardproof.objects import checked_model
 from shardproof.optim.layouts import layouts_of

@@ -4,12 +4,13 @@ from typing import Any
 
 from torch import Tensor
 
+from shardproof.comm.split import Split
 from shardproof.cut.alignment import is_one_shared_unit, refined
 from shardproof.cut.fallback import whole
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 from shardproof.functional import crossings
-from shardproof.functional.site import LinearSite
+from shardproof.functional.linear import Gathers
 from shardproof.leaves import Cut
 from shardproof.units import CutDim
 
@@ -86,7 +87,11 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CutTensor:
 
 def _cut_argument(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cut | None:
     """The cut of the last dim among the arguments of a function, or None."""
-    for each in (*args, *kwargs.values()):
-        if isinstance(each, LinearSite):
-            return each.cut if name == "row_linear" and not each.split_input else each.input_cut
+    arguments = (*args, *kwargs.values())
+    if name == "row_linear":
+        split = next((each for each in arguments if isinstance(each, Split)), None)
+        return None if split is None or kwargs.get("splits_input") else split.cut
+    if name == "column_linear":
+        gathers = next((each for each in arguments if isinstance(each, Gathers)), Gathers())
+        return None if gathers.input is None else gathers.input.cut
     return kwargs.get("cut")

@@ -3,9 +3,8 @@
 They take plain tensors, and cut tensors (`shardproof.cut`) where a model's code has those.
 """
 
+from shardproof.comm.split import Split
 from shardproof.functional import embedding, linear, losses, vocabulary
-from shardproof.functional.embedding import EmbeddingSite
-from shardproof.functional.site import LinearSite
 from shardproof.numerics import bent, elementwise
 from shardproof.operands import meets_cut
 
@@ -32,8 +31,7 @@ softshrink = _elementwise(bent.softshrink)
 tanh = _elementwise(elementwise.tanh)
 
 __all__ = [
-    "EmbeddingSite",
-    "LinearSite",
+    "Split",
     "celu",
     "column_linear",
     "cross_entropy",

@@ -9,7 +9,7 @@ queries as in Ainslie et al. 2023 (arXiv 2305.13245).
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -18,9 +18,8 @@ from torch.nn import functional as F
 from shardproof import observing, operands
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError, UsageError
-from shardproof.functional.attention_site import AttentionSite
-from shardproof.functional.rows import are_alike, cast, is_autocast, without_autocast
-from shardproof.numerics import mode
+from shardproof.functional.head_split import HeadSplit
+from shardproof.functional.rows import are_alike, prepared, wants_gradient, without_autocast
 from shardproof.numerics.attending import (
     Attended,
     HeadDropout,
@@ -32,19 +31,48 @@ from shardproof.numerics.attending import (
     score_gradient,
     value_partials,
 )
-from shardproof.numerics.elementwise import widen
-from shardproof.numerics.headwise import batched_product, product_by_head
+from shardproof.numerics.precision import widen
 
-__all__ = ["AttentionSite", "HeadDropout", "attention"]
+__all__ = ["HeadDropout", "HeadSplit", "attention"]
 
 Gradients = tuple[Tensor | None, ...]
+
+
+class AttentionOptions(TypedDict, total=False):
+    """How scores become weights.
+
+    Attributes:
+        mask: broadcastable to (batch, 1, T, S), Replicate: bool, where True takes part, or numbers
+            that are added to the scores; without a gradient.
+        is_causal: queries are the last T of the S places, and see none behind their own.
+        scale: of the scores; default head_dim ** -0.5.
+        softcap: bends the scores into (-softcap, softcap), before the mask.
+        dropout: of the weights; None in eval mode.
+    """
+
+    mask: Tensor | None
+    is_causal: bool
+    scale: float | None
+    softcap: float | None
+    dropout: HeadDropout | None
+
+
+@dataclass(frozen=True)
+class _Options:
+    """`AttentionOptions` with what is not given."""
+
+    mask: Tensor | None = None
+    is_causal: bool = False
+    scale: float | None = None
+    softcap: float | None = None
+    dropout: HeadDropout | None = None
 
 
 @dataclass(frozen=True)
 class _Way:
     """What the function takes beside its tensors."""
 
-    site: AttentionSite
+    split: HeadSplit
     manner: Manner
     dropout: HeadDropout | None
 
@@ -66,14 +94,15 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> Gradients:
-        return without_autocast(grad_y, _gradients, ctx, grad_y)
+        with without_autocast(grad_y):
+            return _gradients(ctx, grad_y)
 
 
 def _keep(q: Tensor, k: Tensor, way: _Way) -> Tensor | None:
     """Which weights dropout keeps: drawn once, for the way back too."""
     if way.dropout is None:
         return None
-    return way.dropout.keep(way.site.owned, (q.shape[0], q.shape[2], k.shape[2]), q.device)
+    return way.dropout.keep(way.split.owned, (q.shape[0], q.shape[2], k.shape[2]), q.device)
 
 
 def _gradients(ctx: Any, grad_y: Tensor) -> Gradients:
@@ -94,19 +123,19 @@ def _gradients(ctx: Any, grad_y: Tensor) -> Gradients:
         del grad  # before the next one of its size
     if needs_v:
         value_partials(weights, grad_out, keep, manner, partials[-1])
-    grad_k, grad_v = _key_gradients(ctx.way.site, partials, needs_k, needs_v, k.dtype)
+    grad_k, grad_v = _key_gradients(ctx.way.split, partials, needs_k, needs_v, k.dtype)
     if observing.is_on():
-        ctx.way.site.tell_backward(grad_y, {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v})
+        ctx.way.split.tell_backward(grad_y, {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v})
     return grad_q, grad_k, grad_v, None, None
 
 
 def _key_gradients(
-    site: AttentionSite, partials: Tensor, needs_k: bool, needs_v: bool, dtype: torch.dtype
+    split: HeadSplit, partials: Tensor, needs_k: bool, needs_v: bool, dtype: torch.dtype
 ) -> Gradients:
     """Rounded once, after the last addition."""
     if not (needs_k or needs_v):
         return None, None
-    whole = site.key_gradients(partials).to(dtype)
+    whole = split.key_gradients(partials).to(dtype)
     return whole[0] if needs_k else None, whole[-1] if needs_v else None
 
 
@@ -114,9 +143,9 @@ class _Serve(torch.autograd.Function):
     """Key-value heads, once for each query head that they serve; their sum backward."""
 
     @staticmethod
-    def forward(ctx: Any, k: Tensor, v: Tensor, site: AttentionSite) -> tuple[Tensor, Tensor]:
-        ctx.site, ctx.dtype = site, k.dtype
-        serving = torch.tensor(site.serving, dtype=torch.int64, device=k.device)
+    def forward(ctx: Any, k: Tensor, v: Tensor, split: HeadSplit) -> tuple[Tensor, Tensor]:
+        ctx.split, ctx.dtype = split, k.dtype
+        serving = torch.tensor(split.serving, dtype=torch.int64, device=k.device)
         return k.index_select(1, serving), v.index_select(1, serving)
 
     @staticmethod
@@ -125,20 +154,15 @@ class _Serve(torch.autograd.Function):
         needs_k, needs_v, _ = ctx.needs_input_grad
         grads = [grad for grad, is_needed in ((grad_k, needs_k), (grad_v, needs_v)) if is_needed]
         partials = torch.stack([widen(grad) for grad in grads])
-        return *_key_gradients(ctx.site, partials, needs_k, needs_v, ctx.dtype), None
+        return *_key_gradients(ctx.split, partials, needs_k, needs_v, ctx.dtype), None
 
 
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    site: AttentionSite,
-    *,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    softcap: float | None = None,
-    dropout: HeadDropout | None = None,
+    split: HeadSplit,
+    **options: Unpack[AttentionOptions],
 ) -> Tensor:
     """`softmax(q k^T * scale + mask) v` of the query heads that a rank owns.
 
@@ -146,13 +170,8 @@ def attention(
         q: (batch, owned, T, head_dim), Shard(1): the query heads that this rank owns.
         k: (batch, held, S, head_dim), Shard(1): the key-value heads that it holds.
         v: (batch, held, S, head_dim), Shard(1): likewise.
-        site: axis, heads, scheme, name.
-        mask: broadcastable to (batch, 1, T, S), Replicate: bool, where True takes part, or numbers
-            that are added to the scores; without a gradient.
-        is_causal: queries are the last T of the S places, and see none behind their own.
-        scale: of the scores; default head_dim ** -0.5.
-        softcap: bends the scores into (-softcap, softcap), before the mask.
-        dropout: of the weights; None in eval mode.
+        split: axis, heads, scheme, name.
+        options: see `AttentionOptions`.
     Returns:
         (batch, owned, T, head_dim), Shard(1); its gradient is expected to be Shard(1). Those of k
         and v are whole on every rank that holds the head. A query that may see no key gives zeros.
@@ -162,64 +181,49 @@ def attention(
         UsageError: an option makes no sense, or the mask wants a gradient.
     Comm:
         forward none; backward none.
-        site.cut: forward none; backward one all_gather of (2 * parts, batch, S, head_dim).
+        split.cut: forward none; backward one all_gather of (2 * parts, batch, S, head_dim).
     """
-    if mask is not None:
-        site.axis.note(mask, who=site.who, what="attention mask")
-    if site.is_invariant:
-        mode.require_invariant()
-    if is_autocast(q):
-        kind = q.device.type
-        dtype = torch.get_autocast_dtype(kind)
-        q, k, v = (cast(x, dtype) for x in (q, k, v))
-        with torch.autocast(kind, enabled=False):
-            y = _attended(q, k, v, site, mask, is_causal, scale, softcap, dropout)
-    else:
-        y = _attended(q, k, v, site, mask, is_causal, scale, softcap, dropout)
+    given = _Options(**options)
+    if given.mask is not None:
+        split.axis.note(given.mask, who=split.who, what="attention mask")
+    split.arithmetic.require()
+    q, k, v = prepared(q, k, v)
+    with without_autocast(q):
+        y = _attended(q, k, v, split, given)
     if observing.is_on():
-        site.tell_forward(q, k, v, y)
+        split.tell_forward(q, k, v, y)
     return y
 
 
-def _attended(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    site: AttentionSite,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    softcap: float | None,
-    dropout: HeadDropout | None,
-) -> Tensor:
+def _attended(q: Tensor, k: Tensor, v: Tensor, split: HeadSplit, options: _Options) -> Tensor:
     """`attention` once autocast is out of the way."""
-    who = site.who or "attention"
-    _check_heads(q, k, v, site, who)
-    _check_options(q, k, mask, is_causal, softcap, who)
+    _check_heads(q, k, v, split, split.who or "attention")
+    _check_options(q, k, options, split.who or "attention")
+    mask, softcap, dropout = options.mask, options.softcap, options.dropout
     if dropout is not None and not dropout.p:
         dropout = None
     manner = Manner(
-        site.serving,
-        q.shape[3] ** -0.5 if scale is None else scale,
+        split.serving,
+        q.shape[3] ** -0.5 if options.scale is None else options.scale,
         softcap,
-        is_causal,
+        options.is_causal,
         1.0 if dropout is None else dropout.scale,
-        product_by_head if site.is_invariant else batched_product,
+        split.arithmetic.product_by_head,
     )
-    if not site.is_invariant and softcap is None and dropout is None:
-        return _fused(q, k, v, mask, site, manner)
-    way = _Way(site, manner, dropout)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if not split.arithmetic.is_invariant and softcap is None and dropout is None:
+        return _fused(q, k, v, mask, split, manner)
+    way = _Way(split, manner, dropout)
+    if wants_gradient(q, k, v):
         return _Attention.apply(q, k, v, mask, way)
     return attend(q, k, v, mask, _keep(q, k, way), manner).out.to(q.dtype)
 
 
 def _fused(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: AttentionSite, manner: Manner
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, split: HeadSplit, manner: Manner
 ) -> Tensor:
     """Torch's own attention on this rank's heads."""
-    if site.cut is not None:
-        k, v = _Serve.apply(k, v, site)
+    if split.cut is not None:
+        k, v = _Serve.apply(k, v, split)
     queries, keys = q.shape[2], k.shape[2]
     is_causal = manner.is_causal and queries > 1
     if is_causal and queries < keys:
@@ -237,7 +241,7 @@ def _fused(
     )
 
 
-def _check_heads(q: Tensor, k: Tensor, v: Tensor, site: AttentionSite, who: str) -> None:
+def _check_heads(q: Tensor, k: Tensor, v: Tensor, split: HeadSplit, who: str) -> None:
     """Raise before anything is sent unless the tensors are what this rank has."""
     if any(map(operands.is_odd, (q, k, v))) or operands.is_traced():
         operands.check(who, q=q, k=k, v=v)
@@ -251,22 +255,21 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor, site: AttentionSite, who: str)
     if q.dtype not in operands.FLOATS:
         operands.check_floating(who, q=q)
     shape = tuple(q.shape)
-    size = site.heads.head_dim
+    size = split.heads.head_dim
     if len(shape) == 4 and k.dim() == 4 and k.shape == v.shape:
-        held = (shape[0], len(site.held), k.shape[2], size)
-        if shape[1] == len(site.owned) and shape[3] == size and tuple(k.shape) == held:
+        held = (shape[0], len(split.held), k.shape[2], size)
+        if shape[1] == len(split.owned) and shape[3] == size and tuple(k.shape) == held:
             return
     raise ShapeError(
-        f"{who} on {site.axis}: q has shape {shape}, k {tuple(k.shape)} and v {tuple(v.shape)}; "
-        f"this rank owns {len(site.owned)} of {site.heads.queries} query heads and holds "
-        f"{len(site.held)} of {site.heads.keys} key-value heads of {size} features: q (batch, "
-        f"{len(site.owned)}, T, {size}), k and v (batch, {len(site.held)}, S, {size}) wanted."
+        f"{who} on {split.axis}: q has shape {shape}, k {tuple(k.shape)} and v {tuple(v.shape)}; "
+        f"this rank owns {len(split.owned)} of {split.heads.queries} query heads and holds "
+        f"{len(split.held)} of {split.heads.keys} key-value heads of {size} features: q (batch, "
+        f"{len(split.owned)}, T, {size}), k and v (batch, {len(split.held)}, S, {size}) wanted."
     )
 
 
-def _check_options(
-    q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, softcap: float | None, who: str
-) -> None:
+def _check_options(q: Tensor, k: Tensor, options: _Options, who: str) -> None:
+    mask, is_causal, softcap = options.mask, options.is_causal, options.softcap
     queries, keys = q.shape[2], k.shape[2]
     if softcap is not None and not softcap > 0:
         raise UsageError(f"{who}: softcap={softcap} is not positive. Use None for no softcap.")

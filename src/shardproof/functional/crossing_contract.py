@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof import comm
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError
 from shardproof.functional.crossing_linear import row
@@ -17,10 +16,9 @@ from shardproof.functional.crossing_products import product_columns, product_row
 from shardproof.functional.crossing_sums import expand
 from shardproof.functional.place import Place
 from shardproof.functional.rows import without_autocast
-from shardproof.numerics import mode
 from shardproof.numerics.joined import joined_nodes
-from shardproof.numerics.matmul import node_dtype
-from shardproof.tree import Node, nodes_of_run
+from shardproof.numerics.precision import node_dtype
+from shardproof.tree import nodes_of_run
 
 
 class _Contract(torch.autograd.Function):
@@ -28,24 +26,26 @@ class _Contract(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, place: Place) -> Tensor:
-        ctx.site = place
+        ctx.place = place
         ctx.save_for_backward(a, b)
-        if place.is_invariant:
-            return _by_leaves(a, b, place)
-        part = torch.bmm(place.owned.of(a, 2), place.owned.of(b, 1))
-        return comm.start_all_reduce(part, place.axis, direction="forward", who=place.who).wait()
+        if place.arithmetic.is_invariant:
+            parts = _by_leaves(a, b, place)
+        else:
+            parts = [torch.bmm(place.owned.of(a, 2), place.owned.of(b, 1))]
+        shape = (a.shape[0], a.shape[1], b.shape[2])
+        return place.split.start_sum(parts, shape=shape, like=a, direction="forward").wait()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        place: Place = ctx.site
+        place: Place = ctx.place
         place.axis.note(grad_y, who=place.who, what="gradient of the product")
-        found: tuple[Tensor | None, ...] = without_autocast(grad_y, _gradients, ctx, grad_y)
-        return found
+        with without_autocast(grad_y):
+            return _gradients(ctx, grad_y)
 
 
-def _by_leaves(a: Tensor, b: Tensor, place: Place) -> Tensor:
-    """(B, M, N), Replicate: for each matrix the nodes of its leaves, all sent at once."""
+def _by_leaves(a: Tensor, b: Tensor, place: Place) -> list[Tensor]:
+    """(B, M, N) for each node of this rank: the nodes of all matrices, to be sent at once."""
     pieces, shape = place.pieces, (a.shape[0], a.shape[1], b.shape[2])
     a, b = pieces.bring(a, 2), pieces.bring(b, 1)
     of_matrices = [
@@ -58,25 +58,16 @@ def _by_leaves(a: Tensor, b: Tensor, place: Place) -> Tensor:
         for left, right in zip(a, b, strict=True)
     ]
     wide = node_dtype(a.dtype)
-    nodes: dict[Node, Tensor] = {
-        node: torch.stack([each[node] for each in of_matrices])
+    return [
+        torch.stack([each[node] for each in of_matrices])
         if of_matrices
         else a.new_zeros(shape, dtype=wide)
         for node in nodes_of_run(place.num_leaves, place.run)
-    }
-    return comm.all_reduce_nodes(
-        nodes,
-        place.axis,
-        cut=place.cut,
-        shape=shape,
-        like=a,
-        direction="forward",
-        who=place.who,
-    )
+    ]
 
 
 def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    place: Place = ctx.site
+    place: Place = ctx.place
     a, b = ctx.saved_tensors
     needs_a, needs_b, _ = ctx.needs_input_grad
     grad_a = torch.empty_like(a, memory_format=torch.contiguous_format) if needs_a else None
@@ -113,8 +104,7 @@ def contract(a: Tensor, b: Tensor, place: Place) -> Tensor:
         )
     if b.dim() == 2:
         return row(a, b, None, place, is_transposed=True)
-    if place.is_invariant:
-        mode.require_invariant()
+    place.arithmetic.require()
     lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     a = expand(a, (*lead, *a.shape[-2:]), place)
     b = expand(b, (*lead, *b.shape[-2:]), place)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardproof import comm, operands
+from shardproof import operands
 from shardproof.autograd import once_differentiable
+from shardproof.comm import StartedSum
 from shardproof.errors import ShapeError
 from shardproof.functional import crossing_products as products
 from shardproof.functional.crossing_products import Term
@@ -26,11 +27,11 @@ from shardproof.functional.rows import (
     cast,
     check_alike,
     is_autocast,
+    prepared,
     shaped,
+    wants_gradient,
     without_autocast,
 )
-from shardproof.numerics import mode
-from shardproof.numerics.sums import sum_rows
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class _Column(torch.autograd.Function):
         bias: Tensor | None,
         call: _Call,
     ) -> Tensor:
-        ctx.site, ctx.token, ctx.dtype = call, token, x.dtype
+        ctx.call, ctx.token, ctx.dtype = call, token, x.dtype
         _, needs_x, needs_weight, _, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         return shaped(_column(x, weight, bias, call), x)
@@ -85,8 +86,8 @@ class _Column(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        found: tuple[Tensor | None, ...] = without_autocast(grad_y, _column_gradients, ctx, grad_y)
-        return found
+        with without_autocast(grad_y):
+            return _column_gradients(ctx, grad_y)
 
 
 def _column(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
@@ -96,7 +97,7 @@ def _column(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tens
 
 def _column_gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     """The input gradient is Partial: alone, its sum runs while the other two are computed."""
-    call: _Call = ctx.site
+    call: _Call = ctx.call
     x, weight = ctx.saved_tensors
     _, needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
     grad_rows = as_rows(grad_y)
@@ -110,9 +111,9 @@ def _column_gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     return None, grad_x, grad_weight, grad_bias, None
 
 
-def _sum_or_leave(ctx: Any, grad_y: Tensor, grad_rows: Tensor, weight: Tensor) -> comm.Sum | None:
+def _sum_or_leave(ctx: Any, grad_y: Tensor, grad_rows: Tensor, weight: Tensor) -> StartedSum | None:
     """The sum of the input gradient, started; None if it is left for the node that sums."""
-    call: _Call = ctx.site
+    call: _Call = ctx.call
     term = Term(grad_rows, call.matrix(weight), call.place)
     if call.basket is None:
         return products.start_sum([term], grad_rows, "backward", call.who)
@@ -133,7 +134,7 @@ class _Row(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
-        ctx.site, ctx.dtype = call, x.dtype
+        ctx.call, ctx.dtype = call, x.dtype
         needs_x, needs_weight, _, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         return shaped(_row(x, weight, bias, call), x)
@@ -141,10 +142,10 @@ class _Row(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        place: Place = ctx.site.place
+        place: Place = ctx.call.place
         place.axis.note(grad_y, who=place.who, what="gradient of the output")
-        found: tuple[Tensor | None, ...] = without_autocast(grad_y, _row_gradients, ctx, grad_y)
-        return found
+        with without_autocast(grad_y):
+            return _row_gradients(ctx, grad_y)
 
 
 def _row(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
@@ -159,7 +160,7 @@ def _row(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
 
 
 def _row_gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    call: _Call = ctx.site
+    call: _Call = ctx.call
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
     grad_rows, grad_x, grad_weight = as_rows(grad_y), None, None
@@ -174,7 +175,7 @@ def _row_gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _sum_of_rows(grad_rows: Tensor, call: _Call) -> Tensor:
-    return sum_rows(grad_rows) if call.place.is_invariant else grad_rows.sum(0)
+    return call.place.arithmetic.sum_rows(grad_rows)
 
 
 def _check(
@@ -196,19 +197,13 @@ def _prepared(
     x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call
 ) -> tuple[Tensor, Tensor | None, _Call]:
     """Weight and bias as autocast wants them, and the call; raises where bits cannot be kept."""
-    if call.place.is_invariant:
-        mode.require_invariant()
+    call.place.arithmetic.require()
     if not is_autocast(x):
         check_alike(x, weight, bias, call.who)
         return weight, bias, call
-    dtype = torch.get_autocast_dtype(x.device.type)
     operands.check(call.who, x=x, weight=weight, bias=bias)
-    weight, bias = cast(weight, dtype), None if bias is None else cast(bias, dtype)
-    return weight, bias, replace(call, dtype=dtype)
-
-
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    _, weight, bias = prepared(x, weight, bias)
+    return weight, bias, replace(call, dtype=torch.get_autocast_dtype(x.device.type))
 
 
 def column(
@@ -241,8 +236,8 @@ def column(
         all columns of one `entering` whose trees are alike: forward none; backward one all_reduce
         of grad_x (*, in_features).
     """
-    if place.site is not None and entering is None and not is_transposed:
-        return column_linear(x, weight, bias, place.site)
+    if place.plain_split is not None and entering is None and not is_transposed:
+        return column_linear(x, weight, bias, place.plain_split)
     call = _Call(place, is_transposed)
     in_features = weight.shape[0 if is_transposed else -1] if weight.dim() == 2 else -1
     _check(x, weight, bias, call, (place.length, in_features))
@@ -255,7 +250,8 @@ def column(
         token, basket = entering.token(x)
         call = _Call(place, is_transposed, call.dtype, basket, basket.next_number())
     try:
-        y: Tensor = without_autocast(x, _apply_column, token, x, weight, bias, call)
+        with without_autocast(x):
+            y = _apply_column(token, x, weight, bias, call)
     except operands.ERRORS as error:
         operands.explain(error, call.who, x=x, weight=weight, bias=bias)
     return y
@@ -264,7 +260,7 @@ def column(
 def _apply_column(
     token: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call
 ) -> Tensor:
-    if _wants_gradient(x, weight, bias):
+    if wants_gradient(x, weight, bias):
         y: Tensor = _Column.apply(token, x, weight, bias, call)
         return y
     return shaped(_column(x, weight, bias, call), x)
@@ -295,8 +291,8 @@ def row(
     Comm:
         forward one all_reduce of y (*, out_features); backward none.
     """
-    if place.site is not None and not is_transposed:
-        return row_linear(x, weight, bias, place.site)
+    if place.plain_split is not None and not is_transposed:
+        return row_linear(x, weight, bias, place.plain_split)
     call = _Call(place, is_transposed)
     out_features = weight.shape[-1 if is_transposed else 0] if weight.dim() == 2 else -1
     _check(x, weight, bias, call, (out_features, place.length))
@@ -304,7 +300,8 @@ def row(
         return F.linear(x, call.matrix(weight), bias)
     weight, bias, call = _prepared(x, weight, bias, call)
     try:
-        y: Tensor = without_autocast(x, _apply_row, x, weight, bias, call)
+        with without_autocast(x):
+            y = _apply_row(x, weight, bias, call)
     except operands.ERRORS as error:
         operands.explain(error, call.who, x=x, weight=weight, bias=bias)
     place.axis.note_result(y, who=place.who)
@@ -312,7 +309,7 @@ def row(
 
 
 def _apply_row(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
-    if _wants_gradient(x, weight, bias):
+    if wants_gradient(x, weight, bias):
         y: Tensor = _Row.apply(x, weight, bias, call)
         return y
     return shaped(_row(x, weight, bias, call), x)

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from shardproof.autograd import once_differentiable
-from shardproof.block_comm import all_gather_sizes
+from shardproof.comm.runs_of_indices import all_gather_sizes
 from shardproof.functional.classes import Reduction, check_reduction, counting_rows, reduce_rows
 from shardproof.functional.crossing_moves import checked_dim, gather, take
 from shardproof.functional.place import Place
 from shardproof.functional.vocabulary import vocab_cross_entropy, vocab_log_softmax
-from shardproof.numerics import rowwise
-from shardproof.numerics.elementwise import widen
+from shardproof.numerics.precision import widen
 from shardproof.numerics.sums import sum_all, sum_rows
 
 
@@ -55,7 +54,7 @@ class _Max(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, place: Place, is_min: bool) -> tuple[Tensor, Tensor]:
         value, index = _best(x, dim, place, is_min)
-        ctx.dim, ctx.site, ctx.shape = dim, place, x.shape
+        ctx.dim, ctx.place, ctx.shape = dim, place, x.shape
         ctx.save_for_backward(index)
         ctx.mark_non_differentiable(index)
         return value, index
@@ -63,9 +62,9 @@ class _Max(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.site.axis.note(grad, who=ctx.site.who, what="gradient of the largest")
+        ctx.place.axis.note(grad, who=ctx.place.who, what="gradient of the largest")
         (index,) = ctx.saved_tensors
-        held = _along(ctx.site.held.on(grad.device), ctx.dim, len(ctx.shape))
+        held = _along(ctx.place.held.on(grad.device), ctx.dim, len(ctx.shape))
         is_best = held == index.unsqueeze(ctx.dim)
         return torch.where(is_best, grad.unsqueeze(ctx.dim), 0), None, None, None
 
@@ -76,7 +75,7 @@ class _Amax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, place: Place, is_min: bool) -> Tensor:
         value, _ = _best(x, dim, place, is_min)
-        ctx.dim, ctx.site = dim, place
+        ctx.dim, ctx.place = dim, place
         ctx.save_for_backward(x, value)
         if ctx.needs_input_grad[0]:
             count = (place.owned.of(x, dim) == value.unsqueeze(dim)).sum(dim)
@@ -94,7 +93,7 @@ class _Amax(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.site.axis.note(grad, who=ctx.site.who, what="gradient of the largest")
+        ctx.place.axis.note(grad, who=ctx.place.who, what="gradient of the largest")
         x, value = ctx.saved_tensors
         share = (grad / ctx.count).unsqueeze(ctx.dim)
         return torch.where(x == value.unsqueeze(ctx.dim), share, 0), None, None, None
@@ -158,7 +157,7 @@ def amax_cut(
 def _log_softmax(x: Tensor, place: Place) -> Tensor:
     """Log-softmax of the last dim, whole, in fp32 or fp64."""
     wide = widen(x)
-    return rowwise.log_softmax(wide, -1) if place.is_invariant else torch.log_softmax(wide, -1)
+    return place.arithmetic.log_softmax(wide)
 
 
 def log_softmax_cut(x: Tensor, dim: int, place: Place) -> Tensor:

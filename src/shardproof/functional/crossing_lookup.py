@@ -16,7 +16,7 @@ from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError
 from shardproof.functional.embedding import as_integers, check_ids, copy_rows, pick
 from shardproof.functional.place import Place
-from shardproof.numerics.elementwise import widen
+from shardproof.numerics.precision import widen
 from shardproof.observing import PARTIAL, REPLICATE, Operand, Told
 
 _NOWHERE = -1  # place of a row that this rank has not
@@ -68,7 +68,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, ids: Tensor, table: _Table) -> Tensor:
         place = table.place
-        ctx.site, ctx.shape, ctx.dtype = table, weight.shape, weight.dtype
+        ctx.table, ctx.shape, ctx.dtype = table, weight.shape, weight.dtype
         flat = ids.reshape(-1).long()
         ctx.save_for_backward(flat)
         return _picked(weight, ids, flat, place)
@@ -76,7 +76,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
-        table: _Table = ctx.site
+        table: _Table = ctx.table
         place, (flat,) = table.place, ctx.saved_tensors
         place.axis.note(grad_y, who=place.who, what="gradient of the output")
         places = _where(place, "held", flat.device)[flat]
@@ -119,7 +119,7 @@ def _picked(weight: Tensor, ids: Tensor, flat: Tensor, place: Place) -> Tensor:
         pick(weight, _where(place, "owned", ids.device)[flat], y)
     _tell_lookup(weight, ids, y, place)
     bits = as_integers(y)
-    comm.start_all_reduce(bits, place.axis, direction="forward", who=place.who, meant=y).wait()
+    comm.start_all_reduce(bits, place.axis, direction="forward", who=place.who, seen=y).wait()
     return y
 
 
@@ -137,7 +137,7 @@ class _Columns(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, ids: Tensor, table: _Table) -> Tensor:
-        ctx.site, ctx.shape, ctx.dtype = table, weight.shape, weight.dtype
+        ctx.table, ctx.shape, ctx.dtype = table, weight.shape, weight.dtype
         flat = ids.reshape(-1).long()
         ctx.save_for_backward(flat)
         y = weight.new_empty(*ids.shape, weight.shape[1])
@@ -147,7 +147,7 @@ class _Columns(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
-        table: _Table = ctx.site
+        table: _Table = ctx.table
         (flat,) = ctx.saved_tensors
         grad = _gradient(grad_y, flat, flat, ctx.shape, table)
         return grad.to(ctx.dtype), None, None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shardproof.autograd import once_differentiable
-from shardproof.block_comm import all_gather_sizes
+from shardproof.comm.runs_of_indices import all_gather_sizes
 from shardproof.errors import ShapeError
 from shardproof.functional.place import Place
 
@@ -22,13 +22,13 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, place: Place) -> Tensor:
-        ctx.dim, ctx.site = dim, place
+        ctx.dim, ctx.place = dim, place
         return joined(x, dim, place, "forward")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
-        place: Place = ctx.site
+        place: Place = ctx.place
         place.axis.note(grad_y, who=place.who, what="gradient of what was gathered")
         return place.held.copy(grad_y, ctx.dim), None, None
 
@@ -38,13 +38,13 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, place: Place) -> Tensor:
-        ctx.dim, ctx.site = dim, place
+        ctx.dim, ctx.place = dim, place
         return place.held.copy(x, dim)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
-        return joined(grad_y, ctx.dim, ctx.site, "backward"), None, None
+        return joined(grad_y, ctx.dim, ctx.place, "backward"), None, None
 
 
 def joined(x: Tensor, dim: int, place: Place, direction: str) -> Tensor:

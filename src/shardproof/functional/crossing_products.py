@@ -1,22 +1,20 @@
 """Products with a matrix that is cut by units: what each rank multiplies, and what is summed.
 
-`Place` says where the leaves lie. Invariant products are those of `numerics`; native ones are one
-product per rank, added in the transport's own order.
+A place says where the leaves lie, and in which arithmetic they are multiplied and added.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from shardproof import comm, observing
+from shardproof import observing
+from shardproof.comm import StartedSum
+from shardproof.functional.linear_steps import tell_parts
 from shardproof.functional.place import Place
-from shardproof.numerics import matmul
-from shardproof.numerics.joined import joined_nodes
+from shardproof.numerics.arithmetic import Pair
 from shardproof.observing import PARTIAL, REPLICATE, Operand, Placement, Told
-from shardproof.tree import Node, node_name
+from shardproof.tree import Node, node_name, nodes_of_run
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,19 @@ class Term:
     b: Tensor
     place: Place
 
+    def by_leaf(self) -> Iterator[tuple[Pair, tuple[slice, ...]]]:
+        """The pair, as often as a leaf has pieces, and where the pieces lie in it."""
+        pieces = self.place.pieces
+        pair = (pieces.bring(self.a, 1), pieces.bring(self.b, 0))
+        for slices in pieces.slices:
+            yield pair, slices
 
-def start_sum(terms: Sequence[Term], like: Tensor, direction: str, who: str) -> comm.Sum:
+    def owned(self) -> Pair:
+        """The pair of what this rank owns."""
+        return self.place.owned.of(self.a, 1), self.place.owned.of(self.b, 0)
+
+
+def start_sum(terms: Sequence[Term], like: Tensor, direction: str, who: str) -> StartedSum:
     """The sum of `a @ b` over all terms and all ranks, started.
 
     Args:
@@ -49,33 +58,16 @@ def start_sum(terms: Sequence[Term], like: Tensor, direction: str, who: str) -> 
     """
     first = terms[0]
     place, shape = first.place, (first.a.shape[0], first.b.shape[1])
-    if len(terms) == 1 and place.site is not None and like.dtype is first.a.dtype:
-        return place.site.start_sum(first.a, first.b, direction)
-    if not place.is_invariant:
-        y = _local(terms).to(like.dtype)
-        _tell(terms, {None: y}, direction, who)
-        return comm.start_all_reduce(y, place.axis, direction=direction, who=who)
-    pairs, slices = [], []
-    for term in terms:
-        pieces = term.place.pieces
-        pair = (pieces.bring(term.a, 1), pieces.bring(term.b, 0))
-        for each in pieces.slices:
-            pairs.append(pair)
-            slices.append(each)
-    nodes = joined_nodes(pairs, slices, run=place.run, num_leaves=place.num_leaves)
-    _tell(terms, nodes, direction, who)
-    return comm.start_all_reduce_nodes(
-        nodes, place.axis, cut=place.cut, shape=shape, like=like, direction=direction, who=who
-    )
-
-
-def _local(terms: Sequence[Term]) -> Tensor:
-    """Native: this rank's part, of what it owns, the products accumulated one after another."""
-    owned = [(t.place.owned.of(t.a, 1), t.place.owned.of(t.b, 0)) for t in terms]
-    total = torch.mm(*owned[0])
-    for a, b in owned[1:]:
-        total.addmm_(a, b)
-    return total
+    plain = place.plain_split
+    if len(terms) == 1 and plain is not None and like.dtype is first.a.dtype:
+        parts = plain.arithmetic.product_parts(first.a, first.b, plain.leaves)
+        if observing.is_on():
+            tell_parts(plain, first.a, first.b, parts, direction)
+        return plain.start_sum(parts, shape=shape, like=first.a, direction=direction)
+    parts = place.arithmetic.joined_parts(terms, place.split.leaves)
+    if observing.is_on():
+        _tell(terms, parts, direction, who)
+    return place.split.start_sum(parts, shape=shape, like=like, direction=direction, who=who)
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, place: Place) -> Tensor:
@@ -91,10 +83,7 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, place: Place) -> T
     Comm:
         forward none; backward none.
     """
-    if place.is_invariant:
-        y = matmul.linear(rows, weight, bias, place.tiles)
-    else:
-        y = F.linear(rows, weight, bias)
+    y = place.arithmetic.linear(rows, weight, bias, place.tiles)
     tell(place, "forward", "y = x @ weight.T + bias", rows, weight, y, place.placement(1))
     return y
 
@@ -111,7 +100,7 @@ def product_rows(a: Tensor, b: Tensor, place: Place) -> Tensor:
     Comm:
         forward none; backward none.
     """
-    y = matmul.product_rows(a, b, place.tiles) if place.is_invariant else a @ b
+    y = place.arithmetic.product_rows(a, b, place.tiles)
     tell(place, "backward", "a gradient = a @ b, a cut by rows", a, b, y, place.placement(0))
     return y
 
@@ -128,7 +117,7 @@ def product_columns(a: Tensor, b: Tensor, place: Place) -> Tensor:
     Comm:
         forward none; backward none.
     """
-    y = matmul.product_columns(a, b, place.tiles) if place.is_invariant else a @ b
+    y = place.arithmetic.product_columns(a, b, place.tiles)
     tell(place, "backward", "a gradient = a @ b, b cut by columns", a, b, y, place.placement(1))
     return y
 
@@ -152,22 +141,19 @@ def tell(
         observing.tell(Told("product", phase, place.who, what, named, Operand("y", y, placement)))
 
 
-def _tell(
-    terms: Sequence[Term],
-    parts: dict[Node, Tensor] | dict[None, Tensor],
-    direction: str,
-    who: str,
-) -> None:
-    """Tell observers of this rank's part of a sum, or of its nodes."""
-    if not observing.is_on():
-        return
+def _tell(terms: Sequence[Term], parts: Sequence[Tensor], direction: str, who: str) -> None:
+    """Tell observers of this rank's parts of a sum."""
     named = [
         Operand(name, tensor, term.place.placement(dim))
         for term in terms
         for name, tensor, dim in (("a", term.a, 1), ("b", term.b, 0))
     ]
     what = "y = a @ b" if len(terms) == 1 else f"y = the sum of {len(terms)} products a @ b"
-    for node, part in parts.items():
+    place = terms[0].place
+    nodes: list[Node | None] = [None]
+    if place.arithmetic.is_invariant:
+        nodes = [*nodes_of_run(place.num_leaves, place.run)]
+    for node, part in zip(nodes, parts, strict=True):
         which = "" if node is None else f", {node_name(node)}"
         output = Operand(f"y{which}", part, PARTIAL, node)
         observing.tell(Told("product", direction, who, what + which, named, output))

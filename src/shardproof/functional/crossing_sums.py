@@ -18,12 +18,11 @@ from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError
 from shardproof.functional.crossing_moves import checked_dim, is_compared
 from shardproof.functional.place import Place
-from shardproof.numerics import reducing
-from shardproof.numerics.matmul import node_dtype
-from shardproof.numerics.reducing import total
+from shardproof.numerics.arithmetic import INVARIANT
+from shardproof.numerics.precision import node_dtype
 from shardproof.numerics.sums import sum_rows
 from shardproof.observing import PARTIAL, Operand, Told
-from shardproof.tree import add_run, node_name
+from shardproof.tree import node_name, nodes_of_run
 
 _SMALL = 1 << 16  # elements that are copied sooner than summed leaf by leaf
 
@@ -42,25 +41,26 @@ def sum_held(x: Tensor, place: Place, like: Tensor, direction: str) -> Tensor:
         `direction` one all_reduce of (N,).
     """
     wide = node_dtype(x.dtype)
-    if not place.is_invariant:
-        part = place.owned.of(x, 0).sum(0, dtype=wide).to(like.dtype)
-        return comm.start_all_reduce(part, place.axis, direction=direction, who=place.who).wait()
-    nodes = add_run(_leaf_sums(x, place, wide), place.run, place.num_leaves)
+    if not place.arithmetic.is_invariant:
+        sums: Iterable[Tensor] = [place.owned.of(x, 0).sum(0, dtype=wide)]
+    else:
+        sums = _leaf_sums(x, place, wide)
+    parts = place.arithmetic.parts(sums, place.split.leaves)
     if observing.is_on():
-        for node, part in nodes.items():
-            output = Operand(f"y, {node_name(node)}", part, PARTIAL, node)
-            named = [Operand("x", x, place.placement(0))]
-            what = f"y = the sum of x over the cut dim, {node_name(node)}"
-            observing.tell(Told("sum of rows", direction, place.who, what, named, output))
-    return comm.all_reduce_nodes(
-        nodes,
-        place.axis,
-        cut=place.cut,
-        shape=x.shape[1:],
-        like=like,
-        direction=direction,
-        who=place.who,
-    )
+        _tell_parts(x, place, parts, direction)
+    started = place.split.start_sum(parts, shape=x.shape[1:], like=like, direction=direction)
+    return started.wait()
+
+
+def _tell_parts(x: Tensor, place: Place, parts: Sequence[Tensor], direction: str) -> None:
+    """Tell observers of the nodes that this rank has added."""
+    if not place.arithmetic.is_invariant:
+        return
+    for node, part in zip(nodes_of_run(place.num_leaves, place.run), parts, strict=True):
+        output = Operand(f"y, {node_name(node)}", part, PARTIAL, node)
+        named = [Operand("x", x, place.placement(0))]
+        what = f"y = the sum of x over the cut dim, {node_name(node)}"
+        observing.tell(Told("sum of rows", direction, place.who, what, named, output))
 
 
 def _leaf_sums(x: Tensor, place: Place, dtype: torch.dtype) -> Iterable[Tensor]:
@@ -85,11 +85,6 @@ def _rows(x: Tensor, pieces: Sequence[slice]) -> Tensor:
     return torch.cat([x[each] for each in pieces]) if pieces else x[:0]
 
 
-def _folded(x: Tensor, dims: Sequence[int], *, is_invariant: bool, dtype: torch.dtype) -> Tensor:
-    """The sum over `dims`, counted from the front; the other dims remain, in their order."""
-    return total(x, dims, dtype=dtype) if is_invariant else x.sum(tuple(dims), dtype=dtype)
-
-
 def _broadcast_dims(given: torch.Size, shape: torch.Size) -> list[int]:
     """The dims of `shape` that a tensor of the shape `given` is broadcast along."""
     missing = len(shape) - len(given)
@@ -105,17 +100,17 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shape: torch.Size, dim: int, place: Place) -> Tensor:
-        ctx.shape, ctx.dim, ctx.site = x.shape, dim, place
+        ctx.shape, ctx.dim, ctx.place = x.shape, dim, place
         return x.expand(shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
-        place, dim, wide = ctx.site, ctx.dim, node_dtype(grad_y.dtype)
+        place, dim, wide = ctx.place, ctx.dim, node_dtype(grad_y.dtype)
         dims = [each for each in _broadcast_dims(ctx.shape, grad_y.shape) if each != dim]
         x = grad_y
         if dims:
-            x = _folded(grad_y, dims, is_invariant=place.is_invariant, dtype=wide)
+            x = place.arithmetic.fold(grad_y, tuple(dims), dtype=wide)
         x = x.movedim(dim - sum(each < dim for each in dims), 0)
         grad = sum_held(x.reshape(x.shape[0], x.shape[1:].numel()), place, grad_y, "backward")
         return grad.view(ctx.shape), None, None, None
@@ -126,7 +121,7 @@ class _SumCut(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, place: Place, dtype: torch.dtype) -> Tensor:
-        ctx.dim, ctx.site, ctx.shape, ctx.dtype = dim, place, x.shape, x.dtype
+        ctx.dim, ctx.place, ctx.shape, ctx.dtype = dim, place, x.shape, x.dtype
         rows = x.movedim(dim, 0)
         shape = rows.shape[1:]
         like = x.new_empty(0, dtype=dtype)
@@ -135,7 +130,7 @@ class _SumCut(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.site.axis.note(grad_y, who=ctx.site.who, what="gradient of the sum")
+        ctx.place.axis.note(grad_y, who=ctx.place.who, what="gradient of the sum")
         grad = grad_y.to(ctx.dtype).unsqueeze(ctx.dim).expand(ctx.shape)
         return grad, None, None, None
 
@@ -195,8 +190,7 @@ def expand(x: Tensor, shape: Sequence[int], place: Place | None = None) -> Tenso
     size = torch.Size(shape)
     if x.shape == size:
         return x
-    is_invariant = place is None or place.is_invariant
-    return reducing.expand(x, size) if is_invariant else x.expand(size)
+    return (INVARIANT if place is None else place.arithmetic).expand(x, size)
 
 
 def fold(
@@ -220,9 +214,7 @@ def fold(
         return x.sum(counted, keepdim=keepdim) if counted and x.dim() else x.long()
     if not counted or not x.dim():
         return x.clone()
-    if place is None or place.is_invariant:
-        return total(x, counted, keepdim=keepdim)
-    return x.sum(counted, keepdim=keepdim)
+    return (INVARIANT if place is None else place.arithmetic).fold(x, counted, keepdim=keepdim)
 
 
 def sum_cut(

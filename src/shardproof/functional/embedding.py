@@ -5,7 +5,6 @@ vocabulary. There the ranks' masked lookups are added as floats, which turns -0.
 they are added as integers, so that a row arrives with its bits: all but one rank add zero bits.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,82 +12,61 @@ from torch import Tensor
 
 from shardproof import comm, observing, operands, operators
 from shardproof.autograd import once_differentiable
-from shardproof.axis import Axis
+from shardproof.comm.split import Split
 from shardproof.errors import ShapeError, UsageError
-from shardproof.leaves import Cut
-from shardproof.numerics.elementwise import widen
-from shardproof.observing import PARTIAL, REPLICATE, Operand, Placement, Told, shard
+from shardproof.numerics.precision import widen
+from shardproof.observing import PARTIAL, REPLICATE, Operand, Told
 
 _INTEGERS = {4: torch.int32, 8: torch.int64}
 _NOWHERE = -1  # place of a row that this rank has not
 
 
-@dataclass(frozen=True)
-class EmbeddingSite:
-    """Where a cut embedding stands: everything that is no tensor.
+def padding_row(padding_idx: int | None, size: int, who: str) -> int | None:
+    """The row that gets no gradient, counted from the first.
 
-    Attributes:
-        axis: the ranks.
-        cut: of the vocabulary.
-        padding_idx: the row that gets no gradient, or None; counted from the end if negative.
-        who: the layer's name, for messages and the ledger.
-        owned: rows that this rank owns; from `cut`.
-        padding: where the padding row lies in the shard, or None if it does not.
+    Args:
+        padding_idx: counted from the end if negative; or None.
+        size: of the vocabulary.
+        who: the layer, for the message.
+    Raises:
+        ShapeError: there is no such row.
     """
+    if padding_idx is None:
+        return None
+    if not -size <= padding_idx < size:
+        raise ShapeError(
+            f"{who}: padding_idx={padding_idx} is no row of {size}. Use 0 to {size - 1}, or None."
+        )
+    return padding_idx % size
 
-    axis: Axis
-    cut: Cut
-    padding_idx: int | None = None
-    who: str = "vocab_embedding"
-    owned: range = field(init=False)
-    padding: int | None = field(init=False)
 
-    def __post_init__(self) -> None:
-        size, row = self.cut.size, self.padding_idx
-        if row is not None and not -size <= row < size:
-            raise ShapeError(
-                f"{self.who}: padding_idx={row} is no row of {size}. Use 0 to {size - 1}, or None."
-            )
-        owned = self.cut.owned(self.axis.rank)
-        object.__setattr__(self, "owned", owned)
-        object.__setattr__(self, "padding", None)
-        if row is not None:
-            row %= size
-            object.__setattr__(self, "padding_idx", row)
-            object.__setattr__(self, "padding", row - owned.start if row in owned else None)
-
-    @property
-    def placement(self) -> Placement:
-        """How the weight lies on this rank."""
-        return shard(0, self.owned, self.cut.size)
-
-    def tell_lookup(self, ids: Tensor, weight: Tensor, y: Operand) -> None:
-        """Tell observers that the rows which this rank owns were picked."""
-        named = [Operand("ids", ids, REPLICATE), Operand("weight", weight, self.placement)]
-        what = "y = the rows of the tokens; zero where another rank owns the row"
-        observing.tell(Told("lookup", "forward", self.who, what, named, y))
+def _tell_lookup(split: Split, ids: Tensor, weight: Tensor, y: Operand) -> None:
+    """Tell observers that the rows which this rank owns were picked."""
+    named = [Operand("ids", ids, REPLICATE), Operand("weight", weight, split.placement(0))]
+    what = "y = the rows of the tokens; zero where another rank owns the row"
+    observing.tell(Told("lookup", "forward", split.name, what, named, y))
 
 
 class _VocabEmbedding(torch.autograd.Function):
     """all_reduce of the picked rows' bits forward; the owned rows' gradients backward, no Comm."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor, site: EmbeddingSite) -> Tensor:
-        ctx.site = site
-        places = _places(ids, site)
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, split: Split, padding: int | None) -> Tensor:
+        ctx.split, ctx.padding = split, padding
+        places = _places(ids, split)
         ctx.save_for_backward(places)
         ctx.shape, ctx.dtype = weight.shape, weight.dtype
-        return _lookup(weight, ids, places, site)
+        return _lookup(weight, ids, places, split)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
-        site: EmbeddingSite = ctx.site
-        site.axis.note(grad_y, who=site.who, what="gradient of the output")
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
+        split: Split = ctx.split
+        split.axis.note(grad_y, who=split.name, what="gradient of the output")
         (places,) = ctx.saved_tensors
         rows, columns = ctx.shape
-        if site.padding is not None:
-            places = places.masked_fill(places == site.padding, _NOWHERE)
+        if ctx.padding is not None and split.owned.start <= ctx.padding < split.owned.stop:
+            places = places.masked_fill(places == ctx.padding - split.owned.start, _NOWHERE)
         # Adds row by row in the order of the tokens and passes over those that are nowhere. All
         # tokens are given: on a GPU, where a token stands decides with which it is added first.
         grad = torch.ops.aten.embedding_dense_backward(
@@ -97,37 +75,37 @@ class _VocabEmbedding(torch.autograd.Function):
         grad = grad.to(ctx.dtype)
         if observing.is_on():
             given = [Operand("grad_y", grad_y, REPLICATE)]
-            output = Operand("grad_weight", grad, site.placement)
+            output = Operand("grad_weight", grad, split.placement(0))
             what = "grad_weight = the gradients of the tokens whose row this rank owns"
-            observing.tell(Told("sum of rows", "backward", site.who, what, given, output))
-        return grad, None, None
+            observing.tell(Told("sum of rows", "backward", split.name, what, given, output))
+        return grad, None, None, None
 
 
-def _places(ids: Tensor, site: EmbeddingSite) -> Tensor:
+def _places(ids: Tensor, split: Split) -> Tensor:
     """Where each token's row lies in the shard, (tokens,) int64; `_NOWHERE` if it does not."""
-    owned = site.owned
+    owned = split.owned
     flat = ids.reshape(-1).long()
-    if len(owned) == site.cut.size:
+    if split.axis.size == 1:
         return flat
     is_elsewhere = (flat < owned.start) | (flat >= owned.stop)
     return (flat - owned.start).masked_fill_(is_elsewhere, _NOWHERE)
 
 
-def _lookup(weight: Tensor, ids: Tensor, places: Tensor, site: EmbeddingSite) -> Tensor:
+def _lookup(weight: Tensor, ids: Tensor, places: Tensor, split: Split) -> Tensor:
     """(*, embedding_dim); a tensor of our own, no view, so that a caller may write into it."""
     shape = (*ids.shape, weight.shape[1])
-    if site.axis.size == 1:
+    if split.axis.size == 1:
         y = weight.new_empty(shape)
         copy_rows(weight, places, y)
         if observing.is_on():
-            site.tell_lookup(ids, weight, Operand("y", y, REPLICATE))
+            _tell_lookup(split, ids, weight, Operand("y", y, REPLICATE))
         return y
     y = weight.new_zeros(shape)
     pick(weight, places, y)
     if observing.is_on():
-        site.tell_lookup(ids, weight, Operand("y", y, PARTIAL))
+        _tell_lookup(split, ids, weight, Operand("y", y, PARTIAL))
     bits = as_integers(y)
-    comm.start_all_reduce(bits, site.axis, direction="forward", who=site.who, meant=y).wait()
+    comm.start_all_reduce(bits, split.axis, direction="forward", who=split.name, seen=y).wait()
     return y
 
 
@@ -178,7 +156,9 @@ def as_integers(y: Tensor) -> Tensor:
     return y.view(kind)
 
 
-def vocab_embedding(ids: Tensor, weight: Tensor, site: EmbeddingSite) -> Tensor:
+def vocab_embedding(
+    ids: Tensor, weight: Tensor, split: Split, *, padding_idx: int | None = None
+) -> Tensor:
     """Rows of a weight that is cut along the vocabulary; every bit of them, -0.0 and NaN too.
 
     Numerics make no difference: nothing is rounded forward, and backward adds the tokens' gradients
@@ -187,16 +167,19 @@ def vocab_embedding(ids: Tensor, weight: Tensor, site: EmbeddingSite) -> Tensor:
     Args:
         ids: (*), Replicate. Token ids, int64 or int32.
         weight: (owned num_embeddings, embedding_dim), Shard(0).
-        site: axis, cut of the vocabulary, padding row, name.
+        split: of the vocabulary.
+        padding_idx: the row that gets no gradient, or None; counted from the end if negative.
     Returns:
         (*, embedding_dim), Replicate; its gradient is expected to be Replicate.
     Raises:
-        ShapeError: the weight is not what this rank owns, or lies on another device than the ids.
+        ShapeError: the weight is not what this rank owns, or lies on another device than the ids,
+            or there is no such padding row.
         UsageError: the ids are no integers, or one of them is outside of the vocabulary.
     Comm:
         forward one all_reduce of y (*, embedding_dim); backward none.
     """
-    who = site.who
+    who = split.name or "vocab_embedding"
+    padding = padding_row(padding_idx, split.cut.size, who)
     if operands.is_odd(ids) or operands.is_odd(weight) or operands.is_traced():
         operands.check(who, ids=ids, weight=weight)
     if weight.dim() != 2:
@@ -204,16 +187,16 @@ def vocab_embedding(ids: Tensor, weight: Tensor, site: EmbeddingSite) -> Tensor:
             f"{who}: weight (owned num_embeddings, embedding_dim) wanted, got shape "
             f"{tuple(weight.shape)}."
         )
-    comm.check_part(weight, site.axis, dim=0, cut=site.cut, is_whole=False, who=who)
-    ids = check_ids(ids, site.cut.size, who)
+    comm.check_part(weight, split.axis, dim=0, cut=split.cut, is_whole=False, who=who)
+    ids = check_ids(ids, split.cut.size, who)
     if ids.device != weight.device:
         raise ShapeError(
             f"{who}: the ids are on {ids.device} and the weight on {weight.device}. Move the ids "
             "with ids.to(weight.device)."
         )
-    site.axis.note(ids, who=site.who, what="token ids", whole=True)
-    y: Tensor = _VocabEmbedding.apply(weight, ids, site)
-    site.axis.note_result(y, who=site.who)
+    split.axis.note(ids, who=who, what="token ids", whole=True)
+    y: Tensor = _VocabEmbedding.apply(weight, ids, split, padding)
+    split.axis.note_result(y, who=who)
     return y
 
 

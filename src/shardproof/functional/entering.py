@@ -25,7 +25,7 @@ from shardproof.autograd import once_differentiable
 from shardproof.errors import UsageError
 from shardproof.functional.crossing_products import Term, start_sum
 from shardproof.functional.rows import without_autocast
-from shardproof.numerics.matmul import node_dtype
+from shardproof.numerics.precision import node_dtype
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class _Summing:
 
 @once_differentiable
 def _input_gradient(summing: _Summing, arm: Tensor) -> Tensor:
-    found: Tensor = without_autocast(arm, _summed, summing)
-    return found
+    with without_autocast(arm):
+        return _summed(summing)
 
 
 def _summed(summing: _Summing) -> Tensor:
@@ -110,8 +110,9 @@ def _summed(summing: _Summing) -> Tensor:
     groups: dict[tuple[Any, ...], list[Term]] = {}
     for term in summing.terms:
         place = term.place
-        tree = place.tree if place.is_invariant else ()
-        groups.setdefault((place.axis, place.is_invariant, term.a.dtype, tree), []).append(term)
+        arithmetic = place.arithmetic
+        tree = place.tree if arithmetic.is_invariant else ()
+        groups.setdefault((place.axis, arithmetic, term.a.dtype, tree), []).append(term)
     is_alone = len(groups) == 1
     total = None
     for terms in groups.values():

@@ -4,243 +4,231 @@ Sources: Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3) for the 
 the gathered input, Korthikanti et al. 2022 (arXiv 2205.05198, section 4.2).
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from shardproof import observing, operands
-from shardproof.autograd import once_differentiable
+from shardproof import comm, observing, operands
+from shardproof.autograd import OwnFunction, once_differentiable
+from shardproof.comm.split import Split
+from shardproof.functional import linear_products as products
+from shardproof.functional import linear_steps as steps
 from shardproof.functional.rows import (
     as_rows,
-    cast,
     check_alike,
-    is_autocast,
+    prepared,
     shaped,
+    wants_gradient,
     without_autocast,
 )
-from shardproof.functional.site import LinearSite
-from shardproof.numerics import matmul, mode
-from shardproof.observing import REPLICATE, Operand, shard
+from shardproof.numerics import matmul
 
 _GRADIENT = "gradient of the output"
 
 
-class _ColumnLinear(torch.autograd.Function):
+class Gathers(NamedTuple):
+    """What a column linear gathers.
+
+    Attributes:
+        input: how the input is cut along its last dim, if it is gathered first.
+        output: whether the output is gathered to Replicate.
+    """
+
+    input: Split | None = None
+    output: bool = False
+
+
+NOTHING = Gathers()
+
+
+class _ColumnLinear(OwnFunction):
     """Local product forward; all_reduce (or reduce_scatter) of the input gradient backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, split: Split, gathers: Gathers
     ) -> Tensor:
-        rows = _whole_rows(x, site)
-        _save(ctx, x if site.input_cut is None else rows, weight, site)
-        return shaped(_column_of(rows, weight, bias, site), x)
+        rows = _whole_rows(x, gathers)
+        ctx.split, ctx.gathers = split, gathers
+        _save(ctx, x if gathers.input is None else rows, weight)
+        return shaped(_column(rows, weight, bias, split, gathers), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        site: LinearSite = ctx.site
+        split: Split = ctx.split
         grad_rows = as_rows(grad_y)
-        if site.gather_output:
-            site.axis.note(grad_y, who=site.who, what=_GRADIENT)
-            grad_rows = grad_rows[:, site.owned]
-        return without_autocast(grad_y, _column_gradients, ctx, grad_y, grad_rows)
+        if ctx.gathers.output:
+            split.axis.note(grad_y, who=split.name, what=_GRADIENT)
+            grad_rows = grad_rows[:, split.owned]
+        with without_autocast(grad_y):
+            return _column_gradients(ctx, grad_y, grad_rows)
 
 
-def _column(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
-    """The output as rows."""
-    return _column_of(_whole_rows(x, site), weight, bias, site)
-
-
-def _whole_rows(x: Tensor, site: LinearSite) -> Tensor:
+def _whole_rows(x: Tensor, gathers: Gathers) -> Tensor:
     """The input of a column linear, as rows: gathered if it comes cut."""
     rows = as_rows(x)
-    return rows if site.input_cut is None else site.gather(rows, site.input_cut, "forward")
+    return rows if gathers.input is None else gathers.input.gather(rows, "forward")
 
 
-def _column_of(rows: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
-    y = site.product(rows, weight, bias)
-    return site.gather(y, site.cut, "forward") if site.gather_output else y
+def _column(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, split: Split, gathers: Gathers
+) -> Tensor:
+    """The output as rows."""
+    y = products.product(rows, weight, bias, split)
+    return split.gather(y, "forward") if gathers.output else y
 
 
 def _column_gradients(ctx: Any, grad_y: Tensor, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
-    """The input gradient is Partial: its sum runs while the other two are computed."""
-    site: LinearSite = ctx.site
+    """The input gradient is Partial: its sum may run while the other two are computed."""
+    split: Split = ctx.split
     x, weight = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-    grad_x, started = None, None
-    if needs_x and site.input_cut is not None:
-        grad_x = site.reduce_scatter(grad_rows, weight, site.input_cut)
-    elif needs_x:
-        started = site.start_sum(grad_rows, weight, "backward")
-    grad_weight = site.weight_gradient(grad_rows, as_rows(x)) if needs_weight else None
-    grad_bias = site.bias_gradient(grad_rows) if needs_bias else None
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    grad_x = started = None
+    if needs_x:
+        parts = split.arithmetic.product_parts(grad_rows, weight, split.leaves)
+        if observing.is_on():
+            steps.tell_parts(split, grad_rows, weight, parts, "backward")
+        shape = (grad_rows.shape[0], weight.shape[1])
+        if ctx.gathers.input is not None:
+            into = comm.ShardOf(shape, 1, ctx.gathers.input.cut)
+            grad_x = split.sum_scatter(parts, into=into, like=grad_rows, direction="backward")
+        else:
+            started = split.start_sum(parts, shape=shape, like=grad_rows, direction="backward")
+    grad_weight = grad_bias = None
+    if needs_weight:
+        grad_weight = products.weight_gradient(grad_rows, as_rows(x), split)
+    if needs_bias:
+        grad_bias = products.bias_gradient(grad_rows, split, is_cut=True)
     if started is not None:
         grad_x = started.wait()
-    return shaped(grad_x, grad_y), grad_weight, grad_bias, None
+    return shaped(grad_x, grad_y), grad_weight, grad_bias, None, None
 
 
-class _RowLinear(torch.autograd.Function):
+class _RowLinear(OwnFunction):
     """all_reduce of the leaf products forward, bias added once and after; no Comm backward.
 
-    (With `site.split_input`, an all_gather of the input gradient backward.)
+    (With `splits_input`, an all_gather of the input gradient backward.)
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, split: Split, splits_input: bool
     ) -> Tensor:
-        _save(ctx, x, weight, site)
-        return shaped(_row(x, weight, bias, site), x)
+        ctx.split, ctx.splits_input = split, splits_input
+        _save(ctx, x, weight)
+        return shaped(_row(x, weight, bias, split, splits_input), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.site.axis.note(grad_y, who=ctx.site.who, what=_GRADIENT)
-        return without_autocast(grad_y, _row_gradients, ctx, grad_y, as_rows(grad_y))
+        ctx.split.axis.note(grad_y, who=ctx.split.name, what=_GRADIENT)
+        with without_autocast(grad_y):
+            return _row_gradients(ctx, grad_y, as_rows(grad_y))
 
 
-def _row(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
+def _row(
+    x: Tensor, weight: Tensor, bias: Tensor | None, split: Split, splits_input: bool
+) -> Tensor:
     """The output as rows."""
-    rows = _owned_rows(x, site)
-    if site.axis.size == 1 and site.is_invariant:
-        y = matmul.product_sum(rows, weight, site.slices, bias, is_transposed=True)
+    rows = _owned_rows(x, split, splits_input)
+    if split.axis.size == 1:
+        y = matmul.product_sum(rows, weight, split.leaves.slices, bias, is_transposed=True)
         if observing.is_on():
-            site.tell_whole(rows, weight, y, "forward", is_transposed=True, bias=bias)
+            steps.tell_alone(split, rows, weight, y, "forward", bias)
         return y
-    y = site.start_sum(rows, weight, "forward", is_transposed=True).wait()
-    return y if bias is None else site.add_bias(y, bias)
+    parts = split.arithmetic.product_parts(rows, weight, split.leaves, is_transposed=True)
+    if observing.is_on():
+        steps.tell_parts(split, rows, weight, parts, "forward")
+    shape = (rows.shape[0], weight.shape[0])
+    y = split.start_sum(parts, shape=shape, like=rows, direction="forward").wait()
+    return y if bias is None else products.add_bias(y, bias, split)
 
 
-def _owned_rows(x: Tensor, site: LinearSite) -> Tensor:
+def _owned_rows(x: Tensor, split: Split, splits_input: bool) -> Tensor:
     """This rank's part of the input of a row linear, as rows; a view."""
-    return as_rows(x)[:, site.owned] if site.split_input else as_rows(x)
+    return as_rows(x)[:, split.owned] if splits_input else as_rows(x)
 
 
 def _row_gradients(ctx: Any, grad_y: Tensor, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
-    site: LinearSite = ctx.site
+    split: Split = ctx.split
     x, weight = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-    grad_x = _product_columns(site, grad_rows, weight, "grad_x") if needs_x else None
-    if grad_x is not None and site.split_input:
-        grad_x = site.gather(grad_x, site.cut, "backward")
-    grad_weight = None
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    grad_x = grad_weight = None
+    if needs_x:
+        grad_x = products.product_columns(split, grad_rows, weight, "grad_x")
+        if ctx.splits_input:
+            grad_x = split.gather(grad_x, "backward")
     if needs_weight:
-        rows = _owned_rows(x, site)
-        grad_weight = _product_columns(site, grad_rows.t(), rows, "grad_weight")
-    return (
-        shaped(grad_x, grad_y),
-        grad_weight,
-        site.bias_gradient(grad_rows, is_cut=False) if needs_bias else None,
-        None,
-    )
+        rows = _owned_rows(x, split, ctx.splits_input)
+        grad_weight = products.product_columns(split, grad_rows.t(), rows, "grad_weight")
+    grad_bias = products.bias_gradient(grad_rows, split, is_cut=False) if needs_bias else None
+    return shaped(grad_x, grad_y), grad_weight, grad_bias, None, None
 
 
-def _save(ctx: Any, x: Tensor, weight: Tensor, site: LinearSite) -> None:
+def _save(ctx: Any, x: Tensor, weight: Tensor) -> None:
     """Keep for backward what it will need: under a frozen weight, no input.
 
     The input itself, not a view of it: torch then sees who writes into it in between.
     """
-    ctx.site = site
     needs_x, needs_weight = ctx.needs_input_grad[:2]
     ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
 
 
-def _product_columns(site: LinearSite, a: Tensor, b: Tensor, name: str) -> Tensor:
-    """`grad_x` or `grad_weight`: the whole gradient times a matrix that is cut by columns."""
-    y = matmul.product_columns(a, b, site.slices) if site.is_invariant else a @ b
-    if observing.is_on():
-        is_grad_x = name == "grad_x"
-        cut = shard(1, site.owned, site.cut.size)
-        named = [
-            Operand("grad_y", a if is_grad_x else a.t(), REPLICATE),
-            Operand("weight" if is_grad_x else "x", b, cut),
-        ]
-        what = f"{name} = {'grad_y @ weight' if is_grad_x else 'grad_y.T @ x'}"
-        site.tell("product", "backward", what, named, Operand(name, y, cut))
-    return y
-
-
-def _apply(
-    function: type[torch.autograd.Function],
-    compute: Callable[..., Tensor],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    site: LinearSite,
+def column_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, split: Split, gathers: Gathers = NOTHING
 ) -> Tensor:
-    """Through autograd where it is wanted, and past it where it is not."""
-    if site.is_invariant:
-        mode.require_invariant()
-    if is_autocast(x):
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind)
-        x, weight = cast(x, dtype), cast(weight, dtype)
-        bias = None if bias is None else cast(bias, dtype)
-        with torch.autocast(kind, enabled=False):
-            return _apply(function, compute, x, weight, bias, site)
-    check_alike(x, weight, bias, site.who)
-    if site.is_plain:
-        y = F.linear(x, weight, bias)
-        if observing.is_on():
-            given = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
-            named = [Operand(name, each, REPLICATE) for name, each in given.items()]
-            what = "y = x @ weight.T" + ("" if bias is None else " + bias")
-            site.tell("product", "forward", what, named, Operand("y", y, REPLICATE))
-        return y
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        try:
-            return function.apply(x, weight, bias, site)
-        except operands.ERRORS as error:
-            operands.explain(error, site.who, x=x, weight=weight, bias=bias)
-    try:
-        return shaped(compute(x, weight, bias, site), x)
-    except operands.ERRORS as error:
-        operands.explain(error, site.who, x=x, weight=weight, bias=bias)
-
-
-def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
     """`x @ weight.T + bias` with `weight` cut along out_features.
 
     Args:
-        x: (*, in_features), Replicate; or (*, owned in_features), Shard(-1) with `site.input_cut`.
+        x: (*, in_features), Replicate; or (*, owned in_features), Shard(-1) with `gathers.input`.
         weight: (owned out_features, in_features), Shard(0).
         bias: (owned out_features,), Shard(0), or None.
-        site: axis, cut of out_features, scheme, name.
+        split: of out_features.
+        gathers: whether input or output are gathered.
     Returns:
         (*, owned out_features), Shard(-1), its gradient is expected to be Shard(-1); with
-        `site.gather_output` (*, out_features), and both are Replicate.
+        `gathers.output` (*, out_features), and both are Replicate.
     Raises:
         NumericsError: numerics are invariant and this process cannot promise them.
         ShapeError: x, weight and bias are of several dtypes or on several devices.
     Comm:
         forward none; backward one all_reduce of grad_x (*, in_features).
-        site.input_cut: forward one all_gather of x (*, in_features); backward one reduce_scatter
+        gathers.input: forward one all_gather of x (*, in_features); backward one reduce_scatter
         of grad_x (*, in_features).
-        site.gather_output: forward also one all_gather of y (*, out_features).
+        gathers.output: forward also one all_gather of y (*, out_features).
     """
-    if site.input_cut is None:
-        site.axis.note(x, who=site.who)
-    y = _apply(_ColumnLinear, _column, x, weight, bias, site)
-    if site.gather_output:
-        site.axis.note_result(y, who=site.who)
+    if gathers.input is None:
+        split.axis.note(x, who=split.name)
+    split.arithmetic.require()
+    x, weight, bias = prepared(x, weight, bias)
+    check_alike(x, weight, bias, split.name)
+    try:
+        with without_autocast(x):
+            if split.is_plain:
+                y = products.plain_linear(x, weight, bias, split)
+            elif wants_gradient(x, weight, bias):
+                y = _ColumnLinear.apply(x, weight, bias, split, gathers)
+            else:
+                y = shaped(_column(_whole_rows(x, gathers), weight, bias, split, gathers), x)
+    except operands.ERRORS as error:
+        operands.explain(error, split.name, x=x, weight=weight, bias=bias)
+    if gathers.output:
+        split.axis.note_result(y, who=split.name)
     return y
 
 
-def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite) -> Tensor:
+def row_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, split: Split, *, splits_input: bool = False
+) -> Tensor:
     """`x @ weight.T + bias` with `weight` cut along in_features.
 
     Args:
-        x: (*, owned in_features), Shard(-1); or (*, in_features), Replicate, with
-            `site.split_input`.
+        x: (*, owned in_features), Shard(-1); or (*, in_features), Replicate, if `splits_input`.
         weight: (out_features, owned in_features), Shard(1).
         bias: (out_features,), Replicate, or None. Added once, after the sum.
-        site: axis, cut of in_features, scheme, name.
+        split: of in_features.
+        splits_input: the input comes whole, and each rank takes what it owns of it.
     Returns:
         (*, out_features), Replicate; its gradient is expected to be Replicate.
     Raises:
@@ -248,10 +236,22 @@ def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: LinearSite)
         ShapeError: x, weight and bias are of several dtypes or on several devices.
     Comm:
         forward one all_reduce of y (*, out_features); backward none.
-        site.split_input: backward also one all_gather of grad_x (*, in_features).
+        splits_input: backward also one all_gather of grad_x (*, in_features).
     """
-    if site.split_input:
-        site.axis.note(x, who=site.who)
-    y = _apply(_RowLinear, _row, x, weight, bias, site)
-    site.axis.note_result(y, who=site.who)
+    if splits_input:
+        split.axis.note(x, who=split.name)
+    split.arithmetic.require()
+    x, weight, bias = prepared(x, weight, bias)
+    check_alike(x, weight, bias, split.name)
+    try:
+        with without_autocast(x):
+            if split.is_plain:
+                y = products.plain_linear(x, weight, bias, split)
+            elif wants_gradient(x, weight, bias):
+                y = _RowLinear.apply(x, weight, bias, split, splits_input)
+            else:
+                y = shaped(_row(x, weight, bias, split, splits_input), x)
+    except operands.ERRORS as error:
+        operands.explain(error, split.name, x=x, weight=weight, bias=bias)
+    split.axis.note_result(y, who=split.name)
     return y

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shardproof import observing, operands
 from shardproof.axis import Axis
-from shardproof.collectives import all_reduce
+from shardproof.comm.differentiable import all_reduce
 from shardproof.errors import ShapeError, UsageError
 from shardproof.functional.classes import (
     Reduction,
@@ -22,7 +22,7 @@ from shardproof.functional.classes import (
     reduce_rows,
 )
 from shardproof.leaves import Cut
-from shardproof.numerics.elementwise import widen
+from shardproof.numerics.precision import widen
 from shardproof.numerics.sums import sum_rows, sum_squares
 from shardproof.observing import REPLICATE, Operand, Placement, Told, shard
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from shardproof import operators
 from shardproof.axis import Axis
+from shardproof.comm.split import Split
 from shardproof.errors import ShapeError
-from shardproof.functional.site import LinearSite
 from shardproof.leaves import Cut
+from shardproof.numerics.arithmetic import Arithmetic, arithmetic_of
 from shardproof.observing import Placement, shard
 from shardproof.scheme import Scheme
 from shardproof.units import CutDim, Indices, slices_of
@@ -117,8 +118,9 @@ class Place:
             leaves, one after another; else 0.
         tiles: runs of what it holds that are the same at every degree which holds them.
         plain: the dim as a plain cut of one run per rank, or None.
-        site: `plain` for a linear, or None.
-        is_invariant: from `scheme`.
+        split: of the units, for every sum over the dim.
+        plain_split: of `plain`, or None.
+        arithmetic: how the dim is multiplied and added.
         recipes: what others have worked out for this place, by what it is for.
     """
 
@@ -139,8 +141,9 @@ class Place:
     even_leaf: int = field(init=False, repr=False)
     tiles: tuple[slice, ...] = field(init=False, repr=False)
     plain: Cut | None = field(init=False, repr=False)
-    site: LinearSite | None = field(init=False, repr=False)
-    is_invariant: bool = field(init=False, repr=False)
+    split: Split = field(init=False, repr=False)
+    plain_split: Split | None = field(init=False, repr=False)
+    arithmetic: Arithmetic = field(init=False, repr=False)
     recipes: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -168,8 +171,9 @@ class Place:
             "even_leaf": _even_leaf(pieces, len(held)),
             "tiles": _tiles(cut_dim, rank),
             "plain": plain,
-            "site": None if plain is None else LinearSite(axis, plain, self.scheme, self.who),
-            "is_invariant": self.scheme.is_invariant,
+            "split": Split(axis, shared.cut, self.scheme, self.who),
+            "plain_split": None if plain is None else Split(axis, plain, self.scheme, self.who),
+            "arithmetic": arithmetic_of(self.scheme),
         }
         for name, value in found.items():
             object.__setattr__(self, name, value)
@@ -186,7 +190,7 @@ class Place:
     @property
     def is_plain_torch(self) -> bool:
         """Whether nothing here differs from torch: one rank, native numerics."""
-        return self.axis.size == 1 and not self.is_invariant
+        return self.axis.size == 1 and not self.arithmetic.is_invariant
 
     @property
     def tree(self) -> tuple[int, ...]:

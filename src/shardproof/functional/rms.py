@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shardproof.autograd import once_differentiable
 from shardproof.functional.rows import as_rows, shaped
-from shardproof.numerics.elementwise import widen
+from shardproof.numerics.precision import widen
 
 
 @dataclass(frozen=True)

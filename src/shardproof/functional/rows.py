@@ -1,6 +1,6 @@
 """What the cut linears do alike: rows of matrices, autocast, and one dtype and device."""
 
-from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor
 from shardproof import operands, operators
 from shardproof.errors import ShapeError
 from shardproof.operands import FLOATS, PLAIN, is_traced
+
+_AS_IT_IS = nullcontext()
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -44,12 +46,27 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x
 
 
-def without_autocast(like: Tensor, compute: Callable[..., Any], *args: Any) -> Any:
-    """`compute(*args)`: what is to be cast has been cast where the function was called."""
-    if is_autocast(like):
-        with torch.autocast(like.device.type, enabled=False):
-            return compute(*args)
-    return compute(*args)
+def prepared(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The operands of a linear as autocast wants them, cast where autograd sees it.
+
+    Args:
+        tensors: the operands; the first says where they are.
+    """
+    first = tensors[0]
+    if first is None or not is_autocast(first):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(None if each is None else cast(each, dtype) for each in tensors)
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """A context without autocast, for operands that have been cast (`prepared`)."""
+    return torch.autocast(like.device.type, enabled=False) if is_autocast(like) else _AS_IT_IS
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to see what is computed from these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def are_alike(x: Tensor, *others: Tensor | None) -> bool:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from shardproof.autograd import once_differentiable
-from shardproof.block_comm import all_gather_sizes
+from shardproof.comm.runs_of_indices import all_gather_sizes
 from shardproof.errors import ShapeError
 from shardproof.functional.crossing_moves import checked_dim
 from shardproof.functional.place import Place, Selection
-from shardproof.numerics.matmul import node_dtype
-from shardproof.tree import Node, add_tensors, combine, nodes_of_run
+from shardproof.numerics.precision import node_dtype
+from shardproof.tree import Node
 from shardproof.units import Indices
 
 Sources = Sequence[int] | Indices
@@ -81,10 +81,7 @@ class Recipe:
 
     def nodes(self, kind: _Kind, rank: int) -> list[Node]:
         """What `rank` adds of each source: native numerics add all that it has."""
-        run = kind.runs[rank]
-        if self.place.is_invariant:
-            return nodes_of_run(kind.served, run)
-        return [(run.start, run.stop)] if run else []
+        return self.place.arithmetic.nodes(kind.served, kind.runs[rank])
 
     def gradient(self, grad_y: Tensor, dim: int) -> Tensor:
         """(*, held targets, *), Shard(dim), to (*, held sources, *), complete at every holder."""
@@ -136,10 +133,7 @@ class Recipe:
         """The sum of a node; zeros where nothing is served."""
         if not values:
             return like.new_zeros(length, *like.shape[1:], dtype=node_dtype(like.dtype))
-        if self.place.is_invariant:
-            return combine(node, values, add_tensors)
-        inside = [values[part] for part in sorted(values) if node[0] <= part[0] < node[1]]
-        return functools.reduce(torch.add, inside)
+        return self.place.arithmetic.add(node, values)
 
 
 def _positions(held: Indices, wanted: Indices, place: Place) -> Indices:
@@ -265,7 +259,7 @@ class _Serve(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, recipe: Recipe) -> Tensor:
-        ctx.dim, ctx.recipe, ctx.site = dim, recipe, recipe.place
+        ctx.dim, ctx.recipe = dim, recipe
         return recipe.picked.copy(x, dim)
 
     @staticmethod

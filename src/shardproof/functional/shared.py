@@ -9,56 +9,73 @@ Source: fused projections as in Megatron-LM (Shoeybi et al. 2019, arXiv 1909.080
 without the fused weight.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardproof import comm, observing, operands
-from shardproof.autograd import once_differentiable
+from shardproof import observing, operands
+from shardproof.autograd import OwnFunction, once_differentiable
+from shardproof.comm import StartedSum
+from shardproof.comm.split import Split
 from shardproof.errors import UsageError
+from shardproof.functional.linear_products import bias_gradient, product, weight_gradient
 from shardproof.functional.rows import (
     as_rows,
-    cast,
     check_alike,
-    is_autocast,
+    prepared,
     shaped,
+    wants_gradient,
     without_autocast,
 )
-from shardproof.functional.site import LinearSite
 from shardproof.heads import Heads
 from shardproof.leaves import Cut
-from shardproof.numerics import mode
-from shardproof.numerics.joined import joined_nodes
+from shardproof.numerics.arithmetic import Pair
 from shardproof.observing import PARTIAL, Operand, Told, shard
-from shardproof.tree import node_name
+from shardproof.tree import Node, node_name, nodes_of_run
 
 
 @dataclass(frozen=True)
-class SharedSite:
-    """Where projections of one input stand: everything that is no tensor.
+class _MemberTerm:
+    """The product of one member, `grad_y @ weight`, in the sum of the input gradient."""
+
+    grad: Tensor
+    weight: Tensor
+    slices: tuple[slice, ...]
+    split: Split
+
+    def by_leaf(self) -> Iterator[tuple[Pair, tuple[slice, ...]]]:
+        """See `Term`."""
+        yield (self.grad, self.weight), self.slices
+
+    def owned(self) -> Pair:
+        """See `Term`: without the heads that another rank counts."""
+        leaves = self.split.leaves
+        if leaves.is_all:
+            return self.grad, self.weight
+        return self.grad[:, leaves.own], self.weight[leaves.own]
+
+
+@dataclass(frozen=True)
+class SharedSum:
+    """How projections of one input sum its gradient.
 
     Attributes:
-        members: where each stands, in the order in which their products are added.
-        cut: of the sum: its leaves are the tree's.
+        members: how each is cut, in the order in which their products are added.
+        split: of the sum: its leaves are the tree's.
         slices: for each member, where in its shard the features lie that each leaf which this rank
             owns has of it.
-        who: of the group, for messages and the ledger.
     """
 
-    members: tuple[LinearSite, ...]
-    cut: Cut
+    members: tuple[Split, ...]
+    split: Split
     slices: tuple[tuple[slice, ...], ...]
-    who: str = ""
 
     @classmethod
-    def of(
-        cls, members: Sequence[LinearSite], *, heads: Heads | None = None, who: str = ""
-    ) -> Self:
-        """The site of some members.
+    def of(cls, members: Sequence[Split], *, heads: Heads | None = None, who: str = "") -> Self:
+        """The sum of some members.
 
         Args:
             members: two or more, all with one cut; or query, key and value, with `heads`.
@@ -70,18 +87,19 @@ class SharedSite:
         """
         members = tuple(members)
         _check_members(members, who)
+        first = members[0]
         if heads is None:
-            _check_cut(members, members[0].cut, "the first member's", who)
-            slices = tuple(member.slices for member in members)
-            return cls(members, members[0].cut, slices, who)
+            _check_cut(members, first.cut, "the first member's", who)
+            slices = tuple(member.leaves.slices for member in members)
+            return cls(members, Split(first.axis, first.cut, first.scheme, who), slices)
         _check_heads(members, heads, who)
-        rank = members[0].axis.rank
-        keys = heads.key_slices(rank)
-        return cls(members, heads.query_cut, (members[0].slices, keys, keys), who)
+        keys = heads.key_slices(first.axis.rank)
+        split = Split(first.axis, heads.query_cut, first.scheme, who)
+        return cls(members, split, (first.leaves.slices, keys, keys))
 
-    def start_sum(
+    def start(
         self, grads: Sequence[Tensor | None], weights: Sequence[Tensor], like: Tensor
-    ) -> comm.Sum:
+    ) -> StartedSum:
         """The input gradient, summed over members and axis, started.
 
         Args:
@@ -89,90 +107,64 @@ class SharedSite:
             weights: (held out_features, in_features), Shard(0), of each member.
             like: one of the gradients.
         Returns:
-            (M, in_features), Replicate, once it has been waited for.
+            (M, in_features), Replicate, once it has been awaited.
         """
-        present = [number for number, grad in enumerate(grads) if grad is not None]
-        pairs = [(grad, weights[n]) for n, grad in enumerate(grads) if grad is not None]
-        axis = self.members[0].axis
-        if not self.members[0].is_invariant:
-            y = self._local([self.members[number].own for number in present], pairs)
-            if observing.is_on():
-                self._tell(pairs, {None: y})
-            return comm.start_all_reduce(y, axis, direction="backward", who=self.who)
-        nodes = joined_nodes(
-            pairs,
-            [self.slices[number] for number in present],
-            run=self.cut.run(axis.rank),
-            num_leaves=self.cut.num_leaves,
-        )
+        terms = [
+            _MemberTerm(grad, weight, slices, member)
+            for grad, weight, slices, member in zip(
+                grads, weights, self.slices, self.members, strict=True
+            )
+            if grad is not None
+        ]
+        parts = self.split.arithmetic.joined_parts(terms, self.split.leaves)
         if observing.is_on():
-            self._tell(pairs, nodes)
-        return comm.start_all_reduce_nodes(
-            nodes,
-            axis,
-            cut=self.cut,
-            shape=(like.shape[0], weights[0].shape[1]),
-            like=like,
-            direction="backward",
-            who=self.who,
-        )
+            self._tell(terms, parts)
+        shape = (like.shape[0], weights[0].shape[1])
+        return self.split.start_sum(parts, shape=shape, like=like, direction="backward")
 
-    def _tell(self, pairs: Sequence[tuple[Tensor, Tensor]], parts: Mapping[Any, Tensor]) -> None:
-        """Tell of this rank's part of the input gradient, or of its nodes."""
+    def _tell(self, terms: Sequence[_MemberTerm], parts: Sequence[Tensor]) -> None:
+        """Tell of this rank's parts of the input gradient."""
         named = [
             Operand(name, tensor, shard(1 - place))
-            for pair in pairs
-            for place, (name, tensor) in enumerate(zip(("grad_y", "weight"), pair, strict=True))
+            for term in terms
+            for place, (name, tensor) in enumerate((("grad_y", term.grad), ("weight", term.weight)))
         ]
-        what = f"grad_x = the sum of {len(pairs)} products grad_y @ weight"
-        for node, part in parts.items():
+        what = f"grad_x = the sum of {len(terms)} products grad_y @ weight"
+        leaves, is_tree = self.split.leaves, self.split.arithmetic.is_invariant
+        nodes: list[Node | None] = [None]
+        if is_tree:
+            nodes = [*nodes_of_run(leaves.num_leaves, leaves.run)]
+        for node, part in zip(nodes, parts, strict=True):
             which = "" if node is None else f", {node_name(node)}"
             output = Operand(f"grad_x{which}", part, PARTIAL, node)
-            observing.tell(Told("product", "backward", self.who, what + which, named, output))
-
-    @staticmethod
-    def _local(owns: Sequence[slice | None], pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Native: this rank's part, the products accumulated one after another."""
-        # Without the heads that another rank counts.
-        owned = [
-            (grad, weight) if own is None else (grad[:, own], weight[own])
-            for own, (grad, weight) in zip(owns, pairs, strict=True)
-        ]
-        total = torch.mm(*owned[0])
-        for grad, weight in owned[1:]:
-            total.addmm_(grad, weight)
-        return total
+            told = Told("product", "backward", self.split.name, what + which, named, output)
+            observing.tell(told)
 
 
-def _check_members(members: tuple[LinearSite, ...], who: str) -> None:
+def _check_members(members: tuple[Split, ...], who: str) -> None:
     if len(members) < 2:
         raise UsageError(f"{who}: {len(members)} members cannot share a sum. Give two or more.")
     first = members[0]
     for member in members:
         if member.axis != first.axis or member.scheme != first.scheme:
             raise UsageError(
-                f"{who}: {member.who!r} is cut on {member.axis} with {member.scheme}, "
-                f"{first.who!r} on {first.axis} with {first.scheme}. Cut what shares a sum over "
+                f"{who}: {member.name!r} is cut on {member.axis} with {member.scheme}, "
+                f"{first.name!r} on {first.axis} with {first.scheme}. Cut what shares a sum over "
                 "one axis, with one scheme."
             )
-        if member.input_cut is not None or member.gather_output:
-            raise UsageError(
-                f"{who}: {member.who!r} gathers its input or its output, and the gradient of that "
-                "is not summed here. Use gather_input=False and gather_output=False."
-            )
 
 
-def _check_cut(members: Sequence[LinearSite], cut: Cut, whose: str, who: str) -> None:
+def _check_cut(members: Sequence[Split], cut: Cut, whose: str, who: str) -> None:
     for member in members:
         if member.cut != cut:
             raise UsageError(
-                f"{who}: {member.who!r} is cut as {member.cut}, and {whose} cut is {cut}: their "
+                f"{who}: {member.name!r} is cut as {member.cut}, and {whose} cut is {cut}: their "
                 "leaves do not line up. Give layers of one cut; or query, key and value with "
                 "heads=Heads(...), cut by heads.query_cut, heads.key_cut and heads.key_cut."
             )
 
 
-def _check_heads(members: Sequence[LinearSite], heads: Heads, who: str) -> None:
+def _check_heads(members: Sequence[Split], heads: Heads, who: str) -> None:
     if len(members) != 3:
         raise UsageError(
             f"{who}: {len(members)} members were given with heads, which cut three: query, key "
@@ -185,26 +177,26 @@ def _check_heads(members: Sequence[LinearSite], heads: Heads, who: str) -> None:
         is_missing = member.held is None and bool(heads.shared())
         if is_missing or (member.held is not None and member.held != heads.held(member.axis.rank)):
             raise UsageError(
-                f"{who}: {member.who!r} holds the key-value heads {member.held}, and the query "
+                f"{who}: {member.name!r} holds the key-value heads {member.held}, and the query "
                 f"heads of {member.axis} need {heads.held(member.axis.rank)}. Cut it with "
                 "held=heads.held(axis.rank)."
             )
 
 
-class _SharedColumns(torch.autograd.Function):
+class _SharedColumns(OwnFunction):
     """Local products forward; one all_reduce of the input gradient backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, site: SharedSite, *parameters: Tensor | None) -> Any:
-        count = len(site.members)
+    def forward(ctx: Any, x: Tensor, shared: SharedSum, *parameters: Tensor | None) -> Any:
+        count = len(shared.members)
         weights, biases = parameters[:count], parameters[count:]
         needs_x, _, *needs = ctx.needs_input_grad
-        ctx.site, ctx.is_spent = site, False
+        ctx.shared, ctx.is_spent = shared, False
         # The input itself, not a view of it: torch then sees who writes into it in between.
         kept = weights if needs_x else [None] * count
         ctx.save_for_backward(x if any(needs[:count]) else None, *kept)
         ctx.set_materialize_grads(False)  # what had no gradient is left out of the sum
-        return _columns(x, weights, biases, site)  # type: ignore[arg-type]  # weights are there
+        return _columns(x, weights, biases, shared)  # type: ignore[arg-type]  # weights are there
 
     @staticmethod
     @once_differentiable
@@ -213,8 +205,8 @@ class _SharedColumns(torch.autograd.Function):
         like = next((grad for grad in grads if grad is not None), None)
         if like is None:
             return (None,) * len(ctx.needs_input_grad)
-        found: tuple[Tensor | None, ...] = without_autocast(like, _gradients, ctx, grads, like)
-        return found
+        with without_autocast(like):
+            return _gradients(ctx, grads, like)
 
 
 def is_spent(y: Tensor) -> bool:
@@ -223,32 +215,32 @@ def is_spent(y: Tensor) -> bool:
 
 
 def _columns(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], site: SharedSite
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], shared: SharedSum
 ) -> tuple[Tensor, ...]:
     rows = as_rows(x)
     return tuple(
-        shaped(member.product(rows, weight, bias), x)
-        for member, weight, bias in zip(site.members, weights, biases, strict=True)
+        shaped(product(rows, weight, bias, member), x)
+        for member, weight, bias in zip(shared.members, weights, biases, strict=True)
     )
 
 
 def _gradients(ctx: Any, grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor | None, ...]:
     """The input gradient is Partial: its sum runs while the others are computed."""
-    site: SharedSite = ctx.site
+    shared: SharedSum = ctx.shared
     x, *weights = ctx.saved_tensors
     needs_x, _, *needs = ctx.needs_input_grad
-    count = len(site.members)
+    count = len(shared.members)
     rows = [None if grad is None else as_rows(grad) for grad in grads]
     started, grad_x = None, None
     if needs_x:
-        started = site.start_sum(rows, weights, as_rows(like))
+        started = shared.start(rows, weights, as_rows(like))
     grad_weights = [
-        member.weight_gradient(row, as_rows(x)) if is_needed and row is not None else None
-        for member, row, is_needed in zip(site.members, rows, needs[:count], strict=True)
+        weight_gradient(row, as_rows(x), member) if is_needed and row is not None else None
+        for member, row, is_needed in zip(shared.members, rows, needs[:count], strict=True)
     ]
     grad_biases = [
-        member.bias_gradient(row) if is_needed and row is not None else None
-        for member, row, is_needed in zip(site.members, rows, needs[count:], strict=True)
+        bias_gradient(row, member, is_cut=True) if is_needed and row is not None else None
+        for member, row, is_needed in zip(shared.members, rows, needs[count:], strict=True)
     ]
     if started is not None:
         grad_x = shaped(started.wait(), like)
@@ -256,7 +248,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None], like: Tensor) -> tuple[
 
 
 def shared_columns(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], site: SharedSite
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], shared: SharedSum
 ) -> tuple[Tensor, ...]:
     """`x @ weight.T + bias` of every member, with weights cut along out_features.
 
@@ -267,7 +259,7 @@ def shared_columns(
         x: (*, in_features), Replicate.
         weights: (held out_features, in_features), Shard(0), of each member.
         biases: (held out_features,), Shard(0), or None, of each member.
-        site: axis, cuts, scheme, name.
+        shared: how the members are cut, and their sum.
     Returns:
         (*, held out_features), Shard(-1), of each member; their gradients are expected to be
         Shard(-1).
@@ -277,31 +269,22 @@ def shared_columns(
     Comm:
         forward none; backward one all_reduce of grad_x (*, in_features).
     """
-    site.members[0].axis.note(x, who=site.who)
-    return _shared_columns(x, weights, biases, site)
-
-
-def _shared_columns(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], site: SharedSite
-) -> tuple[Tensor, ...]:
-    if site.members[0].is_invariant:
-        mode.require_invariant()
-    if is_autocast(x):
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind)
-        weights = [cast(weight, dtype) for weight in weights]
-        biases = [None if bias is None else cast(bias, dtype) for bias in biases]
-        with torch.autocast(kind, enabled=False):
-            return _shared_columns(cast(x, dtype), weights, biases, site)
-    for member, weight, bias in zip(site.members, weights, biases, strict=True):
-        check_alike(x, weight, bias, member.who)
-    if site.members[0].is_plain:
-        return tuple(map(F.linear, (x,) * len(weights), weights, biases))
-    tensors = (x, *weights, *biases)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        try:
-            found: tuple[Tensor, ...] = _SharedColumns.apply(x, site, *weights, *biases)
-        except operands.ERRORS as error:
-            operands.explain(error, site.who, x=x)
-        return found
-    return _columns(x, weights, biases, site)
+    first = shared.members[0]
+    first.axis.note(x, who=shared.split.name)
+    first.arithmetic.require()
+    count = len(weights)
+    x, *others = prepared(x, *weights, *biases)
+    weights, biases = others[:count], others[count:]
+    for member, weight, bias in zip(shared.members, weights, biases, strict=True):
+        check_alike(x, weight, bias, member.name)
+    if first.is_plain:
+        with without_autocast(x):
+            return tuple(map(F.linear, (x,) * count, weights, biases))
+    try:
+        with without_autocast(x):
+            if wants_gradient(x, *weights, *biases):
+                outputs: tuple[Tensor, ...] = _SharedColumns.apply(x, shared, *weights, *biases)
+                return outputs
+            return _columns(x, weights, biases, shared)
+    except operands.ERRORS as error:
+        operands.explain(error, shared.split.name, x=x)

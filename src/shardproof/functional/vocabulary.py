@@ -11,13 +11,14 @@ Sources: Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3) for a lo
 Milakov and Gimelshein 2018 (arXiv 1805.02867) for sums of exponentials that are rescaled.
 """
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from shardproof import comm, observing, operands
 from shardproof.axis import Axis
+from shardproof.comm.split import Split
 from shardproof.errors import ShapeError, UsageError
 from shardproof.functional.classes import (
     Reduction,
@@ -25,12 +26,28 @@ from shardproof.functional.classes import (
     counting_rows,
     reduce_rows,
 )
-from shardproof.functional.vocabulary_site import NOWHERE, VocabularySite, parts
+from shardproof.functional.vocabulary_site import NOWHERE, VocabularyBlocks, parts
 from shardproof.leaves import Cut
-from shardproof.numerics.elementwise import widen
-from shardproof.numerics.matmul import node_dtype
+from shardproof.numerics.precision import node_dtype, widen
 from shardproof.observing import REPLICATE, Operand, Told
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
+
+
+class LossOptions(TypedDict, total=False):
+    """What a cross-entropy counts and how it adds up.
+
+    Attributes:
+        ignore_index: rows with this target count for nothing; default -100.
+        reduction: "mean" over the rows that count (the default), "sum", or "none".
+        label_smoothing: share of every target that is spread evenly over all classes, 0 to 1.
+        denominator: what a mean divides by, if not by the number of rows that count: a number, or
+            a tensor of one element, Replicate.
+    """
+
+    ignore_index: int
+    reduction: Reduction
+    label_smoothing: float
+    denominator: Tensor | float | None
 
 
 class _VocabCrossEntropy(torch.autograd.Function):
@@ -38,31 +55,31 @@ class _VocabCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, site: VocabularySite, smoothing: float
+        ctx: Any, logits: Tensor, target: Tensor, vocabulary: VocabularyBlocks, smoothing: float
     ) -> Tensor:
-        places = site.places(target)
-        blocks = site.gather(logits, places, 4 if smoothing else 3)
-        norm = site.normalizer(blocks)
+        places = vocabulary.places(target)
+        blocks = vocabulary.gather(logits, places, 4 if smoothing else 3)
+        norm = vocabulary.normalizer(blocks)
         top, log_sum = norm
-        losses = (top - site.own(blocks, target.clamp(min=0))).add_(log_sum)
+        losses = (top - vocabulary.own(blocks, target.clamp(min=0))).add_(log_sum)
         if smoothing:
-            uniform = (log_sum - site.mean_offset(blocks, top)).mul_(smoothing)
+            uniform = (log_sum - vocabulary.mean_offset(blocks, top)).mul_(smoothing)
             losses.mul_(1 - smoothing).add_(uniform)
-        ctx.site, ctx.smoothing = site, smoothing
+        ctx.split, ctx.smoothing = vocabulary.split, smoothing
         ctx.save_for_backward(logits, places, norm)
         return losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.site.axis.note(grad, who=ctx.site.who, what="gradient of the losses")
+        ctx.split.axis.note(grad, who=ctx.split.name, what="gradient of the losses")
         logits, places, norm = ctx.saved_tensors
-        spread = ctx.smoothing, ctx.smoothing / ctx.site.cut.size
+        spread = ctx.smoothing, ctx.smoothing / ctx.split.cut.size
         found = _LossGradient.apply(grad, logits, places, norm, spread)
         if observing.is_on():
-            place = ctx.site.placement
+            place = ctx.split.placement(1)
             named, output = [Operand("logits", logits, place)], Operand("grad_logits", found, place)
             what = "grad_logits = (softmax(logits) - target) * grad"
-            observing.tell(Told("loss", "backward", ctx.site.who, what, named, output))
+            observing.tell(Told("loss", "backward", ctx.split.name, what, named, output))
         return found, None, None, None
 
 
@@ -100,19 +117,19 @@ class _VocabLogSoftmax(torch.autograd.Function):
     """Log-softmax from one all_gather; g - softmax * (sum of g) backward, by one all_reduce."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, site: VocabularySite) -> Tensor:
-        norm = site.normalizer(site.gather(logits, None, 2))
+    def forward(ctx: Any, logits: Tensor, vocabulary: VocabularyBlocks) -> Tensor:
+        norm = vocabulary.normalizer(vocabulary.gather(logits, None, 2))
         y = torch.empty_like(logits, memory_format=torch.contiguous_format)
         for rows in parts(logits):
             y[rows] = _log_softmax(logits[rows], norm[:, rows])
-        ctx.site = site
+        ctx.vocabulary = vocabulary
         # Not `y`: of 16 bits, its exponential is far from the softmax.
         ctx.save_for_backward(logits, norm)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
-        return _LogSoftmaxGradient.apply(grad_y, *ctx.saved_tensors, ctx.site), None
+        return _LogSoftmaxGradient.apply(grad_y, *ctx.saved_tensors, ctx.vocabulary), None
 
 
 class _LogSoftmaxGradient(torch.autograd.Function):
@@ -120,9 +137,9 @@ class _LogSoftmaxGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, grad_y: Tensor, logits: Tensor, norm: Tensor, site: VocabularySite
+        ctx: Any, grad_y: Tensor, logits: Tensor, norm: Tensor, vocabulary: VocabularyBlocks
     ) -> Tensor:
-        total = site.sum_classes(grad_y)
+        total = vocabulary.sum_classes(grad_y)
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
         for rows in parts(logits):
             p = _log_softmax(logits[rows], norm[:, rows]).exp_()
@@ -153,12 +170,9 @@ def vocab_cross_entropy(
     *,
     axis: Axis,
     cut: Cut,
-    ignore_index: int = -100,
-    reduction: Reduction = "mean",
-    label_smoothing: float = 0.0,
-    denominator: Tensor | float | None = None,
     scheme: Scheme = DEFAULT_SCHEME,
     who: str = "vocab_cross_entropy",
+    **options: Unpack[LossOptions],
 ) -> Tensor:
     """Negative log-likelihood of the targets under the softmax over a vocabulary that is cut.
 
@@ -167,13 +181,9 @@ def vocab_cross_entropy(
         target: (rows,), Replicate. Class indices of the whole vocabulary, int64.
         axis: the ranks.
         cut: of the vocabulary.
-        ignore_index: rows with this target count for nothing.
-        reduction: "mean" over the rows that count, "sum", or "none".
-        label_smoothing: share of every target that is spread evenly over all classes, 0 to 1.
-        denominator: what a mean divides by, if not by the number of rows that count: a number, or
-            a tensor of one element, Replicate.
         scheme: its numerics; blocks are leaves, natively ranks.
         who: a name for messages.
+        options: ignore_index, reduction, label_smoothing and denominator: see `LossOptions`.
     Returns:
         (), or (rows,) for "none"; Replicate, in the dtype of the logits; its gradient is expected
         to be Replicate.
@@ -184,22 +194,32 @@ def vocab_cross_entropy(
         forward one all_gather of (blocks, 3, rows); backward none.
         label_smoothing: forward one all_gather of (blocks, 4, rows); backward none.
     """
+    reduction = options.get("reduction", "mean")
+    ignore_index = options.get("ignore_index", -100)
+    smoothing = options.get("label_smoothing", 0.0)
     check_reduction(reduction, who)
-    if not 0 <= label_smoothing <= 1:
+    if not 0 <= smoothing <= 1:
         raise UsageError(
-            f"{who}: label_smoothing={label_smoothing} is no share. Use a number from 0 to 1."
+            f"{who}: label_smoothing={smoothing} is no share. Use a number from 0 to 1."
         )
+    denominator = options.get("denominator")
     denominator = _check_denominator(denominator, reduction, node_dtype(logits.dtype), who)
     counts = counting_rows(logits, target, classes=cut.size, ignore_index=ignore_index, who=who)
     comm.check_part(logits, axis, dim=1, cut=cut, is_whole=False, who=who)
-    site = VocabularySite(axis, cut, scheme, who)
+    split = Split(axis, cut, scheme, who)
     axis.note(target, who=who, what="labels", whole=True)
     losses = _VocabCrossEntropy.apply(
-        logits, target.masked_fill(~counts, NOWHERE), site, float(label_smoothing)
+        logits,
+        target.masked_fill(~counts, NOWHERE),
+        VocabularyBlocks(split),
+        float(smoothing),
     )
     loss = reduce_rows(losses, counts, reduction, dtype=logits.dtype, denominator=denominator)
     if observing.is_on():
-        named = [Operand("logits", logits, site.placement), Operand("target", target, REPLICATE)]
+        named = [
+            Operand("logits", logits, split.placement(1)),
+            Operand("target", target, REPLICATE),
+        ]
         what = "-log softmax(logits)[target], from what every block of classes says"
         observing.tell(Told("loss", "forward", who, what, named, Operand("loss", loss, REPLICATE)))
     axis.note_result(loss, who=who, what="loss")
@@ -237,7 +257,7 @@ def vocab_log_softmax(
             "leading dims first."
         )
     comm.check_part(logits, axis, dim=1, cut=cut, is_whole=False, who=who)
-    return _VocabLogSoftmax.apply(logits, VocabularySite(axis, cut, scheme, who))
+    return _VocabLogSoftmax.apply(logits, VocabularyBlocks(Split(axis, cut, scheme, who)))
 
 
 def _check_denominator(

@@ -1,24 +1,22 @@
-"""Where logits over a cut vocabulary stand: what each block of classes says, and how it is added.
+"""Logits over a cut vocabulary: what each block of classes says, and how it is added.
 
 A block is a leaf of the vocabulary; natively, all that a rank owns. It says a few numbers for every
 row. They are gathered, and every rank puts them together in the same way.
 """
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from shardproof import comm
-from shardproof.axis import Axis
+from shardproof.comm.split import Split
 from shardproof.leaves import Cut
-from shardproof.numerics.elementwise import widen
-from shardproof.numerics.matmul import node_dtype
-from shardproof.numerics.sums import sum_rows
-from shardproof.observing import Placement, shard
-from shardproof.scheme import Scheme
-from shardproof.tree import add_run, add_tensors, combine
+from shardproof.numerics.precision import node_dtype, widen
+from shardproof.tree import add_tensors, combine
 
 NOWHERE = -1  # place of a class that this rank has not
 TOP, SUM, OWN, OFFSETS = range(4)  # what a block says of a row
@@ -27,50 +25,34 @@ _LOWEST = float("-inf")
 
 
 @dataclass(frozen=True)
-class VocabularySite:
-    """Where logits over a cut vocabulary stand: everything that is no tensor.
+class VocabularyBlocks:
+    """The blocks of a vocabulary that is cut.
 
     Attributes:
-        axis: the ranks.
-        cut: of the vocabulary.
-        scheme: its numerics.
-        who: a name for messages and the ledger.
-        blocks: where each of this rank's blocks lies in the shard; from `cut`.
-        block_cut: how the blocks of all ranks lie on the ranks, each a unit.
-        stops: where each of them ends in the vocabulary.
+        split: of the vocabulary.
     """
 
-    axis: Axis
-    cut: Cut
-    scheme: Scheme
-    who: str
-    blocks: tuple[slice, ...] = field(init=False)
-    block_cut: Cut = field(init=False)
-    stops: tuple[int, ...] = field(init=False)
+    split: Split
 
-    def __post_init__(self) -> None:
-        cut, rank = self.cut, self.axis.rank
-        if self.scheme.is_invariant:
-            blocks = cut.leaf_slices(rank)
-            block_cut = Cut(cut.num_leaves, cut.leaves, cut.degree, runs=cut.runs)
-            stops = [cut.leaf(leaf).stop for leaf in range(cut.num_leaves)]
-        else:
-            blocks = (slice(0, len(cut.owned(rank))),)
-            block_cut = Cut(cut.degree, cut.degree, cut.degree)
-            sizes = cut.sizes()
-            stops = [sum(sizes[: each + 1]) for each in range(cut.degree)]
-        object.__setattr__(self, "blocks", blocks)
-        object.__setattr__(self, "block_cut", block_cut)
-        object.__setattr__(self, "stops", tuple(stops))
+    @cached_property
+    def cut(self) -> Cut:
+        """How the blocks of all ranks lie on the ranks, each a unit."""
+        cut = self.split.cut
+        if self.split.arithmetic.is_invariant:
+            return Cut(cut.num_leaves, cut.leaves, cut.degree, runs=cut.runs)
+        return Cut(cut.degree, cut.degree, cut.degree)
 
-    @property
-    def placement(self) -> Placement:
-        """How the logits lie on this rank."""
-        return shard(1, self.cut.owned(self.axis.rank), self.cut.size)
+    @cached_property
+    def stops(self) -> tuple[int, ...]:
+        """Where each of them ends in the vocabulary."""
+        cut = self.split.cut
+        if self.split.arithmetic.is_invariant:
+            return tuple(cut.leaf(leaf).stop for leaf in range(cut.num_leaves))
+        return tuple(itertools.accumulate(cut.sizes()))
 
     def places(self, target: Tensor) -> Tensor:
         """Where each class lies in the shard, (rows,); `NOWHERE` if it does not."""
-        owned = self.cut.owned(self.axis.rank)
+        owned = self.split.owned
         is_elsewhere = (target < owned.start) | (target >= owned.stop)
         return (target - owned.start).masked_fill_(is_elsewhere, NOWHERE)
 
@@ -83,16 +65,15 @@ class VocabularySite:
             says: how many of the numbers are wanted.
         """
         wide = node_dtype(logits.dtype)
-        mine = logits.new_zeros(len(self.blocks), says, logits.shape[0], dtype=wide)
+        mine = logits.new_zeros(len(self.split.blocks), says, logits.shape[0], dtype=wide)
         mine[:, TOP] = _LOWEST  # of a rank that has no class
-        for block, where in zip(mine, self.blocks, strict=True):
+        for block, where in zip(mine, self.split.blocks, strict=True):
             self._look_at(logits[:, where], block)
         if places is not None and logits.shape[1]:
             picked = logits.gather(1, places.clamp(min=0)[:, None])[:, 0].to(wide)
             mine[:, OWN] = picked.masked_fill_(places == NOWHERE, 0)
-        return comm.all_gather(
-            mine, self.axis, dim=0, cut=self.block_cut, direction="forward", who=self.who
-        )
+        axis, who = self.split.axis, self.split.name
+        return comm.all_gather(mine, axis, dim=0, cut=self.cut, direction="forward", who=who)
 
     def _look_at(self, logits: Tensor, block: Tensor) -> None:
         """Fill in what one block says, (says, rows), except for the target's logit."""
@@ -104,8 +85,8 @@ class VocabularySite:
             offsets = x - shift[:, None]
             block[TOP, rows] = top
             if len(block) > OFFSETS:
-                block[OFFSETS, rows] = self._sum_columns(offsets)
-            block[SUM, rows] = self._sum_columns(offsets.exp_())
+                block[OFFSETS, rows] = self.split.arithmetic.sum_rows(offsets.t())
+            block[SUM, rows] = self.split.arithmetic.sum_rows(offsets.exp_().t())
 
     def normalizer(self, blocks: Tensor) -> Tensor:
         """(2, rows): the largest logit, and the log of the sum of exp(logit - largest)."""
@@ -131,34 +112,18 @@ class VocabularySite:
         size = blocks.new_tensor(sizes)[:, None]
         # Of a rank that has no class the largest is -inf, which 0 classes do not make 0.
         shifts = torch.where(size > 0, size * (blocks[:, TOP] - top), 0)
-        return self._sum_blocks(blocks[:, OFFSETS] + shifts) / self.cut.size
+        return self._sum_blocks(blocks[:, OFFSETS] + shifts) / self.split.cut.size
 
     def sum_classes(self, grad: Tensor) -> Tensor:
         """Sum over the vocabulary in backward: (rows, owned), Shard(-1), to (rows,), Replicate."""
-        wide = node_dtype(grad.dtype)
-        if not self.scheme.is_invariant:
-            total = grad.sum(1, dtype=wide)
-            return comm.start_all_reduce(
-                total, self.axis, direction="backward", who=self.who
-            ).wait()
-        leaves = (sum_rows(grad[:, where].t(), dtype=wide) for where in self.blocks)
-        return comm.all_reduce_nodes(
-            add_run(leaves, self.cut.run(self.axis.rank), self.cut.num_leaves),
-            self.axis,
-            cut=self.cut,
-            shape=grad.shape[:1],
-            like=grad.new_empty(0, dtype=wide),
-            direction="backward",
-            who=self.who,
-        )
-
-    def _sum_columns(self, x: Tensor) -> Tensor:
-        """(rows, columns) of one block to (rows,)."""
-        return sum_rows(x.t()) if self.scheme.is_invariant else x.sum(1)
+        wide, add = node_dtype(grad.dtype), self.split.arithmetic.sum_rows
+        sums = (add(grad[:, where].t(), dtype=wide) for where in self.split.blocks)
+        like = grad.new_empty(0, dtype=wide)
+        return self.split.sum_blocks(sums, shape=grad.shape[:1], like=like, direction="backward")
 
     def _sum_blocks(self, blocks: Tensor) -> Tensor:
         """(blocks, rows) to (rows,); the blocks are given away."""
-        if not self.scheme.is_invariant:
+        if not self.split.arithmetic.is_invariant:
             return blocks.sum(0)
         leaves = {(leaf, leaf + 1): part for leaf, part in enumerate(blocks)}
         return combine((0, len(leaves)), leaves, add_tensors)

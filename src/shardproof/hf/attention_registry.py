@@ -82,8 +82,8 @@ def _remember(module: nn.Module, inputs: Any, output: Any) -> None:
     """
     if getattr(module, CHILD).calls == 0:
         raise UsageError(
-            f"{type(module).__name__} {getattr(module, CHILD).site.who!r} is cut by heads, and its "
-            "attention was computed by another function than shardproof's. Do not call "
+            f"{type(module).__name__} {getattr(module, CHILD).split.who!r} is cut by heads, and "
+            "its attention was computed by another function than shardproof's. Do not call "
             "set_attn_implementation after parallelize; if nobody did, leave it out of the plan."
         )
 

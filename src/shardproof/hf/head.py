@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardproof.collectives import all_gather, shard
+from shardproof.comm.differentiable import all_gather, shard
 from shardproof.errors import UsageError
 from shardproof.functional.vocabulary import vocab_cross_entropy
 from shardproof.hf.cut_logits import CutLogits

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from shardproof.layers.norm import norm_twin
 from shardproof.numerics import bent, elementwise
 from shardproof.numerics.elementwise import Approximate
+from shardproof.numerics.precision import widen
 
 
 class Tanh(nn.Module):
@@ -93,7 +94,7 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*) -> (*), the placement of `x`."""
-        wide = elementwise.widen(x)
+        wide = widen(x)
         return (wide * elementwise.sigmoid(wide * 1.702)).to(x.dtype)
 
 
@@ -124,7 +125,7 @@ class SqrtSoftplus(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*) -> (*), the placement of `x`."""
-        return elementwise.softplus(elementwise.widen(x)).sqrt().to(x.dtype)
+        return elementwise.softplus(widen(x)).sqrt().to(x.dtype)
 
 
 class Mish(nn.Module):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from shardproof.errors import UsageError
 from shardproof.functional.attention import attention
-from shardproof.functional.attention_site import AttentionSite
+from shardproof.functional.head_split import HeadSplit
 from shardproof.layers.dropout import Drawing
 from shardproof.numerics.attending import HeadDropout
 
@@ -16,7 +16,7 @@ class HeadAttention(Drawing):
     """softmax(q k^T * scale + mask) v, for the query heads that this rank owns.
 
     Args:
-        site: axis, heads, scheme, name.
+        split: axis, heads, scheme, name.
         is_causal: unless a call says otherwise.
         dropout: of attention weights in training, unless a call says otherwise. Keyed by (seed,
             name, step, query head), so that the degree does not change it.
@@ -34,20 +34,20 @@ class HeadAttention(Drawing):
 
     Comm:
         forward none; backward none.
-        site.cut: forward none; backward one all_gather of (2 * parts, batch, S, head_dim).
+        split.cut: forward none; backward one all_gather of (2 * parts, batch, S, head_dim).
     """
 
     def __init__(
         self,
-        site: AttentionSite,
+        split: HeadSplit,
         *,
         is_causal: bool = False,
         dropout: float = 0.0,
         is_square: bool = False,
     ) -> None:
-        super().__init__(f"{site.who}.attention")
+        super().__init__(f"{split.who}.attention")
         self._is_square = is_square
-        self.site = site
+        self.split = split
         self.is_causal = is_causal
         self.dropout = dropout
         self.calls = 0
@@ -58,36 +58,32 @@ class HeadAttention(Drawing):
         k: Tensor,
         v: Tensor,
         *,
-        mask: Tensor | None = None,
         is_causal: bool | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
         dropout: float | None = None,
+        **options: Any,
     ) -> Tensor:
-        """See the class; `mask` and the rest as in `functional.attention`."""
-        site = self.site
+        """See the class; `options` are mask, scale and softcap of `functional.attention`."""
+        split = self.split
         self.calls += 1
         is_causal = self.is_causal if is_causal is None else is_causal
         if self._is_square and is_causal and q.shape[2] != k.shape[2]:
             raise UsageError(
-                f"{site.who!r}: {q.shape[2]} queries and {k.shape[2]} keys, with is_causal=True: "
+                f"{split.who!r}: {q.shape[2]} queries and {k.shape[2]} keys, with is_causal=True: "
                 "the module that attends was compared with shardproof's for as many queries as "
                 "keys, and functions differ in which keys the last queries see. Give a mask, and "
                 "is_causal=False."
             )
-        stand_ins = q.shape[1] if not site.owned else 0  # what came to a rank without heads
+        stand_ins = q.shape[1] if not split.owned else 0  # what came to a rank without heads
         if stand_ins:
             q, k, v = q[:, :0], k[:, :0], v[:, :0]
         y = attention(
             q,
             k,
             v,
-            site,
-            mask=mask,
+            split,
             is_causal=is_causal,
-            scale=scale,
-            softcap=softcap,
             dropout=self._dropout(dropout),
+            **options,
         )
         return F.pad(y, (0, 0, 0, 0, 0, stand_ins)) if stand_ins else y
 
@@ -95,11 +91,11 @@ class HeadAttention(Drawing):
         p = self.dropout if p is None else p
         if not self.training or not p:
             return None
-        return HeadDropout(p, self.site.scheme.seed, self.name, self.next_step())
+        return HeadDropout(p, self.split.scheme.seed, self.name, self.next_step())
 
     def extra_repr(self) -> str:
         """Heads of this rank, and of all."""
-        heads, rank = self.site.heads, self.site.axis.rank
+        heads, rank = self.split.heads, self.split.axis.rank
         return (
             f"queries={len(heads.owned(rank))}/{heads.queries}, "
             f"keys={len(heads.held(rank))}/{heads.keys}, head_dim={heads.head_dim}"

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
+from shardproof.comm.split import Split
 from shardproof.errors import UsageError
-from shardproof.functional.embedding import EmbeddingSite, vocab_embedding
+from shardproof.functional.embedding import padding_row, vocab_embedding
 from shardproof.layers.base import OwnParameter, ShardedModule, own
 from shardproof.numerics.random import draw_normal
 from shardproof.quantities import LARGEST, checked_whole
@@ -61,8 +62,8 @@ class VocabParallelEmbedding(ShardedModule):
         if padding_idx is not None:
             padding_idx = checked_whole(padding_idx, "padding_idx", least=-LARGEST)
         cut = self._cut(num_embeddings)
-        self._site = EmbeddingSite(axis, cut, padding_idx, self.name)
-        self.padding_idx = self._site.padding_idx
+        self._split = Split(axis, cut, scheme, self.name)
+        self.padding_idx = padding_row(padding_idx, cut.size, self.name)
         layout = self._layout((num_embeddings, embedding_dim), 0, cut)
         self._add_parameter("weight", layout, device, dtype)
         self.reset_parameters()
@@ -140,12 +141,13 @@ class VocabParallelEmbedding(ShardedModule):
             )
             for where, part in pieces:
                 weight[where].copy_(values[part])
-        if self._site.padding is not None:
-            weight[self._site.padding].zero_()
+        owned = self._split.owned
+        if self.padding_idx is not None and owned.start <= self.padding_idx < owned.stop:
+            weight[self.padding_idx - owned.start].zero_()
 
     def forward(self, ids: Tensor) -> Tensor:
         """See the class for shapes, placements and Comm."""
-        return vocab_embedding(ids, own(self, "weight"), self._site)
+        return vocab_embedding(ids, own(self, "weight"), self._split, padding_idx=self.padding_idx)
 
     def _small_ones(self) -> Iterator[tuple[Callable[[], nn.Module], Callable[[], nn.Module]]]:
         yield lambda: nn.Embedding(3, 2), lambda: VocabParallelEmbedding(3, 2, axis=Axis.solo())

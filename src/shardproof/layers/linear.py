@@ -1,21 +1,19 @@
 """Linear layers whose weight is cut over one axis: drop-in for `nn.Linear`."""
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn, Protocol, Self
+from collections.abc import Mapping
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from shardproof import operands
 from shardproof.axis import Axis
-from shardproof.errors import ShapeError, UsageError
-from shardproof.functional.linear import column_linear, row_linear
-from shardproof.functional.site import LinearSite
-from shardproof.layers.base import OwnParameter, ShardedModule, own
+from shardproof.comm.split import Split
+from shardproof.functional.linear import Gathers, column_linear, row_linear
+from shardproof.layers.base import own
+from shardproof.layers.parallel_linear import ParallelLinear, like
 from shardproof.leaves import Cut
 from shardproof.quantities import checked_flag
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
-from shardproof.wording import shown
 
 
 class _SharedOutputs(Protocol):
@@ -30,128 +28,7 @@ class _SharedOutputs(Protocol):
         """What the layer at `place` gives for `x`; None: it is to compute alone."""
 
 
-class _ParallelLinear(ShardedModule):
-    """What both cuts share: sizes, parameters, initialisation."""
-
-    weight: Any = OwnParameter()  # nn.Parameter
-    bias: Any = OwnParameter()  # nn.Parameter | None
-    _site: LinearSite
-    _width: int  # of the input as it comes to this rank
-    _owned_input: int  # width of this rank's part of the input
-    _weight_dim: int
-    _bias_dim: int | None
-    _if_shard: str  # what to do if the input is a shard and should be whole
-    _if_whole: str  # and the other way round
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        axis: Axis,
-        bias: bool,
-        name: str | None,
-        scheme: Scheme,
-        device: Any,
-        dtype: Any,
-        cut: Cut | None = None,
-        held: range | None = None,
-    ) -> None:
-        super().__init__(axis=axis, name=name, scheme=scheme)
-        in_features, out_features = self._sizes(
-            "a layer", in_features=in_features, out_features=out_features
-        )
-        self.in_features = in_features
-        self.out_features = out_features
-        input_cut = (cut if self._weight_dim else None) or self._cut(in_features)
-        self._owned_input = len(input_cut.owned(axis.rank))
-        shape = (out_features, in_features)
-        weight = self._layout(shape, self._weight_dim, cut, held)
-        self._add_parameter("weight", weight, device, dtype)
-        if checked_flag(bias, "bias"):
-            layout = self._layout((out_features,), self._bias_dim, cut, held)
-            self._add_parameter("bias", layout, device, dtype)
-        else:
-            self.register_parameter("bias", None)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw what `nn.Linear` draws, U(-1/sqrt(in), 1/sqrt(in)), keyed by (seed, name, leaf).
-
-        No rank draws a full weight, and every degree gets the same numbers. Layers of the same
-        name and seed draw the same. On the meta device this does nothing.
-        """
-        bound = self.in_features**-0.5
-        for name in self.layouts:
-            self._draw(name, bound)
-
-    @torch.no_grad()
-    def _take(self, linear: nn.Linear) -> Self:
-        """Copy this rank's part of a whole layer, and what it says of itself."""
-        for name, layout in self.layouts.items():
-            whole, shard = getattr(linear, name), getattr(self, name)
-            shard.requires_grad_(whole.requires_grad)
-            if shard.is_meta:
-                continue
-            if layout.dim is None:
-                shard.copy_(whole)
-            else:
-                held = layout.held_indices
-                shard.copy_(whole.narrow(layout.dim, held.start, len(held)))
-        return self.train(linear.training)
-
-    @property
-    def cut(self) -> Cut:
-        """How the weight is cut."""
-        return self._site.cut
-
-    @property
-    def input_cut(self) -> Cut | None:
-        """How an input is cut that comes as this rank's part of the features; None: it is whole."""
-        return self._site.cut if self._weight_dim else self._site.input_cut
-
-    def _check_width(self, x: Tensor) -> None:
-        """Raise unless `x` is as wide as what comes to this rank."""
-        try:
-            is_wide = x.dim() > 0 and x.size(-1) == self._width
-        except RuntimeError as error:  # a nested tensor has no sizes
-            operands.explain(error, self.name, x=x)
-        if not is_wide:
-            self._refuse_width(x, self._width)
-
-    def _refuse_width(self, x: Tensor, width: int) -> NoReturn:
-        """Say why the last dim of `x` must be `width`: all in_features, or those owned here."""
-        part = "" if width == self.in_features else f" of which {self.axis} owns {width}"
-        raise ShapeError(
-            f"{self.name!r} ({type(self).__name__}, in_features={self.in_features}, "
-            f"out_features={self.out_features}) takes an input whose last dim is "
-            f"in_features={self.in_features}{part}; got shape {tuple(x.shape)}. "
-            f"{self._advice(x, width)}"
-        )
-
-    def _advice(self, x: Tensor, width: int) -> str:
-        """What is most likely wrong with an input of that width."""
-        got = x.shape[-1] if x.dim() else 0
-        owned = self._owned_input
-        if width == self.in_features and got == owned:
-            return f"{got} is this rank's shard of it: use {self._if_shard}."
-        if width == owned and got == self.in_features:
-            return f"This input is whole: use {self._if_whole}."
-        return "Sizes of a layer are global; check what the layer before hands on."
-
-    def _small_ones(self) -> Iterator[tuple[Callable[[], nn.Module], Callable[[], nn.Module]]]:
-        kind = RowParallelLinear if isinstance(self, RowParallelLinear) else ColumnParallelLinear
-        yield lambda: nn.Linear(3, 2), lambda: kind(3, 2, axis=Axis.solo())
-
-    def extra_repr(self) -> str:
-        """Global sizes, and which rank of which axis this is."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, {self.axis.name}={self.axis.rank}/{self.axis.size}"
-        )
-
-
-class ColumnParallelLinear(_ParallelLinear):
+class ColumnParallelLinear(ParallelLinear):
     """`y = x @ weight.T + bias`, with out_features cut over `axis`.
 
     Layers that read one input can share the sum of its gradient: `shared.link`.
@@ -209,15 +86,21 @@ class ColumnParallelLinear(_ParallelLinear):
         self.gather_input = checked_flag(gather_input, "gather_input")
         self.gather_output = checked_flag(gather_output, "gather_output")
         cut = cut or self._cut(self.out_features)
-        input_cut = self._cut(self.in_features) if gather_input else None
-        self._site = LinearSite(axis, cut, scheme, self.name, input_cut, gather_output, held=held)
-        self._width = len(input_cut.owned(axis.rank)) if input_cut else self.in_features
+        self._split = Split(axis, cut, scheme, self.name, held)
+        gathered = Split(axis, self._cut(self.in_features), scheme, self.name)
+        self._gathers = Gathers(gathered if gather_input else None, gather_output)
+        self._width = self._owned_input if gather_input else self.in_features
         self._shared: tuple[_SharedOutputs, int] | None = None
 
     @property
-    def site(self) -> LinearSite:
-        """Where the layer stands: everything that is no tensor."""
-        return self._site
+    def split(self) -> Split:
+        """How out_features are cut."""
+        return self._split
+
+    @property
+    def input_cut(self) -> Cut | None:
+        """How an input is cut that comes as this rank's part of the features; None: it is whole."""
+        return self._gathers.input.cut if self._gathers.input is not None else None
 
     @property
     def is_shared(self) -> bool:
@@ -262,7 +145,7 @@ class ColumnParallelLinear(_ParallelLinear):
             cut: of out_features, if it is not features that must stay whole (`Heads.query_cut`).
             held: the leaves that this rank holds, if more than it owns (`Heads.held`).
         """
-        layer = _like(
+        layer = like(
             cls,
             linear,
             axis,
@@ -283,7 +166,7 @@ class ColumnParallelLinear(_ParallelLinear):
             y = group.output(place, self._parameters, x)
             if y is not None:
                 return y
-        return column_linear(x, own(self, "weight"), own(self, "bias"), self._site)
+        return column_linear(x, own(self, "weight"), own(self, "bias"), self._split, self._gathers)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -292,7 +175,7 @@ class ColumnParallelLinear(_ParallelLinear):
             group.join(place, self._parameters)
 
 
-class RowParallelLinear(_ParallelLinear):
+class RowParallelLinear(ParallelLinear):
     """`y = x @ weight.T + bias`, with in_features cut over `axis`.
 
     Shapes and placements:
@@ -339,8 +222,7 @@ class RowParallelLinear(_ParallelLinear):
         )
         self.input_is_parallel = checked_flag(input_is_parallel, "input_is_parallel")
         cut = cut or self._cut(self.in_features)
-        split_input = not input_is_parallel
-        self._site = LinearSite(axis, cut, scheme, self.name, split_input=split_input)
+        self._split = Split(axis, cut, scheme, self.name)
         self._width = len(cut.owned(axis.rank)) if input_is_parallel else self.in_features
 
     @classmethod
@@ -367,36 +249,15 @@ class RowParallelLinear(_ParallelLinear):
             scheme: leaves, numerics, seed.
             cut: of in_features, if it is not features that must stay whole (`Heads.query_cut`).
         """
-        layer = _like(cls, linear, axis, name, scheme, input_is_parallel=input_is_parallel, cut=cut)
+        layer = like(cls, linear, axis, name, scheme, input_is_parallel=input_is_parallel, cut=cut)
         return layer._take(linear)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class for shapes, placements and Comm."""
         self._check_width(x)
-        return row_linear(x, own(self, "weight"), own(self, "bias"), self._site)
+        weight, bias = own(self, "weight"), own(self, "bias")
+        return row_linear(x, weight, bias, self._split, splits_input=not self.input_is_parallel)
 
 
-def _like(
-    cls: type[Any],
-    linear: nn.Linear,
-    axis: Axis,
-    name: str | None,
-    scheme: Scheme,
-    **options: Any,
-) -> Any:
-    """An undrawn layer with the sizes of `linear`, on its device and with its dtype."""
-    if not isinstance(linear, nn.Linear):
-        raise UsageError(f"{cls.__name__} cannot be made from {shown(linear)}. Give an nn.Linear.")
-    device = linear.weight.device
-    layer = cls(
-        linear.in_features,
-        linear.out_features,
-        axis=axis,
-        bias=linear.bias is not None,
-        name=name,
-        scheme=scheme,
-        device="meta",
-        dtype=linear.weight.dtype,
-        **options,
-    )
-    return layer if device.type == "meta" else layer.to_empty(device=device)
+ColumnParallelLinear._kind = ColumnParallelLinear
+RowParallelLinear._kind = RowParallelLinear

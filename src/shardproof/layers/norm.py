@@ -6,9 +6,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from shardproof.comm.split import Split
 from shardproof.errors import ShapeError, UsageError
 from shardproof.functional.norms import (
-    NormSite,
     head_rms_norm,
     layer_norm,
     sharded_rms_norm,
@@ -155,16 +155,16 @@ class LayerNorm(nn.Module):
 
 
 class _CutRMSNorm(ShardedModule):
-    """What both cuts share: a weight, a formula, a site."""
+    """What both cuts share: a weight, a formula, a cut dim."""
 
     weight: Any = OwnParameter()  # nn.Parameter
 
     def __init__(
-        self, formula: RmsFormula, site: NormSite, layout: Layout, *, device: Any, dtype: Any
+        self, formula: RmsFormula, split: Split, layout: Layout, *, device: Any, dtype: Any
     ) -> None:
-        super().__init__(axis=site.axis, name=site.who or None, scheme=site.scheme)
+        super().__init__(axis=split.axis, name=split.name or None, scheme=split.scheme)
         self.formula = formula
-        self._site = replace(site, who=self.name)
+        self._split = replace(split, name=self.name)
         self._add_parameter("weight", layout, device, dtype)
         self.reset_parameters()
 
@@ -179,7 +179,7 @@ class _CutRMSNorm(ShardedModule):
 
     def extra_repr(self) -> str:
         """Features on all ranks and of one head, formula, and which rank of which axis this is."""
-        cut, axis = self._site.cut, self.axis
+        cut, axis = self._split.cut, self.axis
         unit = "" if cut.unit == 1 else f"unit={cut.unit}, "
         return f"{cut.size}, {unit}{self.formula}, {axis.name}={axis.rank}/{axis.size}"
 
@@ -203,24 +203,24 @@ class ShardedRMSNorm(_CutRMSNorm):
     """
 
     def __init__(
-        self, formula: RmsFormula, site: NormSite, *, device: Any = None, dtype: Any = None
+        self, formula: RmsFormula, split: Split, *, device: Any = None, dtype: Any = None
     ) -> None:
-        layout = Layout((site.cut.size,), site.axis.rank, 0, site.cut, site.held)
-        super().__init__(formula, site, layout, device=device, dtype=dtype)
+        layout = Layout((split.cut.size,), split.axis.rank, 0, split.cut, split.held)
+        super().__init__(formula, split, layout, device=device, dtype=dtype)
 
     @classmethod
-    def from_module(cls, module: nn.Module, site: NormSite) -> Self:
+    def from_module(cls, module: nn.Module, split: Split) -> Self:
         """Take this rank's part of `module`, which must be the same on every rank.
 
         Args:
             module: `nn.RMSNorm` over one dim, or a model's own class (`find_formula`).
-            site: axis, cut of the dim, what is held, scheme, name.
+            split: axis, cut of the dim, what is held, scheme, name.
         Raises:
             UsageError: it is none of those, or has no weight.
             ShapeError: its weight does not have the cut's size.
         """
-        formula, whole = _formula_of(module), _weight_of(module, (site.cut.size,), site)
-        norm = cls(formula, site, device=whole.device, dtype=whole.dtype)
+        formula, whole = _formula_of(module), _weight_of(module, (split.cut.size,), split)
+        norm = cls(formula, split, device=whole.device, dtype=whole.dtype)
         indices = norm.layouts["weight"].held_indices
         with torch.no_grad():
             norm.weight.copy_(whole[indices.start : indices.stop])
@@ -229,7 +229,7 @@ class ShardedRMSNorm(_CutRMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class for shapes, placements and Comm."""
-        return sharded_rms_norm(x, own(self, "weight"), self._site, self.formula)
+        return sharded_rms_norm(x, own(self, "weight"), self._split, self.formula)
 
 
 class HeadRMSNorm(_CutRMSNorm):
@@ -251,31 +251,31 @@ class HeadRMSNorm(_CutRMSNorm):
     """
 
     def __init__(
-        self, formula: RmsFormula, site: NormSite, *, device: Any = None, dtype: Any = None
+        self, formula: RmsFormula, split: Split, *, device: Any = None, dtype: Any = None
     ) -> None:
-        layout = Layout((site.cut.unit,), site.axis.rank)
-        super().__init__(formula, site, layout, device=device, dtype=dtype)
+        layout = Layout((split.cut.unit,), split.axis.rank)
+        super().__init__(formula, split, layout, device=device, dtype=dtype)
 
     @classmethod
-    def from_module(cls, module: nn.Module, site: NormSite) -> Self:
+    def from_module(cls, module: nn.Module, split: Split) -> Self:
         """Compute what `module` computes, with its very weight.
 
         Args:
             module: `nn.RMSNorm` over one dim, or a model's own class (`find_formula`).
-            site: axis, cut of the features of all heads (`Heads.query_cut`, `Heads.key_cut`), what
+            split: axis, cut of the features of all heads (`Heads.query_cut`, `Heads.key_cut`), what
                 is held, scheme, name.
         Raises:
             UsageError: it is none of those, or has no weight.
             ShapeError: its weight does not have the size of one head.
         """
-        formula, weight = _formula_of(module), _weight_of(module, (site.cut.unit,), site)
-        norm = cls(formula, site, device="meta")
+        formula, weight = _formula_of(module), _weight_of(module, (split.cut.unit,), split)
+        norm = cls(formula, split, device="meta")
         norm.register_parameter("weight", weight)
         return norm.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class for shapes, placements and Comm."""
-        return head_rms_norm(x, self.weight, self._site, self.formula)
+        return head_rms_norm(x, self.weight, self._split, self.formula)
 
 
 def norm_twin(module: nn.Module) -> RMSNorm | LayerNorm | None:
@@ -291,7 +291,7 @@ def norm_twin(module: nn.Module) -> RMSNorm | LayerNorm | None:
     return None if find_formula(module) is None else RMSNorm.from_module(module)
 
 
-def _weight_of(module: nn.Module, shape: tuple[int, ...], site: NormSite) -> nn.Parameter:
+def _weight_of(module: nn.Module, shape: tuple[int, ...], split: Split) -> nn.Parameter:
     """The weight of a norm that is to be cut, which must have that shape."""
     weight = module._parameters["weight"]
     if weight is None:
@@ -301,9 +301,9 @@ def _weight_of(module: nn.Module, shape: tuple[int, ...], site: NormSite) -> nn.
         )
     if weight.shape != shape:
         raise ShapeError(
-            f"{site.who or 'a norm'} on {site.axis}: {module} has a weight of shape "
-            f"{tuple(weight.shape)}, but the cut, of {site.cut.size} features in units of "
-            f"{site.cut.unit}, wants {shape}. Give the cut of what it normalises."
+            f"{split.name or 'a norm'} on {split.axis}: {module} has a weight of shape "
+            f"{tuple(weight.shape)}, but the cut, of {split.cut.size} features in units of "
+            f"{split.cut.unit}, wants {shape}. Give the cut of what it normalises."
         )
     return weight
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shardproof.errors import UsageError
 from shardproof.functional.rows import are_alike, is_autocast
-from shardproof.functional.shared import SharedSite, is_spent, shared_columns
+from shardproof.functional.shared import SharedSum, is_spent, shared_columns
 from shardproof.heads import Heads
 from shardproof.layers.linear import ColumnParallelLinear
 
@@ -79,15 +79,15 @@ class SharedInput:
     each compute alone.
 
     Args:
-        site: of all members.
+        shared: the sum of all members.
 
     Comm:
         forward none; backward one all_reduce of grad_x (*, in_features).
     """
 
-    def __init__(self, site: SharedSite) -> None:
-        self._site = site
-        self._parameters: list[Parameters | None] = [None] * len(site.members)
+    def __init__(self, shared: SharedSum) -> None:
+        self._sum = shared
+        self._parameters: list[Parameters | None] = [None] * len(shared.members)
         self._kept: _Kept | None = None
 
     def join(self, place: int, parameters: Parameters) -> None:
@@ -130,19 +130,19 @@ class SharedInput:
         found = [each for each in self._parameters if each is not None]
         weights = [weight for each in found if (weight := each.get("weight")) is not None]
         biases = [each.get("bias") for each in found]
-        if len(weights) < len(self._site.members):
+        if len(weights) < len(self._sum.members):
             return None  # one has not joined, or is parametrized
         dtype = _cast_to(x)
         if dtype is None and not are_alike(x, *weights, *biases):
             return None
-        outputs = dict(enumerate(shared_columns(x, weights, biases, self._site)))
+        outputs = dict(enumerate(shared_columns(x, weights, biases, self._sum)))
         y = outputs.pop(place)
         seen = tuple((_seen(w), _seen(b)) for w, b in zip(weights, biases, strict=True))
         self._kept = _Kept(_seen(x), dtype, seen, outputs)
         return y
 
     def __deepcopy__(self, memo: dict[int, object]) -> "SharedInput":
-        return SharedInput(self._site)
+        return SharedInput(self._sum)
 
 
 def link(members: Sequence[ColumnParallelLinear], *, heads: Heads | None = None, who: str) -> None:
@@ -179,9 +179,15 @@ def link(members: Sequence[ColumnParallelLinear], *, heads: Heads | None = None,
             f"{who}: inputs of {sorted(widths)} features cannot be the same input. Link layers of "
             "one in_features."
         )
-    site = SharedSite.of([member.site for member in members], heads=heads, who=who)
-    if site.members[0].is_plain:
+    shared = SharedSum.of([member.split for member in members], heads=heads, who=who)
+    for member in members:
+        if member.gather_input or member.gather_output:
+            raise UsageError(
+                f"{who}: {member.name!r} gathers its input or its output, and the gradient of that "
+                "is not summed here. Use gather_input=False and gather_output=False."
+            )
+    if shared.split.is_plain:
         return  # one rank and native numerics: torch's own linear, and nothing to sum
-    group = SharedInput(site)
+    group = SharedInput(shared)
     for place, member in enumerate(members):
         member.share(group, place)

@@ -1,8 +1,8 @@
 """Mistakes of language models: the vocabulary, key-value heads, tied weights, dropout."""
 
-from shardproof.functional import embedding, vocabulary
-from shardproof.functional.attention_site import AttentionSite
-from shardproof.functional.vocabulary_site import VocabularySite
+from shardproof.functional import embedding, head_split, vocabulary
+from shardproof.functional.head_split import HeadSplit
+from shardproof.functional.vocabulary_site import VocabularyBlocks
 from shardproof.mistakes import language_model
 from shardproof.mistakes.edit import Edit
 from shardproof.mistakes.mistake import TORCH, Finding, Mistake
@@ -15,9 +15,9 @@ OF_LANGUAGE_MODELS = (
         Edit(
             embedding._places,
             "is_elsewhere = (flat < owned.start) | (flat >= owned.stop)",
-            "rows = site.cut.size // site.axis.size\n"
+            "rows = split.cut.size // split.axis.size\n"
             "is_elsewhere = (flat < owned.start) | (flat >= min(owned.stop, "
-            "rows * site.axis.size))",
+            "rows * split.axis.size))",
         ),
         language_model.WORDS,
         "67 // 2 is 33, and 2 times 33 is 66. Every rank takes the last token for another rank's, "
@@ -31,8 +31,9 @@ OF_LANGUAGE_MODELS = (
         "Each rank makes the softmax over its own part of the vocabulary.",
         Edit(
             vocabulary._VocabCrossEntropy.forward,
-            "norm = site.normalizer(blocks)",
-            "norm = site.normalizer(blocks[list(site.block_cut.owned(site.axis.rank))])",
+            "norm = vocabulary.normalizer(blocks)",
+            "own = vocabulary.cut.owned(vocabulary.split.axis.rank)\n"
+            "norm = vocabulary.normalizer(blocks[list(own)])",
         ),
         language_model.WORDS,
         "The sum of exponentials in a softmax runs over all tokens. A rank has the logits of its "
@@ -44,7 +45,7 @@ OF_LANGUAGE_MODELS = (
         "exponentials-of-different-maxima",
         "Sums of exponentials are added although each was made with another maximum.",
         Edit(
-            VocabularySite.normalizer,
+            VocabularyBlocks.normalizer,
             "total = self._sum_blocks(blocks[:, SUM] * (blocks[:, TOP] - top).exp_())",
             "total = self._sum_blocks(blocks[:, SUM].clone())",
         ),
@@ -59,9 +60,9 @@ OF_LANGUAGE_MODELS = (
         "key-value-gradients-not-summed",
         "Ranks that share a key-value head do not add up their gradients of it.",
         Edit(
-            AttentionSite.key_gradients,
-            "self._sum((0, group), shared.get(key) or self._of_queries(key, partials))",
-            "functools.reduce(torch.add, self._of_queries(key, partials).values())",
+            HeadSplit.key_gradients,
+            "self.arithmetic.add((0, group), shared.get(key) or self._of_queries(key, partials))",
+            "sum(self._of_queries(key, partials).values())",
         ),
         language_model.WORDS,
         "One key-value head serves several query heads. If these lie on several ranks, each of the "
@@ -76,9 +77,9 @@ OF_LANGUAGE_MODELS = (
         "wrong-key-value-head",
         "Query heads are counted from the first one of the rank and not from the first of all.",
         Edit(
-            AttentionSite.__post_init__,
-            "serving = tuple(head // heads.group - held.start for head in owned)",
-            "serving = tuple(place // heads.group for place in range(len(owned)))",
+            head_split.serving_heads,
+            "return tuple(head // heads.group - held.start for head in owned)",
+            "return tuple(place // heads.group for place in range(len(owned)))",
         ),
         language_model.GROUPS,
         "Query head 3 of 8 belongs to the first group of four. Rank 1 of three owns the query "

@@ -1,13 +1,13 @@
 """Mistakes of sums between ranks: one too few, one too many, in the wrong place or order."""
 
-from shardproof import schedule
+from shardproof.comm import plans
 from shardproof.functional import linear
 from shardproof.layers.base import ShardedModule
 from shardproof.mistakes import trainings
 from shardproof.mistakes.edit import Edit
 from shardproof.mistakes.mistake import Finding, Mistake
 
-_ROW_SUM = 'y = site.start_sum(rows, weight, "forward", is_transposed=True).wait()'
+_ROW_SUM = 'y = split.start_sum(parts, shape=shape, like=rows, direction="forward").wait()'
 
 OF_SUMS = (
     Mistake(
@@ -15,9 +15,9 @@ OF_SUMS = (
         "The bias of a row-parallel layer is added before the sum over the ranks.",
         Edit(
             linear._row,
-            f"else:\n    {_ROW_SUM}\nreturn y if bias is None else site.add_bias(y, bias)",
-            "else:\n    y = comm.all_reduce(F.linear(rows, weight, bias), site.axis, "
-            'direction="forward")\nreturn y',
+            f"{_ROW_SUM}\nreturn y if bias is None else products.add_bias(y, bias, split)",
+            'y = comm.all_reduce(rows @ weight.T + bias, split.axis, direction="forward")\n'
+            "return y",
         ),
         trainings.BLOCK,
         "Every rank of a row-parallel layer has the whole bias. If each rank adds it to its own "
@@ -29,7 +29,7 @@ OF_SUMS = (
     Mistake(
         "row-sum-becomes-mean",
         "The parts of a row-parallel product are averaged and not summed.",
-        Edit(linear._row, _ROW_SUM, f"{_ROW_SUM} / site.axis.size"),
+        Edit(linear._row, _ROW_SUM, f"{_ROW_SUM} / split.axis.size"),
         trainings.BLOCK,
         "Each rank of a row-parallel layer has a summand of the output. The output is their sum. "
         "An average is what data parallelism makes of gradients. Here it makes the product too "
@@ -41,8 +41,8 @@ OF_SUMS = (
         "The input gradient of a column-parallel layer is not summed over the ranks.",
         Edit(
             linear._column_gradients,
-            'started = site.start_sum(grad_rows, weight, "backward")',
-            "started = comm.Sum(grad_rows @ weight)",
+            'started = split.start_sum(parts, shape=shape, like=grad_rows, direction="backward")',
+            "started = comm.StartedSum(grad_rows @ weight)",
         ),
         trainings.BLOCK,
         "Each rank of a column-parallel layer uses the whole input for its own columns of the "
@@ -58,7 +58,7 @@ OF_SUMS = (
         Edit(
             linear._column_gradients,
             "grad_x = started.wait()",
-            'grad_x = comm.all_reduce(started.wait(), site.axis, direction="backward")',
+            'grad_x = comm.all_reduce(started.wait(), split.axis, direction="backward")',
         ),
         trainings.BLOCK,
         "After the first all-reduce the gradient is Replicate: every rank has all of it. A second "
@@ -71,9 +71,9 @@ OF_SUMS = (
         "The gradient of a row-parallel layer's output is summed over the ranks.",
         Edit(
             linear._row_gradients,
-            'grad_x = _product_columns(site, grad_rows, weight, "grad_x") if needs_x else None',
-            'grad_rows = comm.all_reduce(grad_rows, site.axis, direction="backward")\n'
-            'grad_x = _product_columns(site, grad_rows, weight, "grad_x") if needs_x else None',
+            "grad_x = grad_weight = None",
+            'grad_rows = comm.all_reduce(grad_rows, split.axis, direction="backward")\n'
+            "grad_x = grad_weight = None",
         ),
         trainings.BLOCK,
         "The output of a row-parallel layer is a sum, and each rank's part enters it with the "
@@ -88,10 +88,9 @@ OF_SUMS = (
         "The gradient of a replicated bias is summed over the ranks.",
         Edit(
             linear._row_gradients,
-            "site.bias_gradient(grad_rows, is_cut=False) if needs_bias else None,",
-            "comm.all_reduce(\n"
-            '    site.bias_gradient(grad_rows, is_cut=False), site.axis, direction="backward"\n'
-            "),",
+            "return shaped(grad_x, grad_y), grad_weight, grad_bias, None, None",
+            'grad_bias = comm.all_reduce(grad_bias, split.axis, direction="backward")\n'
+            "return shaped(grad_x, grad_y), grad_weight, grad_bias, None, None",
         ),
         trainings.BLOCK,
         "Every rank computes the whole gradient of the bias, from the same gradient of the output. "
@@ -104,8 +103,9 @@ OF_SUMS = (
         "The gradients of a cut weight are divided by the number of ranks.",
         Edit(
             linear._column_gradients,
-            "grad_weight = site.weight_gradient(grad_rows, as_rows(x)) if needs_weight else None",
-            "grad_weight = site.weight_gradient(grad_rows, as_rows(x)) / site.axis.size",
+            "grad_weight = products.weight_gradient(grad_rows, as_rows(x), split)",
+            "grad_weight = products.weight_gradient(grad_rows, as_rows(x), split)\n"
+            "grad_weight = grad_weight / split.axis.size",
         ),
         trainings.BLOCK,
         "Data parallelism averages over ranks that read different batches. The ranks of tensor "
@@ -118,8 +118,8 @@ OF_SUMS = (
         "The gradient of a gathered input is split, and must be reduced and scattered.",
         Edit(
             linear._column_gradients,
-            "grad_x = site.reduce_scatter(grad_rows, weight, site.input_cut)",
-            "grad_x = (grad_rows @ weight)[:, list(site.input_cut.owned(site.axis.rank))]",
+            'grad_x = split.sum_scatter(parts, into=into, like=grad_rows, direction="backward")',
+            "grad_x = (grad_rows @ weight)[:, ctx.gathers.input.owned]",
         ),
         trainings.TWO_LAYERS,
         "After an all-gather every rank has the whole input, and uses it for its own columns "
@@ -133,9 +133,9 @@ OF_SUMS = (
         "The gradient of a gathered output is reduced and scattered, and must be split.",
         Edit(
             linear._ColumnLinear.backward,
-            "grad_rows = grad_rows[:, site.owned]",
+            "grad_rows = grad_rows[:, split.owned]",
             "grad_rows = comm.reduce_scatter(\n"
-            '    grad_rows, site.axis, dim=1, cut=site.cut, direction="backward"\n)',
+            '    grad_rows, split.axis, dim=1, cut=split.cut, direction="backward"\n)',
         ),
         trainings.COLUMN,
         "All ranks compute the same loss from the gathered output, so that each has the whole "
@@ -174,10 +174,10 @@ OF_SUMS = (
         "sum-in-rank-order",
         "The parts are added in the order of the ranks and not in the order of the tree.",
         Edit(
-            schedule.tree_order,
+            plans.tree_order,
             "program = steps((0, cut.num_leaves), numbers)",
             "program = [0, *itertools.chain(*((part, -1) for part in range(1, len(numbers))))]",
-            caches=(schedule.tree_order, schedule.tree_plan),
+            caches=(plans.tree_order, plans.tree_plan),
         ),
         trainings.BLOCK,
         "A ring, or a loop over the ranks, adds what comes first to what comes next. At degree 2 "

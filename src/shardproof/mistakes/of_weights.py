@@ -107,10 +107,10 @@ OF_WEIGHTS = (
         "whole-weight-gathered",
         "The weight is gathered whole on every rank before it is used.",
         Edit(
-            linear._column_of,
-            "y = site.product(rows, weight, bias)",
-            'whole = comm.all_gather(weight, site.axis, dim=0, cut=site.cut, direction="forward")\n'
-            "y = site.product(rows, whole[site.owned], bias)",
+            linear._column,
+            "y = products.product(rows, weight, bias, split)",
+            'whole = split.gather(weight, "forward", dim=0)\n'
+            "y = products.product(rows, whole[split.owned], bias, split)",
         ),
         trainings.COLUMN,
         "Every number is right, and nothing is gained: each rank needs as much memory as without "

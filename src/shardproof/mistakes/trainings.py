@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardproof import collectives, comm, optim
+from shardproof import comm, optim
 from shardproof.axis import Axis
+from shardproof.comm import differentiable
 from shardproof.errors import UsageError
 from shardproof.functional import mse_loss
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -308,14 +309,14 @@ class TransposedRow(nn.Module):
             return self.scale * (self.whole.to(x.dtype) @ x.t()).t()
         cut = Cut(x.shape[1], 8, self.axis.size)
         owned = cut.owned(self.axis.rank)
-        part = collectives.shard(x, self.axis, dim=1, cut=cut)
+        part = differentiable.shard(x, self.axis, dim=1, cut=cut)
         partial = self.whole[:, owned.start : owned.stop] @ part.t()
         return self.scale * reduce(partial.t(), self.axis)
 
 
 def reduce(x: Tensor, axis: Axis) -> Tensor:
     """The sum over the ranks; what is sent must be contiguous."""
-    y = collectives.all_reduce(x.contiguous(), axis)
+    y = differentiable.all_reduce(x.contiguous(), axis)
     return y
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from shardproof.errors import ShapeError, UsageError
 from shardproof.numerics import bent, elementwise
 from shardproof.numerics.broadcasting import broadcast
-from shardproof.numerics.elementwise import widen
+from shardproof.numerics.precision import widen
 
 Form = Callable[..., Any]
 

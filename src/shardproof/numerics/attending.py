@@ -22,8 +22,8 @@ from torch import Tensor
 from shardproof import operators
 from shardproof.errors import UsageError
 from shardproof.numerics import random
-from shardproof.numerics.elementwise import widen
 from shardproof.numerics.headwise import product_by_head
+from shardproof.numerics.precision import widen
 from shardproof.numerics.sums import sum_rows
 
 Product = Callable[..., Tensor]

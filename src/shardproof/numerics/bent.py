@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from shardproof.errors import UsageError
-from shardproof.numerics.elementwise import check_floating, softplus, tanh, widen
+from shardproof.numerics.elementwise import check_floating, softplus, tanh
+from shardproof.numerics.precision import widen
 
 # Of Klambauer et al., arXiv 1706.02515, as torch has them.
 _SELU_ALPHA = 1.6732632423543772848170429916717

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shardproof.errors import UsageError
-from shardproof.numerics.elementwise import widen
+from shardproof.numerics.precision import widen
 from shardproof.numerics.reducing import expand
 
 Form = Callable[..., Any]

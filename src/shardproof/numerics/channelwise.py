@@ -12,7 +12,8 @@ from torch import Tensor
 
 from shardproof.errors import ShapeError, UsageError
 from shardproof.numerics.broadcasting import broadcast
-from shardproof.numerics.elementwise import check_floating, widen
+from shardproof.numerics.elementwise import check_floating
+from shardproof.numerics.precision import widen
 from shardproof.numerics.reducing import total
 from shardproof.numerics.rowwise import affine, centred
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from shardproof.errors import ShapeError
 from shardproof.numerics import products
 from shardproof.numerics.broadcasting import broadcast
-from shardproof.numerics.elementwise import widen
 from shardproof.numerics.headwise import product_by_head
+from shardproof.numerics.precision import widen
 from shardproof.numerics.reducing import expand, total
 
 add = broadcast(torch.add)

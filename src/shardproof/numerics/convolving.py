@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError, UsageError
 from shardproof.numerics.contracting import add, batched_product
-from shardproof.numerics.elementwise import check_floating, widen
+from shardproof.numerics.elementwise import check_floating
+from shardproof.numerics.precision import widen
 from shardproof.numerics.reducing import total
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from shardproof.errors import UsageError
+from shardproof.numerics.precision import widen
 
 Approximate = Literal["none", "tanh"]
 
@@ -226,17 +227,6 @@ class _Softplus(torch.autograd.Function):
 
 def _one_plus_exp_of_minus(x: Tensor) -> Tensor:
     return torch.neg(x).exp_().add_(1)
-
-
-def widen(x: Tensor) -> Tensor:
-    """`x` in the dtype that is computed in: fp32 for bf16 and fp16, else its own.
-
-    Args:
-        x: (*), any placement.
-    Returns:
-        (*), the placement of `x`; `x` itself if nothing is to be done.
-    """
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def check_out(name: str, y: Any, out: Any) -> None:

@@ -10,7 +10,7 @@ from torch.nn import _reduction
 
 from shardproof.errors import ShapeError, UsageError
 from shardproof.numerics.contracting import mul
-from shardproof.numerics.elementwise import widen
+from shardproof.numerics.precision import widen
 from shardproof.numerics.reducing import total
 from shardproof.numerics.rowwise import log_softmax
 

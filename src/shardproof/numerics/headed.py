@@ -16,8 +16,9 @@ from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError, UsageError
 from shardproof.numerics import attending
 from shardproof.numerics.attending import Attended, Manner
-from shardproof.numerics.elementwise import check_floating, widen
+from shardproof.numerics.elementwise import check_floating
 from shardproof.numerics.headwise import product_by_head
+from shardproof.numerics.precision import widen
 from shardproof.numerics.reducing import expand, total
 
 _OURS = 1  # as many rows have a kernel of ours wherever there is one

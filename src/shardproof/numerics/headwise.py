@@ -5,8 +5,6 @@ changes. Here every product has the shape of one head, so that nothing in it dep
 heads a rank has. Plain tensors; no ranks, no autograd.
 """
 
-import functools
-import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -121,16 +119,10 @@ def _multiply(a: Tensor, b: Tensor, serving: Sequence[int], out: Tensor) -> None
     a_batch, a_head, *a_strides = a.stride()
     b_batch, b_head, *b_strides = b.stride()
     a_start, b_start, place = a.data_ptr(), b.data_ptr(), out.data_ptr()
-    program, step = _one_leaf(k), m * n * size
+    program, step = products.one_leaf(k), m * n * size
     for at in range(batch):
         for head, other in enumerate(serving):
             left = a_start + (at * a_batch + head * a_head) * size
             right = b_start + (at * b_batch + other * b_head) * size
             run(is_double, threads, place, m, n, k, left, *a_strides, right, *b_strides, 0, program)
             place += step
-
-
-@functools.lru_cache(1024)
-def _one_leaf(size: int) -> bytes:
-    """What the kernel is to do: contract all of `size` in one leaf, and that is the result."""
-    return struct.pack("=4q", 0, size, 0, 1)

@@ -18,8 +18,8 @@ from torch import Tensor
 from shardproof import core, observing, operands, operators
 from shardproof.errors import ShapeError
 from shardproof.numerics import mode, products
-from shardproof.numerics.elementwise import widen
-from shardproof.numerics.matmul import fresh_operands, node_dtype
+from shardproof.numerics.matmul import fresh_operands
+from shardproof.numerics.precision import node_dtype, widen
 from shardproof.tree import Node, children, nodes_of_run
 
 Pairs = Sequence[tuple[Tensor, Tensor]]

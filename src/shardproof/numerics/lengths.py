@@ -13,8 +13,9 @@ from torch import Tensor
 from shardproof.autograd import once_differentiable
 from shardproof.errors import UsageError
 from shardproof.numerics.broadcasting import broadcast
-from shardproof.numerics.elementwise import check_floating, widen
+from shardproof.numerics.elementwise import check_floating
 from shardproof.numerics.powers import power
+from shardproof.numerics.precision import widen
 from shardproof.numerics.reducing import (
     Dims,
     deviation,

@@ -14,16 +14,12 @@ from torch import Tensor
 
 from shardproof import operators
 from shardproof.numerics import mode, products
+from shardproof.numerics.precision import node_dtype
 from shardproof.tree import Node, children, nodes_of_run
 
 # Bytes; torch's allocators give every tensor at least that. cuBLASLt picks a kernel by whether an
 # address is a multiple of 256.
 ALIGNMENT, ALIGNMENT_ON_GPU = 64, 256
-
-
-def node_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which partials are added: never narrower than fp32, at every degree alike."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def _fresh(x: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shardproof.errors import ShapeError, UsageError
-from shardproof.numerics.elementwise import check_floating, widen
+from shardproof.numerics.elementwise import check_floating
+from shardproof.numerics.precision import widen
 from shardproof.numerics.reducing import mean, total
 
 

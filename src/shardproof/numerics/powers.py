@@ -14,7 +14,8 @@ from torch import Tensor
 
 from shardproof.errors import UsageError
 from shardproof.numerics.broadcasting import broadcast, in_fp32
-from shardproof.numerics.elementwise import check_floating, widen
+from shardproof.numerics.elementwise import check_floating
+from shardproof.numerics.precision import widen
 
 Number = int | float
 

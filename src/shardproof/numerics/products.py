@@ -56,7 +56,7 @@ def product(
     Raises:
         ShapeError: sizes, or the bias's dtype, do not fit.
     """
-    return _run(a, b, bias, _one_leaf(a.shape[1]), is_transposed)
+    return _run(a, b, bias, one_leaf(a.shape[1]), is_transposed)
 
 
 def leaf_sum(
@@ -235,7 +235,8 @@ def _kernel() -> Callable[..., None]:
 
 
 @functools.lru_cache(_CACHE_SIZE)
-def _one_leaf(size: int) -> bytes:
+def one_leaf(size: int) -> bytes:
+    """What the kernel is to do: contract all of `size` in one leaf, and that is the result."""
     return _packed((0, size, 0, 1))
 
 

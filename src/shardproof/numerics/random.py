@@ -11,7 +11,7 @@ generator uses 32 bits of a seed, so that in a large model two leaves would draw
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -48,6 +48,14 @@ def generator(
     when = "" if step is None else f"step {step}:"
     digest = hashlib.sha256(f"{when}{seed}:{leaf}:{name}".encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+class DrawOptions(TypedDict, total=False):
+    """What else a draw takes: see `draw`."""
+
+    leaf: int
+    dtype: torch.dtype | None
+    device: torch.device | str | None
 
 
 def draw(
@@ -93,9 +101,7 @@ def draw_uniform(
     *,
     seed: int,
     name: str,
-    leaf: int = 0,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    **options: Unpack[DrawOptions],
 ) -> Tensor:
     """One leaf, uniform in [low, high); arguments as in `draw`.
 
@@ -108,7 +114,7 @@ def draw_uniform(
         out *= high - low
         out += low
 
-    return draw(shape, fill, seed=seed, name=name, leaf=leaf, dtype=dtype, device=device)
+    return draw(shape, fill, seed=seed, name=name, **options)
 
 
 def draw_normal(
@@ -118,9 +124,7 @@ def draw_normal(
     *,
     seed: int,
     name: str,
-    leaf: int = 0,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    **options: Unpack[DrawOptions],
 ) -> Tensor:
     """One leaf, normal with a mean and a standard deviation; arguments as in `draw`.
 
@@ -133,7 +137,7 @@ def draw_normal(
         out *= std
         out += mean
 
-    return draw(shape, fill, seed=seed, name=name, leaf=leaf, dtype=dtype, device=device)
+    return draw(shape, fill, seed=seed, name=name, **options)
 
 
 def draw_mask(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from shardproof.errors import ShapeError, UsageError
-from shardproof.numerics.elementwise import widen
+from shardproof.numerics.precision import widen
 from shardproof.numerics.sums import sum_rows
 
 # Up to so many blocks of so many elements are summed one by one, where they lie.

@@ -15,7 +15,8 @@ from torch import Tensor
 from shardproof.errors import ShapeError
 from shardproof.numerics import attending
 from shardproof.numerics.broadcasting import broadcast
-from shardproof.numerics.elementwise import check_floating, widen
+from shardproof.numerics.elementwise import check_floating
+from shardproof.numerics.precision import widen
 from shardproof.numerics.reducing import expand, total
 from shardproof.numerics.sums import sum_squares_rows
 

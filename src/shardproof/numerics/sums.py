@@ -20,6 +20,7 @@ from torch import Tensor
 
 from shardproof import core, operands, operators
 from shardproof.errors import ShapeError
+from shardproof.numerics.precision import node_dtype
 
 _WHO = "a sum over rows"
 _IS_DOUBLE = {torch.float32: 0, torch.float64: 1}
@@ -119,7 +120,7 @@ class _SumSquares(torch.autograd.Function):
 def _square_sum(x: Tensor) -> Tensor:
     if _has_kernel(x):
         return _kernel_fold(x, is_squared=True)
-    dtype = _sum_dtype(x)
+    dtype = node_dtype(x.dtype)
 
     def square(part: Tensor) -> Tensor:
         wide = part.to(dtype)
@@ -131,7 +132,7 @@ def _square_sum(x: Tensor) -> Tensor:
 def _row_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype is dtype and _has_kernel(x):
         return _kernel_fold(x)
-    return _fold(x, torch.promote_types(dtype, _sum_dtype(x)), lambda part: part).to(dtype)
+    return _fold(x, torch.promote_types(dtype, node_dtype(x.dtype)), lambda part: part).to(dtype)
 
 
 def _has_kernel(x: Tensor) -> bool:
@@ -194,7 +195,3 @@ def _add_onto(
     torch.add(lift(first[:length]).to(dtype), lift(last), out=total[:length])
     total[length:] = lift(first[length:])
     return total
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype

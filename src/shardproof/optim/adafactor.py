@@ -17,7 +17,7 @@ from torch import Tensor
 from shardproof.errors import UsageError
 from shardproof.layers.step_guard import serve
 from shardproof.leaves import Layout, replicated
-from shardproof.numerics.elementwise import widen
+from shardproof.numerics.precision import widen
 from shardproof.numerics.sums import sum_rows, sum_squares, sum_squares_rows
 from shardproof.optim.gradient_norms import sum_squares_of
 from shardproof.optim.layouts import ParameterLayout

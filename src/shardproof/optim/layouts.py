@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from shardproof import comm
 from shardproof.axis import Axis
+from shardproof.comm.split import Split
 from shardproof.layers.base import ShardedModule
 from shardproof.layers.registry import record_of
 from shardproof.leaves import Layout
-from shardproof.numerics.matmul import node_dtype
+from shardproof.numerics.precision import node_dtype
 from shardproof.runs import take
-from shardproof.tree import add_run
+from shardproof.scheme import DEFAULT_SCHEME
 
 
 def layouts_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Layout, Axis | None]]:
@@ -84,17 +84,13 @@ class ParameterLayout:
         cut, dim = self.layout.cut, self.layout.dim
         if self.axis is None or cut is None or dim is None:
             return partial(lambda x: x)
-        run = cut.run(self.layout.rank)
-        leaves = (
+        sums = (
             partial(lambda x, at=at: take(x, dim, at))  # type: ignore[misc]
             for at in self.slices
         )
-        return comm.all_reduce_nodes(
-            add_run(leaves, run, cut.num_leaves),
-            self.axis,
-            cut=cut,
+        return Split(self.axis, cut, DEFAULT_SCHEME, self.name).sum_blocks(
+            sums,
             shape=tuple(shape),
             like=like.new_empty(0, dtype=node_dtype(like.dtype)),
             direction="update",
-            who=self.name,
         )

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from shardproof.axis import Axis
-from shardproof.block_comm import move
 from shardproof.block_layout import BlockLayout
+from shardproof.comm.runs_of_indices import move
 from shardproof.errors import UsageError
 from shardproof.layers.step_guard import serve
 from shardproof.leaves import Cut, Layout
-from shardproof.numerics.elementwise import widen
+from shardproof.numerics.precision import widen
 from shardproof.optim.gradient_norms import sum_squares_of
 from shardproof.optim.layouts import ParameterLayout
 from shardproof.optim.orthogonal import Iteration, orthogonalize, spread_of

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from shardproof.axis import Axis
 from shardproof.functional.attention import attention
-from shardproof.functional.attention_site import AttentionSite
+from shardproof.functional.head_split import HeadSplit
 from shardproof.heads import Heads
 from shardproof.layers.attention import HeadAttention
 from shardproof.plans.probe import seen_call
@@ -110,7 +110,7 @@ def _attention_options(
     except Exception as error:  # whatever a user's module raises
         raise _UnlikeError(f"cannot be copied to be tried ({error_words(error)}).") from error
     p = _dropout(child)
-    site = AttentionSite(
+    split = HeadSplit(
         Axis.solo(),
         Heads(style.queries, style.keys, style.head_dim, 1, 1),
         Scheme(leaves=1, numerics="native"),
@@ -120,7 +120,7 @@ def _attention_options(
             _trial(2, 7, 3.0, options, masks, style, device),
             _trial(1, _length(child, style.queries), 1.0, options, masks, style, device),
         ]
-        is_causal = _agreeing(copied.eval(), site, trials, getattr(child, "is_causal", False))
+        is_causal = _agreeing(copied.eval(), split, trials, getattr(child, "is_causal", False))
         _check_training(copied, trials[0], is_causal, p)
     attention_options = AttentionOptions(is_causal, p)
     if alike is not None:
@@ -261,21 +261,21 @@ def _trial(
 class _OurAttention:
     """Our attention on whole tensors, in evaluation mode."""
 
-    site: AttentionSite
+    split: HeadSplit
     is_causal: bool
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         options = {"is_causal": self.is_causal} | options | {"dropout": None}
-        return attention(q, k, v, self.site, **options)
+        return attention(q, k, v, self.split, **options)
 
 
 def _agreeing(
-    child: nn.Module, site: AttentionSite, trials: list[_ChildCall], is_causal: object
+    child: nn.Module, split: HeadSplit, trials: list[_ChildCall], is_causal: object
 ) -> bool:
     """The `is_causal` with which ours agrees with the child; raise if there is none."""
     differing = []
     for causal in (bool(is_causal), not is_causal):
-        difference_found = next(_differences(child, _OurAttention(site, causal), trials), None)
+        difference_found = next(_differences(child, _OurAttention(split, causal), trials), None)
         if difference_found is None:
             return causal
         differing.append(difference_found)

@@ -1,6 +1,6 @@
 """Predict the calls and bytes of each collective of a step, as the ledger will count them.
 
-The prediction uses the arithmetic of the collectives themselves (`schedule`).
+The prediction uses the arithmetic of the collectives themselves (`comm.plans`).
 """
 
 from collections.abc import Iterable
@@ -9,9 +9,9 @@ from typing import Literal
 
 import torch
 
+from shardproof.comm.plans import native_plan, tree_order, tree_plan
 from shardproof.leaves import Cut
-from shardproof.numerics.matmul import node_dtype
-from shardproof.schedule import native_plan, tree_order, tree_plan
+from shardproof.numerics.precision import node_dtype
 from shardproof.wording import dtype_name
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]

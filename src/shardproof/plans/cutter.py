@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
-from shardproof.functional.attention_site import AttentionSite
-from shardproof.functional.cut_norms import NormSite
+from shardproof.comm.split import Split
+from shardproof.functional.head_split import HeadSplit
 from shardproof.heads import Heads
 from shardproof.layers.attention import HeadAttention, give_stand_in, take_stand_in
 from shardproof.layers.embedding import VocabParallelEmbedding
@@ -148,7 +148,7 @@ class Cutter:
             self._add_placeholder_heads(name, style)
 
     def _attend(self, name: str, style: Attention, heads: Heads) -> None:
-        site = AttentionSite(self._axis, heads, self._scheme, name)
+        site = HeadSplit(self._axis, heads, self._scheme, name)
         if style.attend is None:
             if attends_in_registry(self._model, style):
                 self.attentions[name] = HeadAttention(site)
@@ -169,11 +169,9 @@ class Cutter:
             if child is None:
                 continue
             kind = ShardedRMSNorm if style.norms == "across" else HeadRMSNorm
-            site = NormSite(
-                axis=self._axis, cut=cut, held=holds, scheme=self._scheme, who=f"{name}.{child}"
-            )
-            whole = self.replaced_norms[site.who] = self._child(name, child)
-            self._put(site.who, whole, kind.from_module(whole, site))
+            split = Split(self._axis, cut, self._scheme, f"{name}.{child}", holds)
+            whole = self.replaced_norms[split.name] = self._child(name, child)
+            self._put(split.name, whole, kind.from_module(whole, split))
 
     def _add_placeholder_heads(self, name: str, style: Attention) -> None:
         """Add a placeholder head on a rank without heads: models that view with -1 need one."""

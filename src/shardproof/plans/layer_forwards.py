@@ -271,4 +271,4 @@ def _attended(
     if args[0] is tensors[0]:
         return y
     shape = (y.shape[0], queries.size, *y.shape[2:])
-    return cut_tensor(y, region.spec(shape, 1, queries), replacement.site.who)
+    return cut_tensor(y, region.spec(shape, 1, queries), replacement.split.who)

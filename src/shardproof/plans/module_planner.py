@@ -8,7 +8,7 @@ from torch import nn
 
 from shardproof.heads import Heads
 from shardproof.leaves import Cut
-from shardproof.numerics.matmul import node_dtype
+from shardproof.numerics.precision import node_dtype
 from shardproof.plans.cached_layouts import (
     gradient_parts,
     heads_of,

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shardproof.comm.reporting import FREE_ORDER
 from shardproof.showing.actions import RankAction, actions_of, base_name
 from shardproof.showing.arrows import Arrow, arrows_of
 from shardproof.showing.sentences import CUT_AGAIN, placement_change, placement_sentence, sentences
 from shardproof.showing.tensors import RankPart, SceneTensor, tensor_of
-from shardproof.told import FREE_ORDER
 from shardproof.trace.step import Part, TraceStep
 from shardproof.trace.text import aligned
 from shardproof.trace.trace import Trace

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardproof import comm
 from shardproof.axis import Axis
+from shardproof.comm.gathers import gather_parts
+from shardproof.comm.plans import sizes_plan
 from shardproof.errors import ShapeError
 from shardproof.observing import shard
 from shardproof.recut import swap
 from shardproof.runs import join, take
-from shardproof.schedule import sizes_plan
 from shardproof.transport.base import Call
 from shardproof.units import Indices, slices_of
 
@@ -53,7 +53,7 @@ def all_gather_sizes(
         return x.clone(memory_format=torch.contiguous_format)
     before, after = tuple(x.shape[:dim]), tuple(x.shape[dim + 1 :])
     plan = sizes_plan(direction, who, before, after, x.dtype, sizes)
-    return comm.gather_parts(x, axis, plan, shard(dim))
+    return gather_parts(x, axis, plan, shard(dim))
 
 
 def move(

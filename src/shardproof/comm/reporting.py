@@ -1,4 +1,4 @@
-"""A collective, as the ledger of its axis counts it and as observers see it."""
+"""What the ledger of an axis counts of a collective, and what observers are told of it."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -7,12 +7,12 @@ from torch import Tensor
 
 from shardproof import observing
 from shardproof.axis import Axis
+from shardproof.comm.plans import SumPlan, written_sum
 from shardproof.leaves import share
-from shardproof.numerics.matmul import node_dtype
-from shardproof.observing import PARTIAL, Operand, Placement, Sending, Told
-from shardproof.schedule import Plan
+from shardproof.numerics.precision import node_dtype
+from shardproof.observing import PARTIAL, Operand, Sending, Told
 from shardproof.transport.base import Call
-from shardproof.tree import Node, node_name
+from shardproof.tree import node_name, nodes_of_run
 
 FREE_ORDER = "the ranks' parts, in the transport's own order"
 
@@ -92,7 +92,7 @@ def sends_to_all(x: Tensor, axis: Axis) -> list[Sending]:
     return [Sending(rank, 0, start=0, stop=x.numel(), num_bytes=size) for rank in others if size]
 
 
-def sends_of_sum(plan: Plan, axis: Axis, placement: Placement) -> Iterator[Sending]:
+def sends_of_sum(plan: SumPlan, axis: Axis) -> Iterator[Sending]:
     """What this rank sends in a sum by the tree: a slice of its nodes to the rank that adds it.
 
     In an all-reduce it then sends the slice that it has added to all. Nothing is told of a sum in
@@ -101,7 +101,6 @@ def sends_of_sum(plan: Plan, axis: Axis, placement: Placement) -> Iterator[Sendi
     Args:
         plan: of the sum.
         axis: that it crosses.
-        placement: of the sum.
     """
     dtype, num_parts = plan.call.dtype, plan.order.counts[axis.rank]
     if plan.order.is_free or dtype is None:
@@ -118,7 +117,7 @@ def sends_of_sum(plan: Plan, axis: Axis, placement: Placement) -> Iterator[Sendi
                     start=window.start,
                     stop=window.stop,
                     num_bytes=window.numel * wide,
-                    dim=placement.dim,
+                    dim=plan.placement.dim,
                 )
         return
     slices = share(math.prod(plan.shape), axis.size)
@@ -133,16 +132,7 @@ def sends_of_sum(plan: Plan, axis: Axis, placement: Placement) -> Iterator[Sendi
         yield Sending(rank, None, start=mine.start, stop=mine.stop, num_bytes=size)
 
 
-def tell_sum(
-    axis: Axis,
-    plan: Plan,
-    parts: Sequence[Tensor],
-    y: Tensor,
-    placement: Placement,
-    *,
-    nodes: Sequence[Node] | None = None,
-    addition: str = FREE_ORDER,
-) -> Told:
+def tell_sum(axis: Axis, plan: SumPlan, parts: Sequence[Tensor], y: Tensor) -> Told:
     """Tell of a sum before it begins: it may be written into one of its parts.
 
     Args:
@@ -150,30 +140,27 @@ def tell_sum(
         plan: of the sum.
         parts: of this rank, each Partial.
         y: where the sum will lie.
-        placement: of the sum.
-        nodes: which leaves each part sums; None: the part is all that this rank has.
-        addition: which parts of all ranks are added, in which order.
     Returns:
         What to finish once the sum is there.
     """
-    if nodes is None:
+    if plan.cut is None:
         inputs = [Operand("x", part, PARTIAL) for part in parts]
     else:
+        nodes = nodes_of_run(plan.cut.num_leaves, plan.cut.run(plan.rank))
         inputs = [
             Operand(node_name(node), part, PARTIAL, node)
             for node, part in zip(nodes, parts, strict=True)
         ]
     name = "grad_x" if plan.call.direction == "backward" else "y"
-    output = Operand(name, y, placement)
     told = told_of(
         axis,
         plan.call,
         inputs,
-        output,
+        Operand(name, y, plan.placement),
         plan.message_bytes,
         plan.sent_bytes,
-        sends=tuple(sends_of_sum(plan, axis, placement)),
+        sends=tuple(sends_of_sum(plan, axis)),
     )
-    told.addition = addition
+    told.addition = FREE_ORDER if plan.cut is None else written_sum(plan.cut)
     observing.tell(told)
     return told

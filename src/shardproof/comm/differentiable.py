@@ -21,20 +21,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from shardproof import comm
 from shardproof.autograd import once_differentiable
 from shardproof.axis import Axis
+from shardproof.comm.check import check_degree_of, check_part
+from shardproof.comm.gathers import all_gather as gather_plain
+from shardproof.comm.split import Split
+from shardproof.comm.sums import all_reduce as all_reduce_native
+from shardproof.comm.sums import reduce_scatter as reduce_scatter_plain
 from shardproof.errors import ShapeError, UsageError
 from shardproof.leaves import Cut
-from shardproof.numerics.matmul import node_dtype
-from shardproof.tree import Node, add_tensors, combine, nodes_of_run
+from shardproof.numerics.precision import node_dtype
+from shardproof.scheme import DEFAULT_SCHEME
 
 GatherGradient = Literal["replicate", "partial"]
 
 
 @dataclass(frozen=True)
-class _Site:
-    """Where a collective stands: everything that is no tensor."""
+class _Call:
+    """What a collective takes beside its tensors."""
 
     axis: Axis
     who: str
@@ -47,7 +51,7 @@ class _Site:
 
     def part(self, x: Tensor) -> Tensor:
         """This rank's owned part of a whole tensor, as a copy."""
-        comm.check_part(
+        check_part(
             x, self.axis, dim=self.dim, cut=self._cut, is_whole=True, who=self.who or "shard"
         )
         owned = self._cut.owned(self.axis.rank)
@@ -56,35 +60,29 @@ class _Site:
 
     def join(self, x: Tensor, direction: str) -> Tensor:
         """The whole tensor from the ranks' owned parts."""
-        return comm.all_gather(
+        return gather_plain(
             x, self.axis, dim=self.dim, cut=self._cut, direction=direction, who=self.who
         )
 
     def sum_part(self, x: Tensor, direction: str) -> Tensor:
         """This rank's owned part of the sum of the ranks' `x`."""
-        return comm.reduce_scatter(
+        return reduce_scatter_plain(
             x, self.axis, dim=self.dim, cut=self._cut, direction=direction, who=self.who
         )
 
     def sum(self, partials: Sequence[Tensor], like: Tensor, direction: str) -> Tensor:
         """The sum of all partials: by the tree if they are leaves, else as the transport adds."""
         if self.cut is None:
-            return comm.all_reduce(partials[0], self.axis, direction=direction, who=self.who)
-        run = self.cut.run(self.axis.rank)
-        wide = node_dtype(like.dtype)
-        leaves: dict[Node, Tensor] = {
-            (leaf, leaf + 1): partial.to(wide) for leaf, partial in zip(run, partials, strict=True)
-        }
-        nodes = {node: _node_sum(node, leaves) for node in nodes_of_run(self.cut.num_leaves, run)}
-        return comm.all_reduce_nodes(
-            nodes,
-            self.axis,
-            cut=self.cut,
-            shape=like.shape,
-            like=like,
-            direction=direction,
-            who=self.who,
-        )
+            return all_reduce_native(partials[0], self.axis, direction=direction, who=self.who)
+        split = Split(self.axis, self.cut, DEFAULT_SCHEME, self.who)
+        wide = [partial.to(node_dtype(like.dtype)) for partial in partials]
+        parts = split.arithmetic.parts(wide, split.leaves)
+        # The caller may still write a partial: a part that is one leaf must be a copy of it.
+        parts = [
+            part.clone() if any(part is partial for partial in partials) else part for part in parts
+        ]
+        started = split.start_sum(parts, shape=like.shape, like=like, direction=direction)
+        return started.wait()
 
     @property
     def _cut(self) -> Cut:
@@ -93,41 +91,35 @@ class _Site:
         return self.cut
 
 
-def _node_sum(node: Node, leaves: dict[Node, Tensor]) -> Tensor:
-    """A tensor of our own, also where the node is one leaf: the caller may still write that."""
-    total = combine(node, leaves, add_tensors)
-    return total.clone() if node in leaves else total
-
-
 class _AllReduceGrad(torch.autograd.Function):
     """Identity forward, all_reduce backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, site: _Site, copies: int) -> Any:
-        ctx.site = site
+    def forward(ctx: Any, x: Tensor, call: _Call, copies: int) -> Any:
+        ctx.call = call
         aliases = tuple(x.view_as(x) for _ in range(copies))
-        return aliases[0] if site.cut is None else aliases
+        return aliases[0] if call.cut is None else aliases
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        site: _Site = ctx.site
-        leaves = len(site.cut.run(site.axis.rank)) if site.cut is not None else 1
-        return site.sum(grads[:leaves], grads[0], "backward"), None, None
+        call: _Call = ctx.call
+        leaves = len(call.cut.run(call.axis.rank)) if call.cut is not None else 1
+        return call.sum(grads[:leaves], grads[0], "backward"), None, None
 
 
 class _AllReduce(torch.autograd.Function):
     """all_reduce forward, identity backward."""
 
     @staticmethod
-    def forward(ctx: Any, site: _Site, like: Tensor, *partials: Tensor) -> Tensor:
-        ctx.site, ctx.count = site, len(partials)
-        return site.sum(partials, like, "forward")
+    def forward(ctx: Any, call: _Call, like: Tensor, *partials: Tensor) -> Tensor:
+        ctx.call, ctx.count = call, len(partials)
+        return call.sum(partials, like, "forward")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.site.note(grad_y, "gradient of the sum")
+        ctx.call.note(grad_y, "gradient of the sum")
         return (None, None, *([grad_y] * ctx.count))
 
 
@@ -135,45 +127,45 @@ class _Shard(torch.autograd.Function):
     """A local slice forward, all_gather backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, site: _Site) -> Tensor:
-        ctx.site = site
-        return site.part(x)
+    def forward(ctx: Any, x: Tensor, call: _Call) -> Tensor:
+        ctx.call = call
+        return call.part(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
-        return ctx.site.join(grad_y, "backward"), None
+        return ctx.call.join(grad_y, "backward"), None
 
 
 class _AllGather(torch.autograd.Function):
     """all_gather forward; backward a local slice (Replicate) or reduce_scatter (Partial)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, site: _Site, grad: GatherGradient) -> Tensor:
-        ctx.site, ctx.grad = site, grad
-        return site.join(x, "forward")
+    def forward(ctx: Any, x: Tensor, call: _Call, grad: GatherGradient) -> Tensor:
+        ctx.call, ctx.grad = call, grad
+        return call.join(x, "forward")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
         if ctx.grad == "replicate":
-            ctx.site.note(grad_y, "gradient of what was gathered")
-            return ctx.site.part(grad_y), None, None
-        return ctx.site.sum_part(grad_y, "backward"), None, None
+            ctx.call.note(grad_y, "gradient of what was gathered")
+            return ctx.call.part(grad_y), None, None
+        return ctx.call.sum_part(grad_y, "backward"), None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
     """reduce_scatter forward, all_gather backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, site: _Site) -> Tensor:
-        ctx.site = site
-        return site.sum_part(x, "forward")
+    def forward(ctx: Any, x: Tensor, call: _Call) -> Tensor:
+        ctx.call = call
+        return call.sum_part(x, "forward")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
-        return ctx.site.join(grad_y, "backward"), None
+        return ctx.call.join(grad_y, "backward"), None
 
 
 def all_reduce_grad(x: Tensor, axis: Axis, *, cut: Cut | None = None, who: str = "") -> Any:
@@ -193,11 +185,11 @@ def all_reduce_grad(x: Tensor, axis: Axis, *, cut: Cut | None = None, who: str =
         forward none; backward one all_reduce of (*).
     """
     if cut is not None:
-        comm.check_degree_of(cut, axis, who or "all_reduce_grad")
+        check_degree_of(cut, axis, who or "all_reduce_grad")
     copies = 1 if cut is None else max(1, len(cut.run(axis.rank)))
-    site = _Site(axis, who, cut)
-    site.note(x, "input")
-    return _AllReduceGrad.apply(x, site, copies)
+    call = _Call(axis, who, cut)
+    call.note(x, "input")
+    return _AllReduceGrad.apply(x, call, copies)
 
 
 def all_reduce(
@@ -225,7 +217,7 @@ def all_reduce(
         forward one all_reduce of (*); backward none.
     """
     if cut is not None:
-        comm.check_degree_of(cut, axis, who or "all_reduce")
+        check_degree_of(cut, axis, who or "all_reduce")
     given = [partials] if isinstance(partials, Tensor) else list(partials)
     wanted = 1 if cut is None else len(cut.run(axis.rank))
     if len(given) != wanted:
@@ -238,7 +230,7 @@ def all_reduce(
             f"all_reduce of {who or 'partials'} on {axis}: this rank owns no leaf, so `like` must "
             "give shape and dtype."
         )
-    return _AllReduce.apply(_Site(axis, who, cut), given[0] if given else like, *given)
+    return _AllReduce.apply(_Call(axis, who, cut), given[0] if given else like, *given)
 
 
 def shard(x: Tensor, axis: Axis, *, dim: int, cut: Cut, who: str = "") -> Tensor:
@@ -255,9 +247,9 @@ def shard(x: Tensor, axis: Axis, *, dim: int, cut: Cut, who: str = "") -> Tensor
     Comm:
         forward none; backward one all_gather of (*, cut.size, *).
     """
-    site = _Site(axis, who, cut, dim)
-    site.note(x, "input")
-    return _Shard.apply(x, site)
+    call = _Call(axis, who, cut, dim)
+    call.note(x, "input")
+    return _Shard.apply(x, call)
 
 
 def all_gather(
@@ -286,7 +278,7 @@ def all_gather(
     """
     if grad not in ("replicate", "partial"):
         raise UsageError(f"all_gather: grad={grad!r} is unknown. Use 'replicate' or 'partial'.")
-    return _AllGather.apply(x, _Site(axis, who, cut, dim), grad)
+    return _AllGather.apply(x, _Call(axis, who, cut, dim), grad)
 
 
 def reduce_scatter(x: Tensor, axis: Axis, *, dim: int, cut: Cut, who: str = "") -> Tensor:
@@ -304,4 +296,4 @@ def reduce_scatter(x: Tensor, axis: Axis, *, dim: int, cut: Cut, who: str = "") 
         forward one reduce_scatter of (*, cut.size, *); backward one all_gather of
         (*, cut.size, *).
     """
-    return _ReduceScatter.apply(x, _Site(axis, who, cut, dim))
+    return _ReduceScatter.apply(x, _Call(axis, who, cut, dim))

@@ -7,11 +7,13 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from shardproof.leaves import Cut, share
-from shardproof.numerics.matmul import node_dtype
+from shardproof.numerics.precision import node_dtype
+from shardproof.observing import REPLICATE, Placement, shard
 from shardproof.transport.base import Call, Order, Window, rank_order
 from shardproof.tree import formula, nodes_of_run, steps
 
@@ -20,24 +22,44 @@ GatherPlan = tuple[Call, tuple[int, ...], int]
 _KEPT = 4096  # of each kind are kept
 
 
+class ShardOf(NamedTuple):
+    """What a reduce-scatter gives to each rank: its part of a whole.
+
+    Attributes:
+        shape: of the whole sum.
+        dim: along which the sum is cut, counted from either end.
+        cut: of that dim.
+    """
+
+    shape: tuple[int, ...]
+    dim: int
+    cut: Cut
+
+
 @dataclass(frozen=True)
-class Plan:
-    """One sum, as far as shapes and cuts decide it.
+class SumPlan:
+    """One sum over the ranks, as far as shapes and cuts decide it.
 
     Attributes:
         call: what it is.
         order: in which the ranks' parts are added.
-        windows: what each rank gets of the sum; None if all get all of it.
         shape: of what this rank gets.
         message_bytes, sent_bytes: for the ledger.
+        cut: of the contracted dim, whose tree is the order; None: the transport's own order.
+        rank: whose plan it is.
+        windows: what each rank gets of the sum; None if all get all of it.
+        placement: of the sum.
     """
 
     call: Call
     order: Order
-    windows: tuple[Window, ...] | None
     shape: tuple[int, ...]
     message_bytes: int
     sent_bytes: int
+    cut: Cut | None = None
+    rank: int = 0
+    windows: tuple[Window, ...] | None = None
+    placement: Placement = REPLICATE
 
 
 @functools.lru_cache(_KEPT)
@@ -92,7 +114,7 @@ def sizes_plan(
 @functools.lru_cache(_KEPT)
 def native_plan(
     direction: str, who: str, shape: tuple[int, ...], dtype: torch.dtype, size: int
-) -> Plan:
+) -> SumPlan:
     """An all-reduce of one partial per rank, in the transport's own order.
 
     Args:
@@ -104,13 +126,13 @@ def native_plan(
     """
     call = Call("all_reduce", direction, who, shape, dtype)
     message = _numel(shape) * dtype.itemsize
-    return Plan(call, rank_order(size), None, shape, message, 2 * (size - 1) * message // size)
+    return SumPlan(call, rank_order(size), shape, message, 2 * (size - 1) * message // size)
 
 
 @functools.lru_cache(_KEPT)
 def tree_plan(
     direction: str, who: str, shape: tuple[int, ...], dtype: torch.dtype, cut: Cut, rank: int
-) -> Plan:
+) -> SumPlan:
     """An all-reduce of canonical nodes, as `rank` sees it.
 
     A rank sends its nodes' slices to the ranks that finish them, and its finished slice to all.
@@ -129,21 +151,14 @@ def tree_plan(
     elsewhere = sum(lengths) - lengths[rank]
     sent = order.counts[rank] * elsewhere * node_dtype(dtype).itemsize
     sent += (cut.degree - 1) * lengths[rank] * dtype.itemsize
-    return Plan(call, order, None, shape, _numel(shape) * dtype.itemsize, sent)
+    message = _numel(shape) * dtype.itemsize
+    return SumPlan(call, order, shape, message, sent, cut, rank)
 
 
 @functools.lru_cache(_KEPT)
 def scatter_plan(
-    direction: str,
-    who: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    wide: torch.dtype,
-    cut: Cut | None,
-    dim: int,
-    dim_cut: Cut,
-    rank: int,
-) -> Plan:
+    direction: str, who: str, into: ShardOf, dtype: torch.dtype, cut: Cut | None, rank: int
+) -> SumPlan:
     """A reduce-scatter of canonical nodes or, without `cut`, of one partial per rank.
 
     A rank sends its nodes' windows to the ranks that own them.
@@ -151,14 +166,12 @@ def scatter_plan(
     Args:
         direction: of the call.
         who: of the call.
-        shape: of the message.
+        into: what each rank gets.
         dtype: of the result.
-        wide: in what the nodes travel.
         cut: of the contracted dim, or None.
-        dim: along which the result is cut.
-        dim_cut: how.
         rank: whose bytes and shape these are.
     """
+    shape, dim, dim_cut = into.shape, into.dim % len(into.shape), into.cut
     detail = (
         _describe(dim_cut, dim) if cut is None else f"{_describe(cut)} to {_describe(dim_cut, dim)}"
     )
@@ -169,8 +182,11 @@ def scatter_plan(
     windows = tuple(Window(outer, shape[dim], inner, own.start, own.stop) for own in owned)
     mine = (*shape[:dim], len(owned[rank]), *shape[dim + 1 :])
     elsewhere = _numel(shape) - _numel(mine)
-    sent = order.counts[rank] * elsewhere * wide.itemsize
-    return Plan(call, order, windows, mine, _numel(shape) * dtype.itemsize, sent)
+    sent_dtype = dtype if cut is None else node_dtype(dtype)
+    sent = order.counts[rank] * elsewhere * sent_dtype.itemsize
+    message = _numel(shape) * dtype.itemsize
+    placement = shard(dim, owned[rank], dim_cut.size)
+    return SumPlan(call, order, mine, message, sent, cut, rank, windows, placement)
 
 
 @functools.cache

@@ -1,9 +1,9 @@
-"""Where an attention stands: its axis, its heads, and the gradients of heads that ranks share."""
+"""Attention heads that are cut over an axis, and the gradients of heads that ranks share."""
 
-import functools
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,76 +13,90 @@ from shardproof.axis import Axis
 from shardproof.errors import ShapeError
 from shardproof.heads import Heads
 from shardproof.leaves import Cut
+from shardproof.numerics.arithmetic import Arithmetic, arithmetic_of
 from shardproof.observing import Operand, Placement, Told, shard
 from shardproof.scheme import Scheme
-from shardproof.tree import Node, add_tensors, combine, nodes_of_run
+from shardproof.tree import Node
 
 Part = tuple[int, Node]  # of a key-value head, a run of the query heads that it serves
 
 
+def serving_heads(heads: Heads, owned: range, held: range) -> tuple[int, ...]:
+    """For each query head that a rank owns, which of the key-value heads that it holds serves it.
+
+    Args:
+        heads: of all ranks.
+        owned: the query heads of the rank.
+        held: its key-value heads.
+    """
+    return tuple(head // heads.group - held.start for head in owned)
+
+
 @dataclass(frozen=True)
-class AttentionSite:
-    """Where an attention stands: everything that is no tensor.
+class HeadSplit:
+    """Attention heads that are cut over the ranks of an axis.
 
     Attributes:
         axis: the ranks.
         heads: query heads and key-value heads, and who has which.
         scheme: leaves and numerics.
         who: the layer's name, for messages and the ledger.
-        owned: this rank's query heads, counted over all ranks.
-        held: its key-value heads, counted likewise.
-        serving: for each query head that it owns, which of those it holds serves it.
-        parts: of key-value heads that ranks share, what each rank adds to their gradients.
-        cut: of all these parts, in rank order; None: no head is shared, nothing is sent.
-        is_invariant: from `scheme`.
     """
 
     axis: Axis
     heads: Heads
     scheme: Scheme
     who: str = ""
-    owned: range = field(init=False)
-    held: range = field(init=False)
-    serving: tuple[int, ...] = field(init=False)
-    parts: tuple[tuple[Part, ...], ...] = field(init=False)
-    cut: Cut | None = field(init=False)
-    is_invariant: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        heads, axis = self.heads, self.axis
-        if heads.degree != axis.size:
+        if self.heads.degree != self.axis.size:
             raise ShapeError(
-                f"{self.who or 'attention'} on {axis}: its heads are shared by {heads.degree} "
-                f"ranks, and the axis has {axis.size}. Make them with degree=axis.size."
+                f"{self.who or 'attention'} on {self.axis}: its heads are shared by "
+                f"{self.heads.degree} ranks, and the axis has {self.axis.size}. Make them with "
+                "degree=axis.size."
             )
-        object.__setattr__(self, "is_invariant", self.scheme.is_invariant)
-        owned, held = heads.owned(axis.rank), heads.held(axis.rank)
-        object.__setattr__(self, "owned", owned)
-        object.__setattr__(self, "held", held)
-        serving = tuple(head // heads.group - held.start for head in owned)
-        object.__setattr__(self, "serving", serving)
-        parts = tuple(
-            tuple((key, node) for key in heads.shared() for node in self._nodes(key, rank))
-            for rank in range(axis.size)
+
+    @cached_property
+    def arithmetic(self) -> Arithmetic:
+        """How heads are multiplied and added."""
+        return arithmetic_of(self.scheme)
+
+    @cached_property
+    def owned(self) -> range:
+        """This rank's query heads, counted over all ranks."""
+        return self.heads.owned(self.axis.rank)
+
+    @cached_property
+    def held(self) -> range:
+        """This rank's key-value heads, counted over all ranks."""
+        return self.heads.held(self.axis.rank)
+
+    @cached_property
+    def serving(self) -> tuple[int, ...]:
+        """For each query head that this rank owns, which of those it holds serves it."""
+        return serving_heads(self.heads, self.owned, self.held)
+
+    @cached_property
+    def parts(self) -> tuple[tuple[Part, ...], ...]:
+        """Of key-value heads that ranks share, what each rank adds to their gradients."""
+        shared = self.heads.shared()
+        return tuple(
+            tuple((key, node) for key in shared for node in self._nodes(key, rank))
+            for rank in range(self.axis.size)
         )
-        object.__setattr__(self, "parts", parts)
-        object.__setattr__(self, "cut", self._cut_of(parts))
+
+    @cached_property
+    def cut(self) -> Cut | None:
+        """Of all these parts, in rank order; None: no head is shared, nothing is sent."""
+        stops = [0, *itertools.accumulate(map(len, self.parts))]
+        if not stops[-1]:
+            return None
+        runs = tuple(range(start, stop) for start, stop in itertools.pairwise(stops))
+        return Cut(stops[-1], self.heads.leaves, self.heads.degree, runs=runs)
 
     def _nodes(self, key: int, rank: int) -> list[Node]:
         """What `rank` adds to the gradient of a key-value head: native numerics add all it has."""
-        run = self.heads.served(key, rank)
-        if self.is_invariant:
-            return nodes_of_run(self.heads.group, run)
-        return [(run.start, run.stop)] if run else []
-
-    def _cut_of(self, parts: tuple[tuple[Part, ...], ...]) -> Cut | None:
-        starts = [0]
-        for those in parts:
-            starts.append(starts[-1] + len(those))
-        if not starts[-1]:
-            return None
-        runs = tuple(range(starts[rank], starts[rank + 1]) for rank in range(len(parts)))
-        return Cut(starts[-1], self.heads.leaves, self.heads.degree, runs=runs)
+        return self.arithmetic.nodes(self.heads.group, self.heads.served(key, rank))
 
     def key_gradients(self, partials: Tensor) -> Tensor:
         """Gradients of the key-value heads, from what each query head adds to them.
@@ -103,10 +117,12 @@ class AttentionSite:
             return partials
         if self.cut is None:  # whole groups, all at once
             grouped = partials.unflatten(2, (len(self.held), group))
-            return self._sum((0, group), {(i, i + 1): grouped[:, :, :, i] for i in range(group)})
+            return self.arithmetic.add(
+                (0, group), {(i, i + 1): grouped[:, :, :, i] for i in range(group)}
+            )
         shared = self._gathered(partials, self.cut)
         whole = [
-            self._sum((0, group), shared.get(key) or self._of_queries(key, partials))
+            self.arithmetic.add((0, group), shared.get(key) or self._of_queries(key, partials))
             for key in self.held
         ]
         return torch.stack(whole, 2) if whole else partials
@@ -114,7 +130,7 @@ class AttentionSite:
     def _gathered(self, partials: Tensor, cut: Cut) -> dict[int, dict[Node, Tensor]]:
         """Key-value heads that ranks share -> what all of them have added up of it."""
         mine = [
-            self._sum(node, self._of_queries(key, partials))
+            self.arithmetic.add(node, self._of_queries(key, partials))
             for key, node in self.parts[self.axis.rank]
         ]
         sizes = (*partials.shape[:2], *partials.shape[3:])
@@ -155,9 +171,3 @@ class AttentionSite:
 
     def _place(self, heads: range, num_heads: int | None = None) -> Placement:
         return shard(1, heads, self.heads.keys if num_heads is None else num_heads)
-
-    def _sum(self, node: Node, values: Mapping[Node, Tensor]) -> Tensor:
-        if self.is_invariant:
-            return combine(node, values, add_tensors)
-        inside = [values[part] for part in sorted(values) if node[0] <= part[0] < node[1]]
-        return functools.reduce(torch.add, inside)
