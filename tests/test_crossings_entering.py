@@ -13,11 +13,11 @@ from cut_dims import DIMS, WIDTH, Results, agrees, gradients, leaf, same_at_ever
 from invariance import bits_equal, normal
 from places import Pool
 from shardproof.axis import Axis
-from shardproof.functional import entering as entering_module
-from shardproof.functional.crossing_linear import column
-from shardproof.functional.crossing_moves import gather, held_part
-from shardproof.functional.crossing_products import Term, start_sum
-from shardproof.functional.entering import Entering
+from shardproof.ops import entering as entering_module
+from shardproof.ops.entering import Entering
+from shardproof.ops.unit_linear import column
+from shardproof.ops.unit_moves import gather, held_part
+from shardproof.ops.unit_products import ProductTerm, start_sum
 from shardproof.scheme import Numerics
 
 # Five columns of one input: of six leaves, of eight, of five; plain, shared and fused.
@@ -133,7 +133,8 @@ def test_the_order_is_that_of_forward(pool: Pool) -> None:
         total = None
         for numbers in ((0, 1), (4,)):  # of six leaves, of five
             terms = [
-                Term(grads[n], columns.weights[n].detach(), columns.places[n]) for n in numbers
+                ProductTerm(grads[n], columns.weights[n].detach(), columns.places[n])
+                for n in numbers
             ]
             part = start_sum(terms, x.detach(), "prover", "by hand").wait()
             total = part if total is None else total + part

@@ -22,10 +22,10 @@ from named_tests import TESTS, missing_in, named_in, names_in, rows_of
 from places import Pool
 from shardproof.axis import Axis
 from shardproof.functional import cross_entropy
-from shardproof.functional.dropout import MaskKey, dropout
 from shardproof.hf import KeyedSampling
 from shardproof.leaves import Cut
 from shardproof.numerics import matmul, mode
+from shardproof.ops.dropout import MaskKey, dropout
 from zoo.build import build
 
 pytest.importorskip("transformers")

@@ -31,7 +31,7 @@ from shardproof.optim import gradient_norms
 from shardproof.optim.layouts import ParameterLayout
 from shardproof.prover import cases
 from shardproof.prover.case import CaseRun
-from shardproof.prover.cases import matmul
+from shardproof.prover.cases import matmul_cases as matmul
 from shardproof.prover.proof import prove_cases
 from shardproof.prover.report import Report
 

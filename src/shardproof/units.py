@@ -239,7 +239,7 @@ class CutDim:
 
         Two runs of the whole dim that are adjacent in the rank's part are one slice here, but only
         at some degrees. So collect a leaf (`runs.take`) before anything is added. To add run by
-        run, use `functional.place.Place.pieces`.
+        run, use `ops.unit_split.UnitSplit.pieces`.
         """
         return self._leaf_slices[rank]
 

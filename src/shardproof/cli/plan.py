@@ -27,7 +27,7 @@ from shardproof.cli.options import (
 )
 from shardproof.cli.output import console
 from shardproof.cli.output_file import OutputFile, check_different
-from shardproof.cli.plan_text import ModelStep, as_json, show_model, show_watched
+from shardproof.cli.plan_tables import ModelStep, as_json, show_model, show_watched
 from shardproof.errors import PlanError, UsageError
 from shardproof.hf.detection import is_transformers
 from shardproof.hf.skeleton import any_skeleton

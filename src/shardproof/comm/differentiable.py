@@ -37,7 +37,7 @@ GatherGradient = Literal["replicate", "partial"]
 
 
 @dataclass(frozen=True)
-class _Call:
+class _CollectiveCall:
     """What a collective takes beside its tensors."""
 
     axis: Axis
@@ -95,7 +95,7 @@ class _AllReduceGrad(torch.autograd.Function):
     """Identity forward, all_reduce backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: _Call, copies: int) -> Any:
+    def forward(ctx: Any, x: Tensor, call: _CollectiveCall, copies: int) -> Any:
         ctx.call = call
         aliases = tuple(x.view_as(x) for _ in range(copies))
         return aliases[0] if call.cut is None else aliases
@@ -103,7 +103,7 @@ class _AllReduceGrad(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        call: _Call = ctx.call
+        call: _CollectiveCall = ctx.call
         leaves = len(call.cut.run(call.axis.rank)) if call.cut is not None else 1
         return call.sum(grads[:leaves], grads[0], "backward"), None, None
 
@@ -112,7 +112,7 @@ class _AllReduce(torch.autograd.Function):
     """all_reduce forward, identity backward."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, like: Tensor, *partials: Tensor) -> Tensor:
+    def forward(ctx: Any, call: _CollectiveCall, like: Tensor, *partials: Tensor) -> Tensor:
         ctx.call, ctx.count = call, len(partials)
         return call.sum(partials, like, "forward")
 
@@ -127,7 +127,7 @@ class _Shard(torch.autograd.Function):
     """A local slice forward, all_gather backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: _Call) -> Tensor:
+    def forward(ctx: Any, x: Tensor, call: _CollectiveCall) -> Tensor:
         ctx.call = call
         return call.part(x)
 
@@ -141,7 +141,7 @@ class _AllGather(torch.autograd.Function):
     """all_gather forward; backward a local slice (Replicate) or reduce_scatter (Partial)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: _Call, grad: GatherGradient) -> Tensor:
+    def forward(ctx: Any, x: Tensor, call: _CollectiveCall, grad: GatherGradient) -> Tensor:
         ctx.call, ctx.grad = call, grad
         return call.join(x, "forward")
 
@@ -158,7 +158,7 @@ class _ReduceScatter(torch.autograd.Function):
     """reduce_scatter forward, all_gather backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: _Call) -> Tensor:
+    def forward(ctx: Any, x: Tensor, call: _CollectiveCall) -> Tensor:
         ctx.call = call
         return call.sum_part(x, "forward")
 
@@ -187,7 +187,7 @@ def all_reduce_grad(x: Tensor, axis: Axis, *, cut: Cut | None = None, who: str =
     if cut is not None:
         check_degree_of(cut, axis, who or "all_reduce_grad")
     copies = 1 if cut is None else max(1, len(cut.run(axis.rank)))
-    call = _Call(axis, who, cut)
+    call = _CollectiveCall(axis, who, cut)
     call.note(x, "input")
     return _AllReduceGrad.apply(x, call, copies)
 
@@ -230,7 +230,7 @@ def all_reduce(
             f"all_reduce of {who or 'partials'} on {axis}: this rank owns no leaf, so `like` must "
             "give shape and dtype."
         )
-    return _AllReduce.apply(_Call(axis, who, cut), given[0] if given else like, *given)
+    return _AllReduce.apply(_CollectiveCall(axis, who, cut), given[0] if given else like, *given)
 
 
 def shard(x: Tensor, axis: Axis, *, dim: int, cut: Cut, who: str = "") -> Tensor:
@@ -247,7 +247,7 @@ def shard(x: Tensor, axis: Axis, *, dim: int, cut: Cut, who: str = "") -> Tensor
     Comm:
         forward none; backward one all_gather of (*, cut.size, *).
     """
-    call = _Call(axis, who, cut, dim)
+    call = _CollectiveCall(axis, who, cut, dim)
     call.note(x, "input")
     return _Shard.apply(x, call)
 
@@ -278,7 +278,7 @@ def all_gather(
     """
     if grad not in ("replicate", "partial"):
         raise UsageError(f"all_gather: grad={grad!r} is unknown. Use 'replicate' or 'partial'.")
-    return _AllGather.apply(x, _Call(axis, who, cut, dim), grad)
+    return _AllGather.apply(x, _CollectiveCall(axis, who, cut, dim), grad)
 
 
 def reduce_scatter(x: Tensor, axis: Axis, *, dim: int, cut: Cut, who: str = "") -> Tensor:
@@ -296,4 +296,4 @@ def reduce_scatter(x: Tensor, axis: Axis, *, dim: int, cut: Cut, who: str = "") 
         forward one reduce_scatter of (*, cut.size, *); backward one all_gather of
         (*, cut.size, *).
     """
-    return _ReduceScatter.apply(x, _Call(axis, who, cut, dim))
+    return _ReduceScatter.apply(x, _CollectiveCall(axis, who, cut, dim))

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
-from shardproof.functional.crossings import Place
 from shardproof.layers.registry import is_cut_module, memory_of, name_by_memory, parts_of
 from shardproof.leaves import Cut
+from shardproof.ops.unit_ops import UnitSplit
 from shardproof.scheme import Scheme
 from shardproof.transport.rehearsed import RehearsedTransport
 from shardproof.units import Block, CutDim, Shared, Units
@@ -123,7 +123,7 @@ class Region:
         self._weights: list[tuple[weakref.ref[Tensor], str]] = []
         self._memories: dict[int | None, tuple[weakref.ref[Tensor], str]] = {}
         self._specs: dict[tuple[tuple[int, ...], int, int], Spec] = {}
-        self._places: dict[tuple[int, str], Place] = {}
+        self._places: dict[tuple[int, str], UnitSplit] = {}
         self._cuts: dict[CutDim, CutDim] = {}
         self._same: dict[int, CutDim] = {}
         self._features: dict[Cut, CutDim] = {}
@@ -212,12 +212,12 @@ class Region:
                 known = self._specs[key] = Spec(self, key[0], dim, cut)
         return known
 
-    def place(self, cut: CutDim, who: str) -> Place:
+    def place(self, cut: CutDim, who: str) -> UnitSplit:
         """The place of a collective on tensors with this cut, for the ledger and its sums."""
         known = self._places.get((id(cut), who))
         if known is None:
             cut = self.one(cut)
-            known = Place.of(self.axis, cut, self.scheme, who)
+            known = UnitSplit.of(self.axis, cut, self.scheme, who)
             self._places[id(cut), who] = known
         return known
 

@@ -21,7 +21,7 @@ from shardproof.leaves import Layout
 
 
 @dataclass(frozen=True)
-class Part:
+class ParameterPart:
     """What one parameter is a part of.
 
     Attributes:
@@ -52,7 +52,7 @@ class Part:
 
 RECORD = "_shardproof_cut"  # attribute of a module that became cut
 _modules: weakref.WeakSet[Any] = weakref.WeakSet()
-_parts: Any = WeakIdKeyDictionary()  # parameter -> Part; torch has no types for it
+_parts: Any = WeakIdKeyDictionary()  # parameter -> ParameterPart; torch has no types for it
 _replaced: Any = WeakIdKeyDictionary()  # parameter -> its name in the model that was cut
 _lock = threading.Lock()
 _changes = 0
@@ -111,9 +111,9 @@ def replaced_name(parameter: Tensor) -> str | None:
     return name
 
 
-def part_of(parameter: Tensor) -> Part | None:
+def part_of(parameter: Tensor) -> ParameterPart | None:
     """What a parameter is a part of, as of the last `refresh`; None for plain ones."""
-    part: Part | None = _parts.get(parameter)
+    part: ParameterPart | None = _parts.get(parameter)
     return part
 
 
@@ -127,15 +127,15 @@ def remember(module: nn.Module) -> None:
     """Look at the parameters of one cut module; before they are replaced, too."""
     for parameter, part in parts_of(module):
         with _lock:
-            known: Part | None = _parts.get(parameter)
+            known: ParameterPart | None = _parts.get(parameter)
             # A tied parameter is cut if any of its modules says so.
             if known is None or part.is_cut or not known.is_cut:
                 _parts[parameter] = part
 
 
-def parts() -> dict[int, Part]:
+def parts() -> dict[int, ParameterPart]:
     """Identity of every parameter of a cut module -> what it is a part of, as of now."""
-    found: dict[int, Part] = {}
+    found: dict[int, ParameterPart] = {}
     for module in cut_modules():
         for parameter, part in parts_of(module):
             known = found.get(id(parameter))
@@ -145,7 +145,7 @@ def parts() -> dict[int, Part]:
     return found
 
 
-def parts_of(module: Any) -> Iterator[tuple[nn.Parameter, Part]]:
+def parts_of(module: Any) -> Iterator[tuple[nn.Parameter, ParameterPart]]:
     """Parameters of one module that have a layout, and what a parametrization made of one.
 
     Other threads may be building or changing the module: nothing is expected to be there.
@@ -155,13 +155,15 @@ def parts_of(module: Any) -> Iterator[tuple[nn.Parameter, Part]]:
     for name, layout in list(record.layouts.items()):
         parameter = getattr(module, "_parameters", {}).get(name)
         if parameter is not None:
-            part = Part(f"{record.name}.{name}", layout, record.axis, promises, owner)
+            part = ParameterPart(f"{record.name}.{name}", layout, record.axis, promises, owner)
             yield parameter, part
         elif not layout.is_replicated:
             # Which of them make up the cut parameter is not known, so that all count.
             for other, candidate in list(module.named_parameters()):
                 if other not in record.layouts:
-                    part = Part(f"{record.name}.{other}", None, record.axis, promises, owner)
+                    part = ParameterPart(
+                        f"{record.name}.{other}", None, record.axis, promises, owner
+                    )
                     yield candidate, part
 
 
@@ -194,7 +196,7 @@ def name_by_memory(tensor: Any) -> str | None:
     return None
 
 
-def parts_by_memory() -> dict[int | None, Part]:
+def parts_by_memory() -> dict[int | None, ParameterPart]:
     """Identity of the memory of every cut parameter -> its part."""
     found = {
         memory_of(parameter): part

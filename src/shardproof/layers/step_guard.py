@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from shardproof.errors import NumericsError, UsageError
 from shardproof.layers import registry
-from shardproof.layers.registry import Part
+from shardproof.layers.registry import ParameterPart
 from shardproof.wording import few
 
 # (module, name) of torch's optimizers whose update of an element depends on that element alone.
@@ -117,7 +117,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _check(optimizer: Optimizer, *, is_fused: bool) -> None:
     registry.refresh()
     name = type(optimizer).__name__
-    cut: Part | None = None
+    cut: ParameterPart | None = None
     shared = registry.parts_by_memory()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -133,7 +133,7 @@ def _check(optimizer: Optimizer, *, is_fused: bool) -> None:
     raise _unknown(type(optimizer), cut)
 
 
-def _refuse_lost(name: str, parameter: Tensor, part: Part | None) -> None:
+def _refuse_lost(name: str, parameter: Tensor, part: ParameterPart | None) -> None:
     """Raise if the model has another parameter in the place of this one."""
     whole = registry.replaced_name(parameter)
     if whole is not None:
@@ -151,7 +151,7 @@ def _refuse_lost(name: str, parameter: Tensor, part: Part | None) -> None:
         )
 
 
-def _fused(name: str, part: Part) -> NumericsError:
+def _fused(name: str, part: ParameterPart) -> NumericsError:
     return NumericsError(
         f"{name}(fused=True) was asked to update {part.name!r}, {_share(part)}, and a fused kernel "
         "gives an element other bits when it lies elsewhere. Use fused=False (the for-loop and "
@@ -159,7 +159,7 @@ def _fused(name: str, part: Part) -> NumericsError:
     )
 
 
-def _unknown(kind: type, part: Part) -> UsageError:
+def _unknown(kind: type, part: ParameterPart) -> UsageError:
     name = kind.__name__
     instead = (
         f"{_GENERAL}; or, if it updates every element by itself, "
@@ -176,7 +176,7 @@ def _unknown(kind: type, part: Part) -> UsageError:
     )
 
 
-def _share(part: Part) -> str:
+def _share(part: ParameterPart) -> str:
     layout = part.layout
     if layout is None or layout.dim is None:
         return f"from which a part is computed ({part.axis})"

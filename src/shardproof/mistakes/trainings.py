@@ -33,7 +33,7 @@ Activation = Callable[[Tensor], Tensor]
 Change = Callable[[nn.Module, Axis], None]
 
 
-class Block(nn.Module):
+class FeedForwardBlock(nn.Module):
     """A replicated linear, then column and row parallel ones; every kind of gradient occurs.
 
     Args:
@@ -156,11 +156,11 @@ def row(trial: CaseRun, whole: nn.Linear, name: str) -> nn.Module:
     return RowParallelLinear.from_linear(whole, axis=trial.axis, name=name, scheme=trial.scheme)
 
 
-def build_block(trial: CaseRun) -> Block:
+def build_block(trial: CaseRun) -> FeedForwardBlock:
     """A replicated linear, a column-parallel and a row-parallel one."""
     front = linear(IN, IN, seed=1)
     up = column(trial, linear(IN, EVEN, seed=2), "up")
-    return Block(front, up, row(trial, linear(EVEN, OUT, seed=3), "down"), torch.relu)
+    return FeedForwardBlock(front, up, row(trial, linear(EVEN, OUT, seed=3), "down"), torch.relu)
 
 
 class Masked(nn.Module):

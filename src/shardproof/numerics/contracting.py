@@ -45,7 +45,7 @@ def batched_product(a: Tensor, b: Tensor) -> Tensor:
             "wanted, with the same leading dims."
         )
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        return _Product.apply(a, b)
+        return _Contraction.apply(a, b)
     return _multiply(a, b)
 
 
@@ -237,7 +237,7 @@ def vecdot(x: Tensor, y: Tensor, *, dim: int = -1, out: Any = None) -> Tensor:
     return total(mul(widen(x), widen(y)), dim).to(torch.result_type(x, y))
 
 
-class _Product(torch.autograd.Function):
+class _Contraction(torch.autograd.Function):
     """`a @ b` forward, `g @ b.T` and `a.T @ g` backward."""
 
     @staticmethod

@@ -74,7 +74,7 @@ def layer_norm(
     x = widen(check_floating(input, "layer_norm"))
     size = _check_last(input, normalized_shape, "layer_norm")
     given = (None if each is None else each.reshape(-1).to(x.dtype) for each in (weight, bias))
-    return _LayerNorm.apply(_rows(x, size), *given, eps).reshape(input.shape).to(input.dtype)
+    return _RowLayerNorm.apply(_rows(x, size), *given, eps).reshape(input.shape).to(input.dtype)
 
 
 def rms_norm(
@@ -99,7 +99,7 @@ def rms_norm(
     size = _check_last(input, normalized_shape, "rms_norm")
     step = torch.finfo(x.dtype).eps if eps is None else eps
     flat = None if weight is None else weight.reshape(-1).to(x.dtype)
-    return _RmsNorm.apply(_rows(x, size), flat, step).reshape(input.shape).to(input.dtype)
+    return _RowRmsNorm.apply(_rows(x, size), flat, step).reshape(input.shape).to(input.dtype)
 
 
 def centred(rows: Tensor, eps: float) -> Tensor:
@@ -111,7 +111,7 @@ def centred(rows: Tensor, eps: float) -> Tensor:
     Returns:
         (rows, n); its gradient may be differentiated.
     """
-    return _LayerNorm.apply(rows, None, None, eps)
+    return _RowLayerNorm.apply(rows, None, None, eps)
 
 
 def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -198,7 +198,7 @@ def _log_softmax(x: Tensor) -> Tensor:
     return far.sub_(total(torch.exp(far), -1, keepdim=True).log_())
 
 
-class _LayerNorm(torch.autograd.Function):
+class _RowLayerNorm(torch.autograd.Function):
     """(rows, n): (x - mean) / sqrt(variance + eps) * weight + bias forward; sums backward."""
 
     @staticmethod
@@ -236,7 +236,7 @@ class _LayerNorm(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
-class _RmsNorm(torch.autograd.Function):
+class _RowRmsNorm(torch.autograd.Function):
     """(rows, n): x / sqrt(mean(x x) + eps) * weight forward; sums backward."""
 
     @staticmethod

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from shardproof.axis import Axis
-from shardproof.functional.attention import attention
-from shardproof.functional.head_split import HeadSplit
 from shardproof.heads import Heads
 from shardproof.layers.attention import HeadAttention
+from shardproof.ops.attention import attention
+from shardproof.ops.head_split import HeadSplit
 from shardproof.plans.probe import seen_call
 from shardproof.plans.style import Attention
 from shardproof.scheme import Scheme
@@ -37,7 +37,7 @@ _lock = threading.Lock()  # ranks that are threads have one generator together
 
 
 @dataclass(frozen=True)
-class AttentionOptions:
+class ChildAttentionOptions:
     """Options with which our attention computes what a child computes.
 
     Attributes:
@@ -71,8 +71,8 @@ class _ChildCall:
 
 
 def attention_options_of(
-    name: str, style: Attention, model: nn.Module, known: dict[Hashable, AttentionOptions]
-) -> AttentionOptions | str:
+    name: str, style: Attention, model: nn.Module, known: dict[Hashable, ChildAttentionOptions]
+) -> ChildAttentionOptions | str:
     """Options for our attention, or one sentence that says why it cannot replace the child.
 
     Args:
@@ -95,8 +95,11 @@ def attention_options_of(
 
 
 def _attention_options(
-    child: nn.Module, parent: nn.Module, style: Attention, known: dict[Hashable, AttentionOptions]
-) -> AttentionOptions:
+    child: nn.Module,
+    parent: nn.Module,
+    style: Attention,
+    known: dict[Hashable, ChildAttentionOptions],
+) -> ChildAttentionOptions:
     weights = [name for name, _ in child.named_parameters()]
     if weights:
         raise _UnlikeError(f"has weights of its own, {', '.join(weights)}, which would be lost.")
@@ -122,7 +125,7 @@ def _attention_options(
         ]
         is_causal = _agreeing(copied.eval(), split, trials, getattr(child, "is_causal", False))
         _check_training(copied, trials[0], is_causal, p)
-    attention_options = AttentionOptions(is_causal, p)
+    attention_options = ChildAttentionOptions(is_causal, p)
     if alike is not None:
         known[alike] = attention_options
     return attention_options

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from shardproof.axis import Axis
 from shardproof.comm.split import Split
-from shardproof.functional.head_split import HeadSplit
 from shardproof.heads import Heads
 from shardproof.layers.attention import HeadAttention, give_stand_in, take_stand_in
 from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
 from shardproof.layers.norm import HeadRMSNorm, ShardedRMSNorm
 from shardproof.layers.shared import link
-from shardproof.plans.attention_check import AttentionOptions
+from shardproof.ops.head_split import HeadSplit
+from shardproof.plans.attention_check import ChildAttentionOptions
 from shardproof.plans.attention_modules import attends_in_registry
 from shardproof.plans.style import (
     Attention,
@@ -48,7 +48,7 @@ class Cutter:
         scheme: Scheme,
         axis: Axis,
         head: str | None,
-        attention_options: Mapping[str, AttentionOptions],
+        attention_options: Mapping[str, ChildAttentionOptions],
     ) -> None:
         self.attentions: dict[str, HeadAttention] = {}
         self.replaced_norms: dict[str, nn.Module] = {}

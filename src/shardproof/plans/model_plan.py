@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from shardproof.errors import PlanError, UsageError
-from shardproof.plans.attention_check import AttentionOptions
+from shardproof.plans.attention_check import ChildAttentionOptions
 from shardproof.plans.collective import Collective, Counts, StepSize, count
 from shardproof.plans.match import near_names
 from shardproof.plans.module_plan import ModulePlan, Row, held_bytes, rows, style_dict
@@ -42,7 +42,7 @@ class ModelPlan:
     modules: tuple[ModulePlan, ...]
     head: str | None = None
     notes: tuple[str, ...] = ()
-    attention_options: Mapping[str, AttentionOptions] = field(default_factory=dict)
+    attention_options: Mapping[str, ChildAttentionOptions] = field(default_factory=dict)
     is_carried: bool = False
 
     @property

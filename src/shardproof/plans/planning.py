@@ -12,7 +12,7 @@ from shardproof.hf.attention_registry import implementation_problems
 from shardproof.hf.detection import is_transformers
 from shardproof.leaves import check_degree, checked_degree
 from shardproof.objects import checked_model
-from shardproof.plans.attention_check import AttentionOptions, attention_options_of
+from shardproof.plans.attention_check import ChildAttentionOptions, attention_options_of
 from shardproof.plans.attention_modules import recognise
 from shardproof.plans.by_example import has_example, plan_by_example, watch_example
 from shardproof.plans.by_names import rehearse_by_names
@@ -298,16 +298,16 @@ def _irreplaceable(styles: Mapping[str, Style], model: nn.Module) -> list[str]:
 
 def _attention_options(
     styles: Mapping[str, Style], model: nn.Module
-) -> tuple[dict[str, AttentionOptions], list[str]]:
+) -> tuple[dict[str, ChildAttentionOptions], list[str]]:
     """Options for our attention by module, and a sentence for each child it cannot replace."""
-    known: dict[Hashable, AttentionOptions] = {}
+    known: dict[Hashable, ChildAttentionOptions] = {}
     attending = {
         name: attention_options_of(name, style, model, known)
         for name, style in styles.items()
         if isinstance(style, Attention) and style.attend is not None
     }
     attention_options = {
-        name: each for name, each in attending.items() if isinstance(each, AttentionOptions)
+        name: each for name, each in attending.items() if isinstance(each, ChildAttentionOptions)
     }
     return attention_options, [each for each in attending.values() if isinstance(each, str)]
 

@@ -6,7 +6,7 @@ from shardproof.errors import UsageError
 from shardproof.prover.case import Case
 from shardproof.prover.cases.digits import DIGITS
 from shardproof.prover.cases.gpt import GPT_CASE
-from shardproof.prover.cases.matmul import MATMUL_COLUMN, MATMUL_ROW
+from shardproof.prover.cases.matmul_cases import MATMUL_COLUMN, MATMUL_ROW
 from shardproof.prover.cases.mlp import MLP_GATHERED
 from shardproof.prover.cases.single_linear import LINEAR_COLUMN, LINEAR_ROW
 from shardproof.prover.cases.transformer_block import ATTENTION, FFN

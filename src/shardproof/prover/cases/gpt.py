@@ -144,7 +144,7 @@ class SelfAttention(nn.Module):
         return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
 
 
-class Block(nn.Module):
+class DecoderBlock(nn.Module):
     """Attention and feed-forward, each added to the residual stream.
 
     Args:
@@ -181,7 +181,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(sizes.vocabulary, sizes.hidden)
         self.positions = nn.Embedding(sizes.positions, sizes.hidden)
         self.dropout = nn.Dropout(sizes.dropout)
-        self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.blocks))
+        self.blocks = nn.ModuleList(DecoderBlock(sizes) for _ in range(sizes.blocks))
         self.norm = nn.LayerNorm(sizes.hidden)
         self.head = nn.Linear(sizes.hidden, sizes.vocabulary, bias=False)
         self.head.weight = self.embedding.weight

@@ -18,8 +18,6 @@ from torch.nn import functional as F
 from shardproof import observing, operands
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError, UsageError
-from shardproof.functional.head_split import HeadSplit
-from shardproof.functional.rows import are_alike, prepared, wants_gradient, without_autocast
 from shardproof.numerics.attending import (
     Attended,
     HeadDropout,
@@ -32,6 +30,8 @@ from shardproof.numerics.attending import (
     value_partials,
 )
 from shardproof.numerics.precision import widen
+from shardproof.ops.head_split import HeadSplit
+from shardproof.ops.rows import are_alike, prepared, wants_gradient, without_autocast
 
 __all__ = ["HeadDropout", "HeadSplit", "attention"]
 
@@ -139,7 +139,7 @@ def _key_gradients(
     return whole[0] if needs_k else None, whole[-1] if needs_v else None
 
 
-class _Serve(torch.autograd.Function):
+class _ServeHeads(torch.autograd.Function):
     """Key-value heads, once for each query head that they serve; their sum backward."""
 
     @staticmethod
@@ -223,7 +223,7 @@ def _fused(
 ) -> Tensor:
     """Torch's own attention on this rank's heads."""
     if split.cut is not None:
-        k, v = _Serve.apply(k, v, split)
+        k, v = _ServeHeads.apply(k, v, split)
     queries, keys = q.shape[2], k.shape[2]
     is_causal = manner.is_causal and queries > 1
     if is_causal and queries < keys:

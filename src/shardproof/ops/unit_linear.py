@@ -1,6 +1,6 @@
 """Linears whose weight is cut by units: fused, shared and transposed weights too.
 
-A dim that is one plain run for each rank goes through `functional/linear.py`, unless its input
+A dim that is one plain run for each rank goes through `ops/linear.py`, unless its input
 gradient is shared with other columns or its weight is stored transposed.
 
 Sources: as there.
@@ -17,12 +17,10 @@ from shardproof import operands
 from shardproof.autograd import once_differentiable
 from shardproof.comm import StartedSum
 from shardproof.errors import ShapeError
-from shardproof.functional import crossing_products as products
-from shardproof.functional.crossing_products import Term
-from shardproof.functional.entering import Basket, Entering, will_sum
-from shardproof.functional.linear import column_linear, row_linear
-from shardproof.functional.place import Place
-from shardproof.functional.rows import (
+from shardproof.ops import unit_products as products
+from shardproof.ops.entering import Basket, Entering, will_sum
+from shardproof.ops.linear import column_linear, row_linear
+from shardproof.ops.rows import (
     as_rows,
     cast,
     check_alike,
@@ -32,10 +30,12 @@ from shardproof.functional.rows import (
     wants_gradient,
     without_autocast,
 )
+from shardproof.ops.unit_products import ProductTerm
+from shardproof.ops.unit_split import UnitSplit
 
 
 @dataclass(frozen=True)
-class _Call:
+class _LinearCall:
     """One call of a linear: everything that is no tensor.
 
     Attributes:
@@ -46,7 +46,7 @@ class _Call:
         number: of this call among those of the basket.
     """
 
-    place: Place
+    place: UnitSplit
     is_transposed: bool
     dtype: torch.dtype | None = None
     basket: Basket | None = None
@@ -76,7 +76,7 @@ class _Column(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        call: _Call,
+        call: _LinearCall,
     ) -> Tensor:
         ctx.call, ctx.token, ctx.dtype = call, token, x.dtype
         _, needs_x, needs_weight, _, _ = ctx.needs_input_grad
@@ -90,14 +90,14 @@ class _Column(torch.autograd.Function):
             return _column_gradients(ctx, grad_y)
 
 
-def _column(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+def _column(x: Tensor, weight: Tensor, bias: Tensor | None, call: _LinearCall) -> Tensor:
     """The output as rows."""
     return products.linear(call.rows(x), call.matrix(weight), bias, call.place)
 
 
 def _column_gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     """The input gradient is Partial: alone, its sum runs while the other two are computed."""
-    call: _Call = ctx.call
+    call: _LinearCall = ctx.call
     x, weight = ctx.saved_tensors
     _, needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
     grad_rows = as_rows(grad_y)
@@ -113,8 +113,8 @@ def _column_gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 
 def _sum_or_leave(ctx: Any, grad_y: Tensor, grad_rows: Tensor, weight: Tensor) -> StartedSum | None:
     """The sum of the input gradient, started; None if it is left for the node that sums."""
-    call: _Call = ctx.call
-    term = Term(grad_rows, call.matrix(weight), call.place)
+    call: _LinearCall = ctx.call
+    term = ProductTerm(grad_rows, call.matrix(weight), call.place)
     if call.basket is None:
         return products.start_sum([term], grad_rows, "backward", call.who)
     if will_sum(ctx):
@@ -123,7 +123,7 @@ def _sum_or_leave(ctx: Any, grad_y: Tensor, grad_rows: Tensor, weight: Tensor) -
     return None
 
 
-def _column_weight_gradient(grad_rows: Tensor, rows: Tensor, call: _Call) -> Tensor:
+def _column_weight_gradient(grad_rows: Tensor, rows: Tensor, call: _LinearCall) -> Tensor:
     if call.is_transposed:
         return products.product_columns(rows.t(), grad_rows, call.place)
     return products.product_rows(grad_rows.t(), rows, call.place)
@@ -133,7 +133,9 @@ class _Row(torch.autograd.Function):
     """all_reduce of the leaf products forward, bias added once and after; no Comm backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: _LinearCall
+    ) -> Tensor:
         ctx.call, ctx.dtype = call, x.dtype
         needs_x, needs_weight, _, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
@@ -142,16 +144,16 @@ class _Row(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        place: Place = ctx.call.place
+        place: UnitSplit = ctx.call.place
         place.axis.note(grad_y, who=place.who, what="gradient of the output")
         with without_autocast(grad_y):
             return _row_gradients(ctx, grad_y)
 
 
-def _row(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+def _row(x: Tensor, weight: Tensor, bias: Tensor | None, call: _LinearCall) -> Tensor:
     """The output as rows."""
     rows = call.rows(x)
-    term = Term(rows, call.matrix(weight).t(), call.place)
+    term = ProductTerm(rows, call.matrix(weight).t(), call.place)
     y = products.start_sum([term], rows, "forward", call.who).wait()
     if bias is not None:
         y.add_(bias)
@@ -160,7 +162,7 @@ def _row(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
 
 
 def _row_gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    call: _Call = ctx.call
+    call: _LinearCall = ctx.call
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
     grad_rows, grad_x, grad_weight = as_rows(grad_y), None, None
@@ -174,12 +176,12 @@ def _row_gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_weight, _sum_of_rows(grad_rows, call) if needs_bias else None, None
 
 
-def _sum_of_rows(grad_rows: Tensor, call: _Call) -> Tensor:
+def _sum_of_rows(grad_rows: Tensor, call: _LinearCall) -> Tensor:
     return call.place.arithmetic.sum_rows(grad_rows)
 
 
 def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call, dims: tuple[int, int]
+    x: Tensor, weight: Tensor, bias: Tensor | None, call: _LinearCall, dims: tuple[int, int]
 ) -> None:
     """Raise unless the operands fit each other and the place; `dims`: out- and in-features."""
     wanted = dims[::-1] if call.is_transposed else dims
@@ -194,8 +196,8 @@ def _check(
 
 
 def _prepared(
-    x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call
-) -> tuple[Tensor, Tensor | None, _Call]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, call: _LinearCall
+) -> tuple[Tensor, Tensor | None, _LinearCall]:
     """Weight and bias as autocast wants them, and the call; raises where bits cannot be kept."""
     call.place.arithmetic.require()
     if not is_autocast(x):
@@ -210,7 +212,7 @@ def column(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    place: Place,
+    place: UnitSplit,
     *,
     entering: Entering | None = None,
     is_transposed: bool = False,
@@ -238,7 +240,7 @@ def column(
     """
     if place.plain_split is not None and entering is None and not is_transposed:
         return column_linear(x, weight, bias, place.plain_split)
-    call = _Call(place, is_transposed)
+    call = _LinearCall(place, is_transposed)
     in_features = weight.shape[0 if is_transposed else -1] if weight.dim() == 2 else -1
     _check(x, weight, bias, call, (place.length, in_features))
     place.axis.note(x, who=place.who)
@@ -248,7 +250,7 @@ def column(
     token = None
     if entering is not None and x.requires_grad and torch.is_grad_enabled():
         token, basket = entering.token(x)
-        call = _Call(place, is_transposed, call.dtype, basket, basket.next_number())
+        call = _LinearCall(place, is_transposed, call.dtype, basket, basket.next_number())
     try:
         with without_autocast(x):
             y = _apply_column(token, x, weight, bias, call)
@@ -258,7 +260,7 @@ def column(
 
 
 def _apply_column(
-    token: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call
+    token: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, call: _LinearCall
 ) -> Tensor:
     if wants_gradient(x, weight, bias):
         y: Tensor = _Column.apply(token, x, weight, bias, call)
@@ -270,7 +272,7 @@ def row(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    place: Place,
+    place: UnitSplit,
     *,
     is_transposed: bool = False,
 ) -> Tensor:
@@ -293,7 +295,7 @@ def row(
     """
     if place.plain_split is not None and not is_transposed:
         return row_linear(x, weight, bias, place.plain_split)
-    call = _Call(place, is_transposed)
+    call = _LinearCall(place, is_transposed)
     out_features = weight.shape[-1 if is_transposed else 0] if weight.dim() == 2 else -1
     _check(x, weight, bias, call, (out_features, place.length))
     if place.is_plain_torch:
@@ -308,7 +310,7 @@ def row(
     return y
 
 
-def _apply_row(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+def _apply_row(x: Tensor, weight: Tensor, bias: Tensor | None, call: _LinearCall) -> Tensor:
     if wants_gradient(x, weight, bias):
         y: Tensor = _Row.apply(x, weight, bias, call)
         return y

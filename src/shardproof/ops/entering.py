@@ -23,9 +23,9 @@ from torch import Tensor
 from shardproof import operators
 from shardproof.autograd import once_differentiable
 from shardproof.errors import UsageError
-from shardproof.functional.crossing_products import Term, start_sum
-from shardproof.functional.rows import without_autocast
 from shardproof.numerics.precision import node_dtype
+from shardproof.ops.rows import without_autocast
+from shardproof.ops.unit_products import ProductTerm, start_sum
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class _Left:
     """What a column left in backward: a product, and where it stands among the others."""
 
     number: int
-    term: Term
+    term: ProductTerm
     is_armed: bool  # somebody may differentiate the gradient again
 
 
@@ -48,7 +48,7 @@ class Basket:
         """The place of a column among those of this token, in the order of forward."""
         return next(self._numbers)
 
-    def leave(self, number: int, term: Term, *, is_armed: bool) -> None:
+    def leave(self, number: int, term: ProductTerm, *, is_armed: bool) -> None:
         """Keep a product until the node that sums them runs.
 
         Args:
@@ -91,7 +91,7 @@ class _Summing:
 
     shape: torch.Size
     dtype: torch.dtype
-    terms: Sequence[Term]
+    terms: Sequence[ProductTerm]
 
     @property
     def saved_tensors(self) -> tuple[Tensor, ...]:
@@ -107,7 +107,7 @@ def _input_gradient(summing: _Summing, arm: Tensor) -> Tensor:
 
 def _summed(summing: _Summing) -> Tensor:
     """The sum of all terms: one all_reduce for each kind of tree, added in the order of forward."""
-    groups: dict[tuple[Any, ...], list[Term]] = {}
+    groups: dict[tuple[Any, ...], list[ProductTerm]] = {}
     for term in summing.terms:
         place = term.place
         arithmetic = place.arithmetic
