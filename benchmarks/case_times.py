@@ -34,13 +34,11 @@ import shardproof
 from benchmarks.groups import environment
 from benchmarks.systems import find_system
 from shardproof.axis import Axis
-from shardproof.cases import all_cases, digits, find_case
-from shardproof.cases.lesson import Lesson, clip
-from shardproof.cases.text import standard_library
-from shardproof.prover.case import Trial
+from shardproof.prover.case import CaseRun
+from shardproof.prover.cases import all_cases, digits, find_case
+from shardproof.prover.cases.text_training import TextTraining, clip, standard_library
 from shardproof.prover.proof import DEFAULT_SEED, prove_cases
-from shardproof.prover.training import Batch, Training
-from shardproof.prover.update import make_optimizer
+from shardproof.prover.training import Batch, Training, make_optimizer
 from shardproof.ranks import open_ranks
 from shardproof.scheme import Numerics, Scheme
 
@@ -51,7 +49,7 @@ SYSTEMS = {"torch": "torch-2t", "native": "native-threads", "invariant": "invari
 WARM_UP = 3
 
 
-class Bare(Trial):
+class Bare(CaseRun):
     """A trial that measures and keeps nothing: a timed run is not the proof."""
 
     def __init__(self, axis: Axis | None, numerics: Numerics) -> None:
@@ -75,31 +73,31 @@ def step_of(name: str, trial: Bare) -> Callable[[], None]:
         optimizer = digits.sgd(model.parameters())
         data = itertools.cycle(digits.batches(digits.load(trial.seed), trial.seed, epoch=1))
         return lambda: digits.train_step(trial, model, optimizer, *next(data))
-    if isinstance(training, Lesson):
+    if isinstance(training, TextTraining):
         return functools.partial(_read, training, trial, *_open(training, trial))
     if not isinstance(training, Training):
         return lambda: training(trial)  # as small as a step: build, forward, loss, backward
     return functools.partial(_step, training, trial, *_prepare(training, trial))
 
 
-def _open(lesson: Lesson, trial: Bare) -> tuple[nn.Module, Optimizer, Tensor]:
-    model = lesson.pupil.build(trial, dropout=0.0)
+def _open(training: TextTraining, trial: Bare) -> tuple[nn.Module, Optimizer, Tensor]:
+    model = training.source.build(trial, dropout=0.0)
     tokens = standard_library().windows(
         seed=trial.seed,
         step=0,
-        rows=lesson.rows,
-        length=lesson.length,
-        vocabulary=lesson.pupil.vocabulary,
+        rows=training.rows,
+        length=training.length,
+        vocabulary=training.source.vocabulary,
     )
-    return model, lesson.adamw(model.parameters()), tokens
+    return model, training.adamw(model.parameters()), tokens
 
 
 def _read(
-    lesson: Lesson, trial: Bare, model: nn.Module, optimizer: Optimizer, tokens: Tensor
+    training: TextTraining, trial: Bare, model: nn.Module, optimizer: Optimizer, tokens: Tensor
 ) -> None:
     optimizer.zero_grad(set_to_none=True)
-    lesson.pupil.score(trial, model, tokens).loss.backward()
-    clip(trial, model, lesson.max_norm)
+    training.source.score(trial, model, tokens).loss.backward()
+    clip(trial, model, training.max_norm)
     optimizer.step()
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from drawing import box, page, style, text
 
-from shardproof.cli.losses import bounds
+from shardproof.cli.break_ import bounds
 from shardproof.mistakes import CHAPTERS, Mistake, all_mistakes
 from shardproof.mistakes.outcome import Outcome, amount, make
-from shardproof.prover.casereport import TensorReport
+from shardproof.prover.case_report import TensorReport
 
 PAGE = Path(__file__).with_name("mistakes.md")
 PICTURES = Path(__file__).with_name("mistakes")

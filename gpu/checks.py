@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 import shardproof as sp
 from shardproof import comm
-from shardproof.cases.decoder import Decoder, Sizes
 from shardproof.errors import MismatchError, ShapeError, UsageError
+from shardproof.prover.cases.gpt import Decoder, Sizes
 from shardproof.transport.base import Call
 
 DEGREES = (1, 2, 3, 8)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from shardproof.cases import all_cases, find_case
-from shardproof.prover import Case, Report, Trial, prove_cases
+from shardproof.prover import Case, CaseRun, Report, prove_cases
+from shardproof.prover.cases import all_cases, find_case
 from shardproof.prover.proof import Progress
 
 DEGREES = (1, 2, 3, 8)
@@ -25,10 +25,10 @@ class OnDevice:
         device: where both are to be.
     """
 
-    work: Callable[[Trial], None]
+    work: Callable[[CaseRun], None]
     device: torch.device
 
-    def __call__(self, trial: Trial) -> None:
+    def __call__(self, trial: CaseRun) -> None:
         """Run on one rank, or in plain torch."""
         trial.device = self.device
         self.work(trial)

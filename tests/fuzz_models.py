@@ -9,7 +9,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from shardproof.cases.decoder import Attend
 from shardproof.plans.style import (
     Attention,
     ColumnParallel,
@@ -18,6 +17,7 @@ from shardproof.plans.style import (
     Style,
     VocabParallel,
 )
+from shardproof.prover.cases.gpt import Attend
 
 ACTIVATIONS = {
     "relu": nn.ReLU,

@@ -15,7 +15,7 @@ from shardproof.layers.attention import HeadAttention
 from shardproof.plans.apply import parallelize
 from shardproof.plans.initialize import initialize
 from shardproof.prover.hashing import hash_tensor
-from shardproof.prover.wide import KeepDouble
+from shardproof.prover.training import KeepDouble
 from shardproof.scheme import Scheme
 
 SIZES = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import shardproof as sp
 from shardproof.axis import Axis
-from shardproof.mistakes.blocks import (
+from shardproof.mistakes.trainings import (
     EVEN,
     IN,
     OUT,
@@ -24,7 +24,7 @@ from shardproof.mistakes.blocks import (
     linear,
     sgd,
 )
-from shardproof.prover.case import Case, Trial
+from shardproof.prover.case import Case, CaseRun
 from shardproof.prover.proof import prove_cases
 from shardproof.prover.report import Report
 from shardproof.prover.training import Batch, Training
@@ -131,7 +131,7 @@ def prove_clipped(
     """Prove a step of a Block whose gradients are clipped by `clip`, plain torch's by torch's."""
     build = block_builder()
 
-    def clip_either(trial: Trial, model: nn.Module) -> Tensor:
+    def clip_either(trial: CaseRun, model: nn.Module) -> Tensor:
         if trial.axis is None:
             return nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         return clip(model)

@@ -3,6 +3,8 @@
 `test_planted_models.py` proves it as it is, and changes one thing at a time.
 """
 
+import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +19,7 @@ from shardproof.axis import Axis
 from shardproof.leaves import Layout, replicated
 from shardproof.plans.apply import parallelize
 from shardproof.plans.initialize import initialize
-from shardproof.prover.case import Case, Trial
+from shardproof.prover.case import Case, CaseRun
 from shardproof.prover.proof import prove_cases
 from shardproof.prover.report import Report
 from shardproof.prover.training import record_gradients, record_parameters
@@ -59,7 +61,7 @@ class Steps:
     drops: bool = False
     measures_creation = False  # nothing here is audited
 
-    def __call__(self, trial: Trial) -> None:
+    def __call__(self, trial: CaseRun) -> None:
         model = trial.cast(self._build(trial)).train()
         trial.adopt(model)
         record_parameters(trial, model, suffix=" (initial)")
@@ -73,27 +75,18 @@ class Steps:
             record_parameters(trial, model, prefix=prefix, judged=not step and not self.drops)
             optimizer.zero_grad()
 
-    def _build(self, trial: Trial) -> nn.Module:
+    def _build(self, trial: CaseRun) -> nn.Module:
         if trial.axis is not None:
             model = self.cut(trial.axis)
             self.change(model, trial.axis)
             return model
-        with torch.random.fork_rng(devices=[]):  # the class draws; nobody else is to notice
-            plain = whole_model("llama", num_hidden_layers=1, **self.config)
-        self.extend(plain)
-        alone = dict(self.cut(Axis.solo()).named_parameters())
-        with torch.no_grad():
-            for name, parameter in plain.named_parameters():
-                parameter.copy_(alone[name])
-        return plain
+        return copy.deepcopy(_plain_model(tuple(sorted(self.config.items())), self.extend))
 
     def cut(self, axis: Axis) -> nn.Module:
         """This rank's model, with the numbers that every degree gives it."""
-        model = meta_model("llama", num_hidden_layers=1, **self.config)
-        self.extend(model)
-        return initialize(parallelize(model, None, axis), std=STD)
+        return _cut_model(self.config, self.extend, axis)
 
-    def _step(self, trial: Trial, model: Any, *, prefix: str, judged: bool) -> None:
+    def _step(self, trial: CaseRun, model: Any, *, prefix: str, judged: bool) -> None:
         ids, labels = tokens()
         with keeping(torch.float64 if trial.is_precise else torch.float32):
             out = model(input_ids=ids, labels=labels, use_cache=False)
@@ -109,6 +102,32 @@ class Steps:
         trial.record(f"{prefix}grad_norm", norm, judged=judged)
 
 
+def _cut_model(
+    config: dict[str, Any], extend: Callable[[nn.Module], None], axis: Axis
+) -> nn.Module:
+    model = meta_model("llama", num_hidden_layers=1, **config)
+    extend(model)
+    return initialize(parallelize(model, None, axis), std=STD)
+
+
+@functools.cache  # dozens of proofs compare with the same few models
+def _plain_model(
+    config: tuple[tuple[str, Any], ...], extend: Callable[[nn.Module], None]
+) -> nn.Module:
+    """Plain torch's model, with the numbers of one that is cut for a single rank.
+
+    No fault that is planted here changes what `initialize` draws.
+    """
+    with torch.random.fork_rng(devices=[]):  # construction draws from the global generator
+        plain = whole_model("llama", num_hidden_layers=1, **dict(config))
+    extend(plain)
+    alone = dict(_cut_model(dict(config), extend, Axis.solo()).named_parameters())
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            parameter.copy_(alone[name])
+    return plain
+
+
 def _clip(model: nn.Module, max_norm: float) -> Tensor:
     return optim.clip_grad_norm_(model, max_norm)
 
@@ -122,7 +141,7 @@ def tokens() -> tuple[Tensor, Tensor]:
     return ids, labels
 
 
-def logits_layout(trial: Trial, model: Any) -> Layout:
+def logits_layout(trial: CaseRun, model: Any) -> Layout:
     """(2, 9, 67), cut as the head's weight is."""
     shape = (2, 9, VOCABULARY)
     if trial.axis is None:

@@ -8,18 +8,17 @@ from torch.profiler import ProfilerActivity, profile
 
 from shardproof import comm
 from shardproof.axis import Axis
-from shardproof.cases import find_case
-from shardproof.cases.linear import LINEAR_ROW
 from shardproof.prover import prove_cases
-from shardproof.prover.audit import Audit
-from shardproof.prover.case import Trial
-from shardproof.prover.runs import run_on_rank, run_references
+from shardproof.prover.case import CaseRun, MemoryAudit
+from shardproof.prover.cases import find_case
+from shardproof.prover.cases.single_linear import LINEAR_ROW
+from shardproof.prover.recording import run_on_rank, run_references
 from shardproof.ranks import launch
 from shardproof.scheme import Scheme
 
 
 def audited(do, *, data=()):
-    audit = Audit()
+    audit = MemoryAudit()
     for tensor in data:
         audit.exclude(tensor)
     with audit.running():
@@ -81,7 +80,7 @@ def test_data_is_left_out_and_what_is_made_of_it_is_not():
 
 
 def test_a_pause_leaves_out_the_recorders_own_work():
-    audit = Audit()
+    audit = MemoryAudit()
     with audit.running():
         with audit.paused():
             torch.zeros(100)
@@ -96,7 +95,7 @@ def test_outside_a_phase_nothing_counts():
 
 
 def test_nested_phases_count_once_and_end_together():
-    audit = Audit()
+    audit = MemoryAudit()
     with audit.running():
         with audit.running():
             torch.zeros(2)
@@ -119,7 +118,7 @@ def test_each_rank_sees_its_own_thread_alone():
 def test_the_allocator_knows_of_nothing_larger(name, tmp_path, monkeypatch):
     """The dispatch mode cannot look into a kernel; the profiler sees every allocation."""
     allocated = []
-    measured = Trial.measured
+    measured = CaseRun.measured
 
     @contextlib.contextmanager
     def profiled(self):
@@ -135,11 +134,11 @@ def test_the_allocator_knows_of_nothing_larger(name, tmp_path, monkeypatch):
         allocated.extend(event.nbytes() for event in events if event.name() == "[memory]")
 
     case, options = find_case(name), {"scheme": Scheme(), "seed": 1}
-    reference = run_references(case, directory=tmp_path / "run", **options)
+    run_references(case, directory=tmp_path / "run", **options)
     # Not the first run of the process: torch builds caches of its own in it.
-    run_on_rank(Axis.solo(), case=case, reference=reference, **options)
-    monkeypatch.setattr(Trial, "measured", profiled)
-    result = run_on_rank(Axis.solo(), case=case, reference=reference, **options)
+    run_on_rank(Axis.solo(), case=case, directory=tmp_path / "run", **options)
+    monkeypatch.setattr(CaseRun, "measured", profiled)
+    result = run_on_rank(Axis.solo(), case=case, directory=tmp_path / "run", **options)
     assert max(allocated) == result.largest_bytes
 
 

@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from places import CARRIER
-from shardproof.axis import TORCHRUN_VARIABLES, Axis
+from shardproof.axis import Axis
 from shardproof.engines.engine import Ranks
 from shardproof.errors import AxisError
 from shardproof.layers.linear import ColumnParallelLinear
+from shardproof.torchrun import VARIABLES
 from shardproof.transport.base import Call
 
 Pool = Callable[[int, str], Ranks]
@@ -234,7 +235,7 @@ FULL = {
 def test_a_broken_environment_is_named(
     changes: dict[str, str | None], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert tuple(FULL) == TORCHRUN_VARIABLES
+    assert tuple(FULL) == VARIABLES
     for name, value in (FULL | changes).items():
         if value is None:
             monkeypatch.delenv(name, raising=False)

@@ -13,7 +13,7 @@ import torch
 from benchmarks import before_after, case_times
 from benchmarks.groups import FirstStep, Key
 from shardproof.axis import Axis
-from shardproof.cases import all_cases
+from shardproof.prover.cases import all_cases
 
 ROOT = Path(__file__).parents[1]
 

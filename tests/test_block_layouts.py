@@ -37,9 +37,8 @@ from shardproof.heads import Heads
 from shardproof.leaves import Layout
 from shardproof.plans.module_plan import ParameterPlan
 from shardproof.prover import hashing
-from shardproof.prover.hashing import hash_copies, owned_part
-from shardproof.prover.reference import ReferenceReader, ReferenceWriter
-from shardproof.prover.values import whole
+from shardproof.prover.hashing import gather_whole, hash_copies, owned_part
+from shardproof.prover.recording import ReferenceReader, ReferenceWriter
 from shardproof.scheme import Scheme
 from shardproof.units import Block, CutDim
 
@@ -201,7 +200,7 @@ def test_what_plain_torch_left_is_read_by_runs(kind: str, pool: Pool, tmp_path: 
         layout = KINDS[kind].layout(axis.size, axis.rank)
         mine = part(full(kind), layout)
         read = ReferenceReader(tmp_path / "run").read("x", layout)
-        shown = whole(mine, layout, axis, who="x")
+        shown = gather_whole(mine, layout, axis, who="x")
         is_whole = shown is None or torch.equal(shown, full(kind))
         return is_whole and torch.equal(read, owned_part(mine, layout))
 

@@ -17,7 +17,7 @@ import warm
 from places import CARRIER, Pool
 from shardproof import comm, core
 from shardproof.axis import Axis
-from shardproof.cli.machine import transports
+from shardproof.cli.doctor import transports
 from shardproof.errors import MismatchError, ShardproofError, UsageError
 from shardproof.ranks import open_ranks
 from shardproof.transport.choose import choose, shm_problem

@@ -14,13 +14,12 @@ from click.testing import CliRunner, Result
 from invariance import contract_of_one_thread
 from places import CARRIER
 from shardproof import __version__
-from shardproof.cases import all_cases
-from shardproof.cli import progress as progress_module
+from shardproof.cli import output
 from shardproof.cli import prove as prove_command
-from shardproof.cli import request, torchrun
 from shardproof.cli.main import main
 from shardproof.cli.output import PlainConsole
 from shardproof.numerics import mode
+from shardproof.prover.cases import all_cases
 from shardproof.scheme import Scheme
 
 SMALL = ("--case", "matmul-row", "--case", "ffn", "--degrees", "1,2")
@@ -28,7 +27,7 @@ SMALL = ("--case", "matmul-row", "--case", "ffn", "--degrees", "1,2")
 
 @pytest.fixture(autouse=True)
 def _no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (torchrun.RANK, torchrun.WORLD_SIZE):
+    for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -96,8 +95,8 @@ def test_progress_in_a_terminal_moves_in_ascii_and_leaves_nothing(
 ) -> None:
     terminal = io.StringIO()
     made = PlainConsole(file=terminal, force_terminal=True, width=80, legacy_windows=False)
-    monkeypatch.setattr(progress_module, "console", lambda stderr: made)
-    with progress_module.progress(is_speaker=True) as tell:
+    monkeypatch.setattr(output, "console", lambda stderr: made)
+    with output.progress(is_speaker=True) as tell:
         assert tell is not None
         tell(3, 6, "ffn, degree [2]")
     text = terminal.getvalue()
@@ -107,7 +106,7 @@ def test_progress_in_a_terminal_moves_in_ascii_and_leaves_nothing(
 
 
 def test_other_ranks_show_no_progress(capfd: pytest.CaptureFixture[str]) -> None:
-    with progress_module.progress(is_speaker=False) as tell:
+    with output.progress(is_speaker=False) as tell:
         assert tell is None
     assert capfd.readouterr() == ("", "")
 
@@ -186,7 +185,7 @@ def test_another_contract_after_the_work_still_leaves_the_report(
     path, out = tmp_path / "changed.json", tmp_path / "out.json"
     path.write_text(json.dumps(report | {"contract": "tree-3 leafwise threads=7"}))
     # As if the ranks came to run under another contract than was foreseen.
-    monkeypatch.setattr(request, "coming_contract", lambda *_: "tree-3 leafwise threads=7")
+    monkeypatch.setattr(prove_command, "coming_contract", lambda *_: "tree-3 leafwise threads=7")
     result = prove(*SMALL, "--against", str(path), "--json", str(out))
     assert result.exit_code == 2
     assert f"error: --against {path}: the earlier report cannot be compared: its contract is " in (
@@ -300,50 +299,38 @@ def test_version() -> None:
     assert (result.exit_code, result.stdout) == (0, f"shardproof, version {__version__}\n")
 
 
-def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run(
-        command,
-        env=inherited | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
-def test_the_module_is_the_command_and_processes_give_the_same_bits(
-    proof: Proof, tmp_path: Path
-) -> None:
+def test_processes_give_the_same_bits(proof: Proof, tmp_path: Path) -> None:
     _, _, path = proof
     out = tmp_path / "report.json"
-    done = run(
-        sys.executable, "-m", "shardproof", "prove", *SMALL, "--engine", "processes",
-        "--against", str(path), "--json", str(out),
+    done = prove(
+        *SMALL, "--threads", "1", "--engine", "processes", "--against", str(path),
+        "--json", str(out),
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     report = json.loads(out.read_text())
     assert (report["engine"], report["transport"]) == ("processes", CARRIER)
     assert report["against"]["same"] is True
     assert done.stdout.splitlines()[-1].endswith(f"Ranks: processes over {CARRIER}.")
 
 
-def torchrun_prove(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return run(
-        *launcher, f"--nproc-per-node={ranks}", "-m", "shardproof", "prove", *arguments
-    )  # fmt: skip
-
-
 def test_torchruns_ranks_give_the_same_bits_and_rank_0_speaks(tmp_path: Path) -> None:
     path, out = tmp_path / "threads.json", tmp_path / "report.json"
     cases = ("--case", "ffn", "--case", "linear-row")
-    threads = prove(*cases, "--degrees", "2", "--json", str(path))
+    threads = prove(*cases, "--degrees", "3", "--json", str(path))
     assert threads.exit_code == 0, threads.output
-    done = torchrun_prove(3, *cases, "--against", str(path), "--json", str(out))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = ["-m", "shardproof", "prove", *cases, "--against", str(path), "--json", str(out)]
+    done = subprocess.run(
+        [*launcher, *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
-    assert (report["engine"], report["degrees"], report["proved"]) == ("torchrun", [1, 3], True)
+    assert (report["engine"], report["degrees"], report["proved"]) == ("torchrun", [1, 2], True)
     assert report["against"]["same"] is True
     assert report["against"]["compared"] == sum(len(case["tensors"]) for case in report["cases"])
     assert done.stdout.count("== ffn") == 1

@@ -14,13 +14,14 @@ from fresh_process import run_fresh
 from planted import IN, OUT, block_builder, linear
 from shardproof.axis import Axis
 from shardproof.errors import DegreeError, MismatchError, UsageError
-from shardproof.mistakes.blocks import BATCH
+from shardproof.mistakes.trainings import BATCH
 from shardproof.numerics import mode
 from shardproof.prover import prove_cases
-from shardproof.prover.case import Case, Trial
-from shardproof.prover.contract import agreed_contract, coming_contract, threads_of_ranks
+from shardproof.prover.case import Case, CaseRun
+from shardproof.prover.judge import agreed_contract
+from shardproof.prover.proof import coming_contract, threads_of_ranks
+from shardproof.prover.recording import RankResult
 from shardproof.prover.report import Report
-from shardproof.prover.runs import RankResult
 from shardproof.scheme import Scheme
 
 NATIVE = Scheme(numerics="native")
@@ -102,7 +103,7 @@ def test_leafwise_products_are_reported_with_the_threads_of_the_ranks(tmp_path: 
     code = f"""
         from click.testing import CliRunner
         from shardproof.cli.main import main
-        from shardproof.cases import find_case
+        from shardproof.prover.cases import find_case
         from shardproof.prover import prove_cases
 
         def run(*arguments):
@@ -123,7 +124,7 @@ def test_leafwise_products_are_reported_with_the_threads_of_the_ranks(tmp_path: 
 
 
 def test_a_case_without_a_cut_module_has_the_contract_of_its_scheme() -> None:
-    def record(trial: Trial) -> None:
+    def record(trial: CaseRun) -> None:
         trial.record("x", torch.ones(2))
 
     case = Case("plain", "", record)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import shardproof as sp
 from gpu.checks import block_step, draw
 from shardproof.axis import Axis
-from shardproof.cases.decoder import SelfAttention, attention_style
 from shardproof.engines.engine import Ranks
+from shardproof.prover.cases.gpt import SelfAttention, attention_style
 from shardproof.transport.base import Call
 
 Pool = Callable[[int, str], Ranks]

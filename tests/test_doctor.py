@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from places import CARRIER
 from shardproof import core
-from shardproof.cli import machine
+from shardproof.cli import doctor
 from shardproof.cli.doctor import show
 from shardproof.cli.main import main
 from shardproof.cli.output import PlainConsole
@@ -126,7 +126,7 @@ def test_limits_of_the_process_are_shown() -> None:
 
 def test_a_torch_without_gloo_has_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_gloo_available", lambda: False)
-    found = machine.facts()
+    found = doctor.machine_facts()
     assert found["processes_use"] is None
     (gloo,) = (transport for transport in found["transports"] if transport["name"] == "gloo")
     assert gloo == {
@@ -141,7 +141,7 @@ def test_without_the_core_processes_use_gloo_and_doctor_says_why(
 ) -> None:
     monkeypatch.setattr(core, "shm", lambda: None)
     monkeypatch.setattr(core, "problem", lambda: "SHARDPROOF_CORE=off")
-    found = machine.facts()
+    found = doctor.machine_facts()
     assert found["processes_use"] == "gloo"
     (shm,) = (transport for transport in found["transports"] if transport["name"] == "shm")
     assert shm == {"name": "shm", "available": False, "why": "SHARDPROOF_CORE=off"}
@@ -157,33 +157,42 @@ def test_extras_come_from_the_package_metadata(monkeypatch: pytest.MonkeyPatch) 
         "shardproof[demo]; extra == 'dev'",
         "no-such-package-0>=1; extra == 'dev'",
     ]
-    monkeypatch.setattr(machine.importlib.metadata, "requires", lambda _: requirements)
-    assert machine.extras()["dev"] == {"no-such-package-0": False}
-    assert list(machine.extras()["demo"]) == ["scikit-learn"]
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: requirements)
+    assert doctor.extra_packages()["dev"] == {"no-such-package-0": False}
+    assert list(doctor.extra_packages()["demo"]) == ["scikit-learn"]
 
 
-@pytest.mark.parametrize(
-    ("setting", "code", "sentence"),
-    [
-        ("off", 1, "SHARDPROOF_BLAS=off leaves the BLAS library in its default mode"),
-        ("wrong", 1, "SHARDPROOF_BLAS='wrong' is unknown"),
-        ("leafwise", 0, "invariant numerics can run here"),
-    ],
-)
-def test_exit_code_says_whether_invariant_numerics_can_run(
-    setting: str, code: int, sentence: str
-) -> None:
+def test_exit_code_says_whether_invariant_numerics_can_run() -> None:
+    """The mode is set once in a process, so that this one cannot show it."""
     done = subprocess.run(
         [sys.executable, "-m", "shardproof", "doctor"],
-        env=os.environ | {"SHARDPROOF_BLAS": setting, "COLUMNS": "80"},
+        env=os.environ | {"SHARDPROOF_BLAS": "off", "COLUMNS": "80"},
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-    assert done.returncode == code, done.stderr
+    assert done.returncode == 1, done.stderr
+    sentence = "SHARDPROOF_BLAS=off leaves the BLAS library in its default mode"
     assert sentence in done.stdout.splitlines()[-1]
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "sentence"),
+    [
+        (mode.BlasState("wrong", "unset", problem="'wrong' is unknown"), 1, "'wrong' is unknown"),
+        (mode.BlasState("leafwise", "leafwise"), 0, "invariant numerics can run here"),
+    ],
+)
+def test_the_answer_follows_the_mode(
+    state: mode.BlasState, code: int, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mode, "set_blas_mode", lambda: state)
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(main, ["doctor"])
+    assert result.exit_code == code
+    assert sentence in result.stdout.splitlines()[-1]
+    assert result.stderr == ""
 
 
 def test_doctor_refuses_a_file_that_cannot_be_written(tmp_path: Path) -> None:

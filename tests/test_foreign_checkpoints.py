@@ -19,10 +19,10 @@ from torch import nn
 
 from foreign import LONGEST, in_time, odd_files, outcomes
 from shardproof import hf
-from shardproof.cases.checkpoint import checkpoint_case
 from shardproof.cli.main import main
 from shardproof.errors import UsageError
 from shardproof.hf.config import MOST_LAYERS, read_config
+from shardproof.prover.cases.transformers_models import checkpoint_case
 
 transformers = pytest.importorskip("transformers")
 CONFIG, FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

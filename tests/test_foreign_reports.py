@@ -11,9 +11,9 @@ from click.testing import CliRunner, Result
 from foreign import LONGEST, in_time, odd_files
 from invariance import contract_of_one_thread
 from shardproof.cli import prove as prove_command
-from shardproof.cli.json_file import LARGEST_REPORT
 from shardproof.cli.main import main
-from shardproof.cli.request import Earlier
+from shardproof.cli.output_file import LARGEST_REPORT
+from shardproof.cli.prove import EarlierReport
 from shardproof.prover import Comparison
 
 SHA, OTHER = "aa" * 32, "bb" * 32
@@ -184,8 +184,8 @@ def test_a_report_that_can_serve_is_taken(tmp_path: Path) -> None:
 def test_a_native_report_may_be_unproved_and_the_comparison_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Earlier, "compare", lambda earlier, report: Comparison(3, ()))
-    said = prove_command.against(Earlier("native.json", {"proved": False}), {})
+    monkeypatch.setattr(EarlierReport, "compare", lambda earlier, report: Comparison(3, ()))
+    said = prove_command.against(EarlierReport("native.json", {"proved": False}), {})
     assert said["text"].endswith("as in native.json, which says that it was not proved.")
-    said = prove_command.against(Earlier("native.json", {"proved": True}), {})
+    said = prove_command.against(EarlierReport("native.json", {"proved": True}), {})
     assert said["text"].endswith("as in native.json.")

@@ -10,8 +10,8 @@ import torch
 
 from gpu import checks, proofs, run, speeds
 from gpu.page import Found, Outcome, claim, name_of, page
-from shardproof.cases import find_case
-from shardproof.prover import Trial, prove_cases
+from shardproof.prover import CaseRun, prove_cases
+from shardproof.prover.cases import find_case
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -62,10 +62,10 @@ def test_bits_that_differ_and_a_wrong_device_are_found() -> None:
 
 
 def test_a_case_moves_its_model_and_its_data() -> None:
-    trial = Trial(axis=None, scheme=None, seed=None, recorder=None)
+    trial = CaseRun(axis=None, scheme=None, seed=None, recorder=None)
     case = proofs.on_device(find_case("ffn"), torch.device("meta"))
 
-    def look(trial: Trial) -> None:
+    def look(trial: CaseRun) -> None:
         assert trial.data(torch.ones(2)).is_meta
         assert trial.cast(torch.nn.Linear(2, 3)).weight.is_meta
 

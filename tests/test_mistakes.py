@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from drawn import script
-from shardproof.cli import losses
+from shardproof.cli.break_ import plot
 from shardproof.cli.main import main
 from shardproof.errors import UsageError
 from shardproof.functional import linear
@@ -218,13 +218,6 @@ def test_the_verdict_is_whole_and_without_notes(outcomes: dict[str, Outcome]) ->
     assert any(each.report.verdict() != each.verdict for each in outcomes.values() if each.report)
 
 
-def test_a_mistake_whose_shapes_do_not_fit_is_told_as_an_error() -> None:
-    outcome = make(find_mistake("rows-dealt-out"), (1, 5), steps=2)
-    assert outcome.report is None
-    assert not outcome.is_named
-    assert "rank" in outcome.error
-
-
 # The command.
 
 Run = Callable[..., tuple[Any, str, str]]
@@ -250,6 +243,7 @@ def test_the_command_shows_a_mistake(run: Run, tmp_path: Path) -> None:
     assert re.search(r"first tensor that differs: output, by up to 0\.\d+\n", out)
     assert "The prover says: Not proved: in case block, tensor output is the first whose" in out
     assert out.endswith("finds the mistake at degrees 1 and 2, as docs/mistakes.md says.\n")
+    assert "was added" not in out
     found = json.loads(file.read_text())
     assert found["named"] is True
     assert found["first_tensor"] == "output"
@@ -277,13 +271,15 @@ def test_the_command_adds_degree_1_and_says_so(run: Run, tmp_path: Path) -> None
     assert "Degree 1 was added: one degree alone shows no difference of bits.\n" in out
     assert out.endswith("at degrees 1 and 2, as docs/mistakes.md says.\n")
     assert json.loads(file.read_text())["degrees"] == [1, 2]
-    _, out, _ = run("row-bias-on-every-rank", "--degrees", "1,2")
-    assert "was added" not in out
 
 
-def test_the_command_says_no_where_something_else_comes_of_it(run: Run) -> None:
-    code, out, _ = run("rows-dealt-out", "--degrees", "1,5")
+def test_the_command_says_no_where_the_shapes_do_not_fit(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    code, out, _ = run("rows-dealt-out", "--degrees", "1,5", "--json", str(file))
     assert code == 1
+    found = json.loads(file.read_text())
+    assert (found["report"], found["named"]) == (None, False)
+    assert "rank" in found["verdict"]
     assert "none was compared, for a rank raised an error" in out
     assert "something else came of it" in out
 
@@ -333,12 +329,12 @@ def test_the_command_is_refused_under_torchrun(run: Run, monkeypatch: pytest.Mon
 
 
 def test_a_plot_has_every_step() -> None:
-    lines = losses.plot([4.0, 2.0, 0.0], [4.0, 3.0, math.nan])
+    lines = plot([4.0, 2.0, 0.0], [4.0, 3.0, math.nan])
     assert lines[0] == "4 |*"
     assert lines[-1] == "0 |      o"
     assert sum(line.count("x") for line in lines) == 1
-    assert losses.plot([4.0, 1.0], [1e9, -2.0])[0] == " 8 |x"
-    assert losses.plot([4.0, 1.0], [1e9, -2.0])[-1] == "-2 |   x"
+    assert plot([4.0, 1.0], [1e9, -2.0])[0] == " 8 |x"
+    assert plot([4.0, 1.0], [1e9, -2.0])[-1] == "-2 |   x"
 
 
 # The page.

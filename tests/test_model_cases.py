@@ -12,17 +12,24 @@ import torch
 from click.testing import CliRunner, Result
 from torch import nn
 
-from shardproof.cases import find_case
-from shardproof.cases.checkpoint import checkpoint_case
-from shardproof.cases.lesson import Lesson
-from shardproof.cases.models import LLAMA, QWEN, SIZES, make_llama, make_qwen
-from shardproof.cli import request, selection
-from shardproof.cli.condense import condense
+from shardproof.cli import cases as selection
+from shardproof.cli import prove as prove_command
 from shardproof.cli.main import main
+from shardproof.cli.tensor_table import condense
 from shardproof.errors import UsageError
 from shardproof.hf import load
 from shardproof.prover import curve
 from shardproof.prover.case import Case
+from shardproof.prover.cases import find_case
+from shardproof.prover.cases.text_training import TextTraining
+from shardproof.prover.cases.transformers_models import (
+    LLAMA,
+    QWEN,
+    SIZES,
+    checkpoint_case,
+    make_llama,
+    make_qwen,
+)
 from shardproof.prover.proof import prove_cases
 from shardproof.prover.report import Report
 
@@ -32,7 +39,7 @@ pytest.importorskip("safetensors", reason="needs the extra 'hf'")
 
 def short(case: Case, **changes: Any) -> Case:
     """The same case with two steps."""
-    assert isinstance(case.work, Lesson)
+    assert isinstance(case.work, TextTraining)
     work = dataclasses.replace(case.work, **{"steps": 2} | changes)
     return dataclasses.replace(case, work=work)
 
@@ -117,16 +124,6 @@ def copied(directory: Path, tmp_path: Path, *, without: tuple[str, ...] = ()) ->
     return target
 
 
-def test_a_checkpoint_is_proved_with_its_own_weights(directory: Path) -> None:
-    report = prove(short(checkpoint_case(directory)), (1, 3))
-    assert report.proved, report.verdict()
-    assert report.cases[0].name == "model"
-    assert report.cases[0].description.startswith(f"LlamaForCausalLM of {directory} on real text")
-    tensors = {tensor.name: tensor for tensor in report.cases[0].tensors}
-    assert tensors["lm_head.weight (initial)"].torch.exact
-    assert "dropout: step 1: loss" in tensors
-
-
 def test_a_checkpoint_in_pieces_is_read_by_its_index(directory: Path, tmp_path: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         make_qwen(0.0).save_pretrained(tmp_path, max_shard_size="150KB")
@@ -146,7 +143,7 @@ def test_weights_that_a_rank_reads_from_elsewhere(
             model.model.layers[1].mlp.up_proj.weight.mul_(1.01)
         return model
 
-    monkeypatch.setattr("shardproof.cases.checkpoint.load", swapped)
+    monkeypatch.setattr("shardproof.prover.cases.transformers_models.load", swapped)
     report = prove(short(checkpoint_case(directory), steps=1, dropout=0.0), (1,))
     assert "tensor model.layers.1.mlp.up_proj.weight (initial) is the first" in report.verdict()
 
@@ -160,7 +157,7 @@ def test_the_command_proves_a_directory_and_draws_the_losses(
     written, drawn = tmp_path / "report.json", tmp_path / "losses.png"
     plot = ("--plot", str(drawn)) if curve.is_installed() else ()
     done = command(
-        "--model", str(directory), "--degrees", "1,2", "--steps", "3", "--threads", "1",
+        "--model", str(directory), "--degrees", "1,3", "--steps", "3", "--threads", "1",
         "--json", str(written), *plot,
     )  # fmt: skip
     assert done.exit_code == 0, done.output
@@ -168,7 +165,12 @@ def test_the_command_proves_a_directory_and_draws_the_losses(
     (case,) = json.loads(written.read_text())["cases"]
     assert len(case["losses"]) == 3
     assert case["losses"][2] < case["losses"][0]
-    assert case["curves"]["dropout"]["1"] == case["curves"]["dropout"]["2"]
+    assert case["curves"]["dropout"]["1"] == case["curves"]["dropout"]["3"]
+    assert (case["proved"], case["name"]) == (True, "model")
+    assert case["description"].startswith(f"LlamaForCausalLM of {directory} on real text")
+    tensors = {tensor["name"]: tensor for tensor in case["tensors"]}
+    assert tensors["lm_head.weight (initial)"]["torch"]["exact"], "its own weights"
+    assert "dropout: step 1: loss" in tensors
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     assert "gradients 21 tensors no yes" in "\n".join(lines)
     assert "recorded after each of 3 steps (414 tensors): the same at every degree" in lines
@@ -271,7 +273,7 @@ def test_without_transformers(directory: Path, monkeypatch: pytest.MonkeyPatch) 
     refused(command("--case", "llama"), f"--case llama {way_out}")
     with pytest.raises(UsageError, match="a checkpoint directory needs the extra 'hf'"):
         checkpoint_case(directory)
-    assert {"name": "qwen", "extra": "hf"} in selection.select((), None, None)[1]
+    assert {"name": "qwen", "extra": "hf"} in selection.select_cases((), None, None)[1]
 
 
 def test_weights_of_other_shapes(directory: Path, tmp_path: Path) -> None:
@@ -285,7 +287,7 @@ def test_weights_of_other_shapes(directory: Path, tmp_path: Path) -> None:
 
 
 def test_steps_are_for_cases_that_train_on_text(directory: Path) -> None:
-    chosen, _ = selection.select(("ffn", "gpt"), str(directory), 3)
+    chosen, _ = selection.select_cases(("ffn", "gpt"), str(directory), 3)
     assert [case.name for case in chosen] == ["ffn", "gpt", "model"]
     assert chosen[0] is find_case("ffn")
     assert [case.work.steps for case in chosen[1:]] == [3, 3]
@@ -313,13 +315,13 @@ def test_a_plot_that_cannot_be_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         "--plot 'losses.jpeg' does not end in .png, .svg and .pdf, which say how to draw. Name a "
         "file, for instance --plot losses.png.",
     )
-    monkeypatch.setattr(request.curve, "is_installed", lambda: False)
+    monkeypatch.setattr(prove_command.curve, "is_installed", lambda: False)
     refused(
         command("--case", "gpt", "--plot", "x.png"),
         "--plot x.png needs the extra 'plot', which is not installed. "
         "Run: pip install 'shardproof[plot]'",
     )
-    monkeypatch.setattr(request.curve, "is_installed", lambda: True)
+    monkeypatch.setattr(prove_command.curve, "is_installed", lambda: True)
     nowhere = tmp_path / "none" / "x.png"
     refused(
         command("--case", "gpt", "--plot", str(nowhere)),

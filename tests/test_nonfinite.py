@@ -16,9 +16,9 @@ import shardproof as sp
 from hf_zoo import SIZES
 from planted import Block, batch, block_builder, expect_proved, prove_block, sgd
 from shardproof.axis import Axis
-from shardproof.cases.models import SIZES as CASE_SIZES
 from shardproof.cli.main import main
 from shardproof.prover import Report
+from shardproof.prover.cases.transformers_models import SIZES as CASE_SIZES
 
 Build = Callable[[Axis | None], nn.Module]
 WAY_OUT = "mend them, or allow them with allow_nonfinite=True (--allow-nonfinite)"

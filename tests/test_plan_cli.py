@@ -11,7 +11,6 @@ import pytest
 from click.testing import CliRunner, Result
 
 from families import config, small
-from shardproof.cli import torchrun
 from shardproof.cli.main import main
 from shardproof.plans.planning import plan
 from shardproof.scheme import Scheme
@@ -21,7 +20,7 @@ pytest.importorskip("transformers", reason="the extra hf is not installed")
 
 @pytest.fixture(autouse=True)
 def _no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (torchrun.RANK, torchrun.WORLD_SIZE):
+    for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -99,7 +99,7 @@ def made() -> sp.WatchedPlan:
 
 
 def page(made: Any) -> str:
-    return plan_page(made, batch=2, length=5, given="a <model>")
+    return plan_page(made, batch=2, length=5, source="a <model>")
 
 
 def with_test(text: str) -> str:

@@ -13,7 +13,6 @@ from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
 import shardproof as sp
-from shardproof.cli import torchrun
 from shardproof.cli.main import main
 from shardproof.errors import PlanError
 from shardproof.plans.plan_text import by_reason
@@ -54,7 +53,7 @@ number = 3
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    for name in (torchrun.RANK, torchrun.WORLD_SIZE):
+    for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "own_model_file.py").write_text(OWN)

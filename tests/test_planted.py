@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 import shardproof as sp
 from planted import EVEN, IN, Block, batch, block_builder, expect_proved, prove_column
-from shardproof import cases, comm
+from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.cli.main import main
 from shardproof.functional.site import LinearSite
+from shardproof.prover import cases
 from shardproof.prover.case import Case
 from shardproof.prover.proof import prove_cases
 from shardproof.prover.report import Report

@@ -19,10 +19,11 @@ from planted import (
     prove_block,
     prove_column,
 )
-from shardproof import cases, comm
+from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.errors import MismatchError, RankError, ShapeError
 from shardproof.functional.linear import column_linear
+from shardproof.prover import cases
 from shardproof.prover.proof import prove_cases
 
 

@@ -22,15 +22,16 @@ from planted import (
     prove_clipped,
     sgd,
 )
-from shardproof import cases, comm
+from shardproof import comm
 from shardproof.axis import Axis
-from shardproof.cases import matmul
 from shardproof.errors import NumericsError
 from shardproof.mistakes import find_mistake
 from shardproof.numerics.sums import sum_squares
 from shardproof.optim import gradient_norms
 from shardproof.optim.layouts import ParameterLayout
-from shardproof.prover.case import Trial
+from shardproof.prover import cases
+from shardproof.prover.case import CaseRun
+from shardproof.prover.cases import matmul
 from shardproof.prover.proof import prove_cases
 from shardproof.prover.report import Report
 
@@ -49,7 +50,7 @@ def test_swapped_halves_of_the_label_at_every_degree(monkeypatch: pytest.MonkeyP
     """`label-halves-swapped`, done before the data is cut: no two degrees differ, torch does."""
     correct = matmul.make_data
 
-    def swapped(trial: Trial) -> tuple[Tensor, Tensor]:
+    def swapped(trial: CaseRun) -> tuple[Tensor, Tensor]:
         x, label = correct(trial)
         return x, label if trial.axis is None else trial.data(label.roll(4, dims=1))
 

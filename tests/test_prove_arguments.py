@@ -12,7 +12,7 @@ import shardproof as sp
 from planted import IN, OUT, batch, block_builder, expect_proved, linear
 from shardproof.axis import Axis
 from shardproof.errors import DegreeError, UsageError
-from shardproof.mistakes.blocks import BATCH
+from shardproof.mistakes.trainings import BATCH
 
 
 def never(axis: Axis | None) -> nn.Module:

@@ -12,14 +12,14 @@ import torch
 from click.testing import CliRunner, Result
 from torch import nn
 
+from places import Pool
 from shardproof import core
 from shardproof.axis import Axis
-from shardproof.cli import torchrun
 from shardproof.cli.main import main
 from shardproof.errors import UsageError
 from shardproof.layers.linear import RowParallelLinear
-from shardproof.prover import proof as prover
-from shardproof.ranks import launch, open_ranks
+from shardproof.prover import prove as prove_model
+from shardproof.ranks import launch
 
 CASES = ("--case", "ffn", "--case", "linear-column", "--case", "linear-row")
 WITH_CORE = pytest.mark.skipif(core.shm() is None, reason=f"needs the core: {core.problem()}")
@@ -27,7 +27,7 @@ WITH_CORE = pytest.mark.skipif(core.shm() is None, reason=f"needs the core: {cor
 
 @pytest.fixture(autouse=True)
 def _no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (torchrun.RANK, torchrun.WORLD_SIZE):
+    for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -62,7 +62,7 @@ def test_the_report_names_the_transport(threads: tuple[Path, dict[str, Any]]) ->
 
 
 @pytest.mark.parametrize("transport", [pytest.param("shm", marks=WITH_CORE), "gloo"])
-def test_every_transport_gives_the_same_bits(
+def test_processes_give_the_same_bits_over_every_transport(
     transport: str, threads: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     path, out = threads[0], tmp_path / "report.json"
@@ -96,29 +96,67 @@ def test_torchruns_ranks_too(
     assert is_named is (transport == "gloo")
 
 
-def test_without_the_core_gloo_is_used_and_every_report_says_so(tmp_path: Path) -> None:
+# A file, since started ranks import the main module again.
+WITHOUT_CORE = """
+import json, sys
+from click.testing import CliRunner
+from shardproof.cli.main import main
+from shardproof.prover import prove_cases
+from shardproof.prover.cases import find_case
+
+def command(*arguments):
+    done = CliRunner(env={"COLUMNS": "80"}).invoke(main, ["prove", *arguments])
+    return done.exit_code, done.stdout, done.stderr
+
+if __name__ == "__main__":
+    cases = [find_case(name) for name in ("matmul-row", "ffn", "mlp-gathered", "attention")]
+    report = prove_cases(cases, degrees=(1, 2, 8))
+    processes = ("--engine", "processes", "--json", sys.argv[1])
+    answers = {
+        "leafwise": [report.contract, report.verdict()],
+        "refused": command("--transport", "shm"),
+        "processes": command("--case", "ffn", "--degrees", "2", *processes),
+    }
+    print(json.dumps(answers))
+"""
+
+
+def test_without_the_core(tmp_path: Path) -> None:
+    """One process without the C modules: leafwise products, no shared memory, gloo instead."""
     out = tmp_path / "report.json"
-    done = run(
-        "shardproof", "prove", "--case", "ffn", "--degrees", "1,2", "--engine", "processes",
-        "--json", str(out), SHARDPROOF_CORE="off", SHARDPROOF_BLAS="leafwise",
-    )  # fmt: skip
+    program = tmp_path / "program.py"
+    program.write_text(WITHOUT_CORE)
+    done = subprocess.run(
+        [sys.executable, str(program), str(out)],
+        env=os.environ | {"SHARDPROOF_CORE": "off", "SHARDPROOF_BLAS": "leafwise"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout)
+
+    contract, verdict = answers["leafwise"]
+    assert " leafwise " in contract
+    assert verdict.startswith("Proved for 4 cases")  # within their memory bounds too
+
+    exit_code, printed, error = answers["refused"]
+    assert (exit_code, printed) == (2, "")
+    assert error == (
+        "error: --transport shm cannot be used: SHARDPROOF_CORE=off leaves the C modules out. "
+        "Use --transport auto, which takes gloo then and says so.\n"
+    )
+
+    exit_code, printed, error = answers["processes"]
+    assert exit_code == 0, error
     report = json.loads(out.read_text())
     note = (
         "shared memory is not used: rank 0 of 2 cannot share memory: SHARDPROOF_CORE=off leaves "
         "the C modules out."
     )
     assert (report["transport"], report["transport_note"]) == ("gloo", note)
-    assert f"transport: gloo, {note}" in done.stdout
-
-
-def test_without_the_core_shared_memory_by_name_is_refused() -> None:
-    done = run("shardproof", "prove", "--transport", "shm", SHARDPROOF_CORE="off")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        "error: --transport shm cannot be used: SHARDPROOF_CORE=off leaves the C modules out. "
-        "Use --transport auto, which takes gloo then and says so.\n"
-    )
+    assert f"transport: gloo, {note}" in printed
 
 
 @pytest.mark.parametrize(
@@ -145,8 +183,8 @@ def test_what_does_not_fit_is_refused(arguments: list[str], message: str) -> Non
 
 
 def test_under_torchrun_ranks_are_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(torchrun.RANK, "0")
-    monkeypatch.setenv(torchrun.WORLD_SIZE, "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     done = prove("--transport", "threads")
     assert done.exit_code == 2
     assert (
@@ -186,11 +224,11 @@ def test_launch_without_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
         launch(lambda axis: None, degree=2, engine="processes", transport="shm")
 
 
-def test_ranks_say_why_they_share_no_memory() -> None:
-    with open_ranks(2, "processes", threads=1, transport="gloo") as ranks:
-        found = ranks.run(lambda axis: (axis.transport.name, axis.transport_note))
-        assert found == [("gloo", "asked for by name")] * 2
-        assert (ranks.transport, ranks.transport_note) == found[0]
+def test_ranks_say_why_they_share_no_memory(pool: Pool) -> None:
+    ranks = pool(2, "gloo")
+    notes = ranks.run(lambda axis: (axis.transport.name, axis.transport_note))
+    assert notes == [("gloo", "asked for by name")] * 2
+    assert (ranks.transport, ranks.transport_note) == notes[0]
 
 
 def test_a_model_given_to_prove_takes_a_transport() -> None:
@@ -207,11 +245,11 @@ def test_a_model_given_to_prove_takes_a_transport() -> None:
             else RowParallelLinear.from_linear(full, axis=axis, input_is_parallel=False)
         )
 
-    report = prover.prove(
+    report = prove_model(
         build,
         nn.functional.mse_loss,
         (x, y),
-        degrees=(1, 2),
+        degrees=(2,),
         engine="processes",
         threads=1,
         transport="gloo",

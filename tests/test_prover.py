@@ -10,14 +10,14 @@ from torch.nn import functional as F
 
 import shardproof as sp
 from shardproof import comm
-from shardproof.cases.ffn import FFN, FeedForward
 from shardproof.errors import DegreeError, MismatchError, NumericsError, ShapeError, UsageError
 from shardproof.leaves import Cut, Layout, replicated
 from shardproof.prover import prove_cases
-from shardproof.prover.case import Case, Trial
+from shardproof.prover.case import Case, CaseRun
+from shardproof.prover.cases.transformer_block import FFN, FeedForward
 from shardproof.prover.compare import Figures, combine, measure
 from shardproof.prover.hashing import hash_tensor
-from shardproof.prover.reference import ReferenceReader, ReferenceWriter
+from shardproof.prover.recording import ReferenceReader, ReferenceWriter
 from shardproof.prover.training import Batch, Training
 from shardproof.ranks import launch
 
@@ -588,7 +588,7 @@ def test_a_model_that_is_made_whole_is_over_its_bound_unless_creation_is_left_ou
 
 
 def test_a_training_that_clips_records_the_norm():
-    def clip(trial: Trial, model):
+    def clip(trial: CaseRun, model):
         if trial.axis is None:
             return nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         return sp.clip_grad_norm_(model, 0.01)

@@ -1,24 +1,22 @@
 import copy
 import dataclasses
 import json
-import math
 
 import pytest
 
-from shardproof.cases import find_case
 from shardproof.errors import UsageError
 from shardproof.prover import compare_with, prove_cases
-from shardproof.prover.accuracy import accuracy
-from shardproof.prover.against import ONLY_EARLIER, ONLY_HERE, OTHER_BITS, Difference
 from shardproof.prover.case import Check
-from shardproof.prover.casereport import (
+from shardproof.prover.case_report import (
     Agreement,
     CaseReport,
     Errors,
     MemoryReport,
     TensorReport,
 )
-from shardproof.prover.judge import _join
+from shardproof.prover.cases import find_case
+from shardproof.prover.compare_reports import ONLY_EARLIER, ONLY_HERE, OTHER_BITS, TensorDifference
+from shardproof.prover.judge import join_checks
 from shardproof.prover.report import Report
 from shardproof.scheme import Scheme
 
@@ -218,7 +216,7 @@ def test_the_first_difference_is_in_execution_order():
 
 # Against an earlier report
 
-OTHER_W = Difference("ffn", "w", OTHER_BITS)
+OTHER_W = TensorDifference("ffn", "w", OTHER_BITS)
 
 
 def test_equal_reports_are_the_same():
@@ -245,8 +243,8 @@ def test_a_tensor_that_one_report_lacks_is_a_difference():
     earlier = report(case(tensor("other"), tensor())).as_dict()
     found = compare_with(report(case(tensor(), tensor("new"))), earlier)
     assert found.differences == (
-        Difference("ffn", "new", ONLY_HERE),
-        Difference("ffn", "other", ONLY_EARLIER),
+        TensorDifference("ffn", "new", ONLY_HERE),
+        TensorDifference("ffn", "other", ONLY_EARLIER),
     )
     assert found.compared == 3
 
@@ -257,7 +255,7 @@ def test_a_native_tensor_that_one_report_lacks_at_a_common_degree_is_a_differenc
     earlier = report(case(both, tensor(sha256={"2": B})), numerics="native").as_dict()
     assert compare_with(mine, earlier).differences == (OTHER_W,)
     earlier = report(case(both, tensor(sha256={"3": B})), numerics="native").as_dict()
-    assert compare_with(mine, earlier).differences == (Difference("ffn", "w", ONLY_HERE),)
+    assert compare_with(mine, earlier).differences == (TensorDifference("ffn", "w", ONLY_HERE),)
 
 
 def test_native_reports_are_compared_degree_by_degree():
@@ -289,7 +287,9 @@ def test_a_changed_hash_in_a_file_is_found(document):
     changed = copy.deepcopy(document)
     changed["cases"][1]["tensors"][3]["sha256"]["2"] = B
     name = changed["cases"][1]["tensors"][3]["name"]
-    assert compare_with(document, changed).differences == (Difference("ffn", name, OTHER_BITS),)
+    assert compare_with(document, changed).differences == (
+        TensorDifference("ffn", name, OTHER_BITS),
+    )
 
 
 def test_another_seed_gives_other_hashes():
@@ -308,30 +308,12 @@ def test_other_leaves_are_another_contract():
         compare_with(second, first.as_dict())
 
 
-# Accuracy
-
-
-def test_accuracy_takes_the_median_of_the_ratios():
-    errors = [(1.0, 2.0), (3.0, 2.0), (4.0, 2.0), (0.0, 0.0), (None, 1.0)]
-    tensors = [tensor(str(i), fp64=Errors(*pair)) for i, pair in enumerate(errors)]
-    unjudged = tensor("late", agreement_judged=False, torch=None, fp64=None)
-    found = accuracy(report(case(*tensors, unjudged)).as_dict())
-    assert found.median == 1.5
-    assert (found.both_exact, found.without_number, len(found.ratios)) == (1, 1, 3)
-
-
-def test_accuracy_counts_an_error_where_torch_has_none():
-    found = accuracy(report(case(tensor(fp64=Errors(1e-9, 0.0)))).as_dict())
-    assert found.median == math.inf
-    assert accuracy(report().as_dict(), cases=["other"]).median is None
-
-
 def test_one_of_anything_is_written_as_one():
     alone = dataclasses.replace(case(), degrees=(2,))
     assert str(report(alone)).splitlines()[0].endswith("proved, 1 tensor, degree 2")
-    assert _join("claim", [(2, Check("claim", True, "holds"))]).detail == "holds (degree 2)"
+    assert join_checks("claim", [(2, Check("claim", True, "holds"))]).detail == "holds (degree 2)"
     made = [(degree, Check("claim", True, "holds")) for degree in (1, 2)]
-    assert _join("claim", made).detail == "holds (degrees 1, 2)"
+    assert join_checks("claim", made).detail == "holds (degrees 1, 2)"
 
 
 def test_a_report_prints_a_line_for_each_case_and_for_what_is_wrong():
@@ -355,5 +337,5 @@ def test_a_report_says_when_creation_was_not_audited():
     assert "covers creation, forward" in whole.as_dict()["notes"][1]
     assert "covers forward, backward" in partial.as_dict()["notes"][1]
     assert partial.verdict() == (
-        f"{whole.verdict()} The memory audit leaves creation out, as it was asked to."
+        f"{whole.verdict()} The memory audit leaves creation out, as requested."
     )

@@ -17,14 +17,14 @@ from torch.nn import functional as F
 import shardproof as sp
 from planted import batch, block_builder, expect_proved, expect_torch
 from shardproof.axis import Axis
-from shardproof.cases.decoder import SelfAttention, attention_style
 from shardproof.prover import Report
-from shardproof.prover.compare import Figures
-from shardproof.prover.rounding import (
+from shardproof.prover.cases.gpt import SelfAttention, attention_style
+from shardproof.prover.compare import (
     NEARLY,
     ROUNDINGS,
-    Before,
+    Figures,
     Rounding,
+    StepReference,
     measure_step,
     rounding,
     spread,
@@ -429,8 +429,8 @@ def test_a_few_elements_do_not_show_their_rounding() -> None:
     assert found.item() == pytest.approx(ROUNDINGS * 0.5 * torch.finfo(torch.float32).eps)
 
 
-def before(**changes: Any) -> Before:
-    made = Before(
+def before(**changes: Any) -> StepReference:
+    made = StepReference(
         torch.zeros(2), torch.zeros(2).double(), torch.tensor([-1.0, 2.0]),
         torch.tensor([1.0, 2.0]), True,
     )  # fmt: skip
@@ -447,7 +447,7 @@ def test_the_distance_from_what_rounding_explains() -> None:
     outside = measure_step(torch.tensor([-1.5, 2.25]), plain, true, before())
     assert outside.outside == 0.5
     assert outside.squared_ours > 0.0
-    empty = measure_step(*[torch.zeros(0)] * 2, torch.zeros(0).double(), Before(
+    empty = measure_step(*[torch.zeros(0)] * 2, torch.zeros(0).double(), StepReference(
         *[torch.zeros(0)] * 4, False
     ))  # fmt: skip
     assert (empty.outside, empty.has_gradient) == (0.0, False)

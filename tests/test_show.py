@@ -16,19 +16,22 @@ from click.testing import CliRunner
 from torch import nn
 
 import shardproof as sp
-from shardproof.cases import all_cases, find_case
 from shardproof.cli.main import main
 from shardproof.engines.engine import Ranks
 from shardproof.errors import DegreeError, PlanError, UsageError
+from shardproof.prover.cases import all_cases, find_case
 from shardproof.scheme import Scheme
-from shardproof.showing.case_step import case_work
-from shardproof.showing.figure import Piece, figure_of
-from shardproof.showing.grids import grids_of, owners_of, writer_of
-from shardproof.showing.model_step import MOST_WITH_VALUES
 from shardproof.showing.page import page_of
-from shardproof.showing.run import Traced, run_on_rank, traced
-from shardproof.showing.shown import Shown
-from shardproof.showing.story import Story, story_of
+from shardproof.showing.scenes import StepView, view_of
+from shardproof.showing.show import ShownStep
+from shardproof.showing.step_runs import (
+    MOST_WITH_VALUES,
+    TracedStep,
+    case_work,
+    run_on_rank,
+    traced,
+)
+from shardproof.showing.tensors import RankPart, grids_of, owners_of, tensor_of, writer_of
 from shardproof.showing.terminal import lines_of
 from shardproof.trace.step import Part
 
@@ -36,19 +39,19 @@ SEED = 12345
 SMALL = ("matmul-row", "matmul-column", "ffn", "linear-row", "mlp-gathered", "attention", "digits")
 
 
-def run_case(name: str, degree: int) -> Traced:
+def run_case(name: str, degree: int) -> TracedStep:
     work = case_work(find_case(name), scheme=Scheme(seed=SEED), seed=SEED)
     return traced(work, degree=degree, engine="threads", values=True)
 
 
 @pytest.fixture(scope="module")
-def ffn() -> Traced:
+def ffn() -> TracedStep:
     return run_case("ffn", 3)
 
 
 @pytest.fixture(scope="module")
-def story(ffn: Traced) -> Story:
-    return story_of(ffn.trace, title="ffn", about=("A step.",))
+def view(ffn: TracedStep) -> StepView:
+    return view_of(ffn.trace, title="ffn", about=("A step.",))
 
 
 class Block(nn.Module):
@@ -69,7 +72,7 @@ PLAN = {"up": sp.ColumnParallel(), "down": sp.RowParallel()}
 
 
 @pytest.fixture(scope="module")
-def block() -> Shown:
+def block() -> ShownStep:
     x = torch.arange(18.0).reshape(3, 6).sin().requires_grad_()
     return sp.show(Block(), x, degree=2, plan=PLAN, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
 
@@ -86,36 +89,36 @@ def lies_in(part: Part, whole: Part) -> bool:
     return ours.shape == theirs.shape and torch.equal(ours, theirs)
 
 
-def misses(traced_step: Traced, told: Story) -> list[str]:
+def misses(traced_step: TracedStep, view: StepView) -> list[str]:
     """What of a trace is in no scene, and what of the scenes is not in the trace."""
     in_scenes = [
         (step.rank, step.number)
-        for scene in told.scenes
-        for moment in scene.moments
-        if moment
-        for step in moment.steps
+        for scene in view.scenes
+        for action in scene.actions
+        if action
+        for step in action.steps
     ]
     traced_steps = [(step.rank, step.number) for steps in traced_step.trace.ranks for step in steps]
     found = [f"{each} is in {in_scenes.count(each)} scenes" for each in traced_steps
              if in_scenes.count(each) != 1]  # fmt: skip
     found += [f"{each} is not in the trace" for each in in_scenes if each not in traced_steps]
-    for scene in told.scenes:
-        moments = [moment for moment in scene.moments if moment]
-        meetings = {moment.first.meeting for moment in moments}
-        if scene.is_collective and (len(meetings) != 1 or len(moments) != told.degree):
+    for scene in view.scenes:
+        actions = [action for action in scene.actions if action]
+        meetings = {action.first.meeting for action in actions}
+        if scene.is_collective and (len(meetings) != 1 or len(actions) != view.degree):
             found.append(f"scene {scene.number}: the ranks do not meet")
-        for step in (step for moment in moments for step in moment.steps):
-            drawn = [p.part for figure in scene.figures for p in figure.pieces
+        for step in (step for action in actions for step in action.steps):
+            drawn = [p.part for tensor in scene.tensors for p in tensor.pieces
                      if p.rank == step.rank]  # fmt: skip
             read = (*step.inputs, *((step.output,) if step.output else ()))
             found += [f"scene {scene.number} lacks {part.name}" for part in read
                       if not any(lies_in(part, other) for other in drawn)]  # fmt: skip
     for rank, counts in enumerate(traced_step.counts):
-        figures = [each for kinds in counts.values() for each in kinds.values()]
-        sent = sum(a.num_bytes for s in told.scenes for a in s.arrows if a.sender == rank)
-        sent += sum(s.moments[rank].first.sent_bytes for s in told.scenes
-                    if "The transport decides" in " ".join(s.told))  # fmt: skip
-        if sent != sum(each["sent_bytes"] for each in figures):
+        tensors = [each for kinds in counts.values() for each in kinds.values()]
+        sent = sum(a.num_bytes for s in view.scenes for a in s.arrows if a.sender == rank)
+        sent += sum(s.actions[rank].first.sent_bytes for s in view.scenes
+                    if "The transport decides" in " ".join(s.sentences))  # fmt: skip
+        if sent != sum(each["sent_bytes"] for each in tensors):
             found.append(f"rank {rank}: arrows have {sent} bytes")
     return found
 
@@ -126,18 +129,18 @@ def test_every_step_of_every_rank_is_in_one_scene_and_bytes_are_the_ledgers(
     name: str, degree: int
 ) -> None:
     found = run_case(name, degree)
-    told = story_of(found.trace, title=name)
-    assert misses(found, told) == []
-    phases = list(dict.fromkeys(scene.phase for scene in told.scenes))
+    view = view_of(found.trace, title=name)
+    assert misses(found, view) == []
+    phases = list(dict.fromkeys(scene.phase for scene in view.scenes))
     assert phases == ["forward", "backward", "update"][: 2 if name.startswith("matmul") else 3]
     for rank in range(degree):
         assert found.trace.collectives(rank) == found.counts[rank]
-    assert any(scene.arrows for scene in told.scenes) == (degree > 1)
+    assert any(scene.arrows for scene in view.scenes) == (degree > 1)
 
 
-def test_a_step_that_a_scene_loses_is_noticed(ffn: Traced, story: Story) -> None:
-    scenes = tuple(scene for scene in story.scenes if not scene.arrows)
-    lost = dataclasses.replace(story, scenes=scenes)
+def test_a_step_that_a_scene_loses_is_noticed(ffn: TracedStep, view: StepView) -> None:
+    scenes = tuple(scene for scene in view.scenes if not scene.arrows)
+    lost = dataclasses.replace(view, scenes=scenes)
     found = misses(ffn, lost)
     assert any("0 scenes" in each for each in found)
     assert any("arrows have 0 bytes" in each for each in found)
@@ -148,13 +151,13 @@ def test_processes_show_the_same_numbers(pool: Callable[[int, str], Ranks]) -> N
     trace = sp.Trace(values=True)
     runs = pool(2, "processes").run(partial(run_on_rank, work=work, num_values=1024))
     trace.take((run.steps, run.num_dropped) for run in runs)
-    other, told = (story_of(each, title="ffn") for each in (trace, run_case("ffn", 2).trace))
-    assert [scene.figures for scene in other.scenes] == [scene.figures for scene in told.scenes]
-    assert [scene.arrows for scene in other.scenes] == [scene.arrows for scene in told.scenes]
+    other, view = (view_of(each, title="ffn") for each in (trace, run_case("ffn", 2).trace))
+    assert [scene.tensors for scene in other.scenes] == [scene.tensors for scene in view.scenes]
+    assert [scene.arrows for scene in other.scenes] == [scene.arrows for scene in view.scenes]
 
 
-def test_a_feed_forward_sends_one_sum_each_way(story: Story) -> None:
-    met = [scene for scene in story.scenes if scene.is_collective]
+def test_a_feed_forward_sends_one_sum_each_way(view: StepView) -> None:
+    met = [scene for scene in view.scenes if scene.is_collective]
     assert [(scene.phase, scene.title) for scene in met] == [
         ("forward", "down: all_reduce"),
         ("backward", "up: all_reduce"),
@@ -165,20 +168,20 @@ def test_a_feed_forward_sends_one_sum_each_way(story: Story) -> None:
         found = [(a.sender, a.receiver) for a in first.arrows if a.stage == stage]
         assert found == pairs
     assert first.formula == "y = (leaves 0-1 + (leaf 2 + leaf 3)) + (leaves 4-5 + leaves 6-7)"
-    assert "A leaf is one of the 8 parts" in " ".join(first.told)
-    assert [figure.placement for figure in first.figures] == ["Partial", "Replicate"]
-    assert "The ranks add up their summands" in " ".join(first.told)
-    assert [piece.rank for piece in first.figures[0].pieces] == [0, 0, 1, 1, 2]
+    assert "A leaf is one of the 8 parts" in " ".join(first.sentences)
+    assert [tensor.placement for tensor in first.tensors] == ["Partial", "Replicate"]
+    assert "The ranks add up their summands" in " ".join(first.sentences)
+    assert [piece.rank for piece in first.tensors[0].pieces] == [0, 0, 1, 1, 2]
 
 
-def test_values_are_those_of_the_plain_module(block: Shown) -> None:
+def test_values_are_those_of_the_plain_module(block: ShownStep) -> None:
     plain, x = Block(), torch.arange(18.0).reshape(3, 6).sin().requires_grad_()
     plain(x).square().mean().backward()
     (made,) = [
-        scene.figures[-1]
-        for scene in block.story.scenes
+        scene.tensors[-1]
+        for scene in block.view.scenes
         if scene.phase == "backward" and scene.title == "up: product"
-        and scene.figures[-1].name == "grad_weight"
+        and scene.tensors[-1].name == "grad_weight"
     ]  # fmt: skip
     whole = torch.cat([torch.tensor(piece.part.values) for piece in made.pieces])
     torch.testing.assert_close(whole, plain.up.weight.grad)
@@ -217,32 +220,32 @@ def numbers(tree: Any) -> list[float]:
     return [float(tree)]
 
 
-def test_the_page_and_the_json_have_the_numbers_of_the_trace(block: Shown) -> None:
+def test_the_page_and_the_json_have_the_numbers_of_the_trace(block: ShownStep) -> None:
     cells = Cells()
     cells.feed(block.page())
     scenes = json.loads(json.dumps(block.as_dict()))["scenes"]
-    assert len(cells.scenes) == len(scenes) == len(block.story.scenes) > 10
-    for drawn, written, scene in zip(cells.scenes, scenes, block.story.scenes, strict=True):
+    assert len(cells.scenes) == len(scenes) == len(block.view.scenes) > 10
+    for drawn, written, scene in zip(cells.scenes, scenes, block.view.scenes, strict=True):
         expected = [
             cell
-            for figure in scene.figures
+            for tensor in scene.tensors
             for grid in grids_of(
-                figure, most_rows=6 if scene.is_collective else 12, most_columns=20
+                tensor, most_rows=6 if scene.is_collective else 12, most_columns=20
             )
             for row in grid.cells
             for cell in row
         ]
         assert drawn == expected
-        for figure, as_json in zip(scene.figures, written["figures"], strict=True):
-            exact = [numbers(piece.part.values) for piece in figure.pieces]
+        for tensor, as_json in zip(scene.tensors, written["figures"], strict=True):
+            exact = [numbers(piece.part.values) for piece in tensor.pieces]
             assert [numbers(piece["values"]) for piece in as_json["pieces"]] == exact
             shown_cells = [
                 float(cell)
-                for grid in grids_of(figure, most_rows=99, most_columns=99)
+                for grid in grids_of(tensor, most_rows=99, most_columns=99)
                 for row in grid.cells
                 for cell in row
             ]
-            parts = exact[:1] if figure.is_alike else exact
+            parts = exact[:1] if tensor.is_alike else exact
             known = sorted(number for part in parts for number in part)
             # At least three digits of the largest number are written.
             largest = max(abs(number) for number in known)
@@ -251,20 +254,20 @@ def test_the_page_and_the_json_have_the_numbers_of_the_trace(block: Shown) -> No
 
 def test_ranks_that_must_have_the_same_and_have_not_are_shown_apart() -> None:
     parts = [Part("y", (2,), "float32", "Replicate", values=(1.0, x)) for x in (2.0, 2.5)]
-    figure = figure_of([Piece(rank, part) for rank, part in enumerate(parts)], is_result=True)
-    assert figure.is_broken
-    assert [grid.label for grid in grids_of(figure, most_rows=4, most_columns=4)] == [
+    tensor = tensor_of([RankPart(rank, part) for rank, part in enumerate(parts)], is_result=True)
+    assert tensor.is_broken
+    assert [grid.label for grid in grids_of(tensor, most_rows=4, most_columns=4)] == [
         "rank 0",
         "rank 1",
     ]
-    same = figure_of([Piece(rank, parts[0]) for rank in range(2)], is_result=True)
+    same = tensor_of([RankPart(rank, parts[0]) for rank in range(2)], is_result=True)
     assert not same.is_broken
 
 
 def test_an_uneven_cut_is_drawn_with_the_indices_of_the_whole() -> None:
     held = [(0, 3), (3, 6), (6, 8)]
     pieces = [
-        Piece(
+        RankPart(
             rank,
             Part("w", (2, stop - start), "float32", "Shard(1)", 1, (start, stop), 8,
                  values=tuple(tuple(float(10 * row + column) for column in range(start, stop))
@@ -272,24 +275,24 @@ def test_an_uneven_cut_is_drawn_with_the_indices_of_the_whole() -> None:
         )
         for rank, (start, stop) in enumerate(held)
     ]  # fmt: skip
-    figure = figure_of(pieces, is_result=False)
-    (grid,) = grids_of(figure, most_rows=9, most_columns=99)
-    assert figure.shape == (2, 8)
+    tensor = tensor_of(pieces, is_result=False)
+    (grid,) = grids_of(tensor, most_rows=9, most_columns=99)
+    assert tensor.shape == (2, 8)
     assert [(line.head, line.owner) for line in grid.columns] == [
         ("0", 0), ("1", 0), ("2", 0), ("3", 1), ("4", 1), ("5", 1), ("6", 2), ("7", 2),
     ]  # fmt: skip
     assert grid.cells[1] == ("10", "11", "12", "13", "14", "15", "16", "17")
-    assert owners_of(figure, rows=1, columns=8) == [[0, 0, 0, 1, 1, 1, 2, 2]]
-    without = figure_of(pieces[:2], is_result=False)
+    assert owners_of(tensor, rows=1, columns=8) == [[0, 0, 0, 1, 1, 1, 2, 2]]
+    without = tensor_of(pieces[:2], is_result=False)
     assert owners_of(without, rows=1, columns=4) == [[0, 0, 1, None]]
-    (part,) = grids_of(figure, most_rows=9, most_columns=6)
+    (part,) = grids_of(tensor, most_rows=9, most_columns=6)
     assert part.is_part is False  # a gap of one would take as much room
 
 
 def test_a_large_matrix_is_shown_in_part() -> None:
     found = run_case("linear-row", 2)
-    told = story_of(found.trace, title="x")
-    weight = next(f for f in told.scenes[0].figures if f.name == "weight")
+    view = view_of(found.trace, title="x")
+    weight = next(f for f in view.scenes[0].tensors if f.name == "weight")
     assert weight.shape == (608, 1024)
     assert weight.pieces[0].part.values is None
     (grid,) = grids_of(weight, most_rows=12, most_columns=20)
@@ -302,12 +305,12 @@ def test_a_large_matrix_is_shown_in_part() -> None:
 @pytest.mark.parametrize("width", [40, 80, 120])
 @pytest.mark.parametrize("degree", [2, 8])
 def test_lines_fit_and_are_ascii(width: int, degree: int) -> None:
-    told = story_of(run_case("matmul-column", degree).trace, title="x")
-    lines = lines_of(told, values=True, width=width)
+    view = view_of(run_case("matmul-column", degree).trace, title="x")
+    lines = lines_of(view, values=True, width=width)
     assert max(line.cell_len for line in lines) <= width
     assert all(line.plain.isascii() for line in lines)
     text = "\n".join(line.plain for line in lines)
-    weight = next(f for f in told.scenes[0].figures if f.name == "weight")
+    weight = next(f for f in view.scenes[0].tensors if f.name == "weight")
     for grid in grids_of(weight, most_rows=6, most_columns=8):
         for row in grid.cells:
             assert all(cell in text.split() for cell in row)
@@ -318,19 +321,19 @@ def test_a_long_name_does_not_widen_the_lines() -> None:
     model.add_module("a_name_without_any_blank_" * 8, nn.Linear(4, 4))
     model.add_module("row", nn.Linear(4, 4))
     plan = {"a_name*": sp.ColumnParallel(), "row": sp.RowParallel()}
-    told = sp.show(model, torch.ones(1, 4), plan=plan).story
-    assert max(line.cell_len for line in lines_of(told, values=True, width=60)) <= 60
+    view = sp.show(model, torch.ones(1, 4), plan=plan).view
+    assert max(line.cell_len for line in lines_of(view, values=True, width=60)) <= 60
 
 
-def test_a_story_says_what_it_leaves_out(ffn: Traced) -> None:
-    told = story_of(ffn.trace, title="x", most_scenes=4)
-    assert len(told.scenes) == 4
-    assert sum(told.num_left_out.values()) == len(story_of(ffn.trace, title="x").scenes) - 4
+def test_a_view_says_what_it_leaves_out(ffn: TracedStep) -> None:
+    view = view_of(ffn.trace, title="x", most_scenes=4)
+    assert len(view.scenes) == 4
+    assert sum(view.num_left_out.values()) == len(view_of(ffn.trace, title="x").scenes) - 4
     sentence = "From step 5 on, steps are left out: 7 backward, 2 update."
-    assert told.omissions == (sentence,)
-    assert sentence in page_of(told)
+    assert view.omissions == (sentence,)
+    assert sentence in page_of(view)
     assert "steps are left out" in " ".join(
-        line.plain for line in lines_of(told, values=False, width=80)
+        line.plain for line in lines_of(view, values=False, width=80)
     )
 
 
@@ -350,7 +353,7 @@ def test_what_a_user_calls_things_is_escaped() -> None:
     assert "down&lt;/script&gt;: product" in page
 
 
-def test_a_page_needs_nothing_else(block: Shown, tmp_path: Path) -> None:
+def test_a_page_needs_nothing_else(block: ShownStep, tmp_path: Path) -> None:
     page = block.page()
     assert re.findall(r"""(?:src|href)=["'](?!#)[^"']*""", page) == []
     assert "://" not in page.replace("http://www.w3.org", "")
@@ -361,7 +364,7 @@ def test_a_page_needs_nothing_else(block: Shown, tmp_path: Path) -> None:
     assert "<script>" not in frame
 
 
-def test_the_callers_model_and_inputs_stay_as_they_were(block: Shown) -> None:
+def test_the_callers_model_and_inputs_stay_as_they_were(block: ShownStep) -> None:
     model, x = Block(), torch.ones(2, 6, requires_grad=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     sp.show(model, x, plan=PLAN, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
@@ -372,8 +375,8 @@ def test_the_callers_model_and_inputs_stay_as_they_were(block: Shown) -> None:
 
 def test_the_gradient_of_an_input_is_summed_only_if_it_is_wanted() -> None:
     def sums(x: torch.Tensor) -> list[str]:
-        told = sp.show(Block(), x, plan=PLAN).story
-        return [f"{scene.phase} {scene.title}" for scene in told.scenes if scene.is_collective]
+        view = sp.show(Block(), x, plan=PLAN).view
+        return [f"{scene.phase} {scene.title}" for scene in view.scenes if scene.is_collective]
 
     assert sums(torch.ones(2, 6)) == ["forward down: all_reduce"]
     wanted = ["forward down: all_reduce", "backward up: all_reduce"]
@@ -387,8 +390,8 @@ def test_a_function_of_an_axis_and_a_loss_are_taken() -> None:
     step = sp.show(
         build, (torch.ones(2, 6),), degree=3, loss=nn.functional.mse_loss, target=torch.ones(2, 4)
     )
-    assert step.story.title == "build at degree 3"
-    assert "mse_loss" in " ".join(scene.title for scene in step.story.scenes)
+    assert step.view.title == "build at degree 3"
+    assert "mse_loss" in " ".join(scene.title for scene in step.view.scenes)
     assert str(step).startswith("== build at degree 3")
 
 
@@ -517,7 +520,7 @@ def test_every_case_can_be_shown() -> None:
     for case in all_cases():
         if case.is_installed and case.name not in SMALL:
             found = run_case(case.name, 2)
-            assert misses(found, story_of(found.trace, title=case.name, most_scenes=999)) == []
+            assert misses(found, view_of(found.trace, title=case.name, most_scenes=999)) == []
 
 
 def test_the_program_of_the_documentation_runs(
@@ -537,42 +540,40 @@ def test_the_output_in_the_documentation_is_that_of_the_command() -> None:
     assert printed in command("--case", "ffn", "--degree", "2")[1]
 
 
-def told_of(title: str, told: Story, phase: str) -> str:
-    (scene,) = [s for s in told.scenes if s.title == title and s.phase == phase]
-    return " ".join((scene.formula, *scene.told))
+def told_of(title: str, view: StepView, phase: str) -> str:
+    (scene,) = [s for s in view.scenes if s.title == title and s.phase == phase]
+    return " ".join((scene.formula, *scene.sentences))
 
 
 def test_sentences_say_what_each_rank_takes_and_who_has_nothing() -> None:
-    told = story_of(run_case("mlp-gathered", 3).trace, title="x")
-    product = told_of("output_layer: product", told, "forward")
+    view = view_of(run_case("mlp-gathered", 3).trace, title="x")
+    product = told_of("output_layer: product", view, "forward")
     assert "multiplies the whole x by its own rows of weight, and adds its own" in product
     assert "Rank 2 holds no rows of weight, no elements of bias and no columns of y." in product
-    scenes = [scene for scene in told.scenes if scene.title == "output_layer: product"]
-    backward = " ".join(scenes[1].told)
+    scenes = [scene for scene in view.scenes if scene.title == "output_layer: product"]
+    backward = " ".join(scenes[1].sentences)
     assert "its own columns of grad_y; nothing is sent (backward of the all_gather)" in backward
     assert "Rank 2 does nothing in this step: it holds no leaf." in backward
-    assert "divides its gradient by the same number, here 64." in told_of("div", told, "backward")
-    loss = next(s for s in told.scenes if s.title == "mse_loss: loss" and s.phase == "backward")
-    assert [figure.name for figure in loss.figures] == ["y", "target", "grad_y"]
-    assert "w = w - 0.01 * grad (SGD)" in told_of("output_layer.bias: update", told, "update")
-    gathers = [s for s in told.scenes if s.title == "output_layer: all_gather"]
-    assert [[f.name for f in s.figures] for s in gathers] == [["x", "x"], ["y", "y"]]
-    row = story_of(run_case("linear-row", 2).trace, title="x")
+    assert "divides its gradient by the same number, here 64." in told_of("div", view, "backward")
+    loss = next(s for s in view.scenes if s.title == "mse_loss: loss" and s.phase == "backward")
+    assert [tensor.name for tensor in loss.tensors] == ["y", "target", "grad_y"]
+    assert "w = w - 0.01 * grad (SGD)" in told_of("output_layer.bias: update", view, "update")
+    gathers = [s for s in view.scenes if s.title == "output_layer: all_gather"]
+    assert [[f.name for f in s.tensors] for s in gathers] == [["x", "x"], ["y", "y"]]
+    row = view_of(run_case("linear-row", 2).trace, title="x")
     (gather,) = [s for s in row.scenes if s.title.endswith("all_gather")]
-    assert [figure.name for figure in gather.figures] == ["grad_x", "grad_x"]
+    assert [tensor.name for tensor in gather.tensors] == ["grad_x", "grad_x"]
 
 
-def test_the_loss_that_was_taken_is_named(block: Shown) -> None:
+def test_the_loss_that_was_taken_is_named(block: ShownStep) -> None:
     class WithLoss(nn.Module):
         def forward(self, x: torch.Tensor) -> Any:
             return SimpleNamespace(loss=x.square().mean())
 
-    assert "No loss was given: this run takes the mean of the squares" in " ".join(
-        block.story.about
-    )
+    assert "No loss was given: this run takes the mean of the squares" in " ".join(block.view.about)
     own = sp.show(lambda axis: WithLoss(), torch.ones(2, 2, requires_grad=True))
-    assert "this run takes the loss that the model returns" in " ".join(own.story.about)
-    assert "squares" not in " ".join(own.story.about)
+    assert "this run takes the loss that the model returns" in " ".join(own.view.about)
+    assert "squares" not in " ".join(own.view.about)
 
 
 def test_maps_beyond_the_limit_are_counted_and_zero_has_no_sign() -> None:
@@ -584,11 +585,11 @@ def test_maps_beyond_the_limit_are_counted_and_zero_has_no_sign() -> None:
 
 
 def test_of_many_ranks_the_page_sums_up_what_each_sends_and_lists_each_arrow() -> None:
-    page = page_of(story_of(run_case("ffn", 8).trace, title="x"))
+    page = page_of(view_of(run_case("ffn", 8).trace, title="x"))
     assert "<li>rank 0 to ranks 1-7: to each its slice of leaf 0, 172 bytes in all</li>" in page
     assert page.count("<summary>Each arrow</summary>") == 2
     assert page.count("<li>rank 0 to rank 1: elements 7-13 of leaf 0, 28 bytes</li>") == 2
-    assert "Each arrow" not in page_of(story_of(run_case("ffn", 4).trace, title="x"))
+    assert "Each arrow" not in page_of(view_of(run_case("ffn", 4).trace, title="x"))
 
 
 def test_the_data_alone_has_the_numbers_and_the_terminal_does_not(tmp_path: Path) -> None:
@@ -599,8 +600,8 @@ def test_the_data_alone_has_the_numbers_and_the_terminal_does_not(tmp_path: Path
     pieces = [
         piece
         for scene in json.loads(data.read_text())["scenes"]
-        for figure in scene["figures"]
-        for piece in figure["pieces"]
+        for tensor in scene["figures"]
+        for piece in tensor["pieces"]
     ]
     assert pieces
     assert all(piece["values"] is not None for piece in pieces)

@@ -13,24 +13,24 @@ from shardproof.axis import Axis
 from shardproof.leaves import Cut, share
 from shardproof.schedule import scatter_plan, tree_plan
 from shardproof.scheme import Scheme
-from shardproof.showing.moments import moments_of
-from shardproof.showing.sends import Arrow, arrows_of, told_arrows
-from shardproof.showing.story import Scene, Story, story_of
+from shardproof.showing.actions import actions_of
+from shardproof.showing.arrows import Arrow, arrow_sentences, arrows_of
+from shardproof.showing.scenes import Scene, StepView, view_of
 from shardproof.tree import nodes_of_run
 
 DEGREES = [2, 3, 4, 8]
 LEAVES = 8
 
 
-def told(work: Callable[[Axis], Any], degree: int) -> Story:
+def view(work: Callable[[Axis], Any], degree: int) -> StepView:
     trace = sp.Trace(values=True)
     sp.launch(work, degree=degree, trace=trace)
-    return story_of(trace, title="x")
+    return view_of(trace, title="x")
 
 
-def meeting(story: Story) -> Scene:
+def meeting(view: StepView) -> Scene:
     """The one scene in which the ranks meet."""
-    (scene,) = [scene for scene in story.scenes if scene.is_collective]
+    (scene,) = [scene for scene in view.scenes if scene.is_collective]
     return scene
 
 
@@ -52,7 +52,7 @@ def reduced(degree: int, shape: tuple[int, ...] = (3, 5)) -> tuple[Arrow, ...]:
             nodes, axis, cut=cut, shape=shape, like=like, direction="forward", who="a"
         )
 
-    scene = meeting(told(work, degree))
+    scene = meeting(view(work, degree))
     return scene.arrows
 
 
@@ -67,7 +67,7 @@ def scattered(degree: int, columns: int = 5) -> tuple[Arrow, ...]:
             direction="backward", who="a",
         )  # fmt: skip
 
-    scene = meeting(told(work, degree))
+    scene = meeting(view(work, degree))
     return scene.arrows
 
 
@@ -86,21 +86,23 @@ def test_an_all_reduce_sends_slices_of_nodes_and_then_finished_slices(degree: in
         assert set(first) == set(second) == set(range(degree)) - {rank}
         for receiver in first:
             # The receiver adds its own slice, and so gets that slice of every node.
-            shapes = [cargo.shape for cargo in first[receiver].cargo]
+            shapes = [piece.shape for piece in first[receiver].sent_pieces]
             assert shapes == [(len(slices[receiver]),)] * plan.order.counts[rank]
-            assert [cargo.shape for cargo in second[receiver].cargo] == [(len(slices[rank]),)]
+            assert [piece.shape for piece in second[receiver].sent_pieces] == [(len(slices[rank]),)]
             assert first[receiver].num_bytes == 4 * sum(math.prod(shape) for shape in shapes)
 
 
 def test_what_travels_is_named_with_its_numbers() -> None:
-    lines = [f"rank {arrow.sender} to {text}" for arrow, text in told_arrows(reduced(2, (2, 2)))]
+    lines = [
+        f"rank {arrow.sender} to {text}" for arrow, text in arrow_sentences(reduced(2, (2, 2)))
+    ]
     assert lines == [
         "rank 0 to rank 1: elements 2-3 of leaves 0-3 [2, 3], 8 bytes",
         "rank 1 to rank 0: elements 0-1 of leaves 4-7 [400, 401], 8 bytes",
         "rank 0 to rank 1: elements 0-1 of the finished sum of y [400, 402], 8 bytes",
         "rank 1 to rank 0: elements 2-3 of the finished sum of y [404, 406], 8 bytes",
     ]
-    brief = [text for _, text in told_arrows(reduced(3), is_brief=True)]
+    brief = [text for _, text in arrow_sentences(reduced(3), is_brief=True)]
     assert brief[0] == "ranks 1 and 2: to each its slice of leaves 0-1 and leaf 2, 80 bytes in all"
 
 
@@ -123,15 +125,15 @@ def test_a_reduce_scatter_sends_each_rank_its_own_columns(degree: int) -> None:
         assert set(found) == {each for each in range(degree) if to.owned(each) and each != rank}
         for receiver, arrow in found.items():
             width = len(to.owned(receiver))
-            assert {cargo.shape for cargo in arrow.cargo} == {(4, width)}
-            assert len(arrow.cargo) == plan.order.counts[rank]
+            assert {piece.shape for piece in arrow.sent_pieces} == {(4, width)}
+            assert len(arrow.sent_pieces) == plan.order.counts[rank]
 
 
 def test_the_numbers_of_a_window_are_those_of_its_columns() -> None:
     (arrow,) = [a for a in scattered(8, columns=8) if (a.sender, a.receiver) == (2, 5)]
-    (cargo,) = arrow.cargo
-    assert (cargo.name, cargo.piece) == ("leaf 2", "column 5")
-    assert cargo.numbers == ("205", "213", "221", "229")
+    (piece,) = arrow.sent_pieces
+    assert (piece.name, piece.piece) == ("leaf 2", "column 5")
+    assert piece.numbers == ("205", "213", "221", "229")
 
 
 def test_the_numbers_of_a_window_of_rows_are_those_of_its_rows() -> None:
@@ -144,8 +146,8 @@ def test_the_numbers_of_a_window_of_rows_are_those_of_its_rows() -> None:
             direction="backward", who="a",
         )  # fmt: skip
 
-    scene = meeting(told(work, 2))
-    assert [text for _, text in told_arrows(scene.arrows)] == [
+    scene = meeting(view(work, 2))
+    assert [text for _, text in arrow_sentences(scene.arrows)] == [
         "rank 1: row 2 of leaves 0-3 [4, 5], 8 bytes",
         "rank 0: rows 0-1 of leaves 4-7 [400, 401, 402, 403], 16 bytes",
     ]
@@ -159,13 +161,13 @@ def test_a_gather_sends_each_part_whole_to_every_other_rank(degree: int) -> None
         x = torch.ones(2, len(cut.owned(axis.rank)))
         comm.all_gather(x, axis, dim=1, cut=cut, direction="forward", who="a")
 
-    scene = meeting(told(work, degree))
+    scene = meeting(view(work, degree))
     owners = [rank for rank in range(degree) if cut.owned(rank)]
     for rank in range(degree):
         found = of(scene.arrows, rank)
         assert set(found) == (set(range(degree)) - {rank} if rank in owners else set())
         for arrow in found.values():
-            assert [cargo.shape for cargo in arrow.cargo] == [(2, len(cut.owned(rank)))]
+            assert [piece.shape for piece in arrow.sent_pieces] == [(2, len(cut.owned(rank)))]
             assert arrow.num_bytes == 8 * len(cut.owned(rank))
 
 
@@ -173,9 +175,9 @@ def test_where_the_transport_decides_only_totals_are_told() -> None:
     def work(axis: Axis) -> None:
         comm.all_reduce(torch.ones(4), axis, direction="forward", who="a")
 
-    scene = meeting(told(work, 2))
+    scene = meeting(view(work, 2))
     assert scene.arrows == ()
-    assert "Each rank sends 16 bytes. The transport decides" in " ".join(scene.told)
+    assert "Each rank sends 16 bytes. The transport decides" in " ".join(scene.sentences)
     assert scene.formula == "y = the sum of the ranks' parts, in the transport's own order"
 
 
@@ -184,10 +186,10 @@ def test_products_of_nodes_are_one_scene_with_the_whole_shards() -> None:
         row = sp.RowParallelLinear(40, 3, axis=axis, scheme=Scheme(), name="down")
         row(torch.ones(2, row.weight.shape[1]))
 
-    scenes = told(work, 3).scenes
+    scenes = view(work, 3).scenes
     products = [scene for scene in scenes if scene.title == "down: product"]
     (scene,) = products
-    x, weight, y = scene.figures
+    x, weight, y = scene.tensors
     assert [piece.part.held for piece in weight.pieces] == [(0, 15), (15, 30), (30, 40)]
     assert [piece.part.shape for piece in x.pieces] == [(2, 15), (2, 15), (2, 10)]
     for piece in weight.pieces:
@@ -214,10 +216,10 @@ def test_two_sums_that_run_at_once_keep_their_own_additions() -> None:
             each.wait()
 
     sp.launch(work, degree=2, trace=trace)
-    moments = [moment for moment in moments_of(trace.ranks[0]) if moment.first.is_collective]
-    assert [[step.operation for step in moment.steps] for moment in moments] == [
+    actions = [action for action in actions_of(trace.ranks[0]) if action.first.is_collective]
+    assert [[step.operation for step in action.steps] for action in actions] == [
         ["all_reduce", "addition"]
     ] * 2
-    shapes = [[step.output.shape for step in m.steps if step.output] for m in moments]
+    shapes = [[step.output.shape for step in m.steps if step.output] for m in actions]
     assert shapes == [[(2, 2)] * 2, [(2, 3)] * 2]
-    assert arrows_of(moments) != ()
+    assert arrows_of(actions) != ()

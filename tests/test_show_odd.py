@@ -40,7 +40,7 @@ def test_a_loss_that_is_no_number_is_refused(options: dict[str, Any], message: s
 @pytest.mark.parametrize("options", [{}, {"loss": lambda y: (y**2).mean()}])
 def test_a_loss_of_a_cut_output_is_that_of_the_whole(options: dict[str, Any]) -> None:
     shown = sp.show(one_linear(), torch.randn(2, 4), plan=CUT_OUTPUT, degree=2, **options)
-    phases = [scene.phase for scene in shown.story.scenes if scene.arrows]
+    phases = [scene.phase for scene in shown.view.scenes if scene.arrows]
     assert "forward" in phases
 
 
@@ -58,7 +58,7 @@ def test_a_loss_that_adds_the_parts_is_right() -> None:
             self.loss = sp.functional.mse_loss(y, zero, axis=axis, cut=module.cut)
 
     step = sp.show(build, x, degree=2)
-    assert next(scene.phase for scene in step.story.scenes if scene.arrows) == "forward"
+    assert next(scene.phase for scene in step.view.scenes if scene.arrows) == "forward"
 
 
 def test_inputs_may_be_named_tuples_and_keys_must_be_strings() -> None:
@@ -77,7 +77,7 @@ def test_inputs_may_be_named_tuples_and_keys_must_be_strings() -> None:
 
     plan = {"linear": "colwise_gather_output"}
     step = sp.show(Adds(), (Pair(torch.ones(1, 4), torch.ones(1, 4)),), plan=plan)
-    assert step.story.scenes
+    assert step.view.scenes
     with pytest.raises(UsageError, match="inputs has the key 1"):
         sp.show(Adds(), {1: torch.ones(1, 4)}, plan=plan)
 
@@ -105,7 +105,7 @@ def test_names_do_not_steer_the_terminal_and_numbers_do_not_touch() -> None:
         whole[0].weight.mul_(1e-30)
     step = sp.show(whole, torch.ones(1, 4), plan={"\x1b[31mred": "colwise_gather_output"})
     assert "\x1b" not in str(step)
-    lines = lines_of(step.story, values=True, width=80)
+    lines = lines_of(step.view, values=True, width=80)
     numbers = [line.plain for line in lines if "e-3" in line.plain]
     assert numbers
     assert all(re.fullmatch(r"( +\S+)+", line) for line in numbers)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import shardproof as sp
-from shardproof.showing.shown import Shown
+from shardproof.showing.show import ShownStep
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)
@@ -32,8 +32,8 @@ pytestmark = pytest.mark.skipif(
 # Before the page's own script: what goes wrong in it.
 WATCH = """<script>
 const faults = [];
-window.addEventListener("error", (event) => faults.push(String(event.message)));
-window.addEventListener("unhandledrejection", (event) => faults.push(String(event.reason)));
+tracing.addEventListener("error", (event) => faults.push(String(event.message)));
+tracing.addEventListener("unhandledrejection", (event) => faults.push(String(event.reason)));
 </script>
 """
 
@@ -62,7 +62,7 @@ TEST = """<script>
     const title = scene.querySelector("h2").textContent;
     expect(live.textContent.includes(title), `${name} is not said`);
     expect(slider.getAttribute("aria-valuetext") === title, `${name} has no name`);
-    expect(root.scrollWidth <= root.clientWidth, `${name} is wider than the window`);
+    expect(root.scrollWidth <= root.clientWidth, `${name} is wider than the tracing`);
     for (const bar of scene.querySelectorAll(".bar i")) {
       expect(bar.offsetWidth <= bar.parentElement.offsetWidth, `a bar of ${name}`);
     }
@@ -81,7 +81,7 @@ TEST = """<script>
   get("next").click(); get("previous").click(); expect(place() === 0, "the buttons");
   document.querySelector("details").open = true;
   document.querySelector("a[href='#step-3']").click(); expect(place() === 2, "a link of the list");
-  window.location.hash = "#step-5";
+  tracing.location.hash = "#step-5";
   setTimeout(() => {
     expect(place() === 4, "the address");
     const meets = scenes.findIndex((scene) => scene.dataset.arrows !== "0");
@@ -104,7 +104,7 @@ TEST = """<script>
         result.id = "selftest";
         result.textContent = JSON.stringify({
           seen, faults, width: root.clientWidth,
-          dark: window.matchMedia("(prefers-color-scheme: dark)").matches,
+          dark: tracing.matchMedia("(prefers-color-scheme: dark)").matches,
         });
         document.body.append(result);
       }, 4000);
@@ -125,7 +125,7 @@ document.body.append(result);
 </script>
 """
 
-# A window of Chromium has at least 500 pixels, and a phone has 360: the page is put in a frame.
+# A tracing of Chromium has at least 500 pixels, and a phone has 360: the page is put in a frame.
 FRAME = """<!doctype html><iframe id="frame" src="page.html"
  style="border:0;width:360px;height:740px"></iframe>
 <script>
@@ -144,7 +144,7 @@ def with_test(page: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def step() -> Shown:
+def step() -> ShownStep:
     generator = torch.Generator().manual_seed(3)
     model = nn.Sequential(nn.Linear(6, 40), nn.SiLU(), nn.Linear(40, 5))
     model.add_module("a <long> name & more_of_it_without_any_blank_in_it_" * 3, nn.Identity())
@@ -177,25 +177,25 @@ def browse(page: Path, *options: str) -> tuple[dict[str, Any], list[str]]:
     return json.loads(html.unescape(found[1])), console
 
 
-def test_every_step_is_drawn_in_a_wide_window(step: Shown, tmp_path: Path) -> None:
+def test_every_step_is_drawn_in_a_wide_window(step: ShownStep, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text(with_test(step.page()), encoding="utf-8")
-    found, console = browse(page, "--window-size=1280,900")
+    found, console = browse(page, "--tracing-size=1280,900")
     assert found["faults"] == []
-    assert found["seen"] == list(range(1, len(step.story.scenes) + 1))
+    assert found["seen"] == list(range(1, len(step.view.scenes) + 1))
     assert len(found["seen"]) > 15
     assert found["width"] > 1000
     assert not found["dark"]
     assert console == []
 
 
-def test_every_step_is_drawn_on_a_phone_in_the_dark(step: Shown, tmp_path: Path) -> None:
+def test_every_step_is_drawn_on_a_phone_in_the_dark(step: ShownStep, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(with_test(step.page()), encoding="utf-8")
     frame = tmp_path / "frame.html"
     frame.write_text(FRAME)
     found, console = browse(frame, "--blink-settings=preferredColorScheme=0")
     assert found["faults"] == []
-    assert found["seen"] == list(range(1, len(step.story.scenes) + 1))
+    assert found["seen"] == list(range(1, len(step.view.scenes) + 1))
     assert found["width"] <= 360
     assert found["dark"]
     assert console == []
@@ -203,7 +203,7 @@ def test_every_step_is_drawn_on_a_phone_in_the_dark(step: Shown, tmp_path: Path)
 
 @pytest.mark.parametrize("how", ["no script", "paper"])
 def test_all_steps_stand_below_one_another_without_a_script_and_on_paper(
-    how: str, step: Shown, tmp_path: Path
+    how: str, step: ShownStep, tmp_path: Path
 ) -> None:
     page = tmp_path / "page.html"
     start, script, end = re.split(r"(<script>.*</script>)", step.page(), flags=re.DOTALL)
@@ -213,15 +213,15 @@ def test_all_steps_stand_below_one_another_without_a_script_and_on_paper(
         script = ""
     page.write_text(start + script + ALL_SHOWN + end, encoding="utf-8")
     found, console = browse(page)
-    assert len(found["scenes"]) == len(step.story.scenes)
+    assert len(found["scenes"]) == len(step.view.scenes)
     assert min(found["scenes"]) > 50
     assert found["player"] == [0]
-    assert found["arrows"] == sum(1 for scene in step.story.scenes if scene.arrows) == 2
+    assert found["arrows"] == sum(1 for scene in step.view.scenes if scene.arrows) == 2
     assert min(found["tables"]) > 0
     assert console == []
 
 
-def test_planted_faults_are_found(step: Shown, tmp_path: Path) -> None:
+def test_planted_faults_are_found(step: ShownStep, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     text = with_test(step.page())
     for right, wrong in (
@@ -241,7 +241,7 @@ def test_planted_faults_are_found(step: Shown, tmp_path: Path) -> None:
     faults = " ".join(found["faults"])
     assert "is not shown" in faults
     assert "arrows" in faults
-    assert "step 1 is wider than the window" in faults
+    assert "step 1 is wider than the tracing" in faults
     assert "planted is not defined" in faults
     assert "End" in faults
     assert "it speaks while it plays" in faults

@@ -9,13 +9,13 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from shardproof.cases import find_case, notebooks
 from shardproof.cli.main import main
 from shardproof.cli.output import PlainConsole
-from shardproof.cli.values import show_values
+from shardproof.cli.report_text import show_values
 from shardproof.prover import prove_cases
-from shardproof.prover.beside import NOT_RECORDED, WITHOUT_TWO, beside
-from shardproof.prover.values import FEW
+from shardproof.prover.cases import find_case, notebooks
+from shardproof.prover.cases.notebooks import NOT_RECORDED, WITHOUT_TWO, compare_with_notebook
+from shardproof.prover.recording import FEW
 from shardproof.scheme import Scheme
 
 NAMES = ("matmul-row", "matmul-column", "ffn", "linear-column", "linear-row", "mlp-gathered")
@@ -28,7 +28,7 @@ def cases() -> dict[str, dict[str, Any]]:
 
 
 def rows(cases: dict[str, dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    return beside(find_case(name).printed, cases[name], seed=notebooks.MLP_SEED)
+    return compare_with_notebook(find_case(name).printed, cases[name], seed=notebooks.MLP_SEED)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,7 +57,7 @@ def test_another_printed_result_is_not_the_same(cases: dict[str, Any]) -> None:
         dataclasses.replace(printed["dW1_1"], close=False),
         dataclasses.replace(printed["out"], values=((0.1546, -0.5387),)),
     ]
-    found = beside(other, cases["mlp-gathered"], seed=notebooks.MLP_SEED)
+    found = compare_with_notebook(other, cases["mlp-gathered"], seed=notebooks.MLP_SEED)
     assert [row["same"] for row in found] == [False, None, False, None, False]
     assert [row["what"] for row in found] == ["shape", "exact", "close", "max diff", "row 0"]
 
@@ -68,7 +68,7 @@ def test_the_part_of_a_rank_is_compared_by_itself(cases: dict[str, Any]) -> None
     tensor["shown"]["ours"][3][0] += 1.0  # a row of the second rank
     said = {
         row["label"]: row["ours"]
-        for row in beside(notebooks.MLP_CMP, case, seed=notebooks.MLP_SEED)
+        for row in compare_with_notebook(notebooks.MLP_CMP, case, seed=notebooks.MLP_SEED)
         if row["what"] == "close"
     }
     assert said["dW1_0"] == "True"
@@ -77,8 +77,8 @@ def test_the_part_of_a_rank_is_compared_by_itself(cases: dict[str, Any]) -> None
 
 def test_without_degree_2_there_are_no_two_devices() -> None:
     case = prove_cases([find_case("mlp-gathered")], degrees=(1,), threads=1, few=FEW)
-    told = case.as_dict()["cases"][0]
-    found = beside(notebooks.MLP_PRINTED, told, seed=notebooks.MLP_SEED)
+    view = case.as_dict()["cases"][0]
+    found = compare_with_notebook(notebooks.MLP_PRINTED, view, seed=notebooks.MLP_SEED)
     by_label = {(row["label"], row["what"]): row["ours"] for row in found}
     assert by_label["W1_0.shape", "shape"] == "run degree 2"
     assert by_label["W1.shape", "shape"] == "4x6"
@@ -92,11 +92,11 @@ def test_what_two_ranks_made_is_that_of_degree_2() -> None:
     """With plain sums degrees differ: neither the lowest nor the worst one is that of two ranks."""
     scheme = Scheme(numerics="native")
     cases = [find_case("mlp-gathered")]
-    told = {
+    view = {
         degrees: prove_cases(cases, degrees=degrees, scheme=scheme, threads=1, few=FEW).as_dict()
         for degrees in ((2,), (1, 2, 4))
     }
-    alone, among = (report["cases"][0] for report in told.values())
+    alone, among = (report["cases"][0] for report in view.values())
     tensors = [{each["name"]: each for each in case["tensors"]} for case in (alone, among)]
     differing = [name for name, each in tensors[1].items() if not each["identical"]]
     assert "output" in differing
@@ -105,17 +105,21 @@ def test_what_two_ranks_made_is_that_of_degree_2() -> None:
         assert tensors[1][name]["shown"]["ours"] == tensors[0][name]["shown"]["ours"], name
     printed = [one for one in notebooks.MLP_CMP if one.is_of_two or one.rank is not None]
     assert [one.label for one in printed if one.is_of_two] == ["TP - forward pass"]
-    seen = [beside(printed, case, seed=notebooks.MLP_SEED) for case in (alone, among)]
+    seen = [
+        compare_with_notebook(printed, case, seed=notebooks.MLP_SEED) for case in (alone, among)
+    ]
     assert seen[0] == seen[1]
     worse = json.loads(json.dumps(among))
     for tensor in worse["tensors"]:  # as if another degree were farther from plain torch
         tensor["torch"] = tensor["torch"] and {**tensor["torch"], "max_abs_diff": 1.0}
-    assert beside(printed, worse, seed=notebooks.MLP_SEED) == seen[1]
+    assert compare_with_notebook(printed, worse, seed=notebooks.MLP_SEED) == seen[1]
 
 
 def test_values_of_another_seed_are_not_compared() -> None:
     report = prove_cases([find_case("mlp-gathered")], degrees=(2,), threads=1, few=FEW, seed=7)
-    found = beside(notebooks.MLP_PRINTED, report.as_dict()["cases"][0], seed=report.seed)
+    found = compare_with_notebook(
+        notebooks.MLP_PRINTED, report.as_dict()["cases"][0], seed=report.seed
+    )
     assert (found[0]["what"], found[0]["notebook"], found[0]["ours"][0]) == ("seed", "12345", "7")
     (values,) = (row for row in found if row["label"] == "out")
     assert values["ours"] == "not compared: run seed 12345"

@@ -11,6 +11,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -296,33 +297,41 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize(
-    ("number", "engine", "code"),
-    [(signal.SIGTERM, "processes", 143), (signal.SIGHUP, "threads", 129)],
-)
-def test_a_signal_ends_prove_in_order(
-    number: signal.Signals, engine: str, code: int, tmp_path: Path
-) -> None:
-    (tmp_path / "temporary").mkdir()
-    process = start(
-        ["-m", "shardproof", "prove", "--case", "ffn", "--degrees", "2,3", "--engine", engine,
-         "--json", str(tmp_path / "report.json")],
-        env={"TMPDIR": str(tmp_path / "temporary")},
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stderr is not None
-    line = ""
-    while "degree 2" not in line:
-        line = process.stderr.readline()
-        assert line, "it ended by itself"
-    assert ours(tmp_path / "temporary"), "there is a folder to be removed"
-    children = children_of(process.pid)
-    process.send_signal(number)
-    process.communicate(timeout=LIMIT)
-    assert process.returncode == code
-    wait_until(lambda: not any(map(is_alive, children)))
-    assert ours(tmp_path / "temporary") == []
-    assert not (tmp_path / "report.json").exists()
+ENDED = {"processes": (signal.SIGTERM, 143), "threads": (signal.SIGHUP, 129)}
+
+
+def test_a_signal_ends_prove_in_order(tmp_path: Path) -> None:
+    """Ranks as processes and ranks as threads, both at once: most of the time they start."""
+    started = {}
+    for engine in ENDED:
+        (tmp_path / engine).mkdir()
+        started[engine] = start(
+            ["-m", "shardproof", "prove", "--case", "ffn", "--degrees", "2,3", "--engine", engine,
+             "--json", str(tmp_path / f"{engine}.json")],
+            env={"TMPDIR": str(tmp_path / engine)},
+            stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def end(engine: str) -> int:
+        """Send the signal while the ranks work; the exit code."""
+        process, line = started[engine], ""
+        assert process.stderr is not None
+        while "degree 2" not in line:
+            line = process.stderr.readline()
+            assert line, "it ended by itself"
+        assert ours(tmp_path / engine), "there is a folder to be removed"
+        children = children_of(process.pid)
+        process.send_signal(ENDED[engine][0])
+        process.communicate(timeout=LIMIT)
+        wait_until(lambda: not any(map(is_alive, children)))
+        return process.returncode
+
+    with ThreadPoolExecutor() as both:
+        codes = dict(zip(ENDED, both.map(end, ENDED), strict=True))
+    assert codes == {engine: code for engine, (_, code) in ENDED.items()}
+    for engine in ENDED:
+        assert ours(tmp_path / engine) == []
+        assert not (tmp_path / f"{engine}.json").exists()
 
 
 @contextlib.contextmanager

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 import shardproof as sp
 from planted import IN, OUT, batch, block_builder, expect_proved, linear
-from shardproof import cases, collectives
+from shardproof import collectives
 from shardproof.axis import Axis
 from shardproof.cli import prove as prove_command
 from shardproof.cli.main import main
 from shardproof.errors import UsageError
-from shardproof.prover import Case, Report, Trial, prove_cases
+from shardproof.prover import Case, CaseRun, Report, cases, prove_cases
 
 Build = Callable[[Axis | None], nn.Module]
 
@@ -212,7 +212,7 @@ def test_every_case_of_ours_is_cut_at_every_degree(name: str, degrees: tuple[int
 def test_the_command_exits_with_1_and_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any
 ) -> None:
-    def whole(trial: Trial) -> None:
+    def whole(trial: CaseRun) -> None:
         trial.record("x", torch.ones(3))
 
     def prove_whole(given: Any, **options: Any) -> Report:

@@ -1,37 +1,12 @@
 """docs/what-can-go-wrong.md names, for every row, the test that does what the row says."""
 
-import ast
-import functools
-from pathlib import Path
-
 import pytest
 
-TESTS = Path(__file__).parent
+from named_tests import TESTS, missing_in, rows_of
+
 PAGE = TESTS.parent / "docs" / "what-can-go-wrong.md"
 VERDICTS = ("Right", "Refused", "Noticed")
 HEAD = "| you do | what happens | what to do instead | test |"
-
-
-@functools.cache
-def names_in(file: str) -> set[str]:
-    """Names of the test functions of one file, on their own or in a class."""
-    path = TESTS / f"{file}.py"
-    if not path.is_file():
-        return set()
-    return {
-        node.name
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-    }
-
-
-def rows_of(page: str) -> list[list[str]]:
-    lines = [line for line in page.splitlines() if line.startswith("|")]
-    return [
-        [cell.strip() for cell in line.strip("|").split(" | ")]
-        for line in lines
-        if line != HEAD and set(line) - set("|-")
-    ]
 
 
 def wrong_in(row: list[str]) -> str | None:
@@ -42,16 +17,13 @@ def wrong_in(row: list[str]) -> str | None:
         return f"begins with none of {', '.join(VERDICTS)}: {row[1]!r}"
     if row[1].startswith(VERDICTS[1:]) and not row[2]:
         return "says no way out"
-    names = [name.strip("` ") for name in row[3].split(",")]
-    for name in names:
-        file, _, test = name.partition("::")
-        if test not in names_in(file):
-            return f"names no test: {name!r}"
-    return None
+    missing = missing_in(row[3])
+    return None if missing is None else f"names no test: {missing!r}"
 
 
 def test_every_row_of_the_page_names_a_test_that_is_there() -> None:
-    rows = rows_of(PAGE.read_text())
+    rows = rows_of(PAGE.read_text(), HEAD)
+    assert rows
     assert [(row, wrong) for row in rows if (wrong := wrong_in(row))] == []
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import shardproof as sp
 from shardproof.axis import Axis
-from shardproof.prover.where import Found, Given, first_apart
+from shardproof.prover.fault_location import ModuleTensor, RankSearch, first_different_module
 from watched_models import Gated
 
 X = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(3))
@@ -76,12 +76,11 @@ def test_nothing_wrong() -> None:
     assert where_of(report) is None
 
 
-@pytest.mark.parametrize("engine", ["threads", "processes"])
-def test_the_first_module_whose_bits_differ_is_named(engine: str) -> None:
+def test_the_first_module_whose_bits_differ_is_named() -> None:
     def change(model: Any, axis: Axis) -> None:
         model.scale.forth = 1 + axis.size / 16
 
-    report = proved(change, engine=engine)
+    report = proved(change)
     where = where_of(report)
     assert (where["degree"], where["module"], where["operation"]) == (2, "scale", "")
     assert where["detail"].startswith("output 0 differs from that at degree 1 by ")
@@ -101,15 +100,15 @@ def test_one_rank_that_differs_is_named() -> None:
 def test_a_whole_tensor_that_one_rank_has_otherwise() -> None:
     right, wrong = torch.ones(3), torch.tensor([1.0, 1.0, 1.5])
 
-    def found(value: Tensor) -> Found:
-        part = Given("up", "output 0", torch.ones(2))  # another shape: one rank's part
-        return Found(None, (part, Given("norm", "output 0", value)))
+    def search(value: Tensor) -> RankSearch:
+        part = ModuleTensor("up", "output 0", torch.ones(2))  # another shape: one rank's part
+        return RankSearch(None, (part, ModuleTensor("norm", "output 0", value)))
 
-    others = found(right).given
+    others = search(right).tensors
 
     def told(*values: Tensor, is_close: bool = False) -> str:
         options: Any = {"degree": 2, "other": "at degree 1", "is_close": is_close}
-        return str(first_apart([found(each) for each in values], others, **options))
+        return str(first_different_module([search(each) for each in values], others, **options))
 
     start = "At degree 2 it begins in module 'norm': output 0 differs from that at degree 1 by "
     assert told(right, wrong) == f"{start}0.5 on rank 1"
@@ -128,11 +127,14 @@ def test_a_gradient_that_differs_is_named() -> None:
     assert where["detail"].startswith("the gradient of output 0 differs from that at degree 1 by ")
 
 
-def test_what_all_degrees_have_in_common_is_compared_with_plain_torch() -> None:
+@pytest.mark.parametrize(("engine", "degrees"), [("threads", (1, 2)), ("processes", (2,))])
+def test_what_all_degrees_have_in_common_is_compared_with_plain_torch(
+    engine: str, degrees: tuple[int, ...]
+) -> None:
     def change(model: Any, axis: Axis) -> None:
         model.scale.forth = 1.25
 
-    report = proved(change)
+    report = proved(change, engine=engine, degrees=degrees)
     assert report.identical
     where = where_of(report)
     assert where["module"] == "scale"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from shardproof.prover.wide import KeepDouble
+from shardproof.prover.training import KeepDouble
 
 
 @contextmanager

@@ -18,9 +18,9 @@ import torch
 import shardproof as sp  # before the first product: it sets how products are computed
 from helpers import bits_of, largest, sha, table
 from pictures import grid, picture
-from shardproof.cases import notebooks
 from shardproof.collectives import all_reduce
 from shardproof.leaves import Cut
+from shardproof.prover.cases import notebooks
 
 DEGREE = 2
 

@@ -22,9 +22,9 @@ from torch import nn
 import shardproof as sp  # before the first product: it sets how products are computed
 from helpers import bits_of, largest, sha, show, table
 from pictures import grid, picture
-from shardproof.cases import notebooks
 from shardproof.collectives import all_reduce, all_reduce_grad
 from shardproof.leaves import Cut
+from shardproof.prover.cases import notebooks
 
 DEGREE = 2
 

@@ -18,10 +18,10 @@ from torch import nn
 import shardproof as sp  # before the first product: it sets how products are computed
 from helpers import about, bits_of, largest, loose, sha, table
 from pictures import grid, picture
-from shardproof.cases import find_case, notebooks
 from shardproof.collectives import all_gather, all_reduce
 from shardproof.leaves import Cut
 from shardproof.prover import prove_cases
+from shardproof.prover.cases import find_case, notebooks
 
 DEGREE = 2
 

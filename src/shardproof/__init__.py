@@ -35,7 +35,7 @@ from shardproof.plans.style import (
     VocabParallel,
 )
 from shardproof.plans.watched_plan import WatchedPlan
-from shardproof.prover.proof import prove
+from shardproof.prover.prove_model import prove
 from shardproof.ranks import launch
 from shardproof.reductions import (
     max_over_parameters,

@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardproof import checking
-from shardproof import environment as variables
+from shardproof import checking, torchrun
 from shardproof.errors import AxisError, MismatchError, UsageError
-from shardproof.quantities import LARGEST, checked_flag, checked_name
+from shardproof.quantities import checked_flag, checked_name
 from shardproof.timeout import START_TIMEOUT, checked_timeout
 from shardproof.transport.base import Call, Transport
 from shardproof.transport.choose import AUTO, checked_transport, choose, meet
@@ -27,9 +26,6 @@ from shardproof.transport.disabled import refuse_inherited
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.solo import SoloTransport
 from shardproof.wording import shown, written
-
-# What torchrun sets for every process, and what torch.distributed needs to meet the others.
-TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 # How many unnamed layers stand on a process group: two axes of one group are not to name alike.
 _unnamed_of_group: weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = (
@@ -113,7 +109,7 @@ class Axis:
         transport = checked_transport(transport)
         check = checked_flag(check, "check")
         _require_initialised("Axis.from_group(group)")
-        _require_world_size(os.environ)
+        torchrun.check_world_size(os.environ, dist.get_world_size())
         if not isinstance(group, dist.ProcessGroup):
             raise AxisError(
                 f"Axis.from_group got {_describe(group)}, which is not a process group that this "
@@ -352,35 +348,9 @@ class Axis:
 
 def _initialise(environment: Mapping[str, str], timeout: float | None) -> None:
     """Initialise torch.distributed from torchrun's variables."""
-    missing = [name for name in TORCHRUN_VARIABLES if name not in environment]
-    if missing:
-        raise AxisError(
-            f"the environment has no {', '.join(missing)}, which torchrun sets for every process. "
-            "Start with `torchrun --nproc-per-node N script.py`, or run ranks without it: "
-            "shardproof.launch(fn, degree=N)."
-        )
-    rank, world_size, local_rank = (
-        variables.number(environment, name, least=-LARGEST)
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    )
-    if not 0 <= rank < world_size:
-        raise AxisError(
-            f"the environment has RANK={rank} and WORLD_SIZE={world_size}, and a rank is at least "
-            f"0 and below the world size. {variables.TORCHRUN}."
-        )
-    local_world_size = world_size
-    if "LOCAL_WORLD_SIZE" in environment:
-        local_world_size = variables.number(environment, "LOCAL_WORLD_SIZE", least=1)
-    if not 0 <= local_rank < local_world_size:
-        raise AxisError(
-            f"the environment has LOCAL_RANK={local_rank} for {local_world_size} ranks on this "
-            f"machine, and it is at least 0 and below their number. {variables.TORCHRUN}."
-        )
-    variables.number(environment, "MASTER_PORT", most=65_535)
-    if not environment["MASTER_ADDR"].strip():
-        raise AxisError(f"the environment has an empty MASTER_ADDR. {variables.TORCHRUN}.")
-    if torch.cuda.is_available() and local_world_size <= torch.cuda.device_count():
-        torch.cuda.set_device(local_rank)
+    here = torchrun.check_all(environment)
+    if torch.cuda.is_available() and here.num_ranks <= torch.cuda.device_count():
+        torch.cuda.set_device(here.rank)
         _meet("cpu:gloo,cuda:nccl", timeout)
     else:
         _meet("gloo", timeout)
@@ -404,19 +374,6 @@ def _require_initialised(what: str) -> None:
         raise AxisError(
             f"{what} needs torch.distributed, which is not initialised. Call "
             "torch.distributed.init_process_group first, or use Axis.from_env() under torchrun."
-        )
-
-
-def _require_world_size(environment: Mapping[str, str]) -> None:
-    """Raise if WORLD_SIZE is there and says something else than torch.distributed."""
-    if "WORLD_SIZE" not in environment:
-        return
-    expected, actual = variables.number(environment, "WORLD_SIZE", least=1), dist.get_world_size()
-    if expected != actual:
-        raise AxisError(
-            f"the environment has WORLD_SIZE={expected}, but torch.distributed was initialised "
-            f"with {actual} processes. Initialise it with all that torchrun started, or unset "
-            "WORLD_SIZE."
         )
 
 

@@ -1,12 +1,9 @@
-"""Environment variables, made into values or into one clear error that has the variable in it."""
+"""The settings that users make by environment variables; torchrun's are read in `torchrun`."""
 
 from collections.abc import Mapping, Sequence
 
-from shardproof.errors import AxisError, UsageError
-from shardproof.quantities import LARGEST, read_whole
+from shardproof.errors import UsageError
 from shardproof.wording import shown
-
-TORCHRUN = "Start with `torchrun --nproc-per-node N script.py`"
 
 
 def setting(environment: Mapping[str, str], name: str, known: Sequence[str]) -> str:
@@ -24,30 +21,3 @@ def setting(environment: Mapping[str, str], name: str, known: Sequence[str]) -> 
         value = shown(environment[name])
         raise UsageError(f"{name}={value} is unknown. Use one of: {', '.join(known)}.")
     return text
-
-
-def number(
-    environment: Mapping[str, str],
-    name: str,
-    *,
-    least: int = 0,
-    most: int = LARGEST,
-    way_out: str = TORCHRUN,
-) -> int:
-    """The number that a variable of torchrun is set to; the variable is there.
-
-    Raises:
-        AxisError: it is no whole number, too small or too large.
-    """
-    value = read_whole(environment[name])
-    if value is None:
-        raise AxisError(
-            f"the environment has {name}={shown(environment[name])}, which is not a whole number. "
-            f"{way_out}."
-        )
-    if not least <= value <= most:
-        raise AxisError(
-            f"the environment has {name}={shown(value)}, which is not from {least} to {most}. "
-            f"{way_out}."
-        )
-    return value

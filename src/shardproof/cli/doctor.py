@@ -1,60 +1,221 @@
 """`shardproof doctor`: what this machine offers, and whether invariant numerics can run on it."""
 
+import importlib.metadata
+import os
+import platform
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import click
-from rich.table import Table
+import torch
 from rich.text import Text
 
-from shardproof.cli.json_file import JsonFile
-from shardproof.cli.machine import facts
-from shardproof.cli.options import HELP_OPTIONS
-from shardproof.cli.output import BAD, GOOD, PlainConsole, console, listed, size, yes_no
+from shardproof import __version__
+from shardproof.cli.options import HELP_OPTIONS, json_option
+from shardproof.cli.output import (
+    BAD,
+    GOOD,
+    PlainConsole,
+    console,
+    grouped,
+    listed,
+    size,
+    yes_no,
+)
+from shardproof.cli.output_file import OutputFile
+from shardproof.errors import NumericsError
+from shardproof.extras import install_command
+from shardproof.numerics import mode
+from shardproof.scheme import Scheme
+from shardproof.transport.choose import shm_problem
+from shardproof.transport.threads import waits_note
 
-Row = tuple[str, str | Text]  # what, and its value
+PACKAGE = "shardproof"
+_EXTRA = re.compile(r"([A-Za-z0-9._-]+).*;.*extra\s*==\s*['\"]([A-Za-z0-9._-]+)['\"]")
+
+Row = tuple[str, str | Text]
 
 
 @click.command(context_settings=HELP_OPTIONS)
-@click.option("--json", "json_path", metavar="FILE", help="Also write what is found to FILE.")
-def doctor(json_path: str | None) -> int:
+@json_option("what is found")
+def doctor(json_file: OutputFile | None) -> int:
     """Show what this machine offers.
 
     torch, BLAS mode, threads, transports, GPUs and extras.
 
     Exit code 0 if invariant numerics (the same bits at every degree) can run here, else 1.
     """
-    target = JsonFile(json_path) if json_path is not None else None
-    found = facts()
-    if target is not None:
-        target.write(found)
-    show(found, console())
-    return 0 if found["invariant"] else 1
+    facts = machine_facts()
+    if json_file is not None:
+        json_file.write(facts)
+    show(facts, console())
+    return 0 if facts["invariant"] else 1
 
 
-def show(found: dict[str, Any], out: PlainConsole) -> None:
+def machine_facts() -> dict[str, Any]:
+    """Everything that `shardproof doctor` knows, ready for JSON."""
+    problem = _invariant_problem()
+    return {
+        "invariant": problem is None,
+        "problem": problem,
+        "shardproof": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "torch": _torch_facts(),
+        "blas": _blas_facts(),
+        "threads": _thread_facts(),
+        "transports": transports(),
+        "processes_use": _processes_use(),
+        "gpus": _gpu_facts(),
+        "extras": extra_packages(),
+    }
+
+
+def _invariant_problem() -> str | None:
+    """Why invariant numerics cannot run in this process, or None."""
+    try:
+        mode.require_invariant()
+    except NumericsError as error:
+        return str(error)
+    return None
+
+
+def _torch_facts() -> dict[str, Any]:
+    """Version and build of torch."""
+    return {
+        "version": torch.__version__,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "mkl": torch.backends.mkl.is_available(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _blas_facts() -> dict[str, Any]:
+    """The BLAS mode: the setting, the answer of the library, and the result of the self-check."""
+    state = mode.set_blas_mode()
+    checked = state.took and state.is_strict
+    difference = mode.self_check() if checked else None
+    return {
+        "variable": mode.VARIABLE,
+        "setting": state.setting,
+        "from_environment": mode.VARIABLE in os.environ,
+        "branch": state.branch,
+        "took": state.took,
+        "return_code": state.return_code,
+        "read_back": state.read_back,
+        "problem": state.problem,
+        "self_check": (difference or "passed") if checked else None,
+        "contract": mode.contract(Scheme()),
+    }
+
+
+def _thread_facts() -> dict[str, Any]:
+    """How many cores this process may use, and how many threads one torch operation takes."""
+    return {
+        "cores": os.cpu_count(),
+        "cores_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "intra_op": torch.get_num_threads(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def transports() -> list[dict[str, Any]]:
+    """Every transport: whether it works here, and why or why not."""
+    threads = "ranks are threads of one process"
+    return [
+        _transport("solo", None, "degree 1: nothing is exchanged"),
+        _transport("threads", None, "; ".join(filter(None, (threads, waits_note())))),
+        _transport("shm", shm_problem(), "ranks are processes, on CPUs of one machine"),
+        _transport("gloo", _gloo_problem(), "ranks are processes, on CPU"),
+        _transport("nccl", _nccl_problem(), "ranks are processes, one GPU each"),
+    ]
+
+
+def _transport(name: str, problem: str | None, what: str) -> dict[str, Any]:
+    return {"name": name, "available": problem is None, "why": problem or what}
+
+
+def _processes_use() -> str | None:
+    """The default transport of `launch(engine="processes")`; None without gloo."""
+    if _gloo_problem() is not None:
+        return None
+    return "gloo" if shm_problem() is not None else "shm"
+
+
+def _gloo_problem() -> str | None:
+    if not torch.distributed.is_available():
+        return "this torch was built without torch.distributed"
+    if not torch.distributed.is_gloo_available():
+        return "this torch was built without gloo"
+    return None
+
+
+def _nccl_problem() -> str | None:
+    if not torch.distributed.is_available():
+        return "this torch was built without torch.distributed"
+    if not torch.distributed.is_nccl_available():
+        return "this torch was built without NCCL"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return None
+
+
+def _gpu_facts() -> list[dict[str, Any]]:
+    """The GPUs that torch sees."""
+    indices = range(torch.cuda.device_count())
+    return [
+        {
+            "name": gpu.name,
+            "memory_bytes": gpu.total_memory,
+            "capability": f"{gpu.major}.{gpu.minor}",
+        }
+        for gpu in map(torch.cuda.get_device_properties, indices)
+    ]
+
+
+def extra_packages() -> dict[str, dict[str, bool]]:
+    """Extra -> package that it brings -> whether that package is here."""
+    extras: dict[str, dict[str, bool]] = {}
+    for requirement in _requirements():
+        match = _EXTRA.match(requirement)
+        if match and match[1] != PACKAGE:
+            extras.setdefault(match[2], {})[match[1]] = _is_installed(match[1])
+    return extras
+
+
+def _requirements() -> list[str]:
+    """The requirements of the installed package; none if it runs from its source tree."""
+    try:
+        return importlib.metadata.requires(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def show(facts: dict[str, Any], out: PlainConsole) -> None:
     """Print the facts, one subject after the other, and the answer last."""
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(no_wrap=True)
-    grid.add_column(overflow="fold")
-    for subject, rows in _subjects(found):
-        for index, (what, value) in enumerate(rows):
-            grid.add_row(subject if index == 0 else "", what, value)
-        grid.add_row()
-    out.show(grid)
-    out.print(_verdict(found), soft_wrap=True)
+    out.show(grouped(_subjects(facts), style="bold", has_gaps=True))
+    out.whole_line(_verdict(facts))
 
 
-def _subjects(found: dict[str, Any]) -> Iterator[tuple[str, list[Row]]]:
-    python = f"{found['python']} on {found['system']}"
-    yield "shardproof", [("version", found["shardproof"]), ("Python", python)]
-    yield "torch", list(_torch(found["torch"]))
-    yield "BLAS", list(_blas(found["blas"]))
-    yield "threads", list(_threads(found["threads"]))
-    yield "transports", list(_transports(found["transports"], found["processes_use"]))
-    yield "GPUs", list(_gpus(found["gpus"]))
-    yield "extras", list(_extras(found["extras"]))
+def _subjects(facts: dict[str, Any]) -> Iterator[tuple[str, list[Row]]]:
+    python = f"{facts['python']} on {facts['system']}"
+    yield "shardproof", [("version", facts["shardproof"]), ("Python", python)]
+    yield "torch", list(_torch(facts["torch"]))
+    yield "BLAS", list(_blas(facts["blas"]))
+    yield "threads", list(_threads(facts["threads"]))
+    yield "transports", list(_transports(facts["transports"], facts["processes_use"]))
+    yield "GPUs", list(_gpus(facts["gpus"]))
+    yield "extras", list(_extras(facts["extras"]))
 
 
 def _torch(torch: dict[str, Any]) -> Iterator[Row]:
@@ -129,13 +290,12 @@ def _extras(extras: dict[str, dict[str, bool]]) -> Iterator[Row]:
     for extra, packages in extras.items():
         missing = [package for package, is_here in packages.items() if not is_here]
         if missing:
-            way_out = f"pip install 'shardproof[{extra}]'"
-            yield extra, f"no, without {listed(missing)}: {way_out}"
+            yield extra, f"no, without {listed(missing)}: {install_command([extra])}"
         else:
             yield extra, Text("yes", GOOD) + Text(f"  {listed(packages)}")
 
 
-def _verdict(found: dict[str, Any]) -> Text:
-    if found["invariant"]:
+def _verdict(facts: dict[str, Any]) -> Text:
+    if facts["invariant"]:
         return Text("invariant numerics can run here: the same bits at every degree", GOOD)
-    return Text(f"invariant numerics cannot run here: {found['problem']}", BAD)
+    return Text(f"invariant numerics cannot run here: {facts['problem']}", BAD)

@@ -1,4 +1,4 @@
-"""The command `shardproof`: its sub-commands, and what becomes of an error.
+"""The command `shardproof`: its sub-commands, standard output, and what becomes of an error.
 
 A new command is one file with a `click.Command` and one line in `COMMANDS`.
 
@@ -8,6 +8,7 @@ SIGTERM, 141 nobody reads the output.
 """
 
 import contextlib
+import io
 import os
 import sys
 import traceback
@@ -16,16 +17,14 @@ from typing import Any, NoReturn
 
 import click
 
-from shardproof import __version__
-from shardproof.cli import torchrun
-from shardproof.cli.breaking import break_
+from shardproof import __version__, torchrun
+from shardproof.cli.break_ import break_
 from shardproof.cli.doctor import doctor
 from shardproof.cli.options import HELP_OPTIONS
 from shardproof.cli.plan import plan
 from shardproof.cli.prove import prove
 from shardproof.cli.show import show
 from shardproof.cli.signals import Ended, ending_in_order
-from shardproof.cli.streams import OutputError, ReaderLeftError, give_up_stdout, prepare_streams
 from shardproof.error_text import cut
 from shardproof.errors import DegreeError, RankError, ShardproofError, UsageError
 
@@ -44,12 +43,14 @@ EXIT_NO_READER = 141
 
 LONGEST_MESSAGE = 20_000
 
+_OTHER_OUTPUT = "Send it to a file, a terminal or /dev/null."
+
 
 class Commands(click.Group):
     """A click group with this project's exit codes and one-line errors."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; a reader that has left is no answer of 1, which click would make."""
+        """Run the command. Click would turn a broken pipe into exit code 1."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
@@ -71,7 +72,7 @@ class Commands(click.Group):
         sys.exit(ending.code or code)
 
     def _run(self, args: Sequence[str] | None, prog_name: str | None, **extra: Any) -> Any:
-        """Run one command; its exit code, or the one for what it raised."""
+        """Run one command. Returns its exit code, or the code for the error that it raised."""
         try:
             prepare_streams()
             code = super().main(args, prog_name, **extra)
@@ -98,7 +99,7 @@ class Commands(click.Group):
             return EXIT_FAULT
 
     def _help(self, args: Sequence[str] | None) -> str:
-        """Where the options are listed of what was asked for."""
+        """The command that prints the help of the command that was called."""
         command = next(iter(sys.argv[1:] if args is None else args), "")
         return " ".join(["shardproof", *([command] if command in self.commands else []), "--help"])
 
@@ -118,18 +119,18 @@ for _command in COMMANDS:
 
 
 def _is_fault(cause: BaseException | None) -> bool:
-    """True if what a rank raised was not raised on purpose; its traceback is in the message."""
+    """True if a rank raised an error that is not one of ours; the message has its traceback."""
     return cause is not None and not isinstance(cause, ShardproofError)
 
 
 def _sentence(error: click.ClickException) -> str:
-    """Click's complaint as one line that starts small, as every other error does."""
+    """Click's message as one line with a small first letter, like our own messages."""
     message = " ".join(error.format_message().split())
     return f"{message[:1].lower()}{message[1:]}"
 
 
 def _refuse(message: str, *, is_usage: bool) -> int:
-    """Say why nothing is done. Under torchrun, what every rank would say only rank 0 says."""
+    """Print an error; under torchrun, rank 0 alone prints errors of usage. The exit code."""
     if not (is_usage and torchrun.is_other_rank(os.environ)):
         # Nobody can be told that standard error is closed or full; the exit code still says it.
         with contextlib.suppress(OSError):
@@ -138,6 +139,71 @@ def _refuse(message: str, *, is_usage: bool) -> int:
 
 
 def _lose_reader() -> int:
-    """The exit code where nobody reads standard output any more."""
+    """Discard the rest of standard output, which nobody reads; the exit code."""
     give_up_stdout()
     return EXIT_NO_READER
+
+
+class OutputError(UsageError):
+    """Standard output cannot be written."""
+
+
+class ReaderLeftError(Exception):
+    """Nobody reads standard output. It is no `OSError`, which click turns into exit code 1."""
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output whose errors name standard output.
+
+    Without it, a full disk gives the same error as for any other file.
+    """
+
+    def write(self, text: str, /) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            raise _output_error(error) from error
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            raise _output_error(error) from error
+
+
+def prepare_streams() -> None:
+    """Replace closed streams, and make standard output take any text.
+
+    Raises:
+        OutputError: standard output was closed when the command began.
+    """
+    if sys.stderr is None:  # nobody wants to be told anything
+        sys.stderr = _nowhere()
+    if sys.stdout is None or sys.stdout.closed:
+        sys.stdout = _nowhere()
+        raise OutputError(f"standard output is closed, and the answer goes there. {_OTHER_OUTPUT}")
+    out: Any = sys.stdout
+    if out is sys.__stdout__ and isinstance(out, io.TextIOWrapper):
+        # Names of files and tensors may have letters that the terminal's encoding lacks.
+        sys.stdout = _Output(
+            out.buffer,
+            encoding=out.encoding,
+            errors="backslashreplace",
+            line_buffering=out.line_buffering,
+            write_through=out.write_through,
+        )
+
+
+def give_up_stdout() -> None:
+    """Discard what is still buffered, so that the interpreter prints no error at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _output_error(error: OSError) -> Exception:
+    if isinstance(error, BrokenPipeError):
+        return ReaderLeftError()
+    return OutputError(f"standard output cannot be written: {error.strerror}. {_OTHER_OUTPUT}")
+
+
+def _nowhere() -> Any:
+    return open(os.devnull, "w", encoding="utf-8")

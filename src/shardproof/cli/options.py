@@ -1,38 +1,30 @@
-"""What users write on the command line, made into values or into one clear error.
+"""The types of the options: click calls them to make a value of what a user wrote, or one error.
 
-Values are checked here and not by click, so that every message names the option and the value as
-written, the rule and the way out.
+Each error names the option and the value as it was written, the rule, and what to write instead.
 """
 
 import difflib
-from collections.abc import Sequence
-from typing import Any, TypeVar
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from shardproof import torchrun
+from shardproof.cli.output_file import OutputFile
 from shardproof.errors import UsageError
-from shardproof.leaves import DEFAULT_LEAVES, check_degree
+from shardproof.leaves import DEFAULT_LEAVES
 from shardproof.prover import DEFAULT_SEED
 from shardproof.quantities import LARGEST, LARGEST_SEED, read_whole
 from shardproof.wording import VALUE, shown, written
 
-HELP_OPTIONS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-Name = TypeVar("Name", bound=str)
+Command = TypeVar("Command", bound=Callable[..., Any])
+if TYPE_CHECKING:
+    _Type = click.ParamType[Any]
+else:  # older versions of click have no such parameter
+    _Type = click.ParamType
 
-leaves_option = click.option(
-    "--leaves",
-    metavar="N",
-    default=str(DEFAULT_LEAVES),
-    show_default=True,
-    help="Into how many parts sums are cut: the highest possible degree.",
-)
-seed_option = click.option(
-    "--seed",
-    metavar="N",
-    default=str(DEFAULT_SEED),
-    show_default=True,
-    help="Of all random numbers.",
-)
+HELP_OPTIONS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 def parse_whole(text: str, *, option: str, example: int) -> int:
@@ -49,11 +41,11 @@ def parse_whole(text: str, *, option: str, example: int) -> int:
     return number
 
 
-def positive(text: str, *, option: str, example: int, most: int = LARGEST) -> int:
+def positive(text: str, *, option: str, example: int) -> int:
     """The number that `text` is, 1 or more.
 
     Raises:
-        UsageError: it is not a whole number, not positive, or above `most`.
+        UsageError: it is not a whole number, not positive, or too large.
     """
     number = parse_whole(text, option=option, example=example)
     if number < 1:
@@ -61,60 +53,77 @@ def positive(text: str, *, option: str, example: int, most: int = LARGEST) -> in
             f"{option} {shown(number)} is not a positive number. "
             f"Use 1 or more, for instance {option} {example}."
         )
-    if number > most:
+    if number > LARGEST:
         raise UsageError(
             f"{option} {shown(number)} is out of range. "
-            f"Use 1 to {most}, for instance {option} {example}."
+            f"Use 1 to {LARGEST}, for instance {option} {example}."
         )
     return number
 
 
-def seed(text: str) -> int:
-    """The seed that `text` is.
+class PositiveNumber(_Type):
+    """A whole number, 1 or more.
 
-    Raises:
-        UsageError: it is not a whole number that fits a generator.
+    Args:
+        example: for messages.
     """
-    number = parse_whole(text, option="--seed", example=12345)
-    if not 0 <= number <= LARGEST_SEED:
-        raise UsageError(
-            f"--seed {shown(number)} is out of range. Use a number from 0 to {LARGEST_SEED}, "
-            f"for instance --seed 12345."
-        )
-    return number
+
+    name = "positive number"
+
+    def __init__(self, example: int) -> None:
+        self._example = example
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: Any) -> int:
+        """The number; a default is a number already."""
+        return positive(str(value), option=_name(param), example=self._example)
 
 
-def degrees(text: str, *, leaves: int) -> tuple[int, ...]:
-    """The degrees of a comma list, in rising order.
+class Seed(_Type):
+    """A whole number that a random generator takes as its seed."""
 
-    Raises:
-        UsageError: the list is empty, has something else than positive numbers, or has one twice.
-        DegreeError: a degree exceeds the leaves.
-    """
-    if not text.strip():
-        raise UsageError(
-            "--degrees is empty, and at least one degree is needed. "
-            "Use for instance --degrees 1,2,3,4."
-        )
-    found: list[int] = []
-    for part in text.split(","):
-        degree = _degree(part.strip(), text)
-        if degree in found:
+    name = "seed"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: Any) -> int:
+        """The number; a default is a number already."""
+        number = parse_whole(str(value), option=_name(param), example=DEFAULT_SEED)
+        if not 0 <= number <= LARGEST_SEED:
             raise UsageError(
-                f"--degrees {written(text, most=VALUE)}: degree {degree} is there twice. Name each "
-                "degree once."
+                f"--seed {shown(number)} is out of range. Use a number from 0 to {LARGEST_SEED}, "
+                f"for instance --seed {DEFAULT_SEED}."
             )
-        check_degree(degree, leaves)
-        found.append(degree)
-    return tuple(sorted(found))
+        return number
+
+
+class Degrees(_Type):
+    """Different positive numbers, separated by commas; the value has them in rising order."""
+
+    name = "degrees"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: Any) -> tuple[int, ...]:
+        """The degrees."""
+        if not value.strip():
+            raise UsageError(
+                "--degrees is empty, and at least one degree is needed. "
+                "Use for instance --degrees 1,2,3,4."
+            )
+        degrees: list[int] = []
+        for part in value.split(","):
+            degree = _degree(part.strip(), value)
+            if degree in degrees:
+                raise UsageError(
+                    f"--degrees {written(value, most=VALUE)}: degree {degree} is there twice. Name "
+                    "each degree once."
+                )
+            degrees.append(degree)
+        return tuple(sorted(degrees))
 
 
 def _degree(part: str, text: str) -> int:
     degree, start = read_whole(part), f"--degrees {written(text, most=VALUE)}"
     if degree is None:
-        said = shown(part) if part else "an empty place"
+        named = shown(part) if part else "an empty place"
         raise UsageError(
-            f"{start}: {said} is not a degree. Use whole numbers, 1 or more, "
+            f"{start}: {named} is not a degree. Use whole numbers, 1 or more, "
             f"separated by commas, for instance --degrees 1,2,3,4."
         )
     if degree < 1:
@@ -125,15 +134,87 @@ def _degree(part: str, text: str) -> int:
     return degree
 
 
-def one_of(text: str, known: Sequence[Name], *, option: str) -> Name:
-    """The known name that `text` is.
+class Name(_Type):
+    """One of some known names.
 
-    Raises:
-        UsageError: it is none; names the nearest.
+    Args:
+        known: the names.
     """
-    for name in known:
-        if name == text:
-            return name
-    near = difflib.get_close_matches(text[:VALUE], known, n=1)
-    guess = f"Did you mean {near[0]}? " if near else ""
-    raise UsageError(f"{option} {shown(text)} is unknown. {guess}Use one of: {', '.join(known)}.")
+
+    name = "name"
+
+    def __init__(self, known: Sequence[str]) -> None:
+        self._known = known
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: Any) -> str:
+        """The name. The error for an unknown name suggests the nearest."""
+        if value in self._known:
+            return str(value)
+        near = difflib.get_close_matches(value[:VALUE], self._known, n=1)
+        guess = f"Did you mean {near[0]}? " if near else ""
+        raise UsageError(
+            f"{_name(param)} {shown(value)} is unknown. {guess}"
+            f"Use one of: {', '.join(self._known)}."
+        )
+
+
+class OutputPath(_Type):
+    """A file to write, tried before any work; None on ranks of torchrun that write nothing."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: Any) -> OutputFile | None:
+        """The file."""
+        if torchrun.is_other_rank(os.environ):
+            return None
+        return OutputFile(value, option=_name(param))
+
+
+def _name(param: click.Parameter | None) -> str:
+    """How an option is written."""
+    return param.opts[0] if param is not None else "the option"
+
+
+def choice_option(name: str, known: Sequence[str], **rest: Any) -> Callable[[Command], Command]:
+    """A decorator for an option that takes one of some names."""
+    return click.option(name, type=Name(known), metavar="|".join(known), **rest)
+
+
+def number_option(
+    name: str, *, example: int, metavar: str = "N", **rest: Any
+) -> Callable[[Command], Command]:
+    """A decorator for an option that takes a positive number."""
+    return click.option(name, type=PositiveNumber(example), metavar=metavar, **rest)
+
+
+def json_option(what: str) -> Callable[[Command], Command]:
+    """A decorator for --json."""
+    return click.option(
+        "--json", "json_file", type=OutputPath(), metavar="FILE", help=f"Also write {what} to FILE."
+    )
+
+
+leaves_option = number_option(
+    "--leaves",
+    example=DEFAULT_LEAVES,
+    default=DEFAULT_LEAVES,
+    show_default=True,
+    help="Into how many parts sums are cut: the highest possible degree.",
+)
+seed_option = click.option(
+    "--seed",
+    type=Seed(),
+    metavar="N",
+    default=DEFAULT_SEED,
+    show_default=True,
+    help="Of all random numbers.",
+)
+
+
+def refuse_torchrun(command: str) -> None:
+    """Raise if torchrun started this process: the command starts its own ranks."""
+    if torchrun.read(os.environ) is not None:
+        raise UsageError(
+            f"shardproof {command} starts its own ranks and cannot run under torchrun. Run it "
+            "without."
+        )

@@ -1,54 +1,95 @@
-"""`shardproof plan`: how a model would be cut, and what a step of it would send."""
+"""`shardproof plan`: how a model would be cut, and what a step of it would send.
 
+The model comes from a directory with config.json, or from a function of a user's own module.
+"""
+
+import contextlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Mapping
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
 from click.core import ParameterSource
-from torch import nn
+from torch import Tensor, nn
 
-from shardproof.cli.json_file import JsonFile, is_same
-from shardproof.cli.options import HELP_OPTIONS, leaves_option, positive
+from shardproof.cli.options import (
+    HELP_OPTIONS,
+    OutputPath,
+    json_option,
+    leaves_option,
+    number_option,
+)
 from shardproof.cli.output import console
-from shardproof.cli.plan_given import read_given
-from shardproof.cli.plan_model import Asked, as_json, show_model
-from shardproof.cli.plan_watched import show_watched
+from shardproof.cli.output_file import OutputFile, check_different
+from shardproof.cli.plan_text import ModelStep, as_json, show_model, show_watched
 from shardproof.errors import PlanError, UsageError
-from shardproof.leaves import DEFAULT_LEAVES, check_degree
+from shardproof.hf.detection import is_transformers
+from shardproof.hf.skeleton import any_skeleton
+from shardproof.leaves import check_degree
 from shardproof.plans.by_example import plan_by_example
+from shardproof.plans.match import near_names
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.planning import as_error, attempt
 from shardproof.plans.planning import plan as make_plan
 from shardproof.plans.watched_plan import WatchedPlan
 from shardproof.scheme import Scheme
 from shardproof.showing.plan_page import plan_page
-from shardproof.wording import written
+from shardproof.wording import error_words, shown, written
 
 BATCH, LENGTH = 4, 128
+_WAY_OUT = (
+    "Name a directory with config.json, or MODULE:FUNCTION of a function without arguments that "
+    "returns (model, inputs), such as mymodel.py:build."
+)
 
 
 @click.command(context_settings=HELP_OPTIONS)
 @click.argument("model_dir")
-@click.option("--degree", metavar="D", required=True, help="How many ranks.")
+@number_option("--degree", metavar="D", required=True, example=2, help="How many ranks.")
 @leaves_option
-@click.option("--batch", metavar="B", default=str(BATCH), show_default=True, help="Rows of a step.")
-@click.option(
-    "--length", metavar="L", default=str(LENGTH), show_default=True, help="Tokens of a row."
+@number_option(
+    "--batch",
+    metavar="B",
+    default=BATCH,
+    example=BATCH,
+    show_default=True,
+    help="Rows of a step.",
+)
+@number_option(
+    "--length",
+    metavar="L",
+    default=LENGTH,
+    example=LENGTH,
+    show_default=True,
+    help="Tokens of a row.",
 )
 @click.option(
     "--watch", is_flag=True, help="Watch a forward also where the model's tp_plan serves."
 )
-@click.option("--html", "html_path", metavar="FILE", help="Also write a page that draws the plan.")
-@click.option("--json", "json_path", metavar="FILE", help="Also write the plan to FILE.")
+@click.option(
+    "--html",
+    "html_file",
+    type=OutputPath(),
+    metavar="FILE",
+    help="Also write a page that draws the plan.",
+)
+@json_option("the plan")
 def plan(
     *,
     model_dir: str,
-    degree: str,
-    leaves: str,
-    batch: str,
-    length: str,
+    degree: int,
+    leaves: int,
+    batch: int,
+    length: int,
     watch: bool,
-    html_path: str | None,
-    json_path: str | None,
+    html_file: OutputFile | None,
+    json_file: OutputFile | None,
 ) -> int:
     """Show how the model of MODEL_DIR would be cut: who owns what, and what a step would send.
 
@@ -60,64 +101,206 @@ def plan(
 
     Exit code 0, or 2 if the model cannot be cut so.
     """
-    ranks = positive(degree, option="--degree", example=2)
-    scheme = Scheme(leaves=positive(leaves, option="--leaves", example=DEFAULT_LEAVES))
-    rows = positive(batch, option="--batch", example=BATCH)
-    tokens = positive(length, option="--length", example=LENGTH)
-    check_degree(ranks, scheme.leaves)
-    if html_path is not None and json_path is not None and is_same(html_path, json_path):
-        raise UsageError(
-            f"--html and --json are both {written(html_path)}, and one would replace the other. "
-            "Name two files."
-        )
-    page = JsonFile(html_path, option="--html") if html_path is not None else None
-    target = JsonFile(json_path) if json_path is not None else None
-    model, inputs = read_given(model_dir)
+    scheme = Scheme(leaves=leaves)
+    check_degree(degree, leaves)
+    check_different(html_file, json_file)
+    model, inputs = read_model(model_dir)
     if inputs is not None and (_is_given("batch") or _is_given("length")):
         raise UsageError(
             f"--batch and --length set the size of an example that a config gives, and "
             f"{written(model_dir)} returns its own. Leave both out."
         )
-    made = _made(model, inputs, ranks, scheme, (rows, tokens), watch)
-    if page is not None:
-        page.write_text(plan_page(made, batch=rows, length=tokens, given=model_dir))
-    if isinstance(made, WatchedPlan):
-        if target is not None:
-            target.write({"directory": model_dir, **made.as_dict()})
-        show_watched(made, model_dir, console())
+    if inputs is not None:
+        model_plan: ModelPlan | WatchedPlan = make_plan(
+            model, degree=degree, inputs=inputs, scheme=scheme
+        )
+    else:
+        model_plan = _plan_of_config(model, degree, scheme, (batch, length), watch)
+    if html_file is not None:
+        page = plan_page(model_plan, batch=batch, length=length, source=model_dir)
+        html_file.write_text(page)
+    if isinstance(model_plan, WatchedPlan):
+        if json_file is not None:
+            json_file.write({"directory": model_dir, **model_plan.as_dict()})
+        show_watched(model_plan, model_dir, console())
         return 0
-    asked = Asked(model_dir, made, rows, tokens)
-    if target is not None:
-        target.write(as_json(asked))
-    show_model(asked, console())
+    step = ModelStep(model_dir, model_plan, batch, length)
+    if json_file is not None:
+        json_file.write(as_json(step))
+    show_model(step, console())
     return 0
 
 
 def _is_given(option: str) -> bool:
-    """Whether an option stands on the command line."""
+    """Whether the user wrote an option."""
     source = click.get_current_context().get_parameter_source(option)
     return source is not ParameterSource.DEFAULT
 
 
-def _made(
-    model: nn.Module,
-    inputs: Any,
-    degree: int,
-    scheme: Scheme,
-    step: tuple[int, int],
-    watch: bool,
+def _plan_of_config(
+    model: nn.Module, degree: int, scheme: Scheme, size: tuple[int, int], watch: bool
 ) -> ModelPlan | WatchedPlan:
-    """The plan: by the model's own, or by watching."""
-    if inputs is not None:
-        return make_plan(model, degree=degree, inputs=inputs, scheme=scheme)
+    """The plan by the model's own tp_plan, or by watching a forward of `size` rows and tokens."""
     why = ""
     if not watch:
-        found = attempt(model, None, degree=degree, scheme=scheme)
-        if not isinstance(found, str):
-            made, problems = found
+        attempted = attempt(model, None, degree=degree, scheme=scheme)
+        if not isinstance(attempted, str):
+            model_plan, problems = attempted
             if problems:
                 raise PlanError(as_error(model, problems))
-            return made
-        why = found
-    batch, length = step
+            return model_plan
+        why = attempted
+    batch, length = size
     return plan_by_example(model, degree=degree, scheme=scheme, why=why, batch=batch, length=length)
+
+
+def read_model(source: str) -> tuple[nn.Module, Any]:
+    """A model, and example inputs of its forward; None if its config gives the example.
+
+    Args:
+        source: a directory with config.json, or MODULE:FUNCTION: a file or a name of a module, and
+            a function in it that returns (model, inputs). No other module is imported than this
+            one and those that it imports.
+
+    Raises:
+        UsageError: there is no such directory, module or function; the module or the function
+            raises; or what it returns is no model with inputs.
+    """
+    where, colon, function = source.rpartition(":")
+    if not colon or Path(source).is_dir():
+        if source.endswith(".py") and not Path(source).is_dir():
+            raise UsageError(
+                f"{written(source)} is a file of Python, without a function. {_WAY_OUT}"
+            )
+        return any_skeleton(source), None
+    if not where or not function.isidentifier():
+        raise UsageError(f"{written(source)} names no function in a module. {_WAY_OUT}")
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the plan
+        module = _imported(where)
+        result = _called(module, where, function)
+    return _model_and_inputs(result, f"{written(where)}:{function}")
+
+
+def _imported(where: str) -> ModuleType:
+    """Import a module, from a file or by name; it can import files beside it, like a script."""
+    is_file = where.endswith(".py") or os.sep in where
+    path = Path(where)
+    if is_file and not path.is_file():
+        raise UsageError(f"there is no file {written(where)}. {_WAY_OUT}")
+    folder = str(path.resolve().parent) if is_file else os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        return _loaded(*(_spec_of_file(path) if is_file else _spec_of_module(where)))
+    except (Exception, SystemExit) as error:  # whatever a module of a user raises
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and not is_file and f"{where}.".startswith(f"{missing}."):
+            raise UsageError(
+                f"there is no module {written(missing)} here or among those that are installed. "
+                f"{_WAY_OUT}"
+            ) from None
+        raise UsageError(
+            f"{written(where)} cannot be imported: {error_words(error)}. Correct it: "
+            f"python {where if is_file else f'-m {where}'} shows where."
+        ) from error
+
+
+def _spec_of_file(path: Path) -> tuple[str, ModuleSpec]:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None:
+        raise ImportError(f"Python reads no module from {path.name}")
+    return path.stem, spec
+
+
+def _spec_of_module(name: str) -> tuple[str, ModuleSpec]:
+    spec = importlib.util.find_spec(name)  # imports the packages that it is in
+    if spec is None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    return name, spec
+
+
+def _loaded(name: str, spec: ModuleSpec) -> ModuleType:
+    """The module, loaded as by an import statement."""
+    before = sys.modules.get(name)
+    if before is not None and before.__spec__ is spec:
+        return before
+    if spec.loader is None:
+        raise ImportError(f"{name} is a folder of modules")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses and pickle look
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        if before is not None:  # a file may have the name of another module
+            sys.modules[name] = before
+    return module
+
+
+def _called(module: ModuleType, where: str, name: str) -> Any:
+    """Call the function. Returns its result."""
+    function = getattr(module, name, None)
+    if function is None:
+        functions = [each for each, value in vars(module).items() if inspect.isfunction(value)]
+        raise UsageError(
+            f"{written(where)} has no function {shown(name)}; near names: "
+            f"{near_names(name, functions)}. {_WAY_OUT}"
+        )
+    if not callable(function):
+        raise UsageError(f"{written(where)}:{name} is {shown(function)}, no function. {_WAY_OUT}")
+    wanted = _wanted(function)
+    if wanted:
+        raise UsageError(
+            f"{written(where)}:{name} wants arguments ({', '.join(wanted)}), and is called without "
+            "any. Write a function without arguments that calls it."
+        )
+    try:
+        return function()
+    except (Exception, SystemExit) as error:  # whatever a function of a user raises
+        line = _line_of(error, where)
+        raise UsageError(
+            f"{written(where)}:{name} raised {error_words(error)}{line}. Correct it; it is called "
+            "without arguments, and returns (model, inputs)."
+        ) from error
+
+
+def _wanted(function: Any) -> list[str]:
+    """The names of arguments without a default."""
+    try:
+        takes = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of C code, which does not say
+        return []
+    many = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [each.name for each in takes if each.default is each.empty and each.kind not in many]
+
+
+def _line_of(error: BaseException, where: str) -> str:
+    """The line of the user's file that raised the error, in words."""
+    trace, line = error.__traceback__, 0
+    while trace is not None:
+        if Path(trace.tb_frame.f_code.co_filename).name == Path(where).name:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f" in line {line}" if line else ""
+
+
+def _model_and_inputs(result: Any, who: str) -> tuple[nn.Module, Any]:
+    """Check that a function returned a model with inputs."""
+    if isinstance(result, nn.Module) and is_transformers(result):
+        return result, None  # its config gives an example
+    if isinstance(result, nn.Module):
+        raise UsageError(
+            f"{who} returns a {type(result).__name__} without inputs, and one forward of it is "
+            "watched. Return (model, inputs), the inputs as a tuple, a dict by name, or a tensor."
+        )
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], nn.Module):
+        raise UsageError(
+            f"{who} returns {shown(result)}. Return (model, inputs): a module of torch, and what "
+            "its forward takes as a tuple, a dict by name, or a tensor."
+        )
+    model, inputs = result
+    if not isinstance(inputs, tuple | list | Mapping | Tensor):
+        raise UsageError(
+            f"{who} returns inputs {shown(inputs)}. Return what forward takes as a tuple, a dict "
+            "by name, or a tensor."
+        )
+    return model, inputs

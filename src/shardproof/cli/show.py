@@ -1,26 +1,28 @@
 """`shardproof show`: one training step, matrix by matrix, in the terminal or as a page."""
 
-import os
-
 import click
 
-from shardproof import cases as known
-from shardproof import extras
-from shardproof.cli import torchrun
-from shardproof.cli.json_file import JsonFile, is_same
-from shardproof.cli.options import HELP_OPTIONS, leaves_option, one_of, positive, seed_option
-from shardproof.cli.options import seed as parse_seed
+from shardproof.cli.cases import find_installed
+from shardproof.cli.options import (
+    HELP_OPTIONS,
+    OutputPath,
+    choice_option,
+    json_option,
+    leaves_option,
+    number_option,
+    refuse_torchrun,
+    seed_option,
+)
 from shardproof.cli.output import console
+from shardproof.cli.output_file import OutputFile, check_different
 from shardproof.errors import UsageError
 from shardproof.hf.skeleton import require_transformers
-from shardproof.leaves import DEFAULT_LEAVES, check_degree
+from shardproof.leaves import check_degree
 from shardproof.ranks import ENGINES
 from shardproof.scheme import Scheme
-from shardproof.showing.case_step import case_work
-from shardproof.showing.model_step import model_work
 from shardproof.showing.page import page_of
-from shardproof.showing.run import Work, traced
-from shardproof.showing.story import MOST_SCENES, Story, story_of
+from shardproof.showing.scenes import MOST_SCENES, view_of
+from shardproof.showing.step_runs import StepFunction, case_work, model_work, traced
 from shardproof.showing.terminal import lines_of
 from shardproof.wording import written
 
@@ -34,23 +36,27 @@ NARROWEST = 40  # columns that the drawing needs
     metavar="DIR",
     help="Show this model of transformers: a directory with config.json, with weights or without.",
 )
-@click.option("--degree", metavar="D", default="2", show_default=True, help="How many ranks.")
+@number_option(
+    "--degree", metavar="D", example=2, default=2, show_default=True, help="How many ranks."
+)
 @click.option("--values", is_flag=True, help="Print the numbers of the matrices, too.")
-@click.option("--html", "html_path", metavar="FILE", help="Also write a page that plays the step.")
-@click.option("--json", "json_path", metavar="FILE", help="Also write the steps to FILE.")
 @click.option(
-    "--engine",
-    metavar="|".join(ENGINES),
-    default=ENGINES[0],
-    show_default=True,
-    help="What the ranks are.",
+    "--html",
+    "html_file",
+    type=OutputPath(),
+    metavar="FILE",
+    help="Also write a page that plays the step.",
+)
+@json_option("the steps")
+@choice_option(
+    "--engine", ENGINES, default=ENGINES[0], show_default=True, help="What the ranks are."
 )
 @leaves_option
 @seed_option
-@click.option(
+@number_option(
     "--scenes",
-    metavar="N",
-    default=str(MOST_SCENES),
+    example=MOST_SCENES,
+    default=MOST_SCENES,
     show_default=True,
     help="How many steps are shown at most; what is left out is said.",
 )
@@ -58,14 +64,14 @@ def show(
     *,
     case_name: str | None,
     model: str | None,
-    degree: str,
+    degree: int,
     values: bool,
-    html_path: str | None,
-    json_path: str | None,
+    html_file: OutputFile | None,
+    json_file: OutputFile | None,
     engine: str,
-    leaves: str,
-    seed: str,
-    scenes: str,
+    leaves: int,
+    seed: int,
+    scenes: int,
 ) -> int:
     """Show one training step on ranks: who holds what, who sends what, in which order.
 
@@ -75,40 +81,29 @@ def show(
 
     Exit code 0, or 2 if there is an error, which says what to do.
     """
-    if torchrun.read(os.environ) is not None:
-        raise UsageError(
-            "shardproof show starts its own ranks and cannot run under torchrun. Run it without."
-        )
-    ranks = positive(degree, option="--degree", example=2)
-    scheme = Scheme(
-        leaves=positive(leaves, option="--leaves", example=DEFAULT_LEAVES), seed=parse_seed(seed)
-    )
-    check_degree(ranks, scheme.leaves)
-    most = positive(scenes, option="--scenes", example=MOST_SCENES)
-    kind = one_of(engine, ENGINES, option="--engine")
-    if html_path is not None and json_path is not None and is_same(html_path, json_path):
-        raise UsageError(
-            f"--html and --json are both {written(html_path)}, and one would replace the other. "
-            "Name two files."
-        )
-    page = None if html_path is None else JsonFile(html_path, option="--html")
-    target = None if json_path is None else JsonFile(json_path)
-    has_values = values or page is not None or target is not None
+    refuse_torchrun("show")
+    scheme = Scheme(leaves=leaves, seed=seed)
+    check_degree(degree, leaves)
+    check_different(html_file, json_file)
+    has_values = values or html_file is not None or json_file is not None
     work, title, about = _work(case_name, model, scheme, has_values=has_values)
-    found = traced(work, degree=ranks, engine=kind, values=has_values)
-    story = story_of(found.trace, title=f"{title} at degree {ranks}", about=about, most_scenes=most)
-    if page is not None:
-        page.write_text(page_of(story))
-    if target is not None:
-        target.write(story.as_dict())
-    _print(story, values)
+    trace = traced(work, degree=degree, engine=engine, values=has_values).trace
+    title = f"{title} at degree {degree}"
+    view = view_of(trace, title=title, about=about, most_scenes=scenes)
+    if html_file is not None:
+        html_file.write_text(page_of(view))
+    if json_file is not None:
+        json_file.write(view.as_dict())
+    out = console()
+    for line in lines_of(view, values=values, width=max(out.width, NARROWEST)):
+        out.whole_line(line)
     return 0
 
 
 def _work(
     case_name: str | None, model: str | None, scheme: Scheme, *, has_values: bool
-) -> tuple[Work, str, tuple[str, ...]]:
-    """What is run, what it is called, and what is said about it.
+) -> tuple[StepFunction, str, tuple[str, ...]]:
+    """The function to run, the title, and sentences about the step.
 
     Raises:
         UsageError: neither a case nor a model was named, or both; or it cannot be run.
@@ -122,14 +117,6 @@ def _work(
     if model is not None:
         require_transformers(f"--model {written(model)}")
         return model_work(model, scheme=scheme, values=has_values)
-    case = known.find_case(case_name or "")
-    if not case.is_installed:
-        raise UsageError(f"--case {case.name} {extras.is_wanted(case.extra)}")
+    case = find_installed(case_name or "")
     about = (f"The first training step of the case: {case.description}.",)
     return case_work(case, scheme=scheme, seed=scheme.seed), f"case {case.name}", about
-
-
-def _print(story: Story, values: bool) -> None:
-    out = console()
-    for line in lines_of(story, values=values, width=max(out.width, NARROWEST)):
-        out.print(line, soft_wrap=True)

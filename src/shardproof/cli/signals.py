@@ -1,9 +1,9 @@
 """SIGTERM, SIGHUP and SIGINT end a command in order: its ranks, its folders, its exit code.
 
-The signal is an exception in the main thread, so that whatever was opened is closed. Where the
-main thread does not get that far, because it waits in C, another thread does what is done at the
-end of every process, and ends this one. A signal that was ignored on purpose (SIGHUP under nohup)
-stays so.
+A signal raises an exception in the main thread, so that ranks are ended, folders are removed, and
+the exit code says which signal came. If the main thread waits in C and does not get that far,
+another thread runs the exit functions and ends the process. A signal that was ignored before
+(SIGHUP under nohup) stays ignored.
 """
 
 import atexit
@@ -24,7 +24,7 @@ class Ended(SystemExit):
 
 
 class Ending:
-    """What is known about the end that a signal asked for.
+    """The signal handler, and the exit code that a signal asks for.
 
     Attributes:
         code: for the exit of the process; 0 if no signal came.
@@ -45,7 +45,7 @@ class Ending:
 
 @contextmanager
 def ending_in_order() -> Iterator[Ending]:
-    """Inside, signals end the process in order. In other threads than the main one: nothing new."""
+    """Inside, signals end the process in order. Outside of the main thread it does nothing."""
     ending = Ending()
     if threading.current_thread() is not threading.main_thread():
         yield ending
@@ -71,7 +71,7 @@ def ending_in_order() -> Iterator[Ending]:
 
 @contextmanager
 def _watched(numbers: list[signal.Signals]) -> Iterator[None]:
-    """Inside, one of the signals ends the process after a while, whatever the main thread does."""
+    """Inside, a signal ends the process after a while even if the main thread is stuck."""
     heard, written = os.pipe()
     os.set_blocking(written, False)
     is_over = threading.Event()
@@ -89,9 +89,9 @@ def _watched(numbers: list[signal.Signals]) -> Iterator[None]:
 
 
 def _watch(heard: int, numbers: set[signal.Signals], is_over: threading.Event) -> None:
-    while found := os.read(heard, 1):
-        if found[0] in numbers and not is_over.wait(_PATIENCE):
+    while numbers_read := os.read(heard, 1):
+        if numbers_read[0] in numbers and not is_over.wait(_PATIENCE):
             try:
                 atexit._run_exitfuncs()  # folders of tempfile, processes of ranks
             finally:
-                os._exit(128 + found[0])
+                os._exit(128 + numbers_read[0])

@@ -39,14 +39,14 @@ class Edit:
     @property
     def plain(self) -> types.FunctionType:
         """The function itself, without decorators."""
-        found = inspect.unwrap(self.function)
-        if not isinstance(found, types.FunctionType):
-            raise UsageError(f"{found!r} is no plain function, and its lines cannot be changed.")
-        return found
+        function = inspect.unwrap(self.function)
+        if not isinstance(function, types.FunctionType):
+            raise UsageError(f"{function!r} is no plain function, and its lines cannot be changed.")
+        return function
 
     @property
     def file(self) -> str:
-        """Its file, from the folder of the package on; of a function elsewhere, the whole path."""
+        """The path of its file, relative to the package if the file is in it."""
         path = Path(self.plain.__code__.co_filename)
         inside = path.is_relative_to(PACKAGE.parent)
         return (path.relative_to(PACKAGE.parent) if inside else path).as_posix()
@@ -78,23 +78,23 @@ class Edit:
         return _find(module, function.__name__)
 
     def _place(self, lines: Sequence[str]) -> int:
-        """At which of the function's lines the right ones begin."""
+        """The index of the first right line among the lines of the function."""
         wanted = self.right.splitlines()
-        found = [
+        places = [
             start
             for start in range(len(lines) - len(wanted) + 1)
             if textwrap.dedent("".join(lines[start : start + len(wanted)])).splitlines() == wanted
         ]
-        if len(found) == 1:
-            return found[0]
+        if len(places) == 1:
+            return places[0]
         raise UsageError(
             f"{self.file}, {self.plain.__qualname__}: the lines of a mistake stand there "
-            f"{len(found)} times, and must once: {self.right!r}. Bring the mistake up to date."
+            f"{len(places)} times, and must once: {self.right!r}. Bring the mistake up to date."
         )
 
 
 def _find(code: types.CodeType, name: str) -> types.CodeType:
-    """The code of the function of a name, in the code of what it is defined in."""
+    """The code of a named function, found in the code that defines it."""
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             return constant if constant.co_name == name else _find(constant, name)
@@ -103,7 +103,7 @@ def _find(code: types.CodeType, name: str) -> types.CodeType:
 
 @contextmanager
 def planted(edits: Sequence[Edit]) -> Iterator[None]:
-    """Inside, the functions run with the wrong lines.
+    """Run the functions with the wrong lines inside the block.
 
     Args:
         edits: of several functions, one each.

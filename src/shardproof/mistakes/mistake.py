@@ -1,4 +1,4 @@
-"""What a mistake is: the lines that were changed, where that is run, and what must come of it."""
+"""A mistake: the lines that are changed, the training that runs them, and the expected finding."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardproof.mistakes.edit import Edit, planted
-from shardproof.prover.case import Case, Trial
+from shardproof.prover.case import Case, CaseRun
 
 BITS, TORCH, MEMORY = "bits", "torch", "memory"
 
@@ -23,10 +23,10 @@ class SetUp:
 
     name: str
     description: str
-    work: Callable[[int], Callable[[Trial], None]]
+    work: Callable[[int], Callable[[CaseRun], None]]
 
     def case(self, steps: int = 1) -> Case:
-        """What the prover is given."""
+        """The case for the prover."""
         return Case(self.name, self.description, self.work(steps))
 
 
@@ -80,11 +80,11 @@ class Mistake:
     stops: bool = False
 
     def planted(self) -> AbstractContextManager[None]:
-        """Inside, the whole process makes the mistake; ranks must be threads."""
+        """Plant the mistake in this process inside the block; ranks must be threads."""
         return planted([self.edit])
 
     def as_dict(self) -> Mapping[str, Any]:
-        """What is known before anything runs, as plain data."""
+        """The description of the mistake, as plain data."""
         return {
             "name": self.name,
             "title": self.title,

@@ -3,7 +3,7 @@
 from shardproof import schedule
 from shardproof.functional import linear
 from shardproof.layers.base import ShardedModule
-from shardproof.mistakes import setups
+from shardproof.mistakes import trainings
 from shardproof.mistakes.edit import Edit
 from shardproof.mistakes.mistake import Finding, Mistake
 
@@ -19,7 +19,7 @@ OF_SUMS = (
             "else:\n    y = comm.all_reduce(F.linear(rows, weight, bias), site.axis, "
             'direction="forward")\nreturn y',
         ),
-        setups.BLOCK,
+        trainings.BLOCK,
         "Every rank of a row-parallel layer has the whole bias. If each rank adds it to its own "
         "part of the product, the sum over the ranks has the bias once per rank. With one rank "
         "nothing is wrong. Add the bias after the sum.",
@@ -30,7 +30,7 @@ OF_SUMS = (
         "row-sum-becomes-mean",
         "The parts of a row-parallel product are averaged and not summed.",
         Edit(linear._row, _ROW_SUM, f"{_ROW_SUM} / site.axis.size"),
-        setups.BLOCK,
+        trainings.BLOCK,
         "Each rank of a row-parallel layer has a summand of the output. The output is their sum. "
         "An average is what data parallelism makes of gradients. Here it makes the product too "
         "small by the degree.",
@@ -44,7 +44,7 @@ OF_SUMS = (
             'started = site.start_sum(grad_rows, weight, "backward")',
             "started = comm.Sum(grad_rows @ weight)",
         ),
-        setups.BLOCK,
+        trainings.BLOCK,
         "Each rank of a column-parallel layer uses the whole input for its own columns of the "
         "output. So what it finds as the gradient of the input comes from these columns alone: it "
         "is Partial. Without the all-reduce (the backward of Megatron's f), all layers before "
@@ -60,7 +60,7 @@ OF_SUMS = (
             "grad_x = started.wait()",
             'grad_x = comm.all_reduce(started.wait(), site.axis, direction="backward")',
         ),
-        setups.BLOCK,
+        trainings.BLOCK,
         "After the first all-reduce the gradient is Replicate: every rank has all of it. A second "
         "one adds equal tensors and makes the gradient too large by the degree. This happens where "
         "both the layer and an operation before it sum. All ranks agree on the wrong numbers.",
@@ -75,7 +75,7 @@ OF_SUMS = (
             'grad_rows = comm.all_reduce(grad_rows, site.axis, direction="backward")\n'
             'grad_x = _product_columns(site, grad_rows, weight, "grad_x") if needs_x else None',
         ),
-        setups.BLOCK,
+        trainings.BLOCK,
         "The output of a row-parallel layer is a sum, and each rank's part enters it with the "
         "factor 1. So every part has the whole gradient of the output, which each rank has "
         "already. The backward of this all-reduce (Megatron's g) is the identity. Another "
@@ -93,7 +93,7 @@ OF_SUMS = (
             '    site.bias_gradient(grad_rows, is_cut=False), site.axis, direction="backward"\n'
             "),",
         ),
-        setups.BLOCK,
+        trainings.BLOCK,
         "Every rank computes the whole gradient of the bias, from the same gradient of the output. "
         "Whoever sums all gradients over all ranks, as data parallelism does, counts it once per "
         "rank. The bias learns too fast, and the loss still falls.",
@@ -107,7 +107,7 @@ OF_SUMS = (
             "grad_weight = site.weight_gradient(grad_rows, as_rows(x)) if needs_weight else None",
             "grad_weight = site.weight_gradient(grad_rows, as_rows(x)) / site.axis.size",
         ),
-        setups.BLOCK,
+        trainings.BLOCK,
         "Data parallelism averages over ranks that read different batches. The ranks of tensor "
         "parallelism read the same batch, and each has the whole gradient of its shard. Dividing "
         "by their number makes the weight learn too slowly, and the loss still falls.",
@@ -121,7 +121,7 @@ OF_SUMS = (
             "grad_x = site.reduce_scatter(grad_rows, weight, site.input_cut)",
             "grad_x = (grad_rows @ weight)[:, list(site.input_cut.owned(site.axis.rank))]",
         ),
-        setups.TWO_LAYERS,
+        trainings.TWO_LAYERS,
         "After an all-gather every rank has the whole input, and uses it for its own columns "
         "alone. So the gradient that a rank has of it is Partial: it has the right shape, and is "
         "one of the summands. Cutting a piece out of it loses what the other ranks have. It must "
@@ -137,7 +137,7 @@ OF_SUMS = (
             "grad_rows = comm.reduce_scatter(\n"
             '    grad_rows, site.axis, dim=1, cut=site.cut, direction="backward"\n)',
         ),
-        setups.COLUMN,
+        trainings.COLUMN,
         "All ranks compute the same loss from the gathered output, so that each has the whole "
         "gradient of it. A rank only has to take the columns that it owns. reduce_scatter adds the "
         "same gradient once per rank, and makes it too large by the degree.",
@@ -146,8 +146,8 @@ OF_SUMS = (
     Mistake(
         "sum-thrown-away",
         "A contiguous copy is summed, and the tensor that was not summed is returned.",
-        Edit(setups.reduce, "return y", "return y if x.is_contiguous() else x"),
-        setups.BY_HAND,
+        Edit(trainings.reduce, "return y", "return y if x.is_contiguous() else x"),
+        trainings.BY_HAND,
         "A collective that works in place writes into the memory that it is given. For a tensor "
         "that is not contiguous, x.contiguous() is a copy: the sum is written into the copy, and x "
         "is as before. For a contiguous tensor it is no copy, so that most programs never show it.",
@@ -162,7 +162,7 @@ OF_SUMS = (
             "return Cut(size, self.scheme.leaves, self.axis.size)",
             "return Cut(size, self.axis.size, self.axis.size)",
         ),
-        setups.BLOCK,
+        trainings.BLOCK,
         "(a + b) + c and a + (b + c) are different floating-point numbers. Here the degree decides "
         "where the sum is cut, so that each degree has other last bits. No number is wrong by more "
         "than rounding, and no tolerance finds it. But from now on every real fault can hide as "
@@ -179,7 +179,7 @@ OF_SUMS = (
             "program = [0, *itertools.chain(*((part, -1) for part in range(1, len(numbers))))]",
             caches=(schedule.tree_order, schedule.tree_plan),
         ),
-        setups.BLOCK,
+        trainings.BLOCK,
         "A ring, or a loop over the ranks, adds what comes first to what comes next. At degree 2 "
         "the two halves of the tree are the two ranks' own sums, so that the order is the tree's. "
         "At degree 3 it is another order, with other last bits.",

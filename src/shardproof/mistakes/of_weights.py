@@ -2,7 +2,7 @@
 
 from shardproof.functional import linear
 from shardproof.layers.linear import ColumnParallelLinear
-from shardproof.mistakes import setups, words
+from shardproof.mistakes import language_model, trainings
 from shardproof.mistakes.edit import Edit
 from shardproof.mistakes.mistake import MEMORY, TORCH, Finding, Mistake
 from shardproof.plans import initialize
@@ -18,7 +18,7 @@ OF_WEIGHTS = (
             _COPY,
             "shard.copy_(whole.t().narrow(layout.dim, held.start, len(held)))",
         ),
-        setups.SQUARE,
+        trainings.SQUARE,
         "Papers write y = x W with W of shape (in, out), and cut its columns, which is dim 1. "
         "PyTorch stores the transpose, (out, in), so that the same cut is along dim 0. Whoever "
         "mixes the two gets an error, unless the weight is square: then every shape fits. Every "
@@ -33,7 +33,7 @@ OF_WEIGHTS = (
             _COPY,
             "shard.copy_(whole[self.axis.rank :: self.axis.size])",
         ),
-        setups.COLUMN,
+        trainings.COLUMN,
         "Rank 0 has the rows 0, 2, 4, ... and the layout says that it has 0, 1, 2, ... All shapes "
         "fit, and every row is there once. The outputs come in another order, and whatever reads "
         "them by their place reads the wrong ones. Interleaved query, key and value weights are "
@@ -46,7 +46,7 @@ OF_WEIGHTS = (
         Edit(
             ColumnParallelLinear._take, _COPY, "shard.copy_(whole.narrow(layout.dim, 0, len(held)))"
         ),
-        setups.COLUMN,
+        trainings.COLUMN,
         "The offset of the rank is missing. All shards have the same shape, so that nothing "
         "complains. Half of the weight is there twice, and the other half is nowhere.",
         Finding("weight (initial)"),
@@ -56,11 +56,11 @@ OF_WEIGHTS = (
         "fused-weight-cut-in-one-piece",
         "A matrix that has gate and up below each other is cut as if it were one weight.",
         Edit(
-            setups.rows_of_fused,
+            trainings.rows_of_fused,
             "return torch.cat([gate[own], up[own]])",
             "return fused[2 * own.start : 2 * own.stop]",
         ),
-        setups.GATED,
+        trainings.GATED,
         "A fused matrix has the rows of the gate, and below them the rows of up. Each of the two "
         "must be cut by itself. Cut in one piece, rank 0 of two gets all of the gate and takes the "
         "half of it for up. The same happens to query, key and value in one matrix.",
@@ -75,7 +75,7 @@ OF_WEIGHTS = (
             "for leaf, shape, pieces in layout.held_leaves():",
             "for leaf, (_, shape, pieces) in enumerate(layout.held_leaves()):",
         ),
-        words.WORDS,
+        language_model.WORDS,
         "Every rank counts its leaves from 0, and so it draws what rank 0 draws, as it does with "
         "the same torch.manual_seed on every rank. The shards of a "
         "weight are then twins: the layer has as many different features as one shard. It trains, "
@@ -88,11 +88,11 @@ OF_WEIGHTS = (
         "replicated-weight-drawn-by-rank",
         "A weight that all ranks hold is drawn from a seed that depends on the rank.",
         Edit(
-            setups.build_block,
+            trainings.build_block,
             "front = linear(IN, IN, seed=1)",
             "front = linear(IN, IN, seed=1 + rank_of(trial))",
         ),
-        setups.BLOCK,
+        trainings.BLOCK,
         "A Replicate tensor must be the same on every rank. With torch.manual_seed(rank), which is "
         "right for shards that must differ, the ranks have different layers in front, and each "
         "cut layer is given different inputs. The loss is that of no model.",
@@ -112,7 +112,7 @@ OF_WEIGHTS = (
             'whole = comm.all_gather(weight, site.axis, dim=0, cut=site.cut, direction="forward")\n'
             "y = site.product(rows, whole[site.owned], bias)",
         ),
-        setups.COLUMN,
+        trainings.COLUMN,
         "Every number is right, and nothing is gained: each rank needs as much memory as without "
         "tensor parallelism, and sends the weight at every step. Only the largest buffer that a "
         "rank allocated shows it.",

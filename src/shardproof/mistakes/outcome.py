@@ -1,4 +1,4 @@
-"""What came of one mistake: the prover's report of it, and the losses beside the right ones."""
+"""The effects of one mistake: the report of the prover, and the losses beside the right ones."""
 
 import functools
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from shardproof.axis import Axis
 from shardproof.errors import ShardproofError
 from shardproof.leaves import Layout
 from shardproof.mistakes.mistake import BITS, MEMORY, Finding, Mistake, SetUp
-from shardproof.prover.case import Recording, Trial
-from shardproof.prover.casereport import CaseReport, TensorReport
+from shardproof.prover.case import CaseRun, RecordOptions
+from shardproof.prover.case_report import CaseReport, TensorReport
 from shardproof.prover.proof import DEFAULT_SEED, prove_cases
 from shardproof.prover.report import Report
 from shardproof.ranks import launch
@@ -22,7 +22,7 @@ STEPS = 16  # of a loss curve
 
 @dataclass(frozen=True)
 class Outcome:
-    """One mistake, made.
+    """The effects of one mistake.
 
     Attributes:
         mistake: which.
@@ -101,7 +101,7 @@ def amount(number: float) -> str:
 
 
 def is_found(report: Report, finding: Finding, *, in_full: bool = True) -> bool:
-    """True if a report says what is to be found.
+    """True if a report has the finding.
 
     Args:
         report: of one case.
@@ -130,7 +130,7 @@ def is_found(report: Report, finding: Finding, *, in_full: bool = True) -> bool:
 
 
 def make(mistake: Mistake, degrees: Sequence[int] = (), *, steps: int = STEPS) -> Outcome:
-    """Make a mistake, on ranks that are threads of this process; nothing else may run meanwhile.
+    """Run a mistake on ranks that are threads; nothing else may run in this process meanwhile.
 
     Args:
         mistake: which.
@@ -140,24 +140,24 @@ def make(mistake: Mistake, degrees: Sequence[int] = (), *, steps: int = STEPS) -
         What came of it, at these degrees; also at degree 1 if they are one higher degree and the
         mistake shows in bits that differ between degrees.
     """
-    given = tuple(degrees) or mistake.degrees
+    at_degrees = tuple(degrees) or mistake.degrees
     finding = mistake.finding
-    if len(given) == 1 and given[0] > 1 and finding.what == BITS and finding.degrees:
-        given = (1, *given)
+    if len(at_degrees) == 1 and at_degrees[0] > 1 and finding.what == BITS and finding.degrees:
+        at_degrees = (1, *at_degrees)
     right = _right(mistake.setup, steps)
     report, error, stopped = None, "", ""
     wrong: tuple[float, ...] = ()
     with mistake.planted():
         try:
-            report = prove_cases([mistake.setup.case()], degrees=given)
-            wrong = losses(mistake.setup, given[-1], steps)
+            report = prove_cases([mistake.setup.case()], degrees=at_degrees)
+            wrong = losses(mistake.setup, at_degrees[-1], steps)
         except ShardproofError as raised:
             error = _sentence(raised)
         try:
-            losses(mistake.setup, given[-1], 1, compare_inputs=True)
+            losses(mistake.setup, at_degrees[-1], 1, compare_inputs=True)
         except ShardproofError as raised:
             stopped = _sentence(raised)
-    return Outcome(mistake, given, report, error, right, wrong, stopped)
+    return Outcome(mistake, at_degrees, report, error, right, wrong, stopped)
 
 
 def losses(
@@ -173,7 +173,7 @@ def losses(
     """
 
     def work(axis: Axis) -> tuple[float, ...]:
-        trial = Trial(axis=axis, scheme=Scheme(), seed=DEFAULT_SEED, recorder=_Nobody())
+        trial = CaseRun(axis=axis, scheme=Scheme(), seed=DEFAULT_SEED, recorder=_Nobody())
         setup.work(steps)(trial)
         return tuple(trial.curves[""])
 
@@ -191,9 +191,9 @@ def _sentence(error: ShardproofError) -> str:
 
 
 class _Nobody:
-    """Takes no tensor."""
+    """A recorder that keeps nothing."""
 
-    def record(self, name: str, tensor: Tensor, layout: Layout, how: Recording) -> None:
+    def record(self, name: str, tensor: Tensor, layout: Layout, how: RecordOptions) -> None:
         """Nothing."""
 
     def set_aside(self, name: str, tensor: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""The loss of every training of a report, drawn for every degree. matplotlib is an optional extra.
+"""Draws the losses of every training of a report, at every degree, with matplotlib (an extra).
 
-The curves of all degrees are the same to the last bit, so a picture of them shows one line. They
-are drawn from wide to narrow, so that all of them can be seen.
+The curves of all degrees have the same bits and coincide. They are drawn from wide to narrow, so
+all of them can be seen.
 """
 
 import importlib.util
@@ -21,13 +21,8 @@ COLOURS = (
 
 
 def is_installed() -> bool:
-    """True if matplotlib is here."""
+    """True if matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
-
-
-def has_curves(report: Data) -> bool:
-    """True if a case of a report followed its loss."""
-    return any(case["curves"] for case in report["cases"])
 
 
 def draw(report: Data, path: Path) -> None:
@@ -35,7 +30,7 @@ def draw(report: Data, path: Path) -> None:
 
     Args:
         report: as `Report.as_dict` has it, with a curve at least.
-        path: whose suffix says in which format.
+        path: its suffix gives the format.
     """
     from matplotlib.figure import Figure  # noqa: PLC0415 - an optional extra
 
@@ -56,12 +51,12 @@ def caption(report: Data) -> str:
     if differing:
         return f"the degrees have different losses in {', '.join(differing)}"
     many = any(len(curves) > 1 for _, curves in _panels(report))
-    told = "the curves of all degrees have the same bits and coincide" if many else "one degree"
-    return f"{told} ({report['numerics']}, {report['engine']}, seed {report['seed']})"
+    what = "the curves of all degrees have the same bits and coincide" if many else "one degree"
+    return f"{what} ({report['numerics']}, {report['engine']}, seed {report['seed']})"
 
 
 def _panels(report: Data) -> Iterator[tuple[str, dict[str, tuple[float | None, ...]]]]:
-    """Of every training its name, and degree -> losses."""
+    """For every training its name, and degree -> losses."""
     for case in report["cases"]:
         for run, by_degree in case["curves"].items():
             title = f"{case['name']}, {run}" if run else case["name"]
@@ -69,7 +64,7 @@ def _panels(report: Data) -> Iterator[tuple[str, dict[str, tuple[float | None, .
 
 
 def _fill(axes: Any, title: str, curves: Mapping[str, Sequence[float | None]]) -> None:
-    """One panel; the first degree widest, so that the others lie on it; no number is a gap."""
+    """Fill one panel; the first degree is widest; NaN and Inf are gaps."""
     widths = _widths(len(curves))
     for place, (degree, losses) in enumerate(curves.items()):
         axes.plot(

@@ -1,8 +1,8 @@
 """SHA-256 of a full tensor's bytes in row-major order, however the tensor is cut.
 
-A sharded tensor is gathered to rank 0 in blocks of rows, and no block is larger than a rank's
-share: the full tensor is hashed without ever being in one place. The hash at any degree is the
-one that `hashlib` gives for the bytes of the full tensor.
+A sharded tensor is gathered to rank 0 in blocks of rows, none of them larger than a rank's share,
+so the full tensor is never in one place. The hash at any degree is the one that `hashlib` gives
+for the bytes of the full tensor. Only small tensors, which are to be shown, are gathered whole.
 """
 
 import hashlib
@@ -48,33 +48,34 @@ def hash_tensor(tensor: Tensor, layout: Layout, axis: Axis, *, who: str) -> str 
 
 
 def hash_copies(tensor: Tensor, layout: Layout) -> dict[str, str]:
-    """Name -> SHA-256 of what this rank holds of it, where a rank may hold what another one owns.
+    """SHA-256 of every leaf or unit of a tensor that several ranks may hold.
 
     Args:
         tensor: layout.local_shape.
         layout: how it lies on this rank.
     Returns:
-        Of leaves or shared units; empty where every rank holds what it owns.
+        Name of the leaf or unit -> hash of this rank's copy; empty if no rank holds a copy of what
+        another rank owns.
     Comm:
         none.
     """
-    found = {}
+    hashes = {}
     for name, places in layout.copies():
         hasher = hashlib.sha256()
         _feed(hasher, take(tensor.detach(), layout.dim or 0, places))
-        found[name] = hasher.hexdigest()
-    return found
+        hashes[name] = hasher.hexdigest()
+    return hashes
 
 
 def owned_part(tensor: Tensor, layout: Layout) -> Tensor:
-    """What a rank owns of what it holds: a view, or a copy of its runs."""
+    """The part of a rank's tensor that the rank owns: a view, or a copy of its ranges."""
     if layout.dim is None or not layout.other_places:
         return tensor
     return take(tensor, layout.dim, layout.owned_places)
 
 
 def _feed_shards(hasher: "_Hash", part: Tensor, layout: Layout, axis: Axis, *, who: str) -> None:
-    """Feed the full tensor on rank 0, block by block; the others send."""
+    """Feed the full tensor to rank 0's hasher, block by block; the other ranks send."""
     dim = layout.dim or 0
     outer, inner = math.prod(layout.shape[:dim]), math.prod(layout.shape[dim + 1 :])
     owned = [layout.of(rank).owned_runs for rank in range(axis.size)]
@@ -98,13 +99,13 @@ def _feed_shards(hasher: "_Hash", part: Tensor, layout: Layout, axis: Axis, *, w
 
 
 def _within(runs: Sequence[range], window: range) -> list[range]:
-    """What of some runs lies in a window, counted from its start."""
+    """The parts of some ranges inside a window, counted from the start of the window."""
     cut = [range(max(run.start, window.start), min(run.stop, window.stop)) for run in runs]
     return [range(each.start - window.start, each.stop - window.start) for each in cut if each]
 
 
 def _positions(runs: Sequence[range], window: range) -> list[range]:
-    """Where what of some runs lies in a window is found in the runs, one behind the other."""
+    """Positions of the parts inside a window, counted along the ranges laid end to end."""
     before = sum(max(0, min(run.stop, window.start) - run.start) for run in runs)
     length = sum(map(len, _within(runs, window)))
     return [range(before, before + length)]
@@ -125,3 +126,29 @@ def _feed(hasher: "_Hash", tensor: Tensor) -> None:
     for start in range(0, len(table), rows):
         flat = table[start : start + rows].cpu().reshape(-1).contiguous()
         hasher.update(flat.view(torch.uint8).numpy().data)
+
+
+def gather_whole(tensor: Tensor, layout: Layout, axis: Axis, *, who: str) -> Tensor | None:
+    """Gather a small tensor to rank 0.
+
+    Args:
+        tensor: layout.local_shape, Shard(layout.dim) or Replicate.
+        layout: how it lies on this rank.
+        axis: whose ranks hold it; all of them call this.
+        who: what it is, for messages.
+    Returns:
+        layout.shape on rank 0; None on the others if it is sharded.
+    Comm:
+        gathers to rank 0 in direction "prover" if it is sharded.
+    """
+    part = owned_part(tensor.detach(), layout)
+    if layout.cut is None or layout.dim is None or axis.size == 1:
+        return part.clone()
+    layouts = [layout.of(rank) for rank in range(axis.size)]
+    shapes = [each.owned_shape for each in layouts]
+    sizes = [math.prod(shape) for shape in shapes]
+    full = _gather(part.reshape(-1), sizes, axis, who=who)
+    if full is None:
+        return None
+    pieces = [each.view(shape) for each, shape in zip(full.split(sizes), shapes, strict=True)]
+    return join(pieces, layout.dim, [each.owned_runs for each in layouts])

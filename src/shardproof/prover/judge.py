@@ -1,25 +1,35 @@
-"""From what the ranks of all degrees brought home to the report of one case."""
+"""Judges one case: from the results of the ranks of all degrees to its report."""
 
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from shardproof.errors import MismatchError
-from shardproof.prover.case import Case, Check
-from shardproof.prover.casereport import (
+from shardproof.prover.case import NOTEBOOK_DEGREE, Case, Check
+from shardproof.prover.case_report import (
     Agreement,
     CaseReport,
     CutReport,
     Errors,
     MemoryReport,
+    Numbers,
+    ShownValues,
     TensorReport,
 )
-from shardproof.prover.compare import Figures, combine, tolerance
-from shardproof.prover.rounding import Rounding, StepFigures, combine_steps, rounding
-from shardproof.prover.runs import Counts, RankResult, Recorded
-from shardproof.prover.values import shown
+from shardproof.prover.compare import (
+    Figures,
+    StepFigures,
+    combine,
+    combine_steps,
+    rounding,
+    tolerance,
+)
+from shardproof.prover.recording import Counts, KeptValues, RankResult, Recorded
+from shardproof.scheme import Scheme
 
 Results = Mapping[int, Sequence[RankResult]]  # degree -> every rank's result
 
@@ -32,7 +42,7 @@ def judge_case(
     activation_bytes: int,
     allows_nonfinite: bool = False,
 ) -> CaseReport:
-    """Compare degrees with each other and with plain torch.
+    """Compare the degrees with each other and with plain torch.
 
     Args:
         case: what was run.
@@ -82,19 +92,23 @@ def _by_name(case: Case, ranks: Sequence[RankResult]) -> dict[str, list[Recorded
 def _judge_tensor(
     case: Case, name: str, tables: Mapping[int, Mapping[str, list[Recorded]]], is_known: bool
 ) -> TensorReport:
-    seen = {degree: table[name] for degree, table in tables.items() if name in table}
-    findings = [f"not recorded at degree {degree}" for degree in tables if degree not in seen]
-    findings += _replicas_that_differ(seen) + _copies_that_differ(seen)
-    sha256 = {str(degree): ranks[0].sha256 or "" for degree, ranks in seen.items()}
+    recorded = {degree: table[name] for degree, table in tables.items() if name in table}
+    findings = [f"not recorded at degree {degree}" for degree in tables if degree not in recorded]
+    findings += _different_replicas(recorded) + _different_copies(recorded)
+    sha256 = {str(degree): ranks[0].sha256 or "" for degree, ranks in recorded.items()}
     identical = not findings and len(set(sha256.values())) == 1
-    first = next(iter(seen.values()))[0] if seen else Recorded(name, (), "", True, "", True, None)
+    first = (
+        next(iter(recorded.values()))[0]
+        if recorded
+        else Recorded(name, (), "", True, "", True, None)
+    )
     if first.is_judged and not is_known:
         findings.append("not recorded by plain torch")
-    misfits = _misfits(seen)
+    misfits = _misfits(recorded)
     findings += misfits
-    is_measured = first.is_judged and is_known and bool(seen) and not misfits
-    figures = [_figures(ranks) for ranks in seen.values()] if is_measured else []
-    steps = [each for ranks in seen.values() if (each := _steps(ranks))] if is_measured else []
+    is_measured = first.is_judged and is_known and bool(recorded) and not misfits
+    figures = [_figures(ranks) for ranks in recorded.values()] if is_measured else []
+    steps = [each for ranks in recorded.values() if (each := _steps(ranks))] if is_measured else []
     agreement = _agreement(figures, first.dtype) if figures else None
     return TensorReport(
         name,
@@ -107,16 +121,20 @@ def _judge_tensor(
         _errors(figures) if figures else None,
         all(f.elementwise for f in figures) if name in case.elementwise else None,
         tuple(findings),
-        _rounding(figures, steps, first) if figures else None,
-        _nonfinite(seen),
-        shown({degree: [tensor.kept for tensor in ranks] for degree, ranks in seen.items()}),
+        rounding(figures, steps, getattr(torch, first.dtype), math.prod(first.shape))
+        if figures
+        else None,
+        _nonfinite(recorded),
+        _shown_values(
+            {degree: [tensor.kept for tensor in ranks] for degree, ranks in recorded.items()}
+        ),
     )
 
 
-def _replicas_that_differ(seen: Mapping[int, Sequence[Recorded]]) -> list[str]:
-    """What to say of ranks that hold different copies of one replicated tensor."""
-    found = []
-    for degree, ranks in seen.items():
+def _different_replicas(recorded: Mapping[int, Sequence[Recorded]]) -> list[str]:
+    """Sentences on ranks whose copy of a replicated tensor differs from rank 0's."""
+    sentences = []
+    for degree, ranks in recorded.items():
         other = [
             str(rank)
             for rank, tensor in enumerate(ranks)
@@ -124,29 +142,29 @@ def _replicas_that_differ(seen: Mapping[int, Sequence[Recorded]]) -> list[str]:
         ]
         if other:
             which = f"rank {other[0]} has" if len(other) == 1 else f"ranks {', '.join(other)} have"
-            found.append(f"replicas differ at degree {degree}: {which} not what rank 0 has")
-    return found
+            sentences.append(f"replicas differ at degree {degree}: {which} not what rank 0 has")
+    return sentences
 
 
-def _copies_that_differ(seen: Mapping[int, Sequence[Recorded]]) -> list[str]:
-    """What to say of ranks that hold another rank's leaf as it is not."""
-    found = []
-    for degree, ranks in seen.items():
-        first: dict[str, tuple[int, str]] = {}  # the owner comes before all others that hold it
+def _different_copies(recorded: Mapping[int, Sequence[Recorded]]) -> list[str]:
+    """Sentences on ranks whose copy of another rank's leaf differs from the owner's."""
+    sentences = []
+    for degree, ranks in recorded.items():
+        first: dict[str, tuple[int, str]] = {}  # the owner is the first rank that holds it
         for rank, tensor in enumerate(ranks):
             for name, sha in tensor.copies.items():
                 owner, owned = first.setdefault(name, (rank, sha))
                 if sha != owned:
-                    found.append(
+                    sentences.append(
                         f"copies differ at degree {degree}: rank {rank} holds {name} not as "
                         f"rank {owner} has it"
                     )
-    return found
+    return sentences
 
 
-def _misfits(seen: Mapping[int, Sequence[Recorded]]) -> list[str]:
-    """How shape or dtype differ from plain torch's, for the first degree at which they do."""
-    for degree, ranks in seen.items():
+def _misfits(recorded: Mapping[int, Sequence[Recorded]]) -> list[str]:
+    """How shape or dtype differ from plain torch's, at the first degree at which they do."""
+    for degree, ranks in recorded.items():
         if ranks[0].misfit:
             return [f"at degree {degree} {ranks[0].misfit}"]
     return []
@@ -162,26 +180,20 @@ def _steps(ranks: Sequence[Recorded]) -> StepFigures | None:
     return combine_steps(steps) if steps else None
 
 
-def _rounding(
-    figures: Sequence[Figures], steps: Sequence[StepFigures], tensor: Recorded
-) -> Rounding:
-    return rounding(figures, steps, getattr(torch, tensor.dtype), math.prod(tensor.shape))
+def _nonfinite(recorded: Mapping[int, Sequence[Recorded]]) -> dict[str, int]:
+    """Degree, "torch" or "fp64" -> number of elements that are not finite, if any are.
 
-
-def _nonfinite(seen: Mapping[int, Sequence[Recorded]]) -> dict[str, int]:
-    """Degree, "torch" or "fp64" -> how many numbers are not finite there, where any are.
-
-    Ranks share a cut tensor; of a replicated one the copy that has most counts.
+    Of a cut tensor the counts of all ranks are added; of a replicated one the largest counts.
     """
-    found: dict[str, int] = {}
-    for degree, ranks in seen.items():
+    counts: dict[str, int] = {}
+    for degree, ranks in recorded.items():
         join = max if ranks[0].is_replicated else sum
         for where in ("ours", "torch", "fp64"):
             key = str(degree) if where == "ours" else where
             count = join([tensor.nonfinite.get(where, 0) for tensor in ranks])
             if count:
-                found[key] = max(count, found.get(key, 0))
-    return found
+                counts[key] = max(count, counts.get(key, 0))
+    return counts
 
 
 def _agreement(figures: Sequence[Figures], dtype: str) -> Agreement:
@@ -200,7 +212,7 @@ def _agreement(figures: Sequence[Figures], dtype: str) -> Agreement:
 
 
 def _errors(figures: Sequence[Figures]) -> Errors:
-    """The worst of all degrees; no number counts as worse than any."""
+    """The worst of all degrees; None, if any of them has no number."""
     ours, torch_errors = zip(*(part.errors() for part in figures), strict=True)
     return Errors(
         None if None in ours else max(ours), None if None in torch_errors else max(torch_errors)
@@ -213,7 +225,7 @@ def _memory(result: RankResult, activation_bytes: int) -> MemoryReport:
 
 
 def _counts(ranks: Sequence[RankResult]) -> Counts:
-    """Calls and messages are the same on all ranks; of the bytes sent, the largest is shown."""
+    """Calls and message bytes are the same on all ranks; sent bytes are the largest of a rank."""
     counts: Counts = {}
     for direction, kinds in ranks[0].counts.items():
         counts[direction] = {}
@@ -226,7 +238,7 @@ def _counts(ranks: Sequence[RankResult]) -> Counts:
 
 
 def _cut(ranks: Sequence[RankResult]) -> CutReport:
-    """What the ranks shared: the largest rank's bytes, forward and backward."""
+    """How much the ranks shared: bytes of the rank that sent most, forward and backward."""
     return CutReport(
         max(rank.num_cut_parameters for rank in ranks), max(_sent_bytes(rank) for rank in ranks)
     )
@@ -241,20 +253,21 @@ def _sent_bytes(rank: RankResult) -> int:
 
 
 def _checks(results: Results) -> tuple[Check, ...]:
-    """One entry per claim: it holds if it holds on every rank of every degree that claims it."""
+    """One check per claim; it passes if it does on every rank of every degree that claims it."""
     claims: dict[str, list[tuple[int, Check]]] = {}
     for degree, ranks in results.items():
         for rank in ranks:
             for check in rank.checks:
                 claims.setdefault(check.name, []).append((degree, check))
-    return tuple(_join(name, made) for name, made in claims.items())
+    return tuple(join_checks(name, each) for name, each in claims.items())
 
 
 def accuracy_checks(case: Case, tensors: Sequence[TensorReport]) -> Iterator[Check]:
-    """One claim, where the case makes it: ours is as close to fp64 as plain torch's fp32 is.
+    """The check that ours is as close to fp64 as plain torch's fp32, if the case claims that.
 
-    Of fp32 tensors that come from products alone; an update divides by what may be nearly zero. An
-    error of one unit in the last place is none: of a single number, one side may be lucky.
+    It covers output, loss and gradients in fp32. Updated weights are left out: an update may divide
+    by nearly zero. An error of one unit in the last place counts as none, since a single number may
+    be exact on one side by chance.
     """
     if not case.accuracy:
         return
@@ -282,14 +295,14 @@ def accuracy_checks(case: Case, tensors: Sequence[TensorReport]) -> Iterator[Che
 
 
 def _times(ours: float | None, plain: float | None, *, least: float) -> float:
-    """How many times further ours is; infinite where there is no number."""
+    """How many times further from fp64 ours is; infinite where there is no number."""
     if ours is None or plain is None:
         return 0.0 if ours == plain else math.inf
     return ours / max(plain, least)
 
 
 def _curves(results: Results) -> dict[str, dict[str, tuple[float, ...]]]:
-    """Run -> degree -> losses; the ranks of one degree hold the same, or the proof says so."""
+    """Training -> degree -> losses, of rank 0; the proof compares the loss of all ranks."""
     curves: dict[str, dict[str, tuple[float, ...]]] = {}
     for degree, ranks in results.items():
         for run, losses in ranks[0].curves.items():
@@ -297,20 +310,20 @@ def _curves(results: Results) -> dict[str, dict[str, tuple[float, ...]]]:
     return curves
 
 
-def _join(name: str, made: Sequence[tuple[int, Check]]) -> Check:
-    """One claim, with the first failure's detail, or the detail that all have."""
-    failed = [(degree, check) for degree, check in made if not check.passed]
+def join_checks(name: str, checks: Sequence[tuple[int, Check]]) -> Check:
+    """One check from those of all degrees and ranks, with the first failure's detail if any."""
+    failed = [(degree, check) for degree, check in checks if not check.passed]
     if failed:
         degree, check = failed[0]
         return Check(name, False, f"at degree {degree}: {check.detail}")
-    details = _in_order([[check.detail for _, check in made]])
-    degrees = _in_order([[str(degree) for degree, _ in made]])
+    details = _in_order([[check.detail for _, check in checks]])
+    degrees = _in_order([[str(degree) for degree, _ in checks]])
     at = f"degree{'s' if len(degrees) > 1 else ''} {', '.join(degrees)}"
     return Check(name, True, f"{'; '.join(details)} ({at})")
 
 
 def _merged(lists: Sequence[Sequence[str]]) -> list[str]:
-    """Every name once, in execution order; one that the first lists lack, after its forerunner."""
+    """Every name once, in execution order; a new name comes after the one before it in its list."""
     names: list[str] = []
     for others in lists:
         place = 0
@@ -324,3 +337,57 @@ def _merged(lists: Sequence[Sequence[str]]) -> list[str]:
 def _in_order(lists: Iterable[Sequence[str]]) -> list[str]:
     """Every item once, in the order in which they first appear."""
     return list(dict.fromkeys(item for items in lists for item in items))
+
+
+def agreed_contract(
+    results: Mapping[str, Mapping[int, Sequence[RankResult]]],
+) -> tuple[Scheme, str]:
+    """The scheme and contract that all ranks of all degrees of all cases have in common.
+
+    Args:
+        results: case -> degree -> every rank's result; not empty.
+
+    Raises:
+        MismatchError: two ranks ran under different ones, which alone may change the bits.
+    """
+    places = [
+        (f"rank {result.rank} of {degree} in case {case!r}", result)
+        for case, by_degree in results.items()
+        for degree, ranks in by_degree.items()
+        for result in ranks
+    ]
+    first_place, first = places[0]
+    for place, result in places:
+        if (result.scheme, result.contract) != (first.scheme, first.contract):
+            what, one, other = "contract", first.contract, result.contract
+            if one == other:
+                what, one, other = "scheme", str(first.scheme), str(result.scheme)
+            raise MismatchError(
+                f"{first_place} ran under the {what} {one!r}, {place} under {other!r}, and bits "
+                f"are compared under one alone. Give all ranks the same number of threads, and "
+                f"models of another dtype, device or scheme a report of their own."
+            )
+    return first.scheme, first.contract
+
+
+def _shown_values(kept: Mapping[int, Sequence[KeptValues | None]]) -> ShownValues | None:
+    """What a report shows of one tensor; None if it shows no values.
+
+    The values are those of degree 2, which the notebooks simulate, or of the lowest degree.
+    """
+    by_degree = {degree: [each for each in ranks if each] for degree, ranks in kept.items()}
+    by_degree = {degree: ranks for degree, ranks in by_degree.items() if ranks}
+    if not by_degree:
+        return None
+    degree = NOTEBOOK_DEGREE if NOTEBOOK_DEGREE in by_degree else next(iter(by_degree))
+    first = by_degree[degree][0]
+    held = {str(degree): tuple(each.shape for each in ranks) for degree, ranks in by_degree.items()}
+    return ShownValues(held, _numbers(first.ours), _numbers(first.torch), degree)
+
+
+def _numbers(tensor: Tensor | None) -> Numbers | None:
+    return None if tensor is None else _as_tuples(tensor.cpu().tolist())
+
+
+def _as_tuples(tree: Any) -> Any:
+    return tuple(map(_as_tuples, tree)) if isinstance(tree, list) else tree

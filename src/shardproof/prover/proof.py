@@ -1,72 +1,68 @@
-"""Runs cases at several degrees and reports: what `shardproof prove` and `sp.prove` call."""
+"""Runs cases in plain torch and at several degrees, and reports: what `shardproof prove` calls.
 
-import copy
+The ranks are started here (`prove_cases`) or by torchrun (`prove_under_torchrun`). Under torchrun
+the degree is torchrun's, and degree 1 runs on rank 0 alone. After any work of a single rank all
+ranks exchange how it went, so all of them raise or none does. There is no such exchange inside a
+case: a rank that raises there leaves the others in a collective, and torchrun ends them when that
+rank exits.
+"""
+
 import functools
+import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import Tensor, nn
+import torch
 
 from shardproof.axis import Axis
-from shardproof.errors import RankError, ShapeError
-from shardproof.objects import checked_model
-from shardproof.prover.case import Case, Trial
-from shardproof.prover.casereport import CaseReport
-from shardproof.prover.contract import agreed_contract, threads_of_ranks
-from shardproof.prover.given import (
-    check_cases,
-    check_function,
-    checked_batch,
-    checked_degrees,
+from shardproof.error_text import text_of
+from shardproof.errors import RankError, ShapeError, UsageError
+from shardproof.leaves import check_degree, checked_degree
+from shardproof.numerics import mode
+from shardproof.prover.case import Case
+from shardproof.prover.case_report import CaseReport
+from shardproof.prover.fault_location import RankSearch, locate, search_on_rank
+from shardproof.prover.judge import agreed_contract, judge_case
+from shardproof.prover.recording import (
+    PLAIN,
+    RankResult,
+    ReferenceReader,
+    run_on_rank,
+    run_references,
 )
-from shardproof.prover.judge import judge_case
-from shardproof.prover.reference import Reference
 from shardproof.prover.report import Report
-from shardproof.prover.runs import RankResult, run_on_rank, run_references
-from shardproof.prover.training import Batch, Training
-from shardproof.prover.update import MakeOptimizer, make_optimizer
-from shardproof.prover.where import Found, locate, look
-from shardproof.quantities import checked_flag, checked_name, checked_whole
 from shardproof.ranks import open_ranks
-from shardproof.scheme import Scheme
+from shardproof.scheme import Scheme, checked_scheme
+from shardproof.torchrun import host_of
+from shardproof.transport.base import Call
+from shardproof.wording import shown
 
 DEGREES = (1, 2, 3, 8)
-DEFAULT_SEED = 12345  # the seed of the seed documents
+MOST_DEGREES = 1000
+DEFAULT_SEED = 12345  # that of the teaching notebook on the gathered MLP
 
-GivenBatch = tuple[Tensor | tuple[Tensor, ...], Tensor]  # inputs, target
-Progress = Callable[[int, int, str], None]  # (done, total, what comes next)
+T = TypeVar("T")
+Progress = Callable[[int, int, str], None]  # (runs done, all runs, what comes next)
 Results = dict[str, dict[int, list[RankResult]]]  # case -> degree -> every rank's result
-References = dict[str, Reference]  # case -> where its plain torch runs lie
+References = dict[str, Path]  # case -> directory of its plain torch runs
 
 
 @dataclass(frozen=True)
-class Carrier:
-    """How the ranks of the highest degree exchanged their bytes.
-
-    Attributes:
-        transport: its name.
-        note: why processes did not share memory; empty if there is nothing to say.
-    """
-
-    transport: str
-    note: str
-
-
-@dataclass(frozen=True)
-class Proof:
+class ProofSettings:
     """What all runs of one proof have in common.
 
     Attributes:
-        cases: what is run; each name once.
+        cases: to run; each name once.
         scheme: leaves and numerics; None: those of the layers.
-        seed: of everything the cases draw; None: the scheme's.
+        seed: random seed of everything that the cases draw; None: the scheme's.
         skipped: cases left out, for the report: name and extra.
         allow_nonfinite: NaN and Inf are no fault.
-        few: numbers of tensors with at most so many are in the report; 0: of none.
+        few: the report shows the values of tensors with at most so many; 0: of none.
     """
 
     cases: Sequence[Case]
@@ -76,13 +72,14 @@ class Proof:
     allow_nonfinite: bool = False
     few: int = 0
 
-    def make_references(self, folder: Path, tell: "Teller") -> References:
-        """Run every case in plain torch, and leave the tensors in a folder."""
+    def make_references(self, folder: Path, progress: "ProgressCounter") -> References:
+        """Run every case in plain torch, and write the tensors to a folder."""
         references = {}
         for index, case in enumerate(self.cases):
-            tell(f"{case.name}, plain torch")
-            references[case.name] = run_references(
-                case, scheme=self.scheme, seed=self.seed, directory=folder / str(index)
+            progress(f"{case.name}, plain torch")
+            references[case.name] = folder / str(index)
+            run_references(
+                case, scheme=self.scheme, seed=self.seed, directory=references[case.name]
             )
         return references
 
@@ -93,13 +90,13 @@ class Proof:
             case=case,
             scheme=self.scheme,
             seed=self.seed,
-            reference=references[case.name],
+            directory=references[case.name],
             few=self.few,
         )
 
     def judge(self, results: Results, references: References) -> tuple[CaseReport, ...]:
-        """Judge every case while its references still lie in their files."""
-        plain = {name: reference.plain() for name, reference in references.items()}
+        """Judge every case; its references must still be in their files."""
+        plain = {name: ReferenceReader(folder / PLAIN) for name, folder in references.items()}
         return tuple(
             judge_case(
                 case,
@@ -111,81 +108,20 @@ class Proof:
             for case in self.cases
         )
 
-    def all_located(
-        self, judged: Sequence[CaseReport], results: Results, engine: str, options: dict[str, Any]
-    ) -> tuple[CaseReport, ...]:
-        """The reports, with the places of faults."""
-        return tuple(
-            self.located(case, report, results[case.name], engine, options)
-            for case, report in zip(self.cases, judged, strict=True)
-        )
+    def report(self, judged: Sequence[CaseReport], results: Results, **ranks: Any) -> Report:
+        """The report of all cases.
 
-    def located(
-        self,
-        case: Case,
-        report: CaseReport,
-        results: dict[int, list[RankResult]],
-        engine: str,
-        options: dict[str, Any],
-    ) -> CaseReport:
-        """The report, with the place of a fault in a model whose code meets cut tensors."""
-        has_cut_tensors = any(rank.has_cut_tensors for ranks in results.values() for rank in ranks)
-        if not has_cut_tensors or (report.identical and report.agrees_with_torch):
-            return report
-
-        difference = report.first_difference() or {}
-        run = self._looking(case, engine, options)
-        return replace(report, where=locate(run, difference["degrees"], report.degrees))
-
-    def _looking(
-        self, case: Case, engine: str, options: dict[str, Any]
-    ) -> Callable[[int, bool], Sequence[Found]]:
-        """Runs a case once more at a degree, checked or not; in plain torch at degree 0."""
-        given: dict[str, Any] = {"case": case, "scheme": self.scheme, "seed": self.seed}
-
-        def run(degree: int, is_checked: bool) -> Sequence[Found]:
-            if not degree:
-                return [look(None, **given, is_checked=False)]
-            with open_ranks(degree, engine, **options) as ranks:
-                return ranks.run(functools.partial(look, **given, is_checked=is_checked))
-
-        return run
-
-    @contextmanager
-    def noting(
-        self, case: Case, degree: int, engine: str, options: dict[str, Any]
-    ) -> Iterator[None]:
-        """Add to what a rank raises the operation on cut tensors that is to blame, if one is."""
-        try:
-            yield
-        except (RankError, ShapeError) as error:
-            found = self._looking(case, engine, options)(degree, True)
-            where = next((each.where for each in found if each.where is not None), None)
-            if where is not None and where.operation:
-                error.add_note(f"{where}")
-            raise
-
-    def report(
-        self,
-        judged: tuple[CaseReport, ...],
-        results: Results,
-        *,
-        degrees: tuple[int, ...],
-        engine: str,
-        carrier: Carrier,
-    ) -> Report:
-        """What came of it all.
+        Args:
+            judged: one report for each case.
+            results: of all ranks.
+            ranks: the fields of `Report` on degrees, engine and transport.
 
         Raises:
             MismatchError: ranks, degrees or cases ran under different contracts.
         """
         scheme, contract = agreed_contract(results)
         return Report(
-            cases=judged,
-            degrees=degrees,
-            engine=engine,
-            transport=carrier.transport,
-            transport_note=carrier.note,
+            cases=tuple(judged),
             numerics=scheme.numerics,
             leaves=scheme.leaves,
             seed=scheme.seed if self.seed is None else self.seed,
@@ -194,7 +130,62 @@ class Proof:
             audits_creation=all(
                 getattr(case.work, "measures_creation", True) for case in self.cases
             ),
+            **ranks,
         )
+
+
+@dataclass(frozen=True)
+class FaultSearch:
+    """Finds where a case goes wrong, on ranks of its own.
+
+    Attributes:
+        settings: of the proof.
+        engine: what the ranks are.
+        options: how the ranks are opened.
+    """
+
+    settings: ProofSettings
+    engine: str
+    options: Mapping[str, Any]
+
+    def add_location(
+        self, case: Case, report: CaseReport, results: Mapping[int, Sequence[RankResult]]
+    ) -> CaseReport:
+        """The report with the place of its fault, if the model's code receives cut tensors."""
+        has_cut_tensors = any(rank.has_cut_tensors for ranks in results.values() for rank in ranks)
+        if not has_cut_tensors or (report.identical and report.agrees_with_torch):
+            return report
+        difference = report.first_difference() or {}
+        where = locate(self._runner(case), difference["degrees"], report.degrees)
+        return replace(report, where=where)
+
+    @contextmanager
+    def adding_note(self, case: Case, degree: int) -> Iterator[None]:
+        """Add to an error of the block the operation on cut tensors that caused it, if any."""
+        try:
+            yield
+        except (RankError, ShapeError) as error:
+            searches = self._runner(case)(degree, True)
+            where = next((each.where for each in searches if each.where is not None), None)
+            if where is not None and where.operation:
+                error.add_note(f"{where}")
+            raise
+
+    def _runner(self, case: Case) -> Callable[[int, bool], Sequence[RankSearch]]:
+        """A function that runs the case again at a degree, checked or not; 0 is plain torch."""
+        common: dict[str, Any] = {
+            "case": case,
+            "scheme": self.settings.scheme,
+            "seed": self.settings.seed,
+        }
+
+        def run(degree: int, is_checked: bool) -> Sequence[RankSearch]:
+            if not degree:
+                return [search_on_rank(None, **common, is_checked=False)]
+            with open_ranks(degree, self.engine, **self.options) as ranks:
+                return ranks.run(functools.partial(search_on_rank, **common, is_checked=is_checked))
+
+        return run
 
 
 def prove_cases(
@@ -217,17 +208,17 @@ def prove_cases(
         cases: what to run; each name once.
         degrees: how many ranks; each is run once, lowest first.
         engine: what the ranks are: "threads" or "processes".
-        threads: intra-op threads of each rank; by default this process's are shared out.
+        threads: intra-op threads of each rank; by default the ranks share this process's.
         transport: what carries bytes between the ranks, as in `launch`.
-        scheme: leaves and numerics; None: those of the layers, which must be alike.
-        seed: of everything the cases draw; None: the scheme's.
+        scheme: leaves and numerics; None: those of the layers, which must be the same.
+        seed: random seed of everything that the cases draw; None: the scheme's.
         progress: called before each run, and once at the end.
         skipped: cases left out, for the report: name and extra.
         allow_nonfinite: whether a tensor with NaN or Inf may be proved.
-        few: show the numbers of tensors with at most so many in the report.
+        few: the report shows the values of tensors with at most so many.
 
     Raises:
-        DegreeError: a degree that the leaves cannot serve.
+        DegreeError: the leaves cannot serve a degree.
         UsageError: no case or no degree, a name twice, an extra that is not installed, or a layer
             with another scheme.
         MismatchError: ranks, degrees or cases ran under different contracts.
@@ -236,143 +227,241 @@ def prove_cases(
     degrees = checked_degrees(degrees, scheme)
     check_cases(cases)
     threads = threads_of_ranks(threads, degrees)
-    proof = Proof(cases, scheme, seed, skipped, allow_nonfinite, few)
-    tell = Teller(progress, total=len(cases) * (1 + len(degrees)))
-    results: Results = {case.name: {} for case in cases}
-    common = _of_ranks(threads=threads, transport=transport)
-    carrier = Carrier("solo", "")
-    with tempfile.TemporaryDirectory(prefix="shardproof-") as folder:
-        references = proof.make_references(Path(folder), tell)
-        for degree in degrees:
-            with open_ranks(degree, engine, **common) as ranks:
-                carrier = Carrier(ranks.transport, ranks.transport_note)
-                for case in cases:
-                    tell(f"{case.name}, degree {degree}")
-                    with proof.noting(case, degree, engine, common):
-                        results[case.name][degree] = ranks.run(proof.work(case, references))
-        judged = proof.judge(results, references)
-    judged = proof.all_located(judged, results, engine, common)
-    tell("done")
-    return proof.report(judged, results, degrees=degrees, engine=engine, carrier=carrier)
+    settings = ProofSettings(cases, scheme, seed, skipped, allow_nonfinite, few)
+    count = ProgressCounter(progress, total=len(cases) * (1 + len(degrees)))
+    # Inputs that differ between ranks are no error here: the report names the tensors that do.
+    options = {
+        "threads": threads,
+        "transport": transport,
+        "compare_inputs": False,
+    }
+    search = FaultSearch(settings, engine, options)
+    judged, results, used = _run_degrees(search, degrees, count)
+    count("done")
+    return settings.report(judged, results, degrees=degrees, engine=engine, **used)
 
 
-def _of_ranks(**options: Any) -> dict[str, Any]:
-    """How ranks are opened: inputs that differ are no error, the report names what does."""
-    return {**options, "compare_inputs": False}
-
-
-def prove(
-    build: Callable[[Axis | None], nn.Module],
-    loss_fn: Callable[[Any, Tensor], Tensor],
-    batch: GivenBatch,
-    *,
-    degrees: Sequence[int] = DEGREES,
-    optimizer: MakeOptimizer | None = None,
-    steps: int = 1,
-    engine: str = "threads",
-    threads: int | None = None,
-    transport: str = "auto",
-    scheme: Scheme | None = None,
-    name: str = "model",
-    audit_creation: bool = True,
-    allow_nonfinite: bool = False,
-) -> Report:
-    """Prove that a model gives the same bits at every degree, and those of plain torch closely.
-
-    Args:
-        build: `build(axis)` makes the model of one rank, `build(None)` the plain torch module,
-            with the same parameter names and numbers. Draw from a generator of your own.
-        loss_fn: of `module(*inputs)`, which must be a tensor, and the target.
-        batch: inputs (a tensor or a tuple of them) and target.
-        degrees: how many ranks; each is run once, lowest first.
-        optimizer: makes one for some parameters; None updates nothing.
-        steps: how many; agreement with plain torch is judged on the first.
-        engine: "threads" or "processes".
-        threads: intra-op threads of each rank; by default this process's are shared out.
-        transport: what carries bytes between the ranks, as in `launch`.
-        scheme: that every layer must have; None: whatever they have, if they have it alike.
-        name: of the model in the report.
-        audit_creation: False leaves `build` out of the memory audit: it makes a model whole first.
-        allow_nonfinite: whether NaN and Inf may be proved; those of a constant mask always may.
+def _run_degrees(
+    search: FaultSearch, degrees: Sequence[int], count: "ProgressCounter"
+) -> tuple[tuple[CaseReport, ...], Results, dict[str, str]]:
+    """Run every case in plain torch and at every degree, and judge it.
 
     Returns:
-        A report; `report.proved` is the answer. It is False where a degree above 1 cut nothing.
+        Reports, results, and how the ranks of the highest degree exchanged their bytes.
+    """
+    settings, cases = search.settings, search.settings.cases
+    results: Results = {case.name: {} for case in cases}
+    used: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="shardproof-") as folder:
+        references = settings.make_references(Path(folder), count)
+        for degree in degrees:
+            with open_ranks(degree, search.engine, **search.options) as ranks:
+                used = {"transport": ranks.transport, "transport_note": ranks.transport_note}
+                for case in cases:
+                    count(f"{case.name}, degree {degree}")
+                    with search.adding_note(case, degree):
+                        results[case.name][degree] = ranks.run(settings.work(case, references))
+        judged = settings.judge(results, references)
+    located = tuple(
+        search.add_location(case, report, results[case.name])
+        for case, report in zip(cases, judged, strict=True)
+    )
+    return located, results, used
+
+
+def prove_under_torchrun(
+    cases: Sequence[Case],
+    axis: Axis,
+    *,
+    threads: int | None = None,
+    scheme: Scheme = Scheme(),  # noqa: B008 - frozen
+    seed: int = DEFAULT_SEED,
+    progress: Progress | None = None,
+    skipped: Sequence[dict[str, str]] = (),
+    allow_nonfinite: bool = False,
+    few: int = 0,
+) -> Report | None:
+    """Run every case on torchrun's ranks, and on rank 0 alone; every rank calls this.
+
+    Args:
+        cases: what to run; each name once, the same on every rank.
+        axis: torchrun's ranks, from `Axis.from_env()`.
+        threads: intra-op threads of each rank; None leaves them as they are.
+        scheme: leaves and numerics.
+        seed: random seed of everything that the cases draw.
+        progress: called on rank 0 before each run, and once at the end.
+        skipped: cases left out, for the report: name and extra.
+        allow_nonfinite: whether a tensor with NaN or Inf may be proved.
+        few: the report shows the values of tensors with at most so many.
+
+    Returns:
+        The report on rank 0, None on the others.
 
     Raises:
-        UsageError: an argument makes no sense, the module returns no tensor, or schemes differ.
-        DegreeError: a degree is not positive or exceeds the leaves.
-        NumericsError: the optimizer is a fused one, or this process cannot promise the bits.
-
-    Example:
-        >>> prove(build, loss_fn, (x, y), degrees=(1, 2)).proved  # doctest: +SKIP
+        DegreeError, UsageError, NumericsError: as `prove_cases` does, on every rank.
+        RankError: on the ranks without an error of their own, if another rank raised.
     """
-    degrees = checked_degrees(degrees, scheme)
-    work = _training(build, loss_fn, batch, _checked_optimizer(optimizer), steps, audit_creation)
-    return prove_cases(
-        [Case(checked_name(name, "name"), "a model given to prove()", work)],
-        degrees=degrees,
-        engine=engine,
-        threads=threads,
-        transport=transport,
-        scheme=scheme,
-        seed=None,
-        allow_nonfinite=allow_nonfinite,
+    degrees = checked_degrees({1, axis.size}, scheme)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    settings = ProofSettings(cases, scheme, seed, skipped, allow_nonfinite, few)
+    count = ProgressCounter(
+        progress if axis.rank == 0 else None, total=len(cases) * (1 + len(degrees))
+    )
+    with tempfile.TemporaryDirectory(prefix="shardproof-") as folder:
+        references = _share_references(settings, axis, Path(folder), count)
+        alone = _run_together(axis, lambda: _run_alone(settings, axis, references, count))[0]
+        own = _run_all(settings, axis, references, count) if axis.size > 1 else {}
+        # No host may remove its references before this gather: until then ranks read them.
+        everyone = axis.transport.gather_objects(own, call=Call("gather", "prover", "report"))
+        if axis.rank:
+            return None
+        results: Results = {case.name: {1: [alone[case.name]]} for case in cases}
+        for case in cases if axis.size > 1 else ():
+            results[case.name][axis.size] = [rank[case.name] for rank in everyone]
+        judged = settings.judge(results, references)
+    count("done")
+    used = {"transport": axis.transport.name, "transport_note": axis.transport_note}
+    return settings.report(judged, results, degrees=degrees, engine="torchrun", **used)
+
+
+def _share_references(
+    settings: ProofSettings, axis: Axis, folder: Path, count: "ProgressCounter"
+) -> References:
+    """The references of this host: its first rank makes them and sends the others their paths."""
+    host, is_first = host_of(os.environ)
+
+    def make() -> tuple[str, References | None]:
+        check_cases(settings.cases)
+        return host, settings.make_references(folder, count) if is_first else None
+
+    for other, references in _run_together(axis, make):
+        if other == host and references is not None:
+            return references
+    raise RankError(
+        f"no rank on host {host!r} has LOCAL_RANK=0, so nobody there made the reference. "
+        f"Start the ranks with torchrun, which sets it."
     )
 
 
-def _training(
-    build: Callable[[Axis | None], nn.Module],
-    loss_fn: Callable[[Any, Tensor], Tensor],
-    batch: GivenBatch,
-    optimizer: MakeOptimizer | None,
-    steps: int,
-    audit_creation: bool,
-) -> Training:
-    check_function(build, "build", example="a function of an axis that returns a module")
-    check_function(loss_fn, "loss_fn", example="torch.nn.functional.mse_loss")
-    return Training(
-        functools.partial(_build, build),
-        functools.partial(_given, *checked_batch(batch)),
-        functools.partial(_loss, loss_fn),
-        optimizer,
-        checked_whole(steps, "steps"),
-        measures_creation=checked_flag(audit_creation, "audit_creation"),
-    )
+def _run_alone(
+    settings: ProofSettings, axis: Axis, references: References, count: "ProgressCounter"
+) -> dict[str, RankResult]:
+    """Degree 1 on rank 0; the other ranks do nothing."""
+    return {} if axis.rank else _run_all(settings, Axis.solo(), references, count)
 
 
-def _checked_optimizer(make: MakeOptimizer | None) -> MakeOptimizer | None:
-    """What was given; a fused one is refused before any run."""
-    if make is not None:
-        check_function(make, "optimizer", example="lambda p: torch.optim.SGD(p, lr=0.1)")
-        make_optimizer(make, nn.Linear(1, 1, device="meta").to_empty(device="cpu"))
-    return make
+def _run_all(
+    settings: ProofSettings, axis: Axis, references: References, count: "ProgressCounter"
+) -> dict[str, RankResult]:
+    results = {}
+    for case in settings.cases:
+        count(f"{case.name}, degree {axis.size}")
+        results[case.name] = settings.work(case, references)(axis)
+    return results
 
 
-class Teller:
+def _run_together(axis: Axis, work: Callable[[], T]) -> list[T]:
+    """Call `work` on every rank, without collectives in it; return all results, or all raise.
+
+    Raises:
+        RankError: another rank raised; this one's own error is raised as it is.
+    """
+    error: Exception | None = None
+    value: Any = None
+    try:
+        value = work()
+    except Exception as raised:  # sent to the others, then raised again
+        error = raised
+    outcome = (value, None if error is None else text_of(error))
+    everyone = axis.transport.gather_objects(outcome, call=Call("gather", "prover", "outcome"))
+    if error is not None:
+        raise error
+    for rank, (_, message) in enumerate(everyone):
+        if message is not None:
+            raise RankError(f"rank {rank} of {axis.size} raised {message}", rank=rank)
+    return [value for value, _ in everyone]
+
+
+class ProgressCounter:
     """Counts runs for a progress callback."""
 
     def __init__(self, progress: Progress | None, *, total: int) -> None:
         self._progress, self._total, self._done = progress, total, 0
 
     def __call__(self, text: str) -> None:
-        """Tell what comes next; what came before is done."""
+        """Report what comes next; all runs before it are done."""
         if self._progress is not None:
             self._progress(min(self._done, self._total), self._total, text)
         self._done += 1
 
 
-def _build(build: Callable[[Axis | None], nn.Module], trial: Trial) -> nn.Module:
-    model = checked_model(build(trial.axis), what="what build returned")
-    # Plain torch casts and trains what it is given, which may be the caller's own model, out of
-    # which the ranks are about to be cut.
-    return copy.deepcopy(model) if trial.is_reference else model
+def threads_of_ranks(threads: int | None, degrees: Sequence[int]) -> int:
+    """Intra-op threads of each rank, the same at all degrees: they may belong to the contract.
+
+    Args:
+        threads: as requested; None shares this process's threads among the most ranks.
+        degrees: that are to be run.
+    """
+    return max(1, torch.get_num_threads() // max(degrees)) if threads is None else threads
 
 
-def _given(inputs: tuple[Tensor, ...], target: Tensor, trial: Trial) -> Batch:
-    return Batch(inputs, target)
+def coming_contract(scheme: Scheme, threads: int) -> str:
+    """The contract under which ranks with so many threads will run fp32 layers on the CPU."""
+    with open_ranks(1, threads=threads) as ranks:
+        return ranks.run(lambda axis: mode.contract(scheme))[0]
 
 
-def _loss(
-    loss_fn: Callable[[Any, Tensor], Tensor], trial: Trial, output: Tensor, target: Tensor
-) -> Tensor:
-    return loss_fn(output, target)
+def checked_degrees(degrees: Any, scheme: Scheme | None) -> tuple[int, ...]:
+    """The degrees once each, lowest first.
+
+    Args:
+        degrees: as the caller wrote them.
+        scheme: whose leaves must serve them; None leaves that to the layers.
+
+    Raises:
+        DegreeError: one is no whole number, is not positive, or exceeds the leaves.
+        UsageError: there is none, or the value is not a list.
+    """
+    try:
+        is_text = isinstance(degrees, str | bytes)
+        entries = None if is_text else tuple(islice(degrees, MOST_DEGREES + 1))
+    except TypeError:  # cannot be iterated
+        entries = None
+    if entries is None:
+        raise UsageError(
+            f"degrees={shown(degrees)} is not a list of degrees. Write for instance degrees=(1, 2)."
+        )
+    if len(entries) > MOST_DEGREES:
+        raise UsageError(
+            f"degrees has more than {MOST_DEGREES} entries, and each is a run of its own. Name "
+            "fewer, such as (1, 2, 3, 8)."
+        )
+    ordered = tuple(sorted({checked_degree(degree) for degree in entries}))
+    if not ordered:
+        raise UsageError("no degree to prove. Name one or more, such as 1 and 2.")
+    if scheme is not None:
+        checked_scheme(scheme)
+        for degree in ordered:
+            check_degree(degree, scheme.leaves)
+    return ordered
+
+
+def check_cases(cases: Sequence[Case]) -> None:
+    """Raise unless there is a case, no name occurs twice, and every extra is installed.
+
+    Raises:
+        UsageError: no case, a name twice, or an extra that is not installed.
+    """
+    names = [case.name for case in cases]
+    if not names:
+        raise UsageError("no case to prove. Name one or more.")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UsageError(f"case {twice[0]!r} is there twice. Give every case its own name.")
+    for case in cases:
+        if not case.is_installed:
+            raise UsageError(
+                f"case {case.name!r} needs the extra {case.extra!r}, which is not installed. "
+                f"Install shardproof[{case.extra}], or leave the case out."
+            )

@@ -1,6 +1,5 @@
 """A training step to look at: one list of scenes, in the terminal, as a page and as JSON."""
 
-from shardproof.showing.given import show
-from shardproof.showing.shown import Shown
+from shardproof.showing.show import ShownStep, show
 
-__all__ = ["Shown", "show"]
+__all__ = ["ShownStep", "show"]

@@ -1,105 +1,172 @@
-"""A collective as arrows: above what each rank sends, below who gets it."""
+"""What travels in a collective: an arrow for each sender and receiver, and the same in words."""
 
-from collections.abc import Sequence
-from html import escape
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 
-from shardproof.showing.sends import MOST_ARROWS, STAGES, Arrow, told_arrows
+from shardproof.observing import Sending
+from shardproof.showing.actions import RankAction
+from shardproof.showing.sentences import DIMS, ranks
+from shardproof.showing.tensors import flat, writer_of
+from shardproof.trace.step import Part
 
-_LANE, _BOX, _ROW = 104, 92, 36  # width for a rank, width and height of its box
-_LEFT, _TOP, _GAP = 18, 4, 58  # the room for a stage's number, above, and between two rows
-_HEAD = 7  # length of an arrow's head
+FEW = 6  # numbers that are written beside what travels
+MOST_ARROWS = 4  # ranks, beyond which what a rank sends in a stage is one line
+STAGES = (
+    "Each rank sends a slice of its parts to the rank that adds this slice.",
+    "Each finished slice goes to all other ranks.",
+)
 
 
-def drawing(arrows: Sequence[Arrow], degree: int, *, num_colours: int) -> str:
-    """An SVG with a line for every sender and receiver, and the same as a list.
+@dataclass(frozen=True)
+class SentPiece:
+    """A piece of one tensor that travels.
+
+    Attributes:
+        name: of the tensor.
+        piece: which piece of it, in words; "" for the whole.
+        shape: of what travels.
+        num_bytes: of what travels.
+        numbers: of what travels, as text; empty if they are not known or many.
+    """
+
+    name: str
+    piece: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    numbers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Arrow:
+    """What one rank sends to one other.
+
+    Attributes:
+        sender: a rank.
+        receiver: another.
+        stage: 1; 2 for what an all-reduce sends when its slices are finished.
+        sent_pieces: what travels.
+    """
+
+    sender: int
+    receiver: int
+    stage: int
+    sent_pieces: tuple[SentPiece, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all pieces."""
+        return sum(each.num_bytes for each in self.sent_pieces)
+
+
+def arrows_of(row: Sequence[RankAction | None]) -> tuple[Arrow, ...]:
+    """The arrows of a collective, those of the first stage first.
+
+    Empty if nothing is sent, or if the transport decides what goes to whom.
+    """
+    actions = [action for action in row if action is not None and action.first.is_collective]
+    arrows = [
+        Arrow(
+            action.first.rank,
+            receiver,
+            stage=stage,
+            sent_pieces=tuple(_sent_piece(each, action) for each in sends),
+        )
+        for action in actions
+        for (stage, receiver), sends in _sorted(action.first.sends)
+    ]
+    return tuple(sorted(arrows, key=lambda arrow: (arrow.stage, arrow.sender, arrow.receiver)))
+
+
+def arrow_sentences(
+    arrows: Sequence[Arrow], *, is_brief: bool = False, has_numbers: bool = True
+) -> Iterator[tuple[Arrow, str]]:
+    """What every rank sends, in words, with the first of the arrows that each sentence describes.
 
     Args:
         arrows: of one collective.
-        degree: how many ranks.
-        num_colours: after which the colours begin again.
+        is_brief: what a rank sends in a stage is one line, whoever gets it.
+        has_numbers: with the numbers that travel, where they are known and few.
     """
-    stages = sorted({arrow.stage for arrow in arrows})
-    width, height = _LEFT + degree * _LANE, _y(len(stages)) + _ROW + 4
-    drawn = "".join(
-        part
-        for level, stage in enumerate(stages)
-        for arrow in arrows
-        if arrow.stage == stage
-        for part in [_line(arrow, level, num_colours)]
-    )
-    for level in range(len(stages) + 1):
-        stage = stages[level] if level < len(stages) else None
-        drawn += "".join(
-            _box(rank, level, _sent(arrows, rank, stage), num_colours) for rank in range(degree)
-        )
-    if len(stages) > 1:
-        drawn += "".join(
-            f'<text x="8" y="{_y(level) + _ROW + _GAP / 2 + 5}">{stage}</text>'
-            for level, stage in enumerate(stages)
-        )
-    lists = _lists(arrows, is_brief=degree > MOST_ARROWS)
-    if degree > MOST_ARROWS:
-        lists += f"<details><summary>Each arrow</summary>{_lists(arrows, is_brief=False)}</details>"
-    return (
-        '<div class="arrows"><div class="scroll" data-label="Arrows">'
-        f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        f'aria-hidden="true">{drawn}</svg></div>{lists}</div>'
-    )
+    for (_, _), alike in groupby(arrows, key=lambda arrow: (arrow.stage, arrow.sender)):
+        of_sender = list(alike)
+        sets = {arrow.sent_pieces for arrow in of_sender}
+        if is_brief and len(sets) > 1:
+            names = " and ".join(each.name for each in of_sender[0].sent_pieces)
+            size = sum(arrow.num_bytes for arrow in of_sender)
+            to = ranks([arrow.receiver for arrow in of_sender])
+            yield of_sender[0], f"{to}: to each its slice of {names}, {size:,} bytes in all"
+            continue
+        for sent_pieces, same in groupby(of_sender, key=lambda arrow: arrow.sent_pieces):
+            group = list(same)
+            to = ranks([arrow.receiver for arrow in group])
+            each = " to each" if len(group) > 1 else ""
+            size = group[0].num_bytes
+            what = _written(sent_pieces, group[0].stage, has_numbers)
+            yield group[0], f"{to}: {what}, {size:,} bytes{each}"
 
 
-def _lists(arrows: Sequence[Arrow], *, is_brief: bool) -> str:
-    """What travels, in words, stage by stage."""
-    written = ""
-    stages = sorted({arrow.stage for arrow in arrows})
-    for stage in stages:
-        told = told_arrows([a for a in arrows if a.stage == stage], is_brief=is_brief)
-        items = "".join(f"<li>rank {arrow.sender} to {escape(text)}</li>" for arrow, text in told)
-        head = f"<p>{stage}. {STAGES[stage - 1]}</p>" if len(stages) > 1 else ""
-        written += f"{head}<ul>{items}</ul>"
-    return written
-
-
-def _sent(arrows: Sequence[Arrow], rank: int, stage: int | None) -> int:
-    return sum(a.num_bytes for a in arrows if a.sender == rank and a.stage == stage)
-
-
-def _line(arrow: Arrow, level: int, num_colours: int) -> str:
-    start_y, end_y = _y(level) + _ROW, _y(level + 1) - 1
-    start_x = _middle(arrow.sender)
-    # Side by side at the receiver, in the order of the senders.
-    end_x = _middle(arrow.receiver) + (10 if arrow.sender > arrow.receiver else -10)
-    length = ((end_x - start_x) ** 2 + (end_y - start_y) ** 2) ** 0.5
-    along_x, along_y = (end_x - start_x) / length, (end_y - start_y) / length
-    base_x, base_y = end_x - _HEAD * along_x, end_y - _HEAD * along_y
-    points = " ".join(
-        f"{x:.1f},{y:.1f}"
-        for x, y in (
-            (end_x, end_y),
-            (base_x - 4 * along_y, base_y + 4 * along_x),
-            (base_x + 4 * along_y, base_y - 4 * along_x),
-        )
-    )
-    return (
-        f'<g class="s{arrow.sender % num_colours}">'
-        f'<line x1="{start_x}" y1="{start_y}" x2="{base_x:.1f}" y2="{base_y:.1f}"/>'
-        f'<polygon points="{points}"/></g>'
+def _written(sent_pieces: Sequence[SentPiece], stage: int, has_numbers: bool) -> str:
+    finished = "the finished sum of " if stage == 2 else ""
+    if not has_numbers:
+        sent_pieces = [replace(each, numbers=()) for each in sent_pieces]
+    if sent_pieces[0].piece:
+        names = " and ".join(each.name + _numbers(each) for each in sent_pieces)
+        return f"{sent_pieces[0].piece} of {finished}{names}"
+    return finished + " and ".join(
+        f"{each.name} {each.shape}{_numbers(each)}" for each in sent_pieces
     )
 
 
-def _box(rank: int, level: int, sent: int, num_colours: int) -> str:
-    x, y, kind = _middle(rank) - _BOX / 2, _y(level), f"r{rank % num_colours}"
-    middle, name_y = _middle(rank), y + (15 if sent else 22)
-    label = f'<text x="{middle}" y="{y + 30}">{sent:,} bytes</text>' if sent else ""
-    return (
-        f'<rect class="{kind}" x="{x}" y="{y}" width="{_BOX}" height="{_ROW}" rx="4"/>'
-        f'<text x="{middle}" y="{name_y}">rank {rank}</text>{label}'
-    )
+def _numbers(sent_pieces: SentPiece) -> str:
+    return f" [{', '.join(sent_pieces.numbers)}]" if sent_pieces.numbers else ""
 
 
-def _middle(rank: int) -> float:
-    return _LEFT + rank * _LANE + _LANE / 2
+def _sorted(sends: Sequence[Sending]) -> Iterator[tuple[tuple[int, int], list[Sending]]]:
+    def key(each: Sending) -> tuple[int, int]:
+        return (2 if each.source is None else 1), each.receiver
+
+    for stage, alike in groupby(sorted(sends, key=key), key=key):
+        yield stage, list(alike)
 
 
-def _y(level: int) -> int:
-    """The top of a row of boxes."""
-    return _TOP + level * (_ROW + _GAP)
+def _sent_piece(sending: Sending, action: RankAction) -> SentPiece:
+    """The piece that is sent, cut from an input or, of a finished sum, from the result."""
+    part = action.outputs[0] if sending.source is None else action.inputs[sending.source]
+    start, stop, dim = sending.start, sending.stop, sending.dim
+    length = stop - start
+    size = math.prod(part.shape) if dim is None else part.shape[dim]
+    if length == size:
+        piece, shape = "", part.shape
+    elif dim is None:
+        piece, shape = f"{_span('elements', start, stop)}", (length,)
+    else:
+        what = DIMS.get(len(part.shape) - dim) or f"indices of dim {dim}"
+        piece, shape = _span(what, start, stop), (*part.shape[:dim], length, *part.shape[dim + 1 :])
+    numbers = _few(part, sending)
+    return SentPiece(part.name, piece, shape=shape, num_bytes=sending.num_bytes, numbers=numbers)
+
+
+def _span(what: str, start: int, stop: int) -> str:
+    if stop - start > 1:
+        return f"{what} {start}-{stop - 1}"
+    single = "index" + what[7:] if what.startswith("indices") else what[:-1]
+    return f"{single} {start}"
+
+
+def _few(part: Part, sending: Sending) -> tuple[str, ...]:
+    """The numbers that are sent, if they are known and few."""
+    if part.values is None:
+        return ()
+    numbers, dim = list(flat(part.values)), sending.dim
+    if dim is None:
+        numbers = numbers[sending.start : sending.stop]
+    else:
+        inner, size = math.prod(part.shape[dim + 1 :]), part.shape[dim]
+        here = range(sending.start, sending.stop)
+        numbers = [x for at, x in enumerate(numbers) if at // inner % size in here]
+    if len(numbers) > FEW:
+        return ()
+    write = writer_of([part])
+    return tuple(write.number(number) for number in numbers)

@@ -19,31 +19,31 @@ MOST_PIECES = 300  # of one bar; beyond, each piece shows the owner of its first
 _ARROWS = {"forward": "forward", "backward": "backward", "bad": ""}
 
 
-def plan_page(made: ModelPlan | WatchedPlan, *, batch: int, length: int, given: str = "") -> str:
+def plan_page(plan: ModelPlan | WatchedPlan, *, batch: int, length: int, source: str = "") -> str:
     """The page.
 
     Args:
-        made: the plan.
+        plan: the plan.
         batch: rows of a step; of a watched plan the inputs say it.
         length: tokens of a row.
-        given: what was planned, as a user wrote it.
+        source: what was planned, as a user wrote it.
     """
-    title = f"{made.model} at degree {made.degree}"
-    root = tree_of(made, batch=batch, length=length)
-    told = list(made.totals())
-    if isinstance(made, ModelPlan):
-        told.append(f"The counts are those of a training step of {batch} x {length} tokens.")
-    about = [f"{given}, {made.scheme.leaves} leaves" if given else f"{made.scheme.leaves} leaves"]
-    notes = "".join(f"<li>{escape(line)}</li>" for line in told)
+    title = f"{plan.model} at degree {plan.degree}"
+    root = tree_of(plan, batch=batch, length=length)
+    sentences = list(plan.totals())
+    if isinstance(plan, ModelPlan):
+        sentences.append(f"The counts are those of a training step of {batch} x {length} tokens.")
+    about = [f"{source}, {plan.scheme.leaves} leaves" if source else f"{plan.scheme.leaves} leaves"]
+    notes = "".join(f"<li>{escape(line)}</li>" for line in sentences)
     return document(
         title,
         f"""<header>
 <h1>{escape(title)}</h1>
 {paragraphs(about)}
-{_legend(made.degree)}
+{_legend(plan.degree)}
 </header>
 <main>
-{_ranks(made, batch, length)}
+{_ranks(plan, batch, length)}
 <div class="tools"><button type="button" id="open">Open all</button>
 <button type="button" id="close">Close all</button>
 <span class="hint quiet">Keys: up, down, left, right</span></div>
@@ -66,16 +66,16 @@ def _legend(degree: int) -> str:
     return f'<ul class="legend" aria-label="Legend">{rank_swatches(degree)}{words}</ul>'
 
 
-def _ranks(made: ModelPlan | WatchedPlan, batch: int, length: int) -> str:
-    """What each rank holds and sends."""
-    held = made.held_bytes
+def _ranks(plan: ModelPlan | WatchedPlan, batch: int, length: int) -> str:
+    """The table of the bytes that each rank holds and sends."""
+    held = plan.held_bytes
     most = max(1, *held)
     rows = []
-    for rank in range(made.degree):
+    for rank in range(plan.degree):
         counts = (
-            made.comm(rank=rank)
-            if isinstance(made, WatchedPlan)
-            else made.comm(batch=batch, length=length, rank=rank)
+            plan.comm(rank=rank)
+            if isinstance(plan, WatchedPlan)
+            else plan.comm(batch=batch, length=length, rank=rank)
         )
         sent = sum(each["sent_bytes"] for kinds in counts.values() for each in kinds.values())
         colour = rank % COLOURS
@@ -96,7 +96,7 @@ def _inside(node: Node, name: str) -> str:
     """A module that can be closed, with its parameters and children."""
     alike = f'<span class="times">{node.count} alike, one is shown</span>' if node.count > 1 else ""
     counts = num_parameters(node)
-    told = ", ".join(f"{number} {word}" for word, number in counts.items() if number)
+    counted = ", ".join(f"{number} {word}" for word, number in counts.items() if number)
     each = ", each" if node.count > 1 else ""
     notes = "".join(
         f'<span class="chip {note.kind}">'
@@ -107,7 +107,7 @@ def _inside(node: Node, name: str) -> str:
     children = "".join(_inside(child, child.name) for child in node.children)
     return (
         f'<details open><summary><span class="name">{escape(name)}</span>{alike}'
-        f'<span class="quiet">{told}</span>{notes}</summary>\n'
+        f'<span class="quiet">{counted}</span>{notes}</summary>\n'
         f'<div class="inside">{bars}{children}</div></details>\n'
     )
 
@@ -153,19 +153,19 @@ def _pieces(bar: Bar, extent: int) -> Iterator[str]:
 
 
 def _sampled(runs: Sequence[tuple[Run, int]], extent: int) -> list[tuple[Run, int]]:
-    """As many pieces as can be seen, each with the owner of its first index."""
-    found, place = [], 0
+    """At most MOST_PIECES pieces, each with the owner of its first index."""
+    pieces, place = [], 0
     for piece in range(MOST_PIECES):
         start, stop = piece * extent // MOST_PIECES, (piece + 1) * extent // MOST_PIECES
         while runs[place][0][1] <= start:
             place += 1
         if stop > start:
-            found.append(((start, stop), runs[place][1]))
-    return found
+            pieces.append(((start, stop), runs[place][1]))
+    return pieces
 
 
 def _lanes(bar: Bar, extent: int) -> Iterator[str]:
-    """For each rank a thin line of what it holds: its own solid, copies hatched."""
+    """A thin line for each rank: what it owns solid, its copies hatched."""
     for rank, (owned, copied) in enumerate(zip(bar.owned, bar.copied, strict=True)):
         colour = rank % COLOURS
         parts = [(run, f"b{colour}") for run in owned]
@@ -198,10 +198,12 @@ def _spans(runs: Sequence[Run], most: int = 4) -> str:
 
 
 def _shapes(bar: Bar) -> str:
-    """What the ranks hold, once for ranks that hold alike."""
-    found: dict[str, list[int]] = {}
+    """The shapes on the ranks; ranks with the same shape share an entry."""
+    ranks_of: dict[str, list[int]] = {}
     for rank, shape in enumerate(bar.held):
-        found.setdefault("x".join(map(str, shape)), []).append(rank)
-    if len(found) == 1:
-        return next(iter(found))
-    return "; ".join(f"{shape} on {', '.join(run_words(ranks))}" for shape, ranks in found.items())
+        ranks_of.setdefault("x".join(map(str, shape)), []).append(rank)
+    if len(ranks_of) == 1:
+        return next(iter(ranks_of))
+    return "; ".join(
+        f"{shape} on {', '.join(run_words(ranks))}" for shape, ranks in ranks_of.items()
+    )

@@ -49,8 +49,8 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Note:
-    """What is said beside a module.
+class ModuleNote:
+    """A note beside a module.
 
     Attributes:
         kind: "forward", "backward" or "bad".
@@ -76,65 +76,67 @@ class Node:
     name: str
     count: int = 1
     bars: tuple[Bar, ...] = ()
-    notes: tuple[Note, ...] = ()
+    notes: tuple[ModuleNote, ...] = ()
     children: tuple["Node", ...] = ()
 
 
 @dataclass
 class _Growing:
     bars: list[Bar] = field(default_factory=list)
-    notes: list[Note] = field(default_factory=list)
+    notes: list[ModuleNote] = field(default_factory=list)
     children: dict[str, "_Growing"] = field(default_factory=dict)
 
     def at(self, name: str) -> "_Growing":
-        """The module of a name."""
+        """The node of a module; it is made if it is missing."""
         node = self
         for segment in name.split(".") if name else ():
             node = node.children.setdefault(segment, _Growing())
         return node
 
 
-def tree_of(made: ModelPlan | WatchedPlan, *, batch: int, length: int) -> Node:
+def tree_of(plan: ModelPlan | WatchedPlan, *, batch: int, length: int) -> Node:
     """The model's tree; layers that are alike are one node.
 
     Args:
-        made: the plan.
+        plan: the plan.
         batch: rows of a step; of a watched plan the inputs say it.
         length: tokens of a row.
     """
     root = _Growing()
-    if isinstance(made, WatchedPlan):
-        _grow_watched(root, made)
+    if isinstance(plan, WatchedPlan):
+        _grow_watched(root, plan)
     else:
-        for module in made.modules:
-            _grow_module(root.at(module.name), module, made, batch, length)
+        for module in plan.modules:
+            _grow_module(root.at(module.name), module, plan, batch, length)
     return _node("", root)
 
 
-def _grow_watched(root: _Growing, made: WatchedPlan) -> None:
-    kinds = {name: family.kind for family in made.families for name, _ in family.dims}
-    for name, shape in made.shapes.items():
+def _grow_watched(root: _Growing, plan: WatchedPlan) -> None:
+    kinds = {name: family.kind for family in plan.families for name, _ in family.dims}
+    for name, shape in plan.shapes.items():
         module, _, own = name.rpartition(".")
-        if name in made.cuts:
-            layouts = [made.layout(name, rank) for rank in range(made.degree)]
+        if name in plan.cuts:
+            layouts = [plan.layout(name, rank) for rank in range(plan.degree)]
             bar = _bar(own, KINDS[kinds[name]], layouts)
         else:
-            bar = Bar(own, shape, None, made.whole.get(name, ""))
+            bar = Bar(own, shape, None, plan.whole.get(name, ""))
         root.at(module).bars.append(bar)
-    known = set(_modules(made.shapes))
-    for sent in made.rehearsal.sent:
-        asked = sent.module.split(" + ")  # layers that read one input make one collective
-        where = asked[0] if asked[1:] == [] else _parent(asked)
-        of = [name.removeprefix(f"{where}.") for name in asked if name != where]
+    known = set(_modules(plan.shapes))
+    for sent in plan.rehearsal.sent:
+        modules = sent.module.split(" + ")  # layers that read one input make one collective
+        where = modules[0] if modules[1:] == [] else _parent(modules)
+        of = [name.removeprefix(f"{where}.") for name in modules if name != where]
         if where not in known:  # tied, or a function
-            where, of = "", asked
+            where, of = "", modules
         words = f"{sent.calls} {sent.kind} {size(sent.message_bytes)}"
         words += f" of {', '.join(of)}" if any(of) else ""
-        root.at(where).notes.append(Note(sent.direction, words))
-    for operation, module, count in made.rehearsal.gathered:
-        root.at(module).notes.append(Note("bad", f"gathered inside: {operation}, {count} a step"))
-    for operation, module in made.rehearsal.variant:
-        root.at(module).notes.append(Note("bad", f"not invariant: {operation}"))
+        root.at(where).notes.append(ModuleNote(sent.direction, words))
+    for operation, module, count in plan.rehearsal.gathered:
+        root.at(module).notes.append(
+            ModuleNote("bad", f"gathered inside: {operation}, {count} a step")
+        )
+    for operation, module in plan.rehearsal.variant:
+        root.at(module).notes.append(ModuleNote("bad", f"not invariant: {operation}"))
 
 
 def _modules(names: Iterable[str]) -> Iterable[str]:
@@ -146,7 +148,7 @@ def _modules(names: Iterable[str]) -> Iterable[str]:
 
 
 def _parent(names: Sequence[str]) -> str:
-    """The module that all of some modules are in."""
+    """The innermost module that contains all given modules."""
     segments = [name.split(".") for name in names]
     return ".".join(column[0] for column in takewhile(_is_one, zip(*segments, strict=False)))
 
@@ -156,7 +158,7 @@ def _is_one(column: Sequence[str]) -> bool:
 
 
 def _grow_module(
-    node: _Growing, module: ModulePlan, made: ModelPlan, batch: int, length: int
+    node: _Growing, module: ModulePlan, plan: ModelPlan, batch: int, length: int
 ) -> None:
     for parameter in module.parameters:
         if parameter.tied_to:
@@ -168,11 +170,11 @@ def _grow_module(
         else:
             why = module.reason or "every rank needs all of it"
             node.bars.append(Bar(parameter.name, parameter.shape, None, why))
-    counts = made.comm(batch=batch, length=length, module=module.name)
+    counts = plan.comm(batch=batch, length=length, module=module.name)
     for direction, kinds in sorted(counts.items(), reverse=True):
         for kind, each in kinds.items():
             words = f"{each['calls']} {kind} {size(each['message_bytes'])}"
-            node.notes.append(Note(direction, words))
+            node.notes.append(ModuleNote(direction, words))
 
 
 def _bar(name: str, how: str, layouts: Sequence[Layout]) -> Bar:
@@ -187,7 +189,7 @@ def _bar(name: str, how: str, layouts: Sequence[Layout]) -> Bar:
 
 
 def _starts(layout: BlockLayout) -> Iterator[int]:
-    """Where a block begins, or the shared units of one that goes on with them."""
+    """The indices at which further blocks begin, and shared units within a block."""
     count, end = layout.along.shared.units.count, 0
     for block in layout.along.blocks:
         if end:
@@ -199,29 +201,29 @@ def _starts(layout: BlockLayout) -> Iterator[int]:
 
 
 def _joined(runs: Iterable[range]) -> tuple[Run, ...]:
-    """Runs in order, those that touch as one."""
-    found: list[Run] = []
+    """Join runs that touch."""
+    joined: list[Run] = []
     for run in runs:
-        if found and found[-1][1] == run.start:
-            found[-1] = (found[-1][0], run.stop)
+        if joined and joined[-1][1] == run.start:
+            joined[-1] = (joined[-1][0], run.stop)
         elif len(run):
-            found.append((run.start, run.stop))
-    return tuple(found)
+            joined.append((run.start, run.stop))
+    return tuple(joined)
 
 
 def _without(runs: Sequence[Run], taken: Sequence[Run]) -> tuple[Run, ...]:
-    """Parts of runs that are in no other."""
-    found = []
+    """The parts of runs that are not in `taken`."""
+    left = []
     for start, stop in runs:
         for own_start, own_stop in taken:
             if own_stop <= start or own_start >= stop:
                 continue
             if start < own_start:
-                found.append((start, own_start))
+                left.append((start, own_start))
             start = own_stop
         if start < stop:
-            found.append((start, stop))
-    return tuple(found)
+            left.append((start, stop))
+    return tuple(left)
 
 
 def _node(name: str, grown: _Growing) -> Node:
@@ -231,15 +233,15 @@ def _node(name: str, grown: _Growing) -> Node:
         key = _likeness(node) if child.isdigit() else child
         groups.setdefault(key, []).append(child)
     folded = tuple(_folded([children[child] for child in names]) for names in groups.values())
-    made = Node(name, 1, tuple(grown.bars), tuple(grown.notes), folded)
+    node = Node(name, 1, tuple(grown.bars), tuple(grown.notes), folded)
     only = folded[0] if len(folded) == 1 else None
-    if name and only is not None and only.count == 1 and not made.bars and not made.notes:
+    if name and only is not None and only.count == 1 and not node.bars and not node.notes:
         return replace(only, name=f"{name}.{only.name}")
-    return made
+    return node
 
 
 def _folded(alike: Sequence[Node]) -> Node:
-    """Nodes that are alike as one."""
+    """Fold equal nodes into one."""
     if len(alike) == 1:
         return alike[0]
     return replace(
@@ -255,7 +257,7 @@ def _tail(node: Node) -> str:
 
 
 def _likeness(node: Node) -> Node:
-    """The node without what tells it from others of its kind: its number, and those in reasons."""
+    """The node without its number and the numbers in reasons, for comparing nodes."""
     is_number = node.name.split(".")[0].isdigit()
     return _with_starred_reasons(replace(node, name=f"*{_tail(node)}") if is_number else node)
 
@@ -270,7 +272,7 @@ def _with_starred_reasons(node: Node) -> Node:
 
 
 def num_parameters(node: Node) -> Mapping[str, int]:
-    """How many parameters are cut and whole in a node and below, each of those alike counted."""
+    """The numbers of cut and of whole parameters in a node and below it."""
     cut = sum(bar.dim is not None for bar in node.bars)
     whole = len(node.bars) - cut
     for child in node.children:

@@ -1,4 +1,4 @@
-"""A story as lines of text: the matrices by owner, then the steps, with numbers if they are wanted.
+"""A view as lines of text: the matrices by owner, then the steps, with numbers if they are wanted.
 
 Plain ASCII. Whose a cell is, its letter says as well as its colour.
 """
@@ -9,11 +9,10 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.text import Text
 
-from shardproof.showing.figure import Figure
-from shardproof.showing.grids import EVERY, Grid, grids_of, owners_of
-from shardproof.showing.sends import MOST_ARROWS, told_arrows
-from shardproof.showing.story import Scene, Story
-from shardproof.showing.words import changed
+from shardproof.showing.arrows import MOST_ARROWS, arrow_sentences
+from shardproof.showing.scenes import Scene, StepView
+from shardproof.showing.sentences import placement_change
+from shardproof.showing.tensors import EVERY_RANK, Grid, SceneTensor, grids_of, owners_of
 
 RANK_STYLES = (
     "black on bright_cyan", "black on bright_yellow", "black on bright_green",
@@ -35,30 +34,30 @@ INDENT = 5  # below the number of a step
 _MARGIN = " " * INDENT
 
 
-def lines_of(story: Story, *, values: bool, width: int) -> list[Text]:
-    """Everything, as lines that are not wider than `width`.
+def lines_of(view: StepView, *, values: bool, width: int) -> list[Text]:
+    """The whole text, as lines not wider than `width`.
 
     Args:
-        story: what is shown.
+        view: what is shown.
         values: show numbers.
         width: columns, 40 or more.
     """
-    lines = [Text(f"== {story.title}", "bold")]
-    lines += _wrapped(" ".join(story.about), width)
-    lines += [Text(""), *_legend(story, values, width), Text("")]
-    matrices = _matrices(story)
+    lines = [Text(f"== {view.title}", "bold")]
+    lines += _wrapped(" ".join(view.about), width)
+    lines += [Text(""), *_legend(view, values, width), Text("")]
+    matrices = _matrices(view)
     lines += _maps(matrices[:_MOST_MAPS], width)
     if len(matrices) > _MOST_MAPS:
         left_out = f"{len(matrices) - _MOST_MAPS} more tensors of the forward are not drawn here."
         lines += [Text(""), *_wrapped(left_out, width)]
     phase = ""
-    for scene in story.scenes:
+    for scene in view.scenes:
         if scene.phase != phase:
             phase = scene.phase
             lines += [Text(""), Text(f"== {phase}", PHASE_STYLES.get(phase, "bold"))]
-        lines += _scene(scene, story, values, width)
+        lines += _scene(scene, view, values, width)
     lines.append(Text(""))
-    for sentence in (_memory(story), *story.omissions):
+    for sentence in (_memory(view), *view.omissions):
         lines += _wrapped(sentence, width)
     for line in lines:
         line.rstrip()
@@ -68,7 +67,7 @@ def lines_of(story: Story, *, values: bool, width: int) -> list[Text]:
 
 
 def style_of(rank: int | None) -> str:
-    """The colour of a rank; there are eight, and the letters go on."""
+    """The colour of a rank; there are eight colours, and further ranks repeat them."""
     return "" if rank is None else RANK_STYLES[rank % len(RANK_STYLES)]
 
 
@@ -81,17 +80,17 @@ def letter_of(rank: int) -> str:
     return LETTERS[rank % len(LETTERS)]
 
 
-def _legend(story: Story, values: bool, width: int) -> list[Text]:
+def _legend(view: StepView, values: bool, width: int) -> list[Text]:
     parts = [
         Text.assemble((letter_of(rank), style_of(rank)), f" rank {rank}")
-        for rank in range(story.degree)
+        for rank in range(view.degree)
     ]
     parts += [
         Text(f"{EVERY_LETTER} the same on every rank"),
         Text(f"{SUMMAND_LETTER} a summand on each rank"),
         Text(f"{UNKNOWN_LETTER} not known"),
     ]
-    if values and story.has_values:
+    if values and view.has_values:
         parts.append(Text("1:5 index 5, which rank 1 holds"))
     lines = [Text("")]
     for part in parts:
@@ -101,28 +100,28 @@ def _legend(story: Story, values: bool, width: int) -> list[Text]:
     return lines
 
 
-def _matrices(story: Story) -> list[tuple[str, Figure]]:
+def _matrices(view: StepView) -> list[tuple[str, SceneTensor]]:
     """The tensors that a reader wants to see first: what each forward product reads and makes."""
-    found: dict[tuple[str, str, tuple[int, ...]], tuple[str, Figure]] = {}
-    for scene in story.scenes:
+    matrices: dict[tuple[str, str, tuple[int, ...]], tuple[str, SceneTensor]] = {}
+    for scene in view.scenes:
         if scene.phase != "forward":
             continue
         who = scene.title.partition(":")[0]
-        for figure in scene.figures:
-            is_repeated = scene.is_collective and not figure.is_result
-            if len(figure.shape) >= 2 and not is_repeated:
+        for tensor in scene.tensors:
+            is_repeated = scene.is_collective and not tensor.is_result
+            if len(tensor.shape) >= 2 and not is_repeated:
                 # Weights are called alike in every layer, and the layer tells them apart.
-                name = f"{who}.{figure.name}" if ":" in scene.title else figure.name
-                found.setdefault((name, figure.placement, figure.shape), (name, figure))
-    return list(found.values())
+                name = f"{who}.{tensor.name}" if ":" in scene.title else tensor.name
+                matrices.setdefault((name, tensor.placement, tensor.shape), (name, tensor))
+    return list(matrices.values())
 
 
-def _maps(figures: Sequence[tuple[str, Figure]], width: int) -> list[Text]:
+def _maps(tensors: Sequence[tuple[str, SceneTensor]], width: int) -> list[Text]:
     """Small grids side by side, as many as fit in a line."""
     lines: list[Text] = []
     row: list[list[Text]] = []
-    for name, figure in figures:
-        block = [Text(name, "bold"), Text(_shape(figure)), *_map(figure)]
+    for name, tensor in tensors:
+        block = [Text(name, "bold"), Text(_shape(tensor)), *_map(tensor)]
         taken = sum(_width(each) + _GAP for each in row)
         if row and taken + _width(block) > width:
             lines += [*_joined(row), Text("")]
@@ -148,75 +147,75 @@ def _joined(blocks: Sequence[Sequence[Text]]) -> list[Text]:
     return lines
 
 
-def _map(figure: Figure) -> Iterator[Text]:
-    """Whose each part is, one letter a cell."""
-    for owners in owners_of(figure, rows=MAP_ROWS, columns=MAP_COLUMNS):
+def _map(tensor: SceneTensor) -> Iterator[Text]:
+    """The owner of each cell, as one letter."""
+    for owners in owners_of(tensor, rows=MAP_ROWS, columns=MAP_COLUMNS):
         line = Text("")
         for owner in owners:
-            letter = _letter(figure, owner)
+            letter = _letter(tensor, owner)
             line.append(letter, style_of(owner) if letter.isalnum() else "")
         yield line
 
 
-def _letter(figure: Figure, owner: int | None) -> str:
-    if figure.placement == "Partial":
+def _letter(tensor: SceneTensor, owner: int | None) -> str:
+    if tensor.placement == "Partial":
         return SUMMAND_LETTER
-    if figure.is_alike:
+    if tensor.is_alike:
         return EVERY_LETTER
-    return UNKNOWN_LETTER if owner is None or figure.dim is None else letter_of(owner)
+    return UNKNOWN_LETTER if owner is None or tensor.dim is None else letter_of(owner)
 
 
-def _scene(scene: Scene, story: Story, values: bool, width: int) -> Iterator[Text]:
+def _scene(scene: Scene, view: StepView, values: bool, width: int) -> Iterator[Text]:
     head = Text(scene.title, "bold" if scene.is_collective else "")
     if scene.formula:
         head.append(f", {scene.formula}", "not bold")
     yield from _hung(f"{scene.number:>3}. ", head, width, INDENT)
     if scene.arrows:
-        is_brief = story.degree > MOST_ARROWS
-        for arrow, text in told_arrows(scene.arrows, is_brief=is_brief, has_numbers=values):
+        is_brief = view.degree > MOST_ARROWS
+        for arrow, text in arrow_sentences(scene.arrows, is_brief=is_brief, has_numbers=values):
             line = Text.assemble((f"rank {arrow.sender}", style_of(arrow.sender)), f" ==> {text}")
             yield from _hung(_MARGIN, line, width, INDENT + 4)
-        made = [f"{figure.name} {figure.shape}" for figure in scene.figures if figure.is_result]
-        text = f"{changed(scene.figures)}: {', '.join(made)}"
+        results = [f"{tensor.name} {tensor.shape}" for tensor in scene.tensors if tensor.is_result]
+        text = f"{placement_change(scene.tensors)}: {', '.join(results)}"
         yield from _hung(_MARGIN, Text(text), width, INDENT + 4)
     else:
         yield from _hung(_MARGIN, Text(_flow(scene)), width, INDENT + 4)
-    for figure in scene.figures:
-        if figure.is_broken:
-            yield Text(f"{_MARGIN}{figure.name} is NOT the same on every rank", "bold red")
-    if values and story.has_values:
-        for figure in scene.figures:
-            yield from _numbers(figure, width)
+    for tensor in scene.tensors:
+        if tensor.is_broken:
+            yield Text(f"{_MARGIN}{tensor.name} is NOT the same on every rank", "bold red")
+    if values and view.has_values:
+        for tensor in scene.tensors:
+            yield from _numbers(tensor, width)
 
 
 def _flow(scene: Scene) -> str:
-    read = [_named(figure) for figure in scene.figures if not figure.is_result]
-    made = [_named(figure) for figure in scene.figures if figure.is_result]
-    return " -> ".join(filter(None, (", ".join(read), ", ".join(made))))
+    operands = [_named(tensor) for tensor in scene.tensors if not tensor.is_result]
+    results = [_named(tensor) for tensor in scene.tensors if tensor.is_result]
+    return " -> ".join(filter(None, (", ".join(operands), ", ".join(results))))
 
 
-def _named(figure: Figure) -> str:
-    return f"{figure.name} {_shape(figure)}"
+def _named(tensor: SceneTensor) -> str:
+    return f"{tensor.name} {_shape(tensor)}"
 
 
-def _shape(figure: Figure) -> str:
-    return f"{figure.shape} {figure.placement or ('same' if figure.is_alike else '?')}"
+def _shape(tensor: SceneTensor) -> str:
+    return f"{tensor.shape} {tensor.placement or ('same' if tensor.is_alike else '?')}"
 
 
-def _numbers(figure: Figure, width: int) -> Iterator[Text]:
-    """The numbers of a figure, with the rank and the index of each line."""
+def _numbers(tensor: SceneTensor, width: int) -> Iterator[Text]:
+    """The numbers of a tensor, with the rank and the index of each line."""
     room = max(2, (width - INDENT - 8) // _CELL)
-    for grid in grids_of(figure, most_rows=VALUE_ROWS, most_columns=min(VALUE_COLUMNS, room)):
+    for grid in grids_of(tensor, most_rows=VALUE_ROWS, most_columns=min(VALUE_COLUMNS, room)):
         if not any(any(row) for row in grid.cells):
             return  # numbers were not kept
         part = " in part" * grid.is_part
         label = f", {grid.label}" if grid.label else ""
-        yield Text(f"{_MARGIN}{figure.name} {figure.shape}{label}{part}", "italic")
+        yield Text(f"{_MARGIN}{tensor.name} {tensor.shape}{label}{part}", "italic")
         yield from _grid(grid, room)
 
 
 def _grid(grid: Grid, room: int) -> Iterator[Text]:
-    """Its cells; columns that do not fit beside the others come below them."""
+    """The cells of a grid; columns that do not fit come below the others."""
     by_columns, by_rows = grid.cut == "columns", grid.cut == "rows"
     places = range(len(grid.columns))
     for start in range(0, len(grid.columns), room):
@@ -235,7 +234,7 @@ def _grid(grid: Grid, room: int) -> Iterator[Text]:
 
 
 def _short(cell: str) -> str:
-    """A number that would touch its neighbour, with fewer digits."""
+    """A number with fewer digits if it is as wide as its column."""
     try:
         return cell if len(cell) < _CELL else f"{float(cell):.1e}"
     except ValueError:  # a complex one
@@ -243,12 +242,12 @@ def _short(cell: str) -> str:
 
 
 def _head(index: str, owner: int | None, is_owned: bool) -> str:
-    return f"{letter_of(owner)}:{index}" if is_owned and owner is not EVERY else index
+    return f"{letter_of(owner)}:{index}" if is_owned and owner is not EVERY_RANK else index
 
 
-def _memory(story: Story) -> str:
+def _memory(view: StepView) -> str:
     """The most that each rank holds."""
-    peaks = ", ".join(f"rank {rank} {peak:,}" for rank, peak in enumerate(story.peaks))
+    peaks = ", ".join(f"rank {rank} {peak:,}" for rank, peak in enumerate(view.peaks))
     return f"Most bytes held after a step: {peaks}."
 
 

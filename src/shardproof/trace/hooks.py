@@ -1,12 +1,13 @@
 """Torch's global hooks of modules and optimizers: where a rank is in its model.
 
-They are there while any rank traces, and do nothing in threads that do not.
+The hooks are registered while any rank traces. They call `enter_module`, `leave_module`,
+`enter_step` and `leave_step` of the observers that have them.
 """
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
@@ -16,23 +17,6 @@ from torch.utils._pytree import tree_map
 
 from shardproof import observing
 from shardproof.cut.fallback import is_cut
-
-
-class Listener(Protocol):
-    """An observer that wants to know of modules and optimizers."""
-
-    def enter_module(self, module: nn.Module) -> None:
-        """A module begins its forward."""
-
-    def leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
-        """A module has ended its forward."""
-
-    def enter_step(self, optimizer: Optimizer) -> None:
-        """An optimizer begins a step."""
-
-    def leave_step(self, optimizer: Optimizer) -> None:
-        """An optimizer has made a step."""
-
 
 _lock = threading.Lock()
 _num_tracing = 0

@@ -30,17 +30,16 @@ from shardproof.observing import (
     tensors_in,
 )
 from shardproof.trace.hooks import first_tensor
-from shardproof.trace.places import Places
-from shardproof.trace.step import Part, Step
+from shardproof.trace.placements import TensorPlacements
+from shardproof.trace.step import Part, TraceStep
 
 # What these of the package call is the work of a user: a case, a model, a loss.
 OF_USERS = (
-    "cases",
     "cli",
     "engines",
     "mistakes",
+    "prover.cases",
     "prover.training",
-    "prover.update",
     "ranks",
     "showing",
 )
@@ -108,12 +107,12 @@ class RankTrace(Observer):
 
     def __init__(self, rank: int, *, num_values: int, limit: int) -> None:
         super().__init__()
-        self.steps: list[Step] = []
+        self.steps: list[TraceStep] = []
         self.num_dropped = 0
         self.is_writing = True
         self.keeps_values = num_values > 0
         self._rank, self._num_values, self._limit = rank, num_values, limit
-        self._memory, self._places = Memory(), Places()
+        self._memory, self._placements = Memory(), TensorPlacements()
         self._names: dict[int, str] = {}
         self._kept: list[Any] = []  # whose ids are names
         self._stack: list[tuple[nn.Module, int]] = []
@@ -131,25 +130,25 @@ class RankTrace(Observer):
         super().__exit__(*error)
 
     def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call it; write it down if it is no view and not a part of something of ours."""
-        given = list(tensors_in((args, kwargs)))
-        before = {storage_of(x) for x in given}
+        """Call an operation; record it unless it is a view or part of our own functions."""
+        operands = list(tensors_in((args, kwargs)))
+        before = {storage_of(x) for x in operands}
         caller = _caller()
-        is_step = caller == "user" and self._is_step(func, given)
+        is_step = caller == "user" and self._is_step(func, operands)
         inputs = self._inputs(func, args) if is_step else ()
-        seen = self._places.look(given)
+        seen = self._placements.look(operands)
         result = func(*args, **kwargs)
-        made = list(tensors_in(result))
-        self._memory.see([*given, *made])
-        self._places.carry(func, seen, (args, kwargs), made, is_ours=caller == "package")
-        is_view = not func._schema.is_mutable and all(storage_of(y) in before for y in made)
-        if is_step and made and not is_view:
+        results = list(tensors_in(result))
+        self._memory.see([*operands, *results])
+        self._placements.carry(func, seen, (args, kwargs), results, is_ours=caller == "package")
+        is_view = not func._schema.is_mutable and all(storage_of(y) in before for y in results)
+        if is_step and results and not is_view:
             name = str(func.overloadpacket).removeprefix("aten.")
-            self._write(self._phase(func, args), self._module(), name, inputs, made[0])
+            self._write(self._phase(func, args), self._module(), name, inputs, results[0])
         return result
 
     def rule(self, name: str, args: Any, compute: Callable[[], Any]) -> Any:
-        """Write down an operation on cut tensors of which nothing else has been written."""
+        """Record an operation on cut tensors for which no other step was recorded."""
         if self._is_in_rule:
             return compute()
         self._is_in_rule, num_seen = True, self._num_seen
@@ -158,8 +157,8 @@ class RankTrace(Observer):
         finally:
             self._is_in_rule = False
         y, x = first_tensor(result), first_tensor(args)
-        if isinstance(result, CutTensor) and self._places.of(result.local) is None:
-            self._places.learn(result.local, _placement(result))
+        if isinstance(result, CutTensor) and self._placements.of(result.local) is None:
+            self._placements.learn(result.local, _placement(result))
         # The forward of a module of ours is written when the module ends; a move computes nothing.
         is_quiet = name == "forward" or RULES.get(name) is RULES["view"]
         is_silent = self._num_seen == num_seen and not is_quiet
@@ -168,10 +167,10 @@ class RankTrace(Observer):
         return result
 
     def told(self, told: Told) -> None:
-        """Write down what the package did, or a collective that it has started."""
+        """Record what the package did, or a collective that it has started."""
         for operand in (*told.inputs, *([told.output] if told.output else ())):
             if operand.placement is not None:
-                self._places.learn(operand.tensor, operand.placement)
+                self._placements.learn(operand.tensor, operand.placement)
         meeting = None
         if told.is_collective:
             met = self._num_meetings.get(told.axis, 0) + 1
@@ -206,14 +205,16 @@ class RankTrace(Observer):
         step = self._step(told.phase, told.who, "addition", told.addition)
         self._add(replace(step, output=output))
 
-    def _step(self, phase: str, module: str, operation: str, detail: str = "") -> Step:
-        """A step with what every step has."""
+    def _step(self, phase: str, module: str, operation: str, detail: str = "") -> TraceStep:
+        """A step with the fields that every step has."""
         number, held = len(self.steps), self._memory.held
-        return Step(self._rank, number, phase, module, operation, detail, (), None, held_bytes=held)
+        return TraceStep(
+            self._rank, number, phase, module, operation, detail, (), None, held_bytes=held
+        )
 
     def placement(self, x: Tensor) -> Placement | None:
-        """How a tensor lies, as far as the trace knows."""
-        return self._places.of(x)
+        """The placement of a tensor, as far as the trace knows it."""
+        return self._placements.of(x)
 
     def enter_module(self, module: nn.Module) -> None:
         """Learn the names of a model when its outermost module begins."""
@@ -223,7 +224,7 @@ class RankTrace(Observer):
         self._stack.append((module, self._num_seen))
 
     def leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Write a module of ours down that has told nothing; remember which nodes are its own."""
+        """Record a module of ours that reported no step; remember its nodes of the graph."""
         if not self._stack or self._stack[-1][0] is not module:  # entered before the trace
             return
         name = self._module()
@@ -232,7 +233,7 @@ class RankTrace(Observer):
         if y is None or x is None or any(True for _ in module.children()):
             return
         # Layers that share an input compute together: what the later ones return was told before.
-        is_known = isinstance(module, ShardedModule) and self._places.of(y) is not None
+        is_known = isinstance(module, ShardedModule) and self._placements.of(y) is not None
         is_silent = self._num_seen == num_seen and storage_of(y) != storage_of(x) and not is_known
         if is_silent:
             self._write_silent(name, type(module).__name__, x, y)
@@ -240,35 +241,35 @@ class RankTrace(Observer):
             self._claim(y.grad_fn, x.grad_fn, name)
 
     def _write_silent(self, module: str, operation: str, x: Tensor, y: Tensor) -> None:
-        """Write down what told nothing: forward now, and backward when it is there."""
-        self._places.learn(y, self._places.of(y) or _kept(self._places.of(x), x, y))
-        inputs = (self._part(Operand("x", x, self._places.of(x))),)
+        """Record a module that reported no step: forward now, and backward when it runs."""
+        self._placements.learn(y, self._placements.of(y) or _kept(self._placements.of(x), x, y))
+        inputs = (self._part(Operand("x", x, self._placements.of(x))),)
         self._write("forward", module, operation, inputs, y)
         if hasattr(y.grad_fn, "_forward_cls"):  # ours, which torch's operations do not show
-            self._watch_backward(y.grad_fn, module, operation, self._places.of(y))
+            self._watch_backward(y.grad_fn, module, operation, self._placements.of(y))
         elif y.grad_fn is not None:
             self._claim(y.grad_fn, x.grad_fn, module)
 
     def enter_step(self, optimizer: Optimizer) -> None:
         """Note the parameters before they are updated."""
         self._is_updating = True
-        places = ((p, self._places.of(p)) for p, _ in _updated(optimizer))
+        places = ((p, self._placements.of(p)) for p, _ in _updated(optimizer))
         self._before = {
             id(p): (self._part(Operand(self._name(p), p, place)), place) for p, place in places
         }
 
     def leave_step(self, optimizer: Optimizer) -> None:
-        """Write down what became of each parameter."""
+        """Record the update of each parameter."""
         before, self._before = self._before, {}
         self._is_updating = False
         for p, group in _updated(optimizer):
             if id(p) not in before or p.grad is None:
                 continue
             name, place = self._name(p), before[id(p)][1]  # a closure may have taught the name
-            self._places.learn(p, place)
+            self._placements.learn(p, place)
             output = self._part(Operand(name, p, place))
-            given = replace(before[id(p)][0], name=name)
-            inputs = (given, self._part(Operand("grad", p.grad, place)))
+            weight = replace(before[id(p)][0], name=name)
+            inputs = (weight, self._part(Operand("grad", p.grad, place)))
             step = self._step("update", name, "update", type(optimizer).__name__)
             rule = _rule(optimizer, group)
             self._add(replace(step, inputs=inputs, output=output, rule=rule))
@@ -276,15 +277,15 @@ class RankTrace(Observer):
     def _inputs(self, func: Any, args: tuple[Any, ...]) -> tuple[Part, ...]:
         names = [argument.name for argument in func._schema.arguments]
         return tuple(
-            self._part(Operand(name, x, self._places.of(x)))
+            self._part(Operand(name, x, self._placements.of(x)))
             for name, arg in zip(names, args, strict=False)
             for x in tensors_in(arg)
         )
 
-    def _is_step(self, func: Any, given: Sequence[Tensor]) -> bool:
+    def _is_step(self, func: Any, operands: Sequence[Tensor]) -> bool:
         name = str(func.overloadpacket).removeprefix("aten.")
         of_optimizer = self._is_updating and not torch.is_grad_enabled()
-        return bool(given) and name not in _QUIET and not of_optimizer
+        return bool(operands) and name not in _QUIET and not of_optimizer
 
     def _phase(self, func: Any, args: tuple[Any, ...]) -> str:
         if torch._C._current_graph_task_id() != -1:
@@ -299,7 +300,7 @@ class RankTrace(Observer):
         return "setup" if first.grad is None else "update"
 
     def _module(self) -> str:
-        """The module that computes; in backward, the one that made the node."""
+        """The name of the module that computes; in backward, of the module that made the node."""
         node: Any = torch._C._current_autograd_node()
         if node is None:
             return self._names.get(id(self._stack[-1][0]), "") if self._stack else ""
@@ -319,10 +320,10 @@ class RankTrace(Observer):
         y: Tensor,
         called: str = "y",
     ) -> None:
-        output = self._part(Operand(called, y, self._places.of(y)))
+        output = self._part(Operand(called, y, self._placements.of(y)))
         self._add(replace(self._step(phase, module, operation), inputs=inputs, output=output))
 
-    def _add(self, step: Step) -> int | None:
+    def _add(self, step: TraceStep) -> int | None:
         self._num_seen += 1
         if not self.is_writing:
             return None
@@ -343,13 +344,15 @@ class RankTrace(Observer):
             for short, parameter in module.named_parameters(recurse=False):
                 self._names[id(parameter)] = prefix + short
                 layout = layouts.get(short)
-                self._places.learn(parameter, REPLICATE if layout is None else placement_of(layout))
+                self._placements.learn(
+                    parameter, REPLICATE if layout is None else placement_of(layout)
+                )
 
     def _name(self, parameter: Tensor) -> str:
         return self._names.get(id(parameter), "parameter")
 
     def _claim(self, end: Any, start: Any, name: str) -> None:
-        """The nodes between a module's output and its input are its own."""
+        """Remember the nodes between a module's output and its input as those of the module."""
         waiting = [end]
         for _ in range(_DEPTH):
             if not waiting:
@@ -363,13 +366,13 @@ class RankTrace(Observer):
             waiting.extend(each for each, _ in node.next_functions)
 
     def _watch_backward(self, node: Any, name: str, kind: str, place: Placement | None) -> None:
-        """Write down the backward of a module of ours that tells nothing."""
+        """Record the backward of a module of ours that reports no step."""
 
         def done(grads_x: Sequence[Tensor | None], grads_y: Sequence[Tensor | None]) -> None:
             grad_x, grad_y = first_tensor(list(grads_x)), first_tensor(list(grads_y))
             if grad_x is None or grad_y is None:
                 return
-            self._places.learn(grad_x, _kept(place, grad_y, grad_x))
+            self._placements.learn(grad_x, _kept(place, grad_y, grad_x))
             inputs = (self._part(Operand("grad_y", grad_y, place)),)
             self._write("backward", name, kind, inputs, grad_x, "grad_x")
 
@@ -395,7 +398,7 @@ def _caller() -> str:
 
 
 def _kept(place: Placement | None, x: Tensor, y: Tensor) -> Placement | None:
-    """The placement of `x`, if `y` can have the same."""
+    """The given placement, if `x` and `y` have the same shape."""
     return place if x.shape == y.shape else None
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shardproof.observing import Operand, Placement, Sending, has_memory
+from shardproof.observing import Operand, Sending, has_memory
 from shardproof.wording import dtype_name
 
 PHASES = ("setup", "forward", "backward", "update", "prover")
@@ -71,17 +71,9 @@ class Part:
             operand.node,
         )
 
-    @property
-    def placed(self) -> Placement | None:
-        """The placement as observers are told it."""
-        if not self.placement:
-            return None
-        held = None if self.held is None else range(*self.held)
-        return Placement(self.placement.partition("(")[0], self.dim or 0, held, self.size)
-
 
 @dataclass(frozen=True)
-class Step:
+class TraceStep:
     """One step of one rank.
 
     Attributes:

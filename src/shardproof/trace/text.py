@@ -7,16 +7,16 @@ from itertools import zip_longest
 from rich.table import Table
 from rich.text import Text
 
-from shardproof.trace.step import Part, Step
+from shardproof.trace.step import Part, TraceStep
 from shardproof.tree import node_name
 
 COLOURS = {"forward": "cyan", "backward": "magenta", "update": "green"}
 
-Row = tuple[Step | None, ...]
+Row = tuple[TraceStep | None, ...]
 Key = tuple[str, str, str]
 
 
-def aligned(ranks: Sequence[Sequence[Step]]) -> list[Row]:
+def aligned(ranks: Sequence[Sequence[TraceStep]]) -> list[Row]:
     """The steps of all ranks side by side: a row has one step of each rank, or None.
 
     Ranks meet in collectives, which share a row; between two of them, steps stand in their order.
@@ -28,16 +28,16 @@ def aligned(ranks: Sequence[Sequence[Step]]) -> list[Row]:
     return rows
 
 
-def _side_by_side(sections: Sequence[Sequence[Step]]) -> list[Row]:
+def _side_by_side(sections: Sequence[Sequence[TraceStep]]) -> list[Row]:
     """Steps of the same module and operation share a row; a rank may have one that others lack."""
     if len({tuple(map(_key, section)) for section in sections}) == 1:
         return list(zip(*sections, strict=True))
-    rows: list[list[Step | None]] = []
+    rows: list[list[TraceStep | None]] = []
     keys: list[Key] = []
     for place, section in enumerate(sections):
         before = [None] * place
         matcher = SequenceMatcher(None, keys, [_key(step) for step in section], autojunk=False)
-        merged: list[list[Step | None]] = []
+        merged: list[list[TraceStep | None]] = []
         for tag, start, stop, first, last in matcher.get_opcodes():
             if tag == "equal":
                 both = zip(rows[start:stop], section[first:last], strict=True)
@@ -50,13 +50,13 @@ def _side_by_side(sections: Sequence[Sequence[Step]]) -> list[Row]:
     return [tuple(row) for row in rows]
 
 
-def _key(step: Step) -> Key:
+def _key(step: TraceStep) -> Key:
     return step.phase, step.module, step.operation
 
 
-def _between_meetings(steps: Sequence[Step]) -> Iterator[list[Step]]:
-    """Sections of steps, of which a collective, if there is one, is alone."""
-    section: list[Step] = []
+def _between_meetings(steps: Sequence[TraceStep]) -> Iterator[list[TraceStep]]:
+    """Split steps into sections; each collective is a section of its own."""
+    section: list[TraceStep] = []
     for step in steps:
         if step.is_collective:
             yield section
@@ -67,20 +67,20 @@ def _between_meetings(steps: Sequence[Step]) -> Iterator[list[Step]]:
     yield section
 
 
-def table(steps: Sequence[Step]) -> Table:
+def table(steps: Sequence[TraceStep]) -> Table:
     """The steps of one rank."""
-    found = Table(title=f"rank {steps[0].rank}" if steps else None, box=None, pad_edge=False)
-    found.add_column("step", justify="right")
+    grid = Table(title=f"rank {steps[0].rank}" if steps else None, box=None, pad_edge=False)
+    grid.add_column("step", justify="right")
     for name in ("phase", "module"):
-        found.add_column(name, no_wrap=True)
-    found.add_column("operation", ratio=2)
-    found.add_column("tensors", ratio=3)
+        grid.add_column(name, no_wrap=True)
+    grid.add_column("operation", ratio=2)
+    grid.add_column("tensors", ratio=3)
     for name in ("sent", "held"):
-        found.add_column(f"bytes {name}", justify="right", no_wrap=True)
+        grid.add_column(f"bytes {name}", justify="right", no_wrap=True)
     for step in steps:
         inputs = ", ".join(map(described, step.inputs))
         result = "" if step.output is None else described(step.output)
-        found.add_row(
+        grid.add_row(
             str(step.number),
             Text(step.phase, COLOURS.get(step.phase, "")),
             Text(step.module),
@@ -89,19 +89,19 @@ def table(steps: Sequence[Step]) -> Table:
             f"{step.sent_bytes:,}" if step.is_collective else "",
             f"{step.held_bytes:,}",
         )
-    return found
+    return grid
 
 
-def timeline(ranks: Sequence[Sequence[Step]]) -> Table:
+def timeline(ranks: Sequence[Sequence[TraceStep]]) -> Table:
     """All ranks: a row for each step, and a column for what each rank gets from it.
 
     Arrows stand where the ranks meet.
     """
-    found = Table(box=None, pad_edge=False)
+    grid = Table(box=None, pad_edge=False)
     for name in ("phase", "module", "step"):
-        found.add_column(name, overflow="fold")
+        grid.add_column(name, overflow="fold")
     for rank in range(len(ranks)):
-        found.add_column(f"rank {rank}", overflow="fold")
+        grid.add_column(f"rank {rank}", overflow="fold")
     for row in aligned(ranks):
         steps = [step for step in row if step is not None]
         first, style = steps[0], "bold" if steps[0].is_collective else ""
@@ -112,17 +112,17 @@ def timeline(ranks: Sequence[Sequence[Step]]) -> Table:
                 ends = (place > 0, place < len(cells) - 1)
                 cells[place] = Text.assemble("<-- " * ends[0], cell, " -->" * ends[1])
         phase = Text(first.phase, COLOURS.get(first.phase, ""))
-        found.add_row(phase, Text(first.module), Text(formula, style), *cells)
-    return found
+        grid.add_row(phase, Text(first.module), Text(formula, style), *cells)
+    return grid
 
 
 def _shared(texts: Sequence[str]) -> str:
-    """What all of them are; "" if they differ."""
+    """The text that all have; "" if they differ."""
     return texts[0] if len(set(texts)) == 1 else ""
 
 
-def _cell(step: Step, formula: str) -> str:
-    """What one rank gets; also its formula, where the ranks do not share it."""
+def _cell(step: TraceStep, formula: str) -> str:
+    """The result of one rank, with its formula if the ranks have different ones."""
     own = "" if formula == _formula(step) else _formula(step)
     if step.is_collective:
         result = f"sends {step.sent_bytes:,} bytes"
@@ -131,7 +131,7 @@ def _cell(step: Step, formula: str) -> str:
     return ": ".join(filter(None, (own, result)))
 
 
-def _formula(step: Step) -> str:
+def _formula(step: TraceStep) -> str:
     """What ranks do alike: a collective and its result, a product without the leaves it sums."""
     if step.is_collective:
         result = "" if step.output is None else f" of {step.output.name} {step.output.shape}"
@@ -141,8 +141,8 @@ def _formula(step: Step) -> str:
     return detail if " = " in detail else ": ".join(filter(None, (step.operation, detail)))
 
 
-def _result(step: Step, output: Part) -> str:
-    """A result: its leaves or its name, if the formula and the module do not say it, and shape."""
+def _result(step: TraceStep, output: Part) -> str:
+    """Name or leaves of a result, unless the formula names it, and its shape."""
     leaves = _leaves(output)
     name = output.name.removesuffix(f", {leaves}")
     is_said = name == step.module or _formula(step).startswith(f"{name} = ")
@@ -151,11 +151,11 @@ def _result(step: Step, output: Part) -> str:
 
 
 def _leaves(output: Part | None) -> str:
-    """Of a summand: the leaves that it sums."""
+    """The leaves that a partial sum adds; "" for other tensors."""
     return "" if output is None or output.node is None else node_name(output.node)
 
 
-def _what(step: Step) -> str:
+def _what(step: TraceStep) -> str:
     return f"{step.operation}: {step.detail}" if step.detail else step.operation
 
 

@@ -15,7 +15,7 @@ from shardproof.errors import UsageError
 from shardproof.quantities import checked_flag, checked_whole
 from shardproof.trace.hooks import listening
 from shardproof.trace.rank import RankTrace
-from shardproof.trace.step import Step
+from shardproof.trace.step import TraceStep
 from shardproof.trace.text import table, timeline
 from shardproof.transport.base import Call
 from shardproof.wording import shown, spelt_out
@@ -58,7 +58,7 @@ class Trace:
         self.values = checked_flag(values, "values")
         self.num_values = checked_whole(num_values, "num_values")
         self.limit = checked_whole(limit, "limit")
-        self.ranks: tuple[tuple[Step, ...], ...] = ()
+        self.ranks: tuple[tuple[TraceStep, ...], ...] = ()
         self.num_dropped: tuple[int, ...] = ()
 
     @contextmanager
@@ -74,15 +74,15 @@ class Trace:
         call = Call("trace", "setup", "the steps of a trace")
         self.take(axis.transport.gather_objects((recorded.steps, recorded.num_dropped), call=call))
 
-    def recorded(self, fn: Callable[[Axis], T]) -> Callable[[Axis], tuple[T, list[Step], int]]:
+    def recorded(self, fn: Callable[[Axis], T]) -> Callable[[Axis], tuple[T, list[TraceStep], int]]:
         """A function of an axis that also returns this rank's steps, and how many were dropped."""
         return partial(_run, self.values, self.num_values, self.limit, fn)
 
-    def take(self, found: Iterable[tuple[Sequence[Step], int]]) -> None:
+    def take(self, runs: Iterable[tuple[Sequence[TraceStep], int]]) -> None:
         """Keep what was recorded of every rank, in rank order."""
-        found = list(found)
-        self.ranks = tuple(tuple(steps) for steps, _ in found)
-        self.num_dropped = tuple(num_dropped for _, num_dropped in found)
+        runs = list(runs)
+        self.ranks = tuple(tuple(steps) for steps, _ in runs)
+        self.num_dropped = tuple(num_dropped for _, num_dropped in runs)
 
     def collectives(self, rank: int) -> dict[str, dict[str, dict[str, int]]]:
         """Direction -> collective -> calls, message_bytes and sent_bytes, as a ledger has them.
@@ -99,18 +99,18 @@ class Trace:
                 f"{self.num_dropped[rank]} steps of rank {rank} are beyond limit={self.limit}, and "
                 "collectives may be among them. Trace with a larger limit."
             )
-        found: dict[str, dict[str, dict[str, int]]] = {}
+        counts: dict[str, dict[str, dict[str, int]]] = {}
         for step in steps:
             if not step.is_collective:
                 continue
-            kinds = found.setdefault(step.phase, {})
+            kinds = counts.setdefault(step.phase, {})
             figures = kinds.setdefault(
                 step.operation, {"calls": 0, "message_bytes": 0, "sent_bytes": 0}
             )
             figures["calls"] += 1
             figures["message_bytes"] += step.message_bytes
             figures["sent_bytes"] += step.sent_bytes
-        return {phase: dict(sorted(kinds.items())) for phase, kinds in sorted(found.items())}
+        return {phase: dict(sorted(kinds.items())) for phase, kinds in sorted(counts.items())}
 
     def table(self, rank: int = 0) -> Table:
         """The steps of one rank, for `rich.print`."""
@@ -145,7 +145,7 @@ class Trace:
             return kept
         return f"{kept}; the first {_PRINTED} are above, `timeline()` and `table(rank)` have all"
 
-    def _steps(self, rank: int) -> tuple[Step, ...]:
+    def _steps(self, rank: int) -> tuple[TraceStep, ...]:
         if not self.ranks:
             raise UsageError(
                 "this trace is empty. Give it to launch(..., trace=...), or use it as "
@@ -167,7 +167,7 @@ class Trace:
 
 def _run(
     values: bool, num_values: int, limit: int, fn: Callable[[Axis], T], axis: Axis
-) -> tuple[T, list[Step], int]:
+) -> tuple[T, list[TraceStep], int]:
     trace = Trace(values=values, num_values=num_values, limit=limit)
     with trace._recording(axis) as recorded:
         result = fn(axis)
@@ -175,7 +175,7 @@ def _run(
 
 
 def checked_trace(trace: Any) -> Trace | None:
-    """What a user gave as `trace`, as a trace; None: there is to be none.
+    """The argument `trace` of a user as a Trace, or None for no trace.
 
     Raises:
         UsageError: it is neither a bool nor a `Trace`.
