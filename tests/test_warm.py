@@ -92,7 +92,7 @@ print("so far", flush=True); time.sleep(100)"""
 
 def test_a_process_can_be_watched_and_signalled(tmp_path: Path) -> None:
     program = """import sys, time
-print('here', flush=True); sys.stderr.write('and here'); sys.stderr.flush(); time.sleep(100)"""
+sys.stderr.write('and here'); print('here', flush=True); time.sleep(100)"""
     process = warm.Process(command_of("code", program, tmp_path))
     assert process.stdout.readline() == "here\n"
     assert process.poll() is None
