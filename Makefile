@@ -67,7 +67,7 @@ demo: $(STAMP)
 WORKERS ?= 2
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0 $(if $(ORDER),--order $(ORDER))
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(if $(ORDER),--order $(ORDER))
 
 check: $(STAMP)
 	$(BIN)/ruff check

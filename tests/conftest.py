@@ -31,6 +31,15 @@ settings.register_profile("shardproof", deadline=None, print_blob=True)
 settings.load_profile("shardproof")
 
 
+# These go first, so that no worker is left alone with one of them at the end.
+LONGEST = (
+    "test_between_cut_layers.py",
+    "test_compile.py",
+    "test_fuzz.py",
+    "test_hf_models.py",
+    "test_readme.py",
+    "test_zoo_models.py",
+)
 SEED = pytest.StashKey[int | None]()
 
 
@@ -72,7 +81,9 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 @pytest.hookimpl(tryfirst=True)  # pytest then puts those together that share a fixture
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     seed = config.stash[SEED]
-    if seed is not None:
+    if seed is None:
+        items.sort(key=lambda item: item.path.name not in LONGEST)
+    else:
         items[:] = shuffled(items, seed, lambda item: item.path)
     if torch.cuda.is_available():
         return
@@ -81,14 +92,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, torch finds none"))
 
 
-@pytest.fixture(autouse=True)
-def _warm_ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks that are processes are forks of an interpreter that has imported torch.
+@pytest.fixture(autouse=True, scope="session")
+def _warm_ranks() -> Iterator[Any]:
+    """Ranks that are processes are forks of an interpreter that has imported torch."""
+    original = processes.start_process
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "start_process", warm.start_process)
+        yield original
 
-    A test marked `fresh_ranks` is about how the product itself starts them.
-    """
-    if request.node.get_closest_marker("fresh_ranks") is None:
-        monkeypatch.setattr(processes, "start_process", warm.start_process)
+
+@pytest.fixture(autouse=True)
+def _fresh_ranks(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _warm_ranks: Any
+) -> None:
+    """A test marked `fresh_ranks` is about how the package itself starts them."""
+    if request.node.get_closest_marker("fresh_ranks") is not None:
+        monkeypatch.setattr(processes, "start_process", _warm_ranks)
 
 
 @pytest.fixture(scope="session")

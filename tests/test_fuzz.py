@@ -42,7 +42,7 @@ TIMES_TORCH = 8.0
 OF_LARGEST = {"fp32": 4e-6, "fp64": 2e-13, "bf16": 3e-2}
 GRADIENT = ("gradient", ".grad")  # ends of the names of gradients
 ROUND = 40  # models between two looks at the clock
-TRIES = 100  # of a smaller model, once one has failed
+TRIES = 50  # of a smaller model, once one has failed
 
 Parts = dict[str, tuple[Tensor, Layout | None]]
 

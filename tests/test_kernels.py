@@ -14,7 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fresh_process import run_fresh
+import warm
 from invariance import bits_equal, misaligned, normal, random_cut, strided, threads
 from shardproof import core
 from shardproof.errors import ShapeError
@@ -400,7 +400,7 @@ print("inside")
 
 
 def test_no_memory_beyond_an_operand_is_touched() -> None:
-    assert run_fresh(AT_THE_EDGE).strip() == "inside"
+    assert warm.printed(AT_THE_EDGE).strip() == "inside"
 
 
 FOLDED = [1, 2, 3, 5, 8, 9, 15, 16, 17, 31, 33, 64, 65, 100, 257, 513, 1000]

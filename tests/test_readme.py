@@ -86,7 +86,8 @@ def run_shardproof(words: list[str], folder: Path, settings: dict[str, str]) -> 
     stands_alone = not settings and not any(each.startswith(FILES) for each in words)
     if stands_alone and tuple(words) in RAN:
         return
-    finish([str(Path(sys.executable).with_name("shardproof")), *words], folder, settings)
+    command = Path(sys.executable).with_name("shardproof")
+    finish([sys.executable, str(command), *words], folder, settings)
     if stands_alone:
         RAN.add(tuple(words))
 

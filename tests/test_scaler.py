@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.testing import assert_close
 
-from fresh_process import run_fresh
+import warm
 from invariance import bits_equal, normal
 from places import Pool
 from shardproof import comm
@@ -240,7 +240,7 @@ print(json.dumps(sp.launch(run, degree=2, engine="threads")))
 
 
 def test_the_scaler_of_fsdp_shares_over_the_axis_too() -> None:
-    first, second = json.loads(run_fresh(SHARDED))
+    first, second = json.loads(warm.printed(SHARDED))
     assert first == second
     assert first[0] == [2.0**10, 2.0**9, 2.0**9, 2.0**10, 2.0**9, 2.0**9]
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from torch.optim import swa_utils
 
 import shardproof as sp
-from fresh_process import run_fresh
+import warm
 from invariance import bits_equal
 from places import Pool
 from shardproof.axis import Axis
@@ -421,7 +421,7 @@ dist.destroy_process_group()
 @pytest.fixture(scope="module")
 def fresh() -> list[Any]:
     """What a process of its own says."""
-    found: list[Any] = json.loads(run_fresh(FRESH))
+    found: list[Any] = json.loads(warm.printed(FRESH))
     return found
 
 

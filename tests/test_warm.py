@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import warm
+from shardproof.ranks import launch
 
 # One line, so that the line number of its errors is 1 in both.
 PROGRAMS = {
@@ -119,6 +120,19 @@ def test_a_command_runs_once_for_each_rank_and_one_failure_ends_all() -> None:
     assert done.stderr.splitlines()[-1] == "ZeroDivisionError: division by zero"
     with pytest.raises(subprocess.TimeoutExpired):
         warm.run_as_ranks([sys.executable, "-c", RANK, "none"], ranks=2, timeout=0.5)
+
+
+def parents_of_ranks() -> list[int]:
+    return launch(lambda axis: os.getppid(), degree=1, engine="processes")
+
+
+def test_ranks_are_forks_of_the_server() -> None:
+    assert parents_of_ranks() != [os.getpid()]
+
+
+@pytest.mark.fresh_ranks
+def test_a_marked_test_has_ranks_that_the_package_started() -> None:
+    assert parents_of_ranks() == [os.getpid()]
 
 
 @pytest.mark.parametrize("words", [["-I", "-c", "1"], ["-X", "dev", "x.py"], [], ["x"]])

@@ -198,7 +198,8 @@ def import_all() -> None:
     for name in IMPORTED:
         with contextlib.suppress(ModuleNotFoundError):  # an optional library
             __import__(name)
-    threads = len(os.listdir("/proc/self/task"))
+    tasks = Path("/proc/self/task")  # Linux alone says which threads there are
+    threads = len(list(tasks.iterdir())) if tasks.exists() else 1
     if threads != 1:
         raise RuntimeError(f"{threads} threads run after the imports, so nothing can be forked")
     gc.collect()
