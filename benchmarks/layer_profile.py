@@ -19,9 +19,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import shardproof as sp
-from shardproof.functional import rows
 from shardproof.numerics import matmul, mode
 from shardproof.numerics.sums import sum_rows
+from shardproof.ops import rows
 
 SIZE, ROWS = 64, 16
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import shardproof as sp
-from shardproof.functional import crossings
 from shardproof.layers.base import ShardedModule
+from shardproof.ops import unit_ops
 from shardproof.plans.watched import cut_by, plan_by_watching
 from shardproof.plans.watched_plan import Rehearsal, WatchedPlan
 from shardproof.scheme import Scheme
@@ -79,7 +79,7 @@ def numbers_of(model: nn.Module, x: Any, plan: WatchedPlan | None, axis: Any) ->
         if grad is not None:
             if region is not None and plan is not None and name in plan.cuts:
                 dim, along = plan.cuts[name]
-                grad = crossings.gather(grad, dim, region.place(along, "test"))
+                grad = unit_ops.gather(grad, dim, region.place(along, "test"))
             found[name] = grad
     return found | {name: each.clone() for name, each in model.named_buffers()}
 

@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 from shardproof.axis import Axis
-from shardproof.functional import (
-    crossing_contract,
-    crossing_linear,
-    crossing_lines,
-    crossing_lookup,
-    crossing_moves,
-    crossing_products,
-    crossing_sums,
+from shardproof.ops import (
     embedding,
     entering,
-    place,
     serving,
+    unit_contract,
+    unit_linear,
+    unit_lookup,
+    unit_moves,
+    unit_products,
+    unit_rows,
+    unit_split,
+    unit_sums,
 )
 from shardproof.scheme import Scheme
 from shardproof.units import Block, CutDim, Shared, Units
@@ -28,11 +28,11 @@ SIZE, OUT, LEADING = 20, 12, (2, 3)
 SIZES = {"M": 4, "N": 5, "columns": OUT, "classes": SIZE, "parts": 5, "sources": 4}
 
 
-def at(axis: Axis, *, is_plain: bool = False) -> place.Place:
+def at(axis: Axis, *, is_plain: bool = False) -> unit_split.UnitSplit:
     """Twenty indices: ten units in two blocks, or twenty units."""
     blocks = (Block(SIZE, 0, 1),) if is_plain else (Block(SIZE // 2, 0, 1),) * 2
     shared = Shared(Units("features", blocks[0].size), 8, axis.size)
-    return place.Place.of(axis, CutDim(shared, blocks), Scheme())
+    return unit_split.UnitSplit.of(axis, CutDim(shared, blocks), Scheme())
 
 
 def ones(*shape: int) -> Tensor:
@@ -45,13 +45,13 @@ def part(axis: Axis, *, is_plain: bool = False) -> Tensor:
 
 def column(axis: Axis) -> Tensor:
     where = at(axis)
-    return crossing_linear.column(ones(*LEADING, SIZE), ones(where.length, SIZE), None, where)
+    return unit_linear.column(ones(*LEADING, SIZE), ones(where.length, SIZE), None, where)
 
 
 def columns(axis: Axis) -> Tensor:
     where, x, handle = at(axis), ones(*LEADING, SIZE), entering.Entering()
     found = [
-        crossing_linear.column(x, ones(where.length, SIZE), None, where, entering=handle)
+        unit_linear.column(x, ones(where.length, SIZE), None, where, entering=handle)
         for _ in range(2)
     ]
     return found[0] + found[1]
@@ -59,17 +59,17 @@ def columns(axis: Axis) -> Tensor:
 
 def row(axis: Axis) -> Tensor:
     where = at(axis)
-    return crossing_linear.row(part(axis), ones(OUT, where.length), None, where)
+    return unit_linear.row(part(axis), ones(OUT, where.length), None, where)
 
 
 def contract(axis: Axis) -> Tensor:
     where = at(axis)
     a, b = ones(*LEADING, 4, where.length), ones(*LEADING, where.length, 5)
-    return crossing_contract.contract(a, b, where)
+    return unit_contract.contract(a, b, where)
 
 
 def largest(axis: Axis) -> Tensor:
-    return crossing_lines.max_cut(part(axis), -1, at(axis))[0]
+    return unit_rows.max_cut(part(axis), -1, at(axis))[0]
 
 
 def along(function: Callable[..., Tensor], *, is_plain: bool = False) -> Callable[[Axis], Tensor]:
@@ -82,7 +82,7 @@ def along(function: Callable[..., Tensor], *, is_plain: bool = False) -> Callabl
 def loss(*, is_plain: bool, **options: Any) -> Callable[[Axis], Tensor]:
     def use(axis: Axis) -> Tensor:
         where, target = at(axis, is_plain=is_plain), torch.arange(6)
-        return crossing_lines.cross_entropy_cut(ones(6, where.length), target, where, **options)
+        return unit_rows.cross_entropy_cut(ones(6, where.length), target, where, **options)
 
     return use
 
@@ -107,8 +107,8 @@ def product(function: Callable[..., Tensor], axis: Axis) -> Tensor:
 def started(axis: Axis) -> Tensor:
     where = at(axis)
     a, b = torch.ones(4, where.length), torch.ones(where.length, 5)
-    term = crossing_products.Term(a, b, where)
-    return crossing_products.start_sum([term], a, "forward", "").wait()
+    term = unit_products.Term(a, b, where)
+    return unit_products.start_sum([term], a, "forward", "").wait()
 
 
 def served(axis: Axis, *, keys: int) -> Tensor:
@@ -116,70 +116,66 @@ def served(axis: Axis, *, keys: int) -> Tensor:
     needers = tuple(tuple(range(9)[key::keys]) for key in range(keys))
     shared = Shared(Units("heads", 9, needers), 8, axis.size)
     source, target = (
-        place.Place.of(axis, CutDim(shared, (Block(count * 4, first, 4),)), Scheme())
+        unit_split.UnitSplit.of(axis, CutDim(shared, (Block(count * 4, first, 4),)), Scheme())
         for count, first in ((keys, 9), (9, 0))
     )
     sources = tuple(4 * (query % keys) + index for query in range(9) for index in range(4))
     return serving.serve(ones(*LEADING, source.length), -1, source, target, sources)
 
 
-_OF_LINES = (crossing_lines.log_softmax_cut, crossing_lines.softmax_cut)
+_OF_LINES = (unit_rows.log_softmax_cut, unit_rows.softmax_cut)
 USES: dict[tuple[Callable[..., Any], str], Callable[[Axis], Any]] = {
-    (crossing_linear.column, ""): column,
-    (crossing_linear.column, "all columns of one `entering` whose trees are alike"): columns,
-    (crossing_linear.row, ""): row,
-    (crossing_contract.contract, ""): contract,
-    (crossing_lines.max_cut, ""): largest,
-    (crossing_lines.amax_cut, ""): lambda axis: crossing_lines.amax_cut(
-        part(axis).detach(), -1, at(axis)
-    ),
-    (crossing_lines.amax_cut, "a gradient is wanted"): along(crossing_lines.amax_cut),
+    (unit_linear.column, ""): column,
+    (unit_linear.column, "all columns of one `entering` whose trees are alike"): columns,
+    (unit_linear.row, ""): row,
+    (unit_contract.contract, ""): contract,
+    (unit_rows.max_cut, ""): largest,
+    (unit_rows.amax_cut, ""): lambda axis: unit_rows.amax_cut(part(axis).detach(), -1, at(axis)),
+    (unit_rows.amax_cut, "a gradient is wanted"): along(unit_rows.amax_cut),
     **{(each, "place.plain"): along(each, is_plain=True) for each in _OF_LINES},
     **{(each, "other"): along(each) for each in _OF_LINES},
-    (crossing_lines.cross_entropy_cut, "place.plain, no weight"): loss(is_plain=True),
-    (crossing_lines.cross_entropy_cut, "the same with label_smoothing"): loss(
+    (unit_rows.cross_entropy_cut, "place.plain, no weight"): loss(is_plain=True),
+    (unit_rows.cross_entropy_cut, "the same with label_smoothing"): loss(
         is_plain=True, label_smoothing=0.1
     ),
-    (crossing_lines.cross_entropy_cut, "other"): loss(is_plain=False),
-    (crossing_lookup.lookup_rows, ""): lambda axis: lookup(axis, crossing_lookup.lookup_rows, 0),
-    (crossing_lookup.lookup_columns, ""): lambda axis: lookup(
-        axis, crossing_lookup.lookup_columns, 1
-    ),
-    (crossing_moves.joined, ""): lambda axis: crossing_moves.joined(
+    (unit_rows.cross_entropy_cut, "other"): loss(is_plain=False),
+    (unit_lookup.lookup_rows, ""): lambda axis: lookup(axis, unit_lookup.lookup_rows, 0),
+    (unit_lookup.lookup_columns, ""): lambda axis: lookup(axis, unit_lookup.lookup_columns, 1),
+    (unit_moves.joined, ""): lambda axis: unit_moves.joined(
         part(axis).detach(), 2, at(axis), "forward"
     ),
-    (crossing_moves.gather, ""): along(crossing_moves.gather),
+    (unit_moves.gather, ""): along(unit_moves.gather),
     **{
         (function, ""): lambda axis, f=function: f(ones(*LEADING, SIZE), -1, at(axis))
-        for function in (crossing_moves.take, crossing_moves.held_part)
+        for function in (unit_moves.take, unit_moves.held_part)
     },
     **{
         (function, ""): lambda axis, f=function: product(f, axis)
         for function in (
-            crossing_products.linear,
-            crossing_products.product_rows,
-            crossing_products.product_columns,
+            unit_products.linear,
+            unit_products.product_rows,
+            unit_products.product_columns,
         )
     },
-    (crossing_products.start_sum, ""): started,
-    (crossing_sums.sum_held, ""): lambda axis: crossing_sums.sum_held(
+    (unit_products.start_sum, ""): started,
+    (unit_sums.sum_held, ""): lambda axis: unit_sums.sum_held(
         torch.ones(at(axis).length, 5), at(axis), torch.ones(()), "forward"
     ),
-    (crossing_sums.spread, ""): lambda axis: crossing_sums.spread(
+    (unit_sums.spread, ""): lambda axis: unit_sums.spread(
         ones(*LEADING, 1), (*LEADING, at(axis).length), -1, at(axis)
     ),
-    (crossing_sums.expand, ""): lambda axis: crossing_sums.expand(ones(3, 1), (*LEADING, 4)),
-    (crossing_sums.fold, ""): lambda axis: crossing_sums.fold(ones(*LEADING, 4), (0, 2)),
-    (crossing_sums.sum_cut, ""): along(crossing_sums.sum_cut),
-    (crossing_sums.mean_cut, ""): along(crossing_sums.mean_cut),
+    (unit_sums.expand, ""): lambda axis: unit_sums.expand(ones(3, 1), (*LEADING, 4)),
+    (unit_sums.fold, ""): lambda axis: unit_sums.fold(ones(*LEADING, 4), (0, 2)),
+    (unit_sums.sum_cut, ""): along(unit_sums.sum_cut),
+    (unit_sums.mean_cut, ""): along(unit_sums.mean_cut),
     (serving.serve, ""): lambda axis: served(axis, keys=9),
     (serving.serve, "several ranks hold a source"): lambda axis: served(axis, keys=1),
 }
 SILENT = {
-    crossing_moves: {"checked_dim", "is_compared", "not_compared"},
-    crossing_products: {"Term", "tell", "tell_bias"},
+    unit_moves: {"checked_dim", "is_compared", "not_compared"},
+    unit_products: {"Term", "tell", "tell_bias"},
     embedding: {"as_integers", "check_ids", "copy_rows", "padding_row", "pick"},
     entering: {"Basket", "Entering", "will_sum"},
-    place: {"Pieces", "Place", "Selection"},
+    unit_split: {"Pieces", "UnitSplit", "Selection"},
     serving: {"Recipe", "recipe_of", "where_served"},
 }

@@ -10,8 +10,8 @@ from torch import Tensor
 from invariance import bits_equal
 from places import Pool
 from shardproof.axis import Axis
-from shardproof.functional.crossing_moves import gather, held_part
-from shardproof.functional.place import Place
+from shardproof.ops.unit_moves import gather, held_part
+from shardproof.ops.unit_split import UnitSplit
 from shardproof.scheme import Numerics, Scheme
 from shardproof.units import Block, CutDim, Shared, Units
 
@@ -26,9 +26,9 @@ class Dim:
     units: Units
     blocks: tuple[Block, ...]
 
-    def place(self, axis: Axis, *, numerics: Numerics = "invariant", leaves: int = 8) -> Place:
+    def place(self, axis: Axis, *, numerics: Numerics = "invariant", leaves: int = 8) -> UnitSplit:
         cut_dim = CutDim(Shared(self.units, leaves, axis.size), self.blocks)
-        return Place.of(axis, cut_dim, Scheme(leaves=leaves, numerics=numerics), "layer")
+        return UnitSplit.of(axis, cut_dim, Scheme(leaves=leaves, numerics=numerics), "layer")
 
     @property
     def size(self) -> int:
@@ -56,7 +56,7 @@ Results = dict[str, Tensor]
 Step = Callable[[Axis], Results]
 
 
-def whole_of(x: Tensor, dim: int, place: Place) -> Tensor:
+def whole_of(x: Tensor, dim: int, place: UnitSplit) -> Tensor:
     """A cut tensor put together; every holder has the same, or this raises."""
     y, x = gather(x.detach(), dim, place), x.detach()
     mine = held_part(y, dim, place)

@@ -16,8 +16,8 @@ from places import Pool
 from shardproof import comm, core
 from shardproof.axis import Axis
 from shardproof.errors import MismatchError
-from shardproof.functional.vocabulary import vocab_cross_entropy
 from shardproof.leaves import Cut
+from shardproof.ops.vocabulary import vocab_cross_entropy
 from shardproof.transport import notes
 
 # Different inputs ------------------------------------------------------------------------------

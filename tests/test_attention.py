@@ -15,14 +15,14 @@ from places import EVERYWHERE, Pool
 from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError, UsageError
-from shardproof.functional.attention import HeadDropout, attention
-from shardproof.functional.head_split import HeadSplit
 from shardproof.heads import Heads
 from shardproof.leaves import Cut
 from shardproof.numerics import mode, products
 from shardproof.numerics.arithmetic import INVARIANT, NATIVE
 from shardproof.numerics.attending import folded_softmax, softmax
 from shardproof.numerics.headwise import product_by_head
+from shardproof.ops.attention import HeadDropout, attention
+from shardproof.ops.head_split import HeadSplit
 from shardproof.scheme import Numerics, Scheme
 from shardproof.tree import nodes_of_run
 

@@ -31,10 +31,10 @@ from shardproof.axis import Axis
 from shardproof.block_layout import BlockLayout, cut_layout
 from shardproof.comm.runs_of_indices import all_gather_sizes, move
 from shardproof.errors import LayoutError, ShapeError, UsageError
-from shardproof.functional.crossing_moves import joined
-from shardproof.functional.place import Place
 from shardproof.heads import Heads
 from shardproof.leaves import Layout
+from shardproof.ops.unit_moves import joined
+from shardproof.ops.unit_split import UnitSplit
 from shardproof.plans.module_plan import ParameterPlan
 from shardproof.prover import hashing
 from shardproof.prover.hashing import hash_copies, owned_part
@@ -295,7 +295,7 @@ def test_gathering_gives_the_whole(kind: str, pool: Pool) -> None:
 
     def work(axis: Axis) -> bool:
         mine = part(full(kind), of_kind.layout(axis.size, axis.rank))
-        place = Place(axis, of_kind.along(axis.size), Scheme())
+        place = UnitSplit(axis, of_kind.along(axis.size), Scheme())
         return torch.equal(joined(mine, of_kind.dim, place, "forward"), full(kind))
 
     for degree in DEGREES:

@@ -12,11 +12,11 @@ from blocks import HEAD, fused
 from invariance import normal
 from shardproof.axis import Axis
 from shardproof.block_layout import BlockLayout, cut_layout
-from shardproof.functional.crossing_moves import joined
-from shardproof.functional.place import Place
 from shardproof.layers.cut_module import cut_parameters
 from shardproof.layers.registry import record_of
 from shardproof.leaves import Layout
+from shardproof.ops.unit_moves import joined
+from shardproof.ops.unit_split import UnitSplit
 from shardproof.runs import take
 from shardproof.scheme import Scheme
 
@@ -32,7 +32,9 @@ class Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, layout: BlockLayout, axis: Axis) -> Tensor:
         ctx.layout, ctx.rank = layout, axis.rank
-        return joined(parameter, layout.dim or 0, Place(axis, layout.along, Scheme()), "forward")
+        return joined(
+            parameter, layout.dim or 0, UnitSplit(axis, layout.along, Scheme()), "forward"
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -13,7 +13,7 @@ from shardproof.cut import rules, tensor
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import cut_tensor
 from shardproof.errors import CheckError
-from shardproof.functional.crossing_moves import held_part
+from shardproof.ops.unit_moves import held_part
 from shardproof.scheme import Scheme
 from shardproof.units import CutDim, Shared, Units, blocks_of
 

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 import crossing_uses
 import shardproof.comm
-import shardproof.functional
 import shardproof.layers
+import shardproof.ops
 import shardproof.optim
 from places import Pool
 from shardproof import comm, optim, recut, reductions
@@ -39,30 +39,6 @@ from shardproof.comm import check, gathers, plans, reporting, runs_of_indices, s
 from shardproof.comm import differentiable as collectives
 from shardproof.comm import split as split_module
 from shardproof.comm.split import Split
-from shardproof.functional import attention as attention_functions
-from shardproof.functional import (
-    classes,
-    crossing_linear,
-    crossing_lines,
-    cut_norms,
-    dropout,
-    embedding,
-    head_split,
-    linear,
-    linear_products,
-    linear_steps,
-    losses,
-    norms,
-    rms,
-    rows,
-    sampling,
-    serving,
-    shared,
-    vocabulary,
-    vocabulary_site,
-)
-from shardproof.functional.attention import attention
-from shardproof.functional.head_split import HeadSplit
 from shardproof.heads import Heads
 from shardproof.layers import (
     activations,
@@ -88,6 +64,30 @@ from shardproof.layers import embedding as embedding_layers
 from shardproof.layers import linear as layers
 from shardproof.layers import shared as shared_layers
 from shardproof.leaves import Cut
+from shardproof.ops import attention as attention_functions
+from shardproof.ops import (
+    classes,
+    cut_norms,
+    dropout,
+    embedding,
+    head_split,
+    linear,
+    linear_products,
+    linear_steps,
+    losses,
+    norms,
+    rms,
+    rows,
+    sampling,
+    serving,
+    shared,
+    unit_linear,
+    unit_rows,
+    vocabulary,
+    vocabulary_blocks,
+)
+from shardproof.ops.attention import attention
+from shardproof.ops.head_split import HeadSplit
 from shardproof.optim import adafactor, layouts, orthogonal, state
 from shardproof.optim import base as optimizer_base
 from shardproof.optim import norms as norm_functions
@@ -529,7 +529,7 @@ SILENT = {
     | {"prepared", "wants_gradient", "without_autocast"},
     shared: {"SharedSum", "is_spent"},
     head_split: {"HeadSplit", "serving_heads"},
-    vocabulary_site: {"VocabularyBlocks", "parts"},
+    vocabulary_blocks: {"VocabularyBlocks", "parts"},
     classes: {"check_kind", "check_reduction", "counting_rows", "reduce_rows"},
     layouts: {"Place", "layouts_of"},
     optimizer_base: {"WholeOptimizer", "check_scalar", "scalar", "write"},
@@ -620,7 +620,7 @@ def modules_of(package: ModuleType) -> list[ModuleType]:
 
 MODULES = [
     *modules_of(shardproof.comm), recut, reductions,
-    *modules_of(shardproof.functional), *modules_of(shardproof.layers),
+    *modules_of(shardproof.ops), *modules_of(shardproof.layers),
     *modules_of(shardproof.optim),
 ]  # fmt: skip
 FUNCTIONS = [
@@ -655,11 +655,11 @@ def test_comm_lines_tell_what_the_ledger_counts(pool: Pool, function: Any) -> No
         (collectives.shard, "one all_gather of (*, cut.size, *)", "none"),
         (comm.gather, "one gather", "one all_gather"),
         (
-            crossing_linear.column,
+            unit_linear.column,
             "backward one all_reduce of grad_x (*, in_features)",
             "backward none",
         ),
-        (crossing_lines.max_cut, "of int64 (*, 2 * ranks)", "of int64 (*, ranks)"),
+        (unit_rows.max_cut, "of int64 (*, 2 * ranks)", "of int64 (*, ranks)"),
         (serving.serve, "backward one all_gather of (*, parts, sources)", "backward none"),
         (comm.all_reduce_nodes, "of (shape)", "of (*)"),
         (linear.row_linear, "y (*, out_features)", "y (*, in_features)"),

@@ -22,10 +22,10 @@ from places import Pool
 from shardproof import comm, recut
 from shardproof.cut.tensor import CutTensor
 from shardproof.errors import UsageError
-from shardproof.functional.embedding import pick
 from shardproof.layers.dropout import Drawing
 from shardproof.leaves import Cut
 from shardproof.numerics import headwise, joined, products, sums
+from shardproof.ops.embedding import pick
 from views import plain, views
 from zoo.build import build
 from zoo.example import Example

@@ -28,10 +28,10 @@ from places import Pool
 from shardproof.axis import Axis
 from shardproof.comm.split import Split
 from shardproof.errors import ShapeError
-from shardproof.functional import crossing_linear
-from shardproof.functional.crossing_linear import column, row
-from shardproof.functional.crossing_moves import gather, held_part, take
-from shardproof.functional.entering import Entering
+from shardproof.ops import unit_linear
+from shardproof.ops.entering import Entering
+from shardproof.ops.unit_linear import column, row
+from shardproof.ops.unit_moves import gather, held_part, take
 from shardproof.scheme import Numerics
 
 
@@ -270,7 +270,7 @@ def test_a_plain_dim_has_the_bits_of_the_linears_of_before(
             assert all(bits_equal(entered[key], alone[key]) for key in alone)
             before = linear.row(axis)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(crossing_linear, "row_linear", general_row)
+                patch.setattr(unit_linear, "row_linear", general_row)
                 after = linear.row(axis)
             assert all(bits_equal(before[key], after[key]) for key in before)
 
@@ -280,5 +280,5 @@ def test_a_plain_dim_has_the_bits_of_the_linears_of_before(
 def general_row(x: Tensor, weight: Tensor, bias: Tensor | None, split: Split) -> Tensor:
     """What is not plain, of what is."""
     dim = next(dim for dim in DIMS.values() if dim.size == split.cut.size)
-    call = crossing_linear._Call(dim.place(split.axis), False)
-    return crossing_linear._apply_row(x, weight, bias, call)
+    call = unit_linear._Call(dim.place(split.axis), False)
+    return unit_linear._apply_row(x, weight, bias, call)

@@ -13,11 +13,11 @@ from cut_dims import DIMS, WIDTH, Results, agrees, gradients, leaf, same_at_ever
 from invariance import bits_equal, normal
 from places import Pool
 from shardproof.axis import Axis
-from shardproof.functional import entering as entering_module
-from shardproof.functional.crossing_linear import column
-from shardproof.functional.crossing_moves import gather, held_part
-from shardproof.functional.crossing_products import Term, start_sum
-from shardproof.functional.entering import Entering
+from shardproof.ops import entering as entering_module
+from shardproof.ops.entering import Entering
+from shardproof.ops.unit_linear import column
+from shardproof.ops.unit_moves import gather, held_part
+from shardproof.ops.unit_products import Term, start_sum
 from shardproof.scheme import Numerics
 
 # Five columns of one input: of six leaves, of eight, of five; plain, shared and fused.

@@ -23,16 +23,16 @@ from invariance import bits_equal, normal
 from places import Pool
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError, UsageError
-from shardproof.functional.crossing_contract import contract
-from shardproof.functional.crossing_lines import (
+from shardproof.ops.unit_contract import contract
+from shardproof.ops.unit_lookup import lookup_columns, lookup_rows
+from shardproof.ops.unit_moves import held_part
+from shardproof.ops.unit_rows import (
     amax_cut,
     cross_entropy_cut,
     log_softmax_cut,
     max_cut,
     softmax_cut,
 )
-from shardproof.functional.crossing_lookup import lookup_columns, lookup_rows
-from shardproof.functional.crossing_moves import held_part
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -10,11 +10,11 @@ from invariance import bits_equal, normal
 from places import Pool
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError
-from shardproof.functional.crossing_moves import held_part
-from shardproof.functional.head_split import HeadSplit
-from shardproof.functional.place import Place
-from shardproof.functional.serving import Recipe, serve
 from shardproof.heads import Heads
+from shardproof.ops.head_split import HeadSplit
+from shardproof.ops.serving import Recipe, serve
+from shardproof.ops.unit_moves import held_part
+from shardproof.ops.unit_split import UnitSplit
 from shardproof.scheme import Numerics, Scheme
 from shardproof.units import Block, CutDim, Shared, Units
 
@@ -28,7 +28,7 @@ class Group:
     width: int = 1
     blocks: int = 1  # of key-value heads, side by side
 
-    def places(self, axis: Axis, numerics: Numerics = "invariant") -> tuple[Place, Place]:
+    def places(self, axis: Axis, numerics: Numerics = "invariant") -> tuple[UnitSplit, UnitSplit]:
         group = self.queries // self.keys
         needers = tuple(tuple(range(key * group, (key + 1) * group)) for key in range(self.keys))
         shared = Shared(Units("heads", self.queries, needers), 8, axis.size)
@@ -36,8 +36,8 @@ class Group:
         target = (Block(self.queries * self.width, 0, self.width),) * self.blocks
         scheme = Scheme(numerics=numerics)
         return (
-            Place.of(axis, CutDim(shared, source), scheme, "keys"),
-            Place.of(axis, CutDim(shared, target), scheme, "queries"),
+            UnitSplit.of(axis, CutDim(shared, source), scheme, "keys"),
+            UnitSplit.of(axis, CutDim(shared, target), scheme, "queries"),
         )
 
     @property

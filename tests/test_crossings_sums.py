@@ -21,11 +21,11 @@ from invariance import bits_equal, normal, random_threads
 from places import Pool
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError
-from shardproof.functional import crossing_sums
-from shardproof.functional.crossing_linear import row
-from shardproof.functional.crossing_moves import held_part, take
-from shardproof.functional.crossing_sums import expand, fold, mean_cut, spread, sum_cut
-from shardproof.functional.place import Pieces, Place
+from shardproof.ops import unit_sums
+from shardproof.ops.unit_linear import row
+from shardproof.ops.unit_moves import held_part, take
+from shardproof.ops.unit_split import Pieces, UnitSplit
+from shardproof.ops.unit_sums import expand, fold, mean_cut, spread, sum_cut
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 # Shapes of what is spread over (2, 5, cut, 4): the dims before it are rows.
@@ -135,7 +135,7 @@ def test_no_gradient_no_sum(pool: Pool) -> None:
     pool(2, "threads").run(counted)
 
 
-def _leaves_of_what_is_held(place: Place) -> None:
+def _leaves_of_what_is_held(place: UnitSplit) -> None:
     """Pieces that lie side by side in what is held made one: leaves from the degree."""
     slices = place.cut_dim.leaf_slices(place.axis.rank)
     rounds = max([1, *map(len, slices)])
@@ -145,7 +145,7 @@ def _leaves_of_what_is_held(place: Place) -> None:
     )
 
 
-def _every_holder(place: Place) -> None:
+def _every_holder(place: UnitSplit) -> None:
     """What a rank holds and does not own is counted by it too, in its first leaf."""
     extra = sorted(set(range(place.length)) - set(place.owned.indices.tolist()))
     if not extra:
@@ -166,7 +166,7 @@ def _every_holder(place: Place) -> None:
     ],
 )
 def test_planted_faults_are_seen(
-    pool: Pool, plant: Callable[[Place], None], name: str, what: str
+    pool: Pool, plant: Callable[[UnitSplit], None], name: str, what: str
 ) -> None:
     def planted(axis: Axis) -> Results:
         place = DIMS[name].place(axis)
@@ -189,5 +189,5 @@ def test_even_leaves_at_once_have_the_bits_of_one_after_another(
         return {"y": sum_cut(held_part(normal(33, place.size), 1, place), 1, place)}
 
     at_once = same_at_every_degree(pool, sums)
-    monkeypatch.setattr(crossing_sums, "_SMALL", 0)
+    monkeypatch.setattr(unit_sums, "_SMALL", 0)
     assert bits_equal(at_once["y"], same_at_every_degree(pool, sums)["y"])

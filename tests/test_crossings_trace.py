@@ -1,4 +1,4 @@
-"""What observers are told of crossings, and ranks as processes."""
+"""What observers are told of unit_ops, and ranks as processes."""
 
 from typing import Any
 
@@ -9,30 +9,30 @@ from cut_dims import DIMS, leaf
 from invariance import bits_equal, normal
 from places import Pool
 from shardproof.axis import Axis
-from shardproof.functional import crossings
-from shardproof.functional.crossings import Entering, Place, held_part
+from shardproof.ops import unit_ops
+from shardproof.ops.unit_ops import Entering, UnitSplit, held_part
 from shardproof.ranks import launch
 
 
-def block(axis: Axis, place: Place) -> dict[str, torch.Tensor]:
+def block(axis: Axis, place: UnitSplit) -> dict[str, torch.Tensor]:
     """One step through every kind of crossing."""
     entering, x = Entering(), leaf(normal(5, 19, seed=1))
     fused = leaf(held_part(normal(place.size, 19, seed=2), 0, place))
     table = leaf(held_part(normal(place.size, 19, seed=3), 0, place))
     scale = leaf(normal(1, seed=4))
-    z = x + crossings.lookup_rows(table, torch.arange(5), place)
-    y = crossings.column(z, fused, None, place, entering=entering)
-    y = y + crossings.column(z, fused, None, place, entering=entering)
-    y = y * crossings.spread(scale, y.shape, -1, place)
-    y = y * crossings.softmax_cut(y, 1, place)
-    value, _ = crossings.max_cut(y, 1, place)
-    h = crossings.row(y, fused, None, place, is_transposed=True)
-    total = h.sum() + value.sum() + crossings.mean_cut(y, 1, place).sum()
-    total = total + crossings.contract(y[None], table[None], place).sum()
+    z = x + unit_ops.lookup_rows(table, torch.arange(5), place)
+    y = unit_ops.column(z, fused, None, place, entering=entering)
+    y = y + unit_ops.column(z, fused, None, place, entering=entering)
+    y = y * unit_ops.spread(scale, y.shape, -1, place)
+    y = y * unit_ops.softmax_cut(y, 1, place)
+    value, _ = unit_ops.max_cut(y, 1, place)
+    h = unit_ops.row(y, fused, None, place, is_transposed=True)
+    total = h.sum() + value.sum() + unit_ops.mean_cut(y, 1, place).sum()
+    total = total + unit_ops.contract(y[None], table[None], place).sum()
     total.backward()
     grads = {"x": x.grad, "scale": scale.grad}
     for name, weight in (("fused", fused), ("table", table)):
-        grads[name] = crossings.gather(weight.grad, 0, place)
+        grads[name] = unit_ops.gather(weight.grad, 0, place)
     return {"total": total.detach()} | {name: g for name, g in grads.items() if g is not None}
 
 

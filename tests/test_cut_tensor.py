@@ -16,7 +16,7 @@ from shardproof.axis import Axis
 from shardproof.cut import rules
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor
-from shardproof.functional.crossing_moves import held_part
+from shardproof.ops.unit_moves import held_part
 from shardproof.plans.watched import cut_by, plan_by_watching
 from shardproof.scheme import Scheme
 from shardproof.units import Block, CutDim, Shared, Units

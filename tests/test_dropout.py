@@ -15,12 +15,12 @@ from places import Pool
 from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.errors import LayoutError, ShapeError, UsageError
-from shardproof.functional import dropout as functional
-from shardproof.functional.dropout import MaskKey, dropout
 from shardproof.heads import Heads
 from shardproof.layers import dropout as layers
 from shardproof.layers.dropout import Dropout, dropout_twin, replay_dropout
 from shardproof.leaves import Cut
+from shardproof.ops import dropout as functional
+from shardproof.ops.dropout import MaskKey, dropout
 
 KEY = MaskKey(seed=0, name="h.0.dropout", step=0)
 

@@ -18,9 +18,9 @@ from shardproof.axis import Axis
 from shardproof.comm.split import Split
 from shardproof.engines.base import Ranks
 from shardproof.errors import LayoutError, ShapeError, UsageError
-from shardproof.functional.embedding import vocab_embedding
 from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.leaves import Cut
+from shardproof.ops.embedding import vocab_embedding
 from shardproof.scheme import Scheme
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from form_cases import CASES, Case
 from invariance import all_bits_equal, bits_equal, normal
 from shardproof.errors import ShapeError, UsageError
-from shardproof.functional import norms
 from shardproof.numerics import forms, holding
+from shardproof.ops import norms
 
 NAMES = list(CASES)
 NARROW = (torch.float64, torch.bfloat16, torch.float16)

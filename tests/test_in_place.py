@@ -13,14 +13,14 @@ from places import Pool
 from shardproof.axis import Axis
 from shardproof.comm import differentiable as collectives
 from shardproof.errors import ShapeError
-from shardproof.functional.losses import mse_loss
-from shardproof.functional.norms import layer_norm, rms_norm
-from shardproof.functional.rms import RmsFormula
 from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
 from shardproof.layers.norm import LayerNorm, RMSNorm
 from shardproof.leaves import Cut
 from shardproof.numerics.sums import sum_all
+from shardproof.ops.losses import mse_loss
+from shardproof.ops.norms import layer_norm, rms_norm
+from shardproof.ops.rms import RmsFormula
 
 
 def test_an_activation_may_overwrite_the_output_of_a_layer(pool: Pool) -> None:

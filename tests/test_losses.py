@@ -20,9 +20,9 @@ from invariance import (
 from shardproof.axis import Axis
 from shardproof.comm import differentiable as collectives
 from shardproof.errors import ShapeError, UsageError
-from shardproof.functional.losses import cross_entropy, mse_loss
 from shardproof.leaves import Cut
 from shardproof.numerics.sums import sum_squares
+from shardproof.ops.losses import cross_entropy, mse_loss
 from shardproof.ranks import launch
 
 

@@ -15,11 +15,11 @@ from drawn import script
 from shardproof.cli import losses
 from shardproof.cli.main import main
 from shardproof.errors import UsageError
-from shardproof.functional import linear
 from shardproof.mistakes import Edit, Mistake, all_mistakes, find_mistake
 from shardproof.mistakes.edit import planted
 from shardproof.mistakes.mistake import BITS, TORCH, SetUp
 from shardproof.mistakes.outcome import Outcome, is_found, make
+from shardproof.ops import linear
 from shardproof.prover.proof import prove_cases
 from shardproof.prover.report import Report
 

@@ -25,20 +25,20 @@ from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.comm.split import Split
 from shardproof.errors import ShapeError, UsageError
-from shardproof.functional import cut_norms
-from shardproof.functional.norms import (
-    head_rms_norm,
-    layer_norm,
-    rms_norm,
-    sharded_rms_norm,
-)
-from shardproof.functional.rms import RmsFormula
 from shardproof.heads import Heads
 from shardproof.layers import norm as layers
 from shardproof.layers.activations import invariant_twin
 from shardproof.layers.formula import find_formula
 from shardproof.leaves import Cut
 from shardproof.numerics.sums import sum_squares_rows
+from shardproof.ops import cut_norms
+from shardproof.ops.norms import (
+    head_rms_norm,
+    layer_norm,
+    rms_norm,
+    sharded_rms_norm,
+)
+from shardproof.ops.rms import RmsFormula
 from shardproof.optim import grad_norm, layouts, norms
 from shardproof.scheme import Numerics, Scheme
 

@@ -11,7 +11,7 @@ from invariance import bits_equal, normal
 from places import EVERYWHERE, Pool
 from shardproof.axis import Axis
 from shardproof.comm.split import Split
-from shardproof.functional import linear_products
+from shardproof.ops import linear_products
 from shardproof.ranks import open_ranks
 from shardproof.transport.base import Pending, Transport
 

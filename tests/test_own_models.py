@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import shardproof as sp
 from places import Pool
 from shardproof.engines.base import Ranks
-from shardproof.functional import crossings
+from shardproof.ops import unit_ops
 from shardproof.plans.watched import cut_by, plan_by_watching
 from shardproof.plans.watched_plan import WatchedPlan
 from shardproof.scheme import Scheme
@@ -92,7 +92,7 @@ def ours(
                 whole = each.detach()
                 if name in plan.cuts:
                     dim, along = plan.cuts[name]
-                    whole = crossings.gather(whole, dim, region.place(along, "test"))
+                    whole = unit_ops.gather(whole, dim, region.place(along, "test"))
                 found[name] = whole.clone()
         assert not region.gathered, region.gathered
         return found

@@ -15,8 +15,8 @@ from places import Pool
 from shardproof.axis import Axis
 from shardproof.cut import moves
 from shardproof.errors import CheckError, RankError, ShapeError
-from shardproof.functional import crossings
-from shardproof.functional.crossing_sums import fold
+from shardproof.ops import unit_ops
+from shardproof.ops.unit_sums import fold
 from watched_models import Gated, Grouped, NormedHeads
 
 DEGREES = (1, 2, 3)
@@ -58,13 +58,13 @@ class Planted:
 
 def wrong_intersection(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that holds query heads of two groups gives each the other's key-value head."""
-    right = crossings.serve
+    right = unit_ops.serve
 
     def wrong(x: Tensor, dim: int, place: Any, target: Any, index: Any) -> Tensor:
         y = right(x, dim, place, target, index)
         return y.flip(dim) if place.axis.size == 3 and place.axis.rank == 1 else y
 
-    monkeypatch.setattr(crossings, "serve", wrong)
+    monkeypatch.setattr(unit_ops, "serve", wrong)
 
 
 def partial_for_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +73,7 @@ def partial_for_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(x: Tensor, dim: int, place: Any, *, keepdim: bool = False) -> Tensor:
         return fold(x, (dim,), keepdim=keepdim, place=place)
 
-    monkeypatch.setattr(crossings, "sum_cut", wrong)
+    monkeypatch.setattr(unit_ops, "sum_cut", wrong)
 
 
 class _Twice(torch.autograd.Function):
@@ -88,13 +88,13 @@ class _Twice(torch.autograd.Function):
 
 def owner_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of a key-value head has its owner's part twice, where others hold it too."""
-    right = crossings.serve
+    right = unit_ops.serve
 
     def wrong(x: Tensor, dim: int, place: Any, target: Any, index: Any) -> Tensor:
         is_shared = not place.cut_dim.is_owned_once
         return right(_Twice.apply(x) if is_shared else x, dim, place, target, index)
 
-    monkeypatch.setattr(crossings, "serve", wrong)
+    monkeypatch.setattr(unit_ops, "serve", wrong)
 
 
 def stale_recipe(monkeypatch: pytest.MonkeyPatch) -> None:

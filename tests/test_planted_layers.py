@@ -23,7 +23,7 @@ from shardproof import cases, comm
 from shardproof.axis import Axis
 from shardproof.comm import split
 from shardproof.errors import MismatchError, RankError, ShapeError
-from shardproof.functional.linear import column_linear
+from shardproof.ops.linear import column_linear
 from shardproof.prover.proof import prove_cases
 
 

@@ -19,12 +19,12 @@ from planted_llama import EMBEDDING, HEAD, LAYER, VOCABULARY, Change, Steps, dif
 from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.comm.split import Split
-from shardproof.functional.head_split import HeadSplit
 from shardproof.hf import head, weights
 from shardproof.layers.dropout import Dropout
 from shardproof.leaves import Layout
 from shardproof.mistakes import find_mistake
 from shardproof.numerics.sums import sum_squares
+from shardproof.ops.head_split import HeadSplit
 from shardproof.optim import norms
 from shardproof.optim.layouts import Place, layouts_of
 

@@ -15,13 +15,13 @@ from places import Pool
 from shardproof.axis import Axis
 from shardproof.comm.split import Split
 from shardproof.errors import UsageError
-from shardproof.functional import shared
-from shardproof.functional.shared import SharedSum, shared_columns
 from shardproof.heads import Heads
 from shardproof.layers.linear import ColumnParallelLinear
 from shardproof.layers.shared import link
 from shardproof.leaves import Cut
 from shardproof.numerics import joined, mode, products
+from shardproof.ops import shared
+from shardproof.ops.shared import SharedSum, shared_columns
 from shardproof.scheme import Scheme
 from shardproof.transport.base import Call, Pending, Transport
 from shared_group import (

@@ -19,10 +19,10 @@ from places import EVERYWHERE, Pool
 from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.engines.base import Ranks
-from shardproof.functional.vocabulary import vocab_cross_entropy
 from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.layers.linear import ColumnParallelLinear
 from shardproof.leaves import Cut, Layout
+from shardproof.ops.vocabulary import vocab_cross_entropy
 from shardproof.optim import (
     clip_grad_norm_,
     layouts_of,

@@ -583,7 +583,7 @@ def test_every_package_is_of_users_or_of_our_own() -> None:
         *("__main__", "autograd", "axis", "block_layout", "checking"),
         *("comm", "comparison", "core", "cut", "watching"),
         *("environment", "errors", "extras", "files", "functional", "heads", "hf", "layers"),
-        *("leaves", "numerics", "objects", "observing", "operands", "operators", "optim"),
+        *("leaves", "numerics", "objects", "observing", "operands", "operators", "ops", "optim"),
         *(
             "plans",
             "quantities",

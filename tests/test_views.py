@@ -19,14 +19,6 @@ from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.comm import differentiable as collectives
 from shardproof.comm.split import Split
-from shardproof.functional.attention import attention
-from shardproof.functional.cut_norms import head_rms_norm, sharded_rms_norm
-from shardproof.functional.dropout import MaskKey, dropout
-from shardproof.functional.head_split import HeadSplit
-from shardproof.functional.losses import cross_entropy, mse_loss
-from shardproof.functional.norms import layer_norm, rms_norm
-from shardproof.functional.rms import RmsFormula
-from shardproof.functional.vocabulary import vocab_cross_entropy, vocab_log_softmax
 from shardproof.heads import Heads
 from shardproof.layers import activations, shared
 from shardproof.layers.embedding import VocabParallelEmbedding
@@ -34,6 +26,14 @@ from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
 from shardproof.layers.norm import LayerNorm
 from shardproof.leaves import Cut
 from shardproof.numerics import elementwise, headwise, joined, products, sums
+from shardproof.ops.attention import attention
+from shardproof.ops.cut_norms import head_rms_norm, sharded_rms_norm
+from shardproof.ops.dropout import MaskKey, dropout
+from shardproof.ops.head_split import HeadSplit
+from shardproof.ops.losses import cross_entropy, mse_loss
+from shardproof.ops.norms import layer_norm, rms_norm
+from shardproof.ops.rms import RmsFormula
+from shardproof.ops.vocabulary import vocab_cross_entropy, vocab_log_softmax
 from shardproof.scheme import Scheme
 from shardproof.tree import nodes_of_run
 from views import plain, shapes, views

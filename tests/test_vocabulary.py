@@ -19,9 +19,9 @@ from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.engines.base import Ranks
 from shardproof.errors import ShapeError, UsageError
-from shardproof.functional import vocabulary_site
-from shardproof.functional.vocabulary import vocab_cross_entropy, vocab_log_softmax
 from shardproof.leaves import Cut
+from shardproof.ops import vocabulary_blocks
+from shardproof.ops.vocabulary import vocab_cross_entropy, vocab_log_softmax
 from shardproof.scheme import Numerics, Scheme
 
 Tensors = dict[str, Tensor]
@@ -271,7 +271,7 @@ def test_the_size_of_the_parts_makes_no_difference(monkeypatch: pytest.MonkeyPat
         return [computed(axis, setup) for setup in setups] + [used(axis, use) for use in uses]
 
     wanted = run()
-    monkeypatch.setattr(vocabulary_site, "_PART", 500)
+    monkeypatch.setattr(vocabulary_blocks, "_PART", 500)
     assert list(differing(run(), wanted)) == []
 
 

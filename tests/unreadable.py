@@ -31,18 +31,18 @@ from torch.testing._internal.two_tensor import TwoTensor
 import shardproof as sp
 from shardproof import comm, core
 from shardproof.comm.split import Split
-from shardproof.functional.attention import attention
-from shardproof.functional.cut_norms import sharded_rms_norm
-from shardproof.functional.head_split import HeadSplit
-from shardproof.functional.losses import cross_entropy, mse_loss
-from shardproof.functional.norms import layer_norm, rms_norm
-from shardproof.functional.rms import RmsFormula
-from shardproof.functional.vocabulary import vocab_cross_entropy
 from shardproof.heads import Heads
 from shardproof.layers import shared
 from shardproof.layers.norm import LayerNorm
 from shardproof.leaves import Cut
 from shardproof.numerics import headwise, joined, products, sums
+from shardproof.ops.attention import attention
+from shardproof.ops.cut_norms import sharded_rms_norm
+from shardproof.ops.head_split import HeadSplit
+from shardproof.ops.losses import cross_entropy, mse_loss
+from shardproof.ops.norms import layer_norm, rms_norm
+from shardproof.ops.rms import RmsFormula
+from shardproof.ops.vocabulary import vocab_cross_entropy
 
 AXIS = sp.Axis.solo()
 SCHEME = sp.Scheme()

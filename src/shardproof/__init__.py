@@ -12,9 +12,9 @@ _set_blas_mode()
 from shardproof import errors, functional, hf, optim
 from shardproof.axis import Axis
 from shardproof.comparison import checked
-from shardproof.functional.sampling import KeyedSampler
 from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
+from shardproof.ops.sampling import KeyedSampler
 from shardproof.optim import (
     clip_grad_norm_,
     declare_elementwise,

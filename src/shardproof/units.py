@@ -244,7 +244,7 @@ class CutDim:
 
         Two runs of the whole dim that lie side by side in what the rank holds are one slice here,
         at one degree and not at another. So bring a leaf together (`runs.take`) before anything is
-        added; who adds run by run takes `functional.place.Place.pieces`.
+        added; who adds run by run takes `ops.unit_split.UnitSplit.pieces`.
         """
         return self._leaf_slices[rank]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import shardproof as sp
-from shardproof.functional import crossings
+from shardproof.ops import unit_ops
 from shardproof.plans.watched import cut_by, plan_by_watching
 from shardproof.plans.watched_plan import WatchedPlan
 from shardproof.scheme import Scheme
@@ -117,7 +117,7 @@ def _ranks(plan: WatchedPlan, degree: int, example: Example) -> list[dict[str, A
             if name not in plan.cuts:
                 return each
             dim, along = plan.cuts[name]
-            return crossings.gather(each, dim, region.place(along, "zoo"))
+            return unit_ops.gather(each, dim, region.place(along, "zoo"))
 
         with torch.no_grad():
             for name, each in model.named_parameters():

@@ -13,7 +13,7 @@ from torch import Tensor
 from shardproof import operators
 from shardproof.cut.spec import KEPT, Spec
 from shardproof.cut.tensor import Adopted, CutTensor
-from shardproof.functional import crossings
+from shardproof.ops import unit_ops
 
 _ALONE = 2  # references to a storage: the tensor, and who asks
 
@@ -36,9 +36,9 @@ def adopt(x: Any, spec: Spec, who: str) -> bool:
         return False
     place = spec.region.place(spec.cut, who)
     if x.requires_grad:
-        local = crossings.take(x, spec.dim, place)
+        local = unit_ops.take(x, spec.dim, place)
     else:
-        local = crossings.held_part(x, spec.dim, place).clone()
+        local = unit_ops.held_part(x, spec.dim, place).clone()
     with torch.no_grad():
         x.data = x.new_empty(0)  # its memory
     x.__class__ = Adopted

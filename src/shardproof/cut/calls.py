@@ -35,10 +35,10 @@ from shardproof.cut.tensor import (
     unseen,
 )
 from shardproof.errors import UsageError
-from shardproof.functional import crossings
-from shardproof.functional.dropout import MaskKey, dropout
 from shardproof.layers.dropout import Drawing
 from shardproof.numerics import forms
+from shardproof.ops import unit_ops
+from shardproof.ops.dropout import MaskKey, dropout
 
 assert all((linear, lookup, moves, pointwise))  # noqa: S101 - imported for their rules
 DRAWS = "shardproof_draws"  # name of the module that counts the draws of another
@@ -269,7 +269,7 @@ def random(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     shape = torch.empty(x.shape, **{"dtype": x.dtype, "device": x.device, **options})
     rest = {key: each for key, each in kwargs.items() if key in ("p", "low", "high", "std", "mean")}
     y = calls.random(func, name, (shape, *args[1:]), rest)
-    part = crossings.held_part(y, x.spec.dim, x.spec.region.place(x.spec.cut, x.who))
+    part = unit_ops.held_part(y, x.spec.dim, x.spec.region.place(x.spec.cut, x.who))
     if not name.endswith("_"):
         return cut_tensor(part, x.spec, x.who)
     x.local.copy_(part)

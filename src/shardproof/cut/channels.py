@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from shardproof.cut.others import computed, gathered, invariant
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
-from shardproof.functional import crossings
+from shardproof.ops import unit_ops
 from shardproof.units import CutDim
 
 
@@ -64,14 +64,14 @@ def batch_norm(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, An
     if x.spec.dim != 1 or any(isinstance(each, CutTensor) for each in means):
         return gathered(func, name, args, kwargs)
     place = region.place(x.spec.cut, x.who)
-    own = [None if each is None else crossings.held_part(each, 0, place) for each in means]
+    own = [None if each is None else unit_ops.held_part(each, 0, place) for each in means]
     own = [None if each is None else each.clone() for each in own]
     y = form(x.local, *own, None, None, training, given["momentum"], given["eps"])
     if training:
         with torch.no_grad():
             for each, part in zip(means, own, strict=True):
                 if each is not None and part is not None:
-                    each.copy_(crossings.gather(part, 0, place))
+                    each.copy_(unit_ops.gather(part, 0, place))
     return _affine(region, cut_tensor(y, x.spec, x.who), given["weight"], given["bias"])
 
 

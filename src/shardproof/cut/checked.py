@@ -17,7 +17,7 @@ from shardproof.cut import tensor
 from shardproof.cut.others import is_cut
 from shardproof.cut.tensor import CutTensor, cut_tensor
 from shardproof.errors import AxisError, CheckError, MismatchError, RankError
-from shardproof.functional import crossings
+from shardproof.ops import unit_ops
 from shardproof.wording import error_words
 
 _OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
@@ -151,7 +151,7 @@ def _compare_gradients(
         parts.append(ours.local if isinstance(ours, CutTensor) else ours)
         if isinstance(ours, CutTensor):
             place = ours.spec.region.place(ours.spec.cut, ours.who)
-            grad = crossings.held_part(grad, ours.spec.dim, place)
+            grad = unit_ops.held_part(grad, ours.spec.dim, place)
         grads.append(grad)
     leaves = [ours.local if isinstance(ours, CutTensor) else ours for ours, _ in inputs]
     with _Named(name, args):
@@ -173,7 +173,7 @@ def _numbers(x: Tensor) -> Tensor:
 
 def _gathered(x: CutTensor, local: Tensor) -> Tensor:
     place = x.spec.region.place(x.spec.cut, x.who or "checked")
-    return crossings.gather(local, x.spec.dim, place)
+    return unit_ops.gather(local, x.spec.dim, place)
 
 
 def _same(name: str, args: Any, ours: Any, theirs: Tensor, what: str) -> None:

@@ -17,7 +17,7 @@ from shardproof.cut.others import is_cut
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 from shardproof.errors import UsageError
-from shardproof.functional import crossings
+from shardproof.ops import unit_ops
 
 _plain_apply = Function.apply.__func__  # type: ignore[attr-defined]
 
@@ -58,7 +58,7 @@ def _as_input(grad: Any, spec: Spec | None, ctx: Any) -> Any:
         if grad.spec is spec:
             return grad.local
         own = grad.spec.region.place(grad.spec.cut, grad.who)
-        grad = crossings.gather(grad.local, grad.spec.dim, own)
+        grad = unit_ops.gather(grad.local, grad.spec.dim, own)
     if not isinstance(grad, Tensor) or spec is None:
         return grad
     if grad.shape != spec.shape:
@@ -66,7 +66,7 @@ def _as_input(grad: Any, spec: Spec | None, ctx: Any) -> Any:
             f"the backward of {ctx.kind.__name__} gives a gradient of shape {tuple(grad.shape)} to "
             f"an input that is cut ({spec!r}). Give one of the shape of the input."
         )
-    return crossings.held_part(grad, spec.dim, spec.region.place(spec.cut, ctx.who))
+    return unit_ops.held_part(grad, spec.dim, spec.region.place(spec.cut, ctx.who))
 
 
 _local = threading.local()  # how the outputs of the last call are cut

@@ -11,15 +11,15 @@ from shardproof.cut.meet import broadcast, finest_of, fitted, freed, is_for_all,
 from shardproof.cut.others import gathered, invariant, whole
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, named, rule, run
-from shardproof.functional import crossings
 from shardproof.numerics import reducing
+from shardproof.ops import unit_ops
 
 
 def entering(x: Tensor) -> Any:
     """What the column products of one whole tensor share: one sum of its gradient."""
     found = getattr(x, "_shardproof_entering", None)
     if found is None:
-        found = crossings.Entering()
+        found = unit_ops.Entering()
         x._shardproof_entering = found  # type: ignore[attr-defined]
     return found
 
@@ -47,7 +47,7 @@ def product(x: Any, weight: Any, bias: Any, *, is_transposed: bool, func: Any = 
         if bias is not None:
             own = fitted(bias, spec.region.spec((weight.shape[out_dim],), 0, spec.cut), weight.who)
         handle = entering(x) if x.requires_grad and torch.is_grad_enabled() else None
-        y = crossings.column(
+        y = unit_ops.column(
             x, weight.local, own, place, entering=handle, is_transposed=is_transposed
         )
         return cut_tensor(y, spec, weight.who)
@@ -66,8 +66,8 @@ def product(x: Any, weight: Any, bias: Any, *, is_transposed: bool, func: Any = 
         else:
             if isinstance(x, CutTensor):
                 x = whole(x, f"{func.__name__} of two cuts")
-            part = crossings.take(x, last, place)
-        return crossings.row(part, weight.local, bias, place, is_transposed=is_transposed)
+            part = unit_ops.take(x, last, place)
+        return unit_ops.row(part, weight.local, bias, place, is_transposed=is_transposed)
     return _of_whole_weight(x, weight, bias, is_transposed, func)
 
 
@@ -204,7 +204,7 @@ class _BatchedColumn(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         a, b = ctx.saved_tensors
         needs_a, needs_b = ctx.needs_input_grad[:2]
-        grad_a = crossings.contract(grad, b.mT, ctx.place) if needs_a else None
+        grad_a = unit_ops.contract(grad, b.mT, ctx.place) if needs_a else None
         return grad_a, ctx.product(a.mT, grad) if needs_b else None, None, None
 
 
@@ -222,11 +222,11 @@ def _as_operand(x: Any, spec: Spec, who: str) -> Tensor:
     place = spec.region.place(spec.cut, who)
     is_batch = spec.dim < len(spec.shape) - 2
     if is_batch and own >= 0 and x.shape[own] == spec.shape[spec.dim]:
-        return crossings.take(x, own, place)
+        return unit_ops.take(x, own, place)
     if x.requires_grad and torch.is_grad_enabled():
         # Every rank multiplies with it: its gradient is summed over the ranks.
         lead = spec.local_shape[: len(spec.shape) - 2]
-        return crossings.spread(x, (*lead, *x.shape[-2:]), spec.dim, place)
+        return unit_ops.spread(x, (*lead, *x.shape[-2:]), spec.dim, place)
     return x
 
 
@@ -237,7 +237,7 @@ def _contracted(a: Any, b: Any) -> Tensor:
     left, right = (
         refined(x, finest.spec.cut).local
         if isinstance(x, CutTensor)
-        else crossings.take(x, x.dim() - 1 - side, place)
+        else unit_ops.take(x, x.dim() - 1 - side, place)
         for side, x in enumerate((a, b))
     )
-    return crossings.contract(left, right, place)
+    return unit_ops.contract(left, right, place)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from shardproof.cut.others import gathered, invariant
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule, run
 from shardproof.errors import ShapeError
-from shardproof.functional import crossings
+from shardproof.ops import unit_ops
 
 # Name -> place of the argument that says along which dims.
 _DIM = {
@@ -120,15 +120,15 @@ def _across(
     """Lines along the cut dim."""
     place = x.spec.region.place(x.spec.cut, x.who)
     if name in ("softmax", "log_softmax"):
-        over = crossings.softmax_cut if name == "softmax" else crossings.log_softmax_cut
+        over = unit_ops.softmax_cut if name == "softmax" else unit_ops.log_softmax_cut
         dtype = kwargs.get("dtype") or next((a for a in args if isinstance(a, torch.dtype)), None)
         local = x.local if dtype is None else x.local.to(dtype)
         return cut_tensor(over(local, x.spec.dim, place), x.spec, x.who)
     keep = bool(kwargs.get("keepdim", False)) or any(each is True for each in args[2:])
     if name in ("amax", "amin") and len(dims) == 1:
-        return crossings.amax_cut(x.local, x.spec.dim, place, keepdim=keep, is_min=name == "amin")
+        return unit_ops.amax_cut(x.local, x.spec.dim, place, keepdim=keep, is_min=name == "amin")
     if name in ("argmax", "argmin") and len(dims) == 1:
-        return crossings.max_cut(x.local, x.spec.dim, place, keepdim=keep, is_min=name == "argmin")[
+        return unit_ops.max_cut(x.local, x.spec.dim, place, keepdim=keep, is_min=name == "argmin")[
             1
         ]
     if name in _SPREADS or _is_length(name, args, kwargs):
@@ -195,7 +195,7 @@ def extreme(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
         return type(y)([_relaid(each, x, (dim,)) for each in y])
     keep = bool(kwargs.get("keepdim", len(args) > 2 and args[2]))
     place = x.spec.region.place(x.spec.cut, x.who)
-    pair = crossings.max_cut(x.local, dim, place, keepdim=keep, is_min=name == "min")
+    pair = unit_ops.max_cut(x.local, dim, place, keepdim=keep, is_min=name == "min")
     return getattr(torch.return_types, name)(pair)
 
 
@@ -226,9 +226,9 @@ def total(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         local = local.to(torch.int64)
     place = x.spec.region.place(x.spec.cut, x.who)
     rest = tuple(each for each in dims if each != x.spec.dim)
-    y = crossings.sum_cut(local, x.spec.dim, place, keepdim=True)
+    y = unit_ops.sum_cut(local, x.spec.dim, place, keepdim=True)
     if rest:
-        y = crossings.fold(y, rest, keepdim=True, place=place)
+        y = unit_ops.fold(y, rest, keepdim=True, place=place)
     if name == "mean":
         count = 1
         for each in dims:

@@ -13,7 +13,7 @@ from shardproof.cut.meet import common, fitted, one_along
 from shardproof.cut.others import gathered, invariant, whole
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import RULES, CutTensor, cut_tensor, named, rule, run
-from shardproof.functional import crossings
+from shardproof.ops import unit_ops
 
 
 @rule("embedding")
@@ -27,8 +27,8 @@ def embedding(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     place = spec.region.place(spec.cut, weight.who)
     options = {"padding_idx": padding, "scale_grad_by_freq": bool(by_count)}
     if spec.dim == 0:
-        return crossings.lookup_rows(weight.local, ids, place, **options)
-    y = crossings.lookup_columns(weight.local, ids, place, **options)
+        return unit_ops.lookup_rows(weight.local, ids, place, **options)
+    y = unit_ops.lookup_columns(weight.local, ids, place, **options)
     shape = (*ids.shape, weight.shape[1])
     return cut_tensor(y, spec.region.spec(shape, len(shape) - 1, spec.cut), weight.who)
 
@@ -102,7 +102,7 @@ def looked_up(x: CutTensor, dim: int, index: Tensor) -> Tensor:
     place = x.spec.region.place(x.spec.cut, x.who)
     index = torch.where(index < 0, index + x.shape[dim], index)
     flat = rows.reshape(rows.shape[0], math.prod(rest))
-    y = crossings.lookup_rows(flat, index, place).reshape(*index.shape, *rest)
+    y = unit_ops.lookup_rows(flat, index, place).reshape(*index.shape, *rest)
     n = index.dim()
     return y.movedim(tuple(range(n)), tuple(range(dim, dim + n)))
 

@@ -8,7 +8,7 @@ from torch.nn import _reduction
 
 from shardproof.cut.others import gathered
 from shardproof.cut.tensor import CutTensor, rule, run
-from shardproof.functional import crossings
+from shardproof.ops import unit_ops
 
 _NAMES = {
     "cross_entropy": (
@@ -64,7 +64,7 @@ def of_classes(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, An
         loss = _picked(rows, target.reshape(-1), place, **options)
     else:
         options["label_smoothing"] = given["label_smoothing"]
-        loss = crossings.cross_entropy_cut(rows.local, target.reshape(-1), place, **options)
+        loss = unit_ops.cross_entropy_cut(rows.local, target.reshape(-1), place, **options)
     return loss.reshape(target.shape) if how == "none" else loss
 
 
@@ -81,7 +81,7 @@ def _picked(
     held = torch.from_numpy(x.spec.cut.held(x.spec.region.rank)).to(x.device)
     is_it = held == target[:, None]
     zero = x.local.new_zeros(())
-    losses = -crossings.sum_cut(torch.where(is_it, x.local, zero), 1, place)
+    losses = -unit_ops.sum_cut(torch.where(is_it, x.local, zero), 1, place)
     is_kept = target != ignore_index
     shares = is_kept.to(losses.dtype)
     if weight is not None:
@@ -89,8 +89,8 @@ def _picked(
     losses = torch.where(is_kept, losses, zero) * shares
     if reduction == "none":
         return losses
-    total = crossings.fold(losses, (0,), place=place)
-    return total / crossings.fold(shares, (0,), place=place) if reduction == "mean" else total
+    total = unit_ops.fold(losses, (0,), place=place)
+    return total / unit_ops.fold(shares, (0,), place=place) if reduction == "mean" else total
 
 
 def _of_shares(
@@ -105,5 +105,5 @@ def _of_shares(
     if reduction == "none":
         return losses
     place = x.spec.region.place(x.spec.cut, x.who)
-    total = crossings.fold(losses, tuple(range(losses.dim())), place=place)
+    total = unit_ops.fold(losses, tuple(range(losses.dim())), place=place)
     return total / losses.numel() if reduction == "mean" else total

@@ -11,7 +11,7 @@ from torch import Tensor
 from shardproof.cut.others import keep_weight, whole
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor
-from shardproof.functional import crossings
+from shardproof.ops import unit_ops
 from shardproof.units import CutDim, Shared
 
 
@@ -70,8 +70,8 @@ def is_for_all(x: CutTensor) -> bool:
 def freed(x: CutTensor) -> Tensor:
     """All of what is for all; on a rank without work zeros, which nothing of its own will use."""
     if x.local.shape == x.shape:
-        return crossings.not_compared(x.local.view_as(x.local))
-    return crossings.not_compared(x.local.new_zeros(x.shape) + x.local.sum())
+        return unit_ops.not_compared(x.local.view_as(x.local))
+    return unit_ops.not_compared(x.local.new_zeros(x.shape) + x.local.sum())
 
 
 def are_alike(one: CutDim, other: CutDim) -> bool:
@@ -137,10 +137,10 @@ def fitted(x: Any, spec: Spec, who: str) -> Tensor:
     if place < 0 or x.shape[place] == 1 != spec.shape[spec.dim]:
         if x.requires_grad and torch.is_grad_enabled():
             where = spec.region.place(spec.cut, who)
-            return crossings.spread(x, spec.local_shape, spec.dim, where)
+            return unit_ops.spread(x, spec.local_shape, spec.dim, where)
         return x
     if x.shape[place] == spec.shape[spec.dim]:
-        part = crossings.take if x.requires_grad else crossings.held_part
+        part = unit_ops.take if x.requires_grad else unit_ops.held_part
         return part(x, place, spec.region.place(spec.cut, who))
     return x
 
@@ -162,11 +162,11 @@ def refined(x: CutTensor, cut: CutDim) -> CutTensor:
     if place is target:
         return cut_tensor(x.local, made, x.who)
     if index is not None:
-        part = crossings.serve(x.local, spec.dim, place, target, index)
+        part = unit_ops.serve(x.local, spec.dim, place, target, index)
     else:
         keep_weight(x, "cut in another way")
         region.count_gathered("cut in another way", x.who)
-        part = crossings.take(crossings.gather(x.local, spec.dim, place), spec.dim, target)
+        part = unit_ops.take(unit_ops.gather(x.local, spec.dim, place), spec.dim, target)
     return cut_tensor(part, made, x.who)
 
 
@@ -179,7 +179,7 @@ def served(x: CutTensor, cut: CutDim, times: int) -> Tensor:
         times: how many stand side by side.
     """
     place, target, index, _ = _serving(x, cut, times)
-    return crossings.serve(x.local, x.spec.dim, place, target, index)
+    return unit_ops.serve(x.local, x.spec.dim, place, target, index)
 
 
 def where_served(x: CutTensor, cut: CutDim, times: int) -> tuple[int, ...]:
@@ -204,7 +204,7 @@ def _serving(x: CutTensor, cut: CutDim, times: int) -> Any:
         index = tuple(place // times for place in range(cut.size))
         own = CutDim(cut.shared, x.spec.cut.blocks)  # the same units, maybe by another name
         place, target = region.place(own, x.who), region.place(cut, x.who)
-        held = crossings.where_served(place, target, index)
+        held = unit_ops.where_served(place, target, index)
         found = region.recipes[key] = place, target, index, held
     return found
 

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import RULES, CutTensor, composed, rule, run, shown
 from shardproof.errors import UsageError
-from shardproof.functional import crossings
 from shardproof.numerics import forms
+from shardproof.ops import unit_ops
 
 _SEEN = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
@@ -58,7 +58,7 @@ def whole(x: CutTensor, why: str) -> Tensor:
     region = x.spec.region
     keep_weight(x, why)
     region.count_gathered(why, x.who)
-    return crossings.gather(x.local, x.spec.dim, region.place(x.spec.cut, x.who))
+    return unit_ops.gather(x.local, x.spec.dim, region.place(x.spec.cut, x.who))
 
 
 def keep_weight(x: CutTensor, why: str) -> None:
@@ -153,7 +153,7 @@ def gathered(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     for (x, data), version in zip(back, versions, strict=True):
         if data._version != version:
             place = x.spec.region.place(x.spec.cut, x.who)
-            x.local.copy_(crossings.take(data, x.spec.dim, place))
+            x.local.copy_(unit_ops.take(data, x.spec.dim, place))
         known[id(data)] = x
     return tree_map(lambda each: known.get(id(each), each), y)
 

@@ -9,9 +9,9 @@ from shardproof.cut.meet import is_for_all, refined
 from shardproof.cut.others import whole
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
-from shardproof.functional import crossings
-from shardproof.functional.linear import Gathers
 from shardproof.leaves import Cut
+from shardproof.ops import unit_ops
+from shardproof.ops.linear import Gathers
 from shardproof.units import CutDim
 
 
@@ -61,7 +61,7 @@ def part_of(x: Any, dim: int, region: Region, along: CutDim) -> Any:
             return _all_or_nothing(x, dim)
         who = x.who
         x = whole(x, "the part along another dim")
-    return crossings.take(x, dim, region.place(along, who))
+    return unit_ops.take(x, dim, region.place(along, who))
 
 
 def _is_one(along: CutDim, other: CutDim) -> bool:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
-from shardproof.functional.crossings import Place
 from shardproof.layers.registry import is_cut_module, memory_of, name_by_memory, parts_of
 from shardproof.leaves import Cut
+from shardproof.ops.unit_ops import UnitSplit
 from shardproof.scheme import Scheme
 from shardproof.transport.rehearsed import RehearsedTransport
 from shardproof.units import Block, CutDim, Shared, Units
@@ -122,7 +122,7 @@ class Region:
         self._weights: list[tuple[weakref.ref[Tensor], str]] = []
         self._memories: dict[int | None, tuple[weakref.ref[Tensor], str]] = {}
         self._specs: dict[tuple[tuple[int, ...], int, int], Spec] = {}
-        self._places: dict[tuple[int, str], Place] = {}
+        self._places: dict[tuple[int, str], UnitSplit] = {}
         self._cuts: dict[CutDim, CutDim] = {}
         self._same: dict[int, CutDim] = {}
         self._features: dict[Cut, CutDim] = {}
@@ -210,12 +210,12 @@ class Region:
                 found = self._specs[key] = Spec(self, key[0], dim, cut)
         return found
 
-    def place(self, cut: CutDim, who: str) -> Place:
+    def place(self, cut: CutDim, who: str) -> UnitSplit:
         """Where a crossing of tensors that are cut so stands."""
         found = self._places.get((id(cut), who))
         if found is None:
             cut = self.one(cut)
-            found = Place.of(self.axis, cut, self.scheme, who)
+            found = UnitSplit.of(self.axis, cut, self.scheme, who)
             self._places[id(cut), who] = found
         return found
 

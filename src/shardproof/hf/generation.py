@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from shardproof.axis import Axis
 from shardproof.errors import UsageError
-from shardproof.functional.sampling import check_options, keyed_scores
+from shardproof.ops.sampling import check_options, keyed_scores
 
 _WAY_OUT = (
     "Use do_sample=False with logits_processor=[shardproof.hf.KeyedSampling(seed)], which draws by "

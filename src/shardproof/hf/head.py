@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from shardproof.comm.differentiable import all_gather, shard
 from shardproof.errors import UsageError
-from shardproof.functional.vocabulary import vocab_cross_entropy
 from shardproof.hf.cut_logits import CutLogits
 from shardproof.layers.linear import ColumnParallelLinear
+from shardproof.ops.vocabulary import vocab_cross_entropy
 
 LOSS_TYPE = "ForCausalLM"
 

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shardproof.errors import UsageError
-from shardproof.functional.attention import attention
-from shardproof.functional.head_split import HeadSplit
 from shardproof.layers.dropout import Drawing
 from shardproof.numerics.attending import HeadDropout
+from shardproof.ops.attention import attention
+from shardproof.ops.head_split import HeadSplit
 
 
 class HeadAttention(Drawing):

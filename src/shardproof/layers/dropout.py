@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from shardproof import comm, operators
 from shardproof.axis import Axis
 from shardproof.errors import LayoutError, UsageError
-from shardproof.functional.dropout import MaskKey, dropout
 from shardproof.leaves import Cut
+from shardproof.ops.dropout import MaskKey, dropout
 from shardproof.quantities import whole_number
 
 Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]]

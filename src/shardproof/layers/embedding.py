@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from shardproof.axis import Axis
 from shardproof.comm.split import Split
 from shardproof.errors import UsageError
-from shardproof.functional.embedding import padding_row, vocab_embedding
 from shardproof.layers.base import OwnParameter, ShardedModule, own
 from shardproof.numerics.random import draw_normal
+from shardproof.ops.embedding import padding_row, vocab_embedding
 from shardproof.quantities import LARGEST, checked_whole
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
 from shardproof.wording import shown

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardproof.functional.norms import rms_norm
-from shardproof.functional.rms import RmsFormula
+from shardproof.ops.norms import rms_norm
+from shardproof.ops.rms import RmsFormula
 
 _SIZE, _ROWS, _EPS = 8, 64, 1e-3
 _EPS_NAMES = ("eps", "variance_epsilon")

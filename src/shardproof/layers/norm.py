@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 from shardproof.comm.split import Split
 from shardproof.errors import ShapeError, UsageError
-from shardproof.functional.norms import (
+from shardproof.layers.base import OwnParameter, ShardedModule, own
+from shardproof.layers.formula import find_formula
+from shardproof.leaves import Layout
+from shardproof.ops.norms import (
     head_rms_norm,
     layer_norm,
     sharded_rms_norm,
     whole_rms_norm,
 )
-from shardproof.functional.rms import RmsFormula
-from shardproof.layers.base import OwnParameter, ShardedModule, own
-from shardproof.layers.formula import find_formula
-from shardproof.leaves import Layout
+from shardproof.ops.rms import RmsFormula
 
 
 class RMSNorm(nn.Module):

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from shardproof.errors import UsageError
-from shardproof.functional.rows import are_alike, is_autocast
-from shardproof.functional.shared import SharedSum, is_spent, shared_columns
 from shardproof.heads import Heads
 from shardproof.layers.linear import ColumnParallelLinear
+from shardproof.ops.rows import are_alike, is_autocast
+from shardproof.ops.shared import SharedSum, is_spent, shared_columns
 
 Parameters = Mapping[str, Tensor | None]
 Seen = tuple[Tensor | None, int, bool]  # a tensor as it was: its version, and if it needs gradients

@@ -1,11 +1,11 @@
 """Mistakes of sums between ranks: one too few, one too many, in the wrong place or order."""
 
 from shardproof.comm import plans
-from shardproof.functional import linear
 from shardproof.layers.base import ShardedModule
 from shardproof.mistakes import setups
 from shardproof.mistakes.edit import Edit
 from shardproof.mistakes.mistake import Finding, Mistake
+from shardproof.ops import linear
 
 _ROW_SUM = 'y = split.start_sum(parts, shape=shape, like=rows, direction="forward").wait()'
 

@@ -1,9 +1,9 @@
 """Mistakes around the layers: the loss, labels, batches, clipping, dropout, optimizer state."""
 
-from shardproof.functional import losses
 from shardproof.mistakes import optimizers, setups
 from shardproof.mistakes.edit import Edit
 from shardproof.mistakes.mistake import TORCH, Finding, Mistake
+from shardproof.ops import losses
 from shardproof.optim import norms
 
 _MEAN = "loss = (total / (y.shape[:-1].numel() * cut.size)).to(y.dtype)"

@@ -1,10 +1,10 @@
 """Mistakes of weights: which part a rank has, what it starts from, how much it holds."""
 
-from shardproof.functional import linear
 from shardproof.layers.linear import ColumnParallelLinear
 from shardproof.mistakes import setups, words
 from shardproof.mistakes.edit import Edit
 from shardproof.mistakes.mistake import MEMORY, TORCH, Finding, Mistake
+from shardproof.ops import linear
 from shardproof.plans import initialize
 
 _COPY = "shard.copy_(whole.narrow(layout.dim, held.start, len(held)))"

@@ -1,12 +1,12 @@
 """Mistakes of language models: the vocabulary, key-value heads, tied weights, dropout."""
 
-from shardproof.functional import embedding, head_split, vocabulary
-from shardproof.functional.head_split import HeadSplit
-from shardproof.functional.vocabulary_site import VocabularyBlocks
 from shardproof.mistakes import words
 from shardproof.mistakes.edit import Edit
 from shardproof.mistakes.mistake import TORCH, Finding, Mistake
 from shardproof.numerics.attending import HeadDropout
+from shardproof.ops import embedding, head_split, vocabulary
+from shardproof.ops.head_split import HeadSplit
+from shardproof.ops.vocabulary_blocks import VocabularyBlocks
 
 OF_WORDS = (
     Mistake(

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from shardproof.axis import Axis
-from shardproof.functional.attention import attention
-from shardproof.functional.head_split import HeadSplit
 from shardproof.heads import Heads
 from shardproof.layers.attention import HeadAttention
+from shardproof.ops.attention import attention
+from shardproof.ops.head_split import HeadSplit
 from shardproof.plans.probe import seen_call
 from shardproof.plans.style import Attention
 from shardproof.scheme import Scheme

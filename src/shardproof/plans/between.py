@@ -21,10 +21,10 @@ from shardproof.cut.ours import part_of
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor, run_as
 from shardproof.errors import ShapeError
-from shardproof.functional.dropout import MaskKey
 from shardproof.layers.dropout import Dropout
 from shardproof.layers.linear import ColumnParallelLinear
 from shardproof.layers.norm import LayerNorm, RMSNorm
+from shardproof.ops.dropout import MaskKey
 from shardproof.plans.attention import attends_in_registry
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.style import Attention, ColumnParallel, RowParallel, VocabParallel

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from shardproof.axis import Axis
 from shardproof.comm.split import Split
-from shardproof.functional.head_split import HeadSplit
 from shardproof.heads import Heads
 from shardproof.layers.attention import HeadAttention, give_stand_in, take_stand_in
 from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
 from shardproof.layers.norm import HeadRMSNorm, ShardedRMSNorm
 from shardproof.layers.shared import link
+from shardproof.ops.head_split import HeadSplit
 from shardproof.plans.attend import Manner
 from shardproof.plans.attention import attends_in_registry
 from shardproof.plans.style import (

@@ -15,13 +15,13 @@ from shardproof.cut.linear import product
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor, must_call_torch, unseen
 from shardproof.errors import PlanError, UsageError
-from shardproof.functional.norms import whole_rms_norm
-from shardproof.functional.rms import RmsFormula
 from shardproof.layers import registry
 from shardproof.layers.base import is_ours
 from shardproof.layers.cut_module import cut_parameters
 from shardproof.layers.formula import find_formula
 from shardproof.leaves import Layout, check_degree
+from shardproof.ops.norms import whole_rms_norm
+from shardproof.ops.rms import RmsFormula
 from shardproof.plans.rehearsal import rehearse
 from shardproof.plans.watched_plan import Rehearsal, WatchedPlan
 from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme

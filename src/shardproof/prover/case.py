@@ -18,13 +18,13 @@ from shardproof import observing, optim
 from shardproof.axis import Axis
 from shardproof.cut.tensor import CutTensor
 from shardproof.errors import UsageError
-from shardproof.functional.crossing_moves import joined
 from shardproof.layers.base import ShardedModule
 from shardproof.layers.cut_module import CutModule
 from shardproof.layers.registry import record_of
 from shardproof.leaves import Layout, replicated
 from shardproof.numerics import mode
 from shardproof.observing import Operand, Told
+from shardproof.ops.unit_moves import joined
 from shardproof.prover.audit import Audit
 from shardproof.prover.printed import Printed
 from shardproof.prover.reference import ReferenceReader

@@ -5,8 +5,8 @@ from torch.nn import functional as F
 
 from shardproof import observing
 from shardproof.comm.split import Split
-from shardproof.functional import linear_steps as steps
 from shardproof.observing import REPLICATE, Operand
+from shardproof.ops import linear_steps as steps
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None, split: Split) -> Tensor:

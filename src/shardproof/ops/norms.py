@@ -14,10 +14,10 @@ from torch import Tensor
 from shardproof import operands
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError
-from shardproof.functional.cut_norms import head_rms_norm, sharded_rms_norm
-from shardproof.functional.rms import RmsFormula, normalise, wide_rows
-from shardproof.functional.rows import shaped
 from shardproof.numerics.sums import sum_rows, sum_squares_rows
+from shardproof.ops.cut_norms import head_rms_norm, sharded_rms_norm
+from shardproof.ops.rms import RmsFormula, normalise, wide_rows
+from shardproof.ops.rows import shaped
 
 __all__ = [
     "head_rms_norm",

@@ -21,8 +21,12 @@ from shardproof.autograd import OwnFunction, once_differentiable
 from shardproof.comm import StartedSum
 from shardproof.comm.split import Split
 from shardproof.errors import UsageError
-from shardproof.functional.linear_products import bias_gradient, product, weight_gradient
-from shardproof.functional.rows import (
+from shardproof.heads import Heads
+from shardproof.leaves import Cut
+from shardproof.numerics.arithmetic import Pair
+from shardproof.observing import PARTIAL, Operand, Told, shard
+from shardproof.ops.linear_products import bias_gradient, product, weight_gradient
+from shardproof.ops.rows import (
     as_rows,
     check_alike,
     prepared,
@@ -30,10 +34,6 @@ from shardproof.functional.rows import (
     wants_gradient,
     without_autocast,
 )
-from shardproof.heads import Heads
-from shardproof.leaves import Cut
-from shardproof.numerics.arithmetic import Pair
-from shardproof.observing import PARTIAL, Operand, Told, shard
 from shardproof.tree import Node, node_name, nodes_of_run
 
 

@@ -18,8 +18,6 @@ from torch.nn import functional as F
 from shardproof import observing, operands
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError, UsageError
-from shardproof.functional.head_split import HeadSplit
-from shardproof.functional.rows import are_alike, prepared, wants_gradient, without_autocast
 from shardproof.numerics.attending import (
     Attended,
     HeadDropout,
@@ -32,6 +30,8 @@ from shardproof.numerics.attending import (
     value_partials,
 )
 from shardproof.numerics.precision import widen
+from shardproof.ops.head_split import HeadSplit
+from shardproof.ops.rows import are_alike, prepared, wants_gradient, without_autocast
 
 __all__ = ["HeadDropout", "HeadSplit", "attention"]
 

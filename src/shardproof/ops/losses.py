@@ -14,17 +14,17 @@ from shardproof import observing, operands
 from shardproof.axis import Axis
 from shardproof.comm.differentiable import all_reduce
 from shardproof.errors import ShapeError, UsageError
-from shardproof.functional.classes import (
+from shardproof.leaves import Cut
+from shardproof.numerics.precision import widen
+from shardproof.numerics.sums import sum_rows, sum_squares
+from shardproof.observing import REPLICATE, Operand, Placement, Told, shard
+from shardproof.ops.classes import (
     Reduction,
     check_kind,
     check_reduction,
     counting_rows,
     reduce_rows,
 )
-from shardproof.leaves import Cut
-from shardproof.numerics.precision import widen
-from shardproof.numerics.sums import sum_rows, sum_squares
-from shardproof.observing import REPLICATE, Operand, Placement, Told, shard
 
 
 def mse_loss(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from shardproof.autograd import once_differentiable
-from shardproof.functional.rows import as_rows, shaped
 from shardproof.numerics.precision import widen
+from shardproof.ops.rows import as_rows, shaped
 
 
 @dataclass(frozen=True)

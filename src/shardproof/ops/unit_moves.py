@@ -12,7 +12,7 @@ from torch import Tensor
 from shardproof.autograd import once_differentiable
 from shardproof.comm.runs_of_indices import all_gather_sizes
 from shardproof.errors import ShapeError
-from shardproof.functional.place import Place
+from shardproof.ops.unit_split import UnitSplit
 
 _NOT_COMPARED = "_shardproof_not_compared"
 
@@ -21,14 +21,14 @@ class _Gather(torch.autograd.Function):
     """all_gather forward, a local selection backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, place: Place) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, place: UnitSplit) -> Tensor:
         ctx.dim, ctx.place = dim, place
         return joined(x, dim, place, "forward")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
-        place: Place = ctx.place
+        place: UnitSplit = ctx.place
         place.axis.note(grad_y, who=place.who, what="gradient of what was gathered")
         return place.held.copy(grad_y, ctx.dim), None, None
 
@@ -37,7 +37,7 @@ class _Take(torch.autograd.Function):
     """A local selection forward, all_gather backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, place: Place) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, place: UnitSplit) -> Tensor:
         ctx.dim, ctx.place = dim, place
         return place.held.copy(x, dim)
 
@@ -47,7 +47,7 @@ class _Take(torch.autograd.Function):
         return joined(grad_y, ctx.dim, ctx.place, "backward"), None, None
 
 
-def joined(x: Tensor, dim: int, place: Place, direction: str) -> Tensor:
+def joined(x: Tensor, dim: int, place: UnitSplit, direction: str) -> Tensor:
     """The whole dim from what the ranks own of it. No autograd.
 
     Args:
@@ -67,7 +67,7 @@ def joined(x: Tensor, dim: int, place: Place, direction: str) -> Tensor:
     return place.order.of(side_by_side, dim)
 
 
-def checked_dim(x: Tensor, dim: int, place: Place, *, is_whole: bool) -> int:
+def checked_dim(x: Tensor, dim: int, place: UnitSplit, *, is_whole: bool) -> int:
     """`dim`, counted from the front, after a look at the length of `x` along it.
 
     Args:
@@ -105,7 +105,7 @@ def is_compared(x: Tensor) -> bool:
     return not getattr(x, _NOT_COMPARED, False)
 
 
-def gather(x: Tensor, dim: int, place: Place) -> Tensor:
+def gather(x: Tensor, dim: int, place: UnitSplit) -> Tensor:
     """What the ranks hold of a cut dim to the whole dim: all_gather forward, selection backward.
 
     Args:
@@ -125,7 +125,7 @@ def gather(x: Tensor, dim: int, place: Place) -> Tensor:
     return y
 
 
-def take(x: Tensor, dim: int, place: Place) -> Tensor:
+def take(x: Tensor, dim: int, place: UnitSplit) -> Tensor:
     """What this rank holds of a whole dim: a selection forward, all_gather backward.
 
     Args:
@@ -146,7 +146,7 @@ def take(x: Tensor, dim: int, place: Place) -> Tensor:
     return _Take.apply(x, dim, place)
 
 
-def held_part(x: Tensor, dim: int, place: Place) -> Tensor:
+def held_part(x: Tensor, dim: int, place: UnitSplit) -> Tensor:
     """What this rank holds of a whole dim, without a gradient that crosses ranks.
 
     Args:

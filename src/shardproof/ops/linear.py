@@ -11,9 +11,10 @@ from torch import Tensor
 from shardproof import comm, observing, operands
 from shardproof.autograd import OwnFunction, once_differentiable
 from shardproof.comm.split import Split
-from shardproof.functional import linear_products as products
-from shardproof.functional import linear_steps as steps
-from shardproof.functional.rows import (
+from shardproof.numerics import matmul
+from shardproof.ops import linear_products as products
+from shardproof.ops import linear_steps as steps
+from shardproof.ops.rows import (
     as_rows,
     check_alike,
     prepared,
@@ -21,7 +22,6 @@ from shardproof.functional.rows import (
     wants_gradient,
     without_autocast,
 )
-from shardproof.numerics import matmul
 
 _GRADIENT = "gradient of the output"
 

@@ -1,6 +1,6 @@
 """Lookups in a table that is cut by units: along its rows, or along its columns.
 
-Rows: every row is picked at its owner and travels with its bits, as `functional/embedding.py` does
+Rows: every row is picked at its owner and travels with its bits, as `ops/embedding.py` does
 it for a plain cut of the vocabulary. Columns: nothing travels.
 """
 
@@ -14,10 +14,10 @@ from torch import Tensor
 from shardproof import comm, observing, operands, operators
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError
-from shardproof.functional.embedding import as_integers, check_ids, copy_rows, pick
-from shardproof.functional.place import Place
 from shardproof.numerics.precision import widen
 from shardproof.observing import PARTIAL, REPLICATE, Operand, Told
+from shardproof.ops.embedding import as_integers, check_ids, copy_rows, pick
+from shardproof.ops.unit_split import UnitSplit
 
 _NOWHERE = -1  # place of a row that this rank has not
 
@@ -32,7 +32,7 @@ class _Table:
         scale_grad_by_freq: a row's gradient is divided by how often it was looked up.
     """
 
-    place: Place
+    place: UnitSplit
     padding_idx: int
     scale_grad_by_freq: bool
 
@@ -89,7 +89,7 @@ class _Rows(torch.autograd.Function):
         return grad, None, None
 
 
-def _where(place: Place, what: str, device: torch.device) -> Tensor:
+def _where(place: UnitSplit, what: str, device: torch.device) -> Tensor:
     """For every row of the whole table, where it lies in what this rank holds, or `_NOWHERE`.
 
     Args:
@@ -107,7 +107,7 @@ def _where(place: Place, what: str, device: torch.device) -> Tensor:
     return operators.constant(place.recipes[key])
 
 
-def _picked(weight: Tensor, ids: Tensor, flat: Tensor, place: Place) -> Tensor:
+def _picked(weight: Tensor, ids: Tensor, flat: Tensor, place: UnitSplit) -> Tensor:
     """(*, columns); a tensor of our own, no view, so that a caller may write into it."""
     if place.axis.size == 1:
         y = weight.new_empty(*ids.shape, weight.shape[1])
@@ -123,7 +123,7 @@ def _picked(weight: Tensor, ids: Tensor, flat: Tensor, place: Place) -> Tensor:
     return y
 
 
-def _tell_lookup(weight: Tensor, ids: Tensor, y: Tensor, place: Place) -> None:
+def _tell_lookup(weight: Tensor, ids: Tensor, y: Tensor, place: UnitSplit) -> None:
     """Tell observers that the rows which this rank owns were picked."""
     if observing.is_on():
         named = [Operand("ids", ids, REPLICATE), Operand("weight", weight, place.placement(0))]
@@ -156,7 +156,7 @@ class _Columns(torch.autograd.Function):
 def _table(
     weight: Tensor,
     ids: Tensor,
-    place: Place,
+    place: UnitSplit,
     along: int,
     padding_idx: int | None,
     scale_grad_by_freq: bool,
@@ -190,7 +190,7 @@ def _table(
 def lookup_rows(
     weight: Tensor,
     ids: Tensor,
-    place: Place,
+    place: UnitSplit,
     *,
     padding_idx: int | None = None,
     scale_grad_by_freq: bool = False,
@@ -220,7 +220,7 @@ def lookup_rows(
 def lookup_columns(
     weight: Tensor,
     ids: Tensor,
-    place: Place,
+    place: UnitSplit,
     *,
     padding_idx: int | None = None,
     scale_grad_by_freq: bool = False,

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError
-from shardproof.functional.crossing_linear import row
-from shardproof.functional.crossing_products import product_columns, product_rows
-from shardproof.functional.crossing_sums import expand
-from shardproof.functional.place import Place
-from shardproof.functional.rows import without_autocast
 from shardproof.numerics.joined import joined_nodes
 from shardproof.numerics.precision import node_dtype
+from shardproof.ops.rows import without_autocast
+from shardproof.ops.unit_linear import row
+from shardproof.ops.unit_products import product_columns, product_rows
+from shardproof.ops.unit_split import UnitSplit
+from shardproof.ops.unit_sums import expand
 from shardproof.tree import nodes_of_run
 
 
@@ -25,7 +25,7 @@ class _Contract(torch.autograd.Function):
     """One all_reduce of all products forward; local products backward, no Comm."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, place: Place) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, place: UnitSplit) -> Tensor:
         ctx.place = place
         ctx.save_for_backward(a, b)
         if place.arithmetic.is_invariant:
@@ -38,13 +38,13 @@ class _Contract(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        place: Place = ctx.place
+        place: UnitSplit = ctx.place
         place.axis.note(grad_y, who=place.who, what="gradient of the product")
         with without_autocast(grad_y):
             return _gradients(ctx, grad_y)
 
 
-def _by_leaves(a: Tensor, b: Tensor, place: Place) -> list[Tensor]:
+def _by_leaves(a: Tensor, b: Tensor, place: UnitSplit) -> list[Tensor]:
     """(B, M, N) for each node of this rank: the nodes of all matrices, to be sent at once."""
     pieces, shape = place.pieces, (a.shape[0], a.shape[1], b.shape[2])
     a, b = pieces.bring(a, 2), pieces.bring(b, 1)
@@ -67,7 +67,7 @@ def _by_leaves(a: Tensor, b: Tensor, place: Place) -> list[Tensor]:
 
 
 def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    place: Place = ctx.place
+    place: UnitSplit = ctx.place
     a, b = ctx.saved_tensors
     needs_a, needs_b, _ = ctx.needs_input_grad
     grad_a = torch.empty_like(a, memory_format=torch.contiguous_format) if needs_a else None
@@ -80,7 +80,7 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     return grad_a, grad_b, None
 
 
-def contract(a: Tensor, b: Tensor, place: Place) -> Tensor:
+def contract(a: Tensor, b: Tensor, place: UnitSplit) -> Tensor:
     """`a @ b` where the contracted dim is cut: one all_reduce forward, local products backward.
 
     Args:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from shardproof import observing
 from shardproof.comm import StartedSum
-from shardproof.functional.linear_steps import tell_parts
-from shardproof.functional.place import Place
 from shardproof.numerics.arithmetic import Pair
 from shardproof.observing import PARTIAL, REPLICATE, Operand, Placement, Told
+from shardproof.ops.linear_steps import tell_parts
+from shardproof.ops.unit_split import UnitSplit
 from shardproof.tree import Node, node_name, nodes_of_run
 
 
@@ -29,7 +29,7 @@ class Term:
 
     a: Tensor
     b: Tensor
-    place: Place
+    place: UnitSplit
 
     def by_leaf(self) -> Iterator[tuple[Pair, tuple[slice, ...]]]:
         """The pair, as often as a leaf has pieces, and where the pieces lie in it."""
@@ -70,7 +70,7 @@ def start_sum(terms: Sequence[Term], like: Tensor, direction: str, who: str) -> 
     return place.split.start_sum(parts, shape=shape, like=like, direction=direction, who=who)
 
 
-def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, place: Place) -> Tensor:
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, place: UnitSplit) -> Tensor:
     """`rows @ weight.T + bias`, cut along out_features.
 
     Args:
@@ -88,7 +88,7 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, place: Place) -> T
     return y
 
 
-def product_rows(a: Tensor, b: Tensor, place: Place) -> Tensor:
+def product_rows(a: Tensor, b: Tensor, place: UnitSplit) -> Tensor:
     """`a @ b`, in backward, where `a` is cut along its rows and nothing is summed.
 
     Args:
@@ -105,7 +105,7 @@ def product_rows(a: Tensor, b: Tensor, place: Place) -> Tensor:
     return y
 
 
-def product_columns(a: Tensor, b: Tensor, place: Place) -> Tensor:
+def product_columns(a: Tensor, b: Tensor, place: UnitSplit) -> Tensor:
     """`a @ b`, in backward, where `b` is cut along its columns and nothing is summed.
 
     Args:
@@ -123,7 +123,7 @@ def product_columns(a: Tensor, b: Tensor, place: Place) -> Tensor:
 
 
 def tell(
-    place: Place, phase: str, what: str, a: Tensor, b: Tensor, y: Tensor, placement: Placement
+    place: UnitSplit, phase: str, what: str, a: Tensor, b: Tensor, y: Tensor, placement: Placement
 ) -> None:
     """Tell observers of a product that is no sum over the cut dim.
 
@@ -159,7 +159,7 @@ def _tell(terms: Sequence[Term], parts: Sequence[Tensor], direction: str, who: s
         observing.tell(Told("product", direction, who, what + which, named, output))
 
 
-def tell_bias(place: Place, y: Tensor, bias: Tensor) -> None:
+def tell_bias(place: UnitSplit, y: Tensor, bias: Tensor) -> None:
     """Tell observers that the bias was added to a sum.
 
     Args:

@@ -1,6 +1,6 @@
 """Linears whose weight is cut by units: fused, shared and transposed weights too.
 
-A dim that is one plain run for each rank goes through `functional/linear.py`, unless its input
+A dim that is one plain run for each rank goes through `ops/linear.py`, unless its input
 gradient is shared with other columns or its weight is stored transposed.
 
 Sources: as there.
@@ -17,12 +17,10 @@ from shardproof import operands
 from shardproof.autograd import once_differentiable
 from shardproof.comm import StartedSum
 from shardproof.errors import ShapeError
-from shardproof.functional import crossing_products as products
-from shardproof.functional.crossing_products import Term
-from shardproof.functional.entering import Basket, Entering, will_sum
-from shardproof.functional.linear import column_linear, row_linear
-from shardproof.functional.place import Place
-from shardproof.functional.rows import (
+from shardproof.ops import unit_products as products
+from shardproof.ops.entering import Basket, Entering, will_sum
+from shardproof.ops.linear import column_linear, row_linear
+from shardproof.ops.rows import (
     as_rows,
     cast,
     check_alike,
@@ -32,6 +30,8 @@ from shardproof.functional.rows import (
     wants_gradient,
     without_autocast,
 )
+from shardproof.ops.unit_products import Term
+from shardproof.ops.unit_split import UnitSplit
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class _Call:
         number: of this call among those of the basket.
     """
 
-    place: Place
+    place: UnitSplit
     is_transposed: bool
     dtype: torch.dtype | None = None
     basket: Basket | None = None
@@ -142,7 +142,7 @@ class _Row(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        place: Place = ctx.call.place
+        place: UnitSplit = ctx.call.place
         place.axis.note(grad_y, who=place.who, what="gradient of the output")
         with without_autocast(grad_y):
             return _row_gradients(ctx, grad_y)
@@ -210,7 +210,7 @@ def column(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    place: Place,
+    place: UnitSplit,
     *,
     entering: Entering | None = None,
     is_transposed: bool = False,
@@ -270,7 +270,7 @@ def row(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    place: Place,
+    place: UnitSplit,
     *,
     is_transposed: bool = False,
 ) -> Tensor:

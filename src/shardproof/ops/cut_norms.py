@@ -14,9 +14,9 @@ from torch import Tensor
 from shardproof import operands
 from shardproof.comm.split import Split
 from shardproof.errors import ShapeError
-from shardproof.functional.rms import RmsFormula, normalise
 from shardproof.numerics.precision import node_dtype
 from shardproof.numerics.sums import sum_rows
+from shardproof.ops.rms import RmsFormula, normalise
 
 
 def sharded_rms_norm(x: Tensor, weight: Tensor | None, split: Split, formula: RmsFormula) -> Tensor:

@@ -7,25 +7,25 @@ All functions take and give plain tensors of this rank. They are put together he
 use them; each lies in a file of its own kind.
 """
 
-from shardproof.functional.crossing_contract import contract
-from shardproof.functional.crossing_linear import column, row
-from shardproof.functional.crossing_lines import (
+from shardproof.ops.entering import Entering
+from shardproof.ops.serving import serve, where_served
+from shardproof.ops.unit_contract import contract
+from shardproof.ops.unit_linear import column, row
+from shardproof.ops.unit_lookup import lookup_columns, lookup_rows
+from shardproof.ops.unit_moves import gather, held_part, not_compared, take
+from shardproof.ops.unit_rows import (
     amax_cut,
     cross_entropy_cut,
     log_softmax_cut,
     max_cut,
     softmax_cut,
 )
-from shardproof.functional.crossing_lookup import lookup_columns, lookup_rows
-from shardproof.functional.crossing_moves import gather, held_part, not_compared, take
-from shardproof.functional.crossing_sums import expand, fold, mean_cut, spread, sum_cut
-from shardproof.functional.entering import Entering
-from shardproof.functional.place import Place
-from shardproof.functional.serving import serve, where_served
+from shardproof.ops.unit_split import UnitSplit
+from shardproof.ops.unit_sums import expand, fold, mean_cut, spread, sum_cut
 
 __all__ = [
     "Entering",
-    "Place",
+    "UnitSplit",
     "amax_cut",
     "column",
     "contract",

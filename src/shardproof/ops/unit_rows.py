@@ -1,6 +1,6 @@
 """What looks along a whole cut dim: the largest, softmax, and the loss of classes that are cut.
 
-A dim that is one plain run for each rank goes through `functional/vocabulary.py`, which gathers a
+A dim that is one plain run for each rank goes through `ops/vocabulary.py`, which gathers a
 few numbers for every leaf. Of other dims the logits are gathered.
 """
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 from shardproof.autograd import once_differentiable
 from shardproof.comm.runs_of_indices import all_gather_sizes
-from shardproof.functional.classes import Reduction, check_reduction, counting_rows, reduce_rows
-from shardproof.functional.crossing_moves import checked_dim, gather, take
-from shardproof.functional.place import Place
-from shardproof.functional.vocabulary import vocab_cross_entropy, vocab_log_softmax
 from shardproof.numerics.precision import widen
 from shardproof.numerics.sums import sum_all, sum_rows
+from shardproof.ops.classes import Reduction, check_reduction, counting_rows, reduce_rows
+from shardproof.ops.unit_moves import checked_dim, gather, take
+from shardproof.ops.unit_split import UnitSplit
+from shardproof.ops.vocabulary import vocab_cross_entropy, vocab_log_softmax
 
 
-def _best(x: Tensor, dim: int, place: Place, is_min: bool) -> tuple[Tensor, Tensor]:
+def _best(x: Tensor, dim: int, place: UnitSplit, is_min: bool) -> tuple[Tensor, Tensor]:
     """The largest value over a cut dim, or the smallest, and the first index that has it."""
     own = place.owned.of(x, dim)
     indices = place.owned.of(place.held.on(x.device), 0)
@@ -52,7 +52,9 @@ class _Max(torch.autograd.Function):
     """Two all_gathers of partial maxima forward; the gradient goes to the index backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, place: Place, is_min: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, dim: int, place: UnitSplit, is_min: bool
+    ) -> tuple[Tensor, Tensor]:
         value, index = _best(x, dim, place, is_min)
         ctx.dim, ctx.place, ctx.shape = dim, place, x.shape
         ctx.save_for_backward(index)
@@ -73,7 +75,7 @@ class _Amax(torch.autograd.Function):
     """Partial maxima and how many equal them gathered forward; shared evenly backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, place: Place, is_min: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, place: UnitSplit, is_min: bool) -> Tensor:
         value, _ = _best(x, dim, place, is_min)
         ctx.dim, ctx.place = dim, place
         ctx.save_for_backward(x, value)
@@ -105,7 +107,7 @@ def _along(indices: Tensor, dim: int, dims: int) -> Tensor:
 
 
 def max_cut(
-    x: Tensor, dim: int, place: Place, *, keepdim: bool = False, is_min: bool = False
+    x: Tensor, dim: int, place: UnitSplit, *, keepdim: bool = False, is_min: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Largest value over a cut dim, and where: two all_gathers forward, to that index backward.
 
@@ -130,7 +132,7 @@ def max_cut(
 
 
 def amax_cut(
-    x: Tensor, dim: int, place: Place, *, keepdim: bool = False, is_min: bool = False
+    x: Tensor, dim: int, place: UnitSplit, *, keepdim: bool = False, is_min: bool = False
 ) -> Tensor:
     """Largest value over a cut dim; its gradient is shared evenly among equals.
 
@@ -154,13 +156,13 @@ def amax_cut(
     return value.unsqueeze(dim) if keepdim else value
 
 
-def _log_softmax(x: Tensor, place: Place) -> Tensor:
+def _log_softmax(x: Tensor, place: UnitSplit) -> Tensor:
     """Log-softmax of the last dim, whole, in fp32 or fp64."""
     wide = widen(x)
     return place.arithmetic.log_softmax(wide)
 
 
-def log_softmax_cut(x: Tensor, dim: int, place: Place) -> Tensor:
+def log_softmax_cut(x: Tensor, dim: int, place: UnitSplit) -> Tensor:
     """Log-softmax over a cut dim.
 
     Args:
@@ -187,7 +189,7 @@ def log_softmax_cut(x: Tensor, dim: int, place: Place) -> Tensor:
     return y.view(last.shape).movedim(-1, dim)
 
 
-def softmax_cut(x: Tensor, dim: int, place: Place) -> Tensor:
+def softmax_cut(x: Tensor, dim: int, place: UnitSplit) -> Tensor:
     """Softmax over a cut dim.
 
     Args:
@@ -208,7 +210,7 @@ def softmax_cut(x: Tensor, dim: int, place: Place) -> Tensor:
 def cross_entropy_cut(
     logits: Tensor,
     target: Tensor,
-    place: Place,
+    place: UnitSplit,
     *,
     ignore_index: int = -100,
     reduction: Reduction = "mean",

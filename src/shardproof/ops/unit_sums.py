@@ -16,18 +16,18 @@ from torch import Tensor
 from shardproof import comm, observing, operators
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError
-from shardproof.functional.crossing_moves import checked_dim, is_compared
-from shardproof.functional.place import Place
 from shardproof.numerics.arithmetic import INVARIANT
 from shardproof.numerics.precision import node_dtype
 from shardproof.numerics.sums import sum_rows
 from shardproof.observing import PARTIAL, Operand, Told
+from shardproof.ops.unit_moves import checked_dim, is_compared
+from shardproof.ops.unit_split import UnitSplit
 from shardproof.tree import node_name, nodes_of_run
 
 _SMALL = 1 << 16  # elements that are copied sooner than summed leaf by leaf
 
 
-def sum_held(x: Tensor, place: Place, like: Tensor, direction: str) -> Tensor:
+def sum_held(x: Tensor, place: UnitSplit, like: Tensor, direction: str) -> Tensor:
     """The sum over a cut dim that comes first. No autograd.
 
     Args:
@@ -52,7 +52,7 @@ def sum_held(x: Tensor, place: Place, like: Tensor, direction: str) -> Tensor:
     return started.wait()
 
 
-def _tell_parts(x: Tensor, place: Place, parts: Sequence[Tensor], direction: str) -> None:
+def _tell_parts(x: Tensor, place: UnitSplit, parts: Sequence[Tensor], direction: str) -> None:
     """Tell observers of the nodes that this rank has added."""
     if not place.arithmetic.is_invariant:
         return
@@ -63,7 +63,7 @@ def _tell_parts(x: Tensor, place: Place, parts: Sequence[Tensor], direction: str
         observing.tell(Told("sum of rows", direction, place.who, what, named, output))
 
 
-def _leaf_sums(x: Tensor, place: Place, dtype: torch.dtype) -> Iterable[Tensor]:
+def _leaf_sums(x: Tensor, place: UnitSplit, dtype: torch.dtype) -> Iterable[Tensor]:
     """(N,) for every leaf that this rank owns."""
     pieces, leaves = place.pieces, len(place.run)
     if place.even_leaf and x.numel() <= _SMALL:
@@ -99,7 +99,7 @@ class _Spread(torch.autograd.Function):
     """A broadcast view forward; a fold, leaf sums and one all_reduce backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shape: torch.Size, dim: int, place: Place) -> Tensor:
+    def forward(ctx: Any, x: Tensor, shape: torch.Size, dim: int, place: UnitSplit) -> Tensor:
         ctx.shape, ctx.dim, ctx.place = x.shape, dim, place
         return x.expand(shape)
 
@@ -120,7 +120,7 @@ class _SumCut(torch.autograd.Function):
     """Leaf sums and one all_reduce forward, a broadcast backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, place: Place, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, place: UnitSplit, dtype: torch.dtype) -> Tensor:
         ctx.dim, ctx.place, ctx.shape, ctx.dtype = dim, place, x.shape, x.dtype
         rows = x.movedim(dim, 0)
         shape = rows.shape[1:]
@@ -135,7 +135,7 @@ class _SumCut(torch.autograd.Function):
         return grad, None, None, None
 
 
-def spread(x: Tensor, shape: Sequence[int], dim: int, place: Place) -> Tensor:
+def spread(x: Tensor, shape: Sequence[int], dim: int, place: UnitSplit) -> Tensor:
     """A whole tensor broadcast along a cut dim: a view forward, its sum by one all_reduce backward.
 
     Args:
@@ -160,7 +160,7 @@ def spread(x: Tensor, shape: Sequence[int], dim: int, place: Place) -> Tensor:
     return _Spread.apply(x, size, dim, place)
 
 
-def _checked_shape(x: Tensor, shape: torch.Size, dim: int, place: Place) -> int:
+def _checked_shape(x: Tensor, shape: torch.Size, dim: int, place: UnitSplit) -> int:
     """`dim` from the front; raises unless `x` broadcasts to what this rank holds."""
     front = dim + len(shape) if dim < 0 else dim
     missing = len(shape) - x.dim()
@@ -175,7 +175,7 @@ def _checked_shape(x: Tensor, shape: torch.Size, dim: int, place: Place) -> int:
     return front
 
 
-def expand(x: Tensor, shape: Sequence[int], place: Place | None = None) -> Tensor:
+def expand(x: Tensor, shape: Sequence[int], place: UnitSplit | None = None) -> Tensor:
     """Broadcast on this rank alone: a view forward, a fold in a fixed order backward.
 
     Args:
@@ -194,7 +194,7 @@ def expand(x: Tensor, shape: Sequence[int], place: Place | None = None) -> Tenso
 
 
 def fold(
-    x: Tensor, dims: int | Sequence[int], *, keepdim: bool = False, place: Place | None = None
+    x: Tensor, dims: int | Sequence[int], *, keepdim: bool = False, place: UnitSplit | None = None
 ) -> Tensor:
     """Sum over dims that are not cut, in an order that depends on their sizes alone.
 
@@ -220,7 +220,7 @@ def fold(
 def sum_cut(
     x: Tensor,
     dim: int,
-    place: Place,
+    place: UnitSplit,
     *,
     keepdim: bool = False,
     dtype: torch.dtype | None = None,
@@ -251,7 +251,7 @@ def sum_cut(
     return y.unsqueeze(dim) if keepdim else y
 
 
-def mean_cut(x: Tensor, dim: int, place: Place, *, keepdim: bool = False) -> Tensor:
+def mean_cut(x: Tensor, dim: int, place: UnitSplit, *, keepdim: bool = False) -> Tensor:
     """Mean over a cut dim: one all_reduce forward, a broadcast backward.
 
     Args:

@@ -4,9 +4,9 @@ They take plain tensors, and cut tensors (`shardproof.cut`) where a model's code
 """
 
 from shardproof.comm.split import Split
-from shardproof.functional import embedding, linear, losses, vocabulary
 from shardproof.numerics import bent, elementwise
 from shardproof.operands import meets_cut
+from shardproof.ops import embedding, linear, losses, vocabulary
 
 _of_a_part, _elementwise = meets_cut("of a part"), meets_cut("elementwise")
 

@@ -92,13 +92,13 @@ class Pieces:
 
 
 # By what a place is of; a place lives as long as somebody keeps it.
-_known: weakref.WeakValueDictionary[tuple[Axis, CutDim, Scheme, str], "Place"] = (
+_known: weakref.WeakValueDictionary[tuple[Axis, CutDim, Scheme, str], "UnitSplit"] = (
     weakref.WeakValueDictionary()
 )
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class UnitSplit:
     """Where a cut dim stands: everything that is no tensor. Compared by identity; see `of`.
 
     Attributes:

@@ -20,16 +20,16 @@ from shardproof import comm, observing, operands
 from shardproof.axis import Axis
 from shardproof.comm.split import Split
 from shardproof.errors import ShapeError, UsageError
-from shardproof.functional.classes import (
+from shardproof.leaves import Cut
+from shardproof.numerics.precision import node_dtype, widen
+from shardproof.observing import REPLICATE, Operand, Told
+from shardproof.ops.classes import (
     Reduction,
     check_reduction,
     counting_rows,
     reduce_rows,
 )
-from shardproof.functional.vocabulary_site import NOWHERE, VocabularyBlocks, parts
-from shardproof.leaves import Cut
-from shardproof.numerics.precision import node_dtype, widen
-from shardproof.observing import REPLICATE, Operand, Told
+from shardproof.ops.vocabulary_blocks import NOWHERE, VocabularyBlocks, parts
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
 
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from shardproof.autograd import once_differentiable
 from shardproof.comm.runs_of_indices import all_gather_sizes
 from shardproof.errors import ShapeError
-from shardproof.functional.crossing_moves import checked_dim
-from shardproof.functional.place import Place, Selection
 from shardproof.numerics.precision import node_dtype
+from shardproof.ops.unit_moves import checked_dim
+from shardproof.ops.unit_split import Selection, UnitSplit
 from shardproof.tree import Node
 from shardproof.units import Indices
 
@@ -59,7 +59,7 @@ class Recipe:
         place: of the source.
     """
 
-    def __init__(self, place: Place, target: Place, sources: Indices) -> None:
+    def __init__(self, place: UnitSplit, target: UnitSplit, sources: Indices) -> None:
         self.place = place
         rank = place.axis.rank
         held = place.cut_dim.held(rank)
@@ -136,7 +136,7 @@ class Recipe:
         return self.place.arithmetic.add(node, values)
 
 
-def _positions(held: Indices, wanted: Indices, place: Place) -> Indices:
+def _positions(held: Indices, wanted: Indices, place: UnitSplit) -> Indices:
     """Where the wanted indices lie in what is held."""
     at = np.searchsorted(held, wanted)
     if len(wanted) and (at.max(initial=0) >= len(held) or (held[at] != wanted).any()):
@@ -147,7 +147,7 @@ def _positions(held: Indices, wanted: Indices, place: Place) -> Indices:
     return at
 
 
-def _kinds(place: Place, target: Place, sources: Indices) -> list[_Kind]:
+def _kinds(place: UnitSplit, target: UnitSplit, sources: Indices) -> list[_Kind]:
     """Source indices by how many units they serve, and on which ranks those and the holders are."""
     axis, shared = place.axis, target.cut_dim.shared
     owner, firsts = _owners_and_firsts(target)
@@ -192,7 +192,7 @@ def _kinds(place: Place, target: Place, sources: Indices) -> list[_Kind]:
     return found
 
 
-def _owners_and_firsts(target: Place) -> tuple[Indices, Indices]:
+def _owners_and_firsts(target: UnitSplit) -> tuple[Indices, Indices]:
     """Of every unit of the target: the rank that owns it, and its place among the plain units."""
     shared = target.cut_dim.shared
     firsts = [*range(shared.units.count), *(needers[0] for needers in shared.units.needers)]
@@ -205,7 +205,7 @@ def _run_of(ranks: tuple[int, ...], rank: int) -> range:
     return range(places[0], places[-1] + 1) if places else range(0)
 
 
-def recipe_of(place: Place, target: Place, source_index: Sources) -> Recipe:
+def recipe_of(place: UnitSplit, target: UnitSplit, source_index: Sources) -> Recipe:
     """The recipe of these, worked out on the first call.
 
     Args:
@@ -226,7 +226,7 @@ def recipe_of(place: Place, target: Place, source_index: Sources) -> Recipe:
     return made
 
 
-def _check(place: Place, target: Place, sources: Indices) -> None:
+def _check(place: UnitSplit, target: UnitSplit, sources: Indices) -> None:
     is_index = sources.shape == (target.size,)
     if not is_index or sources.min() < 0 or sources.max() >= place.size:
         raise ShapeError(
@@ -241,7 +241,7 @@ def _check(place: Place, target: Place, sources: Indices) -> None:
         )
 
 
-def where_served(place: Place, target: Place, source_index: Sources) -> tuple[int, ...]:
+def where_served(place: UnitSplit, target: UnitSplit, source_index: Sources) -> tuple[int, ...]:
     """For every target index that the rank holds, where in what it holds its source lies.
 
     Args:
@@ -268,7 +268,9 @@ class _Serve(torch.autograd.Function):
         return ctx.recipe.gradient(grad_y, ctx.dim), None, None
 
 
-def serve(x: Tensor, dim: int, place: Place, target: Place, source_index: Sources) -> Tensor:
+def serve(
+    x: Tensor, dim: int, place: UnitSplit, target: UnitSplit, source_index: Sources
+) -> Tensor:
     """Indices of shared units to those of the units that need them.
 
     Args:

@@ -23,9 +23,9 @@ from torch import Tensor
 from shardproof import operators
 from shardproof.autograd import once_differentiable
 from shardproof.errors import UsageError
-from shardproof.functional.crossing_products import Term, start_sum
-from shardproof.functional.rows import without_autocast
 from shardproof.numerics.precision import node_dtype
+from shardproof.ops.rows import without_autocast
+from shardproof.ops.unit_products import Term, start_sum
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Operations of models on parts: mathematics and autograd, one file for each family."""
