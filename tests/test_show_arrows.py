@@ -120,7 +120,8 @@ def test_a_reduce_scatter_sends_each_rank_its_own_columns(degree: int) -> None:
     to = Cut(5, leaves=LEAVES, degree=degree)
     assert all(arrow.stage == 1 for arrow in arrows)
     for rank in range(degree):
-        plan = scatter_plan("backward", "a", (4, 5), torch.float32, torch.float32, cut, 1, to, rank)
+        into = comm.ShardOf((4, 5), 1, to)
+        plan = scatter_plan("backward", "a", into, torch.float32, cut, rank)
         found = of(arrows, rank)
         assert sum(arrow.num_bytes for arrow in found.values()) == plan.sent_bytes
         assert set(found) == {each for each in range(degree) if to.owned(each) and each != rank}
