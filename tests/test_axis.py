@@ -1,7 +1,6 @@
 """Where an axis comes from: alone, a process group, a DeviceMesh, or torchrun's environment."""
 
 import os
-import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+import warm
 from places import CARRIER
 from shardproof.axis import Axis
 from shardproof.engines.engine import Ranks
@@ -253,13 +253,10 @@ def run_under_torchrun(script: Path, text: str, *, ranks: int) -> list[str]:
     """The lines that a script prints on all ranks, sorted."""
     script.write_text(text)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
+    done = warm.run(
         [*torchrun, "--nproc-per-node", str(ranks), str(script)],
         env=os.environ | {"PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
         timeout=120,
-        check=False,
     )
     assert done.returncode == 0, done.stderr
     return sorted(done.stdout.splitlines())

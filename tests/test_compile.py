@@ -133,8 +133,8 @@ def test_a_compiled_model_trains_as_an_eager_one(name: str, degree: int) -> None
 @pytest.mark.parametrize(
     ("name", "watched", "numerics", "degree"),
     [
-        (OWN, True, "invariant", 3),
-        (OWN, True, "native", 2),
+        (OWN, True, "invariant", 2),
+        ("gated-chunk", True, "native", 3),
         (LLAMA, False, "invariant", 1),
         (LLAMA, True, "invariant", 2),
     ],

@@ -7,7 +7,6 @@ happens to one rank, every other one ends, in time, and nothing is left behind.
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import warm
 from shardproof import comm, core
 from shardproof.axis import Axis
 from shardproof.engines.engine import Ranks
@@ -153,13 +153,10 @@ except RankError as error:
 def test_torchrun_ends_all_other_ranks(signal_name: str, transport: str, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT.format(timeout=TIMEOUT))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    process = subprocess.Popen(
+    process = warm.Process(
         [*torchrun, "--nproc-per-node=3", "script.py", str(tmp_path), transport, signal_name],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
     )
     try:
         took = seconds_until_others_ended(process, tmp_path)
@@ -168,7 +165,7 @@ def test_torchrun_ends_all_other_ranks(signal_name: str, transport: str, tmp_pat
         for path in tmp_path.glob("pid-1"):
             if is_alive(int(path.read_text())):
                 os.kill(int(path.read_text()), signal.SIGKILL)
-        output = process.communicate(timeout=120)[0]
+        output = "".join(process.communicate(timeout=120))
     assert took < LIMITS[signal_name], output
     assert process.returncode == 1
     assert not [pid for pid in pids_in(tmp_path) if is_alive(pid)]
@@ -176,7 +173,7 @@ def test_torchrun_ends_all_other_ranks(signal_name: str, transport: str, tmp_pat
         check_what_others_said(tmp_path, transport, output)
 
 
-def seconds_until_others_ended(process: "subprocess.Popen[str]", folder: Path) -> float:
+def seconds_until_others_ended(process: warm.Process, folder: Path) -> float:
     struck = folder / "struck"
     deadline = time.monotonic() + 120
     while not (struck.exists() and struck.read_text()):
