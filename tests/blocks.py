@@ -13,12 +13,12 @@ from invariance import normal
 from places import Pool
 from shardproof.axis import Axis
 from shardproof.block_layout import BlockLayout, cut_layout
+from shardproof.index_runs import take
 from shardproof.layers.cut_module import cut_parameters
 from shardproof.layers.registry import record_of
 from shardproof.leaves import Layout
 from shardproof.optim.layouts import layouts_of
 from shardproof.prover.hashing import hash_tensor
-from shardproof.runs import take
 from shardproof.scheme import Scheme
 from shardproof.units import Block, CutDim, Shared, Units
 

@@ -9,14 +9,14 @@ from torch import Tensor
 from shardproof.axis import Axis
 from shardproof.ops import (
     embedding,
-    entering,
-    serving,
+    input_gradients,
+    shared_units,
     unit_contract,
     unit_linear,
     unit_lookup,
     unit_moves,
     unit_products,
-    unit_rows,
+    unit_softmax,
     unit_split,
     unit_sums,
 )
@@ -49,7 +49,7 @@ def column(axis: Axis) -> Tensor:
 
 
 def columns(axis: Axis) -> Tensor:
-    where, x, handle = at(axis), ones(*LEADING, SIZE), entering.Entering()
+    where, x, handle = at(axis), ones(*LEADING, SIZE), input_gradients.Entering()
     found = [
         unit_linear.column(x, ones(where.length, SIZE), None, where, entering=handle)
         for _ in range(2)
@@ -69,7 +69,7 @@ def contract(axis: Axis) -> Tensor:
 
 
 def largest(axis: Axis) -> Tensor:
-    return unit_rows.max_cut(part(axis), -1, at(axis))[0]
+    return unit_softmax.max_cut(part(axis), -1, at(axis))[0]
 
 
 def along(function: Callable[..., Tensor], *, is_plain: bool = False) -> Callable[[Axis], Tensor]:
@@ -82,7 +82,7 @@ def along(function: Callable[..., Tensor], *, is_plain: bool = False) -> Callabl
 def loss(*, is_plain: bool, **options: Any) -> Callable[[Axis], Tensor]:
     def use(axis: Axis) -> Tensor:
         where, target = at(axis, is_plain=is_plain), torch.arange(6)
-        return unit_rows.cross_entropy_cut(ones(6, where.length), target, where, **options)
+        return unit_softmax.cross_entropy_cut(ones(6, where.length), target, where, **options)
 
     return use
 
@@ -120,25 +120,27 @@ def served(axis: Axis, *, keys: int) -> Tensor:
         for count, first in ((keys, 9), (9, 0))
     )
     sources = tuple(4 * (query % keys) + index for query in range(9) for index in range(4))
-    return serving.serve(ones(*LEADING, source.length), -1, source, target, sources)
+    return shared_units.serve(ones(*LEADING, source.length), -1, source, target, sources)
 
 
-_OF_LINES = (unit_rows.log_softmax_cut, unit_rows.softmax_cut)
+_OF_LINES = (unit_softmax.log_softmax_cut, unit_softmax.softmax_cut)
 USES: dict[tuple[Callable[..., Any], str], Callable[[Axis], Any]] = {
     (unit_linear.column, ""): column,
     (unit_linear.column, "all columns of one `entering` whose trees are alike"): columns,
     (unit_linear.row, ""): row,
     (unit_contract.contract, ""): contract,
-    (unit_rows.max_cut, ""): largest,
-    (unit_rows.amax_cut, ""): lambda axis: unit_rows.amax_cut(part(axis).detach(), -1, at(axis)),
-    (unit_rows.amax_cut, "a gradient is wanted"): along(unit_rows.amax_cut),
+    (unit_softmax.max_cut, ""): largest,
+    (unit_softmax.amax_cut, ""): lambda axis: unit_softmax.amax_cut(
+        part(axis).detach(), -1, at(axis)
+    ),
+    (unit_softmax.amax_cut, "a gradient is wanted"): along(unit_softmax.amax_cut),
     **{(each, "place.plain"): along(each, is_plain=True) for each in _OF_LINES},
     **{(each, "other"): along(each) for each in _OF_LINES},
-    (unit_rows.cross_entropy_cut, "place.plain, no weight"): loss(is_plain=True),
-    (unit_rows.cross_entropy_cut, "the same with label_smoothing"): loss(
+    (unit_softmax.cross_entropy_cut, "place.plain, no weight"): loss(is_plain=True),
+    (unit_softmax.cross_entropy_cut, "the same with label_smoothing"): loss(
         is_plain=True, label_smoothing=0.1
     ),
-    (unit_rows.cross_entropy_cut, "other"): loss(is_plain=False),
+    (unit_softmax.cross_entropy_cut, "other"): loss(is_plain=False),
     (unit_lookup.lookup_rows, ""): lambda axis: lookup(axis, unit_lookup.lookup_rows, 0),
     (unit_lookup.lookup_columns, ""): lambda axis: lookup(axis, unit_lookup.lookup_columns, 1),
     (unit_moves.joined, ""): lambda axis: unit_moves.joined(
@@ -168,14 +170,14 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Axis], Any]] = {
     (unit_sums.fold, ""): lambda axis: unit_sums.fold(ones(*LEADING, 4), (0, 2)),
     (unit_sums.sum_cut, ""): along(unit_sums.sum_cut),
     (unit_sums.mean_cut, ""): along(unit_sums.mean_cut),
-    (serving.serve, ""): lambda axis: served(axis, keys=9),
-    (serving.serve, "several ranks hold a source"): lambda axis: served(axis, keys=1),
+    (shared_units.serve, ""): lambda axis: served(axis, keys=9),
+    (shared_units.serve, "several ranks hold a source"): lambda axis: served(axis, keys=1),
 }
 SILENT = {
     unit_moves: {"checked_dim", "is_compared", "not_compared"},
     unit_products: {"ProductTerm", "tell", "tell_bias"},
     embedding: {"as_integers", "check_ids", "copy_rows", "padding_row", "pick"},
-    entering: {"Basket", "Entering", "will_sum"},
+    input_gradients: {"Basket", "Entering", "will_sum"},
     unit_split: {"Pieces", "UnitSplit", "Selection"},
-    serving: {"Recipe", "recipe_of", "where_served"},
+    shared_units: {"Recipe", "recipe_of", "where_served"},
 }

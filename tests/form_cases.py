@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from calls import Call
-from shardproof.numerics.holding import words
+from shardproof.numerics.safe_functions import words
 
 Use = Callable[[Callable[..., Any]], Callable[..., Tensor]]
 

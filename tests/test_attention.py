@@ -19,8 +19,8 @@ from shardproof.heads import Heads
 from shardproof.leaves import Cut
 from shardproof.numerics import mode, products
 from shardproof.numerics.arithmetic import INVARIANT, NATIVE
-from shardproof.numerics.attending import folded_softmax, softmax
-from shardproof.numerics.headwise import product_by_head
+from shardproof.numerics.attention_math import folded_softmax, softmax
+from shardproof.numerics.batched_products import product_by_head
 from shardproof.ops.attention import HeadDropout, attention
 from shardproof.ops.head_split import HeadSplit
 from shardproof.scheme import Numerics, Scheme

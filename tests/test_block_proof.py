@@ -12,12 +12,12 @@ from blocks import HEAD, fused
 from invariance import normal
 from shardproof.axis import Axis
 from shardproof.block_layout import BlockLayout, cut_layout
+from shardproof.index_runs import take
 from shardproof.layers.cut_module import cut_parameters
 from shardproof.layers.registry import record_of
 from shardproof.leaves import Layout
 from shardproof.ops.unit_moves import joined
 from shardproof.ops.unit_split import UnitSplit
-from shardproof.runs import take
 from shardproof.scheme import Scheme
 
 ROWS = 10 * HEAD

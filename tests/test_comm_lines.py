@@ -45,18 +45,18 @@ from shardproof.layers import (
     base,
     cut_module,
     data_parallel,
-    filling,
-    formula,
+    function_replacement,
+    grad_scaler,
     guard,
+    init_guard,
     norm,
     parallel_linear,
-    refuse,
+    refused_functions,
     registry,
-    replace,
-    scaling,
+    replicated_input,
+    rms_formula,
     state_guard,
     step_guard,
-    whole,
 )
 from shardproof.layers import attention as attention_layers
 from shardproof.layers import dropout as dropout_layers
@@ -66,7 +66,7 @@ from shardproof.layers import shared as shared_layers
 from shardproof.leaves import Cut
 from shardproof.ops import attention as attention_functions
 from shardproof.ops import (
-    classes,
+    class_targets,
     cut_norms,
     dropout,
     embedding,
@@ -76,13 +76,13 @@ from shardproof.ops import (
     linear_steps,
     losses,
     norms,
-    rms,
+    rms_norm,
     rows,
     sampling,
-    serving,
     shared,
+    shared_units,
     unit_linear,
-    unit_rows,
+    unit_softmax,
     vocabulary,
     vocabulary_blocks,
 )
@@ -276,14 +276,14 @@ class Run:
 
     def normalised(self, function: Callable[..., Tensor], *, of_heads: bool) -> Tensor:
         """A cut norm as a function, or as a module."""
-        site, formula = self.norm(of_heads=of_heads), rms.RmsFormula(1e-6)
+        site, rms_formula = self.norm(of_heads=of_heads), rms_norm.RmsFormula(1e-6)
         x = self.part
         if of_heads:
             x = torch.ones(*LEADING, len(site.held_indices) // 4, 4, requires_grad=True)
         if inspect.isclass(function):
-            return function(formula, site)(x)
+            return function(rms_formula, site)(x)
         weight = torch.ones(4 if of_heads else len(site.held_indices), requires_grad=True)
-        return function(x, weight, site, formula)
+        return function(x, weight, site, rms_formula)
 
     @property
     def along(self) -> CutDim:
@@ -456,9 +456,11 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
     ),
     (vocabulary.vocab_log_softmax, ""): lambda run: run.vocabulary(vocabulary.vocab_log_softmax),
     (norms.rms_norm, ""): lambda run: norms.rms_norm(run.x, None, eps=1e-6),
-    (norms.whole_rms_norm, ""): lambda run: norms.whole_rms_norm(run.x, None, rms.RmsFormula(1e-6)),
+    (norms.whole_rms_norm, ""): lambda run: norms.whole_rms_norm(
+        run.x, None, rms_norm.RmsFormula(1e-6)
+    ),
     (norms.layer_norm, ""): lambda run: norms.layer_norm(run.x, None, None),
-    (norm.RMSNorm, ""): lambda run: norm.RMSNorm(IN, rms.RmsFormula(1e-6))(run.x),
+    (norm.RMSNorm, ""): lambda run: norm.RMSNorm(IN, rms_norm.RmsFormula(1e-6))(run.x),
     (norm.LayerNorm, ""): lambda run: norm.LayerNorm(IN)(run.x),
     **{
         (function, ""): lambda run, f=function, h=of_heads: run.normalised(f, of_heads=h)
@@ -530,7 +532,7 @@ SILENT = {
     shared: {"SharedSum", "is_spent"},
     head_split: {"HeadSplit", "serving_heads"},
     vocabulary_blocks: {"VocabularyBlocks", "parts"},
-    classes: {"check_kind", "check_reduction", "counting_rows", "reduce_rows"},
+    class_targets: {"check_kind", "check_reduction", "counting_rows", "reduce_rows"},
     layouts: {"Place", "layouts_of"},
     optimizer_base: {"WholeOptimizer", "check_scalar", "scalar", "write"},
     adafactor: {"Adafactor"},  # counted in test_whole_optimizers: messages of two sizes
@@ -545,23 +547,23 @@ SILENT = {
     cut_module: {"CutModule", "CutRecord", "become_cut", "cut_parameters", "new_ties"},
     guard: {"watch"},
     sampling: {"check_options"},
-    filling: {"passes_over"},
-    refuse: {"install"},
-    scaling: {"install"},
+    init_guard: {"passes_over"},
+    refused_functions: {"install"},
+    grad_scaler: {"install"},
     data_parallel: {"install"},
     state_guard: {"install"},
-    replace: {"is_replaced", "replace"},
+    function_replacement: {"is_replaced", "replace"},
     activations: {"Tanh", "Sigmoid", "SiLU", "GELU", "Softplus", "QuickGELU", "Mish"}
     | {"ClippedGELU", "SqrtSoftplus", "ELU", "CELU", "SELU", "Softshrink"}
     | {"invariant_twin", "why_refused"},
-    rms: {"RmsFormula", "RowSums", "normalise", "wide_rows"},
+    rms_norm: {"RmsFormula", "RowSums", "normalise", "wide_rows"},
     dropout: {"MaskKey"},
     dropout_layers: {"Drawing", "dropout_twin", "replay_dropout"},
-    formula: {"find_formula"},
+    rms_formula: {"find_formula"},
     norm: {"norm_twin"},
     parallel_linear: {"ParallelLinear", "like"},
     attention_layers: {"give_stand_in", "take_stand_in"},
-    whole: {"SameOnAllRanks"},
+    replicated_input: {"SameOnAllRanks"},
 }
 
 
@@ -659,8 +661,8 @@ def test_comm_lines_tell_what_the_ledger_counts(pool: Pool, function: Any) -> No
             "backward one all_reduce of grad_x (*, in_features)",
             "backward none",
         ),
-        (unit_rows.max_cut, "of int64 (*, 2 * ranks)", "of int64 (*, ranks)"),
-        (serving.serve, "backward one all_gather of (*, parts, sources)", "backward none"),
+        (unit_softmax.max_cut, "of int64 (*, 2 * ranks)", "of int64 (*, ranks)"),
+        (shared_units.serve, "backward one all_gather of (*, parts, sources)", "backward none"),
         (comm.all_reduce_nodes, "of (shape)", "of (*)"),
         (linear.row_linear, "y (*, out_features)", "y (*, in_features)"),
         (layers.ColumnParallelLinear, "backward one all_reduce", "backward one all_gather"),

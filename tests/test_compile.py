@@ -24,7 +24,7 @@ from shardproof.cut.tensor import CutTensor
 from shardproof.errors import UsageError
 from shardproof.layers.dropout import Drawing
 from shardproof.leaves import Cut
-from shardproof.numerics import headwise, joined, products, sums
+from shardproof.numerics import batched_products, products, summed_products, sums
 from shardproof.ops.embedding import pick
 from views import plain, views
 from zoo.build import build
@@ -584,10 +584,16 @@ A, B = torch.randn(4, 6), torch.randn(6, 3)
 CHECKED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "product": (products._operator, (A, B, None, [0, 6, 0, 1], False)),
     "product with a bias": (products._operator, (A, B.t(), B[0], [0, 6, 0, 1], True)),
-    "product_by_head": (headwise._operator, (A[None, None], B[None, None], [0])),
-    "product_sums": (joined._operator, ([A], [B], [0, 3, 3, 6], [0, 2, 2])),
-    "product_sums of two pairs": (joined._operator, ([A, A], [B, B], [0, 3, 3, 6] * 2, [0, 2, 2])),
-    "product_sums without leaves": (joined._operator, ([A[:, :0]], [B[:0]], [], [0, 0, 2])),
+    "product_by_head": (batched_products._operator, (A[None, None], B[None, None], [0])),
+    "product_sums": (summed_products._operator, ([A], [B], [0, 3, 3, 6], [0, 2, 2])),
+    "product_sums of two pairs": (
+        summed_products._operator,
+        ([A, A], [B, B], [0, 3, 3, 6] * 2, [0, 2, 2]),
+    ),
+    "product_sums without leaves": (
+        summed_products._operator,
+        ([A[:, :0]], [B[:0]], [], [0, 0, 2]),
+    ),
     "sum_rows": (sums._fold_operator, (A, False)),
     "squares": (sums._fold_operator, (A, True)),
 }
@@ -619,9 +625,11 @@ def picked(weight: Tensor) -> Tensor:
 RECORDED: dict[str, Callable[[Tensor], Tensor]] = {
     "product": lambda x: products.product(x, OTHER),
     "product of transposes": lambda x: products.product(OTHER.t(), x, is_transposed=True),
-    "product_by_head": lambda x: headwise.product_by_head(x[None, None], OTHER[None, None], rows=9),
+    "product_by_head": lambda x: batched_products.product_by_head(
+        x[None, None], OTHER[None, None], rows=9
+    ),
     "product_sums": lambda x: torch.stack(
-        [*joined.joined_nodes([(x, OTHER)], LEAVES, run=range(2), num_leaves=2).values()]
+        [*summed_products.joined_nodes([(x, OTHER)], LEAVES, run=range(2), num_leaves=2).values()]
     ),
     "sum_rows": sums.sum_rows,
     "sum_squares_rows": sums.sum_squares_rows,

@@ -29,7 +29,7 @@ from shardproof.axis import Axis
 from shardproof.comm.split import Split
 from shardproof.errors import ShapeError
 from shardproof.ops import unit_linear
-from shardproof.ops.entering import Entering
+from shardproof.ops.input_gradients import Entering
 from shardproof.ops.unit_linear import column, row
 from shardproof.ops.unit_moves import gather, held_part, take
 from shardproof.scheme import Numerics

@@ -13,8 +13,8 @@ from cut_dims import DIMS, WIDTH, Results, agrees, gradients, leaf, same_at_ever
 from invariance import bits_equal, normal
 from places import Pool
 from shardproof.axis import Axis
-from shardproof.ops import entering as entering_module
-from shardproof.ops.entering import Entering
+from shardproof.ops import input_gradients as entering_module
+from shardproof.ops.input_gradients import Entering
 from shardproof.ops.unit_linear import column
 from shardproof.ops.unit_moves import gather, held_part
 from shardproof.ops.unit_products import ProductTerm, start_sum

@@ -26,7 +26,7 @@ from shardproof.errors import ShapeError, UsageError
 from shardproof.ops.unit_contract import contract
 from shardproof.ops.unit_lookup import lookup_columns, lookup_rows
 from shardproof.ops.unit_moves import held_part
-from shardproof.ops.unit_rows import (
+from shardproof.ops.unit_softmax import (
     amax_cut,
     cross_entropy_cut,
     log_softmax_cut,

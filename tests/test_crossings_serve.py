@@ -12,7 +12,7 @@ from shardproof.axis import Axis
 from shardproof.errors import ShapeError
 from shardproof.heads import Heads
 from shardproof.ops.head_split import HeadSplit
-from shardproof.ops.serving import Recipe, serve
+from shardproof.ops.shared_units import Recipe, serve
 from shardproof.ops.unit_moves import held_part
 from shardproof.ops.unit_split import UnitSplit
 from shardproof.scheme import Numerics, Scheme

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from places import Pool
-from shardproof import runs
+from shardproof import index_runs
 from shardproof.axis import Axis
 from shardproof.cut.tensor import CutTensor
 from shardproof.errors import AxisError, RankError
@@ -157,7 +157,7 @@ def test_a_loss_outside_of_the_model_trains_as_plain_torch(pool: Pool) -> None:
         for name, grad in gradients(cut_model(axis, "llama")).items():
             want = plain[name]
             if name in layouts:
-                want = runs.take(want, layouts[name].dim, layouts[name].held_runs)
+                want = index_runs.take(want, layouts[name].dim, layouts[name].held_runs)
             assert torch.allclose(grad, want, atol=1e-5), name
 
     pool(3, "threads").run(work)

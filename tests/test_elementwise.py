@@ -24,7 +24,7 @@ from invariance import (
 from shardproof.errors import UsageError
 from shardproof.layers import activations
 from shardproof.layers.activations import invariant_twin
-from shardproof.numerics import bent, elementwise
+from shardproof.numerics import elementwise, piecewise
 
 Function = Callable[[Tensor], Tensor]
 
@@ -54,13 +54,13 @@ OURS_AND_TORCHS: dict[str, tuple[Function, Function]] = {
         lambda x: elementwise.softplus(x, 2.5, 7.0),
         lambda x: F.softplus(x, 2.5, 7.0),
     ),
-    "elu": (bent.elu, _in_vectors(F.elu)),
-    "elu-2.5": (lambda x: bent.elu(x, 2.5), _in_vectors(lambda x: F.elu(x, 2.5))),
+    "elu": (piecewise.elu, _in_vectors(F.elu)),
+    "elu-2.5": (lambda x: piecewise.elu(x, 2.5), _in_vectors(lambda x: F.elu(x, 2.5))),
     # An alpha whose inverse is exact: torch rounds it to fp32, in fp64 too.
-    "celu-0.5": (lambda x: bent.celu(x, 0.5), _in_vectors(lambda x: F.celu(x, 0.5))),
-    "selu": (bent.selu, _in_vectors(F.selu)),
-    "mish": (bent.mish, _in_vectors(F.mish)),
-    "softshrink": (bent.softshrink, _in_vectors(F.softshrink)),
+    "celu-0.5": (lambda x: piecewise.celu(x, 0.5), _in_vectors(lambda x: F.celu(x, 0.5))),
+    "selu": (piecewise.selu, _in_vectors(F.selu)),
+    "mish": (piecewise.mish, _in_vectors(F.mish)),
+    "softshrink": (piecewise.softshrink, _in_vectors(F.softshrink)),
 }
 NAMES = list(OURS_AND_TORCHS)
 SHAPES = [(37, 509), (1, 2731), (33, 1027), (1, 1), (2, 3, 7), (16_385,)]
@@ -230,11 +230,11 @@ def test_wrong_dtype_and_wrong_option_raise() -> None:
         elementwise.gelu(torch.ones(2), approximate="fast")  # type: ignore[arg-type]
     for name in ("elu", "celu", "selu", "mish", "softshrink"):
         with pytest.raises(UsageError, match=f"{name} takes a floating.*torch.int64"):
-            getattr(bent, name)(whole_numbers)
+            getattr(piecewise, name)(whole_numbers)
     with pytest.raises(UsageError, match="alpha=0 divides by zero"):
-        bent.celu(torch.ones(2), alpha=0.0)
+        piecewise.celu(torch.ones(2), alpha=0.0)
     with pytest.raises(UsageError, match=r"lambd=-0\.5 is negative"):
-        bent.softshrink(torch.ones(2), -0.5)
+        piecewise.softshrink(torch.ones(2), -0.5)
 
 
 TWINS: list[tuple[nn.Module, str]] = [

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from form_cases import CASES, Case
 from invariance import all_bits_equal, bits_equal, normal
 from shardproof.errors import ShapeError, UsageError
-from shardproof.numerics import forms, holding
+from shardproof.numerics import forms, safe_functions
 from shardproof.ops import norms
 
 NAMES = list(CASES)
@@ -96,18 +96,22 @@ def test_every_function_is_tried() -> None:
     tried = {case.torchs for case in CASES.values()}
     tried_forms = {inspect.unwrap(forms.form_of(f)) for f in tried if forms.form_of(f)}
     for name in forms.REPEATING:
-        assert tried & set(holding.objects(name)) or name in SAME_AS_TRIED, f"no trial of {name}"
+        assert tried & set(safe_functions.objects(name)) or name in SAME_AS_TRIED, (
+            f"no trial of {name}"
+        )
     for function, form in forms.all_forms().items():
         inner = inspect.unwrap(form)
         if inner.__name__ in ("call", "write"):  # of all that repeat, and of all that overwrite
             continue
         assert inner in tried_forms or inner.__name__ in SAME_AS_TRIED, f"no trial of {function}"
-    for name in holding.NAMES:
-        assert tried & set(holding.objects(name)) or name == "empty_like", f"no trial of {name}"
+    for name in safe_functions.NAMES:
+        assert tried & set(safe_functions.objects(name)) or name == "empty_like", (
+            f"no trial of {name}"
+        )
 
 
 # Other names of functions that are tried, and two forms that only reorder the arguments.
-SAME_AS_TRIED = holding.words("""
+SAME_AS_TRIED = safe_functions.words("""
 subtract multiply divide true_divide __add__ __radd__ __sub__ __mul__ __rmul__ __truediv__ __mod__
 _batch_norm _instance_norm _group_norm reversed_matmul addbmm xlogy
 """)

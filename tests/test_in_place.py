@@ -20,7 +20,7 @@ from shardproof.leaves import Cut
 from shardproof.numerics.sums import sum_all
 from shardproof.ops.losses import mse_loss
 from shardproof.ops.norms import layer_norm, rms_norm
-from shardproof.ops.rms import RmsFormula
+from shardproof.ops.rms_norm import RmsFormula
 
 
 def test_an_activation_may_overwrite_the_output_of_a_layer(pool: Pool) -> None:

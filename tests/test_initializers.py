@@ -20,7 +20,7 @@ from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.errors import UsageError
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
-from shardproof.layers.refuse import CONSTANTS, DRAWS
+from shardproof.layers.refused_functions import CONSTANTS, DRAWS
 from shardproof.layers.registry import name_by_memory
 from shardproof.optim import layouts_of
 from shardproof.plans.apply import parallelize

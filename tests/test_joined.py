@@ -17,8 +17,8 @@ from invariance import bits_equal, misaligned, strided, threads
 from shardproof import core
 from shardproof.errors import ShapeError
 from shardproof.leaves import Cut
-from shardproof.numerics import joined, mode, products
-from shardproof.numerics.joined import joined_nodes
+from shardproof.numerics import mode, products, summed_products
+from shardproof.numerics.summed_products import joined_nodes
 from shardproof.tree import Node, combine
 from test_kernels import leaf as chained
 from test_kernels import leaf_bytes, wild
@@ -325,16 +325,18 @@ def test_no_memory_beyond_an_operand_is_touched() -> None:
 
 @needs_kernels
 def test_programs_are_kept_by_the_slices_and_are_not_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joined, "_CACHE_SIZE", 3)
-    monkeypatch.setattr(joined, "_programs", {})
+    monkeypatch.setattr(summed_products, "_CACHE_SIZE", 3)
+    monkeypatch.setattr(summed_products, "_programs", {})
     pair = [(torch.ones(2, 8), torch.ones(8, 3))]
     for split in range(1, 8):
         slices = (slice(0, split), slice(split, 8))
         for _ in range(2):
             assert joined_nodes(pair, [slices], run=range(2), num_leaves=2)[0, 2][0, 0] == 8
-        assert 1 <= len(joined._programs) <= 3
+        assert 1 <= len(summed_products._programs) <= 3
     assert joined_nodes(pair, [list(slices)], run=range(2), num_leaves=2)[0, 2][0, 0] == 8  # type: ignore[list-item]
-    assert all(isinstance(each, tuple) for kept, _ in joined._programs.values() for each in kept)
+    assert all(
+        isinstance(each, tuple) for kept, _ in summed_products._programs.values() for each in kept
+    )
 
 
 @needs_kernels

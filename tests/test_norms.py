@@ -28,7 +28,7 @@ from shardproof.errors import ShapeError, UsageError
 from shardproof.heads import Heads
 from shardproof.layers import norm as layers
 from shardproof.layers.activations import invariant_twin
-from shardproof.layers.formula import find_formula
+from shardproof.layers.rms_formula import find_formula
 from shardproof.leaves import Cut
 from shardproof.numerics.sums import sum_squares_rows
 from shardproof.ops import cut_norms
@@ -38,7 +38,7 @@ from shardproof.ops.norms import (
     rms_norm,
     sharded_rms_norm,
 )
-from shardproof.ops.rms import RmsFormula
+from shardproof.ops.rms_norm import RmsFormula
 from shardproof.optim import grad_norm, gradient_norms, layouts
 from shardproof.scheme import Numerics, Scheme
 

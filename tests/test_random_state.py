@@ -41,7 +41,7 @@ NAMES = ("get_rng_state", "set_rng_state", "manual_seed", "seed")
 SHOWN = """
 import inspect, json, torch
 import shardproof as sp
-from shardproof.layers.replace import is_replaced
+from shardproof.layers.function_replacement import is_replaced
 
 sp.launch(lambda axis: None, degree=2)
 functions = {name: getattr(torch.random, name) for name in NAMES}

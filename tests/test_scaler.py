@@ -15,7 +15,7 @@ from invariance import bits_equal, normal
 from places import Pool
 from shardproof import comm
 from shardproof.axis import Axis
-from shardproof.layers.scaling import install
+from shardproof.layers.grad_scaler import install
 from shardproof.optim import clip_grad_norm_, layouts_of
 from shardproof.plans.apply import parallelize
 from shardproof.plans.style import ColumnParallel, RowParallel

@@ -19,7 +19,7 @@ from shardproof.heads import Heads
 from shardproof.layers.linear import ColumnParallelLinear
 from shardproof.layers.shared import link
 from shardproof.leaves import Cut
-from shardproof.numerics import joined, mode, products
+from shardproof.numerics import mode, products, summed_products
 from shardproof.ops import shared
 from shardproof.ops.shared import SharedSum, shared_columns
 from shardproof.scheme import Scheme
@@ -364,7 +364,7 @@ def test_members_that_are_added_one_tree_after_another_are_found(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A node of each member's own, added up: right, and of other bits at other degrees."""
-    correct = joined.joined_nodes
+    correct = summed_products.joined_nodes
 
     def apart(pairs: Any, slices: Any, **named: Any) -> Any:
         each = [correct([pair], [at], **named) for pair, at in zip(pairs, slices, strict=True)]

@@ -590,7 +590,7 @@ def test_every_package_is_of_users_or_of_our_own() -> None:
             "quantities",
             "recut",
             "reductions",
-            "runs",
+            "index_runs",
             "scheme",
             "error_text",
             "timeout",

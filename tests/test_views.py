@@ -25,14 +25,14 @@ from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
 from shardproof.layers.norm import LayerNorm
 from shardproof.leaves import Cut
-from shardproof.numerics import elementwise, headwise, joined, products, sums
+from shardproof.numerics import batched_products, elementwise, products, summed_products, sums
 from shardproof.ops.attention import attention
 from shardproof.ops.cut_norms import head_rms_norm, sharded_rms_norm
 from shardproof.ops.dropout import MaskKey, dropout
 from shardproof.ops.head_split import HeadSplit
 from shardproof.ops.losses import cross_entropy, mse_loss
 from shardproof.ops.norms import layer_norm, rms_norm
-from shardproof.ops.rms import RmsFormula
+from shardproof.ops.rms_norm import RmsFormula
 from shardproof.ops.vocabulary import vocab_cross_entropy, vocab_log_softmax
 from shardproof.scheme import Scheme
 from shardproof.tree import nodes_of_run
@@ -559,10 +559,10 @@ def test_products_and_folds_read_every_view() -> None:
                 "product": products.product(a, b, bias) - bias,
                 "transposed": products.product(a, b.t(), is_transposed=True),
                 "sum": products.leaf_sum(a, b, slices),
-                "by head": headwise.product_by_head(stacked, served, rows=a.shape[0])[0, 0],
+                "by head": batched_products.product_by_head(stacked, served, rows=a.shape[0])[0, 0],
                 "joined": next(
                     iter(
-                        joined.joined_nodes(
+                        summed_products.joined_nodes(
                             [(a, b)], [slices], run=range(len(slices)),
                             num_leaves=len(slices),
                         ).values()

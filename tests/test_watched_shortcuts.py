@@ -13,7 +13,7 @@ from places import Pool
 from shardproof.axis import Axis
 from shardproof.comparison import checked
 from shardproof.errors import UsageError
-from shardproof.numerics import headed
+from shardproof.numerics import sdpa
 from shardproof.plans.apply import parallelize
 from shardproof.plans.planning import plan
 from views import plain, views
@@ -87,10 +87,10 @@ def test_heads_of_every_view_are_read_in_place(name: str, place: int) -> None:
         given[place] = views(given[place])[name]
         q, k, v = map(plain, given)
         with torch.no_grad():
-            y = headed.attention(*given, serving=serving)
-            assert torch.equal(y, headed.attention(q, k, v, serving=serving))
+            y = sdpa.attention(*given, serving=serving)
+            assert torch.equal(y, sdpa.attention(q, k, v, serving=serving))
         k, v = (x[:, list(serving)] for x in (k, v))
-        assert torch.equal(y, headed.attention(q, k, v))
+        assert torch.equal(y, sdpa.attention(q, k, v))
         wanted = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)))
         torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=1e-5)
 
@@ -101,8 +101,8 @@ def test_the_gradient_of_four_dims_comes_in_every_view(name: str) -> None:
         given = [torch.randn(shape) for _ in range(3)]
         grad = views(torch.randn(shape))[name]
         one, other = ([x.clone().requires_grad_() for x in given] for _ in range(2))
-        headed.attention(*one).backward(grad)
-        headed.attention(*other).backward(plain(grad))
+        sdpa.attention(*one).backward(grad)
+        sdpa.attention(*other).backward(plain(grad))
         assert all(torch.equal(a.grad, b.grad) for a, b in zip(one, other, strict=True))
         exact = [x.double().requires_grad_() for x in given]
         F.scaled_dot_product_attention(*exact).backward(plain(grad).double())
@@ -113,7 +113,7 @@ def test_the_gradient_of_four_dims_comes_in_every_view(name: str) -> None:
 def test_reading_in_place_has_no_gradient() -> None:
     q, k = torch.ones(1, 4, 3, 2), torch.ones(1, 2, 3, 2)
     with pytest.raises(UsageError, match=r"serving= has no gradients\. Use torch\.no_grad"):
-        headed.attention(q, k, k, serving=(0, 0, 1, 1))
+        sdpa.attention(q, k, k, serving=(0, 0, 1, 1))
 
 
 def test_a_linear_is_called_by_name_changed_and_copied(pool: Pool) -> None:

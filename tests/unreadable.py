@@ -35,13 +35,13 @@ from shardproof.heads import Heads
 from shardproof.layers import shared
 from shardproof.layers.norm import LayerNorm
 from shardproof.leaves import Cut
-from shardproof.numerics import headwise, joined, products, sums
+from shardproof.numerics import batched_products, products, summed_products, sums
 from shardproof.ops.attention import attention
 from shardproof.ops.cut_norms import sharded_rms_norm
 from shardproof.ops.head_split import HeadSplit
 from shardproof.ops.losses import cross_entropy, mse_loss
 from shardproof.ops.norms import layer_norm, rms_norm
-from shardproof.ops.rms import RmsFormula
+from shardproof.ops.rms_norm import RmsFormula
 from shardproof.ops.vocabulary import vocab_cross_entropy
 
 AXIS = sp.Axis.solo()
@@ -146,7 +146,9 @@ def cut_norm(x: Tensor) -> Tensor:
 
 
 def joined_product(x: Tensor) -> Any:
-    return joined.kernel_nodes([(x, torch.randn(SIZE, 3))], [(slice(0, SIZE),)], range(1), 1)
+    return summed_products.kernel_nodes(
+        [(x, torch.randn(SIZE, 3))], [(slice(0, SIZE),)], range(1), 1
+    )
 
 
 def lent(x: Tensor) -> None:
@@ -176,7 +178,7 @@ USES: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
     "product": ("a matrix product", lambda x: products.product(x, _B)),
     "head product": (
         "a matrix product of heads",
-        lambda x: headwise._run_kernel(
+        lambda x: batched_products._run_kernel(
             x[None, None], _B[None, None], (0,), torch.empty(1, 1, 4, 3)
         ),
     ),

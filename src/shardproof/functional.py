@@ -4,7 +4,7 @@ They take plain tensors, and cut tensors (`shardproof.cut`) where a model's code
 """
 
 from shardproof.comm.split import Split
-from shardproof.numerics import bent, elementwise
+from shardproof.numerics import elementwise, piecewise
 from shardproof.operands import meets_cut
 from shardproof.ops import embedding, linear, losses, vocabulary
 
@@ -18,16 +18,16 @@ vocab_cross_entropy = _of_a_part(vocabulary.vocab_cross_entropy)
 vocab_embedding = _of_a_part(embedding.vocab_embedding)
 vocab_log_softmax = _of_a_part(vocabulary.vocab_log_softmax)
 
-celu = _elementwise(bent.celu)
-elu = _elementwise(bent.elu)
+celu = _elementwise(piecewise.celu)
+elu = _elementwise(piecewise.elu)
 gelu = _elementwise(elementwise.gelu)
-mish = _elementwise(bent.mish)
+mish = _elementwise(piecewise.mish)
 relu = _elementwise(elementwise.relu)
-selu = _elementwise(bent.selu)
+selu = _elementwise(piecewise.selu)
 sigmoid = _elementwise(elementwise.sigmoid)
 silu = _elementwise(elementwise.silu)
 softplus = _elementwise(elementwise.softplus)
-softshrink = _elementwise(bent.softshrink)
+softshrink = _elementwise(piecewise.softshrink)
 tanh = _elementwise(elementwise.tanh)
 
 __all__ = [

@@ -14,9 +14,9 @@ from shardproof.axis import Axis
 from shardproof.comm.gathers import gather_parts
 from shardproof.comm.plans import sizes_plan
 from shardproof.errors import ShapeError
+from shardproof.index_runs import join, take
 from shardproof.observing import shard
 from shardproof.recut import swap
-from shardproof.runs import join, take
 from shardproof.transport.base import Call
 from shardproof.units import Indices, slices_of
 

@@ -9,8 +9,8 @@ import torch
 from shardproof.cut.fallback import gathered
 from shardproof.cut.tensor import named, rule
 from shardproof.errors import ShapeError, UsageError
-from shardproof.numerics.contracting import contracted_dims
 from shardproof.numerics.einsum import letters_of
+from shardproof.numerics.torch_products import contracted_dims
 
 
 @rule("einsum")

@@ -18,7 +18,7 @@ from shardproof.cut.alignment import (
 from shardproof.cut.fallback import gathered, invariant, is_cut
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
-from shardproof.numerics import headed
+from shardproof.numerics import sdpa
 
 
 def attended_with_dropout(
@@ -98,7 +98,7 @@ def _read_in_place(q: CutTensor, k: CutTensor, v: CutTensor, options: dict[str, 
     spec, who = q.spec, q.who
     serving = where_served(k, spec.cut, q.shape[-3] // k.shape[-3])
     mask = _mask_of_heads(options.pop("attn_mask", None), spec, k.shape[-2], who)
-    y = headed.attention(q.local, k.local, v.local, mask, serving=serving, **options)
+    y = sdpa.attention(q.local, k.local, v.local, mask, serving=serving, **options)
     return cut_tensor(y, spec.of_part(y.shape), who)
 
 

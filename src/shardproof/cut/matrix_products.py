@@ -18,7 +18,7 @@ from shardproof.cut.alignment import (
 from shardproof.cut.fallback import gathered, invariant, whole
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, named, rule, run
-from shardproof.numerics import reducing
+from shardproof.numerics import dim_sums
 from shardproof.ops import unit_ops
 
 
@@ -195,8 +195,8 @@ def _batched_column(a: Tensor, b: CutTensor, shape: tuple[int, ...]) -> CutTenso
     spec = b.spec.region.spec(shape, len(shape) - 1, b.spec.cut)
     place = spec.region.place(spec.cut, b.who)
     product = invariant(spec.region, torch.matmul, b.who)
-    a = reducing.expand(a, (*shape[:-2], *a.shape[-2:]))
-    local = reducing.expand(b.local, (*shape[:-2], *b.local.shape[-2:]))
+    a = dim_sums.expand(a, (*shape[:-2], *a.shape[-2:]))
+    local = dim_sums.expand(b.local, (*shape[:-2], *b.local.shape[-2:]))
     return cut_tensor(_BatchedColumn.apply(a, local, place, product), spec, b.who)
 
 

@@ -9,7 +9,7 @@ from shardproof.autograd import once_differentiable
 from shardproof.cut.alignment import common, fitted, one_along
 from shardproof.cut.fallback import gathered
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
-from shardproof.numerics.contracting import matmul
+from shardproof.numerics.torch_products import matmul
 
 
 @rule("linalg_solve_triangular", "solve_triangular")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from shardproof.layers.replace import replace
+from shardproof.layers.function_replacement import replace
 
 _LOCK = threading.RLock()  # reentrant: a finalizer of the garbage collection may call them too
 

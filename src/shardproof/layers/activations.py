@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from shardproof.layers.norm import norm_twin
-from shardproof.numerics import bent, elementwise
+from shardproof.numerics import elementwise, piecewise
 from shardproof.numerics.elementwise import Approximate
 from shardproof.numerics.precision import widen
 
@@ -133,7 +133,7 @@ class Mish(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*) -> (*), the placement of `x`."""
-        return bent.mish(x)
+        return piecewise.mish(x)
 
 
 class ELU(nn.Module):
@@ -149,7 +149,7 @@ class ELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*) -> (*), the placement of `x`."""
-        return bent.elu(x, self.alpha)
+        return piecewise.elu(x, self.alpha)
 
     def extra_repr(self) -> str:
         """The options."""
@@ -161,7 +161,7 @@ class CELU(ELU):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*) -> (*), the placement of `x`."""
-        return bent.celu(x, self.alpha)
+        return piecewise.celu(x, self.alpha)
 
 
 class SELU(nn.Module):
@@ -169,7 +169,7 @@ class SELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*) -> (*), the placement of `x`."""
-        return bent.selu(x)
+        return piecewise.selu(x)
 
 
 class Softshrink(nn.Module):
@@ -185,7 +185,7 @@ class Softshrink(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*) -> (*), the placement of `x`."""
-        return bent.softshrink(x, self.lambd)
+        return piecewise.softshrink(x, self.lambd)
 
     def extra_repr(self) -> str:
         """The options."""

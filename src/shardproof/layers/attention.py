@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from shardproof.errors import UsageError
 from shardproof.layers.dropout import Drawing
-from shardproof.numerics.attending import HeadDropout
+from shardproof.numerics.attention_math import HeadDropout
 from shardproof.ops.attention import attention
 from shardproof.ops.head_split import HeadSplit
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shardproof.axis import Axis, checked_axis
 from shardproof.errors import LayoutError, ShapeError, UsageError
 from shardproof.layers import guard, registry
-from shardproof.layers.filling import passes_over
+from shardproof.layers.init_guard import passes_over
 from shardproof.leaves import Cut, Layout, check_degree
 from shardproof.numerics import mode
 from shardproof.numerics.random import draw_uniform

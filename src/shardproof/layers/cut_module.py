@@ -19,10 +19,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from shardproof.axis import Axis
 from shardproof.errors import LayoutError, ShapeError, UsageError
+from shardproof.index_runs import take
 from shardproof.layers import guard, registry
 from shardproof.layers.base import ShardedModule
 from shardproof.leaves import Layout
-from shardproof.runs import take
 from shardproof.scheme import Scheme
 
 Wrap = Callable[[nn.Parameter, Layout, nn.Module, str], Any]

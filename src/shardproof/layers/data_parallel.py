@@ -17,7 +17,7 @@ from torch.distributed import utils
 
 from shardproof.errors import UsageError
 from shardproof.layers import registry
-from shardproof.layers.replace import replace
+from shardproof.layers.function_replacement import replace
 
 _FSDP = "torch.distributed.fsdp"
 

@@ -18,14 +18,14 @@ from torch.nn.utils import clip_grad
 from shardproof.errors import UsageError
 from shardproof.layers import (
     data_parallel,
-    refuse,
+    grad_scaler,
+    refused_functions,
     registry,
-    scaling,
     state_guard,
     step_guard,
 )
+from shardproof.layers.function_replacement import replace
 from shardproof.layers.registry import name_of
-from shardproof.layers.replace import replace
 
 _lock = threading.Lock()
 
@@ -42,8 +42,8 @@ def watch(module: nn.Module) -> None:
 
 @functools.cache
 def _install_once() -> None:
-    refuse.install()
-    scaling.install()
+    refused_functions.install()
+    grad_scaler.install()
     state_guard.install()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from shardproof.comm.split import Split
 from shardproof.errors import ShapeError, UsageError
 from shardproof.layers.base import OwnParameter, ShardedModule, own
-from shardproof.layers.formula import find_formula
+from shardproof.layers.rms_formula import find_formula
 from shardproof.leaves import Layout
 from shardproof.ops.norms import (
     head_rms_norm,
@@ -17,7 +17,7 @@ from shardproof.ops.norms import (
     sharded_rms_norm,
     whole_rms_norm,
 )
-from shardproof.ops.rms import RmsFormula
+from shardproof.ops.rms_norm import RmsFormula
 
 
 class RMSNorm(nn.Module):

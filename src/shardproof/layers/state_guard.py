@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from shardproof.errors import LayoutError
 from shardproof.layers import registry
-from shardproof.layers.replace import replace
+from shardproof.layers.function_replacement import replace
 from shardproof.wording import shown
 
 _RANKS = "shardproof_ranks"  # axis -> [rank, size]

@@ -3,7 +3,7 @@
 from shardproof.mistakes import language_model
 from shardproof.mistakes.edit import Edit
 from shardproof.mistakes.mistake import TORCH, Finding, Mistake
-from shardproof.numerics.attending import HeadDropout
+from shardproof.numerics.attention_math import HeadDropout
 from shardproof.ops import embedding, head_split, vocabulary
 from shardproof.ops.head_split import HeadSplit
 from shardproof.ops.vocabulary_blocks import VocabularyBlocks

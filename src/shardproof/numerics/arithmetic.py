@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shardproof.leaves import OwnedLeaves
-from shardproof.numerics import matmul, mode, reducing, rowwise
-from shardproof.numerics.headwise import batched_product, product_by_head
-from shardproof.numerics.joined import joined_nodes
+from shardproof.numerics import dim_sums, matmul, mode, softmax_and_norms
+from shardproof.numerics.batched_products import batched_product, product_by_head
+from shardproof.numerics.summed_products import joined_nodes
 from shardproof.numerics.sums import sum_rows, sum_squares_rows
 from shardproof.scheme import Scheme
 from shardproof.tree import Node, add_run, add_tensors, combine, nodes_of_run
@@ -125,7 +125,7 @@ class Arithmetic(ABC):
         self, a: Tensor, b: Tensor, *, rows: int, serving: Sequence[int] | None = None,
         is_transposed: bool = False, out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """`a[n, h] @ b[n, serving[h]]` for every n and h (`numerics/headwise.py`)."""
+        """`a[n, h] @ b[n, serving[h]]` for every n and h (`numerics/batched_products.py`)."""
 
 
 class _Invariant(Arithmetic):
@@ -137,7 +137,7 @@ class _Invariant(Arithmetic):
     linear = staticmethod(matmul.linear)
     product_columns = staticmethod(matmul.product_columns)
     product_rows = staticmethod(matmul.product_rows)
-    expand = staticmethod(reducing.expand)
+    expand = staticmethod(dim_sums.expand)
     product_by_head = staticmethod(product_by_head)
 
     def require(self) -> None:
@@ -181,10 +181,10 @@ class _Invariant(Arithmetic):
         self, x: Tensor, dims: tuple[int, ...], *, keepdim: bool = False,
         dtype: torch.dtype | None = None,
     ) -> Tensor:  # fmt: skip
-        return reducing.total(x, dims, keepdim=keepdim, dtype=dtype)
+        return dim_sums.total(x, dims, keepdim=keepdim, dtype=dtype)
 
     def log_softmax(self, x: Tensor) -> Tensor:
-        return rowwise.log_softmax(x, -1)
+        return softmax_and_norms.log_softmax(x, -1)
 
 
 class _Native(Arithmetic):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from shardproof.errors import UsageError
+from shardproof.numerics.dim_sums import expand
 from shardproof.numerics.precision import widen
-from shardproof.numerics.reducing import expand
 
 Form = Callable[..., Any]
 

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from shardproof.errors import ShapeError, UsageError
-from shardproof.numerics.contracting import batched_product, mul
-from shardproof.numerics.reducing import expand, total
+from shardproof.numerics.dim_sums import expand, total
+from shardproof.numerics.torch_products import batched_product, mul
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 

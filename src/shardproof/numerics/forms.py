@@ -19,29 +19,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shardproof.numerics import (
-    activating,
     broadcasting,
-    channelwise,
-    contracting,
-    entropy,
-    holding,
-    lengths,
+    channel_norms,
+    dim_sums,
     pooling,
     powers,
-    reducing,
-    rowwise,
+    safe_functions,
+    softmax_and_norms,
+    torch_activations,
+    torch_products,
+    vector_norms,
+    whole_cross_entropy,
 )
-from shardproof.numerics.activating import overwriting, with_inplace
 from shardproof.numerics.broadcasting import broadcast, complex_product, in_fp32
-from shardproof.numerics.convolving import convolution
+from shardproof.numerics.convolutions import convolution
 from shardproof.numerics.einsum import einsum
 from shardproof.numerics.elementwise import check_out
-from shardproof.numerics.headed import attention
 from shardproof.numerics.indexing import getitem
+from shardproof.numerics.sdpa import attention
+from shardproof.numerics.torch_activations import overwriting, with_inplace
 
 Form = Callable[..., Any]
 
-HOLDS: frozenset[Form] = holding.collect()
+HOLDS: frozenset[Form] = safe_functions.collect()
 
 
 def form_of(function: Form) -> Form | None:
@@ -82,27 +82,27 @@ def is_known(function: Form) -> bool:
 def _functional_softmax(
     input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
 ) -> Tensor:
-    return rowwise.softmax(input, dim, dtype)
+    return softmax_and_norms.softmax(input, dim, dtype)
 
 
 def _functional_log_softmax(
     input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
 ) -> Tensor:
-    return rowwise.log_softmax(input, dim, dtype)
+    return softmax_and_norms.log_softmax(input, dim, dtype)
 
 
 def _functional_softmin(
     input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
 ) -> Tensor:
-    return rowwise.softmax(-input, dim, dtype)
+    return softmax_and_norms.softmax(-input, dim, dtype)
 
 
 def _layer_norm(*args: Any, cudnn_enable: bool = True, **options: Any) -> Tensor:
-    return rowwise.layer_norm(*args[:5], **options)
+    return softmax_and_norms.layer_norm(*args[:5], **options)
 
 
 def _group_norm(*args: Any, cudnn_enabled: bool = True, **options: Any) -> Tensor:
-    return channelwise.group_norm(*args[:5], **options)
+    return channel_norms.group_norm(*args[:5], **options)
 
 
 def _batch_norm(
@@ -116,7 +116,7 @@ def _batch_norm(
     eps: float,
     cudnn_enabled: bool = True,
 ) -> Tensor:
-    return channelwise.batch_norm(
+    return channel_norms.batch_norm(
         input, running_mean, running_var, weight, bias, training, momentum, eps
     )
 
@@ -132,7 +132,7 @@ def _instance_norm(
     eps: float,
     cudnn_enabled: bool = True,
 ) -> Tensor:
-    return channelwise.instance_norm(
+    return channel_norms.instance_norm(
         input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
     )
 
@@ -153,7 +153,7 @@ def _picking(of_dims: Form, of_two: Form, plain: Form) -> Form:
 
 def _reciprocal_times(input: Tensor, other: Any) -> Tensor:
     """`other / input`, as torch computes it."""
-    return contracting.mul(input.reciprocal(), other)
+    return torch_products.mul(input.reciprocal(), other)
 
 
 def _minus(input: Tensor, other: Any) -> Tensor:
@@ -165,20 +165,20 @@ _SUB = broadcast(torch.sub)
 
 # By name, in every place where torch has one of that name, with the same arguments.
 _BY_NAME: Mapping[str, Form] = {
-    "sigmoid": activating.sigmoid,
-    "expit": activating.sigmoid,
-    "tanh": activating.tanh,
-    "gelu": activating.gelu,
-    "softplus": activating.softplus,
-    "softshrink": activating.softshrink,
-    "glu": activating.glu,
-    "prelu": activating.prelu,
-    "silu": with_inplace(activating.silu, 1),
-    "mish": with_inplace(activating.mish, 1),
-    "selu": with_inplace(activating.selu, 1),
-    "elu": with_inplace(activating.elu, 2),
-    "celu": with_inplace(activating.celu, 2),
-    "rrelu": with_inplace(activating.rrelu, 4),
+    "sigmoid": torch_activations.sigmoid,
+    "expit": torch_activations.sigmoid,
+    "tanh": torch_activations.tanh,
+    "gelu": torch_activations.gelu,
+    "softplus": torch_activations.softplus,
+    "softshrink": torch_activations.softshrink,
+    "glu": torch_activations.glu,
+    "prelu": torch_activations.prelu,
+    "silu": with_inplace(torch_activations.silu, 1),
+    "mish": with_inplace(torch_activations.mish, 1),
+    "selu": with_inplace(torch_activations.selu, 1),
+    "elu": with_inplace(torch_activations.elu, 2),
+    "celu": with_inplace(torch_activations.celu, 2),
+    "rrelu": with_inplace(torch_activations.rrelu, 4),
     "exp2": powers.exp2,
     "sinh": powers.sinh,
     "cosh": powers.cosh,
@@ -201,48 +201,48 @@ _BY_NAME: Mapping[str, Form] = {
     "logaddexp": powers.logaddexp,
     "maximum": powers.maximum,
     "minimum": powers.minimum,
-    "softmax": rowwise.softmax,
-    "log_softmax": rowwise.log_softmax,
+    "softmax": softmax_and_norms.softmax,
+    "log_softmax": softmax_and_norms.log_softmax,
     "layer_norm": _layer_norm,
-    "rms_norm": rowwise.rms_norm,
+    "rms_norm": softmax_and_norms.rms_norm,
     "group_norm": _group_norm,
     "batch_norm": _batch_norm,
     "instance_norm": _instance_norm,
-    "logsumexp": reducing.logsumexp,
-    "sum": lengths.sum_form,
-    "mean": lengths.mean_form,
-    "nansum": lengths.nansum,
-    "var": lengths.var,
-    "std": lengths.std,
-    "var_mean": lengths.var_mean,
-    "std_mean": lengths.std_mean,
-    "prod": lengths.product,
-    "amax": reducing.largest,
-    "amin": reducing.smallest,
-    "max": _picking(reducing.largest, powers.maximum, torch.max),
-    "min": _picking(reducing.smallest, powers.minimum, torch.min),
-    "norm": lengths.norm,
-    "vector_norm": lengths.vector_norm,
-    "normalize": lengths.normalize,
-    "cosine_similarity": lengths.cosine_similarity,
-    "pairwise_distance": lengths.pairwise_distance,
-    "matmul": contracting.matmul,
-    "__matmul__": contracting.matmul,
-    "__rmatmul__": contracting.reversed_matmul,
-    "mm": contracting.matmul,
-    "bmm": contracting.matmul,
-    "mv": contracting.matmul,
-    "dot": contracting.matmul,
-    "linear": contracting.linear,
-    "addmm": contracting.addmm,
-    "addmv": contracting.addmm,
-    "baddbmm": contracting.addmm,
-    "addbmm": contracting.addbmm,
-    "outer": contracting.outer,
-    "ger": contracting.outer,
-    "inner": contracting.inner,
-    "tensordot": contracting.tensordot,
-    "vecdot": contracting.vecdot,
+    "logsumexp": dim_sums.logsumexp,
+    "sum": vector_norms.sum_form,
+    "mean": vector_norms.mean_form,
+    "nansum": vector_norms.nansum,
+    "var": vector_norms.var,
+    "std": vector_norms.std,
+    "var_mean": vector_norms.var_mean,
+    "std_mean": vector_norms.std_mean,
+    "prod": vector_norms.product,
+    "amax": dim_sums.largest,
+    "amin": dim_sums.smallest,
+    "max": _picking(dim_sums.largest, powers.maximum, torch.max),
+    "min": _picking(dim_sums.smallest, powers.minimum, torch.min),
+    "norm": vector_norms.norm,
+    "vector_norm": vector_norms.vector_norm,
+    "normalize": vector_norms.normalize,
+    "cosine_similarity": vector_norms.cosine_similarity,
+    "pairwise_distance": vector_norms.pairwise_distance,
+    "matmul": torch_products.matmul,
+    "__matmul__": torch_products.matmul,
+    "__rmatmul__": torch_products.reversed_matmul,
+    "mm": torch_products.matmul,
+    "bmm": torch_products.matmul,
+    "mv": torch_products.matmul,
+    "dot": torch_products.matmul,
+    "linear": torch_products.linear,
+    "addmm": torch_products.addmm,
+    "addmv": torch_products.addmm,
+    "baddbmm": torch_products.addmm,
+    "addbmm": torch_products.addbmm,
+    "outer": torch_products.outer,
+    "ger": torch_products.outer,
+    "inner": torch_products.inner,
+    "tensordot": torch_products.tensordot,
+    "vecdot": torch_products.vecdot,
     "einsum": einsum,
     "conv1d": convolution(1),
     "conv2d": convolution(2),
@@ -265,7 +265,7 @@ _BY_NAME: Mapping[str, Form] = {
 }
 
 # Pointwise in several operands, any of which may be repeated; torch's own does the rest.
-REPEATING = holding.words("""
+REPEATING = safe_functions.words("""
 add sub subtract mul multiply div divide true_divide fmod remainder fmax fmin copysign lerp addcmul
 addcdiv where masked_fill __add__ __radd__ __sub__ __mul__ __rmul__ __truediv__ __mod__ xlogy
 """)
@@ -275,17 +275,17 @@ _BY_OBJECT: Mapping[Form, Form] = {
     F.softmax: _functional_softmax,
     F.log_softmax: _functional_log_softmax,
     F.softmin: _functional_softmin,
-    F.cross_entropy: entropy.cross_entropy,
-    F.nll_loss: entropy.nll_loss,
-    F.layer_norm: rowwise.layer_norm,
-    F.group_norm: channelwise.group_norm,
-    F.batch_norm: channelwise.batch_norm,
-    F.instance_norm: channelwise.instance_norm,
-    torch.linalg.norm: lengths.linalg_norm,
+    F.cross_entropy: whole_cross_entropy.cross_entropy,
+    F.nll_loss: whole_cross_entropy.nll_loss,
+    F.layer_norm: softmax_and_norms.layer_norm,
+    F.group_norm: channel_norms.group_norm,
+    F.batch_norm: channel_norms.batch_norm,
+    F.instance_norm: channel_norms.instance_norm,
+    torch.linalg.norm: vector_norms.linalg_norm,
 }
 
 # What torch lets overwrite its input.
-_OVERWRITING = holding.words("""
+_OVERWRITING = safe_functions.words("""
 sigmoid tanh silu mish selu elu celu rrelu exp2 sinh cosh atanh arctanh logit rsqrt asin acos arcsin
 arccos asinh acosh arcsinh arccosh pow float_power addmm addmv baddbmm addbmm
 """)
@@ -294,13 +294,15 @@ arccos asinh acosh arcsinh arccosh pow float_power addmm addmv baddbmm addbmm
 def _collect() -> dict[Form, Form]:
     found: dict[Form, Form] = {}
     for name, form in _BY_NAME.items():
-        found.update(dict.fromkeys(holding.objects(name), _with_out(name, form)))
+        found.update(dict.fromkeys(safe_functions.objects(name), _with_out(name, form)))
     for name in _OVERWRITING:
         write = _with_out(name, overwriting(_BY_NAME[name]))
-        found.update(dict.fromkeys(holding.objects(f"{name}_"), write))
+        found.update(dict.fromkeys(safe_functions.objects(f"{name}_"), write))
     for name in REPEATING:
         for each in (name, f"{name}_", f"__i{name.strip('_')}__"):
-            found.update({function: _repeating(function) for function in holding.objects(each)})
+            found.update(
+                {function: _repeating(function) for function in safe_functions.objects(each)}
+            )
     found.update({key: _with_out(key.__name__, form) for key, form in _BY_OBJECT.items()})
     return found
 

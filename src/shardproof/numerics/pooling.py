@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shardproof.errors import ShapeError, UsageError
+from shardproof.numerics.dim_sums import mean, total
 from shardproof.numerics.elementwise import check_floating
 from shardproof.numerics.precision import widen
-from shardproof.numerics.reducing import mean, total
 
 
 def average(dims: int) -> Callable[..., Tensor]:

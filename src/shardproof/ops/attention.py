@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from shardproof import observing, operands
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError, UsageError
-from shardproof.numerics.attending import (
+from shardproof.numerics.attention_math import (
     Attended,
     HeadDropout,
     Manner,

@@ -16,7 +16,7 @@ from shardproof.comm.split import Split
 from shardproof.errors import ShapeError
 from shardproof.numerics.precision import node_dtype
 from shardproof.numerics.sums import sum_rows
-from shardproof.ops.rms import RmsFormula, normalise
+from shardproof.ops.rms_norm import RmsFormula, normalise
 
 
 def sharded_rms_norm(x: Tensor, weight: Tensor | None, split: Split, formula: RmsFormula) -> Tensor:

@@ -18,7 +18,7 @@ from shardproof.leaves import Cut
 from shardproof.numerics.precision import widen
 from shardproof.numerics.sums import sum_rows, sum_squares
 from shardproof.observing import REPLICATE, Operand, Placement, Told, shard
-from shardproof.ops.classes import (
+from shardproof.ops.class_targets import (
     Reduction,
     check_kind,
     check_reduction,

@@ -16,7 +16,7 @@ from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError
 from shardproof.numerics.sums import sum_rows, sum_squares_rows
 from shardproof.ops.cut_norms import head_rms_norm, sharded_rms_norm
-from shardproof.ops.rms import RmsFormula, normalise, wide_rows
+from shardproof.ops.rms_norm import RmsFormula, normalise, wide_rows
 from shardproof.ops.rows import shaped
 
 __all__ = [

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError
-from shardproof.numerics.joined import joined_nodes
 from shardproof.numerics.precision import node_dtype
+from shardproof.numerics.summed_products import joined_nodes
 from shardproof.ops.rows import without_autocast
 from shardproof.ops.unit_linear import row
 from shardproof.ops.unit_products import product_columns, product_rows

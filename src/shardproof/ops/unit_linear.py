@@ -18,7 +18,7 @@ from shardproof.autograd import once_differentiable
 from shardproof.comm import StartedSum
 from shardproof.errors import ShapeError
 from shardproof.ops import unit_products as products
-from shardproof.ops.entering import Basket, Entering, will_sum
+from shardproof.ops.input_gradients import Basket, Entering, will_sum
 from shardproof.ops.linear import column_linear, row_linear
 from shardproof.ops.rows import (
     as_rows,

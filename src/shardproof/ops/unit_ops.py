@@ -7,13 +7,13 @@ All functions take and give plain tensors of this rank. They are put together he
 use them; each lies in a file of its own kind.
 """
 
-from shardproof.ops.entering import Entering
-from shardproof.ops.serving import serve, where_served
+from shardproof.ops.input_gradients import Entering
+from shardproof.ops.shared_units import serve, where_served
 from shardproof.ops.unit_contract import contract
 from shardproof.ops.unit_linear import column, row
 from shardproof.ops.unit_lookup import lookup_columns, lookup_rows
 from shardproof.ops.unit_moves import gather, held_part, not_compared, take
-from shardproof.ops.unit_rows import (
+from shardproof.ops.unit_softmax import (
     amax_cut,
     cross_entropy_cut,
     log_softmax_cut,

@@ -23,7 +23,7 @@ from shardproof.errors import ShapeError, UsageError
 from shardproof.leaves import Cut
 from shardproof.numerics.precision import node_dtype, widen
 from shardproof.observing import REPLICATE, Operand, Told
-from shardproof.ops.classes import (
+from shardproof.ops.class_targets import (
     Reduction,
     check_reduction,
     counting_rows,

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from shardproof.axis import Axis
 from shardproof.comm.split import Split
+from shardproof.index_runs import take
 from shardproof.layers.base import ShardedModule
 from shardproof.layers.registry import record_of
 from shardproof.leaves import Layout
 from shardproof.numerics.precision import node_dtype
-from shardproof.runs import take
 from shardproof.scheme import DEFAULT_SCHEME
 
 

@@ -20,6 +20,7 @@ from shardproof.axis import Axis
 from shardproof.block_layout import BlockLayout
 from shardproof.comm.runs_of_indices import move
 from shardproof.errors import UsageError
+from shardproof.index_runs import take
 from shardproof.layers.step_guard import serve
 from shardproof.leaves import Cut, Layout
 from shardproof.numerics.precision import widen
@@ -28,7 +29,6 @@ from shardproof.optim.layouts import ParameterLayout
 from shardproof.optim.orthogonal import Iteration, orthogonalize, spread_of
 from shardproof.optim.whole_optimizer import WholeOptimizer, check_scalar, scalar, write
 from shardproof.recut import to_columns, to_rows
-from shardproof.runs import take
 from shardproof.transport.base import Call
 
 _RATES = ("original", "match_rms_adamw")

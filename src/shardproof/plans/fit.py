@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from shardproof.layers.base import ShardedModule
-from shardproof.layers.formula import find_formula
+from shardproof.layers.rms_formula import find_formula
 from shardproof.leaves import Layout
 from shardproof.plans.module_plan import ModulePlan, ParameterPlan
 from shardproof.plans.probe import input_shape

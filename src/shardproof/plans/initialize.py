@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from shardproof.errors import UsageError
 from shardproof.layers import registry
 from shardproof.layers.base import ShardedModule
-from shardproof.layers.formula import find_formula
+from shardproof.layers.rms_formula import find_formula
 from shardproof.leaves import Layout, replicated
 from shardproof.numerics.random import draw_normal
 from shardproof.objects import checked_device, checked_model

@@ -14,7 +14,7 @@ from shardproof.cut.deferred import Deferred
 from shardproof.cut.tensor import CutTensor
 from shardproof.layers.activations import invariant_twin, why_refused
 from shardproof.layers.dropout import dropout_twin
-from shardproof.layers.whole import SameOnAllRanks
+from shardproof.layers.replicated_input import SameOnAllRanks
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.style import Attention
 from shardproof.scheme import Scheme

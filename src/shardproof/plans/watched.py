@@ -18,10 +18,10 @@ from shardproof.errors import PlanError, UsageError
 from shardproof.layers import registry
 from shardproof.layers.base import is_ours
 from shardproof.layers.cut_module import cut_parameters
-from shardproof.layers.formula import find_formula
+from shardproof.layers.rms_formula import find_formula
 from shardproof.leaves import Layout, check_degree
 from shardproof.ops.norms import whole_rms_norm
-from shardproof.ops.rms import RmsFormula
+from shardproof.ops.rms_norm import RmsFormula
 from shardproof.plans.rehearsal import rehearse
 from shardproof.plans.watched_plan import Rehearsal, WatchedPlan
 from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme

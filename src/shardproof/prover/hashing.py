@@ -15,8 +15,8 @@ from torch import Tensor
 
 from shardproof import comm
 from shardproof.axis import Axis
+from shardproof.index_runs import join, take
 from shardproof.leaves import Layout
-from shardproof.runs import join, take
 
 if TYPE_CHECKING:
     from hashlib import _Hash

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardproof.layers.refuse import CONSTANTS, DRAWS
+from shardproof.layers.refused_functions import CONSTANTS, DRAWS
 
 # What a function that fills tensors calls.
 _FILLERS = frozenset(

@@ -21,8 +21,8 @@ from torch.nn.utils.spectral_norm import spectral_norm
 from torch.nn.utils.weight_norm import weight_norm
 
 from shardproof.errors import UsageError
+from shardproof.layers.function_replacement import replace
 from shardproof.layers.registry import is_cut_module, name_by_memory, record_of
-from shardproof.layers.replace import replace
 
 Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
 

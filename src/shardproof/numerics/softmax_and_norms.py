@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from shardproof.errors import ShapeError
-from shardproof.numerics import attending
+from shardproof.numerics import attention_math
 from shardproof.numerics.broadcasting import broadcast
+from shardproof.numerics.dim_sums import expand, total
 from shardproof.numerics.elementwise import check_floating
 from shardproof.numerics.precision import widen
-from shardproof.numerics.reducing import expand, total
 from shardproof.numerics.sums import sum_squares_rows
 
 _mul = broadcast(torch.mul)
@@ -161,7 +161,7 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = attending.softmax(widen(x).contiguous()).to(x.dtype)
+        y = attention_math.softmax(widen(x).contiguous()).to(x.dtype)
         ctx.save_for_backward(y)
         return y
 

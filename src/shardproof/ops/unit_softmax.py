@@ -13,7 +13,7 @@ from shardproof.autograd import once_differentiable
 from shardproof.comm.runs_of_indices import all_gather_sizes
 from shardproof.numerics.precision import widen
 from shardproof.numerics.sums import sum_all, sum_rows
-from shardproof.ops.classes import Reduction, check_reduction, counting_rows, reduce_rows
+from shardproof.ops.class_targets import Reduction, check_reduction, counting_rows, reduce_rows
 from shardproof.ops.unit_moves import checked_dim, gather, take
 from shardproof.ops.unit_split import UnitSplit
 from shardproof.ops.vocabulary import vocab_cross_entropy, vocab_log_softmax

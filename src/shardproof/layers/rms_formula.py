@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shardproof.ops.norms import rms_norm
-from shardproof.ops.rms import RmsFormula
+from shardproof.ops.rms_norm import RmsFormula
 
 _SIZE, _ROWS, _EPS = 8, 64, 1e-3
 _EPS_NAMES = ("eps", "variance_epsilon")

@@ -17,8 +17,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from shardproof import comm
+from shardproof.layers.function_replacement import replace
 from shardproof.layers.registry import axes_of
-from shardproof.layers.replace import replace
 
 _IS_SHARED = "found_inf_is_shared"
 

@@ -1,4 +1,4 @@
-"""Activations with the names and the arguments that torch gives them, by `elementwise` and `bent`.
+"""Torch's activation functions, with its arguments, computed by `elementwise` and `piecewise`.
 
 Plain tensors; no ranks.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shardproof.errors import ShapeError, UsageError
-from shardproof.numerics import bent, elementwise
+from shardproof.numerics import elementwise, piecewise
 from shardproof.numerics.broadcasting import broadcast
 from shardproof.numerics.precision import widen
 
@@ -73,7 +73,7 @@ def silu(input: Tensor) -> Tensor:
 
 def mish(input: Tensor) -> Tensor:
     """`F.mish`."""
-    return bent.mish(input)
+    return piecewise.mish(input)
 
 
 def gelu(input: Tensor, *, approximate: Any = "none") -> Tensor:
@@ -88,22 +88,22 @@ def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
 
 def elu(input: Tensor, alpha: float = 1.0) -> Tensor:
     """`F.elu`."""
-    return bent.elu(input, alpha)
+    return piecewise.elu(input, alpha)
 
 
 def celu(input: Tensor, alpha: float = 1.0) -> Tensor:
     """`F.celu`."""
-    return bent.celu(input, alpha)
+    return piecewise.celu(input, alpha)
 
 
 def selu(input: Tensor) -> Tensor:
     """`F.selu`."""
-    return bent.selu(input)
+    return piecewise.selu(input)
 
 
 def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
     """`F.softshrink`."""
-    return bent.softshrink(input, lambd)
+    return piecewise.softshrink(input, lambd)
 
 
 def glu(input: Tensor, dim: int = -1) -> Tensor:

@@ -1,4 +1,4 @@
-"""Cross-entropy of whole logits: log_softmax, then sums by `reducing.total`.
+"""Cross-entropy of whole logits: log_softmax, then sums by `dim_sums.total`.
 
 bf16 and fp16 are computed in fp32 and rounded once, at the end. Plain tensors; no ranks.
 """
@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from shardproof.errors import ShapeError, UsageError
-from shardproof.numerics.contracting import mul
+from shardproof.numerics.dim_sums import total
 from shardproof.numerics.precision import widen
-from shardproof.numerics.reducing import total
-from shardproof.numerics.rowwise import log_softmax
+from shardproof.numerics.softmax_and_norms import log_softmax
+from shardproof.numerics.torch_products import mul
 
 
 def cross_entropy(

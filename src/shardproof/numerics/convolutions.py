@@ -21,10 +21,10 @@ from torch.nn import functional as F
 
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError, UsageError
-from shardproof.numerics.contracting import add, batched_product
+from shardproof.numerics.dim_sums import total
 from shardproof.numerics.elementwise import check_floating
 from shardproof.numerics.precision import widen
-from shardproof.numerics.reducing import total
+from shardproof.numerics.torch_products import add, batched_product
 
 
 @dataclass(frozen=True)

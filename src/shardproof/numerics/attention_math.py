@@ -22,7 +22,7 @@ from torch import Tensor
 from shardproof import operators
 from shardproof.errors import UsageError
 from shardproof.numerics import random
-from shardproof.numerics.headwise import product_by_head
+from shardproof.numerics.batched_products import product_by_head
 from shardproof.numerics.precision import widen
 from shardproof.numerics.sums import sum_rows
 

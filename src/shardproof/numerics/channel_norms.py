@@ -1,8 +1,8 @@
 """Norms over channels: of groups, of single channels, and of a batch.
 
-What is normalised together is a row of `rowwise`. Weight and bias have one element for each
-channel, and their gradients are summed over batch and places by halving folds. Plain tensors; no
-ranks.
+The elements that are normalised together are one row of `softmax_and_norms`. Weight and bias have one
+element for each channel. Their gradients are summed over batch and positions by halving folds. Plain
+tensors; no ranks.
 """
 
 import math
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from shardproof.errors import ShapeError, UsageError
 from shardproof.numerics.broadcasting import broadcast
+from shardproof.numerics.dim_sums import total
 from shardproof.numerics.elementwise import check_floating
 from shardproof.numerics.precision import widen
-from shardproof.numerics.reducing import total
-from shardproof.numerics.rowwise import affine, centred
+from shardproof.numerics.softmax_and_norms import affine, centred
 
 _mul = broadcast(torch.mul)
 _add = broadcast(torch.add)

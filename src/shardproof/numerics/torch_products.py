@@ -17,10 +17,10 @@ from torch import Tensor
 
 from shardproof.errors import ShapeError
 from shardproof.numerics import products
+from shardproof.numerics.batched_products import product_by_head
 from shardproof.numerics.broadcasting import broadcast
-from shardproof.numerics.headwise import product_by_head
+from shardproof.numerics.dim_sums import expand, total
 from shardproof.numerics.precision import widen
-from shardproof.numerics.reducing import expand, total
 
 add = broadcast(torch.add)
 mul = broadcast(torch.mul)

@@ -13,10 +13,7 @@ from torch import Tensor
 from shardproof.autograd import once_differentiable
 from shardproof.errors import UsageError
 from shardproof.numerics.broadcasting import broadcast
-from shardproof.numerics.elementwise import check_floating
-from shardproof.numerics.powers import power
-from shardproof.numerics.precision import widen
-from shardproof.numerics.reducing import (
+from shardproof.numerics.dim_sums import (
     Dims,
     deviation,
     dims_of,
@@ -28,6 +25,9 @@ from shardproof.numerics.reducing import (
     total,
     variance,
 )
+from shardproof.numerics.elementwise import check_floating
+from shardproof.numerics.powers import power
+from shardproof.numerics.precision import widen
 
 _mul = broadcast(torch.mul)
 _sub = broadcast(torch.sub)

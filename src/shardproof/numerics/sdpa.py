@@ -1,4 +1,4 @@
-"""`torch.nn.functional.scaled_dot_product_attention`, head by head, by `attending`.
+"""`torch.nn.functional.scaled_dot_product_attention`, head by head, by `attention_math`.
 
 No head sees another one, and products are our own whatever the number of queries, so that a slice
 along batch, heads or queries has the bits of the whole. What query heads that share a key-value
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError, UsageError
-from shardproof.numerics import attending
-from shardproof.numerics.attending import Attended, Manner
+from shardproof.numerics import attention_math
+from shardproof.numerics.attention_math import Attended, Manner
+from shardproof.numerics.batched_products import product_by_head
+from shardproof.numerics.dim_sums import expand, total
 from shardproof.numerics.elementwise import check_floating
-from shardproof.numerics.headwise import product_by_head
 from shardproof.numerics.precision import widen
-from shardproof.numerics.reducing import expand, total
 
 _OURS = 1  # as many rows have a kernel of ours wherever there is one
 
@@ -79,7 +79,7 @@ def attention(
             )
         y = _Attend.apply(q, k, v, mask, manner)
     else:
-        y = attending.attend(q, k, v, mask, None, manner).out.to(q.dtype)
+        y = attention_math.attend(q, k, v, mask, None, manner).out.to(q.dtype)
     if is_plain:
         return y
     shape = (*lead, heads, queries, value.shape[-1])
@@ -111,7 +111,7 @@ class _Attend(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, manner: Manner
     ) -> Tensor:
-        done = attending.attend(q, k, v, mask, None, manner)
+        done = attention_math.attend(q, k, v, mask, None, manner)
         ctx.manner, ctx.mask_dtype = manner, None if mask is None else mask.dtype
         ctx.save_for_backward(q, k, v, done.out, done.weights)
         return done.out.to(q.dtype)
@@ -126,19 +126,19 @@ class _Attend(torch.autograd.Function):
         grad_q = grad_k = grad_v = grad_mask = None
         if needs_v:
             parts = grad_out.new_empty(*q.shape[:2], k.shape[2], v.shape[3])
-            attending.value_partials(weights, grad_out, None, manner, parts)
+            attention_math.value_partials(weights, grad_out, None, manner, parts)
             grad_v = _shared(parts, v)
         if needs_q or needs_k or needs_mask:
             done = Attended(out, weights, None)
-            grad = attending.score_gradient(done, grad_out, v, None, manner)
+            grad = attention_math.score_gradient(done, grad_out, v, None, manner)
             if needs_mask:
                 grad_mask = grad.to(ctx.mask_dtype)
             if needs_k:
                 parts = grad_out.new_empty(*q.shape[:2], k.shape[2], k.shape[3])
-                attending.key_partials(grad, q, manner, parts)
+                attention_math.key_partials(grad, q, manner, parts)
                 grad_k = _shared(parts, k)
             if needs_q:
-                grad_q = attending.query_gradient(grad, k, manner).to(q.dtype)
+                grad_q = attention_math.query_gradient(grad, k, manner).to(q.dtype)
         return grad_q, grad_k, grad_v, grad_mask, None
 
 
