@@ -533,12 +533,12 @@ SILENT = {
     head_split: {"HeadSplit", "serving_heads"},
     vocabulary_blocks: {"VocabularyBlocks", "parts"},
     class_targets: {"check_kind", "check_reduction", "counting_rows", "reduce_rows"},
-    layouts: {"Place", "layouts_of"},
+    layouts: {"ParameterLayout", "layouts_of"},
     optimizer_base: {"WholeOptimizer", "check_scalar", "scalar", "write"},
     adafactor: {"Adafactor"},  # counted in test_whole_optimizers: messages of two sizes
-    orthogonal: {"Group", "Iteration", "Spread"},
+    orthogonal: {"LeafGroup", "Iteration", "Spread"},
     state: {"state_layout"},
-    registry: {"Part", "add_module", "axes_of", "changes", "cut_modules", "cut_parameters"}
+    registry: {"ParameterPart", "add_module", "axes_of", "changes", "cut_modules", "cut_parameters"}
     | {"is_cut_module", "name_by_memory", "name_of", "note_change", "note_replaced", "part_of"}
     | {"memory_of", "parts", "parts_by_memory", "parts_of", "refresh", "remember"}
     | {"record_of", "replaced_name"},

@@ -53,7 +53,7 @@ def once_differentiable(backward: Backward) -> Backward:
 
 def _explain(error: Exception | None, ctx: Any, grads: tuple[Any, ...]) -> None:
     """Raise an error that names the layer whose incoming gradient is unreadable, or `error`."""
-    who = getattr(getattr(ctx, "site", None), "who", "") or type(ctx).__name__.strip("_")
+    who = _layer_name(ctx)
     for number, grad in enumerate(grads):
         if isinstance(grad, Tensor):
             name = "grad" if len(grads) == 1 else f"grads[{number}]"
@@ -63,6 +63,16 @@ def _explain(error: Exception | None, ctx: Any, grads: tuple[Any, ...]) -> None:
                 raise found from error
     if error is not None:
         raise error
+
+
+def _layer_name(ctx: Any) -> str:
+    """The name of the layer in what the forward kept; without one, that of the function."""
+    for attribute in ("split", "shared", "place"):
+        kept = getattr(ctx, attribute, None)
+        name = getattr(kept, "name", "") or getattr(kept, "who", "")
+        if name:
+            return str(name)
+    return type(ctx).__name__.strip("_")
 
 
 def _armed(ctx: Any, grads: tuple[Any, ...]) -> tuple[Any, ...]:

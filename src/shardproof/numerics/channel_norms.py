@@ -1,8 +1,8 @@
 """Norms over channels: of groups, of single channels, and of a batch.
 
-The elements that are normalised together are one row of `softmax_and_norms`. Weight and bias have one
-element for each channel. Their gradients are summed over batch and positions by halving folds. Plain
-tensors; no ranks.
+The elements that are normalised together are one row of `softmax_and_norms`. Weight and bias have
+one element for each channel. Their gradients are summed over batch and positions by halving folds.
+Plain tensors; no ranks.
 """
 
 import math
