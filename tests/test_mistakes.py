@@ -239,7 +239,7 @@ def test_the_command_shows_a_mistake(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("row-bias-on-every-rank", "--json", str(file))
     assert code == 0
     assert "right | return y if bias is None else products.add_bias(y, bias, split)" in out
-    assert "wrong |     y = comm.all_reduce(rows @ weight.T + bias, split.axis, dir" in out
+    assert "wrong | y = comm.all_reduce(rows @ weight.T + bias, split.axis, dir" in out
     assert re.search(r"first tensor that differs: output, by up to 0\.\d+\n", out)
     assert "The prover says: Not proved: in case block, tensor output is the first whose" in out
     assert out.endswith("finds the mistake at degrees 1 and 2, as docs/mistakes.md says.\n")
