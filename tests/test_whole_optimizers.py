@@ -116,7 +116,7 @@ def part_of(value: Tensor, layout: Any) -> Tensor:
 
 
 def stepped(
-    axis: Axis, weight: Weight, make: Any, dtype: torch.dtype = torch.float32, steps: int = 2
+    axis: Axis, weight: Weight, make: Any, dtype: torch.dtype = torch.float32, steps: int = 3
 ) -> dict[str, Tensor]:
     """A parameter and its state after some steps along given gradients, whole."""
     layer = weight.make(axis).to(dtype)
@@ -139,7 +139,7 @@ def stepped(
 
 
 def plain_steps(
-    weight: Weight, make: Any, dtype: torch.dtype = torch.float64, steps: int = 2
+    weight: Weight, make: Any, dtype: torch.dtype = torch.float64, steps: int = 3
 ) -> dict[str, Tensor]:
     """The same by torch's own optimizer, of the whole parameter."""
     parameter = nn.Parameter(weight.value(0).to(dtype))
