@@ -488,7 +488,7 @@ def test_a_plan_that_a_model_carries_is_told_from_one_that_is_given() -> None:
         return seen
 
     assert kinds(None) == kinds(made) == {"Tensor"}
-    assert kinds(made.plan) == {"Shown"}
+    assert kinds(made.plan) == {"ShownCutTensor"}
 
 
 def test_ranks_agree_on_who_carries_the_plan(pool: Pool) -> None:
