@@ -15,7 +15,7 @@ import torch
 
 import shardproof
 from benchmarks.systems import SYSTEMS
-from shardproof import core
+from shardproof import c_modules
 
 Data = Mapping[str, Any]
 
@@ -38,7 +38,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "mkl": torch.backends.mkl.is_available(),
         "shardproof": shardproof.__version__,
-        "core": core.problem() or "built",
+        "core": c_modules.problem() or "built",
         "dtype": "float32",
         "peers": {
             system.name: importlib.metadata.version(DISTRIBUTIONS.get(package, package))

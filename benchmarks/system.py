@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from shardproof import core, extras
+from shardproof import c_modules, extras
 from shardproof.axis import Axis
 from shardproof.leaves import Cut, Layout, replicated
 from shardproof.scheme import Numerics
@@ -189,8 +189,8 @@ class System:
     def problem(self) -> str | None:
         """Why it cannot run in this installation, with the way out; None if it can."""
         missing = absence(self.package, self.extra)
-        if missing is None and self.transport == "shm" and core.shm() is None:
-            return f"has no shared memory here: {core.problem()}."
+        if missing is None and self.transport == "shm" and c_modules.shm() is None:
+            return f"has no shared memory here: {c_modules.problem()}."
         return missing
 
     def misses(self, needs: frozenset[str]) -> str | None:

@@ -23,7 +23,7 @@ from gpu.checks import CHECKS, CUDA_ONLY
 from gpu.page import PROOFS, Check, Found, Outcome, name_of, page
 from gpu.proofs import DEGREES, prove, why_not
 from gpu.speeds import WORKS, Work, measure
-from shardproof import core
+from shardproof import c_modules
 
 LIMIT = 450.0  # seconds; what has not begun by then is left out
 LAST_PROOF, LAST_SPEED = 0.7, 0.9  # of the limit: no proof and no work begins later
@@ -150,7 +150,11 @@ def digest() -> str:
 
 
 def _modules() -> str:
-    missing = [name for name, has in (("kernels", core.kernels()), ("shm", core.shm())) if not has]
+    missing = [
+        name
+        for name, has in (("kernels", c_modules.kernels()), ("shm", c_modules.shm()))
+        if not has
+    ]
     return f"without the C modules {', '.join(missing)}" if missing else "with both C modules"
 
 

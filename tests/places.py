@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 
-from shardproof import core
+from shardproof import c_modules
 from shardproof.engines.engine import Ranks
 
 # What carries bytes between processes here.
-CARRIER = "gloo" if core.shm() is None else "shm"
+CARRIER = "gloo" if c_modules.shm() is None else "shm"
 
 Pool = Callable[[int, str], Ranks]
 

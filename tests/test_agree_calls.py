@@ -12,7 +12,7 @@ from torch import Tensor
 
 from agreeing import EVERY_TRANSPORT, check_all_said, drawn, gloo, run, said
 from places import Pool
-from shardproof import comm, core
+from shardproof import c_modules, comm
 from shardproof.axis import Axis
 from shardproof.leaves import Cut
 from shardproof.ranks import launch
@@ -118,7 +118,7 @@ def test_two_axes_of_one_group_in_another_order_all_raise(pool: Pool) -> None:
     check_all_said([message for message, _ in found], "on axis ", "of this process group")
 
 
-@pytest.mark.skipif(core.shm() is None, reason=f"needs the core: {core.problem()}")
+@pytest.mark.skipif(c_modules.shm() is None, reason=f"needs the core: {c_modules.problem()}")
 @pytest.mark.parametrize("slow", [None, 0, 1])
 def test_two_axes_that_share_memory_in_another_order_do_not_wait_for_ever(
     pool: Pool, slow: int | None

@@ -13,7 +13,7 @@ import shardproof as sp
 from agreeing import EVERY_TRANSPORT, check_all_said, drawn, gloo, mlp, run, said
 from invariance import bits_equal
 from places import Pool
-from shardproof import comm, core
+from shardproof import c_modules, comm
 from shardproof.axis import Axis
 from shardproof.errors import MismatchError
 from shardproof.leaves import Cut
@@ -299,7 +299,7 @@ FORMS: list[Callable[[Tensor], Tensor]] = [
 ]
 
 
-@pytest.mark.skipif(core.shm() is None, reason="the C core was not built")
+@pytest.mark.skipif(c_modules.shm() is None, reason="the C core was not built")
 @pytest.mark.parametrize("shape", [(), (0, 3), (1,), (31,), (32,), (33,), (7, 1, 11), (4, 33, 65)])
 def test_the_sample_in_c_is_that_in_python(shape: tuple[int, ...]) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex128):

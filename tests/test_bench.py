@@ -132,8 +132,8 @@ def test_a_system_that_is_not_installed_is_refused_by_name(
 def test_shared_memory_that_was_not_built_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("shardproof.core.shm", lambda: None)
-    monkeypatch.setattr("shardproof.core.problem", lambda *_: "no compiler")
+    monkeypatch.setattr("shardproof.c_modules.shm", lambda: None)
+    monkeypatch.setattr("shardproof.c_modules.problem", lambda *_: "no compiler")
     with pytest.raises(UsageError, match="native-shm has no shared memory here: no compiler"):
         planned("native-shm")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from shardproof import core
+from shardproof import c_modules
 from shardproof.axis import Axis
 from shardproof.errors import UsageError
 from shardproof.prover import compare_with, prove_cases
@@ -238,7 +238,7 @@ def test_ranks_that_are_processes_have_the_same_hashes(proof, digits_proof):
     cases = [*(find_case(name) for name in NOTEBOOKS), digits.DIGITS]
     report = prove_cases(cases, degrees=(1, 3), threads=1, engine="processes")
     assert report.proved, report.verdict()
-    assert report.transport == ("gloo" if core.shm() is None else "shm")
+    assert report.transport == ("gloo" if c_modules.shm() is None else "shm")
     threads = dataclasses.replace(proof, cases=(*proof.cases, *digits_proof.cases))
     comparison = compare_with(report, threads.as_dict())
     assert comparison.is_same

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import warm
 from places import CARRIER, Pool
-from shardproof import comm, core
+from shardproof import c_modules, comm
 from shardproof.axis import Axis
 from shardproof.cli.doctor import transports
 from shardproof.errors import MismatchError, ShardproofError, UsageError
@@ -24,7 +24,9 @@ from shardproof.transport.choose import choose, shm_problem
 from shardproof.transport.distributed import DistributedTransport
 
 SRC = Path(__file__).parents[1] / "src"
-WITH_CORE = pytest.mark.skipif(core.shm() is None, reason=f"needs the core: {core.problem()}")
+WITH_CORE = pytest.mark.skipif(
+    c_modules.shm() is None, reason=f"needs the core: {c_modules.problem()}"
+)
 
 
 def add_up(axis: Axis) -> list[float]:
@@ -39,13 +41,13 @@ def outcome_of(make: Callable[[], Any]) -> tuple[str, str]:
 
 def test_the_core_is_there_where_a_compiler_is() -> None:
     """Without this, a broken build would only make tests skip."""
-    if os.environ.get(core.VARIABLE) == "off":
-        pytest.skip(f"{core.VARIABLE}=off")
+    if os.environ.get(c_modules.VARIABLE) == "off":
+        pytest.skip(f"{c_modules.VARIABLE}=off")
     compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
     header = Path(sysconfig.get_path("include"), "Python.h")
     if shutil.which(compiler) is None or not header.exists() or sys.platform != "linux":
         pytest.skip(f"no compiler {compiler!r}, no {header}, or no Linux")
-    assert core.problem() is None
+    assert c_modules.problem() is None
     assert shm_problem() is None
 
 
@@ -72,14 +74,14 @@ def test_what_cannot_be_had_by_name_is_an_error_on_all_ranks(pool: Pool) -> None
         world = dist.group.WORLD
         nccl = outcome_of(lambda: Axis.from_group(world, transport="nccl"))
         if axis.rank == 1:  # as on a machine without a compiler, and on one rank alone
-            core.shm, there = (lambda: None), core.shm
-            core.problem, why = (lambda: "there was no compiler"), core.problem
+            c_modules.shm, there = (lambda: None), c_modules.shm
+            c_modules.problem, why = (lambda: "there was no compiler"), c_modules.problem
         try:
             shm = outcome_of(lambda: Axis.from_group(world, transport="shm"))
             note = Axis.from_group(world).transport_note
         finally:
             if axis.rank == 1:
-                core.shm, core.problem = there, why
+                c_modules.shm, c_modules.problem = there, why
         return nccl, shm, ("note", note)
 
     (first, second) = pool(2, "processes").run(work)
@@ -102,8 +104,8 @@ def test_what_cannot_be_had_by_name_is_an_error_on_all_ranks(pool: Pool) -> None
 def test_threads_without_the_core_say_that_they_wait_in_python(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(core, "shm", lambda: None)
-    monkeypatch.setattr(core, "problem", lambda: "there was no compiler")
+    monkeypatch.setattr(c_modules, "shm", lambda: None)
+    monkeypatch.setattr(c_modules, "problem", lambda: "there was no compiler")
     note = "ranks wait in Python: there was no compiler"
     with open_ranks(2, engine="threads") as ranks:
         assert ranks.transport_note == note

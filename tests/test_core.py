@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from shardproof import core
+from shardproof import c_modules
 from shardproof.errors import UsageError
 
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -19,10 +19,10 @@ NAMES = pytest.mark.parametrize("name", ["kernels", "shm"])
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Nothing has been loaded yet, and afterwards all is as before."""
-    monkeypatch.delenv(core.VARIABLE, raising=False)
-    core._load.cache_clear()
+    monkeypatch.delenv(c_modules.VARIABLE, raising=False)
+    c_modules._load.cache_clear()
     yield monkeypatch
-    core._load.cache_clear()
+    c_modules._load.cache_clear()
 
 
 def missing_because(fresh: pytest.MonkeyPatch, name: str, found: object) -> str:
@@ -35,12 +35,12 @@ def missing_because(fresh: pytest.MonkeyPatch, name: str, found: object) -> str:
         return found
 
     fresh.setattr(importlib, "import_module", imported)
-    assert getattr(core, name)() is None
-    return core.problem(name) or ""
+    assert getattr(c_modules, name)() is None
+    return c_modules.problem(name) or ""
 
 
 @NAMES
-@pytest.mark.parametrize("protocol", [None, core._PROTOCOL - 1, core._PROTOCOL + 1])
+@pytest.mark.parametrize("protocol", [None, c_modules._PROTOCOL - 1, c_modules._PROTOCOL + 1])
 def test_a_module_of_other_sources_is_as_good_as_missing(
     name: str, protocol: int | None, fresh: pytest.MonkeyPatch
 ) -> None:
@@ -56,11 +56,11 @@ def test_the_number_that_is_expected_stands_in_the_sources(
     name: str, fresh: pytest.MonkeyPatch
 ) -> None:
     text = "".join(path.read_text() for path in sorted((CSRC / name).iterdir()))
-    assert re.findall(r"\bPROTOCOL = (\d+)", text) == [str(core._PROTOCOL)]
-    now = SimpleNamespace(PROTOCOL=core._PROTOCOL)
+    assert re.findall(r"\bPROTOCOL = (\d+)", text) == [str(c_modules._PROTOCOL)]
+    now = SimpleNamespace(PROTOCOL=c_modules._PROTOCOL)
     fresh.setattr(importlib, "import_module", lambda _: now)
-    assert getattr(core, name)() is now
-    assert core.problem(name) is None
+    assert getattr(c_modules, name)() is now
+    assert c_modules.problem(name) is None
 
 
 @NAMES
@@ -82,7 +82,7 @@ def test_what_cannot_be_imported_says_what_to_do(
 
 
 def test_a_rank_is_in_one_call_at_a_time_and_in_none_after_it_gave_up() -> None:
-    module = core.shm()
+    module = c_modules.shm()
     if module is None:
         pytest.skip("the C core was not built")
 

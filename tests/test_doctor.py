@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from places import CARRIER
-from shardproof import core
+from shardproof import c_modules
 from shardproof.cli import doctor
 from shardproof.cli.doctor import show
 from shardproof.cli.main import main
@@ -139,8 +139,8 @@ def test_a_torch_without_gloo_has_no_processes(monkeypatch: pytest.MonkeyPatch) 
 def test_without_the_core_processes_use_gloo_and_doctor_says_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(core, "shm", lambda: None)
-    monkeypatch.setattr(core, "problem", lambda: "SHARDPROOF_CORE=off")
+    monkeypatch.setattr(c_modules, "shm", lambda: None)
+    monkeypatch.setattr(c_modules, "problem", lambda: "SHARDPROOF_CORE=off")
     found = doctor.machine_facts()
     assert found["processes_use"] == "gloo"
     (shm,) = (transport for transport in found["transports"] if transport["name"] == "shm")

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import warm
-from shardproof import comm, core
+from shardproof import c_modules, comm
 from shardproof.axis import Axis
 from shardproof.engines.engine import Ranks
 from shardproof.errors import MismatchError, RankError
@@ -25,7 +25,9 @@ from shardproof.leaves import Cut
 from shardproof.ranks import launch, open_ranks
 
 SRC = Path(__file__).parents[1] / "src"
-WITH_CORE = pytest.mark.skipif(core.shm() is None, reason=f"needs the core: {core.problem()}")
+WITH_CORE = pytest.mark.skipif(
+    c_modules.shm() is None, reason=f"needs the core: {c_modules.problem()}"
+)
 TRANSPORTS = pytest.mark.parametrize("transport", [pytest.param("shm", marks=WITH_CORE), "gloo"])
 # Whether a process is stopped its parent alone can ask.
 SIGNALS = pytest.mark.parametrize(

@@ -16,8 +16,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from foreign import LONGEST, in_time, outcomes
-from shardproof import core, environment
+from shardproof import c_modules, environment
 from shardproof.axis import Axis
+from shardproof.checked_values import read_whole, real_number, whole_number
 from shardproof.cli import prove as prove_command
 from shardproof.cli.main import (
     LONGEST_MESSAGE,
@@ -31,7 +32,6 @@ from shardproof.cli.output import PlainConsole, ProgressLines
 from shardproof.cli.output_file import OutputFile
 from shardproof.errors import AxisError, UsageError
 from shardproof.numerics import mode
-from shardproof.quantities import read_whole, real_number, whole_number
 from shardproof.wording import few, shown, written
 
 COMMANDS = {
@@ -209,7 +209,7 @@ def test_a_setting_that_is_none_is_refused(text: str, monkeypatch: pytest.Monkey
     assert len(mode._set(text).setting) < LONGEST
     monkeypatch.setitem(os.environ, "SHARDPROOF_CORE", text)
     with pytest.raises(UsageError, match=r"SHARDPROOF_CORE=.* Use one of: auto, off"):
-        core._load.__wrapped__("_kernels")
+        c_modules._load.__wrapped__("_kernels")
 
 
 @pytest.mark.parametrize("text", ["off", "OFF", " off "])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from places import ENGINES, Pool
-from shardproof import comm, core
+from shardproof import c_modules, comm
 from shardproof.axis import Axis
 from shardproof.engines.engine import Ranks
 from shardproof.errors import AxisError, UsageError
@@ -323,5 +323,5 @@ def test_a_second_thread_of_a_rank_is_refused(ranks: Ranks, tmp_path: Path) -> N
 def test_a_second_thread_of_a_rank_is_refused_without_the_core(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core, "shm", lambda: None)
+    monkeypatch.setattr(c_modules, "shm", lambda: None)
     check_one_was_refused(launch(lambda axis: in_two_threads(axis, tmp_path / "refused"), degree=2))

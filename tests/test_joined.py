@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from benchmarks.counting import Counting
 from fresh_process import run_fresh
 from invariance import bits_equal, misaligned, strided, threads
-from shardproof import core
+from shardproof import c_modules
 from shardproof.errors import ShapeError
 from shardproof.leaves import Cut
 from shardproof.numerics import mode, products, summed_products
@@ -90,7 +90,7 @@ def path(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     Batches of any size are the kernels', whatever the BLAS mode of this process is.
     """
     monkeypatch.setattr(mode, "_state", mode.BlasState("core", "core", own_rows=mode.ANY_ROWS))
-    kernels: Any = core.kernels()
+    kernels: Any = c_modules.kernels()
     before = kernels.path()
     yield kernels.set_path
     kernels.set_path(before)
@@ -103,7 +103,7 @@ def path(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
 def test_sums_of_products_have_the_bits_of_the_twin(
     shape: tuple[int, int, tuple[int, ...]], leaves: int, name: str, path: Callable[[str], None]
 ) -> None:
-    kernels: Any = core.kernels()
+    kernels: Any = c_modules.kernels()
     if name == "avx512" and kernels.path() == "avx2":
         pytest.skip("this CPU has no AVX-512")
     path(name)
@@ -251,7 +251,7 @@ def test_pairs_that_do_not_agree_raise(second: tuple[Tensor, Tensor], shown: str
 
 @needs_kernels
 def test_calls_that_make_no_sense_raise() -> None:
-    kernels: Any = core.kernels()
+    kernels: Any = c_modules.kernels()
     a, out = torch.ones(2, 4), torch.empty(2, 2)
 
     def call(program: bytes, depths: tuple[int, ...] = (4, 4), m: int = 2, count: int = 1) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import warm
 from invariance import bits_equal, misaligned, normal, random_cut, strided, threads
-from shardproof import core
+from shardproof import c_modules
 from shardproof.errors import ShapeError
 from shardproof.leaves import Cut
 from shardproof.numerics import mode, products, sums
@@ -28,7 +28,7 @@ BLOCK = 256
 
 
 def kernels() -> Any:
-    return core.kernels()
+    return c_modules.kernels()
 
 
 @pytest.fixture
@@ -422,7 +422,7 @@ def test_folds_have_the_bits_of_the_fold_in_torch(dtype: torch.dtype, columns: i
 def test_without_the_kernels_folds_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     x = wild(100, 33)
     found = sums.sum_rows(x), sums.sum_squares(x)
-    monkeypatch.setattr(core, "kernels", lambda: None)
+    monkeypatch.setattr(c_modules, "kernels", lambda: None)
     assert not sums._has_kernel(x)
     assert bits_equal(sums.sum_rows(x), found[0])
     assert bits_equal(sums.sum_squares(x), found[1])

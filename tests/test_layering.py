@@ -20,10 +20,10 @@ SRC = Path(__file__).parents[1] / "src" / "shardproof"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "wording"),
     # What others wrote: numbers, variables of the environment, files.
-    ("operands", "quantities"),
+    ("operands", "checked_values"),
     ("environment", "files", "torchrun"),
-    ("objects",),
-    ("autograd", "checking", "core", "error_text", "extras", "leaves", "index_runs", "tree"),
+    ("checked_objects",),
+    ("autograd", "checking", "c_modules", "error_text", "extras", "leaves", "index_runs", "tree"),
     ("heads", "observing", "scheme", "timeout", "units"),
     ("operators",),
     ("block_layout",),
@@ -165,7 +165,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "cut.head_attention",
         "cut.concatenation",
         "cut.matrix_products",
-        "cut.lines",
+        "cut.along_dim",
         "cut.own_functions",
     ),
     ("cut.class_losses",),
@@ -278,7 +278,7 @@ OPTIONAL = ("matplotlib", "safetensors", "sklearn", "transformers")
 # They stand beside the package and are not installed with it.
 TOOLS = ("benchmarks", "gpu", "zoo")
 
-# Built from C where a compiler is there; `core` alone imports them.
+# Built from C where a compiler is there; `c_modules` alone imports them.
 EXTENSIONS = ("shardproof._kernels", "shardproof._shm")
 
 # (module, imported): why this import stands inside a function.
@@ -359,8 +359,8 @@ def violations(src: Path) -> list[str]:
                 found.append(f"{where} imports {imported.target} relatively")
                 continue
             if imported.target in EXTENSIONS:
-                if module != "core":
-                    found.append(f"{where} imports {imported.target}, which only core may")
+                if module != "c_modules":
+                    found.append(f"{where} imports {imported.target}, which only c_modules may")
                 continue
             top = imported.target.split(".")[0]
             if top in TOOLS:
@@ -405,7 +405,11 @@ def test_every_exception_is_used_and_has_a_reason() -> None:
     [
         ("errors", "from shardproof.axis import Axis", "imports axis, which is not below it"),
         ("errors", "import shardproof.axis", "imports axis, which is not below it"),
-        ("reductions", "import shardproof._shm", "imports shardproof._shm, which only core may"),
+        (
+            "reductions",
+            "import shardproof._shm",
+            "imports shardproof._shm, which only c_modules may",
+        ),
         ("errors", "from shardproof import tree", "imports tree, which is not below it"),
         ("errors", "from shardproof import launch", "imports __init__, which is not below it"),
         ("leaves", "from shardproof.tree import Node", "imports tree, which is not below it"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fresh_process import run_fresh
-from shardproof import core
+from shardproof import c_modules
 from shardproof.axis import Axis
 from shardproof.errors import NumericsError
 from shardproof.layers.linear import ColumnParallelLinear
@@ -131,8 +131,8 @@ class FakeKernels:
 
 
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "kernels", lambda: None)
-    monkeypatch.setattr(core, "problem", lambda *_: "shardproof._kernels is not there")
+    monkeypatch.setattr(c_modules, "kernels", lambda: None)
+    monkeypatch.setattr(c_modules, "problem", lambda *_: "shardproof._kernels is not there")
 
 
 @pytest.mark.parametrize("library", [None, FakeMkl(refuses_with=-3)], ids=["no MKL", "refused"])
@@ -140,11 +140,11 @@ def test_auto_without_a_strict_mode_takes_our_own_products_or_leaf_shapes(
     forget: pytest.MonkeyPatch, library: FakeMkl | None
 ) -> None:
     forget.setattr(mode, "_mkl", lambda: library)
-    forget.setattr(core, "kernels", FakeKernels)
+    forget.setattr(c_modules, "kernels", FakeKernels)
     state = decide(forget, "auto")
     assert (state.branch, state.took, state.own_rows) == ("core", True, mode.ANY_ROWS)
     assert state.return_code == (None if library is None else -3)
-    forget.setattr(core, "kernels", lambda: FakeKernels(has_fma=False))
+    forget.setattr(c_modules, "kernels", lambda: FakeKernels(has_fma=False))
     assert decide(forget, "auto").is_leafwise
     without_kernels(forget)
     state = decide(forget, "auto")
@@ -155,7 +155,7 @@ def test_auto_without_a_strict_mode_takes_our_own_products_or_leaf_shapes(
 def test_core_is_taken_by_name_where_mkl_would_be_strict_too(forget: pytest.MonkeyPatch) -> None:
     library = FakeMkl()
     forget.setattr(mode, "_mkl", lambda: library)
-    forget.setattr(core, "kernels", FakeKernels)
+    forget.setattr(c_modules, "kernels", FakeKernels)
     assert decide(forget, "core").branch == "core"
     assert library.asked == []
     mode.require_invariant()
@@ -172,7 +172,7 @@ def test_core_by_name_raises_where_it_is_not(
     forget: pytest.MonkeyPatch, kernels: FakeKernels | None, text: str
 ) -> None:
     without_kernels(forget)
-    forget.setattr(core, "kernels", lambda: kernels)
+    forget.setattr(c_modules, "kernels", lambda: kernels)
     assert decide(forget, "core").own_rows == 0
     with pytest.raises(NumericsError, match=text):
         mode.require_invariant()
@@ -195,7 +195,7 @@ def test_small_batches_are_our_own_in_every_mode_that_has_the_kernels(
     forget: pytest.MonkeyPatch, setting: str
 ) -> None:
     forget.setattr(mode, "_mkl", FakeMkl)
-    forget.setattr(core, "kernels", FakeKernels)
+    forget.setattr(c_modules, "kernels", FakeKernels)
     assert decide(forget, setting).own_rows == mode.SMALL_ROWS
     assert " small=core fp32 " in mode.contract(Scheme())
     without_kernels(forget)
@@ -355,7 +355,7 @@ def test_the_contract_names_all_that_the_bits_depend_on() -> None:
 
 
 def test_the_contract_of_our_own_products_has_no_threads(forget: pytest.MonkeyPatch) -> None:
-    forget.setattr(core, "kernels", FakeKernels)
+    forget.setattr(c_modules, "kernels", FakeKernels)
     decide(forget, "core")
     assert mode.contract(Scheme()) == f"tree-3 leaves=8 core=fma fp32 {TORCH}"
     threads = torch.get_num_threads()

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 from places import Pool
-from shardproof import core
+from shardproof import c_modules
 from shardproof.axis import Axis
 from shardproof.cli.main import main
 from shardproof.errors import UsageError
@@ -22,7 +22,9 @@ from shardproof.prover import prove as prove_model
 from shardproof.ranks import launch
 
 CASES = ("--case", "ffn", "--case", "linear-column", "--case", "linear-row")
-WITH_CORE = pytest.mark.skipif(core.shm() is None, reason=f"needs the core: {core.problem()}")
+WITH_CORE = pytest.mark.skipif(
+    c_modules.shm() is None, reason=f"needs the core: {c_modules.problem()}"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +60,7 @@ def threads(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 def test_the_report_names_the_transport(threads: tuple[Path, dict[str, Any]]) -> None:
     _, report = threads
     assert report["transport"] == "threads"
-    assert bool(report["transport_note"]) == (core.shm() is None)
+    assert bool(report["transport_note"]) == (c_modules.shm() is None)
 
 
 @pytest.mark.parametrize("transport", [pytest.param("shm", marks=WITH_CORE), "gloo"])
@@ -215,8 +217,8 @@ def test_launch_refuses_what_does_not_fit(engine: str, transport: Any, message: 
 
 
 def test_launch_without_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "shm", lambda: None)
-    monkeypatch.setattr(core, "problem", lambda: "there was no compiler")
+    monkeypatch.setattr(c_modules, "shm", lambda: None)
+    monkeypatch.setattr(c_modules, "problem", lambda: "there was no compiler")
     with pytest.raises(
         UsageError,
         match=r"transport='shm' cannot be used: there was no compiler. Use transport='auto'",

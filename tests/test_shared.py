@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from places import Pool
-from shardproof import core
+from shardproof import c_modules
 from shardproof.axis import Axis
 from shardproof.errors import AxisError, MismatchError, ShapeError, UsageError
 from shardproof.transport import segment
@@ -24,7 +24,7 @@ from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.shared_memory import SharedTransport
 from shardproof.transport.solo import SoloTransport
 
-pytestmark = pytest.mark.skipif(core.shm() is None, reason="the C core was not built")
+pytestmark = pytest.mark.skipif(c_modules.shm() is None, reason="the C core was not built")
 
 
 def group() -> DistributedTransport:
@@ -94,15 +94,15 @@ def test_a_rank_that_cannot_map_is_named_by_all_and_the_group_goes_on(pool: Pool
 
 def test_a_rank_without_the_core_is_named_by_all(pool: Pool) -> None:
     def work(axis: Axis) -> str:
-        loaded = core.shm
+        loaded = c_modules.shm
         if axis.rank == 1:
-            core.shm = lambda: None  # type: ignore[assignment]
-            core.problem = lambda: "there was no compiler"
+            c_modules.shm = lambda: None  # type: ignore[assignment]
+            c_modules.problem = lambda: "there was no compiler"
         try:
             with pytest.raises(AxisError) as caught:
                 SharedTransport.connect(group(), timeout=60)
         finally:
-            core.shm = loaded
+            c_modules.shm = loaded
         return str(caught.value)
 
     said = "rank 1 of 2 cannot share memory: there was no compiler."
@@ -460,7 +460,7 @@ def test_only_long_waits_are_observed_and_taken_back(pool: Pool) -> None:
 
 def add_alone(parts: list[Tensor], kinds: tuple[int, int], out: Tensor) -> Tensor:
     """`parts` of one rank, by the core."""
-    module = core.shm()
+    module = c_modules.shm()
     assert module is not None
     area = mmap.mmap(-1, module.area_bytes(1, 65536))
     end = module.Core(area, 0, 1, 65536, lambda *_: None)
@@ -475,7 +475,7 @@ def add_alone(parts: list[Tensor], kinds: tuple[int, int], out: Tensor) -> Tenso
 def test_16_bits_are_widened_and_rounded_as_torch_does(
     dtype: torch.dtype, kind: int, is_portable: bool
 ) -> None:
-    module = core.shm()
+    module = c_modules.shm()
     assert module is not None
     bits = torch.randint(-(2**31), 2**31, (200_003,), generator=torch.Generator().manual_seed(0))
     halves = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
@@ -515,7 +515,7 @@ def test_16_bits_are_widened_and_rounded_as_torch_does(
 def test_the_core_refuses_a_plan_that_it_cannot_carry_out(
     counts: tuple[int, int], kinds: tuple[int, int], said: str
 ) -> None:
-    module = core.shm()
+    module = c_modules.shm()
     assert module is not None
     area = mmap.mmap(-1, module.area_bytes(2, 65536))
     end = module.Core(area, 0, 2, 65536, lambda *_: None)
@@ -525,7 +525,7 @@ def test_the_core_refuses_a_plan_that_it_cannot_carry_out(
 
 
 def test_plans_share_one_scratch() -> None:
-    module = core.shm()
+    module = c_modules.shm()
     assert module is not None
     area = mmap.mmap(-1, module.area_bytes(1, 65536))
     end = module.Core(area, 0, 1, 65536, lambda *_: None)

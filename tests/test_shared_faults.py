@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 import warm
-from shardproof import core
+from shardproof import c_modules
 
-pytestmark = pytest.mark.skipif(core.shm() is None, reason="the C core was not built")
+pytestmark = pytest.mark.skipif(c_modules.shm() is None, reason="the C core was not built")
 
 _BEGIN = """
 import os, signal, sys, time

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from places import Pool
-from shardproof import core
+from shardproof import c_modules
 from shardproof.axis import Axis
 from shardproof.transport.base import Call, Order, PeerError, Transport, Window, rank_order
 from shardproof.transport.distributed import DistributedTransport
@@ -20,7 +20,7 @@ from shardproof.transport.solo import SoloTransport
 from shardproof.transport.threads import ThreadsTransport
 from sums import random_case, run_gather, run_mixed, run_sums, same_bits
 
-NEEDS_CORE = pytest.mark.skipif(core.shm() is None, reason="the C core was not built")
+NEEDS_CORE = pytest.mark.skipif(c_modules.shm() is None, reason="the C core was not built")
 
 
 def group() -> DistributedTransport:
@@ -73,7 +73,7 @@ class Impatient(Rendezvous):
 @NEEDS_CORE
 def test_what_was_lent_is_not_read_after_its_rank_gave_up_a_wait() -> None:
     """Rank 0 waits for rank 1, which adds without the interpreter lock, and leaves."""
-    module = core.shm()
+    module = c_modules.shm()
     assert module is not None
     numel = 1 << 22
     order = Order((1, 63), (0, *(n for part in range(1, 64) for n in (part, -1))))
@@ -170,7 +170,7 @@ def test_collectives_of_all_kinds_follow_each_other(
 
 
 def test_threads_do_without_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "shm", lambda: None)
+    monkeypatch.setattr(c_modules, "shm", lambda: None)
 
     def work(transport: Transport) -> int:
         return run_sums(transport, range(25)) + run_mixed(transport, range(1000, 1040))

@@ -19,7 +19,7 @@ import click
 import pytest
 import torch
 
-from shardproof import comm, core
+from shardproof import c_modules, comm
 from shardproof.axis import Axis
 from shardproof.cli import signals
 from shardproof.cli.main import Commands
@@ -248,8 +248,8 @@ def test_a_rank_that_holds_the_interpreter_gets_nobody_blamed(
 ) -> None:
     """Rank 2 keeps rank 1 from coming, for longer than the timeout; rank 0 waits for both."""
     if not with_core:
-        monkeypatch.setattr(core, "shm", lambda: None)
-    elif core.shm() is None:
+        monkeypatch.setattr(c_modules, "shm", lambda: None)
+    elif c_modules.shm() is None:
         pytest.skip("the C core was not built")
     sleep = ctypes.PyDLL(None).usleep  # as any call into C that keeps the interpreter lock
 

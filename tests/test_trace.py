@@ -582,12 +582,21 @@ def test_every_package_is_of_users_or_of_our_own() -> None:
     names = {found.name for found in pkgutil.iter_modules(sp.__path__)} - {"_kernels", "_shm"}
     own = {
         *("__main__", "autograd", "axis", "block_layout", "checking"),
-        *("comm", "comparison", "core", "cut", "watching"),
+        *("comm", "c_modules", "comparison", "cut", "watching"),
         *("environment", "errors", "extras", "files", "functional", "heads", "hf", "layers"),
-        *("leaves", "numerics", "objects", "observing", "operands", "operators", "ops", "optim"),
+        *(
+            "leaves",
+            "checked_objects",
+            "numerics",
+            "observing",
+            "operands",
+            "operators",
+            "ops",
+            "optim",
+        ),
         "plans",
         *(
-            "quantities",
+            "checked_values",
             "recut",
             "reductions",
             "index_runs",

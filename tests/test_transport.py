@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shardproof import core
+from shardproof import c_modules
 from shardproof.axis import Axis
 from shardproof.engines.engine import Ranks
 from shardproof.errors import MismatchError, RankError, ShapeError, UsageError
@@ -349,7 +349,7 @@ def test_a_part_that_does_not_fit_is_refused_before_anything_is_sent(
 
 
 def test_more_parts_than_the_core_adds_at_once_are_refused(pool: Pool) -> None:
-    if core.shm() is None:
+    if c_modules.shm() is None:
         pytest.skip("the C core was not built")
     order = Order((65, 0), (0, *(step for part in range(1, 65) for step in (part, -1))))
 
@@ -394,8 +394,8 @@ def test_a_sum_over_a_process_group_is_waited_for_once(pool: Pool) -> None:
 def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks wait in the C core, or in Python where it is missing."""
     if request.param == "Python":
-        monkeypatch.setattr(core, "shm", lambda: None)
-    elif core.shm() is None:
+        monkeypatch.setattr(c_modules, "shm", lambda: None)
+    elif c_modules.shm() is None:
         pytest.skip("the C core was not built")
 
 

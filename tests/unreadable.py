@@ -29,7 +29,7 @@ from torch.masked import masked_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 import shardproof as sp
-from shardproof import comm, core
+from shardproof import c_modules, comm
 from shardproof.comm.split import Split
 from shardproof.heads import Heads
 from shardproof.layers import shared
@@ -318,7 +318,7 @@ def in_inference_mode() -> None:
 
 def without_memory_in_c() -> None:
     """C looks too, whoever calls it."""
-    kernels: Any = core.kernels()
+    kernels: Any = c_modules.kernels()
     for call in (
         lambda: kernels.fold(0, False, 0, 2, 2, 0, 2, 1),
         lambda: kernels.product(0, 1, 0, 1, 1, 1, 0, 1, 1, 0, 1, 1, 0, products.one_leaf(1)),

@@ -19,7 +19,7 @@ static enum path chosen_path = PATH_NONE;
 static const char EMPTY[] = "product: no fused multiply-add here, or an empty size";
 static const char NOWHERE[] = "a tensor has no memory";
 
-/* `core.py` expects this number, so that an old build beside new sources is not used. It is raised
+/* `c_modules.py` expects this number, so that an old build beside new sources is not used. It is raised
  * with what Python asks of this module and with the bits of its results. */
 enum { PROTOCOL = 3 };
 

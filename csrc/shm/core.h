@@ -24,7 +24,7 @@ enum {
     MAX_STARTED = 2, /* sums that are started and not finished */
 };
 
-/* `core.py` expects this number, so that an old build beside new sources is not used. It is raised
+/* `c_modules.py` expects this number, so that an old build beside new sources is not used. It is raised
  * with what Python asks of this module, what ranks write into the area, and what bits sums have. */
 enum { PROTOCOL = 3 };
 

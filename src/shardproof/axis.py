@@ -17,8 +17,8 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardproof import checking, torchrun
+from shardproof.checked_values import checked_flag, checked_name
 from shardproof.errors import AxisError, MismatchError, UsageError
-from shardproof.quantities import checked_flag, checked_name
 from shardproof.timeout import START_TIMEOUT, checked_timeout
 from shardproof.transport.base import Call, Transport
 from shardproof.transport.choose import AUTO, checked_transport, choose, meet

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from shardproof.checked_values import whole_number
 from shardproof.errors import DegreeError, ShapeError
-from shardproof.quantities import whole_number
 from shardproof.wording import shown
 
 DEFAULT_LEAVES = 8

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from shardproof.axis import Axis
+from shardproof.checked_values import checked_flag, checked_whole
 from shardproof.engines.capacity import check_threads
 from shardproof.engines.engine import Ranks, Settings
 from shardproof.engines.processes import ProcessRanks
 from shardproof.engines.threads import ThreadRanks
 from shardproof.errors import UsageError
 from shardproof.leaves import checked_degree
-from shardproof.quantities import checked_flag, checked_whole
 from shardproof.timeout import checked_timeout
 from shardproof.trace.trace import Trace, checked_trace
 from shardproof.transport.choose import AUTO, GLOO, SHM, checked_transport, refusal, shm_problem

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from shardproof import comm, operands
 from shardproof.axis import Axis
+from shardproof.checked_objects import checked_model
 from shardproof.errors import ShapeError, UsageError
 from shardproof.index_runs import take
 from shardproof.leaves import Cut, Layout
 from shardproof.numerics.precision import widen
 from shardproof.numerics.sums import sum_all
-from shardproof.objects import checked_model
 from shardproof.optim.layouts import layouts_of
 from shardproof.tree import add_run
 from shardproof.wording import shown

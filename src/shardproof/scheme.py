@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from shardproof.checked_values import LARGEST, LARGEST_SEED, whole_number
 from shardproof.errors import DegreeError, UsageError
 from shardproof.leaves import DEFAULT_LEAVES
-from shardproof.quantities import LARGEST, LARGEST_SEED, whole_number
 from shardproof.wording import shown
 
 Numerics = Literal["invariant", "native"]

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from shardproof.quantities import checked_real
+from shardproof.checked_values import checked_real
 
 # Seconds for the start, in which ranks import torch; the user's timeout does not apply to it.
 START_TIMEOUT = 300.0

@@ -7,8 +7,8 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from shardproof.checked_values import LARGEST, read_whole
 from shardproof.errors import AxisError
-from shardproof.quantities import LARGEST, read_whole
 from shardproof.wording import shown, written
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

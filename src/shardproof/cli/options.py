@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from shardproof import torchrun
+from shardproof.checked_values import LARGEST, LARGEST_SEED, read_whole
 from shardproof.cli.output_file import OutputFile
 from shardproof.errors import UsageError
 from shardproof.leaves import DEFAULT_LEAVES
 from shardproof.prover import DEFAULT_SEED
-from shardproof.quantities import LARGEST, LARGEST_SEED, read_whole
 from shardproof.wording import VALUE, shown, written
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -1,6 +1,7 @@
 """Import all modules with rules, which registers the rules."""
 
 from shardproof.cut import (
+    along_dim,
     autograd_functions,
     channels,
     checked,
@@ -10,7 +11,6 @@ from shardproof.cut import (
     conv,
     fallback,
     head_attention,
-    lines,
     lookup,
     matrix_products,
     module_calls,
@@ -21,6 +21,7 @@ from shardproof.cut import (
 )
 
 __all__ = [
+    "along_dim",
     "autograd_functions",
     "channels",
     "checked",
@@ -30,7 +31,6 @@ __all__ = [
     "conv",
     "fallback",
     "head_attention",
-    "lines",
     "lookup",
     "matrix_products",
     "module_calls",

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from shardproof import files
+from shardproof.checked_values import LARGEST, real_number, whole_number
 from shardproof.errors import UsageError
 from shardproof.hf.weights import CONFIG
-from shardproof.quantities import LARGEST, real_number, whole_number
 from shardproof.wording import shown, written
 
 # Configs of real models have a few KiB, or some 100 KiB with names of labels.

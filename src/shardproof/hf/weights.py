@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from shardproof import files, optim
+from shardproof.checked_objects import checked_model
 from shardproof.errors import UsageError
 from shardproof.leaves import Layout
-from shardproof.objects import checked_model
 from shardproof.wording import dtype_name, few, shown, written
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"

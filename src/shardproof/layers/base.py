@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from shardproof.axis import Axis, checked_axis
+from shardproof.checked_objects import checked_device, checked_dtype, plain_words
+from shardproof.checked_values import LARGEST, checked_name, whole_number
 from shardproof.errors import LayoutError, ShapeError, UsageError
 from shardproof.layers import guard, registry
 from shardproof.layers.init_guard import passes_over
 from shardproof.leaves import Cut, Layout, check_degree
 from shardproof.numerics import mode
 from shardproof.numerics.random import draw_uniform
-from shardproof.objects import checked_device, checked_dtype, plain_words
-from shardproof.quantities import LARGEST, checked_name, whole_number
 from shardproof.scheme import Scheme, checked_scheme
 from shardproof.wording import TEXT, shown
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from shardproof import comm, operators
 from shardproof.axis import Axis
+from shardproof.checked_values import whole_number
 from shardproof.errors import LayoutError, UsageError
 from shardproof.leaves import Cut
 from shardproof.ops.dropout import MaskKey, dropout
-from shardproof.quantities import whole_number
 
 Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]]
 

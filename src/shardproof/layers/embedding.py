@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
+from shardproof.checked_values import LARGEST, checked_whole
 from shardproof.comm.split import Split
 from shardproof.errors import UsageError
 from shardproof.layers.base import OwnParameter, ShardedModule, own
 from shardproof.numerics.random import draw_normal
 from shardproof.ops.embedding import padding_row, vocab_embedding
-from shardproof.quantities import LARGEST, checked_whole
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
 from shardproof.wording import shown
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
+from shardproof.checked_values import checked_flag
 from shardproof.comm.split import Split
 from shardproof.layers.base import own
 from shardproof.layers.parallel_linear import ParallelLinear, like
 from shardproof.leaves import Cut
 from shardproof.ops.linear import Gathers, column_linear, row_linear
-from shardproof.quantities import checked_flag
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
 
 

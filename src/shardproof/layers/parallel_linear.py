@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from shardproof import operands
 from shardproof.axis import Axis
+from shardproof.checked_values import checked_flag
 from shardproof.comm.split import Split
 from shardproof.errors import ShapeError, UsageError
 from shardproof.layers.base import OwnParameter, ShardedModule
 from shardproof.leaves import Cut
-from shardproof.quantities import checked_flag
 from shardproof.scheme import Scheme
 from shardproof.wording import shown
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof import core, operands, operators
+from shardproof import c_modules, operands, operators
 from shardproof.numerics import matmul, products
 
 _WHO = "a matrix product of heads (a @ b)"
@@ -112,7 +112,7 @@ def _operator(a: Tensor, b: Tensor, serving: list[int]) -> Tensor:
 
 
 def _multiply(a: Tensor, b: Tensor, serving: Sequence[int], out: Tensor) -> None:
-    kernels: Any = core.kernels()
+    kernels: Any = c_modules.kernels()
     run, threads, is_double = kernels.product, torch.get_num_threads(), a.dtype == torch.float64
     batch, _, m, k = a.shape
     n, size = b.shape[3], a.element_size()

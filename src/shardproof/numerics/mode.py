@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from shardproof import core, environment
+from shardproof import c_modules, environment
 from shardproof.errors import NumericsError, UsageError
 from shardproof.scheme import Scheme
 from shardproof.wording import dtype_name
@@ -140,9 +140,9 @@ def missing_products() -> str | None:
     Raises:
         UsageError: SHARDPROOF_CORE is set to what it does not know.
     """
-    kernels = core.kernels()
+    kernels = c_modules.kernels()
     if kernels is None:
-        return core.problem("kernels")
+        return c_modules.problem("kernels")
     return "this CPU has no fused multiply-add" if kernels.path() == "none" else None
 
 

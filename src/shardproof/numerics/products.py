@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from shardproof import core, observing, operands, operators
+from shardproof import c_modules, observing, operands, operators
 from shardproof.errors import ShapeError
 from shardproof.numerics import mode
 from shardproof.tree import Node, children, nodes_of_run
@@ -230,7 +230,7 @@ def _refuse_bias(bias: Tensor, a: Tensor, m: int, n: int) -> NoReturn:
 @functools.cache
 def _kernel() -> Callable[..., None]:
     """Asked for only where `mode` found it."""
-    kernels: Any = core.kernels()
+    kernels: Any = c_modules.kernels()
     return kernels.product
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof import core, observing, operands, operators
+from shardproof import c_modules, observing, operands, operators
 from shardproof.errors import ShapeError
 from shardproof.numerics import mode, products
 from shardproof.numerics.matmul import fresh_operands
@@ -270,7 +270,7 @@ def _program(slices: Slices, run: range, num_leaves: int) -> _Program:
 @functools.cache
 def _kernel() -> Callable[..., None]:
     """Asked for only where `mode` found it."""
-    kernels: Any = core.kernels()
+    kernels: Any = c_modules.kernels()
     return kernels.joined
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof import core, operands, operators
+from shardproof import c_modules, operands, operators
 from shardproof.errors import ShapeError
 from shardproof.numerics.precision import node_dtype
 
@@ -136,7 +136,7 @@ def _row_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _has_kernel(x: Tensor) -> bool:
-    return x.dtype in _IS_DOUBLE and x.is_cpu and x.numel() > 0 and core.kernels() is not None
+    return x.dtype in _IS_DOUBLE and x.is_cpu and x.numel() > 0 and c_modules.kernels() is not None
 
 
 def _kernel_fold(x: Tensor, *, is_squared: bool = False) -> Tensor:
@@ -147,7 +147,7 @@ def _kernel_fold(x: Tensor, *, is_squared: bool = False) -> Tensor:
     if x.is_neg():  # a view whose memory has the opposite sign
         x = x.resolve_neg()
     rows, columns = x.shape
-    kind, kernels = _IS_DOUBLE[x.dtype], core.kernels()
+    kind, kernels = _IS_DOUBLE[x.dtype], c_modules.kernels()
     fold: Any = None if kernels is None else kernels.fold
     out = x
     try:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from shardproof import operands
+from shardproof.checked_values import LARGEST_SEED, checked_whole, whole_number
 from shardproof.errors import ShapeError, UsageError
 from shardproof.numerics.random import draw_uniform
-from shardproof.quantities import LARGEST_SEED, checked_whole, whole_number
 from shardproof.wording import shown
 
 

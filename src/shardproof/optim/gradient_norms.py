@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from shardproof import operands
+from shardproof.checked_objects import checked_model
+from shardproof.checked_values import checked_real
 from shardproof.numerics.sums import sum_squares
-from shardproof.objects import checked_model
 from shardproof.optim.layouts import ParameterLayout, layouts_of
-from shardproof.quantities import checked_real
 
 
 @torch.no_grad()

@@ -6,15 +6,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from shardproof.errors import LayoutError, UsageError
-from shardproof.leaves import Layout, replicated
-from shardproof.objects import (
+from shardproof.checked_objects import (
     checked_model,
     checked_optimizer,
     checked_optimizer_state,
     load_into,
     plain_words,
 )
+from shardproof.errors import LayoutError, UsageError
+from shardproof.leaves import Layout, replicated
 from shardproof.optim.layouts import layouts_of
 from shardproof.optim.whole_optimizer import WholeOptimizer
 from shardproof.wording import shown, written

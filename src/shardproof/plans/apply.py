@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shardproof.axis import Axis, checked_axis
+from shardproof.checked_objects import checked_model
 from shardproof.errors import PlanError, ShardproofError
 from shardproof.hf.cache import guard_cache
 from shardproof.hf.detection import is_transformers
@@ -19,7 +20,6 @@ from shardproof.hf.refused import guard_methods
 from shardproof.layers import registry
 from shardproof.layers.base import ShardedModule, check_state
 from shardproof.numerics import mode
-from shardproof.objects import checked_model
 from shardproof.plans.by_example import plan_by_example
 from shardproof.plans.by_names import cut_by_names, rehearse_by_names
 from shardproof.plans.compiled import make_compilable

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from shardproof.checked_values import whole_number
 from shardproof.hf.detection import is_transformers
 from shardproof.plans.style import Attention, ColumnParallel, Norms, RowParallel, Style
-from shardproof.quantities import whole_number
 
 QUERY, KEY, VALUE = "q_proj", "k_proj", "v_proj"
 NORMS = ("q_norm", "k_norm")

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardproof.checked_objects import checked_device, checked_model
+from shardproof.checked_values import checked_real
 from shardproof.errors import UsageError
 from shardproof.layers import registry
 from shardproof.layers.base import ShardedModule
 from shardproof.layers.rms_formula import find_formula
 from shardproof.leaves import Layout, replicated
 from shardproof.numerics.random import draw_normal
-from shardproof.objects import checked_device, checked_model
-from shardproof.quantities import checked_real
 from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme
 
 DEFAULT_STD = 0.02

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from shardproof.checked_values import checked_flag, checked_whole
 from shardproof.errors import PlanError, UsageError
 from shardproof.plans.attention_check import ChildAttentionOptions
 from shardproof.plans.collective import Collective, Counts, StepSize, count
@@ -11,7 +12,6 @@ from shardproof.plans.match import near_names
 from shardproof.plans.module_plan import ModulePlan, Row, held_bytes, rows, style_dict
 from shardproof.plans.plan_text import columns, parameters_line, size
 from shardproof.plans.style import Attention, ColumnParallel, Plan, RowParallel, Style
-from shardproof.quantities import checked_flag, checked_whole
 from shardproof.scheme import Scheme
 from shardproof.wording import few, shown
 

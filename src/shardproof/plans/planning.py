@@ -7,11 +7,11 @@ from typing import Any, overload
 
 from torch import Tensor, nn
 
+from shardproof.checked_objects import checked_model
 from shardproof.errors import PlanError
 from shardproof.hf.attention_registry import implementation_problems
 from shardproof.hf.detection import is_transformers
 from shardproof.leaves import check_degree, checked_degree
-from shardproof.objects import checked_model
 from shardproof.plans.attention_check import ChildAttentionOptions, attention_options_of
 from shardproof.plans.attention_modules import recognise
 from shardproof.plans.by_example import has_example, plan_by_example, watch_example

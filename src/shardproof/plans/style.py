@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, get_args
 
+from shardproof.checked_values import LARGEST, real_number, whole_number
 from shardproof.errors import PlanError
-from shardproof.quantities import LARGEST, real_number, whole_number
 from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme
 from shardproof.wording import few, shown
 

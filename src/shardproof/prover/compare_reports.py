@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shardproof.checked_values import LARGEST, whole_number
 from shardproof.errors import UsageError
 from shardproof.prover.report import Report
-from shardproof.quantities import LARGEST, whole_number
 from shardproof.scheme import NUMERICS
 from shardproof.wording import few, shown
 

@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
+from shardproof.checked_objects import checked_model
+from shardproof.checked_values import checked_flag, checked_name, checked_whole
 from shardproof.errors import UsageError
-from shardproof.objects import checked_model
 from shardproof.prover.case import Case, CaseRun
 from shardproof.prover.proof import DEGREES, checked_degrees, prove_cases
 from shardproof.prover.report import Report
 from shardproof.prover.training import Batch, MakeOptimizer, Training, make_optimizer
-from shardproof.quantities import checked_flag, checked_name, checked_whole
 from shardproof.scheme import Scheme
 from shardproof.wording import shown
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
+from shardproof.checked_objects import checked_optimizer
 from shardproof.errors import NumericsError, UsageError
-from shardproof.objects import checked_optimizer
 from shardproof.optim.state import state_layout
 from shardproof.prover.case import CaseRun, parameter_layouts
 from shardproof.prover.compare import OptimizerStep, spread

@@ -13,12 +13,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from shardproof import files
+from shardproof.checked_values import checked_flag, checked_name
 from shardproof.errors import UsageError
 from shardproof.leaves import check_degree, checked_degree
 from shardproof.plans.apply import parallelize
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.style import Plan, Style
-from shardproof.quantities import checked_flag, checked_name
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
 from shardproof.showing.page import page_of
 from shardproof.showing.scenes import StepView, view_of

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
+from shardproof.checked_objects import checked_model, checked_optimizer
 from shardproof.cut.tensor import CutTensor
 from shardproof.errors import UsageError
 from shardproof.functional import mse_loss
 from shardproof.hf.skeleton import skeleton
 from shardproof.hf.weights import checked_directory, load, matched
 from shardproof.leaves import Layout
-from shardproof.objects import checked_model, checked_optimizer
 from shardproof.observing import Placement, observers
 from shardproof.operands import FLOATS
 from shardproof.plans.apply import parallelize

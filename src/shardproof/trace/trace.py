@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from shardproof.axis import Axis, checked_axis
+from shardproof.checked_values import checked_flag, checked_whole
 from shardproof.errors import UsageError
-from shardproof.quantities import checked_flag, checked_whole
 from shardproof.trace.hooks import listening
 from shardproof.trace.rank import RankTrace
 from shardproof.trace.step import TraceStep

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
-from shardproof import core
+from shardproof import c_modules
 from shardproof.errors import AxisError, MismatchError, UsageError
 from shardproof.transport.base import Call, Transport
 from shardproof.transport.distributed import DistributedTransport
@@ -83,8 +83,8 @@ def checked_transport(transport: Any, known: Sequence[str] = NAMES) -> str:
 
 def shm_problem() -> str | None:
     """Why this process cannot share memory with others on this machine, or None; it tries."""
-    if core.shm() is None:
-        return core.problem()
+    if c_modules.shm() is None:
+        return c_modules.problem()
     try:
         SharedTransport.connect(SoloTransport(), timeout=1.0).close()
     except AxisError as error:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from shardproof import core
+from shardproof import c_modules
 
 SAMPLE = 32  # number of elements of a tensor that are sampled
 _MOST = 64  # number of notes that are kept; older ones are only part of the hash
@@ -122,7 +122,7 @@ def is_readable(x: Tensor) -> bool:
 
 def sample(x: Tensor) -> bytes:
     """Bytes of up to `SAMPLE` elements, at positions that depend on the shape only."""
-    module = core.shm()
+    module = c_modules.shm()
     if module is None:
         return sample_in_python(x)
     data: bytes = module.sample(x.data_ptr(), x.element_size(), x.shape, x.stride(), SAMPLE)

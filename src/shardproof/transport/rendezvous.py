@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardproof import core
+from shardproof import c_modules
 from shardproof.error_text import text_of
 from shardproof.errors import UsageError
 from shardproof.transport.agreement import disagreement
@@ -92,7 +92,7 @@ class Rendezvous:
         self.calls: list[Call | None] = [None] * size
         self._patience = [_Patience() for _ in range(size)]
         self.cores: list[Any] | None = None
-        module = core.shm()
+        module = c_modules.shm()
         if module is not None and 1 < size <= module.MAX_RANKS:
             area = mmap.mmap(-1, module.area_bytes(size, 0))
             self._disagreement: type[BaseException] = module.Disagreement

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof import core
+from shardproof import c_modules
 from shardproof.error_text import text_of
 from shardproof.errors import AxisError, MismatchError, ShardproofError
 from shardproof.transport.base import (
@@ -57,9 +57,9 @@ class SharedTransport(CoreTransport):
         timeout: float,
         observer: Callable[[Call | None], None] | None,
     ) -> None:
-        module = core.shm()
+        module = c_modules.shm()
         if module is None:
-            raise AxisError(f"ranks cannot share memory: {core.problem()}.")
+            raise AxisError(f"ranks cannot share memory: {c_modules.problem()}.")
         size = len(peers)
         super().__init__(module, rank, size, sliced_from=_SLICED_FROM if size > 2 else 1 << 62)
         self.ledger = Ledger()
@@ -90,11 +90,11 @@ class SharedTransport(CoreTransport):
         Raises:
             AxisError: on all ranks, if they cannot share memory; the message says why.
         """
-        module = core.shm()
+        module = c_modules.shm()
         layout = 0 if module is None else layout_of(module, _SLOT, _SLICED_FROM)
-        hosts = find_hosts(base, layout, core.problem() if module is None else None)
+        hosts = find_hosts(base, layout, c_modules.problem() if module is None else None)
         if module is None:
-            raise AxisError(f"ranks cannot share memory: {core.problem()}.")
+            raise AxisError(f"ranks cannot share memory: {c_modules.problem()}.")
         if base.size > module.MAX_RANKS:
             raise AxisError(
                 f"{base.size} ranks cannot share memory; no more than {module.MAX_RANKS} can. Use "

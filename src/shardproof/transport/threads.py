@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof import core
+from shardproof import c_modules
 from shardproof.errors import MismatchError, UsageError
 from shardproof.transport import portable
 from shardproof.transport.base import Call, Order, Pending, Window
@@ -37,7 +37,7 @@ class ThreadsTransport(CoreTransport):
     name = "threads"
 
     def __init__(self, rendezvous: Rendezvous, rank: int) -> None:
-        super().__init__(core.shm(), rank, rendezvous.size, sliced_from=_SLICED_FROM)
+        super().__init__(c_modules.shm(), rank, rendezvous.size, sliced_from=_SLICED_FROM)
         self._core = None if rendezvous.cores is None else rendezvous.cores[rank]
         self.ledger = Ledger()
         self._rendezvous = rendezvous
@@ -160,7 +160,7 @@ class _StartedSum(portable.PortableSum):
 
 def waits_note() -> str:
     """Why ranks as threads wait in Python; empty if they wait in the C core."""
-    return "" if core.shm() is not None else f"ranks wait in Python: {core.problem()}"
+    return "" if c_modules.shm() is not None else f"ranks wait in Python: {c_modules.problem()}"
 
 
 def _check_stream(x: Tensor) -> None:
