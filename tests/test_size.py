@@ -14,6 +14,7 @@ MANY_PARAMETERS = {
     **dict.fromkeys(
         [
             "cut/deferred.py _attended",
+            "layers/attention.py forward",
             "cut/head_attention.py attended_with_dropout",
             "hf/attention_registry.py _attend",
             "numerics/channel_norms.py batch_norm",

@@ -58,11 +58,13 @@ class HeadAttention(Drawing):
         k: Tensor,
         v: Tensor,
         *,
+        mask: Tensor | None = None,
         is_causal: bool | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
         dropout: float | None = None,
-        **options: Any,
     ) -> Tensor:
-        """See the class; `options` are mask, scale and softcap of `functional.attention`."""
+        """See the class; `mask` and the rest are those of `ops.attention.attention`."""
         split = self.split
         self.calls += 1
         is_causal = self.is_causal if is_causal is None else is_causal
@@ -81,9 +83,11 @@ class HeadAttention(Drawing):
             k,
             v,
             split,
+            mask=mask,
             is_causal=is_causal,
+            scale=scale,
+            softcap=softcap,
             dropout=self._dropout(dropout),
-            **options,
         )
         return F.pad(y, (0, 0, 0, 0, 0, stand_ins)) if stand_ins else y
 
