@@ -280,5 +280,5 @@ def test_a_plain_dim_has_the_bits_of_the_linears_of_before(
 def general_row(x: Tensor, weight: Tensor, bias: Tensor | None, split: Split) -> Tensor:
     """What is not plain, of what is."""
     dim = next(dim for dim in DIMS.values() if dim.size == split.cut.size)
-    call = unit_linear._Call(dim.place(split.axis), False)
+    call = unit_linear._LinearCall(dim.place(split.axis), False)
     return unit_linear._apply_row(x, weight, bias, call)

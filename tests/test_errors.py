@@ -33,8 +33,8 @@ BUILTINS = {
 
 # Raised by our source although they are not ours: (file, what) and why.
 FOREIGN_RAISES = {
-    ("plan_given.py", "ImportError"): "caught beside what the import itself raises",
-    ("plan_given.py", "ModuleNotFoundError"): "caught beside what the import itself raises",
+    ("plan.py", "ImportError"): "caught beside what the import itself raises",
+    ("plan.py", "ModuleNotFoundError"): "caught beside what the import itself raises",
     ("segment.py", "OSError"): "caught beside what opening the memory itself raises",
     ("base.py", "AttributeError"): "what Python raises of what is not there",
     ("cut_module.py", "AttributeError"): "what Python raises of what is not there",
