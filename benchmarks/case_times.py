@@ -50,7 +50,7 @@ WARM_UP = 3
 
 
 class Bare(CaseRun):
-    """A trial that measures and keeps nothing: a timed run is not the proof."""
+    """A run that measures and keeps nothing: a timed run is not the proof."""
 
     def __init__(self, axis: Axis | None, numerics: Numerics) -> None:
         scheme = Scheme(numerics=numerics)
@@ -65,25 +65,25 @@ class Bare(CaseRun):
         """Take one tensor and drop it."""
 
 
-def step_of(name: str, trial: Bare) -> Callable[[], None]:
+def step_of(name: str, run: Bare) -> Callable[[], None]:
     """One training step of a case, ready to be called again and again."""
     training = find_case(name).work
     if name == "digits":
-        model = digits.build(trial)
+        model = digits.build(run)
         optimizer = digits.sgd(model.parameters())
-        data = itertools.cycle(digits.batches(digits.load(trial.seed), trial.seed, epoch=1))
-        return lambda: digits.train_step(trial, model, optimizer, *next(data))
+        data = itertools.cycle(digits.batches(digits.load(run.seed), run.seed, epoch=1))
+        return lambda: digits.train_step(run, model, optimizer, *next(data))
     if isinstance(training, TextTraining):
-        return functools.partial(_read, training, trial, *_open(training, trial))
+        return functools.partial(_read, training, run, *_open(training, run))
     if not isinstance(training, Training):
-        return lambda: training(trial)  # as small as a step: build, forward, loss, backward
-    return functools.partial(_step, training, trial, *_prepare(training, trial))
+        return lambda: training(run)  # as small as a step: build, forward, loss, backward
+    return functools.partial(_step, training, run, *_prepare(training, run))
 
 
-def _open(training: TextTraining, trial: Bare) -> tuple[nn.Module, Optimizer, Tensor]:
-    model = training.source.build(trial, dropout=0.0)
+def _open(training: TextTraining, run: Bare) -> tuple[nn.Module, Optimizer, Tensor]:
+    model = training.source.build(run, dropout=0.0)
     tokens = standard_library().windows(
-        seed=trial.seed,
+        seed=run.seed,
         step=0,
         rows=training.rows,
         length=training.length,
@@ -93,28 +93,28 @@ def _open(training: TextTraining, trial: Bare) -> tuple[nn.Module, Optimizer, Te
 
 
 def _read(
-    training: TextTraining, trial: Bare, model: nn.Module, optimizer: Optimizer, tokens: Tensor
+    training: TextTraining, run: Bare, model: nn.Module, optimizer: Optimizer, tokens: Tensor
 ) -> None:
     optimizer.zero_grad(set_to_none=True)
-    training.source.score(trial, model, tokens).loss.backward()
-    clip(trial, model, training.max_norm)
+    training.source.score(run, model, tokens).loss.backward()
+    clip(run, model, training.max_norm)
     optimizer.step()
 
 
-def _prepare(training: Training, trial: Bare) -> tuple[Batch, nn.Module, Optimizer | None]:
-    batch = training.batch(trial)
+def _prepare(training: Training, run: Bare) -> tuple[Batch, nn.Module, Optimizer | None]:
+    batch = training.batch(run)
     inputs = tuple(x.detach().clone() for x in batch.inputs)
     for x in inputs:
         x.requires_grad_(x.is_floating_point())
-    model = training.build(trial)
+    model = training.build(run)
     optimizer = make_optimizer(training.optimizer, model) if training.optimizer else None
     return Batch(inputs, batch.target), model, optimizer
 
 
 def _step(
-    training: Training, trial: Bare, batch: Batch, model: nn.Module, optimizer: Optimizer | None
+    training: Training, run: Bare, batch: Batch, model: nn.Module, optimizer: Optimizer | None
 ) -> None:
-    training.loss(trial, model(*batch.inputs), batch.target).backward()
+    training.loss(run, model(*batch.inputs), batch.target).backward()
     if optimizer is not None:
         optimizer.step()
     model.zero_grad(set_to_none=True)

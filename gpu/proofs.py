@@ -28,10 +28,10 @@ class OnDevice:
     work: Callable[[CaseRun], None]
     device: torch.device
 
-    def __call__(self, trial: CaseRun) -> None:
+    def __call__(self, run: CaseRun) -> None:
         """Run on one rank, or in plain torch."""
-        trial.device = self.device
-        self.work(trial)
+        run.device = self.device
+        self.work(run)
 
 
 def on_device(case: Case, device: torch.device) -> Case:

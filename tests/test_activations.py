@@ -24,7 +24,7 @@ from shardproof.layers.activations import (
     NOT_ELEMENTWISE,
     REFUSED,
     REPLACED,
-    invariant_twin,
+    invariant_replacement,
     why_refused,
 )
 from shardproof.optim import layouts_of
@@ -94,8 +94,8 @@ def test_every_class_that_holds_or_is_replaced_is_tried() -> None:
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_what_stays_or_takes_the_place_has_the_same_bits_in_every_part(module: nn.Module) -> None:
-    assert (invariant_twin(module) is None) == (type(module) in HOLDS)
-    used = invariant_twin(module) or module
+    assert (invariant_replacement(module) is None) == (type(module) in HOLDS)
+    used = invariant_replacement(module) or module
 
     def out_of_place(x: Tensor) -> Tensor:
         return used(x.clone() if getattr(module, "inplace", False) else x)
@@ -105,9 +105,9 @@ def test_what_stays_or_takes_the_place_has_the_same_bits_in_every_part(module: n
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if type(m) in REPLACED], ids=str)
-def test_a_twin_has_the_values_and_gradients_of_torch(module: nn.Module) -> None:
-    twin = invariant_twin(module)
-    assert twin is not None
+def test_a_replacement_has_the_values_and_gradients_of_torch(module: nn.Module) -> None:
+    replacement = invariant_replacement(module)
+    assert replacement is not None
     for dtype, tolerance in ((torch.float64, 1e-7), (torch.float32, 1e-5), (torch.bfloat16, 0.03)):
         x, grad_y = 3 * normal(2, 499).to(dtype), normal(2, 499, seed=1).to(dtype)
         views = (
@@ -118,7 +118,7 @@ def test_a_twin_has_the_values_and_gradients_of_torch(module: nn.Module) -> None
         )
         for values, gradient in views:
             for a, b in zip(
-                with_gradient(twin, values, gradient),
+                with_gradient(replacement, values, gradient),
                 with_gradient(module, values, gradient),
                 strict=True,
             ):
@@ -182,9 +182,10 @@ def test_activations_of_transformers_hold_or_are_ours(theirs: ModuleType) -> Non
         if kind in NOT_ELEMENTWISE or kind.__name__ in NAMED_NOT_ELEMENTWISE:
             continue
         module = theirs.ACT2FN[key]
-        twin = invariant_twin(module)
-        assert (twin is not None) == (kind in REPLACED or kind.__name__ in NAMED_REPLACED), key
-        used = twin or module
+        replacement = invariant_replacement(module)
+        is_replaced = kind in REPLACED or kind.__name__ in NAMED_REPLACED
+        assert (replacement is not None) == is_replaced, key
+        used = replacement or module
         elementwise_tally(used, [(5, 509)]).expect_holds(key)
         elementwise_tally(used, [(3, 83)], dtype=torch.bfloat16).expect_holds(key)
         x, grad_y = 3 * normal(999).double(), normal(999, seed=1).double()
@@ -338,7 +339,7 @@ def test_native_numerics_leave_all_as_it_is() -> None:
 
 
 def test_a_module_whose_forward_was_set_is_not_replaced_in_silence(pool: Pool) -> None:
-    """As libraries do that wrap a module: the twin would compute torch's function."""
+    """As libraries do that wrap a module: the replacement would compute torch's function."""
 
     def act() -> nn.Module:
         module = nn.SiLU()

@@ -52,7 +52,7 @@ class Setup:
     dtype: torch.dtype = torch.float64
     numerics: Numerics = "invariant"
 
-    def site(self, axis: Axis) -> HeadSplit:
+    def split(self, axis: Axis) -> HeadSplit:
         heads = Heads(self.queries, self.keys, self.head_dim, 8, axis.size)
         return HeadSplit(axis, heads, Scheme(numerics=self.numerics), "layers.0.attention")
 
@@ -91,12 +91,12 @@ class Setup:
     def dropout(self) -> HeadDropout | None:
         return None if self.p is None else HeadDropout(self.p, 7, "layers.0.attention", 3)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, site: HeadSplit) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, split: HeadSplit) -> Tensor:
         return attention(
             q,
             k,
             v,
-            site,
+            split,
             mask=self.drawn_mask,
             is_causal=self.mask == "causal",
             scale=self.scale,
@@ -147,30 +147,30 @@ def part(x: Tensor, heads: range) -> Tensor:
     return x[:, heads.start : heads.stop]
 
 
-def joined(x: Tensor, site: HeadSplit) -> Tensor:
+def joined(x: Tensor, split: HeadSplit) -> Tensor:
     """(B, owned, *) of every rank, (B, queries, *)."""
-    cut = Cut(site.heads.queries, site.heads.leaves, site.axis.size)
-    return comm.all_gather(x.detach(), site.axis, dim=1, cut=cut, direction="prover")
+    cut = Cut(split.heads.queries, split.heads.leaves, split.axis.size)
+    return comm.all_gather(x.detach(), split.axis, dim=1, cut=cut, direction="prover")
 
 
 def computed(axis: Axis, setup: Setup) -> Tensors:
     """y and the gradient of q, put together from all ranks; those of k and v as the rank has it."""
-    site = setup.site(axis)
+    split = setup.split(axis)
     q, k, v, grad_y = setup.data()
-    owned = [part(q, site.owned), part(k, site.held), part(v, site.held)]
+    owned = [part(q, split.owned), part(k, split.held), part(v, split.held)]
     leaves = [x.detach().requires_grad_() for x in owned]
     before = [x.detach().clone() for x in leaves]
-    y = setup(*leaves, site)
-    y.backward(part(grad_y, site.owned))
+    y = setup(*leaves, split)
+    y.backward(part(grad_y, split.owned))
     assert all_bits_equal(before, [x.detach() for x in leaves])
     grad_q, grad_k, grad_v = (x.grad for x in leaves)
     assert y.dtype == grad_q.dtype == grad_k.dtype == grad_v.dtype == setup.dtype
-    return {"y": joined(y, site), "q": joined(grad_q, site), "k": grad_k, "v": grad_v}
+    return {"y": joined(y, split), "q": joined(grad_q, split), "k": grad_k, "v": grad_v}
 
 
 def of_rank(whole: Tensors, axis: Axis, setup: Setup) -> Tensors:
     """What a rank should have of it."""
-    held = setup.site(axis).held
+    held = setup.split(axis).held
     return {name: part(x, held) if name in "kv" else x for name, x in whole.items()}
 
 
@@ -338,16 +338,16 @@ def test_a_token_at_a_time_gives_what_all_at_once_do(pool: Pool) -> None:
     setup = Setup(6, 2, head_dim=8, length=9, places=9, mask="causal", dtype=torch.float32)
 
     def run(axis: Axis) -> tuple[Tensor, Tensor]:
-        site = setup.site(axis)
+        split = setup.split(axis)
         q, k, v, _ = setup.data()
-        q, k, v = part(q, site.owned), part(k, site.held), part(v, site.held)
+        q, k, v = part(q, split.owned), part(k, split.held), part(v, split.held)
         with torch.no_grad():
-            whole = setup(q, k, v, site)
+            whole = setup(q, k, v, split)
             steps = [
-                attention(q[:, :, a:b], k[:, :, :b], v[:, :, :b], site, is_causal=True)
+                attention(q[:, :, a:b], k[:, :, :b], v[:, :, :b], split, is_causal=True)
                 for a, b in ((0, 4), (4, 5), (5, 6), (6, 9))
             ]
-        return joined(whole, site), joined(torch.cat(steps, 2), site)
+        return joined(whole, split), joined(torch.cat(steps, 2), split)
 
     alone = run(Axis.solo())
     assert_close(alone[0], alone[1], rtol=1e-5, atol=1e-6)
@@ -359,12 +359,12 @@ def test_a_token_at_a_time_gives_what_all_at_once_do(pool: Pool) -> None:
 @pytest.mark.parametrize("numerics", ["invariant", "native"])
 def test_strides_change_no_bit(numerics: Numerics) -> None:
     setup = Setup(8, 2, 24, length=19, places=33, dtype=torch.float32, numerics=numerics, p=0.1)
-    site = setup.site(Axis.solo())
+    split = setup.split(Axis.solo())
 
     def run(change: Callable[[Tensor], Tensor]) -> list[Tensor]:
         q, k, v, grad_y = map(change, setup.data())
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        y = setup(*leaves, site)
+        y = setup(*leaves, split)
         y.backward(grad_y)
         return [y.detach(), *(x.grad.contiguous() for x in leaves)]
 
@@ -381,14 +381,14 @@ def test_strides_change_no_bit(numerics: Numerics) -> None:
 
 def ledger(axis: Axis, setup: Setup, wanted: str) -> dict[str, dict[str, dict[str, int]]]:
     """What one forward and backward costs if only some of q, k and v want a gradient."""
-    site = setup.site(axis)
+    split = setup.split(axis)
     q, k, v, grad_y = setup.data()
-    owned = {"q": part(q, site.owned), "k": part(k, site.held), "v": part(v, site.held)}
+    owned = {"q": part(q, split.owned), "k": part(k, split.held), "v": part(v, split.held)}
     leaves = {name: x.detach().requires_grad_(name in wanted) for name, x in owned.items()}
     axis.transport.ledger.reset()
-    y = setup(**leaves, site=site)
+    y = setup(**leaves, split=split)
     if wanted:
-        y.backward(part(grad_y, site.owned))
+        y.backward(part(grad_y, split.owned))
     assert all((x.grad is not None) == (name in wanted) for name, x in leaves.items())
     return axis.transport.ledger.as_dict()
 
@@ -430,30 +430,30 @@ def test_one_all_gather_carries_what_is_shared_and_nothing_else_is_sent(pool: Po
 @pytest.mark.parametrize("numerics", ["invariant", "native"])
 def test_nothing_is_kept_where_no_gradient_is_wanted(numerics: Numerics) -> None:
     setup = Setup(4, 2, mask="causal", softcap=2.0, p=0.5, numerics=numerics)
-    site = setup.site(Axis.solo())
+    split = setup.split(Axis.solo())
     leaves = [x.requires_grad_() for x in setup.data()[:3]]
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
-        wanted = setup(*leaves, site)
+        wanted = setup(*leaves, split)
         assert any(x.shape[2:] == (5, 5) for x in kept)
         kept.clear()
         with torch.no_grad():
-            found = setup(*leaves, site)
+            found = setup(*leaves, split)
         assert bits_equal(found, wanted.detach())
         assert not found.requires_grad
-        setup(*(x.detach() for x in leaves), site)
+        setup(*(x.detach() for x in leaves), split)
     assert kept == []
 
 
 def test_autocast_casts_and_computes_in_fp32() -> None:
     setup = Setup(4, 2, 8, mask="causal", dtype=torch.float32)
-    site = setup.site(Axis.solo())
+    split = setup.split(Axis.solo())
     q, k, v, grad_y = setup.data()
 
     def run(dtype: torch.dtype) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-            y = setup(*(x.to(dtype) for x in leaves), site)
+            y = setup(*(x.to(dtype) for x in leaves), split)
             y.backward(grad_y.bfloat16())
         assert y.dtype == torch.bfloat16
         return [y.detach(), *(x.grad for x in leaves)]
@@ -464,7 +464,7 @@ def test_autocast_casts_and_computes_in_fp32() -> None:
 def test_a_second_backward_is_refused() -> None:
     setup = Setup(4, 2)
     leaves = [x.requires_grad_() for x in setup.data()[:3]]
-    y = setup(*leaves, setup.site(Axis.solo()))
+    y = setup(*leaves, setup.split(Axis.solo()))
     (grad,) = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -510,9 +510,9 @@ HEADS = (8, 2, 4)
 
 def call(**changes: object) -> Tensor:
     """A good call with some of its arguments changed."""
-    site = HeadSplit(Axis.solo(), Heads(*HEADS, 8, 1), Scheme(), "layers.0.attention")
+    split = HeadSplit(Axis.solo(), Heads(*HEADS, 8, 1), Scheme(), "layers.0.attention")
     q, kv = torch.ones(2, 8, 3, 4), torch.ones(2, 2, 5, 4)
-    given = {"q": q, "k": kv, "v": kv, "split": site}
+    given = {"q": q, "k": kv, "v": kv, "split": split}
     return attention(**given | changes)
 
 

@@ -555,14 +555,14 @@ SILENT = {
     function_replacement: {"is_replaced", "replace"},
     activations: {"Tanh", "Sigmoid", "SiLU", "GELU", "Softplus", "QuickGELU", "Mish"}
     | {"ClippedGELU", "SqrtSoftplus", "ELU", "CELU", "SELU", "Softshrink"}
-    | {"invariant_twin", "why_refused"},
+    | {"invariant_replacement", "why_refused"},
     rms_norm: {"RmsFormula", "RowSums", "normalise", "wide_rows"},
     dropout: {"MaskKey"},
-    dropout_layers: {"Drawing", "dropout_twin", "replay_dropout"},
+    dropout_layers: {"Drawing", "dropout_replacement", "replay_dropout"},
     rms_formula: {"find_formula"},
-    norm: {"norm_twin"},
+    norm: {"norm_replacement"},
     parallel_linear: {"ParallelLinear", "like"},
-    attention_layers: {"give_stand_in", "take_stand_in"},
+    attention_layers: {"pad_idle_output", "strip_idle_input"},
     replicated_input: {"SameOnAllRanks"},
 }
 

@@ -170,13 +170,13 @@ def test_gradients_of_weights_alone_sum_nothing_and_leave_nothing(pool: Pool) ->
         columns, x = Columns(axis), leaf(normal(5, WIDTH, seed=7))
         ys = columns(x)
         columns.calls()
-        _, basket = columns.entering.token(x)
+        _, pending = columns.entering.token(x)
         torch.autograd.grad(loss_of(ys), columns.weights, retain_graph=True)
         assert columns.calls() == 0
-        assert not basket._left
+        assert not pending._left
         torch.autograd.grad(loss_of(ys), [x, *columns.weights])
         assert columns.calls() == expected(columns, TREES)
-        assert not basket._left
+        assert not pending._left
 
     pool(2, "threads").run(weights_alone)
 
@@ -281,11 +281,11 @@ def test_a_handle_beside_its_tensor_makes_no_cycle() -> None:
 def _by_backward(patch: pytest.MonkeyPatch) -> None:
     """Joined in the order in which autograd comes by."""
 
-    def empty(basket: Any) -> list[Any]:
-        left: list[Any] = basket._left.pop(torch._C._current_graph_task_id(), [])
+    def empty(pending: Any) -> list[Any]:
+        left: list[Any] = pending._left.pop(torch._C._current_graph_task_id(), [])
         return left
 
-    patch.setattr(entering_module.Basket, "empty", empty)
+    patch.setattr(entering_module.PendingTerms, "empty", empty)
 
 
 def test_the_order_of_backward_would_be_seen(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from shardproof.axis import Axis
 from shardproof.errors import LayoutError, ShapeError, UsageError
 from shardproof.heads import Heads
 from shardproof.layers import dropout as layers
-from shardproof.layers.dropout import Dropout, dropout_twin, replay_dropout
+from shardproof.layers.dropout import Dropout, dropout_replacement, replay_dropout
 from shardproof.leaves import Cut
 from shardproof.ops import dropout as functional
 from shardproof.ops.dropout import MaskKey, dropout
@@ -248,17 +248,19 @@ def test_step_is_part_of_the_state() -> None:
         other[1].set_extra_state({})
 
 
-def test_twin_is_for_plain_dropout_alone() -> None:
-    twin = dropout_twin(nn.Dropout(0.3).eval(), name="h.0.drop", seed=5)
-    assert repr(twin) == "Dropout(p=0.3, name='h.0.drop', seed=5)"
-    assert twin is not None
-    assert not twin.training
-    part = dropout_twin(nn.Dropout(), name="a", seed=0, axis=Axis.solo(), cut=Cut(9, 8, 1), dim=0)
+def test_a_replacement_is_for_plain_dropout_alone() -> None:
+    replacement = dropout_replacement(nn.Dropout(0.3).eval(), name="h.0.drop", seed=5)
+    assert repr(replacement) == "Dropout(p=0.3, name='h.0.drop', seed=5)"
+    assert replacement is not None
+    assert not replacement.training
+    part = dropout_replacement(
+        nn.Dropout(), name="a", seed=0, axis=Axis.solo(), cut=Cut(9, 8, 1), dim=0
+    )
     assert repr(part) == "Dropout(p=0.5, name='a', seed=0, dim=0, leaves=8)"
     others: list[nn.Module] = [nn.Dropout(inplace=True), nn.Dropout2d(), nn.AlphaDropout()]
     others += [type("MyDropout", (nn.Dropout,), {})(), nn.Identity()]
     for module in others:
-        assert dropout_twin(module, name="a", seed=0) is None
+        assert dropout_replacement(module, name="a", seed=0) is None
 
 
 def test_wrong_options_raise() -> None:

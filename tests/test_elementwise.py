@@ -23,7 +23,7 @@ from invariance import (
 )
 from shardproof.errors import UsageError
 from shardproof.layers import activations
-from shardproof.layers.activations import invariant_twin
+from shardproof.layers.activations import invariant_replacement
 from shardproof.numerics import elementwise, piecewise
 
 Function = Callable[[Tensor], Tensor]
@@ -237,7 +237,7 @@ def test_wrong_dtype_and_wrong_option_raise() -> None:
         piecewise.softshrink(torch.ones(2), -0.5)
 
 
-TWINS: list[tuple[nn.Module, str]] = [
+REPLACEMENTS: list[tuple[nn.Module, str]] = [
     (nn.Tanh(), "Tanh()"),
     (nn.Sigmoid(), "Sigmoid()"),
     (nn.SiLU(), "SiLU()"),
@@ -253,16 +253,16 @@ TWINS: list[tuple[nn.Module, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("module", "text"), TWINS, ids=lambda value: str(value))
-def test_twin_has_the_options_of_the_module(module: nn.Module, text: str) -> None:
-    twin = invariant_twin(module.eval())
-    assert twin is not None
-    assert type(twin).__module__ == activations.__name__
-    assert repr(twin) == text
-    assert not twin.training
+@pytest.mark.parametrize(("module", "text"), REPLACEMENTS, ids=lambda value: str(value))
+def test_a_replacement_has_the_options_of_the_module(module: nn.Module, text: str) -> None:
+    replacement = invariant_replacement(module.eval())
+    assert replacement is not None
+    assert type(replacement).__module__ == activations.__name__
+    assert repr(replacement) == text
+    assert not replacement.training
     x = 3 * normal(999)
-    torch.testing.assert_close(twin(x), module(x), rtol=1e-6, atol=1e-6)
-    assert bits_equal(twin(x), torch.cat([twin(x[:10]), twin(x[10:])]))
+    torch.testing.assert_close(replacement(x), module(x), rtol=1e-6, atol=1e-6)
+    assert bits_equal(replacement(x), torch.cat([replacement(x[:10]), replacement(x[10:])]))
 
 
 @pytest.mark.parametrize(
@@ -279,8 +279,8 @@ def test_twin_has_the_options_of_the_module(module: nn.Module, text: str) -> Non
     ],
     ids=str,
 )
-def test_what_has_no_twin_gives_none(module: nn.Module) -> None:
-    assert invariant_twin(module) is None
+def test_what_has_no_replacement_gives_none(module: nn.Module) -> None:
+    assert invariant_replacement(module) is None
 
 
 THEIRS = {
@@ -301,15 +301,15 @@ THEIRS = {
 
 
 @pytest.mark.parametrize("name", THEIRS)
-def test_twin_computes_what_transformers_does(name: str) -> None:
+def test_a_replacement_computes_what_transformers_does(name: str) -> None:
     module = pytest.importorskip("transformers.activations").get_activation(name).eval()
-    twin = invariant_twin(module)
-    assert repr(twin) == THEIRS[name]
-    assert twin is not None
-    assert not twin.training
+    replacement = invariant_replacement(module)
+    assert repr(replacement) == THEIRS[name]
+    assert replacement is not None
+    assert not replacement.training
     for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5), (torch.bfloat16, 0.03)):
         x, grad_y = 3 * normal(999).to(dtype), normal(999, seed=1).to(dtype)
-        found, wanted = with_gradient(twin, x, grad_y), with_gradient(module, x, grad_y)
+        found, wanted = with_gradient(replacement, x, grad_y), with_gradient(module, x, grad_y)
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
@@ -349,9 +349,9 @@ def test_a_class_of_a_known_name_is_tried() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return F.silu(self.beta * x)
 
-    assert isinstance(invariant_twin(QuickGELUActivation(1.702)), activations.QuickGELU)
+    assert isinstance(invariant_replacement(QuickGELUActivation(1.702)), activations.QuickGELU)
     for module in (QuickGELUActivation(1.7), GELUActivation(), SiLUActivation()):
-        assert invariant_twin(module) is None
+        assert invariant_replacement(module) is None
 
 
 def test_autocast_and_checkpointing_leave_the_bits_alone() -> None:

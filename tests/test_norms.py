@@ -27,7 +27,7 @@ from shardproof.comm.split import Split
 from shardproof.errors import ShapeError, UsageError
 from shardproof.heads import Heads
 from shardproof.layers import norm as layers
-from shardproof.layers.activations import invariant_twin
+from shardproof.layers.activations import invariant_replacement
 from shardproof.layers.rms_formula import find_formula
 from shardproof.leaves import Cut
 from shardproof.numerics.sums import sum_squares_rows
@@ -191,12 +191,12 @@ def test_what_needs_no_gradient_gets_none() -> None:
 
 def test_autocast_leaves_the_bits_alone() -> None:
     x, grad_y, w, b = normal(30, 11), normal(30, 11, seed=1), parameter(11, seed=2), normal(11)
-    site = Setup("heads", (1, 1, 11)).site(Axis.solo())
+    split = Setup("heads", (1, 1, 11)).split(Axis.solo())
     for f in (
         lambda x: rms_norm(x, w, eps=1e-6),
         lambda x: layer_norm(x, w, b),
-        lambda x: head_rms_norm(x.view(30, 1, 11), w, site, PLAIN).view(30, 11),
-        lambda x: sharded_rms_norm(x, w, site, PLAIN),
+        lambda x: head_rms_norm(x.view(30, 1, 11), w, split, PLAIN).view(30, 11),
+        lambda x: sharded_rms_norm(x, w, split, PLAIN),
     ):
         wanted = step(f, x, grad_y, w)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -233,7 +233,7 @@ class Setup:
     numerics: Numerics = "invariant"
     formula: RmsFormula = PLAIN
 
-    def site(self, axis: Axis) -> Split:
+    def split(self, axis: Axis) -> Split:
         heads = Heads(*self.heads, 8, axis.size)
         held = heads.held(axis.rank) if self.of_keys else None
         cut = heads.key_cut if self.of_keys else heads.query_cut
@@ -276,9 +276,9 @@ SETUPS = [
 
 def computed(axis: Axis, setup: Setup) -> Tensors:
     """What this rank holds of y and of the gradients, and the norm of all gradients."""
-    site = setup.site(axis)
+    split = setup.split(axis)
     kind = layers.ShardedRMSNorm if setup.kind == "across" else layers.HeadRMSNorm
-    layer = kind.from_module(setup.module(), site)
+    layer = kind.from_module(setup.module(), split)
     if setup.formula != layer.formula:
         layer.formula = setup.formula
     held = held_of(setup, axis)
@@ -299,8 +299,8 @@ def computed(axis: Axis, setup: Setup) -> Tensors:
 
 
 def held_of(setup: Setup, axis: Axis) -> range:
-    site = setup.site(axis)
-    return site.cut.units(site.cut.run(axis.rank) if site.held is None else site.held)
+    split = setup.split(axis)
+    return split.cut.units(split.cut.run(axis.rank) if split.held is None else split.held)
 
 
 def part_of(whole: Tensors, setup: Setup, axis: Axis) -> Tensors:
@@ -486,7 +486,7 @@ def test_squares_of_a_row_are_counted_over_all_ranks(pool: Pool) -> None:
         wanted = part_of(of_torch(setup), setup, axis)["y"]
         weight = setup.module().weight.detach()[held.start : held.stop]
         own = rms_norm(x, weight, eps=1e-6)
-        ours = sharded_rms_norm(x, weight, setup.site(axis), setup.formula)
+        ours = sharded_rms_norm(x, weight, setup.split(axis), setup.formula)
         return (own - wanted).abs().max().item(), (ours - wanted).abs().max().item()
 
     for own, ours in pool(3, "threads").run(run):
@@ -498,11 +498,11 @@ def test_a_frozen_weight_is_not_summed_for_and_degree_1_sends_nothing(pool: Pool
     def run(axis: Axis, is_frozen: bool) -> list[int]:
         axis.transport.ledger.reset()
         for setup in (Setup("across"), Setup("heads")):
-            site, held = setup.site(axis), held_of(setup, axis)
+            split, held = setup.split(axis), held_of(setup, axis)
             x = setup.shaped(setup.data()[0][..., held.start : held.stop]).requires_grad_()
             weight = torch.ones(len(held) if setup.kind == "across" else 5)
             norm = sharded_rms_norm if setup.kind == "across" else head_rms_norm
-            norm(x, weight.requires_grad_(not is_frozen), site, setup.formula).sum().backward()
+            norm(x, weight.requires_grad_(not is_frozen), split, setup.formula).sum().backward()
         count = axis.transport.ledger.calls
         return [count("forward", "all_reduce"), count("backward", "all_reduce")]
 
@@ -524,7 +524,7 @@ def test_ranks_without_heads_take_part(pool: Pool) -> None:
 
 def test_what_does_not_fit_a_cut_norm_raises(pool: Pool) -> None:
     def run(axis: Axis) -> None:
-        across, heads = Setup("across").site(axis), Setup("heads").site(axis)
+        across, heads = Setup("across").split(axis), Setup("heads").split(axis)
         with pytest.raises(ShapeError, match=r"norm on .*\(2, 30\), but \(\*, held\) ends in"):
             sharded_rms_norm(torch.ones(2, 30), None, across, RmsFormula(1e-6))
         with pytest.raises(ShapeError, match=r"a weight of shape \(30,\), but this rank holds"):
@@ -569,15 +569,15 @@ def test_norms_of_transformers_are_found_out_and_computed(dtype: torch.dtype) ->
     for module, formula in models_own():
         assert find_formula(module) == formula, module
         module.to(dtype).eval()
-        twin = invariant_twin(module)
-        assert type(twin) is layers.RMSNorm
-        assert twin.weight is module.weight
-        assert not twin.training
-        assert twin.offset == formula.offset
+        replacement = invariant_replacement(module)
+        assert type(replacement) is layers.RMSNorm
+        assert replacement.weight is module.weight
+        assert not replacement.training
+        assert replacement.offset == formula.offset
         with torch.no_grad():
             module.weight.add_(0.3 * normal(48, seed=5).to(dtype))
         x, grad_y = normal(7, 3, 48).to(dtype), normal(7, 3, 48, seed=1).to(dtype)
-        y, *grads = step(twin, x, grad_y, module.weight)
+        y, *grads = step(replacement, x, grad_y, module.weight)
         y_theirs, *theirs = step(module, x, grad_y, module.weight)
         assert_close(y, y_theirs, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
         for a, b in zip(grads, theirs, strict=True):
@@ -648,7 +648,7 @@ def test_a_norm_that_computes_something_else_is_not_ours() -> None:
     ]
     for module in not_ours:
         assert find_formula(module) is None, module
-        assert invariant_twin(module) is None
+        assert invariant_replacement(module) is None
     with pytest.raises(UsageError, match="HalvedRMSNorm is no RMSNorm that we know"):
         layers.RMSNorm.from_module(HalvedRMSNorm(5))
 
@@ -666,40 +666,40 @@ def test_a_norm_that_computes_something_else_is_not_ours() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_twins_of_torchs_norms_share_their_parameters(
+def test_replacements_of_torchs_norms_share_their_parameters(
     module: nn.Module, dtype: torch.dtype
 ) -> None:
     module.to(dtype)
-    twin = invariant_twin(module)
-    assert twin is not None
-    assert type(twin).__module__ == layers.__name__
-    assert list(map(id, twin.parameters())) == list(map(id, module.parameters()))
+    replacement = invariant_replacement(module)
+    assert replacement is not None
+    assert type(replacement).__module__ == layers.__name__
+    assert list(map(id, replacement.parameters())) == list(map(id, module.parameters()))
     x, grad_y = normal(9, 12).to(dtype), normal(9, 12, seed=1).to(dtype)
     weights = list(module.parameters())
     for a, b in zip(
-        step(twin, x, grad_y, *weights), step(module, x, grad_y, *weights), strict=True
+        step(replacement, x, grad_y, *weights), step(module, x, grad_y, *weights), strict=True
     ):
         assert_close(a, b, **TOLERANCE[dtype])
-    assert set(twin.state_dict()) == set(module.state_dict())
+    assert set(replacement.state_dict()) == set(module.state_dict())
 
 
-def test_what_has_no_twin() -> None:
+def test_what_has_no_replacement() -> None:
     for module in (
         nn.RMSNorm((3, 4)),
         nn.LayerNorm((3, 4)),
         type("MyLayerNorm", (nn.LayerNorm,), {})(4),
         layers.RMSNorm(4, RmsFormula(1e-6)),
     ):
-        assert invariant_twin(module) is None
+        assert invariant_replacement(module) is None
     with pytest.raises(UsageError, match=r"LayerNorm.from_module takes an nn.LayerNorm over one"):
         layers.LayerNorm.from_module(nn.LayerNorm((3, 4)))
 
 
 def test_modules_begin_as_they_should_and_say_what_they_are() -> None:
     axis = Axis.solo()
-    site = Split(axis, Heads(4, 2, 8, 8, 1).query_cut, Scheme(), "q_norm")
+    split = Split(axis, Heads(4, 2, 8, 8, 1).query_cut, Scheme(), "q_norm")
     gemma = RmsFormula(1e-6, offset=1.0)
-    across, heads = layers.ShardedRMSNorm(gemma, site), layers.HeadRMSNorm(gemma, site)
+    across, heads = layers.ShardedRMSNorm(gemma, split), layers.HeadRMSNorm(gemma, split)
     for module in (layers.RMSNorm(32, gemma), across, heads):
         assert torch.equal(module.weight, torch.zeros_like(module.weight))
         assert "offset=1.0" in repr(module)
@@ -720,25 +720,25 @@ def test_cut_modules_take_over_what_they_are_made_from(pool: Pool) -> None:
     def run(axis: Axis) -> None:
         setup = Setup("heads", dtype=torch.float64)
         module = setup.module().eval()
-        layer = layers.HeadRMSNorm.from_module(module, setup.site(axis))
+        layer = layers.HeadRMSNorm.from_module(module, setup.split(axis))
         assert layer.weight is module.weight
         assert not layer.training
         setup = Setup("across", (6, 2, 5), True)
         module = setup.module()
         module.weight.requires_grad_(False)
-        cut = layers.ShardedRMSNorm.from_module(module, setup.site(axis))
+        cut = layers.ShardedRMSNorm.from_module(module, setup.split(axis))
         held = held_of(setup, axis)
         assert torch.equal(cut.weight, module.weight[held.start : held.stop])
         assert not cut.weight.requires_grad
         with pytest.raises(ShapeError, match=r"norm on .*, wants \(30,\)"):
-            layers.ShardedRMSNorm.from_module(module, Setup("across").site(axis))
+            layers.ShardedRMSNorm.from_module(module, Setup("across").split(axis))
         with pytest.raises(ShapeError, match=r"norm on .*, wants \(5,\)"):
-            layers.HeadRMSNorm.from_module(module, Setup("heads").site(axis))
+            layers.HeadRMSNorm.from_module(module, Setup("heads").split(axis))
         bare = nn.RMSNorm(5, elementwise_affine=False)
         with pytest.raises(UsageError, match="has no weight, which a norm that is cut needs"):
-            layers.HeadRMSNorm.from_module(bare, Setup("heads").site(axis))
+            layers.HeadRMSNorm.from_module(bare, Setup("heads").split(axis))
         with pytest.raises(UsageError, match="Linear is no RMSNorm that we know"):
-            layers.HeadRMSNorm.from_module(nn.Linear(5, 5), Setup("heads").site(axis))
+            layers.HeadRMSNorm.from_module(nn.Linear(5, 5), Setup("heads").split(axis))
 
     pool(3, "threads").run(run)
 
@@ -746,8 +746,8 @@ def test_cut_modules_take_over_what_they_are_made_from(pool: Pool) -> None:
 def test_a_cut_norm_keeps_its_state(pool: Pool) -> None:
     def run(axis: Axis) -> None:
         setup = Setup("across", (6, 2, 5), True)
-        layer = layers.ShardedRMSNorm.from_module(setup.module(), setup.site(axis))
-        other = layers.ShardedRMSNorm(layer.formula, setup.site(axis))
+        layer = layers.ShardedRMSNorm.from_module(setup.module(), setup.split(axis))
+        other = layers.ShardedRMSNorm(layer.formula, setup.split(axis))
         other.load_state_dict(layer.state_dict())
         assert torch.equal(other.weight, layer.weight)
 
@@ -757,8 +757,8 @@ def test_a_cut_norm_keeps_its_state(pool: Pool) -> None:
 def test_nothing_is_left_of_the_order_of_leaves() -> None:
     """The sum over a cut dim is the tree over its leaves, at degree 1 too."""
     setup = Setup("across", (8, 8, 16))
-    site, x = setup.site(Axis.solo()), setup.data()[0].view(-1, 128)
+    split, x = setup.split(Axis.solo()), setup.data()[0].view(-1, 128)
     leaves = [sum_squares_rows(x[:, 16 * i : 16 * i + 16].t()) for i in range(8)]
     pairs = [leaves[i] + leaves[i + 1] for i in range(0, 8, 2)]
     wanted = (pairs[0] + pairs[1]) + (pairs[2] + pairs[3])
-    assert bits_equal(cut_norms._AcrossRanks(site).squares(x), wanted)
+    assert bits_equal(cut_norms._AcrossRanks(split).squares(x), wanted)

@@ -1,4 +1,4 @@
-"""Pure functions of shards and an axis, and the invariant twins of torch's own.
+"""Pure functions of shards and an axis, and the invariant replacements of torch functions.
 
 They take plain tensors, and cut tensors (`shardproof.cut`) where a model's code has those.
 """

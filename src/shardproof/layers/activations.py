@@ -1,14 +1,14 @@
 """Modules for the invariant activations, and what is known of every activation of torch.
 
 Every class of `torch.nn.modules.activation`, and every activation of Hugging Face transformers, is
-in one of four places below: `HOLDS` (torch's own has the same bits however it is cut), the twins of
-`_TWINS` and `_NAMED` (ours takes its place), `REFUSED` (nothing of ours can), `NOT_ELEMENTWISE`
-(what it computes depends on more than one element, so that it is right on a whole tensor alone).
+in exactly one of four tables: `HOLDS` (torch's function keeps its bits under any cut), the
+replacements (`_REPLACEMENTS` and `_NAMED`), `REFUSED` (no replacement exists), `NOT_ELEMENTWISE`
+(an output depends on several elements, so only a whole tensor works).
 tests/test_activations.py goes over the classes of the installed torch and transformers, tries each,
 and fails where one is in no place or in two.
 
 Activations of transformers are known by the names of their classes, and tried: a class of that name
-that computes something else has no twin.
+that computes something else has no replacement.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardproof.layers.norm import norm_twin
+from shardproof.layers.norm import norm_replacement
 from shardproof.numerics import elementwise, piecewise
 from shardproof.numerics.elementwise import Approximate
 from shardproof.numerics.precision import widen
@@ -192,25 +192,27 @@ class Softshrink(nn.Module):
         return f"lambd={self.lambd}"
 
 
-def invariant_twin(module: nn.Module) -> nn.Module | None:
+def invariant_replacement(module: nn.Module) -> nn.Module | None:
     """Our module that computes what an activation or a norm computes, or None if there is none.
 
-    Known are torch's own, transformers' activations, and norms over one dim (`norm_twin`), whose
-    parameters the twin shares. None too for a subclass, which may compute something else, and for
-    `inplace=True`, which promises to overwrite the input: a twin never does, and a caller may
-    count on it.
+    It knows the activations of torch and of transformers, and norms over one dim
+    (`norm_replacement`). The replacement of a norm has the same parameter objects. The result is
+    None for a subclass, which may compute something else. It is None for `inplace=True`: a
+    replacement does not overwrite its input, and a caller may rely on that.
 
     Args:
         module: any module.
     """
-    make = _TWINS.get(type(module))
+    make = _REPLACEMENTS.get(type(module))
     if make is not None:
         return None if getattr(module, "inplace", False) else make(module).train(module.training)
     named = _NAMED.get(type(module).__name__)
     if named is not None:
-        twin = named(module)
-        return twin.train(module.training) if _computes_the_same(module, twin) else None
-    return norm_twin(module)
+        replacement = named(module)
+        return (
+            replacement.train(module.training) if _computes_the_same(module, replacement) else None
+        )
+    return norm_replacement(module)
 
 
 def why_refused(module: nn.Module) -> str | None:
@@ -228,7 +230,7 @@ def why_refused(module: nn.Module) -> str | None:
             f"{REFUSED[nn.RReLU]}. Use nn.LeakyReLU({(module.lower + module.upper) / 2:.4g}), "
             "which is what it computes in evaluation."
         )
-    if kind not in _TWINS:
+    if kind not in _REPLACEMENTS:
         return None
     if getattr(module, "inplace", False):
         return (
@@ -249,13 +251,13 @@ def _kind_of(module: nn.Module) -> Any:
     """The class of torch whose forward a module has: its own, or that of the class it extends."""
     own: Any = type(module)
     for kind in own.__mro__:
-        if kind in _TWINS or kind in REFUSED:
+        if kind in _REPLACEMENTS or kind in REFUSED:
             return kind if own.forward is kind.forward else own
     return own
 
 
 @torch.no_grad()
-def _computes_the_same(module: nn.Module, twin: nn.Module) -> bool:
+def _computes_the_same(module: nn.Module, replacement: nn.Module) -> bool:
     """Try both, without the hooks that `module` may have."""
     if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
         return False
@@ -265,7 +267,7 @@ def _computes_the_same(module: nn.Module, twin: nn.Module) -> bool:
         y = forward(x)
         if not isinstance(y, Tensor) or y.dtype != dtype or y.shape != x.shape:
             return False
-        if not torch.allclose(y, twin(x), rtol=tolerance, atol=tolerance):
+        if not torch.allclose(y, replacement(x), rtol=tolerance, atol=tolerance):
             return False
     return True
 
@@ -291,7 +293,7 @@ HOLDS: tuple[type[nn.Module], ...] = (
     nn.Tanhshrink,
 )
 
-_TWINS: dict[type[nn.Module], Callable[..., nn.Module]] = {
+_REPLACEMENTS: dict[type[nn.Module], Callable[..., nn.Module]] = {
     nn.Tanh: lambda _: Tanh(),
     nn.Sigmoid: lambda _: Sigmoid(),
     nn.SiLU: lambda _: SiLU(),
@@ -303,7 +305,7 @@ _TWINS: dict[type[nn.Module], Callable[..., nn.Module]] = {
     nn.SELU: lambda _: SELU(),
     nn.Softshrink: lambda module: Softshrink(module.lambd),
 }
-REPLACED: tuple[type[nn.Module], ...] = tuple(_TWINS)
+REPLACED: tuple[type[nn.Module], ...] = tuple(_REPLACEMENTS)
 
 REFUSED: Mapping[type[nn.Module], str] = {
     nn.RReLU: "in training it draws a slope for every element from the global generator, so that "

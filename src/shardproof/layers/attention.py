@@ -106,12 +106,12 @@ class HeadAttention(Drawing):
         )
 
 
-def give_stand_in(module: nn.Module, dim: int, length: int) -> None:
-    """Let a module of an idle rank give `length` zeros along `dim`, where it has nothing to give.
+def pad_idle_output(module: nn.Module, dim: int, length: int) -> None:
+    """On an idle rank, pad the module's output with `length` zeros along `dim`.
 
-    A model that views its heads as (..., -1, head_dim) cannot view none: where a rank owns no
-    heads, one of zeros stands for them between the projections. Autograd goes through it, so that
-    the rank takes part in every collective of backward.
+    A model that views its heads as (..., -1, head_dim) cannot view an empty tensor. So a rank that
+    owns no heads has one head of zeros between the projections. Autograd goes through the padding,
+    and the rank takes part in every collective of backward.
 
     Args:
         module: a projection to the heads, or a norm of them.
@@ -121,8 +121,10 @@ def give_stand_in(module: nn.Module, dim: int, length: int) -> None:
     module.register_forward_hook(_Pad(dim, length))
 
 
-def take_stand_in(module: nn.Module, dim: int) -> None:
-    """Let a module of an idle rank take nothing where the stand-in comes.
+def strip_idle_input(module: nn.Module, dim: int) -> None:
+    """On an idle rank, remove the padding from the module's input.
+
+    The module then gets an empty tensor.
 
     Args:
         module: a norm of heads, or the projection back from them.

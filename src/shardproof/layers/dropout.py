@@ -158,7 +158,7 @@ class Dropout(Drawing):
         return f"p={self.p}, name={self.name!r}, seed={self.seed}{cut}"
 
 
-def dropout_twin(
+def dropout_replacement(
     module: nn.Module,
     *,
     name: str,
@@ -183,8 +183,8 @@ def dropout_twin(
     """
     if type(module) is not nn.Dropout or module.inplace:
         return None
-    twin = Dropout(module.p, name=name, seed=seed, axis=axis, cut=cut, held=held, dim=dim)
-    return twin.train(module.training)
+    replacement = Dropout(module.p, name=name, seed=seed, axis=axis, cut=cut, held=held, dim=dim)
+    return replacement.train(module.training)
 
 
 def replay_dropout(model: nn.Module) -> Callable[[], Contexts]:

@@ -278,7 +278,7 @@ class HeadRMSNorm(_CutRMSNorm):
         return head_rms_norm(x, self.weight, self._split, self.formula)
 
 
-def norm_twin(module: nn.Module) -> RMSNorm | LayerNorm | None:
+def norm_replacement(module: nn.Module) -> RMSNorm | LayerNorm | None:
     """Our module that computes what a norm over one dim computes, with its very parameters.
 
     None if it is no such norm, and for a subclass of `nn.LayerNorm`.

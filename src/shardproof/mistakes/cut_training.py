@@ -46,11 +46,11 @@ def change_nothing(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class CutTraining:
-    """A function of a trial that trains a model.
+    """A function of a run that trains a model.
 
     Attributes:
-        build: makes the model: plain torch where `trial.axis` is None.
-        score: of trial and model.
+        build: makes the model: plain torch where `run.axis` is None.
+        score: of run and model.
         optimizer: makes one for some parameters.
         count: how many steps; agreement with plain torch is judged on the first.
         after_backward: called with a rank's model once it has its gradients.
@@ -66,31 +66,31 @@ class CutTraining:
     draws_alike: bool = True
     measures_creation = False
 
-    def __call__(self, trial: CaseRun) -> None:
+    def __call__(self, run: CaseRun) -> None:
         """Run on one rank, or in plain torch."""
-        model = trial.adopt(trial.cast(self.build(trial)).train())
-        record_parameters(trial, model, suffix=INITIAL)
-        if trial.is_reference and not self.draws_alike:
+        model = run.adopt(run.cast(self.build(run)).train())
+        record_parameters(run, model, suffix=INITIAL)
+        if run.is_reference and not self.draws_alike:
             return
         optimizer = make_optimizer(self.optimizer, model)
-        for step in range(1 if trial.is_reference else self.count):
+        for step in range(1 if run.is_reference else self.count):
             prefix = f"step {step + 1}: " if step else ""
-            self._step(trial, model, optimizer, prefix=prefix)
+            self._step(run, model, optimizer, prefix=prefix)
 
     def _step(
-        self, trial: CaseRun, model: nn.Module, optimizer: torch.optim.Optimizer, *, prefix: str
+        self, run: CaseRun, model: nn.Module, optimizer: torch.optim.Optimizer, *, prefix: str
     ) -> None:
         judged = not prefix and self.draws_alike
-        scores = self.score(trial, model)
-        trial.record(f"{prefix}{scores.name}", scores.output, scores.layout, judged=judged)
-        trial.record(f"{prefix}loss", scores.loss, judged=judged)
-        trial.follow(scores.loss)
+        scores = self.score(run, model)
+        run.record(f"{prefix}{scores.name}", scores.output, scores.layout, judged=judged)
+        run.record(f"{prefix}loss", scores.loss, judged=judged)
+        run.follow(scores.loss)
         scores.loss.backward()
-        if trial.axis is not None:
+        if run.axis is not None:
             self.after_backward(model)
-        record_gradients(trial, model, prefix=prefix, judged=judged)
-        update = Update(trial, model, self.optimizer, judged=judged)
+        record_gradients(run, model, prefix=prefix, judged=judged)
+        update = Update(run, model, self.optimizer, judged=judged)
         optimizer.step()
         update.record(prefix=prefix)
-        record_state(trial, model, optimizer, prefix=prefix, judged=judged)
+        record_state(run, model, optimizer, prefix=prefix, judged=judged)
         model.zero_grad(set_to_none=True)

@@ -117,20 +117,20 @@ class Reader(nn.Module):
         return logits
 
 
-def build(trial: CaseRun, *, shape: ModelShape) -> nn.Module:
+def build(run: CaseRun, *, shape: ModelShape) -> nn.Module:
     """The model, with the numbers that every degree gives it."""
-    if trial.axis is not None:
-        return _cut(trial, trial.axis, shape)
+    if run.axis is not None:
+        return _cut(run, run.axis, shape)
     with torch.random.fork_rng(devices=[]):  # torch draws; nobody else is to notice
         plain = Reader(shape)
-    copy_weights(_cut(trial, Axis.solo(), shape), plain)
+    copy_weights(_cut(run, Axis.solo(), shape), plain)
     return plain
 
 
-def _cut(trial: CaseRun, axis: Axis, shape: ModelShape) -> nn.Module:
+def _cut(run: CaseRun, axis: Axis, shape: ModelShape) -> nn.Module:
     with torch.device("meta"):
         model = Reader(shape)
-    return initialize(parallelize(model, Plan(shape.plan(), trial.scheme), axis), std=STD)
+    return initialize(parallelize(model, Plan(shape.plan(), run.scheme), axis), std=STD)
 
 
 def text() -> tuple[Tensor, Tensor]:
@@ -144,17 +144,17 @@ def text() -> tuple[Tensor, Tensor]:
     return ids[:, :-1], labels
 
 
-def score(trial: CaseRun, model: nn.Module) -> Scored:
+def score(run: CaseRun, model: nn.Module) -> Scored:
     """Logits and the mean cross-entropy of what follows each token."""
     ids, labels = text()
     logits: Tensor = model(ids)
     rows, target = logits.flatten(0, 1), labels.flatten()
     layout = layout_of_logits(model.get_submodule("head"), (ROWS, LENGTH, VOCABULARY))
-    if trial.axis is None or layout.cut is None:
+    if run.axis is None or layout.cut is None:
         loss = F.cross_entropy(rows, target, ignore_index=IGNORED)
         return Scored("logits", logits, replicated(tuple(logits.shape)), loss)
     loss = vocab_cross_entropy(
-        rows, target, axis=trial.axis, cut=layout.cut, scheme=trial.scheme, who="loss"
+        rows, target, axis=run.axis, cut=layout.cut, scheme=run.scheme, who="loss"
     )
     return Scored("logits", logits, layout, loss)
 

@@ -51,7 +51,7 @@ OF_TRAINING = (
         Edit(
             trainings.read,
             "x, target = batch(columns, seed=99)",
-            "x, target = batch(columns, seed=99 + rank_of(trial))",
+            "x, target = batch(columns, seed=99 + rank_of(run))",
         ),
         trainings.BLOCK,
         "Data parallelism wants different batches on different ranks. The ranks of tensor "
@@ -66,7 +66,7 @@ OF_TRAINING = (
         Edit(
             trainings.build_dropping,
             "draws = torch.Generator().manual_seed(7)",
-            "draws = torch.Generator().manual_seed(7 + rank_of(trial))",
+            "draws = torch.Generator().manual_seed(7 + rank_of(run))",
         ),
         trainings.DROPOUT,
         "A Replicate activation, such as the residual stream, must stay the same on every rank. If "

@@ -90,7 +90,7 @@ OF_WEIGHTS = (
         Edit(
             trainings.build_block,
             "front = linear(IN, IN, seed=1)",
-            "front = linear(IN, IN, seed=1 + rank_of(trial))",
+            "front = linear(IN, IN, seed=1 + rank_of(run))",
         ),
         trainings.BLOCK,
         "A Replicate tensor must be the same on every rank. With torch.manual_seed(rank), which is "

@@ -173,9 +173,9 @@ def losses(
     """
 
     def work(axis: Axis) -> tuple[float, ...]:
-        trial = CaseRun(axis=axis, scheme=Scheme(), seed=DEFAULT_SEED, recorder=_Nobody())
-        setup.work(steps)(trial)
-        return tuple(trial.curves[""])
+        run = CaseRun(axis=axis, scheme=Scheme(), seed=DEFAULT_SEED, recorder=_Nobody())
+        setup.work(steps)(run)
+        return tuple(run.curves[""])
 
     return launch(work, degree=degree, compare_inputs=compare_inputs)[0]
 

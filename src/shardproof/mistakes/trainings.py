@@ -122,45 +122,43 @@ def small_sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=1e-6)
 
 
-def rank_of(trial: CaseRun) -> int:
+def rank_of(run: CaseRun) -> int:
     """The rank of this run; 0 in plain torch."""
-    return 0 if trial.axis is None else trial.axis.rank
+    return 0 if run.axis is None else run.axis.rank
 
 
-def read(trial: CaseRun, *, columns: int = OUT) -> Batch:
+def read(run: CaseRun, *, columns: int = OUT) -> Batch:
     """Input (5, 12) and target (5, columns): the same on every rank."""
     x, target = batch(columns, seed=99)
     return Batch((x,), target)
 
 
-def loss(trial: CaseRun, output: Tensor, target: Tensor) -> Tensor:
+def loss(run: CaseRun, output: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of a whole output."""
     return F.mse_loss(output, target)
 
 
-def column(
-    trial: CaseRun, whole: nn.Linear, name: str, *, gather_output: bool = False
-) -> nn.Module:
+def column(run: CaseRun, whole: nn.Linear, name: str, *, gather_output: bool = False) -> nn.Module:
     """A column-parallel layer with the numbers of a plain one; in plain torch that one."""
-    if trial.axis is None:
+    if run.axis is None:
         return whole
     return ColumnParallelLinear.from_linear(
-        whole, axis=trial.axis, name=name, gather_output=gather_output, scheme=trial.scheme
+        whole, axis=run.axis, name=name, gather_output=gather_output, scheme=run.scheme
     )
 
 
-def row(trial: CaseRun, whole: nn.Linear, name: str) -> nn.Module:
+def row(run: CaseRun, whole: nn.Linear, name: str) -> nn.Module:
     """A row-parallel layer with the numbers of a plain one; in plain torch that one."""
-    if trial.axis is None:
+    if run.axis is None:
         return whole
-    return RowParallelLinear.from_linear(whole, axis=trial.axis, name=name, scheme=trial.scheme)
+    return RowParallelLinear.from_linear(whole, axis=run.axis, name=name, scheme=run.scheme)
 
 
-def build_block(trial: CaseRun) -> FeedForwardBlock:
+def build_block(run: CaseRun) -> FeedForwardBlock:
     """A replicated linear, a column-parallel and a row-parallel one."""
     front = linear(IN, IN, seed=1)
-    up = column(trial, linear(IN, EVEN, seed=2), "up")
-    return FeedForwardBlock(front, up, row(trial, linear(EVEN, OUT, seed=3), "down"), torch.relu)
+    up = column(run, linear(IN, EVEN, seed=2), "up")
+    return FeedForwardBlock(front, up, row(run, linear(EVEN, OUT, seed=3), "down"), torch.relu)
 
 
 class Masked(nn.Module):
@@ -179,57 +177,57 @@ class Masked(nn.Module):
         return x * self.mask.to(x.dtype)
 
 
-def build_dropping(trial: CaseRun) -> nn.Module:
+def build_dropping(run: CaseRun) -> nn.Module:
     """The block behind a dropout of its input, which all ranks have whole."""
     draws = torch.Generator().manual_seed(7)
     mask = torch.rand(BATCH, IN, generator=draws) > 0.3
-    return nn.Sequential(Masked(mask), build_block(trial))
+    return nn.Sequential(Masked(mask), build_block(run))
 
 
-def build_column(trial: CaseRun, *, columns: int = EVEN) -> nn.Module:
+def build_column(run: CaseRun, *, columns: int = EVEN) -> nn.Module:
     """One column-parallel layer whose output is gathered."""
-    return column(trial, linear(IN, columns, seed=2), "column", gather_output=True)
+    return column(run, linear(IN, columns, seed=2), "column", gather_output=True)
 
 
-def clip(trial: CaseRun, model: nn.Module) -> Tensor:
+def clip(run: CaseRun, model: nn.Module) -> Tensor:
     """Clip gradients by the norm of all of them."""
-    if trial.axis is None:
+    if run.axis is None:
         return nn.utils.clip_grad_norm_(model.parameters(), 0.5)
     return optim.clip_grad_norm_(model, 0.5)
 
 
-def build_resumed(trial: CaseRun) -> nn.Module:
+def build_resumed(run: CaseRun) -> nn.Module:
     """The block, whose cut weight tells the optimizer where it lies."""
-    model = build_block(trial)
-    if trial.axis is not None and isinstance(model.up, ColumnParallelLinear):
-        model.up.weight.place = (trial.axis, model.up.cut)
+    model = build_block(run)
+    if run.axis is not None and isinstance(model.up, ColumnParallelLinear):
+        model.up.weight.place = (run.axis, model.up.cut)
     return model
 
 
-def score_block(trial: CaseRun, model: nn.Module) -> Scored:
+def score_block(run: CaseRun, model: nn.Module) -> Scored:
     """The whole output, and its mean squared error."""
-    batch = read(trial)
-    y: Tensor = model(trial.cast(batch.inputs[0]))
-    error = F.mse_loss(y, trial.cast(batch.target))
+    batch = read(run)
+    y: Tensor = model(run.cast(batch.inputs[0]))
+    error = F.mse_loss(y, run.cast(batch.target))
     return Scored("output", y, replicated(tuple(y.shape)), error)
 
 
-def build_split(trial: CaseRun) -> nn.Module:
+def build_split(run: CaseRun) -> nn.Module:
     """One column-parallel layer whose output stays cut."""
-    return column(trial, linear(IN, EVEN, seed=2), "column")
+    return column(run, linear(IN, EVEN, seed=2), "column")
 
 
-def score_split(trial: CaseRun, model: nn.Module) -> Scored:
+def score_split(run: CaseRun, model: nn.Module) -> Scored:
     """The cut output, and the loss against this rank's columns of the label."""
-    batch = read(trial, columns=EVEN)
-    y: Tensor = model(trial.cast(batch.inputs[0]))
-    label, shape = trial.cast(batch.target), (BATCH, EVEN)
-    if trial.axis is None:
+    batch = read(run, columns=EVEN)
+    y: Tensor = model(run.cast(batch.inputs[0]))
+    label, shape = run.cast(batch.target), (BATCH, EVEN)
+    if run.axis is None:
         return Scored("output", y, replicated(shape), F.mse_loss(y, label))
-    cut = Cut(EVEN, trial.scheme.leaves, trial.axis.size)
-    mine = own_columns(label, cut, trial.axis.rank)
-    total = mse_loss(y, mine, axis=trial.axis, cut=cut)
-    return Scored("output", y, Layout(shape, trial.axis.rank, 1, cut), total)
+    cut = Cut(EVEN, run.scheme.leaves, run.axis.size)
+    mine = own_columns(label, cut, run.axis.rank)
+    total = mse_loss(y, mine, axis=run.axis, cut=cut)
+    return Scored("output", y, Layout(shape, run.axis.rank, 1, cut), total)
 
 
 def own_columns(label: Tensor, cut: Cut, rank: int) -> Tensor:
@@ -257,18 +255,18 @@ class Gated(nn.Module):
         return y
 
 
-def build_gated(trial: CaseRun) -> nn.Module:
+def build_gated(run: CaseRun) -> nn.Module:
     """The gated block; a checkpoint has gate and up as one matrix (96, 12), gate first."""
     gate, up = linear(IN, EVEN, seed=2), linear(IN, EVEN, seed=4)
     fused = torch.cat([gate.weight, up.weight]).detach()
-    parts = column(trial, gate, "gate"), column(trial, up, "up")
-    if trial.axis is not None:
-        owned = Cut(EVEN, trial.scheme.leaves, trial.axis.size).owned(trial.axis.rank)
+    parts = column(run, gate, "gate"), column(run, up, "up")
+    if run.axis is not None:
+        owned = Cut(EVEN, run.scheme.leaves, run.axis.size).owned(run.axis.rank)
         mine = rows_of_fused(fused, slice(owned.start, owned.stop))
         with torch.no_grad():
             for layer, rows in zip(parts, mine.chunk(2), strict=True):
                 layer.get_parameter("weight").copy_(rows)
-    return Gated(*parts, row(trial, linear(EVEN, OUT, seed=3), "down"))
+    return Gated(*parts, row(run, linear(EVEN, OUT, seed=3), "down"))
 
 
 def rows_of_fused(fused: Tensor, own: slice) -> Tensor:
@@ -289,18 +287,18 @@ class TransposedRow(nn.Module):
     It is written by hand, its weight is no parameter; a cut layer comes before.
 
     Args:
-        trial: the run.
+        run: the run of a case, whose axis cuts the layer.
     """
 
-    def __init__(self, trial: CaseRun) -> None:
+    def __init__(self, run: CaseRun) -> None:
         super().__init__()
-        self.whole, self.axis = whole_numbers(8, 16, seed=0), trial.axis
+        self.whole, self.axis = whole_numbers(8, 16, seed=0), run.axis
         self.scale = nn.Parameter(torch.ones(()))
         before = linear(16, 16, seed=3)
         with torch.no_grad():
             for parameter in before.parameters():
                 parameter.mul_(8).round_()
-        self.before = column(trial, before, "before", gather_output=True)
+        self.before = column(run, before, "before", gather_output=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (4, 16), Replicate, to (4, 8), Replicate."""
@@ -320,7 +318,7 @@ def reduce(x: Tensor, axis: Axis) -> Tensor:
     return y
 
 
-def read_whole_numbers(trial: CaseRun) -> Batch:
+def read_whole_numbers(run: CaseRun) -> Batch:
     """Input (4, 16) and target (4, 8)."""
     return Batch((whole_numbers(4, 16, seed=1),), whole_numbers(4, 8, seed=2))
 

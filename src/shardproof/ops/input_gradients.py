@@ -1,14 +1,13 @@
-"""One sum of input gradients for all columns that read one tensor, whichever they are.
+"""Column-parallel operations that read the same tensor share one sum of its gradient.
 
-Columns that read one tensor each have a part of its gradient, which is summed over the ranks. In
-backward each of them leaves its product here, as operands; a node of autograd that stands before
-all of them multiplies, adds and sums once. Products are added in the order of the forward calls,
-which is the same at every degree; the order in which autograd comes by is not asked.
+Each of them has a part of the gradient, and the parts are summed over the ranks. In backward each
+stores the operands of its product here. A node of autograd, which runs after all of them,
+multiplies, adds and sums once. Products are added in the order of the forward calls. This order is
+the same at every degree. It does not depend on the order in which autograd runs.
 
-The node hangs on a *token*, an empty tensor that the columns have as an input. So nothing refers
-to the tensor itself, and whoever keeps the handle beside the tensor makes no cycle. What a backward
-leaves is kept by the number of that backward: a second backward, or one inside of another, finds
-its own.
+The node's output is an empty tensor, the *token*, which the columns take as an input. It does not
+refer to the tensor, so storing it next to the tensor makes no reference cycle. Stored products have
+the number of their backward: a second backward, or one inside of another, finds its own.
 """
 
 import itertools
@@ -37,7 +36,7 @@ class _Left:
     is_armed: bool  # somebody may differentiate the gradient again
 
 
-class Basket:
+class PendingTerms:
     """What columns of one token have left, by the number of the backward."""
 
     def __init__(self) -> None:
@@ -69,14 +68,14 @@ class _Enter(torch.autograd.Function):
     """An empty token forward; one all_reduce of what the columns have left backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, basket: Basket) -> Tensor:
-        ctx.basket, ctx.shape, ctx.dtype = basket, x.shape, x.dtype
+    def forward(ctx: Any, x: Tensor, pending: PendingTerms) -> Tensor:
+        ctx.pending, ctx.shape, ctx.dtype = pending, x.shape, x.dtype
         ctx.set_materialize_grads(False)
         return x.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
-        left = ctx.basket.empty()
+        left = ctx.pending.empty()
         if not left:
             return None, None
         arm = left[0].term.a.new_empty(0)
@@ -95,7 +94,7 @@ class _Summing:
 
     @property
     def saved_tensors(self) -> tuple[Tensor, ...]:
-        """None that says whether a gradient is wanted: `arm` does."""
+        """Return None; `arm` says whether a gradient is needed."""
         return ()
 
 
@@ -140,20 +139,20 @@ class Entering:
         self._x: weakref.ref[Tensor] | None = None
         self._version = 0
         self._token: weakref.ref[Tensor] | None = None
-        self._basket = Basket()
+        self._pending = PendingTerms()
 
-    def token(self, x: Tensor) -> tuple[Tensor, Basket]:
-        """What columns that read `x` have as an input in its place, and where they leave.
+    def token(self, x: Tensor) -> tuple[Tensor, PendingTerms]:
+        """Return the token for `x`, and the object in which columns store their products.
 
         Args:
             x: (*, in_features), Replicate, of which a gradient is wanted.
         """
         token = None if self._token is None else self._token()
         if token is None or self._x is None or self._x() is not x or self._version != x._version:
-            self._basket = Basket()
-            token = _Enter.apply(x, self._basket)
+            self._pending = PendingTerms()
+            token = _Enter.apply(x, self._pending)
             self._x, self._version, self._token = weakref.ref(x), x._version, weakref.ref(token)
-        return token, self._basket
+        return token, self._pending
 
 
 def will_sum(ctx: Any) -> bool:

@@ -18,7 +18,7 @@ from shardproof.autograd import once_differentiable
 from shardproof.comm import StartedSum
 from shardproof.errors import ShapeError
 from shardproof.ops import unit_products as products
-from shardproof.ops.input_gradients import Basket, Entering, will_sum
+from shardproof.ops.input_gradients import Entering, PendingTerms, will_sum
 from shardproof.ops.linear import column_linear, row_linear
 from shardproof.ops.rows import (
     as_rows,
@@ -36,20 +36,20 @@ from shardproof.ops.unit_split import UnitSplit
 
 @dataclass(frozen=True)
 class _LinearCall:
-    """One call of a linear: everything that is no tensor.
+    """One call of a linear: the arguments that are not tensors.
 
     Attributes:
         place: of the features that are cut.
         is_transposed: the weight is (in_features, out_features).
         dtype: in which autocast computes; None: that of the input.
-        basket: where the term of the input gradient is left; None: it is summed alone.
-        number: of this call among those of the basket.
+        pending: where the term of the input gradient is left; None: it is summed alone.
+        number: of this call among those of `pending`.
     """
 
     place: UnitSplit
     is_transposed: bool
     dtype: torch.dtype | None = None
-    basket: Basket | None = None
+    pending: PendingTerms | None = None
     number: int = 0
 
     @property
@@ -115,11 +115,11 @@ def _sum_or_leave(ctx: Any, grad_y: Tensor, grad_rows: Tensor, weight: Tensor) -
     """The sum of the input gradient, started; None if it is left for the node that sums."""
     call: _LinearCall = ctx.call
     term = ProductTerm(grad_rows, call.matrix(weight), call.place)
-    if call.basket is None:
+    if call.pending is None:
         return products.start_sum([term], grad_rows, "backward", call.who)
     if will_sum(ctx):
         is_armed = grad_y.requires_grad or weight.requires_grad
-        call.basket.leave(call.number, term, is_armed=is_armed)
+        call.pending.leave(call.number, term, is_armed=is_armed)
     return None
 
 
@@ -249,8 +249,8 @@ def column(
     weight, bias, call = _prepared(x, weight, bias, call)
     token = None
     if entering is not None and x.requires_grad and torch.is_grad_enabled():
-        token, basket = entering.token(x)
-        call = _LinearCall(place, is_transposed, call.dtype, basket, basket.next_number())
+        token, pending = entering.token(x)
+        call = _LinearCall(place, is_transposed, call.dtype, pending, pending.next_number())
     try:
         with without_autocast(x):
             y = _apply_column(token, x, weight, bias, call)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from shardproof.axis import Axis
 from shardproof.comm.split import Split
 from shardproof.heads import Heads
-from shardproof.layers.attention import HeadAttention, give_stand_in, take_stand_in
+from shardproof.layers.attention import HeadAttention, pad_idle_output, strip_idle_input
 from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
 from shardproof.layers.norm import HeadRMSNorm, ShardedRMSNorm
@@ -148,15 +148,15 @@ class Cutter:
             self._add_placeholder_heads(name, style)
 
     def _attend(self, name: str, style: Attention, heads: Heads) -> None:
-        site = HeadSplit(self._axis, heads, self._scheme, name)
+        split = HeadSplit(self._axis, heads, self._scheme, name)
         if style.attend is None:
             if attends_in_registry(self._model, style):
-                self.attentions[name] = HeadAttention(site)
+                self.attentions[name] = HeadAttention(split)
             return
         whole = self._child(name, style.attend)
         options = self._attention_options[name]
         replacement = HeadAttention(
-            site, is_causal=options.is_causal, dropout=options.dropout, is_square=options.is_causal
+            split, is_causal=options.is_causal, dropout=options.dropout, is_square=options.is_causal
         )
         self.replace(f"{name}.{style.attend}", replacement.train(whole.training))
 
@@ -176,14 +176,14 @@ class Cutter:
     def _add_placeholder_heads(self, name: str, style: Attention) -> None:
         """Add a placeholder head on a rank without heads: models that view with -1 need one."""
         for child in (style.query, style.key, style.value):
-            give_stand_in(self._child(name, child), -1, style.head_dim)
+            pad_idle_output(self._child(name, child), -1, style.head_dim)
         for norm in (style.query_norm, style.key_norm):
             if norm is None:
                 continue
             dim, length = (-1, style.head_dim) if style.norms == "across" else (-2, 1)
-            take_stand_in(self._child(name, norm), dim)
-            give_stand_in(self._child(name, norm), dim, length)
-        take_stand_in(self._child(name, style.output), -1)
+            strip_idle_input(self._child(name, norm), dim)
+            pad_idle_output(self._child(name, norm), dim, length)
+        strip_idle_input(self._child(name, style.output), -1)
 
 
 class _Scale:

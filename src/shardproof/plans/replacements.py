@@ -12,8 +12,8 @@ from torch import nn
 from shardproof.axis import Axis
 from shardproof.cut.deferred import Deferred
 from shardproof.cut.tensor import CutTensor
-from shardproof.layers.activations import invariant_twin, why_refused
-from shardproof.layers.dropout import dropout_twin
+from shardproof.layers.activations import invariant_replacement, why_refused
+from shardproof.layers.dropout import dropout_replacement
 from shardproof.layers.replicated_input import SameOnAllRanks
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.style import Attention
@@ -54,7 +54,7 @@ def replacements_of(
             continue
         replacement: nn.Module | None = _dropout(name, module, scheme, axis)
         if replacement is None and scheme.is_invariant:
-            replacement = invariant_twin(module)
+            replacement = invariant_replacement(module)
         if replacement is not None:
             replacements[name] = replacement
     return replacements
@@ -67,7 +67,7 @@ def _inside(plan: ModelPlan) -> tuple[str, ...]:
 
 def _dropout(name: str, module: nn.Module, scheme: Scheme, axis: Axis) -> nn.Module | None:
     """Dropout keyed by position, as the replacement of an `nn.Dropout`; None for other modules."""
-    replacement = dropout_twin(module, name=name, seed=scheme.seed)
+    replacement = dropout_replacement(module, name=name, seed=scheme.seed)
     if replacement is not None and scheme.is_invariant:
         replacement.register_forward_pre_hook(_SameIfWhole(axis, name))
     return replacement

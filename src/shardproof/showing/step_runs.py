@@ -126,7 +126,7 @@ class _StepDoneError(Exception):
 
 
 class _Recorder:
-    """A recorder that keeps nothing, and ends the trial at the first updated weight."""
+    """A recorder that keeps nothing, and ends the run at the first updated weight."""
 
     def __init__(self) -> None:
         self.has_begun = False
@@ -141,8 +141,8 @@ class _Recorder:
         """Nothing is set aside on a rank."""
 
 
-class _StepTrial(CaseRun):
-    """A trial in which the phases of the first training step are traced."""
+class _StepRun(CaseRun):
+    """A run in which the phases of the first training step are traced."""
 
     def __init__(self, *, axis: Axis, scheme: Scheme, seed: int, tracing: OpenTrace) -> None:
         self._step_recorder, self._tracing = _Recorder(), tracing
@@ -168,9 +168,9 @@ def case_work(case: Case, *, scheme: Scheme, seed: int) -> StepFunction:
     """
 
     def work(axis: Axis, tracing: OpenTrace) -> None:
-        trial = _StepTrial(axis=axis, scheme=scheme, seed=seed, tracing=tracing)
+        run = _StepRun(axis=axis, scheme=scheme, seed=seed, tracing=tracing)
         try:
-            case.work(trial)
+            case.work(run)
         except _StepDoneError:
             return
 
