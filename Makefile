@@ -30,7 +30,7 @@ setup: $(STAMP)
 define step
 	@echo "setup $(1)"; \
 	( while sleep 20 >/dev/null 2>&1; do \
-	    echo "  still at it: $$(du -sm $(VENV) | cut -f1) MB in $(VENV)"; done ) & ticker=$$!; \
+	    echo "  still running: $$(du -sm $(VENV) | cut -f1) MB in $(VENV)"; done ) & ticker=$$!; \
 	  $(2); code=$$?; kill $$ticker; exit $$code
 endef
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt

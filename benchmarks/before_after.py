@@ -5,6 +5,7 @@
     python -m benchmarks.before_after ../before --work ffn-1024 --work llama-step
 
 Both sides are timed by the code in this folder, so the package of before must have what it calls.
+It cannot time commits from before `benchmarks/` held the bench.
 The processes of both sides live throughout and take turns, and every first step must have the same
 bits. A ratio is of the medians of one round, and the table has the median over all rounds. Above 1
 the code of now is slower. `noise` is the same ratio of the code of before to itself: its processes

@@ -239,7 +239,7 @@ def write_reference(shown: Iterable[Checked], folder: Path) -> None:
 
 
 def read_reference(folder: Path) -> Reference:
-    """What the yardstick left; a tensor is read from its file where it is touched."""
+    """Plain torch's results; each tensor is read from its file on first use."""
     reference = {}
     for path in sorted(folder.glob("*.pt")):
         name, tensor, largest = torch.load(path, mmap=True, weights_only=True)

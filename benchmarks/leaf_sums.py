@@ -30,7 +30,7 @@ def once(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def seconds(work: Callable[[], object], calls: int) -> float:
-    """Of one call."""
+    """Seconds of one call."""
     began = time.perf_counter()
     for _ in range(calls):
         work()

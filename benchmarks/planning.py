@@ -129,7 +129,10 @@ def _needs(work: Work) -> frozenset[str]:
 
 
 def _unfit(work: Work, chosen: Sequence[System], *, is_named: bool) -> list[Skip]:
-    """Those that lack what the work needs; of all systems, only those that say why."""
+    """Systems that cannot run the work.
+
+    If no system was named, only those with a reason.
+    """
     skips = []
     for system in chosen:
         reason = system.misses(_needs(work))

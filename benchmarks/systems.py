@@ -61,13 +61,15 @@ class Ours(SystemRank):
         return parallelize(model, None, self.axis, scheme=self.scheme).train(training)
 
     def layout(self, shape: tuple[int, ...], dim: int | None) -> Layout:
-        """By leaves."""
+        """The layout, cut by leaves."""
         if dim is None:
             return super().layout(shape, dim)
         return Layout(shape, self.rank, dim, Cut(shape[dim], self.scheme.leaves, self.size))
 
     def hash(self, name: str, tensor: Tensor, layout: Layout) -> str | None:
-        """Of the whole, with invariant numerics; that of a cut tensor is known to rank 0 alone.
+        """The hash of the whole tensor (invariant numerics).
+
+        For a cut tensor, only rank 0 returns it.
 
         Comm:
             gathers a cut tensor to rank 0 in direction "prover".

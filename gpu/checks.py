@@ -272,8 +272,8 @@ def input_on_another_device(device: torch.device) -> None:
     assert "on cuda" in message, message
 
 
-def stream_of_ones_own(device: torch.device) -> None:
-    """A collective of ranks as threads inside of a stream of one's own is refused."""
+def non_default_stream(device: torch.device) -> None:
+    """A collective of threads inside a CUDA stream other than the default one is refused."""
 
     def work(axis: sp.Axis) -> None:
         with torch.cuda.stream(torch.cuda.Stream(device)):
@@ -301,7 +301,7 @@ def torchrun_with_nccl(device: torch.device) -> None:
     assert done.stdout == "solo nccl", done.stdout
 
 
-CUDA_ONLY = (input_on_another_device, stream_of_ones_own, torchrun_with_nccl)
+CUDA_ONLY = (input_on_another_device, non_default_stream, torchrun_with_nccl)
 CHECKS = (
     sum_over_ranks,
     many_sums_in_a_row,

@@ -53,11 +53,9 @@ class Found:
     is_complete: bool = False
 
 
-_NOTHING = """Nothing of the current state of shardproof has run on a GPU. No earlier state has a
-recorded run either: the changelog, the decisions and the commits name none. Without a GPU,
-`make gpu` exits with 2, and `make test` runs the checks below on the CPU, except those that
-need CUDA. The CPU cannot show whether a GPU gives the same bits at every degree, nor how
-fast it is."""
+_NOTHING = """Nothing has run on a GPU yet. Without a GPU, `make gpu` exits with 2, and `make test`
+runs the checks below on the CPU, except those that need CUDA. The CPU cannot show whether a
+GPU gives the same bits at every degree, nor how fast it is."""
 
 _RUN = """## Run it
 

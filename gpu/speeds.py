@@ -57,7 +57,7 @@ WORKS = (
 
 @dataclass
 class System:
-    """One who does the step of a work.
+    """A system that runs the training step.
 
     Attributes:
         name: in the table.

@@ -18,8 +18,8 @@ from shardproof.engines.engine import Ranks
 from shardproof.numerics import mode
 from shardproof.ranks import open_ranks
 
-# What the tests were started with decides nothing: where SIGCHLD is ignored, no process can tell
-# how its children ended, and what is blocked would be blocked in them too.
+# Reset inherited signal settings. With SIGCHLD ignored, a process cannot read its children's exit
+# codes; blocked signals would stay blocked in children.
 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_SETMASK, [])
 # Hundreds of processes are started; without compiled files each would compile the package again.

@@ -211,9 +211,10 @@ def test_the_prover_names_it(fault: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert where["degree"] == planted.degree
         assert planted.line in where["line"]
         said = report.verdict()
-        assert f"  where: At degree {planted.degree} it begins in module 'second'" in str(report)
+        start = f"At degree {planted.degree} the fault begins in module 'second'"
+        assert f"  where: {start}" in str(report)
     assert (
-        f"At degree {planted.degree} it begins in module {planted.module!r}, in the "
+        f"At degree {planted.degree} the fault begins in module {planted.module!r}, in the "
         f"operation {planted.operation} at " in said
     ), said
     assert planted.says in said

@@ -84,8 +84,9 @@ def test_the_first_module_whose_bits_differ_is_named() -> None:
     where = where_of(report)
     assert (where["degree"], where["module"], where["operation"]) == (2, "scale", "")
     assert where["detail"].startswith("output 0 differs from that at degree 1 by ")
-    assert "At degree 2 it begins in module 'scale': output 0 differs from" in report.verdict()
-    assert "\n  where: At degree 2 it begins in module 'scale': " in str(report)
+    begins = "At degree 2 the fault begins in module 'scale': "
+    assert f"{begins}output 0 differs from" in report.verdict()
+    assert f"\n  where: {begins}" in str(report)
 
 
 def test_one_rank_that_differs_is_named() -> None:
@@ -110,7 +111,8 @@ def test_a_whole_tensor_that_one_rank_has_otherwise() -> None:
         options: Any = {"degree": 2, "other": "at degree 1", "is_close": is_close}
         return str(first_different_module([search(each) for each in values], others, **options))
 
-    start = "At degree 2 it begins in module 'norm': output 0 differs from that at degree 1 by "
+    begins = "At degree 2 the fault begins in module 'norm': "
+    start = f"{begins}output 0 differs from that at degree 1 by "
     assert told(right, wrong) == f"{start}0.5 on rank 1"
     assert told(wrong, wrong) == f"{start}0.5"
     assert told(right, right) == "None"

@@ -50,10 +50,10 @@ class FaultLocation:
         """As a sentence."""
         module = f"module {self.module!r}" if self.module else "the model itself"
         if not self.operation:
-            return f"At degree {self.degree} it begins in {module}: {self.detail}"
+            return f"At degree {self.degree} the fault begins in {module}: {self.detail}"
         return (
-            f"At degree {self.degree} it begins in {module}, in the operation {self.operation} at "
-            f"{self.line}: {self.detail}"
+            f"At degree {self.degree} the fault begins in {module}, in the operation "
+            f"{self.operation} at {self.line}: {self.detail}"
         )
 
 
