@@ -177,7 +177,7 @@ SILENT = {
     unit_moves: {"checked_dim", "is_compared", "not_compared"},
     unit_products: {"ProductTerm", "tell", "tell_bias"},
     embedding: {"as_integers", "check_ids", "copy_rows", "padding_row", "pick"},
-    input_gradients: {"Basket", "Entering", "will_sum"},
+    input_gradients: {"PendingTerms", "Entering", "will_sum"},
     unit_split: {"Pieces", "UnitSplit", "Selection"},
     shared_units: {"Recipe", "recipe_of", "where_served"},
 }

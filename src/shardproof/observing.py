@@ -4,7 +4,7 @@ An observer is a dispatch mode of torch. It sees every operation of torch in its
 ranks as threads are separate. Our kernels and the collectives are not operations of torch; the code
 around them reports them to the observers. Without an observer, this costs one comparison.
 
-The memory audit of the prover, the counting of the bench and the trace are observers.
+The memory audit of the prover, the counters of `benchmarks/` and the trace are observers.
 """
 
 import functools

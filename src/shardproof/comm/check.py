@@ -21,7 +21,7 @@ def check_part(x: Tensor, axis: Axis, *, dim: int, cut: Cut, is_whole: bool, who
 
     Args:
         x: (*, cut.size, *) if `is_whole`, else (*, owned, *).
-        axis: the ranks.
+        axis: the axis over which the dim is cut.
         dim: counted from either end.
         cut: of that dim.
         is_whole: which of the two `x` should be.

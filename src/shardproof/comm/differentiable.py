@@ -173,7 +173,7 @@ def all_reduce_grad(x: Tensor, axis: Axis, *, cut: Cut | None = None, who: str =
 
     Args:
         x: (*), Replicate on `axis`.
-        axis: the ranks.
+        axis: the axis over which backward sums.
         cut: if given, the leaves of the dim that is contracted in backward.
         who: a name for messages.
     Returns:
@@ -204,7 +204,7 @@ def all_reduce(
 
     Args:
         partials: (*), Partial on `axis`; with `cut` a sequence of them, one per owned leaf.
-        axis: the ranks.
+        axis: the axis over which forward sums.
         cut: if given, the leaves of the dim that was contracted: the canonical tree adds them.
         who: a name for messages.
         like: (*), where this rank may own no leaf: gives shape and dtype. Let it depend on
@@ -238,7 +238,7 @@ def shard(x: Tensor, axis: Axis, *, dim: int, cut: Cut, who: str = "") -> Tensor
 
     Args:
         x: (*, cut.size, *), Replicate.
-        axis: the ranks.
+        axis: the axis over which `x` is cut.
         dim: the dim to cut.
         cut: how.
         who: a name for messages.
@@ -259,7 +259,7 @@ def all_gather(
 
     Args:
         x: (*, owned, *), Shard(dim).
-        axis: the ranks.
+        axis: the axis over which the ranks gather.
         dim: the dim that is cut.
         cut: how.
         grad: what the gradient of the result is. "replicate" if every rank uses the result alike
@@ -286,7 +286,7 @@ def reduce_scatter(x: Tensor, axis: Axis, *, dim: int, cut: Cut, who: str = "") 
 
     Args:
         x: (*, cut.size, *), Partial: one partial per rank, added in rank order.
-        axis: the ranks.
+        axis: the axis over which the ranks sum.
         dim: the dim that the result is cut along.
         cut: how.
         who: a name for messages.

@@ -25,7 +25,7 @@ def all_gather(
 
     Args:
         x: (*, owned, *), Shard(dim) as `cut` says.
-        axis: the ranks.
+        axis: the axis over which the ranks gather.
         dim: the dim that is cut.
         cut: how it is cut.
         direction: for the ledger: "forward", "backward", "update", "setup" or "prover".
@@ -51,7 +51,7 @@ def gather_parts(x: Tensor, axis: Axis, plan: GatherPlan, place: Placement) -> T
     Args:
         x: (*, owned, *), Shard.
         axis: the ranks, of which there are several.
-        plan: from `schedule`.
+        plan: from `gather_plan` or `sizes_plan`.
         place: how `x` lies, for observers.
     Returns:
         (*, size, *), Replicate, a new tensor.
@@ -84,7 +84,7 @@ def gather(
 
     Args:
         x: (sizes[rank],).
-        axis: the ranks.
+        axis: the axis over which the ranks gather.
         sizes: every rank's length.
         dst: the rank that receives.
         direction: for the ledger.

@@ -1,4 +1,4 @@
-"""What a collective is, worked out once: its call, the order of additions, and its bytes.
+"""The plan of a collective: its call, the order of additions, and its bytes. Plans are cached.
 
 All of it follows from shapes, cuts and names, so that every rank finds the same; no tensors.
 """

@@ -93,10 +93,11 @@ def sends_to_all(x: Tensor, axis: Axis) -> list[Sending]:
 
 
 def sends_of_sum(plan: SumPlan, axis: Axis) -> Iterator[Sending]:
-    """What this rank sends in a sum by the tree: a slice of its nodes to the rank that adds it.
+    """The parts that this rank sends, and their receivers; empty if the transport decides.
 
-    In an all-reduce it then sends the slice that it has added to all. Nothing is told of a sum in
-    the transport's own order.
+    In a sum by the tree, a rank sends a slice of its nodes to the rank that adds it. In an
+    all-reduce it then sends the slice that it has added to all. It yields nothing for a sum
+    in the transport's own order.
 
     Args:
         plan: of the sum.

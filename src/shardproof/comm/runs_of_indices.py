@@ -28,7 +28,7 @@ def all_gather_sizes(
 
     Args:
         x: (*, sizes[axis.rank], *), Shard(dim).
-        axis: the ranks.
+        axis: the axis over which the ranks gather.
         dim: along which the parts are joined, counted from the front.
         sizes: every rank's length along `dim`, the same on all ranks.
         direction: for the ledger.
@@ -70,7 +70,7 @@ def move(
 
     Args:
         x: (*, have, *): this rank's indices of the whole.
-        axis: the ranks.
+        axis: the axis over which the ranks exchange indices.
         dim: the dim that is cut, counted from the front.
         have: ascending indices of every rank; together they are the whole, each once.
         want: ascending indices that every rank wants.

@@ -22,7 +22,7 @@ class Split:
     """A dim that is cut over the ranks of an axis.
 
     Attributes:
-        axis: the ranks.
+        axis: the axis over which the dim is cut.
         cut: of the dim: into leaves, and which rank owns which of them.
         scheme: leaves and numerics.
         name: of the layer, for messages and the ledger.
@@ -61,7 +61,7 @@ class Split:
 
     @cached_property
     def held_slices(self) -> tuple[slice, ...]:
-        """Where every leaf that this rank holds lies in what it holds."""
+        """The slice of each held leaf in this rank's part."""
         if self.leaves.is_all:
             return self.leaves.slices
         start = self.held_indices.start
@@ -70,17 +70,20 @@ class Split:
 
     @cached_property
     def owned(self) -> slice:
-        """Where what this rank owns lies in the whole dim."""
+        """The slice of the whole dim that this rank owns."""
         owned = self.cut.owned(self.axis.rank)
         return slice(owned.start, owned.stop)
 
     @cached_property
     def blocks(self) -> tuple[slice, ...]:
-        """Where the runs lie that are summed one by one: leaves; natively, all that it owns."""
+        """The slices that are summed one by one.
+
+        One for each leaf, or one for all that the rank owns (native).
+        """
         return self.arithmetic.blocks(self.leaves)
 
     def placement(self, dim: int, held: range | slice | None = None) -> Placement:
-        """How a tensor lies that is cut along `dim` here; of what the rank holds, by default."""
+        """The placement of a tensor that is cut along `dim`; by default of what this rank holds."""
         return shard(dim, self.held_indices if held is None else held, self.cut.size)
 
     def start_sum(
@@ -95,11 +98,11 @@ class Split:
         """The sum of all ranks' parts, started.
 
         Args:
-            parts: of this rank, as its arithmetic makes them; they are given away.
+            parts: this rank's parts, from `arithmetic`. The sum may overwrite them.
             shape: of each part.
             like: any tensor of the result's dtype and device.
             direction: for the ledger.
-            who: asks, if not the layer of this dim.
+            who: name of the caller; default: the name of this dim.
         Returns:
             `shape`, Replicate, in `like`'s dtype, once it has been awaited.
         Comm:

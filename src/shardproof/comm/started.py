@@ -16,7 +16,7 @@ from shardproof.transport.base import Pending
 class StartedSum:
     """A sum that has been started. Wait for it before anything else is sent on its axis.
 
-    Where the transport is not asynchronous (`Transport.is_asynchronous`), it is there at once.
+    On a transport that is not asynchronous, the sum is complete when this object is returned.
     """
 
     def __init__(self, y: Tensor, pending: Pending | None = None, told: Told | None = None) -> None:
@@ -75,7 +75,7 @@ def recorded_sum(parts: Sequence[Tensor], axis: Axis, plan: SumPlan, like: Tenso
 
     Args:
         parts: of this rank.
-        axis: the ranks.
+        axis: the axis over which the ranks sum.
         plan: of the sum.
         like: any tensor of the result's dtype and device.
     Returns:

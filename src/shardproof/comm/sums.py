@@ -24,7 +24,7 @@ def all_reduce(x: Tensor, axis: Axis, *, direction: str, who: str = "") -> Tenso
 
     Args:
         x: (*), Partial: one partial per rank.
-        axis: the ranks.
+        axis: the axis over which the ranks sum.
         direction: for the ledger.
         who: the layer that asks, for messages.
     Returns:
@@ -43,7 +43,7 @@ def start_all_reduce(
 
     Args:
         x: (*), Partial, contiguous: one partial per rank, and afterwards the sum.
-        axis: the ranks.
+        axis: the axis over which the ranks sum.
         direction: for the ledger.
         who: the layer that asks, for messages.
         seen: for observers: the same memory in the dtype that its bits stand for.
@@ -67,7 +67,7 @@ def reduce_scatter(
 
     Args:
         x: (*, cut.size, *), Partial: one partial per rank.
-        axis: the ranks.
+        axis: the axis over which the ranks sum.
         dim: the dim that the result is cut along.
         cut: how.
         direction: for the ledger.
@@ -102,7 +102,7 @@ def all_reduce_nodes(
     Args:
         nodes: node -> `shape`, in the node dtype; those of this rank's run, empty if it is idle.
             They are given away: the sum may be written into one, and at degree 1 the node is it.
-        axis: the ranks.
+        axis: the axis over which the ranks sum.
         cut: of the dim that was contracted; its leaves are the tree's.
         shape: of the message.
         like: any tensor of the result's dtype and device.
@@ -134,7 +134,7 @@ def reduce_scatter_nodes(
 
     Args:
         nodes: node -> `into.shape`, as for `all_reduce_nodes`.
-        axis: the ranks.
+        axis: the axis over which the ranks sum.
         cut: of the dim that was contracted; its leaves are the tree's.
         into: what each rank gets.
         like: any tensor of the result's dtype and device.

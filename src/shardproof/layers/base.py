@@ -66,7 +66,7 @@ class ShardedModule(nn.Module):
     """Base of modules whose parameters are cut over one axis.
 
     Attributes:
-        axis: the ranks.
+        axis: the axis over which the parameters are cut.
         name: how messages call the module; also keys its initialisation.
         scheme: leaves, numerics, seed.
         layouts: parameter name -> Layout.

@@ -37,7 +37,7 @@ class CutRecord:
     """What a module that became cut knows of it.
 
     Attributes:
-        axis: the ranks.
+        axis: the axis over which the parameters are cut.
         scheme: leaves, numerics, seed.
         name: how messages call the module.
         layouts: parameter name -> Layout.
@@ -107,7 +107,7 @@ def become_cut(
         module: of any class; it stays the same object.
         layouts: name of a parameter of its own -> how that lies on this rank. What is not named,
             or replicated, stays as it is.
-        axis: the ranks.
+        axis: the axis over which the parameters are cut.
         scheme: leaves, numerics, seed.
         name: of the module, for messages.
         wrap: `wrap(parameter, layout, module, name)`: what reading a cut parameter gives.
@@ -160,7 +160,7 @@ def cut_parameters(
         model: its modules stay the same objects.
         layouts: full name of a parameter -> how it lies on this rank. A parameter that several
             modules share is cut in all of them, whichever name it is given under.
-        axis: the ranks.
+        axis: the axis over which the parameters are cut.
         scheme: leaves, numerics, seed.
         wrap: as for `become_cut`.
 

@@ -81,7 +81,7 @@ class VocabParallelEmbedding(ShardedModule):
 
         Args:
             embedding: the whole embedding; a frozen weight stays frozen, its training flag is kept.
-            axis: the ranks.
+            axis: the axis over which the rows are cut.
             name: for messages and initialisation; see `Axis.next_name` for None.
             scheme: leaves, numerics, seed.
 

@@ -62,7 +62,7 @@ def _is_as_before(parameter: Tensor) -> bool:
 
 
 def _code_of(function: Any) -> types.CodeType | None:
-    """Of a function, a method, a partial of either, or an object that is called."""
+    """The code of a callable: a function, a method, a partial, or an object with `__call__`."""
     while isinstance(function, functools.partial):
         function = function.func
     function = getattr(function, "__func__", function)

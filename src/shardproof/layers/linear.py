@@ -20,12 +20,15 @@ class _SharedOutputs(Protocol):
     """Layers that read one input and compute together (`shared.py`), as one of them sees it."""
 
     def join(self, place: int, parameters: Mapping[str, Tensor | None]) -> None:
-        """Be told where the parameters of the layer at `place` are found."""
+        """Store the parameters of the layer at `place`."""
 
     def output(
         self, place: int, parameters: Mapping[str, Tensor | None], x: Tensor
     ) -> Tensor | None:
-        """What the layer at `place` gives for `x`; None: it is to compute alone."""
+        """The output of the layer at `place` for `x`.
+
+        Return None if the layer must compute its output itself.
+        """
 
 
 class ColumnParallelLinear(ParallelLinear):
@@ -99,7 +102,7 @@ class ColumnParallelLinear(ParallelLinear):
 
     @property
     def input_cut(self) -> Cut | None:
-        """How an input is cut that comes as this rank's part of the features; None: it is whole."""
+        """How the input's features are cut; None if the input is whole."""
         return self._gathers.input.cut if self._gathers.input is not None else None
 
     @property
@@ -132,17 +135,18 @@ class ColumnParallelLinear(ParallelLinear):
     ) -> Self:
         """Take this rank's rows of `linear`, which must be the same on every rank.
 
-        Nothing compares the ranks' layers: where they were drawn apart, as without a common seed,
-        the cut layer is put together from several. `parallelize` does compare.
+        Nothing compares the ranks' layers; `parallelize` does. If the ranks drew different weights,
+        for instance without a common random seed, the cut layer mixes them.
 
         Args:
             linear: the whole layer; frozen weights stay frozen, its training flag is kept.
-            axis: the ranks.
+            axis: the axis over which out_features are cut.
             gather_input: the input comes as Shard(-1) and is gathered first.
             gather_output: the output is gathered to Replicate.
             name: for messages and initialisation; see `Axis.next_name` for None.
             scheme: leaves, numerics, seed.
-            cut: of out_features, if it is not features that must stay whole (`Heads.query_cut`).
+            cut: how out_features are cut, if the units are not single features (for example
+                `Heads.query_cut`).
             held: the leaves that this rank holds, if more than it owns (`Heads.held`).
         """
         layer = like(
@@ -238,16 +242,17 @@ class RowParallelLinear(ParallelLinear):
     ) -> Self:
         """Take this rank's columns of `linear`, which must be the same on every rank.
 
-        Nothing compares the ranks' layers: where they were drawn apart, as without a common seed,
-        the cut layer is put together from several. `parallelize` does compare.
+        Nothing compares the ranks' layers; `parallelize` does. If the ranks drew different weights,
+        for instance without a common random seed, the cut layer mixes them.
 
         Args:
             linear: the whole layer; frozen weights stay frozen, its training flag is kept.
-            axis: the ranks.
+            axis: the axis over which in_features are cut.
             input_is_parallel: False if the input comes whole and is to be cut here.
             name: for messages and initialisation; see `Axis.next_name` for None.
             scheme: leaves, numerics, seed.
-            cut: of in_features, if it is not features that must stay whole (`Heads.query_cut`).
+            cut: how in_features are cut, if the units are not single features (for example
+                `Heads.query_cut`).
         """
         layer = like(cls, linear, axis, name, scheme, input_is_parallel=input_is_parallel, cut=cut)
         return layer._take(linear)

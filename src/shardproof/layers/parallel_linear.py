@@ -95,7 +95,7 @@ class ParallelLinear(ShardedModule):
 
     @property
     def input_cut(self) -> Cut | None:
-        """How an input is cut that comes as this rank's part of the features; None: it is whole."""
+        """How the input's features are cut; None if the input is whole."""
         return self._split.cut
 
     def _check_width(self, x: Tensor) -> None:

@@ -28,7 +28,7 @@ class ParameterPart:
         name: of the parameter, as messages call it.
         layout: how the whole lies on the ranks; None if nothing says it (a parametrization has
             taken the cut parameter away and computes it from this one).
-        axis: the ranks.
+        axis: the axis over which the whole is cut.
         promises_bits: whether its module computes the same bits at every degree.
         owner: the module, weakly.
     """

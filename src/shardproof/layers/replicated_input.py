@@ -13,7 +13,7 @@ class SameOnAllRanks:
     """A forward pre-hook: the first input in training must be Replicate.
 
     Args:
-        axis: the ranks.
+        axis: the axis whose ranks compare the input.
         who: the module's name.
 
     The ranks exchange a hash, in direction "setup", at the first call in training. Later inputs are

@@ -1,4 +1,4 @@
-"""Which RMSNorm a module of somebody else's computes: found out by trying, not from its name.
+"""Find which RMSNorm formula a module computes. The module is run; its name is not used.
 
 Models bring their own classes, which look alike and differ in where they round and in whether the
 weight is added to one. A small module of the same class is run on numbers whose squares add up
@@ -56,7 +56,7 @@ def _eps_of(module: nn.Module) -> float | None:
 
 
 def _options(module: nn.Module) -> dict[str, Any]:
-    """What a module has been told, without its sizes and eps."""
+    """The module's attributes, except sizes and eps."""
     size = module.get_parameter("weight").shape[0]
     return {
         name: value

@@ -5,8 +5,8 @@ called computes for all of them, in one function of several outputs whose backwa
 the others return what is there. Whatever does not fit is computed by its layer alone, as if it were
 not linked: another tensor, one that was written to in between, a second call, no gradient.
 
-What it rests on is the identity of the tensor and torch's version counters: writing through `.data`
-is not seen. Backward through one member's output alone frees the graph of all: give
+It recognises the tensor by its identity and torch's version counter. Writing through `.data` is not
+noticed. Backward through one member's output alone frees the graph of all: give
 `retain_graph=True` where the others are to follow.
 """
 
@@ -41,7 +41,7 @@ def _cast_to(x: Tensor) -> torch.dtype | None:
 
 @dataclass(frozen=True)
 class _Kept:
-    """What one call has computed for others, until each has asked for its own.
+    """Outputs that one call computed for the other members and that they have not taken yet.
 
     Attributes:
         x: that it was computed from.

@@ -83,7 +83,7 @@ class HeadDropout:
 
 
 class Manner(NamedTuple):
-    """How queries attend to keys: everything that is no tensor.
+    """How queries attend to keys: the arguments that are not tensors.
 
     Attributes:
         serving: for each query head, which of the key-value heads serves it.

@@ -2,7 +2,7 @@
 
 `x * w` with one `w` for many rows holds forward. Backward, torch sums the gradient of `w` over the
 rows by `Tensor.sum`, whose order moves with the other dims and with threads. Here an operand that
-is repeated and wants a gradient is first expanded by `reducing.expand`, which sums by a fold.
+is repeated and wants a gradient is first expanded by `dim_sums.expand`, which sums by a fold.
 Plain tensors; no ranks.
 """
 
@@ -78,7 +78,7 @@ def in_fp32(function: Form) -> Form:
 
 
 def expanded(x: Any, shape: Sequence[int]) -> Any:
-    """A tensor by `reducing.expand`, anything else as it is.
+    """A tensor by `dim_sums.expand`, anything else as it is.
 
     Args:
         x: (*), any placement; or no tensor.
@@ -167,7 +167,10 @@ def _are_repeated(tensors: Sequence[Tensor]) -> bool:
 
 
 def _result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """Of floating numbers, among which one without dims does not widen one with dims."""
+    """The result dtype of floating-point operands.
+
+    A tensor without dims does not widen one with dims.
+    """
     given = [x for x in tensors if x.is_floating_point()] or list(tensors)
     with_dims = [x for x in given if x.dim()] or given
     return functools.reduce(torch.promote_types, (x.dtype for x in with_dims))

@@ -169,7 +169,7 @@ def smallest(input: Tensor, dim: Dims = None, keepdim: bool = False) -> Tensor:
 
 
 def _zero(x: Tensor) -> float | int | bool:
-    """What takes the sign off a zero when it is added, and leaves the dtype as it is."""
+    """The constant that turns -0.0 into 0.0 when it is added."""
     return 0.0 if x.is_floating_point() else x.dtype is not torch.bool and 0
 
 

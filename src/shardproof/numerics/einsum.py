@@ -2,7 +2,7 @@
 
 A letter of both operands that is wanted later counts matrices, one that is not wanted is
 contracted, one of a single operand counts rows or columns. A letter of one operand that nobody
-wants is summed first. So each step is one `contracting.batched_product`, or a plain product of
+wants is summed first. So each step is one `torch_products.batched_product`, or a plain product of
 elements where nothing is contracted. Plain tensors; no ranks.
 """
 

@@ -1,7 +1,7 @@
 """Average pooling, one spatial dim after the other.
 
 The bits of a window depend on its own elements alone, not on the number of channels or samples:
-`reducing.total` adds the elements along each dim. Max pooling needs no form: torch's own keeps the
+`dim_sums.total` adds the elements along each dim. Max pooling needs no form: torch's own keeps the
 bits. Plain tensors; no ranks.
 """
 
@@ -93,7 +93,7 @@ def adaptive_average(dims: int) -> Callable[..., Tensor]:
 
 
 def _averaged(x: Tensor, dim: int, wanted: int) -> Tensor:
-    """As many means along a dim as are wanted, of windows that cover it."""
+    """Adaptive average pooling along one dim."""
     size = x.shape[dim]
     if wanted and size % wanted == 0:
         return mean(x.unflatten(dim, (wanted, size // wanted)), dim + 1)

@@ -229,7 +229,7 @@ def _refuse_bias(bias: Tensor, a: Tensor, m: int, n: int) -> NoReturn:
 
 @functools.cache
 def _kernel() -> Callable[..., None]:
-    """Asked for only where `mode` found it."""
+    """The C module. Call this only if `mode` found it."""
     kernels: Any = c_modules.kernels()
     return kernels.product
 

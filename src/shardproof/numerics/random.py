@@ -51,7 +51,7 @@ def generator(
 
 
 class DrawOptions(TypedDict, total=False):
-    """What else a draw takes: see `draw`."""
+    """Further arguments of `draw`."""
 
     leaf: int
     dtype: torch.dtype | None

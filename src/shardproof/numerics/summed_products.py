@@ -269,7 +269,7 @@ def _program(slices: Slices, run: range, num_leaves: int) -> _Program:
 
 @functools.cache
 def _kernel() -> Callable[..., None]:
-    """Asked for only where `mode` found it."""
+    """The C module. Call this only if `mode` found it."""
     kernels: Any = c_modules.kernels()
     return kernels.joined
 

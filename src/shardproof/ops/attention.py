@@ -70,7 +70,7 @@ class _Options:
 
 @dataclass(frozen=True)
 class _Way:
-    """What the function takes beside its tensors."""
+    """The arguments that are not tensors."""
 
     split: HeadSplit
     manner: Manner

@@ -37,7 +37,7 @@ class HeadSplit:
     """Attention heads that are cut over the ranks of an axis.
 
     Attributes:
-        axis: the ranks.
+        axis: the axis over which the heads are cut.
         heads: query heads and key-value heads, and who has which.
         scheme: leaves and numerics.
         who: the layer's name, for messages and the ledger.
@@ -78,7 +78,10 @@ class HeadSplit:
 
     @cached_property
     def parts(self) -> tuple[tuple[Part, ...], ...]:
-        """Of key-value heads that ranks share, what each rank adds to their gradients."""
+        """For each rank, the partial sums that it gives to the gradients of shared heads.
+
+        Shared heads are key-value heads that several ranks hold.
+        """
         shared = self.heads.shared()
         return tuple(
             tuple((key, node) for key in shared for node in self._nodes(key, rank))
@@ -87,7 +90,10 @@ class HeadSplit:
 
     @cached_property
     def cut(self) -> Cut | None:
-        """Of all these parts, in rank order; None: no head is shared, nothing is sent."""
+        """How these parts are cut over the ranks, in rank order.
+
+        None if no head is shared; then nothing is sent.
+        """
         stops = [0, *itertools.accumulate(map(len, self.parts))]
         if not stops[-1]:
             return None
@@ -95,7 +101,7 @@ class HeadSplit:
         return Cut(stops[-1], self.heads.leaves, self.heads.degree, runs=runs)
 
     def _nodes(self, key: int, rank: int) -> list[Node]:
-        """What `rank` adds to the gradient of a key-value head: native numerics add all it has."""
+        """The partial sums that `rank` gives to the gradient of a key-value head."""
         return self.arithmetic.nodes(self.heads.group, self.heads.served(key, rank))
 
     def key_gradients(self, partials: Tensor) -> Tensor:
@@ -144,7 +150,7 @@ class HeadSplit:
         return found
 
     def _of_queries(self, key: int, partials: Tensor) -> dict[Node, Tensor]:
-        """What this rank's query heads of one group have, each by itself."""
+        """The partial gradient of each of this rank's query heads of one group."""
         run = self.heads.served(key, self.axis.rank)
         first = key * self.heads.group - self.owned.start
         return {(i, i + 1): partials[:, :, first + i] for i in run}

@@ -14,7 +14,7 @@ _AS_IT_IS = nullcontext()
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """(*, n) to (rows, n); a rank without leaves has n = 0, of which -1 could not be guessed."""
+    """(*, n) to (rows, n). `view(-1, n)` fails for n = 0, on a rank without leaves."""
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 

@@ -1,9 +1,9 @@
 """Column-parallel projections that read one input (q, k, v; gate, up): one sum of its gradient.
 
-Each alone, they would sum as many input gradients over the ranks as they are. Together they are one
-linear of all their features, whose contraction in backward is cut into the leaves of one cut. What
-a leaf has of each member is fixed: of key-value heads, those that begin in it (`heads.py`), each
-counted once however many ranks hold it.
+If each computed alone, there would be one sum over the ranks for each projection. Together they
+are one linear of all their features, whose contraction in backward is cut into the leaves of one
+cut. What a leaf has of each member is fixed: of key-value heads, those that begin in it
+(`heads.py`), each counted once however many ranks hold it.
 
 Source: fused projections as in Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3),
 without the fused weight.
@@ -47,11 +47,11 @@ class _MemberTerm:
     split: Split
 
     def by_leaf(self) -> Iterator[tuple[Pair, tuple[slice, ...]]]:
-        """See `ProductTerm`."""
+        """See `numerics.arithmetic.Term`."""
         yield (self.grad, self.weight), self.slices
 
     def owned(self) -> Pair:
-        """See `ProductTerm`: without the heads that another rank counts."""
+        """See `Term`. Heads that another rank counts are left out."""
         leaves = self.split.leaves
         if leaves.is_all:
             return self.grad, self.weight

@@ -1,8 +1,9 @@
 """Shared units to the units that they serve: key-value heads to query heads, cut more finely.
 
-Forward every index of the target is one of the source, which this rank holds. Backward the gradient
-of a source index is the canonical tree over the units that it serves, at every degree: where they
-lie on several ranks, each gives the nodes that it can add alone, and all holders add the rest.
+In forward, every index of the target is one of the source, which this rank holds. In backward, the
+gradient of a source index is the sum over the units that it serves, added by the canonical tree. If
+these units are on several ranks, each rank gives the nodes that it can add alone, and all ranks
+that hold the index add the rest.
 
 The recipe of a call is worked out once and kept with its places.
 """
@@ -242,7 +243,7 @@ def _check(place: UnitSplit, target: UnitSplit, sources: Indices) -> None:
 
 
 def where_served(place: UnitSplit, target: UnitSplit, source_index: Sources) -> tuple[int, ...]:
-    """For every target index that the rank holds, where in what it holds its source lies.
+    """For each target index that the rank holds, the position of its source in this rank's part.
 
     Args:
         place: of the source.

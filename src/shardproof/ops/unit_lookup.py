@@ -24,7 +24,7 @@ _NOWHERE = -1  # place of a row that this rank has not
 
 @dataclass(frozen=True)
 class _Table:
-    """A table that is looked up: everything that is no tensor.
+    """A table that is looked up: the arguments that are not tensors.
 
     Attributes:
         place: of the dim that is cut.

@@ -1,4 +1,4 @@
-"""Where a dim that is cut by units stands: its axis, its runs and leaves, and who gives what.
+"""`UnitSplit`: a dim that is cut by units, with its axis, runs and leaves.
 
 Everything here is integers that are worked out once. A leaf of a dim has several *pieces*: runs of
 indices of the whole dim, such as its columns of the queries, the keys and the values in one fused
@@ -99,10 +99,12 @@ _known: weakref.WeakValueDictionary[tuple[Axis, CutDim, Scheme, str], "UnitSplit
 
 @dataclass(frozen=True, eq=False)
 class UnitSplit:
-    """Where a cut dim stands: everything that is no tensor. Compared by identity; see `of`.
+    """A dim that is cut by units. It has no tensors.
+
+    Two values are equal only if they are the same object; use `of`.
 
     Attributes:
-        axis: the ranks.
+        axis: the axis over which the dim is cut.
         cut_dim: how the dim is cut.
         scheme: leaves and numerics.
         who: the layer's name, for messages and the ledger.

@@ -179,7 +179,7 @@ def vocab_cross_entropy(
     Args:
         logits: (rows, owned classes), Shard(-1).
         target: (rows,), Replicate. Class indices of the whole vocabulary, int64.
-        axis: the ranks.
+        axis: the axis over which the vocabulary is cut.
         cut: of the vocabulary.
         scheme: its numerics; blocks are leaves, natively ranks.
         who: a name for messages.
@@ -238,7 +238,7 @@ def vocab_log_softmax(
 
     Args:
         logits: (rows, owned classes), Shard(-1).
-        axis: the ranks.
+        axis: the axis over which the vocabulary is cut.
         cut: of the vocabulary.
         scheme: its numerics; blocks are leaves, natively ranks.
         who: a name for messages.
@@ -263,7 +263,7 @@ def vocab_log_softmax(
 def _check_denominator(
     denominator: Tensor | float | None, reduction: Reduction, dtype: torch.dtype, who: str
 ) -> Tensor | float | None:
-    """As something that divides a total of `dtype` without changing that."""
+    """The count as a divisor that does not change `dtype`."""
     if denominator is None:
         return None
     if reduction != "mean":

@@ -399,7 +399,7 @@ def run_on_rank(
     """Run a case on this rank; all ranks of `axis` call this.
 
     Args:
-        axis: the ranks.
+        axis: the axis over which the case cuts its model.
         case: what to run.
         scheme: leaves and numerics; None: those of the layers.
         seed: random seed of everything that the case draws.
