@@ -101,11 +101,11 @@ def test_native_gradients_are_right(pool: Pool) -> None:
 def test_the_bits_are_those_of_the_attention(pool: Pool) -> None:
     def both(axis: Axis) -> None:
         source, target = Group(12, 4).places(axis)
-        site = HeadSplit(axis, Heads(12, 4, 5, 8, axis.size), Scheme())
+        split = HeadSplit(axis, Heads(12, 4, 5, 8, axis.size), Scheme())
         grad_y = held_part(normal(2, 12, 5, seed=2), 1, target)
         x = leaf(held_part(normal(2, 4, 5), 1, source))
         (grad,) = gradients(serve(x, 1, source, target, Group(12, 4).sources), grad_y, x)
-        theirs = site.key_gradients(grad_y.unsqueeze(0).unsqueeze(3))
+        theirs = split.key_gradients(grad_y.unsqueeze(0).unsqueeze(3))
         assert bits_equal(grad, theirs[0].squeeze(2))
 
     for degree in (1, 2, 3, 5):

@@ -426,11 +426,11 @@ def test_sizes_that_make_no_sense_are_refused() -> None:
     for row in (4, -5):
         with pytest.raises(ShapeError, match=f"e: padding_idx={row} is no row of 4. Use 0 to 3"):
             VocabParallelEmbedding(4, 3, axis=axis, padding_idx=row, name="e")
-    site = Split(axis, Cut(4, 8, 1), Scheme())
+    split = Split(axis, Cut(4, 8, 1), Scheme())
     with pytest.raises(ShapeError, match=r"embedding_dim\) wanted, got shape \(4,\)"):
-        vocab_embedding(torch.tensor([0]), torch.ones(4), site)
+        vocab_embedding(torch.tensor([0]), torch.ones(4), split)
     with pytest.raises(ShapeError, match="5 units, but 4 is what this rank owns"):
-        vocab_embedding(torch.tensor([0]), torch.ones(5, 2), site)
+        vocab_embedding(torch.tensor([0]), torch.ones(5, 2), split)
 
 
 def test_a_second_backward_raises() -> None:

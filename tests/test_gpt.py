@@ -215,12 +215,12 @@ def test_a_loss_that_does_not_fall() -> None:
     ],
 )
 def test_what_a_fall_is(losses: list[float], falls_to: float, passed: bool | None) -> None:
-    trial = CaseRun(axis=Axis.solo(), scheme=Scheme(), seed=1, recorder=None)  # type: ignore[arg-type]
+    run = CaseRun(axis=Axis.solo(), scheme=Scheme(), seed=1, recorder=None)  # type: ignore[arg-type]
     for loss in losses:
-        trial.follow(torch.tensor(loss), run="dropout")
-    text_training._claim_fall(trial, "dropout", falls_to)
-    assert [check.passed for check in trial.checks] == ([] if passed is None else [passed])
-    assert all(check.name == "loss falls with dropout" for check in trial.checks)
+        run.follow(torch.tensor(loss), run="dropout")
+    text_training._claim_fall(run, "dropout", falls_to)
+    assert [check.passed for check in run.checks] == ([] if passed is None else [passed])
+    assert all(check.name == "loss falls with dropout" for check in run.checks)
 
 
 def test_few_steps_need_not_bring_as_much(small_proof: Report) -> None:
@@ -247,9 +247,9 @@ def test_a_mask_that_is_missing_on_ranks(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(HeadAttention, "is_causal", property(lambda self: False), raising=False)
     correct = HeadAttention.__init__
 
-    def forgetful(self: HeadAttention, site: Any, **options: Any) -> None:
+    def forgetful(self: HeadAttention, split: Any, **options: Any) -> None:
         monkeypatch.delattr(HeadAttention, "is_causal", raising=False)
-        correct(self, site, dropout=options["dropout"])
+        correct(self, split, dropout=options["dropout"])
 
     monkeypatch.setattr(HeadAttention, "__init__", forgetful)
     report = prove(small(steps=1, dropout=0.0), (1, 2))
@@ -260,9 +260,9 @@ def test_a_mask_that_is_missing_on_ranks(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_other_text_on_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     correct = TextTraining._tokens
 
-    def shifted(self: TextTraining, trial: CaseRun, text: SourceText, step: int) -> torch.Tensor:
-        late = trial.axis is not None and trial.axis.rank == 1 and step == 1
-        return correct(self, trial, text, step + 5 * late)
+    def shifted(self: TextTraining, run: CaseRun, text: SourceText, step: int) -> torch.Tensor:
+        late = run.axis is not None and run.axis.rank == 1 and step == 1
+        return correct(self, run, text, step + 5 * late)
 
     monkeypatch.setattr(TextTraining, "_tokens", shifted)
     report = prove(small(dropout=0.0), (1, 2))
@@ -274,9 +274,9 @@ def test_fp64_in_which_something_is_fp32(monkeypatch: pytest.MonkeyPatch) -> Non
     """A rounding to fp32 on the ranks: nothing in fp32 shows it, fp64 does."""
     correct = DecoderSource.predict
 
-    def rounded(self: DecoderSource, trial: CaseRun, model: nn.Module, tokens: torch.Tensor) -> Any:
-        logits, layout = correct(self, trial, model, tokens)
-        return (logits if trial.axis is None else logits.float().to(logits.dtype)), layout
+    def rounded(self: DecoderSource, run: CaseRun, model: nn.Module, tokens: torch.Tensor) -> Any:
+        logits, layout = correct(self, run, model, tokens)
+        return (logits if run.axis is None else logits.float().to(logits.dtype)), layout
 
     monkeypatch.setattr(DecoderSource, "predict", rounded)
     monkeypatch.setattr(
@@ -293,12 +293,12 @@ def test_a_model_that_does_not_know_every_byte() -> None:
 
 
 def test_plain_torch_gets_the_numbers_of_the_cut_model() -> None:
-    def trial(axis: Axis | None) -> CaseRun:
+    def run(axis: Axis | None) -> CaseRun:
         return CaseRun(axis=axis, scheme=Scheme(), seed=3, recorder=None)  # type: ignore[arg-type]
 
     before = torch.get_rng_state()
-    plain = DecoderSource(SMALL).build(trial(None), dropout=0.0)
-    cut = DecoderSource(SMALL).build(trial(Axis.solo()), dropout=0.0)
+    plain = DecoderSource(SMALL).build(run(None), dropout=0.0)
+    cut = DecoderSource(SMALL).build(run(Axis.solo()), dropout=0.0)
     assert torch.equal(before, torch.get_rng_state()), "the global generator is not touched"
     held = dict(cut.named_parameters())
     assert list(held) == [name for name, _ in plain.named_parameters()]
