@@ -177,7 +177,9 @@ def test_telling_is_cut_and_never_waits() -> None:
     with pytest.raises(KeyboardInterrupt):
         within(5.0, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     told = describe_error(NeverDoneError())
-    assert told.trace.startswith("Traceback (most recent call last):\nNeverDoneError: (its text is not available")
+    assert told.trace.startswith(
+        "Traceback (most recent call last):\nNeverDoneError: (its text is not available"
+    )
 
 
 # Results ---------------------------------------------------------------------------------------
