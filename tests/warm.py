@@ -42,6 +42,9 @@ class _Server:
     """An interpreter that forks."""
 
     def __init__(self, environment: Environment) -> None:
+        # PYTHONPATH belongs to one command, and the server runs many.
+        own = {name: each for name, each in environment.items() if name != "PYTHONPATH"}
+        own["OPENBLAS_NUM_THREADS"] = "1"
         self._control, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -52,7 +55,7 @@ class _Server:
                     *map(os.path.abspath, sys.path),
                 ],
                 pass_fds=[theirs.fileno()],
-                env={**environment, "OPENBLAS_NUM_THREADS": "1"},
+                env=own,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )

@@ -209,8 +209,7 @@ def import_all() -> None:
 def main() -> tuple[str, str]:
     """Serve; in each child, the program to run."""
     control = socket.socket(fileno=int(sys.argv[1]))
-    added = {each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each}
-    base = [each for each in sys.path[1:] if each not in added]
+    base = sys.path[1:]
     sys.path[:0] = sys.argv[2:]  # what is imported here is what the tests import
     try:
         import_all()
