@@ -145,7 +145,8 @@ def test_the_python_path_of_one_command_is_not_that_of_the_next(tmp_path: Path) 
     """One server serves both; what the first adds to its path is the standard library too."""
     everything = os.pathsep.join(each for each in sys.path if each)
     program = """import os, sys
-print(sum('stdlib-of-nobody' in each for each in sys.path), os.path.dirname(os.__file__) in sys.path)"""
+print(sum('stdlib-of-nobody' in each for each in sys.path), end=' ')
+print(os.path.dirname(os.__file__) in sys.path)"""
     variables = {**os.environ, "SHARDPROOF_TEST_SERVER": "one of its own"}
     for path in (everything, str(tmp_path / "stdlib-of-nobody"), ""):
         done = warm.run([sys.executable, "-c", program], env={**variables, "PYTHONPATH": path})
