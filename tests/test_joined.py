@@ -280,8 +280,8 @@ def test_calls_that_make_no_sense_raise() -> None:
 # Every operand, and the output, ends where the process may read and write no further.
 AT_THE_EDGE = """
 import ctypes, mmap, torch
-from shardproof import core
-from shardproof.numerics import joined
+from shardproof import c_modules
+from shardproof.numerics import summed_products
 
 PAGE = mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)
@@ -296,8 +296,8 @@ def at_the_edge(rows, columns, dtype):
     x = torch.frombuffer(memory, dtype=dtype, offset=pages * PAGE - size, count=rows * columns)
     return x.view(rows, columns).fill_(1.0)
 
-for path in ("avx2", core.kernels().path()):
-    core.kernels().set_path(path)
+for path in ("avx2", c_modules.kernels().path()):
+    c_modules.kernels().set_path(path)
     for dtype in (torch.float32, torch.float64):
         for m in (1, 2, 5, 8, 9, 13, 33):
             for sizes, n in (((3, 1), 1), ((7, 5), 17), ((20, 257, 9), 16), ((40, 16), 33)):
@@ -312,7 +312,7 @@ for path in ("avx2", core.kernels().path()):
                         )
                         for k in sizes
                     ]
-                    found = joined.joined_nodes(pairs, slices, run=range(2), num_leaves=2)
+                    found = summed_products.joined_nodes(pairs, slices, run=range(2), num_leaves=2)
                     assert (found[0, 2] == sum(sizes)).all()
 print("inside")
 """

@@ -363,7 +363,7 @@ def test_little_memory_is_kept_for_the_next_product_and_much_is_given_back() -> 
 # Every operand, and the output, ends where the process may read and write no further.
 AT_THE_EDGE = """
 import ctypes, mmap, torch
-from shardproof import core
+from shardproof import c_modules
 from shardproof.leaves import Cut
 from shardproof.numerics import mode, products, sums
 
@@ -380,8 +380,8 @@ def at_the_edge(rows, columns, dtype):
     x = torch.frombuffer(memory, dtype=dtype, offset=pages * PAGE - size, count=rows * columns)
     return x.view(rows, columns).fill_(1.0)
 
-for path in ("avx2", core.kernels().path()):
-    core.kernels().set_path(path)
+for path in ("avx2", c_modules.kernels().path()):
+    c_modules.kernels().set_path(path)
     for dtype in (torch.float32, torch.float64):
         for m in (1, 2, 5, 8, 9, 13, 33):
             for k, n in ((1, 1), (7, 17), (20, 16), (257, 9), (40, 33), (64, 64)):
