@@ -187,8 +187,8 @@ def attention(
     if given.mask is not None:
         split.axis.note(given.mask, who=split.who, what="attention mask")
     split.arithmetic.require()
-    q, k, v = prepared(q, k, v)
-    with without_autocast(q):
+    context, q, k, v = prepared(q, k, v)
+    with context:
         y = _attended(q, k, v, split, given)
     if observing.is_on():
         split.tell_forward(q, k, v, y)

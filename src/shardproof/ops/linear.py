@@ -201,10 +201,10 @@ def column_linear(
     if gathers.input is None:
         split.axis.note(x, who=split.name)
     split.arithmetic.require()
-    x, weight, bias = prepared(x, weight, bias)
+    context, x, weight, bias = prepared(x, weight, bias)
     check_alike(x, weight, bias, split.name)
     try:
-        with without_autocast(x):
+        with context:
             if split.is_plain:
                 y = products.plain_linear(x, weight, bias, split)
             elif wants_gradient(x, weight, bias):
@@ -241,10 +241,10 @@ def row_linear(
     if splits_input:
         split.axis.note(x, who=split.name)
     split.arithmetic.require()
-    x, weight, bias = prepared(x, weight, bias)
+    context, x, weight, bias = prepared(x, weight, bias)
     check_alike(x, weight, bias, split.name)
     try:
-        with without_autocast(x):
+        with context:
             if split.is_plain:
                 y = products.plain_linear(x, weight, bias, split)
             elif wants_gradient(x, weight, bias):

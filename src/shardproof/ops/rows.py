@@ -46,27 +46,34 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x
 
 
-def prepared(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The operands of a linear as autocast wants them, cast where autograd sees it.
+def prepared(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """A context without autocast to compute in, and the operands, cast where autograd sees it.
 
     Args:
-        tensors: the operands; the first says where they are.
+        first: the operand that says on which device autocast is asked for.
+        others: the other operands.
     """
-    first = tensors[0]
-    if first is None or not is_autocast(first):
-        return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(None if each is None else cast(each, dtype) for each in tensors)
+    if not is_autocast(first):
+        return (_AS_IT_IS, first, *others)
+    kind = first.device.type
+    dtype = torch.get_autocast_dtype(kind)
+    operands_cast = (None if each is None else cast(each, dtype) for each in (first, *others))
+    return (torch.autocast(kind, enabled=False), *operands_cast)
 
 
 def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
-    """A context without autocast, for operands that have been cast (`prepared`)."""
+    """A context without autocast, for a backward whose forward has cast its operands."""
     return torch.autocast(like.device.type, enabled=False) if is_autocast(like) else _AS_IT_IS
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd has to see what is computed from these."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    for x in tensors:  # noqa: SIM110 - `any` of a generator is slower, in every forward
+        if x is not None and x.requires_grad:
+            return True
+    return False
 
 
 def are_alike(x: Tensor, *others: Tensor | None) -> bool:

@@ -273,15 +273,15 @@ def shared_columns(
     first.axis.note(x, who=shared.split.name)
     first.arithmetic.require()
     count = len(weights)
-    x, *others = prepared(x, *weights, *biases)
+    context, x, *others = prepared(x, *weights, *biases)
     weights, biases = others[:count], others[count:]
     for member, weight, bias in zip(shared.members, weights, biases, strict=True):
         check_alike(x, weight, bias, member.name)
     if first.is_plain:
-        with without_autocast(x):
+        with context:
             return tuple(map(F.linear, (x,) * count, weights, biases))
     try:
-        with without_autocast(x):
+        with context:
             if wants_gradient(x, *weights, *biases):
                 outputs: tuple[Tensor, ...] = _SharedColumns.apply(x, shared, *weights, *biases)
                 return outputs

@@ -204,7 +204,7 @@ def _prepared(
         check_alike(x, weight, bias, call.who)
         return weight, bias, call
     operands.check(call.who, x=x, weight=weight, bias=bias)
-    _, weight, bias = prepared(x, weight, bias)
+    _, _, weight, bias = prepared(x, weight, bias)
     return weight, bias, replace(call, dtype=torch.get_autocast_dtype(x.device.type))
 
 
