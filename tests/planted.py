@@ -18,8 +18,8 @@ from shardproof.mistakes.trainings import (
     IN,
     OUT,
     Activation,
-    Block,
     Change,
+    FeedForwardBlock,
     batch,
     linear,
     sgd,
@@ -39,14 +39,17 @@ def block_builder(
     change: Change | None = None,
     scheme: sp.Scheme = sp.Scheme(),  # noqa: B008 - frozen
 ) -> Callable[[Axis | None], nn.Module]:
-    """`build` of a Block with these layer classes; `change` is called on every rank's block."""
+    """`build` of a FeedForwardBlock with these layer classes.
+
+    `change` is called on every rank's block.
+    """
 
     def build(axis: Axis | None) -> nn.Module:
         front = linear(IN, IN, seed=1)
         whole_up, whole_down = linear(IN, hidden, seed=2), linear(hidden, OUT, seed=3)
         if axis is None:
-            return Block(front, whole_up, whole_down, activation)
-        block = Block(
+            return FeedForwardBlock(front, whole_up, whole_down, activation)
+        block = FeedForwardBlock(
             front,
             up.from_linear(whole_up, axis=axis, name="up", scheme=scheme),
             down.from_linear(whole_down, axis=axis, name="down", scheme=scheme),
@@ -69,7 +72,7 @@ def prove_block(
     scheme: sp.Scheme = sp.Scheme(),  # noqa: B008 - frozen
     **parts: Any,
 ) -> Report:
-    """Prove a Block; `parts` are those of `block_builder`."""
+    """Prove a FeedForwardBlock; `parts` are those of `block_builder`."""
     return sp.prove(
         block_builder(scheme=scheme, **parts),
         loss,
@@ -128,7 +131,10 @@ def prove_one_row() -> Report:
 def prove_clipped(
     clip: Callable[[nn.Module], Tensor], *, degrees: Sequence[int] = (1, 2)
 ) -> Report:
-    """Prove a step of a Block whose gradients are clipped by `clip`, plain torch's by torch's."""
+    """Prove a step of a FeedForwardBlock.
+
+    Its gradients are clipped by `clip`, plain torch's by torch's own function.
+    """
     build = block_builder()
 
     def clip_either(trial: CaseRun, model: nn.Module) -> Tensor:

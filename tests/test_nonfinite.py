@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import shardproof as sp
 from hf_zoo import SIZES
-from planted import Block, batch, block_builder, expect_proved, prove_block, sgd
+from planted import FeedForwardBlock, batch, block_builder, expect_proved, prove_block, sgd
 from shardproof.axis import Axis
 from shardproof.cli.main import main
 from shardproof.prover import Report
@@ -30,7 +30,7 @@ def prove(build: Build, loss: Any = F.mse_loss, **options: Any) -> Report:
 
 
 def spoiled(spoil: Callable[[nn.Module], object], **parts: Any) -> Build:
-    """A Block of which plain torch's and every rank's is spoiled alike."""
+    """A FeedForwardBlock of which plain torch's and every rank's is spoiled alike."""
     build = block_builder(**parts)
 
     def made(axis: Axis | None) -> nn.Module:
@@ -145,7 +145,7 @@ def test_a_later_step_that_diverges() -> None:
 
 
 def test_one_degree_alone() -> None:
-    def spoil(block: Block, axis: Axis) -> None:
+    def spoil(block: FeedForwardBlock, axis: Axis) -> None:
         if axis.size == 2:
             block.down.register_forward_hook(lambda module, given, y: y / 0.0)
 
@@ -157,7 +157,7 @@ def test_one_degree_alone() -> None:
 
 
 def test_a_fault_of_finite_numbers_that_comes_before_is_named_before() -> None:
-    def spoil(block: Block, axis: Axis) -> None:
+    def spoil(block: FeedForwardBlock, axis: Axis) -> None:
         with torch.no_grad():
             block.up.weight.mul_(axis.size)
         block.register_forward_hook(lambda module, given, y: y / 0.0)

@@ -100,7 +100,10 @@ case "$*" in *"$FAIL"*) exit 3;; esac
 
 
 def make_setup(folder: Path, fail: str) -> subprocess.CompletedProcess[str]:
-    """`make setup` in a copy whose python only prints its arguments, and fails at some."""
+    """`make setup` in a copy whose python only prints its arguments, and fails at some.
+
+    The tests may run under `make test`: what that make hands on to a make below it is left out.
+    """
     for name in ("Makefile", "constraints.txt", "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
@@ -111,7 +114,7 @@ def make_setup(folder: Path, fail: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["make", "setup", f"PYTHON={sys.executable}"],
         cwd=folder,
-        env=os.environ | {"FAIL": fail},
+        env={x: y for x, y in os.environ.items() if not x.startswith("MAKE")} | {"FAIL": fail},
         capture_output=True,
         text=True,
         timeout=60,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import shardproof as sp
-from planted import EVEN, IN, Block, batch, block_builder, expect_proved, prove_column
+from planted import EVEN, IN, FeedForwardBlock, batch, block_builder, expect_proved, prove_column
 from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.cli.main import main
@@ -148,7 +148,7 @@ def test_the_callers_own_model_is_not_trained() -> None:
         front.load_state_dict(whole.front.state_dict())
         up = sp.ColumnParallelLinear.from_linear(whole.up, axis=axis, name="up")
         down = sp.RowParallelLinear.from_linear(whole.down, axis=axis, name="down")
-        return Block(front, up, down, torch.relu)
+        return FeedForwardBlock(front, up, down, torch.relu)
 
     report = sp.prove(
         build,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import shardproof as sp
 from planted import (
     IN,
-    Block,
+    FeedForwardBlock,
     batch,
     block_builder,
     expect_bits,
@@ -66,7 +66,7 @@ def test_wrong_divisor_that_every_degree_shares(monkeypatch: pytest.MonkeyPatch)
         expect_torch(prove_matmul(), "loss")
 
 
-def double_gradient(block: Block, axis: Axis) -> None:
+def double_gradient(block: FeedForwardBlock, axis: Axis) -> None:
     block.up.weight.register_hook(lambda grad: 2 * grad)
 
 
@@ -133,7 +133,7 @@ def test_replicated_gradients_counted_once_per_rank_in_the_norm(
     assert not report.cases[0].first_difference()["detail"], "no replicas differ"
 
 
-def leave_bias_out(block: Block, axis: Axis) -> None:
+def leave_bias_out(block: FeedForwardBlock, axis: Axis) -> None:
     block.down.bias.is_left_out = axis.rank != 0
 
 
@@ -151,7 +151,7 @@ def test_replicated_bias_updated_on_rank_zero_alone() -> None:
     )
 
 
-def remember_axis(block: Block, axis: Axis) -> None:
+def remember_axis(block: FeedForwardBlock, axis: Axis) -> None:
     block.up.weight.axis = axis
 
 
@@ -206,7 +206,7 @@ class RunningMean(nn.Module):
 def remembering(
     own: Callable[[Axis | None], float] = lambda axis: 0.0, *, persistent: bool = True
 ) -> Callable[[Axis | None], nn.Module]:
-    """`build` of a Block behind a running mean."""
+    """`build` of a FeedForwardBlock behind a running mean."""
     build = block_builder()
     return lambda axis: nn.Sequential(RunningMean(own(axis), persistent=persistent), build(axis))
 
