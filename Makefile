@@ -13,7 +13,7 @@ STAMP := $(VENV)/.setup-stamp
 help:
 	@echo "make demo   prove, on this machine, that the degree does not change the bits"
 	@echo "make test   run the tests, two files at a time (WORKERS=4: four; ORDER=random:7: shuffled)"
-	@echo "make check  ruff and mypy"
+	@echo "make check  ruff, mypy, and whether every file of tests can be imported"
 	@echo "make bench  measure side by side with plain torch, and time the cases"
 	@echo "make zoo    plan, cut and prove every model of four lists of transformers; writes docs/zoo.md"
 	@echo "            (STEPS='plain', LISTS='causal image': only these; LIMIT=60: seconds for each)"
@@ -73,6 +73,7 @@ check: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python -m pytest --collect-only -qqq
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
