@@ -1,0 +1,335 @@
+"""`load`: read a checkpoint into a model and its optimizer; each rank reads its own part."""
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from shardproof import files
+from shardproof.axis import Axis
+from shardproof.checked_objects import checked_model, checked_optimizer, load_into
+from shardproof.checked_values import checked_flag
+from shardproof.checkpoint.directory import STATE, checked_path, recover
+from shardproof.checkpoint.entries import (
+    SEPARATOR,
+    Entry,
+    axis_of,
+    check_values,
+    draws_of,
+    names_of,
+    restored,
+    weights_of,
+)
+from shardproof.checkpoint.save import VERSION, contract_of
+from shardproof.checkpoint.together import together
+from shardproof.errors import UsageError
+from shardproof.hf.weights import (
+    MODEL,
+    OPTIMIZER,
+    Match,
+    check_fit,
+    differences,
+    read,
+    stored_tensors,
+)
+from shardproof.leaves import Layout
+from shardproof.optim.layouts import layouts_of
+from shardproof.optim.state import state_layout
+from shardproof.safetensors_file import StoredTensor
+from shardproof.wording import few, shown, written
+
+_LARGEST_STATE = 1 << 28  # bytes
+_AGAIN = "Fetch or save the checkpoint again."
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What `load` read.
+
+    Attributes:
+        step: number of steps that were done; 0 for a directory that shardproof did not write.
+        extra: what `save` was given.
+        contract: what the bits of the saved model depend on; "" if nothing says it.
+        is_same_contract: whether the model here has the same contract. If so, a resumed run has the
+            bits of one that never stopped.
+        missing: parameters that were left as they are, with `partial`.
+        unexpected: tensors of the checkpoint that were not used, with `partial`.
+    """
+
+    step: int
+    extra: Any
+    contract: str
+    is_same_contract: bool
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+
+
+def load(
+    directory: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    weights_only: bool = False,
+    partial: bool = False,
+) -> Loaded:
+    """Load a model and its optimizer; all ranks of the model call it.
+
+    Any degree reads what any degree wrote. Each rank reads the part that it holds.
+
+    Args:
+        directory: what `save` wrote, or a directory of safetensors of transformers or torch.
+        model: cut or not; its parameters must have memory (see `initialize`).
+        optimizer: of parameters of `model`.
+        weights_only: leave the state of the optimizer in the checkpoint, and the positions of
+            dropout. Without it, a checkpoint that has such state needs an optimizer.
+        partial: allow parameters without a tensor, which stay as they are, and tensors without a
+            parameter.
+
+    Returns:
+        The step, `extra`, and what was left out. It warns if the contract is another one.
+
+    Raises:
+        UsageError: the directory is no checkpoint, is damaged, of a newer version, or of another
+            model or optimizer; the first difference is named. All ranks raise. Unless a file could
+            not be read, nothing was changed.
+
+    Comm:
+        setup none in the ledger: small objects of all ranks go to all, uncounted.
+    """
+    model = checked_model(model)
+    axis = axis_of(model)
+    with together(axis, "checking what is loaded"):
+        path = checked_path(directory)
+        optimizer = None if optimizer is None else checked_optimizer(optimizer)
+        weights_only = checked_flag(weights_only, "weights_only")
+        partial = checked_flag(partial, "partial")
+    with together(axis, f"recovering {written(str(path))}"):
+        if axis.rank == 0:
+            recover(path)
+    with together(axis, f"reading {written(str(path))}"):
+        plan = _plan(path, model, optimizer, weights_only, partial)
+    with together(axis, f"reading {written(str(path))}"):
+        read(plan.weights)
+        read(plan.states)
+    with together(axis, "loading the optimizer"):
+        if optimizer is not None and plan.optimizer is not None:
+            load_into(optimizer, _state_dict(model, optimizer, plan))
+            _keep_dtypes(model, optimizer, plan.states)
+    if not weights_only:
+        for name, step in plan.draws.items():
+            draws_of(model)[name].step = step
+    return _result(plan, model, axis)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be read, checked in full."""
+
+    path: Path
+    state: dict[str, Any]
+    weights: list[Match]
+    states: list[Match]
+    optimizer: dict[str, Any] | None
+    draws: dict[str, int]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+def _plan(
+    path: Path, model: nn.Module, optimizer: Optimizer | None, weights_only: bool, partial: bool
+) -> _Plan:
+    what = written(str(path))
+    if not path.is_dir():
+        raise UsageError(f"{what} is no directory. Name one that shardproof.save wrote.")
+    state = _state_of(path)
+    available = stored_tensors(path, MODEL)
+    missing, unexpected = differences(model, available)
+    if (missing or unexpected) and not partial:
+        raise UsageError(_different(what, model, missing, unexpected))
+    entries = [entry for entry in weights_of(model) if entry.name in available]
+    check_values(entries)
+    matches = [(entry, *available[entry.name]) for entry in entries]
+    for entry, file, stored in matches:
+        check_fit(entry, stored, file)
+    saved = state.get("optimizer")
+    draws = {} if weights_only else _draws(what, model, state)
+    states: list[Match] = []
+    if weights_only:
+        saved = None
+        if optimizer is not None:
+            raise UsageError(
+                "weights_only=True with an optimizer: which of them is meant? Leave one out."
+            )
+    elif optimizer is None and saved is not None:
+        raise UsageError(
+            f"{what} has the state of {shown(saved.get('class'))}, and no optimizer is given. Give "
+            "it; or pass weights_only=True to leave that state."
+        )
+    elif optimizer is not None:
+        if saved is None:
+            raise UsageError(
+                f"{what} has no state of an optimizer. Load it without one; the optimizer then "
+                "begins anew."
+            )
+        states = _match_states(path, model, optimizer, saved)
+    return _Plan(path, state, matches, states, saved, draws, tuple(missing), tuple(unexpected))
+
+
+def _different(what: str, model: nn.Module, missing: list[str], unexpected: list[str]) -> str:
+    parts = []
+    if missing:
+        parts.append(f"has no tensor for {few(missing)}")
+    if unexpected:
+        parts.append(f"has {few(unexpected)}, for which there is no parameter")
+    return (
+        f"{what} is not of this {type(model).__name__}: it {', and it '.join(parts)}. Make the "
+        "model as it was saved, or pass partial=True to load what both have."
+    )
+
+
+def _state_of(path: Path) -> dict[str, Any]:
+    """The plain data of a checkpoint; {} for a directory that shardproof did not write."""
+    file = path / STATE
+    if not os.path.lexists(file):
+        return {}
+    what = written(str(file))
+    state = files.read_json(file, what=what, way_out=_AGAIN, largest=_LARGEST_STATE)
+    version = state.get("version") if isinstance(state, dict) else None
+    if type(version) is int and version > VERSION:
+        raise UsageError(
+            f"{what} has version {version}, and this shardproof reads up to {VERSION}. Install a "
+            "newer shardproof."
+        )
+    step = state.get("step") if isinstance(state, dict) else None
+    if version != VERSION or state.get("format") != "shardproof" or type(step) is not int:
+        raise UsageError(f"{what} is not the state of a checkpoint: {shown(state)}. {_AGAIN}")
+    return state
+
+
+def _draws(what: str, model: nn.Module, state: dict[str, Any]) -> dict[str, int]:
+    """Name of a module that draws -> how often it has drawn."""
+    if not state:
+        return {}
+    saved, mine = state.get("draws"), draws_of(model)
+    if not isinstance(saved, dict) or any(type(n) is not int or n < 0 for n in saved.values()):
+        raise UsageError(f"the draws of {what} are {shown(saved)}, not counts. {_AGAIN}")
+    if saved.keys() != mine.keys():
+        names = few(sorted(saved.keys() ^ mine.keys()), most=3)
+        raise UsageError(
+            f"{what} and this {type(model).__name__} draw random numbers in different modules: "
+            f"{names}. Make the model as it was saved; or pass weights_only=True, with which "
+            "dropout begins anew."
+        )
+    return saved
+
+
+def _match_states(path: Path, model: nn.Module, optimizer: Optimizer, saved: Any) -> list[Match]:
+    """The tensors of the state of an optimizer, each with new memory for this rank's part."""
+    what = written(str(path))
+    kind = type(optimizer).__name__
+    try:
+        groups = [(group["parameters"], group["options"]) for group in saved["groups"]]
+        saved_kind = saved["class"]
+    except (TypeError, KeyError):
+        raise UsageError(f"the optimizer of {what} is {shown(saved)}. {_AGAIN}") from None
+    if saved_kind != kind:
+        raise UsageError(
+            f"{what} has the state of {shown(saved_kind)}, and the optimizer is {kind}. Make the "
+            "optimizer as it was saved; or pass weights_only=True and no optimizer."
+        )
+    mine = names_of(model, optimizer)
+    if len(mine) != len(groups):
+        raise UsageError(
+            f"the {kind} of {what} has {len(groups)} groups of parameters, and this one "
+            f"{len(mine)}. Make the optimizer as it was saved."
+        )
+    for number, (names, (theirs, _)) in enumerate(zip(mine, groups, strict=True)):
+        if sorted(names) != sorted(theirs):
+            differing = sorted(set(names) ^ set(theirs))
+            raise UsageError(
+                f"group {number} of the {kind} of {what} has other parameters than this one: "
+                f"{few(differing, most=3)}. Make the optimizer as it was saved."
+            )
+    layouts = {name: (parameter, layout) for name, parameter, layout, _ in layouts_of(model)}
+    matches = []
+    for name, (file, stored) in _available_states(path).items():
+        parameter_name, _, key = name.rpartition(SEPARATOR)
+        if parameter_name not in layouts:
+            raise UsageError(
+                f"{written(str(file))} has {shown(name)}, and the model has no parameter "
+                f"{shown(parameter_name)}. {_AGAIN}"
+            )
+        parameter, layout = layouts[parameter_name]
+        where = _layout_of_state(optimizer, key, stored, layout)
+        device = parameter.device if where.shape else None
+        tensor = torch.empty(where.local_shape, dtype=stored.dtype, device=device)
+        entry = Entry(name, tensor, where)
+        check_fit(entry, stored, file)
+        matches.append((entry, file, stored))
+    return matches
+
+
+def _available_states(path: Path) -> dict[str, tuple[Path, StoredTensor]]:
+    has_any = any(path.glob(f"{OPTIMIZER}*.safetensors"))
+    return stored_tensors(path, OPTIMIZER) if has_any else {}
+
+
+def _layout_of_state(
+    optimizer: Optimizer, key: str, stored: StoredTensor, layout: Layout
+) -> Layout:
+    """The layout of a tensor of the state, from its whole shape."""
+    whole = torch.empty(stored.shape, device="meta")
+    if stored.shape == layout.shape:
+        whole = torch.empty(layout.local_shape, device="meta")
+    return state_layout(optimizer, key, whole, layout)
+
+
+def _state_dict(model: nn.Module, optimizer: Optimizer, plan: _Plan) -> dict[str, Any]:
+    """What `optimizer.load_state_dict` takes."""
+    saved = plan.optimizer or {}
+    names = names_of(model, optimizer)
+    numbers = {name: number for number, name in enumerate(n for group in names for n in group)}
+    state: dict[int, dict[str, Any]] = {}
+    values: list[tuple[str, Any]] = [(entry.name, entry.tensor) for entry, *_ in plan.states]
+    values += [(name, restored(value)) for name, value in saved["values"].items()]
+    for full, value in values:
+        name, _, key = full.rpartition(SEPARATOR)
+        state.setdefault(numbers[name], {})[key] = value
+    groups = []
+    for group_names, group in zip(names, saved["groups"], strict=True):
+        options = {key: restored(value) for key, value in group["options"].items()}
+        groups.append({**options, "params": [numbers[name] for name in group_names]})
+    return {"state": state, "param_groups": groups}
+
+
+def _keep_dtypes(model: nn.Module, optimizer: Optimizer, states: list[Match]) -> None:
+    """Undo the casts of `load_state_dict`, which gives moments the dtype of their parameter."""
+    parameters = {name: parameter for name, parameter, *_ in layouts_of(model)}
+    for entry, *_ in states:
+        name, _, key = entry.name.rpartition(SEPARATOR)
+        optimizer.state[parameters[name]][key] = entry.tensor
+
+
+def _result(plan: _Plan, model: nn.Module, axis: Axis) -> Loaded:
+    contract, mine = plan.state.get("contract", ""), contract_of(model)
+    is_same = contract == mine
+    if contract and not is_same and axis.rank == 0:
+        warnings.warn(
+            f"{written(str(plan.path))} was saved under the contract {shown(contract)}, and the "
+            f"model here has {mine!r}: the values are right, and the next steps may have other "
+            "bits than an unbroken run.",
+            stacklevel=3,
+        )
+    return Loaded(
+        step=plan.state.get("step", 0),
+        extra=restored(plan.state.get("extra")),
+        contract=contract,
+        is_same_contract=is_same,
+        missing=plan.missing,
+        unexpected=plan.unexpected,
+    )

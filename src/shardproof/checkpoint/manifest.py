@@ -1,0 +1,247 @@
+"""The manifest of a checkpoint: SHA-256 of every block of every file, and one of them all.
+
+The bytes of a file are divided into blocks at fixed places, which do not depend on the degree: the
+header of a safetensors file, and each tensor in blocks of 16 MiB. Other files are one tensor
+without a name. So ranks hash side by side, and a damaged block has the name of its tensor.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from shardproof import files
+from shardproof.checkpoint.directory import MANIFEST
+from shardproof.errors import UsageError
+from shardproof.safetensors_file import read_header, read_into
+from shardproof.wording import few, shown, written
+
+VERSION = 1
+BLOCK = 16 << 20  # bytes
+_READ = 1 << 20  # bytes that are read at once
+_LARGEST = 1 << 30  # bytes of a manifest: 10 million blocks
+_AGAIN = "Fetch or save the checkpoint again."
+
+
+class Block(NamedTuple):
+    """A run of bytes of a file.
+
+    Attributes:
+        file: name of the file.
+        tensor: name of the tensor; "" for the bytes before the tensors, and for other files.
+        start: offset of the first byte.
+        stop: offset after the last byte.
+    """
+
+    file: str
+    tensor: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What does not agree with the manifest.
+
+    Attributes:
+        file: name of the file.
+        tensor: name of the tensor, or "".
+        reason: in words.
+    """
+
+    file: str
+    tensor: str
+    reason: str
+
+    def __str__(self) -> str:
+        tensor = f"tensor {self.tensor!r} in " if self.tensor else ""
+        return f"{tensor}{self.file}: {self.reason}"
+
+
+def blocks_of(folder: Path, names: Sequence[str]) -> list[Block]:
+    """The blocks of the files of a directory.
+
+    Args:
+        folder: the directory.
+        names: the files, each of which is there.
+
+    Raises:
+        UsageError: a safetensors file is damaged so that its tensors cannot be found.
+        OSError: a file cannot be read.
+    """
+    blocks: list[Block] = []
+    for name in names:
+        path = folder / name
+        size = path.stat().st_size
+        if path.suffix != ".safetensors":
+            blocks += _cut(name, "", 0, size)
+            continue
+        tensors = list(read_header(path).values())
+        start = tensors[0].start if tensors else size
+        blocks += _cut(name, "", 0, start)
+        for stored in tensors:
+            blocks += _cut(name, stored.name, stored.start, stored.start + stored.num_bytes)
+    return blocks
+
+
+def _cut(file: str, tensor: str, start: int, stop: int) -> Iterator[Block]:
+    for first in range(start, stop, BLOCK):
+        yield Block(file, tensor, first, min(first + BLOCK, stop))
+
+
+def hashes_of(folder: Path, blocks: Sequence[Block]) -> list[str]:
+    """SHA-256 of each block, in hexadecimal digits.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    hashes = []
+    descriptors: dict[str, int] = {}
+    buffer = memoryview(bytearray(_READ))
+    try:
+        for block in blocks:
+            if block.file not in descriptors:
+                path = folder / block.file
+                descriptors[block.file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            digest = hashlib.sha256()
+            for start in range(block.start, block.stop, _READ):
+                part = buffer[: min(_READ, block.stop - start)]
+                read_into(descriptors[block.file], start, part)
+                digest.update(part)
+            hashes.append(digest.hexdigest())
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+    return hashes
+
+
+def share_of(blocks: Sequence[Block], rank: int, size: int) -> Sequence[Block]:
+    """The blocks that one rank hashes: consecutive ones, with about as many bytes on each rank."""
+    total = sum(block.stop - block.start for block in blocks)
+    shares: list[list[Block]] = [[] for _ in range(size)]
+    done = 0
+    for block in blocks:
+        shares[min(size - 1, done * size // max(1, total))].append(block)
+        done += block.stop - block.start
+    return shares[rank]
+
+
+def manifest_of(blocks: Sequence[Block], hashes: Sequence[str]) -> bytes:
+    """The text of a manifest.
+
+    Args:
+        blocks: all blocks of all files.
+        hashes: of each block.
+    """
+    listed: dict[str, dict[str, Any]] = {}
+    for block, digest in zip(blocks, hashes, strict=True):
+        entry = listed.setdefault(block.file, {"bytes": 0, "tensors": {}})
+        entry["bytes"] = block.stop
+        entry["tensors"].setdefault(block.tensor, []).append(digest)
+    content = {"version": VERSION, "block_bytes": BLOCK, "files": listed}
+    return (json.dumps({**content, "root": root_of(content)}, indent=1) + "\n").encode()
+
+
+def root_of(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest without its root: of its JSON with sorted keys and no spaces."""
+    rest = {key: value for key, value in content.items() if key != "root"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a directory, as JSON.
+
+    Raises:
+        UsageError: there is none, it cannot be read, or its own hash does not agree.
+    """
+    what = written(str(folder / MANIFEST))
+    content = files.read_json(folder / MANIFEST, what=what, way_out=_AGAIN, largest=_LARGEST)
+    version = content.get("version") if isinstance(content, dict) else None
+    if type(version) is int and version > VERSION:
+        raise UsageError(
+            f"{what} has version {version}, and this shardproof reads up to {VERSION}. Install a "
+            "newer shardproof."
+        )
+    if (
+        version != VERSION
+        or content.get("block_bytes") != BLOCK
+        or not isinstance(content.get("files"), dict)
+    ):
+        raise UsageError(f"{what} is no manifest of a checkpoint: {shown(content)}. {_AGAIN}")
+    if content.get("root") != root_of(content):
+        raise UsageError(f"{what} is damaged: its root hash is not that of its lines. {_AGAIN}")
+    for name in content["files"]:
+        if "/" in name or name in {"", ".", ".."}:
+            raise UsageError(f"{what} names {shown(name)}, which is outside the directory.")
+    return content
+
+
+def find_damage(
+    folder: Path, *, workers: int = 2, progress: Callable[[int, int], None] | None = None
+) -> list[Damage]:
+    """Compare every file of a checkpoint with its manifest.
+
+    Args:
+        folder: the directory.
+        workers: number of threads that hash.
+        progress: is called with the number of hashed bytes and of all bytes.
+
+    Returns:
+        What does not agree, the first damaged block of each tensor.
+
+    Raises:
+        UsageError: as `read_manifest`.
+    """
+    content = read_manifest(folder)
+    damages = []
+    blocks: list[Block] = []
+    expected: list[str] = []
+    for name, entry in content["files"].items():
+        try:
+            mine = blocks_of(folder, [name])
+        except (UsageError, OSError) as error:
+            why = files.why(error) if isinstance(error, OSError) else str(error)
+            damages.append(Damage(name, "", why))
+            continue
+        counts: dict[str, int] = {}
+        for block in mine:
+            counts[block.tensor] = counts.get(block.tensor, 0) + 1
+        theirs = {tensor: len(hashes) for tensor, hashes in entry["tensors"].items()}
+        if counts != theirs:
+            differing = [t for t in {**theirs, **counts} if theirs.get(t) != counts.get(t)]
+            reason = f"its tensors are not those of the manifest ({few(differing, most=3)})"
+            damages.append(Damage(name, "", reason))
+            continue
+        blocks += mine
+        expected += [digest for hashes in entry["tensors"].values() for digest in hashes]
+    hashes = _hash_all(folder, blocks, workers, progress)
+    found: set[tuple[str, str]] = set()
+    for block, digest, wanted in zip(blocks, hashes, expected, strict=True):
+        if digest != wanted and (block.file, block.tensor) not in found:
+            found.add((block.file, block.tensor))
+            where = f"bytes {block.start:,} to {block.stop:,} have another SHA-256"
+            damages.append(Damage(block.file, block.tensor, where))
+    return damages
+
+
+def _hash_all(
+    folder: Path,
+    blocks: Sequence[Block],
+    workers: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[str]:
+    total = sum(block.stop - block.start for block in blocks)
+    done, hashes = 0, []
+    with ThreadPoolExecutor(workers) as pool:
+        results = pool.map(lambda block: hashes_of(folder, [block])[0], blocks)
+        for block, digest in zip(blocks, results, strict=True):
+            hashes.append(digest)
+            done += block.stop - block.start
+            if progress is not None:
+                progress(done, total)
+    return hashes

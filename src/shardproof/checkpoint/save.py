@@ -1,0 +1,254 @@
+"""`save`: write a model and its optimizer as a plain directory, the same bytes at every degree."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from shardproof.axis import Axis
+from shardproof.checked_objects import checked_model, checked_optimizer
+from shardproof.checked_values import checked_whole
+from shardproof.checkpoint import manifest
+from shardproof.checkpoint.directory import (
+    MANIFEST,
+    STATE,
+    SavedDirectory,
+    checked_path,
+    sync,
+    work_of,
+)
+from shardproof.checkpoint.entries import (
+    Entry,
+    axis_of,
+    check_extra_state,
+    check_unique,
+    check_values,
+    draws_of,
+    plain,
+    state_of,
+    weights_of,
+)
+from shardproof.checkpoint.together import together
+from shardproof.checkpoint.writing import LARGEST_FILE, FilePlan, Writer, create, plan_files
+from shardproof.hf.detection import is_transformers
+from shardproof.hf.saving import write_configs
+from shardproof.hf.weights import MODEL, OPTIMIZER
+from shardproof.layers import registry
+from shardproof.numerics import mode
+from shardproof.safetensors_file import check_dtypes
+from shardproof.wording import written
+
+VERSION = 1
+
+
+def save(
+    directory: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    step: int = 0,
+    extra: Any = None,
+    tokenizer: Any = None,
+) -> Path:
+    """Save a model and its optimizer; all ranks of the model call it.
+
+    The directory has whole tensors under their own names in safetensors files, so that
+    transformers, safetensors and torch read it as it is. Its bytes do not depend on the degree.
+    Each rank writes its own part. The directory appears under its name when it is whole; a
+    checkpoint that had the name is replaced then.
+
+    Args:
+        directory: does not exist, is empty, or has a checkpoint.
+        model: cut or not; of transformers or not.
+        optimizer: of parameters of `model`; None saves weights alone.
+        step: number of steps that were done.
+        extra: plain data that the next step depends on (`scheduler.state_dict()`, a position in the
+            data): None, bools, numbers, text, and lists, tuples and dicts of them.
+        tokenizer: a tokenizer or processor of transformers, whose files are saved too.
+
+    Returns:
+        The directory, as an absolute path.
+
+    Raises:
+        UsageError: the directory exists and is no checkpoint; another process saves there; an
+            argument cannot be saved; or a rank cannot write. All ranks raise, and the directory is
+            as it was.
+        MismatchError: the ranks save different things.
+
+    Comm:
+        setup one exchange of (rows, size) for every 8 MiB of a tensor whose rows are cut; and small
+        objects.
+    """
+    plans: list[tuple[FilePlan, dict[str, Entry]]] = []
+    model = checked_model(model)
+    axis = axis_of(model)
+    with together(axis, "checking what is saved"):
+        path = checked_path(directory)
+        optimizer = None if optimizer is None else checked_optimizer(optimizer)
+        state, entries = _collect(model, optimizer, _checked_step(step), extra)
+        for stem, group in entries.items():
+            by_name = {entry.name: entry for entry in group}
+            plans += [(plan, by_name) for plan in plan_files(group, stem, largest=LARGEST_FILE)]
+    signature = {"directory": str(path), "state": state} | {
+        plan.name: str(plan.header) for plan, _ in plans
+    }
+    digests = {key: _digest(value) for key, value in signature.items()}
+    axis.agree(digests, what="checkpoints", way_out="Save the same on all ranks.")
+    saved: SavedDirectory | None = None
+    try:
+        with together(axis, f"saving {written(str(path))}"):
+            if axis.rank == 0:
+                saved = SavedDirectory(path)
+                create(saved.work, [plan for plan, _ in plans])
+                _write_others(saved.work, model, state, tokenizer, plans)
+        _write_tensors(work_of(path), plans, axis)
+        _write_manifest(work_of(path), axis)
+        with together(axis, f"saving {written(str(path))}"):
+            if saved is not None:
+                saved.finish()
+    except BaseException:
+        if saved is not None:
+            saved.abandon()
+        raise
+    return path
+
+
+def _collect(
+    model: nn.Module, optimizer: Optimizer | None, step: int, extra: Any
+) -> tuple[dict[str, Any], dict[str, list[Entry]]]:
+    """The plain data and the tensors of a checkpoint, by the stem of their files."""
+    check_extra_state(model)
+    entries = {MODEL: weights_of(model)}
+    state: dict[str, Any] = {
+        "format": "shardproof",
+        "version": VERSION,
+        "step": step,
+        "contract": contract_of(model),
+        "scheme": _scheme_of(model),
+        "torch": torch.__version__,
+        "draws": {name: module.step for name, module in draws_of(model).items()},
+        "extra": plain(extra, "extra"),
+    }
+    if optimizer is not None:
+        entries[OPTIMIZER], state["optimizer"] = state_of(model, optimizer)
+    for group in entries.values():
+        check_unique(group)
+        check_values(group)
+        check_dtypes({entry.name: entry.tensor.dtype for entry in group})
+    return state, {stem: group for stem, group in entries.items() if group or stem == MODEL}
+
+
+def contract_of(model: nn.Module) -> str:
+    """What the bits of a model depend on (`numerics.mode.contract`); "plain" if it is not cut."""
+    for module in model.modules():
+        if registry.is_cut_module(module):
+            parameter = next(module.parameters())
+            return mode.contract(
+                registry.record_of(module).scheme, parameter.dtype, parameter.device
+            )
+    return "plain"
+
+
+def _scheme_of(model: nn.Module) -> dict[str, Any] | None:
+    for module in model.modules():
+        if registry.is_cut_module(module):
+            scheme = registry.record_of(module).scheme
+            return {"leaves": scheme.leaves, "numerics": scheme.numerics, "seed": scheme.seed}
+    return None
+
+
+def _checked_step(step: Any) -> int:
+    if type(step) is int and step == 0:
+        return 0
+    return checked_whole(step, "step")
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _write_others(
+    folder: Path,
+    model: nn.Module,
+    state: dict[str, Any],
+    tokenizer: Any,
+    plans: Sequence[tuple[FilePlan, dict[str, Entry]]],
+) -> None:
+    """Write the files that are small; called by one rank."""
+    if is_transformers(model):
+        write_configs(model, folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for stem in (MODEL, OPTIMIZER):
+        files = [plan for plan, _ in plans if plan.name.startswith(f"{stem}-")]
+        if files:
+            write_file(folder / f"{stem}.safetensors.index.json", _index(files))
+    write_file(folder / STATE, (json.dumps(state, indent=1) + "\n").encode())
+    for path in folder.iterdir():
+        sync(path)
+
+
+def _index(plans: Sequence[FilePlan]) -> bytes:
+    names = {stored.name: plan.name for plan in plans for stored in plan.tensors}
+    total = sum(stored.num_bytes for plan in plans for stored in plan.tensors)
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": dict(sorted(names.items())),
+    }
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def _write_tensors(
+    folder: Path, plans: Sequence[tuple[FilePlan, dict[str, Entry]]], axis: Axis
+) -> None:
+    """Write this rank's bytes of every file.
+
+    Comm:
+        setup one exchange of (rows, size) for every 8 MiB of a tensor whose rows are cut.
+    """
+    for plan, entries in plans:
+        path = folder / plan.name
+        writer = Writer(path, axis)
+        try:
+            for stored in plan.tensors:
+                writer.write(stored, entries[stored.name])
+            with together(axis, f"writing {written(str(path))}"):
+                writer.finish()
+        finally:
+            writer.close()
+
+
+def _write_manifest(folder: Path, axis: Axis) -> None:
+    """Hash every file, each rank its share, and write the manifest.
+
+    Comm:
+        setup none in the ledger: small objects of all ranks go to all, uncounted.
+    """
+    mine: list[str] = []
+    with together(axis, f"hashing {written(str(folder))}"):
+        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        blocks = manifest.blocks_of(folder, names)
+        share = manifest.share_of(blocks, axis.rank, axis.size)
+        mine = manifest.hashes_of(folder, share)
+    hashes = [each for part in axis.gather_small(mine, what="the hashes") for each in part]
+    with together(axis, f"writing {written(str(folder / MANIFEST))}"):
+        if axis.rank == 0:
+            write_file(folder / MANIFEST, manifest.manifest_of(blocks, hashes))
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file, down to the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
