@@ -43,7 +43,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Dtypes of formats that torch cannot hold, with their bytes: a file may have such tensors.
 _OTHER_BYTES = {"U16": 2, "U32": 4, "U64": 8, "F8_E8M0": 1}
-_FETCH = "Fetch or save the file again."
+_FETCH = "Fetch the whole checkpoint."
 _LARGEST_HEADER = 100_000_000  # bytes; the library refuses longer ones too
 # Runs of at least so many bytes are read and written one by one; shorter ones by whole rows.
 LONG_RUN = 64 << 10
@@ -125,7 +125,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _no_file(what: str, reason: str) -> UsageError:
-    return UsageError(f"{what} is no whole safetensors file: {reason}. {_FETCH}")
+    return UsageError(f"{what} cannot be read as safetensors: {reason}. {_FETCH}")
 
 
 def _tensors(header: bytes, start: int, size: int, what: str) -> dict[str, StoredTensor]:

@@ -16,8 +16,10 @@ from shardproof.layers.dropout import Drawing
 from shardproof.leaves import Layout, replicated
 from shardproof.optim.layouts import layouts_of
 from shardproof.optim.state import state_layout
-from shardproof.wording import few, shown
+from shardproof.safetensors_file import NAMES
+from shardproof.wording import dtype_name, few, shown
 
+_DTYPES = {dtype_name(dtype): dtype for dtype in NAMES}
 SEPARATOR = "/"  # between the name of a parameter and the key of its state
 
 
@@ -185,8 +187,8 @@ def plain(value: Any, what: str) -> Any:
     """Plain data as JSON can have it, from which `restored` makes the value again.
 
     Args:
-        value: None, a bool, an int, a float, text, a tensor of one number, or a list, tuple or
-            dict of such.
+        value: None, a bool, an int, a float, text, a dtype, a tensor of one number, or a list,
+            tuple or dict of such.
         what: the value in the user's words.
 
     Raises:
@@ -199,8 +201,10 @@ def plain(value: Any, what: str) -> Any:
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
         number = value.item()
         if isinstance(number, bool | int | float):
-            dtype = str(value.dtype).removeprefix("torch.")
-            return {"tensor": plain(number, what), "dtype": dtype, "shape": list(value.shape)}
+            dtype, shape = dtype_name(value.dtype), list(value.shape)
+            return {"tensor": plain(number, what), "dtype": dtype, "shape": shape}
+    if isinstance(value, torch.dtype):
+        return {"dtype": dtype_name(value)}
     if isinstance(value, tuple):
         return {"tuple": [plain(each, what) for each in value]}
     if isinstance(value, list):
@@ -231,10 +235,10 @@ def restored(value: Any) -> Any:
             return tuple(restored(each) for each in items)
         case {"dict": list(pairs)}:
             return {key: restored(each) for key, each in pairs}
-        case {"tensor": number, "dtype": str(name), "shape": list(shape)}:
-            dtype = getattr(torch, name, None)
-            if isinstance(dtype, torch.dtype):
-                return torch.tensor(restored(number), dtype=dtype).reshape(shape)
+        case {"tensor": number, "dtype": str(name), "shape": list(shape)} if name in _DTYPES:
+            return torch.tensor(restored(number), dtype=_DTYPES[name]).reshape(shape)
+        case {"dtype": str(name)} if name in _DTYPES:
+            return _DTYPES[name]
     raise ValueError(f"{shown(value)} is no value of a checkpoint")
 
 

@@ -25,7 +25,7 @@ from shardproof.checkpoint.entries import (
     restored,
     weights_of,
 )
-from shardproof.checkpoint.save import VERSION, contract_of
+from shardproof.checkpoint.save import PLAIN, VERSION, contract_of
 from shardproof.checkpoint.together import together
 from shardproof.errors import UsageError
 from shardproof.hf.weights import (
@@ -91,7 +91,8 @@ def load(
             parameter.
 
     Returns:
-        The step, `extra`, and what was left out. It warns if the contract is another one.
+        The step, `extra`, and what was left out. It warns if the contract is another one, unless a
+        model that is not cut gets weights alone.
 
     Raises:
         UsageError: the directory is no checkpoint, is damaged, of a newer version, or of another
@@ -212,8 +213,8 @@ def _state_of(path: Path) -> dict[str, Any]:
 
 
 def _draws(what: str, model: nn.Module, state: dict[str, Any]) -> dict[str, int]:
-    """Name of a module that draws -> how often it has drawn."""
-    if not state:
+    """Name of a module that draws -> how often it has drawn; {} if either model is not cut."""
+    if not state or PLAIN in (state.get("contract"), contract_of(model)):
         return {}
     saved, mine = state.get("draws"), draws_of(model)
     if not isinstance(saved, dict) or any(type(n) is not int or n < 0 for n in saved.values()):
@@ -318,7 +319,8 @@ def _keep_dtypes(model: nn.Module, optimizer: Optimizer, states: list[Match]) ->
 def _result(plan: _Plan, model: nn.Module, axis: Axis) -> Loaded:
     contract, mine = plan.state.get("contract", ""), contract_of(model)
     is_same = contract == mine
-    if contract and not is_same and axis.rank == 0:
+    goes_on = plan.optimizer is not None or mine != PLAIN
+    if contract and not is_same and goes_on and axis.rank == 0:
         warnings.warn(
             f"{written(str(plan.path))} was saved under the contract {shown(contract)}, and the "
             f"model here has {mine!r}: the values are right, and the next steps may have other "

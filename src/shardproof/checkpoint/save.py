@@ -45,6 +45,7 @@ from shardproof.safetensors_file import check_dtypes
 from shardproof.wording import written
 
 VERSION = 1
+PLAIN = "plain"  # the contract of a model that is not cut
 
 
 def save(
@@ -152,7 +153,7 @@ def contract_of(model: nn.Module) -> str:
             return mode.contract(
                 registry.record_of(module).scheme, parameter.dtype, parameter.device
             )
-    return "plain"
+    return PLAIN
 
 
 def _scheme_of(model: nn.Module) -> dict[str, Any] | None:

@@ -56,8 +56,8 @@ def stored_tensors(folder: Path, stem: str = MODEL) -> dict[str, tuple[Path, Sto
             headers[file] = read_header(file)
         if name not in headers[file]:
             raise UsageError(
-                f"{written(str(file))} has no tensor {shown(name)}, which the index beside it says "
-                f"it has. {_FETCH}"
+                f"{written(str(file))} cannot be read as safetensors: it has no tensor "
+                f"{shown(name)}, which the index beside it names. {_FETCH}"
             )
         tensors[name] = file, headers[file][name]
     return tensors
