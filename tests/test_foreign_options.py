@@ -375,7 +375,7 @@ def test_a_terminal_without_room_gets_the_text(columns: str) -> None:
 
 def test_an_interface_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # the work runs here
-    case = ("--case", "linear-row", "--degrees", "2", "--transport", "gloo")
+    case = ("--case", "matmul-row", "--degrees", "2", "--transport", "gloo")
     done = CliRunner(env={"GLOO_SOCKET_IFNAME": "bogus0"}).invoke(main, ["prove", *case])
     assert done.exit_code == 2
     assert "the ranks cannot meet over gloo" in done.stderr
