@@ -10,7 +10,7 @@ The memory audit of the prover, the counters of `benchmarks/` and the trace are 
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -279,16 +279,23 @@ def before_write(x: Tensor) -> Tensor:
         return x.clone()
 
 
-def tensors_in(tree: Any) -> Iterator[Tensor]:
+def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors of arguments or results with memory of their own (on meta there is none)."""
+    found: list[Tensor] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(tree: Any, found: list[Tensor]) -> None:
     if isinstance(tree, Tensor):
         if has_memory(tree):
-            yield tree
+            found.append(tree)
     elif isinstance(tree, list | tuple):
         for item in tree:
-            yield from tensors_in(item)
+            _collect(item, found)
     elif isinstance(tree, dict):
-        yield from tensors_in(list(tree.values()))
+        for item in tree.values():
+            _collect(item, found)
 
 
 def has_memory(x: Tensor) -> bool:

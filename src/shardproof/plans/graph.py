@@ -8,13 +8,15 @@ operations of an eager step, in the same order.
 
 import math
 import sys
+import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import graph_bytecode_inputs
 from torch._higher_order_ops.flat_apply import is_graphable
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRangeError
@@ -35,6 +37,51 @@ _OURS = "_shardproof_"
 _KEPT = "_shardproof_kept"  # attribute of a model: the objects that its graphs refer to
 _SIMPLE = (str, int, float, complex, bool, types.NoneType, torch.dtype, torch.device, type)
 _CUT, _NONE = "shardproof.cut", "shardproof.none"
+
+
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.table: dict[int, Any] | None = None  # of a thread that has written nothing
+
+
+class _TablePerThread(MutableMapping[int, Any]):
+    """What Dynamo's graphs refer to by a number, for each thread.
+
+    Torch keeps one table for the process. A frame fills it before it runs its graph, and a
+    compilation empties it, so that of ranks that are threads one would run another's model, or
+    none. A thread that has written nothing, such as one of autograd's, reads what was written last.
+    """
+
+    def __init__(self, shared: MutableMapping[int, Any]) -> None:
+        self._shared, self._own = shared, _OfThread()
+
+    def _read(self) -> MutableMapping[int, Any]:
+        return self._shared if self._own.table is None else self._own.table
+
+    def __getitem__(self, number: int) -> Any:
+        return self._read()[number]
+
+    def __setitem__(self, number: int, value: Any) -> None:
+        if self._own.table is None:
+            self._own.table = {}
+        self._own.table[number] = self._shared[number] = value
+
+    def __delitem__(self, number: int) -> None:
+        del self._read()[number]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def clear(self) -> None:
+        self._own.table = {}
+
+
+graph_bytecode_inputs.index_to_external_object_weakref = _TablePerThread(  # type: ignore[assignment]
+    graph_bytecode_inputs.index_to_external_object_weakref
+)
 
 
 def called(

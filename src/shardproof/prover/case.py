@@ -104,10 +104,11 @@ class _AllocationObserver(Observer):
 
     def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the operation and report the tensors that it made."""
-        before = {address(tensor) for tensor in tensors_in((args, kwargs))}
+        given = tensors_in((args, kwargs))
+        before = {address(tensor) for tensor in given}
         result = func(*args, **kwargs)
         # Arguments too: an operation may grow the storage of what it writes into.
-        for tensor in tensors_in((result, args, kwargs)):
+        for tensor in (*tensors_in(result), *given):
             if address(tensor) not in before:
                 self._callback(tensor)
         return result

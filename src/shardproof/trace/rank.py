@@ -131,14 +131,14 @@ class RankTrace(Observer):
 
     def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an operation; record it unless it is a view or part of our own functions."""
-        operands = list(tensors_in((args, kwargs)))
+        operands = tensors_in((args, kwargs))
         before = {storage_of(x) for x in operands}
         caller = _caller()
         is_step = caller == "user" and self._is_step(func, operands)
         inputs = self._inputs(func, args) if is_step else ()
         seen = self._placements.look(operands)
         result = func(*args, **kwargs)
-        results = list(tensors_in(result))
+        results = tensors_in(result)
         self._memory.see([*operands, *results])
         self._placements.carry(func, seen, (args, kwargs), results, is_ours=caller == "package")
         is_view = not func._schema.is_mutable and all(storage_of(y) in before for y in results)
