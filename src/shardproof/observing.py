@@ -100,7 +100,7 @@ class Sending:
 
 
 @dataclass
-class Told:
+class StepEvent:
     """One step of shardproof, as it is reported to observers.
 
     Attributes:
@@ -177,10 +177,10 @@ class Observer(TorchDispatchMode):
     def kernel(self, flops: int) -> None:
         """A matrix product by one of our kernels."""
 
-    def told(self, told: Told) -> None:
+    def on_event(self, event: StepEvent) -> None:
         """A step was done, or a collective was started."""
 
-    def finished(self, told: Told) -> None:
+    def on_finish(self, event: StepEvent) -> None:
         """A collective that was started has its result."""
 
 
@@ -243,16 +243,16 @@ def observers() -> Sequence[Observer]:
     return _here.observers
 
 
-def tell(told: Told) -> None:
+def tell(event: StepEvent) -> None:
     """Report a step to the observers of this thread."""
     for observer in _here.observers:
-        observer.told(told)
+        observer.on_event(event)
 
 
-def finish(told: Told) -> None:
+def finish(event: StepEvent) -> None:
     """Report that a collective, which was reported at its start, has its result."""
     for observer in _here.observers:
-        observer.finished(told)
+        observer.on_finish(event)
 
 
 def see_rule(name: str, args: Any, compute: Callable[[], Any]) -> Any:

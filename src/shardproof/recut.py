@@ -13,7 +13,7 @@ from torch import Tensor
 from shardproof import observing, operators
 from shardproof.axis import Axis
 from shardproof.comm.check import check_degree_of
-from shardproof.comm.reporting import count, sends_whole, told_of
+from shardproof.comm.reporting import count, sends_whole, step_event
 from shardproof.errors import ShapeError
 from shardproof.leaves import Cut
 from shardproof.observing import Operand
@@ -134,11 +134,11 @@ def swap(blocks: list[Tensor], sizes: list[int], axis: Axis, call: Call) -> list
     sent = item * (sum(block.numel() for block in blocks) - mine.numel())
     count(axis, call, whole, sent)
     if observing.is_on():
-        named = [Operand(f"to rank {rank}", block) for rank, block in enumerate(blocks)]
+        inputs = [Operand(f"to rank {rank}", block) for rank, block in enumerate(blocks)]
         sends = [
             each for each in sends_whole(blocks, range(axis.size)) if each.receiver != axis.rank
         ]
-        observing.tell(told_of(axis, call, named, None, whole, sent, sends=sends))
+        observing.tell(step_event(axis, call, inputs, None, whole, sent, sends=sends))
     return [mine if rank == axis.rank else part[0] for rank, part in enumerate(parts)]
 
 

@@ -23,7 +23,7 @@ from shardproof.observing import (
     Observer,
     Operand,
     Placement,
-    Told,
+    StepEvent,
     placement_of,
     shard,
     storage_of,
@@ -166,43 +166,43 @@ class RankTrace(Observer):
             self._write_silent(self._module(), name, x, y)
         return result
 
-    def told(self, told: Told) -> None:
+    def on_event(self, event: StepEvent) -> None:
         """Record what the package did, or a collective that it has started."""
-        for operand in (*told.inputs, *([told.output] if told.output else ())):
+        for operand in (*event.inputs, *([event.output] if event.output else ())):
             if operand.placement is not None:
                 self._placements.learn(operand.tensor, operand.placement)
         meeting = None
-        if told.is_collective:
-            met = self._num_meetings.get(told.axis, 0) + 1
-            self._num_meetings[told.axis], meeting = met, met - 1
-        output = None if told.addition or told.output is None else told.output
-        step = self._step(told.phase, told.who, told.operation, told.detail)
+        if event.is_collective:
+            met = self._num_meetings.get(event.axis, 0) + 1
+            self._num_meetings[event.axis], meeting = met, met - 1
+        output = None if event.addition or event.output is None else event.output
+        step = self._step(event.phase, event.who, event.operation, event.detail)
         number = self._add(
             replace(
                 step,
-                inputs=tuple(self._part(each) for each in told.inputs),
+                inputs=tuple(self._part(each) for each in event.inputs),
                 output=None if output is None else self._part(output),
-                message_bytes=told.message_bytes,
-                sent_bytes=told.sent_bytes,
-                axis=told.axis,
+                message_bytes=event.message_bytes,
+                sent_bytes=event.sent_bytes,
+                axis=event.axis,
                 meeting=meeting,
-                sends=tuple(told.sends),
+                sends=tuple(event.sends),
             )
         )
-        if told.addition:
-            self._started[id(told)] = number
+        if event.addition:
+            self._started[id(event)] = number
 
-    def finished(self, told: Told) -> None:
+    def on_finish(self, event: StepEvent) -> None:
         """Write down the result of a collective, and the additions in it."""
-        if id(told) not in self._started:  # it was started before the trace
+        if id(event) not in self._started:  # it was started before the trace
             return
-        number = self._started.pop(id(told))
-        if told.output is None:
+        number = self._started.pop(id(event))
+        if event.output is None:
             return
-        output = self._part(told.output)
+        output = self._part(event.output)
         if number is not None:
             self.steps[number] = replace(self.steps[number], output=output)
-        step = self._step(told.phase, told.who, "addition", told.addition)
+        step = self._step(event.phase, event.who, "addition", event.addition)
         self._add(replace(step, output=output))
 
     def _step(self, phase: str, module: str, operation: str, detail: str = "") -> TraceStep:
