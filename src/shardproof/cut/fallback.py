@@ -23,7 +23,7 @@ from shardproof.errors import UsageError
 from shardproof.numerics import forms
 from shardproof.ops import unit_ops
 
-_SEEN = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+_OVERRIDE_CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
 _NEEDS_NO_FORM = frozenset(
     """new_empty new_zeros new_ones new_full new_tensor zero_ fill_ empty_like zeros_like ones_like
@@ -158,19 +158,19 @@ def gathered(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     whole_args, options = tree_map(open_, (args, kwargs), is_leaf=is_cut)
     versions = [data._version for _, data in back]
     y = func(*whole_args, **options)
-    known = {}
+    cut_by_data = {}
     for (x, data), version in zip(back, versions, strict=True):
         if data._version != version:
             place = x.spec.region.place(x.spec.cut, x.who)
             x.local.copy_(unit_ops.take(data, x.spec.dim, place))
-        known[id(data)] = x
-    return tree_map(lambda each: known.get(id(each), each), y)
+        cut_by_data[id(data)] = x
+    return tree_map(lambda each: cut_by_data.get(id(each), each), y)
 
 
 @cache
 def unwrapped(func: FunctionType) -> Callable[..., Any]:
     """A Python function of torch without its check for `__torch_function__`."""
-    blind = dict.fromkeys(_SEEN, lambda *_: False)
+    blind = dict.fromkeys(_OVERRIDE_CHECKS, lambda *_: False)
     function = FunctionType(
         func.__code__,
         {**func.__globals__, **blind},

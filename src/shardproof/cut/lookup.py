@@ -269,10 +269,10 @@ def along(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         for key, each in options.items()
         if isinstance(each, Tensor | CutTensor) and (name in _LINES or key != "index")
     }
-    met = _lying_along(list(parts.values()), dim)
-    if met is None:
+    spec_and_who = _lying_along(list(parts.values()), dim)
+    if spec_and_who is None:
         return gathered(func, name, args, kwargs)
-    spec, who = met
+    spec, who = spec_and_who
     if name.endswith("_") and not isinstance(x, CutTensor):
         result_spec = spec.region.spec(tuple(x.shape), spec.dim, spec.cut)
         if not adopt(x, result_spec, who):

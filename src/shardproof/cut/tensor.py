@@ -388,10 +388,10 @@ def named(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[An
 
 def _method(name: str) -> Callable[..., Any]:
     func = getattr(Tensor, name)
-    known = name_of(func)
+    torch_name = name_of(func)
 
     def method(self: CutTensor, *args: Any, **kwargs: Any) -> Any:
-        return run_as(known, func, (self, *args), kwargs)
+        return run_as(torch_name, func, (self, *args), kwargs)
 
     method.__name__ = name
     return method
