@@ -149,9 +149,9 @@ def _finished(
 
 def _note_replaced(model: nn.Module, whole: Mapping[str, nn.Parameter]) -> None:
     """Remember the whole parameters that the cut model no longer has."""
-    kept = {id(parameter) for parameter in model.parameters()}
+    remaining_ids = {id(parameter) for parameter in model.parameters()}
     for name, parameter in whole.items():
-        if id(parameter) not in kept:
+        if id(parameter) not in remaining_ids:
             registry.note_replaced(parameter, name)
 
 
@@ -270,8 +270,8 @@ def _sample(value: Tensor) -> bytes:
     count = min(value.numel(), _SAMPLES)
     if not count:
         return b""
-    wanted = [place * value.numel() // count for place in range(count)]
-    flat = torch.tensor(wanted, device=value.device)
+    flat_indices = [place * value.numel() // count for place in range(count)]
+    flat = torch.tensor(flat_indices, device=value.device)
     places = torch.unravel_index(flat, (1, *value.shape))
     sample = value.detach()[None][places].cpu()
     return sample.view(torch.uint8).numpy().tobytes()

@@ -166,13 +166,13 @@ def _attention(
 def _projections(name: str, style: Attention, module: nn.Module) -> Iterator[str]:
     """Problems of an attention's projections: no linear, or not the sizes of its heads."""
     inputs = getattr(module.get_submodule(style.query), "in_features", None)
-    wanted = {
+    expected_heads = {
         style.query: ("out_features", style.queries, "query"),
         style.key: ("out_features", style.keys, "key-value"),
         style.value: ("out_features", style.keys, "key-value"),
         style.output: ("in_features", style.queries, "query"),
     }
-    for child, (side, heads, what) in wanted.items():
+    for child, (side, heads, what) in expected_heads.items():
         linear = module.get_submodule(child)
         if type(linear) is not nn.Linear:
             kind = "is cut already" if isinstance(linear, ShardedModule) else "is no nn.Linear"
@@ -181,11 +181,11 @@ def _projections(name: str, style: Attention, module: nn.Module) -> Iterator[str
                 f"cannot cut. Correct the name, or {_LEFT}."
             )
             continue
-        got = getattr(linear, side)
-        if got != heads * style.head_dim:
+        features = getattr(linear, side)
+        if features != heads * style.head_dim:
             yield (
-                f"module '{name}.{child}' has {side}={got}, which is not {heads} {what} heads of "
-                f"{style.head_dim} features ({heads * style.head_dim}). Correct "
+                f"module '{name}.{child}' has {side}={features}, which is not {heads} {what} heads "
+                f"of {style.head_dim} features ({heads * style.head_dim}). Correct "
                 "Attention(queries=..., keys=..., head_dim=...)."
             )
         if side == "out_features" and linear.in_features != inputs:

@@ -32,7 +32,7 @@ from shardproof.operators import Numbered
 Ties = tuple[tuple[str, str], ...]
 
 _OURS = "_shardproof_"
-_KEPT = "_shardproof_kept"  # attribute of a model: the objects that its graphs refer to
+_OBJECTS = "_shardproof_kept"  # attribute of a model: the objects that its graphs refer to
 _SIMPLE = (str, int, float, complex, bool, types.NoneType, torch.dtype, torch.device, type)
 _CUT, _NONE = "shardproof.cut", "shardproof.none"
 
@@ -106,7 +106,7 @@ def _recorded(
         y = nn.Module._call_impl(model, *args, **kwargs)
         if torch.compiler.is_exporting():
             return as_whole(y)
-        return _as_tree(y, model.__dict__.setdefault(_KEPT, _OpaqueValues()))
+        return _as_tree(y, model.__dict__.setdefault(_OBJECTS, _OpaqueValues()))
 
 
 def _check_backend(model: nn.Module) -> None:
@@ -230,12 +230,12 @@ class _OpaqueValues(dict[Any, _Opaque]):
 _numbered = Numbered()
 
 
-def _number(value: Any, kept: dict[Any, _Opaque]) -> int:
-    """A number that stands for an object, always the same while `kept` exists."""
+def _number(value: Any, objects: dict[Any, _Opaque]) -> int:
+    """A number that stands for an object, always the same while `objects` exists."""
     key = (type(value), value) if isinstance(value, _SIMPLE) else id(value)
-    number = kept.get(key)
+    number = objects.get(key)
     if number is None:
-        number = kept[key] = _Opaque(value)
+        number = objects[key] = _Opaque(value)
     return _numbered.number(number)
 
 
@@ -256,7 +256,7 @@ class _Node:
         self.parts, self.how = parts, how
 
 
-def _made(parts: Any, how: Any) -> Any:
+def _rebuild(parts: Any, how: Any) -> Any:
     """Rebuild the object of a `_Node`. Dynamo traces this, so it has plain statements only."""
     kind, first, *rest = how
     if kind == _CUT:
@@ -271,32 +271,32 @@ def _made(parts: Any, how: Any) -> Any:
     return instance
 
 
-pytree.register_pytree_node(_Node, lambda x: (x.parts, x.how), _made)
+pytree.register_pytree_node(_Node, lambda x: (x.parts, x.how), _rebuild)
 
 
 def _is_cut(x: Any) -> bool:
     return isinstance(x, CutTensor)
 
 
-def _as_tree(y: Any, kept: dict[Any, _Opaque]) -> Any:
+def _as_tree(y: Any, objects: dict[Any, _Opaque]) -> Any:
     """The output of a model, with a `_Node` in place of each object that a graph cannot hold."""
 
     def node(x: Any) -> Any:
         if isinstance(x, CutTensor):
-            return _Node([x.local], (_CUT, x.who, _number(x.spec, kept), tuple(x.spec.shape)))
+            return _Node([x.local], (_CUT, x.who, _number(x.spec, objects), tuple(x.spec.shape)))
         if isinstance(x, CutLogits | Deferred):
             return _whole(x)
         if isinstance(x, Tensor) or is_graphable(x):
             return x
         parts = {
-            name: _as_tree(each, kept)
+            name: _as_tree(each, objects)
             for name, each in vars(x).items()
             if isinstance(each, list | tuple | dict) or _holds_tensors(each)
         }
         others = [
-            (name, _number(each, kept)) for name, each in vars(x).items() if name not in parts
+            (name, _number(each, objects)) for name, each in vars(x).items() if name not in parts
         ]
-        how = ("object", _number(type(x), kept), tuple(parts), tuple(others))
+        how = ("object", _number(type(x), objects), tuple(parts), tuple(others))
         return _Node(list(parts.values()), how)
 
     return pytree.tree_map(node, y, is_leaf=_is_cut)
@@ -429,6 +429,6 @@ def _method(name: str) -> Any:
     return method
 
 
-for _name, _given in vars(CutTensor).items():
-    if getattr(_given, "__qualname__", "").startswith("_method."):  # an operation of torch's
+for _name, _member in vars(CutTensor).items():
+    if getattr(_member, "__qualname__", "").startswith("_method."):  # an operation of torch's
         setattr(GraphTensor, _name, _method(_name))

@@ -89,8 +89,12 @@ def read_tp_plan(model: nn.Module) -> Reading:
     styles, notes = matches.styles, list[str]()
     attentions = recognise(styles, model)
     # Modules inside an attention with a problem are left out too: it is reported already.
-    known = {*attentions.styles, *attentions.problems}
-    styles = {name: each for name, each in styles.items() if name.rpartition(".")[0] not in known}
+    attention_names = {*attentions.styles, *attentions.problems}
+    styles = {
+        name: each
+        for name, each in styles.items()
+        if name.rpartition(".")[0] not in attention_names
+    }
     styles |= attentions.styles
     if attentions.gathered:
         notes.append(
@@ -146,10 +150,10 @@ def _name_of(model: nn.Module, method: str) -> str | None:
     if get is None:
         return None
     try:
-        wanted = get()
+        child = get()
     except NotImplementedError:  # transformers' word for: this model has none
         return None
-    return next((name for name, module in model.named_modules() if module is wanted), None)
+    return next((name for name, module in model.named_modules() if module is child), None)
 
 
 def lost_norms(

@@ -12,7 +12,7 @@ from torch import nn
 from shardproof.plans.style import HEAD_NORM, REFUSED, SPELLINGS, WHOLE, Style
 from shardproof.wording import VALUE, few, shown
 
-_KNOWN = "ColumnParallel(), RowParallel(), VocabParallel(), Attention(...), SharedInput(...)"
+_STYLES = "ColumnParallel(), RowParallel(), VocabParallel(), Attention(...), SharedInput(...)"
 
 
 MOST_PROBLEMS = 50  # after so many entries that match nothing, the rest of a plan is not read
@@ -81,7 +81,7 @@ class _Matching:
     """Finds the names that a pattern matches; a pattern without `*` is looked up directly."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._known = set(names)
+        self._names = set(names)
         self._by_length: dict[int, list[str]] = {}
         for name in names:
             self._by_length.setdefault(name.count("."), []).append(name)
@@ -89,15 +89,17 @@ class _Matching:
     def of(self, pattern: str) -> list[str]:
         """The names that match a pattern, in the order of the model."""
         if not _WILD.search(pattern):
-            return [pattern] if pattern in self._known else []
+            return [pattern] if pattern in self._names else []
         alike = self._by_length.get(pattern.count("."), [])
         return [name for name in alike if name and (name == pattern or fits(pattern, name))]
 
 
 def fits(pattern: str, name: str) -> bool:
     """True if `pattern` fits `name` segment by segment; `*` never crosses a dot."""
-    wanted, got = pattern.split("."), name.split(".")
-    return len(wanted) == len(got) and all(map(fnmatchcase, got, wanted))
+    pattern_parts, name_parts = pattern.split("."), name.split(".")
+    return len(pattern_parts) == len(name_parts) and all(
+        map(fnmatchcase, name_parts, pattern_parts)
+    )
 
 
 def near_names(name: str, names: list[str]) -> str:
@@ -120,7 +122,7 @@ def _refusal(pattern: str, style: object) -> str:
     elif isinstance(style, get_args(Style)):
         return ""
     return (
-        f"plan entry {shown(pattern)}: unknown style {shown(style)}. Use {_KNOWN}, or Hugging "
+        f"plan entry {shown(pattern)}: unknown style {shown(style)}. Use {_STYLES}, or Hugging "
         f"Face's {', '.join(map(repr, [*SPELLINGS, WHOLE, HEAD_NORM]))}."
     )
 

@@ -300,9 +300,9 @@ def _attention_options(
     styles: Mapping[str, Style], model: nn.Module
 ) -> tuple[dict[str, ChildAttentionOptions], list[str]]:
     """Options for our attention by module, and a sentence for each child it cannot replace."""
-    known: dict[Hashable, ChildAttentionOptions] = {}
+    options_by_key: dict[Hashable, ChildAttentionOptions] = {}
     attending = {
-        name: attention_options_of(name, style, model, known)
+        name: attention_options_of(name, style, model, options_by_key)
         for name, style in styles.items()
         if isinstance(style, Attention) and style.attend is not None
     }

@@ -112,8 +112,8 @@ def _rehearsed(model: nn.Module, call: Any, cut: Cutting, stage: _Stage) -> Rehe
             if not regions or not regions[-1].wanted_whole:
                 raise _Failed(rank, error) from error
         if regions[-1].wanted_whole:
-            wanted = tuple(regions[-1].wanted_whole.items())
-            return Rehearsal(stage.device, (), wanted_whole=wanted)
+            whole_weights = tuple(regions[-1].wanted_whole.items())
+            return Rehearsal(stage.device, (), wanted_whole=whole_weights)
         transports.append(transport)
     _check_alike([transport.calls for transport in transports], model)
     return Rehearsal(
