@@ -153,11 +153,11 @@ class _Finder:
     def _events(self, count: int) -> list[list[SeenOperation]]:
         """The recorded operations of each family."""
         events: list[list[SeenOperation]] = [[] for _ in range(count)]
-        known: dict[int, Labels] = {}
-        for operation in self.record.seen:
-            if id(operation.atoms) not in known:
-                known[id(operation.atoms)] = self._number(operation.atoms, shared=True)
-            for number in known[id(operation.atoms)].tolist():
+        numbers_by_atoms: dict[int, Labels] = {}
+        for operation in self.record.operations:
+            if id(operation.atoms) not in numbers_by_atoms:
+                numbers_by_atoms[id(operation.atoms)] = self._number(operation.atoms, shared=True)
+            for number in numbers_by_atoms[id(operation.atoms)].tolist():
                 events[number].append(operation)
         return events
 

@@ -67,10 +67,10 @@ def watch(
             be watched.
     """
     with _one_at_a_time:
-        return _seen(model, (tuple(args), dict(kwargs or {})))
+        return _watch(model, (tuple(args), dict(kwargs or {})))
 
 
-def _seen(model: nn.Module, call: Any) -> Watched:
+def _watch(model: nn.Module, call: Any) -> Watched:
     start = time.perf_counter()
     failed: list[Exception] = []
     for leaves_last in (False, True):  # the last element of a mask may stand for "no expert"
@@ -216,10 +216,10 @@ def _tell_where(name: str, module: nn.Module, record: Record) -> None:
 @contextmanager
 def _state_kept(model: nn.Module) -> Iterator[None]:
     """Restore afterwards every module's attributes, hooks and mode, and all generator states."""
-    kept = [(module, dict(vars(module))) for module in model.modules()]
+    attributes_by_module = [(module, dict(vars(module))) for module in model.modules()]
     containers = [
         (value, copy.copy(value))
-        for _, attributes in kept
+        for _, attributes in attributes_by_module
         for value in attributes.values()
         if isinstance(value, dict | list | set)
     ]
@@ -233,7 +233,7 @@ def _state_kept(model: nn.Module) -> Iterator[None]:
         for value, content in containers:
             value.clear()
             value.extend(content) if isinstance(value, list) else value.update(content)
-        for module, attributes in kept:
+        for module, attributes in attributes_by_module:
             vars(module).clear()
             vars(module).update(attributes)
 

@@ -128,8 +128,8 @@ class Watching(TorchDispatchMode):
         if name == "_local_scalar_dense":
             return self._number(args[0]), None
         tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Labelled)]
-        known = [self.value(each) for each in tensors]
-        is_known = not is_random(func) and all(value is not None for value in known)
+        values = [self.value(each) for each in tensors]
+        is_known = not is_random(func) and all(value is not None for value in values)
         is_small = sum(each.numel() for each in tensors) <= MOST_KNOWN
         if is_known and is_small and name in SHAPED_BY_DATA:
             return self._by_value(func, args, kwargs)
@@ -219,7 +219,7 @@ class Watching(TorchDispatchMode):
     def _wrap(self, func: Any, args: Any, kwargs: Any, outs: list[Any], what: Any) -> list[Any]:
         """Outputs as labelled tensors."""
         factors, values, flat = what
-        known = tree_flatten(values)[0] if values is not None else [None] * len(outs)
+        value_by_place = tree_flatten(values)[0] if values is not None else [None] * len(outs)
         is_data = any(each.is_data for each in flat)
         parameter = next((each.parameter for each in flat if each.parameter and not is_data), None)
         if name_of(func) in PICKED and args[0].parameter and args[0].dim() > 2:
@@ -233,7 +233,7 @@ class Watching(TorchDispatchMode):
                 continue
             labels = factors[number]
             result = Labelled(
-                each, labels, value=known[place], parameter=parameter, is_data=is_data
+                each, labels, value=value_by_place[place], parameter=parameter, is_data=is_data
             )
             if parameter and isinstance(args[0], Labelled) and args[0].sources:
                 result.sources = self._sources(func, args[0], labels)
@@ -255,15 +255,15 @@ class Watching(TorchDispatchMode):
             dims = [places.get(varying(factor)) for factor in labels]
             is_clear = len(places) == len(x.factors) and None not in dims
             return tuple(each for each in dims if each is not None) if is_clear else ()
-        kept, left = [], list(zip(x.sources, x.factors, strict=True))
+        sources, left = [], list(zip(x.sources, x.factors, strict=True))
         for factor in labels:  # some dims were removed; the others keep their labels
             units = distinct(self.record.atoms.roots(factor))
             while left and not np.array_equal(units, distinct(self.record.atoms.roots(left[0][1]))):
                 left.pop(0)
             if not left:
                 return ()
-            kept.append(left.pop(0)[0])
-        return tuple(kept)
+            sources.append(left.pop(0)[0])
+        return tuple(sources)
 
     def _write(self, target: Labelled, factors: Factors) -> None:
         """Give a written tensor, and the base of a view, the labels of the written values."""
