@@ -186,18 +186,18 @@ class CutLogits(Tensor):
             y = _by_part(func, args, kwargs)
             if y is not None:
                 return y
-        known: dict[int, CutLogits] = {}
+        logits_by_data: dict[int, CutLogits] = {}
 
         def whole(x: Any) -> Any:
             if not isinstance(x, CutLogits):
                 return x
             data = x._held.gather()
-            known[id(data)] = x
+            logits_by_data[id(data)] = x
             return data
 
         y = func(*tree_map(whole, args), **tree_map(whole, kwargs))
         # An in-place operation returns its own argument.
-        return tree_map(lambda each: known.get(id(each), each), y)
+        return tree_map(lambda each: logits_by_data.get(id(each), each), y)
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         """A description; the values only after the gather, because printing is no collective."""

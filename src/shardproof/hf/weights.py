@@ -240,23 +240,23 @@ def _check(stored: Any, parameter: Tensor, layout: Layout, name: str, file: Path
             f"model. Make the model from the {CONFIG} beside it."
         )
     if kind not in _FLOATS or parameter.dtype not in _FLOATS.values():
-        wanted = dtype_name(parameter.dtype)
+        parameter_dtype = dtype_name(parameter.dtype)
         raise UsageError(
-            f"{name!r} has dtype {kind} in {written(str(file))}, and {wanted} in the model. Only "
-            f"{', '.join(_FLOATS)} are cast, and only to one another: the rest are numbers of "
-            "another kind, or quantized, with scales that stand elsewhere. Save the model "
-            "unquantized, in one of these."
+            f"{name!r} has dtype {kind} in {written(str(file))}, and {parameter_dtype} in the "
+            f"model. Only {', '.join(_FLOATS)} are cast, and only to one another: the rest are "
+            "numbers of another kind, or quantized, with scales that stand elsewhere. Save the "
+            "model unquantized, in one of these."
         )
 
 
 def _unexpected(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Tensors without a parameter, except those that the model is known not to need."""
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameter_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     ignored = [_COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
     return sorted(
         name
         for name in names
-        if name not in known and not any(re.search(each, name) for each in ignored)
+        if name not in parameter_names and not any(re.search(each, name) for each in ignored)
     )
 
 

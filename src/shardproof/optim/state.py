@@ -80,18 +80,20 @@ def load_optimizer_state_dict(
 
 def _layouts_of_optimizer(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
     """Name and layout of every parameter, in the order of torch's numbering."""
-    known = {id(parameter): (name, layout) for name, parameter, layout, _ in layouts_of(model)}
+    layout_by_id = {
+        id(parameter): (name, layout) for name, parameter, layout, _ in layouts_of(model)
+    }
     layouts = []
     for number, parameter in enumerate(
         p for group in optimizer.param_groups for p in group["params"]
     ):
-        if id(parameter) not in known:
+        if id(parameter) not in layout_by_id:
             raise UsageError(
                 f"the optimizer's parameter {number} of shape {tuple(parameter.shape)} is not one "
                 f"of {type(model).__name__}. Make the optimizer after the model is cut, from "
                 "model.parameters()."
             )
-        name, layout = known[id(parameter)]
+        name, layout = layout_by_id[id(parameter)]
         layouts.append({"name": name, **layout.state(), **_own_layouts(optimizer, layout)})
     return layouts
 
