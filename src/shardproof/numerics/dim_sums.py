@@ -204,12 +204,12 @@ def dims_of(x: Tensor, dims: Dims) -> tuple[int, ...]:
     """
     if dims is None or (not isinstance(dims, int) and not len(dims)):
         return tuple(range(x.dim()))
-    given = [dims] if isinstance(dims, int) else list(dims)
+    dim_list = [dims] if isinstance(dims, int) else list(dims)
     count = max(x.dim(), 1)  # torch takes dim 0 of a number for the number
-    if not all(-count <= dim < count for dim in given):
+    if not all(-count <= dim < count for dim in dim_list):
         raise ShapeError(f"dim {dims} of a tensor of shape {tuple(x.shape)} is not there.")
-    chosen = sorted({dim % count for dim in given})
-    if len(chosen) < len(given):
+    chosen = sorted({dim % count for dim in dim_list})
+    if len(chosen) < len(dim_list):
         raise ShapeError(f"dim {dims} names one dim of a tensor {tuple(x.shape)} twice.")
     return tuple(chosen) if x.dim() else ()
 
@@ -272,12 +272,12 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        ctx.shape, ctx.kept, ctx.dtype = x.shape, kept_shape(x, dims), x.dtype
+        ctx.shape, ctx.kept_shape, ctx.dtype = x.shape, kept_shape(x, dims), x.dtype
         return _summed(x, dims, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
-        return expand(grad_y.reshape(ctx.kept).to(ctx.dtype), ctx.shape), None, None
+        return expand(grad_y.reshape(ctx.kept_shape).to(ctx.dtype), ctx.shape), None, None
 
 
 class _Expand(torch.autograd.Function):
