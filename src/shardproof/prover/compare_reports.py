@@ -127,11 +127,11 @@ def _at_common_degrees(new: Hashes, old: Hashes) -> tuple[Hashes, Hashes]:
 
 
 def _only(table: Hashes, degrees: set[str]) -> Hashes:
-    kept = {
+    hashes_by_tensor = {
         tensor: {degree: sha for degree, sha in hashes.items() if degree in degrees}
         for tensor, hashes in table.items()
     }
-    return {tensor: hashes for tensor, hashes in kept.items() if hashes}
+    return {tensor: hashes for tensor, hashes in hashes_by_tensor.items() if hashes}
 
 
 def _hashes(report: Mapping[str, Any]) -> dict[str, Hashes]:
@@ -218,14 +218,14 @@ def _of_tensors(case: dict[str, Any]) -> str:
     return ""
 
 
-def _of_name(what: dict[str, Any], known: set[str], kind: str) -> str:
+def _of_name(what: dict[str, Any], names_before: set[str], kind: str) -> str:
     """The fault of a name; adds the name to the known ones."""
     if "name" not in what:
         return "a case or a tensor has no name"
     name = what["name"]
     if not isinstance(name, str) or not name:
         return f"{kind} has the name {shown(name)}, which is not text"
-    if name in known:
+    if name in names_before:
         return f"{kind} has the name {shown(name)}, which is there twice"
-    known.add(name)
+    names_before.add(name)
     return ""

@@ -28,7 +28,7 @@ from shardproof.prover.compare import (
     rounding,
     tolerance,
 )
-from shardproof.prover.recording import Counts, KeptValues, RankResult, Recorded
+from shardproof.prover.recording import Counts, RankResult, TensorRecord, TensorValues
 from shardproof.scheme import Scheme
 
 Results = Mapping[int, Sequence[RankResult]]  # degree -> every rank's result
@@ -53,8 +53,8 @@ def judge_case(
     """
     tables = {degree: _by_name(case, ranks) for degree, ranks in results.items()}
     names = _merged([list(expected), *(list(table) for table in tables.values())])
-    known = frozenset(expected)
-    tensors = tuple(_judge_tensor(case, name, tables, name in known) for name in names)
+    expected_names = frozenset(expected)
+    tensors = tuple(_judge_tensor(case, name, tables, name in expected_names) for name in names)
     return CaseReport(
         name=case.name,
         source=case.source,
@@ -74,7 +74,7 @@ def judge_case(
     )
 
 
-def _by_name(case: Case, ranks: Sequence[RankResult]) -> dict[str, list[Recorded]]:
+def _by_name(case: Case, ranks: Sequence[RankResult]) -> dict[str, list[TensorRecord]]:
     """Tensor name -> what every rank recorded, in execution order."""
     names = [[tensor.name for tensor in rank.recorded] for rank in ranks]
     for rank, other in enumerate(names):
@@ -90,7 +90,7 @@ def _by_name(case: Case, ranks: Sequence[RankResult]) -> dict[str, list[Recorded
 
 
 def _judge_tensor(
-    case: Case, name: str, tables: Mapping[int, Mapping[str, list[Recorded]]], is_known: bool
+    case: Case, name: str, tables: Mapping[int, Mapping[str, list[TensorRecord]]], is_known: bool
 ) -> TensorReport:
     recorded = {degree: table[name] for degree, table in tables.items() if name in table}
     findings = [f"not recorded at degree {degree}" for degree in tables if degree not in recorded]
@@ -100,7 +100,7 @@ def _judge_tensor(
     first = (
         next(iter(recorded.values()))[0]
         if recorded
-        else Recorded(name, (), "", True, "", True, None)
+        else TensorRecord(name, (), "", True, "", True, None)
     )
     if first.is_judged and not is_known:
         findings.append("not recorded by plain torch")
@@ -126,12 +126,12 @@ def _judge_tensor(
         else None,
         _nonfinite(recorded),
         _shown_values(
-            {degree: [tensor.kept for tensor in ranks] for degree, ranks in recorded.items()}
+            {degree: [tensor.values for tensor in ranks] for degree, ranks in recorded.items()}
         ),
     )
 
 
-def _different_replicas(recorded: Mapping[int, Sequence[Recorded]]) -> list[str]:
+def _different_replicas(recorded: Mapping[int, Sequence[TensorRecord]]) -> list[str]:
     """Sentences on ranks whose copy of a replicated tensor differs from rank 0's."""
     sentences = []
     for degree, ranks in recorded.items():
@@ -146,7 +146,7 @@ def _different_replicas(recorded: Mapping[int, Sequence[Recorded]]) -> list[str]
     return sentences
 
 
-def _different_copies(recorded: Mapping[int, Sequence[Recorded]]) -> list[str]:
+def _different_copies(recorded: Mapping[int, Sequence[TensorRecord]]) -> list[str]:
     """Sentences on ranks whose copy of another rank's leaf differs from the owner's."""
     sentences = []
     for degree, ranks in recorded.items():
@@ -162,7 +162,7 @@ def _different_copies(recorded: Mapping[int, Sequence[Recorded]]) -> list[str]:
     return sentences
 
 
-def _misfits(recorded: Mapping[int, Sequence[Recorded]]) -> list[str]:
+def _misfits(recorded: Mapping[int, Sequence[TensorRecord]]) -> list[str]:
     """How shape or dtype differ from plain torch's, at the first degree at which they do."""
     for degree, ranks in recorded.items():
         if ranks[0].misfit:
@@ -170,17 +170,17 @@ def _misfits(recorded: Mapping[int, Sequence[Recorded]]) -> list[str]:
     return []
 
 
-def _figures(ranks: Sequence[Recorded]) -> Figures:
+def _figures(ranks: Sequence[TensorRecord]) -> Figures:
     return combine([tensor.figures for tensor in ranks if tensor.figures is not None])
 
 
-def _steps(ranks: Sequence[Recorded]) -> StepFigures | None:
+def _steps(ranks: Sequence[TensorRecord]) -> StepFigures | None:
     """Of an updated weight; None for any other tensor."""
     steps = [tensor.step for tensor in ranks if tensor.step is not None]
     return combine_steps(steps) if steps else None
 
 
-def _nonfinite(recorded: Mapping[int, Sequence[Recorded]]) -> dict[str, int]:
+def _nonfinite(recorded: Mapping[int, Sequence[TensorRecord]]) -> dict[str, int]:
     """Degree, "torch" or "fp64" -> number of elements that are not finite, if any are.
 
     Of a cut tensor the counts of all ranks are added; of a replicated one the largest counts.
@@ -370,12 +370,16 @@ def agreed_contract(
     return first.scheme, first.contract
 
 
-def _shown_values(kept: Mapping[int, Sequence[KeptValues | None]]) -> ShownValues | None:
+def _shown_values(
+    values_by_degree: Mapping[int, Sequence[TensorValues | None]],
+) -> ShownValues | None:
     """What a report shows of one tensor; None if it shows no values.
 
     The values are those of degree 2, which the notebooks simulate, or of the lowest degree.
     """
-    by_degree = {degree: [each for each in ranks if each] for degree, ranks in kept.items()}
+    by_degree = {
+        degree: [each for each in ranks if each] for degree, ranks in values_by_degree.items()
+    }
     by_degree = {degree: ranks for degree, ranks in by_degree.items() if ranks}
     if not by_degree:
         return None

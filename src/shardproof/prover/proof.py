@@ -387,13 +387,13 @@ class ProgressCounter:
     """Counts runs for a progress callback."""
 
     def __init__(self, progress: Progress | None, *, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
+        self._progress, self._total, self._num_done = progress, total, 0
 
     def __call__(self, text: str) -> None:
         """Report what comes next; all runs before it are done."""
         if self._progress is not None:
-            self._progress(min(self._done, self._total), self._total, text)
-        self._done += 1
+            self._progress(min(self._num_done, self._total), self._total, text)
+        self._num_done += 1
 
 
 def threads_of_ranks(threads: int | None, degrees: Sequence[int]) -> int:

@@ -275,10 +275,10 @@ def _compared(one: PrintedResult, tensor: Data | None) -> tuple[bool, bool, floa
     if tensor is None or tensor["torch"] is None:
         return NOT_RECORDED
     if one.rank is None and not one.is_of_two:
-        judged = tensor["torch"]
-        met = tensor["seed_allclose"]
-        close = judged["allclose"] if met is None else met
-        return judged["exact"], close, judged["max_abs_diff"]
+        torch_result = tensor["torch"]
+        seed_result = tensor["seed_allclose"]
+        close = torch_result["allclose"] if seed_result is None else seed_result
+        return torch_result["exact"], close, torch_result["max_abs_diff"]
     shown = tensor["shown"]
     if not shown or shown["ours"] is None or shown["torch"] is None:
         return NOT_RECORDED
