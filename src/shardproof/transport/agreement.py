@@ -8,7 +8,7 @@ import torch
 
 from shardproof.errors import MismatchError
 from shardproof.transport.base import mismatch, name_ranks
-from shardproof.transport.notes import InputNote, Noted, differing, places_of, values_of
+from shardproof.transport.notes import CallNotes, InputNote, differing, places_of, values_of
 from shardproof.wording import dtype_name
 
 Confer = Callable[[str], list[str]]
@@ -23,15 +23,15 @@ _WAY_OUT = (
 _SWITCH = "(compare_inputs=False on the axis or in launch leaves this comparison out.)"
 
 
-def disagreement(text: str, noted: Noted, confer: Confer) -> MismatchError:
+def disagreement(text: str, call_notes: CallNotes, confer: Confer) -> MismatchError:
     """The error that every rank raises, found by one or two more exchanges.
 
     Args:
         text: description of this rank's call; the first line is the call itself.
-        noted: the notes of this rank's inputs.
+        call_notes: the notes of this rank's inputs.
         confer: function that gathers a text of every rank, in rank order.
     """
-    messages = confer(_SEPARATOR.join((",".join(noted.hashes), text)))
+    messages = confer(_SEPARATOR.join((",".join(call_notes.hashes), text)))
     hashes, texts = [], []
     for each in messages:
         head, _, rest = each.partition(_SEPARATOR)
@@ -42,7 +42,9 @@ def disagreement(text: str, noted: Noted, confer: Confer) -> MismatchError:
     number = _first_difference(hashes)
     if number is None:
         return mismatch(texts)
-    notes = confer(_described(noted.notes[number]) if number < len(noted.notes) else _NO_NOTE)
+    notes = confer(
+        _described(call_notes.notes[number]) if number < len(call_notes.notes) else _NO_NOTE
+    )
     return _different_inputs([None if each == _NO_NOTE else _parsed(each) for each in notes])
 
 

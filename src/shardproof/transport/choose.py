@@ -70,14 +70,14 @@ class TransportChoice:
     note: str = ""
 
 
-def checked_transport(transport: Any, known: Sequence[str] = NAMES) -> str:
+def checked_transport(transport: Any, names: Sequence[str] = NAMES) -> str:
     """Return the name of a transport that a user requested.
 
     Raises:
         UsageError: the name is unknown.
     """
-    if not isinstance(transport, str) or transport not in known:
-        raise UsageError(f"unknown transport {shown(transport)}. Use one of: {', '.join(known)}.")
+    if not isinstance(transport, str) or transport not in names:
+        raise UsageError(f"unknown transport {shown(transport)}. Use one of: {', '.join(names)}.")
     return transport
 
 

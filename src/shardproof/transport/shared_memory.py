@@ -173,12 +173,12 @@ class SharedTransport(CoreTransport):
         message = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         mine = torch.tensor([message.numel()], device="cpu")
         lengths = mine.new_empty(self.size)
-        known = self._learn_gathering(None, 8, [1] * self.size, call, 1, "tells")
-        self._gather(mine.data_ptr(), lengths.data_ptr(), 1, known)
+        gathering = self._learn_gathering(None, 8, [1] * self.size, call, 1, "tells")
+        self._gather(mine.data_ptr(), lengths.data_ptr(), 1, gathering)
         sizes: list[int] = lengths.tolist()
         messages = message.new_empty(sum(sizes))
-        known = self._learn_gathering(None, 1, sizes, call, 1, "tells")
-        self._gather(message.data_ptr(), messages.data_ptr(), 1, known)
+        gathering = self._learn_gathering(None, 1, sizes, call, 1, "tells")
+        self._gather(message.data_ptr(), messages.data_ptr(), 1, gathering)
         return [pickle.loads(part.numpy()) for part in messages.split(sizes)]
 
     def _tick(self, waited: float, missing: list[int]) -> None:
