@@ -115,8 +115,8 @@ def show(outcome: Outcome, out: PlainConsole, *, added: Sequence[int] = ()) -> N
     mistake = outcome.mistake
     out.heading(mistake.name)
     out.show(Text(mistake.title))
-    if mistake.seen:
-        out.show(Text(f"Seen in: {mistake.seen}."))
+    if mistake.sighting:
+        out.show(Text(f"Seen in: {mistake.sighting}."))
     out.print()
     _show_edit(mistake, out)
     out.whole_line(f"first tensor that differs: {outcome.difference}")

@@ -143,18 +143,18 @@ class Name(_Type):
 
     name = "name"
 
-    def __init__(self, known: Sequence[str]) -> None:
-        self._known = known
+    def __init__(self, choices: Sequence[str]) -> None:
+        self._choices = choices
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: Any) -> str:
         """The name. The error for an unknown name suggests the nearest."""
-        if value in self._known:
+        if value in self._choices:
             return str(value)
-        near = difflib.get_close_matches(value[:VALUE], self._known, n=1)
+        near = difflib.get_close_matches(value[:VALUE], self._choices, n=1)
         guess = f"Did you mean {near[0]}? " if near else ""
         raise UsageError(
             f"{_name(param)} {shown(value)} is unknown. {guess}"
-            f"Use one of: {', '.join(self._known)}."
+            f"Use one of: {', '.join(self._choices)}."
         )
 
 
@@ -175,9 +175,9 @@ def _name(param: click.Parameter | None) -> str:
     return param.opts[0] if param is not None else "the option"
 
 
-def choice_option(name: str, known: Sequence[str], **rest: Any) -> Callable[[Command], Command]:
+def choice_option(name: str, choices: Sequence[str], **rest: Any) -> Callable[[Command], Command]:
     """A decorator for an option that takes one of some names."""
-    return click.option(name, type=Name(known), metavar="|".join(known), **rest)
+    return click.option(name, type=Name(choices), metavar="|".join(choices), **rest)
 
 
 def number_option(

@@ -247,11 +247,11 @@ def _called(module: ModuleType, where: str, name: str) -> Any:
         )
     if not callable(function):
         raise UsageError(f"{written(where)}:{name} is {shown(function)}, no function. {_WAY_OUT}")
-    wanted = _wanted(function)
-    if wanted:
+    required_arguments = _required_arguments(function)
+    if required_arguments:
         raise UsageError(
-            f"{written(where)}:{name} wants arguments ({', '.join(wanted)}), and is called without "
-            "any. Write a function without arguments that calls it."
+            f"{written(where)}:{name} wants arguments ({', '.join(required_arguments)}), and is "
+            "called without any. Write a function without arguments that calls it."
         )
     try:
         return function()
@@ -263,7 +263,7 @@ def _called(module: ModuleType, where: str, name: str) -> Any:
         ) from error
 
 
-def _wanted(function: Any) -> list[str]:
+def _required_arguments(function: Any) -> list[str]:
     """The names of arguments without a default."""
     try:
         takes = inspect.signature(function).parameters.values()

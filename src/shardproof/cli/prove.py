@@ -38,7 +38,7 @@ from shardproof.prover import (
     prove_cases,
     prove_under_torchrun,
 )
-from shardproof.prover import cases as known
+from shardproof.prover import cases as case_registry
 from shardproof.prover.cases.notebooks import compare_with_notebook as beside
 from shardproof.prover.compare_reports import ONLY_EARLIER, ONLY_HERE, OTHER_BITS
 from shardproof.prover.proof import Progress, coming_contract, threads_of_ranks
@@ -348,7 +348,7 @@ def _picture(plot_path: str | None, cases: Sequence[Case]) -> Path | None:
     if plot_path is None:
         return None
     if not any(case.has_curve for case in cases):
-        trained = [case for case in known.all_cases() if case.has_curve]
+        trained = [case for case in case_registry.all_cases() if case.has_curve]
         raise UsageError(
             f"--plot {written(plot_path)}: no loss falls over steps in {case_names_of(cases)}. "
             f"{add_one_of(trained)}"
@@ -366,7 +366,7 @@ def list_cases(json_file: OutputFile | None) -> int:
             "extra": case.extra,
             "installed": case.is_installed,
         }
-        for case in known.all_cases()
+        for case in case_registry.all_cases()
     ]
     if json_file is not None:
         json_file.write({"cases": cases})

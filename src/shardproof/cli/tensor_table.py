@@ -211,5 +211,5 @@ def _summary(kind: str, group: list[Data]) -> Data:
 
 def _largest(values: Iterable[float | None]) -> float | None:
     """The largest value; None if any is missing."""
-    known = list(values)
-    return None if None in known else max(value for value in known if value is not None)
+    numbers = list(values)
+    return None if None in numbers else max(value for value in numbers if value is not None)
