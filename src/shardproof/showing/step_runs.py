@@ -86,8 +86,10 @@ def traced(
         num_values: of tensors up to this size; of larger ones a corner.
     """
     trace = Trace(values=values, num_values=num_values, limit=MOST_STEPS)
-    kept = num_values if values else 0
-    runs = launch(partial(run_on_rank, work=work, num_values=kept), degree=degree, engine=engine)
+    values_per_tensor = num_values if values else 0
+    runs = launch(
+        partial(run_on_rank, work=work, num_values=values_per_tensor), degree=degree, engine=engine
+    )
     trace.take((run.steps, run.num_dropped) for run in runs)
     return TracedStep(trace, tuple(run.counts for run in runs))
 

@@ -122,8 +122,8 @@ def _maps(tensors: Sequence[tuple[str, SceneTensor]], width: int) -> list[Text]:
     row: list[list[Text]] = []
     for name, tensor in tensors:
         block = [Text(name, "bold"), Text(_shape(tensor)), *_map(tensor)]
-        taken = sum(_width(each) + _GAP for each in row)
-        if row and taken + _width(block) > width:
+        row_width = sum(_width(each) + _GAP for each in row)
+        if row and row_width + _width(block) > width:
             lines += [*_joined(row), Text("")]
             row = []
         row.append(block)
