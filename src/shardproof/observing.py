@@ -188,12 +188,12 @@ class Memory:
     """Bytes of the live storages among those that were seen.
 
     Attributes:
-        held: bytes now.
+        num_bytes: bytes now.
         peak: the largest number of bytes so far.
     """
 
     def __init__(self) -> None:
-        self.held = 0
+        self.num_bytes = 0
         self.peak = 0
         self._living: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         # A storage may be freed by another thread, or by this one inside `see`.
@@ -209,18 +209,18 @@ class Memory:
                 if known is None or known[0]() is not storage:
                     freed = weakref.ref(storage, functools.partial(self._forget, key))
                     self._living[key] = freed, size
-                    self.held += size
+                    self.num_bytes += size
                 elif known[1] != size:  # it was resized
                     self._living[key] = known[0], size
-                    self.held += size - known[1]
-            self.peak = max(self.peak, self.held)
+                    self.num_bytes += size - known[1]
+            self.peak = max(self.peak, self.num_bytes)
 
     def _forget(self, key: int, freed: "weakref.ref[torch.UntypedStorage]") -> None:
         with self._lock:
             known = self._living.get(key)
             if known is not None and known[0] is freed:
                 del self._living[key]
-                self.held -= known[1]
+                self.num_bytes -= known[1]
 
 
 class _Here(threading.local):

@@ -114,7 +114,7 @@ class RankTrace(Observer):
         self._rank, self._num_values, self._limit = rank, num_values, limit
         self._memory, self._placements = Memory(), TensorPlacements()
         self._names: dict[int, str] = {}
-        self._kept: list[Any] = []  # whose ids are names
+        self._references: list[Any] = []  # whose ids are names
         self._stack: list[tuple[nn.Module, int]] = []
         self._nodes: dict[int, str] = {}
         self._started: dict[int, int | None] = {}
@@ -136,11 +136,13 @@ class RankTrace(Observer):
         caller = _caller()
         is_step = caller == "user" and self._is_step(func, operands)
         inputs = self._inputs(func, args) if is_step else ()
-        seen = self._placements.look(operands)
+        placements = self._placements.look(operands)
         result = func(*args, **kwargs)
         results = list(tensors_in(result))
         self._memory.see([*operands, *results])
-        self._placements.carry(func, seen, (args, kwargs), results, is_ours=caller == "package")
+        self._placements.carry(
+            func, placements, (args, kwargs), results, is_ours=caller == "package"
+        )
         is_view = not func._schema.is_mutable and all(storage_of(y) in before for y in results)
         if is_step and results and not is_view:
             name = str(func.overloadpacket).removeprefix("aten.")
@@ -173,8 +175,8 @@ class RankTrace(Observer):
                 self._placements.learn(operand.tensor, operand.placement)
         meeting = None
         if event.is_collective:
-            met = self._num_meetings.get(event.axis, 0) + 1
-            self._num_meetings[event.axis], meeting = met, met - 1
+            num_meetings = self._num_meetings.get(event.axis, 0) + 1
+            self._num_meetings[event.axis], meeting = num_meetings, num_meetings - 1
         output = None if event.addition or event.output is None else event.output
         step = self._step(event.phase, event.who, event.operation, event.detail)
         number = self._add(
@@ -207,7 +209,7 @@ class RankTrace(Observer):
 
     def _step(self, phase: str, module: str, operation: str, detail: str = "") -> TraceStep:
         """A step with the fields that every step has."""
-        number, held = len(self.steps), self._memory.held
+        number, held = len(self.steps), self._memory.num_bytes
         return TraceStep(
             self._rank, number, phase, module, operation, detail, (), None, held_bytes=held
         )
@@ -242,7 +244,9 @@ class RankTrace(Observer):
 
     def _write_silent(self, module: str, operation: str, x: Tensor, y: Tensor) -> None:
         """Record a module that reported no step: forward now, and backward when it runs."""
-        self._placements.learn(y, self._placements.of(y) or _kept(self._placements.of(x), x, y))
+        self._placements.learn(
+            y, self._placements.of(y) or _placement_if_alike(self._placements.of(x), x, y)
+        )
         inputs = (self._part(Operand("x", x, self._placements.of(x))),)
         self._write("forward", module, operation, inputs, y)
         if hasattr(y.grad_fn, "_forward_cls"):  # ours, which torch's operations do not show
@@ -335,7 +339,7 @@ class RankTrace(Observer):
 
     def _learn(self, root: nn.Module) -> None:
         """The names of a model's modules and parameters, and how its parameters lie."""
-        self._kept.append(root)
+        self._references.append(root)
         own = record_of(root).name if isinstance(root, ShardedModule) else ""
         for name, module in root.named_modules(prefix=own):
             self._names[id(module)] = name or type(module).__name__
@@ -368,15 +372,15 @@ class RankTrace(Observer):
     def _watch_backward(self, node: Any, name: str, kind: str, place: Placement | None) -> None:
         """Record the backward of a module of ours that reports no step."""
 
-        def done(grads_x: Sequence[Tensor | None], grads_y: Sequence[Tensor | None]) -> None:
+        def on_backward(grads_x: Sequence[Tensor | None], grads_y: Sequence[Tensor | None]) -> None:
             grad_x, grad_y = first_tensor(list(grads_x)), first_tensor(list(grads_y))
             if grad_x is None or grad_y is None:
                 return
-            self._placements.learn(grad_x, _kept(place, grad_y, grad_x))
+            self._placements.learn(grad_x, _placement_if_alike(place, grad_y, grad_x))
             inputs = (self._part(Operand("grad_y", grad_y, place)),)
             self._write("backward", name, kind, inputs, grad_x, "grad_x")
 
-        node.register_hook(done)
+        node.register_hook(on_backward)
 
 
 def _caller() -> str:
@@ -397,7 +401,7 @@ def _caller() -> str:
     return "user"
 
 
-def _kept(place: Placement | None, x: Tensor, y: Tensor) -> Placement | None:
+def _placement_if_alike(place: Placement | None, x: Tensor, y: Tensor) -> Placement | None:
     """The given placement, if `x` and `y` have the same shape."""
     return place if x.shape == y.shape else None
 

@@ -136,14 +136,17 @@ class Trace:
         return capture.get()
 
     def _summary(self) -> str:
-        kept = ", ".join(
+        steps_by_rank = ", ".join(
             f"rank {rank}: {len(steps)} steps" + (f" and {dropped} dropped" if dropped else "")
             for rank, (steps, dropped) in enumerate(zip(self.ranks, self.num_dropped, strict=True))
         )
         longest = max(map(len, self.ranks))
         if longest <= _PRINTED:
-            return kept
-        return f"{kept}; the first {_PRINTED} are above, `timeline()` and `table(rank)` have all"
+            return steps_by_rank
+        return (
+            f"{steps_by_rank}; the first {_PRINTED} are above, `timeline()` and "
+            "`table(rank)` have all"
+        )
 
     def _steps(self, rank: int) -> tuple[TraceStep, ...]:
         if not self.ranks:
