@@ -85,7 +85,7 @@ def launch(
         raise UsageError(
             f"cannot launch {shown(fn)}: it is not callable. Pass a function of an axis."
         )
-    kept = checked_trace(trace)
+    trace_object = checked_trace(trace)
     ranks = open_ranks(
         degree,
         engine,
@@ -95,7 +95,7 @@ def launch(
         transport=transport,
     )
     with ranks:
-        return Results(ranks.run(fn)) if kept is None else _traced(ranks, fn, kept)
+        return Results(ranks.run(fn)) if trace_object is None else _traced(ranks, fn, trace_object)
 
 
 def _traced(ranks: Ranks, fn: Callable[[Axis], T], trace: Trace) -> Results[T]:

@@ -274,9 +274,9 @@ def _applied(function: Function, leaf: Tensor, name: str) -> Tensor:
         raise UsageError(f"{shown(function)} is no function of each element, as torch.square is.")
     y = function(leaf)
     if not isinstance(y, Tensor) or y.shape != leaf.shape:
-        got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        description = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise ShapeError(
-            f"the function given for parameter {name!r} returned {got} for a leaf of shape "
+            f"the function given for parameter {name!r} returned {description} for a leaf of shape "
             f"{tuple(leaf.shape)}. Give one that is element-wise, such as torch.square: the sum is "
             "made here."
         )
@@ -294,9 +294,9 @@ def _check_elementwise(function: Function, leaf: Tensor, y: Tensor, name: str) -
     """
     step = max(1, leaf.numel() // _SAMPLE)
     some_values = function(leaf.detach().reshape(-1)[::step].clone())
-    wanted = y.detach().reshape(-1)[::step]
-    if some_values.shape == wanted.shape and torch.allclose(
-        some_values.double(), wanted.double(), rtol=1e-3, atol=1e-6, equal_nan=True
+    sample = y.detach().reshape(-1)[::step]
+    if some_values.shape == sample.shape and torch.allclose(
+        some_values.double(), sample.double(), rtol=1e-3, atol=1e-6, equal_nan=True
     ):
         return
     raise ShapeError(

@@ -31,8 +31,8 @@ def written(text: str, *, most: int = TEXT) -> str:
     ('--json', 'xxx...xxx')
     """
     if len(text) > most:
-        kept = max(1, (most - 3) // 2)
-        text = f"{text[:kept]}...{text[-kept:]}"
+        end_length = max(1, (most - 3) // 2)
+        text = f"{text[:end_length]}...{text[-end_length:]}"
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
@@ -67,9 +67,9 @@ def few(items: Iterable[Any], *, most: int = 5) -> str:
     >>> few(["a", "b"]), few(range(20_000), most=2)
     ('a, b', '0, 1 and 19,998 more')
     """
-    known = list(items)
-    first = ", ".join(written(str(each), most=VALUE) for each in known[:most])
-    return first if len(known) <= most else f"{first} and {len(known) - most:,} more"
+    all_items = list(items)
+    first = ", ".join(written(str(each), most=VALUE) for each in all_items[:most])
+    return first if len(all_items) <= most else f"{first} and {len(all_items) - most:,} more"
 
 
 def run_words(numbers: Iterable[int], *, shortest: int = 3) -> list[str]:
