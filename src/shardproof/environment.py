@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from shardproof.errors import UsageError
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 
 def setting(environment: Mapping[str, str], name: str, choices: Sequence[str]) -> str:
@@ -18,6 +18,6 @@ def setting(environment: Mapping[str, str], name: str, choices: Sequence[str]) -
     if not text:
         return choices[0]
     if text not in choices:
-        value = shown(environment[name])
+        value = short_repr(environment[name])
         raise UsageError(f"{name}={value} is unknown. Use one of: {', '.join(choices)}.")
     return text

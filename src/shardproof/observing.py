@@ -205,22 +205,22 @@ class Memory:
             for tensor in tensors:
                 storage = tensor.untyped_storage()
                 key, size = id(storage), storage.nbytes()
-                known = self._living.get(key)
-                if known is None or known[0]() is not storage:
+                entry = self._living.get(key)
+                if entry is None or entry[0]() is not storage:
                     freed = weakref.ref(storage, functools.partial(self._forget, key))
                     self._living[key] = freed, size
                     self.num_bytes += size
-                elif known[1] != size:  # it was resized
-                    self._living[key] = known[0], size
-                    self.num_bytes += size - known[1]
+                elif entry[1] != size:  # it was resized
+                    self._living[key] = entry[0], size
+                    self.num_bytes += size - entry[1]
             self.peak = max(self.peak, self.num_bytes)
 
     def _forget(self, key: int, freed: "weakref.ref[torch.UntypedStorage]") -> None:
         with self._lock:
-            known = self._living.get(key)
-            if known is not None and known[0] is freed:
+            entry = self._living.get(key)
+            if entry is not None and entry[0] is freed:
                 del self._living[key]
-                self.num_bytes -= known[1]
+                self.num_bytes -= entry[1]
 
 
 class _Here(threading.local):

@@ -58,8 +58,8 @@ def constant(x: Tensor) -> Tensor:
         x: a tensor that was created inside `unrecorded()`.
     """
     if is_recorded():
-        recorded: Tensor = torch.ops.aten.lift_fresh_copy.default(x)
-        return recorded
+        copy: Tensor = torch.ops.aten.lift_fresh_copy.default(x)
+        return copy
     return x
 
 
@@ -71,8 +71,8 @@ def resized(x: Tensor, shape: Sequence[int]) -> Tensor:
         shape: a shape with as many elements.
     """
     if is_recorded(x):
-        recorded: Tensor = torch.ops.aten._unsafe_view.default(x, list(shape))
-        return recorded
+        result: Tensor = torch.ops.aten._unsafe_view.default(x, list(shape))
+        return result
     return x.resize_(shape)
 
 

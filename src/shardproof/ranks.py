@@ -17,7 +17,7 @@ from shardproof.leaves import checked_degree
 from shardproof.timeout import checked_timeout
 from shardproof.trace.trace import Trace, checked_trace
 from shardproof.transport.choose import AUTO, GLOO, SHM, checked_transport, refusal, shm_problem
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 ENGINES = ("threads", "processes")
 
@@ -83,7 +83,7 @@ def launch(
     """
     if not callable(fn):
         raise UsageError(
-            f"cannot launch {shown(fn)}: it is not callable. Pass a function of an axis."
+            f"cannot launch {short_repr(fn)}: it is not callable. Pass a function of an axis."
         )
     trace_object = checked_trace(trace)
     ranks = open_ranks(
@@ -137,7 +137,7 @@ def open_ranks(
         [2, 2]
     """
     if not isinstance(engine, str) or engine not in ENGINES:
-        raise UsageError(f"unknown engine {shown(engine)}. Use one of: {', '.join(ENGINES)}.")
+        raise UsageError(f"unknown engine {short_repr(engine)}. Use one of: {', '.join(ENGINES)}.")
     degree = checked_degree(degree)
     settings = Settings(
         degree=degree,

@@ -25,7 +25,7 @@ from shardproof.numerics.precision import widen
 from shardproof.numerics.sums import sum_all
 from shardproof.optim.layouts import layouts_of
 from shardproof.tree import add_run
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 Function = Callable[[Tensor], Tensor]
 _SAMPLE = 7  # elements of a leaf, at least, on which a function is tried
@@ -271,7 +271,9 @@ def _leaf_sum(y: Tensor) -> Tensor:
 
 def _applied(function: Function, leaf: Tensor, name: str) -> Tensor:
     if not callable(function):
-        raise UsageError(f"{shown(function)} is no function of each element, as torch.square is.")
+        raise UsageError(
+            f"{short_repr(function)} is no function of each element, as torch.square is."
+        )
     y = function(leaf)
     if not isinstance(y, Tensor) or y.shape != leaf.shape:
         description = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__

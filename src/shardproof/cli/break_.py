@@ -14,7 +14,7 @@ from shardproof.errors import UsageError
 from shardproof.leaves import DEFAULT_LEAVES, check_degree
 from shardproof.mistakes import CHAPTERS, Mistake, find_mistake
 from shardproof.mistakes.outcome import Outcome, amount, make
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 HEIGHT, STRIDE = 10, 3  # of a plot of losses: lines, and columns of a step
 RIGHT, WRONG, BOTH = "o", "x", "*"  # the marks of a plot
@@ -68,7 +68,7 @@ def break_(
 def _list(name: str | None, json_file: OutputFile | None) -> int:
     """Print the names of all mistakes."""
     if name is not None:
-        raise UsageError(f"--list takes no name, got {shown(name)}. Leave one of them out.")
+        raise UsageError(f"--list takes no name, got {short_repr(name)}. Leave one of them out.")
     if json_file is not None:
         chapters = [
             {"title": title, "mistakes": [dict(each.as_dict()) for each in mistakes]}

@@ -10,7 +10,7 @@ from shardproof.prover import Case
 from shardproof.prover import cases as case_registry
 from shardproof.prover.cases.text_training import TextTraining
 from shardproof.prover.cases.transformers_models import checkpoint_case
-from shardproof.wording import written
+from shardproof.wording import short_text
 
 Skipped = tuple[dict[str, str], ...]  # cases that lack their extra, as reports have them
 
@@ -80,7 +80,7 @@ def find_installed(name: str) -> Case:
 
 
 def _model_case(directory: str) -> Case:
-    require_transformers(f"--model {written(directory)}")
+    require_transformers(f"--model {short_text(directory)}")
     try:
         return checkpoint_case(directory)
     except UsageError as error:

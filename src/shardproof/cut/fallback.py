@@ -80,7 +80,7 @@ def keep_weight(x: CutTensor, why: str) -> None:
     if weight is None:
         return
     if region.is_rehearsed:
-        region.wanted_whole.setdefault(weight, _as_written(why))
+        region.whole_weights.setdefault(weight, _as_written(why))
         return
     if why in _READS_VALUES and not region.are_weights_cut_only_in_forward:
         return  # the forward of a watched plan needs no such weight, so this is other code

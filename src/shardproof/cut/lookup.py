@@ -39,10 +39,10 @@ def getitem(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     x, index = args
     if not isinstance(x, CutTensor):
         return gathered(func, name, args, kwargs)
-    entries_given = index if isinstance(index, tuple) else (index,)
-    if _WITHOUT_NUMBERS.issuperset(map(type, entries_given)):
-        return RULES["view"](func, name, (x, entries_given), {})
-    entries = list(entries_given)
+    index_entries = index if isinstance(index, tuple) else (index,)
+    if _WITHOUT_NUMBERS.issuperset(map(type, index_entries)):
+        return RULES["view"](func, name, (x, index_entries), {})
+    entries = list(index_entries)
     entries = [whole(each, "index") if isinstance(each, CutTensor) else each for each in entries]
     if sum(isinstance(each, Tensor | list) for each in entries) == 1:
         entries = [_as_slice(each) if isinstance(each, list) else each for each in entries]

@@ -99,11 +99,11 @@ class Region:
         called: modules whose own code calls, on whole tensors, operations with an invariant form.
         drew: modules whose own code draws random numbers.
         are_weights_cut_only_in_forward: outside of a forward, `module.weight` is this rank's part.
-        wanted_whole: name of a weight -> the operation that needs all of it. It is filled in a
+        whole_weights: name of a weight -> the operation that needs all of it. It is filled in a
             rehearsal; the next plan leaves these weights whole.
         is_rehearsed: whether this is a rehearsal, in which the calls of modules are recorded.
         variant: operation without an invariant form -> the module that called it first.
-        kept_by_graphs: objects that compiled graphs refer to, while the region exists.
+        graph_objects: objects that compiled graphs refer to, while the region exists.
     """
 
     def __init__(self, axis: Axis, scheme: Scheme) -> None:
@@ -117,9 +117,9 @@ class Region:
         self.called: set[str] = set()
         self.drew: set[str] = set()
         self.are_weights_cut_only_in_forward = False
-        self.wanted_whole: dict[str, str] = {}
+        self.whole_weights: dict[str, str] = {}
         self.is_rehearsed = axis.transport.name == "rehearsed"
-        self.kept_by_graphs: dict[Any, Any] = {}
+        self.graph_objects: dict[Any, Any] = {}
         self._weights: list[tuple[weakref.ref[Tensor], str]] = []
         self._memories: dict[int | None, tuple[weakref.ref[Tensor], str]] = {}
         self._specs: dict[tuple[tuple[int, ...], int, int], Spec] = {}

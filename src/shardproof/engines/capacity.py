@@ -10,7 +10,7 @@ import threading
 import torch
 
 from shardproof.errors import UsageError
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 # More threads on one rank do not make anything faster, and OpenMP crashes far above this.
 _LEAST_LIMIT, _PER_CORE = 256, 16
@@ -52,9 +52,9 @@ def check_threads(threads: int, degree: int, *, written: str) -> None:
     most = max(_MOST_IN_ALL, _PER_CORE * cores())
     if total > most:
         raise UsageError(
-            f"degree {shown(degree)} with {threads} threads on each rank is more than {most}, the "
-            f"most threads in all that this machine ({cores()} cores) is asked for. Use a lower "
-            "degree, fewer threads, or several machines under torchrun."
+            f"degree {short_repr(degree)} with {threads} threads on each rank is more than {most}, "
+            f"the most threads in all that this machine ({cores()} cores) is asked for. Use a "
+            "lower degree, fewer threads, or several machines under torchrun."
         )
     with _trying:
         _try(total)

@@ -52,8 +52,8 @@ class Drawing(nn.Module):
                 which.
         """
         if operators.is_recorded():
-            recorded: Tensor = _operator(_drawing.number(self))
-            return recorded
+            step: Tensor = _operator(_drawing.number(self))
+            return step
         if not self._is_replaying and torch._C._current_graph_task_id() != -1:
             raise UsageError(
                 f"{self.name!r} ({type(self).__name__}) is called during backward, as activation "

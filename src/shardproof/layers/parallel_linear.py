@@ -14,7 +14,7 @@ from shardproof.errors import ShapeError, UsageError
 from shardproof.layers.base import OwnParameter, ShardedModule
 from shardproof.leaves import Cut
 from shardproof.scheme import Scheme
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 
 class ParallelLinear(ShardedModule):
@@ -149,7 +149,9 @@ def like(
 ) -> Any:
     """An undrawn layer with the sizes of `linear`, on its device and with its dtype."""
     if not isinstance(linear, nn.Linear):
-        raise UsageError(f"{cls.__name__} cannot be made from {shown(linear)}. Give an nn.Linear.")
+        raise UsageError(
+            f"{cls.__name__} cannot be made from {short_repr(linear)}. Give an nn.Linear."
+        )
     device = linear.weight.device
     layer = cls(
         linear.in_features,

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from shardproof.errors import LayoutError
 from shardproof.layers import registry
 from shardproof.layers.function_replacement import replace
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 _RANKS = "shardproof_ranks"  # axis -> [rank, size]
 
@@ -64,7 +64,7 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
 def _rank_and_size(ranks: Any) -> str:
     """For a message: `0, 2 of axis 'tp'`."""
     if not isinstance(ranks, dict) or not ranks:
-        return "0, 1" if ranks == {} else shown(ranks)
+        return "0, 1" if ranks == {} else short_repr(ranks)
     return "; ".join(
         f"{str(place).strip('[]()')} of axis {axis!r}" for axis, place in ranks.items()
     )

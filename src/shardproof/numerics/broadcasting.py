@@ -70,8 +70,8 @@ def in_fp32(function: Form) -> Form:
             return function(*args, **kwargs)
         dtype = _result_dtype(tensors)
         wide = [widen(x) if isinstance(x, Tensor) else x for x in args]
-        named = {name: widen(x) if isinstance(x, Tensor) else x for name, x in kwargs.items()}
-        y = function(*wide, **named)
+        wide_kwargs = {name: widen(x) if isinstance(x, Tensor) else x for name, x in kwargs.items()}
+        y = function(*wide, **wide_kwargs)
         return y.to(dtype) if y.is_floating_point() else y
 
     return form

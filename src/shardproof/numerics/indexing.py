@@ -69,8 +69,8 @@ def _checked(index: Tensor, size: int, shape: list[int]) -> Tensor:
     if index.is_meta:
         return index
     if operators.is_recorded(index):
-        recorded: Tensor = _operator(index, size, shape)
-        return recorded
+        checked_index: Tensor = _operator(index, size, shape)
+        return checked_index
     if bool(((index < -size) | (index >= size)).any()):
         raise ShapeError(f"an index is out of range: a dim of {tuple(shape)} has {size}.")
     return index

@@ -25,7 +25,7 @@ from shardproof import c_modules, environment
 from shardproof.errors import NumericsError, UsageError
 from shardproof.scheme import Scheme
 from shardproof.wording import dtype_name
-from shardproof.wording import written as shortened
+from shardproof.wording import short_text as shortened
 
 SCHEME_VERSION = "tree-3"
 SETTINGS = ("auto", "avx512", "avx2", "core", "leafwise", "off")

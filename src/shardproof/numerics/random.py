@@ -169,8 +169,8 @@ def draw_mask(
         raise UsageError(f"cannot draw a mask for {name!r} with p={p}. Use 0 to 1.")
     device = torch.device(device) if device is not None else torch.get_default_device()
     if isinstance(step, Tensor):
-        recorded: Tensor = _operator(list(shape), p, seed, name, step, leaf, device)
-        return recorded
+        keep_mask: Tensor = _operator(list(shape), p, seed, name, step, leaf, device)
+        return keep_mask
     own = generator(seed=seed, name=name, leaf=leaf, step=step)
     if device.type == "meta":
         return torch.empty(tuple(shape), dtype=torch.uint8, device=device)

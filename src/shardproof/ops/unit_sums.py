@@ -209,12 +209,12 @@ def fold(
         forward none; backward none.
     """
     dim_sequence = (dims,) if isinstance(dims, int) else dims
-    counted = tuple(sorted(each % max(x.dim(), 1) for each in dim_sequence))
+    dim_tuple = tuple(sorted(each % max(x.dim(), 1) for each in dim_sequence))
     if not x.is_floating_point():
-        return x.sum(counted, keepdim=keepdim) if counted and x.dim() else x.long()
-    if not counted or not x.dim():
+        return x.sum(dim_tuple, keepdim=keepdim) if dim_tuple and x.dim() else x.long()
+    if not dim_tuple or not x.dim():
         return x.clone()
-    return (INVARIANT if place is None else place.arithmetic).fold(x, counted, keepdim=keepdim)
+    return (INVARIANT if place is None else place.arithmetic).fold(x, dim_tuple, keepdim=keepdim)
 
 
 def sum_cut(

@@ -77,10 +77,8 @@ class _VocabCrossEntropy(torch.autograd.Function):
         grad_logits = _LossGradient.apply(grad, logits, places, norm, spread)
         if observing.is_on():
             place = ctx.split.placement(1)
-            inputs, output = (
-                [Operand("logits", logits, place)],
-                Operand("grad_logits", grad_logits, place),
-            )
+            inputs = [Operand("logits", logits, place)]
+            output = Operand("grad_logits", grad_logits, place)
             what = "grad_logits = (softmax(logits) - target) * grad"
             observing.tell(StepEvent("loss", "backward", ctx.split.name, what, inputs, output))
         return grad_logits, None, None, None
@@ -219,14 +217,11 @@ def vocab_cross_entropy(
     )
     loss = reduce_rows(losses, counts, reduction, dtype=logits.dtype, denominator=denominator)
     if observing.is_on():
-        inputs = [
-            Operand("logits", logits, split.placement(1)),
-            Operand("target", target, REPLICATE),
-        ]
+        of_logits = Operand("logits", logits, split.placement(1))
+        inputs = [of_logits, Operand("target", target, REPLICATE)]
         what = "-log softmax(logits)[target], from what every block of classes says"
-        observing.tell(
-            StepEvent("loss", "forward", who, what, inputs, Operand("loss", loss, REPLICATE))
-        )
+        output = Operand("loss", loss, REPLICATE)
+        observing.tell(StepEvent("loss", "forward", who, what, inputs, output))
     axis.note_result(loss, who=who, what="loss")
     return loss
 

@@ -17,7 +17,7 @@ from shardproof.errors import LayoutError, UsageError
 from shardproof.leaves import Layout, replicated
 from shardproof.optim.layouts import layouts_of
 from shardproof.optim.whole_optimizer import WholeOptimizer
-from shardproof.wording import shown, written
+from shardproof.wording import short_repr, short_text
 
 _LAYOUTS = "layouts"
 
@@ -130,7 +130,9 @@ def state_layout(optimizer: Optimizer, key: str, value: Tensor, layout: Layout) 
 def _compare_layouts(theirs: Any, mine: list[dict[str, Any]]) -> None:
     if not isinstance(theirs, list) or len(theirs) != len(mine):
         values = (
-            f"of {len(theirs)} parameters" if isinstance(theirs, list) else f"with {shown(theirs)}"
+            f"of {len(theirs)} parameters"
+            if isinstance(theirs, list)
+            else f"with {short_repr(theirs)}"
         )
         raise LayoutError(
             f"cannot load optimizer state {values} into an optimizer of {len(mine)}. Load the "
@@ -140,7 +142,7 @@ def _compare_layouts(theirs: Any, mine: list[dict[str, Any]]) -> None:
         if plain_words(saved) != plain_words(here):
             raise LayoutError(
                 f"cannot load the optimizer state of {here['name']!r}: it was saved for "
-                f"{written(str(saved) if plain_words(saved) else shown(saved))}, "
+                f"{short_text(str(saved) if plain_words(saved) else short_repr(saved))}, "
                 f"here is {here}. Load the state that this rank saved at this degree, with the "
                 "same leaves, and give the optimizer the parameters in the same order."
             )

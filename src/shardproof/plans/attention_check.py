@@ -113,7 +113,7 @@ def _attention_options(
     if alike in options_by_key:
         return options_by_key[alike]
     try:
-        copied = copy.deepcopy(child)
+        child_copy = copy.deepcopy(child)
     except Exception as error:  # whatever a user's module raises
         raise _UnlikeError(f"cannot be copied to be tried ({error_words(error)}).") from error
     p = _dropout(child)
@@ -127,8 +127,8 @@ def _attention_options(
             _trial(2, 7, 3.0, options, masks, style, device),
             _trial(1, _length(child, style.queries), 1.0, options, masks, style, device),
         ]
-        is_causal = _agreeing(copied.eval(), split, trials, getattr(child, "is_causal", False))
-        _check_training(copied, trials[0], is_causal, p)
+        is_causal = _agreeing(child_copy.eval(), split, trials, getattr(child, "is_causal", False))
+        _check_training(child_copy, trials[0], is_causal, p)
     attention_options = ChildAttentionOptions(is_causal, p)
     if alike is not None:
         options_by_key[alike] = attention_options

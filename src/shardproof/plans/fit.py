@@ -250,7 +250,7 @@ def link_ties(
         The plans, with `tied_to` set where a parameter was counted before, and one sentence per
         problem.
     """
-    planned = {
+    plan_by_place = {
         (module.name, parameter.name): parameter
         for module in modules
         for parameter in module.parameters
@@ -266,7 +266,7 @@ def link_ties(
         (first, own), *others = same
         counted |= dict.fromkeys(others, f"{first}.{own}")
         if not any(name in doubtful for name, _ in same):
-            problems += _untied(same, planned)
+            problems += _untied(same, plan_by_place)
     return [_linked(module, counted) for module in modules], problems
 
 
@@ -279,10 +279,10 @@ def _linked(module: ModulePlan, counted: Mapping[tuple[str, str], str]) -> Modul
 
 
 def _untied(
-    places: list[tuple[str, str]], planned: Mapping[tuple[str, str], ParameterPlan]
+    places: list[tuple[str, str]], plan_by_place: Mapping[tuple[str, str], ParameterPlan]
 ) -> Iterator[str]:
     """The problems of one parameter that several modules share."""
-    layouts = {place: planned[place].layouts for place in places if place in planned}
+    layouts = {place: plan_by_place[place].layouts for place in places if place in plan_by_place}
     cut = [place for place in layouts if layouts[place][0].cut is not None]
     whole = [place for place in places if place not in cut]
     along = "Cut both along the vocabulary (VocabParallel() for the embedding, ColumnParallel() "

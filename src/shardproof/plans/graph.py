@@ -54,13 +54,13 @@ def called(
     """
     is_invariant, ties, values = how
     # Dynamo guards what it reads, and makes another graph for another model or other values.
-    guarded: list[bool | int | float | str] = [id(model)]
+    guards: list[bool | int | float | str] = [id(model)]
     for name, attributes in values:
         module = model.get_submodule(name)
         for attribute in attributes:
             value = module.__dict__.get(attribute)
-            guarded.append(value if isinstance(value, (bool, int, float, str)) else _NONE)
-    return _traced(guarded, model, is_invariant, ties, _packed(args), _packed(kwargs))
+            guards.append(value if isinstance(value, (bool, int, float, str)) else _NONE)
+    return _traced(guards, model, is_invariant, ties, _packed(args), _packed(kwargs))
 
 
 @torch._dynamo.nonstrict_trace
@@ -74,7 +74,7 @@ def _traced(*inputs: Any) -> Any:
 
 
 def _recorded(
-    guarded: list[Any],
+    guards: list[Any],
     model: nn.Module,
     is_invariant: bool,
     ties: Ties,
@@ -84,7 +84,7 @@ def _recorded(
     """Call a cut model with traced or fake tensors.
 
     Args:
-        guarded: `id` of the model and attributes of its modules; Dynamo guards them.
+        guards: `id` of the model and attributes of its modules; Dynamo guards them.
         model: the cut model.
         is_invariant: whether its numerics are invariant.
         ties: for each tied parameter its second and its first name.
@@ -98,7 +98,7 @@ def _recorded(
         )
     if is_invariant:
         _check_backend(model)
-    pytree.tree_map(_of_one_size, guarded)  # otherwise Dynamo would not guard a float
+    pytree.tree_map(_of_one_size, guards)  # otherwise Dynamo would not guard a float
     args, kwargs = pytree.tree_map(
         _of_one_size, (_unpacked(args), _unpacked(kwargs)), is_leaf=_is_cut
     )
@@ -392,7 +392,7 @@ def _traced_call(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """Run an operation on cut tensors with traced or fake parts."""
     call_args = _unpacked(args), _unpacked(kwargs)
     first = next(filter(_is_cut, pytree.tree_leaves(call_args, is_leaf=_is_cut)))
-    return _as_tree(run(_functions[number], *call_args), first.spec.region.kept_by_graphs)
+    return _as_tree(run(_functions[number], *call_args), first.spec.region.graph_objects)
 
 
 def _packed(x: Any) -> Any:

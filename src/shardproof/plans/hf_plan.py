@@ -16,7 +16,7 @@ from shardproof.plans.fit import scale_of
 from shardproof.plans.match import find
 from shardproof.plans.plan_text import listed
 from shardproof.plans.style import ColumnParallel, RowParallel, SharedInput, Style, VocabParallel
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 GATED = ("gate_proj", "up_proj")
 
@@ -63,8 +63,8 @@ def _tp_plan(holder: object, name: str, where: str) -> dict[str, str]:
         return {}
     if not isinstance(entries, Mapping) or not all(isinstance(each, str) for each in entries):
         raise PlanError(
-            f"the model's {where}{name} is {shown(entries)}, and a tp_plan is a dict of patterns "
-            "and styles. Correct it, or give a plan of your own."
+            f"the model's {where}{name} is {short_repr(entries)}, and a tp_plan is a dict of "
+            "patterns and styles. Correct it, or give a plan of your own."
         )
     return dict(entries)
 

@@ -7,7 +7,7 @@ from shardproof.errors import PlanError, UsageError
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.style import Plan
 from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 
 def is_carried(plan_argument: Any) -> bool:
@@ -42,7 +42,8 @@ def read_plan(plan_argument: Any, scheme: Any) -> tuple[Plan | None, Scheme]:
         return plan, plan.scheme
     if not isinstance(plan, Mapping):
         raise PlanError(
-            f"the plan is {shown(plan)}, which is not a plan: a plan is a dict of patterns and "
+            f"the plan is {short_repr(plan)}, which is not a plan: a plan is a dict of patterns "
+            "and "
             'styles. Write for instance {"layers.*.up": "colwise", "layers.*.down": "rowwise"}, '
             "or None for the plan that a model of transformers carries."
         )

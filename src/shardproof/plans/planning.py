@@ -113,10 +113,10 @@ def plan(
     """
     if inputs is not None and plan is None:
         return _watched(model, inputs, degree, scheme)
-    attempted = attempt(model, plan, degree=degree, scheme=scheme)
-    if isinstance(attempted, str):
-        return plan_by_example(model, degree=degree, scheme=scheme, why=attempted)
-    model_plan, problems = attempted
+    outcome = attempt(model, plan, degree=degree, scheme=scheme)
+    if isinstance(outcome, str):
+        return plan_by_example(model, degree=degree, scheme=scheme, why=outcome)
+    model_plan, problems = outcome
     if problems:
         raise PlanError(as_error(model, problems))
     if inputs is not None:

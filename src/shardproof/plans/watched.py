@@ -78,9 +78,9 @@ def plan_by_watching(
             _EVERYWHERE,
         )
         rehearsal = _rehearsed(model, (args, kwargs), plan, watched)
-        if not rehearsal.wanted_whole:
+        if not rehearsal.whole_weights:
             return replace(plan, rehearsal=rehearsal, notes=_notes(watched, rehearsal))
-        whole_weights |= dict(rehearsal.wanted_whole)
+        whole_weights |= dict(rehearsal.whole_weights)
 
 
 def as_watched(model: nn.Module, plan: Any, degree: int, inputs: Any, scheme: Any) -> WatchedPlan:
@@ -116,8 +116,8 @@ def _rehearsed(
     everywhere = frozenset(name for name, _ in model.named_modules())
     trial = replace(plan, rehearsal=replace(_EVERYWHERE, calls=everywhere))
 
-    def cut(copied: nn.Module, axis: Axis) -> Region:
-        return cut_by(copied, trial, axis)
+    def cut(model_copy: nn.Module, axis: Axis) -> Region:
+        return cut_by(model_copy, trial, axis)
 
     return rehearse(model, call, cut, degree=plan.degree, device=watched.device)
 

@@ -67,7 +67,7 @@ class Rehearsal:
             form.
         draws: modules whose own code draws random numbers.
         sent: the collectives by module, in the order in which they were made.
-        wanted_whole: (weight, operation): cut weights that an operation needs whole. Such a weight
+        whole_weights: (weight, operation): cut weights that an operation needs whole. Such a weight
             must not be cut.
     """
 
@@ -78,7 +78,7 @@ class Rehearsal:
     calls: frozenset[str] = frozenset()
     draws: frozenset[str] = frozenset()
     sent: tuple[Sent, ...] = ()
-    wanted_whole: tuple[tuple[str, str], ...] = ()
+    whole_weights: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

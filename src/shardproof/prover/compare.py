@@ -407,13 +407,13 @@ def rounding(
         _number(max(part.max_error_ours for part in figures)),
         _number(max(part.max_error_torch for part in figures)),
     )
-    measured = Rounding(
+    result = Rounding(
         rtol * max(part.max_abs_reference for part in figures) + atol,
         ours,
         plain,
         max(numbers) if numbers else None,
     )
-    return _with_update(measured, steps, dtype, figures) if steps else measured
+    return _with_update(result, steps, dtype, figures) if steps else result
 
 
 def _with_update(

@@ -92,23 +92,23 @@ def _by_name(case: Case, ranks: Sequence[RankResult]) -> dict[str, list[TensorRe
 def _judge_tensor(
     case: Case, name: str, tables: Mapping[int, Mapping[str, list[TensorRecord]]], is_known: bool
 ) -> TensorReport:
-    recorded = {degree: table[name] for degree, table in tables.items() if name in table}
-    findings = [f"not recorded at degree {degree}" for degree in tables if degree not in recorded]
-    findings += _different_replicas(recorded) + _different_copies(recorded)
-    sha256 = {str(degree): ranks[0].sha256 or "" for degree, ranks in recorded.items()}
+    records = {degree: table[name] for degree, table in tables.items() if name in table}
+    findings = [f"not recorded at degree {degree}" for degree in tables if degree not in records]
+    findings += _different_replicas(records) + _different_copies(records)
+    sha256 = {str(degree): ranks[0].sha256 or "" for degree, ranks in records.items()}
     identical = not findings and len(set(sha256.values())) == 1
     first = (
-        next(iter(recorded.values()))[0]
-        if recorded
+        next(iter(records.values()))[0]
+        if records
         else TensorRecord(name, (), "", True, "", True, None)
     )
     if first.is_judged and not is_known:
         findings.append("not recorded by plain torch")
-    misfits = _misfits(recorded)
+    misfits = _misfits(records)
     findings += misfits
-    is_measured = first.is_judged and is_known and bool(recorded) and not misfits
-    figures = [_figures(ranks) for ranks in recorded.values()] if is_measured else []
-    steps = [each for ranks in recorded.values() if (each := _steps(ranks))] if is_measured else []
+    is_measured = first.is_judged and is_known and bool(records) and not misfits
+    figures = [_figures(ranks) for ranks in records.values()] if is_measured else []
+    steps = [each for ranks in records.values() if (each := _steps(ranks))] if is_measured else []
     agreement = _agreement(figures, first.dtype) if figures else None
     return TensorReport(
         name,
@@ -124,17 +124,17 @@ def _judge_tensor(
         rounding(figures, steps, getattr(torch, first.dtype), math.prod(first.shape))
         if figures
         else None,
-        _nonfinite(recorded),
+        _nonfinite(records),
         _shown_values(
-            {degree: [tensor.values for tensor in ranks] for degree, ranks in recorded.items()}
+            {degree: [tensor.values for tensor in ranks] for degree, ranks in records.items()}
         ),
     )
 
 
-def _different_replicas(recorded: Mapping[int, Sequence[TensorRecord]]) -> list[str]:
+def _different_replicas(records: Mapping[int, Sequence[TensorRecord]]) -> list[str]:
     """Sentences on ranks whose copy of a replicated tensor differs from rank 0's."""
     sentences = []
-    for degree, ranks in recorded.items():
+    for degree, ranks in records.items():
         other = [
             str(rank)
             for rank, tensor in enumerate(ranks)
@@ -146,10 +146,10 @@ def _different_replicas(recorded: Mapping[int, Sequence[TensorRecord]]) -> list[
     return sentences
 
 
-def _different_copies(recorded: Mapping[int, Sequence[TensorRecord]]) -> list[str]:
+def _different_copies(records: Mapping[int, Sequence[TensorRecord]]) -> list[str]:
     """Sentences on ranks whose copy of another rank's leaf differs from the owner's."""
     sentences = []
-    for degree, ranks in recorded.items():
+    for degree, ranks in records.items():
         first: dict[str, tuple[int, str]] = {}  # the owner is the first rank that holds it
         for rank, tensor in enumerate(ranks):
             for name, sha in tensor.copies.items():
@@ -162,9 +162,9 @@ def _different_copies(recorded: Mapping[int, Sequence[TensorRecord]]) -> list[st
     return sentences
 
 
-def _misfits(recorded: Mapping[int, Sequence[TensorRecord]]) -> list[str]:
+def _misfits(records: Mapping[int, Sequence[TensorRecord]]) -> list[str]:
     """How shape or dtype differ from plain torch's, at the first degree at which they do."""
-    for degree, ranks in recorded.items():
+    for degree, ranks in records.items():
         if ranks[0].misfit:
             return [f"at degree {degree} {ranks[0].misfit}"]
     return []
@@ -180,13 +180,13 @@ def _steps(ranks: Sequence[TensorRecord]) -> StepFigures | None:
     return combine_steps(steps) if steps else None
 
 
-def _nonfinite(recorded: Mapping[int, Sequence[TensorRecord]]) -> dict[str, int]:
+def _nonfinite(records: Mapping[int, Sequence[TensorRecord]]) -> dict[str, int]:
     """Degree, "torch" or "fp64" -> number of elements that are not finite, if any are.
 
     Of a cut tensor the counts of all ranks are added; of a replicated one the largest counts.
     """
     counts: dict[str, int] = {}
-    for degree, ranks in recorded.items():
+    for degree, ranks in records.items():
         join = max if ranks[0].is_replicated else sum
         for where in ("ours", "torch", "fp64"):
             key = str(degree) if where == "ours" else where

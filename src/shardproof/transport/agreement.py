@@ -71,8 +71,8 @@ def _different_inputs(notes: Sequence[InputNote | None]) -> MismatchError:
     first = notes[0]
     other = next(rank for rank, note in enumerate(notes) if note != first)
     second = notes[other]
-    named = first or second
-    what = f"{named.what} of {named.who!r}" if named is not None else "input"
+    any_note = first or second
+    what = f"{any_note.what} of {any_note.who!r}" if any_note is not None else "input"
     if first is None or second is None or (first.who, first.what) != (second.who, second.what):
         difference = f"rank 0 has {_owner(first)}, rank {other} has {_owner(second)}"
         return MismatchError(

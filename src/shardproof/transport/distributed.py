@@ -140,8 +140,8 @@ class DistributedTransport(Transport):
                     _lengths(outgoing, incoming, self.rank), call
                 )
                 compare_pieces(lengths_by_rank, call)
-            begun = self._start_exchange(outgoing, incoming, rounds, like, call, is_whole=True)
-            return begun()
+            exchange = self._start_exchange(outgoing, incoming, rounds, like, call, is_whole=True)
+            return exchange()
 
     @torch.no_grad()
     def all_gather(

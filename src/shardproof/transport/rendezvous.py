@@ -125,8 +125,8 @@ class Rendezvous:
             elif self._failure is None:
                 self._wait(meeting)
             if not meeting.is_complete:
-                message, blamed = self._failure or ("the rendezvous was interrupted", None)
-                raise PeerError(message, rank=blamed)
+                message, blamed_rank = self._failure or ("the rendezvous was interrupted", None)
+                raise PeerError(message, rank=blamed_rank)
         ranks = range(self.size)
         if meeting.disagrees:
             confer = functools.partial(self.meet, rank, _CONFER)
@@ -166,9 +166,9 @@ class Rendezvous:
         def is_over() -> bool:
             return meeting.is_complete or self._failure is not None
 
-        patience, begun = _Patience(), time.monotonic()
+        patience, start = _Patience(), time.monotonic()
         while not self._changed.wait_for(is_over, min(self._timeout, _LONGEST_STEP)):
-            if patience.count(0, time.monotonic() - begun) < self._timeout:
+            if patience.count(0, time.monotonic() - start) < self._timeout:
                 continue
             missing = [rank for rank in range(self.size) if rank not in meeting.calls]
             self._break_because_late(missing, meeting.calls)
@@ -213,8 +213,8 @@ class Rendezvous:
                 elif missing and counted >= self._timeout:
                     self._break_because_late(missing, waiting)
             if self._failure is not None:
-                message, blamed = self._failure
-                raise PeerError(message, rank=blamed)
+                message, blamed_rank = self._failure
+                raise PeerError(message, rank=blamed_rank)
 
     def _break_because_left(self, rank: int, waiting: Mapping[int, Call]) -> None:
         self._break(

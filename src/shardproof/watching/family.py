@@ -138,15 +138,15 @@ class _Finder:
         """A unit that needs the units of a dim which has only shared or whole units."""
         whole = self.needs.is_whole
         live = units[~whole[units]]
-        followed = pairs[np.isin(pairs[:, 1], live), 0]
-        followed = followed[~whole[followed] & ~self.needs.is_needed[followed]]
+        successors = pairs[np.isin(pairs[:, 1], live), 0]
+        successors = successors[~whole[successors] & ~self.needs.is_needed[successors]]
         if not len(
-            followed
+            successors
         ):  # norms across heads: the needed units and their needers are summed over
-            followed = pairs[np.isin(pairs[:, 1], units), 0]
-            followed = followed[whole[followed]]
-        if len(followed):
-            return int(followed[0])
+            successors = pairs[np.isin(pairs[:, 1], units), 0]
+            successors = successors[whole[successors]]
+        if len(successors):
+            return int(successors[0])
         self._group_all(units)
         return int(units[0])
 

@@ -100,11 +100,11 @@ def _watched_on_cpu(model: nn.Module, call: Any, first: Exception, start: float)
 
 def _why_it_failed(model: nn.Module, call: Any, error: Exception) -> str:
     """The error message: the model's own forward fails too, or only the watched one."""
-    copied = _small_copy(model)
+    model_copy = _small_copy(model)
     args, kwargs = tree_map(_real, call)
     try:
         with torch.no_grad(), _randomness_kept():
-            copied.eval()(*args, **kwargs)
+            model_copy.eval()(*args, **kwargs)
     except Exception as own:  # whatever a model's code raises
         return (
             f"the model's own forward fails with these inputs ({error_words(own)}). Check that the "
@@ -123,19 +123,19 @@ def _small_copy(model: nn.Module) -> nn.Module:
     """A copy on the CPU, in which tensors on the meta device become small random ones."""
     small_model = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
-    copied: dict[int, Tensor] = {}  # tied tensors stay tied
+    copies: dict[int, Tensor] = {}  # tied tensors stay tied
     for module in small_model.modules():
         for kind in ("_parameters", "_buffers"):
             for name, each in vars(module)[kind].items():
                 if each is None:
                     continue
-                if id(each) not in copied:
+                if id(each) not in copies:
                     small = _on_cpu(each.detach(), generator)
                     is_parameter = isinstance(each, nn.Parameter)
-                    copied[id(each)] = (
+                    copies[id(each)] = (
                         nn.Parameter(small, requires_grad=False) if is_parameter else small
                     )
-                vars(module)[kind][name] = copied[id(each)]
+                vars(module)[kind][name] = copies[id(each)]
     return small_model
 
 

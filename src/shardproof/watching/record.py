@@ -61,7 +61,7 @@ class Record:
     used: set[str] = field(default_factory=set)
     _modules: list[str] = field(default_factory=lambda: [""])
     _interned: dict[bytes, Labels] = field(default_factory=dict)
-    _seen_keys: set[tuple[object, ...]] = field(default_factory=set)
+    _operation_keys: set[tuple[object, ...]] = field(default_factory=set)
 
     @property
     def module(self) -> str:
@@ -107,8 +107,8 @@ class Record:
             return
         atoms = self._interned.setdefault(atoms.tobytes(), atoms)
         key = (what, op, self.module, parameter, dim, id(atoms))
-        if key not in self._seen_keys:
-            self._seen_keys.add(key)
+        if key not in self._operation_keys:
+            self._operation_keys.add(key)
             self.operations.append(SeenOperation(what, op, self.module, atoms, parameter, dim))
 
     def keep_box(self, factor: Labels, *, is_split: bool) -> None:

@@ -240,7 +240,7 @@ class Watching(TorchDispatchMode):
             self.record.lay_out(labels, name_of(func), is_parameter=parameter is not None)
             if is_view(func) and isinstance(args[0], Labelled):
                 which = place if len(outs) > 1 else None
-                result.made_by = (args[0], func, args[1:], kwargs, which)
+                result.origin = (args[0], func, args[1:], kwargs, which)
             results.append(result)
             number += 1
         return results
@@ -268,9 +268,9 @@ class Watching(TorchDispatchMode):
     def _write(self, target: Labelled, factors: Factors) -> None:
         """Give a written tensor, and the base of a view, the labels of the written values."""
         target.factors = tuple(factors)
-        if target.made_by is None or not factors:
+        if target.origin is None or not factors:
             return
-        base, func, args, kwargs, which = target.made_by
+        base, func, args, kwargs, which = target.origin
         if base.numel() > MOST_WRITTEN:
             for factor in factors:
                 self.record.see("gather", "write into a view", factor)
