@@ -146,7 +146,7 @@ def open_ranks(
         compare_inputs=checked_flag(compare_inputs, "compare_inputs"),
         transport=_check_transport(transport, engine),
     )
-    check_threads(settings.threads, degree, written=f"threads={settings.threads}")
+    check_threads(settings.threads, degree, setting_text=f"threads={settings.threads}")
     if engine == "processes":
         return ProcessRanks(settings, environment)
     if environment is not None:

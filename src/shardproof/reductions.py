@@ -255,8 +255,8 @@ def _sums(
             sums[name] = parts[0]
             continue
         # Without a leaf this part is empty, but must need a gradient like those of other ranks.
-        held = torch.stack(parts) if parts else _leaf_values(function(value)).reshape(-1)[:0]
-        sums[name] = _TreeTotal.apply(held, layout, axis, name)
+        leaf_sums = torch.stack(parts) if parts else _leaf_values(function(value)).reshape(-1)[:0]
+        sums[name] = _TreeTotal.apply(leaf_sums, layout, axis, name)
     return sums
 
 

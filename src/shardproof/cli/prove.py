@@ -203,7 +203,7 @@ class ProofRun:
     def check(self) -> None:
         """Raise if this process cannot run so many threads, or invariant numerics."""
         num_here = 1 if self.engine == "torchrun" else max(self.degrees)
-        check_threads(self.threads or 1, num_here, written=f"--threads {self.threads}")
+        check_threads(self.threads or 1, num_here, setting_text=f"--threads {self.threads}")
         check_own_threads()  # with them the cases run in plain PyTorch
         # Processes that are started set their own mode.
         if self.scheme.is_invariant and self.engine != "processes":

@@ -208,8 +208,8 @@ def _serving(x: CutTensor, cut: CutDim, times: int) -> Any:
         index = tuple(place // times for place in range(cut.size))
         own = CutDim(cut.shared, x.spec.cut.blocks)  # equal units; their names may differ
         place, target = region.place(own, x.who), region.place(cut, x.who)
-        held = unit_ops.where_served(place, target, index)
-        recipe = region.recipes[key] = place, target, index, held
+        positions = unit_ops.where_served(place, target, index)
+        recipe = region.recipes[key] = place, target, index, positions
     return recipe
 
 

@@ -168,8 +168,8 @@ def _compare_gradients(
             continue
         if grad is None:
             grad = torch.zeros_like(ours.local if isinstance(ours, CutTensor) else ours)
-        shown = cut_tensor(grad, ours.spec, ours.who) if isinstance(ours, CutTensor) else grad
-        _same(name, args, shown, theirs, "a gradient of its input")
+        value = cut_tensor(grad, ours.spec, ours.who) if isinstance(ours, CutTensor) else grad
+        _same(name, args, value, theirs, "a gradient of its input")
 
 
 def _numbers(x: Tensor) -> Tensor:
@@ -208,12 +208,12 @@ def _same(name: str, args: Any, ours: Any, theirs: Tensor, what: str) -> None:
 
 def _raise(name: str, args: Any, what: str, how: str) -> None:
     cuts = [x for x in tree_flatten(args, is_leaf=is_cut)[0] if isinstance(x, CutTensor)]
-    shown = ", ".join(f"{x.spec!r}" for x in cuts)
+    specs = ", ".join(f"{x.spec!r}" for x in cuts)
     who = next((x.who for x in cuts if x.who), "")
     module = f" (from the weight of {who!r})" if who else ""
     line = _line()
     raise CheckError(
-        f"{name} of cut tensors is wrong: {what} {how}. At {line}{module}. Its operands: {shown}.",
+        f"{name} of cut tensors is wrong: {what} {how}. At {line}{module}. Its operands: {specs}.",
         operation=name,
         line=line,
     )

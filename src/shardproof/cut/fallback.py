@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_flatten, tree_map
 
 from shardproof.cut.spec import Region
-from shardproof.cut.tensor import RULES, CutTensor, composed, rule, run, shown
+from shardproof.cut.tensor import RULES, CutTensor, composed, rule, run, with_dispatch
 from shardproof.errors import UsageError
 from shardproof.numerics import forms
 from shardproof.ops import unit_ops
@@ -184,9 +184,9 @@ def unwrapped(func: FunctionType) -> Callable[..., Any]:
 
 def _unwrapped_cell(cell: CellType) -> CellType:
     """Unwrap functions in a closure, such as the two that `F.max_pool2d` chooses between."""
-    held = cell.cell_contents
-    is_theirs = isinstance(held, FunctionType) and held.__module__.startswith("torch")
-    return CellType(unwrapped(held)) if is_theirs else cell
+    content = cell.cell_contents
+    is_theirs = isinstance(content, FunctionType) and content.__module__.startswith("torch")
+    return CellType(unwrapped(content)) if is_theirs else cell
 
 
 @rule("others")
@@ -253,7 +253,7 @@ def _decomposed(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, A
     Inside, autograd is off for ATen operations that have no cut operand. So if a whole tensor that
     needs a gradient is an operand, or becomes one on the way, everything is gathered instead.
     """
-    args, kwargs = tree_map(shown, (args, kwargs), is_leaf=is_cut)
+    args, kwargs = tree_map(with_dispatch, (args, kwargs), is_leaf=is_cut)
     flat = tree_flatten((args, kwargs), is_leaf=is_cut)[0]
     if torch.is_grad_enabled() and any(_wants(each) for each in flat):
         return gathered(func, name, args, kwargs)

@@ -40,8 +40,8 @@ class Spec:
         self.shape = torch.Size(shape)
         self.dim = dim
         self.cut = cut
-        held = len(cut.held(region.axis.rank))
-        self.local_shape = torch.Size((*shape[:dim], held, *shape[dim + 1 :]))
+        length = len(cut.held(region.axis.rank))
+        self.local_shape = torch.Size((*shape[:dim], length, *shape[dim + 1 :]))
         self._like: dict[tuple[int, ...], Spec] = {}
         self._joining: dict[tuple[int, ...], bool] = {}
 
@@ -176,9 +176,9 @@ class Region:
         # A weight may have moved, and its old memory may belong to another tensor by now.
         if parameter is not None and memory_of(parameter) == memory:
             return name
-        held = part if part._base is None else part._base
-        if isinstance(held, nn.Parameter) and held.dim() > 1:
-            return name_by_memory(held) or "a weight"  # a weight of a copy of the model
+        storage_owner = part if part._base is None else part._base
+        if isinstance(storage_owner, nn.Parameter) and storage_owner.dim() > 1:
+            return name_by_memory(storage_owner) or "a weight"  # a weight of a copy of the model
         return None
 
     def count_gathered(self, why: str, who: str) -> None:

@@ -311,7 +311,7 @@ class Adopted(ShownCutTensor):
     """A cut tensor that was made from a whole one in place; C++ does not dispatch its calls."""
 
 
-def shown(x: Any) -> Any:
+def with_dispatch(x: Any) -> Any:
     """The same cut tensor in the class whose calls inside C++ operations are dispatched."""
     return cut_tensor(x.local, x.spec, x.who) if type(x) is Adopted else x
 

@@ -31,13 +31,13 @@ def cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def check_threads(threads: int, degree: int, *, written: str) -> None:
+def check_threads(threads: int, degree: int, *, setting_text: str) -> None:
     """Raise unless `degree` ranks of this machine can have `threads` threads each.
 
     Args:
         threads: number of threads of each rank.
         degree: number of ranks.
-        written: the option as the user wrote it, for the message.
+        setting_text: the option as the user wrote it, for the message.
 
     Raises:
         UsageError: the number is too large, or the system does not allow so many.
@@ -45,7 +45,7 @@ def check_threads(threads: int, degree: int, *, written: str) -> None:
     limit = max(_LEAST_LIMIT, _PER_CORE * cores())
     if threads > limit:
         raise UsageError(
-            f"{written} is more than {limit}, the most threads that one rank may have on this "
+            f"{setting_text} is more than {limit}, the most threads that one rank may have on this "
             f"machine ({cores()} cores). Use fewer; more than the cores gain nothing."
         )
     total = threads * degree
@@ -69,7 +69,7 @@ def check_own_threads() -> None:
     names = [name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if os.environ.get(name)]
     settings = " and ".join(f"{name}={os.environ[name]}" for name in names)
     threads = torch.get_num_threads()
-    check_threads(threads, 1, written=settings or f"torch.get_num_threads() = {threads}")
+    check_threads(threads, 1, setting_text=settings or f"torch.get_num_threads() = {threads}")
 
 
 def _try(total: int) -> None:

@@ -184,5 +184,7 @@ def _share(part: ParameterPart) -> str:
     layout = part.layout
     if layout is None or layout.dim is None:
         return f"from which a part is computed ({part.axis})"
-    held = few([f"{run.start}:{run.stop}" for run in layout.held_runs]) or "0:0"
-    return f"of whose dim {layout.dim} ({layout.shape[layout.dim]} long) {part.axis} holds {held}"
+    runs_text = few([f"{run.start}:{run.stop}" for run in layout.held_runs]) or "0:0"
+    return (
+        f"of whose dim {layout.dim} ({layout.shape[layout.dim]} long) {part.axis} holds {runs_text}"
+    )

@@ -259,8 +259,8 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor, split: HeadSplit, who: str) ->
     shape = tuple(q.shape)
     size = split.heads.head_dim
     if len(shape) == 4 and k.dim() == 4 and k.shape == v.shape:
-        held = (shape[0], len(split.held), k.shape[2], size)
-        if shape[1] == len(split.owned) and shape[3] == size and tuple(k.shape) == held:
+        key_shape = (shape[0], len(split.held), k.shape[2], size)
+        if shape[1] == len(split.owned) and shape[3] == size and tuple(k.shape) == key_shape:
             return
     raise ShapeError(
         f"{who} on {split.axis}: q has shape {shape}, k {tuple(k.shape)} and v {tuple(v.shape)}; "

@@ -142,9 +142,9 @@ def _key(
     masks: tuple[torch.dtype | None, ...],
 ) -> Hashable:
     """A key that children with equal attributes share; None if an attribute is no plain value."""
-    held = {**vars(child), **{f"option {name}": value for name, value in options.items()}}
-    inside = [value for value in held.values() if isinstance(value, dict | set)]
-    plain = {name: value for name, value in held.items() if not isinstance(value, dict | set)}
+    attributes = {**vars(child), **{f"option {name}": value for name, value in options.items()}}
+    inside = [value for value in attributes.values() if isinstance(value, dict | set)]
+    plain = {name: value for name, value in attributes.items() if not isinstance(value, dict | set)}
     if any(inside) or not all(
         value is None or isinstance(value, bool | int | float | str) for value in plain.values()
     ):
@@ -154,8 +154,10 @@ def _key(
 
 def _device(child: nn.Module) -> torch.device:
     """The device of a child's tensors, on which it can be run."""
-    held = {**dict(child.named_buffers()), **vars(child)}
-    devices = {name: value.device for name, value in held.items() if isinstance(value, Tensor)}
+    attributes = {**dict(child.named_buffers()), **vars(child)}
+    devices = {
+        name: value.device for name, value in attributes.items() if isinstance(value, Tensor)
+    }
     on_meta = [name for name, device in devices.items() if device.type == "meta"]
     if on_meta:
         raise _UnlikeError(

@@ -167,16 +167,16 @@ def _put_back(module: nn.Module, state: dict[str, dict[str, Any]]) -> list[str]:
     """Restore a state; return the names of the attributes that had changed."""
     changed = []
     for where, old in state.items():
-        held = vars(module)[where] if where else vars(module)
+        container = vars(module)[where] if where else vars(module)
         now = _state_of(module)[where]
         for key in {**old, **now}:
             if old.get(key, _NONE) is now.get(key, _NONE):
                 continue
             changed.append(key)
             if key in old:
-                held[key] = old[key]
+                container[key] = old[key]
             else:
-                del held[key]
+                del container[key]
     return changed
 
 

@@ -149,8 +149,10 @@ class ModelPlan:
         lines = [("module", "how", "leaves", "largest on a rank")]
         for row in self.rows:
             leaves = "-" if row.first.leaves is None else str(row.first.leaves)
-            held = max(held_bytes([row.first], self.degree))
-            lines.append((row.names, describe(row.first), leaves, size(held) if held else "-"))
+            num_bytes = max(held_bytes([row.first], self.degree))
+            lines.append(
+                (row.names, describe(row.first), leaves, size(num_bytes) if num_bytes else "-")
+            )
         head = f"{self.model} at degree {self.degree}"
         return "\n".join([head, *columns(lines), *self.totals()])
 

@@ -166,7 +166,7 @@ def _compared(model: nn.Module, model_plan: ModelPlan) -> ModelPlan:
             model_plan, notes=(*model_plan.notes, f"it was compared with no forward: {error}")
         )
     choice = choose(families(watched), watched)
-    shown = {name: dim for family in choice.families for name, dim in family.dims}
+    dim_by_name = {name: dim for family in choice.families for name, dim in family.dims}
     carried = {
         watched.tied.get(name, name): dim
         for module in model_plan.modules
@@ -176,11 +176,15 @@ def _compared(model: nn.Module, model_plan: ModelPlan) -> ModelPlan:
     }
     notes = [
         f"{name!r} is cut along dim {dim} by its tp_plan; one forward shows "
-        + (f"a cut along dim {shown[name]}." if name in shown else f"no cut: {choice.whole[name]}")
+        + (
+            f"a cut along dim {dim_by_name[name]}."
+            if name in dim_by_name
+            else f"no cut: {choice.whole[name]}"
+        )
         for name, dim in carried.items()
-        if shown.get(name) != dim
+        if dim_by_name.get(name) != dim
     ]
-    more = [name for name in shown if name not in carried and len(watched.shapes[name]) > 1]
+    more = [name for name in dim_by_name if name not in carried and len(watched.shapes[name]) > 1]
     if more:
         notes.append(
             f"{listed(more)}: whole by its tp_plan; one forward shows that a cut is possible. "

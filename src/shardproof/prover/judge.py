@@ -385,8 +385,10 @@ def _shown_values(
         return None
     degree = NOTEBOOK_DEGREE if NOTEBOOK_DEGREE in by_degree else next(iter(by_degree))
     first = by_degree[degree][0]
-    held = {str(degree): tuple(each.shape for each in ranks) for degree, ranks in by_degree.items()}
-    return ShownValues(held, _numbers(first.ours), _numbers(first.torch), degree)
+    shapes_by_degree = {
+        str(degree): tuple(each.shape for each in ranks) for degree, ranks in by_degree.items()
+    }
+    return ShownValues(shapes_by_degree, _numbers(first.ours), _numbers(first.torch), degree)
 
 
 def _numbers(tensor: Tensor | None) -> Numbers | None:

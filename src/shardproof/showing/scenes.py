@@ -128,15 +128,15 @@ def view_of(
         most_scenes: what is beyond is counted, and left out.
     """
     rows = _rows(trace)
-    held = [0] * len(trace.ranks)
+    held_bytes = [0] * len(trace.ranks)
     scenes: list[Scene] = []
     earlier = _EarlierScenes()
     for number, row in enumerate(rows[:most_scenes], 1):
-        held = [
+        held_bytes = [
             before if action is None else action.held_bytes
-            for before, action in zip(held, row, strict=True)
+            for before, action in zip(held_bytes, row, strict=True)
         ]
-        scenes.append(_scene(number, row, held=held, earlier=earlier))
+        scenes.append(_scene(number, row, held=held_bytes, earlier=earlier))
     left_out: dict[str, int] = {}
     for row in rows[most_scenes:]:
         phase = _first(row).first.phase

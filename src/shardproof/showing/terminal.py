@@ -222,8 +222,8 @@ def _grid(grid: Grid, room: int) -> Iterator[Text]:
         chosen = places[start : start + room]
         if len(grid.columns) > 1 or by_columns:
             heads = (grid.columns[place] for place in chosen)
-            written = [_head(column.head, column.owner, by_columns) for column in heads]
-            yield Text(_MARGIN + " " * 8 + "".join(head.rjust(_CELL) for head in written))
+            head_cells = [_head(column.head, column.owner, by_columns) for column in heads]
+            yield Text(_MARGIN + " " * 8 + "".join(head.rjust(_CELL) for head in head_cells))
         for row, cells in enumerate(grid.cells):
             line = grid.rows[row]
             text = Text(_MARGIN)

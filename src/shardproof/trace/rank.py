@@ -209,9 +209,9 @@ class RankTrace(Observer):
 
     def _step(self, phase: str, module: str, operation: str, detail: str = "") -> TraceStep:
         """A step with the fields that every step has."""
-        number, held = len(self.steps), self._memory.num_bytes
+        number, held_bytes = len(self.steps), self._memory.num_bytes
         return TraceStep(
-            self._rank, number, phase, module, operation, detail, (), None, held_bytes=held
+            self._rank, number, phase, module, operation, detail, (), None, held_bytes=held_bytes
         )
 
     def placement(self, x: Tensor) -> Placement | None:

@@ -133,8 +133,8 @@ class Trace:
             return "a trace of nothing yet"
         console = Console(width=160, no_color=True, force_terminal=False)
         with console.capture() as capture:
-            shown = [steps[:_PRINTED] for steps in self.ranks]
-            console.print(Group(timeline(shown), Text(self._summary())))
+            steps_by_rank = [steps[:_PRINTED] for steps in self.ranks]
+            console.print(Group(timeline(steps_by_rank), Text(self._summary())))
         return capture.get()
 
     def _summary(self) -> str:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from shardproof.watching import contractions, lookups, norm_rules
 from shardproof.watching.atoms import Labels, distinct
 from shardproof.watching.factors import Factors, compress, varying
-from shardproof.watching.kinds import is_random, is_view, kind_of, name_of, written
+from shardproof.watching.kinds import is_random, is_view, kind_of, name_of, written_arguments
 from shardproof.watching.labelled import Labelled, insides
 from shardproof.watching.moving import expanded, move
 from shardproof.watching.record import Record
@@ -172,7 +172,7 @@ class Watching(TorchDispatchMode):
 
     def _spoil(self, func: Any, args: Any, kwargs: Any) -> None:
         """Forget the values of a tensor that is written with unknown values, and of its views."""
-        for place in written(func):
+        for place in written_arguments(func):
             target = args[place] if place < len(args) else kwargs.get("out")
             if isinstance(target, Labelled) and target.value is not None:
                 self._spoiled[target.value.untyped_storage().data_ptr()] = target.value
@@ -186,7 +186,7 @@ class Watching(TorchDispatchMode):
         factors: list[Factors] = [() for _ in tensors]
         if any(each.factors for each in flat):
             factors = self._factors(func, name, args, kwargs, tensors, flat)
-        places = written(func)
+        places = written_arguments(func)
         if places:
             target = args[places[0]] if places[0] < len(args) else kwargs.get("out")
             if isinstance(target, Labelled):
