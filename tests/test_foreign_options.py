@@ -34,7 +34,7 @@ from shardproof.cli.output import PlainConsole, ProgressLines
 from shardproof.cli.output_file import OutputFile
 from shardproof.errors import AxisError, UsageError
 from shardproof.numerics import mode
-from shardproof.wording import few, shown, written
+from shardproof.wording import few, short_repr, short_text
 
 COMMANDS = {
     "prove": ["prove", "--case", "ffn"],
@@ -236,16 +236,16 @@ def test_numbers_in_any_spelling() -> None:
 
 
 def test_a_value_in_a_message_is_short_and_on_one_line() -> None:
-    assert shown({"a": [1, (2,)], "b": {3}}) == "{'a': [1, (2,)], 'b': {3}}"
+    assert short_repr({"a": [1, (2,)], "b": {3}}) == "{'a': [1, (2,)], 'b': {3}}"
     assert (
-        shown([set(), frozenset(), frozenset({1}), ()])
+        short_repr([set(), frozenset(), frozenset({1}), ()])
         == "[set(), frozenset(), frozenset({1}), ()]"
     )
-    assert shown("a\nb") == "'a\\nb'"
-    assert shown(10**5000) == "a whole number of 16,610 bits"
-    assert len(shown(list(range(10**6)))) < 100
-    assert len(shown("x" * 10**7)) <= 200
-    assert written("a\x1b[31m\nb") == "a\\x1b[31m\\nb"
+    assert short_repr("a\nb") == "'a\\nb'"
+    assert short_repr(10**5000) == "a whole number of 16,610 bits"
+    assert len(short_repr(list(range(10**6)))) < 100
+    assert len(short_repr("x" * 10**7)) <= 200
+    assert short_text("a\x1b[31m\nb") == "a\\x1b[31m\\nb"
     assert few([]) == ""
 
 

@@ -14,7 +14,7 @@ from shardproof import files, optim
 from shardproof.checked_objects import checked_model
 from shardproof.errors import UsageError
 from shardproof.leaves import Layout
-from shardproof.wording import dtype_name, few, shown, written
+from shardproof.wording import dtype_name, few, short_repr, short_text
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 # Buffers of rotary embeddings in old checkpoints, which follow from the config.
@@ -70,7 +70,7 @@ def weight_files(directory: str | Path) -> dict[str, Path]:
             for name in tensors.keys():  # noqa: SIM118 - a file, no dict
                 if name in files_by_name:
                     raise UsageError(
-                        f"{written(str(folder))} has the tensor {shown(name)} in "
+                        f"{short_text(str(folder))} has the tensor {short_repr(name)} in "
                         f"{files_by_name[name].name} and in {file.name}, and no {INDEX} says which "
                         "one is meant. Remove one of the files."
                     )
@@ -80,24 +80,24 @@ def weight_files(directory: str | Path) -> dict[str, Path]:
 
 def _indexed(folder: Path, index: Path) -> dict[str, Path]:
     """Tensor name -> file, from an index."""
-    named = _weight_map(index)
-    shards = sorted(set(named.values()))
+    file_by_name = _weight_map(index)
+    shards = sorted(set(file_by_name.values()))
     missing = [file for file in shards if not os.path.lexists(folder / file)]
     if missing:
         raise UsageError(
-            f"{written(str(folder))} lacks {few(missing)}, which its {INDEX} names. {_FETCH}"
+            f"{short_text(str(folder))} lacks {few(missing)}, which its {INDEX} names. {_FETCH}"
         )
     if SINGLE not in shards and os.path.lexists(folder / SINGLE):
         raise UsageError(
-            f"{written(str(folder))} has {SINGLE} and an {INDEX} that names other files: two sets "
-            "of weights, of which transformers would read the first. Remove one of them."
+            f"{short_text(str(folder))} has {SINGLE} and an {INDEX} that names other files: two "
+            "sets of weights, of which transformers would read the first. Remove one of them."
         )
-    return {name: folder / file for name, file in named.items()}
+    return {name: folder / file for name, file in file_by_name.items()}
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name, from an index."""
-    shown_index = written(str(index))
+    shown_index = short_text(str(index))
     try:
         index_data = files.read_json(index, what="it", way_out=_FETCH, largest=LARGEST_INDEX)
     except UsageError as error:
@@ -105,9 +105,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     pairs = index_data.get("weight_map") if isinstance(index_data, dict) else None
     if not isinstance(pairs, dict) or not pairs:
         wrong = (
-            f'its "weight_map" is {shown(pairs)}'
+            f'its "weight_map" is {short_repr(pairs)}'
             if isinstance(index_data, dict)
-            else shown(index_data)
+            else short_repr(index_data)
         )
         raise UsageError(
             f"{shown_index} is no index of safetensors ({wrong}): it must be JSON with a "
@@ -131,7 +131,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _each_once(names: list[Any]) -> str:
-    shown_names = (name if isinstance(name, str) and name else shown(name) for name in names)
+    shown_names = (name if isinstance(name, str) and name else short_repr(name) for name in names)
     return few(dict.fromkeys(shown_names), most=3)
 
 
@@ -153,13 +153,13 @@ def checked_directory(directory: str | Path) -> Path:
     """
     folder = files.path_of(directory, what="the directory", way_out=f"Name one with {CONFIG}.")
     if not os.path.isdir(folder):
-        raise UsageError(f"{shown(str(folder))} is no directory. Name one with {CONFIG}.")
+        raise UsageError(f"{short_repr(str(folder))} is no directory. Name one with {CONFIG}.")
     if not os.path.lexists(folder / CONFIG):
         raise UsageError(
-            f"{written(str(folder))} has no {CONFIG}: nothing says which model this is. Name the "
-            "directory that save_pretrained wrote."
+            f"{short_text(str(folder))} has no {CONFIG}: nothing says which model this is. Name "
+            "the directory that save_pretrained wrote."
         )
-    files.check_regular(folder / CONFIG, what=written(str(folder / CONFIG)), way_out=_FETCH)
+    files.check_regular(folder / CONFIG, what=short_text(str(folder / CONFIG)), way_out=_FETCH)
     return folder
 
 
@@ -206,7 +206,7 @@ def matched(model: nn.Module, directory: str | Path) -> dict[Path, list[Entry]]:
     """
     model = checked_model(model)
     available = weight_files(directory)
-    shown_directory = written(str(directory))
+    shown_directory = short_text(str(directory))
     parameters = list(optim.layouts_of(model))
     missing = [name for name, *_ in parameters if name not in available]
     if missing:
@@ -236,27 +236,27 @@ def _check(stored: Any, parameter: Tensor, layout: Layout, name: str, file: Path
     shape, kind = tuple(stored.get_shape()), str(stored.get_dtype())
     if shape != layout.shape:
         raise UsageError(
-            f"{name!r} has shape {shown(shape)} in {written(str(file))}, and {layout.shape} in the "
-            f"model. Make the model from the {CONFIG} beside it."
+            f"{name!r} has shape {short_repr(shape)} in {short_text(str(file))}, and "
+            f"{layout.shape} in the model. Make the model from the {CONFIG} beside it."
         )
     if kind not in _FLOATS or parameter.dtype not in _FLOATS.values():
-        wanted = dtype_name(parameter.dtype)
+        parameter_dtype = dtype_name(parameter.dtype)
         raise UsageError(
-            f"{name!r} has dtype {kind} in {written(str(file))}, and {wanted} in the model. Only "
-            f"{', '.join(_FLOATS)} are cast, and only to one another: the rest are numbers of "
-            "another kind, or quantized, with scales that stand elsewhere. Save the model "
-            "unquantized, in one of these."
+            f"{name!r} has dtype {kind} in {short_text(str(file))}, and {parameter_dtype} in the "
+            f"model. Only {', '.join(_FLOATS)} are cast, and only to one another: the rest are "
+            "numbers of another kind, or quantized, with scales that stand elsewhere. Save the "
+            "model unquantized, in one of these."
         )
 
 
 def _unexpected(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Tensors without a parameter, except those that the model is known not to need."""
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameter_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     ignored = [_COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
     return sorted(
         name
         for name in names
-        if name not in known and not any(re.search(each, name) for each in ignored)
+        if name not in parameter_names and not any(re.search(each, name) for each in ignored)
     )
 
 
@@ -275,12 +275,13 @@ def _part(stored: Any, layout: Layout) -> Tensor:
 def _opened(file: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415
 
-    shown_file = written(str(file))
+    shown_file = short_text(str(file))
     files.check_regular(file, what=shown_file, way_out=_FETCH)
     try:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:
         raise UsageError(
-            f"{shown_file} cannot be read as safetensors: {written(str(error), most=300)}. {_FETCH}"
+            f"{shown_file} cannot be read as safetensors: {short_text(str(error), most=300)}. "
+            f"{_FETCH}"
         ) from error

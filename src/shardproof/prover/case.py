@@ -24,7 +24,7 @@ from shardproof.layers.cut_module import CutModule
 from shardproof.layers.registry import record_of
 from shardproof.leaves import Layout, replicated
 from shardproof.numerics import mode
-from shardproof.observing import Observer, Operand, Told, address, tensors_in
+from shardproof.observing import Observer, Operand, StepEvent, address, tensors_in
 from shardproof.ops.unit_moves import joined
 from shardproof.prover.compare import OptimizerStep
 from shardproof.scheme import Scheme
@@ -300,7 +300,7 @@ class CaseRun:
             if observing.is_on():
                 place = observing.placement_of(layout)
                 output = Operand(name, tensor.detach(), place)
-                observing.tell(Told("record", "prover", name, "", (), output))
+                observing.tell(StepEvent("record", "prover", name, "", (), output))
             self._recorder.record(name, tensor.detach(), layout, how)
 
     def _here(self, layout: Layout, name: str) -> Layout:
