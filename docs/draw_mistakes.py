@@ -162,8 +162,8 @@ def section(outcome: Outcome) -> Iterator[str]:
     """What is said of one mistake."""
     mistake = outcome.mistake
     yield from (f"### {mistake.name}", "", mistake.title)
-    if mistake.seen:
-        yield f"Seen in: {mistake.seen}."
+    if mistake.sighting:
+        yield f"Seen in: {mistake.sighting}."
     yield from ("", f"In `{mistake.edit.file}`, `{mistake.edit.plain.__qualname__}`:", "")
     yield "```diff"
     yield from (f"- {line}" for line in mistake.edit.right.splitlines())

@@ -1,6 +1,7 @@
 """Small models of which one part, between two layers that are cut, is what a test is about."""
 
 import copy
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -136,13 +137,17 @@ def forced(make: Callable[[], nn.Module]) -> WatchedPlan:
     )
 
 
-# fp64, which is compared with plain torch, runs at these; fp32 runs at every degree.
-IN_FP64 = (1, 3)
+def cut_alike(one: WatchedPlan, other: WatchedPlan) -> bool:
+    """True if both cut the same parameters into the same units."""
+    mine, theirs = (
+        [(each.units.count, each.dims) for each in plan.families] for plan in (one, other)
+    )
+    return mine == theirs
 
 
 def dtypes_at(degree: int) -> tuple[torch.dtype, ...]:
-    """What runs at a degree."""
-    return (torch.float32, torch.float64) if degree in IN_FP64 else (torch.float32,)
+    """What runs at a degree: fp64, which is compared with plain torch, where there is one rank."""
+    return (torch.float32, torch.float64) if degree == 1 else (torch.float32,)
 
 
 def run(make: Callable[[], nn.Module], plan: WatchedPlan, degree: int) -> list[dict[Any, Any]]:
@@ -170,21 +175,18 @@ def hashes(numbers: dict[str, Tensor]) -> dict[str, str]:
 
 
 def run_by_names(make: Callable[[], nn.Module], degree: int) -> list[dict[Any, Any]]:
-    """Numbers of all ranks, by dtype, of a model whose two linears a plan names."""
-    models = {dtype: made(make, dtype) for dtype in dtypes_at(degree)}
+    """Numbers of all ranks in fp64, by dtype, of a model whose two linears a plan names."""
+    model = made(make, torch.float64)
 
     def work(axis: sp.Axis) -> dict[Any, Any]:
-        return {
-            dtype: by_names(copy.deepcopy(model), example(dtype), axis)
-            for dtype, model in models.items()
-        }
+        return {torch.float64: by_names(copy.deepcopy(model), example(torch.float64), axis)}
 
     return sp.launch(work, degree=degree, engine="threads", timeout=60)
 
 
 def check(make: Callable[[], nn.Module], plan: WatchedPlan, degrees: Sequence[int]) -> None:
     """The same bits at every degree and rank, and the numbers of plain torch."""
-    check_runs(make, partial(run, make, plan), degrees if plan.cuts else degrees[:2])
+    check_runs(make, partial(run, make, plan), degrees)
 
 
 def check_runs(
@@ -193,18 +195,25 @@ def check_runs(
     degrees: Sequence[int],
 ) -> None:
     """As `check`, of what `runs` gives for a degree."""
-    want = numbers_of(made(make, torch.float64), example(torch.float64), None, None)
     first: dict[str, str] = {}
     for degree in degrees:
         for rank, found in enumerate(runs(degree)):
-            own = hashes(found[torch.float32])
             if torch.float64 in found:
-                check_values(found[torch.float64], want, f"degree {degree}, rank {rank}")
-                in_fp64 = hashes(found[torch.float64])
-                own |= {f"{name} in fp64": each for name, each in in_fp64.items()}
+                check_values(found[torch.float64], truth(make), f"degree {degree}, rank {rank}")
+            own = {
+                f"{name} in {dtype}": each
+                for dtype, numbers in found.items()
+                for name, each in hashes(numbers).items()
+            }
             first = first or own
             differ = [name for name in own if own[name] != first[name]]
             assert not differ, f"bits differ at degree {degree}, rank {rank}: {differ}"
+
+
+@functools.cache
+def truth(make: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    """The numbers of plain torch, in fp64."""
+    return numbers_of(made(make, torch.float64), example(torch.float64), None, None)
 
 
 def check_values(have: dict[str, Tensor], want: dict[str, Tensor], where: str) -> None:

@@ -82,11 +82,21 @@ class Call:
         return [y.detach(), *found]
 
     def tally(
-        self, rng: random.Random, dtype: torch.dtype = torch.float32, draws: int = 9
+        self,
+        rng: random.Random,
+        dtype: torch.dtype = torch.float32,
+        draws: int = 9,
+        *,
+        wants_mismatch: bool = False,
     ) -> Tally:
-        """Slices, views and threads against the whole, for the first of the sizes."""
+        """Slices, views and threads against the whole, for the first of the sizes.
+
+        A control that wants a mismatch tries the other sizes only if it has found none.
+        """
         tally = Tally()
         for number, sizes in enumerate(itertools.islice(self.sizes(rng), draws)):
+            if wants_mismatch and tally.mismatches:
+                break
             operands = self.draw(sizes, number, dtype)
             # No kernel divides so few elements among threads, and starting them is slow.
             most = 2 if max(x.numel() for x in operands) > 2000 else 1

@@ -10,7 +10,7 @@ from shardproof.axis import Axis
 from shardproof.plans.apply import parallelize
 from shardproof.plans.style import ColumnParallel, RowParallel
 
-DEGREES = (2, 3, 8)
+DEGREES = (3, 8)
 
 
 class Block(nn.Module):

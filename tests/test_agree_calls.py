@@ -70,8 +70,14 @@ CASES: dict[str, tuple[Callable[[Axis], None], tuple[str, str]]] = {
 
 
 @EVERY_TRANSPORT
-@pytest.mark.parametrize("history", ["nothing before", "the same before", "others before"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "history"),
+    [
+        *((case, "nothing before") for case in CASES),
+        *((case, "the same before") for case in ("order", "length", "kind")),
+        *((case, "others before") for case in ("order", "dims")),
+    ],
+)
 def test_ranks_that_call_something_else_all_raise(
     pool: Pool, engine: str, case: str, history: str
 ) -> None:

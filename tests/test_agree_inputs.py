@@ -323,7 +323,7 @@ def test_many_notes_without_an_exchange_are_bounded_and_all_count() -> None:
         x = drawn(4, seed=number)
         first.add(x, "up", "input")
         second.add(x + (number == 3), "up", "input")
-    assert len(first._kept) <= notes._MOST
+    assert len(first._notes) <= notes._MOST
     assert first.take().value != second.take().value
     assert first.take() == notes.NOTHING
 

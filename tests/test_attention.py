@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from invariance import all_bits_equal, bits_equal, normal, random_threads, strided, threads
-from places import EVERYWHERE, Pool
+from places import Pool
 from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.errors import ShapeError, UsageError
@@ -174,8 +174,9 @@ def of_rank(whole: Tensors, axis: Axis, setup: Setup) -> Tensors:
     return {name: part(x, held) if name in "kv" else x for name, x in whole.items()}
 
 
+@functools.cache
 def expected(setup: Setup) -> Tensors:
-    """What torch computes, with all heads."""
+    """What torch computes, with all heads; every rank and degree compares with these tensors."""
     q, k, v, grad_y = setup.data()
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     group = setup.queries // setup.keys
@@ -224,7 +225,9 @@ def check(axis: Axis, setups: list[Setup]) -> None:
             )
 
 
-@EVERYWHERE
+@pytest.mark.parametrize(
+    ("degree", "engine"), [(1, "threads"), (3, "threads"), (8, "threads"), (2, "processes")]
+)
 def test_every_number_is_that_of_torch(pool: Pool, degree: int, engine: str) -> None:
     pool(degree, engine).run(functools.partial(check, setups=[*SETUPS, *LARGER, *HALVES]))
 
@@ -233,16 +236,19 @@ def test_every_number_is_that_of_torch_at_four(pool: Pool) -> None:
     pool(4, "threads").run(functools.partial(check, setups=SETUPS))
 
 
-@EVERYWHERE
+@pytest.mark.parametrize(("degree", "engine"), [(1, "threads"), (3, "threads"), (2, "processes")])
 def test_native_numbers_are_those_of_torch(pool: Pool, degree: int, engine: str) -> None:
     native = [replace(setup, numerics="native") for setup in [*SETUPS, *LARGER]]
     pool(degree, engine).run(functools.partial(check, setups=native))
 
 
 def all_numbers(axis: Axis, setups: list[Setup], seed: int) -> list[Tensors]:
-    """Computed under a schedule of 1 and 2 threads, where the contract has no thread count."""
+    """Computed under a schedule of 1 and 2 threads, where the contract has no thread count.
+
+    Many ranks have one thread each: two of each would wait for each other.
+    """
     found = []
-    is_free = not mode.is_leafwise(torch.float32, torch.device("cpu"))
+    is_free = axis.size <= 3 and not mode.is_leafwise(torch.float32, torch.device("cpu"))
     for number, setup in enumerate(setups):
         schedule = random_threads(1000 * seed + 10 * number + axis.rank)
         with schedule if is_free else threads(1):
@@ -269,7 +275,7 @@ THREADS = [(degree, "threads") for degree in (1, 2, 3, 4, 8)]
 
 
 def test_every_number_has_the_same_bits_at_every_degree(pool: Pool) -> None:
-    places = [*THREADS, (2, "processes"), (3, "processes")]
+    places = [(3, "threads"), (8, "threads"), (2, "processes")]
     assert list(differing([*LARGER, *HALVES], pool, places)) == []
 
 

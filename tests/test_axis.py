@@ -249,19 +249,6 @@ def test_a_broken_environment_is_named(
     assert not dist.is_initialized()
 
 
-def run_under_torchrun(script: Path, text: str, *, ranks: int) -> list[str]:
-    """The lines that a script prints on all ranks, sorted."""
-    script.write_text(text)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = warm.run(
-        [*torchrun, "--nproc-per-node", str(ranks), str(script)],
-        env=os.environ | {"PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"},
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return sorted(done.stdout.splitlines())
-
-
 SUM_SCRIPT = """
 import sys
 import torch
@@ -277,8 +264,13 @@ dist.destroy_process_group()
 """
 
 
-def test_torchrun_starts_ranks(tmp_path: Path) -> None:
-    assert run_under_torchrun(tmp_path / "script.py", SUM_SCRIPT, ranks=2) == [
+def test_the_environment_of_torchrun_makes_an_axis(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SUM_SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(SRC)}
+    done = warm.run_as_ranks([sys.executable, script], ranks=2, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
         f"rank 0 of 2 on axis 'tp', {CARRIER}, [3.0, 3.0]",
         f"rank 1 of 2 on axis 'tp', {CARRIER}, [3.0, 3.0]",
     ]

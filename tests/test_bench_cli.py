@@ -141,9 +141,10 @@ def small_works() -> tuple[Work, ...]:
         small_step("decode-1024", feed_forward(64, 1), Phase.INFERENCE),
         small_step("linear-row", one_linear(64, 48, 8, Style.ROW_SCATTERED, 0.3), Phase.TRAIN),
         small_step("linear-column", one_linear(64, 48, 8, Style.COLUMN_GATHERED, 0.3), Phase.TRAIN),
-        small("all-reduce", partial(AllReduce, num_bytes=4096), keys={"bytes": 4096}),
         small("llama-step", partial(LlamaStep, size=LLAMA)),
         small("llama-generate", partial(LlamaGenerate, size=LLAMA, new_tokens=3)),
+        # Last: who has nothing to do in it is ended, and would be started again after it.
+        small("all-reduce", partial(AllReduce, num_bytes=4096), keys={"bytes": 4096}),
     ]
     return tuple(work for work in made if work.problem() is None)
 

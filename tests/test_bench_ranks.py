@@ -18,10 +18,11 @@ from benchmarks.groups import (
     stamps,
     write_reference,
 )
+from benchmarks.step import Phase
 from benchmarks.system import Style, System
 from benchmarks.systems import Ours, Plain, find_system
 from benchmarks.work import Checked, Variant
-from benchmarks.works import AllReduce, find_work
+from benchmarks.works import AllReduce, CountedStep, feed_forward, find_work
 from shardproof.axis import Axis
 from shardproof.engines.engine import Ranks
 from shardproof.leaves import Cut, Layout, replicated
@@ -287,7 +288,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, branch: str) -> None:
     mode.addmm_limit.cache_clear()  # as in a process that has computed nothing
 
 
-HIDDEN, TOKENS = 1024, 256
+HIDDEN, TOKENS = 512, 128  # half of those of the work "scaling"
 ACTIVATION, LEAF = TOKENS * HIDDEN * 4, (HIDDEN + TOKENS) * 4 * HIDDEN // 8 * 4  # bytes
 
 
@@ -317,8 +318,8 @@ def test_work_memory_and_bytes_shrink_with_the_degree_as_the_formulas_say(
         pretend(monkeypatch, branch)
 
     def work(axis: Axis) -> dict[str, float]:
-        task = find_work("scaling").variants[0].make(find_system(name).join(axis))
-        return task.figures()
+        block = feed_forward(HIDDEN, TOKENS)
+        return CountedStep(find_system(name).join(axis), block=block, phase=Phase.TRAIN).figures()
 
     hidden, tokens = HIDDEN, TOKENS
     for degree in (1, 2, 4):

@@ -22,6 +22,7 @@ from between import (
     Between,
     check,
     check_runs,
+    cut_alike,
     forced,
     run,
     run_by_names,
@@ -485,26 +486,27 @@ REFUSED = ("recurrent", "decided", "masked rows", "masked features")
 
 @pytest.mark.filterwarnings("ignore:None of the inputs")  # the planner watches without gradients
 @pytest.mark.parametrize("name", EVERY)
-def test_as_planned(name: str) -> None:
+def test_as_planned_and_with_every_feature_a_unit(name: str) -> None:
+    """The planner often makes every feature a unit itself, which is then not run twice."""
+    make, every = EVERY[name], forced(EVERY[name])
     try:
-        plan = watched(EVERY[name])
+        plan = watched(make)
     except PlanError:
         assert name in REFUSED
-        return
+        plan = every
     if name in SILENT and name != "softmax":
         assert "up.weight" in plan.cuts, plan.whole
-    check(EVERY[name], plan, (1, 2, 3))
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_with_every_feature_a_unit(name: str) -> None:
-    check(EVERY[name], forced(EVERY[name]), (1, 3, 5))
+    if cut_alike(plan, every):
+        check(make, plan, (1, 5))
+    else:
+        check(make, plan, (1, 3))
+        check(make, every, (1, 5))
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_by_names(name: str) -> None:
     """A plan that names the two linears, and has seen no forward."""
-    check_runs(EVERY[name], partial(run_by_names, EVERY[name]), (1, 2, 3))
+    check_runs(EVERY[name], partial(run_by_names, EVERY[name]), (1, 3))
 
 
 def test_a_convolution_whose_groups_are_cut_is_refused() -> None:

@@ -15,6 +15,7 @@ from blocks import (
     HASHED,
     HEAD,
     KINDS,
+    RUN_DEGREES,
     Holder,
     at_every_degree,
     attention,
@@ -156,7 +157,7 @@ def test_blocks_in_rank_order_are_another_hash(pool: Pool, monkeypatch: Any) -> 
     assert not set(wrong) & set(HASHED.values())
 
 
-@pytest.mark.parametrize("degree", [2, 3, 8])
+@pytest.mark.parametrize("degree", [3, 8])
 def test_no_gathered_block_is_larger_than_a_share(
     pool: Pool, degree: int, monkeypatch: Any
 ) -> None:
@@ -204,7 +205,7 @@ def test_what_plain_torch_left_is_read_by_runs(kind: str, pool: Pool, tmp_path: 
         is_whole = shown is None or torch.equal(shown, full(kind))
         return is_whole and torch.equal(read, owned_part(mine, layout))
 
-    for degree in DEGREES:
+    for degree in RUN_DEGREES:
         assert all(pool(degree, "threads").run(work))
 
 
@@ -229,8 +230,7 @@ def test_norm_and_clip(pool: Pool) -> None:
     norm, clipped = at_every_degree(pool, norm_and_clip)
     assert float(norm) == pytest.approx(plain_norm(), rel=1e-6)
     assert len(set(clipped)) == len(KINDS) + 1
-    for degree in (2, 3):
-        assert pool(degree, "processes").run(norm_and_clip)[0] == (norm, clipped)
+    assert pool(3, "processes").run(norm_and_clip)[0] == (norm, clipped)
 
 
 def test_a_shared_head_that_counts_twice_is_another_norm(pool: Pool, monkeypatch: Any) -> None:
@@ -297,7 +297,7 @@ def test_gathering_gives_the_whole(kind: str, pool: Pool) -> None:
         place = UnitSplit(axis, of_kind.along(axis.size), Scheme())
         return torch.equal(joined(mine, of_kind.dim, place, "forward"), full(kind))
 
-    for degree in DEGREES:
+    for degree in RUN_DEGREES:
         assert all(pool(degree, "threads").run(work))
 
 

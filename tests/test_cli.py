@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+import warm
 from invariance import contract_of_one_thread
 from places import CARRIER
 from shardproof import __version__
@@ -318,16 +318,9 @@ def test_torchruns_ranks_give_the_same_bits_and_rank_0_speaks(tmp_path: Path) ->
     cases = ("--case", "ffn", "--case", "linear-row")
     threads = prove(*cases, "--degrees", "3", "--json", str(path))
     assert threads.exit_code == 0, threads.output
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = ["-m", "shardproof", "prove", *cases, "--against", str(path), "--json", str(out)]
-    done = subprocess.run(
-        [*launcher, *command],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    environment = os.environ | {"COLUMNS": "80"}
+    done = warm.run_as_ranks([sys.executable, *command], ranks=2, env=environment)
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     assert (report["engine"], report["degrees"], report["proved"]) == ("torchrun", [1, 2], True)

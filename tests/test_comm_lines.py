@@ -517,7 +517,7 @@ SILENT = {
     collectives: set(),
     gathers: {"gather_parts"},
     plans: {"ShardOf", "SumPlan"},
-    reporting: {"count", "sends_of_sum", "sends_to_all", "sends_whole", "tell_sum", "told_of"},
+    reporting: {"count", "sends_of_sum", "sends_to_all", "sends_whole", "tell_sum", "step_event"},
     split_module: {"Split"},
     started: {"StartedSum", "recorded_sum", "start_planned"},
     sums: set(),

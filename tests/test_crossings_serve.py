@@ -79,8 +79,14 @@ def plain(group: Group, dtype: torch.dtype) -> Results:
     return {"y": y.detach(), "grad": grad}
 
 
-@pytest.mark.parametrize("group", GROUPS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("group", "dtype"),
+    [
+        *[(group, torch.float32) for group in GROUPS],
+        *[(GROUPS[2], dtype) for dtype in (torch.float64, torch.bfloat16)],
+    ],
+    ids=str,
+)
 def test_what_serves_gets_the_same_gradient_at_every_degree(
     pool: Pool, group: Group, dtype: torch.dtype
 ) -> None:
@@ -90,7 +96,7 @@ def test_what_serves_gets_the_same_gradient_at_every_degree(
 
 
 def test_native_gradients_are_right(pool: Pool) -> None:
-    for degree in (1, 2, 3, 5, 8):
+    for degree in (1, 3):
         for group in GROUPS:
             for found in pool(degree, "threads").run(
                 lambda axis, it=group: served(axis, it, torch.float64, "native")
@@ -108,7 +114,7 @@ def test_the_bits_are_those_of_the_attention(pool: Pool) -> None:
         theirs = split.key_gradients(grad_y.unsqueeze(0).unsqueeze(3))
         assert bits_equal(grad, theirs[0].squeeze(2))
 
-    for degree in (1, 2, 3, 5):
+    for degree in (1, 5):
         pool(degree, "threads").run(both)
 
 

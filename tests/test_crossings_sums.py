@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cut_dims import (
     DIMS,
-    EACH,
+    EACH_TYPED,
     Dim,
     Results,
     agrees,
@@ -69,8 +69,7 @@ def spread_plain(dim: Dim, dtype: torch.dtype) -> Results:
     return found | {"folded": full.sum((0, 3))}
 
 
-@EACH
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@EACH_TYPED
 def test_sums_have_the_same_bits_and_torchs_numbers(
     pool: Pool, dim: Dim, dtype: torch.dtype
 ) -> None:
@@ -92,7 +91,7 @@ def test_native_sums_have_torchs_numbers(pool: Pool) -> None:
         return {"sum": sum_cut(part, 1, place).detach(), "grad": grad}
 
     full = normal(3, 40, seed=3).double()
-    for degree in (1, 2, 3, 8):
+    for degree in (1, 3):
         for found in pool(degree, "threads").run(native):
             agrees(found, {"sum": full.sum(1), "grad": full.sum(1, keepdim=True)})
 

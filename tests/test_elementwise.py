@@ -63,7 +63,11 @@ OURS_AND_TORCHS: dict[str, tuple[Function, Function]] = {
     "softshrink": (piecewise.softshrink, _in_vectors(F.softshrink)),
 }
 NAMES = list(OURS_AND_TORCHS)
-SHAPES = [(37, 509), (1, 2731), (33, 1027), (1, 1), (2, 3, 7), (16_385,)]
+SHAPES = {
+    torch.float32: [(1, 2731), (33, 1027), (1, 1), (2, 3, 7), (16_385,)],
+    torch.float64: [(1, 2731), (7, 203)],
+    torch.bfloat16: [(1, 2731), (7, 203)],
+}
 SPECIAL = [
     float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e30, -1e30, 1e-40, -1e-40, 1e-45,
     88.0, 89.0, -88.0, -89.0, -104.0, 20.0, 20.1, 7.0, 2.8, -30.0, 0.5, -0.5,
@@ -71,9 +75,9 @@ SPECIAL = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", SHAPES)
 def test_bits_do_not_depend_on_cut_layout_or_threads(name: str, dtype: torch.dtype) -> None:
-    elementwise_tally(OURS_AND_TORCHS[name][0], SHAPES, dtype=dtype).expect_holds(name)
+    elementwise_tally(OURS_AND_TORCHS[name][0], SHAPES[dtype], dtype=dtype).expect_holds(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,7 +89,7 @@ def test_special_values_keep_their_bits_wherever_they_lie(name: str, dtype: torc
     x = x[torch.randint(len(x), (5, 173), generator=torch.Generator().manual_seed(0))]
     grad_y = normal(5, 173).to(dtype)
     whole = with_gradient(ours, x, grad_y)
-    for seed in range(6):
+    for seed in range(3):
         cut = random_cut(173, rng, parts=9)
         with random_threads(seed):
             parts = [with_gradient(ours, x[:, s], grad_y[:, s].contiguous()) for s in cut]
@@ -127,8 +131,8 @@ def _is_zero(b: Tensor) -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_values_agree_with_torch_within_a_few_ulp(name: str, dtype: torch.dtype) -> None:
     ours, torchs = OURS_AND_TORCHS[name]
-    scale = torch.tensor([0.01, 1.0, 3.0, 10.0]).repeat(5000)
-    x = torch.cat([normal(20_000) * scale, torch.linspace(-88.5, 88.5, 178)]).to(dtype)
+    scale = torch.tensor([0.01, 1.0, 3.0, 10.0]).repeat(2000)
+    x = torch.cat([normal(8000) * scale, torch.linspace(-88.5, 88.5, 178)]).to(dtype)
     grad_y = normal(len(x), seed=1).to(dtype)
     (y, grad_x), (y_torch, grad_torch) = (with_gradient(f, x, grad_y) for f in (ours, torchs))
 
@@ -319,9 +323,7 @@ def test_a_replacement_computes_what_transformers_does(name: str) -> None:
 def test_bits_of_composed_activations_do_not_depend_on_the_cut(
     module: nn.Module, dtype: torch.dtype
 ) -> None:
-    elementwise_tally(module, [(37, 509), (1, 2731), (1, 1)], dtype=dtype).expect_holds(
-        repr(module)
-    )
+    elementwise_tally(module, [(7, 509), (1, 1)], dtype=dtype).expect_holds(repr(module))
     x, grad_y = 3 * normal(50, 7), normal(50, 7, seed=1)
     wide = with_gradient(module, x.bfloat16().float(), grad_y.bfloat16().float())
     narrow = with_gradient(module, x.bfloat16(), grad_y.bfloat16())

@@ -139,12 +139,6 @@ def test_every_bit_is_that_of_nn_embedding(
     check(pool(degree, engine), alone)
 
 
-def test_every_bit_is_that_of_nn_embedding_at_four(
-    pool: Pool, alone: list[dict[str, Tensor]]
-) -> None:
-    check(pool(4, "threads"), alone)
-
-
 def test_every_bit_is_that_of_nn_embedding_over_gloo(
     pool: Pool, alone: list[dict[str, Tensor]]
 ) -> None:

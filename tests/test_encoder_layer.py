@@ -14,7 +14,7 @@ from shardproof.plans.style import ColumnParallel, Plan, RowParallel
 from shardproof.ranks import launch
 from shardproof.scheme import Numerics, Scheme
 
-DEGREES = (1, 2, 3, 8)
+DEGREES = (1, 3, 8)
 
 
 def layer() -> nn.TransformerEncoderLayer:

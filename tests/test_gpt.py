@@ -129,7 +129,7 @@ def test_no_degree_divides_its_sizes() -> None:
 @pytest.fixture(scope="module")
 def proof() -> Report:
     work = dataclasses.replace(GPT_CASE.work, steps=2)  # type: ignore[type-var]
-    return prove(dataclasses.replace(GPT_CASE, work=work), (1, 3, 8))
+    return prove(dataclasses.replace(GPT_CASE, work=work), (1, 3))
 
 
 def test_gpt_is_proved(proof: Report) -> None:
@@ -175,7 +175,7 @@ def test_what_the_case_claims(proof: Report) -> None:
     ]
     assert details["text"].startswith(str(text_training.standard_library()))
     assert details["loss falls"].startswith("from 5.")
-    assert " over 2 steps (degrees 1, 3, 8)" in details["loss falls"]
+    assert " over 2 steps (degrees 1, 3)" in details["loss falls"]
 
 
 @pytest.fixture(scope="module")
@@ -188,10 +188,12 @@ def test_the_small_case_is_proved(small_proof: Report) -> None:
 
 
 def test_ranks_as_processes_give_the_same_bits(small_proof: Report) -> None:
-    processes = prove(small(), (2,), engine="processes")
-    assert [(tensor.name, tensor.sha256["2"]) for tensor in processes.cases[0].tensors] == [
-        (tensor.name, tensor.sha256["2"]) for tensor in small_proof.cases[0].tensors
-    ]
+    """In the first step."""
+    processes = prove(small(steps=1), (2,), engine="processes").cases[0].tensors
+    found = {tensor.name: tensor.sha256["2"] for tensor in processes}
+    wanted = {tensor.name: tensor.sha256["2"] for tensor in small_proof.cases[0].tensors}
+    assert found
+    assert found == {name: wanted[name] for name in found}
 
 
 # What it must find

@@ -349,7 +349,7 @@ def test_steps_on_a_part_have_the_bits_of_the_whole(pool: Pool) -> None:
                 )
                 made = step(logits)
                 assert isinstance(made, CutLogits)
-                assert made._held.part is not None  # nothing has been gathered
+                assert made._shard.part is not None  # nothing has been gathered
                 assert torch.equal(made.whole(), step(x))
                 made.float().square().sum().backward()
                 other = x.clone().requires_grad_()

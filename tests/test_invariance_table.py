@@ -4,7 +4,8 @@ Every probe compares bits, over widths that are no multiples of 16, one row, one
 32,768 elements, views against copies, cuts of any length, and 1 and 2 threads. A probe in BREAKS
 must find a mismatch, or says in a skip that this machine shows none; a probe in HOLDS must find
 none. Measured counts stand beside the probes: mismatches / checks, on an x86-64 machine with
-AVX-512, torch 2.13.0 and MKL 2024.2 in strict mode.
+AVX-512, torch 2.13.0 and MKL 2024.2 in strict mode. What stands in for silu and the others that
+are computed element by element is tried in test_elementwise.py.
 
 `pytest --log-cli-level=INFO` shows the counts of a run.
 """
@@ -35,7 +36,7 @@ from invariance import (
     threads_tally,
 )
 from shardproof.leaves import Cut, share
-from shardproof.numerics import elementwise, mode
+from shardproof.numerics import mode
 from shardproof.numerics.sums import sum_all, sum_rows, sum_squares
 from shardproof.tree import combine, nodes_of_run
 
@@ -300,7 +301,8 @@ def _sgd(fused: bool, foreach: bool) -> Probe:
 def _adamw(fused: bool, foreach: bool) -> Probe:
     return _optimizer(
         lambda p: torch.optim.AdamW(p, lr=0.01, fused=fused, foreach=foreach),
-        OPTIMIZER_SHAPES * 3,  # other numbers each time: where the fused one breaks, it does rarely
+        # Other numbers each time: where the fused one breaks, it does rarely.
+        OPTIMIZER_SHAPES * 3 if fused else OPTIMIZER_SHAPES,
     )
 
 
@@ -332,13 +334,6 @@ BREAKS: dict[str, Probe] = {
 }
 
 HOLDS: dict[str, Probe] = {
-    "our relu": _elementwise(elementwise.relu),  # 0 / 84
-    "our tanh": _elementwise(elementwise.tanh),  # 0 / 84
-    "our sigmoid": _elementwise(elementwise.sigmoid),  # 0 / 84
-    "our silu": _elementwise(elementwise.silu),  # 0 / 84
-    "our gelu": _elementwise(elementwise.gelu),  # 0 / 84
-    "our gelu tanh": _elementwise(lambda x: elementwise.gelu(x, "tanh")),  # 0 / 84
-    "our softplus": _elementwise(elementwise.softplus),  # 0 / 84
     "exp": _elementwise(torch.exp),  # 0 / 84
     "erf": _elementwise(torch.erf),  # 0 / 84
     "tanh": _elementwise(torch.tanh),  # 0 / 84
@@ -367,8 +362,8 @@ HOLDS: dict[str, Probe] = {
     "attention": _attention,  # 0 / 480; its products are the BLAS library's: 16 in default mode
     "SGD": _sgd(fused=False, foreach=False),  # 0 / 49
     "SGD foreach": _sgd(fused=False, foreach=True),  # 0 / 49
-    "AdamW": _adamw(fused=False, foreach=False),  # 0 / 147
-    "AdamW foreach": _adamw(fused=False, foreach=True),  # 0 / 147
+    "AdamW": _adamw(fused=False, foreach=False),  # 0 / 49
+    "AdamW foreach": _adamw(fused=False, foreach=True),  # 0 / 49
     **{f"product {kind}": products.cut_products(kind) for kind in products.KINDS},  # 0 / 1212
     **{  # 0 / 1212
         f"own {kind}": products.cut_products(kind, products.OURS) for kind in products.KINDS

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from invariance import bits_equal, normal, random_threads
-from places import EVERYWHERE, Pool
+from places import Pool
 from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -163,7 +163,9 @@ def computed(axis: Axis, setup: Setup) -> Tensors:
 
 
 def check_against_linear(axis: Axis) -> None:
-    for setup in [*SETUPS, *LARGER]:
+    # Eight ranks where they have fewer units than ranks, some, and many.
+    small = SETUPS if axis.size < 8 else SETUPS[2 * len(STYLES) : 5 * len(STYLES)]
+    for setup in [*small, *LARGER]:
         found, wanted = computed(axis, setup), expected(setup)
         assert set(found) == set(wanted)
         tolerance = dict(TOLERANCE[setup.dtype])
@@ -175,19 +177,23 @@ def check_against_linear(axis: Axis) -> None:
             )
 
 
-@EVERYWHERE
+@pytest.mark.parametrize(
+    ("degree", "engine"), [(1, "threads"), (3, "threads"), (8, "threads"), (2, "processes")]
+)
 def test_every_number_is_that_of_nn_linear(pool: Pool, degree: int, engine: str) -> None:
     pool(degree, engine).run(check_against_linear)
 
 
 def all_numbers(axis: Axis, setups: list[Setup], seed: int = 0) -> list[Tensors]:
-    """Computed under a schedule of 1 and 2 threads, where the contract has no thread count."""
+    """Computed under a schedule of 1 and 2 threads, where the contract has no thread count.
+
+    Many ranks have one thread each: two of each would wait for each other.
+    """
     found = []
     for number, setup in enumerate(setups):
-        if setup.dtype == torch.bfloat16:
+        if setup.dtype == torch.bfloat16 or axis.size > 3:
             tensors = computed(axis, setup)
-            # torch's own update of bf16 rounds differently in its last elements: test_optim.py.
-            found.append({k: v for k, v in tensors.items() if k not in ("weight", "bias")})
+            found.append(tensors)
             continue
         with random_threads(1000 * seed + 10 * number + axis.rank):
             found.append(computed(axis, setup))
@@ -196,13 +202,16 @@ def all_numbers(axis: Axis, setups: list[Setup], seed: int = 0) -> list[Tensors]
 
 def differing(found: list[Tensors], other: list[Tensors]) -> Iterator[str]:
     for a, b in zip(found, other, strict=True):
-        yield from (name for name in a if not bits_equal(a[name], b[name]))
+        # torch's own update of bf16 rounds differently in its last elements: test_optim.py.
+        is_narrow = a["y"].dtype == torch.bfloat16
+        names = [name for name in a if not (is_narrow and name in ("weight", "bias"))]
+        yield from (name for name in names if not bits_equal(a[name], b[name]))
 
 
 def test_every_number_has_the_same_bits_at_every_degree(pool: Pool) -> None:
-    single = [replace(setup, dtype=torch.float32) for setup in SETUPS[: 3 * len(STYLES)]]
+    single = [replace(s, dtype=torch.float32) for s in SETUPS[len(STYLES) : 3 * len(STYLES)]]
     alone = pool(1, "threads").run(lambda axis: all_numbers(axis, single + LARGER))[0]
-    places = [(1, "threads"), (3, "threads"), (5, "threads"), (8, "threads"), (3, "processes")]
+    places = [(1, "threads"), (3, "threads"), (8, "threads"), (3, "processes")]
     for degree, engine in places:
         ranks = pool(degree, engine).run(
             lambda axis, seed=degree: all_numbers(axis, single + LARGER, seed)
@@ -216,7 +225,7 @@ def test_native_agrees_and_has_other_bits(pool: Pool) -> None:
     setups = [replace(s, numerics="native") for s in LARGER if s.dtype == torch.float32]
     runs = [
         pool(degree, "threads").run(lambda axis: [computed(axis, setup) for setup in setups])[0]
-        for degree in (1, 2, 3)
+        for degree in (1, 3)
     ]
     for found in runs:
         for setup, tensors in zip(setups, found, strict=True):
@@ -270,7 +279,7 @@ def test_nan_and_inf_travel_as_in_nn_linear(pool: Pool, style: str) -> None:
     assert wanted["y"].isnan().any()
     assert wanted["y"].isinf().any()
     assert wanted["x.grad"].isnan().any()
-    for degree in (1, 2, 3, 8):
+    for degree in (1, 3):
         for found in pool(degree, "threads").run(lambda axis: special(axis, setup)):
             for name, value in wanted.items():
                 assert_close(found[name], value, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -307,7 +316,7 @@ def test_a_block_makes_one_all_reduce_each_way_and_keeps_its_bits(pool: Pool) ->
     alone = two_layers(Axis.solo())
     assert_close(alone["y"], y.detach(), rtol=1e-5, atol=1e-3)
     assert_close(alone["x.grad"], x.grad, rtol=1e-5, atol=1e-3)
-    for degree in (2, 3, 8):
+    for degree in (3, 8):
         for found in pool(degree, "threads").run(two_layers):
             assert bits_equal(found["y"], alone["y"])
             assert bits_equal(found["x.grad"], alone["x.grad"])

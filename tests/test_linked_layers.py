@@ -74,7 +74,7 @@ def test_members_that_are_called_with_one_tensor_are_computed_together() -> None
     x = leaf()
     for order in ((q, k, v), (v, q, k)):  # whoever comes first
         assert is_shared(*[layer(x) for layer in order])
-    assert group_of(q)._kept is None
+    assert group_of(q)._cache is None
 
 
 def test_another_tensor_is_computed_alone() -> None:
@@ -254,7 +254,7 @@ def test_nothing_is_kept_alive_that_was_handed_out() -> None:
         del x, first, third
         assert kept() is None
         q(leaf())  # the others' are left over
-        leftover = weakref.ref(group_of(q)._kept.outputs[1])
+        leftover = weakref.ref(group_of(q)._cache.outputs[1])
         assert leftover() is not None
         q(leaf())
         assert leftover() is None

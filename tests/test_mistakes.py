@@ -133,9 +133,9 @@ def test_losses_end_where_the_page_says(drawing: ModuleType, outcomes: dict[str,
 def test_places_where_a_mistake_was_seen_can_be_looked_up() -> None:
     """A number of an issue or a pull request, a notebook, or a project and what it does."""
     for mistake in all_mistakes():
-        if mistake.seen:
+        if mistake.sighting:
             place = r"\((PR|issue) \d+\)|notebook 000|Megatron-LM's _reduce|fairscale"
-            assert re.search(place, mistake.seen), mistake.name
+            assert re.search(place, mistake.sighting), mistake.name
 
 
 def test_the_right_code_is_back_after_a_mistake() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import warm
 from fresh_process import run_fresh
 from shardproof import c_modules
 from shardproof.axis import Axis
@@ -416,7 +417,7 @@ except sp.errors.NumericsError as error:
 
 
 def test_a_precision_set_for_one_backend_is_refused_too() -> None:
-    assert "fp32 products is set backend by backend (fp32_precision)" in run_fresh(BY_BACKEND)
+    assert "fp32 products is set backend by backend (fp32_precision)" in warm.printed(BY_BACKEND)
 
 
 def test_only_fp32_and_fp64_on_the_cpu_have_a_strict_mode() -> None:

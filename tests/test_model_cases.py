@@ -63,7 +63,7 @@ def command(*arguments: str) -> Result:
 
 @pytest.fixture(scope="module", params=[LLAMA, QWEN], ids=["llama", "qwen"])
 def proof(request: pytest.FixtureRequest) -> Report:
-    return prove(short(request.param), (1, 2, 3))
+    return prove(short(request.param), (1, 3))
 
 
 def test_the_models_are_proved(proof: Report) -> None:
@@ -110,11 +110,13 @@ def test_qwen_is_tied_and_llama_is_not() -> None:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Llama as `save_pretrained` leaves it."""
+    """A Llama of one layer as `save_pretrained` leaves it."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 - an extra
+
     path = tmp_path_factory.mktemp("models") / "llama"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        make_llama(0.0).save_pretrained(path)
+        LlamaForCausalLM(LlamaConfig(**SIZES | {"num_hidden_layers": 1})).save_pretrained(path)
     return path
 
 
@@ -125,8 +127,11 @@ def copied(directory: Path, tmp_path: Path, *, without: tuple[str, ...] = ()) ->
 
 
 def test_a_checkpoint_in_pieces_is_read_by_its_index(directory: Path, tmp_path: Path) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: PLC0415 - an extra
+
+    config = Qwen3Config(**SIZES | {"num_hidden_layers": 1}, head_dim=12, tie_word_embeddings=True)
     with torch.random.fork_rng(devices=[]):
-        make_qwen(0.0).save_pretrained(tmp_path, max_shard_size="150KB")
+        Qwen3ForCausalLM(config).save_pretrained(tmp_path, max_shard_size="80KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     report = prove(short(checkpoint_case(tmp_path), steps=1, dropout=0.0), (2,))
     assert report.proved, report.verdict()
@@ -140,12 +145,12 @@ def test_weights_that_a_rank_reads_from_elsewhere(
     def swapped(model: nn.Module, folder: Path) -> nn.Module:
         load(model, folder)
         with torch.no_grad():
-            model.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+            model.model.layers[0].mlp.up_proj.weight.mul_(1.01)
         return model
 
     monkeypatch.setattr("shardproof.prover.cases.transformers_models.load", swapped)
     report = prove(short(checkpoint_case(directory), steps=1, dropout=0.0), (1,))
-    assert "tensor model.layers.1.mlp.up_proj.weight (initial) is the first" in report.verdict()
+    assert "tensor model.layers.0.mlp.up_proj.weight (initial) is the first" in report.verdict()
 
 
 # `shardproof prove --model`
@@ -172,8 +177,10 @@ def test_the_command_proves_a_directory_and_draws_the_losses(
     assert tensors["lm_head.weight (initial)"]["torch"]["exact"], "its own weights"
     assert "dropout: step 1: loss" in tensors
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
-    assert "gradients 21 tensors no yes" in "\n".join(lines)
-    assert "recorded after each of 3 steps (414 tensors): the same at every degree" in lines
+    assert "gradients 12 tensors no yes" in "\n".join(lines)
+    later = sum(not tensor["agreement_judged"] for tensor in case["tensors"])
+    assert later > 200
+    assert f"recorded after each of 3 steps ({later} tensors): the same at every degree" in lines
 
 
 def test_the_tensors_of_a_model_are_shown_by_kind() -> None:

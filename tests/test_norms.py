@@ -365,8 +365,7 @@ def computed_all(axis: Axis, setups: list[Setup], seed: int) -> list[Tensors]:
     return found
 
 
-PLACES = [(1, "threads"), (2, "threads"), (3, "threads"), (4, "threads"), (8, "threads")]
-PLACES += [(2, "processes"), (3, "processes")]
+PLACES = [(1, "threads"), (3, "threads"), (8, "threads"), (3, "processes")]
 
 
 def differing(pool: Pool, setups: list[Setup], places: list[tuple[int, str]] = PLACES) -> list[str]:

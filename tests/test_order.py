@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import warm
 from order import seed_of, shuffled
 
 ITEMS = [(file, test) for file in "abcdef" for test in range(7)]
@@ -48,14 +49,14 @@ def test_the_option_names_its_seed_and_shuffles() -> None:
         "-q",
         "-p",
         "no:cacheprovider",
+        "-W",
+        "ignore::pytest.PytestAssertRewriteWarning",  # a fork has some plugins already
         str(here),
         "--order",
     ]
 
     def run(order: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, order], capture_output=True, text=True, cwd=here.parents[1], timeout=120
-        )
+        return warm.run([*command, order], cwd=here.parents[1], timeout=120)
 
     done = run("random:2")
     assert done.returncode == 0, done.stdout + done.stderr

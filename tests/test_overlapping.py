@@ -8,11 +8,10 @@ from torch import Tensor
 
 from cut_block import calls, cut_block
 from invariance import bits_equal, normal
-from places import EVERYWHERE, Pool
+from places import CARRIER, EVERYWHERE, Pool
 from shardproof.axis import Axis
 from shardproof.comm.split import Split
 from shardproof.ops import linear_products
-from shardproof.ranks import open_ranks
 from shardproof.transport.base import Pending, Transport
 
 
@@ -77,16 +76,11 @@ def test_a_sum_that_is_awaited_later_has_the_same_bits_and_counts_the_same(
         assert all(found)
 
 
-@pytest.mark.parametrize(
-    "engine_and_transport", [("processes", "gloo"), ("processes", "shm"), ("threads", "auto")]
-)
-def test_only_torch_distributed_sums_while_its_rank_computes(
-    engine_and_transport: tuple[str, str],
-) -> None:
-    engine, transport = engine_and_transport
-    with open_ranks(2, engine, threads=1, transport=transport) as ranks:
-        found = ranks.run(lambda axis: axis.transport.is_asynchronous)
-    assert found == [transport == "gloo"] * 2
+@pytest.mark.parametrize("engine", ["gloo", "processes", "threads"])
+def test_only_torch_distributed_sums_while_its_rank_computes(pool: Pool, engine: str) -> None:
+    found = pool(3, engine).run(lambda axis: (axis.transport.name, axis.transport.is_asynchronous))
+    carrier = CARRIER if engine == "processes" else engine
+    assert found == [(carrier, carrier == "gloo")] * 3
 
 
 @pytest.mark.parametrize("is_asynchronous", [True, False])

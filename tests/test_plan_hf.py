@@ -91,27 +91,25 @@ def differing(pool: Pool, model: nn.Module, made: sp.ModelPlan) -> list[tuple[in
     ]
 
 
-# Degree 3 shares a key-value head of 2 among ranks. Degree 8, below, leaves ranks without heads.
-WAYS: tuple[tuple[int, Numerics], ...] = ((3, "invariant"), (3, "native"))
-
-
+# Degree 3 shares a key-value head of 2 among ranks. Degree 8 leaves ranks without heads.
 @pytest.mark.parametrize(
     ("family", "degree", "numerics"),
-    [(family, *way) for family in FAMILIES for way in WAYS]
-    + [("Llama", degree, "invariant") for degree in (1, 2, 4, 8)]
-    + [("Llama", 1, "native"), ("Qwen3", 8, "invariant")],
+    [(family, 3, "invariant") for family in FAMILIES]
+    + [(family, 3, "native") for family in ("Llama", "Qwen3", "Gemma2", "Olmo2")]
+    + [("Llama", 2, "invariant"), ("Llama", 1, "native"), ("Qwen3", 8, "invariant")],
 )
 def test_a_step_sends_what_the_plan_says(
     pool: Pool, family: str, degree: int, numerics: Numerics
 ) -> None:
-    model = small(family)
+    model = small(family, num_hidden_layers=2 if family in ("Gemma2", "Qwen3") else 1)
     made = plan(model, degree=degree, scheme=Scheme(numerics=numerics))
     assert differing(pool, model, made) == []
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Olmo2"])
+@pytest.mark.parametrize("family", ["Qwen3", "Olmo2"])
 def test_a_step_in_16_bits_and_one_key_head(pool: Pool, family: str) -> None:
-    model = small(family, num_key_value_heads=1, tie_word_embeddings=True).bfloat16()
+    model = small(family, num_hidden_layers=1, num_key_value_heads=1, tie_word_embeddings=True)
+    model = model.bfloat16()
     assert differing(pool, model, plan(model, degree=3)) == []
 
 

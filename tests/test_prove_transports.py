@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 from torch import nn
 
+import warm
 from places import Pool
 from shardproof import c_modules
 from shardproof.axis import Axis
@@ -21,7 +22,7 @@ from shardproof.layers.linear import RowParallelLinear
 from shardproof.prover import prove as prove_model
 from shardproof.ranks import launch
 
-CASES = ("--case", "ffn", "--case", "linear-column", "--case", "linear-row")
+CASES = ("--case", "ffn", "--case", "mlp-gathered", "--case", "attention")
 WITH_CORE = pytest.mark.skipif(
     c_modules.shm() is None, reason=f"needs the core: {c_modules.problem()}"
 )
@@ -35,17 +36,6 @@ def _no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def prove(*arguments: str) -> Result:
     return CliRunner(env={"COLUMNS": "80"}).invoke(main, ["prove", *arguments])
-
-
-def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *command],
-        env=os.environ | {"COLUMNS": "80", **environment},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +74,14 @@ def test_processes_give_the_same_bits_over_every_transport(
 def test_torchruns_ranks_too(
     transport: str, threads: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
+    """With the variables that torchrun sets; test_cli.py starts torchrun itself."""
     out = tmp_path / "report.json"
-    done = run(
-        "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "shardproof", "prove",
-        *CASES, "--transport", transport, "--threads", "1",
+    words = [
+        "shardproof", "prove", *CASES, "--transport", transport, "--threads", "1",
         "--against", str(threads[0]), "--json", str(out),
-    )  # fmt: skip
+    ]  # fmt: skip
+    environment = {**os.environ, "COLUMNS": "80"}
+    done = warm.run_as_ranks([sys.executable, "-m", *words], ranks=2, env=environment)
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     assert (report["engine"], report["transport"]) == ("torchrun", transport)
@@ -112,7 +104,7 @@ def command(*arguments):
 
 if __name__ == "__main__":
     cases = [find_case(name) for name in ("matmul-row", "ffn", "mlp-gathered", "attention")]
-    report = prove_cases(cases, degrees=(1, 2, 8))
+    report = prove_cases(cases, degrees=(1, 8))
     processes = ("--engine", "processes", "--json", sys.argv[1])
     answers = {
         "leafwise": [report.contract, report.verdict()],
@@ -130,7 +122,12 @@ def test_without_the_core(tmp_path: Path) -> None:
     program.write_text(WITHOUT_CORE)
     done = subprocess.run(
         [sys.executable, str(program), str(out)],
-        env=os.environ | {"SHARDPROOF_CORE": "off", "SHARDPROOF_BLAS": "leafwise"},
+        env=os.environ
+        | {
+            "SHARDPROOF_CORE": "off",
+            "SHARDPROOF_BLAS": "leafwise",
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
         timeout=240,

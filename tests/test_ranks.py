@@ -464,11 +464,10 @@ def test_a_process_does_what_was_left_for_its_end(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what is printed waits to be written
-    launch(partial(leave_work_for_the_end, folder=tmp_path), degree=2, engine="processes")
+    launch(partial(leave_work_for_the_end, folder=tmp_path), degree=1, engine="processes")
     found = sorted(each.name for each in tmp_path.iterdir())
-    assert found == ["exit 0", "exit 1", "thread 0", "thread 1"]
-    said = capfd.readouterr().out
-    assert sorted(said.split("printed at last ")) == ["", "0", "1"]
+    assert found == ["exit 0", "thread 0"]
+    assert capfd.readouterr().out == "printed at last 0"
 
 
 def start_a_child(axis: Axis) -> tuple[int, int]:
@@ -624,6 +623,7 @@ def test_an_interrupt_of_the_caller_ends_all(engine: str) -> None:
         check_nothing_is_left(ranks, engine, pids)
 
 
+@pytest.mark.fresh_ranks  # else a server of forks would be started for this environment
 def test_processes_start_with_the_environment_that_they_are_given() -> None:
     given = os.environ | {"SHARDPROOF_BLAS": "off", "PLANTED": "yes", "RANK": "7"}
     with open_ranks(1, "processes", environment=given) as ranks:

@@ -106,7 +106,7 @@ def start(tmp_path: Path) -> Iterator[type[Ranks]]:
         each.end()
 
 
-@pytest.mark.parametrize(("size", "numel"), [(2, 1024), (3, 1024), (3, 1_000_000)])
+@pytest.mark.parametrize(("size", "numel"), [(2, 1024), (3, 1_000_000)])
 def test_a_rank_that_is_killed_is_named_by_all_others(size: int, numel: int, start) -> None:
     # With a timeout that no run of the tests reaches: only what the kernel says ends the wait.
     ranks = start(_SUMS, size, 3600.0, numel)
@@ -124,8 +124,8 @@ def test_a_rank_that_is_killed_is_named_by_all_others(size: int, numel: int, sta
         assert f"saw forward all_reduce of layer: float32 ({numel},)" in text
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_a_rank_that_is_stopped_is_named_after_the_timeout(size: int, start) -> None:
+def test_a_rank_that_is_stopped_is_named_after_the_timeout(start) -> None:
+    size = 3
     ranks = start(_SUMS, size, 1.5, 1024)
     ranks.wait_until_ready()
     begun = time.monotonic()

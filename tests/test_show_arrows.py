@@ -19,7 +19,7 @@ from shardproof.showing.arrows import Arrow, arrow_sentences, arrows_of
 from shardproof.showing.scenes import Scene, StepView, view_of
 from shardproof.tree import nodes_of_run
 
-DEGREES = [2, 3, 4, 8]
+DEGREES = [3, 8]
 LEAVES = 8
 
 

@@ -216,10 +216,6 @@ def test_a_step_is_torchs_and_has_the_same_bits(
     check(pool(degree, engine), alone)
 
 
-def test_a_step_is_torchs_and_has_the_same_bits_at_four(pool: Pool, alone: list[Tensors]) -> None:
-    check(pool(4, "threads"), alone)
-
-
 def test_a_step_is_torchs_and_has_the_same_bits_over_gloo(pool: Pool, alone: list[Tensors]) -> None:
     check(pool(3, "gloo"), alone)
 

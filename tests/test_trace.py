@@ -76,8 +76,9 @@ def steps_of(trace: sp.Trace, rank: int = 0, **wanted: str) -> list[TraceStep]:
     ]
 
 
-@pytest.mark.parametrize("numerics", ["invariant", "native"])
-@pytest.mark.parametrize("degree", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+    ("degree", "numerics"), [(1, "invariant"), (3, "native"), (8, "invariant")]
+)
 def test_collectives_are_those_of_the_ledger(degree: int, numerics: str) -> None:
     results, trace = traced(degree, lambda axis: train(axis, numerics=numerics))
     assert len(trace.ranks) == degree
@@ -104,11 +105,12 @@ def test_every_transport_is_traced_alike(engine: str, pool: Pool) -> None:
         assert described(steps) == described(others)
 
 
-@pytest.mark.parametrize("numerics", ["invariant", "native"])
-@pytest.mark.parametrize("degree", [3])
-@pytest.mark.parametrize("kind", ["llama", "llama-one-key-head"])
-def test_the_step_of_a_small_llama_is_complete(kind: str, degree: int, numerics: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "numerics"), [("llama", "native"), ("llama-one-key-head", "invariant")]
+)
+def test_the_step_of_a_small_llama_is_complete(kind: str, numerics: str) -> None:
     """Collectives and bytes are the plan's."""
+    degree = 3
     pytest.importorskip("transformers")
     scheme = Scheme(numerics=numerics)  # type: ignore[arg-type]
     whole = whole_model(kind)
@@ -214,7 +216,7 @@ def test_updates_have_the_parameter_before_and_after() -> None:
         assert torch.equal(torch.tensor(step.output.values), part)
 
 
-@pytest.mark.parametrize("degree", [1, 2, 3])
+@pytest.mark.parametrize("degree", [1, 3])
 def test_values_are_those_of_the_step(degree: int) -> None:
     """Every product is the product of its operands, every sum the sum of all ranks' parts."""
     _, trace = traced(degree, values=True)

@@ -39,6 +39,37 @@ def run(axis):
 """
 
 
+# Each rank runs its graph when both have told torch which model it calls.
+OWN_MODELS = """
+import copy, threading, warnings
+warnings.simplefilter("ignore")
+import torch
+from torch import nn
+from torch._dynamo import graph_bytecode_inputs as told
+import shardproof as sp
+
+PLAIN, X = nn.Sequential(nn.Linear(6, 10)), torch.ones(3, 6)
+ALONE, BOTH = threading.Lock(), threading.Barrier(2)
+tell = told.store_user_object_weakrefs
+
+def together(*models):
+    tell(*models)
+    BOTH.wait(60)
+
+def run(axis):
+    model = sp.parallelize(copy.deepcopy(PLAIN), {"0": "colwise"}, axis)
+    compiled = torch.compile(model, backend="eager")
+    with ALONE:
+        compiled(X)
+    BOTH.wait(60)
+    told.store_user_object_weakrefs = together
+    BOTH.wait(60)
+    return torch.equal(compiled(X), model(X))
+
+print(sp.launch(run, degree=2))
+"""
+
+
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str]:
     """What every case did, each group in a fork of one process."""
@@ -94,3 +125,7 @@ def said_by_llama(degree: int) -> list[str]:
 @pytest.mark.parametrize("degree", [1, 2])
 def test_a_compiled_model_of_transformers_trains_with_ranks_as_threads(degree: int) -> None:
     assert said_by_llama(degree) == ["right"] * degree
+
+
+def test_ranks_as_threads_run_each_its_own_compiled_model() -> None:
+    assert warm.printed(OWN_MODELS) == "[True, True]\n"

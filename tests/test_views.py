@@ -374,11 +374,18 @@ def of_torch(act: Act, x: Tensor, grad_y: Tensor) -> list[Tensor]:
     return [act.give(y) if y.dim() else y, act.take(grad_x), *parts]
 
 
-def cases_of(act: Act, dtype: torch.dtype, turn: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Every view of every shape as input, each beside another view as incoming gradient."""
+def cases_of(
+    act: Act, dtype: torch.dtype, turn: int, *, is_brief: bool
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Every view of every shape as input, each beside another view as incoming gradient.
+
+    A brief run has one shape of each number of dims.
+    """
+    dims: set[int] = set()
     for number, shape in enumerate(shapes(SIZE)):
-        if len(shape) not in act.dims:
+        if len(shape) not in act.dims or (is_brief and len(shape) in dims):
             continue
+        dims.add(len(shape))
         x = normal(*shape, seed=1).to(dtype)
         y = act.torchs(x.double()).detach()
         grad_y = normal(y.numel(), seed=2).view(y.shape).to(dtype)
@@ -388,11 +395,11 @@ def cases_of(act: Act, dtype: torch.dtype, turn: int) -> Iterator[tuple[str, Ten
             yield f"{shape}: x {name}, gradient {other}", given, grad
 
 
-def check(axis: Axis, name: str, dtype: torch.dtype) -> int:
+def check(axis: Axis, name: str, dtype: torch.dtype, *, is_brief: bool = False) -> int:
     """Compare everything; how many comparisons there were."""
     act, count = ACTS[name](axis, dtype), 0
     mine = [p[0] for p in act.parameters]
-    for case, x, grad_y in cases_of(act, dtype, axis.size):
+    for case, x, grad_y in cases_of(act, dtype, axis.size, is_brief=is_brief):
         part, grad_part = act.take(x), act.give(grad_y) if grad_y.dim() else grad_y
         found = stepped(act.ours, mine, part, grad_part)
         at = f"{name} {case}, {axis}"
@@ -411,16 +418,19 @@ def check(axis: Axis, name: str, dtype: torch.dtype) -> int:
 
 @pytest.mark.parametrize("name", ACTS)
 def test_every_function_is_right_on_every_view(pool: Pool, name: str) -> None:
-    for degree in (1,) if name in LOCAL else DEGREES:
-        counts = pool(degree, "threads").run(lambda axis: check(axis, name, torch.float32))
-        assert min(counts) > 50
-    if "native" not in name:
-        pool(1, "threads").run(lambda axis: check(axis, name, torch.float64))
+    """All of them where ranks take part; fewer shapes on one rank, and in fp64."""
+    degree = 1 if name in LOCAL else 3
+    counts = pool(degree, "threads").run(lambda axis: check(axis, name, torch.float32))
+    assert min(counts) > 50
+    dtypes = [torch.float64] if "native" not in name else []
+    for dtype in dtypes if name in LOCAL else [torch.float32, *dtypes]:
+        pool(1, "threads").run(lambda axis, d=dtype: check(axis, name, d, is_brief=True))
 
 
 @pytest.mark.parametrize("name", [name for name in ACTS if "norm" in name])
 def test_norms_of_16_bits_are_right_on_every_view(pool: Pool, name: str) -> None:
-    pool(2, "threads").run(lambda axis: check(axis, name, torch.bfloat16))
+    degree = 1 if name in LOCAL else 2
+    pool(degree, "threads").run(lambda axis: check(axis, name, torch.bfloat16))
 
 
 # Of tensors that are no input of `Act`: ids, parameters, several inputs, plain products.
@@ -433,7 +443,7 @@ def test_an_embedding_takes_ids_weights_and_gradients_of_any_layout(pool: Pool) 
             ids = torch.arange(4 * 6).reshape(-1)[: torch.Size(shape).numel()] % SIZE
             for name, given in views(ids.view(shape)).items():
                 grad = normal(*shape, 5, seed=3)
-                for incoming in (grad, *list(views(grad).values())[1 + count % 3 :: 4]):
+                for incoming in (grad, *list(views(grad).values())[1 + count % 7 :: 8]):
                     layer = VocabParallelEmbedding.from_embedding(theirs, axis=axis, name="e")
                     layer.float()
                     own = layer.layouts["weight"].held_indices
@@ -490,7 +500,7 @@ def test_parameters_may_be_views(pool: Pool, kind: str) -> None:
                 count += 1
         return count
 
-    for degree in DEGREES:
+    for degree in (1,) if kind == "layer_norm" else DEGREES:
         assert min(pool(degree, "threads").run(run)) > 5
 
 
@@ -624,5 +634,5 @@ def test_collectives_on_plain_tensors_take_every_view(pool: Pool) -> None:
                 count += 1
         return count
 
-    for degree, engine in ((1, "threads"), (2, "threads"), (3, "threads"), (2, "processes")):
+    for degree, engine in ((1, "threads"), (3, "threads"), (2, "processes")):
         assert min(pool(degree, engine).run(run)) > 40

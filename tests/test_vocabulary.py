@@ -196,10 +196,6 @@ def test_every_number_has_the_same_bits(
     check_bits(pool(degree, engine), alone)
 
 
-def test_every_number_has_the_same_bits_at_four(pool: Pool, alone: list[Tensors]) -> None:
-    check_bits(pool(4, "threads"), alone)
-
-
 def test_every_number_has_the_same_bits_over_gloo(pool: Pool, alone: list[Tensors]) -> None:
     check_bits(pool(3, "gloo"), alone)
 

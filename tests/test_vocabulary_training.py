@@ -18,7 +18,7 @@ from places import Pool
 
 transformers = pytest.importorskip("transformers")
 
-VOCABULARY, STEPS, LENGTH = 50257, 200, 8
+VOCABULARY, STEPS, LENGTH = 50257, 200, 4
 
 
 def tokens() -> Tensor:
@@ -33,11 +33,11 @@ def curve(axis: sp.Axis, *, threads: int = 1, steps: int = STEPS, numerics: str)
     torch.set_num_threads(threads)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=8,
+        hidden_size=4,
         intermediate_size=21,
         num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         tie_word_embeddings=True,
     )
     with torch.device("meta"):

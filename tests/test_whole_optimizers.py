@@ -98,7 +98,7 @@ WEIGHTS = {
 }
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "Adafactor": functools.partial(Adafactor, weight_decay=0.1),
-    "Muon": functools.partial(Muon, lr=0.02),
+    "Muon": functools.partial(Muon, lr=0.02, ns_steps=2),  # of five: each iteration is the same
 }
 CASES = [
     pytest.param(kind, name, id=f"{kind}-{name}")
@@ -187,7 +187,12 @@ def at_degree_3(pool: Pool, make: Any, names: list[str]) -> list[dict[str, dict[
     def run(axis: Axis) -> dict[str, dict[str, Tensor]]:
         return {name: stepped(axis, WEIGHTS[name], make, torch.float64) for name in names}
 
-    return [*pool(3, "threads").run(run), run(Axis.solo())]
+    return pool(3, "threads").run(run)
+
+
+def weights_for(how: str) -> list[str]:
+    """All, but few for what does not depend on the shape or the cut."""
+    return list(WEIGHTS)[:2] if how == "lr is a tensor" else list(WEIGHTS)
 
 
 @pytest.mark.parametrize("how", ADAFACTOR)
@@ -195,8 +200,9 @@ def test_adafactor_is_torchs(pool: Pool, how: str) -> None:
     """In fp64 within 1e-9, parameters and states; the shard's own update is far off."""
     options = ADAFACTOR[how]
     make = functools.partial(torch.optim.Adafactor, **options)
-    wanted = {name: plain_steps(weight, make) for name, weight in WEIGHTS.items()}
-    for found in at_degree_3(pool, functools.partial(Adafactor, **options), list(WEIGHTS)):
+    names = weights_for(how)
+    wanted = {name: plain_steps(WEIGHTS[name], make) for name in names}
+    for found in at_degree_3(pool, functools.partial(Adafactor, **options), names):
         for name, values in found.items():
             assert set(values) == set(wanted[name])
             for key, value in wanted[name].items():
@@ -208,7 +214,7 @@ def test_muon_is_torchs_without_the_cast(
     pool: Pool, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = MUON[how]
-    names = [name for name, weight in WEIGHTS.items() if len(weight.shape) == 2]
+    names = [name for name in weights_for(how) if len(WEIGHTS[name].shape) == 2]
     ours = at_degree_3(pool, functools.partial(Muon, **options, ns_dtype=None), names)
     with without_the_cast(monkeypatch):
         wanted = {
@@ -246,7 +252,7 @@ def test_updates_of_bf16_parameters_keep_their_bits(pool: Pool, kind: str) -> No
         weight, make = WEIGHTS[name], OPTIMIZERS[kind]
         alone = stepped(Axis.solo(), weight, make, torch.bfloat16)
         assert alone["parameter"].dtype == torch.bfloat16
-        for degree in (2, 3):
+        for degree in (3,):
             for found in pool(degree, "threads").run(
                 lambda axis, w=weight, m=make: stepped(axis, w, m, torch.bfloat16)
             ):
@@ -269,7 +275,7 @@ def trained(axis: Axis, mixed: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize("mixed", [False, True], ids=["Adafactor", "Muon"])
 def test_training_has_the_same_bits_at_every_degree(pool: Pool, mixed: bool) -> None:
     alone = trained(Axis.solo(), mixed)
-    places = [(degree, "threads") for degree in (1, *DEGREES)] + [(2, "processes")]
+    places = [(degree, "threads") for degree in DEGREES] + [(2, "processes")]
     for degree, engine in places:
         for found in pool(degree, engine).run(functools.partial(trained, mixed=mixed)):
             assert all(bits_equal(found[name], alone[name]) for name in alone), (degree, engine)

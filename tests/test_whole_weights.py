@@ -132,7 +132,7 @@ def test_stays_whole_where_a_forward_is_watched(name: str, pool: Pool) -> None:
     for plan in plans.values():
         assert isinstance(plan, WatchedPlan)
         assert plan.whole["up.weight"].startswith(f"'{name}' needs all"), plan.whole
-        assert plan.rehearsal.wanted_whole == ()
+        assert plan.rehearsal.whole_weights == ()
         assert "down.weight" in plan.cuts
     true = copy.deepcopy(pair)
     y = true(X)

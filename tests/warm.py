@@ -237,8 +237,8 @@ def run_as_ranks(
     """Run a command once for each rank, with the variables that torchrun sets.
 
     As under torchrun, the exit code is 1 and the other ranks are ended where one of them fails.
-    What they wrote follows in the order of the ranks. tests/test_axis.py and tests/test_faults.py
-    start torchrun itself.
+    What they wrote follows in the order of the ranks. tests/test_faults.py, tests/test_cli.py and
+    tests/test_cases.py start torchrun itself.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

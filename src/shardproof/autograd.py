@@ -59,8 +59,8 @@ def _explain(error: Exception | None, ctx: Any, grads: tuple[Any, ...]) -> None:
             name = "grad" if len(grads) == 1 else f"grads[{number}]"
             try:
                 operands.check(f"backward of {who}", **{name: grad})
-            except UsageError as found:
-                raise found from error
+            except UsageError as refusal:
+                raise refusal from error
     if error is not None:
         raise error
 
@@ -68,8 +68,8 @@ def _explain(error: Exception | None, ctx: Any, grads: tuple[Any, ...]) -> None:
 def _layer_name(ctx: Any) -> str:
     """The name of the layer in what the forward kept; without one, that of the function."""
     for attribute in ("split", "shared", "place"):
-        kept = getattr(ctx, attribute, None)
-        name = getattr(kept, "name", "") or getattr(kept, "who", "")
+        argument = getattr(ctx, attribute, None)
+        name = getattr(argument, "name", "") or getattr(argument, "who", "")
         if name:
             return str(name)
     return type(ctx).__name__.strip("_")

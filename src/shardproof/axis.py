@@ -25,7 +25,7 @@ from shardproof.transport.choose import AUTO, checked_transport, choose, meet
 from shardproof.transport.disabled import refuse_inherited
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.solo import SoloTransport
-from shardproof.wording import shown, written
+from shardproof.wording import short_repr, short_text
 
 # Number of unnamed layers per process group, so that two axes of one group give other names.
 _unnamed_of_group: weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = (
@@ -56,8 +56,8 @@ class Axis:
         checked_name(self.name, "name")
         if not isinstance(self.transport, Transport):
             raise UsageError(
-                f"Axis(transport={shown(self.transport)}) is not a transport. Use Axis.solo(), "
-                "Axis.from_group(group) or Axis.from_env()."
+                f"Axis(transport={short_repr(self.transport)}) is not a transport. Use "
+                "Axis.solo(), Axis.from_group(group) or Axis.from_env()."
             )
 
     @classmethod
@@ -307,8 +307,8 @@ class Axis:
             first, more = differing[0], len(differing) - 1
             raise MismatchError(
                 f"the ranks of axis {self.name!r} were given different {what}: for {first}, rank 0 "
-                f"has {written(str(values[0].get(first, 'nothing')))}, rank {rank} has "
-                f"{written(str(other.get(first, 'nothing')))}"
+                f"has {short_text(str(values[0].get(first, 'nothing')))}, rank {rank} has "
+                f"{short_text(str(other.get(first, 'nothing')))}"
                 + (f"; {more} more {'differs' if more == 1 else 'differ'}" if more else "")
                 + f". {way_out}"
             )
@@ -385,11 +385,11 @@ def checked_axis(axis: object) -> Axis:
     """
     if not isinstance(axis, Axis):
         raise UsageError(
-            f"axis={shown(axis)} is not an Axis. Use the one that launch gives, Axis.solo(), "
+            f"axis={short_repr(axis)} is not an Axis. Use the one that launch gives, Axis.solo(), "
             "Axis.from_env() or Axis.from_mesh(mesh)."
         )
     return axis
 
 
 def _describe(value: object) -> str:
-    return "None" if value is None else f"{type(value).__name__} {shown(value)}"
+    return "None" if value is None else f"{type(value).__name__} {short_repr(value)}"

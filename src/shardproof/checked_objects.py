@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardproof.errors import LayoutError, UsageError
-from shardproof.wording import error_words, shown
+from shardproof.wording import error_words, short_repr
 
 
 def checked_model(model: Any, *, what: str = "the model", way_out: str = "Give one.") -> nn.Module:
@@ -19,7 +19,9 @@ def checked_model(model: Any, *, what: str = "the model", way_out: str = "Give o
         UsageError: it is not a module of torch.
     """
     if not isinstance(model, nn.Module):
-        raise UsageError(f"{what} is {shown(model)}, which is not a module of torch. {way_out}")
+        raise UsageError(
+            f"{what} is {short_repr(model)}, which is not a module of torch. {way_out}"
+        )
     return model
 
 
@@ -31,8 +33,8 @@ def checked_optimizer(optimizer: Any, *, what: str = "the optimizer") -> Optimiz
     """
     if not isinstance(optimizer, Optimizer):
         raise UsageError(
-            f"{what} is {shown(optimizer)}, which is not an optimizer of torch. Use for instance "
-            "torch.optim.AdamW(model.parameters())."
+            f"{what} is {short_repr(optimizer)}, which is not an optimizer of torch. Use for "
+            "instance torch.optim.AdamW(model.parameters())."
         )
     return optimizer
 
@@ -45,7 +47,7 @@ def checked_device(device: Any) -> torch.device | None:
     """
     if device is None or isinstance(device, torch.device):
         return device
-    wrong = f'device={shown(device)} is not a device. Use for instance "cpu".'
+    wrong = f'device={short_repr(device)} is not a device. Use for instance "cpu".'
     if not isinstance(device, str | int) or isinstance(device, bool):
         raise UsageError(wrong)
     try:
@@ -62,8 +64,8 @@ def checked_dtype(dtype: Any) -> torch.dtype | None:
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UsageError(
-            f"dtype={shown(dtype)} is not a dtype of floating-point numbers, which parameters are. "
-            "Use for instance torch.float32."
+            f"dtype={short_repr(dtype)} is not a dtype of floating-point numbers, which parameters "
+            "are. Use for instance torch.float32."
         )
     return dtype
 
@@ -91,7 +93,7 @@ def checked_optimizer_state(state: Any) -> dict[str, Any]:
         if isinstance(values, dict) and _are_groups(groups):
             return dict(state)
     raise LayoutError(
-        f"cannot load {shown(state)} into an optimizer: it must have 'state', a dict, and "
+        f"cannot load {short_repr(state)} into an optimizer: it must have 'state', a dict, and "
         "'param_groups', a list of dicts with 'params'. Load what "
         "shardproof.optimizer_state_dict(model, optimizer) gave."
     )

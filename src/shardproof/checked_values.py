@@ -11,7 +11,7 @@ from numbers import Real
 from typing import Any, cast
 
 from shardproof.errors import ShardproofError, UsageError
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 LARGEST = 2**31 - 1  # limit of counts and sizes, far above the memory of any machine
 LARGEST_SEED = 2**63 - 1
@@ -75,9 +75,9 @@ def checked_whole(
     number = whole_number(value)
     if number is None or (least == 1 and number < 1):
         kind = "a positive whole number" if least == 1 else "a whole number"
-        raise error(f"{name}={shown(value)} is not {kind}. Use {least} or more.")
+        raise error(f"{name}={short_repr(value)} is not {kind}. Use {least} or more.")
     if not least <= number <= most:
-        raise error(f"{name}={shown(number)} is out of range. Use {least} to {most}.")
+        raise error(f"{name}={short_repr(number)} is out of range. Use {least} to {most}.")
     return number
 
 
@@ -95,7 +95,7 @@ def checked_real(value: Any, name: str, *, rule: str, holds: Callable[[float], b
     """
     number = real_number(value)
     if number is None or not holds(number):
-        raise UsageError(f"{name}={shown(value)} is not {rule}.")
+        raise UsageError(f"{name}={short_repr(value)} is not {rule}.")
     return number
 
 
@@ -106,7 +106,7 @@ def checked_flag(value: Any, name: str) -> bool:
         UsageError: it is not a bool.
     """
     if not isinstance(value, bool):
-        raise UsageError(f"{name}={shown(value)} is neither True nor False. Use one of them.")
+        raise UsageError(f"{name}={short_repr(value)} is neither True nor False. Use one of them.")
     return value
 
 
@@ -117,5 +117,5 @@ def checked_name(value: Any, name: str) -> str:
         UsageError: it is no text, or empty.
     """
     if not isinstance(value, str) or not value:
-        raise UsageError(f"{name}={shown(value)} is not a name. Give text that is not empty.")
+        raise UsageError(f"{name}={short_repr(value)} is not a name. Give text that is not empty.")
     return value

@@ -94,7 +94,7 @@ def _placements(optimizer: Optimizer) -> tuple[list[Axis], dict[Any, list[tuple[
 
     A parameter outside of cut layers is replicated on all axes over which other parameters are cut.
     """
-    known = registry.parts()
+    part_by_id = registry.parts()
     axes: dict[Any, Axis] = {}
     plain: list[tuple[str, Tensor]] = []
     replicated: dict[Any, list[tuple[str, Tensor]]] = {}
@@ -102,7 +102,7 @@ def _placements(optimizer: Optimizer) -> tuple[list[Axis], dict[Any, list[tuple[
     for group in optimizer.param_groups:
         names = group.get("param_names") or [None] * len(group["params"])
         for name, parameter in zip(names, group["params"], strict=True):
-            part = known.get(id(parameter))
+            part = part_by_id.get(id(parameter))
             if part is None:
                 plain.append((name or f"number {number} of the optimizer", parameter))
             else:

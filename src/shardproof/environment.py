@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 from shardproof.errors import UsageError
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 
-def setting(environment: Mapping[str, str], name: str, known: Sequence[str]) -> str:
+def setting(environment: Mapping[str, str], name: str, choices: Sequence[str]) -> str:
     """The value of a variable, one of the known words; the first if it is missing or empty.
 
     Case and surrounding blanks are ignored.
@@ -16,8 +16,8 @@ def setting(environment: Mapping[str, str], name: str, known: Sequence[str]) -> 
     """
     text = environment.get(name, "").strip().lower()
     if not text:
-        return known[0]
-    if text not in known:
-        value = shown(environment[name])
-        raise UsageError(f"{name}={value} is unknown. Use one of: {', '.join(known)}.")
+        return choices[0]
+    if text not in choices:
+        value = short_repr(environment[name])
+        raise UsageError(f"{name}={value} is unknown. Use one of: {', '.join(choices)}.")
     return text

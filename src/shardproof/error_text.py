@@ -76,15 +76,15 @@ def describe_error(error: BaseException, trace: TracebackType | None = None) -> 
     """The text and traceback of `error`; never fails, and ends soon."""
     text, problem = _message(error)
     if not problem:
-        printed, problem_of_trace = text_or_problem(
+        traceback_text, problem_of_trace = text_or_problem(
             lambda: "".join(traceback.format_exception(type(error), error, trace)), LONGEST_TRACE
         )
         if not problem_of_trace:
-            return ErrorText(text, printed, "")
+            return ErrorText(text, traceback_text, "")
     # Without the errors that caused it, whose texts may fail.
     frames = "".join(traceback.format_tb(trace))
-    printed = f"Traceback (most recent call last):\n{frames}{text}\n"
-    return ErrorText(text, cut(printed, LONGEST_TRACE), problem)
+    traceback_text = f"Traceback (most recent call last):\n{frames}{text}\n"
+    return ErrorText(text, cut(traceback_text, LONGEST_TRACE), problem)
 
 
 def text_of(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shardproof.errors import UsageError
-from shardproof.wording import shown, written
+from shardproof.wording import short_repr, short_text
 
 _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISDIR, "a directory"),
@@ -34,16 +34,16 @@ def path_of(path: Any, *, what: str, way_out: str) -> Path:
         UsageError: it is not a path, or empty, or has an invalid character.
     """
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
-        raise UsageError(f"{what} is {shown(path)}, which is not a path. {way_out}")
+        raise UsageError(f"{what} is {short_repr(path)}, which is not a path. {way_out}")
     text = os.fspath(path)
     if not text or "\0" in text:
-        kind = "empty" if not text else f"{shown(text)}, and no path has a zero byte"
+        kind = "empty" if not text else f"{short_repr(text)}, and no path has a zero byte"
         raise UsageError(f"{what} is {kind}. {way_out}")
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
         raise UsageError(
-            f"{what} is {shown(text)}, and no path has such a character. {way_out}"
+            f"{what} is {short_repr(text)}, and no path has such a character. {way_out}"
         ) from None
     return Path(text)
 
@@ -146,7 +146,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(unique) != len(pairs):
         counts = Counter(name for name, _ in pairs)
         twice = next(name for name, count in counts.items() if count > 1)
-        raise _Strange(f"the key {shown(twice)} is there twice")
+        raise _Strange(f"the key {short_repr(twice)} is there twice")
     return unique
 
 
@@ -159,7 +159,7 @@ def _whole(text: str) -> int:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise _Strange(f"the number {written(text, most=40)} is not finite")
+        raise _Strange(f"the number {short_text(text, most=40)} is not finite")
     return number
 
 
@@ -197,4 +197,4 @@ def why(error: BaseException) -> str:
         return "it is a link that leads back to itself"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return written(str(error), most=200)
+    return short_text(str(error), most=200)

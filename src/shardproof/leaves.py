@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from shardproof.checked_values import whole_number
 from shardproof.errors import DegreeError, ShapeError
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 DEFAULT_LEAVES = 8
 
@@ -43,9 +43,9 @@ def checked_degree(degree: Any) -> int:
     """
     number = whole_number(degree)
     if number is None:
-        raise DegreeError(f"degree {shown(degree)} is not a whole number. Use 1 or more.")
+        raise DegreeError(f"degree {short_repr(degree)} is not a whole number. Use 1 or more.")
     if number < 1:
-        raise DegreeError(f"degree {shown(number)} is not a positive number. Use 1 or more.")
+        raise DegreeError(f"degree {short_repr(number)} is not a positive number. Use 1 or more.")
     return number
 
 
@@ -57,15 +57,15 @@ def check_degree(degree: int, leaves: int) -> None:
     """
     if leaves < 1:
         raise DegreeError(
-            f"leaves={shown(leaves)} is not a positive number. Use 1 or more (default 8)."
+            f"leaves={short_repr(leaves)} is not a positive number. Use 1 or more (default 8)."
         )
     if degree < 1:
-        raise DegreeError(f"degree {shown(degree)} is not a positive number. Use 1 or more.")
+        raise DegreeError(f"degree {short_repr(degree)} is not a positive number. Use 1 or more.")
     if degree > leaves:
         raise DegreeError(
-            f"degree {shown(degree)} exceeds leaves={leaves}: a rank beyond the last leaf would "
-            f"never have work. Use leaves={shown(degree)} or more (at every degree, for the leaves "
-            f"fix the bits), or a degree of at most {leaves}."
+            f"degree {short_repr(degree)} exceeds leaves={leaves}: a rank beyond the last leaf "
+            f"would never have work. Use leaves={short_repr(degree)} or more (at every degree, for "
+            f"the leaves fix the bits), or a degree of at most {leaves}."
         )
 
 
@@ -114,8 +114,8 @@ class Cut:
         size = self.size if type(self.size) is int else whole_number(self.size) or 0
         if size < 1:
             raise ShapeError(
-                f"cannot cut a dim of {shown(self.size)} units: it needs at least one, as a whole "
-                "number."
+                f"cannot cut a dim of {short_repr(self.size)} units: it needs at least one, as a "
+                "whole number."
             )
         object.__setattr__(self, "size", size)
         if self.unit < 1 or self.size % self.unit:

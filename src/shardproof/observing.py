@@ -10,7 +10,7 @@ The memory audit of the prover, the counters of `benchmarks/` and the trace are 
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -100,7 +100,7 @@ class Sending:
 
 
 @dataclass
-class Told:
+class StepEvent:
     """One step of shardproof, as it is reported to observers.
 
     Attributes:
@@ -177,10 +177,10 @@ class Observer(TorchDispatchMode):
     def kernel(self, flops: int) -> None:
         """A matrix product by one of our kernels."""
 
-    def told(self, told: Told) -> None:
+    def on_event(self, event: StepEvent) -> None:
         """A step was done, or a collective was started."""
 
-    def finished(self, told: Told) -> None:
+    def on_finish(self, event: StepEvent) -> None:
         """A collective that was started has its result."""
 
 
@@ -188,12 +188,12 @@ class Memory:
     """Bytes of the live storages among those that were seen.
 
     Attributes:
-        held: bytes now.
+        num_bytes: bytes now.
         peak: the largest number of bytes so far.
     """
 
     def __init__(self) -> None:
-        self.held = 0
+        self.num_bytes = 0
         self.peak = 0
         self._living: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         # A storage may be freed by another thread, or by this one inside `see`.
@@ -205,22 +205,22 @@ class Memory:
             for tensor in tensors:
                 storage = tensor.untyped_storage()
                 key, size = id(storage), storage.nbytes()
-                known = self._living.get(key)
-                if known is None or known[0]() is not storage:
+                entry = self._living.get(key)
+                if entry is None or entry[0]() is not storage:
                     freed = weakref.ref(storage, functools.partial(self._forget, key))
                     self._living[key] = freed, size
-                    self.held += size
-                elif known[1] != size:  # it was resized
-                    self._living[key] = known[0], size
-                    self.held += size - known[1]
-            self.peak = max(self.peak, self.held)
+                    self.num_bytes += size
+                elif entry[1] != size:  # it was resized
+                    self._living[key] = entry[0], size
+                    self.num_bytes += size - entry[1]
+            self.peak = max(self.peak, self.num_bytes)
 
     def _forget(self, key: int, freed: "weakref.ref[torch.UntypedStorage]") -> None:
         with self._lock:
-            known = self._living.get(key)
-            if known is not None and known[0] is freed:
+            entry = self._living.get(key)
+            if entry is not None and entry[0] is freed:
                 del self._living[key]
-                self.held -= known[1]
+                self.num_bytes -= entry[1]
 
 
 class _Here(threading.local):
@@ -243,16 +243,16 @@ def observers() -> Sequence[Observer]:
     return _here.observers
 
 
-def tell(told: Told) -> None:
+def tell(event: StepEvent) -> None:
     """Report a step to the observers of this thread."""
     for observer in _here.observers:
-        observer.told(told)
+        observer.on_event(event)
 
 
-def finish(told: Told) -> None:
+def finish(event: StepEvent) -> None:
     """Report that a collective, which was reported at its start, has its result."""
     for observer in _here.observers:
-        observer.finished(told)
+        observer.on_finish(event)
 
 
 def see_rule(name: str, args: Any, compute: Callable[[], Any]) -> Any:
@@ -279,16 +279,23 @@ def before_write(x: Tensor) -> Tensor:
         return x.clone()
 
 
-def tensors_in(tree: Any) -> Iterator[Tensor]:
+def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors of arguments or results with memory of their own (on meta there is none)."""
+    found: list[Tensor] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(tree: Any, found: list[Tensor]) -> None:
     if isinstance(tree, Tensor):
         if has_memory(tree):
-            yield tree
+            found.append(tree)
     elif isinstance(tree, list | tuple):
         for item in tree:
-            yield from tensors_in(item)
+            _collect(item, found)
     elif isinstance(tree, dict):
-        yield from tensors_in(list(tree.values()))
+        for item in tree.values():
+            _collect(item, found)
 
 
 def has_memory(x: Tensor) -> bool:

@@ -21,8 +21,8 @@ from shardproof.errors import UsageError
 PLAIN = frozenset((Tensor, nn.Parameter))
 FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
-Given = ParamSpec("Given")
-Found = TypeVar("Found")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 # Errors of torch or C for a tensor without memory, which are replaced by ours here.
 ERRORS = (RuntimeError, BufferError, UsageError)
@@ -31,19 +31,19 @@ _is_tracing = torch._C._is_tracing
 _has_transforms = torch._C._are_functorch_transforms_active
 
 
-def meets_cut(rule: str) -> Callable[[Callable[Given, Found]], Callable[Given, Found]]:
+def meets_cut(rule: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """Let a function accept cut tensors (`cut/`): if its first argument is one, a rule runs.
 
     Args:
         rule: name of the rule, which receives the undecorated function.
     """
 
-    def decorate(function: Callable[Given, Found]) -> Callable[Given, Found]:
+    def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         @wraps(function)
-        def call(*args: Given.args, **kwargs: Given.kwargs) -> Found:
+        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
             first = args[0] if args else next(iter(kwargs.values()), None)
             if type(first) not in PLAIN and (by := getattr(type(first), "by_rule", None)):
-                rule_result: Found = by(rule, function, args, kwargs)
+                rule_result: Result = by(rule, function, args, kwargs)
                 return rule_result
             return function(*args, **kwargs)
 
@@ -62,56 +62,56 @@ def is_odd(x: Tensor) -> bool:
     return type(x) not in PLAIN or x.layout is not torch.strided or x.is_nested or _has_transforms()
 
 
-def check(who: str, **given: Tensor | None) -> None:
+def check(who: str, **operands: Tensor | None) -> None:
     """Raise unless the C code can read all operands, and no tracer records operations.
 
     Args:
         who: name of the layer or function, for the message.
-        given: the operands by the names that the user knows; None for a missing one.
+        operands: the operands by the names that the user knows; None for a missing one.
     Raises:
         UsageError: an operand cannot be read, or a tracer is active.
     """
     _check_recording(who)
-    for name, x in given.items():
+    for name, x in operands.items():
         trouble = None if x is None else _trouble(x)
         if trouble is not None:
             what, way_out = trouble
             raise UsageError(f"{who}: {name} is {what}. {way_out.format(x=name)}")
 
 
-def explain(error: Exception, who: str, **given: Tensor | None) -> NoReturn:
+def explain(error: Exception, who: str, **operands: Tensor | None) -> NoReturn:
     """Raise the error of `check`, if there is one, or else `error`."""
     try:
-        check(who, **given)
-    except UsageError as found:
-        raise found from error
+        check(who, **operands)
+    except UsageError as refusal:
+        raise refusal from error
     raise error
 
 
-def check_freed(who: str, **given: Tensor) -> None:
+def check_freed(who: str, **operands: Tensor) -> None:
     """Raise if the storage of an operand was freed, which its address may not show.
 
     Args:
         who: name of the function, for the message.
-        given: the operands by their names.
+        operands: the operands by their names.
     Raises:
         UsageError: the memory of an operand was freed.
     """
-    for x in given.values():
+    for x in operands.values():
         if x.storage_offset() and not x.untyped_storage().nbytes():
-            check(who, **given)
+            check(who, **operands)
 
 
-def check_floating(who: str, **given: Tensor | None) -> None:
+def check_floating(who: str, **operands: Tensor | None) -> None:
     """Raise unless all operands have a dtype for sums and products.
 
     Args:
         who: name of the layer or function, for the message.
-        given: the operands by the names that the user knows.
+        operands: the operands by the names that the user knows.
     Raises:
         UsageError: a dtype is complex, integer, bool, or of 8 bits.
     """
-    for name, x in given.items():
+    for name, x in operands.items():
         if x is not None and x.dtype not in FLOATS:
             raise UsageError(
                 f"{who}: {name} is {x.dtype}, and float32, float64, bfloat16 or float16 is wanted. "
@@ -228,11 +228,11 @@ def _trouble_of_memory(x: Tensor) -> tuple[str, str] | None:
     last = x.storage_offset() + sum(
         (size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)
     )
-    wanted, there = (last + 1) * x.element_size(), x.untyped_storage().nbytes()
-    if there < wanted:
+    needed_bytes, storage_bytes = (last + 1) * x.element_size(), x.untyped_storage().nbytes()
+    if storage_bytes < needed_bytes:
         return (
-            f"a view of freed memory: its storage has {there} bytes, and shape {tuple(x.shape)} "
-            f"needs {wanted}",
+            f"a view of freed memory: its storage has {storage_bytes} bytes, and shape "
+            f"{tuple(x.shape)} needs {needed_bytes}",
             "FSDP frees parameters between their uses: use {x} inside the forward of its module, "
             "or after module.unshard().",
         )

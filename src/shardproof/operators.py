@@ -32,7 +32,7 @@ Collective = Callable[[list[Tensor], Any], list[Tensor]]  # of its parts and the
 
 _library = torch.library.Library("shardproof", "FRAGMENT")
 _num_modes = torch._C._len_torch_dispatch_stack
-_KNOWN = PLAIN | {type(None)}
+_PLAIN_OR_NONE = PLAIN | {type(None)}
 
 
 def is_recorded(*tensors: Tensor | None) -> bool:
@@ -42,7 +42,7 @@ def is_recorded(*tensors: Tensor | None) -> bool:
     ):
         return True
     for x in tensors:  # a plain loop, because this runs before every kernel
-        if type(x) not in _KNOWN and isinstance(x, FakeTensor | FunctionalTensor):
+        if type(x) not in _PLAIN_OR_NONE and isinstance(x, FakeTensor | FunctionalTensor):
             return True
     return False
 
@@ -58,8 +58,8 @@ def constant(x: Tensor) -> Tensor:
         x: a tensor that was created inside `unrecorded()`.
     """
     if is_recorded():
-        recorded: Tensor = torch.ops.aten.lift_fresh_copy.default(x)
-        return recorded
+        copy: Tensor = torch.ops.aten.lift_fresh_copy.default(x)
+        return copy
     return x
 
 
@@ -71,8 +71,8 @@ def resized(x: Tensor, shape: Sequence[int]) -> Tensor:
         shape: a shape with as many elements.
     """
     if is_recorded(x):
-        recorded: Tensor = torch.ops.aten._unsafe_view.default(x, list(shape))
-        return recorded
+        result: Tensor = torch.ops.aten._unsafe_view.default(x, list(shape))
+        return result
     return x.resize_(shape)
 
 
@@ -134,7 +134,9 @@ class Numbered:
 
 
 _axes = Numbered()
-_kept: Any = WeakIdKeyDictionary()  # axis -> the collectives that were recorded for it
+_collectives_by_axis: Any = (
+    WeakIdKeyDictionary()
+)  # axis -> the collectives that were recorded for it
 
 
 def record(
@@ -162,16 +164,16 @@ def record(
     Comm:
         that of `collective`.
     """
-    kept = _kept.setdefault(axis, [])
-    kept.append(collective)
+    calls = _collectives_by_axis.setdefault(axis, [])
+    calls.append(collective)
     sizes = [size for shape in shapes for size in shape]
     dims = [len(shape) for shape in shapes]
-    place = (_axes.number(axis), len(kept) - 1)
+    place = (_axes.number(axis), len(calls) - 1)
     results: list[Tensor] = _COLLECTIVES[kind](
         list(parts), sizes, dims, like.dtype, like.device, *place
     )
     if not _is_written(like, *parts):
-        kept.pop()  # it runs now and never again
+        calls.pop()  # it runs now and never again
     return results
 
 
@@ -184,13 +186,13 @@ def _is_written(*tensors: Tensor) -> bool:
 def _collective(parts: list[Tensor], *how: Any) -> list[Tensor]:
     *_, number, call = how
     axis = _axes.get(number)
-    kept = [] if axis is None else _kept.get(axis, [])
-    if call >= len(kept):
+    calls = [] if axis is None else _collectives_by_axis.get(axis, [])
+    if call >= len(calls):
         raise UsageError(
             "a recorded program calls a collective of ranks that are not there: it was recorded "
             "in another process, or its axis is gone. Record it again on these ranks."
         )
-    return kept[call](parts, axis)
+    return calls[call](parts, axis)
 
 
 def _shapes(

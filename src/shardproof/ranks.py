@@ -17,7 +17,7 @@ from shardproof.leaves import checked_degree
 from shardproof.timeout import checked_timeout
 from shardproof.trace.trace import Trace, checked_trace
 from shardproof.transport.choose import AUTO, GLOO, SHM, checked_transport, refusal, shm_problem
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 ENGINES = ("threads", "processes")
 
@@ -83,9 +83,9 @@ def launch(
     """
     if not callable(fn):
         raise UsageError(
-            f"cannot launch {shown(fn)}: it is not callable. Pass a function of an axis."
+            f"cannot launch {short_repr(fn)}: it is not callable. Pass a function of an axis."
         )
-    kept = checked_trace(trace)
+    trace_object = checked_trace(trace)
     ranks = open_ranks(
         degree,
         engine,
@@ -95,7 +95,7 @@ def launch(
         transport=transport,
     )
     with ranks:
-        return Results(ranks.run(fn)) if kept is None else _traced(ranks, fn, kept)
+        return Results(ranks.run(fn)) if trace_object is None else _traced(ranks, fn, trace_object)
 
 
 def _traced(ranks: Ranks, fn: Callable[[Axis], T], trace: Trace) -> Results[T]:
@@ -137,7 +137,7 @@ def open_ranks(
         [2, 2]
     """
     if not isinstance(engine, str) or engine not in ENGINES:
-        raise UsageError(f"unknown engine {shown(engine)}. Use one of: {', '.join(ENGINES)}.")
+        raise UsageError(f"unknown engine {short_repr(engine)}. Use one of: {', '.join(ENGINES)}.")
     degree = checked_degree(degree)
     settings = Settings(
         degree=degree,
@@ -146,7 +146,7 @@ def open_ranks(
         compare_inputs=checked_flag(compare_inputs, "compare_inputs"),
         transport=_check_transport(transport, engine),
     )
-    check_threads(settings.threads, degree, written=f"threads={settings.threads}")
+    check_threads(settings.threads, degree, setting_text=f"threads={settings.threads}")
     if engine == "processes":
         return ProcessRanks(settings, environment)
     if environment is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from shardproof import observing, operators
 from shardproof.axis import Axis
 from shardproof.comm.check import check_degree_of
-from shardproof.comm.reporting import count, sends_whole, told_of
+from shardproof.comm.reporting import count, sends_whole, step_event
 from shardproof.errors import ShapeError
 from shardproof.leaves import Cut
 from shardproof.observing import Operand
@@ -47,9 +47,9 @@ def to_columns(
     width = len(columns.owned(axis.rank))
     heights = rows.sizes()
     call = _call(x, rows, columns, direction, who)
-    got = swap(blocks, [height * width for height in heights], axis, call)
+    received = swap(blocks, [height * width for height in heights], axis, call)
     return torch.cat([part.view(-1, width) if width else part.view(height, 0)
-                      for part, height in zip(got, heights, strict=True)])  # fmt: skip
+                      for part, height in zip(received, heights, strict=True)])  # fmt: skip
 
 
 def to_rows(
@@ -87,9 +87,9 @@ def to_rows(
     height = len(rows.units(held[axis.rank]))
     widths = columns.sizes()
     call = _call(x, rows, columns, direction, who)
-    got = swap(blocks, [height * width for width in widths], axis, call)
+    received = swap(blocks, [height * width for width in widths], axis, call)
     return torch.cat(
-        [part.view(height, width) for part, width in zip(got, widths, strict=True)], dim=1
+        [part.view(height, width) for part, width in zip(received, widths, strict=True)], dim=1
     )
 
 
@@ -134,11 +134,11 @@ def swap(blocks: list[Tensor], sizes: list[int], axis: Axis, call: Call) -> list
     sent = item * (sum(block.numel() for block in blocks) - mine.numel())
     count(axis, call, whole, sent)
     if observing.is_on():
-        named = [Operand(f"to rank {rank}", block) for rank, block in enumerate(blocks)]
+        inputs = [Operand(f"to rank {rank}", block) for rank, block in enumerate(blocks)]
         sends = [
             each for each in sends_whole(blocks, range(axis.size)) if each.receiver != axis.rank
         ]
-        observing.tell(told_of(axis, call, named, None, whole, sent, sends=sends))
+        observing.tell(step_event(axis, call, inputs, None, whole, sent, sends=sends))
     return [mine if rank == axis.rank else part[0] for rank, part in enumerate(parts)]
 
 
@@ -152,12 +152,12 @@ def _slice(indices: range) -> slice:
 
 
 def _check(
-    x: Tensor, wanted: tuple[int, int], axis: Axis, who: str, rows: Cut, columns: Cut
+    x: Tensor, shape: tuple[int, int], axis: Axis, who: str, rows: Cut, columns: Cut
 ) -> None:
     for cut in (rows, columns):
         check_degree_of(cut, axis, who or "an exchange")
-    if tuple(x.shape) != wanted:
+    if tuple(x.shape) != shape:
         raise ShapeError(
             f"{who or 'an exchange'} on {axis}: got shape {tuple(x.shape)}, but this rank owns "
-            f"{wanted} of ({rows.size}, {columns.size}). Give the tensor that the cuts describe."
+            f"{shape} of ({rows.size}, {columns.size}). Give the tensor that the cuts describe."
         )

@@ -25,7 +25,7 @@ from shardproof.numerics.precision import widen
 from shardproof.numerics.sums import sum_all
 from shardproof.optim.layouts import layouts_of
 from shardproof.tree import add_run
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 Function = Callable[[Tensor], Tensor]
 _SAMPLE = 7  # elements of a leaf, at least, on which a function is tried
@@ -255,8 +255,8 @@ def _sums(
             sums[name] = parts[0]
             continue
         # Without a leaf this part is empty, but must need a gradient like those of other ranks.
-        held = torch.stack(parts) if parts else _leaf_values(function(value)).reshape(-1)[:0]
-        sums[name] = _TreeTotal.apply(held, layout, axis, name)
+        leaf_sums = torch.stack(parts) if parts else _leaf_values(function(value)).reshape(-1)[:0]
+        sums[name] = _TreeTotal.apply(leaf_sums, layout, axis, name)
     return sums
 
 
@@ -271,12 +271,14 @@ def _leaf_sum(y: Tensor) -> Tensor:
 
 def _applied(function: Function, leaf: Tensor, name: str) -> Tensor:
     if not callable(function):
-        raise UsageError(f"{shown(function)} is no function of each element, as torch.square is.")
+        raise UsageError(
+            f"{short_repr(function)} is no function of each element, as torch.square is."
+        )
     y = function(leaf)
     if not isinstance(y, Tensor) or y.shape != leaf.shape:
-        got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        description = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise ShapeError(
-            f"the function given for parameter {name!r} returned {got} for a leaf of shape "
+            f"the function given for parameter {name!r} returned {description} for a leaf of shape "
             f"{tuple(leaf.shape)}. Give one that is element-wise, such as torch.square: the sum is "
             "made here."
         )
@@ -294,9 +296,9 @@ def _check_elementwise(function: Function, leaf: Tensor, y: Tensor, name: str) -
     """
     step = max(1, leaf.numel() // _SAMPLE)
     some_values = function(leaf.detach().reshape(-1)[::step].clone())
-    wanted = y.detach().reshape(-1)[::step]
-    if some_values.shape == wanted.shape and torch.allclose(
-        some_values.double(), wanted.double(), rtol=1e-3, atol=1e-6, equal_nan=True
+    sample = y.detach().reshape(-1)[::step]
+    if some_values.shape == sample.shape and torch.allclose(
+        some_values.double(), sample.double(), rtol=1e-3, atol=1e-6, equal_nan=True
     ):
         return
     raise ShapeError(

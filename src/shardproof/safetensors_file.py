@@ -22,7 +22,7 @@ from shardproof import files
 from shardproof.errors import UsageError
 from shardproof.index_runs import take
 from shardproof.leaves import Layout
-from shardproof.wording import few, shown, written
+from shardproof.wording import few, short_repr, short_text
 
 # Name of a dtype in a header -> the dtype of torch.
 DTYPES = {
@@ -109,7 +109,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         UsageError: it is not a regular file, cannot be read, or is no whole safetensors file.
     """
-    what = written(str(path))
+    what = short_text(str(path))
     files.check_regular(path, what=what, way_out=_FETCH)
     try:
         with open(path, "rb") as file:
@@ -132,9 +132,11 @@ def _tensors(header: bytes, start: int, size: int, what: str) -> dict[str, Store
     try:
         entries = files.parse_json(header.decode("utf-8"))
     except (UnicodeDecodeError, ValueError) as error:
-        raise _no_file(what, f"its header is not JSON ({written(str(error), most=100)})") from None
+        raise _no_file(
+            what, f"its header is not JSON ({short_text(str(error), most=100)})"
+        ) from None
     if not isinstance(entries, dict):
-        raise _no_file(what, f"its header is {shown(entries)}")
+        raise _no_file(what, f"its header is {short_repr(entries)}")
     entries.pop("__metadata__", None)
     places = []
     for name, entry in entries.items():
@@ -144,7 +146,9 @@ def _tensors(header: bytes, start: int, size: int, what: str) -> dict[str, Store
     end = start
     for first, stop, stored in places:
         if first != end:
-            raise _no_file(what, f"the bytes of {shown(stored.name)} begin at {first}, not {end}")
+            raise _no_file(
+                what, f"the bytes of {short_repr(stored.name)} begin at {first}, not {end}"
+            )
         end = stop
     if end != size:
         more = "fewer" if size < end else "more"
@@ -166,12 +170,12 @@ def _stored(name: str, entry: Any, start: int, what: str) -> tuple[StoredTensor,
         or not _are_sizes(offsets)
         or len(offsets) != 2
     ):
-        raise _no_file(what, f"its entry for {shown(name)} is {shown(entry)}")
+        raise _no_file(what, f"its entry for {short_repr(name)} is {short_repr(entry)}")
     stored = StoredTensor(name, kind, tuple(shape), start + offsets[0])
     if offsets[1] - offsets[0] != stored.num_bytes:
         raise _no_file(
             what,
-            f"{shown(name)} with shape {shown(stored.shape)} and dtype {kind} needs "
+            f"{short_repr(name)} with shape {short_repr(stored.shape)} and dtype {kind} needs "
             f"{stored.num_bytes:,} bytes, and has {offsets[1] - offsets[0]:,}",
         )
     return stored, start + offsets[1]

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from shardproof.checked_values import LARGEST, LARGEST_SEED, whole_number
 from shardproof.errors import DegreeError, UsageError
 from shardproof.leaves import DEFAULT_LEAVES
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 Numerics = Literal["invariant", "native"]
 NUMERICS: tuple[Numerics, ...] = ("invariant", "native")
@@ -32,24 +32,25 @@ class Scheme:
             value = getattr(self, name)
             number = whole_number(value)  # a bool is an int, but never meant as one here
             if number is None:
-                raise UsageError(f"{name}={shown(value)} is not a whole number. Give an int.")
+                raise UsageError(f"{name}={short_repr(value)} is not a whole number. Give an int.")
             object.__setattr__(self, name, number)
         if self.leaves < 1:
             raise DegreeError(
-                f"leaves={shown(self.leaves)} is not a positive number. Use 1 or more (default 8)."
+                f"leaves={short_repr(self.leaves)} is not a positive number. Use 1 or more "
+                "(default 8)."
             )
         if self.leaves > LARGEST:
             raise DegreeError(
-                f"leaves={shown(self.leaves)} is more than any dim has. Use at most {LARGEST} "
+                f"leaves={short_repr(self.leaves)} is more than any dim has. Use at most {LARGEST} "
                 "(default 8)."
             )
         if abs(self.seed) > LARGEST_SEED:
             raise UsageError(
-                f"seed={shown(self.seed)} is out of range. Use at most {LARGEST_SEED}."
+                f"seed={short_repr(self.seed)} is out of range. Use at most {LARGEST_SEED}."
             )
         if not isinstance(self.numerics, str) or self.numerics not in NUMERICS:
             raise UsageError(
-                f"unknown numerics {shown(self.numerics)}. Use one of: {', '.join(NUMERICS)}."
+                f"unknown numerics {short_repr(self.numerics)}. Use one of: {', '.join(NUMERICS)}."
             )
 
     @property
@@ -69,6 +70,7 @@ def checked_scheme(scheme: Any) -> Scheme:
     """
     if not isinstance(scheme, Scheme):
         raise UsageError(
-            f"scheme={shown(scheme)} is not a Scheme. Use for instance shardproof.Scheme(leaves=8)."
+            f"scheme={short_repr(scheme)} is not a Scheme. Use for instance "
+            "shardproof.Scheme(leaves=8)."
         )
     return scheme

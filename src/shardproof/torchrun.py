@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from shardproof.checked_values import LARGEST, read_whole
 from shardproof.errors import AxisError
-from shardproof.wording import shown, written
+from shardproof.wording import short_repr, short_text
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 START = "Start with `torchrun --nproc-per-node N script.py`"
@@ -44,7 +44,7 @@ def read(environment: Mapping[str, str]) -> TorchrunRank | None:
     if len(present) == 1:
         (missing,) = {"RANK", "WORLD_SIZE"} - set(present)
         raise AxisError(
-            f"the environment has {present[0]}={written(environment[present[0]])} but no "
+            f"the environment has {present[0]}={short_text(environment[present[0]])} but no "
             f"{missing}, and torchrun sets both. Start with torchrun, or unset {present[0]} to run "
             "without it."
         )
@@ -133,12 +133,12 @@ def _number(
     number = read_whole(environment[name])
     if number is None:
         raise AxisError(
-            f"the environment has {name}={shown(environment[name])}, which is not a whole number. "
-            f"{way_out}."
+            f"the environment has {name}={short_repr(environment[name])}, which is not a whole "
+            f"number. {way_out}."
         )
     if not least <= number <= most:
         raise AxisError(
-            f"the environment has {name}={shown(number)}, which is not from {least} to {most}. "
-            f"{way_out}."
+            f"the environment has {name}={short_repr(number)}, which is not from {least} to "
+            f"{most}. {way_out}."
         )
     return number

@@ -82,8 +82,8 @@ class Shared:
         ]
         bounds = [0]
         for rank in range(1, self.degree):
-            wanted = share(plain.num_leaves, self.degree)[rank].start
-            nearest = min(starts, key=lambda start, at=wanted: (abs(start - at), start))  # type: ignore[misc]
+            target = share(plain.num_leaves, self.degree)[rank].start
+            nearest = min(starts, key=lambda start, at=target: (abs(start - at), start))  # type: ignore[misc]
             bounds.append(max(nearest, bounds[-1]))
         bounds.append(plain.num_leaves)
         return tuple(range(start, stop) for start, stop in pairwise(bounds))
@@ -209,9 +209,9 @@ class CutDim:
 
     def _where(self, units: frozenset[int]) -> Indices:
         count = self.shared.units.count + len(self.shared.units.needers)
-        wanted = np.zeros(count, dtype=bool)
-        wanted[list(units)] = True
-        return np.flatnonzero(wanted[self.labels])
+        is_needed = np.zeros(count, dtype=bool)
+        is_needed[list(units)] = True
+        return np.flatnonzero(is_needed[self.labels])
 
     def owned(self, rank: int) -> Indices:
         """Indices that a rank owns, in order: every index has one owner."""

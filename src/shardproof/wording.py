@@ -12,27 +12,27 @@ TEXT = 1000  # the same for a path or another library's message, of which the en
 _DEPTH = 3
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """The repr of a value, shortened if it is long.
 
     It cannot fail, hang or be long: a repr that raises is replaced by the name of the type, and
     only the start of a long text or list is read.
 
-    >>> shown("colwise"), shown([1, 2]), shown("x" * 5000)[-30:]
+    >>> short_repr("colwise"), short_repr([1, 2]), short_repr("x" * 5000)[-30:]
     ("'colwise'", '[1, 2]', "xxxxxxx...' (5,000 characters)")
     """
     return _cut(one_line(_repr(value, _DEPTH)), VALUE)
 
 
-def written(text: str, *, most: int = TEXT) -> str:
+def short_text(text: str, *, most: int = TEXT) -> str:
     """Text without quotes, shortened in its middle if it is long, with escaped line ends.
 
-    >>> written("--json"), written("x" * 4000, most=9)
+    >>> short_text("--json"), short_text("x" * 4000, most=9)
     ('--json', 'xxx...xxx')
     """
     if len(text) > most:
-        kept = max(1, (most - 3) // 2)
-        text = f"{text[:kept]}...{text[-kept:]}"
+        end_length = max(1, (most - 3) // 2)
+        text = f"{text[:end_length]}...{text[-end_length:]}"
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
@@ -49,7 +49,7 @@ def error_words(error: BaseException, *, most: int = 300) -> str:
     """
     text = one_line(str(error))
     name = type(error).__name__
-    return written(f"{name}: {text}" if text else name, most=most)
+    return short_text(f"{name}: {text}" if text else name, most=most)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -67,9 +67,9 @@ def few(items: Iterable[Any], *, most: int = 5) -> str:
     >>> few(["a", "b"]), few(range(20_000), most=2)
     ('a, b', '0, 1 and 19,998 more')
     """
-    known = list(items)
-    first = ", ".join(written(str(each), most=VALUE) for each in known[:most])
-    return first if len(known) <= most else f"{first} and {len(known) - most:,} more"
+    all_items = list(items)
+    first = ", ".join(short_text(str(each), most=VALUE) for each in all_items[:most])
+    return first if len(all_items) <= most else f"{first} and {len(all_items) - most:,} more"
 
 
 def run_words(numbers: Iterable[int], *, shortest: int = 3) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from shardproof import files
 from shardproof.errors import UsageError
-from shardproof.wording import written
+from shardproof.wording import short_text
 
 STATE = "shardproof.json"
 MANIFEST = "shardproof.manifest.json"
@@ -90,7 +90,7 @@ def _locked(path: Path, directory: Path) -> int:
         return lock
     os.close(lock)
     raise UsageError(
-        f"another process saves into {written(str(directory))}: {path.parent.name} beside it is "
+        f"another process saves into {short_text(str(directory))}: {path.parent.name} beside it is "
         "locked. Give each run a directory of its own."
     )
 
@@ -126,7 +126,7 @@ def check_replaceable(directory: Path) -> None:
     Raises:
         UsageError: it is no directory, or one with other things than a checkpoint.
     """
-    what = written(str(directory))
+    what = short_text(str(directory))
     if not os.path.lexists(directory):
         return
     if directory.is_symlink() or not directory.is_dir():
@@ -148,7 +148,7 @@ def checked_path(directory: object) -> Path:
     path = files.path_of(directory, what="the directory", way_out="Name one.")
     path = Path(os.path.abspath(path))
     if not path.name:
-        raise UsageError(f"the directory {written(str(path))} has no name. {_OTHER}")
+        raise UsageError(f"the directory {short_text(str(path))} has no name. {_OTHER}")
     return path
 
 

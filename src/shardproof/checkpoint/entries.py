@@ -17,7 +17,7 @@ from shardproof.leaves import Layout, replicated
 from shardproof.optim.layouts import layouts_of
 from shardproof.optim.state import state_layout
 from shardproof.safetensors_file import NAMES
-from shardproof.wording import dtype_name, few, shown
+from shardproof.wording import dtype_name, few, short_repr
 
 _DTYPES = {dtype_name(dtype): dtype for dtype in NAMES}
 SEPARATOR = "/"  # between the name of a parameter and the key of its state
@@ -213,7 +213,7 @@ def plain(value: Any, what: str) -> Any:
         pairs = [[key, plain(each, what)] for key, each in value.items()]
         return {"dict": pairs}
     raise UsageError(
-        f"{what} is {shown(value)}, which is not plain data. A checkpoint has None, bools, "
+        f"{what} is {short_repr(value)}, which is not plain data. A checkpoint has None, bools, "
         "numbers, text, and lists, tuples and dicts of them."
     )
 
@@ -239,7 +239,7 @@ def restored(value: Any) -> Any:
             return torch.tensor(restored(number), dtype=_DTYPES[name]).reshape(shape)
         case {"dtype": str(name)} if name in _DTYPES:
             return _DTYPES[name]
-    raise ValueError(f"{shown(value)} is no value of a checkpoint")
+    raise ValueError(f"{short_repr(value)} is no value of a checkpoint")
 
 
 def check_unique(entries: Iterable[Entry]) -> None:

@@ -41,7 +41,7 @@ from shardproof.leaves import Layout
 from shardproof.optim.layouts import layouts_of
 from shardproof.optim.state import state_layout
 from shardproof.safetensors_file import StoredTensor
-from shardproof.wording import few, shown, written
+from shardproof.wording import few, short_repr, short_text
 
 _LARGEST_STATE = 1 << 28  # bytes
 _AGAIN = "Fetch or save the checkpoint again."
@@ -109,12 +109,12 @@ def load(
         optimizer = None if optimizer is None else checked_optimizer(optimizer)
         weights_only = checked_flag(weights_only, "weights_only")
         partial = checked_flag(partial, "partial")
-    with together(axis, f"recovering {written(str(path))}"):
+    with together(axis, f"recovering {short_text(str(path))}"):
         if axis.rank == 0:
             recover(path)
-    with together(axis, f"reading {written(str(path))}"):
+    with together(axis, f"reading {short_text(str(path))}"):
         plan = _plan(path, model, optimizer, weights_only, partial)
-    with together(axis, f"reading {written(str(path))}"):
+    with together(axis, f"reading {short_text(str(path))}"):
         read(plan.weights)
         read(plan.states)
     with together(axis, "loading the optimizer"):
@@ -144,7 +144,7 @@ class _Plan:
 def _plan(
     path: Path, model: nn.Module, optimizer: Optimizer | None, weights_only: bool, partial: bool
 ) -> _Plan:
-    what = written(str(path))
+    what = short_text(str(path))
     if not path.is_dir():
         raise UsageError(f"{what} is no directory. Name one that shardproof.save wrote.")
     state = _state_of(path)
@@ -168,7 +168,7 @@ def _plan(
             )
     elif optimizer is None and saved is not None:
         raise UsageError(
-            f"{what} has the state of {shown(saved.get('class'))}, and no optimizer is given. Give "
+            f"{what} has the state of {short_repr(saved.get('class'))}, and no optimizer is given. Give "
             "it; or pass weights_only=True to leave that state."
         )
     elif optimizer is not None:
@@ -198,7 +198,7 @@ def _state_of(path: Path) -> dict[str, Any]:
     file = path / STATE
     if not os.path.lexists(file):
         return {}
-    what = written(str(file))
+    what = short_text(str(file))
     state = files.read_json(file, what=what, way_out=_AGAIN, largest=_LARGEST_STATE)
     version = state.get("version") if isinstance(state, dict) else None
     if type(version) is int and version > VERSION:
@@ -208,7 +208,7 @@ def _state_of(path: Path) -> dict[str, Any]:
         )
     step = state.get("step") if isinstance(state, dict) else None
     if version != VERSION or state.get("format") != "shardproof" or type(step) is not int:
-        raise UsageError(f"{what} is not the state of a checkpoint: {shown(state)}. {_AGAIN}")
+        raise UsageError(f"{what} is not the state of a checkpoint: {short_repr(state)}. {_AGAIN}")
     return state
 
 
@@ -218,7 +218,7 @@ def _draws(what: str, model: nn.Module, state: dict[str, Any]) -> dict[str, int]
         return {}
     saved, mine = state.get("draws"), draws_of(model)
     if not isinstance(saved, dict) or any(type(n) is not int or n < 0 for n in saved.values()):
-        raise UsageError(f"the draws of {what} are {shown(saved)}, not counts. {_AGAIN}")
+        raise UsageError(f"the draws of {what} are {short_repr(saved)}, not counts. {_AGAIN}")
     if saved.keys() != mine.keys():
         names = few(sorted(saved.keys() ^ mine.keys()), most=3)
         raise UsageError(
@@ -231,16 +231,16 @@ def _draws(what: str, model: nn.Module, state: dict[str, Any]) -> dict[str, int]
 
 def _match_states(path: Path, model: nn.Module, optimizer: Optimizer, saved: Any) -> list[Match]:
     """The tensors of the state of an optimizer, each with new memory for this rank's part."""
-    what = written(str(path))
+    what = short_text(str(path))
     kind = type(optimizer).__name__
     try:
         groups = [(group["parameters"], group["options"]) for group in saved["groups"]]
         saved_kind = saved["class"]
     except (TypeError, KeyError):
-        raise UsageError(f"the optimizer of {what} is {shown(saved)}. {_AGAIN}") from None
+        raise UsageError(f"the optimizer of {what} is {short_repr(saved)}. {_AGAIN}") from None
     if saved_kind != kind:
         raise UsageError(
-            f"{what} has the state of {shown(saved_kind)}, and the optimizer is {kind}. Make the "
+            f"{what} has the state of {short_repr(saved_kind)}, and the optimizer is {kind}. Make the "
             "optimizer as it was saved; or pass weights_only=True and no optimizer."
         )
     mine = names_of(model, optimizer)
@@ -262,8 +262,8 @@ def _match_states(path: Path, model: nn.Module, optimizer: Optimizer, saved: Any
         parameter_name, _, key = name.rpartition(SEPARATOR)
         if parameter_name not in layouts:
             raise UsageError(
-                f"{written(str(file))} has {shown(name)}, and the model has no parameter "
-                f"{shown(parameter_name)}. {_AGAIN}"
+                f"{short_text(str(file))} has {short_repr(name)}, and the model has no parameter "
+                f"{short_repr(parameter_name)}. {_AGAIN}"
             )
         parameter, layout = layouts[parameter_name]
         where = _layout_of_state(optimizer, key, stored, layout)
@@ -322,7 +322,7 @@ def _result(plan: _Plan, model: nn.Module, axis: Axis) -> Loaded:
     goes_on = plan.optimizer is not None or mine != PLAIN
     if contract and not is_same and goes_on and axis.rank == 0:
         warnings.warn(
-            f"{written(str(plan.path))} was saved under the contract {shown(contract)}, and the "
+            f"{short_text(str(plan.path))} was saved under the contract {short_repr(contract)}, and the "
             f"model here has {mine!r}: the values are right, and the next steps may have other "
             "bits than an unbroken run.",
             stacklevel=3,

@@ -18,7 +18,7 @@ from shardproof import files
 from shardproof.checkpoint.directory import MANIFEST
 from shardproof.errors import UsageError
 from shardproof.safetensors_file import read_header, read_into
-from shardproof.wording import few, shown, written
+from shardproof.wording import few, short_repr, short_text
 
 VERSION = 1
 BLOCK = 16 << 20  # bytes
@@ -159,7 +159,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         UsageError: there is none, it cannot be read, or its own hash does not agree.
     """
-    what = written(str(folder / MANIFEST))
+    what = short_text(str(folder / MANIFEST))
     content = files.read_json(folder / MANIFEST, what=what, way_out=_AGAIN, largest=_LARGEST)
     version = content.get("version") if isinstance(content, dict) else None
     if type(version) is int and version > VERSION:
@@ -172,12 +172,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         or content.get("block_bytes") != BLOCK
         or not isinstance(content.get("files"), dict)
     ):
-        raise UsageError(f"{what} is no manifest of a checkpoint: {shown(content)}. {_AGAIN}")
+        raise UsageError(f"{what} is no manifest of a checkpoint: {short_repr(content)}. {_AGAIN}")
     if content.get("root") != root_of(content):
         raise UsageError(f"{what} is damaged: its root hash is not that of its lines. {_AGAIN}")
     for name in content["files"]:
         if "/" in name or name in {"", ".", ".."}:
-            raise UsageError(f"{what} names {shown(name)}, which is outside the directory.")
+            raise UsageError(f"{what} names {short_repr(name)}, which is outside the directory.")
     return content
 
 

@@ -42,7 +42,7 @@ from shardproof.hf.weights import MODEL, OPTIMIZER
 from shardproof.layers import registry
 from shardproof.numerics import mode
 from shardproof.safetensors_file import check_dtypes
-from shardproof.wording import written
+from shardproof.wording import short_text
 
 VERSION = 1
 PLAIN = "plain"  # the contract of a model that is not cut
@@ -103,14 +103,14 @@ def save(
     axis.agree(digests, what="checkpoints", way_out="Save the same on all ranks.")
     saved: SavedDirectory | None = None
     try:
-        with together(axis, f"saving {written(str(path))}"):
+        with together(axis, f"saving {short_text(str(path))}"):
             if axis.rank == 0:
                 saved = SavedDirectory(path)
                 create(saved.work, [plan for plan, _ in plans])
                 _write_others(saved.work, model, state, tokenizer, plans)
         _write_tensors(work_of(path), plans, axis)
         _write_manifest(work_of(path), axis)
-        with together(axis, f"saving {written(str(path))}"):
+        with together(axis, f"saving {short_text(str(path))}"):
             if saved is not None:
                 saved.finish()
     except BaseException:
@@ -219,7 +219,7 @@ def _write_tensors(
         try:
             for stored in plan.tensors:
                 writer.write(stored, entries[stored.name])
-            with together(axis, f"writing {written(str(path))}"):
+            with together(axis, f"writing {short_text(str(path))}"):
                 writer.finish()
         finally:
             writer.close()
@@ -232,13 +232,13 @@ def _write_manifest(folder: Path, axis: Axis) -> None:
         setup none in the ledger: small objects of all ranks go to all, uncounted.
     """
     mine: list[str] = []
-    with together(axis, f"hashing {written(str(folder))}"):
+    with together(axis, f"hashing {short_text(str(folder))}"):
         names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         blocks = manifest.blocks_of(folder, names)
         share = manifest.share_of(blocks, axis.rank, axis.size)
         mine = manifest.hashes_of(folder, share)
     hashes = [each for part in axis.gather_small(mine, what="the hashes") for each in part]
-    with together(axis, f"writing {written(str(folder / MANIFEST))}"):
+    with together(axis, f"writing {short_text(str(folder / MANIFEST))}"):
         if axis.rank == 0:
             write_file(folder / MANIFEST, manifest.manifest_of(blocks, hashes))
 

@@ -14,7 +14,7 @@ from shardproof.errors import UsageError
 from shardproof.leaves import DEFAULT_LEAVES, check_degree
 from shardproof.mistakes import CHAPTERS, Mistake, find_mistake
 from shardproof.mistakes.outcome import Outcome, amount, make
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 HEIGHT, STRIDE = 10, 3  # of a plot of losses: lines, and columns of a step
 RIGHT, WRONG, BOTH = "o", "x", "*"  # the marks of a plot
@@ -68,7 +68,7 @@ def break_(
 def _list(name: str | None, json_file: OutputFile | None) -> int:
     """Print the names of all mistakes."""
     if name is not None:
-        raise UsageError(f"--list takes no name, got {shown(name)}. Leave one of them out.")
+        raise UsageError(f"--list takes no name, got {short_repr(name)}. Leave one of them out.")
     if json_file is not None:
         chapters = [
             {"title": title, "mistakes": [dict(each.as_dict()) for each in mistakes]}
@@ -115,8 +115,8 @@ def show(outcome: Outcome, out: PlainConsole, *, added: Sequence[int] = ()) -> N
     mistake = outcome.mistake
     out.heading(mistake.name)
     out.show(Text(mistake.title))
-    if mistake.seen:
-        out.show(Text(f"Seen in: {mistake.seen}."))
+    if mistake.sighting:
+        out.show(Text(f"Seen in: {mistake.sighting}."))
     out.print()
     _show_edit(mistake, out)
     out.whole_line(f"first tensor that differs: {outcome.difference}")

@@ -7,10 +7,10 @@ from shardproof import extras
 from shardproof.errors import UsageError
 from shardproof.hf.skeleton import require_transformers
 from shardproof.prover import Case
-from shardproof.prover import cases as known
+from shardproof.prover import cases as case_registry
 from shardproof.prover.cases.text_training import TextTraining
 from shardproof.prover.cases.transformers_models import checkpoint_case
-from shardproof.wording import written
+from shardproof.wording import short_text
 
 Skipped = tuple[dict[str, str], ...]  # cases that lack their extra, as reports have them
 
@@ -35,7 +35,9 @@ def select_cases(
     if steps is None:
         return cases, skipped
     if not any(isinstance(case.work, TextTraining) for case in cases):
-        trained = [case for case in known.all_cases() if isinstance(case.work, TextTraining)]
+        trained = [
+            case for case in case_registry.all_cases() if isinstance(case.work, TextTraining)
+        ]
         raise UsageError(
             f"--steps {steps} is for cases that train on text, and there is none among "
             f"{case_names_of(cases)}. {add_one_of(trained)}"
@@ -57,7 +59,7 @@ def add_one_of(cases: Sequence[Case]) -> str:
 def _named_cases(names: Sequence[str]) -> tuple[tuple[Case, ...], Skipped]:
     if names:
         return tuple(find_installed(name) for name in dict.fromkeys(names)), ()
-    cases = known.all_cases()
+    cases = case_registry.all_cases()
     skipped = [case for case in cases if not case.is_installed]
     return (
         tuple(case for case in cases if case.is_installed),
@@ -71,14 +73,14 @@ def find_installed(name: str) -> Case:
     Raises:
         UsageError: there is no such case, or its extra is not installed.
     """
-    case = known.find_case(name)
+    case = case_registry.find_case(name)
     if not case.is_installed:
         raise UsageError(f"--case {case.name} {extras.is_wanted(case.extra)}")
     return case
 
 
 def _model_case(directory: str) -> Case:
-    require_transformers(f"--model {written(directory)}")
+    require_transformers(f"--model {short_text(directory)}")
     try:
         return checkpoint_case(directory)
     except UsageError as error:

@@ -8,7 +8,7 @@ from shardproof.cli.options import HELP_OPTIONS, json_option
 from shardproof.cli.output import BAD, GOOD, console, progress, size
 from shardproof.cli.output_file import OutputFile
 from shardproof.errors import UsageError
-from shardproof.wording import written
+from shardproof.wording import short_text
 
 
 @click.group(context_settings=HELP_OPTIONS)
@@ -27,7 +27,7 @@ def verify(directory: str, json_file: OutputFile | None) -> int:
     path = checked_path(directory)
     if not path.is_dir():
         raise UsageError(
-            f"{written(directory)} is no directory. Name one that shardproof.save wrote."
+            f"{short_text(directory)} is no directory. Name one that shardproof.save wrote."
         )
     content = read_manifest(path)
     with progress(is_speaker=True) as tell:

@@ -16,7 +16,7 @@ from shardproof.cli.output_file import OutputFile
 from shardproof.errors import UsageError
 from shardproof.leaves import DEFAULT_LEAVES
 from shardproof.prover import DEFAULT_SEED
-from shardproof.wording import VALUE, shown, written
+from shardproof.wording import VALUE, short_repr, short_text
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ def parse_whole(text: str, *, option: str, example: int) -> int:
     number = read_whole(text)
     if number is None:
         raise UsageError(
-            f"{option} {shown(text)} is not a whole number. Use for instance {option} {example}."
+            f"{option} {short_repr(text)} is not a whole number. Use for instance {option} "
+            f"{example}."
         )
     return number
 
@@ -50,12 +51,12 @@ def positive(text: str, *, option: str, example: int) -> int:
     number = parse_whole(text, option=option, example=example)
     if number < 1:
         raise UsageError(
-            f"{option} {shown(number)} is not a positive number. "
+            f"{option} {short_repr(number)} is not a positive number. "
             f"Use 1 or more, for instance {option} {example}."
         )
     if number > LARGEST:
         raise UsageError(
-            f"{option} {shown(number)} is out of range. "
+            f"{option} {short_repr(number)} is out of range. "
             f"Use 1 to {LARGEST}, for instance {option} {example}."
         )
     return number
@@ -88,8 +89,8 @@ class Seed(_Type):
         number = parse_whole(str(value), option=_name(param), example=DEFAULT_SEED)
         if not 0 <= number <= LARGEST_SEED:
             raise UsageError(
-                f"--seed {shown(number)} is out of range. Use a number from 0 to {LARGEST_SEED}, "
-                f"for instance --seed {DEFAULT_SEED}."
+                f"--seed {short_repr(number)} is out of range. Use a number from 0 to "
+                f"{LARGEST_SEED}, for instance --seed {DEFAULT_SEED}."
             )
         return number
 
@@ -111,25 +112,25 @@ class Degrees(_Type):
             degree = _degree(part.strip(), value)
             if degree in degrees:
                 raise UsageError(
-                    f"--degrees {written(value, most=VALUE)}: degree {degree} is there twice. Name "
-                    "each degree once."
+                    f"--degrees {short_text(value, most=VALUE)}: degree {degree} is there twice. "
+                    "Name each degree once."
                 )
             degrees.append(degree)
         return tuple(sorted(degrees))
 
 
 def _degree(part: str, text: str) -> int:
-    degree, start = read_whole(part), f"--degrees {written(text, most=VALUE)}"
+    degree, start = read_whole(part), f"--degrees {short_text(text, most=VALUE)}"
     if degree is None:
-        named = shown(part) if part else "an empty place"
+        named = short_repr(part) if part else "an empty place"
         raise UsageError(
             f"{start}: {named} is not a degree. Use whole numbers, 1 or more, "
             f"separated by commas, for instance --degrees 1,2,3,4."
         )
     if degree < 1:
         raise UsageError(
-            f"{start}: degree {shown(degree)} is not a positive number. A degree is a number of "
-            f"ranks; use 1 or more, for instance --degrees 1,2,3,4."
+            f"{start}: degree {short_repr(degree)} is not a positive number. A degree is a number "
+            "of ranks; use 1 or more, for instance --degrees 1,2,3,4."
         )
     return degree
 
@@ -143,18 +144,18 @@ class Name(_Type):
 
     name = "name"
 
-    def __init__(self, known: Sequence[str]) -> None:
-        self._known = known
+    def __init__(self, choices: Sequence[str]) -> None:
+        self._choices = choices
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: Any) -> str:
         """The name. The error for an unknown name suggests the nearest."""
-        if value in self._known:
+        if value in self._choices:
             return str(value)
-        near = difflib.get_close_matches(value[:VALUE], self._known, n=1)
+        near = difflib.get_close_matches(value[:VALUE], self._choices, n=1)
         guess = f"Did you mean {near[0]}? " if near else ""
         raise UsageError(
-            f"{_name(param)} {shown(value)} is unknown. {guess}"
-            f"Use one of: {', '.join(self._known)}."
+            f"{_name(param)} {short_repr(value)} is unknown. {guess}"
+            f"Use one of: {', '.join(self._choices)}."
         )
 
 
@@ -175,9 +176,9 @@ def _name(param: click.Parameter | None) -> str:
     return param.opts[0] if param is not None else "the option"
 
 
-def choice_option(name: str, known: Sequence[str], **rest: Any) -> Callable[[Command], Command]:
+def choice_option(name: str, choices: Sequence[str], **rest: Any) -> Callable[[Command], Command]:
     """A decorator for an option that takes one of some names."""
-    return click.option(name, type=Name(known), metavar="|".join(known), **rest)
+    return click.option(name, type=Name(choices), metavar="|".join(choices), **rest)
 
 
 def number_option(

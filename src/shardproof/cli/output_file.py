@@ -14,7 +14,7 @@ from typing import Any
 from shardproof import extras, files
 from shardproof.errors import UsageError
 from shardproof.prover.compare_reports import fault_of
-from shardproof.wording import shown, spelt_out, written
+from shardproof.wording import short_repr, short_text, spelt_out
 
 # Hashes of 10,000 tensors at 8 degrees are some 10 MB; what is larger was not made by us, and
 # JSON takes up to twenty times its size when it is read.
@@ -37,7 +37,7 @@ class OutputFile:
     """
 
     def __init__(self, text: str, *, option: str = "--json") -> None:
-        self.path = written(text)
+        self.path = short_text(text)
         self._what = f"{option} {self.path}"
         way_out = f"Name a file, for instance {option} report.json."
         path = files.path_of(text, what=option, way_out=way_out)
@@ -46,13 +46,13 @@ class OutputFile:
             if path.is_dir():
                 raise UsageError(
                     f"{self._what} is a directory. Name a file, for instance "
-                    f"{option} {written(str(path / 'report.json'))}."
+                    f"{option} {short_text(str(path / 'report.json'))}."
                 )
             self._is_special = path.exists() and not path.is_file()
             self._path = path if self._is_special else path.resolve()
             if not self._path.parent.is_dir():
                 raise UsageError(
-                    f"{self._what}: there is no directory {written(str(self._path.parent))}. "
+                    f"{self._what}: there is no directory {short_text(str(self._path.parent))}. "
                     f"Create it first, or name a file elsewhere."
                 )
             self._try()
@@ -164,7 +164,7 @@ def read_report(text: str, *, option: str = "--against") -> dict[str, Any]:
     """
     way_out = "Name a file that `shardproof prove --json FILE` wrote."
     path = files.path_of(text, what=option, way_out=way_out)
-    what = f"{option} {written(text)}"
+    what = f"{option} {short_text(text)}"
     report = files.read_json(path, what=what, way_out=way_out, largest=LARGEST_REPORT)
     fault = fault_of(report)
     if fault:
@@ -185,10 +185,10 @@ def checked_picture(text: str, *, is_installed: bool, example: str) -> Path:
     """
     if Path(text).suffix not in PICTURES:
         raise UsageError(
-            f"--plot {shown(text)} does not end in .png, .svg and .pdf, which say how to draw. "
-            f"Name a file, for instance --plot {example}."
+            f"--plot {short_repr(text)} does not end in .png, .svg and .pdf, which say how to "
+            f"draw. Name a file, for instance --plot {example}."
         )
-    what = f"--plot {written(text)}"
+    what = f"--plot {short_text(text)}"
     if not is_installed:
         raise UsageError(f"{what} {extras.is_wanted('plot')}")
     # Raises where nothing can be written.

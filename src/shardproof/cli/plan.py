@@ -40,7 +40,7 @@ from shardproof.plans.planning import plan as make_plan
 from shardproof.plans.watched_plan import WatchedPlan
 from shardproof.scheme import Scheme
 from shardproof.showing.plan_page import plan_page
-from shardproof.wording import error_words, shown, written
+from shardproof.wording import error_words, short_repr, short_text
 
 BATCH, LENGTH = 4, 128
 _WAY_OUT = (
@@ -108,7 +108,7 @@ def plan(
     if inputs is not None and (_is_given("batch") or _is_given("length")):
         raise UsageError(
             f"--batch and --length set the size of an example that a config gives, and "
-            f"{written(model_dir)} returns its own. Leave both out."
+            f"{short_text(model_dir)} returns its own. Leave both out."
         )
     if inputs is not None:
         model_plan: ModelPlan | WatchedPlan = make_plan(
@@ -143,13 +143,13 @@ def _plan_of_config(
     """The plan by the model's own tp_plan, or by watching a forward of `size` rows and tokens."""
     why = ""
     if not watch:
-        attempted = attempt(model, None, degree=degree, scheme=scheme)
-        if not isinstance(attempted, str):
-            model_plan, problems = attempted
+        outcome = attempt(model, None, degree=degree, scheme=scheme)
+        if not isinstance(outcome, str):
+            model_plan, problems = outcome
             if problems:
                 raise PlanError(as_error(model, problems))
             return model_plan
-        why = attempted
+        why = outcome
     batch, length = size
     return plan_by_example(model, degree=degree, scheme=scheme, why=why, batch=batch, length=length)
 
@@ -170,15 +170,15 @@ def read_model(source: str) -> tuple[nn.Module, Any]:
     if not colon or Path(source).is_dir():
         if source.endswith(".py") and not Path(source).is_dir():
             raise UsageError(
-                f"{written(source)} is a file of Python, without a function. {_WAY_OUT}"
+                f"{short_text(source)} is a file of Python, without a function. {_WAY_OUT}"
             )
         return any_skeleton(source), None
     if not where or not function.isidentifier():
-        raise UsageError(f"{written(source)} names no function in a module. {_WAY_OUT}")
+        raise UsageError(f"{short_text(source)} names no function in a module. {_WAY_OUT}")
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the plan
         module = _imported(where)
         result = _called(module, where, function)
-    return _model_and_inputs(result, f"{written(where)}:{function}")
+    return _model_and_inputs(result, f"{short_text(where)}:{function}")
 
 
 def _imported(where: str) -> ModuleType:
@@ -186,7 +186,7 @@ def _imported(where: str) -> ModuleType:
     is_file = where.endswith(".py") or os.sep in where
     path = Path(where)
     if is_file and not path.is_file():
-        raise UsageError(f"there is no file {written(where)}. {_WAY_OUT}")
+        raise UsageError(f"there is no file {short_text(where)}. {_WAY_OUT}")
     folder = str(path.resolve().parent) if is_file else os.getcwd()
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -196,11 +196,11 @@ def _imported(where: str) -> ModuleType:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and not is_file and f"{where}.".startswith(f"{missing}."):
             raise UsageError(
-                f"there is no module {written(missing)} here or among those that are installed. "
+                f"there is no module {short_text(missing)} here or among those that are installed. "
                 f"{_WAY_OUT}"
             ) from None
         raise UsageError(
-            f"{written(where)} cannot be imported: {error_words(error)}. Correct it: "
+            f"{short_text(where)} cannot be imported: {error_words(error)}. Correct it: "
             f"python {where if is_file else f'-m {where}'} shows where."
         ) from error
 
@@ -242,28 +242,30 @@ def _called(module: ModuleType, where: str, name: str) -> Any:
     if function is None:
         functions = [each for each, value in vars(module).items() if inspect.isfunction(value)]
         raise UsageError(
-            f"{written(where)} has no function {shown(name)}; near names: "
+            f"{short_text(where)} has no function {short_repr(name)}; near names: "
             f"{near_names(name, functions)}. {_WAY_OUT}"
         )
     if not callable(function):
-        raise UsageError(f"{written(where)}:{name} is {shown(function)}, no function. {_WAY_OUT}")
-    wanted = _wanted(function)
-    if wanted:
         raise UsageError(
-            f"{written(where)}:{name} wants arguments ({', '.join(wanted)}), and is called without "
-            "any. Write a function without arguments that calls it."
+            f"{short_text(where)}:{name} is {short_repr(function)}, no function. {_WAY_OUT}"
+        )
+    required_arguments = _required_arguments(function)
+    if required_arguments:
+        raise UsageError(
+            f"{short_text(where)}:{name} wants arguments ({', '.join(required_arguments)}), and is "
+            "called without any. Write a function without arguments that calls it."
         )
     try:
         return function()
     except (Exception, SystemExit) as error:  # whatever a function of a user raises
         line = _line_of(error, where)
         raise UsageError(
-            f"{written(where)}:{name} raised {error_words(error)}{line}. Correct it; it is called "
-            "without arguments, and returns (model, inputs)."
+            f"{short_text(where)}:{name} raised {error_words(error)}{line}. Correct it; it is "
+            "called without arguments, and returns (model, inputs)."
         ) from error
 
 
-def _wanted(function: Any) -> list[str]:
+def _required_arguments(function: Any) -> list[str]:
     """The names of arguments without a default."""
     try:
         takes = inspect.signature(function).parameters.values()
@@ -294,13 +296,13 @@ def _model_and_inputs(result: Any, who: str) -> tuple[nn.Module, Any]:
         )
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], nn.Module):
         raise UsageError(
-            f"{who} returns {shown(result)}. Return (model, inputs): a module of torch, and what "
-            "its forward takes as a tuple, a dict by name, or a tensor."
+            f"{who} returns {short_repr(result)}. Return (model, inputs): a module of torch, and "
+            "what its forward takes as a tuple, a dict by name, or a tensor."
         )
     model, inputs = result
     if not isinstance(inputs, tuple | list | Mapping | Tensor):
         raise UsageError(
-            f"{who} returns inputs {shown(inputs)}. Return what forward takes as a tuple, a dict "
-            "by name, or a tensor."
+            f"{who} returns inputs {short_repr(inputs)}. Return what forward takes as a tuple, a "
+            "dict by name, or a tensor."
         )
     return model, inputs

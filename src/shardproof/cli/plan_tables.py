@@ -129,8 +129,10 @@ def _whole(plan: ModelPlan) -> list[str]:
 
 def _largest(module: ModulePlan) -> int:
     """Bytes on the rank that holds the most."""
-    held = [parameter.held_bytes for parameter in module.parameters if not parameter.tied_to]
-    return max((sum(ranks) for ranks in zip(*held, strict=True)), default=0)
+    sizes_by_parameter = [
+        parameter.held_bytes for parameter in module.parameters if not parameter.tied_to
+    ]
+    return max((sum(ranks) for ranks in zip(*sizes_by_parameter, strict=True)), default=0)
 
 
 def _size(num_bytes: int) -> str:

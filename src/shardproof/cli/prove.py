@@ -38,7 +38,7 @@ from shardproof.prover import (
     prove_cases,
     prove_under_torchrun,
 )
-from shardproof.prover import cases as known
+from shardproof.prover import cases as case_registry
 from shardproof.prover.cases.notebooks import compare_with_notebook as beside
 from shardproof.prover.compare_reports import ONLY_EARLIER, ONLY_HERE, OTHER_BITS
 from shardproof.prover.proof import Progress, coming_contract, threads_of_ranks
@@ -46,7 +46,7 @@ from shardproof.prover.recording import FEW
 from shardproof.ranks import ENGINES, TRANSPORTS
 from shardproof.scheme import NUMERICS, Scheme
 from shardproof.transport.choose import SHM, refusal, shm_problem
-from shardproof.wording import VALUE, written
+from shardproof.wording import VALUE, short_text
 
 ANY_TRANSPORT = ("auto", "shm", "gloo", "threads")
 DEFAULT_DEGREES = (1, 2, 3, 4)
@@ -203,7 +203,7 @@ class ProofRun:
     def check(self) -> None:
         """Raise if this process cannot run so many threads, or invariant numerics."""
         num_here = 1 if self.engine == "torchrun" else max(self.degrees)
-        check_threads(self.threads or 1, num_here, written=f"--threads {self.threads}")
+        check_threads(self.threads or 1, num_here, setting_text=f"--threads {self.threads}")
         check_own_threads()  # with them the cases run in plain PyTorch
         # Processes that are started set their own mode.
         if self.scheme.is_invariant and self.engine != "processes":
@@ -270,7 +270,7 @@ class EarlierReport:
         try:
             return compare_with(report, self.report)
         except UsageError as error:
-            raise UsageError(f"--against {written(self.path)}: {error}") from None
+            raise UsageError(f"--against {short_text(self.path)}: {error}") from None
 
     def _report_of(self, run: ProofRun) -> Data:
         """The most that the report of a run can have in common with this one.
@@ -320,9 +320,9 @@ def _degrees_and_engine(
         for option, value in (("--engine", engine), ("--degrees", listed)):
             if value is not None:
                 raise UsageError(
-                    f"{option} {written(value, most=VALUE)} cannot be given under torchrun, which "
-                    f"has started {here.world_size} ranks (WORLD_SIZE={here.world_size}): the "
-                    f"degree is their number. Leave {option} out, or run without torchrun."
+                    f"{option} {short_text(value, most=VALUE)} cannot be given under torchrun, "
+                    f"which has started {here.world_size} ranks (WORLD_SIZE={here.world_size}): "
+                    f"the degree is their number. Leave {option} out, or run without torchrun."
                 )
         degrees, engine = tuple(sorted({1, here.world_size})), "torchrun"
     for degree in degrees:
@@ -348,9 +348,9 @@ def _picture(plot_path: str | None, cases: Sequence[Case]) -> Path | None:
     if plot_path is None:
         return None
     if not any(case.has_curve for case in cases):
-        trained = [case for case in known.all_cases() if case.has_curve]
+        trained = [case for case in case_registry.all_cases() if case.has_curve]
         raise UsageError(
-            f"--plot {written(plot_path)}: no loss falls over steps in {case_names_of(cases)}. "
+            f"--plot {short_text(plot_path)}: no loss falls over steps in {case_names_of(cases)}. "
             f"{add_one_of(trained)}"
         )
     return checked_picture(plot_path, is_installed=curve.is_installed(), example="losses.png")
@@ -366,7 +366,7 @@ def list_cases(json_file: OutputFile | None) -> int:
             "extra": case.extra,
             "installed": case.is_installed,
         }
-        for case in known.all_cases()
+        for case in case_registry.all_cases()
     ]
     if json_file is not None:
         json_file.write({"cases": cases})

@@ -218,23 +218,23 @@ def show_values(case: Data, out: PlainConsole) -> None:
         case: as a report has it, grid with values.
         out: where to.
     """
-    shown = [tensor for tensor in case["tensors"] if tensor.get("shown")]
+    tensors = [tensor for tensor in case["tensors"] if tensor.get("shown")]
     room = out.width - INDENT
-    if shown:
-        out.block(Group(*(_values(tensor, room=room) for tensor in shown)))
+    if tensors:
+        out.block(Group(*(_values(tensor, room=room) for tensor in tensors)))
     if case.get("notebook"):
         out.block(_beside(case, width=room))
 
 
 def _values(tensor: Data, *, room: int) -> Text:
-    shown = tensor["shown"]
-    held = {degree: _held(shapes) for degree, shapes in shown["held"].items()}
-    where = "; ".join(f"degree {degree}: {text}" for degree, text in held.items())
-    whose = "" if tensor["identical"] else f"; the numbers of degree {shown['degree']}"
+    values = tensor["shown"]
+    shapes_by_degree = {degree: _held(shapes) for degree, shapes in values["held"].items()}
+    where = "; ".join(f"degree {degree}: {text}" for degree, text in shapes_by_degree.items())
+    whose = "" if tensor["identical"] else f"; the numbers of degree {values['degree']}"
     head = f"{tensor['name']} ({shape(tensor['shape'])}; a rank holds, at {where}{whose})"
-    if shown["ours"] is None:
+    if values["ours"] is None:
         return Text(f"{head}: too large to show")
-    return Text("\n".join([head, *_lines(shown["ours"], max(1, room // NUMBER_WIDTH))]))
+    return Text("\n".join([head, *_lines(values["ours"], max(1, room // NUMBER_WIDTH))]))
 
 
 def _held(shapes: list[list[int]]) -> str:

@@ -24,7 +24,7 @@ from shardproof.showing.page import page_of
 from shardproof.showing.scenes import MOST_SCENES, view_of
 from shardproof.showing.step_runs import StepFunction, case_work, model_work, traced
 from shardproof.showing.terminal import lines_of
-from shardproof.wording import written
+from shardproof.wording import short_text
 
 NARROWEST = 40  # columns that the drawing needs
 
@@ -115,7 +115,7 @@ def _work(
             "shardproof show --case ffn."
         )
     if model is not None:
-        require_transformers(f"--model {written(model)}")
+        require_transformers(f"--model {short_text(model)}")
         return model_work(model, scheme=scheme, values=has_values)
     case = find_installed(case_name or "")
     about = (f"The first training step of the case: {case.description}.",)

@@ -72,24 +72,24 @@ def ending_in_order() -> Iterator[Ending]:
 @contextmanager
 def _watched(numbers: list[signal.Signals]) -> Iterator[None]:
     """Inside, a signal ends the process after a while even if the main thread is stuck."""
-    heard, written = os.pipe()
-    os.set_blocking(written, False)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
     is_over = threading.Event()
-    before = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
-    thread = threading.Thread(target=_watch, args=(heard, set(numbers), is_over), daemon=True)
+    before = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_watch, args=(read_end, set(numbers), is_over), daemon=True)
     thread.start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(before)
         is_over.set()
-        os.close(written)  # the thread reads the end
+        os.close(write_end)  # the thread reads the end
         thread.join()
-        os.close(heard)
+        os.close(read_end)
 
 
-def _watch(heard: int, numbers: set[signal.Signals], is_over: threading.Event) -> None:
-    while numbers_read := os.read(heard, 1):
+def _watch(read_end: int, numbers: set[signal.Signals], is_over: threading.Event) -> None:
+    while numbers_read := os.read(read_end, 1):
         if numbers_read[0] in numbers and not is_over.wait(_PATIENCE):
             try:
                 atexit._run_exitfuncs()  # folders of tempfile, processes of ranks

@@ -85,13 +85,13 @@ def _torch_cells(tensor: Data) -> tuple[str | Text, ...]:
 def _bits(tensor: Data, *, line_break: str) -> tuple[str, Text]:
     hashes = tensor["sha256"]
     if len(set(hashes.values())) == 1:
-        shown = next(iter(hashes.values()))[:HASH_LENGTH]
+        hash_text = next(iter(hashes.values()))[:HASH_LENGTH]
     else:
-        shown = "\n".join(f"{degree} {sha[:HASH_LENGTH]}" for degree, sha in hashes.items())
+        hash_text = "\n".join(f"{degree} {sha[:HASH_LENGTH]}" for degree, sha in hashes.items())
     if tensor["identical"]:
-        return shown, yes_no(True)
+        return hash_text, yes_no(True)
     others = ", ".join(differing_degrees(tensor))
-    return shown, Text(f"NO:{line_break}{others}" if others else "NO", BAD)
+    return hash_text, Text(f"NO:{line_break}{others}" if others else "NO", BAD)
 
 
 def differing_degrees(tensor: Data) -> list[str]:
@@ -211,5 +211,5 @@ def _summary(kind: str, group: list[Data]) -> Data:
 
 def _largest(values: Iterable[float | None]) -> float | None:
     """The largest value; None if any is missing."""
-    known = list(values)
-    return None if None in known else max(value for value in known if value is not None)
+    numbers = list(values)
+    return None if None in numbers else max(value for value in numbers if value is not None)

@@ -37,11 +37,11 @@ def check_part(x: Tensor, axis: Axis, *, dim: int, cut: Cut, is_whole: bool, who
             f"{who} on {axis}: dim {dim} wanted of a tensor of shape {tuple(x.shape)}, which has "
             f"{x.dim()} dims."
         )
-    wanted = cut.size if is_whole else len(cut.owned(axis.rank))
-    if x.shape[dim] != wanted:
+    length = cut.size if is_whole else len(cut.owned(axis.rank))
+    if x.shape[dim] != length:
         part = "is the whole" if is_whole else f"is what this rank owns of {cut.size}"
         raise ShapeError(
             f"{who} on {axis}: dim {dim} of shape {tuple(x.shape)} has {x.shape[dim]} units, "
-            f"but {wanted} {part}. Give the tensor that the cut describes."
+            f"but {length} {part}. Give the tensor that the cut describes."
         )
     return dim % x.dim()

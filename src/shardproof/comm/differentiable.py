@@ -218,19 +218,19 @@ def all_reduce(
     """
     if cut is not None:
         check_degree_of(cut, axis, who or "all_reduce")
-    given = [partials] if isinstance(partials, Tensor) else list(partials)
-    wanted = 1 if cut is None else len(cut.run(axis.rank))
-    if len(given) != wanted:
+    parts = [partials] if isinstance(partials, Tensor) else list(partials)
+    num_parts = 1 if cut is None else len(cut.run(axis.rank))
+    if len(parts) != num_parts:
         raise ShapeError(
-            f"all_reduce of {who or 'partials'} on {axis}: {wanted} partials wanted, one per "
-            f"owned leaf, got {len(given)}."
+            f"all_reduce of {who or 'partials'} on {axis}: {num_parts} partials wanted, one per "
+            f"owned leaf, got {len(parts)}."
         )
-    if not given and like is None:
+    if not parts and like is None:
         raise ShapeError(
             f"all_reduce of {who or 'partials'} on {axis}: this rank owns no leaf, so `like` must "
             "give shape and dtype."
         )
-    return _AllReduce.apply(_CollectiveCall(axis, who, cut), given[0] if given else like, *given)
+    return _AllReduce.apply(_CollectiveCall(axis, who, cut), parts[0] if parts else like, *parts)
 
 
 def shard(x: Tensor, axis: Axis, *, dim: int, cut: Cut, who: str = "") -> Tensor:

@@ -12,7 +12,7 @@ from shardproof import observing, operands, operators
 from shardproof.axis import Axis
 from shardproof.comm.check import check_part
 from shardproof.comm.plans import GatherPlan, gather_plan
-from shardproof.comm.reporting import count, sends_to_all, sends_whole, told_of
+from shardproof.comm.reporting import count, sends_to_all, sends_whole, step_event
 from shardproof.leaves import Cut
 from shardproof.observing import REPLICATE, Operand, Placement, shard
 from shardproof.transport.base import Call
@@ -73,7 +73,7 @@ def gather_parts(x: Tensor, axis: Axis, plan: GatherPlan, place: Placement) -> T
     if observing.is_on():
         part, whole = Operand("x", x, place), Operand("y", y, REPLICATE)
         sends = sends_to_all(x, axis)
-        observing.tell(told_of(axis, call, [part], whole, _bytes(y), sent, sends=sends))
+        observing.tell(step_event(axis, call, [part], whole, _bytes(y), sent, sends=sends))
     return y
 
 
@@ -111,8 +111,8 @@ def gather(
         y = torch.cat([operands.as_flat(part, call) for pieces in own for part in pieces])
     if observing.is_on():
         output = None if y is None else Operand("y", y)
-        given, sends = [Operand("x", x, shard(0))], [] if here else sends_whole([x], [dst])
-        observing.tell(told_of(axis, call, given, output, whole, sent, sends=sends))
+        inputs, sends = [Operand("x", x, shard(0))], [] if here else sends_whole([x], [dst])
+        observing.tell(step_event(axis, call, inputs, output, whole, sent, sends=sends))
     return y
 
 

@@ -19,7 +19,7 @@ from shardproof.tree import formula, nodes_of_run, steps
 
 # A call, how many elements each rank has in a row, and how many rows.
 GatherPlan = tuple[Call, tuple[int, ...], int]
-_KEPT = 4096  # of each kind are kept
+_CACHE_SIZE = 4096  # of each kind are kept
 
 
 class ShardOf(NamedTuple):
@@ -62,7 +62,7 @@ class SumPlan:
     placement: Placement = REPLICATE
 
 
-@functools.lru_cache(_KEPT)
+@functools.lru_cache(_CACHE_SIZE)
 def gather_plan(
     direction: str,
     who: str,
@@ -86,7 +86,7 @@ def gather_plan(
     return call, tuple(length * _numel(after) for length in cut.sizes()), _numel(before)
 
 
-@functools.lru_cache(_KEPT)
+@functools.lru_cache(_CACHE_SIZE)
 def sizes_plan(
     direction: str,
     who: str,
@@ -111,7 +111,7 @@ def sizes_plan(
     return call, tuple(length * _numel(after) for length in sizes), _numel(before)
 
 
-@functools.lru_cache(_KEPT)
+@functools.lru_cache(_CACHE_SIZE)
 def native_plan(
     direction: str, who: str, shape: tuple[int, ...], dtype: torch.dtype, size: int
 ) -> SumPlan:
@@ -129,7 +129,7 @@ def native_plan(
     return SumPlan(call, rank_order(size), shape, message, 2 * (size - 1) * message // size)
 
 
-@functools.lru_cache(_KEPT)
+@functools.lru_cache(_CACHE_SIZE)
 def tree_plan(
     direction: str, who: str, shape: tuple[int, ...], dtype: torch.dtype, cut: Cut, rank: int
 ) -> SumPlan:
@@ -155,7 +155,7 @@ def tree_plan(
     return SumPlan(call, order, shape, message, sent, cut, rank)
 
 
-@functools.lru_cache(_KEPT)
+@functools.lru_cache(_CACHE_SIZE)
 def scatter_plan(
     direction: str, who: str, into: ShardOf, dtype: torch.dtype, cut: Cut | None, rank: int
 ) -> SumPlan:
@@ -198,7 +198,7 @@ def tree_order(cut: Cut) -> Order:
     return Order(tuple(map(len, nodes)), tuple(program))
 
 
-@functools.lru_cache(_KEPT)
+@functools.lru_cache(_CACHE_SIZE)
 def written_sum(cut: Cut) -> str:
     """The additions of the ranks' nodes, as people read them."""
     nodes = {

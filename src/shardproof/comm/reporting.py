@@ -10,7 +10,7 @@ from shardproof.axis import Axis
 from shardproof.comm.plans import SumPlan, written_sum
 from shardproof.leaves import share
 from shardproof.numerics.precision import node_dtype
-from shardproof.observing import PARTIAL, Operand, Sending, Told
+from shardproof.observing import PARTIAL, Operand, Sending, StepEvent
 from shardproof.transport.base import Call
 from shardproof.tree import node_name, nodes_of_run
 
@@ -34,7 +34,7 @@ def count(axis: Axis, call: Call, message_bytes: int, sent_bytes: int) -> None:
     )
 
 
-def told_of(
+def step_event(
     axis: Axis,
     call: Call,
     inputs: Sequence[Operand],
@@ -43,7 +43,7 @@ def told_of(
     sent_bytes: int,
     *,
     sends: Sequence[Sending] = (),
-) -> Told:
+) -> StepEvent:
     """A collective, as observers are told of it; the ledger counts the same figures.
 
     Args:
@@ -55,7 +55,7 @@ def told_of(
         sent_bytes: by this rank.
         sends: to whom this rank sends which part, if not the transport decides.
     """
-    return Told(
+    return StepEvent(
         call.kind,
         call.direction,
         call.who,
@@ -133,7 +133,7 @@ def sends_of_sum(plan: SumPlan, axis: Axis) -> Iterator[Sending]:
         yield Sending(rank, None, start=mine.start, stop=mine.stop, num_bytes=size)
 
 
-def tell_sum(axis: Axis, plan: SumPlan, parts: Sequence[Tensor], y: Tensor) -> Told:
+def tell_sum(axis: Axis, plan: SumPlan, parts: Sequence[Tensor], y: Tensor) -> StepEvent:
     """Tell of a sum before it begins: it may be written into one of its parts.
 
     Args:
@@ -153,7 +153,7 @@ def tell_sum(axis: Axis, plan: SumPlan, parts: Sequence[Tensor], y: Tensor) -> T
             for node, part in zip(nodes, parts, strict=True)
         ]
     name = "grad_x" if plan.call.direction == "backward" else "y"
-    told = told_of(
+    event = step_event(
         axis,
         plan.call,
         inputs,
@@ -162,6 +162,6 @@ def tell_sum(axis: Axis, plan: SumPlan, parts: Sequence[Tensor], y: Tensor) -> T
         plan.sent_bytes,
         sends=tuple(sends_of_sum(plan, axis)),
     )
-    told.addition = FREE_ORDER if plan.cut is None else written_sum(plan.cut)
-    observing.tell(told)
-    return told
+    event.addition = FREE_ORDER if plan.cut is None else written_sum(plan.cut)
+    observing.tell(event)
+    return event

@@ -86,22 +86,22 @@ def move(
     Comm:
         `direction` one exchange of (*, size, *).
     """
-    mine, asked = have[axis.rank], want[axis.rank]
+    mine, needed = have[axis.rank], want[axis.rank]
     _check(x, axis, dim, len(mine), len(have), who or "an exchange")
     blocks = []
-    for wanted in want:
-        found = np.flatnonzero(np.isin(mine, wanted, assume_unique=True))
-        block = take(x, dim, slices_of(found)).clone(memory_format=torch.contiguous_format)
+    for indices in want:
+        positions = np.flatnonzero(np.isin(mine, indices, assume_unique=True))
+        block = take(x, dim, slices_of(positions)).clone(memory_format=torch.contiguous_format)
         blocks.append(block.view(-1))
     places = [
-        np.flatnonzero(np.isin(asked, theirs, assume_unique=True)) for theirs in have
+        np.flatnonzero(np.isin(needed, theirs, assume_unique=True)) for theirs in have
     ]  # where what each rank sends lies in what this rank wants
     shapes = [(*x.shape[:dim], len(each), *x.shape[dim + 1 :]) for each in places]
     size = sum(map(len, have))
     whole = (*x.shape[:dim], size, *x.shape[dim + 1 :])
     call = Call("exchange", direction, who, whole, x.dtype, f"{size} along dim {dim}")
-    got = swap(blocks, [int(np.prod(shape)) for shape in shapes], axis, call)
-    parts = [part.view(shape) for part, shape in zip(got, shapes, strict=True)]
+    received = swap(blocks, [int(np.prod(shape)) for shape in shapes], axis, call)
+    parts = [part.view(shape) for part, shape in zip(received, shapes, strict=True)]
     return join(parts, dim, [slices_of(each) for each in places])
 
 

@@ -9,7 +9,7 @@ from shardproof import observing, operands, operators
 from shardproof.axis import Axis
 from shardproof.comm.plans import SumPlan
 from shardproof.comm.reporting import count, tell_sum
-from shardproof.observing import Told
+from shardproof.observing import StepEvent
 from shardproof.transport.base import Pending
 
 
@@ -19,23 +19,29 @@ class StartedSum:
     On a transport that is not asynchronous, the sum is complete when this object is returned.
     """
 
-    def __init__(self, y: Tensor, pending: Pending | None = None, told: Told | None = None) -> None:
+    def __init__(
+        self, y: Tensor, pending: Pending | None = None, event: StepEvent | None = None
+    ) -> None:
         self._y = y
         self._pending = pending
-        self._told = told
+        self._event = event
 
     def wait(self) -> Tensor:
         """The sum, a new tensor; only the first call waits."""
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
-            if self._told is not None:
-                observing.finish(self._told)
+            if self._event is not None:
+                observing.finish(self._event)
         return self._y
 
 
 def start_planned(
-    parts: Sequence[Tensor], axis: Axis, plan: SumPlan, like: Tensor, seen: Tensor | None = None
+    parts: Sequence[Tensor],
+    axis: Axis,
+    plan: SumPlan,
+    like: Tensor,
+    observed_part: Tensor | None = None,
 ) -> StartedSum:
     """Start a sum of which the plan is known.
 
@@ -45,7 +51,7 @@ def start_planned(
         axis: the ranks, of which there are several.
         plan: of the sum.
         like: any tensor of the result's dtype and device.
-        seen: for observers: the memory of the only part in the dtype that its bits stand for.
+        observed_part: for observers: the memory of the only part in the dtype of its bits.
     Returns:
         `plan.shape`, in `like`'s dtype, once it has been awaited.
     Comm:
@@ -56,15 +62,20 @@ def start_planned(
     flat = [operands.as_flat(part, plan.call) for part in parts]
     is_free = plan.windows is None and len(parts) == 1 and parts[0].dtype == like.dtype
     y = parts[0] if is_free and operands.lies_flat(parts[0]) else like.new_empty(plan.shape)
-    told = None
+    event = None
     if observing.is_on():
-        told = tell_sum(axis, plan, parts if seen is None else [seen], y if seen is None else seen)
+        event = tell_sum(
+            axis,
+            plan,
+            parts if observed_part is None else [observed_part],
+            y if observed_part is None else observed_part,
+        )
     transport = axis.transport
     pending = transport.start_sum(
         flat, plan.order, y.view(-1), call=plan.call, windows=plan.windows
     )
     count(axis, plan.call, plan.message_bytes, plan.sent_bytes)
-    started = StartedSum(y, pending, told)
+    started = StartedSum(y, pending, event)
     if not transport.is_asynchronous:  # an open sum was measured to cost more than it saves there
         started.wait()
     return started

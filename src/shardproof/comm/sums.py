@@ -37,7 +37,7 @@ def all_reduce(x: Tensor, axis: Axis, *, direction: str, who: str = "") -> Tenso
 
 
 def start_all_reduce(
-    x: Tensor, axis: Axis, *, direction: str, who: str = "", seen: Tensor | None = None
+    x: Tensor, axis: Axis, *, direction: str, who: str = "", observed_part: Tensor | None = None
 ) -> StartedSum:
     """`all_reduce`, started, of a tensor that is given away: the sum is written into it.
 
@@ -46,7 +46,7 @@ def start_all_reduce(
         axis: the axis over which the ranks sum.
         direction: for the ledger.
         who: the layer that asks, for messages.
-        seen: for observers: the same memory in the dtype that its bits stand for.
+        observed_part: for observers: the same memory in the dtype that its bits stand for.
     Returns:
         (*), Replicate, once it has been awaited.
     Comm:
@@ -57,7 +57,7 @@ def start_all_reduce(
     plan = native_plan(direction, who, tuple(x.shape), x.dtype, axis.size)
     if operators.is_recorded(x):
         return StartedSum(x.copy_(recorded_sum([x], axis, plan, x)))
-    return start_planned([x], axis, plan, x, seen)
+    return start_planned([x], axis, plan, x, observed_part)
 
 
 def reduce_scatter(

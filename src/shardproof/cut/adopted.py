@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shardproof import operators
-from shardproof.cut.spec import KEPT, Spec
+from shardproof.cut.spec import STAYS_WHOLE, Spec
 from shardproof.cut.tensor import Adopted, CutTensor
 from shardproof.ops import unit_ops
 
@@ -30,7 +30,7 @@ def adopt(x: Any, spec: Spec, who: str) -> bool:
         Whether it was cut. A parameter, a view or a tensor with views stays whole.
     """
     is_own = type(x) is Tensor and x._base is None and not (x.is_leaf and x.requires_grad)
-    if not is_own or hasattr(x, KEPT) or operators.is_recorded():
+    if not is_own or hasattr(x, STAYS_WHOLE) or operators.is_recorded():
         return False
     if torch._C._storage_Use_Count(x.untyped_storage()._cdata) != _ALONE:
         return False

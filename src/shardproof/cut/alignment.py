@@ -97,8 +97,8 @@ def is_finer(one: CutDim, other: CutDim, spec: Spec) -> bool:
     key = ("finer", id(one), id(other))
     if key not in recipes:
         recipes[key] = one.size == other.size and are_alike(one, other) and _is_finer(one, other)
-    known: bool = recipes[key]
-    return known
+    result: bool = recipes[key]
+    return result
 
 
 def _is_finer(one: CutDim, other: CutDim) -> bool:
@@ -203,14 +203,14 @@ def _serving(x: CutTensor, cut: CutDim, times: int) -> Any:
     region = x.spec.region
     cut = region.one(cut)
     key = ("served", id(x.spec.cut), id(cut), times, x.who)
-    known = region.recipes.get(key)
-    if known is None:
+    recipe = region.recipes.get(key)
+    if recipe is None:
         index = tuple(place // times for place in range(cut.size))
         own = CutDim(cut.shared, x.spec.cut.blocks)  # equal units; their names may differ
         place, target = region.place(own, x.who), region.place(cut, x.who)
-        held = unit_ops.where_served(place, target, index)
-        known = region.recipes[key] = place, target, index, held
-    return known
+        positions = unit_ops.where_served(place, target, index)
+        recipe = region.recipes[key] = place, target, index, positions
+    return recipe
 
 
 def is_served(x: CutTensor, cut: CutDim, times: int) -> bool:
@@ -222,8 +222,8 @@ def is_served(x: CutTensor, cut: CutDim, times: int) -> bool:
         labels = np.repeat(x.spec.cut.labels, times)
         repeated = CutDim.of_labels(x.spec.cut.shared, labels)
         region.recipes[key] = cut.size == len(labels) and is_finer(cut, repeated, x.spec)
-    known: bool = region.recipes[key]
-    return known
+    result: bool = region.recipes[key]
+    return result
 
 
 def one_along(x: CutTensor, dim: int) -> CutTensor:

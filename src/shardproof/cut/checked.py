@@ -100,13 +100,15 @@ def _compare(rule_function: Any, func: Any, name: str, args: tuple[Any, ...], kw
         (whole_args, options),
         is_leaf=is_cut,
     )
-    want = list(tree_flatten(func(*plain, **plain_options))[0])
+    torch_results = list(tree_flatten(func(*plain, **plain_options))[0])
     with _Named(name, args):
-        got = list(tree_flatten(rule_function(func, name, whole_args, options), is_leaf=is_cut)[0])
-    for ours, theirs in zip(got, want, strict=False):
+        our_results = list(
+            tree_flatten(rule_function(func, name, whole_args, options), is_leaf=is_cut)[0]
+        )
+    for ours, theirs in zip(our_results, torch_results, strict=False):
         if isinstance(theirs, Tensor):
             _same(name, args, ours, theirs, "its result")
-    _compare_gradients(name, args, pairs, got, want)
+    _compare_gradients(name, args, pairs, our_results, torch_results)
 
 
 class _Named:
@@ -130,18 +132,22 @@ class _Named:
 
 
 def _compare_gradients(
-    name: str, args: Any, pairs: list[tuple[Any, Tensor]], got: list[Any], want: list[Any]
+    name: str,
+    args: Any,
+    pairs: list[tuple[Any, Tensor]],
+    our_results: list[Any],
+    torch_results: list[Any],
 ) -> None:
     outs = [
         (ours, theirs)
-        for ours, theirs in zip(got, want, strict=False)
+        for ours, theirs in zip(our_results, torch_results, strict=False)
         if isinstance(theirs, Tensor) and theirs.requires_grad
     ]
     inputs = [(ours, theirs) for ours, theirs in pairs if theirs.requires_grad]
     if not outs or not inputs or not torch.is_grad_enabled():
         return
     cotangents = [_numbers(theirs) for _, theirs in outs]
-    wanted = torch.autograd.grad(
+    torch_grads = torch.autograd.grad(
         [theirs for _, theirs in outs],
         [whole for _, whole in inputs],
         cotangents,
@@ -156,14 +162,14 @@ def _compare_gradients(
         grads.append(grad)
     leaves = [ours.local if isinstance(ours, CutTensor) else ours for ours, _ in inputs]
     with _Named(name, args):
-        had = torch.autograd.grad(parts, leaves, grads, allow_unused=True)
-    for (ours, _), grad, theirs in zip(inputs, had, wanted, strict=True):
+        our_grads = torch.autograd.grad(parts, leaves, grads, allow_unused=True)
+    for (ours, _), grad, theirs in zip(inputs, our_grads, torch_grads, strict=True):
         if theirs is None or (grad is None and not theirs.any()):
             continue
         if grad is None:
             grad = torch.zeros_like(ours.local if isinstance(ours, CutTensor) else ours)
-        shown = cut_tensor(grad, ours.spec, ours.who) if isinstance(ours, CutTensor) else grad
-        _same(name, args, shown, theirs, "a gradient of its input")
+        value = cut_tensor(grad, ours.spec, ours.who) if isinstance(ours, CutTensor) else grad
+        _same(name, args, value, theirs, "a gradient of its input")
 
 
 def _numbers(x: Tensor) -> Tensor:
@@ -202,12 +208,12 @@ def _same(name: str, args: Any, ours: Any, theirs: Tensor, what: str) -> None:
 
 def _raise(name: str, args: Any, what: str, how: str) -> None:
     cuts = [x for x in tree_flatten(args, is_leaf=is_cut)[0] if isinstance(x, CutTensor)]
-    shown = ", ".join(f"{x.spec!r}" for x in cuts)
+    specs = ", ".join(f"{x.spec!r}" for x in cuts)
     who = next((x.who for x in cuts if x.who), "")
     module = f" (from the weight of {who!r})" if who else ""
     line = _line()
     raise CheckError(
-        f"{name} of cut tensors is wrong: {what} {how}. At {line}{module}. Its operands: {shown}.",
+        f"{name} of cut tensors is wrong: {what} {how}. At {line}{module}. Its operands: {specs}.",
         operation=name,
         line=line,
     )

@@ -78,8 +78,8 @@ def _picked(
     reduction: str,
 ) -> Tensor:
     """The loss of (rows, classes) log-probabilities; one rank owns each target."""
-    held = torch.from_numpy(x.spec.cut.held(x.spec.region.rank)).to(x.device)
-    is_it = held == target[:, None]
+    classes_here = torch.from_numpy(x.spec.cut.held(x.spec.region.rank)).to(x.device)
+    is_it = classes_here == target[:, None]
     zero = x.local.new_zeros(())
     losses = -unit_ops.sum_cut(torch.where(is_it, x.local, zero), 1, place)
     is_kept = target != ignore_index

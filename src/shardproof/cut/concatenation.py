@@ -33,10 +33,10 @@ def cat(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     shape = list(first.shape)
     shape[dim] = 1
     cuts = [one_along(each, dim) for each in tensors if isinstance(each, CutTensor)]
-    met = common(cuts, tuple(shape))
-    if met is None:
+    spec_and_who = common(cuts, tuple(shape))
+    if spec_and_who is None:
         return gathered(func, name, args, kwargs)
-    spec, who = met
+    spec, who = spec_and_who
     parts = [
         fitted(each, spec.region.spec(tuple(each.shape), spec.dim, spec.cut), who)
         for each in tensors

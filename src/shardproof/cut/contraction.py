@@ -26,8 +26,8 @@ def einsum(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     x, have = operands[0], terms[0]
     for place in range(1, len(operands)):
         later = set("".join(terms[place + 1 :]) + out)
-        wanted = "".join(dict.fromkeys(c for c in have + terms[place] if c in later))
-        x, have = _pair(x, have, operands[place], terms[place], wanted), wanted
+        letters = "".join(dict.fromkeys(c for c in have + terms[place] if c in later))
+        x, have = _pair(x, have, operands[place], terms[place], letters), letters
     x, have = _summed(x, have, set(out))
     return x.permute([have.index(letter) for letter in out])
 
@@ -46,25 +46,25 @@ def tensordot(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     return einsum(torch.einsum, "einsum", (f"{of_a},{''.join(of_b)}->{out}", a, b), {})
 
 
-def _summed(x: Any, have: str, wanted: set[str]) -> tuple[Any, str]:
+def _summed(x: Any, have: str, letters: set[str]) -> tuple[Any, str]:
     """Sum over the letters that neither other operands nor the result have."""
-    gone = [place for place, letter in enumerate(have) if letter not in wanted]
-    if gone:
-        x = x.sum(gone)
-        have = "".join(letter for letter in have if letter in wanted)
+    dims = [place for place, letter in enumerate(have) if letter not in letters]
+    if dims:
+        x = x.sum(dims)
+        have = "".join(letter for letter in have if letter in letters)
     return x, have
 
 
-def _pair(a: Any, of_a: str, b: Any, of_b: str, wanted: str) -> Any:
-    """The product of two operands, with the dims in the order of `wanted`."""
-    a, of_a = _summed(a, of_a, set(of_b) | set(wanted))
-    b, of_b = _summed(b, of_b, set(of_a) | set(wanted))
-    batch = [c for c in of_a if c in of_b and c in wanted]
-    inner = [c for c in of_a if c in of_b and c not in wanted]
+def _pair(a: Any, of_a: str, b: Any, of_b: str, result_letters: str) -> Any:
+    """The product of two operands, with the dims in the order of `result_letters`."""
+    a, of_a = _summed(a, of_a, set(of_b) | set(result_letters))
+    b, of_b = _summed(b, of_b, set(of_a) | set(result_letters))
+    batch = [c for c in of_a if c in of_b and c in result_letters]
+    inner = [c for c in of_a if c in of_b and c not in result_letters]
     rows = [c for c in of_a if c not in of_b]
     columns = [c for c in of_b if c not in of_a]
     if not inner:
-        return _times(a, of_a, b, of_b, wanted)
+        return _times(a, of_a, b, of_b, result_letters)
     sizes = dict(zip(of_a + of_b, (*a.shape, *b.shape), strict=True))
     for letter in of_a:
         if letter in of_b:
@@ -76,7 +76,7 @@ def _pair(a: Any, of_a: str, b: Any, of_b: str, wanted: str) -> Any:
     y = torch.matmul(left, right)
     y = y.reshape([sizes[c] for c in (*batch, *rows, *columns)])
     letters = "".join((*batch, *rows, *columns))
-    return y.permute([letters.index(letter) for letter in wanted])
+    return y.permute([letters.index(letter) for letter in result_letters])
 
 
 def _as_matrices(x: Any, have: str, groups: tuple[list[str], list[str], list[str]]) -> Any:
@@ -85,14 +85,14 @@ def _as_matrices(x: Any, have: str, groups: tuple[list[str], list[str], list[str
     return x.permute(order).reshape(sizes)
 
 
-def _times(a: Any, of_a: str, b: Any, of_b: str, wanted: str) -> Any:
+def _times(a: Any, of_a: str, b: Any, of_b: str, letters: str) -> Any:
     """The element-wise product of two operands, if nothing is contracted."""
-    return _spread(a, of_a, wanted) * _spread(b, of_b, wanted)
+    return _spread(a, of_a, letters) * _spread(b, of_b, letters)
 
 
-def _spread(x: Any, have: str, wanted: str) -> Any:
-    x = x.permute([have.index(letter) for letter in wanted if letter in have])
-    for place, letter in enumerate(wanted):
+def _spread(x: Any, have: str, letters: str) -> Any:
+    x = x.permute([have.index(letter) for letter in letters if letter in have])
+    for place, letter in enumerate(letters):
         if letter not in have:
             x = x.unsqueeze(place)
     return x

@@ -64,10 +64,10 @@ def _grouped(
     bias = settings["bias"]
     if bias is not None:
         bias = fitted(bias, region.spec(tuple(bias.shape), 0, along), who)
-    held = x.local.shape[1] * settings["groups"] // x.shape[1]
+    num_channels = x.local.shape[1] * settings["groups"] // x.shape[1]
     options = {key: settings[key] for key in ("stride", "padding", "dilation")}
-    if held:
-        y = invariant(region, func, who)(x.local, own, bias, **options, groups=held)
+    if num_channels:
+        y = invariant(region, func, who)(x.local, own, bias, **options, groups=num_channels)
     else:
         sizes = _out_sizes(x.shape[2:], weight.shape[2:], settings)
         used = (

@@ -18,12 +18,12 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_flatten, tree_map
 
 from shardproof.cut.spec import Region
-from shardproof.cut.tensor import RULES, CutTensor, composed, rule, run, shown
+from shardproof.cut.tensor import RULES, CutTensor, composed, rule, run, with_dispatch
 from shardproof.errors import UsageError
 from shardproof.numerics import forms
 from shardproof.ops import unit_ops
 
-_SEEN = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+_OVERRIDE_CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
 _NEEDS_NO_FORM = frozenset(
     """new_empty new_zeros new_ones new_full new_tensor zero_ fill_ empty_like zeros_like ones_like
@@ -80,7 +80,7 @@ def keep_weight(x: CutTensor, why: str) -> None:
     if weight is None:
         return
     if region.is_rehearsed:
-        region.wanted_whole.setdefault(weight, _as_written(why))
+        region.whole_weights.setdefault(weight, _as_written(why))
         return
     if why in _READS_VALUES and not region.are_weights_cut_only_in_forward:
         return  # the forward of a watched plan needs no such weight, so this is other code
@@ -158,19 +158,19 @@ def gathered(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     whole_args, options = tree_map(open_, (args, kwargs), is_leaf=is_cut)
     versions = [data._version for _, data in back]
     y = func(*whole_args, **options)
-    known = {}
+    cut_by_data = {}
     for (x, data), version in zip(back, versions, strict=True):
         if data._version != version:
             place = x.spec.region.place(x.spec.cut, x.who)
             x.local.copy_(unit_ops.take(data, x.spec.dim, place))
-        known[id(data)] = x
-    return tree_map(lambda each: known.get(id(each), each), y)
+        cut_by_data[id(data)] = x
+    return tree_map(lambda each: cut_by_data.get(id(each), each), y)
 
 
 @cache
 def unwrapped(func: FunctionType) -> Callable[..., Any]:
     """A Python function of torch without its check for `__torch_function__`."""
-    blind = dict.fromkeys(_SEEN, lambda *_: False)
+    blind = dict.fromkeys(_OVERRIDE_CHECKS, lambda *_: False)
     function = FunctionType(
         func.__code__,
         {**func.__globals__, **blind},
@@ -184,9 +184,9 @@ def unwrapped(func: FunctionType) -> Callable[..., Any]:
 
 def _unwrapped_cell(cell: CellType) -> CellType:
     """Unwrap functions in a closure, such as the two that `F.max_pool2d` chooses between."""
-    held = cell.cell_contents
-    is_theirs = isinstance(held, FunctionType) and held.__module__.startswith("torch")
-    return CellType(unwrapped(held)) if is_theirs else cell
+    content = cell.cell_contents
+    is_theirs = isinstance(content, FunctionType) and content.__module__.startswith("torch")
+    return CellType(unwrapped(content)) if is_theirs else cell
 
 
 @rule("others")
@@ -253,7 +253,7 @@ def _decomposed(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, A
     Inside, autograd is off for ATen operations that have no cut operand. So if a whole tensor that
     needs a gradient is an operand, or becomes one on the way, everything is gathered instead.
     """
-    args, kwargs = tree_map(shown, (args, kwargs), is_leaf=is_cut)
+    args, kwargs = tree_map(with_dispatch, (args, kwargs), is_leaf=is_cut)
     flat = tree_flatten((args, kwargs), is_leaf=is_cut)[0]
     if torch.is_grad_enabled() and any(_wants(each) for each in flat):
         return gathered(func, name, args, kwargs)

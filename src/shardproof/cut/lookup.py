@@ -39,10 +39,10 @@ def getitem(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     x, index = args
     if not isinstance(x, CutTensor):
         return gathered(func, name, args, kwargs)
-    entries_given = index if isinstance(index, tuple) else (index,)
-    if _WITHOUT_NUMBERS.issuperset(map(type, entries_given)):
-        return RULES["view"](func, name, (x, entries_given), {})
-    entries = list(entries_given)
+    index_entries = index if isinstance(index, tuple) else (index,)
+    if _WITHOUT_NUMBERS.issuperset(map(type, index_entries)):
+        return RULES["view"](func, name, (x, index_entries), {})
+    entries = list(index_entries)
     entries = [whole(each, "index") if isinstance(each, CutTensor) else each for each in entries]
     if sum(isinstance(each, Tensor | list) for each in entries) == 1:
         entries = [_as_slice(each) if isinstance(each, list) else each for each in entries]
@@ -269,10 +269,10 @@ def along(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         for key, each in options.items()
         if isinstance(each, Tensor | CutTensor) and (name in _LINES or key != "index")
     }
-    met = _lying_along(list(parts.values()), dim)
-    if met is None:
+    spec_and_who = _lying_along(list(parts.values()), dim)
+    if spec_and_who is None:
         return gathered(func, name, args, kwargs)
-    spec, who = met
+    spec, who = spec_and_who
     if name.endswith("_") and not isinstance(x, CutTensor):
         result_spec = spec.region.spec(tuple(x.shape), spec.dim, spec.cut)
         if not adopt(x, result_spec, who):

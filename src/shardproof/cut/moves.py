@@ -84,8 +84,8 @@ def move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     many, outs = recipe
     if many is None:
         ((step, spec),) = outs
-        return _made(step, spec, x)
-    return many([_made(step, spec, x) for step, spec in outs])
+        return _result_of(step, spec, x)
+    return many([_result_of(step, spec, x) for step, spec in outs])
 
 
 @rule("diagonal")
@@ -116,8 +116,8 @@ def diagonal(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     mask = mask if places[0] < places[1] else mask.t()
     # A mask with the dims of `x`, of size 1 except in the two dims of the diagonal.
     mask = mask.reshape([x.shape[n] if n in places else 1 for n in range(x.dim())])
-    kept = run(torch.where, (mask, x, x.new_zeros(())), {})
-    lines = kept.sum(places[is_row], keepdim=True, dtype=x.dtype)
+    diagonal_entries = run(torch.where, (mask, x, x.new_zeros(())), {})
+    lines = diagonal_entries.sum(places[is_row], keepdim=True, dtype=x.dtype)
     first = min(max(0, -offset if is_row else offset), x.shape[x.spec.dim])
     lines = lines.narrow(x.spec.dim, first, size).movedim(x.spec.dim, -1)
     return lines.squeeze(places[is_row] - (places[is_row] > x.spec.dim))
@@ -202,7 +202,7 @@ def _of_others(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, An
     return gathered(func, name, args, kwargs)
 
 
-def _made(step: Step, spec: Spec | None, x: CutTensor) -> Any:
+def _result_of(step: Step, spec: Spec | None, x: CutTensor) -> Any:
     y = step(x.local)
     return y if spec is None else cut_tensor(y, spec, x.who)
 
@@ -253,19 +253,19 @@ class _MoveCall(NamedTuple):
 
 def find(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The recipe of an operation, or `LOST` if there is none at this or the highest degree."""
-    recipe = _found(func, name, spec, args, kwargs)
+    recipe = _recipe(func, name, spec, args, kwargs)
     if recipe is LOST:
         return LOST
     for region in spec.region.finest():
         shared = spec.cut.shared
         cut = CutDim(Shared(shared.units, shared.leaves, region.axis.size), spec.cut.blocks)
         other = region.spec(tuple(spec.shape), spec.dim, cut)
-        if _found(func, name, other, args, kwargs) is LOST:
+        if _recipe(func, name, other, args, kwargs) is LOST:
             return LOST
     return recipe
 
 
-def _found(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _recipe(func: Any, name: str, spec: Spec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Find a recipe: for each result its cut, and the call on the part that gives it."""
     with operators.unrecorded(), torch.no_grad(), torch._C.DisableTorchFunction():
         numbers = _along(torch.arange(spec.shape[spec.dim]), spec.shape, spec.dim)
@@ -419,10 +419,12 @@ def _step(call: _MoveCall, mine: Tensor, expected: Tensor, result_spec: Spec) ->
 
     def fits(step: Step) -> bool:
         try:
-            got = step(mine)
+            trial = step(mine)
         except (RuntimeError, IndexError, ValueError, TypeError):
             return False  # this candidate does not fit the shape of the part
-        return tuple(got.shape) == shape and torch.equal(_narrowed(got, expected.shape), expected)
+        return tuple(trial.shape) == shape and torch.equal(
+            _narrowed(trial, expected.shape), expected
+        )
 
     if spec.region.scheme.is_invariant and call.name != "getitem":
         # A repeat sums in backward, so its form is called.
@@ -475,10 +477,10 @@ def _candidates(call: _MoveCall, shape: tuple[int, ...]) -> list[Step]:
 def _runs(spec: Spec, expected: Tensor, result_spec: Spec) -> list[Step]:
     """Steps that select held indices of the cut dim: slices, strides, or a list."""
     held = spec.cut.held(spec.region.rank)
-    wanted = expected.movedim(result_spec.dim, 0)[..., None].flatten(1)
-    if wanted.shape[1] != 1 and not torch.equal(wanted, wanted[:, :1].expand(wanted.shape)):
+    sources = expected.movedim(result_spec.dim, 0)[..., None].flatten(1)
+    if sources.shape[1] != 1 and not torch.equal(sources, sources[:, :1].expand(sources.shape)):
         return []
-    numbers = wanted[:, 0].numpy()
+    numbers = sources[:, 0].numpy()
     where = np.searchsorted(held, numbers)
     if len(where) and (where.max() >= len(held) or (held[where] != numbers).any()):
         return []

@@ -248,10 +248,10 @@ def _general(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
         ]
     tensors = [flat[place] for place in places]
     shape = broadcast(*(each.shape for each in tensors))
-    met = common(tensors, shape)
-    if met is None:
+    spec_and_who = common(tensors, shape)
+    if spec_and_who is None:
         return gathered(func, name, args, kwargs)
-    spec, who = met
+    spec, who = spec_and_who
     for place in places:
         flat[place] = fitted(flat[place], spec, who)
     options = dict(zip(kwargs, flat[len(args) :], strict=True))
@@ -283,8 +283,8 @@ def _adopted(x: Tensor, operands: list[Any]) -> bool:
     cuts = [each for each in operands if isinstance(each, CutTensor)]
     if broadcast(*(each.shape for each in cuts), x.shape) != x.shape:
         return False
-    met = common(cuts, tuple(x.shape))
-    return met is not None and adopt(x, *met)
+    spec_and_who = common(cuts, tuple(x.shape))
+    return spec_and_who is not None and adopt(x, *spec_and_who)
 
 
 @rule(*_LIKE)

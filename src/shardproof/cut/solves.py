@@ -23,10 +23,10 @@ def solve_triangular(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[s
         return gathered(func, name, args, kwargs)
     lead = tuple(a.shape[:-2])
     ones = [one_along(one_along(each, each.dim() - 1), each.dim() - 2) for each in cuts]
-    met = common(ones, (*lead, 1, 1))
-    if met is None:
+    spec_and_who = common(ones, (*lead, 1, 1))
+    if spec_and_who is None:
         return gathered(func, name, args, kwargs)
-    spec, who = met
+    spec, who = spec_and_who
     region = spec.region
     parts = [fitted(x, region.spec(tuple(x.shape), spec.dim, spec.cut), who) for x in (a, b)]
     names = {"upper": True, "left": True, "unitriangular": False}

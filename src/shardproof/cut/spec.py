@@ -19,7 +19,7 @@ from shardproof.transport.rehearsed import RehearsedTransport
 from shardproof.units import Block, CutDim, Shared, Units
 
 # Attribute of a tensor that must stay whole when a cut tensor is written into it.
-KEPT = "_shardproof_kept"
+STAYS_WHOLE = "_shardproof_kept"
 
 
 class Spec:
@@ -40,8 +40,8 @@ class Spec:
         self.shape = torch.Size(shape)
         self.dim = dim
         self.cut = cut
-        held = len(cut.held(region.axis.rank))
-        self.local_shape = torch.Size((*shape[:dim], held, *shape[dim + 1 :]))
+        length = len(cut.held(region.axis.rank))
+        self.local_shape = torch.Size((*shape[:dim], length, *shape[dim + 1 :]))
         self._like: dict[tuple[int, ...], Spec] = {}
         self._joining: dict[tuple[int, ...], bool] = {}
 
@@ -53,10 +53,10 @@ class Spec:
             dim: position of the cut dim; the same as here, if not given.
         """
         if dim is None:
-            known = self._like.get(part)
-            if known is None:
-                known = self._like[part] = self.of_part(part, self.dim)
-            return known
+            spec = self._like.get(part)
+            if spec is None:
+                spec = self._like[part] = self.of_part(part, self.dim)
+            return spec
         shape = (*part[:dim], self.shape[self.dim], *part[dim + 1 :])
         return self.region.spec(shape, dim, self.cut)
 
@@ -66,14 +66,14 @@ class Spec:
         Args:
             shape: of the whole tensor.
         """
-        known = self._joining.get(shape)
-        if known is None:
+        is_joined = self._joining.get(shape)
+        if is_joined is None:
             first = len(self.shape) - len(shape)
-            known = self._joining[shape] = first >= 0 and all(
+            is_joined = self._joining[shape] = first >= 0 and all(
                 size == 1 or (dim != self.dim and size == self.shape[dim])
                 for dim, size in enumerate(shape, first)
             )
-        return known
+        return is_joined
 
     def __repr__(self) -> str:
         return (
@@ -99,11 +99,11 @@ class Region:
         called: modules whose own code calls, on whole tensors, operations with an invariant form.
         drew: modules whose own code draws random numbers.
         are_weights_cut_only_in_forward: outside of a forward, `module.weight` is this rank's part.
-        wanted_whole: name of a weight -> the operation that needs all of it. It is filled in a
+        whole_weights: name of a weight -> the operation that needs all of it. It is filled in a
             rehearsal; the next plan leaves these weights whole.
         is_rehearsed: whether this is a rehearsal, in which the calls of modules are recorded.
         variant: operation without an invariant form -> the module that called it first.
-        kept_by_graphs: objects that compiled graphs refer to, while the region exists.
+        graph_objects: objects that compiled graphs refer to, while the region exists.
     """
 
     def __init__(self, axis: Axis, scheme: Scheme) -> None:
@@ -117,9 +117,9 @@ class Region:
         self.called: set[str] = set()
         self.drew: set[str] = set()
         self.are_weights_cut_only_in_forward = False
-        self.wanted_whole: dict[str, str] = {}
+        self.whole_weights: dict[str, str] = {}
         self.is_rehearsed = axis.transport.name == "rehearsed"
-        self.kept_by_graphs: dict[Any, Any] = {}
+        self.graph_objects: dict[Any, Any] = {}
         self._weights: list[tuple[weakref.ref[Tensor], str]] = []
         self._memories: dict[int | None, tuple[weakref.ref[Tensor], str]] = {}
         self._specs: dict[tuple[tuple[int, ...], int, int], Spec] = {}
@@ -128,12 +128,14 @@ class Region:
         self._same: dict[int, CutDim] = {}
         self._features: dict[Cut, CutDim] = {}
         self._finest: list[Region] | None = None
-        self._met: list[CutDim] = []  # keeps the objects alive, so that an `id` is not reused
+        self._cut_references: list[
+            CutDim
+        ] = []  # keeps the objects alive, so that an `id` is not reused
 
     def keep(self, model: nn.Module) -> None:
         """Keep the buffers of a model and of its copies whole, whatever is written into them."""
         for buffer in model.buffers():
-            setattr(buffer, KEPT, True)  # a copy of the tensor has this attribute too
+            setattr(buffer, STAYS_WHOLE, True)  # a copy of the tensor has this attribute too
 
     def know_weights(self, model: nn.Module) -> None:
         """Remember the cut weights of two dims or more, which no operation may gather.
@@ -170,13 +172,13 @@ class Region:
             self._memories.pop(None, None)
         memory = memory_of(part)
         weight, name = self._memories.get(memory, (None, None))
-        known = None if weight is None else weight()
+        parameter = None if weight is None else weight()
         # A weight may have moved, and its old memory may belong to another tensor by now.
-        if known is not None and memory_of(known) == memory:
+        if parameter is not None and memory_of(parameter) == memory:
             return name
-        held = part if part._base is None else part._base
-        if isinstance(held, nn.Parameter) and held.dim() > 1:
-            return name_by_memory(held) or "a weight"  # a weight of a copy of the model
+        storage_owner = part if part._base is None else part._base
+        if isinstance(storage_owner, nn.Parameter) and storage_owner.dim() > 1:
+            return name_by_memory(storage_owner) or "a weight"  # a weight of a copy of the model
         return None
 
     def count_gathered(self, why: str, who: str) -> None:
@@ -185,41 +187,41 @@ class Region:
 
     def one(self, cut: CutDim) -> CutDim:
         """The one object that stands for all equal cuts, so that they compare by identity."""
-        known = self._same.get(id(cut))
-        if known is None:
-            known = self._same[id(cut)] = self._cuts.setdefault(cut, cut)
-            self._met.append(cut)
-        return known
+        canonical = self._same.get(id(cut))
+        if canonical is None:
+            canonical = self._same[id(cut)] = self._cuts.setdefault(cut, cut)
+            self._cut_references.append(cut)
+        return canonical
 
     def features(self, cut: Cut) -> CutDim:
         """The `CutDim` of a dim for which a layer gives only a `Cut`."""
-        known = self._features.get(cut)
-        if known is None:
+        cut_dim = self._features.get(cut)
+        if cut_dim is None:
             units = Units("features", cut.size // cut.unit)
             shared = Shared(units, self.scheme.leaves, self.axis.size)
-            known = self.one(CutDim(shared, (Block(cut.size, 0, cut.unit),)))
-            self._features[cut] = known
-        return known
+            cut_dim = self.one(CutDim(shared, (Block(cut.size, 0, cut.unit),)))
+            self._features[cut] = cut_dim
+        return cut_dim
 
     def spec(self, shape: tuple[int, ...], dim: int, cut: CutDim) -> Spec:
         """The one `Spec` with this shape, dim and cut."""
-        known = self._specs.get((shape, dim, id(cut)))
-        if known is None:
+        spec = self._specs.get((shape, dim, id(cut)))
+        if spec is None:
             cut = self.one(cut)
             key = (tuple(shape), dim, id(cut))
-            known = self._specs.get(key)
-            if known is None:
-                known = self._specs[key] = Spec(self, key[0], dim, cut)
-        return known
+            spec = self._specs.get(key)
+            if spec is None:
+                spec = self._specs[key] = Spec(self, key[0], dim, cut)
+        return spec
 
     def place(self, cut: CutDim, who: str) -> UnitSplit:
         """The place of a collective on tensors with this cut, for the ledger and its sums."""
-        known = self._places.get((id(cut), who))
-        if known is None:
+        place = self._places.get((id(cut), who))
+        if place is None:
             cut = self.one(cut)
-            known = UnitSplit.of(self.axis, cut, self.scheme, who)
-            self._places[id(cut), who] = known
-        return known
+            place = UnitSplit.of(self.axis, cut, self.scheme, who)
+            self._places[id(cut), who] = place
+        return place
 
     def finest(self) -> list["Region"]:
         """The regions of the first and the last rank at the highest degree, one rank per leaf."""

@@ -311,7 +311,7 @@ class Adopted(ShownCutTensor):
     """A cut tensor that was made from a whole one in place; C++ does not dispatch its calls."""
 
 
-def shown(x: Any) -> Any:
+def with_dispatch(x: Any) -> Any:
     """The same cut tensor in the class whose calls inside C++ operations are dispatched."""
     return cut_tensor(x.local, x.spec, x.who) if type(x) is Adopted else x
 
@@ -388,10 +388,10 @@ def named(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[An
 
 def _method(name: str) -> Callable[..., Any]:
     func = getattr(Tensor, name)
-    known = name_of(func)
+    torch_name = name_of(func)
 
     def method(self: CutTensor, *args: Any, **kwargs: Any) -> Any:
-        return run_as(known, func, (self, *args), kwargs)
+        return run_as(torch_name, func, (self, *args), kwargs)
 
     method.__name__ = name
     return method

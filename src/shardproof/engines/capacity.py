@@ -10,7 +10,7 @@ import threading
 import torch
 
 from shardproof.errors import UsageError
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 # More threads on one rank do not make anything faster, and OpenMP crashes far above this.
 _LEAST_LIMIT, _PER_CORE = 256, 16
@@ -31,13 +31,13 @@ def cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def check_threads(threads: int, degree: int, *, written: str) -> None:
+def check_threads(threads: int, degree: int, *, setting_text: str) -> None:
     """Raise unless `degree` ranks of this machine can have `threads` threads each.
 
     Args:
         threads: number of threads of each rank.
         degree: number of ranks.
-        written: the option as the user wrote it, for the message.
+        setting_text: the option as the user wrote it, for the message.
 
     Raises:
         UsageError: the number is too large, or the system does not allow so many.
@@ -45,16 +45,16 @@ def check_threads(threads: int, degree: int, *, written: str) -> None:
     limit = max(_LEAST_LIMIT, _PER_CORE * cores())
     if threads > limit:
         raise UsageError(
-            f"{written} is more than {limit}, the most threads that one rank may have on this "
+            f"{setting_text} is more than {limit}, the most threads that one rank may have on this "
             f"machine ({cores()} cores). Use fewer; more than the cores gain nothing."
         )
     total = threads * degree
     most = max(_MOST_IN_ALL, _PER_CORE * cores())
     if total > most:
         raise UsageError(
-            f"degree {shown(degree)} with {threads} threads on each rank is more than {most}, the "
-            f"most threads in all that this machine ({cores()} cores) is asked for. Use a lower "
-            "degree, fewer threads, or several machines under torchrun."
+            f"degree {short_repr(degree)} with {threads} threads on each rank is more than {most}, "
+            f"the most threads in all that this machine ({cores()} cores) is asked for. Use a "
+            "lower degree, fewer threads, or several machines under torchrun."
         )
     with _trying:
         _try(total)
@@ -69,7 +69,7 @@ def check_own_threads() -> None:
     names = [name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if os.environ.get(name)]
     settings = " and ".join(f"{name}={os.environ[name]}" for name in names)
     threads = torch.get_num_threads()
-    check_threads(threads, 1, written=settings or f"torch.get_num_threads() = {threads}")
+    check_threads(threads, 1, setting_text=settings or f"torch.get_num_threads() = {threads}")
 
 
 def _try(total: int) -> None:

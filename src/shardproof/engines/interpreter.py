@@ -49,9 +49,9 @@ def flags() -> list[str]:
     """The options that this interpreter was started with, as multiprocessing hands them on."""
     options: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     for name, value in sys._xoptions.items():
-        written = name if value is True else f"{name}={value}"
-        if written not in options:
-            options += ["-X", written]
+        flag = name if value is True else f"{name}={value}"
+        if flag not in options:
+            options += ["-X", flag]
     return options
 
 

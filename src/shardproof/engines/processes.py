@@ -53,7 +53,7 @@ class ProcessRanks(Ranks):
 
     def __init__(self, settings: Settings, environment: Mapping[str, str] | None = None) -> None:
         super().__init__(settings)
-        self._met: tuple[str, str] | None = None
+        self._transport_and_note: tuple[str, str] | None = None
         self._number = 0  # number of the current call; later answers to earlier calls are ignored
         self._folder = _make_folder()
         self._workers: list[Worker] = []
@@ -79,13 +79,13 @@ class ProcessRanks(Ranks):
         return self._meet()[1]
 
     def _meet(self) -> tuple[str, str]:
-        if self._met is None:
+        if self._transport_and_note is None:
             self.run(_nothing)
-        return self._met or ("", "")
+        return self._transport_and_note or ("", "")
 
     def _run(self, fn: Callable[[Axis], Any]) -> list[Any]:
-        if self._met is None:
-            self._met = self._call(_describe)[0]
+        if self._transport_and_note is None:
+            self._transport_and_note = self._call(_describe)[0]
         return self._call(fn)
 
     def _call(self, fn: Callable[[Axis], Any]) -> list[Any]:
@@ -200,10 +200,12 @@ def start_process(
     )
 
 
-def _environment(rank: int, settings: Settings, given: Mapping[str, str] | None) -> dict[str, str]:
-    if given is None:
-        given = interpreter.environment() | mode.child_environment()
-    environment = {name: value for name, value in given.items() if name not in _NOT_INHERITED}
+def _environment(
+    rank: int, settings: Settings, variables: Mapping[str, str] | None
+) -> dict[str, str]:
+    if variables is None:
+        variables = interpreter.environment() | mode.child_environment()
+    environment = {name: value for name, value in variables.items() if name not in _NOT_INHERITED}
     environment |= {
         "OMP_NUM_THREADS": str(settings.threads),
         "RANK": str(rank),

@@ -15,7 +15,7 @@ from shardproof import files
 from shardproof.checked_values import LARGEST, real_number, whole_number
 from shardproof.errors import UsageError
 from shardproof.hf.weights import CONFIG
-from shardproof.wording import shown, written
+from shardproof.wording import short_repr, short_text
 
 # Configs of real models have a few KiB, or some 100 KiB with names of labels.
 LARGEST_CONFIG = 16 << 20
@@ -54,7 +54,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         UsageError: it cannot be read, is not a JSON object, or has an impossible value.
     """
     path = folder / CONFIG
-    shown_path = written(str(path))
+    shown_path = short_text(str(path))
     config = files.read_json(
         path, what=shown_path, way_out=_WAY_OUT, largest=LARGEST_CONFIG, only_finite=False
     )
@@ -76,19 +76,19 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _problems(config: Mapping[str, Any]) -> Iterator[str]:
     kind = config.get("model_type")
     if kind is not None and not isinstance(kind, str):
-        yield f"model_type={shown(kind)} is not a name"
+        yield f"model_type={short_repr(kind)} is not a name"
     for name in (*_SIZES, *_LAYERS):
         if name in config and not (config[name] is None and name in _MAY_BE_NONE):
             yield from _size_problems(name, config[name])
     for name in _DTYPES:
         if config.get(name) is not None and not _is_float(config[name]):
-            yield f"{name}={shown(config[name])} is not a dtype of floating-point weights"
+            yield f"{name}={short_repr(config[name])} is not a dtype of floating-point weights"
     for name in _POSITIVE:
         if config.get(name) is not None and not _lies(config[name], above=0.0, below=math.inf):
-            yield f"{name}={shown(config[name])} is not a positive number"
+            yield f"{name}={short_repr(config[name])} is not a positive number"
     for name in _SHARES:
         if config.get(name) not in (None, 0) and not _lies(config[name], above=0.0, below=1.0):
-            yield f"{name}={shown(config[name])} is not from 0 up to 1"
+            yield f"{name}={short_repr(config[name])} is not from 0 up to 1"
     if config.get("quantization_config"):
         yield "quantization_config: quantized weights are not supported, for they cannot be cut"
 
@@ -97,9 +97,9 @@ def _size_problems(name: str, value: Any) -> Iterator[str]:
     most = MOST_LAYERS if name in _LAYERS else LARGEST
     number = None if isinstance(value, float) else whole_number(value)
     if number is None or number < 1:
-        yield f"{name}={shown(value)} is not a positive whole number"
+        yield f"{name}={short_repr(value)} is not a positive whole number"
     elif number > most:
-        yield f"{name}={shown(number)} is more than {most}"
+        yield f"{name}={short_repr(number)} is more than {most}"
 
 
 def _is_float(value: Any) -> bool:

@@ -44,7 +44,7 @@ _ON_ALL_RANKS = (
 
 
 @dataclass
-class _Held:
+class _Shard:
     """The storage behind one or several `CutLogits`: this rank's part, or the whole.
 
     Attributes:
@@ -104,8 +104,8 @@ class _Held:
 
     def like(self, part: Tensor, direction: str | None = None) -> "CutLogits":
         """The storage of another part with the same cut."""
-        held = _Held(self.axis, self.cut, self.who, direction or self.direction, part)
-        return CutLogits(held)
+        shard = _Shard(self.axis, self.cut, self.who, direction or self.direction, part)
+        return CutLogits(shard)
 
 
 class CutLogits(Tensor):
@@ -126,16 +126,16 @@ class CutLogits(Tensor):
         first use: forward one all_gather of (*, vocabulary); backward none.
     """
 
-    _held: _Held
+    _shard: _Shard
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __new__(cls, held: _Held) -> Self:
+    def __new__(cls, shard: _Shard) -> Self:
         """Wrap a storage in a tensor of the whole shape."""
-        some = held.some
+        some = shard.some
         wrapper: Self = Tensor._make_wrapper_subclass(
-            cls, held.shape, dtype=some.dtype, device=some.device
+            cls, shard.shape, dtype=some.dtype, device=some.device
         )
-        wrapper._held = held
+        wrapper._shard = shard
         return wrapper
 
     @staticmethod
@@ -153,7 +153,7 @@ class CutLogits(Tensor):
             none.
         """
         comm.check_part(part, axis, dim=-1, cut=cut, is_whole=False, who=who)
-        logits: CutLogits = _Cover.apply(part, _Held(axis, cut, who, "forward", part.detach()))
+        logits: CutLogits = _Cover.apply(part, _Shard(axis, cut, who, "forward", part.detach()))
         return logits
 
     @property
@@ -181,32 +181,32 @@ class CutLogits(Tensor):
         """Run element-wise operations on the part, and all others on the gathered whole."""
         kwargs = kwargs or {}
         if func in _ALIASES:
-            return cls(args[0]._held)
+            return cls(args[0]._shard)
         if func in _ELEMENTWISE:
             y = _by_part(func, args, kwargs)
             if y is not None:
                 return y
-        known: dict[int, CutLogits] = {}
+        logits_by_data: dict[int, CutLogits] = {}
 
         def whole(x: Any) -> Any:
             if not isinstance(x, CutLogits):
                 return x
-            data = x._held.gather()
-            known[id(data)] = x
+            data = x._shard.gather()
+            logits_by_data[id(data)] = x
             return data
 
         y = func(*tree_map(whole, args), **tree_map(whole, kwargs))
         # An in-place operation returns its own argument.
-        return tree_map(lambda each: known.get(id(each), each), y)
+        return tree_map(lambda each: logits_by_data.get(id(each), each), y)
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         """A description; the values only after the gather, because printing is no collective."""
-        held = self._held
-        if held.part is None:
-            return f"CutLogits({held.some!r})"
+        shard = self._shard
+        if shard.part is None:
+            return f"CutLogits({shard.some!r})"
         return (
             f"CutLogits(shape={tuple(self.shape)}, dtype={self.dtype}, of which rank "
-            f"{held.axis.rank} of {held.axis.size} holds {tuple(held.part.shape)}; gathered on "
+            f"{shard.axis.rank} of {shard.axis.size} holds {tuple(shard.part.shape)}; gathered on "
             "first use, on all ranks together)"
         )
 
@@ -234,11 +234,11 @@ class CutLogits(Tensor):
 
     def data_ptr(self) -> int:
         """See `Tensor.data_ptr`; Comm as `whole`."""
-        return self._held.gather().data_ptr()
+        return self._shard.gather().data_ptr()
 
     def untyped_storage(self) -> Any:
         """See `Tensor.untyped_storage`; Comm as `whole`."""
-        return self._held.gather().untyped_storage()
+        return self._shard.gather().untyped_storage()
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
         """See `Tensor.__dlpack__`; Comm as `whole`."""
@@ -248,41 +248,41 @@ class CutLogits(Tensor):
 def _by_part(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CutLogits | None:
     """Run an element-wise operation on this rank's part; None if it needs the whole."""
     operands = [x for x in args if isinstance(x, CutLogits)]
-    held = operands[0]._held
-    if any(x._held.part is None or x._held.cut != held.cut for x in operands):
+    shard = operands[0]._shard
+    if any(x._shard.part is None or x._shard.cut != shard.cut for x in operands):
         return None
     if func is _aten._to_copy.default:
         device, layout = kwargs.get("device"), kwargs.get("layout")
-        is_cast = device in (None, held.some.device) and layout in (None, torch.strided)
+        is_cast = device in (None, shard.some.device) and layout in (None, torch.strided)
         if not is_cast or kwargs.get("memory_format") is not None:
             return None
     parts = []
     for x in args:
         if isinstance(x, CutLogits):
-            if x._held.shape != held.shape:
+            if x._shard.shape != shard.shape:
                 return None
-            parts.append(x._held.own())
+            parts.append(x._shard.own())
         elif isinstance(x, Tensor) and x.dim():
-            if tuple(x.shape) != held.shape:
+            if tuple(x.shape) != shard.shape:
                 return None
-            parts.append(held.slice(x))
+            parts.append(shard.slice(x))
         else:
             parts.append(x)
-    return held.like(func(*parts, **kwargs))
+    return shard.like(func(*parts, **kwargs))
 
 
 class _Cover(torch.autograd.Function):
     """Wrap a part as logits; backward, take this rank's part of their gradient. No Comm."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, held: _Held) -> CutLogits:
-        ctx.held = _Held(held.axis, held.cut, held.who, "backward", part.new_empty(0))
-        return CutLogits(held)
+    def forward(ctx: Any, part: Tensor, shard: _Shard) -> CutLogits:
+        ctx.shard = _Shard(shard.axis, shard.cut, shard.who, "backward", part.new_empty(0))
+        return CutLogits(shard)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        own = grad._held.own() if isinstance(grad, CutLogits) else ctx.held.slice(grad)
+        own = grad._shard.own() if isinstance(grad, CutLogits) else ctx.shard.slice(grad)
         return own, None
 
 
@@ -291,10 +291,10 @@ class _Uncover(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: CutLogits) -> Tensor:
-        ctx.held = logits._held
-        return logits._held.own().detach()
+        ctx.shard = logits._shard
+        return logits._shard.own().detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return ctx.held.like(grad.contiguous(), "backward")
+        return ctx.shard.like(grad.contiguous(), "backward")

@@ -54,11 +54,11 @@ class _Maker:
         self.batch = batch
         self.length = self._length(length)
 
-    def _length(self, wanted: int) -> int:
+    def _length(self, length: int) -> int:
         places = _number(self.text, "max_position_embeddings", "n_positions", "max_position")
         if getattr(self.text, "axial_pos_embds", False):  # a table of axes needs all positions
             return prod(self.text.axial_pos_shape)
-        return min(wanted, places) if places else wanted
+        return min(length, places) if places else length
 
     def of(self, kind: str) -> Iterator[dict[str, Any]]:
         """Examples for each form of the main input and each form of labels."""

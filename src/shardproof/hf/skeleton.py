@@ -11,7 +11,7 @@ from shardproof import extras
 from shardproof.errors import UsageError
 from shardproof.hf.config import read_config
 from shardproof.hf.weights import CONFIG, checked_directory
-from shardproof.wording import error_words, written
+from shardproof.wording import error_words, short_text
 
 EXTRA, MODULE = "hf", "transformers"
 CAUSAL = "a causal language model"
@@ -55,8 +55,8 @@ def skeleton(directory: str | Path) -> nn.Module:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # the library may raise anything for a file that a user wrote
         raise _cannot(folder, error, CAUSAL) from error
-    created: nn.Module = model
-    return created
+    new_model: nn.Module = model
+    return new_model
 
 
 def any_skeleton(directory: str | Path) -> nn.Module:
@@ -78,8 +78,8 @@ def any_skeleton(directory: str | Path) -> nn.Module:
 
     try:
         with torch.device("meta"):
-            created: nn.Module = _class_of(config, transformers)._from_config(config)
-            return created
+            new_model: nn.Module = _class_of(config, transformers)._from_config(config)
+            return new_model
     except Exception as error:  # the library may raise anything for a file that a user wrote
         raise _cannot(folder, error, "a model") from error
 
@@ -87,9 +87,9 @@ def any_skeleton(directory: str | Path) -> nn.Module:
 def _class_of(config: Any, library: Any) -> Any:
     """The class that a config names, else the first that transformers has for its type."""
     for name in config.architectures or ():
-        chosen = getattr(library, str(name), None)
-        if isinstance(chosen, type) and issubclass(chosen, library.PreTrainedModel):
-            return chosen
+        model_class = getattr(library, str(name), None)
+        if isinstance(model_class, type) and issubclass(model_class, library.PreTrainedModel):
+            return model_class
     for name in _AUTO:
         kinds = getattr(library, name)._model_mapping
         if type(config) in kinds:
@@ -108,7 +108,7 @@ def config_of(folder: Path, what: str = CAUSAL) -> Any:
     Raises:
         UsageError: the extra is not installed, or the file is not the config of a model.
     """
-    require_transformers(f"reading {written(str(folder / CONFIG))}")
+    require_transformers(f"reading {short_text(str(folder / CONFIG))}")
     read_config(folder)
     from transformers import AutoConfig  # noqa: PLC0415 - an optional extra
 
@@ -120,6 +120,6 @@ def config_of(folder: Path, what: str = CAUSAL) -> Any:
 
 def _cannot(folder: Path, error: Exception, what: str) -> UsageError:
     return UsageError(
-        f"transformers cannot make {what} of {written(str(folder / CONFIG))} "
+        f"transformers cannot make {what} of {short_text(str(folder / CONFIG))} "
         f"({error_words(error)}). Correct it, or name another directory."
     )

@@ -15,7 +15,7 @@ from shardproof.checked_objects import checked_model
 from shardproof.checkpoint.entries import Entry, check_values, weights_of
 from shardproof.errors import UsageError
 from shardproof.safetensors_file import StoredTensor, read_header, read_part
-from shardproof.wording import dtype_name, few, shown, written
+from shardproof.wording import dtype_name, few, short_repr, short_text
 
 CONFIG, MODEL, OPTIMIZER = "config.json", "model", "optimizer"
 _INDEX = ".safetensors.index.json"
@@ -56,8 +56,8 @@ def stored_tensors(folder: Path, stem: str = MODEL) -> dict[str, tuple[Path, Sto
             headers[file] = read_header(file)
         if name not in headers[file]:
             raise UsageError(
-                f"{written(str(file))} cannot be read as safetensors: it has no tensor "
-                f"{shown(name)}, which the index beside it names. {_FETCH}"
+                f"{short_text(str(file))} cannot be read as safetensors: it has no tensor "
+                f"{short_repr(name)}, which the index beside it names. {_FETCH}"
             )
         tensors[name] = file, headers[file][name]
     return tensors
@@ -94,7 +94,7 @@ def _files_of(
         for name in headers[file]:
             if name in files_by_name:
                 raise UsageError(
-                    f"{written(str(folder))} has the tensor {shown(name)} in "
+                    f"{short_text(str(folder))} has the tensor {short_repr(name)} in "
                     f"{files_by_name[name].name} and in {file.name}, and no {index.name} says "
                     "which one is meant. Remove one of the files."
                 )
@@ -109,11 +109,11 @@ def _indexed(folder: Path, index: Path, single: str) -> dict[str, Path]:
     missing = [file for file in shards if not os.path.lexists(folder / file)]
     if missing:
         raise UsageError(
-            f"{written(str(folder))} lacks {few(missing)}, which its {index.name} names. {_FETCH}"
+            f"{short_text(str(folder))} lacks {few(missing)}, which its {index.name} names. {_FETCH}"
         )
     if single not in shards and os.path.lexists(folder / single):
         raise UsageError(
-            f"{written(str(folder))} has {single} and an {index.name} that names other files: two "
+            f"{short_text(str(folder))} has {single} and an {index.name} that names other files: two "
             "sets of weights, of which transformers would read the first. Remove one of them."
         )
     return {name: folder / file for name, file in named.items()}
@@ -121,7 +121,7 @@ def _indexed(folder: Path, index: Path, single: str) -> dict[str, Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name, from an index."""
-    shown_index = written(str(index))
+    shown_index = short_text(str(index))
     try:
         index_data = files.read_json(index, what="it", way_out=_FETCH, largest=LARGEST_INDEX)
     except UsageError as error:
@@ -129,9 +129,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     pairs = index_data.get("weight_map") if isinstance(index_data, dict) else None
     if not isinstance(pairs, dict) or not pairs:
         wrong = (
-            f'its "weight_map" is {shown(pairs)}'
+            f'its "weight_map" is {short_repr(pairs)}'
             if isinstance(index_data, dict)
-            else shown(index_data)
+            else short_repr(index_data)
         )
         raise UsageError(
             f"{shown_index} is no index of safetensors ({wrong}): it must be JSON with a "
@@ -155,7 +155,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _each_once(names: list[Any]) -> str:
-    shown_names = (name if isinstance(name, str) and name else shown(name) for name in names)
+    shown_names = (name if isinstance(name, str) and name else short_repr(name) for name in names)
     return few(dict.fromkeys(shown_names), most=3)
 
 
@@ -177,13 +177,13 @@ def checked_directory(directory: str | Path) -> Path:
     """
     folder = files.path_of(directory, what="the directory", way_out=f"Name one with {CONFIG}.")
     if not os.path.isdir(folder):
-        raise UsageError(f"{shown(str(folder))} is no directory. Name one with {CONFIG}.")
+        raise UsageError(f"{short_repr(str(folder))} is no directory. Name one with {CONFIG}.")
     if not os.path.lexists(folder / CONFIG):
         raise UsageError(
-            f"{written(str(folder))} has no {CONFIG}: nothing says which model this is. Name the "
+            f"{short_text(str(folder))} has no {CONFIG}: nothing says which model this is. Name the "
             "directory that save_pretrained wrote."
         )
-    files.check_regular(folder / CONFIG, what=written(str(folder / CONFIG)), way_out=_FETCH)
+    files.check_regular(folder / CONFIG, what=short_text(str(folder / CONFIG)), way_out=_FETCH)
     return folder
 
 
@@ -228,13 +228,13 @@ def matched(model: nn.Module, directory: str | Path) -> list[Match]:
     missing, unexpected = differences(model, available)
     if missing:
         raise UsageError(
-            f"{written(str(folder))} has no tensor for {len(missing)} parameters of "
+            f"{short_text(str(folder))} has no tensor for {len(missing)} parameters of "
             f"{type(model).__name__}: {few(missing)}. It has, for instance: "
             f"{few(sorted(available)[:3])}."
         )
     if unexpected:
         raise UsageError(
-            f"{written(str(folder))} has {len(unexpected)} tensors that {type(model).__name__} has "
+            f"{short_text(str(folder))} has {len(unexpected)} tensors that {type(model).__name__} has "
             f"no parameter for: {few(unexpected)}. Make the model from the {CONFIG} beside them."
         )
     matches = [(entry, *available[entry.name]) for entry in entries if entry.name in available]
@@ -278,7 +278,7 @@ def read(matches: Iterable[Match]) -> None:
                 read_part(descriptors[file], stored, entry.layout, entry.tensor)
             except OSError as error:
                 raise UsageError(
-                    f"{written(str(file))} cannot be read: {files.why(error)}. {_FETCH}"
+                    f"{short_text(str(file))} cannot be read: {files.why(error)}. {_FETCH}"
                 ) from None
 
 
@@ -291,12 +291,12 @@ def check_fit(entry: Entry, stored: StoredTensor, file: Path) -> None:
     name, dtype = entry.name, entry.tensor.dtype
     if stored.shape != entry.layout.shape:
         raise UsageError(
-            f"{name!r} has shape {shown(stored.shape)} in {written(str(file))}, and "
+            f"{name!r} has shape {short_repr(stored.shape)} in {short_text(str(file))}, and "
             f"{entry.layout.shape} in the model. Make the model from the {CONFIG} beside it."
         )
     if stored.dtype != dtype and not {stored.dtype, dtype} <= set(_FLOATS.values()):
         raise UsageError(
-            f"{name!r} has dtype {stored.kind} in {written(str(file))}, and {dtype_name(dtype)} in "
+            f"{name!r} has dtype {stored.kind} in {short_text(str(file))}, and {dtype_name(dtype)} in "
             f"the model. Only {', '.join(_FLOATS)} are cast, and only to one another: the rest are "
             "numbers of another kind, or quantized, with scales that stand elsewhere. Save the "
             "model unquantized, in one of these."

@@ -206,9 +206,9 @@ def invariant_replacement(module: nn.Module) -> nn.Module | None:
     make = _REPLACEMENTS.get(type(module))
     if make is not None:
         return None if getattr(module, "inplace", False) else make(module).train(module.training)
-    named = _NAMED.get(type(module).__name__)
-    if named is not None:
-        replacement = named(module)
+    factory = _NAMED.get(type(module).__name__)
+    if factory is not None:
+        replacement = factory(module)
         return (
             replacement.train(module.training) if _computes_the_same(module, replacement) else None
         )

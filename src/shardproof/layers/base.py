@@ -21,7 +21,7 @@ from shardproof.leaves import Cut, Layout, check_degree
 from shardproof.numerics import mode
 from shardproof.numerics.random import draw_uniform
 from shardproof.scheme import Scheme, checked_scheme
-from shardproof.wording import TEXT, shown
+from shardproof.wording import TEXT, short_repr
 
 _STATE = "_extra_state"
 
@@ -91,7 +91,7 @@ class ShardedModule(nn.Module):
         numbers = tuple(whole_number(size) or 0 for size in sizes.values())
         if all(1 <= number <= LARGEST for number in numbers):
             return numbers
-        words = " and ".join(f"{name}={shown(size)}" for name, size in sizes.items())
+        words = " and ".join(f"{name}={short_repr(size)}" for name, size in sizes.items())
         raise ShapeError(
             f"{self.name!r} ({type(self).__name__}) with {words}: {what} that is cut needs at "
             f"least one of each, as whole numbers, and at most {LARGEST}."
@@ -205,8 +205,8 @@ class ShardedModule(nn.Module):
         if state["contract"] != self._contract():
             warnings.warn(
                 f"the state of {registry.record_of(self).name!r} was saved under the contract "
-                f"{shown(state['contract'])}, this process has {self._contract()!r}: the values "
-                "are right, further bits may differ.",
+                f"{short_repr(state['contract'])}, this process has {self._contract()!r}: the "
+                "values are right, further bits may differ.",
                 stacklevel=2,
             )
 
@@ -247,7 +247,7 @@ class ShardedModule(nn.Module):
         if not isinstance(state, dict) or not set(mine) <= set(state):
             raise LayoutError(
                 f"cannot load {prefix + _STATE!r} into {record.name!r} on {record.axis}: it is no "
-                f"layout but {shown(state)}. Load the state that this rank saved."
+                f"layout but {short_repr(state)}. Load the state that this rank saved."
             )
         for key in ("degree", "rank", "layouts"):
             if plain_words(state[key]) != plain_words(mine[key]):
@@ -259,8 +259,8 @@ class ShardedModule(nn.Module):
         if not isinstance(state["contract"], str):
             raise LayoutError(
                 f"cannot load {prefix + _STATE!r} into {record.name!r} on {record.axis}: its "
-                f"contract is {shown(state['contract'])}, which is not text. Load the state that "
-                "this rank saved."
+                f"contract is {short_repr(state['contract'])}, which is not text. Load the state "
+                "that this rank saved."
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -271,7 +271,7 @@ class ShardedModule(nn.Module):
 def _detailed(value: Any) -> str:
     """A layout in full, as far as a message bears it: where two differ may be at their end."""
     words = plain_words(value)
-    return shown(value) if words is None or len(words) > TEXT else str(value)
+    return short_repr(value) if words is None or len(words) > TEXT else str(value)
 
 
 def check_state(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

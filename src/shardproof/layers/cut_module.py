@@ -139,8 +139,8 @@ def become_cut(
             ties[whole] = _part_of(whole, layout), layout
         registry.note_replaced(whole, f"{name}.{own}" if name else own)
         setattr(module, own, ties[whole][0])
-    said = name or type(module).__name__  # of the model itself
-    setattr(module, registry.RECORD, CutRecord(axis, scheme, said, dict(layouts), wrap))
+    own_name = name or type(module).__name__  # of the model itself
+    setattr(module, registry.RECORD, CutRecord(axis, scheme, own_name, dict(layouts), wrap))
     module.__class__ = kind
     guard.watch(module)
     return module
@@ -175,7 +175,7 @@ def cut_parameters(
     Comm:
         none.
     """
-    ties, found = new_ties(), new_ties()
+    ties, layout_by_parameter = new_ties(), new_ties()
     modules = dict(model.named_modules(remove_duplicate=False))
     for full, layout in layouts.items():
         parent, _, own = full.rpartition(".")
@@ -185,13 +185,13 @@ def cut_parameters(
                 f"{type(model).__name__} has no parameter {full!r}, for which there is a layout. "
                 "Name those of model.named_parameters()."
             )
-        if found.setdefault(parameter, layout) != layout:
+        if layout_by_parameter.setdefault(parameter, layout) != layout:
             raise _two_ways(full)
     for name, module in model.named_modules():
         own_layouts = {
-            own: found[parameter]
+            own: layout_by_parameter[parameter]
             for own, parameter in module._parameters.items()
-            if parameter is not None and parameter in found
+            if parameter is not None and parameter in layout_by_parameter
         }
         become_cut(module, own_layouts, axis=axis, scheme=scheme, name=name, wrap=wrap, ties=ties)
     return model
@@ -207,20 +207,21 @@ def _cut_names(layouts: Mapping[str, Layout]) -> tuple[str, ...]:
 
 
 def _check(module: nn.Module, layouts: Mapping[str, Layout], name: str, ties: Any) -> None:
-    said = f"module {name!r} ({type(module).__name__})"
+    module_text = f"module {name!r} ({type(module).__name__})"
     if isinstance(module, ShardedModule | torch.jit.ScriptModule):
         why = "is cut already" if isinstance(module, ShardedModule) else "is compiled by torch.jit"
-        raise UsageError(f"{said} {why}. Cut the model as it was made, and once.")
+        raise UsageError(f"{module_text} {why}. Cut the model as it was made, and once.")
     for own, layout in layouts.items():
         whole = module._parameters.get(own)
         if whole is None:
             raise UsageError(
-                f"{said} has no parameter {own!r} of its own, for which there is a layout. It has: "
+                f"{module_text} has no parameter {own!r} of its own, for which there is a layout. "
+                "It has: "
                 f"{', '.join(each for each, p in module._parameters.items() if p is not None)}."
             )
         if tuple(whole.shape) != layout.shape:
             raise ShapeError(
-                f"{said}: {own!r} has shape {tuple(whole.shape)}, and its layout is of "
+                f"{module_text}: {own!r} has shape {tuple(whole.shape)}, and its layout is of "
                 f"{layout.shape}. Plan the model that is cut."
             )
         if whole in ties and ties[whole][1] != layout:
@@ -249,10 +250,10 @@ def _part_of(whole: nn.Parameter, layout: Layout) -> nn.Parameter:
 def _class_of(whole: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """The subclass of a class whose parameters of these names are cut."""
     with _lock:
-        known = _classes.setdefault(whole, WeakValueDictionary())
-        found: type[nn.Module] | None = known.get(names)
-        if found is not None:
-            return found
+        by_names = _classes.setdefault(whole, WeakValueDictionary())
+        cut_class: type[nn.Module] | None = by_names.get(names)
+        if cut_class is not None:
+            return cut_class
 
         def body(namespace: dict[str, Any]) -> None:
             namespace |= {name: property(_reader(name)) for name in names}
@@ -267,7 +268,7 @@ def _class_of(whole: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]
                 f"class {whole.__qualname__} has parameters that are to be cut, and no class can "
                 f"be derived from it ({error}). Leave its parameters whole."
             ) from error
-        known[names] = kind
+        by_names[names] = kind
         return kind
 
 

@@ -84,10 +84,10 @@ def _check(parameters: Iterable[Any], groups: Iterable[Any], who: str) -> None:
         ranks: list[Any] = [None] * torch.distributed.get_world_size(group)
         torch.distributed.all_gather_object(ranks, mine, group)
         for number, (axis, part) in enumerate(cut.items()):
-            held = sorted({each[number] for each in ranks if len(each) == len(cut)})
-            if len(held) > 1:
+            sizes = sorted({each[number] for each in ranks if len(each) == len(cut)})
+            if len(sizes) > 1:
                 raise UsageError(
-                    f"{who} would take the parts of {part.name!r} on ranks {held} of axis "
+                    f"{who} would take the parts of {part.name!r} on ranks {sizes} of axis "
                     f"{axis.name!r} for copies of one parameter. Give it a group of ranks that "
                     "hold the same part: Axis.from_mesh(mesh['tp']) and the group of mesh['dp'] of "
                     "one 2-d mesh."

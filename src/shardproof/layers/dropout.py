@@ -52,8 +52,8 @@ class Drawing(nn.Module):
                 which.
         """
         if operators.is_recorded():
-            recorded: Tensor = _operator(_drawing.number(self))
-            return recorded
+            step: Tensor = _operator(_drawing.number(self))
+            return step
         if not self._is_replaying and torch._C._current_graph_task_id() != -1:
             raise UsageError(
                 f"{self.name!r} ({type(self).__name__}) is called during backward, as activation "
@@ -135,9 +135,9 @@ class Dropout(Drawing):
         if not 0 <= p <= 1:
             raise UsageError(f"dropout {name!r}: p={p} is no probability. Use 0 to 1.")
         if (axis is None) != (cut is None):
-            given, missing = ("cut", "axis") if axis is None else ("axis", "cut")
+            present, missing = ("cut", "axis") if axis is None else ("axis", "cut")
             raise UsageError(
-                f"dropout {name!r}: {given} is given without {missing}. Give both for an "
+                f"dropout {name!r}: {present} is given without {missing}. Give both for an "
                 "activation that is cut, or neither."
             )
         self.p = p

@@ -14,7 +14,7 @@ from shardproof.layers.base import OwnParameter, ShardedModule, own
 from shardproof.numerics.random import draw_normal
 from shardproof.ops.embedding import padding_row, vocab_embedding
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 # Options of nn.Embedding that are not ours, and what they are where they are off.
 _REFUSED = {
@@ -90,7 +90,7 @@ class VocabParallelEmbedding(ShardedModule):
         """
         if not isinstance(embedding, nn.Embedding):
             raise UsageError(
-                f"{cls.__name__} cannot be made from {shown(embedding)}. Give an nn.Embedding."
+                f"{cls.__name__} cannot be made from {short_repr(embedding)}. Give an nn.Embedding."
             )
         for option, (off, why) in _REFUSED.items():
             value = getattr(embedding, option)

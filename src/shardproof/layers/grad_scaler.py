@@ -31,10 +31,10 @@ def install() -> None:
 
 def _unscaling(original: Callable[..., Any]) -> Callable[..., Any]:
     def guard(self: GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        found = original(self, optimizer, *args, **kwargs)
-        _share(found, optimizer)
+        flags_by_device = original(self, optimizer, *args, **kwargs)
+        _share(flags_by_device, optimizer)
         self._per_optimizer_states[id(optimizer)][_IS_SHARED] = True
-        return found
+        return flags_by_device
 
     return guard
 
@@ -52,17 +52,17 @@ def _deciding(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @torch.no_grad()
-def _share(found: dict[torch.device, Tensor], optimizer: Optimizer) -> None:
-    """Set every flag in `found` if it is set on any rank of the axes.
+def _share(flags_by_device: dict[torch.device, Tensor], optimizer: Optimizer) -> None:
+    """Set every flag in `flags_by_device` if it is set on any rank of the axes.
 
     A rank without gradients takes part too: only what all ranks have alike decides who does.
     """
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     for axis in axes_of(parameters):
-        flags = [flag.to(parameters[0].device).reshape(()) for flag in found.values()]
+        flags = [flag.to(parameters[0].device).reshape(()) for flag in flags_by_device.values()]
         mine = (
             torch.stack(flags).amax() if flags else parameters[0].new_zeros((), dtype=torch.float)
         )
         total = comm.all_reduce(mine, axis, direction="update", who="GradScaler")
-        for flag in found.values():
+        for flag in flags_by_device.values():
             flag.copy_(total.clamp(max=1.0).expand_as(flag))

@@ -14,7 +14,7 @@ from shardproof.errors import ShapeError, UsageError
 from shardproof.layers.base import OwnParameter, ShardedModule
 from shardproof.leaves import Cut
 from shardproof.scheme import Scheme
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 
 class ParallelLinear(ShardedModule):
@@ -119,11 +119,11 @@ class ParallelLinear(ShardedModule):
 
     def _advice(self, x: Tensor, width: int) -> str:
         """What is most likely wrong with an input of that width."""
-        got = x.shape[-1] if x.dim() else 0
+        last_dim = x.shape[-1] if x.dim() else 0
         owned = self._owned_input
-        if width == self.in_features and got == owned:
-            return f"{got} is this rank's shard of it: use {self._if_shard}."
-        if width == owned and got == self.in_features:
+        if width == self.in_features and last_dim == owned:
+            return f"{last_dim} is this rank's shard of it: use {self._if_shard}."
+        if width == owned and last_dim == self.in_features:
             return f"This input is whole: use {self._if_whole}."
         return "Sizes of a layer are global; check what the layer before hands on."
 
@@ -149,7 +149,9 @@ def like(
 ) -> Any:
     """An undrawn layer with the sizes of `linear`, on its device and with its dtype."""
     if not isinstance(linear, nn.Linear):
-        raise UsageError(f"{cls.__name__} cannot be made from {shown(linear)}. Give an nn.Linear.")
+        raise UsageError(
+            f"{cls.__name__} cannot be made from {short_repr(linear)}. Give an nn.Linear."
+        )
     device = linear.weight.device
     layer = cls(
         linear.in_features,

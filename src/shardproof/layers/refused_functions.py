@@ -98,8 +98,8 @@ def _vector_to(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _whole_ones(parameters: Iterable[Tensor], function: str) -> list[Tensor]:
     """`parameters`, none of which may be cut."""
-    found = list(parameters)
-    for parameter in found:
+    all_parameters = list(parameters)
+    for parameter in all_parameters:
         name = name_by_memory(parameter)
         if name is not None:
             raise UsageError(
@@ -108,7 +108,7 @@ def _whole_ones(parameters: Iterable[Tensor], function: str) -> list[Tensor]:
                 "shardproof.sum_over_parameters or shardproof.parameter_norm; copy parameter by "
                 "parameter where an operation is element-wise."
             )
-    return found
+    return all_parameters
 
 
 def _pruning(original: Callable[..., Any]) -> Callable[..., Any]:

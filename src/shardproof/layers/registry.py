@@ -127,22 +127,22 @@ def remember(module: nn.Module) -> None:
     """Look at the parameters of one cut module; before they are replaced, too."""
     for parameter, part in parts_of(module):
         with _lock:
-            known: ParameterPart | None = _parts.get(parameter)
+            part_before: ParameterPart | None = _parts.get(parameter)
             # A tied parameter is cut if any of its modules says so.
-            if known is None or part.is_cut or not known.is_cut:
+            if part_before is None or part.is_cut or not part_before.is_cut:
                 _parts[parameter] = part
 
 
 def parts() -> dict[int, ParameterPart]:
     """Identity of every parameter of a cut module -> what it is a part of, as of now."""
-    found: dict[int, ParameterPart] = {}
+    part_by_id: dict[int, ParameterPart] = {}
     for module in cut_modules():
         for parameter, part in parts_of(module):
-            known = found.get(id(parameter))
+            part_before = part_by_id.get(id(parameter))
             # A tied parameter is cut if any of its modules says so.
-            if known is None or (part.is_cut and not known.is_cut):
-                found[id(parameter)] = part
-    return found
+            if part_before is None or (part.is_cut and not part_before.is_cut):
+                part_by_id[id(parameter)] = part
+    return part_by_id
 
 
 def parts_of(module: Any) -> Iterator[tuple[nn.Parameter, ParameterPart]]:
@@ -198,21 +198,21 @@ def name_by_memory(tensor: Any) -> str | None:
 
 def parts_by_memory() -> dict[int | None, ParameterPart]:
     """Identity of the memory of every cut parameter -> its part."""
-    found = {
+    part_by_memory = {
         memory_of(parameter): part
         for module in cut_modules()
         for parameter, part in parts_of(module)
         if part.is_cut
     }
-    found.pop(None, None)
-    return found
+    part_by_memory.pop(None, None)
+    return part_by_memory
 
 
 def axes_of(parameters: Iterable[Any]) -> list[Axis]:
     """The axes over which some of `parameters` are cut, in the order of the parameters."""
     axes = {id(parameter): axis for _, parameter, axis in cut_parameters()}
-    found = {id(axes[id(each)]): axes[id(each)] for each in parameters if id(each) in axes}
-    return list(found.values())
+    axis_by_id = {id(axes[id(each)]): axes[id(each)] for each in parameters if id(each) in axes}
+    return list(axis_by_id.values())
 
 
 def memory_of(tensor: Tensor) -> int | None:

@@ -44,15 +44,15 @@ def find_formula(module: nn.Module) -> RmsFormula | None:
     if [(name, value.dim()) for name, value in tensors] != [("weight", 1)]:
         return None
     kind: Any = type(module)
-    found = _formula_of(kind)
-    if found is None or _options(module) != found[1]:
+    class_formula = _formula_of(kind)
+    if class_formula is None or _options(module) != class_formula[1]:
         return None  # an option of this very module may change what it computes
-    return RmsFormula(eps, found[0].offset, found[0].rounds_before_weight)
+    return RmsFormula(eps, class_formula[0].offset, class_formula[0].rounds_before_weight)
 
 
 def _eps_of(module: nn.Module) -> float | None:
-    given = [getattr(module, name) for name in _EPS_NAMES if hasattr(module, name)]
-    return given[0] if len(given) == 1 and isinstance(given[0], float) else None
+    values = [getattr(module, name) for name in _EPS_NAMES if hasattr(module, name)]
+    return values[0] if len(values) == 1 and isinstance(values[0], float) else None
 
 
 def _options(module: nn.Module) -> dict[str, Any]:

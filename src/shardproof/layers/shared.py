@@ -23,15 +23,17 @@ from shardproof.ops.rows import are_alike, is_autocast
 from shardproof.ops.shared import SharedSum, is_spent, shared_columns
 
 Parameters = Mapping[str, Tensor | None]
-Seen = tuple[Tensor | None, int, bool]  # a tensor as it was: its version, and if it needs gradients
+TensorState = tuple[
+    Tensor | None, int, bool
+]  # a tensor as it was: its version, and if it needs gradients
 
 
-def _seen(x: Tensor | None) -> Seen:
+def _state_of(x: Tensor | None) -> TensorState:
     return (None, 0, False) if x is None else (x, x._version, x.requires_grad)
 
 
-def _is_as_seen(x: Tensor | None, seen: Seen) -> bool:
-    return x is seen[0] and (x is None or (x._version, x.requires_grad) == seen[1:])
+def _is_unchanged(x: Tensor | None, state: TensorState) -> bool:
+    return x is state[0] and (x is None or (x._version, x.requires_grad) == state[1:])
 
 
 def _cast_to(x: Tensor) -> torch.dtype | None:
@@ -40,7 +42,7 @@ def _cast_to(x: Tensor) -> torch.dtype | None:
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _OutputCache:
     """Outputs that one call computed for the other members and that they have not taken yet.
 
     Attributes:
@@ -50,14 +52,14 @@ class _Kept:
         outputs: place -> output; not those that were handed out.
     """
 
-    x: Seen
+    x: TensorState
     dtype: torch.dtype | None
-    parameters: tuple[tuple[Seen, Seen], ...]
+    parameters: tuple[tuple[TensorState, TensorState], ...]
     outputs: dict[int, Tensor]
 
     def is_of(self, x: Tensor) -> bool:
         """Whether this is what would be computed from `x` now."""
-        return _is_as_seen(x, self.x) and _cast_to(x) == self.dtype
+        return _is_unchanged(x, self.x) and _cast_to(x) == self.dtype
 
     def is_spent(self) -> bool:
         """Whether backward has been there already, so that no graph is left."""
@@ -67,8 +69,8 @@ class _Kept:
         """The output of one member, which is then kept no longer; None if it is not there."""
         y = self.outputs.pop(place, None)
         weight, bias = self.parameters[place]
-        is_same = _is_as_seen(parameters.get("weight"), weight)
-        return y if is_same and _is_as_seen(parameters.get("bias"), bias) else None
+        is_same = _is_unchanged(parameters.get("weight"), weight)
+        return y if is_same and _is_unchanged(parameters.get("bias"), bias) else None
 
 
 class SharedInput:
@@ -88,7 +90,7 @@ class SharedInput:
     def __init__(self, shared: SharedSum) -> None:
         self._sum = shared
         self._parameters: list[Parameters | None] = [None] * len(shared.members)
-        self._kept: _Kept | None = None
+        self._cache: _OutputCache | None = None
 
     def join(self, place: int, parameters: Parameters) -> None:
         """Take in a layer.
@@ -111,25 +113,27 @@ class SharedInput:
         """
         if self._parameters[place] is not parameters:
             return None
-        kept = self._kept
-        if kept is None or kept.is_spent():
+        cache = self._cache
+        if cache is None or cache.is_spent():
             return self._compute(place, x)
-        if place not in kept.outputs:
+        if place not in cache.outputs:
             # The next forward has begun; or the same layer is called twice, which it does alone.
-            return None if kept.is_of(x) else self._compute(place, x)
-        if not kept.is_of(x):
+            return None if cache.is_of(x) else self._compute(place, x)
+        if not cache.is_of(x):
             return None
-        y = kept.take(place, parameters)
-        if not kept.outputs:
-            self._kept = None
+        y = cache.take(place, parameters)
+        if not cache.outputs:
+            self._cache = None
         return y
 
     def _compute(self, place: int, x: Tensor) -> Tensor | None:
         """All outputs, of which one is returned and the others are kept."""
-        self._kept = None
-        found = [each for each in self._parameters if each is not None]
-        weights = [weight for each in found if (weight := each.get("weight")) is not None]
-        biases = [each.get("bias") for each in found]
+        self._cache = None
+        joined_parameters = [each for each in self._parameters if each is not None]
+        weights = [
+            weight for each in joined_parameters if (weight := each.get("weight")) is not None
+        ]
+        biases = [each.get("bias") for each in joined_parameters]
         if len(weights) < len(self._sum.members):
             return None  # one has not joined, or is parametrized
         dtype = _cast_to(x)
@@ -137,8 +141,8 @@ class SharedInput:
             return None
         outputs = dict(enumerate(shared_columns(x, weights, biases, self._sum)))
         y = outputs.pop(place)
-        seen = tuple((_seen(w), _seen(b)) for w, b in zip(weights, biases, strict=True))
-        self._kept = _Kept(_seen(x), dtype, seen, outputs)
+        states = tuple((_state_of(w), _state_of(b)) for w, b in zip(weights, biases, strict=True))
+        self._cache = _OutputCache(_state_of(x), dtype, states, outputs)
         return y
 
     def __deepcopy__(self, memo: dict[int, object]) -> "SharedInput":

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from shardproof.errors import LayoutError
 from shardproof.layers import registry
 from shardproof.layers.function_replacement import replace
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 _RANKS = "shardproof_ranks"  # axis -> [rank, size]
 
@@ -27,13 +27,13 @@ def install() -> None:
 
 def _ranks_of(optimizer: Optimizer) -> dict[str, list[int]]:
     """The axes over which its parameters are cut, and this rank's place on each."""
-    parts, found = registry.parts(), {}
+    parts, ranks_by_axis = registry.parts(), {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             part = parts.get(id(parameter)) or registry.part_of(parameter)
             if part is not None and part.is_cut and part.axis.size > 1:
-                found[part.axis.name] = [part.axis.rank, part.axis.size]
-    return found
+                ranks_by_axis[part.axis.name] = [part.axis.rank, part.axis.size]
+    return ranks_by_axis
 
 
 def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,8 +50,9 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
         if saved is not None and saved != _ranks_of(self):
             raise LayoutError(
                 f"cannot load the state of {type(self).__name__}: it is that of rank, size "
-                f"{_said(saved)}, and this is rank, size {_said(_ranks_of(self))}. Let every rank "
-                "save and load its own; shardproof.optimizer_state_dict has the layouts too."
+                f"{_rank_and_size(saved)}, and this is rank, size "
+                f"{_rank_and_size(_ranks_of(self))}. Let every rank save and load its own; "
+                "shardproof.optimizer_state_dict has the layouts too."
             )
         if saved is not None:
             state_dict = {key: value for key, value in state_dict.items() if key != _RANKS}
@@ -60,10 +61,10 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
     return guard
 
 
-def _said(ranks: Any) -> str:
+def _rank_and_size(ranks: Any) -> str:
     """For a message: `0, 2 of axis 'tp'`."""
     if not isinstance(ranks, dict) or not ranks:
-        return "0, 1" if ranks == {} else shown(ranks)
+        return "0, 1" if ranks == {} else short_repr(ranks)
     return "; ".join(
         f"{str(place).strip('[]()')} of axis {axis!r}" for axis, place in ranks.items()
     )

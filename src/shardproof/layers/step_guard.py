@@ -42,7 +42,7 @@ _GENERAL = (
     "an element-wise optimizer such as torch.optim.AdamW, shardproof.optim.Adafactor or "
     "shardproof.optim.Muon"
 )
-_SEEN = "_shardproof_seen"
+_LAST_CHECK = "_shardproof_seen"
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=type[Optimizer])
 
@@ -109,9 +109,9 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         count += len(group["params"])
         is_fused = is_fused or bool(group.get("fused"))
     now = (registry.changes(), count, is_fused)
-    if optimizer.__dict__.get(_SEEN) != now:
+    if optimizer.__dict__.get(_LAST_CHECK) != now:
         _check(optimizer, is_fused=is_fused)
-        optimizer.__dict__[_SEEN] = now
+        optimizer.__dict__[_LAST_CHECK] = now
 
 
 def _check(optimizer: Optimizer, *, is_fused: bool) -> None:
@@ -167,8 +167,12 @@ def _unknown(kind: type, part: ParameterPart) -> UsageError:
     )
     if kind.__module__.startswith("torch.optim"):  # which is not to be declared
         instead = INSTEAD.get(name, _GENERAL)
-    known = next((base for base in kind.__mro__[1:] if is_elementwise(base)), None)
-    also = f" (that {known.__name__} is says nothing of a class derived from it)" if known else ""
+    elementwise_base = next((base for base in kind.__mro__[1:] if is_elementwise(base)), None)
+    also = (
+        f" (that {elementwise_base.__name__} is says nothing of a class derived from it)"
+        if elementwise_base
+        else ""
+    )
     return UsageError(
         f"{name} was asked to update {part.name!r}, {_share(part)}, and is not known to be "
         f"element-wise{also}: an update that looks at a whole matrix is wrong on a part of it. Use "
@@ -180,5 +184,7 @@ def _share(part: ParameterPart) -> str:
     layout = part.layout
     if layout is None or layout.dim is None:
         return f"from which a part is computed ({part.axis})"
-    held = few([f"{run.start}:{run.stop}" for run in layout.held_runs]) or "0:0"
-    return f"of whose dim {layout.dim} ({layout.shape[layout.dim]} long) {part.axis} holds {held}"
+    runs_text = few([f"{run.start}:{run.stop}" for run in layout.held_runs]) or "0:0"
+    return (
+        f"of whose dim {layout.dim} ({layout.shape[layout.dim]} long) {part.axis} holds {runs_text}"
+    )

@@ -10,7 +10,7 @@ from shardproof.mistakes.of_language_models import OF_LANGUAGE_MODELS
 from shardproof.mistakes.of_sums import OF_SUMS
 from shardproof.mistakes.of_training import OF_TRAINING
 from shardproof.mistakes.of_weights import OF_WEIGHTS
-from shardproof.wording import VALUE, shown
+from shardproof.wording import VALUE, short_repr
 
 CHAPTERS: tuple[tuple[str, tuple[Mistake, ...]], ...] = (
     ("Sums between ranks", OF_SUMS),
@@ -38,4 +38,6 @@ def find_mistake(name: str) -> Mistake:
         return mistakes[name]
     near = get_close_matches(name[:VALUE], mistakes, n=3, cutoff=0.4)
     hint = f"Near names: {', '.join(near)}. " if near else ""
-    raise UsageError(f"there is no mistake {shown(name)}. {hint}See all: shardproof break --list.")
+    raise UsageError(
+        f"there is no mistake {short_repr(name)}. {hint}See all: shardproof break --list."
+    )

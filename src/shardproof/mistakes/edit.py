@@ -79,11 +79,12 @@ class Edit:
 
     def _place(self, lines: Sequence[str]) -> int:
         """The index of the first right line among the lines of the function."""
-        wanted = self.right.splitlines()
+        right_lines = self.right.splitlines()
         places = [
             start
-            for start in range(len(lines) - len(wanted) + 1)
-            if textwrap.dedent("".join(lines[start : start + len(wanted)])).splitlines() == wanted
+            for start in range(len(lines) - len(right_lines) + 1)
+            if textwrap.dedent("".join(lines[start : start + len(right_lines)])).splitlines()
+            == right_lines
         ]
         if len(places) == 1:
             return places[0]

@@ -64,7 +64,7 @@ class Mistake:
         finding: what the prover must say.
         degrees: at which it is run.
         hidden_at: degrees at which nothing shows, and the prover proves the mistake.
-        seen: where it was made, such as a pull request that mended it; "": no place is known.
+        sighting: where it was made, such as a pull request that mended it; "": no place is known.
         stops: outside of the prover, shardproof itself raises an error: inputs differ.
     """
 
@@ -76,7 +76,7 @@ class Mistake:
     finding: Finding
     degrees: tuple[int, ...] = (1, 2)
     hidden_at: tuple[int, ...] = ()
-    seen: str = ""
+    sighting: str = ""
     stops: bool = False
 
     def planted(self) -> AbstractContextManager[None]:
@@ -96,7 +96,7 @@ class Mistake:
             "case": self.setup.name,
             "description": self.setup.description,
             "why": self.why,
-            "seen": self.seen,
+            "seen": self.sighting,
             "degrees": list(self.degrees),
             "hidden_at": list(self.hidden_at),
         }

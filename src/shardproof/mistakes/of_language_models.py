@@ -24,7 +24,7 @@ OF_LANGUAGE_MODELS = (
         "and answers with zeros. A text without that token shows nothing. Cut the vocabulary into "
         "uneven parts, or pad it.",
         Finding("logits"),
-        seen="transformers (issue 37051)",
+        sighting="transformers (issue 37051)",
     ),
     Mistake(
         "softmax-over-own-vocabulary",

@@ -24,7 +24,7 @@ OF_SUMS = (
         "part of the product, the sum over the ranks has the bias once per rank. With one rank "
         "nothing is wrong. Add the bias after the sum.",
         Finding("output"),
-        seen="torchtitan (PR 2106), a bias on a Partial",
+        sighting="torchtitan (PR 2106), a bias on a Partial",
     ),
     Mistake(
         "row-sum-becomes-mean",
@@ -152,7 +152,7 @@ OF_SUMS = (
         "that is not contiguous, x.contiguous() is a copy: the sum is written into the copy, and x "
         "is as before. For a contiguous tensor it is no copy, so that most programs never show it.",
         Finding("output", says="replicas differ at degree 2: rank 1 has not what rank 0 has"),
-        seen="Megatron-LM's _reduce, June 2024 to July 2026",
+        sighting="Megatron-LM's _reduce, June 2024 to July 2026",
     ),
     Mistake(
         "one-partial-sum-per-rank",
@@ -168,7 +168,7 @@ OF_SUMS = (
         "than rounding, and no tolerance finds it. But from now on every real fault can hide as "
         "rounding.",
         Finding("output", agrees=True),
-        seen="E3SM (issue 5560), where a width depended on the number of tasks",
+        sighting="E3SM (issue 5560), where a width depended on the number of tasks",
     ),
     Mistake(
         "sum-in-rank-order",

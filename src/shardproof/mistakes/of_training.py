@@ -28,7 +28,7 @@ OF_TRAINING = (
         "the mean squared error for a batch of 2, which the notebook has: 2 / (2 * out_dim). For "
         "any other batch it is another loss. Every degree is wrong alike.",
         Finding("loss", TORCH, ()),
-        seen="notebook 000 (c325d0b3)",
+        sighting="notebook 000 (c325d0b3)",
     ),
     Mistake(
         "label-halves-swapped",
@@ -43,7 +43,7 @@ OF_TRAINING = (
         "parts are handed out in another order, all shapes fit, and each rank learns what another "
         "one should. The loss falls as well as ever, towards something else.",
         Finding("loss"),
-        seen="notebook 000 (c325d0b3), cut by columns",
+        sighting="notebook 000 (c325d0b3), cut by columns",
     ),
     Mistake(
         "ranks-read-different-batches",
@@ -88,7 +88,7 @@ OF_TRAINING = (
         "own shard's finds a smaller norm, and every rank another one. So each scales its "
         "gradients by another factor, and weights that all ranks hold drift apart.",
         Finding("grad_norm", says="replicas differ at degree 2: rank 1 has not what rank 0 has"),
-        seen="fairscale, whose shards are plain tensors, with torch's clip_grad_norm_",
+        sighting="fairscale, whose shards are plain tensors, with torch's clip_grad_norm_",
     ),
     Mistake(
         "optimizer-state-of-rank-zero",
@@ -103,6 +103,6 @@ OF_TRAINING = (
         "the state of another rank loads without a word. The first step after loading moves the "
         "weights in a direction that belongs to others.",
         Finding("up.weight.momentum_buffer"),
-        seen="transformers (PR 48569)",
+        sighting="transformers (PR 48569)",
     ),
 )

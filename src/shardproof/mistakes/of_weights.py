@@ -50,7 +50,7 @@ OF_WEIGHTS = (
         "The offset of the rank is missing. All shards have the same shape, so that nothing "
         "complains. Half of the weight is there twice, and the other half is nowhere.",
         Finding("weight (initial)"),
-        seen="vllm-gguf (issue 103), with query, key and value in one matrix",
+        sighting="vllm-gguf (issue 103), with query, key and value in one matrix",
     ),
     Mistake(
         "fused-weight-cut-in-one-piece",
@@ -65,7 +65,7 @@ OF_WEIGHTS = (
         "must be cut by itself. Cut in one piece, rank 0 of two gets all of the gate and takes the "
         "half of it for up. The same happens to query, key and value in one matrix.",
         Finding("gate.weight (initial)"),
-        seen="DeepSpeed (PR 3844), with query, key and value in one matrix",
+        sighting="DeepSpeed (PR 3844), with query, key and value in one matrix",
     ),
     Mistake(
         "twin-shards",
@@ -82,7 +82,7 @@ OF_WEIGHTS = (
         "and learns less than a layer of its size should. Draws must be keyed by the place in the "
         "whole weight.",
         Finding("embedding.weight (initial)"),
-        seen="ms-swift (PR 7944)",
+        sighting="ms-swift (PR 7944)",
     ),
     Mistake(
         "replicated-weight-drawn-by-rank",

@@ -68,9 +68,9 @@ class HeadDropout:
             (B, heads, T, S), Shard(1), uint8: 1 is kept.
         """
         batch, queries, keys = shape
-        kept = torch.empty(batch, len(heads), queries, keys, dtype=torch.uint8, device="cpu")
+        keep_mask = torch.empty(batch, len(heads), queries, keys, dtype=torch.uint8, device="cpu")
         for place, head in enumerate(heads):
-            kept[:, place] = random.draw_mask(
+            keep_mask[:, place] = random.draw_mask(
                 shape,
                 self.p,
                 seed=self.seed,
@@ -79,7 +79,7 @@ class HeadDropout:
                 leaf=head,
                 device="cpu",
             )
-        return kept.to(device)
+        return keep_mask.to(device)
 
 
 class Manner(NamedTuple):
@@ -143,8 +143,8 @@ def attend(
     weights = softmax(scores if bias is None else scores.add_(bias))
     if mask is not None and bias is not None:
         weights = _without_blind_rows(weights, bias)
-    given = _dropped(weights, keep, manner)
-    out = manner.product(given, widen(v), rows=rows, serving=manner.serving)
+    dropped_weights = _dropped(weights, keep, manner)
+    out = manner.product(dropped_weights, widen(v), rows=rows, serving=manner.serving)
     return Attended(out, weights, bent)
 
 
@@ -213,17 +213,17 @@ def value_partials(
         manner: of the forward.
         out: (B, H, S, head_dim), Shard(1), to be written.
     """
-    given = _dropped(weights, keep, manner)
-    manner.product(given.transpose(2, 3), grad_out, rows=grad_out.shape[2], out=out)
+    dropped_weights = _dropped(weights, keep, manner)
+    manner.product(dropped_weights.transpose(2, 3), grad_out, rows=grad_out.shape[2], out=out)
 
 
 def score_gradient(
-    done: Attended, grad_out: Tensor, v: Tensor, keep: Tensor | None, manner: Manner
+    forward: Attended, grad_out: Tensor, v: Tensor, keep: Tensor | None, manner: Manner
 ) -> Tensor:
     """Gradient of `q k^T * scale`.
 
     Args:
-        done: of the forward.
+        forward: of the forward.
         grad_out: (B, H, T, head_dim), Shard(1).
         v: (B, G, S, head_dim), Shard(1).
         keep: as in `attend`.
@@ -237,9 +237,9 @@ def score_gradient(
     if keep is not None:
         grad.mul_(keep).mul_(manner.kept_scale)
     # The sum over keys of weights * grad is that over features of out * grad_out: it is shorter.
-    grad.sub_(_sum_last(done.out * grad_out)).mul_(done.weights)
-    if done.bent is not None:
-        grad.mul_((1 - done.bent).mul_(1 + done.bent))
+    grad.sub_(_sum_last(forward.out * grad_out)).mul_(forward.weights)
+    if forward.bent is not None:
+        grad.mul_((1 - forward.bent).mul_(1 + forward.bent))
     return grad
 
 

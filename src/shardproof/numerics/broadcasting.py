@@ -34,8 +34,8 @@ def broadcast(function: Form) -> Form:
 
     @functools.wraps(function, updated=())
     def form(*args: Any, **kwargs: Any) -> Any:
-        given = [*args, *kwargs.values()]
-        tensors = [x for x in given if isinstance(x, Tensor)]
+        arguments = [*args, *kwargs.values()]
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
         if not _are_repeated(tensors):
             return function(*args, **kwargs)
         shape = torch.broadcast_shapes(*(x.shape for x in tensors))
@@ -70,8 +70,8 @@ def in_fp32(function: Form) -> Form:
             return function(*args, **kwargs)
         dtype = _result_dtype(tensors)
         wide = [widen(x) if isinstance(x, Tensor) else x for x in args]
-        named = {name: widen(x) if isinstance(x, Tensor) else x for name, x in kwargs.items()}
-        y = function(*wide, **named)
+        wide_kwargs = {name: widen(x) if isinstance(x, Tensor) else x for name, x in kwargs.items()}
+        y = function(*wide, **wide_kwargs)
         return y.to(dtype) if y.is_floating_point() else y
 
     return form
@@ -100,9 +100,9 @@ def expand_as(input: Tensor, other: Tensor) -> Tensor:
 
 def broadcast_tensors(*tensors: Any) -> tuple[Tensor, ...]:
     """`torch.broadcast_tensors`."""
-    given = tensors[0] if len(tensors) == 1 and not isinstance(tensors[0], Tensor) else tensors
-    shape = torch.broadcast_shapes(*(x.shape for x in given))
-    return tuple(expand(x, shape) for x in given)
+    sequence = tensors[0] if len(tensors) == 1 and not isinstance(tensors[0], Tensor) else tensors
+    shape = torch.broadcast_shapes(*(x.shape for x in sequence))
+    return tuple(expand(x, shape) for x in sequence)
 
 
 def repeat(input: Tensor, *repeats: Any) -> Tensor:
@@ -144,15 +144,15 @@ def repeat_interleave(
     return apart.reshape([*shape[: at - 1], shape[at - 1] * repeats, *shape[at:]])
 
 
-def flat_sizes(given: Sequence[Any]) -> list[int]:
+def flat_sizes(sizes: Sequence[Any]) -> list[int]:
     """Sizes that were given one by one, or as one sequence.
 
     Args:
-        given: what stands behind the tensor.
+        sizes: what stands behind the tensor.
     """
-    if len(given) == 1 and not isinstance(given[0], int):
-        return list(given[0])
-    return list(given)
+    if len(sizes) == 1 and not isinstance(sizes[0], int):
+        return list(sizes[0])
+    return list(sizes)
 
 
 def _are_repeated(tensors: Sequence[Tensor]) -> bool:
@@ -171,8 +171,8 @@ def _result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
     A tensor without dims does not widen one with dims.
     """
-    given = [x for x in tensors if x.is_floating_point()] or list(tensors)
-    with_dims = [x for x in given if x.dim()] or given
+    floats = [x for x in tensors if x.is_floating_point()] or list(tensors)
+    with_dims = [x for x in floats if x.dim()] or floats
     return functools.reduce(torch.promote_types, (x.dtype for x in with_dims))
 
 

@@ -148,6 +148,6 @@ def _normed_batch(
     return centred(rows, eps).reshape(turned.shape).transpose(0, 1)
 
 
-def _by_channel(given: Tensor | None, x: Tensor) -> Tensor | None:
+def _by_channel(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     """(C,) to (C, 1, ...), which broadcasts with (N, C, *)."""
-    return None if given is None else given.reshape(-1, *[1] * (x.dim() - 2))
+    return None if parameter is None else parameter.reshape(-1, *[1] * (x.dim() - 2))

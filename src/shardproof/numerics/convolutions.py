@@ -221,24 +221,24 @@ def _by_group(weight: Tensor, windows: _Windows) -> Tensor:
     return weight.reshape(windows.groups, rows, math.prod(weight.shape[1:]))
 
 
-def _sizes(given: Any, dims: int) -> tuple[int, ...]:
-    if isinstance(given, int):
-        return (given,) * dims
-    return tuple(given) * dims if len(given) == 1 else tuple(given)
+def _sizes(size: Any, dims: int) -> tuple[int, ...]:
+    if isinstance(size, int):
+        return (size,) * dims
+    return tuple(size) * dims if len(size) == 1 else tuple(size)
 
 
 def _padding(
-    given: Any, dims: int, taps: Sequence[int], stride: Sequence[int], gaps: Sequence[int]
+    padding: Any, dims: int, taps: Sequence[int], stride: Sequence[int], gaps: Sequence[int]
 ) -> list[int]:
     """As `F.pad` takes it: the last dim first."""
-    if given == "valid":
+    if padding == "valid":
         return [0, 0] * dims
-    if given == "same":
+    if padding == "same":
         if any(step != 1 for step in stride):
             raise UsageError("a convolution with padding='same' takes stride=1. Give numbers.")
         spare = [(tap - 1) * gap for tap, gap in zip(taps, gaps, strict=True)]
         return [side for n in reversed(spare) for side in (n // 2, n - n // 2)]
-    return [n for size in reversed(_sizes(given, dims)) for n in (size, size)]
+    return [n for size in reversed(_sizes(padding, dims)) for n in (size, size)]
 
 
 def _check(x: Tensor, weight: Tensor, groups: int, dims: int) -> None:

@@ -44,12 +44,12 @@ def total(x: Tensor, dims: Dims = None, *, keepdim: bool = False, dtype: Any = N
     """
     if not x.is_floating_point():  # whole numbers: the order makes no difference
         return torch.sum(x, dims_of(x, dims), keepdim, dtype=dtype)
-    chosen = dims_of(x, dims)
+    dim_tuple = dims_of(x, dims)
     if x.requires_grad and torch.is_grad_enabled():
-        y = _Total.apply(x, chosen, dtype or x.dtype)
+        y = _Total.apply(x, dim_tuple, dtype or x.dtype)
     else:
-        y = _summed(x, chosen, dtype or x.dtype)
-    return y.reshape(kept_shape(x, chosen)) if keepdim else y
+        y = _summed(x, dim_tuple, dtype or x.dtype)
+    return y.reshape(kept_shape(x, dim_tuple)) if keepdim else y
 
 
 def expand(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -184,13 +184,13 @@ def logsumexp(input: Tensor, dim: Dims, keepdim: bool = False) -> Tensor:
         `input` without the summed dims; minus infinity of none.
     """
     x, wide = input, widen(input)
-    chosen = dims_of(x, dim)
-    if not math.prod(x.shape[each] for each in chosen):
-        return total(x, chosen, keepdim=keepdim) - math.inf
-    top = torch.amax(wide.detach(), chosen, True)
+    dim_tuple = dims_of(x, dim)
+    if not math.prod(x.shape[each] for each in dim_tuple):
+        return total(x, dim_tuple, keepdim=keepdim) - math.inf
+    top = torch.amax(wide.detach(), dim_tuple, True)
     top = top.masked_fill(top.isinf(), 0) + 0.0
-    y = torch.log(total(torch.exp(wide - top), chosen, keepdim=True)) + top
-    return (y if keepdim else y.reshape(_left_shape(x, chosen))).to(x.dtype)
+    y = torch.log(total(torch.exp(wide - top), dim_tuple, keepdim=True)) + top
+    return (y if keepdim else y.reshape(_left_shape(x, dim_tuple))).to(x.dtype)
 
 
 def dims_of(x: Tensor, dims: Dims) -> tuple[int, ...]:
@@ -204,14 +204,14 @@ def dims_of(x: Tensor, dims: Dims) -> tuple[int, ...]:
     """
     if dims is None or (not isinstance(dims, int) and not len(dims)):
         return tuple(range(x.dim()))
-    given = [dims] if isinstance(dims, int) else list(dims)
+    dim_list = [dims] if isinstance(dims, int) else list(dims)
     count = max(x.dim(), 1)  # torch takes dim 0 of a number for the number
-    if not all(-count <= dim < count for dim in given):
+    if not all(-count <= dim < count for dim in dim_list):
         raise ShapeError(f"dim {dims} of a tensor of shape {tuple(x.shape)} is not there.")
-    chosen = sorted({dim % count for dim in given})
-    if len(chosen) < len(given):
+    unique_dims = sorted({dim % count for dim in dim_list})
+    if len(unique_dims) < len(dim_list):
         raise ShapeError(f"dim {dims} names one dim of a tensor {tuple(x.shape)} twice.")
-    return tuple(chosen) if x.dim() else ()
+    return tuple(unique_dims) if x.dim() else ()
 
 
 def kept_shape(x: Tensor, dims: Sequence[int]) -> list[int]:
@@ -272,12 +272,12 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        ctx.shape, ctx.kept, ctx.dtype = x.shape, kept_shape(x, dims), x.dtype
+        ctx.shape, ctx.kept_shape, ctx.dtype = x.shape, kept_shape(x, dims), x.dtype
         return _summed(x, dims, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
-        return expand(grad_y.reshape(ctx.kept).to(ctx.dtype), ctx.shape), None, None
+        return expand(grad_y.reshape(ctx.kept_shape).to(ctx.dtype), ctx.shape), None, None
 
 
 class _Expand(torch.autograd.Function):

@@ -31,16 +31,16 @@ def einsum(equation: str, *operands: Any) -> Tensor:
         ShapeError: letters and dims do not fit each other.
         UsageError: the equation is not of that form, or names a dim of one operand twice.
     """
-    given: Sequence[Tensor] = operands
+    tensors: Sequence[Tensor] = operands
     if len(operands) == 1 and not isinstance(operands[0], Tensor):
-        given = operands[0]
-    names, result = letters_of(equation, given)
-    sizes = _sizes(names, given, equation)
-    now = _dense(given[0], names[0], sizes)
+        tensors = operands[0]
+    names, result = letters_of(equation, tensors)
+    sizes = _sizes(names, tensors, equation)
+    now = _dense(tensors[0], names[0], sizes)
     letters = names[0]
-    for at in range(1, len(given)):
+    for at in range(1, len(tensors)):
         later = set(result).union(*names[at + 1 :])
-        other = _dense(given[at], names[at], sizes)
+        other = _dense(tensors[at], names[at], sizes)
         now, letters = _joined(now, letters, other, names[at], later)
     now, letters = _without(now, letters, set(result))
     return now.permute([letters.index(name) for name in result])
@@ -94,10 +94,10 @@ def _sizes(names: Sequence[str], operands: Sequence[Tensor], equation: str) -> d
     sizes: dict[str, int] = {}
     for letters, x in zip(names, operands, strict=True):
         for name, size in zip(letters, x.shape, strict=True):
-            known = sizes.get(name, 1)
-            if 1 not in (known, size) and known != size:
-                raise ShapeError(f"einsum: {name!r} of {equation!r} is {known} and {size}.")
-            sizes[name] = size if known == 1 else known
+            size_before = sizes.get(name, 1)
+            if 1 not in (size_before, size) and size_before != size:
+                raise ShapeError(f"einsum: {name!r} of {equation!r} is {size_before} and {size}.")
+            sizes[name] = size if size_before == 1 else size_before
     return sizes
 
 
@@ -105,12 +105,12 @@ def _dense(x: Tensor, letters: str, sizes: dict[str, int]) -> Tensor:
     return expand(x, [sizes[name] for name in letters])
 
 
-def _without(x: Tensor, letters: str, wanted: set[str]) -> tuple[Tensor, str]:
+def _without(x: Tensor, letters: str, letters_left: set[str]) -> tuple[Tensor, str]:
     """Summed over the letters that nobody wants."""
-    dims = [dim for dim, name in enumerate(letters) if name not in wanted]
+    dims = [dim for dim, name in enumerate(letters) if name not in letters_left]
     if not dims:
         return x, letters
-    return total(x, dims), "".join(name for name in letters if name in wanted)
+    return total(x, dims), "".join(name for name in letters if name in letters_left)
 
 
 def _joined(a: Tensor, left: str, b: Tensor, right: str, later: set[str]) -> tuple[Tensor, str]:

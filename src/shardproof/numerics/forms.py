@@ -292,19 +292,19 @@ arccos asinh acosh arcsinh arccosh pow float_power addmm addmv baddbmm addbmm
 
 
 def _collect() -> dict[Form, Form]:
-    found: dict[Form, Form] = {}
+    forms: dict[Form, Form] = {}
     for name, form in _BY_NAME.items():
-        found.update(dict.fromkeys(safe_functions.objects(name), _with_out(name, form)))
+        forms.update(dict.fromkeys(safe_functions.objects(name), _with_out(name, form)))
     for name in _OVERWRITING:
         write = _with_out(name, overwriting(_BY_NAME[name]))
-        found.update(dict.fromkeys(safe_functions.objects(f"{name}_"), write))
+        forms.update(dict.fromkeys(safe_functions.objects(f"{name}_"), write))
     for name in REPEATING:
         for each in (name, f"{name}_", f"__i{name.strip('_')}__"):
-            found.update(
+            forms.update(
                 {function: _repeating(function) for function in safe_functions.objects(each)}
             )
-    found.update({key: _with_out(key.__name__, form) for key, form in _BY_OBJECT.items()})
-    return found
+    forms.update({key: _with_out(key.__name__, form) for key, form in _BY_OBJECT.items()})
+    return forms
 
 
 def _with_out(name: str, form: Form) -> Form:

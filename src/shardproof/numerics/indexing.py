@@ -38,11 +38,11 @@ def getitem(input: Tensor, index: Any) -> Tensor:
     items = _spread(items, input.dim())
     # First what takes a view, then the dims that are left for tensors.
     x = input[tuple(slice(None) if isinstance(item, Tensor) else item for item in items)]
-    kept: list[Any] = [
+    indices: list[Any] = [
         item for item in items if not isinstance(item, int) or isinstance(item, bool)
     ]
-    places = [place for place, item in enumerate(kept) if isinstance(item, Tensor)]
-    return _select(x, places, [kept[place].long() for place in places])
+    places = [place for place, item in enumerate(indices) if isinstance(item, Tensor)]
+    return _select(x, places, [indices[place].long() for place in places])
 
 
 def _takes_twice(item: Tensor) -> bool:
@@ -69,8 +69,8 @@ def _checked(index: Tensor, size: int, shape: list[int]) -> Tensor:
     if index.is_meta:
         return index
     if operators.is_recorded(index):
-        recorded: Tensor = _operator(index, size, shape)
-        return recorded
+        checked_index: Tensor = _operator(index, size, shape)
+        return checked_index
     if bool(((index < -size) | (index >= size)).any()):
         raise ShapeError(f"an index is out of range: a dim of {tuple(shape)} has {size}.")
     return index
@@ -85,16 +85,18 @@ def _operator(index: Tensor, size: int, shape: list[int]) -> Tensor:
     return _checked(index, size, shape).clone()
 
 
-def _select(x: Tensor, places: list[int], given: list[Tensor]) -> Tensor:
+def _select(x: Tensor, places: list[int], indices: list[Tensor]) -> Tensor:
     """`x` with its dims `places` indexed, each by its tensor."""
     sizes = [x.shape[place] for place in places]
     linear = torch.zeros((), dtype=torch.int64, device=x.device)
-    for size, one in zip(sizes, given, strict=True):
+    for size, one in zip(sizes, indices, strict=True):
         item = _checked(one.to(x.device), size, list(x.shape))
         linear = linear * size + torch.where(item < 0, item + size, item)
     is_one_run = places == list(range(places[0], places[0] + len(places)))
     first = places[0] if is_one_run else 0
     moved = x.movedim(places, list(range(first, first + len(places))))
     head, tail = moved.shape[:first], moved.shape[first + len(places) :]
-    taken = moved.reshape(*head, math.prod(sizes), *tail).index_select(first, linear.reshape(-1))
-    return taken.reshape(*head, *linear.shape, *tail)
+    selected_rows = moved.reshape(*head, math.prod(sizes), *tail).index_select(
+        first, linear.reshape(-1)
+    )
+    return selected_rows.reshape(*head, *linear.shape, *tail)

@@ -25,7 +25,7 @@ from shardproof import c_modules, environment
 from shardproof.errors import NumericsError, UsageError
 from shardproof.scheme import Scheme
 from shardproof.wording import dtype_name
-from shardproof.wording import written as shortened
+from shardproof.wording import short_text as shortened
 
 SCHEME_VERSION = "tree-3"
 SETTINGS = ("auto", "avx512", "avx2", "core", "leafwise", "off")
@@ -158,12 +158,12 @@ def _without_strict(
 def _set_strict(library: ctypes.CDLL, setting: str, missing: str | None) -> BlasState:
     widest = "avx512" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "avx2"
     branch = widest if setting == "auto" else setting
-    wanted = _BRANCHES[branch] | _STRICT
+    mode = _BRANCHES[branch] | _STRICT
     code = 0
-    if library.mkl_serv_cbwr_get(-1) != wanted:
-        code = int(library.mkl_serv_cbwr_set(wanted))
+    if library.mkl_serv_cbwr_get(-1) != mode:
+        code = int(library.mkl_serv_cbwr_set(mode))
     read_back = int(library.mkl_serv_cbwr_get(-1))
-    if code == 0 and read_back == wanted:
+    if code == 0 and read_back == mode:
         small = 0 if missing else SMALL_ROWS
         return BlasState(setting, f"{branch}-strict", code, read_back, own_rows=small)
     if setting == "auto" and code == _REFUSED:  # as it does on every CPU but Intel's
@@ -205,10 +205,10 @@ def require_invariant() -> None:
     if problem is not None:
         raise NumericsError(problem)
     if now.is_strict:
-        found = self_check()
-        if found is not None:
+        mismatch = self_check()
+        if mismatch is not None:
             raise NumericsError(
-                f"the BLAS mode {now.branch} was set, but {found}. Start Python with "
+                f"the BLAS mode {now.branch} was set, but {mismatch}. Start Python with "
                 f"{VARIABLE}=leafwise, or use numerics='native'."
             )
 

@@ -39,8 +39,8 @@ def average(dims: int) -> Callable[..., Tensor]:
     ) -> Tensor:
         _check(input, dims, f"avg_pool{dims}d")
         taps = _sizes(kernel_size, dims)
-        given = stride is not None and stride not in ((), [])
-        steps = _sizes(stride, dims) if given else taps
+        has_stride = stride is not None and stride not in ((), [])
+        steps = _sizes(stride, dims) if has_stride else taps
         pads = _sizes(padding, dims)
         if divisor_override == 0 or any(2 * pad > tap for pad, tap in zip(pads, taps, strict=True)):
             raise UsageError(
@@ -83,21 +83,24 @@ def adaptive_average(dims: int) -> Callable[..., Tensor]:
     def form(input: Tensor, output_size: Any) -> Tensor:
         _check(input, dims, f"adaptive_avg_pool{dims}d")
         y = widen(input)
-        for n, wanted in enumerate(_sizes(output_size, dims)):
+        for n, output_length in enumerate(_sizes(output_size, dims)):
             dim = input.dim() - dims + n
-            y = _averaged(y, dim, input.shape[dim] if wanted is None else wanted)
+            y = _averaged(y, dim, input.shape[dim] if output_length is None else output_length)
         return y.to(input.dtype)
 
     form.__name__ = f"adaptive_avg_pool{dims}d"
     return form
 
 
-def _averaged(x: Tensor, dim: int, wanted: int) -> Tensor:
+def _averaged(x: Tensor, dim: int, output_length: int) -> Tensor:
     """Adaptive average pooling along one dim."""
     size = x.shape[dim]
-    if wanted and size % wanted == 0:
-        return mean(x.unflatten(dim, (wanted, size // wanted)), dim + 1)
-    runs = [(n * size // wanted, math.ceil((n + 1) * size / wanted)) for n in range(wanted)]
+    if output_length and size % output_length == 0:
+        return mean(x.unflatten(dim, (output_length, size // output_length)), dim + 1)
+    runs = [
+        (n * size // output_length, math.ceil((n + 1) * size / output_length))
+        for n in range(output_length)
+    ]
     parts = [mean(x.narrow(dim, start, stop - start), dim) for start, stop in runs]
     return torch.stack(parts, dim) if parts else x.narrow(dim, 0, 0)
 

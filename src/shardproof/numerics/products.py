@@ -179,8 +179,8 @@ def _recorded(
 ) -> Tensor:
     """`_run`, called as an operator."""
     steps = [step for each in struct.iter_unpack("=4q", program) for step in each]
-    found: Tensor = _operator(a, b, bias, steps, is_transposed)
-    return found
+    result: Tensor = _operator(a, b, bias, steps, is_transposed)
+    return result
 
 
 def _fake(
@@ -247,18 +247,18 @@ def _packed(*leaves: tuple[int, int, int, int]) -> bytes:
 def _program(slices: Sequence[slice], run: range, num_leaves: int) -> Program:
     """What the kernel is to do for a run of leaves."""
     key = (id(slices), run.start, num_leaves)
-    known = _programs.get(key)
-    if known is not None and known[0] is slices:
-        return known[1]
+    entry = _programs.get(key)
+    if entry is not None and entry[0] is slices:
+        return entry[1]
     if len(_programs) >= _CACHE_SIZE:
         _programs.clear()
-    made = _made(slices, run, num_leaves)
+    program = _build_program(slices, run, num_leaves)
     if isinstance(slices, tuple):  # what could change is not kept
-        _programs[key] = (slices, made)
-    return made
+        _programs[key] = (slices, program)
+    return program
 
 
-def _made(slices: Sequence[slice], run: range, num_leaves: int) -> Program:
+def _build_program(slices: Sequence[slice], run: range, num_leaves: int) -> Program:
     def visit(node: Node, pops: int, is_last: bool) -> None:
         """Leaves left to right; after its leaf, a last child adds the sums to its left."""
         if node[1] - node[0] == 1:
@@ -269,9 +269,9 @@ def _made(slices: Sequence[slice], run: range, num_leaves: int) -> Program:
         visit(left, 0, False)
         visit(right, pops + 1, is_last)
 
-    made = []
+    nodes = []
     for node in nodes_of_run(num_leaves, run):
         leaves: list[tuple[int, int, int, int]] = []
         visit(node, 0, True)
-        made.append((node, _packed(*leaves)))
-    return tuple(made)
+        nodes.append((node, _packed(*leaves)))
+    return tuple(nodes)

@@ -169,8 +169,8 @@ def draw_mask(
         raise UsageError(f"cannot draw a mask for {name!r} with p={p}. Use 0 to 1.")
     device = torch.device(device) if device is not None else torch.get_default_device()
     if isinstance(step, Tensor):
-        recorded: Tensor = _operator(list(shape), p, seed, name, step, leaf, device)
-        return recorded
+        keep_mask: Tensor = _operator(list(shape), p, seed, name, step, leaf, device)
+        return keep_mask
     own = generator(seed=seed, name=name, leaf=leaf, step=step)
     if device.type == "meta":
         return torch.empty(tuple(shape), dtype=torch.uint8, device=device)
@@ -179,7 +179,7 @@ def draw_mask(
         return mask.to(device)
     flat = mask.view(-1).numpy().view(np.bool_)
     for start in range(0, flat.size, _BLOCK):
-        _draw_kept(flat[start : start + _BLOCK], p, own)
+        _draw_keep_mask(flat[start : start + _BLOCK], p, own)
     return mask.to(device)
 
 
@@ -203,11 +203,11 @@ def _operator(
     return draw_mask(shape, p, seed=seed, name=name, step=int(step), leaf=leaf, device=device)
 
 
-def _draw_kept(kept: NDArray[np.bool_], p: float, own: np.random.Generator) -> None:
-    """Fill `kept`: 16 bits decide about an element, and a further draw where they leave it open."""
-    raw = own.bit_generator.random_raw(-(-kept.size // 4))
-    bits = raw.astype("<u8", copy=False).view("<u2")[: kept.size]
+def _draw_keep_mask(keep_mask: NDArray[np.bool_], p: float, own: np.random.Generator) -> None:
+    """Fill the mask: 16 bits decide about an element, and a further draw where they do not."""
+    raw = own.bit_generator.random_raw(-(-keep_mask.size // 4))
+    bits = raw.astype("<u8", copy=False).view("<u2")[: keep_mask.size]
     whole = int(p * _WORDS)
-    np.greater(bits, whole, out=kept)
+    np.greater(bits, whole, out=keep_mask)
     is_open = np.flatnonzero(bits == whole)
-    kept[is_open] = own.random(is_open.size) >= p * _WORDS - whole
+    keep_mask[is_open] = own.random(is_open.size) >= p * _WORDS - whole

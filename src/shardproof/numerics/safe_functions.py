@@ -94,13 +94,13 @@ def objects(name: str) -> Iterator[Callable[..., Any]]:
         name: of a function, a method, or both.
     """
     for place in PLACES:
-        found = getattr(place, name, None)
-        if callable(found):
-            yield found
+        member = getattr(place, name, None)
+        if callable(member):
+            yield member
 
 
 def collect() -> frozenset[Callable[..., Any]]:
     """The functions of all names above, of names for the same, and of those that overwrite."""
     same = [other for other, name in _SAME.items() if name in NAMES]
     names = [*NAMES, *same, *(f"{name}_" for name in (*POINTWISE, *same))]
-    return frozenset(found for name in names for found in objects(name))
+    return frozenset(function for name in names for function in objects(name))

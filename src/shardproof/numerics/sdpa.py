@@ -111,10 +111,10 @@ class _Attend(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, manner: Manner
     ) -> Tensor:
-        done = attention_math.attend(q, k, v, mask, None, manner)
+        result = attention_math.attend(q, k, v, mask, None, manner)
         ctx.manner, ctx.mask_dtype = manner, None if mask is None else mask.dtype
-        ctx.save_for_backward(q, k, v, done.out, done.weights)
-        return done.out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, result.out, result.weights)
+        return result.out.to(q.dtype)
 
     @staticmethod
     @once_differentiable
@@ -129,8 +129,8 @@ class _Attend(torch.autograd.Function):
             attention_math.value_partials(weights, grad_out, None, manner, parts)
             grad_v = _shared(parts, v)
         if needs_q or needs_k or needs_mask:
-            done = Attended(out, weights, None)
-            grad = attention_math.score_gradient(done, grad_out, v, None, manner)
+            forward = Attended(out, weights, None)
+            grad = attention_math.score_gradient(forward, grad_out, v, None, manner)
             if needs_mask:
                 grad_mask = grad.to(ctx.mask_dtype)
             if needs_k:

@@ -73,8 +73,10 @@ def layer_norm(
     """
     x = widen(check_floating(input, "layer_norm"))
     size = _check_last(input, normalized_shape, "layer_norm")
-    given = (None if each is None else each.reshape(-1).to(x.dtype) for each in (weight, bias))
-    return _RowLayerNorm.apply(_rows(x, size), *given, eps).reshape(input.shape).to(input.dtype)
+    parameters = (None if each is None else each.reshape(-1).to(x.dtype) for each in (weight, bias))
+    return (
+        _RowLayerNorm.apply(_rows(x, size), *parameters, eps).reshape(input.shape).to(input.dtype)
+    )
 
 
 def rms_norm(
@@ -135,13 +137,13 @@ def _rows(x: Tensor, size: int) -> Tensor:
 
 def _check_last(x: Tensor, shape: Sequence[int], who: str) -> int:
     """How many elements a row has."""
-    wanted = tuple(shape)
-    if not wanted or tuple(x.shape[-len(wanted) :]) != wanted:
+    sizes = tuple(shape)
+    if not sizes or tuple(x.shape[-len(sizes) :]) != sizes:
         raise ShapeError(
-            f"{who}: normalized_shape={wanted} is not the end of {tuple(x.shape)}. Give the sizes "
+            f"{who}: normalized_shape={sizes} is not the end of {tuple(x.shape)}. Give the sizes "
             "of the last dims."
         )
-    return math.prod(wanted)
+    return math.prod(sizes)
 
 
 def _along(function: Any, input: Tensor, dim: int | None, dtype: torch.dtype | None) -> Tensor:

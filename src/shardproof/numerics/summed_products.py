@@ -165,9 +165,9 @@ def kernel_nodes(pairs: Pairs, slices: Slices, run: range, num_leaves: int) -> d
     program = _program(slices, run, num_leaves)
     a, b = pairs[0]
     m, n = a.shape[0], b.shape[1]
-    found = {node: a.new_empty(m, n) for node in program.nodes}
+    sums = {node: a.new_empty(m, n) for node in program.nodes}
     if not (m and n):
-        return found
+        return sums
     try:
         for x, y in pairs:
             operands.check_freed(_WHO, a=x, b=y)
@@ -178,7 +178,7 @@ def kernel_nodes(pairs: Pairs, slices: Slices, run: range, num_leaves: int) -> d
         ]
         terms = b"".join(_term(x, y, span) for x, y, span in read)
         is_double, threads = a.dtype is torch.float64, torch.get_num_threads()
-        for node, out in found.items():
+        for node, out in sums.items():
             _kernel()(is_double, threads, out.data_ptr(), m, n, terms, program.nodes[node])
     except operands.ERRORS as error:
         for x, y in pairs[1:]:
@@ -186,15 +186,15 @@ def kernel_nodes(pairs: Pairs, slices: Slices, run: range, num_leaves: int) -> d
         operands.explain(error, _WHO, a=a, b=b)
     if observing.is_on():
         observing.tell_kernel(2 * m * n * sum(_length(places) for places in slices))
-    return found
+    return sums
 
 
 def _recorded(pairs: Pairs, slices: Slices, run: range, num_leaves: int) -> dict[Node, Tensor]:
     """`kernel_nodes`, called as an operator."""
     bounds = [bound for each in slices for at in each for bound in (at.start, at.stop)]
     left, right = zip(*pairs, strict=True)
-    found = _operator(left, right, bounds, [run.start, run.stop, num_leaves])
-    return dict(zip(nodes_of_run(num_leaves, run), found, strict=True))
+    sums = _operator(left, right, bounds, [run.start, run.stop, num_leaves])
+    return dict(zip(nodes_of_run(num_leaves, run), sums, strict=True))
 
 
 def _fake(
@@ -256,15 +256,15 @@ def _span(places: Sequence[slice]) -> range:
 
 def _program(slices: Slices, run: range, num_leaves: int) -> _Program:
     key = (*map(id, slices), run.start, num_leaves)
-    known = _programs.get(key)
-    if known is not None:
-        return known[1]
+    entry = _programs.get(key)
+    if entry is not None:
+        return entry[1]
     if len(_programs) >= _CACHE_SIZE:
         _programs.clear()
-    made = _Program(slices, run, num_leaves)
+    program = _Program(slices, run, num_leaves)
     if all(isinstance(each, tuple) for each in slices):  # what could change is not kept
-        _programs[key] = (tuple(slices), made)
-    return made
+        _programs[key] = (tuple(slices), program)
+    return program
 
 
 @functools.cache

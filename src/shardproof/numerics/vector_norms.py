@@ -209,14 +209,18 @@ def std(input: Tensor, *args: Any, **options: Any) -> Tensor:
 
 def var_mean(input: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """`torch.var_mean`."""
-    given = _spread(args, options, "var_mean")
-    return variance(input, **given), mean(input, given["dims"], keepdim=given["keepdim"])
+    arguments = _spread(args, options, "var_mean")
+    return variance(input, **arguments), mean(
+        input, arguments["dims"], keepdim=arguments["keepdim"]
+    )
 
 
 def std_mean(input: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """`torch.std_mean`."""
-    given = _spread(args, options, "std_mean")
-    return deviation(input, **given), mean(input, given["dims"], keepdim=given["keepdim"])
+    arguments = _spread(args, options, "std_mean")
+    return deviation(input, **arguments), mean(
+        input, arguments["dims"], keepdim=arguments["keepdim"]
+    )
 
 
 def product(

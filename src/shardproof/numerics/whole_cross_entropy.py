@@ -57,10 +57,10 @@ def cross_entropy(
         shares = target * (1 - label_smoothing) + label_smoothing / count
         losses = -total(_weighted(logs * shares, weight, classes), classes)
         return _finished(losses, losses.numel(), reduction).to(input.dtype)
-    losses, shares, kept = _picked(logs, target, weight, ignore_index, classes)
+    losses, shares, keep_mask = _picked(logs, target, weight, ignore_index, classes)
     if label_smoothing:
         smooth = -total(_weighted(logs, weight, classes), classes)
-        smooth = smooth.where(kept, smooth.new_zeros(()))
+        smooth = smooth.where(keep_mask, smooth.new_zeros(()))
         losses = losses * (1 - label_smoothing) + smooth * (label_smoothing / count)
     return _finished(losses, total(shares), reduction).to(input.dtype)
 
@@ -100,17 +100,17 @@ def _picked(
     logs: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, classes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For each target its loss, its weight, and whether it is not ignored."""
-    wanted = (*logs.shape[:classes], *logs.shape[classes + 1 :])
-    if tuple(target.shape) != wanted:
+    target_shape = (*logs.shape[:classes], *logs.shape[classes + 1 :])
+    if tuple(target.shape) != target_shape:
         raise ShapeError(
             f"the targets have shape {tuple(target.shape)}, and an input of shape "
-            f"{tuple(logs.shape)} needs {wanted}. Give one class index for each prediction."
+            f"{tuple(logs.shape)} needs {target_shape}. Give one class index for each prediction."
         )
-    kept = target != ignore_index
-    index = target.where(kept, 0)
+    keep_mask = target != ignore_index
+    index = target.where(keep_mask, 0)
     picked = -logs.gather(classes, index.unsqueeze(classes)).squeeze(classes)
-    shares = kept.to(logs.dtype) if weight is None else weight[index] * kept
-    return picked.where(kept, picked.new_zeros(())) * shares, shares, kept
+    shares = keep_mask.to(logs.dtype) if weight is None else weight[index] * keep_mask
+    return picked.where(keep_mask, picked.new_zeros(())) * shares, shares, keep_mask
 
 
 def _weighted(logs: Tensor, weight: Tensor | None, classes: int) -> Tensor:

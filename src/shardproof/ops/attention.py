@@ -85,10 +85,10 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, way: _Way
     ) -> Tensor:
         keep = _keep(q, k, way)
-        done = attend(q, k, v, mask, keep, way.manner)
-        y = done.out.to(q.dtype)
+        result = attend(q, k, v, mask, keep, way.manner)
+        y = result.out.to(q.dtype)
         ctx.way = way
-        ctx.save_for_backward(q, k, v, keep, done.out, done.weights, done.bent)
+        ctx.save_for_backward(q, k, v, keep, result.out, result.weights, result.bent)
         return y
 
     @staticmethod
@@ -183,13 +183,13 @@ def attention(
         forward none; backward none.
         split.cut: forward none; backward one all_gather of (2 * parts, batch, S, head_dim).
     """
-    given = _Options(**options)
-    if given.mask is not None:
-        split.axis.note(given.mask, who=split.who, what="attention mask")
+    attention_options = _Options(**options)
+    if attention_options.mask is not None:
+        split.axis.note(attention_options.mask, who=split.who, what="attention mask")
     split.arithmetic.require()
     context, q, k, v = prepared(q, k, v)
     with context:
-        y = _attended(q, k, v, split, given)
+        y = _attended(q, k, v, split, attention_options)
     if observing.is_on():
         split.tell_forward(q, k, v, y)
     return y
@@ -246,19 +246,21 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor, split: HeadSplit, who: str) ->
     if any(map(operands.is_odd, (q, k, v))) or operands.is_traced():
         operands.check(who, q=q, k=k, v=v)
     if not are_alike(q, k, v):
-        named = {"q": q, "k": k, "v": v}
-        given = ", ".join(f"{name} is {x.dtype} on {x.device}" for name, x in named.items())
+        operands_by_name = {"q": q, "k": k, "v": v}
+        dtypes_and_devices = ", ".join(
+            f"{name} is {x.dtype} on {x.device}" for name, x in operands_by_name.items()
+        )
         raise ShapeError(
-            f"{who}: {given}, and attention takes one dtype and one device. Cast them alike, or "
-            "use torch.autocast."
+            f"{who}: {dtypes_and_devices}, and attention takes one dtype and one device. Cast "
+            "them alike, or use torch.autocast."
         )
     if q.dtype not in operands.FLOATS:
         operands.check_floating(who, q=q)
     shape = tuple(q.shape)
     size = split.heads.head_dim
     if len(shape) == 4 and k.dim() == 4 and k.shape == v.shape:
-        held = (shape[0], len(split.held), k.shape[2], size)
-        if shape[1] == len(split.owned) and shape[3] == size and tuple(k.shape) == held:
+        key_shape = (shape[0], len(split.held), k.shape[2], size)
+        if shape[1] == len(split.owned) and shape[3] == size and tuple(k.shape) == key_shape:
             return
     raise ShapeError(
         f"{who} on {split.axis}: q has shape {shape}, k {tuple(k.shape)} and v {tuple(v.shape)}; "
@@ -300,7 +302,7 @@ def _check_options(q: Tensor, k: Tensor, options: _Options, who: str) -> None:
         )
 
 
-def _check_mask_shape(shape: tuple[int, ...], wanted: tuple[int, ...], who: str) -> None:
+def _check_mask_shape(shape: tuple[int, ...], scores_shape: tuple[int, ...], who: str) -> None:
     if len(shape) <= 4:
         padded = (1,) * (4 - len(shape)) + shape
         if padded[1] != 1:
@@ -308,8 +310,8 @@ def _check_mask_shape(shape: tuple[int, ...], wanted: tuple[int, ...], who: str)
                 f"{who}: the mask of shape {shape} has {padded[1]} entries along its head dim. "
                 "Heads are cut over ranks and share one mask: give (batch, 1, T, S)."
             )
-        if all(size in (1, full) for size, full in zip(padded, wanted, strict=True)):
+        if all(size in (1, full) for size, full in zip(padded, scores_shape, strict=True)):
             return
     raise ShapeError(
-        f"{who}: a mask of shape {shape} cannot be broadcast to (batch, 1, T, S) = {wanted}."
+        f"{who}: a mask of shape {shape} cannot be broadcast to (batch, 1, T, S) = {scores_shape}."
     )

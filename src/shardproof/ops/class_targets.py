@@ -71,8 +71,8 @@ def counting_rows(
     if target.dtype != torch.int64:
         raise UsageError(f"{who}: target must hold class indices as int64, got {target.dtype}.")
     if operators.is_recorded(target):
-        recorded: Tensor = _counts(target, classes, ignore_index, who)
-        return recorded
+        counts: Tensor = _counts(target, classes, ignore_index, who)
+        return counts
     return _checked_counts(target, classes, ignore_index, who)
 
 

@@ -57,8 +57,8 @@ def head_rms_norm(x: Tensor, weight: Tensor | None, split: Split, formula: RmsFo
     """
     operands.check_float(x, split.name or "a norm")
     size = split.cut.unit
-    wanted = (len(split.held_indices) // size, size)
-    _check(x, weight, split, "(*, held heads, head_dim)", x.shape[-2:], wanted, (size,))
+    expected_shape = (len(split.held_indices) // size, size)
+    _check(x, weight, split, "(*, held heads, head_dim)", x.shape[-2:], expected_shape, (size,))
     return normalise(x, weight, formula, _ByHead(split))
 
 
@@ -125,16 +125,16 @@ def _check(
     weight: Tensor | None,
     split: Split,
     form: str,
-    end: tuple[int, ...],
-    wanted: tuple[int, ...],
+    last_dims: tuple[int, ...],
+    expected_dims: tuple[int, ...],
     weight_shape: tuple[int, ...],
 ) -> None:
     name = split.name or "a norm"
-    if tuple(end) != wanted:
+    if tuple(last_dims) != expected_dims:
         raise ShapeError(
-            f"{name} on {split.axis}: x of shape {tuple(x.shape)}, but {form} ends in {wanted} "
-            f"here: this rank holds {len(split.held_indices)} of {split.cut.size} features. Give "
-            "what it holds."
+            f"{name} on {split.axis}: x of shape {tuple(x.shape)}, but {form} ends in "
+            f"{expected_dims} here: this rank holds {len(split.held_indices)} of {split.cut.size} "
+            "features. Give what it holds."
         )
     if weight is not None and weight.shape != weight_shape:
         raise ShapeError(

@@ -94,7 +94,7 @@ def _mask_of_leaves(x: Tensor, p: float, key: MaskKey, dim: int, leaves: Leaves)
     shape = list(x.shape)
     for leaf, at in leaves:
         shape[dim] = at.stop - at.start
-        drawn = draw_mask(
+        leaf_mask = draw_mask(
             shape,
             p,
             seed=key.seed,
@@ -103,7 +103,7 @@ def _mask_of_leaves(x: Tensor, p: float, key: MaskKey, dim: int, leaves: Leaves)
             leaf=leaf,
             device=x.device,
         )
-        mask.narrow(dim, at.start, shape[dim]).copy_(drawn)
+        mask.narrow(dim, at.start, shape[dim]).copy_(leaf_mask)
     return mask
 
 

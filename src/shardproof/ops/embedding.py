@@ -15,7 +15,7 @@ from shardproof.autograd import once_differentiable
 from shardproof.comm.split import Split
 from shardproof.errors import ShapeError, UsageError
 from shardproof.numerics.precision import widen
-from shardproof.observing import PARTIAL, REPLICATE, Operand, Told
+from shardproof.observing import PARTIAL, REPLICATE, Operand, StepEvent
 
 _INTEGERS = {4: torch.int32, 8: torch.int64}
 _NOWHERE = -1  # place of a row that this rank has not
@@ -42,9 +42,9 @@ def padding_row(padding_idx: int | None, size: int, who: str) -> int | None:
 
 def _tell_lookup(split: Split, ids: Tensor, weight: Tensor, y: Operand) -> None:
     """Tell observers that the rows which this rank owns were picked."""
-    named = [Operand("ids", ids, REPLICATE), Operand("weight", weight, split.placement(0))]
+    inputs = [Operand("ids", ids, REPLICATE), Operand("weight", weight, split.placement(0))]
     what = "y = the rows of the tokens; zero where another rank owns the row"
-    observing.tell(Told("lookup", "forward", split.name, what, named, y))
+    observing.tell(StepEvent("lookup", "forward", split.name, what, inputs, y))
 
 
 class _VocabEmbedding(torch.autograd.Function):
@@ -74,10 +74,10 @@ class _VocabEmbedding(torch.autograd.Function):
         )
         grad = grad.to(ctx.dtype)
         if observing.is_on():
-            given = [Operand("grad_y", grad_y, REPLICATE)]
+            inputs = [Operand("grad_y", grad_y, REPLICATE)]
             output = Operand("grad_weight", grad, split.placement(0))
             what = "grad_weight = the gradients of the tokens whose row this rank owns"
-            observing.tell(Told("sum of rows", "backward", split.name, what, given, output))
+            observing.tell(StepEvent("sum of rows", "backward", split.name, what, inputs, output))
         return grad, None, None, None
 
 
@@ -105,7 +105,9 @@ def _lookup(weight: Tensor, ids: Tensor, places: Tensor, split: Split) -> Tensor
     if observing.is_on():
         _tell_lookup(split, ids, weight, Operand("y", y, PARTIAL))
     bits = as_integers(y)
-    comm.start_all_reduce(bits, split.axis, direction="forward", who=split.name, seen=y).wait()
+    comm.start_all_reduce(
+        bits, split.axis, direction="forward", who=split.name, observed_part=y
+    ).wait()
     return y
 
 
@@ -135,8 +137,8 @@ def pick(weight: Tensor, places: Tensor, y: Tensor) -> None:
     rows = y.view(places.numel(), weight.shape[1])
     if operators.is_recorded(places):  # how many there are is not known then
         if weight.shape[0]:
-            found = weight.index_select(0, places.clamp(min=0))
-            rows.copy_(found.masked_fill_((places == _NOWHERE)[:, None], 0))
+            picked_rows = weight.index_select(0, places.clamp(min=0))
+            rows.copy_(picked_rows.masked_fill_((places == _NOWHERE)[:, None], 0))
         return
     mine = (places != _NOWHERE).nonzero().view(-1)
     rows.index_copy_(0, mine, weight.index_select(0, places[mine]))

@@ -14,7 +14,7 @@ from shardproof.errors import ShapeError
 from shardproof.heads import Heads
 from shardproof.leaves import Cut
 from shardproof.numerics.arithmetic import Arithmetic, arithmetic_of
-from shardproof.observing import Operand, Placement, Told, shard
+from shardproof.observing import Operand, Placement, StepEvent, shard
 from shardproof.scheme import Scheme
 from shardproof.tree import Node
 
@@ -144,10 +144,10 @@ class HeadSplit:
         everything = comm.all_gather(
             own, self.axis, dim=0, cut=cut, direction="backward", who=self.who
         )
-        found: dict[int, dict[Node, Tensor]] = {}
+        nodes_by_key: dict[int, dict[Node, Tensor]] = {}
         for (key, node), value in zip(itertools.chain(*self.parts), everything, strict=True):
-            found.setdefault(key, {})[node] = value
-        return found
+            nodes_by_key.setdefault(key, {})[node] = value
+        return nodes_by_key
 
     def _of_queries(self, key: int, partials: Tensor) -> dict[Node, Tensor]:
         """The partial gradient of each of this rank's query heads of one group."""
@@ -158,14 +158,14 @@ class HeadSplit:
     def tell_forward(self, q: Tensor, k: Tensor, v: Tensor, y: Tensor) -> None:
         """Tell observers of the attention of this rank's heads."""
         heads, keys = self._place(self.owned, self.heads.queries), self._place(self.held)
-        named = [Operand("q", q, heads), Operand("k", k, keys), Operand("v", v, keys)]
+        inputs = [Operand("q", q, heads), Operand("k", k, keys), Operand("v", v, keys)]
         what = "y = softmax(q @ k.T * scale) @ v, head by head"
         output = Operand("y", y, heads)
-        observing.tell(Told("attention", "forward", self.who, what, named, output))
+        observing.tell(StepEvent("attention", "forward", self.who, what, inputs, output))
 
     def tell_backward(self, grad_y: Tensor, grads: Mapping[str, Tensor | None]) -> None:
         """Tell observers of the gradients of this rank's heads, one after another."""
-        given = [Operand("grad_y", grad_y, self._place(self.owned, self.heads.queries))]
+        inputs = [Operand("grad_y", grad_y, self._place(self.owned, self.heads.queries))]
         for name, grad in grads.items():
             if grad is None:
                 continue
@@ -173,7 +173,7 @@ class HeadSplit:
             place = self._place(self.owned, self.heads.queries) if is_query else None
             output = Operand(name, grad, place or self._place(self.held))
             what = f"{name}, head by head"
-            observing.tell(Told("attention", "backward", self.who, what, given, output))
+            observing.tell(StepEvent("attention", "backward", self.who, what, inputs, output))
 
     def _place(self, heads: range, num_heads: int | None = None) -> Placement:
         return shard(1, heads, self.heads.keys if num_heads is None else num_heads)

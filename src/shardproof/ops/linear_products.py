@@ -83,9 +83,9 @@ def add_bias(y: Tensor, bias: Tensor, split: Split) -> Tensor:
     """
     if not observing.is_on():
         return y.add_(bias)
-    named = Operand("y", observing.before_write(y), REPLICATE), Operand("bias", bias, REPLICATE)
+    inputs = Operand("y", observing.before_write(y), REPLICATE), Operand("bias", bias, REPLICATE)
     output = Operand("y", y.add_(bias), REPLICATE)
-    steps.tell(split, "bias", "forward", "y + bias, once, after the sum", *named, output)
+    steps.tell(split, "bias", "forward", "y + bias, once, after the sum", *inputs, output)
     return y
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from shardproof import observing
 from shardproof.comm.plans import written_sum
 from shardproof.comm.split import Split
-from shardproof.observing import PARTIAL, REPLICATE, Operand, Placement, Told
+from shardproof.observing import PARTIAL, REPLICATE, Operand, Placement, StepEvent
 from shardproof.tree import node_name, nodes_of_run
 
 
@@ -21,7 +21,7 @@ def tell(split: Split, operation: str, phase: str, detail: str, *tensors: Operan
         detail: a formula.
         tensors: the operands, then the result.
     """
-    observing.tell(Told(operation, phase, split.name, detail, tensors[:-1], tensors[-1]))
+    observing.tell(StepEvent(operation, phase, split.name, detail, tensors[:-1], tensors[-1]))
 
 
 def tell_linear(
@@ -40,11 +40,11 @@ def tell_linear(
     """
     x, weight, bias = tensors
     of_weight, of_y = places
-    named = [Operand("x", x, REPLICATE), Operand("weight", weight, of_weight)]
+    inputs = [Operand("x", x, REPLICATE), Operand("weight", weight, of_weight)]
     if bias is not None:
-        named.append(Operand("bias", bias, of_weight))
+        inputs.append(Operand("bias", bias, of_weight))
     what = "y = x @ weight.T" + ("" if bias is None else " + bias")
-    tell(split, "product", "forward", what, *named, Operand("y", y, of_y))
+    tell(split, "product", "forward", what, *inputs, Operand("y", y, of_y))
 
 
 def tell_bias_gradient(split: Split, grad_y: Tensor, grad: Tensor, *, is_cut: bool) -> None:
@@ -56,10 +56,10 @@ def tell_bias_gradient(split: Split, grad_y: Tensor, grad: Tensor, *, is_cut: bo
         grad: (N,).
         is_cut: along N.
     """
-    given = Operand("grad_y", grad_y, split.placement(1) if is_cut else REPLICATE)
+    source = Operand("grad_y", grad_y, split.placement(1) if is_cut else REPLICATE)
     output = Operand("grad_bias", grad, split.placement(0) if is_cut else REPLICATE)
     what = "grad_bias = the sum of the rows of grad_y"
-    tell(split, "sum of rows", "backward", what, given, output)
+    tell(split, "sum of rows", "backward", what, source, output)
 
 
 def tell_alone(
@@ -75,11 +75,11 @@ def tell_alone(
         direction: "forward" or "backward".
         bias: that was added.
     """
-    what, named, name = _contraction(split, a, b, direction)
+    what, inputs, name = _contraction(split, a, b, direction)
     if bias is not None:
-        what, named = f"{what} + bias", [*named, Operand("bias", bias, REPLICATE)]
+        what, inputs = f"{what} + bias", [*inputs, Operand("bias", bias, REPLICATE)]
     output = Operand(name, y, REPLICATE)
-    tell(split, "product", direction, what, *named, output)
+    tell(split, "product", direction, what, *inputs, output)
     if split.cut.num_leaves > 1:
         tell(split, "addition", direction, written_sum(split.cut), output)
 
@@ -100,8 +100,8 @@ def tell_parts(split: Split, a: Tensor, b: Tensor, parts: Sequence[Tensor], dire
     if not split.arithmetic.is_invariant:
         own = split.leaves.own
         owned = b[:, own] if direction == "forward" else b[own]
-        what, named, name = _contraction(split, a[:, own], owned, direction)
-        tell(split, "product", direction, what, *named, Operand(name, parts[0], PARTIAL))
+        what, inputs, name = _contraction(split, a[:, own], owned, direction)
+        tell(split, "product", direction, what, *inputs, Operand(name, parts[0], PARTIAL))
         return
     leaves = split.leaves
     for node, part in zip(nodes_of_run(leaves.num_leaves, leaves.run), parts, strict=True):
@@ -109,9 +109,9 @@ def tell_parts(split: Split, a: Tensor, b: Tensor, parts: Sequence[Tensor], dire
         at = slice(leaves.slices[first].start, leaves.slices[last].stop)
         owned = b[:, at] if direction == "forward" else b[at]
         held = split.cut.units(range(*node))
-        what, named, name = _contraction(split, a[:, at], owned, direction, held)
+        what, inputs, name = _contraction(split, a[:, at], owned, direction, held)
         output = Operand(f"{name}, {node_name(node)}", part, PARTIAL, node)
-        tell(split, "product", direction, f"{what}, {node_name(node)}", *named, output)
+        tell(split, "product", direction, f"{what}, {node_name(node)}", *inputs, output)
 
 
 def _contraction(
@@ -121,8 +121,8 @@ def _contraction(
     is_forward = direction == "forward"
     x, y = ("x", "y") if is_forward else ("grad_y", "grad_x")
     held = split.cut.units(split.leaves.run) if held is None else held
-    named = [
+    inputs = [
         Operand(x, a, split.placement(1, held)),
         Operand("weight", b, split.placement(1 if is_forward else 0, held)),
     ]
-    return f"{y} = {x} @ weight{'.T' if is_forward else ''}", named, y
+    return f"{y} = {x} @ weight{'.T' if is_forward else ''}", inputs, y

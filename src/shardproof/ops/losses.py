@@ -17,7 +17,7 @@ from shardproof.errors import ShapeError, UsageError
 from shardproof.leaves import Cut
 from shardproof.numerics.precision import widen
 from shardproof.numerics.sums import sum_rows, sum_squares
-from shardproof.observing import REPLICATE, Operand, Placement, Told, shard
+from shardproof.observing import REPLICATE, Operand, Placement, StepEvent, shard
 from shardproof.ops.class_targets import (
     Reduction,
     check_kind,
@@ -65,9 +65,9 @@ def mse_loss(
         _tell("mean of the squares of y - target", who, y, target, REPLICATE, loss)
         return loss
     if axis is None or cut is None:
-        given, missing = ("cut", "axis") if axis is None else ("axis", "cut")
+        present, missing = ("cut", "axis") if axis is None else ("axis", "cut")
         raise UsageError(
-            f"{who}: {given} is given without {missing}. Give both for a sharded y, or neither."
+            f"{who}: {present} is given without {missing}. Give both for a sharded y, or neither."
         )
     place = shard(y.dim() - 1, _checked_owned(y, axis, cut, who), cut.size)
     slices = cut.leaf_slices(axis.rank)
@@ -185,16 +185,16 @@ def _tell(
     what: str, who: str, y: Tensor, target: Tensor, placement: Placement, loss: Tensor
 ) -> None:
     if observing.is_on():
-        named = [Operand("y", y, placement), Operand("target", target)]
+        inputs = [Operand("y", y, placement), Operand("target", target)]
         output = Operand("loss", loss, REPLICATE)
-        observing.tell(Told("loss", "forward", who, what, named, output))
+        observing.tell(StepEvent("loss", "forward", who, what, inputs, output))
 
 
 def _tell_gradient(who: str, y: Tensor, grad: Tensor, place: Placement) -> None:
     if observing.is_on():
-        named, output = [Operand("y", y, place)], Operand("grad_y", grad, place)
+        inputs, output = [Operand("y", y, place)], Operand("grad_y", grad, place)
         what = "grad_y = the gradient of the loss"
-        observing.tell(Told("loss", "backward", who, what, named, output))
+        observing.tell(StepEvent("loss", "backward", who, what, inputs, output))
 
 
 def _difference(y: Tensor, target: Tensor) -> Tensor:

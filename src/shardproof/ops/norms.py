@@ -136,9 +136,9 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        kept, weight, mean, inverse = ctx.saved_tensors
-        grad, size = wide_rows(grad_y), kept.shape[-1]
-        normed = (wide_rows(kept) - mean).mul_(inverse) if ctx.is_narrow else kept
+        saved_rows, weight, mean, inverse = ctx.saved_tensors
+        grad, size = wide_rows(grad_y), saved_rows.shape[-1]
+        normed = (wide_rows(saved_rows) - mean).mul_(inverse) if ctx.is_narrow else saved_rows
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[2]:
             grad_bias = sum_rows(grad, dtype=ctx.bias_dtype)
@@ -156,9 +156,9 @@ class _LayerNorm(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
-def _check(x: Tensor, who: str, **given: Tensor | None) -> None:
+def _check(x: Tensor, who: str, **parameters: Tensor | None) -> None:
     operands.check_float(x, who)
-    for name, value in given.items():
+    for name, value in parameters.items():
         if value is not None and type(value) not in operands.PLAIN:
             operands.check(who, **{name: value})
         if value is not None and (x.dim() == 0 or value.shape != x.shape[-1:]):

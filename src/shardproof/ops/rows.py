@@ -110,13 +110,13 @@ def check_alike(x: Tensor, weight: Tensor, bias: Tensor | None, who: str) -> Non
             operands.check_floating(who, x=x)
         return
     operands.check(who, x=x, weight=weight, bias=bias)
-    named = {"x": x, "weight": weight, "bias": bias}
-    given = ", ".join(
+    operands_by_name = {"x": x, "weight": weight, "bias": bias}
+    dtypes_and_devices = ", ".join(
         f"{name} is {value.dtype} on {value.device}"
-        for name, value in named.items()
+        for name, value in operands_by_name.items()
         if value is not None
     )
     raise ShapeError(
-        f"{who}: {given}, and a linear takes one dtype and one device. Cast the input with "
-        "x.to(layer.weight), or the layer with layer.to(x), or use torch.autocast."
+        f"{who}: {dtypes_and_devices}, and a linear takes one dtype and one device. Cast the input "
+        "with x.to(layer.weight), or the layer with layer.to(x), or use torch.autocast."
     )

@@ -14,7 +14,7 @@ from shardproof import operands
 from shardproof.checked_values import LARGEST_SEED, checked_whole, whole_number
 from shardproof.errors import ShapeError, UsageError
 from shardproof.numerics.random import draw_uniform
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 
 class KeyedSampler:
@@ -60,7 +60,7 @@ class KeyedSampler:
         step = whole_number(self.step)
         if step is None or step < 0:
             raise UsageError(
-                f"KeyedSampler: step={shown(self.step)} is no count of draws. Use 0 or more."
+                f"KeyedSampler: step={short_repr(self.step)} is no count of draws. Use 0 or more."
             )
         if logits.dim() == 0 or logits.shape[-1] == 0:
             raise ShapeError(
@@ -97,7 +97,8 @@ def check_options(temperature: float, top_k: int | None) -> None:
         raise UsageError(f"temperature={temperature} is not positive. Use greedy search for 0.")
     if top_k is not None and (whole_number(top_k) or 0) < 1:
         raise UsageError(
-            f"top_k={shown(top_k)} is not a positive whole number. Use 1 or more, or None for all."
+            f"top_k={short_repr(top_k)} is not a positive whole number. Use 1 or more, or None for "
+            "all."
         )
 
 

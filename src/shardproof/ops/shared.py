@@ -24,7 +24,7 @@ from shardproof.errors import UsageError
 from shardproof.heads import Heads
 from shardproof.leaves import Cut
 from shardproof.numerics.arithmetic import Pair
-from shardproof.observing import PARTIAL, Operand, Told, shard
+from shardproof.observing import PARTIAL, Operand, StepEvent, shard
 from shardproof.ops.linear_products import bias_gradient, product, weight_gradient
 from shardproof.ops.rows import (
     as_rows,
@@ -124,7 +124,7 @@ class SharedSum:
 
     def _tell(self, terms: Sequence[_MemberTerm], parts: Sequence[Tensor]) -> None:
         """Tell of this rank's parts of the input gradient."""
-        named = [
+        inputs = [
             Operand(name, tensor, shard(1 - place))
             for term in terms
             for place, (name, tensor) in enumerate((("grad_y", term.grad), ("weight", term.weight)))
@@ -137,8 +137,8 @@ class SharedSum:
         for node, part in zip(nodes, parts, strict=True):
             which = "" if node is None else f", {node_name(node)}"
             output = Operand(f"grad_x{which}", part, PARTIAL, node)
-            told = Told("product", "backward", self.split.name, what + which, named, output)
-            observing.tell(told)
+            event = StepEvent("product", "backward", self.split.name, what + which, inputs, output)
+            observing.tell(event)
 
 
 def _check_members(members: tuple[Split, ...], who: str) -> None:
@@ -193,8 +193,8 @@ class _SharedColumns(OwnFunction):
         needs_x, _, *needs = ctx.needs_input_grad
         ctx.shared, ctx.is_spent = shared, False
         # The input itself, not a view of it: torch then sees who writes into it in between.
-        kept = weights if needs_x else [None] * count
-        ctx.save_for_backward(x if any(needs[:count]) else None, *kept)
+        saved_weights = weights if needs_x else [None] * count
+        ctx.save_for_backward(x if any(needs[:count]) else None, *saved_weights)
         ctx.set_materialize_grads(False)  # what had no gradient is left out of the sum
         return _columns(x, weights, biases, shared)  # type: ignore[arg-type]  # weights are there
 

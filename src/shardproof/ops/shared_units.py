@@ -64,8 +64,8 @@ class Recipe:
         self.place = place
         rank = place.axis.rank
         held = place.cut_dim.held(rank)
-        wanted = sources[target.cut_dim.held(rank)]
-        self.picked = Selection(_positions(held, wanted, place), len(held))
+        needed_sources = sources[target.cut_dim.held(rank)]
+        self.picked = Selection(_positions(held, needed_sources, place), len(held))
         self.kinds = _kinds(place, target, sources)
         self.sizes = tuple(
             sum(
@@ -111,13 +111,13 @@ class Recipe:
         everything = all_gather_sizes(
             own, place.axis, dim=0, sizes=self.sizes, direction="backward", who=place.who
         )
-        found: dict[int, dict[Node, Tensor]] = {number: {} for number, _ in sent}
+        sums: dict[int, dict[Node, Tensor]] = {number: {} for number, _ in sent}
         start = 0
         for rank, (number, kind) in itertools.product(range(place.axis.size), sent):
             for node in self.nodes(kind, rank):
-                found[number][node] = everything.narrow(0, start, len(kind.sources))
+                sums[number][node] = everything.narrow(0, start, len(kind.sources))
                 start += len(kind.sources)
-        return found
+        return sums
 
     def _served(self, kind: _Kind, grad: Tensor) -> dict[Node, Tensor]:
         """What each unit that this rank owns has of the sources, by itself."""
@@ -137,10 +137,10 @@ class Recipe:
         return self.place.arithmetic.add(node, values)
 
 
-def _positions(held: Indices, wanted: Indices, place: UnitSplit) -> Indices:
+def _positions(held: Indices, indices: Indices, place: UnitSplit) -> Indices:
     """Where the wanted indices lie in what is held."""
-    at = np.searchsorted(held, wanted)
-    if len(wanted) and (at.max(initial=0) >= len(held) or (held[at] != wanted).any()):
+    at = np.searchsorted(held, indices)
+    if len(indices) and (at.max(initial=0) >= len(held) or (held[at] != indices).any()):
         raise ShapeError(
             f"{place.who} on {place.axis}: a target index needs a source index that this rank does "
             "not hold. Let the units of the target be needers of the units of the source."
@@ -170,7 +170,7 @@ def _kinds(place: UnitSplit, target: UnitSplit, sources: Indices) -> list[_Kind]
         several = tuple(map(len, units))
         key = (ranks, several, holds[:, source].tobytes())
         groups.setdefault(key, []).append((source, units))
-    found = []
+    kinds = []
     for (ranks, several, who_holds), members in groups.items():
         runs = tuple(_run_of(ranks, rank) for rank in range(shared.degree))
         is_held = np.frombuffer(who_holds, dtype=bool)
@@ -189,8 +189,8 @@ def _kinds(place: UnitSplit, target: UnitSplit, sources: Indices) -> list[_Kind]
         at = np.searchsorted(holders[axis.rank], mine) if is_held[axis.rank] else None
         is_sent = bool(ranks) and {int(r) for r in np.flatnonzero(is_held)} != alone
         is_sent = is_sent or len(alone) > 1
-        found.append(_Kind(mine, len(ranks), runs, is_sent, picks, at))
-    return found
+        kinds.append(_Kind(mine, len(ranks), runs, is_sent, picks, at))
+    return kinds
 
 
 def _owners_and_firsts(target: UnitSplit) -> tuple[Indices, Indices]:
@@ -215,16 +215,20 @@ def recipe_of(place: UnitSplit, target: UnitSplit, source_index: Sources) -> Rec
         source_index: for every target index its source, counted in the whole dims.
     """
     key = ("serve", id(target), id(source_index))
-    known = place.recipes.get(key)
-    if known is not None:
-        found: Recipe = known[0]
-        return found
+    entry = place.recipes.get(key)
+    if entry is not None:
+        recipe: Recipe = entry[0]
+        return recipe
     sources = np.asarray(source_index, dtype=np.int64)
     _check(place, target, sources)
-    made = Recipe(place, target, sources)
+    new_recipe = Recipe(place, target, sources)
     if isinstance(source_index, tuple):  # what could change is not kept
-        place.recipes[key] = (made, target, source_index)  # kept alive: the key is their identity
-    return made
+        place.recipes[key] = (
+            new_recipe,
+            target,
+            source_index,
+        )  # kept alive: the key is their identity
+    return new_recipe
 
 
 def _check(place: UnitSplit, target: UnitSplit, sources: Indices) -> None:

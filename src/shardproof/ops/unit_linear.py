@@ -184,14 +184,14 @@ def _check(
     x: Tensor, weight: Tensor, bias: Tensor | None, call: _LinearCall, dims: tuple[int, int]
 ) -> None:
     """Raise unless the operands fit each other and the place; `dims`: out- and in-features."""
-    wanted = dims[::-1] if call.is_transposed else dims
-    is_fit = x.dim() > 0 and x.shape[-1] == dims[1] and weight.shape == wanted
+    weight_shape = dims[::-1] if call.is_transposed else dims
+    is_fit = x.dim() > 0 and x.shape[-1] == dims[1] and weight.shape == weight_shape
     if not is_fit or (bias is not None and bias.shape != dims[:1]):
-        given = [tuple(x.shape), tuple(weight.shape), None if bias is None else tuple(bias.shape)]
+        shapes = [tuple(x.shape), tuple(weight.shape), None if bias is None else tuple(bias.shape)]
         raise ShapeError(
-            f"{call.who} on {call.place.axis}: x, weight and bias have shapes {given}, and x (*, "
-            f"{dims[1]}), weight {tuple(wanted)} and bias {dims[:1]} fit what this rank holds. "
-            "Give the part that the place describes."
+            f"{call.who} on {call.place.axis}: x, weight and bias have shapes {shapes}, and x (*, "
+            f"{dims[1]}), weight {tuple(weight_shape)} and bias {dims[:1]} fit what this rank "
+            "holds. Give the part that the place describes."
         )
 
 

@@ -15,7 +15,7 @@ from shardproof import comm, observing, operands, operators
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError
 from shardproof.numerics.precision import widen
-from shardproof.observing import PARTIAL, REPLICATE, Operand, Told
+from shardproof.observing import PARTIAL, REPLICATE, Operand, StepEvent
 from shardproof.ops.embedding import as_integers, check_ids, copy_rows, pick
 from shardproof.ops.unit_split import UnitSplit
 
@@ -82,10 +82,10 @@ class _Rows(torch.autograd.Function):
         places = _where(place, "held", flat.device)[flat]
         grad = _gradient(grad_y, flat, places, ctx.shape, table).to(ctx.dtype)
         if observing.is_on():
-            given = [Operand("grad_y", grad_y, REPLICATE)]
+            inputs = [Operand("grad_y", grad_y, REPLICATE)]
             output = Operand("grad_weight", grad, place.placement(0))
             what = "grad_weight = the gradients of the tokens whose row this rank holds"
-            observing.tell(Told("sum of rows", "backward", place.who, what, given, output))
+            observing.tell(StepEvent("sum of rows", "backward", place.who, what, inputs, output))
         return grad, None, None
 
 
@@ -119,17 +119,19 @@ def _picked(weight: Tensor, ids: Tensor, flat: Tensor, place: UnitSplit) -> Tens
         pick(weight, _where(place, "owned", ids.device)[flat], y)
     _tell_lookup(weight, ids, y, place)
     bits = as_integers(y)
-    comm.start_all_reduce(bits, place.axis, direction="forward", who=place.who, seen=y).wait()
+    comm.start_all_reduce(
+        bits, place.axis, direction="forward", who=place.who, observed_part=y
+    ).wait()
     return y
 
 
 def _tell_lookup(weight: Tensor, ids: Tensor, y: Tensor, place: UnitSplit) -> None:
     """Tell observers that the rows which this rank owns were picked."""
     if observing.is_on():
-        named = [Operand("ids", ids, REPLICATE), Operand("weight", weight, place.placement(0))]
+        inputs = [Operand("ids", ids, REPLICATE), Operand("weight", weight, place.placement(0))]
         what = "y = the rows of the tokens; zero where another rank owns the row"
         output = Operand("y", y, REPLICATE if place.axis.size == 1 else PARTIAL)
-        observing.tell(Told("lookup", "forward", place.who, what, named, output))
+        observing.tell(StepEvent("lookup", "forward", place.who, what, inputs, output))
 
 
 class _Columns(torch.autograd.Function):

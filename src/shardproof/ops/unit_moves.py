@@ -78,10 +78,10 @@ def checked_dim(x: Tensor, dim: int, place: UnitSplit, *, is_whole: bool) -> int
     Raises:
         ShapeError: `x` has no such dim, or another length.
     """
-    wanted = place.size if is_whole else place.length
-    if -x.dim() <= dim < x.dim() and x.shape[dim] == wanted:
+    length = place.size if is_whole else place.length
+    if -x.dim() <= dim < x.dim() and x.shape[dim] == length:
         return dim % x.dim()
-    part = f"the whole dim has {place.size}" if is_whole else f"this rank holds {wanted}"
+    part = f"the whole dim has {place.size}" if is_whole else f"this rank holds {length}"
     raise ShapeError(
         f"{place.who} on {place.axis}: dim {dim} of shape {tuple(x.shape)} was given where "
         f"{part}. Give the tensor that the place describes."

@@ -11,7 +11,7 @@ from torch import Tensor
 from shardproof import observing
 from shardproof.comm import StartedSum
 from shardproof.numerics.arithmetic import Pair
-from shardproof.observing import PARTIAL, REPLICATE, Operand, Placement, Told
+from shardproof.observing import PARTIAL, REPLICATE, Operand, Placement, StepEvent
 from shardproof.ops.linear_steps import tell_parts
 from shardproof.ops.unit_split import UnitSplit
 from shardproof.tree import Node, node_name, nodes_of_run
@@ -137,13 +137,15 @@ def tell(
         placement: of the result.
     """
     if observing.is_on():
-        named = [Operand("a", a), Operand("b", b)]
-        observing.tell(Told("product", phase, place.who, what, named, Operand("y", y, placement)))
+        inputs = [Operand("a", a), Operand("b", b)]
+        observing.tell(
+            StepEvent("product", phase, place.who, what, inputs, Operand("y", y, placement))
+        )
 
 
 def _tell(terms: Sequence[ProductTerm], parts: Sequence[Tensor], direction: str, who: str) -> None:
     """Tell observers of this rank's parts of a sum."""
-    named = [
+    inputs = [
         Operand(name, tensor, term.place.placement(dim))
         for term in terms
         for name, tensor, dim in (("a", term.a, 1), ("b", term.b, 0))
@@ -156,7 +158,7 @@ def _tell(terms: Sequence[ProductTerm], parts: Sequence[Tensor], direction: str,
     for node, part in zip(nodes, parts, strict=True):
         which = "" if node is None else f", {node_name(node)}"
         output = Operand(f"y{which}", part, PARTIAL, node)
-        observing.tell(Told("product", direction, who, what + which, named, output))
+        observing.tell(StepEvent("product", direction, who, what + which, inputs, output))
 
 
 def tell_bias(place: UnitSplit, y: Tensor, bias: Tensor) -> None:
@@ -168,5 +170,7 @@ def tell_bias(place: UnitSplit, y: Tensor, bias: Tensor) -> None:
         bias: (N,), Replicate.
     """
     if observing.is_on():
-        named, output = [Operand("bias", bias, REPLICATE)], Operand("y", y, REPLICATE)
-        observing.tell(Told("bias", "forward", place.who, "y + bias, after the sum", named, output))
+        inputs, output = [Operand("bias", bias, REPLICATE)], Operand("y", y, REPLICATE)
+        observing.tell(
+            StepEvent("bias", "forward", place.who, "y + bias, after the sum", inputs, output)
+        )

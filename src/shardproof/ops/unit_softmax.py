@@ -34,10 +34,15 @@ def _best(x: Tensor, dim: int, place: UnitSplit, is_min: bool) -> tuple[Tensor, 
         shape = [size for each, size in enumerate(x.shape) if each != dim]
         value = x.new_empty(0, *shape)
         index = x.new_empty(0, *shape, dtype=torch.int64)
-    given = tuple(int(size > 0) for size in place.sizes)
+    block_sizes = tuple(int(size > 0) for size in place.sizes)
     values, places = (
         all_gather_sizes(
-            each.contiguous(), place.axis, dim=0, sizes=given, direction="forward", who=place.who
+            each.contiguous(),
+            place.axis,
+            dim=0,
+            sizes=block_sizes,
+            direction="forward",
+            who=place.who,
         )
         for each in (value, index)
     )

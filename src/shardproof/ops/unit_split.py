@@ -63,12 +63,12 @@ class Selection:
 
     def on(self, device: torch.device) -> Tensor:
         """The indices as a tensor, (len(self),) int64."""
-        found = self._tensors.get(device)
-        if found is None:
+        index = self._tensors.get(device)
+        if index is None:
             with operators.unrecorded(), torch.inference_mode(False):
-                found = torch.from_numpy(np.ascontiguousarray(self.indices)).to(device)
-            self._tensors[device] = found
-        return operators.constant(found)
+                index = torch.from_numpy(np.ascontiguousarray(self.indices)).to(device)
+            self._tensors[device] = index
+        return operators.constant(index)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Pieces:
 
 
 # By what a place is of; a place lives as long as somebody keeps it.
-_known: weakref.WeakValueDictionary[tuple[Axis, CutDim, Scheme, str], "UnitSplit"] = (
+_places: weakref.WeakValueDictionary[tuple[Axis, CutDim, Scheme, str], "UnitSplit"] = (
     weakref.WeakValueDictionary()
 )
 
@@ -159,7 +159,7 @@ class UnitSplit:
         held, owned = cut_dim.held(rank), cut_dim.owned(rank)
         owned_by_rank = [cut_dim.owned(each) for each in range(axis.size)]
         plain, pieces = _plain(cut_dim), _pieces(cut_dim, rank)
-        found = {
+        derived_fields = {
             "size": cut_dim.size,
             "length": len(held),
             "run": shared.cut.run(rank),
@@ -177,17 +177,17 @@ class UnitSplit:
             "plain_split": None if plain is None else Split(axis, plain, self.scheme, self.who),
             "arithmetic": arithmetic_of(self.scheme),
         }
-        for name, value in found.items():
+        for name, value in derived_fields.items():
             object.__setattr__(self, name, value)
 
     @classmethod
     def of(cls, axis: Axis, cut_dim: CutDim, scheme: Scheme, who: str = "") -> Self:
         """The place of these; the same object for the same ones while somebody keeps it."""
         key = (axis, cut_dim, scheme, who)
-        known = _known.get(key)
-        if known is None:
-            known = _known[key] = cls(axis, cut_dim, scheme, who)
-        return known  # type: ignore[return-value]  # of this class, which nobody derives from
+        place = _places.get(key)
+        if place is None:
+            place = _places[key] = cls(axis, cut_dim, scheme, who)
+        return place  # type: ignore[return-value]  # of this class, which nobody derives from
 
     @property
     def is_plain_torch(self) -> bool:

@@ -19,7 +19,7 @@ from shardproof.errors import ShapeError
 from shardproof.numerics.arithmetic import INVARIANT
 from shardproof.numerics.precision import node_dtype
 from shardproof.numerics.sums import sum_rows
-from shardproof.observing import PARTIAL, Operand, Told
+from shardproof.observing import PARTIAL, Operand, StepEvent
 from shardproof.ops.unit_moves import checked_dim, is_compared
 from shardproof.ops.unit_split import UnitSplit
 from shardproof.tree import node_name, nodes_of_run
@@ -58,9 +58,9 @@ def _tell_parts(x: Tensor, place: UnitSplit, parts: Sequence[Tensor], direction:
         return
     for node, part in zip(nodes_of_run(place.num_leaves, place.run), parts, strict=True):
         output = Operand(f"y, {node_name(node)}", part, PARTIAL, node)
-        named = [Operand("x", x, place.placement(0))]
+        inputs = [Operand("x", x, place.placement(0))]
         what = f"y = the sum of x over the cut dim, {node_name(node)}"
-        observing.tell(Told("sum of rows", direction, place.who, what, named, output))
+        observing.tell(StepEvent("sum of rows", direction, place.who, what, inputs, output))
 
 
 def _leaf_sums(x: Tensor, place: UnitSplit, dtype: torch.dtype) -> Iterable[Tensor]:
@@ -85,13 +85,13 @@ def _rows(x: Tensor, pieces: Sequence[slice]) -> Tensor:
     return torch.cat([x[each] for each in pieces]) if pieces else x[:0]
 
 
-def _broadcast_dims(given: torch.Size, shape: torch.Size) -> list[int]:
-    """The dims of `shape` that a tensor of the shape `given` is broadcast along."""
-    missing = len(shape) - len(given)
+def _broadcast_dims(source_shape: torch.Size, shape: torch.Size) -> list[int]:
+    """The dims of `shape` that a tensor of the shape `source_shape` is broadcast along."""
+    missing = len(shape) - len(source_shape)
     return [
         dim
         for dim in range(len(shape))
-        if dim < missing or (given[dim - missing] == 1 and shape[dim] != 1)
+        if dim < missing or (source_shape[dim - missing] == 1 and shape[dim] != 1)
     ]
 
 
@@ -208,13 +208,13 @@ def fold(
     Comm:
         forward none; backward none.
     """
-    given = (dims,) if isinstance(dims, int) else dims
-    counted = tuple(sorted(each % max(x.dim(), 1) for each in given))
+    dim_sequence = (dims,) if isinstance(dims, int) else dims
+    dim_tuple = tuple(sorted(each % max(x.dim(), 1) for each in dim_sequence))
     if not x.is_floating_point():
-        return x.sum(counted, keepdim=keepdim) if counted and x.dim() else x.long()
-    if not counted or not x.dim():
+        return x.sum(dim_tuple, keepdim=keepdim) if dim_tuple and x.dim() else x.long()
+    if not dim_tuple or not x.dim():
         return x.clone()
-    return (INVARIANT if place is None else place.arithmetic).fold(x, counted, keepdim=keepdim)
+    return (INVARIANT if place is None else place.arithmetic).fold(x, dim_tuple, keepdim=keepdim)
 
 
 def sum_cut(

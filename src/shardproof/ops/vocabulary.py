@@ -22,7 +22,7 @@ from shardproof.comm.split import Split
 from shardproof.errors import ShapeError, UsageError
 from shardproof.leaves import Cut
 from shardproof.numerics.precision import node_dtype, widen
-from shardproof.observing import REPLICATE, Operand, Told
+from shardproof.observing import REPLICATE, Operand, StepEvent
 from shardproof.ops.class_targets import (
     Reduction,
     check_reduction,
@@ -74,13 +74,14 @@ class _VocabCrossEntropy(torch.autograd.Function):
         ctx.split.axis.note(grad, who=ctx.split.name, what="gradient of the losses")
         logits, places, norm = ctx.saved_tensors
         spread = ctx.smoothing, ctx.smoothing / ctx.split.cut.size
-        found = _LossGradient.apply(grad, logits, places, norm, spread)
+        grad_logits = _LossGradient.apply(grad, logits, places, norm, spread)
         if observing.is_on():
             place = ctx.split.placement(1)
-            named, output = [Operand("logits", logits, place)], Operand("grad_logits", found, place)
+            inputs = [Operand("logits", logits, place)]
+            output = Operand("grad_logits", grad_logits, place)
             what = "grad_logits = (softmax(logits) - target) * grad"
-            observing.tell(Told("loss", "backward", ctx.split.name, what, named, output))
-        return found, None, None, None
+            observing.tell(StepEvent("loss", "backward", ctx.split.name, what, inputs, output))
+        return grad_logits, None, None, None
 
 
 class _LossGradient(torch.autograd.Function):
@@ -216,12 +217,11 @@ def vocab_cross_entropy(
     )
     loss = reduce_rows(losses, counts, reduction, dtype=logits.dtype, denominator=denominator)
     if observing.is_on():
-        named = [
-            Operand("logits", logits, split.placement(1)),
-            Operand("target", target, REPLICATE),
-        ]
+        of_logits = Operand("logits", logits, split.placement(1))
+        inputs = [of_logits, Operand("target", target, REPLICATE)]
         what = "-log softmax(logits)[target], from what every block of classes says"
-        observing.tell(Told("loss", "forward", who, what, named, Operand("loss", loss, REPLICATE)))
+        output = Operand("loss", loss, REPLICATE)
+        observing.tell(StepEvent("loss", "forward", who, what, inputs, output))
     axis.note_result(loss, who=who, what="loss")
     return loss
 

@@ -17,7 +17,7 @@ from shardproof.errors import LayoutError, UsageError
 from shardproof.leaves import Layout, replicated
 from shardproof.optim.layouts import layouts_of
 from shardproof.optim.whole_optimizer import WholeOptimizer
-from shardproof.wording import shown, written
+from shardproof.wording import short_repr, short_text
 
 _LAYOUTS = "layouts"
 
@@ -80,18 +80,20 @@ def load_optimizer_state_dict(
 
 def _layouts_of_optimizer(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
     """Name and layout of every parameter, in the order of torch's numbering."""
-    known = {id(parameter): (name, layout) for name, parameter, layout, _ in layouts_of(model)}
+    layout_by_id = {
+        id(parameter): (name, layout) for name, parameter, layout, _ in layouts_of(model)
+    }
     layouts = []
     for number, parameter in enumerate(
         p for group in optimizer.param_groups for p in group["params"]
     ):
-        if id(parameter) not in known:
+        if id(parameter) not in layout_by_id:
             raise UsageError(
                 f"the optimizer's parameter {number} of shape {tuple(parameter.shape)} is not one "
                 f"of {type(model).__name__}. Make the optimizer after the model is cut, from "
                 "model.parameters()."
             )
-        name, layout = known[id(parameter)]
+        name, layout = layout_by_id[id(parameter)]
         layouts.append({"name": name, **layout.state(), **_own_layouts(optimizer, layout)})
     return layouts
 
@@ -128,7 +130,9 @@ def state_layout(optimizer: Optimizer, key: str, value: Tensor, layout: Layout) 
 def _compare_layouts(theirs: Any, mine: list[dict[str, Any]]) -> None:
     if not isinstance(theirs, list) or len(theirs) != len(mine):
         values = (
-            f"of {len(theirs)} parameters" if isinstance(theirs, list) else f"with {shown(theirs)}"
+            f"of {len(theirs)} parameters"
+            if isinstance(theirs, list)
+            else f"with {short_repr(theirs)}"
         )
         raise LayoutError(
             f"cannot load optimizer state {values} into an optimizer of {len(mine)}. Load the "
@@ -138,7 +142,7 @@ def _compare_layouts(theirs: Any, mine: list[dict[str, Any]]) -> None:
         if plain_words(saved) != plain_words(here):
             raise LayoutError(
                 f"cannot load the optimizer state of {here['name']!r}: it was saved for "
-                f"{written(str(saved) if plain_words(saved) else shown(saved))}, "
+                f"{short_text(str(saved) if plain_words(saved) else short_repr(saved))}, "
                 f"here is {here}. Load the state that this rank saved at this degree, with the "
                 "same leaves, and give the optimizer the parameters in the same order."
             )

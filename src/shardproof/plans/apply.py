@@ -37,7 +37,7 @@ from shardproof.plans.unsupported import is_lazy
 from shardproof.plans.watched import as_watched, call_by_forms, cut_by
 from shardproof.plans.watched_plan import WatchedPlan
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
-from shardproof.wording import dtype_name, shown
+from shardproof.wording import dtype_name, short_repr
 
 Value = TypeVar("Value")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -88,10 +88,10 @@ def parallelize(
         return _cut_as_watched(model, plan, axis, inputs, scheme)
     agreed_plan, agreed_scheme = _agree(model, plan, scheme, axis)
     known_plan = plan if isinstance(plan, ModelPlan) else agreed_plan
-    attempted = attempt(model, known_plan, degree=axis.size, scheme=scheme)
-    if isinstance(attempted, str):
-        return _cut_as_watched(model, None, axis, None, scheme, why=attempted)
-    model_plan, problems = attempted
+    outcome = attempt(model, known_plan, degree=axis.size, scheme=scheme)
+    if isinstance(outcome, str):
+        return _cut_as_watched(model, None, axis, None, scheme, why=outcome)
+    model_plan, problems = outcome
     replacements = replacements_of(model, model_plan, agreed_scheme, axis)
     problems += _hooked([*names_replaced_by_cut_layers(model_plan), *replacements], model)
     if agreed_scheme.is_invariant:
@@ -149,9 +149,9 @@ def _finished(
 
 def _note_replaced(model: nn.Module, whole: Mapping[str, nn.Parameter]) -> None:
     """Remember the whole parameters that the cut model no longer has."""
-    kept = {id(parameter) for parameter in model.parameters()}
+    remaining_ids = {id(parameter) for parameter in model.parameters()}
     for name, parameter in whole.items():
-        if id(parameter) not in kept:
+        if id(parameter) not in remaining_ids:
             registry.note_replaced(parameter, name)
 
 
@@ -227,7 +227,7 @@ def _describe(plan: Plan | None, scheme: Scheme, model: nn.Module) -> dict[str, 
 
 def _named(style: Any) -> Any:
     """A style in a form that can be sent to the other ranks; anything else as text."""
-    return style if isinstance(style, get_args(Style)) else shown(style)
+    return style if isinstance(style, get_args(Style)) else short_repr(style)
 
 
 def _cut_before(model: nn.Module) -> dict[int, tuple[int, ...]]:
@@ -270,8 +270,8 @@ def _sample(value: Tensor) -> bytes:
     count = min(value.numel(), _SAMPLES)
     if not count:
         return b""
-    wanted = [place * value.numel() // count for place in range(count)]
-    flat = torch.tensor(wanted, device=value.device)
+    flat_indices = [place * value.numel() // count for place in range(count)]
+    flat = torch.tensor(flat_indices, device=value.device)
     places = torch.unravel_index(flat, (1, *value.shape))
     sample = value.detach()[None][places].cpu()
     return sample.view(torch.uint8).numpy().tobytes()

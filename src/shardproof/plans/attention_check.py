@@ -71,7 +71,10 @@ class _ChildCall:
 
 
 def attention_options_of(
-    name: str, style: Attention, model: nn.Module, known: dict[Hashable, ChildAttentionOptions]
+    name: str,
+    style: Attention,
+    model: nn.Module,
+    options_by_key: dict[Hashable, ChildAttentionOptions],
 ) -> ChildAttentionOptions | str:
     """Options for our attention, or one sentence that says why it cannot replace the child.
 
@@ -79,13 +82,14 @@ def attention_options_of(
         name: name of the attention module.
         style: the style of the module, with `attend` set.
         model: the model; the child's own tensors must not be on the meta device.
-        known: results for children that were checked before, by `_key`; new results are added.
+        options_by_key: results for children that were checked before, by `_key`; new results
+            are added.
     """
     parent = model.get_submodule(name)
     full = f"{name}.{style.attend}" if name else str(style.attend)
     child = parent.get_submodule(str(style.attend))
     try:
-        return _attention_options(child, parent, style, known)
+        return _attention_options(child, parent, style, options_by_key)
     except _UnlikeError as error:
         return (
             f"module {full!r} ({type(child).__name__}) {error} Attention puts {_RULE} in its "
@@ -98,7 +102,7 @@ def _attention_options(
     child: nn.Module,
     parent: nn.Module,
     style: Attention,
-    known: dict[Hashable, ChildAttentionOptions],
+    options_by_key: dict[Hashable, ChildAttentionOptions],
 ) -> ChildAttentionOptions:
     weights = [name for name, _ in child.named_parameters()]
     if weights:
@@ -106,10 +110,10 @@ def _attention_options(
     device = _device(child)
     options, masks = _call(child, parent, style)
     alike = _key(child, style, options, masks)
-    if alike in known:
-        return known[alike]
+    if alike in options_by_key:
+        return options_by_key[alike]
     try:
-        copied = copy.deepcopy(child)
+        child_copy = copy.deepcopy(child)
     except Exception as error:  # whatever a user's module raises
         raise _UnlikeError(f"cannot be copied to be tried ({error_words(error)}).") from error
     p = _dropout(child)
@@ -123,11 +127,11 @@ def _attention_options(
             _trial(2, 7, 3.0, options, masks, style, device),
             _trial(1, _length(child, style.queries), 1.0, options, masks, style, device),
         ]
-        is_causal = _agreeing(copied.eval(), split, trials, getattr(child, "is_causal", False))
-        _check_training(copied, trials[0], is_causal, p)
+        is_causal = _agreeing(child_copy.eval(), split, trials, getattr(child, "is_causal", False))
+        _check_training(child_copy, trials[0], is_causal, p)
     attention_options = ChildAttentionOptions(is_causal, p)
     if alike is not None:
-        known[alike] = attention_options
+        options_by_key[alike] = attention_options
     return attention_options
 
 
@@ -138,9 +142,9 @@ def _key(
     masks: tuple[torch.dtype | None, ...],
 ) -> Hashable:
     """A key that children with equal attributes share; None if an attribute is no plain value."""
-    held = {**vars(child), **{f"option {name}": value for name, value in options.items()}}
-    inside = [value for value in held.values() if isinstance(value, dict | set)]
-    plain = {name: value for name, value in held.items() if not isinstance(value, dict | set)}
+    attributes = {**vars(child), **{f"option {name}": value for name, value in options.items()}}
+    inside = [value for value in attributes.values() if isinstance(value, dict | set)]
+    plain = {name: value for name, value in attributes.items() if not isinstance(value, dict | set)}
     if any(inside) or not all(
         value is None or isinstance(value, bool | int | float | str) for value in plain.values()
     ):
@@ -150,8 +154,10 @@ def _key(
 
 def _device(child: nn.Module) -> torch.device:
     """The device of a child's tensors, on which it can be run."""
-    held = {**dict(child.named_buffers()), **vars(child)}
-    devices = {name: value.device for name, value in held.items() if isinstance(value, Tensor)}
+    attributes = {**dict(child.named_buffers()), **vars(child)}
+    devices = {
+        name: value.device for name, value in attributes.items() if isinstance(value, Tensor)
+    }
     on_meta = [name for name, device in devices.items() if device.type == "meta"]
     if on_meta:
         raise _UnlikeError(
@@ -322,14 +328,16 @@ def _difference(
     if ours.is_causal and mask is not None:
         return f"{with_mask}its outputs", torch.inf, 1.0
     names = ("outputs", "gradients of q", "gradients of k", "gradients of v")
-    for what, got, wanted in zip(names, theirs, _run(ours, trial, mask), strict=False):
-        if got.shape != wanted.shape:
+    for what, child_value, our_value in zip(names, theirs, _run(ours, trial, mask), strict=False):
+        if child_value.shape != our_value.shape:
             raise _UnlikeError(
-                f"gives shape {tuple(got.shape)} for q of shape {tuple(trial.inputs[0].shape)}, "
-                f"and shardproof's gives {tuple(wanted.shape)}."
+                f"gives shape {tuple(child_value.shape)} for q of shape "
+                f"{tuple(trial.inputs[0].shape)}, and shardproof's gives {tuple(our_value.shape)}."
             )
-        largest = float(wanted.abs().max())
-        difference = float((got.to(wanted.dtype) - wanted).abs().nan_to_num(torch.inf).max())
+        largest = float(our_value.abs().max())
+        difference = float(
+            (child_value.to(our_value.dtype) - our_value).abs().nan_to_num(torch.inf).max()
+        )
         if difference > _TOLERANCE * largest:
             return f"{with_mask}its {what}", difference, largest
     return None
@@ -373,9 +381,12 @@ def _check_training(child: nn.Module, trial: _ChildCall, is_causal: bool, p: flo
         torch.arange(1.0, length + 1) if is_causal else torch.full((length,), float(length))
     )
     squares = (num_visible[:, None] * (y.detach() - 1) ** 2)[:, :, _ROWS:]
-    got, wanted = float(squares.mean().round(decimals=6)), p / (1 - p) if p < 1 else torch.inf
-    if not abs(got - wanted) <= 0.3 * wanted and p < 1:
+    variance, expected_variance = (
+        float(squares.mean().round(decimals=6)),
+        p / (1 - p) if p < 1 else torch.inf,
+    )
+    if not abs(variance - expected_variance) <= 0.3 * expected_variance and p < 1:
         raise _UnlikeError(
             f"says that it drops {p} of the attention weights, and in training it drops "
-            f"{got / (1 + got):.2g} of them, or something else."
+            f"{variance / (1 + variance):.2g} of them, or something else."
         )

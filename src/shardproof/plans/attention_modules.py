@@ -133,19 +133,19 @@ def _attention(
             "layer to layer, which its config does not tell. Name it with Attention(...)."
         )
     start = f"module {name!r} ({type(module).__name__}) is an attention of "
-    wanted = {
+    expected_heads = {
         QUERY: ("out_features", queries),
         KEY: ("out_features", keys),
         VALUE: ("out_features", keys),
         output: ("in_features", queries),
     }
-    for child, (side, count) in wanted.items():
-        got = getattr(module.get_submodule(child), side, None)
-        if got != count * head_dim:
+    for child, (side, count) in expected_heads.items():
+        features = getattr(module.get_submodule(child), side, None)
+        if features != count * head_dim:
             return (
                 f"{start}{queries} query and {keys} key-value heads of {head_dim} features, says "
-                f"its config, but {child} has {side}={got}, not {count * head_dim}. Leave it out "
-                "of the plan, or name it with Attention(...)."
+                f"its config, but {child} has {side}={features}, not {count * head_dim}. Leave it "
+                "out of the plan, or name it with Attention(...)."
             )
     norms, style_of_norms, problem = _norms(module, queries, keys, head_dim)
     problem = problem or _problem_of_further_weights(
@@ -230,13 +230,13 @@ def _width(norm: Any) -> int:
     return int(weight.numel()) if isinstance(weight, Tensor) and weight.dim() == 1 else 0
 
 
-def _problem_of_further_weights(module: nn.Module, known: tuple[str, ...]) -> str:
+def _problem_of_further_weights(module: nn.Module, named_children: tuple[str, ...]) -> str:
     """Names of further weights in an attention, which nothing says how to cut; "" if none."""
     further = sorted(
         {
             name.split(".")[0]
             for name, _ in module.named_parameters()
-            if name.split(".")[0] not in known
+            if name.split(".")[0] not in named_children
         }
     )
     if not further:

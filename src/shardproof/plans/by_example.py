@@ -15,7 +15,7 @@ from shardproof.plans.watched import plan_by_watching
 from shardproof.plans.watched_plan import WatchedPlan
 from shardproof.scheme import Scheme
 from shardproof.watching import Watched, watch
-from shardproof.wording import written
+from shardproof.wording import short_text
 
 _LONGEST_REASON = 300
 _END = re.compile(r"\.\s")  # of a sentence
@@ -62,7 +62,7 @@ def _first_sentence(why: str) -> str:
     start, *problems = why.split("\n- ")
     first = _END.split(problems[0] if problems else start)[0].rstrip(".")
     more = f" ({len(problems) - 1} more like this)" if problems[1:] else ""
-    return written(f"{start.strip()} {first}{more}" if problems else first, most=_LONGEST_REASON)
+    return short_text(f"{start.strip()} {first}{more}" if problems else first, most=_LONGEST_REASON)
 
 
 def watch_example(model: nn.Module) -> Watched:

@@ -68,16 +68,18 @@ def rehearse_by_names(model: nn.Module, plan: ModelPlan, inputs: Any) -> Rehears
             model's own forward fails with the inputs.
     """
 
-    def cut(copied: nn.Module, axis: Axis) -> Region:
-        region = cut_by_names(copied, plan, replacements_of(copied, plan, plan.scheme, axis), axis)
-        call_by_forms(copied, [name for name, _ in copied.named_modules()], (), region)
+    def cut(model_copy: nn.Module, axis: Axis) -> Region:
+        region = cut_by_names(
+            model_copy, plan, replacements_of(model_copy, plan, plan.scheme, axis), axis
+        )
+        call_by_forms(model_copy, [name for name, _ in model_copy.named_modules()], (), region)
         return region
 
     try:
         rehearsal = rehearse(model, as_call(inputs), cut, degree=plan.degree, device="meta")
-        if rehearsal.wanted_whole:
+        if rehearsal.whole_weights:
             problems = [
-                would_be_whole(operation, weight) for weight, operation in rehearsal.wanted_whole
+                would_be_whole(operation, weight) for weight, operation in rehearsal.whole_weights
             ]
             raise UsageError(" ".join(problems))
     except ShardproofError as error:

@@ -58,7 +58,7 @@ class Cutter:
         self._head = head
         self._attention_options = attention_options
         self._ties: dict[int, nn.Parameter | None] = {}
-        self._kept: list[nn.Module] = []  # or the id of a weight could be given again
+        self._whole_modules: list[nn.Module] = []  # or the id of a weight could be given again
 
     def cut(self, styles: Mapping[str, Style]) -> None:
         """Cut every module that has a style; styles that link other modules come last."""
@@ -108,7 +108,7 @@ class Cutter:
             if parameter is not None:
                 mine = cut._parameters[own]
                 cut._parameters[own] = self._ties.setdefault(id(parameter), mine)
-        self._kept.append(whole)
+        self._whole_modules.append(whole)
         self.replace(name, cut)
 
     def _cut_attention(self, name: str, style: Attention) -> None:

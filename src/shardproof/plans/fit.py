@@ -166,13 +166,13 @@ def _attention(
 def _projections(name: str, style: Attention, module: nn.Module) -> Iterator[str]:
     """Problems of an attention's projections: no linear, or not the sizes of its heads."""
     inputs = getattr(module.get_submodule(style.query), "in_features", None)
-    wanted = {
+    expected_heads = {
         style.query: ("out_features", style.queries, "query"),
         style.key: ("out_features", style.keys, "key-value"),
         style.value: ("out_features", style.keys, "key-value"),
         style.output: ("in_features", style.queries, "query"),
     }
-    for child, (side, heads, what) in wanted.items():
+    for child, (side, heads, what) in expected_heads.items():
         linear = module.get_submodule(child)
         if type(linear) is not nn.Linear:
             kind = "is cut already" if isinstance(linear, ShardedModule) else "is no nn.Linear"
@@ -181,11 +181,11 @@ def _projections(name: str, style: Attention, module: nn.Module) -> Iterator[str
                 f"cannot cut. Correct the name, or {_LEFT}."
             )
             continue
-        got = getattr(linear, side)
-        if got != heads * style.head_dim:
+        features = getattr(linear, side)
+        if features != heads * style.head_dim:
             yield (
-                f"module '{name}.{child}' has {side}={got}, which is not {heads} {what} heads of "
-                f"{style.head_dim} features ({heads * style.head_dim}). Correct "
+                f"module '{name}.{child}' has {side}={features}, which is not {heads} {what} heads "
+                f"of {style.head_dim} features ({heads * style.head_dim}). Correct "
                 "Attention(queries=..., keys=..., head_dim=...)."
             )
         if side == "out_features" and linear.in_features != inputs:
@@ -250,7 +250,7 @@ def link_ties(
         The plans, with `tied_to` set where a parameter was counted before, and one sentence per
         problem.
     """
-    planned = {
+    plan_by_place = {
         (module.name, parameter.name): parameter
         for module in modules
         for parameter in module.parameters
@@ -266,7 +266,7 @@ def link_ties(
         (first, own), *others = same
         counted |= dict.fromkeys(others, f"{first}.{own}")
         if not any(name in doubtful for name, _ in same):
-            problems += _untied(same, planned)
+            problems += _untied(same, plan_by_place)
     return [_linked(module, counted) for module in modules], problems
 
 
@@ -279,10 +279,10 @@ def _linked(module: ModulePlan, counted: Mapping[tuple[str, str], str]) -> Modul
 
 
 def _untied(
-    places: list[tuple[str, str]], planned: Mapping[tuple[str, str], ParameterPlan]
+    places: list[tuple[str, str]], plan_by_place: Mapping[tuple[str, str], ParameterPlan]
 ) -> Iterator[str]:
     """The problems of one parameter that several modules share."""
-    layouts = {place: planned[place].layouts for place in places if place in planned}
+    layouts = {place: plan_by_place[place].layouts for place in places if place in plan_by_place}
     cut = [place for place in layouts if layouts[place][0].cut is not None]
     whole = [place for place in places if place not in cut]
     along = "Cut both along the vocabulary (VocabParallel() for the embedding, ColumnParallel() "

@@ -8,13 +8,15 @@ operations of an eager step, in the same order.
 
 import math
 import sys
+import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import graph_bytecode_inputs
 from torch._higher_order_ops.flat_apply import is_graphable
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRangeError
@@ -32,9 +34,54 @@ from shardproof.operators import Numbered
 Ties = tuple[tuple[str, str], ...]
 
 _OURS = "_shardproof_"
-_KEPT = "_shardproof_kept"  # attribute of a model: the objects that its graphs refer to
+_OBJECTS = "_shardproof_kept"  # attribute of a model: the objects that its graphs refer to
 _SIMPLE = (str, int, float, complex, bool, types.NoneType, torch.dtype, torch.device, type)
 _CUT, _NONE = "shardproof.cut", "shardproof.none"
+
+
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.table: dict[int, Any] | None = None  # of a thread that has written nothing
+
+
+class _TablePerThread(MutableMapping[int, Any]):
+    """What Dynamo's graphs refer to by a number, for each thread.
+
+    Torch keeps one table for the process. A frame fills it before it runs its graph, and a
+    compilation empties it, so that of ranks that are threads one would run another's model, or
+    none. A thread that has written nothing, such as one of autograd's, reads what was written last.
+    """
+
+    def __init__(self, shared: MutableMapping[int, Any]) -> None:
+        self._shared, self._own = shared, _OfThread()
+
+    def _read(self) -> MutableMapping[int, Any]:
+        return self._shared if self._own.table is None else self._own.table
+
+    def __getitem__(self, number: int) -> Any:
+        return self._read()[number]
+
+    def __setitem__(self, number: int, value: Any) -> None:
+        if self._own.table is None:
+            self._own.table = {}
+        self._own.table[number] = self._shared[number] = value
+
+    def __delitem__(self, number: int) -> None:
+        del self._read()[number]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def clear(self) -> None:
+        self._own.table = {}
+
+
+graph_bytecode_inputs.index_to_external_object_weakref = _TablePerThread(  # type: ignore[assignment]
+    graph_bytecode_inputs.index_to_external_object_weakref
+)
 
 
 def called(
@@ -54,13 +101,13 @@ def called(
     """
     is_invariant, ties, values = how
     # Dynamo guards what it reads, and makes another graph for another model or other values.
-    guarded: list[bool | int | float | str] = [id(model)]
+    guards: list[bool | int | float | str] = [id(model)]
     for name, attributes in values:
         module = model.get_submodule(name)
         for attribute in attributes:
             value = module.__dict__.get(attribute)
-            guarded.append(value if isinstance(value, (bool, int, float, str)) else _NONE)
-    return _traced(guarded, model, is_invariant, ties, _packed(args), _packed(kwargs))
+            guards.append(value if isinstance(value, (bool, int, float, str)) else _NONE)
+    return _traced(guards, model, is_invariant, ties, _packed(args), _packed(kwargs))
 
 
 @torch._dynamo.nonstrict_trace
@@ -74,7 +121,7 @@ def _traced(*inputs: Any) -> Any:
 
 
 def _recorded(
-    guarded: list[Any],
+    guards: list[Any],
     model: nn.Module,
     is_invariant: bool,
     ties: Ties,
@@ -84,7 +131,7 @@ def _recorded(
     """Call a cut model with traced or fake tensors.
 
     Args:
-        guarded: `id` of the model and attributes of its modules; Dynamo guards them.
+        guards: `id` of the model and attributes of its modules; Dynamo guards them.
         model: the cut model.
         is_invariant: whether its numerics are invariant.
         ties: for each tied parameter its second and its first name.
@@ -98,7 +145,7 @@ def _recorded(
         )
     if is_invariant:
         _check_backend(model)
-    pytree.tree_map(_of_one_size, guarded)  # otherwise Dynamo would not guard a float
+    pytree.tree_map(_of_one_size, guards)  # otherwise Dynamo would not guard a float
     args, kwargs = pytree.tree_map(
         _of_one_size, (_unpacked(args), _unpacked(kwargs)), is_leaf=_is_cut
     )
@@ -106,7 +153,7 @@ def _recorded(
         y = nn.Module._call_impl(model, *args, **kwargs)
         if torch.compiler.is_exporting():
             return as_whole(y)
-        return _as_tree(y, model.__dict__.setdefault(_KEPT, _OpaqueValues()))
+        return _as_tree(y, model.__dict__.setdefault(_OBJECTS, _OpaqueValues()))
 
 
 def _check_backend(model: nn.Module) -> None:
@@ -167,16 +214,16 @@ def _put_back(module: nn.Module, state: dict[str, dict[str, Any]]) -> list[str]:
     """Restore a state; return the names of the attributes that had changed."""
     changed = []
     for where, old in state.items():
-        held = vars(module)[where] if where else vars(module)
+        container = vars(module)[where] if where else vars(module)
         now = _state_of(module)[where]
         for key in {**old, **now}:
             if old.get(key, _NONE) is now.get(key, _NONE):
                 continue
             changed.append(key)
             if key in old:
-                held[key] = old[key]
+                container[key] = old[key]
             else:
-                del held[key]
+                del container[key]
     return changed
 
 
@@ -230,12 +277,12 @@ class _OpaqueValues(dict[Any, _Opaque]):
 _numbered = Numbered()
 
 
-def _number(value: Any, kept: dict[Any, _Opaque]) -> int:
-    """A number that stands for an object, always the same while `kept` exists."""
+def _number(value: Any, objects: dict[Any, _Opaque]) -> int:
+    """A number that stands for an object, always the same while `objects` exists."""
     key = (type(value), value) if isinstance(value, _SIMPLE) else id(value)
-    number = kept.get(key)
+    number = objects.get(key)
     if number is None:
-        number = kept[key] = _Opaque(value)
+        number = objects[key] = _Opaque(value)
     return _numbered.number(number)
 
 
@@ -256,7 +303,7 @@ class _Node:
         self.parts, self.how = parts, how
 
 
-def _made(parts: Any, how: Any) -> Any:
+def _rebuild(parts: Any, how: Any) -> Any:
     """Rebuild the object of a `_Node`. Dynamo traces this, so it has plain statements only."""
     kind, first, *rest = how
     if kind == _CUT:
@@ -271,32 +318,32 @@ def _made(parts: Any, how: Any) -> Any:
     return instance
 
 
-pytree.register_pytree_node(_Node, lambda x: (x.parts, x.how), _made)
+pytree.register_pytree_node(_Node, lambda x: (x.parts, x.how), _rebuild)
 
 
 def _is_cut(x: Any) -> bool:
     return isinstance(x, CutTensor)
 
 
-def _as_tree(y: Any, kept: dict[Any, _Opaque]) -> Any:
+def _as_tree(y: Any, objects: dict[Any, _Opaque]) -> Any:
     """The output of a model, with a `_Node` in place of each object that a graph cannot hold."""
 
     def node(x: Any) -> Any:
         if isinstance(x, CutTensor):
-            return _Node([x.local], (_CUT, x.who, _number(x.spec, kept), tuple(x.spec.shape)))
+            return _Node([x.local], (_CUT, x.who, _number(x.spec, objects), tuple(x.spec.shape)))
         if isinstance(x, CutLogits | Deferred):
             return _whole(x)
         if isinstance(x, Tensor) or is_graphable(x):
             return x
         parts = {
-            name: _as_tree(each, kept)
+            name: _as_tree(each, objects)
             for name, each in vars(x).items()
             if isinstance(each, list | tuple | dict) or _holds_tensors(each)
         }
         others = [
-            (name, _number(each, kept)) for name, each in vars(x).items() if name not in parts
+            (name, _number(each, objects)) for name, each in vars(x).items() if name not in parts
         ]
-        how = ("object", _number(type(x), kept), tuple(parts), tuple(others))
+        how = ("object", _number(type(x), objects), tuple(parts), tuple(others))
         return _Node(list(parts.values()), how)
 
     return pytree.tree_map(node, y, is_leaf=_is_cut)
@@ -392,7 +439,7 @@ def _traced_call(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """Run an operation on cut tensors with traced or fake parts."""
     call_args = _unpacked(args), _unpacked(kwargs)
     first = next(filter(_is_cut, pytree.tree_leaves(call_args, is_leaf=_is_cut)))
-    return _as_tree(run(_functions[number], *call_args), first.spec.region.kept_by_graphs)
+    return _as_tree(run(_functions[number], *call_args), first.spec.region.graph_objects)
 
 
 def _packed(x: Any) -> Any:
@@ -429,6 +476,6 @@ def _method(name: str) -> Any:
     return method
 
 
-for _name, _given in vars(CutTensor).items():
-    if getattr(_given, "__qualname__", "").startswith("_method."):  # an operation of torch's
+for _name, _member in vars(CutTensor).items():
+    if getattr(_member, "__qualname__", "").startswith("_method."):  # an operation of torch's
         setattr(GraphTensor, _name, _method(_name))

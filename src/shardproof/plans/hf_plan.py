@@ -16,7 +16,7 @@ from shardproof.plans.fit import scale_of
 from shardproof.plans.match import find
 from shardproof.plans.plan_text import listed
 from shardproof.plans.style import ColumnParallel, RowParallel, SharedInput, Style, VocabParallel
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 GATED = ("gate_proj", "up_proj")
 
@@ -63,8 +63,8 @@ def _tp_plan(holder: object, name: str, where: str) -> dict[str, str]:
         return {}
     if not isinstance(entries, Mapping) or not all(isinstance(each, str) for each in entries):
         raise PlanError(
-            f"the model's {where}{name} is {shown(entries)}, and a tp_plan is a dict of patterns "
-            "and styles. Correct it, or give a plan of your own."
+            f"the model's {where}{name} is {short_repr(entries)}, and a tp_plan is a dict of "
+            "patterns and styles. Correct it, or give a plan of your own."
         )
     return dict(entries)
 
@@ -89,8 +89,12 @@ def read_tp_plan(model: nn.Module) -> Reading:
     styles, notes = matches.styles, list[str]()
     attentions = recognise(styles, model)
     # Modules inside an attention with a problem are left out too: it is reported already.
-    known = {*attentions.styles, *attentions.problems}
-    styles = {name: each for name, each in styles.items() if name.rpartition(".")[0] not in known}
+    attention_names = {*attentions.styles, *attentions.problems}
+    styles = {
+        name: each
+        for name, each in styles.items()
+        if name.rpartition(".")[0] not in attention_names
+    }
     styles |= attentions.styles
     if attentions.gathered:
         notes.append(
@@ -146,10 +150,10 @@ def _name_of(model: nn.Module, method: str) -> str | None:
     if get is None:
         return None
     try:
-        wanted = get()
+        child = get()
     except NotImplementedError:  # transformers' word for: this model has none
         return None
-    return next((name for name, module in model.named_modules() if module is wanted), None)
+    return next((name for name, module in model.named_modules() if module is child), None)
 
 
 def lost_norms(

@@ -60,16 +60,16 @@ def initialize(
     std = checked_real(std, "std", rule=rule, holds=lambda number: 0 <= number < math.inf)
     seed = (scheme or _scheme_of(model)).seed
     registry.refresh()  # an optimizer may hold the parameters that are replaced here
-    created: dict[int, nn.Parameter] = {}
+    new_parameters: dict[int, nn.Parameter] = {}
     for name, module in model.named_modules():
         for own, parameter in list(module._parameters.items()):
-            if parameter is None or not (parameter.is_meta or id(parameter) in created):
+            if parameter is None or not (parameter.is_meta or id(parameter) in new_parameters):
                 continue
-            if id(parameter) not in created:
+            if id(parameter) not in new_parameters:
                 full = f"{name}.{own}" if name else own
                 data = _data(module, own, parameter, full, seed=seed, std=std, device=device)
-                created[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
-            module._parameters[own] = created[id(parameter)]
+                new_parameters[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
+            module._parameters[own] = new_parameters[id(parameter)]
         _make_buffers(model, module, name, device)
     registry.note_change()
     return model
@@ -102,11 +102,11 @@ def _data(
         )
     layout = _layout(module, own, parameter)
     for leaf, shape, pieces in layout.held_leaves():
-        drawn = draw_normal(
+        values = draw_normal(
             shape, 0.0, std, seed=seed, name=name, leaf=leaf, dtype=data.dtype, device=device
         )
         for where, part in pieces:
-            data[where] = drawn[part]
+            data[where] = values[part]
     _clear_padding(module, layout, data)
     return data
 

@@ -10,9 +10,9 @@ from typing import get_args
 from torch import nn
 
 from shardproof.plans.style import HEAD_NORM, REFUSED, SPELLINGS, WHOLE, Style
-from shardproof.wording import VALUE, few, shown
+from shardproof.wording import VALUE, few, short_repr
 
-_KNOWN = "ColumnParallel(), RowParallel(), VocabParallel(), Attention(...), SharedInput(...)"
+_STYLES = "ColumnParallel(), RowParallel(), VocabParallel(), Attention(...), SharedInput(...)"
 
 
 MOST_PROBLEMS = 50  # after so many entries that match nothing, the rest of a plan is not read
@@ -48,13 +48,11 @@ def find(styles: Mapping[str, Style | str], model: nn.Module) -> Matches:
     matching = _Matching(names)
     named: dict[str, tuple[str, Style | str]] = {}
     problems: list[str] = []
-    for place, (pattern, style_given) in enumerate(styles.items()):
+    for place, (pattern, entry) in enumerate(styles.items()):
         if len(problems) >= MOST_PROBLEMS:
             problems.append(f"the other {len(styles) - place:,} entries were not looked at.")
             break
-        style = (
-            SPELLINGS.get(style_given, style_given) if isinstance(style_given, str) else style_given
-        )
+        style = SPELLINGS.get(entry, entry) if isinstance(entry, str) else entry
         if complaint := _refusal(pattern, style):
             problems.append(complaint)
             continue
@@ -81,7 +79,7 @@ class _Matching:
     """Finds the names that a pattern matches; a pattern without `*` is looked up directly."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._known = set(names)
+        self._names = set(names)
         self._by_length: dict[int, list[str]] = {}
         for name in names:
             self._by_length.setdefault(name.count("."), []).append(name)
@@ -89,15 +87,17 @@ class _Matching:
     def of(self, pattern: str) -> list[str]:
         """The names that match a pattern, in the order of the model."""
         if not _WILD.search(pattern):
-            return [pattern] if pattern in self._known else []
+            return [pattern] if pattern in self._names else []
         alike = self._by_length.get(pattern.count("."), [])
         return [name for name in alike if name and (name == pattern or fits(pattern, name))]
 
 
 def fits(pattern: str, name: str) -> bool:
     """True if `pattern` fits `name` segment by segment; `*` never crosses a dot."""
-    wanted, got = pattern.split("."), name.split(".")
-    return len(wanted) == len(got) and all(map(fnmatchcase, got, wanted))
+    pattern_parts, name_parts = pattern.split("."), name.split(".")
+    return len(pattern_parts) == len(name_parts) and all(
+        map(fnmatchcase, name_parts, pattern_parts)
+    )
 
 
 def near_names(name: str, names: list[str]) -> str:
@@ -114,19 +114,19 @@ def _refusal(pattern: str, style: object) -> str:
         if style in REFUSED:
             why = REFUSED["moe_tp_experts"] if _is_of_experts(pattern) else REFUSED[style]
             return (
-                f"plan entry {shown(pattern)}: style {style!r} cannot be served: {why}. Give a "
-                "plan of your own that leaves these modules whole."
+                f"plan entry {short_repr(pattern)}: style {style!r} cannot be served: {why}. Give "
+                "a plan of your own that leaves these modules whole."
             )
     elif isinstance(style, get_args(Style)):
         return ""
     return (
-        f"plan entry {shown(pattern)}: unknown style {shown(style)}. Use {_KNOWN}, or Hugging "
-        f"Face's {', '.join(map(repr, [*SPELLINGS, WHOLE, HEAD_NORM]))}."
+        f"plan entry {short_repr(pattern)}: unknown style {short_repr(style)}. Use {_STYLES}, or "
+        f"Hugging Face's {', '.join(map(repr, [*SPELLINGS, WHOLE, HEAD_NORM]))}."
     )
 
 
 def _no_match(pattern: str, style: object, names: list[str], model: nn.Module) -> str:
-    start = f"plan entry {shown(pattern)}: {style}"
+    start = f"plan entry {short_repr(pattern)}: {style}"
     if any(fits(pattern, name) for name, _ in model.named_parameters()):
         why = f": {REFUSED['moe_tp_experts']}" if _is_of_experts(pattern) else ""
         return (

@@ -13,7 +13,7 @@ from shardproof.plans.module_plan import ModulePlan, Row, held_bytes, rows, styl
 from shardproof.plans.plan_text import columns, parameters_line, size
 from shardproof.plans.style import Attention, ColumnParallel, Plan, RowParallel, Style
 from shardproof.scheme import Scheme
-from shardproof.wording import few, shown
+from shardproof.wording import few, short_repr
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class ModelPlan:
         if not chosen:
             names = [each.name for each in self.modules]
             near = near_names(module, names) if isinstance(module, str) else few(names[:3])
-            raise PlanError(f"the plan has no module {shown(module)}; near names: {near}.")
+            raise PlanError(f"the plan has no module {short_repr(module)}; near names: {near}.")
         return [collective for each in chosen for collective in each.collectives]
 
     def as_dict(self) -> dict[str, Any]:
@@ -149,8 +149,10 @@ class ModelPlan:
         lines = [("module", "how", "leaves", "largest on a rank")]
         for row in self.rows:
             leaves = "-" if row.first.leaves is None else str(row.first.leaves)
-            held = max(held_bytes([row.first], self.degree))
-            lines.append((row.names, describe(row.first), leaves, size(held) if held else "-"))
+            num_bytes = max(held_bytes([row.first], self.degree))
+            lines.append(
+                (row.names, describe(row.first), leaves, size(num_bytes) if num_bytes else "-")
+            )
         head = f"{self.model} at degree {self.degree}"
         return "\n".join([head, *columns(lines), *self.totals()])
 

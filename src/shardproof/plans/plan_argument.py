@@ -7,31 +7,33 @@ from shardproof.errors import PlanError, UsageError
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.style import Plan
 from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 
-def is_carried(given: Any) -> bool:
+def is_carried(plan_argument: Any) -> bool:
     """Whether the plan is the model's own `tp_plan`.
 
     Args:
-        given: the user's argument, as for `read_plan`.
+        plan_argument: the user's argument, as for `read_plan`.
     """
-    return given is None or (isinstance(given, ModelPlan) and given.is_carried)
+    return plan_argument is None or (
+        isinstance(plan_argument, ModelPlan) and plan_argument.is_carried
+    )
 
 
-def read_plan(given: Any, scheme: Any) -> tuple[Plan | None, Scheme]:
+def read_plan(plan_argument: Any, scheme: Any) -> tuple[Plan | None, Scheme]:
     """Return the plan and the scheme; the plan is None if the model's own is to be used.
 
     Args:
-        given: the user's argument: pattern -> style, a `Plan`, a `ModelPlan`, or None.
+        plan_argument: the user's argument: pattern -> style, a `Plan`, a `ModelPlan`, or None.
         scheme: the scheme to use if the plan has none.
 
     Raises:
-        PlanError: `given` is not a plan, or one of its patterns is not a string.
+        PlanError: `plan_argument` is not a plan, or one of its patterns is not a string.
         UsageError: the plan has a scheme, and `scheme` is another one.
     """
     scheme = checked_scheme(scheme)
-    plan = given.plan if isinstance(given, ModelPlan) else given
+    plan = plan_argument.plan if isinstance(plan_argument, ModelPlan) else plan_argument
     if plan is None:
         return None, scheme
     if isinstance(plan, Plan):
@@ -40,7 +42,8 @@ def read_plan(given: Any, scheme: Any) -> tuple[Plan | None, Scheme]:
         return plan, plan.scheme
     if not isinstance(plan, Mapping):
         raise PlanError(
-            f"the plan is {shown(plan)}, which is not a plan: a plan is a dict of patterns and "
+            f"the plan is {short_repr(plan)}, which is not a plan: a plan is a dict of patterns "
+            "and "
             'styles. Write for instance {"layers.*.up": "colwise", "layers.*.down": "rowwise"}, '
             "or None for the plan that a model of transformers carries."
         )

@@ -85,8 +85,8 @@ def together(names: Sequence[str]) -> str:
     wide = [value for value in values if not value.isdigit()]
     if len(wide) > 1:
         return f"{pattern(names[0])} ({len(names)})"
-    written = iter(values)
-    return _NUMBER.sub(lambda _: next(written), names[0])
+    texts = iter(values)
+    return _NUMBER.sub(lambda _: next(texts), names[0])
 
 
 def alike(items: Iterable[tuple[str, Hashable]]) -> list[tuple[str, ...]]:

@@ -113,10 +113,10 @@ def plan(
     """
     if inputs is not None and plan is None:
         return _watched(model, inputs, degree, scheme)
-    attempted = attempt(model, plan, degree=degree, scheme=scheme)
-    if isinstance(attempted, str):
-        return plan_by_example(model, degree=degree, scheme=scheme, why=attempted)
-    model_plan, problems = attempted
+    outcome = attempt(model, plan, degree=degree, scheme=scheme)
+    if isinstance(outcome, str):
+        return plan_by_example(model, degree=degree, scheme=scheme, why=outcome)
+    model_plan, problems = outcome
     if problems:
         raise PlanError(as_error(model, problems))
     if inputs is not None:
@@ -166,7 +166,7 @@ def _compared(model: nn.Module, model_plan: ModelPlan) -> ModelPlan:
             model_plan, notes=(*model_plan.notes, f"it was compared with no forward: {error}")
         )
     choice = choose(families(watched), watched)
-    shown = {name: dim for family in choice.families for name, dim in family.dims}
+    dim_by_name = {name: dim for family in choice.families for name, dim in family.dims}
     carried = {
         watched.tied.get(name, name): dim
         for module in model_plan.modules
@@ -176,11 +176,15 @@ def _compared(model: nn.Module, model_plan: ModelPlan) -> ModelPlan:
     }
     notes = [
         f"{name!r} is cut along dim {dim} by its tp_plan; one forward shows "
-        + (f"a cut along dim {shown[name]}." if name in shown else f"no cut: {choice.whole[name]}")
+        + (
+            f"a cut along dim {dim_by_name[name]}."
+            if name in dim_by_name
+            else f"no cut: {choice.whole[name]}"
+        )
         for name, dim in carried.items()
-        if shown.get(name) != dim
+        if dim_by_name.get(name) != dim
     ]
-    more = [name for name in shown if name not in carried and len(watched.shapes[name]) > 1]
+    more = [name for name in dim_by_name if name not in carried and len(watched.shapes[name]) > 1]
     if more:
         notes.append(
             f"{listed(more)}: whole by its tp_plan; one forward shows that a cut is possible. "
@@ -300,9 +304,9 @@ def _attention_options(
     styles: Mapping[str, Style], model: nn.Module
 ) -> tuple[dict[str, ChildAttentionOptions], list[str]]:
     """Options for our attention by module, and a sentence for each child it cannot replace."""
-    known: dict[Hashable, ChildAttentionOptions] = {}
+    options_by_key: dict[Hashable, ChildAttentionOptions] = {}
     attending = {
-        name: attention_options_of(name, style, model, known)
+        name: attention_options_of(name, style, model, options_by_key)
         for name, style in styles.items()
         if isinstance(style, Attention) and style.attend is not None
     }

@@ -53,7 +53,7 @@ def rehearse(
 
     Returns:
         The record of the step. If an operation needs the whole of a cut weight, only
-        `wanted_whole` is filled.
+        `whole_weights` is filled.
 
     Raises:
         PlanError: a rank cannot do the step, or ranks would make different collectives.
@@ -109,11 +109,11 @@ def _rehearsed(model: nn.Module, call: Any, cut: Cutting, stage: _Stage) -> Rehe
         try:
             _step(model, call, cut, Axis("tp", transport), stage, regions)
         except Exception as error:  # whatever a model's code raises
-            if not regions or not regions[-1].wanted_whole:
+            if not regions or not regions[-1].whole_weights:
                 raise _Failed(rank, error) from error
-        if regions[-1].wanted_whole:
-            wanted = tuple(regions[-1].wanted_whole.items())
-            return Rehearsal(stage.device, (), wanted_whole=wanted)
+        if regions[-1].whole_weights:
+            whole_weights = tuple(regions[-1].whole_weights.items())
+            return Rehearsal(stage.device, (), whole_weights=whole_weights)
         transports.append(transport)
     _check_alike([transport.calls for transport in transports], model)
     return Rehearsal(
@@ -132,14 +132,14 @@ def _step(
 ) -> None:
     """Run forward and backward of one rank; its region is appended to `regions`."""
     device = stage.device
-    copied = _copy(model, device)
+    model_copy = _copy(model, device)
     if stage.trains:
-        copied.train()
-    regions.append(cut(copied, axis))
+        model_copy.train()
+    regions.append(cut(model_copy, axis))
     args, kwargs = tree_map(lambda x: _moved(x, device), call)
     # A forward may create tensors without naming a device: the context puts them on this one.
     with torch.random.fork_rng(), torch.device(device), checking.Switch(is_on=False):
-        _backward(copied(*args, **kwargs))
+        _backward(model_copy(*args, **kwargs))
 
 
 def _check_alike(calls: Sequence[Sequence[Call]], model: nn.Module) -> None:

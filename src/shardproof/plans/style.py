@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from shardproof.checked_values import LARGEST, real_number, whole_number
 from shardproof.errors import PlanError
 from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme
-from shardproof.wording import few, shown
+from shardproof.wording import few, short_repr
 
 MOST = 1_000_000  # entries read from a collection, which may be an endless generator
 
@@ -155,7 +155,7 @@ def _is_name(value: object) -> bool:
 
 def _wrong(style: Any, name: str, rule: str) -> PlanError:
     kind = type(style).__name__
-    return PlanError(f"{kind}({name}={shown(getattr(style, name))}) is not {rule}. Give that.")
+    return PlanError(f"{kind}({name}={short_repr(getattr(style, name))}) is not {rule}. Give that.")
 
 
 Style = ColumnParallel | RowParallel | VocabParallel | Attention | SharedInput
@@ -210,12 +210,14 @@ class Plan:
         checked_scheme(self.scheme)
         if not isinstance(self.styles, Mapping):
             raise PlanError(
-                f"Plan(styles={shown(self.styles)}) is not a dict of patterns and styles. Write "
+                f"Plan(styles={short_repr(self.styles)}) is not a dict of patterns and styles. "
+                "Write "
                 'for instance Plan({"layers.*.up": "colwise", "layers.*.down": "rowwise"}).'
             )
         wrong = [pattern for pattern in self.styles if not isinstance(pattern, str)]
         if wrong:
             raise PlanError(
-                f"the plan has the pattern {few(map(shown, wrong))}, and a pattern is text, the "
+                f"the plan has the pattern {few(map(short_repr, wrong))}, and a pattern is text, "
+                "the "
                 'name of a module with * where names differ: "layers.*.up".'
             )

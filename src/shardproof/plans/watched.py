@@ -29,7 +29,7 @@ from shardproof.watching import Watched, choose, families, watch
 
 assert all_rules  # noqa: S101 - imported for what it registers
 
-_KNOWN = "_shardproof_specs"  # attribute of a module that holds parts: parameter -> spec and name
+_SPECS = "_shardproof_specs"  # attribute of a module that holds parts: parameter -> spec and name
 _EVERYWHERE = Rehearsal("", ())
 _ON_CPU = (
     "on the CPU, with small weights in place of those on the meta device: what other data would do "
@@ -64,9 +64,9 @@ def plan_by_watching(
     all_families = families(watched)
     named = dict(model.named_parameters())
     dtypes = {name: named[name].dtype for name in watched.shapes}
-    wanted: dict[str, str] = {}  # weight that an operation needs whole -> that operation
+    whole_weights: dict[str, str] = {}  # weight that an operation needs whole -> that operation
     while True:
-        choice = choose(all_families, watched, wanted=wanted)
+        choice = choose(all_families, watched, whole_weights=whole_weights)
         plan = WatchedPlan(
             type(model).__name__,
             degree,
@@ -78,9 +78,9 @@ def plan_by_watching(
             _EVERYWHERE,
         )
         rehearsal = _rehearsed(model, (args, kwargs), plan, watched)
-        if not rehearsal.wanted_whole:
+        if not rehearsal.whole_weights:
             return replace(plan, rehearsal=rehearsal, notes=_notes(watched, rehearsal))
-        wanted |= dict(rehearsal.wanted_whole)
+        whole_weights |= dict(rehearsal.whole_weights)
 
 
 def as_watched(model: nn.Module, plan: Any, degree: int, inputs: Any, scheme: Any) -> WatchedPlan:
@@ -116,8 +116,8 @@ def _rehearsed(
     everywhere = frozenset(name for name, _ in model.named_modules())
     trial = replace(plan, rehearsal=replace(_EVERYWHERE, calls=everywhere))
 
-    def cut(copied: nn.Module, axis: Axis) -> Region:
-        return cut_by(copied, trial, axis)
+    def cut(model_copy: nn.Module, axis: Axis) -> Region:
+        return cut_by(model_copy, trial, axis)
 
     return rehearse(model, call, cut, degree=plan.degree, device=watched.device)
 
@@ -141,7 +141,7 @@ def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _as_cut(parameter: nn.Parameter, layout: Layout, module: nn.Module, name: str) -> Any:
     """The cut tensor that code of a module gets when it reads a cut parameter."""
-    spec, who = module.__dict__[_KNOWN][name]
+    spec, who = module.__dict__[_SPECS][name]
     return cut_tensor(parameter, spec, who)
 
 
@@ -165,19 +165,19 @@ def cut_by(model: nn.Module, plan: WatchedPlan, axis: Axis) -> Region:
     places = {
         id(parameter): name for name, parameter in model.named_parameters() if name in plan.cuts
     }
-    kept = [
+    cut_weights = [
         (module, own, places[id(parameter)])
         for module in modules.values()
         for own, parameter in module._parameters.items()
         if id(parameter) in places
     ]
     cut_parameters(model, plan.layouts(axis.rank), axis=axis, scheme=plan.scheme, wrap=_as_cut)
-    for module, own, name in kept:
+    for module, own, name in cut_weights:
         dim, along = plan.cuts[name]
-        known = module.__dict__.setdefault(_KNOWN, {})
-        known[own] = region.spec(plan.shapes[name], dim, along), registry.record_of(module).name
+        specs = module.__dict__.setdefault(_SPECS, {})
+        specs[own] = region.spec(plan.shapes[name], dim, along), registry.record_of(module).name
     region.know_weights(model)
-    cut = {module for module, _, _ in kept}
+    cut = {module for module, _, _ in cut_weights}
     for module in modules.values():
         if "forward" in vars(module):
             continue  # of the user's own
@@ -208,7 +208,7 @@ def call_by_forms(
 
 def _put_linear(module: nn.Module) -> None:
     """Let an `nn.Linear` with a cut weight call its product directly, which is faster."""
-    if getattr(module, "whole_class", None) is nn.Linear and "weight" in module.__dict__[_KNOWN]:
+    if getattr(module, "whole_class", None) is nn.Linear and "weight" in module.__dict__[_SPECS]:
         module.forward = partial(_linear, module)
 
 
@@ -220,7 +220,7 @@ def _linear(module: nn.Module, input: Any) -> Any:
 
 
 def _as_operand(module: nn.Module, name: str) -> Any:
-    parameter, cut = module._parameters[name], module.__dict__[_KNOWN].get(name)
+    parameter, cut = module._parameters[name], module.__dict__[_SPECS].get(name)
     return parameter if cut is None or parameter is None else CutTensor(parameter, *cut)
 
 

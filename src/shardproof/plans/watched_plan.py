@@ -67,7 +67,7 @@ class Rehearsal:
             form.
         draws: modules whose own code draws random numbers.
         sent: the collectives by module, in the order in which they were made.
-        wanted_whole: (weight, operation): cut weights that an operation needs whole. Such a weight
+        whole_weights: (weight, operation): cut weights that an operation needs whole. Such a weight
             must not be cut.
     """
 
@@ -78,7 +78,7 @@ class Rehearsal:
     calls: frozenset[str] = frozenset()
     draws: frozenset[str] = frozenset()
     sent: tuple[Sent, ...] = ()
-    wanted_whole: tuple[tuple[str, str], ...] = ()
+    whole_weights: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,12 @@ class WatchedPlan:
         Layers with equal units have one `Shared` object, whose caches then serve all of them.
         """
         cuts: dict[str, tuple[int, CutDim]] = {}
-        known: dict[tuple[str, Units], Shared] = {}
+        shared_by_units: dict[tuple[str, Units], Shared] = {}
         for family in self.families:
             key = pattern(family.units.name), replace(family.units, name="")
-            if key not in known:
-                known[key] = Shared(family.units, self.scheme.leaves, self.degree)
-            shared = known[key]
+            if key not in shared_by_units:
+                shared_by_units[key] = Shared(family.units, self.scheme.leaves, self.degree)
+            shared = shared_by_units[key]
             for (name, dim), blocks in family.dims.items():
                 cuts[name] = (dim, CutDim(shared, tuple(blocks)))
         return cuts

@@ -24,7 +24,7 @@ from shardproof.layers.cut_module import CutModule
 from shardproof.layers.registry import record_of
 from shardproof.leaves import Layout, replicated
 from shardproof.numerics import mode
-from shardproof.observing import Observer, Operand, Told, address, tensors_in
+from shardproof.observing import Observer, Operand, StepEvent, address, tensors_in
 from shardproof.ops.unit_moves import joined
 from shardproof.prover.compare import OptimizerStep
 from shardproof.scheme import Scheme
@@ -104,10 +104,11 @@ class _AllocationObserver(Observer):
 
     def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the operation and report the tensors that it made."""
-        before = {address(tensor) for tensor in tensors_in((args, kwargs))}
+        given = tensors_in((args, kwargs))
+        before = {address(tensor) for tensor in given}
         result = func(*args, **kwargs)
         # Arguments too: an operation may grow the storage of what it writes into.
-        for tensor in tensors_in((result, args, kwargs)):
+        for tensor in (*tensors_in(result), *given):
             if address(tensor) not in before:
                 self._callback(tensor)
         return result
@@ -299,7 +300,7 @@ class CaseRun:
             if observing.is_on():
                 place = observing.placement_of(layout)
                 output = Operand(name, tensor.detach(), place)
-                observing.tell(Told("record", "prover", name, "", (), output))
+                observing.tell(StepEvent("record", "prover", name, "", (), output))
             self._recorder.record(name, tensor.detach(), layout, how)
 
     def _here(self, layout: Layout, name: str) -> Layout:

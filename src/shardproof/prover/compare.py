@@ -123,9 +123,9 @@ def _measure_block(ours: Tensor, reference: Tensor, precise: Tensor) -> Figures:
     finite = ours_wide.isfinite() & reference_wide.isfinite()
     same = (ours_wide == reference_wide) | (ours_wide.isnan() & reference_wide.isnan())
     difference = torch.where(finite, (ours_wide - reference_wide).abs(), 0.0)
-    known = precise.isfinite()
-    error_ours = torch.where(known, ours_wide - precise, 0.0)
-    error_torch = torch.where(known, reference_wide - precise, 0.0)
+    finite_reference = precise.isfinite()
+    error_ours = torch.where(finite_reference, ours_wide - precise, 0.0)
+    error_torch = torch.where(finite_reference, reference_wide - precise, 0.0)
     return Figures(
         exact=bool((_bits(ours) == _bits(reference)).all()),
         same_nonfinite=bool((finite | same).all()),
@@ -137,7 +137,7 @@ def _measure_block(ours: Tensor, reference: Tensor, precise: Tensor) -> Figures:
         max_ulp=_max_ulp(ours, reference, finite),
         squared_ours=squared(error_ours),
         squared_torch=squared(error_torch),
-        squared_true=squared(torch.where(known, precise, 0.0)),
+        squared_true=squared(torch.where(finite_reference, precise, 0.0)),
         max_error_ours=error_ours.abs().max().item(),
         max_error_torch=error_torch.abs().max().item(),
     )
@@ -402,18 +402,18 @@ def rounding(
     """
     rtol, atol = tolerance(dtype)
     times = [_times(part, numel) for part in figures]
-    known = [each for each in times if each is not None]
+    numbers = [each for each in times if each is not None]
     ours, plain = (
         _number(max(part.max_error_ours for part in figures)),
         _number(max(part.max_error_torch for part in figures)),
     )
-    measured = Rounding(
+    result = Rounding(
         rtol * max(part.max_abs_reference for part in figures) + atol,
         ours,
         plain,
-        max(known) if known else None,
+        max(numbers) if numbers else None,
     )
-    return _with_update(measured, steps, dtype, figures) if steps else measured
+    return _with_update(result, steps, dtype, figures) if steps else result
 
 
 def _with_update(
@@ -444,8 +444,8 @@ def _times(part: Figures, numel: int) -> float | None:
 
 
 def _worst(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return max(known) if len(known) == len(values) else None
+    numbers = [value for value in values if value is not None]
+    return max(numbers) if len(numbers) == len(values) else None
 
 
 def _number(value: float) -> float | None:

@@ -14,7 +14,7 @@ from shardproof.checked_values import LARGEST, whole_number
 from shardproof.errors import UsageError
 from shardproof.prover.report import Report
 from shardproof.scheme import NUMERICS
-from shardproof.wording import few, shown
+from shardproof.wording import few, short_repr
 
 Hashes = Mapping[str, Mapping[str, str]]  # tensor -> degree -> hash
 
@@ -77,9 +77,9 @@ def compare_with(report: Report | Mapping[str, Any], earlier: Mapping[str, Any])
     for key, what in (("contract", "contract"), ("seed", "seed"), ("numerics", "numerics")):
         if key in earlier and now[key] != earlier[key]:
             raise UsageError(
-                f"the earlier report cannot be compared: its {what} is {shown(earlier[key])}, this "
-                f"one's is {shown(now[key])}, and the bits depend on it. Run both with the same "
-                f"{what}."
+                f"the earlier report cannot be compared: its {what} is {short_repr(earlier[key])}, "
+                f"this one's is {short_repr(now[key])}, and the bits depend on it. Run both with "
+                f"the same {what}."
             )
     new, old = _hashes(now), _hashes(earlier)
     across = now["numerics"] == "invariant"
@@ -127,11 +127,11 @@ def _at_common_degrees(new: Hashes, old: Hashes) -> tuple[Hashes, Hashes]:
 
 
 def _only(table: Hashes, degrees: set[str]) -> Hashes:
-    kept = {
+    hashes_by_tensor = {
         tensor: {degree: sha for degree, sha in hashes.items() if degree in degrees}
         for tensor, hashes in table.items()
     }
-    return {tensor: hashes for tensor, hashes in kept.items() if hashes}
+    return {tensor: hashes for tensor, hashes in hashes_by_tensor.items() if hashes}
 
 
 def _hashes(report: Mapping[str, Any]) -> dict[str, Hashes]:
@@ -161,16 +161,16 @@ def fault_of(report: Any) -> str:
 def _of_head(report: dict[str, Any]) -> str:
     leaves = whole_number(report["leaves"])
     if leaves is None or not 1 <= leaves <= LARGEST:
-        return f"its leaves are {shown(report['leaves'])}, which is not a positive number"
+        return f"its leaves are {short_repr(report['leaves'])}, which is not a positive number"
     if not isinstance(report["contract"], str) or not report["contract"]:
-        return f"its contract is {shown(report['contract'])}, which is not text"
+        return f"its contract is {short_repr(report['contract'])}, which is not text"
     if "seed" in report and whole_number(report["seed"]) is None:
-        return f"its seed is {shown(report['seed'])}, which is not a whole number"
+        return f"its seed is {short_repr(report['seed'])}, which is not a whole number"
     numerics = report.get("numerics", NUMERICS[0])
     if not isinstance(numerics, str) or numerics not in NUMERICS:
-        return f"its numerics are {shown(numerics)}, which is none of {', '.join(NUMERICS)}"
+        return f"its numerics are {short_repr(numerics)}, which is none of {', '.join(NUMERICS)}"
     if not isinstance(report["proved"], bool):
-        return f"'proved' is {shown(report['proved'])}, which is neither true nor false"
+        return f"'proved' is {short_repr(report['proved'])}, which is neither true nor false"
     return ""
 
 
@@ -186,7 +186,7 @@ def _of_answer(report: dict[str, Any]) -> str:
     if not report["proved"]:
         return "it says that it was not proved"
     bad = next((case for case in report["cases"] if case.get("proved", True) is not True), None)
-    return "" if bad is None else f"it says that case {shown(bad['name'])} was not proved"
+    return "" if bad is None else f"it says that case {short_repr(bad['name'])} was not proved"
 
 
 def _of_cases(cases: Any) -> str:
@@ -203,7 +203,7 @@ def _of_cases(cases: Any) -> str:
 
 
 def _of_tensors(case: dict[str, Any]) -> str:
-    where, names = f"case {shown(case['name'])}", set[str]()
+    where, names = f"case {short_repr(case['name'])}", set[str]()
     for tensor in case["tensors"]:
         if not isinstance(tensor, dict) or not isinstance(tensor.get("sha256"), dict):
             return f"a tensor of {where} has no hashes"
@@ -212,20 +212,22 @@ def _of_tensors(case: dict[str, Any]) -> str:
             return fault
         for degree, sha in tensor["sha256"].items():
             if not _DEGREE.fullmatch(degree):
-                return f"a tensor of {where} has a hash at {shown(degree)}, which is no degree"
+                return f"a tensor of {where} has a hash at {short_repr(degree)}, which is no degree"
             if not isinstance(sha, str) or not _HASH.fullmatch(sha):
-                return f"tensor {shown(tensor['name'])} of {where} has the hash {shown(sha)}"
+                return (
+                    f"tensor {short_repr(tensor['name'])} of {where} has the hash {short_repr(sha)}"
+                )
     return ""
 
 
-def _of_name(what: dict[str, Any], known: set[str], kind: str) -> str:
+def _of_name(what: dict[str, Any], names_before: set[str], kind: str) -> str:
     """The fault of a name; adds the name to the known ones."""
     if "name" not in what:
         return "a case or a tensor has no name"
     name = what["name"]
     if not isinstance(name, str) or not name:
-        return f"{kind} has the name {shown(name)}, which is not text"
-    if name in known:
-        return f"{kind} has the name {shown(name)}, which is there twice"
-    known.add(name)
+        return f"{kind} has the name {short_repr(name)}, which is not text"
+    if name in names_before:
+        return f"{kind} has the name {short_repr(name)}, which is there twice"
+    names_before.add(name)
     return ""

@@ -212,12 +212,12 @@ def first_different_module(
         other: where `others` come from, for the message.
         is_close: a difference within rounding is none; if not, bits are compared.
     """
-    kept = [_by_call(search.tensors) for search in ours]
+    tensors_by_rank = [_by_call(search.tensors) for search in ours]
     for key, theirs in _by_call(others).items():
         # A tensor of another shape is a rank's part, which cannot be compared.
         same = {
             rank: tensors[key]
-            for rank, tensors in enumerate(kept)
+            for rank, tensors in enumerate(tensors_by_rank)
             if key in tensors and tensors[key].value.shape == theirs.value.shape
         }
         distances = {

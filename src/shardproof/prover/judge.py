@@ -28,7 +28,7 @@ from shardproof.prover.compare import (
     rounding,
     tolerance,
 )
-from shardproof.prover.recording import Counts, KeptValues, RankResult, Recorded
+from shardproof.prover.recording import Counts, RankResult, TensorRecord, TensorValues
 from shardproof.scheme import Scheme
 
 Results = Mapping[int, Sequence[RankResult]]  # degree -> every rank's result
@@ -53,8 +53,8 @@ def judge_case(
     """
     tables = {degree: _by_name(case, ranks) for degree, ranks in results.items()}
     names = _merged([list(expected), *(list(table) for table in tables.values())])
-    known = frozenset(expected)
-    tensors = tuple(_judge_tensor(case, name, tables, name in known) for name in names)
+    expected_names = frozenset(expected)
+    tensors = tuple(_judge_tensor(case, name, tables, name in expected_names) for name in names)
     return CaseReport(
         name=case.name,
         source=case.source,
@@ -74,7 +74,7 @@ def judge_case(
     )
 
 
-def _by_name(case: Case, ranks: Sequence[RankResult]) -> dict[str, list[Recorded]]:
+def _by_name(case: Case, ranks: Sequence[RankResult]) -> dict[str, list[TensorRecord]]:
     """Tensor name -> what every rank recorded, in execution order."""
     names = [[tensor.name for tensor in rank.recorded] for rank in ranks]
     for rank, other in enumerate(names):
@@ -90,25 +90,25 @@ def _by_name(case: Case, ranks: Sequence[RankResult]) -> dict[str, list[Recorded
 
 
 def _judge_tensor(
-    case: Case, name: str, tables: Mapping[int, Mapping[str, list[Recorded]]], is_known: bool
+    case: Case, name: str, tables: Mapping[int, Mapping[str, list[TensorRecord]]], is_known: bool
 ) -> TensorReport:
-    recorded = {degree: table[name] for degree, table in tables.items() if name in table}
-    findings = [f"not recorded at degree {degree}" for degree in tables if degree not in recorded]
-    findings += _different_replicas(recorded) + _different_copies(recorded)
-    sha256 = {str(degree): ranks[0].sha256 or "" for degree, ranks in recorded.items()}
+    records = {degree: table[name] for degree, table in tables.items() if name in table}
+    findings = [f"not recorded at degree {degree}" for degree in tables if degree not in records]
+    findings += _different_replicas(records) + _different_copies(records)
+    sha256 = {str(degree): ranks[0].sha256 or "" for degree, ranks in records.items()}
     identical = not findings and len(set(sha256.values())) == 1
     first = (
-        next(iter(recorded.values()))[0]
-        if recorded
-        else Recorded(name, (), "", True, "", True, None)
+        next(iter(records.values()))[0]
+        if records
+        else TensorRecord(name, (), "", True, "", True, None)
     )
     if first.is_judged and not is_known:
         findings.append("not recorded by plain torch")
-    misfits = _misfits(recorded)
+    misfits = _misfits(records)
     findings += misfits
-    is_measured = first.is_judged and is_known and bool(recorded) and not misfits
-    figures = [_figures(ranks) for ranks in recorded.values()] if is_measured else []
-    steps = [each for ranks in recorded.values() if (each := _steps(ranks))] if is_measured else []
+    is_measured = first.is_judged and is_known and bool(records) and not misfits
+    figures = [_figures(ranks) for ranks in records.values()] if is_measured else []
+    steps = [each for ranks in records.values() if (each := _steps(ranks))] if is_measured else []
     agreement = _agreement(figures, first.dtype) if figures else None
     return TensorReport(
         name,
@@ -124,17 +124,17 @@ def _judge_tensor(
         rounding(figures, steps, getattr(torch, first.dtype), math.prod(first.shape))
         if figures
         else None,
-        _nonfinite(recorded),
+        _nonfinite(records),
         _shown_values(
-            {degree: [tensor.kept for tensor in ranks] for degree, ranks in recorded.items()}
+            {degree: [tensor.values for tensor in ranks] for degree, ranks in records.items()}
         ),
     )
 
 
-def _different_replicas(recorded: Mapping[int, Sequence[Recorded]]) -> list[str]:
+def _different_replicas(records: Mapping[int, Sequence[TensorRecord]]) -> list[str]:
     """Sentences on ranks whose copy of a replicated tensor differs from rank 0's."""
     sentences = []
-    for degree, ranks in recorded.items():
+    for degree, ranks in records.items():
         other = [
             str(rank)
             for rank, tensor in enumerate(ranks)
@@ -146,10 +146,10 @@ def _different_replicas(recorded: Mapping[int, Sequence[Recorded]]) -> list[str]
     return sentences
 
 
-def _different_copies(recorded: Mapping[int, Sequence[Recorded]]) -> list[str]:
+def _different_copies(records: Mapping[int, Sequence[TensorRecord]]) -> list[str]:
     """Sentences on ranks whose copy of another rank's leaf differs from the owner's."""
     sentences = []
-    for degree, ranks in recorded.items():
+    for degree, ranks in records.items():
         first: dict[str, tuple[int, str]] = {}  # the owner is the first rank that holds it
         for rank, tensor in enumerate(ranks):
             for name, sha in tensor.copies.items():
@@ -162,31 +162,31 @@ def _different_copies(recorded: Mapping[int, Sequence[Recorded]]) -> list[str]:
     return sentences
 
 
-def _misfits(recorded: Mapping[int, Sequence[Recorded]]) -> list[str]:
+def _misfits(records: Mapping[int, Sequence[TensorRecord]]) -> list[str]:
     """How shape or dtype differ from plain torch's, at the first degree at which they do."""
-    for degree, ranks in recorded.items():
+    for degree, ranks in records.items():
         if ranks[0].misfit:
             return [f"at degree {degree} {ranks[0].misfit}"]
     return []
 
 
-def _figures(ranks: Sequence[Recorded]) -> Figures:
+def _figures(ranks: Sequence[TensorRecord]) -> Figures:
     return combine([tensor.figures for tensor in ranks if tensor.figures is not None])
 
 
-def _steps(ranks: Sequence[Recorded]) -> StepFigures | None:
+def _steps(ranks: Sequence[TensorRecord]) -> StepFigures | None:
     """Of an updated weight; None for any other tensor."""
     steps = [tensor.step for tensor in ranks if tensor.step is not None]
     return combine_steps(steps) if steps else None
 
 
-def _nonfinite(recorded: Mapping[int, Sequence[Recorded]]) -> dict[str, int]:
+def _nonfinite(records: Mapping[int, Sequence[TensorRecord]]) -> dict[str, int]:
     """Degree, "torch" or "fp64" -> number of elements that are not finite, if any are.
 
     Of a cut tensor the counts of all ranks are added; of a replicated one the largest counts.
     """
     counts: dict[str, int] = {}
-    for degree, ranks in recorded.items():
+    for degree, ranks in records.items():
         join = max if ranks[0].is_replicated else sum
         for where in ("ours", "torch", "fp64"):
             key = str(degree) if where == "ours" else where
@@ -370,19 +370,25 @@ def agreed_contract(
     return first.scheme, first.contract
 
 
-def _shown_values(kept: Mapping[int, Sequence[KeptValues | None]]) -> ShownValues | None:
+def _shown_values(
+    values_by_degree: Mapping[int, Sequence[TensorValues | None]],
+) -> ShownValues | None:
     """What a report shows of one tensor; None if it shows no values.
 
     The values are those of degree 2, which the notebooks simulate, or of the lowest degree.
     """
-    by_degree = {degree: [each for each in ranks if each] for degree, ranks in kept.items()}
+    by_degree = {
+        degree: [each for each in ranks if each] for degree, ranks in values_by_degree.items()
+    }
     by_degree = {degree: ranks for degree, ranks in by_degree.items() if ranks}
     if not by_degree:
         return None
     degree = NOTEBOOK_DEGREE if NOTEBOOK_DEGREE in by_degree else next(iter(by_degree))
     first = by_degree[degree][0]
-    held = {str(degree): tuple(each.shape for each in ranks) for degree, ranks in by_degree.items()}
-    return ShownValues(held, _numbers(first.ours), _numbers(first.torch), degree)
+    shapes_by_degree = {
+        str(degree): tuple(each.shape for each in ranks) for degree, ranks in by_degree.items()
+    }
+    return ShownValues(shapes_by_degree, _numbers(first.ours), _numbers(first.torch), degree)
 
 
 def _numbers(tensor: Tensor | None) -> Numbers | None:

@@ -40,7 +40,7 @@ from shardproof.ranks import open_ranks
 from shardproof.scheme import Scheme, checked_scheme
 from shardproof.torchrun import host_of
 from shardproof.transport.base import Call
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 DEGREES = (1, 2, 3, 8)
 MOST_DEGREES = 1000
@@ -236,9 +236,9 @@ def prove_cases(
         "compare_inputs": False,
     }
     search = FaultSearch(settings, engine, options)
-    judged, results, used = _run_degrees(search, degrees, count)
+    case_reports, results, used = _run_degrees(search, degrees, count)
     count("done")
-    return settings.report(judged, results, degrees=degrees, engine=engine, **used)
+    return settings.report(case_reports, results, degrees=degrees, engine=engine, **used)
 
 
 def _run_degrees(
@@ -261,10 +261,10 @@ def _run_degrees(
                     count(f"{case.name}, degree {degree}")
                     with search.adding_note(case, degree):
                         results[case.name][degree] = ranks.run(settings.work(case, references))
-        judged = settings.judge(results, references)
+        case_reports = settings.judge(results, references)
     located = tuple(
         search.add_location(case, report, results[case.name])
-        for case, report in zip(cases, judged, strict=True)
+        for case, report in zip(cases, case_reports, strict=True)
     )
     return located, results, used
 
@@ -319,10 +319,10 @@ def prove_under_torchrun(
         results: Results = {case.name: {1: [alone[case.name]]} for case in cases}
         for case in cases if axis.size > 1 else ():
             results[case.name][axis.size] = [rank[case.name] for rank in everyone]
-        judged = settings.judge(results, references)
+        case_reports = settings.judge(results, references)
     count("done")
     used = {"transport": axis.transport.name, "transport_note": axis.transport_note}
-    return settings.report(judged, results, degrees=degrees, engine="torchrun", **used)
+    return settings.report(case_reports, results, degrees=degrees, engine="torchrun", **used)
 
 
 def _share_references(
@@ -387,13 +387,13 @@ class ProgressCounter:
     """Counts runs for a progress callback."""
 
     def __init__(self, progress: Progress | None, *, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
+        self._progress, self._total, self._num_done = progress, total, 0
 
     def __call__(self, text: str) -> None:
         """Report what comes next; all runs before it are done."""
         if self._progress is not None:
-            self._progress(min(self._done, self._total), self._total, text)
-        self._done += 1
+            self._progress(min(self._num_done, self._total), self._total, text)
+        self._num_done += 1
 
 
 def threads_of_ranks(threads: int | None, degrees: Sequence[int]) -> int:
@@ -430,7 +430,8 @@ def checked_degrees(degrees: Any, scheme: Scheme | None) -> tuple[int, ...]:
         entries = None
     if entries is None:
         raise UsageError(
-            f"degrees={shown(degrees)} is not a list of degrees. Write for instance degrees=(1, 2)."
+            f"degrees={short_repr(degrees)} is not a list of degrees. Write for instance "
+            "degrees=(1, 2)."
         )
     if len(entries) > MOST_DEGREES:
         raise UsageError(

@@ -16,7 +16,7 @@ from shardproof.prover.proof import DEGREES, checked_degrees, prove_cases
 from shardproof.prover.report import Report
 from shardproof.prover.training import Batch, MakeOptimizer, Training, make_optimizer
 from shardproof.scheme import Scheme
-from shardproof.wording import shown
+from shardproof.wording import short_repr
 
 UserBatch = tuple[Tensor | tuple[Tensor, ...], Tensor]  # inputs, target
 
@@ -132,7 +132,9 @@ def _check_function(value: Any, name: str, *, example: str) -> None:
         UsageError: it cannot.
     """
     if not callable(value):
-        raise UsageError(f"{name}={shown(value)} cannot be called. Give for instance {example}.")
+        raise UsageError(
+            f"{name}={short_repr(value)} cannot be called. Give for instance {example}."
+        )
 
 
 def _checked_batch(batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -166,7 +166,7 @@ Counts = dict[str, dict[str, dict[str, int]]]  # direction -> collective -> figu
 
 
 @dataclass(frozen=True)
-class KeptValues:
+class TensorValues:
     """What one rank keeps of a tensor that the report is to show.
 
     Attributes:
@@ -181,7 +181,7 @@ class KeptValues:
 
 
 @dataclass(frozen=True)
-class Recorded:
+class TensorRecord:
     """One tensor as one rank recorded it.
 
     Attributes:
@@ -197,7 +197,7 @@ class Recorded:
         step: how the rank's part of an updated weight compares; None for any other tensor.
         nonfinite: "ours", "torch" or "fp64" -> number of elements of the rank's part that are not
             finite there, if any.
-        kept: the shape that this rank holds, and small values, if the report is to show them.
+        values: the shape that this rank holds, and small values, if the report is to show them.
     """
 
     name: str
@@ -211,7 +211,7 @@ class Recorded:
     copies: Mapping[str, str] = field(default_factory=dict)
     step: StepFigures | None = None
     nonfinite: Mapping[str, int] = field(default_factory=dict)
-    kept: KeptValues | None = None
+    values: TensorValues | None = None
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class RankResult:
     """
 
     rank: int
-    recorded: tuple[Recorded, ...]
+    recorded: tuple[TensorRecord, ...]
     checks: tuple[Check, ...]
     largest_bytes: int
     largest_shape: tuple[int, ...]
@@ -272,15 +272,15 @@ class _RankRecorder:
         self._few = few
         self._plain = ReferenceReader(directory / PLAIN)
         self._precise = ReferenceReader(directory / PRECISE)
-        self._known = frozenset(self._plain.names())
-        self.recorded: list[Recorded] = []
+        self._reference_names = frozenset(self._plain.names())
+        self.recorded: list[TensorRecord] = []
 
     def record(self, name: str, tensor: Tensor, layout: Layout, how: RecordOptions) -> None:
         self._check_shape(name, tensor, layout)
-        is_compared = how.judged and name in self._known
+        is_compared = how.judged and name in self._reference_names
         misfit = self._plain.misfit(name, layout, tensor.dtype) if is_compared else ""
         self.recorded.append(
-            Recorded(
+            TensorRecord(
                 name,
                 layout.shape,
                 dtype_name(tensor.dtype),
@@ -289,22 +289,22 @@ class _RankRecorder:
                 how.judged,
                 misfit=misfit,
                 copies=hash_copies(tensor, layout),
-                kept=self._kept(name, tensor, layout, is_compared and not misfit),
+                values=self._values(name, tensor, layout, is_compared and not misfit),
                 **self._measured(name, tensor, layout, how, is_compared and not misfit),
             )
         )
 
-    def _kept(
+    def _values(
         self, name: str, tensor: Tensor, layout: Layout, is_compared: bool
-    ) -> KeptValues | None:
+    ) -> TensorValues | None:
         """The shape and the small values that the report is to show."""
         shape = tuple(tensor.shape)
         if not self._few or math.prod(layout.shape) > self._few:
-            return KeptValues(shape) if self._few else None
+            return TensorValues(shape) if self._few else None
         ours = gather_whole(tensor, layout, self._axis, who=name)
         if self._axis.rank or not is_compared:
-            return KeptValues(shape, None if self._axis.rank else ours)
-        return KeptValues(shape, ours, self._plain.read(name, replicated(layout.shape)))
+            return TensorValues(shape, None if self._axis.rank else ours)
+        return TensorValues(shape, ours, self._plain.read(name, replicated(layout.shape)))
 
     def set_aside(self, name: str, tensor: Tensor) -> None:
         """Do nothing: only plain torch sets tensors aside."""
@@ -320,7 +320,7 @@ class _RankRecorder:
     def _measured(
         self, name: str, tensor: Tensor, layout: Layout, how: RecordOptions, is_compared: bool
     ) -> dict[str, Any]:
-        """The fields of `Recorded` that compare this rank's part with the reference."""
+        """The fields of `TensorRecord` that compare this rank's part with the reference."""
         part, parts = owned_part(tensor, layout), {}
         parts["ours"] = part
         figures = step = None

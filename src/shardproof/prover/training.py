@@ -24,7 +24,7 @@ from shardproof.errors import NumericsError, UsageError
 from shardproof.optim.state import state_layout
 from shardproof.prover.case import CaseRun, parameter_layouts
 from shardproof.prover.compare import OptimizerStep, spread
-from shardproof.wording import dtype_name, shown
+from shardproof.wording import dtype_name, short_repr
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -160,8 +160,8 @@ def _checked_loss(loss: object) -> Tensor:
     """
     if not isinstance(loss, Tensor):
         raise UsageError(
-            f"the loss is {shown(loss)}, not a tensor. Return what a loss of torch gives, such as "
-            "torch.nn.functional.mse_loss(output, target)."
+            f"the loss is {short_repr(loss)}, not a tensor. Return what a loss of torch gives, "
+            "such as torch.nn.functional.mse_loss(output, target)."
         )
     if loss.numel() != 1 or not loss.is_floating_point():
         kind = dtype_name(loss.dtype)

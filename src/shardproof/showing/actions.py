@@ -104,9 +104,11 @@ def _named(actions: Sequence[RankAction]) -> list[RankAction]:
         first = action.first
         key = first.phase, first.module
         if first.operation == "all_gather":
-            known, operand = products.get(key), action.inputs[0]
+            product, operand = products.get(key), action.inputs[0]
             name = (
-                known.name if known is not None and known.shape == operand.shape else operand.name
+                product.name
+                if product is not None and product.shape == operand.shape
+                else operand.name
             )
             action = replace(
                 action,
@@ -146,15 +148,15 @@ def _joined(parts: Sequence[Part]) -> Part:
 def _corner(parts: Sequence[Part], dim: int) -> Any:
     """The corner of the whole shard, from what is known of its parts."""
     num_dims = len(parts[0].shape)
-    known = []
+    corners = []
     for part in parts:
         numbers = part.values if part.values is not None else part.corner
         if numbers is None:
             return None
-        known.append(_cropped(numbers, num_dims))
+        corners.append(_cropped(numbers, num_dims))
         if part.shape[dim] > (CORNER if dim >= num_dims - 2 else 1):
             break  # what comes after it is not next to what is known of it
-    return _cropped(_side_by_side(known, dim), num_dims)
+    return _cropped(_side_by_side(corners, dim), num_dims)
 
 
 def _cropped(numbers: Any, num_dims: int) -> Any:

@@ -221,14 +221,14 @@ def _rows(grid: Grid) -> Iterator[str]:
                 f'<th class="owner" scope="rowgroup" rowspan="{counts[place]}">'
                 f"{_rank(row.owner, 2)}</th>"
             )
-        written = []
+        html_cells = []
         for column, cell in enumerate(cells):
             rank = grid.owner_of(place, column)
             kinds = "all" if rank is EVERY_RANK else f"r{rank % COLOURS}"
             kinds += " edge-left" if column in column_edges and column else ""
-            written.append(f'<td class="{kinds}">{escape(cell)}</td>')
+            html_cells.append(f'<td class="{kinds}">{escape(cell)}</td>')
         edge = ' class="edge-top"' if place in row_edges and place else ""
-        yield f'<tr{edge}>{owner}<th scope="row">{row.head}</th>{"".join(written)}</tr>'
+        yield f'<tr{edge}>{owner}<th scope="row">{row.head}</th>{"".join(html_cells)}</tr>'
 
 
 def _runs(lines: Sequence[GridLine]) -> Iterator[tuple[int | None, int]]:

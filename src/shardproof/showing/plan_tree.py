@@ -121,12 +121,12 @@ def _grow_watched(root: _Growing, plan: WatchedPlan) -> None:
         else:
             bar = Bar(own, shape, None, plan.whole.get(name, ""))
         root.at(module).bars.append(bar)
-    known = set(_modules(plan.shapes))
+    module_names = set(_modules(plan.shapes))
     for sent in plan.rehearsal.sent:
         modules = sent.module.split(" + ")  # layers that read one input make one collective
         where = modules[0] if modules[1:] == [] else _parent(modules)
         of = [name.removeprefix(f"{where}.") for name in modules if name != where]
-        if where not in known:  # tied, or a function
+        if where not in module_names:  # tied, or a function
             where, of = "", modules
         words = f"{sent.calls} {sent.kind} {size(sent.message_bytes)}"
         words += f" of {', '.join(of)}" if any(of) else ""
@@ -211,11 +211,11 @@ def _joined(runs: Iterable[range]) -> tuple[Run, ...]:
     return tuple(joined)
 
 
-def _without(runs: Sequence[Run], taken: Sequence[Run]) -> tuple[Run, ...]:
-    """The parts of runs that are not in `taken`."""
+def _without(runs: Sequence[Run], others: Sequence[Run]) -> tuple[Run, ...]:
+    """The parts of runs that are not in `others`."""
     left = []
     for start, stop in runs:
-        for own_start, own_stop in taken:
+        for own_start, own_stop in others:
             if own_stop <= start or own_start >= stop:
                 continue
             if start < own_start:

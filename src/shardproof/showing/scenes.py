@@ -128,15 +128,15 @@ def view_of(
         most_scenes: what is beyond is counted, and left out.
     """
     rows = _rows(trace)
-    held = [0] * len(trace.ranks)
+    held_bytes = [0] * len(trace.ranks)
     scenes: list[Scene] = []
-    known = _EarlierScenes()
+    earlier = _EarlierScenes()
     for number, row in enumerate(rows[:most_scenes], 1):
-        held = [
+        held_bytes = [
             before if action is None else action.held_bytes
-            for before, action in zip(held, row, strict=True)
+            for before, action in zip(held_bytes, row, strict=True)
         ]
-        scenes.append(_scene(number, row, held=held, known=known))
+        scenes.append(_scene(number, row, held=held_bytes, earlier=earlier))
     left_out: dict[str, int] = {}
     for row in rows[most_scenes:]:
         phase = _first(row).first.phase
@@ -210,19 +210,19 @@ class _EarlierScenes:
         return CUT_AGAIN.format(name=operand.name)
 
 
-def _scene(number: int, row: Row, *, held: Sequence[int], known: _EarlierScenes) -> Scene:
+def _scene(number: int, row: Row, *, held: Sequence[int], earlier: _EarlierScenes) -> Scene:
     action = _first(row)
     first = action.first
     tensors = tuple(_tensors(row))
-    known.learn(action, tensors)
-    if first.operation == "loss" and first.phase == "backward" and known.target is not None:
-        tensors = (tensors[0], known.target, *tensors[1:])
+    earlier.learn(action, tensors)
+    if first.operation == "loss" and first.phase == "backward" and earlier.target is not None:
+        tensors = (tensors[0], earlier.target, *tensors[1:])
     return Scene(
         number=number,
         phase=first.phase,
         title=f"{first.module}: {first.operation}" if first.module else first.operation,
         formula=_formula(row),
-        sentences=sentences(row, tensors, first=known.cut_again(first)),
+        sentences=sentences(row, tensors, first=earlier.cut_again(first)),
         is_collective=first.is_collective,
         actions=row,
         tensors=tensors,

@@ -8,14 +8,14 @@ from shardproof.wording import run_words
 
 DIMS = {1: "columns", 2: "rows"}  # counted from the last
 
-_DONE = {
+_BY_OPERATION = {
     "addition": "The parts are added in the order of the formula, the same at every degree.",
     "bias": "The bias is added once, after the sum. Added before it, it would be counted once per "
     "rank.",
     "update": "Each rank updates the part that it holds, with the gradient of that part.",
     "attention": "Each rank computes the attention of the heads that it holds.",
 }
-_MET = {
+_BY_COLLECTIVE = {
     "all_reduce": "The ranks add up their summands, and each gets the whole sum.",
     "all_gather": "The ranks put their parts side by side, and each gets the whole.",
     "reduce_scatter": "The ranks add up their summands, and each gets its part of the sum.",
@@ -37,7 +37,7 @@ def sentences(
         first: a sentence before all others.
     """
     actions = [action for action in row if action is not None]
-    parts = [first, _done(actions, tensors), _leaves(actions)]
+    parts = [first, _what_happens(actions, tensors), _leaves(actions)]
     parts += _idle(row)
     parts += _empty(tensors)
     parts.append(_sent(actions))
@@ -45,18 +45,18 @@ def sentences(
     return tuple(filter(None, parts))
 
 
-def _done(actions: Sequence[RankAction], tensors: Sequence[SceneTensor]) -> str:
+def _what_happens(actions: Sequence[RankAction], tensors: Sequence[SceneTensor]) -> str:
     step = actions[0].first
     operands = [tensor for tensor in tensors if not tensor.is_result]
     if step.is_collective:
-        return _MET.get(step.operation, "")
+        return _BY_COLLECTIVE.get(step.operation, "")
     if step.operation == "product":
         return _multiplied(operands)
     if step.operation == "sum of rows" and operands:
         return f"Each rank adds up the rows of {_of(operands[0])}."
     if step.operation == "div" and step.phase == "backward" and len(step.inputs) == 1:
         return _divided(actions[0])
-    return _DONE.get(step.operation, "")
+    return _BY_OPERATION.get(step.operation, "")
 
 
 def _multiplied(operands: Sequence[SceneTensor]) -> str:

@@ -25,8 +25,8 @@ from shardproof.showing.scenes import StepView, view_of
 from shardproof.showing.step_runs import MEAN_OF_SQUARES, BuildModel, step_work, traced
 from shardproof.showing.terminal import lines_of
 from shardproof.trace.trace import Trace
-from shardproof.wording import shown as as_text
-from shardproof.wording import spelt_out, written
+from shardproof.wording import short_repr as as_text
+from shardproof.wording import short_text, spelt_out
 
 AnyPlan = ModelPlan | Plan | Mapping[str, Style | str] | None
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -67,7 +67,7 @@ class ShownStep:
             where.write_text(self.page(), encoding="utf-8")
         except OSError as error:
             raise UsageError(
-                f"html={written(str(where))} cannot be written: {files.why(error)}. {_WAY_OUT}"
+                f"html={short_text(str(where))} cannot be written: {files.why(error)}. {_WAY_OUT}"
             ) from None
 
     def as_dict(self) -> dict[str, Any]:
@@ -245,14 +245,14 @@ def checked_page(path: Any) -> Path:
         is_other = where.exists() and not where.is_file()
     except OSError as error:
         raise UsageError(
-            f"html={written(str(where))} cannot be written: {files.why(error)}. {_WAY_OUT}"
+            f"html={short_text(str(where))} cannot be written: {files.why(error)}. {_WAY_OUT}"
         ) from None
     if is_other:
         kind = "a directory" if where.is_dir() else "no regular file"
-        raise UsageError(f"html={written(str(where))} is {kind}. {_WAY_OUT}")
+        raise UsageError(f"html={short_text(str(where))} is {kind}. {_WAY_OUT}")
     if not where.absolute().parent.is_dir():
         raise UsageError(
-            f"html={written(str(where))}: there is no directory "
-            f"{written(str(where.absolute().parent))}. {_WAY_OUT}"
+            f"html={short_text(str(where))}: there is no directory "
+            f"{short_text(str(where.absolute().parent))}. {_WAY_OUT}"
         )
     return where

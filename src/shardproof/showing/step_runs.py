@@ -33,8 +33,8 @@ from shardproof.trace.hooks import listening
 from shardproof.trace.rank import RankTrace
 from shardproof.trace.step import TraceStep
 from shardproof.trace.trace import Trace
-from shardproof.wording import shown as as_text
-from shardproof.wording import written
+from shardproof.wording import short_repr as as_text
+from shardproof.wording import short_text
 
 NUM_VALUES = 1024  # numbers of larger tensors are not kept, but for a corner
 MOST_STEPS = 5000  # of each rank
@@ -86,8 +86,10 @@ def traced(
         num_values: of tensors up to this size; of larger ones a corner.
     """
     trace = Trace(values=values, num_values=num_values, limit=MOST_STEPS)
-    kept = num_values if values else 0
-    runs = launch(partial(run_on_rank, work=work, num_values=kept), degree=degree, engine=engine)
+    values_per_tensor = num_values if values else 0
+    runs = launch(
+        partial(run_on_rank, work=work, num_values=values_per_tensor), degree=degree, engine=engine
+    )
     trace.take((run.steps, run.num_dropped) for run in runs)
     return TracedStep(trace, tuple(run.counts for run in runs))
 
@@ -100,8 +102,8 @@ def run_on_rank(axis: Axis, *, work: StepFunction, num_values: int) -> RankSteps
         work: what is run.
         num_values: numbers of larger tensors are not kept, but for a corner; 0: none are.
     """
-    recorded = RankTrace(axis.rank, num_values=num_values, limit=MOST_STEPS)
-    recorded.is_writing = False
+    rank_trace = RankTrace(axis.rank, num_values=num_values, limit=MOST_STEPS)
+    rank_trace.is_writing = False
     is_first = True
 
     @contextmanager
@@ -110,15 +112,15 @@ def run_on_rank(axis: Axis, *, work: StepFunction, num_values: int) -> RankSteps
         if is_first:
             axis.transport.ledger.reset()
             is_first = False
-        recorded.is_writing = True
+        rank_trace.is_writing = True
         try:
             yield
         finally:
-            recorded.is_writing = False
+            rank_trace.is_writing = False
 
-    with listening(), recorded:
+    with listening(), rank_trace:
         work(axis, tracing)
-    return RankSteps(recorded.steps, recorded.num_dropped, axis.transport.ledger.as_dict())
+    return RankSteps(rank_trace.steps, rank_trace.num_dropped, axis.transport.ledger.as_dict())
 
 
 class _StepDoneError(Exception):
@@ -210,8 +212,8 @@ def step_work(
         arguments, options, label = _copied((*inputs, target))
         with tracing():
             output = model(*arguments, **options)
-            lost = _loss_of(output, loss, label, axis)
-            lost.backward()
+            loss_value = _loss_of(output, loss, label, axis)
+            loss_value.backward()
         if stepping is not None:
             with tracing():
                 stepping.step()
@@ -222,9 +224,9 @@ def step_work(
 def _loss_of(output: Any, loss: Callable[..., Tensor] | None, target: Any, axis: Axis) -> Tensor:
     place = _place(output)
     if loss is not None:
-        lost = loss(output) if target is None else loss(output, target)
+        loss_value = loss(output) if target is None else loss(output, target)
     elif isinstance(getattr(output, "loss", None), Tensor):
-        lost = output.loss
+        loss_value = output.loss
     elif isinstance(output, Tensor):
         if place is not None and place.kind == "Shard" and axis.size > 1:
             raise UsageError(
@@ -232,25 +234,27 @@ def _loss_of(output: Any, loss: Callable[..., Tensor] | None, target: Any, axis:
                 "mean of the squares wants all. Gather it ('colwise_gather_output' in the plan), "
                 "or give loss=, a function of this rank's part."
             )
-        lost = mse_loss(output, torch.zeros_like(output), who=MEAN_OF_SQUARES)
+        loss_value = mse_loss(output, torch.zeros_like(output), who=MEAN_OF_SQUARES)
     else:
         raise UsageError(
             f"the model returns a {type(output).__name__} without a loss. Give loss=, a function "
             "of it."
         )
-    is_number = isinstance(lost, Tensor) and lost.numel() == 1 and lost.dtype in FLOATS
-    if not is_number or not lost.requires_grad:
+    is_number = (
+        isinstance(loss_value, Tensor) and loss_value.numel() == 1 and loss_value.dtype in FLOATS
+    )
+    if not is_number or not loss_value.requires_grad:
         raise UsageError(
-            f"the loss is {as_text(lost)}, and a step needs one number that depends on a "
+            f"the loss is {as_text(loss_value)}, and a step needs one number that depends on a "
             "parameter. Return what a loss of torch gives, such as its mean."
         )
     if place is not None and place.kind == "Shard":
         axis.agree(
-            {"loss": lost.item()},
+            {"loss": loss_value.item()},
             what="losses",
             way_out=f"The output of the model is cut, {place}: the loss must add the ranks' parts.",
         )
-    return lost
+    return loss_value
 
 
 def _place(output: Any) -> Placement | None:
@@ -298,7 +302,7 @@ def model_work(
     """
     folder = checked_directory(directory).resolve()
     plain = skeleton(folder)
-    _check_size(plain, written(str(directory)), values)
+    _check_size(plain, short_text(str(directory)), values)
     has_weights = any(folder.glob(_WEIGHTS))
     if has_weights:
         matched(plain, folder)  # raises before any run if the weights do not fit

@@ -59,11 +59,11 @@ class SceneTensor:
         parts = [piece.part for piece in self.pieces]
         if len({piece.rank for piece in self.pieces}) < len(parts):
             return False
-        known = {repr((part.shape, part.values, part.corner)) for part in parts}
+        different_parts = {repr((part.shape, part.values, part.corner)) for part in parts}
         if self.placement == "Replicate":
-            return len(known) == 1
+            return len(different_parts) == 1
         are_whole = all(part.values is not None for part in parts)
-        return not self.placement and len(known) == 1 and are_whole
+        return not self.placement and len(different_parts) == 1 and are_whole
 
     @property
     def is_broken(self) -> bool:
@@ -349,8 +349,8 @@ def writer_of(parts: Sequence[Part]) -> Writer:
     >>> writer_of([part]).number(-1.5), writer_of([]).number(2.0)
     ('-1.50', '2')
     """
-    known = [part.values if part.values is not None else part.corner for part in parts]
-    sizes = [abs(x) for values in known if values is not None for x in flat(values)]
+    values_of_parts = [part.values if part.values is not None else part.corner for part in parts]
+    sizes = [abs(x) for values in values_of_parts if values is not None for x in flat(values)]
     finite = [size for size in sizes if isinstance(size, float) and math.isfinite(size)]
     if all(size.is_integer() and size < 10**6 for size in finite):
         return Writer(0)

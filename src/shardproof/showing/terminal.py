@@ -122,8 +122,8 @@ def _maps(tensors: Sequence[tuple[str, SceneTensor]], width: int) -> list[Text]:
     row: list[list[Text]] = []
     for name, tensor in tensors:
         block = [Text(name, "bold"), Text(_shape(tensor)), *_map(tensor)]
-        taken = sum(_width(each) + _GAP for each in row)
-        if row and taken + _width(block) > width:
+        row_width = sum(_width(each) + _GAP for each in row)
+        if row and row_width + _width(block) > width:
             lines += [*_joined(row), Text("")]
             row = []
         row.append(block)
@@ -222,8 +222,8 @@ def _grid(grid: Grid, room: int) -> Iterator[Text]:
         chosen = places[start : start + room]
         if len(grid.columns) > 1 or by_columns:
             heads = (grid.columns[place] for place in chosen)
-            written = [_head(column.head, column.owner, by_columns) for column in heads]
-            yield Text(_MARGIN + " " * 8 + "".join(head.rjust(_CELL) for head in written))
+            head_cells = [_head(column.head, column.owner, by_columns) for column in heads]
+            yield Text(_MARGIN + " " * 8 + "".join(head.rjust(_CELL) for head in head_cells))
         for row, cells in enumerate(grid.cells):
             line = grid.rows[row]
             text = Text(_MARGIN)

@@ -74,4 +74,4 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def first_tensor(tree: Any) -> Tensor | None:
     """The first tensor of a module's arguments or output; of a cut one, this rank's part."""
     parts = tree_map(lambda x: x.local if is_cut(x) else x, tree, is_leaf=is_cut)
-    return next(observing.tensors_in(parts), None)
+    return next(iter(observing.tensors_in(parts)), None)

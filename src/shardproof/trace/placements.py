@@ -83,7 +83,7 @@ class TensorPlacements:
     """The placement of each living tensor, by its memory."""
 
     def __init__(self) -> None:
-        self._known: dict[Key, tuple[StorageWeakRef, Placement]] = {}
+        self._placements: dict[Key, tuple[StorageWeakRef, Placement]] = {}
 
     def learn(self, x: Tensor, placement: Placement | None) -> None:
         """Remember the placement of a tensor; None forgets it."""
@@ -91,15 +91,15 @@ class TensorPlacements:
             return
         key = _key(x)
         if placement is None:
-            self._known.pop(key, None)
+            self._placements.pop(key, None)
             return
-        if len(self._known) >= _MANY:
+        if len(self._placements) >= _MANY:
             self._forget()
-        self._known[key] = StorageWeakRef(x.untyped_storage()), placement
+        self._placements[key] = StorageWeakRef(x.untyped_storage()), placement
 
     def of(self, x: Tensor) -> Placement | None:
         """The placement of a tensor, or None."""
-        entry = self._known.get(_key(x)) if has_memory(x) else None
+        entry = self._placements.get(_key(x)) if has_memory(x) else None
         if entry is None or entry[0].expired():
             return None
         return entry[1]
@@ -131,15 +131,15 @@ class TensorPlacements:
             for y in results:
                 self.learn(y, None)
             return
-        known = _ELEMENTS_KEPT | _OVER_DIMS
-        may_differ = func.overloadpacket not in known and _has_number(args)
+        layout_operations = _ELEMENTS_KEPT | _OVER_DIMS
+        may_differ = func.overloadpacket not in layout_operations and _has_number(args)
         for y in results:
             self.learn(y, _after(func, operands, y, may_differ))
 
     def _forget(self) -> None:
-        gone = [key for key, (memory, _) in self._known.items() if memory.expired()]
-        for key in gone:
-            del self._known[key]
+        expired_keys = [key for key, (memory, _) in self._placements.items() if memory.expired()]
+        for key in expired_keys:
+            del self._placements[key]
 
 
 def _has_number(args: Any) -> bool:

@@ -23,7 +23,7 @@ from shardproof.observing import (
     Observer,
     Operand,
     Placement,
-    Told,
+    StepEvent,
     placement_of,
     shard,
     storage_of,
@@ -114,7 +114,7 @@ class RankTrace(Observer):
         self._rank, self._num_values, self._limit = rank, num_values, limit
         self._memory, self._placements = Memory(), TensorPlacements()
         self._names: dict[int, str] = {}
-        self._kept: list[Any] = []  # whose ids are names
+        self._references: list[Any] = []  # whose ids are names
         self._stack: list[tuple[nn.Module, int]] = []
         self._nodes: dict[int, str] = {}
         self._started: dict[int, int | None] = {}
@@ -131,16 +131,18 @@ class RankTrace(Observer):
 
     def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an operation; record it unless it is a view or part of our own functions."""
-        operands = list(tensors_in((args, kwargs)))
+        operands = tensors_in((args, kwargs))
         before = {storage_of(x) for x in operands}
         caller = _caller()
         is_step = caller == "user" and self._is_step(func, operands)
         inputs = self._inputs(func, args) if is_step else ()
-        seen = self._placements.look(operands)
+        placements = self._placements.look(operands)
         result = func(*args, **kwargs)
-        results = list(tensors_in(result))
+        results = tensors_in(result)
         self._memory.see([*operands, *results])
-        self._placements.carry(func, seen, (args, kwargs), results, is_ours=caller == "package")
+        self._placements.carry(
+            func, placements, (args, kwargs), results, is_ours=caller == "package"
+        )
         is_view = not func._schema.is_mutable and all(storage_of(y) in before for y in results)
         if is_step and results and not is_view:
             name = str(func.overloadpacket).removeprefix("aten.")
@@ -166,50 +168,50 @@ class RankTrace(Observer):
             self._write_silent(self._module(), name, x, y)
         return result
 
-    def told(self, told: Told) -> None:
+    def on_event(self, event: StepEvent) -> None:
         """Record what the package did, or a collective that it has started."""
-        for operand in (*told.inputs, *([told.output] if told.output else ())):
+        for operand in (*event.inputs, *([event.output] if event.output else ())):
             if operand.placement is not None:
                 self._placements.learn(operand.tensor, operand.placement)
         meeting = None
-        if told.is_collective:
-            met = self._num_meetings.get(told.axis, 0) + 1
-            self._num_meetings[told.axis], meeting = met, met - 1
-        output = None if told.addition or told.output is None else told.output
-        step = self._step(told.phase, told.who, told.operation, told.detail)
+        if event.is_collective:
+            num_meetings = self._num_meetings.get(event.axis, 0) + 1
+            self._num_meetings[event.axis], meeting = num_meetings, num_meetings - 1
+        output = None if event.addition or event.output is None else event.output
+        step = self._step(event.phase, event.who, event.operation, event.detail)
         number = self._add(
             replace(
                 step,
-                inputs=tuple(self._part(each) for each in told.inputs),
+                inputs=tuple(self._part(each) for each in event.inputs),
                 output=None if output is None else self._part(output),
-                message_bytes=told.message_bytes,
-                sent_bytes=told.sent_bytes,
-                axis=told.axis,
+                message_bytes=event.message_bytes,
+                sent_bytes=event.sent_bytes,
+                axis=event.axis,
                 meeting=meeting,
-                sends=tuple(told.sends),
+                sends=tuple(event.sends),
             )
         )
-        if told.addition:
-            self._started[id(told)] = number
+        if event.addition:
+            self._started[id(event)] = number
 
-    def finished(self, told: Told) -> None:
+    def on_finish(self, event: StepEvent) -> None:
         """Write down the result of a collective, and the additions in it."""
-        if id(told) not in self._started:  # it was started before the trace
+        if id(event) not in self._started:  # it was started before the trace
             return
-        number = self._started.pop(id(told))
-        if told.output is None:
+        number = self._started.pop(id(event))
+        if event.output is None:
             return
-        output = self._part(told.output)
+        output = self._part(event.output)
         if number is not None:
             self.steps[number] = replace(self.steps[number], output=output)
-        step = self._step(told.phase, told.who, "addition", told.addition)
+        step = self._step(event.phase, event.who, "addition", event.addition)
         self._add(replace(step, output=output))
 
     def _step(self, phase: str, module: str, operation: str, detail: str = "") -> TraceStep:
         """A step with the fields that every step has."""
-        number, held = len(self.steps), self._memory.held
+        number, held_bytes = len(self.steps), self._memory.num_bytes
         return TraceStep(
-            self._rank, number, phase, module, operation, detail, (), None, held_bytes=held
+            self._rank, number, phase, module, operation, detail, (), None, held_bytes=held_bytes
         )
 
     def placement(self, x: Tensor) -> Placement | None:
@@ -242,7 +244,9 @@ class RankTrace(Observer):
 
     def _write_silent(self, module: str, operation: str, x: Tensor, y: Tensor) -> None:
         """Record a module that reported no step: forward now, and backward when it runs."""
-        self._placements.learn(y, self._placements.of(y) or _kept(self._placements.of(x), x, y))
+        self._placements.learn(
+            y, self._placements.of(y) or _placement_if_alike(self._placements.of(x), x, y)
+        )
         inputs = (self._part(Operand("x", x, self._placements.of(x))),)
         self._write("forward", module, operation, inputs, y)
         if hasattr(y.grad_fn, "_forward_cls"):  # ours, which torch's operations do not show
@@ -335,7 +339,7 @@ class RankTrace(Observer):
 
     def _learn(self, root: nn.Module) -> None:
         """The names of a model's modules and parameters, and how its parameters lie."""
-        self._kept.append(root)
+        self._references.append(root)
         own = record_of(root).name if isinstance(root, ShardedModule) else ""
         for name, module in root.named_modules(prefix=own):
             self._names[id(module)] = name or type(module).__name__
@@ -368,15 +372,15 @@ class RankTrace(Observer):
     def _watch_backward(self, node: Any, name: str, kind: str, place: Placement | None) -> None:
         """Record the backward of a module of ours that reports no step."""
 
-        def done(grads_x: Sequence[Tensor | None], grads_y: Sequence[Tensor | None]) -> None:
+        def on_backward(grads_x: Sequence[Tensor | None], grads_y: Sequence[Tensor | None]) -> None:
             grad_x, grad_y = first_tensor(list(grads_x)), first_tensor(list(grads_y))
             if grad_x is None or grad_y is None:
                 return
-            self._placements.learn(grad_x, _kept(place, grad_y, grad_x))
+            self._placements.learn(grad_x, _placement_if_alike(place, grad_y, grad_x))
             inputs = (self._part(Operand("grad_y", grad_y, place)),)
             self._write("backward", name, kind, inputs, grad_x, "grad_x")
 
-        node.register_hook(done)
+        node.register_hook(on_backward)
 
 
 def _caller() -> str:
@@ -397,7 +401,7 @@ def _caller() -> str:
     return "user"
 
 
-def _kept(place: Placement | None, x: Tensor, y: Tensor) -> Placement | None:
+def _placement_if_alike(place: Placement | None, x: Tensor, y: Tensor) -> Placement | None:
     """The given placement, if `x` and `y` have the same shape."""
     return place if x.shape == y.shape else None
 

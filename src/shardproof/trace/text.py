@@ -146,8 +146,8 @@ def _result(step: TraceStep, output: Part) -> str:
     leaves = _leaves(output)
     name = output.name.removesuffix(f", {leaves}")
     is_said = name == step.module or _formula(step).startswith(f"{name} = ")
-    shown = ("" if is_said else name, leaves, str(output.shape), output.placement)
-    return " ".join(filter(None, shown))
+    cells = ("" if is_said else name, leaves, str(output.shape), output.placement)
+    return " ".join(filter(None, cells))
 
 
 def _leaves(output: Part | None) -> str:

@@ -18,7 +18,7 @@ from shardproof.trace.rank import RankTrace
 from shardproof.trace.step import TraceStep
 from shardproof.trace.text import table, timeline
 from shardproof.transport.base import Call
-from shardproof.wording import shown, spelt_out
+from shardproof.wording import short_repr, spelt_out
 
 T = TypeVar("T")
 
@@ -69,10 +69,12 @@ class Trace:
             setup none in the ledger: when the block ends, the steps of all ranks go to all ranks,
             uncounted. If the block raises, nothing is sent.
         """
-        with self._recording(checked_axis(axis)) as recorded:
+        with self._recording(checked_axis(axis)) as rank_trace:
             yield self
         call = Call("trace", "setup", "the steps of a trace")
-        self.take(axis.transport.gather_objects((recorded.steps, recorded.num_dropped), call=call))
+        self.take(
+            axis.transport.gather_objects((rank_trace.steps, rank_trace.num_dropped), call=call)
+        )
 
     def recorded(self, fn: Callable[[Axis], T]) -> Callable[[Axis], tuple[T, list[TraceStep], int]]:
         """A function of an axis that also returns this rank's steps, and how many were dropped."""
@@ -131,19 +133,22 @@ class Trace:
             return "a trace of nothing yet"
         console = Console(width=160, no_color=True, force_terminal=False)
         with console.capture() as capture:
-            shown = [steps[:_PRINTED] for steps in self.ranks]
-            console.print(Group(timeline(shown), Text(self._summary())))
+            steps_by_rank = [steps[:_PRINTED] for steps in self.ranks]
+            console.print(Group(timeline(steps_by_rank), Text(self._summary())))
         return capture.get()
 
     def _summary(self) -> str:
-        kept = ", ".join(
+        steps_by_rank = ", ".join(
             f"rank {rank}: {len(steps)} steps" + (f" and {dropped} dropped" if dropped else "")
             for rank, (steps, dropped) in enumerate(zip(self.ranks, self.num_dropped, strict=True))
         )
         longest = max(map(len, self.ranks))
         if longest <= _PRINTED:
-            return kept
-        return f"{kept}; the first {_PRINTED} are above, `timeline()` and `table(rank)` have all"
+            return steps_by_rank
+        return (
+            f"{steps_by_rank}; the first {_PRINTED} are above, `timeline()` and "
+            "`table(rank)` have all"
+        )
 
     def _steps(self, rank: int) -> tuple[TraceStep, ...]:
         if not self.ranks:
@@ -153,25 +158,25 @@ class Trace:
             )
         if not 0 <= rank < len(self.ranks):
             raise UsageError(
-                f"rank {shown(rank)} is not one of the {len(self.ranks)} ranks of this trace."
+                f"rank {short_repr(rank)} is not one of the {len(self.ranks)} ranks of this trace."
             )
         return self.ranks[rank]
 
     @contextmanager
     def _recording(self, axis: Axis) -> Iterator[RankTrace]:
         num_values = self.num_values if self.values else 0
-        recorded = RankTrace(axis.rank, num_values=num_values, limit=self.limit)
-        with listening(), recorded:
-            yield recorded
+        rank_trace = RankTrace(axis.rank, num_values=num_values, limit=self.limit)
+        with listening(), rank_trace:
+            yield rank_trace
 
 
 def _run(
     values: bool, num_values: int, limit: int, fn: Callable[[Axis], T], axis: Axis
 ) -> tuple[T, list[TraceStep], int]:
     trace = Trace(values=values, num_values=num_values, limit=limit)
-    with trace._recording(axis) as recorded:
+    with trace._recording(axis) as rank_trace:
         result = fn(axis)
-    return result, recorded.steps, recorded.num_dropped
+    return result, rank_trace.steps, rank_trace.num_dropped
 
 
 def checked_trace(trace: Any) -> Trace | None:
@@ -184,7 +189,7 @@ def checked_trace(trace: Any) -> Trace | None:
         return trace
     if not isinstance(trace, bool):
         raise UsageError(
-            f"trace={shown(trace)} is neither a bool nor a Trace. Use trace=True, or "
+            f"trace={short_repr(trace)} is neither a bool nor a Trace. Use trace=True, or "
             "trace=shardproof.Trace(values=True)."
         )
     return Trace() if trace else None

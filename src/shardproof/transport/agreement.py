@@ -8,7 +8,7 @@ import torch
 
 from shardproof.errors import MismatchError
 from shardproof.transport.base import mismatch, name_ranks
-from shardproof.transport.notes import InputNote, Noted, differing, places_of, values_of
+from shardproof.transport.notes import CallNotes, InputNote, differing, places_of, values_of
 from shardproof.wording import dtype_name
 
 Confer = Callable[[str], list[str]]
@@ -23,15 +23,15 @@ _WAY_OUT = (
 _SWITCH = "(compare_inputs=False on the axis or in launch leaves this comparison out.)"
 
 
-def disagreement(text: str, noted: Noted, confer: Confer) -> MismatchError:
+def disagreement(text: str, call_notes: CallNotes, confer: Confer) -> MismatchError:
     """The error that every rank raises, found by one or two more exchanges.
 
     Args:
         text: description of this rank's call; the first line is the call itself.
-        noted: the notes of this rank's inputs.
+        call_notes: the notes of this rank's inputs.
         confer: function that gathers a text of every rank, in rank order.
     """
-    messages = confer(_SEPARATOR.join((",".join(noted.hashes), text)))
+    messages = confer(_SEPARATOR.join((",".join(call_notes.hashes), text)))
     hashes, texts = [], []
     for each in messages:
         head, _, rest = each.partition(_SEPARATOR)
@@ -42,7 +42,9 @@ def disagreement(text: str, noted: Noted, confer: Confer) -> MismatchError:
     number = _first_difference(hashes)
     if number is None:
         return mismatch(texts)
-    notes = confer(_described(noted.notes[number]) if number < len(noted.notes) else _NO_NOTE)
+    notes = confer(
+        _described(call_notes.notes[number]) if number < len(call_notes.notes) else _NO_NOTE
+    )
     return _different_inputs([None if each == _NO_NOTE else _parsed(each) for each in notes])
 
 
@@ -69,8 +71,8 @@ def _different_inputs(notes: Sequence[InputNote | None]) -> MismatchError:
     first = notes[0]
     other = next(rank for rank, note in enumerate(notes) if note != first)
     second = notes[other]
-    named = first or second
-    what = f"{named.what} of {named.who!r}" if named is not None else "input"
+    any_note = first or second
+    what = f"{any_note.what} of {any_note.who!r}" if any_note is not None else "input"
     if first is None or second is None or (first.who, first.what) != (second.who, second.what):
         difference = f"rank 0 has {_owner(first)}, rank {other} has {_owner(second)}"
         return MismatchError(

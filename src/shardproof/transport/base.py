@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shardproof.errors import MismatchError, RankError, ShapeError
 from shardproof.transport.ledger import Ledger
-from shardproof.transport.notes import NOTHING, Noted, Notes
+from shardproof.transport.notes import NOTHING, CallNotes, Notes
 from shardproof.wording import dtype_name
 
 
@@ -240,7 +240,7 @@ class Transport(ABC):
         living.add(transport)
         return transport
 
-    def take_notes(self) -> Noted:
+    def take_notes(self) -> CallNotes:
         """Take the notes that go with the next exchange."""
         return NOTHING if self.notes is None else self.notes.take()
 

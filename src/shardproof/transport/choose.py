@@ -19,7 +19,7 @@ from shardproof.transport.base import Call, Transport
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.shared_memory import SharedTransport
 from shardproof.transport.solo import SoloTransport
-from shardproof.wording import error_words, shown
+from shardproof.wording import error_words, short_repr
 
 AUTO, SHM, GLOO, NCCL = "auto", "shm", "gloo", "nccl"
 
@@ -46,8 +46,8 @@ def meet(backend: str, **options: Any) -> None:
     except (RuntimeError, ValueError) as error:
         interface = os.environ.get(_INTERFACE)
         way_out = (
-            f"{_INTERFACE} is {shown(interface)}, and must be the name of a network interface of "
-            "this machine: correct it, or unset it."
+            f"{_INTERFACE} is {short_repr(interface)}, and must be the name of a network interface "
+            "of this machine: correct it, or unset it."
             if interface
             else "Look at MASTER_ADDR, MASTER_PORT and whether this machine's own name has an "
             f"address; {_INTERFACE}=lo keeps ranks of one machine to themselves."
@@ -70,14 +70,16 @@ class TransportChoice:
     note: str = ""
 
 
-def checked_transport(transport: Any, known: Sequence[str] = NAMES) -> str:
+def checked_transport(transport: Any, names: Sequence[str] = NAMES) -> str:
     """Return the name of a transport that a user requested.
 
     Raises:
         UsageError: the name is unknown.
     """
-    if not isinstance(transport, str) or transport not in known:
-        raise UsageError(f"unknown transport {shown(transport)}. Use one of: {', '.join(known)}.")
+    if not isinstance(transport, str) or transport not in names:
+        raise UsageError(
+            f"unknown transport {short_repr(transport)}. Use one of: {', '.join(names)}."
+        )
     return transport
 
 

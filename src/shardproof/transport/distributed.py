@@ -44,7 +44,7 @@ from shardproof.transport.base import (
     mismatch,
 )
 from shardproof.transport.ledger import Ledger
-from shardproof.transport.notes import Noted, Notes
+from shardproof.transport.notes import CallNotes, Notes
 from shardproof.transport.stream import NextExchange, Round, stream_of
 
 # all_gather_into_tensor by its newer name; torch warns about the older one where it has both.
@@ -140,8 +140,8 @@ class DistributedTransport(Transport):
                     _lengths(outgoing, incoming, self.rank), call
                 )
                 compare_pieces(lengths_by_rank, call)
-            begun = self._start_exchange(outgoing, incoming, rounds, like, call, is_whole=True)
-            return begun()
+            exchange = self._start_exchange(outgoing, incoming, rounds, like, call, is_whole=True)
+            return exchange()
 
     @torch.no_grad()
     def all_gather(
@@ -287,10 +287,10 @@ class DistributedTransport(Transport):
         ) -> Callable[[], None]:
             return self._start(call, lambda: self._all_to_all(target, source, received, sent))
 
-        def disagree(noted: Noted) -> MismatchError:
+        def disagree(call_notes: CallNotes) -> MismatchError:
             self.forget_notes()
             text = f"{call}\non axis {self._number} of those made of this process group"
-            return disagreement(text, noted, lambda mine: self._tell(mine, call))
+            return disagreement(text, call_notes, lambda mine: self._tell(mine, call))
 
         # The axes of a group share its backend, so all ranks must use them in the same order.
         digest = call.digest ^ (self._number * 0x9E3779B97F4A7C15) % (1 << 64)

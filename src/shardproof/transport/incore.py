@@ -27,7 +27,7 @@ from shardproof.transport.base import (
     Window,
     digest_of,
 )
-from shardproof.transport.notes import NOTHING, Noted, Notes
+from shardproof.transport.notes import NOTHING, CallNotes, Notes
 
 # dtype -> kind of element, as the core numbers them, and how many of these one has.
 _KINDS = {
@@ -54,7 +54,7 @@ class _Prepared(NamedTuple):
     out_numel: int
     dtype: torch.dtype
     text: str
-    kept: tuple[Any, ...]
+    references: tuple[Any, ...]
 
 
 class _Gathering(NamedTuple):
@@ -70,13 +70,18 @@ class _Started(Pending):
     """A sum that the core has begun; it keeps the tensors alive."""
 
     def __init__(
-        self, transport: "CoreTransport", prepared: _Prepared, call: Call, noted: Noted, *x: Any
+        self,
+        transport: "CoreTransport",
+        prepared: _Prepared,
+        call: Call,
+        call_notes: CallNotes,
+        *x: Any,
     ):
         self._transport = transport
-        self._kept = x
+        self._references = x
         self.prepared = prepared
         self.call = call
-        self.noted = noted
+        self.call_notes = call_notes
 
     def wait(self) -> None:
         """Finish it."""
@@ -103,7 +108,7 @@ class CoreTransport(Transport):
         self._call: Call | None = None  # the current call, or the last one
         self._is_noted = False  # a wait was so long that others were told
         self._thread: int | None = None  # that used it last
-        self._noted = NOTHING  # goes with the call at hand, or the last one
+        self._call_notes = NOTHING  # goes with the call at hand, or the last one
         self.notes = Notes()
 
     # The core of this rank; set by whoever knows the area.
@@ -153,7 +158,7 @@ class CoreTransport(Transport):
             self._explain(error, prepared.text)
         if self._is_noted:
             self._forget()
-        started = _Started(self, prepared, call, self._noted, parts, out)
+        started = _Started(self, prepared, call, self._call_notes, parts, out)
         self._started.append(started)
         return started
 
@@ -161,7 +166,7 @@ class CoreTransport(Transport):
         """Finish a sum, which must be the one that was started first."""
         if not self._started or self._started[0] is not started:
             raise UsageError("sums are waited for once, in the order in which they were started.")
-        self._call, self._noted = started.call, started.noted
+        self._call, self._call_notes = started.call, started.call_notes
         try:
             self._core.finish()
         except BaseException as error:
@@ -175,19 +180,19 @@ class CoreTransport(Transport):
     ) -> None:
         """Copy directly from the other ranks' memory into `out`."""
         key = (id(call), outer, x.dtype, *sizes)
-        known = self._gatherings.get(key)
-        if known is None:
-            known = self._learn_gathering(key, x.element_size(), sizes, call, outer)
+        gathering = self._gatherings.get(key)
+        if gathering is None:
+            gathering = self._learn_gathering(key, x.element_size(), sizes, call, outer)
         if (
-            x.numel() != known.numel
-            or out.numel() != known.out_numel
+            x.numel() != gathering.numel
+            or out.numel() != gathering.out_numel
             or x.dtype is not out.dtype
             or not (x.is_cpu and x.is_contiguous() and out.is_cpu and out.is_contiguous())
             or (x.is_neg() or x.is_conj())
         ):
             self._refuse(call, self._misfit(x, out, sizes, call, outer))
         start, place = self._addresses(call, x, out)
-        self._gather(start, place, outer, known)
+        self._gather(start, place, outer, gathering)
 
     def _addresses(self, call: Call, *tensors: Tensor) -> list[int]:
         """The addresses of the tensors; raises on all ranks if one has no memory."""
@@ -207,8 +212,8 @@ class CoreTransport(Transport):
         try:
             for x in tensors:
                 operands.check(self._where(call), x=x)
-        except UsageError as found:
-            return found
+        except UsageError as reason:
+            return reason
         return UsageError(f"{self._where(call)} gives a tensor that has no memory: {error}")
 
     def _where(self, call: Call) -> str:
@@ -226,16 +231,16 @@ class CoreTransport(Transport):
         """Pass the notes of inputs to the core, for the next call."""
         self._call = call
         self._thread = threading.get_ident()
-        self._noted = self.take_notes()
-        if self._noted.value:
-            self._core.noted = self._noted.value
+        self._call_notes = self.take_notes()
+        if self._call_notes.value:
+            self._core.noted = self._call_notes.value
 
-    def _gather(self, x: int, out: int, outer: int, known: _Gathering) -> None:
-        self._begin(known.call)
+    def _gather(self, x: int, out: int, outer: int, gathering: _Gathering) -> None:
+        self._begin(gathering.call)
         try:
-            self._core.gather(x, out, outer, known.widths, known.digest)
+            self._core.gather(x, out, outer, gathering.widths, gathering.digest)
         except BaseException as error:
-            self._explain(error, known.text)
+            self._explain(error, gathering.text)
         if self._is_noted:
             self._forget()
 
@@ -251,12 +256,12 @@ class CoreTransport(Transport):
         widths = tuple(size * itemsize for size in sizes)
         text = f"{call}\n{what} {outer} rows of {list(widths)} bytes"
         numel, total = (outer * size for size in (sizes[self.rank], sum(sizes)))
-        known = _Gathering(widths, digest_of(text), numel, total, text, call)
+        gathering = _Gathering(widths, digest_of(text), numel, total, text, call)
         if key is not None:
             if len(self._gatherings) >= _MOST_PLANS:
                 self._gatherings.clear()
-            self._gatherings[key] = known
-        return known
+            self._gatherings[key] = gathering
+        return gathering
 
     def _prepared(
         self,
@@ -267,22 +272,22 @@ class CoreTransport(Transport):
         windows: Sequence[Window] | None,
     ) -> _Prepared:
         """The preparation of this sum, after a check of the tensors."""
-        known = self._plans.get((id(call), id(order), id(windows), out.dtype))
-        if known is None or len(parts) != order.counts[self.rank]:
+        prepared_sum = self._plans.get((id(call), id(order), id(windows), out.dtype))
+        if prepared_sum is None or len(parts) != order.counts[self.rank]:
             return self._prepare(parts, order, out, call, windows)
-        fits = out.numel() == known.out_numel and out.is_contiguous() and out.is_cpu
+        fits = out.numel() == prepared_sum.out_numel and out.is_contiguous() and out.is_cpu
         for part in parts:
             fits = (
                 fits
-                and part.numel() == known.numel
-                and part.dtype is known.dtype
+                and part.numel() == prepared_sum.numel
+                and part.dtype is prepared_sum.dtype
                 and part.is_contiguous()
                 and part.is_cpu
                 and not part.is_neg()
             )
-        if not fits or (known.dtype.is_complex and any(part.is_conj() for part in parts)):
+        if not fits or (prepared_sum.dtype.is_complex and any(part.is_conj() for part in parts)):
             return self._prepare(parts, order, out, call, windows)
-        return known
+        return prepared_sum
 
     def _prepare(
         self,
@@ -323,8 +328,8 @@ class CoreTransport(Transport):
             numel * dtype.itemsize >= self._sliced_from,
             window,
         )
-        kept = (call, order, windows)
-        prepared = _Prepared(plan, numel, out.numel(), dtype, text, kept)
+        references = (call, order, windows)
+        prepared = _Prepared(plan, numel, out.numel(), dtype, text, references)
         if windows is None or isinstance(windows, tuple):  # a copy, because a list may be changed
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
@@ -371,7 +376,9 @@ class CoreTransport(Transport):
         """Exchange the calls of all ranks, and raise the mismatch on all of them."""
         self._started.clear()
         self._is_noted = True  # the text is stored where a long wait would put its note
-        error = disagreement(text, self._noted, lambda mine: list(self._core.confer(mine.encode())))
+        error = disagreement(
+            text, self._call_notes, lambda mine: list(self._core.confer(mine.encode()))
+        )
         self._forget()
         self.forget_notes()
         raise error from cause

@@ -45,7 +45,7 @@ class InputNote(NamedTuple):
         return hashlib.blake2b(head.encode() + self.sample, digest_size=8).hexdigest()
 
 
-class Noted(NamedTuple):
+class CallNotes(NamedTuple):
     """The notes that go with one exchange.
 
     Attributes:
@@ -59,14 +59,14 @@ class Noted(NamedTuple):
     hashes: tuple[str, ...]
 
 
-NOTHING = Noted(0, (), ())
+NOTHING = CallNotes(0, (), ())
 
 
 class Notes:
     """The notes of one rank since its last exchange."""
 
     def __init__(self) -> None:
-        self._kept: list[InputNote] = []
+        self._notes: list[InputNote] = []
         self._before = ""  # a hash of the notes that are not kept
 
     def add(self, x: Tensor, who: str, what: str, *, whole: bool = False) -> None:
@@ -80,32 +80,32 @@ class Notes:
         """
         if not is_readable(x):
             return
-        if len(self._kept) >= _MOST:
+        if len(self._notes) >= _MOST:
             self._fold()
         every = hash_of(x) if whole and x.numel() > SAMPLE else ""
-        self._kept.append(InputNote(who, what, tuple(x.shape), x.dtype, sample(x), every))
+        self._notes.append(InputNote(who, what, tuple(x.shape), x.dtype, sample(x), every))
 
-    def take(self) -> Noted:
+    def take(self) -> CallNotes:
         """Return all notes, and clear them."""
-        if not self._kept:
+        if not self._notes:
             return NOTHING
-        notes, before = tuple(self._kept), self._before
+        notes, before = tuple(self._notes), self._before
         self.forget()
         hashes = tuple(note.hash() for note in notes)
         text = before + "".join(hashes)
         value = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-        return Noted(value, notes, hashes)
+        return CallNotes(value, notes, hashes)
 
     def forget(self) -> None:
         """Clear all notes."""
-        self._kept.clear()
+        self._notes.clear()
         self._before = ""
 
     def _fold(self) -> None:
         half = _MOST // 2
-        text = self._before + "".join(note.hash() for note in self._kept[:half])
+        text = self._before + "".join(note.hash() for note in self._notes[:half])
         self._before = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-        del self._kept[:half]
+        del self._notes[:half]
 
 
 def is_readable(x: Tensor) -> bool:

@@ -157,11 +157,11 @@ def check(
         numel = _check_windows(where, transport, out, windows)
     dtype = parts[0].dtype if parts else torch.float32 if out.dtype in _NARROW else out.dtype
     for x in (*parts, out):
-        wanted = out.numel() if x is out else numel
-        if x.dim() != 1 or x.numel() != wanted or not x.is_contiguous():
+        length = out.numel() if x is out else numel
+        if x.dim() != 1 or x.numel() != length or not x.is_contiguous():
             raise ShapeError(
                 f"{where} gives a tensor of shape {tuple(x.shape)} and strides {x.stride()} "
-                f"where ({wanted},), contiguous, is wanted. Use x.contiguous().view(-1)."
+                f"where ({length},), contiguous, is wanted. Use x.contiguous().view(-1)."
             )
     check_dtypes(where, [part.dtype for part in parts] or [dtype], out.dtype)
     return dtype
@@ -171,10 +171,10 @@ def check_dtypes(where: str, parts: Sequence[torch.dtype], out: torch.dtype) -> 
     """Raise unless parts of these dtypes can be added into `out`."""
     for dtype in (*parts, out):
         if dtype not in SUMMABLE:
-            known = ", ".join(dtype_name(each) for each in SUMMABLE)
+            dtype_names = ", ".join(dtype_name(each) for each in SUMMABLE)
             raise UsageError(
                 f"{where} wants to add {dtype}, which has no sum over ranks. Convert it first: "
-                f"x.to(dtype) to one of {known}."
+                f"x.to(dtype) to one of {dtype_names}."
             )
     narrows = parts[0] is torch.float32 and out in _NARROW
     if len(set(parts)) > 1 or (parts[0] is not out and not narrows):

@@ -23,7 +23,7 @@ from shardproof.error_text import text_of
 from shardproof.errors import UsageError
 from shardproof.transport.agreement import disagreement
 from shardproof.transport.base import BUSY, Call, PeerError, name_ranks, name_waits
-from shardproof.transport.notes import NOTHING, Noted
+from shardproof.transport.notes import NOTHING, CallNotes
 
 # The call by which ranks exchange their descriptions after a mismatch.
 _CONFER = Call("confer", "setup", "")
@@ -34,7 +34,7 @@ class _Meeting:
     """One collective: the ranks that have come, and their values."""
 
     calls: dict[int, Call] = field(default_factory=dict)
-    noted: dict[int, int] = field(default_factory=dict)
+    note_hashes: dict[int, int] = field(default_factory=dict)
     offers: dict[int, Any] = field(default_factory=dict)
     is_complete: bool = False
     disagrees: bool = False
@@ -54,18 +54,18 @@ class _Patience:
 
     def __init__(self) -> None:
         self._collective = -1
-        self._seen = 0.0
+        self._last_wait = 0.0
         self._counted = 0.0
 
     def count(self, collective: int, waited: float) -> float:
         """The seconds that count, of the `waited` seconds of this wait."""
         if collective != self._collective:
-            self._collective, self._seen, self._counted = collective, 0.0, 0.0
+            self._collective, self._last_wait, self._counted = collective, 0.0, 0.0
         step = (
-            waited - self._seen if waited >= self._seen else waited
+            waited - self._last_wait if waited >= self._last_wait else waited
         )  # otherwise a further wait in the same collective
         self._counted += min(step, _LONGEST_STEP)
-        self._seen = waited
+        self._last_wait = waited
         return self._counted
 
 
@@ -101,7 +101,7 @@ class Rendezvous:
                 for rank in range(size)
             ]
 
-    def meet(self, rank: int, call: Call, offer: Any, noted: Noted = NOTHING) -> list[Any]:
+    def meet(self, rank: int, call: Call, offer: Any, call_notes: CallNotes = NOTHING) -> list[Any]:
         """Pass `offer` and wait for all ranks; return the offers of all ranks, in rank order.
 
         Raises:
@@ -110,13 +110,13 @@ class Rendezvous:
             PeerError: a rank raised, returned or did not come in time.
         """
         if self.cores is not None:
-            return self._meet_in_core(self.cores[rank], rank, call, offer, noted)
+            return self._meet_in_core(self.cores[rank], rank, call, offer, call_notes)
         with self._changed:
             meeting = self._meeting
             if self._failure is None and rank in meeting.calls:
                 raise UsageError(f"{call} on rank {rank} of {self.size}: {BUSY}.")
             meeting.calls[rank] = call
-            meeting.noted[rank] = noted.value
+            meeting.note_hashes[rank] = call_notes.value
             meeting.offers[rank] = offer
             if self._failure is None and self._left:
                 self._break_because_left(self._left[0], meeting.calls)
@@ -125,12 +125,12 @@ class Rendezvous:
             elif self._failure is None:
                 self._wait(meeting)
             if not meeting.is_complete:
-                message, blamed = self._failure or ("the rendezvous was interrupted", None)
-                raise PeerError(message, rank=blamed)
+                message, blamed_rank = self._failure or ("the rendezvous was interrupted", None)
+                raise PeerError(message, rank=blamed_rank)
         ranks = range(self.size)
         if meeting.disagrees:
             confer = functools.partial(self.meet, rank, _CONFER)
-            raise disagreement(str(call), noted, confer)
+            raise disagreement(str(call), call_notes, confer)
         return [meeting.offers[peer] for peer in ranks]
 
     def leave(self, rank: int) -> None:
@@ -154,8 +154,10 @@ class Rendezvous:
             self._break(why, None)
 
     def _complete(self, meeting: _Meeting) -> None:
-        noted_calls = [(meeting.calls[rank], meeting.noted[rank]) for rank in range(self.size)]
-        meeting.disagrees = any(each != noted_calls[0] for each in noted_calls)
+        calls_and_notes = [
+            (meeting.calls[rank], meeting.note_hashes[rank]) for rank in range(self.size)
+        ]
+        meeting.disagrees = any(each != calls_and_notes[0] for each in calls_and_notes)
         meeting.is_complete = True
         self._meeting = _Meeting()
         self._changed.notify_all()
@@ -164,27 +166,29 @@ class Rendezvous:
         def is_over() -> bool:
             return meeting.is_complete or self._failure is not None
 
-        patience, begun = _Patience(), time.monotonic()
+        patience, start = _Patience(), time.monotonic()
         while not self._changed.wait_for(is_over, min(self._timeout, _LONGEST_STEP)):
-            if patience.count(0, time.monotonic() - begun) < self._timeout:
+            if patience.count(0, time.monotonic() - start) < self._timeout:
                 continue
             missing = [rank for rank in range(self.size) if rank not in meeting.calls]
             self._break_because_late(missing, meeting.calls)
 
-    def _meet_in_core(self, end: Any, rank: int, call: Call, offer: Any, noted: Noted) -> list[Any]:
+    def _meet_in_core(
+        self, end: Any, rank: int, call: Call, offer: Any, call_notes: CallNotes
+    ) -> list[Any]:
         number = (
             end.calls
         )  # every collective is counted, so that all ranks have the same number here
         meeting = self._meetings.setdefault(number, _Meeting())
         meeting.offers[rank] = offer
         self.calls[rank] = call
-        if noted.value:
-            end.noted = noted.value
+        if call_notes.value:
+            end.noted = call_notes.value
         try:
             end.meet(call.digest)
         except self._disagreement:
             self._meetings.pop(number, None)
-            raise disagreement(str(call), noted, functools.partial(_confer, end)) from None
+            raise disagreement(str(call), call_notes, functools.partial(_confer, end)) from None
         offers = [meeting.offers[peer] for peer in range(self.size)]
         with self._changed:
             meeting.readers += 1
@@ -203,14 +207,14 @@ class Rendezvous:
                     for peer, call in enumerate(self.calls)
                     if peer not in missing and call is not None
                 }
-                gone = [peer for peer in self._left if peer in missing]
-                if gone:
-                    self._break_because_left(gone[0], waiting)
+                left_ranks = [peer for peer in self._left if peer in missing]
+                if left_ranks:
+                    self._break_because_left(left_ranks[0], waiting)
                 elif missing and counted >= self._timeout:
                     self._break_because_late(missing, waiting)
             if self._failure is not None:
-                message, blamed = self._failure
-                raise PeerError(message, rank=blamed)
+                message, blamed_rank = self._failure
+                raise PeerError(message, rank=blamed_rank)
 
     def _break_because_left(self, rank: int, waiting: Mapping[int, Call]) -> None:
         self._break(

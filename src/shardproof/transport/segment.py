@@ -162,7 +162,7 @@ def _attempt(base: Transport, length: int, way: str) -> tuple[mmap.mmap | None, 
                 memory = mmap.mmap(descriptor, length, flags=flags)
             except OSError as error:
                 problem = f"rank {base.rank}: {error}"
-        heard: list[str | None] = base.gather_objects(problem, call=_call(way))
+        problems: list[str | None] = base.gather_objects(problem, call=_call(way))
     finally:
         if descriptor >= 0:
             os.close(descriptor)
@@ -172,7 +172,7 @@ def _attempt(base: Transport, length: int, way: str) -> tuple[mmap.mmap | None, 
         memory[:_NONCE] = bytes(_NONCE)
     # No rank uses the memory before it is zeroed, or continues while it still has a name.
     base.gather_objects(None, call=_call(way))
-    problem = next((each for each in heard if each is not None), None)
+    problem = next((each for each in problems if each is not None), None)
     return (memory, None) if problem is None else (None, problem)
 
 

@@ -173,22 +173,22 @@ class SharedTransport(CoreTransport):
         message = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         mine = torch.tensor([message.numel()], device="cpu")
         lengths = mine.new_empty(self.size)
-        known = self._learn_gathering(None, 8, [1] * self.size, call, 1, "tells")
-        self._gather(mine.data_ptr(), lengths.data_ptr(), 1, known)
+        gathering = self._learn_gathering(None, 8, [1] * self.size, call, 1, "tells")
+        self._gather(mine.data_ptr(), lengths.data_ptr(), 1, gathering)
         sizes: list[int] = lengths.tolist()
         messages = message.new_empty(sum(sizes))
-        known = self._learn_gathering(None, 1, sizes, call, 1, "tells")
-        self._gather(message.data_ptr(), messages.data_ptr(), 1, known)
+        gathering = self._learn_gathering(None, 1, sizes, call, 1, "tells")
+        self._gather(message.data_ptr(), messages.data_ptr(), 1, gathering)
         return [pickle.loads(part.numpy()) for part in messages.split(sizes)]
 
     def _tick(self, waited: float, missing: list[int]) -> None:
         reason = self._core.broken_because()
         if reason is not None:
             self._observe()
-            blamed, _, message = reason.partition("\n")
-            if blamed == _NOBODY:
+            blamed_rank, _, message = reason.partition("\n")
+            if blamed_rank == _NOBODY:
                 raise MismatchError(message)
-            raise PeerError(message, rank=int(blamed))
+            raise PeerError(message, rank=int(blamed_rank))
         if waited > _OBSERVED:
             self._observe()
         if not self._is_noted:
@@ -252,15 +252,15 @@ class SharedTransport(CoreTransport):
         notes = enumerate(self._core.notes())
         return name_waits({rank: note for rank, note in notes if note and rank not in missing})
 
-    def _break(self, message: str, blamed: int) -> None:
+    def _break(self, message: str, blamed_rank: int) -> None:
         """Tell the others and raise; if another rank was first, raise its message."""
         self._observe()
-        if not self._tell(message, blamed):
+        if not self._tell(message, blamed_rank):
             self._tick(0.0, [])
-        raise PeerError(message, rank=blamed)
+        raise PeerError(message, rank=blamed_rank)
 
-    def _tell(self, message: str, blamed: int | str) -> bool:
-        return bool(self._core.break_off(f"{blamed}\n{message}".encode()))
+    def _tell(self, message: str, blamed_rank: int | str) -> bool:
+        return bool(self._core.break_off(f"{blamed_rank}\n{message}".encode()))
 
     def _abandon(self, error: BaseException) -> None:
         if not isinstance(error, ShardproofError):

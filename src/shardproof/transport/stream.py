@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardproof.errors import MismatchError
-from shardproof.transport.notes import Noted
+from shardproof.transport.notes import CallNotes
 
 _HEAD = 16  # bytes before each message: two digests; a multiple of all element sizes
 _PAST = 3  # number of previous calls by which the next one is predicted
@@ -43,17 +43,17 @@ class NextExchange(NamedTuple):
 
     Attributes:
         digest: hash of the call and of the axis.
-        noted: the notes before it.
+        call_notes: the notes before it.
         post: function that starts an all-to-all of bytes on the group.
         reduce: function that starts the backend's own sum over the group, in place.
         disagree: function that returns the error; all ranks call it after a mismatch.
     """
 
     digest: int
-    noted: Noted
+    call_notes: CallNotes
     post: Post
     reduce: Callable[[Tensor], Finish]
-    disagree: Callable[[Noted], MismatchError]
+    disagree: Callable[[CallNotes], MismatchError]
 
 
 class Round(NamedTuple):
@@ -107,7 +107,7 @@ class Exchange:
         self._inboxes: list[Tensor] = []
         self._finishes: list[Finish] = []
         self._is_in_order: bool | None = None if has_heads else True
-        self._kept: Tensor | None = None
+        self._summand: Tensor | None = None
         for index, each in enumerate(rounds):
             self._send(each, None if pieces is None else pieces[index], index == 0)
 
@@ -119,7 +119,7 @@ class Exchange:
                 if pieces is None
                 else pieces[-1]
             )
-            self._kept = x
+            self._summand = x
             self._finishes.append(self._wish.reduce(x))
         sent = [0 if p == self._rank else n + extra for p, n in enumerate(each.sent)]
         received = [0 if p == self._rank else n + extra for p, n in enumerate(each.received)]
@@ -143,7 +143,7 @@ class Exchange:
         return views[0] if len(views) == 1 else torch.cat(views) if views else head[:0]
 
     def _head(self) -> Tensor:
-        digests = [self._wish.digest - (1 << 63), self._wish.noted.value - (1 << 63)]
+        digests = [self._wish.digest - (1 << 63), self._wish.call_notes.value - (1 << 63)]
         return torch.tensor(digests, device="cpu").view(torch.uint8)
 
     def is_in_order(self) -> bool:
@@ -247,7 +247,7 @@ class Stream:
             return
         self._past = ()
         self._expected.clear()
-        raise wish.disagree(wish.noted)
+        raise wish.disagree(wish.call_notes)
 
     def _nothing(self) -> Round:
         return Round((0,) * self._size, (0,) * self._size)

@@ -85,11 +85,11 @@ class ThreadsTransport(CoreTransport):
         # A copy, which others may read after `x` has changed.
         parts: list[Tensor] = self._meet(call, x.clone())
         counts = [part.numel() for part in parts]
-        wanted = [outer * size for size in sizes]
+        lengths = [outer * size for size in sizes]
         # Every rank sees the same parts, so that all ranks raise or none does.
-        if counts != wanted or out.numel() != sum(wanted):
+        if counts != lengths or out.numel() != sum(lengths):
             raise MismatchError(
-                f"{call}: the ranks hand over {counts} elements where {wanted} are expected, "
+                f"{call}: the ranks hand over {counts} elements where {lengths} are expected, "
                 f"for a result of {out.numel()}. All must derive them from the same cut."
             )
         rows = [part.view(outer, -1) for part in parts if part.numel()]
@@ -133,9 +133,9 @@ class ThreadsTransport(CoreTransport):
         return self._meet(call, value)
 
     def _meet(self, call: Call, offer: Any) -> list[Any]:
-        noted = self.take_notes()
+        call_notes = self.take_notes()
         try:
-            return self._rendezvous.meet(self.rank, call, offer, noted)
+            return self._rendezvous.meet(self.rank, call, offer, call_notes)
         except MismatchError:
             self.forget_notes()
             raise

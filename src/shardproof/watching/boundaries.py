@@ -77,9 +77,9 @@ class Numbering:
         kinds_of_needers = sorted({group for group in needed_by if len(group) < count})
         place = {group: count + at for at, group in enumerate(kinds_of_needers)}
         whole = count + len(kinds_of_needers)
-        numbered = [place.get(group, whole) for group in needed_by]
+        group_numbers = [place.get(group, whole) for group in needed_by]
         members = np.concatenate([units, shared])
-        number = np.concatenate([numbers, np.array(numbered, dtype=np.int64)])
+        number = np.concatenate([numbers, np.array(group_numbers, dtype=np.int64)])
         order = np.argsort(members, kind="stable")
         return cls(count, members[order], number[order], (*kinds_of_needers, everyone))
 

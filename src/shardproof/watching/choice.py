@@ -34,7 +34,7 @@ def choose(
     all_families: Sequence[Family],
     watched: Watched,
     *,
-    wanted: Mapping[str, str] = MappingProxyType({}),
+    whole_weights: Mapping[str, str] = MappingProxyType({}),
     enough: float = ENOUGH,
 ) -> Choice:
     """Choose the families to cut, first those that send least; no parameter along two dims.
@@ -42,13 +42,15 @@ def choose(
     Args:
         all_families: of the forward.
         watched: the forward.
-        wanted: name of a weight that must stay whole -> the operation that needs all of it.
+        whole_weights: name of a weight that must stay whole -> the operation that needs all of it.
         enough: fraction of the matrices' weights that should be cut; if less is cut, single
             matrices are cut by rows, each with an all-reduce of its own.
     """
     shapes = watched.shapes
     all_families = (
-        [_without(family, wanted, watched) for family in all_families] if wanted else all_families
+        [_without(family, whole_weights, watched) for family in all_families]
+        if whole_weights
+        else all_families
     )
     cut_names: set[str] = set()
     chosen: set[int] = set()
@@ -71,16 +73,18 @@ def choose(
     matrices = sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
     why = _Why(all_families, chosen, small, cut_names, watched)
     whole = {name: why.sentence(name) for name in shapes if name not in cut_names}
-    whole |= {name: f"{operation!r} needs all of it at once." for name, operation in wanted.items()}
+    whole |= {
+        name: f"{operation!r} needs all of it at once." for name, operation in whole_weights.items()
+    }
     families = (*(all_families[n] for n in sorted(chosen)), *alone)
     return Choice(families, whole, cut / max(matrices, 1))
 
 
-def _without(family: Family, wanted: Mapping[str, str], watched: Watched) -> Family:
-    """The same family, with the weights of `wanted` left whole."""
-    left = {key: blocks for key, blocks in family.dims.items() if key[0] not in wanted}
+def _without(family: Family, whole_weights: Mapping[str, str], watched: Watched) -> Family:
+    """The same family, with the weights of `whole_weights` left whole."""
+    left = {key: blocks for key, blocks in family.dims.items() if key[0] not in whole_weights}
     whole = (*family.whole, *(key for key in family.dims if key not in left))
-    events = tuple(event for event in family.events if event.parameter not in wanted)
+    events = tuple(event for event in family.events if event.parameter not in whole_weights)
     reduced = replace(family, dims=left, whole=whole, events=events)
     return replace(reduced, kind=kind_of_family(reduced, watched.shapes, watched.record.used))
 
@@ -186,9 +190,8 @@ class _Why:
             return small
         event = _blocking(family, name)
         if event is not None:
-            return (
-                f"{_told(event)} {'adds up over it' if event.what == 'sum' else 'needs it whole'}"
-            )
+            reason = "adds up over it" if event.what == "sum" else "needs it whole"
+            return f"{_event_text(event)} {reason}"
         if family.units.count < 2:
             return "all of it belongs to one unit"
         if family.units.breaks == (0,):
@@ -213,5 +216,5 @@ def _blocking(family: Family, name: str) -> Event | None:
     return next(iter([*own, *events]), None)
 
 
-def _told(event: Event) -> str:
+def _event_text(event: Event) -> str:
     return f"{event.op!r} in {event.module!r}" if event.module else f"{event.op!r}"

@@ -129,9 +129,9 @@ def convolution(
     if groups == 1:
         dims = (1, 0) if transposed else (1, 1)
         rest_x, rest_w = contract(x, w, xs, ws, dims, name, record)
-        kept = 1 if transposed else 0
+        channel_dim = 1 if transposed else 0
         operands: list[Operand] = [(f, False) for f in rest_x]
-        operands += [(place(f, 1, nd), False) for f in rest_w if varying(f) in ((kept,), ())]
+        operands += [(place(f, 1, nd), False) for f in rest_w if varying(f) in ((channel_dim,), ())]
     else:
         operands = _grouped_channels(x, w, (xs, ws), (groups, transposed), outs[0], record)
     operands += [(place(f, 1, nd), True) for f in factors_of(bias) if operands]

@@ -122,17 +122,17 @@ def combine(operands: list[Operand], op: str, record: Record) -> Factors:
     """The factors of the result of an element-wise operation, from those of its operands."""
     todo = [each for each in operands if varying(each[0])]
     single = [each[0] for each in operands if not varying(each[0]) and each[0].any()]
-    done: list[Operand] = []
+    independent: list[Operand] = []
     while todo:
         factor = todo.pop()
-        for number, other in enumerate(done):
+        for number, other in enumerate(independent):
             if set(varying(factor[0])) & set(varying(other[0])):
-                del done[number]
+                del independent[number]
                 todo += _meet_or_reduce(factor, other, op, record)
                 break
         else:
-            done.append(factor)
-    return _with_single([factor for factor, _ in done], single, record)
+            independent.append(factor)
+    return _with_single([factor for factor, _ in independent], single, record)
 
 
 def _with_single(factors: list[Labels], single: list[Labels], record: Record) -> Factors:
@@ -175,15 +175,15 @@ def settle(factors: list[Labels], record: Record) -> Factors:
     If two kinds of labels now share a dim (heads, and features of a head that all heads use), one
     of them is kept: a rank with a head needs all of the features.
     """
-    kept: list[Labels] = []
+    distinct_factors: list[Labels] = []
     for factor in factors:
-        for number, other in enumerate(kept):
+        for number, other in enumerate(distinct_factors):
             if varying(factor) and varying(factor) == varying(other):
-                kept[number] = meet_all([(other, False), (factor, False)], record)[0]
+                distinct_factors[number] = meet_all([(other, False), (factor, False)], record)[0]
                 break
         else:
-            kept.append(factor)
-    return tuple(kept)
+            distinct_factors.append(factor)
+    return tuple(distinct_factors)
 
 
 def _rank(labels: Labels, record: Record) -> tuple[float, int]:
@@ -219,16 +219,19 @@ def are_independent(left: Labels, right: Labels, record: Record) -> bool:
 
 def meet_all(operands: list[Operand], record: Record) -> Operand:
     """Combine factors of several tensors that vary along the same dims into one."""
-    done: list[Operand] = []
+    independent: list[Operand] = []
     for factor, is_parameter in operands:
-        for number, (other, other_is) in enumerate(done):
+        for number, (other, other_is) in enumerate(independent):
             if not are_independent(factor, other, record):
-                met = meet((other, other_is), (factor, is_parameter), record)
-                done[number] = (other if met is None else met, other_is and is_parameter)
+                meeting = meet((other, other_is), (factor, is_parameter), record)
+                independent[number] = (
+                    other if meeting is None else meeting,
+                    other_is and is_parameter,
+                )
                 break
         else:
-            done.append((factor, is_parameter))
-    while len(done) > 1:
-        (left, left_is), (right, right_is) = done.pop(), done.pop()
-        done.append((_outer(left, right, record), left_is and right_is))
-    return done[0]
+            independent.append((factor, is_parameter))
+    while len(independent) > 1:
+        (left, left_is), (right, right_is) = independent.pop(), independent.pop()
+        independent.append((_outer(left, right, record), left_is and right_is))
+    return independent[0]

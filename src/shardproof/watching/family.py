@@ -138,26 +138,26 @@ class _Finder:
         """A unit that needs the units of a dim which has only shared or whole units."""
         whole = self.needs.is_whole
         live = units[~whole[units]]
-        followed = pairs[np.isin(pairs[:, 1], live), 0]
-        followed = followed[~whole[followed] & ~self.needs.is_needed[followed]]
+        successors = pairs[np.isin(pairs[:, 1], live), 0]
+        successors = successors[~whole[successors] & ~self.needs.is_needed[successors]]
         if not len(
-            followed
+            successors
         ):  # norms across heads: the needed units and their needers are summed over
-            followed = pairs[np.isin(pairs[:, 1], units), 0]
-            followed = followed[whole[followed]]
-        if len(followed):
-            return int(followed[0])
+            successors = pairs[np.isin(pairs[:, 1], units), 0]
+            successors = successors[whole[successors]]
+        if len(successors):
+            return int(successors[0])
         self._group_all(units)
         return int(units[0])
 
     def _events(self, count: int) -> list[list[SeenOperation]]:
         """The recorded operations of each family."""
         events: list[list[SeenOperation]] = [[] for _ in range(count)]
-        known: dict[int, Labels] = {}
-        for operation in self.record.seen:
-            if id(operation.atoms) not in known:
-                known[id(operation.atoms)] = self._number(operation.atoms, shared=True)
-            for number in known[id(operation.atoms)].tolist():
+        numbers_by_atoms: dict[int, Labels] = {}
+        for operation in self.record.operations:
+            if id(operation.atoms) not in numbers_by_atoms:
+                numbers_by_atoms[id(operation.atoms)] = self._number(operation.atoms, shared=True)
+            for number in numbers_by_atoms[id(operation.atoms)].tolist():
                 events[number].append(operation)
         return events
 

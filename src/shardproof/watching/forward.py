@@ -67,10 +67,10 @@ def watch(
             be watched.
     """
     with _one_at_a_time:
-        return _seen(model, (tuple(args), dict(kwargs or {})))
+        return _watch(model, (tuple(args), dict(kwargs or {})))
 
 
-def _seen(model: nn.Module, call: Any) -> Watched:
+def _watch(model: nn.Module, call: Any) -> Watched:
     start = time.perf_counter()
     failed: list[Exception] = []
     for leaves_last in (False, True):  # the last element of a mask may stand for "no expert"
@@ -100,11 +100,11 @@ def _watched_on_cpu(model: nn.Module, call: Any, first: Exception, start: float)
 
 def _why_it_failed(model: nn.Module, call: Any, error: Exception) -> str:
     """The error message: the model's own forward fails too, or only the watched one."""
-    copied = _small_copy(model)
+    model_copy = _small_copy(model)
     args, kwargs = tree_map(_real, call)
     try:
         with torch.no_grad(), _randomness_kept():
-            copied.eval()(*args, **kwargs)
+            model_copy.eval()(*args, **kwargs)
     except Exception as own:  # whatever a model's code raises
         return (
             f"the model's own forward fails with these inputs ({error_words(own)}). Check that the "
@@ -123,19 +123,19 @@ def _small_copy(model: nn.Module) -> nn.Module:
     """A copy on the CPU, in which tensors on the meta device become small random ones."""
     small_model = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
-    copied: dict[int, Tensor] = {}  # tied tensors stay tied
+    copies: dict[int, Tensor] = {}  # tied tensors stay tied
     for module in small_model.modules():
         for kind in ("_parameters", "_buffers"):
             for name, each in vars(module)[kind].items():
                 if each is None:
                     continue
-                if id(each) not in copied:
+                if id(each) not in copies:
                     small = _on_cpu(each.detach(), generator)
                     is_parameter = isinstance(each, nn.Parameter)
-                    copied[id(each)] = (
+                    copies[id(each)] = (
                         nn.Parameter(small, requires_grad=False) if is_parameter else small
                     )
-                vars(module)[kind][name] = copied[id(each)]
+                vars(module)[kind][name] = copies[id(each)]
     return small_model
 
 
@@ -216,10 +216,10 @@ def _tell_where(name: str, module: nn.Module, record: Record) -> None:
 @contextmanager
 def _state_kept(model: nn.Module) -> Iterator[None]:
     """Restore afterwards every module's attributes, hooks and mode, and all generator states."""
-    kept = [(module, dict(vars(module))) for module in model.modules()]
+    attributes_by_module = [(module, dict(vars(module))) for module in model.modules()]
     containers = [
         (value, copy.copy(value))
-        for _, attributes in kept
+        for _, attributes in attributes_by_module
         for value in attributes.values()
         if isinstance(value, dict | list | set)
     ]
@@ -233,7 +233,7 @@ def _state_kept(model: nn.Module) -> Iterator[None]:
         for value, content in containers:
             value.clear()
             value.extend(content) if isinstance(value, list) else value.update(content)
-        for module, attributes in kept:
+        for module, attributes in attributes_by_module:
             vars(module).clear()
             vars(module).update(attributes)
 

@@ -73,7 +73,7 @@ def is_view(func: Any) -> bool:
 
 
 @cache
-def written(func: Any) -> tuple[int, ...]:
+def written_arguments(func: Any) -> tuple[int, ...]:
     """Positions of the arguments that are written."""
     return tuple(
         place

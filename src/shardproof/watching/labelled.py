@@ -26,7 +26,7 @@ class Labelled(Tensor):
             parameters and constants only.
         sources: for each factor, the dim of the parameter, if its elements were only moved.
         is_data: whether it depends on the inputs of forward.
-        made_by: (tensor, operation, other arguments, number of the output) if it is a view.
+        origin: (tensor, operation, other arguments, number of the output) if it is a view.
     """
 
     inside: Tensor
@@ -35,7 +35,7 @@ class Labelled(Tensor):
     parameter: str | None
     sources: tuple[int, ...]
     is_data: bool
-    made_by: tuple["Labelled", Any, tuple[Any, ...], dict[str, Any], int | None] | None
+    origin: tuple["Labelled", Any, tuple[Any, ...], dict[str, Any], int | None] | None
 
     @staticmethod
     def __new__(
@@ -60,7 +60,7 @@ class Labelled(Tensor):
         )
         wrapper.inside, wrapper.factors, wrapper.value = inside, factors, value
         wrapper.parameter, wrapper.is_data = parameter, is_data
-        wrapper.sources, wrapper.made_by = (), None
+        wrapper.sources, wrapper.origin = (), None
         return wrapper
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]

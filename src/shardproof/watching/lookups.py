@@ -14,7 +14,7 @@ from shardproof.watching.record import Record
 from shardproof.watching.rules import rule, whole_along
 
 
-def known(index: Any) -> Tensor | None:
+def index_values(index: Any) -> Tensor | None:
     """The value of an index, if it is known."""
     if not isinstance(index, Labelled):
         return index if isinstance(index, Tensor) else None
@@ -46,14 +46,14 @@ def index_select(
     func: Any, args: tuple[Any, ...], kwargs: Any, outs: list[Tensor], record: Record
 ) -> list[Factors]:
     """`index_select`: some indices of one dim."""
-    x, dim, index = args[0], args[1], known(args[2])
+    x, dim, values = args[0], args[1], index_values(args[2])
     dim %= max(x.dim(), 1)
     result: list[Labels] = []
     for factor in factors_of(x):
         if dim not in varying(factor):
             result.append(factor)
-        elif index is not None:
-            picked = compress(factor.take(index.numpy(), axis=dim), record)
+        elif values is not None:
+            picked = compress(factor.take(values.numpy(), axis=dim), record)
             result += [] if picked is None else [picked]
         elif x.parameter and len(varying(factor)) == 1:
             record.see("lookup", "index_select", factor, x.parameter)
@@ -72,7 +72,7 @@ def index(
         for factor in factors_of(each):
             record.see("gather", "index", factor)
     places = [dim for dim, each in enumerate(indices) if each is not None]
-    values = [known(each) for each in indices if each is not None]
+    values = [index_values(each) for each in indices if each is not None]
     is_known = all(value is not None for value in values)
     result: list[Labels] = []
     for factor in factors_of(x):
@@ -81,10 +81,10 @@ def index(
             record.see("lookup", "index", factor, x.parameter)
             continue
         if hit and not is_known:
-            kept = whole_along(_alone(x, factor), tuple(hit), "index", record)
-            if not kept:
+            whole_factors = whole_along(_alone(x, factor), tuple(hit), "index", record)
+            if not whole_factors:
                 continue
-            factor = kept[0]
+            factor = whole_factors[0]
             hit = set()
         picked = compress(_picked(func, factor, x, indices, bool(hit)), record)
         if picked is not None:
@@ -95,7 +95,7 @@ def index(
 def _picked(func: Any, factor: Labels, x: Labelled, indices: Any, by_value: bool) -> Labels:
     """The labels that the indices pick; by shape alone if none varies along an indexed dim."""
     if by_value:
-        values = [None if each is None else known(each) for each in indices]
+        values = [None if each is None else index_values(each) for each in indices]
         return shrink(func(expanded(factor, x.shape), values))
     # The labels do not vary along the indexed dims, so every index picks the same labels.
     slim = [
@@ -115,8 +115,10 @@ def gather(
 ) -> list[Factors]:
     """`gather`: elements along one dim, with an own index at each position."""
     x, dim, where = args[0], args[1], args[2]
-    kept = whole_along(x, (dim,), "gather", record)
-    operands: list[Operand] = [(f, parameter_of(x) is not None) for f in kept if _fits(f, outs[0])]
+    whole_factors = whole_along(x, (dim,), "gather", record)
+    operands: list[Operand] = [
+        (f, parameter_of(x) is not None) for f in whole_factors if _fits(f, outs[0])
+    ]
     operands += [(f, False) for f in whole_along(where, (dim,), "gather", record)]
     return [combine([each for each in operands if _fits(each[0], outs[0])], "gather", record)]
 

@@ -90,10 +90,10 @@ def _whole(record: Record) -> NDArray[np.bool_]:
     """By label, whether some operation gathers it or sums over it."""
     atoms: Atoms = record.atoms
     whole = np.zeros(len(atoms), dtype=bool)
-    done: set[int] = set()
-    for operation in record.seen:
-        if operation.what in ("gather", "sum", "weight") and id(operation.atoms) not in done:
-            done.add(id(operation.atoms))
+    checked_ids: set[int] = set()
+    for operation in record.operations:
+        if operation.what in ("gather", "sum", "weight") and id(operation.atoms) not in checked_ids:
+            checked_ids.add(id(operation.atoms))
             whole[atoms.roots(operation.atoms)] = True
     return whole
 

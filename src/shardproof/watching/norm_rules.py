@@ -37,13 +37,13 @@ def layer_norm(
     name, x = name_of(func), args[0]
     dims = [x.dim() - 1 - number for number in range(len(args[1]))]
     scaled = [f for f in x.factors if varying(f) and set(varying(f)) <= set(dims)]
-    kept = whole_along(x, dims, name, record, what="sum")
-    operands: list[Operand] = [(factor, False) for factor in (*kept, *scaled)]
+    whole_factors = whole_along(x, dims, name, record, what="sum")
+    operands: list[Operand] = [(factor, False) for factor in (*whole_factors, *scaled)]
     for weight in args[2:4]:
         for factor in factors_of(weight):
             operands.append((aligned(factor, x.dim()), True))
     combined = combine(operands, name, record)
-    return [combined, *(tuple(f for f in kept if f.ndim == out.dim()) for out in outs[1:])]
+    return [combined, *(tuple(f for f in whole_factors if f.ndim == out.dim()) for out in outs[1:])]
 
 
 @rule("native_group_norm")
@@ -60,8 +60,8 @@ def group_norm(
             operands.append((place(np.repeat(each, x.shape[1] // groups, 1), 1, nd), False))
         else:
             alone = Labelled(x.inside, (factor,), parameter=x.parameter)
-            kept = whole_along(alone, range(1, nd), name, record, what="sum")
-            operands += [(each, False) for each in kept or [factor] if each.ndim == nd]
+            whole_factors = whole_along(alone, range(1, nd), name, record, what="sum")
+            operands += [(each, False) for each in whole_factors or [factor] if each.ndim == nd]
     for weight in args[1:3]:
         operands += [(place(f, 1, nd), True) for f in factors_of(weight) if operands]
     return [combine(operands, name, record)] + [() for _ in outs[1:]]
@@ -77,8 +77,8 @@ def batch_norm(
 ) -> list[Factors]:
     """Batch norm: channels are independent; needs all elements along the other dims."""
     name, x = name_of(func), args[0]
-    kept = whole_along(x, [0, *range(2, x.dim())], name, record)
-    operands: list[Operand] = [(factor, False) for factor in kept]
+    whole_factors = whole_along(x, [0, *range(2, x.dim())], name, record)
+    operands: list[Operand] = [(factor, False) for factor in whole_factors]
     if operands:
         for weight in args[1:5]:
             operands += [(place(f, 1, x.dim()), True) for f in factors_of(weight)]

@@ -40,7 +40,7 @@ class Record:
     Attributes:
         atoms: the labels.
         needs: pairs (label, shared label): a rank with the first label needs the second.
-        seen: operations that would need communication.
+        operations: those that would need communication.
         boxes: layouts of labels that vary along several dims of one tensor, by (lengths, whether
             they varied along one dim before it was split, hash).
         crossings: pairs of labels that one activation had along different dims, and where.
@@ -51,7 +51,7 @@ class Record:
 
     atoms: Atoms = field(default_factory=Atoms)
     needs: list[Labels] = field(default_factory=list)
-    seen: list[SeenOperation] = field(default_factory=list)
+    operations: list[SeenOperation] = field(default_factory=list)
     boxes: dict[tuple[tuple[int, ...], bool, int], Labels] = field(default_factory=dict)
     crossings: dict[tuple[object, ...], tuple[Labels, Labels, str, str]] = field(
         default_factory=dict
@@ -61,7 +61,7 @@ class Record:
     used: set[str] = field(default_factory=set)
     _modules: list[str] = field(default_factory=lambda: [""])
     _interned: dict[bytes, Labels] = field(default_factory=dict)
-    _seen_keys: set[tuple[object, ...]] = field(default_factory=set)
+    _operation_keys: set[tuple[object, ...]] = field(default_factory=set)
 
     @property
     def module(self) -> str:
@@ -107,9 +107,9 @@ class Record:
             return
         atoms = self._interned.setdefault(atoms.tobytes(), atoms)
         key = (what, op, self.module, parameter, dim, id(atoms))
-        if key not in self._seen_keys:
-            self._seen_keys.add(key)
-            self.seen.append(SeenOperation(what, op, self.module, atoms, parameter, dim))
+        if key not in self._operation_keys:
+            self._operation_keys.add(key)
+            self.operations.append(SeenOperation(what, op, self.module, atoms, parameter, dim))
 
     def keep_box(self, factor: Labels, *, is_split: bool) -> None:
         """Record a layout of labels along several dims."""

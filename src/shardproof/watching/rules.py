@@ -48,16 +48,16 @@ def whole_along(
     x: Any, dims: Iterable[int], op: str, record: Record, *, what: str = "gather"
 ) -> list[Labels]:
     """The factors that remain when an operation needs all elements along `dims`."""
-    kept = []
+    whole_factors = []
     for factor in factors_of(x):
         hit = {dim % factor.ndim for dim in dims} & set(varying(factor)) if factor.ndim else set()
         if not hit:
-            kept.append(factor)
+            whole_factors.append(factor)
         elif set(varying(factor)) - hit:
-            kept.append(reduce_lines(factor, tuple(hit), record))
+            whole_factors.append(reduce_lines(factor, tuple(hit), record))
         else:
             record.see(what, op, factor, x.parameter)
-    return [factor for factor in kept if factor.any()]
+    return [factor for factor in whole_factors if factor.any()]
 
 
 def dims_of(args: tuple[Any, ...], kwargs: dict[str, Any], where: int, ndim: int) -> list[int]:
@@ -79,10 +79,10 @@ def without(factors: list[Labels], dims: list[int], x: Tensor, out: Tensor) -> F
     """Factors of a result in which the reduced dims have size 1 or were removed."""
     if out.dim() == x.dim():
         return tuple(factors)
-    gone = tuple(sorted(set(dims)))
-    if out.dim() != x.dim() - len(gone):
+    removed_dims = tuple(sorted(set(dims)))
+    if out.dim() != x.dim() - len(removed_dims):
         return ()
-    return tuple(factor.squeeze(gone) for factor in factors)
+    return tuple(factor.squeeze(removed_dims) for factor in factors)
 
 
 @rule("kind:new")
@@ -136,8 +136,8 @@ def lines(
     else:
         dims = dims_of(args, kwargs, where, x.dim())
     what = "sum" if name in LIKE_SUMS else "gather"
-    kept = whole_along(x, dims, name, record, what=what)
-    return [without(kept, dims, x, out) for out in outs]
+    whole_factors = whole_along(x, dims, name, record, what=what)
+    return [without(whole_factors, dims, x, out) for out in outs]
 
 
 @rule("kind:sum")
@@ -147,8 +147,8 @@ def sums(
     """Sums along some dims."""
     x = args[0]
     dims = dims_of(args, kwargs, 1, x.dim())
-    kept = whole_along(x, dims, name_of(func), record, what="sum")
-    return [without(kept, dims, x, outs[0])]
+    whole_factors = whole_along(x, dims, name_of(func), record, what="sum")
+    return [without(whole_factors, dims, x, outs[0])]
 
 
 @rule("glu")
@@ -182,9 +182,9 @@ def patches(
 ) -> list[Factors]:
     """`im2col`: images (*, channels, height, width) to (*, channels * window, positions)."""
     x = args[0]
-    kept = whole_along(x, (-1, -2), "im2col", record)
+    whole_factors = whole_along(x, (-1, -2), "im2col", record)
     times = outs[0].shape[-2] // x.shape[-3]
-    return [tuple(np.repeat(factor.squeeze(-1), times, -2) for factor in kept)]
+    return [tuple(np.repeat(factor.squeeze(-1), times, -2) for factor in whole_factors)]
 
 
 @rule(
@@ -214,8 +214,8 @@ def spatial(
     """Image operations: channels are independent; needs all elements along the other dims."""
     name, x = name_of(func), args[0]
     rank = 1 if "1d" in name else 3 if "3d" in name else 2
-    kept = whole_along(x, range(x.dim() - rank, x.dim()), name, record)
-    return [tuple(f for f in kept if f.ndim == out.dim()) for out in outs]
+    whole_factors = whole_along(x, range(x.dim() - rank, x.dim()), name, record)
+    return [tuple(f for f in whole_factors if f.ndim == out.dim()) for out in outs]
 
 
 @rule(
@@ -230,8 +230,8 @@ def matrices(
     operands: list[Operand] = []
     for x in args:
         if isinstance(x, Tensor):
-            kept = whole_along(x, (-1, -2), name, record)
-            operands += [(f, parameter_of(x) is not None) for f in kept]
+            whole_factors = whole_along(x, (-1, -2), name, record)
+            operands += [(f, parameter_of(x) is not None) for f in whole_factors]
     combined = combine([each for each in operands if each[0].ndim == outs[0].dim()], name, record)
     return [tuple(f for f in combined if f.ndim == out.dim()) for out in outs]
 

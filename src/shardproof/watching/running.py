@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from shardproof.watching import contractions, lookups, norm_rules
 from shardproof.watching.atoms import Labels, distinct
 from shardproof.watching.factors import Factors, compress, varying
-from shardproof.watching.kinds import is_random, is_view, kind_of, name_of, written
+from shardproof.watching.kinds import is_random, is_view, kind_of, name_of, written_arguments
 from shardproof.watching.labelled import Labelled, insides
 from shardproof.watching.moving import expanded, move
 from shardproof.watching.record import Record
@@ -128,8 +128,8 @@ class Watching(TorchDispatchMode):
         if name == "_local_scalar_dense":
             return self._number(args[0]), None
         tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Labelled)]
-        known = [self.value(each) for each in tensors]
-        is_known = not is_random(func) and all(value is not None for value in known)
+        values = [self.value(each) for each in tensors]
+        is_known = not is_random(func) and all(value is not None for value in values)
         is_small = sum(each.numel() for each in tensors) <= MOST_KNOWN
         if is_known and is_small and name in SHAPED_BY_DATA:
             return self._by_value(func, args, kwargs)
@@ -172,7 +172,7 @@ class Watching(TorchDispatchMode):
 
     def _spoil(self, func: Any, args: Any, kwargs: Any) -> None:
         """Forget the values of a tensor that is written with unknown values, and of its views."""
-        for place in written(func):
+        for place in written_arguments(func):
             target = args[place] if place < len(args) else kwargs.get("out")
             if isinstance(target, Labelled) and target.value is not None:
                 self._spoiled[target.value.untyped_storage().data_ptr()] = target.value
@@ -186,7 +186,7 @@ class Watching(TorchDispatchMode):
         factors: list[Factors] = [() for _ in tensors]
         if any(each.factors for each in flat):
             factors = self._factors(func, name, args, kwargs, tensors, flat)
-        places = written(func)
+        places = written_arguments(func)
         if places:
             target = args[places[0]] if places[0] < len(args) else kwargs.get("out")
             if isinstance(target, Labelled):
@@ -219,7 +219,7 @@ class Watching(TorchDispatchMode):
     def _wrap(self, func: Any, args: Any, kwargs: Any, outs: list[Any], what: Any) -> list[Any]:
         """Outputs as labelled tensors."""
         factors, values, flat = what
-        known = tree_flatten(values)[0] if values is not None else [None] * len(outs)
+        value_by_place = tree_flatten(values)[0] if values is not None else [None] * len(outs)
         is_data = any(each.is_data for each in flat)
         parameter = next((each.parameter for each in flat if each.parameter and not is_data), None)
         if name_of(func) in PICKED and args[0].parameter and args[0].dim() > 2:
@@ -233,14 +233,14 @@ class Watching(TorchDispatchMode):
                 continue
             labels = factors[number]
             result = Labelled(
-                each, labels, value=known[place], parameter=parameter, is_data=is_data
+                each, labels, value=value_by_place[place], parameter=parameter, is_data=is_data
             )
             if parameter and isinstance(args[0], Labelled) and args[0].sources:
                 result.sources = self._sources(func, args[0], labels)
             self.record.lay_out(labels, name_of(func), is_parameter=parameter is not None)
             if is_view(func) and isinstance(args[0], Labelled):
                 which = place if len(outs) > 1 else None
-                result.made_by = (args[0], func, args[1:], kwargs, which)
+                result.origin = (args[0], func, args[1:], kwargs, which)
             results.append(result)
             number += 1
         return results
@@ -255,22 +255,22 @@ class Watching(TorchDispatchMode):
             dims = [places.get(varying(factor)) for factor in labels]
             is_clear = len(places) == len(x.factors) and None not in dims
             return tuple(each for each in dims if each is not None) if is_clear else ()
-        kept, left = [], list(zip(x.sources, x.factors, strict=True))
+        sources, left = [], list(zip(x.sources, x.factors, strict=True))
         for factor in labels:  # some dims were removed; the others keep their labels
             units = distinct(self.record.atoms.roots(factor))
             while left and not np.array_equal(units, distinct(self.record.atoms.roots(left[0][1]))):
                 left.pop(0)
             if not left:
                 return ()
-            kept.append(left.pop(0)[0])
-        return tuple(kept)
+            sources.append(left.pop(0)[0])
+        return tuple(sources)
 
     def _write(self, target: Labelled, factors: Factors) -> None:
         """Give a written tensor, and the base of a view, the labels of the written values."""
         target.factors = tuple(factors)
-        if target.made_by is None or not factors:
+        if target.origin is None or not factors:
             return
-        base, func, args, kwargs, which = target.made_by
+        base, func, args, kwargs, which = target.origin
         if base.numel() > MOST_WRITTEN:
             for factor in factors:
                 self.record.see("gather", "write into a view", factor)

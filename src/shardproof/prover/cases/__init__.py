@@ -11,7 +11,7 @@ from shardproof.prover.cases.mlp import MLP_GATHERED
 from shardproof.prover.cases.single_linear import LINEAR_COLUMN, LINEAR_ROW
 from shardproof.prover.cases.transformer_block import ATTENTION, FFN
 from shardproof.prover.cases.transformers_models import LLAMA, QWEN
-from shardproof.wording import VALUE, shown
+from shardproof.wording import VALUE, short_repr
 
 __all__ = ["all_cases", "find_case"]
 
@@ -44,4 +44,4 @@ def find_case(name: str) -> Case:
         return cases[name]
     near = get_close_matches(name[:VALUE], cases, n=3, cutoff=0.4)
     hint = f"Near names: {', '.join(near)}. " if near else ""
-    raise UsageError(f"there is no case {shown(name)}. {hint}All cases: {', '.join(cases)}.")
+    raise UsageError(f"there is no case {short_repr(name)}. {hint}All cases: {', '.join(cases)}.")

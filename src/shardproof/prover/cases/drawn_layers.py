@@ -111,8 +111,8 @@ def fill(layer: nn.Module, name: str, draw_rows: DrawRows, *, rows_at_once: int 
             continue
         first, last = max(drawn.start, owned.start), min(drawn.stop, owned.stop)
         if first < last:
-            kept = rows[first - start : last - start]
-            parameter[first - owned.start : last - owned.start].copy_(kept)
+            owned_rows = rows[first - start : last - start]
+            parameter[first - owned.start : last - owned.start].copy_(owned_rows)
 
 
 def fill_normal(layer: nn.Module, name: str, generator: torch.Generator) -> None:

@@ -230,10 +230,10 @@ def _shape(one: PrintedResult, tensor: Data | None) -> tuple[str, str, str, bool
         return "shape", theirs, NOT_RECORDED, None
     ours = tuple(tensor["shape"])
     if one.rank is not None:
-        held = (tensor["shown"] or {"held": {}})["held"].get(str(NOTEBOOK_DEGREE))
-        if held is None:
+        shapes = (tensor["shown"] or {"held": {}})["held"].get(str(NOTEBOOK_DEGREE))
+        if shapes is None:
             return "shape", theirs, WITHOUT_TWO, None
-        ours = tuple(held[one.rank])
+        ours = tuple(shapes[one.rank])
     stored = ours[::-1] if ours != one.shape and ours[::-1] == one.shape else ours
     text = _as_text(ours) + (", the transpose" if stored != ours else "")
     same = tuple(size for size in stored if size > 1) == tuple(s for s in one.shape or () if s > 1)
@@ -241,8 +241,8 @@ def _shape(one: PrintedResult, tensor: Data | None) -> tuple[str, str, str, bool
 
 
 def _values(one: PrintedResult, tensor: Data | None) -> Iterator[tuple[str, str, str, bool | None]]:
-    shown = tensor["shown"] if tensor is not None else None
-    ours = shown["ours"] if shown else None
+    values = tensor["shown"] if tensor is not None else None
+    ours = values["ours"] if values else None
     for i, theirs in enumerate(one.values or ()):
         text = NOT_RECORDED if ours is None else _numbers(ours[i])
         same = None
@@ -275,28 +275,28 @@ def _compared(one: PrintedResult, tensor: Data | None) -> tuple[bool, bool, floa
     if tensor is None or tensor["torch"] is None:
         return NOT_RECORDED
     if one.rank is None and not one.is_of_two:
-        judged = tensor["torch"]
-        met = tensor["seed_allclose"]
-        close = judged["allclose"] if met is None else met
-        return judged["exact"], close, judged["max_abs_diff"]
-    shown = tensor["shown"]
-    if not shown or shown["ours"] is None or shown["torch"] is None:
+        torch_result = tensor["torch"]
+        seed_result = tensor["seed_allclose"]
+        close = torch_result["allclose"] if seed_result is None else seed_result
+        return torch_result["exact"], close, torch_result["max_abs_diff"]
+    values = tensor["shown"]
+    if not values or values["ours"] is None or values["torch"] is None:
         return NOT_RECORDED
-    if shown["degree"] != NOTEBOOK_DEGREE:
+    if values["degree"] != NOTEBOOK_DEGREE:
         return WITHOUT_TWO
-    ours, plain = (_part(shown, which, one.rank) for which in ("ours", "torch"))
+    ours, plain = (_part(values, which, one.rank) for which in ("ours", "torch"))
     is_close = torch.allclose(ours, plain)
     return bool((ours == plain).all()), is_close, (ours - plain).abs().max().item()
 
 
-def _part(shown: Data, which: str, rank: int | None) -> Tensor:
+def _part(values: Data, which: str, rank: int | None) -> Tensor:
     """The part that one of two ranks holds of a tensor; the whole, if it is not cut."""
-    tensor, held = torch.tensor(shown[which]), shown["held"][str(NOTEBOOK_DEGREE)]
+    tensor, shapes = torch.tensor(values[which]), values["held"][str(NOTEBOOK_DEGREE)]
     if rank is None:
         return tensor
     for dim, size in enumerate(tensor.shape):
-        if held[rank][dim] != size:
-            return tensor.narrow(dim, sum(shape[dim] for shape in held[:rank]), held[rank][dim])
+        if shapes[rank][dim] != size:
+            return tensor.narrow(dim, sum(shape[dim] for shape in shapes[:rank]), shapes[rank][dim])
     return tensor
 
 

@@ -329,10 +329,10 @@ class _TrainingStep:
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
     """Copy the weights of a model cut for a single rank, which holds all, to a plain one."""
-    held = dict(source.named_parameters())
+    parameters = dict(source.named_parameters())
     with torch.no_grad():
         for name, parameter in target.named_parameters():
-            parameter.copy_(held[name])
+            parameter.copy_(parameters[name])
 
 
 def _measured(run: CaseRun, is_wanted: bool) -> AbstractContextManager[object]:

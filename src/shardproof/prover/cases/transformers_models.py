@@ -36,7 +36,7 @@ from shardproof.prover.cases.text_training import (
     copy_weights,
     token_of_byte,
 )
-from shardproof.wording import written
+from shardproof.wording import short_text
 
 # Eight query heads share two key-value heads, so that from degree 3 on ranks share one; neither
 # the vocabulary nor the feed-forward is divided by any degree but 1.
@@ -183,8 +183,8 @@ class CheckpointSource:
             )
         except (RuntimeError, OSError, ValueError) as error:
             raise UsageError(
-                f"transformers cannot load the weights of {written(str(self.directory))}: "
-                f"{written(str(error), most=300)}"
+                f"transformers cannot load the weights of {short_text(str(self.directory))}: "
+                f"{short_text(str(error), most=300)}"
             ) from error
         return model
 
@@ -222,7 +222,7 @@ def checkpoint_case(directory: str | Path) -> Case:
         falls_to=1.0,
         rereads=True,
     )
-    where = written(str(directory))
+    where = short_text(str(directory))
     description = f"{_class_of(source.config).__name__} of {where} on real text, clipped AdamW"
     return Case(
         CHECKPOINT, description, lesson, extra=EXTRA, module=MODULE, accuracy=1.5, has_curve=True
