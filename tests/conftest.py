@@ -7,6 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
+# Idle threads of OpenMP sleep. They would spin, and take the cores from the ranks of other tests.
+# It is read when torch is imported, here and in all processes that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from hypothesis import settings

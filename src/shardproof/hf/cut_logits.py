@@ -44,7 +44,7 @@ _ON_ALL_RANKS = (
 
 
 @dataclass
-class _Shard:
+class _LogitsShard:
     """The storage behind one or several `CutLogits`: this rank's part, or the whole.
 
     Attributes:
@@ -104,7 +104,7 @@ class _Shard:
 
     def like(self, part: Tensor, direction: str | None = None) -> "CutLogits":
         """The storage of another part with the same cut."""
-        shard = _Shard(self.axis, self.cut, self.who, direction or self.direction, part)
+        shard = _LogitsShard(self.axis, self.cut, self.who, direction or self.direction, part)
         return CutLogits(shard)
 
 
@@ -126,10 +126,10 @@ class CutLogits(Tensor):
         first use: forward one all_gather of (*, vocabulary); backward none.
     """
 
-    _shard: _Shard
+    _shard: _LogitsShard
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __new__(cls, shard: _Shard) -> Self:
+    def __new__(cls, shard: _LogitsShard) -> Self:
         """Wrap a storage in a tensor of the whole shape."""
         some = shard.some
         wrapper: Self = Tensor._make_wrapper_subclass(
@@ -153,7 +153,9 @@ class CutLogits(Tensor):
             none.
         """
         comm.check_part(part, axis, dim=-1, cut=cut, is_whole=False, who=who)
-        logits: CutLogits = _Cover.apply(part, _Shard(axis, cut, who, "forward", part.detach()))
+        logits: CutLogits = _Cover.apply(
+            part, _LogitsShard(axis, cut, who, "forward", part.detach())
+        )
         return logits
 
     @property
@@ -275,8 +277,8 @@ class _Cover(torch.autograd.Function):
     """Wrap a part as logits; backward, take this rank's part of their gradient. No Comm."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, shard: _Shard) -> CutLogits:
-        ctx.shard = _Shard(shard.axis, shard.cut, shard.who, "backward", part.new_empty(0))
+    def forward(ctx: Any, part: Tensor, shard: _LogitsShard) -> CutLogits:
+        ctx.shard = _LogitsShard(shard.axis, shard.cut, shard.who, "backward", part.new_empty(0))
         return CutLogits(shard)
 
     @staticmethod
