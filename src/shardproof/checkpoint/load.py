@@ -168,8 +168,8 @@ def _plan(
             )
     elif optimizer is None and saved is not None:
         raise UsageError(
-            f"{what} has the state of {short_repr(saved.get('class'))}, and no optimizer is given. Give "
-            "it; or pass weights_only=True to leave that state."
+            f"{what} has the state of {short_repr(saved.get('class'))}, and no optimizer is given. "
+            "Give it; or pass weights_only=True to leave that state."
         )
     elif optimizer is not None:
         if saved is None:
@@ -240,8 +240,8 @@ def _match_states(path: Path, model: nn.Module, optimizer: Optimizer, saved: Any
         raise UsageError(f"the optimizer of {what} is {short_repr(saved)}. {_AGAIN}") from None
     if saved_kind != kind:
         raise UsageError(
-            f"{what} has the state of {short_repr(saved_kind)}, and the optimizer is {kind}. Make the "
-            "optimizer as it was saved; or pass weights_only=True and no optimizer."
+            f"{what} has the state of {short_repr(saved_kind)}, and the optimizer is {kind}. Make "
+            "the optimizer as it was saved; or pass weights_only=True and no optimizer."
         )
     mine = names_of(model, optimizer)
     if len(mine) != len(groups):
@@ -322,8 +322,8 @@ def _result(plan: _Plan, model: nn.Module, axis: Axis) -> Loaded:
     goes_on = plan.optimizer is not None or mine != PLAIN
     if contract and not is_same and goes_on and axis.rank == 0:
         warnings.warn(
-            f"{short_text(str(plan.path))} was saved under the contract {short_repr(contract)}, and the "
-            f"model here has {mine!r}: the values are right, and the next steps may have other "
+            f"{short_text(str(plan.path))} was saved under the contract {short_repr(contract)}, "
+            f"and the model here has {mine!r}: the values are right, and the next steps may have other "
             "bits than an unbroken run.",
             stacklevel=3,
         )

@@ -109,12 +109,13 @@ def _indexed(folder: Path, index: Path, single: str) -> dict[str, Path]:
     missing = [file for file in shards if not os.path.lexists(folder / file)]
     if missing:
         raise UsageError(
-            f"{short_text(str(folder))} lacks {few(missing)}, which its {index.name} names. {_FETCH}"
+            f"{short_text(str(folder))} lacks {few(missing)}, which its {index.name} names. "
+            f"{_FETCH}"
         )
     if single not in shards and os.path.lexists(folder / single):
         raise UsageError(
-            f"{short_text(str(folder))} has {single} and an {index.name} that names other files: two "
-            "sets of weights, of which transformers would read the first. Remove one of them."
+            f"{short_text(str(folder))} has {single} and an {index.name} that names other files: "
+            "two sets of weights, of which transformers would read the first. Remove one of them."
         )
     return {name: folder / file for name, file in named.items()}
 
@@ -180,8 +181,8 @@ def checked_directory(directory: str | Path) -> Path:
         raise UsageError(f"{short_repr(str(folder))} is no directory. Name one with {CONFIG}.")
     if not os.path.lexists(folder / CONFIG):
         raise UsageError(
-            f"{short_text(str(folder))} has no {CONFIG}: nothing says which model this is. Name the "
-            "directory that save_pretrained wrote."
+            f"{short_text(str(folder))} has no {CONFIG}: nothing says which model this is. Name "
+            "the directory that save_pretrained wrote."
         )
     files.check_regular(folder / CONFIG, what=short_text(str(folder / CONFIG)), way_out=_FETCH)
     return folder
@@ -234,8 +235,9 @@ def matched(model: nn.Module, directory: str | Path) -> list[Match]:
         )
     if unexpected:
         raise UsageError(
-            f"{short_text(str(folder))} has {len(unexpected)} tensors that {type(model).__name__} has "
-            f"no parameter for: {few(unexpected)}. Make the model from the {CONFIG} beside them."
+            f"{short_text(str(folder))} has {len(unexpected)} tensors that {type(model).__name__} "
+            f"has no parameter for: {few(unexpected)}. Make the model from the {CONFIG} beside "
+            "them."
         )
     matches = [(entry, *available[entry.name]) for entry in entries if entry.name in available]
     for entry, file, stored in matches:
@@ -296,9 +298,9 @@ def check_fit(entry: Entry, stored: StoredTensor, file: Path) -> None:
         )
     if stored.dtype != dtype and not {stored.dtype, dtype} <= set(_FLOATS.values()):
         raise UsageError(
-            f"{name!r} has dtype {stored.kind} in {short_text(str(file))}, and {dtype_name(dtype)} in "
-            f"the model. Only {', '.join(_FLOATS)} are cast, and only to one another: the rest are "
-            "numbers of another kind, or quantized, with scales that stand elsewhere. Save the "
+            f"{name!r} has dtype {stored.kind} in {short_text(str(file))}, and {dtype_name(dtype)} "
+            f"in the model. Only {', '.join(_FLOATS)} are cast, and only to one another: the rest "
+            "are numbers of another kind, or quantized, with scales that stand elsewhere. Save the "
             "model unquantized, in one of these."
         )
 
