@@ -260,11 +260,15 @@ def read_part(descriptor: int, stored: StoredTensor, layout: Layout, out: Tensor
             its dtype as `Tensor.to` rounds.
 
     Raises:
+        UsageError: torch does not have the dtype of the file.
         OSError: the file cannot be read, or ends too early.
     """
     dtype = stored.dtype
     if dtype is None:
-        raise TypeError(f"{stored.kind} is no dtype of torch")
+        raise UsageError(
+            f"{short_repr(stored.name)} has dtype {stored.kind}, which torch does not have. "
+            "Convert the tensor before."
+        )
     if not out.is_contiguous():
         part = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         read_part(descriptor, stored, layout, part)

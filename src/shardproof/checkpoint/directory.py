@@ -42,7 +42,7 @@ class SavedDirectory:
         check_replaceable(directory)
         directory.parent.mkdir(parents=True, exist_ok=True)
         self.work.mkdir(exist_ok=True)
-        self._lock = _locked(self.work / _LOCK, directory)
+        self._lock: int | None = _locked(self.work / _LOCK, directory)
         for leftover in self.work.iterdir():
             if leftover.name != _LOCK:
                 _remove(leftover)
@@ -53,6 +53,8 @@ class SavedDirectory:
         Raises:
             OSError: it cannot be renamed.
         """
+        if self._lock is None:
+            return
         sync(self.work)
         previous = previous_of(self.directory)
         replaces = self.directory.is_dir()
@@ -62,15 +64,19 @@ class SavedDirectory:
         sync(self.directory.parent)
         (self.directory / _LOCK).unlink()
         os.close(self._lock)
+        self._lock = None
         if replaces:
             _remove(previous)
 
     def abandon(self) -> None:
-        """Remove what was written; the directory of before stays as it is."""
+        """Remove what was written; the directory of before stays, or gets its name back."""
+        if self._lock is None:
+            return  # it was finished
         if self.work.is_dir():
             _remove(self.work)
         recover(self.directory)
         os.close(self._lock)
+        self._lock = None
 
 
 def _locked(path: Path, directory: Path) -> int:

@@ -146,8 +146,8 @@ def state_of(model: nn.Module, optimizer: Optimizer) -> tuple[list[Entry], dict[
         optimizer: of its parameters.
 
     Returns:
-        The tensors, named `PARAMETER/KEY`; and plain data: the groups with their options and names
-        of parameters, and the values of the state that are no tensors.
+        The tensors, named `PARAMETER/KEY`; and plain data: the names of the tensors, the groups
+        with their options and names of parameters, and the values that are no tensors.
 
     Raises:
         UsageError: the optimizer has a parameter that the model does not have, or a value that is
@@ -168,6 +168,7 @@ def state_of(model: nn.Module, optimizer: Optimizer) -> tuple[list[Entry], dict[
                     values[what] = plain(value, what)
     return entries, {
         "class": type(optimizer).__name__,
+        "tensors": sorted(entry.name for entry in entries),
         "groups": [
             {
                 "parameters": group_names,
@@ -222,7 +223,7 @@ def restored(value: Any) -> Any:
     """The value from which `plain` made plain data.
 
     Raises:
-        ValueError: `plain` makes no such data.
+        UsageError: `plain` makes no such data.
     """
     if isinstance(value, list):
         return [restored(each) for each in value]
@@ -239,7 +240,7 @@ def restored(value: Any) -> Any:
             return torch.tensor(restored(number), dtype=_DTYPES[name]).reshape(shape)
         case {"dtype": str(name)} if name in _DTYPES:
             return _DTYPES[name]
-    raise ValueError(f"{short_repr(value)} is no value of a checkpoint")
+    raise UsageError(f"{short_repr(value)} is no value of a checkpoint. Save it again.")
 
 
 def check_unique(entries: Iterable[Entry]) -> None:

@@ -235,7 +235,7 @@ def _match_states(path: Path, model: nn.Module, optimizer: Optimizer, saved: Any
     kind = type(optimizer).__name__
     try:
         groups = [(group["parameters"], group["options"]) for group in saved["groups"]]
-        saved_kind = saved["class"]
+        saved_kind, names_of_tensors = saved["class"], set(saved["tensors"])
     except (TypeError, KeyError):
         raise UsageError(f"the optimizer of {what} is {short_repr(saved)}. {_AGAIN}") from None
     if saved_kind != kind:
@@ -256,9 +256,16 @@ def _match_states(path: Path, model: nn.Module, optimizer: Optimizer, saved: Any
                 f"group {number} of the {kind} of {what} has other parameters than this one: "
                 f"{few(differing, most=3)}. Make the optimizer as it was saved."
             )
+    available = _available_states(path)
+    if available.keys() != names_of_tensors:
+        differing = sorted(available.keys() ^ names_of_tensors)
+        raise UsageError(
+            f"the optimizer files of {what} do not have the tensors that {STATE} lists: "
+            f"{few(differing, most=3)}. {_AGAIN}"
+        )
     layouts = {name: (parameter, layout) for name, parameter, layout, _ in layouts_of(model)}
     matches = []
-    for name, (file, stored) in _available_states(path).items():
+    for name, (file, stored) in available.items():
         parameter_name, _, key = name.rpartition(SEPARATOR)
         if parameter_name not in layouts:
             raise UsageError(
@@ -323,8 +330,8 @@ def _result(plan: _Plan, model: nn.Module, axis: Axis) -> Loaded:
     if contract and not is_same and goes_on and axis.rank == 0:
         warnings.warn(
             f"{short_text(str(plan.path))} was saved under the contract {short_repr(contract)}, "
-            f"and the model here has {mine!r}: the values are right, and the next steps may have other "
-            "bits than an unbroken run.",
+            f"and the model here has {mine!r}: the values are right, and the next steps may have "
+            "other bits than an unbroken run.",
             stacklevel=3,
         )
     return Loaded(

@@ -27,7 +27,7 @@ _LARGEST = 1 << 30  # bytes of a manifest: 10 million blocks
 _AGAIN = "Fetch or save the checkpoint again."
 
 
-class Block(NamedTuple):
+class HashedBlock(NamedTuple):
     """A run of bytes of a file.
 
     Attributes:
@@ -62,7 +62,7 @@ class Damage:
         return f"{tensor}{self.file}: {self.reason}"
 
 
-def blocks_of(folder: Path, names: Sequence[str]) -> list[Block]:
+def blocks_of(folder: Path, names: Sequence[str]) -> list[HashedBlock]:
     """The blocks of the files of a directory.
 
     Args:
@@ -73,7 +73,7 @@ def blocks_of(folder: Path, names: Sequence[str]) -> list[Block]:
         UsageError: a safetensors file is damaged so that its tensors cannot be found.
         OSError: a file cannot be read.
     """
-    blocks: list[Block] = []
+    blocks: list[HashedBlock] = []
     for name in names:
         path = folder / name
         size = path.stat().st_size
@@ -88,12 +88,12 @@ def blocks_of(folder: Path, names: Sequence[str]) -> list[Block]:
     return blocks
 
 
-def _cut(file: str, tensor: str, start: int, stop: int) -> Iterator[Block]:
+def _cut(file: str, tensor: str, start: int, stop: int) -> Iterator[HashedBlock]:
     for first in range(start, stop, BLOCK):
-        yield Block(file, tensor, first, min(first + BLOCK, stop))
+        yield HashedBlock(file, tensor, first, min(first + BLOCK, stop))
 
 
-def hashes_of(folder: Path, blocks: Sequence[Block]) -> list[str]:
+def hashes_of(folder: Path, blocks: Sequence[HashedBlock]) -> list[str]:
     """SHA-256 of each block, in hexadecimal digits.
 
     Raises:
@@ -119,10 +119,10 @@ def hashes_of(folder: Path, blocks: Sequence[Block]) -> list[str]:
     return hashes
 
 
-def share_of(blocks: Sequence[Block], rank: int, size: int) -> Sequence[Block]:
+def share_of(blocks: Sequence[HashedBlock], rank: int, size: int) -> Sequence[HashedBlock]:
     """The blocks that one rank hashes: consecutive ones, with about as many bytes on each rank."""
     total = sum(block.stop - block.start for block in blocks)
-    shares: list[list[Block]] = [[] for _ in range(size)]
+    shares: list[list[HashedBlock]] = [[] for _ in range(size)]
     done = 0
     for block in blocks:
         shares[min(size - 1, done * size // max(1, total))].append(block)
@@ -130,7 +130,7 @@ def share_of(blocks: Sequence[Block], rank: int, size: int) -> Sequence[Block]:
     return shares[rank]
 
 
-def manifest_of(blocks: Sequence[Block], hashes: Sequence[str]) -> bytes:
+def manifest_of(blocks: Sequence[HashedBlock], hashes: Sequence[str]) -> bytes:
     """The text of a manifest.
 
     Args:
@@ -199,7 +199,7 @@ def find_damage(
     """
     content = read_manifest(folder)
     damages = []
-    blocks: list[Block] = []
+    blocks: list[HashedBlock] = []
     expected: list[str] = []
     for name, entry in content["files"].items():
         try:
@@ -231,7 +231,7 @@ def find_damage(
 
 def _hash_all(
     folder: Path,
-    blocks: Sequence[Block],
+    blocks: Sequence[HashedBlock],
     workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> list[str]:

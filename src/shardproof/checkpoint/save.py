@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from shardproof.checkpoint.entries import (
     weights_of,
 )
 from shardproof.checkpoint.together import together
-from shardproof.checkpoint.writing import LARGEST_FILE, FilePlan, Writer, create, plan_files
+from shardproof.checkpoint.writing import LARGEST_FILE, FilePlan, PartWriter, create, plan_files
 from shardproof.hf.detection import is_transformers
 from shardproof.hf.saving import write_configs
 from shardproof.hf.weights import MODEL, OPTIMIZER
@@ -43,6 +43,8 @@ from shardproof.layers import registry
 from shardproof.numerics import mode
 from shardproof.safetensors_file import check_dtypes
 from shardproof.wording import short_text
+
+PlannedFile = tuple[FilePlan, dict[str, Entry]]
 
 VERSION = 1
 PLAIN = "plain"  # the contract of a model that is not cut
@@ -86,7 +88,7 @@ def save(
         setup one exchange of (rows, size) for every 8 MiB of a tensor whose rows are cut; and small
         objects.
     """
-    plans: list[tuple[FilePlan, dict[str, Entry]]] = []
+    plans: list[PlannedFile] = []
     model = checked_model(model)
     axis = axis_of(model)
     with together(axis, "checking what is saved"):
@@ -101,23 +103,35 @@ def save(
     }
     digests = {key: _digest(value) for key, value in signature.items()}
     axis.agree(digests, what="checkpoints", way_out="Save the same on all ranks.")
+    _write(path, plans, axis, lambda folder: _write_others(folder, model, state, tokenizer, plans))
+    return path
+
+
+def _write(
+    path: Path, plans: Sequence[PlannedFile], axis: Axis, write_others: Callable[[Path], None]
+) -> None:
+    """Write all files beside the directory, and give it its name.
+
+    Comm:
+        setup as `save`.
+    """
+    what = f"saving {short_text(str(path))}"
     saved: SavedDirectory | None = None
     try:
-        with together(axis, f"saving {short_text(str(path))}"):
+        with together(axis, what):
             if axis.rank == 0:
                 saved = SavedDirectory(path)
                 create(saved.work, [plan for plan, _ in plans])
-                _write_others(saved.work, model, state, tokenizer, plans)
+                write_others(saved.work)
         _write_tensors(work_of(path), plans, axis)
         _write_manifest(work_of(path), axis)
-        with together(axis, f"saving {short_text(str(path))}"):
+        with together(axis, what):
             if saved is not None:
                 saved.finish()
     except BaseException:
         if saved is not None:
             saved.abandon()
         raise
-    return path
 
 
 def _collect(
@@ -179,7 +193,7 @@ def _write_others(
     model: nn.Module,
     state: dict[str, Any],
     tokenizer: Any,
-    plans: Sequence[tuple[FilePlan, dict[str, Entry]]],
+    plans: Sequence[PlannedFile],
 ) -> None:
     """Write the files that are small; called by one rank."""
     if is_transformers(model):
@@ -205,9 +219,7 @@ def _index(plans: Sequence[FilePlan]) -> bytes:
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def _write_tensors(
-    folder: Path, plans: Sequence[tuple[FilePlan, dict[str, Entry]]], axis: Axis
-) -> None:
+def _write_tensors(folder: Path, plans: Sequence[PlannedFile], axis: Axis) -> None:
     """Write this rank's bytes of every file.
 
     Comm:
@@ -215,7 +227,7 @@ def _write_tensors(
     """
     for plan, entries in plans:
         path = folder / plan.name
-        writer = Writer(path, axis)
+        writer = PartWriter(path, axis)
         try:
             for stored in plan.tensors:
                 writer.write(stored, entries[stored.name])

@@ -109,7 +109,7 @@ def create(folder: Path, plans: Iterable[FilePlan]) -> None:
             os.close(descriptor)
 
 
-class Writer:
+class PartWriter:
     """Writes this rank's bytes of one file.
 
     An error of the system is kept until `finish`: the rank goes on to exchange blocks, for which
