@@ -17,7 +17,7 @@ from places import Pool
 from shardproof.axis import Axis
 from shardproof.checkpoint.entries import Entry
 from shardproof.checkpoint.manifest import find_damage
-from shardproof.checkpoint.writing import FilePlan, plan_files
+from shardproof.checkpoint.writing import FileLayout, divide_into_files
 from shardproof.leaves import replicated
 from shardproof.safetensors_file import read_header
 
@@ -187,11 +187,32 @@ def test_large_models_have_several_files_and_an_index(tmp_path: Path) -> None:
         Entry(name, torch.zeros(size), replicated((size,)))
         for name, size in (("a", 10), ("b", 20), ("c", 5), ("d", 40))
     ]
-    plans: tuple[FilePlan, ...] = plan_files(entries, "model", largest=100)
-    assert [plan.name for plan in plans] == [
+    layouts: tuple[FileLayout, ...] = divide_into_files(entries, "model", largest=100)
+    assert [layout.name for layout in layouts] == [
         f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)
     ]
-    assert [[each.name for each in plan.tensors] for plan in plans] == [["a"], ["b", "c"], ["d"]]
+    assert [[each.name for each in layout.tensors] for layout in layouts] == [
+        ["a"],
+        ["b", "c"],
+        ["d"],
+    ]
+
+
+def test_a_run_with_several_files_is_resumed_too(pool: Pool, tmp_path: Path) -> None:
+    def run(axis: Axis, steps: range, to: str, start: str = "") -> None:
+        model, optimizer = cut(axis)
+        if start:
+            sp.load(tmp_path / start, model, optimizer)
+        train(model, optimizer, steps)
+        sp.save(tmp_path / to, model, optimizer, step=steps.stop, largest_file=1000)
+
+    pool(1, "threads").run(lambda axis: run(axis, range(2), "unbroken"))
+    pool(2, "threads").run(lambda axis: run(axis, range(1), "half"))
+    pool(3, "threads").run(lambda axis: run(axis, range(1, 2), "resumed", "half"))
+    assert hashes(tmp_path / "resumed") == hashes(tmp_path / "unbroken")
+    index = json.loads((tmp_path / "resumed/model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(WHOLE.state_dict())
+    assert len(set(index["weight_map"].values())) > 2
 
 
 def test_a_damaged_byte_has_the_name_of_its_tensor(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Checkpoints that are damaged, interrupted, in the way, or of something else."""
 
+import copy
+import hashlib
 import json
 import os
 import re
@@ -9,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +26,9 @@ import warm
 from places import Pool
 from shardproof.axis import Axis
 from shardproof.checkpoint import directory as directories
-from shardproof.checkpoint.manifest import find_damage
+from shardproof.checkpoint.manifest import find_damage, root_of
 from shardproof.errors import MismatchError, UsageError
-from test_checkpoint import cut, hashes, train, trained
+from test_checkpoint import STYLES, WHOLE, cut, hashes, train, trained
 
 Damage = Callable[[Path], Any]
 WITH_TESTS = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -42,10 +45,31 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def edit_state(change: Callable[[dict[str, Any]], Any]) -> Damage:
+    """Change shardproof.json; the manifest is made to agree, as a writer of the format would."""
+
     def damage(path: Path) -> None:
         state = json.loads((path / "shardproof.json").read_text())
         change(state)
-        (path / "shardproof.json").write_text(json.dumps(state))
+        text = json.dumps(state).encode()
+        (path / "shardproof.json").write_bytes(text)
+        digest = hashlib.sha256(text).hexdigest()
+        entry = {"bytes": len(text), "tensors": {"": [digest]}}
+        edit_manifest(lambda content: content["files"].update({"shardproof.json": entry}))(path)
+
+    return damage
+
+
+def edit_manifest(change: Callable[[dict[str, Any]], Any]) -> Damage:
+    """Change the manifest, and its root hash with it unless the change is about that."""
+
+    def damage(path: Path) -> None:
+        file = path / "shardproof.manifest.json"
+        content = json.loads(file.read_text())
+        root = content["root"]
+        change(content)
+        if content["root"] == root:
+            content["root"] = root_of(content)
+        file.write_text(json.dumps(content))
 
     return damage
 
@@ -91,15 +115,53 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         edit_state(lambda s: s["optimizer"]["groups"][0]["parameters"].append("5.bias")),
         r"other parameters than this one: 5\.bias",
     ),
-    "truncated": (cut_short, r"model.safetensors cannot be read as safetensors: .* fewer than"),
-    "overlong": (lengthen, r"model.safetensors cannot be read as safetensors: .* more than the"),
+    "truncated": (cut_short, r"model.safetensors has 700 bytes, and [\d,]+ in the manifest"),
+    "overlong": (lengthen, r"model.safetensors has [\d,]+ bytes, and [\d,]+ in the man"),
     "an index that leads out": (index_outside, r"names \.\./other\.safetensors"),
-    "no weights": (without("model.safetensors"), "has no weights"),
+    "no weights": (
+        without("model.safetensors"),
+        r"model.safetensors, which the manifest lists, cannot be read",
+    ),
     "no state of the optimizer": (
         without("optimizer.safetensors"),
-        r"do not have the tensors .* 0\.bias/exp_avg",
+        r"optimizer.safetensors, which the manifest lists, cannot be read",
     ),
-    "no plain data": (without("shardproof.json"), "has no state of an optimizer"),
+    "no plain data": (without("shardproof.json"), r"has no shardproof\.json"),
+    "no manifest": (without("shardproof.manifest.json"), "manifest.json cannot be read"),
+    "a manifest that leads out": (
+        edit_manifest(lambda m: m["files"].update({"../x": m["files"]["shardproof.json"]})),
+        r"names '\.\./x', which is outside",
+    ),
+    "a manifest of another form": (
+        edit_manifest(lambda m: m["files"].update({"x": 3})),
+        "has 3 for 'x'",
+    ),
+    "a manifest that does not agree with itself": (
+        edit_manifest(lambda m: m.update(version=1, root="0")),
+        "its root hash is not that of its lines",
+    ),
+    "an edited file": (
+        lambda path: (path / "shardproof.json").write_text(
+            (path / "shardproof.json").read_text().replace('"step": 1', '"step": 2')
+        ),
+        "is not the file that the manifest lists",
+    ),
+    "an option of another form": (
+        edit_state(lambda s: s["optimizer"]["groups"][0]["options"].update(lr={"float": "x"})),
+        "is no value of a checkpoint",
+    ),
+    "extra of another form": (
+        edit_state(lambda s: s.update(extra={"dict": [1]})),
+        "has a shardproof.json of another form",
+    ),
+    "no values": (
+        edit_state(lambda s: s["optimizer"].pop("values")),
+        "has a shardproof.json of another form",
+    ),
+    "an optimizer that is a list": (
+        edit_state(lambda s: s.update(optimizer=[1])),
+        "the optimizer of .* is",
+    ),
     "not there": (shutil.rmtree, "is no directory"),
 }
 
@@ -144,12 +206,12 @@ def shorter() -> nn.Module:
 def test_a_model_that_is_not_the_one_saved(whole: Path) -> None:
     with pytest.raises(UsageError, match=r"'4.weight' has shape \(10,\) in .*, and \(12,\) in"):
         sp.load(whole, wider(), weights_only=True)
-    with pytest.raises(UsageError, match=r"has no tensor for 5.weight, 5.bias.*partial=True"):
+    with pytest.raises(UsageError, match=r"has no tensor for 5.bias, 5.weight.*partial=True"):
         sp.load(whole, longer(), weights_only=True)
     with pytest.raises(UsageError, match=r"has 4.bias, .*for which there is no parameter"):
         sp.load(whole, shorter(), weights_only=True)
     loaded = sp.load(whole, longer(), weights_only=True, partial=True)
-    assert loaded.missing == ("5.weight", "5.bias")
+    assert loaded.missing == ("5.bias", "5.weight")
     loaded = sp.load(whole, shorter(), weights_only=True, partial=True)
     assert set(loaded.unexpected) >= {"4.weight", "4.bias", "4.running_mean"}
 
@@ -217,8 +279,9 @@ def test_an_interrupted_replacement_is_finished(tmp_path: Path) -> None:
     assert sp.load(path, model, optimizer).step == 1
     shutil.copytree(path, previous)
     assert sp.load(path, model, optimizer).step == 1
-    assert os.listdir(tmp_path) == ["here"]
     assert hashes(path) == first
+    assert hashes(saved(path, 2)) != first
+    assert os.listdir(tmp_path) == ["here"]
 
 
 def test_leftovers_are_cleaned_by_the_next_save(tmp_path: Path) -> None:
@@ -230,6 +293,103 @@ def test_leftovers_are_cleaned_by_the_next_save(tmp_path: Path) -> None:
     saved(path)
     assert os.listdir(tmp_path) == ["here"]
     assert find_damage(path) == []
+
+
+def test_what_is_not_ours_is_never_removed(tmp_path: Path) -> None:
+    """Files beside a checkpoint in its directory, and directories with the names of leftovers."""
+    path = saved(tmp_path / "here")
+    saved(path / "step-1")
+    (path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"files that its .* does not list: notes.txt, step-1/"):
+        saved(path, 2)
+    shutil.rmtree(path / "step-1")
+    (path / "notes.txt").unlink()
+    first = hashes(path)
+    for name in (".here.saving", ".here.previous", ".here.removing"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "letter.txt").write_text("mine")
+        with pytest.raises(UsageError, match=r"Move it|is no checkpoint"):
+            saved(path, 2)
+        assert (tmp_path / name / "letter.txt").read_text() == "mine"
+        shutil.rmtree(tmp_path / name)
+        (tmp_path / name).symlink_to(tmp_path)
+        with pytest.raises(UsageError, match=r"Move it|is no directory"):
+            saved(path, 2)
+        (tmp_path / name).unlink()
+    assert hashes(path) == first
+
+
+def test_a_load_waits_for_the_end_of_a_replacement(tmp_path: Path) -> None:
+    """Another process is between the two renames, and holds the lock."""
+    path = saved(tmp_path / "here")
+    other = directories.SavedDirectory(path)
+    os.rename(path, directories.previous_of(path))
+    thread = threading.Timer(0.3, lambda: os.rename(directories.previous_of(path), path))
+    thread.start()
+    model, optimizer = cut(Axis.solo())
+    assert sp.load(path, model, optimizer).step == 1
+    thread.join()
+    other.abandon()
+    assert os.listdir(tmp_path) == ["here"]
+
+
+class OfOneTensor(torch.optim.SGD):
+    """An optimizer with state that no parameter has."""
+
+    def step(self, closure: Any = None) -> None:
+        self.state["all"] = torch.zeros(3)
+
+
+def test_state_that_would_be_lost_is_refused(pool: Pool, tmp_path: Path) -> None:
+    def flat(axis: Axis) -> None:
+        model, optimizer = cut(axis)
+        for parameter in model.parameters():
+            optimizer.state[parameter]["flat"] = torch.zeros(parameter.numel() + 1)
+        with pytest.raises(UsageError, match="nothing says how the state is cut"):
+            sp.save(tmp_path / "here", model, optimizer)
+        whole = OfOneTensor(model.parameters(), lr=0.1)
+        whole.state["all"] = torch.zeros(3)
+        with pytest.raises(UsageError, match="'all', which belongs to no parameter"):
+            sp.save(tmp_path / "here", model, whole)
+
+    pool(2, "threads").run(flat)
+    assert os.listdir(tmp_path) == []
+
+
+def test_parameters_that_differ_between_ranks_are_not_blended(pool: Pool, tmp_path: Path) -> None:
+    def save(axis: Axis) -> None:
+        model, _ = cut(axis)
+        with torch.no_grad():
+            model[3].bias += axis.rank
+        with pytest.raises(MismatchError, match=r"different checkpoints: for 3\.bias"):
+            sp.save(tmp_path / "here", model)
+
+    pool(2, "threads").run(save)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_error_of_rank_0_alone_reaches_all(pool: Pool, tmp_path: Path) -> None:
+    class Tokenizer:
+        def save_pretrained(self, folder: Path) -> None:
+            (folder / "templates").mkdir()
+            (folder / "templates/one.jinja").write_text("x")
+            raise LookupError("no vocabulary")
+
+    def save(axis: Axis) -> str:
+        with pytest.raises((LookupError, UsageError)) as raised:
+            sp.save(tmp_path / "here", cut(axis)[0], tokenizer=Tokenizer())
+        return f"{type(raised.value).__name__}: {raised.value}"
+
+    first, second = pool(2, "threads").run(save)
+    assert first == "LookupError: no vocabulary"
+    assert second.endswith("failed: LookupError: no vocabulary.")
+    assert os.listdir(tmp_path) == []
+
+
+def test_another_seed_is_said_aloud(whole: Path) -> None:
+    model = sp.parallelize(copy.deepcopy(WHOLE), STYLES, Axis.solo(), scheme=sp.Scheme(seed=1))
+    with pytest.warns(UserWarning, match=r"scheme .*'seed': 0.*'seed': 1"):
+        assert not sp.load(whole, model, weights_only=True).is_same_contract
 
 
 def test_two_runs_do_not_save_into_one_directory(tmp_path: Path) -> None:
@@ -244,7 +404,10 @@ def test_two_runs_do_not_save_into_one_directory(tmp_path: Path) -> None:
 def test_ranks_that_save_different_things(pool: Pool, tmp_path: Path) -> None:
     def save(axis: Axis) -> None:
         model, optimizer = cut(axis)
-        with pytest.raises(MismatchError, match="were given different checkpoints: for state"):
+        with pytest.raises(
+            MismatchError,
+            match="for step, rank 0 has 0, rank 1 has 1",
+        ):
             sp.save(tmp_path / "here", model, optimizer, step=axis.rank)
 
     pool(3, "threads").run(save)
@@ -267,7 +430,7 @@ from pathlib import Path
 import pytest
 import shardproof as sp
 from shardproof.errors import UsageError
-from test_checkpoint import cut, trained
+from test_checkpoint import STYLES, WHOLE, cut, trained
 path = Path(sys.argv[1])
 trained(sp.Axis.solo(), path, range(1))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -295,11 +458,33 @@ def test_a_full_disk_is_an_error_on_all_ranks_and_the_old_one_stays(tmp_path: Pa
     assert find_damage(path) == []
 
 
+def save_without_room(axis: Axis, path: Path) -> str:
+    """Save; rank 1 may write no bytes beyond the first 2,000 of a file."""
+    model, optimizer = cut(axis)
+    if axis.rank == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+    with pytest.raises(UsageError) as raised:
+        sp.save(path, model, optimizer)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    return str(raised.value)
+
+
+def test_a_rank_that_cannot_write_is_an_error_on_all_ranks(tmp_path: Path) -> None:
+    path = saved(tmp_path / "here")
+    first = hashes(path)
+    said = sp.launch(lambda axis: save_without_room(axis, path), degree=2, engine="processes")
+    assert said[0] == said[1]
+    assert re.search(r"writing .*model.safetensors failed at .*: File too large\.", said[0])
+    assert os.listdir(tmp_path) == ["here"]
+    assert hashes(path) == first
+
+
 SAVING = """
 import sys
 from pathlib import Path
 import shardproof as sp
-from test_checkpoint import cut, train
+from test_checkpoint import STYLES, WHOLE, cut, train
 
 def save(axis):
     model, optimizer = cut(axis)
@@ -332,7 +517,7 @@ def test_a_save_that_is_killed_leaves_a_whole_checkpoint(tmp_path: Path, pool: P
                 time.sleep(0.05 + 0.037 * kill)
             finally:
                 process.send_signal(signal.SIGKILL)
-        directories.recover(path)
+        directories.wait_for_name(path)
         assert find_damage(path) == []
         step = json.loads((path / "shardproof.json").read_text())["step"]
         unbroken[step] = hashes(path)
@@ -348,7 +533,8 @@ def test_a_save_that_is_killed_leaves_a_whole_checkpoint(tmp_path: Path, pool: P
 def test_a_header_that_lies(whole: Path, tmp_path: Path) -> None:
     """Lengths and offsets beyond the file, and holes, are named before anything is read."""
     path = tmp_path / "copy"
-    shutil.copytree(whole, path)
+    path.mkdir()
+    shutil.copy(whole / "model.safetensors", path)
     data = (path / "model.safetensors").read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + size])

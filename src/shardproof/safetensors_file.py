@@ -88,7 +88,7 @@ class Piece(NamedTuple):
 
     Attributes:
         start: offset in the file.
-        row: index along the dims before the cut one, taken as one.
+        row: index of the row, if all dims before the cut one are flattened to one.
         place: slice along the cut dim of the part.
     """
 
@@ -117,14 +117,16 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
             if not 2 <= length <= min(_LARGEST_HEADER, size - 8):
-                raise _no_file(what, f"its first 8 bytes give no length of a header, of {size:,}")
+                raise _unreadable(
+                    what, f"its first 8 bytes give no length of a header, of {size:,}"
+                )
             header = file.read(length)
     except OSError as error:
         raise UsageError(f"{what} cannot be read: {files.why(error)}. {_FETCH}") from None
     return _tensors(header, 8 + length, size, what)
 
 
-def _no_file(what: str, reason: str) -> UsageError:
+def _unreadable(what: str, reason: str) -> UsageError:
     return UsageError(f"{what} cannot be read as safetensors: {reason}. {_FETCH}")
 
 
@@ -132,11 +134,11 @@ def _tensors(header: bytes, start: int, size: int, what: str) -> dict[str, Store
     try:
         entries = files.parse_json(header.decode("utf-8"))
     except (UnicodeDecodeError, ValueError) as error:
-        raise _no_file(
+        raise _unreadable(
             what, f"its header is not JSON ({short_text(str(error), most=100)})"
         ) from None
     if not isinstance(entries, dict):
-        raise _no_file(what, f"its header is {short_repr(entries)}")
+        raise _unreadable(what, f"its header is {short_repr(entries)}")
     entries.pop("__metadata__", None)
     places = []
     for name, entry in entries.items():
@@ -146,13 +148,13 @@ def _tensors(header: bytes, start: int, size: int, what: str) -> dict[str, Store
     end = start
     for first, stop, stored in places:
         if first != end:
-            raise _no_file(
+            raise _unreadable(
                 what, f"the bytes of {short_repr(stored.name)} begin at {first}, not {end}"
             )
         end = stop
     if end != size:
         more = "fewer" if size < end else "more"
-        raise _no_file(what, f"it has {size:,} bytes, {more} than the {end:,} of its header")
+        raise _unreadable(what, f"it has {size:,} bytes, {more} than the {end:,} of its header")
     return {stored.name: stored for _, _, stored in places}
 
 
@@ -170,10 +172,10 @@ def _stored(name: str, entry: Any, start: int, what: str) -> tuple[StoredTensor,
         or not _are_sizes(offsets)
         or len(offsets) != 2
     ):
-        raise _no_file(what, f"its entry for {short_repr(name)} is {short_repr(entry)}")
+        raise _unreadable(what, f"its entry for {short_repr(name)} is {short_repr(entry)}")
     stored = StoredTensor(name, kind, tuple(shape), start + offsets[0])
     if offsets[1] - offsets[0] != stored.num_bytes:
-        raise _no_file(
+        raise _unreadable(
             what,
             f"{short_repr(name)} with shape {short_repr(stored.shape)} and dtype {kind} needs "
             f"{stored.num_bytes:,} bytes, and has {offsets[1] - offsets[0]:,}",
@@ -229,7 +231,7 @@ def pieces_of(
                 yield Piece(start, row, slice(at, at + length))
 
 
-def placed(runs: Sequence[range]) -> list[tuple[range, int]]:
+def with_places(runs: Sequence[range]) -> list[tuple[range, int]]:
     """Runs that lie one after the other in a part, each with its first position there."""
     starts = itertools.accumulate(map(len, runs), initial=0)
     return list(zip(runs, starts, strict=False))
@@ -286,7 +288,7 @@ def read_part(descriptor: int, stored: StoredTensor, layout: Layout, out: Tensor
     is_same = out.device.type == "cpu" and out.dtype == dtype
     if has_long_runs(stored.shape, dim, len(runs), stored.item_bytes):
         for start, row, place in pieces_of(
-            stored, dim, placed(runs), most=None if is_same else BUFFER
+            stored, dim, with_places(runs), most=None if is_same else BUFFER
         ):
             to = target[row, place]
             block = to if is_same else torch.empty(to.shape, dtype=dtype)

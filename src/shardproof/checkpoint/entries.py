@@ -1,6 +1,7 @@
 """What a checkpoint has: the tensors of a model and of an optimizer, with their layouts."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,15 +155,19 @@ def state_of(model: nn.Module, optimizer: Optimizer) -> tuple[list[Entry], dict[
             neither a tensor nor plain data.
     """
     names = names_of(model, optimizer)
+    _check_whole_state(optimizer)
     layouts = {id(parameter): layout for _, parameter, layout, _ in layouts_of(model)}
     entries: list[Entry] = []
     values: dict[str, Any] = {}
     for group, group_names in zip(optimizer.param_groups, names, strict=True):
         for parameter, name in zip(group["params"], group_names, strict=True):
-            for key, value in optimizer.state.get(parameter, {}).items():
+            state = optimizer.state.get(parameter, {})
+            _check_keys(state, name)
+            for key, value in sorted(state.items()):
                 what = f"{name}{SEPARATOR}{key}"
                 if isinstance(value, Tensor):
                     layout = state_layout(optimizer, key, value, layouts[id(parameter)])
+                    check_layout(layout, layouts[id(parameter)], what)
                     entries.append(Entry(what, value, layout))
                 else:
                     values[what] = plain(value, what)
@@ -184,6 +189,39 @@ def state_of(model: nn.Module, optimizer: Optimizer) -> tuple[list[Entry], dict[
     }
 
 
+def _check_whole_state(optimizer: Optimizer) -> None:
+    """Raise if an optimizer has state that belongs to none of its parameters."""
+    parameters = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    others = [short_repr(key) for key in optimizer.state if id(key) not in parameters]
+    others += sorted(set(optimizer.state_dict()) - {"state", "param_groups", "shardproof_ranks"})
+    if others:
+        raise UsageError(
+            f"the state of {type(optimizer).__name__} has {few(others, most=3)}, which belongs to "
+            "no parameter, and a checkpoint would lose it. Pass it as extra=."
+        )
+
+
+def _check_keys(state: Mapping[Any, Any], name: str) -> None:
+    """Raise unless the keys of a parameter's state are text without the separator."""
+    others = [key for key in state if not isinstance(key, str) or SEPARATOR in key]
+    if others:
+        raise UsageError(
+            f"the state of {name!r} has the key {short_repr(others[0])}. A checkpoint has keys "
+            f"that are text without {SEPARATOR!r}."
+        )
+
+
+def check_layout(layout: Layout, of_parameter: Layout, what: str) -> None:
+    """Raise if nothing says how a tensor of the state of a cut parameter is cut."""
+    is_known = layout.dim is not None or math.prod(layout.shape) == 1
+    if of_parameter.dim is not None and not is_known:
+        raise UsageError(
+            f"{what} has shape {layout.shape} on this rank, and its parameter is cut and has "
+            f"{of_parameter.local_shape}: nothing says how the state is cut. Use an optimizer "
+            "whose state has the shape of the parameter."
+        )
+
+
 def plain(value: Any, what: str) -> Any:
     """Plain data as JSON can have it, from which `restored` makes the value again.
 
@@ -198,7 +236,8 @@ def plain(value: Any, what: str) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
-        return value if value - value == 0.0 else {"float": repr(value)}
+        number = float(value)
+        return number if math.isfinite(number) else {"float": repr(number)}
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
         number = value.item()
         if isinstance(number, bool | int | float):
@@ -219,28 +258,34 @@ def plain(value: Any, what: str) -> Any:
     )
 
 
-def restored(value: Any) -> Any:
+def restored(value: Any, what: str) -> Any:
     """The value from which `plain` made plain data.
+
+    Args:
+        value: the plain data.
+        what: where they stand, for messages.
 
     Raises:
         UsageError: `plain` makes no such data.
     """
     if isinstance(value, list):
-        return [restored(each) for each in value]
+        return [restored(each, what) for each in value]
     if not isinstance(value, dict):
         return value
     match value:
-        case {"float": str(text)}:
+        case {"float": "inf" | "-inf" | "nan" as text}:
             return float(text)
         case {"tuple": list(items)}:
-            return tuple(restored(each) for each in items)
+            return tuple(restored(each, what) for each in items)
         case {"dict": list(pairs)}:
-            return {key: restored(each) for key, each in pairs}
+            return {
+                key: restored(each, what) for key, each in pairs
+            }  # a pair of another form raises
         case {"tensor": number, "dtype": str(name), "shape": list(shape)} if name in _DTYPES:
-            return torch.tensor(restored(number), dtype=_DTYPES[name]).reshape(shape)
+            return torch.tensor(restored(number, what), dtype=_DTYPES[name]).reshape(shape)
         case {"dtype": str(name)} if name in _DTYPES:
             return _DTYPES[name]
-    raise UsageError(f"{short_repr(value)} is no value of a checkpoint. Save it again.")
+    raise UsageError(f"{what} has {short_repr(value)}, which is no value of a checkpoint.")
 
 
 def check_unique(entries: Iterable[Entry]) -> None:
@@ -253,6 +298,6 @@ def check_unique(entries: Iterable[Entry]) -> None:
     for entry in entries:
         if entry.name in names:
             raise UsageError(
-                f"two tensors of the model are called {entry.name!r}. Rename one of them."
+                f"two tensors of a checkpoint would be called {entry.name!r}. Rename one of them."
             )
         names.add(entry.name)

@@ -11,23 +11,24 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardproof import files
-from shardproof.axis import Axis
 from shardproof.checked_objects import checked_model, checked_optimizer, load_into
 from shardproof.checked_values import checked_flag
-from shardproof.checkpoint.directory import STATE, checked_path, recover
+from shardproof.checkpoint.directory import MANIFEST, STATE, checked_path, wait_for_name
 from shardproof.checkpoint.entries import (
     SEPARATOR,
     Entry,
     axis_of,
+    check_layout,
     check_values,
     draws_of,
     names_of,
     restored,
     weights_of,
 )
-from shardproof.checkpoint.save import PLAIN, VERSION, contract_of
+from shardproof.checkpoint.manifest import check_small
+from shardproof.checkpoint.save import PLAIN, VERSION, contract_of, scheme_of
 from shardproof.checkpoint.together import together
-from shardproof.errors import UsageError
+from shardproof.errors import ShardproofError, UsageError
 from shardproof.hf.weights import (
     MODEL,
     OPTIMIZER,
@@ -41,10 +42,11 @@ from shardproof.leaves import Layout
 from shardproof.optim.layouts import layouts_of
 from shardproof.optim.state import state_layout
 from shardproof.safetensors_file import StoredTensor
-from shardproof.wording import few, short_repr, short_text
+from shardproof.wording import error_words, few, short_repr, short_text
 
 _LARGEST_STATE = 1 << 28  # bytes
 _AGAIN = "Fetch or save the checkpoint again."
+_REPLACED = "Load it again."
 
 
 @dataclass(frozen=True)
@@ -109,76 +111,108 @@ def load(
         optimizer = None if optimizer is None else checked_optimizer(optimizer)
         weights_only = checked_flag(weights_only, "weights_only")
         partial = checked_flag(partial, "partial")
-    with together(axis, f"recovering {short_text(str(path))}"):
+    what = f"reading {short_text(str(path))}"
+    with together(axis, what):
         if axis.rank == 0:
-            recover(path)
-    with together(axis, f"reading {short_text(str(path))}"):
-        plan = _plan(path, model, optimizer, weights_only, partial)
-    with together(axis, f"reading {short_text(str(path))}"):
-        read(plan.weights)
-        read(plan.states)
+            wait_for_name(path)
+    with together(axis, what):
+        to_read = _what_to_read(path, model, optimizer, weights_only, partial)
+    axis.agree({"root hash": to_read.root}, what="checkpoints", way_out=_REPLACED)
+    with together(axis, what):
+        read(to_read.weights)
+        read(to_read.states)
+        if _root_of(path) != to_read.root:
+            raise UsageError(f"{short_text(str(path))} was replaced while it was read. {_REPLACED}")
     with together(axis, "loading the optimizer"):
-        if optimizer is not None and plan.optimizer is not None:
-            load_into(optimizer, _state_dict(model, optimizer, plan))
-            _keep_dtypes(model, optimizer, plan.states)
-    if not weights_only:
-        for name, step in plan.draws.items():
-            draws_of(model)[name].step = step
-    return _result(plan, model, axis)
+        if optimizer is not None and to_read.state_dict is not None:
+            load_into(optimizer, to_read.state_dict)
+            _keep_dtypes(model, optimizer, to_read.states)
+    modules = draws_of(model)
+    for name, step in to_read.draws.items():
+        modules[name].step = step
+    return _result(to_read, model)
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _ToRead:
     """What is to be read, checked in full."""
 
     path: Path
+    root: str
     state: dict[str, Any]
+    extra: Any
     weights: list[Match]
     states: list[Match]
-    optimizer: dict[str, Any] | None
+    state_dict: dict[str, Any] | None
     draws: dict[str, int]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
 
 
-def _plan(
+def _what_to_read(
     path: Path, model: nn.Module, optimizer: Optimizer | None, weights_only: bool, partial: bool
-) -> _Plan:
+) -> _ToRead:
     what = short_text(str(path))
     if not path.is_dir():
         raise UsageError(f"{what} is no directory. Name one that shardproof.save wrote.")
-    state = _state_of(path)
+    state, root = _state_of(path), _root_of(path)
     available = stored_tensors(path, MODEL)
-    missing, unexpected = differences(model, available)
+    entries = weights_of(model)
+    if state:  # it has every tensor of the model that was saved, and no more
+        mine = {entry.name for entry in entries}
+        missing, unexpected = sorted(mine - available.keys()), sorted(available.keys() - mine)
+    else:
+        missing, unexpected = differences(model, available)
     if (missing or unexpected) and not partial:
         raise UsageError(_different(what, model, missing, unexpected))
-    entries = [entry for entry in weights_of(model) if entry.name in available]
+    entries = [entry for entry in entries if entry.name in available]
     check_values(entries)
-    matches = [(entry, *available[entry.name]) for entry in entries]
-    for entry, file, stored in matches:
+    weights = [(entry, *available[entry.name]) for entry in entries]
+    for entry, file, stored in weights:
         check_fit(entry, stored, file)
-    saved = state.get("optimizer")
-    draws = {} if weights_only else _draws(what, model, state)
     states: list[Match] = []
-    if weights_only:
-        saved = None
+    state_dict = None
+    _check_choice(what, state.get("optimizer"), optimizer, weights_only)
+    try:
         if optimizer is not None:
-            raise UsageError(
-                "weights_only=True with an optimizer: which of them is meant? Leave one out."
-            )
-    elif optimizer is None and saved is not None:
+            states = _match_states(path, model, optimizer, state["optimizer"])
+            state_dict = _state_dict(model, optimizer, state["optimizer"], states, what)
+        extra = restored(state.get("extra"), what)
+    except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:
+        if isinstance(error, ShardproofError):
+            raise
         raise UsageError(
-            f"{what} has the state of {short_repr(saved.get('class'))}, and no optimizer is given. "
-            "Give it; or pass weights_only=True to leave that state."
+            f"{what} has a {STATE} of another form ({error_words(error)}). {_AGAIN}"
+        ) from error
+    draws = {} if weights_only else _draws(what, model, state)
+    return _ToRead(
+        path, root, state, extra, weights, states, state_dict, draws,
+        tuple(missing), tuple(unexpected),
+    )  # fmt: skip
+
+
+def _check_choice(what: str, saved: Any, optimizer: Optimizer | None, weights_only: bool) -> None:
+    """Raise if the state of an optimizer is there and not wanted, or wanted and not there."""
+    if weights_only and optimizer is not None:
+        raise UsageError(
+            "weights_only=True with an optimizer: which of them is meant? Leave one out."
         )
-    elif optimizer is not None:
-        if saved is None:
-            raise UsageError(
-                f"{what} has no state of an optimizer. Load it without one; the optimizer then "
-                "begins anew."
-            )
-        states = _match_states(path, model, optimizer, saved)
-    return _Plan(path, state, matches, states, saved, draws, tuple(missing), tuple(unexpected))
+    if optimizer is None and saved is not None and not weights_only:
+        kind = saved.get("class") if isinstance(saved, dict) else saved
+        raise UsageError(
+            f"{what} has the state of {short_repr(kind)}, and no optimizer is given. Give it; or "
+            "pass weights_only=True to leave that state."
+        )
+    if optimizer is not None and saved is None:
+        raise UsageError(
+            f"{what} has no state of an optimizer. Load it without one; the optimizer then "
+            "begins anew."
+        )
+
+
+def _root_of(path: Path) -> str:
+    """The root hash of a checkpoint of ours, whose small files agree with it; "" of others."""
+    return check_small(path) if os.path.lexists(path / STATE) else ""
 
 
 def _different(what: str, model: nn.Module, missing: list[str], unexpected: list[str]) -> str:
@@ -197,6 +231,12 @@ def _state_of(path: Path) -> dict[str, Any]:
     """The plain data of a checkpoint; {} for a directory that shardproof did not write."""
     file = path / STATE
     if not os.path.lexists(file):
+        ours = [MANIFEST, *(each.name for each in path.glob(f"{OPTIMIZER}*.safetensors"))]
+        if any(os.path.lexists(path / name) for name in ours):
+            raise UsageError(
+                f"{short_text(str(path))} has no {STATE}, which stands beside the files that "
+                f"shardproof wrote there. {_AGAIN}"
+            )
         return {}
     what = short_text(str(file))
     state = files.read_json(file, what=what, way_out=_AGAIN, largest=_LARGEST_STATE)
@@ -290,27 +330,34 @@ def _available_states(path: Path) -> dict[str, tuple[Path, StoredTensor]]:
 def _layout_of_state(
     optimizer: Optimizer, key: str, stored: StoredTensor, layout: Layout
 ) -> Layout:
-    """The layout of a tensor of the state, from its whole shape."""
+    """The layout of a tensor of the state, from its whole shape.
+
+    Raises:
+        UsageError: nothing says how it is cut.
+    """
     whole = torch.empty(stored.shape, device="meta")
     if stored.shape == layout.shape:
         whole = torch.empty(layout.local_shape, device="meta")
-    return state_layout(optimizer, key, whole, layout)
+    where = state_layout(optimizer, key, whole, layout)
+    check_layout(where, layout, f"{stored.name} with shape {stored.shape}")
+    return where
 
 
-def _state_dict(model: nn.Module, optimizer: Optimizer, plan: _Plan) -> dict[str, Any]:
-    """What `optimizer.load_state_dict` takes."""
-    saved = plan.optimizer or {}
+def _state_dict(
+    model: nn.Module, optimizer: Optimizer, saved: dict[str, Any], states: list[Match], what: str
+) -> dict[str, Any]:
+    """What `optimizer.load_state_dict` takes; the tensors are filled later."""
     names = names_of(model, optimizer)
     numbers = {name: number for number, name in enumerate(n for group in names for n in group)}
     state: dict[int, dict[str, Any]] = {}
-    values: list[tuple[str, Any]] = [(entry.name, entry.tensor) for entry, *_ in plan.states]
-    values += [(name, restored(value)) for name, value in saved["values"].items()]
+    values: list[tuple[str, Any]] = [(entry.name, entry.tensor) for entry, *_ in states]
+    values += [(name, restored(value, what)) for name, value in saved["values"].items()]
     for full, value in values:
         name, _, key = full.rpartition(SEPARATOR)
         state.setdefault(numbers[name], {})[key] = value
     groups = []
     for group_names, group in zip(names, saved["groups"], strict=True):
-        options = {key: restored(value) for key, value in group["options"].items()}
+        options = {key: restored(value, what) for key, value in group["options"].items()}
         groups.append({**options, "params": [numbers[name] for name in group_names]})
     return {"state": state, "param_groups": groups}
 
@@ -320,25 +367,30 @@ def _keep_dtypes(model: nn.Module, optimizer: Optimizer, states: list[Match]) ->
     parameters = {name: parameter for name, parameter, *_ in layouts_of(model)}
     for entry, *_ in states:
         name, _, key = entry.name.rpartition(SEPARATOR)
-        optimizer.state[parameters[name]][key] = entry.tensor
+        loaded = optimizer.state[parameters[name]][key]
+        if loaded.dtype != entry.tensor.dtype:
+            optimizer.state[parameters[name]][key] = entry.tensor.to(loaded.device)
 
 
-def _result(plan: _Plan, model: nn.Module, axis: Axis) -> Loaded:
-    contract, mine = plan.state.get("contract", ""), contract_of(model)
+def _result(to_read: _ToRead, model: nn.Module) -> Loaded:
+    state, contract = to_read.state, to_read.state.get("contract", "")
+    mine = contract_of(model)
+    if contract == mine and state.get("scheme") != scheme_of(model):
+        contract, mine = f"scheme {state.get('scheme')}", f"scheme {scheme_of(model)}"
     is_same = contract == mine
-    goes_on = plan.optimizer is not None or mine != PLAIN
-    if contract and not is_same and goes_on and axis.rank == 0:
+    goes_on = to_read.state_dict is not None or contract_of(model) != PLAIN
+    if contract and not is_same and goes_on:
         warnings.warn(
-            f"{short_text(str(plan.path))} was saved under the contract {short_repr(contract)}, "
-            f"and the model here has {mine!r}: the values are right, and the next steps may have "
-            "other bits than an unbroken run.",
+            f"{short_text(str(to_read.path))} was saved under the contract "
+            f"{short_repr(contract)}, and the model here has {mine!r}: the values are right, and "
+            "the next steps may have other bits than an unbroken run.",
             stacklevel=3,
         )
     return Loaded(
-        step=plan.state.get("step", 0),
-        extra=restored(plan.state.get("extra")),
-        contract=contract,
+        step=state.get("step", 0),
+        extra=to_read.extra,
+        contract=state.get("contract", ""),
         is_same_contract=is_same,
-        missing=plan.missing,
-        unexpected=plan.unexpected,
+        missing=to_read.missing,
+        unexpected=to_read.unexpected,
     )

@@ -11,11 +11,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from shardproof import files
-from shardproof.checkpoint.directory import MANIFEST
+from shardproof.checkpoint.directory import LARGEST_JSON, MANIFEST, files_of
 from shardproof.errors import UsageError
 from shardproof.safetensors_file import read_header, read_into
 from shardproof.wording import few, short_repr, short_text
@@ -23,7 +23,6 @@ from shardproof.wording import few, short_repr, short_text
 VERSION = 1
 BLOCK = 16 << 20  # bytes
 _READ = 1 << 20  # bytes that are read at once
-_LARGEST = 1 << 30  # bytes of a manifest: 10 million blocks
 _AGAIN = "Fetch or save the checkpoint again."
 
 
@@ -130,16 +129,19 @@ def share_of(blocks: Sequence[HashedBlock], rank: int, size: int) -> Sequence[Ha
     return shares[rank]
 
 
-def manifest_of(blocks: Sequence[HashedBlock], hashes: Sequence[str]) -> bytes:
+def manifest_of(
+    names: Sequence[str], blocks: Sequence[HashedBlock], hashes: Sequence[str]
+) -> bytes:
     """The text of a manifest.
 
     Args:
+        names: all files.
         blocks: all blocks of all files.
         hashes: of each block.
     """
-    listed: dict[str, dict[str, Any]] = {}
+    listed: dict[str, dict[str, Any]] = {name: {"bytes": 0, "tensors": {}} for name in names}
     for block, digest in zip(blocks, hashes, strict=True):
-        entry = listed.setdefault(block.file, {"bytes": 0, "tensors": {}})
+        entry = listed[block.file]
         entry["bytes"] = block.stop
         entry["tensors"].setdefault(block.tensor, []).append(digest)
     content = {"version": VERSION, "block_bytes": BLOCK, "files": listed}
@@ -160,7 +162,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         UsageError: there is none, it cannot be read, or its own hash does not agree.
     """
     what = short_text(str(folder / MANIFEST))
-    content = files.read_json(folder / MANIFEST, what=what, way_out=_AGAIN, largest=_LARGEST)
+    content = files.read_json(folder / MANIFEST, what=what, way_out=_AGAIN, largest=LARGEST_JSON)
     version = content.get("version") if isinstance(content, dict) else None
     if type(version) is int and version > VERSION:
         raise UsageError(
@@ -175,10 +177,57 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{what} is no manifest of a checkpoint: {short_repr(content)}. {_AGAIN}")
     if content.get("root") != root_of(content):
         raise UsageError(f"{what} is damaged: its root hash is not that of its lines. {_AGAIN}")
-    for name in content["files"]:
-        if "/" in name or name in {"", ".", ".."}:
+    for name, entry in content["files"].items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
             raise UsageError(f"{what} names {short_repr(name)}, which is outside the directory.")
+        if not _is_entry(entry):
+            raise UsageError(f"{what} has {short_repr(entry)} for {short_repr(name)}. {_AGAIN}")
     return content
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether the manifest has the size of a file, and hashes by tensor."""
+    if not isinstance(entry, dict) or type(entry.get("bytes")) is not int:
+        return False
+    tensors = entry.get("tensors")
+    return isinstance(tensors, dict) and all(
+        isinstance(hashes, list) and all(isinstance(each, str) for each in hashes)
+        for hashes in tensors.values()
+    )
+
+
+def check_small(folder: Path) -> str:
+    """Compare sizes, headers and small files of a checkpoint with its manifest.
+
+    Returns:
+        The root hash of the manifest.
+
+    Raises:
+        UsageError: something does not agree; it names the file.
+    """
+    content = read_manifest(folder)
+    for name, entry in content["files"].items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                reason = f"has {size:,} bytes, and {entry['bytes']:,} in the manifest"
+                raise UsageError(f"{short_text(str(path))} {reason}. {_AGAIN}")
+            blocks = [block for block in blocks_of(folder, [name]) if not block.tensor]
+            hashes = hashes_of(folder, blocks) if size <= BLOCK or len(blocks) == 1 else []
+        except OSError as error:
+            raise UsageError(
+                f"{short_text(str(path))}, which the manifest lists, cannot be read: "
+                f"{files.why(error)}. {_AGAIN}"
+            ) from None
+        if hashes and hashes != entry["tensors"].get(""):
+            raise UsageError(
+                f"{short_text(str(path))} is not the file that the manifest lists: another "
+                f"SHA-256. {_AGAIN}"
+            )
+    root: str = content["root"]
+    return root
 
 
 def find_damage(
@@ -198,7 +247,8 @@ def find_damage(
         UsageError: as `read_manifest`.
     """
     content = read_manifest(folder)
-    damages = []
+    others = sorted(set(files_of(folder)) - set(content["files"]))
+    damages = [Damage(name, "", "it is not in the manifest") for name in others]
     blocks: list[HashedBlock] = []
     expected: list[str] = []
     for name, entry in content["files"].items():
@@ -218,7 +268,7 @@ def find_damage(
             damages.append(Damage(name, "", reason))
             continue
         blocks += mine
-        expected += [digest for hashes in entry["tensors"].values() for digest in hashes]
+        expected += [digest for tensor in counts for digest in entry["tensors"][tensor]]
     hashes = _hash_all(folder, blocks, workers, progress)
     found: set[tuple[str, str]] = set()
     for block, digest, wanted in zip(blocks, hashes, expected, strict=True):

@@ -20,6 +20,7 @@ from shardproof.checkpoint.directory import (
     STATE,
     SavedDirectory,
     checked_path,
+    files_of,
     sync,
     work_of,
 )
@@ -35,16 +36,23 @@ from shardproof.checkpoint.entries import (
     weights_of,
 )
 from shardproof.checkpoint.together import together
-from shardproof.checkpoint.writing import LARGEST_FILE, FilePlan, PartWriter, create, plan_files
+from shardproof.checkpoint.writing import (
+    LARGEST_FILE,
+    FileLayout,
+    PartWriter,
+    create,
+    divide_into_files,
+)
+from shardproof.errors import UsageError
 from shardproof.hf.detection import is_transformers
 from shardproof.hf.saving import write_configs
 from shardproof.hf.weights import MODEL, OPTIMIZER
 from shardproof.layers import registry
 from shardproof.numerics import mode
-from shardproof.safetensors_file import check_dtypes
-from shardproof.wording import short_text
+from shardproof.safetensors_file import bytes_of, check_dtypes
+from shardproof.wording import short_repr, short_text
 
-PlannedFile = tuple[FilePlan, dict[str, Entry]]
+FileToWrite = tuple[FileLayout, dict[str, Entry]]
 
 VERSION = 1
 PLAIN = "plain"  # the contract of a model that is not cut
@@ -58,6 +66,7 @@ def save(
     step: int = 0,
     extra: Any = None,
     tokenizer: Any = None,
+    largest_file: int = LARGEST_FILE,
 ) -> Path:
     """Save a model and its optimizer; all ranks of the model call it.
 
@@ -74,6 +83,7 @@ def save(
         extra: plain data that the next step depends on (`scheduler.state_dict()`, a position in the
             data): None, bools, numbers, text, and lists, tuples and dicts of them.
         tokenizer: a tokenizer or processor of transformers, whose files are saved too.
+        largest_file: most bytes of tensors in one file; a larger tensor has a file of its own.
 
     Returns:
         The directory, as an absolute path.
@@ -88,27 +98,60 @@ def save(
         setup one exchange of (rows, size) for every 8 MiB of a tensor whose rows are cut; and small
         objects.
     """
-    plans: list[PlannedFile] = []
+    to_write: list[FileToWrite] = []
     model = checked_model(model)
     axis = axis_of(model)
     with together(axis, "checking what is saved"):
         path = checked_path(directory)
         optimizer = None if optimizer is None else checked_optimizer(optimizer)
+        _check_tokenizer(tokenizer)
+        largest_file = checked_whole(largest_file, "largest_file")
         state, entries = _collect(model, optimizer, _checked_step(step), extra)
         for stem, group in entries.items():
             by_name = {entry.name: entry for entry in group}
-            plans += [(plan, by_name) for plan in plan_files(group, stem, largest=LARGEST_FILE)]
-    signature = {"directory": str(path), "state": state} | {
-        plan.name: str(plan.header) for plan, _ in plans
-    }
-    digests = {key: _digest(value) for key, value in signature.items()}
-    axis.agree(digests, what="checkpoints", way_out="Save the same on all ranks.")
-    _write(path, plans, axis, lambda folder: _write_others(folder, model, state, tokenizer, plans))
+            layouts = divide_into_files(group, stem, largest=largest_file)
+            to_write += [(layout, by_name) for layout in layouts]
+        signature = _signature(path, state, to_write, entries)
+    axis.agree(signature, what="checkpoints", way_out="Save the same on all ranks.")
+
+    def write_others(folder: Path) -> None:
+        _write_others(folder, model, state, tokenizer, to_write)
+
+    _write(path, to_write, axis, write_others)
     return path
 
 
+def _signature(
+    path: Path,
+    state: dict[str, Any],
+    to_write: Sequence[FileToWrite],
+    entries: dict[str, list[Entry]],
+) -> dict[str, Any]:
+    """What must be the same on all ranks, each value small; also tensors that all ranks hold."""
+    return {
+        "directory": str(path),
+        "step": state["step"],
+        **{key: _digest(value) for key, value in state.items() if key != "step"},
+        **{layout.name: _digest(str(layout.header)) for layout, _ in to_write},
+        **{
+            entry.name: hashlib.sha256(bytes_of(entry.tensor.cpu().contiguous())).hexdigest()
+            for group in entries.values()
+            for entry in group
+            if entry.layout.dim is None
+        },
+    }
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
+        raise UsageError(
+            f"tokenizer={short_repr(tokenizer)} has no save_pretrained. Give a tokenizer or a "
+            "processor of transformers."
+        )
+
+
 def _write(
-    path: Path, plans: Sequence[PlannedFile], axis: Axis, write_others: Callable[[Path], None]
+    path: Path, to_write: Sequence[FileToWrite], axis: Axis, write_others: Callable[[Path], None]
 ) -> None:
     """Write all files beside the directory, and give it its name.
 
@@ -121,9 +164,9 @@ def _write(
         with together(axis, what):
             if axis.rank == 0:
                 saved = SavedDirectory(path)
-                create(saved.work, [plan for plan, _ in plans])
+                create(saved.work, [layout for layout, _ in to_write])
                 write_others(saved.work)
-        _write_tensors(work_of(path), plans, axis)
+        _write_tensors(work_of(path), to_write, axis)
         _write_manifest(work_of(path), axis)
         with together(axis, what):
             if saved is not None:
@@ -145,7 +188,7 @@ def _collect(
         "version": VERSION,
         "step": step,
         "contract": contract_of(model),
-        "scheme": _scheme_of(model),
+        "scheme": scheme_of(model),
         "torch": torch.__version__,
         "draws": {name: module.step for name, module in draws_of(model).items()},
         "extra": plain(extra, "extra"),
@@ -170,7 +213,8 @@ def contract_of(model: nn.Module) -> str:
     return PLAIN
 
 
-def _scheme_of(model: nn.Module) -> dict[str, Any] | None:
+def scheme_of(model: nn.Module) -> dict[str, Any] | None:
+    """The scheme of a cut model as plain data; None if it is not cut."""
     for module in model.modules():
         if registry.is_cut_module(module):
             scheme = registry.record_of(module).scheme
@@ -193,7 +237,7 @@ def _write_others(
     model: nn.Module,
     state: dict[str, Any],
     tokenizer: Any,
-    plans: Sequence[PlannedFile],
+    to_write: Sequence[FileToWrite],
 ) -> None:
     """Write the files that are small; called by one rank."""
     if is_transformers(model):
@@ -201,17 +245,17 @@ def _write_others(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     for stem in (MODEL, OPTIMIZER):
-        files = [plan for plan, _ in plans if plan.name.startswith(f"{stem}-")]
-        if files:
-            write_file(folder / f"{stem}.safetensors.index.json", _index(files))
+        layouts = [layout for layout, _ in to_write if layout.name.startswith(f"{stem}-")]
+        if layouts:
+            write_file(folder / f"{stem}.safetensors.index.json", _index(layouts))
     write_file(folder / STATE, (json.dumps(state, indent=1) + "\n").encode())
-    for path in folder.iterdir():
-        sync(path)
+    for name in files_of(folder):
+        sync(folder / name)
 
 
-def _index(plans: Sequence[FilePlan]) -> bytes:
-    names = {stored.name: plan.name for plan in plans for stored in plan.tensors}
-    total = sum(stored.num_bytes for plan in plans for stored in plan.tensors)
+def _index(layouts: Sequence[FileLayout]) -> bytes:
+    names = {stored.name: layout.name for layout in layouts for stored in layout.tensors}
+    total = sum(stored.num_bytes for layout in layouts for stored in layout.tensors)
     index = {
         "metadata": {"total_size": total},
         "weight_map": dict(sorted(names.items())),
@@ -219,17 +263,17 @@ def _index(plans: Sequence[FilePlan]) -> bytes:
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def _write_tensors(folder: Path, plans: Sequence[PlannedFile], axis: Axis) -> None:
+def _write_tensors(folder: Path, to_write: Sequence[FileToWrite], axis: Axis) -> None:
     """Write this rank's bytes of every file.
 
     Comm:
         setup one exchange of (rows, size) for every 8 MiB of a tensor whose rows are cut.
     """
-    for plan, entries in plans:
-        path = folder / plan.name
+    for layout, entries in to_write:
+        path = folder / layout.name
         writer = PartWriter(path, axis)
         try:
-            for stored in plan.tensors:
+            for stored in layout.tensors:
                 writer.write(stored, entries[stored.name])
             with together(axis, f"writing {short_text(str(path))}"):
                 writer.finish()
@@ -243,16 +287,20 @@ def _write_manifest(folder: Path, axis: Axis) -> None:
     Comm:
         setup none in the ledger: small objects of all ranks go to all, uncounted.
     """
+    names: list[str] = []
+    with together(axis, f"reading {short_text(str(folder))}"):
+        names = files_of(folder) if axis.rank == 0 else []
+    names = axis.gather_small(names, what="the files")[0]
+    blocks: list[manifest.HashedBlock] = []
     mine: list[str] = []
     with together(axis, f"hashing {short_text(str(folder))}"):
-        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         blocks = manifest.blocks_of(folder, names)
         share = manifest.share_of(blocks, axis.rank, axis.size)
         mine = manifest.hashes_of(folder, share)
     hashes = [each for part in axis.gather_small(mine, what="the hashes") for each in part]
     with together(axis, f"writing {short_text(str(folder / MANIFEST))}"):
         if axis.rank == 0:
-            write_file(folder / MANIFEST, manifest.manifest_of(blocks, hashes))
+            write_file(folder / MANIFEST, manifest.manifest_of(names, blocks, hashes))
 
 
 def write_file(path: Path, data: bytes) -> None:

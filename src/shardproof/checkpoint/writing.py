@@ -32,7 +32,7 @@ LARGEST_FILE = 5_000_000_000  # bytes of tensors, as of transformers (max_shard_
 
 
 @dataclass(frozen=True)
-class FilePlan:
+class FileLayout:
     """One file of a checkpoint.
 
     Attributes:
@@ -48,9 +48,9 @@ class FilePlan:
     num_bytes: int
 
 
-def plan_files(
+def divide_into_files(
     entries: Sequence[Entry], stem: str, *, largest: int = LARGEST_FILE
-) -> tuple[FilePlan, ...]:
+) -> tuple[FileLayout, ...]:
     """Divide whole tensors into files, the same at every degree.
 
     A file takes tensors in their order until the next one would make it larger than `largest`.
@@ -76,10 +76,10 @@ def plan_files(
         if count == 1
         else [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     )
-    return tuple(_plan_file(name, group) for name, group in zip(names, groups, strict=True))
+    return tuple(_file_layout(name, group) for name, group in zip(names, groups, strict=True))
 
 
-def _plan_file(name: str, entries: list[Entry]) -> FilePlan:
+def _file_layout(name: str, entries: list[Entry]) -> FileLayout:
     ordered = sorted(entries, key=lambda entry: (-entry.tensor.dtype.itemsize, entry.name))
     header = header_of([(each.name, each.tensor.dtype, each.layout.shape) for each in ordered])
     start = len(header)
@@ -89,22 +89,22 @@ def _plan_file(name: str, entries: list[Entry]) -> FilePlan:
         stored = StoredTensor(entry.name, kind, entry.layout.shape, start)
         tensors.append(stored)
         start += stored.num_bytes
-    return FilePlan(name, header, tuple(tensors), start)
+    return FileLayout(name, header, tuple(tensors), start)
 
 
-def create(folder: Path, plans: Iterable[FilePlan]) -> None:
+def create(folder: Path, layouts: Iterable[FileLayout]) -> None:
     """Make the files at their full size with their headers; called by one rank.
 
     Raises:
         OSError: the disk has too little room, or the files cannot be written.
     """
-    for plan in plans:
+    for each in layouts:
         descriptor = os.open(
-            folder / plan.name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644
+            folder / each.name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644
         )
         try:
-            os.posix_fallocate(descriptor, 0, plan.num_bytes)
-            write_from(descriptor, 0, memoryview(plan.header))
+            os.posix_fallocate(descriptor, 0, each.num_bytes)
+            write_from(descriptor, 0, memoryview(each.header))
         finally:
             os.close(descriptor)
 
@@ -112,7 +112,7 @@ def create(folder: Path, plans: Iterable[FilePlan]) -> None:
 class PartWriter:
     """Writes this rank's bytes of one file.
 
-    An error of the system is kept until `finish`: the rank goes on to exchange blocks, for which
+    An error is kept until `finish`: the rank goes on to exchange blocks, for which
     the other ranks wait.
 
     Args:
@@ -124,7 +124,7 @@ class PartWriter:
     """
 
     def __init__(self, path: Path, axis: Axis) -> None:
-        self.error: OSError | None = None
+        self.error: OSError | RuntimeError | None = None
         self._axis = axis
         self._path = path
         self._descriptor: int | None = None
@@ -141,8 +141,10 @@ class PartWriter:
         """
         if self.error is None and self._descriptor is not None:
             os.fsync(self._descriptor)
-        if self.error is not None:
+        if isinstance(self.error, OSError):
             raise OSError(self.error.errno, self.error.strerror, str(self._path))
+        if self.error is not None:
+            raise self.error
 
     def close(self) -> None:
         """Close the file."""
@@ -168,13 +170,13 @@ class PartWriter:
         if layout.dim is None or self._axis.size == 1:
             self._write_share(stored, x)
             return
-        counts = sum(len(layout.of(rank).owned_runs) for rank in range(self._axis.size))
+        num_runs = sum(len(layout.of(rank).owned_runs) for rank in range(self._axis.size))
         inner = math.prod(layout.shape[layout.dim + 1 :])
         rows = math.prod(layout.shape[: layout.dim])
         if not rows * inner:
             return
         part = x.reshape(rows, -1, inner)
-        if has_long_runs(layout.shape, layout.dim, counts, stored.item_bytes):
+        if has_long_runs(layout.shape, layout.dim, num_runs, stored.item_bytes):
             runs = _paired(layout.owned_runs, layout.owned_places)
             for start, row, place in pieces_of(stored, layout.dim, runs, most=BUFFER):
                 self._write(start, part[row, place])
@@ -228,7 +230,7 @@ class PartWriter:
             return
         try:
             write_from(self._descriptor, start, bytes_of(x.cpu().contiguous()))
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if memory is short
             self.error = error
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import nn
@@ -10,7 +11,7 @@ from shardproof.checkpoint.save import save
 from shardproof.errors import UsageError
 from shardproof.hf.detection import is_transformers
 from shardproof.layers.base import ShardedModule
-from shardproof.wording import few
+from shardproof.wording import few, short_text
 
 _PART = "a rank has only its part of the weights"
 _ADAPTER = (
@@ -58,11 +59,18 @@ def _save_pretrained(
     model: nn.Module,
     save_directory: str | os.PathLike[str],
     is_main_process: bool = True,
+    *,
     safe_serialization: bool = True,
     **options: Any,
 ) -> None:
     """`shardproof.save` of the weights; all ranks call it, whichever is the main process."""
     others = sorted(options)
+    folder = Path(save_directory)
+    if any(folder.glob("optimizer*.safetensors")):
+        raise UsageError(
+            f"save_pretrained into {short_text(str(folder))}, which has the state of an optimizer: "
+            "that would be lost. Use shardproof.save with the optimizer, or another directory."
+        )
     if not safe_serialization:
         others.insert(0, "safe_serialization=False")
     if others:
