@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from shardproof.axis import Axis
 from shardproof.checked_objects import checked_model, checked_optimizer
-from shardproof.checked_values import checked_whole
+from shardproof.checked_values import checked_whole, whole_number
 from shardproof.checkpoint import manifest
 from shardproof.checkpoint.directory import (
     MANIFEST,
@@ -105,11 +105,11 @@ def save(
         path = checked_path(directory)
         optimizer = None if optimizer is None else checked_optimizer(optimizer)
         _check_tokenizer(tokenizer)
-        largest_file = checked_whole(largest_file, "largest_file")
+        largest = _checked_largest(largest_file)
         state, entries = _collect(model, optimizer, _checked_step(step), extra)
         for stem, group in entries.items():
             by_name = {entry.name: entry for entry in group}
-            layouts = divide_into_files(group, stem, largest=largest_file)
+            layouts = divide_into_files(group, stem, largest=largest)
             to_write += [(layout, by_name) for layout in layouts]
         signature = _signature(path, state, to_write, entries)
     axis.agree(signature, what="checkpoints", way_out="Save the same on all ranks.")
@@ -226,6 +226,15 @@ def _checked_step(step: Any) -> int:
     if type(step) is int and step == 0:
         return 0
     return checked_whole(step, "step")
+
+
+def _checked_largest(largest_file: Any) -> int:
+    number = whole_number(largest_file)  # it may be more than `checked_whole` allows
+    if number is None or number < 1:
+        raise UsageError(
+            f"largest_file={short_repr(largest_file)} is no number of bytes. Use 1 or more."
+        )
+    return number
 
 
 def _digest(value: Any) -> str:
