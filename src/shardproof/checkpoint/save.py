@@ -95,8 +95,7 @@ def save(
         MismatchError: the ranks save different things.
 
     Comm:
-        setup one exchange of (rows, size) for every 8 MiB of a tensor whose rows are cut; and small
-        objects.
+        setup one exchange of (rows, size) for every 8 MiB of a tensor whose rows are cut.
     """
     to_write: list[FileToWrite] = []
     model = checked_model(model)
