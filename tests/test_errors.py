@@ -35,7 +35,10 @@ BUILTINS = {
 FOREIGN_RAISES = {
     ("plan.py", "ImportError"): "caught beside what the import itself raises",
     ("plan.py", "ModuleNotFoundError"): "caught beside what the import itself raises",
+    ("files.py", "ValueError"): "what json itself raises",
+    ("safetensors_file.py", "OSError"): "what reading itself raises",
     ("segment.py", "OSError"): "caught beside what opening the memory itself raises",
+    ("writing.py", "OSError"): "what writing itself raises",
     ("base.py", "AttributeError"): "what Python raises of what is not there",
     ("cut_module.py", "AttributeError"): "what Python raises of what is not there",
     ("output.py", "BrokenPipeError"): "what Python itself raises where nobody reads the output",

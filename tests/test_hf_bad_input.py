@@ -25,7 +25,7 @@ from shardproof.plans.style import ColumnParallel, RowParallel, VocabParallel
 from shardproof.plans.watched_plan import WatchedPlan
 from shardproof.scheme import Scheme
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 
 def refusal(model: nn.Module, given: Any = None, degree: int = 2) -> str:
@@ -288,17 +288,29 @@ def test_a_tied_weight_that_is_stored_twice(tmp_path: Path) -> None:
 # -- saving ----------------------------------------------------------------------------------------
 
 
-def saving(axis: Axis, directory: Path) -> None:
-    model = cut_model(axis, Setting("llama"))
-    for each in (model, copy.deepcopy(model)):
-        with pytest.raises(UsageError, match=r"save_pretrained of a cut LlamaForCausalLM: a rank"):
-            each.save_pretrained(directory / "model")
-    assert not any(directory.iterdir())
+def saving(axis: Axis, whole: nn.Module, directory: Path) -> None:
+    model = parallelize(copy.deepcopy(whole), None, axis)
+    nn.init.zeros_(model.model.norm.weight)
+    for each, name in ((model, "model"), (copy.deepcopy(model), "copy")):
+        each.save_pretrained(directory / name)
+        with pytest.raises(UsageError, match=r"save_pretrained of a cut Llama.* with max_shard_s"):
+            each.save_pretrained(directory / "other", max_shard_size="1GB")
+        with pytest.raises(UsageError, match=r"with safe_serialization=False"):
+            each.save_pretrained(directory / "other", safe_serialization=False)
 
 
-@pytest.mark.parametrize("degree", [1, 2])
-def test_a_cut_model_saves_no_checkpoint(degree: int, tmp_path: Path, pool: Pool) -> None:
-    pool(degree, "threads").run(functools.partial(saving, directory=tmp_path))
+@pytest.mark.parametrize("degree", [1, 3])
+def test_a_cut_model_saves_whole_weights(degree: int, tmp_path: Path, pool: Pool) -> None:
+    """Plain transformers reads them, and no parameter is left out."""
+    model = whole_model("llama")
+    pool(degree, "threads").run(functools.partial(saving, whole=model, directory=tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "model"]
+    whole = model.state_dict()
+    whole["model.norm.weight"] = torch.zeros_like(whole["model.norm.weight"])
+    for name in ("model", "copy"):
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
+        assert again.keys() == whole.keys()
+        assert [each for each in whole if not torch.equal(whole[each], again[each])] == []
 
 
 # -- initialising ----------------------------------------------------------------------------------

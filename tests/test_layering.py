@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("environment", "files", "torchrun"),
     ("checked_objects",),
     ("autograd", "checking", "c_modules", "error_text", "extras", "leaves", "index_runs", "tree"),
-    ("heads", "observing", "scheme", "timeout", "units"),
+    ("heads", "observing", "safetensors_file", "scheme", "timeout", "units"),
     ("operators",),
     ("block_layout",),
     # One forward of any module, and what of it can be cut apart: labels, rules, families.
@@ -137,7 +137,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("optim.adafactor", "optim.muon", "optim.state"),
     ("optim.__init__",),
     # Models of Hugging Face transformers, which compute through these layers.
-    ("hf.detection",),
+    ("hf.detection", "hf.saving"),
+    # Whole models as plain directories.
+    ("checkpoint.directory", "checkpoint.entries", "checkpoint.together"),
+    ("checkpoint.manifest", "checkpoint.writing", "hf.weights"),
+    ("checkpoint.save",),
+    ("checkpoint.load",),
+    ("checkpoint.__init__",),
     (
         "hf.attention_registry",
         "hf.cache",
@@ -148,7 +154,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "hf.parameters",
         "hf.refused",
     ),
-    ("hf.weights",),
     ("hf.config",),
     ("hf.head", "hf.skeleton"),
     ("hf.__init__",),
@@ -260,7 +265,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli.cases", "cli.output", "cli.output_file", "cli.signals"),
     ("cli.options", "cli.plan_tables", "cli.tensor_table"),
     ("cli.report_text",),
-    ("cli.break_", "cli.doctor", "cli.plan", "cli.prove", "cli.show"),
+    ("cli.break_", "cli.checkpoint", "cli.doctor", "cli.plan", "cli.prove", "cli.show"),
     ("cli.main",),
     ("cli.__init__",),
     ("__main__",),

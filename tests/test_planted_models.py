@@ -7,6 +7,7 @@ that people make come from `shardproof.mistakes`, which plants them in a smaller
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +126,11 @@ def read_as(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, Layout], Lay
     """Let the loader read every weight for another layout, which `change` gives."""
     correct = weights.matched
 
-    def planted(model: nn.Module, directory: Path) -> dict[Path, list[Any]]:
-        return {
-            file: [(name, parameter, change(name, layout)) for name, parameter, layout in entries]
-            for file, entries in correct(model, directory).items()
-        }
+    def planted(model: nn.Module, directory: Path) -> list[weights.Match]:
+        return [
+            (replace(entry, layout=change(entry.name, entry.layout)), file, stored)
+            for entry, file, stored in correct(model, directory)
+        ]
 
     monkeypatch.setattr(weights, "matched", planted)
 

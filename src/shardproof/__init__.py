@@ -11,6 +11,8 @@ _set_blas_mode()
 
 from shardproof import errors, functional, hf, optim
 from shardproof.axis import Axis
+from shardproof.checkpoint.load import load
+from shardproof.checkpoint.save import save
 from shardproof.comparison import checked
 from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -77,6 +79,7 @@ __all__ = [
     "hf",
     "initialize",
     "launch",
+    "load",
     "load_optimizer_state_dict",
     "max_over_parameters",
     "min_over_parameters",
@@ -88,6 +91,7 @@ __all__ = [
     "parameter_norms",
     "plan",
     "prove",
+    "save",
     "show",
     "sum_over_parameters",
     "sums_by_parameter",

@@ -110,18 +110,31 @@ def read_json(
         UsageError: as in `read_text`; or it is not JSON.
     """
     text = read_text(path, what=what, way_out=way_out, largest=largest)
+    try:
+        return parse_json(text, only_finite=only_finite)
+    except ValueError as error:
+        raise UsageError(f"{what} is not JSON ({error}). {way_out}") from None
+
+
+def parse_json(text: str, *, only_finite: bool = True) -> Any:
+    """Parse JSON as strictly as `read_json` does.
+
+    Args:
+        text: the JSON.
+        only_finite: as in `read_json`.
+
+    Raises:
+        ValueError: it is not JSON; the message is the reason.
+    """
     options: dict[str, Any] = {"parse_constant": _no_constant, "parse_float": _finite}
     try:
         return json.loads(
             text, object_pairs_hook=_unique, parse_int=_whole, **(options if only_finite else {})
         )
     except json.JSONDecodeError as error:
-        reason = f"{error.msg}, line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{error.msg}, line {error.lineno}, column {error.colno}") from None
     except RecursionError:
-        reason = "it is nested too deeply"
-    except _Strange as error:
-        reason = str(error)
-    raise UsageError(f"{what} is not JSON ({reason}). {way_out}") from None
+        raise ValueError("it is nested too deeply") from None
 
 
 class _Strange(ValueError):  # noqa: N818 - never seen outside of this file

@@ -19,6 +19,7 @@ import click
 
 from shardproof import __version__, torchrun
 from shardproof.cli.break_ import break_
+from shardproof.cli.checkpoint import checkpoint
 from shardproof.cli.doctor import doctor
 from shardproof.cli.options import HELP_OPTIONS
 from shardproof.cli.plan import plan
@@ -34,6 +35,7 @@ COMMANDS: tuple[click.Command, ...] = (
     doctor,
     plan,
     break_,
+    checkpoint,
 )
 
 EXIT_USAGE = 2

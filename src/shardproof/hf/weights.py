@@ -3,20 +3,22 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from shardproof import files, optim
+from shardproof import files
 from shardproof.checked_objects import checked_model
+from shardproof.checkpoint.entries import Entry, check_values, weights_of
 from shardproof.errors import UsageError
-from shardproof.leaves import Layout
+from shardproof.safetensors_file import StoredTensor, read_header, read_part
 from shardproof.wording import dtype_name, few, short_repr, short_text
 
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+CONFIG, MODEL, OPTIMIZER = "config.json", "model", "optimizer"
+_INDEX = ".safetensors.index.json"
 # Buffers of rotary embeddings in old checkpoints, which follow from the config.
 _COMPUTED = r"(^|\.)inv_freq$"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -34,24 +36,46 @@ _FLOATS = {
     "BF16": torch.bfloat16,
 }
 
-Entry = tuple[str, nn.Parameter, Layout]
+Match = tuple[Entry, Path, StoredTensor]
 
 
-def weight_files(directory: str | Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that has it.
+def stored_tensors(folder: Path, stem: str = MODEL) -> dict[str, tuple[Path, StoredTensor]]:
+    """Tensor name -> the safetensors file that has it, and its place there.
 
     Args:
-        directory: directory of a checkpoint, with config.json.
+        folder: directory of a checkpoint.
+        stem: "model", or "optimizer" for the state of an optimizer that shardproof saved.
 
     Raises:
-        UsageError: the directory, its config.json or its safetensors do not exist, or its index or
-            a file cannot be read.
+        UsageError: the directory has no safetensors, or its index or a file cannot be read.
     """
-    folder = checked_directory(directory)
-    index = folder / INDEX
+    headers: dict[Path, dict[str, StoredTensor]] = {}
+    tensors = {}
+    for name, file in _files_of(folder, stem, headers).items():
+        if file not in headers:
+            headers[file] = read_header(file)
+        if name not in headers[file]:
+            raise UsageError(
+                f"{short_text(str(file))} cannot be read as safetensors: it has no tensor "
+                f"{short_repr(name)}, which the index beside it names. {_FETCH}"
+            )
+        tensors[name] = file, headers[file][name]
+    return tensors
+
+
+def _files_of(
+    folder: Path, stem: str, headers: dict[Path, dict[str, StoredTensor]]
+) -> dict[str, Path]:
+    """Tensor name -> file; `headers` takes those of files that were read."""
+    index = folder / f"{stem}{_INDEX}"
     if os.path.lexists(index):
-        return _indexed(folder, index)
-    shards = sorted(folder.glob("*.safetensors"))
+        return _indexed(folder, index, f"{stem}{_SAFE}")
+    if stem == MODEL:
+        shards = sorted(
+            file for file in folder.glob(f"*{_SAFE}") if not file.name.startswith(OPTIMIZER)
+        )
+    else:
+        shards = [folder / f"{stem}{_SAFE}"]
     if not shards:
         pickles = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
         if pickles:
@@ -66,33 +90,34 @@ def weight_files(directory: str | Path) -> dict[str, Path]:
         )
     files_by_name: dict[str, Path] = {}
     for file in shards:
-        with _opened(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - a file, no dict
-                if name in files_by_name:
-                    raise UsageError(
-                        f"{short_text(str(folder))} has the tensor {short_repr(name)} in "
-                        f"{files_by_name[name].name} and in {file.name}, and no {INDEX} says which "
-                        "one is meant. Remove one of the files."
-                    )
-                files_by_name[name] = file
+        headers[file] = read_header(file)
+        for name in headers[file]:
+            if name in files_by_name:
+                raise UsageError(
+                    f"{short_text(str(folder))} has the tensor {short_repr(name)} in "
+                    f"{files_by_name[name].name} and in {file.name}, and no {index.name} says "
+                    "which one is meant. Remove one of the files."
+                )
+            files_by_name[name] = file
     return files_by_name
 
 
-def _indexed(folder: Path, index: Path) -> dict[str, Path]:
+def _indexed(folder: Path, index: Path, single: str) -> dict[str, Path]:
     """Tensor name -> file, from an index."""
-    file_by_name = _weight_map(index)
-    shards = sorted(set(file_by_name.values()))
+    named = _weight_map(index)
+    shards = sorted(set(named.values()))
     missing = [file for file in shards if not os.path.lexists(folder / file)]
     if missing:
         raise UsageError(
-            f"{short_text(str(folder))} lacks {few(missing)}, which its {INDEX} names. {_FETCH}"
+            f"{short_text(str(folder))} lacks {few(missing)}, which its {index.name} names. "
+            f"{_FETCH}"
         )
-    if SINGLE not in shards and os.path.lexists(folder / SINGLE):
+    if single not in shards and os.path.lexists(folder / single):
         raise UsageError(
-            f"{short_text(str(folder))} has {SINGLE} and an {INDEX} that names other files: two "
-            "sets of weights, of which transformers would read the first. Remove one of them."
+            f"{short_text(str(folder))} has {single} and an {index.name} that names other files: "
+            "two sets of weights, of which transformers would read the first. Remove one of them."
         )
-    return {name: folder / file for name, file in file_by_name.items()}
+    return {name: folder / file for name, file in named.items()}
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -181,21 +206,14 @@ def load(model: nn.Module, directory: str | Path) -> nn.Module:
     Comm:
         none.
     """
-    by_file = matched(model, directory)
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise UsageError(
-                f"parameter {name!r} is on the meta device. Call shardproof.initialize first."
-            )
-    for file, entries in by_file.items():
-        with _opened(file) as tensors:
-            for name, parameter, layout in entries:
-                parameter.copy_(_part(tensors.get_slice(name), layout))
+    matches = matched(model, directory)
+    check_values(entry for entry, *_ in matches)
+    read(matches)
     return model
 
 
-def matched(model: nn.Module, directory: str | Path) -> dict[Path, list[Entry]]:
-    """Match parameters with files and check shapes and dtypes, without reading weights.
+def matched(model: nn.Module, directory: str | Path) -> list[Match]:
+    """Match parameters and buffers with tensors of files, without reading weights.
 
     Args:
         model: cut or not; it may lie on the meta device.
@@ -205,83 +223,95 @@ def matched(model: nn.Module, directory: str | Path) -> dict[Path, list[Entry]]:
         UsageError: as `load` does.
     """
     model = checked_model(model)
-    available = weight_files(directory)
-    shown_directory = short_text(str(directory))
-    parameters = list(optim.layouts_of(model))
-    missing = [name for name, *_ in parameters if name not in available]
+    folder = checked_directory(directory)
+    available = stored_tensors(folder)
+    entries = weights_of(model)
+    missing, unexpected = differences(model, available)
     if missing:
         raise UsageError(
-            f"{shown_directory} has no tensor for {len(missing)} parameters of "
+            f"{short_text(str(folder))} has no tensor for {len(missing)} parameters of "
             f"{type(model).__name__}: {few(missing)}. It has, for instance: "
             f"{few(sorted(available)[:3])}."
         )
-    unexpected = _unexpected(model, available)
     if unexpected:
         raise UsageError(
-            f"{shown_directory} has {len(unexpected)} tensors that {type(model).__name__} has no "
-            f"parameter for: {few(unexpected)}. Make the model from the {CONFIG} beside them."
+            f"{short_text(str(folder))} has {len(unexpected)} tensors that {type(model).__name__} "
+            f"has no parameter for: {few(unexpected)}. Make the model from the {CONFIG} beside "
+            "them."
         )
-    by_file: dict[Path, list[Entry]] = {}
-    for name, parameter, layout, _ in parameters:
-        by_file.setdefault(available[name], []).append((name, parameter, layout))
-    for file, entries in by_file.items():
-        with _opened(file) as tensors:
-            for name, parameter, layout in entries:
-                _check(tensors.get_slice(name), parameter, layout, name, file)
-    return by_file
+    matches = [(entry, *available[entry.name]) for entry in entries if entry.name in available]
+    for entry, file, stored in matches:
+        check_fit(entry, stored, file)
+    return matches
 
 
-def _check(stored: Any, parameter: Tensor, layout: Layout, name: str, file: Path) -> None:
-    """Raise unless a tensor of a file has the shape and a dtype for a parameter."""
-    shape, kind = tuple(stored.get_shape()), str(stored.get_dtype())
-    if shape != layout.shape:
+def differences(model: nn.Module, available: Collection[str]) -> tuple[list[str], list[str]]:
+    """Parameters without a tensor, and tensors without a parameter or buffer.
+
+    Buffers may be missing: transformers does not save all of them.
+
+    Args:
+        model: cut or not.
+        available: names of tensors.
+    """
+    missing = [name for name, _ in model.named_parameters() if name not in available]
+    return missing, _unexpected(model, available)
+
+
+def read(matches: Iterable[Match]) -> None:
+    """Fill tensors with the parts that this rank holds.
+
+    Args:
+        matches: each tensor, its file and its place there, which `check_fit` has checked.
+
+    Raises:
+        UsageError: a file cannot be read.
+
+    Comm:
+        none.
+    """
+    with contextlib.ExitStack() as opened:
+        descriptors: dict[Path, int] = {}
+        for entry, file, stored in matches:
+            try:
+                if file not in descriptors:
+                    descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                    opened.callback(os.close, descriptors[file])
+                read_part(descriptors[file], stored, entry.layout, entry.tensor)
+            except OSError as error:
+                raise UsageError(
+                    f"{short_text(str(file))} cannot be read: {files.why(error)}. {_FETCH}"
+                ) from None
+
+
+def check_fit(entry: Entry, stored: StoredTensor, file: Path) -> None:
+    """Raise unless a tensor of a file has the shape and a dtype for a parameter.
+
+    Raises:
+        UsageError: it has not.
+    """
+    name, dtype = entry.name, entry.tensor.dtype
+    if stored.shape != entry.layout.shape:
         raise UsageError(
-            f"{name!r} has shape {short_repr(shape)} in {short_text(str(file))}, and "
-            f"{layout.shape} in the model. Make the model from the {CONFIG} beside it."
+            f"{name!r} has shape {short_repr(stored.shape)} in {short_text(str(file))}, and "
+            f"{entry.layout.shape} in the model. Make the model from the {CONFIG} beside it."
         )
-    if kind not in _FLOATS or parameter.dtype not in _FLOATS.values():
-        parameter_dtype = dtype_name(parameter.dtype)
+    if stored.dtype != dtype and not {stored.dtype, dtype} <= set(_FLOATS.values()):
         raise UsageError(
-            f"{name!r} has dtype {kind} in {short_text(str(file))}, and {parameter_dtype} in the "
-            f"model. Only {', '.join(_FLOATS)} are cast, and only to one another: the rest are "
-            "numbers of another kind, or quantized, with scales that stand elsewhere. Save the "
+            f"{name!r} has dtype {stored.kind} in {short_text(str(file))}, and {dtype_name(dtype)} "
+            f"in the model. Only {', '.join(_FLOATS)} are cast, and only to one another: the rest "
+            "are numbers of another kind, or quantized, with scales that stand elsewhere. Save the "
             "model unquantized, in one of these."
         )
 
 
 def _unexpected(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Tensors without a parameter, except those that the model is known not to need."""
-    parameter_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
     ignored = [_COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
     return sorted(
         name
         for name in names
-        if name not in parameter_names and not any(re.search(each, name) for each in ignored)
+        if name not in known and not any(re.search(each, name) for each in ignored)
     )
-
-
-def _part(stored: Any, layout: Layout) -> Tensor:
-    """Read this rank's part of one tensor, and no more."""
-    if layout.dim is None:
-        return stored[:] if layout.shape else stored[...]
-    before = (slice(None),) * layout.dim
-    parts = [stored[(*before, slice(run.start, run.stop))] for run in layout.held_runs]
-    if not parts:  # safetensors refuses empty slices
-        return torch.empty(layout.local_shape)
-    return parts[0] if len(parts) == 1 else torch.cat(parts, layout.dim)
-
-
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open  # noqa: PLC0415
-
-    shown_file = short_text(str(file))
-    files.check_regular(file, what=shown_file, way_out=_FETCH)
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except (SafetensorError, OSError) as error:
-        raise UsageError(
-            f"{shown_file} cannot be read as safetensors: {short_text(str(error), most=300)}. "
-            f"{_FETCH}"
-        ) from error

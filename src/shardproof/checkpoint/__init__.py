@@ -1,0 +1,1 @@
+"""Save and load whole models as plain directories, the same bytes at every degree."""

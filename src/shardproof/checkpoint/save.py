@@ -1,0 +1,323 @@
+"""`save`: write a model and its optimizer as a plain directory, the same bytes at every degree."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from shardproof.axis import Axis
+from shardproof.checked_objects import checked_model, checked_optimizer
+from shardproof.checked_values import checked_whole, whole_number
+from shardproof.checkpoint import manifest
+from shardproof.checkpoint.directory import (
+    MANIFEST,
+    STATE,
+    SavedDirectory,
+    checked_path,
+    files_of,
+    sync,
+    work_of,
+)
+from shardproof.checkpoint.entries import (
+    Entry,
+    axis_of,
+    check_extra_state,
+    check_unique,
+    check_values,
+    draws_of,
+    plain,
+    state_of,
+    weights_of,
+)
+from shardproof.checkpoint.together import together
+from shardproof.checkpoint.writing import (
+    LARGEST_FILE,
+    FileLayout,
+    PartWriter,
+    create,
+    divide_into_files,
+)
+from shardproof.errors import UsageError
+from shardproof.hf.detection import is_transformers
+from shardproof.hf.saving import write_configs
+from shardproof.hf.weights import MODEL, OPTIMIZER
+from shardproof.layers import registry
+from shardproof.numerics import mode
+from shardproof.safetensors_file import bytes_of, check_dtypes
+from shardproof.wording import short_repr, short_text
+
+FileToWrite = tuple[FileLayout, dict[str, Entry]]
+
+VERSION = 1
+PLAIN = "plain"  # the contract of a model that is not cut
+
+
+def save(
+    directory: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    step: int = 0,
+    extra: Any = None,
+    tokenizer: Any = None,
+    largest_file: int = LARGEST_FILE,
+) -> Path:
+    """Save a model and its optimizer; all ranks of the model call it.
+
+    The directory has whole tensors under their own names in safetensors files, so that
+    transformers, safetensors and torch read it as it is. Its bytes do not depend on the degree.
+    Each rank writes its own part. The directory appears under its name when it is whole; a
+    checkpoint that had the name is replaced then.
+
+    Args:
+        directory: does not exist, is empty, or has a checkpoint.
+        model: cut or not; of transformers or not.
+        optimizer: of parameters of `model`; None saves weights alone.
+        step: number of steps that were done.
+        extra: plain data that the next step depends on (`scheduler.state_dict()`, a position in the
+            data): None, bools, numbers, text, and lists, tuples and dicts of them.
+        tokenizer: a tokenizer or processor of transformers, whose files are saved too.
+        largest_file: most bytes of tensors in one file; a larger tensor has a file of its own.
+
+    Returns:
+        The directory, as an absolute path.
+
+    Raises:
+        UsageError: the directory exists and is no checkpoint; another process saves there; an
+            argument cannot be saved; or a rank cannot write. All ranks raise, and the directory is
+            as it was.
+        MismatchError: the ranks save different things.
+
+    Comm:
+        setup one exchange of (rows, size) for every 8 MiB of a tensor whose rows are cut.
+    """
+    to_write: list[FileToWrite] = []
+    model = checked_model(model)
+    axis = axis_of(model)
+    with together(axis, "checking what is saved"):
+        path = checked_path(directory)
+        optimizer = None if optimizer is None else checked_optimizer(optimizer)
+        _check_tokenizer(tokenizer)
+        largest = _checked_largest(largest_file)
+        state, entries = _collect(model, optimizer, _checked_step(step), extra)
+        for stem, group in entries.items():
+            by_name = {entry.name: entry for entry in group}
+            layouts = divide_into_files(group, stem, largest=largest)
+            to_write += [(layout, by_name) for layout in layouts]
+        signature = _signature(path, state, to_write, entries)
+    axis.agree(signature, what="checkpoints", way_out="Save the same on all ranks.")
+
+    def write_others(folder: Path) -> None:
+        _write_others(folder, model, state, tokenizer, to_write)
+
+    _write(path, to_write, axis, write_others)
+    return path
+
+
+def _signature(
+    path: Path,
+    state: dict[str, Any],
+    to_write: Sequence[FileToWrite],
+    entries: dict[str, list[Entry]],
+) -> dict[str, Any]:
+    """What must be the same on all ranks, each value small; also tensors that all ranks hold."""
+    return {
+        "directory": str(path),
+        "step": state["step"],
+        **{key: _digest(value) for key, value in state.items() if key != "step"},
+        **{layout.name: _digest(str(layout.header)) for layout, _ in to_write},
+        **{
+            entry.name: hashlib.sha256(bytes_of(entry.tensor.cpu().contiguous())).hexdigest()
+            for group in entries.values()
+            for entry in group
+            if entry.layout.dim is None
+        },
+    }
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
+        raise UsageError(
+            f"tokenizer={short_repr(tokenizer)} has no save_pretrained. Give a tokenizer or a "
+            "processor of transformers."
+        )
+
+
+def _write(
+    path: Path, to_write: Sequence[FileToWrite], axis: Axis, write_others: Callable[[Path], None]
+) -> None:
+    """Write all files beside the directory, and give it its name.
+
+    Comm:
+        setup as `save`.
+    """
+    what = f"saving {short_text(str(path))}"
+    saved: SavedDirectory | None = None
+    try:
+        with together(axis, what):
+            if axis.rank == 0:
+                saved = SavedDirectory(path)
+                create(saved.work, [layout for layout, _ in to_write])
+                write_others(saved.work)
+        _write_tensors(work_of(path), to_write, axis)
+        _write_manifest(work_of(path), axis)
+        with together(axis, what):
+            if saved is not None:
+                saved.finish()
+    except BaseException:
+        if saved is not None:
+            saved.abandon()
+        raise
+
+
+def _collect(
+    model: nn.Module, optimizer: Optimizer | None, step: int, extra: Any
+) -> tuple[dict[str, Any], dict[str, list[Entry]]]:
+    """The plain data and the tensors of a checkpoint, by the stem of their files."""
+    check_extra_state(model)
+    entries = {MODEL: weights_of(model)}
+    state: dict[str, Any] = {
+        "format": "shardproof",
+        "version": VERSION,
+        "step": step,
+        "contract": contract_of(model),
+        "scheme": scheme_of(model),
+        "torch": torch.__version__,
+        "draws": {name: module.step for name, module in draws_of(model).items()},
+        "extra": plain(extra, "extra"),
+    }
+    if optimizer is not None:
+        entries[OPTIMIZER], state["optimizer"] = state_of(model, optimizer)
+    for group in entries.values():
+        check_unique(group)
+        check_values(group)
+        check_dtypes({entry.name: entry.tensor.dtype for entry in group})
+    return state, {stem: group for stem, group in entries.items() if group or stem == MODEL}
+
+
+def contract_of(model: nn.Module) -> str:
+    """What the bits of a model depend on (`numerics.mode.contract`); "plain" if it is not cut."""
+    for module in model.modules():
+        if registry.is_cut_module(module):
+            parameter = next(module.parameters())
+            return mode.contract(
+                registry.record_of(module).scheme, parameter.dtype, parameter.device
+            )
+    return PLAIN
+
+
+def scheme_of(model: nn.Module) -> dict[str, Any] | None:
+    """The scheme of a cut model as plain data; None if it is not cut."""
+    for module in model.modules():
+        if registry.is_cut_module(module):
+            scheme = registry.record_of(module).scheme
+            return {"leaves": scheme.leaves, "numerics": scheme.numerics, "seed": scheme.seed}
+    return None
+
+
+def _checked_step(step: Any) -> int:
+    if type(step) is int and step == 0:
+        return 0
+    return checked_whole(step, "step")
+
+
+def _checked_largest(largest_file: Any) -> int:
+    number = whole_number(largest_file)  # it may be more than `checked_whole` allows
+    if number is None or number < 1:
+        raise UsageError(
+            f"largest_file={short_repr(largest_file)} is no number of bytes. Use 1 or more."
+        )
+    return number
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _write_others(
+    folder: Path,
+    model: nn.Module,
+    state: dict[str, Any],
+    tokenizer: Any,
+    to_write: Sequence[FileToWrite],
+) -> None:
+    """Write the files that are small; called by one rank."""
+    if is_transformers(model):
+        write_configs(model, folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for stem in (MODEL, OPTIMIZER):
+        layouts = [layout for layout, _ in to_write if layout.name.startswith(f"{stem}-")]
+        if layouts:
+            write_file(folder / f"{stem}.safetensors.index.json", _index(layouts))
+    write_file(folder / STATE, (json.dumps(state, indent=1) + "\n").encode())
+    for name in files_of(folder):
+        sync(folder / name)
+
+
+def _index(layouts: Sequence[FileLayout]) -> bytes:
+    names = {stored.name: layout.name for layout in layouts for stored in layout.tensors}
+    total = sum(stored.num_bytes for layout in layouts for stored in layout.tensors)
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": dict(sorted(names.items())),
+    }
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def _write_tensors(folder: Path, to_write: Sequence[FileToWrite], axis: Axis) -> None:
+    """Write this rank's bytes of every file.
+
+    Comm:
+        setup one exchange of (rows, size) for every 8 MiB of a tensor whose rows are cut.
+    """
+    for layout, entries in to_write:
+        path = folder / layout.name
+        writer = PartWriter(path, axis)
+        try:
+            for stored in layout.tensors:
+                writer.write(stored, entries[stored.name])
+            with together(axis, f"writing {short_text(str(path))}"):
+                writer.finish()
+        finally:
+            writer.close()
+
+
+def _write_manifest(folder: Path, axis: Axis) -> None:
+    """Hash every file, each rank its share, and write the manifest.
+
+    Comm:
+        setup none in the ledger: small objects of all ranks go to all, uncounted.
+    """
+    names: list[str] = []
+    with together(axis, f"reading {short_text(str(folder))}"):
+        names = files_of(folder) if axis.rank == 0 else []
+    names = axis.gather_small(names, what="the files")[0]
+    blocks: list[manifest.HashedBlock] = []
+    mine: list[str] = []
+    with together(axis, f"hashing {short_text(str(folder))}"):
+        blocks = manifest.blocks_of(folder, names)
+        share = manifest.share_of(blocks, axis.rank, axis.size)
+        mine = manifest.hashes_of(folder, share)
+    hashes = [each for part in axis.gather_small(mine, what="the hashes") for each in part]
+    with together(axis, f"writing {short_text(str(folder / MANIFEST))}"):
+        if axis.rank == 0:
+            write_file(folder / MANIFEST, manifest.manifest_of(names, blocks, hashes))
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file, down to the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
