@@ -25,6 +25,8 @@ from shardproof.ranks import open_ranks
 # Reset inherited signal settings. With SIGCHLD ignored, a process cannot read its children's exit
 # codes; blocked signals would stay blocked in children.
 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell does so for a background job
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.pthread_sigmask(signal.SIG_SETMASK, [])
 # Hundreds of processes are started; without compiled files each would compile the package again.
 sys.dont_write_bytecode = False
