@@ -19,6 +19,7 @@ from places import EVERYWHERE, Pool
 from shardproof import comm
 from shardproof.axis import Axis
 from shardproof.engines.engine import Ranks
+from shardproof.layers import registry
 from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.layers.linear import ColumnParallelLinear
 from shardproof.leaves import Cut, Layout
@@ -244,6 +245,31 @@ def test_one_parameter_has_one_layout_and_one_gradient(pool: Pool) -> None:
         assert names == ["scale", "embedding.weight", "head.bias"]
         assert same
         assert ledger["update"]["all_reduce"]["calls"] == 2  # weight and bias, each once
+
+
+def names_of_shared_weights(axis: Axis) -> list[str]:
+    """How collectives of an optimizer call the weights that two layers share, in many models."""
+    models = []
+    for number in range(12):
+        model = nn.Module()
+        for name in ("embedding", "head"):
+            layer = ColumnParallelLinear(4, 8, axis=axis, name=f"{name}-{number}")
+            setattr(model, name, layer)
+        model.head.weight = model.embedding.weight
+        models.append(model)
+    registry.refresh()
+    parts = [registry.part_of(model.head.weight) for model in models]
+    now = registry.parts()
+    assert [now[id(model.head.weight)].name for model in models] == [
+        None if part is None else part.name for part in parts
+    ]
+    return [str(part and part.name) for part in parts]
+
+
+def test_all_ranks_call_a_shared_weight_by_one_name(pool: Pool) -> None:
+    """Cut modules are visited in another order on each rank; a collective needs one name."""
+    expected_names = [f"embedding-{number}.weight" for number in range(12)]
+    assert pool(2, "threads").run(names_of_shared_weights) == [expected_names] * 2
 
 
 def test_state_is_saved_and_loaded_and_the_weight_stays_tied(pool: Pool) -> None:

@@ -127,9 +127,7 @@ def remember(module: nn.Module) -> None:
     """Look at the parameters of one cut module; before they are replaced, too."""
     for parameter, part in parts_of(module):
         with _lock:
-            part_before: ParameterPart | None = _parts.get(parameter)
-            # A tied parameter is cut if any of its modules says so.
-            if part_before is None or part.is_cut or not part_before.is_cut:
+            if _takes_over(part, _parts.get(parameter), parameter):
                 _parts[parameter] = part
 
 
@@ -138,11 +136,23 @@ def parts() -> dict[int, ParameterPart]:
     part_by_id: dict[int, ParameterPart] = {}
     for module in cut_modules():
         for parameter, part in parts_of(module):
-            part_before = part_by_id.get(id(parameter))
-            # A tied parameter is cut if any of its modules says so.
-            if part_before is None or (part.is_cut and not part_before.is_cut):
+            if _takes_over(part, part_by_id.get(id(parameter)), parameter):
                 part_by_id[id(parameter)] = part
     return part_by_id
+
+
+def _takes_over(part: ParameterPart, before: ParameterPart | None, parameter: Tensor) -> bool:
+    """Whether a part takes the place of what another module said of the same parameter.
+
+    A tied parameter is cut if any of its modules says so. Of several modules that say the same, the
+    first name counts: modules are visited in an order that differs between ranks.
+    """
+    if before is None or part.is_cut != before.is_cut:
+        return before is None or part.is_cut
+    owner = before.owner()
+    if owner is None or owner is part.owner() or not before.is_held(parameter):
+        return True
+    return part.name < before.name
 
 
 def parts_of(module: Any) -> Iterator[tuple[nn.Parameter, ParameterPart]]:
