@@ -505,7 +505,7 @@ def test_a_save_that_is_killed_leaves_a_whole_checkpoint(tmp_path: Path, pool: P
     path = tmp_path / "here"
     pool(1, "threads").run(lambda axis: trained(axis, path, range(1)))
     unbroken: dict[int, dict[str, str]] = {}
-    for kill in range(5):
+    for kill in range(3):
         with subprocess.Popen(
             [sys.executable, "-c", SAVING, str(path)],
             stdout=subprocess.PIPE,
@@ -513,7 +513,7 @@ def test_a_save_that_is_killed_leaves_a_whole_checkpoint(tmp_path: Path, pool: P
         ) as process:
             try:
                 assert process.stdout is not None
-                for _ in range(1 + kill % 3):  # the step that it began with, and saves
+                for _ in range(1 + kill):  # the step that it began with, and saves
                     assert process.stdout.readline().strip().isdigit()
                 time.sleep(0.013 * kill)
             finally:
