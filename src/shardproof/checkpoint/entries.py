@@ -61,7 +61,7 @@ def check_values(entries: Iterable[Entry]) -> None:
     without = [entry.name for entry in entries if entry.tensor.is_meta]
     if without:
         raise UsageError(
-            f"{few(without)} lie on the meta device, which has no values. Call "
+            f"tensors on the meta device have no values: {few(without)}. Call "
             "shardproof.initialize(model) first."
         )
 
