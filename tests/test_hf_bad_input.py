@@ -214,7 +214,10 @@ def test_weights_of_another_model(saved: Path) -> None:
 
 
 def test_weights_that_are_not_there_yet(saved: Path) -> None:
-    with pytest.raises(UsageError, match=r"on the meta device have no values: model.embed.* Call shardproof.initialize"):
+    with pytest.raises(
+        UsageError,
+        match=r"on the meta device have no values: model.embed.* Call shardproof.initialize",
+    ):
         hf.load(parallelize(meta_model("llama"), None, Axis.solo()), saved)
 
 
