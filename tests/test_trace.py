@@ -584,7 +584,7 @@ def test_every_package_is_of_users_or_of_our_own() -> None:
     names = {found.name for found in pkgutil.iter_modules(sp.__path__)} - {"_kernels", "_shm"}
     own = {
         *("__main__", "autograd", "axis", "block_layout", "checking"),
-        *("comm", "c_modules", "comparison", "cut", "watching"),
+        *("checkpoint", "comm", "c_modules", "comparison", "cut", "watching", "safetensors_file"),
         *("environment", "errors", "extras", "files", "functional", "heads", "hf", "layers"),
         *(
             "leaves",
