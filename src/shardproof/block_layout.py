@@ -10,13 +10,12 @@ too. Every rank that needs a shared unit holds it, and one rank owns it. Integer
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 
 from shardproof.errors import LayoutError, ShapeError
 from shardproof.leaves import Cut, HeldLeaf, Layout
-from shardproof.units import Block, CutDim, Indices, Shared, slices_of
+from shardproof.units import Block, CutDim, Indices, Shared, common_runs, slices_of
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class BlockLayout(Layout):
             places, parts = np.searchsorted(held, here), np.searchsorted(indices, here)
             shape = (*self.shape[:dim], len(indices), *self.shape[dim + 1 :])
             pieces = tuple(
-                ((*before, where), (*before, part)) for where, part in _both(places, parts)
+                ((*before, where), (*before, part)) for where, part in common_runs(places, parts)
             )
             yield HeldLeaf(leaf, shape, pieces)
 
@@ -214,14 +213,3 @@ def _run(numbers: list[int]) -> range | None:
 
 def _runs(indices: Indices) -> tuple[range, ...]:
     return tuple(range(each.start, each.stop) for each in slices_of(indices))
-
-
-def _both(places: Indices, parts: Indices) -> Iterator[tuple[slice, slice]]:
-    """Split runs so that each lies in one run of `places` and one of `parts`."""
-    apart = (np.diff(places) != 1) | (np.diff(parts) != 1)
-    edges = [0, *(np.flatnonzero(apart) + 1).tolist(), len(places)]
-    for start, stop in pairwise(edges):
-        yield (
-            slice(int(places[start]), int(places[stop - 1]) + 1),
-            slice(int(parts[start]), int(parts[stop - 1]) + 1),
-        )

@@ -9,7 +9,7 @@ owns it.
 Integers only: no torch, no ranks. Results are cached, because every operation uses them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -265,3 +265,14 @@ def slices_of(indices: Indices) -> tuple[slice, ...]:
         return ()
     breaks = np.flatnonzero(np.diff(indices) != 1) + 1
     return tuple(slice(int(run[0]), int(run[-1]) + 1) for run in np.split(indices, breaks))
+
+
+def common_runs(places: Indices, parts: Indices) -> Iterator[tuple[slice, slice]]:
+    """Split runs so that each lies in one run of `places` and one of `parts`."""
+    apart = (np.diff(places) != 1) | (np.diff(parts) != 1)
+    edges = [0, *(np.flatnonzero(apart) + 1).tolist(), len(places)]
+    for start, stop in pairwise(edges):
+        yield (
+            slice(int(places[start]), int(places[stop - 1]) + 1),
+            slice(int(parts[start]), int(parts[stop - 1]) + 1),
+        )

@@ -4,16 +4,14 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from shardproof.axis import Axis
 from shardproof.checkpoint.entries import Entry
-from shardproof.index_runs import join, take
+from shardproof.index_runs import indices, join, take
 from shardproof.leaves import Layout, share
 from shardproof.recut import swap
 from shardproof.safetensors_file import (
@@ -27,6 +25,7 @@ from shardproof.safetensors_file import (
     write_from,
 )
 from shardproof.transport.base import Call
+from shardproof.units import common_runs
 
 LARGEST_FILE = 5_000_000_000  # bytes of tensors, as of transformers (max_shard_size)
 
@@ -242,11 +241,5 @@ def _paired(runs: Sequence[range], places: Sequence[slice]) -> list[tuple[range,
     """
     if not runs:
         return []
-    whole = np.concatenate([np.arange(run.start, run.stop) for run in runs])
-    part = np.concatenate([np.arange(place.start, place.stop) for place in places])
-    apart = (np.diff(whole) != 1) | (np.diff(part) != 1)
-    edges = [0, *(np.flatnonzero(apart) + 1).tolist(), len(whole)]
-    return [
-        (range(int(whole[start]), int(whole[stop - 1]) + 1), int(part[start]))
-        for start, stop in pairwise(edges)
-    ]
+    pairs = common_runs(indices(runs).numpy(), indices(places).numpy())
+    return [(range(whole.start, whole.stop), part.start) for whole, part in pairs]
