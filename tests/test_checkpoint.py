@@ -18,6 +18,7 @@ from shardproof.axis import Axis
 from shardproof.checkpoint.entries import Entry
 from shardproof.checkpoint.manifest import find_damage
 from shardproof.checkpoint.writing import FileLayout, divide_into_files
+from shardproof.errors import MismatchError, UsageError
 from shardproof.leaves import replicated
 from shardproof.safetensors_file import read_header
 
@@ -138,6 +139,51 @@ def saved_parts(axis: Axis, to: Path) -> dict[str, Tensor]:
     train(model, opt, range(2))
     sp.save(to, model, opt, step=2)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+class Views(nn.Module):
+    """Parameters and buffers that are views of every kind, and one that is called as a key is."""
+
+    def __init__(self, make: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.transposed = nn.Parameter(make(6, 4).t())
+        self.sliced = nn.Parameter(make(9, 4)[1:8:2])
+        self.narrow = nn.Parameter(make(4, 3).to(torch.bfloat16).t())
+        self.empty, self.scalar = nn.Parameter(make(0, 5)), nn.Parameter(make(()))
+        self.step = nn.Parameter(make(3))
+        self.register_buffer("column", make(5, 2)[:, 1])
+        self.register_buffer("flags", make(3) > 0)
+
+
+def test_views_of_every_kind_are_saved_and_loaded(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    model, other = Views(torch.randn), Views(torch.zeros)
+    sp.save(tmp_path / "views", model, step=3)
+    assert sp.load(tmp_path / "views", other).step == 3
+    plain = safetensors.load_file(tmp_path / "views/model.safetensors")
+    for loaded in (other.state_dict(), plain):
+        assert loaded.keys() == model.state_dict().keys()
+        assert [n for n, x in model.state_dict().items() if not torch.equal(x, loaded[n])] == []
+    other.column = torch.ones(1).expand(5)
+    before = other.sliced.detach().clone().zero_()
+    nn.init.zeros_(other.sliced)
+    with pytest.raises(UsageError, match="'column' is expanded"):
+        sp.load(tmp_path / "views", other)
+    assert torch.equal(other.sliced, before)
+    sp.save(tmp_path / "views", other)
+    plain = safetensors.load_file(tmp_path / "views/model.safetensors")
+    assert torch.equal(plain["column"], torch.ones(5))
+
+
+def step_differs(axis: Axis) -> None:
+    model = Views(torch.zeros)
+    model.layer = sp.ColumnParallelLinear(4, 8, axis=axis)
+    with pytest.raises(MismatchError, match="for step, rank 0 has 0, rank 1 has 1"):
+        sp.save("nowhere", model, step=axis.rank)
+
+
+def test_a_parameter_called_step_hides_no_step(pool: Pool) -> None:
+    pool(2, "threads").run(step_differs)
 
 
 def test_torch_reads_it_too(tmp_path: Path) -> None:

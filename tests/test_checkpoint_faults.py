@@ -361,7 +361,7 @@ def test_parameters_that_differ_between_ranks_are_not_blended(pool: Pool, tmp_pa
         model, _ = cut(axis)
         with torch.no_grad():
             model[3].bias += axis.rank
-        with pytest.raises(MismatchError, match=r"different checkpoints: for 3\.bias"):
+        with pytest.raises(MismatchError, match=r"different checkpoints: for tensor 3\.bias"):
             sp.save(tmp_path / "here", model)
 
     pool(2, "threads").run(save)

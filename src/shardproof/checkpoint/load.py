@@ -13,7 +13,13 @@ from torch.optim import Optimizer
 from shardproof import files
 from shardproof.checked_objects import checked_model, checked_optimizer, load_into
 from shardproof.checked_values import checked_flag
-from shardproof.checkpoint.directory import MANIFEST, STATE, checked_path, wait_for_name
+from shardproof.checkpoint.directory import (
+    LARGEST_JSON,
+    MANIFEST,
+    STATE,
+    checked_path,
+    wait_for_name,
+)
 from shardproof.checkpoint.entries import (
     SEPARATOR,
     Entry,
@@ -25,7 +31,7 @@ from shardproof.checkpoint.entries import (
     restored,
     weights_of,
 )
-from shardproof.checkpoint.manifest import check_small
+from shardproof.checkpoint.manifest import check_small, read_manifest
 from shardproof.checkpoint.save import PLAIN, VERSION, contract_of, scheme_of
 from shardproof.checkpoint.together import together
 from shardproof.errors import ShardproofError, UsageError
@@ -44,7 +50,6 @@ from shardproof.optim.state import state_layout
 from shardproof.safetensors_file import StoredTensor
 from shardproof.wording import error_words, few, short_repr, short_text
 
-_LARGEST_STATE = 1 << 28  # bytes
 _AGAIN = "Fetch or save the checkpoint again."
 _REPLACED = "Load it again."
 
@@ -121,7 +126,7 @@ def load(
     with together(axis, what):
         read(to_read.weights)
         read(to_read.states)
-        if _root_of(path) != to_read.root:
+        if to_read.root and read_manifest(path)["root"] != to_read.root:
             raise UsageError(f"{short_text(str(path))} was replaced while it was read. {_REPLACED}")
     with together(axis, "loading the optimizer"):
         if optimizer is not None and to_read.state_dict is not None:
@@ -239,7 +244,7 @@ def _state_of(path: Path) -> dict[str, Any]:
             )
         return {}
     what = short_text(str(file))
-    state = files.read_json(file, what=what, way_out=_AGAIN, largest=_LARGEST_STATE)
+    state = files.read_json(file, what=what, way_out=_AGAIN, largest=LARGEST_JSON)
     version = state.get("version") if isinstance(state, dict) else None
     if type(version) is int and version > VERSION:
         raise UsageError(

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from shardproof.axis import Axis
 from shardproof.checked_objects import checked_model, checked_optimizer
-from shardproof.checked_values import checked_whole, whole_number
+from shardproof.checked_values import checked_whole
 from shardproof.checkpoint import manifest
 from shardproof.checkpoint.directory import (
     MANIFEST,
@@ -55,6 +55,7 @@ from shardproof.wording import short_repr, short_text
 FileToWrite = tuple[FileLayout, dict[str, Entry]]
 
 VERSION = 1
+_LARGEST_DISK = 1 << 62  # bytes
 PLAIN = "plain"  # the contract of a model that is not cut
 
 
@@ -97,15 +98,15 @@ def save(
     Comm:
         setup one exchange of (rows, size) for every 8 MiB of a tensor whose rows are cut.
     """
+    axis = axis_of(checked_model(model))
     to_write: list[FileToWrite] = []
-    model = checked_model(model)
-    axis = axis_of(model)
     with together(axis, "checking what is saved"):
         path = checked_path(directory)
         optimizer = None if optimizer is None else checked_optimizer(optimizer)
         _check_tokenizer(tokenizer)
-        largest = _checked_largest(largest_file)
-        state, entries = _collect(model, optimizer, _checked_step(step), extra)
+        largest = checked_whole(largest_file, "largest_file", most=_LARGEST_DISK)
+        count = checked_whole(step, "step", least=0)
+        state, entries = _collect(model, optimizer, count, extra)
         for stem, group in entries.items():
             by_name = {entry.name: entry for entry in group}
             layouts = divide_into_files(group, stem, largest=largest)
@@ -133,7 +134,9 @@ def _signature(
         **{key: _digest(value) for key, value in state.items() if key != "step"},
         **{layout.name: _digest(str(layout.header)) for layout, _ in to_write},
         **{
-            entry.name: hashlib.sha256(bytes_of(entry.tensor.cpu().contiguous())).hexdigest()
+            f"tensor {entry.name}": hashlib.sha256(
+                bytes_of(entry.tensor.cpu().contiguous())
+            ).hexdigest()
             for group in entries.values()
             for entry in group
             if entry.layout.dim is None
@@ -221,21 +224,6 @@ def scheme_of(model: nn.Module) -> dict[str, Any] | None:
     return None
 
 
-def _checked_step(step: Any) -> int:
-    if type(step) is int and step == 0:
-        return 0
-    return checked_whole(step, "step")
-
-
-def _checked_largest(largest_file: Any) -> int:
-    number = whole_number(largest_file)  # it may be more than `checked_whole` allows
-    if number is None or number < 1:
-        raise UsageError(
-            f"largest_file={short_repr(largest_file)} is no number of bytes. Use 1 or more."
-        )
-    return number
-
-
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -255,10 +243,11 @@ def _write_others(
     for stem in (MODEL, OPTIMIZER):
         layouts = [layout for layout, _ in to_write if layout.name.startswith(f"{stem}-")]
         if layouts:
-            write_file(folder / f"{stem}.safetensors.index.json", _index(layouts))
-    write_file(folder / STATE, (json.dumps(state, indent=1) + "\n").encode())
+            (folder / f"{stem}.safetensors.index.json").write_bytes(_index(layouts))
+    (folder / STATE).write_bytes((json.dumps(state, indent=1) + "\n").encode())
     for name in files_of(folder):
-        sync(folder / name)
+        if not name.endswith(".safetensors"):  # each rank syncs those after it has written
+            sync(folder / name)
 
 
 def _index(layouts: Sequence[FileLayout]) -> bytes:
@@ -308,16 +297,5 @@ def _write_manifest(folder: Path, axis: Axis) -> None:
     hashes = [each for part in axis.gather_small(mine, what="the hashes") for each in part]
     with together(axis, f"writing {short_text(str(folder / MANIFEST))}"):
         if axis.rank == 0:
-            write_file(folder / MANIFEST, manifest.manifest_of(names, blocks, hashes))
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file, down to the disk.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+            (folder / MANIFEST).write_bytes(manifest.manifest_of(names, blocks, hashes))
+            sync(folder / MANIFEST)

@@ -285,7 +285,7 @@ def read(matches: Iterable[Match]) -> None:
 
 
 def check_fit(entry: Entry, stored: StoredTensor, file: Path) -> None:
-    """Raise unless a tensor of a file has the shape and a dtype for a parameter.
+    """Raise unless a tensor of a file has the shape and a dtype for a parameter to be filled.
 
     Raises:
         UsageError: it has not.
@@ -295,6 +295,14 @@ def check_fit(entry: Entry, stored: StoredTensor, file: Path) -> None:
         raise UsageError(
             f"{name!r} has shape {short_repr(stored.shape)} in {short_text(str(file))}, and "
             f"{entry.layout.shape} in the model. Make the model from the {CONFIG} beside it."
+        )
+    if any(
+        size > 1 and stride == 0
+        for size, stride in zip(entry.tensor.shape, entry.tensor.stride(), strict=True)
+    ):
+        raise UsageError(
+            f"{name!r} is expanded: several of its elements are one place in memory, so it cannot "
+            "be filled. Give the model a copy (clone) of it."
         )
     if stored.dtype != dtype and not {stored.dtype, dtype} <= set(_FLOATS.values()):
         raise UsageError(
