@@ -175,15 +175,15 @@ def test_views_of_every_kind_are_saved_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(plain["column"], torch.ones(5))
 
 
-def step_differs(axis: Axis) -> None:
+def step_differs(axis: Axis, to: Path) -> None:
     model = Views(torch.zeros)
     model.layer = sp.ColumnParallelLinear(4, 8, axis=axis)
     with pytest.raises(MismatchError, match="for step, rank 0 has 0, rank 1 has 1"):
-        sp.save("nowhere", model, step=axis.rank)
+        sp.save(to, model, step=axis.rank)
 
 
-def test_a_parameter_called_step_hides_no_step(pool: Pool) -> None:
-    pool(2, "threads").run(step_differs)
+def test_a_parameter_called_step_hides_no_step(pool: Pool, tmp_path: Path) -> None:
+    pool(2, "threads").run(lambda axis: step_differs(axis, tmp_path / "here"))
 
 
 def test_torch_reads_it_too(tmp_path: Path) -> None:
