@@ -386,10 +386,18 @@ def test_an_error_of_rank_0_alone_reaches_all(pool: Pool, tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == []
 
 
-def test_another_seed_is_said_aloud(whole: Path) -> None:
-    model = sp.parallelize(copy.deepcopy(WHOLE), STYLES, Axis.solo(), scheme=sp.Scheme(seed=1))
+def test_another_seed_is_said_aloud_and_other_leaves_too(whole: Path) -> None:
+    def other(**scheme: int) -> nn.Module:
+        copied = copy.deepcopy(WHOLE)
+        return sp.parallelize(copied, STYLES, Axis.solo(), scheme=sp.Scheme(**scheme))
+
+    model = other(seed=1)
     with pytest.warns(UserWarning, match=r"scheme .*'seed': 0.*'seed': 1"):
-        assert not sp.load(whole, model, weights_only=True).is_same_contract
+        assert not sp.load(whole, model, torch.optim.AdamW(model.parameters())).is_same_contract
+    # The seed is of dropout, which begins anew with weights alone.
+    assert sp.load(whole, other(seed=1), weights_only=True).is_same_contract
+    with pytest.warns(UserWarning, match=r"leaves=8.*leaves=4"):
+        assert not sp.load(whole, other(leaves=4), weights_only=True).is_same_contract
 
 
 def test_two_runs_do_not_save_into_one_directory(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ def last_line(name: str, ranks: int | None) -> str:
 
 
 def test_every_example_is_listed_here():
-    assert sorted(LAST_LINES) == sorted(path.name for path in EXAMPLES.glob("*.py"))
+    names = {path.name for path in EXAMPLES.glob("*.py")}
+    assert sorted(LAST_LINES) == sorted(names - {"train.py"})  # tests/test_train.py stops it
 
 
 @pytest.mark.parametrize("name", LAST_LINES)

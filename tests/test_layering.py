@@ -142,7 +142,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checkpoint.directory", "checkpoint.entries", "checkpoint.together"),
     ("checkpoint.manifest", "checkpoint.writing", "hf.weights"),
     ("checkpoint.save",),
-    ("checkpoint.load",),
+    ("checkpoint.load", "checkpoint.series"),
     ("checkpoint.__init__",),
     (
         "hf.attention_registry",
@@ -154,7 +154,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "hf.parameters",
         "hf.refused",
     ),
-    ("hf.config",),
+    ("hf.config", "hf.tokenizer"),
     ("hf.head", "hf.skeleton"),
     ("hf.__init__",),
     # The cut tensor: any operation of torch on parts.
@@ -215,6 +215,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("trace.trace",),
     ("trace.__init__",),
     ("ranks",),
+    # A whole training: what `shardproof train` runs on each rank.
+    ("stop_signal", "text_batches"),
+    ("training_run",),
     # The proof: what a case is, one run, the judgement, many runs, the cases.
     ("prover.compare", "prover.curve", "prover.hashing"),
     ("prover.case",),
@@ -264,8 +267,17 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
     ("cli.cases", "cli.output", "cli.output_file", "cli.signals"),
     ("cli.options", "cli.plan_tables", "cli.tensor_table"),
-    ("cli.report_text",),
-    ("cli.break_", "cli.checkpoint", "cli.doctor", "cli.plan", "cli.prove", "cli.show"),
+    ("cli.report_text", "cli.ranks_here", "cli.training_log"),
+    (
+        "cli.break_",
+        "cli.checkpoint",
+        "cli.doctor",
+        "cli.generate",
+        "cli.plan",
+        "cli.prove",
+        "cli.show",
+        "cli.train",
+    ),
     ("cli.main",),
     ("cli.__init__",),
     ("__main__",),

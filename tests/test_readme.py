@@ -2,9 +2,9 @@
 
 How a block is marked: `python` and `console` run, `text` and unmarked blocks are only looked at.
 A python block is a program of its own. In a console block, lines after `$ ` are commands of one
-shell-like session in an empty folder: `shardproof` is run and must succeed, `make` words must be in
-the Makefile, files that `python` and `torchrun` start must exist. Any other command is an error
-here, for nobody would notice when it stops working.
+shell-like session in a folder with README.md and examples/: `shardproof` is run and must succeed,
+`make` words must be in the Makefile, files that `python` and `torchrun` start must exist. Any other
+command is an error here, for nobody would notice when it stops working.
 A page of a lesson (`docs/lessons/NN_*.md`) is one program of many blocks, run by test_lessons.py.
 So are `docs/any-model.md` and `docs/cut-your-model.md`, run by test_cut_pages.py.
 """
@@ -67,6 +67,8 @@ def run_python(block: Block, folder: Path) -> None:
 
 
 def run_console(block: Block, folder: Path) -> None:
+    for name in ("README.md", "examples"):  # what commands in a checkout may read
+        (folder / name).symlink_to(ROOT / name)
     for command in commands_of(block):
         words = shlex.split(command, comments=True)
         settings = {}

@@ -31,7 +31,13 @@ MANY_PARAMETERS = {
         "has the options of torch's optimizer",
     ),
     **dict.fromkeys(
-        ["cli/plan.py plan", "cli/prove.py prove", "cli/show.py show"],
+        [
+            "cli/generate.py generate",
+            "cli/plan.py plan",
+            "cli/prove.py prove",
+            "cli/show.py show",
+            "cli/train.py train",
+        ],
         "is a command and its options",
     ),
     **dict.fromkeys(

@@ -606,6 +606,7 @@ def test_every_package_is_of_users_or_of_our_own() -> None:
             "error_text",
             "timeout",
         ),
+        *("stop_signal", "text_batches", "training_run"),
         *("torchrun", "trace", "transport", "tree", "units", "wording"),
     }
     users = {name.partition(".")[0] for name in OF_USERS}

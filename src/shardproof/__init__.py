@@ -13,6 +13,7 @@ from shardproof import errors, functional, hf, optim
 from shardproof.axis import Axis
 from shardproof.checkpoint.load import load
 from shardproof.checkpoint.save import save
+from shardproof.checkpoint.series import latest_checkpoint
 from shardproof.comparison import checked
 from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -50,6 +51,8 @@ from shardproof.reductions import (
 )
 from shardproof.scheme import Scheme
 from shardproof.showing import show
+from shardproof.stop_signal import StopSignal
+from shardproof.text_batches import TextBatches
 from shardproof.trace import Trace
 
 __version__ = "0.1.0"
@@ -66,6 +69,8 @@ __all__ = [
     "RowParallelLinear",
     "Scheme",
     "SharedInput",
+    "StopSignal",
+    "TextBatches",
     "Trace",
     "VocabParallel",
     "VocabParallelEmbedding",
@@ -78,6 +83,7 @@ __all__ = [
     "grad_norm",
     "hf",
     "initialize",
+    "latest_checkpoint",
     "launch",
     "load",
     "load_optimizer_state_dict",

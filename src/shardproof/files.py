@@ -74,6 +74,25 @@ def read_text(path: Path, *, what: str, way_out: str, largest: int) -> str:
     Raises:
         UsageError: as in `check_regular`; or it is too large, or not UTF-8.
     """
+    data = read_bytes(path, what=what, way_out=way_out, largest=largest)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"{what} is not JSON: it is not text. {way_out}") from None
+
+
+def read_bytes(path: Path, *, what: str, way_out: str, largest: int) -> bytes:
+    """Read a regular file.
+
+    Args:
+        path: of the file.
+        what: as in `check_regular`.
+        way_out: as in `check_regular`.
+        largest: largest number of bytes.
+
+    Raises:
+        UsageError: as in `check_regular`; or it is too large.
+    """
     descriptor, size = _opened(path, what, way_out)
     with open(descriptor, "rb", closefd=True) as file:
         try:
@@ -85,10 +104,7 @@ def read_text(path: Path, *, what: str, way_out: str, largest: int) -> str:
             f"{what} has {max(size, len(data)):,} bytes, and no such file has more than "
             f"{largest:,}. {way_out}"
         )
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        raise UsageError(f"{what} is not JSON: it is not text. {way_out}") from None
+    return data
 
 
 def read_json(

@@ -163,6 +163,40 @@ def _remove_previous(directory: Path) -> None:
             _remove(path)
 
 
+def remove_checkpoint(directory: Path) -> None:
+    """Remove a checkpoint; nothing has its name any more, even if that is interrupted.
+
+    Raises:
+        UsageError: it has files that its manifest does not list; nothing is removed then.
+        OSError: it cannot be removed.
+    """
+    check_replaceable(directory)
+    if os.path.lexists(directory):
+        os.rename(directory, _removing(directory))
+    _remove_previous(directory)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what an interrupted save or removal of a name left, unless another process saves.
+
+    Raises:
+        UsageError: a directory of that name is not of shardproof.
+        OSError: it cannot be removed.
+    """
+    work = work_of(directory)
+    _check_leftover(work, _LOCK)
+    lock = _locked(work / _LOCK) if work.is_dir() else -1
+    if lock is None:
+        return
+    try:
+        _recover(directory)
+        if work.is_dir():
+            shutil.rmtree(work)
+    finally:
+        if lock >= 0:
+            os.close(lock)
+
+
 def wait_for_name(directory: Path) -> None:
     """Wait while a directory is being replaced; give it its name back if that was interrupted.
 

@@ -135,7 +135,50 @@ def load(
     modules = draws_of(model)
     for name, step in to_read.draws.items():
         modules[name].step = step
-    return _result(to_read, model)
+    return _result(to_read, model, weights_only)
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What a checkpoint says beside its tensors.
+
+    Attributes:
+        step: number of steps that were done.
+        extra: what `save` was given.
+        leaves: of the scheme; None if the model was not cut.
+    """
+
+    step: int
+    extra: Any
+    leaves: int | None
+
+
+def read_state(directory: Path) -> SavedState | None:
+    """The plain data of a checkpoint, read without a model.
+
+    Args:
+        directory: of a checkpoint.
+
+    Returns:
+        None for a directory that shardproof did not write.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    what = short_text(str(directory))
+    state = _state_of(directory)
+    if not state:
+        return None
+    try:
+        scheme = state.get("scheme")
+        leaves = None if scheme is None else int(scheme["leaves"])
+        return SavedState(state["step"], restored(state.get("extra"), what), leaves)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise _of_another_form(what, error) from error
+
+
+def _of_another_form(what: str, error: Exception) -> UsageError:
+    return UsageError(f"{what} has a {STATE} of another form ({error_words(error)}). {_AGAIN}")
 
 
 @dataclass(frozen=True)
@@ -186,9 +229,7 @@ def _what_to_read(
     except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:
         if isinstance(error, ShardproofError):
             raise
-        raise UsageError(
-            f"{what} has a {STATE} of another form ({error_words(error)}). {_AGAIN}"
-        ) from error
+        raise _of_another_form(what, error) from error
     draws = {} if weights_only else _draws(what, model, state)
     return _ToRead(
         path, root, state, extra, weights, states, state_dict, draws,
@@ -377,11 +418,14 @@ def _keep_dtypes(model: nn.Module, optimizer: Optimizer, states: list[Match]) ->
             optimizer.state[parameters[name]][key] = entry.tensor.to(loaded.device)
 
 
-def _result(to_read: _ToRead, model: nn.Module) -> Loaded:
+def _result(to_read: _ToRead, model: nn.Module, weights_only: bool) -> Loaded:
     state, contract = to_read.state, to_read.state.get("contract", "")
     mine = contract_of(model)
-    if contract == mine and state.get("scheme") != scheme_of(model):
-        contract, mine = f"scheme {state.get('scheme')}", f"scheme {scheme_of(model)}"
+    saved_scheme, scheme = state.get("scheme"), scheme_of(model)
+    if weights_only:  # the seed is of dropout, which begins anew
+        saved_scheme, scheme = _without_seed(saved_scheme), _without_seed(scheme)
+    if contract == mine and saved_scheme != scheme:
+        contract, mine = f"scheme {saved_scheme}", f"scheme {scheme}"
     is_same = contract == mine
     goes_on = to_read.state_dict is not None or contract_of(model) != PLAIN
     if contract and not is_same and goes_on:
@@ -399,3 +443,9 @@ def _result(to_read: _ToRead, model: nn.Module) -> Loaded:
         missing=to_read.missing,
         unexpected=to_read.unexpected,
     )
+
+
+def _without_seed(scheme: Any) -> Any:
+    if not isinstance(scheme, dict):
+        return scheme
+    return {name: value for name, value in scheme.items() if name != "seed"}

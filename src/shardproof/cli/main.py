@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -21,11 +22,14 @@ from shardproof import __version__, torchrun
 from shardproof.cli.break_ import break_
 from shardproof.cli.checkpoint import checkpoint
 from shardproof.cli.doctor import doctor
+from shardproof.cli.generate import generate
 from shardproof.cli.options import HELP_OPTIONS
+from shardproof.cli.output import ReaderLeftError
 from shardproof.cli.plan import plan
 from shardproof.cli.prove import prove
 from shardproof.cli.show import show
-from shardproof.cli.signals import Ended, ending_in_order
+from shardproof.cli.signals import Ended, end_now, ending_in_order
+from shardproof.cli.train import train
 from shardproof.error_text import cut
 from shardproof.errors import DegreeError, RankError, ShardproofError, UsageError
 
@@ -35,6 +39,8 @@ COMMANDS: tuple[click.Command, ...] = (
     doctor,
     plan,
     break_,
+    train,
+    generate,
     checkpoint,
 )
 
@@ -71,6 +77,9 @@ class Commands(click.Group):
             sys.exit(self._run(args, prog_name, **extra))
         with ending_in_order() as ending:
             code = self._run(args, prog_name, **extra)
+        if ending.code and threading.active_count() > 1:
+            # A rank that computes in C cannot be ended; the interpreter would abort because of it.
+            end_now(ending.code)
         sys.exit(ending.code or code)
 
     def _run(self, args: Sequence[str] | None, prog_name: str | None, **extra: Any) -> Any:
@@ -148,10 +157,6 @@ def _lose_reader() -> int:
 
 class OutputError(UsageError):
     """Standard output cannot be written."""
-
-
-class ReaderLeftError(Exception):
-    """Nobody reads standard output. It is no `OSError`, which click turns into exit code 1."""
 
 
 class _Output(io.TextIOWrapper):

@@ -4,11 +4,13 @@ Each error names the option and the value as it was written, the rule, and what 
 """
 
 import difflib
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from shardproof import torchrun
 from shardproof.checked_values import LARGEST, LARGEST_SEED, read_whole
@@ -95,6 +97,38 @@ class Seed(_Type):
         return number
 
 
+class Number(_Type):
+    """A number within bounds.
+
+    Args:
+        example: for messages.
+        above: the number is larger than this.
+        least: the number is at least this.
+    """
+
+    name = "number"
+
+    def __init__(self, example: float, *, above: float | None = None, least: float = 0.0) -> None:
+        self._example, self._above, self._least = example, above, least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: Any) -> float:
+        """The number; a default is a number already."""
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        is_fine = number > self._above if self._above is not None else number >= self._least
+        if not (is_fine and math.isfinite(number)):
+            rule = (
+                f"above {self._above}" if self._above is not None else f"of {self._least} or more"
+            )
+            raise UsageError(
+                f"{_name(param)} {short_repr(value)} is not a number {rule}. Use for instance "
+                f"{_name(param)} {self._example}."
+            )
+        return number
+
+
 class Degrees(_Type):
     """Different positive numbers, separated by commas; the value has them in rising order."""
 
@@ -174,6 +208,16 @@ class OutputPath(_Type):
 def _name(param: click.Parameter | None) -> str:
     """How an option is written."""
     return param.opts[0] if param is not None else "the option"
+
+
+def is_written(option: str) -> bool:
+    """Whether the user wrote an option of the command that runs.
+
+    Args:
+        option: the name of its argument ("batch").
+    """
+    source = click.get_current_context().get_parameter_source(option)
+    return source is not ParameterSource.DEFAULT
 
 
 def choice_option(name: str, choices: Sequence[str], **rest: Any) -> Callable[[Command], Command]:

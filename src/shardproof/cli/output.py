@@ -37,6 +37,10 @@ BAR_WIDTH = 24
 WIDE = 100  # columns from which a table need not save room
 
 
+class ReaderLeftError(Exception):
+    """Nobody reads standard output. It is no `OSError`, which click turns into exit code 1."""
+
+
 class PlainConsole(Console):
     """A console that prints text as it is given and leaves a broken pipe to the caller."""
 

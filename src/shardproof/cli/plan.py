@@ -15,12 +15,12 @@ from types import ModuleType
 from typing import Any
 
 import click
-from click.core import ParameterSource
 from torch import Tensor, nn
 
 from shardproof.cli.options import (
     HELP_OPTIONS,
     OutputPath,
+    is_written,
     json_option,
     leaves_option,
     number_option,
@@ -105,7 +105,7 @@ def plan(
     check_degree(degree, leaves)
     check_different(html_file, json_file)
     model, inputs = read_model(model_dir)
-    if inputs is not None and (_is_given("batch") or _is_given("length")):
+    if inputs is not None and (is_written("batch") or is_written("length")):
         raise UsageError(
             f"--batch and --length set the size of an example that a config gives, and "
             f"{short_text(model_dir)} returns its own. Leave both out."
@@ -129,12 +129,6 @@ def plan(
         json_file.write(as_json(step))
     show_model(step, console())
     return 0
-
-
-def _is_given(option: str) -> bool:
-    """Whether the user wrote an option."""
-    source = click.get_current_context().get_parameter_source(option)
-    return source is not ParameterSource.DEFAULT
 
 
 def _plan_of_config(

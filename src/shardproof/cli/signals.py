@@ -7,16 +7,24 @@ another thread runs the exit functions and ends the process. A signal that was i
 """
 
 import atexit
+import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
+
+from shardproof.stop_signal import StopSignal
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 _PATIENCE = 5.0  # seconds that the main thread may take; torchrun gives a rank 30
+
+
+_is_deferred = threading.Event()  # a command answers signals itself
 
 
 class Ended(SystemExit):
@@ -88,10 +96,36 @@ def _watched(numbers: list[signal.Signals]) -> Iterator[None]:
         os.close(read_end)
 
 
+class CommandStop(StopSignal):
+    """A `StopSignal` of a command: a second signal ends the command as every other command."""
+
+    def __enter__(self) -> "CommandStop":
+        super().__enter__()
+        _is_deferred.set()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        _is_deferred.clear()
+
+    def before_ending(self) -> None:
+        """End the process after a while, if the main thread is stuck."""
+        _is_deferred.clear()
+
+
 def _watch(read_end: int, numbers: set[signal.Signals], is_over: threading.Event) -> None:
     while numbers_read := os.read(read_end, 1):
-        if numbers_read[0] in numbers and not is_over.wait(_PATIENCE):
-            try:
-                atexit._run_exitfuncs()  # folders of tempfile, processes of ranks
-            finally:
-                os._exit(128 + numbers_read[0])
+        is_mine = numbers_read[0] in numbers and not _is_deferred.is_set()
+        if is_mine and not is_over.wait(_PATIENCE):
+            end_now(128 + numbers_read[0])
+
+
+def end_now(code: int) -> NoReturn:
+    """End the process without waiting for threads; folders and processes of ranks are removed."""
+    try:
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+                stream.flush()
+    finally:
+        os._exit(code)

@@ -32,16 +32,28 @@ def draw(report: Data, path: Path) -> None:
         report: as `Report.as_dict` has it, with a curve at least.
         path: its suffix gives the format.
     """
+    draw_panels(list(_panels(report)), caption(report), path)
+
+
+def draw_panels(
+    panels: Sequence[tuple[str, Mapping[str, Sequence[float | None]]]], title: str, path: Path
+) -> None:
+    """Write a picture of some panels.
+
+    Args:
+        panels: the title of each, and degree -> losses; None is a gap.
+        title: of the picture.
+        path: its suffix gives the format.
+    """
     from matplotlib.figure import Figure  # noqa: PLC0415 - an optional extra
 
-    panels = list(_panels(report))
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     size = (WIDTH * max(columns, 2), HEIGHT * rows + TITLE)
     figure = Figure(figsize=size, layout="constrained")
-    for place, (title, curves) in enumerate(panels):
-        _fill(figure.add_subplot(rows, columns, place + 1), title, curves)
-    figure.suptitle(caption(report), fontsize=9)
+    for place, (name, curves) in enumerate(panels):
+        _fill(figure.add_subplot(rows, columns, place + 1), name, curves)
+    figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=100)
 
 

@@ -1,0 +1,70 @@
+"""Run a function on the ranks that a command's options ask for, or on torchrun's."""
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from shardproof import torchrun
+from shardproof.axis import Axis
+from shardproof.cli.options import Command, choice_option, number_option
+from shardproof.engines.capacity import check_threads
+from shardproof.errors import UsageError
+from shardproof.leaves import check_degree
+from shardproof.ranks import ENGINES, launch
+
+T = TypeVar("T")
+
+
+def ranks_options(command: Command) -> Command:
+    """Add --degree, --engine and --threads to a command."""
+    options: tuple[Callable[[Any], Any], ...] = (
+        number_option("--threads", example=1, help="Threads of one torch operation, on each rank."),
+        choice_option("--engine", ENGINES, help=f"What the ranks are.  [default: {ENGINES[0]}]"),
+        number_option(
+            "--degree", metavar="D", example=2, help="How many ranks.  [default: 1, or torchrun's]"
+        ),
+    )
+    for option in options:
+        command = option(command)
+    return command
+
+
+def check_ranks(degree: int | None, engine: str | None, threads: int | None, leaves: int) -> None:
+    """Raise unless the options fit together.
+
+    Raises:
+        UsageError: torchrun has started the ranks, or there cannot be so many threads.
+        DegreeError: more ranks than leaves.
+    """
+    here = torchrun.read(os.environ)
+    if here is not None:
+        for option, value in (("--engine", engine), ("--degree", degree)):
+            if value is not None:
+                raise UsageError(
+                    f"{option} {value} cannot be given under torchrun, which has started "
+                    f"{here.world_size} ranks. Leave {option} out, or run without torchrun."
+                )
+    check_degree(degree or (1 if here is None else here.world_size), leaves)
+    num_here = 1 if here is not None else degree or 1
+    check_threads(threads or 1, num_here, setting_text=f"--threads {threads}")
+
+
+def run_on_ranks(
+    fn: Callable[[Axis], T], degree: int | None, engine: str | None, threads: int | None
+) -> T:
+    """Call `fn(axis)` on all ranks; the result of rank 0, or under torchrun of this rank."""
+    if torchrun.read(os.environ) is None:
+        options = {"degree": degree or 1, "engine": engine or ENGINES[0], "threads": threads}
+        return launch(fn, **options)[0]  # type: ignore[arg-type]
+    if threads is not None:
+        torch.set_num_threads(threads)
+    result = fn(Axis.from_env(check=True))
+    torch.distributed.destroy_process_group()  # not after an error: the others may be gone
+    return result
+
+
+def is_speaker() -> bool:
+    """Whether this process speaks for the ranks."""
+    return not torchrun.is_other_rank(os.environ)

@@ -1,0 +1,122 @@
+"""What `shardproof train` tells of each step: a progress line, and a line of JSON in the log."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shardproof import files
+from shardproof.checkpoint.load import read_state
+from shardproof.cli.output import console, progress
+from shardproof.cli.output_file import OutputFile
+from shardproof.errors import UsageError
+from shardproof.prover.proof import Progress
+from shardproof.training_run import TrainedStep
+from shardproof.wording import short_text
+
+_BETWEEN_LINES = 10.0  # seconds, where standard error is no terminal
+_LARGEST = 1 << 32  # bytes
+
+
+class TrainingLog:
+    """Shows the steps of a training, and appends them to a log; rank 0 calls it.
+
+    Args:
+        path: of the log, one JSON object a line; None for no log.
+        total: number of steps of the training.
+        start: the checkpoint that is resumed; the lines of later steps are removed from the log.
+
+    Attributes:
+        earlier: the steps before `start`, from the log.
+        steps: the steps that it was called with.
+
+    Raises:
+        UsageError: the log cannot be written, or is resumed and is no log.
+    """
+
+    def __init__(self, path: str | None, total: int, start: Path | None) -> None:
+        self.earlier: list[TrainedStep] = []
+        self.steps: list[TrainedStep] = []
+        self._total = total
+        self._path = None if path is None else Path(path).absolute()
+        self._begin = 0.0  # when the first step was done
+        self._told = -_BETWEEN_LINES
+        self._show: Progress | None = None
+        if path is not None:
+            file = OutputFile(path, option="--log")
+            if start is not None and file.is_replaced and Path(path).is_file():
+                state = read_state(start)
+                last = 0 if state is None else state.step
+                self.earlier = [each for each in _read(path) if each.step <= last]
+                file.write_text("".join(map(_line, self.earlier)))
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """A context in which the steps are shown on standard error."""
+        with progress(is_speaker=True) as show:
+            self._show = show
+            try:
+                yield
+            finally:
+                self._show = None
+
+    def __call__(self, trained: TrainedStep) -> None:
+        """Show a step and append it to the log.
+
+        Raises:
+            OSError: the log cannot be written.
+        """
+        self.steps.append(trained)
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(_line(trained))
+        now = time.monotonic()
+        if len(self.steps) == 1:
+            self._begin = now
+        is_due = now - self._told >= _BETWEEN_LINES or trained.step == self._total
+        if self._show is not None and (is_due or console(stderr=True).is_terminal):
+            self._told = now
+            text = f"loss {trained.loss:.4f}, {trained.tokens_per_second:,.0f} tokens/s"
+            if len(self.steps) > 1:  # the first step takes longer than others
+                per_step = (now - self._begin) / (len(self.steps) - 1)
+                text += f", {_duration(per_step * (self._total - trained.step))} left"
+            self._show(trained.step, self._total, text)
+
+
+def _line(trained: TrainedStep) -> str:
+    return json.dumps(dataclasses.asdict(trained)) + "\n"
+
+
+def _read(path: str) -> list[TrainedStep]:
+    """The steps of an earlier log.
+
+    Raises:
+        UsageError: a line is no step. A last line without an end is left out.
+    """
+    what = f"--log {short_text(path)}"
+    way_out = "Name another file."
+    content = files.read_bytes(Path(path), what=what, way_out=way_out, largest=_LARGEST)
+    lines = content.decode("utf-8", errors="replace").split("\n")
+    steps = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            steps.append(TrainedStep(**files.parse_json(line)))
+        except (TypeError, ValueError):
+            raise UsageError(
+                f"{what} is not a log of shardproof train: line {number} is "
+                f"{short_text(line, most=60)}. {way_out}"
+            ) from None
+    return steps
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds.
+
+    >>> _duration(7), _duration(200), _duration(7325)
+    ('0:07', '3:20', '2:02:05')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,434 @@
+"""`shardproof train` and `generate`: stopped, resumed at another degree, and the same text."""
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import shardproof as sp
+import warm
+from shardproof.cli.main import main
+from shardproof.training_run import TrainedStep, TrainingOptions, losses_by_degree
+
+transformers = pytest.importorskip("transformers")
+
+LIMIT = 120.0  # seconds that nothing here needs, on a machine however busy
+STEPS = 8
+SLOW = ("--steps", "20", "--batch", "4", "--length", "32")
+OPTIONS = ("--steps", str(STEPS), "--batch", "4", "--length", "24", "--warmup", "2", "--seed", "3")
+PROMPT = "def parse(self, arguments):"
+
+
+@pytest.fixture(autouse=True)
+def _no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(main, [str(each) for each in arguments])
+
+
+def error_of(*arguments: object) -> str:
+    """The one line of a command that refuses."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert lines[-1].startswith("error: "), result.stderr
+    return lines[-1]
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.iterdir())
+    }
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("config")
+    made = transformers.LlamaConfig(
+        vocab_size=257, hidden_size=24, intermediate_size=50, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=96,
+        attention_dropout=0.1, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    made.save_pretrained(folder)
+    return folder / "config.json"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_bytes(Path(json.__file__).read_bytes())
+    return path
+
+
+@pytest.fixture(scope="module")
+def unbroken(config: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training at degree 1 that was not stopped, with a log and a picture."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    result = run(
+        "train", "--model", config, "--text", text, *OPTIONS, "--save", folder / "run",
+        "--every", 3, "--log", folder / "log.jsonl", "--plot", folder / "loss.png",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_training_saves_logs_and_draws(unbroken: Path) -> None:
+    assert [path.name for path in sorted((unbroken / "run").iterdir())] == [
+        "step-00000003", "step-00000006", "step-00000008",
+    ]  # fmt: skip
+    assert sp.latest_checkpoint(unbroken / "run") == unbroken / "run" / "step-00000008"
+    log = log_of(unbroken)
+    assert [line["step"] for line in log] == list(range(1, STEPS + 1))
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert all(line["degree"] == 1 and line["sent_bytes"] == 0 for line in log)
+    assert (unbroken / "loss.png").stat().st_size > 1000
+
+
+def start(*arguments: object, rank: dict[str, str] | None = None) -> warm.Process:
+    """The command in a process of its own, alone or as a rank of torchrun."""
+    command = [sys.executable, "-m", "shardproof", *map(str, arguments)]
+    return warm.Process(command, env={**os.environ, "OMP_NUM_THREADS": "1", **(rank or {})})
+
+
+def start_ranks(*arguments: object, ranks: int) -> list[warm.Process]:
+    """The command on ranks as torchrun starts them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(port)}  # fmt: skip
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    return [start(*arguments, rank={**shared, **place}) for place in places]
+
+
+def wait_until(condition: Callable[[], object], process: warm.Process) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def slow(config: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with more layers, so that a step takes a while, and its training, not stopped."""
+    folder = tmp_path_factory.mktemp("slow")
+    values = json.loads(config.read_text()) | {"num_hidden_layers": 6}
+    (folder / "config.json").write_text(json.dumps(values))
+    model = ("train", "--model", folder / "config.json", "--text", text)
+    result = run(*model, *SLOW, "--save", folder / "run")
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("number", "engine"),
+    [
+        pytest.param(signal.SIGTERM, "processes", id="SIGTERM-processes"),
+        pytest.param(signal.SIGINT, "threads", id="SIGINT-threads"),
+        pytest.param(signal.SIGTERM, "torchrun", id="SIGTERM-torchrun"),
+    ],
+)
+def test_a_signal_saves_and_another_degree_goes_on(
+    number: signal.Signals, engine: str, slow: Path, text: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log.jsonl"
+    saved = ("--save", tmp_path / "run", "--log", log)
+    train = ("train", "--model", slow / "config.json", "--text", text, *SLOW, *saved)
+    if engine == "torchrun":
+        processes = start_ranks(*train, ranks=2)
+    else:
+        processes = [start(*train, "--degree", 2, "--engine", engine)]
+    wait_until(lambda: log.exists() and len(log.read_text().splitlines()) >= 3, processes[0])
+    processes[-1].send_signal(number)  # one rank tells the others
+    output = [process.communicate(timeout=LIMIT) for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), output
+    assert "stopped by a signal" in output[0][0]
+    stopped_at = len(log.read_text().splitlines())
+    latest = sp.latest_checkpoint(tmp_path / "run")
+    assert latest is not None, output
+    assert latest.name == f"step-{stopped_at:08}"
+    assert 3 <= stopped_at < 20, "it was not stopped in the middle"
+    resumed = run("train", "--text", text, "--degree", 3, *saved, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "warning" not in resumed.stderr
+    last = "step-00000020"
+    assert hashes(tmp_path / "run" / last) == hashes(slow / "run" / last)
+    assert [line["step"] for line in log_of(tmp_path)] == list(range(1, 21))
+
+
+def test_a_second_signal_ends_at_once(
+    config: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    process = start(
+        "train", "--model", config, "--text", text, "--save", tmp_path / "run",
+        "--steps", 100_000, "--batch", 64, "--length", 96, "--accumulate", 500,
+    )  # fmt: skip
+    wait_until(lambda: _saves_on_signals(process.pid, tmp_path), process)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=LIMIT)
+    assert process.returncode == 143
+    assert sp.latest_checkpoint(tmp_path / "run") is None
+
+
+def _saves_on_signals(pid: int, folder: Path) -> bool:
+    """Whether a process handles SIGTERM and has made the folder of a `StopSignal`."""
+    caught = Path(f"/proc/{pid}/status").read_text().split("SigCgt:")[1].split()[0]
+    is_caught = int(caught, 16) >> (signal.SIGTERM - 1) & 1
+    return bool(is_caught and list(folder.glob("shardproof-stop-*")))
+
+
+# Generation -------------------------------------------------------------------------------------
+
+
+def generate(directory: Path, *more: object) -> str:
+    result = run("generate", "--model", directory, "--prompt", PROMPT, "--tokens", 20, *more)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_every_degree_generates_what_plain_transformers_does(unbroken: Path) -> None:
+    directory = unbroken / "run" / "step-00000008"
+    texts = {generate(directory, "--degree", degree) for degree in (1, 2, 3)}
+    assert len(texts) == 1
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    ids = torch.tensor([list(PROMPT.encode())])
+    plain = model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    expected = bytes(token for token in plain[0].tolist() if token < 256)
+    assert texts == {expected.decode("utf-8", "replace") + "\n"}
+
+
+def test_drawn_text_is_the_same_at_every_degree_and_differs_by_seed(unbroken: Path) -> None:
+    directory = unbroken / "run" / "step-00000008"
+    sampled = ("--temperature", 1.5, "--seed", 7)
+    texts = {generate(directory, *sampled, "--degree", degree) for degree in (1, 3)}
+    assert len(texts) == 1
+    assert texts != {generate(directory, "--temperature", 1.5, "--seed", 8)}
+
+
+def test_prompts_of_a_file_are_continued_one_by_one(unbroken: Path, tmp_path: Path) -> None:
+    directory = unbroken / "run" / "step-00000008"
+    prompts, report = tmp_path / "prompts.txt", tmp_path / "report.json"
+    prompts.write_text(f"{PROMPT}\n\nimport os  # \u00e9\u4e16\n", encoding="utf-8")
+    result = run(
+        "generate", "--model", directory, "--prompts", prompts, "--tokens", 20, "--json", report,
+        "--degree", 2,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    texts = json.loads(report.read_text())["texts"]
+    assert [each["prompt"] for each in texts] == [PROMPT, "import os  # \u00e9\u4e16"]
+    assert result.stdout == "\n".join(f"{each['prompt']}{each['text']}\n" for each in texts)
+    assert result.stdout.startswith(generate(directory))
+    assert result.stderr.splitlines()[-1].startswith("40 tokens in ")
+
+
+def test_nobody_who_reads_the_text_is_no_fault(unbroken: Path) -> None:
+    directory = unbroken / "run" / "step-00000008"
+    process = start("generate", "--model", directory, "--prompt", PROMPT, "--tokens", 60)
+    process.stdout.close()
+    process.wait(LIMIT)
+    assert process.returncode == 141, process.stderr.read()
+    process.close()
+
+
+# What is refused --------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_never_written_over_by_a_new_run(
+    unbroken: Path, config: Path, text: Path
+) -> None:
+    before = hashes(unbroken / "run" / "step-00000003")
+    message = error_of(
+        "train", "--model", config, "--text", text, *OPTIONS, "--save", unbroken / "run"
+    )
+    assert "has checkpoints (steps 3, 6, 8)" in message
+    assert "--resume" in message
+    assert hashes(unbroken / "run" / "step-00000003") == before
+
+
+def test_wrong_arguments_are_refused(
+    unbroken: Path, config: Path, text: Path, tmp_path: Path
+) -> None:
+    train = ("train", "--model", config, "--text", text)
+    assert "has no checkpoint" in error_of(*train, "--save", tmp_path / "none", "--resume")
+    assert "--resume needs --save" in error_of(*train, "--resume")
+    assert "--every 3 needs --save" in error_of(*train, "--every", 3)
+    assert "--model is missing" in error_of("train", "--text", text)
+    assert "not called config.json" in error_of("train", "--model", text, "--text", text)
+    assert "has no weights" in error_of("train", "--model", config.parent, "--text", text)
+    assert "97 tokens" in error_of(*train, "--length", 97)
+    assert "cannot be read" in error_of("train", "--model", config, "--text", tmp_path / "no")
+    assert "--lr '0' is not a number above 0" in error_of(*train, "--lr", 0)
+    assert "--clip 'nan' is not a number" in error_of(*train, "--clip", "nan")
+    assert "degree 9 exceeds leaves=8" in error_of(*train, "--degree", 9)
+    assert "does not end in .png" in error_of(*train, "--plot", tmp_path / "loss.txt")
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    assert "has 9 tokens" in error_of("train", "--model", config, "--text", short)
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1}\n')
+    resume = ("train", "--text", text, "--save", unbroken / "run", "--resume")
+    assert "not a log of shardproof train: line 1" in error_of(*resume, "--log", log)
+    assert log.read_text() == '{"step": 1}\n'
+
+
+def test_another_model_text_or_option_is_said_on_resume(
+    unbroken: Path, slow: Path, config: Path, text: Path, tmp_path: Path
+) -> None:
+    copied = tmp_path / "run"
+    source = unbroken / "run" / "step-00000003"
+    subprocess.run(["cp", "-r", source.parent, copied], check=True)
+    for name in ("step-00000006", "step-00000008"):
+        subprocess.run(["rm", "-r", copied / name], check=True)
+    other = slow / "config.json"
+    message = error_of("train", "--model", other, "--text", text, "--save", copied, "--resume")
+    assert "num_hidden_layers is 6 and not 2" in message
+    other_text = tmp_path / "other.txt"
+    other_text.write_bytes(text.read_bytes() + b"more")
+    result = run(
+        "train", "--model", config, "--text", other_text, "--save", copied, "--resume",
+        "--lr", 0.5, "--steps", 4,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for sentence in ("learning_rate is 0.5, and was 0.003", "steps is 4, and was 8", "the text is"):
+        assert sentence in result.stderr
+    assert "rows" not in result.stderr, "an option that was not written is the checkpoint's"
+
+
+def test_a_loss_that_is_not_finite_ends_and_keeps_the_checkpoint(
+    config: Path, text: Path, tmp_path: Path
+) -> None:
+    message = error_of(
+        "train", "--model", config, "--text", text, *OPTIONS, "--save", tmp_path / "run", "--every",
+        1, "--lr", 1e30, "--clip", 0, "--degree", 2, "--steps", 50, "--warmup", 0,
+    )  # fmt: skip
+    assert "the loss is" in message
+    latest = sp.latest_checkpoint(tmp_path / "run")
+    assert latest is not None
+    assert run("checkpoint", "verify", latest).exit_code == 0
+
+
+def test_generate_refuses_what_it_cannot_do(unbroken: Path, config: Path, tmp_path: Path) -> None:
+    directory = unbroken / "run" / "step-00000008"
+    command = ("generate", "--model", directory)
+    assert "--prompt TEXT or --prompts FILE is missing" in error_of(*command)
+    assert "more than the 96 positions" in error_of(*command, "--prompt", "x", "--tokens", 96)
+    assert "needs --temperature" in error_of(*command, "--prompt", "x", "--top-k", 3)
+    assert "has no config.json" in error_of("generate", "--model", tmp_path, "--prompt", "x")
+    assert "no weights" in error_of("generate", "--model", config.parent, "--prompt", "x")
+
+
+# The parts --------------------------------------------------------------------------------------
+
+
+def test_older_checkpoints_and_leftovers_are_removed(
+    config: Path, text: Path, tmp_path: Path
+) -> None:
+    leftover = tmp_path / "run" / ".step-00000001.saving"
+    leftover.mkdir(parents=True)
+    (leftover / ".lock").touch()
+    (leftover / "model.safetensors").touch()
+    result = run(
+        "train", "--model", config, "--text", text, *OPTIONS, "--save", tmp_path / "run", "--every",
+        2, "--keep", 2,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["step-00000006", "step-00000008"]
+
+
+def test_accumulated_batches_are_one_large_batch_almost(config: Path, text: Path) -> None:
+    """The mean over two halves is the mean over all, but for rounding."""
+    finals = []
+    for rows, accumulate in ((4, 1), (2, 2)):
+        result = run(
+            "train", "--model", config, "--text", text, "--steps", 3, "--length", 24, "--batch",
+            rows, "--accumulate", accumulate,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        finals.append(float(result.stdout.splitlines()[0].split()[-1]))
+    assert finals[0] == pytest.approx(finals[1], abs=0.05)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_the_learning_rate_rises_and_falls(schedule: str) -> None:
+    options = TrainingOptions(steps=10, learning_rate=1.0, schedule=schedule, warmup=2)
+    rates = [options.learning_rate_at(step) for step in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    if schedule == "constant":
+        assert rates[2:] == [1.0] * 8
+    else:
+        assert rates[2:] == sorted(rates[2:], reverse=True)
+        assert 0 < rates[-1] < 0.2
+
+
+def test_losses_of_two_degrees_have_gaps() -> None:
+    steps = [TrainedStep(n, float(n), 1.0, 1.0, 1.0, 0, 2 if n < 3 else 3) for n in range(1, 5)]
+    assert losses_by_degree(steps) == {
+        "2": [1.0, 2.0, None, None],
+        "3": [None, None, 3.0, 4.0],
+    }
+
+
+def test_batches_follow_from_the_seed_and_the_step(text: Path) -> None:
+    batches = sp.TextBatches([text], rows=3, length=5, seed=1)
+    assert batches.batch(4).shape == (3, 5)
+    assert batches.batch(4).dtype == torch.int64
+    assert torch.equal(batches.batch(4), sp.TextBatches([text], rows=3, length=5, seed=1).batch(4))
+    others = (batches.batch(5), sp.TextBatches([text], rows=3, length=5, seed=2).batch(4))
+    assert all(not torch.equal(batches.batch(4), other) for other in others)
+    content = bytes(text.read_bytes())
+    assert all(bytes(row.tolist()) in content for row in batches.batch(4))
+
+
+def test_a_stop_is_seen_by_all_ranks() -> None:
+    def work(axis: sp.Axis, stop: sp.StopSignal) -> list[bool]:
+        before = stop.is_requested(axis)
+        if axis.rank == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+        return [before, stop.is_requested(axis)]
+
+    before = signal.getsignal(signal.SIGINT)
+    with sp.StopSignal() as stop:
+        seen = sp.launch(lambda axis: work(axis, stop), degree=2)
+    assert list(seen) == [[False, True]] * 2
+    assert signal.getsignal(signal.SIGINT) == before
+    with pytest.raises(sp.errors.UsageError, match="main thread"):
+        sp.launch(lambda axis: sp.StopSignal().__enter__(), degree=2)
+
+
+def test_the_example_goes_on_where_it_was(tmp_path: Path) -> None:
+    example = Path(__file__).parents[1] / "examples" / "train.py"
+    command = [sys.executable, str(example), str(tmp_path / "run"), "--degree", "2"]
+    process = warm.Process(command, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    while "step 3" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=LIMIT)
+    assert process.returncode == 0
+    assert warm.run([*command[:-1], "3"], env=dict(os.environ)).returncode == 0
+    assert warm.run([*command[:2], str(tmp_path / "whole")], env=dict(os.environ)).returncode == 0
+    last = "step-00000040"
+    assert hashes(tmp_path / "run" / last) == hashes(tmp_path / "whole" / last)
