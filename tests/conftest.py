@@ -39,11 +39,16 @@ settings.load_profile("shardproof")
 
 # These go first, so that no worker is left alone with one of them at the end.
 LONGEST = (
-    "test_between_cut_layers.py",
+    "test_cases.py",
     "test_compile.py",
-    "test_fuzz.py",
-    "test_hf_models.py",
+    "test_notebook.py",
+    "test_own_models.py",
+    "test_ranks.py",
     "test_readme.py",
+    "test_rounding.py",
+    "test_signals.py",
+    "test_train.py",
+    "test_whole_optimizers.py",
     "test_zoo_models.py",
 )
 SEED = pytest.StashKey[int | None]()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -384,7 +385,10 @@ def test_inductor_compiles_native_numerics_alone(numerics: str) -> None:
     if numerics == "native" and shutil.which("g++") is None:
         pytest.skip("inductor needs a C++ compiler")
     plain, x = feed_forward(), torch.randn(3, 12)
+    # One small file is compiled: a pool of compilers and precompiled headers would cost more.
+    quick = {"compile_threads": 1, "cpp_cache_precompile_headers": False}
 
+    @inductor.patch(quick)
     def work(axis: Any) -> Any:
         scheme: Any = sp.Scheme(numerics=numerics)  # type: ignore[arg-type]
         model = sp.parallelize(copy.deepcopy(plain), None, axis, inputs=(x,), scheme=scheme)

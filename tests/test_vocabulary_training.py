@@ -69,9 +69,8 @@ def test_loss_curves_have_the_same_bits(pool: Pool) -> None:
     assert len(one) == STEPS
     assert len(set(one)) > STEPS // 2  # something happens
     assert all(one)
-    for degree in (2, 3):
-        for losses in pool(degree, "threads").run(invariant):
-            assert losses == one  # none is 0, so equal floats have the same bits
+    for losses in pool(3, "threads").run(invariant):
+        assert losses == one  # none is 0, so equal floats have the same bits
     (first,) = pool(1, "threads").run(functools.partial(invariant, threads=2, steps=8))
     assert first == one[:8]
 
