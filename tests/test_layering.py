@@ -141,6 +141,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # Whole models as plain directories.
     ("checkpoint.directory", "checkpoint.entries", "checkpoint.together"),
     ("checkpoint.manifest", "checkpoint.writing", "hf.weights"),
+    ("checkpoint.background",),
     ("checkpoint.save",),
     ("checkpoint.load", "checkpoint.series"),
     ("checkpoint.__init__",),

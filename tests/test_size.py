@@ -42,6 +42,7 @@ MANY_PARAMETERS = {
     ),
     **dict.fromkeys(
         [
+            "checkpoint/save.py save",
             "prover/prove_model.py prove",
             "prover/proof.py prove_cases",
             "prover/proof.py prove_under_torchrun",

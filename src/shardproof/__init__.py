@@ -12,7 +12,7 @@ _set_blas_mode()
 from shardproof import errors, functional, hf, optim
 from shardproof.axis import Axis
 from shardproof.checkpoint.load import load
-from shardproof.checkpoint.save import save
+from shardproof.checkpoint.save import save, wait_for_save
 from shardproof.checkpoint.series import latest_checkpoint
 from shardproof.comparison import checked
 from shardproof.layers.embedding import VocabParallelEmbedding
@@ -101,4 +101,5 @@ __all__ = [
     "show",
     "sum_over_parameters",
     "sums_by_parameter",
+    "wait_for_save",
 ]

@@ -21,6 +21,7 @@ from shardproof.wording import few, short_text
 
 STATE = "shardproof.json"
 MANIFEST = "shardproof.manifest.json"
+RANK_MARK = ".rank-"  # begins the names of what ranks tell each other while they save
 LARGEST_JSON = 1 << 30  # bytes of either
 _LOCK = ".lock"  # flock of a file works on network file systems too, of a directory not
 _OTHER = "Name a directory that does not exist, is empty, or has a checkpoint of shardproof."
@@ -277,7 +278,9 @@ def _files(directory: Path) -> Iterator[Path]:
 def files_of(directory: Path) -> list[str]:
     """Names of the files of a checkpoint without the manifest, from the directory, in order."""
     paths = (path.relative_to(directory).as_posix() for path in _files(directory))
-    return sorted(name for name in paths if name not in (MANIFEST, _LOCK))
+    return sorted(
+        name for name in paths if name not in (MANIFEST, _LOCK) and not name.startswith(RANK_MARK)
+    )
 
 
 def _check_leftover(path: Path, mark: str) -> None:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from shardproof import files
 from shardproof.checked_objects import checked_model, checked_optimizer, load_into
 from shardproof.checked_values import checked_flag
+from shardproof.checkpoint.background import wait_for_pending
 from shardproof.checkpoint.directory import (
     LARGEST_JSON,
     MANIFEST,
@@ -102,15 +103,15 @@ def load(
         model that is not cut gets weights alone.
 
     Raises:
-        UsageError: the directory is no checkpoint, is damaged, of a newer version, or of another
-            model or optimizer; the first difference is named. All ranks raise. Unless a file could
-            not be read, nothing was changed.
+        UsageError: the directory is no checkpoint, is damaged, newer, or of another model or
+            optimizer. All ranks raise. Unless a file could not be read, nothing was changed.
 
     Comm:
         setup none in the ledger: small objects of all ranks go to all, uncounted.
     """
     model = checked_model(model)
     axis = axis_of(model)
+    wait_for_pending(model, axis)
     with together(axis, "checking what is loaded"):
         path = checked_path(directory)
         optimizer = None if optimizer is None else checked_optimizer(optimizer)

@@ -1,9 +1,11 @@
 """`save`: write a model and its optimizer as a plain directory, the same bytes at every degree."""
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,15 @@ from torch.optim import Optimizer
 
 from shardproof.axis import Axis
 from shardproof.checked_objects import checked_model, checked_optimizer
-from shardproof.checked_values import checked_whole
+from shardproof.checked_values import checked_flag, checked_whole
 from shardproof.checkpoint import manifest
+from shardproof.checkpoint.background import (
+    BackgroundSave,
+    CopyingWriter,
+    FilePart,
+    keep,
+    wait_for_pending,
+)
 from shardproof.checkpoint.directory import (
     MANIFEST,
     STATE,
@@ -68,13 +77,14 @@ def save(
     extra: Any = None,
     tokenizer: Any = None,
     largest_file: int = LARGEST_FILE,
+    background: bool = False,
 ) -> Path:
     """Save a model and its optimizer; all ranks of the model call it.
 
     The directory has whole tensors under their own names in safetensors files, so that
     transformers, safetensors and torch read it as it is. Its bytes do not depend on the degree.
-    Each rank writes its own part. The directory appears under its name when it is whole; a
-    checkpoint that had the name is replaced then.
+    Each rank writes its own part. The directory gets its name, and replaces a checkpoint, when it
+    is whole.
 
     Args:
         directory: does not exist, is empty, or has a checkpoint.
@@ -85,40 +95,65 @@ def save(
             data): None, bools, numbers, text, and lists, tuples and dicts of them.
         tokenizer: a tokenizer or processor of transformers, whose files are saved too.
         largest_file: most bytes of tensors in one file; a larger tensor has a file of its own.
+        background: return as soon as each rank has copied its part, and write it in a thread. The
+            next save, load, `wait_for_save` or step of `optimizer` raises what goes wrong.
 
     Returns:
         The directory, as an absolute path.
 
     Raises:
-        UsageError: the directory exists and is no checkpoint; another process saves there; an
-            argument cannot be saved; or a rank cannot write. All ranks raise, and the directory is
-            as it was.
+        UsageError: the directory is no checkpoint, another process saves there, an argument cannot
+            be saved, or a rank cannot write. All ranks raise, and the directory is as it was.
         MismatchError: the ranks save different things.
 
     Comm:
         setup one exchange of (rows, size) for every 8 MiB of a tensor whose rows are cut.
     """
     axis = axis_of(checked_model(model))
-    to_write: list[FileToWrite] = []
+    wait_for_pending(model, axis)
     with together(axis, "checking what is saved"):
         path = checked_path(directory)
         optimizer = None if optimizer is None else checked_optimizer(optimizer)
         _check_tokenizer(tokenizer)
         largest = checked_whole(largest_file, "largest_file", most=_LARGEST_DISK)
         count = checked_whole(step, "step", least=0)
+        background = checked_flag(background, "background")
         state, entries = _collect(model, optimizer, count, extra)
-        for stem, group in entries.items():
-            by_name = {entry.name: entry for entry in group}
-            layouts = divide_into_files(group, stem, largest=largest)
-            to_write += [(layout, by_name) for layout in layouts]
+        to_write = _divided(entries, largest)
         signature = _signature(path, state, to_write, entries)
     axis.agree(signature, what="checkpoints", way_out="Save the same on all ranks.")
-
-    def write_others(folder: Path) -> None:
-        _write_others(folder, model, state, tokenizer, to_write)
-
-    _write(path, to_write, axis, write_others)
+    write_others = functools.partial(_write_others, model, state, tokenizer, to_write)
+    if background:
+        keep(model, _start(path, to_write, axis, write_others), optimizer, axis)
+    else:
+        _write(path, to_write, axis, write_others)
     return path
+
+
+def wait_for_save(model: nn.Module) -> None:
+    """Wait until a save in the background is whole; all ranks of the model call it.
+
+    Args:
+        model: a model that `save` was given with `background=True`; of others nothing is waited
+            for.
+
+    Raises:
+        UsageError: a rank could not write. All ranks raise, and the directory is as it was.
+
+    Comm:
+        setup none in the ledger: small objects of all ranks go to all, uncounted.
+    """
+    wait_for_pending(model, axis_of(checked_model(model)))
+
+
+def _divided(entries: dict[str, list[Entry]], largest: int) -> list[FileToWrite]:
+    """The files, each with the tensors by name that it takes some of."""
+    to_write: list[FileToWrite] = []
+    for stem, group in entries.items():
+        by_name = {entry.name: entry for entry in group}
+        layouts = divide_into_files(group, stem, largest=largest)
+        to_write += [(layout, by_name) for layout in layouts]
+    return to_write
 
 
 def _signature(
@@ -161,18 +196,55 @@ def _write(
         setup as `save`.
     """
     what = f"saving {short_text(str(path))}"
-    saved: SavedDirectory | None = None
-    try:
-        with together(axis, what):
-            if axis.rank == 0:
-                saved = SavedDirectory(path)
-                create(saved.work, [layout for layout, _ in to_write])
-                write_others(saved.work)
+    with _begun(path, to_write, axis, write_others) as saved:
         _write_tensors(work_of(path), to_write, axis)
         _write_manifest(work_of(path), axis)
         with together(axis, what):
             if saved is not None:
                 saved.finish()
+
+
+def _start(
+    path: Path, to_write: Sequence[FileToWrite], axis: Axis, write_others: Callable[[Path], None]
+) -> BackgroundSave:
+    """Copy this rank's part of all files, and let a thread write it.
+
+    Comm:
+        setup as `save`.
+    """
+    work = work_of(path)
+    with _begun(path, to_write, axis, write_others) as saved:
+        writers = [CopyingWriter(work / layout.name, axis) for layout, _ in to_write]
+        try:
+            for writer, (layout, entries) in zip(writers, to_write, strict=True):
+                for stored in layout.tensors:
+                    writer.write(stored, entries[stored.name])
+        finally:
+            for writer in writers:
+                writer.close()
+        parts: list[FilePart] = []
+        with together(axis, f"copying for {short_text(str(path))}"):
+            parts = [writer.part() for writer in writers]
+        return BackgroundSave(path, work, parts, axis, saved)
+
+
+@contextlib.contextmanager
+def _begun(
+    path: Path, to_write: Sequence[FileToWrite], axis: Axis, write_others: Callable[[Path], None]
+) -> Iterator[SavedDirectory | None]:
+    """Make all files beside the directory; rank 0 gets the directory, and removes it after errors.
+
+    Comm:
+        setup none in the ledger: small objects of all ranks go to all, uncounted.
+    """
+    saved: SavedDirectory | None = None
+    try:
+        with together(axis, f"saving {short_text(str(path))}"):
+            if axis.rank == 0:
+                saved = SavedDirectory(path)
+                create(saved.work, [layout for layout, _ in to_write])
+                write_others(saved.work)
+        yield saved
     except BaseException:
         if saved is not None:
             saved.abandon()
@@ -229,11 +301,11 @@ def _digest(value: Any) -> str:
 
 
 def _write_others(
-    folder: Path,
     model: nn.Module,
     state: dict[str, Any],
     tokenizer: Any,
     to_write: Sequence[FileToWrite],
+    folder: Path,
 ) -> None:
     """Write the files that are small; called by one rank."""
     if is_transformers(model):

@@ -228,9 +228,14 @@ class PartWriter:
         if self.error is not None or self._descriptor is None or not x.numel():
             return
         try:
-            write_from(self._descriptor, start, bytes_of(x.cpu().contiguous()))
+            self._put(start, x)
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError if memory is short
             self.error = error
+
+    def _put(self, start: int, x: Tensor) -> None:
+        """Write the elements of a tensor at an offset."""
+        if self._descriptor is not None:
+            write_from(self._descriptor, start, bytes_of(x.cpu().contiguous()))
 
 
 def _paired(runs: Sequence[range], places: Sequence[slice]) -> list[tuple[range, int]]:
