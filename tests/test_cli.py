@@ -237,7 +237,7 @@ def test_options_reach_the_prover(monkeypatch: pytest.MonkeyPatch) -> None:
     prove(
         "--case", "ffn", "--case", "matmul-row", "--case", "ffn", "--degrees", "5,1",
         "--engine", "processes", "--threads", "2", "--numerics", "native", "--leaves", "5",
-        "--seed", "7", "--allow-nonfinite",
+        "--seed", "7", "--allow-nonfinite", "--resume",
     )  # fmt: skip
     prove()
     first, second = (error.args for error in seen)
@@ -253,6 +253,7 @@ def test_options_reach_the_prover(monkeypatch: pytest.MonkeyPatch) -> None:
             "skipped": (),
             "allow_nonfinite": True,
             "few": 0,
+            "resume": True,
         },
     )
     assert second[0] == [case.name for case in all_cases() if case.is_installed]

@@ -224,7 +224,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("prover.case",),
     ("prover.training",),
     ("prover.fault_location", "prover.recording"),
-    ("prover.case_report",),
+    ("prover.case_report", "prover.resuming"),
     ("prover.judge", "prover.report"),
     ("prover.compare_reports", "prover.proof"),
     ("prover.prove_model",),

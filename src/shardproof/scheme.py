@@ -1,15 +1,17 @@
 """`Scheme`: the leaves, numerics and seed of a plan, which do not depend on the degree."""
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 from shardproof.checked_values import LARGEST, LARGEST_SEED, whole_number
 from shardproof.errors import DegreeError, UsageError
-from shardproof.leaves import DEFAULT_LEAVES
+from shardproof.leaves import DEFAULT_LEAVES, check_degree, checked_degree
 from shardproof.wording import short_repr
 
 Numerics = Literal["invariant", "native"]
 NUMERICS: tuple[Numerics, ...] = ("invariant", "native")
+MOST_DEGREES = 1000
 
 
 @dataclass(frozen=True)
@@ -74,3 +76,39 @@ def checked_scheme(scheme: Any) -> Scheme:
             "shardproof.Scheme(leaves=8)."
         )
     return scheme
+
+
+def checked_degrees(degrees: Any, scheme: Scheme | None) -> tuple[int, ...]:
+    """The degrees once each, lowest first.
+
+    Args:
+        degrees: as the caller wrote them.
+        scheme: whose leaves must serve them; None leaves that to the layers.
+
+    Raises:
+        DegreeError: one is no whole number, is not positive, or exceeds the leaves.
+        UsageError: there is none, or the value is not a list.
+    """
+    try:
+        is_text = isinstance(degrees, str | bytes)
+        entries = None if is_text else tuple(islice(degrees, MOST_DEGREES + 1))
+    except TypeError:  # cannot be iterated
+        entries = None
+    if entries is None:
+        raise UsageError(
+            f"degrees={short_repr(degrees)} is not a list of degrees. Write for instance "
+            "degrees=(1, 2)."
+        )
+    if len(entries) > MOST_DEGREES:
+        raise UsageError(
+            f"degrees has more than {MOST_DEGREES} entries, and each is a run of its own. Name "
+            "fewer, such as (1, 2, 3, 8)."
+        )
+    ordered = tuple(sorted({checked_degree(degree) for degree in entries}))
+    if not ordered:
+        raise UsageError("no degree to prove. Name one or more, such as 1 and 2.")
+    if scheme is not None:
+        checked_scheme(scheme)
+        for degree in ordered:
+            check_degree(degree, scheme.leaves)
+    return ordered

@@ -124,6 +124,11 @@ _DIFFERENCE = {
     is_flag=True,
     help="Also print the values of small tensors, and a notebook's results beside ours.",
 )
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Also save every case in the middle, at every degree, and go on at another one.",
+)
 @click.option("--list", "wants_list", is_flag=True, help="List the cases, and run nothing.")
 def prove(
     *,
@@ -142,6 +147,7 @@ def prove(
     plot_path: str | None,
     allow_nonfinite: bool,
     show: bool,
+    resume: bool,
     wants_list: bool,
 ) -> int:
     """Show that the degree does not change the bits.
@@ -161,7 +167,7 @@ def prove(
     cases, skipped = select_cases(case_names, model, steps)
     run = ProofRun(
         cases, skipped, degrees, engine, transport, threads, scheme,
-        allow_nonfinite, FEW if show else 0,
+        allow_nonfinite, FEW if show else 0, resume,
     )  # fmt: skip
     run.check()
     is_speaker = here is None or here.rank == 0
@@ -188,6 +194,7 @@ class ProofRun:
         scheme: leaves, numerics and seed.
         allow_nonfinite: whether a tensor with NaN or Inf may be proved.
         num_shown: the numbers of tensors up to this size are in the report; 0: none are.
+        resume: whether every case is also saved and resumed.
     """
 
     cases: tuple[Case, ...]
@@ -199,6 +206,7 @@ class ProofRun:
     scheme: Scheme
     allow_nonfinite: bool
     num_shown: int
+    resume: bool = False
 
     def check(self) -> None:
         """Raise if this process cannot run so many threads, or invariant numerics."""
@@ -219,6 +227,7 @@ class ProofRun:
             "skipped": self.skipped,
             "allow_nonfinite": self.allow_nonfinite,
             "few": self.num_shown,
+            "resume": self.resume,
         }
         if self.engine != "torchrun":
             return prove_cases(

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from shardproof import observing, optim
 from shardproof.axis import Axis
@@ -148,6 +149,15 @@ class Recorder(Protocol):
         """Keep a tensor that no rank records; called in plain torch only."""
 
 
+class PartOfTrainings(Protocol):
+    """Chooses the steps of a training that a run does."""
+
+    def steps(
+        self, run: "CaseRun", model: nn.Module, optimizer: Optimizer | None, total: int, name: str
+    ) -> Iterator[int]:
+        """The numbers of the steps."""
+
+
 class CaseRun:
     """One run of a case: what a case reads and what it reports to.
 
@@ -166,6 +176,7 @@ class CaseRun:
             torch.
         has_cut_tensors: code of an adopted model may receive cut tensors.
         device: where the model and the data are moved to; None, the default: they are not moved.
+        part: which steps of its trainings the run does; None, the default: all.
     """
 
     def __init__(
@@ -189,6 +200,7 @@ class CaseRun:
         self.num_cut_parameters = 0
         self.has_cut_tensors = False
         self.device: torch.device | None = None
+        self.part: PartOfTrainings | None = None
         self.precise_gradient = precise_gradient
         self._recorder = recorder
         self._is_precise = is_precise
@@ -322,6 +334,21 @@ class CaseRun:
         """Keep a tensor that no rank records, but that judges others; in plain torch only."""
         if self.is_reference:
             self._recorder.set_aside(name, tensor.detach())
+
+    def steps(
+        self, model: nn.Module, optimizer: Optimizer | None, total: int, *, name: str = ""
+    ) -> Iterator[int]:
+        """The numbers of the steps of a training: all, or one side of a checkpoint.
+
+        Args:
+            model: as it was created.
+            optimizer: as it was created; None if nothing is updated.
+            total: number of steps.
+            name: of the training, if the case has several.
+        """
+        if self.part is None:
+            return iter(range(total))
+        return self.part.steps(self, model, optimizer, total, name)
 
     def check(self, name: str, passed: bool, detail: str = "") -> None:
         """Claim something; it must hold on every rank at every degree that claims it."""

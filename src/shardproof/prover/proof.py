@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +21,6 @@ import torch
 from shardproof.axis import Axis
 from shardproof.error_text import text_of
 from shardproof.errors import RankError, ShapeError, UsageError
-from shardproof.leaves import check_degree, checked_degree
 from shardproof.numerics import mode
 from shardproof.prover.case import Case
 from shardproof.prover.case_report import CaseReport
@@ -36,14 +34,13 @@ from shardproof.prover.recording import (
     run_references,
 )
 from shardproof.prover.report import Report
+from shardproof.prover.resuming import ResumeReport, RunRanks, prove_resume
 from shardproof.ranks import open_ranks
-from shardproof.scheme import Scheme, checked_scheme
+from shardproof.scheme import Scheme, checked_degrees
 from shardproof.torchrun import host_of
 from shardproof.transport.base import Call
-from shardproof.wording import short_repr
 
 DEGREES = (1, 2, 3, 8)
-MOST_DEGREES = 1000
 DEFAULT_SEED = 12345  # that of the teaching notebook on the gathered MLP
 
 T = TypeVar("T")
@@ -63,6 +60,7 @@ class ProofSettings:
         skipped: cases left out, for the report: name and extra.
         allow_nonfinite: NaN and Inf are no fault.
         few: the report shows the values of tensors with at most so many; 0: of none.
+        resumes: every case is also saved and resumed.
     """
 
     cases: Sequence[Case]
@@ -71,6 +69,12 @@ class ProofSettings:
     skipped: Sequence[dict[str, str]] = ()
     allow_nonfinite: bool = False
     few: int = 0
+    resumes: bool = False
+
+    def num_runs(self, num_degrees: int) -> int:
+        """Number of runs of the proof, of plain torch and of ranks."""
+        per_case = 1 + num_degrees + ((1 + 2 * num_degrees) if self.resumes else 0)
+        return len(self.cases) * per_case
 
     def make_references(self, folder: Path, progress: "ProgressCounter") -> References:
         """Run every case in plain torch, and write the tensors to a folder."""
@@ -92,6 +96,37 @@ class ProofSettings:
             seed=self.seed,
             directory=references[case.name],
             few=self.few,
+        )
+
+    def resume(
+        self,
+        degrees: Sequence[int],
+        run_ranks: RunRanks,
+        folder: Path,
+        references: References,
+        announce: Callable[[str], None],
+    ) -> tuple[ResumeReport, ...]:
+        """Save and resume every case, if that is wanted.
+
+        Args:
+            degrees: that save and go on.
+            run_ranks: runs a function on ranks.
+            folder: for the checkpoints.
+            references: of the cases.
+            announce: is called with a text before each run.
+        """
+        return tuple(
+            prove_resume(
+                case,
+                degrees,
+                run_ranks,
+                folder=folder / f"{index} checkpoints",
+                announce=announce,
+                scheme=self.scheme,
+                seed=self.seed,
+                directory=references[case.name],
+            )
+            for index, case in enumerate(self.cases if self.resumes else ())
         )
 
     def judge(self, results: Results, references: References) -> tuple[CaseReport, ...]:
@@ -201,6 +236,7 @@ def prove_cases(
     skipped: Sequence[dict[str, str]] = (),
     allow_nonfinite: bool = False,
     few: int = 0,
+    resume: bool = False,
 ) -> Report:
     """Run every case in plain torch and at every degree, and compare.
 
@@ -216,6 +252,7 @@ def prove_cases(
         skipped: cases left out, for the report: name and extra.
         allow_nonfinite: whether a tensor with NaN or Inf may be proved.
         few: the report shows the values of tensors with at most so many.
+        resume: also save every case at every degree, and let it go on at another one.
 
     Raises:
         DegreeError: the leaves cannot serve a degree.
@@ -227,8 +264,8 @@ def prove_cases(
     degrees = checked_degrees(degrees, scheme)
     check_cases(cases)
     threads = threads_of_ranks(threads, degrees)
-    settings = ProofSettings(cases, scheme, seed, skipped, allow_nonfinite, few)
-    count = ProgressCounter(progress, total=len(cases) * (1 + len(degrees)))
+    settings = ProofSettings(cases, scheme, seed, skipped, allow_nonfinite, few, resume)
+    count = ProgressCounter(progress, total=settings.num_runs(len(degrees)))
     # Inputs that differ between ranks are no error here: the report names the tensors that do.
     options = {
         "threads": threads,
@@ -243,15 +280,16 @@ def prove_cases(
 
 def _run_degrees(
     search: FaultSearch, degrees: Sequence[int], count: "ProgressCounter"
-) -> tuple[tuple[CaseReport, ...], Results, dict[str, str]]:
-    """Run every case in plain torch and at every degree, and judge it.
+) -> tuple[tuple[CaseReport, ...], Results, dict[str, Any]]:
+    """Run every case in plain torch and at every degree, judge it, and resume it.
 
     Returns:
-        Reports, results, and how the ranks of the highest degree exchanged their bytes.
+        Reports, results, and further fields of `Report`: how the ranks of the highest degree
+        exchanged their bytes, and what was resumed.
     """
     settings, cases = search.settings, search.settings.cases
     results: Results = {case.name: {} for case in cases}
-    used: dict[str, str] = {}
+    used: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="shardproof-") as folder:
         references = settings.make_references(Path(folder), count)
         for degree in degrees:
@@ -262,6 +300,12 @@ def _run_degrees(
                     with search.adding_note(case, degree):
                         results[case.name][degree] = ranks.run(settings.work(case, references))
         case_reports = settings.judge(results, references)
+
+        def run_ranks(degree: int, work: Callable[[Axis], RankResult]) -> Sequence[RankResult]:
+            with open_ranks(degree, search.engine, **search.options) as ranks:
+                return ranks.run(work)
+
+        used["resumed"] = settings.resume(degrees, run_ranks, Path(folder), references, count)
     located = tuple(
         search.add_location(case, report, results[case.name])
         for case, report in zip(cases, case_reports, strict=True)
@@ -280,6 +324,7 @@ def prove_under_torchrun(
     skipped: Sequence[dict[str, str]] = (),
     allow_nonfinite: bool = False,
     few: int = 0,
+    resume: bool = False,
 ) -> Report | None:
     """Run every case on torchrun's ranks, and on rank 0 alone; every rank calls this.
 
@@ -293,6 +338,7 @@ def prove_under_torchrun(
         skipped: cases left out, for the report: name and extra.
         allow_nonfinite: whether a tensor with NaN or Inf may be proved.
         few: the report shows the values of tensors with at most so many.
+        resume: as in `prove_cases`, in a folder for temporary files that all ranks share.
 
     Returns:
         The report on rank 0, None on the others.
@@ -304,14 +350,17 @@ def prove_under_torchrun(
     degrees = checked_degrees({1, axis.size}, scheme)
     if threads is not None:
         torch.set_num_threads(threads)
-    settings = ProofSettings(cases, scheme, seed, skipped, allow_nonfinite, few)
+    settings = ProofSettings(cases, scheme, seed, skipped, allow_nonfinite, few, resume)
     count = ProgressCounter(
-        progress if axis.rank == 0 else None, total=len(cases) * (1 + len(degrees))
+        progress if axis.rank == 0 else None, total=settings.num_runs(len(degrees))
     )
     with tempfile.TemporaryDirectory(prefix="shardproof-") as folder:
         references = _share_references(settings, axis, Path(folder), count)
         alone = _run_together(axis, lambda: _run_alone(settings, axis, references, count))[0]
         own = _run_all(settings, axis, references, count) if axis.size > 1 else {}
+        shared = Path(axis.gather_small(folder, what="the folder of checkpoints")[0])
+        run_ranks = functools.partial(_run_here, axis)
+        resumed = settings.resume(degrees, run_ranks, shared, references, count)
         # No host may remove its references before this gather: until then ranks read them.
         everyone = axis.transport.gather_objects(own, call=Call("gather", "prover", "report"))
         if axis.rank:
@@ -321,8 +370,17 @@ def prove_under_torchrun(
             results[case.name][axis.size] = [rank[case.name] for rank in everyone]
         case_reports = settings.judge(results, references)
     count("done")
-    used = {"transport": axis.transport.name, "transport_note": axis.transport_note}
+    used: dict[str, Any] = {"transport": axis.transport.name, "resumed": resumed}
+    used["transport_note"] = axis.transport_note
     return settings.report(case_reports, results, degrees=degrees, engine="torchrun", **used)
+
+
+def _run_here(axis: Axis, degree: int, work: Callable[[Axis], RankResult]) -> Sequence[RankResult]:
+    """Run a function on torchrun's ranks, or at degree 1 on rank 0; all ranks get all results."""
+    if degree > 1:
+        return _run_together(axis, lambda: work(axis))
+    results = _run_together(axis, lambda: None if axis.rank else work(Axis.solo()))
+    return [result for result in results if result is not None]
 
 
 def _share_references(
@@ -410,42 +468,6 @@ def coming_contract(scheme: Scheme, threads: int) -> str:
     """The contract under which ranks with so many threads will run fp32 layers on the CPU."""
     with open_ranks(1, threads=threads) as ranks:
         return ranks.run(lambda axis: mode.contract(scheme))[0]
-
-
-def checked_degrees(degrees: Any, scheme: Scheme | None) -> tuple[int, ...]:
-    """The degrees once each, lowest first.
-
-    Args:
-        degrees: as the caller wrote them.
-        scheme: whose leaves must serve them; None leaves that to the layers.
-
-    Raises:
-        DegreeError: one is no whole number, is not positive, or exceeds the leaves.
-        UsageError: there is none, or the value is not a list.
-    """
-    try:
-        is_text = isinstance(degrees, str | bytes)
-        entries = None if is_text else tuple(islice(degrees, MOST_DEGREES + 1))
-    except TypeError:  # cannot be iterated
-        entries = None
-    if entries is None:
-        raise UsageError(
-            f"degrees={short_repr(degrees)} is not a list of degrees. Write for instance "
-            "degrees=(1, 2)."
-        )
-    if len(entries) > MOST_DEGREES:
-        raise UsageError(
-            f"degrees has more than {MOST_DEGREES} entries, and each is a run of its own. Name "
-            "fewer, such as (1, 2, 3, 8)."
-        )
-    ordered = tuple(sorted({checked_degree(degree) for degree in entries}))
-    if not ordered:
-        raise UsageError("no degree to prove. Name one or more, such as 1 and 2.")
-    if scheme is not None:
-        checked_scheme(scheme)
-        for degree in ordered:
-            check_degree(degree, scheme.leaves)
-    return ordered
 
 
 def check_cases(cases: Sequence[Case]) -> None:

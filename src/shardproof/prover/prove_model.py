@@ -12,10 +12,10 @@ from shardproof.checked_objects import checked_model
 from shardproof.checked_values import checked_flag, checked_name, checked_whole
 from shardproof.errors import UsageError
 from shardproof.prover.case import Case, CaseRun
-from shardproof.prover.proof import DEGREES, checked_degrees, prove_cases
+from shardproof.prover.proof import DEGREES, prove_cases
 from shardproof.prover.report import Report
 from shardproof.prover.training import Batch, MakeOptimizer, Training, make_optimizer
-from shardproof.scheme import Scheme
+from shardproof.scheme import Scheme, checked_degrees
 from shardproof.wording import short_repr
 
 UserBatch = tuple[Tensor | tuple[Tensor, ...], Tensor]  # inputs, target
@@ -36,6 +36,7 @@ def prove(
     name: str = "model",
     audit_creation: bool = True,
     allow_nonfinite: bool = False,
+    resume: bool = False,
 ) -> Report:
     """Prove that a model gives the same bits at every degree and agrees with plain torch.
 
@@ -46,7 +47,7 @@ def prove(
         batch: inputs (a tensor or a tuple of them) and target.
         degrees: how many ranks; each is run once, lowest first.
         optimizer: makes one for some parameters; None updates nothing.
-        steps: how many. Agreement with plain torch is judged on the first.
+        steps: how many; agreement with plain torch is judged on the first.
         engine: "threads" or "processes".
         threads: intra-op threads of each rank; by default the ranks share this process's.
         transport: what carries bytes between the ranks, as in `launch`.
@@ -54,6 +55,7 @@ def prove(
         name: of the model in the report.
         audit_creation: False leaves `build` out of the memory audit: it makes a model whole first.
         allow_nonfinite: whether NaN and Inf may be proved; those of a constant mask always may.
+        resume: also save the model in the middle, at every degree, and go on at another one.
 
     Returns:
         A report; `report.proved` is the answer. It is False where a degree above 1 cut nothing.
@@ -77,6 +79,7 @@ def prove(
         scheme=scheme,
         seed=None,
         allow_nonfinite=allow_nonfinite,
+        resume=checked_flag(resume, "resume"),
     )
 
 

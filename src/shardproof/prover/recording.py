@@ -21,7 +21,14 @@ from shardproof.axis import Axis
 from shardproof.errors import ShapeError
 from shardproof.leaves import Layout, replicated
 from shardproof.numerics import mode
-from shardproof.prover.case import Case, CaseRun, Check, PreciseGradient, RecordOptions
+from shardproof.prover.case import (
+    Case,
+    CaseRun,
+    Check,
+    PartOfTrainings,
+    PreciseGradient,
+    RecordOptions,
+)
 from shardproof.prover.compare import (
     Figures,
     OptimizerStep,
@@ -395,6 +402,7 @@ def run_on_rank(
     seed: int | None,
     directory: Path,
     few: int = 0,
+    part: PartOfTrainings | None = None,
 ) -> RankResult:
     """Run a case on this rank; all ranks of `axis` call this.
 
@@ -405,12 +413,14 @@ def run_on_rank(
         seed: random seed of everything that the case draws.
         directory: with the files that `run_references` wrote.
         few: keep the values of tensors with at most so many; 0 keeps none.
+        part: which steps of its trainings the case does; None: all.
     """
     _try_products(scheme)
     started = time.perf_counter()
     axis.transport.ledger.reset()
     recorder = _RankRecorder(axis, directory, few=few)
     run = CaseRun(axis=axis, scheme=scheme, seed=seed, recorder=recorder)
+    run.part = part
     case.work(run)
     return RankResult(
         axis.rank,

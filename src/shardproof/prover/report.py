@@ -11,6 +11,7 @@ from typing import Any
 
 from shardproof.prover.case_report import CaseReport, TensorReport
 from shardproof.prover.compare import NEAR
+from shardproof.prover.resuming import ResumeReport
 
 _REFERENCE = (
     "The reference ran in plain PyTorch before the ranks, outside of them, and is exempt from the "
@@ -33,6 +34,7 @@ class Report:
         engine: what the ranks were: "threads", "processes", "torchrun".
         transport: what carried bytes between the ranks of the highest degree.
         transport_note: why processes did not share memory; empty if there is nothing to say.
+        resumed: one for each case that was saved and resumed.
         numerics, leaves, seed: of the scheme.
         contract: everything that the bits depend on.
         skipped: cases whose extra is not installed: name and extra.
@@ -50,11 +52,12 @@ class Report:
     skipped: tuple[Mapping[str, str], ...] = ()
     audits_creation: bool = True
     transport_note: str = ""
+    resumed: tuple[ResumeReport, ...] = ()
 
     @property
     def proved(self) -> bool:
-        """True if every case is proved."""
-        return all(case.proved for case in self.cases)
+        """True if every case is proved, also when it was saved and resumed."""
+        return all(case.proved for case in self.cases) and not self._resume_fault()
 
     @property
     def identical(self) -> bool:
@@ -69,7 +72,20 @@ class Report:
     @property
     def answer(self) -> str:
         """What was proved, or the first fault, without notes."""
-        return verdict(self.cases, self.degrees)
+        answer, fault = verdict(self.cases, self.degrees), self._resume_fault()
+        if not self.resumed or not all(case.proved for case in self.cases):
+            return answer
+        if fault:
+            return f"Not proved: {fault}."
+        runs = sum(len(each.pairs) for each in self.resumed)
+        return (
+            f"{answer} Saved and resumed at another degree, {counted(runs, 'run')} had the bits of "
+            "the unbroken run."
+        )
+
+    def _resume_fault(self) -> str:
+        """The first case that was resumed with other bits, and how; "" if there is none."""
+        return next((f"in case {r.case}, {r.fault}" for r in self.resumed if r.fault), "")
 
     def verdict(self) -> str:
         """The answer, and what the caller left out of the proof."""
@@ -115,6 +131,7 @@ class Report:
             "degrees": list(self.degrees),
             "notes": list(self.notes()),
             "cases": [case.as_dict() for case in self.cases],
+            **({"resumed": [each.as_dict() for each in self.resumed]} if self.resumed else {}),
         }
 
 

@@ -83,7 +83,7 @@ class Training:
             optimizer = make_optimizer(self.optimizer, model) if self.optimizer else None
         record_parameters(run, model, suffix=INITIAL)
         masks = infinite_buffers(model)
-        for step in range(1 if run.is_reference else self.steps):
+        for step in run.steps(model, optimizer, 1 if run.is_reference else self.steps):
             prefix, is_first = f"step {step + 1}: " if step else "", not step
             output, loss = self._forward(run, model, batch)
             run.record(f"{prefix}output", output, judged=is_first)

@@ -107,14 +107,15 @@ def train(run: CaseRun) -> None:
         model = run.adopt(run.cast(build(run)))
         optimizer = make_optimizer(sgd, model)
     record_parameters(run, model, suffix=INITIAL)
-    for epoch in range(1, EPOCHS + 1):
+    for epoch in (number + 1 for number in run.steps(model, optimizer, EPOCHS)):
         for step, (x, y) in enumerate(batches(digits, run.seed, epoch)):
             is_first = epoch == 1 and not step
             train_step(run, model, optimizer, x, y, record=is_first, measure=epoch == 1)
             if is_first and run.is_reference:
                 return
         record_parameters(run, model, prefix=f"epoch {epoch}: ", judged=False)
-    record_state(run, model, optimizer, prefix=f"epoch {EPOCHS}: ", judged=False)
+        if epoch == EPOCHS:
+            record_state(run, model, optimizer, prefix=f"epoch {epoch}: ", judged=False)
     examine(run, model, digits)
 
 

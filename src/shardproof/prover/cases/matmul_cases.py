@@ -72,15 +72,16 @@ def forward_and_backward(run: CaseRun, layer: nn.Module, x: Tensor, label: Tenso
     weight, stored = layer.get_parameter("weight"), layout_of(layer, "weight")
     w_layout = _transposed(stored)
     run.record("w (initial)", weight.t(), w_layout)
-    with run.measured():
-        y = layer(x)
-        loss = _loss(run, y, label, stored)
-    run.record("y", y, _output_layout(stored))
-    run.record("loss", loss)
-    with run.measured():
-        loss.backward()
-    if weight.grad is not None:
-        run.record("w.grad", weight.grad.t(), w_layout)
+    for _ in run.steps(layer, None, 1):
+        with run.measured():
+            y = layer(x)
+            loss = _loss(run, y, label, stored)
+        run.record("y", y, _output_layout(stored))
+        run.record("loss", loss)
+        with run.measured():
+            loss.backward()
+        if weight.grad is not None:
+            run.record("w.grad", weight.grad.t(), w_layout)
 
 
 def _loss(run: CaseRun, y: Tensor, label: Tensor, stored: Layout) -> Tensor:

@@ -231,7 +231,8 @@ class TextTraining:
         if first.is_compared:
             record_parameters(run, model, suffix=INITIAL)
             self._predict(run, model, self._tokens(run, text, 0))
-        for step in range(1 if run.is_reference else self.steps):
+        total = 1 if run.is_reference else self.steps
+        for step in run.steps(model, optimizer, total, name=phase):
             now, tokens = _TrainingStep(phase, step), self._tokens(run, text, step)
             self._step(run, model, optimizer, tokens, now)
             if step in (0, self.steps - 1):
