@@ -4,12 +4,12 @@ import copy
 import hashlib
 import json
 import os
+import random
 import re
 import resource
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -490,53 +490,63 @@ def test_a_rank_that_cannot_write_is_an_error_on_all_ranks(tmp_path: Path) -> No
 
 SAVING = """
 import sys
-from pathlib import Path
 import shardproof as sp
-from test_checkpoint import STYLES, WHOLE, cut, train
+from test_checkpoint import cut, train
 
-def save(axis):
-    model, optimizer = cut(axis)
-    step = sp.load(sys.argv[1], model, optimizer).step
-    while True:
-        if axis.rank == 0:
-            print(step, flush=True)
-        train(model, optimizer, range(step, step + 1))
-        step += 1
-        sp.save(sys.argv[1], model, optimizer, step=step)
-
-sp.launch(save, degree=2)
+axis = sp.Axis.from_env()
+model, optimizer = cut(axis)
+step = sp.load(sys.argv[1], model, optimizer).step
+while True:
+    train(model, optimizer, range(step, step + 1))
+    step += 1
+    if axis.rank == 0:
+        print(step, flush=True)
+    sp.save(sys.argv[1], model, optimizer, step=step)
 """
+RANKS = 3
+SAVE_SECONDS = 0.04  # about as long as a save takes
 
 
-def test_a_save_that_is_killed_leaves_a_whole_checkpoint(tmp_path: Path, pool: Pool) -> None:
-    """Killed at any moment; the checkpoint is then that of some step of the unbroken run."""
-    path = tmp_path / "here"
+def killed_in_a_save(path: Path, *, rank: int, saves: int, delay: float) -> None:
+    """Ranks that train and save; one of them is killed some time after the last save began."""
+    command = [sys.executable, "-c", SAVING, str(path)]
+    ranks = warm.start_ranks(command, ranks=RANKS, env=WITH_TESTS)
+    try:
+        for _ in range(saves):
+            line = ranks[0].stdout.readline()
+            assert line.strip().isdigit(), line + ranks[0].communicate(30.0)[1]
+        time.sleep(delay)
+        os.kill(ranks[rank].pid, signal.SIGKILL)
+    finally:
+        for each in ranks:
+            each.close()
+
+
+def test_a_save_that_is_killed_leaves_a_whole_checkpoint(
+    tmp_path: Path, pool: Pool, request: pytest.FixtureRequest
+) -> None:
+    """Each rank in turn; the checkpoint is then that of some step of the unbroken run."""
+    path, alone = tmp_path / "here", tmp_path / "alone"
     pool(1, "threads").run(lambda axis: trained(axis, path, range(1)))
-    unbroken: dict[int, dict[str, str]] = {}
-    for kill in range(3):
-        with subprocess.Popen(
-            [sys.executable, "-c", SAVING, str(path)],
-            stdout=subprocess.PIPE,
-            env=WITH_TESTS,
-        ) as process:
-            try:
-                assert process.stdout is not None
-                for _ in range(1 + kill):  # the step that it began with, and saves
-                    assert process.stdout.readline().strip().isdigit()
-                time.sleep(0.013 * kill)
-            finally:
-                process.send_signal(signal.SIGKILL)
+    chance, hits, last = random.Random(0), 0, 1
+    model, optimizer = cut(Axis.solo())
+    train(model, optimizer, range(1))
+    num_kills = request.config.getoption("--kills")
+    for kill in range(num_kills):
+        delay = chance.random() * SAVE_SECONDS
+        killed_in_a_save(path, rank=kill % RANKS, saves=1 + kill % 2, delay=delay)
+        hits += (tmp_path / ".here.saving").exists()
         directories.wait_for_name(path)
         assert find_damage(path) == []
         step = json.loads((path / "shardproof.json").read_text())["step"]
-        unbroken[step] = hashes(path)
-    assert max(unbroken) > 1
-    last = max(unbroken)
-    alone = tmp_path / "alone"
-    pool(1, "threads").run(lambda axis: trained(axis, alone, range(last)))
-    wanted, mine = hashes(alone), unbroken[last]
-    assert mine["model.safetensors"] == wanted["model.safetensors"]
-    assert mine["optimizer.safetensors"] == wanted["optimizer.safetensors"]
+        train(model, optimizer, range(last, step))
+        last = step
+        sp.save(alone, model, optimizer, step=step)
+        (path / ".lock").unlink(missing_ok=True)  # it was killed after the rename
+        assert hashes(path) == hashes(alone), f"after kill {kill}, at step {step}"
+    assert last > 1
+    assert hits >= num_kills // 4, f"{hits} of {num_kills} kills hit a save"
+    sys.stdout.write(f"{hits} of {num_kills} kills hit a save; {last} steps\n")
 
 
 def test_a_header_that_lies(whole: Path, tmp_path: Path) -> None:

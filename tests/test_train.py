@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from click.testing import CliRunner, Result
 
 import shardproof as sp
 import warm
+from shardproof.checkpoint.series import remove_older
 from shardproof.cli.main import main
 from shardproof.training_run import TrainedStep, TrainingOptions, losses_by_degree
 
@@ -103,20 +103,12 @@ def test_a_training_saves_logs_and_draws(unbroken: Path) -> None:
     assert (unbroken / "loss.png").stat().st_size > 1000
 
 
-def start(*arguments: object, rank: dict[str, str] | None = None) -> warm.Process:
-    """The command in a process of its own, alone or as a rank of torchrun."""
-    command = [sys.executable, "-m", "shardproof", *map(str, arguments)]
-    return warm.Process(command, env={**os.environ, "OMP_NUM_THREADS": "1", **(rank or {})})
+def command_of(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "shardproof", *map(str, arguments)]
 
 
-def start_ranks(*arguments: object, ranks: int) -> list[warm.Process]:
-    """The command on ranks as torchrun starts them."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": str(port)}  # fmt: skip
-    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    return [start(*arguments, rank={**shared, **place}) for place in places]
+def start(*arguments: object) -> warm.Process:
+    return warm.Process(command_of(*arguments), env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def wait_until(condition: Callable[[], object], process: warm.Process) -> None:
@@ -154,7 +146,7 @@ def test_a_signal_saves_and_another_degree_goes_on(
     saved = ("--save", tmp_path / "run", "--log", log)
     train = ("train", "--model", slow / "config.json", "--text", text, *SLOW, *saved)
     if engine == "torchrun":
-        processes = start_ranks(*train, ranks=2)
+        processes = warm.start_ranks(command_of(*train), ranks=2)
     else:
         processes = [start(*train, "--degree", 2, "--engine", engine)]
     wait_until(lambda: log.exists() and len(log.read_text().splitlines()) >= 3, processes[0])
@@ -349,6 +341,7 @@ def test_older_checkpoints_and_leftovers_are_removed(
     leftover.mkdir(parents=True)
     (leftover / ".lock").touch()
     (leftover / "model.safetensors").touch()
+    (tmp_path / "run" / "step-00000006").mkdir()  # empty, and so replaced
     result = run(
         "train", "--model", config, "--text", text, *OPTIONS, "--save", tmp_path / "run", "--every",
         2, "--keep", 2,
@@ -356,6 +349,9 @@ def test_older_checkpoints_and_leftovers_are_removed(
     assert result.exit_code == 0, result.output
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert names == ["step-00000006", "step-00000008"]
+    (tmp_path / "run" / names[0] / ".lock").touch()  # of a save that was killed after the rename
+    remove_older(tmp_path / "run", 2)
+    assert not (tmp_path / "run" / names[0] / ".lock").exists()
 
 
 def test_accumulated_batches_are_one_large_batch_almost(config: Path, text: Path) -> None:

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -177,7 +177,8 @@ class Process:
     def kill(self) -> None:
         """End it and everything in its group, and wait for it."""
         if self.poll() is None:
-            os.killpg(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended since
+                os.killpg(self.pid, signal.SIGKILL)
             self.wait()
 
 
@@ -226,6 +227,27 @@ def start_process(
     return Process(command, streams=(stdin, 1, 2), cwd=directory, env=environment)
 
 
+def start_ranks(
+    command: Sequence[str | Path], *, ranks: int, env: Environment | None = None
+) -> list[Process]:
+    """Start a command once for each rank, with the variables that torchrun sets."""
+    environment = _torchrun_environment(ranks, env)
+    return [
+        Process(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(ranks)
+    ]
+
+
+def _torchrun_environment(ranks: int, env: Environment | None) -> dict[str, str]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    environment = {**(os.environ if env is None else env), "MASTER_ADDR": "127.0.0.1"}
+    environment |= {name: str(value) for name, value in shared.items()}
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    return environment
+
+
 def run_as_ranks(
     command: Sequence[str | Path],
     *,
@@ -240,12 +262,7 @@ def run_as_ranks(
     What they wrote follows in the order of the ranks. tests/test_faults.py, tests/test_cli.py and
     tests/test_cases.py start torchrun itself.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-    environment = {**(os.environ if env is None else env), "MASTER_ADDR": "127.0.0.1"}
-    environment |= {name: str(value) for name, value in shared.items()}
-    environment.setdefault("OMP_NUM_THREADS", "1")
+    environment = _torchrun_environment(ranks, env)
     with ExitStack() as opened:
         outs, errs = ([opened.enter_context(_file()) for _ in range(ranks)] for _ in range(2))
         nothing = opened.enter_context(_file())

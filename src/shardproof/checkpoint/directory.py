@@ -180,19 +180,23 @@ def remove_checkpoint(directory: Path) -> None:
 def remove_leftovers(directory: Path) -> None:
     """Remove what an interrupted save or removal of a name left, unless another process saves.
 
+    A save that is killed after the rename leaves its lock in the directory.
+
     Raises:
         UsageError: a directory of that name is not of shardproof.
         OSError: it cannot be removed.
     """
     work = work_of(directory)
     _check_leftover(work, _LOCK)
-    lock = _locked(work / _LOCK) if work.is_dir() else -1
+    place = work if work.is_dir() else directory
+    lock = _locked(place / _LOCK) if os.path.lexists(place / _LOCK) else -1
     if lock is None:
         return
     try:
         _recover(directory)
         if work.is_dir():
             shutil.rmtree(work)
+        (directory / _LOCK).unlink(missing_ok=True)
     finally:
         if lock >= 0:
             os.close(lock)

@@ -82,10 +82,11 @@ def remove_older(directory: str | os.PathLike[str], keep: int | None = None) -> 
         OSError: something cannot be removed.
     """
     path = checked_path(directory)
+    checkpoints = checkpoints_of(path)
     if keep is not None:
-        checkpoints = checkpoints_of(path)
         for step in sorted(checkpoints)[: -checked_whole(keep, "keep")]:
-            remove_checkpoint(checkpoints[step])
+            remove_checkpoint(checkpoints.pop(step))
     leftovers = filter(None, (_LEFTOVER.fullmatch(each.name) for each in path.iterdir()))
-    for name in sorted({str(leftover[1]) for leftover in leftovers}):
+    names = {str(leftover[1]) for leftover in leftovers}
+    for name in sorted(names | {each.name for each in checkpoints.values()}):
         remove_leftovers(path / name)
