@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import before_after, case_times, works
+from benchmarks import before_after, case_times, checkpoint_matrix, works
 from benchmarks.groups import FirstStep, Groups, Key
 from benchmarks.step import Phase, Step
 from benchmarks.system import Style
@@ -130,3 +130,29 @@ def test_ratios_are_to_plain_torch_of_the_same_run() -> None:
     assert case_times.rows_of(results) == [
         ["ffn", "2.000", "0.10", "0.20", "0.40", "0.20", "0.40", "0.80"]
     ]
+
+
+def test_checkpoints_are_compared(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two places stand for all; a file that depends on the degree is found."""
+    monkeypatch.setattr(
+        checkpoint_matrix, "PLACES", ((1, "threads", "auto"), (2, "threads", "auto"))
+    )
+    monkeypatch.setattr(checkpoint_matrix, "CHAIN", (2, 1))
+    monkeypatch.setattr(sys, "argv", ["matrix", "--model", "digits", "--optimizer", "sgd"])
+    with pytest.raises(SystemExit) as ended:
+        checkpoint_matrix.main()
+    assert ended.value.code == 0
+    assert "none" in capsys.readouterr().out
+    original = checkpoint_matrix.sp.save
+
+    def save(to: str, model: Any, optimizer: Any, *, step: int) -> None:
+        degree = next(module for module in model.modules() if hasattr(module, "axis")).axis.size
+        original(to, model, optimizer, step=step, extra=degree)
+
+    monkeypatch.setattr(checkpoint_matrix.sp, "save", save)
+    with pytest.raises(SystemExit) as ended:
+        checkpoint_matrix.main()
+    assert ended.value.code == 1
+    assert "degree 2, threads, auto" in capsys.readouterr().err
