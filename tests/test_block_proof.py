@@ -79,4 +79,4 @@ def test_copies_of_a_shared_head_that_differ_are_named(monkeypatch: pytest.Monke
     monkeypatch.setattr(Whole, "spoils", True)
     found = report()
     assert not found.proved
-    assert "rank 1 holds shared unit 0 not as rank 0 has it" in found.verdict()
+    assert "shared unit 0 of rank 1 differs from that of rank 0" in found.verdict()

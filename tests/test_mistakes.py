@@ -305,10 +305,13 @@ def test_the_list_has_all(run: Run, tmp_path: Path) -> None:
     [
         (("row-bias",), "there is no mistake 'row-bias'. Near names: row-bias-on-every-rank"),
         ((), "needs the name of a mistake, such as row-bias-on-every-rank"),
-        (("twin-shards", "--list"), "--list takes no name, got 'twin-shards'"),
-        (("twin-shards", "--degrees", "1,9"), "degree 9"),
-        (("twin-shards", "--degrees", "a"), "'a' is not a degree"),
-        (("twin-shards", "--json", "/nowhere/a.json"), "there is no directory"),
+        (
+            ("same-shard-on-every-rank", "--list"),
+            "--list takes no name, got 'same-shard-on-every-rank'",
+        ),
+        (("same-shard-on-every-rank", "--degrees", "1,9"), "degree 9"),
+        (("same-shard-on-every-rank", "--degrees", "a"), "'a' is not a degree"),
+        (("same-shard-on-every-rank", "--json", "/nowhere/a.json"), "there is no directory"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(
@@ -323,7 +326,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
 def test_the_command_is_refused_under_torchrun(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    code, _, err = run("twin-shards")
+    code, _, err = run("same-shard-on-every-rank")
     assert code == 2
     assert "cannot run under torchrun" in err
 
@@ -400,7 +403,9 @@ def test_an_unnamed_mistake_fails_the_drawing(
     page = tmp_path / "mistakes.md"
     page.write_text(f"before {drawing.BEGIN}old{drawing.END} after")
     first = outcomes["row-bias-on-every-rank"]
-    other = dataclasses.replace(first.mistake, finding=outcomes["twin-shards"].mistake.finding)
+    other = dataclasses.replace(
+        first.mistake, finding=outcomes["same-shard-on-every-rank"].mistake.finding
+    )
     changed = {**outcomes, "row-bias-on-every-rank": dataclasses.replace(first, mistake=other)}
     monkeypatch.setattr(drawing, "PAGE", page)
     monkeypatch.setattr(drawing, "PICTURES", tmp_path / "mistakes")

@@ -118,7 +118,7 @@ def test_gradients_of_key_value_heads_summed_for_their_owner_alone(
     assert not report.proved
     assert (
         f"tensor {LAYER}.self_attn.v_proj.weight.grad is the first that is not identical "
-        "(copies differ at degree 4: rank 1 holds leaf 0 not as rank 0 has it; "
+        "(copies differ at degree 4: leaf 0 of rank 1 differs from that of rank 0; "
     ) in str(report)
 
 
@@ -163,7 +163,7 @@ def test_the_copy_of_a_key_head_that_another_rank_owns_is_wrong(
     assert not report.proved
     assert (
         f"tensor {LAYER}.self_attn.k_proj.weight (initial) is the first that is not identical "
-        "(copies differ at degree 4: rank 1 holds leaf 0 not as rank 0 has it)"
+        "(copies differ at degree 4: leaf 0 of rank 1 differs from that of rank 0)"
     ) in str(report)
 
 
@@ -303,7 +303,7 @@ def test_dropout_of_a_whole_activation_drawn_by_rank() -> None:
 
 
 def test_loss_of_the_rank_s_own_part_of_the_vocabulary() -> None:
-    detail = "replicas differ at degree 2: rank 1 has not what rank 0 has"
+    detail = "replicas differ at degree 2: rank 1 differs from rank 0"
     with find_mistake("softmax-over-own-vocabulary").planted():
         expect_not_the_same(prove(), "loss", detail)
 

@@ -112,7 +112,7 @@ def test_replicated_weights_drift_apart_where_each_rank_clips_by_its_own_norm() 
     expect_bits(
         prove_clipped(clip),
         "front.weight",
-        detail="replicas differ at degree 2: rank 1 has not what rank 0 has",
+        detail="replicas differ at degree 2: rank 1 differs from rank 0",
     )
 
 
@@ -147,7 +147,7 @@ def test_replicated_bias_updated_on_rank_zero_alone() -> None:
     expect_not_the_same(
         prove_block(change=leave_bias_out, optimizer=sgd_of_the_rest),
         "down.bias",
-        "replicas differ at degree 2: rank 1 has not what rank 0 has",
+        "replicas differ at degree 2: rank 1 differs from rank 0",
     )
 
 
@@ -227,7 +227,7 @@ def test_running_mean_of_each_rank(persistent: bool) -> None:
     expect_not_the_same(
         prove_remembering(build),
         "0.mean (after forward)",
-        "replicas differ at degree 2: rank 1 has not what rank 0 has",
+        "replicas differ at degree 2: rank 1 differs from rank 0",
     )
 
 

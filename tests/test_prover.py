@@ -260,7 +260,7 @@ def test_ranks_that_hold_other_replicas_are_a_finding():
     assert not report.proved
     assert not tensor.identical
     assert len(set(tensor.sha256.values())) == 1  # rank 0 has the right bits: not enough
-    assert tensor.findings == ("replicas differ at degree 3: rank 2 has not what rank 0 has",)
+    assert tensor.findings == ("replicas differ at degree 3: rank 2 differs from rank 0",)
     assert "tensor x is the first that is not identical (replicas differ" in report.verdict()
 
 

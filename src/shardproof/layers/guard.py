@@ -3,8 +3,9 @@
 `torch.nn.utils.clip_grad_norm_` on shards computes a norm per rank, clips each rank by its own and
 lets replicated weights drift apart, without a word. Once the first cut module exists, torch's norm
 function raises when it is given the gradient of a cut parameter; every other call is as before.
-Why a guard and not a parameter subclass: docs/decisions/0009-guard-torch-clip.md. What else is
-guarded stands in `refuse`, `scaling`, `data_parallel`, `state_guard` and `step_guard`.
+docs/decisions/0009-guard-torch-clip.md says why it is a guard and not a parameter subclass. The
+other guards are in `refused_functions`, `grad_scaler`, `data_parallel`, `state_guard` and
+`step_guard`.
 """
 
 import functools

@@ -39,7 +39,7 @@ OF_LANGUAGE_MODELS = (
         "The sum of exponentials in a softmax runs over all tokens. A rank has the logits of its "
         "own tokens, so that the ranks must share their largest logit and their sums. If each uses "
         "its own, every rank has another loss, and all of them are too small, even below zero.",
-        Finding("loss", says="replicas differ at degree 2: rank 1 has not what rank 0 has"),
+        Finding("loss", says="replicas differ at degree 2: rank 1 differs from rank 0"),
     ),
     Mistake(
         "exponentials-of-different-maxima",
@@ -70,7 +70,7 @@ OF_LANGUAGE_MODELS = (
         "query heads. The copies must get the sum. Otherwise each of them learns something else.",
         Finding(
             "attention.value.weight.grad",
-            says="copies differ at degree 2: rank 1 holds leaf 0 not as rank 0 has it",
+            says="copies differ at degree 2: leaf 0 of rank 1 differs from that of rank 0",
         ),
     ),
     Mistake(

@@ -50,7 +50,7 @@ OF_SUMS = (
         "is Partial. Without the all-reduce (the backward of Megatron's f), all layers before "
         "learn from one shard, on every rank from another one. The forward is right, so that the "
         "first loss is right.",
-        Finding("front.bias.grad", says="replicas differ at degree 2: rank 1 has not what rank 0"),
+        Finding("front.bias.grad", says="replicas differ at degree 2: rank 1 differs from rank 0"),
     ),
     Mistake(
         "column-input-gradient-summed-twice",
@@ -151,7 +151,7 @@ OF_SUMS = (
         "A collective that works in place writes into the memory that it is given. For a tensor "
         "that is not contiguous, x.contiguous() is a copy: the sum is written into the copy, and x "
         "is as before. For a contiguous tensor it is no copy, so that most programs never show it.",
-        Finding("output", says="replicas differ at degree 2: rank 1 has not what rank 0 has"),
+        Finding("output", says="replicas differ at degree 2: rank 1 differs from rank 0"),
         sighting="Megatron-LM's _reduce, June 2024 to July 2026",
     ),
     Mistake(

@@ -87,7 +87,7 @@ OF_TRAINING = (
         "The norm of all gradients needs the sum of squares over all ranks. A rank that takes its "
         "own shard's finds a smaller norm, and every rank another one. So each scales its "
         "gradients by another factor, and weights that all ranks hold drift apart.",
-        Finding("grad_norm", says="replicas differ at degree 2: rank 1 has not what rank 0 has"),
+        Finding("grad_norm", says="replicas differ at degree 2: rank 1 differs from rank 0"),
         sighting="fairscale, whose shards are plain tensors, with torch's clip_grad_norm_",
     ),
     Mistake(

@@ -68,7 +68,7 @@ OF_WEIGHTS = (
         sighting="DeepSpeed (PR 3844), with query, key and value in one matrix",
     ),
     Mistake(
-        "twin-shards",
+        "same-shard-on-every-rank",
         "Every rank draws its first weights from the same seed.",
         Edit(
             initialize._data,
@@ -77,10 +77,9 @@ OF_WEIGHTS = (
         ),
         language_model.WORDS,
         "Every rank counts its leaves from 0, and so it draws what rank 0 draws, as it does with "
-        "the same torch.manual_seed on every rank. The shards of a "
-        "weight are then twins: the layer has as many different features as one shard. It trains, "
-        "and learns less than a layer of its size should. Draws must be keyed by the place in the "
-        "whole weight.",
+        "the same torch.manual_seed on every rank. The shards of a weight are then equal: the "
+        "layer has only as many different features as one shard. It trains, and learns less than a "
+        "layer of its size should. Draws must be keyed by the place in the whole weight.",
         Finding("embedding.weight (initial)"),
         sighting="ms-swift (PR 7944)",
     ),
@@ -98,7 +97,7 @@ OF_WEIGHTS = (
         "cut layer is given different inputs. The loss is that of no model.",
         Finding(
             "front.weight (initial)",
-            says="replicas differ at degree 2: rank 1 has not what rank 0",
+            says="replicas differ at degree 2: rank 1 differs from rank 0",
             degrees=(),
         ),
         stops=True,

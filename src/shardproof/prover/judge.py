@@ -141,8 +141,9 @@ def _different_replicas(records: Mapping[int, Sequence[TensorRecord]]) -> list[s
             if tensor.is_replicated and tensor.sha256 != ranks[0].sha256
         ]
         if other:
-            which = f"rank {other[0]} has" if len(other) == 1 else f"ranks {', '.join(other)} have"
-            sentences.append(f"replicas differ at degree {degree}: {which} not what rank 0 has")
+            is_one = len(other) == 1
+            which = f"rank {other[0]} differs" if is_one else f"ranks {', '.join(other)} differ"
+            sentences.append(f"replicas differ at degree {degree}: {which} from rank 0")
     return sentences
 
 
@@ -156,8 +157,8 @@ def _different_copies(records: Mapping[int, Sequence[TensorRecord]]) -> list[str
                 owner, owned = first.setdefault(name, (rank, sha))
                 if sha != owned:
                     sentences.append(
-                        f"copies differ at degree {degree}: rank {rank} holds {name} not as "
-                        f"rank {owner} has it"
+                        f"copies differ at degree {degree}: {name} of rank {rank} differs from "
+                        f"that of rank {owner}"
                     )
     return sentences
 
