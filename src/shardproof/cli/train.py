@@ -315,9 +315,8 @@ def _picture(plot_path: str | None) -> Path | None:
 
 
 def _draw(steps: list[TrainedStep], path: Path) -> None:
-    curves = losses_by_degree(steps)
-    title = f"loss over {len(steps)} steps"
-    curve.draw_panels([("training", curves)], title, path)
+    panels = [("", losses_by_degree(steps))]
+    curve.draw_panels(panels, f"loss over {len(steps)} steps", path, coincide=False)
 
 
 def _conclude(end: TrainingEnd, steps: list[TrainedStep], run: TextTrainingRun) -> None:

@@ -14,7 +14,7 @@ Data = Mapping[str, Any]
 
 COLUMNS = 3
 WIDTH, HEIGHT, TITLE = 4.6, 3.2, 0.7  # inches of a panel, and of what stands above all
-WIDEST, NARROWEST = 7.0, 1.2  # points
+WIDEST, NARROWEST, SINGLE = 7.0, 1.2, 1.6  # points
 COLOURS = (
     "#b9d6ea", "#6fa8d0", "#58a55c", "#d08a3e", "#7d4a9e", "#222222", "#c94f4f", "#eeee55",
 )  # fmt: skip
@@ -36,7 +36,11 @@ def draw(report: Data, path: Path) -> None:
 
 
 def draw_panels(
-    panels: Sequence[tuple[str, Mapping[str, Sequence[float | None]]]], title: str, path: Path
+    panels: Sequence[tuple[str, Mapping[str, Sequence[float | None]]]],
+    title: str,
+    path: Path,
+    *,
+    coincide: bool = True,
 ) -> None:
     """Write a picture of some panels.
 
@@ -44,6 +48,7 @@ def draw_panels(
         panels: the title of each, and degree -> losses; None is a gap.
         title: of the picture.
         path: its suffix gives the format.
+        coincide: whether the curves lie on each other, and so need different widths.
     """
     from matplotlib.figure import Figure  # noqa: PLC0415 - an optional extra
 
@@ -52,7 +57,8 @@ def draw_panels(
     size = (WIDTH * max(columns, 2), HEIGHT * rows + TITLE)
     figure = Figure(figsize=size, layout="constrained")
     for place, (name, curves) in enumerate(panels):
-        _fill(figure.add_subplot(rows, columns, place + 1), name, curves)
+        widths = _widths(len(curves)) if coincide else [SINGLE] * len(curves)
+        _fill(figure.add_subplot(rows, columns, place + 1), name, curves, widths)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=100)
 
@@ -75,15 +81,16 @@ def _panels(report: Data) -> Iterator[tuple[str, dict[str, tuple[float | None, .
             yield title, {degree: tuple(losses) for degree, losses in by_degree.items()}
 
 
-def _fill(axes: Any, title: str, curves: Mapping[str, Sequence[float | None]]) -> None:
-    """Fill one panel; the first degree is widest; NaN and Inf are gaps."""
-    widths = _widths(len(curves))
+def _fill(
+    axes: Any, title: str, curves: Mapping[str, Sequence[float | None]], widths: Sequence[float]
+) -> None:
+    """Fill one panel; NaN and Inf are gaps."""
     for place, (degree, losses) in enumerate(curves.items()):
         axes.plot(
             range(1, len(losses) + 1),
             [math.nan if loss is None else loss for loss in losses],
             linewidth=widths[place],
-            color=COLOURS[place % len(COLOURS)],
+            color=COLOURS[(place + (widths[0] == SINGLE)) % len(COLOURS)],
             label=f"degree {degree}",
             solid_capstyle="butt",
         )
