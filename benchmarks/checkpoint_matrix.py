@@ -50,7 +50,7 @@ MODELS = ("gpt", "llama", "qwen", "digits", "plain")
 
 def build(name: str, axis: Axis) -> nn.Module:
     """A cut model, with the same numbers at every degree."""
-    run = CaseRun(axis=axis, scheme=Scheme(), seed=1, recorder=Unrecorded())
+    run = CaseRun(axis=axis, scheme=Scheme(), seed=1, recorder=NullRecorder())
     if name == "digits":
         return digits.build(run)
     if name == "plain":
@@ -72,7 +72,7 @@ def _source(name: str) -> Any:
     return transformers_models.ModelSource(make)
 
 
-class Unrecorded:
+class NullRecorder:
     """Takes tensors of a run, and leaves them."""
 
     def record(self, *_: Any) -> None:
@@ -96,7 +96,7 @@ def loss_of(name: str, model: nn.Module, step: int) -> Tensor:
     vocabulary = source.vocabulary
     text = text_training.standard_library()
     tokens = text.windows(seed=1, step=step, rows=2, length=16, vocabulary=vocabulary)
-    run = CaseRun(axis=None, scheme=None, seed=1, recorder=Unrecorded())
+    run = CaseRun(axis=None, scheme=None, seed=1, recorder=NullRecorder())
     loss: Tensor = source.score(run, model, tokens).loss
     return loss
 

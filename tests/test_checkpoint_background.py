@@ -89,6 +89,31 @@ def test_an_error_is_raised_on_all_ranks_by_what_follows(then: str, tmp_path: Pa
     assert sorted(os.listdir(tmp_path)) == ["after", "here"]
 
 
+def test_ranks_that_are_processes_finish_before_the_call_returns(tmp_path: Path) -> None:
+    """The launcher kills its ranks some seconds after they have returned."""
+
+    def save(axis: Axis) -> None:
+        original = background.write_from
+        background.write_from = lambda *arguments: (time.sleep(1.0), original(*arguments))
+        sp.save(tmp_path / "here", *cut(axis), background=True)
+
+    began = time.monotonic()
+    sp.launch(save, degree=2, engine="processes")
+    assert time.monotonic() - began > 1.0
+    assert find_damage(tmp_path / "here") == []
+
+    def fail(axis: Axis) -> None:
+        def write_from(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        background.write_from = write_from
+        sp.save(tmp_path / "there", *cut(axis), background=True)
+
+    with pytest.raises(Exception, match="No space left on device"):
+        sp.launch(fail, degree=2, engine="processes")
+    assert os.listdir(tmp_path) == ["here"]
+
+
 UNAWAITED = """
 import sys
 import shardproof as sp

@@ -403,7 +403,7 @@ def test_another_seed_is_said_aloud_and_other_leaves_too(whole: Path) -> None:
 def test_two_runs_do_not_save_into_one_directory(tmp_path: Path) -> None:
     path = tmp_path / "here"
     other = directories.SavedDirectory(path)
-    with pytest.raises(UsageError, match=r"another process saves into .*here"):
+    with pytest.raises(UsageError, match=r"another save into .*here goes on"):
         saved(path)
     other.abandon()
     saved(path)
@@ -527,10 +527,17 @@ def test_a_save_that_is_killed_leaves_a_whole_checkpoint(
 ) -> None:
     """Each rank in turn; the checkpoint is then that of some step of the unbroken run."""
     path, alone = tmp_path / "here", tmp_path / "alone"
-    pool(1, "threads").run(lambda axis: trained(axis, path, range(1)))
+
+    def go_on(axis: Axis, to: Path, first: int, last: int) -> None:
+        model, optimizer = cut(axis)
+        if first:
+            sp.load(to, model, optimizer)
+        train(model, optimizer, range(first, last))
+        sp.save(to, model, optimizer, step=last)
+
+    for each in (path, alone):
+        pool(1, "threads").run(lambda axis, each=each: go_on(axis, each, 0, 1))
     chance, hits, last = random.Random(0), 0, 1
-    model, optimizer = cut(Axis.solo())
-    train(model, optimizer, range(1))
     num_kills = request.config.getoption("--kills")
     for kill in range(num_kills):
         delay = chance.random() * SAVE_SECONDS
@@ -539,9 +546,8 @@ def test_a_save_that_is_killed_leaves_a_whole_checkpoint(
         directories.wait_for_name(path)
         assert find_damage(path) == []
         step = json.loads((path / "shardproof.json").read_text())["step"]
-        train(model, optimizer, range(last, step))
+        pool(1, "threads").run(lambda axis, first=last, step=step: go_on(axis, alone, first, step))
         last = step
-        sp.save(alone, model, optimizer, step=step)
         (path / ".lock").unlink(missing_ok=True)  # it was killed after the rename
         assert hashes(path) == hashes(alone), f"after kill {kill}, at step {step}"
     assert last > 1

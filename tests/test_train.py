@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 import shardproof as sp
 import warm
-from shardproof.checkpoint.series import remove_older
+from shardproof.checkpoint.series import claimed, remove_older
 from shardproof.cli.main import main
 from shardproof.training_run import TrainedStep, TrainingOptions, losses_by_degree
 
@@ -273,6 +273,9 @@ def test_wrong_arguments_are_refused(
     assert "cannot be read" in error_of("train", "--model", config, "--text", tmp_path / "no")
     assert "--lr '0' is not a number above 0" in error_of(*train, "--lr", 0)
     assert "--clip 'nan' is not a number" in error_of(*train, "--clip", "nan")
+    assert "--warmup '2.5' is not a whole number" in error_of(*train, "--warmup", "2.5")
+    assert "is no directory" in error_of(*train, "--save", text)
+    assert "nothing can be saved into" in error_of(*train, "--save", "/proc/here")
     assert "degree 9 exceeds leaves=8" in error_of(*train, "--degree", 9)
     assert "does not end in .png" in error_of(*train, "--plot", tmp_path / "loss.txt")
     short = tmp_path / "short.txt"
@@ -280,6 +283,7 @@ def test_wrong_arguments_are_refused(
     assert "has 9 tokens" in error_of("train", "--model", config, "--text", short)
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 1}\n')
+    assert "has lines already" in error_of(*train, "--log", log)
     resume = ("train", "--text", text, "--save", unbroken / "run", "--resume")
     assert "not a log of shardproof train: line 1" in error_of(*resume, "--log", log)
     assert log.read_text() == '{"step": 1}\n'
@@ -308,6 +312,50 @@ def test_another_model_text_or_option_is_said_on_resume(
     assert "rows" not in result.stderr, "an option that was not written is the checkpoint's"
 
 
+def test_two_runs_do_not_share_a_directory(config: Path, text: Path, tmp_path: Path) -> None:
+    train = ("train", "--model", config, "--text", text, *OPTIONS, "--save", tmp_path / "run")
+    with claimed(tmp_path / "run"):
+        assert "another run saves into" in error_of(*train)
+    assert run(*train).exit_code == 0
+    assert os.listdir(tmp_path / "run") == ["step-00000008"]
+
+
+def test_several_files_and_another_number_of_threads(
+    config: Path, text: Path, tmp_path: Path
+) -> None:
+    second = tmp_path / "second.txt"
+    second.write_text("more text\n" * 20)
+    train = ("train", "--model", config, *OPTIONS, "--save", tmp_path / "run")
+    assert run(*train, "--text", text, second, "--steps", 2).exit_code == 0
+    resume = ("train", "--save", tmp_path / "run", "--resume", "--steps", 4, "--threads", 2)
+    result = run(*resume, "--text", text, "--text", second)
+    assert result.exit_code == 0, result.output
+    assert "threads is 2, and was 1" in result.stderr
+    assert "the text is" not in result.stderr
+
+
+def test_end_tokens_of_the_model_are_saved(config: Path, text: Path, tmp_path: Path) -> None:
+    """They stand in generation_config.json alone."""
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(config.parent))
+    model.generation_config.eos_token_id = [3, 10]
+    model.save_pretrained(tmp_path / "model")
+    train = ("train", "--model", tmp_path / "model", "--text", text, "--steps", 1, "--length", 24)
+    assert run(*train, "--save", tmp_path / "run").exit_code == 0
+    saved = json.loads((tmp_path / "run/step-00000001/generation_config.json").read_text())
+    assert saved["eos_token_id"] == [3, 10]
+
+
+def test_a_log_that_cannot_be_written_ends_a_training_that_is_saved(
+    config: Path, text: Path, tmp_path: Path
+) -> None:
+    message = error_of(
+        "train", "--model", config, "--text", text, *OPTIONS, "--save", tmp_path / "run",
+        "--log", "/dev/full", "--degree", 2,
+    )  # fmt: skip
+    assert "No space left" in message
+    assert sp.latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "step-00000001"
+
+
 def test_a_loss_that_is_not_finite_ends_and_keeps_the_checkpoint(
     config: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -325,6 +373,9 @@ def test_generate_refuses_what_it_cannot_do(unbroken: Path, config: Path, tmp_pa
     directory = unbroken / "run" / "step-00000008"
     command = ("generate", "--model", directory)
     assert "--prompt TEXT or --prompts FILE is missing" in error_of(*command)
+    assert "--prompt is empty" in error_of(*command, "--prompt", "")
+    (tmp_path / "blank").write_text("\n\n")
+    assert "has no line with text" in error_of(*command, "--prompts", tmp_path / "blank")
     assert "more than the 96 positions" in error_of(*command, "--prompt", "x", "--tokens", 96)
     assert "needs --temperature" in error_of(*command, "--prompt", "x", "--top-k", 3)
     assert "has no config.json" in error_of("generate", "--model", tmp_path, "--prompt", "x")

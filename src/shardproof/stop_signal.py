@@ -1,4 +1,4 @@
-"""`StopSignal`: SIGTERM and SIGINT ask a training to stop after its step, at once on all ranks."""
+"""`StopSignal`: SIGTERM and SIGINT ask a training to stop, after the same step on all ranks."""
 
 import os
 import shutil
@@ -20,7 +20,9 @@ _FLAG = "stop"
 
 
 class StopSignal:
-    """A context in which the first SIGTERM or SIGINT only asks for a stop; a second one ends.
+    """A context in which the first SIGTERM or SIGINT asks for a stop; the second ends the process.
+
+    Signals within half a second count as one, because torchrun repeats what a terminal sends.
 
     Enter it in the main thread of the process that is signalled: around `sp.launch`, whose ranks
     then see the request, or in each rank under torchrun. It may be sent to ranks by closure.
@@ -59,7 +61,7 @@ class StopSignal:
         return {"_folder": self._folder, "_owner": None}
 
     def before_ending(self) -> None:
-        """Called when a second signal comes, before the handlers of before get it."""
+        """Called when a second signal comes, before the earlier handlers get it."""
 
     @property
     def was_requested_here(self) -> bool:
@@ -90,7 +92,7 @@ class _Handlers:
             signal.signal(number, self._handle)
 
     def remove(self) -> None:
-        """Let the handlers of before have the signals again."""
+        """Put the earlier handlers back."""
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
@@ -102,4 +104,6 @@ class _Handlers:
         elif now - self._came > _ONE_SIGNAL:
             self.remove()
             self._before_ending()
+            if self._before[signal.Signals(number)] is signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

@@ -34,7 +34,7 @@ class TextBatches:
         tokenizer: a tokenizer of transformers; without one, a token is a byte of the file.
 
     Attributes:
-        tokens: (N,) uint8 or int32, the tokens of all files.
+        tokens: (N,), Replicate, uint8 or int32: the tokens of all files.
         digest: SHA-256 of the tokens, as hexadecimal digits.
 
     Raises:
@@ -54,7 +54,7 @@ class TextBatches:
         self.rows = checked_whole(rows, "rows")
         self.length = checked_whole(length, "length")
         self._seed = checked_whole(seed, "seed", least=-LARGEST_SEED, most=LARGEST_SEED)
-        parts = [_tokens_of(path, tokenizer) for path in _listed(text_files)]
+        parts = [_tokens_of(path, tokenizer) for path in _paths_of(text_files)]
         self.tokens = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
         if len(self.tokens) < self.length:
             raise UsageError(
@@ -81,23 +81,26 @@ class TextBatches:
         return self.tokens[torch.from_numpy(starts) + torch.arange(self.length)].long()
 
 
-def tokens_of_text(text: str, tokenizer: Any = None) -> list[int]:
+def tokens_of_text(
+    text: str, tokenizer: Any = None, *, add_special_tokens: bool = False
+) -> list[int]:
     """The tokens of a text; without a tokenizer, its bytes in UTF-8.
 
     Args:
         text: the text.
         tokenizer: of transformers, or None.
+        add_special_tokens: add those that the tokenizer puts around a text, such as a first token.
     """
     if tokenizer is None:
         return list(text.encode("utf-8", errors="surrogateescape"))
-    return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    return list(tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
 
 
 def check_vocabulary(tokens: Tensor, vocabulary: int) -> None:
     """Raise unless a model has a row of its embedding for every token.
 
     Args:
-        tokens: (N,), of `TextBatches`.
+        tokens: (N,), Replicate, of `TextBatches`.
         vocabulary: number of tokens of the model.
 
     Raises:
@@ -112,7 +115,7 @@ def check_vocabulary(tokens: Tensor, vocabulary: int) -> None:
         )
 
 
-def _listed(text_files: Any) -> list[Path]:
+def _paths_of(text_files: Any) -> list[Path]:
     if isinstance(text_files, str | os.PathLike):
         raise UsageError(
             f"text_files={short_repr(text_files)} is one path. Give a list of paths: [path]."

@@ -1,11 +1,12 @@
 """`train_on_text`: train a causal language model on text, save it, and resume it at any degree.
 
-This is what `shardproof train` runs on each rank. `examples/train.py` is the same as a script.
+`shardproof train` calls it on each rank. `examples/train.py` does the main part in a script.
 """
 
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from shardproof.checkpoint.load import load
 from shardproof.checkpoint.save import save
 from shardproof.checkpoint.series import checkpoint_name, remove_older
 from shardproof.checkpoint.together import together
-from shardproof.errors import UsageError
+from shardproof.errors import ShardproofError, UsageError
+from shardproof.hf.generation import read_generation_config
 from shardproof.hf.skeleton import skeleton
 from shardproof.hf.tokenizer import read_tokenizer
 from shardproof.hf.weights import load as load_weights
@@ -30,6 +32,7 @@ from shardproof.plans.initialize import initialize
 from shardproof.scheme import Scheme
 from shardproof.stop_signal import StopSignal
 from shardproof.text_batches import TextBatches, check_vocabulary
+from shardproof.wording import error_words, short_repr
 
 SCHEDULES = ("constant", "cosine", "linear")
 BETAS, WEIGHT_DECAY, EPS = (0.9, 0.95), 0.1, 1e-5  # of AdamW, as Llama was trained
@@ -46,7 +49,8 @@ class TrainingOptions:
         length: tokens of a row.
         accumulate: batches of one step, whose gradients are added.
         learning_rate: its highest value.
-        schedule: "constant", "cosine" or "linear"; the latter two fall to 0 at the last step.
+        schedule: "constant", "cosine" or "linear"; the latter two fall, and would be 0 one step
+            after the last.
         warmup: number of steps in which the learning rate rises from 0.
         max_norm: norm to which gradients are clipped; 0 for no clipping.
         leaves: leaves of the scheme.
@@ -63,6 +67,13 @@ class TrainingOptions:
     max_norm: float = 1.0
     leaves: int = 8
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise UsageError(
+                f"schedule={short_repr(self.schedule)} is unknown. Use one of: "
+                f"{', '.join(SCHEDULES)}."
+            )
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, from 0 to `steps` - 1."""
@@ -159,7 +170,7 @@ def train_on_text(axis: Axis, run: TextTrainingRun, stop: StopSignal | None = No
             written, or the loss of a step is not finite. Earlier checkpoints are intact.
 
     Comm:
-        setup as `parallelize`, `load` and `save`, and two small objects of all ranks in every step,
+        setup as `parallelize`, `load` and `save`, and small objects of all ranks in every step,
         uncounted.
         forward, backward as the plan of the model.
         update as `clip_grad_norm_`.
@@ -171,37 +182,63 @@ def train_on_text(axis: Axis, run: TextTrainingRun, stop: StopSignal | None = No
         loaded = load(run.resume, model, optimizer)
         step, is_same = loaded.step, loaded.is_same_contract
     last_saved = run.resume
-    was_stopped = False
-    extra = {EXTRA: {**dataclasses.asdict(run.options), "text": text.digest}}
-    while step < run.options.steps and not was_stopped:
+    was_stopped, error = False, None
+    extra = {EXTRA: {**dataclasses.asdict(run.options), **_further(text.digest)}}
+    while step < run.options.steps and not was_stopped and error is None:
         trained = _step(axis, model, optimizer, text, run.options, step)
         step += 1
-        with together(axis, f"step {step}"):
-            if run.on_step is not None and axis.rank == 0:
-                run.on_step(trained)
+        error = _told(axis, run, trained)
         was_stopped = stop is not None and stop.is_requested(axis)
         is_due = run.every is not None and step % run.every == 0
-        is_last = was_stopped or step >= run.options.steps
+        is_last = was_stopped or error is not None or step >= run.options.steps
         if run.directory is not None and (is_due or is_last):
             last_saved = run.directory / checkpoint_name(step)
             save(last_saved, model, optimizer, step=step, extra=extra, tokenizer=tokenizer)
-            with together(axis, f"removing older checkpoints of {run.directory}"):
-                if axis.rank == 0:
-                    remove_older(run.directory, run.keep)
+            if axis.rank == 0:
+                _clean(run.directory, run.keep)
+    if error is not None:
+        raise error
     return TrainingEnd(step, last_saved, was_stopped, is_same)
 
 
+def _further(digest: str) -> dict[str, Any]:
+    """What the bits depend on besides the options."""
+    return {"text": digest, "threads": torch.get_num_threads()}
+
+
+def _told(axis: Axis, run: TextTrainingRun, trained: TrainedStep) -> ShardproofError | None:
+    """Call `on_step` on rank 0; its error on all ranks, which save the model before they raise."""
+    try:
+        with together(axis, f"step {trained.step}"):
+            if run.on_step is not None and axis.rank == 0:
+                run.on_step(trained)
+    except ShardproofError as error:
+        return error
+    return None
+
+
+def _clean(directory: Path, keep: int | None) -> None:
+    """Remove older checkpoints; the training goes on if that is impossible."""
+    try:
+        remove_older(directory, keep)
+    except (ShardproofError, OSError) as error:
+        warnings.warn(
+            f"older checkpoints of {directory} were not removed: {error_words(error)}", stacklevel=2
+        )
+
+
 def differing_options(
-    saved: Mapping[str, Any], options: TrainingOptions, digest: str = ""
+    saved: Mapping[str, Any], options: TrainingOptions, *, digest: str, threads: int
 ) -> list[str]:
-    """Sentences about options that are others than those of a checkpoint.
+    """Write a sentence for each option that differs from that of a checkpoint.
 
     Args:
         saved: what `train_on_text` put into the `extra` of the checkpoint.
         options: of the run that goes on.
-        digest: of its text; "" leaves the text out.
+        digest: of its text.
+        threads: of each of its ranks.
     """
-    mine = dataclasses.asdict(options)
+    mine = {**dataclasses.asdict(options), "threads": threads}
     if options.schedule == "constant":
         mine.pop("steps")  # each step is the same in a longer training
     texts = [
@@ -209,7 +246,7 @@ def differing_options(
         for name in mine
         if name in saved and saved[name] != mine[name]
     ]
-    if digest and saved.get("text") not in (None, digest):
+    if saved.get("text") not in (None, digest):
         texts.append("the text is another one")
     return texts
 
@@ -234,6 +271,7 @@ def _make(axis: Axis, run: TextTrainingRun) -> tuple[nn.Module, Optimizer]:
     scheme = Scheme(leaves=run.options.leaves, seed=run.options.seed)
     with together(axis, "making the model"):
         model = skeleton(run.resume or run.model).float()
+        read_generation_config(model, run.resume or run.model)
     initialize(parallelize(model, None, axis, scheme=scheme))
     if not run.is_new and run.resume is None:
         with together(axis, "loading the weights"):
@@ -289,7 +327,8 @@ def _step(
     if not (math.isfinite(total) and math.isfinite(norm.item())):  # the same on all ranks
         raise UsageError(
             f"in step {step + 1} the loss is {total} and the norm of the gradients {norm.item()}. "
-            "Use a smaller learning rate, or resume from an earlier checkpoint."
+            "Use a smaller learning rate (--lr). To go on from an earlier checkpoint than the "
+            "latest, move the later ones away."
         )
     rate = options.learning_rate_at(step)
     for group in optimizer.param_groups:

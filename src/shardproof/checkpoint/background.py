@@ -6,6 +6,7 @@ marks in the directory instead: `.rank-2.written` when rank 2 has written its by
 """
 
 import atexit
+import contextlib
 import json
 import os
 import sys
@@ -37,6 +38,7 @@ from shardproof.wording import error_words, short_text
 
 _POLL = 0.02  # seconds from one look at the marks to the next
 _PATIENCE = 600.0  # seconds that a rank may take longer than another
+_LAST_WRITES = 10.0  # seconds that a rank may take to see that another one has failed
 _WRITTEN, _HASHED, _FAILED = "written", "hashed", "failed"
 
 
@@ -62,7 +64,7 @@ class CopyingWriter(PartWriter):
     """
 
     def __init__(self, path: Path, axis: Axis) -> None:
-        super().__init__(path, axis)
+        super().__init__(path, axis, opens=False)
         self._blocks: list[tuple[int, memoryview]] = []
 
     def part(self) -> FilePart:
@@ -76,7 +78,7 @@ class CopyingWriter(PartWriter):
         return FilePart(self._path.name, tuple(self._blocks))
 
     def _put(self, start: int, x: Tensor) -> None:
-        self._blocks.append((start, bytes_of(x.cpu().clone().contiguous())))
+        self._blocks.append((start, bytes_of(x.to("cpu", copy=True).contiguous())))
 
 
 class BackgroundSave:
@@ -109,8 +111,26 @@ class BackgroundSave:
         self._saved = saved
         self._is_cancelled = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"save {directory.name}")
+
+    def start(self) -> None:
+        """Start the thread.
+
+        Raises:
+            RuntimeError: the process cannot have another thread.
+        """
         _unraised.add(self)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            _unraised.discard(self)
+            raise
+
+    def cancel(self) -> None:
+        """End it, if it was started, without an error that is raised later."""
+        self._is_cancelled.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        _unraised.discard(self)
 
     @property
     def is_done(self) -> bool:
@@ -140,7 +160,10 @@ class BackgroundSave:
             # A rank that was cancelled says less than the rank that failed.
             if self.error is not None and not isinstance(self.error, _CancelledError):
                 raise self.error
-        raise UsageError(f"{what} failed.")
+        raise UsageError(
+            f"{what} failed: {short_text(str(self._work))} was removed while it was written. Save "
+            "again."
+        )
 
     def wait(self, axis: Axis) -> None:
         """Wait until all ranks are done; all of them call it.
@@ -153,6 +176,12 @@ class BackgroundSave:
         """
         while not self.look(axis):
             self._thread.join(timeout=_POLL)
+
+    def finish(self) -> BaseException | None:
+        """Wait for this rank's part; its error, which then counts as raised."""
+        self._thread.join()
+        _unraised.discard(self)
+        return self.error
 
     def report(self) -> None:
         """Print an error that nothing has raised; called when the process ends."""
@@ -168,10 +197,34 @@ class BackgroundSave:
             self._write()
             _unraised.discard(self)
         except BaseException as error:
-            self.error = error
+            self.error = self._cause_elsewhere() or error
+            self._parts = ()
             self._mark(_FAILED, error_words(error))
             if self._saved is not None:
+                self._wait_for_ends()
                 self._saved.abandon()
+
+    def _cause_elsewhere(self) -> "_CancelledError | None":
+        """Why this rank cannot go on, if that is the fault of another rank."""
+        for rank in range(self._size):
+            mark = self._work / f"{RANK_MARK}{rank}.{_FAILED}"
+            with contextlib.suppress(OSError):
+                if rank != self._rank and mark.exists():
+                    return _CancelledError(f"rank {rank} failed: {json.loads(mark.read_text())}.")
+        if self._is_cancelled.is_set() or not self._work.is_dir():
+            return _CancelledError(f"{short_text(str(self._work))} is gone.")
+        return None
+
+    def _wait_for_ends(self) -> None:
+        """Wait until no other rank writes, so that the directory can be removed."""
+        end = time.monotonic() + _LAST_WRITES
+        others = [rank for rank in range(self._size) if rank != self._rank]
+        while time.monotonic() < end and not all(map(self._has_ended, others)):
+            time.sleep(_POLL)
+
+    def _has_ended(self, rank: int) -> bool:
+        marks = (self._work / f"{RANK_MARK}{rank}.{stage}" for stage in (_FAILED, _HASHED))
+        return any(mark.exists() for mark in marks)
 
     def _write(self) -> None:
         for part in self._parts:
@@ -221,14 +274,14 @@ class BackgroundSave:
         marks = [self._work / f"{RANK_MARK}{rank}.{stage}" for rank in range(self._size)]
         end = time.monotonic() + _PATIENCE
         while not all(mark.exists() for mark in marks):
-            has_failed = next(self._work.glob(f"{RANK_MARK}*.{_FAILED}"), None)
-            if self._is_cancelled.is_set() or has_failed or not self._work.is_dir():
-                raise _CancelledError("another rank could not write")
+            cause = self._cause_elsewhere()
+            if cause is not None:
+                raise cause
             if time.monotonic() > end:
                 missing = [rank for rank, mark in enumerate(marks) if not mark.exists()]
                 raise UsageError(
                     f"{short_text(str(self._work))} cannot be finished: ranks {missing} have not "
-                    f"{stage} their part within {_PATIENCE:.0f} seconds."
+                    f"{stage} their part within {_PATIENCE:.0f} seconds. Look at what they do."
                 )
             time.sleep(_POLL)
         return marks
@@ -246,6 +299,18 @@ _pending: "weakref.WeakKeyDictionary[nn.Module, BackgroundSave]" = weakref.WeakK
 def _report_all() -> None:
     for save in list(_unraised):
         save.report()
+
+
+def finish_all() -> None:
+    """Wait for all saves of this process, and raise the first error that nothing has raised.
+
+    Raises:
+        BaseException: what went wrong.
+    """
+    saves = list(_unraised)
+    errors = [error for save in saves if (error := save.finish()) is not None]
+    if errors:
+        raise next((e for e in errors if not isinstance(e, _CancelledError)), errors[0])
 
 
 def keep(model: nn.Module, save: BackgroundSave, optimizer: Optimizer | None, axis: Axis) -> None:

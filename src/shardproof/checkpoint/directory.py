@@ -49,10 +49,10 @@ class SavedDirectory:
         directory.parent.mkdir(parents=True, exist_ok=True)
         _check_leftover(self.work, _LOCK)
         self.work.mkdir(exist_ok=True)
-        self._lock: int | None = _locked(self.work / _LOCK)
+        self._lock: int | None = locked(self.work / _LOCK)
         if self._lock is None:
             raise UsageError(
-                f"another process saves into {short_text(str(directory))}: {self.work.name} beside "
+                f"another save into {short_text(str(directory))} goes on: {self.work.name} beside "
                 "it is locked. Give each run a directory of its own."
             )
         try:
@@ -117,7 +117,7 @@ def _removing(directory: Path) -> Path:
     return directory.parent / f".{directory.name}.removing"
 
 
-def _locked(path: Path) -> int | None:
+def locked(path: Path) -> int | None:
     """The descriptor of a file that is locked now; None if another process has it locked.
 
     Raises:
@@ -189,7 +189,7 @@ def remove_leftovers(directory: Path) -> None:
     work = work_of(directory)
     _check_leftover(work, _LOCK)
     place = work if work.is_dir() else directory
-    lock = _locked(place / _LOCK) if os.path.lexists(place / _LOCK) else -1
+    lock = locked(place / _LOCK) if os.path.lexists(place / _LOCK) else -1
     if lock is None:
         return
     try:
@@ -213,7 +213,7 @@ def wait_for_name(directory: Path) -> None:
     end = time.monotonic() + _PATIENCE
     while not os.path.lexists(directory) and previous.is_dir():
         work = work_of(directory)
-        lock = _locked(work / _LOCK) if work.is_dir() else -1
+        lock = locked(work / _LOCK) if work.is_dir() else -1
         if lock is not None:
             try:
                 if not os.path.lexists(directory) and previous.is_dir():

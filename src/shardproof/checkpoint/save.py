@@ -81,10 +81,9 @@ def save(
 ) -> Path:
     """Save a model and its optimizer; all ranks of the model call it.
 
-    The directory has whole tensors under their own names in safetensors files, so that
-    transformers, safetensors and torch read it as it is. Its bytes do not depend on the degree.
-    Each rank writes its own part. The directory gets its name, and replaces a checkpoint, when it
-    is whole.
+    The directory has whole tensors under their own names in safetensors files, which transformers,
+    safetensors and torch read as they are. Its bytes do not depend on the degree. Each rank writes
+    its own part. The directory gets its name, and replaces a checkpoint, when it is whole.
 
     Args:
         directory: does not exist, is empty, or has a checkpoint.
@@ -108,6 +107,7 @@ def save(
 
     Comm:
         setup one exchange of (rows, size) for every 8 MiB of a tensor whose rows are cut.
+        update none in the ledger; in the background, small objects in each step until it is whole.
     """
     axis = axis_of(checked_model(model))
     wait_for_pending(model, axis)
@@ -119,7 +119,7 @@ def save(
         count = checked_whole(step, "step", least=0)
         background = checked_flag(background, "background")
         state, entries = _collect(model, optimizer, count, extra)
-        to_write = _divided(entries, largest)
+        to_write = _divide(entries, largest)
         signature = _signature(path, state, to_write, entries)
     axis.agree(signature, what="checkpoints", way_out="Save the same on all ranks.")
     write_others = functools.partial(_write_others, model, state, tokenizer, to_write)
@@ -146,7 +146,7 @@ def wait_for_save(model: nn.Module) -> None:
     wait_for_pending(model, axis_of(checked_model(model)))
 
 
-def _divided(entries: dict[str, list[Entry]], largest: int) -> list[FileToWrite]:
+def _divide(entries: dict[str, list[Entry]], largest: int) -> list[FileToWrite]:
     """The files, each with the tensors by name that it takes some of."""
     to_write: list[FileToWrite] = []
     for stem, group in entries.items():
@@ -196,7 +196,7 @@ def _write(
         setup as `save`.
     """
     what = f"saving {short_text(str(path))}"
-    with _begun(path, to_write, axis, write_others) as saved:
+    with _new_directory(path, to_write, axis, write_others) as saved:
         _write_tensors(work_of(path), to_write, axis)
         _write_manifest(work_of(path), axis)
         with together(axis, what):
@@ -213,7 +213,7 @@ def _start(
         setup as `save`.
     """
     work = work_of(path)
-    with _begun(path, to_write, axis, write_others) as saved:
+    with _new_directory(path, to_write, axis, write_others) as saved:
         writers = [CopyingWriter(work / layout.name, axis) for layout, _ in to_write]
         try:
             for writer, (layout, entries) in zip(writers, to_write, strict=True):
@@ -225,11 +225,18 @@ def _start(
         parts: list[FilePart] = []
         with together(axis, f"copying for {short_text(str(path))}"):
             parts = [writer.part() for writer in writers]
-        return BackgroundSave(path, work, parts, axis, saved)
+        in_background = BackgroundSave(path, work, parts, axis, saved)
+        try:
+            with together(axis, f"starting a thread for {short_text(str(path))}"):
+                in_background.start()
+        except BaseException:
+            in_background.cancel()
+            raise
+        return in_background
 
 
 @contextlib.contextmanager
-def _begun(
+def _new_directory(
     path: Path, to_write: Sequence[FileToWrite], axis: Axis, write_others: Callable[[Path], None]
 ) -> Iterator[SavedDirectory | None]:
     """Make all files beside the directory; rank 0 gets the directory, and removes it after errors.

@@ -2,19 +2,25 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from shardproof import files
 from shardproof.checked_values import checked_whole
 from shardproof.checkpoint.directory import (
     STATE,
     checked_path,
+    locked,
     remove_checkpoint,
     remove_leftovers,
+    wait_for_name,
 )
 from shardproof.errors import UsageError
 from shardproof.wording import short_text
 
 _NAME = re.compile(r"step-(\d+)")
+_RUN_LOCK = ".run.lock"
 _LEFTOVER = re.compile(r"\.(step-\d+)\.(saving|previous|removing)")
 
 
@@ -30,8 +36,8 @@ def checkpoint_name(step: int) -> str:
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
     """The checkpoint with the most steps among `directory/step-00000100` and the like.
 
-    A checkpoint has its name only when it is whole, so one that a process was killed in is not
-    found.
+    A checkpoint has its name only when it is whole. So a save that was killed leaves none that
+    could be found.
 
     Args:
         directory: where checkpoints were saved; it need not exist.
@@ -40,7 +46,7 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
         Its absolute path; None if there is none.
 
     Raises:
-        UsageError: `directory` is no path, or is a file.
+        UsageError: `directory` is no path, is a file, or cannot be read.
     """
     steps = checkpoints_of(directory)
     return steps[max(steps)] if steps else None
@@ -55,17 +61,65 @@ def checkpoints_of(directory: str | os.PathLike[str]) -> dict[int, Path]:
     Raises:
         UsageError: as in `latest_checkpoint`.
     """
-    path = checked_path(directory)
-    if not os.path.lexists(path):
-        return {}
+    path = _checked(directory)
     if not path.is_dir():
+        return {}
+    try:
+        for each in list(path.iterdir()):
+            interrupted = _LEFTOVER.fullmatch(each.name)
+            if interrupted and interrupted[2] == "previous":
+                wait_for_name(path / interrupted[1])
+        names = ((each, _NAME.fullmatch(each.name)) for each in path.iterdir())
+        return {int(name[1]): each for each, name in names if name and (each / STATE).is_file()}
+    except OSError as error:
+        raise UsageError(
+            f"{short_text(str(path))} cannot be read: {files.why(error)}. Name another directory."
+        ) from None
+
+
+def _checked(directory: str | os.PathLike[str]) -> Path:
+    """The path of a directory that may not exist.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    path = checked_path(directory)
+    if os.path.lexists(path) and not path.is_dir():
         raise UsageError(f"{short_text(str(path))} is no directory. Name one for checkpoints.")
-    found = {}
-    for each in path.iterdir():
-        name = _NAME.fullmatch(each.name)
-        if name and (each / STATE).is_file():
-            found[int(name[1])] = each
-    return found
+    return path
+
+
+@contextmanager
+def claimed(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """A context in which no other run can claim a directory for its checkpoints.
+
+    The directory is made if it does not exist.
+
+    Args:
+        directory: as in `latest_checkpoint`.
+
+    Raises:
+        UsageError: another run has claimed it, or nothing can be written there.
+    """
+    path = _checked(directory)
+    what = short_text(str(path))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = locked(path / _RUN_LOCK)
+    except OSError as error:
+        raise UsageError(
+            f"nothing can be saved into {what}: {files.why(error)}. Name another directory."
+        ) from None
+    if lock is None:
+        raise UsageError(
+            f"another run saves into {what}: {_RUN_LOCK} there is locked. Give each run a "
+            "directory of its own."
+        )
+    try:
+        yield
+    finally:
+        (path / _RUN_LOCK).unlink(missing_ok=True)
+        os.close(lock)
 
 
 def remove_older(directory: str | os.PathLike[str], keep: int | None = None) -> None:

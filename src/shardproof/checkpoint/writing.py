@@ -118,17 +118,20 @@ class PartWriter:
         path: path of the file, which `create` has made.
         axis: the ranks that share the tensors.
 
+        opens: whether the file is opened.
+
     Attributes:
         error: the first error, or None.
     """
 
-    def __init__(self, path: Path, axis: Axis) -> None:
+    def __init__(self, path: Path, axis: Axis, *, opens: bool = True) -> None:
         self.error: OSError | RuntimeError | None = None
         self._axis = axis
         self._path = path
         self._descriptor: int | None = None
         try:
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            if opens:
+                self._descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         except OSError as error:
             self.error = error
 
@@ -225,7 +228,7 @@ class PartWriter:
             )
 
     def _write(self, start: int, x: Tensor) -> None:
-        if self.error is not None or self._descriptor is None or not x.numel():
+        if self.error is not None or not x.numel():
             return
         try:
             self._put(start, x)

@@ -29,7 +29,7 @@ from shardproof.cli.output import ReaderLeftError, console
 from shardproof.cli.output_file import OutputFile
 from shardproof.cli.ranks_here import check_ranks, is_speaker, ranks_options, run_on_ranks
 from shardproof.errors import UsageError
-from shardproof.hf.generation import KeyedSampling
+from shardproof.hf.generation import KeyedSampling, read_generation_config
 from shardproof.hf.skeleton import config_of, require_transformers, skeleton
 from shardproof.hf.tokenizer import read_tokenizer
 from shardproof.hf.weights import checked_directory
@@ -40,8 +40,13 @@ from shardproof.text_batches import NUM_BYTES, tokens_of_text
 from shardproof.wording import short_repr, short_text
 
 DEFAULT_TOKENS = 64
+_NO_READER = "nobody reads it"
 _LARGEST_PROMPTS = 1 << 26  # bytes
-_CAN_BE_NONE = ("temperature", "top_p", "top_k")  # of a generation config; none in greedy search
+# Of a generation config: what this command chooses itself. None leaves it to greedy search.
+_CHOSEN_HERE = {
+    "do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None,
+    "max_length": None, "min_length": None, "max_new_tokens": None, "num_return_sequences": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class GenerationRun:
 
 
 @dataclass(frozen=True)
-class Continued:
+class GeneratedText:
     """A prompt and what followed.
 
     Attributes:
@@ -143,13 +148,15 @@ def generate(
     _check(folder, prompts, tokens)
     run = GenerationRun(folder, prompts, tokens, temperature, top_k, seed, Scheme(leaves=leaves))
     work = functools.partial(_work, run=run)
-    results, num_ranks, has_reader = run_on_ranks(work, degree, engine, threads)
+    results, num_ranks, failure = run_on_ranks(work, degree, engine, threads)
     if not is_speaker():
         return 0
     if json_file is not None:
         json_file.write({"degree": num_ranks, "texts": [vars(each).copy() for each in results]})
-    if not has_reader:
+    if failure == _NO_READER:
         raise ReaderLeftError
+    if failure:
+        raise UsageError(f"standard output cannot be written: {failure}. Send it elsewhere.")
     count, seconds = sum(len(each.tokens) for each in results), sum(r.seconds for r in results)
     ranks = f"{num_ranks} rank{'' if num_ranks == 1 else 's'}"
     console(stderr=True).whole_line(
@@ -173,11 +180,12 @@ def _prompts(texts: tuple[str, ...], prompts_file: str | None) -> tuple[str, ...
             prompts += [line for line in content.decode("utf-8").splitlines() if line.strip()]
         except UnicodeDecodeError:
             raise UsageError(f"{what} is not UTF-8. {way_out}") from None
-    if not prompts or not all(prompts):
-        raise UsageError(
-            "--prompt TEXT or --prompts FILE is missing, or a prompt is empty. Give at least one "
-            "character."
-        )
+    if prompts_file is None and not texts:
+        raise UsageError("--prompt TEXT or --prompts FILE is missing. Give one of them.")
+    if not prompts:
+        raise UsageError(f"--prompts {short_text(str(prompts_file))} has no line with text.")
+    if not all(prompts):
+        raise UsageError("--prompt is empty. Give at least one character.")
     return tuple(prompts)
 
 
@@ -192,7 +200,7 @@ def _check(folder: Path, prompts: tuple[str, ...], num_tokens: int) -> None:
         )
     positions = getattr(config, "max_position_embeddings", None)
     for prompt in prompts:
-        ids = tokens_of_text(prompt, tokenizer)
+        ids = tokens_of_text(prompt, tokenizer, add_special_tokens=True)
         if not ids:
             raise UsageError(f"--prompt {short_repr(prompt)} has no token. Write more text.")
         if max(ids) >= config.vocab_size:
@@ -208,31 +216,24 @@ def _check(folder: Path, prompts: tuple[str, ...], num_tokens: int) -> None:
 
 
 @torch.no_grad()
-def _work(axis: Axis, *, run: GenerationRun) -> tuple[list[Continued], int, bool]:
-    """Continue all prompts on one rank; also the degree, and whether rank 0 has a reader."""
+def _work(axis: Axis, *, run: GenerationRun) -> tuple[list[GeneratedText], int, str]:
+    """Continue all prompts on one rank; also the degree, and why rank 0 could not print."""
     with together(axis, "making the model"):
         model: Any = skeleton(run.model)
         tokenizer = read_tokenizer(run.model)
+        read_generation_config(model, run.model)
     initialize(parallelize(model, None, axis, scheme=run.scheme))
     load(run.model, model, weights_only=True)
-    _prepare(model.eval(), run.model)
+    for name, value in _CHOSEN_HERE.items():
+        setattr(model.generation_config, name, value)
+    model.eval()
     writer = TextWriter(tokenizer) if axis.rank == 0 else None
     results = []
     for number, prompt in enumerate(run.prompts):
         if writer is not None:
             writer.begin(prompt, is_first=number == 0)
         results.append(_continue(model, tokenizer, run, prompt, writer))
-    return results, axis.size, writer is None or writer.has_reader
-
-
-def _prepare(model: Any, folder: Path) -> None:
-    """Give the model the generation config of its directory, without its ways to sample."""
-    if (folder / "generation_config.json").is_file():
-        config = type(model.generation_config).from_pretrained(folder, local_files_only=True)
-        model.generation_config = config
-    for name in _CAN_BE_NONE:
-        setattr(model.generation_config, name, None)
-    model.generation_config.do_sample = False
+    return results, axis.size, "" if writer is None else writer.failure
 
 
 def _continue(
@@ -241,8 +242,8 @@ def _continue(
     run: GenerationRun,
     prompt: str,
     writer: "TextWriter | None",
-) -> Continued:
-    ids = torch.tensor([tokens_of_text(prompt, tokenizer)])
+) -> GeneratedText:
+    ids = torch.tensor([tokens_of_text(prompt, tokenizer, add_special_tokens=True)])
     options: dict[str, Any] = {}
     if run.temperature is not None:
         sampling = KeyedSampling(run.seed, temperature=run.temperature, top_k=run.top_k)
@@ -259,7 +260,7 @@ def _continue(
     )
     seconds = time.perf_counter() - start
     new = output[0, ids.shape[1] :].tolist()
-    return Continued(prompt, text_of_tokens(new, tokenizer), tuple(new), seconds)
+    return GeneratedText(prompt, text_of_tokens(new, tokenizer), tuple(new), seconds)
 
 
 def text_of_tokens(tokens: list[int], tokenizer: Any = None) -> str:
@@ -282,13 +283,13 @@ class TextWriter:
         tokenizer: of transformers; None: tokens are bytes.
 
     Attributes:
-        has_reader: False after standard output was closed by its reader.
+        failure: why standard output could not be written; "" if it could.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._is_prompt = True
-        self.has_reader = True
+        self.failure = ""
         self._decode: Any = None
         self._tokens: list[int] = []
         self._printed = ""
@@ -300,7 +301,11 @@ class TextWriter:
         self._write(f"{'' if is_first else chr(10)}{prompt}")
 
     def put(self, value: Tensor) -> None:
-        """Take tokens; the first are those of the prompt."""
+        """Take tokens; the first are those of the prompt.
+
+        Args:
+            value: (1, tokens) or (tokens,), int64.
+        """
         if self._is_prompt:
             self._is_prompt = False
             return
@@ -324,11 +329,13 @@ class TextWriter:
         self._write("\n")
 
     def _write(self, text: str) -> None:
-        if not self.has_reader:
-            return
+        if self.failure:
+            return  # the other ranks go on, so this one does too
         try:
             encoding = sys.stdout.encoding or "utf-8"
             sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
             sys.stdout.flush()
         except (BrokenPipeError, ReaderLeftError):
-            self.has_reader = False  # the command ends as others do when nobody reads
+            self.failure = _NO_READER
+        except (OSError, UsageError) as error:
+            self.failure = files.why(error.__cause__ or error)

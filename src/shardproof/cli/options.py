@@ -81,6 +81,29 @@ class PositiveNumber(_Type):
         return positive(str(value), option=_name(param), example=self._example)
 
 
+class WholeNumber(_Type):
+    """A whole number, 0 or more.
+
+    Args:
+        example: for messages.
+    """
+
+    name = "whole number"
+
+    def __init__(self, example: int) -> None:
+        self._example = example
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: Any) -> int:
+        """The number; a default is a number already."""
+        number = parse_whole(str(value), option=_name(param), example=self._example)
+        if not 0 <= number <= LARGEST:
+            raise UsageError(
+                f"{_name(param)} {short_repr(number)} is out of range. Use 0 to {LARGEST}, for "
+                f"instance {_name(param)} {self._example}."
+            )
+        return number
+
+
 class Seed(_Type):
     """A whole number that a random generator takes as its seed."""
 

@@ -54,7 +54,20 @@ def check_ranks(degree: int | None, engine: str | None, threads: int | None, lea
 def run_on_ranks(
     fn: Callable[[Axis], T], degree: int | None, engine: str | None, threads: int | None
 ) -> T:
-    """Call `fn(axis)` on all ranks; the result of rank 0, or under torchrun of this rank."""
+    """Call `fn(axis)` on all ranks.
+
+    Args:
+        fn: as in `launch`.
+        degree: number of ranks; None: 1.
+        engine: of the ranks; None: threads.
+        threads: of each rank.
+
+    Returns:
+        The result of rank 0; under torchrun that of this rank.
+
+    Raises:
+        ShardproofError: as `launch` and `Axis.from_env`.
+    """
     if torchrun.read(os.environ) is None:
         options = {"degree": degree or 1, "engine": engine or ENGINES[0], "threads": threads}
         return launch(fn, **options)[0]  # type: ignore[arg-type]

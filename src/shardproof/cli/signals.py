@@ -100,8 +100,12 @@ class CommandStop(StopSignal):
     """A `StopSignal` of a command: a second signal ends the command as every other command."""
 
     def __enter__(self) -> "CommandStop":
-        super().__enter__()
         _is_deferred.set()
+        try:
+            super().__enter__()
+        except BaseException:
+            _is_deferred.clear()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -115,7 +119,8 @@ class CommandStop(StopSignal):
 
 def _watch(read_end: int, numbers: set[signal.Signals], is_over: threading.Event) -> None:
     while numbers_read := os.read(read_end, 1):
-        is_mine = numbers_read[0] in numbers and not _is_deferred.is_set()
+        is_deferred = _is_deferred.is_set() and numbers_read[0] == signal.SIGTERM
+        is_mine = numbers_read[0] in numbers and not is_deferred
         if is_mine and not is_over.wait(_PATIENCE):
             end_now(128 + numbers_read[0])
 

@@ -2,18 +2,22 @@
 
 import dataclasses
 import functools
-from contextlib import nullcontext
+import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
-from shardproof import files
+from shardproof import files, torchrun
+from shardproof.axis import Axis
 from shardproof.checkpoint.load import read_state
-from shardproof.checkpoint.series import checkpoints_of, latest_checkpoint
+from shardproof.checkpoint.series import checkpoints_of, claimed, latest_checkpoint
 from shardproof.cli.options import (
     HELP_OPTIONS,
     Number,
+    WholeNumber,
     choice_option,
     is_written,
     leaves_option,
@@ -64,8 +68,9 @@ _NOT_OF_THE_MODEL = (
     metavar="FILE",
     multiple=True,
     required=True,
-    help="A file to learn from; may be given again.",
+    help="Files to learn from, joined in their order.",
 )
+@click.argument("more_files", metavar="[FILE]...", nargs=-1)
 @ranks_options
 @number_option("--steps", example=100, default=DEFAULTS.steps, show_default=True, help="Updates.")
 @number_option("--batch", example=8, default=DEFAULTS.rows, show_default=True, help="Rows.")
@@ -96,7 +101,7 @@ _NOT_OF_THE_MODEL = (
 )
 @click.option(
     "--warmup",
-    type=Number(10),
+    type=WholeNumber(10),
     metavar="N",
     default=DEFAULTS.warmup,
     show_default=True,
@@ -124,6 +129,7 @@ def train(
     *,
     model: str | None,
     text_files: tuple[str, ...],
+    more_files: tuple[str, ...],
     degree: int | None,
     engine: str | None,
     threads: int | None,
@@ -144,46 +150,68 @@ def train(
     torchrun's.
     """
     require_transformers("shardproof train")
-    start = _start(directory, resume=resume)
-    chosen = _options(options, start)
-    check_ranks(degree, engine, threads, chosen.leaves)
+    if resume and directory is None:
+        raise UsageError("--resume needs --save DIR, whose latest checkpoint it goes on from.")
     _check_saving(directory, every, keep)
-    source, is_new = _model(model, start)
-    picture = _picture(plot_path)
-    journal = TrainingLog(log, chosen.steps, start) if is_speaker() else None
-    run = TextTrainingRun(
-        model=source,
-        is_new=is_new,
-        text_files=text_files,
-        options=chosen,
-        resume=start,
-        directory=None if directory is None else Path(directory).absolute(),
-        every=every,
-        keep=keep,
-        on_step=journal,
-    )
-    _check_text(run)
-    with nullcontext() if directory is None else CommandStop() as stop:
-        work = functools.partial(_work, run=run, stop=stop)
-        end, steps = run_on_ranks(work, degree, engine, threads)
-    if not is_speaker() or journal is None:
-        return 0
-    if picture is not None:
-        _draw([*journal.earlier, *steps], picture)
-    _conclude(end, steps, run)
+    with claimed(directory) if directory and is_speaker() else nullcontext():
+        start = _start(directory, resume=resume)
+        chosen = _options(options, start)
+        check_ranks(degree, engine, threads, chosen.leaves)
+        source, is_new = _model(model, start)
+        picture = _picture(plot_path)
+        run = TextTrainingRun(
+            model=source,
+            is_new=is_new,
+            text_files=(*text_files, *more_files),
+            options=chosen,
+            resume=start,
+            directory=None if directory is None else Path(directory).absolute(),
+            every=every,
+            keep=keep,
+            on_step=TrainingLog(log, chosen.steps, start) if is_speaker() else None,
+        )
+        _check_text(run, threads)
+        end, steps = _run(run, degree, engine, threads)
+    if is_speaker() and isinstance(run.on_step, TrainingLog):
+        if picture is not None:
+            _draw([*run.on_step.earlier, *steps], picture)
+        _conclude(end, steps, run)
     return 0
 
 
-def _work(
-    axis: Any, *, run: TextTrainingRun, stop: CommandStop | None
-) -> tuple[TrainingEnd, list[TrainedStep]]:
+Outcome = tuple[TrainingEnd, list[TrainedStep]]
+
+
+def _run(
+    run: TextTrainingRun, degree: int | None, engine: str | None, threads: int | None
+) -> Outcome:
+    """Train on the ranks; returns how it ended, and the steps if this process speaks for them."""
+    if torchrun.read(os.environ) is not None:  # a rank that waits for others still ends at once
+        return run_on_ranks(functools.partial(_stopped_here, run=run), degree, engine, threads)
+    with _stop_of(run) as stop:
+        work = functools.partial(_work, run=run, stop=stop)
+        return run_on_ranks(work, degree, engine, threads)
+
+
+def _stop_of(run: TextTrainingRun) -> AbstractContextManager[CommandStop | None]:
+    """A context in which signals save the run; without a directory they end it."""
+    return nullcontext() if run.directory is None else CommandStop()
+
+
+def _stopped_here(axis: Axis, *, run: TextTrainingRun) -> Outcome:
+    """Train on one rank of torchrun, which gets signals itself."""
+    with _stop_of(run) as stop:
+        return _work(axis, run=run, stop=stop)
+
+
+def _work(axis: Axis, *, run: TextTrainingRun, stop: CommandStop | None) -> Outcome:
     """Train on one rank; returns how it ended, and on rank 0 all steps."""
-    journal = run.on_step
-    if axis.rank or not isinstance(journal, TrainingLog):
+    log = run.on_step
+    if axis.rank or not isinstance(log, TrainingLog):
         return train_on_text(axis, run, stop), []
-    with journal.shown():
+    with log.show():
         end = train_on_text(axis, run, stop)
-    return end, journal.steps
+    return end, log.steps
 
 
 def _options(written: dict[str, Any], start: Path | None) -> TrainingOptions:
@@ -195,7 +223,6 @@ def _options(written: dict[str, Any], start: Path | None) -> TrainingOptions:
     names = {"rows": "batch", "learning_rate": "lr", "max_norm": "clip"}
     values = {field.name: written[names.get(field.name, field.name)]
               for field in dataclasses.fields(TrainingOptions)}  # fmt: skip
-    values["warmup"] = int(values["warmup"])
     if start is None:
         return TrainingOptions(**values)
     saved = _saved_options(start)
@@ -224,12 +251,9 @@ def _start(directory: str | None, *, resume: bool) -> Path | None:
     Raises:
         UsageError: there is none, or there is one and --resume was not given.
     """
-    if resume and directory is None:
-        raise UsageError("--resume needs --save DIR, whose latest checkpoint it goes on from.")
     if directory is None:
         return None
     what = f"--save {short_text(directory)}"
-    files.path_of(directory, what="--save", way_out="Name a directory.")
     latest = latest_checkpoint(directory)
     if resume and latest is None:
         raise UsageError(f"--resume: {what} has no checkpoint. Leave --resume out to begin.")
@@ -288,7 +312,7 @@ def _differing_config(mine: Any, saved: Any) -> list[str]:
     ]
 
 
-def _check_text(run: TextTrainingRun) -> None:
+def _check_text(run: TextTrainingRun, threads: int | None) -> None:
     """Read the text and say what differs from the checkpoint, before ranks are started."""
     options = run.options
     source = run.resume or run.model
@@ -302,7 +326,9 @@ def _check_text(run: TextTrainingRun) -> None:
     check_sizes(config_of(source), text)
     if run.resume is None or not is_speaker():
         return
-    for sentence in differing_options(_saved_options(run.resume), options, text.digest):
+    saved = _saved_options(run.resume)
+    here = threads or (1 if torchrun.read(os.environ) is None else torch.get_num_threads())
+    for sentence in differing_options(saved, options, digest=text.digest, threads=here):
         console(stderr=True).whole_line(
             f"warning: {sentence}: this is not the run that was saved, and has other bits."
         )
@@ -333,5 +359,7 @@ def _conclude(end: TrainingEnd, steps: list[TrainedStep], run: TextTrainingRun) 
         out.whole_line(f"nothing to do: the checkpoint has {end.step} of {total} steps")
     if end.checkpoint is not None and steps:
         out.whole_line(f"saved {short_text(str(end.checkpoint))}", GOOD)
+    if not end.is_same_contract:
+        out.whole_line("the contract is not that of the checkpoint: the new steps have other bits")
     if end.was_stopped and end.step < total:
         out.whole_line("stopped by a signal; the same command with --resume goes on")

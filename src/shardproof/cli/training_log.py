@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from shardproof import files
+from shardproof.checked_values import real_number
 from shardproof.checkpoint.load import read_state
 from shardproof.cli.output import console, progress
 from shardproof.cli.output_file import OutputFile
@@ -26,14 +28,16 @@ class TrainingLog:
     Args:
         path: of the log, one JSON object a line; None for no log.
         total: number of steps of the training.
-        start: the checkpoint that is resumed; the lines of later steps are removed from the log.
+        start: the checkpoint that is resumed; the lines of later steps are removed from the log
+            when the first step is done.
 
     Attributes:
         earlier: the steps before `start`, from the log.
         steps: the steps that it was called with.
 
     Raises:
-        UsageError: the log cannot be written, or is resumed and is no log.
+        UsageError: the log cannot be written, is resumed and is no log, or has lines and is not
+            resumed.
     """
 
     def __init__(self, path: str | None, total: int, start: Path | None) -> None:
@@ -46,14 +50,21 @@ class TrainingLog:
         self._show: Progress | None = None
         if path is not None:
             file = OutputFile(path, option="--log")
-            if start is not None and file.is_replaced and Path(path).is_file():
-                state = read_state(start)
-                last = 0 if state is None else state.step
-                self.earlier = [each for each in _read(path) if each.step <= last]
-                file.write_text("".join(map(_line, self.earlier)))
+            if file.is_replaced and Path(path).is_file() and Path(path).stat().st_size:
+                self.earlier = self._earlier(path, start)
+
+    def _earlier(self, path: str, start: Path | None) -> list[TrainedStep]:
+        """The steps of the log up to the checkpoint."""
+        state = None if start is None else read_state(start)
+        if state is None:
+            raise UsageError(
+                f"--log {short_text(path)} has lines already. Name another file; or add --resume "
+                "to go on with it."
+            )
+        return [each for each in _read(path) if each.step <= state.step]
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
+    def show(self) -> Iterator[None]:
         """A context in which the steps are shown on standard error."""
         with progress(is_speaker=True) as show:
             self._show = show
@@ -70,6 +81,8 @@ class TrainingLog:
         """
         self.steps.append(trained)
         if self._path is not None:
+            if len(self.steps) == 1 and self._path.is_file():
+                _replace(self._path, "".join(map(_line, self.earlier)))
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(_line(trained))
         now = time.monotonic()
@@ -83,6 +96,17 @@ class TrainingLog:
                 per_step = (now - self._begin) / (len(self.steps) - 1)
                 text += f", {_duration(per_step * (self._total - trained.step))} left"
             self._show(trained.step, self._total, text)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Replace the content of a file at once."""
+    path = path.resolve()
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _line(trained: TrainedStep) -> str:
@@ -102,12 +126,18 @@ def _read(path: str) -> list[TrainedStep]:
     steps = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            steps.append(TrainedStep(**files.parse_json(line)))
+            step = TrainedStep(**files.parse_json(line))
+            is_step = type(step.step) is int and type(step.degree) is int
+            is_step = is_step and real_number(step.loss) is not None
         except (TypeError, ValueError):
+            is_step = False
+        if is_step:
+            steps.append(step)
+        else:
             raise UsageError(
                 f"{what} is not a log of shardproof train: line {number} is "
                 f"{short_text(line, most=60)}. {way_out}"
-            ) from None
+            )
     return steps
 
 

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from shardproof.axis import Axis
+from shardproof.checkpoint import background
 from shardproof.engines import fork, interpreter, messages
 from shardproof.engines.engine import Settings
 from shardproof.engines.failure import Failure, failure_of
@@ -108,6 +109,7 @@ class _Worker:
         fn: Callable[[Axis], Any] = messages.read(self._folder / messages.CALL, what="the function")
         result = fn(self._axis())
         fork.end_if_forked(owner, self._rank)
+        background.finish_all()  # the launcher may end this process as soon as it has the result
         what = f"the result of rank {self._rank}, of type {type(result).__name__},"
         path = messages.result_path(self._folder, self._rank, number)
         try:

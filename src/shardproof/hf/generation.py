@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from shardproof.axis import Axis
 from shardproof.errors import UsageError
 from shardproof.ops.sampling import check_options, keyed_scores
+from shardproof.wording import error_words, short_text
 
+_CONFIG = "generation_config.json"
 _WAY_OUT = (
     "Use do_sample=False with logits_processor=[shardproof.hf.KeyedSampling(seed)], which draws by "
     "position: the same tokens on every rank and at every degree."
@@ -55,6 +58,30 @@ class KeyedSampling:
             temperature=self.temperature,
             top_k=self.top_k,
         )
+
+
+def read_generation_config(model: nn.Module, directory: Path) -> None:
+    """Give a model the generation_config.json of a directory, if it has one.
+
+    Args:
+        model: of transformers.
+        directory: the directory of the model.
+
+    Raises:
+        UsageError: transformers cannot read it.
+    """
+    if not (directory / _CONFIG).is_file():
+        return
+    from transformers import GenerationConfig  # noqa: PLC0415 - an optional extra
+
+    try:
+        config: Any = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # the library may raise anything for a file that a user wrote
+        raise UsageError(
+            f"transformers cannot read {short_text(str(directory / _CONFIG))} "
+            f"({error_words(error)}). Correct it, or remove it."
+        ) from error
+    model.generation_config = config
 
 
 def guard_generation(model: nn.Module, axis: Axis) -> None:

@@ -79,8 +79,7 @@ class Report:
             return f"Not proved: {fault}."
         runs = sum(len(each.pairs) for each in self.resumed)
         return (
-            f"{answer} Saved and resumed at another degree, {counted(runs, 'run')} had the bits of "
-            "the unbroken run."
+            f"{answer} Saved and resumed, {counted(runs, 'run')} had the bits of the unbroken run."
         )
 
     def _resume_fault(self) -> str:

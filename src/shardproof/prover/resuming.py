@@ -22,13 +22,14 @@ from shardproof.checkpoint.entries import draws_of
 from shardproof.checkpoint.load import load
 from shardproof.checkpoint.manifest import read_manifest
 from shardproof.checkpoint.save import save
-from shardproof.errors import MismatchError, UsageError
+from shardproof.errors import ShardproofError
 from shardproof.prover.case import Case, CaseRun
 from shardproof.prover.recording import RankResult, run_on_rank
 from shardproof.prover.training import record_parameters, record_state
 
 WHOLE, SAVED, RESUMED = "whole", "saved", "resumed"
 _IN_CHECKPOINT = "saved: "  # begins the names of what a checkpoint has
+_TEXTS = {WHOLE: "unbroken", SAVED: "up to the checkpoint", RESUMED: "from the checkpoint"}
 LEAST_STEPS = 2  # of a training with an optimizer, so that one step follows the checkpoint
 
 # Runs a function on so many ranks; the results in rank order.
@@ -151,10 +152,13 @@ def prove_resume(
         folder: for the checkpoints; all ranks can write there.
         announce: is called with a text before each run.
         options: of `run_on_rank`.
+
+    Returns:
+        The outcome; errors of shardproof are its fault.
     """
 
     def run(part: str, degree: int, where: int) -> Hashes:
-        announce(f"{case.name}, {part} at degree {degree}")
+        announce(f"{case.name}, {_TEXTS[part]} at degree {degree}")
         resumption = Resumption(part, folder / f"degree {where}")
         work = functools.partial(run_on_rank, case=case, part=resumption, **options)
         return _hashes(run_ranks(degree, work))
@@ -166,7 +170,7 @@ def prove_resume(
     for degree in degrees:
         try:
             before[degree] = run(SAVED, degree, degree)
-        except (UsageError, MismatchError) as error:
+        except ShardproofError as error:
             return replace(report, fault=f"saving at degree {degree} failed: {error}")
         difference = _other_bytes(folder, degrees[0], degree)
         if difference:
@@ -175,7 +179,7 @@ def prove_resume(
         what = f"resumed at degree {degree} from the checkpoint of degree {saved_at}"
         try:
             after = run(RESUMED, degree, saved_at)
-        except (UsageError, MismatchError) as error:
+        except ShardproofError as error:
             return replace(report, fault=f"{what}: {error}")
         difference = _first_difference(whole, before[saved_at], after)
         if difference:
@@ -194,7 +198,7 @@ def _hashes(results: Sequence[RankResult]) -> Hashes:
 
 
 def _first_difference(whole: Hashes, before: Hashes, after: Hashes) -> str:
-    """The first tensor of the whole run that the two parts do not have with the same bits."""
+    """The first tensor whose bits differ between the whole run and one of its parts."""
     for name, values in whole.items():
         if name not in after and (name not in before or _IN_CHECKPOINT in name):
             return f"tensor {name} is missing"
