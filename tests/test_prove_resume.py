@@ -21,6 +21,8 @@ from shardproof.checkpoint import writing
 from shardproof.checkpoint.entries import Entry
 from shardproof.cli.main import main
 from shardproof.prover.case import Case, CaseRun
+from shardproof.prover.cases.matmul_cases import MATMUL_ROW
+from shardproof.prover.proof import prove_cases
 from shardproof.prover.recording import run_references
 from shardproof.prover.resuming import ResumeReport, prove_resume
 from shardproof.prover.training import Batch, Training
@@ -214,6 +216,15 @@ def test_a_report_says_it_and_a_fault_is_no_proof(monkeypatch: pytest.MonkeyPatc
         "saved: 0.weight.momentum_buffer is missing"
     )
     assert "resumed" not in proof_of_plain(resume=False).as_dict()
+
+
+def test_weights_that_are_not_loaded_are_noticed_even_before_the_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The model has the right weights when it is built; the prover overwrites them."""
+    monkeypatch.setattr(loading, "read", lambda matches: None)
+    report = prove_cases([MATMUL_ROW], degrees=(1, 2), resume=True)
+    assert "tensor saved: weight is the first with other bits" in report.verdict()
 
 
 def test_the_command_resumes_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
