@@ -114,6 +114,27 @@ def test_ranks_that_are_processes_finish_before_the_call_returns(tmp_path: Path)
     assert os.listdir(tmp_path) == ["here"]
 
 
+def hooked(axis: Axis, folder: Path) -> None:
+    """Saves that overtake each other, and hooks of one's own around them."""
+    model, optimizer = cut(axis)
+    calls: list[int] = []
+    sp.save(folder / "first", model, optimizer, background=True)
+    optimizer.register_step_pre_hook(lambda *_: calls.append(1))
+    for step in range(6):
+        train(model, optimizer, range(step, step + 1))
+        sp.save(folder / "latest", model, optimizer, step=step, background=True)
+        sp.save(folder / "best", model, optimizer, step=step, background=True)
+    train(model, optimizer, range(2))
+    assert len(calls) == 8
+
+
+def test_steps_go_on_after_many_saves(pool: Any, tmp_path: Path) -> None:
+    pool(2, "threads").run(lambda axis: hooked(axis, tmp_path))
+    # A call on ranks ends when what it saves is whole.
+    assert sorted(os.listdir(tmp_path)) == ["best", "first", "latest"]
+    assert find_damage(tmp_path / "best") == []
+
+
 UNAWAITED = """
 import sys
 import shardproof as sp

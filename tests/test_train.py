@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -284,9 +285,22 @@ def test_wrong_arguments_are_refused(
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 1}\n')
     assert "has lines already" in error_of(*train, "--log", log)
+    assert "has lines already" in error_of(*train, "--log", text)
+    assert "--length 1 is too short" in error_of(*train, "--length", 1)
+    (tmp_path / "foreign" / "step-00000008").mkdir(parents=True)
+    (tmp_path / "foreign" / "step-00000008" / "mine").touch()
+    assert "is no checkpoint" in error_of(*train, "--save", tmp_path / "foreign")
+    vision = tmp_path / "vision" / "config.json"
+    vision.parent.mkdir()
+    vision.write_text('{"model_type": "vit"}')
+    assert "is no language model" in error_of("train", "--model", vision, "--text", text)
     resume = ("train", "--text", text, "--save", unbroken / "run", "--resume")
     assert "not a log of shardproof train: line 1" in error_of(*resume, "--log", log)
     assert log.read_text() == '{"step": 1}\n'
+    for content in ('{"a": 1}', '{"step": "x"}\n', "{}\n"):
+        log.write_text(content)
+        assert "not a log of shardproof train" in error_of(*resume, "--log", log)
+        assert log.read_text() == content
 
 
 def test_another_model_text_or_option_is_said_on_resume(
@@ -367,6 +381,61 @@ def test_a_loss_that_is_not_finite_ends_and_keeps_the_checkpoint(
     latest = sp.latest_checkpoint(tmp_path / "run")
     assert latest is not None
     assert run("checkpoint", "verify", latest).exit_code == 0
+
+
+def test_a_log_that_was_cut_off_goes_on(unbroken: Path, text: Path, tmp_path: Path) -> None:
+    subprocess.run(["cp", "-r", unbroken / "run", tmp_path], check=True)
+    subprocess.run(["rm", "-r", tmp_path / "run" / "step-00000008"], check=True)
+    log = tmp_path / "log.jsonl"
+    whole = (unbroken / "log.jsonl").read_text()
+    log.write_text(whole[: len(whole) - 20])
+    resume = ("train", "--text", text, "--save", tmp_path / "run", "--resume", "--log", log)
+    assert "is no file" not in error_of(*resume, "--text", tmp_path / "missing")
+    assert log.read_text() == whole[: len(whole) - 20], "the command failed before its first step"
+    assert run(*resume).exit_code == 0
+    assert [line["step"] for line in log_of(tmp_path)] == list(range(1, STEPS + 1))
+
+
+def test_a_pipe_that_nobody_reads_any_more_ends_the_training(
+    config: Path, text: Path, tmp_path: Path
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    process = start("train", "--model", config, "--text", text, *OPTIONS[2:], "--steps", 10_000,
+                    "--log", pipe)  # fmt: skip
+    wait_until(lambda: _read_some(reader), process)
+    os.close(reader)
+    _, errors = process.communicate(timeout=LIMIT)
+    assert process.returncode == 2
+    assert "pipe cannot be written" in errors
+
+
+def _read_some(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 100)
+    except BlockingIOError:
+        return b""
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"num_beams": 2, "num_return_sequences": 2, "return_dict_in_generate": True},
+        {"do_sample": True, "temperature": 0.3, "max_length": 2, "stop_strings": ["a"]},
+    ],
+)
+def test_a_generation_config_chooses_the_special_tokens_alone(
+    extra: dict[str, Any], unbroken: Path, tmp_path: Path
+) -> None:
+    directory = unbroken / "run" / "step-00000008"
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(directory / name)
+    (tmp_path / "generation_config.json").write_text(json.dumps(extra))
+    assert generate(tmp_path, "--degree", 2) == generate(directory)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": "x"}))
+    command = ("generate", "--model", tmp_path, "--prompt", "x")
+    assert "which is no token" in error_of(*command)
 
 
 def test_generate_refuses_what_it_cannot_do(unbroken: Path, config: Path, tmp_path: Path) -> None:
@@ -462,6 +531,12 @@ def test_a_stop_is_seen_by_all_ranks() -> None:
         seen = sp.launch(lambda axis: work(axis, stop), degree=2)
     assert list(seen) == [[False, True]] * 2
     assert signal.getsignal(signal.SIGINT) == before
+    with sp.StopSignal() as stop:
+        for folder in Path(tempfile.gettempdir()).glob("shardproof-stop-*"):
+            if folder == stop._folder:
+                folder.rmdir()  # as a cleaner of temporary files does
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.was_requested_here
     with pytest.raises(sp.errors.UsageError, match="main thread"):
         sp.launch(lambda axis: sp.StopSignal().__enter__(), degree=2)
 

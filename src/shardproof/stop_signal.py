@@ -66,6 +66,8 @@ class StopSignal:
     @property
     def was_requested_here(self) -> bool:
         """Whether the process of this rank knows of a request; other ranks may not know it yet."""
+        if self._owner is not None and self._owner.has_come:
+            return True
         return self._folder is not None and (self._folder / _FLAG).exists()
 
     def is_requested(self, axis: Axis) -> bool:
@@ -91,6 +93,11 @@ class _Handlers:
         for number in _SIGNALS:
             signal.signal(number, self._handle)
 
+    @property
+    def has_come(self) -> bool:
+        """Whether a signal has come."""
+        return self._came > 0.0
+
     def remove(self) -> None:
         """Put the earlier handlers back."""
         for number, handler in self._before.items():
@@ -100,6 +107,7 @@ class _Handlers:
         now = time.monotonic()
         if not self._came:
             self._came = now
+            self._flag.parent.mkdir(exist_ok=True)  # a cleaner of temporary files removes it
             os.close(os.open(self._flag, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
         elif now - self._came > _ONE_SIGNAL:
             self.remove()

@@ -53,6 +53,11 @@ class TextBatches:
     ) -> None:
         self.rows = checked_whole(rows, "rows")
         self.length = checked_whole(length, "length")
+        if tokenizer is not None and not callable(getattr(tokenizer, "encode", None)):
+            raise UsageError(
+                f"tokenizer={short_repr(tokenizer)} has no encode. Give a tokenizer of "
+                "transformers, or None for bytes."
+            )
         self._seed = checked_whole(seed, "seed", least=-LARGEST_SEED, most=LARGEST_SEED)
         parts = [_tokens_of(path, tokenizer) for path in _paths_of(text_files)]
         self.tokens = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
@@ -90,9 +95,16 @@ def tokens_of_text(
         text: the text.
         tokenizer: of transformers, or None.
         add_special_tokens: add those that the tokenizer puts around a text, such as a first token.
+
+    Raises:
+        UsageError: the text has bytes that are not UTF-8, and there is a tokenizer.
     """
     if tokenizer is None:
         return list(text.encode("utf-8", errors="surrogateescape"))
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UsageError(
+            f"{short_repr(text)} is not UTF-8, and a tokenizer reads text. Convert it."
+        )
     return list(tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
 
 
@@ -116,9 +128,9 @@ def check_vocabulary(tokens: Tensor, vocabulary: int) -> None:
 
 
 def _paths_of(text_files: Any) -> list[Path]:
-    if isinstance(text_files, str | os.PathLike):
+    if isinstance(text_files, str | os.PathLike) or not isinstance(text_files, Iterable):
         raise UsageError(
-            f"text_files={short_repr(text_files)} is one path. Give a list of paths: [path]."
+            f"text_files={short_repr(text_files)} is not a list of paths. Write [path]."
         )
     return [files.path_of(path, what="a text file", way_out=_WAY_OUT) for path in text_files]
 

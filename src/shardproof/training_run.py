@@ -290,13 +290,12 @@ def check_sizes(config: Any, text: TextBatches) -> None:
     """Raise unless a model can read batches of a text.
 
     Args:
-        config: of the model.
+        config: of a language model.
         text: the batches.
 
     Raises:
         UsageError: its vocabulary or its number of positions is too small.
     """
-    config = config.get_text_config()
     check_vocabulary(text.tokens, config.vocab_size)
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and text.length > positions:

@@ -7,6 +7,7 @@ marks in the directory instead: `.rank-2.written` when rank 2 has written its by
 
 import atexit
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -109,6 +110,7 @@ class BackgroundSave:
         self._parts = parts
         self._rank, self._size = axis.rank, axis.size
         self._saved = saved
+        self._creator = threading.get_ident()
         self._is_cancelled = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"save {directory.name}")
 
@@ -131,6 +133,11 @@ class BackgroundSave:
         if self._thread.ident is not None:
             self._thread.join()
         _unraised.discard(self)
+
+    @property
+    def is_of_this_thread(self) -> bool:
+        """Whether this thread has begun the save."""
+        return self._creator == threading.get_ident()
 
     @property
     def is_done(self) -> bool:
@@ -186,7 +193,7 @@ class BackgroundSave:
     def report(self) -> None:
         """Print an error that nothing has raised; called when the process ends."""
         self._thread.join()
-        if self.error is not None:
+        if self.error is not None and not isinstance(self.error, _CancelledError):
             sys.stderr.write(
                 f"error: saving {self._directory} in the background failed on rank {self._rank}: "
                 f"{error_words(self.error)}\n"
@@ -292,6 +299,7 @@ class _CancelledError(ShardproofError):
 
 
 _unraised: set[BackgroundSave] = set()  # those that go on, or have an error that nothing raised
+_looking: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()  # those that look before each step
 _pending: "weakref.WeakKeyDictionary[nn.Module, BackgroundSave]" = weakref.WeakKeyDictionary()
 
 
@@ -302,12 +310,14 @@ def _report_all() -> None:
 
 
 def finish_all() -> None:
-    """Wait for all saves of this process, and raise the first error that nothing has raised.
+    """Wait for all saves of this thread, and raise the first error that nothing has raised.
+
+    A call on ranks ends with it.
 
     Raises:
         BaseException: what went wrong.
     """
-    saves = list(_unraised)
+    saves = [save for save in _unraised if save.is_of_this_thread]
     errors = [error for save in saves if (error := save.finish()) is not None]
     if errors:
         raise next((e for e in errors if not isinstance(e, _CancelledError)), errors[0])
@@ -319,26 +329,27 @@ def keep(model: nn.Module, save: BackgroundSave, optimizer: Optimizer | None, ax
     Args:
         model: the model that is saved.
         save: its save.
-        optimizer: before each of its steps, all ranks look whether one has failed.
+        optimizer: before each of its steps, all ranks look whether the save has failed.
         axis: the ranks.
     """
     _pending[model] = save
-    if optimizer is None:
+    if optimizer is not None and optimizer not in _looking:
+        _looking.add(optimizer)
+        optimizer.register_step_pre_hook(functools.partial(_look, weakref.ref(model), axis))
+
+
+def _look(model: "weakref.ref[nn.Module]", axis: Axis, *_: Any) -> None:
+    """Look at the save of a model, if one goes on; called before a step of its optimizer."""
+    saved = model()
+    save = None if saved is None else _pending.get(saved)
+    if saved is None or save is None:
         return
-
-    def look(*_: Any) -> None:
-        if _pending.get(model) is not save:
-            handle.remove()
-            return
-        is_over = True
-        try:
-            is_over = save.look(axis)
-        finally:
-            if is_over:
-                _pending.pop(model, None)
-                handle.remove()
-
-    handle = optimizer.register_step_pre_hook(look)
+    is_over = True
+    try:
+        is_over = save.look(axis)
+    finally:
+        if is_over:
+            _pending.pop(saved, None)
 
 
 def wait_for_pending(model: nn.Module, axis: Axis) -> None:

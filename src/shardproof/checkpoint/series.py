@@ -10,6 +10,7 @@ from shardproof import files
 from shardproof.checked_values import checked_whole
 from shardproof.checkpoint.directory import (
     STATE,
+    check_replaceable,
     checked_path,
     locked,
     remove_checkpoint,
@@ -105,6 +106,9 @@ def claimed(directory: str | os.PathLike[str]) -> Iterator[None]:
     what = short_text(str(path))
     try:
         path.mkdir(parents=True, exist_ok=True)
+        for each in path.iterdir():
+            if _NAME.fullmatch(each.name) and not (each / STATE).is_file():
+                check_replaceable(each)  # before the training, and not when it is to be saved
         lock = locked(path / _RUN_LOCK)
     except OSError as error:
         raise UsageError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shardproof import files
 from shardproof.axis import Axis
@@ -30,7 +30,7 @@ from shardproof.cli.output_file import OutputFile
 from shardproof.cli.ranks_here import check_ranks, is_speaker, ranks_options, run_on_ranks
 from shardproof.errors import UsageError
 from shardproof.hf.generation import KeyedSampling, read_generation_config
-from shardproof.hf.skeleton import config_of, require_transformers, skeleton
+from shardproof.hf.skeleton import language_config, require_transformers, skeleton
 from shardproof.hf.tokenizer import read_tokenizer
 from shardproof.hf.weights import checked_directory
 from shardproof.plans.apply import parallelize
@@ -42,11 +42,7 @@ from shardproof.wording import short_repr, short_text
 DEFAULT_TOKENS = 64
 _NO_READER = "nobody reads it"
 _LARGEST_PROMPTS = 1 << 26  # bytes
-# Of a generation config: what this command chooses itself. None leaves it to greedy search.
-_CHOSEN_HERE = {
-    "do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None,
-    "max_length": None, "min_length": None, "max_new_tokens": None, "num_return_sequences": 1,
-}  # fmt: skip
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of a generation config
 
 
 @dataclass(frozen=True)
@@ -177,7 +173,8 @@ def _prompts(texts: tuple[str, ...], prompts_file: str | None) -> tuple[str, ...
         path = files.path_of(prompts_file, what="--prompts", way_out=way_out)
         content = files.read_bytes(path, what=what, way_out=way_out, largest=_LARGEST_PROMPTS)
         try:
-            prompts += [line for line in content.decode("utf-8").splitlines() if line.strip()]
+            lines = content.decode("utf-8-sig").split("\n")
+            prompts += [line.rstrip("\r") for line in lines if line.strip()]
         except UnicodeDecodeError:
             raise UsageError(f"{what} is not UTF-8. {way_out}") from None
     if prompts_file is None and not texts:
@@ -191,7 +188,7 @@ def _prompts(texts: tuple[str, ...], prompts_file: str | None) -> tuple[str, ...
 
 def _check(folder: Path, prompts: tuple[str, ...], num_tokens: int) -> None:
     """Raise unless the model has a token for every token of the prompts, and enough positions."""
-    config = config_of(folder).get_text_config()
+    config = language_config(folder)
     tokenizer = read_tokenizer(folder)
     if tokenizer is None and config.vocab_size < NUM_BYTES:
         raise UsageError(
@@ -224,9 +221,7 @@ def _work(axis: Axis, *, run: GenerationRun) -> tuple[list[GeneratedText], int, 
         read_generation_config(model, run.model)
     initialize(parallelize(model, None, axis, scheme=run.scheme))
     load(run.model, model, weights_only=True)
-    for name, value in _CHOSEN_HERE.items():
-        setattr(model.generation_config, name, value)
-    model.eval()
+    keep_tokens(model.eval(), run.model)
     writer = TextWriter(tokenizer) if axis.rank == 0 else None
     results = []
     for number, prompt in enumerate(run.prompts):
@@ -236,8 +231,25 @@ def _work(axis: Axis, *, run: GenerationRun) -> tuple[list[GeneratedText], int, 
     return results, axis.size, "" if writer is None else writer.failure
 
 
+def keep_tokens(model: Any, folder: Path) -> None:
+    """Leave only the special tokens in a generation config: the command says all else.
+
+    Raises:
+        UsageError: they are no tokens.
+    """
+    tokens = {name: getattr(model.generation_config, name, None) for name in _TOKENS}
+    for name, value in tokens.items():
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and type(each) is not int:
+                raise UsageError(
+                    f"{short_text(str(folder))} has {name}={short_repr(value)}, which is no token. "
+                    "Correct generation_config.json."
+                )
+    model.generation_config = type(model.generation_config)(**tokens)
+
+
 def _continue(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     run: GenerationRun,
     prompt: str,
@@ -248,10 +260,10 @@ def _continue(
     if run.temperature is not None:
         sampling = KeyedSampling(run.seed, temperature=run.temperature, top_k=run.top_k)
         options["logits_processor"] = [sampling]
-    if getattr(model.generation_config, "pad_token_id", None) is None:
+    if model.generation_config.pad_token_id is None:
         options["pad_token_id"] = 0  # one prompt at a time: no place is ever padded
     start = time.perf_counter()
-    output: Tensor = model.generate(  # type: ignore[operator]
+    output: Tensor = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=run.num_tokens,

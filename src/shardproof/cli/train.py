@@ -13,6 +13,7 @@ import torch
 from shardproof import files, torchrun
 from shardproof.axis import Axis
 from shardproof.checkpoint.load import read_state
+from shardproof.checkpoint.manifest import check_small
 from shardproof.checkpoint.series import checkpoints_of, claimed, latest_checkpoint
 from shardproof.cli.options import (
     HELP_OPTIONS,
@@ -30,7 +31,7 @@ from shardproof.cli.ranks_here import check_ranks, is_speaker, ranks_options, ru
 from shardproof.cli.signals import CommandStop
 from shardproof.cli.training_log import TrainingLog
 from shardproof.errors import UsageError
-from shardproof.hf.skeleton import config_of, require_transformers
+from shardproof.hf.skeleton import config_of, language_config, require_transformers
 from shardproof.hf.tokenizer import read_tokenizer
 from shardproof.hf.weights import CONFIG, checked_directory
 from shardproof.prover import curve
@@ -50,6 +51,7 @@ from shardproof.training_run import (
 from shardproof.wording import few, short_repr, short_text
 
 DEFAULTS = TrainingOptions()
+LEAST_LENGTH = 2  # tokens of a row
 # What differs between a config of transformers and the one that it saved again.
 _NOT_OF_THE_MODEL = (
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version",
@@ -173,9 +175,9 @@ def train(
         _check_text(run, threads)
         end, steps = _run(run, degree, engine, threads)
     if is_speaker() and isinstance(run.on_step, TrainingLog):
-        if picture is not None:
-            _draw([*run.on_step.earlier, *steps], picture)
         _conclude(end, steps, run)
+        if picture is not None and steps:
+            _draw([*run.on_step.earlier, *steps], picture)
     return 0
 
 
@@ -234,6 +236,7 @@ def _options(written: dict[str, Any], start: Path | None) -> TrainingOptions:
 
 
 def _saved_options(start: Path) -> dict[str, Any]:
+    check_small(start)
     state = read_state(start)
     extra = None if state is None else state.extra
     saved = extra.get(EXTRA) if isinstance(extra, dict) else None
@@ -315,6 +318,11 @@ def _differing_config(mine: Any, saved: Any) -> list[str]:
 def _check_text(run: TextTrainingRun, threads: int | None) -> None:
     """Read the text and say what differs from the checkpoint, before ranks are started."""
     options = run.options
+    if options.length < LEAST_LENGTH:
+        raise UsageError(
+            f"--length {options.length} is too short: a token is learned from those before it. Use "
+            f"{LEAST_LENGTH} or more."
+        )
     source = run.resume or run.model
     text = TextBatches(
         run.text_files,
@@ -323,7 +331,7 @@ def _check_text(run: TextTrainingRun, threads: int | None) -> None:
         seed=options.seed,
         tokenizer=read_tokenizer(source),
     )
-    check_sizes(config_of(source), text)
+    check_sizes(language_config(source), text)
     if run.resume is None or not is_speaker():
         return
     saved = _saved_options(run.resume)
@@ -342,7 +350,13 @@ def _picture(plot_path: str | None) -> Path | None:
 
 def _draw(steps: list[TrainedStep], path: Path) -> None:
     panels = [("", losses_by_degree(steps))]
-    curve.draw_panels(panels, f"loss over {len(steps)} steps", path, coincide=False)
+    try:
+        curve.draw_panels(panels, f"loss over {len(steps)} steps", path, coincide=False)
+    except OSError as error:
+        raise UsageError(
+            f"--plot {short_text(str(path))} cannot be written: {files.why(error)}. Name another "
+            "file."
+        ) from error
 
 
 def _conclude(end: TrainingEnd, steps: list[TrainedStep], run: TextTrainingRun) -> None:
@@ -356,7 +370,9 @@ def _conclude(end: TrainingEnd, steps: list[TrainedStep], run: TextTrainingRun) 
             f"{last.loss:.4f}"
         )
     else:
-        out.whole_line(f"nothing to do: the checkpoint has {end.step} of {total} steps")
+        out.whole_line(
+            f"nothing to do: the checkpoint has {end.step} steps, and --steps is {total}"
+        )
     if end.checkpoint is not None and steps:
         out.whole_line(f"saved {short_text(str(end.checkpoint))}", GOOD)
     if not end.is_same_contract:

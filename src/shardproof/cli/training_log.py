@@ -63,6 +63,17 @@ class TrainingLog:
             )
         return [each for each in _read(path) if each.step <= state.step]
 
+    def _write(self, path: Path, trained: TrainedStep) -> None:
+        try:
+            if len(self.steps) == 1 and path.is_file():
+                _replace(path, "".join(map(_line, self.earlier)))
+            _append(path, _line(trained))
+        except OSError as error:
+            raise UsageError(
+                f"--log {short_text(str(path))} cannot be written: {files.why(error)}. Name "
+                "another file."
+            ) from error
+
     @contextmanager
     def show(self) -> Iterator[None]:
         """A context in which the steps are shown on standard error."""
@@ -77,14 +88,11 @@ class TrainingLog:
         """Show a step and append it to the log.
 
         Raises:
-            OSError: the log cannot be written.
+            UsageError: the log cannot be written.
         """
         self.steps.append(trained)
         if self._path is not None:
-            if len(self.steps) == 1 and self._path.is_file():
-                _replace(self._path, "".join(map(_line, self.earlier)))
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(_line(trained))
+            self._write(self._path, trained)
         now = time.monotonic()
         if len(self.steps) == 1:
             self._begin = now
@@ -96,6 +104,15 @@ class TrainingLog:
                 per_step = (now - self._begin) / (len(self.steps) - 1)
                 text += f", {_duration(per_step * (self._total - trained.step))} left"
             self._show(trained.step, self._total, text)
+
+
+def _append(path: Path, text: str) -> None:
+    """Append text to a file; a pipe that nobody reads is an error."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    os.set_blocking(descriptor, True)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _replace(path: Path, text: str) -> None:
@@ -123,8 +140,10 @@ def _read(path: str) -> list[TrainedStep]:
     way_out = "Name another file."
     content = files.read_bytes(Path(path), what=what, way_out=way_out, largest=_LARGEST)
     lines = content.decode("utf-8", errors="replace").split("\n")
+    if _line(TrainedStep(1, 0.0, 0.0, 0.0, 0.0, 0, 1)).startswith(lines[-1][:8]):
+        lines.pop()  # nothing, or the beginning of a step that was cut off
     steps = []
-    for number, line in enumerate(lines[:-1], start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             step = TrainedStep(**files.parse_json(line))
             is_step = type(step.step) is int and type(step.degree) is int

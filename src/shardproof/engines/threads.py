@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from shardproof.axis import Axis
+from shardproof.checkpoint import background
 from shardproof.engines import random_state
 from shardproof.engines.capacity import WAY_OUT
 from shardproof.engines.engine import Ranks, Settings
@@ -60,6 +61,7 @@ class _Task:
         rank, owner = self.transport.rank, os.getpid()
         try:
             result = self.fn(Axis("tp", self.transport, transport_note=self.note))
+            background.finish_all()
         except _Stopped:
             return _Outcome(rank, failure=Failure(rank, "was stopped", is_symptom=True))
         except BaseException as error:

@@ -118,6 +118,24 @@ def config_of(folder: Path, what: str = CAUSAL) -> Any:
         raise _cannot(folder, error, what) from error
 
 
+def language_config(folder: Path) -> Any:
+    """The config of the language model of a directory; it has a vocabulary.
+
+    Args:
+        folder: a directory with config.json.
+
+    Raises:
+        UsageError: as `config_of`, or the model has no vocabulary.
+    """
+    config = config_of(folder).get_text_config()
+    if not isinstance(getattr(config, "vocab_size", None), int):
+        raise UsageError(
+            f"{short_text(str(folder / CONFIG))} is of {type(config).__name__}, which is no "
+            f"language model: it has no vocab_size. Name a directory of {CAUSAL}."
+        )
+    return config
+
+
 def _cannot(folder: Path, error: Exception, what: str) -> UsageError:
     return UsageError(
         f"transformers cannot make {what} of {short_text(str(folder / CONFIG))} "

@@ -16,6 +16,8 @@ from shardproof.errors import ShapeError, UsageError
 from shardproof.numerics.random import draw_uniform
 from shardproof.wording import short_repr
 
+_COLDEST = 1e-30  # logits divided by less are infinite in fp32
+
 
 class KeyedSampler:
     """Samples classes from whole logits, keyed by (seed, step), for a sampling loop of one's own.
@@ -93,8 +95,11 @@ def check_options(temperature: float, top_k: int | None) -> None:
     Raises:
         UsageError: one of them is not positive.
     """
-    if not temperature > 0:
-        raise UsageError(f"temperature={temperature} is not positive. Use greedy search for 0.")
+    if not temperature >= _COLDEST:
+        raise UsageError(
+            f"temperature={temperature} is not positive, or too small to divide by. Use greedy "
+            "search for 0."
+        )
     if top_k is not None and (whole_number(top_k) or 0) < 1:
         raise UsageError(
             f"top_k={short_repr(top_k)} is not a positive whole number. Use 1 or more, or None for "
