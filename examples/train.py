@@ -1,4 +1,4 @@
-"""Train a small Llama on Python's own sources, save it, and go on at any degree after Ctrl-C.
+"""Train a small Llama on Python's own sources; after Ctrl-C go on at any degree.
 
 python examples/train.py DIRECTORY --degree 2    # Ctrl-C saves; the next run goes on
 python examples/train.py DIRECTORY --degree 3    # with the same bits
@@ -31,7 +31,8 @@ def train(axis: sp.Axis, directory: Path, stop: sp.StopSignal) -> None:
     text = sp.TextBatches(TEXT, rows=8, length=64)
     start = sp.latest_checkpoint(directory)
     step = 0 if start is None else sp.load(start, model, optimizer).step
-    while step < STEPS and not stop.is_requested(axis):
+    stopped = False
+    while step < STEPS and not stopped:
         tokens = text.batch(step)  # follows from the step alone
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
@@ -40,12 +41,11 @@ def train(axis: sp.Axis, directory: Path, stop: sp.StopSignal) -> None:
         optimizer.step()
         optimizer.zero_grad()
         step += 1
+        stopped = stop.is_requested(axis)  # the same on all ranks
         if axis.rank == 0:
-            print(f"step {step}: loss {loss.item():.4f}")
-        if step % EVERY == 0:
+            print(f"step {step} of {STEPS}: loss {loss.item():.4f}")
+        if stopped or step % EVERY == 0:
             sp.save(directory / f"step-{step:08}", model, optimizer, step=step)
-    if step % EVERY:  # it was stopped between two checkpoints
-        sp.save(directory / f"step-{step:08}", model, optimizer, step=step)
 
 
 if __name__ == "__main__":

@@ -235,4 +235,5 @@ def test_the_command_resumes_every_case(tmp_path: Path, monkeypatch: pytest.Monk
     result = CliRunner().invoke(main, [*command, "--json", str(out)])
     assert result.exit_code == 0, result.output
     assert "4 runs had the bits of the unbroken run" in result.stdout
+    assert "resumed: ffn, degrees 3 to 1, 1 to 3: the bits of the unbroken run" in result.stdout
     assert [each["same"] for each in json.loads(out.read_text())["resumed"]] == [True, True]

@@ -155,6 +155,8 @@ def test_a_signal_saves_and_another_degree_goes_on(
     output = [process.communicate(timeout=LIMIT) for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), output
     assert "stopped by a signal" in output[0][0]
+    if processes[0] is processes[-1]:
+        assert "stopping: this step is finished and saved" in output[0][1]
     stopped_at = len(log.read_text().splitlines())
     latest = sp.latest_checkpoint(tmp_path / "run")
     assert latest is not None, output
@@ -168,8 +170,13 @@ def test_a_signal_saves_and_another_degree_goes_on(
     assert [line["step"] for line in log_of(tmp_path)] == list(range(1, 21))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(
-    config: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals,
+    config: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     process = start(
@@ -177,11 +184,11 @@ def test_a_second_signal_ends_at_once(
         "--steps", 100_000, "--batch", 64, "--length", 96, "--accumulate", 500,
     )  # fmt: skip
     wait_until(lambda: _saves_on_signals(process.pid, tmp_path), process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     time.sleep(1.0)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     process.communicate(timeout=LIMIT)
-    assert process.returncode == 143
+    assert process.returncode == (143 if number == signal.SIGTERM else 130)
     assert sp.latest_checkpoint(tmp_path / "run") is None
 
 
@@ -270,6 +277,9 @@ def test_wrong_arguments_are_refused(
     assert "--model is missing" in error_of("train", "--text", text)
     assert "not called config.json" in error_of("train", "--model", text, "--text", text)
     assert "has no weights" in error_of("train", "--model", config.parent, "--text", text)
+    above = unbroken / "run"
+    assert "is none itself" in error_of("checkpoint", "verify", above)
+    assert "has checkpoints" in error_of("generate", "--model", above, "--prompt", "x")
     assert "97 tokens" in error_of(*train, "--length", 97)
     assert "cannot be read" in error_of("train", "--model", config, "--text", tmp_path / "no")
     assert "--lr '0' is not a number above 0" in error_of(*train, "--lr", 0)

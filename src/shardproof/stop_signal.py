@@ -48,7 +48,7 @@ class StopSignal:
                 "Enter it around launch(), not in the function of a rank."
             )
         self._folder = Path(tempfile.mkdtemp(prefix="shardproof-stop-"))
-        self._owner = _Handlers(self._folder / _FLAG, self.before_ending)
+        self._owner = _Handlers(self._folder / _FLAG, self)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -59,6 +59,9 @@ class StopSignal:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_folder": self._folder, "_owner": None}
+
+    def on_request(self) -> None:
+        """Called in the signal handler when the first signal comes."""
 
     def before_ending(self) -> None:
         """Called when a second signal comes, before the earlier handlers get it."""
@@ -85,9 +88,9 @@ class StopSignal:
 class _Handlers:
     """The signal handlers while a `StopSignal` is entered."""
 
-    def __init__(self, flag: Path, before_ending: Any) -> None:
+    def __init__(self, flag: Path, stop: StopSignal) -> None:
         self._flag = flag
-        self._before_ending = before_ending
+        self._stop = stop
         self._came = 0.0
         self._before = {number: signal.getsignal(number) for number in _SIGNALS}
         for number in _SIGNALS:
@@ -109,9 +112,10 @@ class _Handlers:
             self._came = now
             self._flag.parent.mkdir(exist_ok=True)  # a cleaner of temporary files removes it
             os.close(os.open(self._flag, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+            self._stop.on_request()
         elif now - self._came > _ONE_SIGNAL:
             self.remove()
-            self._before_ending()
+            self._stop.before_ending()
             if self._before[signal.Signals(number)] is signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

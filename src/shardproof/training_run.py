@@ -36,6 +36,7 @@ from shardproof.wording import error_words, short_repr
 
 SCHEDULES = ("constant", "cosine", "linear")
 BETAS, WEIGHT_DECAY, EPS = (0.9, 0.95), 0.1, 1e-5  # of AdamW, as Llama was trained
+_WHY = {"steps": " (the learning rate of this schedule depends on it)"}
 EXTRA = "train"  # key of the options in the `extra` of a checkpoint
 
 
@@ -242,7 +243,7 @@ def differing_options(
     if options.schedule == "constant":
         mine.pop("steps")  # each step is the same in a longer training
     texts = [
-        f"{name} is {mine[name]!r}, and was {saved[name]!r}"
+        f"{name} is {mine[name]!r}, and was {saved[name]!r}{_WHY.get(name, '')}"
         for name in mine
         if name in saved and saved[name] != mine[name]
     ]

@@ -15,6 +15,7 @@ from torch import Tensor
 from shardproof import files
 from shardproof.axis import Axis
 from shardproof.checkpoint.load import load, read_state
+from shardproof.checkpoint.series import checkpoints_of
 from shardproof.checkpoint.together import together
 from shardproof.cli.options import (
     HELP_OPTIONS,
@@ -32,12 +33,12 @@ from shardproof.errors import UsageError
 from shardproof.hf.generation import KeyedSampling, read_generation_config
 from shardproof.hf.skeleton import language_config, require_transformers, skeleton
 from shardproof.hf.tokenizer import read_tokenizer
-from shardproof.hf.weights import checked_directory
+from shardproof.hf.weights import CONFIG, checked_directory
 from shardproof.plans.apply import parallelize
 from shardproof.plans.initialize import initialize
 from shardproof.scheme import Scheme
 from shardproof.text_batches import NUM_BYTES, tokens_of_text
-from shardproof.wording import short_repr, short_text
+from shardproof.wording import few, short_repr, short_text
 
 DEFAULT_TOKENS = 64
 _NO_READER = "nobody reads it"
@@ -136,7 +137,7 @@ def generate(
     if top_k is not None and temperature is None:
         raise UsageError(f"--top-k {top_k} needs --temperature, without which nothing is drawn.")
     prompts = _prompts(texts, prompts_file)
-    folder = checked_directory(model).absolute()
+    folder = _folder(model)
     saved = read_state(folder)
     if not is_written("leaves") and saved is not None:
         leaves = saved.leaves or leaves  # of the checkpoint: the bits of its training
@@ -159,6 +160,23 @@ def generate(
         f"{count} tokens in {seconds:.2f} s on {ranks}: {count / max(seconds, 1e-9):,.1f} tokens/s"
     )
     return 0
+
+
+def _folder(model: str) -> Path:
+    """The directory of --model, as an absolute path.
+
+    Raises:
+        UsageError: it has no config.json.
+    """
+    path = files.path_of(model, what="--model", way_out="Name a directory with config.json.")
+    is_above = path.is_dir() and not (path / CONFIG).exists()
+    names = sorted(each.name for each in checkpoints_of(path).values()) if is_above else []
+    if names:
+        raise UsageError(
+            f"--model {short_text(model)} has checkpoints ({few(names, most=3)}) and no {CONFIG}. "
+            f"Name one of them, such as --model {short_text(str(path / names[-1]))}."
+        )
+    return checked_directory(model).absolute()
 
 
 def _prompts(texts: tuple[str, ...], prompts_file: str | None) -> tuple[str, ...]:

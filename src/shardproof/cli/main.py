@@ -77,9 +77,10 @@ class Commands(click.Group):
             sys.exit(self._run(args, prog_name, **extra))
         with ending_in_order() as ending:
             code = self._run(args, prog_name, **extra)
-        if ending.code and threading.active_count() > 1:
+        is_cut_off = ending.code or code == EXIT_INTERRUPTED
+        if is_cut_off and threading.active_count() > 1:
             # A rank that computes in C cannot be ended; the interpreter would abort because of it.
-            end_now(ending.code)
+            end_now(ending.code or EXIT_INTERRUPTED)
         sys.exit(ending.code or code)
 
     def _run(self, args: Sequence[str] | None, prog_name: str | None, **extra: Any) -> Any:

@@ -61,6 +61,10 @@ def show_report(report: Data, verdict: str, out: PlainConsole) -> None:
     out.whole_line(f"contract: {report['contract']}")
     if report["skipped"]:
         out.whole_line(skipped_text(report["skipped"]))
+    for each in report.get("resumed", ()):
+        pairs = ", ".join(f"{saved} to {resumed}" for saved, resumed in each["pairs"])
+        answer = "the bits of the unbroken run" if each["same"] else "NOT the unbroken run"
+        out.whole_line(f"resumed: {each['case']}, degrees {pairs}: {answer}")
     if "against" in report:
         out.whole_line(f"against: {report['against']['text']}")
     is_good = report["proved"] and ("against" not in report or report["against"]["same"])

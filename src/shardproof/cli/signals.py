@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from shardproof import torchrun
 from shardproof.stop_signal import StopSignal
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -111,6 +112,14 @@ class CommandStop(StopSignal):
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
         _is_deferred.clear()
+
+    def on_request(self) -> None:
+        """Say on standard error what happens now; under torchrun rank 0 alone says it."""
+        if not torchrun.is_other_rank(os.environ):
+            with contextlib.suppress(OSError):  # nobody can be told
+                os.write(
+                    2, b"stopping: this step is finished and saved; a second signal ends now\n"
+                )
 
     def before_ending(self) -> None:
         """End the process after a while, if the main thread is stuck."""

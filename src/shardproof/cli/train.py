@@ -152,6 +152,8 @@ def train(
     torchrun's.
     """
     require_transformers("shardproof train")
+    if directory is None and is_speaker():
+        console(stderr=True).whole_line("note: without --save DIR, the trained model is not kept")
     if resume and directory is None:
         raise UsageError("--resume needs --save DIR, whose latest checkpoint it goes on from.")
     _check_saving(directory, every, keep)
@@ -295,6 +297,11 @@ def _model(text: str | None, start: Path | None) -> tuple[Path, bool]:
             f"--model {short_text(text)} is a file, and is not called {CONFIG}. Name a directory, "
             f"or a file {CONFIG}."
         )
+    if path.is_dir() and (path / CONFIG).is_file() and not any(path.glob("*.safetensors*")):
+        raise UsageError(
+            f"--model {short_text(text)} has no weights: no file ends in .safetensors. Name "
+            f"{short_text(str(path / CONFIG))} for new weights, or a directory with weights."
+        )
     folder = checked_directory(path.parent if is_new else path).absolute()
     if start is not None:
         differing = _differing_config(config_of(folder), config_of(start))
@@ -338,7 +345,7 @@ def _check_text(run: TextTrainingRun, threads: int | None) -> None:
     here = threads or (1 if torchrun.read(os.environ) is None else torch.get_num_threads())
     for sentence in differing_options(saved, options, digest=text.digest, threads=here):
         console(stderr=True).whole_line(
-            f"warning: {sentence}: this is not the run that was saved, and has other bits."
+            f"warning: {sentence}: the new steps have other bits than the run that was saved."
         )
 
 
