@@ -28,6 +28,8 @@ from shardproof.axis import Axis
 from shardproof.checkpoint import directory as directories
 from shardproof.checkpoint.manifest import find_damage, root_of
 from shardproof.errors import MismatchError, UsageError
+from shardproof.prover.case import CaseRun
+from shardproof.prover.cases.transformers_models import ModelSource, make_llama
 from test_checkpoint import STYLES, WHOLE, cut, hashes, train, trained
 
 Damage = Callable[[Path], Any]
@@ -366,6 +368,27 @@ def test_parameters_that_differ_between_ranks_are_not_blended(pool: Pool, tmp_pa
 
     pool(2, "threads").run(save)
     assert os.listdir(tmp_path) == []
+
+
+def test_shared_heads_that_differ_between_ranks_are_refused(tmp_path: Path, pool: Pool) -> None:
+    """Three ranks hold the two key-value heads; rank 1 has its own copy of one of them."""
+    pytest.importorskip("transformers")
+
+    def save(axis: Axis) -> str:
+        run = CaseRun(axis=axis, scheme=sp.Scheme(), seed=1, recorder=None)  # type: ignore[arg-type]
+        model = ModelSource(make_llama).build(run, dropout=0.0)
+        sp.save(tmp_path / "equal", model)
+        if axis.rank == 1:
+            with torch.no_grad():
+                model.get_parameter("model.layers.0.self_attn.k_proj.weight").add_(1.0)
+        with pytest.raises(MismatchError) as raised:
+            sp.save(tmp_path / "differing", model)
+        return str(raised.value)
+
+    said = pool(3, "threads").run(save)
+    assert len(set(said)) == 1
+    assert re.search(r"both hold .* of 'model.layers.0.self_attn.k_proj.weight'", said[0])
+    assert os.listdir(tmp_path) == ["equal"]
 
 
 def test_an_error_of_rank_0_alone_reaches_all(pool: Pool, tmp_path: Path) -> None:

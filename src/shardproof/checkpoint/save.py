@@ -52,10 +52,11 @@ from shardproof.checkpoint.writing import (
     create,
     divide_into_files,
 )
-from shardproof.errors import UsageError
+from shardproof.errors import MismatchError, UsageError
 from shardproof.hf.detection import is_transformers
 from shardproof.hf.saving import write_configs
 from shardproof.hf.weights import MODEL, OPTIMIZER
+from shardproof.index_runs import take
 from shardproof.layers import registry
 from shardproof.numerics import mode
 from shardproof.safetensors_file import bytes_of, check_dtypes
@@ -122,6 +123,7 @@ def save(
         to_write = _divide(entries, largest)
         signature = _signature(path, state, to_write, entries)
     axis.agree(signature, what="checkpoints", way_out="Save the same on all ranks.")
+    _check_copies(entries, axis)
     write_others = functools.partial(_write_others, model, state, tokenizer, to_write)
     if background:
         keep(model, _start(path, to_write, axis, write_others), optimizer, axis)
@@ -177,6 +179,34 @@ def _signature(
             if entry.layout.dim is None
         },
     }
+
+
+def _check_copies(entries: dict[str, list[Entry]], axis: Axis) -> None:
+    """Raise unless ranks that hold the same part of a tensor, such as a head, hold equal numbers.
+
+    Raises:
+        MismatchError: they do not. All ranks raise.
+
+    Comm:
+        setup none in the ledger: small objects of all ranks go to all, uncounted.
+    """
+    mine = {
+        (entry.name, part): hashlib.sha256(
+            bytes_of(take(entry.tensor.detach(), entry.layout.dim or 0, places).cpu().contiguous())
+        ).hexdigest()
+        for group in entries.values()
+        for entry in group
+        for part, places in entry.layout.copies()
+    }
+    first: dict[tuple[str, str], tuple[int, str]] = {}
+    for rank, copies in enumerate(axis.gather_small(mine, what="the copies of shared parts")):
+        for (name, part), digest in copies.items():
+            owner, expected = first.setdefault((name, part), (rank, digest))
+            if digest != expected:
+                raise MismatchError(
+                    f"ranks {owner} and {rank} both hold {part} of {name!r}, with different "
+                    "numbers. Update them alike on all ranks: their gradients must be the same."
+                )
 
 
 def _check_tokenizer(tokenizer: Any) -> None:
