@@ -43,7 +43,7 @@ def train(axis: sp.Axis, directory: Path, stop: sp.StopSignal) -> None:
         step += 1
         stopped = stop.is_requested(axis)  # the same on all ranks
         if axis.rank == 0:
-            print(f"step {step} of {STEPS}: loss {loss.item():.4f}")
+            print(f"step {step} of {STEPS}: loss {loss.item():.4f}", flush=True)
         if stopped or step % EVERY == 0:
             sp.save(directory / f"step-{step:08}", model, optimizer, step=step)
 

@@ -65,7 +65,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--kills", type=int, default=3, metavar="N", help="how often a rank is killed in a save"
     )
     fuzz = parser.getgroup("fuzz", "random models (tests/test_fuzz.py)")
-    fuzz.addoption("--fuzz-seconds", type=float, default=6.0, help="how long; 6 if not given")
+    fuzz.addoption("--fuzz-seconds", type=float, default=3.0, help="how long; 3 if not given")
     fuzz.addoption("--fuzz-seed", type=int, default=0, help="of the models; 0 if not given")
 
 

@@ -18,7 +18,7 @@ from places import Pool
 
 transformers = pytest.importorskip("transformers")
 
-VOCABULARY, STEPS, LENGTH = 50257, 100, 4
+VOCABULARY, STEPS, LENGTH = 50257, 60, 4
 
 
 def tokens() -> Tensor:
