@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import shardproof as sp  # before the first matrix product: it sets the BLAS mode
 
-STEPS, EVERY, LR = 40, 20, 3e-3
+STEPS, EVERY, LR = 24, 12, 3e-3
 SIZES = {"hidden_size": 64, "intermediate_size": 171, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2}
 TEXT = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]

@@ -76,7 +76,7 @@ def test_loss_curves_have_the_same_bits(pool: Pool) -> None:
 
 
 def test_one_product_per_shard_makes_another_curve(pool: Pool) -> None:
-    native = functools.partial(curve, numerics="native", steps=STEPS // 4)
+    native = functools.partial(curve, numerics="native", steps=STEPS // 2)
     (one,) = pool(1, "threads").run(native)
     two = pool(2, "threads").run(native)[0]
     assert one != two

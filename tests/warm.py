@@ -32,7 +32,11 @@ _AT_IMPORT = (
     "ATEN", "CUDA", "DNNL", "GOMP", "HF_", "KMP", "LANG", "LC_", "LD_", "MALLOC", "MKL", "NUMPY",
     "OMP", "ONEDNN", "OPENBLAS", "PYTHON", "SHARDPROOF", "TORCH", "TRANSFORMERS",
 )  # fmt: skip
-_NOT_AT_IMPORT = ("PYTHONPATH", "OMP_NUM_THREADS")  # a child can still follow these
+# A child can still follow these, or other libraries set them while the tests run.
+_NOT_AT_IMPORT = (
+    "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "OMP_NUM_THREADS", "PYTHONPATH",
+    "TORCHINDUCTOR_CACHE_DIR",
+)  # fmt: skip
 _PROGRAMS = (".py", "bin/shardproof")
 
 Environment = Mapping[str, str]

@@ -82,9 +82,8 @@ def save(
 ) -> Path:
     """Save a model and its optimizer; all ranks of the model call it.
 
-    The directory has whole tensors under their own names in safetensors files, which transformers,
-    safetensors and torch read as they are. Its bytes do not depend on the degree. Each rank writes
-    its own part. The directory gets its name, and replaces a checkpoint, when it is whole.
+    The directory has whole tensors in safetensors files, which transformers and torch read. Its
+    bytes do not depend on the degree. It gets its name, and replaces a checkpoint, when whole.
 
     Args:
         directory: does not exist, is empty, or has a checkpoint.
@@ -95,15 +94,15 @@ def save(
             data): None, bools, numbers, text, and lists, tuples and dicts of them.
         tokenizer: a tokenizer or processor of transformers, whose files are saved too.
         largest_file: most bytes of tensors in one file; a larger tensor has a file of its own.
-        background: return as soon as each rank has copied its part, and write it in a thread. The
-            next save, load, `wait_for_save` or step of `optimizer` raises what goes wrong.
+        background: return when each rank has copied its part, and write it in a thread. The next
+            save, load, `wait_for_save` or step of `optimizer` raises what goes wrong.
 
     Returns:
         The directory, as an absolute path.
 
     Raises:
-        UsageError: the directory is no checkpoint, another process saves there, an argument cannot
-            be saved, or a rank cannot write. All ranks raise, and the directory is as it was.
+        UsageError: the directory is no checkpoint, another save into it goes on, an argument is
+            refused, or a rank cannot write. All ranks raise, and the directory is as it was.
         MismatchError: the ranks save different things.
 
     Comm:
