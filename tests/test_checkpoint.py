@@ -159,6 +159,9 @@ def test_views_of_every_kind_are_saved_and_loaded(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     model, other = Views(torch.randn), Views(torch.zeros)
     sp.save(tmp_path / "views", model, step=3)
+    sp.save(tmp_path / "copied", model, step=3, background=True)
+    sp.wait_for_save(model)
+    assert hashes(tmp_path / "copied") == hashes(tmp_path / "views")
     assert sp.load(tmp_path / "views", other).step == 3
     plain = safetensors.load_file(tmp_path / "views/model.safetensors")
     for loaded in (other.state_dict(), plain):

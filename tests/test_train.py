@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 
 import shardproof as sp
 import warm
-from shardproof.checkpoint.series import claimed, remove_older
+from shardproof.checkpoint.series import remove_older, run_lock
 from shardproof.cli.main import main
 from shardproof.training_run import TrainedStep, TrainingOptions, losses_by_degree
 
@@ -340,7 +340,7 @@ def test_another_model_text_or_option_is_said_on_resume(
 
 def test_two_runs_do_not_share_a_directory(config: Path, text: Path, tmp_path: Path) -> None:
     train = ("train", "--model", config, "--text", text, *OPTIONS, "--save", tmp_path / "run")
-    with claimed(tmp_path / "run"):
+    with run_lock(tmp_path / "run"):
         assert "another run saves into" in error_of(*train)
     assert run(*train).exit_code == 0
     assert os.listdir(tmp_path / "run") == ["step-00000008"]

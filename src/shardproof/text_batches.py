@@ -18,6 +18,7 @@ from shardproof.wording import error_words, short_repr, short_text
 NUM_BYTES = 256
 _LARGEST_FILE = 1 << 34  # bytes
 _WAY_OUT = "Name a text file."
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 class TextBatches:
@@ -60,7 +61,7 @@ class TextBatches:
             )
         self._seed = checked_whole(seed, "seed", least=-LARGEST_SEED, most=LARGEST_SEED)
         parts = [_tokens_of(path, tokenizer) for path in _paths_of(text_files)]
-        self.tokens = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+        self.tokens = torch.cat(parts) if parts else _NOTHING
         if len(self.tokens) < self.length:
             raise UsageError(
                 f"the text has {len(self.tokens)} tokens, and a row has {self.length}. Give more "
@@ -147,6 +148,3 @@ def _tokens_of(path: Path, tokenizer: Any) -> Tensor:
             f"{what} is not UTF-8 ({error_words(error)}), and a tokenizer reads text. Convert it."
         ) from None
     return torch.tensor(tokens_of_text(text, tokenizer), dtype=torch.int32)
-
-
-_NOTHING = torch.empty(0, dtype=torch.uint8)

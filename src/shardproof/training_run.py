@@ -184,11 +184,11 @@ def train_on_text(axis: Axis, run: TextTrainingRun, stop: StopSignal | None = No
         step, is_same = loaded.step, loaded.is_same_contract
     last_saved = run.resume
     was_stopped, error = False, None
-    extra = {EXTRA: {**dataclasses.asdict(run.options), **_further(text.digest)}}
+    extra = {EXTRA: {**dataclasses.asdict(run.options), **_conditions(text.digest)}}
     while step < run.options.steps and not was_stopped and error is None:
         trained = _step(axis, model, optimizer, text, run.options, step)
         step += 1
-        error = _told(axis, run, trained)
+        error = _tell_step(axis, run, trained)
         was_stopped = stop is not None and stop.is_requested(axis)
         is_due = run.every is not None and step % run.every == 0
         is_last = was_stopped or error is not None or step >= run.options.steps
@@ -202,12 +202,12 @@ def train_on_text(axis: Axis, run: TextTrainingRun, stop: StopSignal | None = No
     return TrainingEnd(step, last_saved, was_stopped, is_same)
 
 
-def _further(digest: str) -> dict[str, Any]:
+def _conditions(digest: str) -> dict[str, Any]:
     """What the bits depend on besides the options."""
     return {"text": digest, "threads": torch.get_num_threads()}
 
 
-def _told(axis: Axis, run: TextTrainingRun, trained: TrainedStep) -> ShardproofError | None:
+def _tell_step(axis: Axis, run: TextTrainingRun, trained: TrainedStep) -> ShardproofError | None:
     """Call `on_step` on rank 0; its error on all ranks, which save the model before they raise."""
     try:
         with together(axis, f"step {trained.step}"):

@@ -31,6 +31,7 @@ from shardproof.checkpoint.directory import (
     files_of,
     sync,
 )
+from shardproof.checkpoint.entries import axis_of
 from shardproof.checkpoint.together import together
 from shardproof.checkpoint.writing import PartWriter
 from shardproof.errors import ShardproofError, UsageError
@@ -156,12 +157,9 @@ class BackgroundSave:
         # The error is set before the thread ends, so a rank that is done has it.
         mine = (self.is_done, self.error is not None)
         states = axis.gather_small(mine, what="the save in the background")
-        if any(has_failed for _, has_failed in states):
-            self._is_cancelled.set()
-            self._thread.join()
         if not any(has_failed for _, has_failed in states):
             return all(is_done for is_done, _ in states)
-        _unraised.discard(self)
+        self.cancel()
         what = f"saving {short_text(str(self._directory))} in the background"
         with together(axis, what):
             # A rank that was cancelled says less than the rank that failed.
@@ -317,28 +315,28 @@ def finish_all() -> None:
     Raises:
         BaseException: what went wrong.
     """
-    saves = [save for save in _unraised if save.is_of_this_thread]
+    # A copy first: threads of other saves change the set.
+    saves = [save for save in tuple(_unraised) if save.is_of_this_thread]
     errors = [error for save in saves if (error := save.finish()) is not None]
     if errors:
         raise next((e for e in errors if not isinstance(e, _CancelledError)), errors[0])
 
 
-def keep(model: nn.Module, save: BackgroundSave, optimizer: Optimizer | None, axis: Axis) -> None:
+def keep(model: nn.Module, save: BackgroundSave, optimizer: Optimizer | None) -> None:
     """Let the next save, load, wait or step of a model raise the error of a save.
 
     Args:
         model: the model that is saved.
         save: its save.
         optimizer: before each of its steps, all ranks look whether the save has failed.
-        axis: the ranks.
     """
     _pending[model] = save
     if optimizer is not None and optimizer not in _looking:
         _looking.add(optimizer)
-        optimizer.register_step_pre_hook(functools.partial(_look, weakref.ref(model), axis))
+        optimizer.register_step_pre_hook(functools.partial(_look, weakref.ref(model)))
 
 
-def _look(model: "weakref.ref[nn.Module]", axis: Axis, *_: Any) -> None:
+def _look(model: "weakref.ref[nn.Module]", *_: Any) -> None:
     """Look at the save of a model, if one goes on; called before a step of its optimizer."""
     saved = model()
     save = None if saved is None else _pending.get(saved)
@@ -346,7 +344,7 @@ def _look(model: "weakref.ref[nn.Module]", axis: Axis, *_: Any) -> None:
         return
     is_over = True
     try:
-        is_over = save.look(axis)
+        is_over = save.look(axis_of(saved))
     finally:
         if is_over:
             _pending.pop(saved, None)

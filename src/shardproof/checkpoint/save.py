@@ -125,7 +125,7 @@ def save(
     _check_copies(entries, axis)
     write_others = functools.partial(_write_others, model, state, tokenizer, to_write)
     if background:
-        keep(model, _start(path, to_write, axis, write_others), optimizer, axis)
+        keep(model, _start(path, to_write, axis, write_others), optimizer)
     else:
         _write(path, to_write, axis, write_others)
     return path

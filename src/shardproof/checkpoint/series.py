@@ -91,8 +91,8 @@ def _checked(directory: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def claimed(directory: str | os.PathLike[str]) -> Iterator[None]:
-    """A context in which no other run can claim a directory for its checkpoints.
+def run_lock(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """A context in which no other run can save its checkpoints into a directory.
 
     The directory is made if it does not exist.
 
@@ -100,7 +100,7 @@ def claimed(directory: str | os.PathLike[str]) -> Iterator[None]:
         directory: as in `latest_checkpoint`.
 
     Raises:
-        UsageError: another run has claimed it, or nothing can be written there.
+        UsageError: another run saves there, or nothing can be written there.
     """
     path = _checked(directory)
     what = short_text(str(path))

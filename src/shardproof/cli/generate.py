@@ -36,6 +36,7 @@ from shardproof.hf.tokenizer import read_tokenizer
 from shardproof.hf.weights import CONFIG, checked_directory
 from shardproof.plans.apply import parallelize
 from shardproof.plans.initialize import initialize
+from shardproof.prover.report import counted
 from shardproof.scheme import Scheme
 from shardproof.text_batches import NUM_BYTES, tokens_of_text
 from shardproof.wording import few, short_repr, short_text
@@ -105,7 +106,7 @@ class GeneratedText:
 )
 @click.option(
     "--temperature",
-    type=Number(0.8, above=0.0),
+    type=Number(0.8),
     metavar="X",
     help="Draw tokens, by --seed.  [default: the most likely token]",
 )
@@ -155,9 +156,9 @@ def generate(
     if failure:
         raise UsageError(f"standard output cannot be written: {failure}. Send it elsewhere.")
     count, seconds = sum(len(each.tokens) for each in results), sum(r.seconds for r in results)
-    ranks = f"{num_ranks} rank{'' if num_ranks == 1 else 's'}"
     console(stderr=True).whole_line(
-        f"{count} tokens in {seconds:.2f} s on {ranks}: {count / max(seconds, 1e-9):,.1f} tokens/s"
+        f"{count} tokens in {seconds:.2f} s on {counted(num_ranks, 'rank')}: "
+        f"{count / max(seconds, 1e-9):,.1f} tokens/s"
     )
     return 0
 

@@ -86,53 +86,38 @@ class WholeNumber(_Type):
 
     Args:
         example: for messages.
+        most: the largest valid number.
     """
 
     name = "whole number"
 
-    def __init__(self, example: int) -> None:
-        self._example = example
+    def __init__(self, example: int, *, most: int = LARGEST) -> None:
+        self._example, self._most = example, most
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: Any) -> int:
         """The number; a default is a number already."""
-        number = parse_whole(str(value), option=_name(param), example=self._example)
-        if not 0 <= number <= LARGEST:
+        option = _name(param)
+        number = parse_whole(str(value), option=option, example=self._example)
+        if not 0 <= number <= self._most:
             raise UsageError(
-                f"{_name(param)} {short_repr(number)} is out of range. Use 0 to {LARGEST}, for "
-                f"instance {_name(param)} {self._example}."
-            )
-        return number
-
-
-class Seed(_Type):
-    """A whole number that a random generator takes as its seed."""
-
-    name = "seed"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: Any) -> int:
-        """The number; a default is a number already."""
-        number = parse_whole(str(value), option=_name(param), example=DEFAULT_SEED)
-        if not 0 <= number <= LARGEST_SEED:
-            raise UsageError(
-                f"--seed {short_repr(number)} is out of range. Use a number from 0 to "
-                f"{LARGEST_SEED}, for instance --seed {DEFAULT_SEED}."
+                f"{option} {short_repr(number)} is out of range. Use a number from 0 to "
+                f"{self._most}, for instance {option} {self._example}."
             )
         return number
 
 
 class Number(_Type):
-    """A number within bounds.
+    """A finite number above 0.
 
     Args:
         example: for messages.
-        above: the number is larger than this.
-        least: the number is at least this.
+        may_be_zero: 0 is valid too.
     """
 
     name = "number"
 
-    def __init__(self, example: float, *, above: float | None = None, least: float = 0.0) -> None:
-        self._example, self._above, self._least = example, above, least
+    def __init__(self, example: float, *, may_be_zero: bool = False) -> None:
+        self._example, self._may_be_zero = example, may_be_zero
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: Any) -> float:
         """The number; a default is a number already."""
@@ -140,11 +125,9 @@ class Number(_Type):
             number = float(value)
         except ValueError:
             number = math.nan
-        is_fine = number > self._above if self._above is not None else number >= self._least
-        if not (is_fine and math.isfinite(number)):
-            rule = (
-                f"above {self._above}" if self._above is not None else f"of {self._least} or more"
-            )
+        is_valid = number > 0 or (self._may_be_zero and number == 0)
+        if not (is_valid and math.isfinite(number)):
+            rule = "of 0 or more" if self._may_be_zero else "above 0"
             raise UsageError(
                 f"{_name(param)} {short_repr(value)} is not a number {rule}. Use for instance "
                 f"{_name(param)} {self._example}."
@@ -271,7 +254,7 @@ leaves_option = number_option(
 )
 seed_option = click.option(
     "--seed",
-    type=Seed(),
+    type=WholeNumber(DEFAULT_SEED, most=LARGEST_SEED),
     metavar="N",
     default=DEFAULT_SEED,
     show_default=True,

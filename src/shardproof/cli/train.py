@@ -14,7 +14,7 @@ from shardproof import files, torchrun
 from shardproof.axis import Axis
 from shardproof.checkpoint.load import read_state
 from shardproof.checkpoint.manifest import check_small
-from shardproof.checkpoint.series import checkpoints_of, claimed, latest_checkpoint
+from shardproof.checkpoint.series import checkpoints_of, latest_checkpoint, run_lock
 from shardproof.cli.options import (
     HELP_OPTIONS,
     Number,
@@ -35,6 +35,7 @@ from shardproof.hf.skeleton import config_of, language_config, require_transform
 from shardproof.hf.tokenizer import read_tokenizer
 from shardproof.hf.weights import CONFIG, checked_directory
 from shardproof.prover import curve
+from shardproof.prover.report import counted
 from shardproof.text_batches import TextBatches
 from shardproof.training_run import (
     EXTRA,
@@ -88,7 +89,7 @@ _NOT_OF_THE_MODEL = (
 )
 @click.option(
     "--lr",
-    type=Number(1e-3, above=0.0),
+    type=Number(1e-3),
     metavar="X",
     default=DEFAULTS.learning_rate,
     show_default=True,
@@ -111,7 +112,7 @@ _NOT_OF_THE_MODEL = (
 )
 @click.option(
     "--clip",
-    type=Number(1.0),
+    type=Number(1.0, may_be_zero=True),
     metavar="X",
     default=DEFAULTS.max_norm,
     show_default=True,
@@ -157,9 +158,10 @@ def train(
     if resume and directory is None:
         raise UsageError("--resume needs --save DIR, whose latest checkpoint it goes on from.")
     _check_saving(directory, every, keep)
-    with claimed(directory) if directory and is_speaker() else nullcontext():
+    with run_lock(directory) if directory and is_speaker() else nullcontext():
         start = _start(directory, resume=resume)
-        chosen = _options(options, start)
+        saved = None if start is None else _saved_options(start)
+        chosen = _options(options, saved)
         check_ranks(degree, engine, threads, chosen.leaves)
         source, is_new = _model(model, start)
         picture = _picture(plot_path)
@@ -174,7 +176,7 @@ def train(
             keep=keep,
             on_step=TrainingLog(log, chosen.steps, start) if is_speaker() else None,
         )
-        _check_text(run, threads)
+        _check_text(run, saved, threads)
         end, steps = _run(run, degree, engine, threads)
     if is_speaker() and isinstance(run.on_step, TrainingLog):
         _conclude(end, steps, run)
@@ -218,18 +220,13 @@ def _work(axis: Axis, *, run: TextTrainingRun, stop: CommandStop | None) -> Outc
     return end, log.steps
 
 
-def _options(written: dict[str, Any], start: Path | None) -> TrainingOptions:
-    """The options of the training: those that were written, then the checkpoint's, then defaults.
-
-    Raises:
-        UsageError: the checkpoint was not saved by `shardproof train`.
-    """
+def _options(written: dict[str, Any], saved: dict[str, Any] | None) -> TrainingOptions:
+    """The options of the training: those that were written, then the checkpoint's, then defaults."""
     names = {"rows": "batch", "learning_rate": "lr", "max_norm": "clip"}
     values = {field.name: written[names.get(field.name, field.name)]
               for field in dataclasses.fields(TrainingOptions)}  # fmt: skip
-    if start is None:
+    if saved is None:
         return TrainingOptions(**values)
-    saved = _saved_options(start)
     chosen = {
         name: value if is_written(names.get(name, name)) else saved.get(name, value)
         for name, value in values.items()
@@ -238,6 +235,11 @@ def _options(written: dict[str, Any], start: Path | None) -> TrainingOptions:
 
 
 def _saved_options(start: Path) -> dict[str, Any]:
+    """The options of a checkpoint.
+
+    Raises:
+        UsageError: it is damaged, or was not saved by `shardproof train`.
+    """
     check_small(start)
     state = read_state(start)
     extra = None if state is None else state.extra
@@ -322,7 +324,7 @@ def _differing_config(mine: Any, saved: Any) -> list[str]:
     ]
 
 
-def _check_text(run: TextTrainingRun, threads: int | None) -> None:
+def _check_text(run: TextTrainingRun, saved: dict[str, Any] | None, threads: int | None) -> None:
     """Read the text and say what differs from the checkpoint, before ranks are started."""
     options = run.options
     if options.length < LEAST_LENGTH:
@@ -339,9 +341,8 @@ def _check_text(run: TextTrainingRun, threads: int | None) -> None:
         tokenizer=read_tokenizer(source),
     )
     check_sizes(language_config(source), text)
-    if run.resume is None or not is_speaker():
+    if saved is None or not is_speaker():
         return
-    saved = _saved_options(run.resume)
     here = threads or (1 if torchrun.read(os.environ) is None else torch.get_num_threads())
     for sentence in differing_options(saved, options, digest=text.digest, threads=here):
         console(stderr=True).whole_line(
@@ -371,10 +372,9 @@ def _conclude(end: TrainingEnd, steps: list[TrainedStep], run: TextTrainingRun) 
     out, total = console(), run.options.steps
     if steps:
         first, last = steps[0], steps[-1]
-        ranks = f"{last.degree} rank{'' if last.degree == 1 else 's'}"
         out.whole_line(
-            f"steps {first.step} to {last.step} of {total} on {ranks}: loss {first.loss:.4f} to "
-            f"{last.loss:.4f}"
+            f"steps {first.step} to {last.step} of {total} on {counted(last.degree, 'rank')}: "
+            f"loss {first.loss:.4f} to {last.loss:.4f}"
         )
     else:
         out.whole_line(

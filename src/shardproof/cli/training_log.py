@@ -45,13 +45,15 @@ class TrainingLog:
         self.steps: list[TrainedStep] = []
         self._total = total
         self._path = None if path is None else Path(path).absolute()
+        self._file: OutputFile | None = None  # a regular file, which a resumed run shortens
         self._begin = 0.0  # when the first step was done
-        self._told = -_BETWEEN_LINES
+        self._last_shown = -_BETWEEN_LINES
         self._show: Progress | None = None
         if path is not None:
             file = OutputFile(path, option="--log")
             if file.is_replaced and Path(path).is_file() and Path(path).stat().st_size:
                 self.earlier = self._earlier(path, start)
+                self._file = file
 
     def _earlier(self, path: str, start: Path | None) -> list[TrainedStep]:
         """The steps of the log up to the checkpoint."""
@@ -64,9 +66,9 @@ class TrainingLog:
         return [each for each in _read(path) if each.step <= state.step]
 
     def _write(self, path: Path, trained: TrainedStep) -> None:
+        if len(self.steps) == 1 and self._file is not None:
+            self._file.write_text("".join(map(_line, self.earlier)))
         try:
-            if len(self.steps) == 1 and path.is_file():
-                _replace(path, "".join(map(_line, self.earlier)))
             _append(path, _line(trained))
         except OSError as error:
             raise UsageError(
@@ -96,9 +98,9 @@ class TrainingLog:
         now = time.monotonic()
         if len(self.steps) == 1:
             self._begin = now
-        is_due = now - self._told >= _BETWEEN_LINES or trained.step == self._total
+        is_due = now - self._last_shown >= _BETWEEN_LINES or trained.step == self._total
         if self._show is not None and (is_due or console(stderr=True).is_terminal):
-            self._told = now
+            self._last_shown = now
             text = f"loss {trained.loss:.4f}, {trained.tokens_per_second:,.0f} tokens/s"
             if len(self.steps) > 1:  # the first step takes longer than others
                 per_step = (now - self._begin) / (len(self.steps) - 1)
@@ -113,17 +115,6 @@ def _append(path: Path, text: str) -> None:
     os.set_blocking(descriptor, True)
     with open(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Replace the content of a file at once."""
-    path = path.resolve()
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _line(trained: TrainedStep) -> str:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardproof.axis import Axis
-from shardproof.checkpoint.entries import draws_of
+from shardproof.checkpoint.entries import draws_of, weights_of
 from shardproof.checkpoint.load import load
 from shardproof.checkpoint.manifest import read_manifest
 from shardproof.checkpoint.save import save
@@ -85,16 +85,9 @@ class Resumption:
 @torch.no_grad()
 def _forget(model: nn.Module) -> None:
     """Overwrite all parameters and buffers of floating point, which only `load` brings back."""
-    for tensor in (*model.parameters(), *_saved_buffers(model)):
-        if tensor.is_floating_point():
-            tensor.fill_(torch.nan)
-
-
-def _saved_buffers(model: nn.Module) -> Iterator[torch.Tensor]:
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield buffer
+    for entry in weights_of(model):
+        if entry.tensor.is_floating_point():
+            entry.tensor.fill_(torch.nan)
 
 
 def _record(run: CaseRun, model: nn.Module, optimizer: Optimizer | None, name: str) -> None:
