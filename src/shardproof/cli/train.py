@@ -221,7 +221,7 @@ def _work(axis: Axis, *, run: TextTrainingRun, stop: CommandStop | None) -> Outc
 
 
 def _options(written: dict[str, Any], saved: dict[str, Any] | None) -> TrainingOptions:
-    """The options of the training: those that were written, then the checkpoint's, then defaults."""
+    """The options of the training: what was written, else the checkpoint's, else the defaults."""
     names = {"rows": "batch", "learning_rate": "lr", "max_norm": "clip"}
     values = {field.name: written[names.get(field.name, field.name)]
               for field in dataclasses.fields(TrainingOptions)}  # fmt: skip
