@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import os
 import threading
 import weakref
@@ -17,14 +18,16 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardproof import checking, torchrun
-from shardproof.checked_values import checked_flag, checked_name
+from shardproof.checked_values import checked_flag, checked_name, checked_whole
 from shardproof.errors import AxisError, MismatchError, UsageError
 from shardproof.timeout import START_TIMEOUT, checked_timeout
 from shardproof.transport.base import Call, Transport
-from shardproof.transport.choose import AUTO, checked_transport, choose, meet
+from shardproof.transport.choose import AUTO, GLOO, checked_transport, choose, meet
 from shardproof.transport.disabled import refuse_inherited
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.solo import SoloTransport
+from shardproof.transport.subgroups import subgroup
+from shardproof.transport.threads import ThreadsTransport
 from shardproof.wording import short_repr, short_text
 
 # Number of unnamed layers per process group, so that two axes of one group give other names.
@@ -43,6 +46,7 @@ class Axis:
         transport: sends bytes between the ranks.
         transport_note: why shared memory (or, with threads, the C core) is not used; empty if it
             is.
+        group: the process group that the ranks are, weakly; None if they are none.
     """
 
     name: str
@@ -50,6 +54,9 @@ class Axis:
     transport_note: str = field(default="", compare=False)
     _unnamed: Iterator[int] = field(
         default_factory=itertools.count, repr=False, compare=False, kw_only=True
+    )
+    group: "weakref.ref[dist.ProcessGroup] | None" = field(
+        default=None, repr=False, compare=False, kw_only=True
     )
 
     def __post_init__(self) -> None:
@@ -122,7 +129,8 @@ class Axis:
             return cls(name, SoloTransport(), _unnamed=unnamed)
         base = DistributedTransport(group, check=check, timeout=timeout)
         choice = choose(base, transport, timeout=timeout, compare_inputs=compare_inputs)
-        return cls(name, choice.transport, choice.note, _unnamed=unnamed)
+        group_ref = weakref.ref(group)
+        return cls(name, choice.transport, choice.note, _unnamed=unnamed, group=group_ref)
 
     @classmethod
     def from_mesh(
@@ -218,6 +226,62 @@ class Axis:
             compare_inputs=compare_inputs,
             transport=transport,
             timeout=timeout,
+        )
+
+    def split(self, **sizes: int) -> "dict[str, Axis]":
+        """Arrange the ranks in a grid, and give each dim of it an axis; all ranks call this.
+
+        The last dim varies fastest, as in a DeviceMesh: `split(dp=2, tp=3)` puts ranks 0, 1 and 2
+        on one axis "tp", and ranks 0 and 3 on one axis "dp".
+
+        Args:
+            sizes: name of a dim -> its number of ranks; their product is the size of this axis.
+
+        Returns:
+            Name of a dim -> the axis of this rank along it.
+
+        Raises:
+            UsageError: a size is not a whole number from 1 up.
+            AxisError: the product of the sizes is not the number of ranks, or the ranks have a
+                transport of the user's own.
+            MismatchError: the ranks give different sizes.
+
+        Comm:
+            setup none in the ledger: small objects of all ranks go to all, uncounted.
+
+        Example:
+            axes = axis.split(dp=2, tp=2)
+            model = shardproof.parallelize(model, plan, axes["tp"])
+        """
+        sizes = {name: checked_whole(size, name) for name, size in sizes.items()}
+        written = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        if math.prod(sizes.values()) != self.size or not sizes:
+            raise AxisError(
+                f"split({written}) makes a grid of {math.prod(sizes.values())} ranks, and axis "
+                f"{self.name!r} has {self.size}. Give sizes whose product is {self.size}."
+            )
+        self.agree({"sizes": written}, what="sizes of a grid")
+        return {name: self._along(name, ranks) for name, ranks in _lines(self.rank, sizes).items()}
+
+    def _along(self, name: str, ranks: list[int]) -> "Axis":
+        """The axis of some ranks, among them this one."""
+        if len(ranks) == 1:
+            return Axis.solo(name)
+        if isinstance(self.transport, ThreadsTransport):
+            return Axis(name, self.transport.part(ranks), self.transport_note)
+        group = None if self.group is None else self.group()
+        if group is None:
+            raise AxisError(
+                f"the ranks of axis {self.name!r} are neither threads of one process nor a process "
+                "group, and cannot be split. Use Axis.from_group(group) for each dim."
+            )
+        part_group = subgroup(group, ranks, timeout=self.transport.timeout)
+        return Axis.from_group(
+            part_group,
+            name=name,
+            compare_inputs=self.transport.notes is not None,
+            transport=GLOO if self.transport.name == GLOO else AUTO,
+            timeout=self.transport.timeout,
         )
 
     @property
@@ -344,6 +408,17 @@ class Axis:
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.size} on axis {self.name!r}"
+
+
+def _lines(rank: int, sizes: Mapping[str, int]) -> dict[str, list[int]]:
+    """Name of a dim -> the ranks on the line of a grid through `rank` along that dim."""
+    lines = {}
+    step = math.prod(sizes.values())
+    for name, size in sizes.items():
+        step //= size
+        first = rank - (rank // step % size) * step
+        lines[name] = [first + place * step for place in range(size)]
+    return lines
 
 
 def _initialise(environment: Mapping[str, str], timeout: float | None) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
-from shardproof.checked_values import LARGEST, LARGEST_SEED, whole_number
+from shardproof.checked_values import LARGEST, LARGEST_SEED, checked_whole, whole_number
 from shardproof.errors import DegreeError, UsageError
 from shardproof.leaves import DEFAULT_LEAVES, check_degree, checked_degree
 from shardproof.wording import short_repr
@@ -23,13 +23,19 @@ class Scheme:
         numerics: "invariant" for the same bits at every degree, "native" for one product per
             shard and the transport's own all-reduce.
         seed: seed of all random draws (initialisation, dropout).
+        batch_leaves: number of leaves of a batch, for `DataParallel`, which is also its highest
+            degree; None: batches have no leaves.
     """
 
     leaves: int = DEFAULT_LEAVES
     numerics: Numerics = "invariant"
     seed: int = 0
+    batch_leaves: int | None = None
 
     def __post_init__(self) -> None:
+        if self.batch_leaves is not None:
+            count = checked_whole(self.batch_leaves, "batch_leaves", most=LARGEST)
+            object.__setattr__(self, "batch_leaves", count)
         for name in ("leaves", "seed"):
             value = getattr(self, name)
             number = whole_number(value)  # a bool is an int, but never meant as one here

@@ -328,7 +328,14 @@ def scheme_of(model: nn.Module) -> dict[str, Any] | None:
     for module in model.modules():
         if registry.is_cut_module(module):
             scheme = registry.record_of(module).scheme
-            return {"leaves": scheme.leaves, "numerics": scheme.numerics, "seed": scheme.seed}
+            # Batch leaves are named only where there are some: other manifests stay as they were.
+            of_batch = {} if scheme.batch_leaves is None else {"batch_leaves": scheme.batch_leaves}
+            return {
+                "leaves": scheme.leaves,
+                "numerics": scheme.numerics,
+                "seed": scheme.seed,
+                **of_batch,
+            }
     return None
 
 

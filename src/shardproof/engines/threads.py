@@ -145,7 +145,7 @@ class ThreadRanks(Ranks):
             raise
         failures = [outcome.failure for outcome in outcome_by_rank.values() if outcome.failure]
         if not failures:
-            for transport in transports:
+            for transport in (*transports, *rendezvous.transports()):
                 disable(transport, OVER)  # otherwise a kept axis would sometimes still work
             return [outcome_by_rank[rank].result for rank in range(self.degree)]
         self._break()

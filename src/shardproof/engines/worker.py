@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -167,7 +168,8 @@ class _Worker:
             transport.forget_notes()
         else:
             transport = self._group()
-        return Axis("tp", transport, self._choice.note)
+        group = weakref.ref(distributed_c10d._get_default_group())
+        return Axis("tp", transport, self._choice.note, group=group)
 
     def _group(self) -> DistributedTransport:
         transport = DistributedTransport(

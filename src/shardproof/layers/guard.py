@@ -4,7 +4,7 @@
 lets replicated weights drift apart, without a word. Once the first cut module exists, torch's norm
 function raises when it is given the gradient of a cut parameter; every other call is as before.
 docs/decisions/0009-guard-torch-clip.md says why it is a guard and not a parameter subclass. The
-other guards are in `refused_functions`, `grad_scaler`, `data_parallel`, `state_guard` and
+other guards are in `refused_functions`, `grad_scaler`, `data_parallel_guard`, `state_guard` and
 `step_guard`.
 """
 
@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad
 
 from shardproof.errors import UsageError
 from shardproof.layers import (
-    data_parallel,
+    data_parallel_guard,
     grad_scaler,
     refused_functions,
     registry,
@@ -37,7 +37,7 @@ def watch(module: nn.Module) -> None:
     with _lock:
         step_guard.install()
         replace(clip_grad._get_total_norm, _guarded)
-        data_parallel.install()
+        data_parallel_guard.install()
         _install_once()
 
 

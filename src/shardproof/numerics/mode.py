@@ -298,7 +298,8 @@ def contract(
     build = f"{short} torch={torch.__version__}"
     if not scheme.is_invariant:
         return f"native {build}"
-    head = f"{SCHEME_VERSION} leaves={scheme.leaves}"
+    of_batch = "" if scheme.batch_leaves is None else f" batch-leaves={scheme.batch_leaves}"
+    head = f"{SCHEME_VERSION} leaves={scheme.leaves}{of_batch}"
     if device.type != "cpu":
         name = torch.cuda.get_device_name(device).replace(" ", "-")
         return f"{head} leafwise gpu={name}{_reduction(dtype)} {build}"

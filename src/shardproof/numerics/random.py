@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shardproof import operators
+from shardproof import batch_leaves, operators
 from shardproof.errors import UsageError
 
 Fill = Callable[[NDArray[Any], np.random.Generator], object]
@@ -171,16 +171,32 @@ def draw_mask(
     if isinstance(step, Tensor):
         keep_mask: Tensor = _operator(list(shape), p, seed, name, step, leaf, device)
         return keep_mask
-    own = generator(seed=seed, name=name, leaf=leaf, step=step)
+    parts = [
+        (generator(seed=seed, name=key, leaf=leaf, step=step), at)
+        for key, at in _by_batch_leaf(name, tuple(shape))
+    ]
     if device.type == "meta":
         return torch.empty(tuple(shape), dtype=torch.uint8, device=device)
     mask = torch.zeros(tuple(shape), dtype=torch.uint8, device="cpu")
     if p == 1:
         return mask.to(device)
-    flat = mask.view(-1).numpy().view(np.bool_)
-    for start in range(0, flat.size, _BLOCK):
-        _draw_keep_mask(flat[start : start + _BLOCK], p, own)
+    for own, at in parts:
+        flat = mask[at].view(-1).numpy().view(np.bool_)
+        for start in range(0, flat.size, _BLOCK):
+            _draw_keep_mask(flat[start : start + _BLOCK], p, own)
     return mask.to(device)
+
+
+def _by_batch_leaf(name: str, shape: tuple[int, ...]) -> list[tuple[str, slice]]:
+    """The name by which each batch leaf draws, and where its samples lie along the first dim."""
+    batch = batch_leaves.current()
+    if batch is None:
+        return [(name, slice(None))]
+    slices = batch.row_slices(shape[0] if shape else 1, f"the mask of {name!r}")
+    return [
+        (f"batch leaf {number}:{name}", at)
+        for number, at in zip(batch.leaves, slices, strict=True)
+    ]
 
 
 @operators.define(

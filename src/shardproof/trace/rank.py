@@ -52,11 +52,11 @@ _GUARDS = (
     *(
         f"shardproof.layers.{name}"
         for name in (
-            "data_parallel",
-            "filling",
+            "data_parallel_guard",
+            "grad_scaler",
             "guard",
-            "refuse",
-            "scaling",
+            "init_guard",
+            "refused_functions",
             "state_guard",
             "step_guard",
         )

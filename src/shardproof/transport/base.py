@@ -225,10 +225,12 @@ class Transport(ABC):
         ledger: counts of the collectives so far.
         is_asynchronous: whether a started sum proceeds while its rank computes.
         notes: notes of tensors that must be the same on all ranks; None if none are compared.
+        timeout: seconds that a rank waits in one collective; None: the default of what it uses.
     """
 
     is_asynchronous = False
     notes: Notes | None = None
+    timeout: float | None = None
     name: str
     rank: int
     size: int

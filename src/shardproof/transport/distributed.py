@@ -105,6 +105,7 @@ class DistributedTransport(Transport):
         self._number = next(self._stream.axes)  # of the axes of this group
         self._is_gloo = "gloo" in dist.get_backend_config(group)
         self.notes = Notes() if self._is_gloo else None
+        self.timeout = timeout
         self._timeout = None if timeout is None else timedelta(seconds=timeout)
         self._observer = observer
         self._busy = threading.Lock()

@@ -14,7 +14,7 @@ import functools
 import mmap
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from shardproof import c_modules
 from shardproof.error_text import text_of
 from shardproof.errors import UsageError
 from shardproof.transport.agreement import disagreement
-from shardproof.transport.base import BUSY, Call, PeerError, name_ranks, name_waits
+from shardproof.transport.base import BUSY, Call, PeerError, Transport, name_ranks, name_waits
 from shardproof.transport.notes import NOTHING, CallNotes
 
 # The call by which ranks exchange their descriptions after a mismatch.
@@ -75,15 +75,28 @@ class Rendezvous:
     Args:
         size: number of ranks.
         timeout: seconds that a rank waits for the others.
+        parent: the rendezvous of which these ranks are some, or None.
+        ranks: their numbers in the parent, which messages use; by default 0, 1, ...
 
     Attributes:
         cores: each rank's handle of the C core, or None without the core.
         calls: the last call of each rank, if it used the core.
     """
 
-    def __init__(self, size: int, *, timeout: float) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        timeout: float,
+        parent: "Rendezvous | None" = None,
+        ranks: Sequence[int] | None = None,
+    ) -> None:
         self.size = size
-        self._timeout = timeout
+        self.timeout = timeout
+        self._ranks = range(size) if ranks is None else ranks
+        self._num_ranks: int = size if parent is None else parent._num_ranks
+        self._children: list[Rendezvous] = []
+        self._transports: list[Transport] = []
         self._changed = threading.Condition(threading.Lock())
         self._meeting = _Meeting()
         self._left: list[int] = []
@@ -133,25 +146,61 @@ class Rendezvous:
             raise disagreement(str(call), call_notes, confer)
         return [meeting.offers[peer] for peer in ranks]
 
+    def part(self, ranks: Sequence[int]) -> "Rendezvous":
+        """A rendezvous of some of the ranks, which fails when this one does."""
+        part = Rendezvous(
+            len(ranks),
+            timeout=self.timeout,
+            parent=self,
+            ranks=[self._ranks[rank] for rank in ranks],
+        )
+        with self._changed:
+            self._children.append(part)
+            failure = self._failure
+        if failure is not None:
+            part._end(*failure)
+        return part
+
+    def attach(self, transport: Transport) -> None:
+        """Note a transport over this rendezvous, for `transports`."""
+        with self._changed:
+            self._transports.append(transport)
+
+    def transports(self) -> list[Transport]:
+        """The transports that were attached, here and to the parts."""
+        with self._changed:
+            mine, children = list(self._transports), list(self._children)
+        return [*mine, *(each for child in children for each in child.transports())]
+
     def leave(self, rank: int) -> None:
         """Rank `rank` has returned and will not come again."""
         with self._changed:
             self._left.append(rank)
             if self._meeting.calls:
                 self._break_because_left(rank, self._meeting.calls)
+            children = list(self._children)
         if self.cores is not None:
             self.cores[rank].ring()  # ranks that wait for this one notice that it has left
+        number = self._ranks[rank]
+        for child in children:
+            if number in child._ranks:
+                child.leave(child._ranks.index(number))
 
     def fail(self, rank: int, error: BaseException) -> None:
         """Rank `rank` has raised; all ranks that wait or come later raise too."""
-        what = text_of(error)
-        with self._changed:
-            self._break(f"rank {rank} of {self.size} raised {what}", rank)
+        number = self._ranks[rank]
+        self._end(f"rank {number} of {self._num_ranks} raised {text_of(error)}", number)
 
     def interrupt(self, why: str) -> None:
         """End all waiting, because the call was interrupted by no fault of a rank."""
+        self._end(why, None)
+
+    def _end(self, message: str, rank: int | None) -> None:
         with self._changed:
-            self._break(why, None)
+            self._break(message, rank)
+            children = list(self._children)
+        for child in children:
+            child._end(message, rank)
 
     def _complete(self, meeting: _Meeting) -> None:
         calls_and_notes = [
@@ -167,8 +216,8 @@ class Rendezvous:
             return meeting.is_complete or self._failure is not None
 
         patience, start = _Patience(), time.monotonic()
-        while not self._changed.wait_for(is_over, min(self._timeout, _LONGEST_STEP)):
-            if patience.count(0, time.monotonic() - start) < self._timeout:
+        while not self._changed.wait_for(is_over, min(self.timeout, _LONGEST_STEP)):
+            if patience.count(0, time.monotonic() - start) < self.timeout:
                 continue
             missing = [rank for rank in range(self.size) if rank not in meeting.calls]
             self._break_because_late(missing, meeting.calls)
@@ -210,23 +259,30 @@ class Rendezvous:
                 left_ranks = [peer for peer in self._left if peer in missing]
                 if left_ranks:
                     self._break_because_left(left_ranks[0], waiting)
-                elif missing and counted >= self._timeout:
+                elif missing and counted >= self.timeout:
                     self._break_because_late(missing, waiting)
             if self._failure is not None:
                 message, blamed_rank = self._failure
                 raise PeerError(message, rank=blamed_rank)
 
     def _break_because_left(self, rank: int, waiting: Mapping[int, Call]) -> None:
+        number = self._ranks[rank]
         self._break(
-            f"rank {rank} of {self.size} returned and will not come: {name_waits(waiting)}", rank
+            f"rank {number} of {self._num_ranks} returned and will not come: "
+            f"{self._name_waits(waiting)}",
+            number,
         )
 
     def _break_because_late(self, missing: list[int], waiting: Mapping[int, Call]) -> None:
+        numbers = [self._ranks[rank] for rank in missing]
         self._break(
-            f"{name_ranks(missing)} of {self.size} did not come within {self._timeout:g} s: "
-            f"{name_waits(waiting)}",
-            missing[0],
+            f"{name_ranks(numbers)} of {self._num_ranks} did not come within {self.timeout:g} s: "
+            f"{self._name_waits(waiting)}",
+            numbers[0],
         )
+
+    def _name_waits(self, waiting: Mapping[int, Call]) -> str:
+        return name_waits({self._ranks[rank]: call for rank, call in waiting.items()})
 
     def _break(self, message: str, rank: int | None) -> None:
         if self._failure is None:

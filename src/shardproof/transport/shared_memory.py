@@ -64,7 +64,7 @@ class SharedTransport(CoreTransport):
         super().__init__(module, rank, size, sliced_from=_SLICED_FROM if size > 2 else 1 << 62)
         self.ledger = Ledger()
         self._peers = peers
-        self._timeout = timeout
+        self.timeout = timeout
         self._observer = observer
         self._is_observed = False
         self._elsewhere: tuple[int, str, float] | None = None
@@ -204,9 +204,9 @@ class SharedTransport(CoreTransport):
                     f"{self._waits(missing)}",
                     rank,
                 )
-        if missing and waited >= self._timeout:
+        if missing and waited >= self.timeout:
             self._break(
-                f"{name_ranks(missing)} of {self.size} did not come within {self._timeout:g} s: "
+                f"{name_ranks(missing)} of {self.size} did not come within {self.timeout:g} s: "
                 f"{self._waits(missing)}",
                 missing[0],
             )

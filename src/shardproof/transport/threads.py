@@ -132,6 +132,24 @@ class ThreadsTransport(CoreTransport):
         """Every rank's value itself, not a copy."""
         return self._meet(call, value)
 
+    def part(self, ranks: Sequence[int]) -> "ThreadsTransport":
+        """A transport of some of the ranks; all ranks call this, each with those of its own part.
+
+        Args:
+            ranks: two or more, with this rank among them.
+        """
+        first = ranks[0] == self.rank
+        offers = self.gather_objects(
+            self._rendezvous.part(ranks) if first else None,
+            call=Call("gather", "setup", "the parts of an axis"),
+        )
+        rendezvous: Rendezvous = offers[ranks[0]]
+        part = ThreadsTransport(rendezvous, ranks.index(self.rank))
+        if self.notes is None:
+            part.notes = None
+        rendezvous.attach(part)
+        return part
+
     def _meet(self, call: Call, offer: Any) -> list[Any]:
         call_notes = self.take_notes()
         try:

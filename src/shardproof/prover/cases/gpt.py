@@ -234,12 +234,28 @@ class DecoderSource:
 
     def score(self, run: CaseRun, model: nn.Module, tokens: Tensor) -> LanguageModelOutput:
         """Logits of all tokens but the last, and the loss of the next tokens."""
+        return self._score(run, model, tokens, "mean")
+
+    def loss_sum(self, run: CaseRun, model: nn.Module, tokens: Tensor) -> Tensor:
+        """The loss of the next tokens, summed."""
+        return self._score(run, model, tokens, "sum").loss
+
+    def _score(
+        self, run: CaseRun, model: nn.Module, tokens: Tensor, reduction: str
+    ) -> LanguageModelOutput:
         logits, layout = self.predict(run, model, tokens[:, :-1])
         rows, target = logits.flatten(0, 1), tokens[:, 1:].flatten()
         if run.axis is None or layout.cut is None:
-            return LanguageModelOutput(logits, layout, F.cross_entropy(rows, target))
+            loss = F.cross_entropy(rows, target, reduction=reduction)
+            return LanguageModelOutput(logits, layout, loss)
         loss = vocab_cross_entropy(
-            rows, target, axis=run.axis, cut=layout.cut, scheme=run.scheme, who="loss"
+            rows,
+            target,
+            axis=run.axis,
+            cut=layout.cut,
+            scheme=run.scheme,
+            reduction=reduction,
+            who="loss",
         )
         return LanguageModelOutput(logits, layout, loss)
 

@@ -181,6 +181,9 @@ class LanguageModelSource(Protocol):
     def score(self, run: CaseRun, model: nn.Module, tokens: Tensor) -> LanguageModelOutput:
         """Logits and loss of tokens (B, T), Replicate."""
 
+    def loss_sum(self, run: CaseRun, model: nn.Module, tokens: Tensor) -> Tensor:
+        """The loss of tokens (B, T), summed over all next tokens, (), Replicate."""
+
     def predict(self, run: CaseRun, model: nn.Module, tokens: Tensor) -> tuple[Tensor, Layout]:
         """Logits in evaluation mode, and their layout."""
 

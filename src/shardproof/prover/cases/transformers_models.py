@@ -92,6 +92,10 @@ class ModelSource:
         """Logits, cut if the head is, and transformers' own loss."""
         return score(model, tokens)
 
+    def loss_sum(self, run: CaseRun, model: nn.Module, tokens: Tensor) -> Tensor:
+        """Transformers' own loss, summed over the tokens."""
+        return loss_sum(model, tokens)
+
     def predict(self, run: CaseRun, model: nn.Module, tokens: Tensor) -> tuple[Tensor, Layout]:
         """Logits of a call without labels: whole on every rank."""
         return predict(model, tokens)
@@ -112,6 +116,14 @@ def score(model: nn.Module, tokens: Tensor) -> LanguageModelOutput:
     # The local part: in a case no rank may hold whole logits.
     logits = out.logits.part if isinstance(out.logits, CutLogits) else out.logits
     return LanguageModelOutput(logits, layout_of_logits(head, shape), out.loss)
+
+
+def loss_sum(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The sum of the losses of all next tokens: the mean by transformers' rule, divided by 1."""
+    loss: Tensor = model(
+        input_ids=tokens, labels=tokens, use_cache=False, num_items_in_batch=1
+    ).loss
+    return loss
 
 
 def predict(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Layout]:
@@ -191,6 +203,10 @@ class CheckpointSource:
     def score(self, run: CaseRun, model: nn.Module, tokens: Tensor) -> LanguageModelOutput:
         """Logits, cut if the head is, and transformers' own loss."""
         return score(model, tokens)
+
+    def loss_sum(self, run: CaseRun, model: nn.Module, tokens: Tensor) -> Tensor:
+        """Transformers' own loss, summed over the tokens."""
+        return loss_sum(model, tokens)
 
     def predict(self, run: CaseRun, model: nn.Module, tokens: Tensor) -> tuple[Tensor, Layout]:
         """Logits of a call without labels: whole on every rank."""

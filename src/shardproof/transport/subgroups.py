@@ -1,0 +1,35 @@
+"""Process groups of some ranks of a process group."""
+
+import weakref
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+
+# A group is made once: each new one has threads and connections of its own.
+_groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def subgroup(
+    group: dist.ProcessGroup, ranks: Sequence[int], *, timeout: float | None
+) -> dist.ProcessGroup:
+    """The process group of some ranks of a group; these ranks call it.
+
+    Args:
+        group: a group that this process is in.
+        ranks: of the group, this process among them.
+        timeout: seconds of a collective; None: the default of torch.distributed.
+    """
+    made = _groups.setdefault(group, {})
+    key = tuple(ranks)
+    if key not in made:
+        of_world = dist.get_process_group_ranks(group)
+        made[key] = dist.new_group(
+            [of_world[rank] for rank in ranks],
+            timeout=None if timeout is None else timedelta(seconds=timeout),
+            backend=dist.get_backend_config(group),
+            use_local_synchronization=True,
+        )
+    return made[key]
