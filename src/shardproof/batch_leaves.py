@@ -60,6 +60,12 @@ class BatchLeaves:
 _local = threading.local()
 
 
+def several() -> BatchLeaves | None:
+    """The leaves of the pass that this thread is in, if there are several."""
+    leaves = current()
+    return None if leaves is None or len(leaves.sizes) == 1 else leaves
+
+
 def current() -> BatchLeaves | None:
     """The leaves of the pass that this thread is in; None outside of `DataParallel`."""
     leaves: BatchLeaves | None = getattr(_local, "leaves", None)

@@ -20,7 +20,7 @@ from shardproof.leaves import OwnedLeaves
 from shardproof.numerics import dim_sums, matmul, mode, softmax_and_norms
 from shardproof.numerics.batched_products import batched_product, product_by_head
 from shardproof.numerics.summed_products import joined_nodes
-from shardproof.numerics.sums import sum_rows, sum_squares_rows
+from shardproof.numerics.sums import sum_batch_rows, sum_rows, sum_squares_rows
 from shardproof.scheme import Scheme
 from shardproof.tree import Node, add_run, add_tensors, combine, nodes_of_run
 
@@ -57,12 +57,16 @@ class Arithmetic(ABC):
         """`x @ weight.T + bias`, of a weight (n, K) that is cut along n: (M, n)."""
 
     @abstractmethod
-    def product_columns(self, a: Tensor, b: Tensor, slices: Sequence[slice]) -> Tensor:
-        """`a @ b`, (M, K) by (K, n), cut along n: (M, n)."""
+    def product_columns(
+        self, a: Tensor, b: Tensor, slices: Sequence[slice], *, over_batch: bool = False
+    ) -> Tensor:
+        """`a @ b`, (M, K) by (K, n), cut along n: (M, n). `over_batch`: K are rows of a batch."""
 
     @abstractmethod
-    def product_rows(self, a: Tensor, b: Tensor, slices: Sequence[slice]) -> Tensor:
-        """`a @ b`, (n, M) by (M, K), cut along n: (n, K)."""
+    def product_rows(
+        self, a: Tensor, b: Tensor, slices: Sequence[slice], *, over_batch: bool = False
+    ) -> Tensor:
+        """`a @ b`, (n, M) by (M, K), cut along n: (n, K). `over_batch`: M are rows of a batch."""
 
     @abstractmethod
     def product_parts(
@@ -102,6 +106,10 @@ class Arithmetic(ABC):
         """(M, N) to (N,); without a dtype in that of `x`."""
 
     @abstractmethod
+    def sum_batch_rows(self, x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        """`sum_rows` over the rows of a batch."""
+
+    @abstractmethod
     def sum_squares_rows(self, x: Tensor) -> Tensor:
         """The squares of (M, N), summed to (N,)."""
 
@@ -133,6 +141,7 @@ class _Invariant(Arithmetic):
 
     is_invariant = True
     sum_rows = staticmethod(sum_rows)
+    sum_batch_rows = staticmethod(sum_batch_rows)
     sum_squares_rows = staticmethod(sum_squares_rows)
     linear = staticmethod(matmul.linear)
     product_columns = staticmethod(matmul.product_columns)
@@ -201,10 +210,14 @@ class _Native(Arithmetic):
     ) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def product_columns(self, a: Tensor, b: Tensor, slices: Sequence[slice]) -> Tensor:
+    def product_columns(
+        self, a: Tensor, b: Tensor, slices: Sequence[slice], *, over_batch: bool = False
+    ) -> Tensor:
         return a @ b
 
-    def product_rows(self, a: Tensor, b: Tensor, slices: Sequence[slice]) -> Tensor:
+    def product_rows(
+        self, a: Tensor, b: Tensor, slices: Sequence[slice], *, over_batch: bool = False
+    ) -> Tensor:
         return a @ b
 
     def product_parts(
@@ -236,6 +249,9 @@ class _Native(Arithmetic):
         return functools.reduce(torch.add, inside)
 
     def sum_rows(self, x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        return x.sum(0, dtype=dtype)
+
+    def sum_batch_rows(self, x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         return x.sum(0, dtype=dtype)
 
     def sum_squares_rows(self, x: Tensor) -> Tensor:

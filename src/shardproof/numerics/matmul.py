@@ -7,15 +7,16 @@ shape and fresh, contiguous operands, so that the library cannot tell the degree
 Plain tensors; no ranks, no autograd. Never `bmm`, `mv` or `dot`: their bits change with the cut.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from shardproof import operators
+from shardproof import batch_leaves, operators
+from shardproof.batch_leaves import BatchLeaves
 from shardproof.numerics import mode, products
 from shardproof.numerics.precision import node_dtype
-from shardproof.tree import Node, children, nodes_of_run
+from shardproof.tree import Node, add_run, children, nodes_of_run
 
 # Bytes; torch's allocators give every tensor at least that. cuBLASLt picks a kernel by whether an
 # address is a multiple of 256.
@@ -161,16 +162,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, slices: Sequence[slic
     return y
 
 
-def product_columns(a: Tensor, b: Tensor, slices: Sequence[slice]) -> Tensor:
-    """`a @ b`, where `b` is cut along its columns and nothing is summed.
+def product_columns(
+    a: Tensor, b: Tensor, slices: Sequence[slice], *, over_batch: bool = False
+) -> Tensor:
+    """`a @ b`, where `b` is cut along its columns and nothing is summed over that cut.
 
     Args:
         a: (M, K), whole.
         b: (K, n), the owned columns.
         slices: where each owned leaf lies in n.
+        over_batch: K are the rows of a batch, which are summed by batch leaves.
     Returns:
         (M, n).
     """
+    if over_batch and (batch := batch_leaves.several()) is not None:
+        return _over_batch(product_columns, a, b, slices, batch, a.shape[0])
     if products.are_ours(a, b, a.shape[0]):
         return products.product(a, b)
     if not mode.is_leafwise(a.dtype, a.device):
@@ -182,16 +188,21 @@ def product_columns(a: Tensor, b: Tensor, slices: Sequence[slice]) -> Tensor:
     return y
 
 
-def product_rows(a: Tensor, b: Tensor, slices: Sequence[slice]) -> Tensor:
-    """`a @ b`, where `a` is cut along its rows and nothing is summed.
+def product_rows(
+    a: Tensor, b: Tensor, slices: Sequence[slice], *, over_batch: bool = False
+) -> Tensor:
+    """`a @ b`, where `a` is cut along its rows and nothing is summed over that cut.
 
     Args:
         a: (n, M), the owned rows.
         b: (M, K), whole.
         slices: where each owned leaf lies in n.
+        over_batch: M are the rows of a batch, which are summed by batch leaves.
     Returns:
         (n, K).
     """
+    if over_batch and (batch := batch_leaves.several()) is not None:
+        return _over_batch(product_rows, a, b, slices, batch, mode.ANY_ROWS)
     if products.are_ours(a, b, mode.ANY_ROWS):  # its own are cut: they say nothing of the batch
         return products.product(a, b)
     if not mode.is_leafwise(a.dtype, a.device):
@@ -201,3 +212,20 @@ def product_rows(a: Tensor, b: Tensor, slices: Sequence[slice]) -> Tensor:
     for where in slices:
         y[where] = torch.mm(_fresh_operand(a[where]), b)
     return y
+
+
+def _over_batch(
+    product: Callable[[Tensor, Tensor, Sequence[slice]], Tensor],
+    a: Tensor,
+    b: Tensor,
+    slices: Sequence[slice],
+    batch: BatchLeaves,
+    rows: int,
+) -> Tensor:
+    """The products of the batch leaves, added by the tree; in one call where they are ours."""
+    at = batch.row_slices(a.shape[1], "a weight gradient")
+    if products.are_ours(a, b, rows):
+        return products.leaf_sum(a, b, at)
+    leaves = len(at)
+    parts = (product(a[:, each], b[each], slices) for each in at)
+    return add_run(parts, range(leaves), leaves)[0, leaves]

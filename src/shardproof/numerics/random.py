@@ -194,8 +194,7 @@ def _by_batch_leaf(name: str, shape: tuple[int, ...]) -> list[tuple[str, slice]]
         return [(name, slice(None))]
     slices = batch.row_slices(shape[0] if shape else 1, f"the mask of {name!r}")
     return [
-        (f"batch leaf {number}:{name}", at)
-        for number, at in zip(batch.leaves, slices, strict=True)
+        (f"batch leaf {number}:{name}", at) for number, at in zip(batch.leaves, slices, strict=True)
     ]
 
 

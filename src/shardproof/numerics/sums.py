@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof import c_modules, operands, operators
+from shardproof import batch_leaves, c_modules, operands, operators
 from shardproof.errors import ShapeError
 from shardproof.numerics.precision import node_dtype
+from shardproof.tree import add_run
 
 _WHO = "a sum over rows"
 _IS_DOUBLE = {torch.float32: 0, torch.float64: 1}
@@ -45,6 +46,24 @@ def sum_rows(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     if x.requires_grad and torch.is_grad_enabled():
         return _SumRows.apply(x, dtype)
     return _row_sum(x, dtype)
+
+
+def sum_batch_rows(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Sum over the rows of a batch: by batch leaves, if the pass has several; no autograd then.
+
+    Args:
+        x: (M, N), Replicate or Shard(1); as many rows for each sample.
+        dtype: of the result; default that of `x`.
+    Returns:
+        (N,), Replicate or Shard(0).
+    """
+    batch = batch_leaves.several()
+    if batch is None:
+        return sum_rows(x, dtype=dtype)
+    at, dtype = batch.row_slices(x.shape[0], "a sum over rows"), dtype or x.dtype
+    leaves = len(at)
+    parts = (_row_sum(x[each], dtype) for each in at)
+    return add_run(parts, range(leaves), leaves)[0, leaves]
 
 
 def sum_all(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:

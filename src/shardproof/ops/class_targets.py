@@ -8,9 +8,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from shardproof import operands, operators
+from shardproof import batch_leaves, operands, operators
 from shardproof.errors import ShapeError, UsageError
 from shardproof.numerics.sums import sum_all
+from shardproof.tree import add_run
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -116,7 +117,16 @@ def reduce_rows(
     losses = losses.masked_fill(~counts, 0)
     if reduction == "none":
         return losses.to(dtype)
-    total = sum_all(losses)
+    total = _total(losses)
     if reduction == "mean":
         total = total / (counts.sum() if denominator is None else denominator)
     return total.to(dtype)
+
+
+def _total(losses: Tensor) -> Tensor:
+    """The sum over the rows of a batch, by batch leaves if the pass has several."""
+    batch = batch_leaves.several()
+    if batch is None:
+        return sum_all(losses)
+    at = batch.row_slices(losses.shape[0], "a loss")
+    return add_run((sum_all(losses[each]) for each in at), range(len(at)), len(at))[0, len(at)]

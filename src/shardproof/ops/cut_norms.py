@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardproof import operands
+from shardproof import batch_leaves, operands
 from shardproof.comm.split import Split
 from shardproof.errors import ShapeError
 from shardproof.numerics.precision import node_dtype
-from shardproof.numerics.sums import sum_rows
+from shardproof.numerics.sums import sum_batch_rows
 from shardproof.ops.rms_norm import RmsFormula, normalise
+from shardproof.tree import add_run
 
 
 def sharded_rms_norm(x: Tensor, weight: Tensor | None, split: Split, formula: RmsFormula) -> Tensor:
@@ -84,7 +85,7 @@ class _AcrossRanks:
         return self.split.sum_blocks(sums, shape=x.shape[:1], like=x, direction=direction)
 
     def weight_gradient(self, terms: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return sum_rows(terms, dtype=dtype)
+        return sum_batch_rows(terms, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -109,15 +110,23 @@ class _ByHead:
         by_token = terms.reshape(x.shape[:-2].numel(), len(split.held_indices))
         add = split.arithmetic.sum_rows
 
-        def by_head(at: slice) -> Tensor:
-            block = by_token[:, at]
+        def by_head(block: Tensor) -> Tensor:
             if split.arithmetic.is_invariant:  # tokens first, so that a leaf is summed as ever
                 return add(add(block, dtype=wide).view(-1, size))
             return add(block.reshape(block.numel() // size, size))
 
-        sums = (by_head(at) for at in split.blocks)
         like = x.new_empty(0, dtype=dtype)
-        return split.sum_blocks(sums, shape=(size,), like=like, direction="backward")
+        batch = batch_leaves.several()
+        if batch is None or not split.arithmetic.is_invariant:
+            sums = (by_head(by_token[:, at]) for at in split.blocks)
+            return split.sum_blocks(sums, shape=(size,), like=like, direction="backward")
+        rows = batch.row_slices(by_token.shape[0], split.name)
+        of_leaf = (
+            torch.stack([by_head(by_token[each, at]) for each in rows]) for at in split.blocks
+        )
+        shape = (len(rows), size)
+        totals = split.sum_blocks(of_leaf, shape=shape, like=like, direction="backward")
+        return add_run(totals, range(len(rows)), len(rows))[0, len(rows)]
 
 
 def _check(

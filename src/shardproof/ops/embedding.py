@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof import comm, observing, operands, operators
+from shardproof import batch_leaves, comm, observing, operands, operators
 from shardproof.autograd import once_differentiable
 from shardproof.comm.split import Split
 from shardproof.errors import ShapeError, UsageError
 from shardproof.numerics.precision import widen
 from shardproof.observing import PARTIAL, REPLICATE, Operand, StepEvent
+from shardproof.tree import add_run
 
 _INTEGERS = {4: torch.int32, 8: torch.int64}
 _NOWHERE = -1  # place of a row that this rank has not
@@ -69,16 +70,37 @@ class _VocabEmbedding(torch.autograd.Function):
             places = places.masked_fill(places == ctx.padding - split.owned.start, _NOWHERE)
         # Adds row by row in the order of the tokens and passes over those that are nowhere. All
         # tokens are given: on a GPU, where a token stands decides with which it is added first.
-        grad = torch.ops.aten.embedding_dense_backward(
-            widen(grad_y).reshape(places.numel(), columns), places, rows, _NOWHERE, False
-        )
-        grad = grad.to(ctx.dtype)
+        grad_rows = widen(grad_y).reshape(places.numel(), columns)
+        grad = gradient_of_table(grad_rows, places, rows).to(ctx.dtype)
         if observing.is_on():
             inputs = [Operand("grad_y", grad_y, REPLICATE)]
             output = Operand("grad_weight", grad, split.placement(0))
             what = "grad_weight = the gradients of the tokens whose row this rank owns"
             observing.tell(StepEvent("sum of rows", "backward", split.name, what, inputs, output))
         return grad, None, None, None
+
+
+def gradient_of_table(grad_rows: Tensor, places: Tensor, rows: int) -> Tensor:
+    """The gradients of the tokens added row by row, by batch leaves if the pass has several.
+
+    Args:
+        grad_rows: (tokens, columns).
+        places: (tokens,), where each token's row lies; -1 if it does not.
+        rows: of the table.
+    Returns:
+        (rows, columns).
+    """
+
+    def add(at: slice) -> Tensor:
+        return torch.ops.aten.embedding_dense_backward(
+            grad_rows[at], places[at], rows, _NOWHERE, False
+        )
+
+    batch = batch_leaves.several()
+    if batch is None:
+        return add(slice(None))
+    every = batch.row_slices(places.numel(), "the gradient of an embedding")
+    return add_run(map(add, every), range(len(every)), len(every))[0, len(every)]
 
 
 def _places(ids: Tensor, split: Split) -> Tensor:

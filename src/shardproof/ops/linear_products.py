@@ -41,7 +41,7 @@ def weight_gradient(grad_rows: Tensor, rows: Tensor, split: Split) -> Tensor:
     Comm:
         forward none; backward none.
     """
-    grad = split.arithmetic.product_rows(grad_rows.t(), rows, split.held_slices)
+    grad = split.arithmetic.product_rows(grad_rows.t(), rows, split.held_slices, over_batch=True)
     if observing.is_on():
         steps.tell(
             split, "product", "backward", "grad_weight = grad_y.T @ x",
@@ -63,7 +63,7 @@ def bias_gradient(grad_rows: Tensor, split: Split, *, is_cut: bool) -> Tensor:
     Comm:
         forward none; backward none.
     """
-    grad = split.arithmetic.sum_rows(grad_rows)
+    grad = split.arithmetic.sum_batch_rows(grad_rows)
     if observing.is_on():
         steps.tell_bias_gradient(split, grad_rows, grad, is_cut=is_cut)
     return grad
@@ -102,7 +102,9 @@ def product_columns(split: Split, a: Tensor, b: Tensor, name: str) -> Tensor:
     Comm:
         forward none; backward none.
     """
-    y = split.arithmetic.product_columns(a, b, split.leaves.slices)
+    y = split.arithmetic.product_columns(
+        a, b, split.leaves.slices, over_batch=name == "grad_weight"
+    )
     if observing.is_on():
         is_grad_x = name == "grad_x"
         cut = split.placement(1, split.owned)

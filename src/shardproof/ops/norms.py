@@ -14,7 +14,7 @@ from torch import Tensor
 from shardproof import operands
 from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError
-from shardproof.numerics.sums import sum_rows, sum_squares_rows
+from shardproof.numerics.sums import sum_batch_rows, sum_rows, sum_squares_rows
 from shardproof.ops.cut_norms import head_rms_norm, sharded_rms_norm
 from shardproof.ops.rms_norm import RmsFormula, normalise, wide_rows
 from shardproof.ops.rows import shaped
@@ -87,7 +87,7 @@ class _WholeRows:
         return sum_rows(x.t())
 
     def weight_gradient(self, terms: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return sum_rows(terms, dtype=dtype)
+        return sum_batch_rows(terms, dtype=dtype)
 
 
 def layer_norm(
@@ -141,10 +141,10 @@ class _LayerNorm(torch.autograd.Function):
         normed = (wide_rows(saved_rows) - mean).mul_(inverse) if ctx.is_narrow else saved_rows
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[2]:
-            grad_bias = sum_rows(grad, dtype=ctx.bias_dtype)
+            grad_bias = sum_batch_rows(grad, dtype=ctx.bias_dtype)
         product = grad * normed
         if ctx.needs_input_grad[1]:
-            grad_weight = sum_rows(product, dtype=weight.dtype)
+            grad_weight = sum_batch_rows(product, dtype=weight.dtype)
         if ctx.needs_input_grad[0]:
             weighted = grad.clone() if weight is None else grad * weight
             if weight is not None:

@@ -125,8 +125,8 @@ def _sum_or_leave(ctx: Any, grad_y: Tensor, grad_rows: Tensor, weight: Tensor) -
 
 def _column_weight_gradient(grad_rows: Tensor, rows: Tensor, call: _LinearCall) -> Tensor:
     if call.is_transposed:
-        return products.product_columns(rows.t(), grad_rows, call.place)
-    return products.product_rows(grad_rows.t(), rows, call.place)
+        return products.product_columns(rows.t(), grad_rows, call.place, over_batch=True)
+    return products.product_rows(grad_rows.t(), rows, call.place, over_batch=True)
 
 
 class _Row(torch.autograd.Function):
@@ -170,14 +170,18 @@ def _row_gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = products.product_columns(grad_rows, call.matrix(weight), call.place)
         grad_x = shaped(grad_x.to(ctx.dtype), grad_y)
     if needs_weight and call.is_transposed:
-        grad_weight = products.product_rows(call.rows(x).t(), grad_rows, call.place)
+        grad_weight = products.product_rows(
+            call.rows(x).t(), grad_rows, call.place, over_batch=True
+        )
     elif needs_weight:
-        grad_weight = products.product_columns(grad_rows.t(), call.rows(x), call.place)
+        grad_weight = products.product_columns(
+            grad_rows.t(), call.rows(x), call.place, over_batch=True
+        )
     return grad_x, grad_weight, _sum_of_rows(grad_rows, call) if needs_bias else None, None
 
 
 def _sum_of_rows(grad_rows: Tensor, call: _LinearCall) -> Tensor:
-    return call.place.arithmetic.sum_rows(grad_rows)
+    return call.place.arithmetic.sum_batch_rows(grad_rows)
 
 
 def _check(

@@ -16,7 +16,13 @@ from shardproof.autograd import once_differentiable
 from shardproof.errors import ShapeError
 from shardproof.numerics.precision import widen
 from shardproof.observing import PARTIAL, REPLICATE, Operand, StepEvent
-from shardproof.ops.embedding import as_integers, check_ids, copy_rows, pick
+from shardproof.ops.embedding import (
+    as_integers,
+    check_ids,
+    copy_rows,
+    gradient_of_table,
+    pick,
+)
 from shardproof.ops.unit_split import UnitSplit
 
 _NOWHERE = -1  # place of a row that this rank has not
@@ -59,7 +65,7 @@ def _gradient(
         grad_rows = grad_rows / torch.bincount(flat)[flat].unsqueeze(1)
     if table.padding_idx != _NOWHERE:
         places = places.masked_fill(flat == table.padding_idx, _NOWHERE)
-    return torch.ops.aten.embedding_dense_backward(grad_rows, places, shape[0], _NOWHERE, False)
+    return gradient_of_table(grad_rows, places, shape[0])
 
 
 class _Rows(torch.autograd.Function):

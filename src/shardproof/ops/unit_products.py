@@ -88,36 +88,38 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, place: UnitSplit) 
     return y
 
 
-def product_rows(a: Tensor, b: Tensor, place: UnitSplit) -> Tensor:
+def product_rows(a: Tensor, b: Tensor, place: UnitSplit, *, over_batch: bool = False) -> Tensor:
     """`a @ b`, in backward, where `a` is cut along its rows and nothing is summed.
 
     Args:
         a: (held, M), Shard(0).
         b: (M, K), Replicate.
         place: of the rows of `a`.
+        over_batch: M are the rows of a batch.
     Returns:
         (held, K), Shard(0).
     Comm:
         forward none; backward none.
     """
-    y = place.arithmetic.product_rows(a, b, place.tiles)
+    y = place.arithmetic.product_rows(a, b, place.tiles, over_batch=over_batch)
     tell(place, "backward", "a gradient = a @ b, a cut by rows", a, b, y, place.placement(0))
     return y
 
 
-def product_columns(a: Tensor, b: Tensor, place: UnitSplit) -> Tensor:
+def product_columns(a: Tensor, b: Tensor, place: UnitSplit, *, over_batch: bool = False) -> Tensor:
     """`a @ b`, in backward, where `b` is cut along its columns and nothing is summed.
 
     Args:
         a: (M, K), Replicate.
         b: (K, held), Shard(1).
         place: of the columns of `b`.
+        over_batch: K are the rows of a batch.
     Returns:
         (M, held), Shard(1).
     Comm:
         forward none; backward none.
     """
-    y = place.arithmetic.product_columns(a, b, place.tiles)
+    y = place.arithmetic.product_columns(a, b, place.tiles, over_batch=over_batch)
     tell(place, "backward", "a gradient = a @ b, b cut by columns", a, b, y, place.placement(1))
     return y
 

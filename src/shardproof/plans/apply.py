@@ -188,7 +188,7 @@ def _agreed(read: Callable[[], tuple[Value, dict[str, object]]], axis: Axis) -> 
 def _agree_on_numbers(model: nn.Module, scheme: Scheme, axis: Axis) -> None:
     """Raise on all ranks if their weights or their arithmetic differ."""
     axis.agree(
-        _sample_weights(model),
+        sample_weights(model),
         what="weights",
         way_out="The ranks' weights differ: seed every rank alike before the model is built (ranks "
         "as threads share one generator: build it once and copy it), or load the same state.",
@@ -255,7 +255,7 @@ def _contract(scheme: Scheme, model: nn.Module) -> str:
     return mode.contract(scheme, weight.dtype, device)
 
 
-def _sample_weights(model: nn.Module) -> dict[str, object]:
+def sample_weights(model: nn.Module) -> dict[str, object]:
     """A short hash of a few elements of every parameter, which detects another initialisation."""
     cut = _cut_before(model)  # its parts differ between ranks; it was compared before it was cut
     return {

@@ -64,7 +64,7 @@ class SharedTransport(CoreTransport):
         super().__init__(module, rank, size, sliced_from=_SLICED_FROM if size > 2 else 1 << 62)
         self.ledger = Ledger()
         self._peers = peers
-        self.timeout = timeout
+        self.timeout: float = timeout
         self._observer = observer
         self._is_observed = False
         self._elsewhere: tuple[int, str, float] | None = None

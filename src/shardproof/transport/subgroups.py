@@ -7,9 +7,8 @@ from datetime import timedelta
 import torch.distributed as dist
 
 # A group is made once: each new one has threads and connections of its own.
-_groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]]" = (
-    weakref.WeakKeyDictionary()
-)
+_Parts = dict[tuple[int, ...], dist.ProcessGroup]
+_parts: "weakref.WeakKeyDictionary[dist.ProcessGroup, _Parts]" = weakref.WeakKeyDictionary()
 
 
 def subgroup(
@@ -22,7 +21,7 @@ def subgroup(
         ranks: of the group, this process among them.
         timeout: seconds of a collective; None: the default of torch.distributed.
     """
-    made = _groups.setdefault(group, {})
+    made = _parts.setdefault(group, {})
     key = tuple(ranks)
     if key not in made:
         of_world = dist.get_process_group_ranks(group)

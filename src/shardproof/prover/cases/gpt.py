@@ -20,6 +20,7 @@ from shardproof.axis import Axis
 from shardproof.functional import vocab_cross_entropy
 from shardproof.layers.linear import ColumnParallelLinear
 from shardproof.leaves import Layout, replicated
+from shardproof.ops.class_targets import Reduction
 from shardproof.plans.apply import parallelize
 from shardproof.plans.initialize import initialize
 from shardproof.plans.style import (
@@ -241,7 +242,7 @@ class DecoderSource:
         return self._score(run, model, tokens, "sum").loss
 
     def _score(
-        self, run: CaseRun, model: nn.Module, tokens: Tensor, reduction: str
+        self, run: CaseRun, model: nn.Module, tokens: Tensor, reduction: Reduction
     ) -> LanguageModelOutput:
         logits, layout = self.predict(run, model, tokens[:, :-1])
         rows, target = logits.flatten(0, 1), tokens[:, 1:].flatten()
