@@ -1,10 +1,13 @@
 """What every test shares: pools of ranks, order, the gpu marker, hypothesis without a clock."""
 
+import faulthandler
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 # Idle threads of OpenMP sleep. They would spin, and take the cores from the ranks of other tests.
@@ -51,7 +54,11 @@ LONGEST = (
     "test_whole_optimizers.py",
     "test_zoo_models.py",
 )
+OF_PYTEST = ("/_pytest/", "/pluggy/", "/xdist/", "/execnet/", '"<string>"', "Extension modules")
 SEED = pytest.StashKey[int | None]()
+# Where workers of pytest-xdist write their stacks if they crash, so that the end of the run shows
+# them: pytest itself writes them where they are lost among the output.
+CRASHES = pytest.StashKey["tempfile.TemporaryDirectory[str]"]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -77,6 +84,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # A worker of pytest-xdist does not draw again: all of them must have the same order.
     given = getattr(config, "workerinput", {})
     config.stash[SEED] = given.get("order", config.stash[SEED])
+    if not given:
+        config.stash[CRASHES] = tempfile.TemporaryDirectory(prefix="shardproof-crashes-")
     state = mode.set_blas_mode()
     if not state.took:
         raise pytest.UsageError(f"the tests need invariant numerics, and {state.problem}")
@@ -85,6 +94,27 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(optionalhook=True)  # only pytest-xdist calls it
 def pytest_configure_node(node: Any) -> None:
     node.workerinput["order"] = node.config.stash[SEED]
+    node.workerinput["crashes"] = node.config.stash[CRASHES].name
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    given = getattr(session.config, "workerinput", {})
+    if "crashes" in given:
+        path = Path(given["crashes"]) / given["workerid"]
+        faulthandler.enable(path.open("w"))  # it stays open as long as the worker lives
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if CRASHES not in config.stash:
+        return
+    with config.stash[CRASHES] as folder:
+        for path in sorted(Path(folder).iterdir()):
+            lines = path.read_text().splitlines()
+            if lines:
+                terminalreporter.section(f"stacks of worker {path.name} when it crashed")
+            for line in lines:
+                if not any(each in line for each in OF_PYTEST):
+                    terminalreporter.line(line)
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:

@@ -12,6 +12,7 @@ import torch
 
 from shardproof import torchrun
 from shardproof.axis import Axis
+from shardproof.cli import prove_layouts
 from shardproof.cli.cases import Skipped, add_one_of, case_names_of, select_cases
 from shardproof.cli.options import (
     HELP_OPTIONS,
@@ -129,6 +130,14 @@ _DIFFERENCE = {
     is_flag=True,
     help="Also save every case in the middle, at every degree, and go on at another one.",
 )
+@click.option(
+    "--layouts",
+    metavar="[SET]",
+    is_flag=False,
+    flag_value=prove_layouts.DEFAULT,
+    help="Instead, train in many layouts of the ranks (data parallel, accumulation): sample, full, "
+    "or numbers as in tp=1,2:dp=1,3:accumulate=2.",
+)
 @click.option("--list", "wants_list", is_flag=True, help="List the cases, and run nothing.")
 def prove(
     *,
@@ -148,6 +157,7 @@ def prove(
     allow_nonfinite: bool,
     show: bool,
     resume: bool,
+    layouts: str | None,
     wants_list: bool,
 ) -> int:
     """Show that the degree does not change the bits.
@@ -162,6 +172,16 @@ def prove(
         return list_cases(json_file)
     here = torchrun.read(os.environ)
     scheme = Scheme(leaves=leaves, numerics=numerics, seed=seed)
+    if layouts is not None:
+        prove_layouts.check_options(
+            {"--degrees": degrees, "--against": against, "--resume": resume, "--show": show,
+             "--allow-nonfinite": allow_nonfinite, "torchrun": here,
+             "--numerics native": numerics == "native"},
+        )  # fmt: skip
+        return prove_layouts.run(
+            prove_layouts.LayoutsRun(case_names, model, steps, layouts, engine, transport, threads),
+            scheme, json_file=json_file, plot_path=plot_path,
+        )  # fmt: skip
     degrees, engine = _degrees_and_engine(degrees, engine, here, leaves, transport)
     _check_transport(transport, engine)
     cases, skipped = select_cases(case_names, model, steps)

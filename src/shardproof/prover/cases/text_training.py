@@ -253,7 +253,7 @@ class TextTraining:
     ) -> None:
         """Forward, backward, clip and update, each recorded."""
         prefix, judged = now.prefix, now.is_compared
-        with _measured(run, judged), _kept_double(run.is_precise):
+        with _measured(run, judged), kept_double(run.is_precise):
             output = self.source.score(run, model, tokens)
         _record_output(run, output, prefix=prefix, judged=judged)
         run.follow(output.loss, run=now.phase)
@@ -272,7 +272,7 @@ class TextTraining:
     def _compare_in_fp64(self, run: CaseRun, text: SourceText) -> None:
         """One forward and backward in fp64, judged by the tolerance of fp64."""
         model, tokens = self.source.build(run, dropout=0.0).double(), self._tokens(run, text, 0)
-        with _kept_double(True):
+        with kept_double(True):
             output = self.source.score(run, model, tokens)
         output.loss.backward()
         _record_output(run, output, prefix=f"{PRECISE}: ", judged=True)
@@ -282,7 +282,7 @@ class TextTraining:
     def _predict(self, run: CaseRun, model: nn.Module, tokens: Tensor) -> None:
         """Logits in evaluation mode, before training."""
         model.eval()
-        with run.measured(), _kept_double(run.is_precise):
+        with run.measured(), kept_double(run.is_precise):
             logits, layout = self.source.predict(run, model, tokens)
         run.record("eval: logits", logits, layout)
         model.train()
@@ -344,7 +344,8 @@ def _measured(run: CaseRun, is_wanted: bool) -> AbstractContextManager[object]:
     return run.measured() if is_wanted else nullcontext()
 
 
-def _kept_double(is_precise: bool) -> AbstractContextManager[object]:
+def kept_double(is_precise: bool) -> AbstractContextManager[object]:
+    """A context in which fp64 is not cast to fp32, if that is wanted."""
     return KeepDouble() if is_precise else nullcontext()
 
 
