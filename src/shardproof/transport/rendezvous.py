@@ -188,6 +188,9 @@ class Rendezvous:
 
     def fail(self, rank: int, error: BaseException) -> None:
         """Rank `rank` has raised; all ranks that wait or come later raise too."""
+        if isinstance(error, PeerError):  # of a part, whose other ranks may not know of it
+            self._end(str(error), error.rank)
+            return
         number = self._ranks[rank]
         self._end(f"rank {number} of {self._num_ranks} raised {text_of(error)}", number)
 
