@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from shardproof.axis import Axis
 from shardproof.data_parallel import DataParallel
-from shardproof.errors import UsageError
+from shardproof.errors import ShardproofError, UsageError
 from shardproof.leaves import Layout
 from shardproof.optim.gradient_norms import clip_grad_norm_
 from shardproof.prover.case import Case, CaseRun, RecordOptions
@@ -401,7 +401,11 @@ def prove_layouts(
             with open_ranks(
                 layout.num_ranks, engine, transport=transport, threads=threads
             ) as ranks:
-                results = ranks.run(work)
+                try:
+                    results = ranks.run(work)
+                except ShardproofError as error:
+                    error.add_note(f"This was case {case.name} in layout {layout}.")
+                    raise
                 used = ranks.transport
             hashes = _joined([each for each, *_ in results])
             if layout == ALONE:

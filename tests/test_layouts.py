@@ -1,0 +1,299 @@
+"""`prove --layouts`: the same bits in every layout, and each planted fault named with its place."""
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor
+
+from shardproof import batch_gradients, batch_leaves, comm, data_parallel
+from shardproof.batch_gradients import BatchStep, BatchSum
+from shardproof.cli.main import main
+from shardproof.cli.prove_layouts import parse_layouts
+from shardproof.data_parallel import DataParallel
+from shardproof.errors import UsageError
+from shardproof.prover import layouts
+from shardproof.prover.cases import find_case
+from shardproof.prover.layouts import (
+    ALONE,
+    LayoutReport,
+    RankLayout,
+    all_layouts,
+    prove_layouts,
+    sampled_layouts,
+)
+from shardproof.scheme import Scheme
+from shardproof.tree import Node, nodes_of_run
+
+SCHEME = Scheme(batch_leaves=8)
+TWO = RankLayout(1, 2, 1)
+
+
+def prove(*some: RankLayout, case: str = "gpt", **options: Any) -> LayoutReport:
+    """A short proof."""
+    options = {"steps": 1, "scheme": SCHEME, **options}
+    return prove_layouts([find_case(case)], some, **options)
+
+
+def test_the_sets_of_layouts() -> None:
+    every = all_layouts()
+    assert every[0] == ALONE
+    assert len(set(every)) == len(every) == 5 * 4 * 3
+    some = sampled_layouts()
+    assert some[0] == ALONE
+    assert len(some) == layouts.SAMPLE
+    assert {each.tp for each in some} == set(layouts.TENSOR)
+    assert {each.dp for each in some} == set(layouts.DATA)
+    assert {each.accumulate for each in some} == set(layouts.PASSES)
+    assert parse_layouts("sample") == some
+    assert parse_layouts("full") == every
+    assert parse_layouts("tp=2:dp=1,3") == (ALONE, RankLayout(2, 1), RankLayout(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "'' names no dim of a layout"),
+        ("tp", "'tp' has something else than positive numbers"),
+        ("tp=2,x", "'tp=2,x' has something else than positive numbers"),
+        ("tp=0", "positive numbers"),
+        ("pp=2", "'pp=2' names no dim"),
+        ("tp=1000", "the largest of 1000 ranks"),
+    ],
+)
+def test_a_wrong_set_is_refused(text: str, why: str) -> None:
+    with pytest.raises(UsageError, match=why) as error:
+        parse_layouts(text)
+    assert "--layouts" in str(error.value)
+
+
+@pytest.mark.parametrize("case", ["gpt", "llama", "qwen"])
+def test_every_layout_has_the_same_bits(case: str) -> None:
+    report = prove(
+        RankLayout(2, 2, 1), RankLayout(3, 1, 2), RankLayout(1, 3, 2), case=case, steps=2
+    )
+    assert report.proved, report.verdict()
+    assert len(report.cases[0].hashes) > 100
+    assert "batch-leaves=8" in report.contract
+    assert 0 < report.cases[0].torch_difference < 1e-12
+
+
+@pytest.mark.parametrize("transport", ["shm", "gloo"])
+def test_layouts_on_processes(transport: str) -> None:
+    report = prove(RankLayout(2, 2, 1), engine="processes", transport=transport)
+    assert report.proved, report.verdict()
+    assert report.transport == transport
+
+
+# ---- planted faults
+
+
+def _averaged(patch: pytest.MonkeyPatch) -> None:
+    """Gradients averaged by the number of ranks, beside the division by the count."""
+    original = DataParallel._sum_of
+
+    def sum_of(self: DataParallel, *args: Any) -> Tensor:
+        return original(self, *args) / self.axis.size
+
+    patch.setattr(DataParallel, "_sum_of", sum_of)
+
+
+def _each_node(
+    patch: pytest.MonkeyPatch, change: Callable[[Any, dict[Node, Tensor]], dict[Node, Tensor]]
+) -> None:
+    original = comm.all_reduce_nodes
+
+    def all_reduce_nodes(nodes: Mapping[Node, Tensor], axis: Any, **options: Any) -> Tensor:
+        return original(change(axis, dict(nodes)) if axis.size > 1 else nodes, axis, **options)
+
+    patch.setattr(data_parallel.comm, "all_reduce_nodes", all_reduce_nodes)
+
+
+def _twice(patch: pytest.MonkeyPatch) -> None:
+    """A leaf counted twice: rank 1 counts its last node again."""
+
+    def change(axis: Any, nodes: dict[Node, Tensor]) -> dict[Node, Tensor]:
+        last = list(nodes)[-1]
+        return nodes | ({last: nodes[last] * 2} if axis.rank else {})
+
+    _each_node(patch, change)
+
+
+def _missing(patch: pytest.MonkeyPatch) -> None:
+    """A node of one rank is missing."""
+
+    def change(axis: Any, nodes: dict[Node, Tensor]) -> dict[Node, Tensor]:
+        last = list(nodes)[-1]
+        return nodes | ({last: torch.zeros_like(nodes[last])} if axis.rank else {})
+
+    _each_node(patch, change)
+
+
+def _before_total(patch: pytest.MonkeyPatch, change: Callable[[BatchStep], None]) -> None:
+    original = DataParallel._total
+
+    def total(self: DataParallel, step: BatchStep, *args: Any) -> Any:
+        change(step)
+        return original(self, step, *args)
+
+    patch.setattr(DataParallel, "_total", total)
+
+
+def _scaled(total: BatchSum, scale: float) -> None:
+    total.loss = total.loss * scale
+    total.gradients = [None if each is None else each * scale for each in total.gradients]
+
+
+def _mean_of_ranks(patch: pytest.MonkeyPatch) -> None:
+    """The mean of each rank's mean: each rank divides by its own count."""
+
+    def change(step: BatchStep) -> None:
+        for total in step.nodes.values():
+            _scaled(total, 1 / step.count)
+        step.count = 1
+
+    _before_total(patch, change)
+
+
+def _clipped_alone(patch: pytest.MonkeyPatch) -> None:
+    """Each rank clips what it has computed, before the sum over the ranks."""
+
+    def change(step: BatchStep) -> None:
+        for total in step.nodes.values():
+            squares = [each.square().sum() for each in total.gradients if each is not None]
+            norm = torch.stack(squares).sum().sqrt().item()
+            _scaled(total, min(1.0, 300 / norm))
+
+    _before_total(patch, change)
+
+
+def _in_order_of_arrival(patch: pytest.MonkeyPatch) -> None:
+    """Each pass is added to the sum of those before it."""
+
+    def put(self: BatchStep, node: Node, total: BatchSum) -> None:
+        mine = self.nodes.pop((-1, -1), None)
+        total = total if mine is None else batch_gradients._added(mine, total)
+        self.nodes[-1, -1] = total
+
+    def compute_all(self: BatchStep, loss_of: Any, passes: Any) -> dict[Node, BatchSum]:
+        every = list(passes)
+        nodes = {}
+        run = range(every[0].start, every[-1].stop)
+        for node in nodes_of_run(self.cut.num_leaves, run):
+            inside = [each for each in every if node[0] <= each.start < node[1]]
+            nodes[node] = original(self, loss_of, inside)[-1, -1]
+        self.nodes = nodes
+        return nodes
+
+    original = BatchStep.compute_all
+    patch.setattr(BatchStep, "_put", put)
+    patch.setattr(BatchStep, "compute_all", compute_all)
+
+
+def _drawn_by_rank(patch: pytest.MonkeyPatch) -> None:
+    """Dropout drawn by the leaf's number on its rank, not in the batch."""
+    local = threading.local()
+    original = BatchStep.compute_all
+
+    def compute_all(self: BatchStep, loss_of: Any, passes: Any) -> dict[Node, BatchSum]:
+        every = list(passes)
+        local.first = every[0].start
+        return original(self, loss_of, every)
+
+    def numbered(leaves: range, sizes: tuple[int, ...]) -> batch_leaves.BatchLeaves:
+        start = leaves.start - local.first
+        return batch_leaves.BatchLeaves(range(start, start + len(leaves)), sizes)
+
+    patch.setattr(BatchStep, "compute_all", compute_all)
+    patch.setattr(batch_gradients, "BatchLeaves", numbered)
+
+
+FAULTS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, str]] = {
+    _averaged: ("gpt", "step 1: loss"),
+    _twice: ("gpt", "step 1: loss"),
+    _missing: ("gpt", "step 1: loss"),
+    _mean_of_ranks: ("gpt", "step 1: loss"),
+    _clipped_alone: ("gpt", "step 1: "),
+    _in_order_of_arrival: ("gpt", "step 1: "),
+    _drawn_by_rank: ("llama", "step 1: loss"),
+}
+
+
+@pytest.mark.parametrize("plant", FAULTS, ids=lambda each: each.__name__)
+def test_a_planted_fault_is_named_with_tensor_and_layout(
+    plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    case, tensor = FAULTS[plant]
+    report = prove(TWO, case=case)
+    assert not report.proved
+    run = report.cases[0].runs[1]
+    assert run.differing[0].startswith(tensor), run.differing[:3]
+    assert f"tensor {run.differing[0]!r} is the first" in report.verdict()
+    assert "in layout tp 1 x dp 2 than in tp 1 x dp 1" in report.verdict()
+
+
+def test_a_fault_of_all_layouts_is_found_by_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The count has one too many in every pass of every layout."""
+    original = layouts.LayoutTraining.loss_of
+
+    def loss_of(self: Any, *args: Any) -> tuple[Tensor, int]:
+        loss, count = original(self, *args)
+        return loss, count + 1
+
+    monkeypatch.setattr(layouts.LayoutTraining, "loss_of", loss_of)
+    report = prove(TWO)
+    assert not any(run.differing for run in report.cases[0].runs)
+    assert "off plain torch in fp64" in report.verdict()
+
+
+# ---- the command
+
+
+def _command(*words: str) -> Any:
+    return CliRunner(env={"COLUMNS": "100"}).invoke(main, ["prove", *words])
+
+
+def test_the_command_prints_a_table_and_writes_json_and_a_map(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path, picture = tmp_path / "report.json", tmp_path / "map.svg"
+    result = _command(
+        "--case", "gpt", "--layouts", "tp=1,2:dp=2", "--steps", "1",
+        "--json", str(path), "--plot", str(picture),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "every tensor has the same bits in 3 layouts" in result.output
+    report = json.loads(path.read_text())
+    assert report["proved"]
+    assert [each["ranks"] for each in report["cases"][0]["layouts"]] == [1, 2, 4]
+    assert "dp | accumulate" in picture.read_text()
+
+
+def test_the_command_ends_with_1_at_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    _twice(monkeypatch)
+    result = _command("--case", "gpt", "--layouts", "dp=2", "--steps", "1")
+    assert result.exit_code == 1
+    assert "Not proved: in case gpt, tensor 'step 1: loss' is the first" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--layouts", "--degrees", "1,2"], "--degrees does not go with --layouts"),
+        (["--layouts", "--resume"], "--resume does not go with --layouts"),
+        (["--layouts", "--numerics", "native"], "--numerics native does not go with"),
+        (["--layouts", "--case", "ffn"], "case 'ffn' does not train a language model"),
+        (["--layouts", "tp=16"], "leaves=8"),
+        (["--layouts", "dp=9", "--case", "gpt"], "9"),
+        (["--layouts", "dp=2", "--transport", "shm", "--engine", "threads"], "--transport shm"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(words: list[str], text: str) -> None:
+    result = _command(*words)
+    assert result.exit_code == 2
+    assert text in " ".join(result.output.split())
