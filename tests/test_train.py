@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,6 +200,94 @@ def _saves_on_signals(pid: int, folder: Path) -> bool:
     caught = Path(f"/proc/{pid}/status").read_text().split("SigCgt:")[1].split()[0]
     is_caught = int(caught, 16) >> (signal.SIGTERM - 1) & 1
     return bool(is_caught and list(folder.glob("shardproof-stop-*")))
+
+
+# Layouts ----------------------------------------------------------------------------------------
+
+LAYOUT = ("--steps", "4", "--batch", "5", "--length", "19", "--batch-leaves", "8", "--every", "2")
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(config: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training by batch leaves on one rank."""
+    folder = tmp_path_factory.mktemp("one")
+    result = run("train", "--model", config, "--text", text, *LAYOUT, "--save", folder)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--data-parallel", 2, "--degree", 2),
+        ("--data-parallel", 3, "--engine", "processes"),
+    ],
+    ids=["tp 2 x dp 2", "dp 3, processes"],
+)
+def test_a_layout_changes_no_byte_of_a_checkpoint(
+    options: tuple[object, ...], config: Path, text: Path, on_one_rank: Path, tmp_path: Path
+) -> None:
+    """The first steps in one layout, the others in another, and the files of one rank."""
+    result = run(
+        "train", "--model", config, "--text", text, *LAYOUT, "--steps", 2, "--schedule", "constant",
+        *options, "--save", tmp_path / "run", "--log", tmp_path / "log.jsonl",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "on 4 ranks" in result.stdout or "on 3 ranks" in result.stdout
+    line = log_of(tmp_path)[0]
+    assert line["sent_bytes"] > 0
+    assert line["data_parallel"] == options[1]
+    again = run(
+        "train", "--model", config, "--text", text, *LAYOUT, "--schedule", "constant",
+        "--save", tmp_path / "alone", "--steps", 2,
+    )  # fmt: skip
+    assert again.exit_code == 0, again.output
+    name = "step-00000002"
+    assert hashes(tmp_path / "run" / name) == hashes(tmp_path / "alone" / name)
+
+
+def test_a_training_moves_between_layouts(text: Path, on_one_rank: Path, tmp_path: Path) -> None:
+    """From step 2 of one rank on, with more ranks and more passes, to the same weights."""
+    shutil.copytree(on_one_rank / "step-00000002", tmp_path / "step-00000002")
+    result = run("train", "--text", text, "--save", tmp_path, "--resume", "--data-parallel", 3)
+    assert result.exit_code == 0, result.output
+    assert "warning" not in result.stderr
+    mine, whole = (hashes(each / "step-00000004") for each in (tmp_path, on_one_rank))
+    assert mine == whole
+
+
+def test_rows_of_a_step_are_divided_without_a_warning(
+    text: Path, on_one_rank: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(on_one_rank / "step-00000002", tmp_path / "step-00000002")
+    command = ("train", "--text", text, "--save", tmp_path, "--resume", "--batch", 1)
+    result = run(*command, "--accumulate", 5, "--data-parallel", 2)
+    assert result.exit_code == 0, result.output
+    assert "warning" not in result.stderr
+    mine, whole = (hashes(each / "step-00000004") for each in (tmp_path, on_one_rank))
+    of_options = {"shardproof.json", "shardproof.manifest.json"}
+    assert {name for name in whole if mine[name] != whole[name]} == of_options
+
+
+def test_layouts_that_cannot_be_are_refused(config: Path, text: Path) -> None:
+    train = ("train", "--model", config, "--text", text)
+    assert "--data-parallel 9 is more than the 8 leaves of a batch" in error_of(
+        *train, "--data-parallel", 9
+    )
+    assert "is more than the 2 leaves" in error_of(
+        *train, "--data-parallel", 3, "--batch-leaves", 2
+    )
+    assert "--data-parallel" in error_of(*train, "--data-parallel", 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*was saved under the contract")
+def test_a_training_without_batch_leaves_says_so_when_it_is_shared_out(
+    unbroken: Path, text: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(unbroken / "run" / "step-00000006", tmp_path / "step-00000006")
+    result = run("train", "--text", text, "--save", tmp_path, "--resume", "--data-parallel", 2)
+    assert result.exit_code == 0, result.output
+    assert "batch_leaves is 8, and was None" in result.stderr
 
 
 # Generation -------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from shardproof.checkpoint.load import load
 from shardproof.checkpoint.save import save
 from shardproof.checkpoint.series import checkpoint_name, remove_older
 from shardproof.checkpoint.together import together
+from shardproof.data_parallel import DataParallel
 from shardproof.errors import ShardproofError, UsageError
 from shardproof.hf.generation import read_generation_config
 from shardproof.hf.skeleton import skeleton
@@ -49,6 +51,8 @@ class TrainingOptions:
         rows: rows of a batch.
         length: tokens of a row.
         accumulate: batches of one step, whose gradients are added.
+        batch_leaves: number of leaves of all rows of a step; None: they have none, and only one
+            rank at a time can share a batch.
         learning_rate: its highest value.
         schedule: "constant", "cosine" or "linear"; the latter two fall, and would be 0 one step
             after the last.
@@ -68,6 +72,7 @@ class TrainingOptions:
     max_norm: float = 1.0
     leaves: int = 8
     seed: int = 0
+    batch_leaves: int | None = None
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -99,7 +104,8 @@ class TrainedStep:
         learning_rate: of this step.
         tokens_per_second: tokens of this step by the seconds that it took.
         sent_bytes: bytes that all ranks sent.
-        degree: number of ranks.
+        degree: number of ranks that share the model.
+        data_parallel: number of groups of ranks that share a batch.
     """
 
     step: int
@@ -109,6 +115,7 @@ class TrainedStep:
     tokens_per_second: float
     sent_bytes: int
     degree: int
+    data_parallel: int = 1
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,8 @@ class TextTrainingRun:
         every: number of steps from one checkpoint to the next; None: only at the end.
         keep: number of checkpoints that stay; None: all.
         on_step: called on rank 0 after each step.
+        data_parallel: number of groups of ranks that share a batch; the ranks of a group share the
+            model. Above 1 the options need batch leaves.
     """
 
     model: Path
@@ -136,6 +145,7 @@ class TextTrainingRun:
     every: int | None = None
     keep: int | None = None
     on_step: Callable[[TrainedStep], None] | None = None
+    data_parallel: int = 1
 
 
 @dataclass(frozen=True)
@@ -162,7 +172,7 @@ def train_on_text(axis: Axis, run: TextTrainingRun, stop: StopSignal | None = No
     decay 0.1. After a request to stop, the step is finished and saved.
 
     Args:
-        axis: the ranks.
+        axis: the ranks, of all groups.
         run: the training.
         stop: asks for an end.
 
@@ -177,16 +187,20 @@ def train_on_text(axis: Axis, run: TextTrainingRun, stop: StopSignal | None = No
         update as `clip_grad_norm_`.
     """
     tokenizer, text = _read_text(axis, run)
-    model, optimizer = _make(axis, run)
+    axes = _axes(axis, run)
+    model, optimizer = _make(axes["tp"], run)
     step, is_same = 0, True
     if run.resume is not None:
         loaded = load(run.resume, model, optimizer)
         step, is_same = loaded.step, loaded.is_same_contract
+    parallel = None
+    if run.options.batch_leaves is not None:
+        parallel = DataParallel(model, axes["dp"], accumulate=run.options.accumulate)
     last_saved = run.resume
     was_stopped, error = False, None
     extra = {EXTRA: {**dataclasses.asdict(run.options), **_conditions(text.digest)}}
     while step < run.options.steps and not was_stopped and error is None:
-        trained = _step(axis, model, optimizer, text, run.options, step)
+        trained = _step(axes, model, optimizer, text, run.options, step, parallel)
         step += 1
         error = _tell_step(axis, run, trained)
         was_stopped = stop is not None and stop.is_requested(axis)
@@ -194,12 +208,35 @@ def train_on_text(axis: Axis, run: TextTrainingRun, stop: StopSignal | None = No
         is_last = was_stopped or error is not None or step >= run.options.steps
         if run.directory is not None and (is_due or is_last):
             last_saved = run.directory / checkpoint_name(step)
-            save(last_saved, model, optimizer, step=step, extra=extra, tokenizer=tokenizer)
+            with together(axis, f"saving {last_saved}") if run.data_parallel > 1 else nullcontext():
+                if axes["dp"].rank == 0:  # the other groups have the same
+                    save(last_saved, model, optimizer, step=step, extra=extra, tokenizer=tokenizer)
             if axis.rank == 0:
                 _clean(run.directory, run.keep)
     if error is not None:
         raise error
     return TrainingEnd(step, last_saved, was_stopped, is_same)
+
+
+def _axes(axis: Axis, run: TextTrainingRun) -> dict[str, Axis]:
+    """The axes of the ranks that share a model ("tp"), and of those that share a batch ("dp").
+
+    Raises:
+        UsageError: the ranks cannot be divided so, or there are no batch leaves.
+    """
+    dp = run.data_parallel
+    if dp == 1:
+        return {"dp": Axis.solo("dp"), "tp": axis}
+    if axis.size % dp:
+        raise UsageError(
+            f"{axis.size} ranks cannot be divided into {dp} groups that share a batch. Use a "
+            "number that divides the number of ranks."
+        )
+    if run.options.batch_leaves is None:
+        raise UsageError(
+            f"data_parallel={dp} needs batch leaves. Give TrainingOptions(batch_leaves=8)."
+        )
+    return axis.split(dp=dp, tp=axis.size // dp)
 
 
 def _conditions(digest: str) -> dict[str, Any]:
@@ -240,6 +277,11 @@ def differing_options(
         threads: of each of its ranks.
     """
     mine = {**dataclasses.asdict(options), "threads": threads}
+    saved = {"batch_leaves": None, **saved}
+    if options.batch_leaves is not None and saved["batch_leaves"] == options.batch_leaves:
+        # How the rows of a step are divided changes no bit.
+        mine["rows of a step"] = mine.pop("rows") * mine.pop("accumulate")
+        saved["rows of a step"] = saved.get("rows", 0) * saved.get("accumulate", 1)
     if options.schedule == "constant":
         mine.pop("steps")  # each step is the same in a longer training
     texts = [
@@ -269,7 +311,9 @@ def _read_text(axis: Axis, run: TextTrainingRun) -> tuple[Any, TextBatches]:
 
 def _make(axis: Axis, run: TextTrainingRun) -> tuple[nn.Module, Optimizer]:
     """The cut model, with weights unless it is resumed, and its optimizer."""
-    scheme = Scheme(leaves=run.options.leaves, seed=run.options.seed)
+    scheme = Scheme(
+        leaves=run.options.leaves, seed=run.options.seed, batch_leaves=run.options.batch_leaves
+    )
     with together(axis, "making the model"):
         model = skeleton(run.resume or run.model).float()
         read_generation_config(model, run.resume or run.model)
@@ -306,24 +350,42 @@ def check_sizes(config: Any, text: TextBatches) -> None:
         )
 
 
+def _gradients(
+    model: nn.Module, parallel: DataParallel | None, batch: Tensor, options: TrainingOptions
+) -> float:
+    """Forward and backward of a whole batch; the mean loss."""
+    if parallel is not None:
+
+        def loss_of(samples: slice) -> tuple[Tensor, int]:
+            rows = batch[samples]
+            loss: Tensor = model(
+                input_ids=rows, labels=rows, use_cache=False, num_items_in_batch=1
+            ).loss
+            return loss, rows[:, 1:].numel()
+
+        return parallel.backward(loss_of, len(batch)).item()
+    losses = []
+    for tokens in batch.split(options.rows):
+        loss: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss = loss / options.accumulate
+        loss.backward()
+        losses.append(loss.detach())
+    return sum(each.item() for each in losses)
+
+
 def _step(
-    axis: Axis,
+    axes: Mapping[str, Axis],
     model: nn.Module,
     optimizer: Optimizer,
     text: TextBatches,
     options: TrainingOptions,
     step: int,
+    parallel: DataParallel | None,
 ) -> TrainedStep:
     """Forward, backward, clip and update."""
-    start, sent = time.perf_counter(), _sent_bytes(axis)
-    losses = []
-    for tokens in text.batch(step).split(options.rows):
-        loss: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        loss = loss / options.accumulate
-        loss.backward()
-        losses.append(loss.detach())
+    start, sent = time.perf_counter(), _sent_bytes(axes)
+    total = _gradients(model, parallel, text.batch(step), options)
     norm = clip_grad_norm_(model, options.max_norm) if options.max_norm else grad_norm(model)
-    total = sum(each.item() for each in losses)
     if not (math.isfinite(total) and math.isfinite(norm.item())):  # the same on all ranks
         raise UsageError(
             f"in step {step + 1} the loss is {total} and the norm of the gradients {norm.item()}. "
@@ -336,15 +398,24 @@ def _step(
     optimizer.step()
     optimizer.zero_grad()
     seconds = time.perf_counter() - start
-    sent_by_all = axis.gather_small(_sent_bytes(axis) - sent, what="the bytes that were sent")
+    all_bytes = _sent_bytes(axes) - sent
+    for axis in axes.values():
+        all_bytes = sum(axis.gather_small(all_bytes, what="the bytes that were sent"))
     num_tokens = options.rows * options.accumulate * options.length
     return TrainedStep(
-        step + 1, total, norm.item(), rate, num_tokens / seconds, sum(sent_by_all), axis.size
+        step + 1,
+        total,
+        norm.item(),
+        rate,
+        num_tokens / seconds,
+        all_bytes,
+        axes["tp"].size,
+        axes["dp"].size,
     )
 
 
-def _sent_bytes(axis: Axis) -> int:
-    return sum(count.sent_bytes for *_, count in axis.transport.ledger)
+def _sent_bytes(axes: Mapping[str, Axis]) -> int:
+    return sum(count.sent_bytes for axis in axes.values() for *_, count in axis.transport.ledger)
 
 
 def losses_by_degree(steps: Iterable[TrainedStep]) -> dict[str, list[float | None]]:

@@ -31,11 +31,25 @@ def ranks_options(command: Command) -> Command:
     return command
 
 
-def check_ranks(degree: int | None, engine: str | None, threads: int | None, leaves: int) -> None:
+def check_ranks(
+    degree: int | None,
+    engine: str | None,
+    threads: int | None,
+    leaves: int,
+    data_parallel: int = 1,
+) -> None:
     """Raise unless the options fit together.
 
+    Args:
+        degree: number of ranks that share the model.
+        engine: of the ranks.
+        threads: of each rank.
+        leaves: of the scheme.
+        data_parallel: number of groups of such ranks.
+
     Raises:
-        UsageError: torchrun has started the ranks, or there cannot be so many threads.
+        UsageError: torchrun has started the ranks, they cannot be divided into the groups, or
+            there cannot be so many threads.
         DegreeError: more ranks than leaves.
     """
     here = torchrun.read(os.environ)
@@ -46,8 +60,14 @@ def check_ranks(degree: int | None, engine: str | None, threads: int | None, lea
                     f"{option} {value} cannot be given under torchrun, which has started "
                     f"{here.world_size} ranks. Leave {option} out, or run without torchrun."
                 )
-    check_degree(degree or (1 if here is None else here.world_size), leaves)
-    num_here = 1 if here is not None else degree or 1
+        if here.world_size % data_parallel:
+            raise UsageError(
+                f"--data-parallel {data_parallel} does not divide the {here.world_size} ranks that "
+                "torchrun has started. Use a number that does."
+            )
+        degree = here.world_size // data_parallel
+    check_degree(degree or 1, leaves)
+    num_here = 1 if here is not None else (degree or 1) * data_parallel
     check_threads(threads or 1, num_here, setting_text=f"--threads {threads}")
 
 

@@ -30,6 +30,7 @@ from shardproof.cli.output_file import checked_picture
 from shardproof.cli.ranks_here import check_ranks, is_speaker, ranks_options, run_on_ranks
 from shardproof.cli.signals import CommandStop
 from shardproof.cli.training_log import TrainingLog
+from shardproof.data_parallel import BATCH_LEAVES
 from shardproof.errors import UsageError
 from shardproof.hf.skeleton import config_of, language_config, require_transformers
 from shardproof.hf.tokenizer import read_tokenizer
@@ -75,6 +76,13 @@ _NOT_OF_THE_MODEL = (
 )
 @click.argument("more_files", metavar="[FILE]...", nargs=-1)
 @ranks_options
+@number_option(
+    "--data-parallel",
+    example=2,
+    default=1,
+    show_default=True,
+    help="How many groups of --degree ranks share a batch.",
+)
 @number_option("--steps", example=100, default=DEFAULTS.steps, show_default=True, help="Updates.")
 @number_option("--batch", example=8, default=DEFAULTS.rows, show_default=True, help="Rows.")
 @number_option(
@@ -119,6 +127,11 @@ _NOT_OF_THE_MODEL = (
     help="The norm that gradients are clipped to; 0: none.",
 )
 @leaves_option
+@number_option(
+    "--batch-leaves",
+    example=BATCH_LEAVES,
+    help=f"Leaves of the rows of a step.  [default: none; {BATCH_LEAVES} with --data-parallel]",
+)
 @seed_option
 @click.option(
     "--save", "directory", metavar="DIR", help="Save checkpoints here: DIR/step-00000100."
@@ -136,6 +149,7 @@ def train(
     degree: int | None,
     engine: str | None,
     threads: int | None,
+    data_parallel: int,
     directory: str | None,
     every: int | None,
     keep: int | None,
@@ -161,8 +175,8 @@ def train(
     with run_lock(directory) if directory and is_speaker() else nullcontext():
         start = _start(directory, resume=resume)
         saved = None if start is None else _saved_options(start)
-        chosen = _options(options, saved)
-        check_ranks(degree, engine, threads, chosen.leaves)
+        chosen = _options(options, saved, data_parallel)
+        check_ranks(degree, engine, threads, chosen.leaves, data_parallel)
         source, is_new = _model(model, start)
         picture = _picture(plot_path)
         run = TextTrainingRun(
@@ -175,6 +189,7 @@ def train(
             every=every,
             keep=keep,
             on_step=TrainingLog(log, chosen.steps, start) if is_speaker() else None,
+            data_parallel=data_parallel,
         )
         _check_text(run, saved, threads)
         end, steps = _run(run, degree, engine, threads)
@@ -193,7 +208,8 @@ def _run(
 ) -> Outcome:
     """Train on the ranks; returns how it ended, and the steps if this process speaks for them."""
     if torchrun.read(os.environ) is not None:  # a rank that waits for others still ends at once
-        return run_on_ranks(functools.partial(_stopped_here, run=run), degree, engine, threads)
+        return run_on_ranks(functools.partial(_stopped_here, run=run), None, engine, threads)
+    degree = (degree or 1) * run.data_parallel
     with _stop_of(run) as stop:
         work = functools.partial(_work, run=run, stop=stop)
         return run_on_ranks(work, degree, engine, threads)
@@ -220,18 +236,28 @@ def _work(axis: Axis, *, run: TextTrainingRun, stop: CommandStop | None) -> Outc
     return end, log.steps
 
 
-def _options(written: dict[str, Any], saved: dict[str, Any] | None) -> TrainingOptions:
+def _options(
+    written: dict[str, Any], saved: dict[str, Any] | None, data_parallel: int
+) -> TrainingOptions:
     """The options of the training: what was written, else the checkpoint's, else the defaults."""
     names = {"rows": "batch", "learning_rate": "lr", "max_norm": "clip"}
     values = {field.name: written[names.get(field.name, field.name)]
               for field in dataclasses.fields(TrainingOptions)}  # fmt: skip
-    if saved is None:
-        return TrainingOptions(**values)
-    chosen = {
-        name: value if is_written(names.get(name, name)) else saved.get(name, value)
-        for name, value in values.items()
-    }
-    return TrainingOptions(**chosen)
+    if saved is not None:
+        values = {
+            name: value if is_written(names.get(name, name)) else saved.get(name, value)
+            for name, value in values.items()
+        }
+    if data_parallel > 1 and values["batch_leaves"] is None:
+        values["batch_leaves"] = BATCH_LEAVES
+    chosen = TrainingOptions(**values)
+    if data_parallel > (chosen.batch_leaves or 1):
+        raise UsageError(
+            f"--data-parallel {data_parallel} is more than the {chosen.batch_leaves} leaves of a "
+            f"batch: a group beyond the last would never have work. Use --batch-leaves "
+            f"{data_parallel} from the first step on, or fewer groups."
+        )
+    return chosen
 
 
 def _saved_options(start: Path) -> dict[str, Any]:
@@ -372,8 +398,9 @@ def _conclude(end: TrainingEnd, steps: list[TrainedStep], run: TextTrainingRun) 
     out, total = console(), run.options.steps
     if steps:
         first, last = steps[0], steps[-1]
+        ranks = counted(last.degree * last.data_parallel, "rank")
         out.whole_line(
-            f"steps {first.step} to {last.step} of {total} on {counted(last.degree, 'rank')}: "
+            f"steps {first.step} to {last.step} of {total} on {ranks}: "
             f"loss {first.loss:.4f} to {last.loss:.4f}"
         )
     else:
