@@ -13,6 +13,7 @@ from shardproof.layers.base import own
 from shardproof.layers.parallel_linear import ParallelLinear, like
 from shardproof.leaves import Cut
 from shardproof.ops.linear import Gathers, column_linear, row_linear
+from shardproof.ops.tokens import TokenCut
 from shardproof.scheme import DEFAULT_SCHEME, Scheme
 
 
@@ -23,7 +24,11 @@ class _SharedOutputs(Protocol):
         """Store the parameters of the layer at `place`."""
 
     def output(
-        self, place: int, parameters: Mapping[str, Tensor | None], x: Tensor
+        self,
+        place: int,
+        parameters: Mapping[str, Tensor | None],
+        x: Tensor,
+        tokens: TokenCut | None = None,
     ) -> Tensor | None:
         """The output of the layer at `place` for `x`.
 
@@ -167,10 +172,13 @@ class ColumnParallelLinear(ParallelLinear):
         self._check_width(x)
         if self._shared is not None and x.requires_grad and torch.is_grad_enabled():
             group, place = self._shared
-            y = group.output(place, self._parameters, x)
+            y = group.output(place, self._parameters, x, self.tokens)
             if y is not None:
                 return y
-        return column_linear(x, own(self, "weight"), own(self, "bias"), self._split, self._gathers)
+        gathers = self._gathers
+        if self.tokens is not None:
+            gathers = gathers._replace(tokens=self.tokens)
+        return column_linear(x, own(self, "weight"), own(self, "bias"), self._split, gathers)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -261,7 +269,14 @@ class RowParallelLinear(ParallelLinear):
         """See the class for shapes, placements and Comm."""
         self._check_width(x)
         weight, bias = own(self, "weight"), own(self, "bias")
-        return row_linear(x, weight, bias, self._split, splits_input=not self.input_is_parallel)
+        return row_linear(
+            x,
+            weight,
+            bias,
+            self._split,
+            splits_input=not self.input_is_parallel,
+            tokens=self.tokens,
+        )
 
 
 ColumnParallelLinear._kind = ColumnParallelLinear

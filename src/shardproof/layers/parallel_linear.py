@@ -13,13 +13,20 @@ from shardproof.comm.split import Split
 from shardproof.errors import ShapeError, UsageError
 from shardproof.layers.base import OwnParameter, ShardedModule
 from shardproof.leaves import Cut
+from shardproof.ops.tokens import TokenCut
 from shardproof.scheme import Scheme
 from shardproof.wording import short_repr
 
 
 class ParallelLinear(ShardedModule):
-    """What both cuts share: sizes, parameters, initialisation."""
+    """What both cuts share: sizes, parameters, initialisation.
 
+    Attributes:
+        tokens: how the tokens are cut of the input (column) or of the output (row) of this call;
+            None, the default: they are not.
+    """
+
+    tokens: TokenCut | None = None
     weight: Any = OwnParameter()  # nn.Parameter
     bias: Any = OwnParameter()  # nn.Parameter | None
     _split: Split

@@ -21,6 +21,7 @@ from shardproof.heads import Heads
 from shardproof.layers.linear import ColumnParallelLinear
 from shardproof.ops.rows import are_alike, is_autocast
 from shardproof.ops.shared import SharedSum, is_spent, shared_columns
+from shardproof.ops.tokens import TokenCut
 
 Parameters = Mapping[str, Tensor | None]
 TensorState = tuple[
@@ -101,13 +102,17 @@ class SharedInput:
         """
         self._parameters[place] = parameters
 
-    def output(self, place: int, parameters: Parameters, x: Tensor) -> Tensor | None:
+    def output(
+        self, place: int, parameters: Parameters, x: Tensor, tokens: TokenCut | None = None
+    ) -> Tensor | None:
         """What a member gives for `x`, computed now for all or before by another.
 
         Args:
             place: of the member.
             parameters: that it joined with.
-            x: (*, in_features), Replicate, with a gradient.
+            x: (*, in_features), Replicate, with a gradient; with `tokens` (B, own tokens,
+                in_features), Shard(1).
+            tokens: how the tokens of `x` are cut, if they are.
         Returns:
             (*, held out_features), Shard(-1); None: the member is to compute alone.
         """
@@ -115,10 +120,10 @@ class SharedInput:
             return None
         cache = self._cache
         if cache is None or cache.is_spent():
-            return self._compute(place, x)
+            return self._compute(place, x, tokens)
         if place not in cache.outputs:
             # The next forward has begun; or the same layer is called twice, which it does alone.
-            return None if cache.is_of(x) else self._compute(place, x)
+            return None if cache.is_of(x) else self._compute(place, x, tokens)
         if not cache.is_of(x):
             return None
         y = cache.take(place, parameters)
@@ -126,7 +131,7 @@ class SharedInput:
             self._cache = None
         return y
 
-    def _compute(self, place: int, x: Tensor) -> Tensor | None:
+    def _compute(self, place: int, x: Tensor, tokens: TokenCut | None) -> Tensor | None:
         """All outputs, of which one is returned and the others are kept."""
         self._cache = None
         joined_parameters = [each for each in self._parameters if each is not None]
@@ -139,7 +144,7 @@ class SharedInput:
         dtype = _cast_to(x)
         if dtype is None and not are_alike(x, *weights, *biases):
             return None
-        outputs = dict(enumerate(shared_columns(x, weights, biases, self._sum)))
+        outputs = dict(enumerate(shared_columns(x, weights, biases, self._sum, tokens)))
         y = outputs.pop(place)
         states = tuple((_state_of(w), _state_of(b)) for w, b in zip(weights, biases, strict=True))
         self._cache = _OutputCache(_state_of(x), dtype, states, outputs)

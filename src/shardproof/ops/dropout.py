@@ -68,6 +68,28 @@ def dropout(
     return _Dropout.apply(x, mask, 0.0 if p == 1 else 1 / (1 - p))
 
 
+def dropout_part(
+    x: Tensor, p: float, key: MaskKey, *, shape: Sequence[int], dim: int, at: slice
+) -> Tensor:
+    """`dropout` of a part of a tensor, with the part of the mask that the whole tensor has.
+
+    Args:
+        x: (*, own, *), Shard(dim).
+        p: from 0 to 1.
+        key: of the mask; the same on every rank.
+        shape: of the whole.
+        dim: that is cut.
+        at: which of it `x` is.
+    Returns:
+        (*, own, *), Shard(dim).
+    Comm:
+        forward none; backward none.
+    """
+    mask = draw_mask(shape, p, seed=key.seed, name=key.name, step=key.step, device=x.device)
+    part = mask.narrow(dim, at.start, at.stop - at.start).contiguous()
+    return _Dropout.apply(x, part, 0.0 if p == 1 else 1 / (1 - p))
+
+
 class _Dropout(torch.autograd.Function):
     """Mask and scale, forward and backward alike."""
 

@@ -6,6 +6,7 @@ the gathered input, Korthikanti et al. 2022 (arXiv 2205.05198, section 4.2).
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from shardproof import comm, observing, operands
@@ -22,6 +23,7 @@ from shardproof.ops.rows import (
     wants_gradient,
     without_autocast,
 )
+from shardproof.ops.tokens import TokenCut
 
 _GRADIENT = "gradient of the output"
 
@@ -32,13 +34,20 @@ class Gathers(NamedTuple):
     Attributes:
         input: how the input is cut along its last dim, if it is gathered first.
         output: whether the output is gathered to Replicate.
+        tokens: how the tokens of the input are cut, if they are gathered first.
     """
 
     input: Split | None = None
     output: bool = False
+    tokens: TokenCut | None = None
 
 
 NOTHING = Gathers()
+
+
+def with_all_tokens(x: Tensor, tokens: TokenCut) -> Tensor:
+    """A tensor on no device with the leading dims of `x` when all its tokens are there."""
+    return torch.empty((x.shape[0], tokens.split.cut.size, x.shape[2]), device="meta")
 
 
 class _ColumnLinear(OwnFunction):
@@ -51,7 +60,8 @@ class _ColumnLinear(OwnFunction):
         rows = _whole_rows(x, gathers)
         ctx.split, ctx.gathers = split, gathers
         _save(ctx, x if gathers.input is None else rows, weight)
-        return shaped(_column(rows, weight, bias, split, gathers), x)
+        y = _column(rows, weight, bias, split, gathers)
+        return shaped(y, x if gathers.tokens is None else with_all_tokens(x, gathers.tokens))
 
     @staticmethod
     @once_differentiable
@@ -67,6 +77,8 @@ class _ColumnLinear(OwnFunction):
 
 def _whole_rows(x: Tensor, gathers: Gathers) -> Tensor:
     """The input of a column linear, as rows: gathered if it comes cut."""
+    if gathers.tokens is not None:
+        return as_rows(gathers.tokens.gather(x, "forward"))
     rows = as_rows(x)
     return rows if gathers.input is None else gathers.input.gather(rows, "forward")
 
@@ -83,6 +95,7 @@ def _column_gradients(ctx: Any, grad_y: Tensor, grad_rows: Tensor) -> tuple[Tens
     """The input gradient is Partial: its sum may run while the other two are computed."""
     split: Split = ctx.split
     x, weight = ctx.saved_tensors
+    tokens: TokenCut | None = ctx.gathers.tokens
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_x = started = None
     if needs_x:
@@ -93,16 +106,20 @@ def _column_gradients(ctx: Any, grad_y: Tensor, grad_rows: Tensor) -> tuple[Tens
         if ctx.gathers.input is not None:
             into = comm.ShardOf(shape, 1, ctx.gathers.input.cut)
             grad_x = split.sum_scatter(parts, into=into, like=grad_rows, direction="backward")
+        elif tokens is not None:
+            grad_x = tokens.scatter(parts, split, shape=shape, like=grad_rows, direction="backward")
         else:
             started = split.start_sum(parts, shape=shape, like=grad_rows, direction="backward")
     grad_weight = grad_bias = None
     if needs_weight:
-        grad_weight = products.weight_gradient(grad_rows, as_rows(x), split)
+        all_x = x if tokens is None else tokens.gather(x, "backward")
+        grad_weight = products.weight_gradient(grad_rows, as_rows(all_x), split)
     if needs_bias:
         grad_bias = products.bias_gradient(grad_rows, split, is_cut=True)
     if started is not None:
         grad_x = started.wait()
-    return shaped(grad_x, grad_y), grad_weight, grad_bias, None, None
+    grad_x = grad_x if tokens is not None else shaped(grad_x, grad_y)
+    return grad_x, grad_weight, grad_bias, None, None
 
 
 class _RowLinear(OwnFunction):
@@ -113,24 +130,38 @@ class _RowLinear(OwnFunction):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, split: Split, splits_input: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        split: Split,
+        splits_input: bool,
+        tokens: TokenCut | None,
     ) -> Tensor:
-        ctx.split, ctx.splits_input = split, splits_input
+        ctx.split, ctx.splits_input, ctx.tokens = split, splits_input, tokens
         _save(ctx, x, weight)
-        return shaped(_row(x, weight, bias, split, splits_input), x)
+        y = _row(x, weight, bias, split, splits_input, tokens)
+        return y if tokens is not None else shaped(y, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.tokens is not None:
+            grad_y = ctx.tokens.gather(grad_y, "backward")
         ctx.split.axis.note(grad_y, who=ctx.split.name, what=_GRADIENT)
         with without_autocast(grad_y):
-            return _row_gradients(ctx, grad_y, as_rows(grad_y))
+            return (*_row_gradients(ctx, grad_y, as_rows(grad_y)), None)
 
 
 def _row(
-    x: Tensor, weight: Tensor, bias: Tensor | None, split: Split, splits_input: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    split: Split,
+    splits_input: bool,
+    tokens: TokenCut | None = None,
 ) -> Tensor:
-    """The output as rows."""
+    """The output as rows; with `tokens`, (B, own tokens, out_features)."""
     rows = _owned_rows(x, split, splits_input)
     if split.axis.size == 1:
         y = matmul.product_sum(rows, weight, split.leaves.slices, bias, is_transposed=True)
@@ -141,7 +172,10 @@ def _row(
     if observing.is_on():
         steps.tell_parts(split, rows, weight, parts, "forward")
     shape = (rows.shape[0], weight.shape[0])
-    y = split.start_sum(parts, shape=shape, like=rows, direction="forward").wait()
+    if tokens is not None:
+        y = tokens.scatter(parts, split, shape=shape, like=rows, direction="forward")
+    else:
+        y = split.start_sum(parts, shape=shape, like=rows, direction="forward").wait()
     return y if bias is None else products.add_bias(y, bias, split)
 
 
@@ -181,7 +215,8 @@ def column_linear(
     """`x @ weight.T + bias` with `weight` cut along out_features.
 
     Args:
-        x: (*, in_features), Replicate; or (*, owned in_features), Shard(-1) with `gathers.input`.
+        x: (*, in_features), Replicate; or (*, owned in_features), Shard(-1) with `gathers.input`;
+            or (B, own tokens, in_features), Shard(1) with `gathers.tokens`.
         weight: (owned out_features, in_features), Shard(0).
         bias: (owned out_features,), Shard(0), or None.
         split: of out_features.
@@ -197,8 +232,10 @@ def column_linear(
         gathers.input: forward one all_gather of x (*, in_features); backward one reduce_scatter
         of grad_x (*, in_features).
         gathers.output: forward also one all_gather of y (*, out_features).
+        gathers.tokens: forward one all_gather of x; backward another one, for the gradient of the
+        weight, and one reduce_scatter of grad_x.
     """
-    if gathers.input is None:
+    if gathers.input is None and gathers.tokens is None:
         split.axis.note(x, who=split.name)
     split.arithmetic.require()
     context, x, weight, bias = prepared(x, weight, bias)
@@ -210,7 +247,8 @@ def column_linear(
             elif wants_gradient(x, weight, bias):
                 y = _ColumnLinear.apply(x, weight, bias, split, gathers)
             else:
-                y = shaped(_column(_whole_rows(x, gathers), weight, bias, split, gathers), x)
+                y = _column(_whole_rows(x, gathers), weight, bias, split, gathers)
+                y = shaped(y, x if gathers.tokens is None else with_all_tokens(x, gathers.tokens))
     except operands.ERRORS as error:
         operands.explain(error, split.name, x=x, weight=weight, bias=bias)
     if gathers.output:
@@ -219,7 +257,13 @@ def column_linear(
 
 
 def row_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, split: Split, *, splits_input: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    split: Split,
+    *,
+    splits_input: bool = False,
+    tokens: TokenCut | None = None,
 ) -> Tensor:
     """`x @ weight.T + bias` with `weight` cut along in_features.
 
@@ -229,14 +273,17 @@ def row_linear(
         bias: (out_features,), Replicate, or None. Added once, after the sum.
         split: of in_features.
         splits_input: the input comes whole, and each rank takes what it owns of it.
+        tokens: each rank gets the output of its own tokens; `x` is (B, T, *) then.
     Returns:
-        (*, out_features), Replicate; its gradient is expected to be Replicate.
+        (*, out_features), Replicate; its gradient is expected to be Replicate. With `tokens`
+        (B, own tokens, out_features), both Shard(1).
     Raises:
         NumericsError: numerics are invariant and this process cannot promise them.
         ShapeError: x, weight and bias are of several dtypes or on several devices.
     Comm:
         forward one all_reduce of y (*, out_features); backward none.
         splits_input: backward also one all_gather of grad_x (*, in_features).
+        tokens: forward one reduce_scatter of y; backward one all_gather of grad_y.
     """
     if splits_input:
         split.axis.note(x, who=split.name)
@@ -248,10 +295,13 @@ def row_linear(
             if split.is_plain:
                 y = products.plain_linear(x, weight, bias, split)
             elif wants_gradient(x, weight, bias):
-                y = _RowLinear.apply(x, weight, bias, split, splits_input)
+                y = _RowLinear.apply(x, weight, bias, split, splits_input, tokens)
+            elif tokens is not None:
+                y = _row(x, weight, bias, split, splits_input, tokens)
             else:
                 y = shaped(_row(x, weight, bias, split, splits_input), x)
     except operands.ERRORS as error:
         operands.explain(error, split.name, x=x, weight=weight, bias=bias)
-    split.axis.note_result(y, who=split.name)
+    if tokens is None:
+        split.axis.note_result(y, who=split.name)
     return y

@@ -18,6 +18,7 @@ from shardproof.numerics.sums import sum_batch_rows, sum_rows, sum_squares_rows
 from shardproof.ops.cut_norms import head_rms_norm, sharded_rms_norm
 from shardproof.ops.rms_norm import RmsFormula, normalise, wide_rows
 from shardproof.ops.rows import shaped
+from shardproof.ops.tokens import TokenCut
 
 __all__ = [
     "head_rms_norm",
@@ -55,30 +56,35 @@ def rms_norm(
     return whole_rms_norm(x, weight, RmsFormula(eps, offset, rounds_before_weight))
 
 
-def whole_rms_norm(x: Tensor, weight: Tensor | None, formula: RmsFormula) -> Tensor:
+def whole_rms_norm(
+    x: Tensor, weight: Tensor | None, formula: RmsFormula, tokens: TokenCut | None = None
+) -> Tensor:
     """`rms_norm` by its formula.
 
     Args:
         x: (*, n), Replicate.
         weight: (n,), Replicate, or None.
         formula: which RMSNorm it is.
+        tokens: how the tokens of `x`, (B, own tokens, n), are cut, if they are.
     Returns:
-        (*, n), Replicate; its gradient is expected to be Replicate.
+        (*, n), the placement of `x`, which its gradient is expected to have.
     Raises:
         ShapeError: the weight does not fit `x`.
         UsageError: `x` is of a kind or a dtype that is not computed with.
     Comm:
         forward none; backward none.
+        tokens: backward one exchange of (B * T, n), and one all_gather of (n).
     """
     _check(x, "rms_norm", weight=weight)
-    return normalise(x, weight, formula, _WholeRows(x.shape[-1]))
+    return normalise(x, weight, formula, _WholeRows(x.shape[-1], tokens))
 
 
 @dataclass(frozen=True)
 class _WholeRows:
-    """Rows that every rank holds whole."""
+    """Rows whose features every rank holds whole."""
 
     size: int
+    tokens: TokenCut | None = None
 
     def squares(self, x: Tensor) -> Tensor:
         return sum_squares_rows(x.t())
@@ -87,11 +93,23 @@ class _WholeRows:
         return sum_rows(x.t())
 
     def weight_gradient(self, terms: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return _sum_rows(terms, x.shape[0], self.tokens, dtype)
+
+
+def _sum_rows(terms: Tensor, batch: int, tokens: TokenCut | None, dtype: torch.dtype) -> Tensor:
+    """The sum over all rows, (rows, n) to (n,)."""
+    if tokens is None:
         return sum_batch_rows(terms, dtype=dtype)
+    return tokens.sum_rows(terms, batch, dtype)
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float = 1e-5
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float = 1e-5,
+    tokens: TokenCut | None = None,
 ) -> Tensor:
     """`(x - mean) / sqrt(variance + eps) * weight + bias` over the last dim.
 
@@ -100,16 +118,18 @@ def layer_norm(
         weight: (n,), Replicate, or None.
         bias: (n,), Replicate, or None.
         eps: added to the variance.
+        tokens: how the tokens of `x`, (B, own tokens, n), are cut, if they are.
     Returns:
-        (*, n), Replicate; its gradient is expected to be Replicate.
+        (*, n), the placement of `x`, which its gradient is expected to have.
     Raises:
         ShapeError: weight or bias do not fit `x`.
         UsageError: `x` is of a kind or a dtype that is not computed with.
     Comm:
         forward none; backward none.
+        tokens: backward one exchange of (B * T, n) and one all_gather of (n) for each parameter.
     """
     _check(x, "layer_norm", weight=weight, bias=bias)
-    return _LayerNorm.apply(x, weight, bias, eps)
+    return _LayerNorm.apply(x, weight, bias, eps, tokens)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -117,7 +137,12 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        tokens: TokenCut | None,
     ) -> Tensor:
         wide, size = wide_rows(x), x.shape[-1]
         mean = sum_rows(wide.t()).div_(size)[:, None]
@@ -131,6 +156,7 @@ class _LayerNorm(torch.autograd.Function):
         is_narrow = wide.dtype is not x.dtype
         ctx.save_for_backward(x if is_narrow else normed, weight, mean, inverse)
         ctx.is_narrow, ctx.bias_dtype = is_narrow, None if bias is None else bias.dtype
+        ctx.tokens = tokens
         return shaped(y.to(x.dtype), x)
 
     @staticmethod
@@ -141,10 +167,10 @@ class _LayerNorm(torch.autograd.Function):
         normed = (wide_rows(saved_rows) - mean).mul_(inverse) if ctx.is_narrow else saved_rows
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[2]:
-            grad_bias = sum_batch_rows(grad, dtype=ctx.bias_dtype)
+            grad_bias = _sum_rows(grad, grad_y.shape[0], ctx.tokens, ctx.bias_dtype)
         product = grad * normed
         if ctx.needs_input_grad[1]:
-            grad_weight = sum_batch_rows(product, dtype=weight.dtype)
+            grad_weight = _sum_rows(product, grad_y.shape[0], ctx.tokens, weight.dtype)
         if ctx.needs_input_grad[0]:
             weighted = grad.clone() if weight is None else grad * weight
             if weight is not None:
@@ -153,7 +179,7 @@ class _LayerNorm(torch.autograd.Function):
             mean_grad = sum_rows(weighted.t()).div_(size)[:, None]
             grad_x = weighted.sub_(mean_grad).sub_(normed * mean_product).mul_(inverse)
             grad_x = shaped(grad_x.to(grad_y.dtype), grad_y)
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 def _check(x: Tensor, who: str, **parameters: Tensor | None) -> None:

@@ -34,6 +34,7 @@ from shardproof.ops.rows import (
     wants_gradient,
     without_autocast,
 )
+from shardproof.ops.tokens import TokenCut
 from shardproof.tree import Node, node_name, nodes_of_run
 
 
@@ -98,7 +99,11 @@ class SharedSum:
         return cls(members, split, (first.leaves.slices, keys, keys))
 
     def start(
-        self, grads: Sequence[Tensor | None], weights: Sequence[Tensor], like: Tensor
+        self,
+        grads: Sequence[Tensor | None],
+        weights: Sequence[Tensor],
+        like: Tensor,
+        tokens: TokenCut | None = None,
     ) -> StartedSum:
         """The input gradient, summed over members and axis, started.
 
@@ -106,8 +111,10 @@ class SharedSum:
             grads: (M, held out_features), Shard(1), of each member; None if it has none.
             weights: (held out_features, in_features), Shard(0), of each member.
             like: one of the gradients.
+            tokens: of which each rank gets its own.
         Returns:
-            (M, in_features), Replicate, once it has been awaited.
+            (M, in_features), Replicate, once it has been awaited; with `tokens` (B, own tokens,
+            in_features), Shard(1).
         """
         terms = [
             _MemberTerm(grad, weight, slices, member)
@@ -120,6 +127,10 @@ class SharedSum:
         if observing.is_on():
             self._tell(terms, parts)
         shape = (like.shape[0], weights[0].shape[1])
+        if tokens is not None:
+            return StartedSum(
+                tokens.scatter(parts, self.split, shape=shape, like=like, direction="backward")
+            )
         return self.split.start_sum(parts, shape=shape, like=like, direction="backward")
 
     def _tell(self, terms: Sequence[_MemberTerm], parts: Sequence[Tensor]) -> None:
@@ -187,16 +198,22 @@ class _SharedColumns(OwnFunction):
     """Local products forward; one all_reduce of the input gradient backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shared: SharedSum, *parameters: Tensor | None) -> Any:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shared: SharedSum,
+        tokens: TokenCut | None,
+        *parameters: Tensor | None,
+    ) -> Any:
         count = len(shared.members)
         weights, biases = parameters[:count], parameters[count:]
-        needs_x, _, *needs = ctx.needs_input_grad
-        ctx.shared, ctx.is_spent = shared, False
+        needs_x, _, _, *needs = ctx.needs_input_grad
+        ctx.shared, ctx.tokens, ctx.is_spent = shared, tokens, False
         # The input itself, not a view of it: torch then sees who writes into it in between.
         saved_weights = weights if needs_x else [None] * count
         ctx.save_for_backward(x if any(needs[:count]) else None, *saved_weights)
         ctx.set_materialize_grads(False)  # what had no gradient is left out of the sum
-        return _columns(x, weights, biases, shared)  # type: ignore[arg-type]  # weights are there
+        return _columns(x, weights, biases, shared, tokens)  # type: ignore[arg-type]  # weights are there
 
     @staticmethod
     @once_differentiable
@@ -215,8 +232,13 @@ def is_spent(y: Tensor) -> bool:
 
 
 def _columns(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], shared: SharedSum
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    shared: SharedSum,
+    tokens: TokenCut | None = None,
 ) -> tuple[Tensor, ...]:
+    x = x if tokens is None else tokens.gather(x, "forward")
     rows = as_rows(x)
     return tuple(
         shaped(product(rows, weight, bias, member), x)
@@ -228,12 +250,15 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None], like: Tensor) -> tuple[
     """The input gradient is Partial: its sum runs while the others are computed."""
     shared: SharedSum = ctx.shared
     x, *weights = ctx.saved_tensors
-    needs_x, _, *needs = ctx.needs_input_grad
+    tokens: TokenCut | None = ctx.tokens
+    needs_x, _, _, *needs = ctx.needs_input_grad
     count = len(shared.members)
     rows = [None if grad is None else as_rows(grad) for grad in grads]
     started, grad_x = None, None
     if needs_x:
-        started = shared.start(rows, weights, as_rows(like))
+        started = shared.start(rows, weights, as_rows(like), tokens)
+    if tokens is not None and any(needs[:count]):
+        x = tokens.gather(x, "backward")
     grad_weights = [
         weight_gradient(row, as_rows(x), member) if is_needed and row is not None else None
         for member, row, is_needed in zip(shared.members, rows, needs[:count], strict=True)
@@ -243,12 +268,17 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None], like: Tensor) -> tuple[
         for member, row, is_needed in zip(shared.members, rows, needs[count:], strict=True)
     ]
     if started is not None:
-        grad_x = shaped(started.wait(), like)
-    return grad_x, None, *grad_weights, *grad_biases
+        grad_x = started.wait()
+        grad_x = shaped(grad_x, like) if tokens is None else grad_x
+    return grad_x, None, None, *grad_weights, *grad_biases
 
 
 def shared_columns(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], shared: SharedSum
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    shared: SharedSum,
+    tokens: TokenCut | None = None,
 ) -> tuple[Tensor, ...]:
     """`x @ weight.T + bias` of every member, with weights cut along out_features.
 
@@ -260,6 +290,7 @@ def shared_columns(
         weights: (held out_features, in_features), Shard(0), of each member.
         biases: (held out_features,), Shard(0), or None, of each member.
         shared: how the members are cut, and their sum.
+        tokens: how the tokens of `x`, (B, own tokens, in_features), are cut; they are gathered.
     Returns:
         (*, held out_features), Shard(-1), of each member; their gradients are expected to be
         Shard(-1).
@@ -268,9 +299,12 @@ def shared_columns(
         ShapeError: x, weights and biases are of several dtypes or on several devices.
     Comm:
         forward none; backward one all_reduce of grad_x (*, in_features).
+        tokens: forward one all_gather of x; backward another one, for the gradients of the
+        weights, and one reduce_scatter of grad_x.
     """
     first = shared.members[0]
-    first.axis.note(x, who=shared.split.name)
+    if tokens is None:
+        first.axis.note(x, who=shared.split.name)
     first.arithmetic.require()
     count = len(weights)
     context, x, *others = prepared(x, *weights, *biases)
@@ -283,8 +317,10 @@ def shared_columns(
     try:
         with context:
             if wants_gradient(x, *weights, *biases):
-                outputs: tuple[Tensor, ...] = _SharedColumns.apply(x, shared, *weights, *biases)
+                outputs: tuple[Tensor, ...] = _SharedColumns.apply(
+                    x, shared, tokens, *weights, *biases
+                )
                 return outputs
-            return _columns(x, weights, biases, shared)
+            return _columns(x, weights, biases, shared, tokens)
     except operands.ERRORS as error:
         operands.explain(error, shared.split.name, x=x)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from shardproof.axis import Axis, checked_axis
 from shardproof.checked_objects import checked_model
+from shardproof.checked_values import checked_flag
 from shardproof.errors import PlanError, ShardproofError
 from shardproof.hf.cache import guard_cache
 from shardproof.hf.detection import is_transformers
@@ -32,6 +33,7 @@ from shardproof.plans.replacements import (
     names_replaced_by_cut_layers,
     replacements_of,
 )
+from shardproof.plans.sequence_parallel import cut_tokens
 from shardproof.plans.style import Plan, Style
 from shardproof.plans.unsupported import is_lazy
 from shardproof.plans.watched import as_watched, call_by_forms, cut_by
@@ -41,6 +43,10 @@ from shardproof.wording import dtype_name, short_repr
 
 Value = TypeVar("Value")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+NEEDS_NAMES = (
+    "sequence_parallel=True needs a plan of names, of yours or of the model; what was planned by "
+    "watching a forward keeps its activations whole between blocks. Leave it out, or give a plan."
+)
 _SAMPLES = 64  # elements of each parameter that the ranks compare
 
 
@@ -51,6 +57,7 @@ def parallelize(
     *,
     inputs: Any = None,
     scheme: Scheme = DEFAULT_SCHEME,
+    sequence_parallel: bool = False,
 ) -> nn.Module:
     """Cut a model in place: this rank keeps its shard of each module that the plan names.
 
@@ -72,6 +79,8 @@ def parallelize(
         inputs: example inputs of `forward`, as in `sp.plan`. Without a plan, one forward is
             watched; with a plan, a step is rehearsed on every rank.
         scheme: leaves, numerics and seed, if `plan` is not a `Plan`, which has its own.
+        sequence_parallel: in training, activations (B, T, n) between blocks are cut along the T
+            tokens (Korthikanti et al. 2022). It changes no bit. For plans of names alone.
 
     Returns:
         `model`.
@@ -84,11 +93,16 @@ def parallelize(
         UsageError: `plan` has a scheme, and `scheme` is given too.
     """
     axis = checked_axis(axis)
+    sequence_parallel = checked_flag(sequence_parallel, "sequence_parallel")
     if (inputs is not None and plan is None) or isinstance(plan, WatchedPlan):
+        if sequence_parallel:
+            raise PlanError(NEEDS_NAMES)
         return _cut_as_watched(model, plan, axis, inputs, scheme)
     agreed_plan, agreed_scheme = _agree(model, plan, scheme, axis)
     known_plan = plan if isinstance(plan, ModelPlan) else agreed_plan
     outcome = attempt(model, known_plan, degree=axis.size, scheme=scheme)
+    if isinstance(outcome, str) and sequence_parallel:
+        raise PlanError(f"{NEEDS_NAMES} Here they do not serve: {outcome}")
     if isinstance(outcome, str):
         return _cut_as_watched(model, None, axis, None, scheme, why=outcome)
     model_plan, problems = outcome
@@ -103,6 +117,8 @@ def parallelize(
     region = cut_by_names(model, model_plan, replacements, axis)
     if rehearsal is not None:
         call_by_forms(model, rehearsal.calls, rehearsal.draws, region)
+    if sequence_parallel:
+        cut_tokens(model, model_plan, region)
     return _finished(model, whole, model_plan.scheme, axis)
 
 

@@ -1,0 +1,157 @@
+"""Sequence parallelism: in training, activations between blocks are cut along their tokens.
+
+A row layer gives each rank the sum of its own tokens; norms, dropout and residual additions work on
+these; a column layer gathers the tokens before its product. Between them the model's code computes
+with cut tensors (`cut/`), which show the shape of the whole. What has no rule for a tensor that is
+cut along its tokens gets the whole one. No bit changes: sums over the cut dim of a layer are
+elementwise over the tokens, and gradients that sum over tokens keep their order (`ops/tokens.py`).
+
+Source: Korthikanti et al. 2022 (arXiv 2205.05198, section 4.2.2).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardproof.cut import all_rules
+from shardproof.cut.deferred import opened
+from shardproof.cut.spec import Region
+from shardproof.cut.tensor import CutTensor, cut_tensor
+from shardproof.layers.dropout import Dropout
+from shardproof.layers.norm import LayerNorm, RMSNorm
+from shardproof.ops import unit_ops
+from shardproof.ops.dropout import MaskKey, dropout_part
+from shardproof.ops.norms import layer_norm, whole_rms_norm
+from shardproof.ops.tokens import TokenCut
+from shardproof.plans.model_plan import ModelPlan
+from shardproof.plans.style import Attention, ColumnParallel, RowParallel, VocabParallel
+from shardproof.units import Block, CutDim, Shared, Units
+
+assert all_rules  # noqa: S101 - imported for what it registers
+TOKENS = "tokens"
+_DIM = 1  # of the tokens in (B, T, n)
+
+
+def cut_tokens(model: nn.Module, plan: ModelPlan, region: Region) -> None:
+    """Let the modules of a model that was cut by names cut activations along their tokens.
+
+    Args:
+        model: cut by `plan`.
+        plan: made from names.
+        region: of the model's cut tensors.
+    """
+    if region.axis.size == 1:
+        return
+    for name, style in plan.styles.items():
+        module: Any = model.get_submodule(name)
+        if isinstance(style, ColumnParallel):
+            _wrap(module, _read, region)
+        elif isinstance(style, RowParallel):
+            _wrap(module, _make, region)
+        elif isinstance(style, VocabParallel):
+            _wrap(module, _look_up, region)
+        elif isinstance(style, Attention):
+            for child in (style.query, style.key, style.value):
+                _wrap(module.get_submodule(child), _read, region)
+            _wrap(module.get_submodule(style.output), _make, region)
+    for module in model.modules():
+        if type(module) is RMSNorm or type(module) is LayerNorm:
+            _wrap(module, _norm, region)
+        elif type(module) is Dropout:
+            _wrap(module, _drop, region)
+
+
+def _wrap(module: Any, forward: Callable[..., Any], region: Region) -> None:
+    module.forward = partial(forward, module, module.forward, region)
+
+
+def _tokens_of(x: Any) -> CutDim | None:
+    """How the tokens of an activation are cut; None if they are not."""
+    if not isinstance(x, CutTensor) or x.dim() != 3 or x.spec.dim != _DIM:
+        return None
+    return x.spec.cut if x.spec.cut.shared.units.name == TOKENS else None
+
+
+def _cut_of(region: Region, length: int) -> CutDim:
+    """The cut of so many tokens over the ranks."""
+    shared = Shared(Units(TOKENS, length), region.scheme.leaves, region.axis.size)
+    return region.one(CutDim(shared, (Block(length, 0, 1),)))
+
+
+def _token_cut(region: Region, cut: CutDim, who: str) -> TokenCut:
+    split = region.place(cut, who).plain_split
+    assert split is not None  # noqa: S101 - tokens are one block
+    return TokenCut(split)
+
+
+def _is_training() -> bool:
+    """Without gradients nothing is kept between blocks, and a step may have one token."""
+    return torch.is_grad_enabled()
+
+
+def _make(layer: Any, inner: Callable[..., Any], region: Region, input: Any) -> Any:
+    """The forward of a row layer, whose output is cut along its tokens."""
+    if not _is_training() or input.dim() != 3 or not input.shape[_DIM]:
+        return inner(input)
+    cut = _cut_of(region, input.shape[_DIM])
+    layer.tokens = _token_cut(region, cut, layer.name)
+    try:
+        y = inner(input)
+    finally:
+        layer.tokens = None
+    shape = (y.shape[0], cut.size, y.shape[2])
+    return cut_tensor(y, region.spec(shape, _DIM, cut), layer.name)
+
+
+def _read(layer: Any, inner: Callable[..., Any], region: Region, input: Any) -> Any:
+    """The forward of a column layer, which gathers the tokens of its input."""
+    x = opened(input)
+    cut = _tokens_of(x)
+    if cut is None:
+        return inner(input)
+    layer.tokens = _token_cut(region, cut, layer.name)
+    try:
+        return inner(x.local)
+    finally:
+        layer.tokens = None
+
+
+def _look_up(layer: Any, inner: Callable[..., Any], region: Region, ids: Any) -> Any:
+    """The forward of an embedding, whose output is cut along its tokens."""
+    y = inner(ids)
+    if not _is_training() or y.dim() != 3 or not y.shape[_DIM]:
+        return y
+    cut = _cut_of(region, y.shape[_DIM])
+    part = unit_ops.take(y, _DIM, region.place(cut, layer.name))
+    return cut_tensor(part, region.spec(tuple(y.shape), _DIM, cut), layer.name)
+
+
+def _norm(norm: Any, inner: Callable[..., Any], region: Region, input: Any) -> Any:
+    """The forward of a norm on this rank's tokens."""
+    x = opened(input)
+    cut = _tokens_of(x)
+    if cut is None:
+        return inner(input)
+    tokens = _token_cut(region, cut, x.who)
+    if type(norm) is RMSNorm:
+        y = whole_rms_norm(x.local, norm.weight, norm.formula, tokens)
+    else:
+        y = layer_norm(x.local, norm.weight, norm.bias, eps=norm.eps, tokens=tokens)
+    return cut_tensor(y, x.spec, x.who)
+
+
+def _drop(module: Any, inner: Callable[..., Any], region: Region, input: Any) -> Any:
+    """The forward of a dropout on this rank's tokens, with the mask of the whole activation."""
+    x = opened(input)
+    cut = _tokens_of(x)
+    if cut is None:
+        return inner(input)
+    if not module.training or module.p == 0:
+        return x
+    owned = _token_cut(region, cut, x.who).split.owned
+    key = MaskKey(module.seed, module.name, module.next_step())
+    y = dropout_part(x.local, module.p, key, shape=x.shape, dim=_DIM, at=owned)
+    return cut_tensor(y, x.spec, x.who)
