@@ -1,4 +1,4 @@
-"""Reinforcement learning: generate at degree 3, train at tp 2 x dp 2, the same bits everywhere.
+"""Policy gradients: generate at degree 3, train at tp 2 x dp 2; the same bits in every layout.
 
 python examples/policy_gradient.py
 python examples/policy_gradient.py --generate 1 --tp 1 --dp 3    # other ranks, the same hash
@@ -24,7 +24,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 os.environ["SHARDPROOF_BLAS"] = "core"  # our own products: a row's bits do not depend on its batch
 
 import shardproof as sp  # before the first matrix product: it sets the BLAS mode
-from shardproof.data_parallel import DataParallel
 
 ROUNDS, ROWS, PROMPT, NEW = 10, 32, 16, 16  # with 16 tokens or more, the KV cache changes no bit
 TEMPERATURE, LR = 0.9, 1e-2
@@ -72,10 +71,9 @@ def generate(axis: sp.Axis, directory: Path, step: int) -> tuple[Tensor, Tensor]
     return torch.cat(parts, 1), torch.cat(scores, 1)
 
 
-def train(
-    axis: sp.Axis, directory: Path, dp: int, tokens: Tensor, generated: Tensor
-) -> tuple[int, int]:
+def train(axis: sp.Axis, directory: Path, dp: int, made: tuple[Tensor, Tensor]) -> tuple[int, int]:
     """Take a step on one rank; how many log-probabilities it computed, and how many differ."""
+    tokens, generated = made
     axes = axis.split(dp=dp, tp=axis.size // dp)
     model = make(axes["tp"]).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95))
@@ -92,7 +90,7 @@ def train(
         is_same.append(scores.detach().view(torch.int32) == generated[samples].view(torch.int32))
         return -(advantages[samples, None] * scores).sum(), scores.numel()
 
-    DataParallel(model, axes["dp"]).backward(loss_of, len(tokens))
+    sp.DataParallel(model, axes["dp"]).backward(loss_of, len(tokens))
     sp.clip_grad_norm_(model, 1.0)
     optimizer.step()
     if axes["dp"].rank == 0:  # the other groups have the same weights
@@ -105,15 +103,14 @@ def run(directory: Path, *, degree: int, tp: int, dp: int, rounds: int = ROUNDS)
     """Generate and train in turn; SHA-256 of all weights at the end."""
     for step in range(rounds):
         work = functools.partial(generate, directory=directory, step=step)
-        tokens, generated = sp.launch(work, degree=degree)[0]
-        step_of = functools.partial(
-            train, directory=directory, dp=dp, tokens=tokens, generated=generated
-        )
-        counts = sp.launch(step_of, degree=tp * dp)
+        made = sp.launch(work, degree=degree)[0]
+        learn = functools.partial(train, directory=directory, dp=dp, made=made)
+        counts = sp.launch(learn, degree=tp * dp)
         computed, differing = (sum(each) for each in zip(*counts, strict=True))
-        share = f"{rewards_of(tokens).mean():.0%} lower-case letters"
-        print(f"round {step + 1:2}: {share}, {differing} of {computed} log-probabilities differ")
-        assert not differing, f"{differing} of {computed} log-probabilities differ"
+        verdict = f"{differing} of {computed} log-probabilities differ"
+        letters = f"{rewards_of(made[0]).mean():.0%} lower-case letters"
+        print(f"round {step + 1:2}: {letters}; on the trainer's ranks {verdict}")
+        assert not differing, verdict
     weights = directory / f"step-{rounds:08}" / "model.safetensors"
     return hashlib.sha256(weights.read_bytes()).hexdigest()
 

@@ -62,6 +62,7 @@ class Setting:
         numerics: of the scheme.
         pads: the last tokens of one row are padding, which the attention mask leaves out.
         steps: of AdamW, with clipping.
+        sequence_parallel: activations between blocks are cut along their tokens.
     """
 
     kind: str
@@ -70,6 +71,7 @@ class Setting:
     numerics: str = "invariant"
     pads: bool = False
     steps: int = 1
+    sequence_parallel: bool = False
 
 
 def whole_model(kind: str, **changes: Any) -> nn.Module:
@@ -91,7 +93,8 @@ def cut_model(axis: Axis, setting: Setting) -> nn.Module:
     """Cut by its own plan from the meta device, and initialised."""
     model = meta_model(setting.kind, setting.dtype, **setting.changes)
     scheme = Scheme(numerics=setting.numerics)  # type: ignore[arg-type]
-    return initialize(parallelize(model, None, axis, scheme=scheme))
+    options = {"sequence_parallel": setting.sequence_parallel}
+    return initialize(parallelize(model, None, axis, scheme=scheme, **options))
 
 
 def inputs(setting: Setting) -> dict[str, Tensor]:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import shardproof as sp
-from shardproof import comm
-from shardproof.data_parallel import DataParallel
+from shardproof import DataParallel, comm
 from shardproof.errors import (
     AxisError,
     DegreeError,
@@ -395,6 +394,20 @@ def _with(axis: sp.Axis, *, rows: int = 0, shift: float = 0.0, width: int = 0) -
 def test_ranks_that_differ_all_raise(options: dict[str, Any], text: str, pool: Any) -> None:
     with pytest.raises(MismatchError, match=text):
         sp.launch(partial(_with, **options), degree=2)
+
+
+def test_parts_of_a_cut_weight_are_compared_too() -> None:
+    def work(axis: sp.Axis, plain: nn.Module) -> None:
+        axes = axis.split(dp=2, tp=2)
+        scheme = sp.Scheme(batch_leaves=8)
+        model = sp.parallelize(copy.deepcopy(plain), PLAN, axes["tp"], scheme=scheme)
+        with torch.no_grad():
+            model.up.weight.add_(axes["dp"].rank)  # type: ignore[union-attr]
+        x = batch()
+        DataParallel(model, axes["dp"]).backward(lambda at: model(x[at]).square().sum(), ROWS)
+
+    with pytest.raises(MismatchError, match=r"different weights: for a sample of 'up.weight'"):
+        sp.launch(partial(work, plain=make()), degree=4)
 
 
 # ---- axes of a grid

@@ -38,7 +38,8 @@ def last_line(name: str, ranks: int | None) -> str:
 
 def test_every_example_is_listed_here():
     names = {path.name for path in EXAMPLES.glob("*.py")}
-    assert sorted(LAST_LINES) == sorted(names - {"train.py"})  # tests/test_train.py stops it
+    # tests/test_train.py stops the one, and tests/test_policy_gradient.py runs parts of the other
+    assert sorted(LAST_LINES) == sorted(names - {"train.py", "policy_gradient.py"})
 
 
 @pytest.mark.parametrize("name", LAST_LINES)

@@ -117,7 +117,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layers.registry", "layers.function_replacement"),
     ("layers.step_guard",),
     (
-        "layers.data_parallel",
+        "layers.data_parallel_guard",
         "layers.refused_functions",
         "layers.grad_scaler",
         "layers.state_guard",
@@ -140,7 +140,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("hf.detection", "hf.saving"),
     # Whole models as plain directories.
     ("checkpoint.directory", "checkpoint.entries", "checkpoint.together"),
-    ("checkpoint.manifest", "checkpoint.writing", "hf.weights"),
+    ("checkpoint.fully_sharded", "checkpoint.manifest", "checkpoint.writing", "hf.weights"),
     ("checkpoint.background",),
     ("checkpoint.save",),
     ("checkpoint.load", "checkpoint.series"),
@@ -302,9 +302,10 @@ EXTENSIONS = ("shardproof._kernels", "shardproof._shm")
 # (module, imported): why this import stands inside a function.
 INSIDE_FUNCTIONS: dict[tuple[str, str], str] = {
     (
-        "layers.data_parallel",
+        "layers.data_parallel_guard",
         "torch.distributed.fsdp",
     ): "a second of imports, for programs that use it",
+    ("checkpoint.fully_sharded", "torch.distributed.tensor"): "for models that fully_shard divided",
     ("plans.compiled", "shardproof.plans.graph"): "it imports torch._dynamo: a second",
 }
 

@@ -17,6 +17,9 @@ from shardproof.cli.main import main
 from shardproof.cli.prove_layouts import parse_layouts
 from shardproof.data_parallel import DataParallel
 from shardproof.errors import UsageError
+from shardproof.ops.dropout import dropout
+from shardproof.ops.tokens import TokenCut
+from shardproof.plans import sequence_parallel
 from shardproof.prover import layouts
 from shardproof.prover.cases import find_case
 from shardproof.prover.layouts import (
@@ -32,6 +35,7 @@ from shardproof.tree import Node, nodes_of_run
 
 SCHEME = Scheme(batch_leaves=8)
 TWO = RankLayout(1, 2, 1)
+OF_TOKENS = RankLayout(2, 1, 1, sequence=True)
 
 
 def prove(*some: RankLayout, case: str = "gpt", **options: Any) -> LayoutReport:
@@ -43,7 +47,7 @@ def prove(*some: RankLayout, case: str = "gpt", **options: Any) -> LayoutReport:
 def test_the_sets_of_layouts() -> None:
     every = all_layouts()
     assert every[0] == ALONE
-    assert len(set(every)) == len(every) == 5 * 4 * 3
+    assert len(set(every)) == len(every) == (1 + 2 * 4) * 4 * 3
     some = sampled_layouts()
     assert some[0] == ALONE
     assert len(some) == layouts.SAMPLE
@@ -53,6 +57,7 @@ def test_the_sets_of_layouts() -> None:
     assert parse_layouts("sample") == some
     assert parse_layouts("full") == every
     assert parse_layouts("tp=2:dp=1,3") == (ALONE, RankLayout(2, 1), RankLayout(2, 3))
+    assert parse_layouts("tp=1,2:sequence=on,off") == (ALONE, RankLayout(2), OF_TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +67,7 @@ def test_the_sets_of_layouts() -> None:
         ("tp", "'tp' has something else than positive numbers"),
         ("tp=2,x", "'tp=2,x' has something else than positive numbers"),
         ("tp=0", "positive numbers"),
+        ("sequence=1", "'sequence=1' has something else than off and on"),
         ("pp=2", "'pp=2' names no dim"),
         ("tp=1000", "the largest of 1000 ranks"),
     ],
@@ -75,7 +81,11 @@ def test_a_wrong_set_is_refused(text: str, why: str) -> None:
 @pytest.mark.parametrize("case", ["gpt", "llama", "qwen"])
 def test_every_layout_has_the_same_bits(case: str) -> None:
     report = prove(
-        RankLayout(2, 2, 1), RankLayout(3, 1, 2), RankLayout(1, 3, 2), case=case, steps=2
+        RankLayout(2, 2, 1, True),
+        RankLayout(3, 1, 2, True),
+        RankLayout(1, 3, 2),
+        case=case,
+        steps=2,
     )
     assert report.proved, report.verdict()
     assert len(report.cases[0].hashes) > 100
@@ -213,6 +223,24 @@ def _drawn_by_rank(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(batch_gradients, "BatchLeaves", numbered)
 
 
+def _tokens_not_summed(patch: pytest.MonkeyPatch) -> None:
+    """Gradients of norms' weights are of a rank's own tokens, and not summed over the ranks."""
+
+    def sum_rows(self: TokenCut, terms: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
+        return terms.sum(0, dtype=dtype)
+
+    patch.setattr(TokenCut, "sum_rows", sum_rows)
+
+
+def _drawn_by_own_token(patch: pytest.MonkeyPatch) -> None:
+    """Dropout drawn by a token's number on its rank."""
+
+    def dropout_part(x: Tensor, p: float, key: Any, **_: Any) -> Tensor:
+        return dropout(x, p, key)
+
+    patch.setattr(sequence_parallel, "dropout_part", dropout_part)
+
+
 FAULTS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, str]] = {
     _averaged: ("gpt", "step 1: loss"),
     _twice: ("gpt", "step 1: loss"),
@@ -221,6 +249,8 @@ FAULTS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, str]] = {
     _clipped_alone: ("gpt", "step 1: "),
     _in_order_of_arrival: ("gpt", "step 1: "),
     _drawn_by_rank: ("llama", "step 1: loss"),
+    _tokens_not_summed: ("gpt", "step 1: norm."),
+    _drawn_by_own_token: ("gpt", "step 1: loss"),
 }
 
 
@@ -230,12 +260,13 @@ def test_a_planted_fault_is_named_with_tensor_and_layout(
 ) -> None:
     plant(monkeypatch)
     case, tensor = FAULTS[plant]
-    report = prove(TWO, case=case)
+    layout = OF_TOKENS if "token" in plant.__name__ else TWO
+    report = prove(layout, case=case)
     assert not report.proved
     run = report.cases[0].runs[1]
     assert run.differing[0].startswith(tensor), run.differing[:3]
     assert f"tensor {run.differing[0]!r} is the first" in report.verdict()
-    assert "in layout tp 1 x dp 2 than in tp 1 x dp 1" in report.verdict()
+    assert f"in layout {layout} than in tp 1 x dp 1" in report.verdict()
 
 
 def test_a_fault_of_all_layouts_is_found_by_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:

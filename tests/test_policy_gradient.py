@@ -20,8 +20,9 @@ from shardproof.tree import Node
 
 transformers = pytest.importorskip("transformers")
 
-ROUNDS = 3
-NEITHER = "0 of {} log-probabilities differ"
+ROUNDS = 2
+LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz")
+NONE = " 0 of {} log-probabilities differ"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def alone(example: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     return found
 
 
-@pytest.mark.parametrize(("degree", "tp", "dp"), [(3, 2, 2), (2, 1, 3), (8, 3, 1)])
+@pytest.mark.parametrize(("degree", "tp", "dp"), [(3, 2, 2), (2, 3, 1), (4, 1, 3)])
 def test_the_whole_loop_has_the_same_bits_in_every_layout(
     degree: int,
     tp: int,
@@ -56,7 +57,7 @@ def test_the_whole_loop_has_the_same_bits_in_every_layout(
 ) -> None:
     assert example.run(tmp_path, degree=degree, tp=tp, dp=dp, rounds=ROUNDS) == alone
     computed = example.ROWS * example.NEW * tp  # each rank of a group has all of its rows
-    assert capsys.readouterr().out.count(NEITHER.format(computed)) == ROUNDS
+    assert capsys.readouterr().out.count(NONE.format(computed)) == ROUNDS
 
 
 def test_every_round_changes_the_weights_and_the_tokens(example: Any, tmp_path: Path) -> None:
@@ -77,14 +78,14 @@ def test_plain_torch_has_the_same_log_probabilities_and_gradients(
 ) -> None:
     """In fp32 up to rounding: the formula of the policy gradient, written once more."""
     gradients: dict[str, Tensor] = {}
-    start = {name: each.clone() for name, each in example.make(sp.Axis.solo()).state_dict().items()}
+    start = {name: each.detach() for name, each in example.make(sp.Axis.solo()).named_parameters()}
 
     def keep(model: Any, most: float) -> None:
         gradients.update({name: each.grad.clone() for name, each in model.named_parameters()})
 
     monkeypatch.setattr(example.sp, "clip_grad_norm_", keep)
     tokens, generated = example.generate(sp.Axis.solo(), tmp_path, step=0)
-    example.train(sp.Axis.solo(), tmp_path, 1, tokens, generated)
+    example.train(sp.Axis.solo(), tmp_path, 1, (tokens, generated))
 
     config = transformers.LlamaConfig(vocab_size=257, **example.SIZES, **example.HEADS)
     plain = transformers.LlamaForCausalLM(config)
@@ -102,9 +103,6 @@ def test_plain_torch_has_the_same_log_probabilities_and_gradients(
         torch.testing.assert_close(
             gradients[name] / scale, parameter.grad / scale, rtol=0, atol=1e-4, msg=name
         )
-
-
-LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz")
 
 
 # ---- planted faults
@@ -153,22 +151,16 @@ def _stale_weights(example: Any, patch: pytest.MonkeyPatch) -> None:
 
 def _one_token_late(example: Any, patch: pytest.MonkeyPatch) -> None:
     """The trainer takes the logits of the position after the one that chose the token."""
-
-    def late(logits: Tensor, chosen: Tensor) -> Tensor:
-        return original(logits.roll(-1, 1), chosen)
-
     original = example.log_probabilities
-    _in_the_trainer(example, patch, late)
+    _in_the_trainer(example, patch, lambda logits, chosen: original(logits.roll(-1, 1), chosen))
 
 
-@pytest.mark.parametrize(
-    ("plant", "rounds"),
-    [(_another_temperature, 0), (_another_formula, 0), (_one_token_late, 0), (_stale_weights, 1)],
-    ids=lambda each: each.__name__.strip("_") if callable(each) else "",
-)
+GOOD_ROUNDS = {_another_temperature: 0, _another_formula: 0, _one_token_late: 0, _stale_weights: 1}
+
+
+@pytest.mark.parametrize("plant", GOOD_ROUNDS, ids=lambda each: each.__name__)
 def test_a_fault_of_one_side_is_seen(
     plant: Callable[[Any, pytest.MonkeyPatch], None],
-    rounds: int,
     example: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -178,7 +170,7 @@ def test_a_fault_of_one_side_is_seen(
     with pytest.raises(AssertionError, match=r"^[1-9]\d* of \d+ log-probabilities differ"):
         example.run(tmp_path, degree=1, tp=1, dp=2, rounds=ROUNDS)
     computed = example.ROWS * example.NEW
-    assert capsys.readouterr().out.count(NEITHER.format(computed)) == rounds
+    assert capsys.readouterr().out.count(NONE.format(computed)) == GOOD_ROUNDS[plant]
 
 
 def test_rows_that_are_lost_between_groups_change_the_hash(

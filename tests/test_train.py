@@ -219,7 +219,7 @@ def on_one_rank(config: Path, text: Path, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize(
     "options",
     [
-        ("--data-parallel", 2, "--degree", 2),
+        ("--data-parallel", 2, "--degree", 2, "--sequence-parallel"),
         ("--data-parallel", 3, "--engine", "processes"),
     ],
     ids=["tp 2 x dp 2", "dp 3, processes"],

@@ -15,6 +15,7 @@ from shardproof.checkpoint.load import load
 from shardproof.checkpoint.save import save, wait_for_save
 from shardproof.checkpoint.series import latest_checkpoint
 from shardproof.comparison import checked
+from shardproof.data_parallel import DataParallel
 from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.layers.linear import ColumnParallelLinear, RowParallelLinear
 from shardproof.ops.sampling import KeyedSampler
@@ -62,6 +63,7 @@ __all__ = [
     "Axis",
     "ColumnParallel",
     "ColumnParallelLinear",
+    "DataParallel",
     "KeyedSampler",
     "ModelPlan",
     "Plan",

@@ -154,7 +154,7 @@ class DataParallel:
         step = BatchStep(self.model, named, Cut(num_samples, self.num_leaves, self.axis.size))
         if self._is_first:
             self.axis.agree(
-                sample_weights(self.model),
+                sample_weights(self.model, with_parts=True),
                 what="weights",
                 way_out="Give every rank of the axis the same weights: load one state, or draw "
                 "them from one seed.",

@@ -134,6 +134,7 @@ class TextTrainingRun:
         on_step: called on rank 0 after each step.
         data_parallel: number of groups of ranks that share a batch; the ranks of a group share the
             model. Above 1 the options need batch leaves.
+        sequence_parallel: activations between blocks are cut along their tokens.
     """
 
     model: Path
@@ -146,6 +147,7 @@ class TextTrainingRun:
     keep: int | None = None
     on_step: Callable[[TrainedStep], None] | None = None
     data_parallel: int = 1
+    sequence_parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -317,7 +319,9 @@ def _make(axis: Axis, run: TextTrainingRun) -> tuple[nn.Module, Optimizer]:
     with together(axis, "making the model"):
         model = skeleton(run.resume or run.model).float()
         read_generation_config(model, run.resume or run.model)
-    initialize(parallelize(model, None, axis, scheme=scheme))
+    initialize(
+        parallelize(model, None, axis, scheme=scheme, sequence_parallel=run.sequence_parallel)
+    )
     if not run.is_new and run.resume is None:
         with together(axis, "loading the weights"):
             load_weights(model, run.model)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from shardproof import files
 from shardproof.checked_objects import checked_model, checked_optimizer, load_into
 from shardproof.checked_values import checked_flag
+from shardproof.checkpoint import fully_sharded
 from shardproof.checkpoint.background import wait_for_pending
 from shardproof.checkpoint.directory import (
     LARGEST_JSON,
@@ -87,7 +88,8 @@ def load(
 ) -> Loaded:
     """Load a model and its optimizer; all ranks of the model call it.
 
-    Any degree reads what any degree wrote. Each rank reads the part that it holds.
+    Any degree reads what any degree wrote. Each rank reads the part that it holds; after
+    `fully_shard`, the part that its axis gives it, of which it keeps its share.
 
     Args:
         directory: what `save` wrote, or a directory of safetensors of transformers or torch.
@@ -129,10 +131,12 @@ def load(
         read(to_read.states)
         if to_read.root and read_manifest(path)["root"] != to_read.root:
             raise UsageError(f"{short_text(str(path))} was replaced while it was read. {_REPLACED}")
+        fully_sharded.keep_weights(model, (entry for entry, *_ in to_read.weights))
     with together(axis, "loading the optimizer"):
         if optimizer is not None and to_read.state_dict is not None:
             load_into(optimizer, to_read.state_dict)
             _keep_dtypes(model, optimizer, to_read.states)
+            fully_sharded.keep_states(optimizer)
     modules = draws_of(model)
     for name, step in to_read.draws.items():
         modules[name].step = step
@@ -206,7 +210,8 @@ def _what_to_read(
         raise UsageError(f"{what} is no directory. Name one that shardproof.save wrote.")
     state, root = _state_of(path), _root_of(path)
     available = stored_tensors(path, MODEL)
-    entries = weights_of(model)
+    fully_sharded.mesh_of(model)
+    entries = [fully_sharded.place_for(entry) for entry in weights_of(model)]
     if state:  # it has every tensor of the model that was saved, and no more
         mine = {entry.name for entry in entries}
         missing, unexpected = sorted(mine - available.keys()), sorted(available.keys() - mine)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from shardproof.axis import Axis
 from shardproof.checked_objects import checked_model, checked_optimizer
 from shardproof.checked_values import checked_flag, checked_whole
-from shardproof.checkpoint import manifest
+from shardproof.checkpoint import fully_sharded, manifest
 from shardproof.checkpoint.background import (
     BackgroundSave,
     CopyingWriter,
@@ -85,6 +85,9 @@ def save(
     The directory has whole tensors in safetensors files, which transformers and torch read. Its
     bytes do not depend on the degree. It gets its name, and replaces a checkpoint, when whole.
 
+    After `fully_shard`, all ranks of its mesh call it with the same arguments. They gather each
+    tensor, and the ranks at the first place of the mesh write.
+
     Args:
         directory: does not exist, is empty, or has a checkpoint.
         model: cut or not; of transformers or not.
@@ -106,28 +109,38 @@ def save(
         MismatchError: the ranks save different things.
 
     Comm:
-        setup one exchange of (rows, size) for every 8 MiB of a tensor whose rows are cut.
+        setup one exchange of (rows, size) for every 8 MiB of a tensor whose rows are cut; after
+            `fully_shard` each tensor is gathered over its mesh, without the ledger.
         update none in the ledger; in the background, small objects in each step until it is whole.
     """
     axis = axis_of(checked_model(model))
     wait_for_pending(model, axis)
-    with together(axis, "checking what is saved"):
+    mesh, what = fully_sharded.mesh_of(model), "checking what is saved"
+    with fully_sharded.shared_outcome(mesh, what), together(axis, what):
         path = checked_path(directory)
         optimizer = None if optimizer is None else checked_optimizer(optimizer)
         _check_tokenizer(tokenizer)
         largest = checked_whole(largest_file, "largest_file", most=_LARGEST_DISK)
         count = checked_whole(step, "step", least=0)
         background = checked_flag(background, "background")
+        if background and mesh is not None:
+            raise UsageError(
+                "background=True with parameters that fully_shard has divided: the other ranks of "
+                "its mesh would not learn what goes wrong. Leave background out."
+            )
         state, entries = _collect(model, optimizer, count, extra)
-        to_write = _divide(entries, largest)
-        signature = _signature(path, state, to_write, entries)
-    axis.agree(signature, what="checkpoints", way_out="Save the same on all ranks.")
-    _check_copies(entries, axis)
-    write_others = functools.partial(_write_others, model, state, tokenizer, to_write)
-    if background:
-        keep(model, _start(path, to_write, axis, write_others), optimizer)
-    else:
-        _write(path, to_write, axis, write_others)
+    with fully_sharded.shared_outcome(mesh, f"saving {short_text(str(path))}"):
+        entries = fully_sharded.gathered(entries)
+        with together(axis, what):
+            to_write = _divide(entries, largest)
+            signature = _signature(path, state, to_write, entries)
+        axis.agree(signature, what="checkpoints", way_out="Save the same on all ranks.")
+        _check_copies(entries, axis)
+        write_others = functools.partial(_write_others, model, state, tokenizer, to_write)
+        if background:
+            keep(model, _start(path, to_write, axis, write_others), optimizer)
+        elif fully_sharded.is_first(mesh):
+            _write(path, to_write, axis, write_others)
     return path
 
 

@@ -32,7 +32,7 @@ def together(axis: Axis, what: str) -> Iterator[None]:
         error = UsageError(f"{what} failed{_place(raised)}: {files.why(raised)}.")
     except Exception as raised:  # the other ranks wait for this one, whatever it is
         error = raised
-    errors = axis.gather_small(_described(error, what), what=what)
+    errors = axis.gather_small(described(error, what), what=what)
     for rank, other in enumerate(errors):
         if other is not None:
             if rank == axis.rank and error is not None:
@@ -41,7 +41,8 @@ def together(axis: Axis, what: str) -> Iterator[None]:
             raise kind(message)
 
 
-def _described(error: Exception | None, what: str) -> tuple[type[ShardproofError], str] | None:
+def described(error: Exception | None, what: str) -> tuple[type[ShardproofError], str] | None:
+    """Class and message of an error for other ranks; None for none."""
     if error is None:
         return None
     if isinstance(error, ShardproofError):

@@ -9,6 +9,7 @@ import inspect
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -27,14 +28,17 @@ from shardproof.cli.options import (
 )
 from shardproof.cli.output import console
 from shardproof.cli.output_file import OutputFile, check_different
+from shardproof.cli.plan_layout import NamedLayout, parse_layout, show_cost
 from shardproof.cli.plan_tables import ModelStep, as_json, show_model, show_watched
 from shardproof.errors import PlanError, UsageError
 from shardproof.hf.detection import is_transformers
 from shardproof.hf.skeleton import any_skeleton
 from shardproof.leaves import check_degree
 from shardproof.plans.by_example import plan_by_example
+from shardproof.plans.layout_cost import check_layout, layout_cost
 from shardproof.plans.match import near_names
 from shardproof.plans.model_plan import ModelPlan
+from shardproof.plans.paper_formulas import gpt_size
 from shardproof.plans.planning import as_error, attempt
 from shardproof.plans.planning import plan as make_plan
 from shardproof.plans.watched_plan import WatchedPlan
@@ -51,7 +55,9 @@ _WAY_OUT = (
 
 @click.command(context_settings=HELP_OPTIONS)
 @click.argument("model_dir")
-@number_option("--degree", metavar="D", required=True, example=2, help="How many ranks.")
+@number_option(
+    "--degree", metavar="D", example=2, help="How many ranks; --layout names them itself."
+)
 @leaves_option
 @number_option(
     "--batch",
@@ -59,7 +65,7 @@ _WAY_OUT = (
     default=BATCH,
     example=BATCH,
     show_default=True,
-    help="Rows of a step.",
+    help="Rows of a step. With --layout: of all ranks, by default one for each batch leaf.",
 )
 @number_option(
     "--length",
@@ -73,6 +79,11 @@ _WAY_OUT = (
     "--watch", is_flag=True, help="Watch a forward also where the model's tp_plan serves."
 )
 @click.option(
+    "--layout",
+    metavar="tp=T,dp=D",
+    help="Instead of the plan, show what a step costs in a layout of ranks.",
+)
+@click.option(
     "--html",
     "html_file",
     type=OutputPath(),
@@ -83,11 +94,12 @@ _WAY_OUT = (
 def plan(
     *,
     model_dir: str,
-    degree: int,
+    degree: int | None,
     leaves: int,
     batch: int,
     length: int,
     watch: bool,
+    layout: str | None,
     html_file: OutputFile | None,
     json_file: OutputFile | None,
 ) -> int:
@@ -99,10 +111,17 @@ def plan(
     a function without arguments that returns (model, inputs), of any model, whose forward is
     watched. Nothing is trained, sent or fetched. Directories need the extra 'hf'.
 
+    --layout tp=8,dp=128,batch_leaves=128 shows by arithmetic alone what a step of DataParallel
+    costs up to 10000 ranks: tp of them share a model, and dp groups of these share a batch. Also
+    accumulate=N and passes=node.
+
     Exit code 0, or 2 if the model cannot be cut so.
     """
-    scheme = Scheme(leaves=leaves)
-    check_degree(degree, leaves)
+    named = None if layout is None else _checked_layout(layout, degree, html_file)
+    tp = degree if named is None else named.tp
+    if tp is None:
+        raise click.MissingParameter(param_hint="'--degree'", param_type="option")
+    check_degree(tp, leaves)
     check_different(html_file, json_file)
     model, inputs = read_model(model_dir)
     if inputs is not None and (is_written("batch") or is_written("length")):
@@ -110,12 +129,11 @@ def plan(
             f"--batch and --length set the size of an example that a config gives, and "
             f"{short_text(model_dir)} returns its own. Leave both out."
         )
-    if inputs is not None:
-        model_plan: ModelPlan | WatchedPlan = make_plan(
-            model, degree=degree, inputs=inputs, scheme=scheme
-        )
-    else:
-        model_plan = _plan_of_config(model, degree, scheme, (batch, length), watch)
+    if named is not None:
+        rows = batch if is_written("batch") else named.batch_leaves
+        named = replace(named, leaves=leaves, batch=rows, length=length)
+        return _cost(named, (model, inputs), watch, model_dir, json_file)
+    model_plan = _plan(model, inputs, tp, Scheme(leaves=leaves), (batch, length), watch)
     if html_file is not None:
         page = plan_page(model_plan, batch=batch, length=length, source=model_dir)
         html_file.write_text(page)
@@ -129,6 +147,62 @@ def plan(
         json_file.write(as_json(step))
     show_model(step, console())
     return 0
+
+
+def _checked_layout(layout: str, degree: int | None, html_file: OutputFile | None) -> NamedLayout:
+    """The layout that --layout names; neither --degree nor --html goes with it."""
+    for option, value in (("--degree", degree), ("--html", html_file)):
+        if value is not None:
+            raise UsageError(
+                f"{option} does not go with --layout, which names the degree (tp) and shows the "
+                "costs of a layout instead of the plan. Leave one of the two out."
+            )
+    named = parse_layout(layout)
+    check_layout(named.tp, named.dp, named.batch_leaves)
+    return named
+
+
+def _cost(
+    named: NamedLayout,
+    read: tuple[nn.Module, Any],
+    watch: bool,
+    source: str,
+    json_file: OutputFile | None,
+) -> int:
+    """Compute, write and print what a step costs in a layout."""
+    model, inputs = read
+    scheme = Scheme(leaves=named.leaves, batch_leaves=named.batch_leaves)
+    model_plan = _plan(model, inputs, named.tp, scheme, (named.rows_of_leaf, named.length), watch)
+    is_watched = isinstance(model_plan, WatchedPlan)
+    if is_watched and inputs is None:
+        named.check_even()
+    cost = layout_cost(
+        model_plan,
+        dp=named.dp,
+        accumulate=named.accumulate,
+        passes=named.passes,
+        batch=None if is_watched else named.batch,
+        length=None if is_watched else named.length,
+        size=gpt_size(model.config) if is_transformers(model) else None,
+    )
+    if json_file is not None:
+        json_file.write({"directory": source, **cost.as_dict()})
+    show_cost(cost, source, console())
+    return 0
+
+
+def _plan(
+    model: nn.Module,
+    inputs: Any,
+    degree: int,
+    scheme: Scheme,
+    size: tuple[int, int],
+    watch: bool,
+) -> ModelPlan | WatchedPlan:
+    """The plan by the inputs of a user, or of a config."""
+    if inputs is not None:
+        return make_plan(model, degree=degree, inputs=inputs, scheme=scheme)
+    return _plan_of_config(model, degree, scheme, size, watch)
 
 
 def _plan_of_config(

@@ -135,8 +135,8 @@ _DIFFERENCE = {
     metavar="[SET]",
     is_flag=False,
     flag_value=prove_layouts.DEFAULT,
-    help="Instead, train in many layouts of the ranks (data parallel, accumulation): sample, full, "
-    "or numbers as in tp=1,2:dp=1,3:accumulate=2.",
+    help="Instead, train in many layouts of the ranks (data parallel, accumulation, sequence "
+    "parallel): sample, full, or as in tp=1,2:dp=1,3:accumulate=2:sequence=on.",
 )
 @click.option("--list", "wants_list", is_flag=True, help="List the cases, and run nothing.")
 def prove(

@@ -33,7 +33,8 @@ from shardproof.wording import VALUE, short_repr, short_text
 
 DEFAULT = "sample"
 FULL = "full"
-_EXAMPLE = "tp=1,2,3:dp=1,2:accumulate=1,2"
+_EXAMPLE = "tp=1,2,3:dp=1,2:accumulate=1,2:sequence=off,on"
+_SWITCH = {"off": False, "on": True}
 _MOST = 512  # layouts of one call
 _MOST_RANKS = 64
 
@@ -52,8 +53,14 @@ def parse_layouts(text: str) -> tuple[RankLayout, ...]:
     if text == FULL:
         return all_layouts()
     numbers: dict[str, tuple[int, ...]] = {"tp": (1,), "dp": (1,), "accumulate": (1,)}
+    sequence: tuple[bool, ...] = (False,)
     for part in text.split(":"):
         name, _, values = part.partition("=")
+        if name == "sequence" and set(values.split(",")) <= set(_SWITCH):
+            sequence = tuple(_SWITCH[each] for each in sorted(set(values.split(","))))
+            continue
+        if name == "sequence":
+            raise _refusal(text, f"{short_repr(part)} has something else than off and on")
         if name not in numbers:
             raise _refusal(text, f"{short_repr(part)} names no dim of a layout")
         parsed = [read_whole(each) for each in values.split(",")]
@@ -61,7 +68,7 @@ def parse_layouts(text: str) -> tuple[RankLayout, ...]:
         if len(chosen) != len(parsed):
             raise _refusal(text, f"{short_repr(part)} has something else than positive numbers")
         numbers[name] = tuple(sorted(set(chosen)))
-    layouts = all_layouts(**numbers)
+    layouts = all_layouts(**numbers, sequence=sequence)
     largest = max(layouts, key=lambda each: each.num_ranks)
     if len(layouts) > _MOST or largest.num_ranks > _MOST_RANKS:
         raise _refusal(
@@ -211,7 +218,7 @@ def show(report: dict[str, Any], out: PlainConsole) -> None:
 
 def _table(layouts: Sequence[dict[str, Any]], *, width: int) -> Any:
     shown = table(
-        "tp", "dp", "accumulate", "ranks", "tensors", "differ", "first", "seconds",
+        "tp", "dp", "accumulate", "sequence", "ranks", "tensors", "differ", "first", "seconds",
         width=width,
         right=("tp", "dp", "accumulate", "ranks", "tensors", "differ", "seconds"),
     )  # fmt: skip
@@ -221,6 +228,7 @@ def _table(layouts: Sequence[dict[str, Any]], *, width: int) -> Any:
             str(each["tp"]),
             str(each["dp"]),
             str(each["accumulate"]),
+            "on" if each["sequence"] else "off",
             str(each["ranks"]),
             str(each["tensors"]),
             Text(str(len(differing)), BAD if differing else GOOD),

@@ -83,6 +83,11 @@ _NOT_OF_THE_MODEL = (
     show_default=True,
     help="How many groups of --degree ranks share a batch.",
 )
+@click.option(
+    "--sequence-parallel",
+    is_flag=True,
+    help="Cut activations between blocks along their tokens; it changes no bit.",
+)
 @number_option("--steps", example=100, default=DEFAULTS.steps, show_default=True, help="Updates.")
 @number_option("--batch", example=8, default=DEFAULTS.rows, show_default=True, help="Rows.")
 @number_option(
@@ -150,6 +155,7 @@ def train(
     engine: str | None,
     threads: int | None,
     data_parallel: int,
+    sequence_parallel: bool,
     directory: str | None,
     every: int | None,
     keep: int | None,
@@ -190,6 +196,7 @@ def train(
             keep=keep,
             on_step=TrainingLog(log, chosen.steps, start) if is_speaker() else None,
             data_parallel=data_parallel,
+            sequence_parallel=sequence_parallel,
         )
         _check_text(run, saved, threads)
         end, steps = _run(run, degree, engine, threads)

@@ -26,6 +26,8 @@ Rule = Callable[[Any, str, tuple[Any, ...], dict[str, Any]], Any]
 RULES: dict[str, Rule] = {}  # name of an operation -> its rule
 composed: list[Callable[..., Any]] = []  # handles ATen operations; set by `cut/fallback.py`
 checks: list[Callable[..., Any]] = []  # runs rules inside `checked()`
+# With sequence parallelism: finds another rule for tensors that are cut along their tokens.
+token_rules: list[Callable[[str, tuple[Any, ...], dict[str, Any]], Rule | None]] = []
 _NAMES: dict[Any, str] = {
     F.unfold: "im2col",
     F.fold: "col2im",
@@ -326,6 +328,8 @@ def run_as(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if kwargs and kwargs.get("out") is not None:
         return _into(name, func, args, kwargs)
     function = RULES.get(name) or RULES["others"]
+    if token_rules:
+        function = token_rules[-1](name, args, kwargs) or function
     if observing.is_on():
         return observing.see_rule(
             name_of(func), args, partial(_run, function, func, name, args, kwargs)

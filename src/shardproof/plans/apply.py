@@ -271,9 +271,14 @@ def _contract(scheme: Scheme, model: nn.Module) -> str:
     return mode.contract(scheme, weight.dtype, device)
 
 
-def sample_weights(model: nn.Module) -> dict[str, object]:
-    """A short hash of a few elements of every parameter, which detects another initialisation."""
-    cut = _cut_before(model)  # its parts differ between ranks; it was compared before it was cut
+def sample_weights(model: nn.Module, *, with_parts: bool = False) -> dict[str, object]:
+    """A short hash of a few elements of every parameter, which detects another initialisation.
+
+    Args:
+        model: cut or not.
+        with_parts: also of cut parameters, whose parts differ along the axis that cuts them.
+    """
+    cut = {} if with_parts else _cut_before(model)
     return {
         f"a sample of {name!r}": hashlib.sha256(_sample(value)).hexdigest()[:16]
         for name, value in model.named_parameters()

@@ -19,7 +19,8 @@ from torch import nn
 from shardproof.cut import all_rules
 from shardproof.cut.deferred import opened
 from shardproof.cut.spec import Region
-from shardproof.cut.tensor import CutTensor, cut_tensor
+from shardproof.cut.tensor import cut_tensor
+from shardproof.cut.tokens import DIM, TOKENS, install, tokens_of
 from shardproof.layers.dropout import Dropout
 from shardproof.layers.norm import LayerNorm, RMSNorm
 from shardproof.ops import unit_ops
@@ -31,8 +32,6 @@ from shardproof.plans.style import Attention, ColumnParallel, RowParallel, Vocab
 from shardproof.units import Block, CutDim, Shared, Units
 
 assert all_rules  # noqa: S101 - imported for what it registers
-TOKENS = "tokens"
-_DIM = 1  # of the tokens in (B, T, n)
 
 
 def cut_tokens(model: nn.Module, plan: ModelPlan, region: Region) -> None:
@@ -45,6 +44,7 @@ def cut_tokens(model: nn.Module, plan: ModelPlan, region: Region) -> None:
     """
     if region.axis.size == 1:
         return
+    install()
     for name, style in plan.styles.items():
         module: Any = model.get_submodule(name)
         if isinstance(style, ColumnParallel):
@@ -68,13 +68,6 @@ def _wrap(module: Any, forward: Callable[..., Any], region: Region) -> None:
     module.forward = partial(forward, module, module.forward, region)
 
 
-def _tokens_of(x: Any) -> CutDim | None:
-    """How the tokens of an activation are cut; None if they are not."""
-    if not isinstance(x, CutTensor) or x.dim() != 3 or x.spec.dim != _DIM:
-        return None
-    return x.spec.cut if x.spec.cut.shared.units.name == TOKENS else None
-
-
 def _cut_of(region: Region, length: int) -> CutDim:
     """The cut of so many tokens over the ranks."""
     shared = Shared(Units(TOKENS, length), region.scheme.leaves, region.axis.size)
@@ -94,22 +87,22 @@ def _is_training() -> bool:
 
 def _make(layer: Any, inner: Callable[..., Any], region: Region, input: Any) -> Any:
     """The forward of a row layer, whose output is cut along its tokens."""
-    if not _is_training() or input.dim() != 3 or not input.shape[_DIM]:
+    if not _is_training() or input.dim() != 3 or not input.shape[DIM]:
         return inner(input)
-    cut = _cut_of(region, input.shape[_DIM])
+    cut = _cut_of(region, input.shape[DIM])
     layer.tokens = _token_cut(region, cut, layer.name)
     try:
         y = inner(input)
     finally:
         layer.tokens = None
     shape = (y.shape[0], cut.size, y.shape[2])
-    return cut_tensor(y, region.spec(shape, _DIM, cut), layer.name)
+    return cut_tensor(y, region.spec(shape, DIM, cut), layer.name)
 
 
 def _read(layer: Any, inner: Callable[..., Any], region: Region, input: Any) -> Any:
     """The forward of a column layer, which gathers the tokens of its input."""
     x = opened(input)
-    cut = _tokens_of(x)
+    cut = tokens_of(x)
     if cut is None:
         return inner(input)
     layer.tokens = _token_cut(region, cut, layer.name)
@@ -122,17 +115,17 @@ def _read(layer: Any, inner: Callable[..., Any], region: Region, input: Any) -> 
 def _look_up(layer: Any, inner: Callable[..., Any], region: Region, ids: Any) -> Any:
     """The forward of an embedding, whose output is cut along its tokens."""
     y = inner(ids)
-    if not _is_training() or y.dim() != 3 or not y.shape[_DIM]:
+    if not _is_training() or y.dim() != 3 or not y.shape[DIM]:
         return y
-    cut = _cut_of(region, y.shape[_DIM])
-    part = unit_ops.take(y, _DIM, region.place(cut, layer.name))
-    return cut_tensor(part, region.spec(tuple(y.shape), _DIM, cut), layer.name)
+    cut = _cut_of(region, y.shape[DIM])
+    part = unit_ops.take(y, DIM, region.place(cut, layer.name))
+    return cut_tensor(part, region.spec(tuple(y.shape), DIM, cut), layer.name)
 
 
 def _norm(norm: Any, inner: Callable[..., Any], region: Region, input: Any) -> Any:
     """The forward of a norm on this rank's tokens."""
     x = opened(input)
-    cut = _tokens_of(x)
+    cut = tokens_of(x)
     if cut is None:
         return inner(input)
     tokens = _token_cut(region, cut, x.who)
@@ -146,12 +139,12 @@ def _norm(norm: Any, inner: Callable[..., Any], region: Region, input: Any) -> A
 def _drop(module: Any, inner: Callable[..., Any], region: Region, input: Any) -> Any:
     """The forward of a dropout on this rank's tokens, with the mask of the whole activation."""
     x = opened(input)
-    cut = _tokens_of(x)
+    cut = tokens_of(x)
     if cut is None:
         return inner(input)
     if not module.training or module.p == 0:
         return x
     owned = _token_cut(region, cut, x.who).split.owned
     key = MaskKey(module.seed, module.name, module.next_step())
-    y = dropout_part(x.local, module.p, key, shape=x.shape, dim=_DIM, at=owned)
+    y = dropout_part(x.local, module.p, key, shape=x.shape, dim=DIM, at=owned)
     return cut_tensor(y, x.spec, x.who)

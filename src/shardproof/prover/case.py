@@ -177,6 +177,7 @@ class CaseRun:
         has_cut_tensors: code of an adopted model may receive cut tensors.
         device: where the model and the data are moved to; None, the default: they are not moved.
         part: which steps of its trainings the run does; None, the default: all.
+        sequence_parallel: models that can cut activations along their tokens, in training.
     """
 
     def __init__(
@@ -201,6 +202,7 @@ class CaseRun:
         self.has_cut_tensors = False
         self.device: torch.device | None = None
         self.part: PartOfTrainings | None = None
+        self.sequence_parallel = False
         self.precise_gradient = precise_gradient
         self._recorder = recorder
         self._is_precise = is_precise

@@ -9,7 +9,7 @@ GOOD, BAD = "#58a55c", "#c94f4f"
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
-    """Write the picture: a panel for each case, a row for each tp, a column for dp and accumulate.
+    """Write the picture: a panel for each case, a row for tp and sequence, a column for the rest.
 
     Args:
         report: as `LayoutReport.as_dict` has it.
@@ -19,7 +19,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
 
     cases = report["cases"]
     layouts = cases[0]["layouts"]
-    rows = sorted({each["tp"] for each in layouts})
+    rows = sorted({(each["tp"], each["sequence"]) for each in layouts})
     columns = sorted({(each["dp"], each["accumulate"]) for each in layouts})
     size = (3 + CELL * len(columns), 1.2 + (1.3 + CELL * 0.6 * len(rows)) * len(cases))
     figure = Figure(figsize=size, layout="constrained")
@@ -38,13 +38,14 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
 
 
 def _fill(
-    axes: Any, case: Mapping[str, Any], rows: list[int], columns: list[tuple[int, int]]
+    axes: Any, case: Mapping[str, Any], rows: list[tuple[int, bool]], columns: list[tuple[int, int]]
 ) -> None:
     """Fill one panel; layouts that were not run stay white."""
     from matplotlib.patches import Rectangle  # noqa: PLC0415 - an optional extra
 
     for each in case["layouts"]:
-        x, y = columns.index((each["dp"], each["accumulate"])), rows.index(each["tp"])
+        x = columns.index((each["dp"], each["accumulate"]))
+        y = rows.index((each["tp"], each["sequence"]))
         count = len(each["differing"])
         color = BAD if count else GOOD
         axes.add_patch(Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, color=color))
@@ -52,7 +53,8 @@ def _fill(
     axes.set_xlim(-0.5, len(columns) - 0.5)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xticks(range(len(columns)), [f"{dp} | {each}" for dp, each in columns], fontsize=7)
-    axes.set_yticks(range(len(rows)), [str(tp) for tp in rows], fontsize=8)
+    names = [f"{tp}, sequence" if is_cut else str(tp) for tp, is_cut in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=7)
     axes.set_xlabel("dp | accumulate", fontsize=8)
     axes.set_ylabel("tp", fontsize=8)
     axes.set_title(f"{case['name']}, {case['layouts'][0]['tensors']} tensors", fontsize=9)

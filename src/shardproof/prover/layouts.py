@@ -1,12 +1,12 @@
 """`prove --layouts`: one training in many layouts of its ranks, with the same bits in all.
 
 A layout says how many ranks share a model (`tp`), how many groups of ranks share a batch (`dp`),
-and in how many groups a rank computes its samples (`accumulate`). Each layout trains the same
-language model on the same text, with dropout, clipping and AdamW. The layout of one rank computes
-each batch leaf by itself; the others compute a tree node in one pass, unless weights are tied.
-Every loss, gradient, norm, weight and state of the optimizer must have the same hash in all of
-them. Plain torch is the second judge: without dropout and in fp64, loss and gradients of the first
-step must agree with it.
+in how many groups a rank computes its samples (`accumulate`), and whether activations between
+blocks are cut along their tokens (`sequence`). Each layout trains the same language model on the
+same text, with dropout, clipping and AdamW. The layout of one rank computes each batch leaf by
+itself; the others compute a tree node in one pass, unless weights are tied. Every loss, gradient,
+norm, weight and state of the optimizer must have the same hash in all of them. Plain torch is the
+second judge: without dropout and in fp64, loss and gradients of the first step must agree with it.
 """
 
 import functools
@@ -58,11 +58,13 @@ class RankLayout:
         tp: number of ranks that share a model.
         dp: number of groups of such ranks, which share a batch.
         accumulate: number of groups of samples that a rank computes one after the other.
+        sequence: activations between blocks are cut along their tokens.
     """
 
     tp: int = 1
     dp: int = 1
     accumulate: int = 1
+    sequence: bool = False
 
     @property
     def num_ranks(self) -> int:
@@ -71,17 +73,24 @@ class RankLayout:
 
     def __str__(self) -> str:
         passes = "" if self.accumulate == 1 else f", accumulate {self.accumulate}"
-        return f"tp {self.tp} x dp {self.dp}{passes}"
+        sequence = ", sequence parallel" if self.sequence else ""
+        return f"tp {self.tp} x dp {self.dp}{passes}{sequence}"
 
 
 ALONE = RankLayout()
 
 
 def all_layouts(
-    tp: Sequence[int] = TENSOR, dp: Sequence[int] = DATA, accumulate: Sequence[int] = PASSES
+    tp: Sequence[int] = TENSOR,
+    dp: Sequence[int] = DATA,
+    accumulate: Sequence[int] = PASSES,
+    sequence: Sequence[bool] = (False, True),
 ) -> tuple[RankLayout, ...]:
-    """Every layout of these numbers, that of one rank first."""
-    product = {RankLayout(*each) for each in itertools.product(tp, dp, accumulate)}
+    """Every layout of these numbers, that of one rank first; one rank has all tokens anyway."""
+    product = {
+        RankLayout(ranks, groups, passes, ranks > 1 and is_cut)
+        for ranks, groups, passes, is_cut in itertools.product(tp, dp, accumulate, sequence)
+    }
     return (ALONE, *sorted(product - {ALONE}))
 
 
@@ -279,6 +288,7 @@ class LayoutTraining:
         axes = axis.split(dp=self.layout.dp, tp=self.layout.tp)
         recorder = _Hashes(axes["tp"])
         run = CaseRun(axis=axes["tp"], scheme=self.scheme, seed=self.seed, recorder=recorder)
+        run.sequence_parallel = self.layout.sequence
         model = run.adopt(self.lesson.source.build(run, dropout=DROPOUT))
         optimizer = make_optimizer(self.lesson.adamw, model)
         data_parallel = DataParallel(

@@ -229,7 +229,8 @@ class DecoderSource:
     def _cut(self, run: CaseRun, sizes: Sizes, axis: Axis) -> nn.Module:
         with torch.device("meta"):
             plain = Decoder(sizes)
-        model = parallelize(plain, Plan(sizes.plan(), run.scheme), axis)
+        plan = Plan(sizes.plan(), run.scheme)
+        model = parallelize(plain, plan, axis, sequence_parallel=run.sequence_parallel)
         keyed = dataclasses.replace(run.scheme, seed=run.seed)
         return initialize(model, std=STD, scheme=keyed)
 

@@ -105,7 +105,9 @@ def cut_on_meta(make: Callable[[], nn.Module], run: CaseRun, axis: Axis) -> nn.M
     """A model without numbers, cut by its own plan."""
     with torch.device("meta"):
         model = make()
-    return parallelize(model, None, axis, scheme=run.scheme)
+    return parallelize(
+        model, None, axis, scheme=run.scheme, sequence_parallel=run.sequence_parallel
+    )
 
 
 def score(model: nn.Module, tokens: Tensor) -> LanguageModelOutput:

@@ -1,0 +1,201 @@
+"""Activations that are cut along their tokens: the same bits, less memory, and what is refused."""
+
+import copy
+import hashlib
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import hf_zoo
+import shardproof as sp
+from shardproof.cut.tensor import CutTensor
+from shardproof.errors import PlanError, UsageError
+from shardproof.layers.dropout import replay_dropout
+
+pytest.importorskip("transformers")
+PLAN = {"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}
+SIZE, INNER = 10, 14
+
+
+class Block(nn.Module):
+    """A residual block with a norm, dropout and a feed-forward, as in GPT-2."""
+
+    def __init__(self, *, rms: bool = False) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(SIZE) if rms else nn.LayerNorm(SIZE)
+        self.up, self.down = nn.Linear(SIZE, INNER), nn.Linear(INNER, SIZE)
+        self.act, self.drop = nn.GELU(), nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, SIZE) to the same."""
+        y: Tensor = self.drop(self.down(self.act(self.up(self.norm(x)))))
+        return x + y
+
+
+class Net(nn.Module):
+    """Blocks, a learned scale and a last norm."""
+
+    def __init__(self, *, depth: int = 2, rms: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(rms=rms) for _ in range(depth))
+        self.scale = nn.Parameter(torch.randn(SIZE))
+        self.norm = nn.LayerNorm(SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, SIZE) to the same."""
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x * self.scale)
+
+
+def net(**options: Any) -> Net:
+    """The same model every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        return Net(**options)
+
+
+def sha(x: Tensor) -> str:
+    return hashlib.sha256(x.detach().contiguous().numpy().tobytes()).hexdigest()
+
+
+def step(
+    axis: sp.Axis,
+    model: nn.Module,
+    *,
+    shape: tuple[int, ...] = (3, 7),
+    is_cut: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, str]:
+    """Hashes of loss, input gradient and gradients, of whole tensors."""
+    model = copy.deepcopy(model).to(dtype)
+    model = sp.parallelize(model, PLAN, axis, sequence_parallel=is_cut).train()
+    x = torch.randn(*shape, SIZE, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x.requires_grad_()
+    y = model(x)
+    y = y.whole() if isinstance(y, CutTensor) else y
+    loss = (y * torch.linspace(0, 1, y.numel(), dtype=dtype).view(y.shape)).sum()
+    loss.backward()
+    assert x.grad is not None
+    hashes = {"loss": sha(loss), "x": sha(x.grad)}
+    for name, parameter, layout, at in sp.optim.layouts_of(model):
+        grad = parameter.grad
+        assert grad is not None, name
+        if layout.dim is not None and at is not None:
+            grad = torch.cat(at.gather_small(grad, what=name), layout.dim)
+        hashes[name] = sha(grad)
+    return hashes
+
+
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 7), (1, 1), (2, 2), (1, 64), (5, 3)])
+def test_the_bits_are_those_of_whole_activations(
+    shape: tuple[int, ...], dtype: torch.dtype, rms: bool, pool: Any
+) -> None:
+    """Lengths that no degree divides, and fewer tokens than ranks."""
+    work = partial(step, model=net(rms=rms), shape=shape, dtype=dtype)
+    (alone,) = pool(1, "threads").run(work)
+    for degree in (2, 3, 8):
+        results = pool(degree, "threads").run(work)
+        assert all(each == alone for each in results), degree
+
+
+@pytest.mark.parametrize("engine", ["processes", "gloo"])
+def test_on_processes(engine: str, pool: Any) -> None:
+    work = partial(step, model=net())
+    (alone,) = pool(1, "threads").run(work)
+    assert pool(3, engine).run(work) == [alone] * 3
+
+
+def test_matrices_are_left_whole(pool: Any) -> None:
+    """An activation of two dims has no tokens."""
+    work = partial(step, model=net(), shape=(6,))
+    (alone,) = pool(1, "threads").run(work)
+    assert pool(2, "threads").run(work) == [alone] * 2
+
+
+@pytest.mark.parametrize("kind", sorted(hf_zoo.ZOO))
+def test_models_of_transformers(kind: str, pool: Any) -> None:
+    setting = hf_zoo.Setting(kind, sequence_parallel=True, pads=kind == "llama")
+    (alone,) = pool(1, "threads").run(hf_zoo.partial(replace(setting, sequence_parallel=False)))
+    for degree in (2, 3):
+        results = pool(degree, "threads").run(hf_zoo.partial(setting))
+        assert "reduce_scatter" in results[0]["ledger"]["forward"]
+        for name, value in hf_zoo.hashes(alone).items():
+            assert {each[name] for each in results if each[name] is not None} == {value}, name
+
+
+def saved(axis: sp.Axis, is_cut: bool) -> int:
+    """Bytes of activations as wide as the residual stream that backward keeps."""
+    model = hf_zoo.cut_model(axis, hf_zoo.Setting("llama", sequence_parallel=is_cut)).train()
+    parameters = {each.untyped_storage()._cdata for each in model.parameters()}
+    sizes: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in parameters and x.shape[-1:] == (hf_zoo.SIZES["hidden_size"],):
+            sizes[storage._cdata] = storage.nbytes(), x
+        return x
+
+    tokens = torch.zeros(4, 24, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    assert loss.requires_grad
+    return sum(size for size, _ in sizes.values())
+
+
+def test_activations_between_blocks_take_their_share_of_memory() -> None:
+    """At degree 4 a quarter."""
+    whole, cut = (sp.launch(partial(saved, is_cut=is_cut), degree=4)[0] for is_cut in (False, True))
+    assert 0.2 * whole < cut < 0.3 * whole
+
+
+def test_evaluation_and_single_tokens_are_as_without(pool: Any) -> None:
+    def outputs(axis: sp.Axis, model: nn.Module) -> list[bool]:
+        model = sp.parallelize(copy.deepcopy(model), PLAN, axis, sequence_parallel=True)
+        x = torch.ones(2, 5, SIZE)
+        with torch.no_grad():
+            return [isinstance(model.blocks[0](x), CutTensor)]  # type: ignore[index]
+
+    assert pool(2, "threads").run(partial(outputs, model=net())) == [[False], [False]]
+
+
+def test_activation_checkpointing_and_copies(pool: Any) -> None:
+    """A part that is computed again gathers again, and a deep copy of a cut model is cut too."""
+
+    def losses(axis: sp.Axis, model: nn.Module) -> list[str]:
+        found = []
+        for recomputes in (False, True):
+            mine = sp.parallelize(copy.deepcopy(model), PLAN, axis, sequence_parallel=True)
+            mine = copy.deepcopy(mine).train()
+            x = torch.ones(2, 5, SIZE).requires_grad_()
+            for block in mine.blocks:  # type: ignore[union-attr]
+                run = partial(
+                    checkpoint, block, use_reentrant=False, context_fn=replay_dropout(block)
+                )
+                y = run(x) if recomputes else block(x)
+                x = y
+            x.sum().backward()
+            grads = [each.grad for each in mine.parameters() if each.grad is not None]
+            found.append("".join(map(sha, grads)))
+        return found
+
+    for first, second in pool(2, "threads").run(partial(losses, model=net())):
+        assert first == second
+
+
+def test_a_watched_plan_is_refused() -> None:
+    def cut(axis: sp.Axis, model: nn.Module) -> None:
+        inputs = torch.ones(2, 3, SIZE)
+        sp.parallelize(model, None, axis, inputs=inputs, sequence_parallel=True)
+
+    with pytest.raises(PlanError, match="sequence_parallel=True needs a plan of names"):
+        sp.launch(lambda axis: cut(axis, net()), degree=1)
+    with pytest.raises(UsageError, match="sequence_parallel"):
+        sp.parallelize(net(), PLAN, sp.Axis.solo(), sequence_parallel="yes")  # type: ignore[arg-type]
