@@ -61,6 +61,7 @@ DEMO_CASES = matmul-row matmul-column ffn linear-column linear-row mlp-gathered 
 
 demo: $(STAMP)
 	$(BIN)/shardproof prove --degrees 1,2,3,8 $(DEMO_CASES:%=--case %)
+	$(BIN)/shardproof prove --case gpt --layouts tp=1,2:dp=1,2:sequence=off,on --steps 2
 
 # Files, not tests, are shared out: what a file makes once for all its tests is made once. A test
 # that kills its worker ends the run; by itself xdist would start it again eight times.
