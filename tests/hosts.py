@@ -65,7 +65,7 @@ class HostProcess:
         self, host: int, command: Sequence[str], namespace: str, environment: Mapping[str, str]
     ) -> None:
         self.host = host
-        self._output = tempfile.TemporaryFile("w+")
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `close`
         name = ["sh", "-c", 'hostname "$0" && exec "$@"', f"host{host}"]
         self._process = subprocess.Popen(
             ["ip", "netns", "exec", namespace, "unshare", *_OWN, *name, *command],

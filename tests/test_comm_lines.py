@@ -44,7 +44,7 @@ from shardproof.layers import (
     activations,
     base,
     cut_module,
-    data_parallel,
+    data_parallel_guard,
     function_replacement,
     grad_scaler,
     guard,
@@ -81,6 +81,7 @@ from shardproof.ops import (
     sampling,
     shared,
     shared_units,
+    tokens,
     unit_linear,
     unit_softmax,
     vocabulary,
@@ -88,6 +89,7 @@ from shardproof.ops import (
 )
 from shardproof.ops.attention import attention
 from shardproof.ops.head_split import HeadSplit
+from shardproof.ops.tokens import TokenCut
 from shardproof.optim import adafactor, layouts, orthogonal, state
 from shardproof.optim import gradient_norms as norm_functions
 from shardproof.optim import whole_optimizer as optimizer_base
@@ -131,6 +133,7 @@ PER = {
     "iteration": 2,
     "product": 4,
     "turn": 2,
+    "parameter": 2,  # of a LayerNorm
 }
 
 _CLAUSE = re.compile(
@@ -226,9 +229,23 @@ class Run:
         layer = layers.ColumnParallelLinear(IN, OUT, axis=self.axis, **options)
         return layer(self.part if options.get("gather_input") else self.x)
 
-    def shared(self) -> Tensor:
+    def shared(self, x: Tensor | None = None, tokens: TokenCut | None = None) -> Tensor:
         place = shared.SharedSum.of([self.split(OUT), self.split(OUT)])
-        return sum(shared.shared_columns(self.x, [self.weights(0)] * 2, [None] * 2, place))
+        x = self.x if x is None else x
+        return sum(shared.shared_columns(x, [self.weights(0)] * 2, [None] * 2, place, tokens))
+
+    @property
+    def tokens(self) -> TokenCut:
+        return TokenCut(self.split(LEADING[1]))
+
+    @property
+    def own_tokens(self) -> Tensor:
+        length = len(self.tokens.split.cut.owned(self.axis.rank))
+        return torch.ones(LEADING[0], length, IN, requires_grad=True)
+
+    @property
+    def scale(self) -> Tensor:
+        return torch.ones(IN, requires_grad=True)
 
     def linked(self) -> Tensor:
         members = [layers.ColumnParallelLinear(IN, OUT, axis=self.axis) for _ in range(3)]
@@ -403,6 +420,22 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
     (linear.row_linear, "splits_input"): lambda run: linear.row_linear(
         run.x, run.weights(1), None, run.split(IN), splits_input=True
     ),
+    (linear.column_linear, "gathers.tokens"): lambda run: linear.column_linear(
+        run.own_tokens, run.weights(0), None, run.split(OUT), linear.Gathers(tokens=run.tokens)
+    ),
+    (linear.row_linear, "tokens"): lambda run: linear.row_linear(
+        run.part, run.weights(1), None, run.split(IN), tokens=run.tokens
+    ),
+    (shared.shared_columns, "tokens"): lambda run: run.shared(run.own_tokens, run.tokens),
+    (norms.whole_rms_norm, "tokens"): lambda run: norms.whole_rms_norm(
+        run.own_tokens, run.scale, rms_norm.RmsFormula(1e-6), run.tokens
+    ),
+    (norms.layer_norm, "tokens"): lambda run: norms.layer_norm(
+        run.own_tokens, run.scale, run.scale, tokens=run.tokens
+    ),
+    (dropout.dropout_part, ""): lambda run: dropout.dropout_part(
+        run.x, 0.5, dropout.MaskKey(0, "a", 0), shape=run.x.shape, dim=1, at=slice(0, LEADING[1])
+    ),
     (linear_products.product, ""): lambda run: linear_products.product(
         run.rows, run.weights(0), None, run.split(OUT)
     ),
@@ -532,6 +565,8 @@ SILENT = {
     shared: {"SharedSum", "is_spent"},
     head_split: {"HeadSplit", "serving_heads"},
     vocabulary_blocks: {"VocabularyBlocks", "parts"},
+    embedding: {"gradient_of_table"},
+    tokens: {"TokenCut"},  # counted in the functions that use it
     class_targets: {"check_kind", "check_reduction", "counting_rows", "reduce_rows"},
     layouts: {"ParameterLayout", "layouts_of"},
     optimizer_base: {"WholeOptimizer", "check_scalar", "scalar", "write"},
@@ -550,7 +585,7 @@ SILENT = {
     init_guard: {"passes_over"},
     refused_functions: {"install"},
     grad_scaler: {"install"},
-    data_parallel: {"install"},
+    data_parallel_guard: {"install"},
     state_guard: {"install"},
     function_replacement: {"is_replaced", "replace"},
     activations: {"Tanh", "Sigmoid", "SiLU", "GELU", "Softplus", "QuickGELU", "Mish"}
@@ -664,7 +699,11 @@ def test_comm_lines_tell_what_the_ledger_counts(pool: Pool, function: Any) -> No
         (unit_softmax.max_cut, "of int64 (*, 2 * ranks)", "of int64 (*, ranks)"),
         (shared_units.serve, "backward one all_gather of (*, parts, sources)", "backward none"),
         (comm.all_reduce_nodes, "of (shape)", "of (*)"),
-        (linear.row_linear, "y (*, out_features)", "y (*, in_features)"),
+        (
+            linear.row_linear,
+            "all_reduce of y (*, out_features)",
+            "all_reduce of y (*, in_features)",
+        ),
         (layers.ColumnParallelLinear, "backward one all_reduce", "backward one all_gather"),
         (layers.RowParallelLinear, "backward also one all_gather", "forward also one all_gather"),
         (optim.grad_norm, " per cut parameter that has a gradient", ""),

@@ -23,7 +23,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("operands", "checked_values"),
     ("environment", "files", "torchrun"),
     ("checked_objects",),
-    ("autograd", "checking", "c_modules", "error_text", "extras", "leaves", "index_runs", "tree"),
+    ("autograd", "batch_leaves", "checking", "c_modules", "error_text", "extras", "leaves"),
+    ("index_runs", "tree"),
     ("heads", "observing", "safetensors_file", "scheme", "timeout", "units"),
     ("operators",),
     ("block_layout",),
@@ -42,7 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # Bytes between ranks.
     ("transport.ledger", "transport.notes"),
     ("transport.base",),
-    ("transport.agreement",),
+    ("transport.agreement", "transport.subgroups"),
     ("transport.portable", "transport.rendezvous", "transport.stream"),
     ("transport.incore", "transport.segment"),
     (
@@ -95,7 +96,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "ops.sampling",
         "ops.vocabulary_blocks",
     ),
-    ("ops.embedding", "ops.linear_products", "ops.losses"),
+    ("ops.embedding", "ops.linear_products", "ops.losses", "ops.tokens"),
     ("ops.attention", "ops.linear", "ops.unit_split", "ops.vocabulary"),
     ("ops.shared",),
     ("ops.unit_moves", "ops.unit_products"),
@@ -177,7 +178,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cut.class_losses",),
     ("cut.checked", "cut.conv", "cut.contraction", "cut.lookup", "cut.moves", "cut.pointwise"),
     ("cut.solves",),
-    ("cut.module_calls",),
+    ("cut.module_calls", "cut.along_tokens"),
     ("cut.all_rules",),
     ("cut.__init__",),
     # Which module is cut how.
@@ -187,6 +188,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "plans.attention_modules",
         "plans.collective",
         "plans.functional_dropout",
+        "plans.paper_formulas",
     ),
     ("plans.match", "plans.cached_layouts", "plans.unsupported"),
     ("plans.module_plan",),
@@ -195,7 +197,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plans.rehearsal",),
     ("plans.watched",),
     ("plans.by_example",),
-    ("plans.layer_forwards", "plans.cutter", "plans.replacements"),
+    ("plans.layer_forwards", "plans.cutter", "plans.replacements", "plans.sequence_parallel"),
     ("plans.by_names",),
     ("plans.planning",),
     ("plans.initialize",),
@@ -203,6 +205,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plans.compiled",),
     ("plans.apply",),
     ("plans.__init__",),
+    # Batches that ranks share.
+    ("batch_gradients",),
+    ("data_parallel",),
     # Ranks as threads or processes, and how they are started.
     ("engines.status", "engines.capacity", "engines.fork", "engines.interpreter"),
     ("engines.interrupt", "engines.messages", "engines.random_state"),
@@ -218,13 +223,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("ranks",),
     # A whole training: what `shardproof train` runs on each rank.
     ("stop_signal", "text_batches"),
-    ("training_run",),
+    ("plans.layout_cost", "training_run"),
     # The proof: what a case is, one run, the judgement, many runs, the cases.
     ("prover.compare", "prover.curve", "prover.hashing"),
     ("prover.case",),
     ("prover.training",),
     ("prover.fault_location", "prover.recording"),
-    ("prover.case_report", "prover.resuming"),
+    ("prover.case_report", "prover.layout_map", "prover.resuming"),
     ("prover.judge", "prover.report"),
     ("prover.compare_reports", "prover.proof"),
     ("prover.prove_model",),
@@ -237,7 +242,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "prover.cases.single_linear",
     ),
     ("prover.cases.text_training",),
-    ("prover.cases.gpt",),
+    ("prover.cases.gpt", "prover.rank_layouts"),
     ("prover.cases.transformer_block", "prover.cases.transformers_models"),
     ("prover.cases.__init__",),
     # Mistakes that people make, planted and shown.
@@ -268,7 +273,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
     ("cli.cases", "cli.output", "cli.output_file", "cli.signals"),
     ("cli.options", "cli.plan_tables", "cli.tensor_table"),
-    ("cli.report_text", "cli.ranks_here", "cli.training_log"),
+    ("cli.plan_layout", "cli.report_text", "cli.ranks_here", "cli.training_log"),
+    ("cli.prove_layouts",),
     (
         "cli.break_",
         "cli.checkpoint",

@@ -1,5 +1,6 @@
 """What a layout of ranks costs: predicted, counted where it runs, and as two papers print it."""
 
+import copy
 import functools
 import json
 import re
@@ -24,7 +25,7 @@ from shardproof.data_parallel import BUCKET_BYTES, DataParallel, Passes
 from shardproof.errors import DegreeError, UsageError
 from shardproof.leaves import Cut
 from shardproof.plans import layout_cost as costs
-from shardproof.plans.layout_cost import LayoutCost, RankCost, layout_cost
+from shardproof.plans.layout_cost import BatchLayout, LayoutCost, RankCost, layout_cost
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.paper_formulas import GptSize, Recompute, gpt_size
 from shardproof.plans.planning import plan
@@ -111,12 +112,9 @@ class Training:
         """The same by arithmetic."""
         return layout_cost(
             self.plan(tp),
-            dp=self.dp,
-            accumulate=self.accumulate,
-            passes=self.passes,
+            BatchLayout(self.dp, self.accumulate, self.passes, self.bucket_bytes),
             batch=self.rows,
             length=LENGTH,
-            bucket_bytes=self.bucket_bytes,
         )
 
     def plan(self, tp: int) -> ModelPlan:
@@ -188,10 +186,13 @@ class Block(nn.Module):
         return self.down(torch.relu(self.up(x)))
 
 
-def _step_of_block(axis: sp.Axis, dp: int) -> tuple[dict[str, Any], dict[str, Any], int]:
+def _step_of_block(
+    axis: sp.Axis, block: Block, dp: int
+) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """What the ledgers count in one step, and the bytes of the parameters."""
     axes = axis.split(dp=dp, tp=axis.size // dp)
-    x = torch.randn(16, 6)
-    model = sp.parallelize(Block(), None, axes["tp"], inputs=x[:2], scheme=SCHEME)
+    x = torch.ones(16, 6)
+    model = sp.parallelize(copy.deepcopy(block), None, axes["tp"], inputs=x[:2], scheme=SCHEME)
     parallel = DataParallel(model, axes["dp"])
     for each in axes.values():
         each.transport.ledger.reset()
@@ -202,14 +203,11 @@ def _step_of_block(axis: sp.Axis, dp: int) -> tuple[dict[str, Any], dict[str, An
 
 @pytest.mark.parametrize(("tp", "dp"), [(1, 2), (2, 2), (3, 3)])
 def test_a_watched_plan_knows_it_for_its_own_example(tp: int, dp: int, pool: Any) -> None:
-    def work(axis: sp.Axis) -> Any:
-        torch.manual_seed(0)
-        return _step_of_block(axis, dp)
-
-    made = plan(Block(), degree=tp, inputs=torch.randn(2, 6), scheme=SCHEME)
+    block = Block()
+    made = plan(block, degree=tp, inputs=torch.randn(2, 6), scheme=SCHEME)
     assert isinstance(made, WatchedPlan)
-    cost = layout_cost(made, dp=dp)
-    counted = pool(tp * dp, "threads").run(work)
+    cost = layout_cost(made, BatchLayout(dp))
+    counted = pool(tp * dp, "threads").run(functools.partial(_step_of_block, block=block, dp=dp))
     assert counted == [(rank.tp, rank.dp, rank.parameter_bytes) for rank in cost.ranks]
     assert cost.most("flops") is None
     assert cost.total("flops") is None
@@ -222,7 +220,7 @@ def test_a_watched_plan_knows_it_for_its_own_example(tp: int, dp: int, pool: Any
 def test_the_exchange_is_that_of_the_collectives(dp: int) -> None:
     made = plan(small("Llama", device="meta"), degree=2, scheme=Scheme(batch_leaves=128))
     assert isinstance(made, ModelPlan)
-    cost = layout_cost(made, dp=dp, batch=300, length=4, bucket_bytes=3_000)
+    cost = layout_cost(made, BatchLayout(dp, bucket_bytes=3_000), batch=300, length=4)
     for rank in cost.ranks:
         parameters = list(costs._parameters(made, rank.tp_rank))
         sent = [
@@ -242,7 +240,7 @@ def test_ten_thousand_ranks_take_less_than_a_second(tp: int, dp: int) -> None:
     seconds = []
     for _ in range(3):  # a busy machine is slow, not wrong
         start = time.perf_counter()
-        cost = layout_cost(made, dp=dp, batch=dp * 3 // 2, length=4096)
+        cost = layout_cost(made, BatchLayout(dp), batch=dp * 3 // 2, length=4096)
         seconds.append(time.perf_counter() - start)
     assert len(cost.ranks) == 10_000
     assert min(seconds) < 1
@@ -256,7 +254,7 @@ def test_flops_are_those_that_torch_counts(family: str) -> None:
         model(input_ids=ids, labels=ids).loss.backward()
     for tp, dp in ((1, 1), (2, 1), (2, 3)):
         made = plan(small(family, device="meta"), degree=tp, scheme=SCHEME)
-        cost = layout_cost(made, dp=dp, batch=5, length=16)
+        cost = layout_cost(made, BatchLayout(dp), batch=5, length=16)
         assert cost.total("flops") == counter.get_total_flops()
 
 
@@ -264,7 +262,10 @@ def test_ranks_that_share_heads_compute_them_all() -> None:
     """Two key-value heads on three ranks: one is computed twice."""
     one, three = (
         layout_cost(
-            plan(small("Llama", device="meta"), degree=tp, scheme=SCHEME), batch=8, length=4
+            plan(small("Llama", device="meta"), degree=tp, scheme=SCHEME),
+            BatchLayout(),
+            batch=8,
+            length=4,
         ).total("flops")
         for tp in (1, 3)
     )
@@ -276,20 +277,28 @@ def test_ranks_that_share_heads_compute_them_all() -> None:
 def test_errors_name_the_rule() -> None:
     model = small("Llama", device="meta")
     made = plan(model, degree=2, scheme=SCHEME)
-    size = {"batch": 8, "length": 4}
+    size, one = {"batch": 8, "length": 4}, BatchLayout()
     with pytest.raises(DegreeError, match="dp=9 exceeds batch_leaves=8: a rank beyond the last"):
-        layout_cost(made, dp=9, **size)
+        layout_cost(made, BatchLayout(9), **size)
     with pytest.raises(UsageError, match="the plan's scheme has no batch leaves"):
-        layout_cost(plan(model, degree=2), **size)
-    with pytest.raises(UsageError, match="tp=2 times dp=5001 are 10002 ranks. Use at most 10000"):
-        layout_cost(plan(model, degree=2, scheme=Scheme(batch_leaves=6000)), dp=5001, **size)
-    with pytest.raises(UsageError, match="batch"):
-        layout_cost(made, length=4)
+        layout_cost(plan(model, degree=2), one, **size)
+    with pytest.raises(UsageError, match=r"tp=2 times dp=5001 are 10002 ranks\. Use at most"):
+        layout_cost(
+            plan(model, degree=2, scheme=Scheme(batch_leaves=6000)), BatchLayout(5001), **size
+        )
+    with pytest.raises(UsageError, match="passes='all' is unknown"):
+        layout_cost(made, BatchLayout(passes="all"), **size)  # type: ignore[arg-type]
+    for options in ({"length": 4}, {"batch": 8}):
+        with pytest.raises(UsageError, match="batch" if "length" in options else "length"):
+            layout_cost(made, one, **options)
+    for name in ("dp", "accumulate", "bucket_bytes"):
+        with pytest.raises(UsageError, match=name):
+            layout_cost(made, BatchLayout(**{name: 0}), **size)
     watched = plan(Block(), degree=2, inputs=torch.randn(2, 6), scheme=SCHEME)
     with pytest.raises(UsageError, match="a watched plan knows what a step with its own example"):
-        layout_cost(watched, **size)
+        layout_cost(watched, one, **size)
     with pytest.raises(UsageError, match="passes='leaf'"):
-        layout_cost(watched, passes="node")
+        layout_cost(watched, BatchLayout(passes="node"))
 
 
 # ---- what the papers print
@@ -366,7 +375,7 @@ def test_activations_are_those_of_table_2(
 ) -> None:
     row = KORTHIKANTI[name]
     names = {"s": LENGTH_OF_PAPERS, "b": 1, "h": row.hidden, "a": row.heads, "t": 8}
-    printed = eval(formula, {each: Fraction(number) for each, number in names.items()})  # noqa: S307
+    printed = eval(formula, {each: Fraction(number) for each, number in names.items()})
     ours = row.size.activation_bytes(
         1, LENGTH_OF_PAPERS, tp=8, sequence_parallel=is_cut, recompute=recompute
     )
@@ -438,11 +447,22 @@ def test_trainings_take_the_days_that_narayanan_estimates(
     assert off(flops * tokens / (gpus * speed) / 86_400, days) < 0.02
 
 
-def test_equation_3_of_narayanan() -> None:
-    size = KORTHIKANTI["175B"].size
-    h, layers, s, batch = size.hidden, size.layers, LENGTH_OF_PAPERS, 1536
-    printed = 96 * batch * s * layers * h**2 * (1 + s / (6 * h) + VOCABULARY / (16 * layers * h))
-    assert size.flops_with("full", batch, s) == pytest.approx(printed, rel=1e-12)
+@pytest.mark.parametrize("name", KORTHIKANTI)
+def test_flops_are_those_of_the_equations(name: str) -> None:
+    """Equations 7 and 8 of Korthikanti et al., and 3 of Narayanan et al."""
+    size, s, batch = KORTHIKANTI[name].size, LENGTH_OF_PAPERS, 1536
+    h, layers, v = size.hidden, size.layers, VOCABULARY
+    unit = batch * s * layers * h**2
+    assert size.flops(batch, s) == pytest.approx(
+        72 * unit * (1 + s / (6 * h) + v / (12 * h * layers)), rel=1e-12
+    )
+    assert size.flops_with("selective", batch, s) == pytest.approx(
+        72 * unit * (1 + s / (3 * h) + v / (12 * h * layers)), rel=1e-12
+    )
+    assert size.flops_with("full", batch, s) == pytest.approx(
+        96 * unit * (1 + s / (6 * h) + v / (16 * layers * h)), rel=1e-12
+    )
+    assert size.flops_with("none", batch, s) == size.flops(batch, s)
 
 
 def test_parameters_of_a_gpt2_of_transformers() -> None:
@@ -512,7 +532,6 @@ def test_the_file_has_the_figures(directory: str, tmp_path: Path) -> None:
     result = run(directory, "--layout", layout, "--batch", "13", "--length", "9", "--json",
                  str(target))  # fmt: skip
     assert result.exit_code == 0, result.output
-    made = config("Llama", **{})
     read = json.loads(target.read_text())
     scheme = Scheme(batch_leaves=6)
     with torch.device("meta"):
@@ -521,16 +540,20 @@ def test_the_file_has_the_figures(directory: str, tmp_path: Path) -> None:
         model = transformers.LlamaForCausalLM(made)
     cost = layout_cost(
         plan(model, degree=3, scheme=scheme),
-        dp=4,
-        accumulate=2,
-        passes="node",
+        BatchLayout(4, 2, "node"),
         batch=13,
         length=9,
         size=gpt_size(made),
     )
     assert read == json.loads(json.dumps({"directory": directory, **cost.as_dict()}))
     assert read["num_ranks"] == 12
-    assert read["layout"] == {"tp": 3, "dp": 4, "accumulate": 2}
+    assert read["layout"] == {
+        "tp": 3,
+        "dp": 4,
+        "accumulate": 2,
+        "passes": "node",
+        "bucket_bytes": BUCKET_BYTES,
+    }
 
 
 def test_a_model_that_is_watched(tmp_path: Path) -> None:
@@ -542,7 +565,9 @@ def test_a_model_that_is_watched(tmp_path: Path) -> None:
     made.save_pretrained(tmp_path)
     result = run(str(tmp_path), "--layout", "tp=3,dp=2", "--batch", "16", "--length", "5")
     assert result.exit_code == 0, result.output
-    assert "8 batch leaves, each of them the example that was watched" in result.stdout
+    assert "8 batch leaves, each of them the example that was watched" in " ".join(
+        result.stdout.split()
+    )
     assert re.search(r"flops of matrix products +unknown +unknown", result.stdout)
     odd = run(str(tmp_path), "--layout", "tp=3,dp=2", "--batch", "9")
     assert odd.exit_code == 2
@@ -585,7 +610,7 @@ def test_totals_sum_over_ranks() -> None:
         figures = [getattr(rank, name) for rank in cost.ranks]
         assert (cost.most(name), cost.total(name)) == (max(figures), sum(figures))
     assert cost.activations is None
-    size = functools.partial(layout_cost, Training(3).plan(2), batch=11, length=7)
+    size = functools.partial(layout_cost, Training(3).plan(2), BatchLayout(3), batch=11, length=7)
     paper = size(size=gpt_size(config("Llama"))).activations
     assert paper is not None
     assert paper.rows == 2

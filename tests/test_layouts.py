@@ -20,9 +20,9 @@ from shardproof.errors import UsageError
 from shardproof.ops.dropout import dropout
 from shardproof.ops.tokens import TokenCut
 from shardproof.plans import sequence_parallel
-from shardproof.prover import layouts
+from shardproof.prover import rank_layouts as layouts
 from shardproof.prover.cases import find_case
-from shardproof.prover.layouts import (
+from shardproof.prover.rank_layouts import (
     ALONE,
     LayoutReport,
     RankLayout,

@@ -46,6 +46,7 @@ MANY_PARAMETERS = {
             "prover/prove_model.py prove",
             "prover/proof.py prove_cases",
             "prover/proof.py prove_under_torchrun",
+            "prover/rank_layouts.py prove_layouts",
             "ranks.py launch",
             "showing/show.py show",
         ],

@@ -22,7 +22,7 @@ from shardproof.checked_values import checked_flag, checked_name, checked_whole
 from shardproof.errors import AxisError, MismatchError, UsageError
 from shardproof.timeout import START_TIMEOUT, checked_timeout
 from shardproof.transport.base import Call, Transport
-from shardproof.transport.choose import AUTO, GLOO, checked_transport, choose, meet
+from shardproof.transport.choose import AUTO, BY_NAME, GLOO, checked_transport, choose, meet
 from shardproof.transport.disabled import refuse_inherited
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.solo import SoloTransport
@@ -276,11 +276,13 @@ class Axis:
                 "group, and cannot be split. Use Axis.from_group(group) for each dim."
             )
         part_group = subgroup(group, ranks, timeout=self.transport.timeout)
+        # Ranks of several hosts fell back to gloo, and those of one host may share memory.
+        is_by_name = self.transport.name == GLOO and self.transport_note == BY_NAME
         return Axis.from_group(
             part_group,
             name=name,
             compare_inputs=self.transport.notes is not None,
-            transport=GLOO if self.transport.name == GLOO else AUTO,
+            transport=GLOO if is_by_name else AUTO,
             timeout=self.transport.timeout,
         )
 

@@ -46,6 +46,15 @@ def mesh_of(model: nn.Module) -> Any:
     return meshes[0] if meshes else None
 
 
+def check_background(mesh: Any, background: bool) -> None:
+    """Raise if a divided model is to be saved in the background."""
+    if background and mesh is not None:
+        raise UsageError(
+            "background=True with parameters that fully_shard has divided: the other ranks of its "
+            "mesh would not learn what goes wrong. Leave background out."
+        )
+
+
 @torch.no_grad()
 def gathered(entries: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
     """Entries with what this rank of the axis holds, gathered over the mesh.

@@ -88,8 +88,7 @@ def load(
 ) -> Loaded:
     """Load a model and its optimizer; all ranks of the model call it.
 
-    Any degree reads what any degree wrote. Each rank reads the part that it holds; after
-    `fully_shard`, the part that its axis gives it, of which it keeps its share.
+    Any degree reads what any degree wrote. Each rank reads the part that its axis gives it.
 
     Args:
         directory: what `save` wrote, or a directory of safetensors of transformers or torch.
@@ -135,11 +134,9 @@ def load(
     with together(axis, "loading the optimizer"):
         if optimizer is not None and to_read.state_dict is not None:
             load_into(optimizer, to_read.state_dict)
-            _keep_dtypes(model, optimizer, to_read.states)
-            fully_sharded.keep_states(optimizer)
-    modules = draws_of(model)
+            _keep_forms(model, optimizer, to_read.states)
     for name, step in to_read.draws.items():
-        modules[name].step = step
+        draws_of(model)[name].step = step
     return _result(to_read, model, weights_only)
 
 
@@ -414,14 +411,18 @@ def _state_dict(
     return {"state": state, "param_groups": groups}
 
 
-def _keep_dtypes(model: nn.Module, optimizer: Optimizer, states: list[Match]) -> None:
-    """Undo the casts of `load_state_dict`, which gives moments the dtype of their parameter."""
+def _keep_forms(model: nn.Module, optimizer: Optimizer, states: list[Match]) -> None:
+    """Undo the casts of `load_state_dict`, which gives moments the dtype of their parameter.
+
+    After `fully_shard`, divide the state as the parameters are divided.
+    """
     parameters = {name: parameter for name, parameter, *_ in layouts_of(model)}
     for entry, *_ in states:
         name, _, key = entry.name.rpartition(SEPARATOR)
         loaded = optimizer.state[parameters[name]][key]
         if loaded.dtype != entry.tensor.dtype:
             optimizer.state[parameters[name]][key] = entry.tensor.to(loaded.device)
+    fully_sharded.keep_states(optimizer)
 
 
 def _result(to_read: _ToRead, model: nn.Module, weights_only: bool) -> Loaded:

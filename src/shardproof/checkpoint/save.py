@@ -66,6 +66,7 @@ FileToWrite = tuple[FileLayout, dict[str, Entry]]
 
 VERSION = 1
 _LARGEST_DISK = 1 << 62  # bytes
+_CHECKING = "checking what is saved"
 PLAIN = "plain"  # the contract of a model that is not cut
 
 
@@ -80,14 +81,10 @@ def save(
     largest_file: int = LARGEST_FILE,
     background: bool = False,
 ) -> Path:
-    """Save a model and its optimizer; all ranks of the model call it.
+    """Save a model and its optimizer; all ranks of the model, and of `fully_shard`'s mesh, call it.
 
     The directory has whole tensors in safetensors files, which transformers and torch read. Its
     bytes do not depend on the degree. It gets its name, and replaces a checkpoint, when whole.
-
-    After `fully_shard`, all ranks of its mesh call it with the same arguments. They gather each
-    tensor, and the ranks at the first place of the mesh write.
-
     Args:
         directory: does not exist, is empty, or has a checkpoint.
         model: cut or not; of transformers or not.
@@ -109,39 +106,49 @@ def save(
         MismatchError: the ranks save different things.
 
     Comm:
-        setup one exchange of (rows, size) for every 8 MiB of a tensor whose rows are cut; after
-            `fully_shard` each tensor is gathered over its mesh, without the ledger.
+        setup one exchange of (rows, size) for every 8 MiB of a tensor whose rows are cut.
         update none in the ledger; in the background, small objects in each step until it is whole.
     """
     axis = axis_of(checked_model(model))
     wait_for_pending(model, axis)
-    mesh, what = fully_sharded.mesh_of(model), "checking what is saved"
-    with fully_sharded.shared_outcome(mesh, what), together(axis, what):
+    mesh = fully_sharded.mesh_of(model)
+    with fully_sharded.shared_outcome(mesh, _CHECKING), together(axis, _CHECKING):
         path = checked_path(directory)
         optimizer = None if optimizer is None else checked_optimizer(optimizer)
         _check_tokenizer(tokenizer)
         largest = checked_whole(largest_file, "largest_file", most=_LARGEST_DISK)
         count = checked_whole(step, "step", least=0)
         background = checked_flag(background, "background")
-        if background and mesh is not None:
-            raise UsageError(
-                "background=True with parameters that fully_shard has divided: the other ranks of "
-                "its mesh would not learn what goes wrong. Leave background out."
-            )
+        fully_sharded.check_background(mesh, background)
         state, entries = _collect(model, optimizer, count, extra)
     with fully_sharded.shared_outcome(mesh, f"saving {short_text(str(path))}"):
         entries = fully_sharded.gathered(entries)
-        with together(axis, what):
-            to_write = _divide(entries, largest)
-            signature = _signature(path, state, to_write, entries)
-        axis.agree(signature, what="checkpoints", way_out="Save the same on all ranks.")
-        _check_copies(entries, axis)
+        to_write = _agreed(path, state, entries, axis, largest)
         write_others = functools.partial(_write_others, model, state, tokenizer, to_write)
         if background:
             keep(model, _start(path, to_write, axis, write_others), optimizer)
         elif fully_sharded.is_first(mesh):
             _write(path, to_write, axis, write_others)
     return path
+
+
+def _agreed(
+    path: Path, state: dict[str, Any], entries: dict[str, list[Entry]], axis: Axis, largest: int
+) -> list[FileToWrite]:
+    """The files, after a comparison of what the ranks save.
+
+    Raises:
+        MismatchError: the ranks save different things.
+
+    Comm:
+        setup none in the ledger: small objects of all ranks go to all, uncounted.
+    """
+    with together(axis, _CHECKING):
+        to_write = _divide(entries, largest)
+        signature = _signature(path, state, to_write, entries)
+    axis.agree(signature, what="checkpoints", way_out="Save the same on all ranks.")
+    _check_copies(entries, axis)
+    return to_write
 
 
 def wait_for_save(model: nn.Module) -> None:

@@ -178,9 +178,7 @@ def _cost(
         named.check_even()
     cost = layout_cost(
         model_plan,
-        dp=named.dp,
-        accumulate=named.accumulate,
-        passes=named.passes,
+        named.of_batch,
         batch=None if is_watched else named.batch,
         length=None if is_watched else named.length,
         size=gpt_size(model.config) if is_transformers(model) else None,

@@ -9,7 +9,7 @@ from shardproof.checked_values import LARGEST, read_whole
 from shardproof.cli.output import PlainConsole, size, table
 from shardproof.data_parallel import BATCH_LEAVES, Passes
 from shardproof.errors import UsageError
-from shardproof.plans.layout_cost import LayoutCost
+from shardproof.plans.layout_cost import BatchLayout, LayoutCost
 from shardproof.wording import VALUE, short_repr, short_text
 
 _EXAMPLE = "--layout tp=8,dp=128,batch_leaves=128"
@@ -43,6 +43,11 @@ class NamedLayout:
     leaves: int = 1
     batch: int = 1
     length: int = 1
+
+    @property
+    def of_batch(self) -> BatchLayout:
+        """How the batch is shared."""
+        return BatchLayout(self.dp, self.accumulate, self.passes)
 
     @property
     def rows_of_leaf(self) -> int:
@@ -103,7 +108,7 @@ def _refusal(text: str, why: str) -> UsageError:
 def show_cost(cost: LayoutCost, source: str, out: PlainConsole) -> None:
     """Print one line for each figure, then what the papers say of activations."""
     num_ranks = len(cost.ranks)
-    out.heading(f"{cost.model} on tp {cost.tp} x dp {cost.dp} = {num_ranks} ranks")
+    out.heading(f"{cost.model} on tp {cost.tp} x dp {cost.layout.dp} = {num_ranks} ranks")
     out.show(Text(f"{source}, {cost.batch_leaves} batch leaves, {_step(cost)}"))
     out.print()
     grid = table("a step", "calls", "most on a rank", "on all ranks", width=out.width,
@@ -134,7 +139,7 @@ def _step(cost: LayoutCost) -> str:
     """The size of the step, in words."""
     if cost.batch is None:
         return "each of them the example that was watched"
-    return f"{cost.batch} x {cost.length} tokens, a pass for each {cost.passes}"
+    return f"{cost.batch} x {cost.length} tokens, a pass for each {cost.layout.passes}"
 
 
 def _flops(number: int) -> str:

@@ -19,7 +19,7 @@ from shardproof.leaves import check_degree
 from shardproof.prover import Case, curve, layout_map
 from shardproof.prover.cases import all_cases
 from shardproof.prover.cases.text_training import FEW, TextTraining
-from shardproof.prover.layouts import (
+from shardproof.prover.rank_layouts import (
     SAMPLE,
     LayoutReport,
     RankLayout,

@@ -45,7 +45,7 @@ class Gathers(NamedTuple):
 NOTHING = Gathers()
 
 
-def with_all_tokens(x: Tensor, tokens: TokenCut) -> Tensor:
+def _with_all_tokens(x: Tensor, tokens: TokenCut) -> Tensor:
     """A tensor on no device with the leading dims of `x` when all its tokens are there."""
     return torch.empty((x.shape[0], tokens.split.cut.size, x.shape[2]), device="meta")
 
@@ -61,7 +61,7 @@ class _ColumnLinear(OwnFunction):
         ctx.split, ctx.gathers = split, gathers
         _save(ctx, x if gathers.input is None else rows, weight)
         y = _column(rows, weight, bias, split, gathers)
-        return shaped(y, x if gathers.tokens is None else with_all_tokens(x, gathers.tokens))
+        return shaped(y, x if gathers.tokens is None else _with_all_tokens(x, gathers.tokens))
 
     @staticmethod
     @once_differentiable
@@ -112,8 +112,9 @@ def _column_gradients(ctx: Any, grad_y: Tensor, grad_rows: Tensor) -> tuple[Tens
             started = split.start_sum(parts, shape=shape, like=grad_rows, direction="backward")
     grad_weight = grad_bias = None
     if needs_weight:
-        all_x = x if tokens is None else tokens.gather(x, "backward")
-        grad_weight = products.weight_gradient(grad_rows, as_rows(all_x), split)
+        if tokens is not None:
+            x = tokens.gather(x, "backward")
+        grad_weight = products.weight_gradient(grad_rows, as_rows(x), split)
     if needs_bias:
         grad_bias = products.bias_gradient(grad_rows, split, is_cut=True)
     if started is not None:
@@ -174,8 +175,8 @@ def _row(
     shape = (rows.shape[0], weight.shape[0])
     if tokens is not None:
         y = tokens.scatter(parts, split, shape=shape, like=rows, direction="forward")
-    else:
-        y = split.start_sum(parts, shape=shape, like=rows, direction="forward").wait()
+        return y if bias is None else products.add_bias(y, bias, split)
+    y = split.start_sum(parts, shape=shape, like=rows, direction="forward").wait()
     return y if bias is None else products.add_bias(y, bias, split)
 
 
@@ -232,8 +233,8 @@ def column_linear(
         gathers.input: forward one all_gather of x (*, in_features); backward one reduce_scatter
         of grad_x (*, in_features).
         gathers.output: forward also one all_gather of y (*, out_features).
-        gathers.tokens: forward one all_gather of x; backward another one, for the gradient of the
-        weight, and one reduce_scatter of grad_x.
+        gathers.tokens: forward one all_gather of x (*, in_features); backward one all_gather of x
+        (*, in_features); backward one reduce_scatter of grad_x (*, in_features).
     """
     if gathers.input is None and gathers.tokens is None:
         split.axis.note(x, who=split.name)
@@ -248,7 +249,7 @@ def column_linear(
                 y = _ColumnLinear.apply(x, weight, bias, split, gathers)
             else:
                 y = _column(_whole_rows(x, gathers), weight, bias, split, gathers)
-                y = shaped(y, x if gathers.tokens is None else with_all_tokens(x, gathers.tokens))
+                y = shaped(y, x if gathers.tokens is None else _with_all_tokens(x, gathers.tokens))
     except operands.ERRORS as error:
         operands.explain(error, split.name, x=x, weight=weight, bias=bias)
     if gathers.output:
@@ -283,7 +284,8 @@ def row_linear(
     Comm:
         forward one all_reduce of y (*, out_features); backward none.
         splits_input: backward also one all_gather of grad_x (*, in_features).
-        tokens: forward one reduce_scatter of y; backward one all_gather of grad_y.
+        tokens: forward one reduce_scatter of y (*, out_features); backward one all_gather of
+        grad_y (*, out_features).
     """
     if splits_input:
         split.axis.note(x, who=split.name)

@@ -73,7 +73,7 @@ def whole_rms_norm(
         UsageError: `x` is of a kind or a dtype that is not computed with.
     Comm:
         forward none; backward none.
-        tokens: backward one exchange of (B * T, n), and one all_gather of (n).
+        tokens: backward one exchange of (*, size); backward one all_gather of (size).
     """
     _check(x, "rms_norm", weight=weight)
     return normalise(x, weight, formula, _WholeRows(x.shape[-1], tokens))
@@ -126,7 +126,8 @@ def layer_norm(
         UsageError: `x` is of a kind or a dtype that is not computed with.
     Comm:
         forward none; backward none.
-        tokens: backward one exchange of (B * T, n) and one all_gather of (n) for each parameter.
+        tokens: backward one exchange of (*, size) per parameter; backward one all_gather of (size)
+        per parameter.
     """
     _check(x, "layer_norm", weight=weight, bias=bias)
     return _LayerNorm.apply(x, weight, bias, eps, tokens)

@@ -299,8 +299,8 @@ def shared_columns(
         ShapeError: x, weights and biases are of several dtypes or on several devices.
     Comm:
         forward none; backward one all_reduce of grad_x (*, in_features).
-        tokens: forward one all_gather of x; backward another one, for the gradients of the
-        weights, and one reduce_scatter of grad_x.
+        tokens: forward one all_gather of x (*, in_features); backward one all_gather of x
+        (*, in_features); backward one reduce_scatter of grad_x (*, in_features).
     """
     first = shared.members[0]
     if tokens is None:

@@ -93,22 +93,35 @@ def parallelize(
         UsageError: `plan` has a scheme, and `scheme` is given too.
     """
     axis = checked_axis(axis)
-    sequence_parallel = checked_flag(sequence_parallel, "sequence_parallel")
+    if checked_flag(sequence_parallel, "sequence_parallel") and (
+        isinstance(plan, WatchedPlan) or (inputs is not None and plan is None)
+    ):
+        raise PlanError(NEEDS_NAMES)
     if (inputs is not None and plan is None) or isinstance(plan, WatchedPlan):
-        if sequence_parallel:
-            raise PlanError(NEEDS_NAMES)
         return _cut_as_watched(model, plan, axis, inputs, scheme)
-    agreed_plan, agreed_scheme = _agree(model, plan, scheme, axis)
+    agreed_plan, agreed_scheme = _agree(model, plan, scheme, axis, sequence_parallel)
     known_plan = plan if isinstance(plan, ModelPlan) else agreed_plan
     outcome = attempt(model, known_plan, degree=axis.size, scheme=scheme)
-    if isinstance(outcome, str) and sequence_parallel:
+    if not isinstance(outcome, str):
+        return _cut_by_names(model, outcome, agreed_scheme, axis, inputs, sequence_parallel)
+    if sequence_parallel:
         raise PlanError(f"{NEEDS_NAMES} Here they do not serve: {outcome}")
-    if isinstance(outcome, str):
-        return _cut_as_watched(model, None, axis, None, scheme, why=outcome)
+    return _cut_as_watched(model, None, axis, None, scheme, why=outcome)
+
+
+def _cut_by_names(
+    model: nn.Module,
+    outcome: tuple[ModelPlan, list[str]],
+    scheme: Scheme,
+    axis: Axis,
+    inputs: Any,
+    sequence_parallel: bool,
+) -> nn.Module:
+    """Cut a model by a plan of names, if it has no problems."""
     model_plan, problems = outcome
-    replacements = replacements_of(model, model_plan, agreed_scheme, axis)
+    replacements = replacements_of(model, model_plan, scheme, axis)
     problems += _hooked([*names_replaced_by_cut_layers(model_plan), *replacements], model)
-    if agreed_scheme.is_invariant:
+    if scheme.is_invariant:
         problems += irreplaceable(model, replacements, model_plan)
     if problems:
         raise PlanError(as_error(model, problems))
@@ -171,13 +184,18 @@ def _note_replaced(model: nn.Module, whole: Mapping[str, nn.Parameter]) -> None:
             registry.note_replaced(parameter, name)
 
 
-def _agree(model: Any, plan: Any, scheme: Any, axis: Axis) -> tuple[Plan | None, Scheme]:
+def _agree(
+    model: Any, plan: Any, scheme: Any, axis: Axis, sequence_parallel: bool
+) -> tuple[Plan | None, Scheme]:
     """Return the plan and the scheme; raise on all ranks if they differ between ranks."""
 
     def read() -> tuple[tuple[Plan | None, Scheme], dict[str, object]]:
         checked_model(model)
         own_plan, own_scheme = read_plan(plan, scheme)
-        words = {"whether the model carries the plan": is_carried(plan)}
+        words: dict[str, object] = {
+            "whether the model carries the plan": is_carried(plan),
+            "sequence_parallel": sequence_parallel,
+        }
         return (own_plan, own_scheme), _describe(own_plan, own_scheme, model) | words
 
     agreed_plan, agreed_scheme = _agreed(read, axis)

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -26,10 +26,28 @@ from shardproof.plans.module_plan import ModulePlan
 from shardproof.plans.paper_formulas import GptSize
 from shardproof.plans.watched_plan import WatchedPlan
 from shardproof.tree import nodes_of_run
+from shardproof.wording import short_repr
 
 MOST_RANKS = 10_000
 _PRODUCTS = ("column", "row", "query", "key", "value", "output")  # roles with a matrix product
 _STEP_BYTES = 4  # AdamW counts its steps in a number of fp32 for each parameter
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How a batch is shared, as arguments of `DataParallel`.
+
+    Attributes:
+        dp: number of groups of ranks that share the batch.
+        accumulate: number of groups in which a rank computes its samples, with passes="node".
+        passes: "leaf" for a pass for each batch leaf, "node" for each node of the tree.
+        bucket_bytes: bytes of gradients that are sent together.
+    """
+
+    dp: int = 1
+    accumulate: int = 1
+    passes: Passes = "leaf"
+    bucket_bytes: int = BUCKET_BYTES
 
 
 @dataclass(frozen=True)
@@ -94,8 +112,8 @@ class LayoutCost:
 
     Attributes:
         model: name of the model's class.
-        tp, dp, accumulate: the layout.
-        passes: as of `DataParallel`.
+        tp: number of ranks that share the model.
+        layout: how groups of them share the batch.
         batch_leaves: number of leaves of the batch.
         batch: samples of a step; None if each leaf is one example of a watched plan.
         length: tokens of a row; None likewise.
@@ -105,9 +123,7 @@ class LayoutCost:
 
     model: str
     tp: int
-    dp: int
-    accumulate: int
-    passes: str
+    layout: BatchLayout
     batch_leaves: int
     batch: int | None
     length: int | None
@@ -144,8 +160,7 @@ class LayoutCost:
         """Plain data, for JSON: the largest figure of a rank, and the sum over all."""
         return {
             "model": self.model,
-            "layout": {"tp": self.tp, "dp": self.dp, "accumulate": self.accumulate},
-            "passes": self.passes,
+            "layout": {"tp": self.tp, **vars(self.layout)},
             "batch_leaves": self.batch_leaves,
             "batch": self.batch,
             "length": self.length,
@@ -172,14 +187,11 @@ FIGURES = (
 
 def layout_cost(
     plan: ModelPlan | WatchedPlan,
+    layout: BatchLayout,
     *,
-    dp: int = 1,
-    accumulate: int = 1,
-    passes: Passes = "leaf",
     batch: int | None = None,
     length: int | None = None,
     size: GptSize | None = None,
-    bucket_bytes: int = BUCKET_BYTES,
 ) -> LayoutCost:
     """Predict what a step of `DataParallel` costs each rank, without running it.
 
@@ -188,53 +200,36 @@ def layout_cost(
 
     Args:
         plan: how the model is cut, at the degree `tp`; its scheme has batch leaves.
-        dp: number of groups of ranks that share the batch.
-        accumulate: as of `DataParallel`; it counts with passes="node".
-        passes: as of `DataParallel`.
+        layout: how the batch is shared.
         batch: samples of a step, on all ranks together. Not for a watched plan: each batch leaf is
             the example that the plan was made with.
         length: tokens of a sample; likewise.
         size: for what the papers say of activations.
-        bucket_bytes: as of `DataParallel`.
 
     Raises:
         DegreeError: `dp` exceeds the batch leaves.
         UsageError: a number is invalid, the scheme has no batch leaves, or there are too many
             ranks.
     """
-    leaves, batch, length = _checked(plan, dp, passes, batch, length)
-    cut = Cut(leaves if batch is None else batch, leaves, dp)
-    runs = share(cut.num_leaves, dp)
+    leaves, batch, length = _checked(plan, layout, batch, length)
+    cut = Cut(leaves if batch is None else batch, leaves, layout.dp)
+    runs = share(cut.num_leaves, layout.dp)
     sizes = [len(each) for each in share(cut.size, cut.num_leaves)]
-    rows = [_rows(run, sizes, checked_whole(accumulate, "accumulate"), passes) for run in runs]
+    rows = [_rows(run, sizes, layout) for run in runs]
     nodes = [len(nodes_of_run(cut.num_leaves, run)) for run in runs]
-    held = [_Held(plan, tp_rank, bucket_bytes, nodes) for tp_rank in range(plan.degree)]
-    ranks = tuple(
-        RankCost(
-            tp_rank=each.tp_rank,
-            dp_rank=dp_rank,
-            tp=each.sent(rows[dp_rank], length),
-            dp=each.exchange[dp_rank],
-            parameter_bytes=each.parameter_bytes,
-            largest_bytes=each.largest_bytes,
-            gradient_bytes=each.parameter_bytes,
-            optimizer_bytes=each.optimizer_bytes,
-            node_bytes=each.node_bytes * nodes[dp_rank],
-            flops=each.flops(rows[dp_rank], length),
-        )
-        for dp_rank in range(dp)
-        for each in held
-    )
+    held = [_Held(plan, tp_rank, layout, nodes) for tp_rank in range(plan.degree)]
     return LayoutCost(
         model=plan.model,
         tp=plan.degree,
-        dp=dp,
-        accumulate=accumulate,
-        passes=passes,
+        layout=layout,
         batch_leaves=leaves,
         batch=batch,
         length=length,
-        ranks=ranks,
+        ranks=tuple(
+            each.cost(dp_rank, rows[dp_rank], length)
+            for dp_rank in range(layout.dp)
+            for each in held
+        ),
         activations=_activations(size, max(map(max, filter(None, rows))), length, plan.degree),
     )
 
@@ -257,7 +252,7 @@ def check_layout(tp: int, dp: int, batch_leaves: int) -> None:
 
 
 def _checked(
-    plan: ModelPlan | WatchedPlan, dp: int, passes: str, batch: int | None, length: int | None
+    plan: ModelPlan | WatchedPlan, layout: BatchLayout, batch: int | None, length: int | None
 ) -> tuple[int, int | None, int | None]:
     """The number of batch leaves, the samples and the tokens of each."""
     leaves = plan.scheme.batch_leaves
@@ -266,10 +261,14 @@ def _checked(
             "the plan's scheme has no batch leaves, which the ranks of a layout share. Use "
             "Scheme(batch_leaves=8)."
         )
-    check_layout(plan.degree, dp, leaves)
+    check_layout(plan.degree, layout.dp, leaves)
+    checked_whole(layout.accumulate, "accumulate")
+    checked_whole(layout.bucket_bytes, "bucket_bytes")
+    if layout.passes not in get_args(Passes):
+        raise UsageError(f"passes={short_repr(layout.passes)} is unknown. Use leaf or node.")
     if isinstance(plan, ModelPlan):
         return leaves, checked_whole(batch, "batch"), checked_whole(length, "length")
-    if passes != "leaf" or batch is not None or length is not None:
+    if layout.passes != "leaf" or batch is not None or length is not None:
         raise UsageError(
             "a watched plan knows what a step with its own example sends, and each batch leaf is "
             "that example. Leave out batch and length, and use passes='leaf'."
@@ -277,11 +276,11 @@ def _checked(
     return leaves, None, None
 
 
-def _rows(run: range, sizes: Sequence[int], accumulate: int, passes: str) -> Counter[int]:
+def _rows(run: range, sizes: Sequence[int], layout: BatchLayout) -> Counter[int]:
     """The passes of a rank of the batch: number of rows -> number of passes."""
-    if passes == "leaf":
+    if layout.passes == "leaf":
         return Counter(sizes[leaf] for leaf in run)
-    groups = share(len(run), min(accumulate, len(run)) or 1)
+    groups = share(len(run), min(layout.accumulate, len(run)) or 1)
     parts = (run[group.start : group.stop] for group in groups)
     nodes = (node for part in parts for node in nodes_of_run(len(sizes), part))
     return Counter(sum(sizes[start:stop]) for start, stop in nodes)
@@ -305,25 +304,50 @@ class _Held:
     Args:
         plan: how the model is cut.
         tp_rank: the place.
-        bucket_bytes: of `DataParallel`.
+        layout: how the batch is shared.
         nodes: for each rank of the batch, number of tree nodes that it sends.
     """
 
     def __init__(
-        self, plan: ModelPlan | WatchedPlan, tp_rank: int, bucket_bytes: int, nodes: Sequence[int]
+        self,
+        plan: ModelPlan | WatchedPlan,
+        tp_rank: int,
+        layout: BatchLayout,
+        nodes: Sequence[int],
     ) -> None:
-        self.tp_rank, self._plan = tp_rank, plan
+        self._plan, self._tp_rank, self._nodes = plan, tp_rank, nodes
         parameters = list(_parameters(plan, tp_rank))
-        self.parameter_bytes = sum(each.nbytes for each in parameters)
-        self.largest_bytes = max((each.nbytes for each in parameters), default=0)
-        self.optimizer_bytes = 2 * self.parameter_bytes + _STEP_BYTES * len(parameters)
-        buckets = list(_buckets(parameters, bucket_bytes))
-        self.node_bytes = sum(sum(each.sizes) * each.dtype.itemsize for each in buckets)
-        self.exchange = _exchange(buckets, nodes)
+        self._parameter_bytes = sum(each.nbytes for each in parameters)
+        self._largest_bytes = max((each.nbytes for each in parameters), default=0)
+        self._optimizer_bytes = 2 * self._parameter_bytes + _STEP_BYTES * len(parameters)
+        buckets = list(_buckets(parameters, layout.bucket_bytes))
+        self._node_bytes = sum(sum(each.sizes) * each.dtype.itemsize for each in buckets)
+        self._exchange = _exchange(buckets, nodes)
         self._by_passes: dict[tuple[tuple[int, int], ...], Counts] = {}
         self._products, self._query_rows = _products(plan, tp_rank)
 
-    def sent(self, rows: Counter[int], length: int | None) -> Counts:
+    def cost(self, dp_rank: int, rows: Counter[int], length: int | None) -> RankCost:
+        """What the rank at this place costs in one group of ranks.
+
+        Args:
+            dp_rank: the group.
+            rows: its passes.
+            length: tokens of a row.
+        """
+        return RankCost(
+            tp_rank=self._tp_rank,
+            dp_rank=dp_rank,
+            tp=self._sent(rows, length),
+            dp=self._exchange[dp_rank],
+            parameter_bytes=self._parameter_bytes,
+            largest_bytes=self._largest_bytes,
+            gradient_bytes=self._parameter_bytes,
+            optimizer_bytes=self._optimizer_bytes,
+            node_bytes=self._node_bytes * self._nodes[dp_rank],
+            flops=self._flops(rows, length),
+        )
+
+    def _sent(self, rows: Counter[int], length: int | None) -> Counts:
         """The collectives of the model in some passes."""
         key = tuple(sorted(rows.items()))
         if key not in self._by_passes:
@@ -333,10 +357,10 @@ class _Held:
 
     def _sent_in_one(self, rows: int, length: int | None) -> Counts:
         if isinstance(self._plan, WatchedPlan):
-            return self._plan.comm(rank=self.tp_rank)
-        return self._plan.comm(batch=rows, length=length or 1, rank=self.tp_rank)
+            return self._plan.comm(rank=self._tp_rank)
+        return self._plan.comm(batch=rows, length=length or 1, rank=self._tp_rank)
 
-    def flops(self, rows: Counter[int], length: int | None) -> int | None:
+    def _flops(self, rows: Counter[int], length: int | None) -> int | None:
         """Of the matrix products in some passes; backward has two for each of forward."""
         if length is None:
             return None

@@ -50,9 +50,9 @@ class GptSize:
     def flops_with(self, recompute: Recompute, rows: int, length: int) -> int:
         """The flops with what is computed again in backward.
 
-        "selective" computes the products of the attention again: equation 8 of Korthikanti et al.
-        "full" computes each layer again: 96Bslh^2 (1 + s/6h + V/16lh), equation 3 of Narayanan et
-        al.
+        "selective" is 72BLsh^2 (1 + s/3h + V/12hL), equation 8 of Korthikanti et al. as printed: it
+        adds three times the two products of the attention, which its text counts once. "full"
+        computes each layer again: 96Bslh^2 (1 + s/6h + V/16lh), equation 3 of Narayanan et al.
 
         Args:
             recompute: what is computed again.
@@ -62,7 +62,7 @@ class GptSize:
         logits = 2 * rows * length * self.hidden * self.vocabulary
         again = {
             "none": 0,
-            "selective": 4 * rows * length**2 * self.hidden * self.layers,
+            "selective": 12 * rows * length**2 * self.hidden * self.layers,
             "full": self._forward(rows, length) - logits,
         }
         return self.flops(rows, length) + again[recompute]

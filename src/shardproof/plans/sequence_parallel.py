@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from shardproof.cut import all_rules
+from shardproof.cut.along_tokens import DIM, TOKENS, install, tokens_of
 from shardproof.cut.deferred import opened
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import cut_tensor
-from shardproof.cut.tokens import DIM, TOKENS, install, tokens_of
 from shardproof.layers.dropout import Dropout
 from shardproof.layers.norm import LayerNorm, RMSNorm
 from shardproof.ops import unit_ops

@@ -6,6 +6,7 @@ report give its reason. If a transport is requested by name and cannot be used, 
 """
 
 import os
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from shardproof.transport.solo import SoloTransport
 from shardproof.wording import error_words, short_repr
 
 AUTO, SHM, GLOO, NCCL = "auto", "shm", "gloo", "nccl"
+BY_NAME = "asked for by name"  # the note of a choice
 
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 
@@ -141,7 +143,7 @@ def choose(
             "transport='auto', or make another group with torch.distributed.new_group(backend=...)."
         )
     if requested == GLOO or not is_gloo:
-        return TransportChoice(base, "asked for by name" if is_gloo else "")
+        return TransportChoice(base, BY_NAME if is_gloo else "")
     if timeout is None:
         timeout = default_pg_timeout.total_seconds()
     try:
@@ -156,7 +158,10 @@ def choose(
 
 
 def _agree(base: DistributedTransport, requested: str, compare_inputs: bool) -> None:
-    everyone: list[tuple[str, bool]] = base.gather_objects((requested, compare_inputs), call=_CALL)
+    mine = (requested, compare_inputs), socket.gethostname()
+    gathered: list[tuple[tuple[str, bool], str]] = base.gather_objects(mine, call=_CALL)
+    base.hosts = tuple(host for _, host in gathered)
+    everyone = [options for options, _ in gathered]
     if len(set(everyone)) == 1:
         return
     names = [name for name, _ in everyone]

@@ -46,6 +46,7 @@ from shardproof.transport.base import (
 from shardproof.transport.ledger import Ledger
 from shardproof.transport.notes import CallNotes, Notes
 from shardproof.transport.stream import NextExchange, Round, stream_of
+from shardproof.wording import few
 
 # all_gather_into_tensor by its newer name; torch warns about the older one where it has both.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -109,6 +110,8 @@ class DistributedTransport(Transport):
         self._timeout = None if timeout is None else timedelta(seconds=timeout)
         self._observer = observer
         self._busy = threading.Lock()
+        # The host of each rank for messages, once the ranks have told each other.
+        self.hosts: tuple[str, ...] = ()
         # Where small control messages live. A mixed group has a CPU side for them.
         self._device = torch.device("cpu")
         if not self._is_gloo and torch.cuda.is_available():
@@ -438,9 +441,21 @@ class DistributedTransport(Transport):
         except RuntimeError as error:
             # An error of the backend nearly always means that another rank has ended or is stuck.
             raise PeerError(
-                f"{self.name} failed on rank {self.rank} of {self.size} in {call}: {error}. "
-                "If another rank failed or is stuck, its own message says why."
+                f"{self.name} failed on rank {self.rank} of {self.size}{self._places()} in {call}: "
+                f"{error}. If another rank failed or is stuck, its own message says why."
             ) from error
+
+    def _places(self) -> str:
+        """Where the ranks are, if they are on several hosts; "" if not."""
+        group = self._group_ref()
+        if len(set(self.hosts)) < 2 or group is None:
+            return ""
+        places = [
+            f"global rank {number} on {host}"
+            for number, host in zip(dist.get_process_group_ranks(group), self.hosts, strict=True)
+        ]
+        others = [place for rank, place in enumerate(places) if rank != self.rank]
+        return f" ({places[self.rank]}, with {few(others)})"
 
 
 @functools.cache

@@ -397,36 +397,45 @@ def prove_layouts(
     lessons = [_lesson(case) for case in cases]
     ordered = (ALONE, *(each for each in layouts if each != ALONE))
     count = ProgressCounter(progress, total=len(cases) * (len(ordered) + 1))
+    options = {"engine": engine, "transport": transport, "threads": threads}
     reports, contract, used = [], "", ""
     for case, lesson in zip(cases, lessons, strict=True):
         training = LayoutTraining(lesson, ALONE, scheme, seed, steps)
-        count(f"{case.name}, plain torch")
-        worst = training.difference_from_torch()
-        reference: dict[str, str] = {}
-        runs = []
-        losses: tuple[float, ...] = ()
-        for layout in ordered:
-            count(f"{case.name}, {layout}")
-            work = replace(training, layout=layout)
-            with open_ranks(
-                layout.num_ranks, engine, transport=transport, threads=threads
-            ) as ranks:
-                try:
-                    results = ranks.run(work)
-                except ShardproofError as error:
-                    error.add_note(f"This was case {case.name} in layout {layout}.")
-                    raise
-                used = ranks.transport
-            hashes = _joined([each for each, *_ in results])
-            if layout == ALONE:
-                reference = {name: "".join(values) for name, values in hashes.items()}
-                losses, contract = tuple(results[0][1]), results[0][2]
-            differing = _differing(reference, hashes)
-            seconds = max(duration for *_, duration in results)
-            runs.append(LayoutRun(layout, len(hashes), differing, seconds))
-        reports.append(LayoutCase(case.name, reference, tuple(runs), *worst, losses))
+        report, contract, used = _prove_case(case.name, training, ordered, options, count)
+        reports.append(report)
     count("done")
     return LayoutReport(tuple(reports), engine, used, seed, scheme.batch_leaves or 0, contract)
+
+
+def _prove_case(
+    name: str,
+    training: LayoutTraining,
+    layouts: Sequence[RankLayout],
+    options: dict[str, Any],
+    count: ProgressCounter,
+) -> tuple[LayoutCase, str, str]:
+    """One case in all layouts; also the contract, and the transport of the last layout."""
+    count(f"{name}, plain torch")
+    worst = training.difference_from_torch()
+    reference: dict[str, str] = {}
+    losses: tuple[float, ...] = ()
+    runs, contract, used = [], "", ""
+    for layout in layouts:
+        count(f"{name}, {layout}")
+        with open_ranks(layout.num_ranks, **options) as ranks:
+            try:
+                results = ranks.run(replace(training, layout=layout))
+            except ShardproofError as error:
+                error.add_note(f"This was case {name} in layout {layout}.")
+                raise
+            used = ranks.transport
+        hashes = _joined([each for each, *_ in results])
+        if layout == ALONE:
+            reference = {tensor: "".join(values) for tensor, values in hashes.items()}
+            losses, contract = tuple(results[0][1]), results[0][2]
+        seconds = max(duration for *_, duration in results)
+        runs.append(LayoutRun(layout, len(hashes), _differing(reference, hashes), seconds))
+    return LayoutCase(name, reference, tuple(runs), *worst, losses), contract, used
 
 
 def _lesson(case: Case) -> TextTraining:
