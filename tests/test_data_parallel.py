@@ -366,6 +366,13 @@ def test_batch_norm_is_refused() -> None:
         )
 
 
+def test_draws_from_the_global_generator_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5))
+    x = batch()
+    with pytest.raises(UsageError, match="drew from torch's global generator"):
+        DataParallel(model, sp.Axis.solo("dp")).backward(lambda at: model(x[at]).sum(), ROWS)
+
+
 def test_sparse_gradients_are_refused() -> None:
     model = nn.Embedding(9, 4, sparse=True)
     ids = torch.arange(9)

@@ -119,11 +119,13 @@ class BatchStep:
         for module, start in zip(self._drawing, self._starts, strict=True):
             module.step = start
         versions = [buffer._version for _, buffer in self._buffers]
+        generators = _generator_states(self._named)
         with batch_leaves.running(BatchLeaves(leaves, tuple(map(len, bounds)))):
             loss, count = _checked_loss(loss_of(samples), samples)
             loss.backward(torch.ones_like(loss))
             total = _sum_of_losses(loss.detach(), bounds)
         self._check_buffers(versions)
+        self._check_draws(generators)
         self._draws = [
             max(most, module.step - start)
             for most, module, start in zip(self._draws, self._drawing, self._starts, strict=True)
@@ -232,6 +234,15 @@ class BatchStep:
             name = f"gradients of {first}" + ("" if first == last else f" to {last}")
         return Bucket(name, tuple(places), tuple(sizes), dtype, device)
 
+    def _check_draws(self, generators: Sequence[Tensor]) -> None:
+        now = _generator_states(self._named)
+        if not all(torch.equal(*pair) for pair in zip(generators, now, strict=True)):
+            raise UsageError(
+                "loss_of drew from torch's global generator, as torch.randn and the nn.Dropout of "
+                "a plain model do, so that each layout would draw other numbers. Draw before the "
+                "step, or cut the model with parallelize, whose dropout draws by the leaf."
+            )
+
     def _check_buffers(self, versions: Sequence[int]) -> None:
         for (name, buffer), version in zip(self._buffers, versions, strict=True):
             if buffer._version != version:
@@ -240,6 +251,12 @@ class BatchStep:
                     "value would depend on which samples a rank computes together. Use a norm "
                     "over features (LayerNorm, GroupNorm), or set the module to eval()."
                 )
+
+
+def _generator_states(named: Sequence[tuple[str, nn.Parameter]]) -> list[Tensor]:
+    """The states of torch's global generators that code of the model may draw from."""
+    devices = {each.device for _, each in named if each.is_cuda}
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(each) for each in devices)]
 
 
 def _added(left: BatchSum, right: BatchSum) -> BatchSum:

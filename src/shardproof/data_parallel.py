@@ -138,7 +138,8 @@ class DataParallel:
 
         Raises:
             UsageError: the loss is no sum with a gradient, a count is no whole number or all are
-                0, a gradient is sparse, or the forward changed a buffer.
+                0, a gradient is sparse, the forward changed a buffer, or it drew from torch's
+                global generator.
             MismatchError: the ranks were given different numbers of samples, or hold different
                 weights before the first step.
             NumericsError: with passes="node", the model sums over the batch in a way that does not
