@@ -208,6 +208,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # Batches that ranks share.
     ("batch_gradients",),
     ("data_parallel",),
+    ("sharded_optimizer",),
     # Ranks as threads or processes, and how they are started.
     ("engines.status", "engines.capacity", "engines.fork", "engines.interpreter"),
     ("engines.interrupt", "engines.messages", "engines.random_state"),

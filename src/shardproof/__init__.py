@@ -51,6 +51,7 @@ from shardproof.reductions import (
     sums_by_parameter,
 )
 from shardproof.scheme import Scheme
+from shardproof.sharded_optimizer import ShardedOptimizer
 from shardproof.showing import show
 from shardproof.stop_signal import StopSignal
 from shardproof.text_batches import TextBatches
@@ -70,6 +71,7 @@ __all__ = [
     "RowParallel",
     "RowParallelLinear",
     "Scheme",
+    "ShardedOptimizer",
     "SharedInput",
     "StopSignal",
     "TextBatches",
