@@ -417,6 +417,33 @@ def test_parts_of_a_cut_weight_are_compared_too() -> None:
         sp.launch(partial(work, plain=make()), degree=4)
 
 
+def test_an_error_of_one_rank_is_raised_on_all() -> None:
+    """The rank without samples hears of it too."""
+    seen = []
+
+    def work(axis: sp.Axis, plain: nn.Module) -> None:
+        x = batch(2)
+        parallel = DataParallel(copy.deepcopy(plain), axis)
+        try:
+            parallel.backward(lambda at: torch.ones(()), len(x))
+        except UsageError as error:
+            seen.append(str(error))
+
+    sp.launch(partial(work, plain=make()), degree=3)
+    assert len(seen) == 3
+    assert len(set(seen)) <= 2
+    assert all("has no gradient" in each for each in seen)
+
+
+def test_ranks_of_another_scheme_are_refused() -> None:
+    def work(axis: sp.Axis, plain: nn.Module) -> None:
+        scheme = sp.Scheme(batch_leaves=8, seed=axis.rank)
+        DataParallel(copy.deepcopy(plain), axis, scheme=scheme)
+
+    with pytest.raises(MismatchError, match="arguments of DataParallel: for scheme"):
+        sp.launch(partial(work, plain=make()), degree=2)
+
+
 # ---- axes of a grid
 
 

@@ -51,9 +51,9 @@ def test_the_sets_of_layouts() -> None:
     some = sampled_layouts()
     assert some[0] == ALONE
     assert len(some) == layouts.SAMPLE
-    assert {each.tp for each in some} == set(layouts.TENSOR)
-    assert {each.dp for each in some} == set(layouts.DATA)
-    assert {each.accumulate for each in some} == set(layouts.PASSES)
+    assert {each.tp for each in some} == set(layouts.TP_SIZES)
+    assert {each.dp for each in some} == set(layouts.DP_SIZES)
+    assert {each.accumulate for each in some} == set(layouts.ACCUMULATIONS)
     assert parse_layouts("sample") == some
     assert parse_layouts("full") == every
     assert parse_layouts("tp=2:dp=1,3") == (ALONE, RankLayout(2, 1), RankLayout(2, 3))
@@ -170,6 +170,9 @@ def _mean_of_ranks(patch: pytest.MonkeyPatch) -> None:
     _before_total(patch, change)
 
 
+_LOCAL_NORM = 300  # below the norm of a rank's sums
+
+
 def _clipped_alone(patch: pytest.MonkeyPatch) -> None:
     """Each rank clips what it has computed, before the sum over the ranks."""
 
@@ -177,7 +180,7 @@ def _clipped_alone(patch: pytest.MonkeyPatch) -> None:
         for total in step.nodes.values():
             squares = [each.square().sum() for each in total.gradients if each is not None]
             norm = torch.stack(squares).sum().sqrt().item()
-            _scaled(total, min(1.0, 300 / norm))
+            _scaled(total, min(1.0, _LOCAL_NORM / norm))
 
     _before_total(patch, change)
 

@@ -271,12 +271,10 @@ def test_rows_of_a_step_are_divided_without_a_warning(
 
 def test_layouts_that_cannot_be_are_refused(config: Path, text: Path) -> None:
     train = ("train", "--model", config, "--text", text)
-    assert "--data-parallel 9 is more than the 8 leaves of a batch" in error_of(
+    assert "--data-parallel 9 has 9 ranks, and a batch has 8 leaves" in error_of(
         *train, "--data-parallel", 9
     )
-    assert "is more than the 2 leaves" in error_of(
-        *train, "--data-parallel", 3, "--batch-leaves", 2
-    )
+    assert "and a batch has 2 leaves" in error_of(*train, "--data-parallel", 3, "--batch-leaves", 2)
     assert "--data-parallel" in error_of(*train, "--data-parallel", 0)
 
 

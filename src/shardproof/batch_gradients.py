@@ -19,11 +19,15 @@ from shardproof.layers.dropout import Drawing
 from shardproof.leaves import Cut
 from shardproof.numerics.precision import node_dtype
 from shardproof.numerics.sums import sum_all
-from shardproof.tree import Node, add_run, children, node_name
+from shardproof.tree import Node, children, node_name, sum_leaves
 from shardproof.wording import short_repr
 
 LossOf = Callable[[slice], Any]
 Gradients = list[Tensor | None]
+
+
+class PassError(UsageError):
+    """What is wrong with a pass, on all ranks that share the model; others must be told."""
 
 
 @dataclass
@@ -80,13 +84,13 @@ class BatchStep:
 
     Args:
         model: the model.
-        named: its parameters that want a gradient.
-        cut: of the samples.
+        named: name and parameter, for each that requires a gradient.
+        cut: how the samples are cut into leaves and over the ranks.
 
     Attributes:
-        cut: of the samples.
+        cut: as given.
         nodes: the sums of this rank, as few as the tree allows.
-        count: what the losses of this rank are divided by, summed.
+        count: the sum of the counts that `loss_of` returned.
     """
 
     def __init__(
@@ -104,7 +108,7 @@ class BatchStep:
         self._draws = [0] * len(self._drawing)
 
     def compute_all(self, loss_of: LossOf, passes: Iterable[range]) -> dict[Node, BatchSum]:
-        """Compute passes, from nothing; returns `nodes`."""
+        """Forget earlier sums, compute the passes, and return `nodes`."""
         self.nodes, self.count = {}, 0
         for leaves in passes:
             self._compute(loss_of, leaves)
@@ -120,7 +124,9 @@ class BatchStep:
             module.step = start
         versions = [buffer._version for _, buffer in self._buffers]
         generators = _generator_states(self._named)
-        with batch_leaves.running(BatchLeaves(leaves, tuple(map(len, bounds)))):
+        # In this thread also on a GPU, where autograd has threads of its own that know no leaves.
+        one_thread = torch.autograd.set_multithreading_enabled(False)
+        with one_thread, batch_leaves.running(BatchLeaves(leaves, tuple(map(len, bounds)))):
             loss, count = _checked_loss(loss_of(samples), samples)
             loss.backward(torch.ones_like(loss))
             total = _sum_of_losses(loss.detach(), bounds)
@@ -164,10 +170,8 @@ class BatchStep:
                         if self._num_uses(parameter) > 1
                         else "what uses it is no layer of shardproof, or uses it more than once"
                     )
-                    return (
-                        f"passes='node': the gradient of {name!r} {where}: {why}. Use "
-                        "passes='leaf'."
-                    )
+                    what = f"the gradient of {name!r} {where}: {why}"
+                    return f"passes='node': {what}. Use passes='leaf'."
         return ""
 
     def _num_uses(self, parameter: nn.Parameter) -> int:
@@ -187,13 +191,13 @@ class BatchStep:
         """For each dropout, the number of its draws in one pass."""
         return tuple(self._draws)
 
-    def draw_on(self, draws: Sequence[int]) -> None:
-        """Count the draws of a step, which are as many on all ranks."""
+    def advance_draws(self, draws: Sequence[int]) -> None:
+        """Advance each dropout by its number of draws in one pass."""
         for module, start, count in zip(self._drawing, self._starts, draws, strict=True):
             module.step = start + count
 
     def buckets(self, has_gradient: Sequence[bool], most_bytes: int) -> Iterator[Bucket]:
-        """The loss and all gradients, those that backward computes first at the beginning."""
+        """The loss, then the gradients in reverse order of the parameters, as buckets."""
         kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for place in reversed(range(len(self._named))):
             parameter = self._named[place][1]
@@ -206,13 +210,13 @@ class BatchStep:
                 yield self._bucket(some, *kind)
 
     def _kind_of_loss(self) -> tuple[torch.dtype, torch.device]:
-        """Of the loss, which a rank without a leaf does not have."""
+        """Dtype and device of the loss; a rank without a leaf has no loss to ask."""
         dtypes = {node_dtype(each.dtype) for _, each in self._named}
         device = self._named[0][1].device if self._named else torch.device("cpu")
         return (torch.float64 if torch.float64 in dtypes else torch.float32), device
 
     def _runs(self, places: Sequence[int], most: int) -> Iterator[list[int]]:
-        """Runs of places with at most so many elements, or one place."""
+        """Consecutive places with at most `most` elements, or a single larger one."""
         run: list[int] = []
         total = 0
         for place in places:
@@ -237,7 +241,7 @@ class BatchStep:
     def _check_draws(self, generators: Sequence[Tensor]) -> None:
         now = _generator_states(self._named)
         if not all(torch.equal(*pair) for pair in zip(generators, now, strict=True)):
-            raise UsageError(
+            raise PassError(
                 "loss_of drew from torch's global generator, as torch.randn and the nn.Dropout of "
                 "a plain model do, so that each layout would draw other numbers. Draw before the "
                 "step, or cut the model with parallelize, whose dropout draws by the leaf."
@@ -246,7 +250,7 @@ class BatchStep:
     def _check_buffers(self, versions: Sequence[int]) -> None:
         for (name, buffer), version in zip(self._buffers, versions, strict=True):
             if buffer._version != version:
-                raise UsageError(
+                raise PassError(
                     f"the forward changed the buffer {name!r}, as BatchNorm does in training. Its "
                     "value would depend on which samples a rank computes together. Use a norm "
                     "over features (LayerNorm, GroupNorm), or set the module to eval()."
@@ -288,9 +292,8 @@ def _sum_of_losses(loss: Tensor, bounds: Sequence[range]) -> Tensor:
     wide = loss.to(node_dtype(loss.dtype))
     if loss.dim() == 0:
         return wide
-    first, count = bounds[0].start, len(bounds)
-    parts = (sum_all(wide[each.start - first : each.stop - first]) for each in bounds)
-    return add_run(parts, range(count), count)[0, count]
+    first = bounds[0].start
+    return sum_leaves(sum_all(wide[each.start - first : each.stop - first]) for each in bounds)
 
 
 def _has_same_bits(one: Tensor | None, other: Tensor | None) -> bool:
@@ -311,17 +314,17 @@ def _checked_loss(result: Any, samples: slice) -> tuple[Tensor, int]:
     is_loss = isinstance(loss, Tensor) and loss.is_floating_point()
     if not is_loss or (loss.numel() != 1 and loss.shape != (num_samples,)):
         what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else short_repr(loss)
-        raise UsageError(
+        raise PassError(
             f"loss_of({samples.start}:{samples.stop}) returned a loss of {what}. Return the sum of "
             f"the losses of these samples, (), or the loss of each, ({num_samples},)."
         )
     if count is None or count < 0:
-        raise UsageError(
+        raise PassError(
             f"loss_of({samples.start}:{samples.stop}) returned the count {short_repr(given)}. "
             "Return how many losses were added, as an int."
         )
     if not loss.requires_grad:
-        raise UsageError(
+        raise PassError(
             f"the loss of samples {samples.start}:{samples.stop} has no gradient: no parameter "
             "took part in it, or it was detached. Compute it without detach() and no_grad()."
         )
@@ -333,7 +336,7 @@ def _checked_gradient(name: str, grad: Tensor | None) -> Tensor | None:
     if grad is None:
         return None
     if grad.layout != torch.strided:
-        raise UsageError(
+        raise PassError(
             f"the gradient of {name!r} is sparse, and is not summed over ranks. Use "
             "Embedding(..., sparse=False)."
         )

@@ -2,7 +2,8 @@
 
 `DataParallel` cuts the samples of a step into leaves and enters `running` around each pass. What
 sums over the batch or draws for it then asks `current`. Outside of `DataParallel` there are no
-batch leaves. Integers only; no tensors.
+batch leaves. They belong to the thread, in which `DataParallel` lets backward run too. Integers
+only; no tensors.
 """
 
 import threading

@@ -15,20 +15,33 @@ from torch import Tensor, nn
 
 from shardproof import comm
 from shardproof.axis import Axis, checked_axis
-from shardproof.batch_gradients import LOSS, BatchStep, Bucket, Gradients, LossOf
+from shardproof.batch_gradients import (
+    LOSS,
+    BatchStep,
+    Bucket,
+    Gradients,
+    LossOf,
+    PassError,
+)
 from shardproof.checked_objects import checked_model
 from shardproof.checked_values import checked_whole
-from shardproof.errors import DegreeError, MismatchError, NumericsError, UsageError
+from shardproof.errors import (
+    MismatchError,
+    NumericsError,
+    ShardproofError,
+    UsageError,
+)
 from shardproof.layers.base import ShardedModule
 from shardproof.layers.registry import record_of
-from shardproof.leaves import Cut, share
-from shardproof.plans.apply import sample_weights
+from shardproof.leaves import Cut, check_batch_degree, share
+from shardproof.plans.apply import contract_for, sample_weights
 from shardproof.scheme import Scheme, checked_scheme
 from shardproof.tree import nodes_of_run
 from shardproof.wording import dtype_name, short_repr
 
 Passes = Literal["leaf", "node"]
 BATCH_LEAVES = 8  # where batch leaves are wanted and no number is given
+Problem = tuple[type[ShardproofError], str]
 BUCKET_BYTES = 25 << 20  # of gradients that are sent together
 
 
@@ -40,7 +53,7 @@ class _Told:
     count: int
     has_gradient: tuple[bool, ...]
     draws: tuple[int, ...]
-    problem: str
+    problem: Problem | None
 
 
 class DataParallel:
@@ -51,10 +64,11 @@ class DataParallel:
         axis: the ranks that share a batch.
         scheme: for a model that has no cut layer; otherwise the scheme of its layers counts.
         accumulate: number of groups in which a rank computes its samples, one after the other.
+            With passes="leaf" it has no effect.
         passes: "leaf" computes each leaf by itself, whatever the model does. "node" computes the
             leaves of a tree node in one pass, which is faster: layers of shardproof then sum over
-            the batch leaf by leaf. The first step is computed in both ways and compared. Of an
-            own loss, return one number for each sample.
+            the batch leaf by leaf. The first step is computed in both ways and compared. If you
+            compute the loss yourself, return the loss of each sample.
         bucket_bytes: bytes of gradients that are sent together.
 
     Attributes:
@@ -97,20 +111,16 @@ class DataParallel:
             model, what="the model of DataParallel", way_out="Give the module that is trained."
         )
         self.axis = checked_axis(axis)
-        self.num_leaves = _num_leaves(model, scheme)
+        scheme = _scheme_of(model, scheme)
+        self.num_leaves = scheme.batch_leaves or BATCH_LEAVES
         self._accumulate = checked_whole(accumulate, "accumulate")
         self._bucket_bytes = checked_whole(bucket_bytes, "bucket_bytes")
         self._passes = _checked_passes(passes, model)
         self._is_first = True
-        if axis.size > self.num_leaves:
-            raise DegreeError(
-                f"axis {axis.name!r} has {axis.size} ranks, and a batch has {self.num_leaves} "
-                f"leaves: a rank beyond the last would never have work. Use Scheme(batch_leaves="
-                f"{axis.size}) or more (in every layout, for the leaves fix the bits), or at most "
-                f"{self.num_leaves} ranks."
-            )
+        check_batch_degree(axis.size, self.num_leaves, where=f"axis {axis.name!r}")
         values = {
-            "batch_leaves": self.num_leaves,
+            "scheme": scheme,
+            "contract": contract_for(scheme, model),
             "bucket_bytes": self._bucket_bytes,
             **{
                 f"parameter {name!r}": f"{tuple(each.shape)} {each.dtype} {each.requires_grad}"
@@ -154,17 +164,18 @@ class DataParallel:
         before = [parameter.grad for _, parameter in named]
         step = BatchStep(self.model, named, Cut(num_samples, self.num_leaves, self.axis.size))
         if self._is_first:
-            self.axis.agree(
-                sample_weights(self.model, with_parts=True),
-                what="weights",
-                way_out="Give every rank of the axis the same weights: load one state, or draw "
-                "them from one seed.",
-            )
+            self._compare_weights()
         try:
-            problem = self._compute(step, loss_of)
+            problem: Problem | None = None
+            try:
+                self._compute(step, loss_of)
+            except PassError as error:  # the same on all ranks that share the model
+                problem = UsageError, str(error)
+            except NumericsError as error:
+                problem = NumericsError, str(error)
             loss, gradients = self._total(step, num_samples, problem)
         except BaseException:
-            step.draw_on([0] * len(step.draws()))  # as if it had not been computed
+            step.advance_draws([0] * len(step.draws()))  # undo the draws of the failed step
             raise
         finally:
             for (_, parameter), grad in zip(named, before, strict=True):
@@ -176,20 +187,36 @@ class DataParallel:
         self._is_first = False
         return loss
 
-    def _compute(self, step: "BatchStep", loss_of: LossOf) -> str:
-        """Compute the passes of this rank; what differs from passes of one leaf each, or ""."""
+    def _compare_weights(self) -> None:
+        self.axis.agree(
+            sample_weights(self.model, with_parts=True),
+            what="weights",
+            way_out="Give every rank of the axis the same weights: load one state, or draw them "
+            "from one seed.",
+        )
+
+    def _compute(self, step: BatchStep, loss_of: LossOf) -> None:
+        """Compute the passes of this rank.
+
+        Raises:
+            NumericsError: passes of several leaves have other bits than those of one.
+        """
         run = step.cut.run(self.axis.rank)
         if self._passes == "leaf":
             step.compute_all(loss_of, _leaves(run))
-            return ""
+            return
         by_leaf = {}
         if self._is_first:
             by_leaf = step.compute_all(loss_of, _leaves(run))
         nodes = step.compute_all(loss_of, _nodes(run, step.cut.num_leaves, self._accumulate))
-        return step.difference(by_leaf, nodes) if self._is_first else ""
+        difference = step.difference(by_leaf, nodes) if self._is_first else ""
+        if difference:
+            raise NumericsError(difference)
 
     @torch.no_grad()
-    def _total(self, step: "BatchStep", num_samples: int, problem: str) -> tuple[Tensor, Gradients]:
+    def _total(
+        self, step: BatchStep, num_samples: int, problem: Problem | None
+    ) -> tuple[Tensor, Gradients]:
         """Loss and gradients of the whole batch, flat, after the division."""
         mine = _Told(num_samples, step.count, step.has_gradient(), step.draws(), problem)
         told: list[_Told] = self.axis.gather_small(mine, what="the part of a batch")
@@ -199,10 +226,9 @@ class DataParallel:
                 f"the ranks of axis {self.axis.name!r} were given different num_samples. {sides}. "
                 "Give the number of samples of the whole batch on every rank."
             )
-        problem = next((each.problem for each in told if each.problem), "")
-        if problem:
-            raise NumericsError(problem)
-        step.draw_on([max(each) for each in zip(*(each.draws for each in told), strict=True)])
+        for kind, message in [each.problem for each in told if each.problem is not None]:
+            raise kind(message)
+        step.advance_draws([max(each) for each in zip(*(each.draws for each in told), strict=True)])
         count = sum(each.count for each in told)
         if count == 0:
             raise UsageError(
@@ -222,7 +248,7 @@ class DataParallel:
                     gradients[place] = part
         return loss, gradients
 
-    def _sum_of(self, step: "BatchStep", bucket: "Bucket") -> Tensor:
+    def _sum_of(self, step: BatchStep, bucket: "Bucket") -> Tensor:
         """The sum over the ranks of a bucket, flat, in `node_dtype`."""
         nodes = {node: bucket.flat(each) for node, each in step.nodes.items()}
         return comm.all_reduce_nodes(
@@ -263,14 +289,13 @@ def _checked_passes(passes: Any, model: nn.Module) -> str:
     return str(passes)
 
 
-def _num_leaves(model: nn.Module, scheme: Scheme | None) -> int:
-    """Number of batch leaves."""
+def _scheme_of(model: nn.Module, scheme: Scheme | None) -> Scheme:
+    """The scheme of the model's layers, or of the caller for a model without any."""
     schemes = [
         record_of(module).scheme for module in model.modules() if isinstance(module, ShardedModule)
     ]
     if not schemes:
-        scheme = Scheme(batch_leaves=BATCH_LEAVES) if scheme is None else checked_scheme(scheme)
-        return BATCH_LEAVES if scheme.batch_leaves is None else scheme.batch_leaves
+        return Scheme(batch_leaves=BATCH_LEAVES) if scheme is None else checked_scheme(scheme)
     if scheme is not None and scheme != schemes[0]:
         raise UsageError(
             f"DataParallel was given {scheme}, and the model was cut by {schemes[0]}. Leave "
@@ -281,5 +306,5 @@ def _num_leaves(model: nn.Module, scheme: Scheme | None) -> int:
             "the model was cut by a scheme without batch leaves, which DataParallel adds "
             f"gradients by. Use parallelize(..., scheme=Scheme(batch_leaves={BATCH_LEAVES}))."
         )
-    leaves: int = schemes[0].batch_leaves
-    return leaves
+    first: Scheme = schemes[0]
+    return first

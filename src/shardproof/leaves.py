@@ -88,6 +88,25 @@ class OwnedLeaves:
     is_all: bool
 
 
+def check_batch_degree(degree: int, batch_leaves: int, *, where: str) -> None:
+    """Raise unless `degree` ranks can share a batch of so many leaves.
+
+    Args:
+        degree: number of ranks that share a batch.
+        batch_leaves: number of leaves of a batch.
+        where: what has the ranks, for the message.
+
+    Raises:
+        DegreeError: there are more ranks than leaves.
+    """
+    if degree > batch_leaves:
+        raise DegreeError(
+            f"{where} has {degree} ranks, and a batch has {batch_leaves} leaves: a rank beyond the "
+            f"last leaf would never have work. Use batch_leaves={degree} or more (in every layout, "
+            f"for the leaves fix the bits), or at most {batch_leaves} ranks."
+        )
+
+
 @dataclass(frozen=True)
 class Cut:
     """One dim of `size` units, cut into leaves that `degree` ranks share.

@@ -23,8 +23,8 @@ class Scheme:
         numerics: "invariant" for the same bits at every degree, "native" for one product per
             shard and the transport's own all-reduce.
         seed: seed of all random draws (initialisation, dropout).
-        batch_leaves: number of leaves of a batch, for `DataParallel`, which is also its highest
-            degree; None: batches have no leaves.
+        batch_leaves: number of leaves of a batch; `DataParallel` has at most so many ranks. None:
+            batches have no leaves.
     """
 
     leaves: int = DEFAULT_LEAVES

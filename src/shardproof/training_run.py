@@ -50,9 +50,10 @@ class TrainingOptions:
         steps: number of updates of the whole training.
         rows: rows of a batch.
         length: tokens of a row.
-        accumulate: batches of one step, whose gradients are added.
-        batch_leaves: number of leaves of all rows of a step; None: they have none, and only one
-            rank at a time can share a batch.
+        accumulate: number of batches of one step, whose gradients are added. With batch leaves it
+            multiplies the rows of a step and changes nothing else.
+        batch_leaves: number of leaves of the rows of a step; None: a step has no batch leaves, and
+            `data_parallel` must be 1.
         learning_rate: its highest value.
         schedule: "constant", "cosine" or "linear"; the latter two fall, and would be 0 one step
             after the last.
@@ -197,7 +198,7 @@ def train_on_text(axis: Axis, run: TextTrainingRun, stop: StopSignal | None = No
         step, is_same = loaded.step, loaded.is_same_contract
     parallel = None
     if run.options.batch_leaves is not None:
-        parallel = DataParallel(model, axes["dp"], accumulate=run.options.accumulate)
+        parallel = DataParallel(model, axes["dp"])
     last_saved = run.resume
     was_stopped, error = False, None
     extra = {EXTRA: {**dataclasses.asdict(run.options), **_conditions(text.digest)}}

@@ -87,6 +87,12 @@ def add_run(leaves: Iterable[Tensor], run: range, num_leaves: int) -> dict[Node,
     return {node: combine(node, values, add_tensors) for node in nodes_of_run(num_leaves, run)}
 
 
+def sum_leaves(leaves: Iterable[Tensor]) -> Tensor:
+    """The sum of all leaves, which one rank has; they are not written into."""
+    every = list(leaves)
+    return add_run(every, range(len(every)), len(every))[0, len(every)]
+
+
 def steps(node: Node, numbers: Mapping[Node, int]) -> list[int]:
     """The additions of `combine` as a postfix program, for the C code.
 

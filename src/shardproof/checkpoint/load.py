@@ -118,8 +118,7 @@ def load(
         optimizer = None if optimizer is None else checked_optimizer(optimizer)
         weights_only = checked_flag(weights_only, "weights_only")
         partial = checked_flag(partial, "partial")
-    what = f"reading {short_text(str(path))}"
-    with together(axis, what):
+    with together(axis, what := f"reading {short_text(str(path))}"):
         if axis.rank == 0:
             wait_for_name(path)
     with together(axis, what):
@@ -135,8 +134,9 @@ def load(
         if optimizer is not None and to_read.state_dict is not None:
             load_into(optimizer, to_read.state_dict)
             _keep_forms(model, optimizer, to_read.states)
+    modules = draws_of(model)
     for name, step in to_read.draws.items():
-        draws_of(model)[name].step = step
+        modules[name].step = step
     return _result(to_read, model, weights_only)
 
 

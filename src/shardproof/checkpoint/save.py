@@ -85,13 +85,13 @@ def save(
 
     The directory has whole tensors in safetensors files, which transformers and torch read. Its
     bytes do not depend on the degree. It gets its name, and replaces a checkpoint, when whole.
+
     Args:
         directory: does not exist, is empty, or has a checkpoint.
         model: cut or not; of transformers or not.
         optimizer: of parameters of `model`; None saves weights alone.
         step: number of steps that were done.
-        extra: plain data that the next step depends on (`scheduler.state_dict()`, a position in the
-            data): None, bools, numbers, text, and lists, tuples and dicts of them.
+        extra: plain data for the next step: None, bools, numbers, text, lists, tuples and dicts.
         tokenizer: a tokenizer or processor of transformers, whose files are saved too.
         largest_file: most bytes of tensors in one file; a larger tensor has a file of its own.
         background: return when each rank has copied its part, and write it in a thread. The next
@@ -102,7 +102,7 @@ def save(
 
     Raises:
         UsageError: the directory is no checkpoint, another save into it goes on, an argument is
-            refused, or a rank cannot write. All ranks raise, and the directory is as it was.
+            refused, or a rank cannot write. All ranks raise; the directory is as it was.
         MismatchError: the ranks save different things.
 
     Comm:

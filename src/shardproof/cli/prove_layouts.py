@@ -15,7 +15,7 @@ from shardproof.cli.report_text import ranks_text
 from shardproof.data_parallel import BATCH_LEAVES
 from shardproof.engines.capacity import check_threads
 from shardproof.errors import UsageError
-from shardproof.leaves import check_degree
+from shardproof.leaves import check_batch_degree, check_degree
 from shardproof.prover import Case, curve, layout_map
 from shardproof.prover.cases import all_cases
 from shardproof.prover.cases.text_training import FEW, TextTraining
@@ -141,7 +141,7 @@ def run(
     cases, _ = select_cases(names, options.model, None)
     for layout in layouts:
         check_degree(layout.tp, scheme.leaves)
-        check_degree(layout.dp, BATCH_LEAVES)
+        check_batch_degree(layout.dp, BATCH_LEAVES, where=f"layout {layout}")
     check_threads(
         options.threads or 1,
         max(each.num_ranks for each in layouts),

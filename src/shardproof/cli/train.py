@@ -35,6 +35,7 @@ from shardproof.errors import UsageError
 from shardproof.hf.skeleton import config_of, language_config, require_transformers
 from shardproof.hf.tokenizer import read_tokenizer
 from shardproof.hf.weights import CONFIG, checked_directory
+from shardproof.leaves import check_batch_degree
 from shardproof.prover import curve
 from shardproof.prover.report import counted
 from shardproof.text_batches import TextBatches
@@ -258,12 +259,9 @@ def _options(
     if data_parallel > 1 and values["batch_leaves"] is None:
         values["batch_leaves"] = BATCH_LEAVES
     chosen = TrainingOptions(**values)
-    if data_parallel > (chosen.batch_leaves or 1):
-        raise UsageError(
-            f"--data-parallel {data_parallel} is more than the {chosen.batch_leaves} leaves of a "
-            f"batch: a group beyond the last would never have work. Use --batch-leaves "
-            f"{data_parallel} from the first step on, or fewer groups."
-        )
+    check_batch_degree(
+        data_parallel, chosen.batch_leaves or 1, where=f"--data-parallel {data_parallel}"
+    )
     return chosen
 
 

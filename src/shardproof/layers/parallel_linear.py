@@ -22,8 +22,8 @@ class ParallelLinear(ShardedModule):
     """What both cuts share: sizes, parameters, initialisation.
 
     Attributes:
-        tokens: how the tokens are cut of the input (column) or of the output (row) of this call;
-            None, the default: they are not.
+        tokens: how the tokens of the input (column) or output (row) are cut in this call; None
+            (default) if they are not cut.
     """
 
     tokens: TokenCut | None = None

@@ -16,7 +16,7 @@ from shardproof import batch_leaves, operators
 from shardproof.batch_leaves import BatchLeaves
 from shardproof.numerics import mode, products
 from shardproof.numerics.precision import node_dtype
-from shardproof.tree import Node, add_run, children, nodes_of_run
+from shardproof.tree import Node, children, nodes_of_run, sum_leaves
 
 # Bytes; torch's allocators give every tensor at least that. cuBLASLt picks a kernel by whether an
 # address is a multiple of 256.
@@ -226,6 +226,4 @@ def _over_batch(
     at = batch.row_slices(a.shape[1], "a weight gradient")
     if products.are_ours(a, b, rows):
         return products.leaf_sum(a, b, at)
-    leaves = len(at)
-    parts = (product(a[:, each], b[each], slices) for each in at)
-    return add_run(parts, range(leaves), leaves)[0, leaves]
+    return sum_leaves(product(a[:, each], b[each], slices) for each in at)

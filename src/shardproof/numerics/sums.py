@@ -21,7 +21,7 @@ from torch import Tensor
 from shardproof import batch_leaves, c_modules, operands, operators
 from shardproof.errors import ShapeError
 from shardproof.numerics.precision import node_dtype
-from shardproof.tree import add_run
+from shardproof.tree import sum_leaves
 
 _WHO = "a sum over rows"
 _IS_DOUBLE = {torch.float32: 0, torch.float64: 1}
@@ -61,9 +61,7 @@ def sum_batch_rows(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     if batch is None:
         return sum_rows(x, dtype=dtype)
     at, dtype = batch.row_slices(x.shape[0], "a sum over rows"), dtype or x.dtype
-    leaves = len(at)
-    parts = (_row_sum(x[each], dtype) for each in at)
-    return add_run(parts, range(leaves), leaves)[0, leaves]
+    return sum_leaves(_row_sum(x[each], dtype) for each in at)
 
 
 def sum_all(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from shardproof import batch_leaves, operands, operators
 from shardproof.errors import ShapeError, UsageError
 from shardproof.numerics.sums import sum_all
-from shardproof.tree import add_run
+from shardproof.tree import sum_leaves
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -129,4 +129,4 @@ def _total(losses: Tensor) -> Tensor:
     if batch is None:
         return sum_all(losses)
     at = batch.row_slices(losses.shape[0], "a loss")
-    return add_run((sum_all(losses[each]) for each in at), range(len(at)), len(at))[0, len(at)]
+    return sum_leaves(sum_all(losses[each]) for each in at)

@@ -17,7 +17,7 @@ from shardproof.errors import ShapeError
 from shardproof.numerics.precision import node_dtype
 from shardproof.numerics.sums import sum_batch_rows
 from shardproof.ops.rms_norm import RmsFormula, normalise
-from shardproof.tree import add_run
+from shardproof.tree import sum_leaves
 
 
 def sharded_rms_norm(x: Tensor, weight: Tensor | None, split: Split, formula: RmsFormula) -> Tensor:
@@ -126,7 +126,7 @@ class _ByHead:
         )
         shape = (len(rows), size)
         totals = split.sum_blocks(of_leaf, shape=shape, like=like, direction="backward")
-        return add_run(totals, range(len(rows)), len(rows))[0, len(rows)]
+        return sum_leaves(totals)
 
 
 def _check(

@@ -71,15 +71,17 @@ def dropout(
 def dropout_part(
     x: Tensor, p: float, key: MaskKey, *, shape: Sequence[int], dim: int, at: slice
 ) -> Tensor:
-    """`dropout` of a part of a tensor, with the part of the mask that the whole tensor has.
+    """`dropout` of a part of a tensor, with its part of the mask of the whole tensor.
+
+    Each rank draws the whole mask, one byte for each element, and keeps its part.
 
     Args:
         x: (*, own, *), Shard(dim).
         p: from 0 to 1.
         key: of the mask; the same on every rank.
         shape: of the whole.
-        dim: that is cut.
-        at: which of it `x` is.
+        dim: the dim that is cut.
+        at: the slice of `dim` that `x` holds.
     Returns:
         (*, own, *), Shard(dim).
     Comm:

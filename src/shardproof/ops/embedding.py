@@ -16,7 +16,7 @@ from shardproof.comm.split import Split
 from shardproof.errors import ShapeError, UsageError
 from shardproof.numerics.precision import widen
 from shardproof.observing import PARTIAL, REPLICATE, Operand, StepEvent
-from shardproof.tree import add_run
+from shardproof.tree import sum_leaves
 
 _INTEGERS = {4: torch.int32, 8: torch.int64}
 _NOWHERE = -1  # place of a row that this rank has not
@@ -100,7 +100,7 @@ def gradient_of_table(grad_rows: Tensor, places: Tensor, rows: int) -> Tensor:
     if batch is None:
         return add(slice(None))
     every = batch.row_slices(places.numel(), "the gradient of an embedding")
-    return add_run(map(add, every), range(len(every)), len(every))[0, len(every)]
+    return sum_leaves(map(add, every))
 
 
 def _places(ids: Tensor, split: Split) -> Tensor:

@@ -196,7 +196,9 @@ def _row_gradients(ctx: Any, grad_y: Tensor, grad_rows: Tensor) -> tuple[Tensor 
             grad_x = split.gather(grad_x, "backward")
     if needs_weight:
         rows = _owned_rows(x, split, ctx.splits_input)
-        grad_weight = products.product_columns(split, grad_rows.t(), rows, "grad_weight")
+        grad_weight = products.product_columns(
+            split, grad_rows.t(), rows, "grad_weight", over_batch=True
+        )
     grad_bias = products.bias_gradient(grad_rows, split, is_cut=False) if needs_bias else None
     return shaped(grad_x, grad_y), grad_weight, grad_bias, None, None
 

@@ -89,7 +89,9 @@ def add_bias(y: Tensor, bias: Tensor, split: Split) -> Tensor:
     return y
 
 
-def product_columns(split: Split, a: Tensor, b: Tensor, name: str) -> Tensor:
+def product_columns(
+    split: Split, a: Tensor, b: Tensor, name: str, *, over_batch: bool = False
+) -> Tensor:
     """`grad_x` or `grad_weight`: a whole gradient times a matrix that is cut by columns.
 
     Args:
@@ -97,14 +99,13 @@ def product_columns(split: Split, a: Tensor, b: Tensor, name: str) -> Tensor:
         a: (M, N), Replicate.
         b: (N, owned), Shard(1).
         name: of the result.
+        over_batch: N are the rows of a batch.
     Returns:
         (M, owned), Shard(1).
     Comm:
         forward none; backward none.
     """
-    y = split.arithmetic.product_columns(
-        a, b, split.leaves.slices, over_batch=name == "grad_weight"
-    )
+    y = split.arithmetic.product_columns(a, b, split.leaves.slices, over_batch=over_batch)
     if observing.is_on():
         is_grad_x = name == "grad_x"
         cut = split.placement(1, split.owned)

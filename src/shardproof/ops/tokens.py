@@ -1,4 +1,4 @@
-"""Activations that are cut along their tokens: what layers need that read, make or norm them.
+"""Gathers, scatters and sums for activations that are cut along their tokens.
 
 Between two blocks each rank has all features of its own tokens. Before a column layer the tokens
 are gathered, and after a row layer each rank gets the sum of its own. A gradient that sums over

@@ -44,8 +44,8 @@ from shardproof.wording import dtype_name, short_repr
 Value = TypeVar("Value")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 NEEDS_NAMES = (
-    "sequence_parallel=True needs a plan of names, of yours or of the model; what was planned by "
-    "watching a forward keeps its activations whole between blocks. Leave it out, or give a plan."
+    "sequence_parallel=True needs a plan of names. A plan that watched a forward keeps activations "
+    "whole between blocks. Leave sequence_parallel out, or give a plan of names."
 )
 _SAMPLES = 64  # elements of each parameter that the ranks compare
 
@@ -79,8 +79,8 @@ def parallelize(
         inputs: example inputs of `forward`, as in `sp.plan`. Without a plan, one forward is
             watched; with a plan, a step is rehearsed on every rank.
         scheme: leaves, numerics and seed, if `plan` is not a `Plan`, which has its own.
-        sequence_parallel: in training, activations (B, T, n) between blocks are cut along the T
-            tokens (Korthikanti et al. 2022). It changes no bit. For plans of names alone.
+        sequence_parallel: while gradients are recorded, activations (B, T, n) between blocks are
+            cut along the T tokens (Korthikanti et al. 2022). It changes no bit. For plans of names.
 
     Returns:
         `model`.
@@ -105,7 +105,7 @@ def parallelize(
     if not isinstance(outcome, str):
         return _cut_by_names(model, outcome, agreed_scheme, axis, inputs, sequence_parallel)
     if sequence_parallel:
-        raise PlanError(f"{NEEDS_NAMES} Here they do not serve: {outcome}")
+        raise PlanError(f"{NEEDS_NAMES} The names do not cut this model: {outcome}")
     return _cut_as_watched(model, None, axis, None, scheme, why=outcome)
 
 
@@ -228,7 +228,7 @@ def _agree_on_numbers(model: nn.Module, scheme: Scheme, axis: Axis) -> None:
         "as threads share one generator: build it once and copy it), or load the same state.",
     )
     axis.agree(
-        {"contract": _contract(scheme, model)},
+        {"contract": contract_for(scheme, model)},
         what="arithmetic",
         way_out="Install the same torch and the same build of shardproof for every rank (one "
         "without a C compiler lacks the kernels), and set SHARDPROOF_BLAS and SHARDPROOF_CORE "
@@ -280,8 +280,8 @@ def _hash_config(config: Any) -> str:
     return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
-def _contract(scheme: Scheme, model: nn.Module) -> str:
-    """The contract that this process would compute the products of `model` under."""
+def contract_for(scheme: Scheme, model: nn.Module) -> str:
+    """The contract under which this process would compute the products of `model`."""
     weight = next(model.parameters(), None)
     if weight is None:
         return mode.contract(scheme)
@@ -294,7 +294,7 @@ def sample_weights(model: nn.Module, *, with_parts: bool = False) -> dict[str, o
 
     Args:
         model: cut or not.
-        with_parts: also of cut parameters, whose parts differ along the axis that cuts them.
+        with_parts: also hash the parts of cut parameters, for ranks that hold the same parts.
     """
     cut = {} if with_parts else _cut_before(model)
     return {

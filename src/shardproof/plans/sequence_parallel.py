@@ -1,4 +1,4 @@
-"""Sequence parallelism: in training, activations between blocks are cut along their tokens.
+"""Sequence parallelism: activations between blocks are cut along their tokens, for backward.
 
 A row layer gives each rank the sum of its own tokens; norms, dropout and residual additions work on
 these; a column layer gathers the tokens before its product. Between them the model's code computes
@@ -80,14 +80,14 @@ def _token_cut(region: Region, cut: CutDim, who: str) -> TokenCut:
     return TokenCut(split)
 
 
-def _is_training() -> bool:
-    """Without gradients nothing is kept between blocks, and a step may have one token."""
+def _records_gradients() -> bool:
+    """Whether gradients are recorded; otherwise nothing is kept between blocks."""
     return torch.is_grad_enabled()
 
 
 def _make(layer: Any, inner: Callable[..., Any], region: Region, input: Any) -> Any:
     """The forward of a row layer, whose output is cut along its tokens."""
-    if not _is_training() or input.dim() != 3 or not input.shape[DIM]:
+    if not _records_gradients() or input.dim() != 3 or not input.shape[DIM]:
         return inner(input)
     cut = _cut_of(region, input.shape[DIM])
     layer.tokens = _token_cut(region, cut, layer.name)
@@ -115,7 +115,7 @@ def _read(layer: Any, inner: Callable[..., Any], region: Region, input: Any) -> 
 def _look_up(layer: Any, inner: Callable[..., Any], region: Region, ids: Any) -> Any:
     """The forward of an embedding, whose output is cut along its tokens."""
     y = inner(ids)
-    if not _is_training() or y.dim() != 3 or not y.shape[DIM]:
+    if not _records_gradients() or y.dim() != 3 or not y.shape[DIM]:
         return y
     cut = _cut_of(region, y.shape[DIM])
     part = unit_ops.take(y, DIM, region.place(cut, layer.name))

@@ -177,7 +177,7 @@ class CaseRun:
         has_cut_tensors: code of an adopted model may receive cut tensors.
         device: where the model and the data are moved to; None, the default: they are not moved.
         part: which steps of its trainings the run does; None, the default: all.
-        sequence_parallel: models that can cut activations along their tokens, in training.
+        sequence_parallel: language models cut activations between blocks along their tokens.
     """
 
     def __init__(

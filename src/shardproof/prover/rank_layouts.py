@@ -4,7 +4,8 @@ A layout says how many ranks share a model (`tp`), how many groups of ranks shar
 in how many groups a rank computes its samples (`accumulate`), and whether activations between
 blocks are cut along their tokens (`sequence`). Each layout trains the same language model on the
 same text, with dropout, clipping and AdamW. The layout of one rank computes each batch leaf by
-itself; the others compute a tree node in one pass, unless weights are tied. Every loss, gradient,
+itself; the others compute a tree node in one pass. Models with tied weights compute leaf by leaf,
+where `accumulate` has no effect, and so does a process without our products. Every loss, gradient,
 norm, weight and state of the optimizer must have the same hash in all of them. Plain torch is the
 second judge: without dropout and in fp64, loss and gradients of the first step must agree with it.
 """
@@ -23,6 +24,7 @@ from shardproof.axis import Axis
 from shardproof.data_parallel import DataParallel
 from shardproof.errors import ShardproofError, UsageError
 from shardproof.leaves import Layout
+from shardproof.numerics import mode
 from shardproof.optim.gradient_norms import clip_grad_norm_
 from shardproof.prover.case import Case, CaseRun, RecordOptions
 from shardproof.prover.cases.text_training import (
@@ -42,12 +44,12 @@ from shardproof.prover.training import (
 from shardproof.ranks import open_ranks
 from shardproof.scheme import Scheme
 
-TENSOR, DATA, PASSES = (1, 2, 3, 4, 8), (1, 2, 3, 4), (1, 2, 4)
+TP_SIZES, DP_SIZES, ACCUMULATIONS = (1, 2, 3, 4, 8), (1, 2, 3, 4), (1, 2, 4)
 SAMPLE, MOST_RANKS = 12, 12  # layouts, and ranks of one, where no set is named
 ROWS, LENGTH = 11, 29  # of a batch: neither leaves nor degrees divide them
 DROPOUT = 0.1
 TOLERANCE = 1e-9  # of fp64 against plain torch, relative to the largest number of a tensor
-_SAMPLED = 2_024  # seed of the choice
+_SAMPLE_SEED = 2_024  # seed of the choice
 
 
 @dataclass(frozen=True, order=True)
@@ -81,9 +83,9 @@ ALONE = RankLayout()
 
 
 def all_layouts(
-    tp: Sequence[int] = TENSOR,
-    dp: Sequence[int] = DATA,
-    accumulate: Sequence[int] = PASSES,
+    tp: Sequence[int] = TP_SIZES,
+    dp: Sequence[int] = DP_SIZES,
+    accumulate: Sequence[int] = ACCUMULATIONS,
     sequence: Sequence[bool] = (False, True),
 ) -> tuple[RankLayout, ...]:
     """Every layout of these numbers, that of one rank first; one rank has all tokens anyway."""
@@ -101,7 +103,7 @@ def sampled_layouts(count: int = SAMPLE) -> tuple[RankLayout, ...]:
         count: number of layouts, with that of one rank.
     """
     left = [each for each in all_layouts() if each.num_ranks <= MOST_RANKS and each != ALONE]
-    random.Random(_SAMPLED).shuffle(left)
+    random.Random(_SAMPLE_SEED).shuffle(left)
     chosen, covered = [ALONE], _pairs(ALONE)
     while left and len(chosen) < count:
         best = max(left, key=lambda each: (len(_pairs(each) - covered), -each.num_ranks))
@@ -249,7 +251,7 @@ class LayoutReport:
 
 @dataclass
 class _Hashes:
-    """A recorder that keeps hashes alone; see `Recorder`."""
+    """A recorder that keeps only hashes; see `Recorder`."""
 
     axis: Axis
     by_name: dict[str, str | None] = field(default_factory=dict)
@@ -266,7 +268,7 @@ class LayoutTraining:
     """What every rank runs.
 
     Attributes:
-        lesson: which model is trained, and how.
+        case_training: which model is trained, and how.
         layout: of the ranks.
         scheme: with batch leaves.
         seed: of all draws.
@@ -274,7 +276,7 @@ class LayoutTraining:
         rows, length: of the batch.
     """
 
-    lesson: TextTraining
+    case_training: TextTraining
     layout: RankLayout
     scheme: Scheme
     seed: int
@@ -289,13 +291,13 @@ class LayoutTraining:
         recorder = _Hashes(axes["tp"])
         run = CaseRun(axis=axes["tp"], scheme=self.scheme, seed=self.seed, recorder=recorder)
         run.sequence_parallel = self.layout.sequence
-        model = run.adopt(self.lesson.source.build(run, dropout=DROPOUT))
-        optimizer = make_optimizer(self.lesson.adamw, model)
+        model = run.adopt(self.case_training.source.build(run, dropout=DROPOUT))
+        optimizer = make_optimizer(self.case_training.adamw, model)
         data_parallel = DataParallel(
             model,
             axes["dp"],
             accumulate=self.layout.accumulate,
-            passes="leaf" if self.layout == ALONE or _has_ties(model) else "node",
+            passes="leaf" if self.layout == ALONE or _needs_leaves(model) else "node",
         )
         record_parameters(run, model, suffix=" (initial)", judged=False)
         losses = []
@@ -308,7 +310,7 @@ class LayoutTraining:
             losses.append(loss.item())
             run.record(f"{prefix}loss", loss, judged=False)
             record_gradients(run, model, prefix=prefix, judged=False)
-            norm = clip_grad_norm_(model, self.lesson.max_norm)
+            norm = clip_grad_norm_(model, self.case_training.max_norm)
             run.record(f"{prefix}grad_norm", norm, judged=False)
             optimizer.step()
             optimizer.zero_grad()
@@ -324,7 +326,7 @@ class LayoutTraining:
             step=step,
             rows=self.rows,
             length=self.length,
-            vocabulary=self.lesson.source.vocabulary,
+            vocabulary=self.case_training.source.vocabulary,
         )
 
     def loss_of(
@@ -332,7 +334,7 @@ class LayoutTraining:
     ) -> tuple[Tensor, int]:
         """The sum of the losses of some rows, and how many next tokens they have."""
         rows = tokens[samples]
-        return self.lesson.source.loss_sum(run, model, rows), rows[:, 1:].numel()
+        return self.case_training.source.loss_sum(run, model, rows), rows[:, 1:].numel()
 
     def difference_from_torch(self) -> tuple[float, str]:
         """The largest relative difference of the first step in fp64 without dropout, and where."""
@@ -347,11 +349,11 @@ class LayoutTraining:
         """Loss and gradients of the first step, of ours or of plain torch."""
         alone = Axis.solo() if axis is None else axis
         run = CaseRun(axis=axis, scheme=self.scheme, seed=self.seed, recorder=_Hashes(alone))
-        model = self.lesson.source.build(run, dropout=0.0).double()
+        model = self.case_training.source.build(run, dropout=0.0).double()
         tokens = self.tokens(0)
         with kept_double(True):
             if axis is None:
-                loss = self.lesson.source.score(run, model, tokens).loss
+                loss = self.case_training.source.score(run, model, tokens).loss
                 loss.backward()
             else:
                 loss = DataParallel(model, Axis.solo("dp")).backward(
@@ -394,13 +396,13 @@ def prove_layouts(
         UsageError: a case does not train on text.
         DegreeError: the leaves of the scheme cannot serve a layout.
     """
-    lessons = [_lesson(case) for case in cases]
+    case_trainings = [_case_training(case) for case in cases]
     ordered = (ALONE, *(each for each in layouts if each != ALONE))
     count = ProgressCounter(progress, total=len(cases) * (len(ordered) + 1))
     options = {"engine": engine, "transport": transport, "threads": threads}
     reports, contract, used = [], "", ""
-    for case, lesson in zip(cases, lessons, strict=True):
-        training = LayoutTraining(lesson, ALONE, scheme, seed, steps)
+    for case, case_training in zip(cases, case_trainings, strict=True):
+        training = LayoutTraining(case_training, ALONE, scheme, seed, steps)
         report, contract, used = _prove_case(case.name, training, ordered, options, count)
         reports.append(report)
     count("done")
@@ -438,7 +440,7 @@ def _prove_case(
     return LayoutCase(name, reference, tuple(runs), *worst, losses), contract, used
 
 
-def _lesson(case: Case) -> TextTraining:
+def _case_training(case: Case) -> TextTraining:
     if isinstance(case.work, TextTraining):
         return case.work
     raise UsageError(
@@ -447,10 +449,11 @@ def _lesson(case: Case) -> TextTraining:
     )
 
 
-def _has_ties(model: nn.Module) -> bool:
-    """Whether several modules have one parameter."""
+def _needs_leaves(model: nn.Module) -> bool:
+    """Whether a pass of several leaves may have other bits: tied weights, or not our products."""
     every = list(model.named_parameters(remove_duplicate=False))
-    return len(every) > len(dict(model.named_parameters()))
+    is_tied = len(every) > len(dict(model.named_parameters()))
+    return is_tied or bool(mode.missing_products())
 
 
 def _joined(results: Sequence[dict[str, str | None]]) -> dict[str, frozenset[str]]:

@@ -76,7 +76,7 @@ class Rendezvous:
         size: number of ranks.
         timeout: seconds that a rank waits for the others.
         parent: the rendezvous of which these ranks are some, or None.
-        ranks: their numbers in the parent, which messages use; by default 0, 1, ...
+        ranks: their numbers in the launch, for messages; by default 0, 1, ...
 
     Attributes:
         cores: each rank's handle of the C core, or None without the core.

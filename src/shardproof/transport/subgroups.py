@@ -19,7 +19,14 @@ def subgroup(
     Args:
         group: a group that this process is in.
         ranks: of the group, this process among them.
-        timeout: seconds of a collective; None: the default of torch.distributed.
+        timeout: seconds of a collective, of the first call for these ranks; None: the default of
+            torch.distributed.
+
+    Returns:
+        The group, which has the backend of `group`.
+
+    Comm:
+        setup none in the ledger: the ranks meet, uncounted.
     """
     made = _parts.setdefault(group, {})
     key = tuple(ranks)

@@ -137,10 +137,16 @@ class ThreadsTransport(CoreTransport):
 
         Args:
             ranks: two or more, with this rank among them.
+
+        Returns:
+            This rank's end; its rank is the place in `ranks`.
+
+        Comm:
+            setup none in the ledger: references go to all ranks, uncounted.
         """
-        first = ranks[0] == self.rank
+        is_first = ranks[0] == self.rank
         offers = self.gather_objects(
-            self._rendezvous.part(ranks) if first else None,
+            self._rendezvous.part(ranks) if is_first else None,
             call=Call("gather", "setup", "the parts of an axis"),
         )
         rendezvous: Rendezvous = offers[ranks[0]]
