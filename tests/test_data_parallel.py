@@ -373,6 +373,68 @@ def test_draws_from_the_global_generator_are_refused() -> None:
         DataParallel(model, sp.Axis.solo("dp")).backward(lambda at: model(x[at]).sum(), ROWS)
 
 
+def test_a_buffer_that_is_assigned_anew_is_refused() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 4)
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x)
+            self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+            return y - self.mean
+
+    model, x = make(Centred), batch()
+    with pytest.raises(UsageError, match="changed the buffer 'mean'"):
+        DataParallel(model, sp.Axis.solo("dp")).backward(lambda at: model(x[at]).sum(), ROWS)
+
+
+def test_weights_that_change_during_a_step_are_refused() -> None:
+    model, x = nn.Linear(6, 4), batch()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.bias.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+    with pytest.raises(UsageError, match="changed during a pass"):
+        DataParallel(model, sp.Axis.solo("dp")).backward(lambda at: model(x[at]).sum(), ROWS)
+
+
+def test_a_backward_inside_of_the_loss_is_refused() -> None:
+    model, x = nn.Linear(6, 4), batch()
+
+    def loss_of(samples: slice) -> Tensor:
+        loss: Tensor = model(x[samples]).sum()
+        loss.backward(retain_graph=True)
+        return loss
+
+    with pytest.raises(UsageError, match=r"loss_of\(0:2\) called backward"):
+        DataParallel(model, sp.Axis.solo("dp")).backward(loss_of, ROWS)
+
+
+def test_a_loss_in_fp64_is_added_in_fp64_between_ranks(pool: Any) -> None:
+    plain, x = make(Plain), torch.randn(19, 3, 6, generator=torch.Generator().manual_seed(6))
+
+    def work(axis: sp.Axis) -> str:
+        model = copy.deepcopy(plain)
+        loss = DataParallel(model, axis).backward(
+            lambda at: model(x[at]).double().square().flatten(1).sum(1) * 1.1, len(x)
+        )
+        assert loss.dtype == torch.float64
+        return sha(loss)
+
+    (alone,) = pool(1, "threads").run(work)
+    for degree in (2, 8):
+        assert set(pool(degree, "threads").run(work)) == {alone}
+
+
+def test_passes_are_compared_as_soon_as_one_has_several_leaves() -> None:
+    model = nn.Linear(6, 4)
+    parallel = DataParallel(model, sp.Axis.solo("dp"), passes="node")
+    x = torch.randn(300, 6, generator=torch.Generator().manual_seed(6))
+    parallel.backward(lambda at: model(x[at]).square().sum(1), 1)
+    with pytest.raises(NumericsError, match="other bits than leaf by leaf"):
+        parallel.backward(lambda at: model(x[at]).square().sum(1), len(x))
+
+
 def test_sparse_gradients_are_refused() -> None:
     model = nn.Embedding(9, 4, sparse=True)
     ids = torch.arange(9)

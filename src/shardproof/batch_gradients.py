@@ -102,7 +102,6 @@ class BatchStep:
         self._parents = dict(_parents((0, cut.num_leaves)))
         self._named = named
         self._model = model
-        self._buffers = list(model.named_buffers())
         self._drawing = [each for each in model.modules() if isinstance(each, Drawing)]
         self._starts = [each.step for each in self._drawing]
         self._draws = [0] * len(self._drawing)
@@ -122,15 +121,16 @@ class BatchStep:
             parameter.grad = None
         for module, start in zip(self._drawing, self._starts, strict=True):
             module.step = start
-        versions = [buffer._version for _, buffer in self._buffers]
+        before = self._versions()
         generators = _generator_states(self._named)
         # In this thread also on a GPU, where autograd has threads of its own that know no leaves.
         one_thread = torch.autograd.set_multithreading_enabled(False)
         with one_thread, batch_leaves.running(BatchLeaves(leaves, tuple(map(len, bounds)))):
             loss, count = _checked_loss(loss_of(samples), samples)
+            self._check_unused(samples)
             loss.backward(torch.ones_like(loss))
             total = _sum_of_losses(loss.detach(), bounds)
-        self._check_buffers(versions)
+        self._check_versions(before)
         self._check_draws(generators)
         self._draws = [
             max(most, module.step - start)
@@ -196,7 +196,9 @@ class BatchStep:
         for module, start, count in zip(self._drawing, self._starts, draws, strict=True):
             module.step = start + count
 
-    def buckets(self, has_gradient: Sequence[bool], most_bytes: int) -> Iterator[Bucket]:
+    def buckets(
+        self, has_gradient: Sequence[bool], most_bytes: int, loss_dtype: torch.dtype = torch.float32
+    ) -> Iterator[Bucket]:
         """The loss, then the gradients in reverse order of the parameters, as buckets."""
         kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for place in reversed(range(len(self._named))):
@@ -204,16 +206,16 @@ class BatchStep:
             if has_gradient[place]:
                 kind = node_dtype(parameter.dtype), parameter.device
                 kinds.setdefault(kind, []).append(place)
-        yield self._bucket([LOSS], *self._kind_of_loss())
+        device = self._named[0][1].device if self._named else torch.device("cpu")
+        yield self._bucket([LOSS], loss_dtype, device)
         for kind, places in kinds.items():
             for some in self._runs(places, most_bytes // kind[0].itemsize):
                 yield self._bucket(some, *kind)
 
-    def _kind_of_loss(self) -> tuple[torch.dtype, torch.device]:
-        """Dtype and device of the loss; a rank without a leaf has no loss to ask."""
-        dtypes = {node_dtype(each.dtype) for _, each in self._named}
-        device = self._named[0][1].device if self._named else torch.device("cpu")
-        return (torch.float64 if torch.float64 in dtypes else torch.float32), device
+    def loss_dtype(self) -> torch.dtype:
+        """Dtype of the sums of losses; fp32 on a rank without a leaf."""
+        dtypes = {total.loss.dtype for total in self.nodes.values()}
+        return torch.float64 if torch.float64 in dtypes else torch.float32
 
     def _runs(self, places: Sequence[int], most: int) -> Iterator[list[int]]:
         """Consecutive places with at most `most` elements, or a single larger one."""
@@ -247,14 +249,34 @@ class BatchStep:
                 "step, or cut the model with parallelize, whose dropout draws by the leaf."
             )
 
-    def _check_buffers(self, versions: Sequence[int]) -> None:
-        for (name, buffer), version in zip(self._buffers, versions, strict=True):
-            if buffer._version != version:
-                raise PassError(
-                    f"the forward changed the buffer {name!r}, as BatchNorm does in training. Its "
-                    "value would depend on which samples a rank computes together. Use a norm "
-                    "over features (LayerNorm, GroupNorm), or set the module to eval()."
-                )
+    def _versions(self) -> dict[str, tuple[int, int]]:
+        """Name of a parameter or buffer -> what changes when somebody writes into it."""
+        every = (*self._model.named_parameters(), *self._model.named_buffers())
+        return {name: (id(each), each._version) for name, each in every}
+
+    def _check_versions(self, before: dict[str, tuple[int, int]]) -> None:
+        now = self._versions()
+        name = next((each for each in now if now[each] != before.get(each)), None)
+        if name is None:
+            return
+        if name in dict(self._model.named_parameters()):
+            raise PassError(
+                f"parameter {name!r} changed during a pass, as by a hook that calls "
+                "optimizer.step(). The other passes of the step need it as it was. Update after "
+                "backward."
+            )
+        raise PassError(
+            f"the forward changed the buffer {name!r}, as BatchNorm does in training. Its value "
+            "would depend on which samples a rank computes together. Use a norm over features "
+            "(LayerNorm, GroupNorm), or set the module to eval()."
+        )
+
+    def _check_unused(self, samples: slice) -> None:
+        if any(parameter.grad is not None for _, parameter in self._named):
+            raise PassError(
+                f"loss_of({samples.start}:{samples.stop}) called backward. Return the loss: "
+                "DataParallel calls backward for each pass."
+            )
 
 
 def _generator_states(named: Sequence[tuple[str, nn.Parameter]]) -> list[Tensor]:
@@ -312,7 +334,7 @@ def _checked_loss(result: Any, samples: slice) -> tuple[Tensor, int]:
         count = int(given)
     num_samples = samples.stop - samples.start
     is_loss = isinstance(loss, Tensor) and loss.is_floating_point()
-    if not is_loss or (loss.numel() != 1 and loss.shape != (num_samples,)):
+    if not is_loss or loss.shape not in ((), (1,), (num_samples,)):
         what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else short_repr(loss)
         raise PassError(
             f"loss_of({samples.start}:{samples.stop}) returned a loss of {what}. Return the sum of "

@@ -53,6 +53,7 @@ class _Told:
     count: int
     has_gradient: tuple[bool, ...]
     draws: tuple[int, ...]
+    loss_dtype: torch.dtype
     problem: Problem | None
 
 
@@ -117,10 +118,12 @@ class DataParallel:
         self._bucket_bytes = checked_whole(bucket_bytes, "bucket_bytes")
         self._passes = _checked_passes(passes, model)
         self._is_first = True
+        self._is_compared = False  # passes of several leaves with those of one
         check_batch_degree(axis.size, self.num_leaves, where=f"axis {axis.name!r}")
         values = {
             "scheme": scheme,
             "contract": contract_for(scheme, model),
+            "passes": self._passes,
             "bucket_bytes": self._bucket_bytes,
             **{
                 f"parameter {name!r}": f"{tuple(each.shape)} {each.dtype} {each.requires_grad}"
@@ -206,19 +209,23 @@ class DataParallel:
             step.compute_all(loss_of, _leaves(run))
             return
         by_leaf = {}
-        if self._is_first:
+        if not self._is_compared:
             by_leaf = step.compute_all(loss_of, _leaves(run))
-        nodes = step.compute_all(loss_of, _nodes(run, step.cut.num_leaves, self._accumulate))
-        difference = step.difference(by_leaf, nodes) if self._is_first else ""
+        passes = list(_nodes(run, step.cut.num_leaves, self._accumulate))
+        nodes = step.compute_all(loss_of, passes)
+        difference = "" if self._is_compared else step.difference(by_leaf, nodes)
         if difference:
             raise NumericsError(difference)
+        self._is_compared |= any(len(each) > 1 for each in passes)
 
     @torch.no_grad()
     def _total(
         self, step: BatchStep, num_samples: int, problem: Problem | None
     ) -> tuple[Tensor, Gradients]:
         """Loss and gradients of the whole batch, flat, after the division."""
-        mine = _Told(num_samples, step.count, step.has_gradient(), step.draws(), problem)
+        mine = _Told(
+            num_samples, step.count, step.has_gradient(), step.draws(), step.loss_dtype(), problem
+        )
         told: list[_Told] = self.axis.gather_small(mine, what="the part of a batch")
         if len({each.num_samples for each in told}) > 1:
             sides = ", ".join(f"rank {rank}: {each.num_samples}" for rank, each in enumerate(told))
@@ -237,9 +244,11 @@ class DataParallel:
             )
         has_gradient = [any(each) for each in zip(*(t.has_gradient for t in told), strict=True)]
         most_bytes = self._bucket_bytes if self.axis.size > 1 else 0  # alone, nothing is packed
+        is_double = any(each.loss_dtype == torch.float64 for each in told)
+        loss_dtype = torch.float64 if is_double else torch.float32
         loss = torch.empty(0)
         gradients: Gradients = [None] * len(has_gradient)
-        for bucket in step.buckets(has_gradient, most_bytes):
+        for bucket in step.buckets(has_gradient, most_bytes, loss_dtype):
             flat = self._sum_of(step, bucket).div_(count)
             for place, part in zip(bucket.places, flat.split(bucket.sizes), strict=True):
                 if place == LOSS:

@@ -1,8 +1,9 @@
 """Operations on activations that are cut along their tokens (sequence parallelism).
 
-No bit may depend on this cut, so that only element-wise operations compute on a rank's tokens. All
-others get the whole activation, as they do without sequence parallelism: a sum over tokens, a
-product with a parameter or a parameter that broadcasts over tokens would add in another order.
+No bit may depend on this cut. So only operations that round each element by itself compute on a
+rank's tokens. All others get the whole activation, as they do without sequence parallelism. A sum
+over tokens or a product with a parameter would add in another order, and the bits of torch's
+`sigmoid` depend on where an element lies in memory.
 """
 
 from collections.abc import Iterator
@@ -12,18 +13,40 @@ import torch
 from torch import Tensor
 
 from shardproof.cut.fallback import gathered
-from shardproof.cut.pointwise import NAMES
 from shardproof.cut.tensor import CutTensor, Rule, token_rules
 from shardproof.units import CutDim
 
 TOKENS = "tokens"  # name of the units
 DIM = 1  # of the tokens in (B, T, n)
+# Each element is rounded by itself, as IEEE 754 says, or only chosen or copied.
+_EXACT = (
+    "abs", "absolute", "add", "and", "bfloat16", "bitwise_and", "bitwise_not", "bitwise_or",
+    "bitwise_xor", "bool", "byte", "ceil", "char", "clamp", "clamp_max", "clamp_min", "clip",
+    "copy", "cpu", "cuda", "div", "divide", "double", "eq", "fill", "float", "floor", "fmax",
+    "fmin", "ge", "greater", "greater_equal", "gt", "half", "hardtanh", "int", "invert",
+    "isfinite", "isinf", "isnan", "le", "less", "less_equal", "logical_and", "logical_not",
+    "logical_or", "logical_xor", "long", "lt", "masked_fill", "maximum", "minimum", "mul",
+    "multiply", "ne", "neg", "negative", "not_equal", "or", "pos", "positive", "radd", "rdiv",
+    "reciprocal", "relu", "relu6", "rmul", "round", "rsub", "rtruediv", "short", "sign", "sqrt",
+    "square", "sub", "subtract", "threshold", "to", "true_divide", "truediv", "trunc", "type",
+    "where", "xor", "zero", "_to_copy",
+)  # fmt: skip
+_REFLECTED = {
+    "radd": Tensor.add,
+    "rdiv": Tensor.div,
+    "rfloordiv": Tensor.floor_divide,
+    "rmod": Tensor.remainder,
+    "rmul": Tensor.mul,
+    "rpow": Tensor.pow,
+    "rsub": Tensor.sub,
+    "rtruediv": Tensor.div,
+}
 _ON_OWN_TOKENS = frozenset(
     (
-        *NAMES,
-        *(f"{name}_" for name in NAMES),
-        *"clone contiguous detach elementwise zeros_like ones_like empty_like full_like".split(),  # noqa: SIM905
-        *"whole requires_grad_ retain_grad data_ptr".split(),  # noqa: SIM905
+        *_EXACT,
+        *(f"{name}_" for name in _EXACT),
+        *("clone", "contiguous", "detach", "elementwise", "whole", "requires_grad_"),
+        *("zeros_like", "ones_like", "empty_like", "full_like", "retain_grad"),
     )
 )
 
@@ -47,17 +70,40 @@ def _rule(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rule | No
     cut = next((each for each in tensors if tokens_of(each) is not None), None)
     if cut is None:
         return None
-    is_graded = torch.is_grad_enabled()
-    for each in tensors:
-        if isinstance(each, CutTensor):
-            is_same = each.spec is cut.spec
-        else:
-            is_same = each.shape == cut.shape or not (is_graded and each.requires_grad)
-        if not is_same:
-            return gathered
+    if name == "grad":
+        return None
+    if not all(_fits(each, cut) for each in tensors):
+        return _turned if name in _REFLECTED else gathered
     if name == "getitem":
         return None if _is_all(args[1]) else gathered
     return None if name in _ON_OWN_TOKENS else gathered
+
+
+def _turned(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`x + y` of a plain `x` and a cut `y`, which Python hands to `y.__radd__`.
+
+    The operands are put back in the order in which they were written: the first one decides how the
+    result lies in memory.
+    """
+    one, other = args
+    return gathered(_REFLECTED[name], name[1:], (other, one), kwargs)
+
+
+def _fits(x: Any, cut: CutTensor) -> bool:
+    """Whether an operand leaves shape, strides and gradients as they are without this cut.
+
+    A parameter that broadcasts has a gradient that sums over tokens. Memory in another order than
+    that of the shape would give its order to the result, and to later sums.
+    """
+    if isinstance(x, CutTensor):
+        return x.spec is cut.spec
+    if x.shape == cut.shape:
+        return x.is_contiguous()
+    is_smaller = x.dim() <= cut.dim() and all(
+        size in (1, of_cut)
+        for size, of_cut in zip(reversed(x.shape), reversed(cut.shape), strict=False)
+    )
+    return is_smaller and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def _is_all(index: Any) -> bool:

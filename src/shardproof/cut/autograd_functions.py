@@ -13,13 +13,27 @@ from torch.autograd import Function
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils._pytree import tree_flatten, tree_map
 
-from shardproof.cut.fallback import is_cut
+from shardproof.cut.fallback import is_cut, unwrapped
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 from shardproof.errors import UsageError
 from shardproof.ops import unit_ops
 
 _plain_apply = Function.apply.__func__  # type: ignore[attr-defined]
+
+
+@rule("grad")
+def gradients(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`torch.autograd.grad`: autograd knows the parts; a gradient is cut as its input is."""
+    inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
+    of = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    parts, options = tree_map(
+        lambda x: x.local if isinstance(x, CutTensor) else x, (args, kwargs), is_leaf=is_cut
+    )
+    return tuple(
+        cut_tensor(grad, x.spec, x.who) if isinstance(x, CutTensor) and grad is not None else grad
+        for x, grad in zip(of, unwrapped(func)(*parts, **options), strict=True)
+    )
 
 
 class _OfParts(Function):

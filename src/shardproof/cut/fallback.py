@@ -142,6 +142,7 @@ def computed(region: Region, func: Any, *args: Any) -> Any:
     "unique",
     "bincount",
     "histc",
+    "isin",
     *(_READS_VALUES - {"whole"}),
 )
 def gathered(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

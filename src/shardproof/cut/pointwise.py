@@ -17,7 +17,7 @@ from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, rule
 
 _TENSORS = (CutTensor, Tensor)
-NAMES = [
+_NAMES = [
     "abs",
     "truediv",
     "rtruediv",
@@ -97,7 +97,6 @@ NAMES = [
     "isnan",
     "isneginf",
     "isposinf",
-    "isin",
     "ldexp",
     "le",
     "leaky_relu",
@@ -207,10 +206,10 @@ NAMES = [
 ]
 _LIKE = ["zeros_like", "ones_like", "empty_like", "full_like"]
 
-rule(*(f"{name}_" for name in NAMES))(lambda *rule_args: _in_place(*rule_args))
+rule(*(f"{name}_" for name in _NAMES))(lambda *rule_args: _in_place(*rule_args))
 
 
-@rule(*NAMES)
+@rule(*_NAMES)
 def pointwise(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An element-wise operation on tensors and numbers."""
     x = args[0] if args else None

@@ -21,6 +21,7 @@ from shardproof.cut.along_tokens import DIM, TOKENS, install, tokens_of
 from shardproof.cut.deferred import opened
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import cut_tensor
+from shardproof.errors import UsageError
 from shardproof.layers.dropout import Dropout
 from shardproof.layers.norm import LayerNorm, RMSNorm
 from shardproof.ops import unit_ops
@@ -57,11 +58,26 @@ def cut_tokens(model: nn.Module, plan: ModelPlan, region: Region) -> None:
             for child in (style.query, style.key, style.value):
                 _wrap(module.get_submodule(child), _read, region)
             _wrap(module.get_submodule(style.output), _make, region)
-    for module in model.modules():
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(partial(_check_hooks, name), prepend=True)
         if type(module) is RMSNorm or type(module) is LayerNorm:
             _wrap(module, _norm, region)
         elif type(module) is Dropout:
             _wrap(module, _drop, region)
+
+
+def _check_hooks(name: str, module: nn.Module, _: Any) -> None:
+    """Refuse backward hooks of modules, which torch calls with this rank's tokens alone.
+
+    Raises:
+        UsageError: the module has one, and gradients are recorded.
+    """
+    if (module._backward_hooks or module._backward_pre_hooks) and _records_gradients():
+        raise UsageError(
+            f"module {name!r} has a backward hook, which would get this rank's tokens alone. "
+            "Register a hook on its output (y.register_hook), which gets the whole shape, or leave "
+            "sequence_parallel out."
+        )
 
 
 def _wrap(module: Any, forward: Callable[..., Any], region: Region) -> None:
@@ -105,6 +121,8 @@ def _read(layer: Any, inner: Callable[..., Any], region: Region, input: Any) -> 
     cut = tokens_of(x)
     if cut is None:
         return inner(input)
+    if layer.gather_input:  # it takes its part of the features of whole tokens
+        return inner(x.whole())
     layer.tokens = _token_cut(region, cut, layer.name)
     try:
         return inner(x.local)
