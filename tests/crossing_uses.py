@@ -176,7 +176,8 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Axis], Any]] = {
 SILENT = {
     unit_moves: {"checked_dim", "is_compared", "not_compared"},
     unit_products: {"ProductTerm", "tell", "tell_bias"},
-    embedding: {"as_integers", "check_ids", "copy_rows", "padding_row", "pick"},
+    embedding: {"as_integers", "check_ids", "copy_rows", "padding_row", "pick"}
+    | {"gradient_of_table"},
     input_gradients: {"PendingTerms", "Entering", "will_sum"},
     unit_split: {"Pieces", "UnitSplit", "Selection"},
     shared_units: {"Recipe", "recipe_of", "where_served"},

@@ -565,7 +565,6 @@ SILENT = {
     shared: {"SharedSum", "is_spent"},
     head_split: {"HeadSplit", "serving_heads"},
     vocabulary_blocks: {"VocabularyBlocks", "parts"},
-    embedding: {"gradient_of_table"},
     tokens: {"TokenCut"},  # counted in the functions that use it
     class_targets: {"check_kind", "check_reduction", "counting_rows", "reduce_rows"},
     layouts: {"ParameterLayout", "layouts_of"},

@@ -237,7 +237,7 @@ SIDES = {
     ),
     "leaves": (
         "plans or models: for the scheme, rank 0 has Scheme(leaves=1,",
-        "Scheme(leaves=8, numerics='invariant', seed=0, batch_leaves=None). Give every rank the",
+        "Scheme(leaves=8, numerics='invariant', seed=0). Give every rank the same.",
     ),
     "shape": (
         "plans or models: for parameter 'layers.0.gate_proj.weight', rank 0 has (44, 10) float32",

@@ -112,7 +112,7 @@ def moments_dropped(patch: pytest.MonkeyPatch) -> None:
         optimizer.load_state_dict({**state, "state": {}})
 
     patch.setattr(loading, "load_into", load_into)
-    patch.setattr(loading, "_keep_dtypes", lambda *_: None)
+    patch.setattr(loading, "_keep_forms", lambda *_: None)
 
 
 def moments_of_another_parameter(patch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,12 @@ class Scheme:
                 f"unknown numerics {short_repr(self.numerics)}. Use one of: {', '.join(NUMERICS)}."
             )
 
+    def __repr__(self) -> str:
+        of_batch = "" if self.batch_leaves is None else f", batch_leaves={self.batch_leaves}"
+        return (
+            f"Scheme(leaves={self.leaves}, numerics={self.numerics!r}, seed={self.seed}{of_batch})"
+        )
+
     @property
     def is_invariant(self) -> bool:
         """Whether the bits must not depend on the degree."""

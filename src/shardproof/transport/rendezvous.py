@@ -188,8 +188,8 @@ class Rendezvous:
 
     def fail(self, rank: int, error: BaseException) -> None:
         """Rank `rank` has raised; all ranks that wait or come later raise too."""
-        if isinstance(error, PeerError):  # of a part, whose other ranks may not know of it
-            self._end(str(error), error.rank)
+        if issubclass(type(error), PeerError):  # of a part, whose other ranks may not know of it
+            self._end(str(error), getattr(error, "rank", None))
             return
         number = self._ranks[rank]
         self._end(f"rank {number} of {self._num_ranks} raised {text_of(error)}", number)

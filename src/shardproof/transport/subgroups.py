@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from shardproof.timeout import START_TIMEOUT
 
 # A group is made once: each new one has threads and connections of its own.
 _Parts = dict[tuple[int, ...], dist.ProcessGroup]
@@ -32,10 +35,14 @@ def subgroup(
     key = tuple(ranks)
     if key not in made:
         of_world = dist.get_process_group_ranks(group)
+        # Ranks may be late here, and connect to each other for the first time.
+        patience = None if timeout is None else timedelta(seconds=max(timeout, START_TIMEOUT))
         made[key] = dist.new_group(
             [of_world[rank] for rank in ranks],
-            timeout=None if timeout is None else timedelta(seconds=timeout),
+            timeout=patience,
             backend=dist.get_backend_config(group),
             use_local_synchronization=True,
         )
+        if timeout is not None:
+            distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), made[key])
     return made[key]
