@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import shardproof as sp
@@ -21,6 +22,7 @@ from shardproof.errors import (
     RankError,
     UsageError,
 )
+from shardproof.transport.subgroups import subgroup
 
 ENGINES = ("threads", "processes", "gloo")
 ROWS = 11
@@ -557,6 +559,22 @@ def test_ranks_that_want_other_grids_all_raise() -> None:
             lambda axis: axis.split(**({"dp": 2, "tp": 1} if axis.rank else {"dp": 1, "tp": 2})),
             degree=2,
         )
+
+
+@pytest.mark.parametrize("engine", ["processes", "gloo"])
+def test_ranks_with_groups_of_their_own_can_be_split(engine: str, pool: Any) -> None:
+    """`new_group` of torch numbers a group by how many this process has."""
+
+    def work(axis: sp.Axis) -> list[int]:
+        pair = dist.new_group([0, 2])
+        axes = axis.split(dp=3, tp=1)
+        of_pair = [] if axis.rank == 1 else dist.get_process_group_ranks(pair)
+        turned = subgroup(dist.group.WORLD, [2, 0, 1], timeout=60.0)
+        part = sp.Axis.from_group(turned).split(dp=3, tp=1)["dp"]
+        assert part.gather_small(axis.rank, what="order") == [2, 0, 1]
+        return [*axes["dp"].gather_small(axis.rank, what="ranks"), *of_pair]
+
+    assert pool(3, engine).run(work) == [[0, 1, 2, 0, 2], [0, 1, 2], [0, 1, 2, 0, 2]]
 
 
 def _leaves_a_grid(axis: sp.Axis, how: str) -> None:

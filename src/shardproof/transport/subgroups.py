@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -37,12 +38,33 @@ def subgroup(
         of_world = dist.get_process_group_ranks(group)
         # Ranks may be late here, and connect to each other for the first time.
         patience = None if timeout is None else timedelta(seconds=max(timeout, START_TIMEOUT))
-        made[key] = dist.new_group(
-            [of_world[rank] for rank in ranks],
-            timeout=patience,
-            backend=dist.get_backend_config(group),
-            use_local_synchronization=True,
-        )
+        made[key] = _new_group(group, [of_world[rank] for rank in ranks], timeout=patience)
         if timeout is not None:
             distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), made[key])
     return made[key]
+
+
+def _new_group(
+    group: dist.ProcessGroup, ranks: list[int], *, timeout: timedelta | None
+) -> dist.ProcessGroup:
+    """A new process group of global ranks, in their order.
+
+    `dist.new_group(use_local_synchronization=True)` puts the number of groups that this process
+    has into the name of the new one. Ranks that have different numbers of groups would wait for
+    each other under different names. It also sorts the ranks. Here the name follows from the group
+    and the ranks, which are the same on all of them.
+    """
+    name: Any = f"part of {group.group_name}: {' '.join(str(rank) for rank in ranks)}"
+    backend = distributed_c10d.Backend(dist.get_backend_config(group))
+    made, _ = distributed_c10d._new_process_group_helper(
+        len(ranks),
+        ranks.index(dist.get_rank()),
+        ranks,
+        backend,
+        distributed_c10d._get_default_store(),
+        name,
+        timeout=distributed_c10d._get_default_timeout(backend) if timeout is None else timeout,
+        device_id=distributed_c10d._get_default_group().bound_device_id,
+    )
+    distributed_c10d._world.pg_group_ranks[made] = {rank: at for at, rank in enumerate(ranks)}
+    return made
