@@ -95,11 +95,11 @@ def step(
 
 @pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(3, 7), (1, 1), (2, 2), (1, 64), (5, 3)])
+@pytest.mark.parametrize("shape", [(3, 7), (1, 1), (2, 2), (1, 64), (5, 3), (0, 7), (3, 0)])
 def test_the_bits_are_those_of_whole_activations(
     shape: tuple[int, ...], dtype: torch.dtype, rms: bool, pool: Any
 ) -> None:
-    """Lengths that no degree divides, and fewer tokens than ranks."""
+    """Lengths that no degree divides, fewer tokens than ranks, and no rows or no tokens."""
     work = partial(step, model=net(rms=rms), shape=shape, dtype=dtype)
     (alone,) = pool(1, "threads").run(work)
     for degree in (2, 3, 8):

@@ -98,6 +98,39 @@ def test_on_processes(engine: str, tmp_path: Path, pool: Any) -> None:
     assert files(tmp_path / "three") == files(tmp_path / "one")
 
 
+class Remembering(torch.optim.SGD):
+    """Keeps a tuple, a text and a tensor beside each other in its state."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            for each in group["params"]:
+                if each.grad is not None:
+                    size = each.numel()
+                    self.state[each] = {"kept": (size, 2, True), "name": "x", "sum": each.sum()}
+
+
+def test_a_state_may_have_tuples() -> None:
+    plain = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 3))
+
+    def work(axis: sp.Axis) -> list[Any]:
+        model = copy.deepcopy(plain)
+        parallel = sp.DataParallel(model, axis)
+        sharded = sp.ShardedOptimizer(Remembering(model.parameters()), parallel)
+        x = torch.ones(8, 3)
+        parallel.backward(lambda samples: model(x[samples]).square().sum(1), len(x))
+        sharded.step()
+        with sharded.whole_state() as optimizer:
+            return [
+                (each["kept"], each["name"], each["sum"].item())
+                for each in map(optimizer.state.get, model.parameters())
+            ]
+
+    (alone,) = sp.launch(work, degree=1)
+    assert [kept for kept, *_ in alone] == [(6, 2, True), (2, 2, True), (6, 2, True), (3, 2, True)]
+    assert list(sp.launch(work, degree=3)) == [alone] * 3
+
+
 def test_more_ranks_than_parameters(tmp_path: Path, pool: Any) -> None:
     work = partial(train, model=net(), make="muon")
     pool(1, "threads").run(partial(work, dp=1, directory=tmp_path / "one"))

@@ -101,9 +101,14 @@ def _records_gradients() -> bool:
     return torch.is_grad_enabled()
 
 
+def _is_to_be_cut(x: Any) -> bool:
+    """Whether an activation is cut along its tokens: (B, T, n) with a token, in training."""
+    return _records_gradients() and x.dim() == 3 and all(x.shape[: DIM + 1])
+
+
 def _make(layer: Any, inner: Callable[..., Any], region: Region, input: Any) -> Any:
     """The forward of a row layer, whose output is cut along its tokens."""
-    if not _records_gradients() or input.dim() != 3 or not input.shape[DIM]:
+    if not _is_to_be_cut(input):
         return inner(input)
     cut = _cut_of(region, input.shape[DIM])
     layer.tokens = _token_cut(region, cut, layer.name)
@@ -133,7 +138,7 @@ def _read(layer: Any, inner: Callable[..., Any], region: Region, input: Any) -> 
 def _look_up(layer: Any, inner: Callable[..., Any], region: Region, ids: Any) -> Any:
     """The forward of an embedding, whose output is cut along its tokens."""
     y = inner(ids)
-    if not _records_gradients() or y.dim() != 3 or not y.shape[DIM]:
+    if not _is_to_be_cut(y):
         return y
     cut = _cut_of(region, y.shape[DIM])
     part = unit_ops.take(y, DIM, region.place(cut, layer.name))
