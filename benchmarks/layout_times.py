@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import shardproof as sp
 from benchmarks.llama import FULL, build
+from shardproof.hf.head import summed_loss
 
 ROWS, TOKENS, SAMPLES = 4, 128, 512
 PLAN = {"0": "colwise", "2": "rowwise"}
@@ -77,10 +78,7 @@ def _cut(make: Any, plan: Any, axis: sp.Axis, **options: Any) -> nn.Module:
 
 
 def _sum_of(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
-    loss: Tensor = model(
-        input_ids=tokens, labels=tokens, use_cache=False, num_items_in_batch=1
-    ).loss
-    return loss, tokens[:, 1:].numel()
+    return summed_loss(model, tokens), tokens[:, 1:].numel()
 
 
 def batch_leaves(axis: sp.Axis, work: str, rounds: int) -> dict[str, float]:

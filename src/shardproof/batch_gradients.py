@@ -15,6 +15,7 @@ from shardproof import batch_leaves
 from shardproof.batch_leaves import BatchLeaves
 from shardproof.checked_values import whole_number
 from shardproof.errors import UsageError
+from shardproof.index_runs import runs_up_to
 from shardproof.layers.dropout import Drawing
 from shardproof.leaves import Cut
 from shardproof.numerics.precision import node_dtype
@@ -209,27 +210,14 @@ class BatchStep:
         device = self._named[0][1].device if self._named else torch.device("cpu")
         yield self._bucket([LOSS], loss_dtype, device)
         for kind, places in kinds.items():
-            for some in self._runs(places, most_bytes // kind[0].itemsize):
-                yield self._bucket(some, *kind)
+            sizes = [self._named[place][1].numel() for place in places]
+            for run in runs_up_to(sizes, most_bytes // kind[0].itemsize):
+                yield self._bucket(places[run.start : run.stop], *kind)
 
     def loss_dtype(self) -> torch.dtype:
         """Dtype of the sums of losses; fp32 on a rank without a leaf."""
         dtypes = {total.loss.dtype for total in self.nodes.values()}
         return torch.float64 if torch.float64 in dtypes else torch.float32
-
-    def _runs(self, places: Sequence[int], most: int) -> Iterator[list[int]]:
-        """Consecutive places with at most `most` elements, or a single larger one."""
-        run: list[int] = []
-        total = 0
-        for place in places:
-            size = self._named[place][1].numel()
-            if run and total + size > most:
-                yield run
-                run, total = [], 0
-            run.append(place)
-            total += size
-        if run:
-            yield run
 
     def _bucket(self, places: Sequence[int], dtype: torch.dtype, device: torch.device) -> Bucket:
         sizes = [1 if place == LOSS else self._named[place][1].numel() for place in places]

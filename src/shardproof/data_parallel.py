@@ -6,31 +6,18 @@ gradients of leaves are added by the canonical tree. A rank owns a run of leaves
 travel. So the number of ranks and of passes decides who adds, and never the order of additions.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from shardproof import comm
 from shardproof.axis import Axis, checked_axis
-from shardproof.batch_gradients import (
-    LOSS,
-    BatchStep,
-    Bucket,
-    Gradients,
-    LossOf,
-    PassError,
-)
+from shardproof.batch_gradients import LOSS, BatchStep, Bucket, Gradients, LossOf, PassError
 from shardproof.checked_objects import checked_model
 from shardproof.checked_values import checked_whole
-from shardproof.errors import (
-    MismatchError,
-    NumericsError,
-    ShardproofError,
-    UsageError,
-)
+from shardproof.errors import MismatchError, NumericsError, ShardproofError, UsageError
 from shardproof.layers.base import ShardedModule
 from shardproof.layers.registry import record_of
 from shardproof.leaves import Cut, check_batch_degree, share
@@ -46,7 +33,7 @@ BUCKET_BYTES = 25 << 20  # of gradients that are sent together
 
 
 @dataclass(frozen=True)
-class _Told:
+class _PartOfStep:
     """What a rank tells the others of its part of a step."""
 
     num_samples: int
@@ -204,16 +191,14 @@ class DataParallel:
         Raises:
             NumericsError: passes of several leaves have other bits than those of one.
         """
-        run = step.cut.run(self.axis.rank)
-        if self._passes == "leaf":
-            step.compute_all(loss_of, _leaves(run))
-            return
+        run, num_leaves = step.cut.run(self.axis.rank), step.cut.num_leaves
+        is_compared = self._passes == "leaf" or self._is_compared
         by_leaf = {}
-        if not self._is_compared:
-            by_leaf = step.compute_all(loss_of, _leaves(run))
-        passes = list(_nodes(run, step.cut.num_leaves, self._accumulate))
+        if not is_compared:
+            by_leaf = step.compute_all(loss_of, passes_of(run, num_leaves, "leaf"))
+        passes = passes_of(run, num_leaves, self._passes, self._accumulate)
         nodes = step.compute_all(loss_of, passes)
-        difference = "" if self._is_compared else step.difference(by_leaf, nodes)
+        difference = "" if is_compared else step.difference(by_leaf, nodes)
         if difference:
             raise NumericsError(difference)
         self._is_compared |= any(len(each) > 1 for each in passes)
@@ -223,10 +208,10 @@ class DataParallel:
         self, step: BatchStep, num_samples: int, problem: Problem | None
     ) -> tuple[Tensor, Gradients]:
         """Loss and gradients of the whole batch, flat, after the division."""
-        mine = _Told(
+        mine = _PartOfStep(
             num_samples, step.count, step.has_gradient(), step.draws(), step.loss_dtype(), problem
         )
-        told: list[_Told] = self.axis.gather_small(mine, what="the part of a batch")
+        told: list[_PartOfStep] = self.axis.gather_small(mine, what="the part of a batch")
         if len({each.num_samples for each in told}) > 1:
             sides = ", ".join(f"rank {rank}: {each.num_samples}" for rank, each in enumerate(told))
             raise MismatchError(
@@ -257,7 +242,7 @@ class DataParallel:
                     gradients[place] = part
         return loss, gradients
 
-    def _sum_of(self, step: BatchStep, bucket: "Bucket") -> Tensor:
+    def _sum_of(self, step: BatchStep, bucket: Bucket) -> Tensor:
         """The sum over the ranks of a bucket, flat, in `node_dtype`."""
         nodes = {node: bucket.flat(each) for node, each in step.nodes.items()}
         return comm.all_reduce_nodes(
@@ -271,19 +256,23 @@ class DataParallel:
         )
 
 
-def _leaves(run: range) -> Iterator[range]:
-    """A pass for each leaf of a rank."""
-    return (range(leaf, leaf + 1) for leaf in run)
+def passes_of(run: range, num_leaves: int, passes: Passes, accumulate: int = 1) -> list[range]:
+    """The leaves of each pass of a rank.
+
+    Args:
+        run: leaves of the rank.
+        num_leaves: of the batch.
+        passes: a pass for each leaf, or for each node of the tree in each group of leaves.
+        accumulate: number of groups, as in `DataParallel`.
+    """
+    if passes == "leaf":
+        return [range(leaf, leaf + 1) for leaf in run]
+    groups = share(len(run), min(accumulate, len(run)) or 1)
+    parts = (run[group.start : group.stop] for group in groups)
+    return [range(*node) for part in parts for node in nodes_of_run(num_leaves, part)]
 
 
-def _nodes(run: range, num_leaves: int, accumulate: int) -> Iterator[range]:
-    """A pass for each node of the tree in each group of the leaves of a rank."""
-    for group in share(len(run), min(accumulate, len(run)) or 1):
-        for node in nodes_of_run(num_leaves, run[group.start : group.stop]):
-            yield range(*node)
-
-
-def _checked_passes(passes: Any, model: nn.Module) -> str:
+def _checked_passes(passes: Any, model: nn.Module) -> Passes:
     """The argument `passes`."""
     if passes not in get_args(Passes):
         raise UsageError(
@@ -295,7 +284,7 @@ def _checked_passes(passes: Any, model: nn.Module) -> str:
                 f"passes='node' sums over a batch in float32 and float64, and parameter {name!r} "
                 f"is {dtype_name(parameter.dtype)}. Use passes='leaf'."
             )
-    return str(passes)
+    return cast(Passes, passes)
 
 
 def _scheme_of(model: nn.Module, scheme: Scheme | None) -> Scheme:

@@ -1,6 +1,6 @@
-"""Take runs of indices along one dim out of a tensor, and join such parts to a whole."""
+"""Runs of indices: take them out of a tensor, join such parts, and divide sizes into runs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -54,6 +54,26 @@ def join(parts: Sequence[Tensor], dim: int, runs: Sequence[Sequence[Run]]) -> Te
             y.narrow(dim, place.start, length).copy_(part.narrow(dim, start, length))
             start += length
     return y
+
+
+def runs_up_to(sizes: Sequence[int], most: int) -> Iterator[range]:
+    """Divide things into runs, each of at most so many units or of one larger thing.
+
+    Args:
+        sizes: units of each thing.
+        most: units of a run.
+
+    >>> list(runs_up_to([3, 2, 9, 1], 5))
+    [range(0, 2), range(2, 3), range(3, 4)]
+    """
+    start = filled = 0
+    for place, size in enumerate(sizes):
+        if place > start and filled + size > most:
+            yield range(start, place)
+            start, filled = place, 0
+        filled += size
+    if sizes:
+        yield range(start, len(sizes))
 
 
 def indices(runs: Sequence[Run]) -> Tensor:

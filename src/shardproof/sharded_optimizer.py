@@ -9,6 +9,7 @@ Source: Rajbhandari et al. 2020 (arXiv 1910.02054), ZeRO stage 1, by whole param
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,10 +20,22 @@ from shardproof.checked_objects import checked_optimizer
 from shardproof.comm.runs_of_indices import all_gather_sizes
 from shardproof.data_parallel import BUCKET_BYTES, DataParallel
 from shardproof.errors import UsageError
+from shardproof.index_runs import runs_up_to
 from shardproof.wording import short_repr
 
 _WHO = "ShardedOptimizer"
-Entries = dict[str, tuple[tuple[int, ...], torch.dtype] | Any]
+
+
+@dataclass(frozen=True)
+class _TensorForm:
+    """What a rank needs to receive a tensor of an optimizer's state."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    is_cpu: bool
+
+
+Entries = dict[str, _TensorForm | Any]
 
 
 class ShardedOptimizer:
@@ -154,15 +167,14 @@ class ShardedOptimizer:
         ):
             for key, entry in told[owner][place].items():
                 is_here = owner == self._axis.rank
-                if not isinstance(entry, tuple):
+                if not isinstance(entry, _TensorForm):
                     state[parameter][key] = entry
                     continue
-                shape, dtype, on_cpu = entry
-                device = torch.device("cpu") if on_cpu else parameter.device
+                device = torch.device("cpu") if entry.is_cpu else parameter.device
                 own = state[parameter][key].reshape(-1) if is_here else None
-                flat = self._of_owner(own, owner, torch.Size(shape).numel(), dtype, device)
+                flat = self._of_owner(own, owner, entry.shape.numel(), entry.dtype, device)
                 if not is_here:
-                    state[parameter][key] = flat.view(shape)
+                    state[parameter][key] = flat.view(entry.shape)
 
     def _of_owner(
         self,
@@ -195,21 +207,16 @@ def _rounds(parameters: Sequence[nn.Parameter]) -> Iterator[list[int]]:
     for place, each in enumerate(parameters):
         kinds.setdefault((each.dtype, each.device), []).append(place)
     for places in kinds.values():
-        some: list[int] = []
-        size = 0
-        for place in places:
-            mine = parameters[place].numel() * parameters[place].element_size()
-            if some and size + mine > BUCKET_BYTES:
-                yield some
-                some, size = [], 0
-            some.append(place)
-            size += mine
-        yield some
+        sizes = [parameters[place].numel() * parameters[place].element_size() for place in places]
+        for run in runs_up_to(sizes, BUCKET_BYTES):
+            yield places[run.start : run.stop]
 
 
 def _described(state: dict[str, Any]) -> Entries:
-    """Shape, dtype and whether it is on the CPU, for a tensor; anything else itself."""
+    """The form of a tensor; anything else itself."""
     return {
-        key: (tuple(value.shape), value.dtype, value.is_cpu) if isinstance(value, Tensor) else value
+        key: _TensorForm(value.shape, value.dtype, value.is_cpu)
+        if isinstance(value, Tensor)
+        else value
         for key, value in state.items()
     }

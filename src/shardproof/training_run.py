@@ -25,6 +25,7 @@ from shardproof.checkpoint.together import together
 from shardproof.data_parallel import DataParallel
 from shardproof.errors import ShardproofError, UsageError
 from shardproof.hf.generation import read_generation_config
+from shardproof.hf.head import summed_loss
 from shardproof.hf.skeleton import skeleton
 from shardproof.hf.tokenizer import read_tokenizer
 from shardproof.hf.weights import load as load_weights
@@ -363,10 +364,7 @@ def _gradients(
 
         def loss_of(samples: slice) -> tuple[Tensor, int]:
             rows = batch[samples]
-            loss: Tensor = model(
-                input_ids=rows, labels=rows, use_cache=False, num_items_in_batch=1
-            ).loss
-            return loss, rows[:, 1:].numel()
+            return summed_loss(model, rows), rows[:, 1:].numel()
 
         return parallel.backward(loss_of, len(batch)).item()
     losses = []

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shardproof.axis import Axis
 from shardproof.checkpoint.entries import Entry
-from shardproof.index_runs import indices, join, take
+from shardproof.index_runs import indices, join, runs_up_to, take
 from shardproof.leaves import Layout, share
 from shardproof.recut import swap
 from shardproof.safetensors_file import (
@@ -60,15 +60,9 @@ def divide_into_files(
         stem: the files are called `STEM.safetensors`, or `STEM-00001-of-00002.safetensors`.
         largest: most bytes of tensors in one file, unless one tensor has more.
     """
-    groups: list[list[Entry]] = [[]]
-    filled = 0
-    for entry in entries:
-        size = math.prod(entry.layout.shape) * entry.tensor.dtype.itemsize
-        if groups[-1] and filled + size > largest:
-            groups.append([])
-            filled = 0
-        groups[-1].append(entry)
-        filled += size
+    sizes = [math.prod(each.layout.shape) * each.tensor.dtype.itemsize for each in entries]
+    runs = list(runs_up_to(sizes, largest)) or [range(0)]  # a file also for no tensors
+    groups = [entries[run.start : run.stop] for run in runs]
     count = len(groups)
     names = (
         [f"{stem}.safetensors"]
@@ -78,7 +72,7 @@ def divide_into_files(
     return tuple(_file_layout(name, group) for name, group in zip(names, groups, strict=True))
 
 
-def _file_layout(name: str, entries: list[Entry]) -> FileLayout:
+def _file_layout(name: str, entries: Sequence[Entry]) -> FileLayout:
     ordered = sorted(entries, key=lambda entry: (-entry.tensor.dtype.itemsize, entry.name))
     header = header_of([(each.name, each.tensor.dtype, each.layout.shape) for each in ordered])
     start = len(header)

@@ -25,6 +25,7 @@ from shardproof.cli.options import (
 )
 from shardproof.cli.output import console, progress
 from shardproof.cli.output_file import OutputFile, checked_picture, read_report
+from shardproof.cli.ranks_here import check_transport
 from shardproof.cli.report_text import ranks_text, show_cases, show_report
 from shardproof.engines.capacity import check_own_threads, check_threads
 from shardproof.errors import UsageError
@@ -46,7 +47,6 @@ from shardproof.prover.proof import Progress, coming_contract, threads_of_ranks
 from shardproof.prover.recording import FEW
 from shardproof.ranks import ENGINES, TRANSPORTS
 from shardproof.scheme import NUMERICS, Scheme
-from shardproof.transport.choose import SHM, refusal, shm_problem
 from shardproof.wording import VALUE, short_text
 
 ANY_TRANSPORT = ("auto", "shm", "gloo", "threads")
@@ -183,7 +183,7 @@ def prove(
             scheme, json_file=json_file, plot_path=plot_path,
         )  # fmt: skip
     degrees, engine = _degrees_and_engine(degrees, engine, here, leaves, transport)
-    _check_transport(transport, engine)
+    check_transport(transport, engine)
     cases, skipped = select_cases(case_names, model, steps)
     run = ProofRun(
         cases, skipped, degrees, engine, transport, threads, scheme,
@@ -357,19 +357,6 @@ def _degrees_and_engine(
     for degree in degrees:
         check_degree(degree, leaves)
     return degrees, engine
-
-
-def _check_transport(transport: str, engine: str) -> None:
-    """Raise unless this transport can connect such ranks on this machine."""
-    fitting = TRANSPORTS["processes" if engine == "torchrun" else engine]
-    if transport not in fitting:
-        ranks = "torchrun's ranks" if engine == "torchrun" else f"ranks of --engine {engine}"
-        raise UsageError(
-            f"--transport {transport} does not connect {ranks}. Use one of: {', '.join(fitting)}."
-        )
-    problem = shm_problem() if transport == SHM else None
-    if problem is not None:
-        raise refusal(problem, option="--transport")
 
 
 def _picture(plot_path: str | None, cases: Sequence[Case]) -> Path | None:

@@ -11,6 +11,7 @@ from shardproof.checked_values import read_whole
 from shardproof.cli.cases import select_cases
 from shardproof.cli.output import BAD, GOOD, PlainConsole, console, progress, seconds, table
 from shardproof.cli.output_file import OutputFile, checked_picture
+from shardproof.cli.ranks_here import check_transport
 from shardproof.cli.report_text import ranks_text
 from shardproof.data_parallel import BATCH_LEAVES
 from shardproof.engines.capacity import check_threads
@@ -150,11 +151,7 @@ def run(
     engine = options.engine or next(
         name for name in ENGINES if options.transport in TRANSPORTS[name]
     )
-    if options.transport not in TRANSPORTS[engine]:
-        raise UsageError(
-            f"--transport {options.transport} does not connect ranks of --engine {engine}. Use one "
-            f"of: {', '.join(TRANSPORTS[engine])}."
-        )
+    check_transport(options.transport, engine)
     picture = None
     if plot_path is not None:
         picture = checked_picture(plot_path, is_installed=curve.is_installed(), example="map.png")

@@ -12,7 +12,8 @@ from shardproof.cli.options import Command, choice_option, number_option
 from shardproof.engines.capacity import check_threads
 from shardproof.errors import UsageError
 from shardproof.leaves import check_degree
-from shardproof.ranks import ENGINES, launch
+from shardproof.ranks import ENGINES, TRANSPORTS, launch
+from shardproof.transport.choose import SHM, refusal, shm_problem
 
 T = TypeVar("T")
 
@@ -29,6 +30,27 @@ def ranks_options(command: Command) -> Command:
     for option in options:
         command = option(command)
     return command
+
+
+def check_transport(transport: str, engine: str) -> None:
+    """Raise unless this transport can connect such ranks on this machine.
+
+    Args:
+        transport: of --transport.
+        engine: of --engine, or "torchrun".
+
+    Raises:
+        UsageError: it cannot.
+    """
+    fitting = TRANSPORTS["processes" if engine == "torchrun" else engine]
+    if transport not in fitting:
+        ranks = "torchrun's ranks" if engine == "torchrun" else f"ranks of --engine {engine}"
+        raise UsageError(
+            f"--transport {transport} does not connect {ranks}. Use one of: {', '.join(fitting)}."
+        )
+    problem = shm_problem() if transport == SHM else None
+    if problem is not None:
+        raise refusal(problem, option="--transport")
 
 
 def check_ranks(

@@ -16,6 +16,23 @@ from shardproof.ops.vocabulary import vocab_cross_entropy
 LOSS_TYPE = "ForCausalLM"
 
 
+def summed_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The losses of all next tokens, summed: transformers' mean with the divisor 1.
+
+    Args:
+        model: a causal language model of transformers, cut or not.
+        tokens: (B, T), Replicate.
+    Returns:
+        (), Replicate.
+    Comm:
+        forward, backward as the model.
+    """
+    loss: Tensor = model(
+        input_ids=tokens, labels=tokens, use_cache=False, num_items_in_batch=1
+    ).loss
+    return loss
+
+
 class HeadState:
     """State of the current call of the model, for its head.
 

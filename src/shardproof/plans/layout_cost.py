@@ -17,7 +17,7 @@ from torch import nn
 
 from shardproof.batch_gradients import BatchStep, Bucket
 from shardproof.checked_values import checked_whole
-from shardproof.data_parallel import BUCKET_BYTES, Passes
+from shardproof.data_parallel import BUCKET_BYTES, Passes, passes_of
 from shardproof.errors import DegreeError, UsageError
 from shardproof.leaves import Cut, share
 from shardproof.plans.collective import Counts
@@ -278,12 +278,8 @@ def _checked(
 
 def _rows(run: range, sizes: Sequence[int], layout: BatchLayout) -> Counter[int]:
     """The passes of a rank of the batch: number of rows -> number of passes."""
-    if layout.passes == "leaf":
-        return Counter(sizes[leaf] for leaf in run)
-    groups = share(len(run), min(layout.accumulate, len(run)) or 1)
-    parts = (run[group.start : group.stop] for group in groups)
-    nodes = (node for part in parts for node in nodes_of_run(len(sizes), part))
-    return Counter(sum(sizes[start:stop]) for start, stop in nodes)
+    passes = passes_of(run, len(sizes), layout.passes, layout.accumulate)
+    return Counter(sum(sizes[each.start : each.stop]) for each in passes)
 
 
 class _Parameter(NamedTuple):

@@ -27,10 +27,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         axes = figure.add_subplot(len(cases), 1, place + 1)
         _fill(axes, case, rows, columns)
     figure.suptitle(
-        f"tensors with other bits than on one rank (0 of {cases[0]['layouts'][0]['tensors']}, ...; "
-        f"{report['engine']}, seed {report['seed']})"
-        if len(cases) == 1
-        else f"number of tensors with other bits than on one rank ({report['engine']}, "
+        f"number of tensors with other bits than on one rank ({report['engine']}, "
         f"seed {report['seed']})",
         fontsize=9,
     )

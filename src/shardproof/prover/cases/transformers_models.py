@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from shardproof.axis import Axis
 from shardproof.errors import UsageError
 from shardproof.hf.cut_logits import CutLogits
+from shardproof.hf.head import summed_loss
 from shardproof.hf.skeleton import EXTRA, MODULE, config_of, require_transformers, skeleton
 from shardproof.hf.weights import checked_directory, load, matched
 from shardproof.leaves import Layout, replicated
@@ -94,7 +95,7 @@ class ModelSource:
 
     def loss_sum(self, run: CaseRun, model: nn.Module, tokens: Tensor) -> Tensor:
         """Transformers' own loss, summed over the tokens."""
-        return loss_sum(model, tokens)
+        return summed_loss(model, tokens)
 
     def predict(self, run: CaseRun, model: nn.Module, tokens: Tensor) -> tuple[Tensor, Layout]:
         """Logits of a call without labels: whole on every rank."""
@@ -118,14 +119,6 @@ def score(model: nn.Module, tokens: Tensor) -> LanguageModelOutput:
     # The local part: in a case no rank may hold whole logits.
     logits = out.logits.part if isinstance(out.logits, CutLogits) else out.logits
     return LanguageModelOutput(logits, layout_of_logits(head, shape), out.loss)
-
-
-def loss_sum(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The sum of the losses of all next tokens: the mean by transformers' rule, divided by 1."""
-    loss: Tensor = model(
-        input_ids=tokens, labels=tokens, use_cache=False, num_items_in_batch=1
-    ).loss
-    return loss
 
 
 def predict(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Layout]:
@@ -208,7 +201,7 @@ class CheckpointSource:
 
     def loss_sum(self, run: CaseRun, model: nn.Module, tokens: Tensor) -> Tensor:
         """Transformers' own loss, summed over the tokens."""
-        return loss_sum(model, tokens)
+        return summed_loss(model, tokens)
 
     def predict(self, run: CaseRun, model: nn.Module, tokens: Tensor) -> tuple[Tensor, Layout]:
         """Logits of a call without labels: whole on every rank."""
