@@ -35,6 +35,7 @@ PROGRAMS = {
     " for s in (sys.stdin, sys.stdout, sys.stderr)])",
     "threads": "import torch; print(torch.get_num_threads())",
     "killed": "import os; os.kill(os.getpid(), 9)",
+    "temporary files": "import tempfile; print(tempfile.gettempdir())",
 }
 KINDS = ("code", "script", "module")
 
@@ -63,7 +64,7 @@ def command_of(kind: str, program: str, folder: Path) -> list[str]:
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_warm_command_does_what_a_fresh_one_does(name: str, tmp_path: Path) -> None:
     """Once for each kind of program; a fresh interpreter runs it in a process of its own."""
-    env = {**os.environ, "FOR_THE_TEST": name, "OMP_NUM_THREADS": "2"}
+    env = {**os.environ, "FOR_THE_TEST": name, "OMP_NUM_THREADS": "2", "TMPDIR": str(tmp_path)}
     kind = KINDS[list(PROGRAMS).index(name) % len(KINDS)]
     command = command_of(kind, PROGRAMS[name], tmp_path)
     wanted = in_a_fresh_interpreter(command, tmp_path, env, "a\nb\n")

@@ -20,6 +20,7 @@ import selectors
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import types
 import warnings
@@ -108,6 +109,7 @@ def become(command: socket.socket, base: list[str]) -> tuple[str, str]:
         request: dict[str, Any] = pickle.load(stream)
     os.environ.clear()
     os.environ.update(request["environment"])
+    tempfile.tempdir = None  # an import has looked it up in the server's own environment
     os.chdir(request["directory"])
     sys.stdin = opened(0, "r", sys.stdin)
     sys.stdout = sys.__stdout__ = opened(1, "w", sys.stdout)
