@@ -9,7 +9,7 @@ import inspect
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +30,7 @@ from shardproof.cli.output import console
 from shardproof.cli.output_file import OutputFile, check_different
 from shardproof.cli.plan_layout import NamedLayout, parse_layout, show_cost
 from shardproof.cli.plan_tables import ModelStep, as_json, show_model, show_watched
-from shardproof.errors import PlanError, UsageError
+from shardproof.errors import UsageError
 from shardproof.hf.detection import is_transformers
 from shardproof.hf.skeleton import any_skeleton
 from shardproof.leaves import check_degree
@@ -39,7 +39,7 @@ from shardproof.plans.layout_cost import check_layout, layout_cost
 from shardproof.plans.match import near_names
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.paper_formulas import gpt_size
-from shardproof.plans.planning import as_error, attempt
+from shardproof.plans.planning import attempt, without_problems
 from shardproof.plans.planning import plan as make_plan
 from shardproof.plans.watched_plan import WatchedPlan
 from shardproof.scheme import Scheme
@@ -51,6 +51,23 @@ _WAY_OUT = (
     "Name a directory with config.json, or MODULE:FUNCTION of a function without arguments that "
     "returns (model, inputs), such as mymodel.py:build."
 )
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What the options say of the plan that is made.
+
+    Attributes:
+        batch: rows of an example that a config gives.
+        length: tokens of such a row.
+        watch: watch a forward also where the model's tp_plan serves.
+        sequence_parallel: activations between blocks are cut along their tokens.
+    """
+
+    batch: int
+    length: int
+    watch: bool
+    sequence_parallel: bool
 
 
 @click.command(context_settings=HELP_OPTIONS)
@@ -79,6 +96,11 @@ _WAY_OUT = (
     "--watch", is_flag=True, help="Watch a forward also where the model's tp_plan serves."
 )
 @click.option(
+    "--sequence-parallel",
+    is_flag=True,
+    help="Activations between blocks are cut along their tokens.",
+)
+@click.option(
     "--layout",
     metavar="tp=T,dp=D",
     help="Instead of the plan, show what a step costs in a layout of ranks.",
@@ -99,6 +121,7 @@ def plan(
     batch: int,
     length: int,
     watch: bool,
+    sequence_parallel: bool,
     layout: str | None,
     html_file: OutputFile | None,
     json_file: OutputFile | None,
@@ -118,6 +141,7 @@ def plan(
     Exit code 0, or 2 if the model cannot be cut so.
     """
     named = None if layout is None else _checked_layout(layout, degree, html_file)
+    how = PlanOptions(batch=batch, length=length, watch=watch, sequence_parallel=sequence_parallel)
     tp = degree if named is None else named.tp
     if tp is None:
         raise click.MissingParameter(param_hint="'--degree'", param_type="option")
@@ -132,8 +156,8 @@ def plan(
     if named is not None:
         rows = batch if is_written("batch") else named.batch_leaves
         named = replace(named, leaves=leaves, batch=rows, length=length)
-        return _cost(named, (model, inputs), watch, model_dir, json_file)
-    model_plan = _plan(model, inputs, tp, Scheme(leaves=leaves), (batch, length), watch)
+        return _cost(named, (model, inputs), how, model_dir, json_file)
+    model_plan = _plan(model, inputs, tp, Scheme(leaves=leaves), how)
     if html_file is not None:
         page = plan_page(model_plan, batch=batch, length=length, source=model_dir)
         html_file.write_text(page)
@@ -165,14 +189,15 @@ def _checked_layout(layout: str, degree: int | None, html_file: OutputFile | Non
 def _cost(
     named: NamedLayout,
     read: tuple[nn.Module, Any],
-    watch: bool,
+    how: PlanOptions,
     source: str,
     json_file: OutputFile | None,
 ) -> int:
     """Compute, write and print what a step costs in a layout."""
     model, inputs = read
     scheme = Scheme(leaves=named.leaves, batch_leaves=named.batch_leaves)
-    model_plan = _plan(model, inputs, named.tp, scheme, (named.rows_of_leaf, named.length), watch)
+    how = replace(how, batch=named.rows_of_leaf)
+    model_plan = _plan(model, inputs, named.tp, scheme, how)
     is_watched = isinstance(model_plan, WatchedPlan)
     if is_watched and inputs is None:
         named.check_even()
@@ -190,34 +215,39 @@ def _cost(
 
 
 def _plan(
-    model: nn.Module,
-    inputs: Any,
-    degree: int,
-    scheme: Scheme,
-    size: tuple[int, int],
-    watch: bool,
+    model: nn.Module, inputs: Any, degree: int, scheme: Scheme, how: PlanOptions
 ) -> ModelPlan | WatchedPlan:
     """The plan by the inputs of a user, or of a config."""
     if inputs is not None:
-        return make_plan(model, degree=degree, inputs=inputs, scheme=scheme)
-    return _plan_of_config(model, degree, scheme, size, watch)
+        return make_plan(
+            model,
+            degree=degree,
+            inputs=inputs,
+            scheme=scheme,
+            sequence_parallel=how.sequence_parallel,
+        )
+    return _plan_of_config(model, degree, scheme, how)
 
 
 def _plan_of_config(
-    model: nn.Module, degree: int, scheme: Scheme, size: tuple[int, int], watch: bool
+    model: nn.Module, degree: int, scheme: Scheme, how: PlanOptions
 ) -> ModelPlan | WatchedPlan:
-    """The plan by the model's own tp_plan, or by watching a forward of `size` rows and tokens."""
+    """The plan by the model's own tp_plan, or by watching a forward."""
     why = ""
-    if not watch:
+    if not how.watch:
         outcome = attempt(model, None, degree=degree, scheme=scheme)
         if not isinstance(outcome, str):
-            model_plan, problems = outcome
-            if problems:
-                raise PlanError(as_error(model, problems))
-            return model_plan
+            return without_problems(model, outcome, sequence_parallel=how.sequence_parallel)
         why = outcome
-    batch, length = size
-    return plan_by_example(model, degree=degree, scheme=scheme, why=why, batch=batch, length=length)
+    return plan_by_example(
+        model,
+        degree=degree,
+        scheme=scheme,
+        why=why,
+        batch=how.batch,
+        length=how.length,
+        sequence_parallel=how.sequence_parallel,
+    )
 
 
 def read_model(source: str) -> tuple[nn.Module, Any]:

@@ -137,7 +137,13 @@ class Split:
         return self.start_sum(parts, shape=shape, like=like, direction=direction).wait()
 
     def sum_scatter(
-        self, parts: Sequence[Tensor], *, into: ShardOf, like: Tensor, direction: str
+        self,
+        parts: Sequence[Tensor],
+        *,
+        into: ShardOf,
+        like: Tensor,
+        direction: str,
+        who: str = "",
     ) -> Tensor:
         """The sum of all ranks' parts, of which each rank gets what it owns.
 
@@ -146,6 +152,7 @@ class Split:
             into: what each rank gets.
             like: any tensor of the result's dtype and device.
             direction: for the ledger.
+            who: name of the caller; default: the name of this dim.
         Returns:
             (*, owned, *), Shard(into.dim), in `like`'s dtype.
         Comm:
@@ -154,7 +161,7 @@ class Split:
         if self.axis.size == 1:
             return parts[0].to(like.dtype)
         tree = self.cut if self.arithmetic.is_invariant else None
-        plan = scatter_plan(direction, self.name, into, like.dtype, tree, self.axis.rank)
+        plan = scatter_plan(direction, who or self.name, into, like.dtype, tree, self.axis.rank)
         return start_planned(parts, self.axis, plan, like).wait()
 
     def gather(self, x: Tensor, direction: str, *, dim: int = 1) -> Tensor:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardproof.cut.fallback import gathered
-from shardproof.cut.tensor import CutTensor, Rule, token_rules
-from shardproof.units import CutDim
+from shardproof.cut.fallback import on_opened
+from shardproof.cut.module_calls import DROPOUTS, RANDOM, as_called, is_called
+from shardproof.cut.tensor import CutTensor, Rule, cut_tensor, named, run_as, token_rules
+from shardproof.cut.tokens import token_cut, tokens_of
+from shardproof.ops.norms import layer_norm
 
-TOKENS = "tokens"  # name of the units
-DIM = 1  # of the tokens in (B, T, n)
 # Each element is rounded by itself, as IEEE 754 says, or only chosen or copied.
 _EXACT = (
     "abs", "absolute", "add", "and", "bfloat16", "bitwise_and", "bitwise_not", "bitwise_or",
@@ -41,6 +41,8 @@ _REFLECTED = {
     "rsub": Tensor.sub,
     "rtruediv": Tensor.div,
 }
+_LAYER_NORM = ("input", "normalized_shape", "weight", "bias", "eps")
+_PRODUCTS = frozenset(("addmm", "bmm", "linear", "matmul", "mm", "rmatmul"))
 _ON_OWN_TOKENS = frozenset(
     (
         *_EXACT,
@@ -49,13 +51,6 @@ _ON_OWN_TOKENS = frozenset(
         *("zeros_like", "ones_like", "empty_like", "full_like", "retain_grad"),
     )
 )
-
-
-def tokens_of(x: Any) -> CutDim | None:
-    """How the tokens of an activation are cut; None if they are not."""
-    if not isinstance(x, CutTensor) or x.spec.dim != DIM or x.dim() != 3:
-        return None
-    return x.spec.cut if x.spec.cut.shared.units.name == TOKENS else None
 
 
 def install() -> None:
@@ -68,15 +63,33 @@ def _rule(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rule | No
     """The rule of an operation on such activations; None if its usual one serves."""
     tensors = list(_tensors(args, kwargs))
     cut = next((each for each in tensors if tokens_of(each) is not None), None)
-    if cut is None:
+    if cut is None or name == "grad":
         return None
-    if name == "grad":
-        return None
+    if name in _PRODUCTS:
+        return None if _is_column(name, args, kwargs) else _on_whole
+    if name in DROPOUTS or name in RANDOM:
+        return None if is_called() else _on_whole
+    if name == "layer_norm" and _is_over_features(cut, args, kwargs):
+        return _normed
     if not all(_fits(each, cut) for each in tensors):
-        return _turned if name in _REFLECTED else gathered
+        return _turned if name in _REFLECTED else _on_whole
     if name == "getitem":
-        return None if _is_all(args[1]) else gathered
-    return None if name in _ON_OWN_TOKENS else gathered
+        return None if _is_all(args[1]) else _on_whole
+    return None if name in _ON_OWN_TOKENS else _on_whole
+
+
+def _on_whole(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Gather the tokens, and do what is done with whole activations."""
+    is_cut_otherwise = any(
+        isinstance(each, CutTensor) and tokens_of(each) is None for each in _tensors(args, kwargs)
+    )
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if is_cut_otherwise:
+            return run_as(name, func, args, kwargs)
+        return as_called(func, args, kwargs)
+
+    return on_opened(call, name, args, kwargs, lambda each: tokens_of(each) is not None)
 
 
 def _turned(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -86,7 +99,35 @@ def _turned(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     result lies in memory.
     """
     one, other = args
-    return gathered(_REFLECTED[name], name[1:], (other, one), kwargs)
+    return _on_whole(_REFLECTED[name], name[1:], (other, one), kwargs)
+
+
+def _is_column(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a product has an activation cut along its tokens, and a weight cut by columns."""
+    if name == "linear":
+        x, weight = named(args, kwargs, "input", "weight")
+    else:
+        x, weight = named(args, kwargs, "input", "other")
+    is_weight = isinstance(weight, CutTensor) and weight.dim() == 2
+    is_by_columns = is_weight and weight.spec.dim == (0 if name == "linear" else 1)
+    return is_by_columns and tokens_of(x) is not None and name in ("linear", "matmul")
+
+
+def _is_over_features(cut: CutTensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a norm goes over the features, with the arithmetic that `layer_norm` of ours has."""
+    x, shape, *parameters, _ = named(args, kwargs, *_LAYER_NORM)
+    if x is not cut or any(isinstance(each, CutTensor) for each in parameters):
+        return False
+    is_ours = is_called() or not cut.spec.region.scheme.is_invariant
+    return is_ours and tuple(shape) == (cut.shape[-1],)
+
+
+def _normed(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CutTensor:
+    """`F.layer_norm` over the features of a rank's tokens."""
+    x, _, weight, bias, eps = named(args, kwargs, *_LAYER_NORM)
+    tokens = token_cut(x.spec.region, x.spec.cut, x.who)
+    eps = 1e-5 if eps is None else eps
+    return cut_tensor(layer_norm(x.local, weight, bias, eps=eps, tokens=tokens), x.spec, x.who)
 
 
 def _fits(x: Any, cut: CutTensor) -> bool:

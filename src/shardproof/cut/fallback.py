@@ -147,10 +147,29 @@ def computed(region: Region, func: Any, *args: Any) -> Any:
 )
 def gathered(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation on gathered tensors; in-place writes are copied back into the parts."""
+    return on_opened(func, name, args, kwargs, is_cut)
+
+
+def on_opened(
+    func: Any,
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    is_opened: Callable[[Any], bool],
+) -> Any:
+    """Run an operation after some operands were gathered; in-place writes are copied back.
+
+    Args:
+        func: what is called.
+        name: of the operation, for the plan.
+        args: in order.
+        kwargs: by name.
+        is_opened: whether a value is a cut tensor that is gathered.
+    """
     back: list[tuple[CutTensor, Tensor]] = []
 
     def open_(x: Any) -> Any:
-        if not isinstance(x, CutTensor):
+        if not is_opened(x):
             return x
         data = whole(x, name)
         back.append((x, data))
@@ -165,7 +184,7 @@ def gathered(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
             place = x.spec.region.place(x.spec.cut, x.who)
             x.local.copy_(unit_ops.take(data, x.spec.dim, place))
         cut_by_data[id(data)] = x
-    return tree_map(lambda each: cut_by_data.get(id(each), each), y)
+    return tree_map(lambda each: cut_by_data.get(id(each), each), y, is_leaf=is_cut)
 
 
 @cache

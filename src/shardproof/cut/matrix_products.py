@@ -18,6 +18,7 @@ from shardproof.cut.alignment import (
 from shardproof.cut.fallback import gathered, invariant, whole
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, named, rule, run
+from shardproof.cut.tokens import DIM, cut_of, is_to_be_cut, token_cut, tokens_of
 from shardproof.numerics import dim_sums
 from shardproof.ops import unit_ops
 
@@ -44,7 +45,8 @@ def product(x: Any, weight: Any, bias: Any, *, is_transposed: bool, func: Any = 
     out_dim = 1 if is_transposed else 0
     last = x.dim() - 1
     if isinstance(weight, CutTensor) and weight.spec.dim == out_dim:
-        if isinstance(x, CutTensor):
+        cut = tokens_of(x)
+        if isinstance(x, CutTensor) and cut is None:
             x = whole(x, f"{func.__name__} of two cuts")
         spec = weight.spec.region.spec(
             (*x.shape[:-1], weight.shape[out_dim]), last, weight.spec.cut
@@ -53,9 +55,16 @@ def product(x: Any, weight: Any, bias: Any, *, is_transposed: bool, func: Any = 
         own = bias
         if bias is not None:
             own = fitted(bias, spec.region.spec((weight.shape[out_dim],), 0, spec.cut), weight.who)
-        handle = entering(x) if x.requires_grad and torch.is_grad_enabled() else None
+        tokens = None if cut is None else token_cut(spec.region, cut, x.who)
+        rows = x if cut is None else x.local
         y = unit_ops.column(
-            x, weight.local, own, place, entering=handle, is_transposed=is_transposed
+            rows,
+            weight.local,
+            own,
+            place,
+            entering=entering(rows) if rows.requires_grad and torch.is_grad_enabled() else None,
+            is_transposed=is_transposed,
+            tokens=tokens,
         )
         return cut_tensor(y, spec, weight.who)
     if isinstance(bias, CutTensor):
@@ -74,7 +83,15 @@ def product(x: Any, weight: Any, bias: Any, *, is_transposed: bool, func: Any = 
             if isinstance(x, CutTensor):
                 x = whole(x, f"{func.__name__} of two cuts")
             part = unit_ops.take(x, last, place)
-        return unit_ops.row(part, weight.local, bias, place, is_transposed=is_transposed)
+        if not is_to_be_cut(region, x):
+            return unit_ops.row(part, weight.local, bias, place, is_transposed=is_transposed)
+        shape = (*x.shape[:-1], weight.shape[1 - weight.spec.dim])
+        spec = region.spec(shape, DIM, cut_of(region, x.shape[DIM]))
+        tokens = token_cut(region, spec.cut, weight.who)
+        y = unit_ops.row(
+            part, weight.local, bias, place, is_transposed=is_transposed, tokens=tokens
+        )
+        return cut_tensor(y, spec, weight.who)
     return _of_whole_weight(x, weight, bias, is_transposed, func)
 
 

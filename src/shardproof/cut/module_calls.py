@@ -35,16 +35,17 @@ from shardproof.cut.tensor import (
     running,
     unseen,
 )
+from shardproof.cut.tokens import token_cut, tokens_of
 from shardproof.errors import UsageError
 from shardproof.layers.dropout import Drawing
 from shardproof.numerics import forms
 from shardproof.ops import unit_ops
-from shardproof.ops.dropout import MaskKey, dropout
+from shardproof.ops.dropout import MaskKey, dropout, dropout_part
 
 assert all((matrix_products, lookup, moves, pointwise))  # noqa: S101 - imported for their rules
 DRAWS = "shardproof_draws"  # attribute: the child module that counts the draws
 DROPOUTS = frozenset(("dropout", "native_dropout", "dropout_"))
-_RANDOM = frozenset(
+RANDOM = frozenset(
     """rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal
     uniform_ normal_ exponential_ bernoulli_ random_ cauchy_ log_normal_ geometric_""".split()  # noqa: SIM905
 )
@@ -145,6 +146,10 @@ class Calls(TorchFunctionMode):
 def dropped_part(x: CutTensor, p: float, key: MaskKey) -> CutTensor:
     """Dropout of a cut tensor, keyed by position: each rank draws the masks of its own part."""
     region = x.spec.region
+    if tokens_of(x) is not None:
+        own = token_cut(region, x.spec.cut, x.who).split.owned
+        y = dropout_part(x.local, p, key, shape=x.shape, dim=x.spec.dim, at=own)
+        return cut_tensor(y, x.spec, x.who)
     place, held = region.place(x.spec.cut, x.who), x.spec.cut.held(region.rank)
     leaves = [(int(held[tile.start]), tile) for tile in place.tiles]
     return cut_tensor(dropout(x.local, p, key, dim=x.spec.dim, leaves=leaves), x.spec, x.who)
@@ -180,7 +185,7 @@ def _kind_of(func: Any) -> int:
     name = name_of(func)
     if name in DROPOUTS:
         return _DROPOUT
-    if name in _RANDOM:
+    if name in RANDOM:
         return _DRAW
     if name == "scaled_dot_product_attention":
         return _ATTENTION
@@ -228,6 +233,22 @@ class _Local(threading.local):
 
 
 _local = _Local()
+
+
+def is_called() -> bool:
+    """Whether the forward of a module runs whose calls are intercepted."""
+    return _local.calls is not None
+
+
+def as_called(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function of torch as if the code of the module that runs did, inside of a rule."""
+    if _local.on is None:
+        return func(*args, **kwargs)
+    was, running.is_rule = running.is_rule, False
+    try:
+        return _local.on.__torch_function__(func, (), args, kwargs)
+    finally:
+        running.is_rule = was
 
 
 def _dropout_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, float, bool, bool]:

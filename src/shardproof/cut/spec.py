@@ -99,6 +99,7 @@ class Region:
         called: modules whose own code calls, on whole tensors, operations with an invariant form.
         drew: modules whose own code draws random numbers.
         are_weights_cut_only_in_forward: outside of a forward, `module.weight` is this rank's part.
+        cuts_tokens: activations between blocks are cut along their tokens.
         whole_weights: name of a weight -> the operation that needs all of it. It is filled in a
             rehearsal; the next plan leaves these weights whole.
         is_rehearsed: whether this is a rehearsal, in which the calls of modules are recorded.
@@ -117,6 +118,7 @@ class Region:
         self.called: set[str] = set()
         self.drew: set[str] = set()
         self.are_weights_cut_only_in_forward = False
+        self.cuts_tokens = False
         self.whole_weights: dict[str, str] = {}
         self.is_rehearsed = axis.transport.name == "rehearsed"
         self.graph_objects: dict[Any, Any] = {}

@@ -24,7 +24,8 @@ from shardproof.autograd import once_differentiable
 from shardproof.errors import UsageError
 from shardproof.numerics.precision import node_dtype
 from shardproof.ops.rows import without_autocast
-from shardproof.ops.unit_products import ProductTerm, start_sum
+from shardproof.ops.tokens import TokenCut
+from shardproof.ops.unit_products import ProductTerm, start_sum, sum_to_tokens
 
 
 @dataclass(frozen=True)
@@ -65,23 +66,24 @@ class PendingTerms:
 
 
 class _Enter(torch.autograd.Function):
-    """An empty token forward; one all_reduce of what the columns have left backward."""
+    """An empty token forward; one sum of what the columns have left backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, pending: PendingTerms) -> Tensor:
-        ctx.pending, ctx.shape, ctx.dtype = pending, x.shape, x.dtype
+    def forward(ctx: Any, x: Tensor, pending: PendingTerms, tokens: TokenCut | None) -> Tensor:
+        ctx.pending, ctx.shape, ctx.dtype, ctx.tokens = pending, x.shape, x.dtype, tokens
         ctx.set_materialize_grads(False)
         return x.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
         left = ctx.pending.empty()
         if not left:
-            return None, None
+            return None, None, None
         arm = left[0].term.a.new_empty(0)
         arm.requires_grad_(any(each.is_armed for each in left))
         terms = [each.term for each in left]
-        return _input_gradient(_Summing(ctx.shape, ctx.dtype, terms), arm), None
+        summing = _Summing(ctx.shape, ctx.dtype, terms, ctx.tokens)
+        return _input_gradient(summing, arm), None, None
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class _Summing:
     shape: torch.Size
     dtype: torch.dtype
     terms: Sequence[ProductTerm]
+    tokens: TokenCut | None
 
     @property
     def saved_tensors(self) -> tuple[Tensor, ...]:
@@ -105,7 +108,7 @@ def _input_gradient(summing: _Summing, arm: Tensor) -> Tensor:
 
 
 def _summed(summing: _Summing) -> Tensor:
-    """The sum of all terms: one all_reduce for each kind of tree, added in the order of forward."""
+    """The sum of all terms: one Comm for each kind of tree, added in the order of forward."""
     groups: dict[tuple[Any, ...], list[ProductTerm]] = {}
     for term in summing.terms:
         place = term.place
@@ -119,7 +122,10 @@ def _summed(summing: _Summing) -> Tensor:
         if not is_alone:  # rounded once, at the end
             like = like.new_empty(0, dtype=node_dtype(like.dtype))
         who = " + ".join(dict.fromkeys(term.place.who for term in terms))
-        part = start_sum(terms, like, "backward", who).wait()
+        if summing.tokens is None:
+            part = start_sum(terms, like, "backward", who).wait()
+        else:
+            part = sum_to_tokens(terms, summing.tokens, like, "backward", who)
         total = part if total is None else total.add_(part)
     if total is None:
         raise UsageError("an input gradient is summed from no column.")
@@ -141,16 +147,18 @@ class Entering:
         self._token: weakref.ref[Tensor] | None = None
         self._pending = PendingTerms()
 
-    def token(self, x: Tensor) -> tuple[Tensor, PendingTerms]:
+    def token(self, x: Tensor, tokens: TokenCut | None = None) -> tuple[Tensor, PendingTerms]:
         """Return the token for `x`, and the object in which columns store their products.
 
         Args:
-            x: (*, in_features), Replicate, of which a gradient is wanted.
+            x: (*, in_features), Replicate, of which a gradient is wanted; or (B, own tokens,
+                in_features), Shard(1), with `tokens`.
+            tokens: how the tokens of `x` are cut, if they are.
         """
         token = None if self._token is None else self._token()
         if token is None or self._x is None or self._x() is not x or self._version != x._version:
             self._pending = PendingTerms()
-            token = _Enter.apply(x, self._pending)
+            token = _Enter.apply(x, self._pending, tokens)
             self._x, self._version, self._token = weakref.ref(x), x._version, weakref.ref(token)
         return token, self._pending
 

@@ -6,7 +6,6 @@ the gathered input, Korthikanti et al. 2022 (arXiv 2205.05198, section 4.2).
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from shardproof import comm, observing, operands
@@ -45,11 +44,6 @@ class Gathers(NamedTuple):
 NOTHING = Gathers()
 
 
-def _with_all_tokens(x: Tensor, tokens: TokenCut) -> Tensor:
-    """A tensor on no device with the leading dims of `x` when all its tokens are there."""
-    return torch.empty((x.shape[0], tokens.split.cut.size, x.shape[2]), device="meta")
-
-
 class _ColumnLinear(OwnFunction):
     """Local product forward; all_reduce (or reduce_scatter) of the input gradient backward."""
 
@@ -61,7 +55,7 @@ class _ColumnLinear(OwnFunction):
         ctx.split, ctx.gathers = split, gathers
         _save(ctx, x if gathers.input is None else rows, weight)
         y = _column(rows, weight, bias, split, gathers)
-        return shaped(y, x if gathers.tokens is None else _with_all_tokens(x, gathers.tokens))
+        return shaped(y, x if gathers.tokens is None else gathers.tokens.shown_whole(x))
 
     @staticmethod
     @once_differentiable
@@ -78,7 +72,7 @@ class _ColumnLinear(OwnFunction):
 def _whole_rows(x: Tensor, gathers: Gathers) -> Tensor:
     """The input of a column linear, as rows: gathered if it comes cut."""
     if gathers.tokens is not None:
-        return as_rows(gathers.tokens.gather(x, "forward"))
+        return as_rows(gathers.tokens.gather_input(x, "forward"))
     rows = as_rows(x)
     return rows if gathers.input is None else gathers.input.gather(rows, "forward")
 
@@ -113,7 +107,7 @@ def _column_gradients(ctx: Any, grad_y: Tensor, grad_rows: Tensor) -> tuple[Tens
     grad_weight = grad_bias = None
     if needs_weight:
         if tokens is not None:
-            x = tokens.gather(x, "backward")
+            x = tokens.gather_input(x, "backward")
         grad_weight = products.weight_gradient(grad_rows, as_rows(x), split)
     if needs_bias:
         grad_bias = products.bias_gradient(grad_rows, split, is_cut=True)
@@ -251,7 +245,7 @@ def column_linear(
                 y = _ColumnLinear.apply(x, weight, bias, split, gathers)
             else:
                 y = _column(_whole_rows(x, gathers), weight, bias, split, gathers)
-                y = shaped(y, x if gathers.tokens is None else _with_all_tokens(x, gathers.tokens))
+                y = shaped(y, x if gathers.tokens is None else gathers.tokens.shown_whole(x))
     except operands.ERRORS as error:
         operands.explain(error, split.name, x=x, weight=weight, bias=bias)
     if gathers.output:

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from shardproof import observing
 from shardproof.comm import StartedSum
+from shardproof.comm.split import Split
 from shardproof.numerics.arithmetic import Pair
 from shardproof.observing import PARTIAL, REPLICATE, Operand, Placement, StepEvent
 from shardproof.ops.linear_steps import tell_parts
+from shardproof.ops.tokens import TokenCut
 from shardproof.ops.unit_split import UnitSplit
 from shardproof.tree import Node, node_name, nodes_of_run
 
@@ -56,18 +58,47 @@ def start_sum(terms: Sequence[ProductTerm], like: Tensor, direction: str, who: s
     Comm:
         `direction` one all_reduce of (M, N).
     """
+    split, parts, who = _parts(terms, like, direction, who)
+    shape = (terms[0].a.shape[0], terms[0].b.shape[1])
+    return split.start_sum(parts, shape=shape, like=like, direction=direction, who=who)
+
+
+def sum_to_tokens(
+    terms: Sequence[ProductTerm], tokens: TokenCut, like: Tensor, direction: str, who: str
+) -> Tensor:
+    """The sum of `a @ b` over all terms and all ranks, of which each rank gets its own tokens.
+
+    Args:
+        terms: as in `start_sum`; M = B * T.
+        tokens: the cut of T.
+        like: any tensor of the result's dtype and device.
+        direction: for the ledger.
+        who: of all of them, for messages and the ledger.
+    Returns:
+        (B, own tokens, N), Shard(1).
+    Comm:
+        `direction` one reduce_scatter of (B, T, N).
+    """
+    split, parts, who = _parts(terms, like, direction, who)
+    shape = (terms[0].a.shape[0], terms[0].b.shape[1])
+    return tokens.scatter(parts, split, shape=shape, like=like, direction=direction, who=who)
+
+
+def _parts(
+    terms: Sequence[ProductTerm], like: Tensor, direction: str, who: str
+) -> tuple[Split, Sequence[Tensor], str]:
+    """What this rank gives to a sum, the dim that it goes over, and its name."""
     first = terms[0]
-    place, shape = first.place, (first.a.shape[0], first.b.shape[1])
-    plain = place.plain_split
+    place, plain = first.place, first.place.plain_split
     if len(terms) == 1 and plain is not None and like.dtype is first.a.dtype:
         parts = plain.arithmetic.product_parts(first.a, first.b, plain.leaves)
         if observing.is_on():
             tell_parts(plain, first.a, first.b, parts, direction)
-        return plain.start_sum(parts, shape=shape, like=first.a, direction=direction)
-    parts = place.arithmetic.joined_parts(terms, place.split.leaves)
+        return plain, parts, ""
+    joined_parts = place.arithmetic.joined_parts(terms, place.split.leaves)
     if observing.is_on():
-        _tell(terms, parts, direction, who)
-    return place.split.start_sum(parts, shape=shape, like=like, direction=direction, who=who)
+        _tell(terms, joined_parts, direction, who)
+    return place.split, joined_parts, who
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, place: UnitSplit) -> Tensor:

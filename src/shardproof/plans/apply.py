@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar, get_args
 
 import torch
@@ -43,10 +44,6 @@ from shardproof.wording import dtype_name, short_repr
 
 Value = TypeVar("Value")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-NEEDS_NAMES = (
-    "sequence_parallel=True needs a plan of names. A plan that watched a forward keeps activations "
-    "whole between blocks. Leave sequence_parallel out, or give a plan of names."
-)
 _SAMPLES = 64  # elements of each parameter that the ranks compare
 
 
@@ -80,7 +77,8 @@ def parallelize(
             watched; with a plan, a step is rehearsed on every rank.
         scheme: leaves, numerics and seed, if `plan` is not a `Plan`, which has its own.
         sequence_parallel: while gradients are recorded, activations (B, T, n) between blocks are
-            cut along the T tokens (Korthikanti et al. 2022). It changes no bit. For plans of names.
+            cut along the T tokens (Korthikanti et al. 2022). It changes no bit. A `plan` that was
+            made with it needs no second word.
 
     Returns:
         `model`.
@@ -93,20 +91,17 @@ def parallelize(
         UsageError: `plan` has a scheme, and `scheme` is given too.
     """
     axis = checked_axis(axis)
-    if checked_flag(sequence_parallel, "sequence_parallel") and (
-        isinstance(plan, WatchedPlan) or (inputs is not None and plan is None)
-    ):
-        raise PlanError(NEEDS_NAMES)
+    checked_flag(sequence_parallel, "sequence_parallel")
+    if isinstance(plan, ModelPlan | WatchedPlan):
+        sequence_parallel |= plan.sequence_parallel
     if (inputs is not None and plan is None) or isinstance(plan, WatchedPlan):
-        return _cut_as_watched(model, plan, axis, inputs, scheme)
+        return _cut_as_watched(model, plan, axis, inputs, scheme, sequence_parallel)
     agreed_plan, agreed_scheme = _agree(model, plan, scheme, axis, sequence_parallel)
     known_plan = plan if isinstance(plan, ModelPlan) else agreed_plan
     outcome = attempt(model, known_plan, degree=axis.size, scheme=scheme)
     if not isinstance(outcome, str):
         return _cut_by_names(model, outcome, agreed_scheme, axis, inputs, sequence_parallel)
-    if sequence_parallel:
-        raise PlanError(f"{NEEDS_NAMES} The names do not cut this model: {outcome}")
-    return _cut_as_watched(model, None, axis, None, scheme, why=outcome)
+    return _cut_as_watched(model, None, axis, None, scheme, sequence_parallel, why=outcome)
 
 
 def _cut_by_names(
@@ -136,26 +131,40 @@ def _cut_by_names(
 
 
 def _cut_as_watched(
-    model: Any, plan: Any, axis: Axis, inputs: Any, scheme: Any, *, why: str = ""
+    model: Any,
+    plan: Any,
+    axis: Axis,
+    inputs: Any,
+    scheme: Any,
+    sequence_parallel: bool,
+    *,
+    why: str = "",
 ) -> nn.Module:
     """Cut any model by watching one forward; `why` says why its own plan does not serve."""
 
     def read() -> tuple[WatchedPlan, dict[str, object]]:
         checked_model(model)
         watched_plan = (
-            plan_by_example(model, degree=axis.size, scheme=scheme, why=why)
+            plan_by_example(
+                model,
+                degree=axis.size,
+                scheme=scheme,
+                why=why,
+                sequence_parallel=sequence_parallel,
+            )
             if why
-            else as_watched(model, plan, axis.size, inputs, scheme)
+            else as_watched(model, plan, axis.size, inputs, scheme, sequence_parallel)
         )
         words = _describe(Plan({}, watched_plan.scheme), watched_plan.scheme, model)
         return watched_plan, words | {
-            "what is cut": [repr(family) for family in watched_plan.families]
+            "what is cut": [repr(family) for family in watched_plan.families],
+            "sequence_parallel": sequence_parallel,
         }
 
     agreed_plan = _agreed(read, axis)
     _agree_on_numbers(model, agreed_plan.scheme, axis)
     whole = dict(model.named_parameters())
-    cut_by(model, agreed_plan, axis)
+    cut_by(model, replace(agreed_plan, sequence_parallel=sequence_parallel), axis)
     return _finished(model, whole, agreed_plan.scheme, axis)
 
 

@@ -36,6 +36,7 @@ def plan_by_example(
     why: str = "",
     batch: int = BATCH,
     length: int = LENGTH,
+    sequence_parallel: bool = False,
 ) -> WatchedPlan:
     """Plan by watching one forward, with inputs made from the model's config.
 
@@ -46,12 +47,20 @@ def plan_by_example(
         why: why the model's own tp_plan is not used.
         batch: rows of the inputs.
         length: tokens of a row.
+        sequence_parallel: activations between blocks are cut along their tokens.
 
     Raises:
         PlanError: the forward runs with none of the example inputs, or a rank cannot do a step.
     """
     inputs, watched = _first_that_runs(model, examples(model, batch=batch, length=length), why)
-    plan = plan_by_watching(model, inputs, degree=degree, scheme=scheme, watched=watched)
+    plan = plan_by_watching(
+        model,
+        inputs,
+        degree=degree,
+        scheme=scheme,
+        watched=watched,
+        sequence_parallel=sequence_parallel,
+    )
     reason = f"{_first_sentence(why)}. So one" if why else "One"
     note = f"{reason} forward was watched, with inputs that the config gives: {_shapes(inputs)}"
     return replace(plan, notes=(*plan.notes, note))

@@ -14,7 +14,7 @@ from shardproof.leaves import Cut
 from shardproof.numerics.precision import node_dtype
 from shardproof.wording import dtype_name
 
-Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "exchange"]
 Direction = Literal["forward", "backward"]
 When = Literal["always", "labels", "logits"]
 Counts = dict[str, dict[str, dict[str, int]]]  # direction -> kind -> figures, as the ledger has it
@@ -28,11 +28,20 @@ class StepSize:
         tokens: batch * length.
         logits: number of tokens whose logits are computed.
         labels: the model computes its loss from them.
+        batch: number of rows.
+        leaves: into which the tokens of a row are cut, with sequence parallelism.
     """
 
     tokens: int
     logits: int
     labels: bool
+    batch: int = 1
+    leaves: int = 1
+
+    def own_tokens(self, rank: int, degree: int) -> int:
+        """Number of tokens of a rank, if they are cut."""
+        sizes = Cut(self.tokens // self.batch, self.leaves, degree).sizes()
+        return self.batch * sizes[rank]
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class Collective:
     """One collective of every step.
 
     Attributes:
-        kind: all_reduce, all_gather or reduce_scatter.
+        kind: all_reduce, all_gather, reduce_scatter or exchange.
         direction: forward or backward.
         what: a description of the message.
         dtype: of the message.
@@ -48,8 +57,9 @@ class Collective:
         fixed: further elements of the message, whatever the number of tokens.
         cut: of the dim that the canonical tree sums; None if nothing is summed, or if the transport
             adds in its own order.
-        parts: elements per token that each rank gives to an all_gather or gets from a
-            reduce_scatter.
+        parts: elements (per token, unless `per_token` is 0) that each rank gives to an all_gather,
+            or gets from a reduce_scatter or an exchange.
+        of_tokens: a rank gives, or gets, the elements of its own tokens.
         of_logits: the message grows with the tokens whose logits are computed, not with all tokens.
         when: always, only with labels, or only without labels.
     """
@@ -64,6 +74,7 @@ class Collective:
     parts: tuple[int, ...] = ()
     of_logits: bool = False
     when: When = "always"
+    of_tokens: bool = False
 
     def happens(self, step: StepSize) -> bool:
         """Whether a step makes this collective."""
@@ -81,9 +92,12 @@ class Collective:
         """Bytes that `rank` sends to other ranks, as the ledger counts them."""
         numel = self.elements(step)
         if self.kind == "all_gather":
-            return (degree - 1) * self.parts[rank] * self._tokens(step) * self.dtype.itemsize
+            return (degree - 1) * self._mine(step, rank, degree) * self.dtype.itemsize
+        if self.kind == "exchange":
+            others = self.per_token - self.parts[rank]
+            return others * step.own_tokens(rank, degree) * self.dtype.itemsize
         if self.kind == "reduce_scatter":
-            mine = self.parts[rank] * self._tokens(step)
+            mine = self._mine(step, rank, degree)
             if self.cut is None:
                 return (numel - mine) * self.dtype.itemsize
             nodes = tree_order(self.cut).counts[rank]
@@ -91,6 +105,12 @@ class Collective:
         if self.cut is None:
             return native_plan(self.direction, "", (numel,), self.dtype, degree).sent_bytes
         return tree_plan(self.direction, "", (numel,), self.dtype, self.cut, rank).sent_bytes
+
+    def _mine(self, step: StepSize, rank: int, degree: int) -> int:
+        """Elements that a rank gives to an all_gather, or gets from a reduce_scatter."""
+        if self.of_tokens:
+            return self.per_token * step.own_tokens(rank, degree)
+        return self.parts[rank] * (self._tokens(step) if self.per_token else 1)
 
     def _tokens(self, step: StepSize) -> int:
         return step.logits if self.of_logits else step.tokens
@@ -105,6 +125,7 @@ class Collective:
             "elements_per_token": self.per_token,
             "fixed_elements": self.fixed,
             "of_logits": self.of_logits,
+            "of_tokens": self.of_tokens,
             "when": self.when,
         }
 

@@ -33,6 +33,7 @@ class ModelPlan:
             dropout that our attention needs to compute what that child computes.
         is_carried: the plan is the model's own `tp_plan`: the model's code is known to compute
             with this rank's parts. Otherwise that code receives cut tensors.
+        sequence_parallel: activations between blocks are cut along their tokens.
     """
 
     model: str
@@ -44,6 +45,7 @@ class ModelPlan:
     notes: tuple[str, ...] = ()
     attention_options: Mapping[str, ChildAttentionOptions] = field(default_factory=dict)
     is_carried: bool = False
+    sequence_parallel: bool = False
 
     @property
     def scheme(self) -> Scheme:
@@ -88,7 +90,8 @@ class ModelPlan:
         """What the ledger of a rank will count in one step, forward and backward.
 
         It assumes a step in which every weight is trained, every input except the data gets a
-            gradient, and every module runs once. Generation has no backward: read "forward" alone.
+            gradient, and every module runs once. Generation has no backward: read "forward" alone,
+            of a plan without sequence parallelism, which cuts activations in training only.
 
         Args:
             batch: rows.
@@ -104,7 +107,8 @@ class ModelPlan:
             `axis.transport.ledger.as_dict()` has them.
 
         Raises:
-            UsageError: a number is not positive, or no such rank.
+            UsageError: a number is not positive, there is no such rank, or the plan is one of your
+                own with sequence parallelism.
             PlanError: no such module.
         """
         batch, length = checked_whole(batch, "batch"), checked_whole(length, "length")
@@ -113,11 +117,17 @@ class ModelPlan:
         labels = checked_flag(labels, "labels")
         if logits > length:
             raise UsageError(f"logits={logits} of length={length} tokens: there are not so many.")
+        if self.sequence_parallel and not self.is_carried:
+            raise UsageError(
+                "with sequence parallelism, the code between the layers of your own plan decides "
+                "what is gathered, and the plan does not know it. Read the ledger of a step: "
+                "axis.transport.ledger.as_dict()."
+            )
         if rank >= self.degree:
             raise UsageError(
                 f"rank {rank} is not one of {self.degree}. Use 0 to {self.degree - 1}."
             )
-        step = StepSize(batch * length, batch * logits, labels)
+        step = StepSize(batch * length, batch * logits, labels, batch, self.scheme.leaves)
         return count(self._collectives(module), step, rank=rank, degree=self.degree)
 
     def _collectives(self, module: str | None) -> list[Collective]:
@@ -135,6 +145,7 @@ class ModelPlan:
             "degree": self.degree,
             "scheme": asdict(self.scheme),
             "head": self.head,
+            "sequence_parallel": self.sequence_parallel,
             "share_cut": self.share,
             "total_bytes": self.total_bytes,
             "whole_bytes": self.whole_bytes,

@@ -8,6 +8,7 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from shardproof.checked_objects import checked_model
+from shardproof.checked_values import checked_flag
 from shardproof.errors import PlanError
 from shardproof.hf.attention_registry import implementation_problems
 from shardproof.hf.detection import is_transformers
@@ -31,7 +32,9 @@ from shardproof.plans.module_plan import ModulePlan
 from shardproof.plans.module_planner import ModulePlanner
 from shardproof.plans.plan_argument import is_carried, read_plan
 from shardproof.plans.plan_text import listed, pattern
+from shardproof.plans.sequence_parallel import is_norm
 from shardproof.plans.style import Attention, Plan, SharedInput, Style
+from shardproof.plans.token_collectives import with_tokens_cut
 from shardproof.plans.unsupported import problem_of_lazy_model
 from shardproof.plans.watched import plan_by_watching
 from shardproof.plans.watched_plan import WatchedPlan, inside_lines
@@ -51,6 +54,7 @@ def plan(
     degree: int,
     inputs: None = None,
     scheme: Scheme = DEFAULT_SCHEME,
+    sequence_parallel: bool = False,
 ) -> ModelPlan | WatchedPlan: ...
 
 
@@ -62,6 +66,7 @@ def plan(
     degree: int,
     inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],
     scheme: Scheme = DEFAULT_SCHEME,
+    sequence_parallel: bool = False,
 ) -> WatchedPlan: ...
 
 
@@ -73,6 +78,7 @@ def plan(
     degree: int,
     inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],
     scheme: Scheme = DEFAULT_SCHEME,
+    sequence_parallel: bool = False,
 ) -> ModelPlan: ...
 
 
@@ -83,6 +89,7 @@ def plan(
     degree: int,
     inputs: Any = None,
     scheme: Scheme = DEFAULT_SCHEME,
+    sequence_parallel: bool = False,
 ) -> ModelPlan | WatchedPlan:
     """Check how a model will be cut. Needs no ranks, and allocates next to nothing.
 
@@ -100,6 +107,7 @@ def plan(
         inputs: example inputs of `forward`: a tuple of arguments, a dict of named ones, or one
             tensor. For a model of transformers they can be made from its config.
         scheme: leaves, numerics and seed, if `plan` is not a `Plan`, which has its own.
+        sequence_parallel: as in `parallelize`, which then cuts activations by this plan.
 
     Returns:
         Shapes and bytes on every rank, and the collectives of a step: a `WatchedPlan` if the plan
@@ -111,14 +119,15 @@ def plan(
         DegreeError: the degree is not positive, or exceeds the leaves.
         UsageError: `plan` has a scheme, and `scheme` is given too.
     """
+    checked_flag(sequence_parallel, "sequence_parallel")
     if inputs is not None and plan is None:
-        return _watched(model, inputs, degree, scheme)
+        return _watched(model, inputs, degree, scheme, sequence_parallel)
     outcome = attempt(model, plan, degree=degree, scheme=scheme)
     if isinstance(outcome, str):
-        return plan_by_example(model, degree=degree, scheme=scheme, why=outcome)
-    model_plan, problems = outcome
-    if problems:
-        raise PlanError(as_error(model, problems))
+        return plan_by_example(
+            model, degree=degree, scheme=scheme, why=outcome, sequence_parallel=sequence_parallel
+        )
+    model_plan = without_problems(model, outcome, sequence_parallel=sequence_parallel)
     if inputs is not None:
         notes = (*model_plan.notes, *_sent_between(model, model_plan, inputs))
         model_plan = replace(model_plan, notes=notes)
@@ -148,6 +157,28 @@ def attempt(
     if problems and watchable:
         return as_error(model, problems).replace("the plan ", "its tp_plan ", 1)
     return model_plan, problems
+
+
+def without_problems(
+    model: nn.Module, outcome: tuple[ModelPlan, list[str]], *, sequence_parallel: bool
+) -> ModelPlan:
+    """The plan that was drafted, if it has no problems.
+
+    Args:
+        model: that is planned.
+        outcome: of `attempt`.
+        sequence_parallel: activations between blocks are cut along their tokens.
+
+    Raises:
+        PlanError: there are problems.
+    """
+    model_plan, problems = outcome
+    if problems:
+        raise PlanError(as_error(model, problems))
+    if not sequence_parallel:
+        return model_plan
+    norms = {name for name, module in model.named_modules() if is_norm(module)}
+    return with_tokens_cut(model_plan, norms)
 
 
 def _sent_between(model: nn.Module, model_plan: ModelPlan, inputs: Any) -> Iterator[str]:
@@ -193,11 +224,19 @@ def _compared(model: nn.Module, model_plan: ModelPlan) -> ModelPlan:
     return replace(model_plan, notes=(*model_plan.notes, *notes))
 
 
-def _watched(model: Any, inputs: Any, degree: Any, scheme: Any) -> WatchedPlan:
+def _watched(
+    model: Any, inputs: Any, degree: Any, scheme: Any, sequence_parallel: bool
+) -> WatchedPlan:
     model, scheme = checked_model(model), checked_scheme(scheme)
     if problem := problem_of_lazy_model(model):
         raise PlanError(problem)
-    return plan_by_watching(model, inputs, degree=checked_degree(degree), scheme=scheme)
+    return plan_by_watching(
+        model,
+        inputs,
+        degree=checked_degree(degree),
+        scheme=scheme,
+        sequence_parallel=sequence_parallel,
+    )
 
 
 def draft(

@@ -15,37 +15,58 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from shardproof.cut import all_rules
-from shardproof.cut.along_tokens import DIM, TOKENS, install, tokens_of
+from shardproof.cut.along_tokens import install
 from shardproof.cut.deferred import opened
+from shardproof.cut.fallback import is_cut
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import cut_tensor
+from shardproof.cut.tokens import DIM, cut_of, is_to_be_cut, own_tokens, token_cut, tokens_of
 from shardproof.errors import UsageError
 from shardproof.layers.dropout import Dropout
 from shardproof.layers.norm import LayerNorm, RMSNorm
-from shardproof.ops import unit_ops
+from shardproof.layers.registry import record_of
+from shardproof.layers.rms_formula import find_formula
 from shardproof.ops.dropout import MaskKey, dropout_part
 from shardproof.ops.norms import layer_norm, whole_rms_norm
-from shardproof.ops.tokens import TokenCut
+from shardproof.ops.rms_norm import RmsFormula
+from shardproof.ops.tokens import forget_input
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.style import Attention, ColumnParallel, RowParallel, VocabParallel
-from shardproof.units import Block, CutDim, Shared, Units
+from shardproof.plans.watched_plan import WatchedPlan
 
 assert all_rules  # noqa: S101 - imported for what it registers
 
 
-def cut_tokens(model: nn.Module, plan: ModelPlan, region: Region) -> None:
-    """Let the modules of a model that was cut by names cut activations along their tokens.
+def cut_tokens(model: nn.Module, plan: ModelPlan | WatchedPlan, region: Region) -> None:
+    """Let a cut model cut activations along their tokens.
 
     Args:
         model: cut by `plan`.
-        plan: made from names.
+        plan: made from names, or by watching a forward.
         region: of the model's cut tensors.
     """
     if region.axis.size == 1:
         return
     install()
+    region.cuts_tokens = True
+    if isinstance(plan, ModelPlan):
+        _wrap_layers(model, plan, region)
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(partial(_check_hooks, name), prepend=True)
+        if is_norm(module) and type(module) is not nn.LayerNorm and "forward" not in vars(module):
+            _wrap(module, partial(_norm, _formula_of(module)), region)
+        elif type(module) is Dropout:
+            _wrap(module, _drop, region)
+        elif getattr(module, "whole_class", None) is nn.Embedding:
+            module.register_forward_hook(partial(_cut_output, region))
+    model.register_forward_hook(_gather_outputs)
+
+
+def _wrap_layers(model: nn.Module, plan: ModelPlan, region: Region) -> None:
+    """Let the layers of a plan of names gather their input, or give each rank its tokens."""
     for name, style in plan.styles.items():
         module: Any = model.get_submodule(name)
         if isinstance(style, ColumnParallel):
@@ -53,17 +74,33 @@ def cut_tokens(model: nn.Module, plan: ModelPlan, region: Region) -> None:
         elif isinstance(style, RowParallel):
             _wrap(module, _make, region)
         elif isinstance(style, VocabParallel):
-            _wrap(module, _look_up, region)
+            module.register_forward_hook(partial(_cut_output, region))
         elif isinstance(style, Attention):
             for child in (style.query, style.key, style.value):
                 _wrap(module.get_submodule(child), _read, region)
             _wrap(module.get_submodule(style.output), _make, region)
-    for name, module in model.named_modules():
-        module.register_forward_pre_hook(partial(_check_hooks, name), prepend=True)
-        if type(module) is RMSNorm or type(module) is LayerNorm:
-            _wrap(module, _norm, region)
-        elif type(module) is Dropout:
-            _wrap(module, _drop, region)
+
+
+def _cut_output(region: Region, module: nn.Module, _: Any, y: Any) -> Any:
+    """Cut the output of an embedding along its tokens."""
+    return own_tokens(region, y, record_of(module).name)
+
+
+def _gather_outputs(model: nn.Module, _: Any, outputs: Any) -> Any:
+    """Give the caller of the model whole outputs, and the memory of the last input back."""
+    forget_input()
+    return tree_map(lambda x: x if tokens_of(x) is None else x.whole(), outputs, is_leaf=is_cut)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm over the features, which can work on a rank's tokens."""
+    if type(module) is nn.LayerNorm:  # whose function has a rule
+        return len(module.normalized_shape) == 1
+    return type(module) is LayerNorm or _formula_of(module) is not None
+
+
+def _formula_of(module: nn.Module) -> RmsFormula | None:
+    return module.formula if type(module) is RMSNorm else find_formula(module)
 
 
 def _check_hooks(name: str, module: nn.Module, _: Any) -> None:
@@ -72,7 +109,7 @@ def _check_hooks(name: str, module: nn.Module, _: Any) -> None:
     Raises:
         UsageError: the module has one, and gradients are recorded.
     """
-    if (module._backward_hooks or module._backward_pre_hooks) and _records_gradients():
+    if (module._backward_hooks or module._backward_pre_hooks) and torch.is_grad_enabled():
         raise UsageError(
             f"module {name!r} has a backward hook, which would get this rank's tokens alone. "
             "Register a hook on its output (y.register_hook), which gets the whole shape, or leave "
@@ -84,34 +121,12 @@ def _wrap(module: Any, forward: Callable[..., Any], region: Region) -> None:
     module.forward = partial(forward, module, module.forward, region)
 
 
-def _cut_of(region: Region, length: int) -> CutDim:
-    """The cut of so many tokens over the ranks."""
-    shared = Shared(Units(TOKENS, length), region.scheme.leaves, region.axis.size)
-    return region.one(CutDim(shared, (Block(length, 0, 1),)))
-
-
-def _token_cut(region: Region, cut: CutDim, who: str) -> TokenCut:
-    split = region.place(cut, who).plain_split
-    assert split is not None  # noqa: S101 - tokens are one block
-    return TokenCut(split)
-
-
-def _records_gradients() -> bool:
-    """Whether gradients are recorded; otherwise nothing is kept between blocks."""
-    return torch.is_grad_enabled()
-
-
-def _is_to_be_cut(x: Any) -> bool:
-    """Whether an activation is cut along its tokens: (B, T, n) with a token, in training."""
-    return _records_gradients() and x.dim() == 3 and all(x.shape[: DIM + 1])
-
-
 def _make(layer: Any, inner: Callable[..., Any], region: Region, input: Any) -> Any:
     """The forward of a row layer, whose output is cut along its tokens."""
-    if not _is_to_be_cut(input):
+    if not is_to_be_cut(region, input):
         return inner(input)
-    cut = _cut_of(region, input.shape[DIM])
-    layer.tokens = _token_cut(region, cut, layer.name)
+    cut = cut_of(region, input.shape[DIM])
+    layer.tokens = token_cut(region, cut, layer.name)
     try:
         y = inner(input)
     finally:
@@ -128,32 +143,24 @@ def _read(layer: Any, inner: Callable[..., Any], region: Region, input: Any) -> 
         return inner(input)
     if layer.gather_input:  # it takes its part of the features of whole tokens
         return inner(x.whole())
-    layer.tokens = _token_cut(region, cut, layer.name)
+    layer.tokens = token_cut(region, cut, x.who)
     try:
         return inner(x.local)
     finally:
         layer.tokens = None
 
 
-def _look_up(layer: Any, inner: Callable[..., Any], region: Region, ids: Any) -> Any:
-    """The forward of an embedding, whose output is cut along its tokens."""
-    y = inner(ids)
-    if not _is_to_be_cut(y):
-        return y
-    cut = _cut_of(region, y.shape[DIM])
-    part = unit_ops.take(y, DIM, region.place(cut, layer.name))
-    return cut_tensor(part, region.spec(tuple(y.shape), DIM, cut), layer.name)
-
-
-def _norm(norm: Any, inner: Callable[..., Any], region: Region, input: Any) -> Any:
-    """The forward of a norm on this rank's tokens."""
+def _norm(
+    formula: RmsFormula | None, norm: Any, inner: Callable[..., Any], region: Region, input: Any
+) -> Any:
+    """The forward of a norm on this rank's tokens: an RMSNorm with a formula, or a LayerNorm."""
     x = opened(input)
     cut = tokens_of(x)
     if cut is None:
         return inner(input)
-    tokens = _token_cut(region, cut, x.who)
-    if type(norm) is RMSNorm:
-        y = whole_rms_norm(x.local, norm.weight, norm.formula, tokens)
+    tokens = token_cut(region, cut, x.who)
+    if formula is not None:
+        y = whole_rms_norm(x.local, norm.weight, formula, tokens)
     else:
         y = layer_norm(x.local, norm.weight, norm.bias, eps=norm.eps, tokens=tokens)
     return cut_tensor(y, x.spec, x.who)
@@ -167,7 +174,7 @@ def _drop(module: Any, inner: Callable[..., Any], region: Region, input: Any) ->
         return inner(input)
     if not module.training or module.p == 0:
         return x
-    owned = _token_cut(region, cut, x.who).split.owned
+    owned = token_cut(region, cut, x.who).split.owned
     key = MaskKey(module.seed, module.name, module.next_step())
     y = dropout_part(x.local, module.p, key, shape=x.shape, dim=DIM, at=owned)
     return cut_tensor(y, x.spec, x.who)

@@ -8,13 +8,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardproof.axis import Axis
+from shardproof.checking import is_checked
 from shardproof.cut import all_rules
-from shardproof.cut.deferred import Deferred
+from shardproof.cut.deferred import Deferred, opened
 from shardproof.cut.matrix_products import product
 from shardproof.cut.module_calls import Calling
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor, must_call_torch, unseen
+from shardproof.cut.tokens import token_cut, tokens_of
 from shardproof.errors import PlanError, UsageError
+from shardproof.hf.detection import is_conv1d
 from shardproof.layers import registry
 from shardproof.layers.base import is_ours
 from shardproof.layers.cut_module import cut_parameters
@@ -23,6 +26,7 @@ from shardproof.leaves import Layout, check_degree
 from shardproof.ops.norms import whole_rms_norm
 from shardproof.ops.rms_norm import RmsFormula
 from shardproof.plans.rehearsal import rehearse
+from shardproof.plans.sequence_parallel import cut_tokens
 from shardproof.plans.watched_plan import Rehearsal, WatchedPlan
 from shardproof.scheme import DEFAULT_SCHEME, Scheme, checked_scheme
 from shardproof.watching import Watched, choose, families, watch
@@ -44,6 +48,7 @@ def plan_by_watching(
     degree: int,
     scheme: Scheme,
     watched: Watched | None = None,
+    sequence_parallel: bool = False,
 ) -> WatchedPlan:
     """Watch one forward, choose what is cut, and rehearse a step on every rank.
 
@@ -53,6 +58,7 @@ def plan_by_watching(
         degree: number of ranks.
         scheme: leaves, numerics and seed.
         watched: the forward with these inputs, if it was watched before.
+        sequence_parallel: activations between blocks are cut along their tokens.
 
     Raises:
         PlanError: the model's own forward fails with the inputs, or a rank cannot do a step.
@@ -76,6 +82,7 @@ def plan_by_watching(
             watched.shapes,
             dtypes,
             _EVERYWHERE,
+            sequence_parallel=sequence_parallel,
         )
         rehearsal = _rehearsed(model, (args, kwargs), plan, watched)
         if not rehearsal.whole_weights:
@@ -83,7 +90,14 @@ def plan_by_watching(
         whole_weights |= dict(rehearsal.whole_weights)
 
 
-def as_watched(model: nn.Module, plan: Any, degree: int, inputs: Any, scheme: Any) -> WatchedPlan:
+def as_watched(
+    model: nn.Module,
+    plan: Any,
+    degree: int,
+    inputs: Any,
+    scheme: Any,
+    sequence_parallel: bool = False,
+) -> WatchedPlan:
     """The watched plan that `parallelize` received, or a new one made by watching now.
 
     Raises:
@@ -91,7 +105,13 @@ def as_watched(model: nn.Module, plan: Any, degree: int, inputs: Any, scheme: An
         PlanError: the plan was made for another degree or another model.
     """
     if plan is None:
-        return plan_by_watching(model, inputs, degree=degree, scheme=checked_scheme(scheme))
+        return plan_by_watching(
+            model,
+            inputs,
+            degree=degree,
+            scheme=checked_scheme(scheme),
+            sequence_parallel=sequence_parallel,
+        )
     if inputs is not None or scheme not in (DEFAULT_SCHEME, plan.scheme):
         what = "inputs are" if inputs is not None else "another scheme is"
         raise UsageError(f"the plan was made by watching, and {what} given. Give the plan alone.")
@@ -148,6 +168,8 @@ def _as_cut(parameter: nn.Parameter, layout: Layout, module: nn.Module, name: st
 def cut_by(model: nn.Module, plan: WatchedPlan, axis: Axis) -> Region:
     """Cut a model in place, so that this rank keeps its part; nothing is checked here.
 
+    With `plan.sequence_parallel` it also cuts activations along their tokens.
+
     Args:
         model: the planned model, or a copy of it.
         plan: made for the degree of the axis.
@@ -186,6 +208,8 @@ def cut_by(model: nn.Module, plan: WatchedPlan, axis: Axis) -> Region:
         else:
             _put_norm(module)
     call_by_forms(model, plan.rehearsal.calls, plan.rehearsal.draws, region)
+    if plan.sequence_parallel:
+        cut_tokens(model, plan, region)
     return region
 
 
@@ -207,16 +231,23 @@ def call_by_forms(
 
 
 def _put_linear(module: nn.Module) -> None:
-    """Let an `nn.Linear` with a cut weight call its product directly, which is faster."""
-    if getattr(module, "whole_class", None) is nn.Linear and "weight" in module.__dict__[_SPECS]:
-        module.forward = partial(_linear, module)
+    """Let a linear with a cut weight call its product directly.
+
+    That is faster, and a linear that views its input as a matrix keeps its dims.
+    """
+    kind = getattr(module, "whole_class", None)
+    is_transposed = kind is not None and is_conv1d(kind)
+    if (kind is nn.Linear or is_transposed) and "weight" in module.__dict__[_SPECS]:
+        module.forward = partial(_linear, module, is_transposed)
 
 
-def _linear(module: nn.Module, input: Any) -> Any:
-    if must_call_torch() or module._parameters.get("weight") is None:
+def _linear(module: nn.Module, is_transposed: bool, input: Any) -> Any:
+    region = module.__dict__[_SPECS]["weight"][0].region
+    keeps_dims = is_transposed and region.cuts_tokens and not is_checked()
+    if module._parameters.get("weight") is None or (must_call_torch() and not keeps_dims):
         return type(module).forward(module, input)
     weight, bias = (_as_operand(module, name) for name in ("weight", "bias"))
-    return product(input, weight, bias, is_transposed=False)
+    return unseen(product, opened(input), weight, bias, is_transposed=is_transposed)
 
 
 def _as_operand(module: nn.Module, name: str) -> Any:
@@ -232,6 +263,11 @@ def _put_norm(module: nn.Module) -> None:
 
 
 def _normed(module: nn.Module, formula: RmsFormula, *args: Any, **kwargs: Any) -> Any:
+    if len(args) == 1 and not kwargs and tokens_of(args[0]) is not None:
+        x = args[0]
+        tokens = token_cut(x.spec.region, x.spec.cut, x.who)
+        y = unseen(whole_rms_norm, x.local, module.weight, formula, tokens)
+        return cut_tensor(y, x.spec, x.who)
     if len(args) != 1 or kwargs or isinstance(args[0], CutTensor | Deferred):
         return type(module).forward(module, *args, **kwargs)
     return unseen(whole_rms_norm, args[0], module.weight, formula)

@@ -97,6 +97,7 @@ class WatchedPlan:
         dtypes: name -> dtype, likewise.
         rehearsal: one step of the cut model, forward and backward, with the given inputs.
         notes: what a reader should know.
+        sequence_parallel: activations between blocks are cut along their tokens.
     """
 
     model: str
@@ -108,6 +109,7 @@ class WatchedPlan:
     dtypes: Mapping[str, torch.dtype]
     rehearsal: Rehearsal
     notes: tuple[str, ...] = field(default=())
+    sequence_parallel: bool = False
 
     @cached_property
     def cuts(self) -> dict[str, tuple[int, CutDim]]:
@@ -200,6 +202,7 @@ class WatchedPlan:
             "model": self.model,
             "degree": self.degree,
             "scheme": asdict(self.scheme),
+            "sequence_parallel": self.sequence_parallel,
             "share_cut": self.share,
             "total_bytes": self.total_bytes,
             "whole_bytes": self.whole_bytes,
