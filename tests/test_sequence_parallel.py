@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import hf_zoo
 import shardproof as sp
 from shardproof.cut.tensor import CutTensor
-from shardproof.errors import PlanError, UsageError
+from shardproof.errors import UsageError
 from shardproof.layers.dropout import replay_dropout
 
 pytest.importorskip("transformers")
@@ -267,12 +267,126 @@ def test_backward_hooks_of_modules_are_refused(pool: Any) -> None:
         sp.launch(partial(work, model=net()), degree=2)
 
 
-def test_a_watched_plan_is_refused() -> None:
-    def cut(axis: sp.Axis, model: nn.Module) -> None:
-        inputs = torch.ones(2, 3, SIZE)
-        sp.parallelize(model, None, axis, inputs=inputs, sequence_parallel=True)
+class Flat(nn.Module):
+    """Code between cut layers that views tokens, draws, and hands on what it computed itself."""
 
-    with pytest.raises(PlanError, match="sequence_parallel=True needs a plan of names"):
-        sp.launch(lambda axis: cut(axis, net()), degree=1)
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(SIZE, INNER), nn.Linear(INNER, SIZE)
+        self.gate, self.shared = nn.Linear(SIZE, 3), nn.Linear(SIZE, INNER)
+        self.norm = nn.LayerNorm(SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, SIZE) to the same."""
+        x = x + nn.functional.dropout(self.down(torch.relu(self.up(x))), 0.3, self.training)
+        weights = self.gate(x).softmax(-1)
+        h = nn.functional.layer_norm(x, (SIZE,)) * (1 + torch.rand_like(x))
+        y = self.down(torch.relu(self.shared(h)) * weights.sum(-1, keepdim=True))
+        flat = self.down(torch.relu(self.up(y.reshape(-1, SIZE)))).view(x.shape)
+        return self.norm(x + y.view(x.shape) + flat)
+
+
+class Summed(nn.Module):
+    """Blocks whose embedding is cut, and tokens that are shifted and added in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.place = nn.Embedding(23, SIZE), nn.Embedding(40, SIZE)
+        self.blocks = nn.ModuleList(Block(rms=True) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, SIZE), of which signs choose rows, to the same."""
+        ids = (x.detach()[..., 0].abs() * 7).long() % 23
+        h = self.table(ids) + self.place(torch.arange(x.shape[1]))
+        for block in self.blocks:
+            h = block(h + x)
+            h += h.roll(1, 1).sigmoid()
+        return h * h.mean(-1, keepdim=True)
+
+
+OWN_MODELS = {"net": Net, "flat": Flat, "embeddings": Summed}
+
+
+def watched_step(
+    axis: sp.Axis, model: nn.Module, *, is_cut: bool, dtype: torch.dtype, shape: tuple[int, int]
+) -> dict[str, str]:
+    """Hashes of this rank's gradients, of a model that is cut by watching a forward."""
+    model = copy.deepcopy(model).to(dtype)
+    x = torch.randn(*shape, SIZE, generator=torch.Generator().manual_seed(1)).to(dtype)
+    example = torch.ones(2, 5, SIZE, dtype=dtype)
+    model = sp.parallelize(model, None, axis, inputs=example, sequence_parallel=is_cut).train()
+    x.requires_grad_()
+    y = model(x)
+    assert type(y) is Tensor
+    loss = y.square().sum()
+    loss.backward()
+    found = {"output": sha(y), "loss": sha(loss), "input": sha(x.grad)}  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        found[name] = "" if parameter.grad is None else sha(parameter.grad)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 7), (1, 1), (2, 2), (5, 33)])
+@pytest.mark.parametrize("name", OWN_MODELS)
+def test_a_model_that_was_cut_by_watching(
+    name: str, shape: tuple[int, int], dtype: torch.dtype, pool: Any
+) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        model = OWN_MODELS[name]()
+    work = partial(watched_step, model=model, shape=shape, dtype=dtype)
+    (alone,) = pool(1, "threads").run(partial(work, is_cut=True))
+    for degree in (2, 3):
+        without, results = (
+            pool(degree, "threads").run(partial(work, is_cut=is_cut)) for is_cut in (False, True)
+        )
+        assert results == without
+        assert results[0]["output"] == alone["output"]
+
+
+def test_a_plan_says_that_activations_are_cut(pool: Any) -> None:
+    """`parallelize` needs no second word, and the ledger counts what both plans predicted."""
+    example = torch.ones(2, 5, SIZE).requires_grad_()
+    plan = sp.plan(net(), degree=3, inputs=example, sequence_parallel=True)
+    assert plan.as_dict()["sequence_parallel"]
+
+    def sent(axis: sp.Axis, model: nn.Module) -> Any:
+        model = sp.parallelize(copy.deepcopy(model), plan, axis)
+        model(torch.ones(2, 5, SIZE).requires_grad_()).sum().backward()
+        return axis.transport.ledger.as_dict()
+
+    found = pool(3, "threads").run(partial(sent, model=net()))
+    assert found == [plan.comm(rank=rank) for rank in range(3)]
+    assert found[0]["forward"]["reduce_scatter"]["calls"] == 2
+
+
+@pytest.mark.parametrize("kind", sorted(hf_zoo.ZOO))
+@pytest.mark.parametrize("numerics", ["invariant", "native"])
+def test_the_bytes_of_models_of_transformers_are_predicted(
+    kind: str, numerics: Any, pool: Any
+) -> None:
+    scheme = sp.Scheme(numerics=numerics)
+    setting = hf_zoo.Setting(kind, sequence_parallel=True, numerics=numerics)
+
+    def sent(axis: sp.Axis, batch: int, length: int) -> Any:
+        model = hf_zoo.cut_model(axis, setting).train()
+        axis.transport.ledger.reset()
+        tokens = torch.zeros(batch, length, dtype=torch.long)
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        return axis.transport.ledger.as_dict()
+
+    for degree, batch, length in ((2, 4, 10), (3, 2, 7), (8, 1, 3)):
+        model = hf_zoo.meta_model(kind, torch.float32)
+        plan: Any = sp.plan(model, degree=degree, scheme=scheme, sequence_parallel=True)
+        found = pool(degree, "threads").run(partial(sent, batch=batch, length=length))
+        for rank in range(degree):
+            assert found[rank] == plan.comm(batch=batch, length=length, rank=rank)
+
+
+def test_a_plan_of_ones_own_knows_no_bytes() -> None:
+    plan: Any = sp.plan(net(), PLAN, degree=2, sequence_parallel=True)
+    with pytest.raises(UsageError, match="the code between the layers of your own plan decides"):
+        plan.comm(batch=2, length=3)
     with pytest.raises(UsageError, match="sequence_parallel"):
         sp.parallelize(net(), PLAN, sp.Axis.solo(), sequence_parallel="yes")  # type: ignore[arg-type]

@@ -26,6 +26,7 @@ SHARE = 0.9
 def step(example: Example, degrees: Sequence[int] = DEGREES) -> dict[str, Any]:
     """Cut share, collectives, whether the bits are the same, and agreement with plain torch.
 
+    The bits are also those with sequence parallelism at the last degree.
     Collectives are those at the second of the degrees, of which the first is 1; the numbers that
     are compared with plain torch are those at the last.
     """
@@ -48,13 +49,18 @@ def step(example: Example, degrees: Sequence[int] = DEGREES) -> dict[str, Any]:
     ours = {degree: _ranks(plan, degree, example) for degree in degrees}
     for what in ("forward", "backward", "gathered", "variant"):
         found[what] = ours[degrees[1]][0][what]
+    tokens_cut = replace(plan, sequence_parallel=True)
+    runs: dict[str, Any] = {
+        **{str(degree): ranks[0] for degree, ranks in ours.items()},
+        f"{degrees[-1]}, sequence parallel": _ranks(tokens_cut, degrees[-1], example)[0],
+    }
     hashes = {
-        degree: {name: _hash(each) for name, each in ranks[0]["tensors"].items()}
-        for degree, ranks in ours.items()
+        run: {name: _hash(each) for name, each in rank["tensors"].items()}
+        for run, rank in runs.items()
     }
     found["differ"] = {
-        degree: [name for name in hashes[1] if hashes[degree].get(name) != hashes[1][name]][:4]
-        for degree in degrees
+        run: [name for name in hashes["1"] if each.get(name) != hashes["1"][name]][:4]
+        for run, each in hashes.items()
     }
     found["is_same"] = not any(found["differ"].values())
     found["error"], found["worst"] = _worst(ours[degrees[-1]][0]["tensors"], wanted)

@@ -37,6 +37,8 @@ from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.style import Attention, ColumnParallel, RowParallel, VocabParallel
 from shardproof.plans.watched_plan import WatchedPlan
 
+_NORMS = (LayerNorm, RMSNorm)
+
 assert all_rules  # noqa: S101 - imported for what it registers
 
 
@@ -56,7 +58,7 @@ def cut_tokens(model: nn.Module, plan: ModelPlan | WatchedPlan, region: Region) 
         _wrap_layers(model, plan, region)
     for name, module in model.named_modules():
         module.register_forward_pre_hook(partial(_check_hooks, name), prepend=True)
-        if is_norm(module) and type(module) is not nn.LayerNorm and "forward" not in vars(module):
+        if type(module) in _NORMS or ("forward" not in vars(module) and find_formula(module)):
             _wrap(module, partial(_norm, _formula_of(module)), region)
         elif type(module) is Dropout:
             _wrap(module, _drop, region)
@@ -96,10 +98,11 @@ def is_norm(module: nn.Module) -> bool:
     """Whether a module is a norm over the features, which can work on a rank's tokens."""
     if type(module) is nn.LayerNorm:  # whose function has a rule
         return len(module.normalized_shape) == 1
-    return type(module) is LayerNorm or _formula_of(module) is not None
+    return type(module) in _NORMS or find_formula(module) is not None
 
 
 def _formula_of(module: nn.Module) -> RmsFormula | None:
+    """The formula of an RMSNorm; None for a LayerNorm."""
     return module.formula if type(module) is RMSNorm else find_formula(module)
 
 
