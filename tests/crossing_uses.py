@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from shardproof.axis import Axis
+from shardproof.comm.split import Split
+from shardproof.leaves import Cut
 from shardproof.ops import (
     embedding,
     input_gradients,
@@ -20,6 +22,7 @@ from shardproof.ops import (
     unit_split,
     unit_sums,
 )
+from shardproof.ops.tokens import TokenCut
 from shardproof.scheme import Scheme
 from shardproof.units import Block, CutDim, Shared, Units
 
@@ -60,6 +63,31 @@ def columns(axis: Axis) -> Tensor:
 def row(axis: Axis) -> Tensor:
     where = at(axis)
     return unit_linear.row(part(axis), ones(OUT, where.length), None, where)
+
+
+def tokens_of(axis: Axis) -> TokenCut:
+    """The middle one of the dims of an input, cut."""
+    return TokenCut(Split(axis, Cut(LEADING[1], 8, axis.size), Scheme()))
+
+
+def column_of_tokens(axis: Axis) -> Tensor:
+    where, tokens = at(axis), tokens_of(axis)
+    x = ones(LEADING[0], len(tokens.split.cut.owned(axis.rank)), SIZE)
+    return unit_linear.column(x, ones(where.length, SIZE), None, where, tokens=tokens)
+
+
+def row_of_tokens(axis: Axis) -> Tensor:
+    where = at(axis)
+    weight = ones(OUT, where.length)
+    return unit_linear.row(part(axis), weight, None, where, tokens=tokens_of(axis))
+
+
+def summed_to_tokens(axis: Axis) -> Tensor:
+    where = at(axis)
+    a, b = torch.ones(4, where.length), torch.ones(where.length, 5)
+    term = unit_products.ProductTerm(a, b, where)
+    tokens = TokenCut(Split(axis, Cut(2, 8, axis.size), Scheme()))
+    return unit_products.sum_to_tokens([term], tokens, a, "forward", "")
 
 
 def contract(axis: Axis) -> Tensor:
@@ -128,6 +156,8 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Axis], Any]] = {
     (unit_linear.column, ""): column,
     (unit_linear.column, "all columns of one `entering` whose trees are alike"): columns,
     (unit_linear.row, ""): row,
+    (unit_linear.column, "tokens"): column_of_tokens,
+    (unit_linear.row, "tokens"): row_of_tokens,
     (unit_contract.contract, ""): contract,
     (unit_softmax.max_cut, ""): largest,
     (unit_softmax.amax_cut, ""): lambda axis: unit_softmax.amax_cut(
@@ -160,6 +190,7 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Axis], Any]] = {
         )
     },
     (unit_products.start_sum, ""): started,
+    (unit_products.sum_to_tokens, ""): summed_to_tokens,
     (unit_sums.sum_held, ""): lambda axis: unit_sums.sum_held(
         torch.ones(at(axis).length, 5), at(axis), torch.ones(()), "forward"
     ),

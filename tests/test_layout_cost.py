@@ -54,12 +54,13 @@ class Training:
     accumulate: int = 1
     rows: int = ROWS
     bucket_bytes: int = BUCKET_BYTES
+    cuts_tokens: bool = False
 
     def __call__(self, axis: sp.Axis) -> RankCost:
         """What this rank sent in the second step, and what it holds."""
         axes = axis.split(dp=self.dp, tp=axis.size // self.dp)
         model: Any = small(self.family, device="meta").to(self.dtype)
-        sp.parallelize(model, None, axes["tp"], scheme=SCHEME)
+        sp.parallelize(model, None, axes["tp"], scheme=SCHEME, sequence_parallel=self.cuts_tokens)
         audit = MemoryAudit()
         with audit.running():
             sp.initialize(model)
@@ -119,7 +120,7 @@ class Training:
 
     def plan(self, tp: int) -> ModelPlan:
         model = small(self.family, device="meta").to(self.dtype)
-        made = plan(model, degree=tp, scheme=SCHEME)
+        made = plan(model, degree=tp, scheme=SCHEME, sequence_parallel=self.cuts_tokens)
         assert isinstance(made, ModelPlan)
         return made
 
@@ -145,6 +146,8 @@ OTHERS = [
     (2, Training(3, rows=2)),  # a rank of the batch has no leaf
     (2, Training(3, bucket_bytes=1)),
     (3, Training(2, bucket_bytes=5_000)),
+    (2, Training(2, cuts_tokens=True)),
+    (3, Training(2, passes="node", cuts_tokens=True)),
 ]
 
 

@@ -304,7 +304,26 @@ class Summed(nn.Module):
         return h * h.mean(-1, keepdim=True)
 
 
-OWN_MODELS = {"net": Net, "flat": Flat, "embeddings": Summed}
+class Written(nn.Module):
+    """An input of two columns that is written between them; only the second one is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(SIZE, INNER), nn.Linear(INNER, SIZE)
+        self.second, self.norm = nn.Linear(SIZE, INNER), nn.LayerNorm(SIZE)
+        self.up.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, SIZE) to the same."""
+        h = self.down(torch.relu(self.up(x)))
+        h = h + x
+        first = self.up(h)
+        h = h.mul_(3)
+        y: Tensor = self.down(torch.relu(first * self.second(h)))
+        return y + h
+
+
+OWN_MODELS = {"net": Net, "flat": Flat, "embeddings": Summed, "written": Written}
 
 
 def watched_step(

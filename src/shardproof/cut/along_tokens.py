@@ -14,8 +14,8 @@ from torch import Tensor
 
 from shardproof.cut.fallback import on_opened
 from shardproof.cut.module_calls import DROPOUTS, RANDOM, as_called, is_called
+from shardproof.cut.own_tokens import token_cut, tokens_of
 from shardproof.cut.tensor import CutTensor, Rule, cut_tensor, named, run_as, token_rules
-from shardproof.cut.tokens import token_cut, tokens_of
 from shardproof.ops.norms import layer_norm
 
 # Each element is rounded by itself, as IEEE 754 says, or only chosen or copied.

@@ -1,5 +1,6 @@
 """Rules for matrix products: linear layers cut by columns or rows, and batched products."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from shardproof.cut.alignment import (
     whole_or_zeros,
 )
 from shardproof.cut.fallback import gathered, invariant, whole
+from shardproof.cut.own_tokens import DIM, cut_of, is_to_be_cut, token_cut, tokens_of
 from shardproof.cut.spec import Spec
 from shardproof.cut.tensor import CutTensor, cut_tensor, named, rule, run
-from shardproof.cut.tokens import DIM, cut_of, is_to_be_cut, token_cut, tokens_of
 from shardproof.numerics import dim_sums
 from shardproof.ops import unit_ops
 
@@ -83,16 +84,28 @@ def product(x: Any, weight: Any, bias: Any, *, is_transposed: bool, func: Any = 
             if isinstance(x, CutTensor):
                 x = whole(x, f"{func.__name__} of two cuts")
             part = unit_ops.take(x, last, place)
-        if not is_to_be_cut(region, x):
-            return unit_ops.row(part, weight.local, bias, place, is_transposed=is_transposed)
-        shape = (*x.shape[:-1], weight.shape[1 - weight.spec.dim])
-        spec = region.spec(shape, DIM, cut_of(region, x.shape[DIM]))
-        tokens = token_cut(region, spec.cut, weight.who)
-        y = unit_ops.row(
-            part, weight.local, bias, place, is_transposed=is_transposed, tokens=tokens
-        )
-        return cut_tensor(y, spec, weight.who)
+        if is_to_be_cut(region, x):
+            return _row_of_own_tokens(part, weight, bias, x.shape, is_transposed=is_transposed)
+        return unit_ops.row(part, weight.local, bias, place, is_transposed=is_transposed)
     return _of_whole_weight(x, weight, bias, is_transposed, func)
+
+
+def _row_of_own_tokens(
+    part: Tensor, weight: CutTensor, bias: Any, shape: Sequence[int], *, is_transposed: bool
+) -> CutTensor:
+    """A product over a cut dim, of which each rank gets its own tokens; `shape` is the input's."""
+    region = weight.spec.region
+    out_shape = (*shape[:-1], weight.shape[1 - weight.spec.dim])
+    spec = region.spec(out_shape, DIM, cut_of(region, shape[DIM]))
+    y = unit_ops.row(
+        part,
+        weight.local,
+        bias,
+        region.place(weight.spec.cut, weight.who),
+        is_transposed=is_transposed,
+        tokens=token_cut(region, spec.cut, weight.who),
+    )
+    return cut_tensor(y, spec, weight.who)
 
 
 def _of_whole_weight(

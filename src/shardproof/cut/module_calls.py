@@ -22,6 +22,7 @@ from shardproof.cut import lookup, matrix_products, moves, pointwise
 from shardproof.cut.autograd_functions import inside
 from shardproof.cut.fallback import gathered, invariant, unwrapped
 from shardproof.cut.head_attention import attended_with_dropout
+from shardproof.cut.own_tokens import token_cut, tokens_of
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import (
     RULES,
@@ -35,7 +36,6 @@ from shardproof.cut.tensor import (
     running,
     unseen,
 )
-from shardproof.cut.tokens import token_cut, tokens_of
 from shardproof.errors import UsageError
 from shardproof.layers.dropout import Drawing
 from shardproof.numerics import forms

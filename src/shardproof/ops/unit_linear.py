@@ -267,7 +267,7 @@ def column(
         all columns of one `entering` whose trees are alike: forward none; backward one all_reduce
         of grad_x (*, in_features).
         tokens: forward one all_gather of x (*, in_features); backward one all_gather of x (*,
-        in_features); backward one reduce_scatter of grad_x (*, in_features), as above.
+        in_features); backward one reduce_scatter of grad_x (*, in_features).
     """
     if place.plain_split is not None and entering is None and not is_transposed:
         return column_linear(x, weight, bias, place.plain_split, Gathers(tokens=tokens))

@@ -77,7 +77,7 @@ def sum_to_tokens(
     Returns:
         (B, own tokens, N), Shard(1).
     Comm:
-        `direction` one reduce_scatter of (B, T, N).
+        `direction` one reduce_scatter of (M, N).
     """
     split, parts, who = _parts(terms, like, direction, who)
     shape = (terms[0].a.shape[0], terms[0].b.shape[1])

@@ -21,9 +21,9 @@ from shardproof.cut import all_rules
 from shardproof.cut.along_tokens import install
 from shardproof.cut.deferred import opened
 from shardproof.cut.fallback import is_cut
+from shardproof.cut.own_tokens import DIM, cut_of, is_to_be_cut, own_tokens, token_cut, tokens_of
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import cut_tensor
-from shardproof.cut.tokens import DIM, cut_of, is_to_be_cut, own_tokens, token_cut, tokens_of
 from shardproof.errors import UsageError
 from shardproof.layers.dropout import Dropout
 from shardproof.layers.norm import LayerNorm, RMSNorm

@@ -13,9 +13,9 @@ from shardproof.cut import all_rules
 from shardproof.cut.deferred import Deferred, opened
 from shardproof.cut.matrix_products import product
 from shardproof.cut.module_calls import Calling
+from shardproof.cut.own_tokens import token_cut, tokens_of
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor, must_call_torch, unseen
-from shardproof.cut.tokens import token_cut, tokens_of
 from shardproof.errors import PlanError, UsageError
 from shardproof.hf.detection import is_conv1d
 from shardproof.layers import registry
