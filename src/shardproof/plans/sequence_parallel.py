@@ -25,6 +25,7 @@ from shardproof.cut.own_tokens import DIM, cut_of, is_to_be_cut, own_tokens, tok
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import cut_tensor
 from shardproof.errors import UsageError
+from shardproof.layers.base import ShardedModule
 from shardproof.layers.dropout import Dropout
 from shardproof.layers.norm import LayerNorm, RMSNorm
 from shardproof.layers.registry import record_of
@@ -58,7 +59,7 @@ def cut_tokens(model: nn.Module, plan: ModelPlan | WatchedPlan, region: Region) 
         _wrap_layers(model, plan, region)
     for name, module in model.named_modules():
         module.register_forward_pre_hook(partial(_check_hooks, name), prepend=True)
-        if type(module) in _NORMS or ("forward" not in vars(module) and find_formula(module)):
+        if type(module) in _NORMS or ("forward" not in vars(module) and _formula_of(module)):
             _wrap(module, partial(_norm, _formula_of(module)), region)
         elif type(module) is Dropout:
             _wrap(module, _drop, region)
@@ -98,11 +99,13 @@ def is_norm(module: nn.Module) -> bool:
     """Whether a module is a norm over the features, which can work on a rank's tokens."""
     if type(module) is nn.LayerNorm:  # whose function has a rule
         return len(module.normalized_shape) == 1
-    return type(module) in _NORMS or find_formula(module) is not None
+    return type(module) in _NORMS or _formula_of(module) is not None
 
 
 def _formula_of(module: nn.Module) -> RmsFormula | None:
-    """The formula of an RMSNorm; None for a LayerNorm."""
+    """The formula of an RMSNorm that every rank holds whole; None for any other module."""
+    if isinstance(module, ShardedModule):  # its weight may be cut
+        return None
     return module.formula if type(module) is RMSNorm else find_formula(module)
 
 
