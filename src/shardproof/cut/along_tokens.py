@@ -16,7 +16,8 @@ from shardproof.cut.fallback import on_opened
 from shardproof.cut.module_calls import DROPOUTS, RANDOM, as_called, is_called
 from shardproof.cut.own_tokens import token_cut, tokens_of
 from shardproof.cut.tensor import CutTensor, Rule, cut_tensor, named, run_as, token_rules
-from shardproof.ops.norms import layer_norm
+from shardproof.ops.norms import layer_norm, whole_rms_norm
+from shardproof.ops.rms_norm import RmsFormula
 
 # Each element is rounded by itself, as IEEE 754 says, or only chosen or copied.
 _EXACT = (
@@ -42,7 +43,7 @@ _REFLECTED = {
     "rtruediv": Tensor.div,
 }
 _LAYER_NORM = ("input", "normalized_shape", "weight", "bias", "eps")
-_PRODUCTS = frozenset(("addmm", "bmm", "linear", "matmul", "mm", "rmatmul"))
+_COLUMNS = {"linear": 0, "matmul": 1}  # products by columns -> the dim of the weight that is cut
 _ON_OWN_TOKENS = frozenset(
     (
         *_EXACT,
@@ -65,8 +66,8 @@ def _rule(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rule | No
     cut = next((each for each in tensors if tokens_of(each) is not None), None)
     if cut is None or name == "grad":
         return None
-    if name in _PRODUCTS:
-        return None if _is_column(name, args, kwargs) else _on_whole
+    if name in _COLUMNS and _is_column(name, args, kwargs):
+        return None
     if name in DROPOUTS or name in RANDOM:
         return None if is_called() else _on_whole
     if name == "layer_norm" and _is_over_features(cut, args, kwargs):
@@ -104,13 +105,9 @@ def _turned(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _is_column(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a product has an activation cut along its tokens, and a weight cut by columns."""
-    if name == "linear":
-        x, weight = named(args, kwargs, "input", "weight")
-    else:
-        x, weight = named(args, kwargs, "input", "other")
-    is_weight = isinstance(weight, CutTensor) and weight.dim() == 2
-    is_by_columns = is_weight and weight.spec.dim == (0 if name == "linear" else 1)
-    return is_by_columns and tokens_of(x) is not None and name in ("linear", "matmul")
+    x, weight = named(args, kwargs, "input", "weight" if name == "linear" else "other")
+    is_matrix = isinstance(weight, CutTensor) and weight.dim() == 2
+    return is_matrix and weight.spec.dim == _COLUMNS[name] and tokens_of(x) is not None
 
 
 def _is_over_features(cut: CutTensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -125,9 +122,32 @@ def _is_over_features(cut: CutTensor, args: tuple[Any, ...], kwargs: dict[str, A
 def _normed(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CutTensor:
     """`F.layer_norm` over the features of a rank's tokens."""
     x, _, weight, bias, eps = named(args, kwargs, *_LAYER_NORM)
+    return layer_normed(x, weight, bias, 1e-5 if eps is None else eps)
+
+
+def layer_normed(x: CutTensor, weight: Any, bias: Any, eps: float) -> CutTensor:
+    """LayerNorm over the features of a rank's tokens.
+
+    Args:
+        x: (B, T, n), cut along T.
+        weight: (n,), Replicate, or None.
+        bias: (n,), Replicate, or None.
+        eps: added to the variance.
+    """
     tokens = token_cut(x.spec.region, x.spec.cut, x.who)
-    eps = 1e-5 if eps is None else eps
     return cut_tensor(layer_norm(x.local, weight, bias, eps=eps, tokens=tokens), x.spec, x.who)
+
+
+def rms_normed(x: CutTensor, weight: Any, formula: RmsFormula) -> CutTensor:
+    """RMSNorm over the features of a rank's tokens.
+
+    Args:
+        x: (B, T, n), cut along T.
+        weight: (n,), Replicate, or None.
+        formula: which RMSNorm it is.
+    """
+    tokens = token_cut(x.spec.region, x.spec.cut, x.who)
+    return cut_tensor(whole_rms_norm(x.local, weight, formula, tokens), x.spec, x.who)
 
 
 def _fits(x: Any, cut: CutTensor) -> bool:

@@ -18,9 +18,10 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from shardproof.cut import all_rules
-from shardproof.cut.along_tokens import install
+from shardproof.cut.along_tokens import install, layer_normed, rms_normed
 from shardproof.cut.deferred import opened
 from shardproof.cut.fallback import is_cut
+from shardproof.cut.module_calls import dropped_part
 from shardproof.cut.own_tokens import DIM, cut_of, is_to_be_cut, own_tokens, token_cut, tokens_of
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import cut_tensor
@@ -30,8 +31,7 @@ from shardproof.layers.dropout import Dropout
 from shardproof.layers.norm import LayerNorm, RMSNorm
 from shardproof.layers.registry import record_of
 from shardproof.layers.rms_formula import find_formula
-from shardproof.ops.dropout import MaskKey, dropout_part
-from shardproof.ops.norms import layer_norm, whole_rms_norm
+from shardproof.ops.dropout import MaskKey
 from shardproof.ops.rms_norm import RmsFormula
 from shardproof.ops.tokens import forget_input
 from shardproof.plans.model_plan import ModelPlan
@@ -161,26 +161,18 @@ def _norm(
 ) -> Any:
     """The forward of a norm on this rank's tokens: an RMSNorm with a formula, or a LayerNorm."""
     x = opened(input)
-    cut = tokens_of(x)
-    if cut is None:
+    if tokens_of(x) is None:
         return inner(input)
-    tokens = token_cut(region, cut, x.who)
     if formula is not None:
-        y = whole_rms_norm(x.local, norm.weight, formula, tokens)
-    else:
-        y = layer_norm(x.local, norm.weight, norm.bias, eps=norm.eps, tokens=tokens)
-    return cut_tensor(y, x.spec, x.who)
+        return rms_normed(x, norm.weight, formula)
+    return layer_normed(x, norm.weight, norm.bias, norm.eps)
 
 
 def _drop(module: Any, inner: Callable[..., Any], region: Region, input: Any) -> Any:
     """The forward of a dropout on this rank's tokens, with the mask of the whole activation."""
     x = opened(input)
-    cut = tokens_of(x)
-    if cut is None:
+    if tokens_of(x) is None:
         return inner(input)
     if not module.training or module.p == 0:
         return x
-    owned = token_cut(region, cut, x.who).split.owned
-    key = MaskKey(module.seed, module.name, module.next_step())
-    y = dropout_part(x.local, module.p, key, shape=x.shape, dim=DIM, at=owned)
-    return cut_tensor(y, x.spec, x.who)
+    return dropped_part(x, module.p, MaskKey(module.seed, module.name, module.next_step()))
