@@ -116,6 +116,21 @@ def test_the_file_has_the_plan_and_what_every_rank_counts(directory: str, tmp_pa
     assert data["comm"]["token"][0] == {"forward": token}
 
 
+@pytest.mark.parametrize("watch", [(), ("--watch",)])
+def test_activations_that_are_cut_along_tokens(
+    directory: str, tmp_path: Path, watch: tuple[str, ...]
+) -> None:
+    """The file has the counts of such a plan, of the tp_plan and of a watched forward."""
+    path = tmp_path / "plan.json"
+    size = ("--degree", "2", "--batch", "2", "--length", "16")
+    result = run(directory, *size, *watch, "--sequence-parallel", "--json", str(path))
+    assert result.exit_code == 0, result.output
+    report = json.loads(path.read_text())
+    assert report["sequence_parallel"] is True
+    sent = report["comm"][0] if watch else report["comm"]["step"][0]
+    assert sent["forward"]["reduce_scatter"]["calls"] == 6  # of two row layers in three blocks
+
+
 def test_nothing_is_fetched(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("the network is asked")

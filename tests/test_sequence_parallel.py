@@ -339,14 +339,16 @@ def watched_step(
     assert type(y) is Tensor
     loss = y.square().sum()
     loss.backward()
-    found = {"output": sha(y), "loss": sha(loss), "input": sha(x.grad)}  # type: ignore[arg-type]
+    with torch.no_grad():  # activations are whole then
+        evaluated = model.eval()(x)
+    found = {"output": sha(y), "loss": sha(loss), "input": sha(x.grad), "whole": sha(evaluated)}  # type: ignore[arg-type]
     for name, parameter in model.named_parameters():
         found[name] = "" if parameter.grad is None else sha(parameter.grad)
     return found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(3, 7), (1, 1), (2, 2), (5, 33)])
+@pytest.mark.parametrize("shape", [(3, 7), (1, 1), (2, 2), (5, 33), (0, 7), (3, 0)])
 @pytest.mark.parametrize("name", OWN_MODELS)
 def test_a_model_that_was_cut_by_watching(
     name: str, shape: tuple[int, int], dtype: torch.dtype, pool: Any
@@ -362,6 +364,53 @@ def test_a_model_that_was_cut_by_watching(
         )
         assert results == without
         assert results[0]["output"] == alone["output"]
+
+
+VIEWS = {
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "expanded": lambda x: x[:1].expand(x.shape),
+    "sliced": lambda x: torch.cat([x, x], -1)[..., 1 : 1 + x.shape[-1]],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("name", ["net", "flat", "written"])
+def test_views_as_input_and_as_incoming_gradient(name: str, view: str, pool: Any) -> None:
+    """The bits of the same step without, and the values of plain torch."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        model = OWN_MODELS[name]().double().eval()
+    generator = torch.Generator().manual_seed(1)
+    base, grad = (
+        VIEWS[view](torch.randn(3, 7, SIZE, generator=generator, dtype=torch.float64))
+        for _ in range(2)
+    )
+
+    def gradients(model: nn.Module) -> list[Tensor]:
+        x = base.detach().requires_grad_()
+        torch.manual_seed(0)  # for what plain torch draws
+        y = model(x)
+        y.backward(grad)
+        assert x.grad is not None
+        whole = [p.grad for p in model.parameters() if p.grad is not None and p.dim() == 1]
+        return [y.detach(), x.grad, *(each for each in whole if each.shape == (SIZE,))]
+
+    def on_rank(axis: sp.Axis, is_cut: bool) -> list[Tensor]:
+        mine = copy.deepcopy(model)
+        inputs = torch.ones(2, 5, SIZE, dtype=torch.float64)
+        mine = sp.parallelize(mine, None, axis, inputs=inputs, sequence_parallel=is_cut)
+        return gradients(mine)
+
+    for degree in (2, 3):
+        without, found = (
+            pool(degree, "threads").run(partial(on_rank, is_cut=is_cut)) for is_cut in (False, True)
+        )
+        for one, other in zip(without, found, strict=True):
+            assert [sha(each) for each in one] == [sha(each) for each in other]
+    if name == "flat":
+        return  # it draws, by another key than plain torch
+    for one, plain in zip(found[0], gradients(model), strict=True):
+        torch.testing.assert_close(one, plain, rtol=1e-9, atol=1e-11)
 
 
 def test_a_plan_says_that_activations_are_cut(pool: Any) -> None:

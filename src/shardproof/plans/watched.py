@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from shardproof.axis import Axis
 from shardproof.checking import is_checked
 from shardproof.cut import all_rules
+from shardproof.cut.along_tokens import rms_normed
 from shardproof.cut.deferred import Deferred, opened
 from shardproof.cut.matrix_products import product
 from shardproof.cut.module_calls import Calling
-from shardproof.cut.own_tokens import token_cut, tokens_of
+from shardproof.cut.own_tokens import tokens_of
 from shardproof.cut.spec import Region
 from shardproof.cut.tensor import CutTensor, cut_tensor, must_call_torch, unseen
 from shardproof.errors import PlanError, UsageError
@@ -82,9 +83,17 @@ def plan_by_watching(
             watched.shapes,
             dtypes,
             _EVERYWHERE,
-            sequence_parallel=sequence_parallel,
         )
         rehearsal = _rehearsed(model, (args, kwargs), plan, watched)
+        if sequence_parallel and not rehearsal.whole_weights:
+            plan = replace(plan, sequence_parallel=True)
+            of_tokens = _rehearsed(model, (args, kwargs), plan, watched)
+            # Without gradients, or with views, activations are whole, and need what these need.
+            rehearsal = replace(
+                of_tokens,
+                calls=rehearsal.calls | of_tokens.calls,
+                draws=rehearsal.draws | of_tokens.draws,
+            )
         if not rehearsal.whole_weights:
             return replace(plan, rehearsal=rehearsal, notes=_notes(watched, rehearsal))
         whole_weights |= dict(rehearsal.whole_weights)
@@ -264,10 +273,7 @@ def _put_norm(module: nn.Module) -> None:
 
 def _normed(module: nn.Module, formula: RmsFormula, *args: Any, **kwargs: Any) -> Any:
     if len(args) == 1 and not kwargs and tokens_of(args[0]) is not None:
-        x = args[0]
-        tokens = token_cut(x.spec.region, x.spec.cut, x.who)
-        y = unseen(whole_rms_norm, x.local, module.weight, formula, tokens)
-        return cut_tensor(y, x.spec, x.who)
+        return unseen(rms_normed, args[0], module.weight, formula)
     if len(args) != 1 or kwargs or isinstance(args[0], CutTensor | Deferred):
         return type(module).forward(module, *args, **kwargs)
     return unseen(whole_rms_norm, args[0], module.weight, formula)
