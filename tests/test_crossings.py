@@ -31,6 +31,7 @@ from shardproof.comm.split import Split
 from shardproof.errors import ShapeError
 from shardproof.ops import unit_linear
 from shardproof.ops.input_gradients import Entering
+from shardproof.ops.tokens import TokenCut
 from shardproof.ops.unit_linear import column, row
 from shardproof.ops.unit_moves import gather, held_part, take
 from shardproof.scheme import Numerics
@@ -279,8 +280,11 @@ def test_a_plain_dim_has_the_bits_of_the_linears_of_before(
     pool(1, "threads").run(both)
 
 
-def general_row(x: Tensor, weight: Tensor, bias: Tensor | None, split: Split) -> Tensor:
+def general_row(
+    x: Tensor, weight: Tensor, bias: Tensor | None, split: Split, *, tokens: TokenCut | None
+) -> Tensor:
     """What is not plain, of what is."""
+    assert tokens is None
     dim = next(dim for dim in DIMS.values() if dim.size == split.cut.size)
     call = unit_linear._LinearCall(dim.place(split.axis), False)
     return unit_linear._apply_row(x, weight, bias, call)

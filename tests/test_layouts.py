@@ -15,11 +15,11 @@ from shardproof import batch_gradients, batch_leaves, comm, data_parallel
 from shardproof.batch_gradients import BatchStep, BatchSum
 from shardproof.cli.main import main
 from shardproof.cli.prove_layouts import parse_layouts
+from shardproof.cut import module_calls
 from shardproof.data_parallel import DataParallel
 from shardproof.errors import UsageError
 from shardproof.ops.dropout import dropout
 from shardproof.ops.tokens import TokenCut
-from shardproof.plans import sequence_parallel
 from shardproof.prover import rank_layouts as layouts
 from shardproof.prover.cases import find_case
 from shardproof.prover.rank_layouts import (
@@ -241,7 +241,7 @@ def _drawn_by_own_token(patch: pytest.MonkeyPatch) -> None:
     def dropout_part(x: Tensor, p: float, key: Any, **_: Any) -> Tensor:
         return dropout(x, p, key)
 
-    patch.setattr(sequence_parallel, "dropout_part", dropout_part)
+    patch.setattr(module_calls, "dropout_part", dropout_part)
 
 
 FAULTS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, str]] = {
