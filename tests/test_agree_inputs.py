@@ -350,7 +350,7 @@ def test_a_new_axis_does_not_inherit_notes(pool: Pool) -> None:
 
 def test_ranks_must_be_given_the_same_option(pool: Pool) -> None:
     def work(axis: Axis) -> str:
-        group = gloo().transport._group  # type: ignore[attr-defined]
+        group = gloo().transport.group  # type: ignore[attr-defined]
         with pytest.raises(MismatchError) as caught:
             Axis.from_group(group, compare_inputs=axis.rank == 0)
         return str(caught.value)

@@ -57,7 +57,7 @@ def test_hosts_have_the_bits_of_one_process(tmp_path: Path) -> None:
     train = ["train", "--model", str(tmp_path / "config.json"), "--text", str(text), *OPTIONS]
     lines = [
         [*train, "--data-parallel", "3", "--save", str(tmp_path / "groups")],
-        [*train, "--save", str(tmp_path / "one axis")],
+        [*train, "--sequence-parallel", "--save", str(tmp_path / "one axis")],
     ]
     what = [SCRIPT, "commands", tmp_path, TIMEOUT, 3, 2, json.dumps(lines)]
     with Hosts(3) as made:
@@ -72,11 +72,31 @@ def test_hosts_have_the_bits_of_one_process(tmp_path: Path) -> None:
     assert codes == [0, 0, 0], outputs
     for rank in range(6):
         names = json.loads((tmp_path / f"rank{rank}.json").read_text())
-        assert names == {"all": "gloo", "dp": "gloo", "tp": "shm"}
+        assert names == {"all": "hosts", "dp": "gloo", "tp": "shm"}
     wanted = hashes(tmp_path / "alone" / "step-00000002")
     assert "model.safetensors" in wanted
     assert hashes(tmp_path / "groups" / "step-00000002") == wanted
     assert hashes(tmp_path / "one axis" / "step-00000002") == wanted
+
+
+def test_what_crosses_a_link_is_what_the_plan_says(tmp_path: Path) -> None:
+    """Counted by the transport, predicted by arithmetic, and measured by the kernel."""
+    count, per_host = 3, 2
+    what = [str(each) for each in (SCRIPT, "links", tmp_path, START, count, per_host)]
+    with Hosts(count) as made:
+        processes = [made.torchrun(host, per_host, what, ENVIRONMENT) for host in range(count)]
+        codes, outputs = outcome(processes, START)
+    assert codes == [0] * count, outputs
+    ranks = range(count * per_host)
+    said = [json.loads((tmp_path / f"links{rank}.json").read_text()) for rank in ranks]
+    assert all(each["counted"] == each["predicted"] for each in said), said
+    for host in range(count):
+        ours = said[host * per_host : (host + 1) * per_host]
+        predicted = sum(sum(each["predicted"].values()) for each in ours)
+        by_hosts, by_ranks = (max(each[by] for each in ours) for by in ("by hosts", "by ranks"))
+        # TCP adds headers and acknowledgements, and the ranks meet before and after.
+        assert predicted <= by_hosts <= 1.1 * predicted + 100_000, said
+        assert by_hosts < 0.75 * by_ranks, said
 
 
 def train_until(folder: Path, made: Hosts, count: int) -> list[hosts.HostProcess]:

@@ -43,7 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # Bytes between ranks.
     ("transport.ledger", "transport.notes"),
     ("transport.base",),
-    ("transport.agreement", "transport.subgroups"),
+    ("transport.agreement", "transport.host_sums", "transport.subgroups"),
     ("transport.portable", "transport.rendezvous", "transport.stream"),
     ("transport.incore", "transport.segment"),
     (
@@ -53,7 +53,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "transport.solo",
         "transport.threads",
     ),
-    ("transport.disabled",),
+    ("transport.disabled", "transport.hosts"),
     ("transport.choose",),
     ("transport.__init__",),
     ("axis",),
@@ -225,6 +225,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("ranks",),
     # A whole training: what `shardproof train` runs on each rank.
     ("stop_signal", "text_batches"),
+    ("plans.host_cost",),
     ("plans.layout_cost", "training_run"),
     # The proof: what a case is, one run, the judgement, many runs, the cases.
     ("prover.compare", "prover.curve", "prover.hashing"),

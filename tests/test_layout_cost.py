@@ -243,9 +243,11 @@ def test_ten_thousand_ranks_take_less_than_a_second(tp: int, dp: int) -> None:
     seconds = []
     for _ in range(3):  # a busy machine is slow, not wrong
         start = time.perf_counter()
-        cost = layout_cost(made, BatchLayout(dp), batch=dp * 3 // 2, length=4096)
+        layout = BatchLayout(dp, ranks_per_host=8)
+        cost = layout_cost(made, layout, batch=dp * 3 // 2, length=4096)
         seconds.append(time.perf_counter() - start)
     assert len(cost.ranks) == 10_000
+    assert len(cost.host_bytes or ()) == 1250
     assert min(seconds) < 1
 
 
@@ -294,7 +296,11 @@ def test_errors_name_the_rule() -> None:
     for options in ({"length": 4}, {"batch": 8}):
         with pytest.raises(UsageError, match="batch" if "length" in options else "length"):
             layout_cost(made, one, **options)
-    for name in ("dp", "accumulate", "bucket_bytes"):
+    with pytest.raises(UsageError, match="ranks_per_host=3 is no multiple of tp=2"):
+        layout_cost(made, BatchLayout(4, ranks_per_host=3), **size)
+    with pytest.raises(UsageError, match="are 6 ranks, which do not fill hosts of 4"):
+        layout_cost(made, BatchLayout(3, ranks_per_host=4), **size)
+    for name in ("dp", "accumulate", "bucket_bytes", "ranks_per_host"):
         with pytest.raises(UsageError, match=name):
             layout_cost(made, BatchLayout(**{name: 0}), **size)
     watched = plan(Block(), degree=2, inputs=torch.randn(2, 6), scheme=SCHEME)
@@ -556,6 +562,7 @@ def test_the_file_has_the_figures(directory: str, tmp_path: Path) -> None:
         "accumulate": 2,
         "passes": "node",
         "bucket_bytes": BUCKET_BYTES,
+        "ranks_per_host": None,
     }
 
 
@@ -586,6 +593,7 @@ def test_a_model_that_is_watched(tmp_path: Path) -> None:
         (("--layout", "pp=2"), "'pp=2' names nothing of a layout; known are tp, dp,"),
         (("--layout", ""), "'' names nothing of a layout"),
         (("--layout", "tp=1,tp=2"), "'tp=2' is there twice"),
+        (("--layout", "tp=2,dp=2,ranks_per_host=3"), "ranks_per_host=3 is no multiple of tp=2"),
         (("--layout", "tp=two"), "'tp=two' has no positive whole number"),
         (("--layout", "tp=0"), "'tp=0' has no positive whole number"),
         (("--layout", "passes=all"), "'passes=all' is not leaf or node"),

@@ -15,11 +15,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from played_hosts import over_hosts
 from shardproof import c_modules
 from shardproof.axis import Axis
 from shardproof.engines.engine import Ranks
 from shardproof.errors import MismatchError, RankError, ShapeError, UsageError
-from shardproof.transport.base import Call, Order, PeerError, Window, mismatch, rank_order
+from shardproof.transport.base import (
+    Call,
+    Order,
+    PeerError,
+    Window,
+    mismatch,
+    name_ranks,
+    rank_order,
+)
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.rendezvous import Rendezvous
 from shardproof.transport.solo import SoloTransport
@@ -31,7 +40,7 @@ PLACES = [
     pytest.param(degree, engine, id=f"{engine}-{degree}")
     for engine, degrees in (("threads", (1, 2, 3, 8)), ("processes", (2, 3)), ("gloo", (2, 3)))
     for degree in degrees
-]
+] + [pytest.param(6, "3 hosts", id="hosts-6"), pytest.param(4, "2 hosts", id="hosts-4")]
 EVERYWHERE = pytest.mark.parametrize(("degree", "engine"), PLACES)
 TOGETHER = pytest.mark.parametrize(
     ("degree", "engine"), [place for place in PLACES if place.values[0] != 1]
@@ -39,7 +48,10 @@ TOGETHER = pytest.mark.parametrize(
 
 
 def run_on(pool: Pool, degree: int, engine: str, work: Callable[[Axis], Any]) -> list[Any]:
-    """Every rank's result; "gloo": processes, over their process group."""
+    """Every rank's result; "gloo": processes, over their process group; "3 hosts": over these."""
+    if engine.endswith("hosts"):
+        hosts = int(engine.split()[0])
+        return pool(degree, "processes").run(lambda axis: work(over_hosts(axis, hosts)))
     if engine != "gloo":
         return pool(degree, engine).run(work)
     return pool(degree, "processes").run(lambda axis: work(Axis("tp", gloo(check=True))))
@@ -268,7 +280,7 @@ def test_ranks_that_disagree_all_raise_the_same(
     messages = run_on(pool, degree, engine, work)
 
     assert len(set(messages)) == 1
-    others = {2: "rank 0", 3: "ranks 0 and 2"}.get(degree, "ranks 0, 2, 3, 4, 5, 6 and 7")
+    others = name_ranks([rank for rank in range(degree) if rank != 1])
     assert f"{others}: forward all_reduce of test: float32 (4, 8); rank 1: " in messages[0]
     assert DISAGREEMENTS[what][2] in messages[0].split("rank 1: ")[1]
 

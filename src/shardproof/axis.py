@@ -44,8 +44,8 @@ class Axis:
     Attributes:
         name: name of the axis for messages ("tp").
         transport: sends bytes between the ranks.
-        transport_note: why shared memory (or, with threads, the C core) is not used; empty if it
-            is.
+        transport_note: why shared memory (or, with threads, the C core) is not used, or not
+            between all ranks; empty if it is.
         group: the process group that the ranks are, weakly; None if they are none.
     """
 
@@ -99,8 +99,10 @@ class Axis:
                 the last exchange; ranks with different batches then raise. This takes a few
                 microseconds per layer. Tensors on GPUs are not compared.
             transport: "auto" uses shared memory ("shm") if all ranks of a gloo group are on one
-                machine and can share memory, and otherwise the group itself; `transport_note`
-                then says why. "shm", "gloo" and "nccl" use that transport or raise.
+                machine and can share memory. If each of several machines has as many ranks, it
+                uses shared memory inside each and gloo between them ("hosts"). Otherwise it uses
+                the group itself; `transport_note` then says why. "shm", "gloo" and "nccl" use
+                that transport or raise.
             timeout: seconds that a rank waits for the others in one collective; by default that of
                 torch.distributed. Pass it to `init_process_group` too: a process whose collective
                 timed out cannot end before the group's own timeout.

@@ -29,7 +29,7 @@ class NamedLayout:
     """What --layout and the options beside it say.
 
     Attributes:
-        tp, dp, accumulate, batch_leaves: the numbers in the text.
+        tp, dp, accumulate, batch_leaves, ranks_per_host: the numbers in the text.
         passes: "leaf" or "node".
         leaves: of --leaves.
         batch, length: rows of a step, and tokens of each.
@@ -39,6 +39,7 @@ class NamedLayout:
     dp: int = 1
     accumulate: int = 1
     batch_leaves: int = BATCH_LEAVES
+    ranks_per_host: int | None = None
     passes: Passes = "leaf"
     leaves: int = 1
     batch: int = 1
@@ -47,7 +48,9 @@ class NamedLayout:
     @property
     def of_batch(self) -> BatchLayout:
         """How the batch is shared."""
-        return BatchLayout(self.dp, self.accumulate, self.passes)
+        return BatchLayout(
+            self.dp, self.accumulate, self.passes, ranks_per_host=self.ranks_per_host
+        )
 
     @property
     def rows_of_leaf(self) -> int:
@@ -79,7 +82,7 @@ def parse_layout(text: str) -> NamedLayout:
     """
     numbers: dict[str, int] = {}
     passes: str = "leaf"
-    names = ("tp", "dp", "accumulate", "batch_leaves", "passes")
+    names = ("tp", "dp", "accumulate", "batch_leaves", "ranks_per_host", "passes")
     written: set[str] = set()
     for part in text.split(","):
         name, _, value = part.strip().partition("=")
@@ -124,6 +127,12 @@ def show_cost(cost: LayoutCost, source: str, out: PlainConsole) -> None:
             grid.add_row(words, calls, show(most), show(total))
     out.block(grid)
     out.whole_line(f"the largest parameter on a rank: {size(cost.most('largest_bytes') or 0)}")
+    if cost.host_bytes is not None:
+        out.whole_line(
+            f"sent between {len(cost.host_bytes)} hosts of {cost.layout.ranks_per_host} ranks, for "
+            f"gradients: {size(max(cost.host_bytes))} at most by a host, "
+            f"{size(sum(cost.host_bytes))} by all"
+        )
     paper = cost.activations
     if paper is not None:
         out.whole_line(

@@ -21,6 +21,7 @@ from shardproof.data_parallel import BUCKET_BYTES, Passes, passes_of
 from shardproof.errors import DegreeError, UsageError
 from shardproof.leaves import Cut, share
 from shardproof.plans.collective import Counts
+from shardproof.plans.host_cost import check_hosts, sent_by_hosts
 from shardproof.plans.model_plan import ModelPlan
 from shardproof.plans.module_plan import ModulePlan
 from shardproof.plans.paper_formulas import GptSize
@@ -42,12 +43,14 @@ class BatchLayout:
         accumulate: number of groups in which a rank computes its samples, with passes="node".
         passes: "leaf" for a pass for each batch leaf, "node" for each node of the tree.
         bucket_bytes: bytes of gradients that are sent together.
+        ranks_per_host: consecutive ranks on each host; None if hosts do not matter.
     """
 
     dp: int = 1
     accumulate: int = 1
     passes: Passes = "leaf"
     bucket_bytes: int = BUCKET_BYTES
+    ranks_per_host: int | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ class LayoutCost:
         length: tokens of a row; None likewise.
         ranks: every rank, those that share a model one after the other.
         activations: on paper; None if the size of the model is not known.
+        host_bytes: for each host, bytes that its ranks send to other hosts for gradients and loss;
+            None if the layout does not say which ranks are on a host.
     """
 
     model: str
@@ -129,6 +134,7 @@ class LayoutCost:
     length: int | None
     ranks: tuple[RankCost, ...]
     activations: Activations | None = None
+    host_bytes: tuple[int, ...] | None = None
 
     def most(self, name: str) -> int | None:
         """The largest figure of a rank; None if it is not known.
@@ -170,6 +176,9 @@ class LayoutCost:
             "figures": {
                 name: {"most": self.most(name), "total": self.total(name)} for name in FIGURES
             },
+            "host_bytes": None
+            if self.host_bytes is None
+            else {"most": max(self.host_bytes), "total": sum(self.host_bytes)},
             "activations_on_paper": None if self.activations is None else vars(self.activations),
         }
 
@@ -231,6 +240,14 @@ def layout_cost(
             for each in held
         ),
         activations=_activations(size, max(map(max, filter(None, rows))), length, plan.degree),
+        host_bytes=None
+        if layout.ranks_per_host is None
+        else sent_by_hosts(
+            [each.buckets for each in held],
+            leaves=cut.num_leaves,
+            dp=layout.dp,
+            ranks_per_host=layout.ranks_per_host,
+        ),
     )
 
 
@@ -262,6 +279,8 @@ def _checked(
             "Scheme(batch_leaves=8)."
         )
     check_layout(plan.degree, layout.dp, leaves)
+    if layout.ranks_per_host is not None:
+        check_hosts(plan.degree, layout.dp, layout.ranks_per_host)
     checked_whole(layout.accumulate, "accumulate")
     checked_whole(layout.bucket_bytes, "bucket_bytes")
     if layout.passes not in get_args(Passes):
@@ -302,6 +321,9 @@ class _Held:
         tp_rank: the place.
         layout: how the batch is shared.
         nodes: for each rank of the batch, number of tree nodes that it sends.
+
+    Attributes:
+        buckets: the loss and the gradients, as they are sent.
     """
 
     def __init__(
@@ -316,9 +338,9 @@ class _Held:
         self._parameter_bytes = sum(each.nbytes for each in parameters)
         self._largest_bytes = max((each.nbytes for each in parameters), default=0)
         self._optimizer_bytes = 2 * self._parameter_bytes + _STEP_BYTES * len(parameters)
-        buckets = list(_buckets(parameters, layout.bucket_bytes))
-        self._node_bytes = sum(sum(each.sizes) * each.dtype.itemsize for each in buckets)
-        self._exchange = _exchange(buckets, nodes)
+        self.buckets = list(_buckets(parameters, layout.bucket_bytes))
+        self._node_bytes = sum(sum(each.sizes) * each.dtype.itemsize for each in self.buckets)
+        self._exchange = _exchange(self.buckets, nodes)
         self._by_passes: dict[tuple[tuple[int, int], ...], Counts] = {}
         self._products, self._query_rows = _products(plan, tp_rank)
 

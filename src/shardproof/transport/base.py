@@ -220,7 +220,7 @@ class Transport(ABC):
     """Sends bytes between the ranks of one axis; one object per rank.
 
     Attributes:
-        name: "solo", "threads", "shm", "gloo", "nccl".
+        name: "solo", "threads", "shm", "hosts", "gloo", "nccl".
         rank, size: this rank, and the number of ranks.
         ledger: counts of the collectives so far.
         is_asynchronous: whether a started sum proceeds while its rank computes.

@@ -1,6 +1,7 @@
 """Choose the transport of a process group.
 
-It is shared memory if possible, and otherwise the process group itself. All ranks decide from the
+It is shared memory if possible; on several hosts, shared memory inside each and gloo between them;
+and otherwise the process group itself. All ranks decide from the
 answers of all ranks, so that they decide alike. A fall-back is never silent: the axis and every
 report give its reason. If a transport is requested by name and cannot be used, every rank raises.
 """
@@ -18,6 +19,7 @@ from shardproof import c_modules
 from shardproof.errors import AxisError, MismatchError, UsageError
 from shardproof.transport.base import Call, Transport
 from shardproof.transport.distributed import DistributedTransport
+from shardproof.transport.hosts import HostsTransport
 from shardproof.transport.shared_memory import SharedTransport
 from shardproof.transport.solo import SoloTransport
 from shardproof.wording import error_words, short_repr
@@ -151,10 +153,31 @@ def choose(
     except AxisError as error:  # raised on all ranks or on none
         if requested == SHM:
             raise refusal(str(error)) from error
-        return TransportChoice(base, f"shared memory is not used: {error}")
+        return _over_hosts(base, error, timeout=timeout, compare_inputs=compare_inputs)
     if not compare_inputs:
         shared.notes = None
     return TransportChoice(shared)
+
+
+def _over_hosts(
+    base: DistributedTransport, problem: AxisError, *, timeout: float, compare_inputs: bool
+) -> TransportChoice:
+    """Shared memory inside each host if each has several ranks, and otherwise the group itself.
+
+    Args:
+        base: the process group.
+        problem: why not all ranks share memory.
+        timeout: seconds that a rank waits for the others in one collective.
+        compare_inputs: whether exchanges compare the inputs of layers.
+    """
+    try:
+        hosts = HostsTransport.connect(base, timeout=timeout)
+    except AxisError as error:  # raised on all ranks or on none
+        reason = f"shared memory is not used: {problem}"
+        return TransportChoice(base, f"{reason} Nor is it inside each host: {error}")
+    if not compare_inputs:
+        hosts.notes = None
+    return TransportChoice(hosts, "shared memory is used inside each host, and gloo between hosts")
 
 
 def _agree(base: DistributedTransport, requested: str, compare_inputs: bool) -> None:

@@ -26,7 +26,6 @@ from torch import Tensor
 from shardproof.errors import (
     AxisError,
     MismatchError,
-    ShapeError,
     ShardproofError,
     UsageError,
 )
@@ -118,7 +117,8 @@ class DistributedTransport(Transport):
             self._device = torch.device("cuda", torch.cuda.current_device())
 
     @property
-    def _group(self) -> dist.ProcessGroup:
+    def group(self) -> dist.ProcessGroup:
+        """The process group; raises an AxisError once it was destroyed."""
         group = self._group_ref()
         if group is None:
             raise AxisError(
@@ -152,11 +152,7 @@ class DistributedTransport(Transport):
         self, x: Tensor, out: Tensor, sizes: Sequence[int], *, call: Call, outer: int = 1
     ) -> None:
         """Gather equal sizes directly into `out`, and others by an all-to-all, without padding."""
-        if x.numel() != outer * sizes[self.rank] or out.numel() != outer * sum(sizes):
-            raise ShapeError(
-                f"{call}: rank {self.rank} has {x.numel()} elements and room for {out.numel()}, "
-                f"but the ranks' sizes are {list(sizes)}, in {outer} rows."
-            )
+        portable.check_gather(self, x, out, sizes, call, outer)
         with self._during(call, x):
             if outer == 1:
                 self._gather(x, out, sizes, call)
@@ -217,7 +213,7 @@ class DistributedTransport(Transport):
         return _Reducing(lambda: self._resume(call, arrive))
 
     def _reduce(self, x: Tensor, call: Call) -> Callable[[], None]:
-        return self._start(call, lambda: dist.all_reduce(x, group=self._group, async_op=True))
+        return self._start(call, lambda: dist.all_reduce(x, group=self.group, async_op=True))
 
     def _resume(self, call: Call, finish: Callable[[], _T]) -> _T:
         """Continue a call that was compared at its beginning."""
@@ -338,7 +334,7 @@ class DistributedTransport(Transport):
         self, target: Tensor, source: Tensor, received: Sequence[int], sent: Sequence[int]
     ) -> _Work | None:
         work: _Work | None = dist.all_to_all_single(
-            target, source, list(received), list(sent), group=self._group, async_op=True
+            target, source, list(received), list(sent), group=self.group, async_op=True
         )
         return work
 
@@ -355,7 +351,7 @@ class DistributedTransport(Transport):
             return
         source, target = _as_bytes(x), _as_bytes(out)
         self._start(
-            call, lambda: _all_gather_single(target, source, group=self._group, async_op=True)
+            call, lambda: _all_gather_single(target, source, group=self.group, async_op=True)
         )()
 
     def _gather_by_pieces(

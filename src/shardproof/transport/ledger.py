@@ -22,9 +22,15 @@ class Count:
 
 
 class Ledger:
-    """The counts of one rank on one axis. Ranks do not share it, so it needs no lock."""
+    """The counts of one rank on one axis. Ranks do not share it, so it needs no lock.
+
+    Attributes:
+        links: number of another host -> bytes that this rank sent there; empty if the ranks of
+            the axis do not sum inside their hosts first.
+    """
 
     def __init__(self) -> None:
+        self.links: dict[int, int] = {}
         self._counts: dict[tuple[str, str], Count] = {}
 
     def add(self, direction: str, kind: str, *, message_bytes: int, sent_bytes: int) -> None:
@@ -46,6 +52,7 @@ class Ledger:
 
     def reset(self) -> None:
         """Set all counts to 0."""
+        self.links.clear()
         self._counts.clear()
 
     def as_dict(self) -> dict[str, dict[str, dict[str, int]]]:

@@ -14,11 +14,11 @@ from shardproof.leaves import share
 from shardproof.transport.base import Call, Order, Pending, Transport, Window, name_ranks
 from shardproof.wording import dtype_name
 
-_NARROW = (torch.bfloat16, torch.float16)
+NARROW = (torch.bfloat16, torch.float16)
 SUMMABLE = (
     torch.float64,
     torch.float32,
-    *_NARROW,
+    *NARROW,
     torch.int8,
     torch.uint8,
     torch.int16,
@@ -124,7 +124,7 @@ def add_up(order: Order, parts: Sequence[Tensor]) -> Tensor:
     for step in order.program:
         if step >= 0:
             part = parts[step]
-            is_narrow = part.dtype in _NARROW
+            is_narrow = part.dtype in NARROW
             stack.append((part.float() if is_narrow else part, is_narrow))
             continue
         (right, _), (left, is_ours) = stack.pop(), stack.pop()
@@ -155,7 +155,7 @@ def check(
     numel = out.numel()
     if windows is not None:
         numel = _check_windows(where, transport, out, windows)
-    dtype = parts[0].dtype if parts else torch.float32 if out.dtype in _NARROW else out.dtype
+    dtype = parts[0].dtype if parts else torch.float32 if out.dtype in NARROW else out.dtype
     for x in (*parts, out):
         length = out.numel() if x is out else numel
         if x.dim() != 1 or x.numel() != length or not x.is_contiguous():
@@ -167,6 +167,17 @@ def check(
     return dtype
 
 
+def check_gather(
+    transport: Transport, x: Tensor, out: Tensor, sizes: Sequence[int], call: Call, outer: int
+) -> None:
+    """Raise unless this rank's arguments of a gather fit each other."""
+    if x.numel() != outer * sizes[transport.rank] or out.numel() != outer * sum(sizes):
+        raise ShapeError(
+            f"{call}: rank {transport.rank} has {x.numel()} elements and room for {out.numel()}, "
+            f"but the ranks' sizes are {list(sizes)}, in {outer} rows."
+        )
+
+
 def check_dtypes(where: str, parts: Sequence[torch.dtype], out: torch.dtype) -> None:
     """Raise unless parts of these dtypes can be added into `out`."""
     for dtype in (*parts, out):
@@ -176,7 +187,7 @@ def check_dtypes(where: str, parts: Sequence[torch.dtype], out: torch.dtype) -> 
                 f"{where} wants to add {dtype}, which has no sum over ranks. Convert it first: "
                 f"x.to(dtype) to one of {dtype_names}."
             )
-    narrows = parts[0] is torch.float32 and out in _NARROW
+    narrows = parts[0] is torch.float32 and out in NARROW
     if len(set(parts)) > 1 or (parts[0] is not out and not narrows):
         raise UsageError(
             f"{where} gives parts of {', '.join(map(str, parts))} for a sum of {out}. All have "
