@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,15 +14,17 @@ from torch.testing import assert_close
 
 from invariance import LargestNew, all_bits_equal, bits_equal, normal, random_threads
 from places import EVERYWHERE, Pool
-from shardproof import comm
+from shardproof import batch_leaves, comm
 from shardproof.axis import Axis
+from shardproof.batch_leaves import BatchLeaves
 from shardproof.comm.split import Split
 from shardproof.engines.engine import Ranks
 from shardproof.errors import LayoutError, ShapeError, UsageError
 from shardproof.layers.embedding import VocabParallelEmbedding
 from shardproof.leaves import Cut
-from shardproof.ops.embedding import vocab_embedding
+from shardproof.ops.embedding import gradient_of_table, vocab_embedding
 from shardproof.scheme import Scheme
+from shardproof.tree import sum_leaves
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -434,3 +437,23 @@ def test_a_second_backward_raises() -> None:
     )
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 3), (3, 3), (6, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_batch_leaves_add_whole_tables(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Rows that some leaf lacks, rows of nobody, and zeros of both signs, bit for bit."""
+    rows, tokens = 9, 2 * sum(sizes)
+    places = torch.tensor([3, 3, -1, 0, 8, 3, 0, -1, 5, 5, 5, 3])[:tokens]
+    grad_rows = torch.randn(tokens, 4, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    grad_rows[:, 0], grad_rows[::2, 1] = -0.0, 0.0
+    with batch_leaves.running(BatchLeaves(range(len(sizes)), sizes)):
+        ours = gradient_of_table(grad_rows, places, rows)
+    ends = [0, *itertools.accumulate(2 * size for size in sizes)]
+    wanted = sum_leaves(
+        torch.ops.aten.embedding_dense_backward(
+            grad_rows[start:stop], places[start:stop], rows, -1, False
+        )
+        for start, stop in itertools.pairwise(ends)
+    )
+    assert torch.equal(ours.view(torch.uint8), wanted.view(torch.uint8))

@@ -90,17 +90,24 @@ def gradient_of_table(grad_rows: Tensor, places: Tensor, rows: int) -> Tensor:
     Returns:
         (rows, columns).
     """
-
-    def add(at: slice) -> Tensor:
-        return torch.ops.aten.embedding_dense_backward(
-            grad_rows[at], places[at], rows, _NOWHERE, False
-        )
-
     batch = batch_leaves.several()
     if batch is None:
-        return add(slice(None))
-    every = batch.row_slices(places.numel(), "the gradient of an embedding")
-    return sum_leaves(map(add, every))
+        return _add_rows(grad_rows, places, rows, _NOWHERE)
+    # A leaf has few rows of the table. Only rows that some leaf has are added: the others are zero.
+    taken, compact = torch.unique(places, return_inverse=True)
+    nowhere = 0 if (taken[:1] == _NOWHERE).any() else _NOWHERE  # they are sorted
+    total = sum_leaves(
+        _add_rows(grad_rows[at], compact[at], len(taken), nowhere)
+        for at in batch.row_slices(places.numel(), "the gradient of an embedding")
+    )
+    table = total.new_zeros(rows, total.shape[1])
+    is_here = taken != _NOWHERE
+    return table.index_copy_(0, taken[is_here], total[is_here])
+
+
+def _add_rows(grad_rows: Tensor, places: Tensor, rows: int, nowhere: int) -> Tensor:
+    """The gradients of tokens, except of those that are nowhere, added in their order."""
+    return torch.ops.aten.embedding_dense_backward(grad_rows, places, rows, nowhere, False)
 
 
 def _places(ids: Tensor, split: Split) -> Tensor:
