@@ -90,6 +90,18 @@ def test_a_number_that_is_none_is_refused_by_the_name_of_its_option(option: str)
     assert {text: why for text, why in wrong.items() if why} == {}
 
 
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_a_timeout_that_nobody_waits_is_refused_by_the_command(command: str) -> None:
+    needed = {"train": ("--text", "x"), "generate": ("--model", "x")}[command]
+    says = dict.fromkeys(("", "0", "-1", "nan", "inf", "1 h"), "is not a number above 0")
+    says |= dict.fromkeys(("31536001", "1e300"), "is longer than a year. Use at most 31536000")
+    wrong = {
+        text: fault(shardproof(command, *needed, "--timeout", text), f"--timeout '{text}' {why}")
+        for text, why in says.items()
+    }
+    assert {text: why for text, why in wrong.items() if why} == {}
+
+
 def test_degrees_that_are_none_are_refused() -> None:
     texts = [*NO_NUMBERS, *NOT_POSITIVE, "1,2,", "1;2", "1-3", "1,1", "1,2" * 2000, "1," * 10**5]
     wrong = {

@@ -1,4 +1,7 @@
-"""Several hosts: the bits of one, and an end for all if a link is cut or a host is gone."""
+"""Several hosts: the bits of one, and an end for all if a link is cut or a host is gone.
+
+The errors then name the host that is lost.
+"""
 
 import hashlib
 import json
@@ -12,6 +15,7 @@ from click.testing import CliRunner, Result
 import hosts
 from hosts import Hosts, outcome
 from shardproof.cli.main import main
+from shardproof.transport.asking import PATIENCE
 
 transformers = pytest.importorskip("transformers")
 
@@ -99,9 +103,19 @@ def test_what_crosses_a_link_is_what_the_plan_says(tmp_path: Path) -> None:
         assert by_hosts < 0.75 * by_ranks, said
 
 
-def train_until(folder: Path, made: Hosts, count: int) -> list[hosts.HostProcess]:
-    """Start a training, and wait for its second checkpoint."""
-    what = [str(each) for each in (SCRIPT, "steps", folder, TIMEOUT, count, 2)]
+def train_until(
+    folder: Path, made: Hosts, count: int, *, is_one_axis: bool = False
+) -> list[hosts.HostProcess]:
+    """Start a training, and wait for its second checkpoint.
+
+    Args:
+        folder: for the checkpoints.
+        made: the hosts.
+        count: how many, with two ranks on each.
+        is_one_axis: whether all ranks share the model, or the two of each host.
+    """
+    dp, tp = (1, 2 * count) if is_one_axis else (count, 2)
+    what = [str(each) for each in (SCRIPT, "steps", folder, TIMEOUT, dp, tp)]
     processes = [made.torchrun(host, 2, what, ENVIRONMENT) for host in range(count)]
     deadline = time.monotonic() + START
     while not (folder / "step-00000010").exists():
@@ -127,12 +141,41 @@ def check_words(output: str, host: int, others: list[int]) -> None:
         assert all(re.search(rf"global rank \d on host{other}", line) for other in others), line
 
 
-def test_all_ranks_end_when_a_link_is_cut(tmp_path: Path) -> None:
+def silent_in(line: str) -> set[tuple[str, str, str]]:
+    """Of the ranks that do not answer: global ranks, host and address."""
+    head, found, _ = line.partition(f" not answer within {PATIENCE:g} s")
+    pattern = r"lobal ranks? (\d(?: and \d)*) on (host\d) \(([\d.]+)\)"
+    return set(re.findall(pattern, head)) if found else set()
+
+
+def ranks_of(made: Hosts, host: int) -> tuple[str, str, str]:
+    return f"{2 * host} and {2 * host + 1}", f"host{host}", made.address(host)
+
+
+def told_by(output: str) -> list[str]:
+    """The errors of the ranks of a host that could ask who answers.
+
+    A rank that sees the process of its neighbour end says that, and asks nobody.
+    """
+    errors = [line for line in output.splitlines() if "PeerError: " in line]
+    return [line for line in errors if " is gone, its process " not in line]
+
+
+@pytest.mark.parametrize("is_one_axis", [False, True], ids=["an axis in each host", "one axis"])
+def test_all_ranks_end_when_a_link_is_cut(is_one_axis: bool, tmp_path: Path) -> None:
     with Hosts(3) as made:
-        processes = train_until(tmp_path, made, 3)
+        processes = train_until(tmp_path, made, 3, is_one_axis=is_one_axis)
         made.cut(2)
         codes, outputs = outcome(processes, TIMEOUT + MARGIN)
     assert codes == [1, 1, 1], outputs
+    for host, output in enumerate(outputs):
+        lost = [2] if host < 2 else [0, 1]
+        lines = told_by(output)
+        assert lines, output
+        for line in lines:
+            assert silent_in(line) == {ranks_of(made, each) for each in lost}, line
+            cut_off = "No other host answers: the link of this host, host2, may be down."
+            assert (cut_off in line) == (host == 2), line
     for host, output in enumerate(outputs):
         check_words(output, host, [other for other in range(3) if other != host])
         assert re.search("timed out|timeout", output), output
@@ -150,8 +193,14 @@ def test_all_other_ranks_end_when_a_host_is_gone(how: str, tmp_path: Path) -> No
         waited = time.monotonic() - began
     assert codes == [1], outputs
     check_words(outputs[0], 0, [1])
-    if how == "kill":  # its address, at once
-        assert "10.213.0.2" in outputs[0]
-    else:
+    lines = told_by(outputs[0])
+    assert lines, outputs
+    for line in lines:
+        if how == "kill":
+            assert not silent_in(line), line
+            assert "he processes of global ranks 2 and 3 on host1 (10.213.0.2) have ended" in line
+        else:
+            assert silent_in(line) == {ranks_of(made, 1)}, line
+    if how == "freeze":
         assert waited > TIMEOUT / 2
     check_checkpoint(tmp_path)

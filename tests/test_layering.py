@@ -43,8 +43,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # Bytes between ranks.
     ("transport.ledger", "transport.notes"),
     ("transport.base",),
-    ("transport.agreement", "transport.host_sums", "transport.subgroups"),
-    ("transport.portable", "transport.rendezvous", "transport.stream"),
+    ("transport.agreement", "transport.host_sums", "transport.presence", "transport.subgroups"),
+    ("transport.asking", "transport.portable", "transport.rendezvous", "transport.stream"),
     ("transport.incore", "transport.segment"),
     (
         "transport.distributed",

@@ -283,7 +283,7 @@ def test_errors_name_the_rule() -> None:
     model = small("Llama", device="meta")
     made = plan(model, degree=2, scheme=SCHEME)
     size, one = {"batch": 8, "length": 4}, BatchLayout()
-    with pytest.raises(DegreeError, match="dp=9 exceeds batch_leaves=8: a rank beyond the last"):
+    with pytest.raises(DegreeError, match="dp=9 has 9 ranks, and a batch has 8 leaves"):
         layout_cost(made, BatchLayout(9), **size)
     with pytest.raises(UsageError, match="the plan's scheme has no batch leaves"):
         layout_cost(plan(model, degree=2), one, **size)
@@ -588,7 +588,7 @@ def test_a_model_that_is_watched(tmp_path: Path) -> None:
     ("options", "text"),
     [
         (("--layout", "tp=9"), "degree 9 exceeds leaves=8"),
-        (("--layout", "dp=9"), "dp=9 exceeds batch_leaves=8: a rank beyond the last leaf"),
+        (("--layout", "dp=9"), "dp=9 has 9 ranks, and a batch has 8 leaves: a rank beyond"),
         (("--layout", "tp=8,dp=2000,batch_leaves=2000"), "are 16000 ranks. Use at most 10000."),
         (("--layout", "pp=2"), "'pp=2' names nothing of a layout; known are tp, dp,"),
         (("--layout", ""), "'' names nothing of a layout"),

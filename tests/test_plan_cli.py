@@ -127,6 +127,9 @@ def test_activations_that_are_cut_along_tokens(
     assert result.exit_code == 0, result.output
     report = json.loads(path.read_text())
     assert report["sequence_parallel"] is True
+    says = "sequence parallel: activations between blocks are cut along their tokens"
+    assert says in result.stdout
+    assert says not in run(directory, *size, *watch).stdout
     sent = report["comm"][0] if watch else report["comm"]["step"][0]
     assert sent["forward"]["reduce_scatter"]["calls"] == 6  # of two row layers in three blocks
 

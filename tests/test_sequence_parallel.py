@@ -456,5 +456,14 @@ def test_a_plan_of_ones_own_knows_no_bytes() -> None:
     plan: Any = sp.plan(net(), PLAN, degree=2, sequence_parallel=True)
     with pytest.raises(UsageError, match="the code between the layers of your own plan decides"):
         plan.comm(batch=2, length=3)
+    data = plan.as_dict()
+    assert "the code between the layers" in data["comm_problem"]
+    assert [module["collectives"] for module in data["modules"]] == [None] * len(plan.modules)
+    without: Any = sp.plan(net(), PLAN, degree=2)
+    assert without.as_dict()["comm_problem"] == ""
+    assert any(module["collectives"] for module in without.as_dict()["modules"])
+    assert "sequence parallel: activations" in str(plan)
+    assert "sequence parallel: activations" not in str(without)
+    assert plan.modules == without.modules  # no rule for the model's own tp_plan is applied
     with pytest.raises(UsageError, match="sequence_parallel"):
         sp.parallelize(net(), PLAN, sp.Axis.solo(), sequence_parallel="yes")  # type: ignore[arg-type]

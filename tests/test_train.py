@@ -1,6 +1,7 @@
 """`shardproof train` and `generate`: stopped, resumed at another degree, and the same text."""
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -638,6 +639,46 @@ def test_a_stop_is_seen_by_all_ranks() -> None:
         assert stop.was_requested_here
     with pytest.raises(sp.errors.UsageError, match="main thread"):
         sp.launch(lambda axis: sp.StopSignal().__enter__(), degree=2)
+
+
+@pytest.mark.parametrize("command", ["train", "generate"])
+@pytest.mark.parametrize("engine", ["threads", "processes"])
+def test_the_timeout_arrives_in_the_axes(
+    command: str, engine: str, unbroken: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank comes late to the first collective of the command, and the error has the timeout."""
+    path = f"shardproof.cli.{command}._work"
+    work = importlib.import_module(f"shardproof.cli.{command}")._work
+
+    def late(axis: sp.Axis, **rest: Any) -> Any:
+        if axis.rank:
+            time.sleep(1.5)
+        return work(axis, **rest)
+
+    monkeypatch.setattr(path, late)
+    model = unbroken / "run" / "step-00000008"
+    start = {"train": ("--text", text, *OPTIONS), "generate": ("--prompt", "x")}[command]
+    ranks = ("--degree", 2, "--engine", engine)
+    assert "rank 1 of 2 did not come within 0.5 s" in error_of(
+        command, "--model", model, *start, *ranks, "--timeout", "0.5"
+    )
+
+
+TIMEOUTS = """
+import sys
+from shardproof.cli.ranks_here import run_on_ranks
+def work(axis):
+    halves = axis.split(dp=2, tp=1)
+    print(axis.transport.timeout, halves["dp"].transport.timeout)
+run_on_ranks(work, None, None, None, float(sys.argv[1]) if sys.argv[1:] else None)
+"""
+
+
+def test_the_timeout_arrives_in_the_axes_under_torchrun() -> None:
+    for given, printed in ((["7.5"], "7.5 7.5\n"), ([], "1800.0 1800.0\n")):
+        started = warm.start_ranks([sys.executable, "-c", TIMEOUTS, *given], ranks=2)
+        outputs = [process.communicate(timeout=LIMIT) for process in started]
+        assert [output for output, _ in outputs] == [printed] * 2, outputs
 
 
 def test_the_example_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -122,6 +122,7 @@ def generate(
     degree: int | None,
     engine: str | None,
     threads: int | None,
+    timeout: float | None,
     tokens: int,
     temperature: float | None,
     top_k: int | None,
@@ -146,7 +147,7 @@ def generate(
     _check(folder, prompts, tokens)
     run = GenerationRun(folder, prompts, tokens, temperature, top_k, seed, Scheme(leaves=leaves))
     work = functools.partial(_work, run=run)
-    results, num_ranks, failure = run_on_ranks(work, degree, engine, threads)
+    results, num_ranks, failure = run_on_ranks(work, degree, engine, threads, timeout)
     if not is_speaker():
         return 0
     if json_file is not None:

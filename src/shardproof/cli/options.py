@@ -18,6 +18,7 @@ from shardproof.cli.output_file import OutputFile
 from shardproof.errors import UsageError
 from shardproof.leaves import DEFAULT_LEAVES
 from shardproof.prover import DEFAULT_SEED
+from shardproof.timeout import LONGEST
 from shardproof.wording import VALUE, short_repr, short_text
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -133,6 +134,26 @@ class Number(_Type):
                 f"{_name(param)} {self._example}."
             )
         return number
+
+
+class Seconds(Number):
+    """A time that a rank waits, of at most a year.
+
+    Args:
+        example: for messages.
+    """
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: Any) -> float:
+        """The seconds; a default is a number already."""
+        seconds = super().convert(value, param, ctx)
+        if seconds > LONGEST:
+            raise UsageError(
+                f"{_name(param)} {short_repr(value)} is longer than a year. Use at most "
+                f"{LONGEST:.0f} seconds, for instance {_name(param)} {self._example}."
+            )
+        return seconds
 
 
 class Degrees(_Type):

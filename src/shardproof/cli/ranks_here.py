@@ -4,11 +4,12 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import click
 import torch
 
 from shardproof import torchrun
 from shardproof.axis import Axis
-from shardproof.cli.options import Command, choice_option, number_option
+from shardproof.cli.options import Command, Seconds, choice_option, number_option
 from shardproof.engines.capacity import check_threads
 from shardproof.errors import UsageError
 from shardproof.leaves import check_degree
@@ -19,8 +20,15 @@ T = TypeVar("T")
 
 
 def ranks_options(command: Command) -> Command:
-    """Add --degree, --engine and --threads to a command."""
+    """Add --degree, --engine, --threads and --timeout to a command."""
     options: tuple[Callable[[Any], Any], ...] = (
+        click.option(
+            "--timeout",
+            type=Seconds(600),
+            metavar="SECONDS",
+            help="How long a rank waits for the others in one collective.  [default: 600; under "
+            "torchrun what torch waits]",
+        ),
         number_option("--threads", example=1, help="Threads of one torch operation, on each rank."),
         choice_option("--engine", ENGINES, help=f"What the ranks are.  [default: {ENGINES[0]}]"),
         number_option(
@@ -94,7 +102,11 @@ def check_ranks(
 
 
 def run_on_ranks(
-    fn: Callable[[Axis], T], degree: int | None, engine: str | None, threads: int | None
+    fn: Callable[[Axis], T],
+    degree: int | None,
+    engine: str | None,
+    threads: int | None,
+    timeout: float | None,
 ) -> T:
     """Call `fn(axis)` on all ranks.
 
@@ -103,6 +115,8 @@ def run_on_ranks(
         degree: number of ranks; None: 1.
         engine: of the ranks; None: threads.
         threads: of each rank.
+        timeout: seconds that a rank waits in one collective; None: the default of `launch`, and
+            under torchrun that of torch.
 
     Returns:
         The result of rank 0; under torchrun that of this rank.
@@ -111,11 +125,13 @@ def run_on_ranks(
         ShardproofError: as `launch` and `Axis.from_env`.
     """
     if torchrun.read(os.environ) is None:
-        options = {"degree": degree or 1, "engine": engine or ENGINES[0], "threads": threads}
-        return launch(fn, **options)[0]  # type: ignore[arg-type]
+        options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
+        return launch(
+            fn, degree=degree or 1, engine=engine or ENGINES[0], threads=threads, **options
+        )[0]
     if threads is not None:
         torch.set_num_threads(threads)
-    result = fn(Axis.from_env(check=True))
+    result = fn(Axis.from_env(check=True, timeout=timeout))
     torch.distributed.destroy_process_group()  # not after an error: the others may be gone
     return result
 

@@ -155,6 +155,7 @@ def train(
     degree: int | None,
     engine: str | None,
     threads: int | None,
+    timeout: float | None,
     data_parallel: int,
     sequence_parallel: bool,
     directory: str | None,
@@ -200,7 +201,7 @@ def train(
             sequence_parallel=sequence_parallel,
         )
         _check_text(run, saved, threads)
-        end, steps = _run(run, degree, engine, threads)
+        end, steps = _run(run, degree, engine, threads, timeout)
     if is_speaker() and isinstance(run.on_step, TrainingLog):
         _conclude(end, steps, run)
         if picture is not None and steps:
@@ -212,15 +213,20 @@ Outcome = tuple[TrainingEnd, list[TrainedStep]]
 
 
 def _run(
-    run: TextTrainingRun, degree: int | None, engine: str | None, threads: int | None
+    run: TextTrainingRun,
+    degree: int | None,
+    engine: str | None,
+    threads: int | None,
+    timeout: float | None,
 ) -> Outcome:
     """Train on the ranks; returns how it ended, and the steps if this process speaks for them."""
     if torchrun.read(os.environ) is not None:  # a rank that waits for others still ends at once
-        return run_on_ranks(functools.partial(_stopped_here, run=run), None, engine, threads)
+        work = functools.partial(_stopped_here, run=run)
+        return run_on_ranks(work, None, engine, threads, timeout)
     degree = (degree or 1) * run.data_parallel
     with _stop_of(run) as stop:
         work = functools.partial(_work, run=run, stop=stop)
-        return run_on_ranks(work, degree, engine, threads)
+        return run_on_ranks(work, degree, engine, threads, timeout)
 
 
 def _stop_of(run: TextTrainingRun) -> AbstractContextManager[CommandStop | None]:

@@ -18,8 +18,8 @@ from torch import nn
 from shardproof.batch_gradients import BatchStep, Bucket
 from shardproof.checked_values import checked_whole
 from shardproof.data_parallel import BUCKET_BYTES, Passes, passes_of
-from shardproof.errors import DegreeError, UsageError
-from shardproof.leaves import Cut, share
+from shardproof.errors import UsageError
+from shardproof.leaves import Cut, check_batch_degree, share
 from shardproof.plans.collective import Counts
 from shardproof.plans.host_cost import check_hosts, sent_by_hosts
 from shardproof.plans.model_plan import ModelPlan
@@ -258,12 +258,7 @@ def check_layout(tp: int, dp: int, batch_leaves: int) -> None:
         DegreeError: `dp` exceeds the batch leaves.
         UsageError: there are too many ranks.
     """
-    if checked_whole(dp, "dp") > batch_leaves:
-        raise DegreeError(
-            f"dp={dp} exceeds batch_leaves={batch_leaves}: a rank beyond the last leaf of the "
-            f"batch would never have work. Use batch_leaves={dp} or more (in every layout, for "
-            f"the leaves fix the bits), or dp of at most {batch_leaves}."
-        )
+    check_batch_degree(checked_whole(dp, "dp"), batch_leaves, where=f"dp={dp}")
     if tp * dp > MOST_RANKS:
         raise UsageError(f"tp={tp} times dp={dp} are {tp * dp} ranks. Use at most {MOST_RANKS}.")
 

@@ -10,7 +10,7 @@ from shardproof.plans.attention_check import ChildAttentionOptions
 from shardproof.plans.collective import Collective, Counts, StepSize, count
 from shardproof.plans.match import near_names
 from shardproof.plans.module_plan import ModulePlan, Row, held_bytes, rows, style_dict
-from shardproof.plans.plan_text import columns, parameters_line, size
+from shardproof.plans.plan_text import TOKENS_CUT, columns, parameters_line, size
 from shardproof.plans.style import Attention, ColumnParallel, Plan, RowParallel, Style
 from shardproof.scheme import Scheme
 from shardproof.wording import few, short_repr
@@ -77,6 +77,17 @@ class ModelPlan:
         """The fraction of the parameters' bytes that is cut."""
         return 1 - self.whole_bytes / self.total_bytes if self.total_bytes else 0.0
 
+    @property
+    def comm_problem(self) -> str:
+        """Why it is not known what a step sends; "" if it is."""
+        if self.is_carried or not self.sequence_parallel:
+            return ""
+        return (
+            "with sequence parallelism, the code between the layers of your own plan decides what "
+            "is gathered, and the plan does not know it. Read the ledger of a step: "
+            "axis.transport.ledger.as_dict()."
+        )
+
     def comm(
         self,
         *,
@@ -117,12 +128,8 @@ class ModelPlan:
         labels = checked_flag(labels, "labels")
         if logits > length:
             raise UsageError(f"logits={logits} of length={length} tokens: there are not so many.")
-        if self.sequence_parallel and not self.is_carried:
-            raise UsageError(
-                "with sequence parallelism, the code between the layers of your own plan decides "
-                "what is gathered, and the plan does not know it. Read the ledger of a step: "
-                "axis.transport.ledger.as_dict()."
-            )
+        if self.comm_problem:
+            raise UsageError(self.comm_problem)
         if rank >= self.degree:
             raise UsageError(
                 f"rank {rank} is not one of {self.degree}. Use 0 to {self.degree - 1}."
@@ -139,7 +146,10 @@ class ModelPlan:
         return [collective for each in chosen for collective in each.collectives]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Plain data, for JSON; `collectives` of modules are None where they are not known."""
+        modules = [module.as_dict() for module in self.modules]
+        if self.comm_problem:
+            modules = [{**module, "collectives": None} for module in modules]
         return {
             "model": self.model,
             "degree": self.degree,
@@ -152,7 +162,8 @@ class ModelPlan:
             "held_bytes": list(self.held_bytes),
             "plan": {name: style_dict(style) for name, style in self.plan.styles.items()},
             "notes": list(self.notes),
-            "modules": [module.as_dict() for module in self.modules],
+            "modules": modules,
+            "comm_problem": self.comm_problem,
         }
 
     def __str__(self) -> str:
@@ -171,6 +182,7 @@ class ModelPlan:
         """The totals and the notes, as lines of text."""
         return [
             parameters_line(self.total_bytes, self.share, self.held_bytes, self.whole_bytes),
+            *[TOKENS_CUT] * self.sequence_parallel,
             *(f"note: {note}" for note in self.notes),
         ]
 

@@ -8,6 +8,9 @@ from shardproof.wording import run_words
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole segment of a name
 _QUOTED = re.compile(r"'([^']*)'")
 
+# The line of a plan with sequence parallelism.
+TOKENS_CUT = "sequence parallel: activations between blocks are cut along their tokens"
+
 
 def size(num_bytes: int) -> str:
     """Bytes with a unit of suitable size.

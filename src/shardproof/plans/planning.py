@@ -177,6 +177,8 @@ def without_problems(
         raise PlanError(as_error(model, problems))
     if not sequence_parallel:
         return model_plan
+    if not model_plan.is_carried:  # code between the layers decides what is sent
+        return replace(model_plan, sequence_parallel=True)
     norms = {name for name, module in model.named_modules() if is_norm(module)}
     return with_tokens_cut(model_plan, norms)
 

@@ -11,6 +11,7 @@ from shardproof.block_layout import cut_layout
 from shardproof.leaves import Layout
 from shardproof.plans.collective import Counts
 from shardproof.plans.plan_text import (
+    TOKENS_CUT,
     alike,
     by_reason,
     columns,
@@ -271,6 +272,7 @@ class WatchedPlan:
         """Lines of text: the totals, what stays whole and why, and the collectives of a step."""
         return [
             parameters_line(self.total_bytes, self.share, self.held_bytes, self.whole_bytes),
+            *[TOKENS_CUT] * self.sequence_parallel,
             *(f"whole on every rank: {names}: {why}" for names, why in by_reason(self.whole)),
             *self._steps(),
             *(f"note: {note}" for note in self.notes),

@@ -242,6 +242,11 @@ class Transport(ABC):
         living.add(transport)
         return transport
 
+    @property
+    def current_call(self) -> Call | None:
+        """The collective in which this rank is now, as far as the transport knows."""
+        return None
+
     def take_notes(self) -> CallNotes:
         """Take the notes that go with the next exchange."""
         return NOTHING if self.notes is None else self.notes.take()

@@ -20,6 +20,7 @@ from shardproof.errors import AxisError, MismatchError, UsageError
 from shardproof.transport.base import Call, Transport
 from shardproof.transport.distributed import DistributedTransport
 from shardproof.transport.hosts import HostsTransport
+from shardproof.transport.presence import INTERFACE, place_here, remember
 from shardproof.transport.shared_memory import SharedTransport
 from shardproof.transport.solo import SoloTransport
 from shardproof.wording import error_words, short_repr
@@ -27,12 +28,11 @@ from shardproof.wording import error_words, short_repr
 AUTO, SHM, GLOO, NCCL = "auto", "shm", "gloo", "nccl"
 BY_NAME = "asked for by name"  # the note of a choice
 
-_INTERFACE = "GLOO_SOCKET_IFNAME"
-
 # The transports that can be requested for ranks as processes.
 NAMES = (AUTO, SHM, GLOO, NCCL)
 
 _CALL = Call("gather", "setup", "the choice of a transport")
+_PLACES = Call("gather", "setup", "the places of the ranks")
 
 
 def meet(backend: str, **options: Any) -> None:
@@ -48,13 +48,13 @@ def meet(backend: str, **options: Any) -> None:
     try:
         dist.init_process_group(backend, **options)
     except (RuntimeError, ValueError) as error:
-        interface = os.environ.get(_INTERFACE)
+        interface = os.environ.get(INTERFACE)
         way_out = (
-            f"{_INTERFACE} is {short_repr(interface)}, and must be the name of a network interface "
+            f"{INTERFACE} is {short_repr(interface)}, and must be the name of a network interface "
             "of this machine: correct it, or unset it."
             if interface
             else "Look at MASTER_ADDR, MASTER_PORT and whether this machine's own name has an "
-            f"address; {_INTERFACE}=lo keeps ranks of one machine to themselves."
+            f"address; {INTERFACE}=lo keeps ranks of one machine to themselves."
         )
         raise AxisError(
             f"the ranks cannot meet over {backend} ({error_words(error)}). {way_out}"
@@ -186,6 +186,10 @@ def _agree(base: DistributedTransport, requested: str, compare_inputs: bool) -> 
     base.hosts = tuple(host for _, host in gathered)
     everyone = [options for options, _ in gathered]
     if len(set(everyone)) == 1:
+        if len(set(base.hosts)) > 1:
+            places = base.gather_objects(place_here(base.hosts[base.rank]), call=_PLACES)
+            base.places = tuple(places)
+            remember(places)
         return
     names = [name for name, _ in everyone]
     if len(set(names)) > 1:

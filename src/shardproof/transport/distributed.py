@@ -29,7 +29,7 @@ from shardproof.errors import (
     ShardproofError,
     UsageError,
 )
-from shardproof.transport import portable
+from shardproof.transport import asking, portable
 from shardproof.transport.agreement import disagreement
 from shardproof.transport.base import (
     BUSY,
@@ -44,8 +44,8 @@ from shardproof.transport.base import (
 )
 from shardproof.transport.ledger import Ledger
 from shardproof.transport.notes import CallNotes, Notes
+from shardproof.transport.presence import Place
 from shardproof.transport.stream import NextExchange, Round, stream_of
-from shardproof.wording import few
 
 # all_gather_into_tensor by its newer name; torch warns about the older one where it has both.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -109,12 +109,19 @@ class DistributedTransport(Transport):
         self._timeout = None if timeout is None else timedelta(seconds=timeout)
         self._observer = observer
         self._busy = threading.Lock()
-        # The host of each rank for messages, once the ranks have told each other.
+        self._call: Call | None = None
+        # The host of each rank, once the ranks have told each other; of several hosts, the places.
         self.hosts: tuple[str, ...] = ()
+        self.places: tuple[Place, ...] = ()
         # Where small control messages live. A mixed group has a CPU side for them.
         self._device = torch.device("cpu")
         if not self._is_gloo and torch.cuda.is_available():
             self._device = torch.device("cuda", torch.cuda.current_device())
+
+    @property
+    def current_call(self) -> Call | None:
+        """The collective in which this rank is now."""
+        return self._call
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -393,6 +400,7 @@ class DistributedTransport(Transport):
         if not self._busy.acquire(blocking=False):
             raise UsageError(f"{call} on rank {self.rank} of {self.size}: {BUSY}.")
         try:
+            self._call = call
             if self._observer is not None:
                 self._observer(call, is_new)
             is_seen = self._is_gloo if like is None else self._is_streamed(like)
@@ -400,6 +408,7 @@ class DistributedTransport(Transport):
                 self._compare(call)
             yield
         finally:
+            self._call = None
             self._busy.release()
         # Not after an error: the current call of this rank is then useful information.
         if self._observer is not None:
@@ -436,22 +445,14 @@ class DistributedTransport(Transport):
             raise
         except RuntimeError as error:
             # An error of the backend nearly always means that another rank has ended or is stuck.
+            where = asking.where(self.places, self.rank)
+            who_answers, lost = asking.who_answers()
             raise PeerError(
-                f"{self.name} failed on rank {self.rank} of {self.size}{self._places()} in {call}: "
+                f"{self.name} failed on rank {self.rank} of {self.size}{where} in {call}: "
                 f"{error}. If another rank failed or is stuck, its own message says why."
+                f"{who_answers}",
+                rank=self.places.index(lost) if lost in self.places else None,
             ) from error
-
-    def _places(self) -> str:
-        """Where the ranks are, if they are on several hosts; "" if not."""
-        group = self._group_ref()
-        if len(set(self.hosts)) < 2 or group is None:
-            return ""
-        places = [
-            f"global rank {number} on {host}"
-            for number, host in zip(dist.get_process_group_ranks(group), self.hosts, strict=True)
-        ]
-        others = [place for rank, place in enumerate(places) if rank != self.rank]
-        return f" ({places[self.rank]}, with {few(others)})"
 
 
 @functools.cache

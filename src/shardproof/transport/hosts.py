@@ -139,7 +139,7 @@ class HostsTransport(Transport):
         between = DistributedTransport(
             subgroup(base.group, column, timeout=base.timeout), timeout=base.timeout
         )
-        between.hosts = base.hosts[place::per_host]
+        between.hosts, between.places = base.hosts[place::per_host], base.places[place::per_host]
         return cls(base, inside, between)
 
     @torch.no_grad()

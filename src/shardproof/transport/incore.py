@@ -119,6 +119,11 @@ class CoreTransport(Transport):
         """Number of collectives begun so far."""
         return int(self._core.calls)
 
+    @property
+    def current_call(self) -> Call | None:
+        """The collective in which this rank has waited for a while."""
+        return self._call if self._is_noted else None
+
     def sum(
         self,
         parts: Sequence[Tensor],

@@ -16,6 +16,7 @@ from torch import Tensor
 from shardproof import c_modules
 from shardproof.error_text import text_of
 from shardproof.errors import AxisError, MismatchError, ShardproofError
+from shardproof.transport.asking import who_answers
 from shardproof.transport.base import (
     Call,
     PeerError,
@@ -205,9 +206,11 @@ class SharedTransport(CoreTransport):
                     rank,
                 )
         if missing and waited >= self.timeout:
+            waits = self._waits(missing)
+            answers, _ = who_answers()  # they may wait for another host
             self._break(
                 f"{name_ranks(missing)} of {self.size} did not come within {self.timeout:g} s: "
-                f"{self._waits(missing)}",
+                f"{waits}{answers and f'.{answers}'}",
                 missing[0],
             )
 
