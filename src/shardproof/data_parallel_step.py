@@ -235,12 +235,14 @@ class DataParallelStep:
         cut = Cut(self._num_samples, self._options.num_leaves, self._axis.size)
         self._step = BatchStep(self._options.model, self._named, cut)
         self._exchange = Exchange(self._axis, self._step)
-        # In the first step of several leaves in a pass: each leaf by itself, then these passes.
-        self._compares = self._options.passes == "node" and not self._history.is_compared
-        run, passes = cut.run(self._axis.rank), self._options.passes
+        run, options = cut.run(self._axis.rank), self._options
+        passes = passes_of(run, cut.num_leaves, options.passes, options.accumulate)
+        # The first step with several leaves in a pass: each leaf by itself, then these passes.
+        has_several = any(len(each) > 1 for each in passes)
+        self._compares = has_several and not self._history.is_compared
         by_leaf = passes_of(run, cut.num_leaves, "leaf") if self._compares else []
         self._num_by_leaf = len(by_leaf)
-        self._passes = by_leaf + passes_of(run, cut.num_leaves, passes, self._options.accumulate)
+        self._passes = by_leaf + passes
         self._num_begun = 0
 
     def _compare_weights(self) -> None:
@@ -376,5 +378,5 @@ class DataParallelStep:
             for place, (name, _) in enumerate(self._named)
             if can_overlap and has_gradient[place] and place not in late
         )
-        self._history.is_compared |= any(len(each) > 1 for each in self._passes)
+        self._history.is_compared |= self._compares
         self._history.is_first = False
