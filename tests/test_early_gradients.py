@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -87,7 +87,7 @@ def train(
     model: nn.Module,
     dp: int | None = None,
     steps: int = 4,
-    rows: int = ROWS,
+    rows: int | Sequence[int] = ROWS,
     change: Scenario = lambda model, number: {},
     **options: Any,
 ) -> tuple[list[dict[str, str]], list[int]]:
@@ -101,11 +101,12 @@ def train(
     parallel = DataParallel(model, axes["dp"], **options)
     hashes, counts = [], []
     for number in range(steps):
-        x, extra = batch(number, rows), change(model, number)
+        now = rows if isinstance(rows, int) else rows[number]
+        x, extra = batch(number, now), change(model, number)
         with early_starts() as early:
             loss = parallel.backward(
                 lambda at, x=x, extra=extra: model(x[at], **extra).square().sum(1),  # type: ignore[misc]
-                rows,
+                now,
             )
         hashes.append(hashes_of(model, loss))
         counts.append(len(early))
@@ -199,7 +200,7 @@ class Products(nn.Module):
 def _cut_products(axis: sp.Axis, **options: Any) -> tuple[list[dict[str, str]], list[int]]:
     scheme = sp.Scheme(batch_leaves=8)
     model = sp.parallelize(make(Products), PLAN, sp.Axis.solo(), scheme=scheme)
-    return train(axis, model=model, rows=33, **options)
+    return train(axis, model=model, **{"rows": 33, **options})
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -221,6 +222,15 @@ def test_ranks_that_hold_parts_of_the_model(width: int, is_early: bool, pool: An
         assert hashes == wanted[rank % 2]
         assert (sum(counts) > 0) == is_early
         assert counts[0] == 0
+
+
+def test_sums_that_are_still_to_be_compared_are_not_sent(pool: Any) -> None:
+    """The third step is the first with several leaves in a pass of ranks 0 and 1, if not of 2."""
+    rows = [3, 3, 8, 8]
+    ((wanted, _),) = sp.launch(partial(_cut_products, rows=rows), degree=1)
+    work = partial(_cut_products, rows=rows, passes="node", accumulate=2, bucket_bytes=1)
+    counts = early_counts(pool(3, "gloo").run(work), wanted)
+    assert counts == [[0, 5, 0, 5], [0, 5, 5, 5], [0, 5, 5, 5]]
 
 
 # ---- gradients that change after they have come
@@ -306,24 +316,30 @@ def _right_later(axis: sp.Axis) -> tuple[str, list[dict[str, str]]]:
 
 
 class OverTheAxis(nn.Module):
-    """A model whose backward sums over an axis of its own."""
+    """A model whose backward sums over an axis."""
 
-    def __init__(self, axis: sp.Axis | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.one, self.two, self.axis = nn.Linear(6, 6), nn.Linear(6, 6), axis
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.axis: sp.Axis | None = None
+        self.axes: list[sp.Axis] = []
 
     def forward(self, x: Tensor) -> Tensor:
         """(rows, 6) to the same."""
         y = torch.tanh(self.one(x))
-        if self.axis is not None:
-            y.register_hook(partial(comm.all_reduce, axis=self.axis, direction="backward"))
+        for axis in [self.axis] if self.axis is not None else self.axes:
+            y.register_hook(partial(comm.all_reduce, axis=axis, direction="backward"))
         return self.two(y)
 
 
-def test_a_model_that_uses_the_axis_sends_nothing_early(pool: Any) -> None:
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_model_that_uses_the_axis_sends_nothing_early(is_known: bool, pool: Any) -> None:
     def work(axis: sp.Axis) -> tuple[list[dict[str, str]], list[int]]:
         model = make(OverTheAxis)
-        model.axis = axis  # type: ignore[assignment]
+        if is_known:
+            model.axis = axis
+        else:
+            model.axes = [axis]  # only its calls tell
         parallel, hashes, counts = DataParallel(model, axis, bucket_bytes=1), [], []
         for number in range(3):
             x = batch(number, 8)

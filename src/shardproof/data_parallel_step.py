@@ -205,7 +205,9 @@ class DataParallelStep:
             if gradients is None:
                 self._step.undo_draws()
                 self._history.sent_early = frozenset()
-        for (_, parameter), grad in zip(self._named, gradients or (), strict=gradients is not None):
+        if gradients is None:
+            return
+        for (_, parameter), grad in zip(self._named, gradients, strict=True):
             if grad is not None:
                 grad = grad.view(parameter.shape).to(parameter.dtype)
                 parameter.grad = grad if parameter.grad is None else parameter.grad + grad
