@@ -19,7 +19,7 @@ from shardproof.cut import module_calls
 from shardproof.data_parallel_step import DataParallelStep
 from shardproof.errors import UsageError
 from shardproof.gradient_buckets import LOSS, Bucket
-from shardproof.gradient_exchange import Exchange
+from shardproof.gradient_exchange import GradientExchange
 from shardproof.ops.dropout import dropout
 from shardproof.ops.tokens import TokenCut
 from shardproof.prover import rank_layouts as layouts
@@ -107,12 +107,12 @@ def test_layouts_on_processes(transport: str) -> None:
 
 def _averaged(patch: pytest.MonkeyPatch) -> None:
     """Gradients averaged by the number of ranks, beside the division by the count."""
-    original = Exchange.finish
+    original = GradientExchange.finish
 
-    def finish(self: Exchange) -> list[tuple[Bucket, Tensor]]:
+    def finish(self: GradientExchange) -> list[tuple[Bucket, Tensor]]:
         return [(bucket, flat / self._axis.size) for bucket, flat in original(self)]
 
-    patch.setattr(Exchange, "finish", finish)
+    patch.setattr(GradientExchange, "finish", finish)
 
 
 def _each_node(

@@ -13,7 +13,7 @@ from shardproof.axis import Axis
 from shardproof.batch_gradients import BatchStep, PassError, Passes, Sums, passes_of
 from shardproof.errors import MismatchError, NumericsError, ShardproofError, UsageError
 from shardproof.gradient_buckets import LOSS, Bucket, buckets_of, loss_bucket
-from shardproof.gradient_exchange import Exchange, PlannedBuckets
+from shardproof.gradient_exchange import GradientExchange, PlannedBuckets
 from shardproof.leaves import Cut
 from shardproof.plans.apply import sample_weights
 from shardproof.transport.base import digest_of
@@ -236,7 +236,7 @@ class DataParallelStep:
         ]
         cut = Cut(self._num_samples, self._options.num_leaves, self._axis.size)
         self._step = BatchStep(self._options.model, self._named, cut)
-        self._exchange = Exchange(self._axis, self._step)
+        self._exchange = GradientExchange(self._axis, self._step)
         run, options = cut.run(self._axis.rank), self._options
         passes = passes_of(run, cut.num_leaves, options.passes, options.accumulate)
         # The first step with several leaves in a pass: each leaf by itself, then these passes.

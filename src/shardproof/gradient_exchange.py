@@ -1,4 +1,4 @@
-"""`Exchange`: the sums of buckets over the ranks of a batch, some of them while backward runs.
+"""`GradientExchange`: the sums of buckets over the ranks of a batch, some of them while backward runs.
 
 On an asynchronous transport a bucket can be sent as soon as its gradients are complete. All ranks
 must send the same buckets in the same order, although their gradients may be complete in another
@@ -59,7 +59,7 @@ def _shares(one: Axis, other: Axis) -> bool:
     return one.transport is other.transport or (groups[0] is not None and groups[0] is groups[1])
 
 
-class Exchange:
+class GradientExchange:
     """The sums of one step over the ranks of an axis, in the order in which they are started.
 
     Args:
@@ -129,7 +129,7 @@ class PlannedBuckets:
         buckets: the same on all ranks.
     """
 
-    def __init__(self, exchange: Exchange, buckets: Iterable[Bucket]) -> None:
+    def __init__(self, exchange: GradientExchange, buckets: Iterable[Bucket]) -> None:
         self._exchange = exchange
         self._buckets: Sequence[Bucket] = tuple(buckets)
         self._missing = [set(bucket.places) for bucket in self._buckets]
