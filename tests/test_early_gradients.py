@@ -46,6 +46,9 @@ def make(kind: Callable[[], nn.Module] = Net) -> nn.Module:
         return kind()
 
 
+NET = make()  # ranks that are threads may not draw at the same time
+
+
 def batch(number: int, rows: int = ROWS) -> Tensor:
     """(rows, 6)."""
     return torch.randn(rows, 6, generator=torch.Generator().manual_seed(number))
@@ -72,6 +75,7 @@ def early_starts() -> Iterator[list[str]]:
         if torch._C._current_graph_task_id() != -1:
             names.append(bucket.name)
         original(self, bucket, **options)
+        assert len(self._open) <= 2  # more are not allowed by a transport
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GradientExchange, "start", start)
@@ -371,7 +375,7 @@ def _said(call: Callable[[], Any]) -> str:
 def _failing(axis: sp.Axis, how: str) -> tuple[list[str], list[dict[str, str]], int]:
     """In the third of five steps one rank does something wrong."""
     scheme = sp.Scheme(batch_leaves=8, seed=3)
-    model = sp.parallelize(make(), PLAN, sp.Axis.solo(), scheme=scheme).train()
+    model = sp.parallelize(copy.deepcopy(NET), PLAN, sp.Axis.solo(), scheme=scheme).train()
     parallel = DataParallel(model, axis, bucket_bytes=1)
     said, hashes = [], []
     for number in range(5):
@@ -388,6 +392,9 @@ def _failing(axis: sp.Axis, how: str) -> tuple[list[str], list[dict[str, str]], 
                 loss.register_hook(lambda grad: grad + 0 * torch.rand(()))
             return loss
 
+        model.first.weight.requires_grad_(  # type: ignore[union-attr, operator]
+            how != "requires_grad" or number != 2 or axis.rank == 0
+        )
         rows = ROWS + (how == "num_samples" and number == 2 and axis.rank)
         try:
             loss = parallel.backward(loss_of, rows)
@@ -406,11 +413,13 @@ def _failing(axis: sp.Axis, how: str) -> tuple[list[str], list[dict[str, str]], 
         ("in the last pass", "the loss of samples 10:11 has no gradient"),
         ("after backward", "drew from torch's global generator"),
         ("num_samples", "different num_samples. rank 0: 11, rank 1: 12"),
+        ("requires_grad", "that require a gradient. rank 0: 10, rank 1: 9. Set requires_grad"),
     ],
 )
-def test_an_error_of_one_rank_is_one_of_all(how: str, text: str, pool: Any) -> None:
+@pytest.mark.parametrize("engine", ["threads", "gloo"])
+def test_an_error_of_one_rank_is_one_of_all(how: str, text: str, engine: str, pool: Any) -> None:
     """The steps after it are right, with the draws of dropout that a step without it has."""
-    results = pool(2, "gloo").run(partial(_failing, how=how))
+    results = pool(2, engine).run(partial(_failing, how=how))
     assert all(each == results[0] for each in results)
     said, hashes, draws = results[0]
     assert len(said) == 1

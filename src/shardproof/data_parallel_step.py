@@ -276,6 +276,14 @@ class DataParallelStep:
                 "Give the number of samples of the whole batch on every rank."
             )
 
+    def _check_trained(self, told: Sequence[int]) -> None:
+        if len(set(told)) > 1:
+            sides = ", ".join(f"rank {rank}: {each}" for rank, each in enumerate(told))
+            raise MismatchError(
+                f"the ranks of axis {self._axis.name!r} have different numbers of parameters that "
+                f"require a gradient. {sides}. Set requires_grad alike on every rank."
+            )
+
     # ---- while the passes run
 
     def _arrivals(self) -> Arrivals | None:
@@ -353,6 +361,7 @@ class DataParallelStep:
         )
         told: list[_PartOfStep] = self._axis.gather_small(mine, what="the part of a batch")
         self._check_num_samples([each.num_samples for each in told])
+        self._check_trained([len(each.has_gradient) for each in told])
         for kind, message in [each.problem for each in told if each.problem is not None]:
             raise kind(message)
         step.advance_draws([max(each) for each in zip(*(each.draws for each in told), strict=True)])

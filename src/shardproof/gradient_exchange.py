@@ -1,4 +1,4 @@
-"""`GradientExchange`: the sums of buckets over the ranks of a batch, some of them while backward runs.
+"""`GradientExchange`: sums of buckets over the ranks of a batch, some while backward runs.
 
 On an asynchronous transport a bucket can be sent as soon as its gradients are complete. All ranks
 must send the same buckets in the same order, although their gradients may be complete in another
