@@ -382,6 +382,9 @@ USES: dict[tuple[Callable[..., Any], str], Callable[[Run], Any]] = {
     (comm.all_reduce_nodes, ""): lambda run: comm.all_reduce_nodes(
         run.nodes, run.axis, cut=run.cut, shape=run.x.shape, like=run.x, direction="forward"
     ),
+    (comm.start_all_reduce_nodes, ""): lambda run: comm.start_all_reduce_nodes(
+        run.nodes, run.axis, cut=run.cut, shape=run.x.shape, like=run.x, direction="forward"
+    ).wait(),
     (comm.reduce_scatter_nodes, ""): lambda run: comm.reduce_scatter_nodes(
         run.nodes,
         run.axis,

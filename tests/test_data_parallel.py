@@ -323,12 +323,12 @@ def _plain(axis: sp.Axis | None = None, **options: Any) -> DataParallel:
 @pytest.mark.parametrize(
     ("loss_of", "text"),
     [
-        (lambda at: 1.0, r"loss_of\(0:2\) returned a loss of 1.0"),
-        (lambda at: torch.ones(3, 2), r"a loss of shape \(3, 2\)"),
-        (lambda at: torch.ones((), dtype=torch.int64), "a loss of shape"),
+        (lambda at: 1.0, r"the loss of samples 0:2 is no loss: 1.0"),
+        (lambda at: torch.ones(3, 2), r"no loss: shape \(3, 2\)"),
+        (lambda at: torch.ones((), dtype=torch.int64), "no loss: shape"),
         (lambda at: torch.ones(()), "has no gradient"),
-        (lambda at: (torch.ones((), requires_grad=True), 2.5), "returned the count 2.5"),
-        (lambda at: (torch.ones((), requires_grad=True), -1), "returned the count -1"),
+        (lambda at: (torch.ones((), requires_grad=True), 2.5), "the count of samples 0:2 is 2.5"),
+        (lambda at: (torch.ones((), requires_grad=True), -1), "the count of samples 0:2 is -1"),
         (lambda at: (torch.ones((), requires_grad=True), 0), "counts of all samples are 0"),
     ],
 )
@@ -408,7 +408,7 @@ def test_a_backward_inside_of_the_loss_is_refused() -> None:
         loss.backward(retain_graph=True)
         return loss
 
-    with pytest.raises(UsageError, match=r"loss_of\(0:2\) called backward"):
+    with pytest.raises(UsageError, match=r"the pass of samples 0:2 called backward"):
         DataParallel(model, sp.Axis.solo("dp")).backward(loss_of, ROWS)
 
 

@@ -15,11 +15,11 @@ from places import Pool
 from played_hosts import over_hosts
 from shardproof import c_modules, comm
 from shardproof.axis import Axis
-from shardproof.batch_gradients import Bucket
 from shardproof.comm.plans import ShardOf, scatter_plan, tree_order, tree_plan
 from shardproof.comm.started import start_planned
 from shardproof.data_parallel import DataParallel
 from shardproof.errors import MismatchError, RankError, ShapeError
+from shardproof.gradient_buckets import Bucket
 from shardproof.leaves import Cut, share
 from shardproof.numerics.precision import node_dtype
 from shardproof.plans.apply import parallelize

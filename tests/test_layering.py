@@ -207,7 +207,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plans.apply",),
     ("plans.__init__",),
     # Batches that ranks share.
+    ("arriving_gradients", "gradient_buckets"),
     ("batch_gradients",),
+    ("gradient_exchange",),
+    ("data_parallel_step",),
     ("data_parallel",),
     ("sharded_optimizer",),
     # Ranks as threads or processes, and how they are started.

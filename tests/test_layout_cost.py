@@ -18,11 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import shardproof as sp
 from families import FAMILIES, config, small
-from shardproof.batch_gradients import BatchStep, Bucket
+from shardproof.batch_gradients import Passes
 from shardproof.cli.main import main
 from shardproof.comm.plans import tree_plan
-from shardproof.data_parallel import BUCKET_BYTES, DataParallel, Passes
+from shardproof.data_parallel import BUCKET_BYTES, DataParallel
+from shardproof.data_parallel_step import DataParallelStep
 from shardproof.errors import DegreeError, UsageError
+from shardproof.gradient_buckets import Bucket
 from shardproof.leaves import Cut
 from shardproof.plans import layout_cost as costs
 from shardproof.plans.layout_cost import BatchLayout, LayoutCost, RankCost, layout_cost
@@ -72,13 +74,7 @@ class Training:
             bucket_bytes=self.bucket_bytes,
         )
         nodes: list[int] = []
-        exchange = parallel._sum_of
-
-        def counted(step: BatchStep, bucket: Bucket) -> torch.Tensor:
-            nodes.append(len(step.nodes) * sum(bucket.sizes) * bucket.dtype.itemsize)
-            return exchange(step, bucket)
-
-        parallel._sum_of = counted  # type: ignore[method-assign]
+        parallel.step = functools.partial(_watched, parallel, nodes)  # type: ignore[method-assign]
         optimizer = torch.optim.AdamW(model.parameters())
         ids = torch.arange(self.rows * LENGTH).reshape(self.rows, LENGTH) % 101
 
@@ -123,6 +119,26 @@ class Training:
         made = plan(model, degree=tp, scheme=SCHEME, sequence_parallel=self.cuts_tokens)
         assert isinstance(made, ModelPlan)
         return made
+
+
+def _watched(parallel: DataParallel, nodes: list[int], num_samples: int) -> DataParallelStep:
+    """A step that adds the bytes of the nodes of each bucket to `nodes`."""
+    step = DataParallel.step(parallel, num_samples)
+    prepare = step._prepare
+
+    def watched() -> None:
+        prepare()
+        start = step._exchange.start
+
+        def counted(bucket: Bucket, **options: Any) -> None:
+            held = step._step.sums[bucket.places[0]]
+            nodes.append(len(held) * sum(bucket.sizes) * bucket.dtype.itemsize)
+            start(bucket, **options)
+
+        step._exchange.start = counted  # type: ignore[method-assign]
+
+    step._prepare = watched  # type: ignore[method-assign]
+    return step
 
 
 def counts_of(axis: sp.Axis) -> dict[str, Any]:

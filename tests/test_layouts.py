@@ -11,13 +11,15 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from shardproof import batch_gradients, batch_leaves, comm, data_parallel
-from shardproof.batch_gradients import BatchStep, BatchSum
+from shardproof import batch_gradients, batch_leaves, comm, gradient_exchange
+from shardproof.batch_gradients import BatchStep
 from shardproof.cli.main import main
 from shardproof.cli.prove_layouts import parse_layouts
 from shardproof.cut import module_calls
-from shardproof.data_parallel import DataParallel
+from shardproof.data_parallel_step import DataParallelStep
 from shardproof.errors import UsageError
+from shardproof.gradient_buckets import LOSS, Bucket
+from shardproof.gradient_exchange import GradientExchange
 from shardproof.ops.dropout import dropout
 from shardproof.ops.tokens import TokenCut
 from shardproof.prover import rank_layouts as layouts
@@ -105,23 +107,23 @@ def test_layouts_on_processes(transport: str) -> None:
 
 def _averaged(patch: pytest.MonkeyPatch) -> None:
     """Gradients averaged by the number of ranks, beside the division by the count."""
-    original = DataParallel._sum_of
+    original = GradientExchange.finish
 
-    def sum_of(self: DataParallel, *args: Any) -> Tensor:
-        return original(self, *args) / self.axis.size
+    def finish(self: GradientExchange) -> list[tuple[Bucket, Tensor]]:
+        return [(bucket, flat / self._axis.size) for bucket, flat in original(self)]
 
-    patch.setattr(DataParallel, "_sum_of", sum_of)
+    patch.setattr(GradientExchange, "finish", finish)
 
 
 def _each_node(
     patch: pytest.MonkeyPatch, change: Callable[[Any, dict[Node, Tensor]], dict[Node, Tensor]]
 ) -> None:
-    original = comm.all_reduce_nodes
+    original = comm.start_all_reduce_nodes
 
-    def all_reduce_nodes(nodes: Mapping[Node, Tensor], axis: Any, **options: Any) -> Tensor:
+    def start(nodes: Mapping[Node, Tensor], axis: Any, **options: Any) -> comm.StartedSum:
         return original(change(axis, dict(nodes)) if axis.size > 1 else nodes, axis, **options)
 
-    patch.setattr(data_parallel.comm, "all_reduce_nodes", all_reduce_nodes)
+    patch.setattr(gradient_exchange.comm, "start_all_reduce_nodes", start)
 
 
 def _twice(patch: pytest.MonkeyPatch) -> None:
@@ -145,26 +147,27 @@ def _missing(patch: pytest.MonkeyPatch) -> None:
 
 
 def _before_total(patch: pytest.MonkeyPatch, change: Callable[[BatchStep], None]) -> None:
-    original = DataParallel._total
+    original = DataParallelStep._end
 
-    def total(self: DataParallel, step: BatchStep, *args: Any) -> Any:
-        change(step)
-        return original(self, step, *args)
+    def end(self: DataParallelStep, error: Any) -> Any:
+        change(self._step)
+        return original(self, error)
 
-    patch.setattr(DataParallel, "_total", total)
+    patch.setattr(DataParallelStep, "_end", end)
 
 
-def _scaled(total: BatchSum, scale: float) -> None:
-    total.loss = total.loss * scale
-    total.gradients = [None if each is None else each * scale for each in total.gradients]
+def _scale(step: BatchStep, node: Node, scale: float) -> None:
+    for sums in step.sums:
+        value = sums[node]
+        sums[node] = None if value is None else value * scale
 
 
 def _mean_of_ranks(patch: pytest.MonkeyPatch) -> None:
     """The mean of each rank's mean: each rank divides by its own count."""
 
     def change(step: BatchStep) -> None:
-        for total in step.nodes.values():
-            _scaled(total, 1 / step.count)
+        for node in step.sums[LOSS]:
+            _scale(step, node, 1 / step.count)
         step.count = 1
 
     _before_total(patch, change)
@@ -177,10 +180,11 @@ def _clipped_alone(patch: pytest.MonkeyPatch) -> None:
     """Each rank clips what it has computed, before the sum over the ranks."""
 
     def change(step: BatchStep) -> None:
-        for total in step.nodes.values():
-            squares = [each.square().sum() for each in total.gradients if each is not None]
+        for node in step.sums[LOSS]:
+            every = [sums[node] for sums in step.sums[:LOSS]]
+            squares = [each.square().sum() for each in every if each is not None]
             norm = torch.stack(squares).sum().sqrt().item()
-            _scaled(total, min(1.0, _LOCAL_NORM / norm))
+            _scale(step, node, min(1.0, _LOCAL_NORM / norm))
 
     _before_total(patch, change)
 
@@ -188,41 +192,33 @@ def _clipped_alone(patch: pytest.MonkeyPatch) -> None:
 def _in_order_of_arrival(patch: pytest.MonkeyPatch) -> None:
     """Each pass is added to the sum of those before it."""
 
-    def put(self: BatchStep, node: Node, total: BatchSum) -> None:
-        mine = self.nodes.pop((-1, -1), None)
-        total = total if mine is None else batch_gradients._added(mine, total)
-        self.nodes[-1, -1] = total
+    def put(self: BatchStep, place: int, node: Node, value: Tensor | None) -> None:
+        if place != LOSS and value is not None:
+            self._has_gradient[place] = True
+        run = self.cut.run(0 if node[0] in self.cut.run(0) else 1)
+        for whole in nodes_of_run(self.cut.num_leaves, run):
+            if whole[0] <= node[0] < whole[1]:
+                sums = self.sums[place]
+                before = sums.get(whole)
+                sums[whole] = value if before is None else batch_gradients._plus(before, value)
 
-    def compute_all(self: BatchStep, loss_of: Any, passes: Any) -> dict[Node, BatchSum]:
-        every = list(passes)
-        nodes = {}
-        run = range(every[0].start, every[-1].stop)
-        for node in nodes_of_run(self.cut.num_leaves, run):
-            inside = [each for each in every if node[0] <= each.start < node[1]]
-            nodes[node] = original(self, loss_of, inside)[-1, -1]
-        self.nodes = nodes
-        return nodes
-
-    original = BatchStep.compute_all
-    patch.setattr(BatchStep, "_put", put)
-    patch.setattr(BatchStep, "compute_all", compute_all)
+    patch.setattr(BatchStep, "put", put)
 
 
 def _drawn_by_rank(patch: pytest.MonkeyPatch) -> None:
     """Dropout drawn by the leaf's number on its rank, not in the batch."""
     local = threading.local()
-    original = BatchStep.compute_all
+    original = DataParallelStep._prepare
 
-    def compute_all(self: BatchStep, loss_of: Any, passes: Any) -> dict[Node, BatchSum]:
-        every = list(passes)
-        local.first = every[0].start
-        return original(self, loss_of, every)
+    def prepare(self: DataParallelStep) -> None:
+        original(self)
+        local.first = self._passes[0].start
 
     def numbered(leaves: range, sizes: tuple[int, ...]) -> batch_leaves.BatchLeaves:
         start = leaves.start - local.first
         return batch_leaves.BatchLeaves(range(start, start + len(leaves)), sizes)
 
-    patch.setattr(BatchStep, "compute_all", compute_all)
+    patch.setattr(DataParallelStep, "_prepare", prepare)
     patch.setattr(batch_gradients, "BatchLeaves", numbered)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import shardproof as sp
-from shardproof import data_parallel
+from shardproof import comm, gradient_exchange
 from shardproof.numerics import mode
 from shardproof.tree import Node
 
@@ -177,12 +177,12 @@ def test_rows_that_are_lost_between_groups_change_the_hash(
     example: Any, alone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault of the layout alone: all log-probabilities are right, and the hash is another one."""
-    original = data_parallel.comm.all_reduce_nodes
+    original = comm.start_all_reduce_nodes
 
-    def all_reduce_nodes(nodes: Mapping[Node, Tensor], axis: Any, **options: Any) -> Tensor:
+    def start(nodes: Mapping[Node, Tensor], axis: Any, **options: Any) -> comm.StartedSum:
         if axis.rank:
             nodes = {node: torch.zeros_like(each) for node, each in nodes.items()}
         return original(nodes, axis, **options)
 
-    monkeypatch.setattr(data_parallel.comm, "all_reduce_nodes", all_reduce_nodes)
+    monkeypatch.setattr(gradient_exchange.comm, "start_all_reduce_nodes", start)
     assert example.run(tmp_path, degree=1, tp=1, dp=2, rounds=ROUNDS) != alone

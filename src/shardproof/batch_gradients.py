@@ -4,84 +4,62 @@ A pass computes the samples of one node, forward and backward. Its gradients are
 its sibling as soon as both are there, so that as few as possible are kept.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from shardproof import batch_leaves
+from shardproof.arriving_gradients import Arrivals
 from shardproof.batch_leaves import BatchLeaves
 from shardproof.checked_values import whole_number
 from shardproof.errors import UsageError
-from shardproof.index_runs import runs_up_to
+from shardproof.gradient_buckets import LOSS
 from shardproof.layers.dropout import Drawing
-from shardproof.leaves import Cut
+from shardproof.leaves import Cut, share
 from shardproof.numerics.precision import node_dtype
 from shardproof.numerics.sums import sum_all
-from shardproof.tree import Node, children, node_name, sum_leaves
+from shardproof.tree import Node, children, node_name, nodes_of_run, sum_leaves
 from shardproof.wording import short_repr
 
-LossOf = Callable[[slice], Any]
-Gradients = list[Tensor | None]
+Passes = Literal["leaf", "node"]
+Sums = list[dict[Node, Tensor | None]]
 
 
 class PassError(UsageError):
     """What is wrong with a pass, on all ranks that share the model; others must be told."""
 
 
-@dataclass
-class BatchSum:
-    """What the samples of a node add up to.
-
-    Attributes:
-        loss: (), the sum of their losses.
-        count: what the loss is divided by.
-        gradients: of that sum, in `node_dtype`; None for a parameter that took no part.
-    """
-
-    loss: Tensor
-    count: int
-    gradients: Gradients
-
-
-LOSS = -1  # the place of the loss in a bucket
-
-
 @dataclass(frozen=True)
-class Bucket:
-    """Gradients that are sent together, flat and one after the other.
+class _Pass:
+    """A pass that has begun.
 
     Attributes:
-        name: for messages.
-        places: of the parameters, or LOSS.
-        sizes: number of elements of each.
-        dtype, device: of the nodes.
+        leaves: that it computes.
+        bounds: the samples of each.
+        versions, generators: what the pass must leave as it is.
+        blocks: what holds until its backward has ended.
     """
 
-    name: str
-    places: tuple[int, ...]
-    sizes: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
+    leaves: range
+    bounds: list[range]
+    versions: dict[str, tuple[int, int]]
+    generators: list[Tensor]
+    blocks: ExitStack
 
-    def flat(self, total: BatchSum) -> Tensor:
-        """The values of a node; zeros for what took no part."""
-        parts = [
-            total.loss.view(1) if place == LOSS else total.gradients[place] for place in self.places
-        ]
-        flat = [
-            torch.zeros(size, dtype=self.dtype, device=self.device)
-            if part is None
-            else part.reshape(-1).to(self.dtype)
-            for part, size in zip(parts, self.sizes, strict=True)
-        ]
-        return flat[0] if len(flat) == 1 else torch.cat(flat)
+    @property
+    def samples(self) -> slice:
+        """The samples of the whole batch."""
+        return slice(self.bounds[0].start, self.bounds[-1].stop)
 
 
 class BatchStep:
     """The part of one step that a rank computes.
+
+    A gradient is named by its place: that of its parameter, or `LOSS`.
 
     Args:
         model: the model.
@@ -89,83 +67,126 @@ class BatchStep:
         cut: how the samples are cut into leaves and over the ranks.
 
     Attributes:
-        cut: as given.
-        nodes: the sums of this rank, as few as the tree allows.
-        count: the sum of the counts that `loss_of` returned.
+        named, cut: as given.
+        sums: for each place the sums of this rank, node -> tensor in `node_dtype`, as few nodes as
+            the tree allows. None: no sample of the node gave this parameter a gradient.
+        count: the sum of the counts of the passes.
+        num_ended: number of passes that have had their backward, forgotten ones too.
+        loss_dtype: of the sums of losses; fp32 on a rank without a leaf.
     """
 
     def __init__(
         self, model: nn.Module, named: Sequence[tuple[str, nn.Parameter]], cut: Cut
     ) -> None:
         self.cut = cut
-        self.nodes: dict[Node, BatchSum] = {}
-        self.count = 0
+        self.named = named
+        self.num_ended = 0
+        self.forget()
+        self._pass: _Pass | None = None
         self._parents = dict(_parents((0, cut.num_leaves)))
-        self._named = named
         self._model = model
         self._drawing = [each for each in model.modules() if isinstance(each, Drawing)]
         self._starts = [each.step for each in self._drawing]
         self._draws = [0] * len(self._drawing)
 
-    def compute_all(self, loss_of: LossOf, passes: Iterable[range]) -> dict[Node, BatchSum]:
-        """Forget earlier sums, compute the passes, and return `nodes`."""
-        self.nodes, self.count = {}, 0
-        for leaves in passes:
-            self._compute(loss_of, leaves)
-        return self.nodes
+    def forget(self) -> None:
+        """Forget all passes."""
+        self.sums: Sums = [{} for _ in range(len(self.named) + 1)]
+        self.count = 0
+        self.loss_dtype = torch.float32
+        self._has_gradient = [False] * len(self.named)
 
-    def _compute(self, loss_of: LossOf, leaves: range) -> None:
-        """Forward and backward of the samples of some leaves, which are a node of the tree."""
+    def begin(self, leaves: range) -> slice:
+        """Begin the pass of some leaves, which are a node of the tree; return its samples."""
         bounds = [self.cut.leaf(leaf) for leaf in leaves]
-        samples = slice(bounds[0].start, bounds[-1].stop)
-        for _, parameter in self._named:
+        for _, parameter in self.named:
             parameter.grad = None
         for module, start in zip(self._drawing, self._starts, strict=True):
             module.step = start
-        before = self._versions()
-        generators = _generator_states(self._named)
+        generators = _generator_states(self.named)
+        now = self._pass = _Pass(leaves, bounds, self._versions(), generators, ExitStack())
         # In this thread also on a GPU, where autograd has threads of its own that know no leaves.
-        one_thread = torch.autograd.set_multithreading_enabled(False)
-        with one_thread, batch_leaves.running(BatchLeaves(leaves, tuple(map(len, bounds)))):
-            loss, count = _checked_loss(loss_of(samples), samples)
-            self._check_unused(samples)
-            loss.backward(torch.ones_like(loss))
-            total = _sum_of_losses(loss.detach(), bounds)
-        self._check_versions(before)
-        self._check_draws(generators)
+        now.blocks.enter_context(torch.autograd.set_multithreading_enabled(False))
+        sizes = tuple(map(len, bounds))
+        now.blocks.enter_context(batch_leaves.running(BatchLeaves(leaves, sizes)))
+        return now.samples
+
+    @property
+    def open_samples(self) -> slice | None:
+        """The samples of the pass that has begun; None between passes."""
+        return None if self._pass is None else self._pass.samples
+
+    def end(self, loss: Any, count: Any, arrivals: Arrivals | None = None) -> None:
+        """Compute the backward of the pass that has begun, and add its gradients.
+
+        Args:
+            loss: the sum of the losses, (), or the loss of each sample.
+            count: what the loss is divided by.
+            arrivals: watches the backward, and may `put` gradients while it runs.
+        """
+        now = self._pass
+        if now is None:
+            raise AssertionError("no pass has begun")
+        try:
+            loss, count = _checked_loss(loss, count, now.samples)
+            self._check_unused(now.samples)
+            with nullcontext() if arrivals is None else arrivals.watched():
+                loss.backward(torch.ones_like(loss))
+            total = _sum_of_losses(loss.detach(), now.bounds)
+        finally:
+            self.leave()
+        if arrivals is not None:
+            self._check_late(arrivals)
+        self._check_versions(now.versions)
+        self._check_draws(now.generators)
         self._draws = [
             max(most, module.step - start)
             for most, module, start in zip(self._draws, self._drawing, self._starts, strict=True)
         ]
-        gradients = [_checked_gradient(name, each.grad) for name, each in self._named]
+        self.num_ended += 1
         self.count += count
-        self._put((leaves.start, leaves.stop), BatchSum(total, count, gradients))
+        if total.dtype == torch.float64:
+            self.loss_dtype = total.dtype
+        node = now.leaves.start, now.leaves.stop
+        self.put(LOSS, node, total)
+        for place, (_, parameter) in enumerate(self.named):
+            if arrivals is None or place not in arrivals.taken:
+                self.put(place, node, parameter.grad)
+            parameter.grad = None
+
+    def leave(self) -> None:
+        """Undo what holds between the begin of a pass and the end of its backward."""
+        now, self._pass = self._pass, None
+        if now is not None:
+            now.blocks.close()
 
     @torch.no_grad()
-    def _put(self, node: Node, total: BatchSum) -> None:
-        """Add a node, and all that it completes."""
-        self.nodes[node] = total
+    def put(self, place: int, node: Node, value: Tensor | None) -> None:
+        """Add what one pass gave to a place, and all that it completes."""
+        sums = self.sums[place]
+        if place != LOSS:
+            value = _checked_gradient(self.named[place][0], value)
+            self._has_gradient[place] |= value is not None
+        sums[node] = value
         while node in self._parents:
             parent = self._parents[node]
             left, right = children(parent)
-            if left not in self.nodes or right not in self.nodes:
+            if left not in sums or right not in sums:
                 return
-            self.nodes[parent] = _added(self.nodes.pop(left), self.nodes.pop(right))
+            sums[parent] = _plus(sums.pop(left), sums.pop(right))
             node = parent
 
-    def difference(self, by_leaf: dict[Node, BatchSum], nodes: dict[Node, BatchSum]) -> str:
-        """What differs first, as a sentence; "" if nothing does."""
-        for node, total in nodes.items():
-            other = by_leaf[node]
+    def difference(self, by_leaf: Sums) -> str:
+        """What differs first from the sums of other passes, as a sentence; "" if nothing does."""
+        for node, loss in self.sums[LOSS].items():
             where = f"over {node_name(node)} of the batch has other bits than leaf by leaf"
-            if not _has_same_bits(total.loss, other.loss):
+            if not _has_same_bits(loss, by_leaf[LOSS][node]):
                 return (
                     f"passes='node': the loss {where}: it was summed over the batch by other code "
                     "than shardproof's. Return the loss of each sample, or use passes='leaf'."
                 )
-            pairs = zip(total.gradients, other.gradients, strict=True)
-            for (name, parameter), pair in zip(self._named, pairs, strict=True):
-                if not _has_same_bits(*pair):
+            for place, (name, parameter) in enumerate(self.named):
+                if not _has_same_bits(self.sums[place][node], by_leaf[place][node]):
                     why = (
                         "several modules use it, and their gradients are added before the leaves"
                         if self._num_uses(parameter) > 1
@@ -182,11 +203,7 @@ class BatchStep:
 
     def has_gradient(self) -> tuple[bool, ...]:
         """For each parameter, whether a pass of this rank gave it a gradient."""
-        every = [each.gradients for each in self.nodes.values()]
-        return tuple(
-            any(gradients[place] is not None for gradients in every)
-            for place in range(len(self._named))
-        )
+        return tuple(self._has_gradient)
 
     def draws(self) -> tuple[int, ...]:
         """For each dropout, the number of its draws in one pass."""
@@ -197,42 +214,15 @@ class BatchStep:
         for module, start, count in zip(self._drawing, self._starts, draws, strict=True):
             module.step = start + count
 
-    def buckets(
-        self, has_gradient: Sequence[bool], most_bytes: int, loss_dtype: torch.dtype = torch.float32
-    ) -> Iterator[Bucket]:
-        """The loss, then the gradients in reverse order of the parameters, as buckets."""
-        kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-        for place in reversed(range(len(self._named))):
-            parameter = self._named[place][1]
-            if has_gradient[place]:
-                kind = node_dtype(parameter.dtype), parameter.device
-                kinds.setdefault(kind, []).append(place)
-        device = self._named[0][1].device if self._named else torch.device("cpu")
-        yield self._bucket([LOSS], loss_dtype, device)
-        for kind, places in kinds.items():
-            sizes = [self._named[place][1].numel() for place in places]
-            for run in runs_up_to(sizes, most_bytes // kind[0].itemsize):
-                yield self._bucket(places[run.start : run.stop], *kind)
-
-    def loss_dtype(self) -> torch.dtype:
-        """Dtype of the sums of losses; fp32 on a rank without a leaf."""
-        dtypes = {total.loss.dtype for total in self.nodes.values()}
-        return torch.float64 if torch.float64 in dtypes else torch.float32
-
-    def _bucket(self, places: Sequence[int], dtype: torch.dtype, device: torch.device) -> Bucket:
-        sizes = [1 if place == LOSS else self._named[place][1].numel() for place in places]
-        if places[0] == LOSS:
-            name = "the loss"
-        else:
-            first, last = self._named[places[0]][0], self._named[places[-1]][0]
-            name = f"gradients of {first}" + ("" if first == last else f" to {last}")
-        return Bucket(name, tuple(places), tuple(sizes), dtype, device)
+    def undo_draws(self) -> None:
+        """Set each dropout back to where it was before the step."""
+        self.advance_draws([0] * len(self._drawing))
 
     def _check_draws(self, generators: Sequence[Tensor]) -> None:
-        now = _generator_states(self._named)
+        now = _generator_states(self.named)
         if not all(torch.equal(*pair) for pair in zip(generators, now, strict=True)):
             raise PassError(
-                "loss_of drew from torch's global generator, as torch.randn and the nn.Dropout of "
+                "a pass drew from torch's global generator, as torch.randn and the nn.Dropout of "
                 "a plain model do, so that each layout would draw other numbers. Draw before the "
                 "step, or cut the model with parallelize, whose dropout draws by the leaf."
             )
@@ -259,11 +249,21 @@ class BatchStep:
             "(LayerNorm, GroupNorm), or set the module to eval()."
         )
 
-    def _check_unused(self, samples: slice) -> None:
-        if any(parameter.grad is not None for _, parameter in self._named):
+    def _check_late(self, arrivals: Arrivals) -> None:
+        for place in sorted(arrivals.late & arrivals.taken):
             raise PassError(
-                f"loss_of({samples.start}:{samples.stop}) called backward. Return the loss: "
-                "DataParallel calls backward for each pass."
+                f"the gradient of {self.named[place][0]!r} changed after backward had completed "
+                "it, which it did not in the step before. That can be a hook that writes into the "
+                "gradients of other parameters, or a checkpoint with use_reentrant=True. Its "
+                "exchange had begun. Do the same in every step, from the first one on, so that "
+                "this gradient is sent after backward."
+            )
+
+    def _check_unused(self, samples: slice) -> None:
+        if any(parameter.grad is not None for _, parameter in self.named):
+            raise PassError(
+                f"the pass of samples {samples.start}:{samples.stop} called backward of torch. "
+                "Return the loss from loss_of, or give it to step.backward(loss)."
             )
 
 
@@ -271,14 +271,6 @@ def _generator_states(named: Sequence[tuple[str, nn.Parameter]]) -> list[Tensor]
     """The states of torch's global generators that code of the model may draw from."""
     devices = {each.device for _, each in named if each.is_cuda}
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(each) for each in devices)]
-
-
-def _added(left: BatchSum, right: BatchSum) -> BatchSum:
-    """The sum of two nodes; `left` is overwritten."""
-    gradients = [
-        _plus(one, other) for one, other in zip(left.gradients, right.gradients, strict=True)
-    ]
-    return BatchSum(left.loss + right.loss, left.count + right.count, gradients)
 
 
 def _plus(left: Tensor | None, right: Tensor | None) -> Tensor | None:
@@ -301,7 +293,7 @@ def _sum_of_losses(loss: Tensor, bounds: Sequence[range]) -> Tensor:
     """The losses of a pass, (), added by leaves if there is one for each sample."""
     wide = loss.to(node_dtype(loss.dtype))
     if loss.dim() == 0:
-        return wide
+        return wide.clone()  # the loss of the user is not written
     first = bounds[0].start
     return sum_leaves(sum_all(wide[each.start - first : each.stop - first]) for each in bounds)
 
@@ -313,10 +305,9 @@ def _has_same_bits(one: Tensor | None, other: Tensor | None) -> bool:
     return torch.equal(*pair)
 
 
-def _checked_loss(result: Any, samples: slice) -> tuple[Tensor, int]:
-    """The sum of the losses and the count that `loss_of` returned."""
-    is_pair = isinstance(result, tuple) and len(result) == 2
-    loss, given = result if is_pair else (result, samples.stop - samples.start)
+def _checked_loss(loss: Any, given: Any, samples: slice) -> tuple[Tensor, int]:
+    """The sum of the losses and the count of a pass."""
+    where = f"samples {samples.start}:{samples.stop}"
     count = whole_number(given)
     if isinstance(given, Tensor) and given.numel() == 1 and not given.is_floating_point():
         count = int(given)
@@ -325,18 +316,18 @@ def _checked_loss(result: Any, samples: slice) -> tuple[Tensor, int]:
     if not is_loss or loss.shape not in ((), (1,), (num_samples,)):
         what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else short_repr(loss)
         raise PassError(
-            f"loss_of({samples.start}:{samples.stop}) returned a loss of {what}. Return the sum of "
-            f"the losses of these samples, (), or the loss of each, ({num_samples},)."
+            f"the loss of {where} is no loss: {what}. Give the sum of the losses of these samples, "
+            f"(), or the loss of each, ({num_samples},)."
         )
     if count is None or count < 0:
         raise PassError(
-            f"loss_of({samples.start}:{samples.stop}) returned the count {short_repr(given)}. "
-            "Return how many losses were added, as an int."
+            f"the count of {where} is {short_repr(given)}. Give how many losses were added, as an "
+            "int."
         )
     if not loss.requires_grad:
         raise PassError(
-            f"the loss of samples {samples.start}:{samples.stop} has no gradient: no parameter "
-            "took part in it, or it was detached. Compute it without detach() and no_grad()."
+            f"the loss of {where} has no gradient: no parameter took part in it, or it was "
+            "detached. Compute it without detach() and no_grad()."
         )
     return loss if loss.dim() == 1 else loss.view(()), count
 
@@ -351,3 +342,19 @@ def _checked_gradient(name: str, grad: Tensor | None) -> Tensor | None:
             "Embedding(..., sparse=False)."
         )
     return grad.to(node_dtype(grad.dtype))
+
+
+def passes_of(run: range, num_leaves: int, passes: Passes, accumulate: int = 1) -> list[range]:
+    """The leaves of each pass of a rank.
+
+    Args:
+        run: leaves of the rank.
+        num_leaves: of the batch.
+        passes: a pass for each leaf, or for each node of the tree in each group of leaves.
+        accumulate: number of groups, as in `DataParallel`.
+    """
+    if passes == "leaf":
+        return [range(leaf, leaf + 1) for leaf in run]
+    groups = share(len(run), min(accumulate, len(run)) or 1)
+    parts = (run[group.start : group.stop] for group in groups)
+    return [range(*node) for part in parts for node in nodes_of_run(num_leaves, part)]

@@ -5,9 +5,10 @@ from typing import cast, get_args
 
 from rich.text import Text
 
+from shardproof.batch_gradients import Passes
 from shardproof.checked_values import LARGEST, read_whole
 from shardproof.cli.output import PlainConsole, size, table
-from shardproof.data_parallel import BATCH_LEAVES, Passes
+from shardproof.data_parallel import BATCH_LEAVES
 from shardproof.errors import UsageError
 from shardproof.plans.layout_cost import BatchLayout, LayoutCost
 from shardproof.wording import VALUE, short_repr, short_text

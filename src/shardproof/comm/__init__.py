@@ -14,6 +14,7 @@ from shardproof.comm.sums import (
     reduce_scatter,
     reduce_scatter_nodes,
     start_all_reduce,
+    start_all_reduce_nodes,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "reduce_scatter",
     "reduce_scatter_nodes",
     "start_all_reduce",
+    "start_all_reduce_nodes",
 ]

@@ -113,11 +113,43 @@ def all_reduce_nodes(
     Comm:
         `direction` one all_reduce of (shape).
     """
+    started = start_all_reduce_nodes(
+        nodes, axis, cut=cut, shape=shape, like=like, direction=direction, who=who
+    )
+    return started.wait()
+
+
+def start_all_reduce_nodes(
+    nodes: Mapping[Node, Tensor],
+    axis: Axis,
+    *,
+    cut: Cut,
+    shape: Sequence[int],
+    like: Tensor,
+    direction: str,
+    who: str = "",
+) -> StartedSum:
+    """`all_reduce_nodes`, started.
+
+    Args:
+        nodes: node -> `shape`, as for `all_reduce_nodes`; none may be written until the sum has
+            been awaited.
+        axis: the axis over which the ranks sum.
+        cut: of the dim that was contracted; its leaves are the tree's.
+        shape: of the message.
+        like: any tensor of the result's dtype and device.
+        direction: for the ledger.
+        who: the layer that asks, for messages.
+    Returns:
+        `shape`, Replicate, in `like`'s dtype, once it has been awaited.
+    Comm:
+        `direction` one all_reduce of (shape).
+    """
     check_degree_of(cut, axis, who or "all_reduce")
     if axis.size == 1:
-        return _whole(nodes, cut).to(like.dtype)
+        return StartedSum(_whole(nodes, cut).to(like.dtype))
     plan = tree_plan(direction, who, tuple(shape), like.dtype, cut, axis.rank)
-    return start_planned(list(nodes.values()), axis, plan, like).wait()
+    return start_planned(list(nodes.values()), axis, plan, like)
 
 
 def reduce_scatter_nodes(

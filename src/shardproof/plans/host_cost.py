@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from shardproof.batch_gradients import Bucket
 from shardproof.checked_values import checked_whole
 from shardproof.errors import UsageError
+from shardproof.gradient_buckets import Bucket
 from shardproof.leaves import share
 from shardproof.tree import nodes_of_run
 

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import nn
 
-from shardproof.batch_gradients import BatchStep, Bucket
+from shardproof.batch_gradients import Passes, passes_of
 from shardproof.checked_values import checked_whole
-from shardproof.data_parallel import BUCKET_BYTES, Passes, passes_of
+from shardproof.data_parallel import BUCKET_BYTES
 from shardproof.errors import UsageError
+from shardproof.gradient_buckets import Bucket, buckets_of, loss_bucket
 from shardproof.leaves import Cut, check_batch_degree, share
 from shardproof.plans.collective import Counts
 from shardproof.plans.host_cost import check_hosts, sent_by_hosts
@@ -403,7 +404,8 @@ def _buckets(parameters: Sequence[_Parameter], bucket_bytes: int) -> Iterator[Bu
         (each.name, nn.Parameter(torch.empty(each.shape, dtype=each.dtype, device="meta")))
         for each in parameters
     ]
-    return BatchStep(nn.Module(), named, Cut(1, 1, 1)).buckets([True] * len(named), bucket_bytes)
+    yield loss_bucket(torch.float32, torch.device("meta"))
+    yield from buckets_of(named, range(len(named)), bucket_bytes)
 
 
 def _exchange(buckets: Iterable[Bucket], nodes: Sequence[int]) -> list[Counts]:
