@@ -137,7 +137,7 @@ def test_the_bits_are_those_of_one_rank(dp: int, bucket_bytes: int, pool: Any) -
     wanted = alone(model=make())
     work = partial(train, model=make(), bucket_bytes=bucket_bytes)
     counts = early_counts(pool(dp, "gloo").run(work), wanted)
-    num_buckets = {1: 6, 600: 2, 1 << 20: 1}[bucket_bytes]
+    num_buckets = {1: 2, 600: 2, 1 << 20: 1}[bucket_bytes]  # two sums may be open
     assert counts == [[0, num_buckets, num_buckets, num_buckets]] * dp
 
 
@@ -164,7 +164,7 @@ def test_parameters_that_take_part_in_some_steps(change: Scenario, pool: Any) ->
     work = partial(train, model=make(), change=change, steps=6, bucket_bytes=1)
     counts = early_counts(pool(2, "gloo").run(work), wanted)
     assert min(counts[0][1:]) >= 0
-    assert max(counts[0]) >= 6
+    assert max(counts[0]) == 2
 
 
 class OfSamples(nn.Module):
@@ -213,7 +213,7 @@ def test_several_nodes_of_a_rank(accumulate: int, pool: Any) -> None:
     ((wanted, _),) = sp.launch(_cut_products, degree=1)
     work = partial(_cut_products, passes="node", accumulate=accumulate, bucket_bytes=1)
     counts = early_counts(pool(3, "gloo").run(work), wanted)
-    assert counts == [[0, 5, 5, 5]] * 3
+    assert counts == [[0, 2, 2, 2]] * 3
 
 
 @pytest.mark.parametrize(("width", "is_early"), [(16, True), (20, False)])
@@ -234,7 +234,7 @@ def test_sums_that_are_still_to_be_compared_are_not_sent(pool: Any) -> None:
     ((wanted, _),) = sp.launch(partial(_cut_products, rows=rows), degree=1)
     work = partial(_cut_products, rows=rows, passes="node", accumulate=2, bucket_bytes=1)
     counts = early_counts(pool(3, "gloo").run(work), wanted)
-    assert counts == [[0, 5, 0, 5], [0, 5, 5, 5], [0, 5, 5, 5]]
+    assert counts == [[0, 2, 0, 2], [0, 2, 2, 2], [0, 2, 2, 2]]
 
 
 # ---- gradients that change after they have come
