@@ -71,10 +71,10 @@ def early_starts() -> Iterator[list[str]]:
     names: list[str] = []
     original = GradientExchange.start
 
-    def start(self: GradientExchange, bucket: Any, **options: Any) -> None:
+    def start(self: GradientExchange, bucket: Any) -> None:
         if torch._C._current_graph_task_id() != -1:
             names.append(bucket.name)
-        original(self, bucket, **options)
+        original(self, bucket)
         assert len(self._open) <= 2  # more are not allowed by a transport
 
     with pytest.MonkeyPatch.context() as patch:

@@ -130,10 +130,10 @@ def _watched(parallel: DataParallel, nodes: list[int], num_samples: int) -> Data
         prepare()
         start = step._exchange.start
 
-        def counted(bucket: Bucket, **options: Any) -> None:
+        def counted(bucket: Bucket) -> None:
             held = step._step.sums[bucket.places[0]]
             nodes.append(len(held) * sum(bucket.sizes) * bucket.dtype.itemsize)
-            start(bucket, **options)
+            start(bucket)
 
         step._exchange.start = counted  # type: ignore[method-assign]
 

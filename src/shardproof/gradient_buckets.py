@@ -29,12 +29,11 @@ class Bucket:
     dtype: torch.dtype
     device: torch.device
 
-    def flat(self, parts: Sequence[Tensor | None], *, is_copy: bool = False) -> Tensor:
+    def flat(self, parts: Sequence[Tensor | None]) -> Tensor:
         """The values of a node; zeros for what took no part.
 
         Args:
-            parts: for each place, its tensor.
-            is_copy: whether a single part must be copied too.
+            parts: for each place, its tensor; a single one is not copied.
         """
         flat = [
             torch.zeros(size, dtype=self.dtype, device=self.device)
@@ -42,7 +41,7 @@ class Bucket:
             else part.reshape(-1).to(self.dtype)
             for part, size in zip(parts, self.sizes, strict=True)
         ]
-        return flat[0] if len(flat) == 1 and not is_copy else torch.cat(flat)
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
 def loss_bucket(dtype: torch.dtype, device: torch.device) -> Bucket:

@@ -85,12 +85,12 @@ class GradientExchange:
         return len(self._open) < _MOST_OPEN
 
     @torch.no_grad()
-    def start(self, bucket: Bucket, *, is_copy: bool = False) -> None:
+    def start(self, bucket: Bucket) -> None:
         """Start the sum of a bucket; it takes the sums of its places away from the step.
 
         Args:
-            bucket: what is sent.
-            is_copy: whether a gradient is still used, and must not be written.
+            bucket: what is sent. The sum may be written into a gradient when it is awaited, which
+                is not before backward has ended.
         Comm:
             backward one all_reduce of the bucket.
         """
@@ -98,8 +98,7 @@ class GradientExchange:
             self._finish_first()
         sums = [self._step.sums[place] for place in bucket.places]
         nodes: dict[Node, Tensor] = {
-            node: bucket.flat([each.get(node) for each in sums], is_copy=is_copy)
-            for node in self._nodes
+            node: bucket.flat([each.get(node) for each in sums]) for node in self._nodes
         }
         for each in sums:
             each.clear()
@@ -170,4 +169,4 @@ class PlannedBuckets:
     def _start_next(self) -> None:
         bucket = self._buckets[self._next]
         self._next += 1
-        self._exchange.start(bucket, is_copy=True)
+        self._exchange.start(bucket)
