@@ -4,9 +4,11 @@ import contextlib
 import ctypes
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -27,6 +29,7 @@ from shardproof.engines import interpreter
 from shardproof.engines.watch import _describe_exit
 from shardproof.errors import RankError
 from shardproof.ranks import launch, open_ranks
+from shardproof.stop_signal import StopSignal
 from shardproof.transport.rendezvous import _Patience
 
 LIMIT = 120.0  # seconds that nothing here needs, on a machine however busy
@@ -98,6 +101,52 @@ def test_a_started_interpreter_has_default_signals_whatever_this_process_has(
     assert json.loads(path.read_text()) == {"ignored": [], "interrupts": True, "blocked": []}
 
 
+def test_a_signal_that_another_thread_got_is_handled_soon() -> None:
+    """It does not end the wait of the main thread, as one that comes just before the wait."""
+    came: list[float] = []
+
+    def work(axis: Axis) -> None:
+        begun = time.monotonic()
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        while not came and time.monotonic() < begun + 60.0:
+            time.sleep(0.01)
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: came.append(time.monotonic()))
+    try:
+        with open_ranks(1, "threads", threads=1) as ranks:
+            begun = time.monotonic()
+            ranks.run(work)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert came
+    assert came[0] - begun < 30.0
+
+
+def test_a_signal_while_a_stop_signal_is_entered_is_a_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make = tempfile.mkdtemp
+
+    def slow(*args: Any, **options: Any) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return make(*args, **options)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", slow)
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        assert stop.was_requested_here
+        assert pickle.loads(pickle.dumps(stop)).was_requested_here  # in a rank that is a process
+    assert signal.getsignal(signal.SIGTERM) == before
+
+    def full(*_: Any, **__: Any) -> str:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(OSError, match="no space"):
+        StopSignal().__enter__()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 IGNORED = """
 import os, signal, sys, threading
 from shardproof.errors import RankError
@@ -160,6 +209,7 @@ import json, os, sys
 import torch
 from shardproof.errors import RankError
 from shardproof.ranks import launch, open_ranks
+from shardproof.stop_signal import StopSignal
 
 target, place = sys.argv[1:]
 

@@ -125,8 +125,7 @@ class BatchStep:
             arrivals: watches the backward, and may `put` gradients while it runs.
         """
         now = self._pass
-        if now is None:
-            raise AssertionError("no pass has begun")
+        assert now is not None, "no pass has begun"  # noqa: S101 - the step's block sees to it
         try:
             loss, count = _checked_loss(loss, count, now.samples)
             self._check_unused(now.samples)

@@ -47,8 +47,15 @@ class StopSignal:
                 "a StopSignal must be entered in the main thread: Python handles signals there. "
                 "Enter it around launch(), not in the function of a rank."
             )
-        self._folder = Path(tempfile.mkdtemp(prefix="shardproof-stop-"))
-        self._owner = _Handlers(self._folder / _FLAG, self)
+        self._owner = _Handlers(self)
+        try:
+            self._folder = Path(tempfile.mkdtemp(prefix="shardproof-stop-"))
+        except BaseException:
+            self._owner.remove()
+            self._owner = None
+            raise
+        if self._owner.has_come:  # before there was a folder to say so in
+            self._say_in_folder()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -59,6 +66,13 @@ class StopSignal:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_folder": self._folder, "_owner": None}
+
+    def _say_in_folder(self) -> None:
+        """Tell other processes that a signal has come, if there is a folder already."""
+        if self._folder is not None:
+            self._folder.mkdir(exist_ok=True)  # a cleaner of temporary files removes it
+            flag = os.open(self._folder / _FLAG, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+            os.close(flag)
 
     def on_request(self) -> None:
         """Called in the signal handler when the first signal comes."""
@@ -88,8 +102,7 @@ class StopSignal:
 class _Handlers:
     """The signal handlers while a `StopSignal` is entered."""
 
-    def __init__(self, flag: Path, stop: StopSignal) -> None:
-        self._flag = flag
+    def __init__(self, stop: StopSignal) -> None:
         self._stop = stop
         self._came = 0.0
         self._before = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -110,8 +123,7 @@ class _Handlers:
         now = time.monotonic()
         if not self._came:
             self._came = now
-            self._flag.parent.mkdir(exist_ok=True)  # a cleaner of temporary files removes it
-            os.close(os.open(self._flag, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+            self._stop._say_in_folder()
             self._stop.on_request()
         elif now - self._came > _ONE_SIGNAL:
             self.remove()

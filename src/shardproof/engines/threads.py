@@ -5,6 +5,7 @@ rank that computes gets an exception at its next Python instruction. A rank that
 Python is abandoned; it does not keep the process from ending.
 """
 
+import contextlib
 import ctypes
 import os
 import queue
@@ -34,6 +35,7 @@ from shardproof.transport.threads import ThreadsTransport, waits_note
 # Seconds after a failure in which other ranks may notice it themselves, then be stopped.
 _GRACE = 3.0
 _STOPPING = 1.0
+_LONGEST_WAIT = 0.5  # seconds until a signal is handled that did not end a wait
 
 
 class _Stopped(SystemExit):
@@ -163,7 +165,7 @@ class ThreadRanks(Ranks):
     ) -> None:
         """Collect every rank's outcome; after a failure, only the outcomes that come soon."""
         while len(outcome_by_rank) < self.degree:
-            outcome = outcomes.get()
+            outcome = _next(outcomes)
             outcome_by_rank[outcome.rank] = outcome
             if outcome.failure:
                 break
@@ -214,6 +216,15 @@ def _serve(inbox: _Inbox, threads: int, ready: _Ready) -> None:
 def _dismiss(inboxes: Sequence[_Inbox]) -> None:
     for inbox in inboxes:
         inbox.put(None)
+
+
+def _next(outcomes: "queue.SimpleQueue[_Outcome]") -> _Outcome:
+    """The next outcome, once there is one."""
+    while True:
+        # Python runs a signal handler in this thread, between two instructions. A signal that comes
+        # just before the wait, or to another thread, does not end the wait.
+        with contextlib.suppress(queue.Empty):
+            return outcomes.get(timeout=_LONGEST_WAIT)
 
 
 def _collect_until(
