@@ -173,8 +173,10 @@ def _over_hosts(
     try:
         hosts = HostsTransport.connect(base, timeout=timeout)
     except AxisError as error:  # raised on all ranks or on none
-        reason = f"shared memory is not used: {problem}"
-        return TransportChoice(base, f"{reason} Nor is it inside each host: {error}")
+        note = f"shared memory is not used: {problem}"
+        if len(set(base.hosts)) > 1:
+            note += f" Nor is it inside each host: {error}"
+        return TransportChoice(base, note)
     if not compare_inputs:
         hosts.notes = None
     return TransportChoice(hosts, "shared memory is used inside each host, and gloo between hosts")
