@@ -32,8 +32,8 @@ pytestmark = pytest.mark.skipif(
 # Before the page's own script: what goes wrong in it.
 WATCH = """<script>
 const faults = [];
-tracing.addEventListener("error", (event) => faults.push(String(event.message)));
-tracing.addEventListener("unhandledrejection", (event) => faults.push(String(event.reason)));
+window.addEventListener("error", (event) => faults.push(String(event.message)));
+window.addEventListener("unhandledrejection", (event) => faults.push(String(event.reason)));
 </script>
 """
 
@@ -62,7 +62,7 @@ TEST = """<script>
     const title = scene.querySelector("h2").textContent;
     expect(live.textContent.includes(title), `${name} is not said`);
     expect(slider.getAttribute("aria-valuetext") === title, `${name} has no name`);
-    expect(root.scrollWidth <= root.clientWidth, `${name} is wider than the tracing`);
+    expect(root.scrollWidth <= root.clientWidth, `${name} is wider than the window`);
     for (const bar of scene.querySelectorAll(".bar i")) {
       expect(bar.offsetWidth <= bar.parentElement.offsetWidth, `a bar of ${name}`);
     }
@@ -81,7 +81,7 @@ TEST = """<script>
   get("next").click(); get("previous").click(); expect(place() === 0, "the buttons");
   document.querySelector("details").open = true;
   document.querySelector("a[href='#step-3']").click(); expect(place() === 2, "a link of the list");
-  tracing.location.hash = "#step-5";
+  window.location.hash = "#step-5";
   setTimeout(() => {
     expect(place() === 4, "the address");
     const meets = scenes.findIndex((scene) => scene.dataset.arrows !== "0");
@@ -104,7 +104,7 @@ TEST = """<script>
         result.id = "selftest";
         result.textContent = JSON.stringify({
           seen, faults, width: root.clientWidth,
-          dark: tracing.matchMedia("(prefers-color-scheme: dark)").matches,
+          dark: window.matchMedia("(prefers-color-scheme: dark)").matches,
         });
         document.body.append(result);
       }, 4000);
@@ -125,7 +125,7 @@ document.body.append(result);
 </script>
 """
 
-# A tracing of Chromium has at least 500 pixels, and a phone has 360: the page is put in a frame.
+# A window of Chromium has at least 500 pixels, and a phone has 360: the page is put in a frame.
 FRAME = """<!doctype html><iframe id="frame" src="page.html"
  style="border:0;width:360px;height:740px"></iframe>
 <script>
@@ -180,7 +180,7 @@ def browse(page: Path, *options: str) -> tuple[dict[str, Any], list[str]]:
 def test_every_step_is_drawn_in_a_wide_window(step: ShownStep, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text(with_test(step.page()), encoding="utf-8")
-    found, console = browse(page, "--tracing-size=1280,900")
+    found, console = browse(page, "--window-size=1280,900")
     assert found["faults"] == []
     assert found["seen"] == list(range(1, len(step.view.scenes) + 1))
     assert len(found["seen"]) > 15
@@ -241,7 +241,7 @@ def test_planted_faults_are_found(step: ShownStep, tmp_path: Path) -> None:
     faults = " ".join(found["faults"])
     assert "is not shown" in faults
     assert "arrows" in faults
-    assert "step 1 is wider than the tracing" in faults
+    assert "step 1 is wider than the window" in faults
     assert "planted is not defined" in faults
     assert "End" in faults
     assert "it speaks while it plays" in faults
