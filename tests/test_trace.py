@@ -606,7 +606,7 @@ def test_every_package_is_of_users_or_of_our_own() -> None:
             "error_text",
             "timeout",
         ),
-        *("stop_signal", "text_batches", "training_run"),
+        *("checker", "stop_signal", "text_batches", "training_run"),
         *("batch_gradients", "batch_leaves", "data_parallel", "sharded_optimizer"),
         *("arriving_gradients", "data_parallel_step", "gradient_buckets", "gradient_exchange"),
         *("torchrun", "trace", "transport", "tree", "units", "wording"),

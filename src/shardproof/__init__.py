@@ -11,6 +11,7 @@ _set_blas_mode()
 
 from shardproof import errors, functional, hf, optim
 from shardproof.axis import Axis
+from shardproof.checker.checking import check
 from shardproof.checkpoint.load import load
 from shardproof.checkpoint.save import save, wait_for_save
 from shardproof.checkpoint.series import latest_checkpoint
@@ -79,6 +80,7 @@ __all__ = [
     "VocabParallel",
     "VocabParallelEmbedding",
     "WatchedPlan",
+    "check",
     "checked",
     "clip_grad_norm_",
     "declare_elementwise",

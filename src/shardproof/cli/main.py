@@ -20,6 +20,7 @@ import click
 
 from shardproof import __version__, torchrun
 from shardproof.cli.break_ import break_
+from shardproof.cli.check import check
 from shardproof.cli.checkpoint import checkpoint
 from shardproof.cli.doctor import doctor
 from shardproof.cli.generate import generate
@@ -38,6 +39,7 @@ COMMANDS: tuple[click.Command, ...] = (
     show,
     doctor,
     plan,
+    check,
     break_,
     train,
     generate,

@@ -1,0 +1,388 @@
+"""`check`: whether a tensor-parallel program agrees with a plain one, and if not, what is wrong."""
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shardproof import torchrun
+from shardproof.axis import Axis
+from shardproof.checked_values import checked_whole
+from shardproof.checker import kinds, locating
+from shardproof.checker.dropout import DropoutFault, find_dropout_fault
+from shardproof.checker.evidence import Mistake
+from shardproof.checker.judging import Judge, Judgement, ParameterJudgement, Runs
+from shardproof.checker.locating import Fault, Findings
+from shardproof.checker.mistakes import name_mistake
+from shardproof.checker.placement import apart, slice_for
+from shardproof.checker.program import Program
+from shardproof.checker.recording import INPUT, Recording, record
+from shardproof.checker.report import CheckedLayout, CheckedTensor, CheckReport, FirstDifference
+from shardproof.errors import RankError, ShardproofError, UsageError
+from shardproof.leaves import checked_degree
+from shardproof.ranks import ENGINES, open_ranks
+from shardproof.wording import error_words, short_repr
+
+_NUM_MOVED = 4  # runs of the reference from parameters whose last bits differ
+
+
+def check(
+    parallel: Callable[[Any], nn.Module],
+    reference: Callable[[], nn.Module],
+    batch: Any,
+    loss: Callable[..., Tensor] | None = None,
+    *,
+    degree: int = 2,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    steps: int = 1,
+    update: Callable[..., Any] | None = None,
+    reference_update: Callable[..., Any] | None = None,
+    parallel_loss: Callable[..., Tensor] | None = None,
+    names: Mapping[str, str] | None = None,
+    engine: str = "processes",
+    timeout: float = 120.0,
+) -> CheckReport:
+    """Judge a tensor-parallel program of any kind against the plain module.
+
+    Runs training steps of both in fp32 and in fp64, and compares the output of every module, its
+    gradient, and the gradients, updates and optimizer state of all parameters. How they lie on the
+    ranks is found by looking. A difference that shrinks as rounding does is rounding; every other
+    one is a mistake. Dropout is off in these runs, and its masks are compared in one more.
+
+    Args:
+        parallel: builds this rank's part of the program. It gets the process group of the ranks,
+            which is the default group too; with engine="threads" an `Axis`. It must start from the
+            weights of the reference: both are built after the same `torch.manual_seed`. Threads
+            share torch's generator, so there it must copy a module that was built before.
+        reference: builds the plain module.
+        batch: what both are called with, or a function that makes it: a dict gives keyword
+            arguments, a tuple or list positional ones, everything else is one argument.
+        loss: of the output, or of the output and the batch; a scalar. None: `output.loss`, or the
+            mean of the squares of the output.
+        degree: number of ranks, 2 or more; not under torchrun, which has started them.
+        optimizer: makes one for a list of parameters. None: SGD.
+        steps: number of updates; one more forward follows.
+        update: of the program, its optimizer and the group, in place of `optimizer.step()`: to sum
+            gradients or clip them.
+        reference_update: the same for the plain module, without a group.
+        parallel_loss: in place of `loss` on the ranks; may take the group as a third argument.
+        names: parameters of the program that have another name in the plain module.
+        engine: "processes", or "threads" for models that shardproof cut.
+        timeout: seconds that a rank waits for the others.
+
+    Returns:
+        The report; under torchrun the same on every rank.
+
+    Raises:
+        UsageError: an argument is invalid.
+        RankError: a rank raised an error or ended.
+
+    Example:
+        >>> report = check(parallel, reference, tokens, loss, degree=2)  # doctest: +SKIP
+        >>> report.right, report.module, report.kind  # doctest: +SKIP
+        (False, 'layers.0.mlp.down', 'bias on every rank')
+    """
+    program = Program(
+        parallel,
+        reference,
+        batch,
+        loss,
+        parallel_loss=parallel_loss,
+        optimizer=optimizer,
+        update=update,
+        reference_update=reference_update,
+        steps=checked_whole(steps, "steps"),
+    )
+    if torchrun.read(os.environ) is not None:
+        return _here(program, names)
+    degree = checked_degree(degree)
+    if degree < 2:
+        raise UsageError(
+            f"degree={degree} has no ranks to compare. Use 2 or more, for instance degree=2."
+        )
+    if engine not in ENGINES:
+        raise UsageError(f"unknown engine {short_repr(engine)}. Use one of: {', '.join(ENGINES)}.")
+    transport = "gloo" if engine == "processes" else "auto"
+    with open_ranks(
+        degree, engine, timeout=timeout, transport=transport, compare_inputs=False
+    ) as ranks:
+
+        def run(work: Callable[[Any], Any]) -> list[Any]:
+            return ranks.run(functools.partial(_on_rank, work=work, engine=engine))
+
+        return _checked(program, names, run)
+
+
+_Run = Callable[[Callable[[Any], Any]], list[Any]]
+
+
+def _on_rank(axis: Axis, *, work: Callable[[Any], Any], engine: str) -> Any:
+    return work(dist.group.WORLD if engine == "processes" else axis)
+
+
+def _here(program: Program, names: Mapping[str, str] | None) -> CheckReport:
+    """Check on the ranks that torchrun started."""
+    is_ours = not dist.is_initialized()
+    if is_ours:
+        dist.init_process_group("gloo")
+
+    def run(work: Callable[[Any], Any]) -> list[Any]:
+        outcome: tuple[Any, str] = None, ""
+        try:
+            outcome = work(dist.group.WORLD), ""
+        except Exception as error:  # told to all ranks, so that they raise together
+            outcome = None, error_words(error)
+        gathered: list[tuple[Any, str]] = [outcome] * dist.get_world_size()
+        dist.all_gather_object(gathered, outcome)
+        for rank, (_, problem) in enumerate(gathered):
+            if problem:
+                raise RankError(f"rank {rank} raised {problem}")
+        return [result for result, _ in gathered]
+
+    report = _checked(program, names, run)
+    if is_ours:
+        dist.destroy_process_group()  # not after an error: the others may be gone
+    return report
+
+
+def _checked(program: Program, names: Mapping[str, str] | None, run: _Run) -> CheckReport:
+    before = torch.get_default_dtype()
+    try:
+        return _judged(program, names, run)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _judged(program: Program, names: Mapping[str, str] | None, run: _Run) -> CheckReport:
+    reference = record(program, None)
+    singles = run(functools.partial(_single, program))
+    first, again, drawn = (list(each) for each in zip(*singles, strict=True))
+    single = Runs(first, reference)
+    changed = _changed(first, again)
+    if changed is not None:
+        judge = Judge(single, None, (), names)
+        return _report(program, judge, Findings(), "", _of_change(changed))
+    double, note = _double(program, run)
+    moved = () if double is not None else _moved(program)
+    judge = Judge(single, double, moved, names)
+    findings = locating.find(judge, program.steps)
+    dropout = None
+    with_dropout = [each for each in drawn if each is not None]
+    if findings.fault is None and len(with_dropout) == judge.degree:
+        dropout = find_dropout_fault(judge, with_dropout)
+    return _report(program, judge, findings, note, dropout)
+
+
+def _single(program: Program, group: Any) -> tuple[Recording, Recording, Recording | None]:
+    """The recordings in fp32: two that must be the same, and one with dropout if there is any."""
+    first = record(program, group)
+    again = record(program, group)
+    return first, again, record(program, group, draws=True) if first.draws else None
+
+
+def _double(program: Program, run: _Run) -> tuple[Runs | None, str]:
+    """The recordings in fp64, or why there are none."""
+    try:
+        reference = record(program, None, torch.float64)
+        ranks = run(functools.partial(_in_double, program))
+    except UsageError:
+        raise
+    except (ShardproofError, RuntimeError, TypeError, ValueError) as error:
+        return None, f"the program does not run in fp64: {error_words(error)}"
+    return Runs(ranks, reference), ""
+
+
+def _in_double(program: Program, group: Any) -> Recording:
+    return record(program, group, torch.float64)
+
+
+def _moved(program: Program) -> list[Recording]:
+    """Runs of the plain module from parameters whose last bits differ."""
+    return [
+        record(program, None, before=functools.partial(_move, seed=seed))
+        for seed in range(_NUM_MOVED)
+    ]
+
+
+def _move(module: nn.Module, *, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                signs = torch.randint(-1, 2, parameter.shape, generator=generator)
+                parameter.add_(parameter * signs, alpha=torch.finfo(parameter.dtype).eps)
+
+
+def _changed(first: Sequence[Recording], again: Sequence[Recording]) -> tuple[str, str] | None:
+    """The module and name of the first tensor that differs between two runs; None if none does."""
+    for one, two in zip(first, again, strict=True):
+        for at, value in one.values.items():
+            if at not in two.values or not _is_same(value, two.values[at]):
+                # What comes into a module was made by the one around it.
+                maker = at.path.rpartition(".")[0] if at.side == INPUT else at.path
+                return maker, f"{at.side} of {at.path or 'the model'}"
+        for a, b in zip(one.losses, two.losses, strict=True):
+            if not _is_same(a, b):
+                return "", "loss"
+        for (step, name), gradient in one.parameter_gradients.items():
+            other = two.parameter_gradients.get((step, name))
+            if (gradient is None) != (other is None) or (
+                gradient is not None and other is not None and not _is_same(gradient, other)
+            ):
+                return name.rpartition(".")[0], f"gradient of {name}"
+        for (step, name), weight in one.weights.items():
+            if not _is_same(weight, two.weights[step, name]):
+                return name.rpartition(".")[0], f"updated {name}"
+    return None
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _of_change(changed: tuple[str, str]) -> "_Change":
+    return _Change(*changed)
+
+
+class _Change:
+    """The first tensor that differs between two runs from the same seeds."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self.module = module
+        self.name = name
+
+
+def _report(
+    program: Program,
+    judge: Judge,
+    findings: Findings,
+    note: str,
+    other: "DropoutFault | _Change | None",
+) -> CheckReport:
+    fault = findings.fault
+    mistake: Mistake | None = None
+    module, phase = None, ""
+    if fault is not None:
+        mistake = name_mistake(fault, judge, program)
+        module, phase = fault.module, fault.phase
+    elif isinstance(other, DropoutFault):
+        mistake = Mistake(other.kind, other.evidence)
+        module, phase = other.module, "dropout"
+    elif other is not None:
+        mistake = Mistake(kinds.NOT_DETERMINISTIC, f"the {other.name} differs between two runs")
+        module, phase = other.module, "two runs"
+    precision = "fp32 and fp64" if judge.double is not None else "fp32 and moved last bits"
+    tensors = (
+        *(_checked_tensor(step, each) for step, each in findings.judgements),
+        *(_checked_tensor(step, each) for step, each in findings.parameters),
+    )
+    return CheckReport(
+        right=module is None,
+        verdict=_verdict(judge, fault, mistake, module, phase, precision),
+        module=module,
+        kind=None if mistake is None else mistake.kind,
+        evidence="" if mistake is None else _evidence(mistake),
+        phase=phase,
+        source="" if module is None else judge.runs.ranks[0].sources.get(module, ""),
+        degree=judge.degree,
+        precision=precision,
+        note=note,
+        tensors=tensors,
+        layouts=tuple(
+            CheckedLayout(
+                each.name,
+                each.whole,
+                each.shape,
+                str(each),
+                each.declared,
+                tuple(each.held(rank) for rank in range(judge.degree)),
+            )
+            for each in judge.layouts.values()
+        ),
+        differences=_differences(fault),
+        modules=tuple(judge.runs.reference.classes.items()),
+    )
+
+
+def _verdict(
+    judge: Judge,
+    fault: Fault | None,
+    mistake: Mistake | None,
+    module: str | None,
+    phase: str,
+    precision: str,
+) -> str:
+    if module is None:
+        return (
+            f"Right at degree {judge.degree}: every difference from the plain module is rounding "
+            f"({precision})."
+        )
+    where = module or "the model"
+    shown = ""
+    if fault is not None:
+        shown = f", first seen in the {fault.judgement.name}"
+    what = (
+        "no known mistake would give these numbers"
+        if mistake is None
+        else f"consistent with {mistake.kind!r}: {kinds.KINDS[mistake.kind][0]}"
+    )
+    return f"Wrong at degree {judge.degree}, in the {phase} of {where}{shown}; {what}."
+
+
+def _evidence(mistake: Mistake) -> str:
+    left = mistake.unexplained
+    rest = "" if left is None else f"; unexplained: {left:.1e} of the largest element"
+    return f"{mistake.evidence}{rest}"
+
+
+def _checked_tensor(step: int, judged: Judgement | ParameterJudgement) -> CheckedTensor:
+    whole = judged.whole
+    scale = float(whole.abs().max()) if whole.numel() else 0.0
+
+    def relative(difference: float | None) -> float | None:
+        return difference if difference is None or not scale else difference / scale
+
+    if isinstance(judged, Judgement):
+        placement, verdict = str(judged.placement), judged.verdict
+    else:
+        placement = str(judged.layout)
+        differs = bool(judged.in_fp64 or judged.in_fp32)
+        verdict = "wrong" if not judged.is_right else "rounding" if differs else "same"
+    return CheckedTensor(
+        judged.name,
+        judged.module,
+        step + 1,
+        placement,
+        relative(judged.in_fp32),
+        relative(judged.in_fp64),
+        verdict,
+    )
+
+
+def _differences(fault: Fault | None) -> tuple[FirstDifference, ...]:
+    """The first elements of the faulty tensor that differ, one on each of two ranks at most."""
+    if fault is None:
+        return ()
+    judged = fault.judgement
+    if isinstance(judged, ParameterJudgement):
+        expected = judged.expected if judged.locals else []
+    else:
+        expected = [
+            slice_for(rank, judged.locals, judged.whole) for rank in range(len(judged.locals))
+        ]
+    found = []
+    for rank, (local, whole) in enumerate(zip(judged.locals, expected, strict=False)):
+        if local.shape != whole.shape or not local.numel():
+            continue
+        off = (local.double() - whole.double()).abs()
+        wrong = ~(off <= 0.5 * min(float(off.nan_to_num(0).max()), apart(local, whole)))
+        if wrong.any():
+            index = tuple(wrong.nonzero()[0].tolist())
+            found.append(
+                FirstDifference(judged.name, rank, index, float(local[index]), float(whole[index]))
+            )
+    return tuple(found[:2])

@@ -1,0 +1,122 @@
+"""Known mistakes in updates: clipping, decay, and weights that were not updated."""
+
+import math
+
+from torch import Tensor
+
+from shardproof.checker import kinds
+from shardproof.checker.evidence import Mistake, factor_between, listed, ranks_words
+from shardproof.checker.in_gradients import all_gradients, factor_of
+from shardproof.checker.judging import Judge
+from shardproof.checker.locating import Fault
+from shardproof.checker.placement import apart
+from shardproof.checker.program import Program
+
+
+def clipped_otherwise(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+    """Gradients that were right after backward, and are scaled before the update."""
+    judgement = fault.of_parameter
+    if not judgement.name.startswith("gradient at the update"):
+        return None
+    if not judgement.locals:
+        name = judgement.layout.name
+        without = [
+            rank
+            for rank, each in enumerate(judge.runs.ranks)
+            if each.used_gradients.get((fault.step, name)) is None
+        ]
+        return Mistake(
+            kinds.STALE, f"the update has no gradient of {name} on {ranks_words(without)}"
+        )
+    ratios = [factor_of(each) for each in all_gradients(fault, judge, used=True)]
+    known = [each for each in ratios if each is not None]
+    is_one = bool(known) and all(math.isclose(each, known[0], rel_tol=1e-6) for each in known)
+    if is_one and len(known) >= 0.9 * len(ratios):
+        return Mistake(
+            kinds.NORM,
+            f"before the update all gradients are {known[0]:.7g} times the right ones, and after "
+            "backward they were right",
+            0.0,
+        )
+    if any(each is None for each in ratios) or len({round(x, 6) for x in known}) > 1:
+        per_rank = [factor_of(judgement, rank) for rank in range(len(judgement.locals))]
+        if all(each is not None for each in per_rank):
+            return Mistake(
+                kinds.NORM,
+                f"before the update the gradients on ranks 0, 1, ... are "
+                f"{listed([f'{x:.4g}' for x in per_rank if x])} times the right ones, and after "
+                "backward they were right",
+                0.0,
+            )
+    return None
+
+
+def not_updated(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+    """A weight that some ranks did not update."""
+    judgement = fault.of_parameter
+    if not judgement.name.startswith("updated "):
+        return None
+    name = judgement.layout.name
+    stale = []
+    for rank, local in enumerate(judgement.locals):
+        before = _weight_before(judge, rank, name, fault.step)
+        if before is not None and apart(local, before) == 0.0:
+            stale.append(rank)
+    if stale and apart(judgement.whole, _whole_before(judge, judgement.layout.whole, fault.step)):
+        return Mistake(kinds.STALE, f"{name} did not change on {ranks_words(stale)}")
+    right = [
+        rank
+        for rank, (local, each) in enumerate(zip(judgement.locals, judgement.expected, strict=True))
+        if apart(local, each) <= judge.bound(judgement.whole)
+    ]
+    if right and judgement.layout.is_whole:
+        return Mistake(
+            kinds.STALE, f"{name} is right on {ranks_words(right)} only after the update"
+        )
+    return None
+
+
+def decayed_twice(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+    """A weight that is smaller than it should be, in proportion to itself."""
+    judgement = fault.of_parameter
+    if not judgement.name.startswith("updated "):
+        return None
+    ratios = []
+    name = judgement.layout.name
+    for rank, (local, each) in enumerate(zip(judgement.locals, judgement.expected, strict=True)):
+        before = _weight_before(judge, rank, name, fault.step)
+        if before is None:
+            return None
+        ratio = factor_between(local - each, before, tolerance=1e-3)
+        if ratio is None:  # the decay came after the update
+            ratio = factor_between(local - each, each, tolerance=1e-3)
+        if ratio is None:
+            return None
+        ratios.append(ratio)
+    if all(each < 0 for each in ratios):
+        return Mistake(
+            kinds.DECAY,
+            f"the update of {name} took {-ratios[0]:.4g} times the weight too much",
+        )
+    return None
+
+
+def stale_in_next_forward(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+    """Parameters that are right after the update, and an output that is not."""
+    return Mistake(
+        kinds.STALE,
+        f"the parameters are right after the update, and the {fault.judgement.name} of the next "
+        "forward is not",
+    )
+
+
+def _weight_before(judge: Judge, rank: int, name: str, step: int) -> Tensor | None:
+    recording = judge.runs.ranks[rank]
+    if step:
+        return recording.weights.get((step - 1, name))
+    return recording.parameters[name].value
+
+
+def _whole_before(judge: Judge, name: str, step: int) -> Tensor:
+    recording = judge.runs.reference
+    return recording.weights[step - 1, name] if step else recording.parameters[name].value

@@ -1,0 +1,303 @@
+"""Rounding or a mistake: each tensor of the ranks beside the reference's, in fp64 and in fp32.
+
+Rounding in fp64 is about 2**29 times smaller than in fp32, and a mistake is as large in both. Where
+a program does not run in fp64, the reference runs again with parameters whose last bits differ: how
+far that moves a tensor is what rounding can do to it.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shardproof.checker.layout import ParameterLayout, find_layouts
+from shardproof.checker.placement import (
+    ALIKE,
+    NONE,
+    Placement,
+    apart,
+    difference_as,
+    largest,
+    place,
+)
+from shardproof.checker.recording import Place, Recording
+
+# Rounding shrinks by more than this from fp32 to fp64: half of the 29 binary digits.
+SHRINKS = 2.0**14
+_NOTHING = 2.0**-44  # of the largest element: the rounding of a few hundred operations in fp64
+_TIMES_NOISE = 16.0
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A tensor of the ranks beside that of the reference.
+
+    Attributes:
+        name: for people.
+        module: path of the module that it belongs to.
+        placement: how the ranks' tensors lie in the whole one.
+        scale: the largest absolute element of the whole one.
+        in_fp64: largest difference, None where the program was not run in fp64.
+        in_fp32: largest difference, None where it cannot be said.
+        is_right: whether the difference is rounding.
+        locals: of the ranks, in the dtype that was judged.
+        whole: of the reference.
+    """
+
+    name: str
+    module: str
+    placement: Placement
+    scale: float
+    in_fp64: float | None
+    in_fp32: float | None
+    is_right: bool
+    locals: tuple[Tensor, ...]
+    whole: Tensor
+
+    @property
+    def difference(self) -> float:
+        """The largest difference where it was judged."""
+        if self.in_fp64 is not None:
+            return self.in_fp64
+        return math.inf if self.in_fp32 is None else self.in_fp32
+
+    @property
+    def verdict(self) -> str:
+        """One word: "same", "rounding" or "wrong"."""
+        if not self.is_right:
+            return "wrong"
+        return "rounding" if self.difference or self.in_fp32 else "same"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The recordings of one dtype.
+
+    Attributes:
+        ranks: of the program.
+        reference: of the plain module.
+    """
+
+    ranks: Sequence[Recording]
+    reference: Recording
+
+
+class Judge:
+    """Judges tensors by their names.
+
+    Args:
+        single: the runs in fp32.
+        double: the runs in fp64; None where the program cannot run so.
+        moved: runs of the reference in fp32 from parameters whose last bits differ; needed where
+            `double` is None.
+        names: whole parameters that the program calls otherwise.
+    """
+
+    def __init__(
+        self,
+        single: Runs,
+        double: Runs | None,
+        moved: Sequence[Recording] = (),
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        self.single = single
+        self.double = double
+        self._moved = moved
+        self.runs = double or single
+        self.degree = len(single.ranks)
+        self.layouts = find_layouts(self.runs.ranks, self.runs.reference, names)
+        self._floors = {
+            "value": _floor(self.runs.reference.values.values()),
+            "gradient": _floor(
+                [
+                    *self.runs.reference.gradients.values(),
+                    *(g for g in self.runs.reference.parameter_gradients.values() if g is not None),
+                ]
+            ),
+        }
+
+    def places(self, step: int) -> list[Place]:
+        """The tensors of a forward that all ranks and the reference have, in order."""
+        first = self.runs.ranks[0].values
+        return [
+            each
+            for each in first
+            if each.step == step
+            and each in self.runs.reference.values
+            and all(each in rank.values for rank in self.runs.ranks)
+        ]
+
+    def gradient_places(self, step: int) -> list[Place]:
+        """The same of a backward."""
+        first = self.runs.ranks[0].gradients
+        return [
+            each
+            for each in first
+            if each.step == step
+            and each in self.runs.reference.gradients
+            and all(each in rank.gradients for rank in self.runs.ranks)
+        ]
+
+    def value(self, at: Place) -> Judgement:
+        """Judge an input or output of a module."""
+        return self._judged(_name(at), at.path, "value", lambda each: each.values.get(at))
+
+    def gradient(self, at: Place) -> Judgement:
+        """Judge the gradient of an input or output."""
+        name = f"gradient of {_name(at)}"
+        return self._judged(name, at.path, "gradient", lambda each: each.gradients.get(at))
+
+    def loss(self, step: int) -> Judgement:
+        """Judge a loss."""
+        return self._judged("loss", "", "value", lambda each: each.losses[step])
+
+    def bound(self, whole: Tensor, kind: str = "gradient", noise: float = 0.0) -> float:
+        """The largest difference between alike elements of a tensor such as `whole`."""
+        if self.double is None:
+            return max(_TIMES_NOISE * noise, 2.0**-18 * _finite(largest(whole)))
+        return ALIKE * _finite(largest(whole)) + _NOTHING * self._floors[kind]
+
+    def parameter(
+        self, layout: ParameterLayout, get: Callable[[Recording, str], Tensor | None], what: str
+    ) -> "ParameterJudgement | None":
+        """Judge what belongs to a parameter: its gradient, or its value after an update.
+
+        Args:
+            layout: of the parameter.
+            get: of a recording and the name of a parameter.
+            what: for the name.
+
+        Returns:
+            None where neither the program nor the reference has it.
+        """
+        whole = get(self.runs.reference, layout.whole)
+        locals_ = [get(each, layout.name) for each in self.runs.ranks]
+        if whole is None and all(each is None for each in locals_):
+            return None
+        name = f"{what}{layout.name}"
+        if whole is None:
+            whole = torch.zeros(layout.shape, dtype=torch.float64)
+        if any(each is None for each in locals_):
+            return ParameterJudgement(
+                name, layout, (), whole, math.inf, None, is_right=largest(whole) == 0.0
+            )
+        held = tuple(each for each in locals_ if each is not None)
+        in_64 = _parameter_difference(layout, held, whole)
+        in_32 = None
+        if self.double is not None:
+            others = [get(each, layout.name) for each in self.single.ranks]
+            other = get(self.single.reference, layout.whole)
+            if other is not None and all(each is not None for each in others):
+                in_32 = _parameter_difference(layout, [x for x in others if x is not None], other)
+        noise = self._noise(lambda each: get(each, layout.whole), whole)
+        is_right = self._is_right(in_64, in_32, whole, "gradient", noise)
+        return ParameterJudgement(name, layout, held, whole, in_64, in_32, is_right)
+
+    def _judged(
+        self, name: str, module: str, kind: str, get: Callable[[Recording], Tensor | None]
+    ) -> Judgement:
+        locals_ = [get(each) for each in self.runs.ranks]
+        whole = get(self.runs.reference)
+        assert whole is not None and all(each is not None for each in locals_)  # noqa: S101, PT018
+        held = tuple(each for each in locals_ if each is not None)
+        noise = self._noise(get, whole)
+        bound = self.bound(whole, kind, noise)
+        placement = place(held, whole, bound)
+        in_64, in_32 = placement.difference, None
+        if self.double is not None:
+            others = [get(each) for each in self.single.ranks]
+            other = get(self.single.reference)
+            if other is not None and all(each is not None for each in others):
+                in_32, _ = difference_as(placement, [x for x in others if x is not None], other)
+        is_right = placement.kind != NONE and self._is_right(in_64, in_32, whole, kind, noise)
+        if self.double is None:
+            in_64, in_32 = None, placement.difference  # type: ignore[assignment]
+        scale = largest(whole)
+        return Judgement(
+            name, module, placement, scale, in_64, in_32, is_right, held, placement.view
+        )
+
+    def _is_right(
+        self, in_64: float, in_32: float | None, whole: Tensor, kind: str, noise: float
+    ) -> bool:
+        if not math.isfinite(in_64):
+            return False
+        if self.double is None:
+            return in_64 <= self.bound(whole, kind, noise)
+        scale = _finite(largest(whole))
+        if in_64 <= _NOTHING * max(scale, self._floors[kind]):
+            return True
+        return in_32 is not None and in_64 * SHRINKS <= in_32 and in_64 <= 2.0**-12 * scale
+
+    def _noise(self, get: Callable[[Recording], Tensor | None], whole: Tensor) -> float:
+        moved = [get(each) for each in self._moved]
+        return max((apart(each, whole) for each in moved if each is not None), default=0.0)
+
+
+@dataclass(frozen=True)
+class ParameterJudgement:
+    """What belongs to a parameter, beside the reference's.
+
+    Attributes:
+        name: for people.
+        layout: of the parameter.
+        locals: of the ranks; empty where a rank has none.
+        whole: of the reference.
+        in_fp64: largest difference from the rank's part.
+        in_fp32: the same in fp32; None where it cannot be said.
+        is_right: whether the difference is rounding.
+    """
+
+    name: str
+    layout: ParameterLayout
+    locals: tuple[Tensor, ...]
+    whole: Tensor
+    in_fp64: float
+    in_fp32: float | None
+    is_right: bool
+
+    @property
+    def module(self) -> str:
+        """The path of the module that has the parameter."""
+        return self.layout.name.rpartition(".")[0]
+
+    @property
+    def expected(self) -> list[Tensor]:
+        """What each rank should hold."""
+        return [piece.take(self.whole) for piece in self.layout.pieces]
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of what the ranks hold, each where it lies; NaN if it does not fit there."""
+        total = torch.zeros_like(self.whole)
+        for piece, local in zip(self.layout.pieces, self.locals, strict=True):
+            if piece.take(self.whole).shape != local.shape:
+                return torch.full_like(self.whole, math.nan)
+            piece.add_to(total, local.to(total.dtype))
+        return total
+
+
+def _parameter_difference(
+    layout: ParameterLayout, locals_: Sequence[Tensor], whole: Tensor
+) -> float:
+    if not layout.is_found:
+        return math.inf
+    return max(
+        apart(local, piece.take(whole)) for local, piece in zip(locals_, layout.pieces, strict=True)
+    )
+
+
+def _name(at: Place) -> str:
+    number = f" {at.index}" if at.index else ""
+    calls = f", call {at.call + 1}" if at.call else ""
+    return f"{at.side}{number} of {at.path or 'the model'}{calls}"
+
+
+def _floor(tensors: Iterable[Tensor]) -> float:
+    return max((_finite(largest(each)) for each in tensors), default=0.0)
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
