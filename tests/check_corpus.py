@@ -24,12 +24,12 @@ class Expected:
     Attributes:
         module: the first faulty module.
         also: modules that may be named in its place.
-        kind: of the mistake.
+        kind: of the mistake; None if it is none of the known ones.
     """
 
     module: str
     also: tuple[str, ...]
-    kind: str
+    kind: str | None
 
     def has_module(self, report: CheckReport) -> bool:
         """Whether a report names the module."""

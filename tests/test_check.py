@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import shardproof as sp
 import warm
 from check_corpus import FOLDER, judged
-from shardproof.checker import judging, layout, placement
+from shardproof.checker import in_outputs, judging, layout, placement
 from shardproof.checker.kinds import KINDS
 from shardproof.checker.placement import NONE, PARTIAL, REPLICATE, SHARD, matched, place
 from shardproof.cli.main import main
@@ -311,3 +311,13 @@ def test_parts_that_are_taken_for_the_whole_are_found(plant: Callable[..., None]
     plant(placement, "_partial", lambda *_: None)
     report = judged(FOLDER / "wrong_no_sum_after_embedding.py")
     assert report.kind != "sum missing"
+
+
+def test_a_test_of_a_kind_that_fails_is_said_and_hides_nothing(plant: Callable[..., None]) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("a shape that nobody thought of")
+
+    plant(in_outputs, "bias_too_often", broken)
+    report = judged(WRONG)
+    assert (report.right, report.module) == (False, "layers.0.mlp.down")
+    assert "the test for broken failed: RuntimeError: a shape that nobody thought of" in report.note

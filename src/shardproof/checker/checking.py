@@ -267,7 +267,8 @@ def _report(
     mistake: Mistake | None = None
     module, phase = None, ""
     if fault is not None:
-        mistake = name_mistake(fault, judge, program)
+        mistake, problems = name_mistake(fault, judge, program)
+        note = "; ".join([*([note] if note else []), *problems])
         module, phase = fault.module, fault.phase
     elif isinstance(other, DropoutFault):
         mistake = Mistake(other.kind, other.evidence)

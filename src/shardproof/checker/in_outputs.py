@@ -1,6 +1,7 @@
 """Known mistakes in the outputs of modules, and in the gradients that they pass on."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -317,25 +318,28 @@ def one_rank_right(fault: Fault, judge: Judge, program: Program) -> Mistake | No
 
 
 def part_on_all_ranks(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
-    """All ranks have the part of one rank, as after a broadcast in place of a sum."""
-    judgement = fault.of_module
-    alike = are_alike(judgement.locals, judge)
-    layouts = [each for each in judge.layouts.values() if is_near(owner_of(each), fault.module)]
-    is_row = any(
-        layout.is_found and len(layout.shape) == 2 and layout.cut_dims == (1,) for layout in layouts
-    )
-    if (
-        is_row
-        and not alike
-        and all(each.shape == judgement.whole.shape for each in judgement.locals)
-    ):
+    """The part of one rank, as after a broadcast in place of a sum over a row-parallel layer."""
+    judgement, at = fault.of_module, fault.place
+    if at is None or at.side != "output" or judgement.locals[0].shape != judgement.whole.shape:
         return None
-    if not is_row or not alike or fault.phase != locating.FORWARD:
-        return None
-    return Mistake(
-        kinds.MISSING_SUM,
-        f"the {judgement.name} is alike on all ranks and not the sum of what the ranks hold",
-    )
+    biases = [("", torch.zeros(())), *_biases(fault.module, judge, judgement.whole)]
+    for rank, each in enumerate(judge.runs.ranks):
+        x = each.values.get(replace(at, side="input", index=0))
+        record = each.parameters.get(f"{fault.module}.weight")
+        if x is None or record is None or record.value.ndim != 2:
+            return None
+        if record.value.shape[-1:] != x.shape[-1:]:
+            return None
+        part = torch.nn.functional.linear(x, record.value)
+        for _, bias in biases:
+            left = max(apart(local, part + bias) for local in judgement.locals)
+            if left <= judge.bound(part):
+                return Mistake(
+                    kinds.MISSING_SUM,
+                    f"the {judgement.name} on every rank is the part of rank {rank}",
+                    relative(left, judgement.whole),
+                )
+    return None
 
 
 def _is_fused(module: str, judge: Judge) -> bool:

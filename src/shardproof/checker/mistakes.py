@@ -7,17 +7,30 @@ from shardproof.checker.evidence import Mistake
 from shardproof.checker.judging import Judge, ParameterJudgement
 from shardproof.checker.locating import Fault
 from shardproof.checker.program import Program
+from shardproof.wording import error_words
 
 _Test = Callable[[Fault, Judge, Program], Mistake | None]
 
 
-def name_mistake(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
-    """The first known mistake that is consistent with a fault; None if no known one is."""
+def name_mistake(
+    fault: Fault, judge: Judge, program: Program
+) -> tuple[Mistake | None, tuple[str, ...]]:
+    """The first known mistake that is consistent with a fault.
+
+    Returns:
+        The mistake, None if no known one is; and a sentence about each test that failed, so that
+        tensors of a shape that nobody thought of do not hide where the fault is.
+    """
+    problems = []
     for test in _tests(fault):
-        mistake = test(fault, judge, program)
+        try:
+            mistake = test(fault, judge, program)
+        except (RuntimeError, ValueError, IndexError) as error:
+            problems.append(f"the test for {test.__name__} failed: {error_words(error)}")
+            continue
         if mistake is not None:
-            return mistake
-    return None
+            return mistake, tuple(problems)
+    return None, tuple(problems)
 
 
 def _tests(fault: Fault) -> Iterator[_Test]:
