@@ -14,7 +14,11 @@ from shardproof.checker.files import arguments_of
 from shardproof.checker.report import CheckReport
 
 FOLDER = Path(__file__).parent / "check"
-OPTIONAL = ("transformers",)  # libraries of programs that are skipped without them
+OPTIONAL = (
+    "fairscale",
+    "megatron",
+    "transformers",
+)  # libraries of programs that are skipped without them
 
 
 @dataclass(frozen=True)
