@@ -1,5 +1,6 @@
 """Known mistakes in losses."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,35 +61,17 @@ def loss_of_slices(fault: Fault, judge: Judge, program: Program) -> Mistake | No
 
 
 def labels_shifted(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
-    """The loss of other labels: the plain module's outputs with shifted labels give it."""
-    for shift, dim, batch in _shifted(program, judge):
-        loss = _plain_loss(judge, program, batch)
+    """The loss of other labels: the plain module's outputs give it with shifted labels."""
+    output = _output(judge)
+    if output is None:
+        return None
+    for words, other, batch in _shifted(program, output):
+        loss = _loss_or_none(program, other, batch)
         if loss is None:
             continue
         left = misfit(fault.judgement.locals, loss, judge.bound(loss))
         if left is not None:
-            return Mistake(
-                kinds.LABELS,
-                f"the loss is that of labels shifted by {shift} along dim {dim}",
-                relative(left, loss),
-            )
-    output = _output(judge)
-    if output is None or output.ndim < 2:
-        return None
-    batch = program.make_batch(output.dtype)
-    for dim in range(output.ndim - 1):
-        for shift in (1, -1):
-            for moved in (output.roll(shift, dim), _trimmed(output, shift, dim)):
-                loss = _loss_or_none(program, moved, batch)
-                if loss is None:
-                    continue
-                left = misfit(fault.judgement.locals, loss, judge.bound(loss))
-                if left is not None:
-                    return Mistake(
-                        kinds.LABELS,
-                        f"the loss is that of outputs shifted by {shift} against the labels",
-                        relative(left, loss),
-                    )
+            return Mistake(kinds.LABELS, f"the loss is that of {words}", relative(left, loss))
     return None
 
 
@@ -148,32 +131,20 @@ def _sizes_of_output(judge: Judge) -> tuple[int, int] | None:
     return None
 
 
-def _shifted(program: Program, judge: Judge) -> Iterator[tuple[int, int, Any]]:
-    """Batches whose whole numbers are shifted."""
-    dtype = torch.float64 if judge.double is not None else torch.float32
-    batch = program.make_batch(dtype)
-    numbers = [
-        each for each in pytree.tree_leaves(batch)
-        if isinstance(each, Tensor) and each.ndim
-    ]  # fmt: skip
-    for tensor in numbers:
-        for dim in range(tensor.ndim):
-            for shift in (1, -1):
-                yield (
-                    shift,
-                    dim,
-                    pytree.tree_map(
-                        lambda each, t=tensor, s=shift, d=dim: (
-                            each.roll(s, d) if each is t else each
-                        ),
-                        batch,
-                    ),
-                )
-
-
-def _plain_loss(judge: Judge, program: Program, batch: Any) -> Tensor | None:
-    output = _output(judge)
-    return None if output is None else _loss_or_none(program, output, batch)
+def _shifted(program: Program, output: Tensor) -> Iterator[tuple[str, Tensor, Any]]:
+    """Outputs and batches of which one is shifted against the other, and words for that."""
+    batch = program.make_batch(output.dtype)
+    tensors = [x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)]
+    for tensor in tensors:
+        for dim, shift in itertools.product(range(tensor.ndim), (1, -1)):
+            moved = pytree.tree_map(
+                lambda x, t=tensor, s=shift, d=dim: x.roll(s, d) if x is t else x, batch
+            )
+            yield f"labels shifted by {shift} along dim {dim}", output, moved
+    for dim, shift in itertools.product(range(output.ndim - 1), (1, -1)):
+        words = f"outputs shifted by {shift} against the labels"
+        yield words, output.roll(shift, dim), batch
+        yield words, _trimmed(output, shift, dim), batch
 
 
 def _loss_or_none(program: Program, output: Tensor, batch: Any) -> Tensor | None:

@@ -120,24 +120,16 @@ class Judge:
 
     def places(self, step: int) -> list[Place]:
         """The tensors of a forward that all ranks and the reference have, in order."""
-        first = self.runs.ranks[0].values
-        return [
-            each
-            for each in first
-            if each.step == step
-            and each in self.runs.reference.values
-            and all(each in rank.values for rank in self.runs.ranks)
-        ]
+        return self._shared(step, lambda each: each.values)
 
     def gradient_places(self, step: int) -> list[Place]:
         """The same of a backward."""
-        first = self.runs.ranks[0].gradients
+        return self._shared(step, lambda each: each.gradients)
+
+    def _shared(self, step: int, of: Callable[[Recording], Mapping[Place, Tensor]]) -> list[Place]:
+        everyone = [of(each) for each in (*self.runs.ranks, self.runs.reference)]
         return [
-            each
-            for each in first
-            if each.step == step
-            and each in self.runs.reference.gradients
-            and all(each in rank.gradients for rank in self.runs.ranks)
+            at for at in everyone[0] if at.step == step and all(at in each for each in everyone)
         ]
 
     def value(self, at: Place) -> Judgement:
