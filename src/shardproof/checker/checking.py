@@ -347,12 +347,7 @@ def _checked_tensor(step: int, judged: Judgement | ParameterJudgement) -> Checke
     def relative(difference: float | None) -> float | None:
         return difference if difference is None or not scale else difference / scale
 
-    if isinstance(judged, Judgement):
-        placement, verdict = str(judged.placement), judged.verdict
-    else:
-        placement = str(judged.layout)
-        differs = bool(judged.in_fp64 or judged.in_fp32)
-        verdict = "wrong" if not judged.is_right else "rounding" if differs else "same"
+    placement = str(judged.placement if isinstance(judged, Judgement) else judged.layout)
     return CheckedTensor(
         judged.name,
         judged.module,
@@ -360,7 +355,7 @@ def _checked_tensor(step: int, judged: Judgement | ParameterJudgement) -> Checke
         placement,
         relative(judged.in_fp32),
         relative(judged.in_fp64),
-        verdict,
+        judged.verdict,
     )
 
 

@@ -27,48 +27,80 @@ from shardproof.checker.recording import Place, Recording
 # Rounding shrinks by more than this from fp32 to fp64: half of the 29 binary digits.
 SHRINKS = 2.0**14
 _NOTHING = 2.0**-44  # of the largest element: the rounding of a few hundred operations in fp64
+_MOST = 2.0**-12  # of the largest element, that may be rounding in fp64 if it shrinks
 _TIMES_NOISE = 16.0
 
 
-@dataclass(frozen=True)
-class Judgement:
+@dataclass(frozen=True, kw_only=True)
+class Compared:
     """A tensor of the ranks beside that of the reference.
 
     Attributes:
         name: for people.
-        module: path of the module that it belongs to.
-        placement: how the ranks' tensors lie in the whole one.
-        scale: the largest absolute element of the whole one.
-        in_fp64: largest difference, None where the program was not run in fp64.
-        in_fp32: largest difference, None where it cannot be said.
+        locals: of the ranks, in the dtype that was judged; empty where a rank has none.
+        whole: of the reference, in the shape of which the ranks have parts.
+        in_fp64: largest difference; None where the program was not run in fp64.
+        in_fp32: the same in fp32; None where it cannot be said.
         is_right: whether the difference is rounding.
-        locals: of the ranks, in the dtype that was judged.
-        whole: of the reference.
     """
 
     name: str
-    module: str
-    placement: Placement
-    scale: float
+    locals: tuple[Tensor, ...]
+    whole: Tensor
     in_fp64: float | None
     in_fp32: float | None
     is_right: bool
-    locals: tuple[Tensor, ...]
-    whole: Tensor
-
-    @property
-    def difference(self) -> float:
-        """The largest difference where it was judged."""
-        if self.in_fp64 is not None:
-            return self.in_fp64
-        return math.inf if self.in_fp32 is None else self.in_fp32
 
     @property
     def verdict(self) -> str:
         """One word: "same", "rounding" or "wrong"."""
         if not self.is_right:
             return "wrong"
-        return "rounding" if self.difference or self.in_fp32 else "same"
+        return "rounding" if self.in_fp64 or self.in_fp32 else "same"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement(Compared):
+    """An input, an output, the gradient of one, or a loss.
+
+    Attributes:
+        module: path of the module that it belongs to.
+        placement: how the ranks' tensors lie in the whole one.
+    """
+
+    module: str
+    placement: Placement
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterJudgement(Compared):
+    """What belongs to a parameter.
+
+    Attributes:
+        layout: of the parameter.
+    """
+
+    layout: ParameterLayout
+
+    @property
+    def module(self) -> str:
+        """The path of the module that has the parameter."""
+        return self.layout.name.rpartition(".")[0]
+
+    @property
+    def expected(self) -> list[Tensor]:
+        """What each rank should hold."""
+        return [piece.take(self.whole) for piece in self.layout.pieces]
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of what the ranks hold, each where it lies; NaN if it does not fit there."""
+        total = torch.zeros_like(self.whole)
+        for piece, local in zip(self.layout.pieces, self.locals, strict=True):
+            if piece.take(self.whole).shape != local.shape:
+                return torch.full_like(self.whole, math.nan)
+            piece.add_to(total, local.to(total.dtype))
+        return total
 
 
 @dataclass(frozen=True)
@@ -153,7 +185,7 @@ class Judge:
 
     def parameter(
         self, layout: ParameterLayout, get: Callable[[Recording, str], Tensor | None], what: str
-    ) -> "ParameterJudgement | None":
+    ) -> ParameterJudgement | None:
         """Judge what belongs to a parameter: its gradient, or its value after an update.
 
         Args:
@@ -173,102 +205,91 @@ class Judge:
             whole = torch.zeros(layout.shape, dtype=torch.float64)
         if any(each is None for each in locals_):
             return ParameterJudgement(
-                name, layout, (), whole, math.inf, None, is_right=largest(whole) == 0.0
+                name=name,
+                layout=layout,
+                locals=(),
+                whole=whole,
+                in_fp64=None,
+                in_fp32=None,
+                is_right=largest(whole) == 0.0,
             )
         held = tuple(each for each in locals_ if each is not None)
-        in_64 = _parameter_difference(layout, held, whole)
-        in_32 = None
+        difference = _parameter_difference(layout, held, whole)
+        in_fp32: float | None = difference
         if self.double is not None:
-            others = [get(each, layout.name) for each in self.single.ranks]
             other = get(self.single.reference, layout.whole)
-            if other is not None and all(each is not None for each in others):
-                in_32 = _parameter_difference(layout, [x for x in others if x is not None], other)
+            others = [get(each, layout.name) for each in self.single.ranks]
+            given = [each for each in others if each is not None]
+            in_fp32 = None
+            if other is not None and len(given) == self.degree:
+                in_fp32 = _parameter_difference(layout, given, other)
         noise = self._noise(lambda each: get(each, layout.whole), whole)
-        is_right = self._is_right(in_64, in_32, whole, "gradient", noise)
-        return ParameterJudgement(name, layout, held, whole, in_64, in_32, is_right)
+        return ParameterJudgement(
+            name=name,
+            layout=layout,
+            locals=held,
+            whole=whole,
+            in_fp64=None if self.double is None else difference,
+            in_fp32=in_fp32,
+            is_right=self._is_right(difference, in_fp32, whole, "gradient", noise),
+        )
 
     def _judged(
         self, name: str, module: str, kind: str, get: Callable[[Recording], Tensor | None]
     ) -> Judgement:
-        locals_ = [get(each) for each in self.runs.ranks]
-        whole = get(self.runs.reference)
-        assert whole is not None and all(each is not None for each in locals_)  # noqa: S101, PT018
-        held = tuple(each for each in locals_ if each is not None)
+        held, whole = _given(self.runs, get)
         noise = self._noise(get, whole)
-        bound = self.bound(whole, kind, noise)
-        placement = place(held, whole, bound)
-        in_64, in_32 = placement.difference, None
+        placement = place(held, whole, self.bound(whole, kind, noise))
+        difference, in_fp32 = placement.difference, placement.difference
         if self.double is not None:
-            others = [get(each) for each in self.single.ranks]
-            other = get(self.single.reference)
-            if other is not None and all(each is not None for each in others):
-                in_32, _ = difference_as(placement, [x for x in others if x is not None], other)
-        is_right = placement.kind != NONE and self._is_right(in_64, in_32, whole, kind, noise)
-        if self.double is None:
-            in_64, in_32 = None, placement.difference  # type: ignore[assignment]
-        scale = largest(whole)
+            in_fp32, _ = difference_as(placement, *_given(self.single, get))
+        is_right = self._is_right(difference, in_fp32, whole, kind, noise)
         return Judgement(
-            name, module, placement, scale, in_64, in_32, is_right, held, placement.view
+            name=name,
+            module=module,
+            placement=placement,
+            locals=held,
+            whole=placement.view,
+            in_fp64=None if self.double is None else difference,
+            in_fp32=in_fp32,
+            is_right=placement.kind != NONE and is_right,
         )
 
     def _is_right(
-        self, in_64: float, in_32: float | None, whole: Tensor, kind: str, noise: float
+        self, difference: float, in_fp32: float | None, whole: Tensor, kind: str, noise: float
     ) -> bool:
-        if not math.isfinite(in_64):
+        """Whether a difference is rounding.
+
+        Args:
+            difference: in the dtype that is judged.
+            in_fp32: the same in fp32; None if it is not known.
+            whole: of the reference.
+            kind: "value" or "gradient".
+            noise: how far moved last bits move it.
+        """
+        if not math.isfinite(difference):
             return False
         if self.double is None:
-            return in_64 <= self.bound(whole, kind, noise)
+            return difference <= self.bound(whole, kind, noise)
         scale = _finite(largest(whole))
-        if in_64 <= _NOTHING * max(scale, self._floors[kind]):
+        if difference <= _NOTHING * max(scale, self._floors[kind]):
             return True
-        return in_32 is not None and in_64 * SHRINKS <= in_32 and in_64 <= 2.0**-12 * scale
+        shrinks = in_fp32 is not None and difference * SHRINKS <= in_fp32
+        return shrinks and difference <= _MOST * scale
 
     def _noise(self, get: Callable[[Recording], Tensor | None], whole: Tensor) -> float:
         moved = [get(each) for each in self._moved]
         return max((apart(each, whole) for each in moved if each is not None), default=0.0)
 
 
-@dataclass(frozen=True)
-class ParameterJudgement:
-    """What belongs to a parameter, beside the reference's.
-
-    Attributes:
-        name: for people.
-        layout: of the parameter.
-        locals: of the ranks; empty where a rank has none.
-        whole: of the reference.
-        in_fp64: largest difference from the rank's part.
-        in_fp32: the same in fp32; None where it cannot be said.
-        is_right: whether the difference is rounding.
-    """
-
-    name: str
-    layout: ParameterLayout
-    locals: tuple[Tensor, ...]
-    whole: Tensor
-    in_fp64: float
-    in_fp32: float | None
-    is_right: bool
-
-    @property
-    def module(self) -> str:
-        """The path of the module that has the parameter."""
-        return self.layout.name.rpartition(".")[0]
-
-    @property
-    def expected(self) -> list[Tensor]:
-        """What each rank should hold."""
-        return [piece.take(self.whole) for piece in self.layout.pieces]
-
-    @property
-    def total(self) -> Tensor:
-        """The sum of what the ranks hold, each where it lies; NaN if it does not fit there."""
-        total = torch.zeros_like(self.whole)
-        for piece, local in zip(self.layout.pieces, self.locals, strict=True):
-            if piece.take(self.whole).shape != local.shape:
-                return torch.full_like(self.whole, math.nan)
-            piece.add_to(total, local.to(total.dtype))
-        return total
+def _given(
+    runs: Runs, get: Callable[[Recording], Tensor | None]
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The tensors of the ranks and of the reference, which all have it."""
+    tensors = [get(each) for each in (*runs.ranks, runs.reference)]
+    held = tuple(each for each in tensors if each is not None)
+    assert len(held) == len(tensors)  # noqa: S101 - only shared places are judged
+    return held[:-1], held[-1]
 
 
 def _parameter_difference(
