@@ -1,4 +1,4 @@
-"""Each rank has some of the experts, and the router's gradient is not summed."""
+"""Each rank has some experts, and the gradient of the router is not summed (torchtitan 2387)."""
 
 import torch
 import torch.distributed as dist

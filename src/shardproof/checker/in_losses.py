@@ -1,6 +1,7 @@
 """Known mistakes in losses."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +35,15 @@ def loss_scaled(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
                 f"the loss is {times_words(factor)} the right one",
                 relative(left, judgement.whole),
             )
+    more = judgement.whole + math.log(judge.degree)
+    left = misfit(judgement.locals, more, judge.bound(more))
+    if left is not None:
+        return Mistake(
+            kinds.TWICE,
+            f"the loss is the right one and the logarithm of {judge.degree} more, as if each "
+            f"exponential of a softmax was counted {judge.degree} times",
+            relative(left, more),
+        )
     return None
 
 

@@ -1,16 +1,26 @@
 """Known mistakes in updates: clipping, decay, and weights that were not updated."""
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from shardproof.checker import kinds
-from shardproof.checker.evidence import Mistake, factor_between, listed, ranks_words
+from shardproof.checker.evidence import (
+    Mistake,
+    factor_between,
+    factors_of,
+    listed,
+    ranks_words,
+    times_words,
+)
 from shardproof.checker.in_gradients import all_gradients, factor_of
-from shardproof.checker.judging import Judge
+from shardproof.checker.judging import Judge, ParameterJudgement
 from shardproof.checker.locating import Fault
 from shardproof.checker.placement import apart
 from shardproof.checker.program import Program
+
+_NEARLY = 0.9  # of all gradients: some are zero but for rounding
 
 
 def clipped_otherwise(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
@@ -28,27 +38,36 @@ def clipped_otherwise(fault: Fault, judge: Judge, program: Program) -> Mistake |
         return Mistake(
             kinds.STALE, f"the update has no gradient of {name} on {ranks_words(without)}"
         )
-    ratios = [factor_of(each) for each in all_gradients(fault, judge, used=True)]
-    known = [each for each in ratios if each is not None]
-    is_one = bool(known) and all(math.isclose(each, known[0], rel_tol=1e-6) for each in known)
-    if is_one and len(known) >= 0.9 * len(ratios):
+    every = all_gradients(fault, judge, used=True)
+    by_rank = [_shared_factor(every, rank) for rank in range(judge.degree)]
+    found = [f"{each:.7g}" for each in by_rank if each is not None]
+    if len(found) == judge.degree:
         return Mistake(
             kinds.NORM,
-            f"before the update all gradients are {known[0]:.7g} times the right ones, and after "
-            "backward they were right",
+            f"before the update all gradients on ranks 0, 1, ... are {listed(found)} times the "
+            "right ones, and after backward they were right",
             0.0,
         )
-    if any(each is None for each in ratios) or len({round(x, 6) for x in known}) > 1:
-        per_rank = [factor_of(judgement, rank) for rank in range(len(judgement.locals))]
-        if all(each is not None for each in per_rank):
+    own = factor_of(judgement)
+    for factor, kind in factors_of(judge.degree):
+        if own is not None and math.isclose(own, factor, rel_tol=1e-6):
             return Mistake(
-                kinds.NORM,
-                f"before the update the gradients on ranks 0, 1, ... are "
-                f"{listed([f'{x:.4g}' for x in per_rank if x])} times the right ones, and after "
-                "backward they were right",
+                kind,
+                f"the {judgement.name} is {times_words(factor)} the right one, and after backward "
+                "it was right",
                 0.0,
             )
     return None
+
+
+def _shared_factor(every: Sequence[ParameterJudgement], rank: int) -> float | None:
+    """The factor by which a rank's gradients are scaled; None if it is not one for nearly all."""
+    factors = [factor_of(each, rank) for each in every]
+    known = [each for each in factors if each is not None]
+    if not known or len(known) < _NEARLY * len(factors):
+        return None
+    is_one = all(math.isclose(each, known[0], rel_tol=1e-6) for each in known)
+    return known[0] if is_one else None
 
 
 def not_updated(fault: Fault, judge: Judge, program: Program) -> Mistake | None:

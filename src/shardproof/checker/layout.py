@@ -50,7 +50,7 @@ class ParameterLayout:
         whole: of the parameter in the reference that it is, or is a part of.
         shape: of the whole parameter.
         pieces: of each rank; empty where nothing fits.
-        declared: how it lies, as a DTensor says.
+        declared: how it lies, as the program says.
     """
 
     name: str

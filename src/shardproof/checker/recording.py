@@ -70,7 +70,7 @@ class ParameterRecord:
 
     Attributes:
         value: at the start.
-        declared: how it lies, as a DTensor says; empty if it is none.
+        declared: how it lies, as a DTensor or Megatron's attributes say; empty if nothing does.
         offsets: where its first element lies in the whole, as a DTensor says.
     """
 
@@ -338,7 +338,10 @@ def _dropout_arguments(
 
 def _parameter_record(parameter: nn.Parameter) -> ParameterRecord:
     if not isinstance(parameter, DTensor):
-        return ParameterRecord(local_of(parameter))
+        # Megatron's layers, and those that learnt from them, say the dim that is cut.
+        is_cut = getattr(parameter, "tensor_model_parallel", False)
+        declared = f"partition_dim={getattr(parameter, 'partition_dim', '?')}" if is_cut else ""
+        return ParameterRecord(local_of(parameter), declared)
     _, offsets = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )

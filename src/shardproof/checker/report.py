@@ -43,7 +43,7 @@ class CheckedLayout:
         whole: the parameter of the plain module that it is a part of.
         shape: of the whole parameter.
         placement: how it lies, as it was found.
-        declared: how it lies, as a DTensor says; empty if it is none.
+        declared: how it lies, as the program says; empty if it says nothing.
         held: the indices of each rank along the dims that are cut.
     """
 
