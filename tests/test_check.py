@@ -193,6 +193,37 @@ def test_a_mistake_below_the_rounding_of_fp32_is_found(factor: float) -> None:
     assert report.phase == "forward"
 
 
+class BiasLater(nn.Module):
+    """Two linear layers; the bias of the second may be added outside of it."""
+
+    def __init__(self, *, later: bool, factor: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.last = OffBy(factor)
+        self.last.inner = nn.Linear(4, 4)
+        self.later = later
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.later:
+            return self.last(self.inside(x))
+        bias = self.second.bias
+        self.second.register_parameter("bias", None)
+        y = self.second(self.first(x))
+        self.second.register_parameter("bias", bias)
+        return self.last(y + bias)
+
+    def inside(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def test_work_may_be_divided_among_modules_otherwise() -> None:
+    """As in Megatron's layers, which return their bias."""
+    report = sp.check(lambda group: BiasLater(later=True), lambda: BiasLater(later=False), BATCH)
+    assert report.right, report.verdict
+    assert report.marks()["second"] == "inside"
+
+
 def test_parameters_of_other_names() -> None:
     class Renamed(nn.Module):
         def __init__(self) -> None:

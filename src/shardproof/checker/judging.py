@@ -66,10 +66,17 @@ class Judgement(Compared):
     Attributes:
         module: path of the module that it belongs to.
         placement: how the ranks' tensors lie in the whole one.
+        is_inside: it is wrong, and the output of a module around it is right.
     """
 
     module: str
     placement: Placement
+    is_inside: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """One word, as of others, or "inside"."""
+        return "inside" if self.is_inside else super().verdict
 
 
 @dataclass(frozen=True, kw_only=True)

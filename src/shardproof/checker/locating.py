@@ -1,7 +1,7 @@
 """The first fault of a program: the earliest wrong tensor, and the module that made it."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -102,7 +102,9 @@ class _Open:
         else:
             self._parts.clear()  # what followed is right, so the sum was made
             if at.side == OUTPUT:
-                self._others = [each for each in self._others if not _is_inside(each[0], at)]
+                self._others = [
+                    each for each in self._others if not _is_below(each[0].path, at.path)
+                ]
 
     def source(self) -> tuple[Place, Judgement] | None:
         """What a wrong tensor that comes now was made of; the first of those that are the same."""
@@ -117,16 +119,31 @@ class _Open:
 def _forward(judge: Judge, step: int, found: Findings) -> Fault | None:
     fault = None
     opened = _Open()
-    for at in judge.places(step):
-        judgement = judge.value(at)
-        found.judgements.append((step, judgement))
-        if fault is not None:
+    judged = [(at, judge.value(at)) for at in judge.places(step)]
+    right = _right_around(judged)
+    for at, judgement in judged:
+        # A program may divide its work among modules otherwise, such as a bias that is added later.
+        is_inside = not judgement.is_right and any(_is_below(at.path, path) for path in right)
+        found.judgements.append((step, replace(judgement, is_inside=is_inside)))
+        if fault is not None or is_inside:
             continue
         if judgement.is_right:
             opened.note(at, judgement)
         else:
             fault = _of_place(judge, FORWARD, step, at, judgement, opened)
     return fault
+
+
+def _right_around(judged: Sequence[tuple[Place, Judgement]]) -> set[str]:
+    """The modules whose outputs are right in all their calls."""
+    outputs = [(at.path, each.is_right) for at, each in judged if at.side == OUTPUT]
+    wrong = {path for path, is_right in outputs if not is_right}
+    return {path for path, _ in outputs} - wrong
+
+
+def _is_below(path: str, around: str) -> bool:
+    """Whether a module is inside another."""
+    return path != around and (not around or path.startswith(f"{around}."))
 
 
 def _of_place(
@@ -275,11 +292,6 @@ def _state(judge: Judge, step: int, found: Findings) -> Fault | None:
             if not judgement.is_right and first is None:
                 first = Fault(UPDATE, step, judgement.module, judgement)
     return first
-
-
-def _is_inside(inner: Place, outer: Place) -> bool:
-    prefix = f"{outer.path}." if outer.path else ""
-    return inner.path != outer.path and inner.path.startswith(prefix)
 
 
 def _tiny(x: Tensor) -> float:

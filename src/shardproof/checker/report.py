@@ -18,7 +18,8 @@ class CheckedTensor:
         placement: how the ranks' tensors lie in the whole one.
         in_fp32: the largest difference, relative to the largest element; None if not compared.
         in_fp64: the same in fp64; None if the program does not run in fp64.
-        verdict: "same", "rounding" or "wrong".
+        verdict: "same", "rounding" or "wrong"; "inside" if it is another tensor than the plain
+            module's, and the output of a module around it is right.
     """
 
     name: str
@@ -131,7 +132,7 @@ class CheckReport:
     def marks(self) -> dict[str, str]:
         """For each module with a tensor that was compared, the worst verdict on its tensors."""
         worst: dict[str, str] = {}
-        order = ("same", "rounding", "wrong")
+        order = ("same", "rounding", "inside", "wrong")
         for each in self.tensors:
             before = worst.get(each.module, "same")
             worst[each.module] = max(before, each.verdict, key=order.index)

@@ -25,7 +25,7 @@ from shardproof.errors import UsageError
 from shardproof.ranks import ENGINES
 from shardproof.showing.check_page import check_page
 
-_MARKS = {"same": "same", "rounding": "ok", "wrong": "WRONG"}
+_MARKS = {"same": "same", "rounding": "ok", "inside": "inside", "wrong": "WRONG"}
 _INDENT = 2
 
 
@@ -108,7 +108,10 @@ def _show_layouts(report: CheckReport, out: PlainConsole) -> None:
 
 
 def _show_modules(report: CheckReport, out: PlainConsole) -> None:
-    out.heading("modules: same = no difference, ok = rounding, - = not compared")
+    out.heading(
+        "modules: same = no difference, ok = rounding, inside = other tensors with a right result, "
+        "- = not compared"
+    )
     marks = report.marks()
     for path, class_name in report.modules:
         depth = path.count(".") + 1 if path else 0

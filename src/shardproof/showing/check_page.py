@@ -9,7 +9,13 @@ from shardproof.checker.drawing import Drawing, drawing_of
 from shardproof.checker.report import CheckedTensor, CheckReport
 from shardproof.showing.page import document
 
-_MARKS = {"same": "same", "rounding": "rounding", "wrong": "wrong", "": "not compared"}
+_MARKS = {
+    "same": "same",
+    "rounding": "rounding",
+    "inside": "other inside",
+    "wrong": "wrong",
+    "": "not compared",
+}
 _LETTER, _LINE, _PAD = 7.4, 34, 10  # of the drawing: width of a letter, height of a row
 
 
