@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import shardproof as sp
-from shardproof.checker.files import arguments_of
-from shardproof.checker.report import CheckReport
+from shardproof.checker.check_report import CheckReport
+from shardproof.checker.program_file import arguments_of
 
 FOLDER = Path(__file__).parent / "check"
 OPTIONAL = (

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from check_corpus import expected, judged, programs
-from shardproof.checker.report import CheckReport
+from shardproof.checker.check_report import CheckReport
 
 PAGE = Path(__file__).parents[1] / "docs" / "check-programs.md"
 

@@ -16,7 +16,7 @@ import shardproof as sp
 import warm
 from check_corpus import FOLDER, judged
 from shardproof.checker import in_outputs, judging, layout, placement
-from shardproof.checker.kinds import KINDS
+from shardproof.checker.mistake_kinds import KINDS
 from shardproof.checker.placement import NONE, PARTIAL, REPLICATE, SHARD, matched, place
 from shardproof.cli.main import main
 

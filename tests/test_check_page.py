@@ -5,9 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from shardproof.checker.check_report import (
+    CheckedLayout,
+    CheckedTensor,
+    CheckReport,
+    FirstDifference,
+)
 from shardproof.checker.drawing import drawing_of
-from shardproof.checker.kinds import KINDS
-from shardproof.checker.report import CheckedLayout, CheckedTensor, CheckReport, FirstDifference
+from shardproof.checker.mistake_kinds import KINDS
 from shardproof.showing.check_page import check_page
 from test_show_page import BROWSER, FRAME, WATCH, browse
 

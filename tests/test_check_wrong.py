@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from check_corpus import expected, judged, programs
-from shardproof.checker.kinds import KINDS
-from shardproof.checker.report import CheckReport
+from shardproof.checker.check_report import CheckReport
+from shardproof.checker.mistake_kinds import KINDS
 
 # These are found, and the kind is not named.
 UNNAMED = {"wrong_label_smoothing_of_a_slice", "wrong_loss_mean_of_rank_means"}

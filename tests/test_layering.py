@@ -265,8 +265,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("mistakes.outcome",),
     ("mistakes.__init__",),
     # Programs of others: what a run shows, how its tensors lie, the first fault, and its kind.
-    ("checker.kinds", "checker.placement", "checker.program"),
-    ("checker.drawing", "checker.files", "checker.recording", "checker.report"),
+    ("checker.mistake_kinds", "checker.placement", "checker.program"),
+    ("checker.drawing", "checker.program_file", "checker.step_recording", "checker.check_report"),
     ("checker.layout",),
     ("checker.judging",),
     ("checker.dropout", "checker.locating"),
@@ -275,7 +275,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checker.in_gradients",),
     ("checker.in_updates",),
     ("checker.mistakes",),
-    ("checker.checking",),
+    ("checker.check_program",),
     ("checker.__init__",),
     # One step to look at: scenes, then how they are drawn.
     ("showing.actions", "showing.step_runs"),

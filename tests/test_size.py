@@ -42,6 +42,7 @@ MANY_PARAMETERS = {
     ),
     **dict.fromkeys(
         [
+            "checker/check_program.py check",
             "checkpoint/save.py save",
             "prover/prove_model.py prove",
             "prover/proof.py prove_cases",
@@ -126,6 +127,7 @@ CLASSES: dict[str, str] = {
 }
 FILES: dict[str, str] = {
     "attention.py": "the module, and the function that it calls",
+    "check.py": "the command, and what checks collectives",
     "base.py": "the base classes of layers, and those of transports",
     "dropout.py": "the module, and the function that it calls",
     "embedding.py": "the module, and the function that it calls",

@@ -11,7 +11,7 @@ _set_blas_mode()
 
 from shardproof import errors, functional, hf, optim
 from shardproof.axis import Axis
-from shardproof.checker.checking import check
+from shardproof.checker.check_program import check
 from shardproof.checkpoint.load import load
 from shardproof.checkpoint.save import save, wait_for_save
 from shardproof.checkpoint.series import latest_checkpoint

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from shardproof.checker import kinds
+from shardproof.checker import mistake_kinds as kinds
 
 
 @dataclass(frozen=True)
-class Drawing:
+class FaultDrawing:
     """What a drawing shows.
 
     Attributes:
@@ -22,7 +22,7 @@ class Drawing:
     def lines(self) -> list[str]:
         """The drawing as text.
 
-        >>> for line in Drawing(("part 0", "part 1"), "part alone", "part 0 + part 1").lines():
+        >>> for line in FaultDrawing(("part 0", "part 1"), "part alone", "part 0 + part 1").lines():
         ...     print(line)
         rank 0 [ part 0 ] --+
         rank 1 [ part 1 ] --+--> part alone
@@ -63,13 +63,13 @@ _WORDS: dict[str, tuple[str, str, str]] = {
 }
 
 
-def drawing_of(kind: str | None, degree: int) -> Drawing:
+def drawing_of(kind: str | None, degree: int) -> FaultDrawing:
     """The drawing of a kind; of any wrong tensor without one."""
     rank, result, right = _WORDS.get(
         kind or "", ("tensor {r}", "differs from the plain module's", "the plain module's")
     )
     words = {"d": degree, "last": degree - 1}
-    return Drawing(
+    return FaultDrawing(
         tuple(rank.format(r=r, n=(r + 1) % degree, **words) for r in range(degree)),
         result.format(r="r", **words),
         right.format(r="r", **words),

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardproof.checker import kinds
+from shardproof.checker import mistake_kinds as kinds
 from shardproof.checker.judging import Judge
-from shardproof.checker.placement import REPLICATE, SHARD, Placement, place
-from shardproof.checker.recording import Recording
+from shardproof.checker.placement import REPLICATE, SHARD, FoundPlacement, place
+from shardproof.checker.step_recording import Recording
 
 _FEW = 16  # elements: masks of fewer can be alike by chance
 
@@ -61,7 +61,7 @@ def find_dropout_fault(judge: Judge, drawn: Sequence[Recording]) -> DropoutFault
     return None
 
 
-def _inputs(judge: Judge, path: str, call: int) -> Placement | None:
+def _inputs(judge: Judge, path: str, call: int) -> FoundPlacement | None:
     """How the input of a dropout lies; None where the plain module has no such dropout."""
     wholes = [x for x in judge.runs.reference.draws if x.path == path and x.call == call]
     locals_ = [
@@ -74,11 +74,11 @@ def _inputs(judge: Judge, path: str, call: int) -> Placement | None:
     if wholes:
         return place(held, wholes[0].x, judge.bound(wholes[0].x, "value"))
     if all(torch.equal(each, held[0]) for each in held):
-        return Placement(REPLICATE, 0.0, held[0])
+        return FoundPlacement(REPLICATE, 0.0, held[0])
     return None
 
 
-def _wrong(a: Tensor, b: Tensor, placement: Placement, rank_a: int, rank_b: int) -> str | None:
+def _wrong(a: Tensor, b: Tensor, placement: FoundPlacement, rank_a: int, rank_b: int) -> str | None:
     if a.shape != b.shape or a.numel() < _FEW or bool(a.all()):
         return None
     is_alike = torch.equal(a, b)

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardproof.checker import kinds
+from shardproof.checker import mistake_kinds as kinds
 from shardproof.checker.judging import Judge
-from shardproof.checker.layout import ParameterLayout
+from shardproof.checker.layout import FoundLayout
 from shardproof.checker.locating import Fault
 from shardproof.checker.placement import apart, largest, slice_for
 
 
 @dataclass(frozen=True)
-class Mistake:
+class KnownMistake:
     """A known mistake that would give what was seen.
 
     Attributes:
@@ -161,13 +161,13 @@ def has_fused_name(name: str) -> bool:
 _KEY_VALUE_NAMES = ("k", "v", "key", "value", "kv", "k_proj", "v_proj", "wk", "wv", "kv_proj")
 
 
-def is_key_value(layout: ParameterLayout) -> bool:
+def is_key_value(layout: FoundLayout) -> bool:
     """Whether several ranks hold a parameter of key or value heads."""
     last = owner_of(layout).rpartition(".")[2]
     return layout.overlaps or (layout.is_whole and last in _KEY_VALUE_NAMES)
 
 
-def owner_of(layout: ParameterLayout) -> str:
+def owner_of(layout: FoundLayout) -> str:
     """The path of the module that has a parameter."""
     return layout.name.rpartition(".")[0]
 
@@ -177,7 +177,7 @@ def is_near(owner: str, module: str) -> bool:
     return owner == module or owner.rpartition(".")[0] == module
 
 
-def layouts_near(fault: Fault, judge: Judge) -> list[ParameterLayout]:
+def layouts_near(fault: Fault, judge: Judge) -> list[FoundLayout]:
     """The parameters of the faulty module and of those inside it."""
     prefix = f"{fault.module}." if fault.module else ""
     inside = [each for each in judge.layouts.values() if owner_of(each) == fault.module]

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from shardproof.checker import kinds
+from shardproof.checker import mistake_kinds as kinds
 from shardproof.checker.evidence import (
-    Mistake,
+    KnownMistake,
     are_alike,
     factor_between,
     factors_of,
@@ -24,21 +24,23 @@ from shardproof.checker.judging import Judge, ParameterJudgement
 from shardproof.checker.locating import Fault
 from shardproof.checker.placement import apart, largest
 from shardproof.checker.program import Program
-from shardproof.checker.recording import Place
+from shardproof.checker.step_recording import TensorPlace
 
 
-def no_gradient(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def no_gradient(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """A parameter without a gradient, or with one of zeros."""
     judgement = fault.of_parameter
     if not judgement.locals:
-        return Mistake(kinds.NO_GRADIENT, f"{judgement.layout.name} has no gradient")
+        return KnownMistake(kinds.NO_GRADIENT, f"{judgement.layout.name} has no gradient")
     zero = [rank for rank, each in enumerate(judgement.locals) if not largest(each)]
     if len(zero) == judge.degree and largest(judgement.whole):
-        return Mistake(kinds.NO_GRADIENT, f"the {judgement.name} is zero on {ranks_words(zero)}")
+        return KnownMistake(
+            kinds.NO_GRADIENT, f"the {judgement.name} is zero on {ranks_words(zero)}"
+        )
     return None
 
 
-def open_part_of_gradient(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def open_part_of_gradient(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """The gradient of an output is a part, and so are those of the parameters behind it."""
     source, layout = fault.source, fault.of_parameter.layout
     if source is None or owner_of(layout) != source.module:
@@ -49,7 +51,7 @@ def open_part_of_gradient(fault: Fault, judge: Judge, program: Program) -> Mista
     return open_part(fault, judge, program)
 
 
-def scaled_everywhere(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def scaled_everywhere(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """All gradients are scaled alike, so the loss was."""
     ratios = [factor_of(each) for each in all_gradients(fault, judge)]
     known = [each for each in ratios if each is not None]
@@ -58,7 +60,7 @@ def scaled_everywhere(fault: Fault, judge: Judge, program: Program) -> Mistake |
     for factor, _ in factors_of(judge.degree):
         if all(math.isclose(each, factor, rel_tol=1e-6) for each in known):
             kind = kinds.LOSS_AVERAGED if factor < 1 else kinds.TWICE
-            return Mistake(
+            return KnownMistake(
                 kind,
                 f"the gradients of all {len(ratios)} parameters are {times_words(factor)} the "
                 "right ones",
@@ -67,7 +69,7 @@ def scaled_everywhere(fault: Fault, judge: Judge, program: Program) -> Mistake |
     return None
 
 
-def parts_of_gradient(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def parts_of_gradient(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """A parameter that several ranks hold, and whose gradient is a part on each, or scaled."""
     judgement = fault.of_parameter
     layout = judgement.layout
@@ -77,14 +79,14 @@ def parts_of_gradient(fault: Fault, judge: Judge, program: Program) -> Mistake |
     for factor, kind in factors_of(judge.degree):
         pairs = zip(judgement.locals, judgement.expected, strict=True)
         if all(apart(local, factor * each) <= bound for local, each in pairs):
-            return Mistake(
+            return KnownMistake(
                 kind, f"the {judgement.name} is {times_words(factor)} the right one", 0.0
             )
     left = apart(judgement.total, judgement.whole)
     held = "hold" if layout.is_whole else "share"
     if left <= bound and (layout.is_whole or layout.overlaps):
         kind = kinds.KEY_VALUE if is_key_value(layout) else kinds.REPLICATED
-        return Mistake(
+        return KnownMistake(
             kind,
             f"the ranks {held} {layout.name}, and the sum of their gradients is right",
             relative(left, judgement.whole),
@@ -92,14 +94,14 @@ def parts_of_gradient(fault: Fault, judge: Judge, program: Program) -> Mistake |
     if layout.is_whole or layout.overlaps:
         mean = judgement.total / judge.degree
         if layout.is_whole and apart(mean, judgement.whole) <= bound:
-            return Mistake(
+            return KnownMistake(
                 kinds.REPLICATED,
                 f"all ranks hold {layout.name}, and the mean of their gradients is right",
                 0.0,
             )
         for factor, kind in factors_of(judge.degree):
             if apart(judgement.total, factor * judgement.whole) <= bound:
-                return Mistake(
+                return KnownMistake(
                     kind,
                     f"the {judgement.name}, summed, is {times_words(factor)} the right one",
                     0.0,
@@ -109,7 +111,7 @@ def parts_of_gradient(fault: Fault, judge: Judge, program: Program) -> Mistake |
             return tied
         if not are_alike(judgement.locals, judge):
             kind = kinds.KEY_VALUE if is_key_value(layout) else kinds.REPLICATED
-            return Mistake(
+            return KnownMistake(
                 kind,
                 f"the ranks {held} {layout.name}, and their gradients differ",
                 relative(left, judgement.whole),
@@ -117,7 +119,7 @@ def parts_of_gradient(fault: Fault, judge: Judge, program: Program) -> Mistake |
     return _tied(judgement, judge)
 
 
-def _tied(judgement: ParameterJudgement, judge: Judge) -> Mistake | None:
+def _tied(judgement: ParameterJudgement, judge: Judge) -> KnownMistake | None:
     """A parameter that the reference has under several names, and the program several times."""
     for other in judge.layouts.values():
         if other.name == judgement.layout.name or not other.is_found:
@@ -126,7 +128,7 @@ def _tied(judgement: ParameterJudgement, judge: Judge) -> Mistake | None:
         one, two = both[judgement.layout.whole].value, both[other.whole].value
         is_constant = not one.numel() or bool((one == one.flatten()[0]).all())
         if one.shape == two.shape and apart(one, two) == 0.0 and not is_constant:
-            return Mistake(
+            return KnownMistake(
                 kinds.STALE,
                 f"the plain module has one parameter for {judgement.layout.name} and "
                 f"{other.name}, and the program has two",
@@ -134,7 +136,7 @@ def _tied(judgement: ParameterJudgement, judge: Judge) -> Mistake | None:
     return None
 
 
-def parts_of_readers(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def parts_of_readers(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """Some of the layers that read a tensor do not sum the gradient of their input."""
     judgement, at = fault.of_module, fault.place
     bound = judge.bound(judgement.whole)
@@ -157,12 +159,12 @@ def parts_of_readers(fault: Fault, judge: Judge, program: Program) -> Mistake | 
             names = listed([path for path, _ in chosen])
             without = judgement.whole - sum(sum(parts) for _, parts in chosen)
             if max(apart(each, without) for each in judgement.locals) <= bound:
-                return Mistake(
+                return KnownMistake(
                     kinds.NO_GRADIENT,
                     f"the {judgement.name} has nothing of what comes from {names}",
                 )
             if left <= bound:
-                return Mistake(
+                return KnownMistake(
                     kinds.MISSING_SUM,
                     f"the {judgement.name} has only this rank's part of what comes from {names}",
                     relative(left, judgement.whole),
@@ -170,7 +172,7 @@ def parts_of_readers(fault: Fault, judge: Judge, program: Program) -> Mistake | 
     return None
 
 
-def _gradient_parts(at: Place, judge: Judge, read: Tensor) -> list[Tensor] | None:
+def _gradient_parts(at: TensorPlace, judge: Judge, read: Tensor) -> list[Tensor] | None:
     """What each rank's part of a linear layer adds to the gradient of what it reads."""
     whole = judge.runs.reference.values[at]
     output = replace(at, side="output")

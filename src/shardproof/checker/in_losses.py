@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from shardproof.checker import kinds
+from shardproof.checker import mistake_kinds as kinds
 from shardproof.checker.evidence import (
-    Mistake,
+    KnownMistake,
     are_alike,
     factors_of,
     misfit,
@@ -23,14 +23,14 @@ from shardproof.checker.locating import Fault
 from shardproof.checker.program import Program
 
 
-def loss_scaled(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def loss_scaled(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """A loss that is divided or multiplied by the number of ranks."""
     judgement = fault.of_module
     for factor, _ in factors_of(judge.degree):
         left = misfit(judgement.locals, factor * judgement.whole, judge.bound(judgement.whole))
         if left is not None:
             kind = kinds.LOSS_AVERAGED if factor < 1 else kinds.TWICE
-            return Mistake(
+            return KnownMistake(
                 kind,
                 f"the loss is {times_words(factor)} the right one",
                 relative(left, judgement.whole),
@@ -38,7 +38,7 @@ def loss_scaled(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
     more = judgement.whole + math.log(judge.degree)
     left = misfit(judgement.locals, more, judge.bound(more))
     if left is not None:
-        return Mistake(
+        return KnownMistake(
             kinds.TWICE,
             f"the loss is the right one and the logarithm of {judge.degree} more, as if each "
             f"exponential of a softmax was counted {judge.degree} times",
@@ -47,7 +47,7 @@ def loss_scaled(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
     return None
 
 
-def loss_of_slices(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def loss_of_slices(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """Outputs that are cut, and a loss that is neither their sum nor right."""
     judgement = fault.of_module
     outputs = [
@@ -61,16 +61,18 @@ def loss_of_slices(fault: Fault, judge: Judge, program: Program) -> Mistake | No
     if placement.dim is None or not outputs[-1].is_right:
         return None
     if placement.dim == outputs[-1].whole.ndim - 1:
-        return Mistake(
+        return KnownMistake(
             kinds.MISSING_SUM,
             "each rank holds a slice of the output's last dim, and the loss does not join them",
         )
     is_alike = are_alike(judgement.locals, judge)
     kind = kinds.LOSS_AVERAGED if is_alike else kinds.MISSING_SUM
-    return Mistake(kind, f"the output is {placement}, and each rank's loss is of its own slice")
+    return KnownMistake(
+        kind, f"the output is {placement}, and each rank's loss is of its own slice"
+    )
 
 
-def labels_shifted(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def labels_shifted(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """The loss of other labels: the plain module's outputs give it with shifted labels."""
     output = _output(judge)
     if output is None:
@@ -81,11 +83,11 @@ def labels_shifted(fault: Fault, judge: Judge, program: Program) -> Mistake | No
             continue
         left = misfit(fault.judgement.locals, loss, judge.bound(loss))
         if left is not None:
-            return Mistake(kinds.LABELS, f"the loss is that of {words}", relative(left, loss))
+            return KnownMistake(kinds.LABELS, f"the loss is that of {words}", relative(left, loss))
     return None
 
 
-def padding_counted(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def padding_counted(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """Outputs or parameters with more columns than the plain module's."""
     for at in judge.places(fault.step):
         judgement = judge.value(at)
@@ -96,14 +98,14 @@ def padding_counted(fault: Fault, judge: Judge, program: Program) -> Mistake | N
         held = sum(len(each) for each in indices)
         highest = max((max(each, default=0) for each in indices), default=0)
         if highest >= size:
-            return Mistake(
+            return KnownMistake(
                 kinds.PADDING,
                 f"the {judgement.name} has {held} columns on all ranks together, and the plain one "
                 f"has {size}",
             )
     sizes = _sizes_of_output(judge)
     if sizes is not None and sizes[0] > sizes[1]:
-        return Mistake(
+        return KnownMistake(
             kinds.PADDING,
             f"the output has {sizes[0]} columns, and the plain one has {sizes[1]}",
         )
@@ -114,7 +116,7 @@ def padding_counted(fault: Fault, judge: Judge, program: Program) -> Mistake | N
             continue
         num_rows = len(whole.value)
         if sum(rows) > num_rows and any(each != num_rows for each in rows):
-            return Mistake(
+            return KnownMistake(
                 kinds.PADDING,
                 f"{name} has {sum(rows)} rows on all ranks together, and the plain one has "
                 f"{num_rows}",

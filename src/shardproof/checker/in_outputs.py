@@ -6,9 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from shardproof.checker import kinds, locating
+from shardproof.checker import locating
+from shardproof.checker import mistake_kinds as kinds
 from shardproof.checker.evidence import (
-    Mistake,
+    KnownMistake,
     are_alike,
     blocks_of,
     factors_of,
@@ -29,13 +30,13 @@ from shardproof.checker.evidence import (
     times_words,
 )
 from shardproof.checker.judging import Judge
-from shardproof.checker.layout import ParameterLayout
+from shardproof.checker.layout import FoundLayout
 from shardproof.checker.locating import Fault
 from shardproof.checker.placement import PARTIAL, apart, largest, matched, slice_for
 from shardproof.checker.program import Program
 
 
-def not_finite(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def not_finite(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """NaN or infinite elements, where the plain module has none."""
     judgement = fault.judgement
     if all(bool(torch.isfinite(each).all()) for each in judgement.locals):
@@ -43,15 +44,15 @@ def not_finite(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
     if not bool(torch.isfinite(judgement.whole).all()):
         return None
     ranks = [r for r, each in enumerate(judgement.locals) if not torch.isfinite(each).all()]
-    return Mistake(kinds.NOT_FINITE, f"NaN or infinity on {ranks_words(ranks)}")
+    return KnownMistake(kinds.NOT_FINITE, f"NaN or infinity on {ranks_words(ranks)}")
 
 
-def open_part(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def open_part(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """An earlier tensor that is a part of a sum, and is used as it is."""
     source = fault.source
     if source is None or source.placement.kind != PARTIAL:
         return None
-    return Mistake(
+    return KnownMistake(
         kinds.MISSING_SUM,
         f"the {source.name} on each rank is a part, and the parts add up to the whole; what "
         "follows uses a part alone",
@@ -59,34 +60,34 @@ def open_part(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
     )
 
 
-def other_order(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def other_order(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """An earlier tensor whose slices are in another order than the ranks."""
     source = fault.source
     if source is None or source.placement.indices is None:
         return None
     indices = source.placement.indices
     if is_block_order(indices):
-        return Mistake(
+        return KnownMistake(
             kinds.ORDER,
             f"the {source.name} has the slices {slices_words(indices)} on ranks 0, 1, ...",
             relative(source.placement.difference, source.whole),
         )
     if _is_fused(fault.module, judge):
         return None
-    return Mistake(
+    return KnownMistake(
         kinds.SWAPPED,
         f"the {source.name} has the elements {slices_words(indices)} on ranks 0, 1, ...",
         relative(source.placement.difference, source.whole),
     )
 
 
-def one_shard(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def one_shard(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """Parameters of the module, or of one inside it, that ranks hold alike and nobody holds."""
     for layout in layouts_near(fault, judge):
         if layout.is_found and not layout.covers:
             held = [layout.held(rank) for rank in range(judge.degree)]
             if len(set(held)) < len(held):
-                return Mistake(
+                return KnownMistake(
                     kinds.ONE_SHARD,
                     f"ranks 0, 1, ... hold {listed(held)} of {layout.whole}, and the rest is on "
                     "no rank",
@@ -103,7 +104,7 @@ def one_shard(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
         if len(held_) < whole.shape[dim] and (repeats or len(set(indices)) < len(indices)):
             own = [each for each in judge.layouts.values() if owner_of(each) == fault.module]
             is_looked_up = bool(own) and all(each.is_whole for each in own)
-            return Mistake(
+            return KnownMistake(
                 kinds.POSITIONS if is_looked_up else kinds.ONE_SHARD,
                 f"the {judgement.name} has only the slices {runs_words(sorted(held_))} of "
                 f"0:{whole.shape[dim]} along dim {dim}",
@@ -112,21 +113,21 @@ def one_shard(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
     return None
 
 
-def fused_as_one(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def fused_as_one(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """A fused weight of which each rank holds one block."""
     for layout in layouts_near(fault, judge):
         if not layout.is_found or layout.is_whole or not has_fused_name(layout.whole):
             continue
         along = [piece.indices[layout.cut_dims[0]] for piece in layout.pieces if layout.cut_dims]
         if along and all(is_run(each) for each in along):
-            return Mistake(
+            return KnownMistake(
                 kinds.FUSED,
                 f"{layout.whole} is fused, and ranks 0, 1, ... hold {slices_words(along)}",
             )
     return None
 
 
-def bias_too_often(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def bias_too_often(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """A bias once for each rank, or a sum beside a bias that is wrong."""
     judgement = fault.of_module
     whole, d = judgement.whole, judge.degree
@@ -135,13 +136,13 @@ def bias_too_often(fault: Fault, judge: Judge, program: Program) -> Mistake | No
     for name, bias in _biases(fault.module, judge, whole):
         right = f"the {judgement.name} is the right one"
         if (left := misfit_in_slices(judgement.locals, whole + (d - 1) * bias, bound)) is not None:
-            return Mistake(
+            return KnownMistake(
                 kinds.BIAS, f"{right} and {d - 1} times {name} more", relative(left, whole)
             )
         for factor, kind in factors_of(d):
             wrong = factor * (whole - bias) + bias
             if (left := misfit_in_slices(judgement.locals, wrong, bound)) is not None:
-                return Mistake(
+                return KnownMistake(
                     kind,
                     f"the {judgement.name} is {times_words(factor)} the right one, without {name}",
                     relative(left, whole),
@@ -151,7 +152,7 @@ def bias_too_often(fault: Fault, judge: Judge, program: Program) -> Mistake | No
         left = apart(torch.stack(list(judgement.locals)).sum(0), whole + (d - 1) * bias)
         if left <= bound:
             kind = kinds.BIAS if _is_summed_later(fault, judge) else kinds.MISSING_SUM
-            return Mistake(
+            return KnownMistake(
                 kind,
                 f"the {judgement.name} on each rank is a part with all of {name}",
                 relative(left, whole),
@@ -182,13 +183,13 @@ def _is_summed_later(fault: Fault, judge: Judge) -> bool:
     return False
 
 
-def scaled(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def scaled(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """A tensor that is the number of ranks times too large or too small."""
     judgement = fault.of_module
     for factor, kind in factors_of(judge.degree):
         left = misfit(judgement.locals, factor * judgement.whole, judge.bound(judgement.whole))
         if left is not None:
-            return Mistake(
+            return KnownMistake(
                 kind,
                 f"the {judgement.name} is {times_words(factor)} the right one",
                 relative(left, judgement.whole),
@@ -196,7 +197,7 @@ def scaled(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
     return None
 
 
-def unequal_mean(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def unequal_mean(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """A tensor that differs between ranks, and whose mean is right."""
     judgement = fault.of_module
     if any(each.shape != judgement.whole.shape for each in judgement.locals):
@@ -206,7 +207,7 @@ def unequal_mean(fault: Fault, judge: Judge, program: Program) -> Mistake | None
     if left <= judge.bound(judgement.whole) and are_alike(judgement.locals, judge):
         return None
     if left <= judge.bound(judgement.whole):
-        return Mistake(
+        return KnownMistake(
             kinds.TWICE,
             f"the {judgement.name} differs between ranks, and its mean over the ranks is right",
             relative(left, judgement.whole),
@@ -214,7 +215,7 @@ def unequal_mean(fault: Fault, judge: Judge, program: Program) -> Mistake | None
     return None
 
 
-def permuted(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def permuted(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """The right elements in another order along one dim, or viewed as other heads."""
     judgement = fault.of_module
     whole, bound = judgement.whole, judge.bound(judgement.whole)
@@ -236,7 +237,7 @@ def permuted(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
                 kind = kinds.ORDER
             else:
                 kind = kinds.SWAPPED
-            return Mistake(
+            return KnownMistake(
                 kind,
                 f"the {judgement.name} has the right elements in the order {slices_words(indices)} "
                 f"along dim {dim} on ranks 0, 1, ...",
@@ -245,7 +246,7 @@ def permuted(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
     return None
 
 
-def rearranged(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def rearranged(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """The right elements, all of them at other places."""
     judgement = fault.of_module
     whole, bound = judgement.whole, judge.bound(judgement.whole)
@@ -255,16 +256,18 @@ def rearranged(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
             return None
         if apart(local.flatten().sort().values, right.flatten().sort().values) > bound:
             return None
-    return Mistake(kinds.HEADS, f"the {judgement.name} has the right elements at other places", 0.0)
+    return KnownMistake(
+        kinds.HEADS, f"the {judgement.name} has the right elements at other places", 0.0
+    )
 
 
-def order_of_weights(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def order_of_weights(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """Parameters whose parts lie in another order, or are those of another parameter."""
     for layout in layouts_near(fault, judge):
         if not layout.is_found:
             other = _other_whole(layout, judge)
             if other is not None:
-                return Mistake(kinds.SWAPPED, f"{layout.name} has elements of {other}")
+                return KnownMistake(kinds.SWAPPED, f"{layout.name} has elements of {other}")
             continue
         for dim in range(len(layout.shape)):
             indices = [piece.indices[dim] for piece in layout.pieces]
@@ -272,14 +275,14 @@ def order_of_weights(fault: Fault, judge: Judge, program: Program) -> Mistake | 
             joined = [i for each in in_turn for i in each]
             if joined == sorted(joined) or has_fused_name(layout.whole):
                 continue
-            return Mistake(
+            return KnownMistake(
                 kinds.ORDER if is_block_order(indices) else kinds.SWAPPED,
                 f"ranks 0, 1, ... hold {slices_words(indices)} of dim {dim} of {layout.whole}",
             )
     return None
 
 
-def _other_whole(layout: ParameterLayout, judge: Judge) -> str | None:
+def _other_whole(layout: FoundLayout, judge: Judge) -> str | None:
     """The parameter of the plain module, nearby and by another name, that ranks hold parts of."""
     around = layout.whole.rpartition(".")[0].rpartition(".")[0]
     for name, record in judge.runs.reference.parameters.items():
@@ -292,7 +295,7 @@ def _other_whole(layout: ParameterLayout, judge: Judge) -> str | None:
     return None
 
 
-def one_rank_right(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def one_rank_right(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """Rank 0 is right and the others are not: something has no offset of the rank."""
     judgement = fault.of_module
     whole, bound = judgement.whole, judge.bound(judgement.whole)
@@ -310,14 +313,14 @@ def one_rank_right(fault: Fault, judge: Judge, program: Program) -> Mistake | No
                 right.append(rank)
     if right == [0] and judge.degree > 1:
         kind = kinds.POSITIONS if _uses_positions(fault.module, judge) else kinds.HEADS
-        return Mistake(
+        return KnownMistake(
             kind,
             f"the {judgement.name} is right on rank 0 only",
         )
     return None
 
 
-def part_on_all_ranks(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def part_on_all_ranks(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """The part of one rank, as after a broadcast in place of a sum over a row-parallel layer."""
     judgement, at = fault.of_module, fault.place
     if at is None or at.side != "output" or judgement.locals[0].shape != judgement.whole.shape:
@@ -334,7 +337,7 @@ def part_on_all_ranks(fault: Fault, judge: Judge, program: Program) -> Mistake |
         for _, bias in biases:
             left = max(apart(local, part + bias) for local in judgement.locals)
             if left <= judge.bound(part):
-                return Mistake(
+                return KnownMistake(
                     kinds.MISSING_SUM,
                     f"the {judgement.name} on every rank is the part of rank {rank}",
                     relative(left, judgement.whole),

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from shardproof.checker import kinds
+from shardproof.checker import mistake_kinds as kinds
 from shardproof.checker.evidence import (
-    Mistake,
+    KnownMistake,
     factor_between,
     factors_of,
     listed,
@@ -23,7 +23,7 @@ from shardproof.checker.program import Program
 _NEARLY = 0.9  # of all gradients: some are zero but for rounding
 
 
-def clipped_otherwise(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def clipped_otherwise(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """Gradients that were right after backward, and are scaled before the update."""
     judgement = fault.of_parameter
     if not judgement.name.startswith("gradient at the update"):
@@ -35,14 +35,14 @@ def clipped_otherwise(fault: Fault, judge: Judge, program: Program) -> Mistake |
             for rank, each in enumerate(judge.runs.ranks)
             if each.used_gradients.get((fault.step, name)) is None
         ]
-        return Mistake(
+        return KnownMistake(
             kinds.STALE, f"the update has no gradient of {name} on {ranks_words(without)}"
         )
     every = all_gradients(fault, judge, used=True)
     by_rank = [_shared_factor(every, rank) for rank in range(judge.degree)]
     found = [f"{each:.7g}" for each in by_rank if each is not None]
     if len(found) == judge.degree:
-        return Mistake(
+        return KnownMistake(
             kinds.NORM,
             f"before the update all gradients on ranks 0, 1, ... are {listed(found)} times the "
             "right ones, and after backward they were right",
@@ -51,7 +51,7 @@ def clipped_otherwise(fault: Fault, judge: Judge, program: Program) -> Mistake |
     own = factor_of(judgement)
     for factor, kind in factors_of(judge.degree):
         if own is not None and math.isclose(own, factor, rel_tol=1e-6):
-            return Mistake(
+            return KnownMistake(
                 kind,
                 f"the {judgement.name} is {times_words(factor)} the right one, and after backward "
                 "it was right",
@@ -70,7 +70,7 @@ def _shared_factor(every: Sequence[ParameterJudgement], rank: int) -> float | No
     return known[0] if is_one else None
 
 
-def not_updated(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def not_updated(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """A weight that some ranks did not update."""
     judgement = fault.of_parameter
     if not judgement.name.startswith("updated "):
@@ -82,20 +82,20 @@ def not_updated(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
         if before is not None and apart(local, before) == 0.0:
             stale.append(rank)
     if stale and apart(judgement.whole, _whole_before(judge, judgement.layout.whole, fault.step)):
-        return Mistake(kinds.STALE, f"{name} did not change on {ranks_words(stale)}")
+        return KnownMistake(kinds.STALE, f"{name} did not change on {ranks_words(stale)}")
     right = [
         rank
         for rank, (local, each) in enumerate(zip(judgement.locals, judgement.expected, strict=True))
         if apart(local, each) <= judge.bound(judgement.whole)
     ]
     if right and judgement.layout.is_whole:
-        return Mistake(
+        return KnownMistake(
             kinds.STALE, f"{name} is right on {ranks_words(right)} only after the update"
         )
     return None
 
 
-def decayed_twice(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def decayed_twice(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """A weight that is smaller than it should be, in proportion to itself."""
     judgement = fault.of_parameter
     if not judgement.name.startswith("updated "):
@@ -113,16 +113,16 @@ def decayed_twice(fault: Fault, judge: Judge, program: Program) -> Mistake | Non
             return None
         ratios.append(ratio)
     if all(each < 0 for each in ratios):
-        return Mistake(
+        return KnownMistake(
             kinds.DECAY,
             f"the update of {name} took {-ratios[0]:.4g} times the weight too much",
         )
     return None
 
 
-def stale_in_next_forward(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def stale_in_next_forward(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """Parameters that are right after the update, and an output that is not."""
-    return Mistake(
+    return KnownMistake(
         kinds.STALE,
         f"the parameters are right after the update, and the {fault.judgement.name} of the next "
         "forward is not",

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardproof.checker.layout import ParameterLayout, find_layouts
+from shardproof.checker.layout import FoundLayout, find_layouts
 from shardproof.checker.placement import (
     ALIKE,
     NONE,
-    Placement,
+    FoundPlacement,
     apart,
     difference_as,
     largest,
     place,
 )
-from shardproof.checker.recording import Place, Recording
+from shardproof.checker.step_recording import Recording, TensorPlace
 
 # Rounding shrinks by more than this from fp32 to fp64: half of the 29 binary digits.
 SHRINKS = 2.0**14
@@ -70,7 +70,7 @@ class Judgement(Compared):
     """
 
     module: str
-    placement: Placement
+    placement: FoundPlacement
     is_inside: bool = False
 
     @property
@@ -87,7 +87,7 @@ class ParameterJudgement(Compared):
         layout: of the parameter.
     """
 
-    layout: ParameterLayout
+    layout: FoundLayout
 
     @property
     def module(self) -> str:
@@ -157,25 +157,27 @@ class Judge:
             ),
         }
 
-    def places(self, step: int) -> list[Place]:
+    def places(self, step: int) -> list[TensorPlace]:
         """The tensors of a forward that all ranks and the reference have, in order."""
         return self._shared(step, lambda each: each.values)
 
-    def gradient_places(self, step: int) -> list[Place]:
+    def gradient_places(self, step: int) -> list[TensorPlace]:
         """The same of a backward."""
         return self._shared(step, lambda each: each.gradients)
 
-    def _shared(self, step: int, of: Callable[[Recording], Mapping[Place, Tensor]]) -> list[Place]:
+    def _shared(
+        self, step: int, of: Callable[[Recording], Mapping[TensorPlace, Tensor]]
+    ) -> list[TensorPlace]:
         everyone = [of(each) for each in (*self.runs.ranks, self.runs.reference)]
         return [
             at for at in everyone[0] if at.step == step and all(at in each for each in everyone)
         ]
 
-    def value(self, at: Place) -> Judgement:
+    def value(self, at: TensorPlace) -> Judgement:
         """Judge an input or output of a module."""
         return self._judged(_name(at), at.path, "value", lambda each: each.values.get(at))
 
-    def gradient(self, at: Place) -> Judgement:
+    def gradient(self, at: TensorPlace) -> Judgement:
         """Judge the gradient of an input or output."""
         name = f"gradient of {_name(at)}"
         return self._judged(name, at.path, "gradient", lambda each: each.gradients.get(at))
@@ -191,7 +193,7 @@ class Judge:
         return ALIKE * _finite(largest(whole)) + _NOTHING * self._floors[kind]
 
     def parameter(
-        self, layout: ParameterLayout, get: Callable[[Recording, str], Tensor | None], what: str
+        self, layout: FoundLayout, get: Callable[[Recording, str], Tensor | None], what: str
     ) -> ParameterJudgement | None:
         """Judge what belongs to a parameter: its gradient, or its value after an update.
 
@@ -299,9 +301,7 @@ def _given(
     return held[:-1], held[-1]
 
 
-def _parameter_difference(
-    layout: ParameterLayout, locals_: Sequence[Tensor], whole: Tensor
-) -> float:
+def _parameter_difference(layout: FoundLayout, locals_: Sequence[Tensor], whole: Tensor) -> float:
     if not layout.is_found:
         return math.inf
     return max(
@@ -309,7 +309,7 @@ def _parameter_difference(
     )
 
 
-def _name(at: Place) -> str:
+def _name(at: TensorPlace) -> str:
     number = f" {at.index}" if at.index else ""
     calls = f", call {at.call + 1}" if at.call else ""
     return f"{at.side}{number} of {at.path or 'the model'}{calls}"

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from shardproof.checker.placement import apart, matched
-from shardproof.checker.recording import ParameterRecord, Recording
+from shardproof.checker.step_recording import ParameterRecord, Recording
 
 
 @dataclass(frozen=True)
-class Piece:
+class HeldPart:
     """What one rank holds of a whole parameter: the product of indices along each dim.
 
     Attributes:
@@ -42,7 +42,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class ParameterLayout:
+class FoundLayout:
     """How a parameter lies on the ranks.
 
     Attributes:
@@ -56,7 +56,7 @@ class ParameterLayout:
     name: str
     whole: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[HeldPart, ...]
     declared: str = ""
 
     @property
@@ -112,7 +112,7 @@ class ParameterLayout:
     def held(self, rank: int) -> str:
         """The indices that a rank holds along the dims that are cut.
 
-        >>> ParameterLayout("w", "w", (4,), (Piece(((0, 1),)), Piece(((2, 3),)))).held(1)
+        >>> FoundLayout("w", "w", (4,), (HeldPart(((0, 1),)), HeldPart(((2, 3),)))).held(1)
         '2:4'
         """
         if not self.is_found:
@@ -123,7 +123,7 @@ class ParameterLayout:
 
 def find_layouts(
     ranks: Sequence[Recording], reference: Recording, given: Mapping[str, str] | None = None
-) -> dict[str, ParameterLayout]:
+) -> dict[str, FoundLayout]:
     """How each parameter of the program lies, by its name.
 
     Args:
@@ -134,7 +134,7 @@ def find_layouts(
     named = given or {}
     wholes = {name: each.value for name, each in reference.parameters.items()}
     free = {name for name in wholes if name not in ranks[0].parameters}
-    found: dict[str, ParameterLayout] = {}
+    found: dict[str, FoundLayout] = {}
     # Values that are alike fit in several ways. They are looked at after those that do not.
     waiting = []
     for name in ranks[0].parameters:
@@ -149,7 +149,7 @@ def find_layouts(
                 break
             pieces = _pieces(records, wholes[whole])
             if pieces or whole == name:
-                layout = ParameterLayout(
+                layout = FoundLayout(
                     name,
                     whole,
                     tuple(wholes[whole].shape),
@@ -163,7 +163,7 @@ def find_layouts(
             found[name] = layout
     for name, whole, records in waiting:
         alike = _like_sibling(name, records, wholes[whole], found)
-        found[name] = ParameterLayout(
+        found[name] = FoundLayout(
             name, whole, tuple(wholes[whole].shape), alike, records[0].declared
         )
     return found
@@ -175,9 +175,9 @@ def _are_constant(records: Sequence[ParameterRecord], whole: Tensor) -> bool:
     return is_cut and whole.numel() > 1 and _is_constant(whole)
 
 
-def _pieces(records: Sequence[ParameterRecord], whole: Tensor) -> tuple[Piece, ...] | None:
+def _pieces(records: Sequence[ParameterRecord], whole: Tensor) -> tuple[HeldPart, ...] | None:
     """Where the part of each rank lies; None if it is not in the whole."""
-    full = Piece(tuple(tuple(range(size)) for size in whole.shape))
+    full = HeldPart(tuple(tuple(range(size)) for size in whole.shape))
     if all(each.value.shape == whole.shape and apart(each.value, whole) == 0.0 for each in records):
         return (full,) * len(records)
     pieces = []
@@ -189,7 +189,7 @@ def _pieces(records: Sequence[ParameterRecord], whole: Tensor) -> tuple[Piece, .
     return tuple(pieces)
 
 
-def _piece(record: ParameterRecord, whole: Tensor, full: Piece) -> Piece | None:
+def _piece(record: ParameterRecord, whole: Tensor, full: HeldPart) -> HeldPart | None:
     local = record.value
     for is_transposed in (False, True):
         if is_transposed and (local.ndim != 2 or whole.ndim != 2):
@@ -198,7 +198,7 @@ def _piece(record: ParameterRecord, whole: Tensor, full: Piece) -> Piece | None:
         if part.ndim != whole.ndim:
             continue
         if part.shape == whole.shape and apart(part, whole) == 0.0:
-            return Piece(full.indices, is_transposed)
+            return HeldPart(full.indices, is_transposed)
         hint = _at_offsets(record, part, whole)
         if hint is not None:
             return hint
@@ -208,11 +208,11 @@ def _piece(record: ParameterRecord, whole: Tensor, full: Piece) -> Piece | None:
                 continue
             indices = matched(part, whole, dim, 0.0)
             if indices is not None:
-                return Piece(_with(full.indices, dim, indices), is_transposed)
+                return HeldPart(_with(full.indices, dim, indices), is_transposed)
         if len(cut) > 1:
             block = _block(part, whole)
             if block is not None:
-                return Piece(block, is_transposed)
+                return HeldPart(block, is_transposed)
     return None
 
 
@@ -222,7 +222,7 @@ def _with(
     return (*indices[:dim], along, *indices[dim + 1 :])
 
 
-def _at_offsets(record: ParameterRecord, part: Tensor, whole: Tensor) -> Piece | None:
+def _at_offsets(record: ParameterRecord, part: Tensor, whole: Tensor) -> HeldPart | None:
     """The block at the offsets that a DTensor declares, if it is really there."""
     if record.offsets is None or len(record.offsets) != whole.ndim:
         return None
@@ -233,7 +233,7 @@ def _at_offsets(record: ParameterRecord, part: Tensor, whole: Tensor) -> Piece |
         block = block.narrow(dim, offset, size)
     if apart(block, part) != 0.0:
         return None
-    return Piece(
+    return HeldPart(
         tuple(
             tuple(range(offset, offset + size))
             for offset, size in zip(record.offsets, part.shape, strict=True)
@@ -264,8 +264,8 @@ def _like_sibling(
     name: str,
     records: Sequence[ParameterRecord],
     whole: Tensor,
-    found: Mapping[str, ParameterLayout],
-) -> tuple[Piece, ...]:
+    found: Mapping[str, FoundLayout],
+) -> tuple[HeldPart, ...]:
     """Where a parameter of equal elements lies: as another of its module, or in order."""
     module = name.rpartition(".")[0]
     sizes = [tuple(each.value.shape) for each in records]
@@ -276,18 +276,18 @@ def _like_sibling(
             continue
         along = [piece.indices[0] for piece in other.pieces]
         if other.shape[0] == len(whole) and [len(each) for each in along] == [s[0] for s in sizes]:
-            return tuple(Piece((each,)) for each in along)
+            return tuple(HeldPart((each,)) for each in along)
     return _in_order(records, whole)
 
 
-def _in_order(records: Sequence[ParameterRecord], whole: Tensor) -> tuple[Piece, ...]:
+def _in_order(records: Sequence[ParameterRecord], whole: Tensor) -> tuple[HeldPart, ...]:
     for dim in range(whole.ndim):
         sizes = [each.value.shape[dim] for each in records if each.value.ndim == whole.ndim]
         if len(sizes) == len(records) and sum(sizes) == whole.shape[dim]:
             full = tuple(tuple(range(size)) for size in whole.shape)
             starts = [sum(sizes[:rank]) for rank in range(len(sizes))]
             return tuple(
-                Piece(_with(full, dim, tuple(range(start, start + size))))
+                HeldPart(_with(full, dim, tuple(range(start, start + size))))
                 for start, size in zip(starts, sizes, strict=True)
             )
     return ()

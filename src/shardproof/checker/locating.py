@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shardproof.checker.judging import Judge, Judgement, ParameterJudgement
 from shardproof.checker.placement import PARTIAL, SHARD, apart
-from shardproof.checker.recording import OUTPUT, Place, Recording
+from shardproof.checker.step_recording import OUTPUT, Recording, TensorPlace
 
 FORWARD, LOSS, BACKWARD, GRADIENT = "forward", "loss", "backward", "gradient"
 UPDATE, AFTER = "update", "forward after the update"
@@ -32,7 +32,7 @@ class Fault:
     module: str
     judgement: Judgement | ParameterJudgement
     source: Judgement | None = None
-    place: Place | None = None
+    place: TensorPlace | None = None
 
     @property
     def of_module(self) -> Judgement:
@@ -89,10 +89,10 @@ class _Open:
     """
 
     def __init__(self) -> None:
-        self._parts: list[tuple[Place, Judgement]] = []
-        self._others: list[tuple[Place, Judgement]] = []
+        self._parts: list[tuple[TensorPlace, Judgement]] = []
+        self._others: list[tuple[TensorPlace, Judgement]] = []
 
-    def note(self, at: Place, judgement: Judgement) -> None:
+    def note(self, at: TensorPlace, judgement: Judgement) -> None:
         """Take a tensor that is right."""
         kind = judgement.placement.kind
         if kind == PARTIAL:
@@ -106,7 +106,7 @@ class _Open:
                     each for each in self._others if not _is_below(each[0].path, at.path)
                 ]
 
-    def source(self) -> tuple[Place, Judgement] | None:
+    def source(self) -> tuple[TensorPlace, Judgement] | None:
         """What a wrong tensor that comes now was made of; the first of those that are the same."""
         if self._parts:
             last = self._parts[-1][1]
@@ -134,7 +134,7 @@ def _forward(judge: Judge, step: int, found: Findings) -> Fault | None:
     return fault
 
 
-def _right_around(judged: Sequence[tuple[Place, Judgement]]) -> set[str]:
+def _right_around(judged: Sequence[tuple[TensorPlace, Judgement]]) -> set[str]:
     """The modules whose outputs are right in all their calls."""
     outputs = [(at.path, each.is_right) for at, each in judged if at.side == OUTPUT]
     wrong = {path for path, is_right in outputs if not is_right}
@@ -147,7 +147,7 @@ def _is_below(path: str, around: str) -> bool:
 
 
 def _of_place(
-    judge: Judge, phase: str, step: int, at: Place, judgement: Judgement, opened: _Open
+    judge: Judge, phase: str, step: int, at: TensorPlace, judgement: Judgement, opened: _Open
 ) -> Fault:
     source = opened.source()
     if source is not None:
@@ -156,7 +156,7 @@ def _of_place(
     return Fault(phase, step, _maker(judge, at), judgement, None, at)
 
 
-def _maker(judge: Judge, at: Place) -> str:
+def _maker(judge: Judge, at: TensorPlace) -> str:
     """The module whose forward makes a tensor: that of an output, the caller of an input's."""
     return at.path if at.side == OUTPUT else caller(judge, at.path)
 

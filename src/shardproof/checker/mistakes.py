@@ -3,18 +3,18 @@
 from collections.abc import Callable, Iterator
 
 from shardproof.checker import in_gradients, in_losses, in_outputs, in_updates, locating, replayed
-from shardproof.checker.evidence import Mistake
+from shardproof.checker.evidence import KnownMistake
 from shardproof.checker.judging import Judge, ParameterJudgement
 from shardproof.checker.locating import Fault
 from shardproof.checker.program import Program
 from shardproof.wording import error_words
 
-_Test = Callable[[Fault, Judge, Program], Mistake | None]
+_Test = Callable[[Fault, Judge, Program], KnownMistake | None]
 
 
 def name_mistake(
     fault: Fault, judge: Judge, program: Program
-) -> tuple[Mistake | None, tuple[str, ...]]:
+) -> tuple[KnownMistake | None, tuple[str, ...]]:
     """The first known mistake that is consistent with a fault.
 
     Returns:

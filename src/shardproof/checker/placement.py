@@ -14,7 +14,7 @@ _SEED = 5
 
 
 @dataclass(frozen=True)
-class Placement:
+class FoundPlacement:
     """How the tensors of the ranks lie in the whole tensor.
 
     Attributes:
@@ -97,7 +97,7 @@ def largest(x: Tensor) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def place(locals_: Sequence[Tensor], whole: Tensor, bound: float) -> Placement:
+def place(locals_: Sequence[Tensor], whole: Tensor, bound: float) -> FoundPlacement:
     """How tensors of ranks lie in the whole one.
 
     Args:
@@ -108,7 +108,7 @@ def place(locals_: Sequence[Tensor], whole: Tensor, bound: float) -> Placement:
     Returns:
         The first kind that fits within `bound`, or "none" with the smallest difference.
     """
-    nearest = Placement(NONE, math.inf, whole)
+    nearest = FoundPlacement(NONE, math.inf, whole)
     for view in _views(locals_[0], whole):
         for found in (_replicate, _shard, _copies, _partial, _indexed):
             placement = found(locals_, view, bound)
@@ -122,7 +122,7 @@ def place(locals_: Sequence[Tensor], whole: Tensor, bound: float) -> Placement:
 
 
 def difference_as(
-    kind: Placement, locals_: Sequence[Tensor], whole: Tensor
+    kind: FoundPlacement, locals_: Sequence[Tensor], whole: Tensor
 ) -> tuple[float, Tensor]:
     """How far other tensors are from what `kind` says, and their view of the whole."""
     for view in _views(locals_[0], whole):
@@ -187,13 +187,13 @@ def _views(local: Tensor, whole: Tensor) -> list[Tensor]:
     return views
 
 
-def _replicate(locals_: Sequence[Tensor], view: Tensor, bound: float) -> Placement | None:
+def _replicate(locals_: Sequence[Tensor], view: Tensor, bound: float) -> FoundPlacement | None:
     if any(each.shape != view.shape for each in locals_):
         return None
-    return Placement(REPLICATE, max(apart(each, view) for each in locals_), view)
+    return FoundPlacement(REPLICATE, max(apart(each, view) for each in locals_), view)
 
 
-def _shard(locals_: Sequence[Tensor], view: Tensor, bound: float) -> Placement | None:
+def _shard(locals_: Sequence[Tensor], view: Tensor, bound: float) -> FoundPlacement | None:
     """Consecutive slices, in the order of the ranks; what is behind the end is padding."""
     best = None
     for dim in range(view.ndim):
@@ -209,13 +209,13 @@ def _shard(locals_: Sequence[Tensor], view: Tensor, bound: float) -> Placement |
         for each in locals_:
             indices.append(tuple(range(start, start + each.shape[dim])))
             start += each.shape[dim]
-        found = Placement(SHARD, apart(joined, view), view, dim, tuple(indices))
+        found = FoundPlacement(SHARD, apart(joined, view), view, dim, tuple(indices))
         if best is None or found.difference < best.difference:
             best = found
     return best
 
 
-def _copies(locals_: Sequence[Tensor], view: Tensor, bound: float) -> Placement | None:
+def _copies(locals_: Sequence[Tensor], view: Tensor, bound: float) -> FoundPlacement | None:
     """Consecutive slices, each on several ranks, as on a mesh of two dims."""
     for dim in range(view.ndim):
         if not _fit_beside(locals_, view, dim):
@@ -232,13 +232,13 @@ def _copies(locals_: Sequence[Tensor], view: Tensor, bound: float) -> Placement 
                 break
             indices.append(tuple(range(starts[0], starts[0] + size)))
         if len(indices) == len(locals_):
-            found = Placement(SHARD, 0.0, view, dim, tuple(indices))
+            found = FoundPlacement(SHARD, 0.0, view, dim, tuple(indices))
             if found.covers:
                 return _measured(found, locals_)
     return None
 
 
-def _indexed(locals_: Sequence[Tensor], view: Tensor, bound: float) -> Placement | None:
+def _indexed(locals_: Sequence[Tensor], view: Tensor, bound: float) -> FoundPlacement | None:
     """Slices in any order, such as the query, key and value rows of a fused product."""
     for dim in range(view.ndim):
         if not _fit_beside(locals_, view, dim):
@@ -249,13 +249,13 @@ def _indexed(locals_: Sequence[Tensor], view: Tensor, bound: float) -> Placement
         found = [each for each in indices if each is not None]
         is_whole = all(each.shape == view.shape for each in locals_)
         if len(found) == len(locals_) and not is_whole:
-            placement = Placement(SHARD, 0.0, view, dim, tuple(found))
+            placement = FoundPlacement(SHARD, 0.0, view, dim, tuple(found))
             if placement.covers:
                 return _measured(placement, locals_)
     return None
 
 
-def _partial(locals_: Sequence[Tensor], view: Tensor, bound: float) -> Placement | None:
+def _partial(locals_: Sequence[Tensor], view: Tensor, bound: float) -> FoundPlacement | None:
     """Parts of a sum; on a mesh of two dims each part is on several ranks."""
     if any(each.shape != view.shape for each in locals_):
         return None
@@ -268,7 +268,7 @@ def _partial(locals_: Sequence[Tensor], view: Tensor, bound: float) -> Placement
     sums = [torch.stack(list(locals_)).sum(0)]
     if len(parts) < len(locals_):
         sums.append(torch.stack(parts).sum(0))
-    return Placement(PARTIAL, min(apart(each, view) for each in sums), view)
+    return FoundPlacement(PARTIAL, min(apart(each, view) for each in sums), view)
 
 
 def _fit_beside(locals_: Sequence[Tensor], view: Tensor, dim: int) -> bool:
@@ -282,11 +282,11 @@ def _fit_beside(locals_: Sequence[Tensor], view: Tensor, dim: int) -> bool:
     )
 
 
-def _measured(placement: Placement, locals_: Sequence[Tensor]) -> Placement:
+def _measured(placement: FoundPlacement, locals_: Sequence[Tensor]) -> FoundPlacement:
     return replace(placement, difference=_difference(placement, locals_))
 
 
-def _difference(placement: Placement, locals_: Sequence[Tensor]) -> float:
+def _difference(placement: FoundPlacement, locals_: Sequence[Tensor]) -> float:
     if PARTIAL in (placement.kind, placement.nearest):
         found = _partial(locals_, placement.view, 0.0)
         return math.inf if found is None else found.difference

@@ -5,18 +5,18 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from shardproof.checker import kinds
-from shardproof.checker.evidence import Mistake, relative
+from shardproof.checker import mistake_kinds as kinds
+from shardproof.checker.evidence import KnownMistake, relative
 from shardproof.checker.judging import Judge
 from shardproof.checker.locating import Fault
 from shardproof.checker.placement import apart
 from shardproof.checker.program import Program
-from shardproof.checker.recording import Place, record
+from shardproof.checker.step_recording import TensorPlace, record
 
 Change = Callable[[Tensor], Tensor]
 
 
-def heads_of_other_ranks(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def heads_of_other_ranks(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """Each rank computes as if its heads were those of another rank."""
     for rank in range(1, judge.degree):
         shift = -rank
@@ -30,7 +30,7 @@ def heads_of_other_ranks(fault: Fault, judge: Judge, program: Program) -> Mistak
             continue
         local, other = fault.judgement.locals[rank], found.tensor_split(judge.degree, -1)[0]
         if local.shape == other.shape and apart(local, other) <= judge.bound(found):
-            return Mistake(
+            return KnownMistake(
                 kinds.POSITIONS,
                 f"rank {rank} computes the {fault.judgement.name} as rank 0 would from the same "
                 "queries, keys and values",
@@ -39,7 +39,7 @@ def heads_of_other_ranks(fault: Fault, judge: Judge, program: Program) -> Mistak
     return None
 
 
-def other_heads(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
+def other_heads(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """Each rank groups its features, or its queries, in another way."""
     judgement = fault.of_module
     size = judgement.locals[0].shape[-1] if judgement.locals[0].ndim else 0
@@ -51,13 +51,13 @@ def other_heads(fault: Fault, judge: Judge, program: Program) -> Mistake | None:
                     # Query i goes to key-value head i % groups in place of i // (heads / groups).
                     moved = order.view(-1, groups, order.shape[1]).transpose(0, 1).flatten()
                     if _fits_order(fault, judge, program, moved, only_first=True):
-                        return Mistake(
+                        return KnownMistake(
                             kinds.HEADS,
                             f"queries meet the key-value heads in turn, as {heads} heads in "
                             f"{groups} groups",
                         )
             elif _fits_order(fault, judge, program, order.T.flatten(), only_first=False):
-                return Mistake(
+                return KnownMistake(
                     kinds.HEADS, f"the features of a rank are taken for {heads} heads, transposed"
                 )
     return None
@@ -113,7 +113,7 @@ def _replayed(
 
 
 def _value(
-    program: Program, judge: Judge, at: Place, changes: Mapping[str, Change]
+    program: Program, judge: Judge, at: TensorPlace, changes: Mapping[str, Change]
 ) -> Tensor | None:
     """A tensor of the plain module's forward in which the first outputs of some modules change.
 

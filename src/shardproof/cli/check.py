@@ -7,10 +7,10 @@ import click
 from rich.text import Text
 
 from shardproof import torchrun
-from shardproof.checker.checking import check as check_program
+from shardproof.checker.check_program import check as check_program
+from shardproof.checker.check_report import CheckReport
 from shardproof.checker.drawing import drawing_of
-from shardproof.checker.files import arguments_of
-from shardproof.checker.report import CheckReport
+from shardproof.checker.program_file import arguments_of
 from shardproof.cli.options import (
     HELP_OPTIONS,
     OutputPath,

@@ -5,8 +5,8 @@ It needs nothing else, like the page of a step (`showing.page`), whose colours a
 
 from html import escape
 
-from shardproof.checker.drawing import Drawing, drawing_of
-from shardproof.checker.report import CheckedTensor, CheckReport
+from shardproof.checker.check_report import CheckedTensor, CheckReport
+from shardproof.checker.drawing import FaultDrawing, drawing_of
 from shardproof.showing.page import document
 
 _MARKS = {
@@ -73,7 +73,7 @@ def _fault(report: CheckReport) -> str:
     )
 
 
-def _svg(drawing: Drawing) -> str:
+def _svg(drawing: FaultDrawing) -> str:
     """The drawing: a box for each rank, and lines to what comes of it."""
     width = max(map(len, drawing.ranks)) * _LETTER + 2 * _PAD
     left = 64 + width

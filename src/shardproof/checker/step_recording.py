@@ -29,7 +29,7 @@ _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 
 
 @dataclass(frozen=True, order=True)
-class Place:
+class TensorPlace:
     """Where in a run a tensor appears.
 
     Attributes:
@@ -98,8 +98,8 @@ class Recording:
         buffers: their names.
     """
 
-    values: dict[Place, Tensor] = field(default_factory=dict)
-    gradients: dict[Place, Tensor] = field(default_factory=dict)
+    values: dict[TensorPlace, Tensor] = field(default_factory=dict)
+    gradients: dict[TensorPlace, Tensor] = field(default_factory=dict)
     losses: list[Tensor] = field(default_factory=list)
     parameters: dict[str, ParameterRecord] = field(default_factory=dict)
     parameter_gradients: dict[tuple[int, str], Tensor | None] = field(default_factory=dict)
@@ -139,7 +139,7 @@ def record(
     if before is not None:
         before(module)
     torch.manual_seed(SEED)
-    recorder = _Recorder(program, group, module, draws=draws)
+    recorder = _StepRecorder(program, group, module, draws=draws)
     run = recorder.forward if is_forward else recorder.run
     return run(program.make_batch(dtype))
 
@@ -162,14 +162,14 @@ def local_of(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().contiguous()
 
 
-class _Recorder:
+class _StepRecorder:
     def __init__(
         self, program: Program, group: Any | None, module: nn.Module, *, draws: bool
     ) -> None:
         self._program = program
         self._group = group
         self._module = module
-        self._draws = _Dropout(self, is_on=draws)
+        self._draws = _DropoutMode(self, is_on=draws)
         self._found = Recording()
         self._step = 0
         self._is_forward = False
@@ -259,7 +259,7 @@ class _Recorder:
     def _note(self, path: str, side: str, number: int, values: Any) -> None:
         tensors = [each for each in pytree.tree_leaves(values) if is_floating(each)]
         for index, tensor in enumerate(tensors):
-            place = Place(self._step, path, side, number, index)
+            place = TensorPlace(self._step, path, side, number, index)
             if place in self._found.values:  # a wrapper has the same path as what it wraps
                 continue
             self._found.values[place] = local_of(tensor)
@@ -267,7 +267,7 @@ class _Recorder:
                 self._hooked[id(tensor)] = tensor
                 tensor.register_hook(self._gradient_of(place))
 
-    def _gradient_of(self, place: Place) -> Callable[[Tensor], None]:
+    def _gradient_of(self, place: TensorPlace) -> Callable[[Tensor], None]:
         def hook(gradient: Tensor) -> None:
             self._found.gradients[place] = local_of(gradient)
 
@@ -292,10 +292,10 @@ class _Recorder:
         self._hooked.clear()
 
 
-class _Dropout(TorchFunctionMode):
+class _DropoutMode(TorchFunctionMode):
     """Turns dropout off, or records what it keeps."""
 
-    def __init__(self, recorder: _Recorder, *, is_on: bool) -> None:
+    def __init__(self, recorder: _StepRecorder, *, is_on: bool) -> None:
         super().__init__()
         self._recorder = recorder
         self._is_on = is_on

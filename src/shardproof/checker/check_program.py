@@ -12,16 +12,22 @@ from torch import Tensor, nn
 from shardproof import torchrun
 from shardproof.axis import Axis
 from shardproof.checked_values import checked_whole
-from shardproof.checker import kinds, locating
+from shardproof.checker import locating
+from shardproof.checker import mistake_kinds as kinds
+from shardproof.checker.check_report import (
+    CheckedLayout,
+    CheckedTensor,
+    CheckReport,
+    FirstDifference,
+)
 from shardproof.checker.dropout import DropoutFault, find_dropout_fault
-from shardproof.checker.evidence import Mistake
+from shardproof.checker.evidence import KnownMistake
 from shardproof.checker.judging import Judge, Judgement, ParameterJudgement, Runs
 from shardproof.checker.locating import Fault, Findings
 from shardproof.checker.mistakes import name_mistake
 from shardproof.checker.placement import apart, slice_for
 from shardproof.checker.program import Program
-from shardproof.checker.recording import INPUT, Recording, record
-from shardproof.checker.report import CheckedLayout, CheckedTensor, CheckReport, FirstDifference
+from shardproof.checker.step_recording import INPUT, Recording, record
 from shardproof.errors import RankError, ShardproofError, UsageError
 from shardproof.leaves import checked_degree
 from shardproof.ranks import ENGINES, open_ranks
@@ -46,19 +52,12 @@ def check(
     engine: str = "processes",
     timeout: float = 120.0,
 ) -> CheckReport:
-    """Judge a tensor-parallel program of any kind against the plain module.
-
-    Runs training steps of both in fp32 and in fp64, and compares the output of every module, its
-    gradient, and the gradients, updates and optimizer state of all parameters. How they lie on the
-    ranks is found by looking. A difference that shrinks as rounding does is rounding; every other
-    one is a mistake. Dropout is off in these runs, and its masks are compared in one more.
+    """Judge a tensor-parallel program of any kind against the plain module (docs/check.md).
 
     Args:
-        parallel: builds this rank's part of the program. It gets the process group of the ranks,
-            which is the default group too; with engine="threads" an `Axis`. It must start from the
-            weights of the reference: both are built after the same `torch.manual_seed`. Threads
-            share torch's generator, so there it must copy a module that was built before.
-        reference: builds the plain module.
+        parallel: builds this rank's part, from the weights of the reference. It gets the process
+            group of the ranks, which is the default group too; with engine="threads" an `Axis`.
+        reference: builds the plain module; before both, torch is seeded alike.
         batch: what both are called with, or a function that makes it: a dict gives keyword
             arguments, a tuple or list positional ones, everything else is one argument.
         loss: of the output, or of the output and the batch; a scalar. None: `output.loss`, or the
@@ -66,8 +65,7 @@ def check(
         degree: number of ranks, 2 or more; not under torchrun, which has started them.
         optimizer: makes one for a list of parameters. None: SGD.
         steps: number of updates; one more forward follows.
-        update: of the program, its optimizer and the group, in place of `optimizer.step()`: to sum
-            gradients or clip them.
+        update: of the program, its optimizer and the group, in place of `optimizer.step()`.
         reference_update: the same for the plain module, without a group.
         parallel_loss: in place of `loss` on the ranks; may take the group as a third argument.
         names: parameters of the program that have another name in the plain module.
@@ -78,27 +76,23 @@ def check(
         The report; under torchrun the same on every rank.
 
     Raises:
-        UsageError: an argument is invalid.
+        UsageError, DegreeError: an argument is invalid.
         RankError: a rank raised an error or ended.
-
-    Example:
-        >>> report = check(parallel, reference, tokens, loss, degree=2)  # doctest: +SKIP
-        >>> report.right, report.module, report.kind  # doctest: +SKIP
-        (False, 'layers.0.mlp.down', 'bias on every rank')
     """
     program = Program(
-        parallel,
-        reference,
-        batch,
-        loss,
-        parallel_loss=parallel_loss,
-        optimizer=optimizer,
-        update=update,
-        reference_update=reference_update,
-        steps=checked_whole(steps, "steps"),
-    )
+        parallel, reference, batch, loss,
+        parallel_loss=parallel_loss, optimizer=optimizer, update=update,
+        reference_update=reference_update, steps=checked_whole(steps, "steps"),
+    )  # fmt: skip
     if torchrun.read(os.environ) is not None:
         return _here(program, names)
+    return _on_new_ranks(program, names, degree=degree, engine=engine, timeout=timeout)
+
+
+def _on_new_ranks(
+    program: Program, names: Mapping[str, str] | None, *, degree: Any, engine: str, timeout: float
+) -> CheckReport:
+    """Check on ranks that are started for it."""
     degree = checked_degree(degree)
     if degree < 2:
         raise UsageError(
@@ -152,7 +146,8 @@ def _here(program: Program, names: Mapping[str, str] | None) -> CheckReport:
 def _checked(program: Program, names: Mapping[str, str] | None, run: _Run) -> CheckReport:
     before = torch.get_default_dtype()
     try:
-        return _judged(program, names, run)
+        with torch.random.fork_rng(devices=[]):  # the runs are seeded
+            return _judged(program, names, run)
     finally:
         torch.set_default_dtype(before)
 
@@ -264,17 +259,19 @@ def _report(
     other: "DropoutFault | _Change | None",
 ) -> CheckReport:
     fault = findings.fault
-    mistake: Mistake | None = None
+    mistake: KnownMistake | None = None
     module, phase = None, ""
     if fault is not None:
         mistake, problems = name_mistake(fault, judge, program)
         note = "; ".join([*([note] if note else []), *problems])
         module, phase = fault.module, fault.phase
     elif isinstance(other, DropoutFault):
-        mistake = Mistake(other.kind, other.evidence)
+        mistake = KnownMistake(other.kind, other.evidence)
         module, phase = other.module, "dropout"
     elif other is not None:
-        mistake = Mistake(kinds.NOT_DETERMINISTIC, f"the {other.name} differs between two runs")
+        mistake = KnownMistake(
+            kinds.NOT_DETERMINISTIC, f"the {other.name} differs between two runs"
+        )
         module, phase = other.module, "two runs"
     precision = "fp32 and fp64" if judge.double is not None else "fp32 and moved last bits"
     tensors = (
@@ -312,7 +309,7 @@ def _report(
 def _verdict(
     judge: Judge,
     fault: Fault | None,
-    mistake: Mistake | None,
+    mistake: KnownMistake | None,
     module: str | None,
     phase: str,
     precision: str,
@@ -334,7 +331,7 @@ def _verdict(
     return f"Wrong at degree {judge.degree}, in the {phase} of {where}{shown}; {what}."
 
 
-def _evidence(mistake: Mistake) -> str:
+def _evidence(mistake: KnownMistake) -> str:
     left = mistake.unexplained
     rest = "" if left is None else f"; unexplained: {left:.1e} of the largest element"
     return f"{mistake.evidence}{rest}"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from shardproof.checker.kinds import KINDS
+from shardproof.checker.mistake_kinds import KINDS
 from shardproof.wording import spelt_out
 
 
