@@ -243,6 +243,86 @@ def test_parameters_of_other_names() -> None:
     }  # fmt: skip
 
 
+class Inside(nn.Module):
+    """A module around another."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_a_module_around_all_others_is_looked_through(factor: float) -> None:
+    report = sp.check(
+        lambda group: Inside(Inside(nn.Sequential(OffBy(factor), nn.Linear(4, 4)))),
+        lambda: nn.Sequential(OffBy(1.0), nn.Linear(4, 4)),
+        BATCH,
+    )
+    assert report.right == (factor == 1.0), report.verdict
+    assert report.module == (None if report.right else "0")
+    assert {each.name for each in report.layouts} == {
+        "0.inner.weight", "0.inner.bias", "1.weight", "1.bias",
+    }  # fmt: skip
+    assert report.note == ""
+
+
+class Owned(nn.Module):
+    """A sum of two layers, of which each rank has one."""
+
+    def __init__(self, only: int | None = None, factor: float = 1.0) -> None:
+        super().__init__()
+        layers = [nn.Linear(6, 4), nn.Linear(6, 4)]
+        kept = range(2) if only is None else (only,)
+        self.layers = nn.ModuleDict({str(i): layers[i] for i in kept})
+        self.is_cut, self.factor = only is not None, factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        part = sum(layer(x) for layer in self.layers.values())
+        if not self.is_cut:
+            return part  # type: ignore[return-value]
+        whole = part.detach().clone()
+        torch.distributed.all_reduce(whole)
+        return part * self.factor + (whole - part.detach() * self.factor)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_parameters_that_one_rank_has_are_compared_there(factor: float) -> None:
+    report = sp.check(lambda group: Owned(group.rank(), factor), Owned, BATCH)
+    assert report.right == (factor == 1.0), report.verdict
+    held = {each.name: each.held for each in report.layouts}
+    assert held["layers.1.weight"] == ("none", "all")
+    if not report.right:
+        assert (report.module, report.kind) == ("layers.1", "sum made twice")
+
+
+def test_parameters_that_are_not_found_are_said() -> None:
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            inner = nn.Linear(6, 4)
+            self.half = nn.Parameter(inner.weight.detach() / 2)
+            self.bias = nn.Parameter(inner.bias.detach().clone())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, 2 * self.half, self.bias)
+
+    class Plain(nn.Linear):
+        pass
+
+    report = sp.check(lambda group: Doubled(), lambda: Plain(6, 4), BATCH, optimizer=still)
+    assert report.right, report.verdict
+    assert "not compared for half" in report.note
+    assert "the plain module's weight was not found" in report.note
+
+
+def still(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """An optimizer that changes nothing."""
+    return torch.optim.SGD(parameters, lr=0.0)
+
+
 class OnlySingle(nn.Module):
     """A module that refuses fp64."""
 

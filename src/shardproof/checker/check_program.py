@@ -27,11 +27,11 @@ from shardproof.checker.locating import Fault, Findings
 from shardproof.checker.mistakes import name_mistake
 from shardproof.checker.placement import apart, slice_for
 from shardproof.checker.program import Program
-from shardproof.checker.step_recording import INPUT, Recording, record
+from shardproof.checker.step_recording import INPUT, Recording, common_prefix, record
 from shardproof.errors import RankError, ShardproofError, UsageError
 from shardproof.leaves import checked_degree
 from shardproof.ranks import ENGINES, open_ranks
-from shardproof.wording import error_words, short_repr
+from shardproof.wording import error_words, few, short_repr
 
 _NUM_MOVED = 4  # runs of the reference from parameters whose last bits differ
 
@@ -156,17 +156,18 @@ def _judged(program: Program, names: Mapping[str, str] | None, run: _Run) -> Che
     reference = record(program, None)
     singles = run(functools.partial(_single, program))
     first, again, drawn = (list(each) for each in zip(*singles, strict=True))
-    single = Runs(first, reference)
-    changed = _changed(first, again)
+    prefix = "" if names else common_prefix(first[0].parameters, reference.parameters)
+    single = Runs([each.without(prefix) for each in first], reference)
+    changed = _changed(single.ranks, [each.without(prefix) for each in again])
     if changed is not None:
         judge = Judge(single, None, (), names)
         return _report(program, judge, Findings(), "", _of_change(changed))
-    double, note = _double(program, run)
+    double, note = _double(program, run, prefix)
     moved = () if double is not None else _moved(program)
     judge = Judge(single, double, moved, names)
     findings = locating.find(judge, program.steps)
     dropout = None
-    with_dropout = [each for each in drawn if each is not None]
+    with_dropout = [each.without(prefix) for each in drawn if each is not None]
     if findings.fault is None and len(with_dropout) == judge.degree:
         dropout = find_dropout_fault(judge, with_dropout)
     return _report(program, judge, findings, note, dropout)
@@ -179,7 +180,7 @@ def _single(program: Program, group: Any) -> tuple[Recording, Recording, Recordi
     return first, again, record(program, group, draws=True) if first.draws else None
 
 
-def _double(program: Program, run: _Run) -> tuple[Runs | None, str]:
+def _double(program: Program, run: _Run, prefix: str) -> tuple[Runs | None, str]:
     """The recordings in fp64, or why there are none."""
     try:
         reference = record(program, None, torch.float64)
@@ -188,7 +189,7 @@ def _double(program: Program, run: _Run) -> tuple[Runs | None, str]:
         raise
     except (ShardproofError, RuntimeError, TypeError, ValueError) as error:
         return None, f"the program does not run in fp64: {error_words(error)}"
-    return Runs(ranks, reference), ""
+    return Runs([each.without(prefix) for each in ranks], reference), ""
 
 
 def _in_double(program: Program, group: Any) -> Recording:
@@ -261,9 +262,10 @@ def _report(
     fault = findings.fault
     mistake: KnownMistake | None = None
     module, phase = None, ""
+    notes = [each for each in (note, _not_compared(judge)) if each]
     if fault is not None:
         mistake, problems = name_mistake(fault, judge, program)
-        note = "; ".join([*([note] if note else []), *problems])
+        notes += problems
         module, phase = fault.module, fault.phase
     elif isinstance(other, DropoutFault):
         mistake = KnownMistake(other.kind, other.evidence)
@@ -288,7 +290,7 @@ def _report(
         source="" if module is None else judge.runs.ranks[0].sources.get(module, ""),
         degree=judge.degree,
         precision=precision,
-        note=note,
+        note="; ".join(notes),
         tensors=tensors,
         layouts=tuple(
             CheckedLayout(
@@ -304,6 +306,23 @@ def _report(
         differences=_differences(fault),
         modules=tuple(judge.runs.reference.classes.items()),
     )
+
+
+def _not_compared(judge: Judge) -> str:
+    """Which parameters were not compared, as a sentence; empty if all were."""
+    found = [each for each in judge.layouts.values() if each.is_found]
+    names = {name for each in judge.runs.ranks for name in each.parameters}
+    strange = sorted(names - {each.name for each in found})
+    missing = sorted(set(judge.runs.reference.parameters) - {each.whole for each in found})
+    sentences = []
+    if strange:
+        sentences.append(
+            f"gradients and updates were not compared for {few(strange)}, whose elements were not "
+            "found in the plain module"
+        )
+    if missing:
+        sentences.append(f"the plain module's {few(missing)} was not found in the program")
+    return "; ".join(sentences)
 
 
 def _verdict(

@@ -33,7 +33,7 @@ def no_gradient(fault: Fault, judge: Judge, program: Program) -> KnownMistake | 
     if not judgement.locals:
         return KnownMistake(kinds.NO_GRADIENT, f"{judgement.layout.name} has no gradient")
     zero = [rank for rank, each in enumerate(judgement.locals) if not largest(each)]
-    if len(zero) == judge.degree and largest(judgement.whole):
+    if len(zero) == len(judgement.locals) and largest(judgement.whole):
         return KnownMistake(
             kinds.NO_GRADIENT, f"the {judgement.name} is zero on {ranks_words(zero)}"
         )
@@ -149,7 +149,7 @@ def parts_of_readers(fault: Fault, judge: Judge, program: Program) -> KnownMista
         if each.side == "input" and each.path != at.path
         and (parts := _gradient_parts(each, judge, value.whole)) is not None
     ]  # fmt: skip
-    for count in range(1, len(readers) + 1):
+    for count in sorted({1, 2, len(readers)} & set(range(1, len(readers) + 1))):
         for chosen in itertools.combinations(readers, count):
             wrong = []
             for rank in range(judge.degree):

@@ -203,10 +203,13 @@ class Judge:
             what: for the name.
 
         Returns:
-            None where neither the program nor the reference has it.
+            None where neither the program nor the reference has it, or where it is not known how
+            the parameter lies.
         """
+        if not layout.is_found:
+            return None
         whole = get(self.runs.reference, layout.whole)
-        locals_ = [get(each, layout.name) for each in self.runs.ranks]
+        locals_ = [get(self.runs.ranks[rank], layout.name) for rank in layout.ranks]
         if whole is None and all(each is None for each in locals_):
             return None
         name = f"{what}{layout.name}"
@@ -227,10 +230,10 @@ class Judge:
         in_fp32: float | None = difference
         if self.double is not None:
             other = get(self.single.reference, layout.whole)
-            others = [get(each, layout.name) for each in self.single.ranks]
+            others = [get(self.single.ranks[rank], layout.name) for rank in layout.ranks]
             given = [each for each in others if each is not None]
             in_fp32 = None
-            if other is not None and len(given) == self.degree:
+            if other is not None and len(given) == len(others):
                 in_fp32 = _parameter_difference(layout, given, other)
         noise = self._noise(lambda each: get(each, layout.whole), whole)
         return ParameterJudgement(

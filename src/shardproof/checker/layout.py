@@ -49,8 +49,9 @@ class FoundLayout:
         name: of the parameter in the program.
         whole: of the parameter in the reference that it is, or is a part of.
         shape: of the whole parameter.
-        pieces: of each rank; empty where nothing fits.
+        pieces: of each rank that has it; empty where nothing fits.
         declared: how it lies, as the program says.
+        ranks: those that have it.
     """
 
     name: str
@@ -58,6 +59,7 @@ class FoundLayout:
     shape: tuple[int, ...]
     pieces: tuple[HeldPart, ...]
     declared: str = ""
+    ranks: tuple[int, ...] = ()
 
     @property
     def is_found(self) -> bool:
@@ -112,12 +114,15 @@ class FoundLayout:
     def held(self, rank: int) -> str:
         """The indices that a rank holds along the dims that are cut.
 
-        >>> FoundLayout("w", "w", (4,), (HeldPart(((0, 1),)), HeldPart(((2, 3),)))).held(1)
+        >>> parts = HeldPart(((0, 1),)), HeldPart(((2, 3),))
+        >>> FoundLayout("w", "w", (4,), parts, ranks=(0, 1)).held(1)
         '2:4'
         """
+        if rank not in self.ranks:
+            return "none"
         if not self.is_found:
             return "?"
-        piece = self.pieces[rank]
+        piece = self.pieces[self.ranks.index(rank)]
         return " x ".join(_runs(piece.indices[dim]) for dim in self.cut_dims) or "all"
 
 
@@ -133,14 +138,14 @@ def find_layouts(
     """
     named = given or {}
     wholes = {name: each.value for name, each in reference.parameters.items()}
-    free = {name for name in wholes if name not in ranks[0].parameters}
+    free = {name for name in wholes if all(name not in each.parameters for each in ranks)}
     found: dict[str, FoundLayout] = {}
     # Values that are alike fit in several ways. They are looked at after those that do not.
     waiting = []
-    for name in ranks[0].parameters:
-        records = [each.parameters[name] for each in ranks if name in each.parameters]
-        if len(records) != len(ranks):
-            continue
+    names = dict.fromkeys(name for each in ranks for name in each.parameters)
+    holders = {n: tuple(r for r, each in enumerate(ranks) if n in each.parameters) for n in names}
+    for name in names:
+        records = [ranks[rank].parameters[name] for rank in holders[name]]
         candidates = [named.get(name, name)] if named.get(name, name) in wholes else sorted(free)
         layout = None
         for whole in candidates:
@@ -155,6 +160,7 @@ def find_layouts(
                     tuple(wholes[whole].shape),
                     pieces or (),
                     records[0].declared,
+                    holders[name],
                 )
                 if pieces:
                     free.discard(whole)
@@ -164,7 +170,7 @@ def find_layouts(
     for name, whole, records in waiting:
         alike = _like_sibling(name, records, wholes[whole], found)
         found[name] = FoundLayout(
-            name, whole, tuple(wholes[whole].shape), alike, records[0].declared
+            name, whole, tuple(wholes[whole].shape), alike, records[0].declared, holders[name]
         )
     return found
 

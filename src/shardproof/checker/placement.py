@@ -223,10 +223,11 @@ def _copies(locals_: Sequence[Tensor], view: Tensor, bound: float) -> FoundPlace
         indices = []
         for each in locals_:
             size = each.shape[dim]
+            last = view.shape[dim] - size  # the last slice may have another size
             starts = [
                 start
-                for start in range(view.shape[dim] - size + 1)
-                if size and apart(each, view.narrow(dim, start, size)) <= bound
+                for start in dict.fromkeys([*range(0, last + 1, max(size, 1)), last])
+                if size and start >= 0 and apart(each, view.narrow(dim, start, size)) <= bound
             ]
             if not starts:
                 break

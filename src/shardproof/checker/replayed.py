@@ -1,6 +1,7 @@
 """Known mistakes that are told by running the plain module again with other features."""
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from shardproof.checker.program import Program
 from shardproof.checker.step_recording import TensorPlace, record
 
 Change = Callable[[Tensor], Tensor]
+_MOST_REPLAYS = 48  # forwards of the plain module for one kind
 
 
 def heads_of_other_ranks(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
@@ -43,24 +45,27 @@ def other_heads(fault: Fault, judge: Judge, program: Program) -> KnownMistake | 
     """Each rank groups its features, or its queries, in another way."""
     judgement = fault.of_module
     size = judgement.locals[0].shape[-1] if judgement.locals[0].ndim else 0
-    for heads in (each for each in range(2, size) if size % each == 0):
-        for is_grouped in (False, True):
-            order = torch.arange(size).view(heads, -1)
-            if is_grouped:
-                for groups in (each for each in range(2, heads) if heads % each == 0):
-                    # Query i goes to key-value head i % groups in place of i // (heads / groups).
-                    moved = order.view(-1, groups, order.shape[1]).transpose(0, 1).flatten()
-                    if _fits_order(fault, judge, program, moved, only_first=True):
-                        return KnownMistake(
-                            kinds.HEADS,
-                            f"queries meet the key-value heads in turn, as {heads} heads in "
-                            f"{groups} groups",
-                        )
-            elif _fits_order(fault, judge, program, order.T.flatten(), only_first=False):
-                return KnownMistake(
-                    kinds.HEADS, f"the features of a rank are taken for {heads} heads, transposed"
-                )
+    for words, order, only_first in itertools.islice(_orders(size), _MOST_REPLAYS):
+        if _fits_order(fault, judge, program, order, only_first=only_first):
+            return KnownMistake(kinds.HEADS, words)
     return None
+
+
+def _orders(size: int) -> Iterator[tuple[str, Tensor, bool]]:
+    """Orders of a rank's features that other heads give.
+
+    Yields:
+        Words, the order, and whether it is that of the queries alone.
+    """
+    for heads in (each for each in range(2, size) if size % each == 0):
+        order = torch.arange(size).view(heads, -1)
+        words = f"the features of a rank are taken for {heads} heads, transposed"
+        yield words, order.T.flatten(), False
+        for groups in (each for each in range(2, heads) if heads % each == 0):
+            # Query i goes to key-value head i % groups in place of i // (heads / groups).
+            moved = order.view(-1, groups, order.shape[1]).transpose(0, 1).flatten()
+            words = f"queries meet key-value heads in turn, as {heads} heads in {groups} groups"
+            yield words, moved, True
 
 
 def _fits_order(

@@ -6,10 +6,10 @@ dropout is off where the numbers are compared.
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from torch.utils import _pytree as pytree
 
 from shardproof.checker.program import Program, call, is_floating
 from shardproof.cut.tensor import CutTensor
+
+T = TypeVar("T")
 
 SEED = 0
 INPUT, OUTPUT = "input", "output"
@@ -110,6 +112,65 @@ class Recording:
     sources: dict[str, str] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
     buffers: list[str] = field(default_factory=list)
+
+    def without(self, prefix: str) -> "Recording":
+        """The recording with paths and names as if a module around all others was not there.
+
+        Args:
+            prefix: what paths begin with, with its last dot; "" changes nothing.
+        """
+        if not prefix:
+            return self
+
+        def plain(name: str) -> str:
+            return "" if f"{name}." == prefix else name.removeprefix(prefix)
+
+        def at(place: TensorPlace) -> TensorPlace:
+            return replace(place, path=plain(place.path))
+
+        # The module around all others has the same place as the one inside, which counts.
+        inner = [each for each in self.values if f"{each.path}.".startswith(prefix)]
+        return replace(
+            self,
+            values={at(each): self.values[each] for each in inner},
+            gradients={
+                at(each): value
+                for each, value in self.gradients.items()
+                if f"{each.path}.".startswith(prefix)
+            },
+            parameters={plain(name): each for name, each in self.parameters.items()},
+            parameter_gradients=_renamed(self.parameter_gradients, plain),
+            used_gradients=_renamed(self.used_gradients, plain),
+            weights=_renamed(self.weights, plain),
+            state={(step, plain(n), entry): x for (step, n, entry), x in self.state.items()},
+            draws=[replace(each, path=plain(each.path)) for each in self.draws],
+            sources={plain(path): each for path, each in self.sources.items() if path},
+            classes={plain(path): each for path, each in self.classes.items() if path},
+        )
+
+
+def common_prefix(names: Iterable[str], others: Iterable[str]) -> str:
+    """What all names begin with, and the others do not.
+
+    >>> common_prefix(["model.norm.weight", "model.head.weight"], ["norm.weight", "head.weight"])
+    'model.'
+    >>> common_prefix(["norm.weight"], ["norm.weight"])
+    ''
+    """
+    names, known, prefix = list(names), set(others), ""
+    while names and known.isdisjoint(names):
+        first = names[0].partition(".")[0] + "."
+        if not all(each.startswith(first) for each in names):
+            return ""
+        prefix += first
+        names = [each.removeprefix(first) for each in names]
+    return prefix
+
+
+def _renamed(
+    values: Mapping[tuple[int, str], T], plain: Callable[[str], str]
+) -> dict[tuple[int, str], T]:
+    return {(step, plain(name)): value for (step, name), value in values.items()}
 
 
 def record(
