@@ -303,18 +303,18 @@ def test_parameters_that_are_not_found_are_said() -> None:
         def __init__(self) -> None:
             super().__init__()
             inner = nn.Linear(6, 4)
-            self.half = nn.Parameter(inner.weight.detach() / 2)
+            self.halved = nn.Parameter(inner.weight.detach() / 2)
             self.bias = nn.Parameter(inner.bias.detach().clone())
 
         def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.linear(x, 2 * self.half, self.bias)
+            return nn.functional.linear(x, 2 * self.halved, self.bias)
 
     class Plain(nn.Linear):
         pass
 
     report = sp.check(lambda group: Doubled(), lambda: Plain(6, 4), BATCH, optimizer=still)
     assert report.right, report.verdict
-    assert "not compared for half" in report.note
+    assert "not compared for halved" in report.note
     assert "the plain module's weight was not found" in report.note
 
 
