@@ -122,6 +122,8 @@ def decayed_twice(fault: Fault, judge: Judge, program: Program) -> KnownMistake 
 
 def stale_in_next_forward(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
     """Parameters that are right after the update, and an output that is not."""
+    if not all(each.is_found for each in judge.layouts.values()):
+        return None  # a parameter that was not compared may be wrong
     return KnownMistake(
         kinds.STALE,
         f"the parameters are right after the update, and the {fault.judgement.name} of the next "
