@@ -323,6 +323,34 @@ def still(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.0)
 
 
+class Normed(nn.Module):
+    """A layer before a batch norm, whose small gradients AdamW makes large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(torch.relu_(self.first(x))))
+
+
+def test_rounding_that_adamw_enlarges_is_rounding() -> None:
+    """In the order of its sums the program differs from the plain module, and in nothing else."""
+
+    class Reversed(Normed):
+        def forward(self, x: Tensor) -> Tensor:
+            order = torch.arange(5, -1, -1)
+            first = x[:, order] @ self.first.weight[:, order].T + self.first.bias
+            return self.last(self.norm(torch.relu(first)))
+
+    for seed in range(3):
+        batch = torch.randn(7, 6, generator=torch.Generator().manual_seed(seed))
+        report = sp.check(
+            lambda group: Reversed(), Normed, batch, optimizer=torch.optim.AdamW, steps=3
+        )
+        assert report.right, report.verdict
+
+
 class OnlySingle(nn.Module):
     """A module that refuses fp64."""
 

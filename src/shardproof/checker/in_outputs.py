@@ -296,8 +296,10 @@ def _other_whole(layout: FoundLayout, judge: Judge) -> str | None:
 
 
 def one_rank_right(fault: Fault, judge: Judge, program: Program) -> KnownMistake | None:
-    """Rank 0 is right and the others are not: something has no offset of the rank."""
+    """Where positions, masks or gates are used: rank 0 is right, and the others are not."""
     judgement = fault.of_module
+    if not _uses_positions(fault.module, judge):
+        return None
     whole, bound = judgement.whole, judge.bound(judgement.whole)
     if judgement.placement.dim is None and judgement.locals[0].shape == whole.shape:
         return None
@@ -312,11 +314,7 @@ def one_rank_right(fault: Fault, judge: Judge, program: Program) -> KnownMistake
             if size > 0 and apart(local, whole.narrow(dim, start, size)) <= bound:
                 right.append(rank)
     if right == [0] and judge.degree > 1:
-        kind = kinds.POSITIONS if _uses_positions(fault.module, judge) else kinds.HEADS
-        return KnownMistake(
-            kind,
-            f"the {judgement.name} is right on rank 0 only",
-        )
+        return KnownMistake(kinds.POSITIONS, f"the {judgement.name} is right on rank 0 only")
     return None
 
 

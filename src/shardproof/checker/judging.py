@@ -26,7 +26,9 @@ from shardproof.checker.step_recording import Recording, TensorPlace
 
 # Rounding shrinks by more than this from fp32 to fp64: half of the 29 binary digits.
 SHRINKS = 2.0**14
-_NOTHING = 2.0**-44  # of the largest element: the rounding of a few hundred operations in fp64
+# Of the largest element: less cannot be told from rounding, also where fp32 happens to show none.
+# The update of AdamW enlarges the rounding of small gradients.
+_NOTHING = 2.0**-38
 _MOST = 2.0**-12  # of the largest element, that may be rounding in fp64 if it shrinks
 _TIMES_NOISE = 16.0
 
