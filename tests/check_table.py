@@ -26,8 +26,7 @@ Written by `python tests/check_table.py`, with torch {version}; the programs are
 - {num_wrong} wrong programs: {num_found} found, the first faulty module right in {num_modules},
   the kind of mistake right in {num_kinds}.
 - One program took {median:.1f} s in the median and {longest:.1f} s at most, with the start of
-  its ranks and the run in fp64.
-"""
+  its ranks and the run in fp64."""
 
 
 def sentence_of(path: Path) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from check_corpus import judged, programs
+from check_corpus import FOLDER, judged, programs
 
 
 @pytest.mark.parametrize("path", programs("right"), ids=lambda path: path.stem)
@@ -15,5 +15,9 @@ def test_a_right_program_is_not_accused(path: Path) -> None:
     assert {each.verdict for each in report.tensors} <= {"same", "rounding"}
 
 
-def test_there_are_enough() -> None:
+def test_there_are_enough_and_the_page_has_all() -> None:
     assert len(programs("right")) >= 25
+    page = (FOLDER.parents[1] / "docs" / "check-programs.md").read_text()
+    for kind in ("right", "wrong"):
+        for path in programs(kind):
+            assert f"| {path.stem.removeprefix(f'{kind}_')} |" in page, "run tests/check_table.py"
